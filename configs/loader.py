@@ -1,0 +1,183 @@
+"""TOML in, a validated config out, and every mistake told in one sentence.
+
+A config is a TOML file plus dotted overrides (`train.steps=50`). Values of overrides are TOML values; a bare word is
+a string. Anything the schema does not know, of a wrong type or out of range becomes a `ConfigError` that names the
+key, the value and what to change. Entrypoints turn it into exit status 2.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import sys
+import tempfile
+import tomllib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """The configuration or the command line asks for something that cannot be. One sentence."""
+
+
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Reads `path`, applies `key.sub=value` overrides, validates by `schema`. Errors: ConfigError."""
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist; presets are under configs/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config {path} is a directory; name a .toml file in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    return validate(schema, tree, origin=str(path))
+
+
+def validate(schema: type[T], tree: dict[str, Any], origin: str = "config") -> T:
+    """Validates a plain dict by `schema`; every mistake in it goes into one ConfigError."""
+    try:
+        # By way of JSON: lists may then stand for tuples and strings for enums, while types stay strict.
+        return schema.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        messages = [_sentence(schema, item) for item in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(dict.fromkeys(messages))) from None
+
+
+def plain(config: BaseModel) -> dict[str, Any]:
+    """The config as a dict of TOML and JSON values; keys that are None are left out (TOML has no null)."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def write(config: BaseModel, path: str | Path) -> None:
+    """Writes the resolved config as TOML, under a temporary name first."""
+    write_atomic(path, tomli_w.dumps(plain(config)).encode())
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Publishes `content` at `path` whole or not at all: temporary name in the same folder, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def parse_args(
+    schema: type[T],
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str,
+    example: str,
+    flags: Sequence[tuple[str, str]] = (),
+) -> tuple[T, argparse.Namespace]:
+    """Command line `CONFIG [key=value ...] [--flag ...]` to (validated config, parsed flags).
+
+    `flags` are (name, help) of extra boolean switches; `--dry-run` is always there.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
+    for name, text in flags:
+        parser.add_argument(name, action="store_true", help=text)
+    args = parser.parse_intermixed_args(argv)
+    return load(schema, args.config, args.overrides), args
+
+
+def entrypoint(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> None:
+    """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted."""
+    try:
+        status = main(argv) or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(status)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    key = key.strip()
+    if not separator or not key or any(not part for part in key.split(".")):
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value, e.g. train.steps=50")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    node[leaf] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _sentence(schema: type[BaseModel], item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden":
+        known = list(_known_keys(schema, location[:-1]))
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known) or 'none'}"
+        return f"unknown key {key!r}; {hint}"
+    if item["type"] == "missing":
+        return f"key {key!r} is missing; set it in the file or as {key}=VALUE"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":  # our own validators name key and value themselves
+        return message if key == "config" else f"{key}: {message}"
+    return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[str]:
+    """The keys that the section at `location` has; descends through Optional and dict-valued fields."""
+    current: Any = schema
+    for part in location:
+        field = getattr(current, "model_fields", {}).get(part)
+        candidates = [field.annotation] if field is not None else []
+        current = None
+        while candidates:
+            candidate = candidates.pop()
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                current = candidate
+                break
+            candidates.extend(getattr(candidate, "__args__", ()))
+        if current is None:
+            return
+    yield from current.model_fields

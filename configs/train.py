@@ -1,0 +1,180 @@
+"""What a training run is: the sections every trainer shares, and the root of pretraining's config.
+
+Shapes and degrees that must fit one another are checked in `configs.layout`, where the world size is known.
+"""
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from configs.base import Section
+
+
+class RunConfig(Section):
+    dir: str
+    seed: int = Field(default=1234, ge=0)
+
+
+class MoEConfig(Section):
+    """Top-k softmax routing over `num_experts`, weights renormalised to sum to one (Mixtral)."""
+
+    num_experts: int = Field(ge=2)
+    top_k: int = Field(default=2, ge=1)
+    aux_loss_coef: float = Field(default=0.01, ge=0)
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> "MoEConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.moe.top_k = {self.top_k} is more than model.moe.num_experts = {self.num_experts}; lower top_k"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """A LLaMA-shaped decoder; with `moe`, every MLP is a mixture of experts of `ffn_hidden_size` each."""
+
+    vocab_size: int = Field(ge=8)
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=8)
+    ffn_hidden_size: int = Field(ge=8)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int | None = Field(default=None, ge=2)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    tie_embeddings: bool = False
+    init_std: float = Field(default=0.02, gt=0)
+    moe: MoEConfig | None = None
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelConfig":
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}; "
+                "every key-value head serves the same number of query heads"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size = {self.hidden_size} is not a multiple of model.num_heads = {self.num_heads}; "
+                "change one or set model.head_dim"
+            )
+        if self.dim_per_head % 2:
+            raise ValueError(f"model.head_dim = {self.dim_per_head} is odd; rotary embedding turns pairs, so make it even")
+        return self
+
+    @property
+    def dim_per_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Parameters of the whole model; with `active`, those one token passes through (embedding lookups included)."""
+        attention = 2 * self.hidden_size * self.dim_per_head * (self.num_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        if self.moe:
+            used = self.moe.top_k if active else self.moe.num_experts
+            mlp = used * mlp + self.hidden_size * self.moe.num_experts
+        layer = attention + mlp + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+class Precision(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+    AUTO = "auto"  # bf16 on a GPU or a CPU with bf16 instructions, else fp32; the run directory says which it was
+
+
+class TrainSection(Section):
+    steps: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    seq_length: int = Field(ge=2)
+    precision: Precision = Precision.AUTO
+    compile: bool = False
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices only, never on norms. 0 turns clipping off."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0)
+
+
+class ScheduleConfig(Section):
+    """Linear warmup, then cosine to `min_lr_ratio`, or (wsd) constant with a linear decay over the last `decay_steps`."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism; data parallel takes the ranks that are left. `configs.layout` checks them."""
+
+    tp: int = Field(default=1, ge=1)
+    sp: bool = False
+    pp: int = Field(default=1, ge=1)
+    vpp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1)
+    zero: Literal[0, 1, 2, 3] = 1
+
+
+class CheckpointConfig(Section):
+    """A checkpoint every `every` steps and at the end; the last `keep` are kept."""
+
+    every: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class DataSection(Section):
+    """`plan` is the directory that `trivium data run` ends with."""
+
+    plan: str
+
+
+class EvalConfig(Section):
+    """Held-out loss and bits per byte per source, every `every` steps and at the end, on at most `rows` rows a source."""
+
+    every: int = Field(default=100, ge=1)
+    rows: int = Field(default=32, ge=0)
+
+
+class LogConfig(Section):
+    tensorboard: bool = True
+    every: int = Field(default=1, ge=1)
+
+
+class TrainerConfig(Section):
+    """What the one train loop reads, whatever is trained."""
+
+    run: RunConfig
+    train: TrainSection
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "TrainerConfig":
+        schedule, steps = self.schedule, self.train.steps
+        decay = schedule.decay_steps if schedule.kind == "wsd" else 0
+        if schedule.warmup_steps + decay > steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {schedule.warmup_steps} and decay_steps = {decay} do not fit into "
+                f"train.steps = {steps}; shorten them or train longer"
+            )
+        return self
+
+
+class PretrainConfig(TrainerConfig):
+    model: ModelConfig
+    data: DataSection
