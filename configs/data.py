@@ -1,0 +1,189 @@
+"""What a data run is: sources, rule sets, deduplication, the held-out split, the tokenizer and the mixture.
+
+One TOML file names everything between raw files and a mixture plan. Rules are thresholds on named scores
+(`RuleSet`); a document that breaks one is dropped with `<score>_min` or `<score>_max` as its reason. What each score
+is lives with the code that computes it, in `data_pipeline.scoring`.
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from configs.base import Section
+
+
+ANY_LANGUAGE = "any"
+
+
+class RunConfig(Section):
+    dir: str
+    workers: int = Field(default=2, ge=1)
+    # Text per shard after extraction. Shards are the unit of work and of output: their cut, and so every published
+    # file, depends on this number and never on the number of workers.
+    shard_bytes: int = Field(default=2_000_000, ge=1)
+
+
+class SourceConfig(Section):
+    """One named part of the mixture: its files, their format, and the rule set of each language it may hold."""
+
+    files: tuple[str, ...] = Field(min_length=1)  # paths or glob patterns, relative to the working directory
+    format: Literal["jsonl", "warc"]
+    rules: dict[str, str] = Field(min_length=1)  # language code of lid.176, or "any", to a name under [rules]
+    text_key: str = "text"  # jsonl only
+    id_key: str = "id"  # jsonl only; a record without it is named after its file and line
+
+
+class ExtractConfig(Section):
+    # Above this share of broken records (bad JSON, no text, cut gzip members...) in a source the run stops.
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    repair: bool = True  # ftfy: mojibake, stray control characters, line ends
+    favour: Literal["recall", "precision"] = "recall"  # precision asks trafilatura first, recall resiliparse
+
+
+class LanguageConfig(Section):
+    max_chars: int = Field(default=20_000, ge=100)  # only this much of a document is shown to the model
+
+
+class Bound(Section):
+    """What a score may be, ends included."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "Bound":
+        if self.min is None and self.max is None:
+            raise ValueError("a rule needs min, max or both; leave the rule out to switch it off")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min = {self.min} is above max = {self.max}; swap them")
+        return self
+
+
+class RuleSet(Section):
+    """Thresholds by score name; a score without a bound is kept beside the text and decides nothing."""
+
+    splitter: Literal["spaces", "cjk"] = "spaces"
+    stop_words: tuple[str, ...] = ()
+
+    language_score: Bound | None = None
+    word_count: Bound | None = None
+    mean_word_length: Bound | None = None
+    hash_ratio: Bound | None = None
+    ellipsis_ratio: Bound | None = None
+    bullet_line_ratio: Bound | None = None
+    ellipsis_line_ratio: Bound | None = None
+    alpha_word_ratio: Bound | None = None
+    stop_word_count: Bound | None = None
+    dup_line_ratio: Bound | None = None
+    dup_line_char_ratio: Bound | None = None
+    dup_para_ratio: Bound | None = None
+    dup_para_char_ratio: Bound | None = None
+    top_2_gram: Bound | None = None
+    top_3_gram: Bound | None = None
+    top_4_gram: Bound | None = None
+    dup_5_gram: Bound | None = None
+    dup_6_gram: Bound | None = None
+    dup_7_gram: Bound | None = None
+    dup_8_gram: Bound | None = None
+    dup_9_gram: Bound | None = None
+    dup_10_gram: Bound | None = None
+    line_punct_ratio: Bound | None = None
+    short_line_ratio: Bound | None = None
+    newline_ratio: Bound | None = None
+    mean_line_length: Bound | None = None
+    max_line_length: Bound | None = None
+    alnum_ratio: Bound | None = None
+
+    def bounds(self) -> dict[str, Bound]:
+        """The rules that are on, in the order in which they are tried."""
+        return {
+            name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Bound)
+        }
+
+
+class DedupConfig(Section):
+    """MinHash after FineWeb: `bands` x `rows` 64-bit hashes over n-grams of words (2n characters in CJK text)."""
+
+    exact: bool = True
+    minhash: bool = True
+    bands: int = Field(default=14, ge=1)
+    rows: int = Field(default=8, ge=1)
+    ngram: int = Field(default=5, ge=1)
+    seed: int = Field(default=1, ge=0)
+
+
+class HeldoutConfig(Section):
+    """A document is held out when the hash of (seed, its id) falls under `share`; at least one per source is."""
+
+    share: float = Field(default=0.02, gt=0, lt=0.5)
+    seed: int = Field(default=0, ge=0)
+
+
+class TokenizerConfig(Section):
+    """sentencepiece BPE with byte fallback. `train_bytes`: how much text it is trained on, all sources together."""
+
+    vocab_size: int = Field(default=8192, ge=300)
+    train_bytes: int = Field(default=8_000_000, ge=1)
+    character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    max_piece_length: int = Field(default=16, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class MixtureConfig(Section):
+    """Which share of `samples` rows of `seq_length` tokens each source gets, and how documents fill a row.
+
+    `weights` are shares (they need not sum to one); without them, shares are tokens ** (1 / temperature).
+    A source repeats up to `max_epochs` times; a mixture that needs more is an error that says so.
+    """
+
+    seq_length: int = Field(default=256, ge=8)
+    samples: int = Field(default=8192, ge=1)
+    seed: int = Field(default=0, ge=0)
+    weights: dict[str, float] | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    packing: Literal["concat", "best_fit"] = "best_fit"
+    max_epochs: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "MixtureConfig":
+        if (self.weights is None) == (self.temperature is None):
+            raise ValueError(
+                "mixture takes exactly one of weights and temperature; set one and leave out the other"
+            )
+        for source, weight in (self.weights or {}).items():
+            if not weight > 0:
+                raise ValueError(
+                    f"mixture.weights.{source} = {weight} is not above 0; leave the source out instead"
+                )
+        return self
+
+
+class DataConfig(Section):
+    run: RunConfig
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    rules: dict[str, RuleSet] = Field(min_length=1)
+    extract: ExtractConfig = ExtractConfig()
+    language: LanguageConfig = LanguageConfig()
+    dedup: DedupConfig = DedupConfig()
+    heldout: HeldoutConfig = HeldoutConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    mixture: MixtureConfig
+
+    @model_validator(mode="after")
+    def _names_meet(self) -> "DataConfig":
+        for name, source in self.sources.items():
+            if not name.isidentifier():
+                raise ValueError(f"source name {name!r} becomes a folder: use letters, digits and _ only")
+            for language, rules in source.rules.items():
+                if rules not in self.rules:
+                    raise ValueError(
+                        f"sources.{name}.rules.{language} = {rules!r} is no rule set; "
+                        f"known under [rules]: {', '.join(sorted(self.rules))}"
+                    )
+        for name in self.mixture.weights or {}:
+            if name not in self.sources:
+                raise ValueError(
+                    f"mixture.weights.{name}: there is no such source; known under [sources]: "
+                    f"{', '.join(sorted(self.sources))}"
+                )
+        return self
