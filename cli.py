@@ -1,0 +1,91 @@
+"""The `trivium` command: a table of subcommands, each run by the `main(argv)` of one module.
+
+Thin on purpose: nothing is imported until a subcommand is called, so that `trivium --help` answers at once and a
+login node without a GPU can ask for it. Leaves out every option: those belong to the modules.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# command -> (module, what it does, in one line)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("launch.demo", "raw text to verified Hugging Face models, every stage of it"),
+    "data run": ("data_pipeline.run", "documents -> filtered, deduplicated, tokenized, planned"),
+    "data report": ("data_pipeline.report", "what was dropped at which stage, and why"),
+    "train": ("pretrain.train", "pretrain a dense or MoE decoder on a plan"),
+    "sft": ("posttrain.sft", "supervised fine-tuning, loss on answers only"),
+    "grpo": ("posttrain.grpo", "reinforcement learning from verifiable rewards"),
+    "export": ("export.huggingface", "a checkpoint as a Hugging Face directory, reloaded and compared"),
+    "import": ("export.importer", "a Hugging Face directory as a checkpoint"),
+    "generate": ("export.generate", "continue a prompt with a checkpoint"),
+    "chat": ("export.chat", "talk to a fine-tuned checkpoint"),
+    "launch": ("launch.local", "run any of these as several ranks on this machine"),
+    "report": ("pretrain.report", "draw a training run's report.html again"),
+}
+NOT_BUILT = ("data explain", "data sample", "tokenizer", "plan", "prove", "rm", "dpo", "ppo", "eval", "doctor")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand. Returns 0 done, 1 failed, 2 bad arguments or config; exits where the module does."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"trivium {version('trivium')}")
+        return 0
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if len(argv) >= words and name in COMMANDS:
+            return _call(COMMANDS[name][0], argv[words:])
+    for words in (2, 1):
+        if " ".join(argv[:words]) in NOT_BUILT:
+            return _refuse(f"`trivium {' '.join(argv[:words])}` is not built yet; `trivium --help` lists what is")
+    group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+    if group:
+        if argv[1:2] in (["-h"], ["--help"]):
+            print(usage(group))
+            return 0
+        return _refuse(f"`trivium {argv[0]}` needs one of: {', '.join(name.split()[1] for name in group)}")
+    return _refuse(f"there is no command {argv[0]!r}; `trivium --help` lists them{_nearest(argv[0])}")
+
+
+def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    """The help text: one line a command."""
+    lines = [f"  trivium {name:<14}{COMMANDS[name][1]}" for name in names]
+    return "\n".join(
+        [
+            "usage: trivium COMMAND CONFIG [key=value ...]",
+            "",
+            *lines,
+            "",
+            "`trivium COMMAND --help` has an example. Exit status: 0 done, 1 failed, 2 bad arguments or config.",
+            "example: trivium launch --nproc-per-node 2 pretrain.train configs/pretrain/demo.toml train.steps=50",
+        ]
+    )
+
+
+def _call(module: str, argv: Sequence[str]) -> int:
+    from configs.loader import entrypoint
+
+    entrypoint(importlib.import_module(module).main, argv)
+    return 0
+
+
+def _refuse(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _nearest(word: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(word, {name.split()[0] for name in COMMANDS}, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Starting the other packages as processes: the demo, ranks on one machine, the cluster's facts. Imports no torch."""

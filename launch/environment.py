@@ -1,0 +1,168 @@
+"""Who am I among the ranks: the one file that reads a launcher's environment variables.
+
+torchrun, Slurm's srun and MPI's mpirun each tell a process its rank in their own words;
+`ClusterEnvironment.read` puts them into one frozen dataclass, so that nothing else looks at `os.environ` for
+them. Leaves out starting anything (launch/local.py does) and process groups (pretrain does); imports no torch,
+so a login node can ask.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+DEFAULT_PORT = 29500
+# Slurm numbers real steps from 0 and keeps the top of 32 bits for batch scripts and interactive shells.
+_FIRST_RESERVED_STEP = 0xFFFFFFF0
+
+
+@dataclass(frozen=True)
+class ClusterEnvironment:
+    """One process's place among the ranks, as its launcher told it.
+
+    `launcher` is torchrun, openmpi, mpich, slurm, or single when none started this process (a world of one).
+    `local_rank` counts within the node: it is the GPU to take. `master_address` and `master_port` are where
+    rank 0 listens for the rendezvous.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    master_address: str
+    master_port: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes shared files."""
+        return self.rank == 0
+
+    @property
+    def init_method(self) -> str:
+        """The rendezvous in the form of torch.distributed's `init_method`."""
+        return f"tcp://{self.master_address}:{self.master_port}"
+
+    def as_variables(self) -> dict[str, str]:
+        """The variables that torchrun would set, for a process to be started at this place."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "GROUP_RANK": str(self.node_rank),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+    def as_dict(self) -> dict[str, str | int]:
+        """For env.json: the launcher's facts alone, never the environment wholesale."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, env: Mapping[str, str] | None = None) -> "ClusterEnvironment":
+        """Reads `env` (default: this process's own). Errors: ValueError naming the variable to mend."""
+        env = os.environ if env is None else env
+        # The order is that of trust: torchrun may run under srun or mpirun, and mpirun starts its daemons by
+        # srun, whose variables the ranks then inherit; the innermost launcher's are the ones that hold.
+        if "RANK" in env:
+            launcher, names = "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        elif "OMPI_COMM_WORLD_RANK" in env:
+            prefix = "OMPI_COMM_WORLD_"
+            launcher, names = "openmpi", (f"{prefix}RANK", f"{prefix}SIZE", f"{prefix}LOCAL_RANK", f"{prefix}LOCAL_SIZE")
+        elif "PMI_RANK" in env and "MPI_LOCALRANKID" in env:
+            launcher, names = "mpich", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+        elif _in_slurm_step(env):
+            return cls._slurm(env)
+        else:
+            return cls("single", 0, 1, 0, 1, 0, env.get("MASTER_ADDR", "127.0.0.1"), _port(env))
+        rank, world_size = _rank_of(env, names[0], names[1])
+        local_rank = _integer(env, names[2], default=rank)
+        local_world_size = _integer(env, names[3], default=world_size, least=1)
+        node_rank = _integer(env, "GROUP_RANK", default=rank // local_world_size)
+        address = _master_address(env, launcher, local_world_size == world_size)
+        return cls(
+            launcher, rank, world_size, local_rank, local_world_size, node_rank, address, _port(env)
+        )
+
+    @classmethod
+    def _slurm(cls, env: Mapping[str, str]) -> "ClusterEnvironment":
+        rank, world_size = _rank_of(env, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        local_rank = _integer(env, "SLURM_LOCALID")
+        node_rank = _integer(env, "SLURM_NODEID")
+        per_node = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
+        if node_rank >= len(per_node):
+            raise ValueError(
+                f"SLURM_NODEID={node_rank} is beyond SLURM_STEP_TASKS_PER_NODE's {len(per_node)} nodes; "
+                "both are srun's: unset what was set by hand and start again"
+            )
+        nodes = env.get("SLURM_STEP_NODELIST", "")
+        address = env.get("MASTER_ADDR") or (first_host(nodes) if nodes and len(per_node) > 1 else None)
+        address = address or _master_address(env, "slurm", len(per_node) == 1)
+        port = _port(env, default=20000 + _integer(env, "SLURM_JOB_ID") % 10000)
+        return cls("slurm", rank, world_size, local_rank, per_node[node_rank], node_rank, address, port)
+
+
+def expand_counts(text: str) -> list[int]:
+    """Slurm's tasks per node, one number a node: `4(x2),3` -> [4, 4, 3]. Errors: ValueError."""
+    counts: list[int] = []
+    for entry in text.split(","):
+        tasks, _, repeat = entry.strip().partition("(x")
+        times = repeat.removesuffix(")") or "1"
+        if not tasks.isdecimal() or not times.isdecimal():
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not like 4(x2),3; srun sets it: unset it")
+        counts += [int(tasks)] * int(times)
+    return counts
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a Slurm node list: `gpu[003-007,9],login1` -> `gpu003`; the same on every rank."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    inside, _, tail = rest.partition("]")
+    return head + inside.split(",")[0].split("-")[0] + tail.split(",")[0]
+
+
+def _in_slurm_step(env: Mapping[str, str]) -> bool:
+    """True for a task that srun started. Shells of sbatch and salloc carry SLURM_ variables and are no ranks."""
+    step = env.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in env and step.isdecimal() and int(step) < _FIRST_RESERVED_STEP
+
+
+def _rank_of(env: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
+    rank, world_size = _integer(env, rank_name), _integer(env, size_name, least=1)
+    if rank >= world_size:
+        raise ValueError(
+            f"{rank_name}={rank} is not below {size_name}={world_size}; ranks count from 0 and the launcher sets "
+            "both: unset the one that was set by hand"
+        )
+    return rank, world_size
+
+
+def _master_address(env: Mapping[str, str], launcher: str, one_node: bool) -> str:
+    if env.get("MASTER_ADDR"):
+        return env["MASTER_ADDR"]
+    if one_node:
+        return "127.0.0.1"
+    raise ValueError(
+        f"MASTER_ADDR is not set and {launcher} started ranks on several nodes; export MASTER_ADDR=HOST, the host "
+        "of rank 0, before starting"
+    )
+
+
+def _port(env: Mapping[str, str], default: int = DEFAULT_PORT) -> int:
+    return _integer(env, "MASTER_PORT", default=default, least=1)
+
+
+def _integer(env: Mapping[str, str], name: str, default: int | None = None, least: int = 0) -> int:
+    if name not in env and default is not None:
+        return default
+    value = env.get(name)
+    if value is None or not value.isdecimal() or int(value) < least:
+        found = "is not set" if value is None else f"is {value!r}"
+        raise ValueError(
+            f"environment variable {name} {found}; expected a whole number from {least}. The launcher sets it: "
+            "start by torchrun, srun or mpirun, and set none of its variables by hand"
+        )
+    return int(value)

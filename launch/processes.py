@@ -1,0 +1,126 @@
+"""Processes that live and die together: start, forward signals, wait, leave none behind.
+
+Used for the ranks of one machine (launch/local.py) and the stages of the demo (launch/demo.py). Leaves out where
+output goes: callers pass file descriptors.
+
+The rules: a first Ctrl-C (or SIGTERM, or a closed terminal) is passed on once, so that every process can finish
+what it must; a second one kills. When one process fails, the others get a moment to say why and are then ended.
+If this process is itself killed, so are they (Linux): a rerun never meets a survivor writing to its run directory.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import IO, Any
+
+GRACE_SECONDS = 60.0  # from a passed-on signal to SIGKILL: a checkpoint may be on its way to disk
+SETTLE_SECONDS = 5.0  # from the first failure to SIGTERM for the rest: they may be about to fail with a reason
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class ProcessGroup:
+    """A context in which processes are started and waited for together.
+
+    with ProcessGroup() as group:
+        group.start(["python", "-m", "..."])
+        status = group.wait()
+    """
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.failed: int | None = None  # index of the process that failed first
+        self._signals: list[int] = []
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "ProcessGroup":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def start(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        output: IO[bytes] | int | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Starts one process; `output` takes stdout and stderr (default: ours).
+
+        Each has a session of its own, so that a Ctrl-C at the terminal reaches it once, by way of us.
+        """
+        process = subprocess.Popen(
+            list(argv),
+            env=None if env is None else dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        self.processes.append(process)
+        return process
+
+    def wait(self) -> int:
+        """Blocks until all have ended. 0; the first failure's exit status; or 128 + the signal passed on."""
+        passed_on = 0
+        deadline: float | None = None
+        ending = False
+        while any(process.poll() is None for process in self.processes):
+            if len(self._signals) > passed_on:
+                passed_on += 1
+                self._send(self._signals[-1] if passed_on == 1 else signal.SIGKILL)
+                ending, deadline = True, time.monotonic() + GRACE_SECONDS
+            if self.failed is None and not self._signals:
+                self.failed = self._first_failure()
+                if self.failed is not None:
+                    deadline = time.monotonic() + SETTLE_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                self._send(signal.SIGKILL if ending else signal.SIGTERM)
+                ending, deadline = True, time.monotonic() + GRACE_SECONDS
+            time.sleep(0.05)
+        if self._signals:
+            return 128 + self._signals[0]
+        if self.failed is None:
+            self.failed = self._first_failure()
+        return 0 if self.failed is None else exit_status(self.processes[self.failed].returncode)
+
+    def _first_failure(self) -> int | None:
+        codes = [process.poll() for process in self.processes]
+        return next((index for index, code in enumerate(codes) if code), None)
+
+    def _send(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+
+def exit_status(returncode: int) -> int:
+    """A Popen return code as a shell's: death by signal n is 128 + n."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def cores() -> int:
+    """The cores this process may use: its affinity where the system has one, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _die_with_parent() -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
