@@ -1,0 +1,1 @@
+"""Pretraining: the model, the parallel engine, the one train loop, checkpoints."""

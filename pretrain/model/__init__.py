@@ -1,0 +1,40 @@
+"""The decoder and its parts. Files here know shapes and layers, never ranks."""
+
+import torch
+
+from configs.train import ModelConfig
+from pretrain.model.decoder import Decoder, StageSpec
+from pretrain.model.init import init_weights
+from pretrain.model.linear import layer_config
+
+__all__ = ["Decoder", "StageSpec", "build_single", "init_weights", "layer_config"]
+
+
+def build_single(
+    config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """The whole model on one CPU rank, in eval mode, no process group needed.
+
+    `weights`: global name to tensor. Errors: ValueError naming missing, unknown and misshapen names.
+    """
+    model = Decoder(config, layers=layer_config(dtype, torch.device("cpu")))
+    load_weights(model, weights)
+    return model.eval()
+
+
+def load_weights(model: Decoder, weights: dict[str, torch.Tensor]) -> None:
+    """Copies whole tensors into a model that is not split. Errors as `build_single`."""
+    parameters = dict(model.named_global_parameters())
+    missing, unknown = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the weights are of another model: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}; "
+            "build it from the config that was saved with them"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != weights[name].shape:
+                raise ValueError(
+                    f"{name} is {tuple(weights[name].shape)} in the weights, {tuple(parameter.shape)} in the model"
+                )
+            parameter.copy_(weights[name])

@@ -1,0 +1,148 @@
+"""The decoder: embedding, pre-norm blocks of attention and MLP (or MoE), final norm, output head (LLaMA, Mixtral).
+
+A `Decoder` holds the layers of one pipeline stage and knows them by their global index, so parameter names are the
+same with and without pipeline. It is told what it holds (`StageSpec`) and over which group its layers are split; it
+knows no ranks. Shape letters: see `attention.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from configs.train import ModelConfig
+from pretrain.model.attention import Attention, AttentionInputs, KVCache
+from pretrain.model.linear import ColumnLinear, Embedding, layer_config
+from pretrain.model.mlp import MLP
+from pretrain.model.moe import MoE
+from pretrain.model.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What one pipeline stage holds: a range of layers, the embedding if first, norm and head if last."""
+
+    layers: range
+    is_first: bool = True
+    is_last: bool = True
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> "StageSpec":
+        return cls(range(config.num_layers))
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        layer_config: ModelParallelConfig,
+        tp_group: ProcessGroup | None,
+        device: torch.device,
+    ):
+        super().__init__()
+        dtype = layer_config.params_dtype
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        self.attention = Attention(config, layer, layer_config, tp_group)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        if config.moe:
+            self.moe = MoE(config, layer_config, tp_group, device)
+        else:
+            self.mlp = MLP(config, layer_config, tp_group)
+        self.is_moe = config.moe is not None
+
+    def forward(
+        self,
+        x_SBH: torch.Tensor,
+        inputs: AttentionInputs,
+        valid_SB: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        x_SBH = x_SBH + self.attention(self.attention_norm(x_SBH), inputs, cache)
+        normed = self.mlp_norm(x_SBH)
+        return x_SBH + (self.moe(normed, valid_SB) if self.is_moe else self.mlp(normed))
+
+
+class Decoder(nn.Module):
+    """One stage of the model. `forward` takes [B, S] tokens, and gives logits [B, S, V/tp] on the last stage.
+
+    Between stages, hidden states [S, B, H] come in through `set_input_tensor`, as megatron-core's schedules want.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        stage: StageSpec | None = None,
+        layers: ModelParallelConfig | None = None,
+        tp_group: ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__()
+        device = torch.device(device)
+        layers = layers or layer_config(torch.float32, device)
+        self.model_config, self.stage, self.tp_group = config, stage or StageSpec.whole(config), tp_group
+        if self.stage.is_first:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size, layers, tp_group)
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, i, layers, tp_group, device) for i in self.stage.layers}  # global index
+        )
+        if self.stage.is_last:
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, layers.params_dtype, device)
+            if not self.tied_here:
+                # With tied embeddings over several stages this is the last stage's copy of `embedding.weight`.
+                self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, layers, tp_group)
+        self.input_tensor: torch.Tensor | None = None
+
+    @property
+    def tied_here(self) -> bool:
+        """Whether the output head is this very stage's embedding."""
+        return self.model_config.tie_embeddings and self.stage.is_first and self.stage.is_last
+
+    def global_name(self, name: str) -> str:
+        """A parameter's name in checkpoints and init: the tied head's copy is the embedding's."""
+        return "embedding.weight" if name == "lm_head.weight" and self.model_config.tie_embeddings else name
+
+    def named_global_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(self.global_name(name), parameter) for name, parameter in self.named_parameters()]
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Called by the pipeline schedules with the previous stage's output."""
+        self.input_tensor = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        positions_BS: torch.Tensor,
+        segments_BS: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Segments number a row's documents; attention stays within one. -1 marks padding. None: one document a row."""
+        inputs = AttentionInputs.of(self.model_config, positions_BS, segments_BS, cache)
+        valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
+        if self.stage.is_first:
+            x_SBH = self.embedding(tokens_BS.t())
+        else:
+            assert self.input_tensor is not None, "a later pipeline stage got no input"
+            x_SBH = self.input_tensor
+        for block in self.layers.values():
+            x_SBH = block(x_SBH, inputs, valid_SB, cache)
+        if cache is not None:
+            cache.length += tokens_BS.shape[1]
+        return self._logits(self.final_norm(x_SBH)).transpose(0, 1) if self.stage.is_last else x_SBH
+
+    def _logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        if not self.tied_here:
+            return self.lm_head(x_SBH)
+        if self.embedding.weight.shape[0] != self.model_config.vocab_size:  # split: gradients of x are partial
+            x_SBH = copy_to_tensor_model_parallel_region(x_SBH, group=self.tp_group)
+        return F.linear(x_SBH, self.embedding.weight)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """A cache for generation on one rank that holds the whole model."""
+        weight = self.embedding.weight
+        return KVCache(self.model_config, batch, max_length, weight.dtype, weight.device)

@@ -1,0 +1,21 @@
+"""SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from configs.train import ModelConfig
+from pretrain.model.linear import ColumnLinear, RowLinear
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, layer_config: ModelParallelConfig, tp_group: ProcessGroup | None):
+        super().__init__()
+        self.gate_proj = ColumnLinear(config.hidden_size, config.ffn_hidden_size, layer_config, tp_group)
+        self.up_proj = ColumnLinear(config.hidden_size, config.ffn_hidden_size, layer_config, tp_group)
+        self.down_proj = RowLinear(config.ffn_hidden_size, config.hidden_size, layer_config, tp_group)
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_SBH)) * self.up_proj(x_SBH))
