@@ -1,8 +1,8 @@
 """What a data run is: sources, rule sets, deduplication, the held-out split, the tokenizer and the mixture.
 
 One TOML file names everything between raw files and a mixture plan. Rules are thresholds on named scores
-(`RuleSet`); a document that breaks one is dropped with `<score>_min` or `<score>_max` as its reason. What each score
-is lives with the code that computes it, in `data_pipeline.scoring`.
+(`RuleSet`); a document that breaks one is dropped with `<score>_min` or `<score>_max` as its reason. What each
+score is lives with the code that computes it, in `data_pipeline.scoring`.
 """
 
 from typing import Literal
@@ -11,20 +11,19 @@ from pydantic import Field, model_validator
 
 from configs.base import Section
 
-
 ANY_LANGUAGE = "any"
 
 
 class RunConfig(Section):
     dir: str
     workers: int = Field(default=2, ge=1)
-    # Text per shard after extraction. Shards are the unit of work and of output: their cut, and so every published
-    # file, depends on this number and never on the number of workers.
+    # Text per shard after extraction. Shards are the unit of work and of output: their cut, and so every
+    # published file, depends on this number and never on the number of workers.
     shard_bytes: int = Field(default=2_000_000, ge=1)
 
 
 class SourceConfig(Section):
-    """One named part of the mixture: its files, their format, and the rule set of each language it may hold."""
+    """One named part of the mixture: its files, their format, and a rule set for each language it may hold."""
 
     files: tuple[str, ...] = Field(min_length=1)  # paths or glob patterns, relative to the working directory
     format: Literal["jsonl", "warc"]
@@ -102,7 +101,7 @@ class RuleSet(Section):
 
 
 class DedupConfig(Section):
-    """MinHash after FineWeb: `bands` x `rows` 64-bit hashes over n-grams of words (2n characters in CJK text)."""
+    """MinHash after FineWeb: `bands` x `rows` 64-bit hashes over word n-grams (2n characters in CJK text)."""
 
     exact: bool = True
     minhash: bool = True
@@ -113,14 +112,14 @@ class DedupConfig(Section):
 
 
 class HeldoutConfig(Section):
-    """A document is held out when the hash of (seed, its id) falls under `share`; at least one per source is."""
+    """A document is held out when the hash of (seed, its id) falls under `share`; a source gives one at least."""
 
     share: float = Field(default=0.02, gt=0, lt=0.5)
     seed: int = Field(default=0, ge=0)
 
 
 class TokenizerConfig(Section):
-    """sentencepiece BPE with byte fallback. `train_bytes`: how much text it is trained on, all sources together."""
+    """sentencepiece BPE with byte fallback, trained on at most `train_bytes` of text, all sources together."""
 
     vocab_size: int = Field(default=8192, ge=300)
     train_bytes: int = Field(default=8_000_000, ge=1)
