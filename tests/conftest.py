@@ -1,0 +1,24 @@
+"""Fixtures for all tests: the pool of gloo ranks, and no model hub."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.parallel.harness import RankPool, Ranks
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Processes are started when a test first asks for that many, and live to the end of the session."""
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(rank_pool: RankPool) -> Callable[[int], Ranks]:
+    """`ranks(n).run("module:function", **json)`: see tests/parallel/harness.py."""
+    return rank_pool.ranks

@@ -1,0 +1,91 @@
+"""One rank of the test pool: takes calls from harness.py, runs them in a fresh world, answers in JSON.
+
+Between calls everything global is put back: process groups (torch's, megatron-core's, deepspeed's), the random
+state, the default dtype, and the launcher's variables. Leaves out starting and ending processes.
+"""
+
+import contextlib
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch.environment import ClusterEnvironment
+
+
+def main() -> None:
+    """Serves calls until the pool closes its end."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(1)
+    connection = Connection(int(sys.argv[1]))
+    while True:
+        try:
+            message = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            reply = {"result": run(message)}
+            data = json.dumps(reply, default=str).encode()
+        except BaseException:
+            data = json.dumps({"error": traceback.format_exc()}).encode()
+        # Leaving the groups before answering closes this rank's sockets: ranks that wait for it fail at once
+        # instead of hanging. The pool takes the first answer for the cause, so an error is sent first.
+        if data.startswith(b'{"error"'):
+            connection.send_bytes(data)
+            leave_world()
+        else:
+            leave_world()
+            connection.send_bytes(data)
+
+
+def run(message: dict[str, Any]) -> Any:
+    """Enters the world of `message` and calls its function."""
+    place = ClusterEnvironment(
+        launcher="torchrun",
+        rank=message["rank"],
+        world_size=message["world_size"],
+        local_rank=message["rank"],
+        local_world_size=message["world_size"],
+        node_rank=0,
+        master_address="127.0.0.1",
+        master_port=message["port"],
+    )
+    os.environ.update(place.as_variables())
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    if message["process_group"]:
+        dist.init_process_group(
+            "gloo",
+            init_method=place.init_method,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(minutes=10),  # longer than any test's: the pool's timeout shows stacks, gloo's none
+        )
+    module, _, name = message["function"].partition(":")
+    return getattr(importlib.import_module(module), name)(**message["kwargs"])
+
+
+def leave_world() -> None:
+    """Destroys every process group and what the libraries remember of it."""
+    if parallel_state := sys.modules.get("megatron.core.parallel_state"):
+        parallel_state.destroy_model_parallel()
+    if comm := sys.modules.get("deepspeed.comm.comm"):
+        comm.cdb = None
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        importlib.reload(groups)  # it keeps two dozen groups in module globals; this puts all of them back
+    if dist.is_initialized():
+        with contextlib.suppress(Exception):  # a peer that failed may have left already
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The pool of ranks itself: worlds of several sizes on the same processes; failures, hangs and deaths are told."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.parallel.harness import RankError, RankPool, Ranks
+
+World = Callable[[int], Ranks]
+WORKERS = "tests.parallel.harness_workers"
+
+
+def test_worlds_of_several_sizes_reuse_the_same_processes(ranks: World) -> None:
+    values = [1.0, 20.0, 300.0, 4000.0]
+    two = ranks(2).run(f"{WORKERS}:total", values=values)
+    four = ranks(4).run(f"{WORKERS}:total", values=values)
+    one = ranks(1).run(f"{WORKERS}:total", values=values)
+    assert [r["total"] for r in two] == [21.0] * 2
+    assert [r["total"] for r in four] == [4321.0] * 4
+    assert [r["total"] for r in one] == [1.0]
+    assert [r["world_size"] for r in four] == [4] * 4
+    assert [r["pid"] for r in two] == [r["pid"] for r in four[:2]]
+    assert len({r["pid"] for r in four}) == 4
+
+
+def test_an_exception_in_one_rank_reaches_the_test_and_spoils_nothing(ranks: World) -> None:
+    before = ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2 failed first.*ValueError: planted in rank 1"):
+        ranks(2).run(f"{WORKERS}:fail_in", rank=1)
+    assert time.monotonic() - start < 10, "rank 0 should fail at once when rank 1 leaves, not run into a timeout"
+    after = ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])
+    assert [r["pid"] for r in after] == [r["pid"] for r in before]
+    assert after[0]["total"] == 3.0
+
+
+def test_a_hang_is_ended_and_named_with_its_stack(rank_pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"(?s)no answer from rank\(s\) 1 of 2 in 3 s.*hang_in"):
+        rank_pool.ranks(2).run(f"{WORKERS}:hang_in", rank=1, timeout=3)
+    assert rank_pool.ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])[1]["total"] == 3.0
+
+
+def test_a_death_is_named_with_the_end_of_its_log(ranks: World) -> None:
+    with pytest.raises(RankError, match=r"(?s)rank 0 of 2.*status 7.*last words"):
+        ranks(2).run(f"{WORKERS}:die_in", rank=0)
+    assert ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])[0]["total"] == 3.0
+
+
+def test_groups_and_random_state_do_not_leak_from_call_to_call(ranks: World) -> None:
+    assert ranks(2).run(f"{WORKERS}:megatron_sizes", tp=2) == [[2, 1]] * 2
+    assert ranks(2).run(f"{WORKERS}:megatron_sizes", tp=1) == [[1, 2]] * 2
+    assert ranks(2).run(f"{WORKERS}:groups_left", process_group=False) == [False] * 2
+    assert ranks(2).run(f"{WORKERS}:bring_up_own_group", process_group=False) == [2, 2]
+    assert ranks(1).run(f"{WORKERS}:draw") == ranks(1).run(f"{WORKERS}:draw")
