@@ -1,4 +1,4 @@
-"""The `trivium` command: a table of subcommands, each run by the `main(argv)` of one module.
+"""The `trivium` command: a table of subcommands, each run by one function of one module.
 
 Thin on purpose: nothing is imported until a subcommand is called, so that `trivium --help` answers at once and a
 login node without a GPU can ask for it. Leaves out every option: those belong to the modules.
@@ -7,21 +7,22 @@ login node without a GPU can ask for it. Leaves out every option: those belong t
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-# command -> (module, what it does, in one line)
+# command -> (module:function, what it does, in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("launch.demo", "raw text to verified Hugging Face models, every stage of it"),
-    "data run": ("data_pipeline.run", "documents -> filtered, deduplicated, tokenized, planned"),
-    "data report": ("data_pipeline.report", "what was dropped at which stage, and why"),
-    "train": ("pretrain.train", "pretrain a dense or MoE decoder on a plan"),
-    "sft": ("posttrain.sft", "supervised fine-tuning, loss on answers only"),
-    "grpo": ("posttrain.grpo", "reinforcement learning from verifiable rewards"),
-    "export": ("export.huggingface", "a checkpoint as a Hugging Face directory, reloaded and compared"),
-    "import": ("export.importer", "a Hugging Face directory as a checkpoint"),
-    "generate": ("export.generate", "continue a prompt with a checkpoint"),
-    "chat": ("export.chat", "talk to a fine-tuned checkpoint"),
-    "launch": ("launch.local", "run any of these as several ranks on this machine"),
-    "report": ("pretrain.report", "draw a training run's report.html again"),
+    "demo": ("launch.demo:main", "raw text to verified Hugging Face models, every stage of it"),
+    "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
+    "data report": ("data_pipeline.report:main", "what was dropped at which stage, and why"),
+    "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a plan"),
+    "sft": ("posttrain.sft:main", "supervised fine-tuning, loss on answers only"),
+    "grpo": ("posttrain.grpo:main", "reinforcement learning from verifiable rewards"),
+    "export": ("export.huggingface:main", "a checkpoint as a Hugging Face directory, reloaded and compared"),
+    "import": ("export.import_hf:main", "a Hugging Face directory as a checkpoint"),
+    "generate": ("export.generate:main", "continue a prompt with a checkpoint"),
+    "chat": ("export.generate:chat", "talk to a fine-tuned checkpoint"),
+    "launch": ("launch.local:main", "run any of these as several ranks on this machine"),
+    "report": ("pretrain.report:main", "draw a training run's report.html again"),
 }
 NOT_BUILT = ("data explain", "data sample", "tokenizer", "plan", "prove", "rm", "dpo", "ppo", "eval", "doctor")
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for words in (2, 1):
         name = " ".join(argv[:words])
         if len(argv) >= words and name in COMMANDS:
-            return _call(COMMANDS[name][0], argv[words:])
+            _call(COMMANDS[name][0], argv[words:])
     for words in (2, 1):
         if " ".join(argv[:words]) in NOT_BUILT:
             return _refuse(f"`trivium {' '.join(argv[:words])}` is not built yet; `trivium --help` lists what is")
@@ -68,11 +69,11 @@ def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
     )
 
 
-def _call(module: str, argv: Sequence[str]) -> int:
+def _call(target: str, argv: Sequence[str]) -> NoReturn:
     from configs.loader import entrypoint
 
-    entrypoint(importlib.import_module(module).main, argv)
-    return 0
+    module, _, function = target.partition(":")
+    entrypoint(getattr(importlib.import_module(module), function), argv)
 
 
 def _refuse(sentence: str) -> int:

@@ -1,0 +1,166 @@
+"""Who may import whom: walks the syntax trees of all packages and holds them against one table.
+
+Imports inside functions and under TYPE_CHECKING count too. Leaves out what third-party packages import; for the
+parts that must run without torch, a subprocess looks whether it got loaded all the same.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("configs", "data_pipeline", "pretrain", "posttrain", "export", "launch", "cli")
+TORCH = ("torch", "megatron", "deepspeed")
+TOKEN_STORE = ("data_pipeline.rows", "data_pipeline.packing", "data_pipeline.tokenizer")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What modules under `part` may import. The longest `part` that a module is under decides.
+
+    `ours`: modules of this repository. `only`: where not empty, all the third-party modules there may be.
+    `never`: third-party modules refused. A name stands for everything below it.
+    """
+
+    part: str
+    ours: tuple[str, ...]
+    only: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+
+
+# megatron.core.tensor_parallel is configured by ModelParallelConfig and sized by get_pg_size; ProcessGroup and
+# ReduceOp are types that layers are handed, not groups of their own.
+MEGATRON_LAYERS = (
+    "megatron.core.tensor_parallel",
+    "megatron.core.model_parallel_config",
+    "megatron.core.utils.get_pg_size",
+)
+SCHEDULES = ("deepspeed", "megatron.core.pipeline_parallel")
+RULES = (
+    Rule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
+    Rule("data_pipeline", ours=("configs", "data_pipeline"), never=TORCH),
+    Rule(
+        "pretrain.model",
+        ours=("configs", "pretrain.model"),
+        only=("torch", "numpy", *MEGATRON_LAYERS),
+        never=(
+            "torch.distributed.init_process_group",
+            "torch.distributed.new_group",
+            "torch.distributed.get_rank",
+            "torch.distributed.get_world_size",
+            "torch.distributed.device_mesh",
+        ),
+    ),
+    Rule("pretrain.parallel", ours=("configs", "pretrain.model", "pretrain.parallel", "launch.environment")),
+    Rule("pretrain.report", ours=("configs", "pretrain.report"), never=TORCH),
+    Rule("pretrain", ours=("configs", "pretrain", "launch.environment", *TOKEN_STORE), never=SCHEDULES),
+    Rule("posttrain", ours=("configs", "pretrain", "posttrain", *TOKEN_STORE), never=SCHEDULES),
+    Rule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=SCHEDULES),
+    Rule("launch", ours=("configs", "launch"), only=("rich",)),
+    Rule("cli", ours=("configs.loader",), only=("nothing",)),
+)
+
+
+def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything imported; `from a import b` gives a.b, relative names are made absolute."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
+            base = ".".join(([*parents] if node.level else []) + ([node.module] if node.module else []))
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def under(name: str, parts: tuple[str, ...]) -> bool:
+    return any(name == part or name.startswith(part + ".") for part in parts)
+
+
+def offences(source: str, module: str, is_package: bool = False) -> list[str]:
+    """One sentence for each import that the table forbids in `module`."""
+    rule = max((rule for rule in RULES if under(module, (rule.part,))), key=lambda rule: len(rule.part))
+    found = []
+    for line, name in imports(source, module, is_package):
+        top = name.split(".")[0]
+        if top in sys.stdlib_module_names:
+            continue
+        if top in PACKAGES:
+            # `from pretrain import parallel` and `import pretrain.parallel` are the same thing to us.
+            wrong = not under(name, rule.ours)
+        else:
+            wrong = (bool(rule.only) and not under(name, rule.only)) or under(name, rule.never)
+        if wrong:
+            found.append(f"{module}, line {line}: imports {name}, which {rule.part} may not")
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = [ROOT / "cli.py", *(file for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py")))]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    return [(name.removesuffix(".__init__"), file) for name, file in zip(names, files, strict=True)]
+
+
+def test_every_import_goes_in_an_allowed_direction() -> None:
+    found = modules()
+    assert {name.split(".")[0] for name, _ in found} == set(PACKAGES)
+    wrong = [
+        offence
+        for name, file in found
+        for offence in offences(file.read_text(encoding="utf-8"), name, file.name == "__init__.py")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "name"),
+    [
+        ("configs.train", "import torch", "torch"),
+        ("configs.train", "import numpy as np", "numpy"),
+        ("data_pipeline.rows", "def f():\n    from torch import nn", "torch.nn"),
+        ("data_pipeline.rows", "from pretrain.data import collate", "pretrain.data.collate"),
+        ("pretrain.model.moe", "from ..parallel import groups", "pretrain.parallel.groups"),
+        ("pretrain.model.moe", "from torch.distributed import new_group", "torch.distributed.new_group"),
+        ("pretrain.model", "from megatron.core import parallel_state", "megatron.core.parallel_state"),
+        ("pretrain.parallel.engine", "import pretrain.trainer", "pretrain.trainer"),
+        ("pretrain.trainer", "import deepspeed", "deepspeed"),
+        ("pretrain.trainer", "from data_pipeline import dedup", "data_pipeline.dedup"),
+        ("pretrain.trainer", "import posttrain", "posttrain"),
+        ("pretrain.report", "from pretrain.losses import loss", "pretrain.losses.loss"),
+        ("export.huggingface", "from posttrain.chat import TEMPLATE", "posttrain.chat.TEMPLATE"),
+        ("posttrain.sft", "if TYPE_CHECKING:\n    from export.source import Source", "export.source.Source"),
+        ("launch.demo", "import_module('pretrain.train')", "pretrain.train"),
+        ("launch.demo", "import pydantic", "pydantic"),
+        ("cli", "from launch import local", "launch.local"),
+    ],
+)
+def test_a_planted_wrong_import_is_caught(module: str, source: str, name: str) -> None:
+    found = offences(source, module, is_package=module == "pretrain.model")
+    assert len(found) == 1 and f"imports {name}," in found[0]
+
+
+def test_allowed_imports_pass() -> None:
+    assert not offences("import os, torch\nfrom configs.train import ModelConfig", "pretrain.model.moe")
+    assert not offences("from . import moe\nfrom .norm import RMSNorm", "pretrain.model", is_package=True)
+    assert not offences("from data_pipeline.rows import Plan\nfrom .losses import x", "pretrain.data")
+
+
+def test_torch_free_parts_load_no_torch() -> None:
+    free = [
+        name
+        for name, file in modules()
+        if name.split(".")[0] in ("configs", "launch", "cli", "data_pipeline") or name == "pretrain.report"
+    ]
+    script = "import importlib, sys\n" + "\n".join(
+        f"importlib.import_module({name!r}); assert 'torch' not in sys.modules, {name!r}" for name in free
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
