@@ -1,0 +1,178 @@
+"""Between ZeRO's flat partitions and pieces of global tensors: saving and restoring an engine in any layout.
+
+Under ZeRO each rank owns, of some parameters, a range of the fp32 master weight and of Adam's moments; DeepSpeed says
+which in every parameter's `_hp_mapping`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
+from pretrain.model.init import global_shape, split_dim, tp_slice
+from pretrain.parallel.engine import Engine
+
+
+def save(engine: Engine, run_dir: str | Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Writes `checkpoints/step_N`. All ranks call it; it returns when the checkpoint is whole and old ones are gone.
+
+    `state` is what the manifest records beside the tensors. Errors: OSError (a full disk) on every rank, with the
+    earlier checkpoints untouched.
+    """
+    final = storage.directory(run_dir, step)
+    temporary = final.with_name(f".{final.name}")
+    failure, part = None, None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        part = storage.write_rank(temporary, engine.place.rank, dict(_owned(engine)))
+    except OSError as error:
+        failure = str(error)
+    answers = engine.place.gather_json({"part": part, "failure": failure})
+    _raise_first(answers, final)
+    if engine.place.is_main:
+        try:
+            state = {"step": step, **state, "optimizer_steps": _optimizer_steps(engine)}
+            storage.publish(temporary, final, [answer["part"] for answer in answers], state)
+            storage.prune(run_dir, keep)
+        except OSError as error:
+            failure = str(error)
+    _raise_first(engine.place.gather_json({"failure": failure}), final)
+    return final
+
+
+def restore(engine: Engine, path: str | Path, optimizer: bool = True) -> None:
+    """Fills master weights, model weights and (with `optimizer`) moments from a checkpoint of any layout."""
+    with Reader(path) as reader:
+        _check_shapes(engine, reader)
+        kinds = storage.KINDS if optimizer else ("weight",)
+        if optimizer:
+            _make_moments(engine, reader.manifest["optimizer_steps"])
+        for name, parameter, mapping in _fragments(engine):
+            address = mapping.lp_fragment_address
+            for kind in kinds:
+                whole = reader.read(name, kind)
+                local = tp_slice(whole, parameter, engine.place.layout.tp, engine.place.tp_rank).flatten()
+                _flat(engine, mapping, kind).copy_(local[address.start : address.start + address.numel])
+    engine.zero.optimizer.update_lp_params()
+
+
+def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """The whole model's current weights in the model's precision, on every rank, by global name.
+
+    For rollouts: it needs memory for one whole copy on each rank.
+    """
+    place, layout = engine.place, engine.place.layout
+    weights: dict[str, torch.Tensor] = {}
+    local = dict(engine.module.named_global_parameters())
+    shapes = place.gather_json({name: list(p.shape) for name, p in local.items()})
+    for stage_rank in dist.get_process_group_ranks(place.pp_group):
+        for name, shape in shapes[stage_rank].items():
+            if name in weights:
+                continue
+            if stage_rank == place.rank:
+                whole = _gather_tp(local[name], engine)
+            else:
+                whole = None
+            weights[name] = _from_stage(whole, shape, stage_rank, engine, name) if layout.pp > 1 else whole
+    return weights
+
+
+def _gather_tp(parameter: nn.Parameter, engine: Engine) -> torch.Tensor:
+    dim, layout = split_dim(parameter), engine.place.layout
+    if dim is None:
+        return parameter.detach()
+    parts = [torch.empty_like(parameter) for _ in range(layout.tp)]
+    dist.all_gather(parts, parameter.detach().contiguous(), group=engine.place.tp_group)
+    return torch.cat(parts, dim)
+
+
+def _from_stage(
+    whole: torch.Tensor | None, local_shape: list[int], stage_rank: int, engine: Engine, name: str
+) -> torch.Tensor:
+    """Broadcasts one parameter from the pipeline stage that holds it."""
+    place = engine.place
+    shape = torch.zeros(4, dtype=torch.int64, device=place.device)
+    if whole is not None:
+        shape[: whole.ndim] = torch.tensor(whole.shape)
+    dist.broadcast(shape, stage_rank, group=place.pp_group)
+    if whole is None:
+        dtype = next(engine.module.parameters()).dtype
+        whole = torch.empty(shape[: len(local_shape)].tolist(), dtype=dtype, device=place.device)
+    whole = whole.contiguous()
+    dist.broadcast(whole, stage_rank, group=place.pp_group)
+    return whole
+
+
+def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.Tensor]]]]:
+    """Pieces that this rank writes: each element of each parameter is written by exactly one rank."""
+    place = engine.place
+    _make_moments(engine, _optimizer_steps(engine))
+    for name, parameter, mapping in _fragments(engine):
+        dim = split_dim(parameter)
+        if getattr(parameter, "ds_pipe_replicated", False) or (dim is None and place.tp_rank > 0):
+            continue
+        offset = [0] * parameter.ndim
+        if dim is not None:
+            offset[dim] = place.tp_rank * parameter.shape[dim]
+        address = mapping.lp_fragment_address
+        shape = global_shape(parameter, place.layout.tp)
+        piece = Piece(name, shape, tuple(offset), tuple(parameter.shape), address.start, address.numel)
+        yield name, (piece, {kind: _flat(engine, mapping, kind) for kind in storage.KINDS})
+
+
+def _fragments(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """(global name, parameter, DeepSpeed's mapping) of every parameter of which this rank owns a range."""
+    for name, parameter in engine.module.named_global_parameters():
+        if parameter._hp_mapping is not None:  # type: ignore[attr-defined]
+            yield name, parameter, parameter._hp_mapping  # type: ignore[attr-defined]
+
+
+def _flat(engine: Engine, mapping: Any, kind: str) -> torch.Tensor:
+    """This rank's range of the master weight or of a moment, a view into ZeRO's flat partition."""
+    zero = engine.zero.optimizer
+    partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    flat = partition if kind == "weight" else zero.optimizer.state[partition][kind]
+    address = mapping.hp_fragment_address
+    return flat.data.narrow(0, address.start, address.numel)
+
+
+def _optimizer_steps(engine: Engine) -> int:
+    zero = engine.zero.optimizer
+    state = zero.optimizer.state.get(zero.single_partition_of_fp32_groups[0], {})
+    return int(state["step"]) if "step" in state else 0
+
+
+def _make_moments(engine: Engine, optimizer_steps: int) -> None:
+    """Adam makes its state in its first step; a restore, or a save before it, needs the state to be there."""
+    zero = engine.zero.optimizer
+    for partition in zero.single_partition_of_fp32_groups:
+        state = zero.optimizer.state[partition]
+        if "exp_avg" not in state:
+            # On the partition's device, as the fused kernels want it.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(partition), torch.zeros_like(partition)
+        state["step"].fill_(optimizer_steps)
+
+
+def _check_shapes(engine: Engine, reader: Reader) -> None:
+    saved = reader.manifest["parameters"]
+    for name, parameter in engine.module.named_global_parameters():
+        shape = list(global_shape(parameter, engine.place.layout.tp))
+        if name not in saved:
+            raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's")
+        if saved[name]["shape"] != shape:
+            raise CheckpointError(
+                f"{name} is {saved[name]['shape']} in {reader.path} and {shape} in the model; set model.* as the "
+                "checkpoint's config has it"
+            )
+
+
+def _raise_first(answers: list[dict[str, Any]], final: Path) -> None:
+    for rank, answer in enumerate(answers):
+        if answer["failure"]:
+            raise OSError(f"rank {rank} could not save {final}: {answer['failure']}; earlier checkpoints are untouched")

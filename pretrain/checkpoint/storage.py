@@ -1,0 +1,240 @@
+"""Checkpoints on disk: a directory `checkpoints/step_N/` of safetensors files and one `manifest.json`.
+
+A parameter is known by its global name. Each rank writes the pieces it owns: a piece is the flat range [start,
+start + length) of a box (offset, shape) of the global tensor, so tensor parallel cuts boxes and ZeRO cuts ranges, and
+any reader can put the whole tensor together. The manifest names every piece, every file's size and SHA-256, and the
+run's state. All is written under a temporary name, synced, and renamed: a directory called `step_N` is whole.
+
+Left out: asynchronous saving; reading only the pieces that a rank needs (a parameter is put together whole).
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+FORMAT = "trivium-checkpoint"
+VERSION = 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weights and Adam's two moments
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, torn, damaged, or of something else. Names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The flat range [start, start + length) of the box at `offset` of `shape` in a global tensor."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+def directory(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step_{step}"
+
+
+def write_rank(
+    temporary: Path, rank: int, pieces: Mapping[str, tuple[Piece, dict[str, torch.Tensor]]]
+) -> dict[str, Any]:
+    """Writes one rank's pieces, {name: (piece, {kind: flat fp32 tensor})}. Returns its part of the manifest."""
+    file = f"rank_{rank:05d}.safetensors"
+    tensors = {
+        f"{kind}/{name}": tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, (_, kinds) in pieces.items()
+        for kind, tensor in kinds.items()
+    }
+    content = save(tensors)
+    _write_synced(temporary / file, content)
+    return {
+        "file": file,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "pieces": [asdict(piece) for piece, _ in pieces.values()],
+    }
+
+
+def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Writes the manifest of all ranks' parts and gives the directory its final name. One rank calls it."""
+    parameters: dict[str, Any] = {}
+    for part in parts:
+        for piece in part["pieces"]:
+            entry = parameters.setdefault(piece["name"], {"shape": piece["global_shape"], "pieces": []})
+            entry["pieces"].append(
+                {"file": part["file"], **{k: piece[k] for k in ("offset", "shape", "start", "length")}}
+            )
+    for name, entry in parameters.items():
+        covered = sum(piece["length"] for piece in entry["pieces"])
+        if covered != math.prod(entry["shape"]):
+            raise CheckpointError(f"{name}: the ranks hold {covered} of {math.prod(entry['shape'])} elements; not saved")
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        **state,
+        "kinds": list(KINDS),
+        "files": {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts},
+        "parameters": parameters,
+    }
+    _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+    _sync_directory(temporary)
+    if final.exists():  # a save of this very step that an earlier run completed
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    _sync_directory(final.parent)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory. Errors: CheckpointError."""
+    file = Path(path) / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist; {path} is not a whole checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); use an earlier checkpoint") from None
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file} says format {manifest.get('format')!r} version {manifest.get('version')!r}; this code reads "
+            f"{FORMAT!r} version {VERSION}"
+        )
+    return manifest
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Reads the manifest and checks every file's size and SHA-256. Errors: CheckpointError naming the file."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name, facts in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; use an earlier checkpoint")
+        if file.stat().st_size != facts["bytes"]:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, its manifest says {facts['bytes']}; use an earlier checkpoint"
+            )
+        with open(file, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
+                raise CheckpointError(f"{file} does not match its SHA-256; it is damaged, use an earlier checkpoint")
+    return manifest
+
+
+def steps(run_dir: str | Path) -> list[int]:
+    """Steps of all checkpoints of a run, ascending."""
+    found = (Path(run_dir) / "checkpoints").glob("step_*")
+    return sorted(int(p.name[5:]) for p in found if p.name[5:].isdecimal())
+
+
+def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files match their checksums, and what was wrong with the newer ones."""
+    problems = []
+    for step in reversed(steps(run_dir)):
+        try:
+            verify(directory(run_dir, step))
+            return directory(run_dir, step), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def latest(run_dir: str | Path) -> Path:
+    """The newest whole checkpoint of a run. Errors: CheckpointError if there is none."""
+    path, problems = find_newest(run_dir)
+    if path is None:
+        raise CheckpointError(
+            f"{run_dir} has no whole checkpoint{': ' + '; '.join(problems) if problems else ''}; train first"
+        )
+    return path
+
+
+class Reader:
+    """Puts whole tensors together from a checkpoint's pieces, one at a time."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = read_manifest(path)
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.__exit__(None, None, None)
+        self._files.clear()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.manifest["parameters"])
+
+    def read(self, name: str, kind: str = "weight") -> torch.Tensor:
+        """The whole fp32 tensor. Errors: CheckpointError for a name or kind that is not there."""
+        if name not in self.manifest["parameters"] or kind not in self.manifest["kinds"]:
+            raise CheckpointError(f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model")
+        entry = self.manifest["parameters"][name]
+        whole = torch.empty(entry["shape"], dtype=torch.float32)
+        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[dict[str, Any]]] = {}
+        for piece in entry["pieces"]:
+            boxes.setdefault((tuple(piece["offset"]), tuple(piece["shape"])), []).append(piece)
+        for (offset, shape), pieces in boxes.items():
+            box = torch.empty(math.prod(shape), dtype=torch.float32)
+            for piece in pieces:
+                flat = self._open(piece["file"]).get_tensor(f"{kind}/{name}")
+                box[piece["start"] : piece["start"] + piece["length"]] = flat
+            whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))] = box.view(shape)
+        return whole
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = safe_open(self.path / file, framework="pt").__enter__()
+        return self._files[file]
+
+
+def read_full(path: str | Path, kind: str = "weight") -> dict[str, torch.Tensor]:
+    """All parameters, whole, fp32, after checking every checksum. Errors: CheckpointError."""
+    verify(path)
+    with Reader(path) as reader:
+        return {name: reader.read(name, kind) for name in reader.names}
+
+
+def prune(run_dir: str | Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and what earlier saves left under temporary names."""
+    for step in steps(run_dir)[:-keep]:
+        path = directory(run_dir, step)
+        # The manifest goes first: what a kill leaves behind is then not taken for a checkpoint.
+        (path / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(path)
+    for path in leftovers(run_dir):
+        shutil.rmtree(path)
+
+
+def leftovers(run_dir: str | Path) -> Iterator[Path]:
+    """Directories of saves that never finished."""
+    return (Path(run_dir) / "checkpoints").glob(".step_*")
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""Batches: rows of a batch source, stacked into tensors, and who trains on which sample.
+
+Sample i is a pure function of the source and i. Micro-batch j of a step holds samples [first + j*m, first + (j+1)*m)
+for micro-batch size m, and data-parallel rank r takes the r-th contiguous share of the step's micro-batches: neither
+ranks nor micro-batches change what a step trains on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from data_pipeline.rows import Plan, Row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch; [B, S] each but `sources`. See `data_pipeline.rows.Row` for what the values mean.
+
+    `loss_mask` is float: RL weighs tokens with it. `advantages` and `logprobs` are RL's, else None.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    positions: torch.Tensor
+    segments: torch.Tensor
+    sources: torch.Tensor  # [B]
+    advantages: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Stacks rows of equal length."""
+
+    def stack(name: str, dtype: Any) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(dtype))
+
+    return Batch(
+        tokens=stack("tokens", np.int64),
+        labels=stack("labels", np.int64),
+        loss_mask=stack("loss_mask", np.float32),
+        positions=stack("positions", np.int64),
+        segments=stack("segments", np.int64),
+        sources=torch.tensor([row.source for row in rows]),
+        advantages=stack("advantages", np.float32) if hasattr(rows[0], "advantages") else None,
+        logprobs=stack("logprobs", np.float32) if hasattr(rows[0], "logprobs") else None,
+    )
+
+
+def micro_batches(rows: Sequence[Row], micro_batch_size: int) -> list[Batch]:
+    return [collate(rows[i : i + micro_batch_size]) for i in range(0, len(rows), micro_batch_size)]
+
+
+def share_of_rank(first: int, count: int, dp_rank: int, dp: int) -> range:
+    """The samples of [first, first + count) that data-parallel rank `dp_rank` trains on."""
+    share = count // dp
+    return range(first + dp_rank * share, first + (dp_rank + 1) * share)
+
+
+class BatchSource(Protocol):
+    """Where samples come from. Pretraining reads a plan, SFT its dialogues; RL makes them with the current model."""
+
+    fingerprint: str  # changes when any sample would
+    num_samples: int | None  # None: as many as asked for
+    seq_length: int
+    vocab_size: int
+    sources: list[str]  # what `Row.source` indexes; losses are reported for each
+
+    def rows(self, samples: range) -> Sequence[Row]: ...
+
+    def heldout(self, source: str, limit: int) -> Sequence[Row]:
+        """At most `limit` rows of held-out data, always the same."""
+        ...
+
+
+class PlanSource:
+    """Rows of a mixture plan; see `data_pipeline.rows.Plan`."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.fingerprint, self.num_samples, self.sources = plan.fingerprint, plan.num_samples, list(plan.sources)
+        self.seq_length, self.vocab_size = plan.seq_length, plan.vocab_size
+        self.token_bytes = torch.from_numpy(np.asarray(plan.token_bytes))
+
+    def rows(self, samples: range) -> list[Row]:
+        return [self.plan.row(i) for i in samples]
+
+    def heldout(self, source: str, limit: int) -> list[Row]:
+        return [self.plan.heldout_row(source, i) for i in range(min(limit, self.plan.heldout_rows(source)))]

@@ -1,0 +1,42 @@
+"""Losses as functions of each label's log-probability.
+
+A loss function gives a value per token; the engine makes of it the sum over `batch.loss_mask` of the whole global
+batch divided by the sum of that mask: never a mean of means.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from pretrain.data import Batch
+
+
+class LossFunction(Protocol):
+    """`metrics` names the [B, S] tensors it returns beside the loss; their masked means are logged."""
+
+    metrics: tuple[str, ...]
+    temperature: float  # logits are divided by it before the softmax
+
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+
+
+class NextToken:
+    """Cross entropy of the next token: pretraining, and SFT with a mask on the answers."""
+
+    metrics: tuple[str, ...] = ()
+    temperature = 1.0
+
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -logprobs_BS, {}
+
+
+def label_logprobs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """log softmax(logits)[label], [B, S] fp32. With logits split over tp, by megatron-core's vocab-parallel loss."""
+    logits, labels = logits_BSV.transpose(0, 1), labels_BS.t()  # the model's own [S, B] layout, so no copy
+    if logits.shape[-1] == vocab_size:
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+    else:
+        loss = vocab_parallel_cross_entropy(logits.contiguous().float(), labels.contiguous())
+    return -loss.t()

@@ -1,0 +1,241 @@
+"""One training step over the layout: megatron-core's pipeline schedule, our sums, DeepSpeed's ZeRO step.
+
+The order in a step, and why: (1) the number of valid tokens of the global batch, since every micro-batch's loss is
+divided by it; (2) forward and backward of all micro-batches by the schedule; (3) gradients that several stages hold
+are summed; (4) ZeRO averages over data parallel (the loss is multiplied by dp first, so the average is the sum),
+clips by the global norm and steps the fp32 master weights.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+
+from configs.train import ModelConfig, OptimizerConfig, TrainSection
+from pretrain.data import Batch
+from pretrain.losses import LossFunction, label_logprobs
+from pretrain.model import Decoder, StageSpec, init_weights, layer_config
+from pretrain.parallel.gradients import mark_copies, sum_replicated
+from pretrain.parallel.groups import DeepSpeedUnit, Place
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over a global batch: masked loss and mask weight per source, masked loss-function metrics."""
+
+    loss: torch.Tensor  # [sources]
+    weight: torch.Tensor  # [sources]
+    metrics: dict[str, float]
+    grad_norm: float | None = None
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.loss.sum() / self.weight.sum().clamp(min=1e-12))
+
+
+class Engine:
+    """The model of this rank's stage, its optimizer, and the steps they take."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        train: TrainSection,
+        optimizer: OptimizerConfig,
+        place: Place,
+        seed: int,
+        dtype: torch.dtype,
+        num_sources: int = 1,
+    ):
+        self.place, self.model_config, self.train_config = place, model_config, train
+        self.num_sources = num_sources
+        layout = place.layout
+        stage = StageSpec(
+            layout.layers_of_stage(model_config.num_layers, place.pp_rank), place.is_first_stage, place.is_last_stage
+        )
+        self.module = Decoder(
+            model_config, stage, layer_config(dtype, place.device, layout.tp), place.tp_group, place.device
+        )
+        init_weights(self.module, seed, layout.tp, place.tp_rank)
+        mark_copies(self.module)
+        if train.compile:
+            for block in self.module.layers.values():
+                block.compile()
+        # What megatron-core's schedules ask of a model.
+        self.module.config = _schedule_config(model_config, layout.tp, layout.pp, dtype)
+        self.module.model_type = ModelType.encoder_or_decoder
+        self._schedule = get_forward_backward_func()
+
+        _quiet_deepspeed()
+        self.zero, _, _, _ = deepspeed.initialize(
+            model=self.module,
+            optimizer=torch.optim.AdamW(
+                _decay_groups(self.module, optimizer.weight_decay),
+                lr=optimizer.lr,
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                fused=True,
+            ),
+            config=_deepspeed_config(train, optimizer, layout.dp, dtype),
+            mpu=DeepSpeedUnit(),
+            dist_init_required=False,
+        )
+        self.zero.pipeline_parallelism = True  # the schedule runs backward, not DeepSpeed
+
+    def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> Sums:
+        """Trains on this rank's micro-batches of one global batch.
+
+        Errors: ValueError if no token of the global batch is trained on; FloatingPointError if the gradient norm is
+        not finite, before any weight is changed.
+        """
+        self.accumulate(batches, loss_fn)
+        return self.update(lr)
+
+    def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> None:
+        """Steps 1 to 3: gradients of the global batch, up to ZeRO's average."""
+        place = self.place
+        self.module.train()
+        total = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(place.device)
+        dist.all_reduce(total, group=place.dp_group)
+        if total <= 0:
+            raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
+        num_sequences = sum(len(batch.tokens) for batch in batches) * place.layout.dp
+        for block in self.module.layers.values():
+            if block.is_moe:
+                block.moe.sequence_weight = place.layout.dp / num_sequences
+        self._sums = self._run(batches, loss_fn, place.layout.dp / float(total), forward_only=False)
+        sum_replicated(self.module)
+        self.zero.set_gradient_accumulation_boundary(True)
+        self.zero.allreduce_gradients()
+
+    def update(self, lr: float) -> Sums:
+        """Step 4: clip and step."""
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = lr
+        self.zero.step()
+        grad_norm = float(self.zero.get_global_grad_norm())
+        if self.zero.optimizer.overflow or not 0 <= grad_norm < float("inf"):
+            raise FloatingPointError("the gradient norm is not finite; no weight was changed by this step")
+        return Sums(self._sums.loss, self._sums.weight, self._sums.metrics, grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> Sums:
+        """Losses of held-out micro-batches; each data-parallel rank has its own, equally many."""
+        self.module.eval()
+        return self._run(batches, loss_fn, 1.0, forward_only=True)
+
+    def moe_stats(self) -> dict[str, float]:
+        """Of the last step: the mean auxiliary loss, and the busiest expert's share of tokens over a fair share."""
+        moe = self.model_config.moe
+        if moe is None:
+            return {}
+        layers = self.model_config.num_layers
+        values = torch.zeros(layers, 2 + moe.num_experts, dtype=torch.float64)
+        for name, block in self.module.layers.items():
+            stats = block.moe.stats
+            if self.place.tp_rank == 0 and stats.sequences:
+                values[int(name), 0], values[int(name), 1] = stats.aux_loss, stats.sequences
+                values[int(name), 2:] = stats.tokens_per_expert
+            block.moe.stats = type(stats)()
+        values = self.place.sum_over_world(values).cpu()
+        tokens = values[:, 2:]
+        imbalance = tokens.max(1).values / tokens.mean(1).clamp(min=1e-12)
+        return {
+            "moe_aux_loss": float((values[:, 0] / values[:, 1].clamp(min=1)).mean()),
+            "moe_max_load": float(imbalance.max()),
+        }
+
+    def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> Sums:
+        stored = self._schedule(
+            forward_step_func=partial(self._forward_step, loss_fn=loss_fn, scale=scale),
+            data_iterator=iter([batch.to(self.place.device) for batch in batches]),
+            model=self.module,
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+        sums = torch.zeros(2 * self.num_sources + len(loss_fn.metrics), dtype=torch.float64)
+        if self.place.reports:
+            sums = torch.stack(stored).sum(0)
+        sums = self.place.sum_over_world(sums).cpu()
+        n = self.num_sources
+        weight = float(sums[n : 2 * n].sum().clamp(min=1e-12))
+        metrics = {name: float(value) / weight for name, value in zip(loss_fn.metrics, sums[2 * n :], strict=True)}
+        return Sums(sums[:n], sums[n : 2 * n], metrics)
+
+    def _forward_step(
+        self, batches: Iterator[Batch], model: Decoder, loss_fn: LossFunction, scale: float
+    ) -> tuple[torch.Tensor, Any]:
+        batch = next(batches)
+        output = model(batch.tokens, batch.positions, batch.segments)
+        return output, partial(self._loss, batch=batch, loss_fn=loss_fn, scale=scale)
+
+    def _loss(
+        self, logits_BSV: torch.Tensor, batch: Batch, loss_fn: LossFunction, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if loss_fn.temperature != 1.0:
+            logits_BSV = logits_BSV / loss_fn.temperature
+        logprobs_BS = label_logprobs(logits_BSV, batch.labels, self.model_config.vocab_size)
+        loss_BS, metrics = loss_fn(logprobs_BS, batch)
+        loss_B = (loss_BS * batch.loss_mask).sum(1)
+        with torch.no_grad():
+            per_source = torch.zeros(2, self.num_sources, dtype=torch.float64, device=loss_B.device)
+            per_source[0].index_add_(0, batch.sources, loss_B.detach().double())
+            per_source[1].index_add_(0, batch.sources, batch.loss_mask.sum(1, dtype=torch.float64))
+            named = [(metrics[name] * batch.loss_mask).sum(dtype=torch.float64) for name in loss_fn.metrics]
+            sums = torch.cat([per_source.flatten(), *(value.view(1) for value in named)])
+        # A third value makes the schedule leave the loss alone: it is already divided by the global token count.
+        return loss_B.sum() * scale, torch.zeros((), dtype=torch.int, device=loss_B.device), sums
+
+
+def _decay_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _schedule_config(model: ModelConfig, tp: int, pp: int, dtype: torch.dtype) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+    )
+
+
+def _deepspeed_config(
+    train: TrainSection, optimizer: OptimizerConfig, dp: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp),
+        "gradient_clipping": optimizer.clip_grad,
+        "zero_optimization": {"stage": 1, "contiguous_gradients": False, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    if dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _quiet_deepspeed() -> None:
+    """Its information goes unsaid; warnings and errors stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="deepspeed.*")

@@ -1,0 +1,147 @@
+"""Process groups: one rank's place in the layout, by megatron-core's parallel_state.
+
+`start` joins the world (gloo on CPU, NCCL on GPU) and makes the groups; `stop` leaves it, so that a process can start
+again with another layout, as the tests do.
+"""
+
+import datetime
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.comm.comm
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from configs.layout import Layout
+from launch.environment import ClusterEnvironment
+from pretrain.parallel.cpu import redirect_to_cpu
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's coordinates and groups in a layout."""
+
+    layout: Layout
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup  # the tp * pp ranks that hold one replica together
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def reports(self) -> bool:
+        """True on one rank of each data-parallel replica: the one whose loss counts in sums over the world."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in fp64 so that the order of ranks does not show."""
+        total = values.to(self.device, torch.float64)
+        dist.all_reduce(total)
+        return total
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in rank order. Values are JSON: nothing is unpickled."""
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.layout.world_size)]
+        dist.all_gather(lengths, torch.tensor([len(data)], device=self.device))
+        longest = int(max(lengths))
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: len(data)] = data
+        parts = [torch.empty_like(padded) for _ in range(self.layout.world_size)]
+        dist.all_gather(parts, padded)
+        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]
+
+    def broadcast_arrays(self, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """Gives every rank of a replica the arrays of its first rank (the others pass None)."""
+        if self.layout.tp * self.layout.pp == 1:
+            assert arrays is not None
+            return arrays
+        header = None if arrays is None else [(k, v.shape, v.dtype.str) for k, v in arrays.items()]
+        source = dist.get_global_rank(self.model_group, 0)
+        result = {}
+        for name, shape, dtype in self.gather_json(header)[source]:
+            array = np.empty(shape, dtype) if arrays is None else np.ascontiguousarray(arrays[name])
+            tensor = torch.from_numpy(array).to(self.device)
+            dist.broadcast(tensor, source, group=self.model_group)
+            result[name] = tensor.cpu().numpy()
+        return result
+
+
+def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) -> Place:
+    """Joins the world that the launcher described and makes all groups of `layout`."""
+    redirect_to_cpu()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(env.local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            init_method=env.init_method if env.launcher == "single" else "env://",
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        layout.tp, layout.pp, create_gloo_process_groups=False, distributed_timeout_minutes=timeout_minutes
+    )
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return Place(
+        layout=layout,
+        rank=env.rank,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        device=torch.device("cuda", env.local_rank) if on_gpu else torch.device("cpu"),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+    )
+
+
+def stop() -> None:
+    """Leaves the groups of `start`; what DeepSpeed caches of them goes too."""
+    from deepspeed.utils import groups as deepspeed_groups
+
+    parallel_state.destroy_model_parallel()
+    deepspeed_groups.mpu = None
+    deepspeed_groups._WORLD_GROUP = None
+    deepspeed.comm.comm.cdb = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class DeepSpeedUnit:
+    """megatron-core's groups under the names that DeepSpeed's `mpu` argument asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(parallel_state.get_model_parallel_group())

@@ -1,0 +1,87 @@
+"""Run in the ranks: a few steps of the real engine in a layout, and everything it computed as whole tensors."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from safetensors.torch import save_file
+
+from configs.layout import Layout
+from configs.loader import validate
+from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSection
+from data_pipeline.rows import Row
+from launch.environment import ClusterEnvironment
+from pretrain.data import micro_batches, share_of_rank
+from pretrain.losses import NextToken
+from pretrain.model.init import split_dim
+from pretrain.parallel import groups
+from pretrain.parallel.engine import Engine
+
+SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
+
+
+def make_engine(model: dict[str, Any], parallel: dict[str, Any], **train: Any) -> Engine:
+    """An engine over all ranks of the call, fp32."""
+    model_config, parallel_config = validate(ModelConfig, model), validate(ParallelConfig, parallel)
+    section = TrainSection(
+        steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, seq_length=SEQ_LENGTH, **train
+    )
+    env = ClusterEnvironment.read()
+    place = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
+    # A clip far below the gradient norm, so that clipping takes part in every step.
+    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1)
+    return Engine(model_config, section, optimizer, place, seed=7, dtype=torch.float32, num_sources=2)
+
+
+def rows(first: int, count: int, vocab_size: int) -> list[Row]:
+    """Packed rows with uneven documents, uneven masks and padding: valid tokens differ from row to row."""
+    result = []
+    for i in range(first, first + count):
+        draw = np.random.default_rng(i)
+        cut, end = sorted(draw.choice(np.arange(3, SEQ_LENGTH + 1), 2, replace=False))
+        steps = np.arange(SEQ_LENGTH)
+        segments = np.where(steps < cut, 0, np.where(steps < end, 1, -1))
+        positions = np.where(steps < cut, steps, np.where(steps < end, steps - cut, 0))
+        mask = (segments >= 0) & (draw.random(SEQ_LENGTH) < draw.random())
+        mask[0] = True
+        tokens, labels = draw.integers(0, vocab_size, (2, SEQ_LENGTH))
+        result.append(Row(tokens, labels, mask, positions, segments, source=i % 2))
+    return result
+
+
+def whole(parameter: torch.nn.Parameter, tensor: torch.Tensor, engine: Engine) -> torch.Tensor:
+    """A tensor of a parameter's shape, put together over tensor parallel."""
+    dim = split_dim(parameter)
+    if dim is None:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(engine.place.layout.tp)]
+    dist.all_gather(parts, tensor.contiguous(), group=engine.place.tp_group)
+    return torch.cat(parts, dim)
+
+
+def run_layout(model: dict[str, Any], parallel: dict[str, Any], out: str, steps: int = 2) -> dict[str, Any]:
+    """Trains `steps` steps. Each stage's first rank writes its gradients of the first step and final parameters."""
+    engine = make_engine(model, parallel)
+    place, layout = engine.place, engine.place.layout
+    losses, norms, by_source, tensors, stats = [], [], [], {}, {}
+    for step in range(steps):
+        share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, place.dp_rank, layout.dp)
+        batches = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), MICRO_BATCH)
+        engine.accumulate(batches, NextToken())
+        if step == 0:
+            for name, parameter in engine.module.named_parameters():
+                tensors[f"grad/{name}"] = whole(parameter, safe_get_full_grad(parameter), engine).clone()
+        sums = engine.update(lr=1e-2)
+        losses.append(sums.mean_loss)
+        norms.append(sums.grad_norm)
+        by_source.append((sums.loss / sums.weight).tolist())
+        stats = engine.moe_stats()
+    for name, parameter in engine.module.named_parameters():
+        tensors[f"weight/{name}"] = whole(parameter, safe_get_full_fp32_param(parameter), engine).clone()
+    if place.dp_rank == 0 and place.tp_rank == 0:
+        save_file(tensors, str(Path(out) / f"stage_{place.pp_rank}.safetensors"))
+    groups.stop()
+    return {"losses": losses, "norms": norms, "by_source": by_source, "moe": stats}

@@ -1,0 +1,94 @@
+"""Every layout against one rank: loss, every gradient, grad norm, and parameters after clipped steps, in fp32.
+
+The bounds are design.md's: gradients within 1e-5 relative (Frobenius), losses 1e-6. fp32 rounds at 6e-8; sums over
+a few thousand terms in another order differ by some tens of that.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.parallel.harness import Ranks
+
+BASE = {
+    "vocab_size": 64,
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "init_std": 0.1,
+}
+MODELS = {
+    "dense": BASE,
+    "dense_tied": {**BASE, "tie_embeddings": True},
+    # A coefficient this large makes the auxiliary loss a visible part of every gradient.
+    "moe": {**BASE, "moe": {"num_experts": 4, "top_k": 2, "aux_loss_coef": 0.5}},
+    "moe_tied": {**BASE, "tie_embeddings": True, "moe": {"num_experts": 4, "top_k": 2, "aux_loss_coef": 0.5}},
+}
+LAYOUTS = {
+    "dp2": (2, {}),
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "tp2pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2dp2": (4, {"tp": 2}),
+    "pp2dp2": (4, {"pp": 2}),
+    "pp4": (4, {"pp": 4}),
+}
+
+RunLayout = Callable[[str, str], tuple[list[dict[str, Any]], dict[str, torch.Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def run(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
+    """Results of each rank and whole tensors by name, for (model, layout); each is run once."""
+    done: dict[tuple[str, str], tuple[list[dict[str, Any]], dict[str, torch.Tensor]]] = {}
+
+    def run(model: str, layout: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+        if (model, layout) not in done:
+            out: Path = tmp_path_factory.mktemp(f"{model}_{layout}")
+            world, parallel = LAYOUTS.get(layout, (1, {}))
+            results = ranks(world).run(
+                "tests.parallel.layouts:run_layout",
+                process_group=False,
+                model=MODELS[model],
+                parallel=parallel,
+                out=str(out),
+            )
+            tensors: dict[str, torch.Tensor] = {}
+            for file in sorted(out.glob("*.safetensors")):
+                tensors.update(load_file(file))
+            done[model, layout] = results, tensors
+        return done[model, layout]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_layout_computes_what_one_rank_computes(run: RunLayout, model: str, layout: str) -> None:
+    (expected, *_), reference = run(model, "one")
+    results, tensors = run(model, layout)
+    for result in results:  # every rank tells the same story
+        for key in ("losses", "norms"):
+            assert result[key] == pytest.approx(expected[key], rel=2e-6), key
+        for step, values in enumerate(result["by_source"]):
+            assert values == pytest.approx(expected["by_source"][step], rel=2e-6)
+        assert result["moe"] == pytest.approx(expected["moe"], rel=2e-6)
+    # With tied embeddings the last stage's copy of the head has the embedding's gradient and weight.
+    for kind in ("grad", "weight"):
+        if f"{kind}/lm_head.weight" not in reference and f"{kind}/lm_head.weight" in tensors:
+            assert torch.equal(tensors.pop(f"{kind}/lm_head.weight"), tensors[f"{kind}/embedding.weight"])
+    assert tensors.keys() == reference.keys()
+    for name, tensor in tensors.items():
+        error = torch.linalg.vector_norm(tensor - reference[name]) / torch.linalg.vector_norm(reference[name])
+        assert error < 1e-5, f"{name} differs by {error:.1e}"
+
+
+def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
+    (moe, *_), _ = run("moe", "one")
+    assert min(moe["norms"]) > 0.1 and moe["moe"]["moe_aux_loss"] >= 1.0  # its minimum, at perfect balance
