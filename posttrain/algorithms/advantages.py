@@ -1,0 +1,79 @@
+"""Advantages of a group of completions of one prompt, per dialect.
+
+"GRPO" names several formulas in the field; each is spelled out here under the name of the code base that
+uses it. Leaves out critics (GAE) and reward shaping.
+"""
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class AdvantageDialect(StrEnum):
+    """How rewards r of a group become advantages; mu and sigma are the group's mean and deviation (ddof
+    1).
+    """
+
+    GRPO_TRL = "grpo@trl"  # (r - mu) / (sigma + 1e-4)
+    GRPO_VERL = "grpo@verl"  # (r - mu) / (sigma + 1e-6)
+    GRPO_NEMO = "grpo@nemo"  # mu and sigma of the OTHER samples, eps 1e-6; not divided where that sigma is 0
+    DR_GRPO = "dr_grpo"  # r - mu (Liu et al. 2025, arXiv 2503.20783)
+    RLOO = "rloo"  # r - mean of the others (Ahmadian et al. 2024, arXiv 2402.14740)
+
+
+def group_advantages(rewards_PG: Tensor, scored_PG: Tensor, dialect: AdvantageDialect) -> Tensor:
+    """Advantages [P, G] of P groups of G rewards (Shao et al. 2024, arXiv 2402.03300, and the dialects
+    above).
+
+    `scored_PG` (bool) is False where the verifier could not score a sample: that sample counts in no mean
+    and gets advantage 0, and so does the only scored sample of a group. A group of equal rewards gets
+    exactly 0: rounding in the mean, divided by a tiny epsilon, must not become a gradient.
+    """
+    if rewards_PG.ndim != 2 or rewards_PG.shape != scored_PG.shape:
+        raise ValueError(
+            f"rewards {list(rewards_PG.shape)} and scored {list(scored_PG.shape)} must both be "
+            "[groups, group size]"
+        )
+    count_P1 = scored_PG.sum(1, keepdim=True)
+    r_PG = torch.where(scored_PG, rewards_PG, 0.0)
+    total_P1 = r_PG.sum(1, keepdim=True)
+    mean_P1 = total_P1 / count_P1.clamp(min=1)
+    centred_PG = r_PG - mean_P1
+    squares_P1 = (centred_PG.square() * scored_PG).sum(1, keepdim=True)
+    deviation_P1 = (squares_P1 / (count_P1 - 1).clamp(min=1)).sqrt()
+    leave_one_out_PG = r_PG - (total_P1 - r_PG) / (count_P1 - 1).clamp(min=1)
+
+    match AdvantageDialect(dialect):
+        case AdvantageDialect.GRPO_TRL:
+            advantages_PG = centred_PG / (deviation_P1 + 1e-4)
+        case AdvantageDialect.GRPO_VERL:
+            advantages_PG = centred_PG / (deviation_P1 + 1e-6)
+        case AdvantageDialect.GRPO_NEMO:
+            deviation_PG = _deviation_of_others(r_PG, scored_PG)
+            # The threshold only absorbs rounding: others that are equal have no scale to divide by.
+            flat_PG = deviation_PG <= 1e-7 * r_PG.abs().amax(1, keepdim=True)
+            advantages_PG = torch.where(flat_PG, leave_one_out_PG, leave_one_out_PG / (deviation_PG + 1e-6))
+        case AdvantageDialect.DR_GRPO:
+            advantages_PG = centred_PG
+        case AdvantageDialect.RLOO:
+            advantages_PG = leave_one_out_PG
+    live_PG = scored_PG & (count_P1 > 1) & ~equal_groups(rewards_PG, scored_PG)[:, None]
+    return torch.where(live_PG, advantages_PG, 0.0)
+
+
+def equal_groups(rewards_PG: Tensor, scored_PG: Tensor) -> Tensor:
+    """Bool [P]: groups whose scored rewards are all the same. They teach nothing and are logged as such."""
+    highest_P = torch.where(scored_PG, rewards_PG, -torch.inf).amax(1)
+    lowest_P = torch.where(scored_PG, rewards_PG, torch.inf).amin(1)
+    return highest_P <= lowest_P
+
+
+def _deviation_of_others(r_PG: Tensor, scored_PG: Tensor) -> Tensor:
+    """Standard deviation (ddof 1) of each sample's scored group mates. Two passes, so equal mates give 0."""
+    group = r_PG.shape[1]
+    mates_PGG = scored_PG[:, None, :] & ~torch.eye(group, dtype=torch.bool, device=r_PG.device)
+    count_PG = mates_PGG.sum(2)
+    mean_PG = (r_PG[:, None, :] * mates_PGG).sum(2) / count_PG.clamp(min=1)
+    squares_PG = ((r_PG[:, None, :] - mean_PG[:, :, None]).square() * mates_PGG).sum(2)
+    return (squares_PG / (count_PG - 1).clamp(min=1)).sqrt()

@@ -1,0 +1,156 @@
+"""The chat format: messages to token ids, to a mask of what is learnt, and to a Jinja template for
+transformers.
+
+    <s><|system|>TEXT<|end|><|user|>TEXT<|end|><|assistant|>TEXT<|end|><|user|>...
+
+The system turn is optional; user and assistant turns alternate. There is no white space between control
+tokens and text, and no </s> after the last turn: <|end|> is the stop token, and a shorter dialogue is an
+exact prefix of a longer one, so what was sampled is never re-tokenised. To ask for an answer, end with
+<|assistant|>.
+
+Control tokens come from this file alone. Text in which a control token is spelled out gets a space after its
+first character ("<|end|>" becomes "< |end|>"), here and in the Jinja template alike, and the ids are checked
+besides. Leaves out tool calls and images.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypedDict
+
+import numpy as np
+
+Role = Literal["system", "user", "assistant"]
+BOS, END = "<s>", "<|end|>"
+CONTROL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+
+
+class ChatTokenizer(Protocol):
+    """What the chat format needs of a tokenizer. `encode` turns plain text into ids and never makes a
+    control id.
+    """
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def piece_to_id(self, piece: str) -> int: ...
+
+
+class ChatFormat:
+    """Messages to tokens with one tokenizer. Errors: ValueError if it lacks a control token."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids = {token: tokenizer.piece_to_id(token) for token in CONTROL_TOKENS}
+        missing = [token for token in CONTROL_TOKENS[1:] if self.ids[token] == self.ids["<unk>"]]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no {', '.join(missing)}, which the chat format needs; "
+                "train it with `trivium data run`"
+            )
+        self.end_id, self.assistant_id = self.ids[END], self.ids["<|assistant|>"]
+        self._control_ids = frozenset(self.ids.values())
+
+    def render(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int64 [T], answer mask bool [T]). The mask is True on every token of an assistant turn's
+        text and on the <|end|> that closes it, and nowhere else: what the model must produce, never what it
+        is given.
+        """
+        _check_order(messages)
+        tokens, answer = [self.ids[BOS]], [False]
+        for message in messages:
+            text = self.encode_text(message["content"])
+            tokens += [self.ids[f"<|{message['role']}|>"], *text, self.end_id]
+            answer += [False] + [message["role"] == "assistant"] * (len(text) + 1)
+        return np.array(tokens, dtype=np.int64), np.array(answer, dtype=bool)
+
+    def render_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids to continue from: the dialogue so far and an opened assistant turn."""
+        if messages and messages[-1]["role"] == "assistant":
+            raise ValueError("a prompt ends with a user message, but the last message is the assistant's")
+        return [*self.render(messages)[0].tolist(), self.assistant_id]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Plain text to ids, control tokens neutralised. Errors: ValueError if one comes out all the same."""
+        ids = list(self.tokenizer.encode(neutralise(text)))
+        if not self._control_ids.isdisjoint(ids):
+            raise ValueError(
+                f"plain text {text[:80]!r} was encoded to a control token; the tokenizer is not safe for chat"
+            )
+        return ids
+
+    def decode_answer(self, tokens: Sequence[int]) -> str:
+        """The text of a sampled answer, up to its <|end|>."""
+        tokens = list(tokens)
+        if self.end_id in tokens:
+            tokens = tokens[: tokens.index(self.end_id)]
+        # A model may sample any id: control tokens inside an answer stay visible, so that a verifier sees
+        # them.
+        names = {token_id: name for name, token_id in self.ids.items()}
+        pieces: list[str] = []
+        start = 0
+        for i, token in enumerate([*tokens, self.end_id]):
+            if token in names:
+                pieces.append(self.tokenizer.decode(tokens[start:i]) if i > start else "")
+                pieces.append(names[token] if i < len(tokens) else "")
+                start = i + 1
+        return "".join(pieces)
+
+
+def neutralise(text: str) -> str:
+    """Text with every spelled-out control token broken by a space after its first character."""
+    for token in CONTROL_TOKENS:
+        text = text.replace(token, _broken(token))
+    return text
+
+
+def jinja_template() -> str:
+    """The same format for transformers' `chat_template`: renders the string whose special-token aware
+    encoding is `ChatFormat.render`'s (or, with add_generation_prompt, `render_prompt`'s) ids. `generation`
+    marks the answer mask.
+    """
+    content = "m['content']" + "".join(
+        f" | replace('{token}', '{_broken(token)}')" for token in CONTROL_TOKENS
+    )
+    return (
+        "{{ '<s>' }}"
+        "{% set first = 1 if messages[0]['role'] == 'system' else 0 %}"
+        "{% for m in messages %}"
+        "{% set turn = ['user', 'assistant'][(loop.index0 - first) % 2] %}"
+        "{% if m['role'] != ('system' if loop.index0 < first else turn) %}"
+        "{{ raise_exception('an optional system message, then user and assistant in turn') }}{% endif %}"
+        "{% if m['role'] == 'assistant' %}"
+        "{{ '<|assistant|>' }}{% generation %}"
+        f"{{{{ {content} }}}}{{{{ '<|end|>' }}}}"
+        "{% endgeneration %}"
+        "{% else %}"
+        f"{{{{ '<|' + m['role'] + '|>' }}}}{{{{ {content} }}}}{{{{ '<|end|>' }}}}"
+        "{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+
+
+def _broken(token: str) -> str:
+    return token[0] + " " + token[1:]
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    """An optional system message, then user and assistant in turn. Errors: ValueError naming the first
+    misfit.
+    """
+    turns = list(messages)
+    if turns and turns[0].get("role") == "system":
+        turns = turns[1:]
+    if not turns:
+        raise ValueError("a dialogue needs at least one user message")
+    for i, message in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if message.get("role") != expected:
+            raise ValueError(f"message {i} has role {message.get('role')!r} where {expected!r} was expected")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {i} has no text in 'content'")

@@ -1,0 +1,100 @@
+"""Verifiable tasks: prompts drawn by key, answers checked by rule.
+
+A task's prompts fall into a training and a held-out split by the hash of their content, so the two never
+share one, however many are drawn. A verifier that cannot judge says so (`Score.unscorable`): that is never a
+reward of 0. Leaves out adapters to outside task collections.
+"""
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Split = Literal["train", "heldout"]
+HELDOUT_SHARE = 0.1  # of all prompts, by hash
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward in [0, 1], or None where the verifier could not judge; `reason` is what a report counts by."""
+
+    value: float | None
+    reason: str
+
+    @classmethod
+    def unscorable(cls, reason: str) -> "Score":
+        return cls(None, reason)
+
+
+class Task(Protocol):
+    """`prompt` is a pure function of (seed, split, index)."""
+
+    name: str
+
+    def prompt(self, seed: int, split: Split, index: int) -> str: ...
+
+    def answer(self, prompt: str) -> str: ...
+
+    def score(self, prompt: str, completion: str) -> Score: ...
+
+
+@dataclass(frozen=True)
+class SortTask:
+    """Sort the digits of a number: "Sort 529143" -> "123459". Every digit is one token, so length is no
+    obstacle.
+    """
+
+    digits: int = 6
+    name: str = "sort"
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.digits <= 32:
+            raise ValueError(
+                f"task.digits = {self.digits} is outside 3 to 32; six is what a tiny model can learn"
+            )
+
+    def prompt(self, seed: int, split: Split, index: int) -> str:
+        return f"Sort {_draw_digits(self.name, self.digits, seed, split, index)}"
+
+    def answer(self, prompt: str) -> str:
+        """The one right completion. Errors: ValueError if `prompt` is not this task's."""
+        match = re.fullmatch(r"Sort ([0-9]+)", prompt)
+        if match is None:
+            raise ValueError(f"prompt {prompt!r} is not of the form 'Sort DIGITS'")
+        return "".join(sorted(match[1]))
+
+    def score(self, prompt: str, completion: str) -> Score:
+        """1 for the exact answer, else 0; unscorable only if the prompt itself is not this task's."""
+        try:
+            answer = self.answer(prompt)
+        except ValueError as error:
+            return Score.unscorable(str(error))
+        if completion == answer:
+            return Score(1.0, "right")
+        if not re.fullmatch(r"[0-9]+", completion):
+            return Score(0.0, "not a number")
+        return Score(0.0, "wrong digits" if sorted(completion) != list(answer) else "wrong order")
+
+
+def make_task(name: str, digits: int) -> Task:
+    """The task called `name`. Errors: ValueError that lists the known ones."""
+    if name != "sort":
+        raise ValueError(f"task.name = {name!r} is unknown; the tasks are: sort")
+    return SortTask(digits)
+
+
+def split_of(content: str) -> Split:
+    """The split a prompt's content belongs to, by SHA-256: the same on every machine and for every seed."""
+    draw = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
+    return "heldout" if draw < HELDOUT_SHARE else "train"
+
+
+def _draw_digits(name: str, digits: int, seed: int, split: Split, index: int) -> str:
+    generator = random.Random(
+        f"{name}/{seed}/{split}/{index}"
+    )  # a string seed is hashed the same way everywhere
+    while True:
+        drawn = "".join(generator.choices("0123456789", k=digits))
+        if split_of(f"{name}/{drawn}") == split:
+            return drawn
