@@ -1,0 +1,50 @@
+"""What an export is: which run, where to, and how hard the result is checked before it is published."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from configs.base import Section
+
+
+class VerifyConfig(Section):
+    """Checks on the reloaded model. All run in fp32; nothing is published unless every one holds.
+
+    `rows` held-out documents a source are compared, each cut to `max_tokens`. `tolerance` bounds the absolute
+    difference of any logit: fp32 rounding over a few dozen layers stays under 1e-4, a wrong weight does not.
+    """
+
+    rows: int = Field(default=4, ge=1)
+    max_tokens: int = Field(default=256, ge=2)
+    tolerance: float = Field(default=1e-4, gt=0)
+    greedy_tokens: int = Field(default=64, ge=1)
+
+
+class ExportConfig(Section):
+    """A training run to a Hugging Face directory.
+
+    `run` is a run directory, `step` "latest" or a step that has a checkpoint. `plan` names the data plan
+    whose held-out rows are compared; without it, the plan that the run trained on. `prompts` are continued by
+    transformers for the sample, and by both for the greedy check.
+    """
+
+    run: str
+    out: str
+    step: int | Literal["latest"] = "latest"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_shard_gb: float = Field(default=5.0, gt=0)
+    plan: str | None = None
+    prompts: list[str] = Field(
+        default=["It was a quiet morning, and", "他走进房间，看见", "def main(argv):\n    "], min_length=1
+    )
+    sample_tokens: int = Field(default=64, ge=1)
+    sample_temperature: float = Field(default=0.8, ge=0)
+    seed: int = Field(default=1234, ge=0)
+    verify: VerifyConfig = VerifyConfig()
+
+    @field_validator("step")
+    @classmethod
+    def _step_is_trained(cls, step: int | str) -> int | str:
+        if isinstance(step, int) and step < 0:
+            raise ValueError(f'step = {step} is negative; name a step with a checkpoint, or "latest"')
+        return step

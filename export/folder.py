@@ -1,0 +1,83 @@
+"""Publishing a folder whole or not at all, and knowing an earlier one again.
+
+A folder is written as `.NAME.partial` beside its place, and renamed once it is proven. `trivium_export.json`
+in it records what it was made from and the checksum of every file, so that a rerun can tell that nothing
+changed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from configs.loader import ConfigError, write_atomic
+
+RECORD = "trivium_export.json"
+
+
+def check_place(out: Path) -> None:
+    """Heals an interrupted publication. Errors: ConfigError when what is at `out` is not an export."""
+    previous = _previous(out)
+    if previous.is_dir() and not out.exists():
+        previous.rename(out)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file())):
+        raise ConfigError(
+            f"out = {out} exists and was not written by `trivium export`; name another place or remove it"
+        )
+
+
+def begin(out: Path) -> Path:
+    """An empty folder to write into; what an interrupted export left there is removed."""
+    partial = out.with_name(f".{out.name}.partial")
+    discard(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def discard(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
+    """Adds the record to `partial` and renames it to `out`, replacing an older export."""
+    files = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+    write_atomic(partial / RECORD, (json.dumps(record | {"files": files}, indent=2) + "\n").encode())
+    for file in partial.iterdir():
+        _fsync(file)
+    _fsync(partial)
+    previous = _previous(out)
+    discard(previous)
+    if out.exists():
+        out.rename(previous)
+    partial.rename(out)
+    _fsync(out.parent)
+    discard(previous)
+
+
+def is_current(out: Path, made_from: dict[str, Any]) -> bool:
+    """Whether `out` is whole and was made from just this."""
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        files = record["files"]
+        return record["made_from"] == made_from and all(_sha256(out / name) == files[name] for name in files)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _previous(out: Path) -> Path:
+    return out.with_name(f".{out.name}.previous")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""`trivium generate` and `trivium chat`: text from a run or checkpoint, by Trivium's own decoder.
+
+Runs on one CPU rank in fp32 with a key-value cache. Leaves out serving and batching across users.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from configs.loader import ConfigError, entrypoint
+
+if TYPE_CHECKING:
+    from export.chat import TextCodec
+    from pretrain.model import Decoder
+
+RUN_HELP = "a run directory (its newest checkpoint), a checkpoint, or an imported model"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`trivium generate`: continues each --prompt and prints prompt and continuation."""
+    parser = _parser(
+        "trivium generate",
+        "Continues prompts with a trained model.",
+        'trivium generate runs/demo/pretrain --prompt "Call me" --max-new-tokens 64 --temperature 0.8',
+    )
+    parser.add_argument(
+        "--prompt", action="append", required=True, help="text to continue; may be given many times"
+    )
+    args = parser.parse_args(argv)
+    _check(args)
+
+    from pretrain.sampling import generate
+
+    decoder, codec = load(args.source, args.step)
+    prompts = [codec.encode_prompt(text) for text in args.prompt]
+    completions = generate(
+        decoder,
+        prompts,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        stop_ids=codec.stop_ids,
+        top_p=args.top_p,
+        pad_id=codec.pad_id,
+    )
+    for text, completion in zip(args.prompt, completions, strict=True):
+        print(text + codec.decode(completion.tokens))
+        if len(args.prompt) > 1:
+            print("-" * 40)
+    return 0
+
+
+def chat(argv: Sequence[str] | None = None) -> int:
+    """`trivium chat`: a conversation on the terminal. /reset starts over, /exit or end of input leaves."""
+    parser = _parser(
+        "trivium chat",
+        "Talks with a model trained on dialogues. /reset starts over, /exit leaves.",
+        "trivium chat runs/demo/sft --temperature 0.7",
+    )
+    parser.add_argument("--system", help="a system message to begin with")
+    args = parser.parse_args(argv)
+    _check(args)
+    decoder, codec = load(args.source, args.step)
+    if codec.chat_template is None:
+        raise ConfigError(f"{args.source} has no chat template; chat needs a run of `trivium sft` or later")
+
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    messages, turn = list(opening), 0
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        if text == "/exit":
+            return 0
+        if text == "/reset":
+            messages = list(opening)
+            continue
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text})
+        reply = answer(decoder, codec, messages, args, key=str(turn))
+        messages.append({"role": "assistant", "content": reply})
+        turn += 1
+        print(reply, flush=True)
+
+
+def answer(
+    decoder: "Decoder",
+    codec: "TextCodec",
+    messages: list[dict[str, str]],
+    args: argparse.Namespace,
+    key: str = "0",
+) -> str:
+    """The model's next turn. `key` makes each turn draw anew from the one seed."""
+    from pretrain.sampling import generate
+
+    completion = generate(
+        decoder,
+        [codec.encode_chat(messages)],
+        args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        stop_ids=codec.stop_ids,
+        top_p=args.top_p,
+        keys=[key],
+    )[0]
+    return codec.decode(completion.tokens)
+
+
+def load(source: str, step: str) -> tuple["Decoder", "TextCodec"]:
+    """The whole model in fp32 on the CPU, and its text codec."""
+    from export.chat import TextCodec
+    from export.source import open_source
+    from pretrain.model import build_single
+
+    opened = open_source(source, step)
+    codec = TextCodec(opened.need_tokenizer(), opened.chat_template)
+    return build_single(opened.model, opened.read()), codec
+
+
+def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
+    parser.add_argument("--step", default="latest", help='which step of a run, default "latest"')
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample within this share of the probability"
+    )
+    parser.add_argument("--seed", type=int, default=1234)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {args.max_new_tokens} is less than one")
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature {args.temperature:g} is negative; 0 is greedy")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(f"--top-p {args.top_p:g} is not in (0, 1]")
+
+
+if __name__ == "__main__":
+    entrypoint(main)

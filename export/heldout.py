@@ -1,0 +1,33 @@
+"""Real text to compare models on: a data plan's held-out documents, as token ids."""
+
+from pathlib import Path
+
+
+def heldout_documents(plan: str | Path, per_source: int, max_tokens: int, vocab_size: int) -> list[list[int]]:
+    """The first `per_source` held-out documents of each source, of two to `max_tokens` tokens.
+
+    Errors: ValueError when the plan's tokenizer cannot be the model's, or the plan holds nothing out.
+    """
+    from data_pipeline.rows import Plan
+
+    opened = Plan.open(plan)
+    if opened.vocab_size > vocab_size:
+        raise ValueError(
+            f"plan {plan} has {opened.vocab_size} token ids, the model {vocab_size}; "
+            "name the plan of its own tokenizer"
+        )
+    documents: list[list[int]] = []
+    for source in opened.sources:
+        found: list[list[int]] = []
+        for i in range(opened.heldout_rows(source)):
+            row = opened.heldout_row(source, i)
+            for segment in range(int(row.segments.max()) + 1):
+                ids = row.tokens[row.segments == segment][:max_tokens].tolist()
+                if len(ids) > 1:
+                    found.append(ids)
+            if len(found) >= per_source:
+                break
+        documents += found[:per_source]
+    if not documents:
+        raise ValueError(f"plan {plan} holds out no documents; set a held-out share in the data config")
+    return documents

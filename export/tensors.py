@@ -1,0 +1,94 @@
+"""Folders of safetensors files, one or several with an index: written in shards, read one tensor at a time.
+
+The same layout on both sides of an export: `model.safetensors`, or `model-00001-of-00003.safetensors` and
+`model.safetensors.index.json` as transformers has them. Never reads a pickle (`pytorch_model.bin`).
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from configs.loader import write_atomic
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> int:
+    """Writes the tensors in their order, a new file when one would pass `max_bytes`; returns their bytes."""
+    folder = Path(folder)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if len(shards) == 1:
+        _save(shards[0], folder / SINGLE)
+        return total
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save(shard, folder / file)
+        where |= dict.fromkeys(shard, file)
+    write_atomic(
+        folder / INDEX,
+        json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode(),
+    )
+    return total
+
+
+def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Tensor]]:
+    """(names, reader of one tensor by name). Errors: ValueError saying which file is missing or damaged."""
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        where = json.loads((folder / INDEX).read_text())["weight_map"]
+    elif (folder / SINGLE).is_file():
+        where = dict.fromkeys(_names(folder / SINGLE), SINGLE)
+    elif list(folder.glob("*.bin")):
+        raise ValueError(
+            f"{folder} holds pickled weights (.bin), which are never loaded; convert them to safetensors"
+        )
+    else:
+        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}")
+    for file in sorted(set(where.values())):
+        inside = set(_names(folder / file))
+        lost = sorted(name for name, place in where.items() if place == file and name not in inside)
+        if lost:
+            raise ValueError(
+                f"{folder / file} lacks tensor {lost[0]}, which {INDEX} places there; fetch it again"
+            )
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(folder / where[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return set(where), read
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, though {INDEX} names it") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
+    # Experts are slices of one stacked tensor; safetensors wants each in memory of its own.
+    own = {
+        name: tensor.clone() if tensor.storage_offset() or tensor._is_view() else tensor.contiguous()
+        for name, tensor in shard.items()
+    }
+    save_file(own, path, metadata={"format": "pt"})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,117 @@
+"""A small real tokenizer, tiny random models and a Source over them: what every export test starts from."""
+
+import argparse
+import os
+import random
+import textwrap
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from configs.train import ModelConfig, MoEConfig
+from export.families import entries
+from export.source import Source
+
+CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
+ENGLISH = textwrap.dedent(
+    """\ It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of
+    foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it
+    was the season of Darkness, it was the spring of hope, it was the winter of despair, we had everything
+    before us.
+    """
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-fallback BPE with the pipeline's settings, trained in a second on prose, poems and Python."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    code = Path(argparse.__file__).read_text(encoding="utf-8")
+    texts = [code[i : i + 1500] for i in range(0, 60_000, 1500)] + [CHINESE, ENGLISH] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=800,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        control_symbols=CONTROLS,
+        num_threads=1,
+        minloglevel=3,
+    )
+    return folder / "tokenizer.model"
+
+
+def tiny(moe: bool = False, tie: bool = False, vocab_size: int = 800) -> ModelConfig:
+    """Grouped heads, and a head dim, eps and theta other than the defaults, so that dropping any is seen."""
+    return ModelConfig(
+        vocab_size=vocab_size,
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=12,
+        norm_eps=3e-5,
+        rope_theta=5000.0,
+        tie_embeddings=tie,
+        moe=MoEConfig(num_experts=4, top_k=2) if moe else None,
+    )
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights large enough that every one shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {entry.ours: torch.randn(entry.shape, generator=generator) * 0.3 for entry in entries(config)}
+    return {name: tensor + 1.0 if "norm" in name else tensor for name, tensor in weights.items()}
+
+
+def make_source(
+    config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: Path, template: str | None = None
+) -> Source:
+    return Source(
+        path=Path("runs/test/checkpoints/step_3"),
+        step=3,
+        model=config,
+        read=lambda: dict(weights),
+        identity="0" * 64,
+        seq_length=128,
+        tokenizer=tokenizer,
+        plan=None,
+        chat_template=template,
+    )
+
+
+def odd_strings(count: int, pieces: list[str], seed: int = 0) -> list[str]:
+    """Strings that trip tokenizers: pieces in any order, repeats of few characters, any code points."""
+    draw = random.Random(seed)
+
+    def code_point() -> str:
+        low, high = draw.choice(
+            [(0, 127), (0, 0x3000), (0x4E00, 0x9FFF), (0x1F300, 0x1F700), (0xE000, 0x110000)]
+        )
+        return chr(draw.randrange(low, high))
+
+    strings = []
+    for i in range(count):
+        if i % 3 == 0:
+            strings.append("".join(draw.choice(pieces) for _ in range(draw.randrange(1, 40))))
+        elif i % 3 == 1:
+            letters = draw.sample("abei \n=-_.()\"'\t,0123不花", 3)
+            strings.append("".join(draw.choice(letters) for _ in range(draw.randrange(1, 120))))
+        else:
+            strings.append("".join(code_point() for _ in range(draw.randrange(1, 40))))
+    return strings

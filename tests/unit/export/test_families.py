@@ -1,0 +1,100 @@
+"""Names and shapes against what transformers itself writes and reads."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from configs.train import ModelConfig
+from export.families import check_weights, entries, from_hf, to_hf
+from export.hf_config import to_hf_config
+from export.tensors import open_tensors
+from tests.unit.export.conftest import random_weights, tiny
+
+CASES = [(False, False), (False, True), (True, False), (True, True)]
+
+
+def hf_model(config: ModelConfig):
+    raw = to_hf_config(config, 128, "float32", 1, 2, 3)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
+
+
+@pytest.mark.parametrize(("moe", "tie"), CASES)
+def test_names_and_shapes_are_those_transformers_writes(tmp_path, moe, tie):
+    config = tiny(moe, tie)
+    hf_model(config).save_pretrained(tmp_path)
+    names, read = open_tensors(tmp_path)
+    ours = {name: tuple(tensor.shape) for name, tensor in to_hf(random_weights(config), config)}
+    assert ours == {name: tuple(read(name).shape) for name in names}
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_both_ways_is_the_identity(moe):
+    config = tiny(moe)
+    weights = random_weights(config)
+    theirs = dict(to_hf(weights, config))
+    back = dict(from_hf(theirs.__getitem__, theirs, config))
+    assert list(back) == list(weights)
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("moe", "tie"), CASES)
+def test_parameter_count_is_transformers(moe, tie):
+    config = tiny(moe, tie)
+    expected = sum(p.numel() for p in hf_model(config).parameters())
+    assert config.num_parameters() == expected
+    assert sum(torch.Size(entry.shape).numel() for entry in entries(config)) == expected
+
+
+def test_llama_7b_has_its_published_size():
+    config = ModelConfig(
+        vocab_size=32000,
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=11008,
+        num_heads=32,
+        num_kv_heads=32,
+    )
+    with torch.device("meta"):
+        weights = {entry.ours: torch.empty(entry.shape) for entry in entries(config)}
+        model = hf_model(config)
+    assert sum(tensor.numel() for _, tensor in to_hf(weights, config)) == 6_738_415_616
+    assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
+    assert {name for name, _ in to_hf(weights, config)} == set(model.state_dict())
+
+
+def test_wrong_weights_are_named():
+    config = tiny()
+    weights = random_weights(config)
+    with pytest.raises(ValueError, match=r"tensor layers\.1\.mlp_norm\.weight is missing"):
+        check_weights({k: v for k, v in weights.items() if k != "layers.1.mlp_norm.weight"}, config)
+    with pytest.raises(ValueError, match=r"embedding\.weight has shape \(32, 800\).*\(800, 32\)"):
+        check_weights(weights | {"embedding.weight": weights["embedding.weight"].t()}, config)
+    with pytest.raises(ValueError, match="value_head is in the weights but not"):
+        check_weights(weights | {"value_head": torch.zeros(1)}, config)
+
+
+def test_foreign_checkpoints_are_refused_by_tensor_name():
+    config = tiny(tie=True)
+    theirs = dict(to_hf(random_weights(config), config))
+    with pytest.raises(
+        ValueError, match=r"tensor model\.norm\.bias and 0 others are not part of LlamaForCausalLM"
+    ):
+        dict(
+            from_hf(
+                (theirs | {"model.norm.bias": torch.zeros(1)}).__getitem__,
+                [*theirs, "model.norm.bias"],
+                config,
+            )
+        )
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is missing"):
+        dict(from_hf(theirs.__getitem__, [name for name in theirs if name != "model.norm.weight"], config))
+    # Old checkpoints carry rotary frequencies, and tied ones sometimes the head: both are understood.
+    extra = theirs | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6),
+        "lm_head.weight": theirs["model.embed_tokens.weight"],
+    }
+    assert "lm_head.weight" not in dict(from_hf(extra.__getitem__, extra, config))
+    extra["lm_head.weight"] = extra["lm_head.weight"] + 1
+    with pytest.raises(ValueError, match=r"tie_word_embeddings = true, but lm_head\.weight differs"):
+        dict(from_hf(extra.__getitem__, extra, config))

@@ -1,0 +1,86 @@
+"""`trivium generate` and `trivium chat` on the command line, over an imported model."""
+
+import io
+import shutil
+
+import pytest
+import tomli_w
+
+from configs.loader import ConfigError, plain
+from export import generate
+from export.chat import TextCodec
+from export.tensors import write_tensors
+from posttrain.chat import ChatFormat, jinja_template
+from tests.unit.export.conftest import random_weights, tiny
+
+
+@pytest.fixture
+def model(tmp_path, tokenizer_path):
+    config = tiny()
+    write_tensors(tmp_path, random_weights(config).items(), max_bytes=10**9)
+    tree = {"model": plain(config), "import": {"max_positions": 128}}
+    (tmp_path / "model.toml").write_text(tomli_w.dumps(tree))
+    shutil.copyfile(tokenizer_path, tmp_path / "tokenizer.model")
+    return tmp_path
+
+
+def test_a_seed_fixes_what_is_written(model, capsys):
+    def text(*more: str) -> str:
+        assert generate.main([str(model), "--prompt", "It was", "--max-new-tokens", "12", *more]) == 0
+        return capsys.readouterr().out
+
+    assert text().startswith("It was")
+    assert text("--seed", "7") == text("--seed", "7")
+    assert text("--seed", "7") != text("--seed", "8")
+    assert text("--temperature", "0", "--seed", "7") == text("--temperature", "0", "--seed", "8")
+
+
+def test_several_prompts_are_continued_as_if_alone(model, capsys):
+    common = ["--max-new-tokens", "12", "--temperature", "0"]
+    generate.main([str(model), "--prompt", "春眠不觉晓，处处", *common])
+    alone = capsys.readouterr().out.rstrip("\n")
+    generate.main([str(model), "--prompt", "春眠不觉晓，处处", "--prompt", "It was the worst of", *common])
+    assert capsys.readouterr().out.startswith(alone + "\n---")
+
+
+def test_chat_keeps_the_dialogue(model, capsys, monkeypatch):
+    (model / "chat_template.jinja").write_text(jinja_template())
+    seen = []
+    original = TextCodec.encode_chat
+    monkeypatch.setattr(
+        TextCodec,
+        "encode_chat",
+        lambda self, messages: seen.append(list(messages)) or original(self, messages),
+    )
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("hello\n\nand <|end|> again\n/reset\nanew\n/exit\nnot read\n")
+    )
+    assert generate.chat([str(model), "--max-new-tokens", "4", "--system", "Be brief."]) == 0
+    assert [[m["role"] for m in messages] for messages in seen] == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user"],
+    ]
+    assert seen[2][1]["content"] == "anew"
+
+
+def test_chat_prompt_is_that_of_training(model, tokenizer_path):
+    codec = TextCodec(tokenizer_path, jinja_template())
+    messages = [{"role": "user", "content": "of <|assistant|> wisdom\n"}]
+    assert codec.encode_chat(messages) == ChatFormat(codec.processor).render_prompt(messages)
+    assert codec.stop_ids == [2, 7]
+
+
+def test_mistakes_are_told_in_a_sentence(model, tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        generate.main([str(tmp_path / "no"), "--prompt", "a"])
+    with pytest.raises(ConfigError, match="has no checkpoints folder"):
+        (tmp_path / "empty").mkdir()
+        generate.main([str(tmp_path / "empty"), "--prompt", "a"])
+    with pytest.raises(ConfigError, match=r"--temperature -1 is negative"):
+        generate.main([str(model), "--prompt", "a", "--temperature", "-1"])
+    with pytest.raises(ConfigError, match="has no chat template"):
+        generate.chat([str(model)])
+    (model / "tokenizer.model").unlink()
+    with pytest.raises(ConfigError, match="does not say which tokenizer"):
+        generate.main([str(model), "--prompt", "a"])

@@ -1,0 +1,170 @@
+"""An export proves itself, and a wrong one is named and never published."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import export.families
+import export.tensors
+import export.tokenizer
+from configs.export import ExportConfig
+from export import folder, huggingface
+from posttrain.chat import ChatFormat, jinja_template
+from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tiny
+
+
+def run(source, out: Path, **keys) -> tuple[int, str]:
+    """Exports `source`; (exit status, what was printed)."""
+    config = ExportConfig(run="unused", out=str(out), prompts=["春眠", ENGLISH[:40]], sample_tokens=8, **keys)
+    console = Console(record=True, width=200, file=io.StringIO())
+    status = huggingface.export(source, config, out, {"key": "value"}, console)
+    return status, console.export_text()
+
+
+@pytest.mark.parametrize(("moe", "tie"), [(False, False), (False, True), (True, False), (True, True)])
+def test_export_loads_in_transformers_and_agrees(tmp_path, tokenizer_path, moe, tie):
+    config = tiny(moe, tie)
+    out = tmp_path / "out"
+    status, printed = run(make_source(config, random_weights(config), tokenizer_path), out)
+    assert status == 0
+    assert "FAILED" not in printed
+    assert "64 identical on 2 prompts" in printed
+    assert "written by transformers" in printed
+    model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+    assert model.generation_config.eos_token_id == [2]
+    assert AutoTokenizer.from_pretrained(out, local_files_only=True)("It").input_ids[0] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_bf16_and_shards(tmp_path, tokenizer_path):
+    config = tiny(moe=True)
+    source = make_source(config, random_weights(config), tokenizer_path)
+    status, _ = run(source, tmp_path / "out", dtype="bfloat16", max_shard_gb=2e-5)
+    assert status == 0
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert model.dtype == torch.bfloat16
+
+
+def test_chat_template_gives_the_ids_of_training(tmp_path, tokenizer_path):
+    import sentencepiece
+
+    config = tiny()
+    source = make_source(config, random_weights(config), tokenizer_path, template=jinja_template())
+    status, printed = run(source, tmp_path / "out")
+    assert status == 0
+    assert "chat template" in printed
+    fast = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    messages = [
+        {"role": "system", "content": " Be brief.\n"},
+        {"role": "user", "content": "Say <|end|> and </s>"},
+        {"role": "assistant", "content": "It was 春"},
+        {"role": "user", "content": ENGLISH},
+    ]
+    trained = ChatFormat(sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path)))
+    ids = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == trained.render_prompt(messages)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert model.generation_config.eos_token_id == [2, 7]
+
+
+def _swap_gate_and_up(monkeypatch):
+    original = export.families.to_hf
+
+    def swapped(weights, config):
+        tensors = dict(original(weights, config))
+        gate, up = (f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("gate", "up"))
+        tensors[gate], tensors[up] = tensors[up], tensors[gate]
+        return tensors.items()
+
+    monkeypatch.setattr(export.families, "to_hf", swapped)
+
+
+def _drop_a_tensor(monkeypatch):
+    original = export.families.to_hf
+    monkeypatch.setattr(
+        export.families,
+        "to_hf",
+        lambda weights, config: [p for p in original(weights, config) if p[0] != "model.norm.weight"],
+    )
+
+
+def _config_key(key, value):
+    def change(monkeypatch):
+        import export.hf_config
+
+        original = export.hf_config.to_hf_config
+        monkeypatch.setattr(
+            export.hf_config, "to_hf_config", lambda *args: original(*args) | {key: value, "rope_theta": None}
+        )
+
+    return change
+
+
+def _reverse_merges(monkeypatch):
+    original = export.tokenizer.merges
+    monkeypatch.setattr(export.tokenizer, "merges", lambda model: original(model)[::-1])
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        (_swap_gate_and_up, r"tensors on disk: layers\.1\.mlp\.gate_proj\.weight differs"),
+        (_drop_a_tensor, r"tensor model\.norm\.weight is missing"),
+        (
+            _config_key("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
+            r"logits, max difference: first at the output of layers\.0",
+        ),
+        (_config_key("rms_norm_eps", 1e-2), r"first at the output of layers\.0"),
+        (_reverse_merges, r"tokenizer: text"),
+    ],
+)
+def test_a_wrong_export_is_named_and_not_published(tmp_path, tokenizer_path, monkeypatch, fault, named):
+    config = tiny()
+    source = make_source(config, random_weights(config), tokenizer_path)
+    out = tmp_path / "out"
+    assert run(source, out)[0] == 0
+    before = (out / folder.RECORD).read_text()
+    fault(monkeypatch)
+    with pytest.raises(ValueError, match=named):
+        run(source, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert (out / folder.RECORD).read_text() == before
+
+
+def test_a_router_that_differs_is_found_in_its_layer(tmp_path, tokenizer_path, monkeypatch):
+    config = tiny(moe=True)
+    _config_key("num_experts_per_tok", 1)(monkeypatch)
+    with pytest.raises(ValueError, match=r"first at the output of layers\.0"):
+        run(make_source(config, random_weights(config), tokenizer_path), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_current_exports_are_known_again(tmp_path, tokenizer_path):
+    config = tiny()
+    out = tmp_path / "out"
+    run(make_source(config, random_weights(config), tokenizer_path), out)
+    assert folder.is_current(out, {"key": "value"})
+    assert not folder.is_current(out, {"key": "other"})
+    raw = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(raw | {"rope_theta": 1.0}))
+    assert not folder.is_current(out, {"key": "value"})
+
+
+def test_other_folders_are_left_alone_and_interrupted_ones_healed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="was not written by `trivium export`"):
+        folder.check_place(tmp_path / "mine")
+    (tmp_path / ".out.previous").mkdir()
+    folder.check_place(tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial/left").write_text("from a killed export")
+    assert not list(folder.begin(tmp_path / "new").iterdir())

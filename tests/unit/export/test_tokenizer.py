@@ -1,0 +1,90 @@
+"""The fast tokenizer is sentencepiece, id for id."""
+
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as proto
+from transformers import AutoTokenizer
+
+from export.tokenizer import PIECE, SPACE, first_difference, read_model, write_tokenizer
+from export.verify import ODD_TEXTS
+from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer_path: Path) -> Path:
+    folder = tmp_path_factory.mktemp("fast")
+    write_tokenizer(folder, tokenizer_path, max_length=128, chat_template=TEMPLATE)
+    # AutoTokenizer looks at model_type, and must not take LLaMA's own class, which puts a space in front.
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def test_same_ids_on_prose_code_and_odd_strings(folder: Path, tokenizer_path: Path):
+    fast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    pieces = [
+        p.piece.replace(SPACE, " ") for p in read_model(tokenizer_path).pieces if p.type == PIECE.NORMAL
+    ]
+    code = Path(random.__file__).read_text(encoding="utf-8")
+    texts = [CHINESE, ENGLISH, code, *ODD_TEXTS, *odd_strings(1500, pieces)]
+    assert first_difference(fast, tokenizer_path, texts) is None
+
+
+def test_a_wrong_merge_order_is_noticed(folder: Path, tokenizer_path: Path, tmp_path: Path):
+    import json
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "broken")
+    raw = json.loads((tmp_path / "broken/tokenizer.json").read_text())
+    raw["model"]["merges"].reverse()
+    (tmp_path / "broken/tokenizer.json").write_text(json.dumps(raw))
+    fast = AutoTokenizer.from_pretrained(tmp_path / "broken", local_files_only=True)
+    difference = first_difference(fast, tokenizer_path, [ENGLISH])
+    assert difference is not None
+    assert "It was the best" in difference
+
+
+def test_special_tokens(folder: Path, tokenizer_path: Path):
+    fast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    slow = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    assert (fast.unk_token_id, fast.bos_token_id, fast.eos_token_id, fast.pad_token_id) == (0, 1, 2, 3)
+    assert fast("of wisdom").input_ids == [1, *slow.encode("of wisdom")]
+    assert fast.encode("<|user|>of wisdom<|end|>", add_special_tokens=False) == [
+        5,
+        *slow.encode("of wisdom"),
+        7,
+    ]
+    assert fast.decode([1, *slow.encode("  of\twisdom\n"), 2], skip_special_tokens=True) == "  of\twisdom\n"
+    rendered = fast.apply_chat_template([{"role": "user", "content": "hope"}], tokenize=False)
+    assert rendered == "<|user|>hope<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda m: setattr(m.trainer_spec, "model_type", proto.TrainerSpec.UNIGRAM), "model_type"),
+        (lambda m: setattr(m.normalizer_spec, "add_dummy_prefix", True), "add_dummy_prefix"),
+        (lambda m: setattr(m.normalizer_spec, "name", "nmt_nfkc"), "normalizer.name"),
+        (lambda m: setattr(m.trainer_spec, "byte_fallback", False), "byte_fallback"),
+        (lambda m: setattr(m.pieces[-1], "type", PIECE.USER_DEFINED), "user-defined"),
+    ],
+)
+def test_models_without_an_exact_twin_are_refused(tmp_path: Path, tokenizer_path: Path, change, key: str):
+    model = proto.ModelProto()
+    model.ParseFromString(tokenizer_path.read_bytes())
+    change(model)
+    (tmp_path / "other.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=key):
+        read_model(tmp_path / "other.model")
+
+
+def test_missing_and_damaged_files(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"none\.model does not exist"):
+        read_model(tmp_path / "none.model")
+    (tmp_path / "damaged.model").write_bytes(b"\xff\xffnot a model")
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        read_model(tmp_path / "damaged.model")
