@@ -1,0 +1,247 @@
+"""`trivium report RUN_DIR`: a run's metrics.jsonl as one report.html that needs neither network nor server.
+
+Curves of everything that was measured, the held-out numbers by source, samples, and what the run was. The trainer
+calls `write` at the end of every run. Leaves out comparing runs (TensorBoard does) and imports no torch.
+"""
+
+import argparse
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.loader import ConfigError, entrypoint, write_atomic
+from pretrain.charts import STYLE, Points, line_chart, short
+
+# Charts in this order, with titles and units; whatever else is measured follows under its own name.
+CHARTS = {
+    "loss": ("Training loss", "nats per token"),
+    "loss_by_source": ("Training loss by source", "nats per token"),
+    "reward": ("Mean reward", "reward"),
+    "grad_norm": ("Gradient norm, before clipping", "norm"),
+    "lr": ("Learning rate", "lr"),
+    "tokens_per_s": ("Speed", "tokens per second"),
+    "memory_bytes": ("Memory of one rank", "bytes"),
+}
+NOT_DRAWN = {"step", "tokens", "eval"}
+SMOOTH_BY_NATURE = {"lr", "memory_bytes"}
+MAX_SAMPLES = 40
+
+PAGE_STYLE = (
+    STYLE
+    + """
+body { margin: 0 auto; padding: 24px; max-width: 1040px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 28px 0 8px; }
+p { margin: 4px 0 12px; color: var(--soft); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 14px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; } th, td { padding: 4px 12px 4px 0; text-align: left;
+  vertical-align: top; border-bottom: 1px solid var(--grid); } td.n, th.n { text-align: right;
+  font-variant-numeric: tabular-nums; } td pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+details > pre { overflow-x: auto; font-size: 12px; background: var(--card); padding: 12px; border-radius: 8px; }
+"""
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes RUN_DIR/report.html and prints its path."""
+    parser = argparse.ArgumentParser(
+        prog="trivium report",
+        description="Draws a training run's report.html from its metrics.jsonl.",
+        epilog="example:\n  trivium report runs/demo/pretrain",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a directory with metrics.jsonl")
+    args = parser.parse_args(argv)
+    if not (args.run_dir / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"{args.run_dir} has no metrics.jsonl; name a training run's directory, e.g. runs/demo/sft"
+        )
+    print(write(args.run_dir))
+    return 0
+
+
+def write(run_dir: str | Path) -> Path:
+    """Draws what `run_dir` holds by now into its report.html; returns the path. Errors: ValueError, broken metrics."""
+    run_dir = Path(run_dir)
+    records = read_jsonl(run_dir / "metrics.jsonl")
+    steps = last_of_each_step(records)
+    evals = last_of_each_step(record for record in records if "eval" in record)
+    samples = read_jsonl(run_dir / "samples.jsonl")
+    config = run_dir / "config.toml"
+    body = [
+        f"<h1>{html.escape(str(run_dir))}</h1>",
+        f"<p>{html.escape(summary(steps))}</p>",
+        _section("While training", charts(steps)),
+        _section("Held out", eval_charts(evals)),
+        _eval_table(evals),
+        _samples(samples),
+    ]
+    if config.is_file():
+        text = html.escape(config.read_text(encoding="utf-8"))
+        body.append(
+            f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>"
+        )
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(run_dir.name)}: Trivium run</title><style>{PAGE_STYLE}</style></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+    path = run_dir / "report.html"
+    write_atomic(path, page.encode())
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file; none where there is no file. A last line cut off by a kill is left out.
+
+    Errors: ValueError naming file and line for any other line that is not a JSON object.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # a whole line ends in a newline, so this one was being written
+                break
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}); remove the line and try again"
+            ) from None
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, line {number} is {type(record).__name__}, expected an object; remove the line"
+            )
+        records.append(record)
+    return records
+
+
+def last_of_each_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records by step. A resumed run repeats steps after its checkpoint: the later record of a step holds."""
+    merged: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if "step" in record:
+            merged[record["step"]] = {**merged.get(record["step"], {}), **record}
+    return [merged[step] for step in sorted(merged)]
+
+
+def summary(steps: list[dict[str, Any]]) -> str:
+    """One sentence on how far the run came."""
+    last = next((record for record in reversed(steps) if "loss" in record), None)
+    if last is None:
+        return "No step has been logged yet."
+    parts = [f"{last['step']:,} steps"]
+    if "tokens" in last:
+        parts.append(f"{last['tokens']:,} tokens")
+    parts.append(f"training loss {last['loss']:.4f}")
+    if "reward" in last:
+        parts.append(f"mean reward {last['reward']:.3f}")
+    return ", ".join(parts) + "."
+
+
+def charts(steps: list[dict[str, Any]]) -> list[str]:
+    """A chart for every number that the steps carry; a group of numbers (loss by source) is one chart."""
+    keys = dict.fromkeys(key for record in steps for key in record if key not in NOT_DRAWN)
+    drawn = []
+    for key in sorted(keys, key=lambda key: (list(CHARTS).index(key) if key in CHARTS else len(CHARTS), key)):
+        title, unit = CHARTS.get(key, (key.replace("_", " ").capitalize(), key.replace("_", " ")))
+        drawn.append(line_chart(title, _series(steps, key), "step", unit, key not in SMOOTH_BY_NATURE))
+    return drawn
+
+
+def eval_charts(evals: list[dict[str, Any]]) -> list[str]:
+    """Loss and bits per byte by source, and whatever else an evaluation measured."""
+    titles = {
+        "loss": ("Held-out loss", "nats per token"),
+        "bits_per_byte": ("Held-out bits per byte", "bits per byte"),
+    }
+    by_measure: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for record in evals:
+        for source, measures in record["eval"].items():
+            for measure, value in (measures if isinstance(measures, dict) else {source: measures}).items():
+                if _is_number(value):
+                    by_measure.setdefault(measure, {}).setdefault(source, []).append((record["step"], value))
+    return [
+        line_chart(*_titled(titles.get(measure), measure, series)) for measure, series in by_measure.items()
+    ]
+
+
+def _titled(known: tuple[str, str] | None, measure: str, series: dict[str, Any]) -> tuple[str, Any, str, str]:
+    title, unit = known or (f"Held-out {measure.replace('_', ' ')}", measure.replace("_", " "))
+    return title, series, "step", unit
+
+
+def _series(steps: list[dict[str, Any]], key: str) -> dict[str, Points]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in steps:
+        value = record.get(key)
+        for name, number in value.items() if isinstance(value, dict) else [(key, value)]:
+            if _is_number(number):
+                series.setdefault(name, []).append((record["step"], number))
+    return dict(series)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _section(title: str, figures: Sequence[str]) -> str:
+    figures = [figure for figure in figures if figure]
+    return f'<h2>{title}</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
+
+
+def _eval_table(evals: list[dict[str, Any]]) -> str:
+    if not evals or not all(isinstance(measures, dict) for measures in evals[-1]["eval"].values()):
+        return ""
+    first, last = evals[0], evals[-1]
+    measures = list(dict.fromkeys(name for values in last["eval"].values() for name in values))
+    head = "".join(f'<th class="n">{html.escape(name.replace("_", " "))}</th>' for name in measures)
+    rows = []
+    for source, values in last["eval"].items():
+        cells = []
+        for name in measures:
+            before = first["eval"].get(source, {}).get(name)
+            then = f"{short(before)} → " if first is not last and _is_number(before) else ""
+            cells.append(
+                f'<td class="n">{then}{short(values[name]) if _is_number(values.get(name)) else ""}</td>'
+            )
+        rows.append(f"<tr><td>{html.escape(source)}</td>{''.join(cells)}</tr>")
+    when = f"step {first['step']} → step {last['step']}" if first is not last else f"step {last['step']}"
+    return (
+        f'<p>{when}</p><div class="scroll"><table><tr><th>source</th>{head}</tr>{"".join(rows)}</table></div>'
+    )
+
+
+def _samples(samples: list[dict[str, Any]]) -> str:
+    if not samples:
+        return ""
+    shown = samples[-MAX_SAMPLES:]
+    columns = list(dict.fromkeys(key for sample in shown for key in sample))
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td><pre>{html.escape(_text(sample.get(column)))}</pre></td>" for column in columns)
+        + "</tr>"
+        for sample in shown
+    )
+    count = f"the last {len(shown)} of {len(samples):,}" if len(samples) > len(shown) else f"{len(shown)}"
+    return f'<h2>Samples</h2><p>{count}</p><div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return short(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    entrypoint(main)
