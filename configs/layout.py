@@ -22,7 +22,9 @@ class Layout:
     grad_accum_steps: int
 
     @classmethod
-    def of(cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> "Layout":
+    def of(
+        cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection
+    ) -> "Layout":
         """Checks every degree. Errors: ConfigError naming the numbers and the nearest legal choices."""
         _refuse_unbuilt(parallel)
         tp, pp = parallel.tp, parallel.pp
@@ -66,7 +68,9 @@ class Layout:
 
 def _refuse_unbuilt(parallel: ParallelConfig) -> None:
     if parallel.zero != 1:
-        raise ConfigError(f"parallel.zero = {parallel.zero} is not built yet; only ZeRO stage 1 is: set parallel.zero=1")
+        raise ConfigError(
+            f"parallel.zero = {parallel.zero} is not built yet; only ZeRO stage 1 is: set parallel.zero=1"
+        )
     if parallel.sp:
         raise ConfigError("parallel.sp = true (sequence parallel) is not built yet; set parallel.sp=false")
     for name in ("vpp", "ep", "cp"):

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -62,7 +61,12 @@ def plain(config: BaseModel) -> dict[str, Any]:
 
 def write(config: BaseModel, path: str | Path) -> None:
     """Writes the resolved config as TOML, under a temporary name first."""
-    write_atomic(path, tomli_w.dumps(plain(config)).encode())
+    write_atomic(path, toml(plain(config)))
+
+
+def toml(tree: dict[str, Any]) -> bytes:
+    """A plain dict as TOML; keys that are None are left out."""
+    return tomli_w.dumps(_without_none(tree)).encode()
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
@@ -103,19 +107,27 @@ def parse_args(
     )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be done, do nothing"
+    )
     for name, text in flags:
         parser.add_argument(name, action="store_true", help=text)
     args = parser.parse_intermixed_args(argv)
     return load(schema, args.config, args.overrides), args
 
 
-def entrypoint(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> None:
-    """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted."""
+def entrypoint(
+    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None, speaks: bool = True
+) -> None:
+    """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted.
+
+    Of many ranks that all find the same mistake in a config, only the one that `speaks` tells it.
+    """
     try:
         status = main(argv) or 0
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -126,6 +138,12 @@ def entrypoint(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
     sys.stdout.flush()
     sys.stderr.flush()
     raise SystemExit(status)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -61,7 +61,9 @@ class ModelConfig(Section):
                 "change one or set model.head_dim"
             )
         if self.dim_per_head % 2:
-            raise ValueError(f"model.head_dim = {self.dim_per_head} is odd; rotary embedding turns pairs, so make it even")
+            raise ValueError(
+                f"model.head_dim = {self.dim_per_head} is odd; rotary embedding turns pairs, so make it even"
+            )
         return self
 
     @property

@@ -5,9 +5,10 @@ for micro-batch size m, and data-parallel rank r takes the r-th contiguous share
 ranks nor micro-batches change what a step trains on.
 """
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,33 +65,35 @@ def share_of_rank(first: int, count: int, dp_rank: int, dp: int) -> range:
     return range(first + dp_rank * share, first + (dp_rank + 1) * share)
 
 
-class BatchSource(Protocol):
+class BatchSource(abc.ABC):
     """Where samples come from. Pretraining reads a plan, SFT its dialogues; RL makes them with the current model."""
 
     fingerprint: str  # changes when any sample would
     num_samples: int | None  # None: as many as asked for
-    seq_length: int
-    vocab_size: int
     sources: list[str]  # what `Row.source` indexes; losses are reported for each
 
-    def rows(self, samples: range) -> Sequence[Row]: ...
+    def prepare(self, engine: Any, step: int) -> None:  # noqa: B027  most sources need nothing
+        """Called on all ranks before the rows of a step are asked for; RL takes the current weights here."""
 
-    def heldout(self, source: str, limit: int) -> Sequence[Row]:
-        """At most `limit` rows of held-out data, always the same."""
-        ...
+    @abc.abstractmethod
+    def rows(self, samples: range) -> Sequence[Row]:
+        """This data-parallel rank's samples of a step. All ranks of a replica ask for the same."""
+
+    def step_metrics(self) -> dict[str, tuple[float, float]]:
+        """{name: (sum, count)} of this rank's rows since last asked; the same names on every rank."""
+        return {}
 
 
-class PlanSource:
+class PlanSource(BatchSource):
     """Rows of a mixture plan; see `data_pipeline.rows.Plan`."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.fingerprint, self.num_samples, self.sources = plan.fingerprint, plan.num_samples, list(plan.sources)
-        self.seq_length, self.vocab_size = plan.seq_length, plan.vocab_size
-        self.token_bytes = torch.from_numpy(np.asarray(plan.token_bytes))
+        self.fingerprint, self.num_samples, self.sources = (
+            plan.fingerprint,
+            plan.num_samples,
+            list(plan.sources),
+        )
 
     def rows(self, samples: range) -> list[Row]:
         return [self.plan.row(i) for i in samples]
-
-    def heldout(self, source: str, limit: int) -> list[Row]:
-        return [self.plan.heldout_row(source, i) for i in range(min(limit, self.plan.heldout_rows(source)))]

@@ -164,7 +164,9 @@ def _check_shapes(engine: Engine, reader: Reader) -> None:
     for name, parameter in engine.module.named_global_parameters():
         shape = list(global_shape(parameter, engine.place.layout.tp))
         if name not in saved:
-            raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's")
+            raise CheckpointError(
+                f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's"
+            )
         if saved[name]["shape"] != shape:
             raise CheckpointError(
                 f"{name} is {saved[name]['shape']} in {reader.path} and {shape} in the model; set model.* as the "
@@ -175,4 +177,6 @@ def _check_shapes(engine: Engine, reader: Reader) -> None:
 def _raise_first(answers: list[dict[str, Any]], final: Path) -> None:
     for rank, answer in enumerate(answers):
         if answer["failure"]:
-            raise OSError(f"rank {rank} could not save {final}: {answer['failure']}; earlier checkpoints are untouched")
+            raise OSError(
+                f"rank {rank} could not save {final}: {answer['failure']}; earlier checkpoints are untouched"
+            )

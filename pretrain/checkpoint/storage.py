@@ -79,7 +79,9 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
     for name, entry in parameters.items():
         covered = sum(piece["length"] for piece in entry["pieces"])
         if covered != math.prod(entry["shape"]):
-            raise CheckpointError(f"{name}: the ranks hold {covered} of {math.prod(entry['shape'])} elements; not saved")
+            raise CheckpointError(
+                f"{name}: the ranks hold {covered} of {math.prod(entry['shape'])} elements; not saved"
+            )
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -127,7 +129,9 @@ def verify(path: str | Path) -> dict[str, Any]:
             )
         with open(file, "rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
-                raise CheckpointError(f"{file} does not match its SHA-256; it is damaged, use an earlier checkpoint")
+                raise CheckpointError(
+                    f"{file} does not match its SHA-256; it is damaged, use an earlier checkpoint"
+                )
     return manifest
 
 
@@ -182,7 +186,9 @@ class Reader:
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
         """The whole fp32 tensor. Errors: CheckpointError for a name or kind that is not there."""
         if name not in self.manifest["parameters"] or kind not in self.manifest["kinds"]:
-            raise CheckpointError(f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model")
+            raise CheckpointError(
+                f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model"
+            )
         entry = self.manifest["parameters"][name]
         whole = torch.empty(entry["shape"], dtype=torch.float32)
         boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[dict[str, Any]]] = {}

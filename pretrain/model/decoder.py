@@ -138,7 +138,9 @@ class Decoder(nn.Module):
     def _logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
         if not self.tied_here:
             return self.lm_head(x_SBH)
-        if self.embedding.weight.shape[0] != self.model_config.vocab_size:  # split: gradients of x are partial
+        if (
+            self.embedding.weight.shape[0] != self.model_config.vocab_size
+        ):  # split: gradients of x are partial
             x_SBH = copy_to_tensor_model_parallel_region(x_SBH, group=self.tp_group)
         return F.linear(x_SBH, self.embedding.weight)
 

@@ -59,7 +59,9 @@ class Engine:
         self.num_sources = num_sources
         layout = place.layout
         stage = StageSpec(
-            layout.layers_of_stage(model_config.num_layers, place.pp_rank), place.is_first_stage, place.is_last_stage
+            layout.layers_of_stage(model_config.num_layers, place.pp_rank),
+            place.is_first_stage,
+            place.is_last_stage,
         )
         self.module = Decoder(
             model_config, stage, layer_config(dtype, place.device, layout.tp), place.tp_group, place.device
@@ -103,10 +105,16 @@ class Engine:
         """Steps 1 to 3: gradients of the global batch, up to ZeRO's average."""
         place = self.place
         self.module.train()
-        total = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(place.device)
+        total = (
+            torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches])
+            .sum()
+            .to(place.device)
+        )
         dist.all_reduce(total, group=place.dp_group)
         if total <= 0:
-            raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
+            raise ValueError(
+                "no token of the global batch is trained on (its loss mask is all zero); look at the data"
+            )
         num_sequences = sum(len(batch.tokens) for batch in batches) * place.layout.dp
         for block in self.module.layers.values():
             if block.is_moe:
@@ -169,7 +177,9 @@ class Engine:
         sums = self.place.sum_over_world(sums).cpu()
         n = self.num_sources
         weight = float(sums[n : 2 * n].sum().clamp(min=1e-12))
-        metrics = {name: float(value) / weight for name, value in zip(loss_fn.metrics, sums[2 * n :], strict=True)}
+        metrics = {
+            name: float(value) / weight for name, value in zip(loss_fn.metrics, sums[2 * n :], strict=True)
+        }
         return Sums(sums[:n], sums[n : 2 * n], metrics)
 
     def _forward_step(

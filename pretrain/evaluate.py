@@ -1,0 +1,88 @@
+"""Held-out loss and bits per byte, per source, over the layout that trains."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from data_pipeline.rows import Plan, Row
+from pretrain.data import micro_batches
+from pretrain.losses import NextToken
+from pretrain.parallel.engine import Engine
+
+
+class Evaluator(Protocol):
+    """Something measured every `eval.every` steps. All ranks call it and get the same answer."""
+
+    def __call__(self, engine: Engine) -> dict[str, dict[str, float]]: ...
+
+
+class HeldoutLoss:
+    """Mean next-token loss per source; with `token_bytes` also bits per byte, which no tokenizer can flatter.
+
+    Bits per byte = total loss / ln 2 / UTF-8 bytes of the predicted tokens; special tokens are predicted but have no
+    bytes. `rows`: source to its held-out rows.
+    """
+
+    def __init__(self, rows: dict[str, Sequence[Row]], token_bytes: np.ndarray | None = None):
+        self.names, self.rows, self.token_bytes = list(rows), rows, token_bytes
+
+    @classmethod
+    def of_plan(cls, plan: Plan, limit: int) -> "HeldoutLoss":
+        """The first `limit` held-out rows of every source."""
+        rows = {
+            s: [plan.heldout_row(s, i) for i in range(min(limit, plan.heldout_rows(s)))] for s in plan.sources
+        }
+        return cls(rows, np.asarray(plan.token_bytes))
+
+    def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
+        batches = self._batches_of_rank(engine)
+        if not batches:
+            return {}
+        sums = engine.evaluate(batches, NextToken())
+        bytes_of = self._bytes()
+        result = {}
+        for index, name in enumerate(self.names):
+            loss, weight = float(sums.loss[index]), float(sums.weight[index])
+            if weight:
+                result[name] = {"loss": loss / weight}
+                if self.token_bytes is not None:
+                    result[name]["bits_per_byte"] = loss / np.log(2) / max(1, bytes_of[name])
+        return result
+
+    def _batches_of_rank(self, engine: Engine) -> list[Any]:
+        """Equally many micro-batches for every data-parallel rank; the last are filled with rows that do not count."""
+        rows = [_with(row, source=index) for index, name in enumerate(self.names) for row in self.rows[name]]
+        if not rows:
+            return []
+        layout, size = engine.place.layout, engine.train_config.micro_batch_size
+        blank = _with(rows[0], loss_mask=np.zeros_like(rows[0].loss_mask))
+        rows += [blank] * (-len(rows) % (layout.dp * size))
+        share = len(rows) // layout.dp
+        return micro_batches(rows[engine.place.dp_rank * share :][:share], size)
+
+    def _bytes(self) -> dict[str, int]:
+        if self.token_bytes is None:
+            return {}
+        return {
+            name: int(sum(self.token_bytes[row.labels[row.loss_mask]].sum() for row in self.rows[name]))
+            for name in self.names
+        }
+
+
+def _with(row: Row, **changes: Any) -> Row:
+    values = {
+        name: getattr(row, name)
+        for name in ("tokens", "labels", "loss_mask", "positions", "segments", "source")
+    }
+    return Row(**{**values, **changes})
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak of a known GPU in flop/s (vendors' data sheets); None where no peak is known, CPUs included."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+    return next((flops for key, flops in known.items() if key in name), None)

@@ -1,0 +1,99 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, and one progress line. Written by the main rank."""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from configs.loader import write_atomic
+
+PLAIN_EVERY_SECONDS = 10.0  # between lines where there is no terminal
+
+
+class MetricsLog:
+    """Appends one JSON object a step. On resume, lines after the checkpoint's step are cut off first."""
+
+    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool):
+        self.path = run_dir / "metrics.jsonl"
+        kept = [line for line in _lines(self.path) if line["step"] <= first_step]
+        write_atomic(self.path, b"".join(_encode(line) for line in kept))
+        self._file = open(self.path, "ab")  # noqa: SIM115  closed by close()
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """`record["step"]` counts from 1: the number of steps done."""
+        self._file.write(_encode(record))
+        self._file.flush()
+        if self._board:
+            for name, value in _flatten(record):
+                self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+class ProgressLine:
+    """A bar on a terminal; elsewhere a line every few seconds."""
+
+    def __init__(self, title: str, first_step: int, steps: int):
+        self.title, self.steps = title, steps
+        self._said = time.monotonic()
+        self._bar = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(), console=Console(),
+            )  # fmt: skip
+            self._task = self._bar.add_task(title, total=steps, completed=first_step, text="")
+            self._bar.start()
+
+    def update(self, step: int, text: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif time.monotonic() - self._said > PLAIN_EVERY_SECONDS or step == self.steps:
+            self._said = time.monotonic()
+            print(f"{self.title} {step}/{self.steps} {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of the log; a last line cut short by a kill is left out."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    scalars: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            scalars += _flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key != "step":
+            scalars.append((prefix + key, float(value)))
+    return scalars

@@ -1,0 +1,22 @@
+"""Learning-rate schedules as functions of the step."""
+
+import math
+
+from configs.train import ScheduleConfig
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of step `step` (0-based) of `steps`.
+
+    Linear warmup reaches `peak` at step `warmup_steps - 1`. Then cosine (Loshchilov and Hutter 2017) falls to the
+    floor at the last step; WSD (Hu et al. 2024) stays and falls linearly to it over the last `decay_steps`.
+    """
+    floor = peak * schedule.min_lr_ratio
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    if schedule.kind == "cosine":
+        progress = (step - schedule.warmup_steps + 1) / max(1, steps - schedule.warmup_steps)
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule.kind == "wsd" and step >= steps - schedule.decay_steps:
+        return floor + (peak - floor) * (steps - 1 - step) / schedule.decay_steps
+    return peak

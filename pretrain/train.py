@@ -1,0 +1,70 @@
+"""`trivium train`: pretrains a decoder on a mixture plan, in any layout.
+
+torchrun --nproc-per-node 2 -m pretrain.train configs/pretrain/demo.toml parallel.tp=2
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.layout import Layout
+from configs.loader import ConfigError, entrypoint, parse_args
+from configs.train import PretrainConfig
+from data_pipeline.rows import Plan
+from launch.environment import ClusterEnvironment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        PretrainConfig,
+        argv,
+        prog="trivium train",
+        description="Pretrains a decoder. Run again with the same command, it goes on from its newest checkpoint.",
+        example="trivium train configs/pretrain/demo.toml train.steps=50 parallel.tp=1",
+    )
+    env = ClusterEnvironment.read()
+    layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
+    plan = _open_plan(config)
+    if args.dry_run:
+        print(
+            f"{config.model.num_parameters():,} parameters ({config.model.num_parameters(active=True):,} active), "
+            f"layout {layout}, {layout.grad_accum_steps} micro-batches a step, {config.train.steps} steps of "
+            f"{config.train.global_batch_size * config.train.seq_length:,} tokens into {config.run.dir}"
+        )
+        return 0
+
+    # torch and what stands on it take seconds to import: a mistake in the config is told before that.
+    from pretrain.data import PlanSource
+    from pretrain.evaluate import HeldoutLoss
+    from pretrain.losses import NextToken
+    from pretrain.parallel import groups
+    from pretrain.trainer import Trainer
+
+    place = groups.start(env, layout)
+    try:
+        evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
+        name = Path(config.run.dir).name
+        return Trainer(
+            config, config.model, PlanSource(plan), NextToken(), place, evaluators, title=name
+        ).fit()
+    finally:
+        groups.stop()
+
+
+def _open_plan(config: PretrainConfig) -> Plan:
+    try:
+        plan = Plan.open(config.data.plan)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data.plan = {config.data.plan!r}: {error}") from None
+    for key, ours, theirs in (
+        ("train.seq_length", config.train.seq_length, plan.seq_length),
+        ("model.vocab_size", config.model.vocab_size, plan.vocab_size),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"{key} = {ours}, but the plan {config.data.plan} was built for {theirs}; set {key}={theirs}"
+            )
+    return plan
+
+
+if __name__ == "__main__":
+    entrypoint(main, speaks=ClusterEnvironment.read().is_main)

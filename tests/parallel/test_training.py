@@ -1,0 +1,141 @@
+"""Interrupted and resumed runs against uninterrupted ones, bit by bit; any layout resumes any layout."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.storage import CheckpointError
+from tests.parallel.harness import Ranks
+from tests.parallel.test_layouts import MODELS
+
+RanksOf = Callable[[int], Ranks]
+TRAIN = "tests.parallel.training:train"
+
+
+def train(
+    ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **options: Any
+) -> list[dict[str, Any]]:
+    return ranks.run(
+        TRAIN,
+        process_group=False,
+        run_dir=str(run_dir),
+        model=MODELS[model],
+        parallel=parallel,
+        **{"steps": 6, **options},
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_bytes")} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "parallel"),
+    [("moe_tied", 1, {}), ("moe_tied", 2, {}), ("dense", 2, {"tp": 2}), ("moe_tied", 2, {"pp": 2})],
+)
+def test_resumed_run_is_bit_identical(
+    ranks: RanksOf, tmp_path: Path, model: str, world: int, parallel: dict[str, int]
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert train(ranks(world), straight, model, parallel) == [{"status": 0}] * world
+    answers = train(ranks(world), broken, model, parallel, fail_at=5)  # the last checkpoint is of step 4
+    assert [answer["error"] for answer in answers] == ["the node went away"] * world
+    assert len(metrics(broken)) > 5
+    (broken / "metrics.jsonl").open("a").write('{"step": 6, "lo')  # a line cut short by a kill
+    assert train(ranks(world), broken, model, parallel) == [{"status": 0}] * world
+    assert metrics(broken) == metrics(straight)
+    for kind in storage.KINDS:
+        a, b = (storage.read_full(storage.directory(run, 6), kind) for run in (straight, broken))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert storage.steps(broken) == [4, 6]
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(ranks(2), straight, "dense", {})
+    assert train(ranks(2), stopped, "dense", {}, signal_at=2, every=100) == [{"status": 130}] * 2
+    assert storage.steps(stopped) == [3]
+    assert train(ranks(2), stopped, "dense", {}, every=100) == [{"status": 0}] * 2
+    assert metrics(stopped) == metrics(straight)
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tied MoE model at dp2."""
+    run_dir = tmp_path_factory.mktemp("saved")
+    assert train(ranks(2), run_dir, "moe_tied", {}, steps=2) == [{"status": 0}] * 2
+    return storage.latest(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(1, {}), (2, {}), (2, {"tp": 2}), (2, {"pp": 2}), (4, {"tp": 2, "pp": 2}), (4, {"pp": 2})],
+)
+def test_any_layout_restores_it_bit_identically(
+    ranks: RanksOf, saved: Path, tmp_path: Path, world: int, parallel: dict[str, int]
+) -> None:
+    options = {
+        "process_group": False,
+        "model": MODELS["moe_tied"],
+        "parallel": parallel,
+        "checkpoint": str(saved),
+    }
+    ranks(world).run("tests.parallel.training:restore_and_save", out=str(tmp_path), **options)
+    again = storage.latest(tmp_path)
+    for kind in storage.KINDS:
+        a, b = storage.read_full(saved, kind), storage.read_full(again, kind)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert any(tensor.any() for tensor in storage.read_full(again, "exp_avg_sq").values())
+    assert ranks(world).run("tests.parallel.training:gathered", **options) == [True] * world
+
+
+def test_resume_in_another_layout_goes_on_the_same(ranks: RanksOf, tmp_path: Path) -> None:
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    train(ranks(1), straight, "dense_tied", {})
+    train(ranks(2), moved, "dense_tied", {}, fail_at=4)
+    train(ranks(2), moved, "dense_tied", {"tp": 2})
+    losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (straight, moved)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"seed": 4}, "seed = 3"), ({"fingerprint": "other"}, "data = rows"), ({"model": "moe"}, "model = ")],
+)
+def test_another_runs_checkpoint_is_refused(
+    ranks: RanksOf, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    train(ranks(1), tmp_path, "dense", {}, steps=2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    options = {"model": "dense", **change}
+    (answer,) = train(ranks(1), tmp_path, options.pop("model"), {}, steps=4, **options)
+    assert (
+        answer["kind"] == "ConfigError" and words in answer["error"] and "another run.dir" in answer["error"]
+    )
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and storage.steps(tmp_path) == [2]
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(ranks: RanksOf, tmp_path: Path) -> None:
+    train(ranks(1), tmp_path, "dense", {}, steps=4)
+    file = next(storage.directory(tmp_path, 4).glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{file.name} does not match its SHA-256"):
+        storage.verify(storage.directory(tmp_path, 4))
+    assert storage.latest(tmp_path) == storage.directory(tmp_path, 2)
+    file.write_bytes(content[:100])
+    with pytest.raises(CheckpointError, match="100 bytes, its manifest says"):
+        storage.verify(storage.directory(tmp_path, 4))
+    (storage.directory(tmp_path, 2) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        storage.latest(tmp_path)
+    (answer,) = train(ranks(1), tmp_path, "dense", {}, steps=6)
+    assert answer["kind"] == "CheckpointError" and "is whole" in answer["error"]
