@@ -1,7 +1,7 @@
 """All degrees of parallelism against model, batch and world size, in one place. No torch, so a login node can ask.
 
-World size = dp * pp * tp (cp and ep are not built yet, see `Layout.of`). Rank order is megatron-core's "tp-cp-ep-dp-pp":
-tensor-parallel ranks are neighbours, pipeline stages are farthest apart.
+World size = dp * pp * tp (cp and ep are not built yet, see `Layout.of`). Rank order is megatron-core's
+"tp-cp-ep-dp-pp": tensor-parallel ranks are neighbours, pipeline stages are farthest apart.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,7 @@ class Layout:
     grad_accum_steps: int
 
     @classmethod
-    def of(
-        cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection
-    ) -> "Layout":
+    def of(cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> "Layout":
         """Checks every degree. Errors: ConfigError naming the numbers and the nearest legal choices."""
         _refuse_unbuilt(parallel)
         tp, pp = parallel.tp, parallel.pp

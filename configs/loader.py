@@ -107,9 +107,7 @@ def parse_args(
     )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, say what would be done, do nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
     for name, text in flags:
         parser.add_argument(name, action="store_true", help=text)
     args = parser.parse_intermixed_args(argv)

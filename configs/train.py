@@ -108,7 +108,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warmup, then cosine to `min_lr_ratio`, or (wsd) constant with a linear decay over the last `decay_steps`."""
+    """Linear warmup, then cosine to `min_lr_ratio`; wsd: constant, then linear over the last `decay_steps`."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
@@ -142,7 +142,7 @@ class DataSection(Section):
 
 
 class EvalConfig(Section):
-    """Held-out loss and bits per byte per source, every `every` steps and at the end, on at most `rows` rows a source."""
+    """Held-out loss per source, every `every` steps and at the end, on at most `rows` rows a source."""
 
     every: int = Field(default=100, ge=1)
     rows: int = Field(default=32, ge=0)

@@ -35,9 +35,7 @@ svg path.raw { stroke-width: 1; opacity: 0.35; }
 """
 
 
-def line_chart(
-    title: str, series: Mapping[str, Points], x_label: str, y_label: str, noisy: bool = True
-) -> str:
+def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: str, noisy: bool = True) -> str:
     """One <figure>: title, legend where there are several series, and the curves.
 
     Points that are not finite are left out. Long series are thinned so that every peak stays; `noisy` ones get a
@@ -67,9 +65,7 @@ def line_chart(
     for tick in ticks(x_low, x_high, whole=True):
         if x_low <= tick <= x_high:
             x, _ = place(tick, y_low)
-            parts.append(
-                f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>'
-            )
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x_label)}</text>'

@@ -7,7 +7,7 @@ ranks nor micro-batches change what a step trains on.
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,9 @@ class Batch:
     logprobs: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        present = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
+        return replace(self, **present)
 
 
 def collate(rows: Sequence[Row]) -> Batch:

@@ -31,7 +31,7 @@ class HeldoutLoss:
     @classmethod
     def of_plan(cls, plan: Plan, limit: int) -> "HeldoutLoss":
         """The first `limit` held-out rows of every source."""
-        rows = {
+        rows: dict[str, Sequence[Row]] = {
             s: [plan.heldout_row(s, i) for i in range(min(limit, plan.heldout_rows(s)))] for s in plan.sources
         }
         return cls(rows, np.asarray(plan.token_bytes))
@@ -72,10 +72,7 @@ class HeldoutLoss:
 
 
 def _with(row: Row, **changes: Any) -> Row:
-    values = {
-        name: getattr(row, name)
-        for name in ("tokens", "labels", "loss_mask", "positions", "segments", "source")
-    }
+    values = {name: getattr(row, name) for name in ("tokens", "labels", "loss_mask", "positions", "segments", "source")}
     return Row(**{**values, **changes})
 
 

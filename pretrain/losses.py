@@ -19,9 +19,7 @@ class LossFunction(Protocol):
     metrics: tuple[str, ...]
     temperature: float  # logits are divided by it before the softmax
 
-    def __call__(
-        self, logprobs_BS: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
 class NextToken:
@@ -30,9 +28,7 @@ class NextToken:
     metrics: tuple[str, ...] = ()
     temperature = 1.0
 
-    def __call__(
-        self, logprobs_BS: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return -logprobs_BS, {}
 
 
@@ -40,9 +36,7 @@ def label_logprobs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, vocab_size
     """log softmax(logits)[label], [B, S] fp32. With logits split over tp, by megatron-core's vocab-parallel loss."""
     logits, labels = logits_BSV.transpose(0, 1), labels_BS.t()  # the model's own [S, B] layout, so no copy
     if logits.shape[-1] == vocab_size:
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(
-            labels.shape
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
     else:
         loss = vocab_parallel_cross_entropy(logits.contiguous().float(), labels.contiguous())
     return -loss.t()

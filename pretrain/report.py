@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a directory with metrics.jsonl")
     args = parser.parse_args(argv)
     if not (args.run_dir / "metrics.jsonl").is_file():
-        raise ConfigError(
-            f"{args.run_dir} has no metrics.jsonl; name a training run's directory, e.g. runs/demo/sft"
-        )
+        raise ConfigError(f"{args.run_dir} has no metrics.jsonl; name a training run's directory, e.g. runs/demo/sft")
     print(write(args.run_dir))
     return 0
 
@@ -81,9 +79,7 @@ def write(run_dir: str | Path) -> Path:
     ]
     if config.is_file():
         text = html.escape(config.read_text(encoding="utf-8"))
-        body.append(
-            f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>"
-        )
+        body.append(f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>")
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -112,13 +108,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):  # a whole line ends in a newline, so this one was being written
                 break
-            raise ValueError(
-                f"{path}, line {number} is not JSON ({error}); remove the line and try again"
-            ) from None
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line and try again") from None
         if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number} is {type(record).__name__}, expected an object; remove the line"
-            )
+            raise ValueError(f"{path}, line {number} is {type(record).__name__}, expected an object; remove the line")
         records.append(record)
     return records
 
@@ -168,9 +160,7 @@ def eval_charts(evals: list[dict[str, Any]]) -> list[str]:
             for measure, value in (measures if isinstance(measures, dict) else {source: measures}).items():
                 if _is_number(value):
                     by_measure.setdefault(measure, {}).setdefault(source, []).append((record["step"], value))
-    return [
-        line_chart(*_titled(titles.get(measure), measure, series)) for measure, series in by_measure.items()
-    ]
+    return [line_chart(*_titled(titles.get(measure), measure, series)) for measure, series in by_measure.items()]
 
 
 def _titled(known: tuple[str, str] | None, measure: str, series: dict[str, Any]) -> tuple[str, Any, str, str]:
@@ -209,14 +199,10 @@ def _eval_table(evals: list[dict[str, Any]]) -> str:
         for name in measures:
             before = first["eval"].get(source, {}).get(name)
             then = f"{short(before)} → " if first is not last and _is_number(before) else ""
-            cells.append(
-                f'<td class="n">{then}{short(values[name]) if _is_number(values.get(name)) else ""}</td>'
-            )
+            cells.append(f'<td class="n">{then}{short(values[name]) if _is_number(values.get(name)) else ""}</td>')
         rows.append(f"<tr><td>{html.escape(source)}</td>{''.join(cells)}</tr>")
     when = f"step {first['step']} → step {last['step']}" if first is not last else f"step {last['step']}"
-    return (
-        f'<p>{when}</p><div class="scroll"><table><tr><th>source</th>{head}</tr>{"".join(rows)}</table></div>'
-    )
+    return f'<p>{when}</p><div class="scroll"><table><tr><th>source</th>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
         name = Path(config.run.dir).name
-        return Trainer(
-            config, config.model, PlanSource(plan), NextToken(), place, evaluators, title=name
-        ).fit()
+        return Trainer(config, config.model, PlanSource(plan), NextToken(), place, evaluators, title=name).fit()
     finally:
         groups.stop()
 

@@ -77,9 +77,7 @@ class Trainer:
             model_config, train, config.optimizer, place, config.run.seed, dtype, max(1, len(source.sources))
         )
         flops = peak_flops(place.device, dtype)
-        self._flops_share = (
-            None if flops is None else self._flops_per_token() / (flops * place.layout.world_size)
-        )
+        self._flops_share = None if flops is None else self._flops_per_token() / (flops * place.layout.world_size)
 
     def fit(self) -> int:
         """Trains to `train.steps`. Returns the exit status: 0, or 130 when a signal stopped it after a checkpoint."""
@@ -104,9 +102,7 @@ class Trainer:
             status = self._loop(log, progress)
             lock.flush()
         if self.place.is_main:
-            print(
-                f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}"
-            )
+            print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}")
         return status
 
     def _loop(self, log: MetricsLog | None, progress: ProgressLine | None) -> int:
@@ -126,9 +122,7 @@ class Trainer:
                 self._save(progress)
             if stopping and not last:
                 if progress:
-                    progress.say(
-                        f"{self.title}: stopped at step {self.step}; the same command goes on from there"
-                    )
+                    progress.say(f"{self.title}: stopped at step {self.step}; the same command goes on from there")
                 return INTERRUPTED
         return 0
 
@@ -141,9 +135,7 @@ class Trainer:
         try:
             sums = self.engine.train_step(batches, self.loss_fn, lr)
         except FloatingPointError as error:
-            raise FloatingPointError(
-                f"step {self.step + 1}: {error}; lower optimizer.lr and start again"
-            ) from None
+            raise FloatingPointError(f"step {self.step + 1}: {error}; lower optimizer.lr and start again") from None
         self.step += 1
         self.samples += train.global_batch_size
         self.tokens += train.global_batch_size * train.seq_length
@@ -173,12 +165,9 @@ class Trainer:
         own = self.source.step_metrics()
         if own:
             counted = self.place.reports
-            totals = self.place.sum_over_world(
-                torch.tensor([v if counted else (0.0, 0.0) for v in own.values()])
-            )
+            totals = self.place.sum_over_world(torch.tensor([v if counted else (0.0, 0.0) for v in own.values()]))
             record |= {
-                name: total / max(count, 1e-12)
-                for name, (total, count) in zip(own, totals.tolist(), strict=True)
+                name: total / max(count, 1e-12) for name, (total, count) in zip(own, totals.tolist(), strict=True)
             }
         return record
 
@@ -188,9 +177,7 @@ class Trainer:
             results |= evaluator(self.engine)
         if log and progress and results:
             log.write({"step": self.step, "eval": results})
-            text = "; ".join(
-                f"{name} " + " ".join(f"{k} {v:.4g}" for k, v in r.items()) for name, r in results.items()
-            )
+            text = "; ".join(f"{name} " + " ".join(f"{k} {v:.4g}" for k, v in r.items()) for name, r in results.items())
             progress.say(f"{self.title} {self.step}: held out: {text}")
 
     def _save(self, progress: ProgressLine | None) -> None:
@@ -273,9 +260,7 @@ class Trainer:
         facts = {
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name()
-            if self.place.device.type == "cuda"
-            else platform.machine(),
+            "device": torch.cuda.get_device_name() if self.place.device.type == "cuda" else platform.machine(),
             "packages": {name: version(name) for name in packages},
             "layout": str(self.place.layout),
             "launcher": ClusterEnvironment.read().as_dict(),
@@ -323,9 +308,7 @@ def _only_run_in(run_dir: Path, place: Place) -> Iterator[TextIO]:
 
 
 def _summary(record: dict[str, Any]) -> str:
-    text = (
-        f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tokens/s"
-    )
+    text = f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tokens/s"
     return f"reward {record['reward']:.3f}  {text}" if "reward" in record else text
 
 

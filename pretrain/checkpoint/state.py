@@ -66,7 +66,7 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
     For rollouts: it needs memory for one whole copy on each rank.
     """
-    place, layout = engine.place, engine.place.layout
+    place = engine.place
     weights: dict[str, torch.Tensor] = {}
     local = dict(engine.module.named_global_parameters())
     shapes = place.gather_json({name: list(p.shape) for name, p in local.items()})
@@ -74,11 +74,8 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
         for name, shape in shapes[stage_rank].items():
             if name in weights:
                 continue
-            if stage_rank == place.rank:
-                whole = _gather_tp(local[name], engine)
-            else:
-                whole = None
-            weights[name] = _from_stage(whole, shape, stage_rank, engine, name) if layout.pp > 1 else whole
+            whole = _gather_tp(local[name], engine) if stage_rank == place.rank else None
+            weights[name] = _from_stage(whole, len(shape), stage_rank, engine)
     return weights
 
 
@@ -91,18 +88,19 @@ def _gather_tp(parameter: nn.Parameter, engine: Engine) -> torch.Tensor:
     return torch.cat(parts, dim)
 
 
-def _from_stage(
-    whole: torch.Tensor | None, local_shape: list[int], stage_rank: int, engine: Engine, name: str
-) -> torch.Tensor:
-    """Broadcasts one parameter from the pipeline stage that holds it."""
+def _from_stage(whole: torch.Tensor | None, ndim: int, stage_rank: int, engine: Engine) -> torch.Tensor:
+    """Gives all stages one parameter of the stage that holds it."""
     place = engine.place
-    shape = torch.zeros(4, dtype=torch.int64, device=place.device)
+    if place.layout.pp == 1:
+        assert whole is not None
+        return whole
+    shape = torch.zeros(ndim, dtype=torch.int64, device=place.device)
     if whole is not None:
-        shape[: whole.ndim] = torch.tensor(whole.shape)
+        shape.copy_(torch.tensor(whole.shape))
     dist.broadcast(shape, stage_rank, group=place.pp_group)
     if whole is None:
         dtype = next(engine.module.parameters()).dtype
-        whole = torch.empty(shape[: len(local_shape)].tolist(), dtype=dtype, device=place.device)
+        whole = torch.empty(shape.tolist(), dtype=dtype, device=place.device)
     whole = whole.contiguous()
     dist.broadcast(whole, stage_rank, group=place.pp_group)
     return whole
@@ -164,9 +162,7 @@ def _check_shapes(engine: Engine, reader: Reader) -> None:
     for name, parameter in engine.module.named_global_parameters():
         shape = list(global_shape(parameter, engine.place.layout.tp))
         if name not in saved:
-            raise CheckpointError(
-                f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's"
-            )
+            raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's")
         if saved[name]["shape"] != shape:
             raise CheckpointError(
                 f"{name} is {saved[name]['shape']} in {reader.path} and {shape} in the model; set model.* as the "
@@ -177,6 +173,4 @@ def _check_shapes(engine: Engine, reader: Reader) -> None:
 def _raise_first(answers: list[dict[str, Any]], final: Path) -> None:
     for rank, answer in enumerate(answers):
         if answer["failure"]:
-            raise OSError(
-                f"rank {rank} could not save {final}: {answer['failure']}; earlier checkpoints are untouched"
-            )
+            raise OSError(f"rank {rank} could not save {final}: {answer['failure']}; earlier checkpoints are untouched")

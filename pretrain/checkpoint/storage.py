@@ -129,9 +129,7 @@ def verify(path: str | Path) -> dict[str, Any]:
             )
         with open(file, "rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
-                raise CheckpointError(
-                    f"{file} does not match its SHA-256; it is damaged, use an earlier checkpoint"
-                )
+                raise CheckpointError(f"{file} does not match its SHA-256; it is damaged, use an earlier checkpoint")
     return manifest
 
 
@@ -143,7 +141,7 @@ def steps(run_dir: str | Path) -> list[int]:
 
 def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files match their checksums, and what was wrong with the newer ones."""
-    problems = []
+    problems: list[str] = []
     for step in reversed(steps(run_dir)):
         try:
             verify(directory(run_dir, step))
@@ -186,9 +184,7 @@ class Reader:
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
         """The whole fp32 tensor. Errors: CheckpointError for a name or kind that is not there."""
         if name not in self.manifest["parameters"] or kind not in self.manifest["kinds"]:
-            raise CheckpointError(
-                f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model"
-            )
+            raise CheckpointError(f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model")
         entry = self.manifest["parameters"][name]
         whole = torch.empty(entry["shape"], dtype=torch.float32)
         boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[dict[str, Any]]] = {}

@@ -10,9 +10,7 @@ from pretrain.model.linear import layer_config
 __all__ = ["Decoder", "StageSpec", "build_single", "init_weights", "layer_config"]
 
 
-def build_single(
-    config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
-) -> Decoder:
+def build_single(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Decoder:
     """The whole model on one CPU rank, in eval mode, no process group needed.
 
     `weights`: global name to tensor. Errors: ValueError naming missing, unknown and misshapen names.

@@ -21,9 +21,7 @@ from pretrain.model.rope import rotary_angles, rotate
 class KVCache:
     """Keys and values of all positions so far, for generation: per layer [B, K, max_length, D]."""
 
-    def __init__(
-        self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_layers, 2, batch, config.num_kv_heads, max_length, config.dim_per_head)
         self.store = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
@@ -90,9 +88,7 @@ class Attention(nn.Module):
         self.v_proj = ColumnLinear(config.hidden_size, size_kv, layer_config, tp_group)
         self.o_proj = RowLinear(size_q, config.hidden_size, layer_config, tp_group)
 
-    def forward(
-        self, x_SBH: torch.Tensor, inputs: AttentionInputs, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x_SBH: torch.Tensor, inputs: AttentionInputs, cache: KVCache | None = None) -> torch.Tensor:
         q = rotate(self._heads(self.q_proj(x_SBH)), inputs.cos, inputs.sin)
         k = rotate(self._heads(self.k_proj(x_SBH)), inputs.cos, inputs.sin)
         v = self._heads(self.v_proj(x_SBH))

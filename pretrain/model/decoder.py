@@ -6,7 +6,7 @@ knows no ranks. Shape letters: see `attention.py`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,15 @@ class Decoder(nn.Module):
         """Whether the output head is this very stage's embedding."""
         return self.model_config.tie_embeddings and self.stage.is_first and self.stage.is_last
 
+    @property
+    def blocks(self) -> dict[int, Block]:
+        """This stage's blocks by global layer index."""
+        return {int(name): cast(Block, block) for name, block in self.layers.items()}
+
+    @property
+    def moe_layers(self) -> dict[int, MoE]:
+        return {layer: block.moe for layer, block in self.blocks.items() if block.is_moe}
+
     def global_name(self, name: str) -> str:
         """A parameter's name in checkpoints and init: the tied head's copy is the embedding's."""
         return "embedding.weight" if name == "lm_head.weight" and self.model_config.tie_embeddings else name
@@ -129,7 +138,7 @@ class Decoder(nn.Module):
         else:
             assert self.input_tensor is not None, "a later pipeline stage got no input"
             x_SBH = self.input_tensor
-        for block in self.layers.values():
+        for block in self.blocks.values():
             x_SBH = block(x_SBH, inputs, valid_SB, cache)
         if cache is not None:
             cache.length += tokens_BS.shape[1]
@@ -138,9 +147,7 @@ class Decoder(nn.Module):
     def _logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
         if not self.tied_here:
             return self.lm_head(x_SBH)
-        if (
-            self.embedding.weight.shape[0] != self.model_config.vocab_size
-        ):  # split: gradients of x are partial
+        if self.embedding.weight.shape[0] != self.model_config.vocab_size:  # split: gradients of x are partial
             x_SBH = copy_to_tensor_model_parallel_region(x_SBH, group=self.tp_group)
         return F.linear(x_SBH, self.embedding.weight)
 

@@ -40,7 +40,7 @@ def _draw(seed: int, key: str, shape: tuple[int, ...], std: float) -> torch.Tens
 
 def split_dim(parameter: nn.Parameter) -> int | None:
     """The dimension that tensor parallel splits, or None where each rank holds all of it."""
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    return getattr(parameter, "partition_dim") if getattr(parameter, "tensor_model_parallel", False) else None  # noqa: B009
 
 
 def global_shape(parameter: nn.Parameter, tp: int) -> tuple[int, ...]:

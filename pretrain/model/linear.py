@@ -28,9 +28,7 @@ def _no_init(weight: torch.Tensor) -> torch.Tensor:
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):
     """y = x Wᵀ with W [out, in] split over its rows: every rank computes out/tp of the outputs."""
 
-    def __init__(
-        self, size_in: int, size_out: int, config: ModelParallelConfig, tp_group: ProcessGroup | None
-    ):
+    def __init__(self, size_in: int, size_out: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
         super().__init__(
             size_in,
             size_out,
@@ -53,9 +51,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
 class RowLinear(tensor_parallel.RowParallelLinear):
     """y = x Wᵀ with W [out, in] split over its columns: every rank has in/tp of the inputs; outputs are summed."""
 
-    def __init__(
-        self, size_in: int, size_out: int, config: ModelParallelConfig, tp_group: ProcessGroup | None
-    ):
+    def __init__(self, size_in: int, size_out: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
         super().__init__(
             size_in,
             size_out,
@@ -79,9 +75,7 @@ class RowLinear(tensor_parallel.RowParallelLinear):
 class Embedding(tensor_parallel.VocabParallelEmbedding):
     """Token embedding [V, H] split over the vocabulary; the lookups are summed over tp."""
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, config: ModelParallelConfig, tp_group: ProcessGroup | None
-    ):
+    def __init__(self, vocab_size: int, hidden_size: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
         super().__init__(vocab_size, hidden_size, init_method=_no_init, config=config, tp_group=tp_group)
         self.is_split = self.num_embeddings_per_partition != vocab_size
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)

@@ -48,11 +48,9 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU MLPs as stacked weights; under tensor parallel each holds its share of F, so outputs are partial sums."""
+    """E SwiGLU MLPs as stacked weights; under tensor parallel each has its share of F and gives a partial sum."""
 
-    def __init__(
-        self, config: ModelConfig, moe: MoEConfig, tp: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, config: ModelConfig, moe: MoEConfig, tp: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         experts, hidden, ffn = moe.num_experts, config.hidden_size, config.ffn_hidden_size // tp
         self.gate_proj = nn.Parameter(torch.empty(experts, ffn, hidden, dtype=dtype, device=device))

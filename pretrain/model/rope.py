@@ -3,9 +3,7 @@
 import torch
 
 
-def rotary_angles(
-    positions_BS: torch.Tensor, head_dim: int, theta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_angles(positions_BS: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [B, 1, S, head_dim], fp32, at the given positions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
     angles = positions_BS[:, None, :, None].float() * (1.0 / theta**exponents)

@@ -24,6 +24,7 @@ from configs.train import ModelConfig, OptimizerConfig, TrainSection
 from pretrain.data import Batch
 from pretrain.losses import LossFunction, label_logprobs
 from pretrain.model import Decoder, StageSpec, init_weights, layer_config
+from pretrain.model.moe import MoEStats
 from pretrain.parallel.gradients import mark_copies, sum_replicated
 from pretrain.parallel.groups import DeepSpeedUnit, Place
 
@@ -69,7 +70,7 @@ class Engine:
         init_weights(self.module, seed, layout.tp, place.tp_rank)
         mark_copies(self.module)
         if train.compile:
-            for block in self.module.layers.values():
+            for block in self.module.blocks.values():
                 block.compile()
         # What megatron-core's schedules ask of a model.
         self.module.config = _schedule_config(model_config, layout.tp, layout.pp, dtype)
@@ -105,20 +106,13 @@ class Engine:
         """Steps 1 to 3: gradients of the global batch, up to ZeRO's average."""
         place = self.place
         self.module.train()
-        total = (
-            torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches])
-            .sum()
-            .to(place.device)
-        )
+        total = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(place.device)
         dist.all_reduce(total, group=place.dp_group)
         if total <= 0:
-            raise ValueError(
-                "no token of the global batch is trained on (its loss mask is all zero); look at the data"
-            )
+            raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
         num_sequences = sum(len(batch.tokens) for batch in batches) * place.layout.dp
-        for block in self.module.layers.values():
-            if block.is_moe:
-                block.moe.sequence_weight = place.layout.dp / num_sequences
+        for moe in self.module.moe_layers.values():
+            moe.sequence_weight = place.layout.dp / num_sequences
         self._sums = self._run(batches, loss_fn, place.layout.dp / float(total), forward_only=False)
         sum_replicated(self.module)
         self.zero.set_gradient_accumulation_boundary(True)
@@ -147,12 +141,11 @@ class Engine:
             return {}
         layers = self.model_config.num_layers
         values = torch.zeros(layers, 2 + moe.num_experts, dtype=torch.float64)
-        for name, block in self.module.layers.items():
-            stats = block.moe.stats
-            if self.place.tp_rank == 0 and stats.sequences:
-                values[int(name), 0], values[int(name), 1] = stats.aux_loss, stats.sequences
-                values[int(name), 2:] = stats.tokens_per_expert
-            block.moe.stats = type(stats)()
+        for layer, block in self.module.moe_layers.items():
+            if self.place.tp_rank == 0 and block.stats.sequences:
+                values[layer, 0], values[layer, 1] = float(block.stats.aux_loss), block.stats.sequences
+                values[layer, 2:] = torch.as_tensor(block.stats.tokens_per_expert)
+            block.stats = MoEStats()
         values = self.place.sum_over_world(values).cpu()
         tokens = values[:, 2:]
         imbalance = tokens.max(1).values / tokens.mean(1).clamp(min=1e-12)
@@ -177,9 +170,7 @@ class Engine:
         sums = self.place.sum_over_world(sums).cpu()
         n = self.num_sources
         weight = float(sums[n : 2 * n].sum().clamp(min=1e-12))
-        metrics = {
-            name: float(value) / weight for name, value in zip(loss_fn.metrics, sums[2 * n :], strict=True)
-        }
+        metrics = {name: float(value) / weight for name, value in zip(loss_fn.metrics, sums[2 * n :], strict=True)}
         return Sums(sums[:n], sums[n : 2 * n], metrics)
 
     def _forward_step(
@@ -227,9 +218,7 @@ def _schedule_config(model: ModelConfig, tp: int, pp: int, dtype: torch.dtype) -
     )
 
 
-def _deepspeed_config(
-    train: TrainSection, optimizer: OptimizerConfig, dp: int, dtype: torch.dtype
-) -> dict[str, Any]:
+def _deepspeed_config(train: TrainSection, optimizer: OptimizerConfig, dp: int, dtype: torch.dtype) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,

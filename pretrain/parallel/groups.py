@@ -62,9 +62,7 @@ class Place:
     def gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, in rank order. Values are JSON: nothing is unpickled."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        lengths = [
-            torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.layout.world_size)
-        ]
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.layout.world_size)]
         dist.all_gather(lengths, torch.tensor([len(data)], device=self.device))
         longest = int(max(lengths))
         padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)

@@ -17,9 +17,7 @@ RanksOf = Callable[[int], Ranks]
 TRAIN = "tests.parallel.training:train"
 
 
-def train(
-    ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **options: Any
-) -> list[dict[str, Any]]:
+def train(ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **options: Any) -> list[dict[str, Any]]:
     return ranks.run(
         TRAIN,
         process_group=False,
@@ -109,16 +107,12 @@ def test_resume_in_another_layout_goes_on_the_same(ranks: RanksOf, tmp_path: Pat
     ("change", "words"),
     [({"seed": 4}, "seed = 3"), ({"fingerprint": "other"}, "data = rows"), ({"model": "moe"}, "model = ")],
 )
-def test_another_runs_checkpoint_is_refused(
-    ranks: RanksOf, tmp_path: Path, change: dict[str, Any], words: str
-) -> None:
+def test_another_runs_checkpoint_is_refused(ranks: RanksOf, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     train(ranks(1), tmp_path, "dense", {}, steps=2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     options = {"model": "dense", **change}
     (answer,) = train(ranks(1), tmp_path, options.pop("model"), {}, steps=4, **options)
-    assert (
-        answer["kind"] == "ConfigError" and words in answer["error"] and "another run.dir" in answer["error"]
-    )
+    assert answer["kind"] == "ConfigError" and words in answer["error"] and "another run.dir" in answer["error"]
     assert (tmp_path / "metrics.jsonl").read_bytes() == before and storage.steps(tmp_path) == [2]
 
 
