@@ -1,8 +1,8 @@
 """What a data run is: sources, rule sets, deduplication, the held-out split, the tokenizer and the mixture.
 
 One TOML file names everything between raw files and a mixture plan. Rules are thresholds on named scores
-(`RuleSet`); a document that breaks one is dropped with `<score>_min` or `<score>_max` as its reason. What each
-score is lives with the code that computes it, in `data_pipeline.scoring`.
+(`RuleSet`); a document that breaks one is dropped with `<score>_min` or `<score>_max` as its reason. What
+each score is lives with the code that computes it, in `data_pipeline.scoring`.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ class RunConfig(Section):
 
 
 class SourceConfig(Section):
-    """One named part of the mixture: its files, their format, and a rule set for each language it may hold."""
+    """One named part of the mixture: its files, their format, a rule set for each language it may hold."""
 
     files: tuple[str, ...] = Field(min_length=1)  # paths or glob patterns, relative to the working directory
     format: Literal["jsonl", "warc"]
@@ -95,9 +95,7 @@ class RuleSet(Section):
 
     def bounds(self) -> dict[str, Bound]:
         """The rules that are on, in the order in which they are tried."""
-        return {
-            name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Bound)
-        }
+        return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Bound)}
 
 
 class DedupConfig(Section):
@@ -112,14 +110,14 @@ class DedupConfig(Section):
 
 
 class HeldoutConfig(Section):
-    """A document is held out when the hash of (seed, its id) falls under `share`; a source gives one at least."""
+    """A document is held out when the hash of (seed, its id) is under `share`; each source gives one."""
 
     share: float = Field(default=0.02, gt=0, lt=0.5)
     seed: int = Field(default=0, ge=0)
 
 
 class TokenizerConfig(Section):
-    """sentencepiece BPE with byte fallback, trained on at most `train_bytes` of text, all sources together."""
+    """sentencepiece BPE with byte fallback, trained on up to `train_bytes` of text, all sources together."""
 
     vocab_size: int = Field(default=8192, ge=300)
     train_bytes: int = Field(default=8_000_000, ge=1)
@@ -146,14 +144,10 @@ class MixtureConfig(Section):
     @model_validator(mode="after")
     def _one_way(self) -> "MixtureConfig":
         if (self.weights is None) == (self.temperature is None):
-            raise ValueError(
-                "mixture takes exactly one of weights and temperature; set one and leave out the other"
-            )
+            raise ValueError("mixture takes exactly one of weights and temperature; set one and leave out the other")
         for source, weight in (self.weights or {}).items():
             if not weight > 0:
-                raise ValueError(
-                    f"mixture.weights.{source} = {weight} is not above 0; leave the source out instead"
-                )
+                raise ValueError(f"mixture.weights.{source} = {weight} is not above 0; leave the source out instead")
         return self
 
 

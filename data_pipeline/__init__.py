@@ -1,0 +1,1 @@
+"""Raw files to a mixture plan: reading, filtering, deduplication, tokens, packing. Never imports torch."""

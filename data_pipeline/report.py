@@ -1,0 +1,89 @@
+"""What a data run did, in tables: `trivium data report CONFIG`. Reads ledger and samples, computes nothing.
+
+Charts of scores, and following one document through the stages, are left out.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.data import DataConfig
+from configs.loader import entrypoint, parse_args
+
+_SAMPLE_CHARS = 160
+_SAMPLES = 2
+
+
+def print_ledger(ledger: dict[str, Any], console: Console) -> None:
+    """The table of stages: in, kept, dropped, bytes, reasons, time, and where to look."""
+    table = Table(title="Data run", title_justify="left")
+    for name in ("stage", "in", "kept", "dropped", "MB kept", "most dropped for", "seconds", "where to look"):
+        table.add_column(name, justify="right" if name in ("in", "kept", "dropped", "MB kept", "seconds") else "left")
+    for stage in ledger["stages"]:
+        total = stage["total"]
+        dropped = {reason: amount["documents"] for reason, amount in total["dropped"].items()}
+        top = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))[:3]
+        notes = [f"({name}: {count:,})" for name, count in total["notes"].items()]
+        table.add_row(
+            stage["name"],
+            f"{total['in']['documents']:,}",
+            f"{total['kept']['documents']:,}",
+            f"{sum(dropped.values()):,}",
+            f"{total['passed_on']['bytes'] / 1e6:.2f}",
+            "\n".join([*(f"{reason} {count:,}" for reason, count in top), *notes]),
+            f"{stage['seconds']:.1f}" + ("" if stage["fresh"] else " (kept)"),
+            stage["where"],
+        )
+    console.print(table)
+
+
+def print_drops(run_dir: Path, console: Console) -> None:
+    """A few dropped documents of every stage and reason, and the broken records."""
+    for path in sorted([*run_dir.glob("*/drops/*.jsonl"), *run_dir.glob("*/rejected/*.jsonl")]):
+        with path.open(encoding="utf-8") as lines:
+            samples = [json.loads(line) for _, line in zip(range(_SAMPLES), lines, strict=False)]
+        console.print(f"\n[bold]{path}[/bold]")
+        for sample in samples:
+            reason = sample.get("verdict") or sample.get("reason")
+            text = " ".join((sample.get("head") or sample.get("sample") or "").split())[:_SAMPLE_CHARS]
+            console.print(f"  {reason}  {sample['id']}", highlight=False, markup=False)
+            console.print(f"    {text}", highlight=False, markup=False)
+
+
+def read_ledger(run_dir: Path) -> dict[str, Any]:
+    """Errors: ValueError when no run has finished there."""
+    path = run_dir / "ledger.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: no data run has finished in {run_dir}; run: trivium data run CONFIG")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        DataConfig,
+        argv,
+        prog="trivium data report",
+        description="Print what a data run kept and dropped, with samples.",
+        example="trivium data report configs/data/demo.toml",
+    )
+    run_dir, console = Path(config.run.dir), Console()
+    try:
+        ledger = read_ledger(run_dir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.dry_run:
+        console.print(f"would report on {run_dir}, {len(ledger['stages'])} stages")
+        return 0
+    print_ledger(ledger, console)
+    print_drops(run_dir, console)
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)

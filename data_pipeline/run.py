@@ -1,0 +1,112 @@
+"""`trivium data run CONFIG`: raw files to a mixture plan, stage by stage, skipping what is done.
+
+Reads like the pipeline: documents (see `stages`), then tokenizer, tokens and plan. Interrupted anywhere, the
+same command goes on. The ledger of all stages goes to `ledger.json` in the run directory, `--dry-run` says
+what would run.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from configs.data import DataConfig
+from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
+from data_pipeline.report import print_ledger
+from data_pipeline.stage import Done, Stage, perform, published, sole_user
+from data_pipeline.stages import document_stages
+
+
+def all_stages(config: DataConfig, run_dir: Path, console: Console) -> list[Stage]:
+    """Every stage, in the order in which they run."""
+    return document_stages(config, run_dir, console)
+
+
+def run(config: DataConfig, console: Console) -> list[Done]:
+    """Runs what is not done yet.
+
+    Errors: ConfigError, ValueError for data that cannot be used, LedgerError.
+    """
+    run_dir = Path(config.run.dir)
+    with sole_user(run_dir):
+        stages = all_stages(config, run_dir, console)
+        write(config, run_dir / "config.toml")
+        done: dict[str, Done] = {}
+        for number, stage in enumerate(stages, 1):
+            before = done[stage.counted_against.name].tally if stage.counted_against else None
+            found = published(stage, run_dir)
+            if found:
+                found.tally.check(stage.name, before)
+            done[stage.name] = found or perform(stage, run_dir, before)
+            _say(done[stage.name], number, len(stages), console)
+        write_ledger(run_dir, list(done.values()))
+        return list(done.values())
+
+
+def write_ledger(run_dir: Path, done: Sequence[Done]) -> None:
+    ledger = {
+        "stages": [
+            {
+                "name": stage.name,
+                "seconds": round(stage.seconds, 3),
+                "fresh": stage.fresh,
+                "where": str(stage.folder),
+                "total": stage.tally.total().plain(),
+                "sources": stage.tally.plain(),
+            }
+            for stage in done
+        ]
+    }
+    write_atomic(run_dir / "ledger.json", (json.dumps(ledger, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _say(done: Done, number: int, count: int, console: Console) -> None:
+    total = done.tally.total()
+    dropped = sum(amount.documents for amount in total.dropped.values())
+    how = f"{done.seconds:.1f} s" if done.fresh else "done before, kept"
+    console.print(
+        f"[{number}/{count}] {done.name}: {total.came_in.documents:,} in, {total.kept.documents:,} kept, "
+        f"{dropped:,} dropped ({how})",
+        highlight=False,
+        markup=False,
+    )
+
+
+def dry_run(config: DataConfig, console: Console) -> None:
+    """Says of every stage whether it would run or be skipped; writes only the cache of input hashes."""
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for stage in all_stages(config, run_dir, console):
+        verdict = "done, would be skipped" if published(stage, run_dir) else "would run"
+        console.print(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        DataConfig,
+        argv,
+        prog="trivium data run",
+        description="Raw text to a mixture plan: extraction, filters, deduplication, split, tokens, plan.",
+        example="trivium data run configs/data/demo.toml run.workers=4",
+    )
+    console = Console()
+    try:
+        if args.dry_run:
+            dry_run(config, console)
+            return 0
+        done = run(config, console)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        print(f"error: {error}\n(details: {Path(config.run.dir) / 'logs'})", file=sys.stderr)
+        return 1
+    run_dir = Path(config.run.dir)
+    print_ledger(json.loads((run_dir / "ledger.json").read_text(encoding="utf-8")), console)
+    console.print(f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG")
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)

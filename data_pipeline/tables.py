@@ -1,0 +1,143 @@
+"""Parquet tables beside the text: a row per document, a file per shard, `<stage>/<source>/<shard>.parquet`.
+
+Every table starts with source, shard, row, id and bytes, so that it can be read without the text. `verdict`
+is empty for a document that goes on, else the reason why it was dropped. `TableStep` is the datatrove step
+that fills one.
+"""
+
+import json
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from data_pipeline.ledger import Tally
+
+KEYS = ("source", "shard", "row", "id", "bytes")
+_SAMPLES = 5
+
+
+def write_table(folder: str | Path, shard: str, table: pa.Table) -> None:
+    path = Path(folder) / f"{shard}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, compression="zstd")
+
+
+def read_table(folder: str | Path, shard: str) -> pa.Table:
+    return pq.read_table(Path(folder) / f"{shard}.parquet")
+
+
+def shards_of(folder: str | Path) -> list[str]:
+    """Names `<source>/<shard>` of the tables in a stage's folder, sorted."""
+    folder = Path(folder)
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.parquet"))
+
+
+def kept_rows(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table["verdict"], ""))
+
+
+def count_verdicts(folder: str | Path, tally: Tally) -> None:
+    """Adds what a stage's tables keep and drop to `tally`."""
+    for shard in shards_of(folder):
+        table = pq.read_table(Path(folder) / f"{shard}.parquet", columns=["source", "bytes", "verdict"])
+        groups = table.group_by(["source", "verdict"]).aggregate([("bytes", "sum"), ("bytes", "count")])
+        for group in groups.to_pylist():
+            documents, size = group["bytes_count"], group["bytes_sum"]
+            if group["verdict"]:
+                tally.dropped(group["source"], group["verdict"], size, documents)
+            else:
+                tally.kept(group["source"], size, documents=documents)
+
+
+def write_samples(folder: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """`drops/<reason>.jsonl` under `folder`: the first few of `rows` per source and reason, in the given
+    order.
+    """
+    taken: Counter[tuple[str, str]] = Counter()
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        key = (row["source"], row["verdict"])
+        taken[key] += 1
+        if taken[key] <= _SAMPLES:
+            lines.setdefault(row["verdict"], []).append(json.dumps(row, ensure_ascii=False) + "\n")
+    for reason, text in sorted(lines.items()):
+        path = Path(folder) / "drops" / f"{reason}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(text), encoding="utf-8")
+
+
+def table_samples(folder: str | Path) -> None:
+    """Samples of what a stage's own tables drop."""
+    dropped: list[dict[str, Any]] = []
+    for shard in shards_of(folder):
+        table = read_table(folder, shard)
+        dropped.extend(table.filter(pc.not_equal(table["verdict"], "")).to_pylist())
+    write_samples(folder, dropped)
+
+
+class TableStep(PipelineStep):
+    """Measures documents and writes a table per shard. Yields nothing: the text is written by nobody.
+
+    With `select`, the tables of an earlier stage: only documents that stage kept are measured, and `measure`
+    is given their row of it.
+    """
+
+    type = "📊 - TABLE"
+
+    def __init__(self, folder: str, tallies: str, select: str = "") -> None:
+        super().__init__()
+        self.folder = folder
+        self.tallies = tallies
+        self.select = select
+
+    @abstractmethod
+    def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
+        """The columns of this stage for one document."""
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        tally = Tally()
+        for shard, documents in groupby(data, key=lambda document: document.metadata["shard"]):
+            selected = self._selected(shard)
+            rows = []
+            for document in documents:
+                metadata = document.metadata
+                before = selected.get(metadata["row"]) if self.select else {}
+                if before is None:
+                    continue
+                tally.came_in(metadata["source"], metadata["bytes"])
+                with self.track_time():
+                    columns = self.measure(document, before)
+                place = {"source": metadata["source"], "shard": shard, "row": metadata["row"]}
+                rows.append({**place, "id": document.id, "bytes": metadata["bytes"], "verdict": "", **columns})
+            if rows:
+                write_table(self.folder, shard, as_table(rows))
+        tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
+        yield from ()
+
+    def _selected(self, shard: str) -> dict[int, dict[str, Any]]:
+        if not self.select:
+            return {}
+        return {row["row"]: row for row in kept_rows(read_table(self.select, shard)).to_pylist()}
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Rows to a table; a column of numpy rows becomes a list column of the same type."""
+    columns = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if isinstance(values[0], np.ndarray):
+            flat = pa.array(np.concatenate(values))
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, len(values[0]))
+        else:
+            columns[name] = pa.array(values)
+    return pa.table(columns)
