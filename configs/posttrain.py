@@ -9,7 +9,7 @@ from configs.train import TrainerConfig
 
 
 class InitConfig(Section):
-    """The model to start from: a run directory (its newest whole checkpoint) and its tokenizer's directory."""
+    """The model to start from: a run directory, whose newest checkpoint is taken, and its tokenizer."""
 
     run: str
     tokenizer: str
@@ -32,6 +32,7 @@ class TaskConfig(Section):
 
     name: Literal["sort"] = "sort"
     digits: int = Field(default=6, ge=3, le=32)
+    max_new_tokens: int = Field(default=16, ge=1)  # an answer that is not over by then is cut, and wrong
     # Held-out prompts on which the run's model is scored at the end, once greedily and once sampled.
     eval_prompts: int = Field(default=256, ge=1)
 
@@ -48,7 +49,6 @@ class GRPOSection(Section):
     """
 
     group_size: int = Field(default=16, ge=2)
-    max_new_tokens: int = Field(default=16, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     advantage: Literal["grpo@trl", "grpo@verl", "grpo@nemo", "dr_grpo", "rloo"] = "grpo@trl"
     aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"

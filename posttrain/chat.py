@@ -14,13 +14,14 @@ besides. Leaves out tool calls and images.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 
+from data_pipeline.tokenizer import SPECIALS, Tokenizer
+
 Role = Literal["system", "user", "assistant"]
 BOS, END = "<s>", "<|end|>"
-CONTROL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
 class Message(TypedDict):
@@ -28,25 +29,13 @@ class Message(TypedDict):
     content: str
 
 
-class ChatTokenizer(Protocol):
-    """What the chat format needs of a tokenizer. `encode` turns plain text into ids and never makes a
-    control id.
-    """
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def piece_to_id(self, piece: str) -> int: ...
-
-
 class ChatFormat:
     """Messages to tokens with one tokenizer. Errors: ValueError if it lacks a control token."""
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.ids = {token: tokenizer.piece_to_id(token) for token in CONTROL_TOKENS}
-        missing = [token for token in CONTROL_TOKENS[1:] if self.ids[token] == self.ids["<unk>"]]
+        self.ids = {token: tokenizer.piece_to_id(token) for token in SPECIALS}
+        missing = [token for token in SPECIALS[1:] if self.ids[token] == self.ids["<unk>"]]
         if missing:
             raise ValueError(
                 f"the tokenizer has no {', '.join(missing)}, which the chat format needs; "
@@ -103,7 +92,7 @@ class ChatFormat:
 
 def neutralise(text: str) -> str:
     """Text with every spelled-out control token broken by a space after its first character."""
-    for token in CONTROL_TOKENS:
+    for token in SPECIALS:
         text = text.replace(token, _broken(token))
     return text
 
@@ -113,9 +102,7 @@ def jinja_template() -> str:
     encoding is `ChatFormat.render`'s (or, with add_generation_prompt, `render_prompt`'s) ids. `generation`
     marks the answer mask.
     """
-    content = "m['content']" + "".join(
-        f" | replace('{token}', '{_broken(token)}')" for token in CONTROL_TOKENS
-    )
+    content = "m['content']" + "".join(f" | replace('{token}', '{_broken(token)}')" for token in SPECIALS)
     return (
         "{{ '<s>' }}"
         "{% set first = 1 if messages[0]['role'] == 'system' else 0 %}"

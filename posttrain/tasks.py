@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from configs.posttrain import TaskConfig
+
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1  # of all prompts, by hash
 
@@ -30,7 +32,13 @@ class Score:
 class Task(Protocol):
     """`prompt` is a pure function of (seed, split, index)."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """An answer that is not over by then is cut, and wrong."""
+        ...
 
     def prompt(self, seed: int, split: Split, index: int) -> str: ...
 
@@ -46,13 +54,12 @@ class SortTask:
     """
 
     digits: int = 6
+    max_new_tokens: int = 16
     name: str = "sort"
 
     def __post_init__(self) -> None:
         if not 3 <= self.digits <= 32:
-            raise ValueError(
-                f"task.digits = {self.digits} is outside 3 to 32; six is what a tiny model can learn"
-            )
+            raise ValueError(f"task.digits = {self.digits} is outside 3 to 32; six is what a tiny model can learn")
 
     def prompt(self, seed: int, split: Split, index: int) -> str:
         return f"Sort {_draw_digits(self.name, self.digits, seed, split, index)}"
@@ -77,11 +84,11 @@ class SortTask:
         return Score(0.0, "wrong digits" if sorted(completion) != list(answer) else "wrong order")
 
 
-def make_task(name: str, digits: int) -> Task:
-    """The task called `name`. Errors: ValueError that lists the known ones."""
-    if name != "sort":
-        raise ValueError(f"task.name = {name!r} is unknown; the tasks are: sort")
-    return SortTask(digits)
+def make_task(settings: TaskConfig) -> Task:
+    """The task that a config names."""
+    match settings.name:
+        case "sort":
+            return SortTask(settings.digits, settings.max_new_tokens)
 
 
 def split_of(content: str) -> Split:
@@ -91,9 +98,7 @@ def split_of(content: str) -> Split:
 
 
 def _draw_digits(name: str, digits: int, seed: int, split: Split, index: int) -> str:
-    generator = random.Random(
-        f"{name}/{seed}/{split}/{index}"
-    )  # a string seed is hashed the same way everywhere
+    generator = random.Random(f"{name}/{seed}/{split}/{index}")  # a string seed is hashed the same way everywhere
     while True:
         drawn = "".join(generator.choices("0123456789", k=digits))
         if split_of(f"{name}/{drawn}") == split:

@@ -32,8 +32,7 @@ def group_advantages(rewards_PG: Tensor, scored_PG: Tensor, dialect: AdvantageDi
     """
     if rewards_PG.ndim != 2 or rewards_PG.shape != scored_PG.shape:
         raise ValueError(
-            f"rewards {list(rewards_PG.shape)} and scored {list(scored_PG.shape)} must both be "
-            "[groups, group size]"
+            f"rewards {list(rewards_PG.shape)} and scored {list(scored_PG.shape)} must both be [groups, group size]"
         )
     count_P1 = scored_PG.sum(1, keepdim=True)
     r_PG = torch.where(scored_PG, rewards_PG, 0.0)

@@ -1,7 +1,7 @@
 """Token losses of policy optimisation: the clipped surrogate and the KL estimators.
 
 Every function is elementwise on tensors of log-probabilities (natural logarithm, of the token that was
-sampled) and leaves masking and averaging to `posttrain.algorithms.aggregation`.
+sampled) and leaves masking and averaging to the trainer.
 """
 
 from enum import StrEnum

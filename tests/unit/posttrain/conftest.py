@@ -1,12 +1,11 @@
-"""A small real sentencepiece tokenizer with the chat format's control tokens, trained in a second."""
+"""A small real tokenizer with the chat format's control tokens, trained in a second."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import json
 
 import pytest
-import sentencepiece
 
-from posttrain.chat import CONTROL_TOKENS, ChatFormat
+from data_pipeline.tokenizer import Tokenizer, train
+from posttrain.chat import ChatFormat
 
 TEXT = (
     "Sort the digits of 529143 and say hello. How are you today? I am fine, thank you; what is your name?\n"
@@ -15,47 +14,15 @@ TEXT = (
 )
 
 
-class PieceTokenizer:
-    """sentencepiece behind the three methods that the chat format asks for."""
-
-    def __init__(self, model: Path) -> None:
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        self.vocab_size = self.processor.vocab_size()
-        self.pad_id = self.processor.pad_id()
-
-    def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.processor.decode(list(ids))
-
-    def piece_to_id(self, piece: str) -> int:
-        return self.processor.piece_to_id(piece)
-
-
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PieceTokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines() * 20),
-        model_prefix=str(directory / "tokenizer"),
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
-        control_symbols=list(CONTROL_TOKENS[4:]),
-        minloglevel=2,
-    )
-    return PieceTokenizer(directory / "tokenizer.model")
+    documents = [{"text": TEXT * 20, "id": "0", "metadata": {}}]
+    (directory / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    train([directory / "text.jsonl"], directory, vocab_size=400)
+    return Tokenizer.load(directory)
 
 
 @pytest.fixture(scope="session")
-def chat(tokenizer: PieceTokenizer) -> ChatFormat:
+def chat(tokenizer: Tokenizer) -> ChatFormat:
     return ChatFormat(tokenizer)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
-from posttrain.algorithms.aggregation import Aggregation, loss_terms
+from posttrain.algorithms.aggregation import Aggregation, step_factor, token_weight
 from posttrain.algorithms.policy import KLEstimator, clipped_policy_loss, clipped_share, kl_estimate
 
 OLD = torch.tensor([-1.0, -1.0, -1.0])
@@ -14,9 +14,7 @@ def logprobs_at(*ratios: float) -> torch.Tensor:
     return OLD + torch.tensor(ratios).log()
 
 
-def advantages_of(
-    rewards: list[list[float]], dialect: str, scored: list[list[bool]] | None = None
-) -> torch.Tensor:
+def advantages_of(rewards: list[list[float]], dialect: str, scored: list[list[bool]] | None = None) -> torch.Tensor:
     rewards_PG = torch.tensor(rewards)
     known = torch.ones_like(rewards_PG, dtype=torch.bool) if scored is None else torch.tensor(scored)
     return group_advantages(rewards_PG, known, AdvantageDialect(dialect))
@@ -64,9 +62,7 @@ def test_groups_of_equal_reward_teach_nothing(dialect: AdvantageDialect) -> None
 @pytest.mark.parametrize("dialect", list(AdvantageDialect))
 def test_groups_do_not_touch_each_other(dialect: AdvantageDialect) -> None:
     together = advantages_of([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.25, 0.5]], dialect)
-    alone = torch.cat(
-        [advantages_of([[1.0, 0.0, 0.0, 1.0]], dialect), advantages_of([[0.0, 0.0, 0.25, 0.5]], dialect)]
-    )
+    alone = torch.cat([advantages_of([[1.0, 0.0, 0.0, 1.0]], dialect), advantages_of([[0.0, 0.0, 0.25, 0.5]], dialect)])
     torch.testing.assert_close(together, alone, atol=0, rtol=0)
 
 
@@ -99,12 +95,8 @@ def test_ppo_clip() -> None:
 
 def test_dual_clip() -> None:
     lp, advantages = logprobs_at(0.5, 1.0, 10.0), torch.tensor([1.0, -1.0, -4.0])
-    assert clipped_policy_loss(lp, OLD, advantages, dual_clip=3.0).mean().item() == pytest.approx(
-        4.1667, abs=5e-5
-    )
-    assert clipped_policy_loss(lp, OLD, advantages).mean().item() == pytest.approx(
-        (-0.5 + 1 + 40) / 3, abs=1e-4
-    )
+    assert clipped_policy_loss(lp, OLD, advantages, dual_clip=3.0).mean().item() == pytest.approx(4.1667, abs=5e-5)
+    assert clipped_policy_loss(lp, OLD, advantages).mean().item() == pytest.approx((-0.5 + 1 + 40) / 3, abs=1e-4)
 
 
 def test_policy_gradient_on_policy_is_minus_advantage() -> None:
@@ -130,17 +122,16 @@ def test_kl_estimators() -> None:
     assert 0.1 * k3.mean().item() == pytest.approx(0.0362, abs=5e-5)
 
 
-ROWS = torch.tensor([[1.0, 3.0, 99.0, 99.0], [4.0, 4.0, 4.0, 4.0]])
-MASK = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-EXPECTED = {"token_mean": 3.333333, "sequence_mean": 3.0, "fixed_length": 2.5}
+ROWS = [[1.0, 3.0], [4.0, 4.0, 4.0, 4.0]]
 
 
-@pytest.mark.parametrize("mode", list(Aggregation))
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_aggregation_is_blind_to_micro_batches(mode: Aggregation, micro_batch_size: int) -> None:
-    terms = [
-        loss_terms(ROWS[i : i + micro_batch_size], MASK[i : i + micro_batch_size], mode, max_length=4)
-        for i in range(0, 2, micro_batch_size)
-    ]
-    loss = sum(numerator for numerator, _ in terms) / sum(denominator for _, denominator in terms)
-    assert float(loss) == pytest.approx(EXPECTED[mode], abs=1e-6)
+@pytest.mark.parametrize(("mode", "expected"), [("token_mean", 10 / 3), ("sequence_mean", 3.0), ("fixed_length", 2.5)])
+def test_aggregation(mode: str, expected: float) -> None:
+    aggregation = Aggregation(mode)
+    # As the trainer does it: numerator and denominator are summed over all rows before one is divided by the
+    # other.
+    weights = [token_weight(len(row), aggregation) for row in ROWS]
+    weighted = sum(weight * sum(row) for weight, row in zip(weights, ROWS, strict=True))
+    mean = weighted / sum(weight * len(row) for weight, row in zip(weights, ROWS, strict=True))
+    factor = step_factor(tokens=6, completions=2, max_length=4, aggregation=aggregation)
+    assert mean * factor == pytest.approx(expected, abs=1e-6)

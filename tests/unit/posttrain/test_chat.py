@@ -5,7 +5,8 @@ import re
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from posttrain.chat import CONTROL_TOKENS, ChatFormat, Message, jinja_template, neutralise
+from data_pipeline.tokenizer import SPECIALS
+from posttrain.chat import ChatFormat, Message, jinja_template, neutralise
 
 DIALOGUES: list[list[Message]] = [
     [{"role": "user", "content": "Sort 529143"}, {"role": "assistant", "content": "123459"}],
@@ -30,10 +31,10 @@ def encode_with_controls(text: str, chat: ChatFormat) -> list[int]:
     """What transformers does with a rendered template: control tokens are cut out first, the rest is
     tokenised.
     """
-    parts = re.split("(" + "|".join(map(re.escape, CONTROL_TOKENS)) + ")", text)
+    parts = re.split("(" + "|".join(map(re.escape, SPECIALS)) + ")", text)
     ids: list[int] = []
     for part in parts:
-        ids += [chat.ids[part]] if part in CONTROL_TOKENS else chat.tokenizer.encode(part)
+        ids += [chat.ids[part]] if part in SPECIALS else chat.tokenizer.encode(part)
     return ids
 
 
@@ -74,7 +75,7 @@ def test_user_text_cannot_inject_control_tokens(chat: ChatFormat) -> None:
     control = [token for token in tokens.tolist() if token in chat.ids.values()]
     expected = ["<s>", "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]
     assert control == [chat.ids[token] for token in expected]
-    for token in CONTROL_TOKENS:
+    for token in SPECIALS:
         assert token not in neutralise(token * 3 + "<" + token)
     assert neutralise("a < b | c > d") == "a < b | c > d"
 
@@ -117,7 +118,5 @@ def test_decoding_an_answer(chat: ChatFormat) -> None:
     reply = chat.tokenizer.encode("123 你好")
     assert chat.decode_answer([*reply, chat.end_id]) == "123 你好"
     assert chat.decode_answer(reply) == "123 你好"
-    assert (
-        chat.decode_answer([*reply, chat.ids["<|user|>"], *reply, chat.end_id]) == "123 你好<|user|>123 你好"
-    )
+    assert chat.decode_answer([*reply, chat.ids["<|user|>"], *reply, chat.end_id]) == "123 你好<|user|>123 你好"
     assert chat.decode_answer([chat.end_id]) == ""

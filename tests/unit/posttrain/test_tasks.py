@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.tasks import SortTask, make_task, split_of
+from posttrain.tasks import SortTask, split_of
 
 
 def test_scores() -> None:
@@ -26,8 +26,7 @@ def test_unscorable_is_not_zero() -> None:
 def test_splits_are_disjoint_and_stable() -> None:
     task = SortTask(4)  # 10,000 numbers, so 3000 draws of a split repeat many and would soon collide
     drawn = {
-        split: {task.prompt(seed, split, i) for seed in (0, 1) for i in range(1500)}
-        for split in ("train", "heldout")
+        split: {task.prompt(seed, split, i) for seed in (0, 1) for i in range(1500)} for split in ("train", "heldout")
     }
     assert not drawn["train"] & drawn["heldout"]
     assert 600 < len(drawn["heldout"]) <= 1100  # about a tenth of all numbers
@@ -45,5 +44,3 @@ def test_prompts_are_a_function_of_seed_split_and_index() -> None:
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"task\.digits = 2"):
         SortTask(2)
-    with pytest.raises(ValueError, match="'sum' is unknown"):
-        make_task("sum", 6)

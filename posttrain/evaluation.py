@@ -1,0 +1,62 @@
+"""How well the model in training does a verifiable task on held-out prompts, greedily and sampled."""
+
+import torch
+
+from posttrain.chat import ChatFormat
+from posttrain.policy_copy import PolicyCopy
+from posttrain.rollout import judge
+from posttrain.tasks import Task
+from pretrain.model import Decoder
+from pretrain.parallel.engine import Engine
+from pretrain.sampling import generate
+
+BATCH = 256  # prompts decoded at once: bounds the key-value cache
+DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature
+
+
+class TaskAccuracy:
+    """Mean score in [0, 1] on the first `prompts` held-out prompts; see `pretrain.evaluate.Evaluator`.
+
+    Prompts and draws depend on `seed` alone, so two models, or two runs of one seed, are compared on the
+    same.
+    """
+
+    def __init__(self, task: Task, chat: ChatFormat, seed: int, prompts: int) -> None:
+        self.task, self.chat, self.seed, self.prompts = task, chat, seed, prompts
+        self._policy: PolicyCopy | None = None
+
+    def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
+        """Collective; each replica takes a share. Errors: ValueError if the verifier could score no
+        answer.
+        """
+        if self._policy is None:
+            self._policy = PolicyCopy(engine)
+        self._policy.refresh()
+        place = engine.place
+        sums = torch.zeros(len(DECODING), 2)
+        if self._policy.samples_here:
+            share = range(place.dp_rank, self.prompts, place.layout.dp)
+            sums = torch.tensor([self._sums(self._policy.decoder, share, t) for t in DECODING.values()])
+        totals = place.sum_over_world(sums).tolist()
+        if any(count == 0 for _, count in totals):
+            raise ValueError(f"task {self.task.name!r} could score none of {self.prompts} held-out prompts")
+        return {self.task.name: {name: s / n for name, (s, n) in zip(DECODING, totals, strict=True)}}
+
+    def _sums(self, decoder: Decoder, indices: range, temperature: float) -> tuple[float, float]:
+        """(sum of scores, number scored)."""
+        known: list[float] = []
+        for start in range(0, len(indices), BATCH):
+            batch = indices[start : start + BATCH]
+            texts = [self.task.prompt(self.seed, "heldout", i) for i in batch]
+            completions = generate(
+                decoder,
+                [self.chat.render_prompt([{"role": "user", "content": text}]) for text in texts],
+                self.task.max_new_tokens,
+                temperature,
+                self.seed,
+                stop_ids=[self.chat.end_id],
+                keys=[f"heldout/{i}" for i in batch],
+            )
+            scores = [judge(self.task, self.chat, t, c) for t, c in zip(texts, completions, strict=True)]
+            known += [score.value for score in scores if score.value is not None]
+        return sum(known), float(len(known))

@@ -1,0 +1,75 @@
+"""`trivium grpo`: reinforcement learning from verifiable rewards, by group-relative policy optimisation.
+
+    torchrun --nproc-per-node 2 -m posttrain.grpo configs/posttrain/demo_grpo.toml
+
+The trainer is pretraining's; the rows are sampled from the current model, and the loss is the clipped
+surrogate.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.layout import Layout
+from configs.loader import ConfigError, entrypoint, parse_args
+from configs.posttrain import GRPOConfig
+from launch.environment import ClusterEnvironment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        GRPOConfig,
+        argv,
+        prog="trivium grpo",
+        description="Trains a model on a task's rewards; the same command again goes on from its newest checkpoint.",
+        example="trivium grpo configs/posttrain/demo_grpo.toml train.steps=50 grpo.advantage=rloo",
+    )
+    # torch and what stands on it take seconds to import: a mistake in the config is told before that.
+    from posttrain.evaluation import TaskAccuracy
+    from posttrain.grpo_source import GRPOLoss, RolloutSource
+    from posttrain.start import Start
+    from posttrain.tasks import make_task
+    from pretrain.parallel import groups
+    from pretrain.trainer import Trainer
+
+    env = ClusterEnvironment.read()
+    start = Start.open(config.init)
+    layout = Layout.of(env.world_size, config.parallel, start.model, config.train)
+    _check_groups(config, layout)
+    task = make_task(config.task)
+    if args.dry_run:
+        prompts = config.train.global_batch_size // config.grpo.group_size
+        print(
+            f"{config.train.steps} steps of {prompts} prompts x {config.grpo.group_size} samples of {task}, "
+            f"layout {layout}, from {start.checkpoint} into {config.run.dir}"
+        )
+        return 0
+
+    place = groups.start(env, layout)
+    try:
+        return Trainer(
+            config,
+            start.model,
+            RolloutSource(config.grpo, task, start.chat, config.run.seed, config.train.seq_length),
+            GRPOLoss(config.grpo),
+            place,
+            [TaskAccuracy(task, start.chat, config.run.seed, config.task.eval_prompts)],
+            start.checkpoint,
+            title=Path(config.run.dir).name,
+        ).fit()
+    finally:
+        groups.stop()
+
+
+def _check_groups(config: GRPOConfig, layout: Layout) -> None:
+    """A group is sampled and normalised on one data-parallel rank, so no rank may hold part of one."""
+    share, group = config.train.global_batch_size // layout.dp, config.grpo.group_size
+    if share % group:
+        raise ConfigError(
+            f"train.global_batch_size = {config.train.global_batch_size} over {layout.dp} data-parallel ranks is "
+            f"{share} samples each, not a multiple of grpo.group_size = {group}; use a multiple of "
+            f"{layout.dp * group}"
+        )
+
+
+if __name__ == "__main__":
+    entrypoint(main, speaks=ClusterEnvironment.read().is_main)

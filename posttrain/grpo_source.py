@@ -1,0 +1,111 @@
+"""GRPO's batches and loss: rollouts from the weights of this very step, and the clipped surrogate on them.
+
+Each data-parallel rank samples its own groups with a gathered copy of the model, one update a rollout, so the
+ratio is 1 but for rounding. Leaves out separate inference engines, replay, and a KL penalty.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from configs.posttrain import GRPOSection
+from posttrain.algorithms.aggregation import Aggregation, step_factor
+from posttrain.algorithms.policy import KLEstimator, clipped_policy_loss, clipped_share, kl_estimate
+from posttrain.chat import ChatFormat
+from posttrain.policy_copy import PolicyCopy
+from posttrain.rollout import METRICS, RolloutRow, sample_rollout, training_rows
+from posttrain.tasks import Task
+from pretrain.data import Batch, BatchSource
+from pretrain.parallel.engine import Engine
+
+ARRAYS = ("tokens", "labels", "loss_mask", "positions", "segments", "advantages", "logprobs")
+
+
+class RolloutSource(BatchSource):
+    """A batch source whose rows are sampled from the current weights: sample i is a function of both."""
+
+    num_samples = None
+
+    def __init__(self, settings: GRPOSection, task: Task, chat: ChatFormat, seed: int, seq_length: int) -> None:
+        self.settings, self.seed, self.seq_length = settings, seed, seq_length
+        self.task, self.chat, self.sources = task, chat, [task.name]
+        self.fingerprint = hashlib.sha256(f"{task} {settings.model_dump_json()}".encode()).hexdigest()
+        self._policy: PolicyCopy | None = None
+        self._metrics: dict[str, tuple[float, float]] = {}
+
+    def prepare(self, engine: Engine, step: int) -> None:
+        """Takes a copy of the whole model as it is now; collective."""
+        if self._policy is None:
+            self._policy = PolicyCopy(engine)
+        self._policy.refresh()
+
+    def rows(self, samples: range) -> list[RolloutRow]:
+        """Whole groups, one completion a row. Collective: one rank of each replica samples for the others."""
+        assert self._policy is not None, "the trainer calls prepare before it asks for rows"
+        place, settings = self._policy.place, self.settings
+        rollout, trained = None, (0, 0)
+        if self._policy.samples_here:
+            rollout = sample_rollout(self._policy.decoder, self.task, self.chat, settings, self.seed, samples)
+            trained = rollout.trained()
+        tokens, completions = (sum(column) for column in zip(*place.gather_json(trained), strict=True))
+        aggregation = Aggregation(settings.aggregation)
+        factor = step_factor(tokens, completions, self.task.max_new_tokens, aggregation)
+        arrays = None
+        if rollout is not None:
+            rows = training_rows(rollout, settings, self.seq_length, self.chat.ids["<pad>"], factor)
+            arrays = {name: np.stack([getattr(row, name) for row in rows]) for name in ARRAYS}
+            arrays["metrics"] = np.array([rollout.metrics()[name] for name in METRICS])
+        arrays = place.broadcast_arrays(arrays)
+        self._metrics = {
+            name: (total, count) for name, (total, count) in zip(METRICS, arrays["metrics"].tolist(), strict=True)
+        }
+        columns = zip(*(arrays[name] for name in ARRAYS), strict=True)
+        return [RolloutRow(*five, 0, advantages, logprobs) for *five, advantages, logprobs in columns]
+
+    def step_metrics(self) -> dict[str, tuple[float, float]]:
+        return self._metrics
+
+
+class GRPOLoss:
+    """The clipped surrogate per token; see `pretrain.losses.LossFunction`.
+
+    Before the first update of a process, the trainer's log-probabilities of the sampled tokens are held
+    against the sampler's: if they differ, the ratio corrects for a difference in code, not in policy.
+    """
+
+    metrics: tuple[str, ...] = ("logprob_difference", "kl_rollout", "clipped")
+
+    def __init__(self, settings: GRPOSection) -> None:
+        self.settings, self.temperature = settings, settings.temperature
+        self._checked = False
+
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Errors: ValueError when the mean difference is above grpo.max_logprob_difference."""
+        s = self.settings
+        assert batch.logprobs is not None and batch.advantages is not None, "GRPO trains on rollouts alone"
+        old_BS, advantages_BS = batch.logprobs, batch.advantages
+        # Outside completions both are made 0, so that nothing there can overflow.
+        new_BS = torch.where(batch.loss_mask > 0, logprobs_BS, 0.0)
+        loss_BS = clipped_policy_loss(new_BS, old_BS, advantages_BS, s.clip_low, s.clip_high, s.dual_clip)
+        with torch.no_grad():
+            difference_BS = (new_BS - old_BS).abs()
+            if not self._checked:
+                self._check(difference_BS, batch.loss_mask)
+                self._checked = True
+            metrics = {
+                "logprob_difference": difference_BS,
+                "kl_rollout": kl_estimate(old_BS, new_BS, KLEstimator.K3),
+                "clipped": clipped_share(new_BS, old_BS, advantages_BS, s.clip_low, s.clip_high).float(),
+            }
+        return loss_BS, metrics
+
+    def _check(self, difference_BS: torch.Tensor, mask_BS: torch.Tensor) -> None:
+        mean = float((difference_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1e-12))
+        if not mean <= self.settings.max_logprob_difference:
+            raise ValueError(
+                f"before the first update, sampler and trainer differ by {mean:.4g} nats a token on what was "
+                f"sampled (worst {float(difference_BS.max()):.4g}), above grpo.max_logprob_difference = "
+                f"{self.settings.max_logprob_difference}; train.precision=fp32 shows whether that is rounding, "
+                "else the sampler has other weights, positions or temperature than the trainer"
+            )

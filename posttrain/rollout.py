@@ -1,0 +1,139 @@
+"""Rollouts: groups of completions sampled from the current model, scored, and made into training rows.
+
+Sample i of the run is completion i % group_size of prompt i // group_size; prompt and random draws are keyed
+by i, so a step's prompts are a pure function of (seed, step) and resuming repeats none. Tokens are trained
+on as they were sampled: nothing is decoded and tokenised again. Leaves out who samples on which rank: see
+`posttrain.grpo_source`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from configs.posttrain import GRPOSection
+from data_pipeline.rows import Row
+from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
+from posttrain.algorithms.aggregation import Aggregation, token_weight
+from posttrain.chat import ChatFormat
+from posttrain.tasks import Score, Task
+from pretrain.model import Decoder
+from pretrain.sampling import Completion, generate
+
+METRICS = ("reward", "equal_reward_groups", "completion_tokens", "truncated", "unscorable")
+
+
+@dataclass(frozen=True)
+class RolloutRow(Row):
+    """A prompt and its completion. `loss_mask` is float32: the weight of each token of the completion.
+
+    `advantages` and `logprobs` (of the policy that sampled, at its temperature) are float32 [L], aligned with
+    labels and 0 outside the completion.
+    """
+
+    advantages: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclass
+class Rollout:
+    """Scored completions of whole groups, in sample order."""
+
+    prompts: list[list[int]]
+    completions: list[Completion]
+    scores: list[Score]
+    group_size: int
+
+    def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rewards, scored), both [groups, group size]; unscorable: reward 0 and scored False."""
+        values = torch.tensor([score.value or 0.0 for score in self.scores])
+        scored = torch.tensor([score.value is not None for score in self.scores])
+        return values.view(-1, self.group_size), scored.view(-1, self.group_size)
+
+    def trained(self) -> tuple[int, int]:
+        """(tokens, completions) that are trained on: all but the unscorable."""
+        known = self.rewards()[1].flatten().tolist()
+        lengths = [len(c.tokens) for c, k in zip(self.completions, known, strict=True) if k]
+        return sum(lengths), len(lengths)
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each of `METRICS`."""
+        rewards, scored = self.rewards()
+        samples, known = len(self.scores), int(scored.sum())
+        return {
+            "reward": (float(rewards.sum()), known),
+            "equal_reward_groups": (int(equal_groups(rewards, scored).sum()), len(rewards)),  # teach nothing
+            "completion_tokens": (sum(len(c.tokens) for c in self.completions), samples),
+            "truncated": (sum(not c.stopped for c in self.completions), samples),
+            "unscorable": (samples - known, samples),
+        }
+
+
+def sample_rollout(
+    decoder: Decoder, task: Task, chat: ChatFormat, settings: GRPOSection, seed: int, samples: range
+) -> Rollout:
+    """Completions of the samples in `samples`. Errors: ValueError if these are not whole groups."""
+    if samples.start % settings.group_size or len(samples) % settings.group_size:
+        raise ValueError(
+            f"samples {samples.start} to {samples.stop} are not whole groups of grpo.group_size = {settings.group_size}"
+        )
+    texts = [task.prompt(seed, "train", i // settings.group_size) for i in samples]
+    prompts = [chat.render_prompt([{"role": "user", "content": text}]) for text in texts]
+    completions = generate(
+        decoder,
+        prompts,
+        task.max_new_tokens,
+        settings.temperature,
+        seed,
+        stop_ids=[chat.end_id],
+        keys=[f"rollout/{i}" for i in samples],
+    )
+    scores = [judge(task, chat, text, c) for text, c in zip(texts, completions, strict=True)]
+    return Rollout(prompts, completions, scores, settings.group_size)
+
+
+def judge(task: Task, chat: ChatFormat, prompt: str, completion: Completion) -> Score:
+    """The task's verdict on a completion that closed its turn; one that did not is wrong, whatever it
+    says.
+    """
+    if not completion.stopped:
+        return Score(0.0, "truncated")
+    return task.score(prompt, chat.decode_answer(completion.tokens))
+
+
+def training_rows(
+    rollout: Rollout, settings: GRPOSection, seq_length: int, pad_id: int, factor: float
+) -> list[RolloutRow]:
+    """One row a completion; an unscorable one has weight 0. Advantages are multiplied by `factor`, which the
+    surrogate loss is proportional to (see `aggregation.step_factor`).
+    """
+    rewards, scored = rollout.rewards()
+    advantages = factor * group_advantages(rewards, scored, AdvantageDialect(settings.advantage))
+    aggregation = Aggregation(settings.aggregation)
+    weights = [
+        token_weight(len(completion.tokens), aggregation) if known else 0.0
+        for completion, known in zip(rollout.completions, scored.flatten().tolist(), strict=True)
+    ]
+    parts = zip(rollout.prompts, rollout.completions, weights, advantages.flatten().tolist(), strict=True)
+    return [_row(*part, seq_length=seq_length, pad_id=pad_id) for part in parts]
+
+
+def _row(
+    prompt: list[int], completion: Completion, weight: float, advantage: float, seq_length: int, pad_id: int
+) -> RolloutRow:
+    whole = np.array(prompt + completion.tokens, dtype=np.int64)
+    inputs = len(whole) - 1  # the last token is only ever a label
+    if inputs > seq_length:
+        raise ValueError(
+            f"a prompt of {len(prompt)} and a completion of {len(completion.tokens)} tokens do not fit into "
+            f"train.seq_length = {seq_length}; raise it, or lower task.max_new_tokens"
+        )
+    tokens = np.full(seq_length, pad_id, dtype=np.int64)
+    labels, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    segments = np.full(seq_length, -1, dtype=np.int64)
+    loss_mask, advantages, logprobs = np.zeros((3, seq_length), dtype=np.float32)
+    tokens[:inputs], positions[:inputs], segments[:inputs] = whole[:-1], np.arange(inputs), 0
+    answer = slice(len(prompt) - 1, inputs)  # position t predicts token t + 1
+    labels[answer] = completion.tokens
+    loss_mask[answer], advantages[answer], logprobs[answer] = weight, advantage, completion.logprobs
+    return RolloutRow(tokens, labels, loss_mask, positions, segments, 0, advantages, logprobs)

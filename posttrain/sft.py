@@ -1,0 +1,69 @@
+"""`trivium sft`: supervised fine-tuning on dialogues and on demonstrations of a verifiable task.
+
+    torchrun --nproc-per-node 2 -m posttrain.sft configs/posttrain/demo_sft.toml
+
+The trainer and the loss are pretraining's; only the rows differ: loss on assistant turns, one segment a
+dialogue.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.layout import Layout
+from configs.loader import ConfigError, entrypoint, parse_args
+from configs.posttrain import SFTConfig
+from data_pipeline.rows import Row
+from launch.environment import ClusterEnvironment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        SFTConfig,
+        argv,
+        prog="trivium sft",
+        description="Fine-tunes a model on dialogues; the same command again goes on from its newest checkpoint.",
+        example="trivium sft configs/posttrain/demo_sft.toml train.steps=50",
+    )
+    # torch and what stands on it take seconds to import: a mistake in the config is told before that.
+    from posttrain.evaluation import TaskAccuracy
+    from posttrain.sft_data import SFTSource, read_examples
+    from posttrain.start import Start
+    from posttrain.tasks import make_task
+    from pretrain.evaluate import Evaluator, HeldoutLoss
+    from pretrain.losses import NextToken
+    from pretrain.parallel import groups
+    from pretrain.trainer import Trainer
+
+    env = ClusterEnvironment.read()
+    start = Start.open(config.init)
+    layout = Layout.of(env.world_size, config.parallel, start.model, config.train)
+    chat, seed, length = start.chat, config.run.seed, config.train.seq_length
+    try:
+        examples = read_examples(config.data, config.task, chat, seed, length)
+        source = SFTSource(examples, length, chat.tokenizer.pad_id, seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if env.is_main:
+        for name, found in examples.items():
+            print(f"{name}: {found}")
+        epochs = config.train.steps * config.train.global_batch_size / source.rows_per_epoch
+        print(f"{source.rows_per_epoch} rows of {length} tokens; {config.train.steps} steps are {epochs:.2f} epochs")
+    if args.dry_run:
+        return 0
+
+    heldout: dict[str, Sequence[Row]] = {
+        name: rows[: config.eval.rows] for name, rows in source.heldout_rows.items()
+    }
+    evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
+    if config.task:
+        evaluators.append(TaskAccuracy(make_task(config.task), chat, seed, config.task.eval_prompts))
+    place = groups.start(env, layout)
+    try:
+        title = Path(config.run.dir).name
+        return Trainer(config, start.model, source, NextToken(), place, evaluators, start.checkpoint, title).fit()
+    finally:
+        groups.stop()
+
+
+if __name__ == "__main__":
+    entrypoint(main, speaks=ClusterEnvironment.read().is_main)
