@@ -151,7 +151,7 @@ def sanguo(cache: Path) -> Iterator[dict]:
 
 
 def modules(cache: Path) -> Iterator[dict]:
-    """Python's own library, from pyodide's copy: one fixed version; only files that pyodide leaves as they are."""
+    """Python's own library, from one fixed copy of it; only files that pyodide leaves as they are."""
     library = zipfile.ZipFile(cache / "pyodide/package/python_stdlib.zip")
     for name in (HERE / "stdlib_modules.txt").read_text().split():
         yield document(

@@ -1,0 +1,155 @@
+"""Which pieces of which documents make up which row: concatenation and best-fit, on document lengths alone.
+
+Both place every token of every document exactly once, and neither sees the tokens. `concat` lays documents
+end to end and cuts every `seq_length` tokens: no padding but in the last row, documents cut anywhere.
+`best_fit` cuts only documents longer than a row, and fills rows with whole pieces, padding what is left
+(Ding et al., "Fewer Truncations Improve Language Modeling", 2024, arXiv:2404.10830). Order of documents and
+rows is the caller's: see `mixture`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Segments in row order; row r holds segments [offsets[r], offsets[r + 1]). All int64.
+
+    Segment i is tokens [start[i], start[i] + length[i]) of document[i], an index into the lengths given.
+    Iterating gives each row's document indices.
+    """
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first, last in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            yield self.document[first:last].tolist()
+
+    def take(self, rows: np.ndarray) -> "Packed":
+        """The given rows, in the given order."""
+        counts = np.diff(self.offsets)[rows]
+        offsets = _offsets(counts)
+        segments = np.repeat(self.offsets[rows] - offsets[:-1], counts) + np.arange(offsets[-1])
+        return Packed(self.document[segments], self.start[segments], self.length[segments], offsets)
+
+    def stats(self, lengths: np.ndarray, seq_length: int) -> dict[str, Any]:
+        """Shares of positions that are padding, of documents in more than one piece, and of documents that
+        are although they would fit in a row.
+        """
+        pieces = np.bincount(self.document, minlength=len(lengths))
+        cut, fits = pieces > 1, np.asarray(lengths) <= seq_length
+        documents = max(1, int((pieces > 0).sum()))
+        return {
+            "padding_share": 1 - int(self.length.sum()) / max(1, len(self) * seq_length),
+            "cut_share": int(cut.sum()) / documents,
+            "needless_cut_share": int((cut & fits).sum()) / documents,
+        }
+
+
+def concat(lengths: Sequence[int] | np.ndarray, seq_length: int) -> Packed:
+    """Documents end to end in the order given, a row every `seq_length` tokens."""
+    lengths = _checked(lengths, seq_length)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    row_starts = np.arange(0, total, seq_length)
+    starts = np.union1d(ends - lengths, row_starts)
+    starts = starts[starts < total]
+    document = np.searchsorted(ends, starts, side="right")
+    length = np.diff(np.append(starts, total))
+    offsets = np.append(np.searchsorted(starts, row_starts), len(starts))
+    return Packed(document, starts - (ends - lengths)[document], length, offsets.astype(np.int64))
+
+
+def best_fit(lengths: Sequence[int] | np.ndarray, seq_length: int) -> Packed:
+    """Best-fit decreasing: longest piece first, into the row that it leaves the least room in.
+
+    A document longer than a row gives whole rows and one shorter piece. Ties go to the earlier document.
+    Time is pieces * log(seq_length).
+    """
+    lengths = _checked(lengths, seq_length)
+    pieces = -(-lengths // seq_length)
+    first = _offsets(pieces)
+    document = np.repeat(np.arange(len(lengths)), pieces)
+    start = (np.arange(first[-1]) - first[:-1][document]) * seq_length
+    length = np.minimum(lengths[document] - start, seq_length)
+    order = np.argsort(-length, kind="stable")
+    row_of = np.empty(len(order), dtype=np.int64)
+    rows = _place(length[order], seq_length, row_of)
+    by_row = np.argsort(row_of, kind="stable")  # keeps the order of placing within a row
+    chosen = order[by_row]
+    offsets = _offsets(np.bincount(row_of, minlength=rows))
+    return Packed(document[chosen], start[chosen], length[chosen], offsets)
+
+
+PACKINGS = {"concat": concat, "best_fit": best_fit}
+
+
+def _checked(lengths: Sequence[int] | np.ndarray, seq_length: int) -> np.ndarray:
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if seq_length < 1:
+        raise ValueError(f"seq_length = {seq_length}: a row needs at least one token")
+    if lengths.ndim != 1 or (lengths < 0).any():
+        raise ValueError("document lengths must be one list of numbers, none below 0")
+    return lengths
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+@numba.njit(cache=True)
+def _place(lengths: np.ndarray, seq_length: int, row_of: np.ndarray) -> int:
+    """Puts pieces, longest first, into rows; fills `row_of` and returns the number of rows.
+
+    Rows with the same room are a stack (`top`, `below`). A tree over rooms 0..seq_length, whose node is set
+    when any room under it has a row, finds the smallest room that is large enough.
+    """
+    size = 1
+    while size < seq_length + 1:
+        size *= 2
+    tree = np.zeros(2 * size, dtype=np.bool_)
+    top = np.full(seq_length + 1, -1, dtype=np.int64)
+    below = np.full(len(lengths), -1, dtype=np.int64)
+    rows = 0
+    for i in range(len(lengths)):
+        length = lengths[i]
+        node = size + length
+        # Up until a right-hand neighbour has a row, then down its left edge.
+        if not tree[node]:
+            while node > 1 and (node % 2 == 1 or not tree[node + 1]):
+                node //= 2
+            node = node + 1 if node > 1 else 0
+            while 0 < node < size:
+                node = 2 * node if tree[2 * node] else 2 * node + 1
+        if node == 0:
+            row, room = rows, seq_length
+            rows += 1
+        else:
+            room = node - size
+            row = top[room]
+            top[room] = below[row]
+            if top[room] < 0:
+                tree[node] = False
+                node //= 2
+                while node >= 1 and not (tree[2 * node] or tree[2 * node + 1]):
+                    tree[node] = False
+                    node //= 2
+        row_of[i] = row
+        room -= length
+        below[row] = top[room]
+        top[room] = row
+        node = size + room
+        while node >= 1 and not tree[node]:
+            tree[node] = True
+            node //= 2
+    return rows

@@ -1,0 +1,204 @@
+"""Training rows from a mixture plan: row i is a pure function of (plan, i).
+
+Opens what `mixture.build_plan` wrote, checks it, and reads each row's segments from the token stores, with
+labels, document boundaries and positions. Nothing here knows of ranks, batches or torch.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.store import Shards, Store
+
+_FORMAT, _VERSION = "trivium-plan", 1
+_REBUILD = "run `trivium data run` again"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of L = seq_length positions, from one source.
+
+    tokens     int64 [L], the pad id where nothing is
+    labels     int64 [L], the next token of the same document, also where a segment is cut; 0 where masked
+    loss_mask  bool [L], False at padding and at a document's last token
+    positions  int64 [L], from 0 in every segment
+    segments   int64 [L], 0, 1, 2... by segment, -1 at padding
+    source     index into Plan.sources
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    source: int
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Rows over one source's stores, as `packing.Packed` lays them out."""
+
+    shards: Shards
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+class Plan:
+    """An opened plan. Indexing is by sample for training rows, by source and number for held-out rows."""
+
+    def __init__(self, folder: Path, content: bytes) -> None:
+        plan = json.loads(content)
+        self.path = folder
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.description: dict[str, Any] = plan
+        self.seq_length: int = plan["seq_length"]
+        self.num_samples: int = plan["samples"]
+        self.sources: list[str] = [source["name"] for source in plan["sources"]]
+        self.vocab_size: int = plan["tokenizer"]["vocab_size"]
+        self.pad_id: int = plan["tokenizer"]["pad_id"]
+        self.special_ids: dict[str, int] = plan["tokenizer"]["special_ids"]
+        self.tokenizer_path: Path = (folder / plan["tokenizer"]["model"]).resolve()
+        _check_tokenizer(self.tokenizer_path, plan["tokenizer"]["sha256"])
+        self.token_bytes: np.ndarray = np.array(self._array("token_bytes.npy"))
+        self._sample_sources = self._array("sample_sources.npy")
+        self._sample_rows = self._array("sample_rows.npy")
+        tokens = folder / plan["tokens"]
+        self._train = [self._segments("train", s["name"], s["stores"], tokens) for s in plan["sources"]]
+        self._heldout = [self._segments("heldout", s["name"], s["heldout"]["stores"], tokens) for s in plan["sources"]]
+        self._count = np.arange(self.seq_length, dtype=np.int64)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Plan":
+        """Opens a plan's folder and checks its index arrays' checksums and its stores' indexes and sizes.
+
+        Errors: ValueError naming what is missing or does not match, and what to do.
+        """
+        path = Path(path)
+        folder = path.parent if path.name == "plan.json" else path
+        file = folder / "plan.json"
+        if not file.is_file():
+            raise ValueError(f"there is no plan at {file}; make it with `trivium data run`, or correct data.plan")
+        content = file.read_bytes()
+        try:
+            found = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{file} is no JSON ({error}); {_REBUILD}") from None
+        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (_FORMAT, _VERSION):
+            raise ValueError(f"{file} is no {_FORMAT} of version {_VERSION}; {_REBUILD}")
+        return cls(folder, content)
+
+    def row(self, i: int) -> Row:
+        """Training row of sample i, 0 <= i < num_samples."""
+        self._check_sample(i)
+        source = int(self._sample_sources[i])
+        return self._row(self._train[source], int(self._sample_rows[i]), source)
+
+    def heldout_rows(self, source: str) -> int:
+        """How many rows hold the source's held-out documents, each once."""
+        return len(self._heldout[self._source(source)])
+
+    def heldout_row(self, source: str, i: int) -> Row:
+        number = self._source(source)
+        rows = self._heldout[number]
+        if not 0 <= i < len(rows):
+            raise ValueError(f"held-out row {i} of {source} does not exist; it has {len(rows)}")
+        return self._row(rows, i, number)
+
+    def provenance(self, i: int) -> list[dict[str, Any]]:
+        """For each segment of sample i: source, shard, document (index in the shard), document_id, start, length."""
+        self._check_sample(i)
+        source = int(self._sample_sources[i])
+        rows, row = self._train[source], int(self._sample_rows[i])
+        found = []
+        for segment in range(int(rows.offsets[row]), int(rows.offsets[row + 1])):
+            store, document = rows.shards.locate(int(rows.document[segment]))
+            found.append(
+                {
+                    "source": self.sources[source],
+                    "shard": store.path.name,
+                    "document": document,
+                    "document_id": store.document_id(document),
+                    "start": int(rows.start[segment]),
+                    "length": int(rows.length[segment]),
+                }
+            )
+        return found
+
+    def _row(self, rows: _Segments, row: int, source: int) -> Row:
+        size = self.seq_length
+        tokens = np.full(size, self.pad_id, dtype=np.int64)
+        labels = np.zeros(size, dtype=np.int64)
+        loss_mask = np.zeros(size, dtype=bool)
+        positions = np.zeros(size, dtype=np.int64)
+        segments = np.full(size, -1, dtype=np.int64)
+        first, last = int(rows.offsets[row]), int(rows.offsets[row + 1])
+        at = 0
+        for number, segment in enumerate(range(first, last)):
+            store, document = rows.shards.locate(int(rows.document[segment]))
+            start, length = int(rows.start[segment]), int(rows.length[segment])
+            # One token more than the segment, if the document goes on: the label of its last position.
+            ids = store.tokens(document, start, min(start + length + 1, int(store.lengths[document])))
+            end, labelled = at + length, at + len(ids) - 1
+            tokens[at:end] = ids[:length]
+            labels[at:labelled] = ids[1:]
+            loss_mask[at:labelled] = True
+            positions[at:end] = self._count[:length]
+            segments[at:end] = number
+            at = end
+        return Row(tokens, labels, loss_mask, positions, segments, source)
+
+    def _segments(self, split: str, source: str, entries: list[dict[str, Any]], tokens: Path) -> _Segments:
+        arrays = {
+            name: self._array(f"{split}.{source}.{name}.npy") for name in ("document", "start", "length", "offsets")
+        }
+        return _Segments(Shards([_open_store(tokens, entry) for entry in entries]), **arrays)
+
+    def _array(self, name: str) -> np.ndarray:
+        path, expected = self.path / name, self.description["files"][name]
+        if not path.is_file():
+            raise ValueError(f"plan {self.path} lacks {name}; {_REBUILD}")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected["sha256"]:
+            raise ValueError(
+                f"{path} does not match its checksum in plan.json: it is damaged or of another plan; {_REBUILD}"
+            )
+        # asarray: indexing a plain array is several times as fast as a memmap, and still reads the file.
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+    def _check_sample(self, i: int) -> None:
+        if not 0 <= i < self.num_samples:
+            raise ValueError(
+                f"sample {i} is outside the plan's {self.num_samples}; train for fewer steps or a smaller global "
+                "batch, or raise mixture.samples and run `trivium data run` again"
+            )
+
+    def _source(self, source: str) -> int:
+        if source not in self.sources:
+            raise ValueError(f"source {source!r} is not in the plan; it has {', '.join(self.sources)}")
+        return self.sources.index(source)
+
+
+def _open_store(tokens: Path, entry: dict[str, Any]) -> Store:
+    """The store of a plan's entry, the same one by index checksum and size (the .bin is not read)."""
+    store = Store(tokens / entry["path"])
+    index = hashlib.sha256(store.file(".idx").read_bytes()).hexdigest()
+    if index != entry["idx_sha256"] or store.file(".bin").stat().st_size != entry["bin_bytes"]:
+        raise ValueError(f"token store {store.path} is not the one that the plan was made of; {_REBUILD}")
+    return store
+
+
+def _check_tokenizer(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"the plan's tokenizer {path} does not exist; {_REBUILD}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"tokenizer {path} is not the one that the plan was made with; {_REBUILD}")

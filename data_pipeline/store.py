@@ -1,0 +1,319 @@
+"""Token stores: Megatron's `.bin/.idx` with a parquet table beside, one triple per shard of documents.
+
+`.bin` holds the ids of all documents, each as <s> text </s>; `.idx` (magic MMIDIDX, version 1) their lengths
+and byte offsets, so that megatron-core's IndexedDataset reads it; `.parquet` names, for each document index,
+the document's id, file, position, bytes and scores, and carries the checksums of the other two. A store is
+written once, under temporary names, and renamed when it is whole. Left out: sequences within a document and
+modes, which the format allows.
+"""
+
+import bisect
+import gzip
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPES: dict[int, np.dtype] = {
+    4: np.dtype(np.int32),
+    8: np.dtype(np.uint16),
+}  # codes that megatron-core's DType gives them
+UINT16_VOCAB = 65_500  # megatron-core's own limit for uint16
+SUFFIXES = (".bin", ".idx", ".parquet")
+_HEADER = struct.Struct("<9sQBQQ")
+_BATCH_CHARS = 1_000_000
+_OWN_COLUMNS = ("file", "position", "bytes", "scores")
+
+SCHEMA = pa.schema(
+    [
+        ("document", pa.int64()),  # index in the store
+        ("id", pa.string()),
+        ("file", pa.string()),  # the raw file it came from
+        ("position", pa.int64()),  # its line or byte offset there
+        ("start", pa.int64()),  # its first token in the .bin
+        ("length", pa.int32()),  # its tokens, <s> and </s> included
+        ("bytes", pa.int64()),  # of its text in UTF-8
+        ("scores", pa.map_(pa.string(), pa.float64())),
+        ("metadata", pa.string()),  # all else that came with it, as JSON
+    ]
+)
+
+
+class Encoder(Protocol):
+    """What a store needs of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    sha256: str
+    origin: str
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+
+def store_dtype(vocab_size: int) -> np.dtype:
+    return DTYPES[8] if vocab_size < UINT16_VOCAB else DTYPES[4]
+
+
+def read_documents(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a `.jsonl` or `.jsonl.gz` file. Errors: ValueError naming the file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"documents file {path} does not exist; run the documents stage again")
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for line in lines:
+                number += 1
+                record = orjson.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                    raise ValueError('expected an object with a string under "text"')
+                yield record
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"documents file {path}, line {number}: {error}; make it again") from None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a build put into a store; `text_bytes` in UTF-8, `tokens` with <s> and </s>."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+def build(
+    documents: str | Path, out: str | Path, tokenizer: Encoder, progress: Callable[[int], None] | None = None
+) -> Written:
+    """Tokenizes one file of documents into the store `<out>.bin`, `<out>.idx` and `<out>.parquet`.
+
+    `progress` is called with the bytes of text done since its last call.
+    Errors: ValueError for a broken file, or text that cannot be encoded (the document is named).
+    """
+    out = Path(out)
+    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+        raise ValueError(f"tokenizer {tokenizer.origin} has no <s> or </s>; a store puts one around each document")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = {
+        suffix: out.with_name(f".{out.name}{suffix}.{os.getpid()}.tmp") for suffix in (".bin", ".idx", ".parquet")
+    }
+    try:
+        written = _write(documents, temporary, tokenizer, progress)
+        # The index goes last: a store is there when its .idx is.
+        for suffix in (".bin", ".parquet", ".idx"):
+            with temporary[suffix].open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary[suffix], out.with_name(out.name + suffix))
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    return written
+
+
+def _write(
+    documents: str | Path,
+    paths: dict[str, Path],
+    tokenizer: Encoder,
+    progress: Callable[[int], None] | None,
+) -> Written:
+    dtype = store_dtype(tokenizer.vocab_size)
+    lengths: list[int] = []
+    start = text_bytes = 0
+    checksum = hashlib.sha256()
+    with (
+        paths[".bin"].open("wb") as tokens,
+        pq.ParquetWriter(paths[".parquet"], SCHEMA, compression="zstd") as table,
+    ):
+        for batch in _batches(read_documents(documents)):
+            rows = []
+            for record, ids in zip(batch, _encode(batch, tokenizer, documents), strict=True):
+                content = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=dtype).tobytes()
+                tokens.write(content)
+                checksum.update(content)
+                rows.append(_table_row(record, len(lengths), start, len(ids) + 2))
+                lengths.append(len(ids) + 2)
+                start += len(ids) + 2
+            table.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+            size = sum(row["bytes"] for row in rows)
+            text_bytes += size
+            if progress:
+                progress(size)
+        index = _index(np.array(lengths, dtype=np.int64), dtype)
+        paths[".idx"].write_bytes(index)
+        facts = {
+            "bin_sha256": checksum.hexdigest(),
+            "idx_sha256": hashlib.sha256(index).hexdigest(),
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "documents": len(lengths),
+            "tokens": start,
+            "text_bytes": text_bytes,
+        }
+        table.add_key_value_metadata({"trivium": json.dumps(facts)})
+    return Written(len(lengths), start, text_bytes)
+
+
+def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record["text"])
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[dict[str, Any]], tokenizer: Encoder, origin: str | Path) -> list[list[int]]:
+    try:
+        return tokenizer.encode_batch([record["text"] for record in batch])
+    except ValueError as error:
+        first, last = batch[0].get("id"), batch[-1].get("id")
+        raise ValueError(f"{origin}, documents {first!r} to {last!r}: {error}") from None
+
+
+def _table_row(record: dict[str, Any], document: int, start: int, length: int) -> dict[str, Any]:
+    metadata = dict(record.get("metadata") or {})
+    own = {name: metadata.pop(name, None) for name in _OWN_COLUMNS}
+    return {
+        "document": document,
+        "id": str(record.get("id", document)),
+        "file": own["file"],
+        "position": own["position"],
+        "start": start,
+        "length": length,
+        "bytes": len(record["text"].encode()),
+        "scores": list((own["scores"] or {}).items()),
+        "metadata": json.dumps(metadata, ensure_ascii=False, sort_keys=True),
+    }
+
+
+def _index(lengths: np.ndarray, dtype: np.dtype) -> bytes:
+    """The .idx of documents of one sequence each."""
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    pointers = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1] * dtype.itemsize, out=pointers[1:])
+    documents = np.arange(len(lengths) + 1, dtype=np.int64)
+    header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents))
+    return b"".join([header, lengths.astype(np.int32).tobytes(), pointers.tobytes(), documents.tobytes()])
+
+
+class Store:
+    """An opened store, read through a memory map. `lengths` int32 [documents]: tokens of each document."""
+
+    def __init__(self, path: str | Path) -> None:
+        """`path` is the common name of the three files. Errors: ValueError for a missing or damaged one."""
+        self.path = Path(path)
+        missing = [suffix for suffix in SUFFIXES if not self.file(suffix).is_file()]
+        if missing:
+            raise ValueError(
+                f"token store {self.path} has no {' and no '.join(missing)} file; "
+                "run `trivium data run` again, or correct the path"
+            )
+        self.dtype, self.lengths, self._starts = self._read_index()
+        self.num_tokens = int(self.lengths.sum(dtype=np.int64))
+        expected, found = self.num_tokens * self.dtype.itemsize, self.file(".bin").stat().st_size
+        if expected != found:
+            raise ValueError(
+                f"token store {self.file('.bin')} has {found:,} bytes, its index expects {expected:,}; "
+                "it was cut or belongs to another index: run `trivium data run` again"
+            )
+        mapped = np.memmap(self.file(".bin"), self.dtype, "r") if found else np.zeros(0, self.dtype)
+        self._tokens = np.asarray(mapped)  # slicing a plain array is several times as fast
+        self._ids: list[str] | None = None
+
+    def file(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.name + suffix)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Ids [start, stop) of a document, a view of the file; the bounds must lie within the document."""
+        first = int(self._starts[document])
+        length = int(self.lengths[document])
+        return self._tokens[first + start : first + (length if stop is None else stop)]
+
+    def facts(self) -> dict[str, Any]:
+        """Checksums and counts, as the table carries them."""
+        metadata = pq.read_metadata(self.file(".parquet")).metadata or {}
+        if b"trivium" not in metadata:
+            raise ValueError(f"{self.file('.parquet')} was not written with this store; run `trivium data run` again")
+        return json.loads(metadata[b"trivium"])
+
+    def document_id(self, document: int) -> str:
+        if self._ids is None:
+            self._ids = pq.read_table(self.file(".parquet"), columns=["id"])["id"].to_pylist()
+        return self._ids[document]
+
+    def verify(self) -> None:
+        """Reads everything and holds it against its checksums. Errors: ValueError naming the damaged file."""
+        facts = self.facts()
+        for suffix in (".bin", ".idx"):
+            with self.file(suffix).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != facts[f"{suffix[1:]}_sha256"]:
+                raise ValueError(
+                    f"token store {self.file(suffix)} does not match its checksum: it is damaged or of "
+                    "another run; run `trivium data run` again"
+                )
+
+    def _read_index(self) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+        """(dtype, length of each document, its first token)."""
+        path = self.file(".idx")
+        content = path.read_bytes()
+        if len(content) < _HEADER.size or not content.startswith(MAGIC):
+            raise ValueError(
+                f"{path} is no token index (it does not start with {MAGIC!r}); run `trivium data run` again"
+            )
+        _, version, code, sequences, documents = _HEADER.unpack_from(content)
+        if version != VERSION or code not in DTYPES:
+            known = ", ".join(f"{key} ({value.name})" for key, value in DTYPES.items())
+            raise ValueError(
+                f"{path} has version {version} and dtype code {code}; what can be read is version {VERSION} "
+                f"with dtype codes {known}"
+            )
+        if documents != sequences + 1 or len(content) != _HEADER.size + 12 * sequences + 8 * documents:
+            raise ValueError(
+                f"{path} has {len(content):,} bytes for {sequences:,} sequences and {documents - 1:,} documents: "
+                "it was cut, or its documents have several sequences, which is not supported"
+            )
+        lengths = np.frombuffer(content, np.int32, sequences, _HEADER.size)
+        pointers = np.frombuffer(content, np.int64, sequences, _HEADER.size + 4 * sequences)
+        return DTYPES[code], lengths, pointers // DTYPES[code].itemsize
+
+
+class Shards:
+    """The stores of one source as one: document indices run on from store to store."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self.stores = list(stores)
+        self.lengths = np.concatenate([np.zeros(0, np.int32), *(store.lengths for store in stores)])
+        self._first = np.cumsum([0, *(len(store) for store in stores)]).tolist()
+
+    @classmethod
+    def in_folder(cls, folder: str | Path) -> "Shards":
+        """All stores in a folder, by name. Errors: ValueError when there is none, or one is damaged."""
+        paths = sorted(path.with_suffix("") for path in Path(folder).glob("[!.]*.idx"))
+        if not paths:
+            raise ValueError(f"no token store in {folder}; run `trivium data run`, or correct the path")
+        return cls([Store(path) for path in paths])
+
+    def locate(self, document: int) -> tuple[Store, int]:
+        """(store, document index in it)."""
+        number = bisect.bisect_right(self._first, document) - 1
+        return self.stores[number], document - self._first[number]
