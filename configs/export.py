@@ -30,7 +30,7 @@ class ExportConfig(Section):
 
     run: str
     out: str
-    step: int | Literal["latest"] = "latest"
+    step: int | str = "latest"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_shard_gb: float = Field(default=5.0, gt=0)
     plan: str | None = None
@@ -44,7 +44,7 @@ class ExportConfig(Section):
 
     @field_validator("step")
     @classmethod
-    def _step_is_trained(cls, step: int | str) -> int | str:
-        if isinstance(step, int) and step < 0:
-            raise ValueError(f'step = {step} is negative; name a step with a checkpoint, or "latest"')
+    def _step_is_one(cls, step: int | str) -> int | str:
+        if step != "latest" and (isinstance(step, str) or step < 0):
+            raise ValueError(f'{step!r} is no step; set "latest", or the number of a step with a checkpoint')
         return step

@@ -6,26 +6,21 @@ Leaves out tools and images.
 
 import re
 from pathlib import Path
+from typing import Any
 
-import sentencepiece
-
-from export.tokenizer import read_model, special_ids
+from data_pipeline.tokenizer import Tokenizer
 
 END = "<|end|>"  # closes a chat turn
 
 
 class TextCodec:
-    """Text to ids and back for one model. `specials` are control symbols by name."""
+    """Prompts and dialogues to ids, and ids to text, for one model."""
 
     def __init__(self, tokenizer: Path, chat_template: str | None = None):
-        model = read_model(tokenizer)
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-        self.specials = special_ids(model)
-        self.bos_id, self.eos_id, self.pad_id = (
-            model.trainer_spec.bos_id,
-            model.trainer_spec.eos_id,
-            max(model.trainer_spec.pad_id, 0),
-        )
+        self.tokenizer = Tokenizer.load(tokenizer)
+        self.specials = self.tokenizer.special_ids
+        self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
+        self.pad_id = max(self.tokenizer.pad_id, 0)
         self.chat_template = chat_template
         self._split = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
 
@@ -37,7 +32,7 @@ class TextCodec:
 
     def encode_prompt(self, text: str) -> list[int]:
         """<s> and the text; control symbols spelled out in it stay plain text."""
-        return [self.bos_id, *self.processor.encode(text)]
+        return [self.bos_id, *self.tokenizer.encode(text)]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The dialogue so far and an opened assistant turn. Errors: ValueError without a chat template."""
@@ -45,19 +40,18 @@ class TextCodec:
             raise ValueError("this model has no chat template; it was not trained on dialogues")
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, _ = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages], chat_template=self.chat_template, add_generation_prompt=True
         )
-        return self.encode_rendered(rendered[0])
+        return self.encode_rendered(rendered[0][0])
 
     def encode_rendered(self, text: str) -> list[int]:
         """A rendered template to ids: control symbols become theirs, what lies between is plain text."""
         ids: list[int] = []
         for part in filter(None, self._split.split(text)):
-            ids += [self.specials[part]] if part in self.specials else self.processor.encode(part)
+            ids += [self.specials[part]] if part in self.specials else self.tokenizer.encode(part)
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, control symbols left out."""
-        hidden = set(self.specials.values())
-        return self.processor.decode([i for i in ids if i not in hidden])
+        return self.tokenizer.decode(ids)

@@ -116,14 +116,10 @@ def check_weights(weights: dict[str, torch.Tensor], config: ModelConfig) -> None
         if name not in weights:
             raise ValueError(f"tensor {name} is missing from the weights; the model config asks for it")
         if tuple(weights[name].shape) != shape:
-            raise ValueError(
-                f"tensor {name} has shape {tuple(weights[name].shape)}, the model config makes it {shape}"
-            )
+            raise ValueError(f"tensor {name} has shape {tuple(weights[name].shape)}, the model config makes it {shape}")
     for name in weights:
         if name not in expected:
-            raise ValueError(
-                f"tensor {name} is in the weights but not in the model that the config describes"
-            )
+            raise ValueError(f"tensor {name} is in the weights but not in the model that the config describes")
 
 
 def to_hf(weights: dict[str, torch.Tensor], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:

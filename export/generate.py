@@ -24,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Continues prompts with a trained model.",
         'trivium generate runs/demo/pretrain --prompt "Call me" --max-new-tokens 64 --temperature 0.8',
     )
-    parser.add_argument(
-        "--prompt", action="append", required=True, help="text to continue; may be given many times"
-    )
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given many times")
     args = parser.parse_args(argv)
     _check(args)
 
@@ -131,9 +129,7 @@ def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParse
     parser.add_argument("--step", default="latest", help='which step of a run, default "latest"')
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample within this share of the probability"
-    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample within this share of the probability")
     parser.add_argument("--seed", type=int, default=1234)
     return parser
 

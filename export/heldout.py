@@ -13,8 +13,7 @@ def heldout_documents(plan: str | Path, per_source: int, max_tokens: int, vocab_
     opened = Plan.open(plan)
     if opened.vocab_size > vocab_size:
         raise ValueError(
-            f"plan {plan} has {opened.vocab_size} token ids, the model {vocab_size}; "
-            "name the plan of its own tokenizer"
+            f"plan {plan} has {opened.vocab_size} token ids, the model {vocab_size}; name the plan of its own tokenizer"
         )
     documents: list[list[int]] = []
     for source in opened.sources:

@@ -86,9 +86,7 @@ def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"config.json: model_type = {model_type!r} is not supported; supported are {known}")
     for key, supported, why in _ONLY:
         if raw.get(key, supported[0]) not in supported:
-            raise ValueError(
-                f"config.json: {key} = {raw[key]!r} is not supported ({why}); expected {supported[0]!r}"
-            )
+            raise ValueError(f"config.json: {key} = {raw[key]!r} is not supported ({why}); expected {supported[0]!r}")
 
     def need(key: str) -> Any:
         if raw.get(key) is None:
@@ -125,9 +123,7 @@ def _rope_theta(raw: dict[str, Any], default: float) -> float:
         rope = raw.get(section) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(
-                f"config.json: {section}.rope_type = {kind!r} is not supported; only plain RoPE is"
-            )
+            raise ValueError(f"config.json: {section}.rope_type = {kind!r} is not supported; only plain RoPE is")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
                 f"config.json: {section}.partial_rotary_factor = {rope['partial_rotary_factor']!r} is not "

@@ -80,9 +80,7 @@ def export(source: "Source", config: ExportConfig, out: Path, made_from: dict[st
         folder.publish(partial, out, {"made_from": made_from, "checks": measured})
     finally:
         folder.discard(partial)
-    console.print(
-        f'published {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True
-    )
+    console.print(f'published {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
     return 0
 
 
@@ -140,7 +138,6 @@ def write_model(source: "Source", config: ExportConfig, folder: Path) -> "Refere
         weights=weights,
         decoder=build_single(model, {name: tensor.float() for name, tensor in weights.items()}),
         codec=codec,
-        tokenizer=tokenizer,
         documents=documents,
         prompts=prompts,
     )
@@ -165,9 +162,7 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
     from rich.table import Table
     from transformers import GenerationConfig
 
-    table = Table(
-        title=f"written by transformers, temperature {config.sample_temperature:g}", show_lines=True
-    )
+    table = Table(title=f"written by transformers, temperature {config.sample_temperature:g}", show_lines=True)
     table.add_column("prompt", overflow="fold")
     table.add_column("continuation", overflow="fold")
     settings = GenerationConfig(

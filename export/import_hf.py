@@ -29,14 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example:\n  trivium import ~/models/tinyllama runs/imported/tinyllama",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors"
-    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
     parser.add_argument("out", metavar="OUT", type=Path, help="where to write; must not exist yet")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="start a new file beyond this size")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check config and tensors' names, write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check config and tensors' names, write nothing")
     args = parser.parse_args(argv)
     try:
         print(import_directory(args.directory, args.out, args.max_shard_gb, args.dry_run))

@@ -58,9 +58,7 @@ def open_source(path: str | Path, step: int | str = "latest") -> Source:
     if path.parent.name == "checkpoints":
         return _checkpoint(path, path.parent.parent)
     if not (path / "checkpoints").is_dir():
-        raise ConfigError(
-            f"{path} has no checkpoints folder and no {IMPORTED}; train first, or name another run"
-        )
+        raise ConfigError(f"{path} has no checkpoints folder and no {IMPORTED}; train first, or name another run")
     if step == "latest":
         from pretrain.checkpoint import latest
 

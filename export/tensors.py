@@ -33,7 +33,7 @@ def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]
     if len(shards) == 1:
         _save(shards[0], folder / SINGLE)
         return total
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _save(shard, folder / file)
@@ -53,18 +53,14 @@ def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Te
     elif (folder / SINGLE).is_file():
         where = dict.fromkeys(_names(folder / SINGLE), SINGLE)
     elif list(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder} holds pickled weights (.bin), which are never loaded; convert them to safetensors"
-        )
+        raise ValueError(f"{folder} holds pickled weights (.bin), which are never loaded; convert them to safetensors")
     else:
         raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}")
     for file in sorted(set(where.values())):
         inside = set(_names(folder / file))
         lost = sorted(name for name, place in where.items() if place == file and name not in inside)
         if lost:
-            raise ValueError(
-                f"{folder / file} lacks tensor {lost[0]}, which {INDEX} places there; fetch it again"
-            )
+            raise ValueError(f"{folder / file} lacks tensor {lost[0]}, which {INDEX} places there; fetch it again")
 
     def read(name: str) -> torch.Tensor:
         with safe_open(folder / where[name], framework="pt") as file:

@@ -1,4 +1,4 @@
-"""A sentencepiece BPE model as a Hugging Face fast tokenizer: same ids for every text.
+"""Trivium's tokenizer, a sentencepiece BPE, as a Hugging Face fast tokenizer: same ids for every text.
 
 Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and (when there is one)
 chat_template.jinja, so that `AutoTokenizer.from_pretrained(folder)` works with no network. What is left out:
@@ -14,19 +14,20 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2 as proto
+from sentencepiece import sentencepiece_model_pb2
 
 from configs.loader import write_atomic
+from data_pipeline.tokenizer import SPACE, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
-SPACE = "\u2581"  # sentencepiece writes a space as this character inside pieces
+# Generated at import from a serialised description: no type checker sees its classes.
+proto: Any = sentencepiece_model_pb2
 PIECE = proto.ModelProto.SentencePiece
 
 
-def read_model(path: str | Path) -> proto.ModelProto:
+def read_model(path: str | Path) -> Any:
     """The parsed model. Errors: ValueError where a fast tokenizer could not give the same ids."""
     path = Path(path)
     if not path.is_file():
@@ -53,18 +54,16 @@ def read_model(path: str | Path) -> proto.ModelProto:
                 "train the tokenizer with the pipeline's settings"
             )
     if any(piece.type == PIECE.USER_DEFINED for piece in model.pieces):
-        raise ValueError(
-            f"tokenizer model {path} has user-defined pieces; declare them as control symbols instead"
-        )
+        raise ValueError(f"tokenizer model {path} has user-defined pieces; declare them as control symbols instead")
     return model
 
 
-def special_ids(model: proto.ModelProto) -> dict[str, int]:
+def special_ids(model: Any) -> dict[str, int]:
     """Unknown and control symbols by name, in id order."""
     return {p.piece: i for i, p in enumerate(model.pieces) if p.type in (PIECE.CONTROL, PIECE.UNKNOWN)}
 
 
-def merges(model: proto.ModelProto) -> list[tuple[str, str]]:
+def merges(model: Any) -> list[tuple[str, str]]:
     """BPE merge rules in rank order.
 
     sentencepiece keeps no merge list: two neighbours merge when their concatenation is a piece, best score
@@ -77,25 +76,32 @@ def merges(model: proto.ModelProto) -> list[tuple[str, str]]:
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in normal and right in normal:
-                rules.append((-score, ids[left], ids[right], left, right))
+                rules.append((-score, ids[left], ids[right], _spelled(left), _spelled(right)))
     rules.sort()
     return [(left, right) for *_, left, right in rules]
 
 
-def convert(model: proto.ModelProto) -> "tokenizers.Tokenizer":
-    """The fast tokenizer; `encode(text)` puts <s> in front as in training, if add_special_tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+def _spelled(piece: str) -> str:
+    """A piece as the text it stands for. Ours have real spaces where sentencepiece has U+2581, so that a real
+    U+2581 in a text is no piece and goes by its bytes, as in training.
+    """
+    return piece.replace(SPACE, " ")
 
-    vocabulary = {p.piece: i for i, p in enumerate(model.pieces)}
+
+def convert(model: Any) -> "tokenizers.Tokenizer":
+    """The fast tokenizer; `encode(text)` puts <s> in front as in training, if add_special_tokens."""
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, processors
+
+    vocabulary = {_spelled(p.piece): i for i, p in enumerate(model.pieces)}
     if len(vocabulary) != len(model.pieces):
         raise ValueError("tokenizer model has two pieces of the same text; it is damaged, train it again")
     spec = model.trainer_spec
-    fast = Tokenizer(
+    fast = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges(model), unk_token=spec.unk_piece, byte_fallback=True, fuse_unk=False)
     )
     # No pre-tokenizer: sentencepiece merges over the whole text, spaces being one more character.
-    fast.normalizer = normalizers.Replace(" ", SPACE)
-    fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_ids(model)])
     fast.post_processor = processors.TemplateProcessing(
         single=f"{spec.bos_piece} $A",
@@ -134,30 +140,30 @@ def write_tokenizer(
     write_atomic(folder / "tokenizer.model", Path(model_path).read_bytes())
 
 
-def first_difference(fast: Any, model_path: str | Path, texts: list[str]) -> str | None:
-    """None when `fast`, a transformers tokenizer, gives sentencepiece's ids for every text; else a miss."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
-    if len(fast) != processor.vocab_size():
-        return f"vocabulary: {len(fast)} entries, the sentencepiece model has {processor.vocab_size()}"
-    for i in range(processor.vocab_size()):
-        if fast.convert_ids_to_tokens(i) != processor.id_to_piece(i):
-            return (
-                f"id {i}: {fast.convert_ids_to_tokens(i)!r}, sentencepiece has {processor.id_to_piece(i)!r}"
-            )
+def first_difference(fast: Any, tokenizer: Tokenizer, texts: list[str]) -> str | None:
+    """None when `fast`, transformers' tokenizer, gives `tokenizer`'s ids for every text; else a miss."""
+    if len(fast) != tokenizer.vocab_size:
+        return f"vocabulary: {len(fast)} entries, ours has {tokenizer.vocab_size}"
+    for i in range(tokenizer.vocab_size):
+        piece = _spelled(tokenizer.id_to_piece(i))
+        if fast.convert_ids_to_tokens(i) != piece:
+            return f"id {i} is {fast.convert_ids_to_tokens(i)!r}, ours {piece!r}"
     for text in texts:
-        ours = processor.encode(text)
+        ours = tokenizer.encode(text)
         theirs = fast.encode(text, add_special_tokens=False, split_special_tokens=True)
         if ours != theirs:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-                min(len(ours), len(theirs)),
-            )
-            around = processor.decode(ours[max(0, at - 4) : at + 4])
+            at = first_mismatch(ours, theirs)
             found = f"{theirs[at : at + 3]}, ours {ours[at : at + 3]}"
+            around = tokenizer.decode(ours[max(0, at - 4) : at + 4])
             return f"text {text[:40]!r}: token {at}, near {around!r}: {found}"
-        if fast.decode(theirs) != text and processor.decode(ours) == text:
-            return f"text {text[:40]!r}: does not decode to itself"
+        if fast.decode(theirs) != text:
+            return f"text {text[:40]!r} decodes to {fast.decode(theirs)[:40]!r}"
     return None
+
+
+def first_mismatch(a: list[int], b: list[int]) -> int:
+    """The first index at which two lists differ; the shorter one's length if it is a prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _json(value: Any) -> bytes:

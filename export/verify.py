@@ -16,7 +16,7 @@ from configs.train import ModelConfig
 from export.chat import TextCodec
 from export.families import from_hf
 from export.tensors import open_tensors
-from export.tokenizer import first_difference
+from export.tokenizer import first_difference, first_mismatch
 from pretrain.model import Decoder
 from pretrain.sampling import generate
 
@@ -56,7 +56,6 @@ class Reference:
     weights: dict[str, torch.Tensor]
     decoder: Decoder
     codec: TextCodec
-    tokenizer: Path
     documents: list[list[int]]
     prompts: list[list[int]]
 
@@ -77,9 +76,10 @@ def reload(folder: Path) -> Reloaded:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
+    model, loading = loaded
     return Reloaded(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True), loading)
 
 
@@ -119,9 +119,7 @@ def check_loading(hf: Reloaded) -> Check:
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         if hf.loading.get(kind)
     ]
-    return Check(
-        "transformers loads it", not wrong, "; ".join(wrong) or type(hf.model).__name__, "no key left over"
-    )
+    return Check("transformers loads it", not wrong, "; ".join(wrong) or type(hf.model).__name__, "no key left over")
 
 
 def check_parameters(hf: Reloaded, config: ModelConfig) -> Check:
@@ -198,10 +196,7 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
         theirs = output[0, len(prompt) :].tolist()
         if mine == theirs:
             continue
-        at = next(
-            (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-            min(len(mine), len(theirs)),
-        )
+        at = first_mismatch(mine, theirs)
         text = reference.codec.decode(prompt)[:30]
         if at == min(len(mine), len(theirs)):
             return Check(name, False, f"prompt {text!r}: {len(theirs)} tokens, ours {len(mine)}", wanted)
@@ -221,10 +216,8 @@ def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
     wanted = "sentencepiece's ids"
     for name in ("bos", "eos"):
         if getattr(tokenizer, f"{name}_token_id") != getattr(codec, f"{name}_id"):
-            return Check(
-                "tokenizer", False, f"{name}_token_id is {getattr(tokenizer, f'{name}_token_id')}", wanted
-            )
-    difference = first_difference(tokenizer, reference.tokenizer, texts)
+            return Check("tokenizer", False, f"{name}_token_id is {getattr(tokenizer, f'{name}_token_id')}", wanted)
+    difference = first_difference(tokenizer, codec.tokenizer, texts)
     if difference is None and tokenizer("a").input_ids != codec.encode_prompt("a"):
         difference = f"'a' becomes {tokenizer('a').input_ids}, in training {codec.encode_prompt('a')}"
     if difference is None and codec.chat_template is not None:
@@ -233,9 +226,7 @@ def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
         if theirs != codec.encode_chat(messages):
             difference = f"chat template: {theirs}, ours {codec.encode_chat(messages)}"
     chat = ", chat template" if codec.chat_template is not None else ""
-    return Check(
-        "tokenizer", difference is None, difference or f"identical on {len(texts)} texts{chat}", wanted
-    )
+    return Check("tokenizer", difference is None, difference or f"identical on {len(texts)} texts{chat}", wanted)
 
 
 def _ours(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:

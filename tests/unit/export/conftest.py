@@ -100,9 +100,7 @@ def odd_strings(count: int, pieces: list[str], seed: int = 0) -> list[str]:
     draw = random.Random(seed)
 
     def code_point() -> str:
-        low, high = draw.choice(
-            [(0, 127), (0, 0x3000), (0x4E00, 0x9FFF), (0x1F300, 0x1F700), (0xE000, 0x110000)]
-        )
+        low, high = draw.choice([(0, 127), (0, 0x3000), (0x4E00, 0x9FFF), (0x1F300, 0x1F700), (0xE000, 0x110000)])
         return chr(draw.randrange(low, high))
 
     strings = []

@@ -77,9 +77,7 @@ def test_wrong_weights_are_named():
 def test_foreign_checkpoints_are_refused_by_tensor_name():
     config = tiny(tie=True)
     theirs = dict(to_hf(random_weights(config), config))
-    with pytest.raises(
-        ValueError, match=r"tensor model\.norm\.bias and 0 others are not part of LlamaForCausalLM"
-    ):
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.bias and 0 others are not part of LlamaForCausalLM"):
         dict(
             from_hf(
                 (theirs | {"model.norm.bias": torch.zeros(1)}).__getitem__,

@@ -52,9 +52,7 @@ def test_chat_keeps_the_dialogue(model, capsys, monkeypatch):
         "encode_chat",
         lambda self, messages: seen.append(list(messages)) or original(self, messages),
     )
-    monkeypatch.setattr(
-        "sys.stdin", io.StringIO("hello\n\nand <|end|> again\n/reset\nanew\n/exit\nnot read\n")
-    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nand <|end|> again\n/reset\nanew\n/exit\nnot read\n"))
     assert generate.chat([str(model), "--max-new-tokens", "4", "--system", "Be brief."]) == 0
     assert [[m["role"] for m in messages] for messages in seen] == [
         ["system", "user"],
@@ -67,7 +65,7 @@ def test_chat_keeps_the_dialogue(model, capsys, monkeypatch):
 def test_chat_prompt_is_that_of_training(model, tokenizer_path):
     codec = TextCodec(tokenizer_path, jinja_template())
     messages = [{"role": "user", "content": "of <|assistant|> wisdom\n"}]
-    assert codec.encode_chat(messages) == ChatFormat(codec.processor).render_prompt(messages)
+    assert codec.encode_chat(messages) == ChatFormat(codec.tokenizer).render_prompt(messages)
     assert codec.stop_ids == [2, 7]
 
 

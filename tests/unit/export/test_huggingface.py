@@ -13,6 +13,7 @@ import export.families
 import export.tensors
 import export.tokenizer
 from configs.export import ExportConfig
+from data_pipeline.tokenizer import Tokenizer
 from export import folder, huggingface
 from posttrain.chat import ChatFormat, jinja_template
 from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tiny
@@ -53,8 +54,6 @@ def test_bf16_and_shards(tmp_path, tokenizer_path):
 
 
 def test_chat_template_gives_the_ids_of_training(tmp_path, tokenizer_path):
-    import sentencepiece
-
     config = tiny()
     source = make_source(config, random_weights(config), tokenizer_path, template=jinja_template())
     status, printed = run(source, tmp_path / "out")
@@ -63,11 +62,11 @@ def test_chat_template_gives_the_ids_of_training(tmp_path, tokenizer_path):
     fast = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
     messages = [
         {"role": "system", "content": " Be brief.\n"},
-        {"role": "user", "content": "Say <|end|> and </s>"},
+        {"role": "user", "content": "Say <|end|> and </s>\u2581"},
         {"role": "assistant", "content": "It was 春"},
         {"role": "user", "content": ENGLISH},
     ]
-    trained = ChatFormat(sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path)))
+    trained = ChatFormat(Tokenizer.load(tokenizer_path))
     ids = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == trained.render_prompt(messages)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)

@@ -32,9 +32,7 @@ MIXTRAL = LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_wi
 
 def saved(tmp_path, moe: bool, dtype=torch.float32, **keys):
     """A random transformers model, saved by transformers."""
-    config = (
-        transformers.MixtralConfig(**MIXTRAL, **keys) if moe else transformers.LlamaConfig(**LLAMA, **keys)
-    )
+    config = transformers.MixtralConfig(**MIXTRAL, **keys) if moe else transformers.LlamaConfig(**LLAMA, **keys)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")

@@ -1,14 +1,16 @@
 """The fast tokenizer is sentencepiece, id for id."""
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 from transformers import AutoTokenizer
 
-from export.tokenizer import PIECE, SPACE, first_difference, read_model, write_tokenizer
+from data_pipeline.tokenizer import SPACE, Tokenizer
+from export.tokenizer import PIECE, first_difference, read_model, write_tokenizer
 from export.verify import ODD_TEXTS
 from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings
 
@@ -26,31 +28,26 @@ def folder(tmp_path_factory, tokenizer_path: Path) -> Path:
 
 def test_same_ids_on_prose_code_and_odd_strings(folder: Path, tokenizer_path: Path):
     fast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    pieces = [
-        p.piece.replace(SPACE, " ") for p in read_model(tokenizer_path).pieces if p.type == PIECE.NORMAL
-    ]
+    pieces = [p.piece.replace(SPACE, " ") for p in read_model(tokenizer_path).pieces if p.type == PIECE.NORMAL]
     code = Path(random.__file__).read_text(encoding="utf-8")
     texts = [CHINESE, ENGLISH, code, *ODD_TEXTS, *odd_strings(1500, pieces)]
-    assert first_difference(fast, tokenizer_path, texts) is None
+    assert first_difference(fast, Tokenizer.load(tokenizer_path), texts) is None
 
 
 def test_a_wrong_merge_order_is_noticed(folder: Path, tokenizer_path: Path, tmp_path: Path):
-    import json
-    import shutil
-
     shutil.copytree(folder, tmp_path / "broken")
     raw = json.loads((tmp_path / "broken/tokenizer.json").read_text())
     raw["model"]["merges"].reverse()
     (tmp_path / "broken/tokenizer.json").write_text(json.dumps(raw))
     fast = AutoTokenizer.from_pretrained(tmp_path / "broken", local_files_only=True)
-    difference = first_difference(fast, tokenizer_path, [ENGLISH])
+    difference = first_difference(fast, Tokenizer.load(tokenizer_path), [ENGLISH])
     assert difference is not None
     assert "It was the best" in difference
 
 
 def test_special_tokens(folder: Path, tokenizer_path: Path):
     fast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    slow = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    slow = Tokenizer.load(tokenizer_path)
     assert (fast.unk_token_id, fast.bos_token_id, fast.eos_token_id, fast.pad_token_id) == (0, 1, 2, 3)
     assert fast("of wisdom").input_ids == [1, *slow.encode("of wisdom")]
     assert fast.encode("<|user|>of wisdom<|end|>", add_special_tokens=False) == [
