@@ -40,7 +40,7 @@ class ExtractConfig(Section):
 
 
 class LanguageConfig(Section):
-    max_chars: int = Field(default=20_000, ge=100)  # only this much of a document is shown to the model
+    max_chars: int = Field(default=10_000, ge=100)  # only this much of a document is shown to the model
 
 
 class Bound(Section):

@@ -19,9 +19,15 @@ _SAMPLE_CHARS = 160
 _SAMPLES = 2
 
 
-def print_ledger(ledger: dict[str, Any], console: Console) -> None:
+def wide_console() -> Console:
+    """A console that, where it is no terminal, is wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> None:
     """The table of stages: in, kept, dropped, bytes, reasons, time, and where to look."""
-    table = Table(title="Data run", title_justify="left")
+    table = Table(title=f"Data run in {run_dir}", title_justify="left")
     for name in ("stage", "in", "kept", "dropped", "MB kept", "most dropped for", "seconds", "where to look"):
         table.add_column(name, justify="right" if name in ("in", "kept", "dropped", "MB kept", "seconds") else "left")
     for stage in ledger["stages"]:
@@ -35,7 +41,7 @@ def print_ledger(ledger: dict[str, Any], console: Console) -> None:
             f"{total['kept']['documents']:,}",
             f"{sum(dropped.values()):,}",
             f"{total['passed_on']['bytes'] / 1e6:.2f}",
-            "\n".join([*(f"{reason} {count:,}" for reason, count in top), *notes]),
+            ", ".join([*(f"{reason} {count:,}" for reason, count in top), *notes]),
             f"{stage['seconds']:.1f}" + ("" if stage["fresh"] else " (kept)"),
             stage["where"],
         )
@@ -71,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Print what a data run kept and dropped, with samples.",
         example="trivium data report configs/data/demo.toml",
     )
-    run_dir, console = Path(config.run.dir), Console()
+    run_dir, console = Path(config.run.dir), wide_console()
     try:
         ledger = read_ledger(run_dir)
     except ValueError as error:
@@ -80,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         console.print(f"would report on {run_dir}, {len(ledger['stages'])} stages")
         return 0
-    print_ledger(ledger, console)
+    print_ledger(ledger, run_dir, console)
     print_drops(run_dir, console)
     return 0
 

@@ -1,8 +1,8 @@
 """`trivium data run CONFIG`: raw files to a mixture plan, stage by stage, skipping what is done.
 
-Reads like the pipeline: documents (see `stages`), then tokenizer, tokens and plan. Interrupted anywhere, the
-same command goes on. The ledger of all stages goes to `ledger.json` in the run directory, `--dry-run` says
-what would run.
+Reads like the pipeline: documents (`stages`), then tokenizer, tokens and plan (`token_stages`). Interrupted
+anywhere, the same command goes on. The ledger of all stages goes to `ledger.json` in the run directory,
+`--dry-run` says what would run.
 """
 
 import json
@@ -14,14 +14,18 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
-from data_pipeline.report import print_ledger
+from data_pipeline.executor import quiet
+from data_pipeline.report import print_ledger, read_ledger, wide_console
 from data_pipeline.stage import Done, Stage, perform, published, sole_user
-from data_pipeline.stages import document_stages
+from data_pipeline.stages import Workshop, document_stages
+from data_pipeline.token_stages import token_stages
 
 
 def all_stages(config: DataConfig, run_dir: Path, console: Console) -> list[Stage]:
     """Every stage, in the order in which they run."""
-    return document_stages(config, run_dir, console)
+    shop = Workshop(config, run_dir, console)
+    documents = document_stages(shop)
+    return [*documents, *token_stages(shop, documents[-1])]
 
 
 def run(config: DataConfig, console: Console) -> list[Done]:
@@ -31,6 +35,7 @@ def run(config: DataConfig, console: Console) -> list[Done]:
     """
     run_dir = Path(config.run.dir)
     with sole_user(run_dir):
+        quiet(run_dir / "logs" / "datatrove.log")
         stages = all_stages(config, run_dir, console)
         write(config, run_dir / "config.toml")
         done: dict[str, Done] = {}
@@ -52,7 +57,7 @@ def write_ledger(run_dir: Path, done: Sequence[Done]) -> None:
                 "name": stage.name,
                 "seconds": round(stage.seconds, 3),
                 "fresh": stage.fresh,
-                "where": str(stage.folder),
+                "where": _where(stage),
                 "total": stage.tally.total().plain(),
                 "sources": stage.tally.plain(),
             }
@@ -60,6 +65,14 @@ def write_ledger(run_dir: Path, done: Sequence[Done]) -> None:
         ]
     }
     write_atomic(run_dir / "ledger.json", (json.dumps(ledger, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _where(stage: Done) -> str:
+    """Where to look: the samples of what was dropped, or else the stage's folder."""
+    for name in ("rejected", "drops"):
+        if (stage.folder / name).is_dir():
+            return f"{stage.folder.name}/{name}"
+    return stage.folder.name
 
 
 def _say(done: Done, number: int, count: int, console: Console) -> None:
@@ -91,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Raw text to a mixture plan: extraction, filters, deduplication, split, tokens, plan.",
         example="trivium data run configs/data/demo.toml run.workers=4",
     )
-    console = Console()
+    console = wide_console()
     try:
         if args.dry_run:
             dry_run(config, console)
@@ -103,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}\n(details: {Path(config.run.dir) / 'logs'})", file=sys.stderr)
         return 1
     run_dir = Path(config.run.dir)
-    print_ledger(json.loads((run_dir / "ledger.json").read_text(encoding="utf-8")), console)
+    print_ledger(read_ledger(run_dir), run_dir, console)
     console.print(f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG")
     return 0
 

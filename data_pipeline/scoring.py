@@ -23,6 +23,7 @@ HEAD_CHARS = 300
 
 _PARAGRAPH_BREAK = re.compile(r"\n{2,}")
 _LINE_BREAK = re.compile(r"\n+")
+_NOT_ALNUM = re.compile(r"[\W_]+")
 _TERMINAL = tuple(".?!。？！…:;：；\"'”’」』)）")
 _BULLETS = ("•", "-")
 _ELLIPSES = ("...", "…")
@@ -54,8 +55,12 @@ def quality(values: dict[str, float]) -> float:
 def _quality(text: str, words: Coded, stop_words: frozenset[str]) -> dict[str, float]:
     lengths = np.fromiter(map(len, words.unique), np.int64, len(words.unique))
     counts = np.bincount(words.ids, minlength=len(words.unique))
-    sounded = np.fromiter((any(map(str.isalnum, word)) for word in words.unique), bool, len(words.unique))
-    lettered = np.fromiter((any(map(str.isalpha, word)) for word in words.unique), bool, len(words.unique))
+    sounded = np.fromiter(
+        (word.isalnum() or any(map(str.isalnum, word)) for word in words.unique), bool, len(words.unique)
+    )
+    lettered = np.fromiter(
+        (word.isalpha() or any(map(str.isalpha, word)) for word in words.unique), bool, len(words.unique)
+    )
     total = max(len(words.ids), 1)
     counted = int(counts[sounded].sum())
     lines = text.splitlines() or [""]
@@ -140,7 +145,7 @@ def _lines(text: str, words: int) -> dict[str, float]:
         "newline_ratio": text.count("\n") / max(words, 1),
         "mean_line_length": sum(lengths) / len(lengths),
         "max_line_length": float(max(lengths)),
-        "alnum_ratio": sum(map(str.isalnum, text)) / max(len(text), 1),
+        "alnum_ratio": len(_NOT_ALNUM.sub("", text)) / max(len(text), 1),
     }
 
 

@@ -4,7 +4,7 @@
                         \\-> signatures ------/
 
 Text is read by extract, language, score, signatures and documents; filter and dedup read tables only, so that
-thresholds are changed without a scan. The stages after these, from documents to a plan, are in `run`.
+thresholds are changed without a scan. The stages after these are in `token_stages`.
 """
 
 import glob
@@ -89,10 +89,10 @@ def input_files(config: DataConfig) -> list[InputFile]:
     return found
 
 
-def document_stages(config: DataConfig, run_dir: Path, console: Console) -> list[Stage]:
+def document_stages(shop: Workshop) -> list[Stage]:
     """The stages from files to documents, in the order in which they run."""
+    config, run_dir = shop.config, shop.run_dir
     files = input_files(config)
-    shop = Workshop(config, run_dir, console)
     rules = {name: plain(rules) for name, rules in config.rules.items()}
     routes = {name: source.rules for name, source in config.sources.items()}
     extract = Stage(

@@ -1,0 +1,193 @@
+"""The last three stages of a data run: documents to a tokenizer, to token stores, to a mixture plan.
+
+The work itself is in `tokenizer`, `store` and `mixture`; here it is given to datatrove's executor, counted
+and published. Tokenizer and plan are one task each, token stores one per file of documents.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from datatrove.data import DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from configs.data import TokenizerConfig
+from configs.loader import plain
+from data_pipeline.executor import ProgressFile
+from data_pipeline.heldout import HELDOUT, TRAIN
+from data_pipeline.ledger import Tally
+from data_pipeline.mixture import PLAN_FILE, build_plan
+from data_pipeline.stage import Stage
+from data_pipeline.stages import Workshop
+from data_pipeline.store import build, read_documents
+from data_pipeline.tokenizer import Tokenizer, train
+
+
+def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
+    """The stages from documents to a plan, in the order in which they run."""
+    config = shop.config
+    tokenizer = Stage(
+        "tokenizer",
+        partial(_tokenizer, shop),
+        plain(config.tokenizer),
+        ("tokenizer", "store"),
+        needs=(documents,),
+        counted_against=documents,
+        packages=("sentencepiece",),
+    )
+    tokens = Stage(
+        "tokens",
+        partial(_tokens, shop),
+        {},
+        ("store", "tokenizer"),
+        needs=(documents, tokenizer),
+        counted_against=documents,
+        packages=("sentencepiece",),
+    )
+    plan = Stage(
+        "plan",
+        partial(_plan, shop),
+        plain(config.mixture),
+        ("mixture", "packing", "store"),
+        needs=(tokenizer, tokens),
+        counted_against=tokens,
+    )
+    return [tokenizer, tokens, plan]
+
+
+class TrainTokenizer(PipelineStep):
+    """One task: trains on the training split of all sources."""
+
+    name = "Train tokenizer"
+    type = "🔤 - TOKENIZER"
+
+    def __init__(self, inputs: Sequence[str], out: str, settings: TokenizerConfig, progress: str) -> None:
+        super().__init__()
+        self.inputs = list(inputs)
+        self.out = out
+        self.settings = settings
+        self.progress = progress
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        progress = ProgressFile(self.progress, rank)
+        train(
+            [Path(path) for path in self.inputs],
+            Path(self.out),
+            self.settings.vocab_size,
+            self.settings.seed,
+            train_bytes=self.settings.train_bytes,
+            character_coverage=self.settings.character_coverage,
+            max_piece_length=self.settings.max_piece_length,
+            progress=progress.advance,
+        )
+        progress.close()
+        yield from ()
+
+
+class Tokenize(PipelineStep):
+    """Each file of documents, `<split>/<source>/<shard>.jsonl.gz`, to a token store of the same name."""
+
+    name = "Tokenize"
+    type = "🔢 - TOKENS"
+
+    def __init__(
+        self, documents: str, files: Sequence[str], tokenizer: str, out: str, tallies: str, progress: str
+    ) -> None:
+        super().__init__()
+        self.documents = documents
+        self.files = list(files)
+        self.tokenizer = tokenizer
+        self.out = out
+        self.tallies = tallies
+        self.progress = progress
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        progress, tally = ProgressFile(self.progress, rank), Tally()
+        tokenizer = Tokenizer.load(self.tokenizer)
+        for name in self.files[rank::world_size]:
+            out = Path(self.out) / name.removesuffix(".jsonl.gz")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            source = out.parent.name
+            written = build(Path(self.documents) / name, out, tokenizer, progress.advance)
+            tally.came_in(source, written.text_bytes, written.documents)
+            tally.kept(source, written.text_bytes, documents=written.documents)
+            tally.note(source, "tokens", written.tokens)
+        tally.save(Path(self.tallies) / f"{rank:05d}.json")
+        progress.close()
+        yield from ()
+
+
+def _document_files(shop: Workshop) -> list[str]:
+    """Largest first, so that no task is left alone with a big file at the end."""
+    folder = shop.run_dir / "documents"
+    paths = sorted(folder.glob("*/*/*.jsonl.gz"), key=lambda path: (-path.stat().st_size, str(path)))
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _tokenizer(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    files, tally = _document_files(shop), Tally()
+    for name in files:
+        split, source, _ = name.split("/")
+        for document in read_documents(shop.run_dir / "documents" / name):
+            size = len(document["text"].encode())
+            tally.came_in(source, size)
+            if split == TRAIN:
+                tally.kept(source, size)
+            else:
+                tally.dropped(source, "held_out", size)
+    inputs = [str(shop.run_dir / "documents" / name) for name in files if name.startswith(f"{TRAIN}/")]
+    step = TrainTokenizer(inputs, str(folder), shop.config.tokenizer, str(logs / "progress"))
+    shop.pipeline("tokenizer", logs, [step], 1, tally.total().kept.bytes, alone=True)
+    return tally
+
+
+def _tokens(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    files = _document_files(shop)
+    step = Tokenize(
+        str(shop.run_dir / "documents"),
+        files,
+        str(shop.run_dir / "tokenizer"),
+        str(folder),
+        str(logs / "tallies"),
+        str(logs / "progress"),
+    )
+    shop.pipeline("tokens", logs, [step], len(files), shop.text_bytes())
+    return Tally.load_all(logs / "tallies")
+
+
+class Plan(PipelineStep):
+    """One task: the mixture plan over all token stores."""
+
+    name = "Plan"
+    type = "🗺 - PLAN"
+
+    def __init__(self, run_dir: str, out: str, settings: dict[str, object]) -> None:
+        super().__init__()
+        self.run_dir = run_dir
+        self.out = out
+        self.settings = settings
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        run_dir = Path(self.run_dir)
+        build_plan(run_dir / "tokens", run_dir / "tokenizer", Path(self.out), **self.settings)
+        yield from ()
+
+
+def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    shop.pipeline("plan", logs, [Plan(str(shop.run_dir), str(folder), dict(shop.config.mixture))], 1, 0, alone=True)
+    plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    planned = {source["name"]: source for source in plan["sources"]}
+    manifest = json.loads((shop.run_dir / "tokens" / "stage.json").read_text(encoding="utf-8"))
+    tally = Tally()
+    for name, counts in Tally.from_plain(manifest["sources"]).sources.items():
+        amount = counts.passed_on
+        tally.came_in(name, amount.bytes, amount.documents)
+        if name not in planned:
+            tally.dropped(name, "not_in_mixture", amount.bytes, amount.documents)
+            continue
+        stores = [*planned[name]["stores"], *planned[name][HELDOUT]["stores"]]
+        documents, size = (sum(store[key] for store in stores) for key in ("documents", "text_bytes"))
+        tally.kept(name, size, documents=documents)
+        tally.note(name, "rows", planned[name]["samples"])
+    return tally
