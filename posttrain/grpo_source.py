@@ -60,8 +60,7 @@ class RolloutSource(BatchSource):
         self._metrics = {
             name: (total, count) for name, (total, count) in zip(METRICS, arrays["metrics"].tolist(), strict=True)
         }
-        columns = zip(*(arrays[name] for name in ARRAYS), strict=True)
-        return [RolloutRow(*five, 0, advantages, logprobs) for *five, advantages, logprobs in columns]
+        return [RolloutRow(source=0, **{name: arrays[name][i] for name in ARRAYS}) for i in range(len(samples))]
 
     def step_metrics(self) -> dict[str, tuple[float, float]]:
         return self._metrics

@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         return 0
 
-    heldout: dict[str, Sequence[Row]] = {
-        name: rows[: config.eval.rows] for name, rows in source.heldout_rows.items()
-    }
+    heldout: dict[str, Sequence[Row]] = {name: rows[: config.eval.rows] for name, rows in source.heldout_rows.items()}
     evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
     if config.task:
         evaluators.append(TaskAccuracy(make_task(config.task), chat, seed, config.task.eval_prompts))

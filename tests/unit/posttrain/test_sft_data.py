@@ -1,0 +1,144 @@
+"""SFT rows: document masks, loss on answers alone, an order by key, and what is refused or set aside."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from posttrain.chat import ChatFormat
+from posttrain.sft_data import (
+    Example,
+    Examples,
+    SFTSource,
+    check_supervision,
+    demonstrations,
+    pack,
+    read_dialogues,
+)
+from posttrain.tasks import SortTask
+
+LENGTH = 64
+
+
+def dialogue(*texts: str) -> dict[str, Any]:
+    return {
+        "id": texts[0],
+        "messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)],
+    }
+
+
+def write(path: Path, records: list[Any]) -> str:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return str(path)
+
+
+def examples(chat: ChatFormat, count: int = 40) -> list[Example]:
+    found = []
+    for i in range(count):
+        turns = ["How are you " + "today " * (i % 5), f"I am fine {i}", "hello", "thank you"][: 2 + 2 * (i % 2)]
+        tokens, answer = chat.render(dialogue(*turns)["messages"])
+        found.append(Example(str(i), tokens, answer))
+    return found
+
+
+def test_packed_rows_hold_every_example_once_behind_its_own_mask(chat: ChatFormat) -> None:
+    originals = examples(chat)
+    rows = pack(originals, LENGTH, chat.ids["<pad>"], source=3)
+    assert len(rows) < len(originals) / 1.5  # packing does pack
+    seen = []
+    for row in rows:
+        assert row.source == 3 and row.tokens.shape == (LENGTH,)
+        assert (row.tokens[row.segments < 0] == chat.ids["<pad>"]).all()
+        assert not row.loss_mask[row.segments < 0].any()
+        for segment in range(row.segments.max() + 1):
+            (where,) = np.nonzero(row.segments == segment)
+            assert row.positions[where].tolist() == list(range(len(where)))
+            tokens, mask, labels = row.tokens[where], row.loss_mask[where], row.labels[where]
+            assert not mask[-1]  # nothing follows the last token within its document
+            assert (labels[:-1][mask[:-1]] == tokens[1:][mask[:-1]]).all()
+            seen.append((tokens.tolist(), [False, *mask[:-1].tolist()]))
+    expected = [(e.tokens.tolist(), e.answer.tolist()) for e in originals]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_sample_i_is_a_function_of_data_seed_and_i(chat: ChatFormat) -> None:
+    def source(seed: int) -> SFTSource:
+        found = {"a": Examples(examples(chat)), "b": Examples(examples(chat, 9))}
+        return SFTSource(found, LENGTH, chat.ids["<pad>"], seed)
+
+    first, again, other = source(1), source(1), source(2)
+    epoch = first.rows_per_epoch
+    whole = first.rows(range(3 * epoch))
+    backwards = [again.rows(range(i, i + 1))[0] for i in reversed(range(3 * epoch))][::-1]
+    for row, same in zip(whole, backwards, strict=True):
+        assert row.tokens.tolist() == same.tokens.tolist() and row.source == same.source
+    epochs = [[row.tokens.tobytes() for row in whole[k * epoch : (k + 1) * epoch]] for k in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])  # every row once an epoch
+    assert epochs[0] != epochs[1] != epochs[2]  # each in an order of its own
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert {row.source for row in whole} == {0, 1}
+
+
+def test_broken_and_long_dialogues_are_set_aside_and_counted(chat: ChatFormat, tmp_path: Path) -> None:
+    records = [dialogue(f"question {i}", f"answer {i}") for i in range(60)]
+    records += [
+        '{"id": "cut off',
+        {"id": "x", "messages": [{"role": "assistant", "content": "first"}]},
+        {"id": "x"},
+        ["not", "an", "object"],
+        dialogue("nobody answers"),
+        dialogue("why? " * 100, "because"),
+    ]
+    path = write(tmp_path / "d.jsonl.gz", records)
+    found = read_dialogues([path], chat, LENGTH, heldout_share=0.2, max_bad_share=0.2)
+    assert dict(found.set_aside) == {"bad_json": 1, "bad_messages": 3, "no_assistant_turn": 1, "too_long": 1}
+    assert len(found.train) + len(found.heldout) == 60
+    assert found.first_of_reason["too_long"].endswith(":66")
+    with pytest.raises(ValueError, match=r"6 of 66 dialogues .* 0\.05.*too_long \(first: .*:66\)"):
+        read_dialogues([path], chat, LENGTH, heldout_share=0.2, max_bad_share=0.05)
+    with pytest.raises(ValueError, match=r"absent\.jsonl, which is no file"):
+        read_dialogues([str(tmp_path / "absent.jsonl")], chat, LENGTH, 0.1, 0.1)
+
+
+def test_heldout_dialogues_share_no_first_message_with_training(chat: ChatFormat, tmp_path: Path) -> None:
+    records = [dialogue(f"question {i % 30}", f"answer {i}") for i in range(120)]
+    found = read_dialogues([write(tmp_path / "d.gz", records)], chat, LENGTH, 0.3, 0.0)
+
+    def firsts(split: list[Example]) -> set[str]:
+        return {example.id for example in split}  # `dialogue` takes the first message for the id
+
+    assert firsts(found.train) and firsts(found.heldout)
+    assert not firsts(found.train) & firsts(found.heldout)
+
+
+def test_an_unsupervised_end_is_refused(chat: ChatFormat) -> None:
+    tokens, answer = chat.render(dialogue("hello", "fine", "hello", "name")["messages"])
+    check_supervision(tokens, answer, chat)
+    (ends,) = np.nonzero((tokens == chat.end_id) & answer)
+    assert len(ends) == 2
+    for end in ends:
+        masked = answer.copy()
+        masked[end] = False
+        with pytest.raises(ValueError, match=rf"position {end} .* not in the loss mask"):
+            check_supervision(tokens, masked, chat)
+    with pytest.raises(ValueError, match="all zero"):
+        check_supervision(tokens, np.zeros_like(answer), chat)
+    with pytest.raises(ValueError, match="not closed"):
+        check_supervision(tokens[:-1], answer[:-1], chat)
+
+
+def test_demonstrations_are_right_and_their_splits_disjoint(chat: ChatFormat) -> None:
+    task = SortTask(4)
+    splits = {split: demonstrations(task, chat, 5, split, 50, LENGTH) for split in ("train", "heldout")}  # type: ignore[arg-type]
+    for found in splits.values():
+        for example in found:
+            text = chat.decode_answer(example.tokens[example.answer].tolist())
+            assert list(text) == sorted(text) and len(text) == 4
+    prompts = [{e.tokens[~e.answer].tobytes() for e in found} for found in splits.values()]
+    assert not prompts[0] & prompts[1]
+    with pytest.raises(ValueError, match=r"train\.seq_length = 8"):
+        demonstrations(task, chat, 5, "train", 1, 8)
