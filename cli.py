@@ -1,13 +1,12 @@
 """The `trivium` command: a table of subcommands, each run by one function of one module.
 
-Thin on purpose: nothing is imported until a subcommand is called, so that `trivium --help` answers at once and a
-login node without a GPU can ask for it. Leaves out every option: those belong to the modules.
+Thin on purpose: nothing is imported until a subcommand is called, so that `trivium --help` answers at once
+and a login node without a GPU can ask for it. Leaves out every option: those belong to the modules.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 # command -> (module:function, what it does, in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -28,7 +27,10 @@ NOT_BUILT = ("data explain", "data sample", "tokenizer", "plan", "prove", "rm", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0 done, 1 failed, 2 bad arguments or config; exits where the module does."""
+    """Runs one subcommand. Returns 0 done, 1 failed, 2 bad arguments or config.
+
+    Exits where the module does.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for words in (2, 1):
         name = " ".join(argv[:words])
         if len(argv) >= words and name in COMMANDS:
-            _call(COMMANDS[name][0], argv[words:])
+            _call(COMMANDS[name][0], argv[words:])  # ends the process with the module's exit status
+            return 0
     for words in (2, 1):
         if " ".join(argv[:words]) in NOT_BUILT:
             return _refuse(f"`trivium {' '.join(argv[:words])}` is not built yet; `trivium --help` lists what is")
@@ -69,7 +72,7 @@ def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
     )
 
 
-def _call(target: str, argv: Sequence[str]) -> NoReturn:
+def _call(target: str, argv: Sequence[str]) -> None:
     from configs.loader import entrypoint
 
     module, _, function = target.partition(":")

@@ -1,1 +1,4 @@
-"""Starting the other packages as processes: the demo, ranks on one machine, the cluster's facts. Imports no torch."""
+"""Starting the other packages as processes: the demo, ranks on one machine, the cluster's facts.
+
+Imports no torch.
+"""

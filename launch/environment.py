@@ -2,8 +2,8 @@
 
 torchrun, Slurm's srun and MPI's mpirun each tell a process its rank in their own words;
 `ClusterEnvironment.read` puts them into one frozen dataclass, so that nothing else looks at `os.environ` for
-them. Leaves out starting anything (launch/local.py does) and process groups (pretrain does); imports no torch,
-so a login node can ask.
+them. Leaves out starting anything (launch/local.py does) and process groups (pretrain does); imports no
+torch, so a login node can ask.
 """
 
 import os
@@ -69,7 +69,10 @@ class ClusterEnvironment:
             launcher, names = "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         elif "OMPI_COMM_WORLD_RANK" in env:
             prefix = "OMPI_COMM_WORLD_"
-            launcher, names = "openmpi", (f"{prefix}RANK", f"{prefix}SIZE", f"{prefix}LOCAL_RANK", f"{prefix}LOCAL_SIZE")
+            launcher, names = (
+                "openmpi",
+                (f"{prefix}RANK", f"{prefix}SIZE", f"{prefix}LOCAL_RANK", f"{prefix}LOCAL_SIZE"),
+            )
         elif "PMI_RANK" in env and "MPI_LOCALRANKID" in env:
             launcher, names = "mpich", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
         elif _in_slurm_step(env):
@@ -81,9 +84,7 @@ class ClusterEnvironment:
         local_world_size = _integer(env, names[3], default=world_size, least=1)
         node_rank = _integer(env, "GROUP_RANK", default=rank // local_world_size)
         address = _master_address(env, launcher, local_world_size == world_size)
-        return cls(
-            launcher, rank, world_size, local_rank, local_world_size, node_rank, address, _port(env)
-        )
+        return cls(launcher, rank, world_size, local_rank, local_world_size, node_rank, address, _port(env))
 
     @classmethod
     def _slurm(cls, env: Mapping[str, str]) -> "ClusterEnvironment":
@@ -125,7 +126,10 @@ def first_host(nodelist: str) -> str:
 
 
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
-    """True for a task that srun started. Shells of sbatch and salloc carry SLURM_ variables and are no ranks."""
+    """True for a task that srun started.
+
+    Shells of sbatch and salloc carry SLURM_ variables and are no ranks.
+    """
     step = env.get("SLURM_STEP_ID", "")
     return "SLURM_PROCID" in env and step.isdecimal() and int(step) < _FIRST_RESERVED_STEP
 

@@ -1,11 +1,12 @@
 """Processes that live and die together: start, forward signals, wait, leave none behind.
 
-Used for the ranks of one machine (launch/local.py) and the stages of the demo (launch/demo.py). Leaves out where
-output goes: callers pass file descriptors.
+Used for the ranks of one machine (launch/local.py) and the stages of the demo (launch/demo.py). Leaves out
+where output goes: callers pass file descriptors.
 
-The rules: a first Ctrl-C (or SIGTERM, or a closed terminal) is passed on once, so that every process can finish
-what it must; a second one kills. When one process fails, the others get a moment to say why and are then ended.
-If this process is itself killed, so are they (Linux): a rerun never meets a survivor writing to its run directory.
+The rules: a first Ctrl-C (or SIGTERM, or a closed terminal) is passed on once, so that every process can
+finish what it must; a second one kills. When one process fails, the others get a moment to say why and are
+then ended. If this process is itself killed, so are they (Linux): a rerun never meets a survivor writing to
+its run directory.
 """
 
 import ctypes

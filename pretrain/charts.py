@@ -1,7 +1,7 @@
 """Line charts as inline SVG, written by hand: no network, no plotting library, light and dark by CSS.
 
-`line_chart` draws one chart, `STYLE` is the CSS that it needs in the page. Leaves out every kind but lines over
-steps, and interaction beyond the browser's own tooltips.
+`line_chart` draws one chart, `STYLE` is the CSS that it needs in the page. Leaves out every kind but lines
+over steps, and interaction beyond the browser's own tooltips.
 """
 
 import html
@@ -38,8 +38,8 @@ svg path.raw { stroke-width: 1; opacity: 0.35; }
 def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: str, noisy: bool = True) -> str:
     """One <figure>: title, legend where there are several series, and the curves.
 
-    Points that are not finite are left out. Long series are thinned so that every peak stays; `noisy` ones get a
-    running mean on top. Returns "" when no series has a point.
+    Points that are not finite are left out. Long series are thinned so that every peak stays; `noisy` ones
+    get a running mean on top. Returns "" when no series has a point.
     """
     kept = {name: finite for name, points in series.items() if (finite := _finite(points))}
     if not kept:

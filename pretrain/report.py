@@ -1,7 +1,8 @@
 """`trivium report RUN_DIR`: a run's metrics.jsonl as one report.html that needs neither network nor server.
 
-Curves of everything that was measured, the held-out numbers by source, samples, and what the run was. The trainer
-calls `write` at the end of every run. Leaves out comparing runs (TensorBoard does) and imports no torch.
+Curves of everything that was measured, the held-out numbers by source, samples, and what the run was. The
+trainer calls `write` at the end of every run. Leaves out comparing runs (TensorBoard does) and imports no
+torch.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from configs.loader import ConfigError, entrypoint, write_atomic
 from pretrain.charts import STYLE, Points, line_chart, short
@@ -62,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(run_dir: str | Path) -> Path:
-    """Draws what `run_dir` holds by now into its report.html; returns the path. Errors: ValueError, broken metrics."""
+    """Draws what `run_dir` holds by now into its report.html; returns the path.
+
+    Errors: ValueError, broken metrics.
+    """
     run_dir = Path(run_dir)
     records = read_jsonl(run_dir / "metrics.jsonl")
     steps = last_of_each_step(records)
@@ -178,7 +182,7 @@ def _series(steps: list[dict[str, Any]], key: str) -> dict[str, Points]:
     return dict(series)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

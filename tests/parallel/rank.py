@@ -1,7 +1,7 @@
 """One rank of the test pool: takes calls from harness.py, runs them in a fresh world, answers in JSON.
 
-Between calls everything global is put back: process groups (torch's, megatron-core's, deepspeed's), the random
-state, the default dtype, and the launcher's variables. Leaves out starting and ending processes.
+Between calls everything global is put back: process groups (torch's, megatron-core's, deepspeed's), the
+random state, the default dtype, and the launcher's variables. Leaves out starting and ending processes.
 """
 
 import contextlib

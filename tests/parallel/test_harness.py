@@ -1,4 +1,7 @@
-"""The pool of ranks itself: worlds of several sizes on the same processes; failures, hangs and deaths are told."""
+"""The pool of ranks itself: worlds of several sizes on the same processes.
+
+Failures, hangs and deaths are told.
+"""
 
 import time
 from collections.abc import Callable

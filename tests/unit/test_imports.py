@@ -1,7 +1,7 @@
 """Who may import whom: walks the syntax trees of all packages and holds them against one table.
 
-Imports inside functions and under TYPE_CHECKING count too. Leaves out what third-party packages import; for the
-parts that must run without torch, a subprocess looks whether it got loaded all the same.
+Imports inside functions and under TYPE_CHECKING count too. Leaves out what third-party packages import; for
+the parts that must run without torch, a subprocess looks whether it got loaded all the same.
 """
 
 import ast
@@ -33,8 +33,8 @@ class Rule:
     never: tuple[str, ...] = ()
 
 
-# megatron.core.tensor_parallel is configured by ModelParallelConfig and sized by get_pg_size; ProcessGroup and
-# ReduceOp are types that layers are handed, not groups of their own.
+# megatron.core.tensor_parallel is configured by ModelParallelConfig and sized by get_pg_size; ProcessGroup
+# and ReduceOp are types that layers are handed, not groups of their own.
 MEGATRON_LAYERS = (
     "megatron.core.tensor_parallel",
     "megatron.core.model_parallel_config",
@@ -67,7 +67,10 @@ RULES = (
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything imported; `from a import b` gives a.b, relative names are made absolute."""
+    """(line, dotted name) of everything imported.
+
+    `from a import b` gives a.b, relative names are made absolute.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

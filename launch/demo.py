@@ -1,0 +1,149 @@
+"""`trivium demo`, which `make demo` runs: raw text to verified Hugging Face models, every stage in order.
+
+`STAGES` is the list of what runs, each a subprocess that anybody could start by hand. Each stage decides
+itself whether it is finished, so an interrupted demo goes on when it is run again. At the end: a table, and
+runs/demo/report.html. What the stages wrote is read in launch/demo_report.py; nothing of theirs is imported.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from configs.loader import ConfigError, entrypoint, write_atomic
+from launch import tee
+from launch.demo_report import Stage, describe_data, describe_export, describe_training, show, write_html
+
+DIRECTORY = Path("runs/demo")
+RANKS = 2
+
+
+def _training(name: str, module: str, config: str, title: str) -> Stage:
+    command = ("launch.local", "--nproc-per-node", str(RANKS), module, config)
+    return Stage(name, title, command, DIRECTORY / name, "metrics.jsonl", describe_training)
+
+
+def _export(name: str, title: str) -> Stage:
+    run, out = DIRECTORY / name, DIRECTORY / "export" / name
+    command = ("export.huggingface", "configs/export/demo.toml", f"run={run}", f"out={out}")
+    return Stage(f"export_{name}", f"export {title}", command, out, "trivium_export.json", describe_export)
+
+
+STAGES = (
+    Stage(
+        "data",
+        "data",
+        ("data_pipeline.run", "configs/data/demo.toml"),
+        DIRECTORY / "data",
+        "plan/plan.json",
+        describe_data,
+    ),
+    _training("pretrain", "pretrain.train", "configs/pretrain/demo.toml", "pretrain, dense"),
+    _training("pretrain_moe", "pretrain.train", "configs/pretrain/demo_moe.toml", "pretrain, MoE"),
+    _training("sft", "posttrain.sft", "configs/posttrain/demo_sft.toml", "SFT"),
+    _training("grpo", "posttrain.grpo", "configs/posttrain/demo_grpo.toml", "GRPO"),
+    _export("pretrain", "dense"),
+    _export("pretrain_moe", "MoE"),
+    _export("sft", "SFT"),
+    _export("grpo", "GRPO"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo from the repository's root. Returns the exit status of the stage that failed, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="trivium demo",
+        description="Raw text to verified Hugging Face models. Interrupt it anywhere; run it again to go on.",
+        epilog="example:\n  trivium demo --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the stages' commands, run nothing")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        for stage in STAGES:
+            print(f"{stage.title:<18}{command_line(stage)}")
+        return 0
+    if not Path("configs/data/demo.toml").is_file():
+        raise ConfigError("configs/data/demo.toml is not here; run the demo from the root of the repository")
+    return run_stages(STAGES, DIRECTORY, Console())
+
+
+def run_stages(stages: Sequence[Stage], directory: Path, console: Console) -> int:
+    """Runs `stages` in order, stops at the first failure, keeps their times in `directory`/demo.json."""
+    began = time.monotonic()
+    times = read_times(directory)
+    for number, stage in enumerate(stages, 1):
+        console.rule(f"{number} of {len(stages)}: {stage.title}", align="left")
+        log = directory / "logs" / f"{stage.name}.log"
+        mark, started = stage.fingerprint(), time.monotonic()
+        # Unbuffered, so that lines show when they are printed; no hub, so that nothing waits for a network.
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        status = tee.run([sys.executable, "-m", *stage.command], log, env)
+        seconds = time.monotonic() - started
+        times[stage.name] = updated(times.get(stage.name), seconds, status, stage.fingerprint() != mark)
+        write_atomic(directory / "demo.json", json.dumps({"stages": times}, indent=1).encode())
+        if status:
+            _tell_failure(stage, status, log, console)
+            return status
+    show(stages, times, console)
+    page = write_html(stages, times, directory)
+    console.print(f"{time.monotonic() - began:.0f} s this time. Everything, with curves: {page}", highlight=False)
+    return 0
+
+
+def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> dict:
+    """A stage's entry in demo.json: the time that the work took, over all the attempts that it needed.
+
+    A finished stage that wrote nothing this time keeps the time of when it was done.
+    """
+    if before is None:
+        return {"seconds": round(seconds, 1), "done": status == 0}
+    if not before["done"]:
+        return {"seconds": round(before["seconds"] + seconds, 1), "done": status == 0}
+    if status == 0 and not wrote:
+        return before
+    return {"seconds": round(seconds, 1), "done": status == 0}
+
+
+def read_times(directory: Path) -> dict[str, dict]:
+    """demo.json's entries; none where there is no file. Errors: ValueError when it is not what we wrote."""
+    path = directory / "demo.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["stages"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a record of the demo's times; delete it and run the demo again") from None
+
+
+def command_line(stage: Stage) -> str:
+    """What to type in a shell to run the stage alone."""
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    return shlex.join([python, "-m", *stage.command])
+
+
+def _tell_failure(stage: Stage, status: int, log: Path, console: Console) -> None:
+    if status in (129, 130, 143):  # SIGHUP, SIGINT, SIGTERM
+        console.print(
+            f"\nInterrupted in stage {stage.title}. Run the same command again: finished stages are skipped and "
+            "this one goes on where it can.",
+            highlight=False,
+        )
+        return
+    console.print(
+        f"\nStage {stage.title} failed with exit status {status}.\n  its output: {log}\n"
+        f"  to run it alone: {command_line(stage)}\nOnce it is mended, run the demo again: it goes on from here.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    entrypoint(main)

@@ -1,0 +1,166 @@
+"""What the demo's stages left behind, in a table on the screen and one page: runs/demo/report.html.
+
+Reads the files that stages write (ledger.json, plan.json, metrics.jsonl, trivium_export.json) and nothing
+else. Leaves out curves: the stages' own reports have them, and the page shows those.
+"""
+
+import hashlib
+import html
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.loader import write_atomic
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One subprocess of the demo.
+
+    `command` follows `python -m`. `output` is the directory it fills; the file `mark` in it changes when, and
+    only when, the stage did something. `describe(output)` says what went in and what came out.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    output: Path
+    mark: str
+    describe: Callable[[Path], tuple[str, str]]
+
+    def fingerprint(self) -> str | None:
+        """Hash of the mark; None before the stage ever wrote it."""
+        path = self.output / self.mark
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    @property
+    def look(self) -> Path:
+        """Where a person looks first."""
+        report = self.output / "report.html"
+        return report if report.is_file() else self.output
+
+
+def describe_data(output: Path) -> tuple[str, str]:
+    """Documents in; documents kept and rows out."""
+    stages = _json(output / "ledger.json").get("stages", [])
+    plan = _json(output / "plan" / "plan.json")
+    came_in = stages[0]["total"]["in"] if stages else {}
+    kept: dict[str, int] = next((s["total"]["kept"] for s in reversed(stages) if s["name"] == "documents"), {})
+    out = []
+    if kept:
+        out.append(f"{kept['documents']:,} documents kept")
+    if "num_samples" in plan:
+        out.append(f"{plan['num_samples']:,} rows of {plan['seq_length']} tokens")
+    return (f"{came_in['documents']:,} documents, {came_in['bytes'] / 1e6:.1f} MB" if came_in else "", ", ".join(out))
+
+
+def describe_training(output: Path) -> tuple[str, str]:
+    """Steps and tokens in; loss, reward and held-out numbers out."""
+    records = _jsonl(output / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    evals = [record for record in records if "eval" in record]
+    if not steps:
+        return "", ""
+    first, last = steps[0], steps[-1]
+    out = [f"loss {first['loss']:.2f} → {last['loss']:.2f}"]
+    if "reward" in last:  # of GRPO's loss, only its gradient means anything
+        out = [f"reward {first['reward']:.2f} → {last['reward']:.2f}"]
+    for source, measures in (evals[-1]["eval"] if evals else {}).items():
+        before = evals[0]["eval"].get(source, {}) if len(evals) > 1 else {}
+        for measure in ("bits_per_byte", "greedy", "sampled"):
+            if measure in measures:
+                then = f"{before[measure]:.2f} → " if measure in before else ""
+                out.append(f"{source} {then}{measures[measure]:.2f} {measure.replace('_', ' ')}")
+    return f"{last['step']:,} steps, {last['tokens'] / 1e6:.2f}M tokens", "\n".join(out)
+
+
+def describe_export(output: Path) -> tuple[str, str]:
+    """The checkpoint in; what the comparison with transformers measured out."""
+    record = _json(output / "trivium_export.json")
+    made_from = record.get("made_from", {})
+    checks = [
+        f"{name}: {measured}"
+        for name, measured in record.get("checks", {}).items()
+        if name.startswith(("logits", "greedy"))
+    ]
+    checkpoint = made_from.get("checkpoint")
+    return Path(checkpoint).name if checkpoint else "", "\n".join(checks)
+
+
+def show(stages: Sequence[Stage], times: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """The closing table."""
+    table = Table(title="Trivium demo", title_justify="left", show_lines=True)
+    for name in ("stage", "went in", "came out"):
+        table.add_column(name, overflow="fold")
+    table.add_column("time", justify="right")
+    table.add_column("where to look", overflow="fold")
+    for stage in stages:
+        came_in, out = stage.describe(stage.output)
+        table.add_row(stage.title, came_in, out, duration(times[stage.name]["seconds"]), str(stage.look))
+    table.add_row("all", "", "", duration(sum(times[stage.name]["seconds"] for stage in stages)), "")
+    console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """8.3 s, or 2 min 05 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+STYLE = """
+:root { --page: #fcfcfb; --ink: #1c1c1a; --soft: #6b6b66; --grid: #e6e5e1; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #191918; --ink: #ecebe7; --soft: #a3a29b; --grid: #33332f; } }
+body { margin: 0 auto; padding: 24px; max-width: 1100px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 22px; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; } a { color: inherit; }
+th, td { text-align: left; vertical-align: top; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--grid); }
+td { white-space: pre-line; } td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+summary { cursor: pointer; margin: 14px 0 6px; font-weight: 600; }
+iframe { width: 100%; height: 70vh; border: 1px solid var(--grid); border-radius: 8px; }
+"""
+
+
+def write_html(stages: Sequence[Stage], times: Mapping[str, Mapping[str, Any]], directory: Path) -> Path:
+    """Writes the table as `directory`/report.html, with the stages' own reports in it; returns the path."""
+    rows, frames = [], []
+    for stage in stages:
+        came_in, out = stage.describe(stage.output)
+        link = os.path.relpath(stage.look, directory)
+        cells = "".join(f"<td>{html.escape(text)}</td>" for text in (stage.title, came_in, out))
+        rows.append(
+            f'<tr>{cells}<td class="n">{duration(times[stage.name]["seconds"])}</td>'
+            f'<td><a href="{html.escape(link)}">{html.escape(link)}</a></td></tr>'
+        )
+        if stage.look.suffix == ".html":
+            frames.append(
+                f'<details><summary>{html.escape(stage.title)}</summary><iframe src="{html.escape(link)}" '
+                f'loading="lazy" title="{html.escape(stage.title)}"></iframe></details>'
+            )
+    head = "".join(f"<th>{name}</th>" for name in ("stage", "went in", "came out", "time", "where to look"))
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Trivium demo</title><style>{STYLE}</style></head><body><h1>Trivium demo</h1>"
+        f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>{"".join(frames)}</body></html>\n'
+    )
+    path = directory / "report.html"
+    write_atomic(path, page.encode())
+    return path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]

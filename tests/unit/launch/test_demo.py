@@ -1,0 +1,164 @@
+"""The demo's runner with three small stages: order, failure, interruption, times, and the closing table."""
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch.demo import STAGES, command_line, read_times, run_stages, updated
+from launch.demo_report import Stage, describe_data, describe_export, describe_training, duration
+
+ROOT = Path(__file__).resolve().parents[3]
+# A stage that does its work once, notes that it was called, and fails or hangs while a file tells it to.
+SCRIPT = """
+import pathlib, sys, time
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+with open(folder / "calls", "a") as calls:
+    calls.write(name + " ")
+print(name, "on a terminal" if sys.stdout.isatty() else "in a pipe", flush=True)
+if (folder / f"fail_{name}").exists():
+    sys.exit(3)
+while (folder / f"hang_{name}").exists():
+    time.sleep(0.05)
+mark = folder / name / "mark"
+if not mark.exists():
+    time.sleep(0.3)
+    mark.parent.mkdir()
+    mark.write_text("done")
+"""
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
+    (tmp_path / "small_stage.py").write_text(SCRIPT)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    return [
+        Stage(name, name, ("small_stage", str(tmp_path), name), tmp_path / name, "mark", lambda _: ("in", "out"))
+        for name in ("one", "two", "three")
+    ]
+
+
+def run(stages: list[Stage], folder: Path) -> tuple[int, str]:
+    text = io.StringIO()
+    return run_stages(stages, folder, Console(file=text, width=160)), text.getvalue()
+
+
+def test_stages_run_in_order_and_end_in_a_table(stages: list[Stage], tmp_path: Path) -> None:
+    status, text = run(stages, tmp_path)
+    assert status == 0
+    assert (tmp_path / "calls").read_text() == "one two three "
+    assert (tmp_path / "logs" / "two.log").read_text() == "two in a pipe\n"
+    assert "where to look" in text and str(tmp_path / "report.html") in text.replace("\n", "")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<tr>") == 4 and "http" not in page
+
+
+def test_a_rerun_keeps_the_times_of_the_work(stages: list[Stage], tmp_path: Path) -> None:
+    run(stages, tmp_path)
+    first = read_times(tmp_path)
+    assert all(entry["done"] and entry["seconds"] >= 0.3 for entry in first.values())
+    run(stages, tmp_path)
+    assert read_times(tmp_path) == first
+
+
+def test_a_failure_stops_and_says_how_to_go_on(stages: list[Stage], tmp_path: Path) -> None:
+    (tmp_path / "fail_two").touch()
+    status, text = run(stages, tmp_path)
+    assert status == 3
+    assert (tmp_path / "calls").read_text() == "one two "
+    assert "Stage two failed with exit status 3" in text
+    assert str(tmp_path / "logs" / "two.log") in text
+    assert command_line(stages[1]) in text
+    (tmp_path / "fail_two").unlink()
+    assert run(stages, tmp_path)[0] == 0
+
+
+def test_an_interrupted_stage_is_called_again(stages: list[Stage], tmp_path: Path) -> None:
+    (tmp_path / "hang_two").touch()
+    script = (
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from launch.demo import run_stages; from launch.demo_report import Stage\n"
+        "f = Path(sys.argv[1])\n"
+        "s = [Stage(n, n, ('small_stage', str(f), n), f / n, 'mark', lambda _: ('', '')) for n in ('one', 'two')]\n"
+        "sys.exit(run_stages(s, f, Console()))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "logs" / "two.log").exists() or not (tmp_path / "logs" / "two.log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Interrupted in stage two" in output
+    assert not read_times(tmp_path)["two"]["done"]
+    (tmp_path / "hang_two").unlink()
+    assert run(stages, tmp_path)[0] == 0
+    assert read_times(tmp_path)["two"]["done"]
+
+
+def test_a_stage_finds_a_terminal_where_the_demo_has_one(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    script = (
+        "import sys; from pathlib import Path; from launch import tee\n"
+        "code = 'import os, sys; print(sys.stdout.isatty(), os.get_terminal_size().columns)'\n"
+        "sys.exit(tee.run([sys.executable, '-c', code], Path(sys.argv[1])))"
+    )
+    env = {**os.environ, "COLUMNS": "101", "LINES": "20"}
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "log"], cwd=ROOT, env=env, stdout=theirs)
+    assert process.wait(20) == 0
+    assert os.read(ours, 1000).split() == [b"True", b"101"]
+    assert (tmp_path / "log").read_bytes().split() == [b"True", b"101"]
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_times_add_up_over_attempts_and_start_over_with_new_work() -> None:
+    broken = updated(None, 10.0, status=130, wrote=True)
+    assert broken == {"seconds": 10.0, "done": False}
+    done = updated(broken, 5.0, status=0, wrote=True)
+    assert done == {"seconds": 15.0, "done": True}
+    assert updated(done, 1.0, status=0, wrote=False) == done
+    assert updated(done, 7.0, status=0, wrote=True) == {"seconds": 7.0, "done": True}
+
+
+def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
+    def write(name: str, *records: dict) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(json.dumps(record) for record in records))
+
+    total = {"in": {"documents": 1200, "bytes": 5_000_000}, "kept": {"documents": 900, "bytes": 4_000_000}}
+    write("ledger.json", {"stages": [{"name": "extract", "total": total}, {"name": "documents", "total": total}]})
+    write("plan/plan.json", {"num_samples": 64, "seq_length": 256})
+    assert describe_data(tmp_path) == ("1,200 documents, 5.0 MB", "900 documents kept, 64 rows of 256 tokens")
+    write(
+        "metrics.jsonl",
+        {"step": 1, "tokens": 1000, "loss": 9.0},
+        {"step": 1, "eval": {"code": {"loss": 8.0, "bits_per_byte": 3.0}}},
+        {"step": 2, "tokens": 2_000_000, "loss": 4.0},
+        {"step": 2, "eval": {"code": {"loss": 4.0, "bits_per_byte": 1.5}}},
+    )
+    came_in, out = describe_training(tmp_path)
+    assert came_in == "2 steps, 2.00M tokens"
+    assert out == "loss 9.00 → 4.00\ncode 3.00 → 1.50 bits per byte"
+    write("trivium_export.json", {"made_from": {"checkpoint": "a/step_2"}, "checks": {"logits, max": "1e-6"}})
+    assert describe_export(tmp_path) == ("step_2", "logits, max: 1e-6")
+    assert describe_training(tmp_path / "nothing") == ("", "")
+
+
+def test_the_list_of_stages_is_whole() -> None:
+    assert [stage.name for stage in STAGES] == [
+        *("data", "pretrain", "pretrain_moe", "sft", "grpo"),
+        *(f"export_{name}" for name in ("pretrain", "pretrain_moe", "sft", "grpo")),
+    ]
+    configs = {word for stage in STAGES for word in stage.command if word.endswith(".toml")}
+    assert len(configs) == 6
+    assert duration(125.4) == "2 min 05 s"

@@ -1,0 +1,131 @@
+"""`trivium launch` with small scripts for ranks: what they are told, how failures and signals end them all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import local
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def launcher(folder: Path, script: str, *options: str, nproc: int = 2) -> subprocess.Popen[str]:
+    """Starts `script` as module `rank_script` on some ranks; they find `folder` in PYTHONPATH."""
+    (folder / "rank_script.py").write_text("import os, sys, time, signal, pathlib\n" + script)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
+    command = ["-m", "launch.local", "--nproc-per-node", str(nproc), *options, "rank_script", str(folder)]
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for(folder: Path, *names: str) -> list[int]:
+    """Waits for the files that ranks write when they are up; returns what they hold, process ids."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        texts = [(folder / name).read_text() if (folder / name).exists() else "" for name in names]
+        if all(texts):
+            return [int(text) for text in texts]
+        time.sleep(0.05)
+    raise AssertionError(f"{names} were not all written")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+UP = "pathlib.Path(sys.argv[1], 'up' + os.environ['RANK']).write_text(str(os.getpid()))\n"
+
+
+def test_every_rank_is_told_its_place_and_its_share_of_the_cores(tmp_path: Path) -> None:
+    script = (
+        "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS'.split()\n"
+        "pathlib.Path(sys.argv[1], 'rank' + os.environ['RANK']).write_text(' '.join(map(os.environ.get, names)))\n"
+        "print('hello from', os.environ['RANK'])\n"
+    )
+    process = launcher(tmp_path, script, "--nnodes", "2", "--node-rank", "1", "--master-address", "node0")
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (tmp_path / "rank2").read_text() == f"2 4 0 2 node0 {threads}"
+    assert (tmp_path / "rank3").read_text() == f"3 4 1 2 node0 {threads}"
+    assert output.strip() == "hello from 2"
+
+
+def test_the_failing_rank_decides_the_status_and_the_others_are_ended(tmp_path: Path) -> None:
+    script = UP + "if os.environ['RANK'] == '1': sys.exit('the reason')\ntime.sleep(60)\n"
+    start = time.monotonic()
+    process = launcher(tmp_path, script)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "rank 1 ended with exit status 1" in output and "the reason" in output
+    assert time.monotonic() - start < 20
+    assert not any(alive(pid) for pid in wait_for(tmp_path, "up0", "up1"))
+
+
+def test_a_refused_config_is_status_2_told_once(tmp_path: Path) -> None:
+    process = launcher(tmp_path, "print('error: no', file=sys.stderr)\nsys.exit(2)\n")
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output.strip()) == (2, "error: no")
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    process = launcher(tmp_path, UP + "time.sleep(60)\n")
+    os.kill(wait_for(tmp_path, "up0", "up1")[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 137
+    assert "rank 1 died of signal 9" in output
+
+
+def test_an_interrupt_reaches_every_rank_once_and_waits_for_them(tmp_path: Path) -> None:
+    script = (
+        "def stop(number, frame):\n"
+        "    with open(pathlib.Path(sys.argv[1], 'got' + os.environ['RANK']), 'a') as f: f.write('1')\n"
+        "    time.sleep(0.5); sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\n" + UP + "time.sleep(60)\n"
+    )
+    process = launcher(tmp_path, script)
+    wait_for(tmp_path, "up0", "up1")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert wait_for(tmp_path, "got0", "got1") == [1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise to kill orphans is Linux's")
+def test_no_rank_survives_its_launcher(tmp_path: Path) -> None:
+    process = launcher(tmp_path, UP + "time.sleep(60)\n")
+    pids = wait_for(tmp_path, "up0", "up1")
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--nproc-per-node", "0", "m"], "--nproc-per-node 0"),
+        (["--nnodes", "2", "--node-rank", "2", "m"], "--node-rank 2"),
+        (["--nnodes", "2", "m"], "--master-address"),
+    ],
+)
+def test_impossible_worlds_are_refused(argv: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        local.main(argv)

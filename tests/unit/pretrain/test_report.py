@@ -1,0 +1,115 @@
+"""A run's report: whole and well-formed from real and from damaged metrics, with nothing fetched from anywhere."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pretrain.charts import line_chart, running_mean, short, thin, ticks
+from pretrain.report import last_of_each_step, read_jsonl, write
+
+
+class Tags(HTMLParser):
+    """Checks that tags nest, and collects attributes that could fetch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def metrics(run_dir: Path, steps: int) -> None:
+    with open(run_dir / "metrics.jsonl", "w") as file:
+        for step in range(1, steps + 1):
+            loss = math.nan if step == 3 else 9 / step
+            record = {"step": step, "tokens": step * 100, "loss": loss, "loss_by_source": {"a": loss, "b": 1.0}}
+            file.write(json.dumps({**record, "mfu": None, "grad_norm": 1.0}) + "\n")
+            if step % 10 == 0:
+                measures = {"loss": 5 / step, "bits_per_byte": 1 / step}
+                file.write(json.dumps({"step": step, "eval": {"<a>": measures, "b": measures}}) + "\n")
+
+
+def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
+    metrics(tmp_path, 100)
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": "<script>", "completion": "你好"}) + "\n")
+    (tmp_path / "config.toml").write_text('dir = "<x>"\n')
+    page = write(tmp_path).read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open and not tags.links
+    assert "url(" not in page and "@import" not in page and "<script" not in page
+    # loss, loss by source, gradient norm; held-out loss and bits per byte
+    assert page.count("<svg") == 5
+    assert "100 steps, 10,000 tokens, training loss 0.0900." in page
+    assert "&lt;script&gt;" in page and "你好" in page and "&lt;a&gt;" in page
+    assert "nan" not in page.lower()
+
+
+def test_a_run_without_a_step_still_has_a_page(tmp_path: Path) -> None:
+    assert "No step has been logged yet." in write(tmp_path).read_text()
+
+
+def test_a_cut_last_line_is_left_out_and_any_other_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_jsonl(path) == [{"step": 1, "loss": 2.0}]
+    path.write_text('{"step": 1, "lo\n{"step": 2, "loss": 2.0}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is not JSON"):
+        read_jsonl(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 is list, expected an object"):
+        read_jsonl(path)
+
+
+def test_a_repeated_step_counts_once_with_its_later_values() -> None:
+    records = [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 2, "loss": 1}, {"step": 2, "eval": {}}]
+    assert last_of_each_step(records) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 1, "eval": {}}]
+
+
+def test_ticks_are_round_and_cover_the_range() -> None:
+    assert ticks(0.13, 0.92) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(1, 3, whole=True) == [1, 2, 3]
+    assert ticks(5, 5)[0] < 5 < ticks(5, 5)[-1]
+    for low, high in ((-3e-7, 2e-6), (1e9, 3e12), (0.999, 1.001)):
+        found = ticks(low, high)
+        assert found[0] <= low and found[-1] >= high and len(found) <= 8
+
+
+def test_thinning_keeps_peaks_and_ends() -> None:
+    points = [(float(x), 100.0 if x == 7_777 else math.sin(x)) for x in range(20_000)]
+    thinned = thin(points)
+    assert len(thinned) < 500
+    assert (7777.0, 100.0) in thinned and thinned[0] == points[0] and thinned[-1] == points[-1]
+    assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)
+
+
+def test_the_running_mean_follows_a_straight_line_exactly() -> None:
+    points = [(float(x), 2.0 * x) for x in range(200)]
+    assert [y for _, y in running_mean(points)] == pytest.approx([y for _, y in points])
+    spike = [(float(x), 40.0 if x == 100 else 0.0) for x in range(200)]
+    assert max(y for _, y in running_mean(spike)) == pytest.approx(40.0 / 11)
+
+
+def test_charts_of_nothing_and_of_one_point() -> None:
+    assert line_chart("t", {"a": [(1, math.inf)]}, "x", "y") == ""
+    assert "stroke-width: 6" in line_chart("t", {"a": [(1, 2.0)]}, "x", "y")
+    assert [short(value) for value in (12_345, 3.5e6, 0.0003, 2e-6, 1500)] == [
+        "12.35k",
+        "3.5M",
+        "0.0003",
+        "2e-06",
+        "1500",
+    ]

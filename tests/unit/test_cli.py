@@ -1,0 +1,76 @@
+"""The `trivium` command: its table, its refusals, and that help needs no heavy import."""
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, cli; status = cli.main(['--help'])\n"
+        "heavy = {'torch', 'pydantic', 'rich', 'numpy'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    times = []
+    for _ in range(3):  # the best of three: other tests may have the cores
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(times) < 0.3
+    assert all(f"trivium {name}" in done.stdout for name in cli.COMMANDS)
+    assert not any(f"trivium {name} " in done.stdout for name in cli.NOT_BUILT)
+
+
+@pytest.mark.parametrize("target", sorted({target for target, _ in cli.COMMANDS.values()}))
+def test_every_command_leads_to_a_function(target: str) -> None:
+    module, _, function = target.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, f"there is no module {module}"
+    assert f"\ndef {function}(" in Path(spec.origin).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", cli.NOT_BUILT)
+def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command.split(), "configs/x.toml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: `trivium {command}` is not built yet") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["trian"], 2, "did you mean 'train'?"),
+        (["data"], 2, "needs one of: run, report"),
+        (["data", "frobnicate"], 2, "needs one of: run, report"),
+        (["qqq"], 2, "there is no command 'qqq'"),
+    ],
+)
+def test_wrong_commands(argv: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == status
+    assert words in capsys.readouterr().err
+
+
+def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: trivium" in capsys.readouterr().out
+
+
+def test_a_subcommand_gets_the_rest_and_its_status_is_passed_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(SystemExit) as done:
+        cli.main(["report", str(tmp_path)])
+    assert done.value.code == 0 and str(tmp_path / "report.html") in capsys.readouterr().out
+    with pytest.raises(SystemExit) as failed:
+        cli.main(["report", str(tmp_path / "nowhere")])
+    assert failed.value.code == 2 and "has no metrics.jsonl" in capsys.readouterr().err
