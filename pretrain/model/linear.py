@@ -4,6 +4,8 @@ A layer is told its `tp_group`; None means a layer that is whole. When whole, th
 `F.linear`, so that `torch.compile` takes a block in one graph.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -21,6 +23,19 @@ def layer_config(dtype: torch.dtype, device: torch.device, tp: int = 1) -> Model
     )
 
 
+class _Whole:
+    """A group of one. megatron-core takes None for "the group of this process", whatever that is by now."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+_WHOLE: Any = _Whole()
+
+
 def _no_init(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
@@ -35,7 +50,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
             config=config,
             init_method=_no_init,
             bias=False,
-            tp_group=tp_group,
+            tp_group=tp_group or _WHOLE,
             gather_output=False,
         )
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
@@ -60,7 +75,7 @@ class RowLinear(tensor_parallel.RowParallelLinear):
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=tp_group,
+            tp_group=tp_group or _WHOLE,
         )
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 1, 1)
 
@@ -76,7 +91,7 @@ class Embedding(tensor_parallel.VocabParallelEmbedding):
     """Token embedding [V, H] split over the vocabulary; the lookups are summed over tp."""
 
     def __init__(self, vocab_size: int, hidden_size: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
-        super().__init__(vocab_size, hidden_size, init_method=_no_init, config=config, tp_group=tp_group)
+        super().__init__(vocab_size, hidden_size, init_method=_no_init, config=config, tp_group=tp_group or _WHOLE)
         self.is_split = self.num_embeddings_per_partition != vocab_size
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
 

@@ -17,6 +17,7 @@ from pretrain.checkpoint.storage import Reader
 from pretrain.data import BatchSource
 from pretrain.evaluate import HeldoutLoss
 from pretrain.losses import NextToken
+from pretrain.model import build_single
 from pretrain.parallel import groups
 from pretrain.trainer import Trainer
 from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, make_engine, rows
@@ -104,4 +105,10 @@ def gathered(checkpoint: str, model: dict[str, Any], parallel: dict[str, Any]) -
     weights = state.gather_weights(engine)
     with Reader(checkpoint) as reader:
         assert sorted(weights) == sorted(reader.names)
-        return all(torch.equal(weights[name], reader.read(name)) for name in reader.names)
+        same = all(torch.equal(weights[name], reader.read(name)) for name in reader.names)
+    # A whole model stands beside the split one in the same process, and computes as it would alone.
+    decoder = build_single(engine.model_config, weights)
+    tokens, steps = torch.arange(12).view(2, 6), torch.arange(6).expand(2, 6)
+    logits = decoder(tokens, steps)
+    groups.stop()
+    return same and torch.equal(logits, build_single(engine.model_config, weights)(tokens, steps))

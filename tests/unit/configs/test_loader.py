@@ -1,0 +1,95 @@
+"""Mistakes in a config: each is one sentence that names the key, the value and what to change."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from configs import loader
+from configs.loader import ConfigError
+from configs.train import Precision, PretrainConfig
+
+PRESETS = Path(__file__).resolve().parents[3] / "configs"
+DEMO = PRESETS / "pretrain" / "demo.toml"
+
+
+@pytest.mark.parametrize("name", ["demo.toml", "demo_moe.toml"])
+def test_pretraining_presets_load_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = loader.load(PretrainConfig, PRESETS / "pretrain" / name)
+    loader.write(config, tmp_path / "config.toml")
+    assert loader.load(PretrainConfig, tmp_path / "config.toml") == config
+    assert (config.model.moe is not None) == (name == "demo_moe.toml")
+
+
+def test_overrides_are_toml_values_or_bare_words() -> None:
+    config = loader.load(
+        PretrainConfig, DEMO, ["train.steps=70", "train.precision=bf16", "optimizer.betas=[0.8, 0.9]", "run.dir=a/b=c"]
+    )
+    assert (config.train.steps, config.train.precision) == (70, Precision.BF16)
+    assert (config.optimizer.betas, config.run.dir) == ((0.8, 0.9), "a/b=c")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stpes=3", ["unknown key 'train.stpes'", "did you mean 'steps'"]),
+        ("model.moe.num_expert=3", ["unknown key 'model.moe.num_expert'", "did you mean 'num_experts'"]),
+        ("nonsense=1", ["unknown key 'nonsense'", "known keys here: run"]),
+        ("train.steps=many", ["train.steps = 'many'", "valid integer"]),
+        ("train.steps=2.5", ["train.steps = 2.5", "valid integer"]),
+        ("parallel.tp=true", ["parallel.tp = True", "valid integer"]),
+        ("train.steps=0", ["train.steps = 0", "greater than or equal to 1"]),
+        ("train.precision=fp8", ["train.precision = 'fp8'", "'fp32', 'bf16' or 'auto'"]),
+        ("model.num_kv_heads=5", ["model.num_heads", "not a multiple of model.num_kv_heads = 5"]),
+        ("schedule.warmup_steps=100000", ["warmup_steps = 100000", "train longer"]),
+        ("train.steps", ["not of the form key.sub=value"]),
+        ("train.steps.x=1", ["'steps' is a value, not a section"]),
+    ],
+)
+def test_a_mistake_names_key_value_and_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        loader.load(PretrainConfig, DEMO, [override])
+    assert all(word in str(raised.value) for word in words), raised.value
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_and_broken_toml_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml does not exist; presets are under configs/"):
+        loader.load(PretrainConfig, tmp_path / "no.toml")
+    (tmp_path / "broken.toml").write_text("[run\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        loader.load(PretrainConfig, tmp_path / "broken.toml")
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(ConfigError, match="key 'run' is missing; set it in the file or as run=VALUE"):
+        loader.load(PretrainConfig, tmp_path / "empty.toml")
+
+
+def test_none_is_left_out_of_the_resolved_copy() -> None:
+    text = loader.toml({"a": {"b": None, "c": 1}, "d": None}).decode()
+    assert tomllib.loads(text) == {"a": {"c": 1}}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    loader.write_atomic(path, b"old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        loader.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["parallel.tp=3"], "parallel.tp * parallel.pp = 3 * 1 = 3 does not divide the 1 ranks started"),
+        (["train.stepz=3"], "did you mean 'steps'"),
+        (["data.plan=nowhere"], "nowhere"),
+    ],
+)
+def test_training_refuses_a_bad_config_with_status_2(arguments: list[str], words: str) -> None:
+    command = [sys.executable, "-m", "pretrain.train", str(DEMO), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PRESETS.parent)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout

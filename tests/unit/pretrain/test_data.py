@@ -1,0 +1,28 @@
+"""Who trains on which sample, and rows stacked into batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.rows import Row
+from pretrain.data import micro_batches, share_of_rank
+from pretrain.losses import label_logprobs
+
+
+def row(i: int) -> Row:
+    return Row(*(np.full(4, i + k) for k in range(2)), np.ones(4, bool), np.arange(4), np.zeros(4, int), source=i % 2)
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3, 6])
+def test_ranks_cover_a_global_batch_once_in_the_same_micro_batches(dp: int) -> None:
+    shares = [share_of_rank(24, 12, rank, dp) for rank in range(dp)]
+    assert [i for share in shares for i in share] == list(range(24, 36))
+    batches = [batch for share in shares for batch in micro_batches([row(i) for i in share], 2)]
+    assert [batch.tokens[:, 0].tolist() for batch in batches] == [[i, i + 1] for i in range(24, 36, 2)]
+    assert batches[0].loss_mask.dtype == torch.float32 and batches[0].sources.tolist() == [0, 1]
+
+
+def test_label_logprobs_are_log_softmax_at_the_label() -> None:
+    logits, labels = torch.randn(2, 3, 7), torch.tensor([[0, 3, 6], [1, 1, 2]])
+    expected = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(label_logprobs(logits, labels, 7), expected)

@@ -1,0 +1,142 @@
+"""The decoder on one rank: document masks, parameter counts, initial weights, sampling."""
+
+import pytest
+import torch
+
+from configs.train import ModelConfig, MoEConfig
+from pretrain.model import Decoder, build_single, init_weights
+from pretrain.sampling import generate
+
+DENSE = ModelConfig(
+    vocab_size=96, num_layers=3, hidden_size=48, ffn_hidden_size=64, num_heads=6, num_kv_heads=2, init_std=0.2
+)
+MOE = DENSE.model_copy(update={"moe": MoEConfig(num_experts=4, top_k=2), "tie_embeddings": True})
+
+
+def model(config: ModelConfig, seed: int = 1) -> Decoder:
+    decoder = Decoder(config)
+    init_weights(decoder, seed)
+    return decoder.eval()
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE])
+@torch.inference_mode()
+def test_documents_in_a_packed_row_do_not_see_one_another(config: ModelConfig) -> None:
+    decoder = model(config)
+    documents = [torch.randint(0, 96, (1, n)) for n in (5, 9, 2)]
+    packed = torch.cat([*documents, torch.zeros(1, 4, dtype=torch.int64)], 1)
+    segments = torch.tensor([[0] * 5 + [1] * 9 + [2] * 2 + [-1] * 4])
+    positions = torch.tensor([[*range(5), *range(9), *range(2), *[0] * 4]])
+    logits = decoder(packed, positions, segments)
+    start = 0
+    for document in documents:
+        length = document.shape[1]
+        alone = decoder(document, torch.arange(length)[None])
+        # Another batch shape takes other kernels: equal up to a few roundings of values around 1.
+        torch.testing.assert_close(logits[:, start : start + length], alone, rtol=1e-4, atol=1e-5)
+        start += length
+    # The mask is what does it: as one document the second one's logits are others.
+    merged = decoder(packed[:, :14], torch.arange(14)[None])
+    assert (merged[:, 5:] - logits[:, 5:14]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE, DENSE.model_copy(update={"head_dim": 10})])
+def test_parameter_count_is_what_the_config_says(config: ModelConfig) -> None:
+    assert sum(p.numel() for p in Decoder(config).parameters()) == config.num_parameters()
+
+
+def test_llama_7b_has_its_published_count() -> None:
+    config = ModelConfig(
+        vocab_size=32000, num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_heads=32, num_kv_heads=32
+    )
+    assert config.num_parameters() == config.num_parameters(active=True) == 6_738_415_616
+
+
+def test_each_parameter_and_expert_is_drawn_from_its_own_name() -> None:
+    weights = dict(model(MOE).named_parameters())
+    again, other = dict(model(MOE).named_parameters()), dict(model(MOE, seed=2).named_parameters())
+    matrices = [name for name in weights if not name.endswith("norm.weight")]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not any(torch.equal(weights[name], other[name]) for name in matrices)
+    first, second = weights["layers.0.moe.experts.up_proj"], weights["layers.1.moe.experts.up_proj"]
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+    std = MOE.init_std / (2 * MOE.num_layers) ** 0.5
+    assert weights["layers.0.moe.experts.down_proj"].std().item() == pytest.approx(std, rel=0.05)
+
+
+@torch.inference_mode()
+def test_moe_is_the_weighted_sum_of_its_chosen_experts() -> None:
+    moe = model(MOE).layers["0"].moe
+    x = torch.randn(5, 2, MOE.hidden_size)
+    y = moe(x)
+    for s in range(5):
+        for b in range(2):
+            token = x[s, b]
+            probs = (moe.router.weight @ token).softmax(-1)
+            weights, chosen = probs.topk(2)
+            expected = torch.zeros_like(token)
+            for weight, e in zip(weights / weights.sum(), chosen, strict=True):
+                hidden = torch.nn.functional.silu(moe.experts.gate_proj[e] @ token) * (moe.experts.up_proj[e] @ token)
+                expected += weight * (moe.experts.down_proj[e] @ hidden)
+            torch.testing.assert_close(y[s, b], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_auxiliary_loss_is_one_at_perfect_balance_and_grows_with_imbalance() -> None:
+    moe = Decoder(MOE).layers["0"].moe.train()
+    x = torch.zeros(8, 1, MOE.hidden_size)
+    probs = torch.full((8, 4), 0.25)
+    balanced = torch.tensor([[0, 1], [2, 3]] * 4)
+    moe._balance(x.flatten(0, 1), probs, balanced, None, batch=1)
+    assert float(moe.stats.aux_loss) == pytest.approx(1.0)
+    skewed = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 8)
+    moe._balance(x.flatten(0, 1), skewed, torch.tensor([[0, 1]] * 8), None, batch=1)
+    # E/k * sum(share * prob) = 4/2 * (1 * 0.7 + 1 * 0.1)
+    assert float(moe.stats.aux_loss) == pytest.approx(1.0 + 1.6)
+    # Padding does not count: only the first token is real.
+    valid = torch.tensor([[True]] + [[False]] * 7)
+    moe._balance(x.flatten(0, 1), skewed, torch.tensor([[0, 1]] + [[2, 3]] * 7), valid, batch=1)
+    assert float(moe.stats.aux_loss) == pytest.approx(2.6 + 1.6) and moe.stats.tokens_per_expert[2] == 4
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE])
+def test_sampling_with_a_cache_is_sampling_without(config: ModelConfig) -> None:
+    decoder = model(config)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+    for temperature in (0.0, 1.0):
+        completions = generate(decoder, prompts, 12, temperature, seed=5, keys=["a", "b", "c"])
+        for prompt, key, completion in zip(prompts, "abc", completions, strict=True):
+            alone = generate(decoder, [prompt], 12, temperature, seed=5, keys=[key])[0]
+            assert alone.tokens == completion.tokens and not completion.stopped
+            tokens = torch.tensor([prompt + completion.tokens])
+            with torch.inference_mode():
+                logprobs = decoder(tokens, torch.arange(tokens.shape[1])[None]).log_softmax(-1)[0]
+            for i, (token, logprob) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
+                row = logprobs[len(prompt) - 1 + i]
+                assert row[token].item() == pytest.approx(logprob, abs=1e-4)
+                assert temperature or token == int(row.argmax())
+
+
+def test_sampling_follows_the_distribution_and_stops() -> None:
+    decoder = model(DENSE)
+    completions = generate(decoder, [[1, 2]] * 4000, 1, 1.0, seed=0)
+    with torch.inference_mode():
+        probs = decoder(torch.tensor([[1, 2]]), torch.arange(2)[None])[0, -1].softmax(-1)
+    counts = torch.bincount(torch.tensor([c.tokens[0] for c in completions]), minlength=96) / 4000
+    # Total variation of 4,000 draws over 96 outcomes is about sqrt(96 / (2 pi 4000)) = 0.06.
+    assert 0.5 * (counts - probs).abs().sum() < 0.12
+    ordered = probs.sort(descending=True)
+    nucleus = set(ordered.indices[: int((ordered.values.cumsum(0) < 0.3).sum()) + 1].tolist())
+    assert {c.tokens[0] for c in generate(decoder, [[1, 2]] * 500, 1, 1.0, seed=1, top_p=0.3)} <= nucleus
+    stop = completions[0].tokens[0]
+    (stopped,) = generate(decoder, [[1, 2]], 8, 1.0, seed=0, stop_ids=[stop])
+    assert stopped.stopped and stopped.tokens == [stop]
+    with pytest.raises(ValueError, match="no tokens"):
+        generate(decoder, [[]], 3)
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    weights = dict(model(DENSE).named_parameters())
+    with pytest.raises(ValueError, match=r"missing .*embedding.weight"):
+        build_single(DENSE, {k: v for k, v in weights.items() if k != "embedding.weight"})
+    with pytest.raises(ValueError, match=r"final_norm.weight is \(3,\\) in the weights, \\(48,\\) in the model"):
+        build_single(DENSE, {**weights, "final_norm.weight": torch.ones(3)})
