@@ -272,7 +272,7 @@ def _warc_record(entry: Any, position: int) -> Record:
         record.text = _sample(payload)
         return record
     record.html = not plain
-    record.text = bytes_to_str(payload, detect_encoding(payload, html5_compatible=True))
+    record.text = bytes_to_str(payload, detect_encoding(payload, html5_compatible=True) or "utf-8")
     return record
 
 

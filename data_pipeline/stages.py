@@ -71,7 +71,7 @@ class Workshop:
 
 def input_files(config: DataConfig) -> list[InputFile]:
     """The files of every source, sorted within it. Errors: ConfigError for a pattern that matches nothing."""
-    found = []
+    found: list[InputFile] = []
     for name, source in config.sources.items():
         paths: set[str] = set()
         for pattern in source.files:

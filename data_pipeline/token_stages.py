@@ -12,7 +12,7 @@ from pathlib import Path
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from configs.data import TokenizerConfig
+from configs.data import MixtureConfig, TokenizerConfig
 from configs.loader import plain
 from data_pipeline.executor import ProgressFile
 from data_pipeline.heldout import HELDOUT, TRAIN
@@ -162,7 +162,7 @@ class Plan(PipelineStep):
     name = "Plan"
     type = "🗺 - PLAN"
 
-    def __init__(self, run_dir: str, out: str, settings: dict[str, object]) -> None:
+    def __init__(self, run_dir: str, out: str, settings: MixtureConfig) -> None:
         super().__init__()
         self.run_dir = run_dir
         self.out = out
@@ -170,12 +170,12 @@ class Plan(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         run_dir = Path(self.run_dir)
-        build_plan(run_dir / "tokens", run_dir / "tokenizer", Path(self.out), **self.settings)
+        build_plan(run_dir / "tokens", run_dir / "tokenizer", Path(self.out), **dict(self.settings))
         yield from ()
 
 
 def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    shop.pipeline("plan", logs, [Plan(str(shop.run_dir), str(folder), dict(shop.config.mixture))], 1, 0, alone=True)
+    shop.pipeline("plan", logs, [Plan(str(shop.run_dir), str(folder), shop.config.mixture)], 1, 0, alone=True)
     plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     planned = {source["name"]: source for source in plan["sources"]}
     manifest = json.loads((shop.run_dir / "tokens" / "stage.json").read_text(encoding="utf-8"))

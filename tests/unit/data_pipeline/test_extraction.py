@@ -1,0 +1,52 @@
+"""Main text of pages, and what repair touches and leaves alone."""
+
+import pytest
+
+from data_pipeline import extraction
+from data_pipeline.extraction import main_text, repair
+
+PAGE = """<html><head><title>T</title><script>var x = 1;</script></head><body>
+<nav><a href="/">Home</a> <a href="/about">About us</a></nav>
+<main><h1>Whales</h1><p>Call me Ishmael. Some years ago, never mind how long precisely.</p></main>
+</body></html>"""
+
+
+@pytest.mark.parametrize("favour", ["recall", "precision"])
+def test_main_text_leaves_out_navigation_and_scripts(favour: str) -> None:
+    text, extractor = main_text(PAGE, favour)
+    assert "Call me Ishmael." in text
+    assert "var x" not in text
+    assert "About us" not in text
+    assert extractor == {"recall": "resiliparse", "precision": "trafilatura"}[favour]
+
+
+def test_trafilatura_is_asked_where_resiliparse_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "extract_plain_text", lambda *args, **kwargs: "  \n")
+    text, extractor = main_text(PAGE)
+    assert "Call me Ishmael." in text
+    assert extractor == "trafilatura"
+
+
+def test_a_page_without_text() -> None:
+    assert main_text("<html><body><script>1</script></body></html>") == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "whole"),
+    [
+        ("schÃ¶n und grÃ¼n", "schön und grün"),
+        ("two\r\nlines", "two\nlines"),
+        ("a\x07bell", "abell"),
+        ("\x1b[36mblue\x1b[0m", "blue"),
+        ("cafe\u0301", "café"),
+    ],
+)
+def test_damage_is_repaired(damaged: str, whole: str) -> None:
+    assert repair(damaged) == whole
+
+
+@pytest.mark.parametrize(
+    "text", ["话说天下大势，分久必合！（完）", "“curly” ‘quotes’", "tab\tand\nlines  ", "&amp; stays"]
+)
+def test_sound_text_is_left_alone(text: str) -> None:
+    assert repair(text) == text

@@ -1,0 +1,239 @@
+"""The data run as its users meet it: conservation, skipping, killing, worker counts and error messages."""
+
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.data import DataConfig
+from configs.loader import ConfigError, load
+from data_pipeline.ledger import LedgerError, Tally
+from data_pipeline.run import main
+
+ROOT = Path(__file__).parents[3]
+
+CONFIG = """
+[run]
+dir = "{folder}/run"
+workers = 1
+shard_bytes = 60000
+
+[sources.prose]
+files = ["{folder}/in/prose*.jsonl*"]
+format = "jsonl"
+rules = {{ en = "english" }}
+
+[sources.pages]
+files = ["{folder}/in/pages.warc.gz"]
+format = "warc"
+rules = {{ en = "pages" }}
+
+[extract]
+max_bad_share = 0.1
+
+[rules.english]
+stop_words = ["the", "of", "and", "to"]
+language_score = {{ min = 0.5 }}
+word_count = {{ min = 50 }}
+stop_word_count = {{ min = 2 }}
+
+[rules.pages]
+word_count = {{ min = 50 }}
+
+[tokenizer]
+vocab_size = 400
+
+[heldout]
+share = 0.1
+
+[mixture]
+seq_length = 64
+samples = 100
+weights = {{ prose = 1.0, pages = 1.0 }}
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slice of the demo corpus, with one exact and one near duplicate and three broken lines."""
+    folder = tmp_path_factory.mktemp("inputs") / "in"
+    folder.mkdir()
+    with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rb") as lines:
+        records = [json.loads(line) for line in lines.readlines()[::9]]
+    for record in records:
+        record["text"] = record["text"][:3000]
+    whole, near = dict(records[0], id="copy"), dict(records[1], id="near", text=records[1]["text"] + " And one more.")
+    lines = [json.dumps(record).encode() for record in [*records, whole, near]]
+    lines[5:5] = [b'{"text": "cut', b'{"id": "no text"}', b'{"text": "\xff"}']
+    (folder / "prose-a.jsonl").write_bytes(b"\n".join(lines[:30]))
+    (folder / "prose-b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines[30:])))
+    content = (ROOT / "data/demo/web.warc.gz").read_bytes()
+    cut = content.index(b"\x1f\x8b\x08", 150_000)
+    (folder / "pages.warc.gz").write_bytes(content[:cut])
+    return folder
+
+
+@pytest.fixture
+def config(inputs: Path, tmp_path: Path) -> Path:
+    (tmp_path / "in").symlink_to(inputs)
+    path = tmp_path / "data.toml"
+    path.write_text(CONFIG.format(folder=tmp_path))
+    return path
+
+
+def published(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of every published file but the manifests, which hold times."""
+    return {
+        path.relative_to(run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run_dir.rglob("*"))
+        if path.is_file()
+        and not {"logs", "stage.json"} & set(path.relative_to(run_dir).parts)
+        and path.name not in (".lock", "ledger.json", "inputs.json", "config.toml")
+    }
+
+
+def ledger(run_dir: Path) -> dict[str, dict]:
+    return {stage["name"]: stage for stage in json.loads((run_dir / "ledger.json").read_text())["stages"]}
+
+
+def run_folder(config: Path) -> Path:
+    return config.parent / "run"
+
+
+def test_a_run_conserves_documents_and_is_skipped_when_repeated(config: Path, capsys) -> None:
+    assert main([str(config)]) == 0
+    run_dir = run_folder(config)
+    stages = ledger(run_dir)
+    prose = {name: stage["sources"]["prose"] for name, stage in stages.items()}
+    dropped = prose["extract"]["dropped"]
+    assert {reason: dropped[reason]["documents"] for reason in dropped} == {
+        "bad_json": 1,
+        "invalid_utf8": 1,
+        "missing_text": 1,
+    }
+    assert prose["dedup"]["dropped"]["exact_duplicate"]["documents"] == 1
+    assert prose["dedup"]["dropped"]["near_duplicate"]["documents"] >= 1
+    for stage in stages.values():
+        for counts in stage["sources"].values():
+            for unit in ("documents", "bytes"):
+                assert counts["in"][unit] == counts["kept"][unit] + sum(
+                    amount[unit] for amount in counts["dropped"].values()
+                )
+    rejected = [json.loads(line) for line in (run_dir / "extract/rejected/prose-0000.jsonl").open()]
+    assert [(record["position"], record["reason"]) for record in rejected] == [
+        (6, "bad_json"),
+        (7, "missing_text"),
+        (8, "invalid_utf8"),
+    ]
+    written = [
+        json.loads(line)
+        for path in run_dir.glob("documents/*/prose/*.jsonl.gz")
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+    assert len(written) == prose["documents"]["kept"]["documents"]
+    assert sum(len(document["text"].encode()) for document in written) == prose["documents"]["kept"]["bytes"]
+    assert list(run_dir.glob("documents/heldout/prose/*.jsonl.gz"))
+
+    before = published(run_dir)
+    assert main([str(config)]) == 0
+    assert all(not stage["fresh"] for stage in ledger(run_dir).values())
+    assert published(run_dir) == before
+
+    capsys.readouterr()
+    assert main([str(config), "--dry-run", "rules.english.word_count.min=60"]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
+    assert said["score"].startswith("done") and said["signatures"].startswith("done")
+    assert said["filter"].startswith("would run") and said["plan"].startswith("would run")
+
+    (run_dir / "filter/prose/0000-0000.parquet").unlink()  # a damaged stage is made again, and to the same bytes
+    assert main([str(config)]) == 0
+    assert ledger(run_dir)["filter"]["fresh"] and not ledger(run_dir)["score"]["fresh"]
+    assert published(run_dir) == before
+
+
+def test_workers_and_kills_change_nothing(config: Path, tmp_path: Path) -> None:
+    """Two workers, killed again and again, publish byte for byte what one undisturbed worker does."""
+    assert main([str(config), f"run.dir={tmp_path}/calm"]) == 0
+    command = [sys.executable, "-m", "data_pipeline.run", str(config), "run.workers=2"]
+    for seconds in (3.0, 6.0):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert published(run_folder(config)) == published(tmp_path / "calm")
+    assert not list(run_folder(config).glob(".*.tmp"))
+
+
+def test_too_many_broken_records_stop_the_run(config: Path, capsys) -> None:
+    assert main([str(config), "extract.max_bad_share=0.001"]) == 1
+    said = capsys.readouterr().err
+    assert "source prose: 3 of" in said
+    assert "extract.max_bad_share = 0.001" in said
+    assert "extract.failed/rejected/" in said
+    assert (run_folder(config) / "extract.failed/rejected/prose-0000.jsonl").is_file()
+    assert not (run_folder(config) / "extract").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ('sources.prose.files=["in/none.jsonl"]', "sources.prose.files: 'in/none.jsonl' matches no file"),
+        ("sources.prose.fromat=jsonl", "unknown key 'sources.prose.fromat'"),
+        ("rules.english.word_counts.min=5", "unknown key 'rules.english.word_counts'"),
+        ("sources.prose.rules.en=englich", "sources.prose.rules.en = 'englich' is no rule set; known under [rules]:"),
+        ("rules.english.word_count.min=many", "rules.english.word_count.min = 'many'"),
+        ("mixture.weights.poems=1.0", "mixture.weights.poems: there is no such source"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence_and_status_2(config: Path, override: str, expected: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "data_pipeline.run", str(config), override],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rule_that_drops_everything_is_an_error(config: Path, capsys) -> None:
+    assert main([str(config), "rules.pages.word_count.min=100000"]) == 1
+    assert "source pages has 0 documents left" in capsys.readouterr().err
+
+
+def test_the_demo_config_is_valid() -> None:
+    config = load(DataConfig, ROOT / "configs/data/demo.toml")
+    assert set(config.sources) == {"english", "chinese", "code", "web"}
+
+
+def test_mixture_takes_one_way_of_weighing(config: Path) -> None:
+    with pytest.raises(ConfigError, match="exactly one of weights and temperature"):
+        load(DataConfig, config, ["mixture.temperature=2.0"])
+
+
+def test_a_lost_document_is_noticed() -> None:
+    tally = Tally()
+    tally.came_in("s", 10)
+    tally.came_in("s", 20)
+    tally.kept("s", 10)
+    with pytest.raises(LedgerError, match="2 documents came in, but 1 were kept and 0 dropped"):
+        tally.check("filter")
+    tally.dropped("s", "why", 20)
+    tally.check("filter")
+    before = Tally()
+    before.kept("s", 31, documents=2)
+    with pytest.raises(LedgerError, match="the stage before passed on"):
+        tally.check("filter", before)
