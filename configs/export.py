@@ -10,7 +10,7 @@ from configs.base import Section
 class VerifyConfig(Section):
     """Checks on the reloaded model. All run in fp32; nothing is published unless every one holds.
 
-    `rows` held-out documents a source are compared, each cut to `max_tokens`. `tolerance` bounds the absolute
+    `rows` held-out passages a source are compared, each cut to `max_tokens`. `tolerance` bounds the absolute
     difference of any logit: fp32 rounding over a few dozen layers stays under 1e-4, a wrong weight does not.
     """
 

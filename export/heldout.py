@@ -1,10 +1,12 @@
-"""Real text to compare models on: a data plan's held-out documents, as token ids."""
+"""Real text to compare models on: passages of a data plan's held-out documents, as token ids."""
 
 from pathlib import Path
 
 
-def heldout_documents(plan: str | Path, per_source: int, max_tokens: int, vocab_size: int) -> list[list[int]]:
-    """The first `per_source` held-out documents of each source, of two to `max_tokens` tokens.
+def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, vocab_size: int) -> list[list[int]]:
+    """The first `per_source` held-out passages of each source, of two to `max_tokens` tokens.
+
+    A passage is a document, or the part of a long one that fits into a row.
 
     Errors: ValueError when the plan's tokenizer cannot be the model's, or the plan holds nothing out.
     """
@@ -15,7 +17,7 @@ def heldout_documents(plan: str | Path, per_source: int, max_tokens: int, vocab_
         raise ValueError(
             f"plan {plan} has {opened.vocab_size} token ids, the model {vocab_size}; name the plan of its own tokenizer"
         )
-    documents: list[list[int]] = []
+    passages: list[list[int]] = []
     for source in opened.sources:
         found: list[list[int]] = []
         for i in range(opened.heldout_rows(source)):
@@ -26,7 +28,7 @@ def heldout_documents(plan: str | Path, per_source: int, max_tokens: int, vocab_
                     found.append(ids)
             if len(found) >= per_source:
                 break
-        documents += found[:per_source]
-    if not documents:
+        passages += found[:per_source]
+    if not passages:
         raise ValueError(f"plan {plan} holds out no documents; set a held-out share in the data config")
-    return documents
+    return passages

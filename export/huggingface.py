@@ -107,7 +107,7 @@ def write_model(source: "Source", config: ExportConfig, folder: Path) -> "Refere
 
     from export.chat import TextCodec
     from export.families import to_hf
-    from export.heldout import heldout_documents
+    from export.heldout import heldout_passages
     from export.hf_config import to_hf_config
     from export.tensors import write_tensors
     from export.tokenizer import write_tokenizer
@@ -128,17 +128,17 @@ def write_model(source: "Source", config: ExportConfig, folder: Path) -> "Refere
 
     prompts = [codec.encode_prompt(text) for text in config.prompts]
     plan = config.plan or source.plan
-    documents = list(prompts)
+    passages = list(prompts)
     if plan is not None:
         options = config.verify
-        documents = heldout_documents(plan, options.rows, options.max_tokens, model.vocab_size)
-        prompts += [document[:16] for document in documents[:: options.rows]]
+        passages = heldout_passages(plan, options.rows, options.max_tokens, model.vocab_size)
+        prompts += [passage[:16] for passage in passages[:: options.rows]]
     return Reference(
         config=model,
         weights=weights,
         decoder=build_single(model, {name: tensor.float() for name, tensor in weights.items()}),
         codec=codec,
-        documents=documents,
+        passages=passages,
         prompts=prompts,
     )
 

@@ -90,7 +90,7 @@ def _checkpoint(checkpoint: Path, run: Path) -> Source:
         seq_length=int(config["train"]["seq_length"]),
         tokenizer=_tokenizer(config, plan),
         plan=plan,
-        chat_template=_template(run),
+        chat_template=_chat_template(run, "init" in config),
     )
 
 
@@ -136,6 +136,17 @@ def _tokenizer(config: dict[str, Any], plan: Path | None) -> Path | None:
     if not plan.is_dir():
         raise ConfigError(f"the run's data.plan = {plan} does not exist; its tokenizer is found through it")
     return Plan.open(plan).tokenizer_path
+
+
+def _chat_template(run: Path, trained_on_dialogues: bool) -> str | None:
+    """The template that post-training leaves in its run directory."""
+    template = _template(run)
+    if template is None and trained_on_dialogues:
+        raise ConfigError(
+            f"{run} was trained on dialogues and has no {CHAT_TEMPLATE}; run its training command again, which "
+            "writes it"
+        )
+    return template
 
 
 def _template(folder: Path) -> str | None:

@@ -56,7 +56,7 @@ class Reference:
     weights: dict[str, torch.Tensor]
     decoder: Decoder
     codec: TextCodec
-    documents: list[list[int]]
+    passages: list[list[int]]
     prompts: list[list[int]]
 
 
@@ -128,18 +128,18 @@ def check_parameters(hf: Reloaded, config: ModelConfig) -> Check:
 
 
 def check_logits(hf: Reloaded, reference: Reference, tolerance: float) -> Check:
-    """The largest difference of any logit over all documents; on failure, the first layer that differs."""
+    """The largest difference of any logit over all passages; on failure, the first layer that differs."""
     worst, culprit = 0.0, ""
-    for document in reference.documents:
-        tokens = torch.tensor([document])
+    for passage in reference.passages:
+        tokens = torch.tensor([passage])
         difference = (_ours(reference.decoder, tokens) - hf.model(tokens).logits).abs().max().item()
         if not difference <= worst:  # also true for NaN
             worst, culprit = difference, ""
         if not difference < tolerance:
             culprit = first_layer(hf, reference, tokens, tolerance)
             break
-    count = sum(map(len, reference.documents))
-    measured = f"{worst:.2e} over {count:,} tokens of {len(reference.documents)} documents"
+    count = sum(map(len, reference.passages))
+    measured = f"{worst:.2e} over {count:,} tokens of {len(reference.passages)} passages"
     return Check("logits, max difference", not culprit, culprit or measured, f"< {tolerance:g}")
 
 
@@ -212,7 +212,7 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
 def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
     """Special ids, sentencepiece's ids on held-out and odd text, the chat template to the same ids."""
     codec, tokenizer = reference.codec, hf.tokenizer
-    texts = [codec.decode(document) for document in reference.documents] + ODD_TEXTS
+    texts = [codec.decode(passage) for passage in reference.passages] + ODD_TEXTS
     wanted = "sentencepiece's ids"
     for name in ("bos", "eos"):
         if getattr(tokenizer, f"{name}_token_id") != getattr(codec, f"{name}_id"):

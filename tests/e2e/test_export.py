@@ -1,0 +1,194 @@
+"""From a run that was really trained to a Hugging Face directory, by the commands a user types."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_pipeline.mixture import build_plan
+from data_pipeline.store import build
+from data_pipeline.tokenizer import Tokenizer, train
+from export import generate, huggingface, import_hf
+from posttrain.chat import jinja_template
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB, SEQ_LENGTH = 512, 64
+MODEL = {
+    "vocab_size": VOCAB,
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
+CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
+
+
+def run(*command: str) -> str:
+    """A command of ours in a process of its own. Fails with its output."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan over two sources, prose and Python, with held-out documents."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = (ROOT / "pretrain/trainer.py").read_text(encoding="utf-8").splitlines(keepends=True)
+    code = ["".join(lines[i : i + 12]) for i in range(0, len(lines), 12)]
+    prose = [f"{CHINESE}\n{(ROOT / 'LICENSE').read_text()[i : i + 400]}" for i in range(0, 8000, 400)]
+    for source, texts in (("code", code), ("prose", prose)):
+        for split, part in (("train", texts[:-3]), ("heldout", texts[-3:])):
+            file = folder / f"{split}.{source}.jsonl"
+            records = [json.dumps({"text": t, "id": str(i), "metadata": {}}) for i, t in enumerate(part)]
+            file.write_text("\n".join(records) + "\n")
+    train([folder / "train.code.jsonl", folder / "train.prose.jsonl"], folder / "tokenizer", VOCAB)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    for source in ("code", "prose"):
+        for split in ("train", "heldout"):
+            build(folder / f"{split}.{source}.jsonl", folder / "tokens" / split / source / "00000", tokenizer)
+    build_plan(
+        folder / "tokens",
+        folder / "tokenizer",
+        folder / "plan",
+        seq_length=SEQ_LENGTH,
+        samples=32,
+        seed=1,
+        weights={"code": 1.0, "prose": 1.0},
+        max_epochs=8,
+    )
+    return folder / "plan"
+
+
+def pretrained(folder: Path, plan: Path, moe: bool) -> Path:
+    """Four steps of pretraining with a high learning rate: away from the initial weights."""
+    config = {
+        "run": {"dir": str(folder / "run"), "seed": 1},
+        "model": MODEL | ({"moe": {"num_experts": 4, "top_k": 2}} if moe else {}),
+        "data": {"plan": str(plan)},
+        "train": {
+            "steps": 4,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
+            "seq_length": SEQ_LENGTH,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 0.02},
+        "checkpoint": {"every": 2},
+        "eval": {"rows": 0},
+        "log": {"tensorboard": False},
+    }
+    (folder / "train.toml").write_text(tomli_w.dumps(config))
+    run("launch.local", "--nproc-per-node", "1", "pretrain.train", str(folder / "train.toml"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory, plan: Path) -> Path:
+    return pretrained(tmp_path_factory.mktemp("dense"), plan, moe=False)
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no sentence or cell that is looked for is wrapped."""
+    monkeypatch.setenv("COLUMNS", "240")
+
+
+def export(folder: Path, run_dir: Path, *more: str) -> int:
+    config = folder / "export.toml"
+    config.write_text(tomli_w.dumps({"run": str(run_dir), "out": str(folder / "hf"), "sample_tokens": 8}))
+    return huggingface.main([str(config), *more])
+
+
+def test_dense_run_to_hugging_face_and_back(tmp_path, dense, plan, capsys):
+    assert export(tmp_path, dense) == 0
+    printed = capsys.readouterr().out
+    assert "of 8 passages" in printed  # four of each source
+    assert "written by transformers" in printed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    assert tokenizer(CHINESE).input_ids == [1, *Tokenizer.load(plan.parent / "tokenizer").encode(CHINESE)]
+    ids = torch.tensor([tokenizer("def main(").input_ids])
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape[1] == ids.shape[1] + 4
+
+    assert import_hf.main([str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+    greedy = ["--prompt", "def main(", "--temperature", "0", "--max-new-tokens", "16"]
+    capsys.readouterr()
+    assert generate.main([str(dense), *greedy]) == 0
+    first = capsys.readouterr().out
+    assert generate.main([str(tmp_path / "back"), *greedy]) == 0
+    assert capsys.readouterr().out == first
+    assert first.startswith("def main(")
+
+
+def test_a_second_export_is_skipped_until_something_changes(tmp_path, dense, capsys):
+    assert export(tmp_path, dense) == 0
+    stamp = (tmp_path / "hf/config.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert export(tmp_path, dense) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert (tmp_path / "hf/config.json").stat().st_mtime_ns == stamp
+    assert export(tmp_path, dense, "step=2") == 0
+    record = json.loads((tmp_path / "hf/trivium_export.json").read_text())
+    assert record["made_from"]["step"] == 2
+    assert export(tmp_path, dense, "step=2", "--force") == 0
+    assert "published" in capsys.readouterr().out
+
+
+def test_moe_run_to_hugging_face(tmp_path, plan, capsys):
+    run_dir = pretrained(tmp_path, plan, moe=True)
+    assert export(tmp_path, run_dir, "dtype=bfloat16") == 0
+    assert "MixtralForCausalLM" in capsys.readouterr().out
+
+
+def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, plan, capsys):
+    config = {
+        "run": {"dir": str(tmp_path / "sft"), "seed": 1},
+        "data": {},
+        "init": {"run": str(dense), "tokenizer": str(plan.parent / "tokenizer")},
+        "task": {"name": "sort", "digits": 3, "demonstrations": 50, "eval_prompts": 1},
+        "train": {
+            "steps": 2,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
+            "seq_length": SEQ_LENGTH,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 1e-3},
+        "eval": {"rows": 0},
+        "log": {"tensorboard": False},
+    }
+    (tmp_path / "sft.toml").write_text(tomli_w.dumps(config))
+    run("launch.local", "--nproc-per-node", "1", "posttrain.sft", str(tmp_path / "sft.toml"))
+    assert export(tmp_path, tmp_path / "sft") == 0
+    printed = capsys.readouterr().out
+    assert "of 8 passages" in printed  # of the plan that its pretraining run names
+    assert "chat template" in printed
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    assert tokenizer.chat_template == jinja_template()
+
+
+def test_damaged_checkpoints_are_named_and_nothing_is_published(tmp_path, dense, capsys):
+    shutil.copytree(dense, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step_4"
+    file = next(newest.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert export(tmp_path, tmp_path / "run", "step=4") == 1
+    assert file.name in capsys.readouterr().out
+    assert not (tmp_path / "hf").exists()
+    assert not (tmp_path / ".hf.partial").exists()
+    # The newest WHOLE checkpoint is another.
+    assert export(tmp_path, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "hf/trivium_export.json").read_text())["made_from"]["step"] == 2
