@@ -29,10 +29,13 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Trivium needs Python 3.11: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip setuptools wheel
-	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@echo "Installing into $(VENV): takes minutes, most of them for torch"
+	@$(PYTHON) -m venv --without-pip $(VENV)
+	@$(PYTHON) -m pip --python $(BIN)/python install -qq --constraint constraints.txt pip setuptools wheel
+	@echo "  1 of 2: torch"
+	@$(BIN)/pip install -qq --constraint constraints.txt torch numpy
+	@echo "  2 of 2: all the others, and the trivium command"
+	@PYTHONWARNINGS=ignore $(BIN)/pip install -qq --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 demo: install
@@ -50,7 +53,8 @@ lint: install
 	@$(BIN)/mypy
 
 bench: install
-	@$(BIN)/python -m pytest tests/bench
+	@if ls tests/bench/*.py >/dev/null 2>&1; then $(BIN)/python -m pytest tests/bench; \
+		else echo "There is no benchmark in tests/bench yet."; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

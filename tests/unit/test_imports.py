@@ -57,9 +57,10 @@ RULES = (
         ),
     ),
     Rule("pretrain.parallel", ours=("configs", "pretrain.model", "pretrain.parallel", "launch.environment")),
-    Rule("pretrain.report", ours=("configs", "pretrain.report"), never=TORCH),
+    Rule("pretrain.report", ours=("configs", "pretrain.charts"), never=TORCH),
+    Rule("pretrain.charts", ours=(), never=TORCH),
     Rule("pretrain", ours=("configs", "pretrain", "launch.environment", *TOKEN_STORE), never=SCHEDULES),
-    Rule("posttrain", ours=("configs", "pretrain", "posttrain", *TOKEN_STORE), never=SCHEDULES),
+    Rule("posttrain", ours=("configs", "pretrain", "posttrain", "launch.environment", *TOKEN_STORE), never=SCHEDULES),
     Rule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=SCHEDULES),
     Rule("launch", ours=("configs", "launch"), only=("rich",)),
     Rule("cli", ours=("configs.loader",), only=("nothing",)),
@@ -160,7 +161,8 @@ def test_torch_free_parts_load_no_torch() -> None:
     free = [
         name
         for name, file in modules()
-        if name.split(".")[0] in ("configs", "launch", "cli", "data_pipeline") or name == "pretrain.report"
+        if name.split(".")[0] in ("configs", "launch", "cli", "data_pipeline")
+        or name in ("pretrain.report", "pretrain.charts")
     ]
     script = "import importlib, sys\n" + "\n".join(
         f"importlib.import_module({name!r}); assert 'torch' not in sys.modules, {name!r}" for name in free

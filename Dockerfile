@@ -1,0 +1,32 @@
+# Trivium in a container, as a user without privileges.
+#
+#   docker build -t trivium .
+#   docker run --rm -it trivium make demo
+#
+# On NVIDIA GPUs (the default torch of Linux is a CUDA build and brings its libraries, so the same image works;
+# --ipc host gives NCCL the shared memory that it needs):
+#
+#   docker run --rm -it --gpus all --ipc host -v "$PWD/runs:/trivium/runs" trivium \
+#       torchrun --nproc-per-node 8 -m pretrain.train CONFIG
+#
+# To start from a CUDA image instead, name one of pytorch/pytorch's runtime tags that has Python 3.11:
+#
+#   docker build --build-arg BASE=pytorch/pytorch:TAG-runtime -t trivium:cuda .
+
+ARG BASE=python:3.11-slim
+FROM ${BASE}
+ARG PYTHON=python3
+
+# make runs the targets; torch.compile (train.compile = true) calls a C++ compiler.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ make \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --user-group trivium \
+    && install --directory --owner trivium --group trivium /trivium /trivium/runs
+
+USER trivium
+WORKDIR /trivium
+COPY --chown=trivium:trivium . .
+RUN PIP_NO_CACHE_DIR=1 make install PYTHON=${PYTHON}
+ENV PATH=/trivium/.venv/bin:${PATH} HF_HUB_OFFLINE=1
+CMD ["trivium", "--help"]
