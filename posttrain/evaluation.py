@@ -40,7 +40,7 @@ class TaskAccuracy:
         totals = place.sum_over_world(sums).tolist()
         if any(count == 0 for _, count in totals):
             raise ValueError(f"task {self.task.name!r} could score none of {self.prompts} held-out prompts")
-        return {self.task.name: {name: s / n for name, (s, n) in zip(DECODING, totals, strict=True)}}
+        return {f"{self.task.name} answers": {name: s / n for name, (s, n) in zip(DECODING, totals, strict=True)}}
 
     def _sums(self, decoder: Decoder, indices: range, temperature: float) -> tuple[float, float]:
         """(sum of scores, number scored)."""

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0
 
+    if env.is_main:
+        start.write_template(config.run.dir)
     place = groups.start(env, layout)
     try:
         return Trainer(

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
     if config.task:
         evaluators.append(TaskAccuracy(make_task(config.task), chat, seed, config.task.eval_prompts))
+    if env.is_main:
+        start.write_template(config.run.dir)
     place = groups.start(env, layout)
     try:
         title = Path(config.run.dir).name

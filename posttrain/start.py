@@ -5,11 +5,11 @@ format.
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.loader import ConfigError, validate
+from configs.loader import ConfigError, validate, write_atomic
 from configs.posttrain import InitConfig
 from configs.train import ModelConfig
 from data_pipeline.tokenizer import Tokenizer
-from posttrain.chat import ChatFormat
+from posttrain.chat import ChatFormat, jinja_template
 from pretrain.checkpoint import storage
 
 
@@ -40,3 +40,7 @@ class Start:
                 f"{checkpoint} {model.vocab_size}; name the tokenizer that the model was trained with"
             )
         return cls(checkpoint, model, chat)
+
+    def write_template(self, run_dir: str) -> None:
+        """Puts the chat format beside the run's checkpoints, for export and chat to find."""
+        write_atomic(Path(run_dir) / "chat_template.jinja", jinja_template().encode())

@@ -1,0 +1,224 @@
+"""SFT, then GRPO, by their commands: a tiny model learns to sort, in any layout, across an interruption."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.tokenizer import train as train_tokenizer
+from posttrain.chat import jinja_template
+from pretrain.checkpoint import storage
+from tests.parallel.harness import RankError, Ranks
+
+RanksOf = Callable[[int], Ranks]
+VOCAB = 300
+MODEL = {
+    "vocab_size": VOCAB,
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
+SFT = """
+[run]
+dir = "{dir}/sft"
+seed = 5
+[init]
+run = "{dir}/init"
+tokenizer = "{dir}/tokenizer"
+[data]
+dialogues = ["{dir}/dialogues.jsonl.gz"]
+heldout_share = 0.2
+[task]
+digits = 3
+max_new_tokens = 6
+eval_prompts = 100
+demonstrations = 1500
+[train]
+steps = 90
+global_batch_size = 8
+micro_batch_size = 4
+seq_length = 128
+precision = "fp32"
+[optimizer]
+lr = 2e-3
+[schedule]
+kind = "constant"
+warmup_steps = 3
+[eval]
+every = 1000
+[log]
+tensorboard = false
+"""
+GRPO = """
+[run]
+dir = "{dir}/grpo"
+seed = 5
+[init]
+run = "{dir}/sft"
+tokenizer = "{dir}/tokenizer"
+[task]
+digits = 3
+max_new_tokens = 6
+eval_prompts = 100
+[grpo]
+group_size = 8
+[train]
+steps = 60
+global_batch_size = 64
+micro_batch_size = 32
+seq_length = 24
+precision = "fp32"
+[optimizer]
+lr = 1e-4
+eps = 1e-5
+weight_decay = 0.0
+[schedule]
+kind = "constant"
+[checkpoint]
+every = 2
+[eval]
+every = 1000
+[log]
+tensorboard = false
+"""
+
+
+@pytest.fixture(scope="module")
+def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer, dialogues and an untrained model, with a config for each command."""
+    base = tmp_path_factory.mktemp("posttrain")
+    text = {
+        "text": "Sort 1234567890, how are you? I am fine, thank you. 你好，谢谢。\n" * 40,
+        "id": "0",
+        "metadata": {},
+    }
+    (base / "text.jsonl").write_text(json.dumps(text) + "\n")
+    train_tokenizer([base / "text.jsonl"], base / "tokenizer", VOCAB)
+    dialogues = [
+        {
+            "id": str(i),
+            "messages": [
+                {"role": "user", "content": f"how are you {i}?"},
+                {"role": "assistant", "content": "I am fine"},
+            ],
+        }
+        for i in range(60)
+    ]
+    (base / "dialogues.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, dialogues)).encode()))
+    (base / "sft.toml").write_text(SFT.format(dir=base))
+    (base / "grpo.toml").write_text(GRPO.format(dir=base))
+    ranks(1).run(
+        "tests.e2e.posttrain_ranks:save_untrained", process_group=False, run_dir=str(base / "init"), model=MODEL
+    )
+    return base
+
+
+def call(ranks: Ranks, command: str, base: Path, *overrides: str) -> None:
+    argv = [str(base / f"{command}.toml"), *overrides]
+    statuses = ranks.run(f"posttrain.{command}:main", process_group=False, timeout=300, argv=argv)
+    assert set(statuses) == {0}
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_bytes")} for line in lines]
+
+
+def held_out(run_dir: Path) -> dict[str, dict[str, float]]:
+    return metrics(run_dir)[-1]["eval"]
+
+
+@pytest.fixture(scope="module")
+def tuned(ranks: RanksOf, base: Path) -> Path:
+    """The base after SFT on two ranks."""
+    call(ranks(2), "sft", base)
+    return base
+
+
+def test_sft_learns_answers_and_not_questions(tuned: Path) -> None:
+    steps = [line for line in metrics(tuned / "sft") if "loss" in line]
+    assert set(steps[-1]["loss_by_source"]) <= {"dialogues", "sort"}
+    assert steps[0]["loss"] > 5 > 1 > steps[-1]["loss"]  # ln 300 is 5.7
+    result = held_out(tuned / "sft")
+    assert result["sort"]["loss"] < 0.8 and result["dialogues"]["loss"] < 1
+    assert 0.3 < result["sort answers"]["sampled"] < 0.85 and result["sort answers"]["greedy"] > 0.6
+    assert (tuned / "sft" / "chat_template.jinja").read_text() == jinja_template()
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, "tp=1"), (2, "tp=2"), (2, "pp=2")])
+def test_sft_is_the_same_in_any_layout(ranks: RanksOf, tuned: Path, tmp_path: Path, world: int, parallel: str) -> None:
+    call(ranks(world), "sft", tuned, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=3")
+    expected = [line["loss"] for line in metrics(tuned / "sft")[:3]]
+    losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def rewarded(ranks: RanksOf, tuned: Path) -> Path:
+    """The base after GRPO on two ranks."""
+    call(ranks(2), "grpo", tuned)
+    return tuned
+
+
+def test_grpo_raises_held_out_accuracy(rewarded: Path) -> None:
+    before, after = (held_out(rewarded / run)["sort answers"] for run in ("sft", "grpo"))
+    assert after["sampled"] >= before["sampled"] + 0.1
+    steps = [line for line in metrics(rewarded / "grpo") if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert all(line["logprob_difference"] < 1e-4 and line["clipped"] == 0 for line in steps)
+    assert all(0 <= line["equal_reward_groups"] < 1 and line["unscorable"] == 0 for line in steps)
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, "tp=1"), (2, "tp=2"), (2, "pp=2")])
+def test_grpo_is_the_same_in_any_layout(
+    ranks: RanksOf, rewarded: Path, tmp_path: Path, world: int, parallel: str
+) -> None:
+    call(ranks(world), "grpo", rewarded, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=3")
+    ours, expected = ([line for line in metrics(run) if "loss" in line] for run in (tmp_path, rewarded / "grpo"))
+    for line, other in zip(ours, expected[:3], strict=True):
+        assert line["reward"] == other["reward"] and line["completion_tokens"] == other["completion_tokens"]
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_a_stopped_grpo_run_goes_on_bit_identically(ranks: RanksOf, rewarded: Path, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    call(ranks(2), "grpo", rewarded, f"run.dir={straight}", "train.steps=4")
+    call(ranks(2), "grpo", rewarded, f"run.dir={stopped}", "train.steps=2")
+    call(ranks(2), "grpo", rewarded, f"run.dir={stopped}", "train.steps=4")
+    losses = [[line for line in metrics(run) if "loss" in line] for run in (straight, stopped)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    weights = [storage.read_full(storage.latest(run)) for run in (straight, stopped)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "words"),
+    [
+        (
+            "grpo",
+            ["train.global_batch_size=8", "train.micro_batch_size=4"],
+            r"8 over 2 data-parallel ranks is 4 samples each.*multiple of 16",
+        ),
+        ("grpo", ["train.global_batch_size=60"], r"not a multiple of grpo\.group_size = 8"),
+        ("grpo", ["grpo.max_logprob_difference=1e-12"], r"differ by .* nats a token.*max_logprob_difference = 1e-12"),
+        ("grpo", ["grpo.advantage=ppo"], r"grpo\.advantage = 'ppo'"),
+        ("grpo", ["init.run=nowhere"], r"init\.run = 'nowhere'"),
+        ("sft", ["init.tokenizer=nowhere"], r"init\.tokenizer = 'nowhere'"),
+        ("sft", ["data.dialogues=[]", "task.demonstrations=0"], "nothing to train on"),
+        ("sft", ["data.dialogues=['gone.jsonl']"], r"gone\.jsonl, which is no file"),
+        ("sft", ["train.seq_length=16"], r"dialogues were set aside.*too_long"),
+    ],
+)
+def test_mistakes_are_named(
+    ranks: RanksOf, rewarded: Path, tmp_path: Path, command: str, overrides: list[str], words: str
+) -> None:
+    with pytest.raises(RankError, match=words):
+        call(ranks(2), command, rewarded, f"run.dir={tmp_path}", *overrides)
+    assert not storage.steps(tmp_path)
