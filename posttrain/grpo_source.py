@@ -16,7 +16,8 @@ from posttrain.chat import ChatFormat
 from posttrain.policy_copy import PolicyCopy
 from posttrain.rollout import METRICS, RolloutRow, sample_rollout, training_rows
 from posttrain.tasks import Task
-from pretrain.data import Batch, BatchSource
+from pretrain.data import BatchSource
+from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine
 
 ARRAYS = ("tokens", "labels", "loss_mask", "positions", "segments", "advantages", "logprobs")
@@ -67,7 +68,7 @@ class RolloutSource(BatchSource):
 
 
 class GRPOLoss:
-    """The clipped surrogate per token; see `pretrain.losses.LossFunction`.
+    """The clipped surrogate per token; see `pretrain.model.losses.LossFunction`.
 
     Before the first update of a process, the trainer's log-probabilities of the sampled tokens are held
     against the sampler's: if they differ, the ratio corrects for a difference in code, not in policy.

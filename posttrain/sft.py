@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.start import Start
     from posttrain.tasks import make_task
     from pretrain.evaluate import Evaluator, HeldoutLoss
-    from pretrain.losses import NextToken
+    from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 

@@ -7,35 +7,13 @@ ranks nor micro-batches change what a step trains on.
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from data_pipeline.rows import Plan, Row
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch; [B, S] each but `sources`. See `data_pipeline.rows.Row` for what the values mean.
-
-    `loss_mask` is float: RL weighs tokens with it. `advantages` and `logprobs` are RL's, else None.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    positions: torch.Tensor
-    segments: torch.Tensor
-    sources: torch.Tensor  # [B]
-    advantages: torch.Tensor | None = None
-    logprobs: torch.Tensor | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        present = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
-        return replace(self, **present)
+from pretrain.model.batch import Batch
 
 
 def collate(rows: Sequence[Row]) -> Batch:

@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.rows import Plan, Row
 from pretrain.data import micro_batches
-from pretrain.losses import NextToken
+from pretrain.model.losses import NextToken
 from pretrain.parallel.engine import Engine
 
 

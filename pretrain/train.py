@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from pretrain.data import PlanSource
     from pretrain.evaluate import HeldoutLoss
-    from pretrain.losses import NextToken
+    from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 

@@ -29,8 +29,8 @@ from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
 from pretrain.data import BatchSource, micro_batches, share_of_rank
 from pretrain.evaluate import Evaluator, peak_flops
-from pretrain.losses import LossFunction
 from pretrain.metrics import MetricsLog, ProgressLine
+from pretrain.model.losses import LossFunction
 from pretrain.parallel.engine import Engine, Sums
 from pretrain.parallel.groups import Place
 from pretrain.schedule import learning_rate

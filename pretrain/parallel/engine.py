@@ -21,9 +21,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
 from configs.train import ModelConfig, OptimizerConfig, TrainSection
-from pretrain.data import Batch
-from pretrain.losses import LossFunction, label_logprobs
 from pretrain.model import Decoder, StageSpec, init_weights, layer_config
+from pretrain.model.batch import Batch
+from pretrain.model.losses import LossFunction, label_logprobs
 from pretrain.model.moe import MoEStats
 from pretrain.parallel.gradients import mark_copies, sum_replicated
 from pretrain.parallel.groups import DeepSpeedUnit, Place

@@ -15,8 +15,8 @@ from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSec
 from data_pipeline.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.data import micro_batches, share_of_rank
-from pretrain.losses import NextToken
 from pretrain.model.init import split_dim
+from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine
 

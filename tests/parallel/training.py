@@ -16,8 +16,8 @@ from pretrain.checkpoint import state
 from pretrain.checkpoint.storage import Reader
 from pretrain.data import BatchSource
 from pretrain.evaluate import HeldoutLoss
-from pretrain.losses import NextToken
 from pretrain.model import build_single
+from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.trainer import Trainer
 from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, make_engine, rows

@@ -138,7 +138,7 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
         ("pretrain.trainer", "import deepspeed", "deepspeed"),
         ("pretrain.trainer", "from data_pipeline import dedup", "data_pipeline.dedup"),
         ("pretrain.trainer", "import posttrain", "posttrain"),
-        ("pretrain.report", "from pretrain.losses import loss", "pretrain.losses.loss"),
+        ("pretrain.report", "from pretrain.model.losses import loss", "pretrain.model.losses.loss"),
         ("export.huggingface", "from posttrain.chat import TEMPLATE", "posttrain.chat.TEMPLATE"),
         ("posttrain.sft", "if TYPE_CHECKING:\n    from export.source import Source", "export.source.Source"),
         ("launch.demo", "import_module('pretrain.train')", "pretrain.train"),

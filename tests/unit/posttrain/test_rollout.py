@@ -16,7 +16,7 @@ from posttrain.grpo_source import GRPOLoss
 from posttrain.rollout import Rollout, judge, sample_rollout, training_rows
 from posttrain.tasks import Score, SortTask
 from pretrain.data import collate
-from pretrain.losses import label_logprobs
+from pretrain.model.losses import label_logprobs
 from pretrain.model import Decoder, init_weights
 from pretrain.sampling import Completion
 

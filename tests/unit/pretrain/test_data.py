@@ -6,7 +6,7 @@ import torch
 
 from data_pipeline.rows import Row
 from pretrain.data import micro_batches, share_of_rank
-from pretrain.losses import label_logprobs
+from pretrain.model.losses import label_logprobs
 
 
 def row(i: int) -> Row:

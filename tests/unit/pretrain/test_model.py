@@ -138,5 +138,5 @@ def test_weights_of_another_model_are_refused() -> None:
     weights = dict(model(DENSE).named_parameters())
     with pytest.raises(ValueError, match=r"missing .*embedding.weight"):
         build_single(DENSE, {k: v for k, v in weights.items() if k != "embedding.weight"})
-    with pytest.raises(ValueError, match=r"final_norm.weight is \(3,\\) in the weights, \\(48,\\) in the model"):
+    with pytest.raises(ValueError, match=r"final_norm.weight is \(3,\) in the weights, \(48,\) in the model"):
         build_single(DENSE, {**weights, "final_norm.weight": torch.ones(3)})

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from pretrain.data import Batch
+from pretrain.model.batch import Batch
 
 
 class LossFunction(Protocol):
