@@ -127,9 +127,7 @@ def _broken(token: str) -> str:
 
 
 def _check_order(messages: Sequence[Message]) -> None:
-    """An optional system message, then user and assistant in turn. Errors: ValueError naming the first
-    misfit.
-    """
+    """An optional system message, then user and assistant in turn. Errors: ValueError naming the first misfit."""
     turns = list(messages)
     if turns and turns[0].get("role") == "system":
         turns = turns[1:]

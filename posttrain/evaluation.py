@@ -17,8 +17,7 @@ DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature
 class TaskAccuracy:
     """Mean score in [0, 1] on the first `prompts` held-out prompts; see `pretrain.evaluate.Evaluator`.
 
-    Prompts and draws depend on `seed` alone, so two models, or two runs of one seed, are compared on the
-    same.
+    Prompts and draws depend on `seed` alone, so two models of one seed are compared on the same.
     """
 
     def __init__(self, task: Task, chat: ChatFormat, seed: int, prompts: int) -> None:
@@ -26,9 +25,7 @@ class TaskAccuracy:
         self._policy: PolicyCopy | None = None
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
-        """Collective; each replica takes a share. Errors: ValueError if the verifier could score no
-        answer.
-        """
+        """Collective; each replica takes a share. Errors: ValueError if the verifier could score no answer."""
         if self._policy is None:
             self._policy = PolicyCopy(engine)
         self._policy.refresh()

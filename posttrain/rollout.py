@@ -93,9 +93,7 @@ def sample_rollout(
 
 
 def judge(task: Task, chat: ChatFormat, prompt: str, completion: Completion) -> Score:
-    """The task's verdict on a completion that closed its turn; one that did not is wrong, whatever it
-    says.
-    """
+    """The task's verdict on a completion that closed its turn; one that did not is wrong, whatever it says."""
     if not completion.stopped:
         return Score(0.0, "truncated")
     return task.score(prompt, chat.decode_answer(completion.tokens))

@@ -1,6 +1,4 @@
-"""What a post-training run starts from: a checkpoint, the shape of its model, and its tokenizer's chat
-format.
-"""
+"""What a post-training run starts from: a checkpoint, the shape of its model, and its tokenizer's chat format."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,7 @@ class Start:
 
     @classmethod
     def open(cls, init: InitConfig) -> "Start":
-        """Errors: ConfigError if there is no whole checkpoint or no tokenizer, or the two do not go
-        together.
-        """
+        """Errors: ConfigError if there is no whole checkpoint or no tokenizer, or the two do not go together."""
         try:
             checkpoint = storage.latest(init.run)
             manifest = storage.read_manifest(checkpoint)

@@ -1,3 +1,1 @@
-"""The arithmetic of policy optimisation as pure functions of tensors: advantages, policy losses, KL,
-aggregation.
-"""
+"""The arithmetic of policy optimisation as pure functions of tensors: advantages, policy losses, KL, aggregation."""

@@ -11,9 +11,7 @@ from torch import Tensor
 
 
 class AdvantageDialect(StrEnum):
-    """How rewards r of a group become advantages; mu and sigma are the group's mean and deviation (ddof
-    1).
-    """
+    """How rewards r of a group become advantages; mu and sigma are the group's mean and deviation (ddof 1)."""
 
     GRPO_TRL = "grpo@trl"  # (r - mu) / (sigma + 1e-4)
     GRPO_VERL = "grpo@verl"  # (r - mu) / (sigma + 1e-6)

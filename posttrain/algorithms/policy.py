@@ -11,9 +11,7 @@ from torch import Tensor
 
 
 class KLEstimator(StrEnum):
-    """Single-sample estimators of KL(policy || reference), with x = log policy - log reference (Schulman
-    2020).
-    """
+    """Single-sample estimators of KL(policy || reference), with x = log policy - log reference (Schulman 2020)."""
 
     K1 = "k1"  # x: unbiased, its gradient is zero in expectation
     K2 = "k2"  # x^2 / 2: biased, low variance
@@ -45,9 +43,7 @@ def clipped_policy_loss(
 def clipped_share(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Bool per token: the clip is what stopped the gradient (the ratio left the range on the side that A
-    pushes to).
-    """
+    """Bool per token: the clip is what stopped the gradient (the ratio left the range on the side that A pushes to)."""
     ratio = torch.exp(logprobs - old_logprobs)
     return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
 

@@ -28,9 +28,7 @@ DIALOGUES: list[list[Message]] = [
 
 
 def encode_with_controls(text: str, chat: ChatFormat) -> list[int]:
-    """What transformers does with a rendered template: control tokens are cut out first, the rest is
-    tokenised.
-    """
+    """What transformers does with a rendered template: control tokens are cut out first, the rest is tokenised."""
     parts = re.split("(" + "|".join(map(re.escape, SPECIALS)) + ")", text)
     ids: list[int] = []
     for part in parts:

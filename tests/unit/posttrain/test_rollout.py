@@ -1,6 +1,4 @@
-"""Rollouts: keyed draws, rows aligned with what the trainer computes, truncated and unscorable
-completions.
-"""
+"""Rollouts: keyed draws, rows aligned with what the trainer computes, truncated and unscorable completions."""
 
 from typing import Any
 
@@ -16,8 +14,8 @@ from posttrain.grpo_source import GRPOLoss
 from posttrain.rollout import Rollout, judge, sample_rollout, training_rows
 from posttrain.tasks import Score, SortTask
 from pretrain.data import collate
-from pretrain.model.losses import label_logprobs
 from pretrain.model import Decoder, init_weights
+from pretrain.model.losses import label_logprobs
 from pretrain.sampling import Completion
 
 TASK = SortTask(3, max_new_tokens=6)
