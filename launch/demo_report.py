@@ -47,17 +47,18 @@ class Stage:
 
 
 def describe_data(output: Path) -> tuple[str, str]:
-    """Documents in; documents kept and rows out."""
-    stages = _json(output / "ledger.json").get("stages", [])
+    """Documents in; documents kept, training tokens and rows out."""
+    stages = {stage["name"]: stage["total"] for stage in _json(output / "ledger.json").get("stages", [])}
     plan = _json(output / "plan" / "plan.json")
-    came_in = stages[0]["total"]["in"] if stages else {}
-    kept: dict[str, int] = next((s["total"]["kept"] for s in reversed(stages) if s["name"] == "documents"), {})
-    out = []
-    if kept:
-        out.append(f"{kept['documents']:,} documents kept")
-    if "num_samples" in plan:
-        out.append(f"{plan['num_samples']:,} rows of {plan['seq_length']} tokens")
-    return (f"{came_in['documents']:,} documents, {came_in['bytes'] / 1e6:.1f} MB" if came_in else "", ", ".join(out))
+    if not stages or not plan:
+        return "", ""
+    came_in, kept = next(iter(stages.values()))["in"], stages["documents"]["kept"]
+    tokens = sum(source["tokens"] for source in plan["sources"])
+    return (
+        f"{came_in['documents']:,} documents, {came_in['bytes'] / 1e6:.1f} MB",
+        f"{kept['documents']:,} documents kept, {tokens / 1e6:.2f}M tokens\n"
+        f"{plan['samples']:,} rows of {plan['seq_length']}",
+    )
 
 
 def describe_training(output: Path) -> tuple[str, str]:

@@ -137,8 +137,11 @@ def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
 
     total = {"in": {"documents": 1200, "bytes": 5_000_000}, "kept": {"documents": 900, "bytes": 4_000_000}}
     write("ledger.json", {"stages": [{"name": "extract", "total": total}, {"name": "documents", "total": total}]})
-    write("plan/plan.json", {"num_samples": 64, "seq_length": 256})
-    assert describe_data(tmp_path) == ("1,200 documents, 5.0 MB", "900 documents kept, 64 rows of 256 tokens")
+    write("plan/plan.json", {"samples": 64, "seq_length": 256, "sources": [{"tokens": 1_500_000}, {"tokens": 500_000}]})
+    assert describe_data(tmp_path) == (
+        "1,200 documents, 5.0 MB",
+        "900 documents kept, 2.00M tokens\n64 rows of 256",
+    )
     write(
         "metrics.jsonl",
         {"step": 1, "tokens": 1000, "loss": 9.0},
