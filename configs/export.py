@@ -23,9 +23,10 @@ class VerifyConfig(Section):
 class ExportConfig(Section):
     """A training run to a Hugging Face directory.
 
-    `run` is a run directory, `step` "latest" or a step that has a checkpoint. `plan` names the data plan
-    whose held-out rows are compared; without it, the plan that the run trained on. `prompts` are continued by
-    transformers for the sample, and by both for the greedy check.
+    `run` is a run directory, `step` "latest" or a step that has a checkpoint. `plan` names the data plan whose
+    held-out rows are compared; without it, the plan of the run or of the run it began from. `prompts`, or in
+    a run trained on dialogues `chat_prompts`, are continued by both for the greedy check, and by transformers
+    for the sample.
     """
 
     run: str
@@ -37,6 +38,7 @@ class ExportConfig(Section):
     prompts: list[str] = Field(
         default=["It was a quiet morning, and", "他走进房间，看见", "def main(argv):\n    "], min_length=1
     )
+    chat_prompts: list[str] = Field(default=["What is your favorite book?", "你好", "Sort 529143"], min_length=1)
     sample_tokens: int = Field(default=64, ge=1)
     sample_temperature: float = Field(default=0.8, ge=0)
     seed: int = Field(default=1234, ge=0)

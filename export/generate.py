@@ -113,9 +113,12 @@ def load(source: str, step: str) -> tuple["Decoder", "TextCodec"]:
     from export.source import open_source
     from pretrain.model import build_single
 
-    opened = open_source(source, step)
-    codec = TextCodec(opened.need_tokenizer(), opened.chat_template)
-    return build_single(opened.model, opened.read()), codec
+    try:
+        opened = open_source(source, step)
+        codec = TextCodec(opened.need_tokenizer(), opened.chat_template)
+        return build_single(opened.model, opened.read()), codec
+    except ValueError as error:  # a damaged checkpoint, another model's weights: the message names the file
+        raise ConfigError(str(error)) from None
 
 
 def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:

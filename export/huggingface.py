@@ -126,7 +126,10 @@ def write_model(source: "Source", config: ExportConfig, folder: Path) -> "Refere
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     write_tokenizer(folder, tokenizer, source.seq_length, source.chat_template)
 
-    prompts = [codec.encode_prompt(text) for text in config.prompts]
+    if codec.chat_template is None:
+        prompts = [codec.encode_prompt(text) for text in config.prompts]
+    else:
+        prompts = [codec.encode_chat(asked(text)) for text in config.chat_prompts]
     plan = config.plan or source.plan
     passages = list(prompts)
     if plan is not None:
@@ -139,6 +142,7 @@ def write_model(source: "Source", config: ExportConfig, folder: Path) -> "Refere
         decoder=build_single(model, {name: tensor.float() for name, tensor in weights.items()}),
         codec=codec,
         passages=passages,
+        held_out=plan is not None,
         prompts=prompts,
     )
 
@@ -172,10 +176,10 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
         eos_token_id=reference.codec.stop_ids,
         pad_token_id=reference.codec.pad_id,
     )
-    for prompt in config.prompts:
-        if reference.codec.chat_template is not None:
-            message = [{"role": "user", "content": prompt}]
-            ids = hf.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    chat = reference.codec.chat_template is not None
+    for prompt in config.chat_prompts if chat else config.prompts:
+        if chat:
+            ids = hf.tokenizer.apply_chat_template(asked(prompt), add_generation_prompt=True, return_dict=False)
         else:
             ids = hf.tokenizer(prompt).input_ids
         tokens = torch.tensor([ids])
@@ -185,6 +189,11 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
         text = hf.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         table.add_row(_plain(prompt), _plain(text))
     console.print(table)
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    """A dialogue of one question."""
+    return [{"role": "user", "content": text}]
 
 
 def _plain(text: str) -> Any:

@@ -74,7 +74,7 @@ def _checkpoint(checkpoint: Path, run: Path) -> Source:
     from pretrain.checkpoint import read_full, read_manifest
 
     manifest = read_manifest(checkpoint)
-    lineage = _lineage(manifest["config"], checkpoint)
+    lineage = _lineage(manifest["config"])
     config = lineage[0]
     model = next((c["model"] for c in lineage if "model" in c), None)
     if model is None:
@@ -112,14 +112,13 @@ def _imported(path: Path) -> Source:
     )
 
 
-def _lineage(config: dict[str, Any], origin: Path) -> list[dict[str, Any]]:
-    """The config of a run, of the run it began from (`init.run`), and so on to pretraining."""
+def _lineage(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config of a run, of the run it began from (`init.run`), and so on, as far as they are still there."""
     lineage = [config]
     while "init" in lineage[-1]:
-        run = Path(lineage[-1]["init"]["run"])
-        file = run / "config.toml"
+        file = Path(lineage[-1]["init"]["run"]) / "config.toml"
         if not file.is_file():
-            raise ConfigError(f"{origin} began from {run} (init.run), which has no config.toml any more")
+            break
         lineage.append(tomllib.loads(file.read_text(encoding="utf-8")))
     return lineage
 

@@ -50,13 +50,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the folder must be: `weights` as written (rounded, if to bf16), and the decoder made of them."""
+    """What the folder must be: `weights` as written (rounded, if to bf16), and the decoder made of them.
+
+    `passages` are token ids to compare logits on: held-out text, or the prompts where no data plan is known.
+    """
 
     config: ModelConfig
     weights: dict[str, torch.Tensor]
     decoder: Decoder
     codec: TextCodec
     passages: list[list[int]]
+    held_out: bool
     prompts: list[list[int]]
 
 
@@ -139,7 +143,8 @@ def check_logits(hf: Reloaded, reference: Reference, tolerance: float) -> Check:
             culprit = first_layer(hf, reference, tokens, tolerance)
             break
     count = sum(map(len, reference.passages))
-    measured = f"{worst:.2e} over {count:,} tokens of {len(reference.passages)} passages"
+    kind = "held-out passages" if reference.held_out else "prompts (no data plan)"
+    measured = f"{worst:.2e} over {count:,} tokens of {len(reference.passages)} {kind}"
     return Check("logits, max difference", not culprit, culprit or measured, f"< {tolerance:g}")
 
 

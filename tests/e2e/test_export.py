@@ -113,7 +113,7 @@ def export(folder: Path, run_dir: Path, *more: str) -> int:
 def test_dense_run_to_hugging_face_and_back(tmp_path, dense, plan, capsys):
     assert export(tmp_path, dense) == 0
     printed = capsys.readouterr().out
-    assert "of 8 passages" in printed  # four of each source
+    assert "of 8 held-out passages" in printed  # four of each source
     assert "written by transformers" in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
@@ -172,7 +172,7 @@ def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, plan, cap
     run("launch.local", "--nproc-per-node", "1", "posttrain.sft", str(tmp_path / "sft.toml"))
     assert export(tmp_path, tmp_path / "sft") == 0
     printed = capsys.readouterr().out
-    assert "of 8 passages" in printed  # of the plan that its pretraining run names
+    assert "of 8 held-out passages" in printed  # of the plan that its pretraining run names
     assert "chat template" in printed
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
     assert tokenizer.chat_template == jinja_template()

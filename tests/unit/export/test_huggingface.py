@@ -21,7 +21,9 @@ from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tin
 
 def run(source, out: Path, **keys) -> tuple[int, str]:
     """Exports `source`; (exit status, what was printed)."""
-    config = ExportConfig(run="unused", out=str(out), prompts=["春眠", ENGLISH[:40]], sample_tokens=8, **keys)
+    config = ExportConfig(
+        run="unused", out=str(out), prompts=["春眠", ENGLISH[:40]], chat_prompts=["春眠"], sample_tokens=8, **keys
+    )
     console = Console(record=True, width=200, file=io.StringIO())
     status = huggingface.export(source, config, out, {"key": "value"}, console)
     return status, console.export_text()
@@ -35,6 +37,7 @@ def test_export_loads_in_transformers_and_agrees(tmp_path, tokenizer_path, moe, 
     assert status == 0
     assert "FAILED" not in printed
     assert "64 identical on 2 prompts" in printed
+    assert "2 prompts (no data plan)" in printed
     assert "written by transformers" in printed
     model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
