@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from configs.train import ModelConfig
 from pretrain.model.linear import ColumnLinear, RowLinear
+from pretrain.model.megatron import ModelParallelConfig
 from pretrain.model.rope import rotary_angles, rotate
 
 

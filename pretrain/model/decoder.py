@@ -10,14 +10,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from configs.train import ModelConfig
 from pretrain.model.attention import Attention, AttentionInputs, KVCache
 from pretrain.model.linear import ColumnLinear, Embedding, layer_config
+from pretrain.model.megatron import ModelParallelConfig, tensor_parallel
 from pretrain.model.mlp import MLP
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
@@ -148,7 +147,7 @@ class Decoder(nn.Module):
         if not self.tied_here:
             return self.lm_head(x_SBH)
         if self.embedding.weight.shape[0] != self.model_config.vocab_size:  # split: gradients of x are partial
-            x_SBH = copy_to_tensor_model_parallel_region(x_SBH, group=self.tp_group)
+            x_SBH = tensor_parallel.copy_to_tensor_model_parallel_region(x_SBH, group=self.tp_group)
         return F.linear(x_SBH, self.embedding.weight)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
-from megatron.core.model_parallel_config import ModelParallelConfig
 from torch.distributed import ProcessGroup
+
+from pretrain.model.megatron import ModelParallelConfig, tensor_parallel
 
 
 def layer_config(dtype: torch.dtype, device: torch.device, tp: int = 1) -> ModelParallelConfig:

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from pretrain.model.batch import Batch
+from pretrain.model.megatron import tensor_parallel
 
 
 class LossFunction(Protocol):
@@ -38,5 +38,5 @@ def label_logprobs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, vocab_size
     if logits.shape[-1] == vocab_size:
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
     else:
-        loss = vocab_parallel_cross_entropy(logits.contiguous().float(), labels.contiguous())
+        loss = tensor_parallel.vocab_parallel_cross_entropy(logits.contiguous().float(), labels.contiguous())
     return -loss.t()

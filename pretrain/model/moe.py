@@ -10,13 +10,11 @@ Left out: expert parallel, capacity limits, shared experts, sigmoid gating, z-lo
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.utils import get_pg_size
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from configs.train import ModelConfig, MoEConfig
+from pretrain.model.megatron import ModelParallelConfig, get_pg_size, tensor_parallel
 
 
 class AttachLoss(torch.autograd.Function):

@@ -6,25 +6,20 @@ are summed; (4) ZeRO averages over data parallel (the loss is multiplied by dp f
 clips by the global norm and steps the fp32 master weights.
 """
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer import TransformerConfig
 
 from configs.train import ModelConfig, OptimizerConfig, TrainSection
 from pretrain.model import Decoder, StageSpec, init_weights, layer_config
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
 from pretrain.model.moe import MoEStats
+from pretrain.parallel.backends import ModelType, TransformerConfig, deepspeed, get_forward_backward_func
 from pretrain.parallel.gradients import mark_copies, sum_replicated
 from pretrain.parallel.groups import DeepSpeedUnit, Place
 
@@ -77,7 +72,6 @@ class Engine:
         self.module.model_type = ModelType.encoder_or_decoder
         self._schedule = get_forward_backward_func()
 
-        _quiet_deepspeed()
         self.zero, _, _, _ = deepspeed.initialize(
             model=self.module,
             optimizer=torch.optim.AdamW(
@@ -232,9 +226,3 @@ def _deepspeed_config(train: TrainSection, optimizer: OptimizerConfig, dp: int, 
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-def _quiet_deepspeed() -> None:
-    """Its information goes unsaid; warnings and errors stay."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="deepspeed.*")

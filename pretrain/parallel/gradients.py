@@ -6,10 +6,10 @@ stay equal; the last stage's is marked as a copy, so that the grad norm counts i
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import nn
 
 from pretrain.model import Decoder
+from pretrain.parallel.backends import parallel_state
 
 
 def mark_copies(model: Decoder) -> None:

@@ -9,16 +9,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
-import deepspeed.comm.comm
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from configs.layout import Layout
 from launch.environment import ClusterEnvironment
-from pretrain.parallel.cpu import redirect_to_cpu
+from pretrain.parallel.backends import deepspeed, parallel_state, redirect_to_cpu
 
 
 @dataclass(frozen=True)

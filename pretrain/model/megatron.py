@@ -1,0 +1,26 @@
+"""megatron-core, imported quickly and quietly; the rest of Trivium imports it after, or by way of, this file.
+
+While it is imported, megatron-core hands fused kernels that Trivium does not use to `torch.compile`, and that loads
+all of Inductor: seconds, on every rank. It also warns of each accelerator package that is not installed. Here
+`torch.compile` leaves functions alone, and warnings go unsaid, for the length of that import.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+    return (lambda decorated: decorated) if function is None else function
+
+
+with mock.patch.object(torch, "compile", _as_it_is), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import tensor_parallel
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.utils import get_pg_size
+
+__all__ = ["ModelParallelConfig", "get_pg_size", "tensor_parallel"]
