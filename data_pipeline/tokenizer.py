@@ -88,9 +88,13 @@ def train(
             minloglevel=2,
         )
     except RuntimeError as error:
+        said = " ".join(str(error).split())
+        remedy = "lower tokenizer.vocab_size, or give it more text"
+        if "required_chars" in said:  # the other way round: not even single characters fit
+            remedy = "raise tokenizer.vocab_size, or lower tokenizer.character_coverage"
         raise ValueError(
             f"sentencepiece cannot make tokenizer.vocab_size = {vocab_size} pieces from {used:,} bytes of "
-            f"text; lower tokenizer.vocab_size, or give it more text (it says: {' '.join(str(error).split())})"
+            f"text; {remedy} (it says: {said})"
         ) from None
     model = written.getvalue()
     info = {
@@ -154,10 +158,13 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 class Tokenizer:
-    """A trained model. `token_bytes` int64 [vocab_size]: UTF-8 bytes each id stands for, 0 for specials."""
+    """A trained model. `token_bytes` int64 [vocab_size]: UTF-8 bytes each id stands for, 0 for specials.
 
-    def __init__(self, model: bytes, origin: str) -> None:
-        self.origin = origin
+    `threads` encode a batch; one by default, since the pipeline works in processes.
+    """
+
+    def __init__(self, model: bytes, origin: str, threads: int = 1) -> None:
+        self.origin, self.threads = origin, threads
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -193,7 +200,7 @@ class Tokenizer:
             )
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, threads: int = 1) -> "Tokenizer":
         """From a folder or a tokenizer.model file; held against the checksum in the tokenizer.json beside it.
 
         Errors: ValueError when it is missing, damaged, or loses text.
@@ -202,7 +209,7 @@ class Tokenizer:
         path = path / MODEL_FILE if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist; make it with `trivium data run`")
-        tokenizer = cls(path.read_bytes(), str(path))
+        tokenizer = cls(path.read_bytes(), str(path), threads)
         # A Hugging Face folder has a tokenizer.json too, of another kind.
         info_path = path.with_name(INFO_FILE)
         info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
@@ -222,16 +229,15 @@ class Tokenizer:
         try:
             # A real U+2581 goes in as its bytes, between the texts around it.
             if not any(SPACE in text for text in texts):
-                return self._processor.encode(list(texts))
+                return self._processor.encode(list(texts), num_threads=self.threads)
             return [self._encode_around_marks(text) for text in texts]
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text has half a surrogate pair at character {error.start} and is no valid Unicode: "
-                f"{error.object[max(0, error.start - 20) : error.start + 20]!r}; repair or drop the document"
-            ) from None
+        except TypeError:  # what sentencepiece makes of half a surrogate pair
+            for text in texts:
+                _check_unicode(text)
+            raise
 
     def _encode_around_marks(self, text: str) -> list[int]:
-        first, *rest = self._processor.encode(text.split(SPACE))
+        first, *rest = self._processor.encode(text.split(SPACE), num_threads=self.threads)
         ids = list(first)
         for part in rest:
             ids += [*self._space_ids, *part]
@@ -254,3 +260,14 @@ class Tokenizer:
 
     def id_to_piece(self, token: int) -> str:
         return self._pieces[token]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(
+            f"text has half a surrogate pair at character {error.start} ({around!r}) and is no valid Unicode; "
+            "repair or drop the document"
+        ) from None

@@ -1,0 +1,64 @@
+"""A small tokenizer and token stores made of the demo corpus, once per session."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline import store, tokenizer
+
+DEMO = Path(__file__).parents[3] / "data" / "demo"
+SOURCES = {"english": slice(180, 300, 2), "chinese": slice(0, 8), "code": slice(0, 250)}
+
+
+def demo_records(source: str) -> list[dict[str, Any]]:
+    with gzip.open(DEMO / f"{source}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines][SOURCES[source]]
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return path
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<split>/<source>/NNNNN.jsonl.gz`, two shards of training documents a source, as the split leaves them."""
+    folder = tmp_path_factory.mktemp("documents")
+    for source in SOURCES:
+        records = demo_records(source)
+        for number, record in enumerate(records):
+            if source == "code":  # so that documents shorter than a row are among them
+                record["text"] = record["text"][: 60 + 311 * number % 1500]
+            record["metadata"] |= {"file": f"{source}.jsonl.gz", "position": 7, "scores": {"quality": 0.5}}
+        heldout, train = records[:3], records[3:]
+        write_jsonl(folder / f"heldout/{source}/00000.jsonl.gz", heldout)
+        write_jsonl(folder / f"train/{source}/00000.jsonl.gz", train[: len(train) // 3])
+        write_jsonl(folder / f"train/{source}/00001.jsonl.gz", train[len(train) // 3 :])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.train(sorted(documents.glob("train/*/*.gz")), out, 3000, train_bytes=600_000)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tokenizer_folder: Path) -> tokenizer.Tokenizer:
+    return tokenizer.Tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def tokens(documents: Path, small_tokenizer: tokenizer.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<split>/<source>/NNNNN.{bin,idx,parquet}`."""
+    folder = tmp_path_factory.mktemp("tokens")
+    for path in documents.glob("*/*/*.jsonl.gz"):
+        out = folder / path.relative_to(documents).with_name(path.name.removesuffix(".jsonl.gz"))
+        store.build(path, out, small_tokenizer)
+    return folder
