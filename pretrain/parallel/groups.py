@@ -6,6 +6,7 @@ again with another layout, as the tests do.
 
 import datetime
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +91,13 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(env.local_rank)
+    os.environ.update(env.as_variables())  # DeepSpeed reads torchrun's variables whoever the launcher was
     if not dist.is_initialized():
+        alone = env.launcher == "single"  # no port is taken for a world of one
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            init_method=env.init_method if env.launcher == "single" else "env://",
+            store=dist.HashStore() if alone else None,
+            init_method=None if alone else "env://",
             rank=env.rank,
             world_size=env.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
