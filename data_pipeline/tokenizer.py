@@ -127,16 +127,23 @@ def _sample(
     """
     chosen: list[tuple[int, str]] = []
     used = available = 0
+    bar = 2**64
     for path in inputs:
         for document in read_documents(path):
             read = len(document["text"].encode())
             available += read
             for chunk in _chunks(document["text"]):
                 digest = hashlib.blake2b(chunk.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
-                heapq.heappush(chosen, (-int.from_bytes(digest, "little"), chunk))
+                drawn = int.from_bytes(digest, "little")
+                if drawn >= bar:
+                    continue
+                heapq.heappush(chosen, (-drawn, chunk))
                 used += len(chunk.encode())
-                while used > limit and len(chosen) > 1:
-                    used -= len(heapq.heappop(chosen)[1].encode())
+                # What is put out bars all that is drawn above it, or the order of reading would matter.
+                while used > limit or (chosen and -chosen[0][0] >= bar):
+                    highest, put_out = heapq.heappop(chosen)
+                    used -= len(put_out.encode())
+                    bar = -highest
             if progress:
                 progress(read)
     return [chunk for _, chunk in sorted(chosen, reverse=True)], used, available
