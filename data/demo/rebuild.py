@@ -154,9 +154,7 @@ def modules(cache: Path) -> Iterator[dict]:
     """Python's own library, from one fixed copy of it; only files that pyodide leaves as they are."""
     library = zipfile.ZipFile(cache / "pyodide/package/python_stdlib.zip")
     for name in (HERE / "stdlib_modules.txt").read_text().split():
-        yield document(
-            library.read(name).decode("utf-8"), f"stdlib/{name}", collection="python-stdlib", path=name
-        )
+        yield document(library.read(name).decode("utf-8"), f"stdlib/{name}", collection="python-stdlib", path=name)
 
 
 def dialogues(cache: Path) -> Iterator[dict]:
@@ -223,9 +221,7 @@ def packed(records: Iterable[dict]) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--cache", type=Path, help="keep the fetched packages here (default: a temporary folder)"
-    )
+    parser.add_argument("--cache", type=Path, help="keep the fetched packages here (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="write the rebuilt files here")
     parser.add_argument("--write", action="store_true", help="replace the committed files and manifest.json")
     args = parser.parse_args()
