@@ -98,10 +98,12 @@ def run_stages(stages: Sequence[Stage], directory: Path, console: Console) -> in
 
 
 def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> dict:
-    """A stage's entry in demo.json: the time that the work took, over all the attempts that it needed.
+    """A stage's entry in demo.json: the time that its work took, over the interrupted attempts too.
 
-    A finished stage that wrote nothing this time keeps the time of when it was done.
+    An attempt that failed adds nothing: it is done over. A finished stage that wrote nothing this time keeps the
+    time of when it was done.
     """
+    seconds = seconds if status == 0 or status > 128 else 0.0
     if before is None:
         return {"seconds": round(seconds, 1), "done": status == 0}
     if not before["done"]:
