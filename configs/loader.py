@@ -182,18 +182,25 @@ def _sentence(schema: type[BaseModel], item: Any) -> str:
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[str]:
-    """The keys that the section at `location` has; descends through Optional and dict-valued fields."""
-    current: Any = schema
+    """The keys that the section at `location` has; a name in a dict of sections (`rules.english`) is stepped over."""
+    current: type[BaseModel] | None = schema
+    in_dict = False
     for part in location:
-        field = getattr(current, "model_fields", {}).get(part)
-        candidates = [field.annotation] if field is not None else []
-        current = None
-        while candidates:
-            candidate = candidates.pop()
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                current = candidate
-                break
-            candidates.extend(getattr(candidate, "__args__", ()))
-        if current is None:
-            return
-    yield from current.model_fields
+        if in_dict:
+            in_dict = False
+            continue
+        field = current.model_fields.get(part) if current else None
+        current, in_dict = _section_in(field.annotation) if field else (None, False)
+    if current and not in_dict:
+        yield from current.model_fields
+
+
+def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field's type holds, bare, optional or as a dict's value; and whether it is a dict's."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for inner in getattr(annotation, "__args__", ()):
+        section, in_dict = _section_in(inner)
+        if section:
+            return section, in_dict or getattr(annotation, "__origin__", None) is dict
+    return None, False

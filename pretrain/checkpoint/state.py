@@ -16,6 +16,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
 from pretrain.model.init import global_shape, split_dim, tp_slice
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.zero import master_partitions
 
 
 def save(engine: Engine, run_dir: str | Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -132,24 +133,21 @@ def _fragments(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Any]]:
 
 def _flat(engine: Engine, mapping: Any, kind: str) -> torch.Tensor:
     """This rank's range of the master weight or of a moment, a view into ZeRO's flat partition."""
-    zero = engine.zero.optimizer
-    partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    flat = partition if kind == "weight" else zero.optimizer.state[partition][kind]
+    partition = master_partitions(engine.zero)[mapping.param_group_index]
+    flat = partition if kind == "weight" else engine.zero.optimizer.optimizer.state[partition][kind]
     address = mapping.hp_fragment_address
     return flat.data.narrow(0, address.start, address.numel)
 
 
 def _optimizer_steps(engine: Engine) -> int:
-    zero = engine.zero.optimizer
-    state = zero.optimizer.state.get(zero.single_partition_of_fp32_groups[0], {})
+    state = engine.zero.optimizer.optimizer.state.get(master_partitions(engine.zero)[0], {})
     return int(state["step"]) if "step" in state else 0
 
 
 def _make_moments(engine: Engine, optimizer_steps: int) -> None:
     """Adam makes its state in its first step; a restore, or a save before it, needs the state to be there."""
-    zero = engine.zero.optimizer
-    for partition in zero.single_partition_of_fp32_groups:
-        state = zero.optimizer.state[partition]
+    for partition in master_partitions(engine.zero):
+        state = engine.zero.optimizer.optimizer.state[partition]
         if "exp_avg" not in state:
             # On the partition's device, as the fused kernels want it.
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)

@@ -19,9 +19,10 @@ from pretrain.model import Decoder, StageSpec, init_weights, layer_config
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
 from pretrain.model.moe import MoEStats
-from pretrain.parallel.backends import ModelType, TransformerConfig, deepspeed, get_forward_backward_func
+from pretrain.parallel import zero
+from pretrain.parallel.backends import ModelType, TransformerConfig, get_forward_backward_func
 from pretrain.parallel.gradients import mark_copies, sum_replicated
-from pretrain.parallel.groups import DeepSpeedUnit, Place
+from pretrain.parallel.groups import Place
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,7 @@ class Engine:
         self.module.model_type = ModelType.encoder_or_decoder
         self._schedule = get_forward_backward_func()
 
-        self.zero, _, _, _ = deepspeed.initialize(
-            model=self.module,
-            optimizer=torch.optim.AdamW(
-                _decay_groups(self.module, optimizer.weight_decay),
-                lr=optimizer.lr,
-                betas=optimizer.betas,
-                eps=optimizer.eps,
-                fused=True,
-            ),
-            config=_deepspeed_config(train, optimizer, layout.dp, dtype),
-            mpu=DeepSpeedUnit(),
-            dist_init_required=False,
-        )
-        self.zero.pipeline_parallelism = True  # the schedule runs backward, not DeepSpeed
+        self.zero = zero.wrap(self.module, train, optimizer, layout.dp, dtype)
 
     def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> Sums:
         """Trains on this rank's micro-batches of one global batch.
@@ -192,12 +180,6 @@ class Engine:
         return loss_B.sum() * scale, torch.zeros((), dtype=torch.int, device=loss_B.device), sums
 
 
-def _decay_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
 def _schedule_config(model: ModelConfig, tp: int, pp: int, dtype: torch.dtype) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -210,19 +192,3 @@ def _schedule_config(model: ModelConfig, tp: int, pp: int, dtype: torch.dtype) -
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
     )
-
-
-def _deepspeed_config(train: TrainSection, optimizer: OptimizerConfig, dp: int, dtype: torch.dtype) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp),
-        "gradient_clipping": optimizer.clip_grad,
-        "zero_optimization": {"stage": 1, "contiguous_gradients": False, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-    if dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config

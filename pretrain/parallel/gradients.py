@@ -4,12 +4,12 @@ Here: the tied embedding, whose copies live on the first and the last pipeline s
 stay equal; the last stage's is marked as a copy, so that the grad norm counts it once.
 """
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from pretrain.model import Decoder
 from pretrain.parallel.backends import parallel_state
+from pretrain.parallel.zero import gradient
 
 
 def mark_copies(model: Decoder) -> None:
@@ -30,11 +30,3 @@ def sum_replicated(model: Decoder) -> None:
 
 def _sum_gradient(parameter: nn.Parameter) -> None:
     dist.all_reduce(gradient(parameter), group=parallel_state.get_embedding_group())
-
-
-def gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """The accumulated gradient: fp32 in `grad_accum` under bf16, else `grad`."""
-    accumulated = getattr(parameter, "grad_accum", None)
-    result = parameter.grad if accumulated is None else accumulated
-    assert result is not None, "a parameter of the step has no gradient"
-    return result

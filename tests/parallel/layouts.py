@@ -23,8 +23,8 @@ from pretrain.parallel.engine import Engine
 SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
 
 
-def make_engine(model: dict[str, Any], parallel: dict[str, Any], **train: Any) -> Engine:
-    """An engine over all ranks of the call, fp32."""
+def make_engine(model: dict[str, Any], parallel: dict[str, Any], dtype: str = "float32", **train: Any) -> Engine:
+    """An engine over all ranks of the call."""
     model_config, parallel_config = validate(ModelConfig, model), validate(ParallelConfig, parallel)
     section = TrainSection(
         steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, seq_length=SEQ_LENGTH, **train
@@ -33,7 +33,7 @@ def make_engine(model: dict[str, Any], parallel: dict[str, Any], **train: Any) -
     place = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
     # A clip far below the gradient norm, so that clipping takes part in every step.
     optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1)
-    return Engine(model_config, section, optimizer, place, seed=7, dtype=torch.float32, num_sources=2)
+    return Engine(model_config, section, optimizer, place, seed=7, dtype=getattr(torch, dtype), num_sources=2)
 
 
 def rows(first: int, count: int, vocab_size: int) -> list[Row]:
@@ -62,9 +62,16 @@ def whole(parameter: torch.nn.Parameter, tensor: torch.Tensor, engine: Engine) -
     return torch.cat(parts, dim)
 
 
-def run_layout(model: dict[str, Any], parallel: dict[str, Any], out: str, steps: int = 2) -> dict[str, Any]:
+def run_layout(
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    out: str,
+    steps: int = 2,
+    dtype: str = "float32",
+    compile_blocks: bool = False,
+) -> dict[str, Any]:
     """Trains `steps` steps. Each stage's first rank writes its gradients of the first step and final parameters."""
-    engine = make_engine(model, parallel)
+    engine = make_engine(model, parallel, dtype, compile=compile_blocks)
     place, layout = engine.place, engine.place.layout
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
     for step in range(steps):
@@ -78,6 +85,7 @@ def run_layout(model: dict[str, Any], parallel: dict[str, Any], out: str, steps:
         losses.append(sums.mean_loss)
         norms.append(sums.grad_norm)
         by_source.append((sums.loss / sums.weight).tolist())
+        assert all(bool((p == safe_get_full_fp32_param(p).to(p.dtype)).all()) for p in engine.module.parameters())
         stats = engine.moe_stats()
     for name, parameter in engine.module.named_parameters():
         tensors[f"weight/{name}"] = whole(parameter, safe_get_full_fp32_param(parameter), engine).clone()

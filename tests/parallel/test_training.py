@@ -35,19 +35,28 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("model", "world", "parallel"),
-    [("moe_tied", 1, {}), ("moe_tied", 2, {}), ("dense", 2, {"tp": 2}), ("moe_tied", 2, {"pp": 2})],
+    ("model", "world", "parallel", "precision"),
+    [
+        ("moe_tied", 1, {}, "fp32"),
+        ("moe_tied", 2, {}, "fp32"),
+        ("dense", 2, {"tp": 2}, "fp32"),
+        ("moe_tied", 2, {"pp": 2}, "fp32"),
+        ("moe_tied", 2, {}, "bf16"),
+        ("dense_tied", 2, {"pp": 2}, "bf16"),
+    ],
 )
 def test_resumed_run_is_bit_identical(
-    ranks: RanksOf, tmp_path: Path, model: str, world: int, parallel: dict[str, int]
+    ranks: RanksOf, tmp_path: Path, model: str, world: int, parallel: dict[str, int], precision: str
 ) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert train(ranks(world), straight, model, parallel) == [{"status": 0}] * world
-    answers = train(ranks(world), broken, model, parallel, fail_at=5)  # the last checkpoint is of step 4
+    assert train(ranks(world), straight, model, parallel, precision=precision) == [{"status": 0}] * world
+    answers = train(
+        ranks(world), broken, model, parallel, fail_at=5, precision=precision
+    )  # the last checkpoint is of step 4
     assert [answer["error"] for answer in answers] == ["the node went away"] * world
     assert len(metrics(broken)) > 5
     (broken / "metrics.jsonl").open("a").write('{"step": 6, "lo')  # a line cut short by a kill
-    assert train(ranks(world), broken, model, parallel) == [{"status": 0}] * world
+    assert train(ranks(world), broken, model, parallel, precision=precision) == [{"status": 0}] * world
     assert metrics(broken) == metrics(straight)
     for kind in storage.KINDS:
         a, b = (storage.read_full(storage.directory(run, 6), kind) for run in (straight, broken))

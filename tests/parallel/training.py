@@ -52,6 +52,7 @@ def train(
     fingerprint: str = "rows",
     seed: int = 3,
     every: int = 2,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Trains, or goes on training, in `run_dir`. Returns the exit status or the error's text."""
     config = validate(
@@ -63,7 +64,7 @@ def train(
                 "global_batch_size": GLOBAL_BATCH,
                 "micro_batch_size": MICRO_BATCH,
                 "seq_length": SEQ_LENGTH,
-                "precision": "fp32",
+                "precision": precision,
             },
             "optimizer": {"lr": 0.01, "clip_grad": 0.1},
             "schedule": {"kind": "cosine", "warmup_steps": 2},

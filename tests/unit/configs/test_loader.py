@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import loader
+from configs.data import DataConfig
 from configs.loader import ConfigError
 from configs.train import Precision, PretrainConfig
 
@@ -53,6 +54,11 @@ def test_a_mistake_names_key_value_and_remedy(override: str, words: list[str]) -
         loader.load(PretrainConfig, DEMO, [override])
     assert all(word in str(raised.value) for word in words), raised.value
     assert "\n" not in str(raised.value)
+
+
+def test_a_typo_in_a_section_of_the_users_naming_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'rules\.english\.word_coutn'; did you mean 'word_count'"):
+        loader.load(DataConfig, PRESETS / "data" / "demo.toml", ["rules.english.word_coutn={ min = 3 }"])
 
 
 def test_a_missing_file_and_broken_toml_are_told(tmp_path: Path) -> None:
