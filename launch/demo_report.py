@@ -74,10 +74,10 @@ def describe_training(output: Path) -> tuple[str, str]:
         out = [f"reward {first['reward']:.2f} → {last['reward']:.2f}"]
     for source, measures in (evals[-1]["eval"] if evals else {}).items():
         before = evals[0]["eval"].get(source, {}) if len(evals) > 1 else {}
-        for measure in ("bits_per_byte", "greedy", "sampled"):
+        for measure, unit in (("bits_per_byte", "bits/byte"), ("greedy", "greedy"), ("sampled", "sampled")):
             if measure in measures:
                 then = f"{before[measure]:.2f} → " if measure in before else ""
-                out.append(f"{source} {then}{measures[measure]:.2f} {measure.replace('_', ' ')}")
+                out.append(f"{source} {then}{measures[measure]:.2f} {unit}")
     return f"{last['step']:,} steps, {last['tokens'] / 1e6:.2f}M tokens", "\n".join(out)
 
 

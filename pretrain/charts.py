@@ -12,7 +12,7 @@ Points = Sequence[tuple[float, float]]
 Place = Callable[[float, float], tuple[float, float]]  # data to SVG coordinates
 
 WIDTH, HEIGHT = 460, 240
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 38
+LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 38
 MAX_POINTS = 400  # more than a chart this wide can show
 SMOOTH_FROM = 60  # with fewer points the raw line reads well by itself
 SERIES = 6

@@ -17,9 +17,9 @@ from pretrain.charts import STYLE, Points, line_chart, short
 
 # Charts in this order, with titles and units; whatever else is measured follows under its own name.
 CHARTS = {
+    "reward": ("Mean reward", "reward"),
     "loss": ("Training loss", "nats per token"),
     "loss_by_source": ("Training loss by source", "nats per token"),
-    "reward": ("Mean reward", "reward"),
     "grad_norm": ("Gradient norm, before clipping", "norm"),
     "lr": ("Learning rate", "lr"),
     "tokens_per_s": ("Speed", "tokens per second"),
@@ -136,9 +136,8 @@ def summary(steps: list[dict[str, Any]]) -> str:
     parts = [f"{last['step']:,} steps"]
     if "tokens" in last:
         parts.append(f"{last['tokens']:,} tokens")
-    parts.append(f"training loss {last['loss']:.4f}")
-    if "reward" in last:
-        parts.append(f"mean reward {last['reward']:.3f}")
+    # The value of a policy-gradient loss says nothing; the reward does.
+    parts.append(f"mean reward {last['reward']:.3f}" if "reward" in last else f"training loss {last['loss']:.4f}")
     return ", ".join(parts) + "."
 
 
