@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install
-	@$(BIN)/trivium demo
+	@$(BIN)/trivium demo --with-parent
 
 test: install
 	@$(BIN)/python -m pytest -m "not full"

@@ -19,6 +19,7 @@ from rich.console import Console
 from configs.loader import ConfigError, entrypoint, write_atomic
 from launch import tee
 from launch.demo_report import Stage, describe_data, describe_export, describe_training, show, write_html
+from launch.processes import die_with_parent
 
 DIRECTORY = Path("runs/demo")
 RANKS = 2
@@ -64,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dry-run", action="store_true", help="list the stages' commands, run nothing")
+    parser.add_argument(
+        "--with-parent", action="store_true", help="end when the process that started this one is killed (Linux)"
+    )
     args = parser.parse_args(argv)
+    if args.with_parent:
+        die_with_parent()
     if args.dry_run:
         for stage in STAGES:
             print(f"{stage.title:<18}{command_line(stage)}")

@@ -1,12 +1,12 @@
 """Processes that live and die together: start, forward signals, wait, leave none behind.
 
-Used for the ranks of one machine (launch/local.py) and the stages of the demo (launch/demo.py). Leaves out
-where output goes: callers pass file descriptors.
+Used for the ranks of one machine (launch/local.py) and the stages of the demo (launch/demo.py). Leaves out where
+output goes: callers pass file descriptors.
 
-The rules: a first Ctrl-C (or SIGTERM, or a closed terminal) is passed on once, so that every process can
-finish what it must; a second one kills. When one process fails, the others get a moment to say why and are
-then ended. If this process is itself killed, so are they (Linux): a rerun never meets a survivor writing to
-its run directory.
+The rules: a first Ctrl-C (or SIGTERM, or a closed terminal) is passed on once, so that every process can finish
+what it must; a second one kills. When one process fails, the others get a moment to say why and are then ended.
+If this process is itself killed, so are they and the children they left: a rerun never meets a survivor that writes
+to its run directory or holds its lock.
 """
 
 import ctypes
@@ -22,6 +22,8 @@ from typing import IO, Any
 GRACE_SECONDS = 60.0  # from a passed-on signal to SIGKILL: a checkpoint may be on its way to disk
 SETTLE_SECONDS = 5.0  # from the first failure to SIGTERM for the rest: they may be about to fail with a reason
 _PR_SET_PDEATHSIG = 1
+# Waits for the end of its input, which is our end however we came to it, and kills a process group.
+_GUARD = 'read _; kill -s KILL -- "-$1"'
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -36,6 +38,7 @@ class ProcessGroup:
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.failed: int | None = None  # index of the process that failed first
+        self._guards: list[tuple[subprocess.Popen[bytes], int]] = []
         self._signals: list[int] = []
         self._previous: dict[int, Any] = {}
 
@@ -48,6 +51,9 @@ class ProcessGroup:
         self._send(signal.SIGKILL)
         for process in self.processes:
             process.wait()
+        for guard, lifeline in self._guards:
+            os.close(lifeline)
+            guard.wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -73,7 +79,17 @@ class ProcessGroup:
             preexec_fn=die_with_parent,
         )
         self.processes.append(process)
+        self._guard(process.pid)
         return process
+
+    def _guard(self, group: int) -> None:
+        """Starts a shell that outlives us by a moment: it kills what is left of the group once we are gone."""
+        theirs, lifeline = os.pipe()
+        quiet = subprocess.DEVNULL
+        command = ["/bin/sh", "-c", _GUARD, "sh", str(group)]
+        guard = subprocess.Popen(command, stdin=theirs, stdout=quiet, stderr=quiet, start_new_session=True)
+        os.close(theirs)
+        self._guards.append((guard, lifeline))
 
     def wait(self) -> int:
         """Blocks until all have ended. 0; the first failure's exit status; or 128 + the signal passed on."""
@@ -105,7 +121,11 @@ class ProcessGroup:
 
     def _send(self, number: int) -> None:
         for process in self.processes:
-            if process.poll() is None:
+            if process.poll() is not None:
+                continue
+            if number == signal.SIGKILL:
+                os.killpg(process.pid, number)
+            else:  # a process passes other signals on to its children as it sees fit
                 process.send_signal(number)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

@@ -42,9 +42,12 @@ def wait_for(folder: Path, *names: str) -> list[int]:
 
 
 def alive(pid: int) -> bool:
+    """True for a process that runs; an orphan whose new parent has not reaped it yet is dead."""
     try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat")
+        return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return False
 
 
@@ -106,16 +109,31 @@ def test_an_interrupt_reaches_every_rank_once_and_waits_for_them(tmp_path: Path)
     assert wait_for(tmp_path, "got0", "got1") == [1, 1]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise to kill orphans is Linux's")
-def test_no_rank_survives_its_launcher(tmp_path: Path) -> None:
-    process = launcher(tmp_path, UP + "time.sleep(60)\n")
-    pids = wait_for(tmp_path, "up0", "up1")
+def test_no_rank_and_no_child_of_a_rank_survives_the_launcher(tmp_path: Path) -> None:
+    child = (
+        "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\n"
+        "pathlib.Path(sys.argv[1], 'child' + os.environ['RANK']).write_text(str(child.pid))\n"
+    )
+    process = launcher(tmp_path, child + UP + "time.sleep(60)\n")
+    pids = wait_for(tmp_path, "up0", "up1", "child0", "child1")
+    assert all(alive(pid) for pid in pids)
     process.kill()
-    process.communicate(timeout=30)
+    process.wait(timeout=30)
     deadline = time.monotonic() + 10
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
+
+
+def test_children_that_ranks_leave_behind_are_ended_too(tmp_path: Path) -> None:
+    script = (
+        "import subprocess\nchild = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL)\n"
+        "pathlib.Path(sys.argv[1], 'child' + os.environ['RANK']).write_text(str(child.pid))\n"
+    )
+    process = launcher(tmp_path, script)
+    process.wait(timeout=30)
+    assert process.returncode == 0
+    assert not any(alive(pid) for pid in wait_for(tmp_path, "child0", "child1"))
 
 
 @pytest.mark.parametrize(
