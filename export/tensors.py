@@ -86,5 +86,6 @@ def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
         for name, tensor in shard.items()
     }
     save_file(own, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner may read
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -44,6 +44,7 @@ def test_export_loads_in_transformers_and_agrees(tmp_path, tokenizer_path, moe, 
     assert model.generation_config.eos_token_id == [2]
     assert AutoTokenizer.from_pretrained(out, local_files_only=True)("It").input_ids[0] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
 
 
 def test_bf16_and_shards(tmp_path, tokenizer_path):
