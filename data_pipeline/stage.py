@@ -177,7 +177,8 @@ def sole_user(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A POSIX lock, since a flock would be inherited by datatrove's workers and outlive this process in them.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
                 f"another data run is at work in {run_dir}; wait for it, or give this one its own run.dir"

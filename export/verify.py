@@ -189,9 +189,10 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
     """
     from transformers import GenerationConfig
 
-    # The end token does not end this: all `count` tokens are compared.
+    # The end token does not end this: all `count` tokens are compared. None would be taken for "as the model's own
+    # generation config says", so the end token is one that does not exist.
     settings = GenerationConfig(
-        max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=reference.codec.pad_id
+        max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=reference.codec.pad_id
     )
     name, wanted, ties = "greedy tokens", f"{count} identical", 0
     for prompt in reference.prompts:
