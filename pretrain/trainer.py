@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,7 @@ class Trainer:
     def fit(self) -> int:
         """Trains to `train.steps`. Returns the exit status: 0, or 130 when a signal stopped it after a checkpoint."""
         with ExitStack() as stack:
-            lock = stack.enter_context(_only_run_in(self.run_dir, self.place))
+            stack.enter_context(_only_run_in(self.run_dir, self.place))
             self._resume()
             if self.step >= self.config.train.steps:
                 if self.place.is_main:
@@ -100,7 +100,6 @@ class Trainer:
                 stack.callback(log.close)
                 stack.callback(progress.close)
             status = self._loop(log, progress)
-            lock.flush()
         if self.place.is_main:
             print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}")
         return status
@@ -290,7 +289,7 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _only_run_in(run_dir: Path, place: Place) -> Iterator[TextIO]:
+def _only_run_in(run_dir: Path, place: Place) -> Iterator[None]:
     """Holds the run directory's lock; a second run in it is refused on all ranks."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a") as lock:
@@ -304,7 +303,7 @@ def _only_run_in(run_dir: Path, place: Place) -> Iterator[TextIO]:
             raise ConfigError(
                 f"another process is training in {run_dir}; wait for it, stop it or choose another run.dir"
             )
-        yield lock
+        yield
 
 
 def _summary(record: dict[str, Any]) -> str:

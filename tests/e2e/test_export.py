@@ -89,7 +89,7 @@ def pretrained(folder: Path, plan: Path, moe: bool) -> Path:
         "log": {"tensorboard": False},
     }
     (folder / "train.toml").write_text(tomli_w.dumps(config))
-    run("launch.local", "--nproc-per-node", "1", "pretrain.train", str(folder / "train.toml"))
+    run("pretrain.train", str(folder / "train.toml"))  # a single process, no launcher
     return folder / "run"
 
 
