@@ -1,5 +1,4 @@
-"""The chat format: messages to token ids, to a mask of what is learnt, and to a Jinja template for
-transformers.
+"""The chat format: messages to token ids, to a mask of what is learnt, and to transformers' Jinja template.
 
     <s><|system|>TEXT<|end|><|user|>TEXT<|end|><|assistant|>TEXT<|end|><|user|>...
 
@@ -77,8 +76,7 @@ class ChatFormat:
         tokens = list(tokens)
         if self.end_id in tokens:
             tokens = tokens[: tokens.index(self.end_id)]
-        # A model may sample any id: control tokens inside an answer stay visible, so that a verifier sees
-        # them.
+        # A model may sample any id: control tokens inside an answer stay visible, for a verifier to see.
         names = {token_id: name for name, token_id in self.ids.items()}
         pieces: list[str] = []
         start = 0
@@ -128,13 +126,11 @@ def _broken(token: str) -> str:
 
 def _check_order(messages: Sequence[Message]) -> None:
     """An optional system message, then user and assistant in turn. Errors: ValueError naming the first misfit."""
-    turns = list(messages)
-    if turns and turns[0].get("role") == "system":
-        turns = turns[1:]
-    if not turns:
+    first = 1 if messages and messages[0].get("role") == "system" else 0
+    if len(messages) == first:
         raise ValueError("a dialogue needs at least one user message")
-    for i, message in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
+    for i, message in enumerate(messages):
+        expected = ("user", "assistant")[(i - first) % 2] if i >= first else "system"
         if message.get("role") != expected:
             raise ValueError(f"message {i} has role {message.get('role')!r} where {expected!r} was expected")
         if not isinstance(message.get("content"), str):

@@ -9,6 +9,7 @@ preference pairs.
 import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -84,8 +85,7 @@ def read_dialogues(
     if bad > max_bad_share * total:
         examples = ", ".join(f"{reason} (first: {name})" for reason, name in found.first_of_reason.items())
         raise ValueError(
-            f"{bad} of {total} dialogues were set aside, more than data.max_bad_share = "
-            f"{max_bad_share}: {examples}; "
+            f"{bad} of {total} dialogues were set aside, more than data.max_bad_share = {max_bad_share}: {examples}; "
             "mend them, raise train.seq_length if they are too long, or raise the share"
         )
     if not found.train:
@@ -195,7 +195,7 @@ def _example(name: str, line: bytes, chat: ChatFormat, seq_length: int) -> tuple
         record = json.loads(line)
         messages = record["messages"]
         tokens, answer = chat.render(messages)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise _SetAside("bad_json") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _SetAside("bad_messages") from None
@@ -214,10 +214,13 @@ def _lines(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
             raise ValueError(
                 f"data.dialogues names {path}, which is no file; `ls {Path(path).parent}` shows what is there"
             )
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", line
+        try:
+            with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield f"{path}:{number}", line
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} in data.dialogues cannot be read to its end ({error}); restore it") from None
 
 
 def _fraction(key: str) -> float:

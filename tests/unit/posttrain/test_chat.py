@@ -104,7 +104,10 @@ def test_a_shorter_dialogue_is_a_prefix(chat: ChatFormat) -> None:
         ([], "at least one user message"),
         ([{"role": "assistant", "content": "hi"}], "message 0 has role 'assistant'"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "message 1 has role 'user'"),
-        ([{"role": "user", "content": None}], "no text"),
+        ([{"role": "user", "content": None}], "message 0 has no text"),
+        ([{"role": "system", "content": 7}, {"role": "user", "content": "a"}], "message 0 has no text"),
+        ([{"role": "system", "content": "a"}], "at least one user message"),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "message 1 has role 'system'"),
     ],
 )
 def test_misordered_dialogues_are_refused(messages: list[Message], message: str, chat: ChatFormat) -> None:

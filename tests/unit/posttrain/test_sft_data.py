@@ -90,18 +90,28 @@ def test_broken_and_long_dialogues_are_set_aside_and_counted(chat: ChatFormat, t
         {"id": "x", "messages": [{"role": "assistant", "content": "first"}]},
         {"id": "x"},
         ["not", "an", "object"],
+        "[" * 100_000,
         dialogue("nobody answers"),
         dialogue("why? " * 100, "because"),
     ]
     path = write(tmp_path / "d.jsonl.gz", records)
     found = read_dialogues([path], chat, LENGTH, heldout_share=0.2, max_bad_share=0.2)
-    assert dict(found.set_aside) == {"bad_json": 1, "bad_messages": 3, "no_assistant_turn": 1, "too_long": 1}
+    assert dict(found.set_aside) == {"bad_json": 2, "bad_messages": 3, "no_assistant_turn": 1, "too_long": 1}
     assert len(found.train) + len(found.heldout) == 60
-    assert found.first_of_reason["too_long"].endswith(":66")
-    with pytest.raises(ValueError, match=r"6 of 66 dialogues .* 0\.05.*too_long \(first: .*:66\)"):
+    assert found.first_of_reason["too_long"].endswith(":67")
+    with pytest.raises(ValueError, match=r"7 of 67 dialogues .* 0\.05.*too_long \(first: .*:67\)"):
         read_dialogues([path], chat, LENGTH, heldout_share=0.2, max_bad_share=0.05)
     with pytest.raises(ValueError, match=r"absent\.jsonl, which is no file"):
         read_dialogues([str(tmp_path / "absent.jsonl")], chat, LENGTH, 0.1, 0.1)
+
+
+def test_a_damaged_file_is_named(chat: ChatFormat, tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "d.jsonl.gz", [dialogue(f"question {i}", f"answer {i * i}") for i in range(500)]))
+    whole = path.read_bytes()
+    for content in (whole[:-40], b"no gzip at all", whole[:200] + b"\0" * 40 + whole[240:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"d\.jsonl\.gz in data\.dialogues cannot be read"):
+            read_dialogues([str(path)], chat, LENGTH, 0.1, 1.0)
 
 
 def test_heldout_dialogues_share_no_first_message_with_training(chat: ChatFormat, tmp_path: Path) -> None:
