@@ -87,6 +87,15 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         raise
 
 
+def sync(path: str | Path) -> None:
+    """Makes a file's content, or a directory's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def parse_args(
     schema: type[T],
     argv: Sequence[str] | None,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.loader import write_atomic
+from configs.loader import sync, write_atomic
 from data_pipeline.ledger import Tally
 
 _MTIME_OFFSET = 4  # of the four bytes in a gzip header that hold the time of writing
@@ -131,7 +131,7 @@ def perform(stage: Stage, run_dir: Path, before: Tally | None) -> Done:
         "files": _settle(folder),
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _fsync(folder / _MANIFEST)
+    sync(folder / _MANIFEST)
     replace_folder(folder, run_dir / stage.name)
     return Done(stage.name, run_dir / stage.name, tally, seconds, fresh=True)
 
@@ -145,9 +145,9 @@ def replace_folder(folder: Path, target: Path) -> None:
         old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
         os.rename(target, old)
         shutil.rmtree(old)
-    _fsync(folder)
+    sync(folder)
     os.rename(folder, target)
-    _fsync(target.parent)
+    sync(target.parent)
 
 
 def _settle(folder: Path) -> dict[str, int]:
@@ -158,17 +158,9 @@ def _settle(folder: Path) -> dict[str, int]:
             with path.open("r+b") as file:
                 file.seek(_MTIME_OFFSET)
                 file.write(bytes(4))
-        _fsync(path)
+        sync(path)
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     return sizes
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

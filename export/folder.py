@@ -7,12 +7,11 @@ changed.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from configs.loader import ConfigError, write_atomic
+from configs.loader import ConfigError, sync, write_atomic
 
 RECORD = "trivium_export.json"
 
@@ -45,14 +44,14 @@ def publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
     files = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
     write_atomic(partial / RECORD, (json.dumps(record | {"files": files}, indent=2) + "\n").encode())
     for file in partial.iterdir():
-        _fsync(file)
-    _fsync(partial)
+        sync(file)
+    sync(partial)
     previous = _previous(out)
     discard(previous)
     if out.exists():
         out.rename(previous)
     partial.rename(out)
-    _fsync(out.parent)
+    sync(out.parent)
     discard(previous)
 
 
@@ -73,11 +72,3 @@ def _previous(out: Path) -> Path:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from configs.loader import sync
+
 FORMAT = "trivium-checkpoint"
 VERSION = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weights and Adam's two moments
@@ -91,11 +93,11 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
         "parameters": parameters,
     }
     _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-    _sync_directory(temporary)
+    sync(temporary)
     if final.exists():  # a save of this very step that an earlier run completed
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _sync_directory(final.parent)
+    sync(final.parent)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -232,11 +234,3 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
