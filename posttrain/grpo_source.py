@@ -84,19 +84,17 @@ class GRPOLoss:
         """Errors: ValueError when the mean difference is above grpo.max_logprob_difference."""
         s = self.settings
         assert batch.logprobs is not None and batch.advantages is not None, "GRPO trains on rollouts alone"
-        old_BS, advantages_BS = batch.logprobs, batch.advantages
-        # Outside completions both are made 0, so that nothing there can overflow.
-        new_BS = torch.where(batch.loss_mask > 0, logprobs_BS, 0.0)
-        loss_BS = clipped_policy_loss(new_BS, old_BS, advantages_BS, s.clip_low, s.clip_high, s.dual_clip)
+        old_BS, advantages_BS = torch.where(batch.loss_mask > 0, batch.logprobs, 0.0), batch.advantages
+        loss_BS = clipped_policy_loss(logprobs_BS, old_BS, advantages_BS, s.clip_low, s.clip_high, s.dual_clip)
         with torch.no_grad():
-            difference_BS = (new_BS - old_BS).abs()
+            difference_BS = (logprobs_BS - old_BS).abs()
             if not self._checked:
                 self._check(difference_BS, batch.loss_mask)
                 self._checked = True
             metrics = {
                 "logprob_difference": difference_BS,
-                "kl_rollout": kl_estimate(old_BS, new_BS, KLEstimator.K3),
-                "clipped": clipped_share(new_BS, old_BS, advantages_BS, s.clip_low, s.clip_high).float(),
+                "kl_rollout": kl_estimate(old_BS, logprobs_BS, KLEstimator.K3),
+                "clipped": clipped_share(logprobs_BS, old_BS, advantages_BS, s.clip_low, s.clip_high).float(),
             }
         return loss_BS, metrics
 

@@ -22,13 +22,15 @@ def collate(rows: Sequence[Row]) -> Batch:
     def stack(name: str, dtype: Any) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(dtype))
 
+    loss_mask = stack("loss_mask", np.float32)
     return Batch(
         tokens=stack("tokens", np.int64),
         labels=stack("labels", np.int64),
-        loss_mask=stack("loss_mask", np.float32),
+        loss_mask=loss_mask,
         positions=stack("positions", np.int64),
         segments=stack("segments", np.int64),
         sources=torch.tensor([row.source for row in rows]),
+        trained=loss_mask.flatten().nonzero()[:, 0],
         advantages=stack("advantages", np.float32) if hasattr(rows[0], "advantages") else None,
         logprobs=stack("logprobs", np.float32) if hasattr(rows[0], "logprobs") else None,
     )

@@ -55,7 +55,8 @@ def generate(
     stops = torch.tensor(list(stop_ids), device=device)
 
     cache = decoder.new_cache(batch, longest + max_new_tokens)
-    logits = decoder(tokens.to(device), positions.to(device), segments.to(device), cache)[:, -1]
+    last = torch.arange(1, batch + 1, device=device) * longest - 1
+    logits = decoder(tokens.to(device), positions.to(device), segments.to(device), cache, last)
     drawn, logprobs = [], []
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):

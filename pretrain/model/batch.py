@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch; [B, S] each but `sources`. See `data_pipeline.rows.Row` for what the values mean.
+    """One micro-batch; [B, S] each but `sources` and `trained`. See `data_pipeline.rows.Row` for what the values mean.
 
     `loss_mask` is float: RL weighs tokens with it. `advantages` and `logprobs` are RL's, else None.
     """
@@ -18,6 +18,7 @@ class Batch:
     positions: torch.Tensor
     segments: torch.Tensor
     sources: torch.Tensor  # [B]
+    trained: torch.Tensor  # [N] places b * S + s where loss_mask is not 0: logits are computed there alone
     advantages: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
 

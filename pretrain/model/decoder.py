@@ -70,6 +70,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """One stage of the model. `forward` takes [B, S] tokens, and gives logits [B, S, V/tp] on the last stage.
 
+    The head is the widest product of the model, so whoever needs logits at some places only asks for those:
+    `wanted` [N] holds places b * S + s, and the logits are then [N, V/tp].
+
     Between stages, hidden states [S, B, H] come in through `set_input_tensor`, as megatron-core's schedules want.
     """
 
@@ -128,6 +131,7 @@ class Decoder(nn.Module):
         positions_BS: torch.Tensor,
         segments_BS: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Segments number a row's documents; attention stays within one. -1 marks padding. None: one document a row."""
         inputs = AttentionInputs.of(self.model_config, positions_BS, segments_BS, cache)
@@ -141,14 +145,20 @@ class Decoder(nn.Module):
             x_SBH = block(x_SBH, inputs, valid_SB, cache)
         if cache is not None:
             cache.length += tokens_BS.shape[1]
-        return self._logits(self.final_norm(x_SBH)).transpose(0, 1) if self.stage.is_last else x_SBH
+        if not self.stage.is_last:
+            return x_SBH
+        if wanted is None:
+            return self._logits(x_SBH).transpose(0, 1)
+        return self._logits(x_SBH.transpose(0, 1).flatten(0, 1).index_select(0, wanted))
 
-    def _logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] to [..., V/tp]."""
+        x = self.final_norm(x)
         if not self.tied_here:
-            return self.lm_head(x_SBH)
+            return self.lm_head(x)
         if self.embedding.weight.shape[0] != self.model_config.vocab_size:  # split: gradients of x are partial
-            x_SBH = tensor_parallel.copy_to_tensor_model_parallel_region(x_SBH, group=self.tp_group)
-        return F.linear(x_SBH, self.embedding.weight)
+            x = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        return F.linear(x, self.embedding.weight)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """A cache for generation on one rank that holds the whole model."""

@@ -14,7 +14,10 @@ from pretrain.model.megatron import tensor_parallel
 
 
 class LossFunction(Protocol):
-    """`metrics` names the [B, S] tensors it returns beside the loss; their masked means are logged."""
+    """`metrics` names the [B, S] tensors it returns beside the loss; their masked means are logged.
+
+    Log-probabilities are 0 where the loss mask is: nothing is computed there.
+    """
 
     metrics: tuple[str, ...]
     temperature: float  # logits are divided by it before the softmax
@@ -32,11 +35,8 @@ class NextToken:
         return -logprobs_BS, {}
 
 
-def label_logprobs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """log softmax(logits)[label], [B, S] fp32. With logits split over tp, by megatron-core's vocab-parallel loss."""
-    logits, labels = logits_BSV.transpose(0, 1), labels_BS.t()  # the model's own [S, B] layout, so no copy
-    if logits.shape[-1] == vocab_size:
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
-    else:
-        loss = tensor_parallel.vocab_parallel_cross_entropy(logits.contiguous().float(), labels.contiguous())
-    return -loss.t()
+def label_logprobs(logits_NV: torch.Tensor, labels_N: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """log softmax(logits)[label], [N] fp32. With logits split over tp, by megatron-core's vocab-parallel loss."""
+    if logits_NV.shape[1] == vocab_size:
+        return -F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    return -tensor_parallel.vocab_parallel_cross_entropy(logits_NV.float(), labels_N)

@@ -159,15 +159,18 @@ class Engine:
         self, batches: Iterator[Batch], model: Decoder, loss_fn: LossFunction, scale: float
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        output = model(batch.tokens, batch.positions, batch.segments)
+        output = model(batch.tokens, batch.positions, batch.segments, wanted=batch.trained)
         return output, partial(self._loss, batch=batch, loss_fn=loss_fn, scale=scale)
 
     def _loss(
-        self, logits_BSV: torch.Tensor, batch: Batch, loss_fn: LossFunction, scale: float
+        self, logits_NV: torch.Tensor, batch: Batch, loss_fn: LossFunction, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if loss_fn.temperature != 1.0:
-            logits_BSV = logits_BSV / loss_fn.temperature
-        logprobs_BS = label_logprobs(logits_BSV, batch.labels, self.model_config.vocab_size)
+            logits_NV = logits_NV / loss_fn.temperature
+        labels_N = batch.labels.flatten().index_select(0, batch.trained)
+        logprobs_N = label_logprobs(logits_NV, labels_N, self.model_config.vocab_size)
+        nowhere = torch.zeros(batch.labels.numel(), dtype=logprobs_N.dtype, device=logprobs_N.device)
+        logprobs_BS = nowhere.index_copy(0, batch.trained, logprobs_N).view_as(batch.labels)
         loss_BS, metrics = loss_fn(logprobs_BS, batch)
         loss_B = (loss_BS * batch.loss_mask).sum(1)
         with torch.no_grad():

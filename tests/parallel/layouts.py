@@ -31,13 +31,14 @@ def make_engine(model: dict[str, Any], parallel: dict[str, Any], dtype: str = "f
     )
     env = ClusterEnvironment.read()
     place = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
-    # A clip far below the gradient norm, so that clipping takes part in every step.
-    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1)
+    # A clip far below the gradient norm, so that clipping takes part in every step. Adam divides a gradient by its own
+    # size, rounding noise too: eps is above the noise (1e-9 here), or one weight of thousands goes its own way.
+    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1, eps=1e-6)
     return Engine(model_config, section, optimizer, place, seed=7, dtype=getattr(torch, dtype), num_sources=2)
 
 
 def rows(first: int, count: int, vocab_size: int) -> list[Row]:
-    """Packed rows with uneven documents, uneven masks and padding: valid tokens differ from row to row."""
+    """Packed rows with uneven documents, uneven masks and padding, some empty: valid tokens differ from row to row."""
     result = []
     for i in range(first, first + count):
         draw = np.random.default_rng(i)
@@ -47,6 +48,8 @@ def rows(first: int, count: int, vocab_size: int) -> list[Row]:
         positions = np.where(steps < cut, steps, np.where(steps < end, steps - cut, 0))
         mask = (segments >= 0) & (draw.random(SEQ_LENGTH) < draw.random())
         mask[0] = True
+        if i % GLOBAL_BATCH in (MICRO_BATCH, MICRO_BATCH + 1):
+            mask[:] = False  # a whole micro-batch that nothing is trained on
         tokens, labels = draw.integers(0, vocab_size, (2, SEQ_LENGTH))
         result.append(Row(tokens, labels, mask, positions, segments, source=i % 2))
     return result

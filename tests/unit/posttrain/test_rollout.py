@@ -57,8 +57,11 @@ def test_what_is_sampled_depends_on_seed_and_number_alone(rollout: Rollout, deco
 
 
 def trainer_logprobs(decoder: Decoder, batch: Any, temperature: float) -> torch.Tensor:
-    logits = decoder(batch.tokens, batch.positions, batch.segments) / temperature
-    return label_logprobs(logits, batch.labels, decoder.model_config.vocab_size)
+    logits = decoder(batch.tokens, batch.positions, batch.segments, wanted=batch.trained) / temperature
+    logprobs = torch.zeros_like(batch.loss_mask)
+    labels = batch.labels[batch.loss_mask > 0]
+    logprobs[batch.loss_mask > 0] = label_logprobs(logits, labels, decoder.model_config.vocab_size)
+    return logprobs
 
 
 def test_rows_line_up_with_the_trainers_logprobs(rollout: Rollout, decoder: Decoder, chat: ChatFormat) -> None:

@@ -23,6 +23,6 @@ def test_ranks_cover_a_global_batch_once_in_the_same_micro_batches(dp: int) -> N
 
 
 def test_label_logprobs_are_log_softmax_at_the_label() -> None:
-    logits, labels = torch.randn(2, 3, 7), torch.tensor([[0, 3, 6], [1, 1, 2]])
-    expected = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    logits, labels = torch.randn(6, 7), torch.tensor([0, 3, 6, 1, 1, 2])
+    expected = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     torch.testing.assert_close(label_logprobs(logits, labels, 7), expected)

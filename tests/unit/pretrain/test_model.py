@@ -40,6 +40,20 @@ def test_documents_in_a_packed_row_do_not_see_one_another(config: ModelConfig) -
     assert (merged[:, 5:] - logits[:, 5:14]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("config", [DENSE, MOE])
+def test_logits_at_some_places_are_those_of_all(config: ModelConfig) -> None:
+    decoder = model(config)
+    tokens, positions = torch.randint(0, 96, (2, 7)), torch.arange(7).expand(2, 7)
+    wanted = torch.tensor([9, 0, 13])  # row 1 place 2, row 0 place 0, row 1 place 6
+    logits = decoder(tokens, positions)
+    expected = torch.stack([logits[1, 2], logits[0, 0], logits[1, 6]])
+    torch.testing.assert_close(decoder(tokens, positions, wanted=wanted), expected)
+    nothing = decoder(tokens, positions, wanted=wanted[:0])
+    assert nothing.shape == (0, 96)
+    nothing.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in decoder.parameters())
+
+
 @pytest.mark.parametrize("config", [DENSE, MOE, DENSE.model_copy(update={"head_dim": 10})])
 def test_parameter_count_is_what_the_config_says(config: ModelConfig) -> None:
     assert sum(p.numel() for p in Decoder(config).parameters()) == config.num_parameters()
