@@ -45,6 +45,12 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole if line.endswith("\n")]
 
 
+def sampled_accuracy(run: Path) -> float:
+    """On held-out prompts, at the run's end."""
+    evaluations = [record["eval"] for record in lines(run / "metrics.jsonl") if "eval" in record]
+    return evaluations[-1]["sort answers"]["sampled"]
+
+
 def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path) -> None:
     runs = workplace / "runs" / "demo"
     process = start(workplace)
@@ -66,8 +72,8 @@ def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path)
         assert "checks" in json.loads((runs / "export" / name / "trivium_export.json").read_text())
         if name.startswith("pretrain"):
             assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
-    rewards = [record["reward"] for record in lines(runs / "grpo" / "metrics.jsonl") if "reward" in record]
-    assert sum(rewards[-5:]) > sum(rewards[:5])
+    before, after = (sampled_accuracy(runs / name) for name in ("sft", "grpo"))
+    assert after >= before + 0.10, "the same held-out prompts and draws, so the noise of 256 answers is partly shared"
 
     marks = {stage.name: (workplace / stage.output / stage.mark).read_bytes() for stage in STAGES}
     times = (runs / "demo.json").read_bytes()
