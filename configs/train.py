@@ -72,14 +72,16 @@ class ModelConfig(Section):
 
     def num_parameters(self, active: bool = False) -> int:
         """Parameters of the whole model; with `active`, those one token passes through (embedding lookups included)."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * self.parameters_per_layer(active) + embeddings + self.hidden_size
+
+    def parameters_per_layer(self, active: bool = False) -> int:
         attention = 2 * self.hidden_size * self.dim_per_head * (self.num_heads + self.num_kv_heads)
         mlp = 3 * self.hidden_size * self.ffn_hidden_size
         if self.moe:
             used = self.moe.top_k if active else self.moe.num_experts
             mlp = used * mlp + self.hidden_size * self.moe.num_experts
-        layer = attention + mlp + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        return attention + mlp + 2 * self.hidden_size
 
 
 class Precision(StrEnum):
@@ -117,12 +119,18 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism; data parallel takes the ranks that are left. `configs.layout` checks them."""
+    """Degrees of parallelism; data parallel takes the ranks that are left. `configs.layout` checks them.
+
+    `sp` splits the sequence over the tp ranks where layers are not split. With `vpp` every pipeline rank holds that
+    many chunks of layers, interleaved. `layers_per_stage` has pp * vpp numbers, from the first layer to the last;
+    left out, the layers are spread so that the slowest stage, the last with its output head, is as fast as can be.
+    """
 
     tp: int = Field(default=1, ge=1)
     sp: bool = False
     pp: int = Field(default=1, ge=1)
     vpp: int = Field(default=1, ge=1)
+    layers_per_stage: tuple[int, ...] | None = None
     ep: int = Field(default=1, ge=1)
     cp: int = Field(default=1, ge=1)
     zero: Literal[0, 1, 2, 3] = 1

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from configs.train import ModelConfig
-from pretrain.model.linear import ColumnLinear, RowLinear
+from pretrain.model.linear import ColumnLinear, Region, RowLinear
 from pretrain.model.megatron import ModelParallelConfig
 from pretrain.model.rope import rotary_angles, rotate
 
@@ -82,6 +82,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.layer, self.head_dim = layer, config.dim_per_head
+        self.region = Region(layer_config, tp_group)
         size_q, size_kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = ColumnLinear(config.hidden_size, size_q, layer_config, tp_group)
         self.k_proj = ColumnLinear(config.hidden_size, size_kv, layer_config, tp_group)
@@ -89,6 +90,7 @@ class Attention(nn.Module):
         self.o_proj = RowLinear(size_q, config.hidden_size, layer_config, tp_group)
 
     def forward(self, x_SBH: torch.Tensor, inputs: AttentionInputs, cache: KVCache | None = None) -> torch.Tensor:
+        x_SBH = self.region.enter(x_SBH)
         q = rotate(self._heads(self.q_proj(x_SBH)), inputs.cos, inputs.sin)
         k = rotate(self._heads(self.k_proj(x_SBH)), inputs.cos, inputs.sin)
         v = self._heads(self.v_proj(x_SBH))

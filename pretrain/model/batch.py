@@ -22,6 +22,10 @@ class Batch:
     advantages: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
 
+    def weightless(self) -> "Batch":
+        """The same tokens, none of them trained on."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask), trained=self.trained[:0])
+
     def to(self, device: torch.device) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         present = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}

@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 from configs.train import ModelConfig
 from pretrain.model.attention import Attention, AttentionInputs, KVCache
-from pretrain.model.linear import ColumnLinear, Embedding, layer_config
-from pretrain.model.megatron import ModelParallelConfig, tensor_parallel
+from pretrain.model.linear import ColumnLinear, Embedding, Region, layer_config
+from pretrain.model.megatron import ModelParallelConfig
 from pretrain.model.mlp import MLP
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
@@ -73,7 +73,8 @@ class Decoder(nn.Module):
     The head is the widest product of the model, so whoever needs logits at some places only asks for those:
     `wanted` [N] holds places b * S + s, and the logits are then [N, V/tp].
 
-    Between stages, hidden states [S, B, H] come in through `set_input_tensor`, as megatron-core's schedules want.
+    Between stages hidden states are [S, B, H], or with sequence parallel [S/tp, B, H]; they come in through
+    `set_input_tensor`, as megatron-core's schedules want.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class Decoder(nn.Module):
         super().__init__()
         device = torch.device(device)
         layers = layers or layer_config(torch.float32, device)
-        self.model_config, self.stage, self.tp_group = config, stage or StageSpec.whole(config), tp_group
+        self.model_config, self.stage = config, stage or StageSpec.whole(config)
+        self.region = Region(layers, tp_group)
         if self.stage.is_first:
             self.embedding = Embedding(config.vocab_size, config.hidden_size, layers, tp_group)
         self.layers = nn.ModuleDict(
@@ -137,7 +139,7 @@ class Decoder(nn.Module):
         inputs = AttentionInputs.of(self.model_config, positions_BS, segments_BS, cache)
         valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
         if self.stage.is_first:
-            x_SBH = self.embedding(tokens_BS.t())
+            x_SBH = self.embedding(tokens_BS)
         else:
             assert self.input_tensor is not None, "a later pipeline stage got no input"
             x_SBH = self.input_tensor
@@ -147,18 +149,10 @@ class Decoder(nn.Module):
             cache.length += tokens_BS.shape[1]
         if not self.stage.is_last:
             return x_SBH
-        if wanted is None:
-            return self._logits(x_SBH).transpose(0, 1)
-        return self._logits(x_SBH.transpose(0, 1).flatten(0, 1).index_select(0, wanted))
-
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., H] to [..., V/tp]."""
-        x = self.final_norm(x)
-        if not self.tied_here:
-            return self.lm_head(x)
-        if self.embedding.weight.shape[0] != self.model_config.vocab_size:  # split: gradients of x are partial
-            x = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
-        return F.linear(x, self.embedding.weight)
+        x = self.region.enter(self.final_norm(x_SBH)).transpose(0, 1)
+        if wanted is not None:
+            x = x.flatten(0, 1).index_select(0, wanted)
+        return F.linear(x, self.embedding.weight) if self.tied_here else self.lm_head(x)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """A cache for generation on one rank that holds the whole model."""

@@ -1,7 +1,9 @@
 """Linear layers and embedding split over tensor-parallel ranks: megatron-core's, minus what one rank does not need.
 
-A layer is told its `tp_group`; None means a layer that is whole. When whole, the weight goes through a plain
-`F.linear`, so that `torch.compile` takes a block in one graph.
+Between layers every rank of the group has all activations, or with sequence parallel (Korthikanti et al. 2022) its
+share of the sequence. A `Region` is where they become what split layers work on: enter it once, go through column
+layers, and leave it through a row layer. A layer is told its `tp_group`; None means a layer that is whole. When whole,
+the weight goes through a plain `F.linear`, so that `torch.compile` takes a block in one graph.
 """
 
 from typing import Any
@@ -10,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
-from pretrain.model.megatron import ModelParallelConfig, tensor_parallel
+from pretrain.model.megatron import ModelParallelConfig, get_pg_size, tensor_parallel
 
 
-def layer_config(dtype: torch.dtype, device: torch.device, tp: int = 1) -> ModelParallelConfig:
+def layer_config(dtype: torch.dtype, device: torch.device, tp: int = 1, sp: bool = False) -> ModelParallelConfig:
     """What megatron-core's layers ask to be told. Weights are left unset: `model.init` draws them by name."""
     return ModelParallelConfig(
         tensor_model_parallel_size=tp,
+        sequence_parallel=sp,
         params_dtype=dtype,
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
@@ -40,8 +43,62 @@ def _no_init(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity. megatron-core's all-reduce sums a copy of what is not contiguous, and returns it unsummed."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad.contiguous()
+
+
+class Region:
+    """The way into and out of layers that are split over `tp_group`; does nothing where they are whole.
+
+    What goes in is [S, ...] everywhere, or with sequence parallel [S/tp, ...]; inside it is [S, ...].
+    """
+
+    def __init__(self, config: ModelParallelConfig, tp_group: ProcessGroup | None):
+        self.group, self.tp = tp_group, get_pg_size(tp_group)
+        self.sequence_parallel = config.sequence_parallel
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Backward, each rank's gradient is partial: they are summed, once for all layers that `x` goes to."""
+        if self.tp == 1:
+            return x
+        if self.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(x, True, self.group)
+        return self.copy(x)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The whole sequence, for what every rank computes alike: backward, nothing is summed."""
+        return (
+            tensor_parallel.gather_from_sequence_parallel_region(x, False, self.group) if self.sequence_parallel else x
+        )
+
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        """From the whole sequence into split layers: backward, partial gradients are summed."""
+        if self.tp == 1:
+            return x
+        return _ContiguousGradient.apply(tensor_parallel.copy_to_tensor_model_parallel_region(x, self.group))
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """Sums the ranks' partial outputs."""
+        if self.tp == 1:
+            return y
+        if self.sequence_parallel:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(y, self.group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(y.contiguous(), self.group)
+
+
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):
-    """y = x Wᵀ with W [out, in] split over its rows: every rank computes out/tp of the outputs."""
+    """y = x Wᵀ with W [out, in] split over its rows: every rank computes out/tp of the outputs.
+
+    The gradient of x is this rank's part; `Region.enter` sums the parts.
+    """
 
     def __init__(self, size_in: int, size_out: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
         super().__init__(
@@ -52,7 +109,9 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
             bias=False,
             tp_group=tp_group or _WHOLE,
             gather_output=False,
+            disable_grad_reduce=True,
         )
+        self.sequence_parallel = False  # x is the whole sequence already
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
 
     @property
@@ -64,7 +123,10 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
-    """y = x Wᵀ with W [out, in] split over its columns: every rank has in/tp of the inputs; outputs are summed."""
+    """y = x Wᵀ with W [out, in] split over its columns: every rank has in/tp of the inputs; outputs are summed.
+
+    With sequence parallel each rank keeps its share of the sum.
+    """
 
     def __init__(self, size_in: int, size_out: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
         super().__init__(
@@ -88,12 +150,25 @@ class RowLinear(tensor_parallel.RowParallelLinear):
 
 
 class Embedding(tensor_parallel.VocabParallelEmbedding):
-    """Token embedding [V, H] split over the vocabulary; the lookups are summed over tp."""
+    """Token embedding [V, H] split over the vocabulary; the lookups are summed over tp.
+
+    Takes [B, S], gives [S, B, H], or with sequence parallel this rank's [S/tp, B, H].
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
-        super().__init__(vocab_size, hidden_size, init_method=_no_init, config=config, tp_group=tp_group or _WHOLE)
+        super().__init__(
+            vocab_size,
+            hidden_size,
+            init_method=_no_init,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=tp_group or _WHOLE,
+        )
         self.is_split = self.num_embeddings_per_partition != vocab_size
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return super().forward(tokens) if self.is_split else F.embedding(tokens, self.weight)
+    def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        if self.reduce_scatter_embeddings:
+            return super().forward(tokens_BS)  # megatron-core transposes on its way
+        tokens_SB = tokens_BS.t()
+        return super().forward(tokens_SB) if self.is_split else F.embedding(tokens_SB, self.weight)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from configs.train import ModelConfig, MoEConfig
-from pretrain.model.megatron import ModelParallelConfig, get_pg_size, tensor_parallel
+from pretrain.model.linear import Region
+from pretrain.model.megatron import ModelParallelConfig, tensor_parallel
 
 
 class AttachLoss(torch.autograd.Function):
@@ -77,23 +78,21 @@ class MoE(nn.Module):
         super().__init__()
         moe = config.moe
         assert moe is not None
-        self.aux_loss_coef, self.tp_group = moe.aux_loss_coef, tp_group
-        self.tp = get_pg_size(tp_group)
+        self.aux_loss_coef, self.region = moe.aux_loss_coef, Region(layer_config, tp_group)
         self.router = Router(config.hidden_size, moe, layer_config.params_dtype, device)
-        self.experts = Experts(config, moe, self.tp, layer_config.params_dtype, device)
+        self.experts = Experts(config, moe, self.region.tp, layer_config.params_dtype, device)
         # Set by the engine for each step: what one sequence's auxiliary loss weighs in the global batch's loss.
         self.sequence_weight = 0.0
         self.stats = MoEStats()
 
     def forward(self, x_SBH: torch.Tensor, valid_SB: torch.Tensor | None = None) -> torch.Tensor:
+        x_SBH = self.region.gather(x_SBH)  # every rank routes all tokens, so balance is seen over whole sequences
         x_TH = x_SBH.flatten(0, 1)
         weights_TK, experts_TK, probs_TE = self.router(x_TH)
         if self.training:
             x_TH = self._balance(x_TH, probs_TE, experts_TK, valid_SB, x_SBH.shape[1])
-        if self.tp > 1:
-            # Each rank's experts see only their share of F: gradients of what goes in are partial, and summed here.
-            x_TH = tensor_parallel.copy_to_tensor_model_parallel_region(x_TH, group=self.tp_group)
-            weights_TK = tensor_parallel.copy_to_tensor_model_parallel_region(weights_TK, group=self.tp_group)
+        # Each rank's experts see only their share of F: gradients of what goes in are partial, and summed here.
+        x_TH, weights_TK = self.region.copy(x_TH), self.region.copy(weights_TK)
 
         top_k = experts_TK.shape[1]
         order = experts_TK.flatten().argsort(stable=True)  # (token, choice) pairs, sorted by expert
@@ -102,10 +101,7 @@ class MoE(nn.Module):
         y = y * weights_TK.flatten()[order, None].to(y.dtype)
         # Undo the sort, then sum a token's k rows: a fixed order of addition, unlike index_add on a GPU.
         y_TH = torch.empty_like(y).index_copy(0, order, y).unflatten(0, (-1, top_k)).sum(1)
-
-        if self.tp > 1:
-            y_TH = tensor_parallel.reduce_from_tensor_model_parallel_region(y_TH, group=self.tp_group)
-        return y_TH.view_as(x_SBH)
+        return self.region.leave(y_TH.view_as(x_SBH))
 
     def _balance(
         self,

@@ -1,9 +1,9 @@
 """One training step over the layout: megatron-core's pipeline schedule, our sums, DeepSpeed's ZeRO step.
 
 The order in a step, and why: (1) the number of valid tokens of the global batch, since every micro-batch's loss is
-divided by it; (2) forward and backward of all micro-batches by the schedule; (3) gradients that several stages hold
-are summed; (4) ZeRO averages over data parallel (the loss is multiplied by dp first, so the average is the sum),
-clips by the global norm and steps the fp32 master weights.
+divided by it; (2) forward and backward of all micro-batches by the schedule; (3) gradients of which several ranks
+hold a part are summed, see `gradients`; (4) ZeRO averages over data parallel (the loss is multiplied by dp first, so
+the average is the sum), clips by the global norm and steps the fp32 master weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from configs.layout import Layout
 from configs.train import ModelConfig, OptimizerConfig, TrainSection
-from pretrain.model import Decoder, StageSpec, init_weights, layer_config
+from pretrain.model import Decoder, init_weights, layer_config
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
 from pretrain.model.moe import MoEStats
 from pretrain.parallel import zero
 from pretrain.parallel.backends import ModelType, TransformerConfig, get_forward_backward_func
-from pretrain.parallel.gradients import mark_copies, sum_replicated
+from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Place
+from pretrain.parallel.stage import Stage, stage_specs
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,21 @@ class Engine:
         self.place, self.model_config, self.train_config = place, model_config, train
         self.num_sources = num_sources
         layout = place.layout
-        stage = StageSpec(
-            layout.layers_of_stage(model_config.num_layers, place.pp_rank),
-            place.is_first_stage,
-            place.is_last_stage,
-        )
-        self.module = Decoder(
-            model_config, stage, layer_config(dtype, place.device, layout.tp), place.tp_group, place.device
-        )
-        init_weights(self.module, seed, layout.tp, place.tp_rank)
+        layers = layer_config(dtype, place.device, layout.tp, layout.sp)
+        chunks = [
+            Decoder(model_config, spec, layers, place.tp_group, place.device)
+            for spec in stage_specs(layout, place.pp_rank)
+        ]
+        schedule_config = _schedule_config(model_config, layout, dtype)
+        for i, chunk in enumerate(chunks):
+            init_weights(chunk, seed, layout.tp, place.tp_rank)
+            asked: Any = chunk  # the schedules look for attributes of their own
+            asked.config, asked.model_type, asked.vp_stage = schedule_config, ModelType.encoder_or_decoder, i
+        self.module = Stage(chunks)
         mark_copies(self.module)
         if train.compile:
             for block in self.module.blocks.values():
                 block.compile()
-        # What megatron-core's schedules ask of a model.
-        self.module.config = _schedule_config(model_config, layout.tp, layout.pp, dtype)
-        self.module.model_type = ModelType.encoder_or_decoder
         self._schedule = get_forward_backward_func()
 
         self.zero = zero.wrap(self.module, train, optimizer, layout.dp, dtype)
@@ -96,7 +97,7 @@ class Engine:
         for moe in self.module.moe_layers.values():
             moe.sequence_weight = place.layout.dp / num_sequences
         self._sums = self._run(batches, loss_fn, place.layout.dp / float(total), forward_only=False)
-        sum_replicated(self.module)
+        sum_partial(self.module, place)
         self.zero.set_gradient_accumulation_boundary(True)
         self.zero.allreduce_gradients()
 
@@ -114,7 +115,9 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> Sums:
         """Losses of held-out micro-batches; each data-parallel rank has its own, equally many."""
         self.module.eval()
-        return self._run(batches, loss_fn, 1.0, forward_only=True)
+        # The interleaved schedule takes micro-batches in groups of pp: the last group is filled with weightless ones.
+        missing = -len(batches) % self.place.layout.pp if self.place.layout.vpp > 1 else 0
+        return self._run([*batches, *[batches[0].weightless()] * missing], loss_fn, 1.0, forward_only=True)
 
     def moe_stats(self) -> dict[str, float]:
         """Of the last step: the mean auxiliary loss, and the busiest expert's share of tokens over a fair share."""
@@ -137,10 +140,13 @@ class Engine:
         }
 
     def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> Sums:
+        chunks = self.module.chunks
+        on_device = [batch.to(self.place.device) for batch in batches]
+        iterators = [iter(on_device) for _ in chunks]
         stored = self._schedule(
             forward_step_func=partial(self._forward_step, loss_fn=loss_fn, scale=scale),
-            data_iterator=iter([batch.to(self.place.device) for batch in batches]),
-            model=self.module,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=batches[0].tokens.shape[0],
@@ -183,15 +189,22 @@ class Engine:
         return loss_B.sum() * scale, torch.zeros((), dtype=torch.int, device=loss_B.device), sums
 
 
-def _schedule_config(model: ModelConfig, tp: int, pp: int, dtype: torch.dtype) -> TransformerConfig:
+def _schedule_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    """It checks some numbers of its own, so the number of layers it is told is one a chunk: ours may be uneven."""
     return TransformerConfig(
-        num_layers=model.num_layers,
+        num_layers=layout.pp * layout.vpp,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         pipeline_dtype=dtype,
         params_dtype=dtype,
+        # Between two ranks an interleaved schedule has activations and gradients under way in the same direction at
+        # once; batched, they would be taken for one another.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
     )

@@ -1,32 +1,48 @@
-"""Gradients that other ranks need and ZeRO knows nothing of, summed after backward and before its step.
+"""Gradients of which several ranks hold a part and that ZeRO knows nothing of: summed after backward, before its step.
 
-Here: the tied embedding, whose copies live on the first and the last pipeline stage. Each copy gets the sum, so both
-stay equal; the last stage's is marked as a copy, so that the grad norm counts it once.
+- The tied embedding has a copy on the first and on the last pipeline stage. Each copy gets the sum, so both stay
+  equal; the last stage's is marked as a copy, so that the grad norm counts it once.
+- Under sequence parallel, norm weights are whole on every tensor-parallel rank but see only its share of the
+  sequence (Korthikanti et al. 2022). The grad norm counts whole weights on the first such rank alone, so it needs no
+  more than the sum.
 """
 
+from collections.abc import Sequence
+
+import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain.model import Decoder
+from pretrain.model.norm import RMSNorm
 from pretrain.parallel.backends import parallel_state
+from pretrain.parallel.groups import Place
+from pretrain.parallel.stage import Stage
 from pretrain.parallel.zero import gradient
 
 
-def mark_copies(model: Decoder) -> None:
+def mark_copies(stage: Stage) -> None:
     """Marks the last stage's copy of a tied embedding for DeepSpeed's grad norm."""
-    if model.model_config.tie_embeddings and model.stage.is_last and not model.stage.is_first:
-        model.lm_head.weight.ds_pipe_replicated = True
+    last = stage.chunks[-1]
+    if last.model_config.tie_embeddings and last.stage.is_last and not last.stage.is_first:
+        last.lm_head.weight.ds_pipe_replicated = True
 
 
-def sum_replicated(model: Decoder) -> None:
-    """Sums the gradients of parameters that several stages hold."""
-    if not model.model_config.tie_embeddings or model.tied_here:
-        return
-    if model.stage.is_first:
-        _sum_gradient(model.embedding.weight)
-    elif model.stage.is_last:
-        _sum_gradient(model.lm_head.weight)
+def sum_partial(stage: Stage, place: Place) -> None:
+    """Makes every rank's gradients those of the whole batch of its data-parallel replica."""
+    if place.layout.sp:
+        _sum([module.weight for module in stage.modules() if isinstance(module, RMSNorm)], place.tp_group)
+    first, last = stage.chunks[0], stage.chunks[-1]
+    if first.model_config.tie_embeddings and not last.tied_here:
+        if first.stage.is_first:
+            _sum([first.embedding.weight], parallel_state.get_embedding_group())
+        if last.stage.is_last:
+            _sum([last.lm_head.weight], parallel_state.get_embedding_group())
 
 
-def _sum_gradient(parameter: nn.Parameter) -> None:
-    dist.all_reduce(gradient(parameter), group=parallel_state.get_embedding_group())
+def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """One all-reduce for all of them."""
+    gradients = [gradient(parameter) for parameter in parameters]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat, group=group)
+    for g, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(total.view_as(g))

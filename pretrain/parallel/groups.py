@@ -103,7 +103,11 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
     parallel_state.initialize_model_parallel(
-        layout.tp, layout.pp, create_gloo_process_groups=False, distributed_timeout_minutes=timeout_minutes
+        layout.tp,
+        layout.pp,
+        layout.vpp if layout.vpp > 1 else None,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_minutes,
     )
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return Place(

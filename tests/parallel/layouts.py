@@ -77,12 +77,13 @@ def run_layout(
     engine = make_engine(model, parallel, dtype, compile=compile_blocks)
     place, layout = engine.place, engine.place.layout
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
+    named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
     for step in range(steps):
         share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, place.dp_rank, layout.dp)
         batches = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), MICRO_BATCH)
         engine.accumulate(batches, NextToken())
         if step == 0:
-            for name, parameter in engine.module.named_parameters():
+            for name, parameter in named:
                 tensors[f"grad/{name}"] = whole(parameter, safe_get_full_grad(parameter), engine).clone()
         sums = engine.update(lr=1e-2)
         losses.append(sums.mean_loss)
@@ -90,7 +91,7 @@ def run_layout(
         by_source.append((sums.loss / sums.weight).tolist())
         assert all(bool((p == safe_get_full_fp32_param(p).to(p.dtype)).all()) for p in engine.module.parameters())
         stats = engine.moe_stats()
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in named:
         tensors[f"weight/{name}"] = whole(parameter, safe_get_full_fp32_param(parameter), engine).clone()
     if place.dp_rank == 0 and place.tp_rank == 0:
         save_file(tensors, str(Path(out) / f"stage_{place.pp_rank}.safetensors"))

@@ -43,6 +43,8 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         ("moe_tied", 2, {"pp": 2}, "fp32"),
         ("moe_tied", 2, {}, "bf16"),
         ("dense_tied", 2, {"pp": 2}, "bf16"),
+        ("moe_tied", 2, {"pp": 2, "vpp": 2}, "fp32"),
+        ("moe_tied", 2, {"tp": 2, "sp": True}, "bf16"),
     ],
 )
 def test_resumed_run_is_bit_identical(
@@ -83,7 +85,15 @@ def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(1, {}), (2, {}), (2, {"tp": 2}), (2, {"pp": 2}), (4, {"tp": 2, "pp": 2}), (4, {"pp": 2})],
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"tp": 2, "sp": True}),
+        (2, {"pp": 2, "layers_per_stage": [1, 3]}),
+        (2, {"pp": 2, "vpp": 2}),
+        (4, {"tp": 2, "pp": 2}),
+        (4, {"pp": 2}),
+    ],
 )
 def test_any_layout_restores_it_bit_identically(
     ranks: RanksOf, saved: Path, tmp_path: Path, world: int, parallel: dict[str, int]

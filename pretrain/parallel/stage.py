@@ -1,0 +1,48 @@
+"""One pipeline rank's part of the model: a chunk of consecutive layers, or with interleaving (vpp) several.
+
+Chunk c of pipeline rank p is virtual stage c * pp + p, so that a micro-batch passes every rank once before it comes
+back to the first (Narayanan et al. 2021, figure 4).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+from torch import nn
+
+from configs.layout import Layout
+from pretrain.model import Decoder, StageSpec
+from pretrain.model.decoder import Block
+from pretrain.model.moe import MoE
+
+
+def stage_specs(layout: Layout, pp_rank: int) -> list[StageSpec]:
+    """What each chunk of a pipeline rank holds."""
+    last = layout.pp * layout.vpp - 1
+    virtual = [chunk * layout.pp + pp_rank for chunk in range(layout.vpp)]
+    return [StageSpec(layout.layers_of_stage(v), v == 0, v == last) for v in virtual]
+
+
+class Stage(nn.Module):
+    """The chunks as one module, for ZeRO; the schedules run `chunks` one by one."""
+
+    def __init__(self, chunks: Iterable[Decoder]):
+        super().__init__()
+        self._chunks = nn.ModuleList(chunks)
+
+    @property
+    def chunks(self) -> list[Decoder]:
+        return [cast(Decoder, chunk) for chunk in self._chunks]
+
+    @property
+    def blocks(self) -> dict[int, Block]:
+        """Blocks by global layer index."""
+        return {layer: block for chunk in self.chunks for layer, block in chunk.blocks.items()}
+
+    @property
+    def moe_layers(self) -> dict[int, MoE]:
+        return {layer: moe for chunk in self.chunks for layer, moe in chunk.moe_layers.items()}
+
+    def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in checkpoints and init, parameter)."""
+        for chunk in self.chunks:
+            yield from chunk.named_global_parameters()
