@@ -91,12 +91,17 @@ class Precision(StrEnum):
 
 
 class TrainSection(Section):
+    """`recompute` trades time for memory: `selective` keeps nothing inside attention (scores and softmax), `full`
+    keeps only what goes into each block; the backward pass computes the rest again.
+    """
+
     steps: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
     micro_batch_size: int = Field(ge=1)
     seq_length: int = Field(ge=2)
     precision: Precision = Precision.AUTO
     compile: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
 
 
 class OptimizerConfig(Section):

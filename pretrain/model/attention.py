@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from configs.train import ModelConfig
 from pretrain.model.linear import ColumnLinear, Region, RowLinear
@@ -82,6 +83,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.layer, self.head_dim = layer, config.dim_per_head
+        self.recompute = False  # scores and softmax are computed again in the backward pass, not kept
         self.region = Region(layer_config, tp_group)
         size_q, size_kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = ColumnLinear(config.hidden_size, size_q, layer_config, tp_group)
@@ -96,11 +98,18 @@ class Attention(nn.Module):
         v = self._heads(self.v_proj(x_SBH))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out_BNSD = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=inputs.mask, is_causal=inputs.mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        if self.recompute and torch.is_grad_enabled():
+            out_BNSD = checkpoint(_attend, q, k, v, inputs.mask, use_reentrant=False)
+        else:
+            out_BNSD = _attend(q, k, v, inputs.mask)
         return self.o_proj(out_BNSD.permute(2, 0, 1, 3).flatten(2))
 
     def _heads(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """[S, B, heads * D] to [B, heads, S, D]."""
         return x_SBH.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[B, N, S, D], [B, K, T, D] twice to [B, N, S, D]."""
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)

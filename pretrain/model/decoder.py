@@ -6,12 +6,13 @@ knows no ranks. Shape letters: see `attention.py`.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from configs.train import ModelConfig
 from pretrain.model.attention import Attention, AttentionInputs, KVCache
@@ -101,6 +102,13 @@ class Decoder(nn.Module):
                 # With tied embeddings over several stages this is the last stage's copy of `embedding.weight`.
                 self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, layers, tp_group)
         self.input_tensor: torch.Tensor | None = None
+        self.recompute_blocks = False
+
+    def set_recompute(self, recompute: Literal["none", "selective", "full"]) -> None:
+        """What the backward pass computes again instead of keeping it (Korthikanti et al. 2022)."""
+        self.recompute_blocks = recompute == "full"
+        for block in self.blocks.values():
+            block.attention.recompute = recompute == "selective"
 
     @property
     def tied_here(self) -> bool:
@@ -144,7 +152,10 @@ class Decoder(nn.Module):
             assert self.input_tensor is not None, "a later pipeline stage got no input"
             x_SBH = self.input_tensor
         for block in self.blocks.values():
-            x_SBH = block(x_SBH, inputs, valid_SB, cache)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x_SBH = checkpoint(block, x_SBH, inputs, valid_SB, use_reentrant=False)
+            else:
+                x_SBH = block(x_SBH, inputs, valid_SB, cache)
         if cache is not None:
             cache.length += tokens_BS.shape[1]
         if not self.stage.is_last:

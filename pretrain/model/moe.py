@@ -127,7 +127,10 @@ class MoE(nn.Module):
 
 
 class MoEStats:
-    """Sums over the micro-batches of a step, for the log: the auxiliary loss and how many tokens each expert got."""
+    """Sums over the micro-batches of a step, for the log: the auxiliary loss and how many tokens each expert got.
+
+    A block that is recomputed adds its micro-batch twice, to all three: only their ratios mean anything.
+    """
 
     def __init__(self) -> None:
         self.aux_loss: torch.Tensor | float = 0.0

@@ -65,6 +65,7 @@ class Engine:
         schedule_config = _schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):
             init_weights(chunk, seed, layout.tp, place.tp_rank)
+            chunk.set_recompute(train.recompute)
             asked: Any = chunk  # the schedules look for attributes of their own
             asked.config, asked.model_type, asked.vp_stage = schedule_config, ModelType.encoder_or_decoder, i
         self.module = Stage(chunks)

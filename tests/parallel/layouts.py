@@ -72,9 +72,10 @@ def run_layout(
     steps: int = 2,
     dtype: str = "float32",
     compile_blocks: bool = False,
+    recompute: str = "none",
 ) -> dict[str, Any]:
     """Trains `steps` steps. Each stage's first rank writes its gradients of the first step and final parameters."""
-    engine = make_engine(model, parallel, dtype, compile=compile_blocks)
+    engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute)
     place, layout = engine.place, engine.place.layout
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
     named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]

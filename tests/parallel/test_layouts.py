@@ -122,6 +122,28 @@ def test_bf16_layouts_stay_close_to_fp32(
         assert 1e-5 < error < 0.1, "bf16 rounding shows, and no more than that"
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(("model", "layout"), [("dense", "tp2sp"), ("moe_tied", "pp2vpp2"), ("moe_tied", "dp2")])
+def test_recomputing_activations_changes_nothing(
+    run: RunLayout, ranks: Callable[[int], Ranks], tmp_path: Path, model: str, layout: str, recompute: str
+) -> None:
+    (expected, *_), reference = run(model, layout)
+    world, parallel = LAYOUTS[layout]
+    result, *_ = ranks(world).run(
+        "tests.parallel.layouts:run_layout",
+        process_group=False,
+        model=MODELS[model],
+        parallel=parallel,
+        out=str(tmp_path),
+        recompute=recompute,
+    )
+    assert result["moe"] == pytest.approx(expected["moe"], rel=1e-6)  # a mean over everything twice, in fp32
+    assert {**result, "moe": expected["moe"]} == expected  # bit by bit: the same kernels on the same numbers
+    tensors = {name: t for file in sorted(tmp_path.glob("*.safetensors")) for name, t in load_file(file).items()}
+    assert tensors.keys() == reference.keys()
+    assert all(torch.equal(tensors[name], reference[name]) for name in tensors)
+
+
 @pytest.mark.full
 def test_compiled_blocks_compute_the_same(run: RunLayout, ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     (expected, *_), _ = run("dense", "one")

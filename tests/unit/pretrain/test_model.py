@@ -41,6 +41,26 @@ def test_documents_in_a_packed_row_do_not_see_one_another(config: ModelConfig) -
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE])
+def test_recompute_keeps_less(config: ModelConfig) -> None:
+    decoder = model(config).train()
+    tokens, positions = torch.randint(0, 96, (2, 32)), torch.arange(32).expand(2, 32)
+    kept = {}
+    for recompute in ("none", "selective", "full"):
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        decoder.set_recompute(recompute)  # type: ignore[arg-type]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = decoder(tokens, positions, torch.zeros_like(tokens))
+        kept[recompute] = sum(sizes.values())
+        logits.sum().backward()
+    assert kept["full"] < kept["selective"] < kept["none"]
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE])
 def test_logits_at_some_places_are_those_of_all(config: ModelConfig) -> None:
     decoder = model(config)
     tokens, positions = torch.randint(0, 96, (2, 7)), torch.arange(7).expand(2, 7)
