@@ -20,10 +20,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("export.import_hf:main", "a Hugging Face directory as a checkpoint"),
     "generate": ("export.generate:main", "continue a prompt with a checkpoint"),
     "chat": ("export.generate:chat", "talk to a fine-tuned checkpoint"),
+    "prove": ("pretrain.proof.command:main", "parallel layouts against one rank, tensor by tensor"),
+    "inspect": ("pretrain.checkpoint.inspection:main", "a checkpoint's step, config, shapes and norms"),
     "launch": ("launch.local:main", "run any of these as several ranks on this machine"),
     "report": ("pretrain.report:main", "draw a training run's report.html again"),
 }
-NOT_BUILT = ("data explain", "data sample", "tokenizer", "plan", "prove", "rm", "dpo", "ppo", "eval", "doctor")
+NOT_BUILT = ("data explain", "data sample", "tokenizer", "plan", "rm", "dpo", "ppo", "eval", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

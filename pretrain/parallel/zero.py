@@ -40,6 +40,16 @@ def master_partitions(engine: Any) -> list[torch.Tensor]:
     return zero.fp32_groups_flat_partition if bf16 else zero.single_partition_of_fp32_groups
 
 
+def full_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """The step's fp32 gradient, after ZeRO's average over data parallel; collective over it."""
+    return deepspeed.utils.safe_get_full_grad(parameter)
+
+
+def full_weight(parameter: nn.Parameter) -> torch.Tensor:
+    """The fp32 master weight, put together over data parallel; collective over it."""
+    return deepspeed.utils.safe_get_full_fp32_param(parameter)
+
+
 def gradient(parameter: nn.Parameter) -> torch.Tensor:
     """The gradient accumulated so far: in bf16 the fp32 buffer, flat; else the parameter's own."""
     result = getattr(parameter, "_hp_grad", None)

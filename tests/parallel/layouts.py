@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors.torch import save_file
 
 from configs.layout import Layout
@@ -17,8 +15,9 @@ from launch.environment import ClusterEnvironment
 from pretrain.data import micro_batches, share_of_rank
 from pretrain.model.init import split_dim
 from pretrain.model.losses import NextToken
-from pretrain.parallel import groups
+from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
+from pretrain.proof.step import packed_rows
 
 SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
 
@@ -38,21 +37,7 @@ def make_engine(model: dict[str, Any], parallel: dict[str, Any], dtype: str = "f
 
 
 def rows(first: int, count: int, vocab_size: int) -> list[Row]:
-    """Packed rows with uneven documents, uneven masks and padding, some empty: valid tokens differ from row to row."""
-    result = []
-    for i in range(first, first + count):
-        draw = np.random.default_rng(i)
-        cut, end = sorted(draw.choice(np.arange(3, SEQ_LENGTH + 1), 2, replace=False))
-        steps = np.arange(SEQ_LENGTH)
-        segments = np.where(steps < cut, 0, np.where(steps < end, 1, -1))
-        positions = np.where(steps < cut, steps, np.where(steps < end, steps - cut, 0))
-        mask = (segments >= 0) & (draw.random(SEQ_LENGTH) < draw.random())
-        mask[0] = True
-        if i % GLOBAL_BATCH in (MICRO_BATCH, MICRO_BATCH + 1):
-            mask[:] = False  # a whole micro-batch that nothing is trained on
-        tokens, labels = draw.integers(0, vocab_size, (2, SEQ_LENGTH))
-        result.append(Row(tokens, labels, mask, positions, segments, source=i % 2))
-    return result
+    return packed_rows(first, count, vocab_size, SEQ_LENGTH)
 
 
 def whole(parameter: torch.nn.Parameter, tensor: torch.Tensor, engine: Engine) -> torch.Tensor:
@@ -85,15 +70,15 @@ def run_layout(
         engine.accumulate(batches, NextToken())
         if step == 0:
             for name, parameter in named:
-                tensors[f"grad/{name}"] = whole(parameter, safe_get_full_grad(parameter), engine).clone()
+                tensors[f"grad/{name}"] = whole(parameter, zero.full_gradient(parameter), engine).clone()
         sums = engine.update(lr=1e-2)
         losses.append(sums.mean_loss)
         norms.append(sums.grad_norm)
         by_source.append((sums.loss / sums.weight).tolist())
-        assert all(bool((p == safe_get_full_fp32_param(p).to(p.dtype)).all()) for p in engine.module.parameters())
+        assert all(bool((p == zero.full_weight(p).to(p.dtype)).all()) for p in engine.module.parameters())
         stats = engine.moe_stats()
     for name, parameter in named:
-        tensors[f"weight/{name}"] = whole(parameter, safe_get_full_fp32_param(parameter), engine).clone()
+        tensors[f"weight/{name}"] = whole(parameter, zero.full_weight(parameter), engine).clone()
     if place.dp_rank == 0 and place.tp_rank == 0:
         save_file(tensors, str(Path(out) / f"stage_{place.pp_rank}.safetensors"))
     groups.stop()

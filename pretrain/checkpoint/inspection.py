@@ -1,0 +1,129 @@
+"""`trivium inspect CHECKPOINT`: what a checkpoint holds, on one process, whatever layout wrote it.
+
+Every file is held against its checksum first. Tensors are read one at a time, so it needs memory for the largest
+alone. Leaves out comparing two checkpoints.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.loader import ConfigError, entrypoint, toml
+from pretrain.checkpoint import storage
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """Of one parameter: the fp32 master weight's Frobenius norm and largest size, and the rms of Adam's moments.
+
+    `exp_avg` is the rms of the first moment, `exp_avg_sq` the root of the second one's mean: both in units of the
+    gradient. `not_finite` counts weights and moments that are NaN or infinite.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    largest: float
+    exp_avg: float
+    exp_avg_sq: float
+    not_finite: int
+
+
+def tensor_facts(path: Path) -> Iterator[TensorFacts]:
+    """Of all parameters, in the checkpoint's order."""
+    with storage.Reader(path) as reader:
+        for name in reader.names:
+            weight, first, second = (reader.read(name, kind).double() for kind in storage.KINDS)
+            yield TensorFacts(
+                name,
+                tuple(weight.shape),
+                norm=float(weight.norm()),
+                largest=float(weight.abs().max()),
+                exp_avg=math.sqrt(float(first.square().mean())),
+                exp_avg_sq=math.sqrt(float(second.mean())),
+                not_finite=sum(int((~tensor.isfinite()).sum()) for tensor in (weight, first, second)),
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 if the checkpoint is damaged or a value in it is not finite, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="trivium inspect",
+        description="Shows a checkpoint's step, config, shapes and norms, after checking its files.",
+        epilog="example:\n  trivium inspect runs/demo/pretrain",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run: its newest whole one")
+    parser.add_argument("--json", action="store_true", help="print JSON instead, for scripts")
+    args = parser.parse_args(argv)
+    try:
+        path = _checkpoint(args.path)
+        manifest = storage.verify(path)
+    except storage.CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    facts = list(tensor_facts(path))
+    summary = _summary(path, manifest, facts)
+    if args.json:
+        print(json.dumps({**summary, "config": manifest["config"], "tensors": [vars(f) for f in facts]}, indent=1))
+    else:
+        _show(summary, manifest["config"], facts, Console())
+    return 1 if summary["not_finite"] else 0
+
+
+def _checkpoint(path: Path) -> Path:
+    if (path / "manifest.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        return storage.latest(path)
+    raise ConfigError(
+        f"{path} is neither a checkpoint (it has no manifest.json) nor a run (it has no checkpoints/); name one, "
+        "e.g. runs/demo/pretrain"
+    )
+
+
+def _summary(path: Path, manifest: dict[str, Any], facts: list[TensorFacts]) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "step": manifest["step"],
+        "tokens": manifest["tokens"],
+        "samples": manifest["samples"],
+        "layout": manifest["layout"],
+        "optimizer_steps": manifest["optimizer_steps"],
+        "parameters": sum(math.prod(f.shape) for f in facts),
+        "norm": math.sqrt(sum(f.norm**2 for f in facts)),
+        "bytes": sum(file["bytes"] for file in manifest["files"].values()),
+        "files": len(manifest["files"]),
+        "not_finite": sum(f.not_finite for f in facts),
+    }
+
+
+def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFacts], console: Console) -> None:
+    console.print(toml(config).decode().strip(), markup=False, highlight=False)
+    table = Table("parameter", "shape", *(("norm", "largest", "exp_avg", "√exp_avg_sq")))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for f in facts:
+        numbers = (f"{value:.4g}" for value in (f.norm, f.largest, f.exp_avg, f.exp_avg_sq))
+        table.add_row(f.name, "×".join(map(str, f.shape)), *numbers, style="bold red" if f.not_finite else None)
+    console.print(table)
+    console.print(
+        f"{summary['path']}: step {summary['step']}, {summary['tokens']:,} tokens, {summary['parameters']:,} "
+        f"parameters of norm {summary['norm']:.4g}\nsaved by {summary['layout']} in {summary['files']} files, "
+        f"{summary['bytes'] / 1e6:.1f} MB, all as their checksums say",
+        highlight=False,
+    )
+    if summary["not_finite"]:
+        console.print(f"{summary['not_finite']:,} values are not finite (red); go back to an earlier checkpoint")
+
+
+if __name__ == "__main__":
+    entrypoint(main)

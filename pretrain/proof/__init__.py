@@ -1,0 +1,1 @@
+"""`trivium prove`: any layout held against one rank, tensor by tensor."""

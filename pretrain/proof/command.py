@@ -1,0 +1,275 @@
+"""`trivium prove CONFIG --layouts tp2,pp2,...`: each layout against one rank, on the same model, batch and seed.
+
+A layout is started as training would be (`launch.local`), takes one step of real training (`proof.step`), and what it
+computed is compared: loss, grad norm, every gradient, every parameter after the step, within the bounds of
+`proof.bounds`. When something differs, the FIRST tensor on the way says where to look: in the order of the forward
+pass, then of the backward pass, then the gradients. Leaves out layouts over several machines.
+"""
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from configs.layout import Layout
+from configs.loader import ConfigError, entrypoint, load, plain, toml, validate, write_atomic
+from configs.train import ParallelConfig, Precision, PretrainConfig
+from pretrain.proof.bounds import Depth, adam_step_bound, bound
+from pretrain.proof.injections import INJECTIONS
+
+DEGREES = ("tp", "pp", "vpp", "dp", "ep", "cp", "zero")
+SECONDS = 1800  # for one layout
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout by its name, e.g. `tp2sp_pp2`, with the overrides and the ranks that it takes."""
+
+    name: str
+    world_size: int
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> "Candidate":
+        """Errors: ConfigError if `name` is not made of degrees."""
+        parts = re.findall(r"sp|[a-z]+\d+", name)
+        degrees = {p.rstrip("0123456789"): int(p.lstrip("abcdefghijklmnopqrstuvwxyz")) for p in parts if p != "sp"}
+        if "".join(parts) != re.sub("[_x]", "", name) or not parts or set(degrees) - set(DEGREES):
+            raise ConfigError(
+                f"--layouts: {name!r} is not a layout; write degrees one after another, e.g. tp2, tp2sp, tp2pp2dp2 "
+                f"(of {', '.join(DEGREES)}, and sp)"
+            )
+        dp = degrees.pop("dp", degrees.get("ep", 2 if "zero" in degrees else 1))
+        world = degrees.get("tp", 1) * degrees.get("pp", 1) * degrees.get("cp", 1) * dp
+        overrides = tuple(f"parallel.{key}={value}" for key, value in degrees.items())
+        return cls(name, world, overrides + (("parallel.sp=true",) if "sp" in parts else ()))
+
+
+@dataclass
+class Verdict:
+    """One layout's comparison. Errors are relative; `first` names the first tensor out of bounds, None if none is."""
+
+    layout: str
+    ranks: int
+    seconds: float
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    gradient: float = math.nan
+    gradient_of: str = ""
+    weight: float = math.nan
+    weight_of: str = ""
+    first: str | None = None
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed
+
+
+class Step:
+    """What one layout computed, as whole tensors by global name, read one at a time."""
+
+    def __init__(self, directory: Path):
+        self.facts: dict[str, Any] = json.loads((directory / "step.json").read_text())
+        self._where: dict[str, list[tuple[Any, int, int | None]]] = {}  # key: (file, tp rank, split dimension)
+        for path in sorted(directory.glob("rank_*.safetensors")):
+            file = safe_open(path, framework="pt").__enter__()
+            metadata = file.metadata()
+            for key in file.keys():  # noqa: SIM118  not a dict
+                if key.startswith(("forward", "backward")) or metadata["dp_rank"] == "0":
+                    split = metadata.get(key)
+                    place = (file, int(metadata["tp_rank"]), None if split is None else int(split))
+                    self._where.setdefault(key, []).append(place)
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self._where)
+
+    def copies(self, key: str) -> list[torch.Tensor]:
+        """The whole tensor; more than one where several tensor-parallel ranks hold all of it."""
+        places = sorted(self._where[key], key=lambda place: place[1])
+        parts = [file.get_tensor(key).double() for file, _, _ in places]
+        dim = places[0][2]
+        return parts if dim is None else [torch.cat(parts, dim)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 if every layout is within bounds, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="trivium prove",
+        description="Holds layouts against one rank: loss, every gradient, grad norm, parameters after a step.",
+        epilog="example:\n  trivium prove configs/pretrain/demo_moe.toml --layouts tp2,tp2sp,pp2vpp2,tp2pp2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a pretraining config; its data is not read")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
+    parser.add_argument("--layouts", required=True, help="names with commas between, e.g. tp2,pp2,tp2sp")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="fp32 if left out")
+    parser.add_argument("--inject", metavar="NAME", help="plant a known bug, to see it caught; see proof/injections.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/prove"), help="where to work; runs/prove if left out")
+    args = parser.parse_intermixed_args(argv)
+    config = load(PretrainConfig, args.config, [*args.overrides, f"train.precision={args.precision}"])
+    if args.inject and args.inject not in INJECTIONS:
+        raise ConfigError(f"--inject {args.inject!r} is no known bug; there are {', '.join(INJECTIONS)}")
+    candidates = [Candidate.parse(name) for name in args.layouts.split(",")]
+    for candidate in candidates:
+        _check(candidate, config)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.out / "config.toml", toml(plain(config)))
+
+    console = Console()
+    verdicts = []
+    try:
+        _run(Candidate("one", 1, ()), args.out, console)
+        for candidate in candidates:
+            seconds = _run(candidate, args.out, console, args.inject)
+            verdicts.append(compare(args.out / "one", args.out / candidate.name, candidate, config, seconds))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    write_atomic(args.out / "prove.json", json.dumps([asdict(v) for v in verdicts], indent=1).encode())
+    _show(verdicts, config, console)
+    console.print(f"all numbers: {args.out / 'prove.json'}", highlight=False)
+    return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+def _check(candidate: Candidate, config: PretrainConfig) -> None:
+    """Refuses what training would refuse, before anything is started."""
+    parallel = plain(config.parallel)
+    for override in candidate.overrides:
+        key, value = override.removeprefix("parallel.").split("=")
+        parallel[key] = value == "true" if key == "sp" else int(value)
+    try:
+        Layout.of(candidate.world_size, validate(ParallelConfig, parallel), config.model, config.train)
+    except ConfigError as error:
+        raise ConfigError(f"--layouts: {candidate.name}: {error}") from None
+
+
+def _run(candidate: Candidate, out: Path, console: Console, inject: str | None = None) -> float:
+    """Starts the ranks and waits. Returns seconds. Errors: RuntimeError with what the ranks said last."""
+    started = time.perf_counter()
+    directory = out / candidate.name
+    for stale in directory.glob("*"):
+        stale.unlink()
+    command = [sys.executable, "-m", "launch.local", "--nproc-per-node", str(candidate.world_size)]
+    command += ["pretrain.proof.step", str(out / "config.toml"), f"run.dir={directory}", *candidate.overrides]
+    if inject:
+        command += ["--inject", inject]
+    with console.status(f"{candidate.name}: one step on {candidate.world_size} ranks"):
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=SECONDS
+        )
+    if done.returncode or not (directory / "step.json").is_file():
+        raise RuntimeError(f"{candidate.name}: its ranks ended with status {done.returncode}:\n{done.stdout[-3000:]}")
+    return time.perf_counter() - started
+
+
+def compare(one: Path, other: Path, candidate: Candidate, config: PretrainConfig, seconds: float) -> Verdict:
+    """Holds what `other` wrote against `one`."""
+    reference, found = Step(one), Step(other)
+    precision = Precision(config.train.precision).value
+    tokens = config.train.global_batch_size * config.train.seq_length
+    depth = Depth(config.model, config.train.seq_length, tokens)
+    verdict = Verdict(candidate.name, candidate.world_size, seconds)
+    for name in ("loss", "grad_norm"):
+        error = abs(found.facts[name] / reference.facts[name] - 1)
+        setattr(verdict, name, error)
+        if not error <= bound(depth.loss if name == "loss" else depth.gradient(0), precision):
+            verdict.failed.append(name)
+    missing = _without_copies(reference.keys) ^ _without_copies(found.keys)
+    if missing:
+        verdict.failed.append(f"only one of the two has {sorted(missing)[:3]}")
+    worst = {"grad": (0.0, ""), "weight": (0.0, "")}
+    for key in in_order(reference.keys & found.keys, config.model.num_layers):
+        (expected,) = reference.copies(key)
+        allowed = _allowed(key, expected, reference, depth, config, precision)
+        scale = float(expected.norm())
+        error = max(float((copy - expected).norm()) for copy in found.copies(key)) / (scale or 1.0)
+        kind, _, name = key.partition("/")
+        if kind in worst and error > worst[kind][0]:
+            worst[kind] = error, name
+        if not error <= allowed:
+            verdict.failed.append(f"{key}: {error:.1e}, allowed {allowed:.1e}")
+            verdict.first = verdict.first or key
+    (verdict.gradient, verdict.gradient_of), (verdict.weight, verdict.weight_of) = worst["grad"], worst["weight"]
+    return verdict
+
+
+def _without_copies(keys: set[str]) -> set[str]:
+    """The tied head's copy on a last stage has the embedding's name elsewhere."""
+    return {key for key in keys if not key.endswith("/lm_head.weight")}
+
+
+def _allowed(
+    key: str, expected: torch.Tensor, reference: Step, depth: Depth, config: PretrainConfig, precision: str
+) -> float:
+    """The relative error that rounding explains."""
+    kind, _, name = key.partition("/")
+    layer = _layer(name, config.model.num_layers)
+    if kind == "forward":
+        return bound(depth.forward(layer), precision)
+    if kind == "backward":
+        return bound(depth.backward(layer), precision)
+    error = bound(depth.gradient(max(layer, 0)), precision)
+    if kind == "grad":
+        return error
+    (gradient,) = reference.copies(f"grad/{name}")
+    clip = config.optimizer.clip_grad
+    clipped = gradient * min(1.0, clip / reference.facts["grad_norm"]) if clip else gradient
+    step = adam_step_bound(clipped, error, config.optimizer, config.optimizer.lr)
+    rounding = bound(1, "fp32" if precision == "fp32" else precision)
+    return rounding + float(step.norm() / expected.norm())
+
+
+def _layer(name: str, num_layers: int) -> int:
+    """The layer that a tensor belongs to: -1 for the embedding, the last for what follows the layers."""
+    if name.startswith("layers."):
+        return int(re.split(r"[./]", name)[1])
+    return -1 if name.startswith("embedding") else num_layers - 1
+
+
+def in_order(keys: set[str], num_layers: int) -> Iterator[str]:
+    """Forward order, then backward, then gradients in backward order, then weights."""
+
+    def place(key: str) -> tuple[int, float, int, str]:
+        kind, _, name = key.partition("/")
+        layer: float = _layer(name, num_layers) + (0.5 if not name.startswith(("layers.", "embedding")) else 0.0)
+        inside = 0 if ".attention" in name else 1 if ".mlp" in name or ".moe" in name else 2
+        passes = ("forward", "backward", "grad", "weight").index(kind)
+        return (passes, layer, inside, name) if kind in ("forward", "weight") else (passes, -layer, -inside, name)
+
+    return iter(sorted(keys, key=place))
+
+
+def _show(verdicts: Sequence[Verdict], config: PretrainConfig, console: Console) -> None:
+    table = Table(
+        title=f"{config.model.num_parameters():,} parameters, {config.train.precision}: errors against one rank"
+    )
+    for title in ("layout", "ranks", "loss", "grad norm", "gradients", "weights", "verdict", "seconds"):
+        table.add_column(title, justify="left" if title in ("layout", "verdict") else "right")
+    for v in verdicts:
+        numbers = (f"{error:.1e}" for error in (v.loss, v.grad_norm, v.gradient, v.weight))
+        verdict = "[green]pass[/]" if v.passed else "[bold red]FAIL[/]"
+        table.add_row(v.layout, str(v.ranks), *numbers, verdict, f"{v.seconds:.0f}")
+    console.print(table)
+    for v in verdicts:
+        if not v.passed:
+            console.print(f"{v.layout}: {len(v.failed)} out of bounds; first on the way: {v.first or v.failed[0]}")
+        for line in v.failed[:5]:
+            console.print(f"  {line}", highlight=False)
+
+
+if __name__ == "__main__":
+    entrypoint(main)

@@ -1,0 +1,111 @@
+"""Known bugs of parallel training, planted on purpose to show that the proof catches them.
+
+Each is a context in which an engine is built and takes its step. `trivium prove ... --inject NAME` plants it in every
+layout, never in the one rank they are held against.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pretrain.model import Decoder, init_weights
+from pretrain.model.batch import Batch
+from pretrain.model.losses import NextToken
+from pretrain.model.norm import RMSNorm
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.gradients import mark_copies, sum_partial
+from pretrain.parallel.groups import Place
+from pretrain.parallel.stage import Stage
+
+ENGINE = "pretrain.parallel.engine"
+
+
+def norm_gradients_not_summed() -> AbstractContextManager[Any]:
+    """Under sequence parallel each rank keeps the gradient that its share of the sequence gives a norm weight."""
+
+    def planted(stage: Stage, place: Place) -> None:
+        sum_partial(stage, replace(place, layout=replace(place.layout, sp=False)))
+
+    return mock.patch(f"{ENGINE}.sum_partial", planted)
+
+
+def partial_gradients_summed_twice() -> AbstractContextManager[Any]:
+    """The tied embedding's copies (and under sequence parallel the norms) get their sum once more."""
+
+    def planted(stage: Stage, place: Place) -> None:
+        sum_partial(stage, place)
+        sum_partial(stage, place)
+
+    return mock.patch(f"{ENGINE}.sum_partial", planted)
+
+
+def replicated_weights_counted_tp_times() -> AbstractContextManager[Any]:
+    """The grad norm takes norm weights, which every tensor-parallel rank holds, for weights that are split."""
+
+    def planted(stage: Stage) -> None:
+        mark_copies(stage)
+        for module in stage.modules():
+            if isinstance(module, RMSNorm):
+                vars(module.weight)["model_parallel"] = True  # what DeepSpeed looks for
+
+    return mock.patch(f"{ENGINE}.mark_copies", planted)
+
+
+def mean_of_means() -> AbstractContextManager[Any]:
+    """Each micro-batch's loss is a mean over its own tokens, however few they are."""
+    right = NextToken.__call__
+
+    def planted(self: NextToken, logprobs_BS: torch.Tensor, batch: Batch) -> Any:
+        loss_BS, metrics = right(self, logprobs_BS, batch)
+        return loss_BS * batch.loss_mask.numel() / 2 / batch.loss_mask.sum().clamp(min=1), metrics
+
+    return mock.patch.object(NextToken, "__call__", planted)
+
+
+def auxiliary_loss_times_micro_batches() -> AbstractContextManager[Any]:
+    """The auxiliary loss is scaled by the number of micro-batches."""
+    right = Engine._run
+
+    def planted(self: Engine, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        for moe in self.module.moe_layers.values():
+            moe.sequence_weight *= len(batches)
+        return right(self, batches, *args, **kwargs)
+
+    return mock.patch.object(Engine, "_run", planted)
+
+
+def chunks_initialised_alike() -> AbstractContextManager[Any]:
+    """Every pipeline chunk counts its layers from 0, and so draws the first chunk's weights."""
+
+    def planted(chunk: Decoder, *args: Any) -> None:
+        first = min(chunk.blocks)
+
+        def counted_from_zero() -> list[Any]:
+            return [
+                (name.replace(f"layers.{i}.", f"layers.{i - first}.") if f"layers.{i}." in name else name, parameter)
+                for i in chunk.blocks
+                for name, parameter in Decoder.named_global_parameters(chunk)
+                if name.startswith(f"layers.{i}.") or (i == first and not name.startswith("layers."))
+            ]
+
+        with mock.patch.object(chunk, "named_global_parameters", counted_from_zero):
+            init_weights(chunk, *args)
+
+    return mock.patch(f"{ENGINE}.init_weights", planted)
+
+
+INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    planted.__name__: planted
+    for planted in (
+        norm_gradients_not_summed,
+        partial_gradients_summed_twice,
+        replicated_weights_counted_tp_times,
+        mean_of_means,
+        auxiliary_loss_times_micro_batches,
+        chunks_initialised_alike,
+    )
+}

@@ -1,0 +1,156 @@
+"""What one rank does in a proof: one real training step, with everything that it computed written down.
+
+    torchrun --nproc-per-node 2 -m pretrain.proof.step CONFIG run.dir=OUT parallel.tp=2
+
+Into run.dir go step.json (loss, grad norm, sources) and for each rank rank_N.safetensors: `forward/` what every layer
+gave, `backward/` the loss's gradient by it, `grad/` and `weight/` of every parameter after the step, with how a tensor
+is split over tensor parallel in the file's metadata.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from configs.layout import Layout
+from configs.loader import entrypoint, load, write_atomic
+from configs.train import PretrainConfig
+from data_pipeline.rows import Row
+from launch.environment import ClusterEnvironment
+from pretrain.data import micro_batches, share_of_rank
+from pretrain.model.init import split_dim
+from pretrain.model.losses import NextToken
+from pretrain.parallel import groups, zero
+from pretrain.parallel.engine import Engine
+from pretrain.proof.injections import INJECTIONS
+from pretrain.trainer import choose_dtype
+
+SOURCES = 2
+
+
+def packed_rows(first: int, count: int, vocab_size: int, seq_length: int) -> list[Row]:
+    """Rows that are hard on a layout: uneven documents, uneven masks, padding, and of every eight two untrained.
+
+    Row i is a pure function of i.
+    """
+    rows = []
+    for i in range(first, first + count):
+        draw = np.random.default_rng(i)
+        cut, end = sorted(draw.choice(np.arange(3, seq_length + 1), 2, replace=False))
+        steps = np.arange(seq_length)
+        segments = np.where(steps < cut, 0, np.where(steps < end, 1, -1))
+        positions = np.where(steps < cut, steps, np.where(steps < end, steps - cut, 0))
+        mask = (segments >= 0) & (draw.random(seq_length) < draw.random())
+        mask[0] = True
+        if i % 8 in (2, 3):
+            mask[:] = False
+        tokens, labels = draw.integers(0, vocab_size, (2, seq_length))
+        rows.append(Row(tokens, labels, mask, positions, segments, source=i % SOURCES))
+    return rows
+
+
+class Trace:
+    """Hooks that copy what layers give, and the gradients that come back, by micro-batch of the global batch."""
+
+    def __init__(self, engine: Engine, first_micro_batch: int):
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.split: dict[str, int] = {}
+        self._first, self._layout, self._calls = first_micro_batch, engine.place.layout, Counter[str]()
+        for chunk in engine.module.chunks:
+            if chunk.stage.is_first:
+                self._watch("embedding", chunk.embedding)
+            for layer, block in chunk.blocks.items():
+                self._watch(f"layers.{layer}.attention", block.attention)
+                kind = "moe" if block.is_moe else "mlp"
+                self._watch(f"layers.{layer}.{kind}", getattr(block, kind))
+                self._watch(f"layers.{layer}", block)
+            if chunk.stage.is_last:
+                self._watch("final_norm", chunk.final_norm)
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        def forward(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            if torch._C._current_autograd_node() is not None:  # activations that are computed again in backward
+                return
+            key = f"{name}/{self._first + self._calls[name]}"
+            self._calls[name] += 1
+            self._keep(f"forward/{key}", output)
+            # ZeRO averages over data parallel, so the engine's loss is dp times the loss.
+            output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._layout.dp))
+
+        module.register_forward_hook(forward)
+
+    def _keep(self, key: str, tensor: torch.Tensor) -> None:
+        self.tensors[key] = tensor.detach().float().cpu().clone()
+        if self._layout.sp:
+            self.split[key] = 0
+
+
+def run_step(engine: Engine, config: PretrainConfig, out: Path) -> None:
+    """One step of `config.optimizer.lr` on the first global batch of `packed_rows`."""
+    place, train = engine.place, config.train
+    share = share_of_rank(0, train.global_batch_size, place.dp_rank, place.layout.dp)
+    rows = packed_rows(share.start, len(share), config.model.vocab_size, train.seq_length)
+    trace = Trace(engine, share.start // train.micro_batch_size)
+    engine.accumulate(micro_batches(rows, train.micro_batch_size), NextToken())
+    named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
+    tensors, split = trace.tensors, trace.split
+    for name, parameter in named:
+        tensors[f"grad/{name}"] = zero.full_gradient(parameter).clone()
+    sums = engine.update(config.optimizer.lr)
+    for name, parameter in named:
+        tensors[f"weight/{name}"] = zero.full_weight(parameter).clone()
+        dim = split_dim(parameter)
+        if dim is not None:
+            split |= {f"grad/{name}": dim, f"weight/{name}": dim}
+    out.mkdir(parents=True, exist_ok=True)
+    metadata = {key: str(dim) for key, dim in split.items()}
+    metadata |= {"tp_rank": str(place.tp_rank), "dp_rank": str(place.dp_rank)}
+    whole = {key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(whole, str(out / f"rank_{place.rank:05d}.safetensors"), metadata)
+    facts = {
+        "loss": sums.mean_loss,
+        "grad_norm": sums.grad_norm,
+        "by_source": (sums.loss / sums.weight).tolist(),
+        **engine.moe_stats(),
+    }
+    if place.is_main:
+        write_atomic(out / "step.json", json.dumps(facts, indent=1).encode())
+
+
+def prove_step(config: PretrainConfig, place: groups.Place, inject: str | None = None) -> None:
+    """Builds an engine, with a bug planted if asked for, and takes its step. Collective."""
+    with INJECTIONS[inject]() if inject else nullcontext():
+        dtype = choose_dtype(config.train.precision, place.device)
+        engine = Engine(config.model, config.train, config.optimizer, place, config.run.seed, dtype, SOURCES)
+        run_step(engine, config, Path(config.run.dir))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.proof.step",
+        description="One step in a layout, with all it computed written down; `trivium prove` starts and compares it.",
+    )
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--inject", choices=sorted(INJECTIONS))
+    args = parser.parse_intermixed_args(argv)
+    config = load(PretrainConfig, args.config, args.overrides)
+    env = ClusterEnvironment.read()
+    place = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
+    try:
+        prove_step(config, place, args.inject)
+    finally:
+        groups.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main, speaks=ClusterEnvironment.read().is_main)

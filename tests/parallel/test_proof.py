@@ -1,0 +1,144 @@
+"""`trivium prove` passes what is right, and catches every bug that can be planted, naming where it shows first."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loader import ConfigError, toml, validate
+from configs.train import PretrainConfig
+from pretrain.proof import command
+from pretrain.proof.command import Candidate, Verdict, compare
+from pretrain.proof.injections import INJECTIONS
+from tests.parallel.harness import Ranks
+from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
+from tests.parallel.test_layouts import MODELS
+
+Prove = Callable[..., Verdict]
+
+
+def config(model: str, run_dir: Path, parallel: dict[str, Any], precision: str) -> dict[str, Any]:
+    return {
+        "run": {"dir": str(run_dir)},
+        "data": {"plan": "not read"},
+        "model": MODELS[model],
+        "train": {
+            "steps": 10,
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch_size": MICRO_BATCH,
+            "seq_length": SEQ_LENGTH,
+            "precision": precision,
+        },
+        "optimizer": {"lr": 0.01, "clip_grad": 0.1},
+        "parallel": parallel,
+    }
+
+
+@pytest.fixture(scope="module")
+def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> Prove:
+    """The verdict on a layout; the one rank of each model is run once."""
+    ones: dict[tuple[str, str], Path] = {}
+
+    def run(world: int, model: str, parallel: dict[str, Any], precision: str, inject: str | None) -> Path:
+        out = tmp_path_factory.mktemp("proof")
+        settings = config(model, out, parallel, precision)
+        ranks(world).run("tests.parallel.proof:prove", process_group=False, config=settings, inject=inject)
+        return out
+
+    def prove(layout: str, model: str, inject: str | None = None, precision: str = "fp32") -> Verdict:
+        if (model, precision) not in ones:
+            ones[model, precision] = run(1, model, {}, precision, None)
+        candidate = Candidate.parse(layout)
+        values = dict(o.removeprefix("parallel.").split("=") for o in candidate.overrides)
+        parallel = {key: True if key == "sp" else int(value) for key, value in values.items()}
+        out = run(candidate.world_size, model, parallel, precision, inject)
+        checked = validate(PretrainConfig, config(model, out, {}, precision))
+        return compare(ones[model, precision], out, candidate, checked, 0.0)
+
+    return prove
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "precision"),
+    [
+        ("tp2sp", "moe_tied", "fp32"),
+        ("pp2vpp2", "moe_tied", "fp32"),
+        ("dp2", "moe_tied", "fp32"),
+        ("tp2", "dense", "fp32"),
+        ("tp2pp2", "dense", "bf16"),
+    ],
+)
+def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: str) -> None:
+    verdict = prove(layout, model, precision=precision)
+    assert verdict.passed, verdict.failed[:5]
+    assert verdict.gradient > 0 and verdict.gradient_of  # something was compared, and nothing is exact
+
+
+CAUGHT = [
+    ("norm_gradients_not_summed", "tp2sp", "dense", "grad/final_norm.weight"),
+    ("partial_gradients_summed_twice", "pp2", "dense_tied", "grad/embedding.weight"),
+    ("replicated_weights_counted_tp_times", "tp2", "dense", None),
+    ("mean_of_means", "dp2", "dense", "backward/final_norm/0"),
+    ("auxiliary_loss_times_micro_batches", "pp2", "moe", "backward/layers.3.attention/0"),
+    ("chunks_initialised_alike", "pp2", "dense", "forward/layers.2.attention/0"),
+]
+
+
+@pytest.mark.parametrize(("inject", "layout", "model", "first"), CAUGHT)
+def test_every_planted_bug_is_caught_where_it_first_shows(
+    prove: Prove, inject: str, layout: str, model: str, first: str | None
+) -> None:
+    verdict = prove(layout, model, inject)
+    assert not verdict.passed
+    assert verdict.first == first, verdict.failed[:5]
+    if first is None:  # no tensor is wrong, and Adam's first step does not see by how much gradients are clipped
+        assert verdict.failed == ["grad_norm"]
+
+
+def test_every_injection_is_tested() -> None:
+    assert sorted(INJECTIONS) == sorted(inject for inject, *_ in CAUGHT)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "overrides"),
+    [
+        ("tp2sp", 2, ("parallel.tp=2", "parallel.sp=true")),
+        ("tp2_pp2vpp2", 4, ("parallel.tp=2", "parallel.pp=2", "parallel.vpp=2")),
+        ("tp2pp2dp3", 12, ("parallel.tp=2", "parallel.pp=2")),
+    ],
+)
+def test_layouts_have_names(name: str, world: int, overrides: tuple[str, ...]) -> None:
+    assert Candidate.parse(name) == Candidate(name, world, overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--layouts", "tq2"], "'tq2' is not a layout"),
+        (["--layouts", "tp"], "'tp' is not a layout"),
+        (["--layouts", "tp2,ep2"], "--layouts: ep2: parallel.ep = 2 is not built yet"),
+        (["--layouts", "pp8"], "--layouts: pp8: parallel.pp"),
+        (["--layouts", "tp2", "--inject", "gremlin"], "--inject 'gremlin' is no known bug; there are norm_gradients"),
+    ],
+)
+def test_what_cannot_be_proven_is_refused_before_anything_starts(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_bytes(toml(config("dense", tmp_path / "run", {}, "fp32")))
+    with pytest.raises(ConfigError) as raised:
+        command.main([str(file), *arguments, "--out", str(tmp_path / "out")])
+    assert words in str(raised.value) and not (tmp_path / "out").exists()
+
+
+def test_the_command_starts_layouts_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "config.toml", tmp_path / "out"
+    file.write_bytes(toml(config("dense", tmp_path / "run", {}, "fp32")))
+    planted = ["--inject", "mean_of_means"]
+    assert command.main([str(file), "--layouts", "dp2", "--out", str(out), *planted]) == 1
+    shown = capsys.readouterr().out
+    assert "FAIL" in shown and "first on the way: backward/final_norm/0" in shown
+    (verdict,) = json.loads((out / "prove.json").read_text())
+    assert verdict["layout"] == "dp2" and verdict["first"] == "backward/final_norm/0"
