@@ -1,12 +1,15 @@
 """How far two layouts may be apart in floating point: derived from the model's shape, not tuned.
 
-A dot product of K terms rounds K times. Rounding errors are signed and nearly independent, so the relative error of
-the sum grows like sqrt(K) u, with u the unit roundoff (Higham and Mary 2019, "A new approach to probabilistic rounding
-error analysis"); its worst case K u is next to never seen. Along a chain of products the errors add up, so a tensor's
-*depth* is the sum of sqrt(K) over the products on the longest path to it. Errors are measured as Frobenius norms of
-whole tensors, which average over elements, and two runs are compared, each with an error of its own:
+A rounding error is signed and nearly independent of the others, so n of them on the way to a number are a random walk:
+relative to the sizes of what was added up, the error grows like sqrt(n) u, with u the unit roundoff (Higham and Mary
+2019, "A new approach to probabilistic rounding error analysis"); the worst case, n u, is next to never seen. Errors
+are measured as Frobenius norms of whole tensors, which average over elements, and two runs are compared, each with an
+error of its own:
 
-    bound = 2 u depth
+    bound = 2 u sqrt(n)
+
+What n counts is the *depth* of a tensor: all roundings on the longest path to it. In fp32 a dot product of K terms has
+K of them. In bf16 products are added up in fp32 and only the result is rounded, so it has one.
 """
 
 import math
@@ -18,41 +21,46 @@ from configs.train import ModelConfig, OptimizerConfig
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-9}
 
 
-class Depth:
-    """Depths of a model's activations and gradients, for batches of `tokens` tokens in rows of `seq_length`."""
+class Bounds:
+    """Of a model's activations and gradients, for batches of `tokens` tokens in rows of `seq_length`."""
 
-    def __init__(self, model: ModelConfig, seq_length: int, tokens: int):
-        hidden, root = math.sqrt(model.hidden_size), math.sqrt
-        # Norm and projections, scores and their average over the sequence, output projection.
-        attention = 2 * hidden + root(model.dim_per_head) + root(seq_length)
-        attention += root(model.num_heads * model.dim_per_head)
-        # Norm, gate and up, down; with experts the router before them and the sum over a token's experts after.
-        mlp = 2 * hidden + root(model.ffn_hidden_size)
-        if model.moe:
-            mlp += hidden + root(model.moe.num_experts) + root(model.moe.top_k)
-        self._layer, self._layers = attention + mlp, model.num_layers
-        self._head = 2 * hidden + root(model.vocab_size)  # final norm, logits, softmax
-        self._tokens = root(tokens)
+    def __init__(self, model: ModelConfig, seq_length: int, tokens: int, precision: str):
+        hidden, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_heads * model.dim_per_head
+        # Norm, projections, rotation, scores, their softmax, their average over the sequence, output, residual.
+        attention = [hidden, hidden, 2, model.dim_per_head, seq_length, seq_length, heads, 1]
+        # Norm, gate or up, activation, product of the two, down, residual.
+        mlp = [hidden, hidden, 1, 1, ffn, 1]
+        if model.moe:  # the router and its softmax, then the weights and the sum of a token's experts
+            mlp += [hidden, model.moe.num_experts, 1, model.moe.top_k]
+        head = [hidden, hidden, model.vocab_size]  # final norm, logits, softmax
+        self.precision, self._num_layers = precision, model.num_layers
+        self._layer, self._head = (sum(part) if precision == "fp32" else len(part) for part in (attention + mlp, head))
+        self._tokens = tokens if precision == "fp32" else 1  # in bf16 gradients are accumulated in fp32 too
 
     def forward(self, layer: int) -> float:
         """Of what layer `layer` gives; -1 is the embedding."""
-        return 1 + (layer + 1) * self._layer
+        return self._of(1 + (layer + 1) * self._layer)
 
-    @property
     def loss(self) -> float:
-        return self.forward(self._layers - 1) + self._head + self._tokens
+        return self._of(self._loss_depth())
 
     def backward(self, layer: int) -> float:
-        """Of the loss's gradient by what layer `layer` gives. Each product has two in the backward pass."""
-        return self.loss + 2 * self._head + 2 * (self._layers - 1 - layer) * self._layer
+        """Of the loss's gradient by what layer `layer` gives."""
+        return self._of(self._backward_depth(layer))
 
     def gradient(self, layer: int) -> float:
         """Of the loss's gradient by a weight of layer `layer`, a sum over all tokens."""
-        return self.backward(layer - 1) + self._tokens
+        return self._of(self._backward_depth(layer - 1) + self._tokens)
 
+    def _loss_depth(self) -> int:
+        return 1 + self._num_layers * self._layer + self._head + self._tokens
 
-def bound(depth: float, precision: str) -> float:
-    return 2 * UNIT_ROUNDOFF[precision] * depth
+    def _backward_depth(self, layer: int) -> int:
+        """Every product of the forward pass has two in the backward pass."""
+        return self._loss_depth() + 2 * self._head + 2 * (self._num_layers - 1 - layer) * self._layer
+
+    def _of(self, depth: int) -> float:
+        return 2 * UNIT_ROUNDOFF[self.precision] * math.sqrt(depth)
 
 
 def adam_step_bound(gradient: torch.Tensor, error: float, optimizer: OptimizerConfig, lr: float) -> torch.Tensor:

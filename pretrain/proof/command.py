@@ -26,7 +26,7 @@ from safetensors import safe_open
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, load, plain, toml, validate, write_atomic
 from configs.train import ParallelConfig, Precision, PretrainConfig
-from pretrain.proof.bounds import Depth, adam_step_bound, bound
+from pretrain.proof.bounds import UNIT_ROUNDOFF, Bounds, adam_step_bound
 from pretrain.proof.injections import INJECTIONS
 
 DEGREES = ("tp", "pp", "vpp", "dp", "ep", "cp", "zero")
@@ -179,22 +179,22 @@ def _run(candidate: Candidate, out: Path, console: Console, inject: str | None =
 def compare(one: Path, other: Path, candidate: Candidate, config: PretrainConfig, seconds: float) -> Verdict:
     """Holds what `other` wrote against `one`."""
     reference, found = Step(one), Step(other)
-    precision = Precision(config.train.precision).value
-    tokens = config.train.global_batch_size * config.train.seq_length
-    depth = Depth(config.model, config.train.seq_length, tokens)
+    train = config.train
+    tokens, precision = train.global_batch_size * train.seq_length, Precision(train.precision).value
+    bounds = Bounds(config.model, train.seq_length, tokens, precision)
     verdict = Verdict(candidate.name, candidate.world_size, seconds)
-    for name in ("loss", "grad_norm"):
+    for name, allowed in (("loss", bounds.loss()), ("grad_norm", bounds.gradient(0))):
         error = abs(found.facts[name] / reference.facts[name] - 1)
         setattr(verdict, name, error)
-        if not error <= bound(depth.loss if name == "loss" else depth.gradient(0), precision):
-            verdict.failed.append(name)
+        if not error <= allowed:
+            verdict.failed.append(f"{name}: {error:.1e}, allowed {allowed:.1e}")
     missing = _without_copies(reference.keys) ^ _without_copies(found.keys)
     if missing:
         verdict.failed.append(f"only one of the two has {sorted(missing)[:3]}")
     worst = {"grad": (0.0, ""), "weight": (0.0, "")}
     for key in in_order(reference.keys & found.keys, config.model.num_layers):
         (expected,) = reference.copies(key)
-        allowed = _allowed(key, expected, reference, depth, config, precision)
+        allowed = _allowed(key, expected, reference, bounds, config)
         scale = float(expected.norm())
         error = max(float((copy - expected).norm()) for copy in found.copies(key)) / (scale or 1.0)
         kind, _, name = key.partition("/")
@@ -212,25 +212,22 @@ def _without_copies(keys: set[str]) -> set[str]:
     return {key for key in keys if not key.endswith("/lm_head.weight")}
 
 
-def _allowed(
-    key: str, expected: torch.Tensor, reference: Step, depth: Depth, config: PretrainConfig, precision: str
-) -> float:
+def _allowed(key: str, expected: torch.Tensor, reference: Step, bounds: Bounds, config: PretrainConfig) -> float:
     """The relative error that rounding explains."""
     kind, _, name = key.partition("/")
     layer = _layer(name, config.model.num_layers)
     if kind == "forward":
-        return bound(depth.forward(layer), precision)
+        return bounds.forward(layer)
     if kind == "backward":
-        return bound(depth.backward(layer), precision)
-    error = bound(depth.gradient(max(layer, 0)), precision)
+        return bounds.backward(layer)
+    error = bounds.gradient(max(layer, 0))
     if kind == "grad":
         return error
     (gradient,) = reference.copies(f"grad/{name}")
     clip = config.optimizer.clip_grad
     clipped = gradient * min(1.0, clip / reference.facts["grad_norm"]) if clip else gradient
     step = adam_step_bound(clipped, error, config.optimizer, config.optimizer.lr)
-    rounding = bound(1, "fp32" if precision == "fp32" else precision)
-    return rounding + float(step.norm() / expected.norm())
+    return 2 * UNIT_ROUNDOFF["fp32"] + float(step.norm() / expected.norm())  # master weights are fp32
 
 
 def _layer(name: str, num_layers: int) -> int:
