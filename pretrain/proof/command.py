@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for candidate in candidates:
             seconds = _run(candidate, args.out, console, args.inject)
             verdicts.append(compare(args.out / "one", args.out / candidate.name, candidate, config, seconds))
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     write_atomic(args.out / "prove.json", json.dumps([asdict(v) for v in verdicts], indent=1).encode())

@@ -1,0 +1,55 @@
+"""The demo's presets train alike in every layout: 20 steps on the real corpus, in fp32, through the real launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+LAYOUTS = {"one": (1, ()), "tp2": (2, ("parallel.tp=2",)), "pp2": (2, ("parallel.pp=2",))}
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that looks like the repository, with the demo's plan in runs/demo/data."""
+    place = tmp_path_factory.mktemp("losses")
+    for name in ("configs", "data"):
+        (place / name).symlink_to(ROOT / name)
+    run(place, "data_pipeline.run", "configs/data/demo.toml")
+    return place
+
+
+def run(place: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def losses(place: Path, preset: str, layout: str) -> list[float]:
+    world, overrides = LAYOUTS[layout]
+    run_dir = place / "runs" / f"{preset}_{layout}"
+    settings = (f"run.dir={run_dir}", f"train.steps={STEPS}", "train.precision=fp32", "eval.rows=0", *overrides)
+    launcher = ("launch.local", "--nproc-per-node", str(world))
+    run(place, *launcher, "pretrain.train", f"configs/pretrain/{preset}.toml", *settings)
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("preset", ["demo", "demo_moe"])
+def test_losses_agree_after_twenty_steps(workplace: Path, preset: str) -> None:
+    found = {layout: losses(workplace, preset, layout) for layout in LAYOUTS}
+    assert [len(values) for values in found.values()] == [STEPS] * len(found)
+    assert found["one"][-1] < found["one"][0] - 1
+    for values in found.values():
+        assert values == pytest.approx(found["one"], abs=1e-4)
