@@ -207,14 +207,16 @@ def _members(data: mmap.mmap) -> Iterator[tuple[int, bytes | None, str, int]]:
     """(offset, content or None, reason, compressed size) per gzip member; a stretch that is none counts as
     one.
     """
-    position, bad_since = 0, -1
+    position, bad_since, was_cut = 0, -1, False
     while position < len(data):
         member, end, cut = _inflate(data, position)
         if member is None:
-            bad_since = position if bad_since < 0 else bad_since
-            following = -1 if cut else data.find(_GZIP_MAGIC, position + 1)
+            if bad_since < 0:
+                bad_since, was_cut = position, cut
+            # A corrupt member may well inflate up to the end of the file, over sound ones: look for those all the same.
+            following = data.find(_GZIP_MAGIC, position + 1)
             if following < 0:
-                yield bad_since, None, "cut_gzip" if cut else "corrupt_gzip", len(data) - bad_since
+                yield bad_since, None, "cut_gzip" if was_cut else "corrupt_gzip", len(data) - bad_since
                 return
             position = following
             continue

@@ -82,6 +82,15 @@ def test_warc_pages_are_decoded_by_their_own_encoding(tmp_path: Path) -> None:
     assert record.metadata["url"] == "http://example.org/0"
 
 
+def test_reading_goes_on_after_a_member_that_swallows_the_rest(tmp_path: Path) -> None:
+    """A stored block that claims 65,535 bytes: inflating it runs over the sound members up to the end."""
+    members = warc([PAGE.format(n).encode() for n in range(5)])
+    members[2] = members[2][:10] + b"\x00\xff\xff\x00\x00" + members[2][15:]
+    assert len(b"".join(members[2:])) < 65535
+    records = read(tmp_path / "a.warc.gz", b"".join(members), "warc")
+    assert reasons(records) == ["", "", "corrupt_gzip", "", ""]
+
+
 def test_reading_goes_on_after_a_corrupt_member(tmp_path: Path) -> None:
     members = warc([PAGE.format(n).encode() for n in range(5)])
     broken = bytearray(members[2])
