@@ -96,6 +96,16 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def command_parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` ends with an example that can be copied."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def parse_args(
     schema: type[T],
     argv: Sequence[str] | None,
@@ -108,12 +118,7 @@ def parse_args(
 
     `flags` are (name, help) of extra boolean switches; `--dry-run` is always there.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(prog, description, example)
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.readers.base import BaseDiskReader
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.jsonl import JsonlReader
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding
@@ -79,13 +79,13 @@ class Record:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-class SourceReader(BaseDiskReader):
+class SourceReader(PipelineStep):
     """Reads this task's share of `files`; counts what comes in. Documents carry source, file and position."""
 
-    name = "Sources"
+    name, type = "Sources", "READER"
 
     def __init__(self, files: Sequence[InputFile], tallies: str, progress: str) -> None:
-        super().__init__(data_folder="/")
+        super().__init__()
         # Largest first, so that no task is left alone with a big file at the end.
         self.files = sorted(files, key=lambda file: (-Path(file.path).stat().st_size, file.path))
         self.tallies = tallies
@@ -103,9 +103,6 @@ class SourceReader(BaseDiskReader):
                 yield document
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
         progress.close()
-
-    def read_file(self, filepath: str) -> DocumentsPipeline:
-        raise NotImplementedError("files are read by format, see run")
 
     def _document(self, file: InputFile, record: Record) -> Document:
         return Document(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from configs.loader import ConfigError, entrypoint
+from configs.loader import ConfigError, command_parser, entrypoint
 
 if TYPE_CHECKING:
     from export.chat import TextCodec
@@ -122,11 +122,10 @@ def load(source: str, step: str) -> tuple["Decoder", "TextCodec"]:
 
 
 def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog=prog,
         description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example,
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
     parser.add_argument("--step", default="latest", help='which step of a run, default "latest"')

@@ -5,13 +5,12 @@ the `[model]` section for a training config, and the tokenizer's own files. `tri
 `export` take OUT where they take a run. Leaves out downloading, tokenizer conversion, and pickled weights.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.loader import ConfigError, entrypoint, plain, write_atomic
+from configs.loader import ConfigError, command_parser, entrypoint, plain, write_atomic
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -23,11 +22,10 @@ TOKENIZER_FILES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="trivium import",
         description="Turns a Hugging Face directory (Llama or Mixtral, safetensors) into Trivium weights.",
-        epilog="example:\n  trivium import ~/models/tinyllama runs/imported/tinyllama",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="trivium import ~/models/tinyllama runs/imported/tinyllama",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
     parser.add_argument("out", metavar="OUT", type=Path, help="where to write; must not exist yet")

@@ -5,7 +5,6 @@ itself whether it is finished, so an interrupted demo goes on when it is run aga
 runs/demo/report.html. What the stages wrote is read in launch/demo_report.py; nothing of theirs is imported.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs.loader import ConfigError, entrypoint, write_atomic
+from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
 from launch import tee
 from launch.demo_report import Stage, describe_data, describe_export, describe_training, show, write_html
 from launch.processes import die_with_parent
@@ -58,11 +57,10 @@ STAGES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo from the repository's root. Returns the exit status of the stage that failed, else 0."""
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="trivium demo",
         description="Raw text to verified Hugging Face models. Interrupt it anywhere; run it again to go on.",
-        epilog="example:\n  trivium demo --dry-run",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="trivium demo --dry-run",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the stages' commands, run nothing")
     parser.add_argument(

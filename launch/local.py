@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.loader import ConfigError, entrypoint
+from configs.loader import ConfigError, command_parser, entrypoint
 from launch.environment import DEFAULT_PORT, ClusterEnvironment
 from launch.processes import ProcessGroup, cores
 
@@ -97,13 +97,12 @@ def free_port() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="trivium launch",
         description="Runs an entrypoint as several ranks on this machine.",
-        epilog="example:\n  trivium launch --nproc-per-node 2 pretrain.train configs/pretrain/demo.toml parallel.tp=2\n"
+        example="trivium launch --nproc-per-node 2 pretrain.train configs/pretrain/demo.toml parallel.tp=2\n"
         "on two machines, the second one:\n  trivium launch --nproc-per-node 8 --nnodes 2 --node-rank 1 "
         "--master-address gpu0 pretrain.train CONFIG",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks to start here (default 1)")
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines in all (default 1)")

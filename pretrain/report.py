@@ -5,14 +5,13 @@ trainer calls `write` at the end of every run. Leaves out comparing runs (Tensor
 torch.
 """
 
-import argparse
 import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from configs.loader import ConfigError, entrypoint, write_atomic
+from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
 from pretrain.charts import STYLE, Points, line_chart, short
 
 # Charts in this order, with titles and units; whatever else is measured follows under its own name.
@@ -48,11 +47,10 @@ details > pre { overflow-x: auto; font-size: 12px; background: var(--card); padd
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes RUN_DIR/report.html and prints its path."""
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="trivium report",
         description="Draws a training run's report.html from its metrics.jsonl.",
-        epilog="example:\n  trivium report runs/demo/pretrain",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="trivium report runs/demo/pretrain",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a directory with metrics.jsonl")
     args = parser.parse_args(argv)

@@ -4,7 +4,6 @@ Every file is held against its checksum first. Tensors are read one at a time, s
 alone. Leaves out comparing two checkpoints.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from configs.loader import ConfigError, entrypoint, toml
+from configs.loader import ConfigError, command_parser, entrypoint, toml
 from pretrain.checkpoint import storage
 
 
@@ -55,11 +54,10 @@ def tensor_facts(path: Path) -> Iterator[TensorFacts]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if the checkpoint is damaged or a value in it is not finite, else 0."""
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="trivium inspect",
         description="Shows a checkpoint's step, config, shapes and norms, after checking its files.",
-        epilog="example:\n  trivium inspect runs/demo/pretrain",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="trivium inspect runs/demo/pretrain",
     )
     parser.add_argument("path", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run: its newest whole one")
     parser.add_argument("--json", action="store_true", help="print JSON instead, for scripts")

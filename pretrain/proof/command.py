@@ -6,7 +6,6 @@ computed is compared: loss, grad norm, every gradient, every parameter after the
 pass, then of the backward pass, then the gradients. Leaves out layouts over several machines.
 """
 
-import argparse
 import json
 import math
 import re
@@ -24,7 +23,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from configs.layout import Layout
-from configs.loader import ConfigError, entrypoint, load, plain, toml, validate, write_atomic
+from configs.loader import ConfigError, command_parser, entrypoint, load, plain, toml, validate, write_atomic
 from configs.train import ParallelConfig, Precision, PretrainConfig
 from pretrain.proof.bounds import UNIT_ROUNDOFF, Bounds, adam_step_bound
 from pretrain.proof.injections import INJECTIONS
@@ -35,11 +34,11 @@ SECONDS = 1800  # for one layout
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout by its name, e.g. `tp2sp_pp2`, with the overrides and the ranks that it takes."""
+    """A layout by its name, e.g. `tp2sp_pp2`: the ranks that it takes, and its keys of `parallel`."""
 
     name: str
     world_size: int
-    overrides: tuple[str, ...]
+    parallel: dict[str, Any]
 
     @classmethod
     def parse(cls, name: str) -> "Candidate":
@@ -53,8 +52,12 @@ class Candidate:
             )
         dp = degrees.pop("dp", degrees.get("ep", 2 if "zero" in degrees else 1))
         world = degrees.get("tp", 1) * degrees.get("pp", 1) * degrees.get("cp", 1) * dp
-        overrides = tuple(f"parallel.{key}={value}" for key, value in degrees.items())
-        return cls(name, world, overrides + (("parallel.sp=true",) if "sp" in parts else ()))
+        return cls(name, world, {**degrees, "sp": True} if "sp" in parts else dict(degrees))
+
+    @property
+    def overrides(self) -> list[str]:
+        """For a command line."""
+        return [f"parallel.{key}={str(value).lower()}" for key, value in self.parallel.items()]
 
 
 @dataclass
@@ -107,11 +110,10 @@ class Step:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if every layout is within bounds, else 1."""
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="trivium prove",
         description="Holds layouts against one rank: loss, every gradient, grad norm, parameters after a step.",
-        epilog="example:\n  trivium prove configs/pretrain/demo_moe.toml --layouts tp2,tp2sp,pp2vpp2,tp2pp2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="trivium prove configs/pretrain/demo_moe.toml --layouts tp2,tp2sp,pp2vpp2,tp2pp2",
     )
     parser.add_argument("config", metavar="CONFIG", help="a pretraining config; its data is not read")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     verdicts = []
     try:
-        _run(Candidate("one", 1, ()), args.out, console)
+        _run(Candidate("one", 1, {}), args.out, console)
         for candidate in candidates:
             seconds = _run(candidate, args.out, console, args.inject)
             verdicts.append(compare(args.out / "one", args.out / candidate.name, candidate, config, seconds))
@@ -147,10 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(candidate: Candidate, config: PretrainConfig) -> None:
     """Refuses what training would refuse, before anything is started."""
-    parallel = plain(config.parallel)
-    for override in candidate.overrides:
-        key, value = override.removeprefix("parallel.").split("=")
-        parallel[key] = value == "true" if key == "sp" else int(value)
+    parallel = plain(config.parallel) | candidate.parallel
     try:
         Layout.of(candidate.world_size, validate(ParallelConfig, parallel), config.model, config.train)
     except ConfigError as error:

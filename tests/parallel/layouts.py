@@ -77,9 +77,12 @@ def run_layout(
         by_source.append((sums.loss / sums.weight).tolist())
         assert all(bool((p == zero.full_weight(p).to(p.dtype)).all()) for p in engine.module.parameters())
         stats = engine.moe_stats()
+    share = share_of_rank(900, 6, place.dp_rank, layout.dp)
+    heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), MICRO_BATCH // layout.dp)
+    evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which interleaving has to fill up
     for name, parameter in named:
         tensors[f"weight/{name}"] = whole(parameter, zero.full_weight(parameter), engine).clone()
     if place.dp_rank == 0 and place.tp_rank == 0:
         save_file(tensors, str(Path(out) / f"stage_{place.pp_rank}.safetensors"))
     groups.stop()
-    return {"losses": losses, "norms": norms, "by_source": by_source, "moe": stats}
+    return {"losses": losses, "norms": norms, "by_source": by_source, "moe": stats, "heldout": evaluated.mean_loss}
