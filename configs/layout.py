@@ -1,7 +1,8 @@
 """All degrees of parallelism against model, batch and world size, in one place. No torch, so a login node can ask.
 
-World size = dp * pp * tp (cp and ep are not built yet, see `Layout.of`). Rank order is megatron-core's
-"tp-cp-ep-dp-pp": tensor-parallel ranks are neighbours, pipeline stages are farthest apart.
+World size = dp * pp * cp * tp; experts are spread over ep of the dp * cp ranks that otherwise hold the same weights.
+Rank order is megatron-core's "tp-cp-ep-dp-pp": tensor-parallel ranks are neighbours, pipeline stages are farthest
+apart.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ class Layout:
     world_size: int
     tp: int
     sp: bool
+    cp: int
+    ep: int
     pp: int
     vpp: int
     dp: int
@@ -32,15 +35,19 @@ class Layout:
     def of(cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> "Layout":
         """Checks every degree. Errors: ConfigError naming the numbers and the nearest legal choices."""
         _refuse_unbuilt(parallel)
-        tp, pp, vpp = parallel.tp, parallel.pp, parallel.vpp
-        if world_size % (tp * pp):
+        tp, cp, pp, vpp = parallel.tp, parallel.cp, parallel.pp, parallel.vpp
+        replica = tp * cp * pp
+        if world_size % replica:
             raise ConfigError(
-                f"parallel.tp * parallel.pp = {tp} * {pp} = {tp * pp} does not divide the {world_size} ranks started; "
-                f"start a multiple of {tp * pp} ranks (torchrun --nproc-per-node) or change tp or pp"
+                f"parallel.tp * parallel.cp * parallel.pp = {tp} * {cp} * {pp} = {replica} does not divide the "
+                f"{world_size} ranks started; start a multiple of {replica} ranks (torchrun --nproc-per-node) or "
+                "change tp, cp or pp"
             )
-        _check_tensor_parallel(parallel, model, train)
+        _check_tensor_parallel(parallel, model)
+        _check_sequence(parallel, model, train)
         layers_per_stage = _split_layers(parallel, model)
-        dp = world_size // (tp * pp)
+        dp = world_size // replica
+        _check_experts(parallel, model, dp)
         micro, batch = train.micro_batch_size, train.global_batch_size
         if batch % (dp * micro):
             raise ConfigError(
@@ -54,11 +61,12 @@ class Layout:
                 f"{accum} on each data-parallel rank; use a train.global_batch_size that is a multiple of "
                 f"{dp * micro * pp}, or vpp=1"
             )
-        return cls(world_size, tp, parallel.sp, pp, vpp, dp, parallel.zero, accum, layers_per_stage)
+        return cls(world_size, tp, parallel.sp, cp, parallel.ep, pp, vpp, dp, parallel.zero, accum, layers_per_stage)
 
     def __str__(self) -> str:
         sp, vpp = " sp" if self.sp else "", f" vpp{self.vpp}" if self.vpp > 1 else ""
-        return f"tp{self.tp}{sp} pp{self.pp}{vpp} dp{self.dp} zero{self.zero}"
+        cp, ep = f" cp{self.cp}" if self.cp > 1 else "", f" ep{self.ep}" if self.ep > 1 else ""
+        return f"tp{self.tp}{sp}{cp} pp{self.pp}{vpp} dp{self.dp}{ep} zero{self.zero}"
 
     def layers_of_stage(self, stage: int) -> range:
         """Global indices of the layers of virtual stage `stage`."""
@@ -66,12 +74,13 @@ class Layout:
         return range(first, first + self.layers_per_stage[stage])
 
 
-def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> None:
+def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
     tp = parallel.tp
+    expert_size = "model.moe.ffn_hidden_size" if model.moe and model.moe.ffn_hidden_size else "model.ffn_hidden_size"
     for name, size in (
         ("model.num_heads", model.num_heads),
         ("model.num_kv_heads", model.num_kv_heads),
-        ("model.ffn_hidden_size", model.ffn_hidden_size),
+        (expert_size, model.expert_size),
         ("model.vocab_size", model.vocab_size),
     ):
         if size % tp:
@@ -83,10 +92,48 @@ def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig, train: 
             "parallel.sp = true splits the sequence over the ranks of parallel.tp, and tp = 1 is a single one; set "
             "parallel.sp=false, or a tp of 2 or more"
         )
-    if parallel.sp and train.seq_length % tp:
+
+
+def _check_sequence(parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> None:
+    """Sequences are split over cp everywhere but in attention, which splits heads instead; sp splits further."""
+    tp, cp = parallel.tp, parallel.cp
+    parts = cp * (tp if parallel.sp else 1)
+    if train.seq_length % parts:
+        factors = [f"parallel.cp = {cp}"] * (cp > 1) + [f"parallel.tp = {tp} (parallel.sp = true)"] * parallel.sp
         raise ConfigError(
-            f"train.seq_length = {train.seq_length} is not a multiple of parallel.tp = {tp}, as parallel.sp = true "
-            f"needs it to be; the nearest that is: {max(1, round(train.seq_length / tp)) * tp}"
+            f"train.seq_length = {train.seq_length} is not a multiple of {' * '.join(factors)}; the nearest that is: "
+            f"{max(1, round(train.seq_length / parts)) * parts}"
+        )
+    if cp == 1:
+        return
+    for name, heads in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.num_kv_heads)):
+        if heads % (tp * cp):
+            raise ConfigError(
+                f"{name} = {heads} is not a multiple of parallel.tp * parallel.cp = {tp} * {cp}, over which attention "
+                f"splits its heads; cp could be {_divisors(heads // tp, cp)}"
+            )
+    if model.moe and model.moe.capacity_factor is not None:
+        raise ConfigError(
+            f"model.moe.capacity_factor = {model.moe.capacity_factor} counts an expert's tokens over whole sequences, "
+            f"and parallel.cp = {cp} splits them; leave out capacity_factor (nothing is dropped) or set parallel.cp=1"
+        )
+
+
+def _check_experts(parallel: ParallelConfig, model: ModelConfig, dp: int) -> None:
+    ep, ranks = parallel.ep, dp * parallel.cp
+    if ep == 1:
+        return
+    if model.moe is None:
+        raise ConfigError(f"parallel.ep = {ep} spreads experts, and the model has none; set parallel.ep=1")
+    if model.moe.num_experts % ep:
+        raise ConfigError(
+            f"model.moe.num_experts = {model.moe.num_experts} is not a multiple of parallel.ep = {ep}; ep could be "
+            f"{_divisors(model.moe.num_experts, ep)}"
+        )
+    if ranks % ep:
+        raise ConfigError(
+            f"parallel.ep = {ep} does not divide dp * cp = {dp} * {parallel.cp} = {ranks}, the ranks that experts are "
+            f"spread over; ep could be {_divisors(ranks, ep)}, or start more ranks"
         )
 
 
@@ -137,10 +184,6 @@ def _refuse_unbuilt(parallel: ParallelConfig) -> None:
         raise ConfigError(
             f"parallel.zero = {parallel.zero} is not built yet; only ZeRO stage 1 is: set parallel.zero=1"
         )
-    for name in ("ep", "cp"):
-        degree = getattr(parallel, name)
-        if degree != 1:
-            raise ConfigError(f"parallel.{name} = {degree} is not built yet; set parallel.{name}=1")
 
 
 def _divisors(size: int, near: int) -> str:

@@ -17,23 +17,61 @@ class RunConfig(Section):
 
 
 class MoEConfig(Section):
-    """Top-k softmax routing over `num_experts`, weights renormalised to sum to one (Mixtral)."""
+    """Top-k routing over `num_experts`; the defaults are Mixtral's.
+
+    Gating turns router logits into scores, each expert's by itself (`sigmoid`) or all together (`softmax`); the top_k
+    scores weigh the experts' outputs, `renormalize`d to sum to one, times `routed_scaling`. With `num_groups`, experts
+    come in groups of which a token uses `top_groups`: those with the highest `group_score`, the score of their best
+    expert or the sum of their `top2` (DeepSeek-V2 and V3). `num_shared_experts` see every token.
+
+    Balance: an auxiliary loss over each `sequence`, each `micro_batch` or the `global_batch`; a loss on the size of the
+    router's logits (`z_loss_coef`); or a bias on the scores that choose, moved by `bias_update_rate` after each step
+    towards experts with too few tokens (DeepSeek-V3). With `capacity_factor` an expert takes at most that many times
+    its fair share of a micro-batch's tokens in training and drops later ones; without it nothing is dropped.
+    """
 
     num_experts: int = Field(ge=2)
     top_k: int = Field(default=2, ge=1)
+    ffn_hidden_size: int | None = Field(default=None, ge=8)
+    num_shared_experts: int = Field(default=0, ge=0)
+    gating: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True
+    routed_scaling: float = Field(default=1.0, gt=0)
+    num_groups: int = Field(default=1, ge=1)
+    top_groups: int = Field(default=1, ge=1)
+    group_score: Literal["max", "top2"] = "max"
+    aux_loss: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
     aux_loss_coef: float = Field(default=0.01, ge=0)
+    z_loss_coef: float = Field(default=0.0, ge=0)
+    bias_update_rate: float = Field(default=0.0, ge=0)
+    capacity_factor: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _top_k_fits(self) -> "MoEConfig":
-        if self.top_k > self.num_experts:
+    def _numbers_fit(self) -> "MoEConfig":
+        experts, groups, top_groups = self.num_experts, self.num_groups, self.top_groups
+        if experts % groups:
             raise ValueError(
-                f"model.moe.top_k = {self.top_k} is more than model.moe.num_experts = {self.num_experts}; lower top_k"
+                f"model.moe.num_experts = {experts} is not a multiple of model.moe.num_groups = {groups}; groups are "
+                "of equal size"
+            )
+        if top_groups > groups:
+            raise ValueError(
+                f"model.moe.top_groups = {top_groups} is more than model.moe.num_groups = {groups}; lower top_groups"
+            )
+        reachable = experts // groups * top_groups
+        if self.top_k > reachable:
+            among = f"the {reachable} of {top_groups} groups" if groups > 1 else f"model.moe.num_experts = {experts}"
+            raise ValueError(f"model.moe.top_k = {self.top_k} is more than {among}; lower top_k")
+        if self.group_score == "top2" and experts // groups < 2:
+            raise ValueError(
+                f"model.moe.group_score = 'top2' needs two experts in a group, and {experts} experts in {groups} "
+                "groups have one; set group_score='max'"
             )
         return self
 
 
 class ModelConfig(Section):
-    """A LLaMA-shaped decoder; with `moe`, every MLP is a mixture of experts of `ffn_hidden_size` each."""
+    """A LLaMA-shaped decoder; with `moe`, every MLP is a mixture of experts of `expert_size` each."""
 
     vocab_size: int = Field(ge=8)
     num_layers: int = Field(ge=1)
@@ -42,6 +80,7 @@ class ModelConfig(Section):
     num_heads: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
     head_dim: int | None = Field(default=None, ge=2)
+    qk_norm: bool = False
     norm_eps: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
     tie_embeddings: bool = False
@@ -70,6 +109,11 @@ class ModelConfig(Section):
     def dim_per_head(self) -> int:
         return self.head_dim or self.hidden_size // self.num_heads
 
+    @property
+    def expert_size(self) -> int:
+        """The inner size of one expert's MLP."""
+        return (self.moe and self.moe.ffn_hidden_size) or self.ffn_hidden_size
+
     def num_parameters(self, active: bool = False) -> int:
         """Parameters of the whole model; with `active`, those one token passes through (embedding lookups included)."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
@@ -77,10 +121,12 @@ class ModelConfig(Section):
 
     def parameters_per_layer(self, active: bool = False) -> int:
         attention = 2 * self.hidden_size * self.dim_per_head * (self.num_heads + self.num_kv_heads)
+        if self.qk_norm:
+            attention += 2 * self.dim_per_head
         mlp = 3 * self.hidden_size * self.ffn_hidden_size
         if self.moe:
-            used = self.moe.top_k if active else self.moe.num_experts
-            mlp = used * mlp + self.hidden_size * self.moe.num_experts
+            used = self.moe.num_shared_experts + (self.moe.top_k if active else self.moe.num_experts)
+            mlp = used * 3 * self.hidden_size * self.expert_size + self.hidden_size * self.moe.num_experts
         return attention + mlp + 2 * self.hidden_size
 
 
@@ -126,7 +172,8 @@ class ScheduleConfig(Section):
 class ParallelConfig(Section):
     """Degrees of parallelism; data parallel takes the ranks that are left. `configs.layout` checks them.
 
-    `sp` splits the sequence over the tp ranks where layers are not split. With `vpp` every pipeline rank holds that
+    `sp` splits the sequence over the tp ranks where layers are not split; `cp` splits it everywhere but in attention.
+    `ep` of the ranks that are left share each layer's experts. With `vpp` every pipeline rank holds that
     many chunks of layers, interleaved. `layers_per_stage` has pp * vpp numbers, from the first layer to the last;
     left out, the layers are spread so that the slowest stage, the last with its output head, is as fast as can be.
     """

@@ -14,7 +14,7 @@ from torch import nn
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
-from pretrain.model.init import global_shape, split_dim, tp_slice
+from pretrain.model.slices import tp_split
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.zero import master_partitions
 
@@ -28,6 +28,7 @@ def save(engine: Engine, run_dir: str | Path, step: int, state: dict[str, Any], 
     final = storage.directory(run_dir, step)
     temporary = final.with_name(f".{final.name}")
     failure, part = None, None
+    balance = engine.balance_state()
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         part = storage.write_rank(temporary, engine.place.rank, dict(_owned(engine)))
@@ -37,7 +38,7 @@ def save(engine: Engine, run_dir: str | Path, step: int, state: dict[str, Any], 
     _raise_first(answers, final)
     if engine.place.is_main:
         try:
-            state = {"step": step, **state, "optimizer_steps": _optimizer_steps(engine)}
+            state = {"step": step, **state, "balance": balance, "optimizer_steps": _optimizer_steps(engine)}
             storage.publish(temporary, final, [answer["part"] for answer in answers], state)
             storage.prune(run_dir, keep)
         except OSError as error:
@@ -57,8 +58,9 @@ def restore(engine: Engine, path: str | Path, optimizer: bool = True) -> None:
             address = mapping.lp_fragment_address
             for kind in kinds:
                 whole = reader.read(name, kind)
-                local = tp_slice(whole, parameter, engine.place.layout.tp, engine.place.tp_rank).flatten()
+                local = engine.place.slices.cut(whole, parameter).flatten()
                 _flat(engine, mapping, kind).copy_(local[address.start : address.start + address.numel])
+    engine.restore_balance(reader.manifest.get("balance", {}))
     engine.zero.optimizer.update_lp_params()
 
 
@@ -68,25 +70,26 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
     For rollouts: it needs memory for one whole copy on each rank.
     """
     place = engine.place
-    weights: dict[str, torch.Tensor] = {}
+    weights = {name: torch.tensor(values) for name, values in engine.balance_state().items()}
     local = dict(engine.module.named_global_parameters())
     shapes = place.gather_json({name: list(p.shape) for name, p in local.items()})
     for stage_rank in dist.get_process_group_ranks(place.pp_group):
         for name, shape in shapes[stage_rank].items():
             if name in weights:
                 continue
-            whole = _gather_tp(local[name], engine) if stage_rank == place.rank else None
+            whole = _gather_slices(local[name], engine) if stage_rank == place.rank else None
             weights[name] = _from_stage(whole, len(shape), stage_rank, engine)
     return weights
 
 
-def _gather_tp(parameter: nn.Parameter, engine: Engine) -> torch.Tensor:
-    dim, layout = split_dim(parameter), engine.place.layout
-    if dim is None:
-        return parameter.detach()
-    parts = [torch.empty_like(parameter) for _ in range(layout.tp)]
-    dist.all_gather(parts, parameter.detach().contiguous(), group=engine.place.tp_group)
-    return torch.cat(parts, dim)
+def _gather_slices(parameter: nn.Parameter, engine: Engine) -> torch.Tensor:
+    place, whole = engine.place, parameter.detach()
+    for dim, parts, _ in place.slices.splits(parameter):
+        group = place.tp_group if dim == tp_split(parameter) else place.ep_group
+        slices = [torch.empty_like(whole) for _ in range(parts)]
+        dist.all_gather(slices, whole.contiguous(), group=group)
+        whole = torch.cat(slices, dim)
+    return whole
 
 
 def _from_stage(whole: torch.Tensor | None, ndim: int, stage_rank: int, engine: Engine) -> torch.Tensor:
@@ -112,15 +115,11 @@ def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.T
     place = engine.place
     _make_moments(engine, _optimizer_steps(engine))
     for name, parameter, mapping in _fragments(engine):
-        dim = split_dim(parameter)
-        if getattr(parameter, "ds_pipe_replicated", False) or (dim is None and place.tp_rank > 0):
+        if getattr(parameter, "ds_pipe_replicated", False) or (tp_split(parameter) is None and place.tp_rank > 0):
             continue
-        offset = [0] * parameter.ndim
-        if dim is not None:
-            offset[dim] = place.tp_rank * parameter.shape[dim]
         address = mapping.lp_fragment_address
-        shape = global_shape(parameter, place.layout.tp)
-        piece = Piece(name, shape, tuple(offset), tuple(parameter.shape), address.start, address.numel)
+        shape, offset = place.slices.global_shape(parameter), place.slices.offset(parameter)
+        piece = Piece(name, shape, offset, tuple(parameter.shape), address.start, address.numel)
         yield name, (piece, {kind: _flat(engine, mapping, kind) for kind in storage.KINDS})
 
 
@@ -156,9 +155,12 @@ def _make_moments(engine: Engine, optimizer_steps: int) -> None:
 
 
 def _check_shapes(engine: Engine, reader: Reader) -> None:
-    saved = reader.manifest["parameters"]
+    saved, balance = reader.manifest["parameters"], reader.manifest.get("balance", {})
+    for name in engine.module.named_balance():
+        if name not in balance:
+            raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.moe.* as there")
     for name, parameter in engine.module.named_global_parameters():
-        shape = list(global_shape(parameter, engine.place.layout.tp))
+        shape = list(engine.place.slices.global_shape(parameter))
         if name not in saved:
             raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's")
         if saved[name]["shape"] != shape:

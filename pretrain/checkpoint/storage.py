@@ -207,10 +207,14 @@ class Reader:
 
 
 def read_full(path: str | Path, kind: str = "weight") -> dict[str, torch.Tensor]:
-    """All parameters, whole, fp32, after checking every checksum. Errors: CheckpointError."""
-    verify(path)
+    """All parameters, whole, fp32, after checking every checksum; weights with the state of balance of MoE layers.
+
+    Errors: CheckpointError.
+    """
+    balance = verify(path).get("balance", {}) if kind == "weight" else {}
     with Reader(path) as reader:
-        return {name: reader.read(name, kind) for name in reader.names}
+        whole = {name: reader.read(name, kind) for name in reader.names}
+    return whole | {name: torch.tensor(values) for name, values in balance.items()}
 
 
 def prune(run_dir: str | Path, keep: int) -> None:

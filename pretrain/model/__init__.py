@@ -3,11 +3,12 @@
 import torch
 
 from configs.train import ModelConfig
+from pretrain.model.build import Build
 from pretrain.model.decoder import Decoder, StageSpec
 from pretrain.model.init import init_weights
-from pretrain.model.linear import layer_config
+from pretrain.model.slices import Slices
 
-__all__ = ["Decoder", "StageSpec", "build_single", "init_weights", "layer_config"]
+__all__ = ["Build", "Decoder", "Slices", "StageSpec", "build_single", "init_weights"]
 
 
 def build_single(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Decoder:
@@ -15,14 +16,14 @@ def build_single(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: t
 
     `weights`: global name to tensor. Errors: ValueError naming missing, unknown and misshapen names.
     """
-    model = Decoder(config, layers=layer_config(dtype, torch.device("cpu")))
+    model = Decoder(config, build=Build(dtype))
     load_weights(model, weights)
     return model.eval()
 
 
 def load_weights(model: Decoder, weights: dict[str, torch.Tensor]) -> None:
     """Copies whole tensors into a model that is not split. Errors as `build_single`."""
-    parameters = dict(model.named_global_parameters())
+    parameters: dict[str, torch.Tensor] = {**dict(model.named_global_parameters()), **model.named_balance()}
     missing, unknown = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     if missing or unknown:
         raise ValueError(

@@ -19,6 +19,7 @@ class Batch:
     segments: torch.Tensor
     sources: torch.Tensor  # [B]
     trained: torch.Tensor  # [N] places b * S + s where loss_mask is not 0: logits are computed there alone
+    row_segments: torch.Tensor | None = None  # of whole rows, where S is only a part of them (context parallel)
     advantages: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
 

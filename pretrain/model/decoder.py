@@ -1,7 +1,7 @@
 """The decoder: embedding, pre-norm blocks of attention and MLP (or MoE), final norm, output head (LLaMA, Mixtral).
 
 A `Decoder` holds the layers of one pipeline stage and knows them by their global index, so parameter names are the
-same with and without pipeline. It is told what it holds (`StageSpec`) and over which group its layers are split; it
+same with and without pipeline. It is told what it holds (`StageSpec`) and who shares its layers' work (`Build`); it
 knows no ranks. Shape letters: see `attention.py`.
 """
 
@@ -11,16 +11,15 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 
 from configs.train import ModelConfig
 from pretrain.model.attention import Attention, AttentionInputs, KVCache
-from pretrain.model.linear import ColumnLinear, Embedding, Region, layer_config
-from pretrain.model.megatron import ModelParallelConfig
+from pretrain.model.build import Build
+from pretrain.model.linear import ColumnLinear, Embedding, Region
 from pretrain.model.mlp import MLP
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
+from pretrain.model.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,15 @@ class StageSpec:
 
 
 class Block(nn.Module):
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        layer_config: ModelParallelConfig,
-        tp_group: ProcessGroup | None,
-        device: torch.device,
-    ):
+    def __init__(self, config: ModelConfig, layer: int, build: Build):
         super().__init__()
-        dtype = layer_config.params_dtype
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
-        self.attention = Attention(config, layer, layer_config, tp_group)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
+        self.attention = Attention(config, layer, build)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
         if config.moe:
-            self.moe = MoE(config, layer_config, tp_group, device)
+            self.moe = MoE(config, build)
         else:
-            self.mlp = MLP(config, layer_config, tp_group)
+            self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, build)
         self.is_moe = config.moe is not None
 
     def forward(
@@ -82,25 +73,20 @@ class Decoder(nn.Module):
         self,
         config: ModelConfig,
         stage: StageSpec | None = None,
-        layers: ModelParallelConfig | None = None,
-        tp_group: ProcessGroup | None = None,
-        device: torch.device | str = "cpu",
+        build: Build | None = None,
     ):
         super().__init__()
-        device = torch.device(device)
-        layers = layers or layer_config(torch.float32, device)
+        build = build or Build()
         self.model_config, self.stage = config, stage or StageSpec.whole(config)
-        self.region = Region(layers, tp_group)
+        self.region = Region(build)
         if self.stage.is_first:
-            self.embedding = Embedding(config.vocab_size, config.hidden_size, layers, tp_group)
-        self.layers = nn.ModuleDict(
-            {str(i): Block(config, i, layers, tp_group, device) for i in self.stage.layers}  # global index
-        )
+            self.embedding = Embedding(config.vocab_size, config.hidden_size, build)
+        self.layers = nn.ModuleDict({str(i): Block(config, i, build) for i in self.stage.layers})  # global index
         if self.stage.is_last:
-            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, layers.params_dtype, device)
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
             if not self.tied_here:
                 # With tied embeddings over several stages this is the last stage's copy of `embedding.weight`.
-                self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, layers, tp_group)
+                self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, build)
         self.input_tensor: torch.Tensor | None = None
         self.recompute_blocks = False
 
@@ -131,6 +117,14 @@ class Decoder(nn.Module):
     def named_global_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(self.global_name(name), parameter) for name, parameter in self.named_parameters()]
 
+    def named_balance(self) -> dict[str, torch.Tensor]:
+        """Tensors by global name that belong to the weights and are no parameters: the MoE layers' `Balance.state`."""
+        return {
+            f"layers.{layer}.moe.balance.{name}": tensor
+            for layer, moe in self.moe_layers.items()
+            for name, tensor in moe.balance.state().items()
+        }
+
     def set_input_tensor(self, tensor: Any) -> None:
         """Called by the pipeline schedules with the previous stage's output."""
         self.input_tensor = tensor[0] if isinstance(tensor, list) else tensor
@@ -142,9 +136,14 @@ class Decoder(nn.Module):
         segments_BS: torch.Tensor | None = None,
         cache: KVCache | None = None,
         wanted: torch.Tensor | None = None,
+        row_segments_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Segments number a row's documents; attention stays within one. -1 marks padding. None: one document a row."""
-        inputs = AttentionInputs.of(self.model_config, positions_BS, segments_BS, cache)
+        """Segments number a row's documents; attention stays within one. -1 marks padding. None: one document a row.
+
+        Under context parallel S is a part of a row; `row_segments_BT` is then of whole rows.
+        """
+        row_segments_BT = segments_BS if row_segments_BT is None else row_segments_BT
+        inputs = AttentionInputs.of(self.model_config, positions_BS, row_segments_BT, cache)
         valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
         if self.stage.is_first:
             x_SBH = self.embedding(tokens_BS)
@@ -153,7 +152,7 @@ class Decoder(nn.Module):
             x_SBH = self.input_tensor
         for block in self.blocks.values():
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_SBH = checkpoint(block, x_SBH, inputs, valid_SB, use_reentrant=False)
+                x_SBH = recomputed(block, x_SBH, inputs, valid_SB)
             else:
                 x_SBH = block(x_SBH, inputs, valid_SB, cache)
         if cache is not None:

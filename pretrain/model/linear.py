@@ -2,28 +2,17 @@
 
 Between layers every rank of the group has all activations, or with sequence parallel (Korthikanti et al. 2022) its
 share of the sequence. A `Region` is where they become what split layers work on: enter it once, go through column
-layers, and leave it through a row layer. A layer is told its `tp_group`; None means a layer that is whole. When whole,
-the weight goes through a plain `F.linear`, so that `torch.compile` takes a block in one graph.
+layers, and leave it through a row layer. A layer that is not split is whole: its
+weight then goes through a plain `F.linear`, so that `torch.compile` takes a block in one graph.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.distributed import ProcessGroup
 
-from pretrain.model.megatron import ModelParallelConfig, get_pg_size, tensor_parallel
-
-
-def layer_config(dtype: torch.dtype, device: torch.device, tp: int = 1, sp: bool = False) -> ModelParallelConfig:
-    """What megatron-core's layers ask to be told. Weights are left unset: `model.init` draws them by name."""
-    return ModelParallelConfig(
-        tensor_model_parallel_size=tp,
-        sequence_parallel=sp,
-        params_dtype=dtype,
-        use_cpu_initialization=device.type == "cpu",
-        perform_initialization=False,
-    )
+from pretrain.model.build import Build
+from pretrain.model.megatron import tensor_parallel
 
 
 class _Whole:
@@ -61,9 +50,8 @@ class Region:
     What goes in is [S, ...] everywhere, or with sequence parallel [S/tp, ...]; inside it is [S, ...].
     """
 
-    def __init__(self, config: ModelParallelConfig, tp_group: ProcessGroup | None):
-        self.group, self.tp = tp_group, get_pg_size(tp_group)
-        self.sequence_parallel = config.sequence_parallel
+    def __init__(self, build: Build):
+        self.group, self.tp, self.sequence_parallel = build.tp, build.tp_size, build.sp
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Backward, each rank's gradient is partial: they are summed, once for all layers that `x` goes to."""
@@ -100,14 +88,14 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
     The gradient of x is this rank's part; `Region.enter` sums the parts.
     """
 
-    def __init__(self, size_in: int, size_out: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
+    def __init__(self, size_in: int, size_out: int, build: Build):
         super().__init__(
             size_in,
             size_out,
-            config=config,
+            config=build.megatron,
             init_method=_no_init,
             bias=False,
-            tp_group=tp_group or _WHOLE,
+            tp_group=build.tp or _WHOLE,
             gather_output=False,
             disable_grad_reduce=True,
         )
@@ -128,16 +116,16 @@ class RowLinear(tensor_parallel.RowParallelLinear):
     With sequence parallel each rank keeps its share of the sum.
     """
 
-    def __init__(self, size_in: int, size_out: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
+    def __init__(self, size_in: int, size_out: int, build: Build):
         super().__init__(
             size_in,
             size_out,
-            config=config,
+            config=build.megatron,
             init_method=_no_init,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=tp_group or _WHOLE,
+            tp_group=build.tp or _WHOLE,
         )
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 1, 1)
 
@@ -155,14 +143,14 @@ class Embedding(tensor_parallel.VocabParallelEmbedding):
     Takes [B, S], gives [S, B, H], or with sequence parallel this rank's [S/tp, B, H].
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, config: ModelParallelConfig, tp_group: ProcessGroup | None):
+    def __init__(self, vocab_size: int, hidden_size: int, build: Build):
         super().__init__(
             vocab_size,
             hidden_size,
             init_method=_no_init,
-            reduce_scatter_embeddings=config.sequence_parallel,
-            config=config,
-            tp_group=tp_group or _WHOLE,
+            reduce_scatter_embeddings=build.sp,
+            config=build.megatron,
+            tp_group=build.tp or _WHOLE,
         )
         self.is_split = self.num_embeddings_per_partition != vocab_size
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)

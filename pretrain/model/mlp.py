@@ -3,20 +3,18 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed import ProcessGroup
 
-from configs.train import ModelConfig
+from pretrain.model.build import Build
 from pretrain.model.linear import ColumnLinear, Region, RowLinear
-from pretrain.model.megatron import ModelParallelConfig
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, layer_config: ModelParallelConfig, tp_group: ProcessGroup | None):
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, build: Build):
         super().__init__()
-        self.region = Region(layer_config, tp_group)
-        self.gate_proj = ColumnLinear(config.hidden_size, config.ffn_hidden_size, layer_config, tp_group)
-        self.up_proj = ColumnLinear(config.hidden_size, config.ffn_hidden_size, layer_config, tp_group)
-        self.down_proj = RowLinear(config.ffn_hidden_size, config.hidden_size, layer_config, tp_group)
+        self.region = Region(build)
+        self.gate_proj = ColumnLinear(hidden_size, ffn_hidden_size, build)
+        self.up_proj = ColumnLinear(hidden_size, ffn_hidden_size, build)
+        self.down_proj = RowLinear(ffn_hidden_size, hidden_size, build)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         x_SBH = self.region.enter(x_SBH)

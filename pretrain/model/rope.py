@@ -4,15 +4,15 @@ import torch
 
 
 def rotary_angles(positions_BS: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [B, 1, S, head_dim], fp32, at the given positions."""
+    """cos and sin [S, B, 1, head_dim], fp32, at the given positions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
-    angles = positions_BS[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = positions_BS.t()[:, :, None, None].float() * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BNSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x_SBND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns every pair (x_i, x_{i+D/2}) by its angle."""
-    first, second = x_BNSD.chunk(2, dim=-1)
+    first, second = x_SBND.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return x_BNSD * cos.to(x_BNSD.dtype) + turned * sin.to(x_BNSD.dtype)
+    return x_SBND * cos.to(x_SBND.dtype) + turned * sin.to(x_SBND.dtype)

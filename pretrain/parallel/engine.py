@@ -16,12 +16,14 @@ import torch.distributed as dist
 
 from configs.layout import Layout
 from configs.train import ModelConfig, OptimizerConfig, TrainSection
-from pretrain.model import Decoder, init_weights, layer_config
+from pretrain.model import Build, Decoder, init_weights
+from pretrain.model.balance import Weights
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
-from pretrain.model.moe import MoEStats
 from pretrain.parallel import zero
 from pretrain.parallel.backends import ModelType, TransformerConfig, get_forward_backward_func
+from pretrain.parallel.context import exchange_around_attention, own_parts
+from pretrain.parallel.experts import spread_experts
 from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Place
 from pretrain.parallel.stage import Stage, stage_specs
@@ -57,25 +59,24 @@ class Engine:
         self.place, self.model_config, self.train_config = place, model_config, train
         self.num_sources = num_sources
         layout = place.layout
-        layers = layer_config(dtype, place.device, layout.tp, layout.sp)
-        chunks = [
-            Decoder(model_config, spec, layers, place.tp_group, place.device)
-            for spec in stage_specs(layout, place.pp_rank)
-        ]
+        build = Build(dtype, place.device, layout.sp, place.tp_group, place.cp_group, place.ep_group)
+        chunks = [Decoder(model_config, spec, build) for spec in stage_specs(layout, place.pp_rank)]
         schedule_config = _schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):
-            init_weights(chunk, seed, layout.tp, place.tp_rank)
+            init_weights(chunk, seed, place.slices)
             chunk.set_recompute(train.recompute)
             asked: Any = chunk  # the schedules look for attributes of their own
             asked.config, asked.model_type, asked.vp_stage = schedule_config, ModelType.encoder_or_decoder, i
         self.module = Stage(chunks)
         mark_copies(self.module)
+        exchange_around_attention(self.module, place)
+        spread_experts(self.module, place)
         if train.compile:
             for block in self.module.blocks.values():
                 block.compile()
         self._schedule = get_forward_backward_func()
 
-        self.zero = zero.wrap(self.module, train, optimizer, layout.dp, dtype)
+        self.zero = zero.wrap(self.module, train, optimizer, place, dtype)
 
     def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> Sums:
         """Trains on this rank's micro-batches of one global batch.
@@ -90,14 +91,19 @@ class Engine:
         """Steps 1 to 3: gradients of the global batch, up to ZeRO's average."""
         place = self.place
         self.module.train()
-        total = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(place.device)
-        dist.all_reduce(total, group=place.dp_group)
+        batches = own_parts(batches, place)
+        trained = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
+        tokens = torch.stack([(batch.segments >= 0).sum() for batch in batches]).sum().double()
+        totals = torch.stack([trained, tokens]).to(place.device)
+        dist.all_reduce(totals, group=place.zero_group)
+        total, tokens = totals.tolist()
         if total <= 0:
             raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
         num_sequences = sum(len(batch.tokens) for batch in batches) * place.layout.dp
         for moe in self.module.moe_layers.values():
-            moe.sequence_weight = place.layout.dp / num_sequences
-        self._sums = self._run(batches, loss_fn, place.layout.dp / float(total), forward_only=False)
+            moe.balance.start()
+            moe.balance.weights = Weights(num_sequences, max(1, round(tokens)), place.zero_size)
+        self._sums = self._run(batches, loss_fn, place.zero_size / total, forward_only=False)
         sum_partial(self.module, place)
         self.zero.set_gradient_accumulation_boundary(True)
         self.zero.allreduce_gradients()
@@ -110,6 +116,7 @@ class Engine:
         grad_norm = float(self.zero.get_global_grad_norm())
         if self.zero.optimizer.overflow or not 0 <= grad_norm < float("inf"):
             raise FloatingPointError("the gradient norm is not finite; no weight was changed by this step")
+        self._finish_balance()
         return Sums(self._sums.loss, self._sums.weight, self._sums.metrics, grad_norm)
 
     @torch.no_grad()
@@ -118,27 +125,51 @@ class Engine:
         self.module.eval()
         # The interleaved schedule takes micro-batches in groups of pp: the last group is filled with weightless ones.
         missing = -len(batches) % self.place.layout.pp if self.place.layout.vpp > 1 else 0
-        return self._run([*batches, *[batches[0].weightless()] * missing], loss_fn, 1.0, forward_only=True)
+        filled = [*batches, *[batches[0].weightless()] * missing]
+        return self._run(own_parts(filled, self.place), loss_fn, 1.0, forward_only=True)
+
+    def _finish_balance(self) -> None:
+        """Tells every MoE layer how the global batch's tokens chose; all ranks that hold a layer are told the same."""
+        layers = self.module.moe_layers
+        if not layers:
+            return
+        tokens = torch.stack([moe.balance.tokens for moe in layers.values()])
+        dist.all_reduce(tokens, group=self.place.zero_group)
+        for moe, tokens_E in zip(layers.values(), tokens, strict=True):
+            moe.balance.finish(tokens_E)
+
+    def balance_state(self) -> dict[str, list[float]]:
+        """The MoE layers' state of balance by global name, the same on all ranks; collective."""
+        own = {name: tensor.tolist() for name, tensor in self.module.named_balance().items()}
+        return {name: values for part in self.place.gather_json(own) for name, values in part.items()}
+
+    def restore_balance(self, state: dict[str, list[float]]) -> None:
+        for name, tensor in self.module.named_balance().items():
+            tensor.copy_(torch.tensor(state[name]))
 
     def moe_stats(self) -> dict[str, float]:
-        """Of the last step: the mean auxiliary loss, and the busiest expert's share of tokens over a fair share."""
+        """Of the last step, for each MoE layer: the auxiliary loss, the busiest expert's tokens over a fair share, and
+        the share of choices that a capacity limit dropped. Without a layer's number: the mean, the worst, the mean.
+        """
         moe = self.model_config.moe
         if moe is None:
             return {}
-        layers = self.model_config.num_layers
-        values = torch.zeros(layers, 2 + moe.num_experts, dtype=torch.float64)
-        for layer, block in self.module.moe_layers.items():
-            if self.place.tp_rank == 0 and block.stats.sequences:
-                values[layer, 0], values[layer, 1] = float(block.stats.aux_loss), block.stats.sequences
-                values[layer, 2:] = torch.as_tensor(block.stats.tokens_per_expert)
-            block.stats = MoEStats()
+        values = torch.zeros(self.model_config.num_layers, 2 + moe.num_experts, dtype=torch.float64)
+        if self.place.tp_rank == 0:
+            for layer, block in self.module.moe_layers.items():
+                balance = block.balance
+                values[layer, 0], values[layer, 1] = balance.aux_loss, balance.dropped
+                values[layer, 2:] = balance.tokens
         values = self.place.sum_over_world(values).cpu()
         tokens = values[:, 2:]
-        imbalance = tokens.max(1).values / tokens.mean(1).clamp(min=1e-12)
-        return {
-            "moe_aux_loss": float((values[:, 0] / values[:, 1].clamp(min=1)).mean()),
-            "moe_max_load": float(imbalance.max()),
-        }
+        load, dropped = tokens.max(1).values / tokens.mean(1), values[:, 1] / tokens.sum(1)
+        stats = {"moe_aux_loss": values[:, 0].mean(), "moe_max_load": load.max(), "moe_dropped": dropped.mean()}
+        for layer, (aux_loss, busiest, lost) in enumerate(zip(values[:, 0], load, dropped, strict=True)):
+            own = {"moe_aux_loss": aux_loss, "moe_max_load": busiest, "moe_dropped": lost}
+            stats |= {f"{name}/layer_{layer}": value for name, value in own.items()}
+        if moe.capacity_factor is None:
+            stats = {name: value for name, value in stats.items() if not name.startswith("moe_dropped")}
+        return {name: float(value) for name, value in stats.items()}
 
     def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> Sums:
         chunks = self.module.chunks
@@ -149,7 +180,7 @@ class Engine:
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
+            seq_length=batches[0].tokens.shape[1] * self.place.layout.cp,
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
@@ -166,7 +197,9 @@ class Engine:
         self, batches: Iterator[Batch], model: Decoder, loss_fn: LossFunction, scale: float
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        output = model(batch.tokens, batch.positions, batch.segments, wanted=batch.trained)
+        output = model(
+            batch.tokens, batch.positions, batch.segments, wanted=batch.trained, row_segments_BT=batch.row_segments
+        )
         return output, partial(self._loss, batch=batch, loss_fn=loss_fn, scale=scale)
 
     def _loss(
@@ -197,6 +230,7 @@ def _schedule_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> 
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
         tensor_model_parallel_size=layout.tp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,

@@ -3,8 +3,8 @@
 - The tied embedding has a copy on the first and on the last pipeline stage. Each copy gets the sum, so both stay
   equal; the last stage's is marked as a copy, so that the grad norm counts it once.
 - Under sequence parallel, norm weights are whole on every tensor-parallel rank but see only its share of the
-  sequence (Korthikanti et al. 2022). The grad norm counts whole weights on the first such rank alone, so it needs no
-  more than the sum.
+  sequence (Korthikanti et al. 2022). So are QK-norm weights, with or without it: a rank sees only its heads. The grad
+  norm counts whole weights on the first such rank alone, so it needs no more than the sum.
 """
 
 from collections.abc import Sequence
@@ -29,14 +29,23 @@ def mark_copies(stage: Stage) -> None:
 
 def sum_partial(stage: Stage, place: Place) -> None:
     """Makes every rank's gradients those of the whole batch of its data-parallel replica."""
-    if place.layout.sp:
-        _sum([module.weight for module in stage.modules() if isinstance(module, RMSNorm)], place.tp_group)
+    partial = _partial_norms(stage, place)
+    if partial:
+        _sum([norm.weight for norm in partial], place.tp_group)
     first, last = stage.chunks[0], stage.chunks[-1]
     if first.model_config.tie_embeddings and not last.tied_here:
         if first.stage.is_first:
             _sum([first.embedding.weight], parallel_state.get_embedding_group())
         if last.stage.is_last:
             _sum([last.lm_head.weight], parallel_state.get_embedding_group())
+
+
+def _partial_norms(stage: Stage, place: Place) -> list[RMSNorm]:
+    """Norms of which each tensor-parallel rank has a part of the gradient."""
+    if place.layout.sp:
+        return [module for module in stage.modules() if isinstance(module, RMSNorm)]
+    attentions = [block.attention for block in stage.blocks.values()] if place.layout.tp > 1 else []
+    return [norm for attention in attentions if attention.has_qk_norm for norm in (attention.q_norm, attention.k_norm)]
 
 
 def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from configs.layout import Layout
 from launch.environment import ClusterEnvironment
+from pretrain.model.slices import Slices, is_expert
 from pretrain.parallel.backends import deepspeed, parallel_state, redirect_to_cpu
 
 
@@ -26,13 +28,40 @@ class Place:
     layout: Layout
     rank: int
     tp_rank: int
+    cp_rank: int
+    ep_rank: int
     pp_rank: int
     dp_rank: int
     device: torch.device
     tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
+    zero_group: dist.ProcessGroup  # dp and cp: ranks that hold the same weights, experts aside, and other tokens
+    expert_dp_group: dist.ProcessGroup  # those of them that hold the same experts
     model_group: dist.ProcessGroup  # the tp * pp ranks that hold one replica together
+
+    @property
+    def zero_size(self) -> int:
+        """How many ranks ZeRO averages over."""
+        return self.layout.dp * self.layout.cp
+
+    @property
+    def sequence_part(self) -> tuple[int, int]:
+        """(which, of how many) parts of a sequence this rank's layers see from outside."""
+        if not self.layout.sp:
+            return self.cp_rank, self.layout.cp
+        return self.cp_rank * self.layout.tp + self.tp_rank, self.layout.cp * self.layout.tp
+
+    def tells_of(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank is the first of those that hold the very same slice of a parameter for other data."""
+        group = self.expert_dp_group if is_expert(parameter) else self.zero_group
+        return dist.get_rank(group) == 0
+
+    @property
+    def slices(self) -> Slices:
+        """Which slices of parameters this rank holds."""
+        return Slices(self.layout.tp, self.tp_rank, self.layout.ep, self.ep_rank)
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +77,7 @@ class Place:
 
     @property
     def reports(self) -> bool:
-        """True on one rank of each data-parallel replica: the one whose loss counts in sums over the world."""
+        """True on ranks whose loss counts in sums over the world: one for each part of each replica's sequences."""
         return self.is_last_stage and self.tp_rank == 0
 
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
@@ -106,6 +135,8 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
         layout.tp,
         layout.pp,
         layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_minutes,
     )
@@ -114,12 +145,17 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
         layout=layout,
         rank=env.rank,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         device=torch.device("cuda", env.local_rank) if on_gpu else torch.device("cpu"),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        zero_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_dp_group=parallel_state.get_expert_data_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
     )
 
@@ -129,6 +165,8 @@ def stop() -> None:
     from deepspeed.utils import groups as deepspeed_groups
 
     parallel_state.destroy_model_parallel()
+    deepspeed_groups._EXPERT_PARALLEL_GROUP.clear()
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP.clear()
     deepspeed_groups.mpu = None
     deepspeed_groups._WORLD_GROUP = None
     deepspeed.comm.comm.cdb = None
@@ -137,10 +175,22 @@ def stop() -> None:
 
 
 class DeepSpeedUnit:
-    """megatron-core's groups under the names that DeepSpeed's `mpu` argument asks for."""
+    """megatron-core's groups under the names that DeepSpeed's `mpu` argument asks for.
+
+    To DeepSpeed, ranks with other parts of the same sequences are data parallel like those with other sequences.
+    """
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.get_data_parallel_group())
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.get_data_parallel_group())
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return parallel_state.get_model_parallel_group()

@@ -7,6 +7,7 @@ back to the first (Narayanan et al. 2021, figure 4).
 from collections.abc import Iterable, Iterator
 from typing import cast
 
+import torch
 from torch import nn
 
 from configs.layout import Layout
@@ -46,3 +47,6 @@ class Stage(nn.Module):
         """(name in checkpoints and init, parameter)."""
         for chunk in self.chunks:
             yield from chunk.named_global_parameters()
+
+    def named_balance(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for chunk in self.chunks for name, tensor in chunk.named_balance().items()}

@@ -11,21 +11,22 @@ from torch import nn
 
 from configs.train import OptimizerConfig, TrainSection
 from pretrain.parallel.backends import deepspeed
-from pretrain.parallel.groups import DeepSpeedUnit
+from pretrain.parallel.experts import optimizer_groups
+from pretrain.parallel.groups import DeepSpeedUnit, Place
 
 
-def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, dp: int, dtype: torch.dtype) -> Any:
+def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, place: Place, dtype: torch.dtype) -> Any:
     """A DeepSpeed engine around this stage's module, whose backward pass a pipeline schedule runs."""
     engine, _, _, _ = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.AdamW(
-            _decay_groups(module, optimizer.weight_decay),
+            optimizer_groups(_decay_groups(module, optimizer.weight_decay), place),
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
             fused=True,
         ),
-        config=_config(train, optimizer, dp, dtype),
+        config=_config(train, optimizer, place.zero_size, dtype),
         mpu=DeepSpeedUnit(),
         dist_init_required=False,
     )
@@ -61,16 +62,24 @@ def gradient(parameter: nn.Parameter) -> torch.Tensor:
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decay = [p for p in module.parameters() if p.ndim > 1]
     rest = [p for p in module.parameters() if p.ndim <= 1]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [
+        {"name": "decayed", "params": decay, "weight_decay": weight_decay},
+        {"name": "not_decayed", "params": rest, "weight_decay": 0.0},
+    ]
 
 
-def _config(train: TrainSection, optimizer: OptimizerConfig, dp: int, dtype: torch.dtype) -> dict[str, Any]:
+def _config(train: TrainSection, optimizer: OptimizerConfig, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp),
+        "gradient_accumulation_steps": 1,  # ours: DeepSpeed sees one backward pass a step, of all micro-batches
         "gradient_clipping": optimizer.clip_grad,
-        "zero_optimization": {"stage": 1, "contiguous_gradients": False, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": 1,
+            # Without it DeepSpeed would sum experts' gradients over all data parallel, other experts' among them.
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 2**26,
+            "overlap_comm": False,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }

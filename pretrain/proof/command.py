@@ -50,8 +50,9 @@ class Candidate:
                 f"--layouts: {name!r} is not a layout; write degrees one after another, e.g. tp2, tp2sp, tp2pp2dp2 "
                 f"(of {', '.join(DEGREES)}, and sp)"
             )
-        dp = degrees.pop("dp", degrees.get("ep", 2 if "zero" in degrees else 1))
-        world = degrees.get("tp", 1) * degrees.get("pp", 1) * degrees.get("cp", 1) * dp
+        cp = degrees.get("cp", 1)
+        dp = degrees.pop("dp", 2 if "zero" in degrees else -(-degrees.get("ep", 1) // cp))
+        world = degrees.get("tp", 1) * degrees.get("pp", 1) * cp * dp
         return cls(name, world, {**degrees, "sp": True} if "sp" in parts else dict(degrees))
 
     @property
@@ -86,26 +87,25 @@ class Step:
 
     def __init__(self, directory: Path):
         self.facts: dict[str, Any] = json.loads((directory / "step.json").read_text())
-        self._where: dict[str, list[tuple[Any, int, int | None]]] = {}  # key: (file, tp rank, split dimension)
+        self._slices: dict[str, list[tuple[Any, list[int], list[int]]]] = {}  # key: (file, offset, whole shape)
         for path in sorted(directory.glob("rank_*.safetensors")):
             file = safe_open(path, framework="pt").__enter__()
-            metadata = file.metadata()
-            for key in file.keys():  # noqa: SIM118  not a dict
-                if key.startswith(("forward", "backward")) or metadata["dp_rank"] == "0":
-                    split = metadata.get(key)
-                    place = (file, int(metadata["tp_rank"]), None if split is None else int(split))
-                    self._where.setdefault(key, []).append(place)
+            for key, own in (file.metadata() or {}).items():
+                self._slices.setdefault(key, []).append((file, *json.loads(own)))
 
     @property
     def keys(self) -> set[str]:
-        return set(self._where)
+        return set(self._slices)
 
     def copies(self, key: str) -> list[torch.Tensor]:
         """The whole tensor; more than one where several tensor-parallel ranks hold all of it."""
-        places = sorted(self._where[key], key=lambda place: place[1])
-        parts = [file.get_tensor(key).double() for file, _, _ in places]
-        dim = places[0][2]
-        return parts if dim is None else [torch.cat(parts, dim)]
+        parts = [(file.get_tensor(key).double(), offset, shape) for file, offset, shape in self._slices[key]]
+        if all(list(part.shape) == shape for part, _, shape in parts):
+            return [part for part, _, _ in parts]
+        whole = torch.full(parts[0][2], math.nan, dtype=torch.float64)
+        for part, offset, _ in parts:
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
+        return [whole]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

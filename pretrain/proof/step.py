@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m pretrain.proof.step CONFIG run.dir=OUT parallel.tp=2
 
 Into run.dir go step.json (loss, grad norm, sources) and for each rank rank_N.safetensors: `forward/` what every layer
-gave, `backward/` the loss's gradient by it, `grad/` and `weight/` of every parameter after the step, with how a tensor
-is split over tensor parallel in the file's metadata.
+gave, `backward/` the loss's gradient by it, `grad/` and `weight/` of every parameter after the step. Each is a slice
+of a whole tensor; the file's metadata has its offset and the whole shape.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from configs.train import PretrainConfig
 from data_pipeline.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.data import micro_batches, share_of_rank
-from pretrain.model.init import split_dim
 from pretrain.model.losses import NextToken
+from pretrain.model.recompute import is_recomputing
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.injections import INJECTIONS
@@ -57,13 +57,18 @@ def packed_rows(first: int, count: int, vocab_size: int, seq_length: int) -> lis
     return rows
 
 
+class Slice(NamedTuple):
+    offset: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
 class Trace:
     """Hooks that copy what layers give, and the gradients that come back, by micro-batch of the global batch."""
 
     def __init__(self, engine: Engine, first_micro_batch: int):
         self.tensors: dict[str, torch.Tensor] = {}
-        self.split: dict[str, int] = {}
-        self._first, self._layout, self._calls = first_micro_batch, engine.place.layout, Counter[str]()
+        self.slices: dict[str, Slice] = {}
+        self._first, self._place, self._calls = first_micro_batch, engine.place, Counter[str]()
         for chunk in engine.module.chunks:
             if chunk.stage.is_first:
                 self._watch("embedding", chunk.embedding)
@@ -77,20 +82,21 @@ class Trace:
 
     def _watch(self, name: str, module: nn.Module) -> None:
         def forward(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            if torch._C._current_autograd_node() is not None:  # activations that are computed again in backward
+            if is_recomputing():
                 return
             key = f"{name}/{self._first + self._calls[name]}"
             self._calls[name] += 1
             self._keep(f"forward/{key}", output)
-            # ZeRO averages over data parallel, so the engine's loss is dp times the loss.
-            output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._layout.dp))
+            # ZeRO averages over its ranks, so the engine's loss is that many times the loss.
+            output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._place.zero_size))
 
         module.register_forward_hook(forward)
 
     def _keep(self, key: str, tensor: torch.Tensor) -> None:
         self.tensors[key] = tensor.detach().float().cpu().clone()
-        if self._layout.sp:
-            self.split[key] = 0
+        part, parts = self._place.sequence_part
+        length, *rest = tensor.shape
+        self.slices[key] = Slice((part * length, *[0] * len(rest)), (parts * length, *rest))
 
 
 def run_step(engine: Engine, config: PretrainConfig, out: Path) -> None:
@@ -101,18 +107,20 @@ def run_step(engine: Engine, config: PretrainConfig, out: Path) -> None:
     trace = Trace(engine, share.start // train.micro_batch_size)
     engine.accumulate(micro_batches(rows, train.micro_batch_size), NextToken())
     named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
-    tensors, split = trace.tensors, trace.split
+    tensors, slices = trace.tensors, trace.slices
     for name, parameter in named:
         tensors[f"grad/{name}"] = zero.full_gradient(parameter).clone()
     sums = engine.update(config.optimizer.lr)
     for name, parameter in named:
         tensors[f"weight/{name}"] = zero.full_weight(parameter).clone()
-        dim = split_dim(parameter)
-        if dim is not None:
-            split |= {f"grad/{name}": dim, f"weight/{name}": dim}
+        for kind in ("grad", "weight"):
+            if place.tells_of(parameter):
+                own = Slice(place.slices.offset(parameter), place.slices.global_shape(parameter))
+                slices[f"{kind}/{name}"] = own
+            else:
+                del tensors[f"{kind}/{name}"]
     out.mkdir(parents=True, exist_ok=True)
-    metadata = {key: str(dim) for key, dim in split.items()}
-    metadata |= {"tp_rank": str(place.tp_rank), "dp_rank": str(place.dp_rank)}
+    metadata = {key: json.dumps(own) for key, own in slices.items()}
     whole = {key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(whole, str(out / f"rank_{place.rank:05d}.safetensors"), metadata)
     facts = {

@@ -13,8 +13,8 @@ from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSec
 from data_pipeline.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.data import micro_batches, share_of_rank
-from pretrain.model.init import split_dim
 from pretrain.model.losses import NextToken
+from pretrain.model.slices import tp_split
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.step import packed_rows
@@ -41,13 +41,14 @@ def rows(first: int, count: int, vocab_size: int) -> list[Row]:
 
 
 def whole(parameter: torch.nn.Parameter, tensor: torch.Tensor, engine: Engine) -> torch.Tensor:
-    """A tensor of a parameter's shape, put together over tensor parallel."""
-    dim = split_dim(parameter)
-    if dim is None:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(engine.place.layout.tp)]
-    dist.all_gather(parts, tensor.contiguous(), group=engine.place.tp_group)
-    return torch.cat(parts, dim)
+    """A tensor of a parameter's shape, put together over the ranks that hold slices of it."""
+    place = engine.place
+    for dim, parts, _ in place.slices.splits(parameter):
+        group = place.tp_group if dim == tp_split(parameter) else place.ep_group
+        slices = [torch.empty_like(tensor) for _ in range(parts)]
+        dist.all_gather(slices, tensor.contiguous(), group=group)
+        tensor = torch.cat(slices, dim)
+    return tensor
 
 
 def run_layout(
@@ -77,12 +78,12 @@ def run_layout(
         by_source.append((sums.loss / sums.weight).tolist())
         assert all(bool((p == zero.full_weight(p).to(p.dtype)).all()) for p in engine.module.parameters())
         stats = engine.moe_stats()
-    share = share_of_rank(900, 6, place.dp_rank, layout.dp)
-    heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), MICRO_BATCH // layout.dp)
+    share = share_of_rank(900, 12, place.dp_rank, layout.dp)
+    heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), 4 // layout.dp)
     evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which interleaving has to fill up
     for name, parameter in named:
         tensors[f"weight/{name}"] = whole(parameter, zero.full_weight(parameter), engine).clone()
-    if place.dp_rank == 0 and place.tp_rank == 0:
+    if dist.get_rank(place.zero_group) == 0 and place.tp_rank == 0:
         save_file(tensors, str(Path(out) / f"stage_{place.pp_rank}.safetensors"))
     groups.stop()
     return {"losses": losses, "norms": norms, "by_source": by_source, "moe": stats, "heldout": evaluated.mean_loss}

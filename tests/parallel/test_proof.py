@@ -117,7 +117,7 @@ def test_layouts_have_names(name: str, world: int, overrides: list[str]) -> None
     [
         (["--layouts", "tq2"], "'tq2' is not a layout"),
         (["--layouts", "tp"], "'tp' is not a layout"),
-        (["--layouts", "tp2,ep2"], "--layouts: ep2: parallel.ep = 2 is not built yet"),
+        (["--layouts", "tp2,ep2"], "--layouts: ep2: parallel.ep = 2 spreads experts, and the model has none"),
         (["--layouts", "pp8"], "--layouts: pp8: parallel.pp"),
         (["--layouts", "tp2", "--inject", "gremlin"], "--inject 'gremlin' is no known bug; there are norm_gradients"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 from configs.layout import Layout, balanced_layers
 from configs.loader import ConfigError
-from configs.train import ModelConfig, ParallelConfig, TrainSection
+from configs.train import ModelConfig, MoEConfig, ParallelConfig, TrainSection
 
 MODEL = ModelConfig(
     vocab_size=64, num_layers=6, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2, tie_embeddings=True
@@ -15,13 +15,18 @@ MODEL = ModelConfig(
 TRAIN = TrainSection(steps=1, global_batch_size=12, micro_batch_size=2, seq_length=8)
 
 
-def layout(world_size: int, **parallel: Any) -> Layout:
-    return Layout.of(world_size, ParallelConfig(**parallel), MODEL, TRAIN)
+MOE = MODEL.model_copy(update={"moe": MoEConfig(num_experts=6)})
+LIMITED = MODEL.model_copy(update={"moe": MoEConfig(num_experts=6, capacity_factor=1.0)})
+
+
+def layout(world_size: int, model: ModelConfig = MODEL, **parallel: Any) -> Layout:
+    return Layout.of(world_size, ParallelConfig(**parallel), model, TRAIN)
 
 
 def test_data_parallel_takes_the_ranks_that_are_left() -> None:
     found = layout(12, tp=2, pp=2)
     assert (found.dp, found.grad_accum_steps, str(found)) == (3, 2, "tp2 pp2 dp3 zero1")
+    assert str(layout(6, MOE, cp=2, ep=6)) == "tp1 cp2 pp1 dp3 ep6 zero1"
     assert [found.layers_of_stage(stage) for stage in range(2)] == [range(3), range(3, 6)]
 
 
@@ -55,7 +60,7 @@ def test_interleaved_chunks_go_round_the_ranks() -> None:
 @pytest.mark.parametrize(
     ("world_size", "parallel", "words"),
     [
-        (3, {"tp": 2}, ["2 * 1 = 2", "3 ranks", "multiple of 2"]),
+        (3, {"tp": 2}, ["2 * 1 * 1 = 2", "3 ranks", "multiple of 2"]),
         (4, {"tp": 4}, ["model.num_kv_heads = 2", "parallel.tp = 4", "1 or 2"]),
         (8, {"pp": 8}, ["8 * 1 = 8 stages", "model.num_layers = 6", "lower pp or vpp"]),
         (2, {"pp": 2, "vpp": 4}, ["2 * 4 = 8 stages", "model.num_layers = 6", "lower"]),
@@ -68,8 +73,14 @@ def test_interleaved_chunks_go_round_the_ranks() -> None:
         (1, {"zero": 2}, ["parallel.zero = 2 is not built yet"]),
         (1, {"zero": 0}, ["parallel.zero = 0 is not built yet"]),
         (2, {"sp": True}, ["parallel.sp = true", "tp = 1"]),
-        (2, {"ep": 2}, ["parallel.ep = 2 is not built yet"]),
-        (2, {"cp": 2}, ["parallel.cp = 2 is not built yet"]),
+        (2, {"ep": 2}, ["parallel.ep = 2", "has none", "parallel.ep=1"]),
+        (4, {"model": MOE, "ep": 4}, ["model.moe.num_experts = 6", "parallel.ep = 4", "2 or 3 or 6"]),
+        (2, {"model": MOE, "ep": 3}, ["parallel.ep = 3", "dp * cp = 2 * 1 = 2", "2, or start more"]),
+        (4, {"cp": 4}, ["model.num_kv_heads = 2", "1 * 4", "1 or 2"]),
+        (4, {"tp": 2, "cp": 2}, ["model.num_kv_heads = 2", "2 * 2", "cp could be 1"]),
+        (3, {"cp": 3}, ["train.seq_length = 8", "parallel.cp = 3", "9"]),
+        (6, {"tp": 2, "sp": True, "cp": 3}, ["parallel.cp = 3 * parallel.tp = 2 (parallel.sp = true)", "6"]),
+        (2, {"model": LIMITED, "cp": 2}, ["capacity_factor = 1.0", "parallel.cp = 2"]),
     ],
 )
 def test_an_impossible_layout_names_its_numbers(world_size: int, parallel: dict[str, Any], words: list[str]) -> None:

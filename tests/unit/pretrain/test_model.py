@@ -115,23 +115,6 @@ def test_moe_is_the_weighted_sum_of_its_chosen_experts() -> None:
             torch.testing.assert_close(y[s, b], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_auxiliary_loss_is_one_at_perfect_balance_and_grows_with_imbalance() -> None:
-    moe = Decoder(MOE).layers["0"].moe.train()
-    x = torch.zeros(8, 1, MOE.hidden_size)
-    probs = torch.full((8, 4), 0.25)
-    balanced = torch.tensor([[0, 1], [2, 3]] * 4)
-    moe._balance(x.flatten(0, 1), probs, balanced, None, batch=1)
-    assert float(moe.stats.aux_loss) == pytest.approx(1.0)
-    skewed = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 8)
-    moe._balance(x.flatten(0, 1), skewed, torch.tensor([[0, 1]] * 8), None, batch=1)
-    # E/k * sum(share * prob) = 4/2 * (1 * 0.7 + 1 * 0.1)
-    assert float(moe.stats.aux_loss) == pytest.approx(1.0 + 1.6)
-    # Padding does not count: only the first token is real.
-    valid = torch.tensor([[True]] + [[False]] * 7)
-    moe._balance(x.flatten(0, 1), skewed, torch.tensor([[0, 1]] + [[2, 3]] * 7), valid, batch=1)
-    assert float(moe.stats.aux_loss) == pytest.approx(2.6 + 1.6) and moe.stats.tokens_per_expert[2] == 4
-
-
 @pytest.mark.parametrize("config", [DENSE, MOE])
 def test_sampling_with_a_cache_is_sampling_without(config: ModelConfig) -> None:
     decoder = model(config)

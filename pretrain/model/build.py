@@ -1,0 +1,50 @@
+"""How layers are built: in which precision, on which device, and with whom they share their work."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.distributed import ProcessGroup
+
+from pretrain.model.megatron import ModelParallelConfig, get_pg_size
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Build:
+    """Handed down to every layer. A group that is None is a group of one: nothing is shared.
+
+    `tp` splits weights, and with `sp` the sequence between split layers; `cp` splits the sequence everywhere; `ep`
+    splits the experts.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+    sp: bool = False
+    tp: ProcessGroup | None = None
+    cp: ProcessGroup | None = None
+    ep: ProcessGroup | None = None
+
+    @cached_property
+    def tp_size(self) -> int:
+        return get_pg_size(self.tp)
+
+    @cached_property
+    def cp_size(self) -> int:
+        return get_pg_size(self.cp)
+
+    @cached_property
+    def ep_size(self) -> int:
+        return get_pg_size(self.ep)
+
+    @cached_property
+    def megatron(self) -> ModelParallelConfig:
+        """What megatron-core's layers ask to be told. Weights are left unset: `model.init` draws them by name."""
+        return ModelParallelConfig(
+            tensor_model_parallel_size=self.tp_size,
+            sequence_parallel=self.sp,
+            params_dtype=self.dtype,
+            use_cpu_initialization=self.device.type == "cpu",
+            perform_initialization=False,
+        )

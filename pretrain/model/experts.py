@@ -1,0 +1,67 @@
+"""E SwiGLU experts as stacked weights, computed as one grouped matrix product over rows sorted by expert.
+
+Tensor parallel splits each expert like a dense MLP, and the output is a partial sum; expert parallel gives each rank
+its share of the experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain.model.build import Build
+from pretrain.model.megatron import tensor_parallel
+from pretrain.model.slices import mark_expert
+
+ROWS_ALIGNED = 8  # CUDA's grouped product wants groups of rows that start at 16 bytes: 8 numbers in bf16
+
+
+class Experts(nn.Module):
+    def __init__(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, build: Build):
+        super().__init__()
+        local, ffn, tp = num_experts // build.ep_size, ffn_hidden_size // build.tp_size, build.tp_size
+
+        def weight(rows: int, columns: int, split: int) -> nn.Parameter:
+            parameter = nn.Parameter(torch.empty(local, rows, columns, dtype=build.dtype, device=build.device))
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, tp > 1, split, 1)
+            mark_expert(parameter)
+            return parameter
+
+        self.gate_proj = weight(ffn, hidden_size, split=1)
+        self.up_proj = weight(ffn, hidden_size, split=1)
+        self.down_proj = weight(hidden_size, ffn, split=2)
+
+    def forward(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Rows sorted by expert, the first `counts[0]` for the first one, and so on. Same shape out."""
+        if not _has_grouped_product(x_RH):
+            return self._by_loop(x_RH, counts.tolist())
+        if x_RH.is_cuda:
+            return self._aligned(x_RH, counts)
+        return self._grouped(x_RH, counts)
+
+    def _grouped(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up, down = (w.transpose(1, 2) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        hidden = F.silu(F.grouped_mm(x_RH, gate, offs=ends)) * F.grouped_mm(x_RH, up, offs=ends)
+        return F.grouped_mm(hidden, down, offs=ends)
+
+    def _aligned(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """With rows of zeros between experts, so that every expert's first row is aligned."""
+        padded = (counts + ROWS_ALIGNED - 1) // ROWS_ALIGNED * ROWS_ALIGNED
+        shift = (padded - counts).cumsum(0) - (padded - counts)  # how far an expert's rows move
+        places = torch.arange(len(x_RH), device=x_RH.device) + shift.repeat_interleave(counts)
+        spread = x_RH.new_zeros(len(x_RH) + len(counts) * ROWS_ALIGNED, x_RH.shape[1]).index_copy(0, places, x_RH)
+        return self._grouped(spread, padded).index_select(0, places)
+
+    def _by_loop(self, x_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        weights = zip(self.gate_proj.unbind(), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        outputs = [
+            F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+            for x, (gate, up, down) in zip(x_RH.split(counts), weights, strict=True)
+        ]
+        return torch.cat(outputs)
+
+
+def _has_grouped_product(x: torch.Tensor) -> bool:
+    """torch has it in bf16, and on CPUs in fp32 too; none of no rows."""
+    kinds = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
+    return x.dtype in kinds and len(x) > 0

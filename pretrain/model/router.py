@@ -1,0 +1,40 @@
+"""The router: which experts a token goes to, and with what weight. Whole on every rank, in fp32 or more.
+
+Softmax gating is Switch's and Mixtral's; sigmoid gating, groups and the bias are DeepSeek-V2's and V3's (2024).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configs.train import MoEConfig
+from pretrain.model.build import Build
+
+
+class Router(nn.Module):
+    def __init__(self, hidden_size: int, moe: MoEConfig, build: Build):
+        super().__init__()
+        self.moe = moe
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=build.dtype, device=build.device))
+
+    def forward(
+        self, x_TH: torch.Tensor, bias_E: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights [T, k], chosen experts [T, k], logits [T, E]. The bias takes part in choosing, not in weighing."""
+        precision = torch.promote_types(x_TH.dtype, torch.float32)
+        logits_TE = F.linear(x_TH.to(precision), self.weight.to(precision))
+        scores_TE = logits_TE.sigmoid() if self.moe.gating == "sigmoid" else logits_TE.softmax(-1)
+        experts_TK = self._choose(scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E)
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if self.moe.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)  # sigmoids may all be 0
+        return weights_TK * self.moe.routed_scaling, experts_TK, logits_TE
+
+    def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        moe = self.moe
+        if moe.num_groups > 1:
+            scores_TGE = scores_TE.unflatten(1, (moe.num_groups, -1))
+            best = scores_TGE.topk(2 if moe.group_score == "top2" else 1, dim=-1).values.sum(-1)
+            chosen_TG = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(moe.top_groups).indices, True)
+            scores_TE = scores_TGE.masked_fill(~chosen_TG[..., None], float("-inf")).flatten(1)
+        return scores_TE.topk(moe.top_k, dim=-1).indices

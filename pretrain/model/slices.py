@@ -1,0 +1,62 @@
+"""Which slice of a parameter a rank holds: tensor parallel splits one dimension, expert parallel the first."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Degrees, and which part is this rank's. The default is a rank that holds everything."""
+
+    tp: int = 1
+    tp_rank: int = 0
+    ep: int = 1
+    ep_rank: int = 0
+
+    def global_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        shape = list(parameter.shape)
+        for dim, parts, _ in self.splits(parameter):
+            shape[dim] *= parts
+        return tuple(shape)
+
+    def offset(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Where this rank's slice starts in the whole."""
+        offset = [0] * parameter.ndim
+        for dim, _, part in self.splits(parameter):
+            offset[dim] = part * parameter.shape[dim]
+        return tuple(offset)
+
+    def cut(self, whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """This rank's slice of a whole tensor of the parameter's shape."""
+        for dim, parts, part in self.splits(parameter):
+            whole = whole.chunk(parts, dim)[part]
+        return whole
+
+    def splits(self, parameter: nn.Parameter) -> list[tuple[int, int, int]]:
+        """(dimension, number of parts, which one) of every split."""
+        splits = []
+        tp_dim = tp_split(parameter)
+        if tp_dim is not None:
+            splits.append((tp_dim, self.tp, self.tp_rank))
+        if self.ep > 1 and is_expert(parameter):
+            splits.append((0, self.ep, self.ep_rank))
+        return splits
+
+
+WHOLE = Slices()
+
+
+def tp_split(parameter: nn.Parameter) -> int | None:
+    """The dimension that tensor parallel splits, or None where each of its ranks holds all of it."""
+    return getattr(parameter, "partition_dim") if getattr(parameter, "tensor_model_parallel", False) else None  # noqa: B009
+
+
+def mark_expert(parameter: nn.Parameter) -> None:
+    """Says that the first dimension counts experts."""
+    vars(parameter)["counts_experts"] = True
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "counts_experts", False)

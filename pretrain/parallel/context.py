@@ -1,0 +1,52 @@
+"""Context parallel, by DeepSpeed-Ulysses (Jacobs et al. 2023): each rank has a part of every sequence.
+
+Around attention, and only there, ranks exchange: a part of the sequence with all heads becomes the whole sequence with
+a part of the heads, and back. So attention itself, with its document mask over whole rows, is what it is on one rank.
+Everything else works token by token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from deepspeed.sequence.layer import DistributedAttention
+
+from pretrain.model.attention import Attend
+from pretrain.model.batch import Batch
+from pretrain.parallel.groups import Place
+from pretrain.parallel.stage import Stage
+
+HEADS, SEQUENCE, BATCH = 2, 0, 1  # dimensions of q, k and v
+
+
+def exchange_around_attention(stage: Stage, place: Place) -> None:
+    """Puts the exchange around every layer's attention."""
+    if place.layout.cp == 1:
+        return
+    for block in stage.blocks.values():
+        block.attention.attend = _exchanging(block.attention.attend, place)
+
+
+def _exchanging(attend: Attend, place: Place) -> Attend:
+    distributed = DistributedAttention(attend, place.cp_group, scatter_idx=HEADS, gather_idx=SEQUENCE)
+
+    def attend_across(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return distributed(q, k, v, BATCH, None, mask)
+
+    return attend_across
+
+
+def own_parts(batches: Sequence[Batch], place: Place) -> list[Batch]:
+    """This rank's part of each sequence, as consecutive tokens; documents of whole rows come along for the mask."""
+    cp, rank = place.layout.cp, place.cp_rank
+    if cp == 1:
+        return list(batches)
+
+    def part(batch: Batch) -> Batch:
+        names = ("tokens", "labels", "loss_mask", "positions", "segments", "advantages", "logprobs")
+        tensors = {name: getattr(batch, name) for name in names}
+        own = {name: t.chunk(cp, dim=1)[rank].contiguous() for name, t in tensors.items() if t is not None}
+        trained = own["loss_mask"].flatten().nonzero()[:, 0]
+        return replace(batch, **own, trained=trained, row_segments=batch.segments)
+
+    return [part(batch) for batch in batches]
