@@ -137,8 +137,9 @@ class Precision(StrEnum):
 
 
 class TrainSection(Section):
-    """`recompute` trades time for memory: `selective` keeps nothing inside attention (scores and softmax), `full`
-    keeps only what goes into each block; the backward pass computes the rest again.
+    """`dropout` zeros that share of the hidden states that embedding, attention and MLP give, by sample, so that every
+    layout drops the same. `recompute` trades time for memory: `selective` keeps nothing inside attention (scores and
+    softmax), `full` keeps only what goes into each block; the backward pass computes the rest again.
     """
 
     steps: int = Field(ge=1)
@@ -147,6 +148,7 @@ class TrainSection(Section):
     seq_length: int = Field(ge=2)
     precision: Precision = Precision.AUTO
     compile: bool = False
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     recompute: Literal["none", "selective", "full"] = "none"
 
 

@@ -16,8 +16,8 @@ from data_pipeline.rows import Plan, Row
 from pretrain.model.batch import Batch
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Stacks rows of equal length."""
+def collate(rows: Sequence[Row], first: int | None = None) -> Batch:
+    """Stacks rows of equal length; the first is sample `first` of the run, if they are numbered."""
 
     def stack(name: str, dtype: Any) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(dtype))
@@ -31,13 +31,18 @@ def collate(rows: Sequence[Row]) -> Batch:
         segments=stack("segments", np.int64),
         sources=torch.tensor([row.source for row in rows]),
         trained=loss_mask.flatten().nonzero()[:, 0],
+        samples=None if first is None else tuple(range(first, first + len(rows))),
         advantages=stack("advantages", np.float32) if hasattr(rows[0], "advantages") else None,
         logprobs=stack("logprobs", np.float32) if hasattr(rows[0], "logprobs") else None,
     )
 
 
-def micro_batches(rows: Sequence[Row], micro_batch_size: int) -> list[Batch]:
-    return [collate(rows[i : i + micro_batch_size]) for i in range(0, len(rows), micro_batch_size)]
+def micro_batches(rows: Sequence[Row], micro_batch_size: int, first: int | None = None) -> list[Batch]:
+    """Consecutive rows, of which the first is sample `first` of the run, if they are numbered."""
+    return [
+        collate(rows[i : i + micro_batch_size], None if first is None else first + i)
+        for i in range(0, len(rows), micro_batch_size)
+    ]
 
 
 def share_of_rank(first: int, count: int, dp_rank: int, dp: int) -> range:

@@ -130,7 +130,7 @@ class Trainer:
         lr = learning_rate(self.step, train.steps, self.config.optimizer.lr, self.config.schedule)
         self.source.prepare(self.engine, self.step)
         share = share_of_rank(self.samples, train.global_batch_size, place.dp_rank, place.layout.dp)
-        batches = micro_batches(self.source.rows(share), train.micro_batch_size)
+        batches = micro_batches(self.source.rows(share), train.micro_batch_size, share.start)
         try:
             sums = self.engine.train_step(batches, self.loss_fn, lr)
         except FloatingPointError as error:

@@ -40,16 +40,19 @@ class KVCache:
 
 
 @dataclass
-class AttentionInputs:
-    """What all layers of one forward pass share: rotary angles and the mask, made once.
+class Inputs:
+    """What all layers of one forward pass share, made once: rotary angles, the mask, and facts about the tokens.
 
     `mask` is [B, 1, T, T] bool (with a cache [B, 1, S, T]), True where a query may see a key; None means plainly
-    causal, which lets SDPA take its flash kernel.
+    causal, which lets SDPA take its flash kernel. `valid_SB` is False for padding; None means that there is none.
+    `samples` are the rows' numbers in the run, which dropout asks for.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     mask: torch.Tensor | None
+    valid_SB: torch.Tensor | None = None
+    samples: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -58,7 +61,7 @@ class AttentionInputs:
         positions_BS: torch.Tensor,
         segments_BT: torch.Tensor | None,
         cache: KVCache | None = None,
-    ) -> "AttentionInputs":
+    ) -> "Inputs":
         cos, sin = rotary_angles(positions_BS, config.dim_per_head, config.rope_theta)
         if cache is not None:
             start, end = cache.length, cache.length + positions_BS.shape[1]
@@ -98,7 +101,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.norm_eps, build.dtype, build.device)
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps, build.dtype, build.device)
 
-    def forward(self, x_SBH: torch.Tensor, inputs: AttentionInputs, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x_SBH: torch.Tensor, inputs: Inputs, cache: KVCache | None = None) -> torch.Tensor:
         x_SBH = self.region.enter(x_SBH)
         q, k, v = self._heads(self.q_proj(x_SBH)), self._heads(self.k_proj(x_SBH)), self._heads(self.v_proj(x_SBH))
         if self.has_qk_norm:

@@ -1,13 +1,14 @@
 """What one forward pass is fed, and what its loss is weighed by."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch; [B, S] each but `sources` and `trained`. See `data_pipeline.rows.Row` for what the values mean.
+    """One micro-batch, [B, S] where nothing else is said; `data_pipeline.rows.Row` says what the values mean.
 
     `loss_mask` is float: RL weighs tokens with it. `advantages` and `logprobs` are RL's, else None.
     """
@@ -19,6 +20,7 @@ class Batch:
     segments: torch.Tensor
     sources: torch.Tensor  # [B]
     trained: torch.Tensor  # [N] places b * S + s where loss_mask is not 0: logits are computed there alone
+    samples: tuple[int, ...] | None = None  # the rows' numbers in the run
     row_segments: torch.Tensor | None = None  # of whole rows, where S is only a part of them (context parallel)
     advantages: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
@@ -28,6 +30,6 @@ class Batch:
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask), trained=self.trained[:0])
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        present = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
-        return replace(self, **present)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved)

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch.distributed import ProcessGroup
 
-from pretrain.model.megatron import ModelParallelConfig, get_pg_size
+from pretrain.model.megatron import ModelParallelConfig, get_pg_rank, get_pg_size
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ class Build:
     """Handed down to every layer. A group that is None is a group of one: nothing is shared.
 
     `tp` splits weights, and with `sp` the sequence between split layers; `cp` splits the sequence everywhere; `ep`
-    splits the experts.
+    splits the experts. `dropout` is keyed by `seed`.
     """
 
     dtype: torch.dtype = torch.float32
@@ -25,6 +25,8 @@ class Build:
     tp: ProcessGroup | None = None
     cp: ProcessGroup | None = None
     ep: ProcessGroup | None = None
+    dropout: float = 0.0
+    seed: int = 0
 
     @cached_property
     def tp_size(self) -> int:
@@ -37,6 +39,12 @@ class Build:
     @cached_property
     def ep_size(self) -> int:
         return get_pg_size(self.ep)
+
+    @cached_property
+    def sequence_part(self) -> tuple[int, int]:
+        """(which, of how many) parts of a sequence this process has between layers."""
+        part, parts = get_pg_rank(self.cp), self.cp_size
+        return (part * self.tp_size + get_pg_rank(self.tp), parts * self.tp_size) if self.sp else (part, parts)
 
     @cached_property
     def megatron(self) -> ModelParallelConfig:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.train import ModelConfig
-from pretrain.model.attention import Attention, AttentionInputs, KVCache
+from pretrain.model.attention import Attention, Inputs, KVCache
 from pretrain.model.build import Build
+from pretrain.model.dropout import Dropout
 from pretrain.model.linear import ColumnLinear, Embedding, Region
 from pretrain.model.mlp import MLP
 from pretrain.model.moe import MoE
@@ -46,17 +47,15 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, build)
         self.is_moe = config.moe is not None
+        self.attention_dropout = Dropout(f"layers.{layer}.attention", build)
+        self.mlp_dropout = Dropout(f"layers.{layer}.mlp", build)
 
-    def forward(
-        self,
-        x_SBH: torch.Tensor,
-        inputs: AttentionInputs,
-        valid_SB: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        x_SBH = x_SBH + self.attention(self.attention_norm(x_SBH), inputs, cache)
+    def forward(self, x_SBH: torch.Tensor, inputs: Inputs, cache: KVCache | None = None) -> torch.Tensor:
+        attended = self.attention(self.attention_norm(x_SBH), inputs, cache)
+        x_SBH = x_SBH + self.attention_dropout(attended, inputs.samples)
         normed = self.mlp_norm(x_SBH)
-        return x_SBH + (self.moe(normed, valid_SB) if self.is_moe else self.mlp(normed))
+        y_SBH = self.moe(normed, inputs.valid_SB) if self.is_moe else self.mlp(normed)
+        return x_SBH + self.mlp_dropout(y_SBH, inputs.samples)
 
 
 class Decoder(nn.Module):
@@ -81,6 +80,7 @@ class Decoder(nn.Module):
         self.region = Region(build)
         if self.stage.is_first:
             self.embedding = Embedding(config.vocab_size, config.hidden_size, build)
+            self.embedding_dropout = Dropout("embedding", build)
         self.layers = nn.ModuleDict({str(i): Block(config, i, build) for i in self.stage.layers})  # global index
         if self.stage.is_last:
             self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
@@ -137,24 +137,27 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         wanted: torch.Tensor | None = None,
         row_segments_BT: torch.Tensor | None = None,
+        samples: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         """Segments number a row's documents; attention stays within one. -1 marks padding. None: one document a row.
 
-        Under context parallel S is a part of a row; `row_segments_BT` is then of whole rows.
+        Under context parallel S is a part of a row; `row_segments_BT` is then of whole rows. `samples` are the rows'
+        numbers in the run; dropout is keyed by them.
         """
         row_segments_BT = segments_BS if row_segments_BT is None else row_segments_BT
-        inputs = AttentionInputs.of(self.model_config, positions_BS, row_segments_BT, cache)
-        valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
+        inputs = Inputs.of(self.model_config, positions_BS, row_segments_BT, cache)
+        inputs.valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
+        inputs.samples = samples
         if self.stage.is_first:
-            x_SBH = self.embedding(tokens_BS)
+            x_SBH = self.embedding_dropout(self.embedding(tokens_BS), samples)
         else:
             assert self.input_tensor is not None, "a later pipeline stage got no input"
             x_SBH = self.input_tensor
         for block in self.blocks.values():
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_SBH = recomputed(block, x_SBH, inputs, valid_SB)
+                x_SBH = recomputed(block, x_SBH, inputs)
             else:
-                x_SBH = block(x_SBH, inputs, valid_SB, cache)
+                x_SBH = block(x_SBH, inputs, cache)
         if cache is not None:
             cache.length += tokens_BS.shape[1]
         if not self.stage.is_last:

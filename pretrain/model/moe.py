@@ -40,11 +40,14 @@ class MoE(nn.Module):
         weights_TK, experts_TK, logits_TE = self.router(x_TH, self.balance.choosing_bias)
         if self.training:
             x_TH = self.balance.attach(x_TH, logits_TE, experts_TK, valid_SB)
-        # Each rank's experts see only their share of F: gradients of what goes in are partial, and summed here.
-        x_TH, weights_TK = self.region.copy(x_TH), self.region.copy(weights_TK)
+        x_TH, weights_TK = self._into_experts(x_TH, weights_TK)
         capacity = self.config.capacity_factor if self.training else None
         dispatch = Dispatch(experts_TK, self.config.num_experts, valid_SB.flatten(), capacity)
         if self.training and not is_recomputing():
             self.balance.dropped += (dispatch.wanted - dispatch.counts).sum()
         y_TH = dispatch.run(x_TH, weights_TK, self.experts, self.ep_group)
         return shared + self.region.leave(y_TH.view_as(x_SBH))
+
+    def _into_experts(self, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each tensor-parallel rank's experts see only their share of F: gradients of both are partial, and summed."""
+        return self.region.copy(x_TH), self.region.copy(weights_TK)

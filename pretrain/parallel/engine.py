@@ -59,7 +59,8 @@ class Engine:
         self.place, self.model_config, self.train_config = place, model_config, train
         self.num_sources = num_sources
         layout = place.layout
-        build = Build(dtype, place.device, layout.sp, place.tp_group, place.cp_group, place.ep_group)
+        groups = (place.tp_group, place.cp_group, place.ep_group)
+        build = Build(dtype, place.device, layout.sp, *groups, dropout=train.dropout, seed=seed)
         chunks = [Decoder(model_config, spec, build) for spec in stage_specs(layout, place.pp_rank)]
         schedule_config = _schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):
@@ -198,7 +199,12 @@ class Engine:
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
         output = model(
-            batch.tokens, batch.positions, batch.segments, wanted=batch.trained, row_segments_BT=batch.row_segments
+            batch.tokens,
+            batch.positions,
+            batch.segments,
+            wanted=batch.trained,
+            row_segments_BT=batch.row_segments,
+            samples=batch.samples,
         )
         return output, partial(self._loss, batch=batch, loss_fn=loss_fn, scale=scale)
 

@@ -105,7 +105,7 @@ def run_step(engine: Engine, config: PretrainConfig, out: Path) -> None:
     share = share_of_rank(0, train.global_batch_size, place.dp_rank, place.layout.dp)
     rows = packed_rows(share.start, len(share), config.model.vocab_size, train.seq_length)
     trace = Trace(engine, share.start // train.micro_batch_size)
-    engine.accumulate(micro_batches(rows, train.micro_batch_size), NextToken())
+    engine.accumulate(micro_batches(rows, train.micro_batch_size, share.start), NextToken())
     named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
     tensors, slices = trace.tensors, trace.slices
     for name, parameter in named:

@@ -59,15 +59,17 @@ def run_layout(
     dtype: str = "float32",
     compile_blocks: bool = False,
     recompute: str = "none",
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     """Trains `steps` steps. Each stage's first rank writes its gradients of the first step and final parameters."""
-    engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute)
+    engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute, dropout=dropout)
     place, layout = engine.place, engine.place.layout
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
     named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
     for step in range(steps):
         share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, place.dp_rank, layout.dp)
-        batches = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), MICRO_BATCH)
+        numbered = rows(share.start, len(share), engine.model_config.vocab_size)
+        batches = micro_batches(numbered, MICRO_BATCH, share.start)
         engine.accumulate(batches, NextToken())
         if step == 0:
             for name, parameter in named:

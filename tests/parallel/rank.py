@@ -6,6 +6,7 @@ random state, the default dtype, and the launcher's variables. Leaves out starti
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -76,6 +77,7 @@ def run(message: dict[str, Any]) -> Any:
 
 def leave_world() -> None:
     """Destroys every process group and what the libraries remember of it."""
+    _free_engines()
     if parallel_state := sys.modules.get("megatron.core.parallel_state"):
         parallel_state.destroy_model_parallel()
     if comm := sys.modules.get("deepspeed.comm.comm"):
@@ -85,6 +87,17 @@ def leave_world() -> None:
     if dist.is_initialized():
         with contextlib.suppress(Exception):  # a peer that failed may have left already
             dist.destroy_process_group()
+    gc.collect()
+
+
+def _free_engines() -> None:
+    """Engines hook into autograd's C++ nodes, which no garbage collector sees through; they hold groups, and every
+    gloo group has threads of its own.
+    """
+    if deepspeed := sys.modules.get("deepspeed"):
+        for engine in [o for o in gc.get_objects() if type(o) is deepspeed.DeepSpeedEngine]:
+            with contextlib.suppress(Exception):  # where a call has left its groups by itself
+                engine.destroy()
 
 
 if __name__ == "__main__":

@@ -94,16 +94,18 @@ def is_allowed(model: str, layout: str) -> bool:
 
 PAIRS = [(model, layout) for model in MODELS for layout in LAYOUTS if is_allowed(model, layout)]
 
-RunLayout = Callable[[str, str], tuple[list[dict[str, Any]], dict[str, torch.Tensor]]]
+Results = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]  # of each rank, and whole tensors by name
+RunLayout = Callable[..., Results]
 
 
 @pytest.fixture(scope="module")
 def run(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
-    """Results of each rank and whole tensors by name, for (model, layout); each is run once."""
-    done: dict[tuple[str, str], tuple[list[dict[str, Any]], dict[str, torch.Tensor]]] = {}
+    """Runs (model, layout, options of `run_layout`); each is run once."""
+    done: dict[str, Results] = {}
 
-    def run(model: str, layout: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-        if (model, layout) not in done:
+    def run(model: str, layout: str, **options: Any) -> Results:
+        key = f"{model} {layout} {options}"
+        if key not in done:
             out: Path = tmp_path_factory.mktemp(f"{model}_{layout}")
             world, parallel = LAYOUTS.get(layout, (1, {}))
             results = ranks(world).run(
@@ -112,21 +114,33 @@ def run(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory)
                 model=MODELS[model],
                 parallel=parallel,
                 out=str(out),
+                **options,
             )
             tensors: dict[str, torch.Tensor] = {}
             for file in sorted(out.glob("*.safetensors")):
                 tensors.update(load_file(file))
-            done[model, layout] = results, tensors
-        return done[model, layout]
+            done[key] = results, tensors
+        return done[key]
 
     return run
 
 
 @pytest.mark.parametrize(("model", "layout"), PAIRS)
 def test_layout_computes_what_one_rank_computes(run: RunLayout, model: str, layout: str) -> None:
-    (expected, *_), reference = run(model, "one")
-    results, found = run(model, layout)
-    tensors = dict(found)
+    check_same(run(model, layout), run(model, "one"))
+
+
+@pytest.mark.parametrize(("layout", "recompute"), [("tp2sp_cp2", "none"), ("ep2pp2", "full"), ("cp2_pp2vpp2", "full")])
+def test_every_layout_drops_the_same(run: RunLayout, layout: str, recompute: str) -> None:
+    (without, *_), _ = run("moe_tied", "one")
+    reference = run("moe_tied", "one", dropout=0.3)
+    assert reference[0][0]["losses"][0] != pytest.approx(without["losses"][0], rel=1e-3)
+    check_same(run("moe_tied", layout, dropout=0.3, recompute=recompute), reference)
+
+
+def check_same(found: Results, reference: Results) -> None:
+    results, tensors = found[0], dict(found[1])
+    expected = reference[0][0]
     for result in results:  # every rank tells the same story
         for key in ("losses", "norms"):
             assert result[key] == pytest.approx(expected[key], rel=2e-6), key
@@ -136,11 +150,12 @@ def test_layout_computes_what_one_rank_computes(run: RunLayout, model: str, layo
         assert result["heldout"] == pytest.approx(expected["heldout"], rel=1e-5)  # of weights that are that far apart
     # With tied embeddings the last stage's copy of the head has the embedding's gradient and weight.
     for kind in ("grad", "weight"):
-        if f"{kind}/lm_head.weight" not in reference and f"{kind}/lm_head.weight" in tensors:
+        if f"{kind}/lm_head.weight" not in reference[1] and f"{kind}/lm_head.weight" in tensors:
             assert torch.equal(tensors.pop(f"{kind}/lm_head.weight"), tensors[f"{kind}/embedding.weight"])
-    assert tensors.keys() == reference.keys()
+    assert tensors.keys() == reference[1].keys()
     for name, tensor in tensors.items():
-        error = torch.linalg.vector_norm(tensor - reference[name]) / torch.linalg.vector_norm(reference[name])
+        right = reference[1][name]
+        error = torch.linalg.vector_norm(tensor - right) / torch.linalg.vector_norm(right)
         assert error < 1e-5, f"{name} differs by {error:.1e}"
 
 
@@ -149,47 +164,26 @@ def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
     assert min(moe["norms"]) > 0.1 and moe["moe"]["moe_aux_loss"] >= 1.0  # its minimum, at perfect balance
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "tp2sp", "pp2", "pp2vpp2"])
-def test_bf16_layouts_stay_close_to_fp32(
-    run: RunLayout, ranks: Callable[[int], Ranks], tmp_path: Path, layout: str
-) -> None:
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "ep2", "ep2dp4"])
+def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
     """bf16 rounds at 2^-8 = 0.4%; gradients are accumulated in fp32, so they are off by a few such roundings."""
     (expected, *_), reference = run("moe_tied", "one")
-    world, parallel = LAYOUTS[layout]
-    result, *_ = ranks(world).run(
-        "tests.parallel.layouts:run_layout",
-        process_group=False,
-        model=MODELS["moe_tied"],
-        parallel=parallel,
-        out=str(tmp_path),
-        dtype="bfloat16",
-    )
+    (result, *_), tensors = run("moe_tied", layout, dtype="bfloat16")
     assert result["losses"] == pytest.approx(expected["losses"], rel=0.01)
     assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)
-    tensors = load_file(tmp_path / "stage_0.safetensors")
     for name in ("grad/layers.0.attention.q_proj.weight", "grad/layers.0.attention_norm.weight"):
         error = torch.linalg.vector_norm(tensors[name] - reference[name]) / torch.linalg.vector_norm(reference[name])
         assert 1e-5 < error < 0.1, "bf16 rounding shows, and no more than that"
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize(("model", "layout"), [("dense", "tp2sp"), ("moe_tied", "pp2vpp2"), ("moe_tied", "dp2")])
-def test_recomputing_activations_changes_nothing(
-    run: RunLayout, ranks: Callable[[int], Ranks], tmp_path: Path, model: str, layout: str, recompute: str
-) -> None:
-    (expected, *_), reference = run(model, layout)
-    world, parallel = LAYOUTS[layout]
-    result, *_ = ranks(world).run(
-        "tests.parallel.layouts:run_layout",
-        process_group=False,
-        model=MODELS[model],
-        parallel=parallel,
-        out=str(tmp_path),
-        recompute=recompute,
-    )
-    assert result["moe"] == pytest.approx(expected["moe"], rel=1e-6)  # a mean over everything twice, in fp32
-    assert {**result, "moe": expected["moe"]} == expected  # bit by bit: the same kernels on the same numbers
-    tensors = {name: t for file in sorted(tmp_path.glob("*.safetensors")) for name, t in load_file(file).items()}
+@pytest.mark.parametrize(
+    ("model", "layout"), [("dense", "tp2sp"), ("moe_tied", "pp2vpp2"), ("moe_tied", "dp2"), ("deepseek", "cp2ep2")]
+)
+def test_recomputing_activations_changes_nothing(run: RunLayout, model: str, layout: str, recompute: str) -> None:
+    results, tensors = run(model, layout, recompute=recompute)
+    expected, reference = run(model, layout)
+    assert results == expected  # bit by bit: the same kernels on the same numbers
     assert tensors.keys() == reference.keys()
     assert all(torch.equal(tensors[name], reference[name]) for name in tensors)
 

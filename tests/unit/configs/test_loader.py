@@ -89,7 +89,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["parallel.tp=3"], "parallel.tp * parallel.cp * parallel.pp = 3 * 1 * 1 = 3 does not divide the 1 ranks started"),
+        (
+            ["parallel.tp=3"],
+            "parallel.cp * parallel.pp = 3 * 1 * 1 = 3 does not divide the 1 ranks started",
+        ),
         (["train.stepz=3"], "did you mean 'steps'"),
         (["data.plan=nowhere"], "nowhere"),
     ],
