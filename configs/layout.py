@@ -28,13 +28,13 @@ class Layout:
     vpp: int
     dp: int
     zero: int
+    offload_optimizer: bool
     grad_accum_steps: int
     layers_per_stage: tuple[int, ...]
 
     @classmethod
     def of(cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> "Layout":
         """Checks every degree. Errors: ConfigError naming the numbers and the nearest legal choices."""
-        _refuse_unbuilt(parallel)
         tp, cp, pp, vpp = parallel.tp, parallel.cp, parallel.pp, parallel.vpp
         replica = tp * cp * pp
         if world_size % replica:
@@ -43,6 +43,7 @@ class Layout:
                 f"{world_size} ranks started; start a multiple of {replica} ranks (torchrun --nproc-per-node) or "
                 "change tp, cp or pp"
             )
+        _check_zero(parallel)
         _check_tensor_parallel(parallel, model)
         _check_sequence(parallel, model, train)
         layers_per_stage = _split_layers(parallel, model)
@@ -61,12 +62,14 @@ class Layout:
                 f"{accum} on each data-parallel rank; use a train.global_batch_size that is a multiple of "
                 f"{dp * micro * pp}, or vpp=1"
             )
-        return cls(world_size, tp, parallel.sp, cp, parallel.ep, pp, vpp, dp, parallel.zero, accum, layers_per_stage)
+        zero, offload = parallel.zero, parallel.offload_optimizer
+        return cls(world_size, tp, parallel.sp, cp, parallel.ep, pp, vpp, dp, zero, offload, accum, layers_per_stage)
 
     def __str__(self) -> str:
         sp, vpp = " sp" if self.sp else "", f" vpp{self.vpp}" if self.vpp > 1 else ""
         cp, ep = f" cp{self.cp}" if self.cp > 1 else "", f" ep{self.ep}" if self.ep > 1 else ""
-        return f"tp{self.tp}{sp}{cp} pp{self.pp}{vpp} dp{self.dp}{ep} zero{self.zero}"
+        offload = " offload" if self.offload_optimizer else ""
+        return f"tp{self.tp}{sp}{cp} pp{self.pp}{vpp} dp{self.dp}{ep} zero{self.zero}{offload}"
 
     def layers_of_stage(self, stage: int) -> range:
         """Global indices of the layers of virtual stage `stage`."""
@@ -137,6 +140,20 @@ def _check_experts(parallel: ParallelConfig, model: ModelConfig, dp: int) -> Non
         )
 
 
+def _check_zero(parallel: ParallelConfig) -> None:
+    zero, pp, ep = parallel.zero, parallel.pp, parallel.ep
+    if zero > 1 and pp > 1:
+        raise ConfigError(
+            f"parallel.zero = {zero} with parallel.pp = {pp}: ZeRO stages 2 and 3 give gradients away after every "
+            "micro-batch, and a pipeline accumulates them over all; set parallel.zero=1, or parallel.pp=1"
+        )
+    if zero == 3 and ep > 1:
+        raise ConfigError(
+            f"parallel.zero = 3 with parallel.ep = {ep}: ZeRO stage 3 would split each expert over all data parallel, "
+            "ranks that hold other experts among them; set parallel.zero=2, or parallel.ep=1"
+        )
+
+
 def _split_layers(parallel: ParallelConfig, model: ModelConfig) -> tuple[int, ...]:
     pp, vpp, layers = parallel.pp, parallel.vpp, model.num_layers
     stages = pp * vpp
@@ -177,13 +194,6 @@ def balanced_layers(layers: int, stages: int, head: float) -> tuple[int, ...]:
     last = min(range(1, layers - stages + 2), key=slowest)
     share, left = divmod(layers - last, stages - 1)
     return *(share + (i >= stages - 1 - left) for i in range(stages - 1)), last
-
-
-def _refuse_unbuilt(parallel: ParallelConfig) -> None:
-    if parallel.zero != 1:
-        raise ConfigError(
-            f"parallel.zero = {parallel.zero} is not built yet; only ZeRO stage 1 is: set parallel.zero=1"
-        )
 
 
 def _divisors(size: int, near: int) -> str:

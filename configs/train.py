@@ -178,6 +178,8 @@ class ParallelConfig(Section):
     `ep` of the ranks that are left share each layer's experts. With `vpp` every pipeline rank holds that
     many chunks of layers, interleaved. `layers_per_stage` has pp * vpp numbers, from the first layer to the last;
     left out, the layers are spread so that the slowest stage, the last with its output head, is as fast as can be.
+    `zero` is the stage: 1 splits the optimizer's state over data parallel, 2 gradients too, 3 weights too (2 and 3 not
+    over a pipeline). `offload_optimizer` keeps that state in host memory and steps it there.
     """
 
     tp: int = Field(default=1, ge=1)
@@ -187,7 +189,8 @@ class ParallelConfig(Section):
     layers_per_stage: tuple[int, ...] | None = None
     ep: int = Field(default=1, ge=1)
     cp: int = Field(default=1, ge=1)
-    zero: Literal[0, 1, 2, 3] = 1
+    zero: Literal[1, 2, 3] = 1
+    offload_optimizer: bool = False
 
 
 class CheckpointConfig(Section):

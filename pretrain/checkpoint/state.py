@@ -1,7 +1,6 @@
 """Between ZeRO's flat partitions and pieces of global tensors: saving and restoring an engine in any layout.
 
-Under ZeRO each rank owns, of some parameters, a range of the fp32 master weight and of Adam's moments; DeepSpeed says
-which in every parameter's `_hp_mapping`.
+Under ZeRO each rank owns, of some parameters, a range of the fp32 master weight and of Adam's moments: its `Fragment`.
 """
 
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from torch import nn
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
 from pretrain.model.slices import tp_split
+from pretrain.parallel import zero
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.zero import master_partitions
+from pretrain.parallel.zero import Fragment, master_partitions
 
 
 def save(engine: Engine, run_dir: str | Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -54,14 +54,13 @@ def restore(engine: Engine, path: str | Path, optimizer: bool = True) -> None:
         kinds = storage.KINDS if optimizer else ("weight",)
         if optimizer:
             _make_moments(engine, reader.manifest["optimizer_steps"])
-        for name, parameter, mapping in _fragments(engine):
-            address = mapping.lp_fragment_address
+        for name, parameter, own in _fragments(engine):
             for kind in kinds:
                 whole = reader.read(name, kind)
                 local = engine.place.slices.cut(whole, parameter).flatten()
-                _flat(engine, mapping, kind).copy_(local[address.start : address.start + address.numel])
+                _flat(engine, own, kind).copy_(local[own.start : own.start + own.numel])
     engine.restore_balance(reader.manifest.get("balance", {}))
-    engine.zero.optimizer.update_lp_params()
+    zero.update_weights(engine.zero)
 
 
 def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -72,7 +71,7 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
     place = engine.place
     weights = {name: torch.tensor(values) for name, values in engine.balance_state().items()}
     local = dict(engine.module.named_global_parameters())
-    shapes = place.gather_json({name: list(p.shape) for name, p in local.items()})
+    shapes = place.gather_json({name: list(zero.outline(p).shape) for name, p in local.items()})
     for stage_rank in dist.get_process_group_ranks(place.pp_group):
         for name, shape in shapes[stage_rank].items():
             if name in weights:
@@ -83,7 +82,7 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def _gather_slices(parameter: nn.Parameter, engine: Engine) -> torch.Tensor:
-    place, whole = engine.place, parameter.detach()
+    place, whole = engine.place, zero.current_weight(parameter)
     for dim, parts, _ in place.slices.splits(parameter):
         group = place.tp_group if dim == tp_split(parameter) else place.ep_group
         slices = [torch.empty_like(whole) for _ in range(parts)]
@@ -114,28 +113,27 @@ def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.T
     """Pieces that this rank writes: each element of each parameter is written by exactly one rank."""
     place = engine.place
     _make_moments(engine, _optimizer_steps(engine))
-    for name, parameter, mapping in _fragments(engine):
+    for name, parameter, own in _fragments(engine):
         if getattr(parameter, "ds_pipe_replicated", False) or (tp_split(parameter) is None and place.tp_rank > 0):
             continue
-        address = mapping.lp_fragment_address
         shape, offset = place.slices.global_shape(parameter), place.slices.offset(parameter)
-        piece = Piece(name, shape, offset, tuple(parameter.shape), address.start, address.numel)
-        yield name, (piece, {kind: _flat(engine, mapping, kind) for kind in storage.KINDS})
+        piece = Piece(name, shape, offset, tuple(parameter.shape), own.start, own.numel)
+        yield name, (piece, {kind: _flat(engine, own, kind) for kind in storage.KINDS})
 
 
-def _fragments(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Any]]:
-    """(global name, parameter, DeepSpeed's mapping) of every parameter of which this rank owns a range."""
+def _fragments(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
+    """(global name, the parameter's outline, fragment) of every parameter of which this rank owns a range."""
     for name, parameter in engine.module.named_global_parameters():
-        if parameter._hp_mapping is not None:  # type: ignore[attr-defined]
-            yield name, parameter, parameter._hp_mapping  # type: ignore[attr-defined]
+        own = zero.fragment(engine.zero, parameter)
+        if own is not None:
+            yield name, zero.outline(parameter), own
 
 
-def _flat(engine: Engine, mapping: Any, kind: str) -> torch.Tensor:
+def _flat(engine: Engine, own: Fragment, kind: str) -> torch.Tensor:
     """This rank's range of the master weight or of a moment, a view into ZeRO's flat partition."""
-    partition = master_partitions(engine.zero)[mapping.param_group_index]
+    partition = master_partitions(engine.zero)[own.partition]
     flat = partition if kind == "weight" else engine.zero.optimizer.optimizer.state[partition][kind]
-    address = mapping.hp_fragment_address
-    return flat.data.narrow(0, address.start, address.numel)
+    return flat.data.narrow(0, own.offset, own.numel)
 
 
 def _optimizer_steps(engine: Engine) -> int:
@@ -160,7 +158,7 @@ def _check_shapes(engine: Engine, reader: Reader) -> None:
         if name not in balance:
             raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.moe.* as there")
     for name, parameter in engine.module.named_global_parameters():
-        shape = list(engine.place.slices.global_shape(parameter))
+        shape = list(engine.place.slices.global_shape(zero.outline(parameter)))
         if name not in saved:
             raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's")
         if saved[name]["shape"] != shape:

@@ -3,7 +3,8 @@
 The order in a step, and why: (1) the number of valid tokens of the global batch, since every micro-batch's loss is
 divided by it; (2) forward and backward of all micro-batches by the schedule; (3) gradients of which several ranks
 hold a part are summed, see `gradients`; (4) ZeRO averages over data parallel (the loss is multiplied by dp first, so
-the average is the sum), clips by the global norm and steps the fp32 master weights.
+the average is the sum), clips by the global norm and steps the fp32 master weights. ZeRO stages 2 and 3 average in (2)
+already, and (3) then sums shares of averages: the order of the two sums is free.
 """
 
 from collections.abc import Iterator, Sequence
@@ -75,9 +76,8 @@ class Engine:
         if train.compile:
             for block in self.module.blocks.values():
                 block.compile()
-        self._schedule = get_forward_backward_func()
-
         self.zero = zero.wrap(self.module, train, optimizer, place, dtype)
+        self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)
 
     def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> Sums:
         """Trains on this rank's micro-batches of one global batch.
@@ -106,8 +106,7 @@ class Engine:
             moe.balance.weights = Weights(num_sequences, max(1, round(tokens)), place.zero_size)
         self._sums = self._run(batches, loss_fn, place.zero_size / total, forward_only=False)
         sum_partial(self.module, place)
-        self.zero.set_gradient_accumulation_boundary(True)
-        self.zero.allreduce_gradients()
+        zero.average_gradients(self.zero)
 
     def update(self, lr: float) -> Sums:
         """Step 4: clip and step."""

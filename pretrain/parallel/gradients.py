@@ -17,7 +17,7 @@ from pretrain.model.norm import RMSNorm
 from pretrain.parallel.backends import parallel_state
 from pretrain.parallel.groups import Place
 from pretrain.parallel.stage import Stage
-from pretrain.parallel.zero import gradient
+from pretrain.parallel.zero import gradient, set_gradient
 
 
 def mark_copies(stage: Stage) -> None:
@@ -53,5 +53,5 @@ def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
     gradients = [gradient(parameter) for parameter in parameters]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat, group=group)
-    for g, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        g.copy_(total.view_as(g))
+    for parameter, total in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        set_gradient(parameter, total)

@@ -5,7 +5,7 @@ back to the first (Narayanan et al. 2021, figure 4).
 """
 
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def stage_specs(layout: Layout, pp_rank: int) -> list[StageSpec]:
 
 
 class Stage(nn.Module):
-    """The chunks as one module, for ZeRO; the schedules run `chunks` one by one."""
+    """The chunks as one module, for ZeRO; megatron-core's schedules run `chunks` one by one."""
 
     def __init__(self, chunks: Iterable[Decoder]):
         super().__init__()
@@ -42,6 +42,11 @@ class Stage(nn.Module):
     @property
     def moe_layers(self) -> dict[int, MoE]:
         return {layer: moe for chunk in self.chunks for layer, moe in chunk.moe_layers.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Of the only chunk, where there is no pipeline."""
+        (chunk,) = self.chunks
+        return chunk(*args, **kwargs)
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in checkpoints and init, parameter)."""

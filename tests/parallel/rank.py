@@ -84,6 +84,11 @@ def leave_world() -> None:
         comm.cdb = None
     if groups := sys.modules.get("deepspeed.utils.groups"):
         importlib.reload(groups)  # it keeps two dozen groups in module globals; this puts all of them back
+    if stage3 := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
+        # It numbers a process's modules and parameters, ranks compare numbers, and they were in different calls before.
+        stage3.Init.param_id = 0
+        stage3.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+        stage3.FWD_MODULE_STACK.clear()
     if dist.is_initialized():
         with contextlib.suppress(Exception):  # a peer that failed may have left already
             dist.destroy_process_group()

@@ -66,6 +66,8 @@ def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactor
         ("dp2", "moe_tied", "fp32"),
         ("tp2", "dense", "fp32"),
         ("tp2pp2", "dense", "bf16"),
+        ("zero2", "moe_tied", "bf16"),
+        ("tp2sp_zero3", "moe_tied", "fp32"),
     ],
 )
 def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: str) -> None:
@@ -105,6 +107,7 @@ def test_every_injection_is_tested() -> None:
         ("tp2sp", 2, ["parallel.tp=2", "parallel.sp=true"]),
         ("tp2_pp2vpp2", 4, ["parallel.tp=2", "parallel.pp=2", "parallel.vpp=2"]),
         ("tp2pp2dp3", 12, ["parallel.tp=2", "parallel.pp=2"]),
+        ("tp2zero3", 4, ["parallel.tp=2", "parallel.zero=3"]),
     ],
 )
 def test_layouts_have_names(name: str, world: int, overrides: list[str]) -> None:
@@ -119,6 +122,7 @@ def test_layouts_have_names(name: str, world: int, overrides: list[str]) -> None
         (["--layouts", "tp"], "'tp' is not a layout"),
         (["--layouts", "tp2,ep2"], "--layouts: ep2: parallel.ep = 2 spreads experts, and the model has none"),
         (["--layouts", "pp8"], "--layouts: pp8: parallel.pp"),
+        (["--layouts", "zero3pp2"], "--layouts: zero3pp2: parallel.zero = 3 with parallel.pp = 2"),
         (["--layouts", "tp2", "--inject", "gremlin"], "--inject 'gremlin' is no known bug; there are norm_gradients"),
     ],
 )

@@ -45,6 +45,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         ("dense_tied", 2, {"pp": 2}, "bf16"),
         ("moe_tied", 2, {"pp": 2, "vpp": 2}, "fp32"),
         ("moe_tied", 2, {"tp": 2, "sp": True}, "bf16"),
+        ("moe_tied", 2, {"zero": 2}, "bf16"),
+        ("moe_tied", 2, {"zero": 3}, "fp32"),
+        ("dense_tied", 2, {"offload_optimizer": True}, "bf16"),
+        ("dense_tied", 2, {"zero": 3, "offload_optimizer": True}, "bf16"),
     ],
 )
 def test_resumed_run_is_bit_identical(
@@ -93,6 +97,11 @@ def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, {"pp": 2, "vpp": 2}),
         (4, {"tp": 2, "pp": 2}),
         (4, {"pp": 2}),
+        (2, {"zero": 2}),
+        (2, {"zero": 3}),
+        (2, {"offload_optimizer": True}),
+        (4, {"tp": 2, "zero": 2, "offload_optimizer": True}),
+        (4, {"tp": 2, "sp": True, "zero": 3, "offload_optimizer": True}),
     ],
 )
 def test_any_layout_restores_it_bit_identically(

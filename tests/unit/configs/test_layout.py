@@ -51,6 +51,10 @@ def test_layers_are_spread_so_that_the_slowest_stage_is_fast(
     assert not costs or max(*expected[:-1], expected[-1] + head) == min(costs)
 
 
+def test_zero_stages_have_names() -> None:
+    assert str(layout(4, tp=2, zero=3, offload_optimizer=True)) == "tp2 pp1 dp2 zero3 offload"
+
+
 def test_interleaved_chunks_go_round_the_ranks() -> None:
     found = layout(2, pp=2, vpp=2, layers_per_stage=(1, 2, 2, 1))
     assert str(found) == "tp1 pp2 vpp2 dp1 zero1"
@@ -70,8 +74,9 @@ def test_interleaved_chunks_go_round_the_ranks() -> None:
         (2, {"pp": 2, "layers_per_stage": (6, 0)}, ["[6, 0]", "1 or more"]),
         (2, {"pp": 2, "layers_per_stage": (6,)}, ["1 numbers", "pp * vpp = 2"]),
         (5, {}, ["train.global_batch_size = 12", "5 * 2", "the nearest that is: 10"]),
-        (1, {"zero": 2}, ["parallel.zero = 2 is not built yet"]),
-        (1, {"zero": 0}, ["parallel.zero = 0 is not built yet"]),
+        (2, {"zero": 2, "pp": 2}, ["parallel.zero = 2", "parallel.pp = 2", "parallel.zero=1", "parallel.pp=1"]),
+        (4, {"zero": 3, "pp": 2}, ["parallel.zero = 3", "parallel.pp = 2", "parallel.zero=1", "parallel.pp=1"]),
+        (2, {"zero": 3, "ep": 2}, ["parallel.zero = 3", "parallel.ep = 2", "parallel.zero=2", "parallel.ep=1"]),
         (2, {"sp": True}, ["parallel.sp = true", "tp = 1"]),
         (2, {"ep": 2}, ["parallel.ep = 2", "has none", "parallel.ep=1"]),
         (4, {"model": MOE, "ep": 4}, ["model.moe.num_experts = 6", "parallel.ep = 4", "2 or 3 or 6"]),

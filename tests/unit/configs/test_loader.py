@@ -41,6 +41,7 @@ def test_overrides_are_toml_values_or_bare_words() -> None:
         ("train.steps=many", ["train.steps = 'many'", "valid integer"]),
         ("train.steps=2.5", ["train.steps = 2.5", "valid integer"]),
         ("parallel.tp=true", ["parallel.tp = True", "valid integer"]),
+        ("parallel.zero=0", ["parallel.zero = 0", "1, 2 or 3"]),
         ("train.steps=0", ["train.steps = 0", "greater than or equal to 1"]),
         ("train.precision=fp8", ["train.precision = 'fp8'", "'fp32', 'bf16' or 'auto'"]),
         ("model.num_kv_heads=5", ["model.num_heads", "not a multiple of model.num_kv_heads = 5"]),
@@ -91,7 +92,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     [
         (
             ["parallel.tp=3"],
-            "parallel.cp * parallel.pp = 3 * 1 * 1 = 3 does not divide the 1 ranks started",
+            "parallel.tp * parallel.cp * parallel.pp = 3 * 1 * 1 = 3 does not divide the 1 ranks started",
         ),
         (["train.stepz=3"], "did you mean 'steps'"),
         (["data.plan=nowhere"], "nowhere"),

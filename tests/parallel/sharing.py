@@ -1,0 +1,106 @@
+"""Run in the ranks: what each of them keeps of weights and gradients under ZeRO, and what a broken gradient does."""
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from pretrain.data import micro_batches, share_of_rank
+from pretrain.model.batch import Batch
+from pretrain.model.losses import NextToken
+from pretrain.parallel import groups, zero
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.gathered import SavedAsRecipes
+from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, make_engine, rows
+
+
+def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[str, int]:
+    """Elements: of parts of the model, of gradients held between micro-batches, of weights held between steps."""
+    engine = make_engine(model, parallel, dtype)
+    outlines = [zero.outline(parameter) for parameter in engine.module.parameters()]
+    counts = {
+        "all": sum(p.numel() for p in outlines),
+        "norms": sum(p.numel() for p in outlines if p.ndim == 1),
+        "largest": max(p.numel() for p in outlines),
+        "parameters": len(outlines),
+    }
+    held = []
+    (chunk,) = engine.module.chunks
+    chunk.register_forward_pre_hook(lambda *_: held.append(_elements(_gradients(engine))))
+    for _ in range(2):  # the second step uses what stage 3 learnt in the first
+        engine.train_step(batches_of(engine), NextToken(), lr=1e-2)
+    counts["gradients"] = held[-1]
+    weights = [parameter.data for parameter in engine.module.parameters()]
+    weights += [parameter.ds_tensor.data for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
+    counts["weights"] = _elements(weights)
+    groups.stop()
+    return counts
+
+
+def kept_for_backward(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, int]:
+    """Of two stage-3 steps: how many saved tensors there were, and how many held a weight that had been gathered."""
+    gathered: dict[int, torch.Tensor] = {}  # by address, and alive, so that no address is used twice
+    saved: list[torch.Tensor] = []
+    right = SavedAsRecipes._pack
+
+    def note(module: nn.Module, _: Any) -> None:
+        gathered.update({p.data.untyped_storage().data_ptr(): p.data for p in module.parameters(recurse=False)})
+
+    def pack(self: SavedAsRecipes, tensor: torch.Tensor) -> Any:
+        result = right(self, tensor)
+        saved.extend([result] if isinstance(result, torch.Tensor) else [])
+        return result
+
+    with mock.patch.object(SavedAsRecipes, "_pack", pack):
+        engine = make_engine(model, parallel)
+    for module in engine.module.modules():
+        module.register_forward_pre_hook(note)
+    for _ in range(2):
+        engine.train_step(batches_of(engine), NextToken(), lr=1e-2)
+    held = sum(tensor.untyped_storage().data_ptr() in gathered for tensor in saved)
+    groups.stop()
+    return {"saved": len(saved), "held": held, "gathered": len(gathered)}
+
+
+class Infinite(NextToken):
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return logprobs_BS * float("inf"), {}
+
+
+def batches_of(engine: Engine) -> list[Batch]:
+    share = share_of_rank(0, GLOBAL_BATCH, engine.place.dp_rank, engine.place.layout.dp)
+    return micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), MICRO_BATCH)
+
+
+def _gradients(engine: Engine) -> list[torch.Tensor]:
+    """Wherever DeepSpeed's optimizers keep gradients between two backward passes."""
+    known: Any = engine.zero.optimizer
+    found = [getattr(known, "grad_partitions_flat_buffer", None)]
+    for name in ("averaged_gradients", "all_grad_tensors"):
+        for held in getattr(known, name, {}).values():
+            found += list(held or [])
+    for parameter in engine.module.parameters():
+        found += [getattr(parameter, name, None) for name in ("grad", "grad_accum", "_hp_grad")]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _elements(tensors: list[torch.Tensor]) -> int:
+    """Elements of all storages, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // t.element_size() for t in tensors}
+    return sum(storages.values())
+
+
+def step_with_an_infinite_loss(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A step whose loss is not finite on the first rank: the error, and whether master weights are what they were."""
+    engine = make_engine(model, parallel, dtype)
+    before = [zero.full_weight(parameter).clone() for parameter in engine.module.parameters()]
+    loss_fn = Infinite() if engine.place.is_main else NextToken()
+    try:
+        engine.train_step(batches_of(engine), loss_fn, lr=1e-2)
+        error = None
+    except FloatingPointError as raised:
+        error = str(raised)
+    after = [zero.full_weight(parameter) for parameter in engine.module.parameters()]
+    groups.stop()
+    return {"error": error, "same": all(torch.equal(a, b) for a, b in zip(before, after, strict=True))}

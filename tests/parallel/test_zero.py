@@ -1,0 +1,52 @@
+"""ZeRO keeps what it says and no more, and a step whose gradients are not finite changes nothing in any stage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.parallel.harness import Ranks
+from tests.parallel.test_layouts import MODELS
+
+RanksOf = Callable[[int], Ranks]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_keep_their_share_alone(ranks: RanksOf, stage: int, dtype: str) -> None:
+    results = ranks(2).run(
+        "tests.parallel.sharing:kept", process_group=False, model=MODELS["moe"], parallel={"zero": stage}, dtype=dtype
+    )
+    everything, norms, padding = results[0]["all"], results[0]["norms"], 2 * results[0]["parameters"]
+    gradients, weights = (sum(result[kind] for result in results) for kind in ("gradients", "weights"))
+    # Flat partitions are padded to an equal length, in stage 3 each parameter is; in fp32 both ranks keep the whole
+    # gradient of what lies on the border of their partitions, one for each of the optimizer's two groups.
+    border = 2 * results[0]["largest"] if (stage, dtype) == (2, "float32") else 0
+    copies = 2 if stage == 1 else 1
+    assert copies * everything <= gradients <= copies * everything + padding + border
+    assert norms < everything / 50 and border < everything / 5
+    copies = 1 if stage == 3 else 2
+    assert copies * everything <= weights <= copies * everything + padding + 2 * norms  # norms stay whole, and split
+
+
+@pytest.mark.parametrize("parallel", [{"zero": 3}, {"tp": 2, "sp": True, "zero": 3}])
+def test_no_gathered_weight_is_kept_from_forward_to_backward(ranks: RanksOf, parallel: dict[str, Any]) -> None:
+    for result in ranks(2 * parallel.get("tp", 1)).run(
+        "tests.parallel.sharing:kept_for_backward", process_group=False, model=MODELS["moe_tied"], parallel=parallel
+    ):
+        assert result["saved"] > 100 and result["gathered"] > 30 and result["held"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "parallel", [{}, {"zero": 2}, {"zero": 3}, {"offload_optimizer": True}, {"zero": 3, "offload_optimizer": True}]
+)
+def test_an_infinite_loss_on_one_rank_changes_no_weight(ranks: RanksOf, parallel: dict[str, Any], dtype: str) -> None:
+    for result in ranks(2).run(
+        "tests.parallel.sharing:step_with_an_infinite_loss",
+        process_group=False,
+        model=MODELS["dense"],
+        parallel=parallel,
+        dtype=dtype,
+    ):
+        assert "no weight was changed" in result["error"] and result["same"]
