@@ -113,10 +113,12 @@ def parse_args(
     description: str,
     example: str,
     flags: Sequence[tuple[str, str]] = (),
+    options: Sequence[tuple[str, str, str]] = (),
 ) -> tuple[T, argparse.Namespace]:
     """Command line `CONFIG [key=value ...] [--flag ...]` to (validated config, parsed flags).
 
-    `flags` are (name, help) of extra boolean switches; `--dry-run` is always there.
+    `flags` are (name, help) of extra boolean switches; `--dry-run` is always there. `options` take a value: (name,
+    default, help).
     """
     parser = command_parser(prog, description, example)
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
@@ -124,6 +126,8 @@ def parse_args(
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
     for name, text in flags:
         parser.add_argument(name, action="store_true", help=text)
+    for name, default, text in options:
+        parser.add_argument(name, default=default, metavar="WHICH", help=f"{text} (default {default})")
     args = parser.parse_intermixed_args(argv)
     return load(schema, args.config, args.overrides), args
 
@@ -131,7 +135,7 @@ def parse_args(
 def entrypoint(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None, speaks: bool = True
 ) -> None:
-    """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted.
+    """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted, or what `main` returns.
 
     Of many ranks that all find the same mistake in a config, only the one that `speaks` tells it.
     """

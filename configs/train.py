@@ -193,11 +193,32 @@ class ParallelConfig(Section):
     offload_optimizer: bool = False
 
 
+# An option of every training command: see pretrain/checkpoint/resume.py.
+RESUME = (
+    "--resume",
+    "auto",
+    "auto: from the newest whole checkpoint of run.dir, or a new start; no: a new start, refused where run.dir has "
+    "checkpoints; or the path of a checkpoint, of this run or of another one like it",
+)
+
+
 class CheckpointConfig(Section):
-    """A checkpoint every `every` steps and at the end; the last `keep` are kept."""
+    """A checkpoint every `every` steps and at the end; the last `keep` stay, and all whose step is a multiple of
+    `keep_every` (0: none).
+    """
 
     every: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=1)
+    keep_every: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _multiples_are_saved(self) -> "CheckpointConfig":
+        if self.keep_every % self.every:
+            raise ValueError(
+                f"checkpoint.keep_every = {self.keep_every} is not a multiple of checkpoint.every = {self.every}; only "
+                f"saved steps can be kept, so use {max(1, round(self.keep_every / self.every)) * self.every}"
+            )
+        return self
 
 
 class DataSection(Section):

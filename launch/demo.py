@@ -18,6 +18,7 @@ from rich.console import Console
 from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
 from launch import tee
 from launch.demo_report import Stage, describe_data, describe_export, describe_training, show, write_html
+from launch.environment import STOPPED
 from launch.processes import die_with_parent
 
 DIRECTORY = Path("runs/demo")
@@ -107,7 +108,7 @@ def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> di
     An attempt that failed adds nothing: it is done over. A finished stage that wrote nothing this time keeps the
     time of when it was done.
     """
-    seconds = seconds if status == 0 or status > 128 else 0.0
+    seconds = seconds if status in (0, STOPPED) or status > 128 else 0.0
     if before is None:
         return {"seconds": round(seconds, 1), "done": status == 0}
     if not before["done"]:
@@ -135,7 +136,7 @@ def command_line(stage: Stage) -> str:
 
 
 def _tell_failure(stage: Stage, status: int, log: Path, console: Console) -> None:
-    if status in (129, 130, 143):  # SIGHUP, SIGINT, SIGTERM
+    if status in (STOPPED, 129, 130, 143):  # the last three: SIGHUP, SIGINT, SIGTERM
         console.print(
             f"\nInterrupted in stage {stage.title}. Run the same command again: finished stages are skipped and "
             "this one goes on where it can.",

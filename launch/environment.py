@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 DEFAULT_PORT = 29500
+# The exit status of a rank that was told to stop (SIGTERM, or SIGUSR1 from Slurm) and has saved a checkpoint: start the
+# same command again. sysexits.h calls it EX_TEMPFAIL; no shell and no signal uses it.
+STOPPED = 75
 # Slurm numbers real steps from 0 and keeps the top of 32 bits for batch scripts and interactive shells.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 

@@ -1,8 +1,9 @@
 """`trivium launch`: the ranks of one machine, each a process with torchrun's variables set.
 
 What it does: starts `python -m MODULE ARGS...` once a rank, shares the cores among them, shows rank 0's output
-and keeps the others' in files, passes Ctrl-C on, and ends with the exit status of the rank that failed first (so
-a bad config is still status 2, in one sentence). For several machines it is started on each of them with
+and keeps the others' in files, passes Ctrl-C, SIGTERM and SIGUSR1 on, and ends with the exit status of the rank
+that failed first (so a bad config is still status 2, in one sentence), or, after a signal, the one on which all agree:
+75 is "a checkpoint is saved, start me again". For several machines it is started on each of them with
 --node-rank and --master-address. What it leaves out: restarts and elastic worlds (torchrun has them; every
 entrypoint also runs as `torchrun --nproc-per-node N -m MODULE CONFIG`) and Slurm and MPI, whose own launchers
 start the entrypoints directly.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.loader import ConfigError, command_parser, entrypoint
-from launch.environment import DEFAULT_PORT, ClusterEnvironment
+from launch.environment import DEFAULT_PORT, STOPPED, ClusterEnvironment
 from launch.processes import ProcessGroup, cores
 
 TAIL_LINES = 30
@@ -74,7 +75,7 @@ def run_ranks(command: Sequence[str], places: Sequence[ClusterEnvironment]) -> i
                     group.start(command, env, output=log)
         status = group.wait()
     # Status 2 is a refused config: every rank refuses it in the same words, and rank 0's were seen already.
-    if status in (0, 2, 130):
+    if status in (0, 2, STOPPED, 130):
         shutil.rmtree(logs)
     elif group.failed is not None:
         _tell(group.failed, places[group.failed].rank, status, logs)

@@ -3,8 +3,9 @@
 Used for the ranks of one machine (launch/local.py) and the stages of the demo (launch/demo.py). Leaves out where
 output goes: callers pass file descriptors.
 
-The rules: a first Ctrl-C (or SIGTERM, or a closed terminal) is passed on once, so that every process can finish
-what it must; a second one kills. When one process fails, the others get a moment to say why and are then ended.
+The rules: a first Ctrl-C (or SIGTERM, SIGUSR1, or a closed terminal) is passed on once, so that every process can
+finish what it must, and the status is then theirs; a second one kills. When one process fails, the others get a moment
+to say why and are then ended.
 If this process is itself killed, so are they and the children they left: a rerun never meets a survivor that writes
 to its run directory or holds its lock.
 """
@@ -43,7 +44,7 @@ class ProcessGroup:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "ProcessGroup":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -92,7 +93,11 @@ class ProcessGroup:
         self._guards.append((guard, lifeline))
 
     def wait(self) -> int:
-        """Blocks until all have ended. 0; the first failure's exit status; or 128 + the signal passed on."""
+        """Blocks until all have ended. Returns 0 or the first failure's exit status.
+
+        After a signal: the status on which all agree (they may have saved and said so, or have been finished before
+        it), else 128 + the signal.
+        """
         passed_on = 0
         deadline: float | None = None
         ending = False
@@ -110,7 +115,8 @@ class ProcessGroup:
                 ending, deadline = True, time.monotonic() + GRACE_SECONDS
             time.sleep(0.05)
         if self._signals:
-            return 128 + self._signals[0]
+            statuses = {exit_status(process.returncode) for process in self.processes}
+            return statuses.pop() if len(statuses) == 1 else 128 + self._signals[0]
         if self.failed is None:
             self.failed = self._first_failure()
         return 0 if self.failed is None else exit_status(self.processes[self.failed].returncode)

@@ -12,6 +12,7 @@ from pathlib import Path
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import GRPOConfig
+from configs.train import RESUME
 from launch.environment import ClusterEnvironment
 
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium grpo",
         description="Trains a model on a task's rewards; the same command again goes on from its newest checkpoint.",
         example="trivium grpo configs/posttrain/demo_grpo.toml train.steps=50 grpo.advantage=rloo",
+        options=(RESUME,),
     )
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.evaluation import TaskAccuracy
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [TaskAccuracy(task, start.chat, config.run.seed, config.task.eval_prompts)],
             start.checkpoint,
             title=Path(config.run.dir).name,
+            resume=args.resume,
         ).fit()
     finally:
         groups.stop()

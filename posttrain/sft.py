@@ -12,6 +12,7 @@ from pathlib import Path
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import SFTConfig
+from configs.train import RESUME
 from data_pipeline.rows import Row
 from launch.environment import ClusterEnvironment
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium sft",
         description="Fine-tunes a model on dialogues; the same command again goes on from its newest checkpoint.",
         example="trivium sft configs/posttrain/demo_sft.toml train.steps=50",
+        options=(RESUME,),
     )
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.evaluation import TaskAccuracy
@@ -59,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         start.write_template(config.run.dir)
     place = groups.start(env, layout)
     try:
-        title = Path(config.run.dir).name
-        return Trainer(config, start.model, source, NextToken(), place, evaluators, start.checkpoint, title).fit()
+        title, begin = Path(config.run.dir).name, start.checkpoint
+        return Trainer(
+            config, start.model, source, NextToken(), place, evaluators, begin, title, resume=args.resume
+        ).fit()
     finally:
         groups.stop()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,14 +17,18 @@ PLAIN_EVERY_SECONDS = 10.0  # between lines where there is no terminal
 
 
 class MetricsLog:
-    """Appends one JSON object a step. On resume, lines after the checkpoint's step are cut off first."""
+    """Appends one JSON object a step. On resume, lines after the checkpoint's step are cut off first.
+
+    A full disk does not stop training: lines wait in memory until there is room. TensorBoard's files end there.
+    """
 
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool):
         self.path = run_dir / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] <= first_step]
         write_atomic(self.path, b"".join(_encode(line) for line in kept))
-        self._file = open(self.path, "ab")  # noqa: SIM115  closed by close()
-        self._board = None
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._waiting = b""
+        self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -31,16 +36,33 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """`record["step"]` counts from 1: the number of steps done."""
-        self._file.write(_encode(record))
-        self._file.flush()
+        late = bool(self._waiting)
+        self._waiting += _encode(record)
+        try:
+            self._flush()
+        except OSError as error:
+            if not late:
+                print(f"warning: {self.path}: {error.strerror}; its lines wait until there is room", flush=True)
         if self._board:
-            for name, value in _flatten(record):
-                self._board.add_scalar(name, value, record["step"])
+            try:
+                for name, value in _flatten(record):
+                    self._board.add_scalar(name, value, record["step"])
+            except OSError as error:
+                print(f"warning: no more TensorBoard files in this run: {error.strerror}", flush=True)
+                self._board = None
 
     def close(self) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
+        """Errors: OSError if lines are still waiting for room."""
+        try:
+            self._flush()
+        finally:
+            os.close(self._file)
+            if self._board:
+                self._board.close()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._file, self._waiting) :]
 
 
 class ProgressLine:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
-from configs.train import PretrainConfig
+from configs.train import RESUME, PretrainConfig
 from data_pipeline.rows import Plan
 from launch.environment import ClusterEnvironment
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium train",
         description="Pretrains a decoder. Run again with the same command, it goes on from its newest checkpoint.",
         example="trivium train configs/pretrain/demo.toml train.steps=50 parallel.tp=1",
+        options=(RESUME,),
     )
     env = ClusterEnvironment.read()
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
         name = Path(config.run.dir).name
-        return Trainer(config, config.model, PlanSource(plan), NextToken(), place, evaluators, title=name).fit()
+        source, resume = PlanSource(plan), args.resume
+        return Trainer(config, config.model, source, NextToken(), place, evaluators, title=name, resume=resume).fit()
     finally:
         groups.stop()
 

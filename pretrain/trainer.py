@@ -1,7 +1,7 @@
 """The one train loop. Pretraining, SFT and RL differ in where batches come from and in the loss.
 
 A run is its directory: started again with the same command, it goes on from the newest whole checkpoint, and a
-finished one says so. Left out: asynchronous checkpoints.
+finished one says so. Checkpoints are written while training goes on, see checkpoint/saving.py.
 """
 
 import fcntl
@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ import torch.distributed as dist
 from configs import loader
 from configs.loader import ConfigError
 from configs.train import ModelConfig, Precision, TrainerConfig
-from launch.environment import ClusterEnvironment
+from launch.environment import STOPPED, ClusterEnvironment
 from pretrain import report
+from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.saving import Saver
 from pretrain.data import BatchSource, micro_batches, share_of_rank
 from pretrain.evaluate import Evaluator, peak_flops
 from pretrain.metrics import MetricsLog, ProgressLine
@@ -35,14 +38,15 @@ from pretrain.parallel.engine import Engine, Sums
 from pretrain.parallel.groups import Place
 from pretrain.schedule import learning_rate
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1@SECONDS sends
 
 
 class Trainer:
     """Trains `model_config` on `source` by `loss_fn` in the layout of `place`, into `config.run.dir`.
 
     `init_from` is a checkpoint whose weights the run starts from (SFT, RL). `evaluators` are asked every `eval.every`
-    steps and at the end. `title` is the word before the progress bar.
+    steps and at the end. `title` is the word before the progress bar; `resume` is told in checkpoint/resume.py.
     """
 
     def __init__(
@@ -55,15 +59,17 @@ class Trainer:
         evaluators: Sequence[Evaluator] = (),
         init_from: Path | None = None,
         title: str = "train",
+        resume: str = "auto",
     ):
         dtype = choose_dtype(config.train.precision, place.device)
         precision = Precision.BF16 if dtype == torch.bfloat16 else Precision.FP32
         train = config.train.model_copy(update={"precision": precision})
         self.config = config.model_copy(update={"train": train})
         self.model_config, self.source, self.loss_fn, self.place = model_config, source, loss_fn, place
-        self.evaluators, self.init_from, self.title = evaluators, init_from, title
+        self.evaluators, self.init_from, self.title, self.resume = evaluators, init_from, title, resume
         self.run_dir = Path(config.run.dir)
         self.step, self.samples, self.tokens = 0, 0, 0
+        self.origin: str | None = None
         self.identity = {
             "model": loader.plain(model_config),
             "seed": config.run.seed,
@@ -80,7 +86,11 @@ class Trainer:
         self._flops_share = None if flops is None else self._flops_per_token() / (flops * place.layout.world_size)
 
     def fit(self) -> int:
-        """Trains to `train.steps`. Returns the exit status: 0, or 130 when a signal stopped it after a checkpoint."""
+        """Trains to `train.steps`. Returns the exit status.
+
+        0: finished. 1: the last checkpoint could not be written. After a signal, with a checkpoint of where it was: 75
+        (start me again) for SIGTERM and SIGUSR1, 130 for Ctrl-C.
+        """
         with ExitStack() as stack:
             stack.enter_context(_only_run_in(self.run_dir, self.place))
             self._resume()
@@ -99,30 +109,42 @@ class Trainer:
                 progress = ProgressLine(self.title, self.step, self.config.train.steps)
                 stack.callback(log.close)
                 stack.callback(progress.close)
-            status = self._loop(log, progress)
+            say = partial(self._say, progress)
+            saver = stack.enter_context(Saver(self.engine, self.run_dir, self.config.checkpoint, say))
+            stopped_by = self._loop(log, progress, saver)
+            saver.wait()
+            if saver.failure is not None:
+                say(f"error: step {self.step} is not saved, and the run ends here; make room and start it again")
+                return FAILED
+            if stopped_by:
+                name = signal.Signals(stopped_by).name
+                say(f"stopped by {name} at step {self.step}; the same command goes on from there")
+                return INTERRUPTED if stopped_by == signal.SIGINT else STOPPED
         if self.place.is_main:
             print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}")
-        return status
+        return 0
 
-    def _loop(self, log: MetricsLog | None, progress: ProgressLine | None) -> int:
+    def _loop(self, log: MetricsLog | None, progress: ProgressLine | None, saver: Saver) -> int:
+        """Returns the signal that ended it before `train.steps`, else 0. Its last save may be in flight still."""
         config = self.config
         while self.step < config.train.steps:
             started = time.perf_counter()
             sums, lr = self._train_step()
             seconds = time.perf_counter() - started
             record = self._record(sums, lr, seconds)
-            if log and progress and (self.step % config.log.every == 0 or self.step == config.train.steps):
+            last, stopped_by = self.step == config.train.steps, self._agree_to_stop()
+            saving = last or bool(stopped_by) or self.step % config.checkpoint.every == 0
+            if saving:
+                record["save_copy_s"] = round(saver.copy(), 4)
+            if log and progress and (self.step % config.log.every == 0 or last):
                 log.write(record)
                 progress.update(self.step, _summary(record))
-            last, stopping = self.step == config.train.steps, self._agree_to_stop()
             if self.evaluators and (last or self.step % config.eval.every == 0):
                 self._evaluate(log, progress)
-            if last or stopping or self.step % config.checkpoint.every == 0:
-                self._save(progress)
-            if stopping and not last:
-                if progress:
-                    progress.say(f"{self.title}: stopped at step {self.step}; the same command goes on from there")
-                return INTERRUPTED
+            if saving:  # only now: a checkpoint that is whole has all lines up to its step in the log
+                saver.start(self.step, self._facts())
+            if stopped_by and not last:
+                return stopped_by
         return 0
 
     def _train_step(self) -> tuple[Sums, float]:
@@ -179,50 +201,38 @@ class Trainer:
             text = "; ".join(f"{name} " + " ".join(f"{k} {v:.4g}" for k, v in r.items()) for name, r in results.items())
             progress.say(f"{self.title} {self.step}: held out: {text}")
 
-    def _save(self, progress: ProgressLine | None) -> None:
-        started = time.perf_counter()
-        facts = {
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run."""
+        return {
             "samples": self.samples,
             "tokens": self.tokens,
             "identity": self.identity,
             # No layer draws random numbers in training, so the seed and the sample cursor are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.place.layout),
+            "origin": self.origin,
             "config": self._full_config(),
         }
-        keep = self.config.checkpoint.keep
-        path = checkpoint_state.save(self.engine, self.run_dir, self.step, facts, keep)
+
+    def _say(self, progress: ProgressLine | None, text: str) -> None:
         if progress:
-            progress.say(f"{self.title} {self.step}: saved {path} in {time.perf_counter() - started:.1f} s")
+            progress.say(f"{self.title} {self.step}: {text}")
 
     def _resume(self) -> None:
-        """Goes to the newest whole checkpoint, or to the weights of `init_from`, or stays at the drawn ones."""
-        path, problems = storage.find_newest(self.run_dir) if self.place.is_main else (None, [])
-        path, problems = self.place.gather_json([str(path) if path else None, problems])[0]
-        if self.place.is_main:
-            for problem in problems:
-                print(f"warning: {problem}", flush=True)
+        """Goes to the checkpoint to start from, or to the weights of `init_from`, or stays at the drawn ones."""
+        path = checkpoint_resume.choose(self.place, self.run_dir, self.resume)
         if path is None:
-            if problems:
-                raise storage.CheckpointError(
-                    f"no checkpoint of {self.run_dir} is whole; restore one, or choose another run.dir to start anew"
-                )
             if self.init_from:
                 checkpoint_state.restore(self.engine, self.init_from, optimizer=False)
             return
         manifest = storage.read_manifest(path)
-        for key, ours in self.identity.items():
-            theirs = manifest["identity"].get(key)
-            if theirs != ours:
-                raise ConfigError(
-                    f"{path} was trained with {key} = {_difference(theirs, ours)}, this config says "
-                    f"{_difference(ours, theirs)}; set it back, or choose another run.dir to start anew"
-                )
+        checkpoint_resume.check_identity(path, manifest, self.identity)
         if manifest["step"] < self.config.train.steps:
             checkpoint_state.restore(self.engine, path)
             if self.place.is_main:
                 print(f"{self.title}: going on from {path}", flush=True)
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
+        self.origin = checkpoint_resume.origin_of(path, self.run_dir)
         self._check_samples()
 
     def _check_samples(self) -> None:
@@ -235,23 +245,23 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a checkpoint after the current step; the launcher may send them twice."""
+        """STOP_SIGNALS ask for a checkpoint after the current step; the launcher may send them twice."""
 
         def remember(number: int, _: object) -> None:
             self._stop_signal = number
 
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for number, handler in previous.items():  # None: it was not set from Python and cannot be put back
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _agree_to_stop(self) -> bool:
-        """True on all ranks once any rank got a signal."""
-        flag = torch.tensor([float(self._stop_signal != 0)], device=self.place.device)
-        dist.all_reduce(flag)
-        return bool(flag.item())
+    def _agree_to_stop(self) -> int:
+        """The signal that any rank got, the same on all; 0 if none did."""
+        number = torch.tensor([float(self._stop_signal)], device=self.place.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number.item())
 
     def _write_facts(self) -> None:
         loader.write_atomic(self.run_dir / "config.toml", loader.toml(self._full_config()))
@@ -319,10 +329,3 @@ def _peak_memory(device: torch.device) -> int:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _difference(value: Any, other: Any) -> Any:
-    """Of two dicts, what is particular to the first."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return {k: v for k, v in value.items() if other.get(k) != v}
-    return value

@@ -5,22 +5,23 @@ start + length) of a box (offset, shape) of the global tensor, so tensor paralle
 any reader can put the whole tensor together. The manifest names every piece, every file's size and SHA-256, and the
 run's state. All is written under a temporary name, synced, and renamed: a directory called `step_N` is whole.
 
-Left out: asynchronous saving; reading only the pieces that a rank needs (a parameter is put together whole).
+Left out: who writes when (`saving`); reading only the pieces that a rank needs (a parameter is put together whole).
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
 from configs.loader import sync
 
@@ -49,28 +50,42 @@ def directory(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step}"
 
 
+def temporary_name(final: Path) -> Path:
+    """Where a checkpoint is while it is written."""
+    return final.with_name(f".{final.name}")
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
 def write_rank(
     temporary: Path, rank: int, pieces: Mapping[str, tuple[Piece, dict[str, torch.Tensor]]]
 ) -> dict[str, Any]:
-    """Writes one rank's pieces, {name: (piece, {kind: flat fp32 tensor})}. Returns its part of the manifest."""
-    file = f"rank_{rank:05d}.safetensors"
-    tensors = {
-        f"{kind}/{name}": tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, (_, kinds) in pieces.items()
-        for kind, tensor in kinds.items()
-    }
-    content = save(tensors)
-    _write_synced(temporary / file, content)
+    """Writes one rank's pieces, {name: (piece, {kind: flat fp32 tensor in host memory})}.
+
+    Returns its part of the manifest. Errors: OSError, with part of a file left behind.
+    """
+    tensors = {f"{kind}/{name}": tensor for name, (_, kinds) in pieces.items() for kind, tensor in kinds.items()}
+    size, digest = _write_tensors(temporary / rank_file(rank), tensors)
     return {
-        "file": file,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "file": rank_file(rank),
+        "bytes": size,
+        "sha256": digest,
         "pieces": [asdict(piece) for piece, _ in pieces.values()],
     }
 
 
 def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Writes the manifest of all ranks' parts and gives the directory its final name. One rank calls it."""
+    """Writes the manifest of all ranks' parts and gives the directory its final name. One rank calls it.
+
+    Errors: OSError; CheckpointError if the parts do not make up every parameter.
+    """
+    for part in parts:
+        file = temporary / part["file"]
+        if not file.is_file() or file.stat().st_size != part["bytes"]:
+            why = "not as its rank wrote it; run.dir must be on a file system that all machines share"
+            raise FileNotFoundError(errno.ENOENT, why, str(file))
     parameters: dict[str, Any] = {}
     for part in parts:
         for piece in part["pieces"]:
@@ -94,10 +109,12 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
     }
     _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync(temporary)
-    if final.exists():  # a save of this very step that an earlier run completed
-        shutil.rmtree(final)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():  # a damaged checkpoint of this very step
+        os.rename(final, replaced)
     os.rename(temporary, final)
     sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -217,20 +234,50 @@ def read_full(path: str | Path, kind: str = "weight") -> dict[str, torch.Tensor]
     return whole | {name: torch.tensor(values) for name, values in balance.items()}
 
 
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what earlier saves left under temporary names."""
-    for step in steps(run_dir)[:-keep]:
-        path = directory(run_dir, step)
+def prune(run_dir: str | Path, step: int, keep: int, keep_every: int = 0) -> None:
+    """Removes checkpoints before `step` but the newest ones: `keep` are left, `step` among them.
+
+    Steps that are multiples of `keep_every` stay for good. Later steps are not counted: a run that went on from before
+    a damaged checkpoint has that one ahead of it.
+    """
+    done = [s for s in steps(run_dir) if s <= step]
+    for old in done[:-keep]:
+        if keep_every and old % keep_every == 0:
+            continue
+        path = directory(run_dir, old)
         # The manifest goes first: what a kill leaves behind is then not taken for a checkpoint.
         (path / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(path)
-    for path in leftovers(run_dir):
-        shutil.rmtree(path)
 
 
-def leftovers(run_dir: str | Path) -> Iterator[Path]:
-    """Directories of saves that never finished."""
-    return (Path(run_dir) / "checkpoints").glob(".step_*")
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Removes what killed saves left under temporary names. Nobody else may be saving."""
+    for path in (Path(run_dir) / "checkpoints").glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
+    """Writes fp32 tensors as a safetensors file. Returns its size and SHA-256.
+
+    One pass over memory hashes what is written, and a full disk is an OSError: after the library's `save_file` the file
+    would have to be read again for its checksum, and what stopped it is an error of its own without a number.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu", name
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # the format's alignment
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for part in (struct.pack("<Q", len(head)), head, *(tensor.numpy() for tensor in tensors.values())):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell(), digest.hexdigest()
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from pretrain.checkpoint import state
 from tests.parallel.layouts import make_engine
+from tests.parallel.training import save_now
 
 
 def save_untrained(run_dir: str, model: dict[str, Any]) -> None:
-    state.save(make_engine(model, {}), run_dir, step=1, state={"config": {"model": model}}, keep=1)
+    save_now(make_engine(model, {}), run_dir, step=1, facts={"config": {"model": model}})

@@ -128,7 +128,8 @@ def call(ranks: Ranks, command: str, base: Path, *overrides: str) -> None:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The log without what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_bytes")} for line in lines]
+    varying = ("tokens_per_s", "memory_bytes", "save_copy_s")
+    return [{k: v for k, v in line.items() if k not in varying} for line in lines]
 
 
 def held_out(run_dir: Path) -> dict[str, dict[str, float]]:

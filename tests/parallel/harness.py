@@ -148,7 +148,7 @@ class RankPool:
         """Asks the rank for its Python stacks; faulthandler answers even when a collective holds it."""
         process = self._processes[rank]
         before = process.log.stat().st_size
-        process.popen.send_signal(signal.SIGUSR1)
+        process.popen.send_signal(signal.SIGUSR2)
         time.sleep(0.3)
         return process.log.read_bytes()[before:].decode(errors="replace")[-LOG_TAIL:]
 

@@ -25,7 +25,7 @@ from launch.environment import ClusterEnvironment
 
 def main() -> None:
     """Serves calls until the pool closes its end."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     torch.set_num_threads(1)
     connection = Connection(int(sys.argv[1]))
     while True:

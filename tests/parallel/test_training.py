@@ -31,7 +31,8 @@ def train(ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **o
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The log without what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_bytes")} for line in lines]
+    varying = ("tokens_per_s", "memory_bytes", "save_copy_s")
+    return [{k: v for k, v in line.items() if k not in varying} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -73,53 +74,10 @@ def test_resumed_run_is_bit_identical(
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(ranks(2), straight, "dense", {})
-    assert train(ranks(2), stopped, "dense", {}, signal_at=2, every=100) == [{"status": 130}] * 2
+    assert train(ranks(2), stopped, "dense", {}, signal_at=2, every=100) == [{"status": 75}] * 2
     assert storage.steps(stopped) == [3]
     assert train(ranks(2), stopped, "dense", {}, every=100) == [{"status": 0}] * 2
     assert metrics(stopped) == metrics(straight)
-
-
-@pytest.fixture(scope="module")
-def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the tied MoE model at dp2."""
-    run_dir = tmp_path_factory.mktemp("saved")
-    assert train(ranks(2), run_dir, "moe_tied", {}, steps=2) == [{"status": 0}] * 2
-    return storage.latest(run_dir)
-
-
-@pytest.mark.parametrize(
-    ("world", "parallel"),
-    [
-        (1, {}),
-        (2, {}),
-        (2, {"tp": 2, "sp": True}),
-        (2, {"pp": 2, "layers_per_stage": [1, 3]}),
-        (2, {"pp": 2, "vpp": 2}),
-        (4, {"tp": 2, "pp": 2}),
-        (4, {"pp": 2}),
-        (2, {"zero": 2}),
-        (2, {"zero": 3}),
-        (2, {"offload_optimizer": True}),
-        (4, {"tp": 2, "zero": 2, "offload_optimizer": True}),
-        (4, {"tp": 2, "sp": True, "zero": 3, "offload_optimizer": True}),
-    ],
-)
-def test_any_layout_restores_it_bit_identically(
-    ranks: RanksOf, saved: Path, tmp_path: Path, world: int, parallel: dict[str, int]
-) -> None:
-    options = {
-        "process_group": False,
-        "model": MODELS["moe_tied"],
-        "parallel": parallel,
-        "checkpoint": str(saved),
-    }
-    ranks(world).run("tests.parallel.training:restore_and_save", out=str(tmp_path), **options)
-    again = storage.latest(tmp_path)
-    for kind in storage.KINDS:
-        a, b = storage.read_full(saved, kind), storage.read_full(again, kind)
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert any(tensor.any() for tensor in storage.read_full(again, "exp_avg_sq").values())
-    assert ranks(world).run("tests.parallel.training:gathered", **options) == [True] * world
 
 
 def test_resume_in_another_layout_goes_on_the_same(ranks: RanksOf, tmp_path: Path) -> None:

@@ -2,43 +2,44 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from configs.layout import Layout
 from configs.loader import validate
-from configs.train import ModelConfig, TrainerConfig
+from configs.train import CheckpointConfig, ModelConfig, TrainerConfig
 from data_pipeline.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.checkpoint import state
-from pretrain.checkpoint.storage import Reader
+from pretrain.checkpoint.saving import Saver
+from pretrain.checkpoint.storage import Reader, read_manifest
 from pretrain.data import BatchSource
 from pretrain.evaluate import HeldoutLoss
 from pretrain.model import build_single
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
+from pretrain.parallel.engine import Engine
 from pretrain.trainer import Trainer
 from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, make_engine, rows
 
 
 class Rows(BatchSource):
-    """Rows by number; `at` maps a step's first sample to what is done when it is asked for."""
+    """Rows by number, asked-for ones noted; `at` has what is done before a step (counted from 0) is trained."""
 
     num_samples, sources = None, ["even", "odd"]
 
-    def __init__(self, vocab_size: int, fingerprint: str, fail_at: int | None, signal_at: int | None):
-        self.vocab_size, self.fingerprint = vocab_size, fingerprint
-        self.fail_at, self.signal_at = fail_at, signal_at
+    def __init__(self, vocab_size: int, fingerprint: str, at: dict[int, Callable[[Engine], None]]):
+        self.vocab_size, self.fingerprint, self.at = vocab_size, fingerprint, at
+        self.asked: list[range] = []
 
-    def prepare(self, engine: Any, step: int) -> None:
-        if step == self.fail_at:
-            raise RuntimeError("the node went away")
-        if step == self.signal_at and engine.place.is_main:  # one rank alone is told to stop
-            os.kill(os.getpid(), signal.SIGTERM)
+    def prepare(self, engine: Engine, step: int) -> None:
+        if step in self.at:
+            self.at[step](engine)
 
     def rows(self, samples: range) -> Sequence[Row]:
+        self.asked.append(samples)
         return rows(samples.start, len(samples), self.vocab_size)
 
 
@@ -49,12 +50,39 @@ def train(
     steps: int,
     fail_at: int | None = None,
     signal_at: int | None = None,
+    signal_number: int = signal.SIGTERM,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains, or goes on training, in `run_dir`. Returns the exit status or the error's text."""
+
+    def fail(_: Engine) -> None:
+        raise RuntimeError("the node went away")
+
+    def stop(engine: Engine) -> None:
+        if engine.place.is_main:  # one rank alone is told to stop
+            os.kill(os.getpid(), signal_number)
+
+    at = {step: action for step, action in ((fail_at, fail), (signal_at, stop)) if step is not None}
+    try:
+        return {"status": make_trainer(run_dir, model, parallel, steps, at, **options).fit()}
+    except (RuntimeError, ValueError) as error:
+        return {"error": str(error), "kind": type(error).__name__}
+
+
+def make_trainer(
+    run_dir: str,
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    steps: int,
+    at: dict[int, Callable[[Engine], None]],
     fingerprint: str = "rows",
     seed: int = 3,
     every: int = 2,
+    keep: int = 2,
+    keep_every: int = 0,
     precision: str = "fp32",
-) -> dict[str, Any]:
-    """Trains, or goes on training, in `run_dir`. Returns the exit status or the error's text."""
+    resume: str = "auto",
+) -> Trainer:
     config = validate(
         TrainerConfig,
         {
@@ -69,7 +97,7 @@ def train(
             "optimizer": {"lr": 0.01, "clip_grad": 0.1},
             "schedule": {"kind": "cosine", "warmup_steps": 2},
             "parallel": parallel,
-            "checkpoint": {"every": every, "keep": 2},
+            "checkpoint": {"every": every, "keep": keep, "keep_every": keep_every},
             "eval": {"every": 3},
             "log": {"tensorboard": False},
         },
@@ -77,26 +105,37 @@ def train(
     model_config = validate(ModelConfig, model)
     env = ClusterEnvironment.read()
     place = groups.start(env, Layout.of(env.world_size, config.parallel, model_config, config.train))
-    source = Rows(model_config.vocab_size, fingerprint, fail_at, signal_at)
+    source = Rows(model_config.vocab_size, fingerprint, at)
     heldout = HeldoutLoss({"even": rows(900, 3, model_config.vocab_size)})
-    try:
-        trainer = Trainer(config, model_config, source, NextToken(), place, [heldout])
-        return {"status": trainer.fit()}
-    except (RuntimeError, ValueError) as error:
-        return {"error": str(error), "kind": type(error).__name__}
+    return Trainer(config, model_config, source, NextToken(), place, [heldout], resume=resume)
 
 
-def restore_and_save(checkpoint: str, out: str, model: dict[str, Any], parallel: dict[str, Any]) -> int:
-    """Restores a checkpoint in this call's layout and saves it again at once."""
-    engine = make_engine(model, parallel)
-    state.restore(engine, checkpoint)
-    with Reader(checkpoint) as reader:
-        for name, parameter in engine.module.named_global_parameters():
-            if not getattr(parameter, "tensor_model_parallel", False):  # the model has it too, not only ZeRO
-                assert torch.equal(zero.current_weight(parameter), reader.read(name)), name
-        steps = reader.manifest["optimizer_steps"]
-    state.save(engine, out, step=steps, state={}, keep=1)
-    return steps
+def save_now(engine: Engine, run_dir: str, step: int, facts: dict[str, Any]) -> None:
+    """Saves and waits for it."""
+    with Saver(engine, run_dir, CheckpointConfig(), print) as saver:
+        saver.copy()
+        saver.start(step, facts)
+    assert saver.failure is None, saver.failure
+
+
+def go_on(checkpoint: str, run_dir: str, out: str, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
+    """Takes `checkpoint` up in this call's layout, saves it into `out` as it was restored, and trains one step.
+
+    Returns the status and the samples of that step.
+    """
+    step = read_manifest(checkpoint)["step"]
+
+    def save_restored(engine: Engine) -> None:
+        with Reader(checkpoint) as reader:
+            for name, parameter in engine.module.named_global_parameters():
+                if not getattr(parameter, "tensor_model_parallel", False):  # the model has it too, not only ZeRO
+                    assert torch.equal(zero.current_weight(parameter), reader.read(name)), name
+        save_now(engine, out, step, {})
+
+    trainer = make_trainer(run_dir, model, parallel, step + 1, {step: save_restored}, resume=checkpoint)
+    status = trainer.fit()
+    assert isinstance(trainer.source, Rows)
+    return {"status": status, "samples": [sample for part in trainer.source.asked for sample in part]}
 
 
 def gathered(checkpoint: str, model: dict[str, Any], parallel: dict[str, Any]) -> bool:

@@ -1,0 +1,148 @@
+"""Saves in the background: the step loop stops for a copy to host memory, a thread of each rank does the rest.
+
+The threads agree over a gloo group of their own, never over a group that training uses: all tell the main rank what
+they wrote, it publishes or gives up, and tells all. So a save ends well even where one rank's training has failed, and
+nothing is asked of the file system but what `storage` asks. One save is in flight at most. Left out: keeping the pieces
+in other nodes' memory, and going on after a rank died (its peers' threads fail with it).
+"""
+
+import datetime
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.train import CheckpointConfig
+from pretrain.checkpoint import state, storage
+from pretrain.checkpoint.storage import CheckpointError, Piece
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.messages import broadcast_json, gather_json
+
+# The slowest rank's write must end within this time after the fastest's.
+AGREEMENT_MINUTES = 60
+
+
+class Saver:
+    """Writes `checkpoints/step_N` of a run. All ranks make one and call its methods in the same order.
+
+    `say` gets a line at the end of each save, on the main rank, from another thread.
+    """
+
+    def __init__(self, engine: Engine, run_dir: str | Path, config: CheckpointConfig, say: Callable[[str], None]):
+        self.engine, self.run_dir, self.config, self.say = engine, run_dir, config, say
+        self.failure: str | None = None  # why the last save was given up, the same on every rank
+        self._error: BaseException | None = None
+        self._host: dict[str, torch.Tensor] = {}
+        self._pieces: dict[str, tuple[Piece, dict[str, torch.Tensor]]] = {}
+        self._facts: dict[str, Any] = {}
+        self._copy_seconds = 0.0
+        self._thread: threading.Thread | None = None
+        timeout = datetime.timedelta(minutes=AGREEMENT_MINUTES)
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        if engine.place.is_main:
+            storage.remove_leftovers(run_dir)
+        dist.barrier(self._group)  # nobody's first file may be there when leftovers are removed
+
+    def copy(self) -> float:
+        """Copies this rank's pieces for the next save; returns the seconds it took, without the wait for an earlier
+        save that is still being written.
+        """
+        self._wait_for_earlier()
+        started = time.perf_counter()
+        self._pieces = state.copy_owned(self.engine, self._host)
+        self._facts = state.manifest_facts(self.engine)
+        self._copy_seconds = time.perf_counter() - started
+        return self._copy_seconds
+
+    def start(self, step: int, facts: dict[str, Any]) -> None:
+        """Begins to write what `copy` copied; `facts` go into the manifest."""
+        facts = {"step": step, **facts, **self._facts}
+        self._thread = threading.Thread(target=self._run, args=(step, facts), name=f"save of step {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Blocks until no save is in flight. Errors: what stopped its thread, if that was not the file system."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Training has ended, well or not: what is in flight is finished; an error of training's own goes before."""
+        try:
+            self.wait()
+        except Exception:
+            if kind is None:
+                raise
+
+    def _wait_for_earlier(self) -> None:
+        started = time.perf_counter()
+        busy = self._thread is not None and self._thread.is_alive()
+        self.wait()
+        if busy and self.engine.place.is_main:
+            self.say(f"waited {time.perf_counter() - started:.2f} s for the checkpoint before; checkpoint.every is low")
+
+    def _run(self, step: int, facts: dict[str, Any]) -> None:
+        try:
+            self.failure = self._save(step, facts)
+        except BaseException as error:  # a peer that is gone; raised again in the step loop
+            self._error = error
+
+    def _save(self, step: int, facts: dict[str, Any]) -> str | None:
+        """Writes, agrees, publishes. Returns why it was given up, if it was."""
+        started = time.perf_counter()
+        place, final = self.engine.place, storage.directory(self.run_dir, step)
+        temporary = storage.temporary_name(final)
+        answer: dict[str, Any] = {"part": None, "failure": None}
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            answer["part"] = storage.write_rank(temporary, place.rank, self._pieces)
+        except OSError as error:
+            answer["failure"] = f"rank {place.rank} could not write {temporary}: {error.strerror}"
+        answers = gather_json(answer, self._group)
+        verdict: dict[str, str | None] = {"failure": None, "mistake": None}
+        if place.is_main:
+            verdict = self._publish(temporary, final, answers, facts)
+        verdict = broadcast_json(verdict, self._group)
+        if verdict["mistake"] is not None:
+            raise CheckpointError(verdict["mistake"])
+        if place.is_main:
+            self._report(step, final, verdict["failure"], time.perf_counter() - started)
+        return verdict["failure"]
+
+    def _publish(
+        self, temporary: Path, final: Path, answers: list[dict[str, Any]], facts: dict[str, Any]
+    ) -> dict[str, str | None]:
+        """On the main rank: what became of the save. A `mistake` is ours and ends the run."""
+        failure = next((answer["failure"] for answer in answers if answer["failure"]), None)
+        mistake = None
+        if failure is None:
+            try:
+                storage.publish(temporary, final, [answer["part"] for answer in answers], facts)
+            except OSError as error:
+                failure = f"rank 0 could not publish {final}: {error.filename or temporary}: {error.strerror}"
+            except CheckpointError as error:
+                mistake = str(error)
+        if failure or mistake:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return {"failure": failure, "mistake": mistake}
+
+    def _report(self, step: int, final: Path, failure: str | None, seconds: float) -> None:
+        if failure is not None:
+            self.say(f"warning: no checkpoint of step {step}: {failure}; earlier ones are untouched, training goes on")
+            return
+        self.say(f"copied in {self._copy_seconds:.2f} s; saved {final} in {seconds:.1f} s")
+        try:
+            storage.prune(self.run_dir, step, self.config.keep, self.config.keep_every)
+        except OSError as error:
+            self.say(f"warning: old checkpoints of {self.run_dir} could not be removed: {error}")

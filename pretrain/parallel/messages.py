@@ -1,0 +1,36 @@
+"""JSON between ranks over a gloo group of all of them. Nothing is unpickled. Leaves out tensors."""
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's value, in rank order, on rank 0; elsewhere an empty list."""
+    data = _bytes(value)
+    world_size = dist.get_world_size(group)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+    padded[: len(data)] = data
+    here = dist.get_rank(group) == 0
+    parts = [torch.empty_like(padded) for _ in range(world_size)] if here else None
+    dist.gather(padded, parts, dst=0, group=group)
+    return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts or [], lengths, strict=False)]
+
+
+def broadcast_json(value: Any, group: dist.ProcessGroup) -> Any:
+    """Rank 0's value, on every rank."""
+    data = _bytes(value)
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, 0, group=group)
+    if dist.get_rank(group) != 0:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(data, 0, group=group)
+    return json.loads(data.numpy().tobytes())
+
+
+def _bytes(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

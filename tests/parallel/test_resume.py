@@ -1,0 +1,174 @@
+"""Any layout resumes any layout: a declared matrix. And which checkpoint a run starts from, or refuses to."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import storage
+from tests.parallel.harness import Ranks
+from tests.parallel.layouts import GLOBAL_BATCH
+from tests.parallel.test_layouts import LAYOUTS, MODELS
+from tests.parallel.test_training import RanksOf, metrics, train
+
+STEP = 2  # of the checkpoints that the matrix restores
+
+# model, layout that saves, layout that restores: names of test_layouts. The last number of ranks may be any.
+PAIRS = [
+    ("dense", "one", "tp2"),
+    ("dense", "tp2", "one"),
+    ("dense", "tp2", "dp2"),
+    ("dense", "tp2", "tp2sp_dp2"),
+    ("dense_tied", "pp2vpp2", "tp2"),
+    ("dense_tied", "pp2vpp2", "pp2_uneven"),
+    ("dense_tied", "pp2vpp2", "pp4"),
+    ("moe", "tp2sp", "pp2vpp2"),
+    ("moe", "tp2sp", "tp2dp2"),
+    ("moe_tied", "dp2", "one"),
+    ("moe_tied", "dp2", "dp2"),
+    ("moe_tied", "dp2", "tp2sp"),
+    ("moe_tied", "dp2", "pp2_uneven"),
+    ("moe_tied", "dp2", "pp2vpp2"),
+    ("moe_tied", "dp2", "tp2pp2"),
+    ("moe_tied", "dp2", "pp2dp2"),
+    ("moe_tied", "tp2sp_pp2vpp2", "one"),
+    ("moe_tied", "tp2sp_pp2vpp2", "dp2"),
+]
+
+Saved = Callable[[str, str], Path]
+
+
+def world_of(layout: str) -> tuple[int, dict[str, int]]:
+    return LAYOUTS.get(layout, (1, {}))
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A run of STEP + 1 steps of (model, layout) that has a checkpoint of STEP; each is trained once."""
+    done: dict[tuple[str, str], Path] = {}
+
+    def saved(model: str, layout: str) -> Path:
+        if (model, layout) not in done:
+            world, parallel = world_of(layout)
+            run_dir = tmp_path_factory.mktemp(f"{model}_{layout}")
+            assert train(ranks(world), run_dir, model, parallel, steps=STEP + 1) == [{"status": 0}] * world
+            done[model, layout] = run_dir
+        return done[model, layout]
+
+    return saved
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    for kind in storage.KINDS:
+        one, other = storage.read_full(a, kind), storage.read_full(b, kind)
+        assert one.keys() == other.keys()
+        differing = [name for name in one if not torch.equal(one[name], other[name])]
+        assert not differing, f"{kind} of {differing}"
+        assert any(tensor.any() for tensor in one.values())
+
+
+@pytest.mark.parametrize(("model", "saves", "restores"), PAIRS)
+def test_any_layout_resumes_any_layout(
+    ranks: RanksOf, saved: Saved, tmp_path: Path, model: str, saves: str, restores: str
+) -> None:
+    run = saved(model, saves)
+    checkpoint, (world, parallel) = storage.directory(run, STEP), world_of(restores)
+    answers = ranks(world).run(
+        "tests.parallel.training:go_on",
+        process_group=False,
+        checkpoint=str(checkpoint),
+        run_dir=str(tmp_path / "run"),
+        out=str(tmp_path / "restored"),
+        model=MODELS[model],
+        parallel=parallel,
+    )
+    restored = storage.directory(tmp_path / "restored", STEP)
+    assert_same_state(checkpoint, restored)
+    for key in ("optimizer_steps", "step"):
+        assert storage.read_manifest(restored)[key] == STEP
+    samples = sorted({sample for answer in answers for sample in answer["samples"]})
+    assert samples == list(range(STEP * GLOBAL_BATCH, (STEP + 1) * GLOBAL_BATCH))
+    assert [answer["status"] for answer in answers] == [0] * world
+    # The bound of test_layouts' losses: fp32 sums in another order.
+    expected, found = ({line["step"]: line["loss"] for line in metrics(r) if "loss" in line}
+                       for r in (run, tmp_path / "run"))  # fmt: skip
+    assert found == pytest.approx({STEP + 1: expected[STEP + 1]}, rel=2e-6)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2sp", "pp2_uneven", "pp2vpp2", "tp2pp2"])
+def test_gathered_weights_are_the_checkpoints(ranks: RanksOf, saved: Saved, layout: str) -> None:
+    world, parallel = world_of(layout)
+    checkpoint = storage.directory(saved("moe_tied", "dp2"), STEP)
+    options = {"model": MODELS["moe_tied"], "parallel": parallel, "checkpoint": str(checkpoint)}
+    assert ranks(world).run("tests.parallel.training:gathered", process_group=False, **options) == [True] * world
+
+
+@pytest.fixture
+def run(saved: Saved, tmp_path: Path) -> Path:
+    """A finished run of STEP + 1 steps on one rank, to change."""
+    shutil.copytree(saved("dense", "one"), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    """All that a refused start must leave as it is."""
+    files = (path for path in run_dir.rglob("*") if path.is_file())
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
+
+
+def refusal(ranks: Ranks, run_dir: Path, resume: str, steps: int = STEP + 2) -> str:
+    """The words of a refused start, which must have changed nothing."""
+    before = contents(run_dir)
+    answers = train(ranks, run_dir, "dense", {}, steps=steps, resume=resume)
+    assert {answer["kind"] for answer in answers} == {"ConfigError"}, answers
+    assert len({answer["error"] for answer in answers}) == 1, "every rank says the same"
+    assert {k: v for k, v in contents(run_dir).items() if k != ".lock"} == {
+        k: v for k, v in before.items() if k != ".lock"
+    }
+    return str(answers[0]["error"])
+
+
+def test_resume_no_refuses_a_run_with_checkpoints(ranks: RanksOf, run: Path, tmp_path: Path) -> None:
+    words = refusal(ranks(2), run, "no")
+    assert "the newest of step 3" in words and "another run.dir" in words
+    assert train(ranks(1), tmp_path / "new", "dense", {}, steps=2, resume="no") == [{"status": 0}]
+
+
+def test_resume_from_a_path_starts_a_branch_that_goes_on_by_the_same_command(
+    ranks: RanksOf, run: Path, tmp_path: Path
+) -> None:
+    branch, checkpoint = tmp_path / "branch", storage.directory(run, STEP)
+    command = {"resume": str(checkpoint), "steps": STEP + 3, "every": 1}
+    (answer,) = train(ranks(1), branch, "dense", {}, fail_at=STEP + 2, **command)
+    assert answer["error"] == "the node went away" and storage.steps(branch) == [STEP + 1, STEP + 2]
+    shutil.rmtree(checkpoint)  # its run has pruned it since: the branch does not need it any more
+    assert train(ranks(1), branch, "dense", {}, **command) == [{"status": 0}]
+    losses = {line["step"]: line["loss"] for line in metrics(branch) if "loss" in line}
+    assert list(losses) == [STEP + 1, STEP + 2, STEP + 3]
+    # The schedule has more steps here than in the run, but a step's loss is of the weights before it.
+    assert losses[STEP + 1] == {line["step"]: line["loss"] for line in metrics(run) if "loss" in line}[STEP + 1]
+
+
+def test_resume_from_a_path_overwrites_nothing(ranks: RanksOf, run: Path, tmp_path: Path) -> None:
+    words = refusal(ranks(1), run, str(storage.directory(run, STEP)))
+    assert "do not come from it" in words and "step_3" in words and "another run.dir" in words
+    newest = str(storage.directory(run, STEP + 1))  # its own newest: as auto
+    assert train(ranks(1), run, "dense", {}, steps=STEP + 2, resume=newest) == [{"status": 0}]
+
+
+def test_a_wrong_path_is_named(ranks: RanksOf, run: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    assert "must: there is no such checkpoint; give auto, no, or a path" in refusal(ranks(2), new, "must")
+    assert f"is a run, not a checkpoint; name one of its checkpoints, e.g. {run}" in refusal(ranks(2), new, str(run))
+    checkpoint = storage.directory(run, STEP)
+    next(checkpoint.glob("*.safetensors")).unlink()
+    assert "rank_00000.safetensors is missing" in refusal(ranks(2), new, str(checkpoint))
+    (checkpoint / "manifest.json").write_text("{}")
+    assert "says format None" in refusal(ranks(2), new, str(checkpoint))
+
+
+def test_another_models_checkpoint_by_path_is_refused(ranks: RanksOf, saved: Saved, tmp_path: Path) -> None:
+    words = refusal(ranks(1), tmp_path, str(storage.directory(saved("moe_tied", "dp2"), STEP)))
+    assert "model = {'tie_embeddings': True, 'moe'" in words and "{'tie_embeddings': False}" in words
