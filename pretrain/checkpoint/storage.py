@@ -271,8 +271,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the format's alignment
     digest = hashlib.sha256()
+    parts: list[Any] = [struct.pack("<Q", len(head)), head, *(tensor.numpy() for tensor in tensors.values())]
     with open(path, "wb") as file:
-        for part in (struct.pack("<Q", len(head)), head, *(tensor.numpy() for tensor in tensors.values())):
+        for part in parts:
             digest.update(part)
             file.write(part)
         file.flush()

@@ -1,8 +1,14 @@
 """Run in the ranks: the real trainer on rows of tests/parallel/layouts.py, with interruptions on demand."""
 
+import contextlib
+import io
 import os
+import resource
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +18,7 @@ from configs.loader import validate
 from configs.train import CheckpointConfig, ModelConfig, TrainerConfig
 from data_pipeline.rows import Row
 from launch.environment import ClusterEnvironment
-from pretrain.checkpoint import state
+from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.storage import Reader, read_manifest
 from pretrain.data import BatchSource
@@ -108,6 +114,59 @@ def make_trainer(
     source = Rows(model_config.vocab_size, fingerprint, at)
     heldout = HeldoutLoss({"even": rows(900, 3, model_config.vocab_size)})
     return Trainer(config, model_config, source, NextToken(), place, [heldout], resume=resume)
+
+
+def train_on_slow_disk(
+    run_dir: str, model: dict[str, Any], steps: int, seconds: float, fail_on_rank: int | None = None, every: int = 2
+) -> dict[str, Any]:
+    """Trains while a rank's file takes `seconds` longer to write. Returns what was seen before each step.
+
+    With `fail_on_rank`, training fails on that rank before the step after the first save.
+    """
+    write_rank, seen, said = storage.write_rank, [], io.StringIO()
+
+    def slow(*args: Any) -> Any:
+        time.sleep(seconds)
+        return write_rank(*args)
+
+    def look(engine: Engine) -> None:
+        writing = any(thread.name.startswith("save of step") for thread in threading.enumerate())
+        seen.append({"saved": storage.steps(run_dir), "writing": writing})
+        if engine.place.rank == fail_on_rank and writing:
+            raise RuntimeError("the node went away")
+
+    trainer = make_trainer(run_dir, model, {}, steps, dict.fromkeys(range(steps), look), every=every, keep=9)
+    storage.write_rank = slow
+    error = None
+    try:
+        with contextlib.redirect_stdout(said):
+            trainer.fit()
+    except RuntimeError as problem:
+        error = str(problem)
+    finally:
+        storage.write_rank = write_rank
+    return {"seen": seen, "said": said.getvalue(), "error": error, "status": int(error is not None)}
+
+
+def train_on_small_disk(run_dir: str, model: dict[str, Any], rank: int, limits: dict[str, int]) -> dict[str, Any]:
+    """Trains six steps, a save after each, on files of which this `rank`'s may have limits[step] bytes from then on.
+
+    A write beyond the limit fails as on a full disk, but with EFBIG.
+    """
+    said, hard = io.StringIO(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def limit(engine: Engine, size: int) -> None:
+        if engine.place.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    at = {int(step): partial(limit, size=size) for step, size in limits.items()}
+    trainer = make_trainer(run_dir, model, {}, 6, at, every=1)
+    try:
+        with contextlib.redirect_stdout(said):
+            status = trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return {"status": status, "said": said.getvalue()}
 
 
 def save_now(engine: Engine, run_dir: str, step: int, facts: dict[str, Any]) -> None:

@@ -1,0 +1,49 @@
+"""Runs that are killed with SIGKILL again and again end exactly as one that nobody touched."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import storage
+from tests.parallel.forks import Forks
+from tests.parallel.test_layouts import MODELS
+from tests.parallel.test_resume import assert_same_state
+from tests.parallel.test_training import RanksOf, metrics, train
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("forks") / "ranks.log")
+    yield forks
+    forks.close()
+
+
+@pytest.mark.parametrize(
+    ("kills", "torn", "steps", "parallel"),
+    [
+        (3, 1, 24, {}),
+        pytest.param(30, 10, 240, {}, marks=pytest.mark.full),
+        pytest.param(10, 3, 80, {"tp": 2, "sp": True}, marks=pytest.mark.full),
+    ],
+)
+def test_a_killed_run_ends_as_an_untouched_one(
+    forks: Forks, ranks: RanksOf, tmp_path: Path, kills: int, torn: int, steps: int, parallel: dict[str, int]
+) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert train(ranks(2), straight, "moe_tied", parallel, steps=steps) == [{"status": 0}] * 2
+    kwargs = {"run_dir": str(killed), "model": MODELS["moe_tied"], "parallel": parallel, "steps": steps, "every": 1}
+    result = forks.ask("crash", size=2, kwargs=kwargs, seed=steps, kills=kills, torn=torn)
+    newest = [kill["newest"] for kill in result["kills"]]
+    assert newest == sorted(newest) and newest[-1] > 0, "no kill may cost a checkpoint that was whole"
+    assert metrics(killed) == metrics(straight)
+    assert_same_state(storage.directory(straight, steps), storage.directory(killed, steps))
+    assert not list((killed / "checkpoints").glob(".step_*"))
+
+
+def test_one_ranks_failure_leaves_the_save_in_flight_whole(forks: Forks, tmp_path: Path) -> None:
+    """The other rank waits for it in a collective of training's, and its thread still ends the save."""
+    kwargs = {"function": "train_on_slow_disk", "run_dir": str(tmp_path), "model": MODELS["dense"]}
+    statuses = forks.ask("run", size=2, kwargs={**kwargs, "steps": 4, "seconds": 1.0, "fail_on_rank": 1})
+    assert statuses == [1, 1]
+    assert storage.latest(tmp_path) == storage.directory(tmp_path, 2)

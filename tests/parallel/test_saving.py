@@ -1,0 +1,157 @@
+"""Saving in the background: what stops the step loop and what does not, full disks, signals, retention."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.checkpoint import storage
+from tests.parallel.harness import REPOSITORY
+from tests.parallel.test_layouts import MODELS
+from tests.parallel.test_resume import assert_same_state
+from tests.parallel.test_training import RanksOf, metrics, train
+
+SLOW = 1.0  # seconds: tens of steps of these models
+IN_OWN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
+
+
+def test_a_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {"weight/a": torch.randn(7), "exp_avg/ü": torch.randn(2, 3), "weight/none": torch.empty(0)}
+    size, digest = storage._write_tensors(tmp_path / "x.safetensors", tensors)
+    again = load_file(tmp_path / "x.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (size, digest)
+
+
+def slow(ranks: RanksOf, world: int, run_dir: Path, steps: int, **options: Any) -> list[dict[str, Any]]:
+    options = {"seconds": SLOW, "model": MODELS["dense"], "steps": steps, "run_dir": str(run_dir), **options}
+    return ranks(world).run("tests.parallel.training:train_on_slow_disk", process_group=False, **options)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_goes_on_while_a_checkpoint_of_before_is_written(ranks: RanksOf, tmp_path: Path, world: int) -> None:
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    train(ranks(world), straight, "dense", {}, steps=4, keep=9)
+    answers = slow(ranks, world, run, steps=4)
+    for answer in answers:
+        assert answer["seen"][2:4] == [{"saved": [], "writing": True}] * 2, "steps 3 and 4 ran beside the save of 2"
+    said = answers[0]["said"]
+    assert "copied in 0.0" in said and f"saved {storage.directory(run, 2)} in 1." in said
+    assert "s for the checkpoint before" in said, "the save of step 4 waited, and said so"
+    for step in (2, 4):  # of the step they name, though weights went on while they were written
+        assert_same_state(storage.directory(straight, step), storage.directory(run, step))
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    copies = {line["step"]: line["save_copy_s"] for line in logged if "save_copy_s" in line}
+    assert list(copies) == [2, 4] and all(0 <= seconds < SLOW / 2 for seconds in copies.values())
+
+
+def test_a_save_in_flight_is_finished_though_training_failed(ranks: RanksOf, tmp_path: Path) -> None:
+    (answer,) = slow(ranks, 1, tmp_path, steps=4, fail_on_rank=0)
+    assert answer["error"] == "the node went away"
+    assert storage.latest(tmp_path) == storage.directory(tmp_path, 2)
+
+
+def test_the_last_ones_and_multiples_of_keep_every_are_kept(ranks: RanksOf, tmp_path: Path) -> None:
+    train(ranks(1), tmp_path, "dense", {}, steps=8, every=1, keep=2, keep_every=3)
+    assert storage.steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_a_damaged_checkpoint_ahead_does_not_cost_the_one_just_saved(ranks: RanksOf, tmp_path: Path) -> None:
+    train(ranks(1), tmp_path, "dense", {}, steps=6, every=2, keep=9)
+    (storage.directory(tmp_path, 6) / "rank_00000.safetensors").write_bytes(b"torn")
+    (answer,) = train(ranks(1), tmp_path, "dense", {}, steps=9, every=1, keep=1, fail_at=5)
+    assert answer["error"] == "the node went away"
+    assert storage.latest(tmp_path) == storage.directory(tmp_path, 5)
+    assert train(ranks(1), tmp_path, "dense", {}, steps=7, every=1, keep=2) == [{"status": 0}]
+    assert [storage.verify(storage.directory(tmp_path, step))["step"] for step in storage.steps(tmp_path)] == [6, 7]
+
+
+def test_a_rank_that_cannot_write_costs_one_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:
+    options = {"process_group": False, "model": MODELS["dense"], "rank": 1, "run_dir": str(tmp_path)}
+    small = "tests.parallel.training:train_on_small_disk"
+    answers = ranks(2).run(small, limits={"2": 10_000, "3": 10_000_000}, **options)
+    assert [answer["status"] for answer in answers] == [0, 0]
+    path = storage.temporary_name(storage.directory(tmp_path, 3))
+    reason = f"no checkpoint of step 3: rank 1 could not write {path}: File too large; earlier ones are untouched"
+    assert reason in answers[0]["said"] and answers[1]["said"] == ""
+    assert "saved" in answers[0]["said"] and storage.steps(tmp_path) == [5, 6]
+    assert not path.exists()
+
+
+@pytest.mark.skipif(
+    subprocess.run([*IN_OWN_NAMESPACE, "true"], capture_output=True).returncode != 0,
+    reason="this system lets no user mount a file system of his own",
+)
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Two ranks on a file system of 3 MB that fills up, has room again, and is full at the end."""
+    options = {"run_dir": str(tmp_path / "disk/run"), "model": MODELS["dense"], "steps": 6, "every": 1, "keep": 1}
+    (tmp_path / "disk").mkdir()
+    mount = f'mount -t tmpfs -o size=3m none {tmp_path / "disk"} && mkdir {tmp_path / "disk/run"} && exec "$@"'
+    done = subprocess.run(
+        [*IN_OWN_NAMESPACE, "sh", "-c", mount, "sh", *launched({**options, "disk": True})],
+        cwd=REPOSITORY, env=environment(), text=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    said = done.stdout
+    assert done.returncode == 1, said + done.stderr
+    seen = [json.loads(line.partition("seen: ")[2]) for line in said.splitlines() if line.startswith("seen: ")]
+    for step in (3, 4, 6):
+        assert f"no checkpoint of step {step}: rank " in said and f"/.step_{step}: No space left on device" in said
+    # The last good one stays, no temporary file does, and training went on.
+    assert seen[0] == {"checkpoints": ["step_2"], "steps": [1, 2, 3, 4]}
+    assert "/step_5 in" in said, "with room again, the next save succeeds"
+    assert seen[1] == {"checkpoints": ["step_5"], "steps": [1, 2, 3, 4, 5, 6]}
+    assert "error: step 6 is not saved" in said and "Traceback" not in done.stderr
+
+
+def test_signals_through_the_launcher(ranks: RanksOf, tmp_path: Path) -> None:
+    """SIGUSR1 is 75, Ctrl-C 130, each with a checkpoint; the run then ends as if nothing had happened."""
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    steps = 400
+    train(ranks(2), straight, "dense", {}, steps=steps, every=1000)
+    options = {"run_dir": str(run), "model": MODELS["dense"], "steps": steps, "every": 1000}
+    for number, status in ((signal.SIGUSR1, 75), (signal.SIGINT, 130), (None, 0)):
+        before = (storage.steps(run) or [0])[-1]
+        process = subprocess.Popen(
+            launched(options), cwd=REPOSITORY, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            if number is not None:
+                wait_for_step(run, before + 3)
+                process.send_signal(number)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == status, output
+        if number is not None:
+            at = storage.steps(run)[-1]
+            assert before + 3 <= at < steps and metrics(run)[-1]["step"] == at
+            assert f"stopped by {number.name} at step {at}; the same command goes on" in output
+    assert metrics(run) == metrics(straight)
+    assert_same_state(storage.directory(straight, steps), storage.directory(run, steps))
+
+
+def launched(options: dict[str, Any]) -> list[str]:
+    launcher = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2"]
+    return [*launcher, "tests.parallel.launched", json.dumps(options)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 60
+    while not log.exists() or f'{{"step": {step},' not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
