@@ -8,7 +8,6 @@ again before step 6; it prints what it saw.
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from pretrain.checkpoint import storage
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine
-from tests.parallel.training import make_trainer
+from tests.parallel.training import make_trainer, settle
 
 LEFT = 60_000  # bytes: room for the log, not for a checkpoint
 
@@ -39,7 +38,7 @@ def disk_steps(run_dir: Path) -> dict[int, Any]:
     ballast = run_dir / "ballast"
 
     def fill(engine: Engine) -> None:
-        settle(engine, run_dir)
+        settle(engine)
         if engine.place.is_main:
             with open(ballast, "wb", buffering=0) as file:
                 try:
@@ -49,19 +48,12 @@ def disk_steps(run_dir: Path) -> dict[int, Any]:
                     file.truncate(file.tell() - LEFT)
 
     def empty(engine: Engine) -> None:
-        settle(engine, run_dir)
+        settle(engine)
         if engine.place.is_main:
             look(run_dir)
             ballast.unlink()
 
     return {2: fill, 4: empty, 5: fill}
-
-
-def settle(engine: Engine, run_dir: Path) -> None:
-    """Waits until no save is under way."""
-    while list((run_dir / "checkpoints").glob(".step_*")):
-        time.sleep(0.01)
-    engine.place.gather_json(None)
 
 
 def look(run_dir: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_signals_through_the_launcher(ranks: RanksOf, tmp_path: Path) -> None:
     """SIGUSR1 is 75, Ctrl-C 130, each with a checkpoint; the run then ends as if nothing had happened."""
     straight, run = tmp_path / "straight", tmp_path / "run"
-    steps = 400
+    steps = 60
     train(ranks(2), straight, "dense", {}, steps=steps, every=1000)
     options = {"run_dir": str(run), "model": MODELS["dense"], "steps": steps, "every": 1000}
     for number, status in ((signal.SIGUSR1, 75), (signal.SIGINT, 130), (None, 0)):

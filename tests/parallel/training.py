@@ -130,9 +130,8 @@ def train_on_slow_disk(
         return write_rank(*args)
 
     def look(engine: Engine) -> None:
-        writing = any(thread.name.startswith("save of step") for thread in threading.enumerate())
-        seen.append({"saved": storage.steps(run_dir), "writing": writing})
-        if engine.place.rank == fail_on_rank and writing:
+        seen.append({"saved": storage.steps(run_dir), "writing": saving()})
+        if engine.place.rank == fail_on_rank and saving():
             raise RuntimeError("the node went away")
 
     trainer = make_trainer(run_dir, model, {}, steps, dict.fromkeys(range(steps), look), every=every, keep=9)
@@ -156,6 +155,7 @@ def train_on_small_disk(run_dir: str, model: dict[str, Any], rank: int, limits: 
     said, hard = io.StringIO(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def limit(engine: Engine, size: int) -> None:
+        settle(engine)
         if engine.place.rank == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
@@ -167,6 +167,17 @@ def train_on_small_disk(run_dir: str, model: dict[str, Any], rank: int, limits: 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     return {"status": status, "said": said.getvalue()}
+
+
+def saving() -> bool:
+    return any(thread.name.startswith("save of step") for thread in threading.enumerate())
+
+
+def settle(engine: Engine) -> None:
+    """Waits until no rank has a save in flight."""
+    while saving():
+        time.sleep(0.01)
+    engine.place.gather_json(None)
 
 
 def save_now(engine: Engine, run_dir: str, step: int, facts: dict[str, Any]) -> None:

@@ -122,7 +122,8 @@ def test_a_stage_finds_a_terminal_where_the_demo_has_one(tmp_path: Path) -> None
 
 
 def test_times_add_up_over_attempts_and_start_over_with_new_work() -> None:
-    broken = updated(None, 10.0, status=130, wrote=True)
+    broken = updated(None, 10.0, status=75, wrote=True)
+    assert updated(None, 10.0, status=130, wrote=True) == broken
     assert broken == {"seconds": 10.0, "done": False}
     assert updated(broken, 5.0, status=1, wrote=True) == broken
     done = updated(broken, 5.0, status=0, wrote=True)

@@ -94,18 +94,30 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert "rank 1 died of signal 9" in output
 
 
-def test_an_interrupt_reaches_every_rank_once_and_waits_for_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "ends", "status"),
+    [
+        (signal.SIGINT, "sys.exit(130)", 130),
+        (signal.SIGTERM, "sys.exit(75)", 75),
+        (signal.SIGUSR1, "sys.exit(75)", 75),
+        (signal.SIGTERM, "sys.exit(0)", 0),  # it had finished anyway
+        (signal.SIGTERM, "sys.exit(75 if os.environ['RANK'] == '0' else 1)", 143),  # they do not agree on what it was
+    ],
+)
+def test_a_signal_reaches_every_rank_once_and_the_status_is_theirs(
+    tmp_path: Path, number: int, ends: str, status: int
+) -> None:
     script = (
         "def stop(number, frame):\n"
         "    with open(pathlib.Path(sys.argv[1], 'got' + os.environ['RANK']), 'a') as f: f.write('1')\n"
-        "    time.sleep(0.5); sys.exit(130)\n"
-        "signal.signal(signal.SIGINT, stop)\n" + UP + "time.sleep(60)\n"
+        f"    time.sleep(0.5); {ends}\n"
+        f"signal.signal({int(number)}, stop)\n" + UP + "time.sleep(60)\n"
     )
     process = launcher(tmp_path, script)
     wait_for(tmp_path, "up0", "up1")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert wait_for(tmp_path, "got0", "got1") == [1, 1]
 
 
