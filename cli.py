@@ -68,7 +68,8 @@ def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
             "",
             *lines,
             "",
-            "`trivium COMMAND --help` has an example. Exit status: 0 done, 1 failed, 2 bad arguments or config.",
+            "`trivium COMMAND --help` has an example. Exit status: 0 done, 1 failed, 2 bad arguments or config,",
+            "75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved, 130 interrupted.",
             "example: trivium launch --nproc-per-node 2 pretrain.train configs/pretrain/demo.toml train.steps=50",
         ]
     )
