@@ -36,7 +36,13 @@ class NextToken:
 
 
 def label_logprobs(logits_NV: torch.Tensor, labels_N: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """log softmax(logits)[label], [N] fp32. With logits split over tp, by megatron-core's vocab-parallel loss."""
-    if logits_NV.shape[1] == vocab_size:
-        return -F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
-    return -tensor_parallel.vocab_parallel_cross_entropy(logits_NV.float(), labels_N)
+    """log softmax(logits)[label], [N], fp32 or better. With logits split over tp, by megatron-core's vocab-parallel
+    loss; that one rounds to fp32, so logits in fp64 (a proof's, and few) are gathered instead.
+    """
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    is_split = logits_NV.shape[1] != vocab_size
+    if is_split and logits_NV.dtype == torch.float32:
+        return -tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_N)
+    if is_split:
+        logits_NV = tensor_parallel.gather_from_tensor_model_parallel_region(logits_NV)
+    return -F.cross_entropy(logits_NV, labels_N, reduction="none")

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019): x / rms(x) * weight, the statistics in fp32."""
+"""RMSNorm (Zhang and Sennrich 2019): x / rms(x) * weight, the statistics in fp32 or better."""
 
 import torch
 from torch import nn
@@ -11,6 +11,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)

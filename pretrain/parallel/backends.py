@@ -3,7 +3,8 @@
 Without CUDA: megatron-core's schedules, point-to-point and collective helpers ask torch for "the current CUDA device",
 synchronise it, and make one counter on it; these modules then see a `torch` in which the current device is the CPU.
 DeepSpeed would guess its accelerator, and compile a shared-memory all-reduce at first use, for which a machine may
-lack the compiler and the tests' gloo is enough. With CUDA nothing is changed. Nowhere else is a library touched.
+lack the compiler and the tests' gloo is enough. With CUDA nothing is changed. Nowhere else is a library touched,
+but for a proof in `fp64`.
 """
 
 import logging

@@ -7,7 +7,8 @@ micro-batch, so backward has to be DeepSpeed's own: `schedule` does without a pi
 averaged in fp32 in all of them.
 
 DeepSpeed has three optimizers for it: stage 3 has its own, so has stage 1 in bf16 when not offloaded, and one is for
-the rest. They name the same things differently, and this file is where that is known.
+the rest. They name the same things differently, and this file is where that is known. A
+proof's fp64 has one of its own, see `fp64`.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch import nn
 
 from configs.layout import Layout
 from configs.train import OptimizerConfig, TrainSection
+from pretrain.parallel import fp64
 from pretrain.parallel.backends import deepspeed
 from pretrain.parallel.experts import optimizer_groups
 from pretrain.parallel.gathered import SavedAsRecipes
@@ -45,7 +47,8 @@ class Fragment:
 def wrap(module: Stage, train: TrainSection, optimizer: OptimizerConfig, place: Place, dtype: torch.dtype) -> Any:
     """A DeepSpeed engine around this stage's module. With stage 3 its weights are taken apart from here on."""
     layout = place.layout
-    engine, _, _, _ = deepspeed.initialize(
+    initialize = fp64.initialize if dtype == torch.float64 else deepspeed.initialize
+    engine, _, _, _ = initialize(
         model=module,
         optimizer=torch.optim.AdamW(
             optimizer_groups(_decay_groups(module, optimizer.weight_decay), place),
@@ -157,11 +160,15 @@ def current_weight(parameter: nn.Parameter) -> torch.Tensor:
 
 def full_gradient(parameter: nn.Parameter) -> torch.Tensor:
     """The step's fp32 gradient, after ZeRO's average over data parallel; collective over it."""
+    if parameter.dtype == torch.float64:
+        return fp64.full(parameter, gradient=True)
     return deepspeed.utils.safe_get_full_grad(parameter)
 
 
 def full_weight(parameter: nn.Parameter) -> torch.Tensor:
     """The fp32 master weight, put together over data parallel; collective over it."""
+    if parameter.dtype == torch.float64:
+        return fp64.full(parameter, gradient=False)
     return deepspeed.utils.safe_get_full_fp32_param(parameter)
 
 

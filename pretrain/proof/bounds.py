@@ -8,8 +8,8 @@ error of its own:
 
     bound = 2 u sqrt(n)
 
-What n counts is the *depth* of a tensor: all roundings on the longest path to it. In fp32 a dot product of K terms has
-K of them. In bf16 products are added up in fp32 and only the result is rounded, so it has one.
+What n counts is the *depth* of a tensor: all roundings on the longest path to it. In fp32 and fp64 a dot product of K
+terms has K of them. In bf16 products are added up in fp32 and only the result is rounded, so it has one.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 
 from configs.train import ModelConfig, OptimizerConfig
 
-UNIT_ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-9}
+UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9}
 
 
 class Bounds:
@@ -34,8 +34,8 @@ class Bounds:
             mlp += [hidden, model.moe.num_experts, 1, model.moe.top_k]
         head = [hidden, hidden, model.vocab_size]  # final norm, logits, softmax
         self.precision, self._num_layers = precision, model.num_layers
-        self._layer, self._head = (sum(part) if precision == "fp32" else len(part) for part in (attention + mlp, head))
-        self._tokens = tokens if precision == "fp32" else 1  # in bf16 gradients are accumulated in fp32 too
+        self._layer, self._head = (len(part) if precision == "bf16" else sum(part) for part in (attention + mlp, head))
+        self._tokens = 1 if precision == "bf16" else tokens  # in bf16 gradients are accumulated in fp32 too
 
     def forward(self, layer: int) -> float:
         """Of what layer `layer` gives; -1 is the embedding."""
@@ -50,10 +50,22 @@ class Bounds:
 
     def gradient(self, layer: int) -> float:
         """Of the loss's gradient by a weight of layer `layer`, a sum over all tokens."""
-        return self._of(self._backward_depth(layer - 1) + self._tokens)
+        return self._of(self._gradient_depth(layer))
+
+    def derivation(self) -> str:
+        """In one sentence, with the numbers, where the bounds of a table come from."""
+        power = math.log2(UNIT_ROUNDOFF[self.precision])
+        return (
+            f"allowed = 2 u sqrt(n), u = 2^{power:.0f} ({self.precision}), n roundings on the longest path: "
+            f"{self._loss_depth():,} to the loss, {self._gradient_depth(0):,} to layer 0's gradients; weights: that "
+            "error through Adam's first step."
+        )
 
     def _loss_depth(self) -> int:
         return 1 + self._num_layers * self._layer + self._head + self._tokens
+
+    def _gradient_depth(self, layer: int) -> int:
+        return self._backward_depth(layer - 1) + self._tokens
 
     def _backward_depth(self, layer: int) -> int:
         """Every product of the forward pass has two in the backward pass."""

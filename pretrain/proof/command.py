@@ -30,6 +30,7 @@ from pretrain.proof.injections import INJECTIONS
 
 DEGREES = ("tp", "pp", "vpp", "dp", "ep", "cp", "zero")
 SECONDS = 1800  # for one layout
+KEPT, FIRST_FAILED = 200, 20  # tensors whose errors are written down, whatever the size of the model
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,65 @@ class Candidate:
         return [f"parallel.{key}={str(value).lower()}" for key, value in self.parallel.items()]
 
 
+@dataclass(frozen=True)
+class Error:
+    """A relative error, and how much of one rounding explains."""
+
+    name: str
+    found: float
+    allowed: float
+
+    @property
+    def within(self) -> bool:
+        return self.found <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """Of what is allowed; one that is not a number is beyond everything."""
+        return self.found / self.allowed if self.found < math.inf else math.inf
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.found:.1e}, allowed {self.allowed:.1e}"
+
+
 @dataclass
 class Verdict:
-    """One layout's comparison. Errors are relative; `first` names the first tensor out of bounds, None if none is."""
+    """One layout's comparison. `first` names the first tensor on the way that is out of bounds, None if none is."""
 
     layout: str
     ranks: int
     seconds: float
-    loss: float = math.nan
-    grad_norm: float = math.nan
-    gradient: float = math.nan
-    gradient_of: str = ""
-    weight: float = math.nan
-    weight_of: str = ""
+    worst: dict[str, Error] = field(default_factory=dict)  # of each of COLUMNS the one nearest to its bound
+    num_tensors: int = 0
+    num_failed: int = 0
+    failed: list[str] = field(default_factory=list)  # the first few
     first: str | None = None
-    failed: list[str] = field(default_factory=list)
+    errors: list[tuple[int, Error]] = field(default_factory=list)  # (place on the way, error): the first few that
+    # failed and the KEPT nearest to their bounds
 
     @property
     def passed(self) -> bool:
-        return not self.failed
+        return not self.num_failed
+
+    def add(self, column: str, error: Error) -> None:
+        if column not in self.worst or error.share > self.worst[column].share:
+            self.worst[column] = error
+        if not error.within:
+            self.fail(str(error))
+
+    def fail(self, sentence: str) -> None:
+        self.num_failed += 1
+        if len(self.failed) < FIRST_FAILED:
+            self.failed.append(sentence)
+
+    def add_tensors(self, errors: Sequence[Error]) -> None:
+        """All of them, in the order in which a step computes them."""
+        for error in errors:
+            self.add(error.name.partition("/")[0], error)
+        failed = [place for place, error in enumerate(errors) if not error.within]
+        nearest = sorted(range(len(errors)), key=lambda place: -errors[place].share)
+        self.errors = [(place, errors[place]) for place in sorted({*failed[:FIRST_FAILED], *nearest[:KEPT]})]
+        self.num_tensors, self.first = len(errors), errors[failed[0]].name if failed else None
 
 
 class Step:
@@ -178,32 +219,26 @@ def _run(candidate: Candidate, out: Path, console: Console, inject: str | None =
 def compare(one: Path, other: Path, candidate: Candidate, config: PretrainConfig, seconds: float) -> Verdict:
     """Holds what `other` wrote against `one`."""
     reference, found = Step(one), Step(other)
-    train = config.train
-    tokens, precision = train.global_batch_size * train.seq_length, Precision(train.precision).value
-    bounds = Bounds(config.model, train.seq_length, tokens, precision)
+    bounds = bounds_of(config, reference.facts["precision"])
     verdict = Verdict(candidate.name, candidate.world_size, seconds)
     for name, allowed in (("loss", bounds.loss()), ("grad_norm", bounds.gradient(0))):
-        error = abs(found.facts[name] / reference.facts[name] - 1)
-        setattr(verdict, name, error)
-        if not error <= allowed:
-            verdict.failed.append(f"{name}: {error:.1e}, allowed {allowed:.1e}")
+        verdict.add(name, Error(name, abs(found.facts[name] / reference.facts[name] - 1), allowed))
     missing = _without_copies(reference.keys) ^ _without_copies(found.keys)
     if missing:
-        verdict.failed.append(f"only one of the two has {sorted(missing)[:3]}")
-    worst = {"grad": (0.0, ""), "weight": (0.0, "")}
+        verdict.fail(f"only one of the two has {sorted(missing)[:3]}")
+    errors = []
     for key in in_order(reference.keys & found.keys, config.model.num_layers):
         (expected,) = reference.copies(key)
-        allowed = _allowed(key, expected, reference, bounds, config)
-        scale = float(expected.norm())
-        error = max(float((copy - expected).norm()) for copy in found.copies(key)) / (scale or 1.0)
-        kind, _, name = key.partition("/")
-        if kind in worst and error > worst[kind][0]:
-            worst[kind] = error, name
-        if not error <= allowed:
-            verdict.failed.append(f"{key}: {error:.1e}, allowed {allowed:.1e}")
-            verdict.first = verdict.first or key
-    (verdict.gradient, verdict.gradient_of), (verdict.weight, verdict.weight_of) = worst["grad"], worst["weight"]
+        scale = float(expected.norm()) or 1.0
+        error = max(float((copy - expected).norm()) for copy in found.copies(key)) / scale
+        errors.append(Error(key, error, _allowed(key, expected, reference, bounds, config)))
+    verdict.add_tensors(errors)
     return verdict
+
+
+def bounds_of(config: PretrainConfig, precision: str) -> Bounds:
+    train = config.train
+    return Bounds(config.model, train.seq_length, train.global_batch_size * train.seq_length, precision)
 
 
 def _without_copies(keys: set[str]) -> set[str]:
@@ -226,7 +261,8 @@ def _allowed(key: str, expected: torch.Tensor, reference: Step, bounds: Bounds, 
     clip = config.optimizer.clip_grad
     clipped = gradient * min(1.0, clip / reference.facts["grad_norm"]) if clip else gradient
     step = adam_step_bound(clipped, error, config.optimizer, config.optimizer.lr)
-    return 2 * UNIT_ROUNDOFF["fp32"] + float(step.norm() / expected.norm())  # master weights are fp32
+    master = min(UNIT_ROUNDOFF["fp32"], UNIT_ROUNDOFF[bounds.precision])  # master weights are fp32 under bf16
+    return 2 * master + float(step.norm() / expected.norm())
 
 
 def _layer(name: str, num_layers: int) -> int:

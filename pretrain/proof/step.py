@@ -1,6 +1,9 @@
 """What one rank does in a proof: one real training step, with everything that it computed written down.
 
-    torchrun --nproc-per-node 2 -m pretrain.proof.step CONFIG run.dir=OUT parallel.tp=2
+    torchrun --nproc-per-node 2 -m pretrain.proof.step CONFIG run.dir=OUT parallel.tp=2 --precision fp64
+
+The config's own precision is not looked at. In fp64 everything is, from the weights (drawn in fp32, then widened) to
+Adam's moments, but for rotary angles; what had to differ from training for it: see `model.losses`, `parallel.fp64`.
 
 Into run.dir go step.json (loss, grad norm, sources) and for each rank rank_N.safetensors: `forward/` what every layer
 gave, `backward/` the loss's gradient by it, `grad/` and `weight/` of every parameter after the step. Each is a slice
@@ -31,8 +34,8 @@ from pretrain.model.recompute import is_recomputing
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.injections import INJECTIONS
-from pretrain.trainer import choose_dtype
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 SOURCES = 2
 
 
@@ -93,13 +96,17 @@ class Trace:
         module.register_forward_hook(forward)
 
     def _keep(self, key: str, tensor: torch.Tensor) -> None:
-        self.tensors[key] = tensor.detach().float().cpu().clone()
+        self.tensors[key] = _at_least_fp32(tensor.detach()).clone()
         part, parts = self._place.sequence_part
         length, *rest = tensor.shape
         self.slices[key] = Slice((part * length, *[0] * len(rest)), (parts * length, *rest))
 
 
-def run_step(engine: Engine, config: PretrainConfig, out: Path) -> None:
+def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
+
+
+def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) -> None:
     """One step of `config.optimizer.lr` on the first global batch of `packed_rows`."""
     place, train = engine.place, config.train
     share = share_of_rank(0, train.global_batch_size, place.dp_rank, place.layout.dp)
@@ -121,9 +128,10 @@ def run_step(engine: Engine, config: PretrainConfig, out: Path) -> None:
                 del tensors[f"{kind}/{name}"]
     out.mkdir(parents=True, exist_ok=True)
     metadata = {key: json.dumps(own) for key, own in slices.items()}
-    whole = {key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}
+    whole = {key: _at_least_fp32(tensor).contiguous() for key, tensor in tensors.items()}
     save_file(whole, str(out / f"rank_{place.rank:05d}.safetensors"), metadata)
     facts = {
+        "precision": precision,
         "loss": sums.mean_loss,
         "grad_norm": sums.grad_norm,
         "by_source": (sums.loss / sums.weight).tolist(),
@@ -133,12 +141,12 @@ def run_step(engine: Engine, config: PretrainConfig, out: Path) -> None:
         write_atomic(out / "step.json", json.dumps(facts, indent=1).encode())
 
 
-def prove_step(config: PretrainConfig, place: groups.Place, inject: str | None = None) -> None:
+def prove_step(config: PretrainConfig, place: groups.Place, precision: str, inject: str | None = None) -> None:
     """Builds an engine, with a bug planted if asked for, and takes its step. Collective."""
     with INJECTIONS[inject]() if inject else nullcontext():
-        dtype = choose_dtype(config.train.precision, place.device)
+        dtype = DTYPES[precision]
         engine = Engine(config.model, config.train, config.optimizer, place, config.run.seed, dtype, SOURCES)
-        run_step(engine, config, Path(config.run.dir))
+        run_step(engine, config, precision, Path(config.run.dir))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,13 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--inject", choices=sorted(INJECTIONS))
     args = parser.parse_intermixed_args(argv)
     config = load(PretrainConfig, args.config, args.overrides)
     env = ClusterEnvironment.read()
     place = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
     try:
-        prove_step(config, place, args.inject)
+        prove_step(config, place, args.precision, args.inject)
     finally:
         groups.stop()
     return 0

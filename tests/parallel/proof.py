@@ -10,9 +10,9 @@ from pretrain.parallel import groups
 from pretrain.proof.step import prove_step
 
 
-def prove(config: dict[str, Any], inject: str | None = None) -> None:
+def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> None:
     checked = validate(PretrainConfig, config)
     env = ClusterEnvironment.read()
     place = groups.start(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train))
-    prove_step(checked, place, inject)
+    prove_step(checked, place, precision, inject)
     groups.stop()

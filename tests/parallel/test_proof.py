@@ -19,7 +19,7 @@ from tests.parallel.test_layouts import MODELS
 Prove = Callable[..., Verdict]
 
 
-def config(model: str, run_dir: Path, parallel: dict[str, Any], precision: str) -> dict[str, Any]:
+def config(model: str, run_dir: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": {"dir": str(run_dir)},
         "data": {"plan": "not read"},
@@ -29,7 +29,6 @@ def config(model: str, run_dir: Path, parallel: dict[str, Any], precision: str) 
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": MICRO_BATCH,
             "seq_length": SEQ_LENGTH,
-            "precision": precision,
         },
         "optimizer": {"lr": 0.01, "clip_grad": 0.1},
         "parallel": parallel,
@@ -43,8 +42,8 @@ def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactor
 
     def run(world: int, model: str, parallel: dict[str, Any], precision: str, inject: str | None) -> Path:
         out = tmp_path_factory.mktemp("proof")
-        settings = config(model, out, parallel, precision)
-        ranks(world).run("tests.parallel.proof:prove", process_group=False, config=settings, inject=inject)
+        settings = {"config": config(model, out, parallel), "precision": precision, "inject": inject}
+        ranks(world).run("tests.parallel.proof:prove", process_group=False, **settings)
         return out
 
     def prove(layout: str, model: str, inject: str | None = None, precision: str = "fp32") -> Verdict:
@@ -52,7 +51,7 @@ def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactor
             ones[model, precision] = run(1, model, {}, precision, None)
         candidate = Candidate.parse(layout)
         out = run(candidate.world_size, model, candidate.parallel, precision, inject)
-        checked = validate(PretrainConfig, config(model, out, {}, precision))
+        checked = validate(PretrainConfig, config(model, out, {}))
         return compare(ones[model, precision], out, candidate, checked, 0.0)
 
     return prove
@@ -68,12 +67,16 @@ def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactor
         ("tp2pp2", "dense", "bf16"),
         ("zero2", "moe_tied", "bf16"),
         ("tp2sp_zero3", "moe_tied", "fp32"),
+        ("tp2sp_pp2vpp2", "dense_tied", "fp64"),
+        ("dp2", "dense_tied", "fp64"),
     ],
 )
 def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: str) -> None:
     verdict = prove(layout, model, precision=precision)
+    print(verdict.worst)
     assert verdict.passed, verdict.failed[:5]
-    assert verdict.gradient > 0 and verdict.gradient_of  # something was compared, and nothing is exact
+    assert verdict.worst.keys() == {"loss", "grad_norm", "forward", "backward", "grad", "weight"}
+    assert verdict.worst["grad"].found > 0  # something was compared, and nothing is exact
 
 
 CAUGHT = [
@@ -130,7 +133,7 @@ def test_what_cannot_be_proven_is_refused_before_anything_starts(
     tmp_path: Path, arguments: list[str], words: str
 ) -> None:
     file = tmp_path / "config.toml"
-    file.write_bytes(toml(config("dense", tmp_path / "run", {}, "fp32")))
+    file.write_bytes(toml(config("dense", tmp_path / "run", {})))
     with pytest.raises(ConfigError) as raised:
         command.main([str(file), *arguments, "--out", str(tmp_path / "out")])
     assert words in str(raised.value) and not (tmp_path / "out").exists()
@@ -138,7 +141,7 @@ def test_what_cannot_be_proven_is_refused_before_anything_starts(
 
 def test_the_command_starts_layouts_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "config.toml", tmp_path / "out"
-    file.write_bytes(toml(config("dense", tmp_path / "run", {}, "fp32")))
+    file.write_bytes(toml(config("dense", tmp_path / "run", {})))
     planted = ["--inject", "mean_of_means"]
     assert command.main([str(file), "--layouts", "dp2", "--out", str(out), *planted]) == 1
     shown = capsys.readouterr().out
