@@ -56,7 +56,7 @@ class Bounds:
         """In one sentence, with the numbers, where the bounds of a table come from."""
         power = math.log2(UNIT_ROUNDOFF[self.precision])
         return (
-            f"allowed = 2 u sqrt(n), u = 2^{power:.0f} ({self.precision}), n roundings on the longest path: "
+            f"Allowed is 2 u sqrt(n), u = 2^{power:.0f} ({self.precision}), n roundings on the longest path: "
             f"{self._loss_depth():,} to the loss, {self._gradient_depth(0):,} to layer 0's gradients; weights: that "
             "error through Adam's first step."
         )

@@ -6,31 +6,36 @@ computed is compared: loss, grad norm, every gradient, every parameter after the
 pass, then of the backward pass, then the gradients. Leaves out layouts over several machines.
 """
 
+import inspect
 import json
-import math
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
 from configs.layout import Layout
 from configs.loader import ConfigError, command_parser, entrypoint, load, plain, toml, validate, write_atomic
-from configs.train import ParallelConfig, Precision, PretrainConfig
+from configs.train import ParallelConfig, PretrainConfig
+from pretrain.proof import page
 from pretrain.proof.bounds import UNIT_ROUNDOFF, Bounds, adam_step_bound
 from pretrain.proof.injections import INJECTIONS
+from pretrain.proof.verdict import COLUMNS, Error, Verdict
 
 DEGREES = ("tp", "pp", "vpp", "dp", "ep", "cp", "zero")
 SECONDS = 1800  # for one layout
-KEPT, FIRST_FAILED = 200, 20  # tensors whose errors are written down, whatever the size of the model
+PLAIN_WIDTH = 100  # of what is printed where there is no terminal to ask
 
 
 @dataclass(frozen=True)
@@ -60,67 +65,6 @@ class Candidate:
     def overrides(self) -> list[str]:
         """For a command line."""
         return [f"parallel.{key}={str(value).lower()}" for key, value in self.parallel.items()]
-
-
-@dataclass(frozen=True)
-class Error:
-    """A relative error, and how much of one rounding explains."""
-
-    name: str
-    found: float
-    allowed: float
-
-    @property
-    def within(self) -> bool:
-        return self.found <= self.allowed
-
-    @property
-    def share(self) -> float:
-        """Of what is allowed; one that is not a number is beyond everything."""
-        return self.found / self.allowed if self.found < math.inf else math.inf
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.found:.1e}, allowed {self.allowed:.1e}"
-
-
-@dataclass
-class Verdict:
-    """One layout's comparison. `first` names the first tensor on the way that is out of bounds, None if none is."""
-
-    layout: str
-    ranks: int
-    seconds: float
-    worst: dict[str, Error] = field(default_factory=dict)  # of each of COLUMNS the one nearest to its bound
-    num_tensors: int = 0
-    num_failed: int = 0
-    failed: list[str] = field(default_factory=list)  # the first few
-    first: str | None = None
-    errors: list[tuple[int, Error]] = field(default_factory=list)  # (place on the way, error): the first few that
-    # failed and the KEPT nearest to their bounds
-
-    @property
-    def passed(self) -> bool:
-        return not self.num_failed
-
-    def add(self, column: str, error: Error) -> None:
-        if column not in self.worst or error.share > self.worst[column].share:
-            self.worst[column] = error
-        if not error.within:
-            self.fail(str(error))
-
-    def fail(self, sentence: str) -> None:
-        self.num_failed += 1
-        if len(self.failed) < FIRST_FAILED:
-            self.failed.append(sentence)
-
-    def add_tensors(self, errors: Sequence[Error]) -> None:
-        """All of them, in the order in which a step computes them."""
-        for error in errors:
-            self.add(error.name.partition("/")[0], error)
-        failed = [place for place, error in enumerate(errors) if not error.within]
-        nearest = sorted(range(len(errors)), key=lambda place: -errors[place].share)
-        self.errors = [(place, errors[place]) for place in sorted({*failed[:FIRST_FAILED], *nearest[:KEPT]})]
-        self.num_tensors, self.first = len(errors), errors[failed[0]].name if failed else None
 
 
 class Step:
@@ -156,14 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Holds layouts against one rank: loss, every gradient, grad norm, parameters after a step.",
         example="trivium prove configs/pretrain/demo_moe.toml --layouts tp2,tp2sp,pp2vpp2,tp2pp2",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a pretraining config; its data is not read")
+    parser.add_argument("config", metavar="CONFIG", help="a pretraining config; `data` and `parallel` are not read")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
-    parser.add_argument("--layouts", required=True, help="names with commas between, e.g. tp2,pp2,tp2sp")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="fp32 if left out")
-    parser.add_argument("--inject", metavar="NAME", help="plant a known bug, to see it caught; see proof/injections.py")
+    parser.add_argument("--layouts", required=True, help=f"names with commas between, of {', '.join(DEGREES)} and sp")
+    parser.add_argument("--precision", choices=UNIT_ROUNDOFF, default="fp32", help="fp32 if left out")
+    parser.add_argument("--inject", metavar="BUG", help="plant one of the known bugs below, to see it caught")
     parser.add_argument("--out", type=Path, default=Path("runs/prove"), help="where to work; runs/prove if left out")
+    bugs = (f"  {name}\n    {(inspect.getdoc(bug) or '').splitlines()[0]}" for name, bug in INJECTIONS.items())
+    parser.epilog = "\n".join(["known bugs:", *bugs, "", parser.epilog or ""])
     args = parser.parse_intermixed_args(argv)
-    config = load(PretrainConfig, args.config, [*args.overrides, f"train.precision={args.precision}"])
+    config = load(PretrainConfig, args.config, args.overrides).model_copy(update={"parallel": ParallelConfig()})
     if args.inject and args.inject not in INJECTIONS:
         raise ConfigError(f"--inject {args.inject!r} is no known bug; there are {', '.join(INJECTIONS)}")
     candidates = [Candidate.parse(name) for name in args.layouts.split(",")]
@@ -172,20 +118,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "config.toml", toml(plain(config)))
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     verdicts = []
     try:
-        _run(Candidate("one", 1, {}), args.out, console)
+        _run(Candidate("one", 1, {}), args.out, console, args.precision)
         for candidate in candidates:
-            seconds = _run(candidate, args.out, console, args.inject)
+            seconds = _run(candidate, args.out, console, args.precision, args.inject)
             verdicts.append(compare(args.out / "one", args.out / candidate.name, candidate, config, seconds))
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    write_atomic(args.out / "prove.json", json.dumps([asdict(v) for v in verdicts], indent=1).encode())
-    _show(verdicts, config, console)
-    console.print(f"all numbers: {args.out / 'prove.json'}", highlight=False)
+    facts = _facts(args.config, config, args.precision, args.inject)
+    record = {**facts, "layouts": [verdict.as_json() for verdict in verdicts]}
+    write_atomic(args.out / "prove.json", json.dumps(record, indent=1).encode())
+    write_atomic(args.out / "prove.html", page.draw(facts, verdicts).encode())
+    _show(facts, verdicts, console)
+    console.print(
+        f"tensor by tensor: {args.out / 'prove.html'}; all numbers: {args.out / 'prove.json'}", highlight=False
+    )
     return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+def _facts(path: str, config: PretrainConfig, precision: str, inject: str | None) -> dict[str, Any]:
+    """What was proven, by what, and within which bounds."""
+    train = config.train
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": path,
+        "model": plain(config.model),
+        "parameters": config.model.num_parameters(),
+        "batch": {key: getattr(train, key) for key in ("global_batch_size", "micro_batch_size", "seq_length")},
+        "seed": config.run.seed,
+        "precision": precision,
+        "inject": inject,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "deepspeed")},
+        "bounds": bounds_of(config, precision).derivation(),
+    }
 
 
 def _check(candidate: Candidate, config: PretrainConfig) -> None:
@@ -197,7 +166,7 @@ def _check(candidate: Candidate, config: PretrainConfig) -> None:
         raise ConfigError(f"--layouts: {candidate.name}: {error}") from None
 
 
-def _run(candidate: Candidate, out: Path, console: Console, inject: str | None = None) -> float:
+def _run(candidate: Candidate, out: Path, console: Console, precision: str, inject: str | None = None) -> float:
     """Starts the ranks and waits. Returns seconds. Errors: RuntimeError with what the ranks said last."""
     started = time.perf_counter()
     directory = out / candidate.name
@@ -205,6 +174,7 @@ def _run(candidate: Candidate, out: Path, console: Console, inject: str | None =
         stale.unlink()
     command = [sys.executable, "-m", "launch.local", "--nproc-per-node", str(candidate.world_size)]
     command += ["pretrain.proof.step", str(out / "config.toml"), f"run.dir={directory}", *candidate.overrides]
+    command += ["--precision", precision]
     if inject:
         command += ["--inject", inject]
     with console.status(f"{candidate.name}: one step on {candidate.world_size} ranks"):
@@ -285,20 +255,23 @@ def in_order(keys: set[str], num_layers: int) -> Iterator[str]:
     return iter(sorted(keys, key=place))
 
 
-def _show(verdicts: Sequence[Verdict], config: PretrainConfig, console: Console) -> None:
-    table = Table(
-        title=f"{config.model.num_parameters():,} parameters, {config.train.precision}: errors against one rank"
-    )
-    for title in ("layout", "ranks", "loss", "grad norm", "gradients", "weights", "verdict", "seconds"):
-        table.add_column(title, justify="left" if title in ("layout", "verdict") else "right")
+def _show(facts: dict[str, Any], verdicts: Sequence[Verdict], console: Console) -> None:
+    title = f"{facts['parameters']:,} parameters, {facts['precision']}: errors against one rank, and what is allowed"
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("layout", no_wrap=True)
+    for column in COLUMNS.values():
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict")
     for v in verdicts:
-        numbers = (f"{error:.1e}" for error in (v.loss, v.grad_norm, v.gradient, v.weight))
+        errors = [v.worst.get(column) for column in COLUMNS]
+        numbers = (f"{page.number(e.found)}\n[dim]≤ {page.number(e.allowed)}[/]" if e else "" for e in errors)
         verdict = "[green]pass[/]" if v.passed else "[bold red]FAIL[/]"
-        table.add_row(v.layout, str(v.ranks), *numbers, verdict, f"{v.seconds:.0f}")
+        table.add_row(f"{v.layout}\n[dim]{v.ranks} ranks[/]", *numbers, f"{verdict}\n[dim]{v.seconds:.0f} s[/]")
     console.print(table)
+    console.print(facts["bounds"], highlight=False)
     for v in verdicts:
         if not v.passed:
-            console.print(f"{v.layout}: {len(v.failed)} out of bounds; first on the way: {v.first or v.failed[0]}")
+            console.print(f"{v.layout}: {v.num_failed} out of bounds; first on the way: {v.first or v.failed[0]}")
         for line in v.failed[:5]:
             console.print(f"  {line}", highlight=False)
 

@@ -1,6 +1,13 @@
-"""Run in the ranks: a proof's step, with a bug planted on demand."""
+"""Run in the ranks: a proof's step, with a bug planted on demand, or with a look at every tensor that it makes."""
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configs.layout import Layout
 from configs.loader import validate
@@ -9,6 +16,8 @@ from launch.environment import ClusterEnvironment
 from pretrain.parallel import groups
 from pretrain.proof.step import prove_step
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 
 def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> None:
     checked = validate(PretrainConfig, config)
@@ -16,3 +25,32 @@ def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> 
     place = groups.start(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train))
     prove_step(checked, place, precision, inject)
     groups.stop()
+
+
+def files_with_fp32(config: dict[str, Any]) -> list[str]:
+    """Where in pretrain/, or in a library called from there, a step in fp64 makes fp32 tensors that are no scalars."""
+    with Fp32Tensors() as seen:
+        prove(config, "fp64")
+    return sorted(seen.files)
+
+
+class Fp32Tensors(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = (t for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        if any(t.dtype == torch.float32 and t.numel() > 1 for t in made):
+            self.files.add(_nearest_file())
+        return result
+
+
+def _nearest_file() -> str:
+    frame = sys._getframe(2)
+    while frame.f_back and not frame.f_code.co_filename.startswith(str(REPOSITORY / "pretrain")):
+        frame = frame.f_back
+    return Path(frame.f_code.co_filename).name

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from configs.loader import ConfigError, toml, validate
@@ -73,10 +74,19 @@ def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactor
 )
 def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: str) -> None:
     verdict = prove(layout, model, precision=precision)
-    print(verdict.worst)
     assert verdict.passed, verdict.failed[:5]
     assert verdict.worst.keys() == {"loss", "grad_norm", "forward", "backward", "grad", "weight"}
     assert verdict.worst["grad"].found > 0  # something was compared, and nothing is exact
+
+
+def test_in_fp64_all_is_fp64(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """Rounding to fp32 at the same place in two layouts would not show in their comparison."""
+    settings = config("dense_tied", tmp_path, {"tp": 2, "sp": True})
+    for files in ranks(2).run("tests.parallel.proof:files_with_fp32", process_group=False, config=settings):
+        assert "rope.py" in files  # angles are fp32, so the look does see
+        assert set(files) <= {"rope.py", "data.py", "init.py", "slices.py"}, files  # loss masks and drawn weights
+    norm = json.loads((tmp_path / "step.json").read_text())["grad_norm"]
+    assert norm != float(np.float32(norm))
 
 
 CAUGHT = [

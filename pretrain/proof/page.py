@@ -1,0 +1,162 @@
+"""A proof as one HTML page that needs neither network nor server: verdicts, and a chart for each layout.
+
+A chart shows tensors in the order in which a step computes them, so that the eye finds where a layout goes astray, on
+a logarithmic scale with what rounding allows drawn as a line.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from pretrain.charts import LEFT, RIGHT, TOP
+from pretrain.proof.verdict import COLUMNS, Error, Verdict
+from pretrain.report import PAGE_STYLE
+
+WIDTH, HEIGHT, BOTTOM = 960, 250, 24
+LABELLED = 7  # decades of the scale that get a number, about
+
+STYLE = (
+    PAGE_STYLE
+    + """
+:root { --pass: #12805c; --fail: #c8322b; }
+@media (prefers-color-scheme: dark) { :root { --pass: #3cbd8e; --fail: #ff6b5e; } }
+.pass { color: var(--pass); font-weight: 600; } .fail { color: var(--fail); font-weight: 700; }
+td small { display: block; color: var(--soft); } .first { font-size: 22px; color: var(--ink); margin: 8px 0; }
+.first code { color: var(--fail); font-weight: 700; } ul { margin: 4px 0 12px; padding-left: 20px; font-size: 13px; }
+svg circle { fill: var(--s0); } svg circle.low { fill: var(--card); stroke: var(--s0); }
+svg circle.fail { fill: var(--fail); } svg path.bound { stroke: var(--s1); stroke-dasharray: 5 3; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; font-size: 13px; } dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+"""
+)
+
+
+def draw(facts: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
+    """The page. `facts` is what prove.json says beside the layouts."""
+    failed = sum(not verdict.passed for verdict in verdicts)
+    result = f'<span class="fail">{failed} of {len(verdicts)} layouts FAIL</span>' if failed else "all layouts pass"
+    body = [
+        f"<h1>Parallel layouts against one rank: {result}</h1>",
+        _header(facts),
+        _table(verdicts),
+        f"<p>Relative errors (Frobenius); in each cell the tensor nearest to its bound. {_text(facts['bounds'])}</p>",
+        *(_section(verdict) for verdict in verdicts),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Trivium proof: {_text(facts['config'])}</title><style>{STYLE}</style></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def chart(verdict: Verdict) -> str:
+    """One <svg>: errors as dots, bounds as a dashed line, passes of a step side by side."""
+    errors = [error for _, error in verdict.errors]
+    # A thousandth of the smallest bound is as good as nothing: errors below it are drawn there, hollow.
+    floor = math.floor(math.log10(min(error.allowed for error in errors))) - 3
+    # Bounds of weights may be far above everything else, since Adam divides by small gradients; they are cut off.
+    bounds = [math.log10(error.allowed) for error in errors if not error.name.startswith("weight/")]
+    top = math.ceil(max(*bounds, *(_log(error, floor) for error in errors), floor + 4) + 0.2)
+
+    def x_of(place: float) -> float:
+        return LEFT + (place + 0.5) / verdict.num_tensors * (WIDTH - LEFT - RIGHT)
+
+    def y_of(power: float) -> float:
+        return HEIGHT - BOTTOM - (power - floor) / (top - floor) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    every = math.ceil((top - floor) / LABELLED)
+    for power in range(floor, top + 1, every):
+        label = "less" if power == floor else f"1e{power}"
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(power):.1f}" y2="{y_of(power):.1f}"/>'
+        )
+        parts.append(f'<text x="{LEFT - 6}" y="{y_of(power) + 4:.1f}" text-anchor="end">{label}</text>')
+    for kind, group in groupby(verdict.errors, key=lambda item: item[1].name.partition("/")[0]):
+        places = list(group)
+        x = x_of(places[0][0] - 0.5)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{x + 4:.1f}" y="{HEIGHT - BOTTOM + 15}">{COLUMNS[kind]}</text>')
+        line = "L".join(f"{x_of(place):.1f} {y_of(min(top, math.log10(error.allowed))):.1f}" for place, error in places)
+        parts.append(f'<path class="bound" d="M{line}"/>')
+        for place, error in places:
+            css = ' class="fail"' if not error.within else ' class="low"' if error.found < 10**floor else ""
+            y = y_of(_log(error, floor))
+            note = f"<title>{_text(str(error))}</title>"
+            parts.append(f'<circle{css} cx="{x_of(place):.1f}" cy="{y:.1f}" r="3">{note}</circle>')
+    label = f"Relative error of each tensor in {verdict.layout}"
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(label)}">{"".join(parts)}</svg>'
+
+
+def number(value: float) -> str:
+    """1.7e-15; a zero is one."""
+    return f"{value:.1e}" if value else "0"
+
+
+def _log(error: Error, floor: int) -> float:
+    """Of what is found, for the scale: what is not a number goes to the top, above its bound."""
+    if not math.isfinite(error.found):
+        return max(0.0, math.log10(error.allowed) + 2)
+    return max(floor, math.log10(error.found)) if error.found else floor
+
+
+def _section(verdict: Verdict) -> str:
+    word = '<span class="pass">pass</span>' if verdict.passed else '<span class="fail">FAIL</span>'
+    parts = [f'<h2 id="{_text(verdict.layout)}">{_text(verdict.layout)}: {word}</h2>']
+    if not verdict.passed:
+        parts.append(f'<p class="first">First on the way: <code>{_text(verdict.first or verdict.failed[0])}</code></p>')
+        lines = "".join(f"<li>{_text(line)}</li>" for line in verdict.failed)
+        more = verdict.num_failed - len(verdict.failed)
+        parts.append(
+            f"<p>{verdict.num_failed} out of bounds{f', the first {len(verdict.failed)}' if more else ''}:</p>"
+        )
+        parts.append(f"<ul>{lines}</ul>")
+    if verdict.errors:
+        left_out = verdict.num_tensors - len(verdict.errors)
+        drawn = f"the {len(verdict.errors)} of {verdict.num_tensors} tensors that matter most" if left_out else "all"
+        caption = f"Relative error by tensor, in the order of the step ({drawn}); dashed: what rounding allows"
+        parts.append(f"<figure><figcaption>{caption}</figcaption>{chart(verdict)}</figure>")
+    return "".join(parts)
+
+
+def _header(facts: dict[str, Any]) -> str:
+    model, batch = facts["model"], facts["batch"]
+    moe = f", {model['moe']['num_experts']} experts, {model['moe']['top_k']} a token" if "moe" in model else ""
+    rows = {
+        "model": f"{facts['config']}: {facts['parameters']:,} parameters, {model['num_layers']} layers, hidden size "
+        f"{model['hidden_size']}, {model['num_heads']} heads, vocabulary {model['vocab_size']:,}{moe}",
+        "batch": f"{batch['global_batch_size']} rows of {batch['seq_length']} tokens, {batch['micro_batch_size']} a "
+        f"micro-batch; seed {facts['seed']}",
+        "precision": facts["precision"],
+        "on": f"{facts['device']}; " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
+        "date": facts["date"],
+    }
+    if facts["inject"]:
+        rows["planted bug"] = facts["inject"]
+    return f"<dl>{''.join(f'<dt>{key}</dt><dd>{_text(value)}</dd>' for key, value in rows.items())}</dl>"
+
+
+def _table(verdicts: Sequence[Verdict]) -> str:
+    head = "".join(f'<th class="n">{title}</th>' for title in COLUMNS.values())
+    rows = []
+    for verdict in verdicts:
+        cells = []
+        for column in COLUMNS:
+            error = verdict.worst.get(column)  # none if not one such tensor is in both
+            css = "n fail" if error and not error.within else "n"
+            numbers = f"{number(error.found)}<small>≤ {number(error.allowed)}</small>" if error else ""
+            cells.append(f'<td class="{css}" title="{_text(error.name if error else "")}">{numbers}</td>')
+        word = '<td class="pass">pass</td>' if verdict.passed else '<td class="fail">FAIL</td>'
+        name = f'<td><a href="#{_text(verdict.layout)}">{_text(verdict.layout)}</a><small>{verdict.ranks} ranks</small>'
+        rows.append(f"<tr>{name}</td>{''.join(cells)}{word}<td class=n>{verdict.seconds:.0f} s</td></tr>")
+    return (
+        f'<div class="scroll"><table><tr><th>layout</th>{head}<th>verdict</th><th class="n">took</th></tr>'
+        f"{''.join(rows)}</table></div>"
+    )
+
+
+def _text(value: str) -> str:
+    return html.escape(value)
