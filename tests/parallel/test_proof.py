@@ -1,6 +1,7 @@
 """`trivium prove` passes what is right, and catches every bug that can be planted, naming where it shows first."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,24 @@ def test_what_cannot_be_proven_is_refused_before_anything_starts(
 
 def test_the_command_starts_layouts_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "config.toml", tmp_path / "out"
-    file.write_bytes(toml(config("dense", tmp_path / "run", {})))
-    planted = ["--inject", "mean_of_means"]
+    file.write_bytes(toml(config("dense", tmp_path / "run", {"tp": 4})))
+    planted = ["--inject", "mean_of_means", "--precision", "fp64"]
     assert command.main([str(file), "--layouts", "dp2", "--out", str(out), *planted]) == 1
     shown = capsys.readouterr().out
     assert "FAIL" in shown and "first on the way: backward/final_norm/0" in shown
-    (verdict,) = json.loads((out / "prove.json").read_text())
+    assert max(map(len, shown.splitlines())) <= 100
+    record = json.loads((out / "prove.json").read_text())
+    assert record["bounds"] in " ".join(shown.split()) and "u = 2^-53" in record["bounds"]
+    assert record["precision"] == "fp64" and record["inject"] == "mean_of_means"
+    (verdict,) = record["layouts"]
     assert verdict["layout"] == "dp2" and verdict["first"] == "backward/final_norm/0"
+    assert verdict["worst"]["forward"]["found"] <= verdict["worst"]["forward"]["allowed"] < 1e-14
+    assert "<code>backward/final_norm/0</code>" in (out / "prove.html").read_text()
+
+
+def test_help_knows_every_bug_that_can_be_planted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    shown = capsys.readouterr().out
+    for name, bug in INJECTIONS.items():
+        assert re.search(rf"^  {name}\n    {re.escape((bug.__doc__ or '').splitlines()[0])}$", shown, re.MULTILINE)

@@ -1,0 +1,114 @@
+"""Bounds, verdicts and the page of a proof; that a proof finds what it should is tested in tests/parallel."""
+
+import json
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from configs.train import ModelConfig
+from pretrain.proof import page
+from pretrain.proof.bounds import Bounds
+from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, Error, Verdict
+
+MODEL = ModelConfig(vocab_size=64, num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2)
+FACTS = {
+    "date": "2026-01-01T00:00:00+00:00",
+    "config": "a<b>.toml",
+    "model": MODEL.model_dump(mode="json", exclude_none=True),
+    "parameters": MODEL.num_parameters(),
+    "batch": {"global_batch_size": 8, "micro_batch_size": 2, "seq_length": 16},
+    "seed": 7,
+    "precision": "fp64",
+    "inject": None,
+    "device": "cpu",
+    "versions": {"torch": "2.13.0"},
+    "bounds": Bounds(MODEL, 16, 128, "fp64").derivation(),
+}
+
+
+def verdict(errors: list[Error]) -> Verdict:
+    made = Verdict("tp2", 2, 1.5)
+    made.add("loss", Error("loss", 0.0, 1e-14))
+    made.add("grad_norm", Error("grad_norm", 2e-16, 1e-14))
+    made.add_tensors(errors)
+    return made
+
+
+def passes(*, bad: dict[str, float]) -> list[Error]:
+    """Two tensors of each pass of a step, all within bounds but for those in `bad`."""
+    names = (f"{kind}/{name}" for kind in ("forward", "backward", "grad", "weight") for name in ("a", "b"))
+    return [Error(name, bad.get(name, 1e-16), 1e-14) for name in names]
+
+
+def test_fp64_is_held_to_what_fp32_is_by_its_own_unit_roundoff() -> None:
+    fp64, fp32 = (Bounds(MODEL, 16, 128, precision) for precision in ("fp64", "fp32"))
+    assert fp64.loss() == pytest.approx(fp32.loss() * 2.0**-29, rel=1e-12)
+    for layer in range(2):
+        for of in ("forward", "backward", "gradient"):
+            assert getattr(fp64, of)(layer) == pytest.approx(getattr(fp32, of)(layer) * 2.0**-29, rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+def test_a_derivation_has_the_numbers_that_its_bounds_are_made_of(precision: str) -> None:
+    bounds = Bounds(MODEL, 16, 128, precision)
+    sentence = bounds.derivation()
+    power = re.search(r"u = 2\^(-\d+)", sentence)
+    depths = re.search(r"path: ([\d,]+) to the loss, ([\d,]+) to layer 0's gradients", sentence)
+    assert power and depths and precision in sentence
+    to_loss, to_gradient = (int(depth.replace(",", "")) for depth in depths.groups())
+    assert bounds.loss() == pytest.approx(2 * 2.0 ** int(power[1]) * math.sqrt(to_loss), rel=1e-12)
+    assert bounds.gradient(0) == pytest.approx(2 * 2.0 ** int(power[1]) * math.sqrt(to_gradient), rel=1e-12)
+
+
+def test_a_verdict_keeps_the_first_that_failed_and_those_nearest_to_their_bounds() -> None:
+    errors = [Error(f"grad/{i}", 1e-16 * (i + 1), 1e-10) for i in range(1000)]
+    errors[100:140] = [Error(f"grad/{i}", 1e-9, 1e-10) for i in range(100, 140)]
+    errors[500] = Error("grad/500", 1.0, 1e-10)
+    found = verdict(errors)
+    assert not found.passed and found.num_tensors == 1000 and found.num_failed == 41
+    assert found.first == "grad/100" and len(found.failed) == FIRST_FAILED
+    assert found.worst["grad"] == errors[500]
+    places = [place for place, _ in found.errors]
+    assert places == sorted(places) and len(places) == KEPT  # the first failed are among the nearest here
+    assert {*range(100, 140), 500, 999} <= set(places) and 0 not in places
+
+
+def test_what_is_not_a_number_is_out_of_bounds_and_json_can_say_it() -> None:
+    found = verdict(passes(bad={"forward/b": math.nan, "grad/a": math.inf}))
+    assert found.num_failed == 2 and found.first == "forward/b"
+    assert found.worst["forward"].name == "forward/b"
+    text = json.dumps(found.as_json(), allow_nan=False)
+    assert json.loads(text)["worst"]["forward"]["found"] == "nan"
+    assert len(_dots(page.chart(found), "fail")) == 2
+
+
+def test_a_chart_has_a_dot_for_every_error_and_the_bound_as_a_line() -> None:
+    found = verdict(passes(bad={"backward/a": 1e-3, "grad/b": 0.0}))
+    drawing = page.chart(found)
+    assert len(_dots(drawing)) == 8 and len(_dots(drawing, "fail")) == 1 and len(_dots(drawing, "low")) == 1
+    (failed,) = _dots(drawing, "fail")
+    assert failed[0].text == "backward/a: 1.0e-03, allowed 1.0e-14"
+    heights = {dot[0].text.split(":")[0]: float(dot.attrib["cy"]) for dot in _dots(drawing)}
+    bounds = [path.attrib["d"] for path in ElementTree.fromstring(drawing).iter("path")]
+    assert len(bounds) == 4  # one for each pass
+    height = float(re.split("[ L]", bounds[0])[1])
+    assert heights["backward/a"] < height < heights["forward/a"] < heights["grad/b"]  # SVG counts from above
+
+
+def test_the_page_stands_alone_and_names_the_first_tensor() -> None:
+    right, wrong = verdict(passes(bad={})), verdict(passes(bad={"backward/b": 1.0}))
+    drawn = page.draw(FACTS, [right, wrong])
+    assert not re.search(r"https?:|<script|<link|src=|url\(", drawn)
+    assert "1 of 2 layouts FAIL" in drawn and "all layouts pass" in page.draw(FACTS, [right])
+    assert '<p class="first">First on the way: <code>backward/b</code></p>' in drawn
+    assert "a&lt;b&gt;.toml" in drawn and "<b>" not in drawn
+    assert FACTS["bounds"].replace("'", "&#x27;") in drawn
+    assert all(f">{title}</th>" in drawn for title in COLUMNS.values())
+    assert drawn.count("<small>≤ 1.0e-14</small>") == 2 * len(COLUMNS)
+
+
+def _dots(drawing: str, css: str | None = None) -> list[ElementTree.Element]:
+    circles = ElementTree.fromstring(drawing).iter("circle")
+    return [circle for circle in circles if css is None or circle.attrib.get("class") == css]
