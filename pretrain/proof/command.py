@@ -8,6 +8,7 @@ pass, then of the backward pass, then the gradients. Leaves out layouts over sev
 
 import inspect
 import json
+import math
 import re
 import subprocess
 import sys

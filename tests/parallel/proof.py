@@ -27,17 +27,20 @@ def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> 
     groups.stop()
 
 
-def files_with_fp32(config: dict[str, Any]) -> list[str]:
-    """Where in pretrain/, or in a library called from there, a step in fp64 makes fp32 tensors that are no scalars."""
+def places_of_fp32(config: dict[str, Any]) -> list[str]:
+    """File and function of pretrain/ in which, or in a library called from which, a step in fp64 makes fp32 tensors.
+
+    Scalars do not count.
+    """
     with Fp32Tensors() as seen:
         prove(config, "fp64")
-    return sorted(seen.files)
+    return sorted(seen.places)
 
 
 class Fp32Tensors(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.files: set[str] = set()
+        self.places: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -45,12 +48,12 @@ class Fp32Tensors(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         made = (t for t in tree_leaves(result) if isinstance(t, torch.Tensor))
         if any(t.dtype == torch.float32 and t.numel() > 1 for t in made):
-            self.files.add(_nearest_file())
+            self.places.add(_nearest_place())
         return result
 
 
-def _nearest_file() -> str:
+def _nearest_place() -> str:
     frame = sys._getframe(2)
     while frame.f_back and not frame.f_code.co_filename.startswith(str(REPOSITORY / "pretrain")):
         frame = frame.f_back
-    return Path(frame.f_code.co_filename).name
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"

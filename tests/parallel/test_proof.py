@@ -71,6 +71,8 @@ def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactor
         ("tp2sp_zero3", "moe_tied", "fp32"),
         ("tp2sp_pp2vpp2", "dense_tied", "fp64"),
         ("dp2", "dense_tied", "fp64"),
+        ("tp2sp_ep2", "deepseek", "fp64"),
+        ("cp2ep2", "moe_tied", "fp64"),
     ],
 )
 def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: str) -> None:
@@ -82,10 +84,16 @@ def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: 
 
 def test_in_fp64_all_is_fp64(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     """Rounding to fp32 at the same place in two layouts would not show in their comparison."""
-    settings = config("dense_tied", tmp_path, {"tp": 2, "sp": True})
-    for files in ranks(2).run("tests.parallel.proof:files_with_fp32", process_group=False, config=settings):
-        assert "rope.py" in files  # angles are fp32, so the look does see
-        assert set(files) <= {"rope.py", "data.py", "init.py", "slices.py"}, files  # loss masks and drawn weights
+    settings = config("deepseek", tmp_path, {"tp": 2, "sp": True})
+    meant = {
+        *("data.py:collate", "data.py:stack"),  # the loss mask
+        *("init.py:_draw", "init.py:init_weights", "slices.py:cut"),
+        "rope.py:rotary_angles",
+        *("balance.py:__init__", "balance.py:finish"),  # the bias on the choice of experts
+    }
+    for places in ranks(2).run("tests.parallel.proof:places_of_fp32", process_group=False, config=settings):
+        assert "rope.py:rotary_angles" in places  # so the look does see
+        assert set(places) <= meant
     norm = json.loads((tmp_path / "step.json").read_text())["grad_norm"]
     assert norm != float(np.float32(norm))
 
