@@ -188,7 +188,9 @@ def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
     assert min(moe["norms"]) > 0.1 and moe["moe"]["moe_aux_loss"] >= 1.0  # its minimum, at perfect balance
 
 
-@pytest.mark.parametrize("layout", ["zero1", "tp2sp", "pp2vpp2", "cp2", "ep2", "ep2dp4", "tp2sp_zero2_offload", "tp2sp_zero3"])
+@pytest.mark.parametrize(
+    "layout", ["zero1", "tp2sp", "pp2vpp2", "cp2", "ep2", "ep2dp4", "tp2sp_zero2_offload", "tp2sp_zero3"]
+)
 def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
     """bf16 rounds at 2^-8 = 0.4%; gradients are accumulated in fp32, so they are off by a few such roundings."""
     (expected, *_), reference = run("moe_tied", "one")

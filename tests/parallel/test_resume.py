@@ -19,22 +19,34 @@ STEP = 2  # of the checkpoints that the matrix restores
 PAIRS = [
     ("dense", "one", "tp2"),
     ("dense", "tp2", "one"),
-    ("dense", "tp2", "dp2"),
+    ("dense", "tp2", "zero1"),
     ("dense", "tp2", "tp2sp_dp2"),
     ("dense_tied", "pp2vpp2", "tp2"),
     ("dense_tied", "pp2vpp2", "pp2_uneven"),
     ("dense_tied", "pp2vpp2", "pp4"),
     ("moe", "tp2sp", "pp2vpp2"),
     ("moe", "tp2sp", "tp2dp2"),
-    ("moe_tied", "dp2", "one"),
-    ("moe_tied", "dp2", "dp2"),
-    ("moe_tied", "dp2", "tp2sp"),
-    ("moe_tied", "dp2", "pp2_uneven"),
-    ("moe_tied", "dp2", "pp2vpp2"),
-    ("moe_tied", "dp2", "tp2pp2"),
-    ("moe_tied", "dp2", "pp2dp2"),
+    ("moe_tied", "zero1", "one"),
+    ("moe_tied", "zero1", "zero1"),
+    ("moe_tied", "zero1", "tp2sp"),
+    ("moe_tied", "zero1", "pp2_uneven"),
+    ("moe_tied", "zero1", "pp2vpp2"),
+    ("moe_tied", "zero1", "tp2pp2"),
+    ("moe_tied", "zero1", "pp2dp2"),
     ("moe_tied", "tp2sp_pp2vpp2", "one"),
-    ("moe_tied", "tp2sp_pp2vpp2", "dp2"),
+    ("moe_tied", "tp2sp_pp2vpp2", "zero1"),
+    ("moe_tied", "zero1", "zero2"),
+    ("moe_tied", "zero1", "zero3"),
+    ("moe_tied", "zero1", "zero1_offload"),
+    ("moe_tied", "zero1", "tp2sp_zero3_offload"),
+    ("dense_tied", "zero3", "pp2"),
+    ("dense_tied", "zero3", "zero2_offload"),
+    ("deepseek", "ep2", "one"),
+    ("deepseek", "ep2", "tp2sp_ep2"),
+    ("deepseek", "ep2", "cp2"),
+    ("deepseek", "ep2", "ep2dp4_zero2"),
+    ("deepseek", "ep2", "ep4"),
+    ("deepseek", "cp2ep2", "zero3"),
 ]
 
 Saved = Callable[[str, str], Path]
@@ -97,11 +109,17 @@ def test_any_layout_resumes_any_layout(
     assert found == pytest.approx({STEP + 1: expected[STEP + 1]}, rel=2e-6)
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2sp", "pp2_uneven", "pp2vpp2", "tp2pp2"])
-def test_gathered_weights_are_the_checkpoints(ranks: RanksOf, saved: Saved, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        *(("moe_tied", layout) for layout in ("one", "tp2sp", "pp2_uneven", "pp2vpp2", "tp2pp2", "zero3")),
+        *(("deepseek", layout) for layout in ("ep2pp2", "tp2sp_ep2")),
+    ],
+)
+def test_gathered_weights_are_the_checkpoints(ranks: RanksOf, saved: Saved, model: str, layout: str) -> None:
     world, parallel = world_of(layout)
-    checkpoint = storage.directory(saved("moe_tied", "dp2"), STEP)
-    options = {"model": MODELS["moe_tied"], "parallel": parallel, "checkpoint": str(checkpoint)}
+    checkpoint = storage.directory(saved(model, "zero1" if model == "moe_tied" else "ep2"), STEP)
+    options = {"model": MODELS[model], "parallel": parallel, "checkpoint": str(checkpoint)}
     assert ranks(world).run("tests.parallel.training:gathered", process_group=False, **options) == [True] * world
 
 
@@ -170,5 +188,5 @@ def test_a_wrong_path_is_named(ranks: RanksOf, run: Path, tmp_path: Path) -> Non
 
 
 def test_another_models_checkpoint_by_path_is_refused(ranks: RanksOf, saved: Saved, tmp_path: Path) -> None:
-    words = refusal(ranks(1), tmp_path, str(storage.directory(saved("moe_tied", "dp2"), STEP)))
+    words = refusal(ranks(1), tmp_path, str(storage.directory(saved("moe_tied", "zero1"), STEP)))
     assert "model = {'tie_embeddings': True, 'moe'" in words and "{'tie_embeddings': False}" in words
