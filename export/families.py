@@ -9,6 +9,7 @@ head dim, E experts.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,6 +78,19 @@ class Entry:
 
 
 def family_of(config: ModelConfig) -> Family:
+    """Errors: ValueError naming the key that neither family has."""
+    ours = {"qk_norm": config.qk_norm}
+    theirs: dict[str, Any] = {"qk_norm": False}
+    if config.moe:
+        router = ("num_shared_experts", "gating", "renormalize", "routed_scaling", "num_groups", "bias_update_rate")
+        ours |= {f"moe.{name}": getattr(config.moe, name) for name in router}
+        theirs |= dict(zip((f"moe.{name}" for name in router), (0, "softmax", True, 1.0, 1, 0.0), strict=True))
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise ValueError(
+                f"model.{name} = {value!r} cannot be exported yet: {'Mixtral' if config.moe else 'LLaMA'}, the family "
+                f"that is written, computes {theirs[name]!r}; a model to be exported is trained with that"
+            )
     return MIXTRAL if config.moe else LLAMA
 
 
@@ -85,7 +99,7 @@ def entries(config: ModelConfig) -> list[Entry]:
     sizes = {
         "V": config.vocab_size,
         "H": config.hidden_size,
-        "F": config.ffn_hidden_size,
+        "F": config.expert_size,
         "Q": config.num_heads * config.dim_per_head,
         "K": config.num_kv_heads * config.dim_per_head,
         "E": config.moe.num_experts if config.moe else 0,

@@ -24,7 +24,7 @@ class PolicyCopy:
     @property
     def samples_here(self) -> bool:
         """True on the one rank of each data-parallel replica that holds a copy and samples."""
-        return self.place.tp_rank == 0 and self.place.pp_rank == 0
+        return self.place.leads_replica
 
     @property
     def decoder(self) -> Decoder:

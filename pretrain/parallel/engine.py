@@ -147,9 +147,9 @@ class Engine:
         for name, tensor in self.module.named_balance().items():
             tensor.copy_(torch.tensor(state[name]))
 
-    def moe_stats(self) -> dict[str, float]:
-        """Of the last step, for each MoE layer: the auxiliary loss, the busiest expert's tokens over a fair share, and
-        the share of choices that a capacity limit dropped. Without a layer's number: the mean, the worst, the mean.
+    def moe_stats(self) -> dict[str, Any]:
+        """Of the last step: the auxiliary loss, the busiest expert's tokens over a fair share, and with a capacity
+        limit the share of choices that it dropped; over all layers (mean, worst, mean), and by layer.
         """
         moe = self.model_config.moe
         if moe is None:
@@ -161,15 +161,16 @@ class Engine:
                 values[layer, 0], values[layer, 1] = balance.aux_loss, balance.dropped
                 values[layer, 2:] = balance.tokens
         values = self.place.sum_over_world(values).cpu()
-        tokens = values[:, 2:]
-        load, dropped = tokens.max(1).values / tokens.mean(1), values[:, 1] / tokens.sum(1)
-        stats = {"moe_aux_loss": values[:, 0].mean(), "moe_max_load": load.max(), "moe_dropped": dropped.mean()}
-        for layer, (aux_loss, busiest, lost) in enumerate(zip(values[:, 0], load, dropped, strict=True)):
-            own = {"moe_aux_loss": aux_loss, "moe_max_load": busiest, "moe_dropped": lost}
-            stats |= {f"{name}/layer_{layer}": value for name, value in own.items()}
-        if moe.capacity_factor is None:
-            stats = {name: value for name, value in stats.items() if not name.startswith("moe_dropped")}
-        return {name: float(value) for name, value in stats.items()}
+        aux_loss, dropped, tokens = values[:, 0], values[:, 1], values[:, 2:]
+        load, chosen = tokens.max(1).values / tokens.mean(1), tokens.sum(1)
+        stats = {"moe_aux_loss": (aux_loss, aux_loss.mean()), "moe_max_load": (load, load.max())}
+        if moe.capacity_factor is not None:
+            stats["moe_dropped"] = dropped / chosen, dropped.sum() / chosen.sum()
+        by_layer = {
+            f"{name}_by_layer": {f"layer {i}": float(value) for i, value in enumerate(layers)}
+            for name, (layers, _) in stats.items()
+        }
+        return {name: float(whole) for name, (_, whole) in stats.items()} | by_layer
 
     def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> Sums:
         chunks = self.module.chunks

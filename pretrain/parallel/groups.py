@@ -39,7 +39,7 @@ class Place:
     pp_group: dist.ProcessGroup
     zero_group: dist.ProcessGroup  # dp and cp: ranks that hold the same weights, experts aside, and other tokens
     expert_dp_group: dist.ProcessGroup  # those of them that hold the same experts
-    model_group: dist.ProcessGroup  # the tp * pp ranks that hold one replica together
+    replica_group: dist.ProcessGroup  # the tp * cp * pp ranks that train on the same sequences
 
     @property
     def zero_size(self) -> int:
@@ -68,8 +68,9 @@ class Place:
         return self.rank == 0
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
+    def leads_replica(self) -> bool:
+        """True on one rank of each replica."""
+        return dist.get_rank(self.replica_group) == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -100,16 +101,16 @@ class Place:
 
     def broadcast_arrays(self, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """Gives every rank of a replica the arrays of its first rank (the others pass None)."""
-        if self.layout.tp * self.layout.pp == 1:
+        if dist.get_world_size(self.replica_group) == 1:
             assert arrays is not None
             return arrays
         header = None if arrays is None else [(k, v.shape, v.dtype.str) for k, v in arrays.items()]
-        source = dist.get_global_rank(self.model_group, 0)
+        source = dist.get_global_rank(self.replica_group, 0)
         result = {}
         for name, shape, dtype in self.gather_json(header)[source]:
             array = np.empty(shape, dtype) if arrays is None else np.ascontiguousarray(arrays[name])
             tensor = torch.from_numpy(array).to(self.device)
-            dist.broadcast(tensor, source, group=self.model_group)
+            dist.broadcast(tensor, source, group=self.replica_group)
             result[name] = tensor.cpu().numpy()
         return result
 
@@ -156,8 +157,20 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         zero_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         expert_dp_group=parallel_state.get_expert_data_parallel_group(),
-        model_group=parallel_state.get_model_parallel_group(),
+        replica_group=_replica_group(layout, env.rank),
     )
+
+
+def _replica_group(layout: Layout, rank: int) -> dist.ProcessGroup:
+    if layout.cp == 1:
+        return parallel_state.get_model_parallel_group()
+    order = {"tp": layout.tp, "ep": 1, "dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "order": "tp-cp-ep-dp-pp"}
+    own = None
+    for ranks in parallel_state.RankGenerator(**order).get_ranks("tp-cp-pp"):
+        group = dist.new_group(ranks)
+        own = group if rank in ranks else own
+    assert own is not None
+    return own
 
 
 def stop() -> None:

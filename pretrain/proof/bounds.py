@@ -25,11 +25,14 @@ class Bounds:
     """Of a model's activations and gradients, for batches of `tokens` tokens in rows of `seq_length`."""
 
     def __init__(self, model: ModelConfig, seq_length: int, tokens: int, precision: str):
-        hidden, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_heads * model.dim_per_head
+        hidden, heads = model.hidden_size, model.num_heads * model.dim_per_head
+        ffn = model.expert_size * max(1, model.moe.num_shared_experts if model.moe else 1)
         # Norm, projections, rotation, scores, their softmax, their average over the sequence, output, residual.
         attention = [hidden, hidden, 2, model.dim_per_head, seq_length, seq_length, heads, 1]
         # Norm, gate or up, activation, product of the two, down, residual.
         mlp = [hidden, hidden, 1, 1, ffn, 1]
+        if model.qk_norm:
+            attention += [model.dim_per_head]
         if model.moe:  # the router and its softmax, then the weights and the sum of a token's experts
             mlp += [hidden, model.moe.num_experts, 1, model.moe.top_k]
         head = [hidden, hidden, model.vocab_size]  # final norm, logits, softmax

@@ -4,7 +4,7 @@ Each is a context in which an engine is built and takes its step. `trivium prove
 layout, never in the one rank they are held against.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -15,11 +15,15 @@ import torch
 from pretrain.model import Decoder, init_weights
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
+from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
+from pretrain.model.slices import is_expert
+from pretrain.parallel.context import own_parts
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Place
 from pretrain.parallel.stage import Stage
+from pretrain.parallel.zero import gradient
 
 ENGINE = "pretrain.parallel.engine"
 
@@ -99,6 +103,44 @@ def chunks_initialised_alike() -> AbstractContextManager[Any]:
     return mock.patch(f"{ENGINE}.init_weights", planted)
 
 
+def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
+    """Each tensor-parallel rank keeps the gradient that its own heads give a QK-norm weight."""
+    return mock.patch("pretrain.parallel.gradients._partial_norms", lambda stage, place: [])
+
+
+def router_gradients_not_summed() -> AbstractContextManager[Any]:
+    """Each tensor-parallel rank gives the router the gradient that its share of the experts gives their weights."""
+
+    def planted(self: MoE, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.region.copy(x_TH), weights_TK
+
+    return mock.patch.object(MoE, "_into_experts", planted)
+
+
+def expert_gradients_doubled() -> AbstractContextManager[Any]:
+    """Experts' gradients are averaged over the ranks that hold them, not over all whose tokens they have seen."""
+
+    def planted(stage: Stage, place: Place) -> None:
+        sum_partial(stage, place)
+        for parameter in stage.parameters():
+            if is_expert(parameter):
+                gradient(parameter).mul_(place.layout.ep)
+
+    return mock.patch(f"{ENGINE}.sum_partial", planted)
+
+
+def document_mask_off_by_one() -> AbstractContextManager[Any]:
+    """Under context parallel the mask of whole rows is one token late."""
+
+    def planted(batches: Sequence[Batch], place: Place) -> list[Batch]:
+        return [
+            replace(part, row_segments=None if part.row_segments is None else part.row_segments.roll(1, dims=1))
+            for part in own_parts(batches, place)
+        ]
+
+    return mock.patch(f"{ENGINE}.own_parts", planted)
+
+
 INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     planted.__name__: planted
     for planted in (
@@ -108,5 +150,9 @@ INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         mean_of_means,
         auxiliary_loss_times_micro_batches,
         chunks_initialised_alike,
+        qk_norm_gradients_not_summed,
+        router_gradients_not_summed,
+        expert_gradients_doubled,
+        document_mask_off_by_one,
     )
 }

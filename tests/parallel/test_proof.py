@@ -105,6 +105,10 @@ CAUGHT = [
     ("mean_of_means", "dp2", "dense", "backward/final_norm/0"),
     ("auxiliary_loss_times_micro_batches", "pp2", "moe", "backward/layers.3.attention/0"),
     ("chunks_initialised_alike", "pp2", "dense", "forward/layers.2.attention/0"),
+    ("qk_norm_gradients_not_summed", "tp2", "deepseek", "grad/layers.3.attention.k_norm.weight"),
+    ("router_gradients_not_summed", "tp2", "moe", "backward/layers.3.attention/0"),
+    ("expert_gradients_doubled", "ep2", "moe", "grad/layers.3.moe.experts.down_proj"),
+    ("document_mask_off_by_one", "cp2", "dense", "forward/layers.0.attention/0"),
 ]
 
 

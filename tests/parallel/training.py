@@ -20,7 +20,7 @@ from data_pipeline.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.saving import Saver
-from pretrain.checkpoint.storage import Reader, read_manifest
+from pretrain.checkpoint.storage import Reader, read_full, read_manifest
 from pretrain.data import BatchSource
 from pretrain.evaluate import HeldoutLoss
 from pretrain.model import build_single
@@ -213,9 +213,9 @@ def gathered(checkpoint: str, model: dict[str, Any], parallel: dict[str, Any]) -
     engine = make_engine(model, parallel)
     state.restore(engine, checkpoint)
     weights = state.gather_weights(engine)
-    with Reader(checkpoint) as reader:
-        assert sorted(weights) == sorted(reader.names)
-        same = all(torch.equal(weights[name], reader.read(name)) for name in reader.names)
+    expected = read_full(checkpoint)
+    assert weights.keys() == expected.keys()
+    same = all(torch.equal(weights[name], expected[name]) for name in expected)
     # A whole model stands beside the split one in the same process, and computes as it would alone.
     decoder = build_single(engine.model_config, weights)
     tokens, steps = torch.arange(12).view(2, 6), torch.arange(6).expand(2, 6)

@@ -96,3 +96,15 @@ def test_foreign_checkpoints_are_refused_by_tensor_name():
     extra["lm_head.weight"] = extra["lm_head.weight"] + 1
     with pytest.raises(ValueError, match=r"tie_word_embeddings = true, but lm_head\.weight differs"):
         dict(from_hf(extra.__getitem__, extra, config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({"qk_norm": True}, "model.qk_norm = True"), ({"moe": {"gating": "sigmoid"}}, "model.moe.gating = 'sigmoid'"),
+     ({"moe": {"num_shared_experts": 1}}, "num_shared_experts = 1"), ({"moe": {"bias_update_rate": 0.1}}, "0.1")],
+)  # fmt: skip
+def test_what_neither_family_computes_is_not_exported(changes, key):
+    model = tiny("moe" in changes)
+    moe = model.moe.model_copy(update=changes["moe"]) if model.moe else None
+    with pytest.raises(ValueError, match=key):
+        entries(model.model_copy(update={**changes, "moe": moe}))
