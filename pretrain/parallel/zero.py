@@ -7,8 +7,8 @@ micro-batch, so backward has to be DeepSpeed's own: `schedule` does without a pi
 averaged in fp32 in all of them.
 
 DeepSpeed has three optimizers for it: stage 3 has its own, so has stage 1 in bf16 when not offloaded, and one is for
-the rest. They name the same things differently, and this file is where that is known. A
-proof's fp64 has one of its own, see `fp64`.
+the rest. They name the same things differently, and this file is where that is known. A proof's fp64 has one of its
+own, see `fp64`.
 """
 
 from collections.abc import Callable, Iterator
@@ -71,7 +71,6 @@ def wrap(module: Stage, train: TrainSection, optimizer: OptimizerConfig, place: 
 
 def schedule(engine: Any) -> Callable[..., list[Any]]:
     """For stages 2 and 3, in the place of megatron-core's schedules and called like them: one stage, no pipeline."""
-
     stage3 = engine.zero_optimization_stage() == 3
     saved: AbstractContextManager[None] = SavedAsRecipes(engine.module) if stage3 else nullcontext()
 

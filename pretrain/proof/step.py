@@ -122,7 +122,8 @@ def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) 
         tensors[f"weight/{name}"] = zero.full_weight(parameter).clone()
         for kind in ("grad", "weight"):
             if place.tells_of(parameter):
-                own = Slice(place.slices.offset(parameter), place.slices.global_shape(parameter))
+                outline = zero.outline(parameter)
+                own = Slice(place.slices.offset(outline), place.slices.global_shape(outline))
                 slices[f"{kind}/{name}"] = own
             else:
                 del tensors[f"{kind}/{name}"]
