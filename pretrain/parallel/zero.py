@@ -8,7 +8,7 @@ averaged in fp32 in all of them.
 
 DeepSpeed has three optimizers for it: stage 3 has its own, so has stage 1 in bf16 when not offloaded, and one is for
 the rest. They name the same things differently, and this file is where that is known. A proof's fp64 has one of its
-own, see `fp64`.
+own, in stage 1 alone: see `fp64`.
 """
 
 from collections.abc import Callable, Iterator

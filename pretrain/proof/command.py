@@ -101,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Holds layouts against one rank: loss, every gradient, grad norm, parameters after a step.",
         example="trivium prove configs/pretrain/demo_moe.toml --layouts tp2,tp2sp,pp2vpp2,tp2pp2",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a pretraining config; `data` and `parallel` are not read")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a pretraining config; no layout in it is looked at, nor its data"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
     parser.add_argument("--layouts", required=True, help=f"names with commas between, of {', '.join(DEGREES)} and sp")
     parser.add_argument("--precision", choices=UNIT_ROUNDOFF, default="fp32", help="fp32 if left out")
@@ -110,12 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     bugs = (f"  {name}\n    {(inspect.getdoc(bug) or '').splitlines()[0]}" for name, bug in INJECTIONS.items())
     parser.epilog = "\n".join(["known bugs:", *bugs, "", parser.epilog or ""])
     args = parser.parse_intermixed_args(argv)
-    config = load(PretrainConfig, args.config, args.overrides).model_copy(update={"parallel": ParallelConfig()})
+    config = load(PretrainConfig, args.config, args.overrides)
+    parallel = ParallelConfig(offload_optimizer=config.parallel.offload_optimizer)  # names say all the rest
+    config = config.model_copy(update={"parallel": parallel})
     if args.inject and args.inject not in INJECTIONS:
         raise ConfigError(f"--inject {args.inject!r} is no known bug; there are {', '.join(INJECTIONS)}")
     candidates = [Candidate.parse(name) for name in args.layouts.split(",")]
     for candidate in candidates:
-        _check(candidate, config)
+        _check(candidate, config, args.precision)
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "config.toml", toml(plain(config)))
 
@@ -158,13 +162,19 @@ def _facts(path: str, config: PretrainConfig, precision: str, inject: str | None
     }
 
 
-def _check(candidate: Candidate, config: PretrainConfig) -> None:
-    """Refuses what training would refuse, before anything is started."""
+def _check(candidate: Candidate, config: PretrainConfig, precision: str) -> None:
+    """Refuses what training would refuse, and what fp64 is not built for, before anything is started."""
     parallel = plain(config.parallel) | candidate.parallel
     try:
-        Layout.of(candidate.world_size, validate(ParallelConfig, parallel), config.model, config.train)
+        layout = Layout.of(candidate.world_size, validate(ParallelConfig, parallel), config.model, config.train)
     except ConfigError as error:
         raise ConfigError(f"--layouts: {candidate.name}: {error}") from None
+    if precision == "fp64" and (layout.zero != 1 or layout.offload_optimizer):
+        raise ConfigError(
+            f"--precision fp64: {candidate.name} has parallel.zero = {layout.zero} and parallel.offload_optimizer = "
+            f"{str(layout.offload_optimizer).lower()}, and fp64 is built for ZeRO stage 1 that is not offloaded; hold "
+            "it against one rank in fp32"
+        )
 
 
 def _run(candidate: Candidate, out: Path, console: Console, precision: str, inject: str | None = None) -> float:
