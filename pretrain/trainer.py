@@ -69,6 +69,7 @@ class Trainer:
         self.evaluators, self.init_from, self.title, self.resume = evaluators, init_from, title, resume
         self.run_dir = Path(config.run.dir)
         self.step, self.samples, self.tokens = 0, 0, 0
+        self.ledger = dict.fromkeys(source.sources, 0.0)  # tokens (loss weights) trained on, by source
         self.origin: str | None = None
         self.identity = {
             "model": loader.plain(model_config),
@@ -160,6 +161,8 @@ class Trainer:
         self.step += 1
         self.samples += train.global_batch_size
         self.tokens += train.global_batch_size * train.seq_length
+        for name, weight in zip(self.source.sources, sums.weight.tolist(), strict=False):
+            self.ledger[name] += weight
         return sums, lr
 
     def _record(self, sums: Sums, lr: float, seconds: float) -> dict[str, Any]:
@@ -206,8 +209,9 @@ class Trainer:
         return {
             "samples": self.samples,
             "tokens": self.tokens,
+            "ledger": self.ledger,
             "identity": self.identity,
-            # No layer draws random numbers in training, so the seed and the sample cursor are the whole RNG state.
+            # Dropout is keyed by seed and sample, so these and the sample cursor are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.place.layout),
             "origin": self.origin,
@@ -232,6 +236,7 @@ class Trainer:
             if self.place.is_main:
                 print(f"{self.title}: going on from {path}", flush=True)
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
+        self.ledger |= manifest.get("ledger", {})
         self.origin = checkpoint_resume.origin_of(path, self.run_dir)
         self._check_samples()
 

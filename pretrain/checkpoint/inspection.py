@@ -94,6 +94,7 @@ def _summary(path: Path, manifest: dict[str, Any], facts: list[TensorFacts]) -> 
         "step": manifest["step"],
         "tokens": manifest["tokens"],
         "samples": manifest["samples"],
+        "ledger": manifest.get("ledger", {}),
         "layout": manifest["layout"],
         "optimizer_steps": manifest["optimizer_steps"],
         "parameters": sum(math.prod(f.shape) for f in facts),
@@ -119,6 +120,9 @@ def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFac
         f"{summary['bytes'] / 1e6:.1f} MB, all as their checksums say",
         highlight=False,
     )
+    if summary["ledger"]:
+        used = (f"{source} {tokens:,.0f}" for source, tokens in summary["ledger"].items())
+        console.print(f"trained on, in tokens with a loss: {', '.join(used)}", markup=False, highlight=False)
     if summary["not_finite"]:
         console.print(f"{summary['not_finite']:,} values are not finite (red); go back to an earlier checkpoint")
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch.distributed import ProcessGroup
 
-from pretrain.model.megatron import ModelParallelConfig, get_pg_rank, get_pg_size
+from pretrain.model.megatron import ModelParallelConfig, get_pg_size
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,8 @@ class Build:
     """Handed down to every layer. A group that is None is a group of one: nothing is shared.
 
     `tp` splits weights, and with `sp` the sequence between split layers; `cp` splits the sequence everywhere; `ep`
-    splits the experts. `dropout` is keyed by `seed`.
+    splits the experts. `sequence_part` is (which, of how many) parts of a sequence this process has between layers;
+    `dropout` and `seed` are for `model.dropout`.
     """
 
     dtype: torch.dtype = torch.float32
@@ -25,6 +26,7 @@ class Build:
     tp: ProcessGroup | None = None
     cp: ProcessGroup | None = None
     ep: ProcessGroup | None = None
+    sequence_part: tuple[int, int] = (0, 1)
     dropout: float = 0.0
     seed: int = 0
 
@@ -39,12 +41,6 @@ class Build:
     @cached_property
     def ep_size(self) -> int:
         return get_pg_size(self.ep)
-
-    @cached_property
-    def sequence_part(self) -> tuple[int, int]:
-        """(which, of how many) parts of a sequence this process has between layers."""
-        part, parts = get_pg_rank(self.cp), self.cp_size
-        return (part * self.tp_size + get_pg_rank(self.tp), parts * self.tp_size) if self.sp else (part, parts)
 
     @cached_property
     def megatron(self) -> ModelParallelConfig:

@@ -21,6 +21,6 @@ with mock.patch.object(torch, "compile", _as_it_is), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import tensor_parallel
     from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.utils import get_pg_rank, get_pg_size
+    from megatron.core.utils import get_pg_size
 
-__all__ = ["ModelParallelConfig", "get_pg_rank", "get_pg_size", "tensor_parallel"]
+__all__ = ["ModelParallelConfig", "get_pg_size", "tensor_parallel"]

@@ -61,7 +61,7 @@ class Engine:
         self.num_sources = num_sources
         layout = place.layout
         groups = (place.tp_group, place.cp_group, place.ep_group)
-        build = Build(dtype, place.device, layout.sp, *groups, dropout=train.dropout, seed=seed)
+        build = Build(dtype, place.device, layout.sp, *groups, place.sequence_part, train.dropout, seed)
         chunks = [Decoder(model_config, spec, build) for spec in stage_specs(layout, place.pp_rank)]
         schedule_config = _schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):

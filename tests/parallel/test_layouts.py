@@ -32,6 +32,7 @@ MODELS = {
     # DeepSeek-V3's router, with QK-norm and every loss; its rates are large, so that they show.
     "deepseek": {
         **BASE,
+        "tie_embeddings": True,
         "qk_norm": True,
         "moe": {
             "num_experts": 8,

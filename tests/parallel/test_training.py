@@ -69,6 +69,8 @@ def test_resumed_run_is_bit_identical(
         a, b = (storage.read_full(storage.directory(run, 6), kind) for run in (straight, broken))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert storage.steps(broken) == [4, 6]
+    ledgers = [storage.read_manifest(storage.directory(run, 6))["ledger"] for run in (straight, broken)]
+    assert ledgers[0] == ledgers[1] and min(ledgers[0].values()) > 100  # tokens of each source
 
 
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:

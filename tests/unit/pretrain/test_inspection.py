@@ -12,6 +12,7 @@ from pretrain.checkpoint import inspection, storage
 from pretrain.checkpoint.storage import Piece
 
 STATE = {"step": 7, "tokens": 1792, "samples": 28, "layout": "tp2 pp1 dp1 zero1", "optimizer_steps": 7}
+STATE |= {"ledger": {"prose": 1500.0, "code": 201.0}}
 
 
 def write(run_dir: Path, weight: torch.Tensor) -> Path:
@@ -37,7 +38,16 @@ def test_norms_are_of_whole_tensors(
     path = write(tmp_path, weight)
     assert inspection.main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    for words in ("layers.0.mlp.up_proj.weight", "4×3", "step 7", "1,792 tokens", "12 parameters", "tp2", "2 files"):
+    for words in (
+        "layers.0.mlp.up_proj.weight",
+        "4×3",
+        "step 7",
+        "1,792 tokens",
+        "12 parameters",
+        "tp2",
+        "2 files",
+        "prose 1,500, code 201",
+    ):
         assert words in shown
     assert "hidden_size = 3" in shown
     assert inspection.main([str(path), "--json"]) == 0
