@@ -73,19 +73,11 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
         for name, shape in shapes[stage_rank].items():
             if name in weights:
                 continue
-            whole = _gather_slices(local[name], engine) if stage_rank == place.rank else None
+            whole = None
+            if stage_rank == place.rank:
+                whole = place.put_together(zero.current_weight(local[name]), local[name])
             weights[name] = _from_stage(whole, len(shape), stage_rank, engine)
     return weights
-
-
-def _gather_slices(parameter: nn.Parameter, engine: Engine) -> torch.Tensor:
-    place, whole = engine.place, zero.current_weight(parameter)
-    for dim, parts, _ in place.slices.splits(parameter):
-        group = place.tp_group if dim == tp_split(parameter) else place.ep_group
-        slices = [torch.empty_like(whole) for _ in range(parts)]
-        dist.all_gather(slices, whole.contiguous(), group=group)
-        whole = torch.cat(slices, dim)
-    return whole
 
 
 def _from_stage(whole: torch.Tensor | None, ndim: int, stage_rank: int, engine: Engine) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from configs.layout import Layout
 from launch.environment import ClusterEnvironment
-from pretrain.model.slices import Slices, is_expert
+from pretrain.model.slices import Slices, is_expert, tp_split
 from pretrain.parallel.backends import deepspeed, parallel_state, redirect_to_cpu
 
 
@@ -57,6 +57,15 @@ class Place:
         """Whether this rank is the first of those that hold the very same slice of a parameter for other data."""
         group = self.expert_dp_group if is_expert(parameter) else self.zero_group
         return dist.get_rank(group) == 0
+
+    def put_together(self, slice_: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """The whole of a tensor of which every rank has its slice, as it has of `parameter`."""
+        for dim, parts, _ in self.slices.splits(parameter):
+            group = self.tp_group if dim == tp_split(parameter) else self.ep_group
+            slices = [torch.empty_like(slice_) for _ in range(parts)]
+            dist.all_gather(slices, slice_.contiguous(), group=group)
+            slice_ = torch.cat(slices, dim)
+        return slice_
 
     @property
     def slices(self) -> Slices:

@@ -15,7 +15,6 @@ from data_pipeline.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.data import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken
-from pretrain.model.slices import tp_split
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.step import packed_rows
@@ -42,17 +41,6 @@ def rows(first: int, count: int, vocab_size: int) -> list[Row]:
     return packed_rows(first, count, vocab_size, SEQ_LENGTH)
 
 
-def whole(parameter: torch.nn.Parameter, tensor: torch.Tensor, engine: Engine) -> torch.Tensor:
-    """A tensor of a parameter's shape, put together over the ranks that hold slices of it."""
-    place = engine.place
-    for dim, parts, _ in place.slices.splits(parameter):
-        group = place.tp_group if dim == tp_split(parameter) else place.ep_group
-        slices = [torch.empty_like(tensor) for _ in range(parts)]
-        dist.all_gather(slices, tensor.contiguous(), group=group)
-        tensor = torch.cat(slices, dim)
-    return tensor
-
-
 def run_layout(
     model: dict[str, Any],
     parallel: dict[str, Any],
@@ -75,7 +63,7 @@ def run_layout(
         engine.accumulate(batches, NextToken())
         if step == 0:
             for name, parameter in named:
-                tensors[f"grad/{name}"] = whole(parameter, zero.full_gradient(parameter), engine).clone()
+                tensors[f"grad/{name}"] = place.put_together(zero.full_gradient(parameter), parameter).clone()
         sums = engine.update(lr=1e-2)
         losses.append(sums.mean_loss)
         norms.append(sums.grad_norm)
@@ -86,7 +74,7 @@ def run_layout(
     heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), 4 // layout.dp)
     evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which interleaving has to fill up
     for name, parameter in named:
-        tensors[f"weight/{name}"] = whole(parameter, zero.full_weight(parameter), engine).clone()
+        tensors[f"weight/{name}"] = place.put_together(zero.full_weight(parameter), parameter).clone()
     if dist.get_rank(place.zero_group) == 0 and place.tp_rank == 0:
         save_file(tensors, str(Path(out) / f"stage_{place.pp_rank}.safetensors"))
     groups.stop()
