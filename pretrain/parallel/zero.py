@@ -27,7 +27,6 @@ from pretrain.parallel.backends import deepspeed
 from pretrain.parallel.experts import optimizer_groups
 from pretrain.parallel.gathered import SavedAsRecipes
 from pretrain.parallel.groups import DeepSpeedUnit, Place
-from pretrain.parallel.stage import Stage
 
 # In elements.
 MAX_BUCKET = 2**26  # of gradients reduced at once, for which memory is reserved
@@ -44,9 +43,8 @@ class Fragment:
     offset: int  # in that partition
 
 
-def wrap(module: Stage, train: TrainSection, optimizer: OptimizerConfig, place: Place, dtype: torch.dtype) -> Any:
+def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, place: Place, dtype: torch.dtype) -> Any:
     """A DeepSpeed engine around this stage's module. With stage 3 its weights are taken apart from here on."""
-    layout = place.layout
     initialize = fp64.initialize if dtype == torch.float64 else deepspeed.initialize
     engine, _, _, _ = initialize(
         model=module,
@@ -61,11 +59,7 @@ def wrap(module: Stage, train: TrainSection, optimizer: OptimizerConfig, place: 
         mpu=DeepSpeedUnit(),
         dist_init_required=False,
     )
-    engine.pipeline_parallelism = layout.zero == 1
-    if layout.zero == 3:
-        for chunk in module.chunks:
-            if chunk.tied_here:  # the head uses the embedding's weight outside of the embedding
-                deepspeed.zero.register_external_parameter(chunk, chunk.embedding.weight)
+    engine.pipeline_parallelism = place.layout.zero == 1
     return engine
 
 
@@ -89,7 +83,7 @@ def schedule(engine: Any) -> Callable[..., list[Any]]:
                 output, loss_of = forward_step_func(data_iterator, engine)
             loss, _, sums = loss_of(output)
             if not forward_only:
-                engine.backward(loss, scale_wrt_gas=False)
+                engine.backward(loss)
             stored.append(sums)
         return stored
 
