@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from launch.environment import ClusterEnvironment
-from launch.processes import die_with_parent
+from launch.processes import SETTLE_SECONDS, die_with_parent
 from tests.parallel.harness import REPOSITORY, free_port
 
 PATIENCE = 60.0  # seconds that ranks have to end when one of them was killed
@@ -80,10 +80,10 @@ class World:
         sys.stderr.flush()
         os._exit(status)
 
-    def kill(self, ranks: Sequence[int]) -> None:
+    def send(self, ranks: Sequence[int], number: int = signal.SIGKILL) -> None:
         for rank in ranks:
             if rank not in self.statuses:
-                os.kill(self.pids[rank], signal.SIGKILL)
+                os.kill(self.pids[rank], number)
 
     def running(self) -> bool:
         for rank, pid in enumerate(self.pids):
@@ -105,7 +105,7 @@ def run(size: int, kwargs: dict[str, Any], log: Path) -> list[int]:
     """Trains in a world of `size`; returns the ranks' exit statuses: a training status, or 1 for an error of it."""
     world = World(size, _train, kwargs, log)
     hung = world.wait(PATIENCE)
-    world.kill(range(size))
+    world.send(range(size))
     world.wait(PATIENCE)
     assert not hung, f"ranks did not end by themselves: {world.statuses}"
     return [world.statuses[rank] for rank in range(size)]
@@ -115,7 +115,7 @@ def crash(size: int, kwargs: dict[str, Any], seed: int, kills: int, torn: int, l
     """Trains, killed at least `kills` times and in at least `torn` saves, until it is finished.
 
     Every other kill is at any moment from the start on, the others are aimed into a save. Either one rank or all are
-    killed; the rank that is left must end by itself. Returns a line for each kill.
+    killed; the rank that is left must end, by itself or when it is told. Returns a line for each kill.
     """
     rng, checkpoints = random.Random(seed), Path(kwargs["run_dir"]) / "checkpoints"
     done: list[dict[str, Any]] = []
@@ -140,10 +140,12 @@ def crash(size: int, kwargs: dict[str, Any], seed: int, kills: int, torn: int, l
             assert set(world.statuses.values()) == {0}, f"ended before it was killed: {world.statuses}"
             raise AssertionError(f"the run was over after {len(done)} kills; give it more steps")
         victims = rng.choice([[0], [size - 1], list(range(size))])
-        world.kill(victims)
+        world.send(victims)
         left = any(checkpoints.glob(".step_*"))
+        if world.wait(SETTLE_SECONDS):  # as the launcher does; a rank that is still starting waits for its dead peer
+            world.send(range(size), signal.SIGTERM)
         hung = world.wait(PATIENCE)
-        world.kill(range(size))
+        world.send(range(size))
         world.wait(PATIENCE)
         assert not hung, f"after the kill of {victims} the others did not end: {world.statuses}"
         done.append({"aimed": aimed, "victims": victims, "torn": left, "newest": _newest(checkpoints)})
