@@ -104,7 +104,7 @@ class World:
 def run(size: int, kwargs: dict[str, Any], log: Path) -> list[int]:
     """Trains in a world of `size`; returns the ranks' exit statuses: a training status, or 1 for an error of it."""
     world = World(size, _train, kwargs, log)
-    hung = world.wait(PATIENCE)
+    hung = world.wait(10 * PATIENCE)
     world.send(range(size))
     world.wait(PATIENCE)
     assert not hung, f"ranks did not end by themselves: {world.statuses}"

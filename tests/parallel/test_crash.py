@@ -24,14 +24,14 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     [
         (3, 1, 24, {}),
         pytest.param(30, 10, 240, {}, marks=pytest.mark.full),
-        pytest.param(10, 3, 80, {"tp": 2, "sp": True}, marks=pytest.mark.full),
+        pytest.param(10, 3, 60, {"tp": 2, "sp": True}, marks=pytest.mark.full),
     ],
 )
 def test_a_killed_run_ends_as_an_untouched_one(
     forks: Forks, ranks: RanksOf, tmp_path: Path, kills: int, torn: int, steps: int, parallel: dict[str, int]
 ) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert train(ranks(2), straight, "moe_tied", parallel, steps=steps) == [{"status": 0}] * 2
+    assert train(ranks(2), straight, "moe_tied", parallel, steps=steps, timeout=600) == [{"status": 0}] * 2
     kwargs = {"run_dir": str(killed), "model": MODELS["moe_tied"], "parallel": parallel, "steps": steps, "every": 1}
     result = forks.ask("crash", size=2, kwargs=kwargs, seed=steps, kills=kills, torn=torn)
     newest = [kill["newest"] for kill in result["kills"]]
