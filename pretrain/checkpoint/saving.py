@@ -109,7 +109,7 @@ class Saver:
             answer["part"] = storage.write_rank(temporary, place.rank, self._pieces)
         except OSError as error:
             answer["failure"] = f"rank {place.rank} could not write {temporary}: {error.strerror}"
-        answers = gather_json(answer, self._group)
+        answers = gather_json(answer, self._group, everywhere=False)
         verdict: dict[str, str | None] = {"failure": None, "mistake": None}
         if place.is_main:
             verdict = self._publish(temporary, final, answers, facts)

@@ -5,7 +5,6 @@ again with another layout, as the tests do.
 """
 
 import datetime
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from configs.layout import Layout
 from launch.environment import ClusterEnvironment
 from pretrain.model.slices import Slices, is_expert, tp_split
 from pretrain.parallel.backends import deepspeed, parallel_state, redirect_to_cpu
+from pretrain.parallel.messages import gather_json
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,7 @@ class Place:
 
     def gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, in rank order. Values are JSON: nothing is unpickled."""
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.layout.world_size)]
-        dist.all_gather(lengths, torch.tensor([len(data)], device=self.device))
-        longest = int(max(lengths))
-        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
-        padded[: len(data)] = data
-        parts = [torch.empty_like(padded) for _ in range(self.layout.world_size)]
-        dist.all_gather(parts, padded)
-        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]
+        return gather_json(value)
 
     def broadcast_arrays(self, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """Gives every rank of a replica the arrays of its first rank (the others pass None)."""

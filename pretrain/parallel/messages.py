@@ -1,4 +1,7 @@
-"""JSON between ranks over a gloo group of all of them. Nothing is unpickled. Leaves out tensors."""
+"""JSON between ranks over gloo, by a group of all of them or, on CPU tensors, the default one. Nothing is unpickled.
+
+Leaves out tensors.
+"""
 
 import json
 from typing import Any
@@ -7,18 +10,21 @@ import torch
 import torch.distributed as dist
 
 
-def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's value, in rank order, on rank 0; elsewhere an empty list."""
+def gather_json(value: Any, group: dist.ProcessGroup | None = None, everywhere: bool = True) -> list[Any]:
+    """Every rank's value, in rank order; if not `everywhere`, on rank 0 alone, and elsewhere an empty list."""
     data = _bytes(value)
     world_size = dist.get_world_size(group)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
     dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
     padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
     padded[: len(data)] = data
-    here = dist.get_rank(group) == 0
-    parts = [torch.empty_like(padded) for _ in range(world_size)] if here else None
-    dist.gather(padded, parts, dst=0, group=group)
-    return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts or [], lengths, strict=False)]
+    here = everywhere or dist.get_rank(group) == 0
+    parts = [torch.empty_like(padded) for _ in range(world_size)] if here else []
+    if everywhere:
+        dist.all_gather(parts, padded, group=group)
+    else:
+        dist.gather(padded, parts or None, dst=0, group=group)
+    return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, lengths, strict=here)]
 
 
 def broadcast_json(value: Any, group: dist.ProcessGroup) -> Any:
