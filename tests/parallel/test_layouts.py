@@ -84,6 +84,7 @@ LAYOUTS = {
     "ep2pp2": (4, {"ep": 2, "pp": 2}),
     "tp2sp_ep2": (4, {"tp": 2, "sp": True, "ep": 2}),
     "cp2ep2": (2, {"cp": 2, "ep": 2}),
+    "tp2sp_cp2ep2_pp2vpp2": (8, {"tp": 2, "sp": True, "cp": 2, "ep": 2, "pp": 2, "vpp": 2}),
     "zero1": (2, {}),
     "zero2": (2, {"zero": 2}),
     "zero3": (2, {"zero": 3}),
@@ -113,7 +114,8 @@ FIRST_LAYOUTS = ("tp2", "pp2", "zero1", "tp2sp_pp2vpp2", "ep2dp4", "tp2sp_ep2")
 
 
 def pair(model: str, layout: str) -> Any:
-    marks = [] if model in FIRST_MODELS or layout in FIRST_LAYOUTS else [pytest.mark.full]
+    first = (model in FIRST_MODELS or layout in FIRST_LAYOUTS) and LAYOUTS[layout][0] <= 4
+    marks = [] if first else [pytest.mark.full]
     return pytest.param(model, layout, marks=marks)
 
 
@@ -128,13 +130,14 @@ def run(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory)
     """Runs (model, layout, options of `run_layout`); each is run once."""
     done: dict[str, Results] = {}
 
-    def run(model: str, layout: str, **options: Any) -> Results:
+    def run(model: str, layout: str, timeout: float = 120, **options: Any) -> Results:
         key = f"{model} {layout} {options}"
         if key not in done:
             out: Path = tmp_path_factory.mktemp(f"{model}_{layout}")
             world, parallel = LAYOUTS.get(layout, (1, {}))
             results = ranks(world).run(
                 "tests.parallel.layouts:run_layout",
+                timeout=timeout,
                 process_group=False,
                 model=MODELS[model],
                 parallel=parallel,
@@ -235,16 +238,17 @@ def test_recomputing_activations_changes_nothing(run: RunLayout, model: str, lay
 
 
 @pytest.mark.full
-def test_compiled_blocks_compute_the_same(run: RunLayout, ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
-    (expected, *_), _ = run("dense", "one")
-    result, *_ = ranks(1).run(
-        "tests.parallel.layouts:run_layout",
-        timeout=600,
-        process_group=False,
-        model=MODELS["dense"],
-        parallel={},
-        out=str(tmp_path),
-        compile_blocks=True,
-    )
-    assert result["losses"] == pytest.approx(expected["losses"], rel=2e-6)
-    assert result["norms"] == pytest.approx(expected["norms"], rel=2e-6)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("dense_tied", "one"),
+        ("dense_tied", "tp2sp"),
+        ("dense_tied", "pp2vpp2"),
+        ("dense_tied", "cp2"),
+        ("dense_tied", "zero3"),
+        ("deepseek", "one"),
+        ("deepseek", "ep2dp4"),
+    ],
+)
+def test_compiled_blocks_compute_the_same(run: RunLayout, model: str, layout: str) -> None:
+    check_same(run(model, layout, compile_blocks=True, timeout=1200), run(model, "one"))
