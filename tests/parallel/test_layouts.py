@@ -130,14 +130,14 @@ def run(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory)
     """Runs (model, layout, options of `run_layout`); each is run once."""
     done: dict[str, Results] = {}
 
-    def run(model: str, layout: str, timeout: float = 120, **options: Any) -> Results:
+    def run(model: str, layout: str, timeout: float | None = None, **options: Any) -> Results:
         key = f"{model} {layout} {options}"
         if key not in done:
             out: Path = tmp_path_factory.mktemp(f"{model}_{layout}")
             world, parallel = LAYOUTS.get(layout, (1, {}))
             results = ranks(world).run(
                 "tests.parallel.layouts:run_layout",
-                timeout=timeout,
+                timeout=timeout or 60 + 30 * world,
                 process_group=False,
                 model=MODELS[model],
                 parallel=parallel,
