@@ -77,21 +77,30 @@ class Entry:
         return self.shape[1:] if self.stacked else self.shape
 
 
+# What Mixtral's router computes. Other values make another model of it.
+_MIXTRAL_ROUTER = {
+    "num_shared_experts": 0,
+    "gating": "softmax",
+    "renormalize": True,
+    "routed_scaling": 1.0,
+    "num_groups": 1,
+    "bias_update_rate": 0.0,
+}
+
+
 def family_of(config: ModelConfig) -> Family:
     """Errors: ValueError naming the key that neither family has."""
-    ours = {"qk_norm": config.qk_norm}
-    theirs: dict[str, Any] = {"qk_norm": False}
+    family = MIXTRAL if config.moe else LLAMA
+    keys: list[tuple[str, Any, Any]] = [("qk_norm", config.qk_norm, False)]
     if config.moe:
-        router = ("num_shared_experts", "gating", "renormalize", "routed_scaling", "num_groups", "bias_update_rate")
-        ours |= {f"moe.{name}": getattr(config.moe, name) for name in router}
-        theirs |= dict(zip((f"moe.{name}" for name in router), (0, "softmax", True, 1.0, 1, 0.0), strict=True))
-    for name, value in ours.items():
-        if value != theirs[name]:
+        keys += [(f"moe.{name}", getattr(config.moe, name), only) for name, only in _MIXTRAL_ROUTER.items()]
+    for key, ours, theirs in keys:
+        if ours != theirs:
             raise ValueError(
-                f"model.{name} = {value!r} cannot be exported yet: {'Mixtral' if config.moe else 'LLaMA'}, the family "
-                f"that is written, computes {theirs[name]!r}; a model to be exported is trained with that"
+                f"model.{key} = {ours!r} cannot be exported yet: {family.architecture}, the family that is written, "
+                f"computes {theirs!r}; a model to be exported is trained with that"
             )
-    return MIXTRAL if config.moe else LLAMA
+    return family
 
 
 def entries(config: ModelConfig) -> list[Entry]:

@@ -209,7 +209,7 @@ class Trainer:
         return {
             "samples": self.samples,
             "tokens": self.tokens,
-            "ledger": self.ledger,
+            "ledger": dict(self.ledger),  # as it is now: it is written while training goes on
             "identity": self.identity,
             # Dropout is keyed by seed and sample, so these and the sample cursor are the whole RNG state.
             "rng": {"seed": self.config.run.seed},

@@ -108,7 +108,8 @@ class Balance:
         factor = moe.num_experts / moe.top_k
         if moe.aux_loss == "global_batch":
             return factor * (self.load * probs_SBE.sum((0, 1))).sum() / weights.tokens
-        chosen_BE, tokens_B1, probs_BE = self._over_context(chosen_SBE), self._over_context(valid), probs_SBE.sum(0)
+        counts = self._over_context(torch.cat((chosen_SBE, valid), dim=-1))
+        chosen_BE, tokens_B1, probs_BE = counts[:, :-1], counts[:, -1:], probs_SBE.sum(0)
         batch = len(chosen_BE)
         if moe.aux_loss == "micro_batch":
             chosen_BE, tokens_B1, probs_BE = (x.sum(0, keepdim=True) for x in (chosen_BE, tokens_B1, probs_BE))

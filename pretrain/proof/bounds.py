@@ -26,7 +26,7 @@ class Bounds:
 
     def __init__(self, model: ModelConfig, seq_length: int, tokens: int, precision: str):
         hidden, heads = model.hidden_size, model.num_heads * model.dim_per_head
-        ffn = model.expert_size * max(1, model.moe.num_shared_experts if model.moe else 1)
+        ffn = model.expert_size * max(1, model.moe.num_shared_experts if model.moe else 0)  # shared experts are one MLP
         # Norm, projections, rotation, scores, their softmax, their average over the sequence, output, residual.
         attention = [hidden, hidden, 2, model.dim_per_head, seq_length, seq_length, heads, 1]
         # Norm, gate or up, activation, product of the two, down, residual.

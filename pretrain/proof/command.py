@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -58,7 +59,7 @@ class Candidate:
                 f"(of {', '.join(DEGREES)}, and sp)"
             )
         cp = degrees.get("cp", 1)
-        dp = degrees.pop("dp", 2 if "zero" in degrees else -(-degrees.get("ep", 1) // cp))
+        dp = degrees.pop("dp", max(2 if "zero" in degrees else 1, -(-degrees.get("ep", 1) // cp)))
         world = degrees.get("tp", 1) * degrees.get("pp", 1) * cp * dp
         return cls(name, world, {**degrees, "sp": True} if "sp" in parts else dict(degrees))
 
@@ -84,14 +85,16 @@ class Step:
         return set(self._slices)
 
     def copies(self, key: str) -> list[torch.Tensor]:
-        """The whole tensor; more than one where several tensor-parallel ranks hold all of it."""
-        parts = [(file.get_tensor(key).double(), offset, shape) for file, offset, shape in self._slices[key]]
-        if all(list(part.shape) == shape for part, _, shape in parts):
-            return [part for part, _, _ in parts]
-        whole = torch.full(parts[0][2], math.nan, dtype=torch.float64)
-        for part, offset, _ in parts:
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
-        return [whole]
+        """The whole tensor; more than one where several tensor-parallel ranks hold the same slices of it."""
+        wholes: list[torch.Tensor] = []
+        seen = Counter[tuple[int, ...]]()
+        for file, offset, shape in self._slices[key]:
+            part, copy = file.get_tensor(key).double(), seen[tuple(offset)]
+            seen[tuple(offset)] += 1
+            if copy == len(wholes):
+                wholes.append(torch.full(shape, math.nan, dtype=torch.float64))  # a slice that nobody wrote shows
+            wholes[copy][tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
+        return wholes
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -96,7 +96,7 @@ class Trace:
         module.register_forward_hook(forward)
 
     def _keep(self, key: str, tensor: torch.Tensor) -> None:
-        self.tensors[key] = _at_least_fp32(tensor.detach()).clone()
+        self.tensors[key] = _at_least_fp32(tensor.detach()).contiguous().clone()
         part, parts = self._place.sequence_part
         length, *rest = tensor.shape
         self.slices[key] = Slice((part * length, *[0] * len(rest)), (parts * length, *rest))
@@ -115,22 +115,21 @@ def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) 
     engine.accumulate(micro_batches(rows, train.micro_batch_size, share.start), NextToken())
     named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
     tensors, slices = trace.tensors, trace.slices
+
+    def keep(key: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        if place.tells_of(parameter):
+            outline = zero.outline(parameter)
+            tensors[key] = _at_least_fp32(value).contiguous().clone()
+            slices[key] = Slice(place.slices.offset(outline), place.slices.global_shape(outline))
+
     for name, parameter in named:
-        tensors[f"grad/{name}"] = zero.full_gradient(parameter).clone()
+        keep(f"grad/{name}", parameter, zero.full_gradient(parameter))
     sums = engine.update(config.optimizer.lr)
     for name, parameter in named:
-        tensors[f"weight/{name}"] = zero.full_weight(parameter).clone()
-        for kind in ("grad", "weight"):
-            if place.tells_of(parameter):
-                outline = zero.outline(parameter)
-                own = Slice(place.slices.offset(outline), place.slices.global_shape(outline))
-                slices[f"{kind}/{name}"] = own
-            else:
-                del tensors[f"{kind}/{name}"]
+        keep(f"weight/{name}", parameter, zero.full_weight(parameter))
     out.mkdir(parents=True, exist_ok=True)
     metadata = {key: json.dumps(own) for key, own in slices.items()}
-    whole = {key: _at_least_fp32(tensor).contiguous() for key, tensor in tensors.items()}
-    save_file(whole, str(out / f"rank_{place.rank:05d}.safetensors"), metadata)
+    save_file(tensors, str(out / f"rank_{place.rank:05d}.safetensors"), metadata)
     facts = {
         "precision": precision,
         "loss": sums.mean_loss,

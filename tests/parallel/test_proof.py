@@ -133,6 +133,9 @@ def test_every_injection_is_tested() -> None:
         ("tp2sp", 2, ["parallel.tp=2", "parallel.sp=true"]),
         ("tp2_pp2vpp2", 4, ["parallel.tp=2", "parallel.pp=2", "parallel.vpp=2"]),
         ("tp2pp2dp3", 12, ["parallel.tp=2", "parallel.pp=2"]),
+        ("zero2", 2, ["parallel.zero=2"]),
+        ("zero2ep4", 4, ["parallel.zero=2", "parallel.ep=4"]),
+        ("cp2ep2", 2, ["parallel.cp=2", "parallel.ep=2"]),
         ("tp2zero3", 4, ["parallel.tp=2", "parallel.zero=3"]),
     ],
 )

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import storage
+from pretrain.proof.step import packed_rows
 from tests.parallel.harness import REPOSITORY
+from tests.parallel.layouts import GLOBAL_BATCH, SEQ_LENGTH
 from tests.parallel.test_layouts import MODELS
 from tests.parallel.test_resume import assert_same_state
 from tests.parallel.test_training import RanksOf, metrics, train
@@ -50,6 +52,9 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(ranks: RanksOf
     assert "s for the checkpoint before" in said, "the save of step 4 waited, and said so"
     for step in (2, 4):  # of the step they name, though weights went on while they were written
         assert_same_state(storage.directory(straight, step), storage.directory(run, step))
+        trained = packed_rows(0, step * GLOBAL_BATCH, MODELS["dense"]["vocab_size"], SEQ_LENGTH)
+        used = [sum(int(row.loss_mask.sum()) for row in trained if row.source == source) for source in range(2)]
+        assert list(storage.read_manifest(storage.directory(run, step))["ledger"].values()) == used
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     copies = {line["step"]: line["save_copy_s"] for line in logged if "save_copy_s" in line}
     assert list(copies) == [2, 4] and all(0 <= seconds < SLOW / 2 for seconds in copies.values())

@@ -3,13 +3,17 @@
 import json
 import math
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from configs.train import ModelConfig
 from pretrain.proof import page
 from pretrain.proof.bounds import Bounds
+from pretrain.proof.command import Step
 from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, Error, Verdict
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2)
@@ -111,3 +115,17 @@ def test_the_page_stands_alone_and_names_the_first_tensor() -> None:
 def _dots(drawing: str, css: str | None = None) -> list[ElementTree.Element]:
     circles = ElementTree.fromstring(drawing).iter("circle")
     return [circle for circle in circles if css is None or circle.attrib.get("class") == css]
+
+
+def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
+    """Context parallel without sequence parallel: two halves of a sequence, each on two tensor-parallel ranks."""
+    (tmp_path / "step.json").write_text("{}")
+    halves = [torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3)]
+    halves[2][1, 1] = 7.0  # only one of them is wrong, and not the last
+    for rank, half in enumerate(halves):
+        metadata = {"forward/x": json.dumps([(2 * (rank // 2), 0), (4, 3)])}
+        save_file({"forward/x": half}, str(tmp_path / f"rank_{rank:05d}.safetensors"), metadata)
+    wrong, right = Step(tmp_path).copies("forward/x")
+    assert wrong[3, 1] == 7.0 and torch.equal(right, torch.cat((halves[0], halves[3])).double())
+    (tmp_path / "rank_00000.safetensors").unlink()
+    assert Step(tmp_path).copies("forward/x")[1].isnan().any(), "a slice that nobody wrote is no number"
