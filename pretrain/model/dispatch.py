@@ -57,6 +57,7 @@ class Dispatch:
         # Back in their places, then summed over a token's choices: a fixed order, unlike index_add on a GPU.
         return torch.zeros_like(pairs).index_copy(0, self.order, rows).unflatten(0, (-1, self.top_k)).sum(1)
 
+    @torch.compiler.disable  # its messages' sizes are read on the host, where a graph would end in any case
     def _elsewhere(self, rows: torch.Tensor, compute: Compute, group: ProcessGroup | None) -> torch.Tensor:
         ep = get_pg_size(group)
         sent = self.counts.view(ep, -1)  # [ranks, experts of a rank]

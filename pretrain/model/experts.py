@@ -32,11 +32,17 @@ class Experts(nn.Module):
 
     def forward(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert, the first `counts[0]` for the first one, and so on. Same shape out."""
-        if not _has_grouped_product(x_RH):
-            return self._by_loop(x_RH, counts.tolist())
-        if x_RH.is_cuda:
+        if x_RH.is_cuda and _has_grouped_product(x_RH):
             return self._aligned(x_RH, counts)
-        return self._grouped(x_RH, counts)
+        return self._uncompiled(x_RH, counts)
+
+    # A loop over counts would be compiled anew for each count, and a CPU's grouped product in fp32 is unknown to the
+    # compiler, which takes the product's dtypes to be CUDA's.
+    @torch.compiler.disable
+    def _uncompiled(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        if _has_grouped_product(x_RH):
+            return self._grouped(x_RH, counts)
+        return self._by_loop(x_RH, counts.tolist())
 
     def _grouped(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         ends = counts.cumsum(0).to(torch.int32)
