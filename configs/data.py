@@ -2,14 +2,15 @@
 
 One TOML file names everything between raw files and a mixture plan. Rules are thresholds on named scores
 (`RuleSet`); a document that breaks one is dropped with `<score>_min` or `<score>_max` as its reason. What
-each score is lives with the code that computes it, in `data_pipeline.scoring`.
+each score is lives with the code that computes it, in `data_pipeline.scan.scores`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from configs.base import Section
+from configs.rules import combined
 
 ANY_LANGUAGE = "any"
 
@@ -59,10 +60,17 @@ class Bound(Section):
 
 
 class RuleSet(Section):
-    """Thresholds by score name; a score without a bound is kept beside the text and decides nothing."""
+    """Thresholds by score name; a score without a bound is kept beside the text and decides nothing.
 
-    splitter: Literal["spaces", "cjk"] = "spaces"
+    `use` takes published sets of rules.toml; keys written beside it count more, and `without` switches rules off.
+    """
+
+    use: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    splitter: Literal["spaces", "words", "cjk"] = "spaces"
     stop_words: tuple[str, ...] = ()
+    c4: Literal["paper", "reference", "datatrove", "fineweb"] = "datatrove"  # the form of C4's line rules
+    bad_words_file: str = ""  # one a line
 
     language_score: Bound | None = None
     word_count: Bound | None = None
@@ -73,6 +81,7 @@ class RuleSet(Section):
     ellipsis_line_ratio: Bound | None = None
     alpha_word_ratio: Bound | None = None
     stop_word_count: Bound | None = None
+    stop_word_total: Bound | None = None
     dup_line_ratio: Bound | None = None
     dup_line_char_ratio: Bound | None = None
     dup_para_ratio: Bound | None = None
@@ -88,14 +97,47 @@ class RuleSet(Section):
     dup_10_gram: Bound | None = None
     line_punct_ratio: Bound | None = None
     short_line_ratio: Bound | None = None
+    char_dup_ratio: Bound | None = None
     newline_ratio: Bound | None = None
     mean_line_length: Bound | None = None
     max_line_length: Bound | None = None
     alnum_ratio: Bound | None = None
+    generated_markers: Bound | None = None
+    licence_markers: Bound | None = None
+    c4_lorem_ipsum: Bound | None = None
+    c4_curly_bracket: Bound | None = None
+    c4_sentences: Bound | None = None
+    refinedweb_word_ratio: Bound | None = None
+    bad_words: Bound | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _use(cls, own: Any) -> Any:
+        if not isinstance(own, dict):
+            return own
+        # What leaves here is validated as Python values, no longer as JSON: lists have to be tuples.
+        keys = combined(own.get("use") or (), own)
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
+
+    @model_validator(mode="after")
+    def _sound(self) -> "RuleSet":
+        for name in self.without:
+            if not isinstance(getattr(self, name, None), Bound):
+                raise ValueError(f"without = {name!r} is no rule of this set; it has {', '.join(self.bounds())}")
+        if "bad_words" in self.bounds() and not self.bad_words_file:
+            raise ValueError(
+                "the rule bad_words needs bad_words_file, a list with a word or phrase on each line; "
+                'name one, or add without = ["bad_words"]'
+            )
+        return self
 
     def bounds(self) -> dict[str, Bound]:
         """The rules that are on, in the order in which they are tried."""
-        return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Bound)}
+        return {
+            name: value
+            for name in type(self).model_fields
+            if name not in self.without and isinstance(value := getattr(self, name), Bound)
+        }
 
 
 class DedupConfig(Section):

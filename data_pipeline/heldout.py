@@ -13,9 +13,9 @@ import pyarrow as pa
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from data_pipeline.hashing import stable_hash
 from data_pipeline.ledger import Tally
 from data_pipeline.tables import kept_rows, read_table
-from data_pipeline.words import stable_hash
 
 TRAIN, HELDOUT = "train", "heldout"
 # Scores that travel with a document into the token store's table; all others stay in the score stage's

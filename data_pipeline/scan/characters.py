@@ -1,0 +1,89 @@
+"""What kind of character each code point is, as one table of bits that the compiled scan looks up.
+
+The predicates are Python's own (`str.isspace`, `isalpha`, `isalnum`, `splitlines`), so that counts agree with
+code that is written with them; the punctuation sets are datatrove's. The table ends at U+1FFFF: above are the
+rarer ideographs, which are all letters here, and tags and private use, which belong to no class.
+"""
+
+import functools
+import unicodedata
+
+import numba
+import numpy as np
+from datatrove.utils.text import PUNCTUATION_SET, TERMINAL_PUNCTUATION
+
+SPACE = np.uint16(1 << 0)  # str.isspace
+ALPHA = np.uint16(1 << 1)  # str.isalpha
+ALNUM = np.uint16(1 << 2)  # str.isalnum
+WORD = np.uint16(1 << 3)  # \w of `re`, and combining marks, which belong to the letter before them
+CJK = np.uint16(1 << 4)  # Chinese, Japanese and Korean characters
+SYMBOL = np.uint16(1 << 5)  # datatrove's PUNCTUATION_SET
+TERMINAL = np.uint16(1 << 6)  # datatrove's TERMINAL_PUNCTUATION
+UPPER = np.uint16(1 << 7)  # str.isupper
+DIGIT = np.uint16(1 << 8)  # str.isdigit
+BREAK = np.uint16(1 << 9)  # ends a line for str.splitlines
+
+_IDEOGRAPH = ALPHA | ALNUM | WORD | CJK
+
+SIZE = 0x20000
+_LAST_IDEOGRAPH = 0x323AF
+_CJK_RANGES = (
+    (0x3040, 0x30FF),  # kana
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xAC00, 0xD7AF),  # Hangul syllables
+    (0xF900, 0xFAFF),
+)
+_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+@functools.cache
+def classes() -> np.ndarray:
+    """uint16 [SIZE], the bits of each code point; made once a process."""
+    characters = [chr(code) for code in range(SIZE)]
+    table = np.zeros(SIZE, np.uint16)
+    for bit, predicate in (
+        (SPACE, str.isspace),
+        (ALPHA, str.isalpha),
+        (ALNUM | WORD, str.isalnum),
+        (UPPER, str.isupper),
+        (DIGIT, str.isdigit),
+    ):
+        table[np.fromiter(map(predicate, characters), bool, SIZE)] |= bit
+    marks = np.fromiter((unicodedata.combining(character) > 0 for character in characters), bool, SIZE)
+    table[marks] |= WORD
+    table[ord("_")] |= WORD
+    for first, last in _CJK_RANGES:
+        table[first : last + 1] |= CJK
+    for bit, members in ((SYMBOL, PUNCTUATION_SET), (TERMINAL, TERMINAL_PUNCTUATION), (BREAK, _BREAKS)):
+        table[[ord(character) for character in members]] |= bit
+    return table
+
+
+@functools.cache
+def lower_case() -> np.ndarray:
+    """uint32 [SIZE], each code point in lower case; one that has none, or several, stands for itself."""
+    lowered = [chr(code).lower() for code in range(SIZE)]
+    return np.fromiter((ord(c) if len(c) == 1 else code for code, c in enumerate(lowered)), np.uint32, SIZE)
+
+
+def codes_of(text: str) -> np.ndarray:
+    """uint32 [characters], the code points of a text; lone surrogates pass."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def kinds_of(codes: np.ndarray) -> np.ndarray:
+    """uint16 [characters], the bits of each character."""
+    return _look_up(codes, classes())
+
+
+@numba.njit(cache=True, nogil=True)
+def _look_up(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    kinds = np.empty(len(codes), np.uint16)
+    for place in range(len(codes)):
+        code = codes[place]
+        if code < SIZE:
+            kinds[place] = table[code]
+        else:
+            kinds[place] = _IDEOGRAPH if code <= _LAST_IDEOGRAPH else 0
+    return kinds

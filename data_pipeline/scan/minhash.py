@@ -1,0 +1,74 @@
+"""MinHash signatures (Broder 1997) of a text's word n-grams, in compiled code.
+
+Words are lower-cased runs of letters and digits and single CJK characters, without punctuation. Each of the hashes
+is an affine map modulo 2^64 of an n-gram's hash, of which the least is kept.
+"""
+
+import numba
+import numpy as np
+
+from data_pipeline.scan.characters import WORD, codes_of, kinds_of
+from data_pipeline.scan.scores import in_lower_case
+from data_pipeline.scan.words import BASE, mix, span_hash, split
+
+_BLOCK = 2048  # n-grams hashed at a time: 16 kB, which stay in the first cache
+_HIGHEST = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+def signature(text: str, window: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """uint64 [hashes], the least `scale` * n-gram + `shift` over the text's n-grams of `window` words.
+
+    A text of fewer words is one n-gram. `scale` is odd: then each hash is a permutation of the 64-bit numbers.
+    """
+    lowered = codes_of(in_lower_case(text))
+    return _least(_shingles(lowered, kinds_of(lowered), window), scale, shift)
+
+
+@numba.njit(cache=True, nogil=True)
+def _shingles(codes: np.ndarray, kinds: np.ndarray, window: int) -> np.ndarray:
+    starts, ends = split(codes, kinds, 1)  # Splitter.words
+    hashes = np.empty(len(starts), np.uint64)
+    count = 0
+    for word in range(len(starts)):
+        if kinds[starts[word]] & WORD:
+            hashes[count] = span_hash(codes, starts[word], ends[word])
+            count += 1
+    size = min(window, count)
+    found = np.empty(max(count - size + 1, 1), np.uint64)
+    # A rolling polynomial: the word that leaves is taken out times BASE ** size.
+    power, value = np.uint64(1), np.uint64(0)
+    for word in range(size):
+        value = value * BASE + hashes[word]
+        power *= BASE
+    found[0] = mix(value)
+    for word in range(size, count):
+        value = value * BASE + hashes[word] - hashes[word - size] * power
+        found[word - size + 1] = mix(value)
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _least(shingles: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    lowest = np.full(len(scale), _HIGHEST, np.uint64)
+    for first in range(0, len(shingles), _BLOCK):
+        block = shingles[first : first + _BLOCK]
+        for number in range(len(scale)):
+            least, factor, term = lowest[number], scale[number], shift[number]
+            for place in range(len(block)):  # so written, it is compiled to vector instructions
+                value = factor * block[place] + term
+                least = value if value < least else least
+            lowest[number] = least
+    return lowest
+
+
+@numba.njit(cache=True, nogil=True)
+def band_keys(signature: np.ndarray, bands: int) -> np.ndarray:
+    """uint64 [bands], a hash of each band's rows; equal rows of different bands have different keys."""
+    rows = len(signature) // bands
+    keys = np.empty(bands, np.uint64)
+    for band in range(bands):
+        key = mix(np.uint64(band + 1))
+        for row in range(rows):
+            key = mix(key ^ signature[band * rows + row])
+        keys[band] = key
+    return keys

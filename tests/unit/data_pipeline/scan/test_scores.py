@@ -1,0 +1,188 @@
+"""Scores by hand, and verdicts against datatrove's own filters on real documents, given the same words."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datatrove.data import Document
+from datatrove.pipeline.filters import (
+    c4_filters,
+    fineweb_quality_filter,
+    gopher_quality_filter,
+    gopher_repetition_filter,
+)
+
+from configs.data import RuleSet
+from data_pipeline.filtering import verdict
+from data_pipeline.scan.scores import SCORES, Definition, Scanner, in_lower_case
+from data_pipeline.scan.words import Splitter
+from data_pipeline.scoring import definition_of
+
+ROOT = Path(__file__).parents[4]
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+
+
+def scores(text: str, splitter: str = "spaces", **keys: Any) -> dict[str, float]:
+    return Scanner(Definition(Splitter[splitter], keys.pop("stop_words", STOP_WORDS), **keys)).scores(text)
+
+
+def test_quality_by_hand() -> None:
+    found = scores("the cat -- of 12 # cats...\n- a bullet\nend…")
+    # words: the cat -- of 12 # cats... - a bullet end…  (11; 8 not all punctuation, 7 with a letter)
+    assert found["word_count"] == 8
+    assert found["mean_word_length"] == (3 + 3 + 2 + 2 + 7 + 1 + 6 + 4) / 8
+    assert found["hash_ratio"] == 1 / 11
+    assert found["ellipsis_ratio"] == 2 / 11
+    assert found["bullet_line_ratio"] == 1 / 3
+    assert found["ellipsis_line_ratio"] == 2 / 3
+    assert found["alpha_word_ratio"] == 7 / 11
+    assert (found["stop_word_count"], found["stop_word_total"]) == (2, 2)
+    assert scores("the the of")["stop_word_total"] == 3
+
+
+def test_repetition_by_hand() -> None:
+    text = "one two\none two\n\none two\nsix"
+    found = scores(text)
+    assert found["dup_line_ratio"] == 2 / 4
+    assert found["dup_line_char_ratio"] == 14 / len(text)
+    assert found["dup_para_ratio"] == 0
+    assert found["top_2_gram"] == 3 * len("one two") / len(text)
+    repeated = "a b c d e f a b c d e g"
+    assert scores(repeated)["dup_5_gram"] == 5 / len(repeated)  # "a b c d e", once again, without spaces
+    assert scores(repeated)["dup_6_gram"] == 0
+    assert scores("ab c d e f a bc d e f")["dup_5_gram"] == 0  # words are not joined
+
+
+def test_lines_by_hand() -> None:
+    text = "A line that ends, and is longer than that.\nshort\n\nx = f(y)"
+    found = scores(text)
+    assert found["line_punct_ratio"] == 1 / 3
+    assert found["short_line_ratio"] == 2 / 3
+    assert found["newline_ratio"] == 3 / 13
+    assert found["max_line_length"] == 42
+    assert found["mean_line_length"] == (42 + 5 + 8) / 3
+    assert found["alnum_ratio"] == sum(map(str.isalnum, text)) / len(text)
+
+
+def test_chinese_words_are_characters_and_ngrams_span_two_each() -> None:
+    found = scores("天下大势分久必合" * 2, "cjk", stop_words=("的",))
+    assert (found["word_count"], found["mean_word_length"]) == (16, 1)
+    assert found["top_2_gram"] == 2 * 4 / 16
+    assert found["top_4_gram"] == 2 * 8 / 16
+    assert found["dup_5_gram"] == 0  # a window of 10 characters fits the repetition nowhere
+
+
+def test_c4_by_hand() -> None:
+    page = "\n".join(
+        [
+            "A sentence of five words. And another one!",  # two sentences
+            "Cited often and by many people.[3][citation needed]",  # one: its end is before the citations
+            "This line has no end",
+            "Too short.",
+            "Please enable Javascript to see this page.",
+            "We use cookies to make this better.",
+            "It trails off into the dark...",
+            "Four words are here.",
+        ]
+    )
+    assert scores(page, c4="reference")["c4_sentences"] == 3
+    assert scores(page, c4="datatrove")["c4_sentences"] == 4
+    assert scores(page, c4="paper")["c4_sentences"] == 3  # no cited line, but the one about cookies
+    assert scores(page, c4="fineweb")["c4_sentences"] == 6
+    bracket = "No end of line and a { here\nAll is well in this line."
+    assert scores(bracket, c4="reference")["c4_curly_bracket"] == 0
+    assert scores(bracket, c4="paper")["c4_curly_bracket"] == 1
+    assert scores("Here lorem ipsum dolor sit amet.")["c4_lorem_ipsum"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "goes"),
+    [
+        ("THIS IS ALL SHOUTED OUT", True),
+        ("This Is Not Shouted", False),
+        ("12.345 / 67", True),
+        ("3 likes", True),
+        ("1.2k Views!", True),
+        ("3 apples", False),
+        ("Home", True),
+        ("曹操", False),
+        ("Sign-in to comment here", True),
+        ("You sign-in to comment here", False),
+        ("And now read more...", True),
+        ("read more... of it in the next of our great books", False),
+        ("There are three items in cart now and many more to come for all", True),
+    ],
+)
+def test_refinedweb_lines_by_hand(line: str, goes: bool) -> None:
+    kept = "an ordinary line of seven plain words"
+    words = len(line.split())
+    assert scores(f"{kept}\n{line}")["refinedweb_word_ratio"] == (words / (7 + words) if goes else 0)
+
+
+def test_bad_words_and_markers() -> None:
+    english = {"bad_words": ("ass", "two words")}
+    assert scores("An ass, two words. Assess the class ass", **english)["bad_words"] == 3
+    assert scores("大傻瓜", bad_words=("傻瓜",), language="zh")["bad_words"] == 1
+    header = "# Copyright 2020. Licensed.\n# Auto-generated, do not edit\n"
+    found = scores(header + "x = 1\n" * 500 + "# do not edit")
+    assert (found["generated_markers"], found["licence_markers"]) == (2, 2)
+
+
+def test_lower_case_keeps_every_place() -> None:
+    assert in_lower_case("İstanbul, GROß \U0001d400") == "İstanbul, groß \U0001d400"
+    assert scores("İ JavaScript is on this long line.\nAnd this is one more line.")["c4_sentences"] == 1
+
+
+def test_every_bound_has_a_score() -> None:
+    meanings = {"use", "without", "splitter", "stop_words", "c4", "bad_words_file", "language_score"}
+    assert set(RuleSet.model_fields) - meanings == set(SCORES) == set(scores("some text"))
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Documents of the demo corpus, code and Chinese among them: English ones alone pass nearly every rule."""
+    found = []
+    for name, count in (("english", 200), ("code", 150), ("chinese", 40)):
+        with gzip.open(ROOT / f"data/demo/{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            documents = [json.loads(line)["text"] for line in lines]
+        found += [text[:6_000] for text in documents[:: max(1, len(documents) // count)]]
+    return found
+
+
+SENTENCE = re.compile(r"(?=.*\w).+?(?:[.?!…。？！．]+[\"')\]”’」』]*(?=\s|$)|[。？！．]+[\"')\]”’」』]*|$)", re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "use", ["gopher_quality@paper", "gopher_repetition@paper", "fineweb@datatrove", "c4@datatrove", "c4@fineweb"]
+)
+def test_verdicts_are_datatroves(use: str, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same words and sentences, of all documents."""
+    rules = RuleSet(use=(use,))
+    for module in (gopher_quality_filter, gopher_repetition_filter, fineweb_quality_filter):
+        monkeypatch.setattr(module, "split_into_words", lambda text, language: text.split())
+    scanner = Scanner(definition_of(rules))
+    # A sentence is a named difference: theirs is spaCy's. Here both count ours.
+    monkeypatch.setattr(c4_filters, "split_into_sentences", lambda line, language: [0] * int(_sentences(scanner, line)))
+    theirs = {
+        "gopher_quality@paper": gopher_quality_filter.GopherQualityFilter,
+        "gopher_repetition@paper": gopher_repetition_filter.GopherRepetitionFilter,
+        "fineweb@datatrove": fineweb_quality_filter.FineWebQualityFilter,
+        "c4@datatrove": c4_filters.C4QualityFilter,
+        "c4@fineweb": lambda: c4_filters.C4QualityFilter(filter_no_terminal_punct=False),
+    }[use]()
+    outcomes = []
+    for text in texts:
+        with np.errstate(all="ignore"):
+            kept = theirs.filter(Document(text=text, id="x"))
+        outcomes.append((verdict(scanner.scores(text), rules) == "", kept is True))
+    assert [ours for ours, _ in outcomes] == [theirs for _, theirs in outcomes]
+    assert 20 < sum(kept for kept, _ in outcomes) < len(outcomes) - 20  # both verdicts are well represented
+
+
+def _sentences(scanner: Scanner, line: str) -> float:
+    """Those of a line that no rule drops, whatever is in it."""
+    return Scanner(Definition(c4="fineweb")).scores("a b c " + line)["c4_sentences"] if line.strip() else 0.0
