@@ -144,11 +144,23 @@ class DedupConfig(Section):
     """MinHash after FineWeb: `bands` x `rows` 64-bit hashes over word n-grams (2n characters in CJK text)."""
 
     exact: bool = True
+    url: bool = False  # documents of one address are one, however they differ
     minhash: bool = True
     bands: int = Field(default=14, ge=1)
     rows: int = Field(default=8, ge=1)
     ngram: int = Field(default=5, ge=1)
     seed: int = Field(default=1, ge=0)
+    verify: float | None = Field(default=None, gt=0, le=1)  # least true Jaccard similarity of near-duplicates
+    index: tuple[str, ...] = ()  # run.dir of earlier runs, whose documents are dropped here
+    memory_mb: int = Field(default=1024, ge=1)  # of one task
+
+    @model_validator(mode="after")
+    def _together(self) -> "DedupConfig":
+        if self.verify is not None and self.index:
+            raise ValueError(
+                f"dedup.verify = {self.verify} compares texts, and dedup.index has keys alone; leave one of them out"
+            )
+        return self
 
 
 class HeldoutConfig(Section):

@@ -26,7 +26,7 @@ _PRELOAD = [
     "data_pipeline.extraction",
     "data_pipeline.language",
     "data_pipeline.scoring",
-    "data_pipeline.signatures",
+    "data_pipeline.dedup.signatures",
     "data_pipeline.heldout",
 ]
 _TICK_SECONDS = 0.3

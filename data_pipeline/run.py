@@ -14,18 +14,21 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
+from data_pipeline.dedup.stages import dedup_stages
 from data_pipeline.executor import quiet
 from data_pipeline.report import print_ledger, read_ledger, wide_console
 from data_pipeline.stage import Done, Stage, perform, published, sole_user
-from data_pipeline.stages import Workshop, document_stages
+from data_pipeline.stages import Workshop, document_stages, final_stage
 from data_pipeline.token_stages import token_stages
 
 
 def all_stages(config: DataConfig, run_dir: Path, console: Console) -> list[Stage]:
     """Every stage, in the order in which they run."""
     shop = Workshop(config, run_dir, console)
-    documents = document_stages(shop)
-    return [*documents, *token_stages(shop, documents[-1])]
+    stages = document_stages(shop)
+    stages += dedup_stages(shop, {stage.name: stage for stage in stages})
+    stages.append(final_stage(shop, {stage.name: stage for stage in stages}))
+    return [*stages, *token_stages(shop, stages[-1])]
 
 
 def run(config: DataConfig, console: Console) -> list[Done]:

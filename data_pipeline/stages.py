@@ -4,11 +4,12 @@
                         \\-> signatures ------/
 
 Text is read by extract, language, score, signatures and documents; filter and dedup read tables only, so that
-thresholds are changed without a scan. The stages after these are in `token_stages`.
+thresholds are changed without a scan. Signatures and dedup are in `dedup.stages`, those after documents in
+`token_stages`.
 """
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, plain
-from data_pipeline.dedup import Deduplicate
 from data_pipeline.executor import run_pipeline
 from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.filtering import ApplyRules
@@ -29,11 +29,10 @@ from data_pipeline.ledger import Tally
 from data_pipeline.reading import InputFile, ShardReader, SourceReader
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scoring import Score, definition_of
-from data_pipeline.signatures import Sign
 from data_pipeline.stage import Stage, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples
 
-_SCAN = tuple(
+SCAN_MODULES = tuple(
     f"scan/{part}" for part in ("characters", "words", "lines", "repetition", "web_lines", "scores", "minhash")
 )
 _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
@@ -94,7 +93,7 @@ def input_files(config: DataConfig) -> list[InputFile]:
 
 
 def document_stages(shop: Workshop) -> list[Stage]:
-    """The stages from files to documents, in the order in which they run."""
+    """The stages from files to filtered documents, in the order in which they run."""
     config, run_dir = shop.config, shop.run_dir
     files = input_files(config)
     rules = {name: plain(rules) for name, rules in config.rules.items()}
@@ -129,7 +128,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
         "score",
         partial(_score, shop, definitions),
         {name: asdict(definition) for name, definition in definitions.items()},
-        ("scoring", *_SCAN, "tables"),
+        ("scoring", *SCAN_MODULES, "tables"),
         needs=(language,),
         counted_against=language,
     )
@@ -141,32 +140,20 @@ def document_stages(shop: Workshop) -> list[Stage]:
         needs=(score,),
         counted_against=score,
     )
-    signatures = Stage(
-        "signatures",
-        partial(_signatures, shop),
-        {"dedup": plain(config.dedup), "splitters": {name: rules.splitter for name, rules in config.rules.items()}},
-        ("signatures", *_SCAN, "tables"),
-        needs=(language,),
-        counted_against=language,
-    )
-    dedup = Stage(
-        "dedup",
-        partial(_dedup, shop),
-        plain(config.dedup),
-        ("dedup", "tables"),
-        needs=(filtered, signatures),
-        counted_against=filtered,
-    )
-    documents = Stage(
+    return [extract, language, score, filtered]
+
+
+def final_stage(shop: Workshop, before: Mapping[str, Stage]) -> Stage:
+    """The documents that are left, each with its split and scores."""
+    return Stage(
         "documents",
         partial(_documents, shop),
-        plain(config.heldout),
-        ("heldout",),
-        needs=(extract, language, score, dedup),
-        counted_against=dedup,
+        plain(shop.config.heldout),
+        ("heldout", "hashing"),
+        needs=tuple(before[name] for name in ("extract", "language", "score", "dedup")),
+        counted_against=before["dedup"],
         packages=("datatrove", "orjson"),
     )
-    return [extract, language, score, filtered, signatures, dedup, documents]
 
 
 def _extract(shop: Workshop, files: list[InputFile], folder: Path, logs: Path) -> Tally:
@@ -196,22 +183,29 @@ def _extract(shop: Workshop, files: list[InputFile], folder: Path, logs: Path) -
     return tally
 
 
-def _scan(shop: Workshop, name: str, make_step: Callable[[str], PipelineStep], folder: Path, logs: Path) -> Tally:
-    """One pass over the text that fills tables in `folder`."""
+def text_reader(shop: Workshop, logs: Path) -> tuple[ShardReader, int]:
+    """The step that reads every document of the extract stage, and how many shards it reads."""
     source = shop.run_dir / "extract"
     shards = sorted(
         path.relative_to(source).as_posix().removesuffix(".jsonl.gz") for path in source.glob("*/*.jsonl.gz")
     )
+    return ShardReader(str(source), shards, str(logs / "progress")), len(shards)
+
+
+def scan_text(shop: Workshop, name: str, make_step: Callable[[str], PipelineStep], folder: Path, logs: Path) -> Tally:
+    """One pass over the text that fills tables in `folder`."""
+    reader, shards = text_reader(shop, logs)
     tallies = logs / "tallies"
-    steps = [ShardReader(str(source), shards, str(logs / "progress")), make_step(str(tallies))]
-    shop.pipeline(name, logs, steps, len(shards), shop.text_bytes())
+    shop.pipeline(name, logs, [reader, make_step(str(tallies))], shards, shop.text_bytes())
     tally = Tally.load_all(tallies)
     count_verdicts(folder, tally)
     return tally
 
 
 def _language(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    tally = _scan(shop, "language", lambda tallies: IdentifyLanguage(str(folder), tallies, shop.config), folder, logs)
+    tally = scan_text(
+        shop, "language", lambda tallies: IdentifyLanguage(str(folder), tallies, shop.config), folder, logs
+    )
     table_samples(folder)
     return tally
 
@@ -219,12 +213,7 @@ def _language(shop: Workshop, folder: Path, logs: Path) -> Tally:
 def _score(shop: Workshop, definitions: dict[str, Definition], folder: Path, logs: Path) -> Tally:
     language = str(shop.run_dir / "language")
     Scanner(Definition()).scores("Compiled here once, then found in its cache by every worker.")
-    return _scan(shop, "score", lambda tallies: Score(str(folder), tallies, definitions, language), folder, logs)
-
-
-def _signatures(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    language = str(shop.run_dir / "language")
-    return _scan(shop, "signatures", lambda tallies: Sign(str(folder), tallies, shop.config, language), folder, logs)
+    return scan_text(shop, "score", lambda tallies: Score(str(folder), tallies, definitions, language), folder, logs)
 
 
 def _filter(shop: Workshop, folder: Path, logs: Path) -> Tally:
@@ -232,23 +221,6 @@ def _filter(shop: Workshop, folder: Path, logs: Path) -> Tally:
     shards, tallies = shards_of(scores), logs / "tallies"
     step = ApplyRules(str(folder), str(scores), shards, shop.config.rules, str(tallies), str(logs / "progress"))
     shop.pipeline("filter", logs, [step], len(shards), shop.text_bytes(), alone=True)
-    tally = Tally.load_all(tallies)
-    count_verdicts(folder, tally)
-    return tally
-
-
-def _dedup(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    filtered, tallies = shop.run_dir / "filter", logs / "tallies"
-    step = Deduplicate(
-        str(folder),
-        str(filtered),
-        str(shop.run_dir / "signatures"),
-        shards_of(filtered),
-        shop.config.dedup,
-        str(tallies),
-        str(logs / "progress"),
-    )
-    shop.pipeline("dedup", logs, [step], 1, shop.text_bytes(), alone=True)
     tally = Tally.load_all(tallies)
     count_verdicts(folder, tally)
     return tally

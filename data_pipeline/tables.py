@@ -120,9 +120,13 @@ class TableStep(PipelineStep):
                 place = {"source": metadata["source"], "shard": shard, "row": metadata["row"]}
                 rows.append({**place, "id": document.id, "bytes": metadata["bytes"], "verdict": "", **columns})
             if rows:
-                write_table(self.folder, shard, as_table(rows))
+                self.write(shard, rows)
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
         yield from ()
+
+    def write(self, shard: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Publishes a shard's rows, in the folder of the stage."""
+        write_table(self.folder, shard, as_table(rows))
 
     def _selected(self, shard: str) -> dict[int, dict[str, Any]]:
         if not self.select:

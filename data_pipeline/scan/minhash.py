@@ -20,8 +20,13 @@ def signature(text: str, window: int, scale: np.ndarray, shift: np.ndarray) -> n
 
     A text of fewer words is one n-gram. `scale` is odd: then each hash is a permutation of the 64-bit numbers.
     """
+    return _least(shingles(text, window), scale, shift)
+
+
+def shingles(text: str, window: int) -> np.ndarray:
+    """uint64 [n-grams], a hash of each, in the text's order."""
     lowered = codes_of(in_lower_case(text))
-    return _least(_shingles(lowered, kinds_of(lowered), window), scale, shift)
+    return _shingles(lowered, kinds_of(lowered), window)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -1,0 +1,121 @@
+"""Documents that share a key, as pairs: one task a kind of key and range of its values.
+
+A task reads its range of every shard's sorted keys, sorts what it got, and links each document to the first one of
+its group, so that a group of n gives n - 1 pairs. Its memory is the number of documents over the number of ranges.
+Documents are numbered through, in the order of shards and rows, over those that the filter kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datatrove.data import DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from data_pipeline.dedup.signatures import read_range
+from data_pipeline.tables import kept_rows, read_table, shards_of
+
+BYTES_A_KEY = 48  # a key, its document and the copies that sorting makes
+INDEXED = -1  # stands for a document of an earlier run
+_WHOLE = 1 << 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kind of key, by its column, and the values low to high."""
+
+    kind: int
+    low: int
+    high: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.kind:03d}-{self.low:016x}.npy"
+
+
+def jobs(kinds: Sequence[int], documents: int, memory: int) -> list[Job]:
+    """Ranges so narrow that a task needs at most `memory` bytes, hashes being even."""
+    ranges = max(1, -(-documents * BYTES_A_KEY // memory))
+    edges = [_WHOLE * part // ranges for part in range(ranges + 1)]
+    return [Job(kind, edges[part], edges[part + 1] - 1) for kind in kinds for part in range(ranges)]
+
+
+class Numbering:
+    """Documents that a stage kept, numbered through."""
+
+    def __init__(self, stage: str | Path) -> None:
+        self.stage = stage
+        self.shards = shards_of(stage)
+        self._rows = [kept_rows(read_table(stage, shard))["row"].to_numpy() for shard in self.shards]
+        self.starts = np.concatenate([[0], np.cumsum([len(rows) for rows in self._rows])]).astype(np.int64)
+
+    @property
+    def documents(self) -> int:
+        return int(self.starts[-1])
+
+    def numbers(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """int64 [rows], each row's number; INDEXED where the stage did not keep it."""
+        kept = self._rows[shard]
+        places = np.minimum(np.searchsorted(kept, rows), max(len(kept) - 1, 0))
+        if not len(kept):
+            return np.full(len(rows), INDEXED, np.int64)
+        return np.where(kept[places] == rows, places + self.starts[shard], INDEXED)
+
+
+class FindPairs(PipelineStep):
+    """`<out>/<job>.npy`, int64 [pairs, 2]: two documents each, or INDEXED and a document."""
+
+    name = "Pairs"
+    type = "🫂 - DEDUPS"
+
+    def __init__(self, out: str, filtered: str, signatures: str, todo: Sequence[Job], index: Sequence[str]) -> None:
+        super().__init__()
+        self.out = out
+        self.filtered = filtered
+        self.signatures = signatures
+        self.todo = list(todo)
+        self.index = list(index)
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        todo = self.todo[rank::world_size]
+        if not todo:
+            return
+        documents = Numbering(self.filtered)
+        earlier = [(run, Numbering(Path(run) / "dedup")) for run in self.index]
+        for job in todo:
+            keys, numbers = self._load(job, documents)
+            known = [self._known(job, run, kept) for run, kept in earlier]
+            pairs = linked(keys, numbers, np.concatenate([np.zeros(0, np.uint64), *known]))
+            np.save(Path(self.out) / job.file, pairs)
+        yield from ()
+
+    def _load(self, job: Job, documents: Numbering) -> tuple[np.ndarray, np.ndarray]:
+        keys, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+        for place, shard in enumerate(documents.shards):
+            found, rows = read_range(self.signatures, shard, job.kind, max(job.low, 1), job.high)  # 0: it has none
+            number = documents.numbers(place, rows)
+            keys.append(found[number != INDEXED])
+            numbers.append(number[number != INDEXED])
+        return np.concatenate(keys), np.concatenate(numbers)
+
+    @staticmethod
+    def _known(job: Job, run: str, kept: Numbering) -> np.ndarray:
+        """Keys of the documents that an earlier run kept."""
+        found = [np.zeros(0, np.uint64)]
+        for place, shard in enumerate(kept.shards):
+            keys, rows = read_range(Path(run) / "signatures", shard, job.kind, max(job.low, 1), job.high)
+            found.append(keys[kept.numbers(place, rows) != INDEXED])
+        return np.concatenate(found)
+
+
+def linked(keys: np.ndarray, numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """int64 [pairs, 2]: (first of the documents that share a key, another), and (INDEXED, first) if it is `known`."""
+    order = np.lexsort((numbers, keys))
+    keys, numbers = keys[order], numbers[order]
+    new = np.r_[True, keys[1:] != keys[:-1]] if len(keys) else np.zeros(0, bool)
+    heads = np.flatnonzero(new)
+    firsts = numbers[heads][np.cumsum(new) - 1] if len(keys) else numbers
+    pairs = np.stack([firsts, numbers], axis=1)[~new]
+    met = heads[np.isin(keys[heads], known)]
+    return np.concatenate([pairs, np.stack([np.full(len(met), INDEXED, np.int64), numbers[met]], axis=1)])

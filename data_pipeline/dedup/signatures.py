@@ -1,0 +1,114 @@
+"""Fingerprints of documents, under which equal and nearly equal ones meet: the half that reads the text.
+
+Exact: 128 bits of the text without case and with white space made one. URL: 64 bits of the address without scheme,
+"www." and fragment. MinHash (Broder 1997) with LSH bands as in FineWeb: `bands` x `rows` minima over word n-grams, of
+which one 64-bit key a band is kept. Two documents of Jaccard similarity s share a key with probability
+1 - (1 - s^rows)^bands: 0.77 at 0.75 and 0.99 at 0.85 for 14 x 8. Each shard's keys are sorted, so that who looks for
+equal ones reads a range of every shard and no more.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from datatrove.data import Document
+
+from configs.data import DataConfig, DedupConfig
+from data_pipeline.hashing import stable_hash
+from data_pipeline.scan.minhash import band_keys, signature
+from data_pipeline.scan.words import Splitter, mix
+from data_pipeline.tables import TableStep
+
+EXACT, URL = "exact", "url"  # the two kinds of keys beside the bands
+_HALF = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+def exact_hash(text: str) -> int:
+    """128 bits, equal for texts that differ in case, white space and Unicode composition only."""
+    normal = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    return int.from_bytes(hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "big")
+
+
+def url_key(url: str) -> int:
+    """64 bits of an address; 0 for none. Host in lower case, no "www.", no default port, no fragment, no last slash."""
+    try:
+        parts = urlsplit(url.strip())
+        port = f":{parts.port}" if parts.port not in (None, 80, 443) else ""
+    except ValueError:  # not an address: taken as it is
+        return stable_hash(url.strip()) or 1
+    host = (parts.hostname or "").removeprefix("www.")
+    query = f"?{parts.query}" if parts.query else ""
+    address = f"{host}{port}{parts.path.rstrip('/')}{query}"
+    return (stable_hash(address) or 1) if address else 0
+
+
+def kinds_of_keys(settings: DedupConfig) -> list[str]:
+    """Names of a document's keys, in the order of their columns."""
+    return [EXACT, URL, *(f"band_{band}" for band in range(settings.bands))]
+
+
+class MinHasher:
+    """text -> the keys under which near-duplicates meet. A function of text and settings alone."""
+
+    def __init__(self, settings: DedupConfig) -> None:
+        self.settings = settings
+        count = settings.bands * settings.rows
+        seed = np.uint64(stable_hash(f"minhash {settings.seed}"))
+        draws = np.array([mix(np.uint64(number) + seed) for number in range(2 * count)], np.uint64)
+        self._scale = draws[:count] | np.uint64(1)
+        self._shift = draws[count:]
+
+    def signature(self, text: str, splitter: Splitter) -> np.ndarray:
+        """uint64 [bands * rows], the minimum of each hash over the text's n-grams."""
+        return signature(text, splitter.window(self.settings.ngram), self._scale, self._shift)
+
+    def keys(self, text: str, splitter: Splitter) -> np.ndarray:
+        """uint64 [bands]."""
+        return band_keys(self.signature(text, splitter), self.settings.bands)
+
+
+class Sign(TableStep):
+    """Fingerprints of each document that the language stage kept: see `write_keys` for the files."""
+
+    name = "Signatures"
+
+    def __init__(self, folder: str, tallies: str, config: DataConfig, language: str) -> None:
+        super().__init__(folder, tallies, select=language)
+        self.splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
+        self.hasher = MinHasher(config.dedup)
+
+    def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
+        exact = exact_hash(document.text)
+        url = document.metadata.get("url") or (document.metadata.get("record") or {}).get("url") or ""
+        keys = np.empty(2 + self.hasher.settings.bands, np.uint64)
+        keys[0], keys[1] = exact >> 64, url_key(str(url))
+        keys[2:] = self.hasher.keys(document.text, self.splitters[before["rules"]])
+        return {"exact": np.uint64(exact & int(_HALF)), "url": keys[1], "keys": keys}
+
+    def write(self, shard: str, rows: Sequence[dict[str, Any]]) -> None:
+        keys = np.stack([row.pop("keys") for row in rows])
+        write_keys(Path(self.folder), shard, keys, np.array([row["row"] for row in rows]))
+        super().write(shard, rows)
+
+
+def write_keys(folder: Path, shard: str, keys: np.ndarray, rows: np.ndarray) -> None:
+    """`keys` uint64 [documents, kinds], turned and sorted: `<shard>.keys.npy` uint64 [kinds, documents], each line
+    ascending, and `<shard>.rows.npy` uint32, the shard's row of each.
+    """
+    (folder / shard).parent.mkdir(parents=True, exist_ok=True)
+    order = np.argsort(keys.T, axis=1, kind="stable")
+    np.save(folder / f"{shard}.keys.npy", np.take_along_axis(keys.T, order, axis=1))
+    np.save(folder / f"{shard}.rows.npy", rows.astype(np.uint32)[order])
+
+
+def read_range(folder: str | Path, shard: str, kind: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """(keys uint64 [n], rows uint32 [n]) of one kind with low <= key <= high; the file is mapped, not loaded."""
+    keys = np.load(Path(folder) / f"{shard}.keys.npy", mmap_mode="r")[kind]
+    first = np.searchsorted(keys, np.uint64(low), side="left")
+    last = np.searchsorted(keys, np.uint64(high), side="right")
+    rows = np.load(Path(folder) / f"{shard}.rows.npy", mmap_mode="r")[kind]
+    return np.array(keys[first:last]), np.array(rows[first:last])
