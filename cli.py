@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("launch.demo:main", "raw text to verified Hugging Face models, every stage of it"),
     "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
     "data report": ("data_pipeline.report:main", "what was dropped at which stage, and why"),
+    "data what-if": ("data_pipeline.what_if:main", "what other thresholds would keep, from the scores alone"),
     "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a plan"),
     "sft": ("posttrain.sft:main", "supervised fine-tuning, loss on answers only"),
     "grpo": ("posttrain.grpo:main", "reinforcement learning from verifiable rewards"),

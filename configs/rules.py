@@ -21,7 +21,7 @@ def catalogue() -> dict[str, dict[str, Any]]:
 
 
 def combined(names: Sequence[str], own: dict[str, Any]) -> dict[str, Any]:
-    """The keys of all `names` together, then `own` over them.
+    """The keys of all `names` together, then `own` over them, a bound's min and max each by itself.
 
     Errors: ValueError for an unknown name, or for sets that mean different things by a key that `own` leaves open.
     """
@@ -45,7 +45,10 @@ def combined(names: Sequence[str], own: dict[str, Any]) -> dict[str, Any]:
                 )
             else:
                 merged[key], said[key] = value, name
-    return merged | own
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merged[key] | value if both else value
+    return merged
 
 
 def _stricter(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
@@ -31,6 +32,37 @@ def verdict(values: Mapping[str, Any], rules: RuleSet) -> str:
         if bound.max is not None and values[name] > bound.max:
             return f"{name}_max"
     return ""
+
+
+def broken(table: pa.Table, rules: Mapping[str, RuleSet]) -> dict[str, np.ndarray]:
+    """Reason -> bool [rows], every rule that a row of scores breaks, in the order in which rules are tried.
+
+    `rules` are by name; the column `rules` names each row's.
+    """
+    named = np.array(table["rules"].to_pylist(), dtype=object)
+    found: dict[str, np.ndarray] = {}
+    for name in RuleSet.model_fields:
+        sides = [
+            (f"{name}_{side}", side, set_name, limit)
+            for set_name, one in rules.items()
+            if (bound := one.bounds().get(name)) and name in table.column_names
+            for side, limit in (("min", bound.min), ("max", bound.max))
+            if limit is not None
+        ]
+        for reason, side, set_name, limit in sorted(sides, key=lambda entry: entry[1], reverse=True):
+            values = table[name].to_numpy()
+            outside = values < limit if side == "min" else values > limit
+            found.setdefault(reason, np.zeros(len(named), bool))
+            found[reason] |= outside & (named == set_name)
+    return found
+
+
+def verdicts(table: pa.Table, rules: Mapping[str, RuleSet]) -> np.ndarray:
+    """object [rows], what `verdict` says of each row of scores."""
+    said = np.full(table.num_rows, "", dtype=object)
+    for reason, rows in broken(table, rules).items():
+        said[rows & (said == "")] = reason
+    return said
 
 
 class ApplyRules(PipelineStep):
@@ -57,21 +89,19 @@ class ApplyRules(PipelineStep):
         self.progress = progress
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        tally, progress, dropped = Tally(), ProgressFile(self.progress, rank), []
+        tally, progress = Tally(), ProgressFile(self.progress, rank)
+        dropped: list[dict[str, Any]] = []
         for shard in self.shards[rank::world_size]:
             table = read_table(self.scores, shard)
-            verdicts = []
-            for row in table.to_pylist():
-                tally.came_in(row["source"], row["bytes"])
-                progress.advance(row["bytes"])
-                row["verdict"] = verdict(row, self.rules[row["rules"]])
-                verdicts.append(row["verdict"])
-                if row["verdict"]:
-                    dropped.append(self._sample(row))
-            kept = table.select([*KEYS, "chars", "quality", "head"]).append_column(
-                "verdict", pa.array(verdicts, pa.string())
+            for source, size in zip(table["source"].to_pylist(), table["bytes"].to_pylist(), strict=True):
+                tally.came_in(source, size)
+                progress.advance(size)
+            said = verdicts(table, self.rules)
+            judged = table.set_column(
+                table.schema.get_field_index("verdict"), "verdict", pa.array(said.tolist(), pa.string())
             )
-            write_table(self.folder, shard, kept)
+            dropped.extend(self._sample(row) for row in judged.filter(pa.array(said != "")).to_pylist())
+            write_table(self.folder, shard, judged.select([*KEYS, "chars", "quality", "head", "verdict"]))
         write_samples(self.folder, dropped)
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
         progress.close()
