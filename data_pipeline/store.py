@@ -60,7 +60,7 @@ class Encoder(Protocol):
     sha256: str
     origin: str
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]: ...
 
 
 def store_dtype(vocab_size: int) -> np.dtype:
@@ -129,6 +129,7 @@ def _write(
     progress: Callable[[int], None] | None,
 ) -> Written:
     dtype = store_dtype(tokenizer.vocab_size)
+    bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
     lengths: list[int] = []
     start = text_bytes = 0
     checksum = hashlib.sha256()
@@ -139,7 +140,7 @@ def _write(
         for batch in _batches(read_documents(documents)):
             rows = []
             for record, ids in zip(batch, _encode(batch, tokenizer, documents), strict=True):
-                content = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=dtype).tobytes()
+                content = np.concatenate([bos, ids, eos], dtype=dtype, casting="unsafe").tobytes()
                 tokens.write(content)
                 checksum.update(content)
                 rows.append(_table_row(record, len(lengths), start, len(ids) + 2))
@@ -178,9 +179,9 @@ def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
         yield batch
 
 
-def _encode(batch: list[dict[str, Any]], tokenizer: Encoder, origin: str | Path) -> list[list[int]]:
+def _encode(batch: list[dict[str, Any]], tokenizer: Encoder, origin: str | Path) -> list[np.ndarray]:
     try:
-        return tokenizer.encode_batch([record["text"] for record in batch])
+        return tokenizer.encode_arrays([record["text"] for record in batch])
     except ValueError as error:
         first, last = batch[0].get("id"), batch[-1].get("id")
         raise ValueError(f"{origin}, documents {first!r} to {last!r}: {error}") from None

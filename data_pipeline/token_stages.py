@@ -40,7 +40,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
         "tokens",
         partial(_tokens, shop),
         {},
-        ("store", "tokenizer"),
+        ("store", "tokenizer", "bpe_cache"),
         needs=(documents, tokenizer),
         counted_against=documents,
         packages=("sentencepiece",),

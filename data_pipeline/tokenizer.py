@@ -19,6 +19,7 @@ import numpy as np
 import sentencepiece
 
 from configs.loader import write_atomic
+from data_pipeline.bpe_cache import PartTable
 from data_pipeline.store import read_documents
 
 KIND = "sentencepiece-bpe"
@@ -199,6 +200,7 @@ class Tokenizer:
             for i, piece in enumerate(self._pieces)
         ]
         self.token_bytes = np.array([len(piece) for piece in self._bytes], dtype=np.int64)
+        self._parts: PartTable | None = None  # for models that it is known to be right for
         self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if self.unk_id in self._space_ids or self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(
@@ -225,6 +227,8 @@ class Tokenizer:
                 f"tokenizer {path} has SHA-256 {tokenizer.sha256[:12]}..., but {info_path} expects "
                 f"{info['sha256'][:12]}...: the file was changed or damaged; run its stage again"
             )
+        if info.get("kind") == KIND:
+            tokenizer._parts = PartTable(tokenizer._pieces, tokenizer.encode_batch)
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -242,6 +246,12 @@ class Tokenizer:
             for text in texts:
                 _check_unicode(text)
             raise
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 ids of each text, those of `encode_batch` and several times as fast: see `bpe_cache`."""
+        if self._parts is None:
+            return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
+        return self._parts.ids(texts)
 
     def _encode_around_marks(self, text: str) -> list[int]:
         first, *rest = self._processor.encode(text.split(SPACE), num_threads=self.threads)

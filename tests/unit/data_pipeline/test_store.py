@@ -52,8 +52,8 @@ def test_wide_vocabularies_take_int32(documents: Path, small_tokenizer: Tokenize
         bos_id, eos_id, sha256, origin = 1, 2, "", "wide"
         vocab_size = store.UINT16_VOCAB
 
-        def encode_batch(self, texts: list[str]) -> list[list[int]]:
-            return [[65_499, len(text)] for text in texts]
+        def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+            return [np.array([65_499, len(text)], np.int32) for text in texts]
 
     path = write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "abc", "id": "a"}])
     store.build(path, tmp_path / "wide", Wide())

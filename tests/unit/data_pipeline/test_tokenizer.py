@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import bpe_cache
 from data_pipeline.tokenizer import SPECIALS, Tokenizer, train
-from tests.unit.data_pipeline.conftest import demo_records, write_jsonl
+from tests.unit.data_pipeline.conftest import SOURCES, demo_records, write_jsonl
 
 AWKWARD = [
     "",
@@ -119,3 +120,28 @@ def test_wrong_ids_and_broken_text_are_named(small_tokenizer: Tokenizer) -> None
         small_tokenizer.decode([5, 3000])
     with pytest.raises(ValueError, match="surrogate"):
         small_tokenizer.encode("half \ud800 a pair")
+
+
+def test_parts_give_the_ids_of_the_whole(small_tokenizer: Tokenizer) -> None:
+    """Cut where no piece can reach, encoded part by part, again and again: sentencepiece's own ids of the whole."""
+    draw = random.Random(0)
+    alphabet = "ab  \n\t.,éß中文the ing\u3000\0\u2581\U0001f600"
+    texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(3000)]
+    texts += [record["text"][:20_000] for source in SOURCES for record in demo_records(source)]
+    for batch in (texts[:1], [], ["", ""], texts, texts[::-1], texts[5:50]):
+        found = small_tokenizer.encode_arrays(batch)
+        assert [ids.tolist() for ids in found] == small_tokenizer.encode_batch(batch)
+
+
+def test_a_full_part_table_starts_anew(small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe_cache, "_MOST_CODES", 200)
+    table = bpe_cache.PartTable([small_tokenizer.id_to_piece(i) for i in range(3000)], small_tokenizer.encode_batch)
+    texts = [record["text"][:300] for record in demo_records("english")]
+    for text in texts:
+        assert table.ids([text])[0].tolist() == small_tokenizer.encode(text)
+        assert len(table._codes) < 200 + 300
+
+
+def test_half_a_surrogate_pair_is_named(small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        small_tokenizer.encode_arrays(["sound", "a \ud800 b"])

@@ -1,0 +1,173 @@
+"""BPE ids of a text put together from those of its parts, each of which sentencepiece has encoded once.
+
+Two neighbouring characters that stand side by side in no piece of the vocabulary can never be merged, so a text may be
+cut between them and its parts encoded by themselves: the ids are the same by construction. Parts are short and repeat
+(Zipf's law), so nearly all of them are found in a table. Holds for BPE without a dummy prefix and without
+normalisation; Unigram, which weighs whole sentences, is left out.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numba
+import numpy as np
+
+from data_pipeline.scan.characters import codes_of
+from data_pipeline.scan.words import mix, span_hash
+
+_MOST_CODES = 1 << 24  # characters of all parts in the table, before it is emptied
+_SPACE, _MARK = 0x20, 0x2581  # a space is sentencepiece's mark in pieces
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+class PartTable:
+    """texts -> ids, by the parts that `encode` is asked for once each."""
+
+    def __init__(self, pieces: Sequence[str], encode: Encode) -> None:
+        self._encode = encode
+        self._neighbours = _neighbour_table(pieces)
+        self._empty()
+
+    def _empty(self) -> None:
+        self._slots = np.full(1 << 16, -1, np.int32)
+        self._parts = np.zeros((0, 4), np.int64)  # where its characters and its ids begin and end
+        self._codes = np.zeros(0, np.uint32)
+        self._ids = np.zeros(0, np.int32)
+
+    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 ids of each text. Errors: whatever `encode` raises for a part."""
+        if not texts:
+            return []
+        codes = [codes_of(text) for text in texts]
+        ends = np.cumsum([len(part) for part in codes])
+        whole = np.concatenate(codes)
+        starts = _cut(whole, ends, self._neighbours)
+        found = _find(whole, starts, self._slots, self._parts, self._codes)
+        if (found < 0).any():
+            self._learn("".join(texts), whole, starts, found)
+            found = _find(whole, starts, self._slots, self._parts, self._codes)
+        sizes = self._parts[found, 3] - self._parts[found, 2]
+        ids = _gather(found, self._parts, self._ids, int(sizes.sum()))
+        # A text's parts are those that begin before its end.
+        last = np.concatenate([[0], np.cumsum(sizes)])[np.searchsorted(starts[:-1], ends)]
+        return np.split(ids, last[:-1])
+
+    def _learn(self, text: str, whole: np.ndarray, starts: np.ndarray, found: np.ndarray) -> None:
+        if len(self._codes) > _MOST_CODES:
+            self._empty()
+            found = np.full(len(found), -1)
+        missing = np.flatnonzero(found < 0)
+        _, first = np.unique(_hashes(whole, starts, missing), return_index=True)
+        missing = missing[np.sort(first)]
+        pieces = [whole[starts[part] : starts[part + 1]] for part in missing]
+        encoded = self._encode([text[starts[part] : starts[part + 1]] for part in missing])
+        characters = np.cumsum([len(self._codes), *map(len, pieces)])
+        tokens = np.cumsum([len(self._ids), *map(len, encoded)])
+        new = np.stack([characters[:-1], characters[1:], tokens[:-1], tokens[1:]], axis=1)
+        self._parts = np.concatenate([self._parts, new])
+        self._codes = np.concatenate([self._codes, *pieces])
+        self._ids = np.concatenate([self._ids, np.array([i for ids in encoded for i in ids], np.int32)])
+        size = len(self._slots)
+        while size < 2 * len(self._parts):
+            size *= 2
+        self._slots = _slots(self._codes, self._parts, size)
+
+
+def _neighbour_table(pieces: Sequence[str]) -> np.ndarray:
+    """uint64, an open table of (character << 32 | the next one), all that stand side by side in a piece; 0 is free."""
+    pairs = {ord(one) << 32 | ord(other) for piece in pieces for one, other in pairwise(piece)}
+    size = 1024
+    while size < 4 * len(pairs):
+        size *= 2
+    table = np.zeros(size, np.uint64)
+    for pair in pairs:
+        slot = int(mix(np.uint64(pair))) & (size - 1)
+        while table[slot]:
+            slot = (slot + 1) & (size - 1)
+        table[slot] = pair
+    return table
+
+
+@numba.njit(cache=True, nogil=True)
+def _cut(codes: np.ndarray, ends: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """int64 [parts + 1]: where parts begin, and the end of all. Texts end at `ends`."""
+    starts = np.empty(len(codes) + 1, np.int64)
+    mask = np.uint64(len(neighbours) - 1)
+    count = text = 0
+    before = np.uint64(0)
+    for place in range(len(codes)):
+        while text < len(ends) and ends[text] < place:
+            text += 1
+        code = np.uint64(_MARK if codes[place] == _SPACE else codes[place])
+        joined = False
+        if place > 0 and not (text < len(ends) and ends[text] == place):
+            pair = before << np.uint64(32) | code
+            slot = mix(pair) & mask
+            while neighbours[slot] != 0 and neighbours[slot] != pair:
+                slot = (slot + np.uint64(1)) & mask
+            joined = neighbours[slot] == pair
+        if not joined:
+            starts[count] = place
+            count += 1
+        before = code
+    starts[count] = len(codes)
+    return starts[: count + 1]
+
+
+@numba.njit(cache=True, nogil=True)
+def _find(codes: np.ndarray, starts: np.ndarray, slots: np.ndarray, parts: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """int64 [parts], the entry of each part; -1 for one that is not known. Characters are compared, not hashes."""
+    mask = np.uint64(len(slots) - 1)
+    found = np.empty(len(starts) - 1, np.int64)
+    for part in range(len(found)):
+        start, end = starts[part], starts[part + 1]
+        slot = span_hash(codes, start, end) & mask
+        entry = slots[slot]
+        while entry >= 0 and not _same(codes, start, end, known, parts[entry, 0], parts[entry, 1]):
+            slot = (slot + np.uint64(1)) & mask
+            entry = slots[slot]
+        found[part] = entry
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _same(codes: np.ndarray, start: int, end: int, known: np.ndarray, first: int, last: int) -> bool:
+    if end - start != last - first:
+        return False
+    same = True
+    for place in range(end - start):
+        same &= codes[start + place] == known[first + place]
+    return same
+
+
+@numba.njit(cache=True, nogil=True)
+def _hashes(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    found = np.empty(len(chosen), np.uint64)
+    for place in range(len(chosen)):
+        found[place] = span_hash(codes, starts[chosen[place]], starts[chosen[place] + 1])
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _slots(known: np.ndarray, parts: np.ndarray, size: int) -> np.ndarray:
+    """int32 [size], an open table of all entries; -1 is free."""
+    slots = np.full(size, -1, np.int32)
+    mask = np.uint64(size - 1)
+    for entry in range(len(parts)):
+        slot = span_hash(known, parts[entry, 0], parts[entry, 1]) & mask
+        while slots[slot] >= 0:
+            slot = (slot + np.uint64(1)) & mask
+        slots[slot] = entry
+    return slots
+
+
+@numba.njit(cache=True, nogil=True)
+def _gather(found: np.ndarray, parts: np.ndarray, ids: np.ndarray, total: int) -> np.ndarray:
+    gathered = np.empty(total, np.int32)
+    place = 0
+    for entry in found:
+        for token in range(parts[entry, 2], parts[entry, 3]):
+            gathered[place] = ids[token]
+            place += 1
+    return gathered
