@@ -14,6 +14,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
     "data report": ("data_pipeline.report:main", "what was dropped at which stage, and why"),
     "data what-if": ("data_pipeline.what_if:main", "what other thresholds would keep, from the scores alone"),
+    "data explain": ("data_pipeline.provenance.explain:main", "what happened to one document, stage by stage"),
+    "data trace": ("data_pipeline.provenance.trace:main", "the documents in one training step's batch"),
+    "data takedown": ("data_pipeline.provenance.takedown:main", "where listed documents are, and a plan without them"),
     "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a plan"),
     "sft": ("posttrain.sft:main", "supervised fine-tuning, loss on answers only"),
     "grpo": ("posttrain.grpo:main", "reinforcement learning from verifiable rewards"),
@@ -26,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("launch.local:main", "run any of these as several ranks on this machine"),
     "report": ("pretrain.report:main", "draw a training run's report.html again"),
 }
-NOT_BUILT = ("data explain", "data sample", "tokenizer", "plan", "rm", "dpo", "ppo", "eval", "doctor")
+NOT_BUILT = ("data sample", "tokenizer", "plan", "rm", "dpo", "ppo", "eval", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ context) and UniMax.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,13 @@ def build_plan(
     temperature: float | None = None,
     packing: str = "best_fit",
     max_epochs: int = 4,
+    without: Mapping[str, Collection[tuple[str, int]]] | None = None,
 ) -> dict[str, Any]:
     """Writes a plan of `samples` rows of `seq_length` tokens into folder `out`; returns what plan.json says.
 
     `tokens` holds `train/<source>/` and `heldout/<source>/`. Give `weights` (shares by source, scaled to sum
-    to one) or `temperature` (shares are tokens ** (1 / temperature), over all sources).
+    to one) or `temperature` (shares are tokens ** (1 / temperature), over all sources). `without` leaves documents
+    out: <split>/<source> -> (name of the store, document in it).
     Errors: ValueError for weights of unknown sources, stores of another tokenizer, or too few tokens, which
     says how many there are and what to change.
     """
@@ -71,7 +73,8 @@ def build_plan(
     model = Tokenizer.load(tokenizer)
     if model.pad_id < 0:
         raise ValueError(f"tokenizer {model.origin} has no <pad>; rows are filled up with it")
-    opened = _open_sources(tokens / TRAIN, weights)
+    gone = without or {}
+    opened = _open_sources(tokens / TRAIN, weights, gone)
     shares = mixture_shares({name: shards.lengths.sum() for name, shards in opened.items()}, weights, temperature)
     counts = apportion(list(shares.values()), samples)
     sources = []
@@ -93,6 +96,7 @@ def build_plan(
         arrays |= _segment_arrays(f"{TRAIN}.{source.name}", used)
         heldout_folder = tokens / HELDOUT / source.name
         heldout = Shards.in_folder(heldout_folder) if heldout_folder.is_dir() else Shards([])
+        heldout.leave_out(gone.get(f"{HELDOUT}/{source.name}", ()))
         _check_stores(heldout.stores, model)
         held_rows = PACKINGS[packing](heldout.lengths, seq_length)
         arrays |= _segment_arrays(f"{HELDOUT}.{source.name}", held_rows)
@@ -169,14 +173,19 @@ def _running_counts(sources: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _open_sources(folder: Path, weights: Mapping[str, float] | None) -> dict[str, Shards]:
+def _open_sources(
+    folder: Path, weights: Mapping[str, float] | None, gone: Mapping[str, Collection[tuple[str, int]]]
+) -> dict[str, Shards]:
     found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not found:
         raise ValueError(f"no token stores under {folder}; run `trivium data run` first")
     unknown = sorted(set(weights or {}) - set(found))
     if unknown:
         raise ValueError(f"mixture.weights.{unknown[0]}: there is no such source; tokens hold {', '.join(found)}")
-    return {name: Shards.in_folder(folder / name) for name in (weights or found)}
+    opened = {name: Shards.in_folder(folder / name) for name in (weights or found)}
+    for name, shards in opened.items():
+        shards.leave_out(gone.get(f"{TRAIN}/{name}", ()))
+    return opened
 
 
 def _check_stores(stores: Iterable[Store], model: Tokenizer) -> None:

@@ -133,6 +133,24 @@ class Plan:
             )
         return found
 
+    def uses(self, source: str, store: str, document: int) -> list[tuple[int, int, int]]:
+        """(sample, start, length) of each training segment of a document, by sample; start and length in its tokens.
+
+        `store` is the name of its shard. Empty for a document that the plan leaves out.
+        """
+        if source not in self.sources:
+            return []
+        number = self.sources.index(source)
+        rows = self._train[number]
+        index = rows.shards.index(store, document)
+        segments = np.flatnonzero(rows.document == index)
+        in_rows = np.searchsorted(rows.offsets, segments, side="right") - 1
+        samples = np.flatnonzero(self._sample_sources == number)  # the n-th of them has the source's row n
+        found = zip(
+            samples[in_rows].tolist(), rows.start[segments].tolist(), rows.length[segments].tolist(), strict=True
+        )
+        return sorted(found)
+
     def _row(self, rows: _Segments, row: int, source: int) -> Row:
         size = self.seq_length
         tokens = np.full(size, self.pad_id, dtype=np.int64)

@@ -14,7 +14,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -318,3 +318,15 @@ class Shards:
         """(store, document index in it)."""
         number = bisect.bisect_right(self._first, document) - 1
         return self.stores[number], document - self._first[number]
+
+    def leave_out(self, documents: Iterable[tuple[str, int]]) -> None:
+        """Takes (store, document) for empty from here on: nothing of a document of length 0 is ever packed."""
+        for store, document in documents:
+            self.lengths[self.index(store, document)] = 0
+
+    def index(self, store: str, document: int) -> int:
+        """The document's index among all. Errors: ValueError for a store that is not here."""
+        names = [one.path.name for one in self.stores]
+        if store not in names:
+            raise ValueError(f"there is no token store {store!r} here; there are {', '.join(names)}")
+        return self._first[names.index(store)] + document

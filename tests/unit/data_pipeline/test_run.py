@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.ledger import LedgerError, Tally
+from data_pipeline.provenance import explain
 from data_pipeline.run import main
 
 ROOT = Path(__file__).parents[3]
@@ -140,6 +142,17 @@ def test_a_run_conserves_documents_and_is_skipped_when_repeated(config: Path, ca
     assert len(written) == prose["documents"]["kept"]["documents"]
     assert sum(len(document["text"].encode()) for document in written) == prose["documents"]["kept"]["bytes"]
     assert list(run_dir.glob("documents/heldout/prose/*.jsonl.gz"))
+
+    capsys.readouterr()
+    assert explain.main([str(config), "--id", "copy"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  extract    source prose, shard prose/") for line in told)
+    assert any(re.match(r"    word_count +\d+ +at least 50$", line) for line in told)
+    assert any("cluster" in line and "of 2 documents; dropped: exact_duplicate; " in line for line in told)
+    assert explain.main([str(config), "--id", "no text"]) == 0
+    assert "set aside: missing_text" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--id 'nobody' is no document of"):
+        explain.main([str(config), "--id", "nobody"])
 
     before = published(run_dir)
     assert main([str(config)]) == 0

@@ -1,0 +1,142 @@
+"""`trivium data explain CONFIG --id ID [--run RUN]`: all that happened to one document, stage by stage.
+
+Where it came from, every score beside its bound, which rule dropped it or to which document of its cluster it lost,
+which rows of the plan hold it and, given a training run, at which steps.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from configs.data import DataConfig, RuleSet
+from configs.loader import ConfigError, entrypoint, parse_args
+from data_pipeline.provenance.lookup import (
+    Stored,
+    global_batch_size,
+    places,
+    rows_of,
+    set_aside,
+    stages_of,
+    stored,
+    uses,
+)
+from data_pipeline.report import wide_console
+from data_pipeline.rows import Plan
+
+_SHOWN = 8  # rows of the plan
+
+
+def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
+    """The lines to print. Errors: ConfigError for an id that no stage knows."""
+    run_dir = Path(config.run.dir)
+    stages = stages_of(run_dir)
+    said: list[str] = []
+    for record in set_aside(run_dir, {document}):
+        said += [document, f"  extract    set aside: {record['reason']}, at {record['file']}:{record['position']}"]
+    found = places(run_dir, {document})
+    if not found and not said:
+        raise ConfigError(
+            f"--id {document!r} is no document of {run_dir}; ids are those of the records, or SOURCE/FILE/POSITION"
+        )
+    stores = stored(run_dir, {document}) if (run_dir / "tokens").is_dir() else []
+    for place in found:
+        said += [document, f"  extract    source {place.source}, shard {place.shard}, row {place.row}"]
+        for stage in stages:
+            row = rows_of(run_dir, stage, place)
+            if row is None:
+                break
+            said += _told(stage, row, config.rules)
+        said += _trained(run_dir, [one for one in stores if one.source == place.source], run)
+    return said
+
+
+def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[str]:
+    """What a stage's row says."""
+    verdict = f"dropped: {row['verdict']}" if row["verdict"] else "kept"
+    if stage == "language":
+        return [f"  language   {row['language']}, {row['language_score']:.3f}; rules {row['rules'] or '-'}; {verdict}"]
+    if stage == "score":
+        return ["  score", *_scores(row, rules.get(row["rules"]))]
+    if stage == "dedup":
+        size = row["cluster_size"]
+        cluster = f"cluster {row['cluster']} of {size} documents" if size > 1 else "alone in its cluster"
+        lost = f"; {row['survivor']} stays in its place" if row["verdict"] and row["survivor"] else ""
+        return [f"  dedup      {cluster}; {verdict}{lost}"]
+    return [f"  {stage:<10} {verdict}"]
+
+
+def _scores(row: dict[str, Any], rules: RuleSet | None) -> list[str]:
+    lines = []
+    bounds = rules.bounds() if rules else {}
+    for name in RuleSet.model_fields:
+        value, bound = row.get(name), bounds.get(name)
+        if not isinstance(value, float):
+            continue
+        said = ""
+        if bound is not None:
+            limits = [f"at least {bound.min:g}"] if bound.min is not None else []
+            limits += [f"at most {bound.max:g}"] if bound.max is not None else []
+            outside = (bound.min is not None and value < bound.min) or (bound.max is not None and value > bound.max)
+            said = f"{' and '.join(limits)}{'   <- broken' if outside else ''}"
+        lines.append(f"    {name:<22} {value:<12.5g} {said}".rstrip())
+    return lines
+
+
+def _trained(run_dir: Path, documents: Sequence[Stored], run: Path | None) -> list[str]:
+    """Where it is in token stores, plan and steps."""
+    if not documents:
+        return []
+    said = [
+        f"  tokens     {one.split}/{one.source}/{one.store}, document {one.document}: {one.tokens:,} tokens, from "
+        f"{one.origin[0]}:{one.origin[1]}"
+        for one in documents
+    ]
+    if not (run_dir / "plan" / "plan.json").is_file():
+        return said
+    for one, segments in uses(Plan.open(run_dir / "plan"), documents).items():
+        if one.split != "train":
+            said.append("  plan       held out: in no training row")
+            continue
+        samples = sorted({sample for sample, _, _ in segments})
+        shown = ", ".join(
+            f"{sample} (tokens {start} to {start + length})" for sample, start, length in segments[:_SHOWN]
+        )
+        more = f" and {len(segments) - _SHOWN} more" if len(segments) > _SHOWN else ""
+        said.append(f"  plan       {len(segments)} pieces in {len(samples)} rows: {shown}{more}")
+        if run is not None:
+            size = global_batch_size(run)
+            steps = sorted({sample // size for sample in samples})
+            shown = ", ".join(str(step) for step in steps[:_SHOWN]) + (" ..." if len(steps) > _SHOWN else "")
+            said.append(f"  steps      {len(steps)} of {run}, {size} rows a step: {shown}")
+    return said
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        DataConfig,
+        argv,
+        prog="trivium data explain",
+        description="What happened to one document, from its file to the training steps that saw it.",
+        example="trivium data explain configs/data/demo.toml --id sotu/1847_james_polk_d --run runs/demo/pretrain",
+        options=[("--id", "", "the document"), ("--run", "", "a training run's directory, for its steps")],
+    )
+    if not args.id:
+        raise ConfigError("trivium data explain needs --id, the document to explain")
+    try:
+        said = explain(config, args.id, Path(args.run) if args.run else None)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console: Console = wide_console()
+    for line in said:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)

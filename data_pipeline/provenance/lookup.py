@@ -1,0 +1,128 @@
+"""Where a document is in each stage's tables, in the token stores and in the plan. Reads what a data run published."""
+
+import json
+import tomllib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from configs.loader import ConfigError
+from data_pipeline.dedup.signatures import url_key
+from data_pipeline.rows import Plan
+from data_pipeline.stage import read_manifest
+from data_pipeline.tables import read_table, shards_of
+
+_TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "lines", "substrings", "pii")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A document as extract published it."""
+
+    source: str
+    shard: str  # <source>/<file>-<part>
+    row: int
+    id: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A document in a token store of `split`."""
+
+    split: str
+    source: str
+    store: str  # its name in the split and source
+    document: int
+    id: str
+    tokens: int
+    origin: tuple[str, int]  # raw file and position there
+
+
+def stages_of(run_dir: Path) -> list[str]:
+    """The table stages that a run has finished, in their order. Errors: ConfigError when there is none."""
+    found = [name for name in _TABLE_STAGES if read_manifest(run_dir / name) is not None]
+    if not found:
+        raise ConfigError(f"run.dir = {str(run_dir)!r} holds no finished stage; run: trivium data run CONFIG")
+    return found
+
+
+def places(run_dir: Path, wanted: Collection[str]) -> list[Place]:
+    """Every document with one of these ids, in every source; ids need not be unique."""
+    value_set = pa.array(sorted(wanted), pa.string())
+    found = []
+    for shard in shards_of(run_dir / "language"):
+        table = pq.read_table(run_dir / "language" / f"{shard}.parquet", columns=["source", "row", "id"])
+        for row in table.filter(pc.is_in(table["id"], value_set)).to_pylist():
+            found.append(Place(row["source"], shard, row["row"], row["id"]))
+    return found
+
+
+def rows_of(run_dir: Path, stage: str, place: Place) -> dict[str, Any] | None:
+    """The stage's row of a document; None where the document never got that far."""
+    if not (run_dir / stage / f"{place.shard}.parquet").is_file():
+        return None
+    table = read_table(run_dir / stage, place.shard)
+    rows = table.filter(pc.equal(table["row"], place.row)).to_pylist()
+    return rows[0] if rows else None
+
+
+def set_aside(run_dir: Path, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Records that extract did not publish and kept a line of: broken ones all, others as samples."""
+    for path in sorted([*run_dir.glob("extract/rejected/*.jsonl"), *run_dir.glob("extract/drops/*.jsonl")]):
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if record["id"] in wanted:
+                    yield record
+
+
+def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -> list[Stored]:
+    """Documents of these ids or addresses in the token stores, those held out too."""
+    ids, keys = set(wanted), {url_key(url) for url in urls} - {0}
+    found = []
+    for path in sorted((run_dir / "tokens").glob("*/*/*.parquet")):
+        table = pq.read_table(path, columns=["document", "id", "file", "position", "length", "metadata"])
+        for row in table.to_pylist():
+            if row["id"] not in ids and not (keys and url_key(_url(json.loads(row["metadata"]))) in keys):
+                continue
+            split, source, store = path.relative_to(run_dir / "tokens").with_suffix("").parts
+            origin = (row["file"] or "", row["position"] or 0)
+            found.append(Stored(split, source, store, row["document"], row["id"], row["length"], origin))
+    return found
+
+
+def _url(metadata: dict[str, Any]) -> str:
+    return str(metadata.get("url") or (metadata.get("record") or {}).get("url") or "")
+
+
+def uses(plan: Plan, documents: Collection[Stored]) -> dict[Stored, list[tuple[int, int, int]]]:
+    """(sample, first token, tokens) of every training segment that holds a piece of each document, by sample."""
+    return {
+        document: plan.uses(document.source, document.store, document.document) if document.split == "train" else []
+        for document in documents
+    }
+
+
+def global_batch_size(run: Path) -> int:
+    """Of a training run, from its config.toml. Errors: ConfigError when `run` is none."""
+    path = run / "config.toml"
+    if not path.is_file():
+        raise ConfigError(f"--run {run}: there is no {path}; name the run.dir of a training run")
+    tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    size = tree.get("train", {}).get("global_batch_size")
+    if not isinstance(size, int) or "plan" not in tree.get("data", {}):
+        raise ConfigError(
+            f"--run {run}: {path} is of no pretraining run: it has no train.global_batch_size or data.plan"
+        )
+    return size
+
+
+def plan_of(run: Path) -> Path:
+    """The plan that a training run used, as its config names it."""
+    global_batch_size(run)
+    return Path(tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]["plan"])

@@ -1,0 +1,118 @@
+"""`trivium data takedown CONFIG LIST --out FOLDER`: documents that have to go, where they are, and a plan without them.
+
+LIST has a document id or an address on each line. Printed: for each, the rows and (with --run) the steps that saw it.
+Published in FOLDER: a plan of the same mixture over the same token stores that leaves these documents out, and
+takedown.json, which says what was found where. The stores still hold the tokens; nothing that exists is changed.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.data import DataConfig
+from configs.loader import ConfigError, command_parser, entrypoint, load, write_atomic
+from data_pipeline.mixture import build_plan
+from data_pipeline.provenance.lookup import Stored, global_batch_size, places, stored, uses
+from data_pipeline.report import wide_console
+from data_pipeline.rows import Plan
+
+
+def read_list(path: Path) -> list[str]:
+    """Errors: ConfigError for a missing or empty list."""
+    if not path.is_file():
+        raise ConfigError(f"LIST {path} does not exist; give a file with a document id or an address on each line")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    wanted = [line for line in dict.fromkeys(lines) if line and not line.startswith("#")]
+    if not wanted:
+        raise ConfigError(f"LIST {path} names no document; write an id or an address on each line")
+    return wanted
+
+
+def touched(run_dir: Path, wanted: Sequence[str], run: Path | None) -> dict[str, Any]:
+    """What of the list is in the run: `documents` in token stores, `earlier` dropped before, `unknown` never seen."""
+    found = stored(run_dir, wanted, [line for line in wanted if "://" in line])
+    plan = Plan.open(run_dir / "plan")
+    size = global_batch_size(run) if run else 0
+    documents = []
+    for one, segments in uses(plan, found).items():
+        samples = sorted({sample for sample, _, _ in segments})
+        entry: dict[str, Any] = {
+            "id": one.id,
+            "split": one.split,
+            "source": one.source,
+            "store": one.store,
+            "document": one.document,
+            "tokens": one.tokens,
+            "rows": samples,
+        }
+        if size:
+            entry["steps"] = sorted({sample // size for sample in samples})
+        documents.append(entry)
+    kept = {one.id for one in found}
+    earlier = sorted({place.id for place in places(run_dir, set(wanted) - kept)})
+    addresses = [line for line in wanted if "://" in line]
+    unknown = [line for line in wanted if line not in kept and line not in earlier and line not in addresses]
+    unmatched = [line for line in addresses if not stored(run_dir, [], [line])]
+    return {"documents": documents, "dropped_earlier": earlier, "not_found": unknown + unmatched}
+
+
+def without(config: DataConfig, found: Sequence[Stored], out: Path) -> dict[str, Any]:
+    """A plan as the config has it, less `found`. Errors: ValueError when too few tokens are left."""
+    run_dir = Path(config.run.dir)
+    gone: dict[str, set[tuple[str, int]]] = {}
+    for one in found:
+        gone.setdefault(f"{one.split}/{one.source}", set()).add((one.store, one.document))
+    return build_plan(run_dir / "tokens", run_dir / "tokenizer", out, **dict(config.mixture), without=gone)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command_parser(
+        "trivium data takedown",
+        "Which rows and steps hold the listed documents, and a plan without them.",
+        "trivium data takedown configs/data/demo.toml remove.txt --out runs/demo/plan_clean --run runs/demo/pretrain",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the TOML file of the data run")
+    parser.add_argument("list", metavar="LIST", type=Path, help="a file with a document id or an address on each line")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of the config's keys")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the new plan; it must not exist")
+    parser.add_argument("--run", type=Path, help="a training run's directory, for its steps")
+    parser.add_argument("--dry-run", action="store_true", help="say what is touched, write nothing")
+    args = parser.parse_intermixed_args(argv)
+    config = load(DataConfig, args.config, args.overrides)
+    wanted = read_list(args.list)
+    if args.out.exists() and not args.dry_run:
+        raise ConfigError(f"--out {args.out} exists already; name a new folder, nothing is overwritten")
+    run_dir, console = Path(config.run.dir), wide_console()
+    if not (run_dir / "plan" / "plan.json").is_file():
+        raise ConfigError(f"run.dir = {str(run_dir)!r} holds no plan yet; run: trivium data run {args.config}")
+    try:
+        report = touched(run_dir, wanted, args.run)
+        for entry in report["documents"]:
+            steps = f", {len(entry['steps'])} steps" if args.run else ""
+            console.print(
+                f"{entry['id']}: {entry['split']}/{entry['source']}, {entry['tokens']:,} tokens in "
+                f"{len(entry['rows'])} rows{steps}",
+                highlight=False,
+                markup=False,
+            )
+        for name, what in (("dropped_earlier", "dropped before tokens were made"), ("not_found", "not found")):
+            for line in report[name]:
+                console.print(f"{line}: {what}", highlight=False, markup=False)
+        if args.dry_run:
+            return 0
+        found = stored(run_dir, wanted, [line for line in wanted if "://" in line])
+        plan = without(config, found, args.out)
+        write_atomic(args.out / "takedown.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    except ConfigError:
+        raise
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console.print(f"a plan of {plan['samples']:,} rows without {len(found)} documents: {args.out}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)
