@@ -51,6 +51,8 @@ def _join_chunks(body: bytes) -> bytes:
             raise CodingError("bad_content_encoding")
         if size == 0:
             break
+        if end + 2 + size > len(body):
+            raise CodingError("bad_content_encoding")
         parts.append(body[end + 2 : end + 2 + size])
         place = end + 2 + size + 2
     return b"".join(parts)
