@@ -24,20 +24,72 @@ class RunConfig(Section):
 
 
 class SourceConfig(Section):
-    """One named part of the mixture: its files, their format, a rule set for each language it may hold."""
+    """One named part of the mixture: its files, their format, a rule set for each language it may hold.
 
-    files: tuple[str, ...] = Field(min_length=1)  # paths or glob patterns, relative to the working directory
-    format: Literal["jsonl", "warc"]
+    `files` are paths, globs or folders, relative to the working directory, or addresses such as s3://bucket/folder; a
+    folder is searched for files of the format. Files may be compressed with gzip or Zstandard. Credentials never
+    belong here: they come from the environment or fsspec's own configuration.
+    """
+
+    files: tuple[str, ...] = Field(min_length=1)
+    # jsonl, parquet: a record a line or row; warc: a page a record; text, html, code: a document a file.
+    format: Literal["jsonl", "warc", "parquet", "text", "html", "code"]
     rules: dict[str, str] = Field(min_length=1)  # language code of lid.176, or "any", to a name under [rules]
-    text_key: str = "text"  # jsonl only
-    id_key: str = "id"  # jsonl only; a record without it is named after its file and line
+    # For jsonl and parquet. A record without an id is named after its file and line.
+    text_key: str = "text"
+    id_key: str = "id"
+    url_key: str = "url"
+    # Which files of a searched folder are taken, such as [".py", ".go"]; empty for all that the format knows.
+    extensions: tuple[str, ...] = ()
+    # For code: leave out folders of other people's code (node_modules, vendor...), of built code (build, dist...).
+    skip_vendored: bool = False
+    skip_generated: bool = False
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> "SourceConfig":
+        records = self.format in ("jsonl", "parquet")
+        for key, default in (("text_key", "text"), ("id_key", "id"), ("url_key", "url")):
+            if getattr(self, key) != default and not records:
+                raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of format {self.format!r}; leave it out")
+        for key in ("skip_vendored", "skip_generated"):
+            if getattr(self, key) and self.format != "code":
+                raise ValueError(f"{key} is for format 'code', not {self.format!r}; leave it out")
+        for ending in self.extensions:
+            if not ending.startswith(".") or ending != ending.lower():
+                raise ValueError(f"extensions: {ending!r} should be in lower case with its dot, as in '.py'")
+        for path in self.files:
+            scheme, separator, rest = path.partition("://")
+            if separator and ("@" in rest.split("/")[0] or "x-amz-" in rest.lower() or "::" in path):
+                # Not shown: what comes before the @, or behind the ?, is a secret.
+                raise ValueError(
+                    f"files: an address with {scheme}:// holds credentials or a chain of file systems; give the plain "
+                    "address, and the credentials in the environment"
+                )
+        return self
+
+
+class BlocklistConfig(Section):
+    """Files of unwanted URLs, one entry a line, `#` for comments, gzipped or not; local.
+
+    Lists such as UT1 (dsi.ut-capitole.fr/blacklists) are in this form. Pages that match are dropped as blocked_url.
+    """
+
+    domains: tuple[str, ...] = ()  # example.com: that host and every host below it
+    hosts: tuple[str, ...] = ()  # www.example.com: that host alone
+    prefixes: tuple[str, ...] = ()  # example.com/forum: that path and what lies below it, on that host
 
 
 class ExtractConfig(Section):
     # Above this share of broken records (bad JSON, no text, cut gzip members...) in a source the run stops.
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     repair: bool = True  # ftfy: mojibake, stray control characters, line ends
-    favour: Literal["recall", "precision"] = "recall"  # precision asks trafilatura first, recall resiliparse
+    extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"  # asked first; the other where it finds nothing
+    blocklist: BlocklistConfig = BlocklistConfig()
+    # A longer line, page or file is set aside and never held in memory.
+    max_record_bytes: int = Field(default=16_000_000, ge=1_000)
+    # What a gzip member or Zstandard frame of over 1 MiB of content may hold for each byte of it; prose is at 3 to 10.
+    max_expansion: float = Field(default=200.0, gt=1)
+    max_expanded_bytes: int = Field(default=200_000_000_000, ge=1_000_000)  # what a whole file may hold
 
 
 class LanguageConfig(Section):

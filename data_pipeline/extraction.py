@@ -1,10 +1,11 @@
 """HTML to main text, repair of text, and the cut into shards: the second half of the extract stage.
 
-Resiliparse reads pages (fast, keeps more), trafilatura where it finds nothing or where precision is asked
-for. Lists of unwanted URLs and removal of personal data are left out.
+Resiliparse reads pages (fast, keeps more), trafilatura where it finds nothing or where it is asked for; pages whose URL
+is on a list of unwanted ones are not read at all. Removal of personal data is left out.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,12 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from resiliparse.extract.html2text import extract_plain_text
 
-from data_pipeline.ledger import Tally
-from data_pipeline.reading import BROKEN
+from configs.data import ExtractConfig
+from data_pipeline.blocklist import Blocklist
+from data_pipeline.ledger import SourceTally, Tally
+from data_pipeline.reading.records import BROKEN, HARMLESS
+
+Extractor = Literal["resiliparse", "trafilatura"]
 
 _SAMPLES = 5
 _SAMPLE_CHARS = 300
@@ -31,15 +36,64 @@ _REPAIR = ftfy.TextFixerConfig(
     normalization="NFC",
     explain=False,
 )
+# Browsers nest 512 deep and put what is deeper side by side.
+_MAX_DEPTH = 2000
+_MAX_ATTRIBUTES = 5000
+_TAGS = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
+# Elements without content, or that end without an end tag (HTML, 13.1.2).
+_NOT_NESTED = frozenset(
+    {
+        *(
+            "area",
+            "base",
+            "br",
+            "col",
+            "embed",
+            "hr",
+            "img",
+            "input",
+            "link",
+            "meta",
+            "param",
+            "source",
+            "track",
+            "wbr",
+        ),
+        *("p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot", "caption", "colgroup", "rt", "rp"),
+        *("option", "optgroup", "html", "head", "body"),
+    }
+)
 _SAFE_CONTROLS = frozenset("\n\t")
 
 
-def main_text(html: str, favour: Literal["recall", "precision"] = "recall") -> tuple[str, str]:
+def too_complex(html: str) -> bool:
+    """Whether a page's nesting or attributes are beyond all measure: parsers take time with the square of both."""
+    if any(_attributes(piece) > _MAX_ATTRIBUTES for piece in html.split(">") if len(piece) > 2 * _MAX_ATTRIBUTES):
+        return True
+    if html.count("<") <= _MAX_DEPTH:
+        return False
+    depth = 0
+    for closing, name in _TAGS.findall(html):
+        if name.lower() in _NOT_NESTED:
+            continue
+        depth = max(0, depth - 1) if closing else depth + 1
+        if depth > _MAX_DEPTH:
+            return True
+    return False
+
+
+def _attributes(piece: str) -> int:
+    """About how many attributes the tag has that `piece` ends in."""
+    start = _TAGS.search(piece)
+    return len(_QUOTED.sub("", piece[start.start() :]).split()) if start else 0
+
+
+def main_text(html: str, first: Extractor = "resiliparse") -> tuple[str, str]:
     """(text, name of the extractor that found it) of a page; ("", "") when neither finds any."""
-    order = (_resiliparse, _trafilatura) if favour == "recall" else (_trafilatura, _resiliparse)
-    for extractor in order:
-        if text := extractor(html).strip():
-            return text, extractor.__name__.lstrip("_")
+    for name in (first, "trafilatura" if first == "resiliparse" else "resiliparse"):
+        if text := _EXTRACTORS[name](html).strip():
+            return text, name
     return "", ""
 
 
@@ -49,6 +103,9 @@ def _resiliparse(html: str) -> str:
 
 def _trafilatura(html: str) -> str:
     return trafilatura.extract(html, include_comments=False, favor_precision=True) or ""
+
+
+_EXTRACTORS = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}
 
 
 def repair(text: str) -> str:
@@ -63,17 +120,18 @@ def _has_controls(text: str) -> bool:
 
 
 class Extract(PipelineStep):
-    """Replaces a page by its main text and repairs text; marks pages that have none."""
+    """Replaces a page by its main text and repairs text; marks pages that have none, or an unwanted URL."""
 
     name = "Extract"
     type = "🔍 - EXTRACTOR"
 
-    def __init__(self, favour: Literal["recall", "precision"], fix: bool) -> None:
+    def __init__(self, config: ExtractConfig) -> None:
         super().__init__()
-        self.favour = favour
-        self.fix = fix
+        self.config = config
+        self._blocklist: Blocklist | None = None
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self._blocklist = Blocklist.load(self.config.blocklist)  # here, since a worker is sent a small step
         for document in data:
             raw = document.metadata["raw"]
             if not raw["reason"]:
@@ -82,14 +140,23 @@ class Extract(PipelineStep):
             yield document
 
     def _work(self, document: Document, raw: dict[str, Any]) -> None:
+        assert self._blocklist is not None
+        if (url := url_of(document.metadata)) and self._blocklist.blocks(url):
+            raw["reason"] = "blocked_url"
+            document.text = document.text[:_SAMPLE_CHARS]
+            return
         if raw["html"]:
             page = document.text
-            document.text, raw["extractor"] = main_text(page, self.favour)
+            if too_complex(page):
+                raw["reason"] = "too_complex"
+                document.text = page[:_SAMPLE_CHARS]
+                return
+            document.text, raw["extractor"] = main_text(page, self.config.extractor)
             if not document.text:
                 raw["reason"] = "no_main_text"
                 document.text = page[:_SAMPLE_CHARS]
                 return
-        if self.fix:
+        if self.config.repair:
             repaired = repair(document.text)
             raw["repaired"] = repaired != document.text
             document.text = repaired
@@ -97,12 +164,19 @@ class Extract(PipelineStep):
             raw["reason"] = "empty"
 
 
+def url_of(metadata: dict[str, Any]) -> str:
+    """The URL that a document came from, "" where it is not known."""
+    inner = metadata.get("record")
+    url = metadata.get("url") or (inner.get("url") if isinstance(inner, dict) else None)
+    return url if isinstance(url, str) else ""
+
+
 class SetAside(PipelineStep):
     """Counts documents, writes what carries a reason to `rejected/` or `drops/`, names the others' shards.
 
-    Broken records go to `rejected/<source>-<file>.jsonl`, all of them, with file, position and reason. Of
-    sound records without a page a few a file are kept in `drops/`. A shard is `<source>/<file>-<part>`, cut
-    at `shard_bytes` of text, so that shards do not depend on how files were shared out.
+    Broken records go to `rejected/<source>-<unit>.jsonl`, all of them, with file, position, offset, reason and the
+    beginning of what they hold. Of sound records without a page a few a unit are kept in `drops/`. A shard is
+    `<source>/<unit>-<part>`, cut at `shard_bytes` of text, so that shards do not depend on how units were shared out.
     """
 
     name = "Set aside"
@@ -122,9 +196,9 @@ class SetAside(PipelineStep):
             raw = document.metadata.pop("raw")
             source, index = document.metadata["source"], raw["index"]
             if reason := raw["reason"]:
-                tally.dropped(source, reason, raw["bytes"])
+                tally.dropped(source, reason, raw["bytes"], raw["count"])
                 sampled[source, index, reason] += 1
-                if reason in BROKEN or sampled[source, index, reason] <= _SAMPLES:
+                if reason in BROKEN | HARMLESS or sampled[source, index, reason] <= _SAMPLES:
                     self._write(document, raw)
                 continue
             size = len(document.text.encode())
@@ -139,14 +213,17 @@ class SetAside(PipelineStep):
         tally.save(Path(self.tallies) / f"out-{rank:05d}.json")
 
     def _write(self, document: Document, raw: dict[str, Any]) -> None:
-        folder = Path(self.folder) / ("rejected" if raw["reason"] in BROKEN else "drops")
+        folder = Path(self.folder) / ("rejected" if raw["reason"] in BROKEN | HARMLESS else "drops")
         folder.mkdir(parents=True, exist_ok=True)
         line = {
             "file": raw["path"],
             "position": document.metadata["position"],
+            "offset": raw["offset"],
             "reason": raw["reason"],
             "bytes": raw["bytes"],
+            "records": raw["count"],
             "id": document.id,
+            "url": url_of(document.metadata),
             "sample": document.text[:_SAMPLE_CHARS],
         }
         with (folder / f"{document.metadata['source']}-{raw['index']:04d}.jsonl").open("a", encoding="utf-8") as out:
@@ -162,5 +239,9 @@ def shard_record(step: PipelineStep, document: Document) -> dict[str, Any]:
 def bad_shares(tally: Tally) -> Iterator[tuple[str, int, int]]:
     """(source, broken records, all records) per source."""
     for source, counts in sorted(tally.sources.items()):
-        broken = sum(amount.documents for reason, amount in counts.dropped.items() if reason in BROKEN)
-        yield source, broken, counts.came_in.documents
+        yield source, sum(set_aside(counts, BROKEN).values()), counts.came_in.documents
+
+
+def set_aside(counts: SourceTally, reasons: frozenset[str] = BROKEN | HARMLESS) -> dict[str, int]:
+    """How many records were set aside, by reason."""
+    return {reason: amount.documents for reason, amount in sorted(counts.dropped.items()) if reason in reasons}

@@ -3,6 +3,10 @@
 Reads like the pipeline: documents (`stages`), then tokenizer, tokens and plan (`token_stages`). Interrupted
 anywhere, the same command goes on. The ledger of all stages goes to `ledger.json` in the run directory,
 `--dry-run` says what would run.
+
+Bad input never ends a run by itself. Records that cannot be used are set aside in `extract/rejected/`, each with file,
+offset and reason. Up to `extract.max_bad_share` of a source's records the exit status is 0, and a line names their
+number and that folder; above it the status is 1, and they are in `extract.failed/rejected/`.
 """
 
 import json
@@ -16,6 +20,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
 from data_pipeline.dedup.stages import dedup_stages
 from data_pipeline.executor import quiet
+from data_pipeline.extraction import set_aside
 from data_pipeline.report import print_ledger, read_ledger, wide_console
 from data_pipeline.stage import Done, Stage, perform, published, sole_user
 from data_pipeline.stages import Workshop, document_stages, final_stage
@@ -55,6 +60,7 @@ def run(config: DataConfig, console: Console) -> list[Done]:
 
 def write_ledger(run_dir: Path, done: Sequence[Done]) -> None:
     ledger = {
+        "set_aside": count_set_aside(done),
         "stages": [
             {
                 "name": stage.name,
@@ -65,9 +71,27 @@ def write_ledger(run_dir: Path, done: Sequence[Done]) -> None:
                 "sources": stage.tally.plain(),
             }
             for stage in done
-        ]
+        ],
     }
     write_atomic(run_dir / "ledger.json", (json.dumps(ledger, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def count_set_aside(done: Sequence[Done]) -> dict[str, int]:
+    """Records of the input that could not be used and stand in extract/rejected/, by reason."""
+    return set_aside(next(stage for stage in done if stage.name == "extract").tally.total())
+
+
+def _say_set_aside(done: Sequence[Done], config: DataConfig, console: Console) -> None:
+    """What exit status 0 does not say: that some of the input was not usable."""
+    if reasons := count_set_aside(done):
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        console.print(
+            f"{sum(reasons.values()):,} records set aside ({counts}), within extract.max_bad_share = "
+            f"{config.extract.max_bad_share}: {Path(config.run.dir) / 'extract' / 'rejected'}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _where(stage: Done) -> str:
@@ -120,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     run_dir = Path(config.run.dir)
     print_ledger(read_ledger(run_dir), run_dir, console)
+    _say_set_aside(done, config, console)
     console.print(f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG")
     return 0
 

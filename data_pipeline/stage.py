@@ -35,7 +35,7 @@ class Stage:
     name: str
     work: Callable[[Path, Path], Tally]
     settings: Any  # what of the config it reads, as JSON
-    code: Sequence[str]  # modules of data_pipeline
+    code: Sequence[str]  # modules and packages of data_pipeline
     needs: Sequence["Stage"] = ()
     counted_against: "Stage | None" = None
     inputs: str = ""  # hash of input files
@@ -68,26 +68,30 @@ def digest(value: Any) -> str:
 
 
 def code_version(modules: Sequence[str], packages: Sequence[str]) -> str:
-    """Hash of the modules' source and the packages' versions."""
+    """Hash of the modules' source, a package's with all of its modules, and the installed packages' versions."""
     here = Path(__file__).parent
-    sources = [hashlib.sha256((here / f"{module}.py").read_bytes()).hexdigest() for module in modules]
+    files = [file for module in modules for file in sorted((here / module).rglob("*.py")) or [here / f"{module}.py"]]
+    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return digest([sources, [importlib.metadata.version(package) for package in packages]])
 
 
 def file_hashes(paths: Sequence[Path], cache: Path) -> str:
-    """One SHA-256 over the contents of `paths`.
+    """One SHA-256 over the contents of `paths`; one that cannot be read counts as that.
 
     A file of unchanged size and time is not read again: see `cache`.
     """
     known = json.loads(cache.read_text()) if cache.exists() else {}
     hashes = {}
     for path in paths:
-        stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns]
-        entry = known.get(str(path))
-        if entry is None or entry["mark"] != mark:
-            with path.open("rb") as file:
-                entry = {"mark": mark, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        try:
+            stat = path.stat()
+            mark = [stat.st_size, stat.st_mtime_ns]
+            entry = known.get(str(path))
+            if entry is None or entry["mark"] != mark:
+                with path.open("rb") as file:
+                    entry = {"mark": mark, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        except OSError:
+            entry = {"mark": [], "sha256": "unreadable"}
         hashes[str(path)] = entry
     write_atomic(cache, json.dumps(hashes, indent=1).encode())
     return digest([[name, entry["sha256"]] for name, entry in hashes.items()])

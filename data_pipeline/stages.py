@@ -8,7 +8,6 @@ thresholds are changed without a scan. Signatures and dedup are in `dedup.stages
 `token_stages`.
 """
 
-import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,17 +18,19 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from rich.console import Console
 
 from configs.data import DataConfig
-from configs.loader import ConfigError, plain
+from configs.loader import plain
+from data_pipeline.blocklist import Blocklist
 from data_pipeline.executor import run_pipeline
 from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.filtering import ApplyRules
 from data_pipeline.heldout import Split, heldout_ids, split_record
 from data_pipeline.language import IdentifyLanguage
 from data_pipeline.ledger import Tally
-from data_pipeline.reading import InputFile, ShardReader, SourceReader
+from data_pipeline.reading import InputUnit, ShardReader, SourceReader, find_units
+from data_pipeline.reading.files import is_remote
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scoring import Score, definition_of
-from data_pipeline.stage import Stage, file_hashes, replace_folder
+from data_pipeline.stage import Stage, digest, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples
 
 SCAN_MODULES = tuple(
@@ -72,43 +73,44 @@ class Workshop:
         return 3 * sum(path.stat().st_size for path in shards)  # about what gzip makes of prose; for the bar alone
 
 
-def input_files(config: DataConfig) -> list[InputFile]:
-    """The files of every source, sorted within it. Errors: ConfigError for a pattern that matches nothing."""
-    found: list[InputFile] = []
-    for name, source in config.sources.items():
-        paths: set[str] = set()
-        for pattern in source.files:
-            matches = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
-            if not matches:
-                raise ConfigError(
-                    f"sources.{name}.files: {pattern!r} matches no file, looked for from {Path.cwd()}; "
-                    "correct the path, or run from the folder that it is relative to"
-                )
-            paths.update(matches)
-        found.extend(
-            InputFile(name, index, path, source.format, source.text_key, source.id_key)
-            for index, path in enumerate(sorted(paths))
-        )
-    return found
+def input_units(config: DataConfig) -> list[InputUnit]:
+    """The files of every source. Errors: ConfigError for a pattern that leads to nothing."""
+    return [
+        unit for name, source in config.sources.items() for unit in find_units(name, source, config.run.shard_bytes)
+    ]
+
+
+def inputs_hash(config: DataConfig, units: Sequence[InputUnit], cache: Path) -> str:
+    """Of local files their content, of remote ones the version that their system tells; blocklists included."""
+    files = [file for unit in units for file in unit.files]
+    local = [Path(file.path) for file in files if not file.reason and not is_remote(file.path)]
+    lists = config.extract.blocklist
+    local += [Path(path) for path in (*lists.domains, *lists.hosts, *lists.prefixes)]
+    others = [
+        [file.path, file.reason, file.identity, file.size] for file in files if file.reason or is_remote(file.path)
+    ]
+    contents = file_hashes(local, cache)
+    return digest([contents, others]) if others else contents
 
 
 def document_stages(shop: Workshop) -> list[Stage]:
     """The stages from files to filtered documents, in the order in which they run."""
     config, run_dir = shop.config, shop.run_dir
-    files = input_files(config)
+    units = input_units(config)
+    Blocklist.load(config.extract.blocklist)  # so that a mistake in a list is found before the work begins
     rules = {name: plain(rules) for name, rules in config.rules.items()}
     routes = {name: source.rules for name, source in config.sources.items()}
     extract = Stage(
         "extract",
-        partial(_extract, shop, files),
+        partial(_extract, shop, units),
         {
             "sources": {name: plain(source) | {"rules": None} for name, source in config.sources.items()},
             "extract": plain(config.extract),
             "shard_bytes": config.run.shard_bytes,
         },
-        ("reading", "extraction"),
-        inputs=file_hashes([Path(file.path) for file in files], run_dir / "inputs.json"),
-        packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson"),
+        ("reading", "extraction", "blocklist"),
+        inputs=inputs_hash(config, units, run_dir / "inputs.json"),
+        packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
     )
     language = Stage(
         "language",
@@ -156,30 +158,33 @@ def final_stage(shop: Workshop, before: Mapping[str, Stage]) -> Stage:
     )
 
 
-def _extract(shop: Workshop, files: list[InputFile], folder: Path, logs: Path) -> Tally:
+def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -> Tally:
     config = shop.config
     tallies = str(logs / "tallies")
     steps = [
-        SourceReader(files, tallies, str(logs / "progress")),
-        Extract(config.extract.favour, config.extract.repair),
+        SourceReader(units, config.extract, tallies, str(logs / "progress")),
+        Extract(config.extract),
         SetAside(str(folder), tallies, config.run.shard_bytes),
         JsonlWriter(str(folder), "${source}/${shard}.jsonl", adapter=shard_record),
     ]
-    size = sum(Path(file.path).stat().st_size for file in files)
-    shop.pipeline("extract", logs, steps, len(files), size)
+    shop.pipeline("extract", logs, steps, len(units), sum(unit.size for unit in units))
     tally = Tally.load_all(Path(tallies))
     limit = config.extract.max_bad_share
     for source, broken, records in bad_shares(tally):
         if broken > limit * records:
             failed = shop.run_dir / "extract.failed"
+            tally.save(folder / "ledger.json")
             replace_folder(folder, failed)
             raise ValueError(
                 f"source {source}: {broken} of {records} records ({broken / records:.1%}) are broken, over "
                 f"extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, "
                 "then repair the files or raise extract.max_bad_share"
             )
-        if records == broken:
-            raise ValueError(f"source {source} has no usable record; check sources.{source}.files and its format")
+        if not tally.of(source).kept.documents:
+            why = ", ".join(f"{reason} {amount.documents}" for reason, amount in tally.of(source).dropped.items())
+            raise ValueError(
+                f"source {source} has no usable record ({why}); check sources.{source}.files and its format"
+            )
     return tally
 
 

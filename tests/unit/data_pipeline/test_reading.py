@@ -3,34 +3,45 @@
 import gzip
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from data_pipeline.reading import InputFile, Record, read_jsonl, read_warc
+from configs.data import ExtractConfig, SourceConfig
+from data_pipeline.reading.records import FoundFile, Record
+from data_pipeline.reading.source import read_file
 
 PAGE = "<html><body><main><p>The page number {}, and enough words to be one.</p></main></body></html>"
 
 
-def read(path: Path, content: bytes, kind: str = "jsonl") -> list[Record]:
+def read(path: Path, content: bytes, kind: str = "jsonl", **limits: float) -> list[Record]:
     path.write_bytes(content)
-    file = InputFile("s", 0, str(path), kind, "text", "id")
-    return list((read_warc if kind == "warc" else read_jsonl)(file, lambda size: None))
+    source = SourceConfig(files=("-",), format=kind, rules={"any": "r"})
+    advanced = []
+    records = list(read_file(FoundFile(str(path), len(content)), source, ExtractConfig(**limits), advanced.append))
+    assert sum(advanced) == len(content)
+    return records
 
 
 def reasons(records: list[Record]) -> list[str]:
     return [record.reason for record in records]
 
 
-def warc(pages: list[bytes], status: str = "200 OK", kind: str = "text/html; charset=utf-8") -> list[bytes]:
+def warc(
+    pages: list[bytes],
+    status: str = "200 OK",
+    kind: str = "text/html; charset=utf-8",
+    extra: Sequence[tuple[str, str]] = (),
+) -> list[bytes]:
     """One gzip member per page."""
     members = []
     for number, page in enumerate(pages):
         buffer = io.BytesIO()
         writer = WARCWriter(buffer, gzip=True)
-        headers = StatusAndHeaders(status, [("Content-Type", kind)], protocol="HTTP/1.1")
+        headers = StatusAndHeaders(status, [("Content-Type", kind), *extra], protocol="HTTP/1.1")
         record = writer.create_warc_record(
             f"http://example.org/{number}", "response", payload=io.BytesIO(page), http_headers=headers
         )
@@ -56,6 +67,7 @@ def test_a_broken_line_is_marked_and_the_next_is_read(tmp_path: Path, line: byte
     assert reasons(records) == ["", reason, ""]
     assert [record.position for record in records] == [1, 2, 4]
     assert [record.text for record in records][::2] == ["one", "three"]
+    assert [record.offset for record in records] == [0, 27, 29 + len(line)]
     assert records[1].size == len(line)
 
 
@@ -69,9 +81,17 @@ def test_a_cut_gzip_keeps_the_lines_before_the_cut(tmp_path: Path) -> None:
     assert records[-1].position == len(records)
 
 
-@pytest.mark.parametrize("content", [b"this is no gzip file", b""])
-def test_a_file_that_is_no_gzip(tmp_path: Path, content: bytes) -> None:
-    assert set(reasons(read(tmp_path / "a.jsonl.gz", content))) <= {"corrupt_gzip"}
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl.gz", b"this is no gzip file", "corrupt_gzip"),
+        ("a.jsonl.zst", b"this is no Zstandard file", "corrupt_zstd"),
+        ("a.jsonl.gz", b"", "empty_file"),
+        ("a.jsonl", b"", "empty_file"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    assert reasons(read(tmp_path / name, content)) == [reason]
 
 
 def test_warc_pages_are_decoded_by_their_own_encoding(tmp_path: Path) -> None:
@@ -128,4 +148,4 @@ def test_sound_records_without_a_page(tmp_path: Path, status: str, kind: str, re
 def test_a_file_that_is_no_warc(tmp_path: Path, content: bytes) -> None:
     records = read(tmp_path / "a.warc.gz", content, "warc")
     assert len(records) == 1
-    assert records[0].reason in ("bad_warc", "cut_gzip")
+    assert records[0].reason in ("bad_warc", "corrupt_gzip", "empty_file")

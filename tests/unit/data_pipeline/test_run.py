@@ -134,6 +134,16 @@ def test_a_run_conserves_documents_and_is_skipped_when_repeated(config: Path, ca
         (7, "missing_text"),
         (8, "invalid_utf8"),
     ]
+    assert json.loads((run_dir / "ledger.json").read_text())["set_aside"] == {
+        "bad_json": 1,
+        "invalid_utf8": 1,
+        "missing_text": 1,
+    }
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "3 records set aside (bad_json 1, invalid_utf8 1, missing_text 1), within extract.max_bad_share = 0.1" in said
+    )
+    assert str(run_dir / "extract/rejected") in said
     written = [
         json.loads(line)
         for path in run_dir.glob("documents/*/prose/*.jsonl.gz")
@@ -196,6 +206,67 @@ def test_too_many_broken_records_stop_the_run(config: Path, capsys) -> None:
     assert "extract.failed/rejected/" in said
     assert (run_folder(config) / "extract.failed/rejected/prose-0000.jsonl").is_file()
     assert not (run_folder(config) / "extract").exists()
+    counts = json.loads((run_folder(config) / "extract.failed/ledger.json").read_text())["prose"]
+    assert sum(amount["documents"] for amount in counts["dropped"].values()) == 3
+
+
+FOLDERS = """
+[sources.text]
+files = ["{folder}/texts"]
+format = "text"
+rules = {{ en = "english" }}
+
+[sources.code]
+files = ["{folder}/code"]
+format = "code"
+skip_vendored = true
+rules = {{ any = "code" }}
+
+[extract.blocklist]
+domains = ["{folder}/blocked"]
+
+[rules.code]
+word_count = {{ min = 1 }}
+"""
+
+
+def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path, capsys) -> None:
+    """Documents of folders reach the end; a blocklist changed is an input changed."""
+    weights = "prose = 1.0, pages = 1.0"
+    text = config.read_text().replace(weights, f"{weights}, text = 1.0, code = 1.0")
+    config.write_text(text + FOLDERS.format(folder=tmp_path))
+    with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rb") as lines:
+        for number, line in enumerate(lines.readlines()[1:40:3]):
+            folder = tmp_path / f"texts/{number % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.txt").write_text(json.loads(line)["text"][:2000])
+    (tmp_path / "texts/0/loop").symlink_to(tmp_path / "texts")
+    with gzip.open(ROOT / "data/demo/code.jsonl.gz", "rb") as lines:
+        for number, line in enumerate(lines.readlines()[:20]):
+            for folder in ("code/a", "code/vendor"):
+                (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+                (tmp_path / folder / f"{number}.py").write_text(json.loads(line)["text"])
+    (tmp_path / "blocked").write_text("nobody.example\n")
+    assert main([str(config)]) == 0
+    assert "symlink_loop 1)" in capsys.readouterr().out
+    extract = ledger(run_folder(config))["extract"]["sources"]
+    assert extract["text"]["kept"]["documents"] == 13
+    assert extract["text"]["dropped"] == {"symlink_loop": {"documents": 1, "bytes": 0}}
+    assert extract["code"]["kept"]["documents"] == 20
+    assert extract["code"]["dropped"] == {"vendored_folder": {"documents": 1, "bytes": 0}}
+    assert not extract["pages"]["dropped"]
+    written = [
+        json.loads(line)
+        for path in run_folder(config).glob("documents/*/code/*.jsonl.gz")
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+    assert written and all(document["id"].startswith(f"{tmp_path}/code/a/") for document in written)
+    assert written[0]["metadata"]["code_language"] == "Python"
+
+    page = gzip.decompress(next(run_folder(config).glob("extract/pages/*.gz")).read_bytes()).splitlines()[0]
+    (tmp_path / "blocked").write_text(json.loads(page)["metadata"]["url"].split("/")[2] + "\n")
+    assert main([str(config)]) == 1, "every page is from that host"
+    assert "source pages has no usable record (blocked_url " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

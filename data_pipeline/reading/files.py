@@ -1,0 +1,184 @@
+"""From the patterns of a source to its files, on any file system that fsspec knows; and opening them.
+
+A pattern is a path, a glob, or a folder, which is searched for files of the source's format. Local folders are followed
+through links, every folder once: a loop or a file reached twice is reported, never read twice. Files within one
+source are told apart by device and inode; the same file in two sources is read for both. Endpoint and credentials of
+remote systems come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID...) or fsspec's own configuration
+(FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec): none is read, kept or shown here. Writing to remote systems is left out.
+"""
+
+import contextlib
+import glob
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+from fsspec.utils import glob_translate
+
+from configs.data import SourceConfig
+from configs.loader import ConfigError
+from data_pipeline.reading.formats import entered, wanted
+from data_pipeline.reading.records import FoundFile
+
+_REMOTE_BLOCK = 1 << 22  # bytes a request to a remote system fetches, and holds
+# What says which version of an object this is, by whichever name a file system gives it; checksums before times.
+_VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "content_hash", "checksum", "LastModified", "mtime", "created")
+
+
+def find_files(name: str, source: SourceConfig) -> list[FoundFile]:
+    """The files of source `name`, sorted by path. Errors: ConfigError for a pattern that leads to nothing."""
+    found: dict[str, FoundFile] = {}
+    for pattern in source.files:
+        key = f"sources.{name}.files"
+        files = list(_remote(pattern, source, key) if is_remote(pattern) else _local(pattern, source))
+        if not files:
+            raise ConfigError(
+                f"{key}: {pattern!r} matches no file, looked for from {Path.cwd()}; correct the path, or run from the "
+                f"folder that it is relative to (a folder is searched for files of format {source.format!r})"
+            )
+        for file in files:
+            found.setdefault(file.path, file)
+    return _each_once([found[path] for path in sorted(found)])
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens for reading; a remote file is fetched block by block. Errors: OSError."""
+    if not is_remote(path):
+        return open(path, "rb")
+    system, inner = fsspec.core.url_to_fs(path)
+    return system.open(inner, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
+
+
+def _local(pattern: str, source: SourceConfig) -> Iterator[FoundFile]:
+    if not glob.has_magic(pattern) or os.path.lexists(pattern):
+        yield from _search(pattern, source) if os.path.isdir(pattern) else _named([pattern])
+    elif "**" not in pattern:
+        for match in sorted(glob.glob(pattern)):
+            yield from _search(match, source) if os.path.isdir(match) else _named([match])
+    else:  # glob's own ** would follow a loop of links until the system gives up
+        root = os.path.dirname(re.split(r"[*?\[]", pattern)[0]) or "."
+        matches = re.compile(glob_translate(pattern)).match
+        for path, reason in _walk(root, source):
+            name = path.removeprefix("./") if root == "." else path
+            if reason or matches(name):
+                yield _look(name, root, reason)
+
+
+def _named(paths: list[str]) -> Iterator[FoundFile]:
+    yield from (_look(path, os.path.dirname(path)) for path in paths if os.path.lexists(path))
+
+
+def _search(folder: str, source: SourceConfig) -> Iterator[FoundFile]:
+    root = folder.rstrip("/") or "/"
+    for path, reason in _walk(root, source):
+        if reason or wanted(path, source):
+            yield _look(path, root, reason)
+
+
+def _walk(root: str, source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """(path, "") of every file under `root`, and (path, reason) of folders that are not entered.
+
+    Links to folders come last, so that what is reachable without one keeps its own path.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting, links = [root], list[str]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop(0)
+        try:
+            mark = os.stat(folder)
+            if (mark.st_dev, mark.st_ino) in seen:
+                yield folder, "symlink_loop" if _leads_up(folder) else "seen_before"
+                continue
+            seen.add((mark.st_dev, mark.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            yield folder, "unreadable"
+            continue
+        for entry in entries:
+            if not os.path.isdir(entry.path):  # unlike entry.is_dir(), False for a link to itself
+                yield entry.path, ""
+            elif reason := entered(entry.name, source):
+                if reason != "version_control":
+                    yield entry.path, reason
+            else:
+                (links if entry.is_symlink() else waiting).append(entry.path)
+
+
+def _leads_up(link: str) -> bool:
+    target, place = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    return place == target or place.startswith(target.rstrip("/") + "/")
+
+
+def _look(path: str, root: str, reason: str = "") -> FoundFile:
+    if reason:
+        return FoundFile(path, 0, root, reason)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return FoundFile(path, 0, root, "symlink_loop" if "symbolic links" in str(error) else "unreadable")
+    return FoundFile(path, status.st_size, root, "" if stat.S_ISREG(status.st_mode) else "not_a_file")
+
+
+def _each_once(files: list[FoundFile]) -> list[FoundFile]:
+    """Marks what is reached a second time, by a link or another name; of several names, a link never keeps it."""
+    names: dict[tuple[int, int], list[str]] = {}
+    for file in files:
+        if not file.reason and not is_remote(file.path):
+            with contextlib.suppress(OSError):  # gone since it was found: the reader will say so
+                status = os.stat(file.path)
+                names.setdefault((status.st_dev, status.st_ino), []).append(file.path)
+    again: set[str] = set()
+    for paths in names.values():
+        if len(paths) > 1:
+            again.update(sorted(paths, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path))[1:])
+    return [FoundFile(file.path, 0, file.root, "seen_before") if file.path in again else file for file in files]
+
+
+def _remote(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]:
+    try:
+        system, inner = fsspec.core.url_to_fs(pattern)
+        system.invalidate_cache()
+        magic = glob.has_magic(inner)
+        listing = system.glob(inner, detail=True) if magic else system.find(inner, detail=True)
+        searched = not magic and inner.rstrip("/") not in listing
+    except ImportError as error:
+        raise ConfigError(f"{key}: {pattern!r}: {error}; install that package, or copy the files") from None
+    except Exception as error:  # whatever the file system's client raises; its text may name what it was given
+        detail = f": {error}" if isinstance(error, OSError) else ""
+        raise ConfigError(
+            f"{key}: {pattern!r} cannot be listed ({type(error).__name__}{detail}); check the address, and endpoint "
+            "and credentials in the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID...) or in fsspec's configuration"
+        ) from None
+    root = system.unstrip_protocol(inner if searched else re.split(r"[*?\[]", inner)[0].rsplit("/", 1)[0])
+    skipped: dict[str, str] = {}
+    for name, info in sorted(listing.items()):
+        path = system.unstrip_protocol(name)
+        if info["type"] != "file" or name.endswith("/") or (searched and not wanted(path, source)):
+            continue
+        if not _in_skipped(path, root, source, skipped):
+            yield FoundFile(path, info["size"] or 0, root, identity=_identity(info))
+    yield from (FoundFile(folder, 0, root, reason) for folder, reason in sorted(skipped.items()))
+
+
+def _in_skipped(path: str, root: str, source: SourceConfig, skipped: dict[str, str]) -> bool:
+    """Whether a folder on the way from `root` to `path` is not to be entered; it is noted in `skipped`."""
+    folder = root
+    for part in path.removeprefix(root).strip("/").split("/")[:-1]:
+        folder = f"{folder}/{part}"
+        if reason := entered(part, source):
+            if reason != "version_control":
+                skipped[folder] = reason
+            return True
+    return False
+
+
+def _identity(info: dict[str, Any]) -> str:
+    return next((f"{name}={info[name]}" for name in _VERSIONS if info.get(name) is not None), "")
