@@ -9,32 +9,29 @@ passwords in running text.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-# Prefix, and what follows it; formats as their issuers document them.
-_TOKENS: dict[str, str] = {
-    "AKIA": r"(?![A-Z2-7]*EXAMPLE)[A-Z2-7]{16}",  # AWS access key; theirs for manuals end in EXAMPLE
-    "ASIA": r"(?![A-Z2-7]*EXAMPLE)[A-Z2-7]{16}",
-    **{f"gh{letter}_": "[A-Za-z0-9]{36,255}" for letter in "pousr"},  # GitHub
-    "github_pat_": r"[A-Za-z0-9]{22}_[A-Za-z0-9]{59}",
-    "glpat-": r"[A-Za-z0-9_\-]{20,}",  # GitLab
-    "xox": r"[abeoprs]-[A-Za-z0-9\-]{10,250}",  # Slack
-    "hooks.slack.com/services/": r"T[A-Z0-9]{7,}/B[A-Z0-9]{7,}/[A-Za-z0-9]{20,}",
-    "AIza": r"[A-Za-z0-9_\-]{35}",  # Google
-    "sk_live_": r"[A-Za-z0-9]{20,}",  # Stripe
-    "rk_live_": r"[A-Za-z0-9]{20,}",
-    "sk-": r"[A-Za-z0-9_\-]{20,}T3BlbkFJ[A-Za-z0-9_\-]{20,}",  # OpenAI
-    "sk-ant-": r"[A-Za-z0-9]{3,8}-[A-Za-z0-9_\-]{60,}",  # Anthropic
-    "hf_": r"[A-Za-z]{34}",  # Hugging Face
-    "npm_": r"[A-Za-z0-9]{36}",
-    "pypi-AgE": r"[A-Za-z0-9_\-]{50,}",
-    "SG.": r"[A-Za-z0-9_\-]{22}\.[A-Za-z0-9_\-]{43}",  # SendGrid
-    "eyJ": r"[A-Za-z0-9_\-]{10,}\.eyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-]{10,}",  # JSON web token, RFC 7519
-}
-_WORD = re.compile(r"[A-Za-z0-9_]")
-_TOKEN_PATTERNS = {
-    prefix: re.compile(rf"{re.escape(prefix)}{rest}(?![A-Za-z0-9_])") for prefix, rest in _TOKENS.items()
-}
+# Formats as their issuers document them. Each has a run of LONG_RUN letters, digits, "_" and "-" in it.
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9_])(?:"
+    r"A[KS]IA(?![A-Z2-7]*EXAMPLE)[A-Z2-7]{16}"  # AWS access key; theirs for manuals end in EXAMPLE
+    r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}"
+    r"|glpat-[A-Za-z0-9_\-]{20,}"  # GitLab
+    r"|xox[abeoprs]-[A-Za-z0-9\-]{15,250}"  # Slack
+    r"|hooks\.slack\.com/services/T[A-Z0-9]{7,12}/B[A-Z0-9]{7,12}/[A-Za-z0-9]{20,}"
+    r"|AIza[A-Za-z0-9_\-]{35}"  # Google
+    r"|[rs]k_live_[A-Za-z0-9]{20,}"  # Stripe
+    r"|sk-[A-Za-z0-9_\-]{20,}T3BlbkFJ[A-Za-z0-9_\-]{20,}"  # OpenAI
+    r"|sk-ant-[A-Za-z0-9]{3,8}-[A-Za-z0-9_\-]{60,}"  # Anthropic
+    r"|hf_[A-Za-z]{34}"  # Hugging Face
+    r"|npm_[A-Za-z0-9]{36}|pypi-AgE[A-Za-z0-9_\-]{50,}"
+    r"|SG\.[A-Za-z0-9_\-]{22}\.[A-Za-z0-9_\-]{43}"  # SendGrid
+    r"|eyJ[A-Za-z0-9_\-]{10,}\.eyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-]{10,}"  # JSON web token, RFC 7519
+    r")(?![A-Za-z0-9_])"
+)
+_BEGIN = re.compile(r"(?<![A-Za-z0-9_])(?=A[KS]IA|gh|glpat|xox|hooks|AIza|[rs]k[_\-]|hf_|npm_|pypi|SG\.|eyJ)")
+LONG_RUN = 18
+_BEFORE_RUN = 60  # as far ahead of its longest run a token begins at most
 _PEM_BEGIN = re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----")
 _PEM_END = re.compile(r"-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----")
 _PEM_BODY = re.compile(r"[A-Za-z0-9+/=\s\\:,\-\"']*")  # without an end: as far as it looks like one
@@ -42,14 +39,15 @@ _PEM_CONTENT = re.compile(r"[A-Za-z0-9+/]{40,}")  # code that only names the mar
 _PEM_MAX = 1 << 14
 
 
-def keys(text: str) -> Iterator[tuple[int, int]]:
-    """Where keys are, (start, end) in characters."""
-    for prefix, pattern in _TOKEN_PATTERNS.items():
-        start = text.find(prefix)
-        while start >= 0:
-            if not _WORD.match(text[start - 1 : start]) and (match := pattern.match(text, start)):
-                yield match.span()
-            start = text.find(prefix, start + len(prefix))
+def keys(text: str, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Where keys are, (start, end) in characters; `runs` are those of LONG_RUN signs or more of a token."""
+    done = 0
+    for first, last in runs:
+        for begin in _BEGIN.finditer(text, max(done, first - _BEFORE_RUN), last):
+            token = _TOKEN.match(text, begin.start())
+            if token and token.start() >= done:
+                yield token.span()
+                done = token.end()
     if "PRIVATE KEY" in text:
         for begin in _PEM_BEGIN.finditer(text):
             end = _PEM_END.search(text, begin.end(), begin.end() + _PEM_MAX)

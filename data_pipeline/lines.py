@@ -7,7 +7,7 @@ stay is that of source, shard, row and line. Copies are counted by 128-bit BLAKE
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from configs.cuts import LinesConfig
 from data_pipeline.copies import DIGEST, Quota, Units
 from data_pipeline.cuts import Cut, CutStep, byte_offsets
 
-_BREAK = {"line": re.compile(r"\n"), "paragraph": re.compile(r"\n[^\S\n]*\n\s*")}
+_PARAGRAPH_BREAK = re.compile(r"(\n[^\S\n]*\n\s*)")
 
 
 class Lines(Units):
@@ -26,26 +26,29 @@ class Lines(Units):
     def __init__(self, settings: LinesConfig) -> None:
         self.settings = settings
 
-    def spans(self, text: str) -> Iterator[tuple[int, int, str]]:
-        """(start, end, what is compared), in characters; a unit ends with the break behind it."""
-        start = 0
-        for found in _BREAK[self.settings.unit].finditer(text):
-            yield start, found.end(), text[start : found.start()].strip()
-            start = found.end()
-        yield start, len(text), text[start:].strip()
+    def units(self, text: str) -> tuple[list[str], list[int]]:
+        """The units without the breaks between them, and how many characters of the text each has with its own."""
+        if self.settings.unit == "line":
+            lines = text.split("\n")
+            return lines, [len(line) + 1 for line in lines]
+        parts = _PARAGRAPH_BREAK.split(text)  # units and breaks in turn
+        breaks = [*parts[1::2], ""]
+        return parts[::2], [len(unit) + len(between) for unit, between in zip(parts[::2], breaks, strict=True)]
 
     def counted(self, text: str, source: str) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Spans of the units that count, and their DIGESTs."""
+        """Spans of the units that count, in characters, each with the break behind it, and their DIGESTs."""
         settings = self.settings
         if settings.sources is not None and source not in settings.sources:
             return [], np.zeros(0, DIGEST)
         # Counted within a source, the same line is another unit in each.
         person = hashlib.blake2b(source.encode(), digest_size=16).digest() if settings.scope == "source" else b""
-        spans, digests = [], []
-        for start, end, line in self.spans(text):
+        spans, digests, start = [], [], 0
+        for line, size in zip(*self.units(text), strict=True):
+            line = line.strip()
             if len(line) >= settings.min_chars:
-                spans.append((start, end))
+                spans.append((start, min(start + size, len(text))))
                 digests.append(hashlib.blake2b(line.encode(), digest_size=16, person=person).digest())
+            start += size
         return spans, np.frombuffer(b"".join(digests), DIGEST)
 
     def digests(self, text: str, source: str, shard: str) -> np.ndarray:

@@ -9,7 +9,8 @@ Precision comes first, since replacements scar dates, versions, serial numbers a
 - key, secret: see `credentials`.
 Names, street addresses, identity and account numbers are left out: they need a model, or a country's register.
 
-Each kind is guarded by a scan for what it cannot do without (an "@", a run of digits, a prefix). `mask` is for
+One compiled pass finds what each kind cannot do without (digits close together, dots, a long run of letters and
+digits); expressions are tried there only. `mask` is for
 texts that people are shown.
 """
 
@@ -19,10 +20,15 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
+import numba
 import numpy as np
 
 from configs.cuts import KINDS, Kind
 from data_pipeline import credentials
+from data_pipeline.credentials import LONG_RUN
+from data_pipeline.scan.characters import codes_of
+
+_Spans = tuple[np.ndarray, np.ndarray]
 
 PLACEHOLDERS: dict[Kind, str] = {
     "email": "<EMAIL>",
@@ -42,20 +48,21 @@ class Found(NamedTuple):
     kind: Kind
 
 
-class Numbers(NamedTuple):
-    """Stretches of a text, as (start, end), where numbers of interest can be."""
+class Stretches(NamedTuple):
+    """Parts of a text, as (start, end), where something can be: all that most finders look at."""
 
     dotted: list[tuple[int, int]]  # three dots as far apart as an IPv4 address has them
-    long: list[tuple[int, int]]  # at least 7 digits, never far from each other
+    numbers: list[tuple[int, int]]  # at least 7 digits, never far from each other
+    runs: list[tuple[int, int]]  # letters, digits, "_" and "-", as many as a key has
 
 
 def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) -> list[Found]:
     """What is found in `text`, in order, without overlaps: where kinds meet, the first of `_FINDERS` has it."""
     found: list[Found] = []
-    numbers = _numbers(text) if {"ip", "phone", "card"} & set(kinds) else Numbers([], [])
+    stretches = _stretches(text)
     for kind, finder in _FINDERS.items():
         if kind in kinds:
-            for start, end in finder(text, numbers, private_ips):
+            for start, end in finder(text, stretches, private_ips):
                 place = bisect.bisect(found, (start,))
                 after_one = place == 0 or found[place - 1].end <= start
                 if after_one and (place == len(found) or end <= found[place].start):
@@ -85,7 +92,7 @@ _COMMON_DOMAINS = {"com", "org", "net", "edu", "gov", "mil", "int", "info", "biz
 _LONGEST_LOCAL = 64  # RFC 5321
 
 
-def _emails(text: str, numbers: Numbers, private_ips: bool) -> Iterator[tuple[int, int]]:
+def _emails(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
     at = text.find("@")
     while at >= 0:
         domain = _DOMAIN.match(text, at + 1)
@@ -103,25 +110,57 @@ def _emails(text: str, numbers: Numbers, private_ips: bool) -> Iterator[tuple[in
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 _LONGEST_GAP = 3  # signs between two digits of a telephone number: ") " and the like
+_MIN_DIGITS = 7
 _LOOK_AROUND = 4  # characters beside digits that patterns may look at: "(", "+", "//"
 
 
-def _numbers(text: str) -> Numbers:
-    """One vectorised look at all characters: `re` would spend its time on the years in prose."""
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    dots = np.flatnonzero(codes == ord("."))
-    apart = dots[2:] - dots[:-2]
-    first = dots[:-2][(apart >= 4) & (apart <= 8)]
-    digits = np.flatnonzero(codes - np.uint32(ord("0")) < 10)
-    groups = np.flatnonzero(np.diff(digits) > _LONGEST_GAP + 1) + 1
-    starts, ends = np.r_[0, groups], np.r_[groups, len(digits)]
-    many = ends - starts >= 7
-    return Numbers(
-        [(max(0, dot - 3 - _LOOK_AROUND), dot + 12 + _LOOK_AROUND) for dot in first.tolist()],
-        [
-            (max(0, start - _LOOK_AROUND), end + 1 + _LOOK_AROUND)
-            for start, end in zip(digits[starts[many]].tolist(), digits[ends[many] - 1].tolist(), strict=True)
-        ],
+def _stretches(text: str) -> Stretches:
+    codes = codes_of(text)
+    dotted, numbers, runs = (list(zip(*map(np.ndarray.tolist, spans), strict=True)) for spans in _scan(codes))
+    return Stretches(dotted, numbers, runs)
+
+
+@numba.njit(cache=True, nogil=True)
+def _scan(codes: np.ndarray) -> tuple[_Spans, _Spans, _Spans]:
+    """(starts, ends) of each kind of stretch, in one pass over all characters."""
+    size = len(codes)
+    most = size // 2 + 2  # one for each dot, at most, of which two are 4 apart from the next but one
+    starts, ends = np.empty((3, most), np.int64), np.empty((3, most), np.int64)
+    counts = np.zeros(3, np.int64)
+    dot, dot_before = -100, -100
+    first_digit, last_digit, digits = 0, -100, 0
+    run = 0
+    for place in range(size + 1):
+        code = codes[place] if place < size else np.uint32(0)
+        if 48 <= code <= 57:
+            if place - last_digit > _LONGEST_GAP + 1:
+                if digits >= _MIN_DIGITS:
+                    starts[1, counts[1]], ends[1, counts[1]] = first_digit, last_digit + 1
+                    counts[1] += 1
+                first_digit, digits = place, 0
+            last_digit = place
+            digits += 1
+        elif code == 46:
+            if 4 <= place - dot_before <= 8:
+                starts[0, counts[0]], ends[0, counts[0]] = dot_before - 3, place + 4
+                counts[0] += 1
+            dot_before, dot = dot, place
+        if not (48 <= code <= 57 or 65 <= code <= 90 or 97 <= code <= 122 or code == 95 or code == 45):
+            if place - run >= LONG_RUN:
+                starts[2, counts[2]], ends[2, counts[2]] = run, place
+                counts[2] += 1
+            run = place + 1
+    if digits >= _MIN_DIGITS:
+        starts[1, counts[1]], ends[1, counts[1]] = first_digit, last_digit + 1
+        counts[1] += 1
+    for kind in range(2):
+        for span in range(counts[kind]):
+            starts[kind, span] = max(starts[kind, span] - _LOOK_AROUND, 0)
+            ends[kind, span] = min(ends[kind, span] + _LOOK_AROUND, size)
+    return (
+        (starts[0, : counts[0]].copy(), ends[0, : counts[0]].copy()),
+        (starts[1, : counts[1]].copy(), ends[1, : counts[1]].copy()),
+        (starts[2, : counts[2]].copy(), ends[2, : counts[2]].copy()),
     )
 
 
@@ -147,8 +186,8 @@ _IPV6_SIGNS = frozenset("0123456789abcdefABCDEF:.")
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 
 
-def _ips(text: str, numbers: Numbers, private_ips: bool) -> Iterator[tuple[int, int]]:
-    for start, end in numbers.dotted:
+def _ips(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
+    for start, end in stretches.dotted:
         for match in _matches(_IPV4, text, start, end):
             before = text[max(0, match.start() - _CONTEXT) : match.start()]
             if _is_ipv4(match[0], private_ips) and not _VERSION_BEFORE.search(before):
@@ -216,8 +255,8 @@ _CJK = re.compile(r"[\u4e00-\u9fff]")
 _YEARS = re.compile(r"(?:1[5-9]|20)[0-9]{2}\D+(?:1[5-9]|20)[0-9]{2}")
 
 
-def _phones(text: str, numbers: Numbers, private_ips: bool) -> Iterator[tuple[int, int]]:
-    for start, end in numbers.long:
+def _phones(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
+    for start, end in stretches.numbers:
         for pattern in (_INTERNATIONAL, _NORTH_AMERICAN, _CHINESE, _ANY_PHONE):
             for match in _matches(pattern, text, start, end):
                 if _is_phone(text, match, pattern):
@@ -253,20 +292,20 @@ def luhn(digits: str) -> bool:
     return sum(value - 9 * (value > 9) for value in doubled) % 10 == 0
 
 
-def _cards(text: str, numbers: Numbers, private_ips: bool) -> Iterator[tuple[int, int]]:
-    for start, end in numbers.long:
+def _cards(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
+    for start, end in stretches.numbers:
         for match in _matches(_CARD, text, start, end):
             digits = "".join(filter(str.isdigit, match[0]))
             if _ISSUERS.fullmatch(digits) and luhn(digits):
                 yield match.span()
 
 
-_Finder = Callable[[str, Numbers, bool], Iterator[tuple[int, int]]]
+_Finder = Callable[[str, Stretches, bool], Iterator[tuple[int, int]]]
 _FINDERS: dict[Kind, _Finder] = {
-    "key": lambda text, numbers, private_ips: credentials.keys(text),
+    "key": lambda text, stretches, private_ips: credentials.keys(text, stretches.runs),
     "email": _emails,
     "card": _cards,
     "ip": _ips,
     "phone": _phones,
-    "secret": lambda text, numbers, private_ips: credentials.secrets(text),
+    "secret": lambda text, stretches, private_ips: credentials.secrets(text),
 }

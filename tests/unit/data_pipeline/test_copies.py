@@ -1,5 +1,7 @@
 """Lines and substrings that occur again: held against brute force and a suffix array, on made-up and real text."""
 
+import gzip
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -17,7 +19,7 @@ from data_pipeline.cuts import Cut, CutStep, apply, merge, read_cuts
 from data_pipeline.lines import CutLines, Lines
 from data_pipeline.substrings import CutSubstrings, Minimizers, Windows
 from data_pipeline.tables import as_table, write_table
-from tests.unit.data_pipeline.conftest import demo_records
+from tests.unit.data_pipeline.conftest import DEMO, demo_records
 
 Corpus = dict[str, list[str]]  # shard -> texts, in order
 
@@ -239,6 +241,19 @@ def test_substrings_agree_with_a_suffix_array_on_real_text(tmp_path: Path) -> No
     )
     assert gone > 20_000
     assert left(corpus, cut_substrings(tmp_path, corpus, min_bytes=100)) == expected
+
+
+@pytest.mark.full
+def test_substrings_agree_with_a_suffix_array_on_the_demo_corpus(tmp_path: Path) -> None:
+    corpus: Corpus = {}
+    for source in ("english", "chinese", "code"):
+        with gzip.open(DEMO / f"{source}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+        corpus |= {f"{source}/{part:04d}": texts[part::3] for part in range(3)}
+    expected = by_suffix_array(corpus, 200)
+    cuts = cut_substrings(tmp_path, corpus, partitions=5, min_bytes=200)
+    assert left(corpus, cuts) == expected
+    assert sum(cut.end - cut.start for found in cuts.values() for cut in found) > 100_000
 
 
 def test_the_first_occurrence_stays_whole_and_the_next_goes(tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_only_what_is_asked_for() -> None:
     assert find("jane@uni-bonn.de, +44 207 154 1707", kinds=["phone"]) == [(18, 34, "phone")]
 
 
+@pytest.mark.parametrize("unit", ["1.", "1...", "7", "1.1.1.1 ", "a-", "12345678 ", "....1", "@.", "::1 ", "\n", "桃"])
+def test_long_texts_of_one_unit_hold_nothing(unit: str) -> None:
+    assert kinds(unit * 5000) == kinds(unit * 4999 + unit[0]) == []
+
+
+def test_many_in_one_text_are_all_found() -> None:
+    addresses = [f"81.{number % 250}.{number // 250}.142" for number in range(2000)]
+    assert [found for _, found in kinds("，".join(addresses))] == addresses
+
+
 def test_a_number_within_an_address_is_one_thing() -> None:
     assert kinds("电话13812345678@qq.com") == [("email", "13812345678@qq.com")]
 
