@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from configs.base import Section
+from configs.cuts import DecontaminateConfig, DocumentsConfig, LinesConfig, PiiConfig, SubstringsConfig
 from configs.rules import combined
 
 ANY_LANGUAGE = "any"
@@ -264,6 +265,11 @@ class DataConfig(Section):
     extract: ExtractConfig = ExtractConfig()
     language: LanguageConfig = LanguageConfig()
     dedup: DedupConfig = DedupConfig()
+    decontaminate: DecontaminateConfig | None = None
+    lines: LinesConfig | None = None
+    substrings: SubstringsConfig | None = None
+    pii: PiiConfig | None = None
+    documents: DocumentsConfig = DocumentsConfig()
     heldout: HeldoutConfig = HeldoutConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     mixture: MixtureConfig
@@ -279,10 +285,16 @@ class DataConfig(Section):
                         f"sources.{name}.rules.{language} = {rules!r} is no rule set; "
                         f"known under [rules]: {', '.join(sorted(self.rules))}"
                     )
-        for name in self.mixture.weights or {}:
-            if name not in self.sources:
-                raise ValueError(
-                    f"mixture.weights.{name}: there is no such source; known under [sources]: "
-                    f"{', '.join(sorted(self.sources))}"
-                )
+        named = {
+            "mixture.weights": self.mixture.weights,
+            "lines.sources": self.lines and self.lines.sources,
+            "substrings.sources": self.substrings and self.substrings.sources,
+        }
+        for key, names in named.items():
+            for name in names or ():
+                if name not in self.sources:
+                    raise ValueError(
+                        f"{key}.{name}: there is no such source; known under [sources]: "
+                        f"{', '.join(sorted(self.sources))}"
+                    )
         return self

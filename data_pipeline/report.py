@@ -33,7 +33,10 @@ def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> Non
     for stage in ledger["stages"]:
         total = stage["total"]
         dropped = {reason: amount["documents"] for reason, amount in total["dropped"].items()}
-        top = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))[:3]
+        top = sorted(
+            ((reason, count) for reason, count in dropped.items() if count), key=lambda item: (-item[1], item[0])
+        )
+        parts = {reason: amount["bytes"] for reason, amount in total["dropped"].items() if not amount["documents"]}
         notes = [f"({name}: {count:,})" for name, count in total["notes"].items()]
         table.add_row(
             stage["name"],
@@ -41,7 +44,13 @@ def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> Non
             f"{total['kept']['documents']:,}",
             f"{sum(dropped.values()):,}",
             f"{total['passed_on']['bytes'] / 1e6:.2f}",
-            ", ".join([*(f"{reason} {count:,}" for reason, count in top), *notes]),
+            ", ".join(
+                [
+                    *(f"{reason} {count:,}" for reason, count in top[:3]),
+                    *(f"{reason} {size:,} bytes" for reason, size in parts.items()),
+                    *notes,
+                ]
+            ),
             f"{stage['seconds']:.1f}" + ("" if stage["fresh"] else " (kept)"),
             stage["where"],
         )
@@ -56,7 +65,9 @@ def print_drops(run_dir: Path, console: Console) -> None:
         console.print(f"\n[bold]{path}[/bold]")
         for sample in samples:
             reason = sample.get("verdict") or sample.get("reason")
-            text = " ".join((sample.get("head") or sample.get("sample") or "").split())[:_SAMPLE_CHARS]
+            text = " ".join((sample.get("head") or sample.get("sample") or sample.get("context") or "").split())[
+                :_SAMPLE_CHARS
+            ]
             console.print(f"  {reason}  {sample['id']}", highlight=False, markup=False)
             console.print(f"    {text}", highlight=False, markup=False)
 

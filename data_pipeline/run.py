@@ -1,8 +1,8 @@
 """`trivium data run CONFIG`: raw files to a mixture plan, stage by stage, skipping what is done.
 
-Reads like the pipeline: documents (`stages`), then tokenizer, tokens and plan (`token_stages`). Interrupted
-anywhere, the same command goes on. The ledger of all stages goes to `ledger.json` in the run directory,
-`--dry-run` says what would run.
+Reads like the pipeline: filtered documents (`stages`), unique ones (`dedup.stages`), what is taken out of them
+(`cut_stages`), then tokenizer, tokens and plan (`token_stages`). Interrupted anywhere, the same command goes on. The
+ledger of all stages goes to `ledger.json` in the run directory, `--dry-run` says what would run.
 
 Bad input never ends a run by itself. Records that cannot be used are set aside in `extract/rejected/`, each with file,
 offset and reason. Up to `extract.max_bad_share` of a source's records the exit status is 0, and a line names their
@@ -18,12 +18,13 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
+from data_pipeline.cut_stages import cut_stages
 from data_pipeline.dedup.stages import dedup_stages
 from data_pipeline.executor import quiet
 from data_pipeline.extraction import set_aside
 from data_pipeline.report import print_ledger, read_ledger, wide_console
 from data_pipeline.stage import Done, Stage, perform, published, sole_user
-from data_pipeline.stages import Workshop, document_stages, final_stage
+from data_pipeline.stages import Workshop, document_stages
 from data_pipeline.token_stages import token_stages
 
 
@@ -32,7 +33,7 @@ def all_stages(config: DataConfig, run_dir: Path, console: Console) -> list[Stag
     shop = Workshop(config, run_dir, console)
     stages = document_stages(shop)
     stages += dedup_stages(shop, {stage.name: stage for stage in stages})
-    stages.append(final_stage(shop, {stage.name: stage for stage in stages}))
+    stages += cut_stages(shop, {stage.name: stage for stage in stages})
     return [*stages, *token_stages(shop, stages[-1])]
 
 

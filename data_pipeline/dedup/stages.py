@@ -20,7 +20,7 @@ from data_pipeline.dedup.verify import LayOutShingles, Verify
 from data_pipeline.ledger import Tally
 from data_pipeline.scan.words import Splitter
 from data_pipeline.stage import Stage, digest, read_manifest
-from data_pipeline.stages import SCAN_MODULES, Workshop, scan_text, text_reader
+from data_pipeline.stages import MASKING, SCAN_MODULES, Workshop, scan_text, text_reader
 from data_pipeline.tables import count_verdicts, shards_of
 
 _SIGNED = ("bands", "rows", "ngram", "seed")  # the settings that signatures depend on
@@ -43,7 +43,7 @@ def dedup_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
         "dedup",
         partial(_dedup, shop),
         {name: value for name, value in settings.items() if name != "memory_mb"},
-        ("dedup/pairs", "dedup/clusters", "dedup/verify", "tables"),
+        ("dedup/pairs", "dedup/clusters", "dedup/verify", "tables", *MASKING),
         needs=(before["filter"], signatures),
         counted_against=before["filter"],
         inputs=digest([_index_key(config, Path(run)) for run in config.dedup.index]),

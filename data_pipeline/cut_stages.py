@@ -1,0 +1,263 @@
+"""The stages between deduplication and documents, and documents itself. All but the last are off unless configured.
+
+    dedup -> decontaminate -> lines      -\\
+                           -> substrings --> documents
+                           -> pii        -/
+
+Lines, substrings and pii stand beside each other: each reads the texts of the documents that are left after
+decontaminate (or dedup, without it), as the extract stage published them, and publishes cuts. Only documents
+writes texts anew. The stages before these are in `stages`, those after in `token_stages`.
+"""
+
+import glob
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.writers.jsonl import JsonlWriter
+
+from configs.cuts import DecontaminateConfig, LinesConfig, PiiConfig, SubstringsConfig
+from configs.loader import ConfigError, plain
+from data_pipeline.copies import RECORD, CountUnits, ShareOut, Units, partitions_for
+from data_pipeline.cuts import note_cuts
+from data_pipeline.decontamination import CONTAMINATED, Decontaminate
+from data_pipeline.decontamination import FOLDER as MATCHES
+from data_pipeline.heldout import MOSTLY_CUT, Before, Split, fates, heldout_ids, split_record
+from data_pipeline.ledger import Tally
+from data_pipeline.lines import CutLines, Lines
+from data_pipeline.pii import RemovePii
+from data_pipeline.probes import Probes, read_items, require_probes
+from data_pipeline.reading import ShardReader
+from data_pipeline.stage import Stage, file_hashes
+from data_pipeline.stages import MASKING, SCAN_MODULES, Workshop
+from data_pipeline.substrings import CutSubstrings, Minimizers, Windows
+from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples, write_samples
+
+_STEP = ("cuts", "tables")  # modules of every stage here that writes tables of cuts
+
+
+def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
+    """The stages from unique documents to those that are tokenized, in the order in which they run."""
+    config = shop.config
+    extract, dedup = before["extract"], before["dedup"]
+    kept = dedup
+    cutting: list[Stage] = []
+    if config.decontaminate and config.decontaminate.enabled:
+        files = evaluation_files(config.decontaminate)
+        kept = Stage(
+            "decontaminate",
+            partial(_decontaminate, shop, files, config.decontaminate),
+            plain(config.decontaminate),
+            ("decontamination", "probes", *SCAN_MODULES, *MASKING, *_STEP),
+            needs=(extract, dedup),
+            counted_against=dedup,
+            inputs=file_hashes([Path(file) for file in files], shop.run_dir / "logs" / "evaluation.json"),
+        )
+        cutting.append(kept)
+    if config.lines and config.lines.enabled:
+        cutting.append(
+            Stage(
+                "lines",
+                partial(_lines, shop, kept.name, config.lines),
+                plain(config.lines),
+                ("lines", "copies", *MASKING, *_STEP),
+                needs=(extract, kept),
+                counted_against=kept,
+            )
+        )
+    if config.substrings and config.substrings.enabled:
+        cutting.append(
+            Stage(
+                "substrings",
+                partial(_substrings, shop, kept.name, config.substrings),
+                plain(config.substrings),
+                ("substrings", "copies", "scan/words", *MASKING, *_STEP),
+                needs=(extract, kept),
+                counted_against=kept,
+            )
+        )
+    if config.pii and config.pii.enabled:
+        cutting.append(
+            Stage(
+                "pii",
+                partial(_pii, shop, kept.name, config.pii),
+                plain(config.pii),
+                ("pii", *MASKING, *_STEP),
+                needs=(extract, kept),
+                counted_against=kept,
+            )
+        )
+    documents = Stage(
+        "documents",
+        partial(_documents, shop, kept.name, [stage.name for stage in cutting]),
+        {"documents": plain(config.documents), "heldout": plain(config.heldout)},
+        ("heldout", "hashing", "cuts"),
+        needs=(extract, before["language"], before["score"], dedup, *cutting),
+        counted_against=kept,
+        packages=("datatrove", "orjson"),
+    )
+    return [*cutting, documents]
+
+
+def evaluation_files(settings: DecontaminateConfig) -> list[str]:
+    """All files, sorted. Errors: ConfigError for a pattern that matches nothing."""
+    found: set[str] = set()
+    for pattern in settings.files:
+        matches = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        if not matches:
+            raise ConfigError(
+                f"decontaminate.files: {pattern!r} matches no file, looked for from {Path.cwd()}; correct the path, or "
+                "run from the folder that it is relative to"
+            )
+        found.update(matches)
+    return sorted(found)
+
+
+def _decontaminate(
+    shop: Workshop, files: Sequence[str], settings: DecontaminateConfig, folder: Path, logs: Path
+) -> Tally:
+    select, probes = shop.run_dir / "dedup", folder / "scratch"
+    found = Probes.of(read_items(files, settings), settings)
+    require_probes(found.summary())
+    found.save(probes)
+    (folder / "evaluation.json").write_text(json.dumps(found.summary(), indent=1) + "\n", encoding="utf-8")
+    step = Decontaminate(str(folder), str(logs / "tallies"), str(select), settings, str(probes))
+    _read_kept(shop, "decontaminate", "dedup", [step], logs, shards_of(select))
+    shutil.rmtree(probes)
+    samples = []
+    for shard in shards_of(folder / MATCHES):
+        place = {"source": shard.split("/")[0], "shard": shard, "verdict": CONTAMINATED}
+        samples += [place | match for match in read_table(folder / MATCHES, shard).to_pylist()]
+    write_samples(folder, samples)
+    return _finished(folder, logs / "tallies", samples=False)
+
+
+def _read_kept(
+    shop: Workshop, name: str, kept: str, steps: Sequence[PipelineStep], logs: Path, shards: Sequence[str]
+) -> None:
+    """Runs `steps` over the text of `shards`."""
+    reader = ShardReader(str(shop.run_dir / "extract"), shards, str(logs / "progress"))
+    shop.pipeline(name, logs, [reader, *steps], len(shards), shop.text_bytes())
+
+
+def _finished(folder: Path, tallies: Path, samples: bool = True) -> Tally:
+    """The counts of a stage that has written its tables of verdicts and cuts."""
+    tally = Tally.load_all(tallies)
+    count_verdicts(folder, tally)
+    note_cuts(folder, tally)
+    if samples:
+        table_samples(folder)
+    return tally
+
+
+def _count_copies(
+    shop: Workshop, title: str, kept: str, units: Units, max_copies: int, records: int, scratch: Path, logs: Path
+) -> Path:
+    """Two passes that leave quotas of `units` in a folder under `scratch`; `records` is about how many to expect."""
+    select = shop.run_dir / kept
+    shards, partitions = shards_of(select), partitions_for(records)
+    counts, quotas = scratch / "counts", scratch / "quotas"
+    count = CountUnits(str(counts), str(select), shards, units, partitions)
+    _read_kept(shop, f"{title}: count", kept, [count], logs / "count", shards)
+    share = ShareOut(str(counts), str(quotas), partitions, len(shards), max_copies, str(logs / "share" / "progress"))
+    size = sum(path.stat().st_size for path in counts.rglob("*.bin"))
+    shop.pipeline(f"{title}: share", logs / "share", [share], partitions, size)
+    shutil.rmtree(counts)
+    return quotas
+
+
+def _kept_bytes(select: Path) -> int:
+    """Of the texts that a stage kept."""
+    return sum(pc.sum(kept_rows(read_table(select, shard))["bytes"]).as_py() or 0 for shard in shards_of(select))
+
+
+def _lines(shop: Workshop, kept: str, settings: LinesConfig, folder: Path, logs: Path) -> Tally:
+    select, scratch = shop.run_dir / kept, folder / "scratch"
+    most = _kept_bytes(select) // (settings.min_chars + 1)
+    quotas = _count_copies(shop, "lines", kept, Lines(settings), settings.max_copies, most, scratch, logs)
+    shards, tallies = shards_of(select), logs / "cut" / "tallies"
+    step = CutLines(str(folder), str(tallies), str(select), settings, str(quotas), shards)
+    _read_kept(shop, "lines: cut", kept, [step], logs / "cut", shards)
+    shutil.rmtree(scratch)
+    return _finished(folder, tallies)
+
+
+def _substrings(shop: Workshop, kept: str, settings: SubstringsConfig, folder: Path, logs: Path) -> Tally:
+    select, scratch = shop.run_dir / kept, folder / "scratch"
+    shards, minimizers = shards_of(select), Minimizers(settings)
+    often = 2 * _kept_bytes(select) // minimizers.width
+    repeated = _count_copies(
+        shop, "substrings: minimizers", kept, minimizers, 1, often, scratch / "minimizers", logs / "minimizers"
+    )
+    again = sum(path.stat().st_size for path in repeated.glob("*.bin")) // RECORD.itemsize
+    windows = Windows(settings, str(repeated), shards)
+    quotas = _count_copies(
+        shop, "substrings: windows", kept, windows, 1, again * minimizers.width, scratch / "windows", logs / "windows"
+    )
+    tallies = logs / "cut" / "tallies"
+    step = CutSubstrings(str(folder), str(tallies), str(select), windows, str(quotas))
+    _read_kept(shop, "substrings: cut", kept, [step], logs / "cut", shards)
+    shutil.rmtree(scratch)
+    return _finished(folder, tallies)
+
+
+def _pii(shop: Workshop, kept: str, settings: PiiConfig, folder: Path, logs: Path) -> Tally:
+    select = shop.run_dir / kept
+    step = RemovePii(str(folder), str(logs / "tallies"), str(select), settings)
+    _read_kept(shop, "pii", kept, [step], logs, shards_of(select))
+    return _finished(folder, logs / "tallies")
+
+
+def _documents(shop: Workshop, kept: str, cutting: Sequence[str], folder: Path, logs: Path) -> Tally:
+    run_dir, config = shop.run_dir, shop.config
+    before = Before(
+        kept=str(run_dir / kept),
+        judges=tuple(str(run_dir / name) for name in cutting if name != kept),
+        cutters=tuple(str(run_dir / name) for name in cutting),
+        deduped=str(run_dir / "dedup"),
+        scores=str(run_dir / "score"),
+        languages=str(run_dir / "language"),
+        cut_share_max=config.documents.cut_share_max,
+    )
+    ids: dict[str, list[str]] = {source: [] for source in config.sources}
+    order: dict[str, int] = {}
+    numbers = dict.fromkeys(config.sources, 0)
+    mostly_cut: list[dict[str, Any]] = []
+    for shard in shards_of(before.kept):
+        source = shard.split("/")[0]
+        coming = fates(before, shard)
+        if not coming:
+            continue
+        ids[source].extend(fate.id for fate in coming if not fate.reason)
+        order[shard] = numbers[source]
+        numbers[source] += 1
+        place = {"source": source, "shard": shard}
+        mostly_cut.extend(
+            {**place, "row": fate.row, "id": fate.id, "bytes": fate.size, "verdict": MOSTLY_CUT}
+            | {"cut_bytes": fate.merged.removed}
+            for fate in coming
+            if fate.reason == MOSTLY_CUT
+        )
+    settings = config.heldout
+    heldout = {source: heldout_ids(ids[source], settings.share, settings.seed, source) for source in ids}
+    tallies = logs / "tallies"
+    steps = [
+        Split(before, heldout, str(tallies), order),
+        JsonlWriter(str(folder), "${split}/${source}/${output}.jsonl", adapter=split_record),
+    ]
+    _read_kept(shop, "documents", kept, steps, logs, list(order))
+    write_samples(folder, mostly_cut)
+    tally = Tally.load_all(tallies)
+    for source, counts in tally.sources.items():
+        held_out = counts.notes.get("held out", 0)
+        if not 0 < held_out < counts.kept.documents:
+            raise ValueError(
+                f"source {source}: of {counts.kept.documents} documents {held_out} are held out, and training and "
+                "held-out split need one each; cut less of its texts, or give it more files"
+            )
+    return tally
