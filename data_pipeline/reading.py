@@ -23,7 +23,7 @@ from datatrove.pipeline.readers.jsonl import JsonlReader
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-from data_pipeline.executor import ProgressFile
+from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
 
 # Reasons for which a record counts as broken, and so towards extract.max_bad_share.
