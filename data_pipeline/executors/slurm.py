@@ -137,11 +137,11 @@ class SlurmExecutor(Executor):
 
     def _lost(self, job: Job, rank: int, element: str) -> TaskError:
         state = _final_state(element)
+        reason = f"Slurm job {element} ended as {state}" + (f" ({_HINTS[state]})" if state in _HINTS else "")
         output = job.logs / "slurm_logs" / f"{element}.out"
-        hint = f" ({_HINTS[state]})" if state in _HINTS else ""
-        tail = output.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if output.is_file() else []
-        said = "".join(f"\n  {line}" for line in tail)
-        reason = f"Slurm job {element} ended as {state}{hint}; its output: {output}{said}\n"
+        if output.is_file():
+            tail = output.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+            reason += f"; its output, {output}, ends with" + "".join(f"\n  {line}" for line in tail) + "\n"
         return lost(job.title, rank, job.tasks, job.logs, reason)
 
 
@@ -195,11 +195,12 @@ def _count(states: Mapping[str, tuple[str, str]]) -> str:
 
 def _final_state(element: str) -> str:
     """How an element ended, as the controller still knows it; it forgets after MinJobAge, 5 minutes by default."""
-    done = subprocess.run(
-        ["scontrol", "show", "job", element], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    found = re.search(r"JobState=(\w+)", done.stdout)
-    return found[1] if found else "unknown"
+    for job in (element, element.partition("_")[0]):  # one that never started has no record of its own
+        command = ["scontrol", "show", "job", job]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if found := re.search(r"JobState=(\w+)", done.stdout):
+            return found[1]
+    return "unknown"
 
 
 @contextlib.contextmanager
