@@ -7,11 +7,11 @@ all, and the next run goes on from the finished stages.
 """
 
 import contextlib
-import itertools
 import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -48,10 +48,11 @@ class MpiTasks(Tasks):
         """Does tasks until none is left or one has failed, its own share first: rank, rank + ranks, ..."""
         logs = Path(self.logging_dir.path)
         mine = range(rank, self.tasks, ranks)
-        for task in itertools.chain(mine, (task for task in range(self.tasks) if task not in mine)):
-            if task in ranks_in(logs / "started"):
-                continue
-            if ranks_in(logs / "failed"):
+        order = [*mine, *(task for task in range(self.tasks) if task not in mine)]
+        while not ranks_in(logs / "failed"):
+            started = ranks_in(logs / "started")
+            task = next((task for task in order if task not in started), None)
+            if task is None:
                 return
             if claim(logs, task):
                 with contextlib.suppress(Exception):  # it is on file
@@ -65,7 +66,7 @@ class MpiExecutor(Executor):
         self._world: Any = _load().COMM_WORLD
         self._rank, self.workers = self._world.Get_rank(), self._world.Get_size()
         self.leads = self._rank == 0
-        self._busy = False
+        self._busy = False  # from a stage's start until all know that it has ended
         if (self._rank, self.workers) != (rank, world_size):
             raise ConfigError(
                 f"{world_size} ranks were started, but MPI sees {self.workers}: this mpirun or srun is not of the MPI "
@@ -75,19 +76,20 @@ class MpiExecutor(Executor):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.leads:
+        if kind is not KeyboardInterrupt and not self._busy:
+            if self.leads:
+                self._tell(None)
             return
-        if not self._busy and kind is not KeyboardInterrupt:
-            self._tell(None)
-            return
-        # The others are in the midst of tasks, and MPI ends in order only with all: end them all at once instead.
+        # The others wait for this rank, or are in the midst of tasks, and MPI ends in order only with all of them.
         if kind is KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
         else:
-            sys.excepthook(kind, error, trace)  # type: ignore[arg-type]
+            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        self._world.Abort(_INTERRUPTED if kind is KeyboardInterrupt else 1)
+        status = _INTERRUPTED if kind is KeyboardInterrupt else 1
+        self._world.Abort(status)
+        os._exit(status)  # some MPIs come back from it, and the end of the others is then all that is left to wait for
 
     def run(self, job: Job, say: Say) -> None:
         tasks = MpiTasks(job)
@@ -106,8 +108,10 @@ class MpiExecutor(Executor):
         signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
         quiet(None)
         while (message := self._hear(0)) is not None:
+            self._busy = True
             dill.loads(message).run_share(self._rank, self.workers)
             self._world.send(None, dest=0)
+            self._busy = False
         return 0
 
     def _tell(self, message: bytes | None) -> None:

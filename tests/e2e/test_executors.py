@@ -75,6 +75,25 @@ def test_an_error_on_any_rank_ends_all_with_one_message(config: Path, alone: Pat
 
 
 @pytest.mark.full
+def test_an_interrupted_mpirun_ends_at_once(config: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(config, f"run.dir={tmp_path}", ranks=3),
+        env=environment(),
+        stdin=subprocess.PIPE,  # open, and never read
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob(".extract.*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said.count("interrupted; run the same command again to go on") == 1 and "Traceback" not in said
+
+
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray here; pip install -c constraints.txt ray")
 def test_ray(config: Path, alone: Path, tmp_path: Path) -> None:
     args = [f"run.dir={tmp_path}", "--executor", "ray", "run.ray.mem_per_cpu_gb=0.5"]
