@@ -92,4 +92,4 @@ def published(run_dir: Path) -> dict[str, str]:
 
 def took_part(run_dir: Path) -> set[str]:
     """The processes that did tasks, by name."""
-    return {path.read_text() for path in run_dir.glob("logs/*/started/*")}
+    return {path.read_text() for path in run_dir.glob("logs/**/started/*")}

@@ -142,11 +142,11 @@ class TestSlurm:
     def test_a_whole_run(self, config: Path, alone: Path, tmp_path: Path) -> None:
         done = start(command(config, *slurm_args(tmp_path, "run.slurm.max_array_size=3")))
         assert (done.returncode, done.stderr) == (0, "")
-        outputs = [path.read_text() for path in tmp_path.glob("logs/*/slurm_logs/*.out")]
+        outputs = [path.read_text() for path in tmp_path.glob("logs/**/slurm_logs/*.out")]
         assert len(outputs) >= 10 and len(took_part(tmp_path)) >= 10
         assert published(tmp_path) == published(alone)
         wait_for_queue(filled=False)
-        assert not list(tmp_path.glob("logs/*/slurm_name"))
+        assert not list(tmp_path.glob("logs/**/slurm_name"))
 
     def test_a_tasks_error(self, config: Path, alone: Path, tmp_path: Path) -> None:
         run_dir = spoilt(alone, tmp_path)
