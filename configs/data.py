@@ -16,9 +16,34 @@ from configs.rules import combined
 ANY_LANGUAGE = "any"
 
 
+class SlurmConfig(Section):
+    """What the array jobs ask for; `run.workers` is how many of a job's elements run at a time."""
+
+    partition: str | None = None  # None, here and below: the cluster's default
+    account: str | None = None
+    qos: str | None = None
+    time: str = Field(default="24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")  # of one element, as sbatch takes it
+    cpus_per_task: int = Field(default=1, ge=1)
+    mem_per_cpu_gb: int = Field(default=2, ge=1)
+    tasks_per_job: int = Field(default=1, ge=1)  # tasks that one element works through, one after another
+    max_array_size: int = Field(default=1001, ge=1)  # not above MaxArraySize of slurm.conf
+    setup: str = ""  # shell commands before a task's Python starts, e.g. "module load python"
+
+
+class RayConfig(Section):
+    address: str | None = None  # of a running cluster, e.g. "auto"; None starts Ray on this machine, loopback only
+    cpus_per_task: int = Field(default=1, ge=1)
+    mem_per_cpu_gb: float = Field(default=2, gt=0)  # booked, not enforced
+
+
 class RunConfig(Section):
+    """Where the run lives and who does its tasks. Neither `executor` nor `workers` changes a byte of the result."""
+
     dir: str
-    workers: int = Field(default=2, ge=1)
+    executor: Literal["local", "slurm", "ray", "mpi"] | None = None  # None: mpi under mpirun, else local
+    workers: int = Field(default=2, ge=1)  # tasks at a time; under mpi it is the number of ranks instead
+    slurm: SlurmConfig = SlurmConfig()
+    ray: RayConfig = RayConfig()
     # Text per shard after extraction. Shards are the unit of work and of output: their cut, and so every
     # published file, depends on this number and never on the number of workers.
     shard_bytes: int = Field(default=2_000_000, ge=1)

@@ -114,11 +114,12 @@ def parse_args(
     example: str,
     flags: Sequence[tuple[str, str]] = (),
     options: Sequence[tuple[str, str, str]] = (),
+    keys: Sequence[tuple[str, str, str]] = (),
 ) -> tuple[T, argparse.Namespace]:
     """Command line `CONFIG [key=value ...] [--flag ...]` to (validated config, parsed flags).
 
     `flags` are (name, help) of extra boolean switches; `--dry-run` is always there. `options` take a value: (name,
-    default, help).
+    default, help). `keys` are options that stand for an override of a key and win over all others: (name, key, help).
     """
     parser = command_parser(prog, description, example)
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
@@ -128,8 +129,11 @@ def parse_args(
         parser.add_argument(name, action="store_true", help=text)
     for name, default, text in options:
         parser.add_argument(name, default=default, metavar="WHICH", help=f"{text} (default {default})")
+    for name, key, text in keys:
+        parser.add_argument(name, dest=key, metavar="WHICH", help=f"{text} (the same as {key}=WHICH)")
     args = parser.parse_intermixed_args(argv)
-    return load(schema, args.config, args.overrides), args
+    chosen = [f"{key}={getattr(args, key)}" for _, key, _ in keys if getattr(args, key) is not None]
+    return load(schema, args.config, [*args.overrides, *chosen]), args
 
 
 def entrypoint(

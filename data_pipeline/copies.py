@@ -20,7 +20,7 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.executor import ProgressFile
+from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.tables import kept_rows, read_table
 
 # Of digests without their trailing zeros; all of one length, so that none is mistaken for another.

@@ -14,7 +14,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from configs.data import RuleSet
-from data_pipeline.executor import ProgressFile
+from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
 from data_pipeline.tables import KEYS, read_table, write_samples, write_table
 

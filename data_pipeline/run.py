@@ -2,7 +2,8 @@
 
 Reads like the pipeline: filtered documents (`stages`), unique ones (`dedup.stages`), what is taken out of them
 (`cut_stages`), then tokenizer, tokens and plan (`token_stages`). Interrupted anywhere, the same command goes on. The
-ledger of all stages goes to `ledger.json` in the run directory, `--dry-run` says what would run.
+ledger of all stages goes to `ledger.json` in the run directory, `--dry-run` says what would run. Who does the
+tasks is left to an executor: with `mpirun` every rank runs `main`, one of them leads.
 
 Bad input never ends a run by itself. Records that cannot be used are set aside in `extract/rejected/`, each with file,
 offset and reason. Up to `extract.max_bad_share` of a source's records the exit status is 0, and a line names their
@@ -20,7 +21,10 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
 from data_pipeline.cut_stages import cut_stages
 from data_pipeline.dedup.stages import dedup_stages
-from data_pipeline.executor import quiet
+from data_pipeline.executors.base import Executor
+from data_pipeline.executors.choose import choose, one_voice
+from data_pipeline.executors.slurm import cancel_leftovers
+from data_pipeline.executors.tasks import TaskError, quiet
 from data_pipeline.extraction import set_aside
 from data_pipeline.report import print_ledger, read_ledger, wide_console
 from data_pipeline.stage import Done, Stage, perform, published, sole_user
@@ -28,24 +32,25 @@ from data_pipeline.stages import Workshop, document_stages
 from data_pipeline.token_stages import token_stages
 
 
-def all_stages(config: DataConfig, run_dir: Path, console: Console) -> list[Stage]:
+def all_stages(config: DataConfig, run_dir: Path, console: Console, executor: Executor) -> list[Stage]:
     """Every stage, in the order in which they run."""
-    shop = Workshop(config, run_dir, console)
+    shop = Workshop(config, run_dir, console, executor)
     stages = document_stages(shop)
     stages += dedup_stages(shop, {stage.name: stage for stage in stages})
     stages += cut_stages(shop, {stage.name: stage for stage in stages})
     return [*stages, *token_stages(shop, stages[-1])]
 
 
-def run(config: DataConfig, console: Console) -> list[Done]:
+def run(config: DataConfig, console: Console, executor: Executor) -> list[Done]:
     """Runs what is not done yet.
 
-    Errors: ConfigError, ValueError for data that cannot be used, LedgerError.
+    Errors: ConfigError, ValueError for data that cannot be used, TaskError, LedgerError.
     """
     run_dir = Path(config.run.dir)
     with sole_user(run_dir):
+        cancel_leftovers(run_dir / "logs")
         quiet(run_dir / "logs" / "datatrove.log")
-        stages = all_stages(config, run_dir, console)
+        stages = all_stages(config, run_dir, console, executor)
         write(config, run_dir / "config.toml")
         done: dict[str, Done] = {}
         for number, stage in enumerate(stages, 1):
@@ -115,32 +120,42 @@ def _say(done: Done, number: int, count: int, console: Console) -> None:
     )
 
 
-def dry_run(config: DataConfig, console: Console) -> None:
+def dry_run(config: DataConfig, console: Console, executor: Executor) -> None:
     """Says of every stage whether it would run or be skipped; writes only the cache of input hashes."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    for stage in all_stages(config, run_dir, console):
+    for stage in all_stages(config, run_dir, console, executor):
         verdict = "done, would be skipped" if published(stage, run_dir) else "would run"
         console.print(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config, args = parse_args(
-        DataConfig,
-        argv,
-        prog="trivium data run",
-        description="Raw text to a mixture plan: extraction, filters, deduplication, split, tokens, plan.",
-        example="trivium data run configs/data/demo.toml run.workers=4",
-    )
+    with one_voice():
+        config, args = parse_args(
+            DataConfig,
+            argv,
+            prog="trivium data run",
+            description="Raw text to a mixture plan: extraction, filters, deduplication, split, tokens, plan.",
+            example="trivium data run configs/data/demo.toml run.workers=4\n"
+            "  mpirun -n 4 trivium data run configs/data/demo.toml",
+            keys=[("--executor", "run.executor", "who does the tasks: local, slurm, ray or mpi")],
+        )
+        executor = choose(config.run)
+    with executor:
+        return lead(config, args.dry_run, executor) if executor.leads else executor.serve()
+
+
+def lead(config: DataConfig, dry: bool, executor: Executor) -> int:
+    """The run, or with `dry` what it would do, and what there is to say of it. Returns an exit status."""
     console = wide_console()
     try:
-        if args.dry_run:
-            dry_run(config, console)
+        if dry:
+            dry_run(config, console, executor)
             return 0
-        done = run(config, console)
+        done = run(config, console, executor)
     except ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, TaskError) as error:
         print(f"error: {error}\n(details: {Path(config.run.dir) / 'logs'})", file=sys.stderr)
         return 1
     run_dir = Path(config.run.dir)

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,9 +122,15 @@ def perform(stage: Stage, run_dir: Path, before: Tally | None) -> Done:
     Errors: whatever the work raises; LedgerError when its counts do not add up.
     """
     started = time.monotonic()
-    folder = run_dir / f".{stage.name}.{os.getpid()}.tmp"
+    # Both folders are this attempt's alone: a task of a killed one, on another node perhaps, may still write to its
+    # own.
+    attempt = f"{stage.name}.{secrets.token_hex(4)}"
+    folder, logs = run_dir / f".{attempt}.tmp", run_dir / "logs" / attempt
+    for old in logs.parent.glob(f"{stage.name}.*"):
+        shutil.rmtree(old, ignore_errors=True)
     folder.mkdir()
-    tally = stage.work(folder, run_dir / "logs" / stage.name)
+    logs.mkdir(parents=True)
+    tally = stage.work(folder, logs)
     tally.check(stage.name, before)
     seconds = time.monotonic() - started
     manifest = {
@@ -146,7 +153,7 @@ def replace_folder(folder: Path, target: Path) -> None:
     Killed in between, `target` is absent, never mixed.
     """
     if target.exists():
-        old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+        old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old.tmp")
         os.rename(target, old)
         shutil.rmtree(old)
     sync(folder)

@@ -19,7 +19,7 @@ from rich.console import Console
 from configs.data import DataConfig
 from configs.loader import plain
 from data_pipeline.blocklist import Blocklist
-from data_pipeline.executor import run_pipeline
+from data_pipeline.executors.base import Executor
 from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.filtering import ApplyRules
 from data_pipeline.language import IdentifyLanguage
@@ -45,6 +45,7 @@ class Workshop:
     config: DataConfig
     run_dir: Path
     console: Console
+    executor: Executor
 
     def pipeline(
         self,
@@ -56,16 +57,8 @@ class Workshop:
         alone: bool = False,
     ) -> None:
         """Runs `steps` over `units` files or shards, in parallel unless `alone`."""
-        workers = 1 if alone else self.config.run.workers
-        run_pipeline(
-            steps,
-            title=name,
-            tasks=1 if alone else max(1, min(units, _TASKS_PER_WORKER * workers)),
-            workers=workers,
-            logs=logs,
-            total_bytes=total_bytes,
-            console=self.console,
-        )
+        tasks = 1 if alone else max(1, min(units, _TASKS_PER_WORKER * self.executor.workers))
+        self.executor.perform(name, steps, tasks, logs, total_bytes, self.console)
 
     def text_bytes(self) -> int:
         shards = (self.run_dir / "extract").glob("*/*.jsonl.gz")

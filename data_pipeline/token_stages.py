@@ -14,7 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from configs.data import MixtureConfig, TokenizerConfig
 from configs.loader import plain
-from data_pipeline.executor import ProgressFile
+from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.heldout import HELDOUT, TRAIN
 from data_pipeline.ledger import Tally
 from data_pipeline.mixture import PLAN_FILE, build_plan

@@ -66,21 +66,10 @@ class ClusterEnvironment:
     def read(cls, env: Mapping[str, str] | None = None) -> "ClusterEnvironment":
         """Reads `env` (default: this process's own). Errors: ValueError naming the variable to mend."""
         env = os.environ if env is None else env
-        # The order is that of trust: torchrun may run under srun or mpirun, and mpirun starts its daemons by
-        # srun, whose variables the ranks then inherit; the innermost launcher's are the ones that hold.
-        if "RANK" in env:
-            launcher, names = "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif "OMPI_COMM_WORLD_RANK" in env:
-            prefix = "OMPI_COMM_WORLD_"
-            launcher, names = (
-                "openmpi",
-                (f"{prefix}RANK", f"{prefix}SIZE", f"{prefix}LOCAL_RANK", f"{prefix}LOCAL_SIZE"),
-            )
-        elif "PMI_RANK" in env and "MPI_LOCALRANKID" in env:
-            launcher, names = "mpich", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-        elif _in_slurm_step(env):
+        launcher, names = _launcher(env)
+        if launcher == "slurm":
             return cls._slurm(env)
-        else:
+        if launcher == "single":
             return cls("single", 0, 1, 0, 1, 0, env.get("MASTER_ADDR", "127.0.0.1"), _port(env))
         rank, world_size = _rank_of(env, names[0], names[1])
         local_rank = _integer(env, names[2], default=rank)
@@ -91,7 +80,7 @@ class ClusterEnvironment:
 
     @classmethod
     def _slurm(cls, env: Mapping[str, str]) -> "ClusterEnvironment":
-        rank, world_size = _rank_of(env, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        rank, world_size = _rank_of(env, *_launcher(env)[1])
         local_rank = _integer(env, "SLURM_LOCALID")
         node_rank = _integer(env, "SLURM_NODEID")
         per_node = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
@@ -105,6 +94,32 @@ class ClusterEnvironment:
         address = address or _master_address(env, "slurm", len(per_node) == 1)
         port = _port(env, default=20000 + _integer(env, "SLURM_JOB_ID") % 10000)
         return cls("slurm", rank, world_size, local_rank, per_node[node_rank], node_rank, address, port)
+
+
+def mpi_rank_and_world(env: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """(rank, world size) as mpirun or srun told them; (0, 1) where neither started this process.
+
+    For work over MPI, which makes its own connections: a rendezvous address is not asked for, and torchrun's variables,
+    which a container may carry for all that runs in it, say nothing. Errors: ValueError naming the variable to mend.
+    """
+    env = os.environ if env is None else env
+    launcher, names = _launcher({name: value for name, value in env.items() if name != "RANK"})
+    return (0, 1) if launcher == "single" else _rank_of(env, names[0], names[1])
+
+
+def _launcher(env: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Who started this process, and its variables for rank, world size, local rank and local world size."""
+    # The order is that of trust: torchrun may run under srun or mpirun, and mpirun starts its daemons by
+    # srun, whose variables the ranks then inherit; the innermost launcher's are the ones that hold.
+    if "RANK" in env:
+        return "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "OMPI_COMM_WORLD_RANK" in env:
+        return "openmpi", tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    if "PMI_RANK" in env and "MPI_LOCALRANKID" in env:
+        return "mpich", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    if _in_slurm_step(env):
+        return "slurm", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    return "single", ()
 
 
 def expand_counts(text: str) -> list[int]:

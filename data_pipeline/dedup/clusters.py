@@ -17,7 +17,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.dedup.pairs import INDEXED, Numbering
-from data_pipeline.executor import ProgressFile
+from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
 from data_pipeline.tables import KEYS, kept_rows, read_table, write_samples, write_table
 

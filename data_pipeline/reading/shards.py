@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.readers.jsonl import JsonlReader
 
-from data_pipeline.executor import ProgressFile
+from data_pipeline.executors.progress import ProgressFile
 
 
 class ShardReader(JsonlReader):

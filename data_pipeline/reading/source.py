@@ -11,7 +11,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from configs.data import ExtractConfig, SourceConfig
-from data_pipeline.executor import ProgressFile
+from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
 from data_pipeline.reading.files import find_files, is_remote, open_file
 from data_pipeline.reading.jsonl import read_jsonl

@@ -44,6 +44,7 @@ SCHEDULES = ("deepspeed", "megatron.core.pipeline_parallel")
 RULES = (
     Rule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
     Rule("data_pipeline", ours=("configs", "data_pipeline"), never=TORCH),
+    Rule("data_pipeline.executors", ours=("configs", "data_pipeline", "launch.environment"), never=TORCH),
     Rule(
         "pretrain.model",
         ours=("configs", "pretrain.model"),
@@ -131,6 +132,11 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
         ("configs.train", "import numpy as np", "numpy"),
         ("data_pipeline.rows", "def f():\n    from torch import nn", "torch.nn"),
         ("data_pipeline.rows", "from pretrain.data import collate", "pretrain.data.collate"),
+        (
+            "data_pipeline.run",
+            "from launch.environment import mpi_rank_and_world",
+            "launch.environment.mpi_rank_and_world",
+        ),
         ("pretrain.model.moe", "from ..parallel import groups", "pretrain.parallel.groups"),
         ("pretrain.model.moe", "from torch.distributed import new_group", "torch.distributed.new_group"),
         ("pretrain.model", "from megatron.core import parallel_state", "megatron.core.parallel_state"),

@@ -30,6 +30,7 @@ from configs.data import DataConfig, DedupConfig
 from configs.loader import validate
 from data_pipeline.dedup.signatures import MinHasher
 from data_pipeline.dedup.verify import jaccard
+from data_pipeline.executors.local import LocalExecutor
 from data_pipeline.run import all_stages
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
@@ -95,7 +96,7 @@ def _ours(source: str, corpus: Path, folder: Path) -> tuple[float, set[int]]:
     config = validate(DataConfig, tree)
     seconds = 0.0
     with sole_user(folder):
-        stages = all_stages(config, folder, Console(file=io.StringIO()))
+        stages = all_stages(config, folder, Console(file=io.StringIO()), LocalExecutor(1))
         timed = [stage.name for stage in stages if stage.name in ("signatures", "dedup", "documents")]
         for stage in stages[: 1 + [stage.name for stage in stages].index("documents")]:
             spent = cpu_seconds(lambda stage=stage: perform(stage, folder, None))  # type: ignore[misc]

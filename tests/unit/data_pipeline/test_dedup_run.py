@@ -12,6 +12,7 @@ from rich.console import Console
 from configs.data import DataConfig
 from configs.loader import ConfigError, validate, write
 from data_pipeline.dedup.stages import dedup_stages
+from data_pipeline.executors.local import LocalExecutor
 from data_pipeline.ledger import Tally
 from data_pipeline.stage import perform, sole_user
 from data_pipeline.stages import Workshop, document_stages
@@ -47,7 +48,7 @@ def verdicts(folder: Path, records: list[dict[str, Any]], **dedup: Any) -> dict[
     config = validate(DataConfig, tree)
     run_dir = folder / "run"
     with sole_user(run_dir):
-        shop = Workshop(config, run_dir, Console(file=io.StringIO()))
+        shop = Workshop(config, run_dir, Console(file=io.StringIO()), LocalExecutor(1))
         stages = document_stages(shop)
         stages += dedup_stages(shop, {stage.name: stage for stage in stages})
         write(config, run_dir / "config.toml")

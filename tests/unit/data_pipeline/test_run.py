@@ -1,14 +1,11 @@
-"""The data run as its users meet it: conservation, skipping, killing, worker counts and error messages."""
+"""The data run as its users meet it: conservation, skipping and error messages. Workers and kills are in tests/e2e."""
 
 import gzip
 import hashlib
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -179,23 +176,6 @@ def test_a_run_conserves_documents_and_is_skipped_when_repeated(config: Path, ca
     assert main([str(config)]) == 0
     assert ledger(run_dir)["filter"]["fresh"] and not ledger(run_dir)["score"]["fresh"]
     assert published(run_dir) == before
-
-
-def test_workers_and_kills_change_nothing(config: Path, tmp_path: Path) -> None:
-    """Two workers, killed again and again, publish byte for byte what one undisturbed worker does."""
-    assert main([str(config), f"run.dir={tmp_path}/calm"]) == 0
-    command = [sys.executable, "-m", "data_pipeline.run", str(config), "run.workers=2"]
-    for seconds in (3.0, 6.0):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        time.sleep(seconds)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert published(run_folder(config)) == published(tmp_path / "calm")
-    assert not list(run_folder(config).glob(".*.tmp"))
 
 
 def test_too_many_broken_records_stop_the_run(config: Path, capsys) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.environment import ClusterEnvironment, expand_counts, first_host
+from launch.environment import ClusterEnvironment, expand_counts, first_host, mpi_rank_and_world
 
 TORCHRUN = {
     "RANK": "3",
@@ -49,6 +49,14 @@ def test_mpirun() -> None:
     mpich = ClusterEnvironment.read(MPICH)
     assert (mpich.launcher, mpich.rank, mpich.world_size, mpich.node_rank) == ("mpich", 1, 4, 0)
     assert mpich.master_address == "127.0.0.1"
+
+
+def test_work_over_mpi_needs_no_rendezvous() -> None:
+    over_nodes = {**MPICH, "MPI_LOCALNRANKS": "2"}
+    with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
+        ClusterEnvironment.read(over_nodes)
+    assert [mpi_rank_and_world(env) for env in (over_nodes, OPENMPI, SRUN)] == [(1, 4), (1, 2), (9, 11)]
+    assert mpi_rank_and_world({}) == mpi_rank_and_world(TORCHRUN) == (0, 1)
 
 
 def test_the_innermost_launcher_holds() -> None:

@@ -1,0 +1,81 @@
+"""How far the tasks of a stage are: small files that they write and the parent process sums, wherever they run.
+
+Leaves out everything but bytes of input: counts of documents are the ledger's.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+_TICK_SECONDS = 0.3
+_LINE_SECONDS = 5.0
+
+Say = Callable[[str], None]
+
+
+class ProgressFile:
+    """How far one task is, in bytes of input; a small file that the parent process reads."""
+
+    def __init__(self, folder: str | Path, rank: int) -> None:
+        self._path = Path(folder) / f"{rank:05d}"
+        self._done = 0
+        self._last = 0.0
+
+    def advance(self, size: int) -> None:
+        self._done += size
+        now = time.monotonic()
+        if now - self._last >= _TICK_SECONDS:
+            self._last = now
+            self._path.write_text(str(self._done))
+
+    def close(self) -> None:
+        self._path.write_text(str(self._done))
+
+
+def _done(folder: Path) -> int:
+    return sum(int(path.read_text() or 0) for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def watch(title: str, folder: Path, total: int, console: Console) -> Iterator[Say]:
+    """Shows the sum of the progress files in `folder` during the block: a bar on a terminal, else lines.
+
+    Gives a function that sets what is said beside it, such as a place in a queue.
+    """
+    stop = threading.Event()
+    note = [""]
+    target = _bar if console.is_terminal else _lines
+    thread = threading.Thread(target=target, args=(title, folder, max(total, 1), console, stop, note), daemon=True)
+    thread.start()
+    try:
+        yield lambda text: note.__setitem__(0, text)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _bar(title: str, folder: Path, total: int, console: Console, stop: threading.Event, note: list[str]) -> None:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"{title:<10}", total=total, note="")
+        while not stop.wait(0.25):
+            progress.update(task, completed=min(_done(folder), total), note=note[0])
+
+
+def _lines(title: str, folder: Path, total: int, console: Console, stop: threading.Event, note: list[str]) -> None:
+    while not stop.wait(_LINE_SECONDS):
+        done = min(_done(folder), total)
+        beside = f"; {note[0]}" if note[0] else ""
+        console.print(f"{title}: {done / 1e6:.1f} of {total / 1e6:.1f} MB{beside}", highlight=False)
