@@ -6,6 +6,7 @@ is on a list of unwanted ones are not read at all. Removal of personal data is l
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import ftfy
 import trafilatura
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from ftfy.badness import MOJIBAKE_CATEGORIES
 from resiliparse.extract.html2text import extract_plain_text
 
 from configs.data import ExtractConfig
@@ -64,7 +66,13 @@ _NOT_NESTED = frozenset(
         *("option", "optgroup", "html", "head", "body"),
     }
 )
-_SAFE_CONTROLS = frozenset("\n\t")
+# Single characters that ftfy takes out or replaces: controls, line ends, surrogates, marks of another time.
+_STRAY = "\\x00-\\x08\\x0b\\r\\x0e-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u206a-\\u206f\\ud800-\\udfff\\ufeff\\ufff9-\\ufffc"
+# Without a character of another category than these, nothing looks like mojibake to ftfy.
+_PUNCTUATION = ("common", "start_punctuation", "end_punctuation")
+_SUSPECTS = "".join(members for name, members in MOJIBAKE_CATEGORIES.items() if name not in _PUNCTUATION)
+_LINE = re.compile("[^\\n]*\\n|[^\\n]+")
+_DAMAGE = re.compile(f"[{_STRAY}{_SUSPECTS}]")
 
 
 def too_complex(html: str) -> bool:
@@ -109,14 +117,17 @@ _EXTRACTORS = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}
 
 
 def repair(text: str) -> str:
-    """`text` without mojibake, terminal escapes, stray control characters and foreign line ends, in NFC."""
-    if text.isascii() and (text.isprintable() or not _has_controls(text)):
-        return text  # nothing in it can be damaged; ftfy would look at every line
-    return ftfy.fix_text(text, _REPAIR)
+    """`text` without mojibake, terminal escapes, stray control characters and foreign line ends, in NFC.
+
+    ftfy takes each line by itself, several times over; it gets those in which there is something that it could change.
+    """
+    if _is_sound(text):
+        return text
+    return "".join(line if _is_sound(line) else ftfy.fix_text(line, _REPAIR) for line in _LINE.findall(text))
 
 
-def _has_controls(text: str) -> bool:
-    return any(not character.isprintable() and character not in _SAFE_CONTROLS for character in set(text))
+def _is_sound(text: str) -> bool:
+    return not _DAMAGE.search(text) and unicodedata.is_normalized("NFC", text)
 
 
 class Extract(PipelineStep):

@@ -1,9 +1,16 @@
 """Main text of pages, and what repair touches and leaves alone."""
 
+import gzip
+import json
+import random
+
+import ftfy
 import pytest
+from ftfy.badness import BADNESS_RE, MOJIBAKE_CATEGORIES
 
 from data_pipeline import extraction
 from data_pipeline.extraction import main_text, repair
+from tests.unit.data_pipeline.conftest import DEMO
 
 PAGE = """<html><head><title>T</title><script>var x = 1;</script></head><body>
 <nav><a href="/">Home</a> <a href="/about">About us</a></nav>
@@ -50,3 +57,20 @@ def test_damage_is_repaired(damaged: str, whole: str) -> None:
 )
 def test_sound_text_is_left_alone(text: str) -> None:
     assert repair(text) == text
+
+
+def test_repair_is_ftfys_though_most_texts_are_not_shown_to_it() -> None:
+    """On real texts, and on strings of every character that ftfy's own pattern names, punctuation most of all."""
+    named = sorted({character for character in BADNESS_RE.pattern if ord(character) > 0x7F})
+    draw = random.Random(0)
+    plain = "abcXYZ 12.,!?\"' \n·´–—―…’ 中文，。e\u0301"
+    plain += MOJIBAKE_CATEGORIES["start_punctuation"] + MOJIBAKE_CATEGORIES["end_punctuation"]
+    for alphabet in (plain, plain + "".join(named) + "\r\x85\x1b[31m\ufeff\u2028\ud83d\ude00"):
+        for _ in range(5_000):
+            text = "".join(draw.choices(alphabet, k=draw.randrange(12)))
+            assert repair(text) == ftfy.fix_text(text, extraction._REPAIR), repr(text)
+    for source in ("english", "chinese", "code"):
+        with gzip.open(DEMO / f"{source}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            for line in lines.readlines()[::20]:
+                text = json.loads(line)["text"][:5_000]
+                assert repair(text) == ftfy.fix_text(text, extraction._REPAIR)
