@@ -15,7 +15,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, plain
 from data_pipeline.dedup.clusters import Cluster, Judge, sample_duplicates
 from data_pipeline.dedup.pairs import FindPairs, Numbering, jobs
-from data_pipeline.dedup.signatures import EXACT, URL, Sign, kinds_of_keys
+from data_pipeline.dedup.signatures import EXACT, URL, MinHasher, Sign, kinds_of_keys
 from data_pipeline.dedup.verify import LayOutShingles, Verify
 from data_pipeline.ledger import Tally
 from data_pipeline.scan.words import Splitter
@@ -53,6 +53,7 @@ def dedup_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
 
 def _signatures(shop: Workshop, folder: Path, logs: Path) -> Tally:
     language = str(shop.run_dir / "language")
+    MinHasher(shop.config.dedup).keys("Compiled here once, then found in its cache by every worker.", Splitter.words)
     return scan_text(
         shop, "signatures", lambda tallies: Sign(str(folder), tallies, shop.config, language), folder, logs
     )

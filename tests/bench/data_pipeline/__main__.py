@@ -8,13 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.data_pipeline import extraction, heuristics, minhash, tokenizing
+from tests.bench.data_pipeline import extraction, heuristics, minhash, recipe, tokenizing
 from tests.bench.data_pipeline.measure import Result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=float, default=1.0, help="of each language, for the steps on prose")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="of each language, for the steps on prose")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/data.json"))
     args = parser.parse_args()
     results: list[Result] = []
@@ -25,6 +25,7 @@ def main() -> None:
             results.extend(minhash.run(source, args.megabytes, folder / f"minhash-{source}"))
             results.append(tokenizing.run(source, args.megabytes, folder / f"tokens-{source}"))
         results.append(extraction.run(args.megabytes))
+        results.append(recipe.run(folder / "recipe"))
     table = Table(title="MB a CPU second, one core each, this run", title_justify="left")
     for name in ("step", "ours", "peer's", "ratio", "to reach", "peer", "agreement"):
         table.add_column(name, justify="right" if name in ("ours", "peer's", "ratio", "to reach") else "left")
