@@ -24,8 +24,9 @@ from datatrove.pipeline.dedup.minhash import (
 from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter, LambdaFilter
 from datatrove.pipeline.formatters import FTFYFormatter
-from datatrove.pipeline.readers import JsonlReader, WarcReader
+from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
+from fastwarc.warc import ArchiveIterator, WarcRecordType
 from rich.console import Console
 
 from configs.data import DataConfig
@@ -65,6 +66,15 @@ def _megabytes(folder: Path) -> float:
     return float(manifest["total"]["passed_on"]["bytes"]) / 1e6
 
 
+class Pages(PipelineStep):
+    """The WARC file read by fastwarc; datatrove's own reader needs a system library."""
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        with (DEMO / "web.warc.gz").open("rb") as file:
+            for record in ArchiveIterator(file, record_types=WarcRecordType.response):
+                yield Document(text=record.reader.read().decode("utf-8", errors="replace"), id=record.record_id)
+
+
 class Language(PipelineStep):
     """lid.176 as our language stage asks it; datatrove's own filter fetches another file of it."""
 
@@ -82,7 +92,7 @@ class Language(PipelineStep):
 
 def _steps(source: str) -> list[PipelineStep]:
     if source == "web":
-        reader: list[PipelineStep] = [WarcReader(str(DEMO), glob_pattern="web.warc.gz"), Trafilatura()]
+        reader: list[PipelineStep] = [Pages(), Trafilatura()]
     else:
         reader = [JsonlReader(str(DEMO), glob_pattern=f"{source}.jsonl.gz")]
     if source == "code":
