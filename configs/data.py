@@ -149,6 +149,7 @@ class RuleSet(Section):
     stop_words: tuple[str, ...] = ()
     c4: Literal["paper", "reference", "datatrove", "fineweb"] = "datatrove"  # the form of C4's line rules
     bad_words_file: str = ""  # one a line
+    drop_lines: tuple[Literal["c4", "refinedweb"], ...] = ()  # whose line rules are applied to the documents kept
 
     language_score: Bound | None = None
     word_count: Bound | None = None

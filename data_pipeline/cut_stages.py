@@ -1,10 +1,11 @@
 """The stages between deduplication and documents, and documents itself. All but the last are off unless configured.
 
-    dedup -> decontaminate -> lines      -\\
+    dedup -> decontaminate -> web_lines  -\\
+                           -> lines      -+
                            -> substrings --> documents
                            -> pii        -/
 
-Lines, substrings and pii stand beside each other: each reads the texts of the documents that are left after
+Web_lines, lines, substrings and pii stand beside each other: each reads the texts of the documents that are left after
 decontaminate (or dedup, without it), as the extract stage published them, and publishes cuts. Only documents
 writes texts anew. The stages before these are in `stages`, those after in `token_stages`.
 """
@@ -22,6 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 
 from configs.cuts import DecontaminateConfig, LinesConfig, PiiConfig, SubstringsConfig
+from configs.data import RuleSet
 from configs.loader import ConfigError, plain
 from data_pipeline.copies import RECORD, CountUnits, ShareOut, Units, partitions_for
 from data_pipeline.cuts import note_cuts
@@ -37,6 +39,7 @@ from data_pipeline.stage import Stage, file_hashes
 from data_pipeline.stages import MASKING, SCAN_MODULES, Workshop
 from data_pipeline.substrings import CutSubstrings, Minimizers, Windows
 from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples, write_samples
+from data_pipeline.web_lines import CutWebLines
 
 _STEP = ("cuts", "tables")  # modules of every stage here that writes tables of cuts
 
@@ -59,6 +62,18 @@ def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
             inputs=file_hashes([Path(file) for file in files], shop.run_dir / "logs" / "evaluation.json"),
         )
         cutting.append(kept)
+    dropping = {name: rules for name, rules in config.rules.items() if rules.drop_lines}
+    if dropping:
+        cutting.append(
+            Stage(
+                "web_lines",
+                partial(_web_lines, shop, kept.name, dropping),
+                {name: [rules.c4, rules.drop_lines] for name, rules in dropping.items()},
+                ("web_lines", *SCAN_MODULES, *MASKING, *_STEP),
+                needs=(extract, before["language"], kept),
+                counted_against=kept,
+            )
+        )
     if config.lines and config.lines.enabled:
         cutting.append(
             Stage(
@@ -174,6 +189,13 @@ def _count_copies(
 def _kept_bytes(select: Path) -> int:
     """Of the texts that a stage kept."""
     return sum(pc.sum(kept_rows(read_table(select, shard))["bytes"]).as_py() or 0 for shard in shards_of(select))
+
+
+def _web_lines(shop: Workshop, kept: str, rules: Mapping[str, RuleSet], folder: Path, logs: Path) -> Tally:
+    select, language = shop.run_dir / kept, str(shop.run_dir / "language")
+    step = CutWebLines(str(folder), str(logs / "tallies"), str(select), rules, language)
+    _read_kept(shop, "web_lines", kept, [step], logs, shards_of(select))
+    return _finished(folder, logs / "tallies")
 
 
 def _lines(shop: Workshop, kept: str, settings: LinesConfig, folder: Path, logs: Path) -> Tally:

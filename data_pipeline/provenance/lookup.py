@@ -17,7 +17,7 @@ from data_pipeline.rows import Plan
 from data_pipeline.stage import read_manifest
 from data_pipeline.tables import read_table, shards_of
 
-_TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "lines", "substrings", "pii")
+_TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "web_lines", "lines", "substrings", "pii")
 
 
 @dataclass(frozen=True)

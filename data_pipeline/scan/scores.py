@@ -24,7 +24,7 @@ from data_pipeline.scan.lines import (
     repeated,
 )
 from data_pipeline.scan.repetition import ngram_scores
-from data_pipeline.scan.web_lines import C4_RULES, PHRASES, c4_lines, refinedweb_lines
+from data_pipeline.scan.web_lines import C4_RULES, PHRASES, LineDrop, c4_lines, refinedweb_lines
 from data_pipeline.scan.words import LETTERED, SOUND, Splitter, describe, split, word_hash
 
 TOP_NGRAMS = (2, 3, 4)
@@ -108,6 +108,27 @@ class Scanner:
             scores["c4_curly_bracket"] = float("{" in text)
             scores["c4_lorem_ipsum"] = float(any(kind == 0 for kind in hits[:, 1]))
         return scores
+
+    def dropped_lines(self, text: str, which: str) -> list[tuple[int, int, str]]:
+        """(start, end, reason) in characters of each line that C4's ("c4") or RefinedWeb's ("refinedweb") rules drop.
+
+        The line's break goes with it; blank lines stay.
+        """
+        lowered = in_lower_case(text)
+        codes, hits = codes_of(text), self._find(lowered)[0]
+        kinds = kinds_of(codes)
+        starts, ends = lines_of(codes, kinds, True)
+        if which == "c4":
+            drops = c4_lines(codes, kinds, starts, ends, hits, *self._c4)[0]
+        else:
+            drops = refinedweb_lines(codes, codes_of(lowered), kinds, starts, ends, hits)[0]
+        after = np.append(starts[1:], len(codes))  # where the next line begins
+        gone = [line for line in np.flatnonzero(drops).tolist() if not text[starts[line] : ends[line]].isspace()]
+        return [
+            (int(starts[line]), int(after[line]), LineDrop(drops[line]).name)
+            for line in gone
+            if starts[line] < ends[line]
+        ]
 
     def _find(self, lowered: str) -> tuple[np.ndarray, dict[str, float]]:
         """(place and Phrase of what line rules look for, int64 [n, 2]; the scores of _FOUND)."""

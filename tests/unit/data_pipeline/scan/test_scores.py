@@ -123,6 +123,23 @@ def test_refinedweb_lines_by_hand(line: str, goes: bool) -> None:
     assert scores(f"{kept}\n{line}")["refinedweb_word_ratio"] == (words / (7 + words) if goes else 0)
 
 
+def test_dropped_lines_have_places_and_reasons() -> None:
+    text = "A line of five words.\r\n \nMenu\nWe use cookies on this site.\n长江后浪推前浪，\n3 likes"
+    scanner = Scanner(Definition(c4="reference"))
+    found = scanner.dropped_lines(text, "c4")
+    assert [(text[start:end], reason) for start, end, reason in found] == [
+        ("Menu\n", "no_end"),
+        ("We use cookies on this site.\n", "policy"),
+        ("长江后浪推前浪，\n", "no_end"),
+        ("3 likes", "no_end"),
+    ]
+    found = scanner.dropped_lines(text, "refinedweb")
+    assert [(text[start:end], reason) for start, end, reason in found] == [
+        ("Menu\n", "one_word"),
+        ("3 likes", "counter"),
+    ]
+
+
 def test_bad_words_and_markers() -> None:
     english = {"bad_words": ("ass", "two words")}
     assert scores("An ass, two words. Assess the class ass", **english)["bad_words"] == 3
@@ -138,7 +155,7 @@ def test_lower_case_keeps_every_place() -> None:
 
 
 def test_every_bound_has_a_score() -> None:
-    meanings = {"use", "without", "splitter", "stop_words", "c4", "bad_words_file", "language_score"}
+    meanings = {"use", "without", "splitter", "stop_words", "c4", "bad_words_file", "drop_lines", "language_score"}
     assert set(RuleSet.model_fields) - meanings == set(SCORES) == set(scores("some text"))
 
 
