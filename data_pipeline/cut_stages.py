@@ -20,7 +20,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.writers.jsonl import JsonlWriter
 
 from configs.cuts import DecontaminateConfig, LinesConfig, PiiConfig, SubstringsConfig
 from configs.data import RuleSet
@@ -40,6 +39,7 @@ from data_pipeline.stages import MASKING, SCAN_MODULES, Workshop
 from data_pipeline.substrings import CutSubstrings, Minimizers, Windows
 from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples, write_samples
 from data_pipeline.web_lines import CutWebLines
+from data_pipeline.writing import TextWriter
 
 _STEP = ("cuts", "tables")  # modules of every stage here that writes tables of cuts
 
@@ -111,7 +111,7 @@ def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
         "documents",
         partial(_documents, shop, kept.name, [stage.name for stage in cutting]),
         {"documents": plain(config.documents), "heldout": plain(config.heldout)},
-        ("heldout", "hashing", "cuts"),
+        ("heldout", "hashing", "cuts", "writing"),
         needs=(extract, before["language"], before["score"], dedup, *cutting),
         counted_against=kept,
         packages=("datatrove", "orjson"),
@@ -270,7 +270,7 @@ def _documents(shop: Workshop, kept: str, cutting: Sequence[str], folder: Path, 
     tallies = logs / "tallies"
     steps = [
         Split(before, heldout, str(tallies), order),
-        JsonlWriter(str(folder), "${split}/${source}/${output}.jsonl", adapter=split_record),
+        TextWriter(str(folder), "${split}/${source}/${output}", split_record),
     ]
     _read_kept(shop, "documents", kept, steps, logs, list(order))
     write_samples(folder, mostly_cut)

@@ -23,7 +23,6 @@ from typing import Any
 from configs.loader import sync, write_atomic
 from data_pipeline.ledger import Tally
 
-_MTIME_OFFSET = 4  # of the four bytes in a gzip header that hold the time of writing
 _MANIFEST = "stage.json"
 
 
@@ -162,13 +161,9 @@ def replace_folder(folder: Path, target: Path) -> None:
 
 
 def _settle(folder: Path) -> dict[str, int]:
-    """Brings all files of a folder to disk; their sizes by name. Gzip headers lose the time of writing."""
+    """Brings all files of a folder to disk; their sizes by name."""
     sizes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.suffix == ".gz":
-            with path.open("r+b") as file:
-                file.seek(_MTIME_OFFSET)
-                file.write(bytes(4))
         sync(path)
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     return sizes

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.writers.jsonl import JsonlWriter
 from rich.console import Console
 
 from configs.data import DataConfig
@@ -30,6 +29,7 @@ from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scoring import Score, definition_of
 from data_pipeline.stage import Stage, digest, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, mask_samples, shards_of, table_samples
+from data_pipeline.writing import TextWriter
 
 SCAN_MODULES = tuple(
     f"scan/{part}" for part in ("characters", "words", "lines", "repetition", "web_lines", "scores", "minhash")
@@ -100,7 +100,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "extract": plain(config.extract),
             "shard_bytes": config.run.shard_bytes,
         },
-        ("reading", "extraction", "blocklist", *MASKING),
+        ("reading", "extraction", "blocklist", "writing", *MASKING),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
         packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
     )
@@ -144,7 +144,7 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
         SourceReader(units, config.extract, tallies, str(logs / "progress")),
         Extract(config.extract),
         SetAside(str(folder), tallies, config.run.shard_bytes),
-        JsonlWriter(str(folder), "${source}/${shard}.jsonl", adapter=shard_record),
+        TextWriter(str(folder), "${source}/${shard}", shard_record),
     ]
     shop.pipeline("extract", logs, steps, len(units), sum(unit.size for unit in units))
     mask_samples(folder)
