@@ -1,12 +1,13 @@
-"""Line charts as inline SVG, written by hand: no network, no plotting library, light and dark by CSS.
+"""Line charts as inline SVG, written by hand, for pages of `data_pipeline.charts`, which has their CSS.
 
-`line_chart` draws one chart, `STYLE` is the CSS that it needs in the page. Leaves out every kind but lines
-over steps, and interaction beyond the browser's own tooltips.
+Leaves out every kind but lines over steps, and interaction beyond the browser's own tooltips.
 """
 
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
+
+from data_pipeline.charts import SERIES, figure, short, ticks
 
 Points = Sequence[tuple[float, float]]
 Place = Callable[[float, float], tuple[float, float]]  # data to SVG coordinates
@@ -15,24 +16,6 @@ WIDTH, HEIGHT = 460, 240
 LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 38
 MAX_POINTS = 400  # more than a chart this wide can show
 SMOOTH_FROM = 60  # with fewer points the raw line reads well by itself
-SERIES = 6
-
-STYLE = """
-:root { --page: #fcfcfb; --ink: #1c1c1a; --soft: #6b6b66; --grid: #e6e5e1; --card: #ffffff;
-  --s0: #2a78d6; --s1: #d95926; --s2: #17936a; --s3: #8a5fd1; --s4: #b07a00; --s5: #c2417f; }
-@media (prefers-color-scheme: dark) { :root { --page: #191918; --ink: #ecebe7; --soft: #a3a29b; --grid: #33332f;
-  --card: #21211f; --s0: #5b9ff0; --s1: #f0824f; --s2: #3cbd8e; --s3: #ad8cf0; --s4: #d9a632; --s5: #e87aae; } }
-figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--grid); border-radius: 8px; }
-figcaption { font-weight: 600; margin-bottom: 4px; }
-svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--soft); font: 11px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-svg .grid { stroke: var(--grid); stroke-width: 1; }
-svg path { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
-svg path.raw { stroke-width: 1; opacity: 0.35; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--soft); }
-.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 5px;
-  vertical-align: middle; }
-"""
 
 
 def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: str, noisy: bool = True) -> str:
@@ -78,41 +61,7 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
         parts.append(_path(thin(points), place, color, "raw" if smooth else "", note))
         if smooth:
             parts.append(_path(thin(running_mean(points)), place, color, "", note))
-    legend = ""
-    if len(kept) > 1:
-        keys = (
-            f'<span><i style="background: var(--s{index % SERIES})"></i>{html.escape(name)}</span>'
-            for index, name in enumerate(kept)
-        )
-        legend = f'<div class="legend">{"".join(keys)}</div>'
-    return (
-        f"<figure><figcaption>{html.escape(title)}</figcaption>{legend}"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
-        "</figure>"
-    )
-
-
-def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers that cover [low, high], about `count` of them; `whole` asks for integers."""
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    if whole:
-        step = max(1.0, step)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 12) for number in range(first, last + 1)]
-
-
-def short(value: float) -> str:
-    """A number for an axis: 12k, 3.5M, 0.0003, 2e-06."""
-    size = abs(value)
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):.4g}{unit}"
-    return f"{value:.4g}"
+    return figure(title, WIDTH, HEIGHT, parts, list(kept))
 
 
 def running_mean(points: Points) -> list[tuple[float, float]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
-from pretrain.charts import STYLE, Points, line_chart, short
+from data_pipeline.charts import page, short
+from pretrain.charts import Points, line_chart
 
 # Charts in this order, with titles and units; whatever else is measured follows under its own name.
 CHARTS = {
@@ -27,22 +28,6 @@ CHARTS = {
 NOT_DRAWN = {"step", "tokens", "eval"}
 SMOOTH_BY_NATURE = {"lr", "memory_bytes"}
 MAX_SAMPLES = 40
-
-PAGE_STYLE = (
-    STYLE
-    + """
-body { margin: 0 auto; padding: 24px; max-width: 1040px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 28px 0 8px; }
-p { margin: 4px 0 12px; color: var(--soft); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 14px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; } th, td { padding: 4px 12px 4px 0; text-align: left;
-  vertical-align: top; border-bottom: 1px solid var(--grid); } td.n, th.n { text-align: right;
-  font-variant-numeric: tabular-nums; } td pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-details > pre { overflow-x: auto; font-size: 12px; background: var(--card); padding: 12px; border-radius: 8px; }
-"""
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,14 +67,8 @@ def write(run_dir: str | Path) -> Path:
     if config.is_file():
         text = html.escape(config.read_text(encoding="utf-8"))
         body.append(f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>")
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(run_dir.name)}: Trivium run</title><style>{PAGE_STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
     path = run_dir / "report.html"
-    write_atomic(path, page.encode())
+    write_atomic(path, page(f"{run_dir.name}: Trivium run", body).encode())
     return path
 
 

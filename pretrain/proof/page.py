@@ -10,16 +10,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from data_pipeline.charts import page
 from pretrain.charts import LEFT, RIGHT, TOP
 from pretrain.proof.verdict import COLUMNS, Error, Verdict
-from pretrain.report import PAGE_STYLE
 
 WIDTH, HEIGHT, BOTTOM = 960, 250, 24
 LABELLED = 7  # decades of the scale that get a number, about
 
-STYLE = (
-    PAGE_STYLE
-    + """
+STYLE = """
 :root { --pass: #12805c; --fail: #c8322b; }
 @media (prefers-color-scheme: dark) { :root { --pass: #3cbd8e; --fail: #ff6b5e; } }
 .pass { color: var(--pass); font-weight: 600; } .fail { color: var(--fail); font-weight: 700; }
@@ -30,7 +28,6 @@ svg circle.fail { fill: var(--fail); } svg path.bound { stroke: var(--s1); strok
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; font-size: 13px; } dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 """
-)
 
 
 def draw(facts: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
@@ -44,12 +41,7 @@ def draw(facts: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
         f"<p>Relative errors (Frobenius); in each cell the tensor nearest to its bound. {_text(facts['bounds'])}</p>",
         *(_section(verdict) for verdict in verdicts),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Trivium proof: {_text(facts['config'])}</title><style>{STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return page(f"Trivium proof: {facts['config']}", body, STYLE)
 
 
 def chart(verdict: Verdict) -> str:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_pipeline", "pretrain", "posttrain", "export", "launch", "cli")
 TORCH = ("torch", "megatron", "deepspeed")
 TOKEN_STORE = ("data_pipeline.rows", "data_pipeline.packing", "data_pipeline.tokenizer")
+PAGES = ("data_pipeline.charts",)  # what the HTML pages of data runs and training runs share
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ RULES = (
         ),
     ),
     Rule("pretrain.parallel", ours=("configs", "pretrain.model", "pretrain.parallel", "launch.environment")),
-    Rule("pretrain.report", ours=("configs", "pretrain.charts"), never=TORCH),
-    Rule("pretrain.charts", ours=(), never=TORCH),
-    Rule("pretrain", ours=("configs", "pretrain", "launch.environment", *TOKEN_STORE), never=SCHEDULES),
+    Rule("pretrain.report", ours=("configs", "pretrain.charts", *PAGES), never=TORCH),
+    Rule("pretrain.charts", ours=PAGES, never=TORCH),
+    Rule("data_pipeline.charts", ours=(), never=TORCH),
+    Rule("pretrain", ours=("configs", "pretrain", "launch.environment", *TOKEN_STORE, *PAGES), never=SCHEDULES),
     Rule("posttrain", ours=("configs", "pretrain", "posttrain", "launch.environment", *TOKEN_STORE), never=SCHEDULES),
     Rule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=SCHEDULES),
     Rule("launch", ours=("configs", "launch"), only=("rich",)),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.charts import line_chart, running_mean, short, thin, ticks
+from data_pipeline.charts import short, ticks
+from pretrain.charts import line_chart, running_mean, thin
 from pretrain.report import last_of_each_step, read_jsonl, write
 
 
