@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from configs.alarms import AlarmsConfig
 from configs.base import Section
 from configs.cuts import DecontaminateConfig, DocumentsConfig, LinesConfig, PiiConfig, SubstringsConfig
 from configs.rules import combined
@@ -299,6 +300,7 @@ class DataConfig(Section):
     heldout: HeldoutConfig = HeldoutConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     mixture: MixtureConfig
+    alarms: AlarmsConfig = AlarmsConfig()
 
     @model_validator(mode="after")
     def _names_meet(self) -> "DataConfig":

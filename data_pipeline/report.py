@@ -1,6 +1,6 @@
-"""What a data run did, in tables: `trivium data report CONFIG`. Reads ledger and samples, computes nothing.
+"""`trivium data report CONFIG`: what a data run did, in tables here and as one HTML page (`page.report`).
 
-Charts of scores, and following one document through the stages, are left out.
+The tables are of ledger and samples alone. Following one document through the stages is `trivium data explain`.
 """
 
 import json
@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.data import DataConfig
-from configs.loader import entrypoint, parse_args
+from configs.loader import ConfigError, entrypoint, load, parse_args
+from data_pipeline.page.report import write
 
 _SAMPLE_CHARS = 160
 _SAMPLES = 2
@@ -85,20 +86,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         DataConfig,
         argv,
         prog="trivium data report",
-        description="Print what a data run kept and dropped, with samples.",
+        description="What a data run kept and dropped, with samples: printed, and as report.html in its run.dir.",
         example="trivium data report configs/data/demo.toml",
     )
     run_dir, console = Path(config.run.dir), wide_console()
     try:
         ledger = read_ledger(run_dir)
-    except ValueError as error:
+        if args.dry_run:
+            console.print(f"would report on {run_dir}, {len(ledger['stages'])} stages")
+            return 0
+        print_ledger(ledger, run_dir, console)
+        print_drops(run_dir, console)
+        # The run's own config: the file may say other thresholds by now.
+        page = write(load(DataConfig, run_dir / "config.toml"), run_dir, ledger)
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.dry_run:
-        console.print(f"would report on {run_dir}, {len(ledger['stages'])} stages")
-        return 0
-    print_ledger(ledger, run_dir, console)
-    print_drops(run_dir, console)
+    for alarm in ledger["alarms"]:
+        console.print(f"alarm: {alarm}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -7,18 +7,20 @@ tasks is left to an executor: with `mpirun` every rank runs `main`, one of them 
 
 Bad input never ends a run by itself. Records that cannot be used are set aside in `extract/rejected/`, each with file,
 offset and reason. Up to `extract.max_bad_share` of a source's records the exit status is 0, and a line names their
-number and that folder; above it the status is 1, and they are in `extract.failed/rejected/`.
+number and that folder; above it the status is 1, and they are in `extract.failed/rejected/`. Alarms about the counts
+are printed last, and decide the exit status where `alarms.fail` says so.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
+from data_pipeline.alarms import alarms
 from data_pipeline.cut_stages import cut_stages
 from data_pipeline.dedup.stages import dedup_stages
 from data_pipeline.executors.base import Executor
@@ -41,8 +43,8 @@ def all_stages(config: DataConfig, run_dir: Path, console: Console, executor: Ex
     return [*stages, *token_stages(shop, stages[-1])]
 
 
-def run(config: DataConfig, console: Console, executor: Executor) -> list[Done]:
-    """Runs what is not done yet.
+def run(config: DataConfig, console: Console, executor: Executor) -> tuple[list[Done], list[str]]:
+    """Runs what is not done yet; returns the stages and what is alarming about their counts.
 
     Errors: ConfigError, ValueError for data that cannot be used, TaskError, LedgerError.
     """
@@ -55,28 +57,33 @@ def run(config: DataConfig, console: Console, executor: Executor) -> list[Done]:
         done: dict[str, Done] = {}
         for number, stage in enumerate(stages, 1):
             before = done[stage.counted_against.name].tally if stage.counted_against else None
-            found = published(stage, run_dir)
-            if found:
-                found.tally.check(stage.name, before)
-            done[stage.name] = found or perform(stage, run_dir, before)
+            earlier = published(stage, run_dir)
+            if earlier:
+                earlier.tally.check(stage.name, before)
+            done[stage.name] = earlier or perform(stage, run_dir, before)
             _say(done[stage.name], number, len(stages), console)
-        write_ledger(run_dir, list(done.values()))
-        return list(done.values())
+        found = alarms({name: one.tally for name, one in done.items()}, run_dir, config.alarms)
+        write_ledger(run_dir, stages, done, found)
+        return list(done.values()), found
 
 
-def write_ledger(run_dir: Path, done: Sequence[Done]) -> None:
+def write_ledger(run_dir: Path, stages: Sequence[Stage], done: Mapping[str, Done], found: Sequence[str]) -> None:
+    """`after` is the stage whose output a stage counts as its input: None for the first."""
+    after = {stage.name: stage.counted_against.name if stage.counted_against else None for stage in stages}
     ledger = {
-        "set_aside": count_set_aside(done),
+        "alarms": list(found),
+        "set_aside": count_set_aside(list(done.values())),
         "stages": [
             {
                 "name": stage.name,
+                "after": after[stage.name],
                 "seconds": round(stage.seconds, 3),
                 "fresh": stage.fresh,
                 "where": _where(stage),
                 "total": stage.tally.total().plain(),
                 "sources": stage.tally.plain(),
             }
-            for stage in done
+            for stage in done.values()
         ],
     }
     write_atomic(run_dir / "ledger.json", (json.dumps(ledger, indent=1, ensure_ascii=False) + "\n").encode())
@@ -152,7 +159,7 @@ def lead(config: DataConfig, dry: bool, executor: Executor) -> int:
         if dry:
             dry_run(config, console, executor)
             return 0
-        done = run(config, console, executor)
+        done, found = run(config, console, executor)
     except ConfigError:
         raise
     except (ValueError, TaskError) as error:
@@ -162,7 +169,9 @@ def lead(config: DataConfig, dry: bool, executor: Executor) -> int:
     print_ledger(read_ledger(run_dir), run_dir, console)
     _say_set_aside(done, config, console)
     console.print(f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG")
-    return 0
+    for alarm in found:
+        console.print(f"alarm: {alarm}", highlight=False, markup=False, soft_wrap=True)
+    return 1 if found and config.alarms.fail else 0
 
 
 if __name__ == "__main__":
