@@ -17,7 +17,7 @@ from data_pipeline.page.measures import Scores
 _FLOW_HEIGHT, _FLOW_TOP, _BAR = 230, 46, 14
 _STEP = 118  # from stage to stage
 _DROP = 34  # how far below the flow what is dropped is led away
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 150, 34, 8, 8, 22
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 150, 34, 8, 20, 22
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ def histogram(scores: Scores) -> str:
     """
     counts = scores.inside + scores.outside
     total, broken = int(counts.sum()), int(scores.outside.sum())
-    title = f"{scores.score}: {broken:,} of {total:,} outside"
     x_of = _axis(scores.edges, scores.logarithmic)
     top = max(math.log10(1 + int(counts.max())), 0.5)
     parts = _decades(top)
     base = HEIGHT - BOTTOM
+    css = ' class="out"' if broken else ""
+    parts.append(f'<text{css} x="{WIDTH - RIGHT}" y="11" text-anchor="end">{broken:,} of {total:,} outside</text>')
     for css, values in (("bars", counts), ("bars out", scores.outside)):
         heights = np.log10(1 + values) / top * (base - TOP)
         bars = [
@@ -105,11 +106,11 @@ def histogram(scores: Scores) -> str:
                 f"<title>{word} {limit:g}</title></line>"
             )
     parts += _x_labels(scores.edges, scores.logarithmic, x_of)
-    return figure(title, WIDTH, HEIGHT, parts)
+    return figure(scores.score, WIDTH, HEIGHT, parts)
 
 
 def sizes(title: str, edges: np.ndarray, before: np.ndarray, after: np.ndarray) -> str:
-    """Documents by bytes, as they came and as they are kept; bins are doublings."""
+    """Documents by bytes, as they came and as they are kept; two bins for each doubling."""
     used = np.flatnonzero(before)
     if not len(used):
         return ""
@@ -171,10 +172,15 @@ def _decades(top: float) -> list[str]:
 def _x_labels(edges: np.ndarray, logarithmic: bool, x_of: _axis) -> list[str]:
     low, high = float(edges[0]), float(edges[-1])
     if logarithmic:
-        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-        values = [10.0**power for power in powers]
+        factors = (1, 2, 5) if high < 100 * low else (1,)
+        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+        values = [factor * 10.0**power for power in powers for factor in factors]
     else:
-        values = [value for value in ticks(low, high, 4) if low <= value <= high]
-    return [
-        f'<text x="{x_of(value):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{short(value)}</text>' for value in values
-    ]
+        values = ticks(low, high, 4)
+    parts = []
+    for value in values:
+        if low <= value <= high:
+            x = x_of(value)
+            anchor = "end" if x > WIDTH - RIGHT - 14 else "middle"
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{short(value)}</text>')
+    return parts

@@ -22,7 +22,7 @@ from configs.data import RuleSet
 from data_pipeline.hashing import stable_hash
 from data_pipeline.tables import shards_of
 
-SIZE_EDGES = 2.0 ** np.arange(0, 41)  # of documents in bytes: a bin for each doubling, up to 1 TB
+SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # of documents in bytes: two bins for each doubling, up to 1 TB
 _BINS = 40
 _LANGUAGE = "language_score"  # in the language stage's tables
 _LOG_FROM = 1000.0  # a score that runs from 0 to beyond this is binned by its logarithm

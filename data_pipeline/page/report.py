@@ -7,11 +7,13 @@ comes from documents is masked and escaped. Leaves out single documents (`triviu
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from configs.alarms import WATCHED
 from configs.data import DataConfig
 from configs.loader import write_atomic
 from data_pipeline.charts import page, short
@@ -21,13 +23,15 @@ from data_pipeline.personal import mask
 
 _SAMPLES, _CLUSTERS, _MEMBERS, _LANGUAGES = 4, 8, 4, 20
 _EXCERPT = 300  # characters
+_BLANK_LINES = re.compile(r"\n\s*\n")
 
 STYLE = """
 :root { --out: #c8322b; } @media (prefers-color-scheme: dark) { :root { --out: #ff6b5e; } }
 svg rect.bar { fill: var(--s0); } svg path.band { fill: var(--s0); stroke: none; opacity: 0.25; }
 svg path.lost { stroke: var(--out); stroke-linecap: butt; opacity: 0.7; } svg text.name { fill: var(--ink);
   font-weight: 600; } svg .bars { fill: var(--s0); stroke: none; } svg .out { fill: var(--out); }
-svg line.bound { stroke: var(--s1); stroke-width: 1.5; stroke-dasharray: 4 2; } svg.cell { width: 120px; }
+svg line.bound { stroke: var(--s1); stroke-width: 1.5; stroke-dasharray: 4 2; } svg.cell { width: 120px;
+  display: inline-block; vertical-align: middle; margin-right: 8px; }
 .charts.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); }
 .charts.small figcaption { font-size: 12px; } .wide { margin: 12px 0; overflow-x: auto; }
 .alarms { border: 2px solid var(--out); border-radius: 8px; padding: 8px 16px; margin: 12px 0; }
@@ -62,7 +66,7 @@ def write(config: DataConfig, run_dir: Path, ledger: dict[str, Any]) -> Path:
 def chain_of(stages: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages that documents pass through on their way to the plan; others only look at them on the side."""
     chain: list[dict[str, Any]] = []
-    name = next(reversed(stages))
+    name: str | None = list(stages)[-1]
     while name is not None:
         chain.insert(0, stages[name])
         name = stages[name]["after"]
@@ -111,8 +115,8 @@ def _stages(stages: Sequence[dict[str, Any]]) -> str:
     for stage in stages:
         total = stage["total"]
         lost = [sum(amount[unit] for amount in total["dropped"].values()) for unit in ("documents", "bytes")]
-        numbers = (total["in"]["documents"], total["kept"]["documents"], lost[0])
-        numbers += (total["in"]["bytes"], total["kept"]["bytes"], lost[1], total["passed_on"]["bytes"])
+        numbers = [total["in"]["documents"], total["kept"]["documents"], lost[0]]
+        numbers += [total["in"]["bytes"], total["kept"]["bytes"], lost[1], total["passed_on"]["bytes"]]
         notes = ", ".join(f"{name}: {count:,}" for name, count in total["notes"].items())
         rows.append([stage["name"], *numbers, f"{stage['seconds']:.1f}", notes])
     heads = ["stage", "in", "kept", "dropped", "bytes in", "bytes kept", "bytes dropped", "bytes passed on"]
@@ -120,17 +124,21 @@ def _stages(stages: Sequence[dict[str, Any]]) -> str:
 
 
 def _drops(run_dir: Path, stages: Sequence[dict[str, Any]]) -> str:
-    parts = ["<h2>Why documents were dropped</h2><p>Open a reason for a random sample.</p>"]
+    parts = [
+        "<h2>Why documents were dropped</h2><p>Documents, their share of the stage's, and bytes; the bytes alone where "
+        "parts were taken out of documents. Open a reason for a random sample.</p>"
+    ]
     for stage in stages:
         dropped = stage["total"]["dropped"]
-        if not dropped:
+        if not dropped or stage["name"] not in WATCHED:
             continue
         came_in = stage["total"]["in"]["documents"]
         samples = measures.drop_samples(run_dir, stage["name"], _SAMPLES)
         parts.append(f"<h3>{_text(stage['name'])}</h3>")
+        most = max(amount["documents"] for amount in dropped.values()) or 1
         for reason, amount in sorted(dropped.items(), key=lambda item: (-item[1]["documents"], -item[1]["bytes"])):
             head = (
-                f"{bar(amount['documents'] / came_in)} <b>{_text(reason)}</b> {amount['documents']:,} documents "
+                f"{bar(amount['documents'] / most)}<b>{_text(reason)}</b> {amount['documents']:,} "
                 f"({amount['documents'] / came_in:.2%}), {amount['bytes']:,} bytes"
             )
             shown = "".join(map(sample, samples.get(reason, [])))
@@ -140,7 +148,7 @@ def _drops(run_dir: Path, stages: Sequence[dict[str, Any]]) -> str:
 
 def sample(row: Mapping[str, Any]) -> str:
     """One document, or the beginning of it."""
-    text = row.get("head") or row.get("sample") or row.get("context") or ""
+    text = _BLANK_LINES.sub("\n", row.get("head") or row.get("sample") or row.get("context") or "")
     facts = [f"{row['bytes']:,} bytes"] if "bytes" in row else []
     facts += [f"{row['survivor']} stays"] if row.get("survivor") and row["verdict"] else []
     return (
@@ -189,8 +197,8 @@ def _duplicates(largest: Sequence[measures.Cluster], by_size: Mapping[int, int])
 def _scores(drawn: Sequence[measures.Scores]) -> list[str]:
     parts = [
         "<h2>Scores and thresholds</h2><p>For each rule set, documents by score; heights are logarithmic. Red is "
-        "outside the bound, the dashed line. A document is dropped for the first rule that it breaks, so the numbers of rules "
-        "add up to more than the drops.</p>"
+        "outside the bound, the dashed line. A document is dropped for the first rule that it breaks, so the "
+        "numbers of rules add up to more than the drops.</p>"
     ]
     for rules, group in groupby(drawn, key=lambda one: one.rules):
         charts = [histogram(one) for one in group]
