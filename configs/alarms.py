@@ -6,7 +6,18 @@ from configs.base import Section
 
 # Stages that take documents or text away because of what they are. (Held-out documents and sources that are left out
 # of the mixture are no losses.)
-WATCHED = ("extract", "language", "filter", "dedup", "decontaminate", "lines", "substrings", "pii", "documents")
+WATCHED = (
+    "extract",
+    "language",
+    "filter",
+    "dedup",
+    "decontaminate",
+    "web_lines",
+    "lines",
+    "substrings",
+    "pii",
+    "documents",
+)
 MUST_DROP = ("filter", "dedup")  # which, over enough documents, drop some
 
 

@@ -44,11 +44,19 @@ max_bad_share = 0.1
 stop_words = ["the", "of", "and", "to"]
 language_score = {{ min = 0.5 }}
 word_count = {{ min = 50, max = 100000 }}
-mean_word_length = {{ min = 4.7 }}
+mean_word_length = {{ min = 4.5 }}
 stop_word_count = {{ min = 2 }}
 
 [rules.code]
 max_line_length = {{ max = 100 }}
+
+[decontaminate]
+files = ["{folder}/evaluation.jsonl"]
+
+[lines]
+max_copies = 1
+
+[pii]
 
 [tokenizer]
 vocab_size = 400
@@ -66,6 +74,7 @@ min_documents = 10
 max_drop_share = 0.9
 """
 SCRIPT = "<script>alert('&')</script> </svg> "
+_DROPPING = ("extract", "language", "filter", "dedup", "decontaminate", "documents")
 MAIL = "jane.roe@acme-corp.com"
 
 
@@ -85,6 +94,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prose.append(
         {"id": "french", "text": "Nous sommes arrivés hier soir dans la ville, et il faisait déjà nuit. " * 20}
     )
+    question = " ".join(prose[3]["text"].split()[100:140])
+    (folder / "evaluation.jsonl").write_text(json.dumps({"text": question}) + "\n", encoding="utf-8")
     lines = [json.dumps(record) for record in prose]
     (folder / "prose.jsonl").write_text("\n".join([*lines, '{"text": "cut']) + "\n", encoding="utf-8")
     code = [dict(record, text=record["text"][:2000]) for record in records("code", 6)]
@@ -176,7 +187,7 @@ def test_stages_stand_in_the_table_with_the_ledgers_numbers(page: str, ledger: d
         expected = [total["in"]["documents"], total["kept"]["documents"], lost[0]]
         expected += [total["in"]["bytes"], total["kept"]["bytes"], lost[1], total["passed_on"]["bytes"]]
         assert [int(cell.replace(",", "")) for cell in rows[stage["name"]][1:8]] == expected
-    watched = [stage for stage in ledger["stages"] if stage["name"] in ("extract", "language", "filter", "dedup")]
+    watched = [stage for stage in ledger["stages"] if stage["name"] in _DROPPING]
     assert all(stage["total"]["dropped"] for stage in watched)
     for stage in watched:
         for reason, amount in stage["total"]["dropped"].items():
@@ -186,9 +197,11 @@ def test_stages_stand_in_the_table_with_the_ledgers_numbers(page: str, ledger: d
 def test_the_flow_goes_on_from_stage_to_stage_without_a_gap(page: str, ledger: dict[str, Any]) -> None:
     chain = chain_of({stage["name"]: stage for stage in ledger["stages"]})
     names = [stage["name"] for stage in chain]
-    assert names == ["extract", "language", "score", "filter", "dedup", "documents", "tokens", "plan"]
-    for before, after in itertools.pairwise(chain):
-        assert before["total"]["passed_on"] == after["total"]["in"]
+    *before, last, tokens, plan = names
+    assert before == ["extract", "language", "score", "filter", "dedup", "decontaminate"]
+    assert (last, tokens, plan) == ("documents", "tokens", "plan")
+    for one, after in itertools.pairwise(chain):
+        assert one["total"]["passed_on"] == after["total"]["in"]
     found = [int(number.replace(",", "")) for number in re.findall(r"<title>([\d,]+) go on</title>", page)]
     assert found == [stage["total"]["passed_on"][unit] for unit in ("documents", "bytes") for stage in chain]
 
@@ -214,7 +227,7 @@ def test_score_histograms_count_what_the_rules_count(run_dir: Path) -> None:
 
 def test_languages_and_sizes_count_every_document(run_dir: Path, ledger: dict[str, Any]) -> None:
     stages = {stage["name"]: stage for stage in ledger["stages"]}
-    found = measures.documents(run_dir, "dedup")
+    found = measures.documents(run_dir, "decontaminate")
     extracted, kept = stages["extract"]["total"]["passed_on"], stages["language"]["total"]["kept"]
     assert [sum(column) for column in zip(*found.languages.values(), strict=True)] == [
         extracted["documents"],
@@ -224,7 +237,7 @@ def test_languages_and_sizes_count_every_document(run_dir: Path, ledger: dict[st
     assert found.languages["fr"][0] == 1
     for source in ("prose", "code"):
         assert found.before[source].sum() == stages["extract"]["sources"][source]["passed_on"]["documents"]
-        assert found.after[source].sum() == stages["dedup"]["sources"][source]["kept"]["documents"]
+        assert found.after[source].sum() == stages["decontaminate"]["sources"][source]["kept"]["documents"]
         assert (found.after[source] <= found.before[source]).all()
 
 
@@ -261,6 +274,8 @@ def test_samples_are_dropped_for_their_reason(run_dir: Path) -> None:
     for reason, rows in drawn.items():
         assert 0 < len(rows) <= 3 and all(verdicts[row["source"], row["id"]] == reason for row in rows)
     assert set(measures.drop_samples(run_dir, "extract", 3)) == {"bad_json"}
+    (matched,) = measures.drop_samples(run_dir, "decontaminate", 3)["contaminated"]
+    assert matched["context"] and matched["source"] == "prose"
 
 
 def test_mixture_and_bytes_per_token(run_dir: Path, page: str, ledger: dict[str, Any]) -> None:
@@ -286,3 +301,17 @@ def test_the_page_is_the_runs_whatever_the_file_says_now(config: Path, run_dir: 
 def test_a_directory_without_a_run_is_one_sentence(config: Path, tmp_path: Path, capsys: Any) -> None:
     assert report.main([str(config), f'run.dir="{tmp_path}"']) == 1
     assert "no data run has finished" in capsys.readouterr().err
+
+
+def test_alarms_stand_in_ledger_output_and_page_and_fail_if_asked(config: Path, run_dir: Path, capsys: Any) -> None:
+    missed = ["alarms.canaries={ short = 'word_count_min', french = 'word_count_min' }"]
+    expected = "canary 'french' should be dropped for word_count_min, and was dropped for language_unexpected"
+    assert run.main([str(config), *missed]) == 0
+    assert f"alarm: {expected}" in capsys.readouterr().out
+    assert json.loads((run_dir / "ledger.json").read_text())["alarms"] == [expected]
+    assert report.main([str(config)]) == 0
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "<strong>1 alarm</strong>" in page and "canary &#x27;french&#x27; should" in page
+    assert run.main([str(config), *missed, "alarms.fail=true"]) == 1
+    assert run.main([str(config), "alarms.fail=true"]) == 0  # nothing is left that alarms
+    assert json.loads((run_dir / "ledger.json").read_text())["alarms"] == []
