@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from data_pipeline import store
-from data_pipeline.mixture import apportion, build_plan, interleave, mixture_shares
+from data_pipeline.mixture import build_plan
 from data_pipeline.rows import Plan
 from data_pipeline.tokenizer import train
+from data_pipeline.weights import apportion, interleave, mixture_shares
 from tests.unit.data_pipeline.conftest import write_jsonl
 
 WEIGHTS = {"english": 0.5, "chinese": 0.2, "code": 0.3}

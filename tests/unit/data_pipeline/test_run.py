@@ -284,7 +284,7 @@ def test_the_demo_config_is_valid() -> None:
 
 
 def test_mixture_takes_one_way_of_weighing(config: Path) -> None:
-    with pytest.raises(ConfigError, match="exactly one of weights and temperature"):
+    with pytest.raises(ConfigError, match="exactly one of weights, temperature and unimax"):
         load(DataConfig, config, ["mixture.temperature=2.0"])
 
 
