@@ -1,7 +1,9 @@
 """A source's rows, epoch after epoch: documents shuffled by (seed, source, epoch), packed, and the rows shuffled."""
 
+import functools
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,19 +26,34 @@ class Documents:
         """One epoch in the documents' own order."""
         return PACKINGS[packing or self.packing](self.lengths, self.seq_length, self.extra)
 
+    def size(self, epoch: int) -> int:
+        """Rows of an epoch. The same in all, but where concat cuts elsewhere and pieces take extra positions."""
+        if self.packing == "concat" and self.extra.any():
+            return len(self._epoch(epoch))
+        return self._size
+
+    def most_rows(self, epochs: float) -> int:
+        """How many rows there are in so many epochs; of a part of an epoch, whole rows."""
+        whole = math.floor(epochs)
+        part = math.floor((epochs - whole) * self.size(whole) + 1e-9)  # 0.1 epochs of 30 rows are 3
+        return sum(self.size(epoch) for epoch in range(whole)) + part
+
     def rows(self, samples: int) -> Packed:
         """The first `samples` rows of the epochs."""
         parts: list[Packed] = []
-        missing, epoch = samples, 0
+        missing = samples
         while missing:
-            order = generator(self.seed, self.name, epoch, "documents").permutation(len(self.lengths))
-            part = self._pack(order, epoch)
+            part = self._epoch(len(parts))
             parts.append(part.take(np.arange(min(missing, len(part)))))
             missing -= len(parts[-1])
-            epoch += 1
         return joined(parts)
 
-    def _pack(self, order: np.ndarray, epoch: int) -> Packed:
+    @functools.cached_property
+    def _size(self) -> int:
+        return len(self.whole())
+
+    def _epoch(self, epoch: int) -> Packed:
+        order = generator(self.seed, self.name, epoch, "documents").permutation(len(self.lengths))
         packed = PACKINGS[self.packing](self.lengths[order], self.seq_length, self.extra[order])
         packed = Packed(order[packed.document], packed.start, packed.length, packed.offsets)
         # Neighbouring rows are of one document or of like lengths: training must not see them in a run.

@@ -4,7 +4,6 @@ A forecast of the plan that was asked for: it trains nothing and knows nothing o
 plan.json; `show` prints it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +17,7 @@ from data_pipeline.packing import PACKINGS
 _ENDS_SHOWN = 4
 
 
-def most_rows(rows_per_epoch: int, epochs: float) -> int:
-    """How many rows a source may give within its cap of epochs."""
-    return math.floor(rows_per_epoch * epochs + 1e-9)  # 0.1 epochs of 30 rows are 3
-
-
-def foreseen(places: np.ndarray, samples: int, rows_per_epoch: int, epochs: float) -> dict[str, Any]:
+def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: float) -> dict[str, Any]:
     """Of a source whose rows are the samples `places`, of `samples` in all.
 
     epoch_ends      the sample, from 0, that is the last row of each epoch, and the share of the samples (and so of the
@@ -32,8 +26,12 @@ def foreseen(places: np.ndarray, samples: int, rows_per_epoch: int, epochs: floa
     more_possible   by how much of the mixture its share could rise within the cap
     lasts_samples   how many samples of such a mixture there could be before the cap is met; None if it gives none
     """
-    ends = places[rows_per_epoch - 1 :: rows_per_epoch].tolist()
-    most = most_rows(rows_per_epoch, epochs)
+    ends: list[int] = []
+    done = documents.size(0)
+    while done <= len(places):
+        ends.append(int(places[done - 1]))
+        done += documents.size(len(ends))
+    most = documents.most_rows(epochs)
     return {
         "epoch_ends": [
             {"epoch": epoch, "sample": sample, "fraction": round((sample + 1) / samples, 6)}
@@ -60,12 +58,12 @@ def check_enough(
 ) -> None:
     """Refuses a mixture that needs more epochs than it may have.
 
-    `sources` say name, share, samples, rows_per_epoch, tokens and documents; `own` has the caps of single sources.
+    `sources` say name, share, samples, rows_per_epoch, most_rows (within the cap), tokens and documents; `own` has the
+    caps of single sources.
     `capped` says that shares follow from the caps, as UniMax's do.
     Errors: ValueError with what there is, what it would take, and what to change.
     """
-    caps = {source["name"]: own.get(source["name"], max_epochs) for source in sources}
-    most = {source["name"]: most_rows(source["rows_per_epoch"], caps[source["name"]]) for source in sources}
+    most = {source["name"]: source["most_rows"] for source in sources}
     short = [source for source in sources if source["samples"] > most[source["name"]]]
     if not short:
         return

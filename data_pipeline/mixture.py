@@ -18,7 +18,7 @@ import numpy as np
 from configs.loader import write_atomic
 from data_pipeline import fim as fill
 from data_pipeline.epochs import Documents
-from data_pipeline.forecast import check_enough, foreseen, most_rows, packings
+from data_pipeline.forecast import check_enough, foreseen, packings
 from data_pipeline.packing import PACKINGS, Packed
 from data_pipeline.store import Shards, Store
 from data_pipeline.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class Draft:
             "rows_per_epoch": rows,
             "documents": len(lengths),
             "tokens": int(lengths.sum(dtype=np.int64)),
-            "forecast": foreseen(places, samples, rows, source.max_epochs),
+            "forecast": foreseen(source.documents, places, samples, source.max_epochs),
             "packings": packings(source.documents),
         }
 
@@ -111,11 +111,12 @@ def lay_out(
     model = Tokenizer.load(tokenizer)
     if model.pad_id < 0:
         raise ValueError(f"tokenizer {model.origin} has no <pad>; rows are filled up with it")
-    if fim:
-        fill.Symbols.of(model.special_ids)
     named = {"weights": weights or {}, "epochs": epochs, "fim": fim}
     sources = []
-    for name, shards in _open_sources(tokens / TRAIN, named, without or {}).items():
+    opened = _open_sources(tokens / TRAIN, named, without or {})
+    if fim:
+        fill.Symbols.of(model.special_ids)
+    for name, shards in opened.items():
         _check_stores(shards.stores, model)
         forms = fill.draw(seed, name, len(shards.lengths), fim[name], fim_spm) if name in fim else None
         extra = np.zeros(len(shards.lengths), np.int64) if forms is None else fill.SENTINELS * (forms > 0)
@@ -204,7 +205,7 @@ def _shares(
 ) -> dict[str, float]:
     if weights is None and temperature is None:
         return unimax_shares(
-            {source.name: most_rows(len(source.packed), source.max_epochs) for source in sources}, samples
+            {source.name: source.documents.most_rows(source.max_epochs) for source in sources}, samples
         )
     sizes = {source.name: source.documents.lengths.sum() for source in sources}
     return mixture_shares(sizes, weights, temperature)
@@ -219,6 +220,7 @@ def _check_enough(
             "share": shares[source.name],
             "samples": int(count),
             "rows_per_epoch": len(source.packed),
+            "most_rows": source.documents.most_rows(source.max_epochs),
             "tokens": int(source.documents.lengths.sum(dtype=np.int64)),
             "documents": len(source.documents.lengths),
         }
