@@ -339,4 +339,9 @@ class DataConfig(Section):
                         f"{key}.{name}: there is no such source; known under [sources]: "
                         f"{', '.join(sorted(self.sources))}"
                     )
+        mixture = self.mixture
+        for key, names in {"mixture.epochs": mixture.epochs, "mixture.fim": mixture.fim}.items():
+            for name in names:
+                if mixture.weights is not None and name not in mixture.weights:
+                    raise ValueError(f"{key}.{name}: mixture.weights leaves this source out; take out the key as well")
         return self

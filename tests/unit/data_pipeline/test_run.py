@@ -260,13 +260,17 @@ def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path
         ("rules.english.word_count.min=many", "rules.english.word_count.min = 'many'"),
         ("mixture.weights.poems=1.0", "mixture.weights.poems: there is no such source"),
         ("mixture.epochs.poems=1", "mixture.epochs.poems: there is no such source"),
+        (
+            "mixture.weights={prose=1.0} mixture.fim.pages=0.5",
+            "mixture.fim.pages: mixture.weights leaves this source out",
+        ),
         ("mixture.epochs.prose=0", "mixture.epochs.prose = 0.0 is not above 0"),
         ("mixture.fim.prose=1.5", "mixture.fim.prose = 1.5 is no share"),
     ],
 )
 def test_a_wrong_config_is_one_sentence_and_status_2(config: Path, override: str, expected: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "data_pipeline.run", str(config), override],
+        [sys.executable, "-m", "data_pipeline.run", str(config), *override.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,
