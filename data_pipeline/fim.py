@@ -11,7 +11,7 @@ FIM, which it finds better than rearranging documents that are cut afterwards, s
 its prefix. Nor could it be done at tokenizing: only the plan knows the pieces, and token stores would have to be
 written again for another rate. The plan keeps three positions for the control symbols of each such piece, and tells
 pieces by tokens of the stored document, so that provenance stays exact. Which documents, and which of the two forms,
-is drawn by (seed, source, document); where a piece is cut by (seed, source, document, start), the same in each epoch.
+is drawn by (seed, source, document), once for all epochs; where a piece is cut by (seed, source, document, start).
 
 Loss falls on all parts, as in the paper. The middle is always followed by </s>: by the token where the piece ends the
 document, and else as the label of the piece's last position. Held-out rows stay as they were written. Left out: cuts
