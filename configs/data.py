@@ -263,8 +263,9 @@ class TokenizerConfig(Section):
 class MixtureConfig(Section):
     """Which share of `samples` rows of `seq_length` tokens each source gets, and how documents fill a row.
 
-    `weights` are shares (they need not sum to one); without them, shares are tokens ** (1 / temperature).
-    A source repeats up to `max_epochs` times; a mixture that needs more is an error that says so.
+    `weights` are shares (they need not sum to one); or else shares are tokens ** (1 / temperature), or with `unimax`
+    (arXiv:2304.09151) as even as the caps on epochs allow. A source repeats up to `max_epochs` times, or what `epochs`
+    says of it; a mixture that needs more is an error that says so.
     """
 
     seq_length: int = Field(default=256, ge=8)
@@ -272,13 +273,26 @@ class MixtureConfig(Section):
     seed: int = Field(default=0, ge=0)
     weights: dict[str, float] | None = None
     temperature: float | None = Field(default=None, gt=0)
+    unimax: bool = False
     packing: Literal["concat", "best_fit"] = "best_fit"
     max_epochs: int = Field(default=4, ge=1)
+    epochs: dict[str, float] = Field(default_factory=dict)  # by source, in place of max_epochs; parts of epochs too
+    # Fill-in-the-middle (arXiv:2207.14255): the share of a source's documents, and of those the share in SPM form.
+    fim: dict[str, float] = Field(default_factory=dict)
+    fim_spm: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
     def _one_way(self) -> "MixtureConfig":
-        if (self.weights is None) == (self.temperature is None):
-            raise ValueError("mixture takes exactly one of weights and temperature; set one and leave out the other")
+        if (self.weights is not None) + (self.temperature is not None) + self.unimax != 1:
+            raise ValueError(
+                "mixture takes exactly one of weights, temperature and unimax = true; set one and leave out the others"
+            )
+        for source, epochs in self.epochs.items():
+            if not epochs > 0:
+                raise ValueError(f"mixture.epochs.{source} = {epochs} is not above 0; give its weight or a cap above 0")
+        for source, rate in self.fim.items():
+            if not 0 < rate <= 1:
+                raise ValueError(f"mixture.fim.{source} = {rate} is no share above 0 and up to 1; leave the source out")
         for source, weight in (self.weights or {}).items():
             if not weight > 0:
                 raise ValueError(f"mixture.weights.{source} = {weight} is not above 0; leave the source out instead")
@@ -315,6 +329,8 @@ class DataConfig(Section):
                     )
         named = {
             "mixture.weights": self.mixture.weights,
+            "mixture.epochs": self.mixture.epochs,
+            "mixture.fim": self.mixture.fim,
             "lines.sources": self.lines and self.lines.sources,
             "substrings.sources": self.substrings and self.substrings.sources,
         }
@@ -325,4 +341,9 @@ class DataConfig(Section):
                         f"{key}.{name}: there is no such source; known under [sources]: "
                         f"{', '.join(sorted(self.sources))}"
                     )
+        mixture = self.mixture
+        for key, names in {"mixture.epochs": mixture.epochs, "mixture.fim": mixture.fim}.items():
+            for name in names:
+                if mixture.weights is not None and name not in mixture.weights:
+                    raise ValueError(f"{key}.{name}: mixture.weights leaves this source out; take out the key as well")
         return self

@@ -3,8 +3,9 @@
 Both place every token of every document exactly once, and neither sees the tokens. `concat` lays documents
 end to end and cuts every `seq_length` tokens: no padding but in the last row, documents cut anywhere.
 `best_fit` cuts only documents longer than a row, and fills rows with whole pieces, padding what is left
-(Ding et al., "Fewer Truncations Improve Language Modeling", 2024, arXiv:2404.10830). Order of documents and
-rows is the caller's: see `mixture`.
+(Ding et al., "Fewer Truncations Improve Language Modeling", 2024, arXiv:2404.10830). `extra` positions can be asked
+for beside each piece of a document, for the control symbols that `fim` puts there; under `concat` up to that many
+are padding where a row has no room for a token beside them. Order of documents and rows is the caller's: see `epochs`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,49 +43,48 @@ class Packed:
         segments = np.repeat(self.offsets[rows] - offsets[:-1], counts) + np.arange(offsets[-1])
         return Packed(self.document[segments], self.start[segments], self.length[segments], offsets)
 
-    def stats(self, lengths: np.ndarray, seq_length: int) -> dict[str, Any]:
+    def stats(self, lengths: np.ndarray, seq_length: int, extra: np.ndarray | int = 0) -> dict[str, Any]:
         """Shares of positions that are padding, of documents in more than one piece, and of documents that
         are although they would fit in a row.
         """
         pieces = np.bincount(self.document, minlength=len(lengths))
-        cut, fits = pieces > 1, np.asarray(lengths) <= seq_length
+        cut, fits = pieces > 1, np.asarray(lengths) + extra <= seq_length
         documents = max(1, int((pieces > 0).sum()))
+        used = int(self.length.sum()) + int((pieces * extra).sum())
         return {
-            "padding_share": 1 - int(self.length.sum()) / max(1, len(self) * seq_length),
+            "padding_share": 1 - used / max(1, len(self) * seq_length),
             "cut_share": int(cut.sum()) / documents,
             "needless_cut_share": int((cut & fits).sum()) / documents,
         }
 
 
-def concat(lengths: Sequence[int] | np.ndarray, seq_length: int) -> Packed:
-    """Documents end to end in the order given, a row every `seq_length` tokens."""
-    lengths = _checked(lengths, seq_length)
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    row_starts = np.arange(0, total, seq_length)
-    starts = np.union1d(ends - lengths, row_starts)
-    starts = starts[starts < total]
-    document = np.searchsorted(ends, starts, side="right")
-    length = np.diff(np.append(starts, total))
-    offsets = np.append(np.searchsorted(starts, row_starts), len(starts))
-    return Packed(document, starts - (ends - lengths)[document], length, offsets.astype(np.int64))
+def concat(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarray | int = 0) -> Packed:
+    """Documents end to end in the order given, a row every `seq_length` positions."""
+    lengths, extra = _checked(lengths, seq_length, extra)
+    most = int((lengths // (seq_length - extra) + 2).sum())  # a first piece, whole rows, a last piece
+    document, start, length, firsts = (np.empty(most, dtype=np.int64) for _ in range(4))
+    segments, rows = _lay(lengths, extra, seq_length, document, start, length, firsts)
+    offsets = np.append(firsts[:rows], segments)
+    return Packed(document[:segments], start[:segments], length[:segments], offsets)
 
 
-def best_fit(lengths: Sequence[int] | np.ndarray, seq_length: int) -> Packed:
+def best_fit(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarray | int = 0) -> Packed:
     """Best-fit decreasing: longest piece first, into the row that it leaves the least room in.
 
     A document longer than a row gives whole rows and one shorter piece. Ties go to the earlier document.
     Time is pieces * log(seq_length).
     """
-    lengths = _checked(lengths, seq_length)
-    pieces = -(-lengths // seq_length)
+    lengths, extra = _checked(lengths, seq_length, extra)
+    room = seq_length - extra
+    pieces = -(-lengths // room)
     first = _offsets(pieces)
     document = np.repeat(np.arange(len(lengths)), pieces)
-    start = (np.arange(first[-1]) - first[:-1][document]) * seq_length
-    length = np.minimum(lengths[document] - start, seq_length)
-    order = np.argsort(-length, kind="stable")
+    start = (np.arange(first[-1]) - first[:-1][document]) * room[document]
+    length = np.minimum(lengths[document] - start, room[document])
+    size = length + extra[document]
+    order = np.argsort(-size, kind="stable")
     row_of = np.empty(len(order), dtype=np.int64)
-    rows = _place(length[order], seq_length, row_of)
+    rows = _place(size[order], seq_length, row_of)
     by_row = np.argsort(row_of, kind="stable")  # keeps the order of placing within a row
     chosen = order[by_row]
     offsets = _offsets(np.bincount(row_of, minlength=rows))
@@ -94,17 +94,49 @@ def best_fit(lengths: Sequence[int] | np.ndarray, seq_length: int) -> Packed:
 PACKINGS = {"concat": concat, "best_fit": best_fit}
 
 
-def _checked(lengths: Sequence[int] | np.ndarray, seq_length: int) -> np.ndarray:
+def _checked(
+    lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.asarray(lengths, dtype=np.int64)
-    if seq_length < 1:
-        raise ValueError(f"seq_length = {seq_length}: a row needs at least one token")
     if lengths.ndim != 1 or (lengths < 0).any():
         raise ValueError("document lengths must be one list of numbers, none below 0")
-    return lengths
+    extra = np.broadcast_to(np.asarray(extra, dtype=np.int64), lengths.shape)
+    if seq_length <= extra.max(initial=0):
+        raise ValueError(
+            f"seq_length = {seq_length}: a row needs room for at least one token beside {extra.max(initial=0)} symbols"
+        )
+    return lengths, extra
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+@numba.njit(cache=True)
+def _lay(
+    lengths: np.ndarray,
+    extra: np.ndarray,
+    seq_length: int,
+    document: np.ndarray,
+    start: np.ndarray,
+    length: np.ndarray,
+    firsts: np.ndarray,
+) -> tuple[int, int]:
+    """Fills in each segment, and the first segment of each row; returns the numbers of segments and rows."""
+    segments = rows = room = 0
+    for i in range(len(lengths)):
+        at = 0
+        while at < lengths[i]:
+            if room <= extra[i]:
+                firsts[rows] = segments
+                rows += 1
+                room = seq_length
+            taken = min(lengths[i] - at, room - extra[i])
+            document[segments], start[segments], length[segments] = i, at, taken
+            segments += 1
+            at += taken
+            room -= taken + extra[i]
+    return segments, rows
 
 
 @numba.njit(cache=True)

@@ -1,7 +1,8 @@
 """Training rows from a mixture plan: row i is a pure function of (plan, i).
 
 Opens what `mixture.build_plan` wrote, checks it, and reads each row's segments from the token stores, with
-labels, document boundaries and positions. Nothing here knows of ranks, batches or torch.
+labels, document boundaries and positions; segments that the plan marks are rearranged for fill-in-the-middle on the
+way (see `fim`). Nothing here knows of ranks, batches or torch.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline import fim
 from data_pipeline.store import Shards, Store
 
 _FORMAT, _VERSION = "trivium-plan", 1
@@ -23,7 +25,8 @@ class Row:
     """One row of L = seq_length positions, from one source.
 
     tokens     int64 [L], the pad id where nothing is
-    labels     int64 [L], the next token of the same document, also where a segment is cut; 0 where masked
+    labels     int64 [L], the next token of the same document, also where a segment is cut; 0 where masked. In
+               fill-in-the-middle the next token of the rearranged segment, and </s> at its end
     loss_mask  bool [L], False at padding and at a document's last token
     positions  int64 [L], from 0 in every segment
     segments   int64 [L], 0, 1, 2... by segment, -1 at padding
@@ -47,6 +50,7 @@ class _Segments:
     start: np.ndarray
     length: np.ndarray
     offsets: np.ndarray
+    fim: np.ndarray | None = None  # form of each segment, if the source has any that is not plain
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -71,6 +75,8 @@ class Plan:
         self.token_bytes: np.ndarray = np.array(self._array("token_bytes.npy"))
         self._sample_sources = self._array("sample_sources.npy")
         self._sample_rows = self._array("sample_rows.npy")
+        self._seed: int = plan["seed"]
+        self._fim_symbols = fim.Symbols.of(self.special_ids) if plan.get("fim") else None
         tokens = folder / plan["tokens"]
         self._train = [self._segments("train", s["name"], s["stores"], tokens) for s in plan["sources"]]
         self._heldout = [self._segments("heldout", s["name"], s["heldout"]["stores"], tokens) for s in plan["sources"]]
@@ -114,23 +120,28 @@ class Plan:
         return self._row(rows, i, number)
 
     def provenance(self, i: int) -> list[dict[str, Any]]:
-        """For each segment of sample i: source, shard, document (index in the shard), document_id, start, length."""
+        """For each segment of sample i: source, shard, document (index in the shard), document_id, start, length.
+
+        Start and length are in the document's own tokens, whether or not the segment is rearranged; one that is has
+        `fim`, psm or spm, as well, and takes three positions more.
+        """
         self._check_sample(i)
         source = int(self._sample_sources[i])
         rows, row = self._train[source], int(self._sample_rows[i])
         found = []
         for segment in range(int(rows.offsets[row]), int(rows.offsets[row + 1])):
             store, document = rows.shards.locate(int(rows.document[segment]))
-            found.append(
-                {
-                    "source": self.sources[source],
-                    "shard": store.path.name,
-                    "document": document,
-                    "document_id": store.document_id(document),
-                    "start": int(rows.start[segment]),
-                    "length": int(rows.length[segment]),
-                }
-            )
+            entry: dict[str, Any] = {
+                "source": self.sources[source],
+                "shard": store.path.name,
+                "document": document,
+                "document_id": store.document_id(document),
+                "start": int(rows.start[segment]),
+                "length": int(rows.length[segment]),
+            }
+            if rows.fim is not None and rows.fim[segment]:
+                entry["fim"] = fim.NAMES[int(rows.fim[segment])]
+            found.append(entry)
         return found
 
     def uses(self, source: str, store: str, document: int) -> list[tuple[int, int, int]]:
@@ -161,24 +172,35 @@ class Plan:
         first, last = int(rows.offsets[row]), int(rows.offsets[row + 1])
         at = 0
         for number, segment in enumerate(range(first, last)):
-            store, document = rows.shards.locate(int(rows.document[segment]))
-            start, length = int(rows.start[segment]), int(rows.length[segment])
-            # One token more than the segment, if the document goes on: the label of its last position.
-            ids = store.tokens(document, start, min(start + length + 1, int(store.lengths[document])))
-            end, labelled = at + length, at + len(ids) - 1
-            tokens[at:end] = ids[:length]
-            labels[at:labelled] = ids[1:]
+            ids, following = self._segment(rows, segment, self.sources[source])
+            end, labelled = at + len(ids), at + len(following)
+            tokens[at:end] = ids
+            labels[at:labelled] = following
             loss_mask[at:labelled] = True
-            positions[at:end] = self._count[:length]
+            positions[at:end] = self._count[: len(ids)]
             segments[at:end] = number
             at = end
         return Row(tokens, labels, loss_mask, positions, segments, source)
+
+    def _segment(self, rows: _Segments, segment: int, source: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, labels); one label less than tokens where the segment ends its document."""
+        index, start, length = (int(array[segment]) for array in (rows.document, rows.start, rows.length))
+        store, document = rows.shards.locate(index)
+        if rows.fim is not None and rows.fim[segment] and self._fim_symbols is not None:
+            piece = store.tokens(document, start, start + length)
+            form = int(rows.fim[segment])
+            return fim.rearranged(piece, form, self._fim_symbols, self._seed, source, index, start)
+        # One token more than the segment, if the document goes on: the label of its last position.
+        ids = store.tokens(document, start, min(start + length + 1, int(store.lengths[document])))
+        return ids[:length], ids[1:]
 
     def _segments(self, split: str, source: str, entries: list[dict[str, Any]], tokens: Path) -> _Segments:
         arrays = {
             name: self._array(f"{split}.{source}.{name}.npy") for name in ("document", "start", "length", "offsets")
         }
-        return _Segments(Shards([_open_store(tokens, entry) for entry in entries]), **arrays)
+        name = f"{split}.{source}.fim.npy"
+        forms = self._array(name) if name in self.description["files"] else None
+        return _Segments(Shards([_open_store(tokens, entry) for entry in entries]), **arrays, fim=forms)
 
     def _array(self, name: str) -> np.ndarray:
         path, expected = self.path / name, self.description["files"][name]

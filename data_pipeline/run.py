@@ -31,7 +31,7 @@ from data_pipeline.extraction import set_aside
 from data_pipeline.report import print_ledger, read_ledger, wide_console
 from data_pipeline.stage import Done, Stage, perform, published, sole_user
 from data_pipeline.stages import Workshop, document_stages
-from data_pipeline.token_stages import token_stages
+from data_pipeline.token_stages import show_forecast, token_stages
 
 
 def all_stages(config: DataConfig, run_dir: Path, console: Console, executor: Executor) -> list[Stage]:
@@ -128,12 +128,20 @@ def _say(done: Done, number: int, count: int, console: Console) -> None:
 
 
 def dry_run(config: DataConfig, console: Console, executor: Executor) -> None:
-    """Says of every stage whether it would run or be skipped; writes only the cache of input hashes."""
+    """Says of every stage whether it would run or be skipped, and once there are tokens what the mixture comes to.
+
+    Writes only the cache of input hashes. Errors: ValueError for a mixture that the tokens do not allow.
+    """
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    done = set()
     for stage in all_stages(config, run_dir, console, executor):
-        verdict = "done, would be skipped" if published(stage, run_dir) else "would run"
+        if published(stage, run_dir):
+            done.add(stage.name)
+        verdict = "done, would be skipped" if stage.name in done else "would run"
         console.print(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", highlight=False)
+    if {"tokenizer", "tokens"} <= done:
+        show_forecast(config, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

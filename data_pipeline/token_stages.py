@@ -11,13 +11,16 @@ from pathlib import Path
 
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from rich.console import Console
 
-from configs.data import MixtureConfig, TokenizerConfig
+from configs.data import DataConfig, MixtureConfig, TokenizerConfig
 from configs.loader import plain
 from data_pipeline.executors.progress import ProgressFile
+from data_pipeline.fim import FIM_CONTROLS
+from data_pipeline.forecast import show
 from data_pipeline.heldout import HELDOUT, TRAIN
 from data_pipeline.ledger import Tally
-from data_pipeline.mixture import PLAN_FILE, build_plan
+from data_pipeline.mixture import PLAN_FILE, build_plan, lay_out
 from data_pipeline.stage import Stage
 from data_pipeline.stages import Workshop
 from data_pipeline.store import build, read_documents
@@ -30,7 +33,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
     tokenizer = Stage(
         "tokenizer",
         partial(_tokenizer, shop),
-        plain(config.tokenizer),
+        plain(config.tokenizer) | ({"controls": _controls(config.mixture)} if config.mixture.fim else {}),
         ("tokenizer", "store"),
         needs=(documents,),
         counted_against=documents,
@@ -49,7 +52,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
         "plan",
         partial(_plan, shop),
         plain(config.mixture),
-        ("mixture", "packing", "store"),
+        ("mixture", "weights", "epochs", "packing", "fim", "forecast", "store"),
         needs=(tokenizer, tokens),
         counted_against=tokens,
     )
@@ -62,11 +65,14 @@ class TrainTokenizer(PipelineStep):
     name = "Train tokenizer"
     type = "🔤 - TOKENIZER"
 
-    def __init__(self, inputs: Sequence[str], out: str, settings: TokenizerConfig, progress: str) -> None:
+    def __init__(
+        self, inputs: Sequence[str], out: str, settings: TokenizerConfig, controls: Sequence[str], progress: str
+    ) -> None:
         super().__init__()
         self.inputs = list(inputs)
         self.out = out
         self.settings = settings
+        self.controls = list(controls)
         self.progress = progress
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
@@ -79,6 +85,7 @@ class TrainTokenizer(PipelineStep):
             train_bytes=self.settings.train_bytes,
             character_coverage=self.settings.character_coverage,
             max_piece_length=self.settings.max_piece_length,
+            controls=self.controls,
             progress=progress.advance,
         )
         progress.close()
@@ -118,6 +125,11 @@ class Tokenize(PipelineStep):
         yield from ()
 
 
+def _controls(mixture: MixtureConfig) -> list[str]:
+    """Control symbols that a tokenizer has only if the mixture needs them: without them it stays the same model."""
+    return list(FIM_CONTROLS) if mixture.fim else []
+
+
 def _document_files(shop: Workshop) -> list[str]:
     """Largest first, so that no task is left alone with a big file at the end."""
     folder = shop.run_dir / "documents"
@@ -137,7 +149,8 @@ def _tokenizer(shop: Workshop, folder: Path, logs: Path) -> Tally:
             else:
                 tally.dropped(source, "held_out", size)
     inputs = [str(shop.run_dir / "documents" / name) for name in files if name.startswith(f"{TRAIN}/")]
-    step = TrainTokenizer(inputs, str(folder), shop.config.tokenizer, str(logs / "progress"))
+    controls = _controls(shop.config.mixture)
+    step = TrainTokenizer(inputs, str(folder), shop.config.tokenizer, controls, str(logs / "progress"))
     shop.pipeline("tokenizer", logs, [step], 1, tally.total().kept.bytes, alone=True)
     return tally
 
@@ -174,9 +187,16 @@ class Plan(PipelineStep):
         yield from ()
 
 
+def show_forecast(config: DataConfig, console: Console) -> None:
+    """Of the plan that the run's tokens would make; writes nothing. Errors: ValueError as `mixture.lay_out`."""
+    run_dir = Path(config.run.dir)
+    show(lay_out(run_dir / "tokens", run_dir / "tokenizer", **dict(config.mixture)).outlook(), console)
+
+
 def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
     shop.pipeline("plan", logs, [Plan(str(shop.run_dir), str(folder), shop.config.mixture)], 1, 0, alone=True)
     plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    show(plan, shop.console)
     planned = {source["name"]: source for source in plan["sources"]}
     manifest = json.loads((shop.run_dir / "tokens" / "stage.json").read_text(encoding="utf-8"))
     tally = Tally()

@@ -44,17 +44,20 @@ def train(
     train_bytes: int = 8_000_000,
     character_coverage: float = 0.9995,
     max_piece_length: int = 16,
+    controls: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Trains on up to `train_bytes` of UTF-8 text from JSONL files and publishes the model in folder `out`.
 
     The same texts give the same model, whatever files they come in and in whatever order. `progress` is
-    called with the bytes of text read since its last call. Returns what tokenizer.json says.
+    called with the bytes of text read since its last call. `controls` are control symbols beside SPECIALS, with the
+    ids after theirs. Returns what tokenizer.json says.
     Errors: ValueError for missing or broken files, no text, or a vocabulary larger than the text supports.
     """
-    if vocab_size < (least := len(SPECIALS) + 256 + 1):
+    specials = (*SPECIALS, *controls)
+    if vocab_size < (least := len(specials) + 256 + 1):
         raise ValueError(
-            f"tokenizer.vocab_size = {vocab_size} is too small: {len(SPECIALS)} control symbols, 256 bytes and "
+            f"tokenizer.vocab_size = {vocab_size} is too small: {len(specials)} control symbols, 256 bytes and "
             f"one piece take {least}"
         )
     sample, used, available = _sample(inputs, train_bytes, seed, progress)
@@ -84,7 +87,7 @@ def train(
             bos_piece=BOS,
             eos_piece=EOS,
             pad_piece=PAD,
-            control_symbols=list(CHAT_CONTROLS),
+            control_symbols=[*CHAT_CONTROLS, *controls],
             num_threads=1,  # the order of equal counts must not depend on threads
             minloglevel=2,
         )
@@ -101,7 +104,7 @@ def train(
     info = {
         "kind": KIND,
         "vocab_size": vocab_size,
-        "special_ids": {name: number for number, name in enumerate(SPECIALS)},
+        "special_ids": {name: number for number, name in enumerate(specials)},
         "sha256": hashlib.sha256(model).hexdigest(),
         "trained_on_bytes": used,
         "available_bytes": available,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import store
-from data_pipeline.mixture import apportion, build_plan, interleave, mixture_shares
+from data_pipeline.mixture import build_plan
 from data_pipeline.rows import Plan
 from data_pipeline.tokenizer import train
 from tests.unit.data_pipeline.conftest import write_jsonl
@@ -21,25 +21,6 @@ WEIGHTS = {"english": 0.5, "chinese": 0.2, "code": 0.3}
 def make(tokens: Path, tokenizer: Path, out: Path, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"seq_length": 64, "samples": 1000, "seed": 3, "weights": WEIGHTS}
     return build_plan(tokens, tokenizer, out, **settings | changes)
-
-
-@pytest.mark.parametrize("counts", [[5, 3, 2], [1, 1, 998], [0, 7], [333, 333, 334], [600, 250, 100, 49, 1]])
-def test_every_prefix_is_near_the_weights(counts: list[int]) -> None:
-    order = interleave(np.array(counts))
-    assert np.bincount(order, minlength=len(counts)).tolist() == counts
-    prefix = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
-    due = np.arange(1, len(order) + 1)[:, None] * np.array(counts) / len(order)
-    # Each source is off by half a sample at most by its own clock, and so the position by half the sources.
-    assert np.abs(prefix - due).max() <= 0.5 + len(counts) / 2
-
-
-def test_shares() -> None:
-    assert apportion([0.5, 0.3, 0.2], 11).tolist() == [6, 3, 2]
-    assert apportion([1 / 3] * 3, 100).sum() == 100
-    tokens = {"a": 100, "b": 400}
-    assert mixture_shares(tokens, {"a": 3, "b": 1}, None) == {"a": 0.75, "b": 0.25}
-    assert mixture_shares(tokens, None, 1.0) == pytest.approx({"a": 0.2, "b": 0.8})
-    assert mixture_shares(tokens, None, 2.0) == pytest.approx({"a": 1 / 3, "b": 2 / 3})
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
@@ -134,6 +115,9 @@ def test_bad_settings_are_named(tokens: Path, tokenizer_folder: Path, tmp_path: 
         ({"weights": {"english": 0.0}}, "expected above 0"),
         ({"temperature": 1.0}, "exactly one"),
         ({"weights": None}, "exactly one"),
+        ({"unimax": True}, "exactly one"),
+        ({"epochs": {"klingon": 1}}, r"mixture\.epochs\.klingon"),
+        ({"fim": {"klingon": 1}}, r"mixture\.fim\.klingon"),
         ({"packing": "tight"}, "concat, best_fit"),
         ({"samples": 0}, "at least 1"),
     ]

@@ -111,3 +111,25 @@ def test_impossible_input_is_refused() -> None:
         best_fit([1], 0)
     with pytest.raises(ValueError, match="none below 0"):
         concat([3, -1], 8)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_extra_positions_find_room(packing: str, lengths: list[int]) -> None:
+    extra = np.where(np.random.default_rng(1).random(len(lengths)) < 0.5, 3, 0)
+    packed = PACKINGS[packing](lengths, 8, extra)
+    expected = [(document, k) for document, length in enumerate(lengths) for k in range(length)]
+    assert sorted(tokens_placed(packed)) == expected
+    sizes = packed.length + extra[packed.document]
+    rows = np.add.reduceat(sizes, packed.offsets[:-1]) if len(packed) else np.zeros(0, int)
+    assert (np.diff(packed.offsets) > 0).all() and (rows <= 8).all()
+    if packing == "concat":  # a row is left only where the next piece would have no token of its own in it
+        following = extra[packed.document[packed.offsets[1:-1]]]
+        assert (8 - rows[:-1] <= following).all()
+    told = packed.stats(np.array(lengths), 8, extra)["padding_share"]
+    assert told == pytest.approx(1 - sizes.sum() / max(1, 8 * len(packed)))
+
+
+def test_a_row_without_room_beside_the_symbols_is_refused() -> None:
+    with pytest.raises(ValueError, match="seq_length = 3: a row needs room for at least one token beside 3 symbols"):
+        concat([4], 3, 3)

@@ -14,6 +14,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.ledger import LedgerError, Tally
 from data_pipeline.provenance import explain
+from data_pipeline.rows import Plan
 from data_pipeline.run import main
 
 ROOT = Path(__file__).parents[3]
@@ -258,11 +259,18 @@ def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path
         ("sources.prose.rules.en=englich", "sources.prose.rules.en = 'englich' is no rule set; known under [rules]:"),
         ("rules.english.word_count.min=many", "rules.english.word_count.min = 'many'"),
         ("mixture.weights.poems=1.0", "mixture.weights.poems: there is no such source"),
+        ("mixture.epochs.poems=1", "mixture.epochs.poems: there is no such source"),
+        (
+            "mixture.weights={prose=1.0} mixture.fim.pages=0.5",
+            "mixture.fim.pages: mixture.weights leaves this source out",
+        ),
+        ("mixture.epochs.prose=0", "mixture.epochs.prose = 0.0 is not above 0"),
+        ("mixture.fim.prose=1.5", "mixture.fim.prose = 1.5 is no share"),
     ],
 )
 def test_a_wrong_config_is_one_sentence_and_status_2(config: Path, override: str, expected: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "data_pipeline.run", str(config), override],
+        [sys.executable, "-m", "data_pipeline.run", str(config), *override.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -284,8 +292,40 @@ def test_the_demo_config_is_valid() -> None:
 
 
 def test_mixture_takes_one_way_of_weighing(config: Path) -> None:
-    with pytest.raises(ConfigError, match="exactly one of weights and temperature"):
+    with pytest.raises(ConfigError, match="exactly one of weights, temperature and unimax"):
         load(DataConfig, config, ["mixture.temperature=2.0"])
+
+
+def test_the_forecast_is_printed_by_the_plan_stage_and_by_a_dry_run(config: Path, capsys) -> None:
+    assert main([str(config), "--dry-run"]) == 0
+    assert "Mixture:" not in capsys.readouterr().out, "there are no tokens yet"
+    assert main([str(config)]) == 0
+    said = capsys.readouterr().out
+    tables = said[said.index("Mixture: 100 rows of 64") : said.index("[10/10] plan")]
+    assert "prose" in tables and "best_fit" in tables and "concat" in tables
+    before = (run_folder(config) / "plan/plan.json").read_bytes()
+    assert main([str(config), "--dry-run"]) == 0
+    assert tables in capsys.readouterr().out
+    assert main([str(config), "--dry-run", "mixture.samples=50"]) == 0
+    assert "Mixture: 50 rows of 64" in capsys.readouterr().out
+    assert main([str(config), "--dry-run", "mixture.samples=900000"]) == 1
+    assert "too few tokens for mixture.samples = 900,000" in capsys.readouterr().err
+    assert (run_folder(config) / "plan/plan.json").read_bytes() == before
+
+
+def test_fill_in_the_middle_has_its_symbols_trained(config: Path) -> None:
+    assert main([str(config)]) == 0
+    plain = ledger(run_folder(config))
+    symbols = json.loads((run_folder(config) / "tokenizer/tokenizer.json").read_text())["special_ids"]
+    assert not any("fim" in name for name in symbols)
+    assert main([str(config), "mixture.fim.prose=0.5"]) == 0
+    symbols = json.loads((run_folder(config) / "tokenizer/tokenizer.json").read_text())["special_ids"]
+    assert symbols["<|fim_middle|>"] == 10
+    again = ledger(run_folder(config))
+    assert [name for name in again if again[name]["fresh"]] == ["tokenizer", "tokens", "plan"]
+    assert again.keys() == plain.keys()
+    plan = Plan.open(run_folder(config) / "plan")
+    assert any("fim" in piece for i in range(100) for piece in plan.provenance(i))
 
 
 def test_a_lost_document_is_noticed() -> None:
