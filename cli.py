@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
     "data report": ("data_pipeline.report:main", "what was dropped at which stage, and why"),
     "data what-if": ("data_pipeline.what_if:main", "what other thresholds would keep, from the scores alone"),
+    "data train-classifier": ("data_pipeline.classifier:main", "a quality classifier from good and bad examples"),
     "data explain": ("data_pipeline.provenance.explain:main", "what happened to one document, stage by stage"),
     "data trace": ("data_pipeline.provenance.trace:main", "the documents in one training step's batch"),
     "data takedown": ("data_pipeline.provenance.takedown:main", "where listed documents are, and a plan without them"),
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
     """The help text: one line a command."""
-    lines = [f"  trivium {name:<14}{COMMANDS[name][1]}" for name in names]
+    lines = [f"  trivium {name:<23}{COMMANDS[name][1]}" for name in names]
     return "\n".join(
         [
             "usage: trivium COMMAND CONFIG [key=value ...]",

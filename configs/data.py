@@ -13,6 +13,7 @@ from configs.alarms import AlarmsConfig
 from configs.base import Section
 from configs.cuts import DecontaminateConfig, DocumentsConfig, LinesConfig, PiiConfig, SubstringsConfig
 from configs.rules import combined
+from configs.scores import ScoresConfig
 
 ANY_LANGUAGE = "any"
 
@@ -121,6 +122,9 @@ class ExtractConfig(Section):
 
 class LanguageConfig(Section):
     max_chars: int = Field(default=10_000, ge=100)  # only this much of a document is shown to the model
+    # Label every paragraph too, for the score language_share: characters in paragraphs of the document's own language.
+    paragraphs: bool = False
+    min_paragraph_chars: int = Field(default=100, ge=1)  # shorter ones are taken to be in the document's language
 
 
 class Bound(Section):
@@ -153,6 +157,7 @@ class RuleSet(Section):
     drop_lines: tuple[Literal["c4", "refinedweb"], ...] = ()  # whose line rules are applied to the documents kept
 
     language_score: Bound | None = None
+    language_share: Bound | None = None  # with language.paragraphs
     word_count: Bound | None = None
     mean_word_length: Bound | None = None
     hash_ratio: Bound | None = None
@@ -189,6 +194,9 @@ class RuleSet(Section):
     c4_sentences: Bound | None = None
     refinedweb_word_ratio: Bound | None = None
     bad_words: Bound | None = None
+    classifier_score: Bound | None = None  # this and those below: with their model under [scores]
+    unigram_logprob: Bound | None = None
+    perplexity: Bound | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -305,6 +313,7 @@ class DataConfig(Section):
     rules: dict[str, RuleSet] = Field(min_length=1)
     extract: ExtractConfig = ExtractConfig()
     language: LanguageConfig = LanguageConfig()
+    scores: ScoresConfig = ScoresConfig()
     dedup: DedupConfig = DedupConfig()
     decontaminate: DecontaminateConfig | None = None
     lines: LinesConfig | None = None
@@ -346,4 +355,20 @@ class DataConfig(Section):
             for name in names:
                 if mixture.weights is not None and name not in mixture.weights:
                     raise ValueError(f"{key}.{name}: mixture.weights leaves this source out; take out the key as well")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_exist(self) -> "DataConfig":
+        for name, rules in self.rules.items():
+            for score in rules.bounds():
+                if key := self.scores.missing(score):
+                    raise ValueError(
+                        f"rules.{name}.{score} bounds a score of a model that is not configured; name the model as "
+                        f"scores.{key} = PATH, or leave the rule out"
+                    )
+            if "language_share" in rules.bounds() and not self.language.paragraphs:
+                raise ValueError(
+                    f"rules.{name}.language_share needs the languages of paragraphs; set language.paragraphs = true, "
+                    "or leave the rule out"
+                )
         return self

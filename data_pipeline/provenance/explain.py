@@ -57,7 +57,9 @@ def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[st
     """What a stage's row says."""
     verdict = f"dropped: {row['verdict']}" if row["verdict"] else "kept"
     if stage == "language":
-        return [f"  language   {row['language']}, {row['language_score']:.3f}; rules {row['rules'] or '-'}; {verdict}"]
+        parts = f"; paragraphs in {row['languages']}" if row.get("languages") else ""
+        said = f"{row['language']}, {row['language_score']:.3f}{parts}; rules {row['rules'] or '-'}"
+        return [f"  language   {said}; {verdict}"]
     if stage == "score":
         return ["  score", *_scores(row, rules.get(row["rules"]))]
     if stage == "dedup":

@@ -18,6 +18,7 @@ from datatrove.pipeline.filters import (
 
 from configs.data import RuleSet
 from data_pipeline.filtering import verdict
+from data_pipeline.model_scores import MODEL_SCORES
 from data_pipeline.scan.scores import SCORES, Definition, Scanner, in_lower_case
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scoring import definition_of
@@ -155,8 +156,10 @@ def test_lower_case_keeps_every_place() -> None:
 
 
 def test_every_bound_has_a_score() -> None:
-    meanings = {"use", "without", "splitter", "stop_words", "c4", "bad_words_file", "drop_lines", "language_score"}
-    assert set(RuleSet.model_fields) - meanings == set(SCORES) == set(scores("some text"))
+    meanings = {"use", "without", "splitter", "stop_words", "c4", "bad_words_file", "drop_lines"}
+    judged_by_language = {"language_score", "language_share"}
+    assert set(SCORES) == set(scores("some text"))
+    assert set(RuleSet.model_fields) - meanings - judged_by_language == {*SCORES, *MODEL_SCORES}
 
 
 @pytest.fixture(scope="module")

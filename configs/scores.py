@@ -1,0 +1,34 @@
+"""Scores that need a model: which models there are, and which documents they are for.
+
+Without a path here its score does not exist, and a rule on it is an error. How the scores are computed is in
+`data_pipeline.classifier` and `data_pipeline.ngram_models`; bounds on them are in `configs.data.RuleSet`.
+"""
+
+from typing import Literal
+
+from configs.base import Section
+
+# Score -> the key of ScoresConfig without which there is none.
+MODEL_OF = {"classifier_score": "classifier", "unigram_logprob": "unigrams", "perplexity": "arpa"}
+
+
+class ScoresConfig(Section):
+    """Paths of models, local. Documents of other `languages` get NaN, which breaks no rule."""
+
+    classifier: str = ""  # a fastText model, of `trivium data train-classifier` or of others
+    classifier_label: str = "good"  # whose probability is the score; without its __label__
+    unigrams: str = ""  # word frequencies: TSV (word, count) or JSON ({word: count}), gzipped or not
+    arpa: str = ""  # an n-gram model in ARPA format, gzipped or not; KenLM's binaries are not read
+    languages: tuple[str, ...] = ()  # codes of lid.176 that the models are for; empty for all
+    # What unigrams and arpa were counted on: the splitter of their words, and whether all was in lower case.
+    splitter: Literal["spaces", "words", "cjk"] = "words"
+    lower_case: bool = True
+
+    def missing(self, score: str) -> str:
+        """The key to set before `score` exists; "" when it is set, or the score needs no model."""
+        key = MODEL_OF.get(score, "")
+        return key if key and not getattr(self, key) else ""
+
+    def paths(self) -> dict[str, str]:
+        """Key -> path of the models that are given."""
+        return {key: getattr(self, key) for key in MODEL_OF.values() if getattr(self, key)}

@@ -1,0 +1,326 @@
+"""How likely a text's words are under an n-gram model: perplexity (ARPA), and unigram log-probability (frequencies).
+
+Both are read from text into open-addressing tables of 64-bit n-gram hashes, as in KenLM's probing model (Heafield
+2011), which ignores collisions as well, and looked up in compiled code. KenLM's binary files and quantised models are
+left out, and so is estimating a model: `lmplz --arpa` does that.
+"""
+
+import gzip
+import io
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numba
+import numpy as np
+
+from data_pipeline.scan.characters import codes_of, kinds_of
+from data_pipeline.scan.scores import in_lower_case
+from data_pipeline.scan.words import BASE, Splitter, describe, mix, split, word_hash
+
+UNSEEN = 1e-9  # frequency of a word that a unigram table does not have, as in datatrove
+_NO_UNK = -100.0  # log10 probability of an unknown word where an ARPA file has no <unk>, as in KenLM
+_UNK = b"<unk>"
+_HEADER_LINES = 1_000
+_NEWLINE = 10
+
+
+@dataclass(frozen=True)
+class Table:
+    """Slot -> n-gram: `keys` uint64 (0 is free), `logprobs` and `backoffs` float32, log10; a power of two of slots."""
+
+    keys: np.ndarray
+    logprobs: np.ndarray
+    backoffs: np.ndarray
+
+
+@numba.njit(cache=True, nogil=True)
+def longer(key: np.uint64, word: np.uint64) -> np.uint64:
+    """The key of an n-gram with one more word at its left. A word's own key is `longer(0, its hash)`."""
+    return mix(key * BASE + word) | np.uint64(1)  # never 0, which is a free slot
+
+
+@numba.njit(cache=True, nogil=True)
+def _slot(keys: np.ndarray, key: np.uint64) -> int:
+    """Where `key` is, or the free slot at which it would be."""
+    mask = np.uint64(len(keys) - 1)
+    place = (key >> np.uint64(1)) & mask
+    while keys[place] != 0 and keys[place] != key:
+        place = (place + np.uint64(1)) & mask
+    return np.int64(place)
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(
+    hashes: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, backoffs: np.ndarray, slots: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    keys, probs, weights = np.zeros(slots, np.uint64), np.zeros(slots, np.float32), np.zeros(slots, np.float32)
+    for row in range(len(ids)):
+        key = np.uint64(0)
+        for place in range(ids.shape[1] - 1, -1, -1):
+            key = longer(key, hashes[ids[row, place]])
+        slot = _slot(keys, key)
+        keys[slot], probs[slot], weights[slot] = key, logprobs[row], backoffs[row]
+    return keys, probs, weights
+
+
+def table_of(hashes: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, backoffs: np.ndarray) -> Table:
+    """`ids` int32 [n-grams, order] index `hashes`."""
+    slots = 1 << max(4, int(2 * len(ids)).bit_length())  # between a quarter and half full
+    return Table(*_fill(hashes, ids, logprobs, backoffs, slots))
+
+
+def words_of(text: str, splitter: Splitter, lower: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes uint64 [words], whether the word is the first of its line bool [words])."""
+    codes = codes_of(in_lower_case(text) if lower else text)
+    kinds = kinds_of(codes)
+    starts, ends = split(codes, kinds, int(splitter))
+    hashes, _ = describe(codes, kinds, starts, ends)
+    return hashes, _firsts(codes, starts, ends)
+
+
+@numba.njit(cache=True, nogil=True)
+def _firsts(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    firsts = np.zeros(len(starts), np.bool_)
+    for word in range(len(starts)):
+        firsts[word] = word == 0
+        for place in range(ends[word - 1] if word else starts[word], starts[word]):
+            firsts[word] |= codes[place] == _NEWLINE
+    return firsts
+
+
+class Unigrams:
+    """Mean log10 probability of a text's words; a word that the table has not counts as `UNSEEN`.
+
+    After peS2o (Soldaini and Lo 2023) and datatrove's UnigramLogProbFilter, whose natural logarithm is 2.3026 times
+    this one.
+    """
+
+    def __init__(self, path: Path, splitter: Splitter = Splitter.words, lower: bool = True) -> None:
+        self._splitter, self._lower = splitter, lower
+        counts = _frequencies(path, lower)
+        total = sum(counts.values())
+        hashes = np.array([word_hash(word) for word in counts], np.uint64)
+        probabilities = np.log10(np.fromiter(counts.values(), np.float64) / total).astype(np.float32)
+        ids = np.arange(len(hashes), dtype=np.int32)[:, None]
+        self._table = table_of(hashes, ids, probabilities, np.zeros(len(hashes), np.float32))
+
+    def __call__(self, text: str) -> float:
+        """0 for a text without words, as in datatrove."""
+        hashes, _ = words_of(text, self._splitter, self._lower)
+        if not len(hashes):
+            return 0.0
+        return float(_unigram_sum(hashes, self._table.keys, self._table.logprobs, np.log10(UNSEEN)) / len(hashes))
+
+
+@numba.njit(cache=True, nogil=True)
+def _unigram_sum(hashes: np.ndarray, keys: np.ndarray, logprobs: np.ndarray, unseen: float) -> float:
+    total = 0.0
+    for word in hashes:
+        slot = _slot(keys, longer(np.uint64(0), word))
+        total += logprobs[slot] if keys[slot] else unseen
+    return total
+
+
+def _frequencies(path: Path, lower: bool) -> dict[str, float]:
+    """Word -> count, above 0. Errors: ValueError that names the line."""
+    counts: dict[str, float] = {}
+    with io.TextIOWrapper(_bytes(path), encoding="utf-8", errors="replace", newline="\n") as lines:
+        if ".json" in path.suffixes:
+            try:
+                pairs = list(json.load(lines).items())
+            except (ValueError, AttributeError):
+                raise ValueError(f"unigram table {path} is no JSON object of the form {{word: count}}") from None
+        else:
+            pairs = [tuple(line.rstrip("\r\n").split("\t")) for line in lines]
+    for number, pair in enumerate(pairs, 1):
+        try:
+            word, count = pair[0], float(pair[1])
+            if len(pair) != 2 or not 0 < count < float("inf"):
+                raise ValueError
+        except (ValueError, TypeError, IndexError):
+            raise ValueError(
+                f"unigram table {path}, entry {number}: {str(pair)[:80]} should be a word and a count above 0"
+            ) from None
+        word = word.lower() if lower else word
+        counts[word] = counts.get(word, 0.0) + count
+    if not counts:
+        raise ValueError(f"unigram table {path} holds no word; give lines of word, tab, count")
+    return counts
+
+
+class Arpa:
+    """Perplexity of a text under a backoff model (Katz 1987), as CCNet has it (Wenzek et al. 2020, arXiv 1911.00359).
+
+    A line with words is a sentence between <s> and </s>; perplexity is 10^(-log10 probability / (words + lines)),
+    since each </s> is predicted too. Words that the model lacks are its <unk>.
+    """
+
+    def __init__(self, path: Path, splitter: Splitter = Splitter.words, lower: bool = True) -> None:
+        self._splitter, self._lower = splitter, lower
+        self.tables = tuple(_read_arpa(path))
+        self._keys = numba.typed.List([table.keys for table in self.tables])
+        self._logprobs = numba.typed.List([table.logprobs for table in self.tables])
+        self._backoffs = numba.typed.List([table.backoffs for table in self.tables])
+        self._marks = np.array([word_hash(word) for word in ("<s>", "</s>", "<unk>")], np.uint64)
+
+    def __call__(self, text: str) -> float:
+        """1 for a text without words."""
+        hashes, firsts = words_of(text, self._splitter, self._lower)
+        if not len(hashes):
+            return 1.0
+        logprob = _sentences(hashes, firsts, self._marks, self._keys, self._logprobs, self._backoffs)
+        return float(10 ** (-logprob / (len(hashes) + firsts.sum())))
+
+
+@numba.njit(cache=True, nogil=True)
+def _sentences(
+    hashes: np.ndarray,
+    firsts: np.ndarray,
+    marks: np.ndarray,
+    keys: numba.typed.List,
+    logprobs: numba.typed.List,
+    backoffs: numba.typed.List,
+) -> float:
+    """log10 probability of all sentences together; `marks` are the hashes of <s>, </s> and <unk>."""
+    order = len(keys)
+    history = np.empty(order, np.uint64)  # words before this one, the last first
+    weights = np.zeros(order + 1)  # weights[n]: backoff of the n-gram that ends in the word before this one
+    total, known = 0.0, 0
+    for place in range(len(hashes)):
+        if firsts[place]:
+            history[0], known = marks[0], min(1, order - 1)
+            _weigh(history, known, weights, keys, backoffs)
+        logprob, known = _step(hashes[place], marks[2], history, known, weights, keys, logprobs, backoffs)
+        total += logprob
+        if place + 1 == len(hashes) or firsts[place + 1]:
+            logprob, known = _step(marks[1], marks[2], history, known, weights, keys, logprobs, backoffs)
+            total += logprob
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _step(
+    word: np.uint64,
+    unknown: np.uint64,
+    history: np.ndarray,
+    known: int,
+    weights: np.ndarray,
+    keys: numba.typed.List,
+    logprobs: numba.typed.List,
+    backoffs: numba.typed.List,
+) -> tuple[float, int]:
+    """(log10 p(word | history), the new length of the history), which then has `word` in it."""
+    order = len(keys)
+    if not keys[0][_slot(keys[0], longer(np.uint64(0), word))]:
+        word = unknown
+    key, found, logprob = longer(np.uint64(0), word), 0, 0.0
+    for n in range(known + 1):  # the longest n-gram that the model has
+        if n:
+            key = longer(key, history[n - 1])
+        slot = _slot(keys[n], key)
+        if keys[n][slot]:
+            found, logprob = n, np.float64(logprobs[n][slot])
+    for n in range(found + 1, known + 1):  # each word of context given up costs its backoff
+        logprob += weights[n]
+    for n in range(min(known, order - 2), 0, -1):
+        history[n] = history[n - 1]
+    history[0] = word
+    known = min(known + 1, order - 1)
+    _weigh(history, known, weights, keys, backoffs)
+    return logprob, known
+
+
+@numba.njit(cache=True, nogil=True)
+def _weigh(
+    history: np.ndarray, known: int, weights: np.ndarray, keys: numba.typed.List, backoffs: numba.typed.List
+) -> None:
+    key = np.uint64(0)
+    for n in range(1, known + 1):
+        key = longer(key, history[n - 1])
+        slot = _slot(keys[n - 1], key)
+        weights[n] = np.float64(backoffs[n - 1][slot]) if keys[n - 1][slot] else 0.0
+
+
+def _bytes(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")
+
+
+def _read_arpa(path: Path) -> Iterator[Table]:
+    """A table for each order. Errors: ValueError that names the file, the line and what was expected."""
+    with _bytes(path) as file:
+        lines = enumerate(file, 1)
+        sizes = _header(path, lines)
+        ids: dict[bytes, int] = {}
+        hashes = np.zeros(0, np.uint64)
+        for order, size in enumerate(sizes, 1):
+            words, logprobs, backoffs = _section(path, lines, order, ids)
+            if len(logprobs) != size:
+                raise ValueError(f"{path} has {len(logprobs)} {order}-grams where its header says {size}; is it whole?")
+            if order == 1:
+                if _UNK not in ids:
+                    ids[_UNK] = len(ids)
+                    words.append(ids[_UNK])
+                    logprobs.append(_NO_UNK)
+                    backoffs.append(0.0)
+                hashes = np.array([word_hash(word.decode("utf-8", "replace")) for word in ids], np.uint64)
+            matrix = np.array(words, np.int32).reshape(-1, order)
+            yield table_of(hashes, matrix, np.array(logprobs, np.float32), np.array(backoffs, np.float32))
+
+
+def _header(path: Path, lines: Iterator[tuple[int, bytes]]) -> list[int]:
+    """How many n-grams of each order there are; reads up to the first of them."""
+    sizes: list[int] = []
+    for number, line in lines:
+        if line.startswith(b"ngram "):
+            order, _, size = line[6:].partition(b"=")
+            if order.strip() != b"%d" % (len(sizes) + 1) or not size.strip().isdigit():
+                raise ValueError(f"{path}:{number}: {_shown(line)} should be 'ngram {len(sizes) + 1}=COUNT'")
+            sizes.append(int(size))
+        elif line.startswith(b"\\1-grams:") and sizes:
+            return sizes
+        elif number > _HEADER_LINES:
+            break
+    raise ValueError(f"{path} is no ARPA file: lines 'ngram 1=COUNT' and then \\1-grams: should be at its start")
+
+
+def _section(
+    path: Path, lines: Iterator[tuple[int, bytes]], order: int, ids: dict[bytes, int]
+) -> tuple[array, array, array]:
+    """(words, log10 probabilities, backoffs) of the n-grams of one order; those of order 1 are what fills `ids`.
+
+    Fields stand between ASCII white space alone, since words may hold other kinds.
+    """
+    words, logprobs, backoffs = array("i"), array("f"), array("f")
+    for number, line in lines:
+        parts = line.split()
+        if not parts:
+            continue
+        if len(parts) == 1 and parts[0].startswith(b"\\"):
+            break
+        if b"<UNK>" in parts:
+            parts = [_UNK if part == b"<UNK>" else part for part in parts]
+        try:
+            logprob, backoff = float(parts[0]), float(parts[order + 1]) if len(parts) == order + 2 else 0.0
+            if not order + 1 <= len(parts) <= order + 2 or not logprob <= 0:
+                raise ValueError
+            if order == 1:
+                ids[parts[1]] = len(ids)
+            words.extend([ids[word] for word in parts[1 : order + 1]])
+        except (ValueError, KeyError, IndexError):
+            raise ValueError(
+                f"{path}:{number}: {_shown(line)} should be a log10 probability, {order} words of \\1-grams: and a "
+                "backoff or none"
+            ) from None
+        logprobs.append(logprob)
+        backoffs.append(backoff)
+    return words, logprobs, backoffs
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:80].decode("utf-8", "replace").strip())
