@@ -15,7 +15,7 @@ MODEL_OF = {"classifier_score": "classifier", "unigram_logprob": "unigrams", "pe
 class ScoresConfig(Section):
     """Paths of models, local. Documents of other `languages` get NaN, which breaks no rule."""
 
-    classifier: str = ""  # a fastText model, of `trivium data train-classifier` or of others
+    classifier: str = ""  # of `trivium data train-classifier`, or a fastText model
     classifier_label: str = "good"  # whose probability is the score; without its __label__
     unigrams: str = ""  # word frequencies: TSV (word, count) or JSON ({word: count}), gzipped or not
     arpa: str = ""  # an n-gram model in ARPA format, gzipped or not; KenLM's binaries are not read

@@ -1,88 +1,132 @@
-"""A fastText quality classifier (Joulin et al. 2016, as DCLM uses it: Li et al. 2024, arXiv 2406.11794, section 4.4).
+"""A quality classifier over words and word pairs, linear as the one of DCLM (arXiv 2406.11794, section 4.4).
 
-`trivium data train-classifier GOOD... --bad BAD... --out MODEL` trains one from examples, deterministically: one
-thread, one seed. Beside the model it leaves MODEL.json: settings, counts, SHA-256 and what the held-out examples say.
-The score of a document is the probability of the label good. Models of others are taken as well, and shown text as
-DCLM shows it. A search for hyperparameters is left out.
+`trivium data train-classifier GOOD... --bad BAD... --out MODEL` trains one from examples: logistic regression over
+hashed n-grams by AdaGrad (Duchi et al. 2011), in one thread and a fixed order, so that the same examples give the same
+bytes. fastText 0.9.2 itself cannot promise that: with one thread it leaves nine tenths of its vectors as it finds them
+in memory. Models that fastText has trained are taken as well, and shown text as DCLM shows it. Beside the model stands
+MODEL.json: settings, counts, SHA-256 and what the held-out examples say. A search for settings is left out.
 """
 
 import hashlib
 import json
 import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import fasttext
 import numba
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from configs.data import ANY_LANGUAGE, ExtractConfig, SourceConfig
-from configs.loader import ConfigError, command_parser, entrypoint, sync, write_atomic
+from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
 from data_pipeline.heldout import draw
+from data_pipeline.ngram_models import words_of
 from data_pipeline.reading.source import find_units, read_file
-from data_pipeline.scan.characters import codes_of, kinds_of
-from data_pipeline.scan.scores import in_lower_case
-from data_pipeline.scan.words import Splitter, split
+from data_pipeline.scan.words import Splitter, mix
 
 GOOD, BAD = "good", "bad"
-LABEL = "__label__"
-PACKAGE = "fasttext-numpy2-wheel"
+LABEL = "__label__"  # of fastText
 MIN_EXAMPLES = 100  # of each class; a tenth of them, held out, still says something
-WORDS, LINES = "words", "lines"  # how a text is shown to the model
-
-
-def shown_as_words(text: str) -> str:
-    """The words of `text` in lower case between single spaces, each Chinese character and each run of a sign alone.
-
-    fastText reads a line, takes what begins with __label__ for a label, and stops at </s>: none of them is left.
-    """
-    codes = codes_of(in_lower_case(text))
-    starts, ends = split(codes, kinds_of(codes), int(Splitter.words))
-    line = _spaced(codes, starts, ends).tobytes().decode("utf-32-le", "replace")
-    return line.replace(LABEL, "label ") if LABEL in line else line
+_FASTTEXT = (793712314).to_bytes(4, "little")  # what a fastText model begins with
+_PAIR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @numba.njit(cache=True, nogil=True)
-def _spaced(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    found = np.empty(2 * len(codes) + 1, np.uint32)
+def _features(words: np.ndarray, slots: int, ngrams: int) -> np.ndarray:
+    """int32, the slot of each n-gram of 1 to `ngrams` words."""
+    found = np.empty(len(words) * ngrams, np.int32)
     size = 0
-    for word in range(len(starts)):
-        if word:
-            found[size] = 32
-            size += 1
-        for place in range(starts[word], ends[word]):
-            found[size] = codes[place]
+    for start in range(len(words)):
+        key = np.uint64(0)
+        for place in range(start, min(start + ngrams, len(words))):
+            key = mix(key * _PAIR + words[place])
+            found[size] = key % np.uint64(slots)
             size += 1
     return found[:size]
 
 
-def shown_as_lines(text: str) -> str:
-    return " ".join(text.strip().splitlines())
+@numba.njit(cache=True, nogil=True)
+def _probability(features: np.ndarray, weights: np.ndarray) -> float:
+    """Of the label good; the last weight is the bias."""
+    total = 0.0
+    for slot in features:
+        total += weights[slot]
+    return 1 / (1 + np.exp(-(total / np.sqrt(max(len(features), 1)) + weights[-1])))
 
 
-class Classifier:
-    """text -> probability of `label`."""
+@numba.njit(cache=True, nogil=True)
+def _fit(
+    features: np.ndarray, ends: np.ndarray, labels: np.ndarray, epochs: int, rate: float, weights: np.ndarray
+) -> None:
+    """AdaGrad over the examples in their order; example n is features[ends[n - 1]:ends[n]]."""
+    squares = np.full(len(weights), 1e-8, np.float32)
+    for _ in range(epochs):
+        for example in range(len(labels)):
+            mine = features[ends[example - 1] if example else 0 : ends[example]]
+            error = _probability(mine, weights) - labels[example]
+            step = error / np.sqrt(max(len(mine), 1))
+            for slot in mine:
+                squares[slot] += step * step
+                weights[slot] -= rate * step / np.sqrt(squares[slot])
+            squares[-1] += error * error
+            weights[-1] -= rate * error / np.sqrt(squares[-1])
 
-    def __init__(self, path: Path, label: str = GOOD) -> None:
-        about = manifest_of(path)
-        self._show = shown_as_words if about.get("text") == WORDS else shown_as_lines
+
+class Linear:
+    """text -> probability of the label good."""
+
+    def __init__(self, weights: np.ndarray, ngrams: int) -> None:
+        self.weights, self.ngrams = weights, ngrams
+
+    def __call__(self, text: str) -> float:
+        return float(_probability(self.features(text), self.weights))
+
+    def features(self, text: str) -> np.ndarray:
+        words, _ = words_of(text, Splitter.words, True)
+        return _features(words, len(self.weights) - 1, self.ngrams)
+
+
+class FastText:
+    """text -> probability of `label`; lines are joined, as DCLM does."""
+
+    def __init__(self, path: Path, label: str) -> None:
         try:
             self._model = fasttext.load_model(str(path))
         except (ValueError, RuntimeError, MemoryError) as error:
             raise ValueError(f"scores.classifier = {str(path)!r} is no fastText model: {error}") from None
         self._label = LABEL + label
-        if self._label not in self._model.get_labels():
-            known = ", ".join(name.removeprefix(LABEL) for name in self._model.get_labels())
-            raise ValueError(f"scores.classifier_label = {label!r} is no label of {path}, which has {known[:200]}")
+        known = [name for name, _ in zip(*self._model.predict("a", k=-1, threshold=-1.0), strict=True)]
+        if self._label not in known:
+            names = ", ".join(sorted(name.removeprefix(LABEL) for name in known))
+            raise ValueError(f"scores.classifier_label = {label!r} is no label of {path}, which has {names[:200]}")
 
     def __call__(self, text: str) -> float:
-        labels, scores = self._model.predict(self._show(text), k=-1)
+        labels, scores = self._model.predict(" ".join(text.strip().splitlines()), k=-1, threshold=-1.0)
         return min(float(dict(zip(labels, scores, strict=True)).get(self._label, 0.0)), 1.0)
+
+
+def load(path: Path, label: str = GOOD) -> Linear | FastText:
+    """Errors: ValueError for what is no model, or a model without `label`."""
+    manifest_of(path)
+    with path.open("rb") as file:
+        if file.read(4) == _FASTTEXT:
+            return FastText(path, label)
+    try:
+        with safe_open(path, "numpy") as stored:
+            ngrams = int(stored.metadata()["word_ngrams"])
+            weights = stored.get_tensor("weights")
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"scores.classifier = {str(path)!r} is neither a model of trivium data train-classifier nor fastText's"
+        ) from None
+    if label != GOOD:
+        raise ValueError(f"scores.classifier_label = {label!r} is no label of {path}, whose score is of {GOOD}")
+    return Linear(weights, ngrams)
 
 
 def manifest_path(model: Path) -> Path:
@@ -103,7 +147,7 @@ def manifest_of(model: Path) -> dict[str, Any]:
 
 @dataclass
 class Examples:
-    """Lines of both classes, each text once, in the order of the files; `counts` says what was left out."""
+    """Texts of both classes, each text once, in the order of the files; `counts` says what was left out."""
 
     lines: dict[str, list[str]]
     counts: dict[str, int]
@@ -116,7 +160,7 @@ def collect(good: Sequence[str], bad: Sequence[str], text_key: str, max_chars: i
     counts = {"unusable": 0, "repeated": 0, "in_both": 0}
     for label, patterns in ((GOOD, good), (BAD, bad)):
         for text in _texts(label, patterns, text_key, counts):
-            line = shown_as_words(text[:max_chars])
+            line = text[:max_chars].strip()
             if not line or line in seen[label]:
                 counts["repeated" if line else "unusable"] += 1
             else:
@@ -150,54 +194,42 @@ def train(examples: Examples, out: Path, share: float, settings: dict[str, Any])
 
     Errors: ConfigError for fewer than MIN_EXAMPLES of a class.
     """
-    seed = settings["seed"]
     held: dict[str, list[str]] = {}
-    rest: list[tuple[float, str]] = []
+    rest: list[tuple[float, str, str]] = []
     for label, lines in examples.lines.items():
         if len(lines) < MIN_EXAMPLES:
             raise ConfigError(
                 f"{len(lines)} {label} examples are too few, {MIN_EXAMPLES} different ones are the least; "
                 f"left out: {_said(examples.counts)}"
             )
-        # The place of an example in its class's drawn order: held out or not, and where in the training file.
-        drawn = sorted((draw(seed, line), line) for line in lines)
+        # The place of an example in its class's drawn order: held out or not, and when it is trained on.
+        drawn = sorted((draw(settings["seed"], line), line) for line in lines)
         count = max(1, round(share * len(drawn)))
         held[label] = [line for _, line in drawn[:count]]
-        rest += [(place, f"{LABEL}{label} {line}\n") for place, line in drawn[count:]]
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        text, model_path = Path(folder) / "train.txt", Path(folder) / "model.bin"
-        text.write_text("".join(line for _, line in sorted(rest)), encoding="utf-8")
-        model = fasttext.train_supervised(str(text), thread=1, verbose=0, minCount=1, **_names(settings))
-        model.save_model(str(model_path))
-        with model_path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        about = {
-            "text": WORDS,
-            "labels": [GOOD, BAD],
-            "settings": settings | {"heldout": share},
-            "examples": {label: len(lines) for label, lines in examples.lines.items()},
-            "left_out": examples.counts,
-            "heldout": measure(model, held),
-            "package": f"{PACKAGE} {version(PACKAGE)}",
-            "sha256": sha256,
-        }
-        sync(model_path)
-        model_path.replace(out)
+        rest += [(place, line, label) for place, line in drawn[count:]]
+    rest.sort()
+    model = Linear(np.zeros(settings["slots"] + 1, np.float32), settings["word_ngrams"])
+    found = [model.features(line) for _, line, _ in rest]
+    labels = np.array([label == GOOD for _, _, label in rest], np.float64)
+    ends = np.cumsum([len(one) for one in found])
+    _fit(np.concatenate(found), ends, labels, settings["epochs"], settings["rate"], model.weights)
+    content = save({"weights": model.weights}, {"word_ngrams": str(model.ngrams)})
+    about = {
+        "settings": settings | {"heldout": share},
+        "examples": {label: len(lines) for label, lines in examples.lines.items()},
+        "left_out": examples.counts,
+        "heldout": measure(model, held),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    write_atomic(out, content)
     # A kill between the two leaves an old one beside a new model, which `manifest_of` finds out.
     write_atomic(manifest_path(out), (json.dumps(about, indent=1) + "\n").encode())
     return about
 
 
-def _names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Our settings as fastText calls them."""
-    return {{"word_ngrams": "wordNgrams"}.get(name, name): value for name, value in settings.items()}
-
-
-def measure(model: Any, held: dict[str, list[str]]) -> dict[str, float]:
+def measure(model: Callable[[str], float], held: dict[str, list[str]]) -> dict[str, float]:
     """Accuracy over all held-out examples, precision and recall of the label good."""
-    said = {
-        label: [model.predict(line, k=1)[0][0] == LABEL + GOOD for line in lines] for label, lines in held.items()
-    }
+    said = {label: [model(line) >= 0.5 for line in lines] for label, lines in held.items()}
     hits, false, missed = sum(said[GOOD]), sum(said[BAD]), said[GOOD].count(False)
     return {
         "good": len(said[GOOD]),
@@ -215,8 +247,8 @@ def _said(counts: dict[str, int]) -> str:
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = command_parser(
         "trivium data train-classifier",
-        "A fastText quality classifier from good and bad examples, for scores.classifier of a data config.",
-        "trivium data train-classifier good/*.jsonl.gz --bad bad.jsonl.zst more_bad/ --out runs/quality.bin",
+        "A quality classifier from good and bad examples, for scores.classifier of a data config.",
+        "trivium data train-classifier good/*.jsonl.gz --bad bad.jsonl.zst more_bad/ --out runs/quality.safetensors",
     )
     parser.add_argument("good", metavar="GOOD", nargs="+", help="files of good examples: .jsonl(.gz|.zst), or text")
     parser.add_argument("--bad", metavar="BAD", nargs="+", required=True, help="files of bad examples")
@@ -225,15 +257,14 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--max-chars", type=int, default=20_000, help="of an example (default 20000)")
     parser.add_argument("--heldout", type=float, default=0.1, help="share of each class to measure on (default 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--epoch", type=int, default=5, help="default 5")
-    parser.add_argument("--lr", type=float, default=0.1, help="learning rate (default 0.1)")
-    parser.add_argument("--dim", type=int, default=64, help="size of word vectors (default 64)")
+    parser.add_argument("--epochs", type=int, default=5, help="default 5")
+    parser.add_argument("--rate", type=float, default=0.05, help="learning rate (default 0.05)")
     parser.add_argument("--word-ngrams", type=int, default=2, help="default 2")
-    parser.add_argument("--bucket", type=int, default=200_000, help="slots for hashed n-grams (default 200000)")
+    parser.add_argument("--slots", type=int, default=1 << 20, help="for hashed n-grams, 4 bytes each (default 1048576)")
     args = parser.parse_args(argv)
     for name, low, high in (
-        ("max_chars", 1, 10**9), ("heldout", 1e-6, 0.5), ("epoch", 1, 10_000), ("lr", 1e-9, 100), ("dim", 1, 10_000),
-        ("word_ngrams", 1, 20), ("bucket", 1, 10**9), ("seed", 0, 2**31 - 1),
+        ("max_chars", 1, 10**9), ("heldout", 1e-6, 0.5), ("epochs", 1, 10_000), ("rate", 1e-9, 100),
+        ("word_ngrams", 1, 20), ("slots", 1, 2**31 - 2), ("seed", 0, 2**31 - 1),
     ):  # fmt: skip
         if not low <= getattr(args, name) <= high:
             key = name.replace("_", "-")
@@ -245,9 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     out = Path(args.out)
     if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / 'quality.bin'}")
+        raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / 'quality.safetensors'}")
     examples = collect(args.good, args.bad, args.text_key, args.max_chars)
-    names = ("seed", "epoch", "lr", "dim", "word_ngrams", "bucket")
+    names = ("seed", "epochs", "rate", "word_ngrams", "slots")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         about = train(examples, out, args.heldout, {name: getattr(args, name) for name in names})

@@ -92,9 +92,7 @@ class IdentifyLanguage(TableStep):
             reason = verdict({"language_score": score}, self.config.rules[rules])
         parts = {}
         if self.config.language.paragraphs:
-            shares = language_parts(
-                document.text, language, self._identify, self.config.language.min_paragraph_chars
-            )
+            shares = language_parts(document.text, language, self._identify, self.config.language.min_paragraph_chars)
             shown = ", ".join(f"{name} {share:.2f}" for name, share in list(shares.items())[:_SHOWN] if share)
             parts = {"language_share": shares[language], "languages": shown}
         return {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.loader import ConfigError
 from configs.scores import MODEL_OF, ScoresConfig
-from data_pipeline.classifier import Classifier, manifest_path
+from data_pipeline.classifier import load, manifest_path
 from data_pipeline.ngram_models import Arpa, Unigrams
 from data_pipeline.scan.words import Splitter
 
@@ -37,7 +37,7 @@ class ModelScores:
         self._languages = config.languages
         self._models: dict[str, Callable[[str], float]] = {}
         if config.classifier:
-            self._models["classifier_score"] = Classifier(Path(config.classifier), config.classifier_label)
+            self._models["classifier_score"] = load(Path(config.classifier), config.classifier_label)
         if config.unigrams:
             self._models["unigram_logprob"] = Unigrams(Path(config.unigrams), splitter, lower)
         if config.arpa:

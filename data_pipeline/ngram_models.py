@@ -1,6 +1,6 @@
 """How likely a text's words are under an n-gram model: perplexity (ARPA), and unigram log-probability (frequencies).
 
-Both are read from text into open-addressing tables of 64-bit n-gram hashes, as in KenLM's probing model (Heafield
+Both are read from text into an open-addressing table of 64-bit n-gram hashes, as in KenLM's probing model (Heafield
 2011), which ignores collisions as well, and looked up in compiled code. KenLM's binary files and quantised models are
 left out, and so is estimating a model: `lmplz --arpa` does that.
 """
@@ -30,11 +30,21 @@ _NEWLINE = 10
 
 @dataclass(frozen=True)
 class Table:
-    """Slot -> n-gram: `keys` uint64 (0 is free), `logprobs` and `backoffs` float32, log10; a power of two of slots."""
+    """Slot -> n-gram of any order: `keys` uint64 (0 is free), `logprobs` and `backoffs` float32, log10."""
 
     keys: np.ndarray
     logprobs: np.ndarray
     backoffs: np.ndarray
+
+    @classmethod
+    def of_size(cls, size: int) -> "Table":
+        """Empty, for `size` n-grams: a power of two of slots, at most half of which will be taken."""
+        slots = 1 << max(4, (2 * size).bit_length())
+        return cls(np.zeros(slots, np.uint64), np.zeros(slots, np.float32), np.zeros(slots, np.float32))
+
+    def add(self, hashes: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, backoffs: np.ndarray) -> None:
+        """`ids` int32 [n-grams, order] index `hashes`, uint64."""
+        _fill(self.keys, self.logprobs, self.backoffs, hashes, ids, logprobs, backoffs)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -50,27 +60,25 @@ def _slot(keys: np.ndarray, key: np.uint64) -> int:
     place = (key >> np.uint64(1)) & mask
     while keys[place] != 0 and keys[place] != key:
         place = (place + np.uint64(1)) & mask
-    return np.int64(place)
+    return place  # type: ignore[return-value]
 
 
 @numba.njit(cache=True, nogil=True)
 def _fill(
-    hashes: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, backoffs: np.ndarray, slots: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    keys, probs, weights = np.zeros(slots, np.uint64), np.zeros(slots, np.float32), np.zeros(slots, np.float32)
+    keys: np.ndarray,
+    probs: np.ndarray,
+    weights: np.ndarray,
+    hashes: np.ndarray,
+    ids: np.ndarray,
+    logprobs: np.ndarray,
+    backoffs: np.ndarray,
+) -> None:
     for row in range(len(ids)):
         key = np.uint64(0)
         for place in range(ids.shape[1] - 1, -1, -1):
             key = longer(key, hashes[ids[row, place]])
         slot = _slot(keys, key)
         keys[slot], probs[slot], weights[slot] = key, logprobs[row], backoffs[row]
-    return keys, probs, weights
-
-
-def table_of(hashes: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, backoffs: np.ndarray) -> Table:
-    """`ids` int32 [n-grams, order] index `hashes`."""
-    slots = 1 << max(4, int(2 * len(ids)).bit_length())  # between a quarter and half full
-    return Table(*_fill(hashes, ids, logprobs, backoffs, slots))
 
 
 def words_of(text: str, splitter: Splitter, lower: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +114,8 @@ class Unigrams:
         hashes = np.array([word_hash(word) for word in counts], np.uint64)
         probabilities = np.log10(np.fromiter(counts.values(), np.float64) / total).astype(np.float32)
         ids = np.arange(len(hashes), dtype=np.int32)[:, None]
-        self._table = table_of(hashes, ids, probabilities, np.zeros(len(hashes), np.float32))
+        self._table = Table.of_size(len(hashes))
+        self._table.add(hashes, ids, probabilities, np.zeros(len(hashes), np.float32))
 
     def __call__(self, text: str) -> float:
         """0 for a text without words, as in datatrove."""
@@ -161,10 +170,7 @@ class Arpa:
 
     def __init__(self, path: Path, splitter: Splitter = Splitter.words, lower: bool = True) -> None:
         self._splitter, self._lower = splitter, lower
-        self.tables = tuple(_read_arpa(path))
-        self._keys = numba.typed.List([table.keys for table in self.tables])
-        self._logprobs = numba.typed.List([table.logprobs for table in self.tables])
-        self._backoffs = numba.typed.List([table.backoffs for table in self.tables])
+        self._order, self._table = _read_arpa(path)
         self._marks = np.array([word_hash(word) for word in ("<s>", "</s>", "<unk>")], np.uint64)
 
     def __call__(self, text: str) -> float:
@@ -172,7 +178,8 @@ class Arpa:
         hashes, firsts = words_of(text, self._splitter, self._lower)
         if not len(hashes):
             return 1.0
-        logprob = _sentences(hashes, firsts, self._marks, self._keys, self._logprobs, self._backoffs)
+        table = self._table
+        logprob = _sentences(hashes, firsts, self._marks, self._order, table.keys, table.logprobs, table.backoffs)
         return float(10 ** (-logprob / (len(hashes) + firsts.sum())))
 
 
@@ -181,12 +188,12 @@ def _sentences(
     hashes: np.ndarray,
     firsts: np.ndarray,
     marks: np.ndarray,
-    keys: numba.typed.List,
-    logprobs: numba.typed.List,
-    backoffs: numba.typed.List,
+    order: int,
+    keys: np.ndarray,
+    logprobs: np.ndarray,
+    backoffs: np.ndarray,
 ) -> float:
     """log10 probability of all sentences together; `marks` are the hashes of <s>, </s> and <unk>."""
-    order = len(keys)
     history = np.empty(order, np.uint64)  # words before this one, the last first
     weights = np.zeros(order + 1)  # weights[n]: backoff of the n-gram that ends in the word before this one
     total, known = 0.0, 0
@@ -209,21 +216,21 @@ def _step(
     history: np.ndarray,
     known: int,
     weights: np.ndarray,
-    keys: numba.typed.List,
-    logprobs: numba.typed.List,
-    backoffs: numba.typed.List,
+    keys: np.ndarray,
+    logprobs: np.ndarray,
+    backoffs: np.ndarray,
 ) -> tuple[float, int]:
     """(log10 p(word | history), the new length of the history), which then has `word` in it."""
-    order = len(keys)
-    if not keys[0][_slot(keys[0], longer(np.uint64(0), word))]:
+    order = len(history)
+    if not keys[_slot(keys, longer(np.uint64(0), word))]:
         word = unknown
     key, found, logprob = longer(np.uint64(0), word), 0, 0.0
     for n in range(known + 1):  # the longest n-gram that the model has
         if n:
             key = longer(key, history[n - 1])
-        slot = _slot(keys[n], key)
-        if keys[n][slot]:
-            found, logprob = n, np.float64(logprobs[n][slot])
+        slot = _slot(keys, key)
+        if keys[slot]:
+            found, logprob = n, np.float64(logprobs[slot])
     for n in range(found + 1, known + 1):  # each word of context given up costs its backoff
         logprob += weights[n]
     for n in range(min(known, order - 2), 0, -1):
@@ -235,14 +242,11 @@ def _step(
 
 
 @numba.njit(cache=True, nogil=True)
-def _weigh(
-    history: np.ndarray, known: int, weights: np.ndarray, keys: numba.typed.List, backoffs: numba.typed.List
-) -> None:
+def _weigh(history: np.ndarray, known: int, weights: np.ndarray, keys: np.ndarray, backoffs: np.ndarray) -> None:
     key = np.uint64(0)
     for n in range(1, known + 1):
         key = longer(key, history[n - 1])
-        slot = _slot(keys[n - 1], key)
-        weights[n] = np.float64(backoffs[n - 1][slot]) if keys[n - 1][slot] else 0.0
+        weights[n] = np.float64(backoffs[_slot(keys, key)])  # 0 in a free slot
 
 
 def _bytes(path: Path) -> BinaryIO:
@@ -251,13 +255,14 @@ def _bytes(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")
 
 
-def _read_arpa(path: Path) -> Iterator[Table]:
-    """A table for each order. Errors: ValueError that names the file, the line and what was expected."""
+def _read_arpa(path: Path) -> tuple[int, Table]:
+    """(order, all n-grams). Errors: ValueError that names the file, the line and what was expected."""
     with _bytes(path) as file:
         lines = enumerate(file, 1)
         sizes = _header(path, lines)
         ids: dict[bytes, int] = {}
         hashes = np.zeros(0, np.uint64)
+        table = Table.of_size(sum(sizes) + 1)
         for order, size in enumerate(sizes, 1):
             words, logprobs, backoffs = _section(path, lines, order, ids)
             if len(logprobs) != size:
@@ -270,7 +275,8 @@ def _read_arpa(path: Path) -> Iterator[Table]:
                     backoffs.append(0.0)
                 hashes = np.array([word_hash(word.decode("utf-8", "replace")) for word in ids], np.uint64)
             matrix = np.array(words, np.int32).reshape(-1, order)
-            yield table_of(hashes, matrix, np.array(logprobs, np.float32), np.array(backoffs, np.float32))
+            table.add(hashes, matrix, np.array(logprobs, np.float32), np.array(backoffs, np.float32))
+        return len(sizes), table
 
 
 def _header(path: Path, lines: Iterator[tuple[int, bytes]]) -> list[int]:

@@ -1,6 +1,7 @@
 """The score stage: a parquet row of quality scores for each document, by its rule set's definitions.
 
-What the scores are is in `scan.scores` and, where a model is configured, `model_scores`; thresholds are applied by `filtering`, without the text.
+What the scores are is in `scan.scores` and, where a model is configured, `model_scores`; thresholds are applied by
+`filtering`, without the text.
 """
 
 from collections.abc import Mapping

