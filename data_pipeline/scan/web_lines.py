@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipeline.scan.characters import ALPHA, CJK, DIGIT, SPACE, UPPER, WORD
 from data_pipeline.scan.lines import ends_in_ellipsis, trim
+from data_pipeline.scan.words import span_hash, word_hash
 
 
 class Phrase(IntEnum):
@@ -76,6 +77,18 @@ C4_RULES = {
     "datatrove": C4Rules(3, ".?!\"'", policy=True, citations=True, page_bracket=False),
     "fineweb": C4Rules(3, "", policy=True, citations=True, page_bracket=False),
 }
+# As hashes: strings in compiled code cost seconds to compile.
+_CITATIONS = np.array([word_hash(word) for word in ("edit", "citation needed")], np.uint64)
+_COUNTED = np.array(
+    [
+        word_hash(word)
+        for word in (
+            "likes", "shares", "comments", "retweets", "reposts", "quotes", "bookmarks", "upvotes", "downvotes",
+            "downloads", "views", "followers",
+        )
+    ],
+    np.uint64,
+)  # fmt: skip
 _OPEN, _CLOSE, _CURLY, _DOT = 0x5B, 0x5D, 0x7B, 0x2E
 
 
@@ -215,17 +228,15 @@ def _citation(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> boo
     digits = True
     for place in range(start, end):
         digits &= (kinds[place] & DIGIT) != 0
-    return digits or _spells(codes, start, end, "edit") or _spells(codes, start, end, "citation needed")
+    return digits or _is_one_of(span_hash(codes, start, end), _CITATIONS)
 
 
 @numba.njit(cache=True, nogil=True)
-def _spells(codes: np.ndarray, start: int, end: int, word: str) -> bool:
-    if end - start != len(word):
-        return False
-    same = True
-    for place in range(len(word)):
-        same &= codes[start + place] == ord(word[place])
-    return same
+def _is_one_of(value: np.uint64, hashes: np.ndarray) -> bool:
+    found = False
+    for known in hashes:
+        found |= value == known
+    return found
 
 
 @numba.njit(cache=True, nogil=True)
@@ -269,10 +280,4 @@ def _counter(kinds: np.ndarray, lowered: np.ndarray, start: int, end: int) -> bo
     last = end
     while last > place and not kinds[last - 1] & WORD:
         last -= 1
-    for word in (
-        "likes", "shares", "comments", "retweets", "reposts", "quotes", "bookmarks", "upvotes", "downvotes",
-        "downloads", "views", "followers",
-    ):  # fmt: skip
-        if _spells(lowered, place, last, word):
-            return True
-    return False
+    return _is_one_of(span_hash(lowered, place, last), _COUNTED)

@@ -13,7 +13,7 @@ from enum import IntEnum
 import numba
 import numpy as np
 
-from data_pipeline.scan.characters import ALPHA, CJK, SPACE, SYMBOL, WORD, codes_of
+from data_pipeline.scan.characters import ALPHA, CJK, SPACE, SYMBOL, WORD
 
 # Of a word, in `traits`.
 SOUND = np.uint8(1)  # not all of it is punctuation
@@ -54,9 +54,13 @@ def span_hash(codes: np.ndarray, start: int, end: int) -> np.uint64:
 
 
 def word_hash(word: str) -> int:
-    """`span_hash` of a whole string."""
-    codes = codes_of(word)
-    return int(span_hash(codes, 0, len(codes)))
+    """`span_hash` of a whole string, in plain Python."""
+    value = int(_FNV_OFFSET)
+    for character in word:
+        value = (value ^ ord(character)) * int(_FNV_PRIME) % (1 << 64)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        value = (value ^ value >> shift) * int(factor) % (1 << 64)
+    return value ^ value >> 31
 
 
 @numba.njit(cache=True, nogil=True)
