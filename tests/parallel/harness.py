@@ -28,6 +28,7 @@ from launch.processes import die_with_parent
 REPOSITORY = Path(__file__).resolve().parents[2]
 AFTER_FIRST_ERROR = 15.0  # seconds the other ranks have to fail or finish by themselves
 LOG_TAIL = 4000  # characters
+MOST_THREADS = 200  # of a rank, before all start anew: a few of gloo's stay with it after each call
 
 
 class RankError(AssertionError):
@@ -66,6 +67,8 @@ class RankPool:
         self, world_size: int, function: str, kwargs: dict[str, Any], timeout: float, process_group: bool
     ) -> list[Any]:
         """See Ranks.run."""
+        if any(_threads(process.popen.pid) > MOST_THREADS for process in self._processes):
+            self.close()
         while len(self._processes) < world_size:
             self._processes.append(self._start(len(self._processes)))
         port, number = free_port(), next(self._calls)
@@ -168,6 +171,12 @@ class Ranks:
         groups, megatron-core's and deepspeed's too, are gone after the call.
         """
         return self.pool.call(self.world_size, function, kwargs, timeout, process_group)
+
+
+def _threads(pid: int) -> int:
+    """Of a process; 0 where the system does not say."""
+    tasks = Path(f"/proc/{pid}/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
 
 def free_port() -> int:
