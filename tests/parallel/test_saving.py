@@ -118,6 +118,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert "error: step 6 is not saved" in said and "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_signals_through_the_launcher(ranks: RanksOf, tmp_path: Path) -> None:
     """SIGUSR1 is 75, Ctrl-C 130, each with a checkpoint; the run then ends as if nothing had happened."""
     straight, run = tmp_path / "straight", tmp_path / "run"

@@ -137,6 +137,7 @@ def test_a_page_that_inflates_inside_its_record_is_a_bomb_too(tmp_path: Path) ->
     assert reasons(read(tmp_path / "a.warc.gz", b"".join(pages), "warc")) == ["expansion_limit", ""]
 
 
+@pytest.mark.full
 def test_large_warc_records_and_parquet_rows(tmp_path: Path) -> None:
     page = b"<p>" + os.urandom(MB).hex().encode() * 30
     members = warc([PAGE.encode(), page, PAGE.encode()])

@@ -177,7 +177,14 @@ SENTENCE = re.compile(r"(?=.*\w).+?(?:[.?!…。？！．]+[\"')\]”’」』]*
 
 
 @pytest.mark.parametrize(
-    "use", ["gopher_quality@paper", "gopher_repetition@paper", "fineweb@datatrove", "c4@datatrove", "c4@fineweb"]
+    "use",
+    [
+        "gopher_quality@paper",
+        "gopher_repetition@paper",
+        "fineweb@datatrove",
+        "c4@datatrove",
+        pytest.param("c4@fineweb", marks=pytest.mark.full),
+    ],
 )
 def test_verdicts_are_datatroves(use: str, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same words and sentences, of all documents."""
