@@ -95,6 +95,10 @@ class SourceConfig(Section):
                 )
         return self
 
+    def rule_set(self, language: str) -> str | None:
+        """The name of the rule set for a document; None when the source does not expect its language."""
+        return self.rules.get(language, self.rules.get(ANY_LANGUAGE))
+
 
 class BlocklistConfig(Section):
     """Files of unwanted URLs, one entry a line, `#` for comments, gzipped or not; local.

@@ -13,7 +13,7 @@ writes texts anew. The stages before these are in `stages`, those after in `toke
 import glob
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,19 +35,17 @@ from data_pipeline.pii import RemovePii
 from data_pipeline.probes import Probes, read_items, require_probes
 from data_pipeline.reading import ShardReader
 from data_pipeline.stage import Stage, file_hashes
-from data_pipeline.stages import MASKING, SCAN_MODULES, Workshop
+from data_pipeline.stages import Workshop
 from data_pipeline.substrings import CutSubstrings, Minimizers, Windows
 from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples, write_samples
 from data_pipeline.web_lines import CutWebLines
 from data_pipeline.writing import TextWriter
 
-_STEP = ("cuts", "tables")  # modules of every stage here that writes tables of cuts
-
 
 def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
     """The stages from unique documents to those that are tokenized, in the order in which they run."""
     config = shop.config
-    extract, dedup = before["extract"], before["dedup"]
+    extract, language, dedup = before["extract"], before["language"], before["dedup"]
     kept = dedup
     cutting: list[Stage] = []
     if config.decontaminate and config.decontaminate.enabled:
@@ -56,63 +54,32 @@ def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
             "decontaminate",
             partial(_decontaminate, shop, files, config.decontaminate),
             plain(config.decontaminate),
-            ("decontamination", "probes", *SCAN_MODULES, *MASKING, *_STEP),
+            ("decontamination",),
             needs=(extract, dedup),
             counted_against=dedup,
             inputs=file_hashes([Path(file) for file in files], shop.run_dir / "logs" / "evaluation.json"),
         )
         cutting.append(kept)
     dropping = {name: rules for name, rules in config.rules.items() if rules.drop_lines}
+    wanted: list[tuple[str, Any, Any, Callable[..., Tally]]] = []  # name, what the work needs, settings, the work
     if dropping:
-        cutting.append(
-            Stage(
-                "web_lines",
-                partial(_web_lines, shop, kept.name, dropping),
-                {name: [rules.c4, rules.drop_lines] for name, rules in dropping.items()},
-                ("web_lines", *SCAN_MODULES, *MASKING, *_STEP),
-                needs=(extract, before["language"], kept),
-                counted_against=kept,
-            )
-        )
+        settings = {name: [rules.c4, rules.drop_lines] for name, rules in dropping.items()}
+        wanted.append(("web_lines", dropping, settings, _web_lines))
     if config.lines and config.lines.enabled:
-        cutting.append(
-            Stage(
-                "lines",
-                partial(_lines, shop, kept.name, config.lines),
-                plain(config.lines),
-                ("lines", "copies", *MASKING, *_STEP),
-                needs=(extract, kept),
-                counted_against=kept,
-            )
-        )
+        wanted.append(("lines", config.lines, plain(config.lines), _lines))
     if config.substrings and config.substrings.enabled:
-        cutting.append(
-            Stage(
-                "substrings",
-                partial(_substrings, shop, kept.name, config.substrings),
-                plain(config.substrings),
-                ("substrings", "copies", "scan/words", *MASKING, *_STEP),
-                needs=(extract, kept),
-                counted_against=kept,
-            )
-        )
+        wanted.append(("substrings", config.substrings, plain(config.substrings), _substrings))
     if config.pii and config.pii.enabled:
-        cutting.append(
-            Stage(
-                "pii",
-                partial(_pii, shop, kept.name, config.pii),
-                plain(config.pii),
-                ("pii", *MASKING, *_STEP),
-                needs=(extract, kept),
-                counted_against=kept,
-            )
-        )
+        wanted.append(("pii", config.pii, plain(config.pii), _pii))
+    for name, section, settings, work in wanted:
+        needs = (extract, language, kept)
+        cutting.append(Stage(name, partial(work, shop, kept.name, section), settings, (name,), needs, kept))
     documents = Stage(
         "documents",
         partial(_documents, shop, kept.name, [stage.name for stage in cutting]),
         {"documents": plain(config.documents), "heldout": plain(config.heldout)},
-        ("heldout", "hashing", "cuts", "writing"),
-        needs=(extract, before["language"], before["score"], dedup, *cutting),
+        ("heldout", "writing"),
+        needs=(extract, language, before["score"], dedup, *cutting),
         counted_against=kept,
         packages=("datatrove", "orjson"),
     )

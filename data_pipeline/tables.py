@@ -8,7 +8,7 @@ that fills one. Pieces of text in tables and samples are masked: no personal dat
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def count_verdicts(folder: str | Path, tally: Tally) -> None:
                 tally.kept(group["source"], size, documents=documents)
 
 
-def write_samples(folder: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_samples(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """`drops/<reason>.jsonl` under `folder`: the first few of `rows` per source and reason, in the given
     order.
     """
@@ -94,11 +94,11 @@ def mask_samples(folder: str | Path) -> None:
 
 def table_samples(folder: str | Path) -> None:
     """Samples of what a stage's own tables drop."""
-    dropped: list[dict[str, Any]] = []
-    for shard in shards_of(folder):
-        table = read_table(folder, shard)
-        dropped.extend(table.filter(pc.not_equal(table["verdict"], "")).to_pylist())
-    write_samples(folder, dropped)
+    write_samples(folder, (row for shard in shards_of(folder) for row in dropped_rows(read_table(folder, shard))))
+
+
+def dropped_rows(table: pa.Table) -> list[dict[str, Any]]:
+    return table.filter(pc.not_equal(table["verdict"], "")).to_pylist()
 
 
 class TableStep(PipelineStep):

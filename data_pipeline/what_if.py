@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +24,7 @@ from configs.loader import ConfigError, command_parser, entrypoint, load
 from data_pipeline.filtering import broken, verdicts
 from data_pipeline.report import wide_console
 from data_pipeline.scoring import definition_of
-from data_pipeline.tables import read_table, shards_of
+from data_pipeline.tables import shards_of
 
 _MARGIN = 3  # documents shown on each side of a threshold
 _HEAD_CHARS = 160
@@ -53,13 +55,19 @@ def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[Chang
                 was, would = (getattr(rules.bounds().get(score), side, None) for rules in (before[name], after[name]))
                 if was == would:
                     continue
-                if score == "language_score" and not (would is not None and (was is None or would > was)):
+                if score == "language_score" and not _stricter(side, was, would):
                     raise ConfigError(
                         f"rules.{name}.language_score.{side} = {would} would let in documents that the language stage "
                         "dropped, which have no scores; change the config and run: trivium data run CONFIG"
                     )
                 found.append(Change(name, score, side, was, would))
     return found
+
+
+def _stricter(side: str, was: float | None, would: float | None) -> bool:
+    if was is None or would is None:
+        return would is not None
+    return would > was if side == "min" else would < was
 
 
 def expanded(overrides: Sequence[str], rules: Sequence[str]) -> list[str]:
@@ -75,12 +83,19 @@ def expanded(overrides: Sequence[str], rules: Sequence[str]) -> list[str]:
 
 
 def scores_of(run_dir: Path) -> pa.Table:
-    """All rows of the score stage. Errors: ConfigError when there is none."""
+    """All rows of the score stage, without their pieces of text. Errors: ConfigError when there is none."""
     folder = run_dir / "score"
     shards = shards_of(folder) if folder.is_dir() else []
     if not shards:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no scores yet; run: trivium data run CONFIG")
-    return pa.concat_tables([read_table(folder, shard) for shard in shards])
+    columns = [name for name in pq.read_schema(folder / f"{shards[0]}.parquet").names if name != "head"]
+    return pa.concat_tables([pq.read_table(folder / f"{shard}.parquet", columns=columns) for shard in shards])
+
+
+def head_of(run_dir: Path, row: dict[str, Any]) -> str:
+    """The beginning of a document, from its row of scores."""
+    table = pq.read_table(run_dir / "score" / f"{row['shard']}.parquet", columns=["row", "head"])
+    return table.filter(pc.equal(table["row"], row["row"]))["head"][0].as_py()
 
 
 def tokens_per_byte(run_dir: Path) -> dict[str, float]:
@@ -176,7 +191,7 @@ def show(config: DataConfig, changed: DataConfig, console: Console) -> None:
         title = f"{change.score}.{change.side} of {change.rules}: {change.before} -> {change.after}; nearest to it:"
         console.print(f"\n{title}", highlight=False, markup=False)
         for word, row in margin(table, change):
-            text = " ".join(row["head"].split())[:_HEAD_CHARS]
+            text = " ".join(head_of(run_dir, row).split())[:_HEAD_CHARS]
             console.print(f"  {word:<3} {row[change.score]:<10.4g} {row['id']}", highlight=False, markup=False)
             console.print(f"      {text}", highlight=False, markup=False)
     if not differing:

@@ -5,7 +5,7 @@ survivor is the document of the highest quality score, then the longest, then th
 cluster that meets a document of an earlier run loses all of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.dedup.pairs import INDEXED, Numbering
 from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
-from data_pipeline.tables import KEYS, kept_rows, read_table, write_samples, write_table
+from data_pipeline.tables import KEYS, dropped_rows, kept_rows, read_table, write_samples, write_table
 
 
 @numba.njit(cache=True)
@@ -82,12 +82,14 @@ class Arrays:
         path = self.folder / f"{name}.bin"
         return np.memmap(path, dtype=np.dtype(_TYPES[name]), mode=self.mode, shape=(self.documents,))
 
-    def id(self, number: int) -> str:
-        ends = self.of("id_end")
-        start = int(ends[number - 1]) if number else 0
+    def ids(self, numbers: Iterable[int]) -> list[str]:
+        ends, found = self.of("id_end"), []
         with (self.folder / "ids").open("rb") as file:
-            file.seek(start)
-            return file.read(int(ends[number]) - start).decode()
+            for number in numbers:
+                start = int(ends[number - 1]) if number else 0
+                file.seek(start)
+                found.append(file.read(int(ends[number]) - start).decode())
+        return found
 
 
 class Cluster(PipelineStep):
@@ -96,15 +98,15 @@ class Cluster(PipelineStep):
     name = "Clusters"
     type = "🫂 - DEDUPS"
 
-    def __init__(self, work: str, filtered: str, signatures: str, pairs: Sequence[str]) -> None:
+    def __init__(self, work: str, documents: Numbering, signatures: str, pairs: Sequence[str]) -> None:
         super().__init__()
         self.work = work
-        self.filtered = filtered
+        self.documents = documents
         self.signatures = signatures
         self.pairs = list(pairs)
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        documents = Numbering(self.filtered)
+        documents = self.documents
         arrays = Arrays(self.work, documents.documents, "w+")
         labels, known = arrays.of("labels"), arrays.of("known")
         labels[:] = np.arange(len(labels))
@@ -122,7 +124,7 @@ class Cluster(PipelineStep):
         with (Path(self.work) / "ids").open("wb") as ids:
             for place, shard in enumerate(documents.shards):
                 first, last = int(documents.starts[place]), int(documents.starts[place + 1])
-                table = kept_rows(read_table(self.filtered, shard))
+                table = kept_rows(read_table(documents.stage, shard))
                 elect(labels, _numbers(table, "quality"), _numbers(table, "chars"), first, best, sizes, marks)
                 signed = read_table(self.signatures, shard)
                 signed = signed.take(pc.index_in(table["row"], signed["row"].combine_chunks()))
@@ -140,21 +142,21 @@ class Judge(PipelineStep):
     name = "Survivors"
     type = "🫂 - DEDUPS"
 
-    def __init__(self, folder: str, work: str, filtered: str, tallies: str, progress: str) -> None:
+    def __init__(self, folder: str, work: str, documents: Numbering, tallies: str, progress: str) -> None:
         super().__init__()
         self.folder = folder
         self.work = work
-        self.filtered = filtered
+        self.documents = documents
         self.tallies = tallies
         self.progress = progress
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         tally, progress = Tally(), ProgressFile(self.progress, rank)
-        documents = Numbering(self.filtered)
+        documents = self.documents
         arrays = Arrays(self.work, documents.documents)
         for place in range(rank, len(documents.shards), world_size):
             shard = documents.shards[place]
-            table = kept_rows(read_table(self.filtered, shard))
+            table = kept_rows(read_table(documents.stage, shard))
             for source, size in zip(table["source"].to_pylist(), table["bytes"].to_pylist(), strict=True):
                 tally.came_in(source, size)
                 progress.advance(size)
@@ -178,18 +180,18 @@ class Judge(PipelineStep):
         table = table.set_column(at, "verdict", pa.array(verdicts.tolist(), pa.string()))
         table = table.append_column("cluster", pa.array(roots))
         table = table.append_column("cluster_size", pa.array(np.array(arrays.of("sizes")[roots])))
-        survivors = ["" if gone else arrays.id(int(number)) for number, gone in zip(best, known, strict=True)]
-        return table.append_column("survivor", pa.array(survivors, pa.string()))
+        survivors = np.array(table["id"].to_pylist(), dtype=object)
+        lost = np.flatnonzero((best != numbers) & ~known)
+        survivors[lost] = arrays.ids(best[lost].tolist())
+        survivors[known] = ""
+        return table.append_column("survivor", pa.array(survivors.tolist(), pa.string()))
 
 
 def sample_duplicates(folder: Path, shards: Sequence[str]) -> None:
-    """`drops/` of the first duplicates a source, and the tables without their heads."""
-    dropped: list[dict] = []
+    """`drops/` of the first duplicates a source."""
     columns = [*KEYS, "verdict", "survivor", "cluster", "cluster_size", "head"]
-    for shard in shards:
-        table = read_table(folder, shard)
-        dropped.extend(table.filter(pc.not_equal(table["verdict"], "")).select(columns).to_pylist())
-    write_samples(folder, dropped)
+    tables = (read_table(folder, shard).select(columns) for shard in shards)
+    write_samples(folder, (row for table in tables for row in dropped_rows(table)))
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.dedup.signatures import read_range
-from data_pipeline.tables import kept_rows, read_table, shards_of
+from data_pipeline.tables import kept_rows, shards_of
 
 BYTES_A_KEY = 48  # a key, its document and the copies that sorting makes
 INDEXED = -1  # stands for a document of an earlier run
@@ -42,25 +43,33 @@ def jobs(kinds: Sequence[int], documents: int, memory: int) -> list[Job]:
 
 
 class Numbering:
-    """Documents that a stage kept, numbered through."""
+    """Documents that a stage kept, numbered through. Made once, by who plans; it holds a number a shard, no more."""
 
     def __init__(self, stage: str | Path) -> None:
         self.stage = stage
         self.shards = shards_of(stage)
-        self._rows = [kept_rows(read_table(stage, shard))["row"].to_numpy() for shard in self.shards]
-        self.starts = np.concatenate([[0], np.cumsum([len(rows) for rows in self._rows])]).astype(np.int64)
+        counts = [len(self.rows(place)) for place in range(len(self.shards))]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     @property
     def documents(self) -> int:
         return int(self.starts[-1])
 
+    def rows(self, shard: int) -> np.ndarray:
+        """int64, the rows of a shard that the stage kept, ascending."""
+        table = pq.read_table(Path(self.stage) / f"{self.shards[shard]}.parquet", columns=["row", "verdict"])
+        return kept_rows(table)["row"].to_numpy()
+
     def numbers(self, shard: int, rows: np.ndarray) -> np.ndarray:
         """int64 [rows], each row's number; INDEXED where the stage did not keep it."""
-        kept = self._rows[shard]
-        places = np.minimum(np.searchsorted(kept, rows), max(len(kept) - 1, 0))
+        kept = self.rows(shard)
         if not len(kept):
             return np.full(len(rows), INDEXED, np.int64)
+        places = np.minimum(np.searchsorted(kept, rows), len(kept) - 1)
         return np.where(kept[places] == rows, places + self.starts[shard], INDEXED)
+
+    def shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self.starts, number, side="right")) - 1
 
 
 class FindPairs(PipelineStep):
@@ -69,42 +78,44 @@ class FindPairs(PipelineStep):
     name = "Pairs"
     type = "🫂 - DEDUPS"
 
-    def __init__(self, out: str, filtered: str, signatures: str, todo: Sequence[Job], index: Sequence[str]) -> None:
+    def __init__(
+        self,
+        out: str,
+        documents: Numbering,
+        signatures: str,
+        todo: Sequence[Job],
+        earlier: Sequence[tuple[str, Numbering]] = (),
+    ) -> None:
         super().__init__()
         self.out = out
-        self.filtered = filtered
+        self.documents = documents
         self.signatures = signatures
         self.todo = list(todo)
-        self.index = list(index)
+        self.earlier = list(earlier)  # folder of signatures and what was kept, of each run in the index
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        todo = self.todo[rank::world_size]
-        if not todo:
-            return
-        documents = Numbering(self.filtered)
-        earlier = [(run, Numbering(Path(run) / "dedup")) for run in self.index]
-        for job in todo:
-            keys, numbers = self._load(job, documents)
-            known = [self._known(job, run, kept) for run, kept in earlier]
+        for job in self.todo[rank::world_size]:
+            keys, numbers = self._load(job)
+            known = [self._known(job, signatures, kept) for signatures, kept in self.earlier]
             pairs = linked(keys, numbers, np.concatenate([np.zeros(0, np.uint64), *known]))
             np.save(Path(self.out) / job.file, pairs)
         yield from ()
 
-    def _load(self, job: Job, documents: Numbering) -> tuple[np.ndarray, np.ndarray]:
+    def _load(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
         keys, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-        for place, shard in enumerate(documents.shards):
+        for place, shard in enumerate(self.documents.shards):
             found, rows = read_range(self.signatures, shard, job.kind, max(job.low, 1), job.high)  # 0: it has none
-            number = documents.numbers(place, rows)
+            number = self.documents.numbers(place, rows)
             keys.append(found[number != INDEXED])
             numbers.append(number[number != INDEXED])
         return np.concatenate(keys), np.concatenate(numbers)
 
     @staticmethod
-    def _known(job: Job, run: str, kept: Numbering) -> np.ndarray:
+    def _known(job: Job, signatures: str, kept: Numbering) -> np.ndarray:
         """Keys of the documents that an earlier run kept."""
         found = [np.zeros(0, np.uint64)]
         for place, shard in enumerate(kept.shards):
-            keys, rows = read_range(Path(run) / "signatures", shard, job.kind, max(job.low, 1), job.high)
+            keys, rows = read_range(signatures, shard, job.kind, max(job.low, 1), job.high)
             found.append(keys[kept.numbers(place, rows) != INDEXED])
         return np.concatenate(found)
 

@@ -50,7 +50,7 @@ class Executor(ABC):
 
     def serve(self) -> int:
         """Does tasks for the process that leads, until it is done. Returns an exit status."""
-        raise NotImplementedError("only processes that do not lead serve")
+        raise AssertionError("a process that leads does not serve")
 
     def perform(
         self, title: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, total_bytes: int, console: Console

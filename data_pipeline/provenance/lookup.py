@@ -41,6 +41,7 @@ class Stored:
     id: str
     tokens: int
     origin: tuple[str, int]  # raw file and position there
+    url: int  # `url_key` of its address, 0 for none
 
 
 def stages_of(run_dir: Path) -> list[str]:
@@ -88,11 +89,14 @@ def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -
     for path in sorted((run_dir / "tokens").glob("*/*/*.parquet")):
         table = pq.read_table(path, columns=["document", "id", "file", "position", "length", "metadata"])
         for row in table.to_pylist():
-            if row["id"] not in ids and not (keys and url_key(_url(json.loads(row["metadata"]))) in keys):
+            if row["id"] not in ids and not keys:
+                continue
+            url = url_key(_url(json.loads(row["metadata"])))
+            if row["id"] not in ids and url not in keys:
                 continue
             split, source, store = path.relative_to(run_dir / "tokens").with_suffix("").parts
             origin = (row["file"] or "", row["position"] or 0)
-            found.append(Stored(split, source, store, row["document"], row["id"], row["length"], origin))
+            found.append(Stored(split, source, store, row["document"], row["id"], row["length"], origin, url))
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load, write_atomic
+from data_pipeline.dedup.signatures import url_key
 from data_pipeline.mixture import build_plan
 from data_pipeline.provenance.lookup import Stored, global_batch_size, places, stored, uses
 from data_pipeline.report import wide_console
@@ -30,9 +31,8 @@ def read_list(path: Path) -> list[str]:
     return wanted
 
 
-def touched(run_dir: Path, wanted: Sequence[str], run: Path | None) -> dict[str, Any]:
-    """What of the list is in the run: `documents` in token stores, `earlier` dropped before, `unknown` never seen."""
-    found = stored(run_dir, wanted, [line for line in wanted if "://" in line])
+def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[Stored], run: Path | None) -> dict[str, Any]:
+    """Of the list: `documents`, which are `found` in token stores, `dropped_earlier`, and `not_found` anywhere."""
     plan = Plan.open(run_dir / "plan")
     size = global_batch_size(run) if run else 0
     documents = []
@@ -50,12 +50,18 @@ def touched(run_dir: Path, wanted: Sequence[str], run: Path | None) -> dict[str,
         if size:
             entry["steps"] = sorted({sample // size for sample in samples})
         documents.append(entry)
-    kept = {one.id for one in found}
-    earlier = sorted({place.id for place in places(run_dir, set(wanted) - kept)})
-    addresses = [line for line in wanted if "://" in line]
-    unknown = [line for line in wanted if line not in kept and line not in earlier and line not in addresses]
-    unmatched = [line for line in addresses if not stored(run_dir, [], [line])]
-    return {"documents": documents, "dropped_earlier": earlier, "not_found": unknown + unmatched}
+    kept, addresses = {one.id for one in found}, {one.url for one in found}
+    earlier = {place.id for place in places(run_dir, set(wanted) - kept)}
+    missing = [
+        line
+        for line in wanted
+        if line not in kept and line not in earlier and not (_is_address(line) and url_key(line) in addresses)
+    ]
+    return {"documents": documents, "dropped_earlier": sorted(earlier), "not_found": missing}
+
+
+def _is_address(line: str) -> bool:
+    return "://" in line
 
 
 def without(config: DataConfig, found: Sequence[Stored], out: Path) -> dict[str, Any]:
@@ -88,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (run_dir / "plan" / "plan.json").is_file():
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no plan yet; run: trivium data run {args.config}")
     try:
-        report = touched(run_dir, wanted, args.run)
+        found = stored(run_dir, wanted, list(filter(_is_address, wanted)))
+        report = touched(run_dir, wanted, found, args.run)
         for entry in report["documents"]:
             steps = f", {len(entry['steps'])} steps" if args.run else ""
             console.print(
@@ -102,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print(f"{line}: {what}", highlight=False, markup=False)
         if args.dry_run:
             return 0
-        found = stored(run_dir, wanted, [line for line in wanted if "://" in line])
         plan = without(config, found, args.out)
         write_atomic(args.out / "takedown.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     except ConfigError:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.run import main
-from tests.e2e.data_runs import command, environment, published, write_inputs
+from tests.data_runs import command, environment, published, write_inputs
 
 LIMIT_SECONDS = 120
 RANKS = 2

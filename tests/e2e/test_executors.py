@@ -15,8 +15,9 @@ import pytest
 
 from data_pipeline.executors import slurm
 from data_pipeline.run import main
-from tests.e2e import data_runs, slurm_cluster
-from tests.e2e.data_runs import command, environment, published, took_part
+from tests import data_runs
+from tests.data_runs import command, environment, published, took_part
+from tests.e2e import slurm_cluster
 
 LIMIT_SECONDS = 600
 

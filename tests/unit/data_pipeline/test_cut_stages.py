@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from data_pipeline.run import main
+from tests.data_runs import published
 from tests.unit.data_pipeline.conftest import demo_records, write_jsonl
-from tests.unit.data_pipeline.test_run import ledger, published
+from tests.unit.data_pipeline.test_run import ledger
 
 CONFIG = """
 [run]

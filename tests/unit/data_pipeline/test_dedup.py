@@ -142,7 +142,7 @@ def test_pairs_do_not_depend_on_the_number_of_ranges(tmp_path: Path) -> None:
         assert len(todo) == 2 * ranges
         out = tmp_path / f"out{ranges}"
         out.mkdir()
-        step = FindPairs(str(out), str(tmp_path / "filter"), str(tmp_path / "signatures"), todo, [])
+        step = FindPairs(str(out), Numbering(tmp_path / "filter"), str(tmp_path / "signatures"), todo)
         for rank in range(3):
             list(step.run(None, rank, 3))
         pairs = np.concatenate([np.load(out / job.file) for job in todo])
@@ -173,7 +173,7 @@ def test_arrays_keep_ids(tmp_path: Path) -> None:
     Arrays(tmp_path, 3, "w+").of("id_end")[:] = [3, 3, 9]
     (tmp_path / "ids").write_bytes("abc鲸def".encode())
     arrays = Arrays(tmp_path, 3)
-    assert [arrays.id(number) for number in range(3)] == ["abc", "", "鲸def"]
+    assert arrays.ids([2, 0, 1]) == ["鲸def", "abc", ""]
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """The data run as its users meet it: conservation, skipping and error messages. Workers and kills are in tests/e2e."""
 
 import gzip
-import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,52 +12,12 @@ import pytest
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
+from data_pipeline import stage
 from data_pipeline.ledger import LedgerError, Tally
 from data_pipeline.provenance import explain
 from data_pipeline.rows import Plan
 from data_pipeline.run import main
-
-ROOT = Path(__file__).parents[3]
-
-CONFIG = """
-[run]
-dir = "{folder}/run"
-workers = 1
-shard_bytes = 60000
-
-[sources.prose]
-files = ["{folder}/in/prose*.jsonl*"]
-format = "jsonl"
-rules = {{ en = "english" }}
-
-[sources.pages]
-files = ["{folder}/in/pages.warc.gz"]
-format = "warc"
-rules = {{ en = "pages" }}
-
-[extract]
-max_bad_share = 0.1
-
-[rules.english]
-stop_words = ["the", "of", "and", "to"]
-language_score = {{ min = 0.5 }}
-word_count = {{ min = 50 }}
-stop_word_count = {{ min = 2 }}
-
-[rules.pages]
-word_count = {{ min = 50 }}
-
-[tokenizer]
-vocab_size = 400
-
-[heldout]
-share = 0.1
-
-[mixture]
-seq_length = 64
-samples = 100
-weights = {{ prose = 1.0, pages = 1.0 }}
-"""
+from tests.data_runs import CONFIG, ROOT, published
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +44,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(inputs: Path, tmp_path: Path) -> Path:
     (tmp_path / "in").symlink_to(inputs)
     path = tmp_path / "data.toml"
-    path.write_text(CONFIG.format(folder=tmp_path))
+    path.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
     return path
-
-
-def published(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of every published file but the manifests, which hold times."""
-    return {
-        path.relative_to(run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(run_dir.rglob("*"))
-        if path.is_file()
-        and not {"logs", "stage.json"} & set(path.relative_to(run_dir).parts)
-        and path.name not in (".lock", "ledger.json", "inputs.json", "config.toml")
-    }
 
 
 def ledger(run_dir: Path) -> dict[str, dict]:
@@ -120,8 +69,8 @@ def test_a_run_conserves_documents_and_is_skipped_when_repeated(config: Path, ca
     }
     assert prose["dedup"]["dropped"]["exact_duplicate"]["documents"] == 1
     assert prose["dedup"]["dropped"]["near_duplicate"]["documents"] >= 1
-    for stage in stages.values():
-        for counts in stage["sources"].values():
+    for counted in stages.values():
+        for counts in counted["sources"].values():
             for unit in ("documents", "bytes"):
                 assert counts["in"][unit] == counts["kept"][unit] + sum(
                     amount[unit] for amount in counts["dropped"].values()
@@ -301,7 +250,7 @@ def test_the_forecast_is_printed_by_the_plan_stage_and_by_a_dry_run(config: Path
     assert "Mixture:" not in capsys.readouterr().out, "there are no tokens yet"
     assert main([str(config)]) == 0
     said = capsys.readouterr().out
-    tables = said[said.index("Mixture: 100 rows of 64") : said.index("[10/10] plan")]
+    tables = said[said.index("Mixture: 60 rows of 64") : said.index("[10/10] plan")]
     assert "prose" in tables and "best_fit" in tables and "concat" in tables
     before = (run_folder(config) / "plan/plan.json").read_bytes()
     assert main([str(config), "--dry-run"]) == 0
@@ -341,3 +290,32 @@ def test_a_lost_document_is_noticed() -> None:
     before.kept("s", 31, documents=2)
     with pytest.raises(LedgerError, match="the stage before passed on"):
         tally.check("filter", before)
+
+
+def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change anywhere below counts; one of who does the work, or of what another stage does, does not."""
+    shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(stage, "_HERE", tmp_path / "copy")
+
+    def version() -> str:
+        stage._imports.cache_clear()
+        return stage.code_version(("language",), ())
+
+    before = version()
+    for module, matters in (
+        ("language.py", True),
+        ("scan/lines.py", True),
+        ("scan/characters.py", True),
+        ("filtering.py", True),
+        ("credentials.py", True),
+        ("executors/progress.py", False),
+        ("ledger.py", False),
+        ("packing.py", False),
+    ):
+        path = tmp_path / "copy" / module
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n# changed")
+        assert (version() != before) == matters, module
+        path.write_bytes(content)
+    assert version() == before
+    stage._imports.cache_clear()

@@ -20,8 +20,9 @@ from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source import find_units, read_file
 from data_pipeline.run import main
 from data_pipeline.stages import input_units, inputs_hash
+from tests.data_runs import CONFIG, ROOT
 from tests.unit.data_pipeline.test_reading import PAGE, warc
-from tests.unit.data_pipeline.test_run import CONFIG, ROOT, run_folder
+from tests.unit.data_pipeline.test_run import run_folder
 
 SECRET = "wJalrXUtnFEMI-not-a-real-key"
 
@@ -93,7 +94,7 @@ def test_a_large_object_is_read_in_blocks(s3: Any) -> None:
 
 def test_the_key_follows_the_object(s3: Any, tmp_path: Path) -> None:
     config_file = tmp_path / "data.toml"
-    config_file.write_text(CONFIG.format(folder="s3://corpus"))
+    config_file.write_text(CONFIG.format(run=tmp_path / "run", files="s3://corpus/in"))
     put(s3, "in/prose.jsonl", b'{"text": "one"}')
     put(s3, "in/pages.warc.gz", b"page")
 
@@ -116,12 +117,12 @@ def test_a_run_from_s3_is_the_run_from_disk_and_keeps_no_secret(s3: Any, tmp_pat
     (tmp_path / "in/prose.jsonl").write_bytes(b"\n".join(records))
     (tmp_path / "in/pages.warc.gz").write_bytes((ROOT / "data/demo/web.warc.gz").read_bytes()[:300_000])
     local = tmp_path / "local.toml"
-    local.write_text(CONFIG.format(folder=tmp_path))
+    local.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
     assert main([str(local)]) == 0
     for name in ("prose.jsonl", "pages.warc.gz"):
         put(s3, f"in/{name}", (tmp_path / "in" / name).read_bytes())
     remote = tmp_path / "remote.toml"
-    remote.write_text(CONFIG.format(folder="s3://corpus").replace("s3://corpus/run", f"{tmp_path}/remote"))
+    remote.write_text(CONFIG.format(run=tmp_path / "remote", files="s3://corpus/in"))
     assert main([str(remote), "run.workers=2"]) == 0
 
     def documents(run_dir: Path) -> dict[str, list[str]]:
@@ -170,7 +171,7 @@ def test_addresses_that_lead_nowhere(s3: Any, address: str, message: str) -> Non
 )
 def test_an_address_with_credentials_is_refused_and_not_repeated(tmp_path: Path, address: str) -> None:
     config = tmp_path / "data.toml"
-    config.write_text(CONFIG.format(folder=tmp_path))
+    config.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
     with pytest.raises(ConfigError, match=r"files: an address with") as caught:
         load(DataConfig, config, [f"sources.prose.files=['{address}']"])
     assert SECRET not in str(caught.value)
@@ -179,7 +180,7 @@ def test_an_address_with_credentials_is_refused_and_not_repeated(tmp_path: Path,
 def test_a_local_key_is_of_contents(tmp_path: Path) -> None:
     """A local file's date changes no key."""
     config_file = tmp_path / "data.toml"
-    config_file.write_text(CONFIG.format(folder=tmp_path))
+    config_file.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
     (tmp_path / "in").mkdir()
     for name in ("prose.jsonl", "pages.warc.gz"):
         (tmp_path / "in" / name).write_bytes(hashlib.sha256(name.encode()).digest())

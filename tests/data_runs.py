@@ -10,21 +10,21 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TEMPORARY = ("ledger.json", "inputs.json", "config.toml", "stage.json", ".lock")  # these hold times, paths and choices
 
 CONFIG = """
 [run]
-dir = "{folder}/run"
+dir = "{run}"
 shard_bytes = 20000
 
 [sources.prose]
-files = ["{folder}/prose-*.jsonl"]
+files = ["{files}/prose*.jsonl*"]
 format = "jsonl"
 rules = {{ en = "english" }}
 
 [sources.pages]
-files = ["{folder}/pages-*.warc.gz"]
+files = ["{files}/pages*.warc.gz"]
 format = "warc"
 rules = {{ en = "pages" }}
 
@@ -67,7 +67,7 @@ def write_inputs(folder: Path) -> Path:
     (folder / "pages-0.warc.gz").write_bytes(pages[:half])
     (folder / "pages-1.warc.gz").write_bytes(pages[half:end])
     config = folder / "data.toml"
-    config.write_text(CONFIG.format(folder=folder))
+    config.write_text(CONFIG.format(run=folder / "run", files=folder))
     return config
 
 
