@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.epochs import generator
+from data_pipeline.tokenizer import FIM_CONTROLS
 
-PREFIX, SUFFIX, MIDDLE = FIM_CONTROLS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 SENTINELS = len(FIM_CONTROLS)
 PLAIN, PSM, SPM = 0, 1, 2
 NAMES = {PSM: "psm", SPM: "spm"}

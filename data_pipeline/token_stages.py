@@ -16,7 +16,6 @@ from rich.console import Console
 from configs.data import DataConfig, MixtureConfig, TokenizerConfig
 from configs.loader import plain
 from data_pipeline.executors.progress import ProgressFile
-from data_pipeline.fim import FIM_CONTROLS
 from data_pipeline.forecast import show
 from data_pipeline.heldout import HELDOUT, TRAIN
 from data_pipeline.ledger import Tally
@@ -24,7 +23,7 @@ from data_pipeline.mixture import PLAN_FILE, build_plan, lay_out
 from data_pipeline.stage import Stage
 from data_pipeline.stages import Workshop
 from data_pipeline.store import build, read_documents
-from data_pipeline.tokenizer import Tokenizer, train
+from data_pipeline.tokenizer import FIM_CONTROLS, Tokenizer, train
 
 
 def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:

@@ -27,6 +27,7 @@ MODEL_FILE, INFO_FILE = "tokenizer.model", "tokenizer.json"
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 CHAT_CONTROLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 SPECIALS = (UNK, BOS, EOS, PAD, *CHAT_CONTROLS)  # ids 0..7
+FIM_CONTROLS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # ids 8..10 where fill-in-the-middle is asked for
 
 SPACE = "\u2581"  # sentencepiece's inner sign for a space: it would turn a real one in the text into a space
 _CHUNK_CHARS = 1000  # training sees pieces of documents of about this size, cut after a line

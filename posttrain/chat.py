@@ -17,10 +17,11 @@ from typing import Literal, TypedDict
 
 import numpy as np
 
-from data_pipeline.tokenizer import SPECIALS, Tokenizer
+from data_pipeline.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 BOS, END = "<s>", "<|end|>"
+_NEVER_PLAIN = (*SPECIALS, *FIM_CONTROLS)  # whether or not the tokenizer at hand has the latter
 
 
 class Message(TypedDict):
@@ -90,7 +91,7 @@ class ChatFormat:
 
 def neutralise(text: str) -> str:
     """Text with every spelled-out control token broken by a space after its first character."""
-    for token in SPECIALS:
+    for token in _NEVER_PLAIN:
         text = text.replace(token, _broken(token))
     return text
 
@@ -100,7 +101,7 @@ def jinja_template() -> str:
     encoding is `ChatFormat.render`'s (or, with add_generation_prompt, `render_prompt`'s) ids. `generation`
     marks the answer mask.
     """
-    content = "m['content']" + "".join(f" | replace('{token}', '{_broken(token)}')" for token in SPECIALS)
+    content = "m['content']" + "".join(f" | replace('{token}', '{_broken(token)}')" for token in _NEVER_PLAIN)
     return (
         "{{ '<s>' }}"
         "{% set first = 1 if messages[0]['role'] == 'system' else 0 %}"

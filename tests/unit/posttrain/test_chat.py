@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data_pipeline.tokenizer import SPECIALS
+from data_pipeline.tokenizer import FIM_CONTROLS, SPECIALS
 from posttrain.chat import ChatFormat, Message, jinja_template, neutralise
 
 DIALOGUES: list[list[Message]] = [
@@ -73,7 +73,8 @@ def test_user_text_cannot_inject_control_tokens(chat: ChatFormat) -> None:
     control = [token for token in tokens.tolist() if token in chat.ids.values()]
     expected = ["<s>", "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]
     assert control == [chat.ids[token] for token in expected]
-    for token in SPECIALS:
+    for token in (*SPECIALS, *FIM_CONTROLS):
+        assert f"'{token}', '" in jinja_template()
         assert token not in neutralise(token * 3 + "<" + token)
     assert neutralise("a < b | c > d") == "a < b | c > d"
 
