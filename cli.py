@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data train-classifier": ("data_pipeline.classifier:main", "a quality classifier from good and bad examples"),
     "data explain": ("data_pipeline.provenance.explain:main", "what happened to one document, stage by stage"),
     "data trace": ("data_pipeline.provenance.trace:main", "the documents in one training step's batch"),
+    "data replan": ("data_pipeline.provenance.replan:main", "other plans for the rest of a training run"),
     "data takedown": ("data_pipeline.provenance.takedown:main", "where listed documents are, and a plan without them"),
     "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a plan"),
     "sft": ("posttrain.sft:main", "supervised fine-tuning, loss on answers only"),

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from configs.alarms import AlarmsConfig
 from configs.base import Section
 from configs.cuts import DecontaminateConfig, DocumentsConfig, LinesConfig, PiiConfig, SubstringsConfig
+from configs.mixture import BY_SOURCE, MixtureConfig
 from configs.rules import combined
 from configs.scores import ScoresConfig
 
@@ -272,45 +273,6 @@ class TokenizerConfig(Section):
     seed: int = Field(default=0, ge=0)
 
 
-class MixtureConfig(Section):
-    """Which share of `samples` rows of `seq_length` tokens each source gets, and how documents fill a row.
-
-    `weights` are shares (they need not sum to one); or else shares are tokens ** (1 / temperature), or with `unimax`
-    (arXiv:2304.09151) as even as the caps on epochs allow. A source repeats up to `max_epochs` times, or what `epochs`
-    says of it; a mixture that needs more is an error that says so.
-    """
-
-    seq_length: int = Field(default=256, ge=8)
-    samples: int = Field(default=8192, ge=1)
-    seed: int = Field(default=0, ge=0)
-    weights: dict[str, float] | None = None
-    temperature: float | None = Field(default=None, gt=0)
-    unimax: bool = False
-    packing: Literal["concat", "best_fit"] = "best_fit"
-    max_epochs: int = Field(default=4, ge=1)
-    epochs: dict[str, float] = Field(default_factory=dict)  # by source, in place of max_epochs; parts of epochs too
-    # Fill-in-the-middle (arXiv:2207.14255): the share of a source's documents, and of those the share in SPM form.
-    fim: dict[str, float] = Field(default_factory=dict)
-    fim_spm: float = Field(default=0.5, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "MixtureConfig":
-        if (self.weights is not None) + (self.temperature is not None) + self.unimax != 1:
-            raise ValueError(
-                "mixture takes exactly one of weights, temperature and unimax = true; set one and leave out the others"
-            )
-        for source, epochs in self.epochs.items():
-            if not epochs > 0:
-                raise ValueError(f"mixture.epochs.{source} = {epochs} is not above 0; give its weight or a cap above 0")
-        for source, rate in self.fim.items():
-            if not 0 < rate <= 1:
-                raise ValueError(f"mixture.fim.{source} = {rate} is no share above 0 and up to 1; leave the source out")
-        for source, weight in (self.weights or {}).items():
-            if not weight > 0:
-                raise ValueError(f"mixture.weights.{source} = {weight} is not above 0; leave the source out instead")
-        return self
-
-
 class DataConfig(Section):
     run: RunConfig
     sources: dict[str, SourceConfig] = Field(min_length=1)
@@ -340,10 +302,9 @@ class DataConfig(Section):
                         f"sources.{name}.rules.{language} = {rules!r} is no rule set; "
                         f"known under [rules]: {', '.join(sorted(self.rules))}"
                     )
+        plans = {f"mixture.stages.{name}" if name else "mixture": plan for name, plan in self.mixture.plans().items()}
         named = {
-            "mixture.weights": self.mixture.weights,
-            "mixture.epochs": self.mixture.epochs,
-            "mixture.fim": self.mixture.fim,
+            **{f"{key}.{part}": getattr(plan, part) for key, plan in plans.items() for part in BY_SOURCE},
             "lines.sources": self.lines and self.lines.sources,
             "substrings.sources": self.substrings and self.substrings.sources,
         }
@@ -354,11 +315,13 @@ class DataConfig(Section):
                         f"{key}.{name}: there is no such source; known under [sources]: "
                         f"{', '.join(sorted(self.sources))}"
                     )
-        mixture = self.mixture
-        for key, names in {"mixture.epochs": mixture.epochs, "mixture.fim": mixture.fim}.items():
-            for name in names:
-                if mixture.weights is not None and name not in mixture.weights:
-                    raise ValueError(f"{key}.{name}: mixture.weights leaves this source out; take out the key as well")
+        for key, plan in plans.items():
+            for part in ("epochs", "fim"):
+                for name in getattr(plan, part):
+                    if plan.weights is not None and name not in plan.weights:
+                        raise ValueError(
+                            f"{key}.{part}.{name}: {key}.weights leaves this source out; take out the key as well"
+                        )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,8 @@
-"""A source's rows, epoch after epoch: documents shuffled by (seed, source, epoch), packed, and the rows shuffled."""
+"""A source's rows, epoch after epoch: documents shuffled by (seed, source, epoch), packed, and the rows shuffled.
+
+A plan may begin in the middle of an epoch, where an earlier one ended: its first rows are then made of what is `left`
+of that epoch, cut and packed for its own sequence length, so that the epoch still has every token exactly once.
+"""
 
 import functools
 import hashlib
@@ -12,6 +16,40 @@ from data_pipeline.packing import PACKINGS, Packed
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """Parts of documents: tokens [start, start + length) of document. int64 [pieces] each, by document and start."""
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+    @classmethod
+    def whole(cls, lengths: np.ndarray) -> "Pieces":
+        return cls(np.arange(len(lengths)), np.zeros(len(lengths), np.int64), np.asarray(lengths, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def take(self, chosen: np.ndarray) -> "Pieces":
+        """The given ones, in the given order; or those of a mask."""
+        return Pieces(self.document[chosen], self.start[chosen], self.length[chosen])
+
+    def without(self, used: "Pieces") -> "Pieces":
+        """What is left when `used`, in any order, is cut out. Each of them lies within one piece of these.
+
+        What is left begins where a piece begins or a used one ends, and ends where a used one begins or a piece ends;
+        sorted, the n-th beginning belongs to the n-th end.
+        """
+        documents = np.concatenate([self.document, used.document])
+        begins = np.concatenate([self.start, used.start + used.length])
+        ends = np.concatenate([self.start + self.length, used.start])
+        by_begin, by_end = np.lexsort((begins, documents)), np.lexsort((ends, documents))
+        start = begins[by_begin]
+        length = ends[by_end] - start
+        return Pieces(documents[by_begin], start, length).take(length > 0)
+
+
+@dataclass(frozen=True)
 class Documents:
     """What a source's rows are made of. `extra` are the positions beside each piece of a document: see `packing`."""
 
@@ -21,22 +59,41 @@ class Documents:
     seed: int
     seq_length: int
     packing: str
+    epoch: int = 0  # that the rows begin in
+    left: Pieces | None = None  # of that epoch; None: all
 
     def whole(self, packing: str | None = None) -> Packed:
         """One epoch in the documents' own order."""
         return PACKINGS[packing or self.packing](self.lengths, self.seq_length, self.extra)
 
-    def size(self, epoch: int) -> int:
-        """Rows of an epoch. The same in all, but where concat cuts elsewhere and pieces take extra positions."""
+    def size(self, number: int) -> int:
+        """Rows of an epoch, counted from the one that the rows begin in.
+
+        The same in all, but where only a part is left, and where concat cuts elsewhere and pieces take extra positions.
+        """
+        if number == 0 and self.left is not None:
+            return self._first_size
         if self.packing == "concat" and self.extra.any():
-            return len(self._epoch(epoch))
+            return len(self._epoch(number))
         return self._size
 
     def most_rows(self, epochs: float) -> int:
-        """How many rows there are in so many epochs; of a part of an epoch, whole rows."""
+        """How many rows there are until so many epochs are over; of a part of an epoch, whole rows."""
         whole = math.floor(epochs)
-        part = math.floor((epochs - whole) * self.size(whole) + 1e-9)  # 0.1 epochs of 30 rows are 3
-        return sum(self.size(epoch) for epoch in range(whole)) + part
+        if whole < self.epoch:
+            return 0
+        used = self._first_used if whole == self.epoch else 0.0
+        share = max(0.0, epochs - whole - used) / (1 - used)
+        part = math.floor(share * self.size(whole - self.epoch) + 1e-9)  # 0.1 epochs of 30 rows are 3
+        return sum(self.size(number) for number in range(whole - self.epoch)) + part
+
+    def epochs_for(self, samples: int) -> int:
+        """The lowest cap, in whole epochs, that allows so many rows."""
+        number = rows = 0
+        while rows < samples:
+            rows += self.size(number)
+            number += 1
+        return self.epoch + number
 
     def rows(self, samples: int) -> Packed:
         """The first `samples` rows of the epochs."""
@@ -52,10 +109,28 @@ class Documents:
     def _size(self) -> int:
         return len(self.whole())
 
-    def _epoch(self, epoch: int) -> Packed:
-        order = generator(self.seed, self.name, epoch, "documents").permutation(len(self.lengths))
-        packed = PACKINGS[self.packing](self.lengths[order], self.seq_length, self.extra[order])
-        packed = Packed(order[packed.document], packed.start, packed.length, packed.offsets)
+    @functools.cached_property
+    def _first_size(self) -> int:
+        return len(self._epoch(0))
+
+    @functools.cached_property
+    def _first_used(self) -> float:
+        """The share of the first epoch's tokens that earlier plans had."""
+        if self.left is None:
+            return 0.0
+        return 1 - int(self.left.length.sum()) / int(self.lengths.sum(dtype=np.int64))
+
+    def _epoch(self, number: int) -> Packed:
+        pieces = self.left if number == 0 and self.left is not None else Pieces.whole(self.lengths)
+        epoch = self.epoch + number
+        pieces = pieces.take(generator(self.seed, self.name, epoch, "documents").permutation(len(pieces)))
+        packed = PACKINGS[self.packing](pieces.length, self.seq_length, self.extra[pieces.document])
+        packed = Packed(
+            pieces.document[packed.document],
+            pieces.start[packed.document] + packed.start,
+            packed.length,
+            packed.offsets,
+        )
         # Neighbouring rows are of one document or of like lengths: training must not see them in a run.
         return packed.take(generator(self.seed, self.name, epoch, "rows").permutation(len(packed)))
 

@@ -21,8 +21,8 @@ def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: flo
     """Of a source whose rows are the samples `places`, of `samples` in all.
 
     epoch_ends      the sample, from 0, that is the last row of each epoch, and the share of the samples (and so of the
-                    training steps) that are done with it
-    max_epochs      its cap
+                    training steps) that are done with it; epochs that an earlier plan began are counted with its part
+    max_epochs      its cap, earlier plans included
     more_possible   by how much of the mixture its share could rise within the cap
     lasts_samples   how many samples of such a mixture there could be before the cap is met; None if it gives none
     """
@@ -35,7 +35,7 @@ def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: flo
     return {
         "epoch_ends": [
             {"epoch": epoch, "sample": sample, "fraction": round((sample + 1) / samples, 6)}
-            for epoch, sample in enumerate(ends, 1)
+            for epoch, sample in enumerate(ends, documents.epoch + 1)
         ],
         "max_epochs": epochs,
         "more_possible": round(max(0, min(most, samples) - len(places)) / samples, 6),
@@ -58,8 +58,8 @@ def check_enough(
 ) -> None:
     """Refuses a mixture that needs more epochs than it may have.
 
-    `sources` say name, share, samples, rows_per_epoch, most_rows (within the cap), tokens and documents; `own` has the
-    caps of single sources.
+    `sources` say name, share, samples, rows_per_epoch, most_rows (within the cap), epochs_for (all samples), tokens and
+    documents; `own` has the caps of single sources.
     `capped` says that shares follow from the caps, as UniMax's do.
     Errors: ValueError with what there is, what it would take, and what to change.
     """
@@ -70,16 +70,17 @@ def check_enough(
     lacks, limits, raises = [], [], []
     for source in short:
         name, rows = source["name"], source["rows_per_epoch"]
-        epochs = -(-source["samples"] // rows)
+        epochs = source["epochs_for"]
+        within = "" if most[name] >= rows else f", {most[name]:,} of them left under the cap"
         lacks.append(
-            f"{name} is to give {source['samples']:,} rows ({source['share']:.1%}) and has {rows:,} an epoch "
-            f"({source['tokens']:,} tokens in {source['documents']:,} "
+            f"{name} is to give {source['samples']:,} rows ({source['share']:.1%}) and has {rows:,} an epoch"
+            f"{within} ({source['tokens']:,} tokens in {source['documents']:,} "
             f"documents): at most {most[name] / samples:.1%} of the mixture, or {epochs} epochs"
         )
         if name in own:
             limits.append(f"mixture.epochs.{name} = {own[name]:g}")
             raises.append(f"mixture.epochs.{name} to {epochs}")
-    general = [-(-source["samples"] // source["rows_per_epoch"]) for source in short if source["name"] not in own]
+    general = [source["epochs_for"] for source in short if source["name"] not in own]
     if general:
         limits.append(f"mixture.max_epochs = {max_epochs}")
         raises.append(f"mixture.max_epochs to {max(general)}")
@@ -91,10 +92,12 @@ def check_enough(
     )
 
 
-def show(plan: Mapping[str, Any], console: Console) -> None:
+def show(plan: Mapping[str, Any], console: Console, stage: str = "") -> None:
     """Two tables: how long each source lasts, and what each packing does to it."""
     name = f"{plan['samples']:,} rows of {plan['seq_length']} tokens"
-    table = Table(title=f"Mixture: {name}", title_justify="left")
+    if plan["after"]:
+        name += f", after {plan['after']['first_sample']:,} rows of earlier plans"
+    table = Table(title=f"Mixture{f' {stage!r}' if stage else ''}: {name}", title_justify="left")
     for head in ("source", "share", "epochs", "cap", "epochs end at", "more possible", "lasts"):
         table.add_column(head, justify="left" if head in ("source", "epochs end at") else "right")
     for source in plan["sources"]:

@@ -1,6 +1,6 @@
 """Training rows from a mixture plan: row i is a pure function of (plan, i).
 
-Opens what `mixture.build_plan` wrote, checks it, and reads each row's segments from the token stores, with
+Opens what `plan_files.build_plan` wrote, checks it, and reads each row's segments from the token stores, with
 labels, document boundaries and positions; segments that the plan marks are rearranged for fill-in-the-middle on the
 way (see `fim`). Nothing here knows of ranks, batches or torch.
 """
@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import fim
+from data_pipeline import cursor, fim
+from data_pipeline.cursor import Cursor
+from data_pipeline.epochs import Pieces
 from data_pipeline.store import Shards, Store
 
-_FORMAT, _VERSION = "trivium-plan", 1
+FORMAT, VERSION = "trivium-plan", 2
+PLAN_FILE = "plan.json"
+SEGMENT_ARRAYS = ("document", "start", "length", "offsets")
 _REBUILD = "run `trivium data run` again"
 
 
@@ -57,7 +61,11 @@ class _Segments:
 
 
 class Plan:
-    """An opened plan. Indexing is by sample for training rows, by source and number for held-out rows."""
+    """An opened plan. Indexing is by sample for training rows, by source and number for held-out rows.
+
+    A plan that goes on from another has that one's fingerprint as `after`, and `first_sample` of the whole chain before
+    its own sample 0; for any other plan they are None and 0. `gone` are documents left out, by split and source.
+    """
 
     def __init__(self, folder: Path, content: bytes) -> None:
         plan = json.loads(content)
@@ -77,6 +85,13 @@ class Plan:
         self._sample_rows = self._array("sample_rows.npy")
         self._seed: int = plan["seed"]
         self._fim_symbols = fim.Symbols.of(self.special_ids) if plan.get("fim") else None
+        after = plan["after"] or {"plan": None, "first_sample": 0}
+        self.after: str | None = after["plan"]
+        self.first_sample: int = after["first_sample"]
+        self.gone: dict[str, list[tuple[str, int]]] = {
+            name: [(store, document) for store, document in entries] for name, entries in plan["without"].items()
+        }
+        self._begins = cursor.read(plan["begins"], self._array)
         tokens = folder / plan["tokens"]
         self._train = [self._segments("train", s["name"], s["stores"], tokens) for s in plan["sources"]]
         self._heldout = [self._segments("heldout", s["name"], s["heldout"]["stores"], tokens) for s in plan["sources"]]
@@ -89,17 +104,19 @@ class Plan:
         Errors: ValueError naming what is missing or does not match, and what to do.
         """
         path = Path(path)
-        folder = path.parent if path.name == "plan.json" else path
-        file = folder / "plan.json"
+        folder = path.parent if path.name == PLAN_FILE else path
+        file = folder / PLAN_FILE
         if not file.is_file():
-            raise ValueError(f"there is no plan at {file}; make it with `trivium data run`, or correct data.plan")
+            stages = sorted(path.parent.as_posix() for path in folder.glob(f"*/{PLAN_FILE}"))
+            which = f"name one of its stages: {', '.join(stages)}" if stages else "make it with `trivium data run`"
+            raise ValueError(f"there is no plan at {file}; {which}, or correct data.plan")
         content = file.read_bytes()
         try:
             found = json.loads(content)
         except ValueError as error:
             raise ValueError(f"{file} is no JSON ({error}); {_REBUILD}") from None
-        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (_FORMAT, _VERSION):
-            raise ValueError(f"{file} is no {_FORMAT} of version {_VERSION}; {_REBUILD}")
+        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"{file} is no {FORMAT} of version {VERSION}; {_REBUILD}")
         return cls(folder, content)
 
     def row(self, i: int) -> Row:
@@ -162,6 +179,27 @@ class Plan:
         )
         return sorted(found)
 
+    def cursors(self, samples: int) -> dict[str, Cursor]:
+        """Where every source stands once the first `samples` are used, those that this plan lets rest too."""
+        if not 0 <= samples <= self.num_samples:
+            raise ValueError(f"{samples} samples cannot be used of plan {self.path}, which has {self.num_samples}")
+        found = dict(self._begins)
+        for number, source in enumerate(self.description["sources"]):
+            shards = self._train[number].shards
+            begun = found.get(source["name"], Cursor(0, None, shards.index_checksums()))
+            ends = [end["sample"] for end in source["forecast"]["epoch_ends"] if end["sample"] < samples]
+            used = self._pieces(number, ends[-1] + 1 if ends else 0, samples)
+            found[source["name"]] = begun.after(len(ends), used, shards.lengths)
+        return found
+
+    def _pieces(self, source: int, first: int, end: int) -> Pieces:
+        """What samples [first, end) hold of a source."""
+        rows = self._train[source]
+        mine = self._sample_rows[first:end][self._sample_sources[first:end] == source]  # a run of the source's rows
+        begin, stop = (int(rows.offsets[row]) for row in (mine[0], mine[-1] + 1)) if len(mine) else (0, 0)
+        chosen = slice(begin, stop)
+        return Pieces(rows.document[chosen], rows.start[chosen], rows.length[chosen].astype(np.int64))
+
     def _row(self, rows: _Segments, row: int, source: int) -> Row:
         size = self.seq_length
         tokens = np.full(size, self.pad_id, dtype=np.int64)
@@ -195,12 +233,12 @@ class Plan:
         return ids[:length], ids[1:]
 
     def _segments(self, split: str, source: str, entries: list[dict[str, Any]], tokens: Path) -> _Segments:
-        arrays = {
-            name: self._array(f"{split}.{source}.{name}.npy") for name in ("document", "start", "length", "offsets")
-        }
+        arrays = {name: self._array(f"{split}.{source}.{name}.npy") for name in SEGMENT_ARRAYS}
         name = f"{split}.{source}.fim.npy"
         forms = self._array(name) if name in self.description["files"] else None
-        return _Segments(Shards([_open_store(tokens, entry) for entry in entries]), **arrays, fim=forms)
+        shards = Shards([_open_store(tokens, entry) for entry in entries])
+        shards.leave_out(self.gone.get(f"{split}/{source}", ()))
+        return _Segments(shards, **arrays, fim=forms)
 
     def _array(self, name: str) -> np.ndarray:
         path, expected = self.path / name, self.description["files"][name]
@@ -226,6 +264,19 @@ class Plan:
         if source not in self.sources:
             raise ValueError(f"source {source!r} is not in the plan; it has {', '.join(self.sources)}")
         return self.sources.index(source)
+
+
+def open_plans(folder: Path) -> dict[str, Plan]:
+    """The plans of a data run by the name of their stage, in their order; a single one of no name without stages.
+
+    Errors: ValueError as `Plan.open`, where there is none too.
+    """
+    if (folder / PLAN_FILE).is_file():
+        return {"": Plan.open(folder)}
+    found = {path.parent.name: Plan.open(path) for path in folder.glob(f"*/{PLAN_FILE}")}
+    if not found:
+        raise ValueError(f"there is no plan in {folder}; make it with `trivium data run`")
+    return dict(sorted(found.items(), key=lambda item: item[1].first_sample))
 
 
 def _open_store(tokens: Path, entry: dict[str, Any]) -> Store:

@@ -314,6 +314,10 @@ class Shards:
             raise ValueError(f"no token store in {folder}; run `trivium data run`, or correct the path")
         return cls([Store(path) for path in paths])
 
+    def index_checksums(self) -> tuple[str, ...]:
+        """The sha256 of each store's index, as its table carries it."""
+        return tuple(store.facts()["idx_sha256"] for store in self.stores)
+
     def locate(self, document: int) -> tuple[Store, int]:
         """(store, document index in it)."""
         number = bisect.bisect_right(self._first, document) - 1

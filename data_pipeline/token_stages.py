@@ -5,21 +5,26 @@ and published. Tokenizer and plan are one task each, token stores one per file o
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
-from configs.data import DataConfig, MixtureConfig, TokenizerConfig
+from configs.data import DataConfig, TokenizerConfig
 from configs.loader import plain
+from configs.mixture import MixtureConfig
 from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.forecast import show
 from data_pipeline.heldout import HELDOUT, TRAIN
 from data_pipeline.ledger import Tally
-from data_pipeline.mixture import PLAN_FILE, build_plan, lay_out
+from data_pipeline.plan_files import build_stages
+from data_pipeline.rows import open_plans
 from data_pipeline.stage import Stage
 from data_pipeline.stages import Workshop
 from data_pipeline.store import build, read_documents
@@ -32,7 +37,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
     tokenizer = Stage(
         "tokenizer",
         partial(_tokenizer, shop),
-        plain(config.tokenizer) | ({"controls": _controls(config.mixture)} if config.mixture.fim else {}),
+        plain(config.tokenizer) | ({"controls": controls} if (controls := _controls(config.mixture)) else {}),
         ("tokenizer",),
         needs=(documents,),
         counted_against=documents,
@@ -51,7 +56,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
         "plan",
         partial(_plan, shop),
         plain(config.mixture),
-        ("mixture",),
+        ("plan_files",),
         needs=(tokenizer, tokens),
         counted_against=tokens,
     )
@@ -126,7 +131,7 @@ class Tokenize(PipelineStep):
 
 def _controls(mixture: MixtureConfig) -> list[str]:
     """Control symbols that a tokenizer has only if the mixture needs them: without them it stays the same model."""
-    return list(FIM_CONTROLS) if mixture.fim else []
+    return list(FIM_CONTROLS) if any(plan.fim for plan in mixture.plans().values()) else []
 
 
 def _document_files(shop: Workshop) -> list[str]:
@@ -169,7 +174,7 @@ def _tokens(shop: Workshop, folder: Path, logs: Path) -> Tally:
 
 
 class Plan(PipelineStep):
-    """One task: the mixture plan over all token stores."""
+    """One task: the mixture plan over all token stores, or one for each stage."""
 
     name = "Plan"
     type = "🗺 - PLAN"
@@ -182,21 +187,27 @@ class Plan(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         run_dir = Path(self.run_dir)
-        build_plan(run_dir / "tokens", run_dir / "tokenizer", Path(self.out), **dict(self.settings))
+        build_stages(run_dir / "tokens", run_dir / "tokenizer", Path(self.out), self.settings.plans())
         yield from ()
 
 
 def show_forecast(config: DataConfig, console: Console) -> None:
-    """Of the plan that the run's tokens would make; writes nothing. Errors: ValueError as `mixture.lay_out`."""
+    """Of the plans that the run's tokens would make; leaves nothing behind. Errors: ValueError as `mixture.lay_out`."""
     run_dir = Path(config.run.dir)
-    show(lay_out(run_dir / "tokens", run_dir / "tokenizer", **dict(config.mixture)).outlook(), console)
+    with TemporaryDirectory(prefix=".forecast.", dir=run_dir) as folder:
+        build_stages(run_dir / "tokens", run_dir / "tokenizer", folder, config.mixture.plans())
+        for name, plan in open_plans(Path(folder)).items():
+            show(plan.description, console, name)
 
 
 def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
     shop.pipeline("plan", logs, [Plan(str(shop.run_dir), str(folder), shop.config.mixture)], 1, 0, alone=True)
-    plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-    show(plan, shop.console)
-    planned = {source["name"]: source for source in plan["sources"]}
+    planned: dict[str, dict[str, Any]] = {}
+    rows = Counter[str]()
+    for name, plan in open_plans(folder).items():
+        show(plan.description, shop.console, name)
+        planned |= {source["name"]: source for source in plan.description["sources"]}
+        rows.update({source["name"]: source["samples"] for source in plan.description["sources"]})
     manifest = json.loads((shop.run_dir / "tokens" / "stage.json").read_text(encoding="utf-8"))
     tally = Tally()
     for name, counts in Tally.from_plain(manifest["sources"]).sources.items():
@@ -208,5 +219,5 @@ def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
         stores = [*planned[name]["stores"], *planned[name][HELDOUT]["stores"]]
         documents, size = (sum(store[key] for store in stores) for key in ("documents", "text_bytes"))
         tally.kept(name, size, documents=documents)
-        tally.note(name, "rows", planned[name]["samples"])
+        tally.note(name, "rows", rows[name])
     return tally

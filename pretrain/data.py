@@ -57,6 +57,9 @@ class BatchSource(abc.ABC):
     fingerprint: str  # changes when any sample would
     num_samples: int | None  # None: as many as asked for
     sources: list[str]  # what `Row.source` indexes; losses are reported for each
+    first_sample: int = 0  # of the run, that is this source's first: earlier ones were of the source `after`
+    after: str | None = None  # its fingerprint
+    location: str | None = None  # where a plan is, for tools that look up what a step was trained on
 
     def prepare(self, engine: Any, step: int) -> None:  # noqa: B027  most sources need nothing
         """Called on all ranks before the rows of a step are asked for; RL takes the current weights here."""
@@ -75,11 +78,8 @@ class PlanSource(BatchSource):
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.fingerprint, self.num_samples, self.sources = (
-            plan.fingerprint,
-            plan.num_samples,
-            list(plan.sources),
-        )
+        self.fingerprint, self.num_samples, self.sources = plan.fingerprint, plan.num_samples, list(plan.sources)
+        self.first_sample, self.after, self.location = plan.first_sample, plan.after, str(plan.path)
 
     def rows(self, samples: range) -> list[Row]:
-        return [self.plan.row(i) for i in samples]
+        return [self.plan.row(i - self.first_sample) for i in samples]

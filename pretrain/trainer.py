@@ -70,6 +70,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.step, self.samples, self.tokens = 0, 0, 0
         self.ledger = dict.fromkeys(source.sources, 0.0)  # tokens (loss weights) trained on, by source
+        self.stretches: list[dict[str, Any]] = []  # see _begin_stretch
         self.origin: str | None = None
         self.identity = {
             "model": loader.plain(model_config),
@@ -78,7 +79,8 @@ class Trainer:
             "data": source.fingerprint,
             "init": _digest(init_from / "manifest.json") if init_from else None,
         }
-        self._check_samples()
+        if not source.after:  # else it depends on the checkpoint that is gone on from
+            self._check_samples()
         self._stop_signal = 0
         self.engine = Engine(
             model_config, train, config.optimizer, place, config.run.seed, dtype, max(1, len(source.sources))
@@ -102,6 +104,7 @@ class Trainer:
                         flush=True,
                     )
                 return 0
+            self._begin_stretch()
             stack.enter_context(self._signals())
             log = progress = None
             if self.place.is_main:
@@ -210,6 +213,7 @@ class Trainer:
             "samples": self.samples,
             "tokens": self.tokens,
             "ledger": dict(self.ledger),  # as it is now: it is written while training goes on
+            "stretches": self.stretches,
             "identity": self.identity,
             # Dropout is keyed by seed and sample, so these and the sample cursor are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
@@ -226,27 +230,44 @@ class Trainer:
         """Goes to the checkpoint to start from, or to the weights of `init_from`, or stays at the drawn ones."""
         path = checkpoint_resume.choose(self.place, self.run_dir, self.resume)
         if path is None:
+            if self.source.after:
+                raise ConfigError(
+                    f"data.plan = {self.source.location!r} goes on after {self.source.first_sample:,} samples of "
+                    "another plan, and this run is new: train on that first, or name a checkpoint by --resume"
+                )
             if self.init_from:
                 checkpoint_state.restore(self.engine, self.init_from, optimizer=False)
             return
         manifest = storage.read_manifest(path)
-        checkpoint_resume.check_identity(path, manifest, self.identity)
+        checkpoint_resume.check_identity(path, manifest, self.identity, self.source)
         if manifest["step"] < self.config.train.steps:
             checkpoint_state.restore(self.engine, path)
             if self.place.is_main:
                 print(f"{self.title}: going on from {path}", flush=True)
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
         self.ledger |= manifest.get("ledger", {})
+        self.stretches = manifest.get("stretches", [])
         self.origin = checkpoint_resume.origin_of(path, self.run_dir)
         self._check_samples()
 
     def _check_samples(self) -> None:
-        needed = self.samples + (self.config.train.steps - self.step) * self.config.train.global_batch_size
+        left = (self.config.train.steps - self.step) * self.config.train.global_batch_size
+        needed = self.samples + left - self.source.first_sample
         if self.source.num_samples is not None and needed > self.source.num_samples:
             raise ConfigError(
                 f"train.steps = {self.config.train.steps} needs {needed} samples and the data holds "
                 f"{self.source.num_samples}; train fewer steps or build a plan with more samples"
             )
+
+    def _begin_stretch(self) -> None:
+        """Notes from which step on the run has this data in batches of this size, if that is new."""
+        now = {"global_batch_size": self.config.train.global_batch_size, "data": self.source.fingerprint}
+        if self.stretches and all(self.stretches[-1][key] == value for key, value in now.items()):
+            return
+        now |= {"plan": self.source.location}
+        # One that begins here too was never trained on.
+        self.stretches = [one for one in self.stretches if one["first_step"] < self.step]
+        self.stretches.append({"first_step": self.step, "first_sample": self.samples, **now})
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -281,6 +302,8 @@ class Trainer:
             "parameters": self.model_config.num_parameters(),
         }
         loader.write_atomic(self.run_dir / "env.json", json.dumps(facts, indent=1).encode())
+        if self.source.location:
+            loader.write_atomic(self.run_dir / "data.json", json.dumps(self.stretches, indent=1).encode())
 
     def _full_config(self) -> dict[str, Any]:
         """The resolved config; a run that takes its model from `init_from` has the model in it too."""

@@ -15,16 +15,18 @@ from configs.data import DataConfig, RuleSet
 from configs.loader import ConfigError, entrypoint, parse_args
 from data_pipeline.provenance.lookup import (
     Stored,
-    global_batch_size,
     places,
+    plans,
     rows_of,
     set_aside,
     stages_of,
+    steps,
     stored,
+    stretches,
     uses,
 )
 from data_pipeline.report import wide_console
-from data_pipeline.rows import Plan
+from data_pipeline.stage import read_manifest
 
 _SHOWN = 8  # rows of the plan
 
@@ -96,23 +98,24 @@ def _trained(run_dir: Path, documents: Sequence[Stored], run: Path | None) -> li
         f"{one.origin[0]}:{one.origin[1]}"
         for one in documents
     ]
-    if not (run_dir / "plan" / "plan.json").is_file():
+    if read_manifest(run_dir / "plan") is None:
         return said
-    for one, segments in uses(Plan.open(run_dir / "plan"), documents).items():
-        if one.split != "train":
-            said.append("  plan       held out: in no training row")
-            continue
-        samples = sorted({sample for sample, _, _ in segments})
-        shown = ", ".join(
-            f"{sample} (tokens {start} to {start + length})" for sample, start, length in segments[:_SHOWN]
-        )
-        more = f" and {len(segments) - _SHOWN} more" if len(segments) > _SHOWN else ""
-        said.append(f"  plan       {len(segments)} pieces in {len(samples)} rows: {shown}{more}")
-        if run is not None:
-            size = global_batch_size(run)
-            steps = sorted({sample // size for sample in samples})
-            shown = ", ".join(str(step) for step in steps[:_SHOWN]) + (" ..." if len(steps) > _SHOWN else "")
-            said.append(f"  steps      {len(steps)} of {run}, {size} rows a step: {shown}")
+    trained_on = stretches(run) if run else []
+    for name, plan in plans(run_dir, trained_on).items():
+        for one, segments in uses(plan, documents).items():
+            if one.split != "train":
+                said.append(f"  {name:<10} held out: in no training row")
+                continue
+            samples = sorted({sample for sample, _, _ in segments})
+            shown = ", ".join(
+                f"{sample} (tokens {start} to {start + length})" for sample, start, length in segments[:_SHOWN]
+            )
+            more = f" and {len(segments) - _SHOWN} more" if len(segments) > _SHOWN else ""
+            said.append(f"  {name:<10} {len(segments)} pieces in {len(samples)} rows: {shown}{more}")
+            if run is not None:
+                seen = steps(trained_on, plan, samples)
+                shown = ", ".join(str(step) for step in seen[:_SHOWN]) + (" ..." if len(seen) > _SHOWN else "")
+                said.append(f"  steps      {len(seen)} of {run}: {shown}")
     return said
 
 

@@ -1,8 +1,7 @@
 """Where a document is in each stage's tables, in the token stores and in the plan. Reads what a data run published."""
 
 import json
-import tomllib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from configs.loader import ConfigError
 from data_pipeline.dedup.signatures import url_key
-from data_pipeline.rows import Plan
+from data_pipeline.rows import Plan, open_plans
 from data_pipeline.stage import read_manifest
 from data_pipeline.tables import read_table, shards_of
 
@@ -112,21 +111,44 @@ def uses(plan: Plan, documents: Collection[Stored]) -> dict[Stored, list[tuple[i
     }
 
 
-def global_batch_size(run: Path) -> int:
-    """Of a training run, from its config.toml. Errors: ConfigError when `run` is none."""
-    path = run / "config.toml"
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of a training run, from `first_step` on, with one plan and one batch size."""
+
+    first_step: int
+    first_sample: int  # of the run, from the first step of all
+    global_batch_size: int
+    data: str  # the plan's fingerprint
+    plan: str  # where it was
+
+
+def plans(run_dir: Path, run: Sequence[Stretch]) -> dict[str, Plan]:
+    """The plans of a data run and those that a training run had from elsewhere, by their folder.
+
+    Errors: ValueError for one that is gone or damaged.
+    """
+    found = {(Path("plan") / name).as_posix(): plan for name, plan in open_plans(run_dir / "plan").items()}
+    for one in run:
+        if one.data not in {plan.fingerprint for plan in found.values()}:
+            found[one.plan] = Plan.open(one.plan)
+    return found
+
+
+def stretches(run: Path) -> list[Stretch]:
+    """What a training run was trained on, from its data.json. Errors: ConfigError when `run` is none."""
+    path = run / "data.json"
     if not path.is_file():
-        raise ConfigError(f"--run {run}: there is no {path}; name the run.dir of a training run")
-    tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    size = tree.get("train", {}).get("global_batch_size")
-    if not isinstance(size, int) or "plan" not in tree.get("data", {}):
-        raise ConfigError(
-            f"--run {run}: {path} is of no pretraining run: it has no train.global_batch_size or data.plan"
-        )
-    return size
+        raise ConfigError(f"--run {run}: there is no {path}; name the run.dir of a pretraining run")
+    return [Stretch(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def plan_of(run: Path) -> Path:
-    """The plan that a training run used, as its config names it."""
-    global_batch_size(run)
-    return Path(tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]["plan"])
+def steps(run: Sequence[Stretch], plan: Plan, samples: Iterable[int]) -> list[int]:
+    """The steps, from 0, that train on these samples of a plan; those that the run left out for another have none."""
+    found = set()
+    for sample in samples:
+        for one, following in zip(run, [*run[1:], None], strict=True):
+            behind = plan.first_sample + sample - one.first_sample
+            step = one.first_step + behind // one.global_batch_size
+            if one.data == plan.fingerprint and behind >= 0 and (following is None or step < following.first_step):
+                found.add(step)
+    return sorted(found)

@@ -1,8 +1,9 @@
 """`trivium data takedown CONFIG LIST --out FOLDER`: documents that have to go, where they are, and a plan without them.
 
 LIST has a document id or an address on each line. Printed: for each, the rows and (with --run) the steps that saw it.
-Published in FOLDER: a plan of the same mixture over the same token stores that leaves these documents out, and
-takedown.json, which says what was found where. The stores still hold the tokens; nothing that exists is changed.
+Published in FOLDER: a plan of the same mixture over the same token stores that leaves these documents out (or with
+--after CHECKPOINT, one for the rest of that run, see `replan`), and takedown.json, which says what was found where.
+The stores still hold the tokens; nothing that exists is changed.
 """
 
 import json
@@ -14,10 +15,12 @@ from typing import Any
 from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load, write_atomic
 from data_pipeline.dedup.signatures import url_key
-from data_pipeline.mixture import build_plan
-from data_pipeline.provenance.lookup import Stored, global_batch_size, places, stored, uses
+from data_pipeline.plan_files import build_stages
+from data_pipeline.provenance.lookup import Stored, places, plans, steps, stored, stretches, uses
+from data_pipeline.provenance.replan import rest, used
 from data_pipeline.report import wide_console
-from data_pipeline.rows import Plan
+from data_pipeline.rows import open_plans
+from data_pipeline.stage import read_manifest
 
 
 def read_list(path: Path) -> list[str]:
@@ -33,23 +36,26 @@ def read_list(path: Path) -> list[str]:
 
 def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[Stored], run: Path | None) -> dict[str, Any]:
     """Of the list: `documents`, which are `found` in token stores, `dropped_earlier`, and `not_found` anywhere."""
-    plan = Plan.open(run_dir / "plan")
-    size = global_batch_size(run) if run else 0
-    documents = []
-    for one, segments in uses(plan, found).items():
-        samples = sorted({sample for sample, _, _ in segments})
-        entry: dict[str, Any] = {
+    trained_on = stretches(run) if run else []
+    entries: dict[Stored, dict[str, Any]] = {
+        one: {
             "id": one.id,
             "split": one.split,
             "source": one.source,
             "store": one.store,
             "document": one.document,
             "tokens": one.tokens,
-            "rows": samples,
+            "rows": {},
+            **({"steps": []} if run else {}),
         }
-        if size:
-            entry["steps"] = sorted({sample // size for sample in samples})
-        documents.append(entry)
+        for one in found
+    }
+    for name, plan in plans(run_dir, trained_on).items():
+        for one, segments in uses(plan, found).items():
+            samples = sorted({sample for sample, _, _ in segments})
+            entries[one]["rows"][name] = samples
+            if run:
+                entries[one]["steps"] += steps(trained_on, plan, samples)
     kept, addresses = {one.id for one in found}, {one.url for one in found}
     earlier = {place.id for place in places(run_dir, set(wanted) - kept)}
     missing = [
@@ -57,20 +63,25 @@ def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[Stored], run: 
         for line in wanted
         if line not in kept and line not in earlier and not (_is_address(line) and url_key(line) in addresses)
     ]
-    return {"documents": documents, "dropped_earlier": sorted(earlier), "not_found": missing}
+    return {"documents": list(entries.values()), "dropped_earlier": sorted(earlier), "not_found": missing}
 
 
 def _is_address(line: str) -> bool:
     return "://" in line
 
 
-def without(config: DataConfig, found: Sequence[Stored], out: Path) -> dict[str, Any]:
-    """A plan as the config has it, less `found`. Errors: ValueError when too few tokens are left."""
+def without(config: DataConfig, found: Sequence[Stored], out: Path, after: Path | None) -> int:
+    """Plans as the config has them, less `found`; returns their rows. Errors: ValueError, too few tokens are left."""
     run_dir = Path(config.run.dir)
     gone: dict[str, set[tuple[str, int]]] = {}
     for one in found:
         gone.setdefault(f"{one.split}/{one.source}", set()).add((one.store, one.document))
-    return build_plan(run_dir / "tokens", run_dir / "tokenizer", out, **dict(config.mixture), without=gone)
+    stages, begin = config.mixture.plans(), None
+    if after is not None:
+        begin = used(after)
+        stages = rest(stages, begin[0].first_sample + begin[1])
+    build_stages(run_dir / "tokens", run_dir / "tokenizer", out, stages, gone, begin)
+    return sum(plan.num_samples for plan in open_plans(out).values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of the config's keys")
     parser.add_argument("--out", required=True, type=Path, help="folder of the new plan; it must not exist")
     parser.add_argument("--run", type=Path, help="a training run's directory, for its steps")
+    parser.add_argument("--after", type=Path, help="the checkpoint of a training run that is to go on without them")
     parser.add_argument("--dry-run", action="store_true", help="say what is touched, write nothing")
     args = parser.parse_intermixed_args(argv)
     config = load(DataConfig, args.config, args.overrides)
@@ -91,16 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out.exists() and not args.dry_run:
         raise ConfigError(f"--out {args.out} exists already; name a new folder, nothing is overwritten")
     run_dir, console = Path(config.run.dir), wide_console()
-    if not (run_dir / "plan" / "plan.json").is_file():
+    if read_manifest(run_dir / "plan") is None:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no plan yet; run: trivium data run {args.config}")
     try:
         found = stored(run_dir, wanted, list(filter(_is_address, wanted)))
         report = touched(run_dir, wanted, found, args.run)
         for entry in report["documents"]:
-            steps = f", {len(entry['steps'])} steps" if args.run else ""
+            in_steps = f", {len(entry['steps'])} steps" if args.run else ""
             console.print(
                 f"{entry['id']}: {entry['split']}/{entry['source']}, {entry['tokens']:,} tokens in "
-                f"{len(entry['rows'])} rows{steps}",
+                f"{sum(map(len, entry['rows'].values()))} rows{in_steps}",
                 highlight=False,
                 markup=False,
             )
@@ -109,14 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print(f"{line}: {what}", highlight=False, markup=False)
         if args.dry_run:
             return 0
-        plan = without(config, found, args.out)
+        rows = without(config, found, args.out, args.after)
         write_atomic(args.out / "takedown.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     except ConfigError:
         raise
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    console.print(f"a plan of {plan['samples']:,} rows without {len(found)} documents: {args.out}", highlight=False)
+    console.print(f"a plan of {rows:,} rows without {len(found)} documents: {args.out}", highlight=False)
     return 0
 
 

@@ -1,6 +1,7 @@
 """`trivium data trace --step N --run RUN`: the documents in one training step's batch, and their sources.
 
-Step s trains on samples [s * G, (s + 1) * G) of the plan, G the global batch size of the run.
+With global batch size G, step n of a plan trains on its samples [n * G, (n + 1) * G). Which plan, and from which step
+on, is in the run's data.json.
 """
 
 import json
@@ -13,22 +14,35 @@ from typing import Any
 from rich.table import Table
 
 from configs.loader import ConfigError, command_parser, entrypoint
-from data_pipeline.provenance.lookup import global_batch_size, plan_of
+from data_pipeline.provenance.lookup import Stretch, stretches
 from data_pipeline.report import wide_console
 from data_pipeline.rows import Plan
 
 
-def batch(plan: Plan, step: int, size: int) -> list[dict[str, Any]]:
-    """What each segment of the step's rows is, `sample` among it. Errors: ConfigError for a step without rows."""
-    steps = plan.num_samples // size
-    if not 0 <= step < steps:
+def batch(plan: Plan, stretch: Stretch, step: int) -> list[dict[str, Any]]:
+    """What each segment of the step's rows is, `sample` of the plan among it. Errors: ConfigError, no such step."""
+    size = stretch.global_batch_size
+    first = stretch.first_sample - plan.first_sample
+    steps = (plan.num_samples - first) // size
+    sample = first + (step - stretch.first_step) * size
+    if not 0 <= step < stretch.first_step + steps:
         raise ConfigError(
-            f"--step {step}: the plan's {plan.num_samples:,} rows make steps 0 to {steps - 1}, {size} each"
+            f"--step {step}: the {plan.num_samples:,} rows of {stretch.plan} make steps {stretch.first_step} to "
+            f"{stretch.first_step + steps - 1}, {size} each"
         )
     found = []
-    for sample in range(step * size, (step + 1) * size):
-        found += [{"sample": sample, **segment} for segment in plan.provenance(sample)]
+    for number in range(sample, sample + size):
+        found += [{"sample": number, **segment} for segment in plan.provenance(number)]
     return found
+
+
+def _plan(stretch: Stretch, path: Path | None) -> Plan:
+    plan = Plan.open(path or stretch.plan)
+    if plan.fingerprint != stretch.data:
+        raise ConfigError(
+            f"{plan.path} is not the plan that the step was trained on, which was at {stretch.plan}; name it by --plan"
+        )
+    return plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--run", required=True, type=Path, help="a training run's directory")
     parser.add_argument("--step", required=True, type=int, help="from 0")
-    parser.add_argument("--plan", type=Path, help="where the plan is now, if not where the run's config says")
+    parser.add_argument("--plan", type=Path, help="where the plan is now, if not where the run found it")
     parser.add_argument("--json", action="store_true", help="one JSON object a segment instead of a table")
     args = parser.parse_args(argv)
-    size = global_batch_size(args.run)
+    run = stretches(args.run)
+    stretch = next((one for one in reversed(run) if one.first_step <= args.step), run[0])
+    size = stretch.global_batch_size
     try:
-        found = batch(Plan.open(args.plan or plan_of(args.run)), args.step, size)
+        found = batch(_plan(stretch, args.plan), stretch, args.step)
     except ConfigError:
         raise
     except ValueError as error:

@@ -15,6 +15,7 @@ from typing import Any
 from configs.loader import ConfigError
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
+from pretrain.data import BatchSource
 from pretrain.parallel.groups import Place
 
 
@@ -40,10 +41,30 @@ def choose(place: Place, run_dir: Path, resume: str) -> Path | None:
     return Path(answer["path"]) if answer["path"] else None
 
 
-def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuses the checkpoint of a run that trains another model, on other data, or from another seed."""
+def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any], source: BatchSource) -> None:
+    """Refuses the checkpoint of a run that trains another model, on other data, or from another seed.
+
+    Where `source` goes on exactly where the checkpoint left its own data, rows may have another length from there on,
+    and rotary embedding another base, as training on longer context wants.
+    """
+    found = manifest.get("identity", {})
+    passes_on = source.after is not None and found.get("data") == source.after
+    if source.after and found.get("data") not in (source.after, source.fingerprint):
+        raise ConfigError(
+            f"data.plan = {source.location!r} goes on after another plan than the one that {path} was trained on; "
+            "train stages in their order, or choose another run.dir"
+        )
+    if passes_on and manifest["samples"] != source.first_sample:
+        raise ConfigError(
+            f"{path} has used {manifest['samples']:,} samples, and data.plan = {source.location!r} goes on after "
+            f"{source.first_sample:,}; train to there first, or make a plan that goes on from it: "
+            f"trivium data replan CONFIG --after {path} --out FOLDER"
+        )
+    if passes_on:
+        found = found | {key: identity[key] for key in ("data", "seq_length")}
+        found["model"] = found["model"] | {"rope_theta": identity["model"]["rope_theta"]}
     for key, ours in identity.items():
-        theirs = manifest.get("identity", {}).get(key)
+        theirs = found.get(key)
         if theirs != ours:
             raise ConfigError(
                 f"{path} was trained with {key} = {_difference(theirs, ours)}, this config says "

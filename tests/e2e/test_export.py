@@ -12,14 +12,14 @@ import tomli_w
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.mixture import build_plan
-from data_pipeline.store import build
-from data_pipeline.tokenizer import Tokenizer, train
+from data_pipeline.plan_files import build_plan
+from data_pipeline.tokenizer import Tokenizer
 from export import generate, huggingface, import_hf
 from posttrain.chat import jinja_template
+from tests.small_data import CHINESE, VOCAB, make_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCAB, SEQ_LENGTH = 512, 64
+SEQ_LENGTH = 64
 MODEL = {
     "vocab_size": VOCAB,
     "num_layers": 2,
@@ -28,7 +28,6 @@ MODEL = {
     "num_heads": 4,
     "num_kv_heads": 2,
 }
-CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
 
 
 def run(*command: str) -> str:
@@ -44,22 +43,10 @@ def run(*command: str) -> str:
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan over two sources, prose and Python, with held-out documents."""
     folder = tmp_path_factory.mktemp("data")
-    lines = (ROOT / "pretrain/trainer.py").read_text(encoding="utf-8").splitlines(keepends=True)
-    code = ["".join(lines[i : i + 12]) for i in range(0, len(lines), 12)]
-    prose = [f"{CHINESE}\n{(ROOT / 'LICENSE').read_text()[i : i + 400]}" for i in range(0, 8000, 400)]
-    for source, texts in (("code", code), ("prose", prose)):
-        for split, part in (("train", texts[:-3]), ("heldout", texts[-3:])):
-            file = folder / f"{split}.{source}.jsonl"
-            records = [json.dumps({"text": t, "id": str(i), "metadata": {}}) for i, t in enumerate(part)]
-            file.write_text("\n".join(records) + "\n")
-    train([folder / "train.code.jsonl", folder / "train.prose.jsonl"], folder / "tokenizer", VOCAB)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    for source in ("code", "prose"):
-        for split in ("train", "heldout"):
-            build(folder / f"{split}.{source}.jsonl", folder / "tokens" / split / source / "00000", tokenizer)
+    tokens, tokenizer = make_tokens(folder)
     build_plan(
-        folder / "tokens",
-        folder / "tokenizer",
+        tokens,
+        tokenizer,
         folder / "plan",
         seq_length=SEQ_LENGTH,
         samples=32,

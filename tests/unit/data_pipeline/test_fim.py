@@ -10,8 +10,8 @@ import pytest
 
 from data_pipeline import store, tokenizer
 from data_pipeline.fim import PLAIN, PSM, SPM, Symbols, cuts, draw, rearranged
-from data_pipeline.mixture import build_plan
 from data_pipeline.packing import PACKINGS
+from data_pipeline.plan_files import build_plan
 from data_pipeline.rows import Plan
 from data_pipeline.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
 from tests.unit.data_pipeline.test_rows import same

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from data_pipeline.forecast import show
-from data_pipeline.mixture import build_plan, lay_out
+from data_pipeline.mixture import lay_out
 from data_pipeline.packing import PACKINGS
+from data_pipeline.plan_files import build_plan
 from data_pipeline.rows import Plan
 from tests.unit.data_pipeline.test_mixture import make
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import store
-from data_pipeline.mixture import build_plan
+from data_pipeline.plan_files import build_plan
 from data_pipeline.rows import Plan
 from data_pipeline.tokenizer import train
 from tests.unit.data_pipeline.conftest import write_jsonl

@@ -10,7 +10,7 @@ import pytest
 
 from configs.loader import ConfigError
 from data_pipeline import store
-from data_pipeline.mixture import build_plan
+from data_pipeline.plan_files import build_plan
 from data_pipeline.provenance import takedown, trace
 from data_pipeline.provenance.lookup import stored, uses
 from data_pipeline.rows import Plan
@@ -29,13 +29,15 @@ def run_dir(tokens: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempP
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     settings = {"seq_length": L, "samples": SAMPLES, "seed": 1, "weights": MIXTURE}
     build_plan(folder / "tokens", folder / "tokenizer", folder / "plan", **settings)
+    (folder / "plan" / "stage.json").write_text("{}")
     return folder
 
 
 @pytest.fixture(scope="module")
 def training_run(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
-    (folder / "config.toml").write_text(f'[train]\nglobal_batch_size = {BATCH}\n[data]\nplan = "{run_dir}/plan"\n')
+    stretch = {"first_step": 0, "first_sample": 0, "global_batch_size": BATCH, "plan": f"{run_dir}/plan"}
+    (folder / "data.json").write_text(json.dumps([{**stretch, "data": Plan.open(run_dir / "plan").fingerprint}]))
     return folder
 
 
@@ -94,7 +96,7 @@ def test_a_step_is_its_samples(run_dir: Path, training_run: Path, capsys: pytest
     last = SAMPLES // BATCH - 1
     with pytest.raises(ConfigError, match=f"make steps 0 to {last}, {BATCH} each"):
         trace.main(["--run", str(training_run), "--step", str(last + 1)])
-    with pytest.raises(ConfigError, match=r"name the run\.dir of a training run"):
+    with pytest.raises(ConfigError, match=r"name the run\.dir of a pretraining run"):
         trace.main(["--run", str(run_dir), "--step", "0"])
 
 
@@ -119,9 +121,9 @@ def test_a_takedown_leaves_nothing_of_a_document(
     for name in gone:
         entry = report[name]
         samples = sorted({i for i, _, _ in expected[entry["source"], entry["store"], entry["document"]]})
-        assert entry["rows"] == samples
+        assert entry["rows"] == {"plan": samples}
         assert entry["steps"] == sorted({i // BATCH for i in samples})
-    assert report[held]["split"] == "heldout" and report[held]["rows"] == []
+    assert report[held]["split"] == "heldout" and report[held]["rows"] == {"plan": []}
 
     clean = Plan.open(out)
     assert clean.num_samples == SAMPLES

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.mixture import build_plan
+from data_pipeline.plan_files import build_plan
 from data_pipeline.rows import Plan, Row
 from data_pipeline.store import Shards
 from data_pipeline.tokenizer import Tokenizer

@@ -1,0 +1,84 @@
+"""The section of a data run that says what training rows are made of: one mixture, or stages in a row."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from configs.base import Section
+
+BY_SOURCE = ("weights", "epochs", "fim")  # keys that name sources
+_SHARES = {"weights", "temperature", "unimax"}
+
+
+class PlanConfig(Section):
+    """Which share of `samples` rows of `seq_length` tokens each source gets, and how documents fill a row.
+
+    `weights` are shares (they need not sum to one); or else shares are tokens ** (1 / temperature), or with `unimax`
+    (arXiv:2304.09151) as even as the caps on epochs allow. A source repeats up to `max_epochs` times, or what `epochs`
+    says of it; a mixture that needs more is an error that says so.
+    """
+
+    seq_length: int = Field(default=256, ge=8)
+    samples: int = Field(default=8192, ge=1)
+    seed: int = Field(default=0, ge=0)
+    weights: dict[str, float] | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    unimax: bool = False
+    packing: Literal["concat", "best_fit"] = "best_fit"
+    max_epochs: int = Field(default=4, ge=1)
+    epochs: dict[str, float] = Field(default_factory=dict)  # by source, in place of max_epochs; parts of epochs too
+    # Fill-in-the-middle (arXiv:2207.14255): the share of a source's documents, and of those the share in SPM form.
+    fim: dict[str, float] = Field(default_factory=dict)
+    fim_spm: float = Field(default=0.5, ge=0, le=1)
+
+    def check(self, key: str) -> None:
+        """Errors: ValueError naming what is under `key`."""
+        if (self.weights is not None) + (self.temperature is not None) + self.unimax != 1:
+            raise ValueError(
+                f"{key} takes exactly one of weights, temperature and unimax = true; set one and leave out the others"
+            )
+        for source, epochs in self.epochs.items():
+            if not epochs > 0:
+                raise ValueError(f"{key}.epochs.{source} = {epochs} is not above 0; give its weight or a cap above 0")
+        for source, rate in self.fim.items():
+            if not 0 < rate <= 1:
+                raise ValueError(f"{key}.fim.{source} = {rate} is no share above 0 and up to 1; leave the source out")
+        for source, weight in (self.weights or {}).items():
+            if not weight > 0:
+                raise ValueError(f"{key}.weights.{source} = {weight} is not above 0; leave the source out instead")
+
+
+class MixtureConfig(PlanConfig):
+    """One plan, or with `stages` a plan for each of them, in their order, such as general, annealing, long_context.
+
+    A stage has the keys of a plan; what it leaves out is as [mixture] says. Each goes on where the one before ended: no
+    token comes twice in an epoch, and `max_epochs` counts all stages together.
+    """
+
+    stages: dict[str, PlanConfig] = Field(default_factory=dict)
+
+    def plans(self) -> dict[str, PlanConfig]:
+        """By name of the stage; without stages a single one of no name."""
+        own = {name: getattr(self, name) for name in PlanConfig.model_fields}
+        if not self.stages:
+            return {"": PlanConfig.model_construct(**own)}
+        return {name: self._stage(own, stage) for name, stage in self.stages.items()}
+
+    @staticmethod
+    def _stage(own: dict[str, Any], stage: PlanConfig) -> PlanConfig:
+        given = {key: getattr(stage, key) for key in stage.model_fields_set}
+        kept = dict(own)
+        if given.keys() & _SHARES:  # a stage that says how shares are found takes over no other way
+            kept = {key: value for key, value in own.items() if key not in _SHARES}
+        if weights := (kept | given).get("weights"):  # nor what [mixture] says of sources that rest in it
+            for key in ("epochs", "fim"):
+                kept[key] = {source: value for source, value in own[key].items() if source in weights}
+        return PlanConfig.model_construct(**kept | given)
+
+    @model_validator(mode="after")
+    def _plans_fit(self) -> "MixtureConfig":
+        for name, plan in self.plans().items():
+            if name and not name.isidentifier():
+                raise ValueError(f"stage name {name!r} becomes a folder: use letters, digits and _ only")
+            plan.check(f"mixture.stages.{name}" if name else "mixture")
+        return self

@@ -1,0 +1,97 @@
+"""`trivium data replan CONFIG --after CHECKPOINT --out FOLDER`: other plans for the rest of a training run.
+
+Weights, packing, sequence length or the number of samples have changed in CONFIG (or by key=value); the run has
+been trained up to CHECKPOINT, whose ledger says on which plan and how many samples of it. The new plan begins there:
+what the run has used of an epoch does not come again in it, and what it has not used is not lost. Train on with
+data.plan naming the new plan. Nothing that exists is changed.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from configs.data import DataConfig
+from configs.loader import ConfigError, command_parser, entrypoint, load
+from configs.mixture import PlanConfig
+from data_pipeline.forecast import show
+from data_pipeline.plan_files import build_stages
+from data_pipeline.report import wide_console
+from data_pipeline.rows import Plan, open_plans
+
+
+def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
+    """(the plan that a checkpoint was trained on, how many of its samples are used). `plan` is where it is by now.
+
+    Errors: ConfigError when there is no such checkpoint, or it was trained on another plan.
+    """
+    path = checkpoint / "manifest.json"
+    if not path.is_file():
+        raise ConfigError(f"--after {checkpoint}: there is no {path}; name a checkpoint, e.g. RUN/checkpoints/step_N")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    where = plan or manifest["config"].get("data", {}).get("plan")
+    if where is None:
+        raise ConfigError(f"--after {checkpoint}: it was not trained on a plan, so there is none to go on from")
+    try:
+        opened = Plan.open(where)
+    except ValueError as error:
+        raise ConfigError(f"--after {checkpoint}: {error}; or say where its plan is by --plan") from None
+    if opened.fingerprint != manifest["identity"]["data"]:
+        raise ConfigError(f"--after {checkpoint}: {where} is not the plan that it was trained on; name that by --plan")
+    return opened, manifest["samples"] - opened.first_sample
+
+
+def rest(stages: Mapping[str, PlanConfig], samples: int) -> dict[str, PlanConfig]:
+    """What is left of stages when a run has used so many samples. Errors: ConfigError when nothing is."""
+    left, end = {}, 0
+    for name, stage in stages.items():
+        begin, end = end, end + stage.samples
+        if samples < end:
+            left[name] = stage.model_copy(update={"samples": end - max(begin, samples)})
+    if not left:
+        raise ConfigError(
+            f"the checkpoint has used {samples:,} samples, and the mixture of CONFIG has {end:,} in all, the used ones "
+            "among them; raise mixture.samples (of the last stage, if it has stages)"
+        )
+    return left
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command_parser(
+        "trivium data replan",
+        "A plan with other weights, packing or sequence length for the rest of a training run.",
+        "trivium data replan configs/data/demo.toml mixture.weights.code=0.3 --after "
+        "runs/demo/pretrain/checkpoints/step_00000060 --out runs/demo/more_code",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the TOML file of the data run")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of the config's keys")
+    parser.add_argument("--after", required=True, type=Path, help="the checkpoint from which the run is to go on")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the new plan; it must not exist")
+    parser.add_argument("--plan", type=Path, help="where the checkpoint's plan is now, if not where its run found it")
+    args = parser.parse_intermixed_args(argv)
+    config = load(DataConfig, args.config, args.overrides)
+    if args.out.exists():
+        raise ConfigError(f"--out {args.out} exists already; name a new folder, nothing is overwritten")
+    plan, samples = used(args.after, args.plan)
+    stages = rest(config.mixture.plans(), plan.first_sample + samples)
+    run_dir, console = Path(config.run.dir), wide_console()
+    try:
+        build_stages(run_dir / "tokens", run_dir / "tokenizer", args.out, stages, after=(plan, samples))
+        made = open_plans(args.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, one in made.items():
+        show(one.description, console, name)
+    first = next(iter(made.values()))
+    console.print(
+        f"goes on after sample {first.first_sample:,} of the run: train with data.plan={first.path}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)

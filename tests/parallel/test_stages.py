@@ -1,0 +1,177 @@
+"""A run that passes from plan to plan, in one layout or several: what it is trained on, and what it refuses."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loader import validate
+from configs.mixture import MixtureConfig
+from data_pipeline.plan_files import build_stages
+from data_pipeline.provenance import replan, trace
+from data_pipeline.provenance.lookup import steps, stretches
+from data_pipeline.rows import Plan
+from data_pipeline.store import Shards
+from pretrain.checkpoint import storage
+from tests.parallel.test_layouts import MODELS
+from tests.parallel.test_training import RanksOf, metrics
+from tests.small_data import VOCAB, make_tokens
+
+MIXTURE: dict[str, Any] = {
+    "seq_length": 32,
+    "weights": {"code": 0.5, "prose": 0.5},
+    "max_epochs": 9,
+    "stages": {
+        "general": {"samples": 24},
+        "annealing": {"samples": 12, "packing": "concat", "weights": {"code": 1.0}},
+        "long_context": {"samples": 8, "seq_length": 64},
+    },
+}
+# Steps at which each stage ends, its global batch, and what else its config says.
+STAGES = {"general": (3, 8, {}), "annealing": (6, 4, {}), "long_context": (8, 4, {"rope_theta": 50_000.0})}
+ONE: tuple[int, dict[str, Any]] = (1, {})
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_tokens(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def plans(tokens: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plans")
+    build_stages(*tokens, out, validate(MixtureConfig, MIXTURE).plans())
+    return out
+
+
+def train(
+    ranks: RanksOf,
+    run_dir: Path,
+    plan: Path,
+    steps: int,
+    batch: int,
+    layout: tuple[int, dict[str, Any]] = ONE,
+    **model: Any,
+) -> dict[str, Any]:
+    """What all ranks answer."""
+    world, parallel = layout
+    tree = {
+        "run": {"dir": str(run_dir), "seed": 3},
+        "model": {**MODELS["dense"], "vocab_size": VOCAB, **model},
+        "data": {"plan": str(plan)},
+        "train": {
+            "steps": steps,
+            "global_batch_size": batch,
+            "micro_batch_size": 2,
+            "seq_length": Plan.open(plan).seq_length,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 0.001, "eps": 1e-6},
+        "schedule": {"kind": "constant"},
+        "parallel": parallel,
+        "checkpoint": {"every": 1, "keep": 9},
+        "log": {"tensorboard": False},
+    }
+    (answer, *others) = ranks(world).run("tests.parallel.plans:train_on_plan", process_group=False, tree=tree)
+    assert others == [answer] * (world - 1)
+    return answer
+
+
+def trained_on(run_dir: Path) -> list[dict[str, Any]]:
+    """Every segment of every step, as `trivium data trace` finds them."""
+    run, found = stretches(run_dir), []
+    for step in range(storage.steps(run_dir)[-1]):
+        stretch = next(one for one in reversed(run) if one.first_step <= step)
+        plan = Plan.open(stretch.plan)
+        segments = trace.batch(plan, stretch, step)
+        assert all(steps(run, plan, [segment["sample"]]) == [step] for segment in segments)
+        found += [{**segment, "step": step} for segment in segments]
+    return found
+
+
+def assert_exactly_once(tokens: Path, segments: list[dict[str, Any]]) -> None:
+    """No token of a source was trained on twice more often than another."""
+    for source in ("code", "prose"):
+        used = Counter(
+            (segment["document"], segment["start"] + k)
+            for segment in segments
+            if segment["source"] == source
+            for k in range(segment["length"])
+        )
+        (store,) = Shards.in_folder(tokens / "train" / source).stores
+        counts = {used[document, k] for document in range(len(store)) for k in range(store.lengths[document])}
+        assert max(counts) - min(counts) <= 1 <= max(counts)
+
+
+def test_stages_are_one_run_in_any_layouts(
+    ranks: RanksOf, plans: Path, tokens: tuple[Path, Path], tmp_path: Path
+) -> None:
+    layouts = {"general": (2, {"pp": 2}), "annealing": (2, {"tp": 2, "sp": True}), "long_context": (2, {"cp": 2})}
+    for name, (end, batch, model) in STAGES.items():
+        assert train(ranks, tmp_path / "one", plans / name, end, batch, **model) == {"status": 0}
+        assert train(ranks, tmp_path / "many", plans / name, end, batch, layouts[name], **model) == {"status": 0}
+    one, many = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "many"))
+    assert len(one) == 8 and many == pytest.approx(one, rel=1e-5)  # eight steps of fp32 sums in another order
+    assert [line["tokens"] for line in metrics(tmp_path / "one")] == [256, 512, 768, 896, 1024, 1152, 1408, 1664]
+
+    segments = trained_on(tmp_path / "many")
+    assert segments == trained_on(tmp_path / "one")
+    assert_exactly_once(tokens[0], segments)
+    assert {s["source"] for s in segments if 3 <= s["step"] < 6} == {"code"}
+    # The checkpoint's ledger counts the labels that were trained on, by source.
+    ledger = storage.read_manifest(storage.directory(tmp_path / "many", 8))["ledger"]
+    expected = Counter[str]()
+    for name in STAGES:
+        plan = Plan.open(plans / name)
+        for i in range(plan.num_samples):
+            row = plan.row(i)
+            expected[plan.sources[row.source]] += int(row.loss_mask.sum())
+    assert ledger == dict(expected)
+
+
+def test_weights_change_in_mid_run(ranks: RanksOf, plans: Path, tokens: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(ranks, run, plans / "general", 2, 8, (2, {})) == {"status": 0}
+    checkpoint = storage.directory(run, 2)
+    config = tmp_path / "data.toml"
+    (tmp_path / "data").mkdir()
+    for folder in tokens:
+        (tmp_path / "data" / folder.name).symlink_to(folder)
+    config.write_text(
+        f'[run]\ndir="{tmp_path / "data"}"\n[sources.code]\nfiles=["x"]\nformat="jsonl"\nrules={{any="r"}}\n'
+        '[sources.prose]\nfiles=["x"]\nformat="jsonl"\nrules={any="r"}\n[rules.r]\n'
+        "[mixture]\nseq_length=32\nsamples=40\nmax_epochs=9\nweights={code=0.9,prose=0.1}\n"
+    )
+    assert replan.main([str(config), "--after", str(checkpoint), "--out", str(tmp_path / "more_code")]) == 0
+    plan = Plan.open(tmp_path / "more_code")
+    assert (plan.first_sample, plan.num_samples) == (16, 24)
+    assert train(ranks, run, plan.path, 5, 8, (2, {"tp": 2})) == {"status": 0}
+    segments = trained_on(run)
+    assert_exactly_once(tokens[0], segments)
+    assert segments[: sum(s["step"] < 2 for s in segments)] == [
+        {"sample": i, **segment, "step": i // 8}
+        for i in range(16)
+        for segment in Plan.open(plans / "general").provenance(i)
+    ]
+    # And once more, from a checkpoint in the middle of the new plan.
+    again = [str(config), "mixture.packing=concat", "--after", str(storage.directory(run, 4)), "--out"]
+    assert replan.main([*again, str(tmp_path / "last")]) == 0
+    assert Plan.open(tmp_path / "last").first_sample == 32
+    branch = tmp_path / "branch"
+    (branch / "checkpoints").mkdir(parents=True)
+    storage.directory(run, 4).rename(storage.directory(branch, 4))
+    assert train(ranks, branch, tmp_path / "last", 5, 8) == {"status": 0}
+    assert_exactly_once(tokens[0], trained_on(branch))
+
+
+def test_a_plan_that_does_not_follow_is_refused(ranks: RanksOf, plans: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "this run is new" in train(ranks, run, plans / "annealing", 6, 4)["error"]
+    assert train(ranks, run, plans / "general", 2, 8) == {"status": 0}
+    said = train(ranks, run, plans / "annealing", 6, 4)["error"]
+    assert "has used 16 samples" in said and "goes on after 24" in said and "trivium data replan CONFIG --after" in said
+    assert "goes on after another plan than" in train(ranks, run, plans / "long_context", 6, 4)["error"]
+    assert train(ranks, run, plans / "general", 3, 8) == {"status": 0}
+    assert "was trained with model" in train(ranks, run, plans / "annealing", 6, 4, tie_embeddings=True)["error"]
+    assert "the data holds 12" in train(ranks, run, plans / "annealing", 7, 4)["error"]

@@ -1,0 +1,29 @@
+"""Token stores of two small sources, prose and Python, with held-out documents; for tests that are not about text."""
+
+import json
+from pathlib import Path
+
+from data_pipeline.store import build
+from data_pipeline.tokenizer import Tokenizer, train
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB = 512
+CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
+
+
+def make_tokens(folder: Path) -> tuple[Path, Path]:
+    """Returns the folders of token stores and tokenizer."""
+    lines = (ROOT / "pretrain/trainer.py").read_text(encoding="utf-8").splitlines(keepends=True)
+    code = ["".join(lines[i : i + 12]) for i in range(0, len(lines), 12)]
+    prose = [f"{CHINESE}\n{(ROOT / 'LICENSE').read_text()[i : i + 400]}" for i in range(0, 8000, 400)]
+    for source, texts in (("code", code), ("prose", prose)):
+        for split, part in (("train", texts[:-3]), ("heldout", texts[-3:])):
+            file = folder / f"{split}.{source}.jsonl"
+            records = [json.dumps({"text": t, "id": f"{source}{i}", "metadata": {}}) for i, t in enumerate(part)]
+            file.write_text("\n".join(records) + "\n")
+    train([folder / "train.code.jsonl", folder / "train.prose.jsonl"], folder / "tokenizer", VOCAB)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    for source in ("code", "prose"):
+        for split in ("train", "heldout"):
+            build(folder / f"{split}.{source}.jsonl", folder / "tokens" / split / source / "00000", tokenizer)
+    return folder / "tokens", folder / "tokenizer"
