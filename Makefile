@@ -41,11 +41,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	@$(BIN)/trivium demo --with-parent
 
+# Unit tests two at a time; then those that start ranks, runs and clusters of their own and so want both cores.
 test: install
-	@$(BIN)/python -m pytest -m "not full"
+	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/unit
+	@$(BIN)/python -m pytest -m "not full" tests/parallel tests/e2e
 
 test-full: install
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	@$(BIN)/python -m pytest tests/parallel tests/e2e
 
 lint: install
 	@$(BIN)/ruff check .

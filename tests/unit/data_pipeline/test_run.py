@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.data import DataConfig
-from configs.loader import ConfigError, load
+from configs.loader import ConfigError, entrypoint, load
 from data_pipeline import stage
 from data_pipeline.ledger import LedgerError, Tally
 from data_pipeline.provenance import explain
@@ -217,17 +217,23 @@ def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path
         ("mixture.fim.prose=1.5", "mixture.fim.prose = 1.5 is no share"),
     ],
 )
-def test_a_wrong_config_is_one_sentence_and_status_2(config: Path, override: str, expected: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "data_pipeline.run", str(config), *override.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_wrong_config_is_one_sentence_and_status_2(
+    config: Path, override: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        entrypoint(main, [str(config), *override.split()])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert expected in said
+    assert "Traceback" not in said
+
+
+def test_the_command_ends_with_that_status(config: Path) -> None:
+    command = [sys.executable, "-m", "data_pipeline.run", str(config), "mixture.epochs.prose=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and "mixture.epochs.prose = 0.0 is not above 0" in done.stderr
 
 
 def test_a_rule_that_drops_everything_is_an_error(config: Path, capsys) -> None:
