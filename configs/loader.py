@@ -128,7 +128,8 @@ def parse_args(
     for name, text in flags:
         parser.add_argument(name, action="store_true", help=text)
     for name, default, text in options:
-        parser.add_argument(name, default=default, metavar="WHICH", help=f"{text} (default {default})")
+        said = f"{text} (default {default})" if default else text
+        parser.add_argument(name, default=default, metavar="WHICH", help=said)
     for name, key, text in keys:
         parser.add_argument(name, dest=key, metavar="WHICH", help=f"{text} (the same as {key}=WHICH)")
     args = parser.parse_intermixed_args(argv)

@@ -1,9 +1,10 @@
 """`trivium data run CONFIG`: raw files to a mixture plan, stage by stage, skipping what is done.
 
 Reads like the pipeline: filtered documents (`stages`), unique ones (`dedup.stages`), what is taken out of them
-(`cut_stages`), then tokenizer, tokens and plan (`token_stages`). Interrupted anywhere, the same command goes on. The
-ledger of all stages goes to `ledger.json` in the run directory, `--dry-run` says what would run. Who does the
-tasks is left to an executor: with `mpirun` every rank runs `main`, one of them leads.
+(`cut_stages`), then tokenizer, tokens and plan (`token_stages`). Interrupted anywhere, the same command goes on. Each
+stage also runs alone (`--stage`), perhaps with another executor than the rest, and a run may end early (`--until`).
+The ledger of all stages that are done goes to `ledger.json` in the run directory, `--dry-run` says what would run. Who
+does the tasks is left to an executor: with `mpirun` every rank runs `main`, one of them leads.
 
 Bad input never ends a run by itself. Records that cannot be used are set aside in `extract/rejected/`, each with file,
 offset and reason. Up to `extract.max_bad_share` of a source's records the exit status is 0, and a line names their
@@ -11,6 +12,7 @@ number and that folder; above it the status is 1, and they are in `extract.faile
 are printed last, and decide the exit status where `alarms.fail` says so.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,9 +45,24 @@ def all_stages(config: DataConfig, run_dir: Path, console: Console, executor: Ex
     return [*stages, *token_stages(shop, stages[-1])]
 
 
-def run(config: DataConfig, console: Console, executor: Executor) -> tuple[list[Done], list[str]]:
+def select(names: Sequence[str], only: str, until: str) -> list[str]:
+    """Which of the stages `names` a command line asks for. Errors: ConfigError for one that is none of them."""
+    chosen = only.split(",") if only else names[: 1 + names.index(until)] if until in names else list(names)
+    for option, asked in (("--stage", chosen), ("--until", [until] if until else [])):
+        for name in asked:
+            if name not in names:
+                raise ConfigError(f"{option} {name}: this run has no such stage; it has {', '.join(names)}")
+    if only and until:
+        raise ConfigError(f"--stage {only} and --until {until} say different things; give one of them")
+    return list(chosen)
+
+
+def run(
+    config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = ""
+) -> tuple[list[Done], list[str]]:
     """Runs what is not done yet; returns the stages and what is alarming about their counts.
 
+    Only the stages named by `only`, between commas, or all up to and with `until`.
     Errors: ConfigError, ValueError for data that cannot be used, TaskError, LedgerError.
     """
     run_dir = Path(config.run.dir)
@@ -53,18 +70,35 @@ def run(config: DataConfig, console: Console, executor: Executor) -> tuple[list[
         cancel_leftovers(run_dir / "logs")
         quiet(run_dir / "logs" / "datatrove.log")
         stages = all_stages(config, run_dir, console, executor)
+        chosen = select([stage.name for stage in stages], only, until)
         write(config, run_dir / "config.toml")
         done: dict[str, Done] = {}
         for number, stage in enumerate(stages, 1):
-            before = done[stage.counted_against.name].tally if stage.counted_against else None
+            counted = done.get(stage.counted_against.name) if stage.counted_against else None
+            before = counted.tally if counted else None
             earlier = published(stage, run_dir)
             if earlier:
                 earlier.tally.check(stage.name, before)
+            elif stage.name not in chosen:
+                continue
+            else:
+                _check_needs(stage, done)
             done[stage.name] = earlier or perform(stage, run_dir, before)
             _say(done[stage.name], number, len(stages), console)
         found = alarms({name: one.tally for name, one in done.items()}, run_dir, config.alarms)
         write_ledger(run_dir, stages, done, found)
         return list(done.values()), found
+
+
+def _check_needs(stage: Stage, done: Mapping[str, Done]) -> None:
+    against = [stage.counted_against] if stage.counted_against else []
+    missing = dict.fromkeys(need.name for need in [*stage.needs, *against] if need.name not in done)
+    if missing:
+        names = ",".join(missing)
+        raise ConfigError(
+            f"--stage {stage.name}: it needs {names}, not done yet with this config and code; run that first, by "
+            f"--stage {names}, or all of it by --until {stage.name}"
+        )
 
 
 def write_ledger(run_dir: Path, stages: Sequence[Stage], done: Mapping[str, Done], found: Sequence[str]) -> None:
@@ -91,7 +125,7 @@ def write_ledger(run_dir: Path, stages: Sequence[Stage], done: Mapping[str, Done
 
 def count_set_aside(done: Sequence[Done]) -> dict[str, int]:
     """Records of the input that could not be used and stand in extract/rejected/, by reason."""
-    return set_aside(next(stage for stage in done if stage.name == "extract").tally.total())
+    return next((set_aside(stage.tally.total()) for stage in done if stage.name == "extract"), {})
 
 
 def _say_set_aside(done: Sequence[Done], config: DataConfig, console: Console) -> None:
@@ -127,7 +161,7 @@ def _say(done: Done, number: int, count: int, console: Console) -> None:
     )
 
 
-def dry_run(config: DataConfig, console: Console, executor: Executor) -> None:
+def dry_run(config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = "") -> None:
     """Says of every stage whether it would run or be skipped, and once there are tokens what the mixture comes to.
 
     Writes only the cache of input hashes. Errors: ValueError for a mixture that the tokens do not allow.
@@ -135,10 +169,13 @@ def dry_run(config: DataConfig, console: Console, executor: Executor) -> None:
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     done = set()
-    for stage in all_stages(config, run_dir, console, executor):
+    stages = all_stages(config, run_dir, console, executor)
+    chosen = select([stage.name for stage in stages], only, until)
+    for stage in stages:
+        verdict = "would run" if stage.name in chosen else "not done, not asked for"
         if published(stage, run_dir):
             done.add(stage.name)
-        verdict = "done, would be skipped" if stage.name in done else "would run"
+            verdict = "done, would be skipped"
         console.print(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", highlight=False)
     if {"tokenizer", "tokens"} <= done:
         show_forecast(config, console)
@@ -153,21 +190,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Raw text to a mixture plan: extraction, filters, deduplication, split, tokens, plan.",
             example="trivium data run configs/data/demo.toml run.workers=4\n"
             "  mpirun -n 4 trivium data run configs/data/demo.toml",
+            options=[
+                ("--stage", "", "only this stage, or these, between commas; those that it needs must be done"),
+                ("--until", "", "this stage and all before it"),
+            ],
             keys=[("--executor", "run.executor", "who does the tasks: local, slurm, ray or mpi")],
         )
         executor = choose(config.run)
     with executor:
-        return lead(config, args.dry_run, executor) if executor.leads else executor.serve()
+        return lead(config, args, executor) if executor.leads else executor.serve()
 
 
-def lead(config: DataConfig, dry: bool, executor: Executor) -> int:
-    """The run, or with `dry` what it would do, and what there is to say of it. Returns an exit status."""
+def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> int:
+    """The run, or with --dry-run what it would do, and what there is to say of it. Returns an exit status."""
     console = wide_console()
     try:
-        if dry:
-            dry_run(config, console, executor)
+        if args.dry_run:
+            dry_run(config, console, executor, args.stage, args.until)
             return 0
-        done, found = run(config, console, executor)
+        done, found = run(config, console, executor, args.stage, args.until)
     except ConfigError:
         raise
     except (ValueError, TaskError) as error:

@@ -236,6 +236,39 @@ def test_the_command_ends_with_that_status(config: Path) -> None:
     assert done.stderr.startswith("error: ") and "mixture.epochs.prose = 0.0 is not above 0" in done.stderr
 
 
+def test_stages_run_alone_or_up_to_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stage after stage, each in a command of its own, publishes what one command does."""
+    assert main([str(config), f"run.dir={config.parent}/whole"]) == 0
+    names = list(ledger(config.parent / "whole"))
+    with pytest.raises(ConfigError, match=r"--stage filter: it needs score, not done yet .* by --until filter"):
+        main([str(config), "--stage", "filter"])
+    assert main([str(config), "--until", "score", "--executor", "local"]) == 0
+    assert list(ledger(run_folder(config))) == names[: 1 + names.index("score")]
+    capsys.readouterr()
+    assert main([str(config), "--stage", "filter", "--dry-run"]) == 0
+    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert said["score"].startswith("done") and said["filter"].startswith("would run")
+    assert said["plan"].startswith("not done, not asked for")
+    for name in names:
+        assert main([str(config), "--stage", name]) == 0
+    assert [name for name, one in ledger(run_folder(config)).items() if one["fresh"]] == names[-1:]
+    assert list(ledger(run_folder(config))) == names
+    assert published(run_folder(config)) == published(config.parent / "whole")
+    with pytest.raises(ConfigError, match="--stage dedup: it needs signatures"):
+        main([str(config), "dedup.bands=5", "--stage", "dedup"])
+    assert main([str(config), "rules.english.word_count.min=51", "--stage", "filter,dedup"]) == 0
+    assert list(ledger(run_folder(config))) == names[: 1 + names.index("dedup")], (
+        "what comes after is of other documents"
+    )
+    for arguments, message in (
+        (["--stage", "sieve"], "--stage sieve: this run has no such stage; it has extract, language"),
+        (["--until", "sieve"], "--until sieve: this run has no such stage"),
+        (["--until", "score", "--stage", "score"], "say different things"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main([str(config), *arguments])
+
+
 def test_a_rule_that_drops_everything_is_an_error(config: Path, capsys) -> None:
     assert main([str(config), "rules.pages.word_count.min=100000"]) == 1
     assert "source pages has 0 documents left" in capsys.readouterr().err
