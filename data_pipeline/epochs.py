@@ -77,6 +77,10 @@ class Documents:
             return len(self._epoch(number))
         return self._size
 
+    def begun(self) -> float:
+        """Epochs that earlier plans used, a part of one by its tokens."""
+        return self.epoch + self._first_used
+
     def most_rows(self, epochs: float) -> int:
         """How many rows there are until so many epochs are over; of a part of an epoch, whole rows."""
         whole = math.floor(epochs)

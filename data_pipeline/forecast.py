@@ -22,6 +22,7 @@ def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: flo
 
     epoch_ends      the sample, from 0, that is the last row of each epoch, and the share of the samples (and so of the
                     training steps) that are done with it; epochs that an earlier plan began are counted with its part
+    begun           epochs that earlier plans used of it
     max_epochs      its cap, earlier plans included
     more_possible   by how much of the mixture its share could rise within the cap
     lasts_samples   how many samples of such a mixture there could be before the cap is met; None if it gives none
@@ -37,6 +38,7 @@ def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: flo
             {"epoch": epoch, "sample": sample, "fraction": round((sample + 1) / samples, 6)}
             for epoch, sample in enumerate(ends, documents.epoch + 1)
         ],
+        "begun": round(documents.begun(), 6),
         "max_epochs": epochs,
         "more_possible": round(max(0, min(most, samples) - len(places)) / samples, 6),
         "lasts_samples": most * samples // len(places) if len(places) else None,
@@ -98,7 +100,8 @@ def show(plan: Mapping[str, Any], console: Console, stage: str = "") -> None:
     if plan["after"]:
         name += f", after {plan['after']['first_sample']:,} rows of earlier plans"
     table = Table(title=f"Mixture{f' {stage!r}' if stage else ''}: {name}", title_justify="left")
-    for head in ("source", "share", "epochs", "cap", "epochs end at", "more possible", "lasts"):
+    begun = ["begun"] if plan["after"] else []
+    for head in ("source", "share", *begun, "epochs", "cap", "epochs end at", "more possible", "lasts"):
         table.add_column(head, justify="left" if head in ("source", "epochs end at") else "right")
     for source in plan["sources"]:
         told = source["forecast"]
@@ -109,6 +112,7 @@ def show(plan: Mapping[str, Any], console: Console, stage: str = "") -> None:
         table.add_row(
             source["name"],
             f"{source['share']:.1%}",
+            *([f"{told['begun']:.2f}"] if begun else []),
             f"{source['epochs']:.2f}",
             f"{told['max_epochs']:g}",
             ", ".join(ends) or "not within the run",

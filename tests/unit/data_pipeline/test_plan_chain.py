@@ -97,6 +97,12 @@ def test_stages_go_on_where_the_one_before_ended(tokens: Path, staged: dict[str,
     for plan, sources in zip(staged.values(), ("english chinese code", "code chinese", "english code"), strict=True):
         counts = Counter(plan.sources[plan.row(i).source] for i in range(plan.num_samples))
         assert set(counts) == set(sources.split())
+    used = Counter[str]()
+    for plan in staged.values():
+        for source in plan.description["sources"]:
+            name, total = source["name"], int(Shards.in_folder(tokens / "train" / source["name"]).lengths.sum())
+            assert source["forecast"]["begun"] == pytest.approx(used[name] / total, abs=1e-6)
+            used[name] += source["trained_tokens"]
     annealing = staged["annealing"]
     assert Counter(annealing.sources[annealing.row(i).source] for i in range(1400)) == {"code": 1120, "chinese": 280}
 
