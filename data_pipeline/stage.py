@@ -71,7 +71,13 @@ def digest(value: Any) -> str:
 
 
 def code_version(modules: Sequence[str], packages: Sequence[str]) -> str:
-    """Hash of the source of the modules and of all in data_pipeline that they import, and of the packages' versions."""
+    """Hash of the source of the modules and of all in data_pipeline that they import, and of the packages' versions.
+
+    Errors: ValueError for a module that does not exist.
+    """
+    for module in modules:
+        if source_file(f"{_PACKAGE}.{module}") is None:
+            raise ValueError(f"a stage names {module!r} as its code, and {_PACKAGE} has no such module")
     files: set[Path] = set()
     waiting = [source_file(f"{_PACKAGE}.{module}") for module in modules]
     while waiting:

@@ -357,4 +357,6 @@ def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatc
         assert (version() != before) == matters, module
         path.write_bytes(content)
     assert version() == before
+    with pytest.raises(ValueError, match="'langauge' as its code"):
+        stage.code_version(("langauge",), ())
     stage._imports.cache_clear()
