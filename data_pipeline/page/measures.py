@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from configs.data import RuleSet
 from data_pipeline.hashing import stable_hash
+from data_pipeline.realms import is_canary
 from data_pipeline.tables import shards_of
 
 SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # of documents in bytes: two bins for each doubling, up to 1 TB
@@ -31,16 +32,17 @@ Sample = dict[str, Any]
 
 
 class Smallest:
-    """The `count` rows with the smallest hashes of their ids, of all that are offered, smallest first."""
+    """The `count` rows with the smallest hashes of seed and id, of all that are offered, smallest first."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, seed: str = "") -> None:
         self._count = count
+        self._seed = seed
         self._heap: list[tuple[int, int, Sample]] = []  # the largest hash on top, as its negative
         self._offered = 0
 
     def offer(self, row: Sample) -> None:
         self._offered += 1
-        entry = (-stable_hash(f"{row['source']}\0{row['id']}"), -self._offered, row)
+        entry = (-stable_hash(f"{self._seed}\0{row['source']}\0{row['id']}"), -self._offered, row)
         if len(self._heap) < self._count:
             heapq.heappush(self._heap, entry)
         elif entry[:2] > self._heap[0][:2]:
@@ -51,8 +53,10 @@ class Smallest:
 
 
 def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa.Table]:
-    """Of each shard's table those of `names` that it has; nothing of a stage without tables."""
+    """Of each shard's table those of `names` that it has, canaries left out; nothing of a stage without tables."""
     for shard in shards_of(folder) if folder.is_dir() else []:
+        if is_canary(shard):
+            continue
         path = folder / f"{shard}.parquet"
         there = set(pq.read_schema(path).names)
         yield pq.read_table(path, columns=[name for name in names if name in there], filters=where)
@@ -75,6 +79,8 @@ def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Sample
             for row in map(json.loads, file):
                 # Extract names a file of them after source and unit.
                 row.setdefault("source", path.stem.rpartition("-")[0])
+                if is_canary(row["source"]):
+                    continue
                 drawn.setdefault(row.get("verdict") or row["reason"], Smallest(count)).offer(row)
     return {reason: one.rows() for reason, one in drawn.items()}
 

@@ -35,6 +35,7 @@ svg line.bound { stroke: var(--s1); stroke-width: 1.5; stroke-dasharray: 4 2; } 
 .charts.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); }
 .charts.small figcaption { font-size: 12px; } .wide { margin: 12px 0; overflow-x: auto; }
 .alarms { border: 2px solid var(--out); border-radius: 8px; padding: 8px 16px; margin: 12px 0; }
+.missed { color: var(--out); }
 .alarms li { margin: 4px 0; } summary { cursor: pointer; padding: 4px 0; } .sample { margin: 6px 0 10px 16px;
   font-size: 12px; } .sample code { color: var(--soft); overflow-wrap: anywhere; } .sample pre { margin: 2px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -49,6 +50,7 @@ def write(config: DataConfig, run_dir: Path, ledger: dict[str, Any]) -> Path:
         f"<h1>Data run {_text(run_dir)}</h1>",
         f"<p>{_text(summary(chain))}</p>",
         _alarms(ledger["alarms"]),
+        _canaries(ledger["canaries"]),
         *_flows(chain),
         _stages(ledger["stages"]),
         _drops(run_dir, ledger["stages"]),
@@ -94,6 +96,27 @@ def _alarms(alarms: Sequence[str]) -> str:
     items = "".join(f"<li>{_text(alarm)}</li>" for alarm in alarms)
     word = "1 alarm" if len(alarms) == 1 else f"{len(alarms)} alarms"
     return f'<div class="alarms"><strong>{word}</strong><ul>{items}</ul></div>'
+
+
+def _canaries(canaries: Sequence[Mapping[str, Any]]) -> str:
+    if not canaries:
+        return ""
+    rows = [
+        [
+            one["name"],
+            one["source"],
+            one["reason"],
+            ", ".join(one["texts"].values()),
+            "as it should be" if one["caught"] else Html('<b class="missed">missed</b>'),
+        ]
+        for one in canaries
+    ]
+    caught = sum(one["caught"] for one in canaries)
+    return (
+        f"<h2>Canaries</h2><p>Documents that the run planted in its own input; {caught} of {len(canaries)} met the "
+        "fate that the config expects. They are in no other number of this page.</p>"
+        + table(["canary", "as one of", "expected", "what became of its texts", ""], rows, numeric=())
+    )
 
 
 def _flows(chain: Sequence[dict[str, Any]]) -> list[str]:

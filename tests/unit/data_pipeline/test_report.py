@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 
 from configs.data import DataConfig
-from configs.loader import load
+from configs.loader import ConfigError, load
 from data_pipeline import report, run
+from data_pipeline.dedup import recall
 from data_pipeline.filtering import broken
 from data_pipeline.page import measures
 from data_pipeline.page.report import chain_of
@@ -304,14 +305,25 @@ def test_a_directory_without_a_run_is_one_sentence(config: Path, tmp_path: Path,
 
 
 def test_alarms_stand_in_ledger_output_and_page_and_fail_if_asked(config: Path, run_dir: Path, capsys: Any) -> None:
-    missed = ["alarms.canaries={ short = 'word_count_min', french = 'word_count_min' }"]
-    expected = "canary 'french' should be dropped for word_count_min, and was dropped for language_unexpected"
+    missed = ["alarms.expected={ short = 'word_count_min', french = 'word_count_min' }"]
+    expected = "document 'french' should be dropped for word_count_min, and was dropped for language_unexpected"
     assert run.main([str(config), *missed]) == 0
     assert f"alarm: {expected}" in capsys.readouterr().out
     assert json.loads((run_dir / "ledger.json").read_text())["alarms"] == [expected]
     assert report.main([str(config)]) == 0
     page = (run_dir / "report.html").read_text(encoding="utf-8")
-    assert "<strong>1 alarm</strong>" in page and "canary &#x27;french&#x27; should" in page
+    assert "<strong>1 alarm</strong>" in page and "document &#x27;french&#x27; should" in page
     assert run.main([str(config), *missed, "alarms.fail=true"]) == 1
     assert run.main([str(config), "alarms.fail=true"]) == 0  # nothing is left that alarms
     assert json.loads((run_dir / "ledger.json").read_text())["alarms"] == []
+
+
+def test_recall_is_printed_by_source(config: Path, capsys: Any) -> None:
+    assert recall.main([str(config), "--similar", "0.8"]) == 0
+    said = capsys.readouterr().out
+    (prose,) = [line.split("│")[1:-1] for line in said.splitlines() if "│ prose" in line]
+    assert int(prose[1]) >= 10 and float(prose[3]) == 1.0  # five documents are nearly the same: ten pairs
+    assert recall.main([str(config), "--similar", "1.0"]) == 0
+    assert "dropped without such a pair" in capsys.readouterr().out  # one of the copies stands for the near ones
+    with pytest.raises(ConfigError, match="--similar 'much'"):
+        recall.main([str(config), "--similar", "much"])
