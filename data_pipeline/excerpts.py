@@ -5,15 +5,16 @@ masked as well. Where to look for documents is in `provenance.lookup`.
 """
 
 import gzip
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from data_pipeline.personal import PLACEHOLDERS, find
 
 _AROUND = 2000  # characters beside a piece that are looked at to mask it; longer than any address or key
+_PERSONAL = "pii_"  # how reasons of the PII stage begin
 
 
 def texts(run_dir: Path, shard: str, rows: Collection[int] | None = None) -> Iterator[tuple[int, str]]:
@@ -38,17 +39,30 @@ def piece(text: str, start: int, end: int) -> str:
     return "".join([*parts, text[position:end]])
 
 
-def cut_in_context(text: str, cut: dict[str, Any], context: int = 80, longest: int = 300) -> str:
-    """A row of a table of cuts, [[what went -> what stands there]] in what is around it; a long one without its middle.
+class Excerpt(NamedTuple):
+    """What a cut took out, with what is around it. All of it masked."""
 
-    `text` is the one that the cut's bytes are of.
-    """
+    before: str
+    gone: str
+    stands: str  # in its place; empty for nothing
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.before}[[{self.gone}{f' -> {self.stands}' if self.stands else ''}]]{self.after}"
+
+
+def excerpt(text: str, cut: Mapping[str, Any], context: int = 80, longest: int = 300) -> Excerpt:
+    """Of a row of a table of cuts; a long cut without its middle. `text` is the one that the cut's bytes are of."""
     raw = text.encode()
     start = len(raw[: cut["start"]].decode())
     end = start + len(raw[cut["start"] : cut["end"]].decode())
-    if end - start > longest:
+    stands = cut["replacement"]
+    if cut["reason"].startswith(_PERSONAL):
+        # Never by what `find` says of it: the stage may have been asked for other kinds.
+        gone = PLACEHOLDERS[cut["reason"].removeprefix(_PERSONAL)]
+    elif end - start > longest:
         gone = f"{piece(text, start, start + longest // 2)} […] {piece(text, end - longest // 2, end)}"
     else:
         gone = piece(text, start, end)
-    stands = f" -> {cut['replacement']}" if cut["replacement"] and cut["replacement"] != gone else ""
-    return f"{piece(text, start - context, start)}[[{gone}{stands}]]{piece(text, end, end + context)}"
+    before, after = piece(text, start - context, start), piece(text, end, end + context)
+    return Excerpt(before, gone, "" if stands == gone else stands, after)

@@ -2,14 +2,16 @@
 
 Tables are read shard by shard and only in the columns that are needed; what is kept of them does not grow with the
 run: counts in fixed bins, and a few rows. A sample is random and yet the same each time: the rows with the smallest
-hashes of their ids. Texts are not read; pieces of text come from the tables, where they are masked already.
+hashes of their ids. Pieces of text come from the tables, where they are masked already; only for samples of cuts
+are texts read.
 """
 
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs.data import RuleSet
+from data_pipeline.cuts import FOLDER as CUTS
+from data_pipeline.excerpts import excerpt, texts
 from data_pipeline.hashing import stable_hash
 from data_pipeline.realms import is_canary
-from data_pipeline.tables import shards_of
+from data_pipeline.tables import read_table, shards_of
 
 SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # of documents in bytes: two bins for each doubling, up to 1 TB
 _BINS = 40
@@ -83,6 +87,40 @@ def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Sample
                     continue
                 drawn.setdefault(row.get("verdict") or row["reason"], Smallest(count)).offer(row)
     return {reason: one.rows() for reason, one in drawn.items()}
+
+
+def cut_samples(run_dir: Path, stages: Iterable[str], count: int) -> dict[str, list[Sample]]:
+    """Reason -> rows of tables of cuts with source, id and `excerpt`. Of a shard no more than `count` a reason are
+    drawn from, or one long table would be all that is looked at. These texts are read: of few shards.
+    """
+    drawn: dict[str, Smallest] = {}
+    for stage in stages:
+        for shard in shards_of(run_dir / stage / CUTS) if (run_dir / stage / CUTS).is_dir() else []:
+            if is_canary(shard):
+                continue
+            table = read_table(run_dir / stage / CUTS, shard)
+            reasons = np.array(table["reason"].to_pylist(), dtype=object)
+            random = np.random.default_rng(stable_hash(f"{stage}\0{shard}"))
+            for reason in sorted(set(reasons)):
+                rows = random.permutation(np.flatnonzero(reasons == reason))[:count]
+                for cut in table.take(rows).to_pylist():
+                    place = {"source": shard.split("/")[0], "shard": shard, "stage": stage}
+                    drawn.setdefault(reason, Smallest(count)).offer(
+                        place | cut | {"id": f"{shard}:{cut['row']}:{cut['start']}"}
+                    )
+    chosen = {reason: one.rows() for reason, one in drawn.items()}
+    for shard, cuts in groupby(sorted((cut for rows in chosen.values() for cut in rows), key=_shard), _shard):
+        found = list(cuts)
+        named = read_table(run_dir / found[0]["stage"], shard)
+        ids = dict(zip(named["row"].to_pylist(), named["id"].to_pylist(), strict=True))
+        held = dict(texts(run_dir, shard, {cut["row"] for cut in found}))
+        for cut in found:
+            cut |= {"id": ids[cut["row"]], "excerpt": excerpt(held[cut["row"]], cut)}
+    return chosen
+
+
+def _shard(row: Sample) -> str:
+    return str(row["shard"])
 
 
 @dataclass

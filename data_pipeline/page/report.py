@@ -17,6 +17,7 @@ from configs.alarms import WATCHED
 from configs.data import DataConfig
 from configs.loader import write_atomic
 from data_pipeline.charts import page, short
+from data_pipeline.excerpts import Excerpt
 from data_pipeline.page import measures
 from data_pipeline.page.figures import Flow, bar, flow, histogram, sizes
 from data_pipeline.personal import mask
@@ -35,7 +36,7 @@ svg line.bound { stroke: var(--s1); stroke-width: 1.5; stroke-dasharray: 4 2; } 
 .charts.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); }
 .charts.small figcaption { font-size: 12px; } .wide { margin: 12px 0; overflow-x: auto; }
 .alarms { border: 2px solid var(--out); border-radius: 8px; padding: 8px 16px; margin: 12px 0; }
-.missed { color: var(--out); }
+del { color: var(--out); } .missed { color: var(--out); }
 .alarms li { margin: 4px 0; } summary { cursor: pointer; padding: 4px 0; } .sample { margin: 6px 0 10px 16px;
   font-size: 12px; } .sample code { color: var(--soft); overflow-wrap: anywhere; } .sample pre { margin: 2px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -149,7 +150,7 @@ def _stages(stages: Sequence[dict[str, Any]]) -> str:
 def _drops(run_dir: Path, stages: Sequence[dict[str, Any]]) -> str:
     parts = [
         "<h2>Why documents were dropped</h2><p>Documents, their share of the stage's, and bytes; the bytes alone where "
-        "parts were taken out of documents. Open a reason for a random sample.</p>"
+        "parts were taken out of documents, struck through in samples. Open a reason for a random sample.</p>"
     ]
     for stage in stages:
         dropped = stage["total"]["dropped"]
@@ -157,6 +158,8 @@ def _drops(run_dir: Path, stages: Sequence[dict[str, Any]]) -> str:
             continue
         came_in = stage["total"]["in"]["documents"]
         samples = measures.drop_samples(run_dir, stage["name"], _SAMPLES)
+        if stage["name"] == "documents":  # bytes that other stages cut are counted here
+            samples = measures.cut_samples(run_dir, [one["name"] for one in stages], _SAMPLES) | samples
         parts.append(f"<h3>{_text(stage['name'])}</h3>")
         most = max(amount["documents"] for amount in dropped.values()) or 1
         for reason, amount in sorted(dropped.items(), key=lambda item: (-item[1]["documents"], -item[1]["bytes"])):
@@ -172,12 +175,19 @@ def _drops(run_dir: Path, stages: Sequence[dict[str, Any]]) -> str:
 def sample(row: Mapping[str, Any]) -> str:
     """One document, or the beginning of it."""
     text = _BLANK_LINES.sub("\n", row.get("head") or row.get("sample") or row.get("context") or "")
+    shown = _cut(row["excerpt"]) if "excerpt" in row else _text(mask(text[:_EXCERPT]))
     facts = [f"{row['bytes']:,} bytes"] if "bytes" in row else []
     facts += [f"{row['survivor']} stays"] if row.get("survivor") and row["verdict"] else []
     return (
         f'<div class="sample"><code>{_text(row["source"])} {_text(row["id"])}</code> {_text(", ".join(facts))}'
-        f"<pre>{_text(mask(text[:_EXCERPT]))}</pre></div>"
+        f"<pre>{shown}</pre></div>"
     )
+
+
+def _cut(one: Excerpt) -> str:
+    """What went struck through, what stands there instead underlined."""
+    gone = f"<del>{_text(one.gone)}</del>" + (f"<ins>{_text(one.stands)}</ins>" if one.stands else "")
+    return f"{_text(one.before)}{gone}{_text(one.after)}"
 
 
 def _documents(found: measures.Documents) -> list[str]:

@@ -21,7 +21,7 @@ from configs.data import DataConfig, RuleSet
 from configs.loader import ConfigError, entrypoint, load, parse_args
 from data_pipeline.cuts import FOLDER as CUTS
 from data_pipeline.decontamination import FOLDER as MATCHES
-from data_pipeline.excerpts import cut_in_context, piece, texts
+from data_pipeline.excerpts import excerpt, piece, texts
 from data_pipeline.page.measures import Smallest
 from data_pipeline.provenance.lookup import TABLE_STAGES
 from data_pipeline.realms import is_canary
@@ -128,7 +128,7 @@ def shown(run_dir: Path, row: Row, chars: int) -> list[str]:
         ((_, text),) = texts(run_dir, row["shard"], {row["row"]})
         if row["cut"]:
             more = len(row["cut"]) - _CUTS_SHOWN
-            cuts = [cut_in_context(text, cut, longest=chars) for cut in row["cut"][:_CUTS_SHOWN]]
+            cuts = [str(excerpt(text, cut, longest=chars)) for cut in row["cut"][:_CUTS_SHOWN]]
             return cuts + ([f"... and {more} more"] if more > 0 else [])
         row = row | {"text": text}
     text = row.get("text") or row.get("sample") or ""

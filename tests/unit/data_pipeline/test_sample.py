@@ -8,7 +8,7 @@ import pytest
 
 from configs.loader import ConfigError
 from data_pipeline import run
-from data_pipeline.excerpts import cut_in_context, piece
+from data_pipeline.excerpts import excerpt, piece
 from data_pipeline.provenance import sample
 from data_pipeline.tables import read_table, shards_of
 from tests.unit.data_pipeline.conftest import demo_records
@@ -148,4 +148,8 @@ def test_a_piece_that_cuts_through_an_address_is_masked() -> None:
             assert "roe@" not in shown and "acme" not in shown and len(shown) < 80
     at = text.index(MAIL)
     cut = {"start": at + len("é".encode()), "end": at + len("é".encode()) + len(MAIL), "replacement": "<EMAIL>"}
-    assert cut_in_context(f"é{text}", cut, context=9).endswith("Write to [[<EMAIL>]] or not. ")
+    assert str(excerpt(f"é{text}", cut | {"reason": "pii_email"}, context=9)) == "Write to [[<EMAIL>]] or not."
+    other = {"reason": "pii_email", "replacement": "(mail)"}
+    assert str(excerpt(f"é{text}", cut | other, context=9)) == "Write to [[<EMAIL> -> (mail)]] or not."
+    line = {"reason": "duplicate_line", "replacement": ""}
+    assert str(excerpt(f"é{text}", cut | line, context=4)) == " to [[<EMAIL>]] or "
