@@ -43,12 +43,12 @@ class Excerpt(NamedTuple):
     """What a cut took out, with what is around it. All of it masked."""
 
     before: str
-    gone: str
+    gone: str  # empty for personal data that something stands for
     stands: str  # in its place; empty for nothing
     after: str
 
     def __str__(self) -> str:
-        return f"{self.before}[[{self.gone}{f' -> {self.stands}' if self.stands else ''}]]{self.after}"
+        return f"{self.before}[[{' -> '.join(filter(None, (self.gone, self.stands)))}]]{self.after}"
 
 
 def excerpt(text: str, cut: Mapping[str, Any], context: int = 80, longest: int = 300) -> Excerpt:
@@ -59,10 +59,10 @@ def excerpt(text: str, cut: Mapping[str, Any], context: int = 80, longest: int =
     stands = cut["replacement"]
     if cut["reason"].startswith(_PERSONAL):
         # Never by what `find` says of it: the stage may have been asked for other kinds.
-        gone = PLACEHOLDERS[cut["reason"].removeprefix(_PERSONAL)]
+        gone = "" if stands else PLACEHOLDERS[cut["reason"].removeprefix(_PERSONAL)]
     elif end - start > longest:
         gone = f"{piece(text, start, start + longest // 2)} […] {piece(text, end - longest // 2, end)}"
     else:
         gone = piece(text, start, end)
     before, after = piece(text, start - context, start), piece(text, end, end + context)
-    return Excerpt(before, gone, "" if stands == gone else stands, after)
+    return Excerpt(before, gone, stands, after)

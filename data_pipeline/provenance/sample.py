@@ -22,7 +22,7 @@ from configs.loader import ConfigError, entrypoint, load, parse_args
 from data_pipeline.cuts import FOLDER as CUTS
 from data_pipeline.decontamination import FOLDER as MATCHES
 from data_pipeline.excerpts import excerpt, piece, texts
-from data_pipeline.page.measures import Smallest
+from data_pipeline.page.samples import Smallest
 from data_pipeline.provenance.lookup import TABLE_STAGES
 from data_pipeline.realms import is_canary
 from data_pipeline.report import wide_console
@@ -87,7 +87,8 @@ def told(run_dir: Path, stage: str, row: Row, rules: dict[str, RuleSet]) -> list
     """Lines that say why a stage did with a document what it did."""
     said = [row["verdict"] and f"dropped for {row['verdict']}"]
     if row.get("cut"):
-        said.append(f"{len(row['cut'])} cuts, {sum(cut['end'] - cut['start'] for cut in row['cut']):,} bytes")
+        size = sum(cut["end"] - cut["start"] for cut in row["cut"])
+        said.append(f"{len(row['cut'])} {'cut' if len(row['cut']) == 1 else 'cuts'}, {size:,} bytes")
     if stage == "language":
         said.append(f"{row['language']}, {row['language_score']:.3f}")
     if stage == "filter":
