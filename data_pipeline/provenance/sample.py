@@ -89,6 +89,8 @@ def told(run_dir: Path, stage: str, row: Row, rules: dict[str, RuleSet]) -> list
     if row.get("cut"):
         size = sum(cut["end"] - cut["start"] for cut in row["cut"])
         said.append(f"{len(row['cut'])} {'cut' if len(row['cut']) == 1 else 'cuts'}, {size:,} bytes")
+    for reason, size in row.get("cut_bytes", {}).items() if stage == "documents" else ():
+        said.append(f"{size:,} bytes cut for {reason}")
     if stage == "language":
         said.append(f"{row['language']}, {row['language_score']:.3f}")
     if stage == "filter":
@@ -127,7 +129,7 @@ def shown(run_dir: Path, row: Row, chars: int) -> list[str]:
     """The text, or what was cut out of it in context; masked."""
     if "shard" in row:
         ((_, text),) = texts(run_dir, row["shard"], {row["row"]})
-        if row["cut"]:
+        if row.get("cut"):
             more = len(row["cut"]) - _CUTS_SHOWN
             cuts = [str(excerpt(text, cut, longest=chars)) for cut in row["cut"][:_CUTS_SHOWN]]
             return cuts + ([f"... and {more} more"] if more > 0 else [])

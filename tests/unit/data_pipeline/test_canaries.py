@@ -229,6 +229,22 @@ def test_a_text_that_is_mostly_cut(config: Path) -> None:
     assert sorted(found["texts"].values()) == ["dropped for mostly_cut", "kept"]
 
 
+def test_canaries_of_an_earlier_run_are_in_no_index(config: Path, planted_run: Path) -> None:
+    canaries = {name: planted(config)[name] for name in ("control", "copies")}
+    path = with_canaries(config, canaries, "later")
+    text = path.read_text().replace("[lines]", f'[dedup]\nindex = ["{config.parent}/planted"]\n\n[lines]')
+    path.write_text(text.replace("prose.jsonl", "later.jsonl"))
+    texts = passages()[40:]
+    assert len(texts) >= 5
+    records = [{"id": f"later-{number}", "text": text} for number, text in enumerate([*texts, passages()[1]])]
+    (config.parent / "later.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    assert run.main([str(path)]) == 0
+    ledger = json.loads((config.parent / "later/ledger.json").read_text())
+    assert [one["caught"] for one in ledger["canaries"]] == [True, True]
+    dedup = next(stage for stage in ledger["stages"] if stage["name"] == "dedup")
+    assert dedup["total"]["dropped"]["in_index"]["documents"] == 1
+
+
 @pytest.mark.parametrize(
     ("canary", "message"),
     [

@@ -65,6 +65,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records += [
         {"id": f"short-{n}", "text": f"Only {n} words, and {MAIL} among them: that is not much."} for n in range(9)
     ]
+    records.append({"id": "echo", "text": f"{LINE}\n" * 20})
     records.append({"id": "copy", "text": records[0]["text"] + " And an end of its own."})
     lines = [json.dumps(record) for record in records]
     (folder / "prose.jsonl").write_text("\n".join([*lines, '{"text": "cut']) + "\n", encoding="utf-8")
@@ -119,6 +120,8 @@ def test_other_stages(config: Path, capsys: Any) -> None:
     assert "stays in its place" in out and len(drawn(out)) == 1
     out = said(config, capsys, "--stage", "decontaminate")
     assert "n-grams of Q7 in" in out and "«" in out
+    out = said(config, capsys, "--stage", "documents")
+    assert drawn(out) == ["echo"] and "bytes cut for duplicate_line" in out and LINE in out
     assert "bad_json" in said(config, capsys, "--stage", "extract")
     assert len(drawn(said(config, capsys, "--stage", "language", "--kept", "-n", "3"))) == 3
 
