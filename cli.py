@@ -13,6 +13,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("launch.demo:main", "raw text to verified Hugging Face models, every stage of it"),
     "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
     "data report": ("data_pipeline.report:main", "what was dropped at which stage, and why"),
+    "data sample": ("data_pipeline.provenance.sample:main", "random documents that a stage dropped, cut or kept"),
+    "data recall": ("data_pipeline.dedup.recall:main", "near-duplicate removal of a run against brute force"),
     "data what-if": ("data_pipeline.what_if:main", "what other thresholds would keep, from the scores alone"),
     "data train-classifier": ("data_pipeline.classifier:main", "a quality classifier from good and bad examples"),
     "data explain": ("data_pipeline.provenance.explain:main", "what happened to one document, stage by stage"),
@@ -31,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("launch.local:main", "run any of these as several ranks on this machine"),
     "report": ("pretrain.report:main", "draw a training run's report.html again"),
 }
-NOT_BUILT = ("data sample", "tokenizer", "plan", "rm", "dpo", "ppo", "eval", "doctor")
+NOT_BUILT = ("tokenizer", "plan", "rm", "dpo", "ppo", "eval", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,8 +35,9 @@ class AlarmsConfig(Section):
     # A stage that must drop something, and drops nothing of at least so many documents, is taken to be broken.
     min_documents: int = Field(default=10_000, ge=1)
     stages: dict[str, StageAlarmConfig] = Field(default={})
-    # Documents planted in the input, by id, with the reason for which each is to be dropped (or set aside).
-    canaries: dict[str, str] = Field(default={})
+    # Documents of the input, by id, with the reason for which each is to be dropped (or set aside), or "kept". Those
+    # that the run plants itself are under [canaries].
+    expected: dict[str, str] = Field(default={})
     fail: bool = False  # whether an alarm makes the exit status 1; the result is published all the same
 
     @model_validator(mode="after")

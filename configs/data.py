@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 
 from configs.alarms import AlarmsConfig
 from configs.base import Section
+from configs.canaries import CanaryConfig
+from configs.canaries import check as check_canaries
 from configs.cuts import DecontaminateConfig, DocumentsConfig, LinesConfig, PiiConfig, SubstringsConfig
 from configs.mixture import BY_SOURCE, MixtureConfig
 from configs.rules import combined
@@ -290,6 +292,7 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     mixture: MixtureConfig
     alarms: AlarmsConfig = AlarmsConfig()
+    canaries: dict[str, CanaryConfig] = Field(default={})
 
     @model_validator(mode="after")
     def _names_meet(self) -> "DataConfig":
@@ -338,4 +341,12 @@ class DataConfig(Section):
                     f"rules.{name}.language_share needs the languages of paragraphs; set language.paragraphs = true, "
                     "or leave the rule out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _canaries_can_be_caught(self) -> "DataConfig":
+        for name in self.canaries:
+            if not name.isidentifier():
+                raise ValueError(f"canary name {name!r} becomes part of ids: use letters, digits and _ only")
+        check_canaries(self)
         return self

@@ -24,6 +24,7 @@ from datatrove.pipeline.base import PipelineStep
 from configs.cuts import DecontaminateConfig, LinesConfig, PiiConfig, SubstringsConfig
 from configs.data import RuleSet
 from configs.loader import ConfigError, plain
+from data_pipeline.canaries import FATES
 from data_pipeline.copies import RECORD, CountUnits, ShareOut, Units, partitions_for
 from data_pipeline.cuts import note_cuts
 from data_pipeline.decontamination import CONTAMINATED, Decontaminate
@@ -34,6 +35,7 @@ from data_pipeline.lines import CutLines, Lines
 from data_pipeline.pii import RemovePii
 from data_pipeline.probes import Probes, read_items, require_probes
 from data_pipeline.reading import ShardReader
+from data_pipeline.realms import is_canary
 from data_pipeline.stage import Stage, file_hashes
 from data_pipeline.stages import Workshop
 from data_pipeline.substrings import CutSubstrings, Minimizers, Windows
@@ -217,13 +219,17 @@ def _documents(shop: Workshop, kept: str, cutting: Sequence[str], folder: Path, 
     order: dict[str, int] = {}
     numbers = dict.fromkeys(config.sources, 0)
     mostly_cut: list[dict[str, Any]] = []
+    canaries: list[dict[str, Any]] = []
     for shard in shards_of(before.kept):
         source = shard.split("/")[0]
         coming = fates(before, shard)
         if not coming:
             continue
+        order[shard] = numbers.get(source, 0)
+        if is_canary(shard):
+            canaries.extend({"id": fate.id, "reason": fate.reason, "cuts": fate.merged.removed} for fate in coming)
+            continue
         ids[source].extend(fate.id for fate in coming if not fate.reason)
-        order[shard] = numbers[source]
         numbers[source] += 1
         place = {"source": source, "shard": shard}
         mostly_cut.extend(
@@ -241,10 +247,12 @@ def _documents(shop: Workshop, kept: str, cutting: Sequence[str], folder: Path, 
     ]
     _read_kept(shop, "documents", kept, steps, logs, list(order))
     write_samples(folder, mostly_cut)
+    if canaries:
+        (folder / FATES).write_text("".join(json.dumps(one) + "\n" for one in canaries), encoding="utf-8")
     tally = Tally.load_all(tallies)
     for source, counts in tally.sources.items():
         held_out = counts.notes.get("held out", 0)
-        if not 0 < held_out < counts.kept.documents:
+        if not is_canary(source) and not 0 < held_out < counts.kept.documents:
             raise ValueError(
                 f"source {source}: of {counts.kept.documents} documents {held_out} are held out, and training and "
                 "held-out split need one each; cut less of its texts, or give it more files"

@@ -23,6 +23,7 @@ from configs.data import ExtractConfig
 from data_pipeline.blocklist import Blocklist
 from data_pipeline.ledger import SourceTally, Tally
 from data_pipeline.reading.records import BROKEN, HARMLESS
+from data_pipeline.realms import is_canary
 
 Extractor = Literal["resiliparse", "trafilatura"]
 
@@ -209,7 +210,7 @@ class SetAside(PipelineStep):
             if reason := raw["reason"]:
                 tally.dropped(source, reason, raw["bytes"], raw["count"])
                 sampled[source, index, reason] += 1
-                if reason in BROKEN | HARMLESS or sampled[source, index, reason] <= _SAMPLES:
+                if is_canary(source) or reason in BROKEN | HARMLESS or sampled[source, index, reason] <= _SAMPLES:
                     self._write(document, raw)
                 continue
             size = len(document.text.encode())
@@ -250,7 +251,8 @@ def shard_record(step: PipelineStep, document: Document) -> dict[str, Any]:
 def bad_shares(tally: Tally) -> Iterator[tuple[str, int, int]]:
     """(source, broken records, all records) per source."""
     for source, counts in sorted(tally.sources.items()):
-        yield source, sum(set_aside(counts, BROKEN).values()), counts.came_in.documents
+        if not is_canary(source):
+            yield source, sum(set_aside(counts, BROKEN).values()), counts.came_in.documents
 
 
 def set_aside(counts: SourceTally, reasons: frozenset[str] = BROKEN | HARMLESS) -> dict[str, int]:

@@ -16,9 +16,11 @@ import pyarrow as pa
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from data_pipeline.canaries import LEFT_OUT
 from data_pipeline.cuts import Merged, apply, merge, read_cuts
 from data_pipeline.hashing import stable_hash
 from data_pipeline.ledger import Tally
+from data_pipeline.realms import is_canary
 from data_pipeline.tables import kept_rows, read_table
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -121,6 +123,9 @@ class Split(PipelineStep):
         metadata = document.metadata
         source = metadata["source"]
         tally.came_in(source, fate.size)
+        if is_canary(source):
+            tally.dropped(source, fate.reason or LEFT_OUT, fate.size)
+            return
         text = document.text if fate.reason else apply(document.text, fate.merged)
         reason = fate.reason or ("" if text.strip() else MOSTLY_CUT)
         if reason:

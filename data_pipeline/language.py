@@ -14,6 +14,7 @@ from datatrove.data import Document
 
 from configs.data import DataConfig
 from data_pipeline.filtering import verdict
+from data_pipeline.realms import source_of
 from data_pipeline.scan.characters import codes_of, kinds_of
 from data_pipeline.scan.lines import paragraphs_of
 from data_pipeline.tables import TableStep
@@ -84,7 +85,7 @@ class IdentifyLanguage(TableStep):
         if self._identify is None:  # in the worker: the model does not travel between processes
             self._identify = Identifier(model_path(), self.config.language.max_chars)
         language, score = self._identify(document.text)
-        rules = self.config.sources[document.metadata["source"]].rule_set(language)
+        rules = self.config.sources[source_of(document.metadata["source"])].rule_set(language)
         if rules is None:
             reason = "language_unexpected"
         else:

@@ -16,6 +16,7 @@ from datatrove.data import Document
 from configs.cuts import LinesConfig
 from data_pipeline.copies import DIGEST, Quota, Units
 from data_pipeline.cuts import Cut, CutStep, byte_offsets
+from data_pipeline.realms import realm, source_of
 
 _PARAGRAPH_BREAK = re.compile(r"(\n[^\S\n]*\n\s*)")
 
@@ -35,13 +36,14 @@ class Lines(Units):
         breaks = [*parts[1::2], ""]
         return parts[::2], [len(unit) + len(between) for unit, between in zip(parts[::2], breaks, strict=True)]
 
-    def counted(self, text: str, source: str) -> tuple[list[tuple[int, int]], np.ndarray]:
+    def counted(self, text: str, source: str, shard: str) -> tuple[list[tuple[int, int]], np.ndarray]:
         """Spans of the units that count, in characters, each with the break behind it, and their DIGESTs."""
         settings = self.settings
-        if settings.sources is not None and source not in settings.sources:
+        if settings.sources is not None and source_of(source) not in settings.sources:
             return [], np.zeros(0, DIGEST)
-        # Counted within a source, the same line is another unit in each.
-        person = hashlib.blake2b(source.encode(), digest_size=16).digest() if settings.scope == "source" else b""
+        # Counted within a source, or a canary, the same line is another unit in each.
+        within = realm(shard) or (source if settings.scope == "source" else "")
+        person = hashlib.blake2b(within.encode(), digest_size=16).digest() if within else b""
         spans, digests, start = [], [], 0
         for line, size in zip(*self.units(text), strict=True):
             line = line.strip()
@@ -52,7 +54,7 @@ class Lines(Units):
         return spans, np.frombuffer(b"".join(digests), DIGEST)
 
     def digests(self, text: str, source: str, shard: str) -> np.ndarray:
-        return self.counted(text, source)[1]
+        return self.counted(text, source, shard)[1]
 
 
 class CutLines(CutStep):
@@ -74,7 +76,7 @@ class CutLines(CutStep):
 
     def find(self, document: Document) -> tuple[list[Cut], dict[str, Any]]:
         assert self._quota is not None
-        spans, digests = self.lines.counted(document.text, document.metadata["source"])
+        spans, digests = self.lines.counted(document.text, document.metadata["source"], document.metadata["shard"])
         places = self._quota.places(digests)
         chosen: list[int] = []
         for number in np.flatnonzero(places >= 0).tolist():

@@ -3,6 +3,7 @@
 The tables are of ledger and samples alone. Following one document through the stages is `trivium data explain`.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from rich.table import Table
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, load, parse_args
 from data_pipeline.page.report import write
+from data_pipeline.realms import is_canary
 
 _SAMPLE_CHARS = 160
 _SAMPLES = 2
@@ -62,7 +64,10 @@ def print_drops(run_dir: Path, console: Console) -> None:
     """A few dropped documents of every stage and reason, and the broken records."""
     for path in sorted([*run_dir.glob("*/drops/*.jsonl"), *run_dir.glob("*/rejected/*.jsonl")]):
         with path.open(encoding="utf-8") as lines:
-            samples = [json.loads(line) for _, line in zip(range(_SAMPLES), lines, strict=False)]
+            documents = (one for one in map(json.loads, lines) if not is_canary(one.get("source") or path.stem[:-5]))
+            samples = list(itertools.islice(documents, _SAMPLES))
+        if not samples:
+            continue
         console.print(f"\n[bold]{path}[/bold]")
         for sample in samples:
             reason = sample.get("verdict") or sample.get("reason")

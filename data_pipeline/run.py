@@ -17,12 +17,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
-from data_pipeline.alarms import alarms
+from data_pipeline.alarms import alarms, look, missed
 from data_pipeline.cut_stages import cut_stages
 from data_pipeline.dedup.stages import dedup_stages
 from data_pipeline.executors.base import Executor
@@ -85,8 +86,9 @@ def run(
                 _check_needs(stage, done)
             done[stage.name] = earlier or perform(stage, run_dir, before)
             _say(done[stage.name], number, len(stages), console)
-        found = alarms({name: one.tally for name, one in done.items()}, run_dir, config.alarms)
-        write_ledger(run_dir, stages, done, found)
+        canaries = look(run_dir, config.canaries, done)
+        found = alarms({name: one.tally for name, one in done.items()}, run_dir, config.alarms) + missed(canaries)
+        write_ledger(run_dir, stages, done, found, canaries)
         return list(done.values()), found
 
 
@@ -101,11 +103,20 @@ def _check_needs(stage: Stage, done: Mapping[str, Done]) -> None:
         )
 
 
-def write_ledger(run_dir: Path, stages: Sequence[Stage], done: Mapping[str, Done], found: Sequence[str]) -> None:
-    """`after` is the stage whose output a stage counts as its input: None for the first."""
+def write_ledger(
+    run_dir: Path,
+    stages: Sequence[Stage],
+    done: Mapping[str, Done],
+    found: Sequence[str],
+    canaries: Sequence[Mapping[str, Any]],
+) -> None:
+    """`after` is the stage whose output a stage counts as its input: None for the first. Canaries are among a stage's
+    sources and not in its total.
+    """
     after = {stage.name: stage.counted_against.name if stage.counted_against else None for stage in stages}
     ledger = {
         "alarms": list(found),
+        "canaries": list(canaries),
         "set_aside": count_set_aside(list(done.values())),
         "stages": [
             {
@@ -217,6 +228,9 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
     run_dir = Path(config.run.dir)
     print_ledger(read_ledger(run_dir), run_dir, console)
     _say_set_aside(done, config, console)
+    if canaries := look(run_dir, config.canaries, [stage.name for stage in done]):
+        right = sum(one["caught"] for one in canaries)
+        console.print(f"canaries: {right} of {len(canaries)} caught as they should be", highlight=False)
     console.print(f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG")
     for alarm in found:
         console.print(f"alarm: {alarm}", highlight=False, markup=False, soft_wrap=True)

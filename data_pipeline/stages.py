@@ -18,6 +18,7 @@ from rich.console import Console
 from configs.data import DataConfig
 from configs.loader import plain
 from data_pipeline.blocklist import Blocklist
+from data_pipeline.canaries import PlantCanaries, as_input
 from data_pipeline.executors.base import Executor
 from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.filtering import ApplyRules
@@ -96,8 +97,9 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "sources": {name: plain(source) | {"rules": None} for name, source in config.sources.items()},
             "extract": plain(config.extract),
             "shard_bytes": config.run.shard_bytes,
+            "canaries": as_input(config.canaries),
         },
-        ("reading", "extraction", "writing"),
+        ("reading", "canaries", "extraction", "writing"),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
         packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
     )
@@ -145,6 +147,7 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
     tallies = str(logs / "tallies")
     steps = [
         SourceReader(units, config.extract, tallies, str(logs / "progress")),
+        PlantCanaries(config.canaries, tallies),
         Extract(config.extract),
         SetAside(str(folder), tallies, config.run.shard_bytes),
         TextWriter(str(folder), "${source}/${shard}", shard_record),

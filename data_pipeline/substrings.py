@@ -24,6 +24,7 @@ from datatrove.data import Document
 from configs.cuts import SubstringsConfig
 from data_pipeline.copies import DIGEST, Quota, Units
 from data_pipeline.cuts import Cut, CutStep
+from data_pipeline.realms import salt, source_of
 from data_pipeline.scan.words import mix
 
 _BLOCK = 1 << 18  # windows looked at together: some 20 MB of arrays
@@ -40,7 +41,7 @@ class Minimizers(Units):
         self._tables: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def takes(self, source: str) -> bool:
-        return self.settings.sources is None or source in self.settings.sources
+        return self.settings.sources is None or source_of(source) in self.settings.sources
 
     def blocks(self, raw: bytes) -> Iterator[tuple[int, np.ndarray]]:
         """(first window, uint64 minimizer of each window from there) in blocks."""
@@ -70,7 +71,7 @@ class Minimizers(Units):
             edges = np.flatnonzero(np.r_[True, minimizers[1:] != minimizers[:-1]])
             lengths = np.diff(np.r_[edges, len(minimizers)])
             # One inner window is the least of `width` windows at most: a longer run holds it twice.
-            found.append(_as_digests(np.repeat(minimizers[edges], 1 + (lengths > self.width))))
+            found.append(_as_digests(np.repeat(minimizers[edges], 1 + (lengths > self.width)), shard))
         return np.concatenate(found)
 
 
@@ -93,15 +94,18 @@ class Windows(Units):
             raw = text.encode()
             for first, minimizers in self.minimizers.blocks(raw):
                 edges = np.flatnonzero(np.r_[True, minimizers[1:] != minimizers[:-1]])
-                again = quota.places(_as_digests(minimizers[edges])) >= 0
+                again = quota.places(_as_digests(minimizers[edges], shard)) >= 0
                 chosen = first + np.flatnonzero(np.repeat(again, np.diff(np.r_[edges, len(minimizers)])))
                 starts.append(chosen)
-                digests.append(self._contents(raw, chosen))
+                digests.append(self._contents(raw, chosen, shard))
         return np.concatenate(starts), np.concatenate(digests)
 
-    def _contents(self, raw: bytes, starts: np.ndarray) -> np.ndarray:
+    def _contents(self, raw: bytes, starts: np.ndarray, shard: str) -> np.ndarray:
         view, size, digest = memoryview(raw), self.minimizers.settings.min_bytes, hashlib.blake2b
-        contents = b"".join([digest(view[start : start + size], digest_size=16).digest() for start in starts.tolist()])
+        own = salt(shard).to_bytes(16, "little")
+        contents = b"".join(
+            [digest(view[start : start + size], digest_size=16, salt=own).digest() for start in starts.tolist()]
+        )
         return np.frombuffer(contents, DIGEST)
 
     def digests(self, text: str, source: str, shard: str) -> np.ndarray:
@@ -180,6 +184,6 @@ def _sliding_minimum(values: np.ndarray, width: int) -> np.ndarray:
     return np.minimum(behind[:count], ahead[width - 1 : width - 1 + count])
 
 
-def _as_digests(values: np.ndarray) -> np.ndarray:
+def _as_digests(values: np.ndarray, shard: str) -> np.ndarray:
     """64-bit numbers as DIGESTs. Mixed first: minima are all small, and partitions go by the first bits."""
-    return _mixed(values).astype(">u8").view("S8").astype(DIGEST)
+    return (_mixed(values) ^ np.uint64(salt(shard))).astype(">u8").view("S8").astype(DIGEST)

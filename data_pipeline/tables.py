@@ -22,6 +22,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.ledger import Tally
 from data_pipeline.personal import mask
+from data_pipeline.realms import is_canary
 
 KEYS = ("source", "shard", "row", "id", "bytes")
 SHOWN = ("head", "sample", "context")  # columns that hold a piece of a text
@@ -39,9 +40,12 @@ def read_table(folder: str | Path, shard: str) -> pa.Table:
 
 
 def shards_of(folder: str | Path) -> list[str]:
-    """Names `<source>/<shard>` of the tables in a stage's folder, sorted."""
+    """Names `<source>/<shard>` of the tables in a stage's folder, sorted; those of canaries last, so that documents
+    of the sources have the same numbers with and without.
+    """
     folder = Path(folder)
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.parquet"))
+    found = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.parquet"))
+    return sorted(found, key=lambda shard: (is_canary(shard), shard))
 
 
 def kept_rows(table: pa.Table) -> pa.Table:

@@ -22,6 +22,7 @@ from rich.table import Table
 from configs.data import DataConfig, RuleSet
 from configs.loader import ConfigError, command_parser, entrypoint, load
 from data_pipeline.filtering import broken, verdicts
+from data_pipeline.realms import is_canary
 from data_pipeline.report import wide_console
 from data_pipeline.scoring import definition_of
 from data_pipeline.tables import shards_of
@@ -83,9 +84,9 @@ def expanded(overrides: Sequence[str], rules: Sequence[str]) -> list[str]:
 
 
 def scores_of(run_dir: Path) -> pa.Table:
-    """All rows of the score stage, without their pieces of text. Errors: ConfigError when there is none."""
+    """All rows of the score stage but canaries', without their pieces of text. Errors: ConfigError for none."""
     folder = run_dir / "score"
-    shards = shards_of(folder) if folder.is_dir() else []
+    shards = [shard for shard in shards_of(folder) if not is_canary(shard)] if folder.is_dir() else []
     if not shards:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no scores yet; run: trivium data run CONFIG")
     columns = [name for name in pq.read_schema(folder / f"{shards[0]}.parquet").names if name != "head"]

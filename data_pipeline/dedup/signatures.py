@@ -19,6 +19,7 @@ from datatrove.data import Document
 
 from configs.data import DataConfig, DedupConfig
 from data_pipeline.hashing import stable_hash
+from data_pipeline.realms import salt
 from data_pipeline.scan.minhash import band_keys, signature
 from data_pipeline.scan.words import Splitter, mix
 from data_pipeline.tables import TableStep
@@ -87,6 +88,7 @@ class Sign(TableStep):
         keys = np.empty(2 + self.hasher.settings.bands, np.uint64)
         keys[0], keys[1] = exact >> 64, url_key(str(url))
         keys[2:] = self.hasher.keys(document.text, self.splitters[before["rules"]])
+        keys[keys != 0] ^= np.uint64(salt(document.metadata["shard"]))
         return {"exact": np.uint64(exact & int(_HALF)), "url": keys[1], "keys": keys}
 
     def write(self, shard: str, rows: Sequence[dict[str, Any]]) -> None:

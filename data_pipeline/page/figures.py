@@ -106,7 +106,8 @@ def histogram(scores: Scores) -> str:
                 f"<title>{word} {limit:g}</title></line>"
             )
     parts += _x_labels(scores.edges, scores.logarithmic, x_of)
-    return figure(scores.score, WIDTH, HEIGHT, parts)
+    limits = [f"{sign} {limit:g}" for sign, limit in (("≥", scores.low), ("≤", scores.high)) if limit is not None]
+    return figure(f"{scores.score} {', '.join(limits)}", WIDTH, HEIGHT, parts)
 
 
 def sizes(title: str, edges: np.ndarray, before: np.ndarray, after: np.ndarray) -> str:

@@ -1,82 +1,26 @@
-"""What the page draws, measured from a data run's tables: histograms, samples, clusters.
+"""What the page draws, measured from a data run's tables: histograms and clusters.
 
 Tables are read shard by shard and only in the columns that are needed; what is kept of them does not grow with the
-run: counts in fixed bins, and a few rows. A sample is random and yet the same each time: the rows with the smallest
-hashes of their ids. Texts are not read; pieces of text come from the tables, where they are masked already.
+run: counts in fixed bins, and a few rows. Texts are not read.
 """
 
 import heapq
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from configs.data import RuleSet
-from data_pipeline.hashing import stable_hash
-from data_pipeline.tables import shards_of
+from data_pipeline.page.samples import Smallest, columns_of
 
 SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # of documents in bytes: two bins for each doubling, up to 1 TB
 _BINS = 40
 _LANGUAGE = "language_score"  # in the language stage's tables
 _LOG_FROM = 1000.0  # a score that runs from 0 to beyond this is binned by its logarithm
-
-Sample = dict[str, Any]
-
-
-class Smallest:
-    """The `count` rows with the smallest hashes of their ids, of all that are offered, smallest first."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._heap: list[tuple[int, int, Sample]] = []  # the largest hash on top, as its negative
-        self._offered = 0
-
-    def offer(self, row: Sample) -> None:
-        self._offered += 1
-        entry = (-stable_hash(f"{row['source']}\0{row['id']}"), -self._offered, row)
-        if len(self._heap) < self._count:
-            heapq.heappush(self._heap, entry)
-        elif entry[:2] > self._heap[0][:2]:
-            heapq.heapreplace(self._heap, entry)
-
-    def rows(self) -> list[Sample]:
-        return [row for _, _, row in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
-
-
-def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa.Table]:
-    """Of each shard's table those of `names` that it has; nothing of a stage without tables."""
-    for shard in shards_of(folder) if folder.is_dir() else []:
-        path = folder / f"{shard}.parquet"
-        there = set(pq.read_schema(path).names)
-        yield pq.read_table(path, columns=[name for name in names if name in there], filters=where)
-
-
-def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Sample]]:
-    """Reason -> dropped documents, drawn over all shards; without tables, from the lines that the stage keeps."""
-    folder = run_dir / stage
-    drawn: dict[str, Smallest] = {}
-    dropped = pc.field("verdict") != ""
-    for table in columns_of(folder, ["source", "id", "bytes", "verdict", "head", "survivor"], dropped):
-        for row in table.to_pylist():
-            drawn.setdefault(row["verdict"], Smallest(count)).offer(row)
-    lines = [] if drawn else sorted([*folder.glob("drops/*.jsonl"), *folder.glob("rejected/*.jsonl")])
-    if any("head" not in row for one in drawn.values() for row in one.rows()):
-        lines = sorted(folder.glob("drops/*.jsonl"))  # the stage's tables have no text, its samples do
-        drawn = {}
-    for path in lines:
-        with path.open(encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                # Extract names a file of them after source and unit.
-                row.setdefault("source", path.stem.rpartition("-")[0])
-                drawn.setdefault(row.get("verdict") or row["reason"], Smallest(count)).offer(row)
-    return {reason: one.rows() for reason, one in drawn.items()}
 
 
 @dataclass

@@ -5,25 +5,20 @@ comes from documents is masked and escaped. Leaves out single documents (`triviu
 (`trivium data what-if`).
 """
 
-import html
 import json
-import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from configs.alarms import WATCHED
 from configs.data import DataConfig
 from configs.loader import write_atomic
 from data_pipeline.charts import page, short
 from data_pipeline.page import measures
+from data_pipeline.page.drops import drops, sample, text_of
 from data_pipeline.page.figures import Flow, bar, flow, histogram, sizes
-from data_pipeline.personal import mask
 
-_SAMPLES, _CLUSTERS, _MEMBERS, _LANGUAGES = 4, 8, 4, 20
-_EXCERPT = 300  # characters
-_BLANK_LINES = re.compile(r"\n\s*\n")
+_CLUSTERS, _MEMBERS, _LANGUAGES = 8, 4, 20
 
 STYLE = """
 :root { --out: #c8322b; } @media (prefers-color-scheme: dark) { :root { --out: #ff6b5e; } }
@@ -35,6 +30,7 @@ svg line.bound { stroke: var(--s1); stroke-width: 1.5; stroke-dasharray: 4 2; } 
 .charts.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); }
 .charts.small figcaption { font-size: 12px; } .wide { margin: 12px 0; overflow-x: auto; }
 .alarms { border: 2px solid var(--out); border-radius: 8px; padding: 8px 16px; margin: 12px 0; }
+del { color: var(--out); } .missed { color: var(--out); }
 .alarms li { margin: 4px 0; } summary { cursor: pointer; padding: 4px 0; } .sample { margin: 6px 0 10px 16px;
   font-size: 12px; } .sample code { color: var(--soft); overflow-wrap: anywhere; } .sample pre { margin: 2px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -46,12 +42,13 @@ def write(config: DataConfig, run_dir: Path, ledger: dict[str, Any]) -> Path:
     stages = {stage["name"]: stage for stage in ledger["stages"]}
     chain = chain_of(stages)
     body = [
-        f"<h1>Data run {_text(run_dir)}</h1>",
-        f"<p>{_text(summary(chain))}</p>",
+        f"<h1>Data run {text_of(run_dir)}</h1>",
+        f"<p>{text_of(summary(chain))}</p>",
         _alarms(ledger["alarms"]),
         *_flows(chain),
         _stages(ledger["stages"]),
-        _drops(run_dir, ledger["stages"]),
+        _canaries(ledger["canaries"]),
+        drops(run_dir, ledger["stages"]),
         *_documents(measures.documents(run_dir, last_judge(chain))),
         *_duplicates(*measures.clusters(run_dir, _CLUSTERS, _MEMBERS)),
         *_scores(measures.scores(run_dir, config.rules)),
@@ -91,9 +88,30 @@ def summary(chain: Sequence[dict[str, Any]]) -> str:
 def _alarms(alarms: Sequence[str]) -> str:
     if not alarms:
         return ""
-    items = "".join(f"<li>{_text(alarm)}</li>" for alarm in alarms)
+    items = "".join(f"<li>{text_of(alarm)}</li>" for alarm in alarms)
     word = "1 alarm" if len(alarms) == 1 else f"{len(alarms)} alarms"
     return f'<div class="alarms"><strong>{word}</strong><ul>{items}</ul></div>'
+
+
+def _canaries(canaries: Sequence[Mapping[str, Any]]) -> str:
+    if not canaries:
+        return ""
+    rows = [
+        [
+            one["name"],
+            one["source"],
+            one["reason"],
+            ", ".join(one["texts"].values()),
+            "as it should be" if one["caught"] else Html('<b class="missed">missed</b>'),
+        ]
+        for one in canaries
+    ]
+    caught = sum(one["caught"] for one in canaries)
+    return (
+        f"<h2>Canaries</h2><p>Documents that the run planted in its own input; {caught} of {len(canaries)} met the "
+        "fate that the config expects. They are in no other number of this page.</p>"
+        + table(["canary", "as one of", "expected", "what became of its texts", ""], rows, numeric=())
+    )
 
 
 def _flows(chain: Sequence[dict[str, Any]]) -> list[str]:
@@ -121,40 +139,6 @@ def _stages(stages: Sequence[dict[str, Any]]) -> str:
         rows.append([stage["name"], *numbers, f"{stage['seconds']:.1f}", notes])
     heads = ["stage", "in", "kept", "dropped", "bytes in", "bytes kept", "bytes dropped", "bytes passed on"]
     return "<h2>Stages</h2>" + table([*heads, "seconds", "notes"], rows, numeric=range(1, 9))
-
-
-def _drops(run_dir: Path, stages: Sequence[dict[str, Any]]) -> str:
-    parts = [
-        "<h2>Why documents were dropped</h2><p>Documents, their share of the stage's, and bytes; the bytes alone where "
-        "parts were taken out of documents. Open a reason for a random sample.</p>"
-    ]
-    for stage in stages:
-        dropped = stage["total"]["dropped"]
-        if not dropped or stage["name"] not in WATCHED:
-            continue
-        came_in = stage["total"]["in"]["documents"]
-        samples = measures.drop_samples(run_dir, stage["name"], _SAMPLES)
-        parts.append(f"<h3>{_text(stage['name'])}</h3>")
-        most = max(amount["documents"] for amount in dropped.values()) or 1
-        for reason, amount in sorted(dropped.items(), key=lambda item: (-item[1]["documents"], -item[1]["bytes"])):
-            head = (
-                f"{bar(amount['documents'] / most)}<b>{_text(reason)}</b> {amount['documents']:,} "
-                f"({amount['documents'] / came_in:.2%}), {amount['bytes']:,} bytes"
-            )
-            shown = "".join(map(sample, samples.get(reason, [])))
-            parts.append(f"<details><summary>{head}</summary>{shown or '<p>no sample is kept</p>'}</details>")
-    return "".join(parts) if len(parts) > 1 else ""
-
-
-def sample(row: Mapping[str, Any]) -> str:
-    """One document, or the beginning of it."""
-    text = _BLANK_LINES.sub("\n", row.get("head") or row.get("sample") or row.get("context") or "")
-    facts = [f"{row['bytes']:,} bytes"] if "bytes" in row else []
-    facts += [f"{row['survivor']} stays"] if row.get("survivor") and row["verdict"] else []
-    return (
-        f'<div class="sample"><code>{_text(row["source"])} {_text(row["id"])}</code> {_text(", ".join(facts))}'
-        f"<pre>{_text(mask(text[:_EXCERPT]))}</pre></div>"
-    )
 
 
 def _documents(found: measures.Documents) -> list[str]:
@@ -201,11 +185,16 @@ def _scores(drawn: Sequence[measures.Scores]) -> list[str]:
         "numbers of rules add up to more than the drops.</p>"
     ]
     for rules, group in groupby(drawn, key=lambda one: one.rules):
-        charts = [histogram(one) for one in group]
-        parts.append(
-            f"<details open><summary><b>{_text(rules)}</b>, {len(charts)} rules</summary>"
-            f'<div class="charts small">{"".join(charts)}</div></details>'
-        )
+        charts: dict[bool, list[str]] = {True: [], False: []}
+        for one in group:
+            charts[bool(one.outside.any())].append(histogram(one))
+        for broken, figures in charts.items():
+            if figures:
+                said = "broken by some" if broken else "broken by none"
+                parts.append(
+                    f"<details{' open' if broken else ''}><summary><b>{text_of(rules)}</b>, {len(figures)} rules {said}"
+                    f'</summary><div class="charts small">{"".join(figures)}</div></details>'
+                )
     return parts if drawn else []
 
 
@@ -236,7 +225,7 @@ def _mixture(stages: Mapping[str, dict[str, Any]], plan: Mapping[str, Any]) -> s
 
 
 def _config(run_dir: Path) -> str:
-    text = _text((run_dir / "config.toml").read_text(encoding="utf-8"))
+    text = text_of((run_dir / "config.toml").read_text(encoding="utf-8"))
     return f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>"
 
 
@@ -248,13 +237,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], numeric: Sequence
     """Cells are text, whole numbers or Html; those of the columns `numeric` stand at the right."""
 
     def cell(tag: str, place: int, value: Any) -> str:
-        said = value if isinstance(value, Html) else _text(f"{value:,}" if isinstance(value, int) else value)
+        said = value if isinstance(value, Html) else text_of(f"{value:,}" if isinstance(value, int) else value)
         return f'<{tag} class="n">{said}</{tag}>' if place in numeric else f"<{tag}>{said}</{tag}>"
 
     lines = [("th", heads), *(("td", row) for row in rows)]
     body = "".join(f"<tr>{''.join(cell(tag, at, one) for at, one in enumerate(row))}</tr>" for tag, row in lines)
     return f'<div class="scroll"><table>{body}</table></div>'
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))

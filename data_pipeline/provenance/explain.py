@@ -69,7 +69,8 @@ def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[st
         cluster = f"cluster {row['cluster']} of {size} documents" if size > 1 else "alone in its cluster"
         lost = f"; {row['survivor']} stays in its place" if row["verdict"] and row["survivor"] else ""
         return [f"  dedup      {cluster}; {verdict}{lost}"]
-    return [f"  {stage:<10} {verdict}"]
+    cuts = f"; {row['cuts']} cuts, {row['cut_bytes']:,} bytes" if row.get("cuts") else ""
+    return [f"  {stage:<10} {verdict}{cuts}"]
 
 
 def _scores(row: dict[str, Any], rules: RuleSet | None) -> list[str]:

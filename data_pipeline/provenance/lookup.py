@@ -16,7 +16,7 @@ from data_pipeline.rows import Plan, open_plans
 from data_pipeline.stage import read_manifest
 from data_pipeline.tables import read_table, shards_of
 
-_TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "web_lines", "lines", "substrings", "pii")
+TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "web_lines", "lines", "substrings", "pii")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stored:
 
 def stages_of(run_dir: Path) -> list[str]:
     """The table stages that a run has finished, in their order. Errors: ConfigError when there is none."""
-    found = [name for name in _TABLE_STAGES if read_manifest(run_dir / name) is not None]
+    found = [name for name in TABLE_STAGES if read_manifest(run_dir / name) is not None]
     if not found:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no finished stage; run: trivium data run CONFIG")
     return found

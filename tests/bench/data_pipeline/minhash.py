@@ -7,7 +7,6 @@ similarity of word 5-grams.
 
 import gzip
 import io
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +27,8 @@ from rich.console import Console
 
 from configs.data import DataConfig, DedupConfig
 from configs.loader import validate
+from data_pipeline.dedup.recall import similar_pairs
 from data_pipeline.dedup.signatures import MinHasher
-from data_pipeline.dedup.verify import jaccard
 from data_pipeline.executors.local import LocalExecutor
 from data_pipeline.run import all_stages
 from data_pipeline.scan.minhash import shingles
@@ -134,13 +133,8 @@ def _similar_pairs(source: str, documents: list[str]) -> list[tuple[int, int]]:
     """All of them, by brute force."""
     window = Splitter[_SPLITTERS[source]].window(DedupConfig().ngram)
     grams = [np.unique(shingles(text, window)) for text in documents]
-    return [
-        (one, other)
-        for one, other in itertools.combinations(range(len(grams)), 2)
-        # No more of the longer one can be shared than the shorter one has.
-        if min(len(grams[one]), len(grams[other])) >= SIMILAR * max(len(grams[one]), len(grams[other]))
-        and jaccard(grams[one], grams[other]) >= SIMILAR
-    ]
+    pairs, _ = similar_pairs(grams, SIMILAR)
+    return [(one, other) for one, other in pairs.tolist()]
 
 
 def _against(truth: list[tuple[int, int]], kept: set[int]) -> dict[str, float]:

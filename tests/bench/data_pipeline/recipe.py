@@ -51,7 +51,9 @@ def run(folder: Path) -> Result:
 
 
 def _ours(folder: Path) -> int:
-    config = load(DataConfig, ROOT / "configs/data/demo.toml", [f'run.dir="{folder}"', "run.workers=1"])
+    off = [f"{name}.enabled=false" for name in ("decontaminate", "lines", "substrings", "pii")]
+    settings = [f'run.dir="{folder}"', "run.workers=1", *off, "canaries={}"]
+    config = load(DataConfig, ROOT / "configs/data/demo.toml", settings)
     with sole_user(folder):
         for stage in all_stages(config, folder, Console(file=io.StringIO()), LocalExecutor(1)):
             done = perform(stage, folder, None)

@@ -54,7 +54,7 @@ def test_held_out_documents_are_no_loss(tmp_path: Path) -> None:
     assert not alarms({"tokenizer": tally("s", 0, 100)}, tmp_path, settings())
 
 
-def test_canaries_are_caught_by_their_rule_or_alarm(tmp_path: Path) -> None:
+def test_expected_documents_meet_their_fate_or_alarm(tmp_path: Path) -> None:
     for stage, verdicts in {"language": ["", "", "language_score_min"], "filter": ["word_count_min", ""]}.items():
         rows = [
             {"source": "s", "shard": "s/0", "row": row, "id": f"canary-{row}", "bytes": 1, "verdict": verdict}
@@ -63,8 +63,9 @@ def test_canaries_are_caught_by_their_rule_or_alarm(tmp_path: Path) -> None:
         write_table(tmp_path / stage, "s/0", as_table(rows))
         (tmp_path / stage / "stage.json").write_text("{}")
     caught = {"canary-0": "word_count_min", "canary-2": "language_score_min"}
-    assert not alarms({}, tmp_path, settings(canaries=caught))
-    found = alarms({}, tmp_path, settings(canaries={**caught, "canary-1": "x", "canary-2": "y", "canary-3": "z"}))
+    done = {"language": Tally(), "filter": Tally()}
+    assert not alarms(done, tmp_path, settings(expected=caught))
+    found = alarms(done, tmp_path, settings(expected={**caught, "canary-1": "x", "canary-2": "y", "canary-3": "z"}))
     assert [line.split(" should be ")[1] for line in found] == [
         "dropped for y, and was dropped for language_score_min",
         "dropped for x, and was kept",

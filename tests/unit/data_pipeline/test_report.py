@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 
 from configs.data import DataConfig
-from configs.loader import load
+from configs.loader import ConfigError, load
 from data_pipeline import report, run
+from data_pipeline.dedup import recall
 from data_pipeline.filtering import broken
-from data_pipeline.page import measures
+from data_pipeline.page import measures, samples
 from data_pipeline.page.report import chain_of
 from data_pipeline.tables import read_table, shards_of
 
@@ -91,6 +92,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copied = SCRIPT + prose[0]["text"]
     prose += [{"id": f"copy-{number}<b>", "text": copied} for number in range(4)]
     prose.append({"id": "short", "text": f"Write to {MAIL} about the roads of the town and the ships in the harbour."})
+    prose.append({"id": "letter", "text": f"Write to {MAIL} about it.\n{prose[5]['text'][1000:2500]}"})
     prose.append(
         {"id": "french", "text": "Nous sommes arrivés hier soir dans la ville, et il faisait déjà nuit. " * 20}
     )
@@ -191,7 +193,10 @@ def test_stages_stand_in_the_table_with_the_ledgers_numbers(page: str, ledger: d
     assert all(stage["total"]["dropped"] for stage in watched)
     for stage in watched:
         for reason, amount in stage["total"]["dropped"].items():
-            assert f"<b>{reason}</b> {amount['documents']:,} (" in page
+            said = (
+                f"{amount['documents']:,} (" if amount["documents"] else f"{amount['bytes']:,} bytes out of documents"
+            )
+            assert f"<b>{reason}</b> {said}" in page
 
 
 def test_the_flow_goes_on_from_stage_to_stage_without_a_gap(page: str, ledger: dict[str, Any]) -> None:
@@ -256,7 +261,7 @@ def test_the_largest_cluster_is_shown_with_its_text(run_dir: Path, page: str, le
 
 def test_a_sample_depends_on_nothing_but_the_ids() -> None:
     rows = [{"source": "s", "id": str(number)} for number in range(1000)]
-    forward, backward = measures.Smallest(5), measures.Smallest(5)
+    forward, backward = samples.Smallest(5), samples.Smallest(5)
     for row in rows:
         forward.offer(row)
     for row in reversed(rows):
@@ -267,15 +272,35 @@ def test_a_sample_depends_on_nothing_but_the_ids() -> None:
 
 
 def test_samples_are_dropped_for_their_reason(run_dir: Path) -> None:
-    drawn = measures.drop_samples(run_dir, "filter", 3)
+    drawn = samples.drop_samples(run_dir, "filter", 3)
     table = pa.concat_tables([read_table(run_dir / "filter", shard) for shard in shards_of(run_dir / "filter")])
     verdicts = {(row["source"], row["id"]): row["verdict"] for row in table.to_pylist()}
     assert set(drawn) == set(verdicts.values()) - {""}
     for reason, rows in drawn.items():
         assert 0 < len(rows) <= 3 and all(verdicts[row["source"], row["id"]] == reason for row in rows)
-    assert set(measures.drop_samples(run_dir, "extract", 3)) == {"bad_json"}
-    (matched,) = measures.drop_samples(run_dir, "decontaminate", 3)["contaminated"]
+    assert set(samples.drop_samples(run_dir, "extract", 3)) == {"bad_json"}
+    (matched,) = samples.drop_samples(run_dir, "decontaminate", 3)["contaminated"]
     assert matched["context"] and matched["source"] == "prose"
+
+
+def test_samples_of_cuts_show_what_went_and_never_personal_data(run_dir: Path, page: str) -> None:
+    drawn = samples.cut_samples(run_dir, ["lines", "pii"], 3)
+    assert set(drawn) == {"duplicate_line", "pii_email", "pii_ip"}
+    lines = {
+        json.loads(line)["id"]: json.loads(line)["text"]
+        for name in ("prose", "code")
+        for line in (run_dir.parent / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        if not line.endswith("cut")
+    }
+    for row in drawn["duplicate_line"]:
+        shown = row["excerpt"]
+        assert shown.gone and not shown.stands
+        if MAIL not in lines[row["id"]] and " […] " not in shown.gone:
+            assert f"{shown.before}{shown.gone}{shown.after}" in lines[row["id"]]
+    mails = samples.cut_samples(run_dir, ["pii"], 1000)["pii_email"]  # others are in code
+    (mail,) = [one for one in mails if one["id"] == "letter"]
+    assert str(mail["excerpt"]).startswith("Write to [[<EMAIL>]] about")
+    assert "<ins>&lt;EMAIL&gt;</ins>" in page and "<del>" in page and MAIL not in page
 
 
 def test_mixture_and_bytes_per_token(run_dir: Path, page: str, ledger: dict[str, Any]) -> None:
@@ -304,14 +329,25 @@ def test_a_directory_without_a_run_is_one_sentence(config: Path, tmp_path: Path,
 
 
 def test_alarms_stand_in_ledger_output_and_page_and_fail_if_asked(config: Path, run_dir: Path, capsys: Any) -> None:
-    missed = ["alarms.canaries={ short = 'word_count_min', french = 'word_count_min' }"]
-    expected = "canary 'french' should be dropped for word_count_min, and was dropped for language_unexpected"
+    missed = ["alarms.expected={ short = 'word_count_min', french = 'word_count_min' }"]
+    expected = "document 'french' should be dropped for word_count_min, and was dropped for language_unexpected"
     assert run.main([str(config), *missed]) == 0
     assert f"alarm: {expected}" in capsys.readouterr().out
     assert json.loads((run_dir / "ledger.json").read_text())["alarms"] == [expected]
     assert report.main([str(config)]) == 0
     page = (run_dir / "report.html").read_text(encoding="utf-8")
-    assert "<strong>1 alarm</strong>" in page and "canary &#x27;french&#x27; should" in page
+    assert "<strong>1 alarm</strong>" in page and "document &#x27;french&#x27; should" in page
     assert run.main([str(config), *missed, "alarms.fail=true"]) == 1
     assert run.main([str(config), "alarms.fail=true"]) == 0  # nothing is left that alarms
     assert json.loads((run_dir / "ledger.json").read_text())["alarms"] == []
+
+
+def test_recall_is_printed_by_source(config: Path, capsys: Any) -> None:
+    assert recall.main([str(config), "--similar", "0.8"]) == 0
+    said = capsys.readouterr().out
+    (prose,) = [line.split("│")[1:-1] for line in said.splitlines() if "│ prose" in line]
+    assert int(prose[1]) >= 10 and float(prose[3]) == 1.0  # five documents are nearly the same: ten pairs
+    assert recall.main([str(config), "--similar", "1.0"]) == 0
+    assert "dropped without such a pair" in capsys.readouterr().out  # one of the copies stands for the near ones
+    with pytest.raises(ConfigError, match="--similar 'much'"):
+        recall.main([str(config), "--similar", "much"])

@@ -1,0 +1,94 @@
+"""Canaries of a data run: texts with a known fate that the run plants in its own input, and looks for at its end.
+
+Which fates there are follows from the rest of the config; a reason that nothing in it can give is an error.
+"""
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from configs.base import Section
+
+if TYPE_CHECKING:
+    from configs.data import DataConfig
+
+KEPT = "kept"  # no stage drops it or cuts it
+DUPLICATES = ("exact_duplicate", "near_duplicate", "url_duplicate")  # all texts but one are dropped
+REPEATS = ("duplicate_line", "duplicate_paragraph", "duplicate_substring")  # one text, at least, is cut
+_AT_EXTRACT = ("empty", "no_main_text", "too_complex", "blocked_url")
+
+
+class CanaryConfig(Section):
+    """One text or several that belong together, planted as documents of `source`, whose rules they follow.
+
+    Every text has to be dropped for `reason`, or cut for it; of duplicates one stays. They meet each other, never the
+    source's own documents, and are left out of what the run makes: documents, tokens and plan.
+    """
+
+    source: str
+    text: str | tuple[str, ...]  # several for duplicates
+    html: bool = False  # the text is a page, to be extracted
+    url: str = ""  # for the blocklist, or dedup.url
+    reason: str = Field(min_length=1)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    @model_validator(mode="after")
+    def _enough(self) -> "CanaryConfig":
+        if not self.texts:
+            raise ValueError("text = [] plants nothing; give one text at least")
+        if self.reason in DUPLICATES and len(self.texts) < 2:
+            raise ValueError(f"reason = {self.reason!r} takes two documents; give text = [ONE, ANOTHER]")
+        return self
+
+
+def check(config: "DataConfig") -> None:
+    """Errors: ValueError for a source that is not there, or a reason that nothing can give."""
+    for name, canary in config.canaries.items():
+        if canary.source not in config.sources:
+            raise ValueError(
+                f"canaries.{name}.source = {canary.source!r}: there is no such source; known under [sources]: "
+                f"{', '.join(sorted(config.sources))}"
+            )
+        known = sorted(reasons(config, canary.source))
+        if canary.reason not in known and not canary.reason.startswith(_line_rules(config, canary.source)):
+            close = difflib.get_close_matches(canary.reason, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"possible are: {', '.join(known)}"
+            raise ValueError(
+                f"canaries.{name}.reason = {canary.reason!r}: no rule or stage that is on drops or cuts documents of "
+                f"{canary.source} for that; {hint}"
+            )
+
+
+def reasons(config: "DataConfig", source: str) -> Iterator[str]:
+    """For which documents of a source can be dropped or cut, and "kept"; without those of lines that rules drop."""
+    yield from (KEPT, "language_unexpected", *_AT_EXTRACT)
+    for rules in config.sources[source].rules.values():
+        for score, bound in config.rules[rules].bounds().items():
+            yield from (f"{score}_{side}" for side in ("min", "max") if getattr(bound, side) is not None)
+    dedup, lines, pii = config.dedup, config.lines, config.pii
+    on = {"exact_duplicate": dedup.exact, "near_duplicate": dedup.minhash, "url_duplicate": dedup.url}
+    yield from (reason for reason, wanted in on.items() if wanted)
+    if config.decontaminate and config.decontaminate.enabled:
+        yield "contaminated"
+    if lines and lines.enabled and _takes_part(lines.sources, source):
+        yield f"duplicate_{lines.unit}"
+    if config.substrings and config.substrings.enabled and _takes_part(config.substrings.sources, source):
+        yield "duplicate_substring"
+    if pii and pii.enabled:
+        yield from (f"pii_{kind}" for kind in pii.actions)
+    yield "mostly_cut"
+
+
+def _takes_part(sources: tuple[str, ...] | None, source: str) -> bool:
+    return sources is None or source in sources
+
+
+def _line_rules(config: "DataConfig", source: str) -> tuple[str, ...]:
+    """How reasons of cut web lines begin, such as c4_."""
+    sets = (config.rules[rules] for rules in config.sources[source].rules.values())
+    return tuple(f"{which}_" for rules in sets for which in rules.drop_lines)

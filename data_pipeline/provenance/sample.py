@@ -1,0 +1,219 @@
+"""`trivium data sample CONFIG --stage STAGE`: random documents that a stage dropped, cut or kept, with their texts.
+
+For each its source and id, why (the score and its bound, the document that stays in its place, the evaluation item),
+and its text; of a stage that cuts, what it cut in its context. Drawn by hash, so that the same seed draws the same
+documents. Texts are masked: personal data, keys and tokens are shown as their kind. Writes nothing. All that happened
+to one document is `trivium data explain`.
+"""
+
+import gzip
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from configs.data import DataConfig, RuleSet
+from configs.loader import ConfigError, entrypoint, load, parse_args
+from data_pipeline.cuts import FOLDER as CUTS
+from data_pipeline.decontamination import FOLDER as MATCHES
+from data_pipeline.excerpts import excerpt, piece, texts
+from data_pipeline.page.samples import Smallest
+from data_pipeline.provenance.lookup import TABLE_STAGES
+from data_pipeline.realms import is_canary
+from data_pipeline.report import wide_console
+from data_pipeline.stage import read_manifest
+from data_pipeline.tables import read_table, shards_of
+
+_CUTS_SHOWN = 3  # of one document
+_NEAREST = 3  # scores of a document that was kept
+_STAGES = ("extract", *TABLE_STAGES, "documents")
+
+Row = dict[str, Any]
+
+
+def candidates(run_dir: Path, stage: str, reason: str, kept: bool) -> Iterator[Row]:
+    """Documents that a stage dropped or cut, for `reason` if there is one, or that it kept, cut or not."""
+    if stage == "extract" and not kept:
+        yield from _lines(run_dir, stage, reason)
+    elif stage == "documents":
+        yield from _published(run_dir) if kept else _lines(run_dir, stage, reason)
+    else:
+        folder = run_dir / ("language" if stage == "extract" else stage)
+        for shard in (shard for shard in shards_of(folder) if not is_canary(shard)):
+            cuts: dict[int, list[Row]] = {}
+            if (folder / CUTS / f"{shard}.parquet").is_file() and not kept:
+                for cut in pq.read_table(folder / CUTS / f"{shard}.parquet").to_pylist():
+                    if not reason or cut["reason"] == reason:
+                        cuts.setdefault(cut["row"], []).append(cut)
+            for row in read_table(folder, shard).to_pylist():
+                fits = row["verdict"] == reason if reason else bool(row["verdict"])
+                if (not row["verdict"] or stage == "extract") if kept else fits or row["row"] in cuts:
+                    yield row | {"shard": shard, "cut": cuts.get(row["row"], [])}
+
+
+def _lines(run_dir: Path, stage: str, reason: str) -> Iterator[Row]:
+    """From the lines that a stage keeps of documents that have no table: of broken ones all, of others a few."""
+    for path in sorted([*run_dir.glob(f"{stage}/rejected/*.jsonl"), *run_dir.glob(f"{stage}/drops/*.jsonl")]):
+        with path.open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                row.setdefault("source", path.stem.rpartition("-")[0])
+                row["verdict"] = row.get("verdict") or row["reason"]
+                if not is_canary(row["source"]) and reason in ("", row["verdict"]):
+                    yield row
+
+
+def _published(run_dir: Path) -> Iterator[Row]:
+    for path in sorted((run_dir / "documents").glob("*/*/*.jsonl.gz")):
+        with gzip.open(path, "rb") as lines:
+            for document in map(orjson.loads, lines):
+                place = {"source": path.parent.name, "id": document["id"], "verdict": ""}
+                yield place | {"text": document["text"], "bytes": len(document["text"].encode())}
+
+
+def draw(found: Iterator[Row], count: int, source: str, seed: str) -> list[Row]:
+    drawn = Smallest(count, seed)
+    for row in found:
+        if source in ("", row["source"]):
+            drawn.offer(row)
+    return drawn.rows()
+
+
+def told(run_dir: Path, stage: str, row: Row, rules: dict[str, RuleSet]) -> list[str]:
+    """Lines that say why a stage did with a document what it did."""
+    said = [row["verdict"] and f"dropped for {row['verdict']}"]
+    if row.get("cut"):
+        size = sum(cut["end"] - cut["start"] for cut in row["cut"])
+        said.append(f"{len(row['cut'])} {'cut' if len(row['cut']) == 1 else 'cuts'}, {size:,} bytes")
+    for reason, size in row.get("cut_bytes", {}).items() if stage == "documents" else ():
+        said.append(f"{size:,} bytes cut for {reason}")
+    if stage == "language":
+        said.append(f"{row['language']}, {row['language_score']:.3f}")
+    if stage == "filter":
+        said += _bounds(run_dir, row, rules)
+    if stage == "dedup" and row["cluster_size"] > 1:
+        stays = f"; {row['survivor']} stays in its place" if row["verdict"] and row["survivor"] else ""
+        said.append(f"in a cluster of {row['cluster_size']:,}{stays}")
+    if stage == "decontaminate" and row["items"]:
+        table = read_table(run_dir / stage / MATCHES, row["shard"])
+        for match in table.to_pylist():
+            if match["row"] == row["row"]:
+                said.append(f"{match['ngrams']} n-grams of {match['item']} in {match['file']}: {match['context']}")
+                break
+    if stage == "extract" and "file" in row:
+        said.append(f"{row['file']}, at {row['position']}, byte {row['offset']:,}")
+    return [line for line in said if line]
+
+
+def _bounds(run_dir: Path, row: Row, rules: dict[str, RuleSet]) -> list[str]:
+    """Of a dropped document the score that broke its bound; of one that was kept, those nearest to theirs."""
+    scores = next(one for one in read_table(run_dir / "score", row["shard"]).to_pylist() if one["row"] == row["row"])
+    bounds = rules[scores["rules"]].bounds()
+    broken = row["verdict"].rpartition("_")[0]
+    found = []
+    for name, bound in bounds.items():
+        value = scores.get(name)
+        if value is not None and broken in ("", name):
+            sides = [(word, limit) for word, limit in (("least", bound.min), ("most", bound.max)) if limit is not None]
+            margin = min(abs(value - limit) / (abs(limit) or 1) for _, limit in sides)
+            limits = " and ".join(f"at {word} {limit:g}" for word, limit in sides)
+            found.append((margin, f"{name} {value:.5g}, {limits} in {scores['rules']}"))
+    return [line for _, line in sorted(found)[:_NEAREST]]
+
+
+def shown(run_dir: Path, row: Row, chars: int) -> list[str]:
+    """The text, or what was cut out of it in context; masked."""
+    if "shard" in row:
+        ((_, text),) = texts(run_dir, row["shard"], {row["row"]})
+        if row.get("cut"):
+            more = len(row["cut"]) - _CUTS_SHOWN
+            cuts = [str(excerpt(text, cut, longest=chars)) for cut in row["cut"][:_CUTS_SHOWN]]
+            return cuts + ([f"... and {more} more"] if more > 0 else [])
+        row = row | {"text": text}
+    text = row.get("text") or row.get("sample") or ""
+    return [piece(text, 0, chars) + (" ..." if len(text) > chars else "")]
+
+
+def show(
+    run_dir: Path, stage: str, rows: Sequence[Row], rules: dict[str, RuleSet], chars: int, console: Console
+) -> None:
+    for row in rows:
+        size = f"  {row['bytes']:,} bytes" if "bytes" in row else ""
+        _say(console, f"\n{row['source']}  {row['id']}{size}")
+        for line in told(run_dir, stage, row, rules):
+            _say(console, f"  {line}")
+        for part in shown(run_dir, row, chars):
+            _say(console, "\n".join(f"    {line}" for line in part.splitlines() if line.strip()))
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _nothing(run_dir: Path, stage: str, reason: str, source: str) -> ConfigError:
+    manifest = read_manifest(run_dir / stage)
+    assert manifest is not None
+    counts = {name: amount["documents"] for name, amount in manifest["total"]["dropped"].items()}
+    cuts = {name.removesuffix(" cuts"): n for name, n in manifest["total"]["notes"].items() if name.endswith(" cuts")}
+    there = ", ".join(f"{name} ({count:,})" for name, count in sorted({**counts, **cuts}.items())) or "no reason"
+    asked = (f" for {reason}" if reason else "") + (f" of source {source!r}" if source else "")
+    return ConfigError(f"stage {stage} has no such document{asked}; it drops or cuts for: {there}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        DataConfig,
+        argv,
+        prog="trivium data sample",
+        description="Random documents that a stage dropped, cut or kept, with their texts and why.",
+        example="trivium data sample configs/data/demo.toml --stage filter --reason word_count_min -n 5",
+        flags=[("--kept", "documents that the stage kept; of stage documents, what the tokenizer is given")],
+        options=[
+            ("--stage", "filter", f"the stage: {', '.join(_STAGES)}"),
+            ("--reason", "", "only dropped or cut for this reason"),
+            ("--source", "", "only of this source"),
+            ("-n", "20", "how many documents"),
+            ("--seed", "0", "another seed draws others"),
+            ("--chars", "400", "characters of each text"),
+        ],
+    )
+    for name in ("n", "chars"):
+        dashes = "-" if name == "n" else "--"
+        if not getattr(args, name).isdigit() or int(getattr(args, name)) < 1:
+            raise ConfigError(f"{dashes}{name} {getattr(args, name)!r} is no number from 1 on")
+    if args.kept and args.reason:
+        raise ConfigError(f"--kept and --reason {args.reason!r} exclude each other; leave one of them out")
+    if args.stage not in _STAGES:
+        raise ConfigError(f"--stage {args.stage!r} drops and cuts nothing; those that do: {', '.join(_STAGES)}")
+    run_dir = Path(config.run.dir)
+    if read_manifest(run_dir / args.stage) is None:
+        raise ConfigError(
+            f"run.dir = {str(run_dir)!r} holds no finished stage {args.stage!r}; run: trivium data run CONFIG"
+        )
+    if args.source and args.source not in config.sources:
+        raise ConfigError(f"--source {args.source!r} is no source; known: {', '.join(sorted(config.sources))}")
+    if args.dry_run:
+        print(f"would draw {args.n} documents of stage {args.stage} in {run_dir}")
+        return 0
+    try:
+        found = candidates(run_dir, args.stage, args.reason, args.kept)
+        rows = draw(found, int(args.n), args.source, args.seed)
+        if not rows:
+            raise _nothing(run_dir, args.stage, args.reason, args.source)
+        # The run's own config: the file may say other thresholds by now.
+        rules = load(DataConfig, run_dir / "config.toml").rules
+        show(run_dir, args.stage, rows, rules, int(args.chars), wide_console())
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)
