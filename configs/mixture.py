@@ -59,14 +59,23 @@ class MixtureConfig(PlanConfig):
 
     def plans(self) -> dict[str, PlanConfig]:
         """By name of the stage; without stages a single one of no name."""
-        own = {name: getattr(self, name) for name in PlanConfig.model_fields}
-        if not self.stages:
-            return {"": PlanConfig.model_construct(**own)}
-        return {name: self._stage(own, stage) for name, stage in self.stages.items()}
+        return self.stages or {"": PlanConfig.model_construct(**self._own())}
 
-    @staticmethod
-    def _stage(own: dict[str, Any], stage: PlanConfig) -> PlanConfig:
-        given = {key: getattr(stage, key) for key in stage.model_fields_set}
+    @model_validator(mode="after")
+    def _plans_fit(self) -> "MixtureConfig":
+        # From here on a stage says all of its keys, so that a config written out means the same when read again.
+        object.__setattr__(self, "stages", {name: self._whole(stage) for name, stage in self.stages.items()})
+        for name, plan in self.plans().items():
+            if name and not name.isidentifier():
+                raise ValueError(f"stage name {name!r} becomes a folder: use letters, digits and _ only")
+            plan.check(f"mixture.stages.{name}" if name else "mixture")
+        return self
+
+    def _own(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in PlanConfig.model_fields}
+
+    def _whole(self, stage: PlanConfig) -> PlanConfig:
+        own, given = self._own(), {key: getattr(stage, key) for key in stage.model_fields_set}
         kept = dict(own)
         if given.keys() & _SHARES:  # a stage that says how shares are found takes over no other way
             kept = {key: value for key, value in own.items() if key not in _SHARES}
@@ -74,11 +83,3 @@ class MixtureConfig(PlanConfig):
             for key in ("epochs", "fim"):
                 kept[key] = {source: value for source, value in own[key].items() if source in weights}
         return PlanConfig.model_construct(**kept | given)
-
-    @model_validator(mode="after")
-    def _plans_fit(self) -> "MixtureConfig":
-        for name, plan in self.plans().items():
-            if name and not name.isidentifier():
-                raise ValueError(f"stage name {name!r} becomes a folder: use letters, digits and _ only")
-            plan.check(f"mixture.stages.{name}" if name else "mixture")
-        return self

@@ -5,7 +5,7 @@ comes from documents is masked and escaped. Leaves out single documents (`triviu
 (`trivium data what-if`).
 """
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from data_pipeline.charts import page, short
 from data_pipeline.page import measures
 from data_pipeline.page.drops import drops, sample, text_of
 from data_pipeline.page.figures import Flow, bar, flow, histogram, sizes
+from data_pipeline.rows import Plan, open_plans
 
 _CLUSTERS, _MEMBERS, _LANGUAGES = 8, 4, 20
 
@@ -38,7 +39,10 @@ del { color: var(--out); } .missed { color: var(--out); }
 
 
 def write(config: DataConfig, run_dir: Path, ledger: dict[str, Any]) -> Path:
-    """`config` is the one of the run. Errors: OSError where tables are missing or cannot be read."""
+    """`config` is the one of the run; of a run that is only partly done, what there is is shown.
+
+    Errors: OSError where tables are missing or cannot be read; ValueError for a damaged plan.
+    """
     stages = {stage["name"]: stage for stage in ledger["stages"]}
     chain = chain_of(stages)
     body = [
@@ -49,10 +53,10 @@ def write(config: DataConfig, run_dir: Path, ledger: dict[str, Any]) -> Path:
         _stages(ledger["stages"]),
         _canaries(ledger["canaries"]),
         drops(run_dir, ledger["stages"]),
-        *_documents(measures.documents(run_dir, last_judge(chain))),
-        *_duplicates(*measures.clusters(run_dir, _CLUSTERS, _MEMBERS)),
-        *_scores(measures.scores(run_dir, config.rules)),
-        _mixture(stages, json.loads((run_dir / "plan" / "plan.json").read_text(encoding="utf-8"))),
+        *(_documents(measures.documents(run_dir, last_judge(chain))) if "language" in stages else []),
+        *(_duplicates(*measures.clusters(run_dir, _CLUSTERS, _MEMBERS)) if "dedup" in stages else []),
+        *(_scores(measures.scores(run_dir, config.rules)) if "filter" in stages else []),
+        *(_mixture(stages, open_plans(run_dir / "plan")) if "plan" in stages else []),
         _config(run_dir),
     ]
     path = run_dir / "report.html"
@@ -71,9 +75,9 @@ def chain_of(stages: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def last_judge(chain: Sequence[dict[str, Any]]) -> str:
-    """The last stage before documents, whose tables say what is kept."""
+    """The last stage, before documents, whose tables say what is kept."""
     names = [stage["name"] for stage in chain]
-    return names[names.index("documents") - 1]
+    return names[names.index("documents") - 1] if "documents" in names else names[-1]
 
 
 def summary(chain: Sequence[dict[str, Any]]) -> str:
@@ -198,15 +202,17 @@ def _scores(drawn: Sequence[measures.Scores]) -> list[str]:
     return parts if drawn else []
 
 
-def _mixture(stages: Mapping[str, dict[str, Any]], plan: Mapping[str, Any]) -> str:
+def _mixture(stages: Mapping[str, dict[str, Any]], plans: Mapping[str, Plan]) -> list[str]:
+    """A table of sources, and of a mixture in stages one for each of them."""
+    tokens, planned = stages["tokens"], stages["plan"]
+    trained = Counter[str]()
+    for plan in plans.values():
+        trained.update({source["name"]: source["trained_tokens"] for source in plan.description["sources"]})
+    all_rows = planned["total"]["notes"].get("rows", 0) or 1
     rows = []
-    planned = {source["name"]: source for source in plan["sources"]}
-    tokens, plan_rows = stages["tokens"], stages["plan"]
-    all_rows = plan_rows["total"]["notes"].get("rows", 0) or 1
     for name, counts in [*sorted(tokens["sources"].items()), ("all", tokens["total"])]:
-        mine = plan_rows["total"] if name == "all" else plan_rows["sources"][name]
+        mine = planned["total"] if name == "all" else planned["sources"][name]
         taken, held = mine["notes"].get("rows", 0), counts["notes"].get("tokens", 0)
-        epochs = planned.get(name, {}).get("epochs")
         rows.append(
             [
                 name,
@@ -216,12 +222,34 @@ def _mixture(stages: Mapping[str, dict[str, Any]], plan: Mapping[str, Any]) -> s
                 f"{counts['kept']['bytes'] / held:.3f}" if held else "",
                 taken,
                 f"{taken / all_rows:.2%}",
-                "" if epochs is None else short(epochs),
+                trained.get(name, ""),
                 Html(bar(taken / all_rows)),
             ]
         )
-    heads = ["source", "documents", "bytes", "tokens", "bytes per token", "rows", "share of rows", "epochs", ""]
-    return "<h2>Tokens and mixture</h2>" + table(heads, rows, numeric=range(1, 8))
+    heads = ["source", "documents", "bytes", "tokens", "bytes per token", "rows", "share of rows", "tokens trained", ""]
+    parts = ["<h2>Tokens and mixture</h2>", table(heads, rows, numeric=range(1, 8))]
+    for name, plan in plans.items():
+        told = plan.description
+        parts.append(
+            f"<h3>{text_of(name or 'plan')}</h3><p>{told['samples']:,} rows of {told['seq_length']:,} tokens, packed "
+            f"by {told['packing']}, {told['padding_share']:.2%} of them padding"
+            + (f"; after {plan.first_sample:,} rows of earlier stages" if plan.first_sample else "")
+            + "</p>"
+        )
+        rows = [_share(source, told["samples"]) for source in told["sources"]]
+        parts.append(table(_SHARES, rows, numeric=range(1, 7)))
+    return parts
+
+
+_SHARES = ["source", "rows", "share of rows", "epochs before", "epochs", "cap", "epochs end at", ""]
+
+
+def _share(source: Mapping[str, Any], samples: int) -> list[Any]:
+    told = source["forecast"]
+    ends = ", ".join(f"{end['epoch']}: {end['fraction']:.1%}" for end in told["epoch_ends"])
+    share = source["samples"] / samples
+    numbers = [short(told["begun"]), short(source["epochs"]), short(told["max_epochs"])]
+    return [source["name"], source["samples"], f"{share:.2%}", *numbers, ends or "not within it", Html(bar(share))]
 
 
 def _config(run_dir: Path) -> str:

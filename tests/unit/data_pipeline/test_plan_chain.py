@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.loader import ConfigError, validate
+from configs.loader import ConfigError, plain, validate
 from configs.mixture import MixtureConfig
 from data_pipeline.epochs import Pieces
 from data_pipeline.plan_files import build_plan, build_stages
@@ -211,6 +211,9 @@ def test_stages_take_over_what_they_leave_out() -> None:
     assert stages["even"].unimax and stages["even"].weights is None and stages["even"].epochs == {"english": 2}
     assert stages["code"].epochs == {}
     assert list(mixture(stages={}).plans()) == [""]
+    # Written out in full, as config.toml is, and read again.
+    for whole in (mixture(), mixture(weights=None, temperature=2.0, stages={"a": {}, "b": {"weights": {"code": 1}}})):
+        assert validate(MixtureConfig, plain(whole)) == whole
     for changes, message in (
         ({"stages": {"a-b": {}}}, "stage name 'a-b'"),
         ({"stages": {"late": {"weights": {"code": 0}}}}, r"mixture\.stages\.late\.weights\.code = 0"),

@@ -133,6 +133,7 @@ class Tags(HTMLParser):
         self.names: set[str] = set()
         self.links: list[str] = []
         self.rows: list[list[str]] = []
+        self.headings: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.names.add(tag)
@@ -150,6 +151,8 @@ class Tags(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "td" in self.open:
             self.rows[-1][-1] += data
+        elif self.open[-1:] == ["h2"]:
+            self.headings.append(data)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -315,6 +318,38 @@ def test_mixture_and_bytes_per_token(run_dir: Path, page: str, ledger: dict[str,
         ["75", "75.00%"],
         ["25", "25.00%"],
         ["100", "100.00%"],
+    ]
+
+
+def test_a_run_that_is_partly_done_and_then_has_a_mixture_in_stages(config: Path, tmp_path: Path) -> None:
+    here = f"run.dir={tmp_path}/run"
+    headings: set[str] = set()
+    for until, more in (
+        ("extract", {"Stages", "Config"}),
+        ("score", {"Languages", "Sizes of documents"}),
+        ("filter", {"Why documents were dropped", "Scores and thresholds"}),
+        ("dedup", {"Duplicates"}),
+        ("documents", set()),
+        ("tokens", set()),
+    ):
+        assert run.main([str(config), here, "--until", until]) == 0
+        assert report.main([str(config), here]) == 0
+        tags = Tags()
+        tags.feed((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+        headings |= more
+        assert headings <= set(tags.headings), until
+        assert "Tokens and mixture" not in tags.headings
+    late = "mixture.stages.late={samples=20, seq_length=128, weights={code=1.0}}"
+    assert run.main([str(config), here, "mixture.stages.general={}", late]) == 0
+    assert report.main([str(config), here]) == 0
+    tags = Tags()
+    tags.feed((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    rows = [row[:3] for row in tags.rows if len(row) == 8]
+    assert rows[-3:] == [["code", "25", "25.00%"], ["prose", "75", "75.00%"], ["code", "20", "100.00%"]]
+    assert [row[5] for row in tags.rows if len(row) == 9 and row[0] in ("prose", "code", "all")][-3:] == [
+        "45",
+        "75",
+        "120",
     ]
 
 
