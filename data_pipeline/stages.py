@@ -99,7 +99,10 @@ def document_stages(shop: Workshop) -> list[Stage]:
         },
         ("reading", "extraction", "writing"),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
-        packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
+        packages=(
+            *("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
+            "brotli",
+        ),
     )
     language = Stage(
         "language",

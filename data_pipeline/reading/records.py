@@ -31,6 +31,7 @@ BROKEN = frozenset(
         "bad_warc",
         "cut_record",
         "bad_content_encoding",
+        "unknown_content_encoding",
         "bad_parquet",
         "too_complex",  # a page that no extractor reads in reasonable time
     }
