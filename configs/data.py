@@ -118,6 +118,8 @@ class ExtractConfig(Section):
     repair: bool = True  # ftfy: mojibake, stray control characters, line ends
     extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"  # asked first; the other where it finds nothing
     blocklist: BlocklistConfig = BlocklistConfig()
+    # Processor time that a page of many tags may take; what is beyond all measure is set aside before it takes any.
+    seconds_per_page: int = Field(default=60, ge=1)
     # A longer line, page or file is set aside and never held in memory.
     max_record_bytes: int = Field(default=16_000_000, ge=1_000)
     # What a gzip member or Zstandard frame of over 1 MiB of content may hold for each byte of it; prose is at 3 to 10.

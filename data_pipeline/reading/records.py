@@ -34,6 +34,8 @@ BROKEN = frozenset(
         "unknown_content_encoding",
         "bad_parquet",
         "too_complex",  # a page that no extractor reads in reasonable time
+        "page_too_slow",  # above extract.seconds_per_page
+        "extractor_failed",  # a parser raised an error over the page, or crashed
     }
 )
 # Nothing is lost with these: set aside as well, counted towards no share.
