@@ -5,6 +5,7 @@ language of its beginning; with `language.paragraphs` each paragraph is labelled
 document's own language is a score. Cutting paragraphs of other languages out is left out.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ class Identifier:
         return label.removeprefix("__label__"), min(float(score), 1.0)
 
 
+@functools.lru_cache(maxsize=1)
+def kept_identifier(max_chars: int) -> Identifier:
+    """The package's model, read once by a process that works on many tasks; nothing in it changes."""
+    return Identifier(model_path(), max_chars)
+
+
 def language_parts(text: str, language: str, identify: Identifier, min_chars: int) -> dict[str, float]:
     """Language -> share of the characters in its paragraphs, the largest first; together 1.
 
@@ -82,7 +89,7 @@ class IdentifyLanguage(TableStep):
 
     def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
         if self._identify is None:  # in the worker: the model does not travel between processes
-            self._identify = Identifier(model_path(), self.config.language.max_chars)
+            self._identify = kept_identifier(self.config.language.max_chars)
         language, score = self._identify(document.text)
         rules = self.config.sources[document.metadata["source"]].rule_set(language)
         if rules is None:
