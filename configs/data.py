@@ -88,11 +88,12 @@ class SourceConfig(Section):
                 raise ValueError(f"extensions: {ending!r} should be in lower case with its dot, as in '.py'")
         for path in self.files:
             scheme, separator, rest = path.partition("://")
-            if separator and ("@" in rest.split("/")[0] or "x-amz-" in rest.lower() or "::" in path):
+            query = scheme.lower() in ("http", "https") and "?" in rest
+            if separator and ("@" in rest.split("/")[0] or query or "x-amz-" in rest.lower() or "::" in path):
                 # Not shown: what comes before the @, or behind the ?, is a secret.
                 raise ValueError(
-                    f"files: an address with {scheme}:// holds credentials or a chain of file systems; give the plain "
-                    "address, and the credentials in the environment"
+                    f"files: an address with {scheme}:// holds credentials, a query or a chain of file systems; give "
+                    "the plain address, and the credentials in the environment"
                 )
         return self
 
