@@ -97,8 +97,11 @@ class Extract(PipelineStep):
             repaired = repair(document.text)
             raw["repaired"] = repaired != document.text
             document.text = repaired
-        if not document.text.strip():
+        words = document.text.strip()
+        if not words:
             raw["reason"] = "empty"
+        elif len(words) > 1 and words.count(words[0]) == len(words):
+            raw["reason"] = "one_character"
 
 
 def url_of(metadata: dict[str, Any]) -> str:

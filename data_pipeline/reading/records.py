@@ -39,7 +39,12 @@ BROKEN = frozenset(
     }
 )
 # Nothing is lost with these: set aside as well, counted towards no share.
-HARMLESS = frozenset({"empty_file", "seen_before", "symlink_loop", "not_a_file"})
+HARMLESS = frozenset(
+    {
+        *("empty_file", "seen_before", "symlink_loop", "not_a_file"),
+        "one_character",  # a text of one character over and over
+    }
+)
 # Sound records without a wanted document: counted, a few of them kept as samples.
 UNWANTED = frozenset(
     {"http_error", "not_html", "no_main_text", "blocked_url", "binary", "vendored_folder", "generated_folder"}
