@@ -205,7 +205,7 @@ def _http(address: str, key: str) -> Iterator[FoundFile]:
     try:
         info = system.info(inner)
     except FileNotFoundError as error:  # whatever happened: what, is its cause
-        cause = error.__cause__
+        cause: Any = error.__cause__
         if getattr(cause, "status", None) in _HTTP_GONE:
             return
         status = f" {cause.status}" if hasattr(cause, "status") else ""
