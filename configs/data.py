@@ -90,11 +90,12 @@ class SourceConfig(Section):
                 raise ValueError(f"extensions: {ending!r} should be in lower case with its dot, as in '.py'")
         for path in self.files:
             scheme, separator, rest = path.partition("://")
-            if separator and ("@" in rest.split("/")[0] or "x-amz-" in rest.lower() or "::" in path):
+            query = scheme.lower() in ("http", "https") and "?" in rest
+            if separator and ("@" in rest.split("/")[0] or query or "x-amz-" in rest.lower() or "::" in path):
                 # Not shown: what comes before the @, or behind the ?, is a secret.
                 raise ValueError(
-                    f"files: an address with {scheme}:// holds credentials or a chain of file systems; give the plain "
-                    "address, and the credentials in the environment"
+                    f"files: an address with {scheme}:// holds credentials, a query or a chain of file systems; give "
+                    "the plain address, and the credentials in the environment"
                 )
         return self
 
@@ -120,6 +121,8 @@ class ExtractConfig(Section):
     repair: bool = True  # ftfy: mojibake, stray control characters, line ends
     extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"  # asked first; the other where it finds nothing
     blocklist: BlocklistConfig = BlocklistConfig()
+    # Processor time that a page of many tags may take; what is beyond all measure is set aside before it takes any.
+    seconds_per_page: int = Field(default=60, ge=1)
     # A longer line, page or file is set aside and never held in memory.
     max_record_bytes: int = Field(default=16_000_000, ge=1_000)
     # What a gzip member or Zstandard frame of over 1 MiB of content may hold for each byte of it; prose is at 3 to 10.

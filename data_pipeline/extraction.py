@@ -1,7 +1,8 @@
 """HTML to main text, repair of text, and the cut into shards: the second half of the extract stage.
 
-Resiliparse reads pages (fast, keeps more), trafilatura where it finds nothing or where it is asked for; pages whose URL
-is on a list of unwanted ones are not read at all. Removal of personal data is left out.
+Resiliparse reads pages (fast, keeps more), trafilatura where it finds nothing or where it is asked for (`extractors`,
+within the limits of `page_limits`); pages whose URL is on a list of unwanted ones are not read at all. Removal of
+personal data is left out.
 """
 
 import json
@@ -10,22 +11,19 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ftfy
-import trafilatura
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from ftfy.badness import MOJIBAKE_CATEGORIES
-from resiliparse.extract.html2text import extract_plain_text
 
 from configs.data import ExtractConfig
 from data_pipeline.blocklist import Blocklist
 from data_pipeline.ledger import SourceTally, Tally
+from data_pipeline.page_limits import PageReader
 from data_pipeline.reading.records import BROKEN, HARMLESS
 from data_pipeline.realms import is_canary
-
-Extractor = Literal["resiliparse", "trafilatura"]
 
 _SAMPLES = 5
 _SAMPLE_CHARS = 300
@@ -39,34 +37,6 @@ _REPAIR = ftfy.TextFixerConfig(
     normalization="NFC",
     explain=False,
 )
-# Browsers nest 512 deep and put what is deeper side by side.
-_MAX_DEPTH = 2000
-_MAX_ATTRIBUTES = 5000
-_TAGS = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
-_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
-# Elements without content, or that end without an end tag (HTML, 13.1.2).
-_NOT_NESTED = frozenset(
-    {
-        *(
-            "area",
-            "base",
-            "br",
-            "col",
-            "embed",
-            "hr",
-            "img",
-            "input",
-            "link",
-            "meta",
-            "param",
-            "source",
-            "track",
-            "wbr",
-        ),
-        *("p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot", "caption", "colgroup", "rt", "rp"),
-        *("option", "optgroup", "html", "head", "body"),
-    }
-)
 # Single characters that ftfy takes out or replaces: controls, line ends, surrogates, marks of another time.
 _STRAY = "\\x00-\\x08\\x0b\\r\\x0e-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u206a-\\u206f\\ud800-\\udfff\\ufeff\\ufff9-\\ufffc"
 # Without a character of another category than these, nothing looks like mojibake to ftfy.
@@ -74,47 +44,6 @@ _PUNCTUATION = ("common", "start_punctuation", "end_punctuation")
 _SUSPECTS = "".join(members for name, members in MOJIBAKE_CATEGORIES.items() if name not in _PUNCTUATION)
 _LINE = re.compile("[^\\n]*\\n|[^\\n]+")
 _DAMAGE = re.compile(f"[{_STRAY}{_SUSPECTS}]")
-
-
-def too_complex(html: str) -> bool:
-    """Whether a page's nesting or attributes are beyond all measure: parsers take time with the square of both."""
-    if any(_attributes(piece) > _MAX_ATTRIBUTES for piece in html.split(">") if len(piece) > 2 * _MAX_ATTRIBUTES):
-        return True
-    if html.count("<") <= _MAX_DEPTH:
-        return False
-    depth = 0
-    for closing, name in _TAGS.findall(html):
-        if name.lower() in _NOT_NESTED:
-            continue
-        depth = max(0, depth - 1) if closing else depth + 1
-        if depth > _MAX_DEPTH:
-            return True
-    return False
-
-
-def _attributes(piece: str) -> int:
-    """About how many attributes the tag has that `piece` ends in."""
-    start = _TAGS.search(piece)
-    return len(_QUOTED.sub("", piece[start.start() :]).split()) if start else 0
-
-
-def main_text(html: str, first: Extractor = "resiliparse") -> tuple[str, str]:
-    """(text, name of the extractor that found it) of a page; ("", "") when neither finds any."""
-    for name in (first, "trafilatura" if first == "resiliparse" else "resiliparse"):
-        if text := _EXTRACTORS[name](html).strip():
-            return text, name
-    return "", ""
-
-
-def _resiliparse(html: str) -> str:
-    return extract_plain_text(html, main_content=True, preserve_formatting=True, alt_texts=False)
-
-
-def _trafilatura(html: str) -> str:
-    return trafilatura.extract(html, include_comments=False, favor_precision=True) or ""
-
-
-_EXTRACTORS = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}
 
 
 def repair(text: str) -> str:
@@ -144,36 +73,36 @@ class Extract(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         self._blocklist = Blocklist.load(self.config.blocklist)  # here, since a worker is sent a small step
-        for document in data:
-            raw = document.metadata["raw"]
-            if not raw["reason"]:
-                with self.track_time():
-                    self._work(document, raw)
-            yield document
+        with PageReader(self.config.extractor, self.config.seconds_per_page) as read_page:
+            for document in data:
+                raw = document.metadata["raw"]
+                if not raw["reason"]:
+                    with self.track_time():
+                        self._work(document, raw, read_page)
+                yield document
 
-    def _work(self, document: Document, raw: dict[str, Any]) -> None:
+    def _work(self, document: Document, raw: dict[str, Any], read_page: PageReader) -> None:
         assert self._blocklist is not None
         if (url := url_of(document.metadata)) and self._blocklist.blocks(url):
             raw["reason"] = "blocked_url"
             document.text = document.text[:_SAMPLE_CHARS]
             return
         if raw["html"]:
-            page = document.text
-            if too_complex(page):
-                raw["reason"] = "too_complex"
-                document.text = page[:_SAMPLE_CHARS]
+            text, raw["extractor"], reason = read_page(document.text)
+            if not text:
+                raw["reason"] = reason or "no_main_text"
+                document.text = document.text[:_SAMPLE_CHARS]
                 return
-            document.text, raw["extractor"] = main_text(page, self.config.extractor)
-            if not document.text:
-                raw["reason"] = "no_main_text"
-                document.text = page[:_SAMPLE_CHARS]
-                return
+            document.text = text
         if self.config.repair:
             repaired = repair(document.text)
             raw["repaired"] = repaired != document.text
             document.text = repaired
-        if not document.text.strip():
+        words = document.text.strip()
+        if not words:
             raw["reason"] = "empty"
+        elif len(words) > 1 and words.count(words[0]) == len(words):
+            raw["reason"] = "one_character"
 
 
 def url_of(metadata: dict[str, Any]) -> str:

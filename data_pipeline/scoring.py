@@ -12,7 +12,7 @@ from datatrove.data import Document
 
 from configs.data import RuleSet
 from configs.scores import ScoresConfig
-from data_pipeline.model_scores import ModelScores
+from data_pipeline.model_scores import ModelScores, kept_model_scores
 from data_pipeline.scan.scores import Definition, Scanner, quality
 from data_pipeline.scan.words import Splitter
 from data_pipeline.tables import TableStep
@@ -59,7 +59,7 @@ class Score(TableStep):
         if (rules, language) not in self._scanners:  # in the worker: scanners do not travel between processes
             self._scanners[rules, language] = Scanner(replace(self.definitions[rules], language=language))
         if self._model_scores is None:  # so do models
-            self._model_scores = ModelScores(self.models)
+            self._model_scores = kept_model_scores(self.models)
         values = self._scanners[rules, language].scores(document.text)
         share = {"language_share": before["language_share"]} if "language_share" in before else {}
         return {

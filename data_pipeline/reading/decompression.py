@@ -15,7 +15,7 @@ import zstandard
 from configs.data import ExtractConfig
 from data_pipeline.reading.records import Advance
 
-_BLOCK = 1 << 16
+BLOCK = 1 << 16
 # Below this much content a member's ratio says nothing: a short repetitive file is no bomb.
 _RATIO_FLOOR = 1 << 20
 # One byte of a Zstandard frame makes at most 32 KiB, so that so many bytes make at most 16 MiB at once.
@@ -50,7 +50,7 @@ class _Gzip:
     def step(self, data: memoryview) -> tuple[bytes, memoryview, bool]:
         """(content, what of `data` is left, whether the member ended). Errors: _Stop."""
         try:
-            content = self._inflater.decompress(data, _BLOCK)
+            content = self._inflater.decompress(data, BLOCK)
         except zlib.error:
             raise _Stop("corrupt_gzip") from None
         left = self._inflater.unused_data if self._inflater.eof else self._inflater.unconsumed_tail
@@ -87,6 +87,10 @@ class Member:
         self._buffer = memoryview(b"")
         self._position = 0
         self._produced = 0
+
+    @property
+    def compressed(self) -> bool:
+        return self._codec is not None
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes, a block at most; none at the end."""
@@ -151,7 +155,7 @@ class _Source:
 
     def peek(self) -> memoryview:
         if not self._data:
-            self._data = memoryview(self.file.read(_BLOCK))
+            self._data = memoryview(self.file.read(BLOCK))
         return self._data
 
     def consume(self, size: int) -> None:
@@ -172,7 +176,7 @@ class _Source:
         if self._total > self._limits.max_expanded_bytes:
             self.exhausted = True
             raise _Stop("expansion_limit")
-        if produced > _RATIO_FLOOR and produced > self._limits.max_expansion * (self.position - start):
+        if is_bomb(produced, self.position - start, self._limits):
             raise _Stop("expansion_limit")
 
     def find(self, mark: bytes, start: int) -> int:
@@ -186,6 +190,11 @@ class _Source:
             tail = window[-len(mark) + 1 :]
             self.consume(len(data))
         return -1
+
+
+def is_bomb(produced: int, consumed: int, limits: ExtractConfig) -> bool:
+    """Whether so many bytes of content are more than `consumed` bytes on storage may hold."""
+    return produced > _RATIO_FLOOR and produced > limits.max_expansion * consumed
 
 
 def members(file: BinaryIO, limits: ExtractConfig, advance: Advance, claimed: str = "") -> Iterator[Member | Fault]:

@@ -4,7 +4,9 @@ A pattern is a path, a glob, or a folder, which is searched for files of the sou
 through links, every folder once: a loop or a file reached twice is reported, never read twice. Files within one
 source are told apart by device and inode; the same file in two sources is read for both. Endpoint and credentials of
 remote systems come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID...) or fsspec's own configuration
-(FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec): none is read, kept or shown here. Writing to remote systems is left out.
+(FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec): none is read, kept or shown here. Over HTTP an address is one file, since
+servers list none, and the server must tell its size; from one that tells no version (ETag, Last-Modified) a change that
+keeps the size goes unnoticed. Writing to remote systems is left out.
 """
 
 import contextlib
@@ -26,7 +28,12 @@ from data_pipeline.reading.records import FoundFile
 
 _REMOTE_BLOCK = 1 << 22  # bytes a request to a remote system fetches, and holds
 # What says which version of an object this is, by whichever name a file system gives it; checksums before times.
-_VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "content_hash", "checksum", "LastModified", "mtime", "created")
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "crc32c", "content_hash", "checksum", "Content-MD5", "Digest"),
+    *("LastModified", "Last-Modified", "mtime", "created"),
+)
+_HTTP = ("http://", "https://")
+_HTTP_GONE = (404, 410)
 
 
 def find_files(name: str, source: SourceConfig) -> list[FoundFile]:
@@ -34,7 +41,7 @@ def find_files(name: str, source: SourceConfig) -> list[FoundFile]:
     found: dict[str, FoundFile] = {}
     for pattern in source.files:
         key = f"sources.{name}.files"
-        files = list(_remote(pattern, source, key) if is_remote(pattern) else _local(pattern, source))
+        files = list(_found(pattern, source, key))
         if not files:
             raise ConfigError(
                 f"{key}: {pattern!r} matches no file, looked for from {Path.cwd()}; correct the path, or run from the "
@@ -45,16 +52,39 @@ def find_files(name: str, source: SourceConfig) -> list[FoundFile]:
     return _each_once([found[path] for path in sorted(found)])
 
 
+def _found(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]:
+    if is_http(pattern):
+        return _http(pattern, key)
+    return _remote(pattern, source, key) if is_remote(pattern) else _local(pattern, source)
+
+
 def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def is_http(path: str) -> bool:
+    return path.lower().startswith(_HTTP)
+
+
 def open_file(path: str) -> BinaryIO:
-    """Opens for reading; a remote file is fetched block by block. Errors: OSError."""
+    """Opens for reading; a remote file is fetched block by block. Errors: OSError, ValueError for an HTTP server that
+    sends whole files alone.
+    """
     if not is_remote(path):
         return open(path, "rb")
     system, inner = fsspec.core.url_to_fs(path)
-    return system.open(inner, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
+    file = system.open(inner, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
+    if is_http(path) and file.size > _REMOTE_BLOCK:
+        try:
+            file.seek(file.size - 1)
+            file.read(1)
+            file.seek(0)
+        except ValueError:
+            raise ValueError(
+                f"{path}: its server sends no parts of files (HTTP range requests), which one above "
+                f"{_REMOTE_BLOCK >> 20} MiB is read in; copy the file here and name the copy"
+            ) from None
+    return file
 
 
 def _local(pattern: str, source: SourceConfig) -> Iterator[FoundFile]:
@@ -166,6 +196,29 @@ def _remote(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]
         if not _in_skipped(path, root, source, skipped):
             yield FoundFile(path, info["size"] or 0, root, identity=_identity(info))
     yield from (FoundFile(folder, 0, root, reason) for folder, reason in sorted(skipped.items()))
+
+
+def _http(address: str, key: str) -> Iterator[FoundFile]:
+    if "*" in address or address.endswith("/"):
+        raise ConfigError(f"{key}: {address!r}: HTTP servers list no files; give the address of each file")
+    system, inner = fsspec.core.url_to_fs(address)
+    try:
+        info = system.info(inner)
+    except FileNotFoundError as error:  # whatever happened: what, is its cause
+        cause: Any = error.__cause__
+        if getattr(cause, "status", None) in _HTTP_GONE:
+            return
+        status = f" {cause.status}" if hasattr(cause, "status") else ""
+        raise ConfigError(
+            f"{key}: {address!r} cannot be read ({type(cause).__name__}{status}); check the address and the network, "
+            "or copy the file here"
+        ) from None
+    if info["size"] is None or info.get("partial") is False:
+        raise ConfigError(
+            f"{key}: {address!r}: its server does not tell the file's size, or sends no parts of files (HTTP range "
+            "requests), and it is read in parts; copy the file here and name the copy"
+        )
+    yield FoundFile(address, info["size"], identity=_identity(info))
 
 
 def _in_skipped(path: str, root: str, source: SourceConfig, skipped: dict[str, str]) -> bool:

@@ -31,12 +31,20 @@ BROKEN = frozenset(
         "bad_warc",
         "cut_record",
         "bad_content_encoding",
+        "unknown_content_encoding",
         "bad_parquet",
         "too_complex",  # a page that no extractor reads in reasonable time
+        "page_too_slow",  # above extract.seconds_per_page
+        "extractor_failed",  # a parser raised an error over the page, or crashed
     }
 )
 # Nothing is lost with these: set aside as well, counted towards no share.
-HARMLESS = frozenset({"empty_file", "seen_before", "symlink_loop", "not_a_file"})
+HARMLESS = frozenset(
+    {
+        *("empty_file", "seen_before", "symlink_loop", "not_a_file"),
+        "one_character",  # a text of one character over and over
+    }
+)
 # Sound records without a wanted document: counted, a few of them kept as samples.
 UNWANTED = frozenset(
     {"http_error", "not_html", "no_main_text", "blocked_url", "binary", "vendored_folder", "generated_folder"}

@@ -13,7 +13,7 @@ from datatrove.pipeline.base import PipelineStep
 from configs.data import ExtractConfig, SourceConfig
 from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
-from data_pipeline.reading.files import find_files, is_remote, open_file
+from data_pipeline.reading.files import find_files, is_http, is_remote, open_file
 from data_pipeline.reading.jsonl import read_jsonl
 from data_pipeline.reading.parquet import read_parquet
 from data_pipeline.reading.records import Advance, FoundFile, InputUnit, Record
@@ -66,6 +66,8 @@ def read_file(file: FoundFile, source: SourceConfig, limits: ExtractConfig, adva
     except (ConnectionError, TimeoutError) as error:
         raise _connection_error(file, error) from None
     except OSError as error:
+        if is_http(file.path):  # fsspec calls every failure of a server a missing file
+            raise _connection_error(file, error) from None
         yield Record(
             position, 0 if position else file.size, f"{type(error).__name__}: {error.strerror}", reason="unreadable"
         )

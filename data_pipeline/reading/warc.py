@@ -2,7 +2,7 @@
 
 Reading goes on after a damaged member, and after damage within an uncompressed file. Of a record above
 `extract.max_record_bytes` only the beginning is held. Bodies are decoded as their HTTP headers say (chunks, gzip,
-deflate, zstd; not br), within the limits on expansion. Records that continue others are left out.
+deflate, zstd, br), within the limits on expansion. Records that continue others are left out.
 """
 
 from collections.abc import Iterator

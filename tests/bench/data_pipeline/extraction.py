@@ -3,7 +3,7 @@
 from datatrove.pipeline.extractors import Trafilatura
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-from data_pipeline.extraction import main_text
+from data_pipeline.extractors import main_text
 from tests.bench.data_pipeline.measure import DEMO, Result, cpu_seconds
 
 

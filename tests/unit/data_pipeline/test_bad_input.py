@@ -14,7 +14,8 @@ import pytest
 import zstandard
 
 from configs.data import ExtractConfig
-from data_pipeline.extraction import repair, too_complex
+from data_pipeline.extraction import repair
+from data_pipeline.page_limits import too_complex
 from data_pipeline.reading.decompression import Fault, members
 from data_pipeline.reading.records import BROKEN
 from tests.unit.data_pipeline.test_reading import PAGE, read, reasons, warc

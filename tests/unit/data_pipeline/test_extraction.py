@@ -8,8 +8,9 @@ import ftfy
 import pytest
 from ftfy.badness import BADNESS_RE, MOJIBAKE_CATEGORIES
 
-from data_pipeline import extraction
-from data_pipeline.extraction import main_text, repair
+from data_pipeline import extraction, extractors
+from data_pipeline.extraction import repair
+from data_pipeline.extractors import main_text
 from tests.unit.data_pipeline.conftest import DEMO
 
 PAGE = """<html><head><title>T</title><script>var x = 1;</script></head><body>
@@ -28,7 +29,7 @@ def test_main_text_leaves_out_navigation_and_scripts(first: str) -> None:
 
 
 def test_trafilatura_is_asked_where_resiliparse_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction, "extract_plain_text", lambda *args, **kwargs: "  \n")
+    monkeypatch.setattr(extractors, "extract_plain_text", lambda *args, **kwargs: "  \n")
     text, extractor = main_text(PAGE)
     assert "Call me Ishmael." in text
     assert extractor == "trafilatura"

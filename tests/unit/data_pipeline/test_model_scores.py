@@ -9,8 +9,10 @@ import pytest
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
+from configs.scores import ScoresConfig
 from data_pipeline import classifier, what_if
-from data_pipeline.language import Identifier, language_parts, model_path
+from data_pipeline.language import Identifier, kept_identifier, language_parts, model_path
+from data_pipeline.model_scores import kept_model_scores
 from data_pipeline.provenance import explain
 from data_pipeline.run import main
 from data_pipeline.tables import read_table, shards_of
@@ -138,3 +140,20 @@ def test_short_paragraphs_follow_the_document() -> None:
     assert list(language_parts(text, "en", identify, 50)) == ["zh", "en"]  # the largest first
     assert language_parts(text, "en", identify, 1000) == {"en": 1.0}
     assert language_parts(" \n ", "en", identify, 50) == {"en": 1.0}
+
+
+def test_models_are_read_once_a_process_and_anew_when_a_file_is_another(tmp_path: Path) -> None:
+    (tmp_path / "words.tsv").write_text("the\t60\nof\t40\n")
+    (tmp_path / "small.arpa").write_text(SMALL)
+    config = ScoresConfig(unigrams=str(tmp_path / "words.tsv"), arpa=str(tmp_path / "small.arpa"))
+    first = kept_model_scores(config)
+    assert kept_model_scores(ScoresConfig(**config.model_dump())) is first
+    before = first("a b", "en")
+    (tmp_path / "other.arpa").write_text(SMALL.replace("-0.4\t<s> a", "-0.5\t<s> a"))  # of the same size
+    (tmp_path / "other.arpa").replace(tmp_path / "small.arpa")
+    assert kept_model_scores(config)("a b", "en")["perplexity"] > before["perplexity"]
+    assert kept_model_scores(config.model_copy(update={"arpa": ""}))("a", "en").keys() == {"unigram_logprob"}
+    (tmp_path / "small.arpa").unlink()
+    with pytest.raises(ConfigError, match="is not a file"):
+        kept_model_scores(config)
+    assert kept_identifier(500) is kept_identifier(500) is not kept_identifier(600)

@@ -123,10 +123,7 @@ def brute_force(model: dict[tuple[str, ...], tuple[float, float]], order: int, t
     return float(10 ** (-total / count))
 
 
-@pytest.mark.parametrize("order", [2, 3, 5])
-def test_perplexity_is_that_of_plain_python_on_real_text(tmp_path: Path, order: int) -> None:
-    texts = [record["text"][:4000] for record in demo_records("english")]
-    model = estimate(texts[::2], order)
+def arpa_of(model: dict[tuple[str, ...], tuple[float, float]], order: int) -> str:
     lines = ["\\data\\", *(f"ngram {n}={sum(len(gram) == n for gram in model)}" for n in range(1, order + 1))]
     for n in range(1, order + 1):
         lines.append(f"\n\\{n}-grams:")
@@ -135,11 +132,46 @@ def test_perplexity_is_that_of_plain_python_on_real_text(tmp_path: Path, order: 
             for gram, (prob, backoff) in model.items()
             if len(gram) == n
         ]
-    scorer = Arpa(small(tmp_path, "\n".join([*lines, "\n\\end\\\n"])), Splitter.spaces)
+    return "\n".join([*lines, "\n\\end\\\n"])
+
+
+@pytest.mark.parametrize("order", [2, 3, 5])
+def test_perplexity_is_that_of_plain_python_on_real_text(tmp_path: Path, order: int) -> None:
+    texts = [record["text"][:4000] for record in demo_records("english")]
+    model = estimate(texts[::2], order)
+    scorer = Arpa(small(tmp_path, arpa_of(model, order)), Splitter.spaces)
     found = [scorer(text) for text in texts]
     # Tables are float32: 6e-8 of a log-probability of some 4, in the exponent of ten.
     assert found == pytest.approx([brute_force(model, order, text) for text in texts], rel=2e-6)
     assert max(found) > 2 * min(found)
+
+
+@pytest.mark.parametrize("order", [2, 3, 5])
+@pytest.mark.parametrize("source", ["english", "chinese"])
+def test_perplexity_is_kenlms_on_real_text(tmp_path: Path, order: int, source: str) -> None:
+    kenlm = pytest.importorskip("kenlm", reason="kenlm is not installed; it is compiled by: pip install '.[kenlm]'")
+    texts = [record["text"][:4000] for record in demo_records(source)]
+    if source == "chinese":  # words of one character; spaces as in CCNet's Chinese models
+        texts = ["\n".join(" ".join(line) for line in text.splitlines()) for text in texts]
+    model = estimate(texts[::2], order)
+    for gram in sorted(model, key=len):  # KenLM wants every n-gram's context; ends of n-grams may be missing
+        if len(gram) > 1 and gram[:-1] not in model:
+            del model[gram]
+    if source == "english" and order > 2:
+        assert any(gram[1:] not in model for gram in model if len(gram) > 1)
+    path = small(tmp_path, arpa_of(model, order))
+    ours, theirs = Arpa(path, Splitter.spaces), kenlm.Model(str(path))
+    assert theirs.order == order
+
+    def perplexity(text: str) -> float:
+        sentences = [" ".join(words(line)) for line in text.split("\n") if line.split()]
+        scores = [score for one in sentences for score, _, _ in theirs.full_scores(one, bos=True, eos=True)]
+        return float(10 ** (-sum(scores) / len(scores)))
+
+    found = [ours(text) for text in texts]
+    # Both hold float32, and KenLM adds backoffs in it: 6e-8 of a log-probability of some 4, in the exponent of ten.
+    assert found == pytest.approx([perplexity(text) for text in texts], rel=2e-6)
+    assert max(found) > 1.2 * min(found)
 
 
 def test_unigrams_by_hand_and_as_datatrove(tmp_path: Path) -> None:
