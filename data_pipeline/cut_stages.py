@@ -13,6 +13,7 @@ writes texts anew. The stages before these are in `stages`, those after in `toke
 import glob
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from data_pipeline.copies import RECORD, CountUnits, ShareOut, Units, partitions
 from data_pipeline.cuts import note_cuts
 from data_pipeline.decontamination import CONTAMINATED, Decontaminate
 from data_pipeline.decontamination import FOLDER as MATCHES
-from data_pipeline.heldout import MOSTLY_CUT, Before, Split, fates, heldout_ids, split_record
+from data_pipeline.documents import Before, Split, Survey, lots, split_record, surveyed
 from data_pipeline.ledger import Tally
 from data_pipeline.lines import CutLines, Lines
 from data_pipeline.pii import RemovePii
@@ -80,7 +81,7 @@ def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
         "documents",
         partial(_documents, shop, kept.name, [stage.name for stage in cutting]),
         {"documents": plain(config.documents), "heldout": plain(config.heldout)},
-        ("heldout", "writing"),
+        ("documents", "writing"),
         needs=(extract, language, before["score"], dedup, *cutting),
         counted_against=kept,
         packages=("datatrove", "orjson"),
@@ -215,39 +216,24 @@ def _documents(shop: Workshop, kept: str, cutting: Sequence[str], folder: Path, 
         languages=str(run_dir / "language"),
         cut_share_max=config.documents.cut_share_max,
     )
-    ids: dict[str, list[str]] = {source: [] for source in config.sources}
-    order: dict[str, int] = {}
-    numbers = dict.fromkeys(config.sources, 0)
-    mostly_cut: list[dict[str, Any]] = []
-    canaries: list[dict[str, Any]] = []
-    for shard in shards_of(before.kept):
-        source = shard.split("/")[0]
-        coming = fates(before, shard)
-        if not coming:
-            continue
-        order[shard] = numbers.get(source, 0)
-        if is_canary(shard):
-            canaries.extend({"id": fate.id, "reason": fate.reason, "cuts": fate.merged.removed} for fate in coming)
-            continue
-        ids[source].extend(fate.id for fate in coming if not fate.reason)
-        numbers[source] += 1
-        place = {"source": source, "shard": shard}
-        mostly_cut.extend(
-            {**place, "row": fate.row, "id": fate.id, "bytes": fate.size, "verdict": MOSTLY_CUT}
-            | {"cut_bytes": fate.merged.removed}
-            for fate in coming
-            if fate.reason == MOSTLY_CUT
-        )
-    settings = config.heldout
-    heldout = {source: heldout_ids(ids[source], settings.share, settings.seed, source) for source in ids}
+    shards, settings = shards_of(before.kept), config.heldout
+    survey = Survey(before, shards, settings.seed, str(logs / "survey" / "seen"))
+    shop.pipeline("documents: survey", logs / "survey", [survey], len(shards), 0)
+    found = surveyed(logs / "survey" / "seen")
+    chosen = lots(found, config.sources, settings.share, settings.seed)
+    order: dict[str, int] = {}  # a source's shards are numbered anew, those that are empty left out
+    numbers = Counter[str]()
+    for seen in found:
+        order[seen.shard] = numbers[seen.shard.split("/")[0]]
+        numbers[seen.shard.split("/")[0]] += not is_canary(seen.shard)
     tallies = logs / "tallies"
     steps = [
-        Split(before, heldout, str(tallies), order),
+        Split(before, chosen, str(tallies), order),
         TextWriter(str(folder), "${split}/${source}/${output}", split_record),
     ]
     _read_kept(shop, "documents", kept, steps, logs, list(order))
-    write_samples(folder, mostly_cut)
-    if canaries:
+    write_samples(folder, (row for seen in found for row in seen.mostly_cut))
+    if canaries := [fate for seen in found for fate in seen.canaries]:
         (folder / FATES).write_text("".join(json.dumps(one) + "\n" for one in canaries), encoding="utf-8")
     tally = Tally.load_all(tallies)
     for source, counts in tally.sources.items():

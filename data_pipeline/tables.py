@@ -26,7 +26,7 @@ from data_pipeline.realms import is_canary
 
 KEYS = ("source", "shard", "row", "id", "bytes")
 SHOWN = ("head", "sample", "context")  # columns that hold a piece of a text
-_SAMPLES = 5
+SAMPLES = 5
 
 
 def write_table(folder: str | Path, shard: str, table: pa.Table) -> None:
@@ -74,7 +74,7 @@ def write_samples(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
         key = (row["source"], row["verdict"])
         taken[key] += 1
-        if taken[key] <= _SAMPLES:
+        if taken[key] <= SAMPLES:
             lines.setdefault(row["verdict"], []).append(json.dumps(masked(row), ensure_ascii=False) + "\n")
     for reason, text in sorted(lines.items()):
         path = Path(folder) / "drops" / f"{reason}.jsonl"

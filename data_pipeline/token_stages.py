@@ -25,9 +25,9 @@ from data_pipeline.heldout import HELDOUT, TRAIN
 from data_pipeline.ledger import Tally
 from data_pipeline.plan_files import build_stages
 from data_pipeline.rows import open_plans
-from data_pipeline.stage import Stage
+from data_pipeline.stage import Stage, read_manifest
 from data_pipeline.stages import Workshop
-from data_pipeline.store import build, read_documents
+from data_pipeline.store import build
 from data_pipeline.tokenizer import FIM_CONTROLS, Tokenizer, train
 
 
@@ -142,16 +142,16 @@ def _document_files(shop: Workshop) -> list[str]:
 
 
 def _tokenizer(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    files, tally = _document_files(shop), Tally()
-    for name in files:
-        split, source, _ = name.split("/")
-        for document in read_documents(shop.run_dir / "documents" / name):
-            size = len(document["text"].encode())
-            tally.came_in(source, size)
-            if split == TRAIN:
-                tally.kept(source, size)
-            else:
-                tally.dropped(source, "held_out", size)
+    tally = Tally()
+    for source, counts in (read_manifest(shop.run_dir / "documents") or {})["sources"].items():
+        notes, kept = counts["notes"], counts["passed_on"]
+        if not kept["documents"]:  # canaries end before
+            continue
+        documents, size = notes.get("held out", 0), notes.get("held-out bytes", 0)
+        tally.came_in(source, kept["bytes"], kept["documents"])
+        tally.dropped(source, "held_out", size, documents)
+        tally.kept(source, kept["bytes"] - size, documents=kept["documents"] - documents)
+    files = _document_files(shop)
     inputs = [str(shop.run_dir / "documents" / name) for name in files if name.startswith(f"{TRAIN}/")]
     controls = _controls(shop.config.mixture)
     step = TrainTokenizer(inputs, str(folder), shop.config.tokenizer, controls, str(logs / "progress"))

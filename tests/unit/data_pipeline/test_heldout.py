@@ -1,25 +1,45 @@
 """The held-out split."""
 
+from collections.abc import Sequence
+
 import pytest
 
-from data_pipeline.heldout import heldout_ids
+from data_pipeline.heldout import Extremes, Lot, draw
 
 IDS = [f"doc/{number}" for number in range(2000)]
 
 
+def held_out(ids: Sequence[str], share: float, seed: int) -> set[str]:
+    lot = Lot.of(Extremes.of(ids, seed), share, seed, "s")
+    return {name for name in ids if lot.holds_out(name)}
+
+
 def test_the_share_is_about_right_and_other_documents_do_not_move_it() -> None:
-    chosen = heldout_ids(IDS, 0.05, 0, "s")
+    chosen = held_out(IDS, 0.05, 0)
     assert 60 < len(chosen) < 140
-    assert heldout_ids(IDS[::-1][:1000], 0.05, 0, "s") == chosen & set(IDS[1000:])
-    assert heldout_ids(IDS, 0.05, 1, "s") != chosen
+    assert held_out(IDS[::-1][:1000], 0.05, 0) == chosen & set(IDS[1000:])
+    assert held_out(IDS, 0.05, 1) != chosen
 
 
-def test_one_document_at_least_on_either_side() -> None:
-    assert len(heldout_ids(IDS[:2], 0.0001, 0, "s")) == 1
+@pytest.mark.parametrize("share", [0.0001, 0.49, 0.9999])
+def test_one_document_at_least_on_either_side(share: float) -> None:
     for number in range(40):
-        assert len(heldout_ids(IDS[number : number + 2], 0.49, 0, "s")) == 1
+        for count in (2, 3):
+            assert 0 < len(held_out(IDS[number : number + count], share, 0)) < count
+
+
+def test_parts_together_are_the_whole() -> None:
+    whole = Extremes.of(IDS, 3)
+    drawn = sorted((draw(3, name), name) for name in IDS)
+    assert (whole.lowest, whole.highest) == (drawn[0], drawn[-1])
+    parts = Extremes()
+    for first in range(0, 2000, 300):
+        parts |= Extremes.of(IDS[first : first + 300], 3)
+    assert parts | Extremes() == whole
 
 
 def test_a_source_of_one_document_is_an_error() -> None:
     with pytest.raises(ValueError, match="source poems has 1 documents left"):
-        heldout_ids(["a", "a"], 0.1, 0, "poems")
+        Lot.of(Extremes.of(["a", "a"], 0), 0.1, 0, "poems")
+    with pytest.raises(ValueError, match="source poems has 0 documents left"):
+        Lot.of(Extremes(), 0.1, 0, "poems")
