@@ -22,7 +22,6 @@ from datatrove.pipeline.dedup.minhash import (
 )
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
-from datatrove.utils.logging import logger
 from rich.console import Console
 
 from configs.data import DataConfig, DedupConfig
@@ -30,6 +29,7 @@ from configs.loader import validate
 from data_pipeline.dedup.recall import similar_pairs
 from data_pipeline.dedup.signatures import MinHasher
 from data_pipeline.executors.local import LocalExecutor
+from data_pipeline.executors.tasks import quiet
 from data_pipeline.run import all_stages
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
@@ -53,7 +53,7 @@ def run(source: str, megabytes: float, folder: Path) -> list[Result]:
     corpus.mkdir(parents=True)
     with gzip.open(corpus / "00000.jsonl.gz", "wt", encoding="utf-8") as out:
         out.writelines(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(documents))
-    logger.remove()
+    quiet(None)
     signatures = _signatures(source, documents, folder)
     ours, kept = _ours(source, corpus, folder / "ours")
     theirs, peer_kept = _theirs(source, corpus, folder / "theirs")
