@@ -96,8 +96,9 @@ def run(source: str, megabytes: float) -> Result:
     agree, why = _agreement(source, documents, rules, theirs, scanner, c4)
     return Result(
         f"heuristics, {source}",
-        size_mb(documents) / ours,
-        size_mb(documents) / chained,
+        size_mb(documents),
+        ours,
+        chained,
         20,
         "datatrove: " + ", ".join(type(peer).__name__ for peer in theirs.values()),
         f"{agree:.1%} of verdicts; the others by {_said(why)}",
