@@ -6,7 +6,9 @@ what the clocks count.
 
 import argparse
 import json
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def steps(megabytes: float, folder: Path) -> dict[str, Callable[[], list[Result]
         "tokenizing": lambda: [
             row for source in _LANGUAGES for row in tokenizing.run(source, megabytes, folder / f"tokens-{source}")
         ],
-        "recipe": lambda: [recipe.run(2 * megabytes, folder / "recipe")],
+        "recipe": lambda: [recipe.run(4 * megabytes, folder / "recipe")],
         "stages": lambda: stages.run(),
     }
 
@@ -52,7 +54,9 @@ def _number(value: float | None, digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=float, default=1.5, help="of each language; the recipe takes twice as much")
+    parser.add_argument(
+        "--megabytes", type=float, default=2.0, help="of each language; pages twice, the recipe four times"
+    )
     parser.add_argument("--steps", default="", help=f"some of {','.join(steps(0, Path()))}; all by default")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/data.json"))
     args = parser.parse_args()
@@ -64,11 +68,13 @@ def main() -> None:
             parser.error(f"--steps {','.join(unknown)}: there are {', '.join(todo)}")
         facts: dict[str, Any] = machine()
         for name in wanted:
+            started = time.monotonic()
             rows += todo[name]()
+            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            result = {"machine": facts, "rows": [row.plain() for row in rows]}
+            args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     Console(width=180).print(table_of(rows))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": facts, "rows": [row.plain() for row in rows]}
-    args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
