@@ -137,7 +137,7 @@ def _agreement(
                 again["c4_sentences"] = _their_sentences(text, LANGUAGES[source])
             explained = (verdict(again, rules[name]) == "") == kept
             rule = verdict(scores if kept else again, rules[name])
-            whose = "ours" if kept else "jieba's" if source == "chinese" else "spaCy's"
+            whose = "our" if kept else "jieba's" if source == "chinese" else "spaCy's"
             unit = "sentences" if name == "c4" else "words"
             why[f"{rule} on {whose} {unit} alone" if explained else f"{name}: unexplained"] += 1
     return equal / (len(documents) * len(theirs)), why

@@ -173,7 +173,7 @@ def _peer_key_bytes() -> int:
 
 def files(model: Model) -> str:
     extract = model.stage("extract")["details"]
-    a_shard = sum(model.stage(name)["details"]["files"] / extract["shards"] for name in STAGES if name not in _FIXED)
+    a_shard = sum(model.stage(name)["details"]["shard_files"] / extract["shards"] for name in STAGES[:-1])
     tasks = (DedupConfig().bands + 1) * model.ranges
     rows = [
         ["shards", f"{model.shards:,.0f}", f"of {model.assumed.shard_mb:,.0f} MB of text, run.shard_bytes"],

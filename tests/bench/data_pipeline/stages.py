@@ -78,7 +78,7 @@ def measure(corpus: str, files: Path, run_dir: Path) -> list[Result]:
                 "documents_kept": total.kept.documents,
                 "bytes_kept": total.kept.bytes,
                 "disk_bytes": sum(path.stat().st_size for path in paths),
-                "files": len(paths),
+                "shard_files": sum(_is_of_a_shard(path.relative_to(run_dir / stage.name)) for path in paths),
                 "shards": len(list((run_dir / "extract").glob("*/*.jsonl.gz"))),
                 "read_bytes": read,
                 "written_bytes": written,
@@ -89,6 +89,11 @@ def measure(corpus: str, files: Path, run_dir: Path) -> list[Result]:
     for row in rows:
         row.megabytes = recipe.extracted_mb(run_dir)
     return rows
+
+
+def _is_of_a_shard(path: Path) -> bool:
+    """Not one that a stage has once, as its manifest, or by reason, as its samples."""
+    return len(path.parts) > 1 and path.parts[0] not in ("drops", "rejected")
 
 
 def _documents_read(corpus: str, run_dir: Path) -> Result:
