@@ -9,7 +9,6 @@ differ in the choice of the survivor (ours is the best-scored, datatrove's the f
 
 import gzip
 import io
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -30,8 +29,8 @@ from rich.console import Console
 
 from configs.data import DataConfig, DedupConfig
 from configs.loader import validate
+from data_pipeline.dedup.recall import similar_pairs
 from data_pipeline.dedup.signatures import MinHasher
-from data_pipeline.dedup.verify import jaccard
 from data_pipeline.executors.local import LocalExecutor
 from data_pipeline.executors.tasks import quiet
 from data_pipeline.run import all_stages
@@ -143,16 +142,10 @@ def _theirs(source: str, corpus: Path, folder: Path) -> tuple[float, set[int]]:
 
 
 def _similar_pairs(source: str, documents: list[str]) -> dict[tuple[int, int], float]:
-    """All pairs that bands could well meet in, by brute force, and their similarity."""
+    """All pairs that bands could well meet in, whatever the signatures say, and their similarity."""
     window = Splitter[_SPLITTERS[source]].window(DedupConfig().ngram)
-    grams = [np.unique(shingles(text, window)) for text in documents]
-    pairs = {
-        (one, other): jaccard(grams[one], grams[other])
-        for one, other in itertools.combinations(range(len(grams)), 2)
-        # No more of the longer one can be shared than the shorter one has.
-        if min(len(grams[one]), len(grams[other])) >= _MEETS * max(len(grams[one]), len(grams[other]))
-    }
-    return {pair: similarity for pair, similarity in pairs.items() if similarity >= _MEETS}
+    pairs, values = similar_pairs([np.unique(shingles(text, window)) for text in documents], _MEETS)
+    return {(one, other): value for (one, other), value in zip(pairs.tolist(), values.tolist(), strict=True)}
 
 
 def _differences(count: int, similar: dict[tuple[int, int], float], *kept: set[int]) -> dict[str, int]:

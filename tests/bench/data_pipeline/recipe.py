@@ -2,8 +2,9 @@
 
 Read, extract, repair, identify the language, filter by the demo's rules, MinHash, write: no tokenizer, which datatrove
 does not train. Language identification is the same model in both, and each source has the filters that its rule set in
-configs/data/demo.toml is made of. Both read the same part of the demo's files. Before the clock starts both go through
-a smaller part, so that everything is imported, compiled and loaded.
+configs/data/demo.toml is made of; stages that cut parts out of documents are off. Both read the same part of the
+demo's files. Before the clock starts both go through a smaller part, so that everything is imported, compiled and
+loaded.
 
 Documents that one keeps and the other does not are counted by what dropped them: ours by rule, datatrove's by the
 definition that `definitions` finds. The demo's rules are the paper's where datatrove has its own (configs/rules.toml
@@ -51,6 +52,7 @@ from tests.bench.data_pipeline.heuristics import peers
 from tests.bench.data_pipeline.measure import DEMO, LANGUAGES, ROOT, Result, cpu_seconds, spread
 
 _SOURCES = ("english", "chinese", "code", "web")
+CUTTING = ("decontaminate", "lines", "substrings", "pii")  # stages that take parts out of documents: off
 _WARM_UP_MB = 0.8  # with less there is one Chinese document, and a held-out split needs two
 
 
@@ -100,9 +102,11 @@ Fates = dict[str, str]  # document -> what dropped it, "" if it is kept
 
 
 def demo_config(corpus: Path, run_dir: Path) -> DataConfig:
-    """configs/data/demo.toml on other files of the same names."""
+    """configs/data/demo.toml on other files of the same names, without what datatrove's recipe has not."""
     files = [f'sources.{source}.files=["{corpus / _file(source)}"]' for source in _SOURCES]
-    return load(DataConfig, ROOT / "configs/data/demo.toml", [f'run.dir="{run_dir}"', "run.workers=1", *files])
+    off = [*(f"{name}.enabled=false" for name in CUTTING), "canaries={}"]
+    settings = [f'run.dir="{run_dir}"', "run.workers=1", *files, *off]
+    return load(DataConfig, ROOT / "configs/data/demo.toml", settings)
 
 
 def _ours(corpus: Path, run_dir: Path) -> Fates:

@@ -1,5 +1,7 @@
 """Every stage of the demo recipe by itself, with no peer: CPU, memory, files and bytes, for docs/scale.md.
 
+Stages that cut parts out of documents are left out.
+
 Two corpora: the whole demo, and its web pages alone (WARC to plan). Megabytes are of text after extraction for all
 stages of a run, also for those behind the filter, which see less of it: then seconds of stages add up. Measured in a
 process of its own, after a warm-up run on a part of the files: one core, one task at a time. Bytes read and written are
@@ -43,6 +45,7 @@ _WEB_SAMPLES, _WARM_UP_SAMPLES = 3000, 300  # rows of the plan: about an epoch o
 def config_of(corpus: str, files: Path, run_dir: Path) -> DataConfig:
     """The demo's config, or what it says of web pages."""
     tree = tomllib.loads((ROOT / "configs/data/demo.toml").read_text(encoding="utf-8"))
+    tree = {name: section for name, section in tree.items() if name not in (*recipe.CUTTING, "canaries")}
     tree["run"] |= {"dir": str(run_dir), "workers": 1}
     if corpus == "web":
         tree["sources"] = {"web": tree["sources"]["web"]}
