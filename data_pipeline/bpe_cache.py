@@ -57,9 +57,7 @@ class PartTable:
         if len(self._codes) > _MOST_CODES:
             self._empty()
             found = np.full(len(found), -1)
-        missing = np.flatnonzero(found < 0)
-        _, first = np.unique(_hashes(whole, starts, missing), return_index=True)
-        missing = missing[np.sort(first)]
+        missing = _first_of_each(whole, starts, np.flatnonzero(found < 0))
         pieces = [whole[starts[part] : starts[part + 1]] for part in missing]
         encoded = self._encode([text[starts[part] : starts[part + 1]] for part in missing])
         characters = np.cumsum([len(self._codes), *map(len, pieces)])
@@ -142,11 +140,24 @@ def _same(codes: np.ndarray, start: int, end: int, known: np.ndarray, first: int
 
 
 @numba.njit(cache=True, nogil=True)
-def _hashes(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    found = np.empty(len(chosen), np.uint64)
-    for place in range(len(chosen)):
-        found[place] = span_hash(codes, starts[chosen[place]], starts[chosen[place] + 1])
-    return found
+def _first_of_each(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Of the parts `chosen`, those that no earlier one is equal to, in their order."""
+    size = 1024
+    while size < 2 * len(chosen):
+        size *= 2
+    slots, mask = np.full(size, -1, np.int64), np.uint64(size - 1)
+    kept = np.empty(len(chosen), np.int64)
+    count = 0
+    for part in chosen:
+        start, end = starts[part], starts[part + 1]
+        slot = span_hash(codes, start, end) & mask
+        while slots[slot] >= 0 and not _same(codes, start, end, codes, starts[slots[slot]], starts[slots[slot] + 1]):
+            slot = (slot + np.uint64(1)) & mask
+        if slots[slot] < 0:
+            slots[slot] = part
+            kept[count] = part
+            count += 1
+    return kept[:count]
 
 
 @numba.njit(cache=True, nogil=True)

@@ -40,12 +40,13 @@ def broken(table: pa.Table, rules: Mapping[str, RuleSet]) -> dict[str, np.ndarra
     `rules` are by name; the column `rules` names each row's.
     """
     named = np.array(table["rules"].to_pylist(), dtype=object)
+    bounds = {set_name: one.bounds() for set_name, one in rules.items()}
     found: dict[str, np.ndarray] = {}
     for name in RuleSet.model_fields:
         sides = [
             (f"{name}_{side}", side, set_name, limit)
-            for set_name, one in rules.items()
-            if (bound := one.bounds().get(name)) and name in table.column_names
+            for set_name, bounds_of_set in bounds.items()
+            if (bound := bounds_of_set.get(name)) and name in table.column_names
             for side, limit in (("min", bound.min), ("max", bound.max))
             if limit is not None
         ]

@@ -86,7 +86,10 @@ def code_version(modules: Sequence[str], packages: Sequence[str]) -> str:
             files.add(file)
             waiting += [source_file(name) for name in _imports(file)]
     sources = [[file.relative_to(_HERE).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
-    return digest([sorted(sources), [importlib.metadata.version(package) for package in packages]])
+    return digest([sorted(sources), [_version(package) for package in packages]])
+
+
+_version = functools.cache(importlib.metadata.version)
 
 
 def source_file(name: str) -> Path | None:

@@ -1,6 +1,6 @@
 """Clusters of documents from pairs, and the one of each cluster that stays.
 
-Union-find over arrays that lie in files: 8 bytes a document for the clusters, 48 more for what is known of each. The
+Union-find over arrays that lie in files, of `BYTES_A_DOCUMENT` each and the documents' ids, not held in memory. The
 survivor is the document of the highest quality score, then the longest, then the first by source, shard and row. A
 cluster that meets a document of an earlier run loses all of its own.
 """
@@ -69,6 +69,8 @@ _TYPES: dict[str, type[np.number]] = {
     "known": np.uint8,
     "id_end": np.int64,
 }
+_MARKS = 2  # float64: quality and length of the best so far
+BYTES_A_DOCUMENT = sum(np.dtype(kind).itemsize for kind in _TYPES.values()) + 8 * _MARKS
 
 
 class Arrays:
@@ -118,7 +120,7 @@ class Cluster(PipelineStep):
         label(labels)
         known[labels[known.astype(bool)]] = 1  # from members to roots
         best, sizes = arrays.of("best"), arrays.of("sizes")
-        marks = np.memmap(Path(self.work) / "marks.bin", dtype=np.float64, mode="w+", shape=(len(labels), 2))
+        marks = np.memmap(Path(self.work) / "marks.bin", dtype=np.float64, mode="w+", shape=(len(labels), _MARKS))
         exact, url, ends = arrays.of("exact"), arrays.of("url"), arrays.of("id_end")
         written = 0
         with (Path(self.work) / "ids").open("wb") as ids:

@@ -20,6 +20,7 @@ from datatrove.data import Document
 from configs.data import DataConfig, DedupConfig
 from data_pipeline.hashing import stable_hash
 from data_pipeline.realms import salt
+from data_pipeline.scan.folding import plain_bytes
 from data_pipeline.scan.minhash import band_keys, signature
 from data_pipeline.scan.words import Splitter, mix
 from data_pipeline.tables import TableStep
@@ -30,8 +31,8 @@ _HALF = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 def exact_hash(text: str) -> int:
     """128 bits, equal for texts that differ in case, white space and Unicode composition only."""
-    normal = " ".join(unicodedata.normalize("NFC", text).lower().split())
-    return int.from_bytes(hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "big")
+    normal = plain_bytes(unicodedata.normalize("NFC", text))
+    return int.from_bytes(hashlib.blake2b(normal.data, digest_size=16).digest(), "big")
 
 
 def url_key(url: str) -> int:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import IO
 
 from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
 from datatrove.utils.logging import logger
@@ -40,7 +41,7 @@ class Tasks(PipelineExecutor):
     def run_claimed(self, rank: int) -> PipelineStats:
         """Runs a task that this process has claimed. Errors: whatever a step raises, once it is on file."""
         logs = Path(self.logging_dir.path)
-        with _log(logs / log_name(rank)):
+        with _LOG.of_task(logs / log_name(rank)):
             pipeline = deepcopy(self.pipeline)  # the next task of this process starts afresh
             try:
                 data = None
@@ -119,24 +120,55 @@ def lost(title: str, rank: int, tasks: int, logs: Path, reason: str) -> TaskErro
 
 def quiet(path: Path | None) -> None:
     """Takes datatrove's logger off the terminal and, given a path, onto that file."""
-    logger.remove()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        logger.add(path, level="INFO", diagnose=False)
+    _LOG.leads_to(path)
+
+
+class _Log:
+    """The one sink of loguru in a process, whatever it leads to now.
+
+    Each sink that loguru is given takes it some 40 ms of CPU, spent on where Python's libraries lie: more than what
+    a short task takes.
+    """
+
+    def __init__(self) -> None:
+        self._added = False
+        self._path: Path | None = None
+        self._file: IO[str] | None = None
+
+    def leads_to(self, path: Path | None) -> None:
+        """Lines outside a task go to `path` from here on, or nowhere."""
+        if not self._added:
+            logger.remove()  # the terminal
+            logger.add(self._write, level="DEBUG", diagnose=False)
+            self._added = True
+        self._path = path
+
+    @contextlib.contextmanager
+    def of_task(self, path: Path) -> Iterator[None]:
+        """What the block logs or prints to stderr goes to `path`."""
+        self.leads_to(self._path)
+        with path.open("w", encoding="utf-8") as file, contextlib.redirect_stderr(file):
+            self._file = file
+            try:
+                yield
+            finally:
+                self._file = None
+                sys.stderr.flush()
+
+    def _write(self, line: str) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+        elif self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+
+
+_LOG = _Log()
 
 
 def _record_failure(logs: Path, rank: int, error: Exception) -> None:
     entry = {"type": type(error).__name__, "message": str(error)[:_MESSAGE_CHARS]}
     write_atomic(logs / "failed" / f"{rank:05d}.json", json.dumps(entry).encode())
-
-
-@contextlib.contextmanager
-def _log(path: Path) -> Iterator[None]:
-    """What the block logs or prints to stderr goes to `path`."""
-    with path.open("w", encoding="utf-8") as file, contextlib.redirect_stderr(file):
-        sink = logger.add(file, level="DEBUG", diagnose=False)
-        try:
-            yield
-        finally:
-            logger.remove(sink)
-            sys.stderr.flush()

@@ -77,6 +77,12 @@ def kinds_of(codes: np.ndarray) -> np.ndarray:
     return _look_up(codes, classes())
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def is_ideograph(code: np.uint32) -> bool:
+    """Of a code point behind the table."""
+    return bool(code <= _LAST_IDEOGRAPH)
+
+
 @numba.njit(cache=True, nogil=True)
 def _look_up(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
     kinds = np.empty(len(codes), np.uint16)
@@ -85,5 +91,5 @@ def _look_up(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
         if code < SIZE:
             kinds[place] = table[code]
         else:
-            kinds[place] = _IDEOGRAPH if code <= _LAST_IDEOGRAPH else 0
+            kinds[place] = _IDEOGRAPH if is_ideograph(code) else 0
     return kinds

@@ -7,9 +7,10 @@ is an affine map modulo 2^64 of an n-gram's hash, of which the least is kept.
 import numba
 import numpy as np
 
-from data_pipeline.scan.characters import WORD, codes_of, kinds_of
+from data_pipeline.scan.characters import codes_of
+from data_pipeline.scan.folding import ALONE, CODE, LETTER, SHIFT, fold, fold_alone, folded
 from data_pipeline.scan.scores import in_lower_case
-from data_pipeline.scan.words import BASE, mix, span_hash, split
+from data_pipeline.scan.words import BASE, FNV_OFFSET, FNV_PRIME, is_apostrophe, mix
 
 _BLOCK = 2048  # n-grams hashed at a time: 16 kB, which stay in the first cache
 _HIGHEST = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -25,19 +26,42 @@ def signature(text: str, window: int, scale: np.ndarray, shift: np.ndarray) -> n
 
 def shingles(text: str, window: int) -> np.ndarray:
     """uint64 [n-grams], a hash of each, in the text's order."""
-    lowered = codes_of(in_lower_case(text))
-    return _shingles(lowered, kinds_of(lowered), window)
+    codes = codes_of(text if fold_alone(text) else in_lower_case(text))
+    return _ngrams(_word_hashes(codes, folded()), window)
 
 
 @numba.njit(cache=True, nogil=True)
-def _shingles(codes: np.ndarray, kinds: np.ndarray, window: int) -> np.ndarray:
-    starts, ends = split(codes, kinds, 1)  # Splitter.words
-    hashes = np.empty(len(starts), np.uint64)
-    count = 0
-    for word in range(len(starts)):
-        if kinds[starts[word]] & WORD:
-            hashes[count] = span_hash(codes, starts[word], ends[word])
-            count += 1
+def _word_hashes(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """uint64 [words]: `Splitter.words` without the signs, and `span_hash` of each word's lower case, in one go."""
+    hashes = np.empty(len(codes), np.uint64)
+    count = place = 0
+    while place < len(codes):
+        entry = fold(codes[place], table)
+        place += 1
+        if not entry >> SHIFT & (LETTER | ALONE):
+            continue
+        value = (FNV_OFFSET ^ np.uint64(entry & CODE)) * FNV_PRIME
+        goes_on = entry >> SHIFT == LETTER
+        while goes_on and place < len(codes):
+            entry = fold(codes[place], table)
+            if entry >> SHIFT == LETTER:
+                value = (value ^ np.uint64(entry & CODE)) * FNV_PRIME
+                place += 1
+                continue
+            after = fold(codes[place + 1], table) if place + 1 < len(codes) else np.uint32(0)
+            goes_on = is_apostrophe(codes[place]) and after >> SHIFT == LETTER
+            if goes_on:
+                value = (value ^ np.uint64(codes[place])) * FNV_PRIME
+                value = (value ^ np.uint64(after & CODE)) * FNV_PRIME
+                place += 2
+        hashes[count] = mix(value)
+        count += 1
+    return hashes[:count]
+
+
+@numba.njit(cache=True, nogil=True)
+def _ngrams(hashes: np.ndarray, window: int) -> np.ndarray:
+    count = len(hashes)
     size = min(window, count)
     found = np.empty(max(count - size + 1, 1), np.uint64)
     # A rolling polynomial: the word that leaves is taken out times BASE ** size.

@@ -166,7 +166,8 @@ def in_lower_case(text: str) -> str:
     if len(lowered) == len(text):
         return lowered
     codes, table = codes_of(text), lower_case()
-    return np.where(codes < len(table), table[np.minimum(codes, len(table) - 1)], codes).tobytes().decode("utf-32-le")
+    lowered_codes = np.where(codes < len(table), table[np.minimum(codes, len(table) - 1)], codes)
+    return lowered_codes.tobytes().decode("utf-32-le", "surrogatepass")
 
 
 @numba.njit(cache=True, nogil=True)

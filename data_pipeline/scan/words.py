@@ -21,7 +21,7 @@ LETTERED = np.uint8(2)  # has a letter
 
 _LETTERS = WORD | CJK  # WORD alone of the two: a character that goes on with a word
 _APOSTROPHE, _CURLY_APOSTROPHE = 0x27, 0x2019
-_FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+FNV_OFFSET, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 BASE = np.uint64(0x2545F4914F6CDD1D)  # of n-gram polynomials; odd, so that multiplying by it loses nothing modulo 2^64
 
@@ -44,20 +44,25 @@ def mix(value: np.uint64) -> np.uint64:
     return value ^ (value >> np.uint64(31))
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def is_apostrophe(code: np.uint32) -> bool:
+    return code in (_APOSTROPHE, _CURLY_APOSTROPHE)
+
+
 @numba.njit(cache=True, nogil=True)
 def span_hash(codes: np.ndarray, start: int, end: int) -> np.uint64:
     """FNV-1a over code points (Fowler, Noll, Vo), then mixed: the same on every machine."""
-    value = _FNV_OFFSET
+    value = FNV_OFFSET
     for place in range(start, end):
-        value = (value ^ np.uint64(codes[place])) * _FNV_PRIME
+        value = (value ^ np.uint64(codes[place])) * FNV_PRIME
     return mix(value)
 
 
 def word_hash(word: str) -> int:
     """`span_hash` of a whole string, in plain Python."""
-    value = int(_FNV_OFFSET)
+    value = int(FNV_OFFSET)
     for character in word:
-        value = (value ^ ord(character)) * int(_FNV_PRIME) % (1 << 64)
+        value = (value ^ ord(character)) * int(FNV_PRIME) % (1 << 64)
     for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
         value = (value ^ value >> shift) * int(factor) % (1 << 64)
     return value ^ value >> 31
@@ -84,11 +89,7 @@ def split(codes: np.ndarray, kinds: np.ndarray, splitter: int) -> tuple[np.ndarr
             while place < size:
                 if kinds[place] & _LETTERS == WORD:
                     place += 1
-                elif (
-                    (codes[place] == _APOSTROPHE or codes[place] == _CURLY_APOSTROPHE)
-                    and place + 1 < size
-                    and kinds[place + 1] & _LETTERS == WORD
-                ):
+                elif is_apostrophe(codes[place]) and place + 1 < size and kinds[place + 1] & _LETTERS == WORD:
                     place += 2
                 else:
                     break
@@ -107,10 +108,10 @@ def describe(
     """(hashes uint64 [words], traits uint8 [words]) of the words at the given places."""
     hashes, traits = np.empty(len(starts), np.uint64), np.empty(len(starts), np.uint8)
     for word in range(len(starts)):
-        value, found, common = _FNV_OFFSET, np.uint16(0), np.uint16(0xFFFF)
+        value, found, common = FNV_OFFSET, np.uint16(0), np.uint16(0xFFFF)
         for place in range(starts[word], ends[word]):
             code = codes[place]
-            value = (value ^ np.uint64(code)) * _FNV_PRIME
+            value = (value ^ np.uint64(code)) * FNV_PRIME
             kind = kinds[place]
             found |= kind
             common &= kind

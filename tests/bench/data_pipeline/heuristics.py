@@ -1,7 +1,8 @@
 """All heuristics of a FineWeb recipe in one scan, against datatrove's four filters one after the other.
 
 A verdict that differs is computed again by our code on datatrove's words (spaCy's, or jieba's for Chinese) and, for C4,
-with its count of sentences: what then agrees is explained by that definition.
+with its count of sentences. What then agrees is explained by that definition, and counted under the rule that it moves
+over its bound: one that drops the document on datatrove's words alone, or on ours alone.
 """
 
 from collections import Counter
@@ -96,8 +97,9 @@ def run(source: str, megabytes: float) -> Result:
     agree, why = _agreement(source, documents, rules, theirs, scanner, c4)
     return Result(
         f"heuristics, {source}",
-        size_mb(documents) / ours,
-        size_mb(documents) / chained,
+        size_mb(documents),
+        ours,
+        chained,
         20,
         "datatrove: " + ", ".join(type(peer).__name__ for peer in theirs.values()),
         f"{agree:.1%} of verdicts; the others by {_said(why)}",
@@ -134,7 +136,10 @@ def _agreement(
             if name == "c4":
                 again["c4_sentences"] = _their_sentences(text, LANGUAGES[source])
             explained = (verdict(again, rules[name]) == "") == kept
-            why["sentence splitter" if name == "c4" else "word splitter" if explained else f"{name}: unexplained"] += 1
+            rule = verdict(scores if kept else again, rules[name])
+            whose = "our" if kept else "jieba's" if source == "chinese" else "spaCy's"
+            unit = "sentences" if name == "c4" else "words"
+            why[f"{rule} on {whose} {unit} alone" if explained else f"{name}: unexplained"] += 1
     return equal / (len(documents) * len(theirs)), why
 
 
@@ -159,4 +164,4 @@ def _their_sentences(text: str, language: str) -> float:
 
 
 def _said(why: Counter[str]) -> str:
-    return ", ".join(f"{reason} ({count})" for reason, count in why.most_common()) or "nothing: there are none"
+    return ", ".join(f"{reason} {count}" for reason, count in why.most_common()) or "nothing: there are none"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
 from rich.console import Console
 
 from configs.data import DataConfig, RayConfig, RunConfig, SlurmConfig
@@ -21,7 +22,7 @@ from data_pipeline.executors.base import Job
 from data_pipeline.executors.choose import choose, one_voice
 from data_pipeline.executors.local import LocalExecutor
 from data_pipeline.executors.slurm import SlurmTasks, cancel_leftovers
-from data_pipeline.executors.tasks import TaskError, claim, prepare
+from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
 
 ROOT = Path(__file__).parents[3]
 SECRET = "someone@example.org"
@@ -104,6 +105,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 import os, sys, time
 from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
 from rich.console import Console
 from data_pipeline.executors.local import LocalExecutor
 class Wait(PipelineStep):
@@ -246,3 +248,33 @@ def data_run(*args: str, env: dict[str, str] | None = None) -> subprocess.Comple
         stdin=subprocess.DEVNULL,
         timeout=120,
     )
+
+
+class Talk(PipelineStep):
+    """Says which task it is, to the log and to stderr."""
+
+    name, type = "Talk", "TEST"
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        logger.info(f"logged by {rank}")
+        print(f"printed by {rank}", file=sys.stderr)
+        yield from ()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_task_says_is_in_its_log_alone(tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str]) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with LocalExecutor(workers) as executor:
+        executor.perform("talk", [Talk()], 3, logs, 1, Console(quiet=True))
+    quiet(tmp_path / "outside.log")
+    logger.info("between stages")
+    quiet(None)
+    logger.info("nowhere")
+    for rank in range(3):
+        said = (logs / f"task_{rank:05d}.log").read_text()
+        found = re.findall(r"(?:logged|printed) by \d", said)
+        assert found == [f"logged by {rank}", f"printed by {rank}"]
+    outside = (tmp_path / "outside.log").read_text()
+    assert "between stages" in outside and "nowhere" not in outside
+    assert capfd.readouterr() == ("", "")
