@@ -30,7 +30,6 @@ STAGES = (
 _FIXED = ("tokenizer",)  # trains on at most tokenizer.train_bytes
 _AFTER_THE_SCORES = ("filter", "dedup", "documents", "tokens", "plan")  # what another threshold runs again
 _KEY_AND_ROW = 8 + 4  # bytes of a key in a shard's sorted files
-_ID_OBJECT = 49 + 8  # bytes of an id in memory beside its characters: a Python string and a list's pointer to it
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Assumptions:
     core_hour: float = 0.03  # USD
     shard_mb: float = 1000.0  # run.shard_bytes
     memory_mb: float = 16_000.0  # dedup.memory_mb
-    id_chars: int = 47  # a WARC record's
 
 
 class Model:
@@ -101,8 +99,6 @@ def measured(model: Model) -> str:
             row = model.stage(name, corpus)
             cells += [f"{row['mb_per_s']:.1f}", f"{row['details']['peak_memory_bytes'] / 1e6:.0f}"]
         lines.append(cells)
-    reading = [f"{model.stage('documents read', corpus)['mb_per_s']:.1f}" for corpus in ("demo", "web")]
-    lines.append(["(documents read once)", reading[0], "-", reading[1], "-"])
     return _table("Measured: text a CPU second, and the most memory of a process with one task", head, lines)
 
 
@@ -141,16 +137,6 @@ def memory(model: Model) -> str:
         ["documents that reach deduplication", f"{documents / 1e9:.1f} billion", "measured share of the text"],
         ["dedup, pairs", f"{model.assumed.memory_mb / 1e3:g} GB a task", "bounded by dedup.memory_mb"],
         ["dedup, clusters", f"{BYTES_A_DOCUMENT * documents / 1e9:,.0f} GB", "mapped files of one task on one node"],
-        [
-            "documents, planner",
-            f"{(_ID_OBJECT + model.assumed.id_chars) * documents / 1e9:,.0f} GB",
-            f"ids of {model.assumed.id_chars} characters, in one process",
-        ],
-        [
-            "tokenizer, planner",
-            f"{model.core_hours('documents read') * model.assumed.terabytes / 24:,.0f} days",
-            "one process reads all documents to count them",
-        ],
         ["keys on disk", f"{_key_bytes() * documents / 1e12:.1f} TB", f"{_key_bytes()} bytes a document"],
         [
             "the same in datatrove's files",

@@ -25,7 +25,6 @@ from data_pipeline.executors.local import LocalExecutor
 from data_pipeline.executors.tasks import quiet
 from data_pipeline.run import all_stages
 from data_pipeline.stage import Done, perform, sole_user
-from data_pipeline.store import read_documents
 from tests.bench.data_pipeline import recipe
 from tests.bench.data_pipeline.measure import DEMO, ROOT, Result, cpu_seconds
 
@@ -88,7 +87,6 @@ def measure(corpus: str, files: Path, run_dir: Path) -> list[Result]:
                 "peak_memory_bytes": _peak(),
             }
             rows.append(Result(f"{corpus}: {stage.name}", 0, seconds, details=details))
-    rows.append(_documents_read(corpus, run_dir))
     for row in rows:
         row.megabytes = recipe.extracted_mb(run_dir)
     return rows
@@ -97,13 +95,6 @@ def measure(corpus: str, files: Path, run_dir: Path) -> list[Result]:
 def _is_of_a_shard(path: Path) -> bool:
     """Not one that a stage has once, as its manifest, or by reason, as its samples."""
     return len(path.parts) > 1 and path.parts[0] not in ("drops", "rejected")
-
-
-def _documents_read(corpus: str, run_dir: Path) -> Result:
-    """What one pass over the published documents takes by itself, as the planner of the tokenizer stage makes it."""
-    files = sorted((run_dir / "documents").glob("*/*/*.jsonl.gz"))
-    seconds = cpu_seconds(lambda: [len(record["text"].encode()) for path in files for record in read_documents(path)])
-    return Result(f"{corpus}: documents read", 0, seconds, details={"corpus": corpus, "stage": "documents read"})
 
 
 def _counters() -> tuple[int, int]:
