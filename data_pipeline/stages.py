@@ -17,18 +17,18 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import plain
-from data_pipeline.blocklist import Blocklist
 from data_pipeline.canaries import PlantCanaries, as_input
 from data_pipeline.executors.base import Executor
-from data_pipeline.extraction import Extract, SetAside, bad_shares, shard_record
-from data_pipeline.filtering import ApplyRules
+from data_pipeline.extraction.blocklist import Blocklist
+from data_pipeline.extraction.step import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.language import IdentifyLanguage, kept_identifier
 from data_pipeline.ledger import Tally
-from data_pipeline.model_scores import ModelScores, model_files
 from data_pipeline.reading import InputUnit, ShardReader, SourceReader, find_units
 from data_pipeline.reading.files import is_remote
 from data_pipeline.scan.scores import Definition, Scanner
-from data_pipeline.scoring import Score, definition_of
+from data_pipeline.scores.filtering import ApplyRules
+from data_pipeline.scores.model_scores import ModelScores, model_files
+from data_pipeline.scores.scoring import Score, definition_of
 from data_pipeline.stage import Stage, digest, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, mask_samples, shards_of, table_samples
 from data_pipeline.writing import TextWriter
@@ -100,7 +100,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "shard_bytes": config.run.shard_bytes,
             "canaries": as_input(config.canaries),
         },
-        ("reading", "canaries", "extraction", "writing"),
+        ("reading", "canaries", "extraction.step", "writing"),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
         packages=(
             *("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
@@ -129,7 +129,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "definitions": {name: asdict(definition) for name, definition in definitions.items()},
             "scores": plain(config.scores),
         },
-        ("scoring",),
+        ("scores.scoring",),
         needs=(language,),
         counted_against=language,
         inputs=file_hashes(models, run_dir / "logs" / "models.json") if models else "",
@@ -139,7 +139,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
         "filter",
         partial(_filter, shop),
         rules,
-        ("filtering",),
+        ("scores.filtering",),
         needs=(score,),
         counted_against=score,
     )

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from data_pipeline.cutting.personal import mask
 from data_pipeline.ledger import Tally
-from data_pipeline.personal import mask
 from data_pipeline.realms import is_canary
 
 KEYS = ("source", "shard", "row", "id", "bytes")

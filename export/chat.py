@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokens.tokenizer import Tokenizer
 
 END = "<|end|>"  # closes a chat turn
 

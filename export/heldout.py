@@ -10,7 +10,7 @@ def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, vocab_s
 
     Errors: ValueError when the plan's tokenizer cannot be the model's, or the plan holds nothing out.
     """
-    from data_pipeline.rows import Plan
+    from data_pipeline.mixture.rows import Plan
 
     opened = Plan.open(plan)
     if opened.vocab_size > vocab_size:

@@ -130,7 +130,7 @@ def _tokenizer(config: dict[str, Any], plan: Path | None) -> Path | None:
         return Path(named) / "tokenizer.model" if Path(named).is_dir() else Path(named)
     if plan is None:
         return None
-    from data_pipeline.rows import Plan
+    from data_pipeline.mixture.rows import Plan
 
     if not plan.is_dir():
         raise ConfigError(f"the run's data.plan = {plan} does not exist; its tokenizer is found through it")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sentencepiece import sentencepiece_model_pb2
 
 from configs.loader import write_atomic
-from data_pipeline.tokenizer import SPACE, Tokenizer
+from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

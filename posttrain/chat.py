@@ -17,7 +17,7 @@ from typing import Literal, TypedDict
 
 import numpy as np
 
-from data_pipeline.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
+from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 BOS, END = "<s>", "<|end|>"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from configs.posttrain import GRPOSection
-from data_pipeline.rows import Row
+from data_pipeline.mixture.rows import Row
 from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
 from posttrain.algorithms.aggregation import Aggregation, token_weight
 from posttrain.chat import ChatFormat

@@ -13,7 +13,7 @@ from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import SFTConfig
 from configs.train import RESUME
-from data_pipeline.rows import Row
+from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from configs.posttrain import DemonstrationConfig, DialogueConfig
-from data_pipeline.packing import best_fit
-from data_pipeline.rows import Row
+from data_pipeline.mixture.packing import best_fit
+from data_pipeline.mixture.rows import Row
 from posttrain.chat import ChatFormat, Message
 from posttrain.tasks import Split, Task, make_task
 from pretrain.data import BatchSource

@@ -6,7 +6,7 @@ from pathlib import Path
 from configs.loader import ConfigError, validate, write_atomic
 from configs.posttrain import InitConfig
 from configs.train import ModelConfig
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat import ChatFormat, jinja_template
 from pretrain.checkpoint import storage
 

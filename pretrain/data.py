@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.rows import Plan, Row
+from data_pipeline.mixture.rows import Plan, Row
 from pretrain.model.batch import Batch
 
 
@@ -74,7 +74,7 @@ class BatchSource(abc.ABC):
 
 
 class PlanSource(BatchSource):
-    """Rows of a mixture plan; see `data_pipeline.rows.Plan`."""
+    """Rows of a mixture plan; see `data_pipeline.mixture.rows.Plan`."""
 
     def __init__(self, plan: Plan):
         self.plan = plan

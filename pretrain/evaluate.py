@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from data_pipeline.rows import Plan, Row
+from data_pipeline.mixture.rows import Plan, Row
 from pretrain.data import micro_batches
 from pretrain.model.losses import NextToken
 from pretrain.parallel.engine import Engine

@@ -9,7 +9,7 @@ from pathlib import Path
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.train import RESUME, PretrainConfig
-from data_pipeline.rows import Plan
+from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment
 
 

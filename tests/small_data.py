@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from data_pipeline.store import build
-from data_pipeline.tokenizer import Tokenizer, train
+from data_pipeline.tokens.store import build
+from data_pipeline.tokens.tokenizer import Tokenizer, train
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 512

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, load, parse_args
+from data_pipeline.cutting.excerpts import texts
 from data_pipeline.dedup.verify import jaccard
-from data_pipeline.excerpts import texts
 from data_pipeline.realms import is_canary
 from data_pipeline.report import wide_console
 from data_pipeline.scan.minhash import shingles

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.alarms import WATCHED
-from data_pipeline.excerpts import Excerpt
+from data_pipeline.cutting.excerpts import Excerpt
+from data_pipeline.cutting.personal import mask
 from data_pipeline.page import samples
 from data_pipeline.page.figures import bar
-from data_pipeline.personal import mask
 
 _SAMPLES = 4
 _EXCERPT = 300  # characters

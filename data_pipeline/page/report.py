@@ -14,10 +14,10 @@ from typing import Any
 from configs.data import DataConfig
 from configs.loader import write_atomic
 from data_pipeline.charts import page, short
+from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.page import measures
 from data_pipeline.page.drops import drops, sample, text_of
 from data_pipeline.page.figures import Flow, bar, flow, histogram, sizes
-from data_pipeline.rows import Plan, open_plans
 
 _CLUSTERS, _MEMBERS, _LANGUAGES = 8, 4, 20
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.cuts import FOLDER as CUTS
-from data_pipeline.excerpts import excerpt, piece, texts
+from data_pipeline.cutting.cuts import FOLDER as CUTS
+from data_pipeline.cutting.excerpts import excerpt, piece, texts
 from data_pipeline.hashing import stable_hash
 from data_pipeline.realms import is_canary
 from data_pipeline.tables import SHOWN, read_table, shards_of

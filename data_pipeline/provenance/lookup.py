@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from configs.loader import ConfigError
 from data_pipeline.dedup.signatures import url_key
-from data_pipeline.rows import Plan, open_plans
+from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.stage import read_manifest
 from data_pipeline.tables import read_table, shards_of
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load
 from configs.mixture import PlanConfig
-from data_pipeline.forecast import show
-from data_pipeline.plan_files import build_stages
+from data_pipeline.mixture.forecast import show
+from data_pipeline.mixture.plan_files import build_stages
+from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.report import wide_console
-from data_pipeline.rows import Plan, open_plans
 
 
 def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from configs.data import DataConfig, RuleSet
 from configs.loader import ConfigError, entrypoint, load, parse_args
-from data_pipeline.cuts import FOLDER as CUTS
-from data_pipeline.decontamination import FOLDER as MATCHES
-from data_pipeline.excerpts import excerpt, piece, texts
+from data_pipeline.cutting.cuts import FOLDER as CUTS
+from data_pipeline.cutting.decontamination import FOLDER as MATCHES
+from data_pipeline.cutting.excerpts import excerpt, piece, texts
 from data_pipeline.page.samples import Smallest
 from data_pipeline.provenance.lookup import TABLE_STAGES
 from data_pipeline.realms import is_canary

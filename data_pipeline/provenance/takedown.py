@@ -15,11 +15,11 @@ from typing import Any
 from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load, write_atomic
 from data_pipeline.dedup.signatures import url_key
-from data_pipeline.plan_files import build_stages
+from data_pipeline.mixture.plan_files import build_stages
+from data_pipeline.mixture.rows import open_plans
 from data_pipeline.provenance.lookup import Stored, places, plans, steps, stored, stretches, uses
 from data_pipeline.provenance.replan import rest, used
 from data_pipeline.report import wide_console
-from data_pipeline.rows import open_plans
 from data_pipeline.stage import read_manifest
 
 

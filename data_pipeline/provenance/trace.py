@@ -14,9 +14,9 @@ from typing import Any
 from rich.table import Table
 
 from configs.loader import ConfigError, command_parser, entrypoint
+from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance.lookup import Stretch, stretches
 from data_pipeline.report import wide_console
-from data_pipeline.rows import Plan
 
 
 def batch(plan: Plan, stretch: Stretch, step: int) -> list[dict[str, Any]]:

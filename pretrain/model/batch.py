@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, [B, S] where nothing else is said; `data_pipeline.rows.Row` says what the values mean.
+    """One micro-batch, [B, S] where nothing else is said; `data_pipeline.mixture.rows.Row` says what the values mean.
 
     `loss_mask` is float: RL weighs tokens with it. `advantages` and `logprobs` are RL's, else None.
     """

@@ -26,7 +26,7 @@ from torch import nn
 from configs.layout import Layout
 from configs.loader import entrypoint, load, write_atomic
 from configs.train import PretrainConfig
-from data_pipeline.rows import Row
+from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.data import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken

@@ -12,8 +12,8 @@ import tomli_w
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.plan_files import build_plan
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.tokens.tokenizer import Tokenizer
 from export import generate, huggingface, import_hf
 from posttrain.chat import jinja_template
 from tests.small_data import CHINESE, VOCAB, make_tokens

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.tokenizer import train as train_tokenizer
+from data_pipeline.tokens.tokenizer import train as train_tokenizer
 from posttrain.chat import jinja_template
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RankError, Ranks

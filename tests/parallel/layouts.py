@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from configs.layout import Layout
 from configs.loader import validate
 from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSection
-from data_pipeline.rows import Row
+from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.data import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken

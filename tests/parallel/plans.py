@@ -5,7 +5,7 @@ from typing import Any
 from configs.layout import Layout
 from configs.loader import validate
 from configs.train import PretrainConfig
-from data_pipeline.rows import Plan
+from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment
 from pretrain.data import PlanSource
 from pretrain.model.losses import NextToken

@@ -8,11 +8,11 @@ import pytest
 
 from configs.loader import validate
 from configs.mixture import MixtureConfig
-from data_pipeline.plan_files import build_stages
+from data_pipeline.mixture.plan_files import build_stages
+from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan, trace
 from data_pipeline.provenance.lookup import steps, stretches
-from data_pipeline.rows import Plan
-from data_pipeline.store import Shards
+from data_pipeline.tokens.store import Shards
 from pretrain.checkpoint import storage
 from tests.parallel.test_layouts import MODELS
 from tests.parallel.test_training import RanksOf, metrics

@@ -16,7 +16,7 @@ import torch
 from configs.layout import Layout
 from configs.loader import validate
 from configs.train import CheckpointConfig, ModelConfig, TrainerConfig
-from data_pipeline.rows import Row
+from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.saving import Saver

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_pipeline", "pretrain", "posttrain", "export", "launch", "cli")
 TORCH = ("torch", "megatron", "deepspeed")
-TOKEN_STORE = ("data_pipeline.rows", "data_pipeline.packing", "data_pipeline.tokenizer")
+TOKEN_STORE = ("data_pipeline.mixture.rows", "data_pipeline.mixture.packing", "data_pipeline.tokens.tokenizer")
 PAGES = ("data_pipeline.charts",)  # what the HTML pages of data runs and training runs share
 
 
@@ -132,8 +132,8 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
     [
         ("configs.train", "import torch", "torch"),
         ("configs.train", "import numpy as np", "numpy"),
-        ("data_pipeline.rows", "def f():\n    from torch import nn", "torch.nn"),
-        ("data_pipeline.rows", "from pretrain.data import collate", "pretrain.data.collate"),
+        ("data_pipeline.mixture.rows", "def f():\n    from torch import nn", "torch.nn"),
+        ("data_pipeline.mixture.rows", "from pretrain.data import collate", "pretrain.data.collate"),
         (
             "data_pipeline.run",
             "from launch.environment import mpi_rank_and_world",
@@ -162,7 +162,7 @@ def test_a_planted_wrong_import_is_caught(module: str, source: str, name: str) -
 def test_allowed_imports_pass() -> None:
     assert not offences("import os, torch\nfrom configs.train import ModelConfig", "pretrain.model.moe")
     assert not offences("from . import moe\nfrom .norm import RMSNorm", "pretrain.model", is_package=True)
-    assert not offences("from data_pipeline.rows import Plan\nfrom .losses import x", "pretrain.data")
+    assert not offences("from data_pipeline.mixture.rows import Plan\nfrom .losses import x", "pretrain.data")
 
 
 def test_torch_free_parts_load_no_torch() -> None:

@@ -7,10 +7,10 @@ that datatrove finds. What no definition explains is said to be so.
 from functools import cache
 
 from configs.data import Bound, RuleSet
-from data_pipeline.filtering import verdict
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scan.words import Splitter
-from data_pipeline.scoring import definition_of
+from data_pipeline.scores.filtering import verdict
+from data_pipeline.scores.scoring import definition_of
 from tests.bench.data_pipeline.heuristics import rule_sets, spans
 from tests.bench.data_pipeline.measure import LANGUAGES
 

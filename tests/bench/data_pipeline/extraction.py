@@ -13,7 +13,7 @@ from itertools import cycle
 from datatrove.pipeline.extractors import Trafilatura
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-from data_pipeline.extractors import main_text
+from data_pipeline.extraction.extractors import main_text
 from tests.bench.data_pipeline.measure import DEMO, Result, cpu_seconds, size_mb, spread, texts
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")

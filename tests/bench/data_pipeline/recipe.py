@@ -45,8 +45,8 @@ from data_pipeline.executors.tasks import quiet
 from data_pipeline.language import model_path
 from data_pipeline.run import all_stages
 from data_pipeline.stage import perform, sole_user
-from data_pipeline.store import read_documents
 from data_pipeline.tables import read_table, shards_of
+from data_pipeline.tokens.store import read_documents
 from tests.bench.data_pipeline.definitions import why
 from tests.bench.data_pipeline.heuristics import peers
 from tests.bench.data_pipeline.measure import DEMO, LANGUAGES, ROOT, Result, cpu_seconds, spread

@@ -1,7 +1,7 @@
 """Texts to ids, against sentencepiece called on the same texts in batches; and gzipped documents to a token store.
 
-Cold is the first file that a task meets, with an empty table of parts (`data_pipeline.bpe_cache`); warm is the next
-one, of other documents. Ours gives arrays, the peer lists; the ids are the same. The row of the store has our reading
+Cold is the first file that a task meets, with an empty table of parts (`tokens.bpe_cache`); warm is the next one, of
+other documents. Ours gives arrays, the peer lists; the ids are the same. The row of the store has our reading
 of files, checksums and writing in it, and the peer none of them.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_pipeline.store import build
-from data_pipeline.tokenizer import Tokenizer, train
+from data_pipeline.tokens.store import build
+from data_pipeline.tokens.tokenizer import Tokenizer, train
 from tests.bench.data_pipeline.measure import Result, cpu_seconds, size_mb, texts
 
 _PEER = "sentencepiece in batches, no files"

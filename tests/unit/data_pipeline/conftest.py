@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import store, tokenizer
+from data_pipeline.tokens import store, tokenizer
 
 DEMO = Path(__file__).parents[3] / "data" / "demo"
 SOURCES = {"english": slice(180, 300, 2), "chinese": slice(0, 8), "code": slice(0, 250)}

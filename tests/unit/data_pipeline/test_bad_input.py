@@ -14,8 +14,8 @@ import pytest
 import zstandard
 
 from configs.data import ExtractConfig
-from data_pipeline.extraction import repair
-from data_pipeline.page_limits import too_complex
+from data_pipeline.extraction.page_limits import too_complex
+from data_pipeline.extraction.step import repair
 from data_pipeline.reading.decompression import Fault, members
 from data_pipeline.reading.records import BROKEN
 from tests.unit.data_pipeline.test_reading import PAGE, read, reasons, warc
@@ -224,7 +224,7 @@ def test_nuls(tmp_path: Path) -> None:
 EXTRACTING = """
 import json, sys, time
 from configs.data import ExtractConfig, SourceConfig
-from data_pipeline.extraction import Extract
+from data_pipeline.extraction.step import Extract
 from data_pipeline.reading.source import SourceReader, find_units
 tallies = sys.argv[1]
 for kind, *paths in json.loads(sys.argv[2]):

@@ -12,7 +12,7 @@ import zstandard
 
 from data_pipeline.run import main
 from tests.data_runs import write_inputs
-from tests.unit.data_pipeline.test_page_limits import SLOW
+from tests.unit.data_pipeline.extraction.test_page_limits import SLOW
 from tests.unit.data_pipeline.test_reading import PAGE, warc
 
 MB = 1_000_000

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from configs.loader import ConfigError
-from data_pipeline import store
-from data_pipeline.plan_files import build_plan
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import takedown, trace
 from data_pipeline.provenance.lookup import stored, uses
-from data_pipeline.rows import Plan
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokens import store
+from data_pipeline.tokens.tokenizer import Tokenizer
 from tests.unit.data_pipeline.conftest import write_jsonl
 
 L, SAMPLES, BATCH = 64, 600, 16

@@ -16,9 +16,9 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline import report, run
 from data_pipeline.dedup import recall
-from data_pipeline.filtering import broken
 from data_pipeline.page import measures, samples
 from data_pipeline.page.report import chain_of
+from data_pipeline.scores.filtering import broken
 from data_pipeline.tables import read_table, shards_of
 
 ROOT = Path(__file__).parents[3]

@@ -14,8 +14,8 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, load
 from data_pipeline import stage
 from data_pipeline.ledger import LedgerError, Tally
+from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain
-from data_pipeline.rows import Plan
 from data_pipeline.run import main
 from tests.data_runs import CONFIG, ROOT, published
 
@@ -345,11 +345,11 @@ def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatc
         ("language.py", True),
         ("scan/lines.py", True),
         ("scan/characters.py", True),
-        ("filtering.py", True),
-        ("credentials.py", True),
+        ("scores/filtering.py", True),
+        ("cutting/credentials.py", True),
         ("executors/progress.py", False),
         ("ledger.py", False),
-        ("packing.py", False),
+        ("mixture/packing.py", False),
     ):
         path = tmp_path / "copy" / module
         content = path.read_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 from configs.loader import ConfigError
 from data_pipeline import run
-from data_pipeline.excerpts import excerpt, piece
+from data_pipeline.cutting.excerpts import excerpt, piece
 from data_pipeline.provenance import sample
 from data_pipeline.tables import read_table, shards_of
 from tests.unit.data_pipeline.conftest import demo_records

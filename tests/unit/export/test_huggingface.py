@@ -13,7 +13,7 @@ import export.families
 import export.tensors
 import export.tokenizer
 from configs.export import ExportConfig
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokens.tokenizer import Tokenizer
 from export import folder, huggingface
 from posttrain.chat import ChatFormat, jinja_template
 from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tiny

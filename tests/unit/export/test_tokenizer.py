@@ -9,7 +9,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2 as proto
 from transformers import AutoTokenizer
 
-from data_pipeline.tokenizer import SPACE, Tokenizer
+from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 from export.tokenizer import PIECE, first_difference, read_model, write_tokenizer
 from export.verify import ODD_TEXTS
 from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings

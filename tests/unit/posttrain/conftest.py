@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_pipeline.tokenizer import Tokenizer, train
+from data_pipeline.tokens.tokenizer import Tokenizer, train
 from posttrain.chat import ChatFormat
 
 TEXT = (

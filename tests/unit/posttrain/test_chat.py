@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data_pipeline.tokenizer import FIM_CONTROLS, SPECIALS
+from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS
 from posttrain.chat import ChatFormat, Message, jinja_template, neutralise
 
 DIALOGUES: list[list[Message]] = [

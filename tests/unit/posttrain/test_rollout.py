@@ -8,7 +8,7 @@ import torch
 
 from configs.posttrain import GRPOSection
 from configs.train import ModelConfig
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat import ChatFormat
 from posttrain.grpo_source import GRPOLoss
 from posttrain.rollout import Rollout, judge, sample_rollout, training_rows

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.rows import Row
+from data_pipeline.mixture.rows import Row
 from pretrain.data import micro_batches, share_of_rank
 from pretrain.model.losses import label_logprobs
 

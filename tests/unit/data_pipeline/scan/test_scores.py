@@ -17,11 +17,11 @@ from datatrove.pipeline.filters import (
 )
 
 from configs.data import RuleSet
-from data_pipeline.filtering import verdict
-from data_pipeline.model_scores import MODEL_SCORES
 from data_pipeline.scan.scores import SCORES, Definition, Scanner, in_lower_case
 from data_pipeline.scan.words import Splitter
-from data_pipeline.scoring import definition_of
+from data_pipeline.scores.filtering import verdict
+from data_pipeline.scores.model_scores import MODEL_SCORES
+from data_pipeline.scores.scoring import definition_of
 
 ROOT = Path(__file__).parents[4]
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")

@@ -1,0 +1,100 @@
+"""Decontamination: documents that hold evaluation text are dropped, or the text is cut out of them.
+
+By n-grams of words, as GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C): 13 words in a row of an item are a
+match; there 200 characters on either side go as well. `probes` says how texts are compared. For every document with
+a match a table `matches/<source>/<shard>.parquet` names file and item, and shows the longest stretch in its context.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datatrove.data import Document
+
+from configs.cuts import DecontaminateConfig
+from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
+from data_pipeline.cutting.probes import Match, Probes
+from data_pipeline.tables import masked, write_table
+
+FOLDER = "matches"
+CONTAMINATED = "contaminated"
+_ITEMS = 10  # a document: those with the most n-grams
+_CONTEXT = 80  # characters shown on either side of a match
+_SHOWN = 400  # characters shown of a match
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("id", pa.string()),
+        ("file", pa.string()),
+        ("item", pa.string()),
+        ("ngrams", pa.int64()),
+        ("share", pa.float64()),  # of the item's n-grams
+        ("start", pa.int64()),  # bytes of the document's text
+        ("end", pa.int64()),
+        ("context", pa.string()),  # the match in guillemets
+    ]
+)
+
+
+class Decontaminate(CutStep):
+    """Verdicts or cuts, and tables of matches; `probes` is the folder where they are saved."""
+
+    name = "Decontaminate"
+
+    def __init__(self, folder: str, tallies: str, select: str, settings: DecontaminateConfig, probes: str) -> None:
+        super().__init__(folder, tallies, select)
+        self.settings = settings
+        self.probes_folder = probes
+        self._probes: Probes | None = None
+        self._matches: list[dict[str, Any]] = []
+
+    def find(self, document: Document) -> tuple[list[Cut], dict[str, Any]]:
+        if self._probes is None:  # in the worker: they do not travel between processes
+            self._probes = Probes.load(self.probes_folder)
+        found = self._probes.matches(document.text, self.settings.min_share)
+        columns: dict[str, Any] = {"items": len(found)}
+        if not found:
+            return [], columns
+        self._note(document, found[:_ITEMS])
+        if self.settings.action == "drop":
+            return [], columns | {"verdict": CONTAMINATED}
+        margin, size = self.settings.margin, len(document.text)
+        spans = sorted({span for match in found for span in match.spans})
+        places = [place for start, end in spans for place in (max(0, start - margin), min(size, end + margin))]
+        offsets = byte_offsets(document.text, places)
+        return [
+            Cut(start, end, "", CONTAMINATED) for start, end in zip(offsets[::2], offsets[1::2], strict=True)
+        ], columns
+
+    def _note(self, document: Document, found: list[Match]) -> None:
+        assert self._probes is not None
+        for match in found:
+            start, end = max(match.spans, key=lambda span: (span[1] - span[0], -span[0]))
+            low, high = byte_offsets(document.text, [start, end])
+            file, item = self._probes.names[match.item]
+            row = {
+                "row": document.metadata["row"],
+                "id": document.id,
+                "file": file,
+                "item": item,
+                "ngrams": match.ngrams,
+                "share": match.share,
+                "start": low,
+                "end": high,
+                "context": shown(document.text, start, end),
+            }
+            self._matches.append(masked(row))
+
+    def write(self, shard: str, rows: Sequence[dict[str, Any]]) -> None:
+        super().write(shard, rows)
+        write_table(Path(self.folder) / FOLDER, shard, pa.Table.from_pylist(self._matches, schema=SCHEMA))
+        self._matches = []
+
+
+def shown(text: str, start: int, end: int) -> str:
+    """The match with what is around it; a long one without its middle."""
+    match = text[start:end]
+    if len(match) > _SHOWN:
+        match = f"{match[: _SHOWN // 2]} […] {match[-_SHOWN // 2 :]}"
+    return f"{text[max(0, start - _CONTEXT) : start]}«{match}»{text[end : end + _CONTEXT]}"

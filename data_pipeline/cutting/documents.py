@@ -1,0 +1,229 @@
+"""The documents that go on to the tokenizer: `<split>/<source>/NNNNN.jsonl.gz`, without what stages cut.
+
+All cuts of a text are made here, at once; a document that loses more than a share goes as `mostly_cut`, and so does
+one of which only white space is left. Tables alone say what becomes of a document, so that a first pass over them
+(`Survey`) finds what a source has in all, and the texts are read once.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from data_pipeline.canaries import LEFT_OUT
+from data_pipeline.cutting.cuts import Merged, apply, merge, read_cuts
+from data_pipeline.heldout import HELDOUT, TRAIN, Extremes, Lot
+from data_pipeline.ledger import Tally
+from data_pipeline.realms import is_canary
+from data_pipeline.tables import SAMPLES, kept_rows, read_table
+
+MOSTLY_CUT = "mostly_cut"
+# Scores that travel with a document into the token store's table; all others stay in the score stage's
+# tables.
+SCORES = ("quality", "word_count", "alpha_word_ratio", "dup_line_char_ratio", "top_2_gram", "dup_5_gram")
+
+
+@dataclass(frozen=True)
+class Before:
+    """The folders of the stages before: who says what of a document. `judges` and `cutters` are in the order in
+    which the stages run.
+    """
+
+    kept: str  # the last stage that all documents went through; what it kept comes in
+    judges: tuple[str, ...]  # stages beside each other after that one, whose verdicts all count
+    cutters: tuple[str, ...]  # stages that cut
+    deduped: str
+    scores: str
+    languages: str
+    cut_share_max: float
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a document: dropped for `reason`, or passed on after its cuts."""
+
+    row: int
+    id: str
+    size: int  # bytes of its text before the cuts
+    reason: str
+    merged: Merged
+
+
+def fates(before: Before, shard: str) -> list[Fate]:
+    """Of every document of a shard that comes in, from tables alone."""
+    coming = kept_rows(read_table(before.kept, shard))
+    if not coming.num_rows:  # the stages after that have no tables of it
+        return []
+    cuts = read_cuts(before.cutters, shard)
+    verdicts: dict[int, str] = {}
+    for judge in reversed(before.judges):
+        verdicts |= {line["row"]: line["verdict"] for line in read_table(judge, shard).to_pylist() if line["verdict"]}
+    found = []
+    for line in _columns(coming, ("row", "id", "bytes")):
+        merged = merge(cuts.get(line["row"], []))
+        reason = verdicts.get(line["row"], "")
+        if not reason and merged.removed_bytes > before.cut_share_max * line["bytes"]:
+            reason = MOSTLY_CUT
+        found.append(Fate(line["row"], line["id"], line["bytes"], reason, merged))
+    return found
+
+
+class Survey(PipelineStep):
+    """Writes a line for each shard that documents come in of, without reading a text: `surveyed` reads them."""
+
+    name = "Survey"
+    type = "🔭 - SURVEY"
+
+    def __init__(self, before: Before, shards: Sequence[str], seed: int, out: str) -> None:
+        super().__init__()
+        self.before = before
+        self.shards = list(shards)
+        self.seed = seed
+        self.out = out
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        lines = []
+        for shard in self.shards[rank::world_size]:
+            if coming := fates(self.before, shard):
+                lines.append(json.dumps(dataclasses.asdict(self._seen(shard, coming)), ensure_ascii=False) + "\n")
+        path = Path(self.out) / f"{rank:05d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+        yield from ()
+
+    def _seen(self, shard: str, coming: Sequence[Fate]) -> "Seen":
+        source = shard.split("/")[0]
+        if is_canary(shard):
+            fates_of = [{"id": fate.id, "reason": fate.reason, "cuts": fate.merged.removed} for fate in coming]
+            return Seen(shard, Extremes(), [], fates_of)
+        mostly_cut = [
+            {"source": source, "shard": shard, "row": fate.row, "id": fate.id, "bytes": fate.size}
+            | {"verdict": MOSTLY_CUT, "cut_bytes": fate.merged.removed}
+            for fate in coming
+            if fate.reason == MOSTLY_CUT
+        ]
+        left = Extremes.of((fate.id for fate in coming if not fate.reason), self.seed)
+        return Seen(shard, left, mostly_cut[:SAMPLES], [])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What `Survey` says of a shard: of the documents that are left, some that are mostly cut, and canaries' fates."""
+
+    shard: str
+    left: Extremes
+    mostly_cut: list[dict[str, Any]]
+    canaries: list[dict[str, Any]]
+
+
+def surveyed(folder: Path) -> list[Seen]:
+    """Of all tasks, by shard."""
+    found = []
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            left = Extremes(**{name: drawn and tuple(drawn) for name, drawn in entry["left"].items()})
+            found.append(Seen(**{**entry, "left": left}))
+    return sorted(found, key=lambda seen: seen.shard)
+
+
+def lots(found: Iterable[Seen], sources: Iterable[str], share: float, seed: int) -> dict[str, Lot]:
+    """By source. Errors: ValueError for one that has less than two documents left."""
+    ends = dict.fromkeys(sources, Extremes())
+    for seen in found:
+        source = seen.shard.split("/")[0]
+        if source in ends:
+            ends[source] |= seen.left
+    return {source: Lot.of(left, share, seed, source) for source, left in ends.items()}
+
+
+class Split(PipelineStep):
+    """Passes on what no stage dropped, without what stages cut, each document with its split and its scores."""
+
+    name = "Held-out split"
+    type = "🔀 - SPLIT"
+
+    def __init__(self, before: Before, lots: Mapping[str, Lot], tallies: str, order: dict[str, int]) -> None:
+        super().__init__()
+        self.before = before
+        self.lots = dict(lots)
+        self.tallies = tallies
+        self.order = order
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        tally = Tally()
+        for shard, documents in groupby(data, key=lambda document: document.metadata["shard"]):
+            coming = {fate.row: fate for fate in fates(self.before, shard)}
+            columns = self._columns_of(shard)
+            for document in documents:
+                if fate := coming.get(document.metadata["row"]):
+                    document.metadata |= columns[fate.row]
+                    yield from self._pass_on(document, fate, tally)
+        tally.save(Path(self.tallies) / f"out-{rank:05d}.json")
+
+    def _pass_on(self, document: Document, fate: Fate, tally: Tally) -> DocumentsPipeline:
+        metadata = document.metadata
+        source = metadata["source"]
+        tally.came_in(source, fate.size)
+        if is_canary(source):
+            tally.dropped(source, fate.reason or LEFT_OUT, fate.size)
+            return
+        text = document.text if fate.reason else apply(document.text, fate.merged)
+        reason = fate.reason or ("" if text.strip() else MOSTLY_CUT)
+        if reason:
+            tally.dropped(source, reason, fate.size)
+            return
+        document.text = text
+        metadata["bytes"] = len(text.encode())
+        if fate.merged.spans:
+            metadata["cut_bytes"] = fate.merged.removed
+            tally.note(source, "cut")
+            for why, size in fate.merged.removed.items():
+                tally.dropped(source, why, size, documents=0)
+            if inserted := fate.merged.inserted_bytes:
+                tally.note(source, "inserted bytes", inserted)
+        tally.kept(source, fate.size - fate.merged.removed_bytes, metadata["bytes"])
+        split = HELDOUT if self.lots[source].holds_out(document.id) else TRAIN
+        metadata |= {"split": split, "output": f"{self.order[metadata['shard']]:05d}"}
+        if split == HELDOUT:
+            tally.note(source, "held out")
+            tally.note(source, "held-out bytes", metadata["bytes"])
+        yield document
+
+    def _columns_of(self, shard: str) -> dict[int, dict[str, Any]]:
+        """Row -> what travels with a document, for those that deduplication kept."""
+        scores = {line["row"]: line for line in _columns(read_table(self.before.scores, shard), ("row", *SCORES))}
+        spoken = {
+            line["row"]: line
+            for line in _columns(read_table(self.before.languages, shard), ("row", "language", "language_score"))
+        }
+        deduped = kept_rows(read_table(self.before.deduped, shard))
+        return {
+            line["row"]: {
+                "cluster_size": line["cluster_size"],
+                "language": spoken[line["row"]]["language"],
+                "language_score": round(spoken[line["row"]]["language_score"], 6),
+                "scores": {name: round(scores[line["row"]][name], 6) for name in SCORES},
+            }
+            for line in _columns(deduped, ("row", "cluster_size"))
+        }
+
+
+def _columns(table: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:
+    return table.select(list(names)).to_pylist()
+
+
+_INTERNAL = frozenset({"shard", "row", "split", "output"})
+
+
+def split_record(step: PipelineStep, document: Document) -> dict[str, Any]:
+    """What of a document is published."""
+    metadata = {key: value for key, value in document.metadata.items() if key not in _INTERNAL}
+    return {"text": document.text, "id": document.id, "metadata": metadata}

@@ -1,0 +1,37 @@
+"""The PII stage: personal data, keys and tokens are replaced, or cost the document, by kind.
+
+What is found, and what is not, is said in `personal` and `credentials`. The stage publishes where and of which
+kind, never what: no table, sample or log of it holds the text that matched.
+"""
+
+from collections import Counter
+from typing import Any
+
+from datatrove.data import Document
+
+from configs.cuts import PiiConfig
+from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
+from data_pipeline.cutting.personal import PLACEHOLDERS, find
+
+
+class RemovePii(CutStep):
+    """Cuts with placeholders for the kinds to replace, a verdict `pii_<kind>` for those that drop a document."""
+
+    name = "PII"
+
+    def __init__(self, folder: str, tallies: str, select: str, settings: PiiConfig) -> None:
+        super().__init__(folder, tallies, select)
+        self.settings = settings
+
+    def find(self, document: Document) -> tuple[list[Cut], dict[str, Any]]:
+        settings = self.settings
+        found = find(document.text, settings.actions, settings.private_ips)
+        counts = Counter(kind for _, _, kind in found)
+        columns: dict[str, Any] = {kind: counts[kind] for kind in sorted(settings.actions)}
+        for kind in sorted(counts):
+            if settings.actions[kind] == "drop_document":
+                return [], columns | {"verdict": f"pii_{kind}"}
+        texts = PLACEHOLDERS | settings.replacements
+        places = byte_offsets(document.text, [place for start, end, _ in found for place in (start, end)])
+        spans = zip(places[::2], places[1::2], found, strict=True)
+        return [Cut(start, end, texts[kind], f"pii_{kind}") for start, end, (_, _, kind) in spans], columns

@@ -1,0 +1,1 @@
+"""From token stores to training rows: shares, epochs, packing, plans and reading them."""

@@ -1,0 +1,135 @@
+"""When each source of a mixture runs out, what more it could give, and what each packing would cut and pad.
+
+A forecast of the plan that was asked for: it trains nothing and knows nothing of losses. `foreseen` goes into
+plan.json; `show` prints it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.mixture.epochs import Documents
+from data_pipeline.mixture.packing import PACKINGS
+
+_ENDS_SHOWN = 4
+
+
+def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: float) -> dict[str, Any]:
+    """Of a source whose rows are the samples `places`, of `samples` in all.
+
+    epoch_ends      the sample, from 0, that is the last row of each epoch, and the share of the samples (and so of the
+                    training steps) that are done with it; epochs that an earlier plan began are counted with its part
+    begun           epochs that earlier plans used of it
+    max_epochs      its cap, earlier plans included
+    more_possible   by how much of the mixture its share could rise within the cap
+    lasts_samples   how many samples of such a mixture there could be before the cap is met; None if it gives none
+    """
+    ends: list[int] = []
+    done = documents.size(0)
+    while done <= len(places):
+        ends.append(int(places[done - 1]))
+        done += documents.size(len(ends))
+    most = documents.most_rows(epochs)
+    return {
+        "epoch_ends": [
+            {"epoch": epoch, "sample": sample, "fraction": round((sample + 1) / samples, 6)}
+            for epoch, sample in enumerate(ends, documents.epoch + 1)
+        ],
+        "begun": round(documents.begun(), 6),
+        "max_epochs": epochs,
+        "more_possible": round(max(0, min(most, samples) - len(places)) / samples, 6),
+        "lasts_samples": most * samples // len(places) if len(places) else None,
+    }
+
+
+def packings(documents: Documents) -> dict[str, Any]:
+    """Rows, padding and cut documents of an epoch under every packing, whichever the plan has."""
+    found = {}
+    for name in PACKINGS:
+        packed = documents.whole(name)
+        stats = packed.stats(documents.lengths, documents.seq_length, documents.extra)
+        found[name] = {"rows": len(packed), **{key: round(value, 6) for key, value in stats.items()}}
+    return found
+
+
+def check_enough(
+    sources: Sequence[Mapping[str, Any]], samples: int, max_epochs: float, own: Mapping[str, float], capped: bool
+) -> None:
+    """Refuses a mixture that needs more epochs than it may have.
+
+    `sources` say name, share, samples, rows_per_epoch, most_rows (within the cap), epochs_for (all samples), tokens and
+    documents; `own` has the caps of single sources.
+    `capped` says that shares follow from the caps, as UniMax's do.
+    Errors: ValueError with what there is, what it would take, and what to change.
+    """
+    most = {source["name"]: source["most_rows"] for source in sources}
+    short = [source for source in sources if source["samples"] > most[source["name"]]]
+    if not short:
+        return
+    lacks, limits, raises = [], [], []
+    for source in short:
+        name, rows = source["name"], source["rows_per_epoch"]
+        epochs = source["epochs_for"]
+        within = "" if most[name] >= rows else f", {most[name]:,} of them left under the cap"
+        lacks.append(
+            f"{name} is to give {source['samples']:,} rows ({source['share']:.1%}) and has {rows:,} an epoch"
+            f"{within} ({source['tokens']:,} tokens in {source['documents']:,} "
+            f"documents): at most {most[name] / samples:.1%} of the mixture, or {epochs} epochs"
+        )
+        if name in own:
+            limits.append(f"mixture.epochs.{name} = {own[name]:g}")
+            raises.append(f"mixture.epochs.{name} to {epochs}")
+    general = [source["epochs_for"] for source in short if source["name"] not in own]
+    if general:
+        limits.append(f"mixture.max_epochs = {max_epochs}")
+        raises.append(f"mixture.max_epochs to {max(general)}")
+    enough = sum(most.values()) if capped else min(int(most[s["name"]] / s["share"]) for s in sources)
+    lower = "" if capped else f"lower the weight of {' and '.join(source['name'] for source in short)}, "
+    raise ValueError(
+        f"too few tokens for mixture.samples = {samples:,} within {' and '.join(limits)}: "
+        f"{'; '.join(lacks)}. Lower mixture.samples to {enough:,}, {lower}raise {' and '.join(raises)}, or add text"
+    )
+
+
+def show(plan: Mapping[str, Any], console: Console, stage: str = "") -> None:
+    """Two tables: how long each source lasts, and what each packing does to it."""
+    name = f"{plan['samples']:,} rows of {plan['seq_length']} tokens"
+    if plan["after"]:
+        name += f", after {plan['after']['first_sample']:,} rows of earlier plans"
+    table = Table(title=f"Mixture{f' {stage!r}' if stage else ''}: {name}", title_justify="left")
+    begun = ["begun"] if plan["after"] else []
+    for head in ("source", "share", *begun, "epochs", "cap", "epochs end at", "more possible", "lasts"):
+        table.add_column(head, justify="left" if head in ("source", "epochs end at") else "right")
+    for source in plan["sources"]:
+        told = source["forecast"]
+        ends = [f"{end['epoch']}: {end['fraction']:.1%}" for end in told["epoch_ends"]]
+        if len(ends) > _ENDS_SHOWN:
+            ends = [*ends[: _ENDS_SHOWN - 1], "...", ends[-1]]
+        lasts = "-" if told["lasts_samples"] is None else f"{told['lasts_samples']:,} rows"
+        table.add_row(
+            source["name"],
+            f"{source['share']:.1%}",
+            *([f"{told['begun']:.2f}"] if begun else []),
+            f"{source['epochs']:.2f}",
+            f"{told['max_epochs']:g}",
+            ", ".join(ends) or "not within the run",
+            f"+{told['more_possible']:.1%}",
+            lasts,
+        )
+    console.print(table)
+    table = Table(title=f"One epoch in rows of {plan['seq_length']} (chosen: {plan['packing']})", title_justify="left")
+    table.add_column("source")
+    for packing in PACKINGS:
+        for head in ("rows", "padding", "documents cut", "cut needlessly"):
+            table.add_column(f"{packing}\n{head}", justify="right")
+    for source in plan["sources"]:
+        cells = []
+        for packing in PACKINGS:
+            told = source["packings"][packing]
+            cells.append(f"{told['rows']:,}")
+            cells += [f"{told[key]:.1%}" for key in ("padding_share", "cut_share", "needless_cut_share")]
+        table.add_row(source["name"], *cells)
+    console.print(table)

@@ -1,0 +1,161 @@
+"""A mixture plan on disk: plan.json and a few index arrays over token stores, no copy of tokens. See `rows.Plan`."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.loader import write_atomic
+from configs.mixture import PlanConfig
+from data_pipeline.mixture import cursor
+from data_pipeline.mixture import fim as fill
+from data_pipeline.mixture.layout import HELDOUT, TRAIN, Gone, Source, check_stores, lay_out
+from data_pipeline.mixture.packing import PACKINGS, Packed
+from data_pipeline.mixture.rows import FORMAT, PLAN_FILE, SEGMENT_ARRAYS, VERSION, Plan
+from data_pipeline.mixture.weights import running_counts
+from data_pipeline.tokens.store import Shards, Store
+
+
+def build_plan(
+    tokens: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    without: Gone | None = None,
+    after: tuple[Plan, int] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Writes the plan that `lay_out` makes of the same settings into folder `out`; returns what plan.json says.
+
+    Errors: ValueError as `lay_out`; nothing is written then.
+    """
+    tokens, out = Path(tokens), Path(out)
+    draft = lay_out(tokens, tokenizer, without=without, after=after, **settings)
+    plan, model = draft.outlook(), draft.model
+    begins, left = cursor.described(draft.cursors)
+    arrays: dict[str, np.ndarray] = {
+        "token_bytes.npy": model.token_bytes,
+        "sample_sources.npy": draft.sample_sources.astype(np.uint16),
+        "sample_rows.npy": running_counts(draft.sample_sources),
+        **left,
+    }
+    described, filled = [], 0
+    for source, outlook in zip(draft.sources, plan.pop("sources"), strict=True):
+        used = source.documents.rows(outlook["samples"])
+        arrays |= _segment_arrays(f"{TRAIN}.{source.name}", used)
+        if source.forms is not None:
+            arrays[f"{TRAIN}.{source.name}.fim.npy"] = source.forms[used.document]
+        filled += int(used.length.sum(dtype=np.int64)) + int(source.documents.extra[used.document].sum())
+        heldout_folder = tokens / HELDOUT / source.name
+        heldout = Shards.in_folder(heldout_folder) if heldout_folder.is_dir() else Shards([])
+        heldout.leave_out(draft.gone.get(f"{HELDOUT}/{source.name}", ()))
+        check_stores(heldout.stores, model)
+        held_rows = PACKINGS[plan["packing"]](heldout.lengths, plan["seq_length"])
+        arrays |= _segment_arrays(f"{HELDOUT}.{source.name}", held_rows)
+        described.append(outlook | _describe(source, used, heldout, held_rows, tokens))
+    out.mkdir(parents=True, exist_ok=True)
+    files = {name: _save(out / name, array) for name, array in arrays.items()}
+    plan = {
+        "format": FORMAT,
+        "version": VERSION,
+        "after": after
+        and {
+            "plan": after[0].fingerprint,
+            "samples": after[1],
+            "first_sample": after[0].first_sample + after[1],
+        },
+        "begins": begins,
+        "without": draft.gone,
+        **plan,
+        "padding_share": round(1 - filled / (plan["samples"] * plan["seq_length"]), 6),
+        "tokens": os.path.relpath(tokens, out),
+        "tokenizer": {
+            "model": os.path.relpath(model.origin, out),
+            "sha256": model.sha256,
+            "vocab_size": model.vocab_size,
+            "special_ids": model.special_ids,
+            "pad_id": model.pad_id,
+        },
+        "sources": described,
+        "files": files,
+    }
+    write_atomic(out / PLAN_FILE, (json.dumps(plan, indent=1, ensure_ascii=False) + "\n").encode())
+    return plan
+
+
+def build_stages(
+    tokens: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
+    stages: Mapping[str, PlanConfig],
+    without: Gone | None = None,
+    after: tuple[Plan, int] | None = None,
+) -> None:
+    """Plans that follow one another, each going on after all samples of the one before, as out/<name>/plan.json.
+
+    The first begins `after` another plan, if one is given. A single one without a name is out/plan.json. Errors as
+    `build_plan`, with the stage's name.
+    """
+    for name, settings in stages.items():
+        folder = Path(out) / name
+        try:
+            build_plan(tokens, tokenizer, folder, without=without, after=after, **dict(settings))
+        except ValueError as error:
+            raise ValueError(f"mixture.stages.{name}: {error}" if name else str(error)) from None
+        plan = Plan.open(folder)
+        after = plan, plan.num_samples
+
+
+def _segment_arrays(prefix: str, packed: Packed) -> dict[str, np.ndarray]:
+    dtypes = {"document": np.int64, "start": np.int64, "length": np.int32, "offsets": np.int64}
+    return {f"{prefix}.{name}.npy": getattr(packed, name).astype(dtypes[name]) for name in SEGMENT_ARRAYS}
+
+
+def _describe(source: Source, used: Packed, heldout: Shards, held_rows: Packed, tokens: Path) -> dict[str, Any]:
+    """What is known of a source once its rows are there, beside what was foreseen."""
+    documents = source.documents
+    stats = source.packed.stats(documents.lengths, documents.seq_length, documents.extra)
+    told: dict[str, Any] = {"trained_tokens": int(used.length.sum(dtype=np.int64))}
+    if source.forms is not None:
+        forms = source.forms[used.document]
+        told["fim_pieces"] = {name: int((forms == form).sum()) for form, name in fill.NAMES.items()}
+    return {
+        **told,
+        **{key: round(value, 6) for key, value in stats.items()},
+        "stores": [_store_entry(store, tokens) for store in source.shards.stores],
+        "heldout": {
+            "rows": len(held_rows),
+            "documents": len(heldout.lengths),
+            "tokens": int(heldout.lengths.sum(dtype=np.int64)),
+            "stores": [_store_entry(store, tokens) for store in heldout.stores],
+        },
+    }
+
+
+def _store_entry(store: Store, tokens: Path) -> dict[str, Any]:
+    facts = store.facts()
+    return {
+        "path": store.path.relative_to(tokens).as_posix(),
+        "documents": len(store),
+        "bin_bytes": store.file(".bin").stat().st_size,
+        **{key: facts[key] for key in ("bin_sha256", "idx_sha256", "text_bytes")},
+    }
+
+
+def _save(path: Path, array: np.ndarray) -> dict[str, Any]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            entry = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {**entry, "dtype": array.dtype.name, "shape": list(array.shape)}

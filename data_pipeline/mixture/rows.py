@@ -1,0 +1,295 @@
+"""Training rows from a mixture plan: row i is a pure function of (plan, i).
+
+Opens what `plan_files.build_plan` wrote, checks it, and reads each row's segments from the token stores, with
+labels, document boundaries and positions; segments that the plan marks are rearranged for fill-in-the-middle on the
+way (see `fim`). Nothing here knows of ranks, batches or torch.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.mixture import cursor, fim
+from data_pipeline.mixture.cursor import Cursor
+from data_pipeline.mixture.epochs import Pieces
+from data_pipeline.tokens.store import Shards, Store
+
+FORMAT, VERSION = "trivium-plan", 2
+PLAN_FILE = "plan.json"
+SEGMENT_ARRAYS = ("document", "start", "length", "offsets")
+_REBUILD = "run `trivium data run` again"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of L = seq_length positions, from one source.
+
+    tokens     int64 [L], the pad id where nothing is
+    labels     int64 [L], the next token of the same document, also where a segment is cut; 0 where masked. In
+               fill-in-the-middle the next token of the rearranged segment, and </s> at its end
+    loss_mask  bool [L], False at padding and at a document's last token
+    positions  int64 [L], from 0 in every segment
+    segments   int64 [L], 0, 1, 2... by segment, -1 at padding
+    source     index into Plan.sources
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    source: int
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Rows over one source's stores, as `packing.Packed` lays them out."""
+
+    shards: Shards
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    offsets: np.ndarray
+    fim: np.ndarray | None = None  # form of each segment, if the source has any that is not plain
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+class Plan:
+    """An opened plan. Indexing is by sample for training rows, by source and number for held-out rows.
+
+    A plan that goes on from another has that one's fingerprint as `after`, and `first_sample` of the whole chain before
+    its own sample 0; for any other plan they are None and 0. `gone` are documents left out, by split and source.
+    """
+
+    def __init__(self, folder: Path, content: bytes) -> None:
+        plan = json.loads(content)
+        self.path = folder
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.description: dict[str, Any] = plan
+        self.seq_length: int = plan["seq_length"]
+        self.num_samples: int = plan["samples"]
+        self.sources: list[str] = [source["name"] for source in plan["sources"]]
+        self.vocab_size: int = plan["tokenizer"]["vocab_size"]
+        self.pad_id: int = plan["tokenizer"]["pad_id"]
+        self.special_ids: dict[str, int] = plan["tokenizer"]["special_ids"]
+        self.tokenizer_path: Path = (folder / plan["tokenizer"]["model"]).resolve()
+        _check_tokenizer(self.tokenizer_path, plan["tokenizer"]["sha256"])
+        self.token_bytes: np.ndarray = np.array(self._array("token_bytes.npy"))
+        self._sample_sources = self._array("sample_sources.npy")
+        self._sample_rows = self._array("sample_rows.npy")
+        self._seed: int = plan["seed"]
+        self._fim_symbols = fim.Symbols.of(self.special_ids) if plan.get("fim") else None
+        after = plan["after"] or {"plan": None, "first_sample": 0}
+        self.after: str | None = after["plan"]
+        self.first_sample: int = after["first_sample"]
+        self.gone: dict[str, list[tuple[str, int]]] = {
+            name: [(store, document) for store, document in entries] for name, entries in plan["without"].items()
+        }
+        self._begins = cursor.read(plan["begins"], self._array)
+        tokens = folder / plan["tokens"]
+        self._train = [self._segments("train", s["name"], s["stores"], tokens) for s in plan["sources"]]
+        self._heldout = [self._segments("heldout", s["name"], s["heldout"]["stores"], tokens) for s in plan["sources"]]
+        self._count = np.arange(self.seq_length, dtype=np.int64)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Plan":
+        """Opens a plan's folder and checks its index arrays' checksums and its stores' indexes and sizes.
+
+        Errors: ValueError naming what is missing or does not match, and what to do.
+        """
+        path = Path(path)
+        folder = path.parent if path.name == PLAN_FILE else path
+        file = folder / PLAN_FILE
+        if not file.is_file():
+            stages = sorted(path.parent.as_posix() for path in folder.glob(f"*/{PLAN_FILE}"))
+            which = f"name one of its stages: {', '.join(stages)}" if stages else "make it with `trivium data run`"
+            raise ValueError(f"there is no plan at {file}; {which}, or correct data.plan")
+        content = file.read_bytes()
+        try:
+            found = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{file} is no JSON ({error}); {_REBUILD}") from None
+        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"{file} is no {FORMAT} of version {VERSION}; {_REBUILD}")
+        return cls(folder, content)
+
+    def row(self, i: int) -> Row:
+        """Training row of sample i, 0 <= i < num_samples."""
+        self._check_sample(i)
+        source = int(self._sample_sources[i])
+        return self._row(self._train[source], int(self._sample_rows[i]), source)
+
+    def heldout_rows(self, source: str) -> int:
+        """How many rows hold the source's held-out documents, each once."""
+        return len(self._heldout[self._source(source)])
+
+    def heldout_row(self, source: str, i: int) -> Row:
+        number = self._source(source)
+        rows = self._heldout[number]
+        if not 0 <= i < len(rows):
+            raise ValueError(f"held-out row {i} of {source} does not exist; it has {len(rows)}")
+        return self._row(rows, i, number)
+
+    def provenance(self, i: int) -> list[dict[str, Any]]:
+        """For each segment of sample i: source, shard, document (index in the shard), document_id, start, length.
+
+        Start and length are in the document's own tokens, whether or not the segment is rearranged; one that is has
+        `fim`, psm or spm, as well, and takes three positions more.
+        """
+        self._check_sample(i)
+        source = int(self._sample_sources[i])
+        rows, row = self._train[source], int(self._sample_rows[i])
+        found = []
+        for segment in range(int(rows.offsets[row]), int(rows.offsets[row + 1])):
+            store, document = rows.shards.locate(int(rows.document[segment]))
+            entry: dict[str, Any] = {
+                "source": self.sources[source],
+                "shard": store.path.name,
+                "document": document,
+                "document_id": store.document_id(document),
+                "start": int(rows.start[segment]),
+                "length": int(rows.length[segment]),
+            }
+            if rows.fim is not None and rows.fim[segment]:
+                entry["fim"] = fim.NAMES[int(rows.fim[segment])]
+            found.append(entry)
+        return found
+
+    def uses(self, source: str, store: str, document: int) -> list[tuple[int, int, int]]:
+        """(sample, start, length) of each training segment of a document, by sample; start and length in its tokens.
+
+        `store` is the name of its shard. Empty for a document that the plan leaves out.
+        """
+        if source not in self.sources:
+            return []
+        number = self.sources.index(source)
+        rows = self._train[number]
+        index = rows.shards.index(store, document)
+        segments = np.flatnonzero(rows.document == index)
+        in_rows = np.searchsorted(rows.offsets, segments, side="right") - 1
+        samples = np.flatnonzero(self._sample_sources == number)  # the n-th of them has the source's row n
+        found = zip(
+            samples[in_rows].tolist(), rows.start[segments].tolist(), rows.length[segments].tolist(), strict=True
+        )
+        return sorted(found)
+
+    def cursors(self, samples: int) -> dict[str, Cursor]:
+        """Where every source stands once the first `samples` are used, those that this plan lets rest too."""
+        if not 0 <= samples <= self.num_samples:
+            raise ValueError(f"{samples} samples cannot be used of plan {self.path}, which has {self.num_samples}")
+        found = dict(self._begins)
+        for number, source in enumerate(self.description["sources"]):
+            shards = self._train[number].shards
+            begun = found.get(source["name"], Cursor(0, None, shards.index_checksums()))
+            ends = [end["sample"] for end in source["forecast"]["epoch_ends"] if end["sample"] < samples]
+            used = self._pieces(number, ends[-1] + 1 if ends else 0, samples)
+            found[source["name"]] = begun.after(len(ends), used, shards.lengths)
+        return found
+
+    def _pieces(self, source: int, first: int, end: int) -> Pieces:
+        """What samples [first, end) hold of a source."""
+        rows = self._train[source]
+        mine = self._sample_rows[first:end][self._sample_sources[first:end] == source]  # a run of the source's rows
+        begin, stop = (int(rows.offsets[row]) for row in (mine[0], mine[-1] + 1)) if len(mine) else (0, 0)
+        chosen = slice(begin, stop)
+        return Pieces(rows.document[chosen], rows.start[chosen], rows.length[chosen].astype(np.int64))
+
+    def _row(self, rows: _Segments, row: int, source: int) -> Row:
+        size = self.seq_length
+        tokens = np.full(size, self.pad_id, dtype=np.int64)
+        labels = np.zeros(size, dtype=np.int64)
+        loss_mask = np.zeros(size, dtype=bool)
+        positions = np.zeros(size, dtype=np.int64)
+        segments = np.full(size, -1, dtype=np.int64)
+        first, last = int(rows.offsets[row]), int(rows.offsets[row + 1])
+        at = 0
+        for number, segment in enumerate(range(first, last)):
+            ids, following = self._segment(rows, segment, self.sources[source])
+            end, labelled = at + len(ids), at + len(following)
+            tokens[at:end] = ids
+            labels[at:labelled] = following
+            loss_mask[at:labelled] = True
+            positions[at:end] = self._count[: len(ids)]
+            segments[at:end] = number
+            at = end
+        return Row(tokens, labels, loss_mask, positions, segments, source)
+
+    def _segment(self, rows: _Segments, segment: int, source: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, labels); one label less than tokens where the segment ends its document."""
+        index, start, length = (int(array[segment]) for array in (rows.document, rows.start, rows.length))
+        store, document = rows.shards.locate(index)
+        if rows.fim is not None and rows.fim[segment] and self._fim_symbols is not None:
+            piece = store.tokens(document, start, start + length)
+            form = int(rows.fim[segment])
+            return fim.rearranged(piece, form, self._fim_symbols, self._seed, source, index, start)
+        # One token more than the segment, if the document goes on: the label of its last position.
+        ids = store.tokens(document, start, min(start + length + 1, int(store.lengths[document])))
+        return ids[:length], ids[1:]
+
+    def _segments(self, split: str, source: str, entries: list[dict[str, Any]], tokens: Path) -> _Segments:
+        arrays = {name: self._array(f"{split}.{source}.{name}.npy") for name in SEGMENT_ARRAYS}
+        name = f"{split}.{source}.fim.npy"
+        forms = self._array(name) if name in self.description["files"] else None
+        shards = Shards([_open_store(tokens, entry) for entry in entries])
+        shards.leave_out(self.gone.get(f"{split}/{source}", ()))
+        return _Segments(shards, **arrays, fim=forms)
+
+    def _array(self, name: str) -> np.ndarray:
+        path, expected = self.path / name, self.description["files"][name]
+        if not path.is_file():
+            raise ValueError(f"plan {self.path} lacks {name}; {_REBUILD}")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected["sha256"]:
+            raise ValueError(
+                f"{path} does not match its checksum in plan.json: it is damaged or of another plan; {_REBUILD}"
+            )
+        # asarray: indexing a plain array is several times as fast as a memmap, and still reads the file.
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+    def _check_sample(self, i: int) -> None:
+        if not 0 <= i < self.num_samples:
+            raise ValueError(
+                f"sample {i} is outside the plan's {self.num_samples}; train for fewer steps or a smaller global "
+                "batch, or raise mixture.samples and run `trivium data run` again"
+            )
+
+    def _source(self, source: str) -> int:
+        if source not in self.sources:
+            raise ValueError(f"source {source!r} is not in the plan; it has {', '.join(self.sources)}")
+        return self.sources.index(source)
+
+
+def open_plans(folder: Path) -> dict[str, Plan]:
+    """The plans of a data run by the name of their stage, in their order; a single one of no name without stages.
+
+    Errors: ValueError as `Plan.open`, where there is none too.
+    """
+    if (folder / PLAN_FILE).is_file():
+        return {"": Plan.open(folder)}
+    found = {path.parent.name: Plan.open(path) for path in folder.glob(f"*/{PLAN_FILE}")}
+    if not found:
+        raise ValueError(f"there is no plan in {folder}; make it with `trivium data run`")
+    return dict(sorted(found.items(), key=lambda item: item[1].first_sample))
+
+
+def _open_store(tokens: Path, entry: dict[str, Any]) -> Store:
+    """The store of a plan's entry, the same one by index checksum and size (the .bin is not read)."""
+    store = Store(tokens / entry["path"])
+    index = hashlib.sha256(store.file(".idx").read_bytes()).hexdigest()
+    if index != entry["idx_sha256"] or store.file(".bin").stat().st_size != entry["bin_bytes"]:
+        raise ValueError(f"token store {store.path} is not the one that the plan was made of; {_REBUILD}")
+    return store
+
+
+def _check_tokenizer(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"the plan's tokenizer {path} does not exist; {_REBUILD}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"tokenizer {path} is not the one that the plan was made with; {_REBUILD}")

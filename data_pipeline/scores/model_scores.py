@@ -1,0 +1,69 @@
+"""The scores that need a model, for the documents that the models are for.
+
+Which models there are is `configs.scores`; what they compute is in `classifier` and `ngram_models`. A document of
+another language has NaN, which breaks no rule. A process that works on many tasks reads its models once.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from configs.loader import ConfigError
+from configs.scores import MODEL_OF, ScoresConfig
+from data_pipeline.scan.words import Splitter
+from data_pipeline.scores.classifier import load, manifest_path
+from data_pipeline.scores.ngram_models import Arpa, Unigrams
+
+MODEL_SCORES = tuple(MODEL_OF)
+
+
+def model_files(config: ScoresConfig) -> list[Path]:
+    """The files that decide the scores. Errors: ConfigError for a model that is not there."""
+    files = []
+    for key, name in config.paths().items():
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"scores.{key} = {name!r} is not a file; it is looked for from {Path.cwd()}")
+        files.append(path)
+        if key == "classifier" and manifest_path(path).is_file():
+            files.append(manifest_path(path))
+    return files
+
+
+def kept_model_scores(config: ScoresConfig) -> "ModelScores":
+    """The models of `config`, read anew only when one of their files is another than at the last call.
+
+    One set is held at a time, by this process alone, and nothing in it changes: which documents it has seen before, and
+    for which task, decides no score.
+    """
+    return _kept(config, tuple(version(path) for path in model_files(config)))
+
+
+def version(path: Path) -> tuple[str, int, int, int]:
+    """What tells a file from its successors without reading it."""
+    status = path.stat()
+    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(config: ScoresConfig, versions: tuple[tuple[str, int, int, int], ...]) -> "ModelScores":
+    return ModelScores(config)
+
+
+class ModelScores:
+    """(text, language) -> the scores whose models are configured, in the order of MODEL_SCORES."""
+
+    def __init__(self, config: ScoresConfig) -> None:
+        splitter, lower = Splitter[config.splitter], config.lower_case
+        self._languages = config.languages
+        self._models: dict[str, Callable[[str], float]] = {}
+        if config.classifier:
+            self._models["classifier_score"] = load(Path(config.classifier), config.classifier_label)
+        if config.unigrams:
+            self._models["unigram_logprob"] = Unigrams(Path(config.unigrams), splitter, lower)
+        if config.arpa:
+            self._models["perplexity"] = Arpa(Path(config.arpa), splitter, lower)
+
+    def __call__(self, text: str, language: str) -> dict[str, float]:
+        wanted = not self._languages or language in self._languages
+        return {name: model(text) if wanted else float("nan") for name, model in self._models.items()}

@@ -1,0 +1,74 @@
+"""The score stage: a parquet row of quality scores for each document, by its rule set's definitions.
+
+What the scores are is in `scan.scores` and, where a model is configured, `model_scores`; thresholds are applied by
+`filtering`, without the text.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from datatrove.data import Document
+
+from configs.data import RuleSet
+from configs.scores import ScoresConfig
+from data_pipeline.scan.scores import Definition, Scanner, quality
+from data_pipeline.scan.words import Splitter
+from data_pipeline.scores.model_scores import ModelScores, kept_model_scores
+from data_pipeline.tables import TableStep
+
+HEAD_CHARS = 300
+
+
+def definition_of(rules: RuleSet) -> Definition:
+    """What of a rule set its scores depend on; the language is the document's.
+
+    Errors: ValueError when the list of bad words cannot be read.
+    """
+    words: tuple[str, ...] = ()
+    if rules.bad_words_file:
+        path = Path(rules.bad_words_file)
+        if not path.is_file():
+            raise ValueError(f"bad_words_file {path} does not exist; it is looked for from {Path.cwd()}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        words = tuple(sorted({line.strip().lower() for line in lines} - {""}))
+    return Definition(Splitter[rules.splitter], rules.stop_words, rules.c4, words)
+
+
+class Score(TableStep):
+    """A row of scores per document; the language stage says which documents and by which rules."""
+
+    name = "Score"
+
+    def __init__(
+        self,
+        folder: str,
+        tallies: str,
+        definitions: Mapping[str, Definition],
+        language: str,
+        models: ScoresConfig,
+    ) -> None:
+        super().__init__(folder, tallies, select=language)
+        self.definitions = definitions
+        self.models = models
+        self._model_scores: ModelScores | None = None
+        self._scanners: dict[tuple[str, str], Scanner] = {}
+
+    def measure(self, document: Document, before: dict[str, object]) -> dict[str, object]:
+        rules, language = str(before["rules"]), str(before["language"])
+        if (rules, language) not in self._scanners:  # in the worker: scanners do not travel between processes
+            self._scanners[rules, language] = Scanner(replace(self.definitions[rules], language=language))
+        if self._model_scores is None:  # so do models
+            self._model_scores = kept_model_scores(self.models)
+        values = self._scanners[rules, language].scores(document.text)
+        share = {"language_share": before["language_share"]} if "language_share" in before else {}
+        return {
+            "rules": rules,
+            "language_score": before["language_score"],
+            **share,
+            "chars": len(document.text),
+            "quality": quality(values),
+            **values,
+            **self._model_scores(document.text, language),
+            "head": document.text[:HEAD_CHARS],
+        }

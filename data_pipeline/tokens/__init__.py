@@ -1,0 +1,1 @@
+"""Tokenizers, and stores of the tokens that they make."""

@@ -1,0 +1,294 @@
+"""Text to token ids and back without loss: sentencepiece BPE with byte fallback, its training and its use.
+
+The model keeps every character: identity normalisation, no added or removed spaces, unseen characters as
+their UTF-8 bytes. So decode(encode(text)) == text, and each id stands for a fixed number of bytes, which is
+what bits per byte are counted with. Control symbols (<s>, <|user|>, ...) never come out of plain text that
+spells them; callers place them by id. Left out: Unigram, WordPiece and other people's tokenizers.
+"""
+
+import hashlib
+import heapq
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from configs.loader import write_atomic
+from data_pipeline.tokens.bpe_cache import PartTable
+from data_pipeline.tokens.store import read_documents
+
+KIND = "sentencepiece-bpe"
+MODEL_FILE, INFO_FILE = "tokenizer.model", "tokenizer.json"
+UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
+CHAT_CONTROLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+SPECIALS = (UNK, BOS, EOS, PAD, *CHAT_CONTROLS)  # ids 0..7
+FIM_CONTROLS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # ids 8..10 where fill-in-the-middle is asked for
+
+SPACE = "\u2581"  # sentencepiece's inner sign for a space: it would turn a real one in the text into a space
+_CHUNK_CHARS = 1000  # training sees pieces of documents of about this size, cut after a line
+# The trainer skips a sentence that has its own marks in it, so text is cut at them.
+_TRAINER_MARKS = re.compile("[\t\0\u2581\u2585]")
+_PROBE = "  a\tb\r\n\n 中文\u3000 é e\u0301 ﬁ \0"
+
+
+def train(
+    inputs: Sequence[Path],
+    out: Path,
+    vocab_size: int,
+    seed: int = 0,
+    *,
+    train_bytes: int = 8_000_000,
+    character_coverage: float = 0.9995,
+    max_piece_length: int = 16,
+    controls: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Trains on up to `train_bytes` of UTF-8 text from JSONL files and publishes the model in folder `out`.
+
+    The same texts give the same model, whatever files they come in and in whatever order. `progress` is
+    called with the bytes of text read since its last call. `controls` are control symbols beside SPECIALS, with the
+    ids after theirs. Returns what tokenizer.json says.
+    Errors: ValueError for missing or broken files, no text, or a vocabulary larger than the text supports.
+    """
+    specials = (*SPECIALS, *controls)
+    if vocab_size < (least := len(specials) + 256 + 1):
+        raise ValueError(
+            f"tokenizer.vocab_size = {vocab_size} is too small: {len(specials)} control symbols, 256 bytes and "
+            f"one piece take {least}"
+        )
+    sample, used, available = _sample(inputs, train_bytes, seed, progress)
+    if not sample:
+        raise ValueError(f"no text to train a tokenizer on in {len(inputs)} files; check what the filters dropped")
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            max_sentencepiece_length=max_piece_length,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * _CHUNK_CHARS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            unk_piece=UNK,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            pad_piece=PAD,
+            control_symbols=[*CHAT_CONTROLS, *controls],
+            num_threads=1,  # the order of equal counts must not depend on threads
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        remedy = "lower tokenizer.vocab_size, or give it more text"
+        if "required_chars" in said:  # the other way round: not even single characters fit
+            remedy = "raise tokenizer.vocab_size, or lower tokenizer.character_coverage"
+        raise ValueError(
+            f"sentencepiece cannot make tokenizer.vocab_size = {vocab_size} pieces from {used:,} bytes of "
+            f"text; {remedy} (it says: {said})"
+        ) from None
+    model = written.getvalue()
+    info = {
+        "kind": KIND,
+        "vocab_size": vocab_size,
+        "special_ids": {name: number for number, name in enumerate(specials)},
+        "sha256": hashlib.sha256(model).hexdigest(),
+        "trained_on_bytes": used,
+        "available_bytes": available,
+        "settings": {
+            "seed": seed,
+            "train_bytes": train_bytes,
+            "character_coverage": character_coverage,
+            "max_piece_length": max_piece_length,
+        },
+    }
+    out = Path(out)
+    write_atomic(out / MODEL_FILE, model)
+    write_atomic(out / INFO_FILE, (json.dumps(info, indent=1) + "\n").encode())
+    return info
+
+
+def _sample(
+    inputs: Sequence[Path], limit: int, seed: int, progress: Callable[[int], None] | None
+) -> tuple[list[str], int, int]:
+    """(chunks, their bytes, bytes there were): the chunks of lowest hash, in the order of the hashes.
+
+    One pass, memory bounded by `limit`. Files and their order do not matter, since a chunk is drawn by what
+    it says.
+    """
+    chosen: list[tuple[int, str]] = []
+    used = available = 0
+    bar = 2**64
+    for path in inputs:
+        for document in read_documents(path):
+            read = len(document["text"].encode())
+            available += read
+            for chunk in _chunks(document["text"]):
+                digest = hashlib.blake2b(chunk.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+                drawn = int.from_bytes(digest, "little")
+                if drawn >= bar:
+                    continue
+                heapq.heappush(chosen, (-drawn, chunk))
+                used += len(chunk.encode())
+                # What is put out bars all that is drawn above it, or the order of reading would matter.
+                while used > limit or (chosen and -chosen[0][0] >= bar):
+                    highest, put_out = heapq.heappop(chosen)
+                    used -= len(put_out.encode())
+                    bar = -highest
+            if progress:
+                progress(read)
+    return [chunk for _, chunk in sorted(chosen, reverse=True)], used, available
+
+
+def _chunks(text: str) -> Iterator[str]:
+    for part in _TRAINER_MARKS.split(text):
+        chunk = ""
+        for line in part.splitlines(keepends=True):
+            if chunk and len(chunk) + len(line) > _CHUNK_CHARS:
+                yield chunk
+                chunk = ""
+            while len(line) > _CHUNK_CHARS:
+                yield line[:_CHUNK_CHARS]
+                line = line[_CHUNK_CHARS:]
+            chunk += line
+        if chunk:
+            yield chunk
+
+
+class Tokenizer:
+    """A trained model. `token_bytes` int64 [vocab_size]: UTF-8 bytes each id stands for, 0 for specials.
+
+    `threads` encode a batch; one by default, since the pipeline works in processes.
+    """
+
+    def __init__(self, model: bytes, origin: str, threads: int = 1) -> None:
+        self.origin, self.threads = origin, threads
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise ValueError(
+                f"tokenizer {origin} is not a sentencepiece model; train it again with `trivium data run`"
+            ) from None
+        sp = self._processor
+        self.vocab_size: int = sp.vocab_size()
+        self.unk_id, self.bos_id, self.eos_id, self.pad_id = (
+            sp.unk_id(),
+            sp.bos_id(),
+            sp.eos_id(),
+            sp.pad_id(),
+        )
+        self._pieces = [sp.id_to_piece(i) for i in range(self.vocab_size)]
+        self.special_ids = {piece: i for i, piece in enumerate(self._pieces) if sp.is_control(i) or sp.is_unknown(i)}
+        self._bytes = [
+            b""
+            if piece in self.special_ids
+            else bytes([int(piece[3:-1], 16)])
+            if sp.is_byte(i)
+            else piece.replace(SPACE, " ").encode()
+            for i, piece in enumerate(self._pieces)
+        ]
+        self.token_bytes = np.array([len(piece) for piece in self._bytes], dtype=np.int64)
+        self._parts: PartTable | None = None  # for models that it is known to be right for
+        self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if self.unk_id in self._space_ids or self.decode(self.encode(_PROBE)) != _PROBE:
+            raise ValueError(
+                f"tokenizer {origin} does not keep text as it is (no byte fallback, or a normalisation); "
+                "token stores need one trained with `trivium data run`"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path, threads: int = 1) -> "Tokenizer":
+        """From a folder or a tokenizer.model file; held against the checksum in the tokenizer.json beside it.
+
+        Errors: ValueError when it is missing, damaged, or loses text.
+        """
+        path = Path(path)
+        path = path / MODEL_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"tokenizer {path} does not exist; make it with `trivium data run`")
+        tokenizer = cls(path.read_bytes(), str(path), threads)
+        # A Hugging Face folder has a tokenizer.json too, of another kind.
+        info_path = path.with_name(INFO_FILE)
+        info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
+        if info.get("kind") == KIND and info["sha256"] != tokenizer.sha256:
+            raise ValueError(
+                f"tokenizer {path} has SHA-256 {tokenizer.sha256[:12]}..., but {info_path} expects "
+                f"{info['sha256'][:12]}...: the file was changed or damaged; run its stage again"
+            )
+        if info.get("kind") == KIND:
+            tokenizer._parts = PartTable(tokenizer._pieces, tokenizer.encode_batch)
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no control symbol is added or made."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """One list of ids per text. Errors: ValueError for a text that is not valid Unicode."""
+        try:
+            # A real U+2581 goes in as its bytes, between the texts around it.
+            if not any(SPACE in text for text in texts):
+                return self._processor.encode(list(texts), num_threads=self.threads)
+            return [self._encode_around_marks(text) for text in texts]
+        except TypeError:  # what sentencepiece makes of half a surrogate pair
+            for text in texts:
+                _check_unicode(text)
+            raise
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 ids of each text, those of `encode_batch` and several times as fast: see `bpe_cache`."""
+        if self._parts is None:
+            return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
+        return self._parts.ids(texts)
+
+    def _encode_around_marks(self, text: str) -> list[int]:
+        first, *rest = self._processor.encode(text.split(SPACE), num_threads=self.threads)
+        ids = list(first)
+        for part in rest:
+            ids += [*self._space_ids, *part]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; control symbols stand for nothing, and bytes that are no UTF-8 become U+FFFD.
+
+        Errors: ValueError for an id outside the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        outside = [i for i in ids if not 0 <= i < self.vocab_size]
+        if outside:
+            raise ValueError(f"token id {outside[0]} is not in a vocabulary of {self.vocab_size}")
+        return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def piece_to_id(self, piece: str) -> int:
+        """Id of a piece by its spelling, control symbols included; the unknown id when there is none."""
+        return self._processor.piece_to_id(piece)
+
+    def id_to_piece(self, token: int) -> str:
+        return self._pieces[token]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(
+            f"text has half a surrogate pair at character {error.start} ({around!r}) and is no valid Unicode; "
+            "repair or drop the document"
+        ) from None

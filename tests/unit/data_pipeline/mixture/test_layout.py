@@ -1,0 +1,135 @@
+"""Mixture plans: shares, order, epochs, and what is said when there is too little text."""
+
+import hashlib
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.mixture.rows import Plan
+from data_pipeline.tokens import store
+from data_pipeline.tokens.tokenizer import train
+from tests.unit.data_pipeline.conftest import write_jsonl
+
+WEIGHTS = {"english": 0.5, "chinese": 0.2, "code": 0.3}
+
+
+def make(tokens: Path, tokenizer: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"seq_length": 64, "samples": 1000, "seed": 3, "weights": WEIGHTS}
+    return build_plan(tokens, tokenizer, out, **settings | changes)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_an_epoch_is_every_token_once_in_an_order_of_its_own(
+    tokens: Path, tokenizer_folder: Path, tmp_path: Path, packing: str
+) -> None:
+    rows = make(tokens, tokenizer_folder, tmp_path / "probe", weights={"code": 1}, samples=1, packing=packing)
+    epoch = rows["sources"][0]["rows_per_epoch"]
+    described = make(tokens, tokenizer_folder, tmp_path / "p", weights={"code": 1}, samples=2 * epoch, packing=packing)
+    assert described["sources"][0]["epochs"] == 2
+    plan = Plan.open(tmp_path / "p")
+    orders = []
+    for first in (0, epoch):
+        pieces = [
+            (entry["shard"], entry["document"], entry["start"], entry["length"])
+            for i in range(first, first + epoch)
+            for entry in plan.provenance(i)
+        ]
+        seen = Counter((shard, document, start + k) for shard, document, start, length in pieces for k in range(length))
+        expected = {
+            (opened.path.name, document, k)
+            for opened in store.Shards.in_folder(tokens / "train" / "code").stores
+            for document in range(len(opened))
+            for k in range(opened.lengths[document])
+        }
+        assert set(seen) == expected and set(seen.values()) == {1}
+        orders.append(pieces)
+    assert orders[0] != orders[1]
+
+
+def test_samples_do_not_run_through_one_document(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    make(tokens, tokenizer_folder, tmp_path, weights={"chinese": 1}, samples=100)
+    plan = Plan.open(tmp_path)
+    first = [plan.provenance(i)[0]["document_id"] for i in range(100)]
+    assert sum(a == b for a, b in pairwise(first)) < 60
+
+
+def test_plan_is_a_function_of_its_inputs(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    for name, changes in {"a": {}, "b": {}, "c": {"seed": 4}, "d": {"packing": "concat"}}.items():
+        make(tokens, tokenizer_folder, tmp_path / name, **changes)
+    content = {
+        name: {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).iterdir()}
+        for name in "abcd"
+    }
+    assert content["a"] == content["b"]
+    fingerprints = {Plan.open(tmp_path / name).fingerprint for name in "abcd"}
+    assert len(fingerprints) == 3
+
+
+def test_says_epochs_and_padding(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    described = make(tokens, tokenizer_folder, tmp_path)
+    plan = Plan.open(tmp_path)
+    rows = [plan.row(i) for i in range(plan.num_samples)]
+    padding = np.mean([row.segments < 0 for row in rows])
+    assert described["padding_share"] == pytest.approx(padding, abs=1e-6)
+    samples = Counter(plan.sources[row.source] for row in rows)
+    assert samples == {"english": 500, "chinese": 200, "code": 300}
+    for source in described["sources"]:
+        assert source["epochs"] == pytest.approx(source["samples"] / source["rows_per_epoch"], abs=1e-6)
+
+
+def test_too_few_tokens_say_how_many_and_what_to_change(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"samples": 20_000, "max_epochs": 2}
+    with pytest.raises(ValueError, match=r"mixture\.max_epochs = 2") as error:
+        make(tokens, tokenizer_folder, tmp_path, **changes)
+    message = str(error.value)
+    total = int(store.Shards.in_folder(tokens / "train" / "chinese").lengths.sum())
+    assert f"{total:,} tokens" in message and "chinese is to give 4,000 rows" in message
+    assert not (tmp_path / "plan.json").exists()
+    # What it advises works, and one more does not.
+    most = int(message.split("Lower mixture.samples to ")[1].split(", lower")[0].replace(",", ""))
+    make(tokens, tokenizer_folder, tmp_path, **changes | {"samples": most})
+    with pytest.raises(ValueError, match="too few tokens"):
+        make(tokens, tokenizer_folder, tmp_path, **changes | {"samples": most + 10})
+    epochs = int(message.split("raise mixture.max_epochs to ")[1].split(",")[0])
+    make(tokens, tokenizer_folder, tmp_path, **changes | {"max_epochs": epochs})
+    with pytest.raises(ValueError, match="too few tokens"):
+        make(tokens, tokenizer_folder, tmp_path, **changes | {"max_epochs": epochs - 1})
+
+
+def test_temperature_takes_all_sources(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    described = make(tokens, tokenizer_folder, tmp_path, weights=None, temperature=2.0)
+    roots = {source["name"]: source["tokens"] ** 0.5 for source in described["sources"]}
+    assert set(roots) == {"english", "chinese", "code"}
+    for source in described["sources"]:
+        assert source["share"] == pytest.approx(roots[source["name"]] / sum(roots.values()))
+
+
+def test_bad_settings_are_named(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    cases = [
+        ({"weights": {"english": 1, "klingon": 1}}, r"mixture\.weights\.klingon"),
+        ({"weights": {"english": 0.0}}, "expected above 0"),
+        ({"temperature": 1.0}, "exactly one"),
+        ({"weights": None}, "exactly one"),
+        ({"unimax": True}, "exactly one"),
+        ({"epochs": {"klingon": 1}}, r"mixture\.epochs\.klingon"),
+        ({"fim": {"klingon": 1}}, r"mixture\.fim\.klingon"),
+        ({"packing": "tight"}, "concat, best_fit"),
+        ({"samples": 0}, "at least 1"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            make(tokens, tokenizer_folder, tmp_path, **changes)
+    with pytest.raises(ValueError, match="no token stores"):
+        make(tmp_path, tokenizer_folder, tmp_path / "p")
+
+
+def test_another_tokenizer_is_refused(tokens: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "other words, other pieces " * 5}])
+    train([path], tmp_path / "tokenizer", 290)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        make(tokens, tmp_path / "tokenizer", tmp_path / "p")

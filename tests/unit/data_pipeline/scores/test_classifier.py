@@ -1,0 +1,105 @@
+"""The quality classifier: trained on real prose and code, and what is refused."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.loader import ConfigError
+from data_pipeline.language import model_path
+from data_pipeline.scores import classifier
+from data_pipeline.scores.classifier import load, main
+from tests.unit.data_pipeline.conftest import DEMO, write_jsonl
+
+SMALL = ["--slots", "5000", "--max-chars", "2000"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    argv = [str(DEMO / "english.jsonl.gz"), "--bad", str(DEMO / "code.jsonl.gz"), *SMALL]
+    for name in ("one.model", "two.model"):
+        assert main([*argv, "--out", str(folder / name)]) == 0
+    return folder
+
+
+def test_prose_is_told_from_code_and_twice_the_same(trained: Path) -> None:
+    content = (trained / "one.model").read_bytes()
+    assert content == (trained / "two.model").read_bytes()
+    about = json.loads((trained / "one.model.json").read_text())
+    assert about["sha256"] == hashlib.sha256(content).hexdigest()
+    assert about["settings"]["slots"] == 5000 and min(about["heldout"]["good"], about["heldout"]["bad"]) >= 10
+    assert about["heldout"]["accuracy"] > 0.95  # a speech and a Python module differ in every line
+    model = load(trained / "one.model")
+    good, bad = model("It was the best of times, it was the worst of times."), model("def f(x):\n    return x + 1\n")
+    assert 0 <= bad < 0.5 < good <= 1
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "one.model",
+        "one.model.json",
+        "two.model",
+        "two.model.json",
+    ]
+
+
+def test_heldout_numbers_by_hand() -> None:
+    said = {"good": ["x", "x", "x", "y"], "bad": ["x", "y", "y", "y", "y", "y"]}
+    found = classifier.measure(lambda text: 0.5 if "x" in text else 0.4, said)
+    assert found == {"good": 4, "bad": 6, "accuracy": 0.8, "precision": 0.75, "recall": 0.75}
+
+
+def test_the_model_by_hand() -> None:
+    """A pair of words is a feature beside both words; each counts 1 / sqrt(features)."""
+    model = classifier.Linear(np.arange(1001, dtype=np.float32) / 1000, 2)
+    one, two, both = (model.features(text) for text in ("three", "KINGDOMS", "Three kingdoms"))
+    assert len(both) == 3 and both[0] == one[0] and both[2] == two[0]
+    expected = 1 / (1 + np.exp(-(sum(both / 1000) / np.sqrt(3) + 1)))
+    assert model("Three kingdoms") == pytest.approx(expected, rel=1e-5)  # weights are float32
+
+
+def test_models_of_fasttext_are_taken() -> None:
+    model = load(model_path(), "zh")
+    assert (
+        model("话说天下大势，分久必合，合久必分。\n周末七国分争，并入于秦。")
+        > 0.9
+        > 0.1
+        > model("It was the best of times.")
+    )
+    with pytest.raises(ValueError, match="'hq' is no label of"):
+        load(model_path(), "hq")
+
+
+def test_too_few_and_contradictory_examples_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl.gz", [{"text": f"good {n}"} for n in range(120)])
+    bad = write_jsonl(tmp_path / "bad.jsonl.gz", [{"text": f"{'good' if n < 30 else 'bad'} {n}"} for n in range(150)])
+    argv = [str(good), "--bad", str(bad), *SMALL, "--out", str(tmp_path / "m.model")]
+    with pytest.raises(ConfigError, match=r"90 good examples are too few, 100 .* 30 in both"):
+        main(argv)
+    assert not (tmp_path / "m.model").exists()
+    with pytest.raises(ConfigError, match=re.escape("--heldout 0.9 is out of range")):
+        main([*argv, "--heldout", "0.9"])
+
+
+def test_records_that_cannot_be_used_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad"
+    good.write_text("".join(json.dumps({"text": f"sun {n % 110}"}) + "\n" for n in range(112)) + '{"te\n{"id": 1}\n')
+    bad.mkdir()
+    for n in range(100):
+        (bad / f"{n}.txt").write_text(f"rain {n}")
+    assert main([str(good), "--bad", str(bad), *SMALL, "--out", str(tmp_path / "m.model")]) == 0
+    said = capsys.readouterr().out
+    assert "examples: 110 good, 100 bad; left out: 2 unusable, 2 repeated, 0 in both" in said
+
+
+def test_models_that_cannot_be_used_are_named(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "m.model"
+    other.write_bytes(b"no model")
+    with pytest.raises(ValueError, match="is neither a model of"):
+        load(other)
+    with pytest.raises(ValueError, match=r"'hq' is no label of"):
+        load(trained / "one.model", "hq")
+    (tmp_path / "m.model.json").write_text((trained / "one.model.json").read_text())
+    with pytest.raises(ValueError, match="is about another file than"):
+        load(other)

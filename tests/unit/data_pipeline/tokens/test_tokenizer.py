@@ -1,0 +1,147 @@
+"""The tokenizer loses nothing, makes no control symbol from text, and is the same for the same texts."""
+
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.tokens import bpe_cache
+from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer, train
+from tests.unit.data_pipeline.conftest import SOURCES, demo_records, write_jsonl
+
+AWKWARD = [
+    "",
+    " ",
+    "   three before, two after  ",
+    "\n\n\n",
+    "a\r\nb\tc\0d",
+    "中文与 English 混排。\u3000全角",
+    "def f(x):\n    return x  # √ 😀 👩‍👩‍👧 e\u0301 é ﬁ",
+    "\u2581a real one\u2581\u2581 and \u2585 too\u2581",
+    "\ufeffBOM \ufffd \ue000 \U0010ffff \u200b",
+    "0123456789 12,345.678",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_text_survives(small_tokenizer: Tokenizer, text: str) -> None:
+    ids = small_tokenizer.encode(text)
+    assert small_tokenizer.decode(ids) == text
+    assert small_tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("source", ["english", "chinese", "code"])
+def test_documents_survive(small_tokenizer: Tokenizer, source: str) -> None:
+    texts = [record["text"] for record in demo_records(source)]
+    for text, ids in zip(texts, small_tokenizer.encode_batch(texts), strict=True):
+        assert small_tokenizer.decode(ids) == text
+        assert small_tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_any_unicode_survives(small_tokenizer: Tokenizer) -> None:
+    draw = random.Random(0)
+    planes = [(0, 0x7F), (0x80, 0x2FFF), (0x3000, 0xD7FF), (0xE000, 0xFFFF), (0x10000, sys.maxunicode)]
+    texts = ["".join(chr(draw.randint(*draw.choice(planes))) for _ in range(draw.randint(1, 40))) for _ in range(2000)]
+    for text, ids in zip(texts, small_tokenizer.encode_batch(texts), strict=True):
+        assert small_tokenizer.decode(ids) == text
+        assert small_tokenizer.token_bytes[ids].sum() == len(text.encode())
+        assert small_tokenizer.unk_id not in ids
+
+
+def test_specials_have_their_ids_and_text_never_makes_one(small_tokenizer: Tokenizer) -> None:
+    assert [small_tokenizer.piece_to_id(piece) for piece in SPECIALS] == list(range(8))
+    assert small_tokenizer.special_ids == {piece: number for number, piece in enumerate(SPECIALS)}
+    assert (small_tokenizer.bos_id, small_tokenizer.eos_id, small_tokenizer.pad_id) == (1, 2, 3)
+    assert not small_tokenizer.token_bytes[:8].any()
+    for piece in SPECIALS:
+        for text in (piece, f"say {piece} now", f"{piece}{piece}", f"\n{piece}\n\u2581{piece}"):
+            ids = small_tokenizer.encode(text)
+            assert not set(ids) & set(range(8)), text
+            assert small_tokenizer.decode(ids) == text
+    assert small_tokenizer.decode([1, *small_tokenizer.encode("a b"), 7, 2]) == "a b"
+
+
+def test_digits_are_split_and_lines_are_learnt(small_tokenizer: Tokenizer) -> None:
+    assert len(small_tokenizer.encode("2024")) == 4
+    assert any("\n" in small_tokenizer.id_to_piece(i) for i in range(264, small_tokenizer.vocab_size))
+
+
+def test_same_texts_same_model(documents: Path, tmp_path: Path) -> None:
+    files = sorted(documents.glob("train/code/*.gz")) + sorted(documents.glob("train/english/*.gz"))
+
+    def model(name: str, inputs: list[Path], seed: int = 0) -> bytes:
+        train(inputs, tmp_path / name, 700, seed=seed, train_bytes=60_000)
+        return (tmp_path / name / "tokenizer.model").read_bytes()
+
+    first = model("a", files)
+    assert model("b", files[::-1]) == first
+    assert model("c", files, seed=1) != first
+
+
+def test_sample_is_bounded(documents: Path, tmp_path: Path) -> None:
+    files = sorted(documents.glob("train/english/*.gz"))
+    seen = []
+    info = train(files, tmp_path, 600, train_bytes=50_000, progress=seen.append)
+    assert 40_000 < info["trained_on_bytes"] <= 50_000 < info["available_bytes"] == sum(seen)
+
+
+def test_impossible_vocabularies_are_refused(documents: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"raise tokenizer\.vocab_size"):
+        train(sorted(documents.glob("train/chinese/*.gz")), tmp_path / "out", 400)
+    path = write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "few words"}])
+    with pytest.raises(ValueError, match=r"lower tokenizer\.vocab_size"):
+        train([path], tmp_path / "out", 5000)
+    with pytest.raises(ValueError, match="too small"):
+        train([path], tmp_path / "out", 200)
+    with pytest.raises(ValueError, match="no text"):
+        train([write_jsonl(tmp_path / "b.jsonl.gz", [{"text": ""}])], tmp_path / "out", 300)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_damaged_models_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        Tokenizer.load(tmp_path)
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "copy"))
+    model = folder / "tokenizer.model"
+    assert Tokenizer.load(model).vocab_size == 3000
+    info = folder / "tokenizer.json"
+    info.write_text(info.read_text().replace('"sha256": "', '"sha256": "0'))
+    with pytest.raises(ValueError, match="SHA-256"):
+        Tokenizer.load(folder)
+    model.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        Tokenizer.load(folder)
+
+
+def test_wrong_ids_and_broken_text_are_named(small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="token id 3000 is not in a vocabulary of 3000"):
+        small_tokenizer.decode([5, 3000])
+    with pytest.raises(ValueError, match="surrogate"):
+        small_tokenizer.encode("half \ud800 a pair")
+
+
+def test_parts_give_the_ids_of_the_whole(small_tokenizer: Tokenizer) -> None:
+    """Cut where no piece can reach, encoded part by part, again and again: sentencepiece's own ids of the whole."""
+    draw = random.Random(0)
+    alphabet = "ab  \n\t.,éß中文the ing\u3000\0\u2581\U0001f600"
+    texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(3000)]
+    texts += [record["text"][:20_000] for source in SOURCES for record in demo_records(source)]
+    for batch in (texts[:1], [], ["", ""], texts, texts[::-1], texts[5:50]):
+        found = small_tokenizer.encode_arrays(batch)
+        assert [ids.tolist() for ids in found] == small_tokenizer.encode_batch(batch)
+
+
+def test_a_full_part_table_starts_anew(small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe_cache, "_MOST_CODES", 200)
+    table = bpe_cache.PartTable([small_tokenizer.id_to_piece(i) for i in range(3000)], small_tokenizer.encode_batch)
+    texts = [record["text"][:300] for record in demo_records("english")]
+    for text in texts:
+        assert table.ids([text])[0].tolist() == small_tokenizer.encode(text)
+        assert len(table._codes) < 200 + 300
+
+
+def test_half_a_surrogate_pair_is_named(small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        small_tokenizer.encode_arrays(["sound", "a \ud800 b"])
