@@ -92,7 +92,7 @@ class Survey(PipelineStep):
         lines = []
         for shard in self.shards[rank::world_size]:
             if coming := fates(self.before, shard):
-                lines.append(json.dumps(dataclasses.asdict(self._seen(shard, coming)), ensure_ascii=False) + "\n")
+                lines.append(json.dumps(dataclasses.asdict(self._seen(shard, coming))) + "\n")
         path = Path(self.out) / f"{rank:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(lines), encoding="utf-8")

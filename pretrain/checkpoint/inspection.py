@@ -95,6 +95,7 @@ def _summary(path: Path, manifest: dict[str, Any], facts: list[TensorFacts]) -> 
         "tokens": manifest["tokens"],
         "samples": manifest["samples"],
         "ledger": manifest.get("ledger", {}),
+        "stretches": manifest.get("stretches", []),
         "layout": manifest["layout"],
         "optimizer_steps": manifest["optimizer_steps"],
         "parameters": sum(math.prod(f.shape) for f in facts),
@@ -123,6 +124,12 @@ def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFac
     if summary["ledger"]:
         used = (f"{source} {tokens:,.0f}" for source, tokens in summary["ledger"].items())
         console.print(f"trained on, in tokens with a loss: {', '.join(used)}", markup=False, highlight=False)
+    for one in summary["stretches"]:
+        if one["plan"]:
+            said = (
+                f"from step {one['first_step']}, sample {one['first_sample']:,}: {one['global_batch_size']} rows a step"
+            )
+            console.print(f"{said} of {one['plan']}", markup=False, highlight=False, soft_wrap=True)
     if summary["not_finite"]:
         console.print(f"{summary['not_finite']:,} values are not finite (red); go back to an earlier checkpoint")
 

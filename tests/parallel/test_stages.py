@@ -13,7 +13,7 @@ from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan, trace
 from data_pipeline.provenance.lookup import steps, stretches
 from data_pipeline.tokens.store import Shards
-from pretrain.checkpoint import storage
+from pretrain.checkpoint import inspection, storage
 from tests.parallel.test_layouts import MODELS
 from tests.parallel.test_training import RanksOf, metrics
 from tests.small_data import VOCAB, make_tokens
@@ -105,7 +105,7 @@ def assert_exactly_once(tokens: Path, segments: list[dict[str, Any]]) -> None:
 
 
 def test_stages_are_one_run_in_any_layouts(
-    ranks: RanksOf, plans: Path, tokens: tuple[Path, Path], tmp_path: Path
+    ranks: RanksOf, plans: Path, tokens: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layouts = {"general": (2, {"pp": 2}), "annealing": (2, {"tp": 2, "sp": True}), "long_context": (2, {"cp": 2})}
     for name, (end, batch, model) in STAGES.items():
@@ -114,6 +114,11 @@ def test_stages_are_one_run_in_any_layouts(
     one, many = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "many"))
     assert len(one) == 8 and many == pytest.approx(one, rel=1e-5)  # eight steps of fp32 sums in another order
     assert [line["tokens"] for line in metrics(tmp_path / "one")] == [256, 512, 768, 896, 1024, 1152, 1408, 1664]
+
+    assert inspection.main([str(tmp_path / "many")]) == 0
+    said = capsys.readouterr().out
+    assert f"from step 0, sample 0: 8 rows a step of {plans / 'general'}" in said
+    assert f"from step 6, sample 36: 4 rows a step of {plans / 'long_context'}" in said
 
     segments = trained_on(tmp_path / "many")
     assert segments == trained_on(tmp_path / "one")
