@@ -84,8 +84,8 @@ def code_version(modules: Sequence[str], packages: Sequence[str]) -> str:
         file = waiting.pop()
         if file is not None and file not in files:
             files.add(file)
-            waiting += [source_file(name) for name in _imports(file)]
-    sources = [[file.relative_to(_HERE).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+            waiting += _source(file)[1]
+    sources = [[file.relative_to(_HERE).as_posix(), _source(file)[0]] for file in files]
     return digest([sorted(sources), [_version(package) for package in packages]])
 
 
@@ -102,15 +102,17 @@ def source_file(name: str) -> Path | None:
 
 
 @functools.cache
-def _imports(file: Path) -> list[str]:
-    """Dotted names that a source file imports; of `from a import b` both a and a.b, since b may be a module."""
-    found = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def _source(file: Path) -> tuple[str, list[Path]]:
+    """The sha256 of a source file, and the files of this package that it imports."""
+    content = file.read_bytes()
+    names = []
+    for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return found
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:  # of `from a import b` b may be a module
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    found = [source_file(name) for name in names]
+    return hashlib.sha256(content).hexdigest(), [path for path in found if path is not None]
 
 
 def file_hashes(paths: Sequence[Path], cache: Path) -> str:

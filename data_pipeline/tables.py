@@ -35,8 +35,24 @@ def write_table(folder: str | Path, shard: str, table: pa.Table) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def read_table(folder: str | Path, shard: str) -> pa.Table:
-    return pq.read_table(Path(folder) / f"{shard}.parquet")
+Mark = tuple[int, int, int]
+
+
+def mark(path: Path) -> Mark:
+    """What changes when a file of this name is another one: for what is kept of files that have been read."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def read_table(folder: str | Path, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """All columns, or those."""
+    return read_parquet(Path(folder) / f"{shard}.parquet", columns)
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """As pyarrow's read_table of one file, without what that does for folders of them, which takes longer."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
 
 def shards_of(folder: str | Path) -> list[str]:
@@ -55,7 +71,7 @@ def kept_rows(table: pa.Table) -> pa.Table:
 def count_verdicts(folder: str | Path, tally: Tally) -> None:
     """Adds what a stage's tables keep and drop to `tally`."""
     for shard in shards_of(folder):
-        table = pq.read_table(Path(folder) / f"{shard}.parquet", columns=["source", "bytes", "verdict"])
+        table = read_table(folder, shard, ["source", "bytes", "verdict"])
         groups = table.group_by(["source", "verdict"]).aggregate([("bytes", "sum"), ("bytes", "count")])
         for group in groups.to_pylist():
             documents, size = group["bytes_count"], group["bytes_sum"]

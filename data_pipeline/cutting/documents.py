@@ -13,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
@@ -58,7 +57,7 @@ class Fate:
 
 def fates(before: Before, shard: str) -> list[Fate]:
     """Of every document of a shard that comes in, from tables alone."""
-    coming = kept_rows(read_table(before.kept, shard))
+    coming = kept_rows(read_table(before.kept, shard, ("row", "id", "bytes", "verdict")))
     if not coming.num_rows:  # the stages after that have no tables of it
         return []
     cuts = read_cuts(before.cutters, shard)
@@ -66,7 +65,7 @@ def fates(before: Before, shard: str) -> list[Fate]:
     for judge in reversed(before.judges):
         verdicts |= {line["row"]: line["verdict"] for line in read_table(judge, shard).to_pylist() if line["verdict"]}
     found = []
-    for line in _columns(coming, ("row", "id", "bytes")):
+    for line in coming.to_pylist():
         merged = merge(cuts.get(line["row"], []))
         reason = verdicts.get(line["row"], "")
         if not reason and merged.removed_bytes > before.cut_share_max * line["bytes"]:
@@ -199,12 +198,12 @@ class Split(PipelineStep):
 
     def _columns_of(self, shard: str) -> dict[int, dict[str, Any]]:
         """Row -> what travels with a document, for those that deduplication kept."""
-        scores = {line["row"]: line for line in _columns(read_table(self.before.scores, shard), ("row", *SCORES))}
+        scores = {line["row"]: line for line in read_table(self.before.scores, shard, ("row", *SCORES)).to_pylist()}
         spoken = {
             line["row"]: line
-            for line in _columns(read_table(self.before.languages, shard), ("row", "language", "language_score"))
+            for line in read_table(self.before.languages, shard, ("row", "language", "language_score")).to_pylist()
         }
-        deduped = kept_rows(read_table(self.before.deduped, shard))
+        deduped = kept_rows(read_table(self.before.deduped, shard, ("row", "cluster_size", "verdict")))
         return {
             line["row"]: {
                 "cluster_size": line["cluster_size"],
@@ -212,12 +211,8 @@ class Split(PipelineStep):
                 "language_score": round(spoken[line["row"]]["language_score"], 6),
                 "scores": {name: round(scores[line["row"]][name], 6) for name in SCORES},
             }
-            for line in _columns(deduped, ("row", "cluster_size"))
+            for line in deduped.to_pylist()
         }
-
-
-def _columns(table: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:
-    return table.select(list(names)).to_pylist()
 
 
 _INTERNAL = frozenset({"shard", "row", "split", "output"})

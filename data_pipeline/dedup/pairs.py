@@ -5,18 +5,18 @@ its group, so that a group of n gives n - 1 pairs. Its memory is the number of d
 Documents are numbered through, in the order of shards and rows, over those that the filter kept.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.dedup.signatures import read_range
 from data_pipeline.realms import is_canary
-from data_pipeline.tables import kept_rows, shards_of
+from data_pipeline.tables import Mark, kept_rows, mark, read_parquet, shards_of
 
 BYTES_A_KEY = 48  # a key, its document and the copies that sorting makes
 INDEXED = -1  # stands for a document of an earlier run
@@ -58,8 +58,8 @@ class Numbering:
 
     def rows(self, shard: int) -> np.ndarray:
         """int64, the rows of a shard that the stage kept, ascending."""
-        table = pq.read_table(Path(self.stage) / f"{self.shards[shard]}.parquet", columns=["row", "verdict"])
-        return kept_rows(table)["row"].to_numpy()
+        path = Path(self.stage) / f"{self.shards[shard]}.parquet"
+        return _kept(path, mark(path))
 
     def numbers(self, shard: int, rows: np.ndarray) -> np.ndarray:
         """int64 [rows], each row's number; INDEXED where the stage did not keep it."""
@@ -71,6 +71,12 @@ class Numbering:
 
     def shard_of(self, number: int) -> int:
         return int(np.searchsorted(self.starts, number, side="right")) - 1
+
+
+# Every kind of key asks for the same shards again.
+@functools.lru_cache(maxsize=16)
+def _kept(path: Path, _: Mark) -> np.ndarray:
+    return kept_rows(read_parquet(path, ["row", "verdict"]))["row"].to_numpy()
 
 
 class FindPairs(PipelineStep):

@@ -7,6 +7,7 @@ which one 64-bit key a band is kept. Two documents of Jaccard similarity s share
 equal ones reads a range of every shard and no more.
 """
 
+import functools
 import hashlib
 import unicodedata
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from data_pipeline.realms import salt
 from data_pipeline.scan.folding import plain_bytes
 from data_pipeline.scan.minhash import band_keys, signature
 from data_pipeline.scan.words import Splitter, mix
-from data_pipeline.tables import TableStep
+from data_pipeline.tables import Mark, TableStep, mark
 
 EXACT, URL = "exact", "url"  # the two kinds of keys beside the bands
 _HALF = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -110,8 +111,17 @@ def write_keys(folder: Path, shard: str, keys: np.ndarray, rows: np.ndarray) -> 
 
 def read_range(folder: str | Path, shard: str, kind: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
     """(keys uint64 [n], rows uint32 [n]) of one kind with low <= key <= high; the file is mapped, not loaded."""
-    keys = np.load(Path(folder) / f"{shard}.keys.npy", mmap_mode="r")[kind]
+    keys = _mapped(Path(folder) / f"{shard}.keys.npy")[kind]
     first = np.searchsorted(keys, np.uint64(low), side="left")
     last = np.searchsorted(keys, np.uint64(high), side="right")
-    rows = np.load(Path(folder) / f"{shard}.rows.npy", mmap_mode="r")[kind]
+    rows = _mapped(Path(folder) / f"{shard}.rows.npy")[kind]
     return np.array(keys[first:last]), np.array(rows[first:last])
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return _opened(path, mark(path))
+
+
+@functools.lru_cache(maxsize=16)
+def _opened(path: Path, _: Mark) -> np.ndarray:
+    return np.asarray(np.load(path, mmap_mode="r"))

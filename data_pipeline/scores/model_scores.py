@@ -13,6 +13,7 @@ from configs.scores import MODEL_OF, ScoresConfig
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.classifier import load, manifest_path
 from data_pipeline.scores.ngram_models import Arpa, Unigrams
+from data_pipeline.tables import Mark, mark
 
 MODEL_SCORES = tuple(MODEL_OF)
 
@@ -36,17 +37,11 @@ def kept_model_scores(config: ScoresConfig) -> "ModelScores":
     One set is held at a time, by this process alone, and nothing in it changes: which documents it has seen before, and
     for which task, decides no score.
     """
-    return _kept(config, tuple(version(path) for path in model_files(config)))
-
-
-def version(path: Path) -> tuple[str, int, int, int]:
-    """What tells a file from its successors without reading it."""
-    status = path.stat()
-    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
+    return _kept(config, tuple((path, mark(path)) for path in model_files(config)))
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(config: ScoresConfig, versions: tuple[tuple[str, int, int, int], ...]) -> "ModelScores":
+def _kept(config: ScoresConfig, versions: tuple[tuple[Path, Mark], ...]) -> "ModelScores":
     return ModelScores(config)
 
 

@@ -337,7 +337,7 @@ def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatc
     monkeypatch.setattr(stage, "_HERE", tmp_path / "copy")
 
     def version() -> str:
-        stage._imports.cache_clear()
+        stage._source.cache_clear()
         return stage.code_version(("language",), ())
 
     before = version()
@@ -359,4 +359,4 @@ def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatc
     assert version() == before
     with pytest.raises(ValueError, match="'langauge' as its code"):
         stage.code_version(("langauge",), ())
-    stage._imports.cache_clear()
+    stage._source.cache_clear()
