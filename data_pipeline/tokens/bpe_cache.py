@@ -7,7 +7,7 @@ normalisation; Unigram, which weighs whole sentences, is left out.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numba
 import numpy as np
@@ -58,14 +58,15 @@ class PartTable:
             self._empty()
             found = np.full(len(found), -1)
         missing = _first_of_each(whole, starts, np.flatnonzero(found < 0))
-        pieces = [whole[starts[part] : starts[part + 1]] for part in missing]
-        encoded = self._encode([text[starts[part] : starts[part + 1]] for part in missing])
-        characters = np.cumsum([len(self._codes), *map(len, pieces)])
+        firsts, ends = starts[missing], starts[missing + 1]
+        # Lists: a number of an array costs several times as much to slice by.
+        encoded = self._encode([text[first:end] for first, end in zip(firsts.tolist(), ends.tolist(), strict=True)])
+        characters = np.cumsum(np.concatenate([[len(self._codes)], ends - firsts]))
         tokens = np.cumsum([len(self._ids), *map(len, encoded)])
         new = np.stack([characters[:-1], characters[1:], tokens[:-1], tokens[1:]], axis=1)
         self._parts = np.concatenate([self._parts, new])
-        self._codes = np.concatenate([self._codes, *pieces])
-        self._ids = np.concatenate([self._ids, np.array([i for ids in encoded for i in ids], np.int32)])
+        self._codes = np.concatenate([self._codes, _spans(whole, firsts, ends)])
+        self._ids = np.concatenate([self._ids, np.fromiter(chain.from_iterable(encoded), np.int32)])
         size = len(self._slots)
         while size < 2 * len(self._parts):
             size *= 2
@@ -171,6 +172,18 @@ def _slots(known: np.ndarray, parts: np.ndarray, size: int) -> np.ndarray:
             slot = (slot + np.uint64(1)) & mask
         slots[slot] = entry
     return slots
+
+
+@numba.njit(cache=True, nogil=True)
+def _spans(codes: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The characters of all spans, one after the other."""
+    joined = np.empty((ends - firsts).sum(), np.uint32)
+    place = 0
+    for span in range(len(firsts)):
+        for code in range(firsts[span], ends[span]):
+            joined[place] = codes[code]
+            place += 1
+    return joined
 
 
 @numba.njit(cache=True, nogil=True)
