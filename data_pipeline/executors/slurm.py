@@ -93,7 +93,8 @@ class SlurmExecutor(Executor):
     def run(self, job: Job, say: Say) -> None:
         if re.search(r"\s", str(job.logs.absolute())):
             raise ConfigError(f"run.dir: Slurm's scripts bear no spaces in a path, and {job.logs} has some; rename it")
-        name = f"trivium-{job.title}-{secrets.token_hex(4)}"
+        title = re.sub(r"\W+", "-", job.title)  # a script's directives end at a space
+        name = f"trivium-{title}-{secrets.token_hex(4)}"
         jobs: list[str] = []
         record = job.logs / _RECORD
         with _signals_raise():

@@ -140,14 +140,19 @@ def wait_for_queue(filled: bool, states: str = "") -> None:
 @pytest.mark.skipif(bool(slurm_cluster.WHY_NOT), reason=slurm_cluster.WHY_NOT)
 @pytest.mark.usefixtures("cluster")
 class TestSlurm:
-    def test_a_whole_run(self, config: Path, alone: Path, tmp_path: Path) -> None:
-        done = start(command(config, *slurm_args(tmp_path, "run.slurm.max_array_size=3")))
+    def test_a_whole_run(self, config: Path, tmp_path: Path) -> None:
+        # With stages of several passes, whose titles have a space.
+        lines = "lines.max_copies=2"
+        alone = tmp_path / "alone"
+        assert start(command(config, f"run.dir={alone}", lines)).returncode == 0
+        done = start(command(config, *slurm_args(tmp_path / "slurm", "run.slurm.max_array_size=3", lines)))
         assert (done.returncode, done.stderr) == (0, "")
-        outputs = [path.read_text() for path in tmp_path.glob("logs/**/slurm_logs/*.out")]
-        assert len(outputs) >= 10 and len(took_part(tmp_path)) >= 10
-        assert published(tmp_path) == published(alone)
+        run = tmp_path / "slurm"
+        outputs = [path.read_text() for path in run.glob("logs/**/slurm_logs/*.out")]
+        assert len(outputs) >= 10 and len(took_part(run)) >= 10
+        assert published(run) == published(alone)
         wait_for_queue(filled=False)
-        assert not list(tmp_path.glob("logs/**/slurm_name"))
+        assert not list(run.glob("logs/**/slurm_name"))
 
     def test_a_tasks_error(self, config: Path, alone: Path, tmp_path: Path) -> None:
         run_dir = spoilt(alone, tmp_path)
