@@ -36,6 +36,13 @@ class Cursor:
             left = (Pieces.whole(lengths) if left is None else left).without(used)
         return Cursor(self.epoch + ended, left, self.stores)
 
+    def of_documents(self, lengths: np.ndarray) -> "Cursor":
+        """Without what is left of documents that have no tokens (any more); past an epoch of which nothing else is."""
+        left = self.left and self.left.take(lengths[self.left.document] > 0)
+        if left is not None and not len(left):
+            return Cursor(self.epoch + 1, None, self.stores)
+        return Cursor(self.epoch, left, self.stores)
+
     def check(self, source: str, stores: tuple[str, ...]) -> None:
         """Errors: ValueError where the source has other token stores by now."""
         if stores != self.stores:

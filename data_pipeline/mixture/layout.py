@@ -124,12 +124,11 @@ def lay_out(
         check_stores(shards.stores, model)
         forms = fill.draw(seed, name, len(shards.lengths), fim[name], fim_spm) if name in fim else None
         extra = np.zeros(len(shards.lengths), np.int64) if forms is None else fill.SENTINELS * (forms > 0)
-        epoch, left = 0, None
         if name in cursors:
             cursors[name].check(name, shards.index_checksums())
-            epoch, left = cursors[name].epoch, cursors[name].left
-            left = left and left.take(shards.lengths[left.document] > 0)
-        documents = Documents(name, shards.lengths, extra, seed, seq_length, packing, epoch, left)
+            cursors[name] = cursors[name].of_documents(shards.lengths)
+        begin = cursors.get(name, Cursor(0, None, ()))
+        documents = Documents(name, shards.lengths, extra, seed, seq_length, packing, begin.epoch, begin.left)
         packed = documents.whole()
         if not len(packed):
             raise ValueError(f"source {name} has no tokens under {tokens / TRAIN / name}; leave it out of the mixture")

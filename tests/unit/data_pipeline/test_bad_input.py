@@ -205,7 +205,7 @@ def test_members_are_read_whole_whatever_the_blocks(tmp_path: Path) -> None:
 
 def test_damage_in_an_uncompressed_warc_costs_one_record(tmp_path: Path) -> None:
     pages = [gzip.decompress(member) for member in warc([PAGE.format(n).encode() for n in range(40)])]
-    pages[20] = b"XXXX" + pages[20][4:]  # no record begins here
+    pages[20] = b"CRAW" + pages[20][4:]  # no record begins here
     records = read(tmp_path / "a.warc", b"".join(pages), "warc")
     assert reasons(records) == [""] * 20 + ["bad_warc"] + [""] * 19
     assert [record.metadata["url"][-2:].strip("/") for record in records if not record.reason] == [

@@ -173,6 +173,6 @@ def test_other_file_systems(tmp_path: Path) -> None:
     assert texts(source("memory://test_remote/*.jsonl")) == ["one"]
     memory.rm("/test_remote", recursive=True)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "three"}\n')
-    assert texts(source(f"file://{tmp_path}/a.jsonl")) == texts(source(f"file://{tmp_path}")) == ["three"]
+    assert texts(source((tmp_path / "a.jsonl").as_uri())) == texts(source(tmp_path.as_uri())) == ["three"]
     with pytest.raises(ConfigError, match="install that package, or copy the files"):
         find_files("s", source("dropbox://folder/a.jsonl"))

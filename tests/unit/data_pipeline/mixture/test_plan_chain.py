@@ -187,6 +187,33 @@ def test_what_was_taken_down_stays_out(
     assert Plan.open(tmp_path / "later").uses(gone["source"], gone["shard"], gone["document"]) == []
 
 
+def test_an_epoch_of_which_only_what_was_taken_down_is_left_is_over(
+    tokens: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"seq_length": 64, "seed": 3, "weights": {"code": 1.0}, "max_epochs": 4}
+    build_plan(tokens, tokenizer_folder, tmp_path / "a", samples=2000, **settings)
+    first = Plan.open(tmp_path / "a")
+    used = first.description["sources"][0]["forecast"]["epoch_ends"][0]["sample"]  # all of the epoch but its last row
+    gone = {(entry["shard"], entry["document"]) for entry in first.provenance(used)}
+    without = {"train/code": sorted(gone)}
+    build_plan(tokens, tokenizer_folder, tmp_path / "b", samples=2000, without=without, after=(first, used), **settings)
+    second = Plan.open(tmp_path / "b")
+    total = int(Shards.in_folder(tokens / "train" / "code").lengths.sum()) - sum(
+        int(store.lengths[document])
+        for store in Shards.in_folder(tokens / "train" / "code").stores
+        for shard, document in gone
+        if shard == store.path.name
+    )
+    (told,) = second.description["sources"]
+    assert told["forecast"]["begun"] == 1
+    ended = told["forecast"]["epoch_ends"][0]
+    assert ended["epoch"] == 2
+    assert sum(entry["length"] for i in range(ended["sample"] + 1) for entry in second.provenance(i)) == total
+    assert second.cursors(ended["sample"] + 1)["code"].epoch == 2
+    build_plan(tokens, tokenizer_folder, tmp_path / "c", samples=100, after=(second, ended["sample"] + 1), **settings)
+    assert Plan.open(tmp_path / "c").description["sources"][0]["forecast"]["begun"] == 2
+
+
 def test_a_source_that_has_changed_is_refused(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     settings = {"seq_length": 64, "samples": 50, "seed": 1, "weights": {"code": 1.0}}
     build_plan(tokens, tokenizer_folder, tmp_path / "a", **settings)
