@@ -23,15 +23,15 @@ from data_pipeline.extraction.blocklist import Blocklist
 from data_pipeline.extraction.step import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.language import IdentifyLanguage, kept_identifier
 from data_pipeline.ledger import Tally
-from data_pipeline.reading import InputUnit, ShardReader, SourceReader, find_units
+from data_pipeline.reading import InputUnit, SourceReader, find_units
 from data_pipeline.reading.files import is_remote
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scores.filtering import ApplyRules
 from data_pipeline.scores.model_scores import ModelScores, model_files
 from data_pipeline.scores.scoring import Score, definition_of
+from data_pipeline.shards import ShardReader, TextWriter, shard_path, shards_under
 from data_pipeline.stage import Stage, digest, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, mask_samples, shards_of, table_samples
-from data_pipeline.writing import TextWriter
 
 _COMPILED_ONCE = "Compiled here once, then found in its cache by every worker."
 _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
@@ -60,8 +60,9 @@ class Workshop:
         self.executor.perform(name, steps, tasks, logs, total_bytes, self.console)
 
     def text_bytes(self) -> int:
-        shards = (self.run_dir / "extract").glob("*/*.jsonl.gz")
-        return 3 * sum(path.stat().st_size for path in shards)  # about what gzip makes of prose; for the bar alone
+        extract = self.run_dir / "extract"
+        size = sum(shard_path(extract, shard).stat().st_size for shard in shards_under(extract))
+        return 3 * size  # about what compression makes of prose; for the bar alone
 
 
 def input_units(config: DataConfig) -> list[InputUnit]:
@@ -100,7 +101,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "shard_bytes": config.run.shard_bytes,
             "canaries": as_input(config.canaries),
         },
-        ("reading", "canaries", "extraction.step", "writing"),
+        ("reading", "canaries", "extraction.step", "shards"),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
         packages=(
             *("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
@@ -181,9 +182,7 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
 def text_reader(shop: Workshop, logs: Path) -> tuple[ShardReader, int]:
     """The step that reads every document of the extract stage, and how many shards it reads."""
     source = shop.run_dir / "extract"
-    shards = sorted(
-        path.relative_to(source).as_posix().removesuffix(".jsonl.gz") for path in source.glob("*/*.jsonl.gz")
-    )
+    shards = shards_under(source)
     return ShardReader(str(source), shards, str(logs / "progress")), len(shards)
 
 

@@ -1,10 +1,10 @@
 """Token stores of two small sources, prose and Python, with held-out documents; for tests that are not about text."""
 
-import json
 from pathlib import Path
 
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer, train
+from tests.shards import write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 512
@@ -18,12 +18,11 @@ def make_tokens(folder: Path) -> tuple[Path, Path]:
     prose = [f"{CHINESE}\n{(ROOT / 'LICENSE').read_text()[i : i + 400]}" for i in range(0, 8000, 400)]
     for source, texts in (("code", code), ("prose", prose)):
         for split, part in (("train", texts[:-3]), ("heldout", texts[-3:])):
-            file = folder / f"{split}.{source}.jsonl"
-            records = [json.dumps({"text": t, "id": f"{source}{i}", "metadata": {}}) for i, t in enumerate(part)]
-            file.write_text("\n".join(records) + "\n")
-    train([folder / "train.code.jsonl", folder / "train.prose.jsonl"], folder / "tokenizer", VOCAB)
+            records = ({"text": t, "id": f"{source}{i}", "metadata": {}} for i, t in enumerate(part))
+            write_shard(folder / f"{split}.{source}.jsonl.zst", records)
+    train([folder / "train.code.jsonl.zst", folder / "train.prose.jsonl.zst"], folder / "tokenizer", VOCAB)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     for source in ("code", "prose"):
         for split in ("train", "heldout"):
-            build(folder / f"{split}.{source}.jsonl", folder / "tokens" / split / source / "00000", tokenizer)
+            build(folder / f"{split}.{source}.jsonl.zst", folder / "tokens" / split / source / "00000", tokenizer)
     return folder / "tokens", folder / "tokenizer"

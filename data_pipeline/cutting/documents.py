@@ -1,4 +1,4 @@
-"""The documents that go on to the tokenizer: `<split>/<source>/NNNNN.jsonl.gz`, without what stages cut.
+"""The documents that go on to the tokenizer: `<split>/<source>/NNNNN.jsonl.zst`, without what stages cut.
 
 All cuts of a text are made here, at once; a document that loses more than a share goes as `mostly_cut`, and so does
 one of which only white space is left. Tables alone say what becomes of a document, so that a first pass over them

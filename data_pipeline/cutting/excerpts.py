@@ -4,14 +4,12 @@ A piece is masked by what is found in its surroundings, so that an address that 
 masked as well. Where to look for documents is in `provenance.lookup`.
 """
 
-import gzip
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
 from data_pipeline.cutting.personal import PLACEHOLDERS, find
+from data_pipeline.shards import read_records, shard_path
 
 _AROUND = 2000  # characters beside a piece that are looked at to mask it; longer than any address or key
 _PERSONAL = "pii_"  # how reasons of the PII stage begin
@@ -19,10 +17,9 @@ _PERSONAL = "pii_"  # how reasons of the PII stage begin
 
 def texts(run_dir: Path, shard: str, rows: Collection[int] | None = None) -> Iterator[tuple[int, str]]:
     """(row, text) of a shard as extract published it; of `rows` only, if given."""
-    with gzip.open(run_dir / "extract" / f"{shard}.jsonl.gz", "rb") as lines:
-        for row, line in enumerate(lines):
-            if rows is None or row in rows:
-                yield row, orjson.loads(line)["text"]
+    for row, record in enumerate(read_records(shard_path(run_dir / "extract", shard))):
+        if rows is None or row in rows:
+            yield row, record["text"]
 
 
 def piece(text: str, start: int, end: int) -> str:

@@ -37,12 +37,11 @@ from data_pipeline.cutting.probes import Probes, read_items, require_probes
 from data_pipeline.cutting.substrings import CutSubstrings, Minimizers, Windows
 from data_pipeline.cutting.web_lines import CutWebLines
 from data_pipeline.ledger import Tally
-from data_pipeline.reading import ShardReader
 from data_pipeline.realms import is_canary
+from data_pipeline.shards import ShardReader, TextWriter
 from data_pipeline.stage import Stage, file_hashes
 from data_pipeline.stages import Workshop
 from data_pipeline.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples, write_samples
-from data_pipeline.writing import TextWriter
 
 
 def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
@@ -83,7 +82,7 @@ def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
         "documents",
         partial(_documents, shop, kept.name, [stage.name for stage in cutting]),
         {"documents": plain(config.documents), "heldout": plain(config.heldout)},
-        ("cutting.documents", "writing"),
+        ("cutting.documents", "shards"),
         needs=(extract, language, before["score"], dedup, *cutting),
         counted_against=kept,
         packages=("datatrove", "orjson"),

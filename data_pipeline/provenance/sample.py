@@ -6,14 +6,12 @@ documents. Texts are masked: personal data, keys and tokens are shown as their k
 to one document is `trivium data explain`.
 """
 
-import gzip
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pyarrow.parquet as pq
 from rich.console import Console
 
@@ -26,6 +24,7 @@ from data_pipeline.page.samples import Smallest
 from data_pipeline.provenance.lookup import TABLE_STAGES
 from data_pipeline.realms import is_canary
 from data_pipeline.report import wide_console
+from data_pipeline.shards import read_records, shard_path, shards_under
 from data_pipeline.stage import read_manifest
 from data_pipeline.tables import read_table, shards_of
 
@@ -68,11 +67,11 @@ def _lines(run_dir: Path, stage: str, reason: str) -> Iterator[Row]:
 
 
 def _published(run_dir: Path) -> Iterator[Row]:
-    for path in sorted((run_dir / "documents").glob("*/*/*.jsonl.gz")):
-        with gzip.open(path, "rb") as lines:
-            for document in map(orjson.loads, lines):
-                place = {"source": path.parent.name, "id": document["id"], "verdict": ""}
-                yield place | {"text": document["text"], "bytes": len(document["text"].encode())}
+    for shard in shards_under(run_dir / "documents"):
+        source = shard.split("/")[1]
+        for document in read_records(shard_path(run_dir / "documents", shard)):
+            place = {"source": source, "id": document["id"], "verdict": ""}
+            yield place | {"text": document["text"], "bytes": len(document["text"].encode())}
 
 
 def draw(found: Iterator[Row], count: int, source: str, seed: str) -> list[Row]:

@@ -1,12 +1,11 @@
 """From files to documents: finding them, reading each format, and what is set aside on the way.
 
 `source` is the way in: it finds a run's files (`files`, `formats`) and reads them (`jsonl`, `warc`, `parquet`, `trees`)
-as records (`records`), through `decompression`, which bounds memory. `shards` reads what the extract stage publishes.
+as records (`records`), through `decompression`, which bounds memory.
 Main text of pages is left to `extraction`.
 """
 
 from data_pipeline.reading.records import BROKEN, HARMLESS, InputUnit
-from data_pipeline.reading.shards import ShardReader
 from data_pipeline.reading.source import SourceReader, find_units
 
-__all__ = ["BROKEN", "HARMLESS", "InputUnit", "ShardReader", "SourceReader", "find_units"]
+__all__ = ["BROKEN", "HARMLESS", "InputUnit", "SourceReader", "find_units"]

@@ -25,6 +25,7 @@ from data_pipeline.ledger import Tally
 from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans
+from data_pipeline.shards import shard_path, shards_under
 from data_pipeline.stage import Stage, read_manifest
 from data_pipeline.stages import Workshop
 from data_pipeline.tokens.store import build
@@ -97,17 +98,17 @@ class TrainTokenizer(PipelineStep):
 
 
 class Tokenize(PipelineStep):
-    """Each file of documents, `<split>/<source>/<shard>.jsonl.gz`, to a token store of the same name."""
+    """Each shard of documents, `<split>/<source>/<name>`, to a token store of the same name."""
 
     name = "Tokenize"
     type = "🔢 - TOKENS"
 
     def __init__(
-        self, documents: str, files: Sequence[str], tokenizer: str, out: str, tallies: str, progress: str
+        self, documents: str, shards: Sequence[str], tokenizer: str, out: str, tallies: str, progress: str
     ) -> None:
         super().__init__()
         self.documents = documents
-        self.files = list(files)
+        self.shards = list(shards)
         self.tokenizer = tokenizer
         self.out = out
         self.tallies = tallies
@@ -116,11 +117,11 @@ class Tokenize(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         progress, tally = ProgressFile(self.progress, rank), Tally()
         tokenizer = Tokenizer.load(self.tokenizer)
-        for name in self.files[rank::world_size]:
-            out = Path(self.out) / name.removesuffix(".jsonl.gz")
+        for shard in self.shards[rank::world_size]:
+            out = Path(self.out) / shard
             out.parent.mkdir(parents=True, exist_ok=True)
             source = out.parent.name
-            written = build(Path(self.documents) / name, out, tokenizer, progress.advance)
+            written = build(shard_path(self.documents, shard), out, tokenizer, progress.advance)
             tally.came_in(source, written.text_bytes, written.documents)
             tally.kept(source, written.text_bytes, documents=written.documents)
             tally.note(source, "tokens", written.tokens)
@@ -134,11 +135,10 @@ def _controls(mixture: MixtureConfig) -> list[str]:
     return list(FIM_CONTROLS) if any(plan.fim for plan in mixture.plans().values()) else []
 
 
-def _document_files(shop: Workshop) -> list[str]:
+def _document_shards(shop: Workshop) -> list[str]:
     """Largest first, so that no task is left alone with a big file at the end."""
     folder = shop.run_dir / "documents"
-    paths = sorted(folder.glob("*/*/*.jsonl.gz"), key=lambda path: (-path.stat().st_size, str(path)))
-    return [path.relative_to(folder).as_posix() for path in paths]
+    return sorted(shards_under(folder), key=lambda shard: -shard_path(folder, shard).stat().st_size)
 
 
 def _tokenizer(shop: Workshop, folder: Path, logs: Path) -> Tally:
@@ -151,8 +151,8 @@ def _tokenizer(shop: Workshop, folder: Path, logs: Path) -> Tally:
         tally.came_in(source, kept["bytes"], kept["documents"])
         tally.dropped(source, "held_out", size, documents)
         tally.kept(source, kept["bytes"] - size, documents=kept["documents"] - documents)
-    files = _document_files(shop)
-    inputs = [str(shop.run_dir / "documents" / name) for name in files if name.startswith(f"{TRAIN}/")]
+    shards = [shard for shard in _document_shards(shop) if shard.startswith(f"{TRAIN}/")]
+    inputs = [str(shard_path(shop.run_dir / "documents", shard)) for shard in shards]
     controls = _controls(shop.config.mixture)
     step = TrainTokenizer(inputs, str(folder), shop.config.tokenizer, controls, str(logs / "progress"))
     shop.pipeline("tokenizer", logs, [step], 1, tally.total().kept.bytes, alone=True)
@@ -160,16 +160,16 @@ def _tokenizer(shop: Workshop, folder: Path, logs: Path) -> Tally:
 
 
 def _tokens(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    files = _document_files(shop)
+    shards = _document_shards(shop)
     step = Tokenize(
         str(shop.run_dir / "documents"),
-        files,
+        shards,
         str(shop.run_dir / "tokenizer"),
         str(folder),
         str(logs / "tallies"),
         str(logs / "progress"),
     )
-    shop.pipeline("tokens", logs, [step], len(files), shop.text_bytes())
+    shop.pipeline("tokens", logs, [step], len(shards), shop.text_bytes())
     return Tally.load_all(logs / "tallies")
 
 

@@ -8,21 +8,20 @@ modes, which the format allows.
 """
 
 import bisect
-import gzip
 import hashlib
 import json
 import os
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data_pipeline.shards import read_records
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -65,24 +64,6 @@ class Encoder(Protocol):
 
 def store_dtype(vocab_size: int) -> np.dtype:
     return DTYPES[8] if vocab_size < UINT16_VOCAB else DTYPES[4]
-
-
-def read_documents(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a `.jsonl` or `.jsonl.gz` file. Errors: ValueError naming the file and line."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"documents file {path} does not exist; run the documents stage again")
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for line in lines:
-                number += 1
-                record = orjson.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise ValueError('expected an object with a string under "text"')
-                yield record
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"documents file {path}, line {number}: {error}; make it again") from None
 
 
 @dataclass(frozen=True)
@@ -137,7 +118,7 @@ def _write(
         paths[".bin"].open("wb") as tokens,
         pq.ParquetWriter(paths[".parquet"], SCHEMA, compression="zstd") as table,
     ):
-        for batch in _batches(read_documents(documents)):
+        for batch in _batches(read_records(documents)):
             rows = []
             for record, ids in zip(batch, _encode(batch, tokenizer, documents), strict=True):
                 content = np.concatenate([bos, ids, eos], dtype=dtype, casting="unsafe").tobytes()

@@ -19,8 +19,8 @@ import numpy as np
 import sentencepiece
 
 from configs.loader import write_atomic
+from data_pipeline.shards import read_records
 from data_pipeline.tokens.bpe_cache import PartTable
-from data_pipeline.tokens.store import read_documents
 
 KIND = "sentencepiece-bpe"
 MODEL_FILE, INFO_FILE = "tokenizer.model", "tokenizer.json"
@@ -134,7 +134,7 @@ def _sample(
     used = available = 0
     bar = 2**64
     for path in inputs:
-        for document in read_documents(path):
+        for document in read_records(path):
             read = len(document["text"].encode())
             available += read
             for chunk in _chunks(document["text"]):

@@ -15,6 +15,7 @@ import pytest
 
 from data_pipeline.executors import slurm
 from data_pipeline.run import main
+from data_pipeline.shards import shard_path, shards_under
 from tests import data_runs
 from tests.data_runs import command, environment, published, took_part
 from tests.e2e import slurm_cluster
@@ -68,7 +69,7 @@ def test_an_error_on_any_rank_ends_all_with_one_message(config: Path, alone: Pat
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and "error: stage score, task " in lines[0] and lines[1].startswith("(details: "), lines
-    assert "BadGzipFile" in Path(lines[0].rpartition("its log: ")[2]).read_text()
+    assert "ZSTD decompress failed" in Path(lines[0].rpartition("its log: ")[2]).read_text()
     for shard in ends(run_dir):
         shard.write_bytes((alone / shard.relative_to(run_dir)).read_bytes())
     assert main([str(config), f"run.dir={run_dir}"]) == 0
@@ -158,7 +159,7 @@ class TestSlurm:
         run_dir = spoilt(alone, tmp_path)
         done = start(command(config, *slurm_args(run_dir)))
         assert done.returncode == 1 and "error: stage score, task " in done.stderr
-        assert "BadGzipFile" in Path(done.stderr.splitlines()[0].rpartition("its log: ")[2]).read_text()
+        assert "ZSTD decompress failed" in Path(done.stderr.splitlines()[0].rpartition("its log: ")[2]).read_text()
         wait_for_queue(filled=False)
 
     def test_a_refused_job(self, config: Path, tmp_path: Path) -> None:
@@ -174,7 +175,9 @@ class TestSlurm:
         args = slurm_args(tmp_path, "run.slurm.setup=echo set up; sleep 600")
         process = subprocess.Popen(command(config, *args), env=environment(), stderr=subprocess.PIPE, text=True)
         wait_for_queue(filled=True, states="RUNNING" if running else "PENDING")
-        time.sleep(1)  # for the first line of its output
+        while running and not any(out.stat().st_size for out in tmp_path.glob("logs/*/slurm_logs/*_0.out")):
+            assert process.poll() is None
+            time.sleep(0.1)
         subprocess.run(["scancel", f"--name={queue()[0]}"], check=True)
         _, said = process.communicate(timeout=slurm._SETTLE_SECONDS + 60)
         if not running:
@@ -208,8 +211,9 @@ class TestSlurm:
 
 def ends(run_dir: Path) -> list[Path]:
     """The first and the last shard, of different tasks."""
-    shards = sorted(run_dir.glob("extract/*/*.jsonl.gz"))
-    return [shards[0], shards[-1]]
+    folder = run_dir / "extract"
+    shards = shards_under(folder)
+    return [shard_path(folder, shards[0]), shard_path(folder, shards[-1])]
 
 
 def spoilt(run_dir: Path, folder: Path) -> Path:

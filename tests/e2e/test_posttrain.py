@@ -13,6 +13,7 @@ from data_pipeline.tokens.tokenizer import train as train_tokenizer
 from posttrain.chat import jinja_template
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RankError, Ranks
+from tests.shards import write_shard
 
 RanksOf = Callable[[int], Ranks]
 VOCAB = 300
@@ -98,8 +99,7 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "id": "0",
         "metadata": {},
     }
-    (base / "text.jsonl").write_text(json.dumps(text) + "\n")
-    train_tokenizer([base / "text.jsonl"], base / "tokenizer", VOCAB)
+    train_tokenizer([write_shard(base / "text.jsonl.zst", [text])], base / "tokenizer", VOCAB)
     dialogues = [
         {
             "id": str(i),

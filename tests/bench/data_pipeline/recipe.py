@@ -44,9 +44,9 @@ from data_pipeline.executors.local import LocalExecutor
 from data_pipeline.executors.tasks import quiet
 from data_pipeline.language import model_path
 from data_pipeline.run import all_stages
+from data_pipeline.shards import read_records, shard_path, shards_under
 from data_pipeline.stage import perform, sole_user
 from data_pipeline.tables import read_table, shards_of
-from data_pipeline.tokens.store import read_documents
 from tests.bench.data_pipeline.definitions import why
 from tests.bench.data_pipeline.heuristics import peers
 from tests.bench.data_pipeline.measure import DEMO, LANGUAGES, ROOT, Result, cpu_seconds, spread
@@ -155,9 +155,9 @@ def _compared(ours: Fates, theirs: Fates, run_dir: Path) -> tuple[str, dict[str,
 def _texts(run_dir: Path) -> dict[str, tuple[str, str]]:
     """Document -> (source, text after extraction)."""
     return {
-        record["id"]: (path.parent.name, record["text"])
-        for path in sorted((run_dir / "extract").glob("*/*.jsonl.gz"))
-        for record in read_documents(path)
+        record["id"]: (shard.split("/")[0], record["text"])
+        for shard in shards_under(run_dir / "extract")
+        for record in read_records(shard_path(run_dir / "extract", shard))
     }
 
 

@@ -24,6 +24,7 @@ from configs.loader import validate
 from data_pipeline.executors.local import LocalExecutor
 from data_pipeline.executors.tasks import quiet
 from data_pipeline.run import all_stages
+from data_pipeline.shards import shards_under
 from data_pipeline.stage import Done, perform, sole_user
 from tests.bench.data_pipeline import recipe
 from tests.bench.data_pipeline.measure import DEMO, ROOT, Result, cpu_seconds
@@ -81,7 +82,7 @@ def measure(corpus: str, files: Path, run_dir: Path) -> list[Result]:
                 "bytes_kept": total.kept.bytes,
                 "disk_bytes": sum(path.stat().st_size for path in paths),
                 "shard_files": sum(_is_of_a_shard(path.relative_to(run_dir / stage.name)) for path in paths),
-                "shards": len(list((run_dir / "extract").glob("*/*.jsonl.gz"))),
+                "shards": len(shards_under(run_dir / "extract")),
                 "read_bytes": read,
                 "written_bytes": written,
                 "peak_memory_bytes": _peak(),

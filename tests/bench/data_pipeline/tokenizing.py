@@ -1,12 +1,10 @@
-"""Texts to ids, against sentencepiece called on the same texts in batches; and gzipped documents to a token store.
+"""Texts to ids, against sentencepiece called on the same texts in batches; and shards of documents to a token store.
 
 Cold is the first file that a task meets, with an empty table of parts (`tokens.bpe_cache`); warm is the next one, of
 other documents. Ours gives arrays, the peer lists; the ids are the same. The row of the store has our reading
 of files, checksums and writing in it, and the peer none of them.
 """
 
-import gzip
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ import sentencepiece
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer, train
 from tests.bench.data_pipeline.measure import Result, cpu_seconds, size_mb, texts
+from tests.shards import write_shard
 
 _PEER = "sentencepiece in batches, no files"
 
@@ -25,10 +24,9 @@ def run(source: str, megabytes: float, folder: Path) -> list[Result]:
     documents = texts(source, 2 * megabytes)
     halves = {"cold": documents[::2], "warm": documents[1::2]}
     folder.mkdir(parents=True)
-    paths = {state: folder / f"{state}.jsonl.gz" for state in halves}
+    paths = {state: folder / f"{state}.jsonl.zst" for state in halves}
     for state, half in halves.items():
-        with gzip.open(paths[state], "wt", encoding="utf-8") as out:
-            out.writelines(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(half))
+        write_shard(paths[state], ({"id": str(n), "text": text} for n, text in enumerate(half)))
     train(list(paths.values()), folder / "tokenizer", 8192 if source == "english" else 4096)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     peer = sentencepiece.SentencePieceProcessor(model_file=tokenizer.origin)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.tokens import store, tokenizer
+from tests.shards import write_shard
 
 DEMO = Path(__file__).parents[3] / "data" / "demo"
 SOURCES = {"english": slice(180, 300, 2), "chinese": slice(0, 8), "code": slice(0, 250)}
@@ -27,7 +28,7 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<split>/<source>/NNNNN.jsonl.gz`, two shards of training documents a source, as the split leaves them."""
+    """`<split>/<source>/NNNNN.jsonl.zst`, two shards of training documents a source, as the split leaves them."""
     folder = tmp_path_factory.mktemp("documents")
     for source in SOURCES:
         records = demo_records(source)
@@ -36,16 +37,16 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 record["text"] = record["text"][: 60 + 311 * number % 1500]
             record["metadata"] |= {"file": f"{source}.jsonl.gz", "position": 7, "scores": {"quality": 0.5}}
         heldout, train = records[:3], records[3:]
-        write_jsonl(folder / f"heldout/{source}/00000.jsonl.gz", heldout)
-        write_jsonl(folder / f"train/{source}/00000.jsonl.gz", train[: len(train) // 3])
-        write_jsonl(folder / f"train/{source}/00001.jsonl.gz", train[len(train) // 3 :])
+        write_shard(folder / f"heldout/{source}/00000.jsonl.zst", heldout)
+        write_shard(folder / f"train/{source}/00000.jsonl.zst", train[: len(train) // 3])
+        write_shard(folder / f"train/{source}/00001.jsonl.zst", train[len(train) // 3 :])
     return folder
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.train(sorted(documents.glob("train/*/*.gz")), out, 3000, train_bytes=600_000)
+    tokenizer.train(sorted(documents.glob("train/*/*.zst")), out, 3000, train_bytes=600_000)
     return out
 
 
@@ -58,7 +59,7 @@ def small_tokenizer(tokenizer_folder: Path) -> tokenizer.Tokenizer:
 def tokens(documents: Path, small_tokenizer: tokenizer.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`<split>/<source>/NNNNN.{bin,idx,parquet}`."""
     folder = tmp_path_factory.mktemp("tokens")
-    for path in documents.glob("*/*/*.jsonl.gz"):
-        out = folder / path.relative_to(documents).with_name(path.name.removesuffix(".jsonl.gz"))
+    for path in documents.glob("*/*/*.jsonl.zst"):
+        out = folder / path.relative_to(documents).with_name(path.name.removesuffix(".jsonl.zst"))
         store.build(path, out, small_tokenizer)
     return folder

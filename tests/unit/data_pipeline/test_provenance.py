@@ -15,7 +15,7 @@ from data_pipeline.provenance import takedown, trace
 from data_pipeline.provenance.lookup import stored, uses
 from data_pipeline.tokens import store
 from data_pipeline.tokens.tokenizer import Tokenizer
-from tests.unit.data_pipeline.conftest import write_jsonl
+from tests.shards import write_shard
 
 L, SAMPLES, BATCH = 64, 600, 16
 MIXTURE = {"english": 0.5, "chinese": 0.2, "code": 0.3}
@@ -139,6 +139,6 @@ def test_a_takedown_leaves_nothing_of_a_document(
 
 def test_documents_are_found_by_address(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     records = [{"text": "abc", "id": str(n), "metadata": {"record": {"url": f"https://a.org/{n}"}}} for n in range(3)]
-    store.build(write_jsonl(tmp_path / "in.jsonl.gz", records), tmp_path / "tokens/train/web/00000", small_tokenizer)
+    store.build(write_shard(tmp_path / "in.jsonl.zst", records), tmp_path / "tokens/train/web/00000", small_tokenizer)
     found = stored(tmp_path, [], ["http://www.a.org/1/"])
     assert [(one.source, one.store, one.document, one.id) for one in found] == [("web", "00000", 1, "1")]

@@ -3,7 +3,6 @@
 import email.utils
 import gzip
 import http.server
-import json
 import re
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from configs.loader import ConfigError
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source import find_units, read_file
 from data_pipeline.run import main
+from data_pipeline.shards import read_records
 from tests.data_runs import CONFIG, ROOT
 
 
@@ -156,10 +156,8 @@ def test_a_run_over_http_is_the_run_from_disk(web: tuple[str, dict[str, bytes]],
     def documents(name: str) -> dict[str, list[str]]:
         assert main([str(tmp_path / f"{name}.toml"), "run.workers=2"]) == 0
         return {
-            path.relative_to(tmp_path / name).as_posix(): [
-                json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()
-            ]
-            for path in sorted((tmp_path / name).glob("documents/*/*/*.gz"))
+            path.relative_to(tmp_path / name).as_posix(): [record["text"] for record in read_records(path)]
+            for path in sorted((tmp_path / name).glob("documents/*/*/*.zst"))
         }
 
     assert documents("remote") == documents("local") != {}

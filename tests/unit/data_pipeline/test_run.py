@@ -17,6 +17,7 @@ from data_pipeline.ledger import LedgerError, Tally
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain
 from data_pipeline.run import main
+from data_pipeline.shards import read_records
 from tests.data_runs import CONFIG, ROOT, published
 
 
@@ -91,14 +92,10 @@ def test_a_run_conserves_documents_and_is_skipped_when_repeated(config: Path, ca
         "3 records set aside (bad_json 1, invalid_utf8 1, missing_text 1), within extract.max_bad_share = 0.1" in said
     )
     assert str(run_dir / "extract/rejected") in said
-    written = [
-        json.loads(line)
-        for path in run_dir.glob("documents/*/prose/*.jsonl.gz")
-        for line in gzip.decompress(path.read_bytes()).splitlines()
-    ]
+    written = [record for path in run_dir.glob("documents/*/prose/*.jsonl.zst") for record in read_records(path)]
     assert len(written) == prose["documents"]["kept"]["documents"]
     assert sum(len(document["text"].encode()) for document in written) == prose["documents"]["kept"]["bytes"]
-    assert list(run_dir.glob("documents/heldout/prose/*.jsonl.gz"))
+    assert list(run_dir.glob("documents/heldout/prose/*.jsonl.zst"))
 
     capsys.readouterr()
     assert explain.main([str(config), "--id", "copy"]) == 0
@@ -186,15 +183,13 @@ def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path
     assert extract["code"]["dropped"] == {"vendored_folder": {"documents": 1, "bytes": 0}}
     assert not extract["pages"]["dropped"]
     written = [
-        json.loads(line)
-        for path in run_folder(config).glob("documents/*/code/*.jsonl.gz")
-        for line in gzip.decompress(path.read_bytes()).splitlines()
+        record for path in run_folder(config).glob("documents/*/code/*.jsonl.zst") for record in read_records(path)
     ]
     assert written and all(document["id"].startswith(f"{tmp_path}/code/a/") for document in written)
     assert written[0]["metadata"]["code_language"] == "Python"
 
-    page = gzip.decompress(next(run_folder(config).glob("extract/pages/*.gz")).read_bytes()).splitlines()[0]
-    (tmp_path / "blocked").write_text(json.loads(page)["metadata"]["url"].split("/")[2] + "\n")
+    page = next(read_records(next(run_folder(config).glob("extract/pages/*.zst"))))
+    (tmp_path / "blocked").write_text(page["metadata"]["url"].split("/")[2] + "\n")
     assert main([str(config)]) == 1, "every page is from that host"
     assert "source pages has no usable record (blocked_url " in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from moto.server import ThreadedMotoServer
 
 from configs.data import DataConfig, ExtractConfig, SourceConfig
@@ -19,6 +20,7 @@ from configs.loader import ConfigError, load
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source import find_units, read_file
 from data_pipeline.run import main
+from data_pipeline.shards import read_records
 from data_pipeline.stages import input_units, inputs_hash
 from tests.data_runs import CONFIG, ROOT
 from tests.unit.data_pipeline.test_reading import PAGE, warc
@@ -128,16 +130,15 @@ def test_a_run_from_s3_is_the_run_from_disk_and_keeps_no_secret(s3: Any, tmp_pat
     def documents(run_dir: Path) -> dict[str, list[str]]:
         """Texts by file: the path that a document carries differs."""
         return {
-            path.relative_to(run_dir).as_posix(): [
-                json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()
-            ]
-            for path in sorted(run_dir.glob("documents/*/*/*.gz"))
+            path.relative_to(run_dir).as_posix(): [record["text"] for record in read_records(path)]
+            for path in sorted(run_dir.glob("documents/*/*/*.zst"))
         }
 
     assert documents(run_folder(local)) == documents(tmp_path / "remote") != {}
     written = [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
     for path in written:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = path.read_bytes()
+        content = zstandard.ZstdDecompressor().decompressobj().decompress(content) if path.suffix == ".zst" else content
         assert SECRET.encode() not in content and b"AKIDEXAMPLE" not in content, path
     said = "".join(capfd.readouterr())
     assert SECRET not in said and "AKIDEXAMPLE" not in said

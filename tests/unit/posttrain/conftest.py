@@ -1,11 +1,10 @@
 """A small real tokenizer with the chat format's control tokens, trained in a second."""
 
-import json
-
 import pytest
 
 from data_pipeline.tokens.tokenizer import Tokenizer, train
 from posttrain.chat import ChatFormat
+from tests.shards import write_shard
 
 TEXT = (
     "Sort the digits of 529143 and say hello. How are you today? I am fine, thank you; what is your name?\n"
@@ -17,9 +16,7 @@ TEXT = (
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
-    documents = [{"text": TEXT * 20, "id": "0", "metadata": {}}]
-    (directory / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    train([directory / "text.jsonl"], directory, vocab_size=400)
+    train([write_shard(directory / "text.jsonl.zst", [{"text": TEXT * 20}])], directory, vocab_size=400)
     return Tokenizer.load(directory)
 
 

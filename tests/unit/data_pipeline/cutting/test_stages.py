@@ -1,6 +1,5 @@
 """Runs with the stages that take parts out: conservation, worker counts, canaries, and nothing personal in sight."""
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.run import main
+from data_pipeline.shards import read_records, shard_path, shards_under
 from tests.data_runs import published
 from tests.unit.data_pipeline.conftest import demo_records, write_jsonl
 from tests.unit.data_pipeline.test_run import ledger
@@ -103,12 +103,8 @@ def config(inputs: Path, tmp_path: Path) -> Path:
     return path
 
 
-def records(pattern: Path) -> list[dict[str, Any]]:
-    return [
-        json.loads(line)
-        for path in sorted(pattern.parent.glob(pattern.name) if pattern.name != "**" else pattern.parent.rglob("*.gz"))
-        for line in gzip.decompress(path.read_bytes()).splitlines()
-    ]
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [record for shard in shards_under(folder) for record in read_records(shard_path(folder, shard))]
 
 
 def test_all_stages_on_two_workers_and_one(config: Path, tmp_path: Path) -> None:
@@ -116,8 +112,8 @@ def test_all_stages_on_two_workers_and_one(config: Path, tmp_path: Path) -> None
     run_dir = tmp_path / "run"
     stages = ledger(run_dir)
     assert list(stages)[5:12] == ["dedup", "decontaminate", "lines", "substrings", "pii", "documents", "tokenizer"]
-    texts = {record["id"]: record["text"] for record in records(run_dir / "documents" / "**")}
-    extracted = {record["id"]: record["text"] for record in records(run_dir / "extract" / "**")}
+    texts = {record["id"]: record["text"] for record in records(run_dir / "documents")}
+    extracted = {record["id"]: record["text"] for record in records(run_dir / "extract")}
 
     # Conservation, to the byte, and to the published texts.
     for stage in stages.values():
@@ -127,7 +123,7 @@ def test_all_stages_on_two_workers_and_one(config: Path, tmp_path: Path) -> None
                 assert counts["in"][unit] == counts["kept"][unit] + gone
     for source in ("prose", "novel"):
         passed_on = stages["documents"]["sources"][source]["passed_on"]
-        mine = [record for record in records(run_dir / "documents" / "**") if record["metadata"]["source"] == source]
+        mine = [record for record in records(run_dir / "documents") if record["metadata"]["source"] == source]
         assert passed_on == {"documents": len(mine), "bytes": sum(len(record["text"].encode()) for record in mine)}
         assert stages["tokens"]["sources"][source]["in"] == passed_on
 
@@ -163,7 +159,9 @@ def visible(run_dir: Path) -> list[Path]:
     return [
         path
         for path in run_dir.rglob("*")
-        if path.is_file() and path.suffix != ".gz" and path.relative_to(run_dir).parts[0] not in ("tokens", "tokenizer")
+        if path.is_file()
+        and path.suffix != ".zst"
+        and path.relative_to(run_dir).parts[0] not in ("tokens", "tokenizer")
     ]
 
 

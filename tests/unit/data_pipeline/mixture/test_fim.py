@@ -24,11 +24,11 @@ WEIGHTS = {"english": 0.5, "code": 0.5}
 def run_dir(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizer with the control symbols, and token stores of it."""
     folder = tmp_path_factory.mktemp("fim")
-    files = sorted(documents.glob("train/*/*.gz"))
+    files = sorted(documents.glob("train/*/*.zst"))
     tokenizer.train(files, folder / "tokenizer", 3000, train_bytes=600_000, controls=FIM_CONTROLS)
     model = Tokenizer.load(folder / "tokenizer")
-    for path in documents.glob("*/*/*.jsonl.gz"):
-        out = folder / "tokens" / path.relative_to(documents).with_name(path.name.removesuffix(".jsonl.gz"))
+    for path in documents.glob("*/*/*.jsonl.zst"):
+        out = folder / "tokens" / path.relative_to(documents).with_name(path.name.removesuffix(".jsonl.zst"))
         store.build(path, out, model)
     return folder
 

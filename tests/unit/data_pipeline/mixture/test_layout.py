@@ -13,7 +13,7 @@ from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens import store
 from data_pipeline.tokens.tokenizer import train
-from tests.unit.data_pipeline.conftest import write_jsonl
+from tests.shards import write_shard
 
 WEIGHTS = {"english": 0.5, "chinese": 0.2, "code": 0.3}
 
@@ -129,7 +129,7 @@ def test_bad_settings_are_named(tokens: Path, tokenizer_folder: Path, tmp_path: 
 
 
 def test_another_tokenizer_is_refused(tokens: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "other words, other pieces " * 5}])
+    path = write_shard(tmp_path / "a.jsonl.zst", [{"text": "other words, other pieces " * 5}])
     train([path], tmp_path / "tokenizer", 290)
     with pytest.raises(ValueError, match="another tokenizer"):
         make(tokens, tmp_path / "tokenizer", tmp_path / "p")

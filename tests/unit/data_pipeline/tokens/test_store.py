@@ -1,6 +1,5 @@
 """Token stores: megatron-core reads them, they hold the documents, and damage is noticed."""
 
-import gzip
 import shutil
 import warnings
 from pathlib import Path
@@ -8,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
+from data_pipeline.shards import read_records
 from data_pipeline.tokens import store
 from data_pipeline.tokens.tokenizer import Tokenizer
-from tests.unit.data_pipeline.conftest import write_jsonl
+from tests.shards import write_shard
 
 
 @pytest.fixture
@@ -21,9 +22,9 @@ def copied(tokens: Path, tmp_path: Path) -> Path:
 
 
 def test_holds_every_document_between_bos_and_eos(documents: Path, tokens: Path, small_tokenizer: Tokenizer) -> None:
-    for path in sorted(documents.glob("train/*/*.gz")):
+    for path in sorted(documents.glob("train/*/*.zst")):
         opened = store.Store(tokens / "train" / path.parent.name / path.name.split(".")[0])
-        records = list(store.read_documents(path))
+        records = list(read_records(path))
         assert len(opened) == len(records)
         for number, record in enumerate(records):
             ids = opened.tokens(number)
@@ -55,14 +56,14 @@ def test_wide_vocabularies_take_int32(documents: Path, small_tokenizer: Tokenize
         def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
             return [np.array([65_499, len(text)], np.int32) for text in texts]
 
-    path = write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "abc", "id": "a"}])
+    path = write_shard(tmp_path / "a.jsonl.zst", [{"text": "abc", "id": "a"}])
     store.build(path, tmp_path / "wide", Wide())
     opened = store.Store(tmp_path / "wide")
     assert opened.dtype == np.int32 and opened.tokens(0).tolist() == [1, 65_499, 3, 2]
 
 
 def test_table_says_what_each_document_is(documents: Path, tokens: Path) -> None:
-    record = list(store.read_documents(documents / "train/code/00000.jsonl.gz"))[2]
+    record = list(read_records(documents / "train/code/00000.jsonl.zst"))[2]
     opened = store.Store(tokens / "train/code/00000")
     row = pq.read_table(opened.file(".parquet")).to_pylist()[2]
     assert row["id"] == record["id"] and row["document"] == 2
@@ -74,7 +75,7 @@ def test_table_says_what_each_document_is(documents: Path, tokens: Path) -> None
 
 
 def test_same_documents_same_bytes(documents: Path, small_tokenizer: Tokenizer, tokens: Path, tmp_path: Path) -> None:
-    written = store.build(documents / "train/chinese/00000.jsonl.gz", tmp_path / "x", small_tokenizer)
+    written = store.build(documents / "train/chinese/00000.jsonl.zst", tmp_path / "x", small_tokenizer)
     again, first = store.Store(tmp_path / "x"), store.Store(tokens / "train/chinese/00000")
     for suffix in store.SUFFIXES:
         assert again.file(suffix).read_bytes() == first.file(suffix).read_bytes(), suffix
@@ -83,7 +84,7 @@ def test_same_documents_same_bytes(documents: Path, small_tokenizer: Tokenizer, 
 
 
 def test_no_documents_make_an_empty_store(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "none.jsonl.gz", [])
+    path = write_shard(tmp_path / "none.jsonl.zst", [])
     assert store.build(path, tmp_path / "none", small_tokenizer) == store.Written(0, 0, 0)
     assert len(store.Store(tmp_path / "none")) == 0
 
@@ -121,15 +122,15 @@ def test_broken_documents_leave_nothing_behind(small_tokenizer: Tokenizer, tmp_p
         b'{"text": "fine"\n': "line 1",
     }
     for content, message in cases.items():
-        path = tmp_path / "bad.jsonl.gz"
-        path.write_bytes(gzip.compress(content))
+        path = tmp_path / "bad.jsonl.zst"
+        path.write_bytes(zstandard.compress(content))
         with pytest.raises(ValueError, match=message):
             store.build(path, tmp_path / "out" / "00000", small_tokenizer)
-    path.write_bytes(gzip.compress(b'{"text": "fine"}\n' * 1000)[:-12])
-    with pytest.raises(ValueError, match=r"bad\.jsonl\.gz"):
+    path.write_bytes(zstandard.compress(b'{"text": "fine"}\n' * 1000)[:-12])
+    with pytest.raises(ValueError, match=r"bad\.jsonl\.zst, line .*run it again"):
         store.build(path, tmp_path / "out" / "00000", small_tokenizer)
-    with pytest.raises(ValueError, match="does not exist"):
-        store.build(tmp_path / "absent.jsonl.gz", tmp_path / "out" / "00000", small_tokenizer)
+    with pytest.raises(ValueError, match="No such file"):
+        store.build(tmp_path / "absent.jsonl.zst", tmp_path / "out" / "00000", small_tokenizer)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from data_pipeline.tokens import bpe_cache
 from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer, train
-from tests.unit.data_pipeline.conftest import SOURCES, demo_records, write_jsonl
+from tests.shards import write_shard
+from tests.unit.data_pipeline.conftest import SOURCES, demo_records
 
 AWKWARD = [
     "",
@@ -69,7 +70,7 @@ def test_digits_are_split_and_lines_are_learnt(small_tokenizer: Tokenizer) -> No
 
 
 def test_same_texts_same_model(documents: Path, tmp_path: Path) -> None:
-    files = sorted(documents.glob("train/code/*.gz")) + sorted(documents.glob("train/english/*.gz"))
+    files = sorted(documents.glob("train/code/*.zst")) + sorted(documents.glob("train/english/*.zst"))
 
     def model(name: str, inputs: list[Path], seed: int = 0) -> bytes:
         train(inputs, tmp_path / name, 700, seed=seed, train_bytes=60_000)
@@ -81,7 +82,7 @@ def test_same_texts_same_model(documents: Path, tmp_path: Path) -> None:
 
 
 def test_sample_is_bounded(documents: Path, tmp_path: Path) -> None:
-    files = sorted(documents.glob("train/english/*.gz"))
+    files = sorted(documents.glob("train/english/*.zst"))
     seen = []
     info = train(files, tmp_path, 600, train_bytes=50_000, progress=seen.append)
     assert 40_000 < info["trained_on_bytes"] <= 50_000 < info["available_bytes"] == sum(seen)
@@ -89,14 +90,14 @@ def test_sample_is_bounded(documents: Path, tmp_path: Path) -> None:
 
 def test_impossible_vocabularies_are_refused(documents: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"raise tokenizer\.vocab_size"):
-        train(sorted(documents.glob("train/chinese/*.gz")), tmp_path / "out", 400)
-    path = write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "few words"}])
+        train(sorted(documents.glob("train/chinese/*.zst")), tmp_path / "out", 400)
+    path = write_shard(tmp_path / "a.jsonl.zst", [{"text": "few words"}])
     with pytest.raises(ValueError, match=r"lower tokenizer\.vocab_size"):
         train([path], tmp_path / "out", 5000)
     with pytest.raises(ValueError, match="too small"):
         train([path], tmp_path / "out", 200)
     with pytest.raises(ValueError, match="no text"):
-        train([write_jsonl(tmp_path / "b.jsonl.gz", [{"text": ""}])], tmp_path / "out", 300)
+        train([write_shard(tmp_path / "b.jsonl.zst", [])], tmp_path / "out", 300)
     assert not (tmp_path / "out").exists()
 
 
