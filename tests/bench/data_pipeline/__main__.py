@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.data_pipeline import extraction, heuristics, minhash, recipe, stages, tokenizing
+from tests.bench.data_pipeline import extraction, heuristics, language, minhash, recipe, stages, tokenizing
 from tests.bench.data_pipeline.measure import Result, machine
 
 _LANGUAGES = ("english", "chinese")
@@ -25,6 +25,7 @@ _LANGUAGES = ("english", "chinese")
 def steps(megabytes: float, folder: Path) -> dict[str, Callable[[], list[Result]]]:
     """Name -> what measures it."""
     return {
+        "language": lambda: [language.run(source, megabytes) for source in _LANGUAGES],
         "heuristics": lambda: [heuristics.run(source, megabytes) for source in _LANGUAGES],
         "minhash": lambda: [
             row for source in _LANGUAGES for row in minhash.run(source, megabytes, folder / f"minhash-{source}")
