@@ -1,8 +1,8 @@
 """Texts between stages: `<source>/<name>.jsonl.zst`, a shard, one JSON object a line.
 
-datatrove's JSONL writer and reader, but for two things. Compression is Zstandard's at level 3, which takes a third of
-the time of gzip's fourth level both ways, for smaller files. And a shard that was damaged or cut short is an error, not
-a shorter shard.
+datatrove's JSONL writer and reader, but for three things. Compression is Zstandard's at level 3: smaller files than
+gzip's, and less waiting for them both ways. A task of many shards has the files of one open. And a shard that was
+damaged or cut short is an error, not a shorter shard.
 """
 
 import io
@@ -22,7 +22,7 @@ from fsspec.compression import compr, register_compression
 
 from data_pipeline.executors.progress import ProgressFile
 
-SUFFIX = ".jsonl.zst"
+_SUFFIX = ".jsonl.zst"
 _LEVEL = 3
 _NAME = f"zstd-{_LEVEL}"
 _BUFFER = 1 << 18
@@ -36,7 +36,7 @@ class TextWriter(JsonlWriter):
     """
 
     def __init__(self, folder: str, filename: str, adapter: Callable[[PipelineStep, Document], dict[str, Any]]) -> None:
-        super().__init__(folder, f"{filename}{SUFFIX}", compression=_NAME, adapter=adapter)
+        super().__init__(folder, f"{filename}{_SUFFIX}", compression=_NAME, adapter=adapter)
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         if _NAME not in compr:  # in the worker
@@ -83,12 +83,12 @@ class ShardReader(JsonlReader):
 
 
 def shard_path(folder: str | Path, shard: str) -> Path:
-    return Path(folder) / f"{shard}{SUFFIX}"
+    return Path(folder) / f"{shard}{_SUFFIX}"
 
 
 def shards_under(folder: Path) -> list[str]:
     """Of any depth, as paths without the suffix, sorted."""
-    return sorted(path.relative_to(folder).as_posix().removesuffix(SUFFIX) for path in folder.rglob(f"*{SUFFIX}"))
+    return sorted(path.relative_to(folder).as_posix().removesuffix(_SUFFIX) for path in folder.rglob(f"*{_SUFFIX}"))
 
 
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:

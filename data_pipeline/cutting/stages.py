@@ -85,7 +85,7 @@ def cut_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
         ("cutting.documents", "shards"),
         needs=(extract, language, before["score"], dedup, *cutting),
         counted_against=kept,
-        packages=("datatrove", "orjson"),
+        packages=("datatrove", "orjson", "zstandard"),
     )
     return [*cutting, documents]
 

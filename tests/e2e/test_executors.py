@@ -143,12 +143,10 @@ def wait_for_queue(filled: bool, states: str = "") -> None:
 class TestSlurm:
     def test_a_whole_run(self, config: Path, tmp_path: Path) -> None:
         # With stages of several passes, whose titles have a space.
-        lines = "lines.max_copies=2"
-        alone = tmp_path / "alone"
+        lines, alone, run = "lines.max_copies=2", tmp_path / "alone", tmp_path / "slurm"
         assert start(command(config, f"run.dir={alone}", lines)).returncode == 0
-        done = start(command(config, *slurm_args(tmp_path / "slurm", "run.slurm.max_array_size=3", lines)))
+        done = start(command(config, *slurm_args(run, "run.slurm.max_array_size=3", lines)))
         assert (done.returncode, done.stderr) == (0, "")
-        run = tmp_path / "slurm"
         outputs = [path.read_text() for path in run.glob("logs/**/slurm_logs/*.out")]
         assert len(outputs) >= 10 and len(took_part(run)) >= 10
         assert published(run) == published(alone)
