@@ -4,6 +4,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A group of keys in a TOML file, `[section]`. Frozen: a run's config never changes under it."""
+    """A group of keys in a TOML file, `[section]`. Frozen: a run's config never changes under it.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    The string below a key is its description: one sentence, which `trivium config --explain` prints.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)

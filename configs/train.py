@@ -12,39 +12,52 @@ from configs.base import Section
 
 
 class RunConfig(Section):
+    """Where a training run lives, and what its random numbers begin from."""
+
     dir: str
+    """The folder for checkpoints, metrics and reports, relative to the working directory."""
     seed: int = Field(default=1234, ge=0)
+    """The seed of initial weights, dropout, the order of data and sampled completions."""
 
 
 class MoEConfig(Section):
     """Top-k routing over `num_experts`; the defaults are Mixtral's.
 
-    Gating turns router logits into scores, each expert's by itself (`sigmoid`) or all together (`softmax`); the top_k
-    scores weigh the experts' outputs, `renormalize`d to sum to one, times `routed_scaling`. With `num_groups`, experts
-    come in groups of which a token uses `top_groups`: those with the highest `group_score`, the score of their best
-    expert or the sum of their `top2` (DeepSeek-V2 and V3). `num_shared_experts` see every token.
-
-    Balance: an auxiliary loss over each `sequence`, each `micro_batch` or the `global_batch`; a loss on the size of the
-    router's logits (`z_loss_coef`); or a bias on the scores that choose, moved by `bias_update_rate` after each step
-    towards experts with too few tokens (DeepSeek-V3). With `capacity_factor` an expert takes at most that many times
-    its fair share of a micro-batch's tokens in training and drops later ones; without it nothing is dropped.
+    Gating turns router logits into scores; the top_k scores weigh the experts' outputs. Groups are DeepSeek-V2's and
+    V3's: a token uses the experts of its best groups alone. Experts are kept balanced by an auxiliary loss, by a loss
+    on the size of the router's logits, or by a bias on the scores that choose (DeepSeek-V3).
     """
 
     num_experts: int = Field(ge=2)
+    """The number of routed experts in each layer."""
     top_k: int = Field(default=2, ge=1)
+    """The number of routed experts that each token uses."""
     ffn_hidden_size: int | None = Field(default=None, ge=8)
+    """The inner size of one expert's MLP; left out, it is model.ffn_hidden_size."""
     num_shared_experts: int = Field(default=0, ge=0)
+    """The number of experts that every token uses, beside the routed ones; 0 for none."""
     gating: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores: all experts' together (softmax) or each expert's by itself (sigmoid)."""
     renormalize: bool = True
+    """Whether the top_k scores are divided by their sum before they weigh the outputs."""
     routed_scaling: float = Field(default=1.0, gt=0)
+    """A factor on the weights of the routed experts' outputs."""
     num_groups: int = Field(default=1, ge=1)
+    """The number of groups of equal size that the experts are divided into; 1 for no groups."""
     top_groups: int = Field(default=1, ge=1)
+    """The number of groups whose experts a token may use, those with the highest group_score."""
     group_score: Literal["max", "top2"] = "max"
+    """What ranks a group: the score of its best expert (max) or the sum of its best two (top2)."""
     aux_loss: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
+    """The tokens over which the auxiliary loss wants experts to be used evenly."""
     aux_loss_coef: float = Field(default=0.01, ge=0)
+    """The factor on the auxiliary loss; 0 turns it off."""
     z_loss_coef: float = Field(default=0.0, ge=0)
+    """The factor on the loss on the size of the router's logits; 0 turns it off."""
     bias_update_rate: float = Field(default=0.0, ge=0)
+    """How far the bias on the choosing scores moves after each step towards experts with few tokens; 0: no bias."""
     capacity_factor: float | None = Field(default=None, gt=0)
+    """The most tokens an expert takes in training, in fair shares of a micro-batch; left out, none is dropped."""
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "MoEConfig":
@@ -74,18 +87,31 @@ class ModelConfig(Section):
     """A LLaMA-shaped decoder; with `moe`, every MLP is a mixture of experts of `expert_size` each."""
 
     vocab_size: int = Field(ge=8)
+    """The number of tokens that the tokenizer knows, which is the number of rows of the embedding."""
     num_layers: int = Field(ge=1)
+    """The number of decoder blocks."""
     hidden_size: int = Field(ge=8)
+    """The width of the hidden states."""
     ffn_hidden_size: int = Field(ge=8)
+    """The inner size of each block's SwiGLU MLP."""
     num_heads: int = Field(ge=1)
+    """The number of query heads in attention."""
     num_kv_heads: int = Field(ge=1)
+    """The number of key-value heads, a divisor of num_heads; equal to it for multi-head attention."""
     head_dim: int | None = Field(default=None, ge=2)
+    """The width of one head, an even number; left out, it is hidden_size / num_heads."""
     qk_norm: bool = False
+    """Whether queries and keys are RMS-normalized per head before the rotary embedding."""
     norm_eps: float = Field(default=1e-5, gt=0)
+    """What RMSNorm adds to the mean square before it takes the root."""
     rope_theta: float = Field(default=10000.0, gt=0)
+    """The base of the rotary embedding's wavelengths; larger for longer contexts."""
     tie_embeddings: bool = False
+    """Whether the output head and the embedding are one matrix."""
     init_std: float = Field(default=0.02, gt=0)
+    """The standard deviation of initial weights; smaller by sqrt(2 * num_layers) where a block's output is added."""
     moe: MoEConfig | None = None
+    """The mixture of experts in place of every MLP; left out, the model is dense."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelConfig":
@@ -133,64 +159,79 @@ class ModelConfig(Section):
 class Precision(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
-    AUTO = "auto"  # bf16 on a GPU or a CPU with bf16 instructions, else fp32; the run directory says which it was
+    AUTO = "auto"  # the run directory says which of the two it was
 
 
 class TrainSection(Section):
-    """`dropout` zeros that share of the hidden states that embedding, attention and MLP give, by sample, so that every
-    layout drops the same. `recompute` trades time for memory: `selective` keeps nothing inside attention (scores and
-    softmax), `full` keeps only what goes into each block; the backward pass computes the rest again.
-    """
+    """How long and on how much is trained, and at which cost in memory and precision."""
 
     steps: int = Field(ge=1)
+    """The number of optimizer steps of the whole run."""
     global_batch_size: int = Field(ge=1)
+    """The number of sequences in one optimizer step, over all ranks."""
     micro_batch_size: int = Field(ge=1)
+    """The number of sequences that a rank computes at a time; the rest of the batch follows in turns."""
     seq_length: int = Field(ge=2)
+    """The length of a training sequence, in tokens."""
     precision: Precision = Precision.AUTO
+    """The numbers that are computed with; auto is bf16 on a GPU or a CPU with bf16 instructions, else fp32."""
     compile: bool = False
+    """Whether blocks are compiled with torch.compile: a slower start and faster steps."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the hidden states that is zeroed after embedding, attention and MLP, the same in every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again to save memory: attention's scores (selective) or whole blocks (full)."""
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices only, never on norms. 0 turns clipping off."""
+    """AdamW (Loshchilov and Hutter 2019)."""
 
     lr: float = Field(gt=0)
+    """The learning rate at its highest."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """The decay rates of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)
+    """What is added to the root of the second moment before the division by it."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """The decay of matrices, times the learning rate, in each step; norms never decay, and 0 turns it off."""
     clip_grad: float = Field(default=1.0, ge=0)
+    """The norm above which the whole gradient is scaled down; 0 turns clipping off."""
 
 
 class ScheduleConfig(Section):
-    """Linear warmup, then cosine to `min_lr_ratio`; wsd: constant, then linear over the last `decay_steps`."""
+    """The learning rate over the steps: linear warmup, then what `kind` says."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """What follows warmup: cosine to the floor, constant and then linear to the floor (wsd), or constant."""
     warmup_steps: int = Field(default=0, ge=0)
+    """The number of steps in which the rate rises linearly to optimizer.lr; 0 for no warmup."""
     decay_steps: int = Field(default=0, ge=0)
+    """The number of last steps in which wsd falls linearly to the floor; other kinds do not use it."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The floor of the rate at the end of cosine or wsd, as a share of optimizer.lr."""
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism; data parallel takes the ranks that are left. `configs.layout` checks them.
-
-    `sp` splits the sequence over the tp ranks where layers are not split; `cp` splits it everywhere but in attention.
-    `ep` of the ranks that are left share each layer's experts. With `vpp` every pipeline rank holds that
-    many chunks of layers, interleaved. `layers_per_stage` has pp * vpp numbers, from the first layer to the last;
-    left out, the layers are spread so that the slowest stage, the last with its output head, is as fast as can be.
-    `zero` is the stage: 1 splits the optimizer's state over data parallel, 2 gradients too, 3 weights too (2 and 3 not
-    over a pipeline). `offload_optimizer` keeps that state in host memory and steps it there.
-    """
+    """Degrees of parallelism; data parallel takes the ranks that are left. `configs.layout` checks them."""
 
     tp: int = Field(default=1, ge=1)
+    """Tensor parallel: the number of ranks that split the weights of each layer."""
     sp: bool = False
+    """Sequence parallel: whether the tp ranks split the sequence where layers are not split."""
     pp: int = Field(default=1, ge=1)
+    """Pipeline parallel: the number of ranks that the layers are divided among."""
     vpp: int = Field(default=1, ge=1)
+    """The number of chunks of layers on every pipeline rank, interleaved; 1 for none."""
     layers_per_stage: tuple[int, ...] | None = None
+    """The layers of each of pp * vpp stages, first to last; left out, they are spread so that the slowest is fast."""
     ep: int = Field(default=1, ge=1)
+    """Expert parallel: the number of the ranks of dp * cp that each layer's experts are divided among."""
     cp: int = Field(default=1, ge=1)
+    """Context parallel: the number of ranks that split the sequence everywhere but in attention, where heads split."""
     zero: Literal[1, 2, 3] = 1
+    """What data parallel ranks split: optimizer state (1), gradients too (2), weights too (3); over 1 needs pp=1."""
     offload_optimizer: bool = False
+    """Whether the optimizer's state is kept, and stepped, in host memory."""
 
 
 # An option of every training command: see pretrain/checkpoint/resume.py.
@@ -203,13 +244,14 @@ RESUME = (
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every `every` steps and at the end; the last `keep` stay, and all whose step is a multiple of
-    `keep_every` (0: none).
-    """
+    """When checkpoints are written, and which ones stay. There is always one at the end."""
 
     every: int = Field(default=100, ge=1)
+    """The number of steps from one checkpoint to the next."""
     keep: int = Field(default=2, ge=1)
+    """The number of newest checkpoints that stay."""
     keep_every: int = Field(default=0, ge=0)
+    """Checkpoints whose step is a multiple of this stay for good, a multiple of every itself; 0: none do."""
 
     @model_validator(mode="after")
     def _multiples_are_saved(self) -> "CheckpointConfig":
@@ -222,34 +264,49 @@ class CheckpointConfig(Section):
 
 
 class DataSection(Section):
-    """`plan` is the directory that `trivium data run` ends with."""
+    """What is trained on."""
 
     plan: str
+    """The folder of a mixture plan, that `trivium data run` ends with."""
 
 
 class EvalConfig(Section):
-    """Held-out loss per source, every `every` steps and at the end, on at most `rows` rows a source."""
+    """Held-out loss by source."""
 
     every: int = Field(default=100, ge=1)
+    """The number of steps from one evaluation to the next; there is always one at the end."""
     rows: int = Field(default=32, ge=0)
+    """The most held-out rows of each source; 0 turns the evaluation off."""
 
 
 class LogConfig(Section):
+    """What is shown of a run while it goes on; metrics.jsonl has every step in any case."""
+
     tensorboard: bool = True
+    """Whether TensorBoard files are written into run.dir."""
     every: int = Field(default=1, ge=1)
+    """The number of steps from one printed line to the next."""
 
 
 class TrainerConfig(Section):
     """What the one train loop reads, whatever is trained."""
 
     run: RunConfig
+    """Where the run lives, and its seed."""
     train: TrainSection
+    """Steps, batch, sequence length and precision."""
     optimizer: OptimizerConfig
+    """AdamW's numbers."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the steps."""
     parallel: ParallelConfig = ParallelConfig()
+    """How the run is divided among ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, and which ones stay."""
     eval: EvalConfig = EvalConfig()
+    """The loss on held-out rows."""
     log: LogConfig = LogConfig()
+    """What is shown while the run goes on."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainerConfig":
@@ -264,5 +321,9 @@ class TrainerConfig(Section):
 
 
 class PretrainConfig(TrainerConfig):
+    """The root of a pretraining run's config."""
+
     model: ModelConfig
+    """The shape of the decoder."""
     data: DataSection
+    """What is trained on."""
