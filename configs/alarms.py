@@ -25,20 +25,24 @@ class StageAlarmConfig(Section):
     """Of one stage, in place of what holds for all."""
 
     max_drop_share: float | None = Field(default=None, ge=0, le=1)
+    """The share of a source that this stage may drop; left out, alarms.max_drop_share holds."""
     must_drop: bool | None = None
+    """Whether the stage is to drop something of enough documents; left out, filter and dedup are, others not."""
 
 
 class AlarmsConfig(Section):
     """When a stage's counts are a warning: at the end of the run, in ledger.json and on the report's page."""
 
-    max_drop_share: float = Field(default=0.5, ge=0, le=1)  # of a source's documents, and of its bytes, in one stage
-    # A stage that must drop something, and drops nothing of at least so many documents, is taken to be broken.
+    max_drop_share: float = Field(default=0.5, ge=0, le=1)
+    """The share of a source's documents, and of its bytes, that one stage may drop."""
     min_documents: int = Field(default=10_000, ge=1)
+    """A stage that must drop something and drops nothing of this many documents is taken to be broken."""
     stages: dict[str, StageAlarmConfig] = Field(default={})
-    # Documents of the input, by id, with the reason for which each is to be dropped (or set aside), or "kept". Those
-    # that the run plants itself are under [canaries].
+    """Other limits for single stages, by the stage's name."""
     expected: dict[str, str] = Field(default={})
-    fail: bool = False  # whether an alarm makes the exit status 1; the result is published all the same
+    """Documents of the input, by id, with the reason for which each is to be dropped or set aside, or "kept"."""
+    fail: bool = False
+    """Whether an alarm makes the exit status 1; the result is published all the same."""
 
     @model_validator(mode="after")
     def _known(self) -> "AlarmsConfig":

@@ -21,17 +21,22 @@ _AT_EXTRACT = ("empty", "no_main_text", "too_complex", "blocked_url")
 
 
 class CanaryConfig(Section):
-    """One text or several that belong together, planted as documents of `source`, whose rules they follow.
+    """One text or several that belong together.
 
-    Every text has to be dropped for `reason`, or cut for it; of duplicates one stays. They meet each other, never the
-    source's own documents, and are left out of what the run makes: documents, tokens and plan.
+    Texts meet each other, never the source's own documents, and are left out of what the run makes: documents, tokens
+    and plan.
     """
 
     source: str
-    text: str | tuple[str, ...]  # several for duplicates
-    html: bool = False  # the text is a page, to be extracted
-    url: str = ""  # for the blocklist, or dedup.url
+    """The name under [sources] of the source that the texts are planted in, whose rules they follow."""
+    text: str | tuple[str, ...]
+    """The text that is planted, or a list of texts, such as duplicates of each other."""
+    html: bool = False
+    """Whether the text is an HTML page, of which the main text is extracted."""
+    url: str = ""
+    """The address that the text gets, for extract.blocklist or dedup.url; empty for none."""
     reason: str = Field(min_length=1)
+    """Why every text has to be dropped or cut (of duplicates one stays), or "kept" for none."""
 
     @property
     def texts(self) -> tuple[str, ...]:

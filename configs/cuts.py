@@ -18,17 +18,25 @@ class DecontaminateConfig(Section):
     """Documents that share an n-gram with evaluation files (GPT-3, arXiv 2005.14165, appendix C)."""
 
     enabled: bool = True
-    files: tuple[str, ...] = Field(min_length=1)  # paths or glob patterns, relative to the working directory
-    format: Literal["jsonl", "text"] = "jsonl"  # text: a file is one item
-    text_keys: tuple[str, ...] = ("text",)  # jsonl: joined to one text; a value is a string or a list of strings
-    id_key: str = "id"  # jsonl: an item without it is named after its line
-    ngram: int = Field(default=13, ge=2)  # words; twice as many characters in CJK text
-    # Items shorter than an n-gram are looked for whole if they have this many words (twice the characters), else not.
+    """Whether the stage is on; false is the same as no section."""
+    files: tuple[str, ...] = Field(min_length=1)
+    """The evaluation files, as paths or glob patterns relative to the working directory."""
+    format: Literal["jsonl", "text"] = "jsonl"
+    """Whether each line of a file is an item (jsonl), or the whole file is one (text)."""
+    text_keys: tuple[str, ...] = ("text",)
+    """The keys of a JSON line that are joined to an item's text; their values are strings or lists of strings."""
+    id_key: str = "id"
+    """The key of a JSON line that names the item; without it the item is named after its line."""
+    ngram: int = Field(default=13, ge=2)
+    """The length of an n-gram in words, or in pairs of characters in CJK text."""
     min_words: int = Field(default=8, ge=2)
-    # An item counts once this share of its n-grams is in a document; 0: a single one will do.
+    """An item shorter than an n-gram is looked for whole from this many words on (pairs of characters in CJK text)."""
     min_share: float = Field(default=0.0, ge=0, le=1)
-    action: Literal["drop", "cut"] = "drop"  # the document, or what was matched and `margin` characters around it
+    """The share of an item's n-grams that have to be in one document to count; 0: a single n-gram will do."""
+    action: Literal["drop", "cut"] = "drop"
+    """Whether the document is dropped, or what was matched is cut out of it."""
     margin: int = Field(default=200, ge=0)
+    """The number of characters around a match that are cut with it; action = "drop" does not use it."""
 
     @model_validator(mode="after")
     def _lengths(self) -> "DecontaminateConfig":
@@ -47,11 +55,17 @@ class LinesConfig(Section):
     """
 
     enabled: bool = True
+    """Whether the stage is on; false is the same as no section."""
     unit: Literal["line", "paragraph"] = "line"
+    """What is counted and cut: single lines, or paragraphs between blank lines."""
     max_copies: int = Field(default=6, ge=1)
-    min_chars: int = Field(default=20, ge=1)  # without white space at its ends; shorter ones are never cut
-    scope: Literal["source", "all"] = "all"  # where copies are counted
-    sources: tuple[str, ...] | None = None  # which sources take part; all of them unless said
+    """The number of copies that stay, the first ones."""
+    min_chars: int = Field(default=20, ge=1)
+    """The least characters, without white space at the ends, of a line or paragraph that can be cut."""
+    scope: Literal["source", "all"] = "all"
+    """Whether copies are counted in each source by itself, or in all together."""
+    sources: tuple[str, ...] | None = None
+    """The sources that take part, by name; left out, all do."""
 
 
 class SubstringsConfig(Section):
@@ -61,8 +75,11 @@ class SubstringsConfig(Section):
     """
 
     enabled: bool = True
+    """Whether the stage is on; false is the same as no section."""
     min_bytes: int = Field(default=200, ge=32)
-    sources: tuple[str, ...] | None = None  # which sources take part; all of them unless said
+    """The length in bytes of UTF-8 from which a repeated substring is cut."""
+    sources: tuple[str, ...] | None = None
+    """The sources that take part, by name; left out, all do."""
 
 
 class PiiConfig(Section):
@@ -72,13 +89,16 @@ class PiiConfig(Section):
     """
 
     enabled: bool = True
+    """Whether the stage is on; false is the same as no section."""
     actions: dict[Kind, Literal["replace", "drop_document"]] = Field(
         default={"email": "replace", "ip": "replace", "phone": "replace", "card": "replace", "key": "replace"},
         min_length=1,
     )
-    # Others than <EMAIL>, <IP_ADDRESS>, <PHONE>, <CARD>, <KEY>, <SECRET>.
+    """What is looked for, and whether it is replaced or its document dropped; a kind left out is not looked for."""
     replacements: dict[Kind, str] = Field(default_factory=dict)
-    private_ips: bool = False  # addresses that name no host of the internet: private, reserved, documentation
+    """What takes the place of a kind, other than <EMAIL>, <IP_ADDRESS>, <PHONE>, <CARD>, <KEY>, <SECRET>."""
+    private_ips: bool = False
+    """Whether IP addresses that name no host of the internet (private, reserved, documentation) count as well."""
 
     @model_validator(mode="after")
     def _replacements_used(self) -> "PiiConfig":
@@ -93,4 +113,5 @@ class PiiConfig(Section):
 class DocumentsConfig(Section):
     """What the documents stage publishes of texts that stages have cut."""
 
-    cut_share_max: float = Field(default=0.8, ge=0, le=1)  # of a document's bytes; beyond it goes as mostly_cut
+    cut_share_max: float = Field(default=0.8, ge=0, le=1)
+    """The share of a document's bytes that may be cut; one that lost more is dropped as mostly_cut."""

