@@ -1,11 +1,10 @@
 """What a data run is: sources, rule sets, deduplication, the held-out split, the tokenizer and the mixture.
 
-One TOML file names everything between raw files and a mixture plan. Rules are thresholds on named scores
-(`RuleSet`); a document that breaks one is dropped with `<score>_min` or `<score>_max` as its reason. What
-each score is lives with the code that computes it, in `data_pipeline.scan.scores`.
+One TOML file names everything between raw files and a mixture plan. A document that breaks a rule (`configs.rules`) is
+dropped with `<score>_min` or `<score>_max` as its reason.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +14,7 @@ from configs.canaries import CanaryConfig
 from configs.canaries import check as check_canaries
 from configs.cuts import DecontaminateConfig, DocumentsConfig, LinesConfig, PiiConfig, SubstringsConfig
 from configs.mixture import BY_SOURCE, MixtureConfig
-from configs.rules import combined
+from configs.rules import RuleSet
 from configs.scores import ScoresConfig
 
 ANY_LANGUAGE = "any"
@@ -24,57 +23,79 @@ ANY_LANGUAGE = "any"
 class SlurmConfig(Section):
     """What the array jobs ask for; `run.workers` is how many of a job's elements run at a time."""
 
-    partition: str | None = None  # None, here and below: the cluster's default
+    partition: str | None = None
+    """The partition, as in sbatch --partition; left out, the cluster's default."""
     account: str | None = None
+    """The account that is charged, as in sbatch --account; left out, the cluster's default."""
     qos: str | None = None
-    time: str = Field(default="24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")  # of one element, as sbatch takes it
+    """The quality of service, as in sbatch --qos; left out, the cluster's default."""
+    time: str = Field(default="24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
+    """The time limit of one element of a job, as sbatch takes it: HH:MM:SS or D-HH:MM:SS."""
     cpus_per_task: int = Field(default=1, ge=1)
+    """The cores of one element."""
     mem_per_cpu_gb: int = Field(default=2, ge=1)
-    tasks_per_job: int = Field(default=1, ge=1)  # tasks that one element works through, one after another
-    max_array_size: int = Field(default=1001, ge=1)  # not above MaxArraySize of slurm.conf
-    setup: str = ""  # shell commands before a task's Python starts, e.g. "module load python"
+    """The memory of an element for each of its cores, in GiB."""
+    tasks_per_job: int = Field(default=1, ge=1)
+    """The number of tasks that one element works through, one after another."""
+    max_array_size: int = Field(default=1001, ge=1)
+    """The most elements of one job, not above MaxArraySize of slurm.conf."""
+    setup: str = ""
+    """Shell commands before a task's Python starts, such as "module load python"; empty for none."""
 
 
 class RayConfig(Section):
-    address: str | None = None  # of a running cluster, e.g. "auto"; None starts Ray on this machine, loopback only
+    """Which Ray does the tasks, and what each of them books there."""
+
+    address: str | None = None
+    """The address of a running cluster, such as "auto"; left out, Ray starts on this machine, on loopback only."""
     cpus_per_task: int = Field(default=1, ge=1)
-    mem_per_cpu_gb: float = Field(default=2, gt=0)  # booked, not enforced
+    """The cores that a task books."""
+    mem_per_cpu_gb: float = Field(default=2, gt=0)
+    """The memory that a task books for each of its cores, in GiB; Ray does not enforce it."""
 
 
 class RunConfig(Section):
     """Where the run lives and who does its tasks. Neither `executor` nor `workers` changes a byte of the result."""
 
     dir: str
-    executor: Literal["local", "slurm", "ray", "mpi"] | None = None  # None: mpi under mpirun, else local
-    workers: int = Field(default=2, ge=1)  # tasks at a time; under mpi it is the number of ranks instead
+    """The folder that all stages write into, relative to the working directory."""
+    executor: Literal["local", "slurm", "ray", "mpi"] | None = None
+    """Who does the tasks; left out, mpi under mpirun and local otherwise."""
+    workers: int = Field(default=2, ge=1)
+    """The number of tasks at a time; under mpi it is the number of ranks instead."""
     slurm: SlurmConfig = SlurmConfig()
+    """What jobs ask for under executor = "slurm"."""
     ray: RayConfig = RayConfig()
-    # Text per shard after extraction. Shards are the unit of work and of output: their cut, and so every
-    # published file, depends on this number and never on the number of workers.
+    """The cluster under executor = "ray"."""
     shard_bytes: int = Field(default=2_000_000, ge=1)
+    """The bytes of text in a shard, the unit of work; the files' cut depends on it, and never on workers."""
 
 
 class SourceConfig(Section):
     """One named part of the mixture: its files, their format, a rule set for each language it may hold.
 
-    `files` are paths, globs or folders, relative to the working directory, or addresses such as s3://bucket/folder; a
-    folder is searched for files of the format. Files may be compressed with gzip or Zstandard. Credentials never
-    belong here: they come from the environment or fsspec's own configuration.
+    Files may be compressed with gzip or Zstandard. Credentials never belong here: they come from the environment or
+    fsspec's own configuration.
     """
 
     files: tuple[str, ...] = Field(min_length=1)
-    # jsonl, parquet: a record a line or row; warc: a page a record; text, html, code: a document a file.
+    """Paths, globs or folders, relative to the working directory, or addresses such as s3://bucket/folder."""
     format: Literal["jsonl", "warc", "parquet", "text", "html", "code"]
-    rules: dict[str, str] = Field(min_length=1)  # language code of lid.176, or "any", to a name under [rules]
-    # For jsonl and parquet. A record without an id is named after its file and line.
+    """What is a document: a line or row (jsonl, parquet), a page (warc), or a file (text, html, code)."""
+    rules: dict[str, str] = Field(min_length=1)
+    """A name under [rules] for each language, by its code in lid.176 or "any"; other languages are dropped."""
     text_key: str = "text"
+    """The key or column of a record that holds the text (jsonl, parquet)."""
     id_key: str = "id"
+    """The key or column that holds the id (jsonl, parquet); a record without it is named after file and line."""
     url_key: str = "url"
-    # Which files of a searched folder are taken, such as [".py", ".go"]; empty for all that the format knows.
+    """The key or column that holds the address (jsonl, parquet)."""
     extensions: tuple[str, ...] = ()
-    # For code: leave out folders of other people's code (node_modules, vendor...), of built code (build, dist...).
+    """The endings of the files that are taken from a folder, such as [".py", ".go"]; empty for all of the format."""
     skip_vendored: bool = False
+    """Whether folders of other people's code (node_modules, vendor...) are left out (code)."""
     skip_generated: bool = False
+    """Whether folders of built code (build, dist...) are left out (code)."""
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> "SourceConfig":
@@ -110,147 +131,69 @@ class BlocklistConfig(Section):
     Lists such as UT1 (dsi.ut-capitole.fr/blacklists) are in this form. Pages that match are dropped as blocked_url.
     """
 
-    domains: tuple[str, ...] = ()  # example.com: that host and every host below it
-    hosts: tuple[str, ...] = ()  # www.example.com: that host alone
-    prefixes: tuple[str, ...] = ()  # example.com/forum: that path and what lies below it, on that host
+    domains: tuple[str, ...] = ()
+    """Files of domains: example.com stands for that host and every host below it."""
+    hosts: tuple[str, ...] = ()
+    """Files of hosts: www.example.com stands for that host alone."""
+    prefixes: tuple[str, ...] = ()
+    """Files of addresses: example.com/forum stands for that path, and what lies below it, on that host."""
 
 
 class ExtractConfig(Section):
-    # Above this share of broken records (bad JSON, no text, cut gzip members...) in a source the run stops.
+    """How files become texts, and what is set aside because it is broken or too large."""
+
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
-    repair: bool = True  # ftfy: mojibake, stray control characters, line ends
-    extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"  # asked first; the other where it finds nothing
+    """The share of a source's records that may be broken (bad JSON, no text, cut files); above it the run stops."""
+    repair: bool = True
+    """Whether ftfy repairs wrongly decoded characters, stray control characters and line ends."""
+    extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"
+    """What finds the main text of a page first; the other is asked where it finds nothing."""
     blocklist: BlocklistConfig = BlocklistConfig()
-    # Processor time that a page of many tags may take; what is beyond all measure is set aside before it takes any.
+    """Addresses whose pages are dropped."""
     seconds_per_page: int = Field(default=60, ge=1)
-    # A longer line, page or file is set aside and never held in memory.
+    """The processor time, in seconds, that extraction of a page of many tags may take."""
     max_record_bytes: int = Field(default=16_000_000, ge=1_000)
-    # What a gzip member or Zstandard frame of over 1 MiB of content may hold for each byte of it; prose is at 3 to 10.
+    """The most bytes of a line, page or file; a longer one is set aside and never held in memory."""
     max_expansion: float = Field(default=200.0, gt=1)
-    max_expanded_bytes: int = Field(default=200_000_000_000, ge=1_000_000)  # what a whole file may hold
+    """The most bytes of content for each compressed byte, of over 1 MiB of content; prose is at 3 to 10."""
+    max_expanded_bytes: int = Field(default=200_000_000_000, ge=1_000_000)
+    """The most bytes of content of one compressed file."""
 
 
 class LanguageConfig(Section):
-    max_chars: int = Field(default=10_000, ge=100)  # only this much of a document is shown to the model
-    # Label every paragraph too, for the score language_share: characters in paragraphs of the document's own language.
+    """How the language of a document is found."""
+
+    max_chars: int = Field(default=10_000, ge=100)
+    """The number of a document's first characters that the model is shown."""
     paragraphs: bool = False
-    min_paragraph_chars: int = Field(default=100, ge=1)  # shorter ones are taken to be in the document's language
-
-
-class Bound(Section):
-    """What a score may be, ends included."""
-
-    min: float | None = None
-    max: float | None = None
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> "Bound":
-        if self.min is None and self.max is None:
-            raise ValueError("a rule needs min, max or both; leave the rule out to switch it off")
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min = {self.min} is above max = {self.max}; swap them")
-        return self
-
-
-class RuleSet(Section):
-    """Thresholds by score name; a score without a bound is kept beside the text and decides nothing.
-
-    `use` takes published sets of rules.toml; keys written beside it count more, and `without` switches rules off.
-    """
-
-    use: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    splitter: Literal["spaces", "words", "cjk"] = "spaces"
-    stop_words: tuple[str, ...] = ()
-    c4: Literal["paper", "reference", "datatrove", "fineweb"] = "datatrove"  # the form of C4's line rules
-    bad_words_file: str = ""  # one a line
-    drop_lines: tuple[Literal["c4", "refinedweb"], ...] = ()  # whose line rules are applied to the documents kept
-
-    language_score: Bound | None = None
-    language_share: Bound | None = None  # with language.paragraphs
-    word_count: Bound | None = None
-    mean_word_length: Bound | None = None
-    hash_ratio: Bound | None = None
-    ellipsis_ratio: Bound | None = None
-    bullet_line_ratio: Bound | None = None
-    ellipsis_line_ratio: Bound | None = None
-    alpha_word_ratio: Bound | None = None
-    stop_word_count: Bound | None = None
-    stop_word_total: Bound | None = None
-    dup_line_ratio: Bound | None = None
-    dup_line_char_ratio: Bound | None = None
-    dup_para_ratio: Bound | None = None
-    dup_para_char_ratio: Bound | None = None
-    top_2_gram: Bound | None = None
-    top_3_gram: Bound | None = None
-    top_4_gram: Bound | None = None
-    dup_5_gram: Bound | None = None
-    dup_6_gram: Bound | None = None
-    dup_7_gram: Bound | None = None
-    dup_8_gram: Bound | None = None
-    dup_9_gram: Bound | None = None
-    dup_10_gram: Bound | None = None
-    line_punct_ratio: Bound | None = None
-    short_line_ratio: Bound | None = None
-    char_dup_ratio: Bound | None = None
-    newline_ratio: Bound | None = None
-    mean_line_length: Bound | None = None
-    max_line_length: Bound | None = None
-    alnum_ratio: Bound | None = None
-    generated_markers: Bound | None = None
-    licence_markers: Bound | None = None
-    c4_lorem_ipsum: Bound | None = None
-    c4_curly_bracket: Bound | None = None
-    c4_sentences: Bound | None = None
-    refinedweb_word_ratio: Bound | None = None
-    bad_words: Bound | None = None
-    classifier_score: Bound | None = None  # this and those below: with their model under [scores]
-    unigram_logprob: Bound | None = None
-    perplexity: Bound | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _use(cls, own: Any) -> Any:
-        if not isinstance(own, dict):
-            return own
-        # What leaves here is validated as Python values, no longer as JSON: lists have to be tuples.
-        keys = combined(own.get("use") or (), own)
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
-
-    @model_validator(mode="after")
-    def _sound(self) -> "RuleSet":
-        for name in self.without:
-            if not isinstance(getattr(self, name, None), Bound):
-                raise ValueError(f"without = {name!r} is no rule of this set; it has {', '.join(self.bounds())}")
-        if "bad_words" in self.bounds() and not self.bad_words_file:
-            raise ValueError(
-                "the rule bad_words needs bad_words_file, a list with a word or phrase on each line; "
-                'name one, or add without = ["bad_words"]'
-            )
-        return self
-
-    def bounds(self) -> dict[str, Bound]:
-        """The rules that are on, in the order in which they are tried."""
-        return {
-            name: value
-            for name in type(self).model_fields
-            if name not in self.without and isinstance(value := getattr(self, name), Bound)
-        }
+    """Whether every paragraph is labelled too, for the score language_share."""
+    min_paragraph_chars: int = Field(default=100, ge=1)
+    """The characters below which a paragraph is taken to be in the document's language."""
 
 
 class DedupConfig(Section):
     """MinHash after FineWeb: `bands` x `rows` 64-bit hashes over word n-grams (2n characters in CJK text)."""
 
     exact: bool = True
-    url: bool = False  # documents of one address are one, however they differ
+    """Whether documents of the same text, but for case and white space, are one."""
+    url: bool = False
+    """Whether documents of one address are one, however they differ."""
     minhash: bool = True
+    """Whether near-duplicates are found by MinHash; the keys below are for that."""
     bands: int = Field(default=14, ge=1)
+    """The number of bands; documents that agree in all rows of one band meet."""
     rows: int = Field(default=8, ge=1)
+    """The number of hashes in a band; more of them ask for more similarity."""
     ngram: int = Field(default=5, ge=1)
+    """The length of an n-gram in words, or in pairs of characters in CJK text."""
     seed: int = Field(default=1, ge=0)
-    verify: float | None = Field(default=None, gt=0, le=1)  # least true Jaccard similarity of near-duplicates
-    index: tuple[str, ...] = ()  # run.dir of earlier runs, whose documents are dropped here
-    memory_mb: int = Field(default=1024, ge=1)  # of one task
+    """The seed of the hash functions."""
+    verify: float | None = Field(default=None, gt=0, le=1)
+    """The least true Jaccard similarity of near-duplicates; left out, documents that meet are not compared."""
+    index: tuple[str, ...] = ()
+    """The run.dir of earlier runs, whose documents are dropped here."""
+    memory_mb: int = Field(default=1024, ge=1)
+    """The memory of one task that looks for duplicates, in MiB."""
 
     @model_validator(mode="after")
     def _together(self) -> "DedupConfig":
@@ -262,40 +205,66 @@ class DedupConfig(Section):
 
 
 class HeldoutConfig(Section):
-    """A document is held out when the hash of (seed, its id) is under `share`; each source gives one."""
+    """Which documents are never trained on: those whose hash of (seed, id) is low. Each source gives one at least."""
 
     share: float = Field(default=0.02, gt=0, lt=0.5)
+    """The share of each source's documents that is held out."""
     seed: int = Field(default=0, ge=0)
+    """The seed of the hash; another one holds out other documents."""
 
 
 class TokenizerConfig(Section):
-    """sentencepiece BPE with byte fallback, trained on up to `train_bytes` of text, all sources together."""
+    """A sentencepiece BPE tokenizer with byte fallback, trained on a sample of all sources together."""
 
     vocab_size: int = Field(default=8192, ge=300)
+    """The number of tokens, control symbols and bytes among them."""
     train_bytes: int = Field(default=8_000_000, ge=1)
+    """The most bytes of text that it is trained on."""
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    """The share of the text's characters that get a token of their own; the rest is written in bytes."""
     max_piece_length: int = Field(default=16, ge=1)
+    """The most characters of one token."""
     seed: int = Field(default=0, ge=0)
+    """The seed of the sample of text."""
 
 
 class DataConfig(Section):
+    """The root of a data run's config."""
+
     run: RunConfig
+    """Where the run lives and who does its tasks."""
     sources: dict[str, SourceConfig] = Field(min_length=1)
+    """What is read, by a name for each source that the mixture and the folders use."""
     rules: dict[str, RuleSet] = Field(min_length=1)
+    """Thresholds that documents have to meet, by a name for each set that sources refer to."""
     extract: ExtractConfig = ExtractConfig()
+    """How files become texts."""
     language: LanguageConfig = LanguageConfig()
+    """How the language of a document is found."""
     scores: ScoresConfig = ScoresConfig()
+    """Models that score documents."""
     dedup: DedupConfig = DedupConfig()
+    """Which documents are duplicates of others."""
     decontaminate: DecontaminateConfig | None = None
+    """Evaluation texts that no document may hold; left out, none are looked for."""
     lines: LinesConfig | None = None
+    """Lines or paragraphs cut because they are repeated across documents; left out, none are."""
     substrings: SubstringsConfig | None = None
+    """Substrings cut because they are repeated across documents; left out, none are."""
     pii: PiiConfig | None = None
+    """Personal data, keys and tokens that are replaced; left out, none are."""
     documents: DocumentsConfig = DocumentsConfig()
+    """What is published of texts that were cut."""
     heldout: HeldoutConfig = HeldoutConfig()
+    """Which documents are never trained on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer that is trained."""
     mixture: MixtureConfig
+    """What training rows are made of."""
     alarms: AlarmsConfig = AlarmsConfig()
+    """Which counts of a run are a warning."""
     canaries: dict[str, CanaryConfig] = Field(default={})
+    """Texts of known fate that the run plants in its input, by a name for each."""
 
     @model_validator(mode="after")
     def _names_meet(self) -> "DataConfig":

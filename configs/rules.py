@@ -1,7 +1,8 @@
-"""Rule sets by name and definition, from rules.toml, and several of them made one.
+"""Rule sets: thresholds on scores, published ones by name and definition from rules.toml, and several made one.
 
-Where two of them bound the same score, the stricter bound holds. What they mean by a word, a stop word or a C4
-line has to be the same, or be said beside `use`.
+What each score is lives with the code that computes it, in `data_pipeline.scan.scores`. Where two sets bound the same
+score, the stricter bound holds. What they mean by a word, a stop word or a C4 line has to be the same, or be said
+beside `use`.
 """
 
 import difflib
@@ -9,9 +10,161 @@ import functools
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from configs.base import Section
 
 MEANINGS = ("splitter", "stop_words", "c4")
+
+
+class Bound(Section):
+    """What a score may be, ends included."""
+
+    min: float | None = None
+    """The least value; left out, there is none."""
+    max: float | None = None
+    """The greatest value; left out, there is none."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "Bound":
+        if self.min is None and self.max is None:
+            raise ValueError("a rule needs min, max or both; leave the rule out to switch it off")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min = {self.min} is above max = {self.max}; swap them")
+        return self
+
+
+class RuleSet(Section):
+    """Thresholds by score name; a score without a bound is kept beside the text and decides nothing."""
+
+    use: tuple[str, ...] = ()
+    """Published sets of configs/rules.toml, by name; keys written beside it count more."""
+    without: tuple[str, ...] = ()
+    """Rules of the sets in use that are switched off."""
+    splitter: Literal["spaces", "words", "cjk"] = "spaces"
+    """What a word is: what stands between white space, words as spaCy finds them, or each CJK character."""
+    stop_words: tuple[str, ...] = ()
+    """The words that stop_word_count and stop_word_total count."""
+    c4: Literal["paper", "reference", "datatrove", "fineweb"] = "datatrove"
+    """The form of C4's line rules."""
+    bad_words_file: str = ""
+    """The path of a list for the rule bad_words, a word or phrase on each line; empty for none."""
+    drop_lines: tuple[Literal["c4", "refinedweb"], ...] = ()
+    """Whose line rules cut lines out of the documents that are kept."""
+
+    language_score: Bound | None = None
+    """The probability of the document's language."""
+    language_share: Bound | None = None
+    """The share of characters in paragraphs of the document's own language; needs language.paragraphs."""
+    word_count: Bound | None = None
+    """The number of words with a letter or digit in them."""
+    mean_word_length: Bound | None = None
+    """The mean length of those words, in characters."""
+    hash_ratio: Bound | None = None
+    """The number of # signs for each word."""
+    ellipsis_ratio: Bound | None = None
+    """The number of ellipses (... or …) for each word."""
+    bullet_line_ratio: Bound | None = None
+    """The share of lines that begin with a bullet or a hyphen."""
+    ellipsis_line_ratio: Bound | None = None
+    """The share of lines that end in an ellipsis."""
+    alpha_word_ratio: Bound | None = None
+    """The share of words with a letter in them."""
+    stop_word_count: Bound | None = None
+    """The number of different stop words that occur."""
+    stop_word_total: Bound | None = None
+    """The number of occurrences of stop words."""
+    dup_line_ratio: Bound | None = None
+    """The share of lines equal to an earlier one."""
+    dup_line_char_ratio: Bound | None = None
+    """The share of characters in lines equal to an earlier one."""
+    dup_para_ratio: Bound | None = None
+    """The share of paragraphs equal to an earlier one."""
+    dup_para_char_ratio: Bound | None = None
+    """The share of characters in paragraphs equal to an earlier one."""
+    top_2_gram: Bound | None = None
+    """The share of characters in occurrences of the most frequent 2-gram of words."""
+    top_3_gram: Bound | None = None
+    """The share of characters in occurrences of the most frequent 3-gram of words."""
+    top_4_gram: Bound | None = None
+    """The share of characters in occurrences of the most frequent 4-gram of words."""
+    dup_5_gram: Bound | None = None
+    """The share of characters in 5-grams of words that occurred before."""
+    dup_6_gram: Bound | None = None
+    """The share of characters in 6-grams of words that occurred before."""
+    dup_7_gram: Bound | None = None
+    """The share of characters in 7-grams of words that occurred before."""
+    dup_8_gram: Bound | None = None
+    """The share of characters in 8-grams of words that occurred before."""
+    dup_9_gram: Bound | None = None
+    """The share of characters in 9-grams of words that occurred before."""
+    dup_10_gram: Bound | None = None
+    """The share of characters in 10-grams of words that occurred before."""
+    line_punct_ratio: Bound | None = None
+    """The share of lines, blank ones apart, that end in terminal punctuation."""
+    short_line_ratio: Bound | None = None
+    """The share of lines, blank ones apart, of at most 30 characters."""
+    char_dup_ratio: Bound | None = None
+    """The share of characters in lines, blank ones apart, equal to an earlier one (FineWeb)."""
+    newline_ratio: Bound | None = None
+    """The number of line breaks for each word."""
+    mean_line_length: Bound | None = None
+    """The mean length of lines, blank ones apart, in characters."""
+    max_line_length: Bound | None = None
+    """The length of the longest line, in characters."""
+    alnum_ratio: Bound | None = None
+    """The share of characters that are letters or digits."""
+    generated_markers: Bound | None = None
+    """The number of phrases among the first 2,000 characters that say a file is generated."""
+    licence_markers: Bound | None = None
+    """The number of phrases among the first 2,000 characters that name a licence or a copyright."""
+    c4_lorem_ipsum: Bound | None = None
+    """Whether "lorem ipsum" occurs in what C4 looks at: 1 or 0."""
+    c4_curly_bracket: Bound | None = None
+    """Whether a curly bracket occurs in what C4 looks at: 1 or 0."""
+    c4_sentences: Bound | None = None
+    """The number of sentences in the lines that C4's line rules keep."""
+    refinedweb_word_ratio: Bound | None = None
+    """The share of words in lines that RefinedWeb's line rules drop."""
+    bad_words: Bound | None = None
+    """The number of occurrences of words or phrases of bad_words_file."""
+    classifier_score: Bound | None = None
+    """The probability of scores.classifier_label; needs scores.classifier."""
+    unigram_logprob: Bound | None = None
+    """The mean logarithm to base 10 of the words' frequencies; needs scores.unigrams."""
+    perplexity: Bound | None = None
+    """The perplexity under an n-gram model; needs scores.arpa."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _use(cls, own: Any) -> Any:
+        if not isinstance(own, dict):
+            return own
+        # What leaves here is validated as Python values, no longer as JSON: lists have to be tuples.
+        keys = combined(own.get("use") or (), own)
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
+
+    @model_validator(mode="after")
+    def _sound(self) -> "RuleSet":
+        for name in self.without:
+            if not isinstance(getattr(self, name, None), Bound):
+                raise ValueError(f"without = {name!r} is no rule of this set; it has {', '.join(self.bounds())}")
+        if "bad_words" in self.bounds() and not self.bad_words_file:
+            raise ValueError(
+                "the rule bad_words needs bad_words_file, a list with a word or phrase on each line; "
+                'name one, or add without = ["bad_words"]'
+            )
+        return self
+
+    def bounds(self) -> dict[str, Bound]:
+        """The rules that are on, in the order in which they are tried."""
+        return {
+            name: value
+            for name in type(self).model_fields
+            if name not in self.without and isinstance(value := getattr(self, name), Bound)
+        }
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Scores that need a model: which models there are, and which documents they are for.
 
 Without a path here its score does not exist, and a rule on it is an error. How the scores are computed is in
-`data_pipeline.scores.classifier` and `data_pipeline.scores.ngram_models`; bounds on them are in `configs.data.RuleSet`.
+`data_pipeline.scores.classifier` and `data_pipeline.scores.ngram_models`; bounds on them: `configs.rules.RuleSet`.
 """
 
 from typing import Literal

@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 from datatrove.pipeline.base import PipelineStep
 
 from configs.cuts import DecontaminateConfig, LinesConfig, PiiConfig, SubstringsConfig
-from configs.data import RuleSet
 from configs.loader import ConfigError, plain
+from configs.rules import RuleSet
 from data_pipeline.canaries import FATES
 from data_pipeline.cutting.copies import RECORD, CountUnits, ShareOut, Units, partitions_for
 from data_pipeline.cutting.cuts import note_cuts

@@ -10,7 +10,7 @@ from typing import Any
 
 from datatrove.data import Document
 
-from configs.data import RuleSet
+from configs.rules import RuleSet
 from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
 from data_pipeline.scan.scores import Scanner
 from data_pipeline.scores.scoring import definition_of

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from configs.data import RuleSet
+from configs.rules import RuleSet
 from data_pipeline.page.samples import Smallest, columns_of
 
 SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # of documents in bytes: two bins for each doubling, up to 1 TB

@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from configs.data import DataConfig, RuleSet
+from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args
+from configs.rules import RuleSet
 from data_pipeline.provenance.lookup import (
     Stored,
     places,

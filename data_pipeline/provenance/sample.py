@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from configs.data import DataConfig, RuleSet
+from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, load, parse_args
+from configs.rules import RuleSet
 from data_pipeline.cutting.cuts import FOLDER as CUTS
 from data_pipeline.cutting.decontamination import FOLDER as MATCHES
 from data_pipeline.cutting.excerpts import excerpt, piece, texts

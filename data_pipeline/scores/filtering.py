@@ -13,7 +13,7 @@ import pyarrow as pa
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from configs.data import RuleSet
+from configs.rules import RuleSet
 from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
 from data_pipeline.tables import KEYS, read_table, write_samples, write_table

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datatrove.data import Document
 
-from configs.data import RuleSet
+from configs.rules import RuleSet
 from configs.scores import ScoresConfig
 from data_pipeline.scan.scores import Definition, Scanner, quality
 from data_pipeline.scan.words import Splitter

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from configs.data import DataConfig, RuleSet
+from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load
+from configs.rules import RuleSet
 from data_pipeline.realms import is_canary
 from data_pipeline.report import wide_console
 from data_pipeline.scores.filtering import broken, verdicts

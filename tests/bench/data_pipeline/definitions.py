@@ -6,7 +6,7 @@ that datatrove finds. What no definition explains is said to be so.
 
 from functools import cache
 
-from configs.data import Bound, RuleSet
+from configs.rules import Bound, RuleSet
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.filtering import verdict

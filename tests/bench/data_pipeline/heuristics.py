@@ -18,7 +18,7 @@ from datatrove.pipeline.filters import (
 )
 from datatrove.utils.text import split_into_sentences, split_into_words
 
-from configs.data import RuleSet
+from configs.rules import RuleSet
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.filtering import verdict

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from configs.base import Section
+from configs.data import DataConfig
 from configs.export import ExportConfig
 from configs.posttrain import GRPOConfig, SFTConfig
 from configs.train import PretrainConfig
@@ -20,7 +21,7 @@ def sections(annotation: object) -> Iterator[type[Section]]:
         yield from sections(inner)
 
 
-@pytest.mark.parametrize("schema", [PretrainConfig, SFTConfig, GRPOConfig, ExportConfig])
+@pytest.mark.parametrize("schema", [PretrainConfig, DataConfig, SFTConfig, GRPOConfig, ExportConfig])
 def test_every_key_has_a_sentence(schema: type[Section]) -> None:
     wrong = {
         f"{section.__name__}.{key}": field.description

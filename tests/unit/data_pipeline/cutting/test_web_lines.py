@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 from datatrove.data import Document
 
-from configs.data import RuleSet
+from configs.rules import RuleSet
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.web_lines import CutWebLines
 from data_pipeline.tables import read_table, write_table

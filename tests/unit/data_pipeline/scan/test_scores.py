@@ -16,7 +16,7 @@ from datatrove.pipeline.filters import (
     gopher_repetition_filter,
 )
 
-from configs.data import RuleSet
+from configs.rules import RuleSet
 from data_pipeline.scan.scores import SCORES, Definition, Scanner, in_lower_case
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.filtering import verdict

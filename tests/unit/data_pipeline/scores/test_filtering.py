@@ -4,8 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from configs.data import Bound, RuleSet
-from configs.rules import combined
+from configs.rules import Bound, RuleSet, combined
 from data_pipeline.scores.filtering import verdict, verdicts
 
 RULES = RuleSet(word_count=Bound(min=50, max=100), dup_line_ratio=Bound(max=0.3))
