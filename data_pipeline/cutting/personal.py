@@ -3,8 +3,7 @@
 Precision comes first, since replacements scar dates, versions, serial numbers and code. What is found:
 - email: by its ASCII form; not at example.* and other reserved domains (RFC 2606), nor `git@`.
 - ip: public IPv4 and IPv6 addresses (`private_ips` for the others), neither versions nor networks ("/24").
-- phone: with "+" and a country code; North American with its separators; Chinese mobile and area-code numbers next
-  to Chinese text or a word like Tel; any number straight after such a word. Other national forms are left out.
+- phone: see `phones`.
 - card: 14 to 19 digits that begin as an issuer's do, in its length, and pass the Luhn check (ISO/IEC 7812-1).
 - key, secret: see `credentials`.
 Names, street addresses, identity and account numbers are left out: they need a model, or a country's register.
@@ -26,6 +25,7 @@ import numpy as np
 from configs.cuts import KINDS, Kind
 from data_pipeline.cutting import credentials
 from data_pipeline.cutting.credentials import LONG_RUN
+from data_pipeline.cutting.phones import phones
 from data_pipeline.scan.characters import codes_of
 
 _Spans = tuple[np.ndarray, np.ndarray]
@@ -234,47 +234,6 @@ def _is_word(sign: str) -> bool:
     return sign.isascii() and (sign.isalnum() or sign == "_")
 
 
-_INTERNATIONAL = re.compile(
-    r"(?<![A-Za-z0-9_.+\-/=)])\+[1-9][0-9]{0,2}(?:[ .\-\u00a0]?\(?[0-9]{1,4}\)?){2,5}(?![A-Za-z0-9_]|[.\-/]?[0-9])"
-)
-_NORTH_AMERICAN = re.compile(
-    r"(?<![A-Za-z0-9_.+\-/=(])(?:1[ \-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}-)[2-9][0-9]{2}-[0-9]{4}"
-    r"(?![A-Za-z0-9_]|[.\-/][0-9])"
-)
-_CHINESE = re.compile(
-    r"(?<![A-Za-z0-9_.+\-/=])(?:(?:86|0086)[ \-]?)?"
-    r"(?:1[3-9][0-9](?:[0-9]{8}|([ \-])[0-9]{4}\1[0-9]{4})|\(?0[1-9][0-9]{1,2}\)?[ \-]?[2-9][0-9]{6,7})"
-    r"(?![A-Za-z0-9_]|[.\-/][0-9])"
-)
-_ANY_PHONE = re.compile(r"(?<![0-9])\+?\(?[0-9](?:[ .\-()/\u00a0]{0,2}[0-9]){6,14}(?![0-9])")
-_PHONE_BEFORE = re.compile(
-    r"(?i)(?:\b(?:tel|telephone|phone|mobile|fax|whatsapp)(?: ?(?:no|nr|number))?\b|电话|手机|传真|热线|微信|联系方式)"
-    r"[号码]{0,2}[\s.:：#]{0,3}\+?\(?\Z"
-)
-_CJK = re.compile(r"[\u4e00-\u9fff]")
-_YEARS = re.compile(r"(?:1[5-9]|20)[0-9]{2}\D+(?:1[5-9]|20)[0-9]{2}")
-
-
-def _phones(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
-    for start, end in stretches.numbers:
-        for pattern in (_INTERNATIONAL, _NORTH_AMERICAN, _CHINESE, _ANY_PHONE):
-            for match in _matches(pattern, text, start, end):
-                if _is_phone(text, match, pattern):
-                    yield match.span()
-
-
-def _is_phone(text: str, match: re.Match[str], pattern: re.Pattern[str]) -> bool:
-    before = text[max(0, match.start() - _CONTEXT) : match.start()]
-    if pattern is _INTERNATIONAL:
-        return 10 <= sum(map(str.isdigit, match[0])) <= 15  # E.164 allows 15
-    if pattern is _NORTH_AMERICAN:
-        return True
-    if pattern is _CHINESE:
-        beside = before[-8:] + text[match.end() : match.end() + 8]
-        return bool(_CJK.search(beside) or _PHONE_BEFORE.search(before))
-    return bool(_PHONE_BEFORE.search(before)) and not _YEARS.search(match[0])
-
-
 _CARD = re.compile(
     r"(?<![A-Za-z0-9_.+\-/,])(?:[0-9]{4}([ \-])[0-9]{4}\1[0-9]{4}\1[0-9]{4}|3[47][0-9]{2}([ \-])[0-9]{6}\2[0-9]{5}"
     r"|[0-9]{14,19})(?![A-Za-z0-9_]|[ .\-/,][0-9])"
@@ -306,6 +265,6 @@ _FINDERS: dict[Kind, _Finder] = {
     "email": _emails,
     "card": _cards,
     "ip": _ips,
-    "phone": _phones,
+    "phone": lambda text, stretches, private_ips: phones(text, stretches.numbers),
     "secret": lambda text, stretches, private_ips: credentials.secrets(text),
 }

@@ -1,0 +1,98 @@
+"""Where a text holds telephone numbers.
+
+Precision comes first: versions, dates, prices, section and serial numbers have digits and dots as well. What is found:
+- with "+" or "00" and the code of a country (ITU-T E.164), 8 to 15 digits in all, the national part in groups;
+- North American: area code, exchange and four digits, by the numbering plan's rules, with separators or parentheses;
+- Chinese mobile and area-code numbers next to Chinese text or a word like Tel;
+- any number straight after such a word.
+An extension ("x3", "ext. 12") belongs to its number. Other national forms are left out, and so are ten digits in a row
+with nothing before them that says what they are.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+_CONTEXT = 24  # characters before a number that are looked at
+_DASHES = "\\-\u2010\u2011\u2012\u2013"
+_SPACES = " \u00a0\u2009\u202f"
+_EXTENSION = (
+    rf"(?i:[{_SPACES}]?,?[{_SPACES}]?(?:x|ext\.?|extn\.?|extension)[{_SPACES}.:]{{0,2}}[0-9]{{1,6}}"
+    rf"|[{_SPACES}]?#[{_SPACES}]?[0-9]{{1,5}})?"
+)
+_AFTER = rf"(?![A-Za-z0-9_]|[.,{_DASHES}][0-9])"
+
+_CALLING_CODES = (
+    "1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"
+    "|21[1-368]|2[2-6][0-9]|29[01789]|3[578][0-9]|42[013]|50[0-9]|59[0-9]|67[02-9]|68[0-35-9]|69[0-2]"
+    "|800|808|85[02356]|870|88[0-36-8]|96[0-8]|97[0-79]|99[2-68]"
+)
+_GROUP = rf"(?:[{_SPACES}.{_DASHES}]{{0,2}}\(?[0-9]{{1,4}}\)?|[{_SPACES}]?/[{_SPACES}]?[0-9]{{2,4}})"
+_INTERNATIONAL = re.compile(
+    rf"(?<![A-Za-z0-9_.+\-/=)~])(?:\(\+(?P<enclosed>{_CALLING_CODES})\)|\+(?P<code>{_CALLING_CODES})){_GROUP}{{2,8}}"
+    rf"{_EXTENSION}(?![A-Za-z0-9_+]|[{_SPACES}.,/{_DASHES}]?[0-9])"
+)
+_DIALLED = re.compile(
+    rf"(?<![A-Za-z0-9_.,+\-/=)])(?<![0-9][{_SPACES}])00[{_SPACES}]?(?!1)(?:{_CALLING_CODES})"
+    rf"(?:[{_SPACES}.{_DASHES}]\(?[0-9]{{1,8}}\)?){{2,6}}{_EXTENSION}(?![A-Za-z0-9_]|[{_SPACES}.,/{_DASHES}]?[0-9])"
+)
+
+# Neither may end in 11, which are services; no area code has 9 in the middle. NANPA's rules.
+_AREA = r"[2-9](?!11)[0-8][0-9]"
+_EXCHANGE = r"[2-9](?!11)[0-9]{2}"
+_NORTH_AMERICAN = re.compile(
+    rf"(?<![A-Za-z0-9_.,+\-/=\u2013$€£¥])(?<![0-9][{_SPACES}])(?<!\$ )(?:\+?(?:00)?1[{_SPACES}.{_DASHES}]?)?(?:"
+    rf"\({_AREA}\)[{_SPACES}]?[.{_DASHES}]?[{_SPACES}]?{_EXCHANGE}[{_SPACES}.{_DASHES}][0-9]{{4}}"
+    rf"|{_AREA}(?P<first>[{_SPACES}.{_DASHES}/]|[{_SPACES}][{_DASHES}][{_SPACES}]){_EXCHANGE}"
+    rf"(?:(?P=first)|(?<![.][0-9]{{3}})[{_DASHES}])[0-9]{{4}}"
+    rf"){_EXTENSION}{_AFTER}(?![{_SPACES}][0-9])"
+)
+_CHINESE = re.compile(
+    r"(?<![A-Za-z0-9_.+\-/=])(?:(?:86|0086)[ \-]?)?"
+    r"(?:1[3-9][0-9](?:[0-9]{8}|([ \-])[0-9]{4}\1[0-9]{4})|\(?0[1-9][0-9]{1,2}\)?[ \-]?[2-9][0-9]{6,7})"
+    r"(?![A-Za-z0-9_]|[.\-/][0-9])"
+)
+_ANY = re.compile(rf"(?<![0-9])\+?\(?[0-9](?:[ .\-()/\u00a0\u2011\u2013]{{0,2}}[0-9]){{6,14}}{_EXTENSION}(?![0-9])")
+_PHONE_BEFORE = re.compile(
+    r"(?i)(?:\b(?:tel|telephone|phone|mobile|mob|cell ?phone|ph|fax|whatsapp|telefon|telefax|telefono|teléfono"
+    r"|téléphone|tél|telefone|handy)(?: ?(?:no|nr|number))?\b(?: is\b)?|电话|手机|传真|热线|微信|联系方式)"
+    r"[号码]{0,2}[\s.:：#=\"']{0,4}\+?\(?\Z"
+)
+# What stands before a number that is no telephone number, whatever it looks like.
+_OTHER_BEFORE = re.compile(
+    r"(?i)(?:\b(?:order|invoice|part|serial|model|sku|isbn|issn|item|product|catalog(?:ue)?|ticket|case|patent|docket"
+    r"|reference|ref|account|acct|tracking|version|ver|release|build|firmware|section|chapter|figure|table|clause|rfc|oid"
+    r"|rev(?:ision)?|doi|id|v)s?|§)[\s.:#]{0,2}(?:(?:no|nr|number|id)\b)?[\s.:#(]{0,3}\Z"
+)
+_CJK = re.compile(r"[\u4e00-\u9fff]")
+_DATES = re.compile(r"(?:1[5-9]|20)[0-9]{2}(?:\D+(?:1[5-9]|20)[0-9]{2}|([\-./])[0-9]{1,2}\1[0-9]{1,2}\Z)")
+_EXTENSION_DIGITS = re.compile(r"(?i)\s?(?:,?\s?(?:x|ext|extn|extension)[\s.:]|#|x).*\Z")
+_PATTERNS = (_INTERNATIONAL, _DIALLED, _NORTH_AMERICAN, _CHINESE, _ANY)
+
+
+def phones(text: str, numbers: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(start, end) of what looks like a telephone number; `numbers` are stretches of `text` with 7 digits or more."""
+    for start, end in numbers:
+        for pattern in _PATTERNS:
+            for begun in pattern.finditer(text, start, end):
+                # Matched again, whatever lies behind the stretch's end.
+                if (match := pattern.match(text, begun.start())) and _is_phone(text, match, pattern):
+                    yield match.span()
+
+
+def _is_phone(text: str, match: re.Match[str], pattern: re.Pattern[str]) -> bool:
+    before = text[max(0, match.start() - _CONTEXT) : match.start()]
+    digits = "".join(filter(str.isdigit, _EXTENSION_DIGITS.sub("", match[0])))
+    if pattern is _INTERNATIONAL:
+        if (match["code"] or match["enclosed"]) == "1":
+            return bool(re.fullmatch(f"1{_AREA}{_EXCHANGE}[0-9]{{4}}", digits))
+        fraction = re.fullmatch(r"\+[0-9]+\.[0-9]+", match[0])
+        return not fraction and 9 <= len(digits) <= 15 + digits.count("0", 0, 4)  # "(0)" is written and not dialled
+    if pattern is _DIALLED:
+        sizes = {len(group) for group in re.findall("[0-9]+", match[0])}
+        return 11 <= len(digits) <= 17 and sizes != {4} and max(sizes) >= 3  # nor code points, nor bytes
+    if pattern is _NORTH_AMERICAN:
+        return not _OTHER_BEFORE.search(before)
+    if pattern is _CHINESE:
+        beside = before[-8:] + text[match.end() : match.end() + 8]
+        return bool(_CJK.search(beside) or _PHONE_BEFORE.search(before))
+    return bool(_PHONE_BEFORE.search(before)) and not _DATES.search(match[0])
