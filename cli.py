@@ -11,6 +11,7 @@ from collections.abc import Sequence
 # command -> (module:function, what it does, in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("launch.demo:main", "raw text to verified Hugging Face models, every stage of it"),
+    "config": ("configs.command:main", "every key of a config explained, or a config to begin with"),
     "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
     "data report": ("data_pipeline.report:main", "what was dropped at which stage, and why"),
     "data sample": ("data_pipeline.provenance.sample:main", "random documents that a stage dropped, cut or kept"),

@@ -1,5 +1,9 @@
 """The strict base of every config section: unknown keys, wrong types and later changes are errors."""
 
+import types
+import typing
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -10,3 +14,21 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+def bare(annotation: Any) -> Any:
+    """A type without "or None"."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        rest = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return rest[0] if len(rest) == 1 else annotation
+    return annotation
+
+
+def section_in(annotation: Any) -> tuple[type[Section] | None, bool]:
+    """The section that a field's type holds, bare, optional or as a dict's value; and whether it is a dict's."""
+    kind = bare(annotation)
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return kind, False
+    if typing.get_origin(kind) is dict:
+        return section_in(typing.get_args(kind)[1])[0], True
+    return None, False

@@ -21,7 +21,7 @@ ANY_LANGUAGE = "any"
 
 
 class SlurmConfig(Section):
-    """What the array jobs ask for; `run.workers` is how many of a job's elements run at a time."""
+    """What the array jobs ask for under executor = "slurm". `run.workers` of a job's elements run at a time."""
 
     partition: str | None = None
     """The partition, as in sbatch --partition; left out, the cluster's default."""
@@ -44,7 +44,7 @@ class SlurmConfig(Section):
 
 
 class RayConfig(Section):
-    """Which Ray does the tasks, and what each of them books there."""
+    """Which Ray does the tasks under executor = "ray", and what each of them books there."""
 
     address: str | None = None
     """The address of a running cluster, such as "auto"; left out, Ray starts on this machine, on loopback only."""
@@ -64,9 +64,9 @@ class RunConfig(Section):
     workers: int = Field(default=2, ge=1)
     """The number of tasks at a time; under mpi it is the number of ranks instead."""
     slurm: SlurmConfig = SlurmConfig()
-    """What jobs ask for under executor = "slurm"."""
+    """What the array jobs ask for under executor = "slurm"."""
     ray: RayConfig = RayConfig()
-    """The cluster under executor = "ray"."""
+    """Which Ray does the tasks under executor = "ray"."""
     shard_bytes: int = Field(default=2_000_000, ge=1)
     """The bytes of text in a shard, the unit of work; the files' cut depends on it, and never on workers."""
 

@@ -21,7 +21,18 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from configs.base import section_in
+
 T = TypeVar("T", bound=BaseModel)
+
+# The kinds of config, by the name that `trivium config` knows them by, with the schema of each.
+SCHEMAS = {
+    "data": "configs.data:DataConfig",
+    "pretrain": "configs.train:PretrainConfig",
+    "sft": "configs.posttrain:SFTConfig",
+    "grpo": "configs.posttrain:GRPOConfig",
+    "export": "configs.export:ExportConfig",
+}
 
 
 class ConfigError(ValueError):
@@ -96,12 +107,19 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def command_parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` ends with an example that can be copied."""
+def command_parser(
+    prog: str, description: str, example: str, schema: type[BaseModel] | None = None
+) -> argparse.ArgumentParser:
+    """A parser whose `--help` ends with an example that can be copied, and says where a config's keys are explained."""
+    epilog = f"example:\n  {example}"
+    if schema:
+        kind = next(kind for kind, target in SCHEMAS.items() if target == f"{schema.__module__}:{schema.__name__}")
+        epilog += f"\n\nevery key of CONFIG:    trivium config --explain {kind}"
+        epilog += f"\na CONFIG to begin with: trivium config --new {kind}"
     return argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog=f"example:\n  {example}",
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -121,7 +139,7 @@ def parse_args(
     `flags` are (name, help) of extra boolean switches; `--dry-run` is always there. `options` take a value: (name,
     default, help). `keys` are options that stand for an override of a key and win over all others: (name, key, help).
     """
-    parser = command_parser(prog, description, example)
+    parser = command_parser(prog, description, example, schema)
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
@@ -213,17 +231,6 @@ def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[st
             in_dict = False
             continue
         field = current.model_fields.get(part) if current else None
-        current, in_dict = _section_in(field.annotation) if field else (None, False)
+        current, in_dict = section_in(field.annotation) if field else (None, False)
     if current and not in_dict:
         yield from current.model_fields
-
-
-def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a field's type holds, bare, optional or as a dict's value; and whether it is a dict's."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    for inner in getattr(annotation, "__args__", ()):
-        section, in_dict = _section_in(inner)
-        if section:
-            return section, in_dict or getattr(annotation, "__origin__", None) is dict
-    return None, False

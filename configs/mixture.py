@@ -60,8 +60,8 @@ class PlanConfig(Section):
 class MixtureConfig(PlanConfig):
     """One plan, or with `stages` a plan for each of them, in their order, such as general, annealing, long_context.
 
-    Each stage goes on where the one before ended: no token comes twice in an epoch, and `max_epochs` counts all stages
-    together.
+    Exactly one of `weights`, `temperature` and `unimax` says how shares are found. Each stage goes on where the one
+    before ended: no token comes twice in an epoch, and `max_epochs` counts all stages together.
     """
 
     stages: dict[str, PlanConfig] = Field(default_factory=dict)

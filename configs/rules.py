@@ -44,11 +44,11 @@ class RuleSet(Section):
     without: tuple[str, ...] = ()
     """Rules of the sets in use that are switched off."""
     splitter: Literal["spaces", "words", "cjk"] = "spaces"
-    """What a word is: what stands between white space, words as spaCy finds them, or each CJK character."""
+    """What stands between white space, words as spaCy finds them, or CJK characters; left out, as the sets in use."""
     stop_words: tuple[str, ...] = ()
-    """The words that stop_word_count and stop_word_total count."""
+    """The words that stop_word_count and stop_word_total count; left out, those of the sets in use."""
     c4: Literal["paper", "reference", "datatrove", "fineweb"] = "datatrove"
-    """The form of C4's line rules."""
+    """The form of C4's line rules; left out, that of the sets in use."""
     bad_words_file: str = ""
     """The path of a list for the rule bad_words, a word or phrase on each line; empty for none."""
     drop_lines: tuple[Literal["c4", "refinedweb"], ...] = ()
@@ -61,7 +61,7 @@ class RuleSet(Section):
     word_count: Bound | None = None
     """The number of words with a letter or digit in them."""
     mean_word_length: Bound | None = None
-    """The mean length of those words, in characters."""
+    """The mean length of words with a letter or digit in them, in characters."""
     hash_ratio: Bound | None = None
     """The number of # signs for each word."""
     ellipsis_ratio: Bound | None = None

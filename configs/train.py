@@ -212,7 +212,7 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism; data parallel takes the ranks that are left. `configs.layout` checks them."""
+    """Degrees of parallelism. Data parallel takes the ranks that are left; `configs.layout` checks all of them."""
 
     tp: int = Field(default=1, ge=1)
     """Tensor parallel: the number of ranks that split the weights of each layer."""
@@ -267,7 +267,7 @@ class DataSection(Section):
     """What is trained on."""
 
     plan: str
-    """The folder of a mixture plan, that `trivium data run` ends with."""
+    """The folder of a mixture plan, which `trivium data run` ends with."""
 
 
 class EvalConfig(Section):
@@ -292,21 +292,21 @@ class TrainerConfig(Section):
     """What the one train loop reads, whatever is trained."""
 
     run: RunConfig
-    """Where the run lives, and its seed."""
+    """Where a training run lives, and what its random numbers begin from."""
     train: TrainSection
-    """Steps, batch, sequence length and precision."""
+    """How long and on how much is trained, and at which cost in memory and precision."""
     optimizer: OptimizerConfig
-    """AdamW's numbers."""
+    """AdamW."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the steps."""
     parallel: ParallelConfig = ParallelConfig()
-    """How the run is divided among ranks."""
+    """Degrees of parallelism."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, and which ones stay."""
     eval: EvalConfig = EvalConfig()
-    """The loss on held-out rows."""
+    """Held-out loss by source."""
     log: LogConfig = LogConfig()
-    """What is shown while the run goes on."""
+    """What is shown of a run while it goes on."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainerConfig":

@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trivium data takedown",
         "Which rows and steps hold the listed documents, and a plan without them.",
         "trivium data takedown configs/data/demo.toml remove.txt --out runs/demo/plan_clean --run runs/demo/pretrain",
+        DataConfig,
     )
     parser.add_argument("config", metavar="CONFIG", help="the TOML file of the data run")
     parser.add_argument("list", metavar="LIST", type=Path, help="a file with a document id or an address on each line")

@@ -205,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trivium data what-if",
         "What other thresholds would keep, from the scores of a finished run; nothing is written.",
         "trivium data what-if configs/data/demo.toml word_count.min=100 rules.english.dup_5_gram.max=0.1",
+        DataConfig,
     )
     parser.add_argument("config", metavar="CONFIG", help="the TOML file of the run")
     parser.add_argument("changes", metavar="rule=value", nargs="*", help="score.min=, score.max=, or any config key")

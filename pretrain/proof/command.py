@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium prove",
         description="Holds layouts against one rank: loss, every gradient, grad norm, parameters after a step.",
         example="trivium prove configs/pretrain/demo_moe.toml --layouts tp2,tp2sp,pp2vpp2,tp2pp2",
+        schema=PretrainConfig,
     )
     parser.add_argument(
         "config", metavar="CONFIG", help="a pretraining config; no layout in it is looked at, nor its data"

@@ -43,6 +43,12 @@ def start(workplace: Path) -> subprocess.Popen[str]:
     )
 
 
+def trivium(workplace: Path, *arguments: str) -> str:
+    """What a command prints. It has to succeed."""
+    command, environment = [sys.executable, "-m", "cli", *arguments], {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def lines(path: Path) -> list[dict]:
     whole = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in whole if line.endswith("\n")]
@@ -92,6 +98,11 @@ def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path)
     assert after >= before + 0.10, "the same held-out prompts and draws, so the noise of 256 answers is partly shared"
 
     marks = {stage.name: (workplace / stage.output / stage.mark).read_bytes() for stage in STAGES}
+    for kind, command in (("data", "data run"), *((name, name) for name in ("train", "sft", "grpo", "export"))):
+        printed = trivium(workplace, "config", "--new", "pretrain" if kind == "train" else kind)
+        (workplace / "mine.toml").write_text(printed)
+        assert "runs/mine" in trivium(workplace, *command.split(), "mine.toml", "--dry-run")
+
     times = (runs / "demo.json").read_bytes()
     process = start(workplace)
     output, _ = process.communicate(timeout=LIMIT_SECONDS)

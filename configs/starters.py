@@ -1,0 +1,100 @@
+"""Small configs to begin with: `trivium config --new pretrain`. They run on the demo's corpus and what it makes.
+
+Each names all required keys of its schema and the few others that people change first. The comments are the keys'
+own descriptions.
+"""
+
+from typing import Any
+
+from configs.base import Section, section_in
+from configs.reference import schema_of, sentence, toml_value
+
+_TITLES = {
+    "data": ("A data run: raw files to a tokenizer and a mixture plan.", "trivium data run"),
+    "pretrain": ("A pretraining run of 3 million parameters, on the demo's plan (make demo).", "trivium train"),
+    "sft": ("Fine-tuning of the demo's pretrained model (make demo).", "trivium sft"),
+    "grpo": ("Reinforcement learning on the demo's fine-tuned model (make demo).", "trivium grpo"),
+    "export": ("The demo's pretrained model (make demo) as a Hugging Face directory.", "trivium export"),
+}
+_TRAINING: dict[str, Any] = {
+    "train.micro_batch_size": 8,
+    "train.seq_length": 256,
+    "optimizer.lr": 1e-3,
+    "schedule.warmup_steps": 10,
+    "parallel.tp": 1,
+    "checkpoint.every": 50,
+}
+_TASK: dict[str, Any] = {"task.digits": 4, "task.max_new_tokens": 8}
+# The values of each kind's keys; below `sources` and the like also the name of a section.
+_VALUES: dict[str, dict[str, Any]] = {
+    "data": {
+        "run.dir": "runs/mine/data",
+        "run.workers": 2,
+        "sources.english.files": ["data/demo/english.jsonl.gz"],
+        "sources.english.format": "jsonl",
+        "sources.english.rules": {"en": "prose"},
+        "rules.prose.use": ["gopher_quality@paper", "gopher_repetition@paper"],
+        "tokenizer.vocab_size": 8192,
+        "mixture.seq_length": 256,
+        "mixture.samples": 4000,
+        "mixture.weights": {"english": 1.0},
+    },
+    "pretrain": {
+        "run.dir": "runs/mine/pretrain",
+        "data.plan": "runs/demo/data/plan",
+        "model.vocab_size": 8192,
+        "model.num_layers": 4,
+        "model.hidden_size": 192,
+        "model.ffn_hidden_size": 512,
+        "model.num_heads": 6,
+        "model.num_kv_heads": 2,
+        "model.tie_embeddings": True,
+        "train.steps": 100,
+        "train.global_batch_size": 16,
+        **_TRAINING,
+    },
+    "sft": {
+        "run.dir": "runs/mine/sft",
+        "init.run": "runs/demo/pretrain",
+        "init.tokenizer": "runs/demo/data/tokenizer",
+        "data.dialogues": ["data/demo/dialogues.jsonl.gz"],
+        **_TASK,
+        "task.demonstrations": 12000,
+        "train.steps": 150,
+        "train.global_batch_size": 8,
+        **_TRAINING,
+    },
+    "grpo": {
+        "run.dir": "runs/mine/grpo",
+        "init.run": "runs/demo/sft",
+        "init.tokenizer": "runs/demo/data/tokenizer",
+        **_TASK,
+        "grpo.group_size": 16,
+        "train.steps": 100,
+        "train.global_batch_size": 128,
+        **_TRAINING,
+        "train.seq_length": 32,
+    },
+    "export": {"run": "runs/demo/pretrain", "out": "runs/mine/export", "step": "latest", "dtype": "float32"},
+}
+
+
+def starter(kind: str) -> str:
+    """A config as TOML with comments. Errors: ConfigError for a kind that is none."""
+    schema = schema_of(kind)
+    title, command = _TITLES[kind]
+    lines = [f"# {title}", f"# {command} THIS_FILE --dry-run     every key: trivium config --explain {kind}"]
+    section = None
+    for key, value in _VALUES[kind].items():
+        parent, _, name = key.rpartition(".")
+        if parent != section:
+            lines += ["", *[f"[{parent}]"] * bool(parent)]
+            section = parent
+        lines += [f"# {_sentence(schema, key.split('.'))}", f"{name} = {toml_value(value)}"]
+    return "\n".join(lines)
+
+
+def _sentence(schema: type[Section], path: list[str]) -> str:
+    field = schema.model_fields[path[0]]
+    section, named = section_in(field.annotation)
+    return _sentence(section, path[1 + named :]) if section and len(path) > 1 + named else sentence(field)
