@@ -13,6 +13,7 @@ from rich.table import Table
 
 from data_pipeline.mixture.epochs import Documents
 from data_pipeline.mixture.packing import PACKINGS
+from data_pipeline.mixture.weights import most_samples
 
 _ENDS_SHOWN = 4
 
@@ -86,7 +87,9 @@ def check_enough(
     if general:
         limits.append(f"mixture.max_epochs = {max_epochs}")
         raises.append(f"mixture.max_epochs to {max(general)}")
-    enough = sum(most.values()) if capped else min(int(most[s["name"]] / s["share"]) for s in sources)
+    enough = sum(most.values())
+    if not capped:
+        enough = most_samples([source["share"] for source in sources], list(most.values()))
     lower = "" if capped else f"lower the weight of {' and '.join(source['name'] for source in short)}, "
     raise ValueError(
         f"too few tokens for mixture.samples = {samples:,} within {' and '.join(limits)}: "

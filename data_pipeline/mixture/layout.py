@@ -19,7 +19,7 @@ from data_pipeline.mixture.epochs import Documents
 from data_pipeline.mixture.forecast import check_enough, foreseen, packings
 from data_pipeline.mixture.packing import PACKINGS, Packed
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.mixture.weights import apportion, interleave, mixture_shares, unimax_shares
+from data_pipeline.mixture.weights import apportion, mixture_shares, take_turns, unimax_shares
 from data_pipeline.tokens.store import Shards, Store
 from data_pipeline.tokens.tokenizer import Tokenizer
 
@@ -134,7 +134,10 @@ def lay_out(
             raise ValueError(f"source {name} has no tokens under {tokens / TRAIN / name}; leave it out of the mixture")
         sources.append(Source(name, shards, documents, packed, epochs.get(name, max_epochs), forms))
     shares = _shares(sources, samples, weights, temperature)
-    counts = apportion(list(shares.values()), samples)
+    # UniMax's shares are of this many samples alone, and meet caps exactly: its rows are counted first.
+    turns = apportion(list(shares.values()), samples) / samples if unimax else list(shares.values())
+    sample_sources = take_turns(turns, samples)
+    counts = np.bincount(sample_sources, minlength=len(sources))
     settings = {
         "seq_length": seq_length,
         "samples": samples,
@@ -149,7 +152,7 @@ def lay_out(
         "fim_spm": fim_spm,
     }
     _check_enough(sources, shares, counts, settings)
-    return Draft(settings, model, sources, shares, interleave(counts), cursors, gone)
+    return Draft(settings, model, sources, shares, sample_sources, cursors, gone)
 
 
 def _shares(

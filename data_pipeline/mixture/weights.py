@@ -5,7 +5,8 @@ Effective Language Sampling for Large-Scale Multilingual Pretraining", 2023, arX
 each source's epochs allow. Left out: weights learnt from a proxy model's loss.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -50,11 +51,31 @@ def apportion(shares: Iterable[float], samples: int) -> np.ndarray:
     return counts
 
 
-def interleave(counts: np.ndarray) -> np.ndarray:
-    """Source of each sample, evenly spread: the k-th of a source's n samples falls at time (k + 1/2) / n."""
+def take_turns(shares: Sequence[float], samples: int) -> np.ndarray:
+    """Source of each sample, evenly spread: the k-th row of a source, from 0, falls at time (k + 1/2) / share.
+
+    The first `samples` of them are taken, so each source gets its share by Webster's method of apportionment. Times do
+    not depend on `samples`: more samples of the same shares begin with fewer ones.
+    """
+    # Up to time `samples` + half a sample for each source there are rows enough.
+    last = samples + len(shares) / 2
+    counts = [int(share * last + 0.5) + 1 if share else 0 for share in shares]
     source = np.repeat(np.arange(len(counts)), counts)
-    times = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
-    return source[np.lexsort((source, times))]
+    times = np.concatenate([(np.arange(n) + 0.5) / share for n, share in zip(counts, shares, strict=True) if n])
+    return source[np.lexsort((source, times))[:samples]]
+
+
+def most_samples(shares: Sequence[float], most: Sequence[int]) -> int:
+    """The largest number of samples of which `take_turns` gives no source more rows than `most` says."""
+    end = min((rows + 0.5) / share for share, rows in zip(shares, most, strict=True))  # the first row too many
+
+    def before(share: float) -> int:
+        rows = math.ceil(share * end - 0.5)
+        while rows and (rows - 0.5) / share >= end:
+            rows -= 1
+        return rows
+
+    return sum(before(share) for share in shares)
 
 
 def running_counts(sources: np.ndarray) -> np.ndarray:

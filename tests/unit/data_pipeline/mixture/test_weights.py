@@ -3,17 +3,32 @@
 import numpy as np
 import pytest
 
-from data_pipeline.mixture.weights import apportion, interleave, mixture_shares, unimax_shares
+from data_pipeline.mixture.weights import apportion, mixture_shares, most_samples, take_turns, unimax_shares
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 2], [1, 1, 998], [0, 7], [333, 333, 334], [600, 250, 100, 49, 1]])
 def test_every_prefix_is_near_the_weights(counts: list[int]) -> None:
-    order = interleave(np.array(counts))
+    order = take_turns(np.array(counts) / sum(counts), sum(counts))
     assert np.bincount(order, minlength=len(counts)).tolist() == counts
     prefix = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
     due = np.arange(1, len(order) + 1)[:, None] * np.array(counts) / len(order)
     # Each source is off by half a sample at most by its own clock, and so the position by half the sources.
     assert np.abs(prefix - due).max() <= 0.5 + len(counts) / 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_more_samples_begin_with_fewer(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    shares = draw.dirichlet(np.full(int(draw.integers(1, 9)), 0.3))
+    longest = take_turns(shares, 3000)
+    for samples in [1, 2, 3, *draw.integers(4, 3000, size=20).tolist()]:
+        order = take_turns(shares, samples)
+        np.testing.assert_array_equal(order, longest[:samples])
+        assert np.abs(np.bincount(order, minlength=len(shares)) - shares * samples).max() <= 1 + len(shares) / 2
+    most = (shares * draw.uniform(100, 2000, size=len(shares))).astype(int)
+    enough = most_samples(shares, most)
+    assert (np.bincount(longest[:enough], minlength=len(shares)) <= most).all()
+    assert (np.bincount(longest[: enough + 1], minlength=len(shares)) > most).any()
 
 
 def test_shares() -> None:
