@@ -170,6 +170,13 @@ def _say(done: Done, number: int, count: int, console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    if done.kept:
+        console.print(
+            f"the earlier {done.name} is kept in {done.kept}, for training runs that need it; remove it when none does",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def dry_run(config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = "") -> None:

@@ -43,6 +43,8 @@ class Stage:
     counted_against: "Stage | None" = None
     inputs: str = ""  # hash of input files
     packages: Sequence[str] = ()  # whose versions change the result
+    # Given an earlier result's folder and the new one's: moves what is still needed of it aside, and says where to.
+    keep: Callable[[Path, Path], Path | None] | None = None
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -64,6 +66,7 @@ class Done:
     tally: Tally
     seconds: float
     fresh: bool  # made by this run, not found
+    kept: Path | None = None  # where an earlier result that it replaced still is
 
 
 def digest(value: Any) -> str:
@@ -182,8 +185,10 @@ def perform(stage: Stage, run_dir: Path, before: Tally | None) -> Done:
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(folder / _MANIFEST)
-    replace_folder(folder, run_dir / stage.name)
-    return Done(stage.name, run_dir / stage.name, tally, seconds, fresh=True)
+    final = run_dir / stage.name
+    kept = stage.keep(final, folder) if stage.keep and final.is_dir() else None
+    replace_folder(folder, final)
+    return Done(stage.name, final, tally, seconds, fresh=True, kept=kept)
 
 
 def replace_folder(folder: Path, target: Path) -> None:

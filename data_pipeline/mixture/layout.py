@@ -135,7 +135,9 @@ def lay_out(
         sources.append(Source(name, shards, documents, packed, epochs.get(name, max_epochs), forms))
     shares = _shares(sources, samples, weights, temperature)
     # UniMax's shares are of this many samples alone, and meet caps exactly: its rows are counted first.
-    turns = apportion(list(shares.values()), samples) / samples if unimax else list(shares.values())
+    turns = list(shares.values())
+    if unimax:
+        turns = (apportion(turns, samples) / samples).tolist()
     sample_sources = take_turns(turns, samples)
     counts = np.bincount(sample_sources, minlength=len(sources))
     settings = {

@@ -1,7 +1,6 @@
 """A mixture plan on disk: plan.json and a few index arrays over token stores, no copy of tokens. See `rows.Plan`."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +10,12 @@ import numpy as np
 
 from configs.loader import write_atomic
 from configs.mixture import PlanConfig
+from configs.sealed import PLAN
 from data_pipeline.mixture import cursor
 from data_pipeline.mixture import fim as fill
 from data_pipeline.mixture.layout import HELDOUT, TRAIN, Gone, Source, check_stores, lay_out
 from data_pipeline.mixture.packing import PACKINGS, Packed
-from data_pipeline.mixture.rows import FORMAT, PLAN_FILE, SEGMENT_ARRAYS, VERSION, Plan
+from data_pipeline.mixture.rows import PLAN_FILE, SEGMENT_ARRAYS, Plan
 from data_pipeline.mixture.weights import running_counts
 from data_pipeline.tokens.store import Shards, Store
 
@@ -60,8 +60,6 @@ def build_plan(
     out.mkdir(parents=True, exist_ok=True)
     files = {name: _save(out / name, array) for name, array in arrays.items()}
     plan = {
-        "format": FORMAT,
-        "version": VERSION,
         "after": after
         and {
             "plan": after[0].fingerprint,
@@ -83,7 +81,7 @@ def build_plan(
         "sources": described,
         "files": files,
     }
-    write_atomic(out / PLAN_FILE, (json.dumps(plan, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(out / PLAN_FILE, PLAN.write(plan))
     return plan
 
 

@@ -6,22 +6,27 @@ way (see `fim`). Nothing here knows of ranks, batches or torch.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from configs.sealed import PLAN, SealError
 from data_pipeline.mixture import cursor, fim
 from data_pipeline.mixture.cursor import Cursor
 from data_pipeline.mixture.epochs import Pieces
-from data_pipeline.tokens.store import Shards, Store
+from data_pipeline.tokens.store import SUFFIXES, Shards, Store
 
-FORMAT, VERSION = "trivium-plan", 2
 PLAN_FILE = "plan.json"
+# Keys of [mixture], as plan.json has them.
+SETTINGS = (
+    *("seq_length", "samples", "seed", "packing", "weights", "temperature", "unimax"),
+    *("max_epochs", "epochs", "fim", "fim_spm"),
+)
 SEGMENT_ARRAYS = ("document", "start", "length", "offsets")
-_REBUILD = "run `trivium data run` again"
+_REBUILD = "remove its folder and make it again, by `trivium data run` or the command that it came from"
+_RESTORE = "restore what the plan was made of, or make a plan of what there is now, by `trivium data run`"
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Segments:
+class Segments:
     """Rows over one source's stores, as `packing.Packed` lays them out."""
 
     shards: Shards
+    checksums: list[tuple[str, str]]  # of each store's tokens and index
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
@@ -67,8 +73,7 @@ class Plan:
     its own sample 0; for any other plan they are None and 0. `gone` are documents left out, by split and source.
     """
 
-    def __init__(self, folder: Path, content: bytes) -> None:
-        plan = json.loads(content)
+    def __init__(self, folder: Path, content: bytes, plan: dict[str, Any]) -> None:
         self.path = folder
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.description: dict[str, Any] = plan
@@ -78,10 +83,9 @@ class Plan:
         self.vocab_size: int = plan["tokenizer"]["vocab_size"]
         self.pad_id: int = plan["tokenizer"]["pad_id"]
         self.special_ids: dict[str, int] = plan["tokenizer"]["special_ids"]
-        self.tokenizer_path: Path = (folder / plan["tokenizer"]["model"]).resolve()
-        _check_tokenizer(self.tokenizer_path, plan["tokenizer"]["sha256"])
+        self.tokenizer_path = _find_tokenizer(folder / plan["tokenizer"]["model"], plan["tokenizer"]["sha256"])
         self.token_bytes: np.ndarray = np.array(self._array("token_bytes.npy"))
-        self._sample_sources = self._array("sample_sources.npy")
+        self.sample_sources: np.ndarray = self._array("sample_sources.npy")
         self._sample_rows = self._array("sample_rows.npy")
         self._seed: int = plan["seed"]
         self._fim_symbols = fim.Symbols.of(self.special_ids) if plan.get("fim") else None
@@ -112,17 +116,42 @@ class Plan:
             raise ValueError(f"there is no plan at {file}; {which}, or correct data.plan")
         content = file.read_bytes()
         try:
-            found = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON ({error}); {_REBUILD}") from None
-        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"{file} is no {FORMAT} of version {VERSION}; {_REBUILD}")
-        return cls(folder, content)
+            return cls(folder, content, PLAN.read(content, file))
+        except SealError as error:
+            raise ValueError(f"{error}; {_REBUILD}") from None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the plan is of, small enough for a checkpoint to say what its run was trained on."""
+        told = self.description
+        documents = {
+            source["name"]: hashlib.sha256(repr([_checksums(store) for store in source["stores"]]).encode()).hexdigest()
+            for source in told["sources"]
+        }
+        return {
+            "mixture": {name: told[name] for name in SETTINGS},
+            "tokenizer": told["tokenizer"]["sha256"],
+            "documents": documents,
+            "without": told["without"],
+            "after": self.after,
+        }
+
+    @property
+    def made_of(self) -> list[Path]:
+        """The tokenizer's file and the stores of all sources, without suffixes."""
+        return [
+            self.tokenizer_path,
+            *(store.path for rows in self._train + self._heldout for store in rows.shards.stores),
+        ]
+
+    def train_rows(self, source: str) -> Segments:
+        """A source's training rows, of which sample i takes the one after those that earlier samples took."""
+        return self._train[self._source(source)]
 
     def row(self, i: int) -> Row:
         """Training row of sample i, 0 <= i < num_samples."""
         self._check_sample(i)
-        source = int(self._sample_sources[i])
+        source = int(self.sample_sources[i])
         return self._row(self._train[source], int(self._sample_rows[i]), source)
 
     def heldout_rows(self, source: str) -> int:
@@ -143,7 +172,7 @@ class Plan:
         `fim`, psm or spm, as well, and takes three positions more.
         """
         self._check_sample(i)
-        source = int(self._sample_sources[i])
+        source = int(self.sample_sources[i])
         rows, row = self._train[source], int(self._sample_rows[i])
         found = []
         for segment in range(int(rows.offsets[row]), int(rows.offsets[row + 1])):
@@ -173,7 +202,7 @@ class Plan:
         index = rows.shards.index(store, document)
         segments = np.flatnonzero(rows.document == index)
         in_rows = np.searchsorted(rows.offsets, segments, side="right") - 1
-        samples = np.flatnonzero(self._sample_sources == number)  # the n-th of them has the source's row n
+        samples = np.flatnonzero(self.sample_sources == number)  # the n-th of them has the source's row n
         found = zip(
             samples[in_rows].tolist(), rows.start[segments].tolist(), rows.length[segments].tolist(), strict=True
         )
@@ -195,12 +224,12 @@ class Plan:
     def _pieces(self, source: int, first: int, end: int) -> Pieces:
         """What samples [first, end) hold of a source."""
         rows = self._train[source]
-        mine = self._sample_rows[first:end][self._sample_sources[first:end] == source]  # a run of the source's rows
+        mine = self._sample_rows[first:end][self.sample_sources[first:end] == source]  # a run of the source's rows
         begin, stop = (int(rows.offsets[row]) for row in (mine[0], mine[-1] + 1)) if len(mine) else (0, 0)
         chosen = slice(begin, stop)
         return Pieces(rows.document[chosen], rows.start[chosen], rows.length[chosen].astype(np.int64))
 
-    def _row(self, rows: _Segments, row: int, source: int) -> Row:
+    def _row(self, rows: Segments, row: int, source: int) -> Row:
         size = self.seq_length
         tokens = np.full(size, self.pad_id, dtype=np.int64)
         labels = np.zeros(size, dtype=np.int64)
@@ -220,7 +249,7 @@ class Plan:
             at = end
         return Row(tokens, labels, loss_mask, positions, segments, source)
 
-    def _segment(self, rows: _Segments, segment: int, source: str) -> tuple[np.ndarray, np.ndarray]:
+    def _segment(self, rows: Segments, segment: int, source: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, labels); one label less than tokens where the segment ends its document."""
         index, start, length = (int(array[segment]) for array in (rows.document, rows.start, rows.length))
         store, document = rows.shards.locate(index)
@@ -232,13 +261,13 @@ class Plan:
         ids = store.tokens(document, start, min(start + length + 1, int(store.lengths[document])))
         return ids[:length], ids[1:]
 
-    def _segments(self, split: str, source: str, entries: list[dict[str, Any]], tokens: Path) -> _Segments:
+    def _segments(self, split: str, source: str, entries: list[dict[str, Any]], tokens: Path) -> Segments:
         arrays = {name: self._array(f"{split}.{source}.{name}.npy") for name in SEGMENT_ARRAYS}
         name = f"{split}.{source}.fim.npy"
         forms = self._array(name) if name in self.description["files"] else None
         shards = Shards([_open_store(tokens, entry) for entry in entries])
         shards.leave_out(self.gone.get(f"{split}/{source}", ()))
-        return _Segments(shards, **arrays, fim=forms)
+        return Segments(shards, [_checksums(entry) for entry in entries], **arrays, fim=forms)
 
     def _array(self, name: str) -> np.ndarray:
         path, expected = self.path / name, self.description["files"][name]
@@ -279,17 +308,38 @@ def open_plans(folder: Path) -> dict[str, Plan]:
     return dict(sorted(found.items(), key=lambda item: item[1].first_sample))
 
 
+def _checksums(entry: dict[str, Any]) -> tuple[str, str]:
+    return entry["bin_sha256"], entry["idx_sha256"]
+
+
+def _kept(folder: Path) -> list[Path]:
+    """A folder of the data run, and those of the same name that it kept when it made others: see `earlier`."""
+    return [folder, *sorted(folder.parent.glob(f"{folder.name}.*"))]
+
+
 def _open_store(tokens: Path, entry: dict[str, Any]) -> Store:
-    """The store of a plan's entry, the same one by index checksum and size (the .bin is not read)."""
-    store = Store(tokens / entry["path"])
-    index = hashlib.sha256(store.file(".idx").read_bytes()).hexdigest()
-    if index != entry["idx_sha256"] or store.file(".bin").stat().st_size != entry["bin_bytes"]:
-        raise ValueError(f"token store {store.path} is not the one that the plan was made of; {_REBUILD}")
-    return store
+    """The store of a plan's entry, the same one by its size and checksums (the .bin itself is not read)."""
+    stores = [Store(folder / entry["path"]) for folder in _kept(tokens) if _is_store(folder / entry["path"], entry)]
+    if not stores:
+        store = Store(tokens / entry["path"])  # says what is missing
+        raise ValueError(f"token store {store.path} is not the one that the plan was made of; {_RESTORE}")
+    return stores[0]
 
 
-def _check_tokenizer(path: Path, sha256: str) -> None:
-    if not path.is_file():
-        raise ValueError(f"the plan's tokenizer {path} does not exist; {_REBUILD}")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"tokenizer {path} is not the one that the plan was made with; {_REBUILD}")
+def _is_store(path: Path, entry: dict[str, Any]) -> bool:
+    files = {suffix: path.with_name(f"{path.name}{suffix}") for suffix in SUFFIXES}
+    if not all(file.is_file() for file in files.values()) or files[".bin"].stat().st_size != entry["bin_bytes"]:
+        return False
+    index = hashlib.sha256(files[".idx"].read_bytes()).hexdigest()
+    # Other documents may have the same lengths; what the tokens were when they were written, the table says.
+    return index == entry["idx_sha256"] and Store(path).facts()["bin_sha256"] == entry["bin_sha256"]
+
+
+def _find_tokenizer(model: Path, sha256: str) -> Path:
+    found = [path for folder in _kept(model.parent) if (path := folder / model.name).is_file()]
+    for path in found:
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return path.resolve()
+    if not found:
+        raise ValueError(f"the plan's tokenizer {model} does not exist; {_RESTORE}")
+    raise ValueError(f"tokenizer {model} is not the one that the plan was made with; {_RESTORE}")

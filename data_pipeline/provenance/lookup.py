@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from configs.loader import ConfigError
 from data_pipeline.dedup.signatures import url_key
+from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.stage import read_manifest
 from data_pipeline.tables import read_table, shards_of
@@ -130,7 +131,13 @@ def plans(run_dir: Path, run: Sequence[Stretch]) -> dict[str, Plan]:
     found = {(Path("plan") / name).as_posix(): plan for name, plan in open_plans(run_dir / "plan").items()}
     for one in run:
         if one.data not in {plan.fingerprint for plan in found.values()}:
-            found[one.plan] = Plan.open(one.plan)
+            plan = find(one.plan, one.data)
+            if plan is None:
+                raise ValueError(
+                    f"the plan that steps from {one.first_step} on were trained on is no longer at {one.plan}, nor "
+                    "kept beside it; move it back there"
+                )
+            found[plan.path.as_posix()] = plan
     return found
 
 

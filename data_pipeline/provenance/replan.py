@@ -6,7 +6,6 @@ what the run has used of an epoch does not come again in it, and what it has not
 data.plan naming the new plan. Nothing that exists is changed.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load
 from configs.mixture import PlanConfig
+from configs.sealed import CHECKPOINT
+from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan, open_plans
@@ -28,16 +29,22 @@ def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
     path = checkpoint / "manifest.json"
     if not path.is_file():
         raise ConfigError(f"--after {checkpoint}: there is no {path}; name a checkpoint, e.g. RUN/checkpoints/step_N")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = CHECKPOINT.read(path.read_bytes(), path)
+    except ValueError as error:
+        raise ConfigError(f"--after {checkpoint}: {error}; name an earlier checkpoint") from None
     where = plan or manifest["config"].get("data", {}).get("plan")
     if where is None:
         raise ConfigError(f"--after {checkpoint}: it was not trained on a plan, so there is none to go on from")
     try:
-        opened = Plan.open(where)
+        opened = find(where, manifest["identity"]["data"])
     except ValueError as error:
         raise ConfigError(f"--after {checkpoint}: {error}; or say where its plan is by --plan") from None
-    if opened.fingerprint != manifest["identity"]["data"]:
-        raise ConfigError(f"--after {checkpoint}: {where} is not the plan that it was trained on; name that by --plan")
+    if opened is None:
+        raise ConfigError(
+            f"--after {checkpoint}: neither {where} nor a plan kept beside it is the one that it was trained on; name "
+            "that by --plan"
+        )
     return opened, manifest["samples"] - opened.first_sample
 
 

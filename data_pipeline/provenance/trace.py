@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from configs.loader import ConfigError, command_parser, entrypoint
+from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance.lookup import Stretch, stretches
 from data_pipeline.report import wide_console
@@ -37,10 +38,11 @@ def batch(plan: Plan, stretch: Stretch, step: int) -> list[dict[str, Any]]:
 
 
 def _plan(stretch: Stretch, path: Path | None) -> Plan:
-    plan = Plan.open(path or stretch.plan)
-    if plan.fingerprint != stretch.data:
+    plan = find(path or stretch.plan, stretch.data)
+    if plan is None:
         raise ConfigError(
-            f"{plan.path} is not the plan that the step was trained on, which was at {stretch.plan}; name it by --plan"
+            f"neither {path or stretch.plan} nor a plan kept beside it is the one that the step was trained on, which "
+            f"was at {stretch.plan}; name it by --plan"
         )
     return plan
 

@@ -22,6 +22,7 @@ from configs.mixture import MixtureConfig
 from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.heldout import HELDOUT, TRAIN
 from data_pipeline.ledger import Tally
+from data_pipeline.mixture.earlier import keep_for_plans, keep_plans
 from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans
@@ -43,6 +44,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
         needs=(documents,),
         counted_against=documents,
         packages=("sentencepiece",),
+        keep=keep_for_plans,
     )
     tokens = Stage(
         "tokens",
@@ -52,6 +54,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
         needs=(documents, tokenizer),
         counted_against=documents,
         packages=("sentencepiece",),
+        keep=keep_for_plans,
     )
     plan = Stage(
         "plan",
@@ -60,6 +63,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
         ("mixture.plan_files",),
         needs=(tokenizer, tokens),
         counted_against=tokens,
+        keep=keep_plans,
     )
     return [tokenizer, tokens, plan]
 

@@ -3,7 +3,8 @@
 A parameter is known by its global name. Each rank writes the pieces it owns: a piece is the flat range [start,
 start + length) of a box (offset, shape) of the global tensor, so tensor parallel cuts boxes and ZeRO cuts ranges, and
 any reader can put the whole tensor together. The manifest names every piece, every file's size and SHA-256, and the
-run's state. All is written under a temporary name, synced, and renamed: a directory called `step_N` is whole.
+run's state; it has a checksum of its own values. All is written under a temporary name, synced, and renamed: a
+directory called `step_N` is whole.
 
 Left out: who writes when (`saving`); reading only the pieces that a rank needs (a parameter is put together whole).
 """
@@ -24,9 +25,8 @@ import torch
 from safetensors import safe_open
 
 from configs.loader import sync
+from configs.sealed import CHECKPOINT
 
-FORMAT = "trivium-checkpoint"
-VERSION = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weights and Adam's two moments
 
 
@@ -100,14 +100,12 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
                 f"{name}: the ranks hold {covered} of {math.prod(entry['shape'])} elements; not saved"
             )
     manifest = {
-        "format": FORMAT,
-        "version": VERSION,
         **state,
         "kinds": list(KINDS),
         "files": {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts},
         "parameters": parameters,
     }
-    _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+    _write_synced(temporary / "manifest.json", CHECKPOINT.write(manifest))
     sync(temporary)
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():  # a damaged checkpoint of this very step
@@ -121,17 +119,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a checkpoint directory. Errors: CheckpointError."""
     file = Path(path) / "manifest.json"
     try:
-        manifest = json.loads(file.read_text())
+        return CHECKPOINT.read(file.read_bytes(), file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist; {path} is not a whole checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); use an earlier checkpoint") from None
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{file} says format {manifest.get('format')!r} version {manifest.get('version')!r}; this code reads "
-            f"{FORMAT!r} version {VERSION}"
-        )
-    return manifest
+    except ValueError as error:
+        raise CheckpointError(f"{error}; use an earlier checkpoint") from None
 
 
 def verify(path: str | Path) -> dict[str, Any]:

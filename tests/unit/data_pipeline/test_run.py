@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, load
 from data_pipeline import stage
 from data_pipeline.ledger import LedgerError, Tally
+from data_pipeline.mixture.earlier import find, first_difference, note_use
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain
 from data_pipeline.run import main
@@ -296,19 +298,42 @@ def test_the_forecast_is_printed_by_the_plan_stage_and_by_a_dry_run(config: Path
     assert (run_folder(config) / "plan/plan.json").read_bytes() == before
 
 
-def test_fill_in_the_middle_has_its_symbols_trained(config: Path) -> None:
+def test_other_settings_make_other_plans_and_keep_what_a_training_run_needs(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = run_folder(config)
+
+    def kept() -> set[str]:
+        return {path.name.split(".")[0] for path in run_dir.iterdir() if "." in path.name[1:] and path.is_dir()}
+
     assert main([str(config)]) == 0
-    plain = ledger(run_folder(config))
-    symbols = json.loads((run_folder(config) / "tokenizer/tokenizer.json").read_text())["special_ids"]
+    plain = ledger(run_dir)
+    symbols = json.loads((run_dir / "tokenizer/tokenizer.json").read_text())["special_ids"]
     assert not any("fim" in name for name in symbols)
+    first = Plan.open(run_dir / "plan")
+    rows = [first.row(i).tokens for i in range(60)]
+
+    assert main([str(config), "mixture.samples=70"]) == 0
+    said = capsys.readouterr().out
+    assert f"the earlier plan is kept in {run_dir}/plan.{first.fingerprint[:16]}" in said
+    assert kept() == {"plan"}
+    longer = Plan.open(run_dir / "plan")
+    assert first_difference(longer, first, 60) is None
+
+    # Fill-in-the-middle has its symbols trained, and so another tokenizer and other tokens.
+    note_use(first.path.with_name(f"plan.{first.fingerprint[:16]}"), run_dir / "some_run")
     assert main([str(config), "mixture.fim.prose=0.5"]) == 0
-    symbols = json.loads((run_folder(config) / "tokenizer/tokenizer.json").read_text())["special_ids"]
+    symbols = json.loads((run_dir / "tokenizer/tokenizer.json").read_text())["special_ids"]
     assert symbols["<|fim_middle|>"] == 10
-    again = ledger(run_folder(config))
+    again = ledger(run_dir)
     assert [name for name in again if again[name]["fresh"]] == ["tokenizer", "tokens", "plan"]
     assert again.keys() == plain.keys()
-    plan = Plan.open(run_folder(config) / "plan")
-    assert any("fim" in piece for i in range(100) for piece in plan.provenance(i))
+    plan = Plan.open(run_dir / "plan")
+    assert any("fim" in piece for i in range(60) for piece in plan.provenance(i))
+    assert kept() == {"plan", "tokens", "tokenizer"}
+    for fingerprint in (first.fingerprint, longer.fingerprint):
+        found = find(run_dir / "plan", fingerprint)
+        assert found is not None and all(np.array_equal(found.row(i).tokens, rows[i]) for i in range(60))
 
 
 def test_a_lost_document_is_noticed() -> None:

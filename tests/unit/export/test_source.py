@@ -8,6 +8,7 @@ import torch
 
 from configs.export import ExportConfig
 from configs.loader import ConfigError, load, plain, toml
+from configs.sealed import CHECKPOINT
 from export.source import open_source
 from posttrain.chat import jinja_template
 from pretrain.checkpoint import storage
@@ -101,6 +102,6 @@ def test_what_is_no_run_is_told(tmp_path: Path):
     manifest = run / "checkpoints/step_1/manifest.json"
     raw = json.loads(manifest.read_text())
     del raw["config"]["model"]
-    manifest.write_text(json.dumps(raw))
+    manifest.write_bytes(CHECKPOINT.write(raw))
     with pytest.raises(ConfigError, match=r"have a \[model\] section"):
         open_source(run)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.mixture.earlier import first_difference
 from data_pipeline.mixture.fim import PLAIN, PSM, SPM, Symbols, cuts, draw, rearranged
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.plan_files import build_plan
@@ -205,3 +206,12 @@ def test_symbols_are_the_tokenizers_only_where_asked_for(run_dir: Path, tokenize
         build_plan(
             tokens, tokenizer_folder, run_dir / "p", seq_length=L, samples=9, seed=0, weights=WEIGHTS, fim={"code": 1}
         )
+
+
+def test_more_samples_begin_with_the_same_forms(run_dir: Path, tmp_path: Path) -> None:
+    short, long = (make(run_dir, tmp_path / str(samples), samples=samples) for samples in (200, 333))
+    assert first_difference(long, short, 200) is None
+    assert all(np.array_equal(long.row(i).tokens, short.row(i).tokens) for i in range(200))
+    other = make(run_dir, tmp_path / "other", samples=333, fim_spm=0.9)
+    alike = [long.provenance(i) == other.provenance(i) for i in range(333)]
+    assert first_difference(long, other, 333) == alike.index(False)

@@ -1,6 +1,5 @@
 """Plans that follow one another, by stages or after a change in mid-run: every epoch has every token exactly once."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,6 +11,7 @@ import pytest
 
 from configs.loader import ConfigError, plain, validate
 from configs.mixture import MixtureConfig
+from configs.sealed import CHECKPOINT
 from data_pipeline.mixture.epochs import Pieces
 from data_pipeline.mixture.plan_files import build_plan, build_stages
 from data_pipeline.mixture.rows import Plan, open_plans
@@ -272,12 +272,15 @@ def test_a_checkpoint_must_be_of_the_plan(staged: dict[str, Plan], tmp_path: Pat
         replan.used(tmp_path)
     plan = staged["annealing"]
     manifest: dict[str, Any] = {"samples": 1000, "identity": {"data": plan.fingerprint}, "config": {}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_bytes(CHECKPOINT.write(manifest))
     with pytest.raises(ConfigError, match="was not trained on a plan"):
         replan.used(tmp_path)
     found, samples = replan.used(tmp_path, plan.path)
     assert (found.fingerprint, samples) == (plan.fingerprint, 100)
-    manifest["config"] = {"data": {"plan": str(staged["general"].path)}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="is not the plan that it was trained on"):
+    manifest["config"] = {"data": {"plan": str(staged["general"].path)}}  # beside it is the one
+    (tmp_path / "manifest.json").write_bytes(CHECKPOINT.write(manifest))
+    assert replan.used(tmp_path)[0].path == plan.path
+    manifest["identity"]["data"] = "0" * 64
+    (tmp_path / "manifest.json").write_bytes(CHECKPOINT.write(manifest))
+    with pytest.raises(ConfigError, match=r"neither .* nor a plan kept beside it is the one that it was trained on"):
         replan.used(tmp_path)
