@@ -6,7 +6,7 @@ dropped with `<score>_min` or `<score>_max` as its reason.
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.alarms import AlarmsConfig
 from configs.base import Section
@@ -188,20 +188,22 @@ class DedupConfig(Section):
     """The length of an n-gram in words, or in pairs of characters in CJK text."""
     seed: int = Field(default=1, ge=0)
     """The seed of the hash functions."""
-    verify: float | None = Field(default=None, gt=0, le=1)
-    """The least true Jaccard similarity of near-duplicates; left out, documents that meet are not compared."""
+    verify: float | Literal[False] = 0.75
+    """The least true Jaccard similarity of a near-duplicate to the document that stays in its place; with false, all
+    documents that meet, directly or through others, count as near-duplicates without a look at their texts."""
     index: tuple[str, ...] = ()
     """The run.dir of earlier runs, whose documents are dropped here."""
     memory_mb: int = Field(default=1024, ge=1)
     """The memory of one task that looks for duplicates, in MiB."""
 
-    @model_validator(mode="after")
-    def _together(self) -> "DedupConfig":
-        if self.verify is not None and self.index:
-            raise ValueError(
-                f"dedup.verify = {self.verify} compares texts, and dedup.index has keys alone; leave one of them out"
-            )
-        return self
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _similarity(cls, value: object) -> object:
+        if value is False or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1):
+            return value
+        raise ValueError(
+            f"{value!r} is no similarity above 0 and up to 1; say for instance 0.75, or false to compare no texts"
+        )
 
 
 class HeldoutConfig(Section):

@@ -1,13 +1,12 @@
-"""Clusters of documents from pairs, and the one of each cluster that stays.
+"""Clusters of documents from pairs: all that are linked, directly or through others, and may be duplicates.
 
-Union-find over arrays that lie in files, of `BYTES_A_DOCUMENT` each and the documents' ids, not held in memory. The
-survivor is the document of the highest quality score, then the longest, then the first by source, shard and row. A
-cluster that meets a document of an earlier run loses all of its own.
+Union-find over arrays that lie in files, of `BYTES_A_DOCUMENT` each and the documents' ids, not held in memory. Which
+documents of a cluster stay is decided in `survivors`.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numba
 import numpy as np
@@ -16,10 +15,10 @@ import pyarrow.compute as pc
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.dedup.pairs import INDEXED, Numbering
-from data_pipeline.executors.progress import ProgressFile
-from data_pipeline.ledger import Tally
-from data_pipeline.tables import KEYS, dropped_rows, kept_rows, read_table, write_samples, write_table
+from data_pipeline.dedup.pairs import EarlierRun, Numbering, earlier_code
+from data_pipeline.tables import kept_rows, read_table
+
+MEMBERS = "members"  # the file that says how many documents are not alone in their cluster
 
 
 @numba.njit(cache=True)
@@ -43,34 +42,81 @@ def label(parents: np.ndarray) -> None:
         parents[member] = parents[parents[member]]
 
 
-@numba.njit(cache=True)
-def elect(
-    labels: np.ndarray, quality: np.ndarray, chars: np.ndarray, first: int, best: np.ndarray, sizes: np.ndarray,
-    marks: np.ndarray,
-) -> None:  # fmt: skip
-    """Holds documents `first`, first + 1, ... against the best so far of their clusters.
+OWN = -1  # in place of the number of an earlier run
 
-    `best` int64, `sizes` int64 and `marks` float64 [documents, 2] (quality and length of the best) are by root.
+
+class Population:
+    """The documents that are held against each other: those of this run, numbered as in `own`, and behind them those
+    of earlier runs that share a key with one. `met` is a file of int64, the numbers of these among all documents of
+    earlier runs, ascending.
     """
-    for place in range(len(quality)):
-        root = labels[first + place]
+
+    def __init__(self, own: Numbering, earlier: Sequence[EarlierRun] = (), met: str = "") -> None:
+        self.own = own
+        self.earlier = list(earlier)
+        self._met = met
+
+    @property
+    def met(self) -> np.ndarray:
+        return np.load(self._met) if self.earlier else np.zeros(0, np.int64)
+
+    @property
+    def documents(self) -> int:
+        return self.own.documents + len(self.met)
+
+    def numbers(self, pairs: np.ndarray) -> np.ndarray:
+        """int64, the numbers of documents as they stand in pairs."""
+        met = np.searchsorted(self.met, earlier_code(pairs))
+        return np.where(pairs >= 0, pairs, met + self.own.documents)
+
+    def place(self, number: int) -> tuple[int, str]:
+        """(earlier run or OWN, shard) of a document."""
+        if number < self.own.documents:
+            return OWN, self.own.shards[self.own.shard_of(number)]
+        there = int(self.met[number - self.own.documents])
+        run = int(np.searchsorted([run.first for run in self.earlier], there, side="right")) - 1
+        kept = self.earlier[run].kept
+        return run, kept.shards[kept.shard_of(there - self.earlier[run].first)]
+
+    def met_in(self, run: int, shard: str) -> list[tuple[int, int]]:
+        """(number here, row there) of the documents of an earlier run's shard that are in this population."""
+        earlier = self.earlier[run]
+        place = earlier.kept.shards.index(shard)
+        start, end = (earlier.first + int(edge) for edge in earlier.kept.starts[place : place + 2])
+        first, last = (int(edge) for edge in np.searchsorted(self.met, [start, end]))
+        rows = earlier.kept.rows(place)[self.met[first:last] - start]
+        return list(zip(range(self.own.documents + first, self.own.documents + last), rows.tolist(), strict=True))
+
+
+def write_met(path: Path, pairs: Sequence[str]) -> None:
+    """The file `met` of a `Population`, from files of pairs."""
+    found = [np.zeros(0, np.int64)]
+    for file in pairs:
+        codes = np.load(file)[:, 0]
+        found.append(np.unique(earlier_code(codes[codes < 0])))
+    np.save(path, np.unique(np.concatenate(found)))
+
+
+@numba.njit(cache=True)
+def count_members(labels: np.ndarray, sizes: np.ndarray) -> int:
+    """Adds to `sizes` the members of each label; returns how many documents are not alone."""
+    alone = 0
+    for root in labels:
         sizes[root] += 1
-        better = quality[place] > marks[root, 0] or (quality[place] == marks[root, 0] and chars[place] > marks[root, 1])
-        if sizes[root] == 1 or better:
-            best[root], marks[root, 0], marks[root, 1] = first + place, quality[place], chars[place]
+        alone += 1 if sizes[root] == 1 else -1 if sizes[root] == 2 else 0
+    return len(labels) - alone
 
 
 _TYPES: dict[str, type[np.number]] = {
     "labels": np.int64,
-    "best": np.int64,
     "sizes": np.int64,
+    "quality": np.float64,
+    "chars": np.int64,
     "exact": np.uint64,
     "url": np.uint64,
-    "known": np.uint8,
     "id_end": np.int64,
 }
-_MARKS = 2  # float64: quality and length of the best so far
-BYTES_A_DOCUMENT = sum(np.dtype(kind).itemsize for kind in _TYPES.values()) + 8 * _MARKS
+BYTES_A_DOCUMENT = sum(np.dtype(kind).itemsize for kind in _TYPES.values())
 
 
 class Arrays:
@@ -79,10 +125,13 @@ class Arrays:
     def __init__(self, folder: str | Path, documents: int, mode: Literal["r", "w+"] = "r") -> None:
         self.folder, self.documents = Path(folder), documents
         self.mode: Literal["r", "w+"] = mode
+        self._opened: dict[str, np.ndarray] = {}
 
     def of(self, name: str) -> np.ndarray:
-        path = self.folder / f"{name}.bin"
-        return np.memmap(path, dtype=np.dtype(_TYPES[name]), mode=self.mode, shape=(self.documents,))
+        if name not in self._opened:  # made anew, it would be empty
+            path, kind = self.folder / f"{name}.bin", np.dtype(_TYPES[name])
+            self._opened[name] = np.memmap(path, dtype=kind, mode=self.mode, shape=(self.documents,))
+        return self._opened[name]
 
     def ids(self, numbers: Iterable[int]) -> list[str]:
         ends, found = self.of("id_end"), []
@@ -95,106 +144,55 @@ class Arrays:
 
 
 class Cluster(PipelineStep):
-    """One task: pairs to labels, survivors and sizes, in the files of `Arrays`."""
+    """One task: pairs to labels and sizes, and what is known of each document, in the files of `Arrays`."""
 
     name = "Clusters"
     type = "🫂 - DEDUPS"
 
-    def __init__(self, work: str, documents: Numbering, signatures: str, pairs: Sequence[str]) -> None:
+    def __init__(self, work: str, population: Population, signatures: str, pairs: Sequence[str]) -> None:
         super().__init__()
         self.work = work
-        self.documents = documents
+        self.population = population
         self.signatures = signatures
         self.pairs = list(pairs)
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        documents = self.documents
-        arrays = Arrays(self.work, documents.documents, "w+")
-        labels, known = arrays.of("labels"), arrays.of("known")
+        population = self.population
+        arrays = Arrays(self.work, population.documents, "w+")
+        labels = arrays.of("labels")
         labels[:] = np.arange(len(labels))
         for path in self.pairs:
-            pairs = np.load(path)
-            met = pairs[:, 0] == INDEXED
-            known[pairs[met, 1]] = 1
-            join(labels, pairs[~met])
+            join(labels, population.numbers(np.load(path)))
         label(labels)
-        known[labels[known.astype(bool)]] = 1  # from members to roots
-        best, sizes = arrays.of("best"), arrays.of("sizes")
-        marks = np.memmap(Path(self.work) / "marks.bin", dtype=np.float64, mode="w+", shape=(len(labels), _MARKS))
-        exact, url, ends = arrays.of("exact"), arrays.of("url"), arrays.of("id_end")
-        written = 0
+        members = count_members(labels, arrays.of("sizes"))
+        (Path(self.work) / MEMBERS).write_text(str(members), encoding="utf-8")
+        own, written = population.own, 0
         with (Path(self.work) / "ids").open("wb") as ids:
-            for place, shard in enumerate(documents.shards):
-                first, last = int(documents.starts[place]), int(documents.starts[place + 1])
-                table = kept_rows(read_table(documents.stage, shard))
-                elect(labels, _numbers(table, "quality"), _numbers(table, "chars"), first, best, sizes, marks)
-                signed = read_table(self.signatures, shard)
-                signed = signed.take(pc.index_in(table["row"], signed["row"].combine_chunks()))
-                exact[first:last], url[first:last] = _numbers(signed, "exact"), _numbers(signed, "url")
-                names = [name.encode() for name in table["id"].to_pylist()]
-                ids.write(b"".join(names))
-                ends[first:last] = written + np.cumsum([len(name) for name in names])
-                written += sum(map(len, names))
-        yield from ()
-
-
-class Judge(PipelineStep):
-    """Each shard's verdicts: who survives, and why the others do not."""
-
-    name = "Survivors"
-    type = "🫂 - DEDUPS"
-
-    def __init__(self, folder: str, work: str, documents: Numbering, tallies: str, progress: str) -> None:
-        super().__init__()
-        self.folder = folder
-        self.work = work
-        self.documents = documents
-        self.tallies = tallies
-        self.progress = progress
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        tally, progress = Tally(), ProgressFile(self.progress, rank)
-        documents = self.documents
-        arrays = Arrays(self.work, documents.documents)
-        for place in range(rank, len(documents.shards), world_size):
-            shard = documents.shards[place]
-            table = kept_rows(read_table(documents.stage, shard))
-            for source, size in zip(table["source"].to_pylist(), table["bytes"].to_pylist(), strict=True):
-                tally.came_in(source, size)
-                progress.advance(size)
-            judged = self._judge(table, arrays, int(documents.starts[place]))
-            write_table(self.folder, shard, judged)
-        tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
-        progress.close()
+            for place, shard in enumerate(own.shards):
+                table = kept_rows(read_table(own.stage, shard))
+                written = self._fill(arrays, int(own.starts[place]), table, self.signatures, shard, ids, written)
+            first = own.documents
+            for run, earlier in enumerate(population.earlier):
+                for shard in earlier.kept.shards:
+                    if rows := [row for _, row in population.met_in(run, shard)]:
+                        table = read_table(earlier.kept.stage, shard)
+                        table = table.take(pc.index_in(pa.array(rows), table["row"].combine_chunks()))
+                        signatures = f"{earlier.folder}/signatures"
+                        written = self._fill(arrays, first, table, signatures, shard, ids, written)
+                        first += len(rows)
         yield from ()
 
     @staticmethod
-    def _judge(table: pa.Table, arrays: Arrays, first: int) -> pa.Table:
-        numbers = np.arange(first, first + table.num_rows)
-        roots = np.array(arrays.of("labels")[first : first + len(numbers)])
-        best, known = arrays.of("best")[roots], arrays.of("known")[roots].astype(bool)
-        exact, url = arrays.of("exact"), arrays.of("url")
-        same = exact[numbers] == exact[best]
-        moved = (url[numbers] == url[best]) & (url[numbers] != 0)
-        near = np.where(same, "exact_duplicate", np.where(moved, "url_duplicate", "near_duplicate"))
-        verdicts = np.where(known, "in_index", np.where(best == numbers, "", near))
-        at = table.schema.get_field_index("verdict")
-        table = table.set_column(at, "verdict", pa.array(verdicts.tolist(), pa.string()))
-        table = table.append_column("cluster", pa.array(roots))
-        table = table.append_column("cluster_size", pa.array(np.array(arrays.of("sizes")[roots])))
-        survivors = np.array(table["id"].to_pylist(), dtype=object)
-        lost = np.flatnonzero((best != numbers) & ~known)
-        survivors[lost] = arrays.ids(best[lost].tolist())
-        survivors[known] = ""
-        return table.append_column("survivor", pa.array(survivors.tolist(), pa.string()))
-
-
-def sample_duplicates(folder: Path, shards: Sequence[str]) -> None:
-    """`drops/` of the first duplicates a source."""
-    columns = [*KEYS, "verdict", "survivor", "cluster", "cluster_size", "head"]
-    tables = (read_table(folder, shard).select(columns) for shard in shards)
-    write_samples(folder, (row for table in tables for row in dropped_rows(table)))
-
-
-def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].combine_chunks().to_numpy(zero_copy_only=False)
+    def _fill(
+        arrays: Arrays, first: int, table: pa.Table, signatures: str, shard: str, ids: IO[bytes], written: int
+    ) -> int:
+        """Files what is known of documents `first`, first + 1... Returns how many bytes of ids are written."""
+        last = first + table.num_rows
+        signed = read_table(signatures, shard, ["row", "exact", "url"])
+        signed = signed.take(pc.index_in(table["row"].combine_chunks(), signed["row"].combine_chunks()))
+        for name, source in (("quality", table), ("chars", table), ("exact", signed), ("url", signed)):
+            arrays.of(name)[first:last] = source[name].combine_chunks().to_numpy(zero_copy_only=False)
+        names = [name.encode() for name in table["id"].to_pylist()]
+        ids.write(b"".join(names))
+        arrays.of("id_end")[first:last] = written + np.cumsum([len(name) for name in names])
+        return written + sum(map(len, names))

@@ -2,7 +2,8 @@
 
 A task reads its range of every shard's sorted keys, sorts what it got, and links each document to the first one of
 its group, so that a group of n gives n - 1 pairs. Its memory is the number of documents over the number of ranges.
-Documents are numbered through, in the order of shards and rows, over those that the filter kept.
+Documents are numbered through, in the order of shards and rows, over those that the filter kept. Documents that earlier
+runs kept are numbered through as well, run after run, and stand in pairs as negative numbers: see `earlier_code`.
 """
 
 import functools
@@ -16,10 +17,11 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.dedup.signatures import read_range
 from data_pipeline.realms import is_canary
+from data_pipeline.scan.words import Splitter
 from data_pipeline.tables import Mark, kept_rows, mark, read_parquet, shards_of
 
 BYTES_A_KEY = 48  # a key, its document and the copies that sorting makes
-INDEXED = -1  # stands for a document of an earlier run
+NOT_KEPT = -1  # in place of a number
 _WHOLE = 1 << 64
 
 
@@ -62,12 +64,12 @@ class Numbering:
         return _kept(path, mark(path))
 
     def numbers(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """int64 [rows], each row's number; INDEXED where the stage did not keep it."""
+        """int64 [rows], each row's number; NOT_KEPT where the stage did not keep it."""
         kept = self.rows(shard)
         if not len(kept):
-            return np.full(len(rows), INDEXED, np.int64)
+            return np.full(len(rows), NOT_KEPT, np.int64)
         places = np.minimum(np.searchsorted(kept, rows), len(kept) - 1)
-        return np.where(kept[places] == rows, places + self.starts[shard], INDEXED)
+        return np.where(kept[places] == rows, places + self.starts[shard], NOT_KEPT)
 
     def shard_of(self, number: int) -> int:
         return int(np.searchsorted(self.starts, number, side="right")) - 1
@@ -79,8 +81,25 @@ def _kept(path: Path, _: Mark) -> np.ndarray:
     return kept_rows(read_parquet(path, ["row", "verdict"]))["row"].to_numpy()
 
 
+@dataclass(frozen=True)
+class EarlierRun:
+    """A finished run whose documents are not to be kept again."""
+
+    folder: str  # its run.dir
+    kept: Numbering  # of its dedup stage
+    first: int  # number of its first document among those of all earlier runs
+    splitters: dict[str, Splitter]  # of its rule sets, by name
+
+
+def earlier_code(numbers: np.ndarray) -> np.ndarray:
+    """Numbers of documents of earlier runs as they stand in pairs, and back again."""
+    return -1 - numbers
+
+
 class FindPairs(PipelineStep):
-    """`<out>/<job>.npy`, int64 [pairs, 2]: two documents each, or INDEXED and a document."""
+    """`<out>/<job>.npy`, int64 [pairs, 2]: the first document of a group and another, or one of an earlier run and the
+    first.
+    """
 
     name = "Pairs"
     type = "🫂 - DEDUPS"
@@ -91,51 +110,54 @@ class FindPairs(PipelineStep):
         documents: Numbering,
         signatures: str,
         todo: Sequence[Job],
-        earlier: Sequence[tuple[str, Numbering]] = (),
+        earlier: Sequence[EarlierRun] = (),
     ) -> None:
         super().__init__()
         self.out = out
         self.documents = documents
         self.signatures = signatures
         self.todo = list(todo)
-        self.earlier = list(earlier)  # folder of signatures and what was kept, of each run in the index
+        self.earlier = list(earlier)
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for job in self.todo[rank::world_size]:
-            keys, numbers = self._load(job)
-            known = [self._known(job, signatures, kept) for signatures, kept in self.earlier]
-            pairs = linked(keys, numbers, np.concatenate([np.zeros(0, np.uint64), *known]))
-            np.save(Path(self.out) / job.file, pairs)
+            found = [_load(job, self.documents, self.signatures, self.documents.shards)]
+            for run in self.earlier:
+                shards = [shard for shard in run.kept.shards if not is_canary(shard)]
+                keys, numbers = _load(job, run.kept, f"{run.folder}/signatures", shards)
+                found.append((keys, earlier_code(numbers + run.first)))
+            keys, numbers = (np.concatenate(part) for part in zip(*found, strict=True))
+            np.save(Path(self.out) / job.file, linked(keys, numbers))
         yield from ()
 
-    def _load(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
-        keys, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-        for place, shard in enumerate(self.documents.shards):
-            found, rows = read_range(self.signatures, shard, job.kind, max(job.low, 1), job.high)  # 0: it has none
-            number = self.documents.numbers(place, rows)
-            keys.append(found[number != INDEXED])
-            numbers.append(number[number != INDEXED])
-        return np.concatenate(keys), np.concatenate(numbers)
 
-    @staticmethod
-    def _known(job: Job, signatures: str, kept: Numbering) -> np.ndarray:
-        """Keys of the documents that an earlier run kept."""
-        found = [np.zeros(0, np.uint64)]
-        for place, shard in enumerate(kept.shards):
-            if is_canary(shard):
-                continue
-            keys, rows = read_range(signatures, shard, job.kind, max(job.low, 1), job.high)
-            found.append(keys[kept.numbers(place, rows) != INDEXED])
-        return np.concatenate(found)
+def _load(job: Job, documents: Numbering, signatures: str, shards: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, numbers) of the kept documents of `shards` that have a key of this job."""
+    keys, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    wanted = set(shards)
+    for place, shard in enumerate(documents.shards):
+        if shard not in wanted:
+            continue
+        found, rows = read_range(signatures, shard, job.kind, max(job.low, 1), job.high)  # 0: it has none
+        number = documents.numbers(place, rows)
+        keys.append(found[number != NOT_KEPT])
+        numbers.append(number[number != NOT_KEPT])
+    return np.concatenate(keys), np.concatenate(numbers)
 
 
-def linked(keys: np.ndarray, numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """int64 [pairs, 2]: (first of the documents that share a key, another), and (INDEXED, first) if it is `known`."""
-    order = np.lexsort((numbers, keys))
-    keys, numbers = keys[order], numbers[order]
-    new = np.r_[True, keys[1:] != keys[:-1]] if len(keys) else np.zeros(0, bool)
+def linked(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """int64 [pairs, 2] of the groups of equal keys that have a document of this run: (the first one, another one), and
+    (a document of an earlier run, the first one).
+    """
+    own = numbers >= 0
+    order = np.lexsort((numbers[own], keys[own]))
+    own_keys, own_numbers = keys[own][order], numbers[own][order]
+    new = np.r_[True, own_keys[1:] != own_keys[:-1]] if len(order) else np.zeros(0, bool)
     heads = np.flatnonzero(new)
-    firsts = numbers[heads][np.cumsum(new) - 1] if len(keys) else numbers
-    pairs = np.stack([firsts, numbers], axis=1)[~new]
-    met = heads[np.isin(keys[heads], known)]
-    return np.concatenate([pairs, np.stack([np.full(len(met), INDEXED, np.int64), numbers[met]], axis=1)])
+    firsts = own_numbers[heads][np.cumsum(new) - 1] if len(heads) else own_numbers
+    pairs = np.stack([firsts, own_numbers], axis=1)[~new]
+    if own.all() or not len(heads):
+        return pairs
+    place = np.minimum(np.searchsorted(own_keys[heads], keys[~own]), len(heads) - 1)
+    met = own_keys[heads][place] == keys[~own]
+    return np.concatenate([pairs, np.stack([numbers[~own][met], own_numbers[heads][place[met]]], axis=1)])

@@ -3,8 +3,9 @@
 Truth is every pair of documents, of those that the filter kept, whose word n-grams have at least a given Jaccard
 similarity. It is found without signatures: by an inverted index over each document's rarest n-grams, which
 misses no pair (`similar_pairs`). Recall: of these pairs, those of which the run dropped a document. Precision: of the
-documents dropped as duplicates, those that are part of such a pair. Reads the run's text once and holds its n-grams in
-memory, 8 bytes a word: it is for corpora of up to some GB, or a sample of a larger one. Writes nothing.
+documents dropped as duplicates, those that are a pair with the document that stays in their place, or equal to it.
+Reads the run's text once and holds its n-grams in memory, 8 bytes a word: it is for corpora of up to some GB, or a
+sample of a larger one. Writes nothing.
 """
 
 import sys
@@ -20,7 +21,7 @@ from rich.table import Table
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, load, parse_args
 from data_pipeline.cutting.excerpts import texts
-from data_pipeline.dedup.verify import jaccard
+from data_pipeline.dedup.greedy import jaccard
 from data_pipeline.realms import is_canary
 from data_pipeline.report import wide_console
 from data_pipeline.scan.minhash import shingles
@@ -127,7 +128,7 @@ class Measured:
     pairs: int = 0
     missed: int = 0
     dropped: int = 0  # as duplicates
-    wrong: int = 0  # of those, without a similar document
+    wrong: int = 0  # of those, not so similar to what stays in their place
 
     @property
     def recall(self) -> float:
@@ -149,8 +150,7 @@ def measure(documents: Documents, pairs: np.ndarray, similarity: np.ndarray) -> 
     """A pair of documents of two sources counts as `across sources`."""
     by_source: dict[str, Measured] = {}
     missed = []
-    similar = np.zeros(len(documents.ids), bool)
-    similar[pairs.ravel()] = True
+    similar = set(map(tuple, pairs.tolist()))
     for (one, other), value in zip(pairs.tolist(), similarity.tolist(), strict=True):
         name = documents.sources[one] if documents.sources[one] == documents.sources[other] else _ACROSS
         counts = by_source.setdefault(name, Measured())
@@ -163,7 +163,9 @@ def measure(documents: Documents, pairs: np.ndarray, similarity: np.ndarray) -> 
         counts = by_source.setdefault(documents.sources[number], Measured())
         if verdict in _DUPLICATES:
             counts.dropped += 1
-            if not similar[number]:
+            stays = documents.survivors[documents.clusters[number]]
+            alike = (min(number, stays), max(number, stays)) in similar
+            if verdict != "exact_duplicate" and not alike:  # equal texts need no words
                 counts.wrong += 1
                 wrong.append(number)
     return Recall(by_source, sorted(missed, key=lambda pair: (-pair[2], pair[:2])), wrong)
@@ -177,7 +179,7 @@ def total(measured: Recall) -> Measured:
 def show(documents: Documents, found: Recall, least: float, console: Console) -> None:
     title = f"Near-duplicate removal against brute force: pairs of at least {least:g} true similarity"
     table = Table(title=title, title_justify="left")
-    for name in ("source", "pairs", "missed", "recall", "dropped as duplicates", "without such a pair", "precision"):
+    for name in ("source", "pairs", "missed", "recall", "dropped as duplicates", "unlike what stays", "precision"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for name, counts in [*sorted(found.by_source.items()), ("all", total(found))]:
         cells = [f"{counts.pairs:,}", f"{counts.missed:,}", _share(counts.recall)]
@@ -190,7 +192,7 @@ def show(documents: Documents, found: Recall, least: float, console: Console) ->
     if found.wrong:
         _say(
             console,
-            f"\ndropped without such a pair, the least similar of {len(found.wrong)} to what stays in its place",
+            f"\ndropped and not so similar to what stays in their place, the least similar of {len(found.wrong)}",
         )
     survivors = {number: documents.survivors[documents.clusters[number]] for number in found.wrong}
     values = {one: jaccard(documents.grams[one], documents.grams[other]) for one, other in survivors.items()}

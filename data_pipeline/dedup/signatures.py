@@ -3,8 +3,9 @@
 Exact: 128 bits of the text without case and with white space made one. URL: 64 bits of the address without scheme,
 "www." and fragment. MinHash (Broder 1997) with LSH bands as in FineWeb: `bands` x `rows` minima over word n-grams, of
 which one 64-bit key a band is kept. Two documents of Jaccard similarity s share a key with probability
-1 - (1 - s^rows)^bands: 0.77 at 0.75 and 0.99 at 0.85 for 14 x 8. Each shard's keys are sorted, so that who looks for
-equal ones reads a range of every shard and no more.
+1 - (1 - s^rows)^bands: 0.77 at 0.75 and 0.99 at 0.85 for 14 x 8. Texts without n-grams have no such key, and are held
+against others by exact comparison alone. Each shard's keys are sorted, so that who looks for equal ones reads a range
+of every shard and no more.
 """
 
 import functools
@@ -66,12 +67,13 @@ class MinHasher:
         self._shift = draws[count:]
 
     def signature(self, text: str, splitter: Splitter) -> np.ndarray:
-        """uint64 [bands * rows], the minimum of each hash over the text's n-grams."""
+        """uint64 [bands * rows], the minimum of each hash over the text's n-grams; empty where it has none."""
         return signature(text, splitter.window(self.settings.ngram), self._scale, self._shift)
 
     def keys(self, text: str, splitter: Splitter) -> np.ndarray:
-        """uint64 [bands]."""
-        return band_keys(self.signature(text, splitter), self.settings.bands)
+        """uint64 [bands]; 0, which is no key, for a text that there is nothing to compare of: see `minhash`."""
+        found = self.signature(text, splitter)
+        return band_keys(found, self.settings.bands) if len(found) else np.zeros(self.settings.bands, np.uint64)
 
 
 class Sign(TableStep):

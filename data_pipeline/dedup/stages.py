@@ -1,26 +1,29 @@
 """The two stages of deduplication: signatures, which reads the text, and dedup, which reads tables.
 
 signatures: Sign
-dedup:      FindPairs (a task a key and range) -> [LayOutShingles -> Verify] -> Cluster (one task) -> Judge
+dedup:      FindPairs (a task a key and range) -> Cluster (one task) -> [LayOutShingles -> LayOutEarlier]
+            -> Choose (a task some clusters) -> Judge
 """
 
 import json
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, plain
-from data_pipeline.dedup.clusters import Cluster, Judge, sample_duplicates
-from data_pipeline.dedup.pairs import FindPairs, Numbering, jobs
+from data_pipeline.dedup.clusters import MEMBERS, Cluster, Population, write_met
+from data_pipeline.dedup.pairs import EarlierRun, FindPairs, Numbering, jobs
 from data_pipeline.dedup.signatures import EXACT, URL, MinHasher, Sign, kinds_of_keys
-from data_pipeline.dedup.verify import LayOutShingles, Verify, mark_candidates
+from data_pipeline.dedup.survivors import BYTES_A_MEMBER, Choose, Judge, sample_duplicates
+from data_pipeline.dedup.verify import LayOutEarlier, LayOutShingles, mark_candidates, shards_with
 from data_pipeline.ledger import Tally
 from data_pipeline.scan.words import Splitter
+from data_pipeline.shards import ShardReader
 from data_pipeline.stage import Stage, digest, read_manifest
-from data_pipeline.stages import Workshop, scan_text, text_reader
+from data_pipeline.stages import Workshop, scan_text
 from data_pipeline.tables import count_verdicts, shards_of
 
 _SIGNED = ("bands", "rows", "ngram", "seed")  # the settings that signatures depend on
@@ -43,7 +46,7 @@ def dedup_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
         "dedup",
         partial(_dedup, shop),
         {name: value for name, value in settings.items() if name != "memory_mb"},
-        ("dedup.clusters", "dedup.verify"),
+        ("dedup.survivors",),
         needs=(before["filter"], signatures),
         counted_against=before["filter"],
         inputs=digest([_index_key(config, Path(run)) for run in config.dedup.index]),
@@ -69,16 +72,29 @@ def _dedup(shop: Workshop, folder: Path, logs: Path) -> Tally:
     work.mkdir()
     wanted = {EXACT: settings.exact, URL: settings.url}
     kinds = [kind for kind, name in enumerate(kinds_of_keys(settings)) if wanted.get(name, settings.minhash)]
-    todo = jobs(kinds, documents.documents, settings.memory_mb << 20)
-    earlier = [(str(Path(run) / "signatures"), Numbering(Path(run) / "dedup")) for run in settings.index]
+    earlier = _earlier_runs(settings.index)
+    counted = documents.documents + sum(run.kept.documents for run in earlier)
+    todo = jobs(kinds, counted, settings.memory_mb << 20)
     find = FindPairs(str(work), documents, signatures, todo, earlier)
     shop.pipeline("pairs", logs / "pairs", [find], len(todo), 0)
     pairs = [str(work / job.file) for job in todo]
-    if settings.verify is not None:
-        pairs = _verified(shop, pairs, kinds_of_keys(settings), documents, work, logs)
-    shop.pipeline("clusters", logs / "clusters", [Cluster(str(work), documents, signatures, pairs)], 1, 0, alone=True)
+    if earlier:
+        write_met(work / "met.npy", pairs)
+    population = Population(documents, earlier, str(work / "met.npy"))
+    cluster = Cluster(str(work), population, signatures, pairs)
+    shop.pipeline("clusters", logs / "clusters", [cluster], 1, 0, alone=True)
+    compared = ""
+    if settings.minhash and settings.verify is not False:
+        compared = _lay_out(shop, population, pairs, work, logs)
+    least = None if settings.verify is False else settings.verify
+    members = int((work / MEMBERS).read_text(encoding="utf-8"))
+    # The parts change nothing in the result: small ones for memory, and some for every worker.
+    parts = max(1 + members * BYTES_A_MEMBER // (settings.memory_mb << 20), min(shop.executor.workers, members // 1000))
+    choose = Choose(str(work), population, parts, settings.url, least, compared)
+    shop.pipeline("survivors", logs / "survivors", [choose], parts, 0)
     tallies = logs / "verdicts" / "tallies"
-    judge = Judge(str(folder), str(work), documents, str(tallies), str(logs / "verdicts" / "progress"))
+    progress = str(logs / "verdicts" / "progress")
+    judge = Judge(str(folder), str(work), population, parts, settings.url, str(tallies), progress)
     shop.pipeline("verdicts", logs / "verdicts", [judge], len(documents.shards), shop.text_bytes())
     shutil.rmtree(work)
     tally = Tally.load_all(tallies)
@@ -87,21 +103,36 @@ def _dedup(shop: Workshop, folder: Path, logs: Path) -> Tally:
     return tally
 
 
-def _verified(
-    shop: Workshop, pairs: list[str], kinds: list[str], documents: Numbering, work: Path, logs: Path
-) -> list[str]:
-    """The files of pairs that are left when those of the bands have been compared, n-gram by n-gram."""
-    near = [path for path in pairs if kinds[int(Path(path).name[:3])] not in (EXACT, URL)]
-    language, candidates = str(shop.run_dir / "language"), work / "candidates.bin"
-    mark_candidates(candidates, documents.documents, near)
-    splitters = {name: Splitter[rules.splitter] for name, rules in shop.config.rules.items()}
-    lay = LayOutShingles(str(work), documents, str(candidates), splitters, language, shop.config.dedup.ngram)
-    reader, shards = text_reader(shop, logs / "shingles")
-    shop.pipeline("shingles", logs / "shingles", [reader, lay], shards, shop.text_bytes())
-    assert shop.config.dedup.verify is not None
-    verify = Verify(str(work), documents, near, shop.config.dedup.verify)
-    shop.pipeline("verify", logs / "verify", [verify], len(near), 0)
-    return [str(Path(path).with_name(f"verified-{Path(path).name}")) if path in near else path for path in pairs]
+def _lay_out(shop: Workshop, population: Population, pairs: Sequence[str], work: Path, logs: Path) -> str:
+    """The file that says of which documents the n-grams are laid out: those that share a MinHash key with another."""
+    config, names = shop.config, kinds_of_keys(shop.config.dedup)
+    by_kind: dict[str, list[str]] = {}
+    for path in pairs:
+        by_kind.setdefault(names[int(Path(path).name[:3])], []).append(path)
+    near = [path for name, paths in by_kind.items() if name not in (EXACT, URL) for path in paths]
+    candidates = work / "candidates.bin"
+    mark_candidates(candidates, population, near, by_kind.get(EXACT, []))
+    language, ngram = str(shop.run_dir / "language"), config.dedup.ngram
+    if shards := shards_with(candidates, population):
+        splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
+        lay = LayOutShingles(str(work), population, str(candidates), splitters, language, ngram)
+        reader = ShardReader(str(shop.run_dir / "extract"), shards, str(logs / "shingles" / "progress"))
+        shop.pipeline("shingles", logs / "shingles", [reader, lay], len(shards), shop.text_bytes())
+    again = LayOutEarlier(str(work), population, str(candidates), ngram)
+    if count := len(again.shards()):
+        shop.pipeline("shingles of the index", logs / "index", [again], count, 0)
+    return str(candidates)
+
+
+def _earlier_runs(index: Sequence[str]) -> list[EarlierRun]:
+    found: list[EarlierRun] = []
+    first = 0
+    for run in index:
+        theirs = tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8"))
+        splitters = {name: Splitter[rules.get("splitter", "spaces")] for name, rules in theirs["rules"].items()}
+        found.append(EarlierRun(run, Numbering(Path(run) / "dedup"), first, splitters))
+        first += found[-1].kept.documents
+    return found
 
 
 def _index_key(config: DataConfig, run: Path) -> str:
@@ -120,4 +151,11 @@ def _index_key(config: DataConfig, run: Path) -> str:
                 f"dedup.{name} = {mine['dedup'][name]} here and {theirs['dedup'][name]} in the index {run}: their "
                 "signatures cannot be compared; set it to the index's, or run that again"
             )
+    if mine["dedup"]["minhash"] and config.dedup.verify is not False:
+        for name in ("extract", "language"):
+            if read_manifest(run / name) is None:
+                raise ConfigError(
+                    f"dedup.verify = {config.dedup.verify} compares texts, and the index {run} has no {name} stage any "
+                    "more; bring that folder back, or set dedup.verify = false to go by the index's signatures alone"
+                )
     return json.dumps([manifest["key"] for manifest in manifests if manifest])

@@ -1,136 +1,158 @@
-"""True Jaccard similarity of the pairs that MinHash proposes: which of them are near-duplicates indeed.
+"""N-grams of the documents that share a key, hashed again and laid in files: what their true similarity is taken from.
 
-The n-grams of every document in a pair are hashed again and laid in files, sorted; then each group of documents that
-share a key is gone through in their order, and a document joins the first one before it that it is similar to.
+Texts of this run and of earlier runs, of which only those documents are read that share a MinHash key with one of this
+run. Of documents that are equal for the exact comparison one is laid out.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import numba
 import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.dedup.pairs import INDEXED, Numbering
+from data_pipeline.dedup.clusters import OWN, Population
+from data_pipeline.dedup.pairs import NOT_KEPT, EarlierRun
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
+from data_pipeline.shards import read_records, shard_path
 from data_pipeline.tables import read_table
 
 
-@numba.njit(cache=True)
-def jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two ascending arrays without repetition."""
-    common = i = j = 0
-    while i < len(one) and j < len(other):
-        if one[i] == other[j]:
-            common += 1
-            i += 1
-            j += 1
-        elif one[i] < other[j]:
-            i += 1
-        else:
-            j += 1
-    return common / max(len(one) + len(other) - common, 1)
+def mark_candidates(path: Path, population: Population, near: Sequence[str], exact: Sequence[str]) -> None:
+    """Writes bool [documents], raw: which documents share a MinHash key with another, copies left out.
 
-
-def mark_candidates(path: Path, documents: int, pairs: Sequence[str]) -> None:
-    """Writes bool [documents], raw: which of them are in a pair with another of this run."""
-    marks = np.memmap(path, dtype=bool, mode="w+", shape=(documents,))
-    for file in pairs:
-        found = np.load(file, mmap_mode="r")
-        marks[found[found[:, 0] != INDEXED].ravel()] = True
+    `near` and `exact` are files of pairs, found by MinHash and by the exact comparison.
+    """
+    marks = np.memmap(path, dtype=bool, mode="w+", shape=(population.documents,))
+    for file in near:
+        marks[population.numbers(np.load(file)).ravel()] = True
+    for file in exact:
+        found = np.load(file)
+        marks[found[found[:, 0] >= 0, 1]] = False
     marks.flush()
 
 
+def candidates_in(path: str | Path, population: Population) -> np.ndarray:
+    """bool [documents], as `mark_candidates` wrote it."""
+    return np.memmap(path, dtype=bool, mode="r", shape=(population.documents,))
+
+
+def shards_with(path: Path, population: Population) -> list[str]:
+    """The shards of this run that hold a candidate."""
+    starts, marks = population.own.starts, candidates_in(path, population)
+    return [
+        shard for place, shard in enumerate(population.own.shards) if marks[starts[place] : starts[place + 1]].any()
+    ]
+
+
+def shard_file(work: str, run: int, shard: str) -> Path:
+    return Path(work) / ("own" if run == OWN else f"earlier-{run}") / shard
+
+
 class LayOutShingles(PipelineStep):
-    """`<work>/<shard>.shingles.npy`, the candidates' n-gram hashes, and `.numbers.npy`, int64 [n, 2]: document, end."""
+    """`<shard_file>.shingles.npy`, the candidates' n-gram hashes, and `.numbers.npy`, int64 [n, 2]: document, end."""
 
     name = "Shingles"
     type = "🫂 - DEDUPS"
 
     def __init__(
-        self,
-        work: str,
-        documents: Numbering,
-        candidates: str,
-        splitters: dict[str, Splitter],
-        language: str,
+        self, work: str, population: Population, candidates: str, splitters: dict[str, Splitter], language: str,
         ngram: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.work = work
-        self.documents = documents
+        self.population = population
         self.candidates = candidates
         self.splitters = splitters
         self.language = language
         self.ngram = ngram
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        wanted = np.memmap(self.candidates, dtype=bool, mode="r", shape=(self.documents.documents,))
+        wanted = candidates_in(self.candidates, self.population)
+        own = self.population.own
+        places = {shard: place for place, shard in enumerate(own.shards)}
         for shard, group in groupby(data, key=lambda document: document.metadata["shard"]):
             members = list(group)
             rows = np.array([document.metadata["row"] for document in members])
-            numbers = self.documents.numbers(self.documents.shards.index(shard), rows)
-            table = read_table(self.language, shard)
-            rules = dict(zip(table["row"].to_pylist(), table["rules"].to_pylist(), strict=True))
-            hashes = [np.zeros(0, np.uint64)]
-            ends: list[tuple[int, int]] = []
-            for document, row, number in zip(members, rows.tolist(), numbers.tolist(), strict=True):
-                if number == INDEXED or not wanted[number]:
-                    continue
-                hashes.append(np.unique(shingles(document.text, self.splitters[rules[row]].window(self.ngram))))
-                ends.append((number, (ends[-1][1] if ends else 0) + len(hashes[-1])))
-            path = Path(self.work) / shard
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_name(path.name + ".shingles.npy"), np.concatenate(hashes))
-            np.save(path.with_name(path.name + ".numbers.npy"), np.array(ends, np.int64).reshape(-1, 2))
+            numbers = own.numbers(places[shard], rows)
+            chosen = (numbers != NOT_KEPT) & wanted[numbers]
+            if not chosen.any():
+                continue
+            rules = _rules(self.language, shard)
+            texts = (
+                (number, document.text, self.splitters[rules[document.metadata["row"]]])
+                for document, number, take in zip(members, numbers.tolist(), chosen, strict=True)
+                if take
+            )
+            _lay_out(shard_file(self.work, OWN, shard), texts, self.ngram)
         yield from ()
 
 
-class Verify(PipelineStep):
-    """Each file of pairs to `verified-` and its name, with the pairs of at least the given similarity."""
+class LayOutEarlier(PipelineStep):
+    """The same of documents of earlier runs, from what their extract stage published."""
 
-    name = "Jaccard"
+    name = "Earlier shingles"
     type = "🫂 - DEDUPS"
 
-    def __init__(self, work: str, documents: Numbering, pairs: Sequence[str], least: float) -> None:
+    def __init__(self, work: str, population: Population, candidates: str, ngram: int) -> None:
         super().__init__()
         self.work = work
-        self.documents = documents
-        self.pairs = list(pairs)
-        self.least = least
+        self.population = population
+        self.candidates = candidates
+        self.ngram = ngram
+
+    def shards(self) -> list[tuple[int, str]]:
+        """(earlier run, shard) of all that hold a candidate."""
+        marks, first = candidates_in(self.candidates, self.population), self.population.own.documents
+        return sorted({self.population.place(first + int(one)) for one in np.flatnonzero(marks[first:])})
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        for name in self.pairs[rank::world_size]:
-            path = Path(name)
-            pairs = np.load(path)
-            held = pairs[pairs[:, 0] == INDEXED].tolist()
-            for first, members in groupby(pairs[pairs[:, 0] != INDEXED].tolist(), key=lambda pair: pair[0]):
-                kept = [(first, self._shingles(first))]
-                for _, number in members:
-                    mine = self._shingles(number)
-                    for other, theirs in kept:
-                        if jaccard(mine, theirs) >= self.least:
-                            held.append([other, number])
-                            break
-                    else:
-                        kept.append((number, mine))
-            np.save(path.with_name(f"verified-{path.name}"), np.array(held, np.int64).reshape(-1, 2))
+        wanted = candidates_in(self.candidates, self.population)
+        for run, shard in self.shards()[rank::world_size]:
+            rows = {row: number for number, row in self.population.met_in(run, shard) if wanted[number]}
+            texts = _texts(self.population.earlier[run], shard, rows)
+            _lay_out(shard_file(self.work, run, shard), texts, self.ngram)
         yield from ()
 
-    def _shingles(self, number: int) -> np.ndarray:
-        shard = Path(self.work) / self.documents.shards[self.documents.shard_of(number)]
-        numbers, hashes = _laid_out(shard)
-        place = int(np.searchsorted(numbers[:, 0], number))
-        start = int(numbers[place - 1, 1]) if place else 0
-        return hashes[start : int(numbers[place, 1])]
+
+def _texts(earlier: EarlierRun, shard: str, rows: dict[int, int]) -> Iterable[tuple[int, str, Splitter]]:
+    rules = _rules(f"{earlier.folder}/language", shard)
+    for row, record in enumerate(read_records(shard_path(f"{earlier.folder}/extract", shard))):
+        if row in rows:
+            yield rows[row], record["text"], earlier.splitters[rules[row]]
 
 
-@functools.lru_cache(maxsize=64)
-def _laid_out(shard: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers and ends, hashes) of a shard, mapped."""
+def _rules(language: str, shard: str) -> dict[int, Any]:
+    """Row -> name of its rule set."""
+    table = read_table(language, shard, ["row", "rules"])
+    return dict(zip(table["row"].to_pylist(), table["rules"].to_pylist(), strict=True))
+
+
+def _lay_out(path: Path, texts: Iterable[tuple[int, str, Splitter]], ngram: int) -> None:
+    hashes, ends, end = [np.zeros(0, np.uint64)], [], 0
+    for number, text, splitter in texts:
+        hashes.append(np.unique(shingles(text, splitter.window(ngram))))
+        end += len(hashes[-1])
+        ends.append((number, end))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path.with_name(path.name + ".shingles.npy"), np.concatenate(hashes))
+    np.save(path.with_name(path.name + ".numbers.npy"), np.array(ends, np.int64).reshape(-1, 2))
+
+
+def laid_out(work: str, population: Population, number: int) -> np.ndarray:
+    """uint64, the n-grams of a candidate, ascending and distinct."""
+    numbers, hashes = _mapped(shard_file(work, *population.place(number)))
+    place = int(np.searchsorted(numbers[:, 0], number))
+    start = int(numbers[place - 1, 1]) if place else 0
+    return hashes[start : int(numbers[place, 1])]
+
+
+@functools.lru_cache(maxsize=512)
+def _mapped(shard: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers and ends, hashes) of a shard."""
     numbers = np.load(shard.with_name(shard.name + ".numbers.npy"), mmap_mode="r")
-    return numbers, np.load(shard.with_name(shard.name + ".shingles.npy"), mmap_mode="r")
+    return np.array(numbers), np.asarray(np.load(shard.with_name(shard.name + ".shingles.npy"), mmap_mode="r"))

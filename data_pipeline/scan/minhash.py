@@ -2,43 +2,61 @@
 
 Words are lower-cased runs of letters and digits and single CJK characters, without punctuation. Each of the hashes
 is an affine map modulo 2^64 of an n-gram's hash, of which the least is kept.
+
+Some texts have no n-grams, so that there is nothing to compare and they are like no other text: those of fewer words
+than an n-gram has, where every sign counts ("x = -1" and "x = 1" have the same words), and those that are signs in the
+main, such as emoji, frames or drawings beside a few words, whose words do not say what they are.
 """
+
+import unicodedata
 
 import numba
 import numpy as np
 
 from data_pipeline.scan.characters import codes_of
-from data_pipeline.scan.folding import ALONE, CODE, LETTER, SHIFT, fold, fold_alone, folded
+from data_pipeline.scan.folding import ALONE, BLANK, CODE, LETTER, SHIFT, fold, fold_alone, folded
 from data_pipeline.scan.scores import in_lower_case
 from data_pipeline.scan.words import BASE, FNV_OFFSET, FNV_PRIME, is_apostrophe, mix
 
 _BLOCK = 2048  # n-grams hashed at a time: 16 kB, which stay in the first cache
+_SIGNS_A_WORD = 4  # JSON without spaces has some three
 _HIGHEST = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 def signature(text: str, window: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """uint64 [hashes], the least `scale` * n-gram + `shift` over the text's n-grams of `window` words.
 
-    A text of fewer words is one n-gram. `scale` is odd: then each hash is a permutation of the 64-bit numbers.
+    Empty for a text without n-grams. `scale` is odd: then each hash is a permutation of the 64-bit numbers.
     """
-    return _least(shingles(text, window), scale, shift)
+    ngrams = shingles(text, window)
+    return _least(ngrams, scale, shift) if len(ngrams) else np.zeros(0, np.uint64)
 
 
 def shingles(text: str, window: int) -> np.ndarray:
-    """uint64 [n-grams], a hash of each, in the text's order."""
-    codes = codes_of(text if fold_alone(text) else in_lower_case(text))
-    return _ngrams(_word_hashes(codes, folded()), window)
+    """uint64 [n-grams], a hash of each, in the text's order; none where there is nothing to compare.
+
+    Texts that differ in case, white space and Unicode composition only have the same.
+    """
+    text = unicodedata.normalize("NFC", text)
+    hashes, signs = _word_hashes(codes_of(text if fold_alone(text) else in_lower_case(text)), folded())
+    if len(hashes) < window or signs > _SIGNS_A_WORD * len(hashes):
+        return np.zeros(0, np.uint64)
+    return _ngrams(hashes, window)
 
 
 @numba.njit(cache=True, nogil=True)
-def _word_hashes(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """uint64 [words]: `Splitter.words` without the signs, and `span_hash` of each word's lower case, in one go."""
+def _word_hashes(codes: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, int]:
+    """uint64 [words]: `Splitter.words` without the signs, and `span_hash` of each word's lower case, in one go; and how
+    many signs there are, a run of the same counted once.
+    """
     hashes = np.empty(len(codes), np.uint64)
-    count = place = 0
+    count = place = signs = 0
     while place < len(codes):
         entry = fold(codes[place], table)
         place += 1
         if not entry >> SHIFT & (LETTER | ALONE):
+            if not entry >> SHIFT & BLANK and (place < 2 or codes[place - 2] != codes[place - 1]):
+                signs += 1
             continue
         value = (FNV_OFFSET ^ np.uint64(entry & CODE)) * FNV_PRIME
         goes_on = entry >> SHIFT == LETTER
@@ -56,14 +74,13 @@ def _word_hashes(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
                 place += 2
         hashes[count] = mix(value)
         count += 1
-    return hashes[:count]
+    return hashes[:count], signs
 
 
 @numba.njit(cache=True, nogil=True)
-def _ngrams(hashes: np.ndarray, window: int) -> np.ndarray:
+def _ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
     count = len(hashes)
-    size = min(window, count)
-    found = np.empty(max(count - size + 1, 1), np.uint64)
+    found = np.empty(count - size + 1, np.uint64)
     # A rolling polynomial: the word that leaves is taken out times BASE ** size.
     power, value = np.uint64(1), np.uint64(0)
     for word in range(size):

@@ -107,6 +107,7 @@ def _ours(source: str, corpus: Path, folder: Path) -> tuple[float, set[int]]:
         "run": {"dir": str(folder), "workers": 1},
         "sources": {"s": {"files": [str(corpus / "*.gz")], "format": "jsonl", "rules": {"any": "none"}}},
         "rules": {"none": rules},
+        "dedup": {"verify": False},  # datatrove does not compare texts
         "mixture": {"weights": {"s": 1.0}},
     }
     config = validate(DataConfig, tree)

@@ -1,6 +1,6 @@
 """Every stage of the demo recipe by itself, with no peer: CPU, memory, files and bytes, for docs/scale.md.
 
-Stages that cut parts out of documents are left out.
+Stages that cut parts out of documents are left out, and so is the comparison of near-duplicates' texts (dedup.verify).
 
 Two corpora: the whole demo, and its web pages alone (WARC to plan). Megabytes are of text after extraction for all
 stages of a run, also for those behind the filter, which see less of it: then seconds of stages add up. Measured in a
@@ -47,6 +47,7 @@ def config_of(corpus: str, files: Path, run_dir: Path) -> DataConfig:
     tree = tomllib.loads((ROOT / "configs/data/demo.toml").read_text(encoding="utf-8"))
     tree = {name: section for name, section in tree.items() if name not in (*recipe.CUTTING, "canaries")}
     tree["run"] |= {"dir": str(run_dir), "workers": 1}
+    tree["dedup"]["verify"] = False
     if corpus == "web":
         tree["sources"] = {"web": tree["sources"]["web"]}
         tree["mixture"] |= {"weights": {"web": 1.0}, "samples": _WEB_SAMPLES}

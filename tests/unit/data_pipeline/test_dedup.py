@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 
 from configs.data import DedupConfig
-from data_pipeline.dedup.clusters import Arrays, elect, join, label
-from data_pipeline.dedup.pairs import INDEXED, FindPairs, Numbering, jobs, linked
+from data_pipeline.dedup.clusters import Arrays, Population, count_members, join, label
+from data_pipeline.dedup.greedy import jaccard
+from data_pipeline.dedup.pairs import NOT_KEPT, EarlierRun, FindPairs, Numbering, earlier_code, jobs, linked
 from data_pipeline.dedup.signatures import MinHasher, exact_hash, read_range, url_key, write_keys
-from data_pipeline.dedup.verify import jaccard
+from data_pipeline.dedup.survivors import Choose, chosen
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
 from data_pipeline.tables import write_table
@@ -55,7 +56,7 @@ def test_near_duplicates_meet_and_others_do_not() -> None:
     far = [hasher.keys(text, Splitter.spaces) for text in pair(300, 300)]
     assert (near[0] == near[1]).any()
     assert not (far[0] == far[1]).any()
-    assert len(hasher.keys("short", Splitter.spaces)) == 14
+    assert hasher.keys("short", Splitter.spaces).tolist() == [0] * 14
 
 
 def test_chinese_near_duplicates_meet() -> None:
@@ -99,24 +100,51 @@ def test_clusters_are_what_pairs_reach_in_any_order() -> None:
             assert parents.tolist() == sets_of(pairs, 40)
 
 
-def test_the_best_document_survives() -> None:
-    labels = np.array([0, 0, 0, 3, 3, 5])
-    quality = np.array([0.5, 0.9, 0.9, 0.7, 0.7, 0.1])
-    chars = np.array([99, 10, 20, 5, 5, 1])
-    for cut in range(7):  # the documents come shard by shard
-        best, sizes, marks = np.zeros(6, np.int64), np.zeros(6, np.int64), np.zeros((6, 2))
-        for part in (slice(0, cut), slice(cut, 6)):
-            elect(labels, quality[part], chars[part], part.start, best, sizes, marks)
-        assert best[labels].tolist() == [2, 2, 2, 3, 3, 5]
-        assert sizes[labels].tolist() == [3, 3, 3, 2, 2, 1]
+def test_members_are_counted() -> None:
+    sizes = np.zeros(7, np.int64)
+    assert count_members(np.array([0, 0, 2, 0, 4, 4, 6]), sizes) == 5
+    assert sizes.tolist() == [3, 0, 1, 0, 2, 0, 1]
 
 
 def test_linking_groups_of_equal_keys() -> None:
-    keys = np.array([7, 3, 7, 5, 7, 3], np.uint64)
-    numbers = np.array([4, 0, 1, 2, 3, 9])
-    found = linked(keys, numbers, np.array([5, 6, 3], np.uint64))
-    assert sorted(map(tuple, found.tolist())) == [(INDEXED, 0), (INDEXED, 2), (0, 9), (1, 3), (1, 4)]
-    assert len(linked(keys[:0], numbers[:0], keys)) == 0
+    keys = np.array([7, 3, 7, 5, 7, 3, 5, 6, 3, 5], np.uint64)
+    numbers = np.array([4, 0, 1, 2, 3, 9, *earlier_code(np.array([0, 1, 2, 3])).tolist()])
+    codes = [int(earlier_code(np.array(number))) for number in (0, 2, 3)]
+    found = linked(keys, numbers)
+    expected = [(codes[0], 2), (codes[1], 0), (codes[2], 2), (0, 9), (1, 3), (1, 4)]
+    assert sorted(map(tuple, found.tolist())) == sorted(expected)
+    assert len(linked(keys[:0], numbers[:0])) == len(linked(keys[6:], numbers[6:])) == 0
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_who_survives_does_not_depend_on_the_parts(tmp_path: Path, parts: int) -> None:
+    """The best document stays, an earlier run's before all; in one part, and in several."""
+    draw = np.random.default_rng(5)
+    write_table(tmp_path / "filter", "s/0", pa.table({"row": range(300), "verdict": [""] * 300}))
+    write_table(tmp_path / "dedup", "s/0", pa.table({"row": range(40), "verdict": [""] * 40}))
+    np.save(tmp_path / "met.npy", np.arange(0, 40, 4))
+    earlier = [EarlierRun(str(tmp_path), Numbering(tmp_path / "dedup"), 0, {})]
+    population = Population(Numbering(tmp_path / "filter"), earlier, str(tmp_path / "met.npy"))
+    arrays = Arrays(tmp_path, population.documents, "w+")
+    arrays.of("labels")[:] = np.sort(draw.integers(0, 120, 310))[draw.permutation(310)]
+    count_members(arrays.of("labels"), arrays.of("sizes"))
+    arrays.of("quality")[:], arrays.of("chars")[:] = draw.integers(0, 3, 310) / 2, draw.integers(0, 3, 310)
+    step = Choose(str(tmp_path), population, parts, False, None, "")
+    for rank in range(2):
+        list(step.run(None, rank, 2))
+    found = np.concatenate([np.load(tmp_path / chosen(part)) for part in range(parts)], axis=1)
+    stays = dict(zip(found[0].tolist(), found[1].tolist(), strict=True))
+    clusters = defaultdict(list)
+    for number, root in enumerate(arrays.of("labels").tolist()):
+        clusters[root].append(number)
+    assert len(stays) == sum(len(members) for members in clusters.values() if len(members) > 1)
+    sizes = dict(zip(found[0].tolist(), found[2].tolist(), strict=True))
+    for members in clusters.values():
+        known = [number for number in members if number >= 300]
+        best = min(members, key=lambda n: (-arrays.of("quality")[n], -arrays.of("chars")[n], n))
+        for number in members if len(members) > 1 else ():
+            assert stays[number] == (number if number in known else known[0] if known else best)
+            assert number in known or sizes[number] == len(members) - len(known)
 
 
 def test_ranges_cover_every_key_once() -> None:
@@ -164,8 +192,8 @@ def test_numbers_are_of_kept_documents(tmp_path: Path) -> None:
     write_table(tmp_path, "b/0", pa.table({"row": [3], "verdict": [""]}))
     found = Numbering(tmp_path)
     assert found.documents == 3
-    assert found.numbers(0, np.array([0, 2, 5, 7])).tolist() == [0, INDEXED, 1, INDEXED]
-    assert found.numbers(1, np.array([1])).tolist() == [INDEXED]
+    assert found.numbers(0, np.array([0, 2, 5, 7])).tolist() == [0, NOT_KEPT, 1, NOT_KEPT]
+    assert found.numbers(1, np.array([1])).tolist() == [NOT_KEPT]
     assert found.numbers(2, np.array([3])).tolist() == [2]
 
 

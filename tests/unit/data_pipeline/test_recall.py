@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from data_pipeline.dedup.greedy import jaccard
 from data_pipeline.dedup.recall import Documents, measure, similar_pairs, total
-from data_pipeline.dedup.verify import jaccard
 from data_pipeline.scan.minhash import shingles
 from tests.unit.data_pipeline.conftest import demo_records
 
@@ -18,7 +18,7 @@ def grams() -> list[np.ndarray]:
     texts = [record["text"][:4000] for source in ("english", "code") for record in demo_records(source)[:60]]
     for every in (31, 13, 7):
         texts += [" ".join(word for n, word in enumerate(text.split()) if n % every) for text in texts[:120:4]]
-    texts += [texts[3], "two words", "two words", ""]
+    texts += [texts[3], "so now these are five words", "so now these are five words", "two words", "two words", ""]
     return [np.unique(shingles(text, 5)) for text in texts]
 
 
@@ -44,13 +44,15 @@ def test_a_similarity_that_is_just_the_threshold_counts() -> None:
 
 def test_recall_and_precision_are_counted_by_source() -> None:
     sources = ["a", "a", "a", "b", "b", "b"]
-    verdicts = ["", "near_duplicate", "", "", "exact_duplicate", "url_duplicate"]
-    documents = Documents([str(n) for n in range(6)], sources, verdicts, [0, 0, 2, 3, 3, 3], [], {0: 0, 2: 2, 3: 3})
+    sources.append("b")
+    verdicts = ["", "near_duplicate", "", "", "near_duplicate", "url_duplicate", "exact_duplicate"]
+    clusters = [0, 0, 2, 3, 3, 3, 3]
+    documents = Documents([str(n) for n in range(7)], sources, verdicts, clusters, [], {0: 0, 2: 2, 3: 3})
     pairs, similarity = np.array([[0, 1], [0, 2], [2, 3]]), np.array([0.9, 0.8, 0.85])
     found = measure(documents, pairs, similarity)
     a, b, across = (found.by_source[name] for name in ("a", "b", "across sources"))
     assert (a.pairs, a.missed, a.dropped, a.wrong, a.recall, a.precision) == (2, 1, 1, 0, 0.5, 1.0)
-    assert (b.pairs, b.dropped, b.wrong, b.precision) == (0, 1, 1, 0.0) and np.isnan(b.recall)
+    assert (b.pairs, b.dropped, b.wrong, b.precision) == (0, 2, 1, 0.5) and np.isnan(b.recall)
     assert (across.pairs, across.missed) == (1, 1)
     assert found.missed == [(2, 3, 0.85), (0, 2, 0.8)] and found.wrong == [4]
-    assert (total(found).pairs, total(found).missed, total(found).dropped) == (3, 2, 2)
+    assert (total(found).pairs, total(found).missed, total(found).dropped) == (3, 2, 3)

@@ -1,11 +1,12 @@
 """The one-pass forms that fingerprints are made of, against the definitions that they stand for."""
 
 import random
+import unicodedata
 
 import numpy as np
 import pytest
 
-from data_pipeline.scan.characters import SIZE, WORD, codes_of, kinds_of
+from data_pipeline.scan.characters import SIZE, SPACE, WORD, codes_of, kinds_of
 from data_pipeline.scan.folding import CODE, fold_alone, folded, plain_bytes
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.scores import in_lower_case
@@ -26,12 +27,17 @@ def _texts() -> list[str]:
 
 
 def _shingles(text: str, window: int) -> np.ndarray:
-    """By `split` and `span_hash`, every n-gram by itself."""
+    """By `split` and `span_hash`, every n-gram by itself; none where a text has few words, or signs in the main."""
+    text = unicodedata.normalize("NFC", text)
     codes = codes_of(in_lower_case(text))
     kinds = kinds_of(codes)
     starts, ends = split(codes, kinds, 1)
     words = [span_hash(codes, s, e) for s, e in zip(starts, ends, strict=True) if kinds[s] & WORD]
-    window = min(window, len(words))
+    inside = set().union(*(range(s, e) for s, e in zip(starts, ends, strict=True) if kinds[s] & WORD))
+    runs = [n for n in range(len(codes)) if n == 0 or codes[n] != codes[n - 1]]
+    signs = sum(n not in inside and not kinds[n] & SPACE for n in runs)
+    if len(words) < window or signs > 4 * len(words):
+        return np.zeros(0, np.uint64)
     found = []
     for first in range(len(words) - window + 1):
         value = 0
