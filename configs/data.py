@@ -154,6 +154,8 @@ class ExtractConfig(Section):
     """The processor time, in seconds, that extraction of a page of many tags may take."""
     max_record_bytes: int = Field(default=16_000_000, ge=1_000)
     """The most bytes of a line, page or file; a longer one is set aside and never held in memory."""
+    max_undecoded_share: float = Field(default=0.02, ge=0, le=1)
+    """The share of a page's characters that its encoding may leave undecoded (U+FFFD); above it the page is broken."""
     max_expansion: float = Field(default=200.0, gt=1)
     """The most bytes of content for each compressed byte, of over 1 MiB of content; prose is at 3 to 10."""
     max_expanded_bytes: int = Field(default=200_000_000_000, ge=1_000_000)

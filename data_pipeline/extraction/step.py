@@ -144,6 +144,8 @@ class SetAside(PipelineStep):
                 continue
             size = len(document.text.encode())
             tally.kept(source, raw["bytes"], passed_on=size)
+            if raw.get("charset_from"):
+                tally.note(source, f"charset known by {raw['charset_from']}")
             if raw.get("repaired"):
                 tally.note(source, "repaired")
             if raw.get("extractor") == "trafilatura":

@@ -2,7 +2,8 @@
 
 A file is a row of members (gzip, RFC 1952) or frames (Zstandard, RFC 8878), or itself where it is not compressed.
 `members` yields each as a readable stream and, after one that turns out to be damaged, a `Fault`; reading then goes on
-at the next sound member. What a file is, its first bytes decide, not its name. Random access is left out.
+at the next sound member. Zeros behind a member are padding. What a file is, its first bytes decide, not its name.
+Random access is left out.
 """
 
 import zlib
@@ -165,6 +166,15 @@ class _Source:
             self._advance(self.position - self._furthest)
             self._furthest = self.position
 
+    def pass_zeros(self) -> bool:
+        """Goes over the zeros that fill up blocks behind a member, as gzip does; whether anything is left."""
+        while data := self.peek():
+            left = len(bytes(data).lstrip(b"\0"))
+            self.consume(len(data) - left)
+            if left:
+                return True
+        return False
+
     def seek(self, position: int) -> None:
         self.file.seek(position)
         self._data = memoryview(b"")
@@ -210,7 +220,7 @@ def members(file: BinaryIO, limits: ExtractConfig, advance: Advance, claimed: st
     if not source.kind:
         yield Member(source, 0)
         return
-    while source.peek():
+    while source.pass_zeros():
         member = Member(source, source.position)
         yield member
         while not member.ended:

@@ -3,8 +3,10 @@
 Chunks, gzip, deflate, Zstandard (RFC 8878) and Brotli (RFC 7932) are undone, within the limits on expansion. Archives
 differ in whether they keep a body as it was sent or decoded, with the headers left as they were, and servers send
 `Content-Encoding: utf-8` and the like: a coding that a header names and the body does not show is taken for undone
-already where the body reads like text. Compression by shared dictionaries (dcb, dcz) and by `compress` is left out:
-such bodies are set aside as of unknown coding.
+already where the body reads like text, and a body that shows its coding without a header that names it is decoded as
+well. Chunks may end their lines with bare line feeds; where sizes and data contradict each other the body is set aside,
+since what is left of it would have sizes in its text. Compression by shared dictionaries (dcb, dcz) and by `compress`
+is left out: such bodies are set aside as of unknown coding.
 """
 
 import codecs
@@ -12,18 +14,20 @@ import io
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import brotli
 
 from configs.data import ExtractConfig
 from data_pipeline.reading.decompression import BLOCK, Fault, is_bomb, members
+from data_pipeline.reading.http_response import Response
 
 # Brotli's format has no mark to know it by. Decoded in small pieces: few bytes of it can make very many.
 _BROTLI_FEED = 1 << 12
 # What text does not begin with; in a compressed body of a few hundred bytes there is one for all practical purposes.
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _TEXT_BYTES = 1024
+_CHUNK_HEAD = re.compile(rb"\s*([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]{0,4096})?(\r?\n|\Z)")
+_COMPRESSED = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -35,24 +39,24 @@ class CodingError(ValueError):
         self.reason = reason
 
 
-def decode_body(body: bytes, headers: Any, limits: ExtractConfig) -> bytes:
+def decode_body(body: bytes, response: Response, limits: ExtractConfig) -> bytes:
     """`body` as text or markup. Errors: CodingError."""
-    if headers is None:
-        return body
-    transfer, content = _names(headers.get("Transfer-Encoding")), _names(headers.get("Content-Encoding"))
-    if "chunked" in transfer:
-        body = _join_chunks(body)
+    transfer, content = _names(response.all("transfer-encoding")), _names(response.all("content-encoding"))
+    for _ in range(max(1, transfer.count("chunked"))):
+        body = _join_chunks(body, "chunked" in transfer)
     for coding in reversed([*content, *(name for name in transfer if name != "chunked")]):
         decode = _DECODERS.get(coding)
         decoded = decode(body, limits) if decode else None
         if decoded is None and not _reads_like_text(body):
             raise CodingError("bad_content_encoding" if decode else "unknown_content_encoding")
         body = body if decoded is None else decoded
+    if body.startswith(_COMPRESSED):  # the header that said so was not kept
+        body = _decompress(body, limits) or b""
     return body
 
 
-def _names(header: str | None) -> list[str]:
-    names = [name.strip().lower() for name in (header or "").split(",")]
+def _names(header: str) -> list[str]:
+    names = [name.strip().lower() for name in header.split(",")]
     return [name for name in names if name not in ("", "identity")]
 
 
@@ -61,25 +65,26 @@ def _reads_like_text(body: bytes) -> bool:
     return head.startswith(_MARKS) or head.lstrip()[:1] == b"<" or not _CONTROLS.search(head)
 
 
-def _join_chunks(body: bytes) -> bytes:
+def _join_chunks(body: bytes, declared: bool) -> bytes:
+    """`body` without chunk sizes; itself where it does not begin with one, or unless `declared` where it is not whole.
+
+    Errors: CodingError for a declared body that breaks off within a chunk, or whose sizes are wrong.
+    """
     parts, place = list[bytes](), 0
-    while place < len(body):
-        end = body.find(b"\r\n", place, place + 1024)
-        try:
-            size = int(body[place:end].split(b";")[0], 16) if end >= 0 else -1
-        except ValueError:
-            size = -1
-        if size < 0:
-            if not parts:
-                return body  # no chunks: the archive holds it joined
-            raise CodingError("bad_content_encoding")
+    while head := _CHUNK_HEAD.match(body, place):
+        size = int(head[1], 16)
         if size == 0:
+            return b"".join(parts) if parts or declared else body  # what may follow are trailers
+        place = head.end() + size
+        parts.append(body[head.end() : place])
+        if not body.startswith(head[2], place):
             break
-        if end + 2 + size > len(body):
-            raise CodingError("bad_content_encoding")
-        parts.append(body[end + 2 : end + 2 + size])
-        place = end + 2 + size + 2
-    return b"".join(parts)
+        place += len(head[2])
+    if not parts or not declared:
+        return body  # the archive holds it joined
+    if place > len(body) or body[place:].strip():
+        raise CodingError("bad_content_encoding")
+    return b"".join(parts)  # only the last chunk, the empty one, is missing
 
 
 def _decompress(body: bytes, limits: ExtractConfig) -> bytes | None:

@@ -15,6 +15,7 @@ BROKEN = frozenset(
     {
         "unreadable",  # no permission, a dangling link, an input/output error
         "invalid_utf8",
+        "undecodable",  # a page above extract.max_undecoded_share
         "nul_bytes",
         "bad_json",
         "not_an_object",
@@ -95,7 +96,7 @@ class Record:
 
     `position` is a line or row (from 1), or the byte offset of a WARC record. `offset` is the byte at which a line
     starts, in the file's decompressed content, or that of the damage in a file that is one document. `size` is in
-    bytes. `count` is above 1 where many records are lost as one.
+    bytes. `count` is above 1 where many records are lost as one. `charset_from` is what a page's encoding was known by.
     """
 
     position: int
@@ -106,6 +107,7 @@ class Record:
     reason: str = ""
     offset: int = 0
     count: int = 1
+    charset_from: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 

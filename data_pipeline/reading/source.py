@@ -127,6 +127,7 @@ def _document(unit: InputUnit, file: FoundFile, record: Record) -> Document:
                 "count": record.count,
                 "offset": record.offset,
                 "html": record.html,
+                "charset_from": record.charset_from,
                 "reason": record.reason,
             },
         },

@@ -11,8 +11,8 @@ from typing import BinaryIO
 from configs.data import ExtractConfig, SourceConfig
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.formats import language_of
+from data_pipeline.reading.page_decoding import fill_page
 from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
-from data_pipeline.reading.warc import decode_page
 
 _BINARY_PROBE = 8000  # bytes, as in git's buffer_is_binary
 
@@ -44,7 +44,7 @@ def read_html(
 ) -> Iterator[Record]:
     data, record = _whole(content, file, limits, advance)
     if not record.reason:
-        record.html, record.text = True, decode_page(data)
+        fill_page(record, data, limits)
     yield record
 
 

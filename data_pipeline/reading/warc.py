@@ -2,18 +2,27 @@
 
 Reading goes on after a damaged member, and after damage within an uncompressed file. Of a record above
 `extract.max_record_bytes` only the beginning is held. Bodies are decoded as their HTTP headers say (chunks, gzip,
-deflate, zstd, br), within the limits on expansion. Records that continue others are left out.
+deflate, zstd, br), within the limits on expansion, and pages to text as `page_decoding` says. A response without a
+type is a page if it begins like one. Records that continue others are left out.
 """
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from fastwarc.warc import ArchiveIterator, WarcRecordType
-from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
 from configs.data import ExtractConfig, SourceConfig
 from data_pipeline.reading.decompression import Fault, Member, claimed_compression, members
 from data_pipeline.reading.http_body import CodingError, decode_body
+from data_pipeline.reading.http_response import (
+    MAX_HEADER_BYTES,
+    Response,
+    is_type_unknown,
+    looks_like_page,
+    mime_type,
+    parse_response,
+)
+from data_pipeline.reading.page_decoding import fill_page
 from data_pipeline.reading.records import Advance, FoundFile, Record, sample
 
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
@@ -43,11 +52,6 @@ def read_warc(
         yield held
 
 
-def decode_page(payload: bytes) -> str:
-    """A page as text, by its byte order mark, its own declaration, or what its bytes look like."""
-    return bytes_to_str(payload, detect_encoding(payload, html5_compatible=True) or "utf-8")
-
-
 def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
     """The records of a member; damage in it is one record, and ends a compressed member."""
     stream: Any = member  # FastWARC asks for read and tell alone
@@ -57,7 +61,7 @@ def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
         going = False
         after = member.offset  # up to where nothing is damaged
         try:
-            for entry in ArchiveIterator(stream, record_types=_PAGE_RECORDS, parse_http=True, stream_detect=False):
+            for entry in ArchiveIterator(stream, record_types=_PAGE_RECORDS, parse_http=False, stream_detect=False):
                 position = member.offset + entry.stream_pos
                 if bad:
                     bad.size = position - bad.position
@@ -73,30 +77,40 @@ def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
 
 
 def _record(entry: Any, position: int, limits: ExtractConfig) -> Record:
-    payload = entry.reader.read(limits.max_record_bytes + 1)
-    size = len(payload)
+    content = entry.reader.read(MAX_HEADER_BYTES + limits.max_record_bytes + 1)
+    stored = len(content)
     while block := entry.reader.read(_BLOCK):
-        size += len(block)
-    record = Record(position, size, id=entry.record_id or "")
+        stored += len(block)
+    warc_type = entry.headers.get("Content-Type") or ""
+    is_http = entry.record_type == WarcRecordType.response and mime_type(warc_type) in ("application/http", "")
+    response = parse_response(content) if is_http else Response(headers=[("content-type", warc_type)])
+    body = content[response.body_start :]
+    record = Record(position, stored - response.body_start, id=entry.record_id or "")
     if url := entry.headers.get("WARC-Target-URI"):
         record.metadata["url"] = url.strip("<>")
-    kind = (entry.http_content_type or entry.headers.get("Content-Type") or "").split(";")[0].strip().lower()
+    kind = mime_type(response.content_type())
+    if is_type_unknown(kind):
+        kind = mime_type(entry.headers.get("WARC-Identified-Payload-Type") or "")
     plain = entry.record_type == WarcRecordType.conversion and kind == "text/plain"
-    if size < entry.content_length:
+    if stored < entry.content_length:
         record.reason = "cut_record"
-    elif entry.http_headers is not None and entry.http_headers.status_code not in (200, None):
+    elif not response.has_page():
         record.reason = "http_error"
-    elif not plain and kind not in _HTML_TYPES:
-        record.reason = "not_html" if payload.strip() else "empty"
-    elif size > limits.max_record_bytes:
+    elif not plain and kind not in _HTML_TYPES and not is_type_unknown(kind):
+        record.reason = "not_html" if body.strip() else "empty"
+    elif record.size > limits.max_record_bytes:
         record.reason = "record_too_large"
     else:
         try:
-            payload = decode_body(payload, entry.http_headers, limits)
+            body = decode_body(body, response, limits)
         except CodingError as error:
             record.reason = error.reason
         else:
-            record.reason = "" if payload.strip() else "empty"
-    record.html = not plain and not record.reason
-    record.text = sample(payload) if record.reason else decode_page(payload)
+            record.reason = "" if body.strip() else "empty"
+            if not record.reason and is_type_unknown(kind) and not looks_like_page(body):
+                record.reason = "not_html"
+    if record.reason:
+        record.text = sample(body)
+    else:
+        fill_page(record, body, limits, response.content_type(), markup=not plain)
     return record

@@ -186,8 +186,27 @@ def test_a_zstandard_window_above_the_limit(tmp_path: Path) -> None:
 
 
 def test_skippable_zstandard_frames_are_skipped(tmp_path: Path) -> None:
-    skippable = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
-    assert reasons(read(tmp_path / "a.jsonl.zst", skippable + zstd(SOUND) + zstd(SOUND))) == ["", ""]
+    def skippable(number: int, size: int) -> bytes:
+        return bytes([0x50 + number, 0x2A, 0x4D, 0x18]) + size.to_bytes(4, "little") + os.urandom(size)
+
+    for number, size in ((0, 5), (7, 0), (15, 200_000)):
+        frame = skippable(number, size)
+        for content in (frame + zstd(SOUND) + zstd(SOUND), zstd(SOUND) + frame + frame + zstd(SOUND) + frame):
+            assert reasons(read(tmp_path / "a.jsonl.zst", content)) == ["", ""]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+def test_zeros_behind_members_are_padding(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    for size in (1, 511, 200_000):
+        zeros = b"\0" * size
+        content = pack(SOUND) + zeros + pack(SOUND * 2) + zeros
+        assert reasons(read(tmp_path / "a.jsonl", content)) == ["", "", ""]
+    records = read(tmp_path / "a.jsonl", pack(SOUND) + b"\0" * 100 + b"no member")
+    assert [(record.reason, record.size) for record in records[1:]] == [
+        (f"corrupt_{'zstd' if pack is zstd else 'gzip'}", 0)
+    ]
+    pages = warc([PAGE.encode()] * 2)
+    assert reasons(read(tmp_path / "a.warc.gz", b"\0\0".join([*pages, b""]) + b"\0" * 9999, "warc")) == ["", ""]
 
 
 def test_members_are_read_whole_whatever_the_blocks(tmp_path: Path) -> None:

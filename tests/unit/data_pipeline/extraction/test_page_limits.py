@@ -10,7 +10,7 @@ from fastwarc.warc import ArchiveIterator
 from data_pipeline.extraction import page_limits
 from data_pipeline.extraction.extractors import main_text
 from data_pipeline.extraction.page_limits import PageReader, too_complex
-from data_pipeline.reading.warc import decode_page
+from data_pipeline.reading.page_decoding import decode_page
 from tests.unit.data_pipeline.conftest import DEMO
 
 # Within all bounds, and quadratic in the number of options.
@@ -32,7 +32,8 @@ def test_a_page_that_takes_too_long_is_left_and_the_next_one_read() -> None:
 @pytest.mark.parametrize("first", ["resiliparse", "trafilatura"])
 def test_pages_are_read_to_the_same_text_in_either_process(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with gzip.open(DEMO / "web.warc.gz") as file:
-        pages = [decode_page(record.reader.read()) for record, _ in zip(ArchiveIterator(file), range(60), strict=False)]
+        records = zip(ArchiveIterator(file), range(60), strict=False)
+        pages = [decode_page(record.reader.read()).text for record, _ in records]
     pages = [*sorted(pages, key=len)[-8:], "<p>lone \udcff surrogate and NUL \0</p>", "", "<html></html>"]
     with PageReader(first, 60) as read:
         here = [read(page) for page in pages]

@@ -1,0 +1,143 @@
+"""Names of character encodings as the web uses them, and decoding by them.
+
+Labels and what they mean are those of the WHATWG Encoding Standard (encoding.spec.whatwg.org, section 4.2): euc-kr is
+windows-949, iso-8859-1 is windows-1252, gb2312 is gb18030. Three things differ from it. Labels that browsers refuse as
+dangerous (hz-gb-2312, iso-2022-kr) are decoded, since nothing runs here what a page holds; further names that Python
+knows (uhc, cp850, utf-32) are taken too; and windows-1258, whose tone marks are characters of their own, is composed
+(NFC). Hebrew in visual order stays in it, and x-user-defined is windows-1252, as it is in a page's own declaration.
+"""
+
+import codecs
+import functools
+import re
+import unicodedata
+
+# Python's name of a codec, and the labels that stand for it.
+_LABELS = """
+utf-8: unicode-1-1-utf-8 unicode11utf8 unicode20utf8 utf-8 utf8 x-unicode20utf8
+cp866: 866 cp866 csibm866 ibm866
+iso8859-2: csisolatin2 iso-8859-2 iso-ir-101 iso8859-2 iso88592 iso_8859-2 iso_8859-2:1987 l2 latin2
+iso8859-3: csisolatin3 iso-8859-3 iso-ir-109 iso8859-3 iso88593 iso_8859-3 iso_8859-3:1988 l3 latin3
+iso8859-4: csisolatin4 iso-8859-4 iso-ir-110 iso8859-4 iso88594 iso_8859-4 iso_8859-4:1988 l4 latin4
+iso8859-5: csisolatincyrillic cyrillic iso-8859-5 iso-ir-144 iso8859-5 iso88595 iso_8859-5 iso_8859-5:1988
+iso8859-6: arabic asmo-708 csiso88596e csiso88596i csisolatinarabic ecma-114 iso-8859-6 iso-8859-6-e iso-8859-6-i
+iso8859-6: iso-ir-127 iso8859-6 iso88596 iso_8859-6 iso_8859-6:1987
+iso8859-7: csisolatingreek ecma-118 elot_928 greek greek8 iso-8859-7 iso-ir-126 iso8859-7 iso88597 iso_8859-7
+iso8859-7: iso_8859-7:1987 sun_eu_greek
+iso8859-8: csiso88598e csisolatinhebrew hebrew iso-8859-8 iso-8859-8-e iso-ir-138 iso8859-8 iso88598 iso_8859-8
+iso8859-8: iso_8859-8:1988 visual csiso88598i iso-8859-8-i logical
+iso8859-10: csisolatin6 iso-8859-10 iso-ir-157 iso8859-10 iso885910 l6 latin6
+iso8859-13: iso-8859-13 iso8859-13 iso885913
+iso8859-14: iso-8859-14 iso8859-14 iso885914
+iso8859-15: csisolatin9 iso-8859-15 iso8859-15 iso885915 iso_8859-15 l9
+iso8859-16: iso-8859-16
+koi8-r: cskoi8r koi koi8 koi8-r koi8_r
+koi8-u: koi8-ru koi8-u
+mac-roman: csmacintosh mac macintosh x-mac-roman
+cp874: dos-874 iso-8859-11 iso8859-11 iso885911 tis-620 windows-874
+cp1250: cp1250 windows-1250 x-cp1250
+cp1251: cp1251 windows-1251 x-cp1251
+cp1252: ansi_x3.4-1968 ascii cp1252 cp819 csisolatin1 ibm819 iso-8859-1 iso-ir-100 iso8859-1 iso88591 iso_8859-1
+cp1252: iso_8859-1:1987 l1 latin1 us-ascii windows-1252 x-cp1252 x-user-defined
+cp1253: cp1253 windows-1253 x-cp1253
+cp1254: cp1254 csisolatin5 iso-8859-9 iso-ir-148 iso8859-9 iso88599 iso_8859-9 iso_8859-9:1989 l5 latin5 windows-1254
+cp1254: x-cp1254
+cp1255: cp1255 windows-1255 x-cp1255
+cp1256: cp1256 windows-1256 x-cp1256
+cp1257: cp1257 windows-1257 x-cp1257
+cp1258: cp1258 windows-1258 x-cp1258
+mac-cyrillic: x-mac-cyrillic x-mac-ukrainian
+gb18030: chinese csgb2312 csiso58gb231280 gb2312 gb_2312 gb_2312-80 gbk iso-ir-58 x-gbk gb18030
+big5hkscs: big5 big5-hkscs cn-big5 csbig5 x-x-big5 cp950
+euc_jp: cseucpkdfmtjapanese euc-jp x-euc-jp
+iso2022_jp_ext: csiso2022jp iso-2022-jp iso2022_jp iso2022_jp_1
+cp932: csshiftjis ms932 ms_kanji shift-jis shift_jis sjis windows-31j x-sjis
+cp949: cseuckr csksc56011987 euc-kr iso-ir-149 korean ks_c_5601-1987 ks_c_5601-1989 ksc5601 ksc_5601 windows-949
+utf-16-be: unicodefffe utf-16be
+utf-16-le: csunicode iso-10646-ucs-2 ucs-2 unicode unicodefeff utf-16 utf-16le
+hz: hz-gb-2312
+iso2022_kr: csiso2022kr iso-2022-kr
+"""
+# Codecs of Python that the standard has no label for.
+_FURTHER = frozenset(
+    {
+        *("cp437", "cp720", "cp737", "cp775", "cp850", "cp852", "cp855", "cp857", "cp858", "cp860", "cp861", "cp862"),
+        *("cp863", "cp864", "cp865", "cp869", "cp1125", "johab", "koi8-t", "kz1048", "ptcp154", "utf-32", "utf-32-le"),
+        *("utf-32-be", "mac-greek", "mac-iceland", "mac-latin2", "mac-turkish"),
+    }
+)
+_LABEL = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,39}")
+_ERRORS = "trivium.web"
+# Where Python's koi8-u has box drawings, the standard has the letters of Belarusian.
+_BELARUSIAN = {0x255D: 0x045E, 0x256C: 0x040E}
+# What Python's cp932 makes of four bytes that mean nothing.
+_NO_SHIFT_JIS = re.compile("[\uf8f0-\uf8f3]")
+
+
+def charset_of(label: str) -> str:
+    """Python's name of the codec that a label stands for; "" for an unknown one."""
+    label = label.strip("\t\n\f\r \"'").lower()
+    if found := _table().get(label):
+        return found
+    if not _LABEL.fullmatch(label):
+        return ""
+    try:
+        name = codecs.lookup(label).name
+    except LookupError:
+        return ""
+    if name in _FURTHER or name in _table().values():
+        return name
+    return _table().get(name) or _table().get(name.replace("_", "-"), "")
+
+
+@functools.cache
+def _table() -> dict[str, str]:
+    codecs.register_error(_ERRORS, _as_browsers_do)
+    lines = (line.split(":", 1) for line in _LABELS.strip().splitlines())
+    return {label: codec for codec, labels in lines for label in labels.split()}
+
+
+def decode(content: bytes, charset: str) -> str:
+    """`content` by a codec that `charset_of` named, U+FFFD for what it cannot decode; byte order marks are left out."""
+    _table()
+    text = content.decode(charset, _ERRORS)
+    if charset == "cp1258":
+        text = unicodedata.normalize("NFC", text)
+    elif charset == "koi8-u":
+        text = text.translate(_BELARUSIAN)
+    elif charset == "cp932":
+        text = _NO_SHIFT_JIS.sub("\ufffd", text)
+    return text.lstrip("\ufeff")
+
+
+def _as_browsers_do(error: UnicodeError) -> tuple[str, int]:
+    """Decodes what the standard's tables have and Python's lack."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    pair = error.object[error.start : error.start + 2]
+    if error.encoding == "charmap" and pair[0] < 0xA0:
+        return chr(pair[0]), error.start + 1
+    if error.encoding == "gb18030" and pair[0] == 0x80:
+        return "€", error.start + 1
+    if len(pair) == 2:
+        if error.encoding == "big5hkscs":
+            return _or_replaced(pair, "cp950", error)
+        # Rows that NEC and IBM added to JIS X 0208 (circled and Roman numbers, units, names): Shift_JIS has them.
+        high = error.encoding == "euc_jp" and min(pair) > 0xA0 and max(pair) < 0xFF
+        if high or (error.encoding.startswith("iso2022_jp") and min(pair) > 0x20 and max(pair) < 0x7F):
+            return _or_replaced(_shift_jis(pair[0] & 0x7F, pair[1] & 0x7F), "cp932", error)
+    return "\ufffd", max(error.end, error.start + 1)
+
+
+def _or_replaced(pair: bytes, charset: str, error: UnicodeDecodeError) -> tuple[str, int]:
+    try:
+        return pair.decode(charset), error.start + 2
+    except UnicodeDecodeError:
+        return "\ufffd", max(error.end, error.start + 1)
+
+
+def _shift_jis(row: int, cell: int) -> bytes:
+    """The two bytes of Shift_JIS for a character of JIS X 0208, of which each byte is from 0x21 to 0x7E."""
+    lead = (row - 0x21) // 2 + (0x81 if row < 0x5F else 0xC1)
+    trail = cell + (0x1F if cell < 0x60 else 0x20) if row % 2 else cell + 0x7E
+    return bytes((lead, trail))

@@ -1,0 +1,92 @@
+"""A stored HTTP response: its status, its headers, and which of its bytes are the body.
+
+Archives hold what servers sent, which is not always what RFC 9112 asks for: line ends may be bare line feeds, headers
+may be folded or doubled, interim responses (100 Continue) may come first, and there may be no header at all.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+MAX_HEADER_BYTES = 1 << 18
+_STATUS = re.compile(rb"[\r\n]*(?:HTTP/\d(?:\.\d)?|ICY)[ \t]+(\d{3})", re.IGNORECASE)
+_HEADER_END = re.compile(rb"\r?\n\r?\n")
+_LINE_END = re.compile(rb"\r?\n")
+_RANGE = re.compile(r"bytes\s+0-(\d+)/(\d+)", re.IGNORECASE)
+# What a page may begin with, in any case, before a space or ">" (WHATWG MIME Sniffing, section 7.1).
+_MARKUP = re.compile(
+    rb"(?:\xef\xbb\xbf)?[\t\n\f\r ]*(?:<!--|<(?:!DOCTYPE HTML|HTML|HEAD|SCRIPT|IFRAME|H1|DIV|FONT|TABLE|A|STYLE|TITLE|B"
+    rb"|BODY|BR|P|META|LINK)[ \t\n\f\r>/]|<\?xml\b.{0,1024}?<(?:!DOCTYPE )?HTML[ \t\n\f\r>])",
+    re.IGNORECASE | re.DOTALL,
+)
+_UTF16_MARKS = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+_SNIFFED = 2048
+# Servers that do not know a file's type send one of these, or none.
+_UNKNOWN_TYPES = ("", "unknown/unknown", "application/unknown", "*/*")
+
+
+@dataclass(frozen=True)
+class Response:
+    """`status` is 0 where there is no status line, `headers` (name in lower case, value) in their order."""
+
+    status: int = 0
+    headers: list[tuple[str, str]] = field(default_factory=list)
+    body_start: int = 0
+
+    def all(self, name: str) -> str:
+        """The values of every header of that name, joined by commas."""
+        return ", ".join(value for own, value in self.headers if own == name and value)
+
+    def content_type(self) -> str:
+        """The last one that is sent, as browsers take it, and before it what an earlier one says of the charset."""
+        values = [value for own, value in self.headers if own == "content-type" and value]
+        return "; ".join(reversed(values))
+
+    def has_page(self) -> bool:
+        """Whether the body is what was asked for: 200, 203 (changed by a proxy), and 206 if its range is the whole."""
+        if self.status == 206:
+            span = _RANGE.search(self.all("content-range"))
+            return span is not None and int(span[1]) + 1 == int(span[2])
+        return self.status in (0, 200, 203)
+
+
+def parse_response(content: bytes) -> Response:
+    """The response that `content`, or a beginning of it, holds; where none begins there, all of it is the body."""
+    start = 0
+    while found := _STATUS.match(content, start):
+        end = _HEADER_END.search(content, found.end(), start + MAX_HEADER_BYTES)
+        head, start = content[found.end() : end.start() if end else None], end.end() if end else len(content)
+        if not found[1].startswith(b"1"):
+            return Response(int(found[1]), list(_headers(head)), start)
+    return Response(body_start=start)
+
+
+def _headers(head: bytes) -> Iterator[tuple[str, str]]:
+    lines: list[str] = []
+    for line in _LINE_END.split(head)[1:]:
+        text = line.decode("latin-1")
+        if lines and text[:1] in (" ", "\t"):
+            lines[-1] += text
+        else:
+            lines.append(text)
+    for text in lines:
+        name, colon, value = text.partition(":")
+        if colon:
+            yield name.strip().lower(), value.strip()
+
+
+def mime_type(content_type: str) -> str:
+    """What a Content-Type header says without its parameters, in lower case."""
+    return re.split(r"[;,\s]", content_type.strip(), maxsplit=1)[0].lower()
+
+
+def is_type_unknown(kind: str) -> bool:
+    return kind in _UNKNOWN_TYPES
+
+
+def looks_like_page(body: bytes) -> bool:
+    """Whether a body of unknown type begins as HTML does."""
+    head = body[:_SNIFFED]
+    if charset := _UTF16_MARKS.get(head[:2]):
+        head = head[2:].decode(charset, "replace").encode("utf-8")
+    return _MARKUP.match(head) is not None

@@ -1,0 +1,188 @@
+"""Pages from bytes to text: which encoding a page is in, by what it says of itself and by what it proves to be.
+
+The order is that of the HTML standard (13.2.3.1): a byte order mark, the charset of the HTTP header, the page's own
+declaration (<meta charset>, <meta http-equiv>, an XML declaration), then what the bytes look like. Three things go
+beyond it, since pages are often wrong about themselves:
+
+- Declarations count in the first 64 KiB, as in a browser that has begun to parse, not in the first 1024 bytes alone.
+- Bytes that are UTF-8 are UTF-8, whatever other encoding is named: no text in another one is valid UTF-8 but for very
+  short ones, and for those in multi-byte encodings the declaration counts.
+- A named encoding that does not fit is passed over: one in which more characters fail than not or, but for UTF-8, over
+  10% of them (and more than three). So a cut or stray byte costs one character, and a wrong label costs nothing.
+
+Bytes of which nothing is said are UTF-8 where 90% of their characters are; then resiliparse guesses. Where nothing fits,
+what fails least is taken.
+"""
+
+import codecs
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from resiliparse.parse.encoding import detect_encoding
+
+from configs.data import ExtractConfig
+from data_pipeline.reading.charsets import charset_of, decode
+from data_pipeline.reading.records import SAMPLE_BYTES, Record
+
+# What a page's encoding was known by.
+MARKED, HEADER, DECLARED = "byte order mark", "HTTP header", "the page's declaration"
+BY_BYTES, GUESSED = "being valid UTF-8", "a guess"
+
+_DECLARED_WITHIN = 1 << 16
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # begins with that of UTF-16, and so comes first
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+_ESCAPES = (b"\x1b$", b"~{")  # of ISO-2022 and HZ, which are ASCII otherwise
+_WIDE = ("utf-16", "utf-32")
+_WIDE_PROBE = 256
+_MULTIBYTE = frozenset({"cp949", "gb18030", "big5hkscs", "euc_jp", "cp932", "johab"})
+_UTF8_SEQUENCE = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
+_ENOUGH_SEQUENCES = 4
+_TOLERATED = 3
+_TOLERATED_SHARE = 0.1
+# C1 controls are in no text: a byte that means one is of another encoding.
+_FAILED = re.compile("[\ufffd\x80-\x9f]")
+_NO_TEXT = re.compile("[\ufffd\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+_BEYOND_ASCII = re.compile("[^\x00-\x7f]")
+
+_TAG = re.compile(rb"<([a-zA-Z][^\s/>]*)")
+_ATTRIBUTE = re.compile(rb"[\s/]*([^\s/>=][^\s/>=]*)(?:\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s>\"'][^\s>]*)))?")
+_RAW_TEXT = (b"script", b"style", b"title", b"textarea")
+_XML_DECLARATION = re.compile(rb"\s*<\?xml\s[^>]*?\bencoding\s*=\s*[\"']([^\"']{1,100})[\"']")
+_CHARSET = re.compile(r"charset\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s;\"']+))", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Page:
+    """`charset` is Python's name of a codec, `known_by` what named it; `lost` the share of characters that failed."""
+
+    text: str
+    charset: str
+    known_by: str
+    lost: float = 0.0
+
+
+def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> Page:
+    """A page as text. `content_type` is that of the HTTP header; only `markup` declares an encoding in itself."""
+    failed: list[tuple[float, Page]] = []
+    for charset, known_by in _candidates(content, content_type, markup):
+        if charset != "utf-8" and known_by in (HEADER, DECLARED) and _is_utf8_after_all(content, charset):
+            continue  # its turn is still to come
+        text = decode(content, charset)
+        bad = len(_FAILED.findall(text))
+        replaced = text.count("\ufffd") if bad else 0
+        if not bad or (known_by != GUESSED and _is_believed(text, charset, known_by, bad)):
+            return Page(text, charset, known_by, replaced / max(1, len(text)))
+        share = len(_NO_TEXT.findall(text)) / max(1, len(text))
+        failed.append((share, Page(text, charset, known_by, share)))
+    return min(failed, key=lambda found: found[0])[1]
+
+
+def fill_page(
+    record: Record, content: bytes, limits: ExtractConfig, content_type: str = "", markup: bool = True
+) -> None:
+    """Puts a page's text into its record, or the reason why too little of it can be decoded."""
+    page = decode_page(content, content_type, markup)
+    record.html, record.text, record.charset_from = markup, page.text, page.known_by
+    if page.lost > limits.max_undecoded_share:
+        record.html, record.reason, record.text = False, "undecodable", page.text[:SAMPLE_BYTES]
+
+
+def header_charset(content_type: str) -> str:
+    """The codec that a Content-Type header names; "" for none, or one that is not known."""
+    found = _CHARSET.search(content_type)
+    return charset_of(next(filter(None, found.groups()), "")) if found else ""
+
+
+def declared_charset(content: bytes) -> str:
+    """The codec that a page's beginning names (HTML, 13.2.3.2: prescan a byte stream); "" for none."""
+    head = content[:_DECLARED_WITHIN]
+    found = _meta_charset(head)
+    if not found and (declaration := _XML_DECLARATION.match(head)):
+        found = charset_of(declaration[1].decode("latin-1"))
+    return "utf-8" if found.startswith(_WIDE) else found  # whose declaration could not be read so
+
+
+def _candidates(content: bytes, content_type: str, markup: bool) -> Iterator[tuple[str, str]]:
+    for mark, charset in _MARKS.items():
+        if content.startswith(mark):
+            yield charset, MARKED
+            break
+    if wide := _wide(content):
+        yield wide, BY_BYTES
+    named = header_charset(content_type)
+    if named and (b"\0" in content[:_WIDE_PROBE] or not named.startswith(_WIDE)):
+        yield named, HEADER
+    if markup and (named := declared_charset(content)):
+        yield named, DECLARED
+    if not any(escape in content for escape in _ESCAPES):
+        yield "utf-8", BY_BYTES
+    # Not in names of the web, since resiliparse leaves out what it has none for: cp949 would be UTF-8.
+    if guessed := charset_of(detect_encoding(content, html5_compatible=False) or ""):
+        yield guessed, GUESSED
+    yield "utf-8", GUESSED
+    yield "cp1252", GUESSED
+
+
+def _wide(content: bytes) -> str:
+    """UTF-16 without a mark, known by every other byte being NUL, as in markup and Western text; "" for none."""
+    head = content[:_WIDE_PROBE]
+    even, odd = head[::2], head[1::2]
+    if len(head) >= 4 and odd.count(0) > 0.7 * len(odd) and not even.count(0):
+        return "utf-16-le"
+    return "utf-16-be" if len(head) >= 4 and even.count(0) > 0.7 * len(even) and not odd.count(0) else ""
+
+
+def _is_utf8_after_all(content: bytes, charset: str) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    sequences = _UTF8_SEQUENCE.findall(content)
+    if charset not in _MULTIBYTE or len(sequences) >= _ENOUGH_SEQUENCES:
+        return bool(sequences)
+    # EUC and GB 2312 leave 0x80 to 0xA0 free, so that a single curly quote (E2 80 99) tells.
+    return any(min(sequence[1:]) <= 0xA0 for sequence in sequences)
+
+
+def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:
+    good = (len(text) if charset.startswith(_WIDE) else len(_BEYOND_ASCII.findall(text))) - bad
+    if known_by == BY_BYTES:
+        return bad <= _TOLERATED_SHARE * good
+    return bad <= good and (charset == "utf-8" or bad <= max(_TOLERATED, _TOLERATED_SHARE * good))
+
+
+def _meta_charset(head: bytes) -> str:
+    place, lowered = 0, head.lower()
+    while (place := head.find(b"<", place)) >= 0:
+        if head.startswith(b"<!--", place):
+            end = head.find(b"-->", place + 2)
+            if end < 0:
+                return ""
+            place = end + 3
+        elif tag := _TAG.match(head, place):
+            name, place = tag[1].lower(), tag.end()
+            attributes: dict[bytes, bytes] = {}
+            while found := _ATTRIBUTE.match(head, place):
+                attributes.setdefault(found[1].lower(), found[2] or found[3] or found[4] or b"")
+                place = found.end()
+            if name == b"meta" and (charset := _of_meta(attributes)):
+                return charset
+            if name in _RAW_TEXT and (end := lowered.find(b"</" + name, place)) >= 0:
+                place = end
+        else:
+            place += 1
+    return ""
+
+
+def _of_meta(attributes: dict[bytes, bytes]) -> str:
+    if b"charset" in attributes:
+        return charset_of(attributes[b"charset"].decode("latin-1"))
+    if attributes.get(b"http-equiv", b"").strip().lower() == b"content-type":
+        return header_charset(attributes.get(b"content", b"").decode("latin-1"))
+    return ""
