@@ -10,8 +10,8 @@ beyond it, since pages are often wrong about themselves:
 - A named encoding that does not fit is passed over: one in which more characters fail than not or, but for UTF-8, over
   10% of them (and more than three). So a cut or stray byte costs one character, and a wrong label costs nothing.
 
-Bytes of which nothing is said are UTF-8 where 90% of their characters are; then resiliparse guesses. Where nothing fits,
-what fails least is taken.
+Bytes of which nothing is said are UTF-8 where 90% of their characters are; then resiliparse guesses. Where nothing
+fits, what fails least is taken.
 """
 
 import codecs
@@ -46,7 +46,7 @@ _ENOUGH_SEQUENCES = 4
 _TOLERATED = 3
 _TOLERATED_SHARE = 0.1
 # C1 controls are in no text: a byte that means one is of another encoding.
-_FAILED = re.compile("[\ufffd\x80-\x9f]")
+_NOWHERE = re.compile("[\x80-\x9f]")
 _NO_TEXT = re.compile("[\ufffd\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 _BEYOND_ASCII = re.compile("[^\x00-\x7f]")
 
@@ -74,8 +74,10 @@ def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> 
         if charset != "utf-8" and known_by in (HEADER, DECLARED) and _is_utf8_after_all(content, charset):
             continue  # its turn is still to come
         text = decode(content, charset)
-        bad = len(_FAILED.findall(text))
-        replaced = text.count("\ufffd") if bad else 0
+        replaced = text.count("\ufffd")
+        if charset == "utf-8":  # in which the character stands as well where others have put it
+            replaced -= content.count("\ufffd".encode())
+        bad = replaced + (0 if charset.startswith("utf") else len(_NOWHERE.findall(text)))
         if not bad or (known_by != GUESSED and _is_believed(text, charset, known_by, bad)):
             return Page(text, charset, known_by, replaced / max(1, len(text)))
         share = len(_NO_TEXT.findall(text)) / max(1, len(text))

@@ -1,4 +1,4 @@
-"""Pages in every encoding of the web, said to be so in every way there is, and pages that are wrong about themselves."""
+"""Pages in every encoding of the web, named in every way there is, and pages that are wrong about themselves."""
 
 import unicodedata
 from pathlib import Path
@@ -284,7 +284,7 @@ def test_short_korean_that_happens_to_be_utf_8_is_korean() -> None:
 def test_a_cut_or_damaged_page_loses_a_character_and_no_more(codec: str) -> None:
     text = {"euc_kr": KOREAN, "big5": TRADITIONAL, "gb18030": SIMPLIFIED}.get(codec, JAPANESE)
     content = page(text * 3, META.format(codec)).encode(codec)
-    place = content.index("<p>".encode()) + 3
+    place = content.index(b"<p>") + 3
     cut = content[: content.index(b" And")][:-1]
     damaged = content[:place] + b"\xff" + content[place:]
     for found in (decode_page(cut), decode_page(damaged)):
@@ -303,6 +303,12 @@ def test_a_page_of_which_too_much_is_lost_is_set_aside(tmp_path: Path) -> None:
     assert reasons(records) == ["undecodable", "undecodable", ""]
     assert not records[0].html and "Call" not in records[0].text
     assert reasons(read(tmp_path / "a.html", bytes(damaged), "html", max_undecoded_share=0.5)) == [""]
+
+
+def test_what_others_could_not_decode_stays_as_it_is() -> None:
+    content = page("don\ufffdt, can\ufffdt")
+    for kind in ("", "text/html; charset=utf-8", "text/html; charset=iso-8859-1"):
+        assert decode_page(content.encode(), kind).text == content
 
 
 def test_text_that_speaks_of_pages_declares_nothing(tmp_path: Path) -> None:
