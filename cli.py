@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("configs.command:main", "every key of a config explained, or a config to begin with"),
     "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
     "data report": ("data_pipeline.report:main", "what was dropped at which stage, and why"),
+    "data verify": ("data_pipeline.verify:main", "everything that a data run published against its checksums"),
     "data sample": ("data_pipeline.provenance.sample:main", "random documents that a stage dropped, cut or kept"),
     "data recall": ("data_pipeline.dedup.recall:main", "near-duplicate removal of a run against brute force"),
     "data what-if": ("data_pipeline.scores.what_if:main", "what other thresholds would keep, from the scores alone"),

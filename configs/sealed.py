@@ -48,6 +48,8 @@ class Format:
 
 CHECKPOINT = Format("trivium-checkpoint", version=2, oldest=1)
 PLAN = Format("trivium-plan", version=3, oldest=2)
+STAGE = Format("trivium-stage", version=1, oldest=1)
+STORE = Format("trivium-tokens", version=1, oldest=1)
 
 
 def _digest(values: dict[str, Any]) -> str:

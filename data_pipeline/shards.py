@@ -21,6 +21,7 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from fsspec.compression import compr, register_compression
 
 from data_pipeline.executors.progress import ProgressFile
+from data_pipeline.integrity import seal
 
 _SUFFIX = ".jsonl.zst"
 _LEVEL = 3
@@ -37,6 +38,7 @@ class TextWriter(JsonlWriter):
 
     def __init__(self, folder: str, filename: str, adapter: Callable[[PipelineStep, Document], dict[str, Any]]) -> None:
         super().__init__(folder, f"{filename}{_SUFFIX}", compression=_NAME, adapter=adapter)
+        self.folder = folder
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         if _NAME not in compr:  # in the worker
@@ -50,7 +52,10 @@ class TextWriter(JsonlWriter):
                 raise ValueError(f"documents of shard {shard[1]} of {shard[0]} do not come one after another")
             seen.add(shard)
             yield from of_shard
+            written = [Path(self.folder) / name for name in self.output_mg.get_open_files()]
             self.output_mg.close()
+            for path in written:
+                seal(path)
 
 
 def _zstd(file: IO[bytes], mode: str = "wb") -> zstandard.ZstdCompressionWriter:

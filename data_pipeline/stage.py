@@ -1,8 +1,8 @@
 """Stages: work done once, published whole, skipped when nothing that it depends on has changed.
 
 A stage writes into a temporary folder beside its own and is published by rename, with a `stage.json` that
-holds its key: a hash of its settings, its code, its input files and the keys of the stages before it. Killed
-anywhere, a stage is either whole or absent. What the stages do lives in `stages`.
+holds its key: a hash of its settings, its code, its input files and the keys of the stages before it, and the
+checksums of its files. Killed anywhere, a stage is either whole or absent. What the stages do lives in `stages`.
 """
 
 import ast
@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import sync, write_atomic
+from configs.sealed import STAGE
+from data_pipeline.hashing import digest
+from data_pipeline.integrity import STAGE_MANIFEST, Expected, is_seal, read_sealed, unseal
 from data_pipeline.ledger import Tally
 
-_MANIFEST = "stage.json"
 _HERE, _PACKAGE = Path(__file__).parent, "data_pipeline"
 _NEUTRAL = ("executors", "ledger")  # who does the work, and who counts it, change nothing in the result
 
@@ -67,10 +69,6 @@ class Done:
     seconds: float
     fresh: bool  # made by this run, not found
     kept: Path | None = None  # where an earlier result that it replaced still is
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def code_version(modules: Sequence[str], packages: Sequence[str]) -> str:
@@ -141,21 +139,38 @@ def file_hashes(paths: Sequence[Path], cache: Path) -> str:
 
 
 def published(stage: Stage, run_dir: Path) -> Done | None:
-    """The stage as an earlier run left it, if its key and every file's size still hold."""
+    """The stage as an earlier run left it, if its key and every file's size still hold.
+
+    Errors: DamagedData for a manifest that is not as it was written.
+    """
     folder = run_dir / stage.name
     manifest = read_manifest(folder)
     if manifest is None or manifest["key"] != stage.identity["key"]:
         return None
-    for name, size in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+    for file in expected_files(folder, manifest):
+        if not file.path.is_file() or file.path.stat().st_size != file.size:
             return None
     return Done(stage.name, folder, Tally.from_plain(manifest["sources"]), manifest["seconds"], fresh=False)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / _MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What a published stage's manifest says; None of a folder without one. Errors: DamagedData."""
+    path = folder / STAGE_MANIFEST
+    return read_sealed(STAGE, path, unsealed=_of_old) if path.is_file() else None
+
+
+def _of_old(manifest: dict[str, Any]) -> bool:
+    """Whether it is of a version that wrote no checksums."""
+    return "format" not in manifest and all(isinstance(size, int) for size in manifest.get("files", {}).values())
+
+
+def expected_files(folder: Path, manifest: dict[str, Any]) -> list[Expected]:
+    """The files of a stage as its manifest has them; of an earlier version without checksums."""
+    stage, found = folder.name, []
+    for name, entry in manifest["files"].items():
+        size, sha256 = (entry["bytes"], entry["sha256"]) if isinstance(entry, dict) else (entry, None)
+        found.append(Expected(folder / name, f"stage {stage}, {name}", size, sha256))
+    return found
 
 
 def perform(stage: Stage, run_dir: Path, before: Tally | None) -> Done:
@@ -183,8 +198,8 @@ def perform(stage: Stage, run_dir: Path, before: Tally | None) -> Done:
         "sources": tally.plain(),
         "files": _settle(folder),
     }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(folder / _MANIFEST)
+    (folder / STAGE_MANIFEST).write_bytes(STAGE.write(manifest))
+    sync(folder / STAGE_MANIFEST)
     final = run_dir / stage.name
     kept = stage.keep(final, folder) if stage.keep and final.is_dir() else None
     replace_folder(folder, final)
@@ -205,13 +220,15 @@ def replace_folder(folder: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def _settle(folder: Path) -> dict[str, int]:
-    """Brings all files of a folder to disk; their sizes by name."""
-    sizes = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+def _settle(folder: Path) -> dict[str, dict[str, Any]]:
+    """Brings all files of a folder to disk; their sizes and checksums by name."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not is_seal(path)):
         sync(path)
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    return sizes
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": unseal(path)}
+    for seal in [path for path in folder.rglob(".*") if is_seal(path)]:
+        seal.unlink()  # of a file that a task wrote and took away again
+    return files
 
 
 @contextlib.contextmanager

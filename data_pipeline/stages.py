@@ -21,6 +21,7 @@ from data_pipeline.canaries import PlantCanaries, as_input
 from data_pipeline.executors.base import Executor
 from data_pipeline.extraction.blocklist import Blocklist
 from data_pipeline.extraction.step import Extract, SetAside, bad_shares, shard_record
+from data_pipeline.hashing import digest
 from data_pipeline.language import IdentifyLanguage, kept_identifier
 from data_pipeline.ledger import Tally
 from data_pipeline.reading import InputUnit, SourceReader, find_units
@@ -30,7 +31,7 @@ from data_pipeline.scores.filtering import ApplyRules
 from data_pipeline.scores.model_scores import ModelScores, model_files
 from data_pipeline.scores.scoring import Score, definition_of
 from data_pipeline.shards import ShardReader, TextWriter, shard_path, shards_under
-from data_pipeline.stage import Stage, digest, file_hashes, replace_folder
+from data_pipeline.stage import Stage, file_hashes, replace_folder
 from data_pipeline.tables import count_verdicts, mask_samples, shards_of, table_samples
 
 _COMPILED_ONCE = "Compiled here once, then found in its cache by every worker."

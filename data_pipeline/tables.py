@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from data_pipeline.checked_parquet import read_parquet
 from data_pipeline.cutting.personal import mask
+from data_pipeline.integrity import seal
 from data_pipeline.ledger import Tally
 from data_pipeline.realms import is_canary
 
@@ -32,7 +34,8 @@ SAMPLES = 5
 def write_table(folder: str | Path, shard: str, table: pa.Table) -> None:
     path = Path(folder) / f"{shard}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd")
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+    seal(path)
 
 
 Mark = tuple[int, int, int]
@@ -47,12 +50,6 @@ def mark(path: Path) -> Mark:
 def read_table(folder: str | Path, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
     """All columns, or those."""
     return read_parquet(Path(folder) / f"{shard}.parquet", columns)
-
-
-def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """As pyarrow's read_table of one file, without what that does for folders of them, which takes longer."""
-    with pq.ParquetFile(path) as file:
-        return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
 
 def shards_of(folder: str | Path) -> list[str]:

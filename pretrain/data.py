@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline.integrity import Expected
 from data_pipeline.mixture.rows import Plan, Row
 from pretrain.model.batch import Batch
 
@@ -64,6 +65,10 @@ class BatchSource(abc.ABC):
     def prepare(self, engine: Any, step: int) -> None:  # noqa: B027  most sources need nothing
         """Called on all ranks before the rows of a step are asked for; RL takes the current weights here."""
 
+    def files(self) -> list[Expected]:
+        """The files that its rows are read from, as they were written; none where no checksums are known."""
+        return []
+
     @abc.abstractmethod
     def rows(self, samples: range) -> Sequence[Row]:
         """This data-parallel rank's samples of a step. All ranks of a replica ask for the same."""
@@ -80,6 +85,9 @@ class PlanSource(BatchSource):
         self.plan = plan
         self.fingerprint, self.num_samples, self.sources = plan.fingerprint, plan.num_samples, list(plan.sources)
         self.first_sample, self.after, self.location = plan.first_sample, plan.after, str(plan.path)
+
+    def files(self) -> list[Expected]:
+        return self.plan.store_files()
 
     def rows(self, samples: range) -> list[Row]:
         return [self.plan.row(i - self.first_sample) for i in samples]

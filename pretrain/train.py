@@ -3,12 +3,14 @@
 torchrun --nproc-per-node 2 -m pretrain.train configs/pretrain/demo.toml parallel.tp=2
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.train import RESUME, PretrainConfig
+from data_pipeline.integrity import DamagedData
 from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment
 
@@ -24,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     env = ClusterEnvironment.read()
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
-    plan = _open_plan(config)
+    try:
+        plan = _open_plan(config)
+    except DamagedData as error:  # the same on all ranks
+        return _failed(error, speaks=env.is_main)
     if args.dry_run:
         print(
             f"{config.model.num_parameters():,} parameters ({config.model.num_parameters(active=True):,} active), "
@@ -46,13 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = Path(config.run.dir).name
         source, resume = PlanSource(plan), args.resume
         return Trainer(config, config.model, source, NextToken(), place, evaluators, title=name, resume=resume).fit()
+    except DamagedData as error:  # of a row, on the rank that reads it
+        return _failed(error)
     finally:
         groups.stop()
+
+
+def _failed(error: DamagedData, speaks: bool = True) -> int:
+    if speaks:
+        print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 def _open_plan(config: PretrainConfig) -> Plan:
     try:
         plan = Plan.open(config.data.plan)
+    except DamagedData:
+        raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.plan = {config.data.plan!r}: {error}") from None
     for key, ours, theirs in (

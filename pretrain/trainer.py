@@ -31,6 +31,7 @@ from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.saving import Saver
 from pretrain.data import BatchSource, micro_batches, share_of_rank
+from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.evaluate import Evaluator, peak_flops
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.losses import LossFunction
@@ -82,6 +83,7 @@ class Trainer:
         if not source.after:  # else it depends on the checkpoint that is gone on from
             self._check_samples()
         self._stop_signal = 0
+        self._started = 0  # the step that this process goes on from
         self.engine = Engine(
             model_config, train, config.optimizer, place, config.run.seed, dtype, max(1, len(source.sources))
         )
@@ -91,8 +93,8 @@ class Trainer:
     def fit(self) -> int:
         """Trains to `train.steps`. Returns the exit status.
 
-        0: finished. 1: the last checkpoint could not be written. After a signal, with a checkpoint of where it was: 75
-        (start me again) for SIGTERM and SIGUSR1, 130 for Ctrl-C.
+        0: finished. 1: the last checkpoint could not be written, or training data is damaged. After a signal, with a
+        checkpoint of where it was: 75 (start me again) for SIGTERM and SIGUSR1, 130 for Ctrl-C.
         """
         with ExitStack() as stack:
             stack.enter_context(_only_run_in(self.run_dir, self.place))
@@ -105,6 +107,7 @@ class Trainer:
                     )
                 return 0
             self._begin_stretch()
+            self._started = self.step
             stack.enter_context(self._signals())
             log = progress = None
             if self.place.is_main:
@@ -115,7 +118,13 @@ class Trainer:
                 stack.callback(progress.close)
             say = partial(self._say, progress)
             saver = stack.enter_context(Saver(self.engine, self.run_dir, self.config.checkpoint, say))
-            stopped_by = self._loop(log, progress, saver)
+            check = stack.enter_context(DataCheck(self.source.files(), self.place))
+            try:
+                self._agree_to_stop(check)
+                stopped_by = self._loop(log, progress, saver, check)
+            except DamagedTrainingData as error:
+                say(f"error: {error}")
+                return FAILED
             saver.wait()
             if saver.failure is not None:
                 say(f"error: step {self.step} is not saved, and the run ends here; make room and start it again")
@@ -128,7 +137,7 @@ class Trainer:
             print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}")
         return 0
 
-    def _loop(self, log: MetricsLog | None, progress: ProgressLine | None, saver: Saver) -> int:
+    def _loop(self, log: MetricsLog | None, progress: ProgressLine | None, saver: Saver, check: DataCheck) -> int:
         """Returns the signal that ended it before `train.steps`, else 0. Its last save may be in flight still."""
         config = self.config
         while self.step < config.train.steps:
@@ -136,7 +145,11 @@ class Trainer:
             sums, lr = self._train_step()
             seconds = time.perf_counter() - started
             record = self._record(sums, lr, seconds)
-            last, stopped_by = self.step == config.train.steps, self._agree_to_stop()
+            last = self.step == config.train.steps
+            if last and check.running:
+                self._say(progress, "waits for the training data to be held against its checksums")
+                check.wait()
+            stopped_by = self._agree_to_stop(check)
             saving = last or bool(stopped_by) or self.step % config.checkpoint.every == 0
             if saving:
                 record["save_copy_s"] = round(saver.copy(), 4)
@@ -283,11 +296,16 @@ class Trainer:
             for number, handler in previous.items():  # None: it was not set from Python and cannot be put back
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _agree_to_stop(self) -> int:
-        """The signal that any rank got, the same on all; 0 if none did."""
-        number = torch.tensor([float(self._stop_signal)], device=self.place.device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number.item())
+    def _agree_to_stop(self, check: DataCheck) -> int:
+        """The signal that any rank got, the same on all; 0 if none did. Errors: DamagedTrainingData, also on all."""
+        numbers = torch.tensor([self._stop_signal, check.failed], dtype=torch.float32, device=self.place.device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        stop_signal, damaged = numbers.tolist()
+        if damaged:
+            check.raise_together(
+                f"; what was saved after step {self._started} may be spoilt" if self.step > self._started else ""
+            )
+        return int(stop_signal)
 
     def _write_facts(self) -> None:
         loader.write_atomic(self.run_dir / "config.toml", loader.toml(self._full_config()))

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datatrove.data import Document
 
+from data_pipeline.checked_parquet import read_parquet
 from data_pipeline.ledger import Tally
-from data_pipeline.tables import TableStep, shards_of, write_table
+from data_pipeline.tables import TableStep, read_table, shards_of, write_table
 
 FOLDER = "cuts"
 SCHEMA = pa.schema(
@@ -141,7 +141,7 @@ def read_cuts(stages: Sequence[str | Path], shard: str) -> dict[int, list[Cut]]:
         path = Path(stage) / FOLDER / f"{shard}.parquet"
         if not path.is_file():
             continue
-        for line in pq.read_table(path).to_pylist():
+        for line in read_parquet(path).to_pylist():
             found.setdefault(line.pop("row"), []).append(Cut(**line))
     return found
 
@@ -149,7 +149,7 @@ def read_cuts(stages: Sequence[str | Path], shard: str) -> dict[int, list[Cut]]:
 def note_cuts(folder: str | Path, tally: Tally) -> None:
     """Notes per source how many documents a stage cuts and how often, by reason."""
     for shard in shards_of(Path(folder) / FOLDER):
-        table = pq.read_table(Path(folder) / FOLDER / f"{shard}.parquet", columns=["row", "reason"])
+        table = read_table(Path(folder) / FOLDER, shard, ["row", "reason"])
         groups = table.group_by("reason").aggregate([("row", "count"), ("row", "count_distinct")])
         for group in groups.to_pylist():
             source = shard.split("/")[0]

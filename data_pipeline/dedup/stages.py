@@ -19,10 +19,11 @@ from data_pipeline.dedup.pairs import EarlierRun, FindPairs, Numbering, jobs
 from data_pipeline.dedup.signatures import EXACT, URL, MinHasher, Sign, kinds_of_keys
 from data_pipeline.dedup.survivors import BYTES_A_MEMBER, Choose, Judge, sample_duplicates
 from data_pipeline.dedup.verify import LayOutEarlier, LayOutShingles, mark_candidates, shards_with
+from data_pipeline.hashing import digest
 from data_pipeline.ledger import Tally
 from data_pipeline.scan.words import Splitter
 from data_pipeline.shards import ShardReader
-from data_pipeline.stage import Stage, digest, read_manifest
+from data_pipeline.stage import Stage, read_manifest
 from data_pipeline.stages import Workshop, scan_text
 from data_pipeline.tables import count_verdicts, shards_of
 

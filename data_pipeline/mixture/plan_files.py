@@ -140,7 +140,7 @@ def _store_entry(store: Store, tokens: Path) -> dict[str, Any]:
         "path": store.path.relative_to(tokens).as_posix(),
         "documents": len(store),
         "bin_bytes": store.file(".bin").stat().st_size,
-        **{key: facts[key] for key in ("bin_sha256", "idx_sha256", "text_bytes")},
+        **{key: facts[key] for key in ("bin_sha256", "idx_sha256", "parquet_sha256", "text_bytes") if key in facts},
     }
 
 

@@ -6,6 +6,7 @@ way (see `fim`). Nothing here knows of ranks, batches or torch.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from configs.sealed import PLAN, SealError
+from data_pipeline.integrity import DamagedData, Expected, remedy
 from data_pipeline.mixture import cursor, fim
 from data_pipeline.mixture.cursor import Cursor
 from data_pipeline.mixture.epochs import Pieces
-from data_pipeline.tokens.store import SUFFIXES, Shards, Store
+from data_pipeline.tokens.store import CONTENT, Shards, Store
 
 PLAN_FILE = "plan.json"
 # Keys of [mixture], as plan.json has them.
@@ -97,6 +99,8 @@ class Plan:
         }
         self._begins = cursor.read(plan["begins"], self._array)
         tokens = folder / plan["tokens"]
+        if not folder.is_symlink():
+            tokens = Path(os.path.normpath(tokens))  # without the `..`, which messages read better without
         self._train = [self._segments("train", s["name"], s["stores"], tokens) for s in plan["sources"]]
         self._heldout = [self._segments("heldout", s["name"], s["heldout"]["stores"], tokens) for s in plan["sources"]]
         self._count = np.arange(self.seq_length, dtype=np.int64)
@@ -147,6 +151,19 @@ class Plan:
     def train_rows(self, source: str) -> Segments:
         """A source's training rows, of which sample i takes the one after those that earlier samples took."""
         return self._train[self._source(source)]
+
+    def store_files(self) -> list[Expected]:
+        """The files of the token stores that it reads, as they were when it was made."""
+        found = []
+        for number, source in enumerate(self.description["sources"]):
+            stores = [*self._train[number].shards.stores, *self._heldout[number].shards.stores]
+            for entry, store in zip([*source["stores"], *source["heldout"]["stores"]], stores, strict=True):
+                for suffix in CONTENT:
+                    if sha256 := entry.get(f"{suffix[1:]}_sha256"):
+                        title = f"source {source['name']}, shard {entry['path']}: the file {store.file(suffix).name}"
+                        size = entry["bin_bytes"] if suffix == ".bin" else None
+                        found.append(Expected(store.file(suffix), title, size, sha256))
+        return found
 
     def row(self, i: int) -> Row:
         """Training row of sample i, 0 <= i < num_samples."""
@@ -254,12 +271,25 @@ class Plan:
         index, start, length = (int(array[segment]) for array in (rows.document, rows.start, rows.length))
         store, document = rows.shards.locate(index)
         if rows.fim is not None and rows.fim[segment] and self._fim_symbols is not None:
-            piece = store.tokens(document, start, start + length)
+            piece = self._ids(store, document, start, start + length, source)
             form = int(rows.fim[segment])
             return fim.rearranged(piece, form, self._fim_symbols, self._seed, source, index, start)
         # One token more than the segment, if the document goes on: the label of its last position.
-        ids = store.tokens(document, start, min(start + length + 1, int(store.lengths[document])))
+        ids = self._ids(store, document, start, min(start + length + 1, int(store.lengths[document])), source)
         return ids[:length], ids[1:]
+
+    def _ids(self, store: Store, document: int, start: int, stop: int, source: str) -> np.ndarray:
+        """Ids [start, stop) of a document. Errors: DamagedData for one that the vocabulary does not have."""
+        ids = store.tokens(document, start, stop)
+        # Read as unsigned, a negative id is a very large one.
+        if len(ids) and int(ids.view(f"u{ids.itemsize}").max()) >= self.vocab_size:
+            at = int(np.flatnonzero(ids.view(f"u{ids.itemsize}") >= self.vocab_size)[0])
+            raise DamagedData(
+                f"source {source}, shard {store.path}, document {document}: token {start + at} is the id "
+                f"{int(ids[at])}, and the vocabulary has {self.vocab_size}: the shard is damaged or of another "
+                f"tokenizer; {remedy(store.path)}"
+            )
+        return ids
 
     def _segments(self, split: str, source: str, entries: list[dict[str, Any]], tokens: Path) -> Segments:
         arrays = {name: self._array(f"{split}.{source}.{name}.npy") for name in SEGMENT_ARRAYS}
@@ -272,12 +302,12 @@ class Plan:
     def _array(self, name: str) -> np.ndarray:
         path, expected = self.path / name, self.description["files"][name]
         if not path.is_file():
-            raise ValueError(f"plan {self.path} lacks {name}; {_REBUILD}")
+            raise DamagedData(f"plan {self.path} lacks {name}; {remedy(path)}")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != expected["sha256"]:
-            raise ValueError(
-                f"{path} does not match its checksum in plan.json: it is damaged or of another plan; {_REBUILD}"
+            raise DamagedData(
+                f"{path} does not match its checksum in plan.json: it is damaged or of another plan; {remedy(path)}"
             )
         # asarray: indexing a plain array is several times as fast as a memmap, and still reads the file.
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
@@ -322,16 +352,19 @@ def _open_store(tokens: Path, entry: dict[str, Any]) -> Store:
     stores = [Store(folder / entry["path"]) for folder in _kept(tokens) if _is_store(folder / entry["path"], entry)]
     if not stores:
         store = Store(tokens / entry["path"])  # says what is missing
-        raise ValueError(f"token store {store.path} is not the one that the plan was made of; {_RESTORE}")
+        store.check_index()  # and what is damaged
+        raise DamagedData(
+            f"token store {store.path} is not the one that the plan was made of; {remedy(store.path)}, or restore it"
+        )
     return stores[0]
 
 
 def _is_store(path: Path, entry: dict[str, Any]) -> bool:
-    files = {suffix: path.with_name(f"{path.name}{suffix}") for suffix in SUFFIXES}
+    files = {suffix: path.with_name(f"{path.name}{suffix}") for suffix in CONTENT}
     if not all(file.is_file() for file in files.values()) or files[".bin"].stat().st_size != entry["bin_bytes"]:
         return False
     index = hashlib.sha256(files[".idx"].read_bytes()).hexdigest()
-    # Other documents may have the same lengths; what the tokens were when they were written, the table says.
+    # Other documents may have the same lengths; what the tokens were when they were written, the manifest says.
     return index == entry["idx_sha256"] and Store(path).facts()["bin_sha256"] == entry["bin_sha256"]
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.checked_parquet import columns_in, readable
 from data_pipeline.cutting.cuts import FOLDER as CUTS
 from data_pipeline.cutting.excerpts import excerpt, piece, texts
 from data_pipeline.hashing import stable_hash
@@ -54,8 +55,10 @@ def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa
         if is_canary(shard):
             continue
         path = folder / f"{shard}.parquet"
-        there = set(pq.read_schema(path).names)
-        yield pq.read_table(path, columns=[name for name in names if name in there], filters=where)
+        there = set(columns_in(path))
+        with readable(path):
+            table = pq.read_table(path, columns=[name for name in names if name in there], filters=where)
+        yield table
 
 
 def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Sample]]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from configs.loader import ConfigError
+from data_pipeline.checked_parquet import read_parquet
 from data_pipeline.dedup.signatures import url_key
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
@@ -57,7 +57,7 @@ def places(run_dir: Path, wanted: Collection[str]) -> list[Place]:
     value_set = pa.array(sorted(wanted), pa.string())
     found = []
     for shard in shards_of(run_dir / "language"):
-        table = pq.read_table(run_dir / "language" / f"{shard}.parquet", columns=["source", "row", "id"])
+        table = read_table(run_dir / "language", shard, ["source", "row", "id"])
         for row in table.filter(pc.is_in(table["id"], value_set)).to_pylist():
             found.append(Place(row["source"], shard, row["row"], row["id"]))
     return found
@@ -87,7 +87,7 @@ def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -
     ids, keys = set(wanted), {url_key(url) for url in urls} - {0}
     found = []
     for path in sorted((run_dir / "tokens").glob("*/*/*.parquet")):
-        table = pq.read_table(path, columns=["document", "id", "file", "position", "length", "metadata"])
+        table = read_parquet(path, ["document", "id", "file", "position", "length", "metadata"])
         for row in table.to_pylist():
             if row["id"] not in ids and not keys:
                 continue

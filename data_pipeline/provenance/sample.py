@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from configs.data import DataConfig
@@ -47,7 +46,7 @@ def candidates(run_dir: Path, stage: str, reason: str, kept: bool) -> Iterator[R
         for shard in (shard for shard in shards_of(folder) if not is_canary(shard)):
             cuts: dict[int, list[Row]] = {}
             if (folder / CUTS / f"{shard}.parquet").is_file() and not kept:
-                for cut in pq.read_table(folder / CUTS / f"{shard}.parquet").to_pylist():
+                for cut in read_table(folder / CUTS, shard).to_pylist():
                     if not reason or cut["reason"] == reason:
                         cuts.setdefault(cut["row"], []).append(cut)
             for row in read_table(folder, shard).to_pylist():

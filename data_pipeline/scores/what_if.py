@@ -5,7 +5,6 @@ rule set's rules are broken, and how often alone; and the documents nearest to a
 Nothing is written. Deduplication is not repeated: the counts are those after the filter stage.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +14,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load
 from configs.rules import RuleSet
+from data_pipeline.checked_parquet import columns_in
 from data_pipeline.realms import is_canary
 from data_pipeline.report import wide_console
 from data_pipeline.scores.filtering import broken, verdicts
 from data_pipeline.scores.scoring import definition_of
-from data_pipeline.tables import shards_of
+from data_pipeline.stage import read_manifest
+from data_pipeline.tables import read_table, shards_of
 
 _MARGIN = 3  # documents shown on each side of a threshold
 _HEAD_CHARS = 160
@@ -90,22 +90,19 @@ def scores_of(run_dir: Path) -> pa.Table:
     shards = [shard for shard in shards_of(folder) if not is_canary(shard)] if folder.is_dir() else []
     if not shards:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no scores yet; run: trivium data run CONFIG")
-    columns = [name for name in pq.read_schema(folder / f"{shards[0]}.parquet").names if name != "head"]
-    return pa.concat_tables([pq.read_table(folder / f"{shard}.parquet", columns=columns) for shard in shards])
+    columns = [name for name in columns_in(folder / f"{shards[0]}.parquet") if name != "head"]
+    return pa.concat_tables([read_table(folder, shard, columns) for shard in shards])
 
 
 def head_of(run_dir: Path, row: dict[str, Any]) -> str:
     """The beginning of a document, from its row of scores."""
-    table = pq.read_table(run_dir / "score" / f"{row['shard']}.parquet", columns=["row", "head"])
+    table = read_table(run_dir / "score", row["shard"], ["row", "head"])
     return table.filter(pc.equal(table["row"], row["row"]))["head"][0].as_py()
 
 
 def tokens_per_byte(run_dir: Path) -> dict[str, float]:
     """By source, from the run's own token stage; empty before it has run."""
-    path = run_dir / "tokens" / "stage.json"
-    if not path.is_file():
-        return {}
-    sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
+    sources = (read_manifest(run_dir / "tokens") or {"sources": {}})["sources"]
     return {
         name: counts["notes"].get("tokens", 0) / counts["kept"]["bytes"]
         for name, counts in sources.items()

@@ -4,7 +4,6 @@ The work itself is in `tokenizer`, `store` and `mixture`; here it is given to da
 and published. Tokenizer and plan are one task each, token stores one per file of documents.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -212,7 +211,7 @@ def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
         show(plan.description, shop.console, name)
         planned |= {source["name"]: source for source in plan.description["sources"]}
         rows.update({source["name"]: source["samples"] for source in plan.description["sources"]})
-    manifest = json.loads((shop.run_dir / "tokens" / "stage.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(shop.run_dir / "tokens") or {}
     tally = Tally()
     for name, counts in Tally.from_plain(manifest["sources"]).sources.items():
         amount = counts.passed_on

@@ -1,10 +1,10 @@
-"""Token stores: Megatron's `.bin/.idx` with a parquet table beside, one triple per shard of documents.
+"""Token stores: Megatron's `.bin/.idx` with a parquet table and a manifest beside, one such set per shard of documents.
 
 `.bin` holds the ids of all documents, each as <s> text </s>; `.idx` (magic MMIDIDX, version 1) their lengths
 and byte offsets, so that megatron-core's IndexedDataset reads it; `.parquet` names, for each document index,
-the document's id, file, position, bytes and scores, and carries the checksums of the other two. A store is
-written once, under temporary names, and renamed when it is whole. Left out: sequences within a document and
-modes, which the format allows.
+the document's id, file, position, bytes and scores; `.json` has the checksums of the other three, the tokenizer's,
+counts, and a checksum of all these values. A store is written once, under temporary names, and renamed when it is
+whole. Left out: sequences within a document and modes, which the format allows.
 """
 
 import bisect
@@ -21,6 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from configs.sealed import STORE
+from data_pipeline.checked_parquet import read_parquet, readable
+from data_pipeline.integrity import DamagedData, file_sha256, read_sealed, remedy, seal
 from data_pipeline.shards import read_records
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -30,7 +33,9 @@ DTYPES: dict[int, np.dtype] = {
     8: np.dtype(np.uint16),
 }  # codes that megatron-core's DType gives them
 UINT16_VOCAB = 65_500  # megatron-core's own limit for uint16
-SUFFIXES = (".bin", ".idx", ".parquet")
+CONTENT = (".bin", ".idx", ".parquet")
+MANIFEST = ".json"
+SUFFIXES = (*CONTENT, MANIFEST)
 _HEADER = struct.Struct("<9sQBQQ")
 _BATCH_CHARS = 1_000_000
 _OWN_COLUMNS = ("file", "position", "bytes", "scores")
@@ -78,7 +83,7 @@ class Written:
 def build(
     documents: str | Path, out: str | Path, tokenizer: Encoder, progress: Callable[[int], None] | None = None
 ) -> Written:
-    """Tokenizes one file of documents into the store `<out>.bin`, `<out>.idx` and `<out>.parquet`.
+    """Tokenizes one file of documents into the store `<out>.bin`, `<out>.idx`, `<out>.parquet` and `<out>.json`.
 
     `progress` is called with the bytes of text done since its last call.
     Errors: ValueError for a broken file, or text that cannot be encoded (the document is named).
@@ -87,16 +92,16 @@ def build(
     if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
         raise ValueError(f"tokenizer {tokenizer.origin} has no <s> or </s>; a store puts one around each document")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = {
-        suffix: out.with_name(f".{out.name}{suffix}.{os.getpid()}.tmp") for suffix in (".bin", ".idx", ".parquet")
-    }
+    temporary = {suffix: out.with_name(f".{out.name}{suffix}.{os.getpid()}.tmp") for suffix in SUFFIXES}
     try:
-        written = _write(documents, temporary, tokenizer, progress)
+        written, checksums = _write(documents, temporary, tokenizer, progress)
         # The index goes last: a store is there when its .idx is.
-        for suffix in (".bin", ".parquet", ".idx"):
+        for suffix in (".bin", ".parquet", MANIFEST, ".idx"):
             with temporary[suffix].open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary[suffix], out.with_name(out.name + suffix))
+        for suffix, sha256 in checksums.items():
+            seal(out.with_name(out.name + suffix), sha256)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -108,7 +113,8 @@ def _write(
     paths: dict[str, Path],
     tokenizer: Encoder,
     progress: Callable[[int], None] | None,
-) -> Written:
+) -> tuple[Written, dict[str, str]]:
+    """What was written to `paths`, by suffix, and the checksums of the three files of content."""
     dtype = store_dtype(tokenizer.vocab_size)
     bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
     lengths: list[int] = []
@@ -116,7 +122,7 @@ def _write(
     checksum = hashlib.sha256()
     with (
         paths[".bin"].open("wb") as tokens,
-        pq.ParquetWriter(paths[".parquet"], SCHEMA, compression="zstd") as table,
+        pq.ParquetWriter(paths[".parquet"], SCHEMA, compression="zstd", write_page_checksum=True) as table,
     ):
         for batch in _batches(read_records(documents)):
             rows = []
@@ -132,19 +138,23 @@ def _write(
             text_bytes += size
             if progress:
                 progress(size)
-        index = _index(np.array(lengths, dtype=np.int64), dtype)
-        paths[".idx"].write_bytes(index)
-        facts = {
-            "bin_sha256": checksum.hexdigest(),
-            "idx_sha256": hashlib.sha256(index).hexdigest(),
-            "tokenizer_sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "documents": len(lengths),
-            "tokens": start,
-            "text_bytes": text_bytes,
-        }
-        table.add_key_value_metadata({"trivium": json.dumps(facts)})
-    return Written(len(lengths), start, text_bytes)
+    index = _index(np.array(lengths, dtype=np.int64), dtype)
+    paths[".idx"].write_bytes(index)
+    checksums = {
+        ".bin": checksum.hexdigest(),
+        ".idx": hashlib.sha256(index).hexdigest(),
+        ".parquet": file_sha256(paths[".parquet"]),
+    }
+    facts = {
+        **{f"{suffix[1:]}_sha256": sha256 for suffix, sha256 in checksums.items()},
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": len(lengths),
+        "tokens": start,
+        "text_bytes": text_bytes,
+    }
+    paths[MANIFEST].write_bytes(STORE.write(facts))
+    return Written(len(lengths), start, text_bytes), checksums
 
 
 def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -198,21 +208,21 @@ class Store:
     """An opened store, read through a memory map. `lengths` int32 [documents]: tokens of each document."""
 
     def __init__(self, path: str | Path) -> None:
-        """`path` is the common name of the three files. Errors: ValueError for a missing or damaged one."""
+        """`path` is the common name of its files. Errors: DamagedData for one that is missing or of a wrong form."""
         self.path = Path(path)
-        missing = [suffix for suffix in SUFFIXES if not self.file(suffix).is_file()]
+        missing = [suffix for suffix in CONTENT if not self.file(suffix).is_file()]
         if missing:
-            raise ValueError(
-                f"token store {self.path} has no {' and no '.join(missing)} file; "
-                "run `trivium data run` again, or correct the path"
+            raise DamagedData(
+                f"token store {self.path} has no {' and no '.join(missing)} file; {remedy(self.path)}, or correct the "
+                "path"
             )
-        self.dtype, self.lengths, self._starts = self._read_index()
+        self.index_sha256, self.dtype, self.lengths, self._starts = self._read_index()
         self.num_tokens = int(self.lengths.sum(dtype=np.int64))
         expected, found = self.num_tokens * self.dtype.itemsize, self.file(".bin").stat().st_size
         if expected != found:
-            raise ValueError(
-                f"token store {self.file('.bin')} has {found:,} bytes, its index expects {expected:,}; "
-                "it was cut or belongs to another index: run `trivium data run` again"
+            raise DamagedData(
+                f"token store {self.file('.bin')} has {found:,} bytes, its index expects {expected:,}: "
+                f"it was cut or belongs to another index; {remedy(self.path)}"
             )
         mapped = np.memmap(self.file(".bin"), self.dtype, "r") if found else np.zeros(0, self.dtype)
         self._tokens = np.asarray(mapped)  # slicing a plain array is several times as fast
@@ -231,52 +241,49 @@ class Store:
         return self._tokens[first + start : first + (length if stop is None else stop)]
 
     def facts(self) -> dict[str, Any]:
-        """Checksums and counts, as the table carries them."""
-        metadata = pq.read_metadata(self.file(".parquet")).metadata or {}
-        if b"trivium" not in metadata:
-            raise ValueError(f"{self.file('.parquet')} was not written with this store; run `trivium data run` again")
+        """Checksums and counts, as the manifest has them. Errors: DamagedData where that is missing or changed."""
+        if self.file(MANIFEST).is_file():
+            return read_sealed(STORE, self.file(MANIFEST))
+        with readable(self.file(".parquet")):
+            metadata = pq.read_metadata(self.file(".parquet")).metadata or {}
+        if b"trivium" not in metadata:  # where earlier versions had them
+            raise DamagedData(f"token store {self.path} has no {MANIFEST} file; {remedy(self.path)}")
         return json.loads(metadata[b"trivium"])
 
     def document_id(self, document: int) -> str:
         if self._ids is None:
-            self._ids = pq.read_table(self.file(".parquet"), columns=["id"])["id"].to_pylist()
+            self._ids = read_parquet(self.file(".parquet"), ["id"])["id"].to_pylist()
         return self._ids[document]
 
-    def verify(self) -> None:
-        """Reads everything and holds it against its checksums. Errors: ValueError naming the damaged file."""
-        facts = self.facts()
-        for suffix in (".bin", ".idx"):
-            with self.file(suffix).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != facts[f"{suffix[1:]}_sha256"]:
-                raise ValueError(
-                    f"token store {self.file(suffix)} does not match its checksum: it is damaged or of "
-                    "another run; run `trivium data run` again"
-                )
+    def check_index(self) -> None:
+        """Holds the index against the manifest, both being read anyway. Errors: DamagedData."""
+        if self.index_sha256 != self.facts()["idx_sha256"]:
+            raise DamagedData(
+                f"token store {self.file('.idx')} does not match its checksum: it is damaged or of another run; "
+                f"{remedy(self.path)}"
+            )
 
-    def _read_index(self) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-        """(dtype, length of each document, its first token)."""
+    def _read_index(self) -> tuple[str, np.dtype, np.ndarray, np.ndarray]:
+        """(checksum, dtype, length of each document, its first token)."""
         path = self.file(".idx")
         content = path.read_bytes()
         if len(content) < _HEADER.size or not content.startswith(MAGIC):
-            raise ValueError(
-                f"{path} is no token index (it does not start with {MAGIC!r}); run `trivium data run` again"
-            )
+            raise DamagedData(f"{path} is no token index (it does not start with {MAGIC!r}); {remedy(path)}")
         _, version, code, sequences, documents = _HEADER.unpack_from(content)
         if version != VERSION or code not in DTYPES:
             known = ", ".join(f"{key} ({value.name})" for key, value in DTYPES.items())
-            raise ValueError(
+            raise DamagedData(
                 f"{path} has version {version} and dtype code {code}; what can be read is version {VERSION} "
-                f"with dtype codes {known}"
+                f"with dtype codes {known}; {remedy(path)}"
             )
         if documents != sequences + 1 or len(content) != _HEADER.size + 12 * sequences + 8 * documents:
-            raise ValueError(
+            raise DamagedData(
                 f"{path} has {len(content):,} bytes for {sequences:,} sequences and {documents - 1:,} documents: "
-                "it was cut, or its documents have several sequences, which is not supported"
+                f"it was cut, or its documents have several sequences, which is not supported; {remedy(path)}"
             )
         lengths = np.frombuffer(content, np.int32, sequences, _HEADER.size)
         pointers = np.frombuffer(content, np.int64, sequences, _HEADER.size + 4 * sequences)
-        return DTYPES[code], lengths, pointers // DTYPES[code].itemsize
+        return hashlib.sha256(content).hexdigest(), DTYPES[code], lengths, pointers // DTYPES[code].itemsize
 
 
 class Shards:
@@ -293,11 +300,14 @@ class Shards:
         paths = sorted(path.with_suffix("") for path in Path(folder).glob("[!.]*.idx"))
         if not paths:
             raise ValueError(f"no token store in {folder}; run `trivium data run`, or correct the path")
-        return cls([Store(path) for path in paths])
+        stores = [Store(path) for path in paths]
+        for store in stores:
+            store.check_index()
+        return cls(stores)
 
     def index_checksums(self) -> tuple[str, ...]:
-        """The sha256 of each store's index, as its table carries it."""
-        return tuple(store.facts()["idx_sha256"] for store in self.stores)
+        """The sha256 of each store's index."""
+        return tuple(store.index_sha256 for store in self.stores)
 
     def locate(self, document: int) -> tuple[Store, int]:
         """(store, document index in it)."""

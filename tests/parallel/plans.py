@@ -1,5 +1,7 @@
 """Run in the ranks: the trainer on a real mixture plan, as `trivium train` has it."""
 
+import contextlib
+import io
 from typing import Any
 
 from configs.layout import Layout
@@ -7,6 +9,7 @@ from configs.loader import validate
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment
+from pretrain import data_check
 from pretrain.data import PlanSource
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
@@ -23,3 +26,15 @@ def train_on_plan(tree: dict[str, Any], resume: str = "auto") -> dict[str, Any]:
         return {"status": Trainer(config, config.model, source, NextToken(), place, resume=resume).fit()}
     except ValueError as error:
         return {"error": str(error)}
+
+
+def train_and_listen(tree: dict[str, Any], first_bytes: int) -> dict[str, Any]:
+    """As `train_on_plan`, and what it says; only so many bytes of data are looked at before the first step."""
+    usual, said = data_check.FIRST_BYTES, io.StringIO()
+    data_check.FIRST_BYTES = first_bytes
+    try:
+        with contextlib.redirect_stdout(said):
+            answer = train_on_plan(tree)
+    finally:
+        data_check.FIRST_BYTES = usual
+    return {**answer, "said": said.getvalue()}

@@ -16,7 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_pipeline", "pretrain", "posttrain", "export", "launch", "cli")
 TORCH = ("torch", "megatron", "deepspeed")
-TOKEN_STORE = ("data_pipeline.mixture.rows", "data_pipeline.mixture.packing", "data_pipeline.tokens.tokenizer")
+TOKEN_STORE = (
+    "data_pipeline.integrity",
+    "data_pipeline.mixture.rows",
+    "data_pipeline.mixture.packing",
+    "data_pipeline.tokens.tokenizer",
+)
 PAGES = ("data_pipeline.charts",)  # what the HTML pages of data runs and training runs share
 
 

@@ -31,7 +31,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "export": {},
 }
 KINDS = {"train": "pretrain", "sft": "sft", "grpo": "grpo", "export": "export"}
-NO_CONFIG = ("data trace", "data train-classifier")
+NO_CONFIG = ("data trace", "data train-classifier", "data verify")
 NAMES = {"sources": "english", "rules": "prose", "canaries": "one", "alarms.stages": "filter"}
 
 

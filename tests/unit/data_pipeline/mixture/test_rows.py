@@ -194,7 +194,7 @@ def test_opening_refuses_what_does_not_belong(moved: Path) -> None:
     refused(store.with_name("00000.bin"), None, "no .bin")
     refused(store.with_name("00000.bin"), b"x", "it was cut")
     other = moved / "tokens/train/code/00001"
-    for suffix in (".bin", ".idx"):  # a sound store, but another one
+    for suffix in (".bin", ".idx", ".parquet", ".json"):  # a sound store, but another one
         shutil.copy(other.with_name(f"00001{suffix}"), store.with_name(f"00000{suffix}"))
     with pytest.raises(ValueError, match="not the one that the plan was made of"):
         Plan.open(plan)

@@ -1,5 +1,6 @@
 """Token stores: megatron-core reads them, they hold the documents, and damage is noticed."""
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -91,12 +92,7 @@ def test_no_documents_make_an_empty_store(small_tokenizer: Tokenizer, tmp_path: 
 
 def test_damage_is_noticed(copied: Path) -> None:
     opened = store.Store(copied)
-    opened.verify()
-    with opened.file(".bin").open("r+b") as file:
-        file.seek(100)
-        file.write(b"\xff")
-    with pytest.raises(ValueError, match="checksum"):
-        opened.verify()
+    content = opened.file(".bin").read_bytes()
     with opened.file(".bin").open("r+b") as file:
         file.truncate(200)
     with pytest.raises(ValueError, match="it was cut"):
@@ -108,12 +104,41 @@ def test_damage_is_noticed(copied: Path) -> None:
     opened.file(".idx").write_bytes(index[:-8])
     with pytest.raises(ValueError, match="it was cut"):
         store.Store(copied)
+    swapped = bytearray(index)  # the lengths of two documents, one token from one to the other: sizes stay as they are
+    first, second = (int.from_bytes(index[at : at + 4], "little") for at in (34, 38))
+    swapped[34:42] = (first + 1).to_bytes(4, "little") + (second - 1).to_bytes(4, "little")
+    opened.file(".idx").write_bytes(swapped)
+    opened.file(".bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"00000\.idx does not match its checksum.*delete the folder"):
+        store.Shards.in_folder(copied.parent)
     opened.file(".idx").write_bytes(b"PK" + index)
     with pytest.raises(ValueError, match="no token index"):
         store.Store(copied)
     opened.file(".bin").unlink()
     with pytest.raises(ValueError, match=r"no \.bin"):
         store.Store(copied)
+
+
+def test_a_changed_digit_in_the_manifest_is_noticed(copied: Path) -> None:
+    opened = store.Store(copied)
+    path = opened.file(".json")
+    text = path.read_text()
+    for key, value in opened.facts().items():
+        changed = text.replace(f'"{key}": {json.dumps(value)}', f'"{key}": {json.dumps(_other(value))}')
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(ValueError, match=r"00000\.json .*damaged"):
+            opened.facts()
+    path.write_text(text.replace('"sha256"', '"sha255"'))
+    with pytest.raises(ValueError, match="is damaged"):
+        opened.facts()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has no \.json file"):
+        opened.facts()
+
+
+def _other(value: int | str) -> int | str:
+    return value + 10 if isinstance(value, int) else value[:-1] + ("0" if value[-1] != "0" else "1")
 
 
 def test_broken_documents_leave_nothing_behind(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Damaged training data stops a run on all ranks, whichever of them finds it, before or while it trains."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.mixture.rows import Plan
+from data_pipeline.tokens.store import Store
+from tests.parallel.test_layouts import MODELS
+from tests.parallel.test_training import RanksOf, metrics
+from tests.small_data import VOCAB, make_tokens
+
+SEQ_LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tokens, tokenizer and plan."""
+    folder = tmp_path_factory.mktemp("data")
+    tokens, tokenizer = make_tokens(folder)
+    settings: dict[str, Any] = {"seq_length": SEQ_LENGTH, "samples": 400, "seed": 1, "temperature": 1.0}
+    build_plan(tokens, tokenizer, folder / "plan", **settings)
+    return folder
+
+
+@pytest.fixture
+def data(sound: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(sound, tmp_path / "data"))
+
+
+def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: int) -> list[dict[str, Any]]:
+    tree: dict[str, Any] = {
+        "run": {"dir": str(run_dir)},
+        "model": {**MODELS["dense"], "vocab_size": VOCAB},
+        "data": {"plan": str(plan)},
+        "train": {
+            "steps": 6,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "seq_length": SEQ_LENGTH,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 0.001},
+        "schedule": {"kind": "constant"},
+        "checkpoint": {"every": 6},
+        "log": {"tensorboard": False},
+    }
+    function = "tests.parallel.plans:train_and_listen"
+    return ranks(world).run(function, process_group=False, tree=tree, first_bytes=first_bytes)
+
+
+@pytest.mark.parametrize(
+    ("name", "first_bytes"),
+    [("train/code/00000.bin", 10**6), ("heldout/prose/00000.bin", 0), ("train/prose/00000.parquet", 10**6)],
+)
+def test_one_changed_token_stops_all_ranks(
+    ranks: RanksOf, data: Path, tmp_path: Path, name: str, first_bytes: int
+) -> None:
+    path = data / "tokens" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    first, second = train(ranks, 2, tmp_path / "run", data / "plan", first_bytes)
+    assert first["status"] == second["status"] == 1
+    source = name.split("/")[1]
+    assert f"source {source}, shard {name.split('.')[0]}: the file {path.name}" in first["said"]
+    assert "does not match its checksum" in first["said"] and second["said"] == ""
+    if first_bytes:
+        assert not metrics(tmp_path / "run"), "no step is trained on it"
+
+
+def test_sound_data_is_trained_on_while_it_is_read(ranks: RanksOf, sound: Path, tmp_path: Path) -> None:
+    answers = train(ranks, 2, tmp_path / "run", sound / "plan", 0)
+    assert [answer["status"] for answer in answers] == [0, 0]
+    assert len([line for line in metrics(tmp_path / "run") if "loss" in line]) == 6
+
+
+def test_an_id_beyond_the_vocabulary_names_source_shard_and_document(data: Path) -> None:
+    store = Store(data / "tokens/train/code/00000")
+    place = int(store.lengths[:7].sum()) + 3
+    with store.file(".bin").open("r+b") as file:
+        file.seek(2 * place)
+        file.write(np.array([VOCAB], "<u2").tobytes())
+    plan = Plan.open(data / "plan")
+    told = r"source code, shard .*train/code/00000, document 7: token 3 is the id 512, and the vocabulary has 512"
+    with pytest.raises(ValueError, match=told):
+        for i in range(plan.num_samples):
+            plan.row(i)
