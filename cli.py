@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exits where the module does.
     """
+    own = argv is None  # the process's command line, and not one that a test calls
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for words in (2, 1):
         name = " ".join(argv[:words])
         if len(argv) >= words and name in COMMANDS:
-            _call(COMMANDS[name][0], argv[words:])  # ends the process with the module's exit status
+            _call(COMMANDS[name][0], argv[words:], own)  # ends the process with the module's exit status
             return 0
     for words in (2, 1):
         if " ".join(argv[:words]) in NOT_BUILT:
@@ -85,11 +86,15 @@ def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
     )
 
 
-def _call(target: str, argv: Sequence[str]) -> None:
+def _call(target: str, argv: Sequence[str], own: bool) -> None:
+    module, _, function = target.partition(":")
+    from launch import environment, run
+
+    if own:
+        run.begin(module)
     from configs.loader import entrypoint
 
-    module, _, function = target.partition(":")
-    entrypoint(getattr(importlib.import_module(module), function), argv)
+    entrypoint(getattr(importlib.import_module(module), function), argv, environment.is_main())
 
 
 def _refuse(sentence: str) -> int:

@@ -16,11 +16,12 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from configs import signals
 from configs.base import section_in
 
 T = TypeVar("T", bound=BaseModel)
@@ -157,11 +158,14 @@ def parse_args(
 
 def entrypoint(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None, speaks: bool = True
-) -> None:
+) -> NoReturn:
     """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted, or what `main` returns.
 
     Of many ranks that all find the same mistake in a config, only the one that `speaks` tells it.
     """
+    if argv is None:  # this is the process's own command line, and not one that a test calls
+        signals.begin(speaks=speaks)
+    signals.run()
     try:
         status = main(argv) or 0
     except ConfigError as error:
@@ -169,14 +173,14 @@ def entrypoint(
             print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        status = 130
+        if speaks:
+            print(f"interrupted; {signals.AGAIN}", file=sys.stderr)
+        status = signals.INTERRUPTED
     except Exception:
+        signals.let_a_signal_pass()
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    raise SystemExit(status)
+    signals.exit(status)
 
 
 def _without_none(value: Any) -> Any:

@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 
 from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
+from configs.signals import STOPPED
 from launch import tee
 from launch.demo_report import Stage, describe_data, describe_export, describe_training, show, write_html
-from launch.environment import STOPPED
 from launch.processes import die_with_parent
 
 DIRECTORY = Path("runs/demo")
@@ -89,7 +89,7 @@ def run_stages(stages: Sequence[Stage], directory: Path, console: Console) -> in
         mark, started = stage.fingerprint(), time.monotonic()
         # Unbuffered, so that lines show when they are printed; no hub, so that nothing waits for a network.
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        status = tee.run([sys.executable, "-m", *stage.command], log, env)
+        status = tee.run([sys.executable, "-m", "launch.run", *stage.command], log, env, held_back=True)
         seconds = time.monotonic() - started
         times[stage.name] = updated(times.get(stage.name), seconds, status, stage.fingerprint() != mark)
         write_atomic(directory / "demo.json", json.dumps({"stages": times}, indent=1).encode())

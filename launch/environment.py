@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 DEFAULT_PORT = 29500
-# The exit status of a rank that was told to stop (SIGTERM, or SIGUSR1 from Slurm) and has saved a checkpoint: start the
-# same command again. sysexits.h calls it EX_TEMPFAIL; no shell and no signal uses it.
-STOPPED = 75
 # Slurm numbers real steps from 0 and keeps the top of 32 bits for batch scripts and interactive shells.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 
@@ -94,6 +91,19 @@ class ClusterEnvironment:
         address = address or _master_address(env, "slurm", len(per_node) == 1)
         port = _port(env, default=20000 + _integer(env, "SLURM_JOB_ID") % 10000)
         return cls("slurm", rank, world_size, local_rank, per_node[node_rank], node_rank, address, port)
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all. Variables that say nothing sensible are complained about later."""
+    try:
+        return ClusterEnvironment.read().is_main
+    except ValueError:
+        return True
+
+
+def was_launched() -> bool:
+    """Whether a launcher started this process as one of its ranks."""
+    return _launcher(os.environ)[0] != "single"
 
 
 def mpi_rank_and_world(env: Mapping[str, str] | None = None) -> tuple[int, int]:

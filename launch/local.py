@@ -1,15 +1,17 @@
 """`trivium launch`: the ranks of one machine, each a process with torchrun's variables set.
 
-What it does: starts `python -m MODULE ARGS...` once a rank, shares the cores among them, shows rank 0's output
-and keeps the others' in files, passes Ctrl-C, SIGTERM and SIGUSR1 on, and ends with the exit status of the rank
-that failed first (so a bad config is still status 2, in one sentence), or, after a signal, the one on which all agree:
-75 is "a checkpoint is saved, start me again". For several machines it is started on each of them with
---node-rank and --master-address. What it leaves out: restarts and elastic worlds (torchrun has them; every
-entrypoint also runs as `torchrun --nproc-per-node N -m MODULE CONFIG`) and Slurm and MPI, whose own launchers
-start the entrypoints directly.
+What it does: starts `python -m MODULE ARGS...` (train, sft and grpo stand for their modules) once a rank, shares the
+cores among them, shows rank 0's output and keeps the others' in files, passes Ctrl-C, SIGTERM and SIGUSR1 on, and ends
+with the exit status of the rank that failed first (so a bad config is still status 2, in one sentence), or, after a
+signal, the one on which all agree: 75 is "nothing is lost, start me again". On several machines it is started on each
+of them, by srun or with --node-rank and --master-address. What it leaves out: restarts and elastic worlds (torchrun has
+them; every entrypoint also runs as `torchrun --nproc-per-node N -m MODULE CONFIG`); and srun and mpirun can start the
+entrypoints without it.
 """
 
 import argparse
+import difflib
+import importlib.util
 import os
 import shutil
 import socket
@@ -19,8 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.loader import ConfigError, command_parser, entrypoint
-from launch.environment import DEFAULT_PORT, STOPPED, ClusterEnvironment
+from configs.signals import INTERRUPTED, STOPPED
+from launch.environment import DEFAULT_PORT, ClusterEnvironment
 from launch.processes import ProcessGroup, cores
+from launch.run import TRAINING
 
 TAIL_LINES = 30
 
@@ -28,39 +32,66 @@ TAIL_LINES = 30
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the ranks. Returns their exit status."""
     args = _parser().parse_args(argv)
-    for name in ("nproc_per_node", "nnodes"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} starts no rank; give 1 or more")
-    if not 0 <= args.node_rank < args.nnodes:
-        raise ConfigError(
-            f"--node-rank {args.node_rank} is not one of --nnodes {args.nnodes} nodes; they count from 0 to "
-            f"{args.nnodes - 1}"
-        )
-    if args.nnodes > 1 and args.master_address is None:
-        raise ConfigError(f"--nnodes {args.nnodes} needs --master-address, a host name of node 0 that all can reach")
-    if args.nnodes == 1:
-        address, port = "127.0.0.1", args.master_port or free_port()
-    else:
-        address, port = args.master_address, args.master_port or DEFAULT_PORT
+    nnodes, node_rank, address, port = _nodes(args)
     places = [
         ClusterEnvironment(
             launcher="torchrun",
-            rank=args.node_rank * args.nproc_per_node + local_rank,
-            world_size=args.nnodes * args.nproc_per_node,
+            rank=node_rank * args.nproc_per_node + local_rank,
+            world_size=nnodes * args.nproc_per_node,
             local_rank=local_rank,
             local_world_size=args.nproc_per_node,
-            node_rank=args.node_rank,
+            node_rank=node_rank,
             master_address=address,
             master_port=port,
         )
         for local_rank in range(args.nproc_per_node)
     ]
-    return run_ranks([sys.executable, "-m", args.module, *args.args], places)
+    module = _module(args.module)
+    return run_ranks([sys.executable, "-m", "launch.run", module, *args.args], places)
+
+
+def _nodes(args: argparse.Namespace) -> tuple[int, int, str, int]:
+    """(machines, number of this one, address and port of the first), of the options or of the Slurm step it runs in."""
+    env = ClusterEnvironment.read()
+    step = env if env.launcher == "slurm" and args.nnodes is None else None
+    if step is not None and step.local_world_size > 1:
+        raise ConfigError(
+            f"srun started {step.local_world_size} tasks on this node, each a launcher of its own; give srun "
+            f"--ntasks-per-node=1, or leave `trivium launch` out: srun --ntasks-per-node={args.nproc_per_node} python "
+            f"-m {_module(args.module)} CONFIG"
+        )
+    nnodes = args.nnodes if args.nnodes is not None else step.world_size if step else 1
+    node_rank = args.node_rank if args.node_rank is not None else step.rank if step else 0
+    for name, number, least in (("nproc-per-node", args.nproc_per_node, 1), ("nnodes", nnodes, 1)):
+        if number < least:
+            raise ConfigError(f"--{name} {number} starts no rank; give 1 or more")
+    if not 0 <= node_rank < nnodes:
+        raise ConfigError(
+            f"--node-rank {node_rank} is not one of --nnodes {nnodes} nodes; they count from 0 to {nnodes - 1}"
+        )
+    address = args.master_address or (step.master_address if step else None)
+    if nnodes == 1:
+        return 1, 0, "127.0.0.1", args.master_port or free_port()
+    if address is None:
+        raise ConfigError(f"--nnodes {nnodes} needs --master-address, a host name of node 0 that all can reach")
+    return nnodes, node_rank, address, args.master_port or (step.master_port if step else DEFAULT_PORT)
+
+
+def _module(name: str) -> str:
+    """The module that `name` stands for: itself, or that of a command that trains."""
+    if name in TRAINING:
+        return TRAINING[name]
+    if importlib.util.find_spec(name.partition(".")[0]) is None or importlib.util.find_spec(name) is None:
+        close = difflib.get_close_matches(name, [*TRAINING, *TRAINING.values()], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"there is no module {name!r} to launch; give {', '.join(TRAINING)}, or a module{hint}")
+    return name
 
 
 def run_ranks(command: Sequence[str], places: Sequence[ClusterEnvironment]) -> int:
-    """Starts `command` once at each place of this machine and waits. Returns the exit status of the whole.
+    """Starts `command`, by way of launch.run, once at each place of this machine and waits.
 
+    Returns the exit status of the whole.
     The first place's output is ours; every other's goes to a file that is shown in part if it fails first.
     """
     threads = str(max(1, cores() // len(places)))
@@ -69,13 +100,13 @@ def run_ranks(command: Sequence[str], places: Sequence[ClusterEnvironment]) -> i
         for index, place in enumerate(places):
             env = {**os.environ, **place.as_variables(), "OMP_NUM_THREADS": threads}
             if index == 0:
-                group.start(command, env)
+                group.start(command, env, held_back=True)
             else:
                 with open(logs / f"rank{place.rank}.log", "wb") as log:
-                    group.start(command, env, output=log)
+                    group.start(command, env, output=log, held_back=True)
         status = group.wait()
     # Status 2 is a refused config: every rank refuses it in the same words, and rank 0's were seen already.
-    if status in (0, 2, STOPPED, 130):
+    if status in (0, 2, STOPPED, INTERRUPTED):
         shutil.rmtree(logs)
     elif group.failed is not None:
         _tell(group.failed, places[group.failed].rank, status, logs)
@@ -101,16 +132,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         prog="trivium launch",
         description="Runs an entrypoint as several ranks on this machine.",
-        example="trivium launch --nproc-per-node 2 pretrain.train configs/pretrain/demo.toml parallel.tp=2\n"
+        example="trivium launch --nproc-per-node 2 train configs/pretrain/demo.toml parallel.tp=2\n"
         "on two machines, the second one:\n  trivium launch --nproc-per-node 8 --nnodes 2 --node-rank 1 "
-        "--master-address gpu0 pretrain.train CONFIG",
+        "--master-address gpu0 train CONFIG\n"
+        "on those of a Slurm job:\n  srun --ntasks-per-node=1 trivium launch --nproc-per-node 8 train CONFIG",
     )
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks to start here (default 1)")
-    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines in all (default 1)")
-    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
+    parser.add_argument("--nnodes", type=int, metavar="N", help="machines in all (default: srun's tasks, else 1)")
+    parser.add_argument("--node-rank", type=int, metavar="R", help="number of this machine, from 0")
     parser.add_argument("--master-address", metavar="HOST", help="host of node 0; needed where --nnodes > 1")
     parser.add_argument("--master-port", type=int, metavar="PORT", help="a free port there (default: chosen)")
-    parser.add_argument("module", metavar="MODULE", help="e.g. pretrain.train, posttrain.sft")
+    parser.add_argument("module", metavar="COMMAND", help="train, sft, grpo, or a module, e.g. pretrain.train")
     parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="its CONFIG and key=value overrides")
     return parser
 

@@ -4,8 +4,9 @@ Used for the ranks of one machine (launch/local.py) and the stages of the demo (
 output goes: callers pass file descriptors.
 
 The rules: a first Ctrl-C (or SIGTERM, SIGUSR1, or a closed terminal) is passed on once, so that every process can
-finish what it must, and the status is then theirs; a second one kills. When one process fails, the others get a moment
-to say why and are then ended.
+finish what it must, and the status is then theirs. A second Ctrl-C kills; another second signal changes nothing, since
+Slurm sends a warning, then SIGTERM at the end. When one process fails, the others get a moment to say why and are then
+ended.
 If this process is itself killed, so are they and the children they left: a rerun never meets a survivor that writes
 to its run directory or holds its lock.
 """
@@ -20,7 +21,11 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
-GRACE_SECONDS = 60.0  # from a passed-on signal to SIGKILL: a checkpoint may be on its way to disk
+from configs import signals
+
+STOP_SECONDS = 300.0  # from a passed-on signal to SIGKILL: a step may have to end, and a checkpoint to be written
+GRACE_SECONDS = 60.0  # from SIGTERM after another's failure to SIGKILL: a checkpoint may be on its way to disk
+TWICE_SECONDS = 1.0  # a second Ctrl-C that soon is the same one, which came by two ways
 SETTLE_SECONDS = 5.0  # from the first failure to SIGTERM for the rest: they may be about to fail with a reason
 _PR_SET_PDEATHSIG = 1
 # Waits for the end of its input, which is our end however we came to it, and kills a process group.
@@ -41,11 +46,15 @@ class ProcessGroup:
         self.failed: int | None = None  # index of the process that failed first
         self._guards: list[tuple[subprocess.Popen[bytes], int]] = []
         self._signals: list[int] = []
+        self._told_to_kill = False
+        self._told_at = 0.0
         self._previous: dict[int, Any] = {}
+        self._elsewhere = signals.elsewhere()
 
     def __enter__(self) -> "ProcessGroup":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in signals.SAVING:
             self._previous[number] = signal.signal(number, self._on_signal)
+        self._elsewhere.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,15 +66,19 @@ class ProcessGroup:
             guard.wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._elsewhere.__exit__(None, None, None)
 
     def start(
         self,
         argv: Sequence[str],
         env: Mapping[str, str] | None = None,
         output: IO[bytes] | int | None = None,
-        cwd: str | os.PathLike[str] | None = None,
+        held_back: bool = False,
     ) -> subprocess.Popen[bytes]:
         """Starts one process; `output` takes stdout and stderr (default: ours).
+
+        With `held_back`, signals wait until the process lets them through, as launch/run.py does once it answers them:
+        none finds it half started.
 
         Each has a session of its own, so that a Ctrl-C at the terminal reaches it once, by way of us.
         """
@@ -75,9 +88,8 @@ class ProcessGroup:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            cwd=cwd,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=_hold_back if held_back else die_with_parent,
         )
         self.processes.append(process)
         self._guard(process.pid)
@@ -98,14 +110,15 @@ class ProcessGroup:
         After a signal: the status on which all agree (they may have saved and said so, or have been finished before
         it), else 128 + the signal.
         """
-        passed_on = 0
+        passed_on = False
         deadline: float | None = None
         ending = False
         while any(process.poll() is None for process in self.processes):
-            if len(self._signals) > passed_on:
-                passed_on += 1
-                self._send(self._signals[-1] if passed_on == 1 else signal.SIGKILL)
-                ending, deadline = True, time.monotonic() + GRACE_SECONDS
+            if self._signals and not passed_on:
+                self._send(self._signals[0])
+                passed_on, ending, deadline = True, True, time.monotonic() + STOP_SECONDS
+            if self._told_to_kill:
+                self._send(signal.SIGKILL)
             if self.failed is None and not self._signals:
                 self.failed = self._first_failure()
                 if self.failed is not None:
@@ -135,7 +148,10 @@ class ProcessGroup:
                 process.send_signal(number)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in self._signals:
+            self._told_to_kill |= time.monotonic() - self._told_at > TWICE_SECONDS
         self._signals.append(number)
+        self._told_at = time.monotonic()
 
 
 def exit_status(returncode: int) -> int:
@@ -146,6 +162,11 @@ def exit_status(returncode: int) -> int:
 def cores() -> int:
     """The cores this process may use: its affinity where the system has one, else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _hold_back() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SAVING)
+    die_with_parent()
 
 
 def die_with_parent() -> None:

@@ -24,8 +24,8 @@ from launch.processes import ProcessGroup
 LAST_WORDS_SECONDS = 5.0  # how long output is still read after the command's end, should a child hold it open
 
 
-def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> int:
-    """Runs `command`, appends its output to `log` and shows it.
+def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, held_back: bool = False) -> int:
+    """Runs `command`, appends its output to `log` and shows it. `held_back`: see ProcessGroup.start.
 
     Returns its exit status, 128 + n for signal n.
     """
@@ -38,7 +38,7 @@ def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None)
             if terminal:
                 _copy_size(ours)
                 previous = signal.signal(signal.SIGWINCH, lambda _n, _f: _copy_size(ours))
-            group.start(command, env, output=theirs)
+            group.start(command, env, output=theirs, held_back=held_back)
             os.close(theirs)
             reader = threading.Thread(target=_copy, args=(ours, file), daemon=True)
             reader.start()

@@ -6,6 +6,11 @@ The trainer is pretraining's; the rows are sampled from the current model, and t
 surrogate.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from launch import run
+
+    run.begin("posttrain.grpo")
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +18,7 @@ from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import GRPOConfig
 from configs.train import RESUME
-from launch.environment import ClusterEnvironment
+from launch.environment import ClusterEnvironment, is_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,4 +82,4 @@ def _check_groups(config: GRPOConfig, layout: Layout) -> None:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=ClusterEnvironment.read().is_main)
+    entrypoint(main, speaks=is_main())

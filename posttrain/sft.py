@@ -6,6 +6,11 @@ The trainer and the loss are pretraining's; only the rows differ: loss on assist
 dialogue.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from launch import run
+
+    run.begin("posttrain.sft")
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +19,7 @@ from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import SFTConfig
 from configs.train import RESUME
 from data_pipeline.mixture.rows import Row
-from launch.environment import ClusterEnvironment
+from launch.environment import ClusterEnvironment, is_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,4 +75,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=ClusterEnvironment.read().is_main)
+    entrypoint(main, speaks=is_main())

@@ -3,6 +3,11 @@
 torchrun --nproc-per-node 2 -m pretrain.train configs/pretrain/demo.toml parallel.tp=2
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from launch import run
+
+    run.begin("pretrain.train")
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +17,7 @@ from configs.loader import ConfigError, entrypoint, parse_args
 from configs.train import RESUME, PretrainConfig
 from data_pipeline.integrity import DamagedData
 from data_pipeline.mixture.rows import Plan
-from launch.environment import ClusterEnvironment
+from launch.environment import ClusterEnvironment, is_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,4 +87,4 @@ def _open_plan(config: PretrainConfig) -> Plan:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=ClusterEnvironment.read().is_main)
+    entrypoint(main, speaks=is_main())

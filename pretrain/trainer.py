@@ -4,6 +4,7 @@ A run is its directory: started again with the same command, it goes on from the
 finished one says so. Checkpoints are written while training goes on, see checkpoint/saving.py.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -16,15 +17,15 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 
-from configs import loader
+from configs import loader, signals
 from configs.loader import ConfigError
 from configs.train import ModelConfig, Precision, TrainerConfig
-from launch.environment import STOPPED, ClusterEnvironment
+from launch.environment import ClusterEnvironment
 from pretrain import report
 from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
@@ -39,8 +40,8 @@ from pretrain.parallel.engine import Engine, Sums
 from pretrain.parallel.groups import Place
 from pretrain.schedule import learning_rate
 
-FAILED, INTERRUPTED = 1, 130
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1@SECONDS sends
+FAILED = 1
+ENDING = "ending"  # in the lock file of a run that was told to stop
 
 
 class Trainer:
@@ -82,7 +83,6 @@ class Trainer:
         }
         if not source.after:  # else it depends on the checkpoint that is gone on from
             self._check_samples()
-        self._stop_signal = 0
         self._started = 0  # the step that this process goes on from
         self.engine = Engine(
             model_config, train, config.optimizer, place, config.run.seed, dtype, max(1, len(source.sources))
@@ -97,7 +97,8 @@ class Trainer:
         checkpoint of where it was: 75 (start me again) for SIGTERM and SIGUSR1, 130 for Ctrl-C.
         """
         with ExitStack() as stack:
-            stack.enter_context(_only_run_in(self.run_dir, self.place))
+            watch = stack.enter_context(signals.saving())
+            stack.enter_context(_only_run_in(self.run_dir, self.place, watch))
             self._resume()
             if self.step >= self.config.train.steps:
                 if self.place.is_main:
@@ -108,7 +109,6 @@ class Trainer:
                 return 0
             self._begin_stretch()
             self._started = self.step
-            stack.enter_context(self._signals())
             log = progress = None
             if self.place.is_main:
                 self._write_facts()
@@ -120,8 +120,8 @@ class Trainer:
             saver = stack.enter_context(Saver(self.engine, self.run_dir, self.config.checkpoint, say))
             check = stack.enter_context(DataCheck(self.source.files(), self.place))
             try:
-                self._agree_to_stop(check)
-                stopped_by = self._loop(log, progress, saver, check)
+                self._agree_to_stop(check, watch)
+                stopped_by = self._loop(log, progress, saver, check, watch)
             except DamagedTrainingData as error:
                 say(f"error: {error}")
                 return FAILED
@@ -132,12 +132,19 @@ class Trainer:
             if stopped_by:
                 name = signal.Signals(stopped_by).name
                 say(f"stopped by {name} at step {self.step}; the same command goes on from there")
-                return INTERRUPTED if stopped_by == signal.SIGINT else STOPPED
+                return signals.status_of(stopped_by)
         if self.place.is_main:
             print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}")
         return 0
 
-    def _loop(self, log: MetricsLog | None, progress: ProgressLine | None, saver: Saver, check: DataCheck) -> int:
+    def _loop(
+        self,
+        log: MetricsLog | None,
+        progress: ProgressLine | None,
+        saver: Saver,
+        check: DataCheck,
+        watch: signals.Watch,
+    ) -> int:
         """Returns the signal that ended it before `train.steps`, else 0. Its last save may be in flight still."""
         config = self.config
         while self.step < config.train.steps:
@@ -149,7 +156,7 @@ class Trainer:
             if last and check.running:
                 self._say(progress, "waits for the training data to be held against its checksums")
                 check.wait()
-            stopped_by = self._agree_to_stop(check)
+            stopped_by = self._agree_to_stop(check, watch)
             saving = last or bool(stopped_by) or self.step % config.checkpoint.every == 0
             if saving:
                 record["save_copy_s"] = round(saver.copy(), 4)
@@ -282,29 +289,18 @@ class Trainer:
         self.stretches = [one for one in self.stretches if one["first_step"] < self.step]
         self.stretches.append({"first_step": self.step, "first_sample": self.samples, **now})
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """STOP_SIGNALS ask for a checkpoint after the current step; the launcher may send them twice."""
-
-        def remember(number: int, _: object) -> None:
-            self._stop_signal = number
-
-        previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():  # None: it was not set from Python and cannot be put back
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _agree_to_stop(self, check: DataCheck) -> int:
+    def _agree_to_stop(self, check: DataCheck, watch: signals.Watch) -> int:
         """The signal that any rank got, the same on all; 0 if none did. Errors: DamagedTrainingData, also on all."""
-        numbers = torch.tensor([self._stop_signal, check.failed], dtype=torch.float32, device=self.place.device)
+        trained = self.step > self._started
+        if trained:
+            watch.agree()
+        numbers = torch.tensor([watch.number, check.failed], dtype=torch.float32, device=self.place.device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         stop_signal, damaged = numbers.tolist()
+        if trained:
+            watch.work()
         if damaged:
-            check.raise_together(
-                f"; what was saved after step {self._started} may be spoilt" if self.step > self._started else ""
-            )
+            check.raise_together(f"; what was saved after step {self._started} may be spoilt" if trained else "")
         return int(stop_signal)
 
     def _write_facts(self) -> None:
@@ -345,21 +341,48 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _only_run_in(run_dir: Path, place: Place) -> Iterator[None]:
-    """Holds the run directory's lock; a second run in it is refused on all ranks."""
+def _only_run_in(run_dir: Path, place: Place, watch: signals.Watch) -> Iterator[None]:
+    """Holds the run directory's lock; a second run in it is refused on all ranks.
+
+    It waits for one that was told to stop and is saving, as one whose launcher was killed may be when it is started
+    again.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a") as lock:
-        free = True
-        if place.is_main:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                free = False
+    with open(run_dir / ".lock", "a+") as lock:
+        free = not place.is_main or _take(lock, run_dir)
         if not place.gather_json(free)[0]:
             raise ConfigError(
                 f"another process is training in {run_dir}; wait for it, stop it or choose another run.dir"
             )
+        if place.is_main:
+            _write(lock, "")
+            watch.when_told(lambda: _write(lock, ENDING))
         yield
+
+
+def _take(lock: IO[str], run_dir: Path) -> bool:
+    """Takes the lock, from a run that ends if need be. Returns whether it is ours."""
+    deadline = time.monotonic() + signals.ORPHAN_SECONDS
+    said = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            lock.seek(0)
+            if lock.read() != ENDING or time.monotonic() > deadline:
+                return False
+        if not said:
+            print(f"waiting for the run in {run_dir} that was told to stop and is saving", flush=True)
+            said = True
+        time.sleep(0.2)
+
+
+def _write(lock: IO[str], text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a full disk; a run that has ended meanwhile
+        lock.truncate(0)
+        lock.write(text)
+        lock.flush()
 
 
 def _summary(record: dict[str, Any]) -> str:

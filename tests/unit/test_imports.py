@@ -22,6 +22,7 @@ TOKEN_STORE = (
     "data_pipeline.mixture.packing",
     "data_pipeline.tokens.tokenizer",
 )
+LAUNCH = ("launch.environment", "launch.run")  # the cluster's facts, and how a process of ours begins
 PAGES = ("data_pipeline.charts",)  # what the HTML pages of data runs and training runs share
 
 
@@ -67,11 +68,12 @@ RULES = (
     Rule("pretrain.report", ours=("configs", "pretrain.charts", *PAGES), never=TORCH),
     Rule("pretrain.charts", ours=PAGES, never=TORCH),
     Rule("data_pipeline.charts", ours=(), never=TORCH),
-    Rule("pretrain", ours=("configs", "pretrain", "launch.environment", *TOKEN_STORE, *PAGES), never=SCHEDULES),
-    Rule("posttrain", ours=("configs", "pretrain", "posttrain", "launch.environment", *TOKEN_STORE), never=SCHEDULES),
+    Rule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=SCHEDULES),
+    Rule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=SCHEDULES),
     Rule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=SCHEDULES),
     Rule("launch", ours=("configs", "launch"), only=("rich",)),
-    Rule("cli", ours=("configs.loader",), only=("nothing",)),
+    Rule("configs.signals", ours=(), only=("nothing",)),  # it is imported before all else, and at once
+    Rule("cli", ours=("configs.loader", *LAUNCH), only=("nothing",)),
 )
 
 

@@ -1,0 +1,43 @@
+"""A pretraining config on a plan of a few tokens, for tests that start the command itself."""
+
+import json
+from pathlib import Path
+
+from configs.loader import toml, validate
+from configs.mixture import MixtureConfig
+from data_pipeline.mixture.plan_files import build_stages
+from tests.parallel.test_layouts import MODELS
+from tests.small_data import VOCAB, make_tokens
+
+
+def write_config(folder: Path, steps: int, run_dir: Path, every: int = 100_000) -> Path:
+    """A config of a dense model of a few thousand weights; a step takes some hundredths of a second."""
+    mixture = {"seq_length": 32, "weights": {"code": 0.5, "prose": 0.5}, "max_epochs": 100_000, "samples": 4 * steps}
+    build_stages(*make_tokens(folder), folder / "plan", validate(MixtureConfig, mixture).plans())
+    tree = {
+        "run": {"dir": str(run_dir), "seed": 3},
+        "model": {**MODELS["dense"], "vocab_size": VOCAB},
+        "data": {"plan": str(folder / "plan")},
+        "train": {
+            "steps": steps,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "seq_length": 32,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 0.001, "eps": 1e-6},
+        "schedule": {"kind": "constant"},
+        "checkpoint": {"every": every},
+        "eval": {"rows": 4, "every": 1000},
+        "log": {"tensorboard": False},
+    }
+    path = folder / "train.toml"
+    path.write_bytes(toml(tree))
+    return path
+
+
+def last_step(run_dir: Path) -> int:
+    """The newest step in the run's log."""
+    log = run_dir / "metrics.jsonl"
+    lines = [line for line in log.read_text().splitlines() if '"loss"' in line] if log.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("}") else 0

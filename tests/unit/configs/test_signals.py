@@ -1,0 +1,159 @@
+"""Signals to small processes in each phase: what ends at once, what is noted, what changes nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+# A call into compiled code that no signal ends and that lets other threads run, as a collective is.
+BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+TRAINS = "watch = signals.saving().__enter__(); watch.agree(); watch.work()\n"
+
+
+def start(script: str, *, saves: bool = True, launched: bool = False) -> subprocess.Popen[str]:
+    """Runs `script`, which prints `up` when the signal may come."""
+    begin = f"import os, sys, time\nfrom configs import signals\nsignals.begin({saves}, launched={launched})\n"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", begin + script],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line == "up\n", line + (process.stderr.read() if process.stderr else "")
+    return process
+
+
+def ended(process: subprocess.Popen[str], *numbers: int, within: float = 5.0) -> tuple[int, str, str]:
+    began = time.monotonic()
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert time.monotonic() - began < within
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+)
+def test_before_its_first_step_training_ends_at_once_even_in_compiled_code(number: int, status: int) -> None:
+    process = start("print('up')\n" + BUSY)
+    name = signal.Signals(number).name
+    said = f"stopped by {name} before the first step was done; run the same command again to go on\n"
+    assert ended(process, number) == (status, "", said)
+
+
+def test_later_it_is_noted_and_a_second_one_changes_nothing() -> None:
+    save = "print('up')\nwhile not watch.number: time.sleep(0.01)\ntime.sleep(0.5)\nprint('saved', watch.number)\n"
+    process = start(TRAINS + save + "signals.exit(signals.status_of(watch.number))")
+    assert ended(process, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM) == (75, "saved 10\n", "")
+
+
+def test_what_has_ended_well_stays_so() -> None:
+    process = start(TRAINS + "watch.end(); print('up')\ntime.sleep(0.5)\nsignals.exit(0)")
+    assert ended(process, signal.SIGTERM, signal.SIGINT) == (0, "", "")
+
+
+def test_a_rank_that_fails_before_its_first_step_may_have_felt_anothers_end() -> None:
+    """The signal that ended the other one comes a moment later, and is what is told."""
+    script = (
+        "watch = signals.saving().__enter__(); watch.agree(); print('up')\n"
+        "signals.let_a_signal_pass()\nraise ValueError"
+    )
+    status, _, said = ended(start(script, launched=True), signal.SIGTERM)
+    assert (status, "Traceback" in said) == (75, False)
+    status, _, said = ended(start(script, launched=True))
+    assert (status, "ValueError" in said) == (1, True)
+
+
+def test_a_rank_that_waits_for_others_after_its_first_step_does_not_wait_forever() -> None:
+    script = "signals.AGREEMENT_SECONDS = 0.5; signals._watch.agree(); print('up')\n" + BUSY
+    assert ended(start(script), signal.SIGTERM)[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("print('up')\n" + BUSY, "before the first step"),
+        (
+            TRAINS + "print('up')\nwhile not watch.number: time.sleep(0.1)\nos.write(2, b'saved')\nos._exit(75)\n",
+            "saved",
+        ),
+        ("signals.ORPHAN_SECONDS = 0.5\n" + TRAINS + "print('up')\n" + BUSY, "SIGTERM"),  # it waits for a dead rank
+    ],
+)
+def test_ranks_end_when_their_launcher_is_gone(tmp_path: Path, script: str, said: str) -> None:
+    launcher = "import subprocess, sys; subprocess.Popen([sys.executable, '-u', '-c', sys.argv[1]]).wait()"
+    begin = (
+        "import os, sys, time\nfrom configs import signals\nsignals.begin(True, launched=True)\nprint(os.getpid())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, begin + script],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    pid = int(process.stdout.readline())
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.7)
+    os.kill(pid, 0)  # a launcher that lives is no reason to end
+    process.kill()
+    process.wait()
+    began = time.monotonic()
+    assert said in process.stderr.read()  # until the rank has closed its end of it
+    assert time.monotonic() - began < 5
+
+
+def test_any_other_command_is_interrupted_and_cleans_up() -> None:
+    script = "signals.run()\ntry:\n print('up'); time.sleep(60)\nfinally:\n time.sleep(0.3); print('clean')\n"
+    status, out, said = ended(start(script, saves=False), signal.SIGINT, signal.SIGINT)
+    assert (status, out) == (-signal.SIGINT, "clean\n") and "KeyboardInterrupt" in said
+
+
+def test_a_command_that_swallows_its_interruption_is_ended() -> None:
+    script = (
+        "signals.CLEANUP_SECONDS = 0.5; signals.run()\n"
+        "while True:\n try: print('up'); time.sleep(60)\n except BaseException: pass\n"
+    )
+    assert ended(start(script, saves=False), signal.SIGINT) == (
+        130,
+        "up\n",
+        "interrupted; run the same command again to go on\n",
+    )
+
+
+def test_while_it_is_imported_any_command_ends_at_once() -> None:
+    assert ended(start("print('up')\n" + BUSY, saves=False), signal.SIGINT)[0] == 130
+
+
+def test_nohup_holds() -> None:
+    script = "from configs import signals; signals.begin(True)\nimport time\n"
+    script += "print('up'); time.sleep(0.5); print('finished')"
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-u", "-c", script],
+        cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    assert ended(process, signal.SIGHUP)[:2] == (0, "finished\n")
+
+
+def test_a_signal_to_a_forked_child_is_the_childs_alone() -> None:
+    script = (
+        "import signal\nchild = os.fork()\nif not child: time.sleep(60)\nprint('up'); time.sleep(0.2)\n"
+        "os.kill(child, signal.SIGTERM); print(os.waitpid(child, 0)[1]); time.sleep(0.2)\nsignals.exit(0)"
+    )
+    assert ended(start(script)) == (0, "15\n", "")
