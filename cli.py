@@ -94,7 +94,8 @@ def _call(target: str, argv: Sequence[str], own: bool) -> None:
         run.begin(module)
     from configs.loader import entrypoint
 
-    entrypoint(getattr(importlib.import_module(module), function), argv, environment.is_main())
+    speaks = module not in run.TRAINING.values() or environment.is_main()
+    entrypoint(getattr(importlib.import_module(module), function), argv, speaks)
 
 
 def _refuse(sentence: str) -> int:

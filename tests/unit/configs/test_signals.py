@@ -69,7 +69,7 @@ def test_what_has_ended_well_stays_so() -> None:
 def test_a_rank_that_fails_before_its_first_step_may_have_felt_anothers_end() -> None:
     """The signal that ended the other one comes a moment later, and is what is told."""
     script = (
-        "watch = signals.saving().__enter__(); watch.agree(); print('up')\n"
+        "watch = signals.saving().__enter__(); watch.agree(); signals.ECHO_SECONDS = 1.0; print('up')\n"
         "signals.let_a_signal_pass()\nraise ValueError"
     )
     status, _, said = ended(start(script, launched=True), signal.SIGTERM)
@@ -96,9 +96,7 @@ def test_a_rank_that_waits_for_others_after_its_first_step_does_not_wait_forever
 )
 def test_ranks_end_when_their_launcher_is_gone(tmp_path: Path, script: str, said: str) -> None:
     launcher = "import subprocess, sys; subprocess.Popen([sys.executable, '-u', '-c', sys.argv[1]]).wait()"
-    begin = (
-        "import os, sys, time\nfrom configs import signals\nsignals.begin(True, launched=True)\nprint(os.getpid())\n"
-    )
+    begin = "import os, sys, time\nfrom configs import signals\nsignals._POLL_SECONDS = 0.1\nsignals.begin(True, launched=True)\nprint(os.getpid())\n"
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, begin + script],
         cwd=ROOT,
@@ -109,7 +107,7 @@ def test_ranks_end_when_their_launcher_is_gone(tmp_path: Path, script: str, said
     assert process.stdout is not None and process.stderr is not None
     pid = int(process.stdout.readline())
     assert process.stdout.readline() == "up\n"
-    time.sleep(0.7)
+    time.sleep(0.3)
     os.kill(pid, 0)  # a launcher that lives is no reason to end
     process.kill()
     process.wait()
