@@ -96,7 +96,8 @@ def test_a_rank_that_waits_for_others_after_its_first_step_does_not_wait_forever
 )
 def test_ranks_end_when_their_launcher_is_gone(tmp_path: Path, script: str, said: str) -> None:
     launcher = "import subprocess, sys; subprocess.Popen([sys.executable, '-u', '-c', sys.argv[1]]).wait()"
-    begin = "import os, sys, time\nfrom configs import signals\nsignals._POLL_SECONDS = 0.1\nsignals.begin(True, launched=True)\nprint(os.getpid())\n"
+    begin = "import os, sys, time\nfrom configs import signals\nsignals._POLL_SECONDS = 0.1\n"
+    begin += "signals.begin(True, launched=True)\nprint(os.getpid())\n"
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, begin + script],
         cwd=ROOT,
