@@ -4,20 +4,18 @@ A run is its directory: started again with the same command, it goes on from the
 finished one says so. Checkpoints are written while training goes on, see checkpoint/saving.py.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import platform
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +32,7 @@ from pretrain.checkpoint.saving import Saver
 from pretrain.data import BatchSource, micro_batches, share_of_rank
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.evaluate import Evaluator, peak_flops
+from pretrain.lock import only_run_in
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.losses import LossFunction
 from pretrain.parallel.engine import Engine, Sums
@@ -41,7 +40,6 @@ from pretrain.parallel.groups import Place
 from pretrain.schedule import learning_rate
 
 FAILED = 1
-ENDING = "ending"  # in the lock file of a run that was told to stop
 
 
 class Trainer:
@@ -98,7 +96,7 @@ class Trainer:
         """
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
-            stack.enter_context(_only_run_in(self.run_dir, self.place, watch))
+            stack.enter_context(only_run_in(self.run_dir, self.place, watch))
             self._resume()
             if self.step >= self.config.train.steps:
                 if self.place.is_main:
@@ -338,51 +336,6 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if precision == Precision.BF16 else torch.float32
-
-
-@contextmanager
-def _only_run_in(run_dir: Path, place: Place, watch: signals.Watch) -> Iterator[None]:
-    """Holds the run directory's lock; a second run in it is refused on all ranks.
-
-    It waits for one that was told to stop and is saving, as one whose launcher was killed may be when it is started
-    again.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a+") as lock:
-        free = not place.is_main or _take(lock, run_dir)
-        if not place.gather_json(free)[0]:
-            raise ConfigError(
-                f"another process is training in {run_dir}; wait for it, stop it or choose another run.dir"
-            )
-        if place.is_main:
-            _write(lock, "")
-            watch.when_told(lambda: _write(lock, ENDING))
-        yield
-
-
-def _take(lock: IO[str], run_dir: Path) -> bool:
-    """Takes the lock, from a run that ends if need be. Returns whether it is ours."""
-    deadline = time.monotonic() + signals.ORPHAN_SECONDS
-    said = False
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            lock.seek(0)
-            if lock.read() != ENDING or time.monotonic() > deadline:
-                return False
-        if not said:
-            print(f"waiting for the run in {run_dir} that was told to stop and is saving", flush=True)
-            said = True
-        time.sleep(0.2)
-
-
-def _write(lock: IO[str], text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a full disk; a run that has ended meanwhile
-        lock.truncate(0)
-        lock.write(text)
-        lock.flush()
 
 
 def _summary(record: dict[str, Any]) -> str:

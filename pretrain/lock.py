@@ -1,0 +1,64 @@
+"""One training run in a run directory at a time, by a lock that the main rank holds.
+
+The lock is the kernel's (flock): it goes when the process does, however that was. What it leaves out: file systems on
+which two machines can both hold it.
+"""
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from configs import signals
+from configs.loader import ConfigError
+from pretrain.parallel.groups import Place
+
+ENDING = "ending"  # in the lock file of a run that was told to stop
+
+
+@contextmanager
+def only_run_in(run_dir: Path, place: Place, watch: signals.Watch) -> Iterator[None]:
+    """Holds the run directory's lock; a second run in it is refused on all ranks.
+
+    It waits for one that was told to stop and is saving, as one whose launcher was killed may be when it is started
+    again.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+") as lock:
+        free = not place.is_main or _take(lock, run_dir)
+        if not place.gather_json(free)[0]:
+            raise ConfigError(
+                f"another process is training in {run_dir}; wait for it, stop it or choose another run.dir"
+            )
+        if place.is_main:
+            _write(lock, "")
+            watch.when_told(lambda: _write(lock, ENDING))
+        yield
+
+
+def _take(lock: IO[str], run_dir: Path) -> bool:
+    """Takes the lock, from a run that ends if need be. Returns whether it is ours."""
+    deadline = time.monotonic() + signals.ORPHAN_SECONDS
+    said = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            lock.seek(0)
+            if lock.read() != ENDING or time.monotonic() > deadline:
+                return False
+        if not said:
+            print(f"waiting for the run in {run_dir} that was told to stop and is saving", flush=True)
+            said = True
+        time.sleep(0.2)
+
+
+def _write(lock: IO[str], text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a full disk; a run that has ended meanwhile
+        lock.truncate(0)
+        lock.write(text)
+        lock.flush()
