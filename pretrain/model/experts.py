@@ -13,6 +13,7 @@ from pretrain.model.megatron import tensor_parallel
 from pretrain.model.slices import mark_expert
 
 ROWS_ALIGNED = 8  # CUDA's grouped product wants groups of rows that start at 16 bytes: 8 numbers in bf16
+STRIDE_BYTES = 16  # the grouped product wants rows of matrices that are a multiple of this long
 
 
 class Experts(nn.Module):
@@ -45,10 +46,15 @@ class Experts(nn.Module):
         return self._by_loop(x_RH, counts.tolist())
 
     def _grouped(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Where H or F is too short of a multiple for the product, both are filled up with zeros, which add nothing."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up, down = (w.transpose(1, 2) for w in (self.gate_proj, self.up_proj, self.down_proj))
-        hidden = F.silu(F.grouped_mm(x_RH, gate, offs=ends)) * F.grouped_mm(x_RH, up, offs=ends)
-        return F.grouped_mm(hidden, down, offs=ends)
+        multiple, hidden_size = STRIDE_BYTES // x_RH.element_size(), x_RH.shape[1]
+        more_H, more_F = -hidden_size % multiple, -self.gate_proj.shape[1] % multiple
+        x_RH = _widened(x_RH, more_H)
+        gate, up = (_widened(w, more_H, more_F).transpose(1, 2) for w in (self.gate_proj, self.up_proj))
+        down = _widened(self.down_proj, more_F, more_H).transpose(1, 2)
+        inner = F.silu(F.grouped_mm(x_RH, gate, offs=ends)) * F.grouped_mm(x_RH, up, offs=ends)
+        return F.grouped_mm(inner, down, offs=ends)[:, :hidden_size]
 
     def _aligned(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """With rows of zeros between experts, so that every expert's first row is aligned."""
@@ -65,6 +71,11 @@ class Experts(nn.Module):
             for x, (gate, up, down) in zip(x_RH.split(counts), weights, strict=True)
         ]
         return torch.cat(outputs)
+
+
+def _widened(matrices: torch.Tensor, columns: int, rows: int = 0) -> torch.Tensor:
+    """With columns and rows of zeros at their ends; the same tensor, and no copy, if there are none."""
+    return F.pad(matrices, (0, columns, 0, rows)) if columns or rows else matrices
 
 
 def _has_grouped_product(x: torch.Tensor) -> bool:

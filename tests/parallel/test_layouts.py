@@ -50,11 +50,12 @@ MODELS = {
             "bias_update_rate": 0.05,
         },
     },
-    # Tokens are dropped, and weights do not sum to one.
+    # Tokens are dropped, and weights do not sum to one. Half an expert has an odd size.
     "capacity": {
         **BASE,
         "moe": {
             "num_experts": 4,
+            "ffn_hidden_size": 22,
             "renormalize": False,
             "aux_loss": "micro_batch",
             "aux_loss_coef": 0.5,
