@@ -11,5 +11,6 @@ def stable_hash(text: str) -> int:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value of JSON; the order of keys does not count."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    """SHA-256 of a value of JSON; the order of keys does not count, and lone surrogates pass."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

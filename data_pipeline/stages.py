@@ -26,6 +26,7 @@ from data_pipeline.language import IdentifyLanguage, kept_identifier
 from data_pipeline.ledger import Tally
 from data_pipeline.reading import InputUnit, SourceReader, find_units
 from data_pipeline.reading.files import is_remote
+from data_pipeline.reading.names import openable
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scores.filtering import ApplyRules
 from data_pipeline.scores.model_scores import ModelScores, model_files
@@ -76,7 +77,7 @@ def input_units(config: DataConfig) -> list[InputUnit]:
 def inputs_hash(config: DataConfig, units: Sequence[InputUnit], cache: Path) -> str:
     """Of local files their content, of remote ones the version that their system tells; blocklists included."""
     files = [file for unit in units for file in unit.files]
-    local = [Path(file.path) for file in files if not file.reason and not is_remote(file.path)]
+    local = [Path(openable(file.path)) for file in files if not file.reason and not is_remote(file.path)]
     lists = config.extract.blocklist
     local += [Path(path) for path in (*lists.domains, *lists.hosts, *lists.prefixes)]
     others = [

@@ -1,6 +1,7 @@
 """From the patterns of a source to its files, on any file system that fsspec knows; and opening them.
 
-A pattern is a path, a glob, or a folder, which is searched for files of the source's format. Local folders are followed
+A pattern is a path, a glob, or a folder, which is searched for files of the source's format; brackets in a folder that
+exists are its own. Files are known by names that can be shown (see `names`). Local folders are followed
 through links, every folder once: a loop or a file reached twice is reported, never read twice. Files within one
 source are told apart by device and inode; the same file in two sources is read for both. Endpoint and credentials of
 remote systems come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID...) or fsspec's own configuration
@@ -15,6 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +26,7 @@ from fsspec.utils import glob_translate
 from configs.data import SourceConfig
 from configs.loader import ConfigError
 from data_pipeline.reading.formats import entered, wanted
+from data_pipeline.reading.names import openable, printable
 from data_pipeline.reading.records import FoundFile
 
 _REMOTE_BLOCK = 1 << 22  # bytes a request to a remote system fetches, and holds
@@ -49,7 +52,8 @@ def find_files(name: str, source: SourceConfig) -> list[FoundFile]:
             )
         for file in files:
             found.setdefault(file.path, file)
-    return _each_once([found[path] for path in sorted(found)])
+    files = _each_once([found[path] for path in sorted(found)])
+    return [replace(file, path=printable(file.path), root=printable(file.root)) for file in files]
 
 
 def _found(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]:
@@ -66,10 +70,12 @@ def is_http(path: str) -> bool:
     return path.lower().startswith(_HTTP)
 
 
-def open_file(path: str) -> BinaryIO:
-    """Opens for reading; a remote file is fetched block by block. Errors: OSError, ValueError for an HTTP server that
-    sends whole files alone.
+def open_file(name: str) -> BinaryIO:
+    """Opens the file of a FoundFile's path for reading; a remote file is fetched block by block.
+
+    Errors: OSError, ValueError for an HTTP server that sends whole files alone.
     """
+    path = openable(name)
     if not is_remote(path):
         return open(path, "rb")
     system, inner = fsspec.core.url_to_fs(path)
@@ -81,25 +87,36 @@ def open_file(path: str) -> BinaryIO:
             file.seek(0)
         except ValueError:
             raise ValueError(
-                f"{path}: its server sends no parts of files (HTTP range requests), which one above "
+                f"{name}: its server sends no parts of files (HTTP range requests), which one above "
                 f"{_REMOTE_BLOCK >> 20} MiB is read in; copy the file here and name the copy"
             ) from None
     return file
 
 
 def _local(pattern: str, source: SourceConfig) -> Iterator[FoundFile]:
-    if not glob.has_magic(pattern) or os.path.lexists(pattern):
+    folder = _literal_folder(pattern)
+    rest = pattern.removeprefix(folder)
+    if not glob.has_magic(rest) or os.path.lexists(pattern):
         yield from _search(pattern, source) if os.path.isdir(pattern) else _named([pattern])
-    elif "**" not in pattern:
-        for match in sorted(glob.glob(pattern)):
+    elif "**" not in rest:
+        for match in sorted(glob.glob(glob.escape(folder) + rest)):
             yield from _search(match, source) if os.path.isdir(match) else _named([match])
     else:  # glob's own ** would follow a loop of links until the system gives up
-        root = os.path.dirname(re.split(r"[*?\[]", pattern)[0]) or "."
-        matches = re.compile(glob_translate(pattern)).match
+        root = folder.rstrip("/") or "/" if folder else "."
+        matches = re.compile(glob_translate(rest)).match
         for path, reason in _walk(root, source):
-            name = path.removeprefix("./") if root == "." else path
-            if reason or matches(name):
+            name = path if folder else path.removeprefix("./")
+            if reason or matches(name.removeprefix(folder)):
                 yield _look(name, root, reason)
+
+
+def _literal_folder(pattern: str) -> str:
+    """The longest beginning of a pattern that is, taken at its word, a folder; with its slash."""
+    place = len(pattern)
+    while (place := pattern.rfind("/", 0, place)) >= 0:
+        if os.path.isdir(pattern[: place + 1]):
+            return pattern[: place + 1]
+    return ""
 
 
 def _named(paths: list[str]) -> Iterator[FoundFile]:

@@ -3,13 +3,17 @@
 import gzip
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
 import brotli
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from data_pipeline.provenance.explain import main as explain
+from data_pipeline.report import main as report
 from data_pipeline.run import main
 from tests.data_runs import write_inputs
 from tests.unit.data_pipeline.extraction.test_page_limits import SLOW
@@ -73,6 +77,11 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     config = write_inputs(tmp_path)
     expected = bad_lines(tmp_path, long_line) | bad_pages(tmp_path)
     (tmp_path / "prose-loop.jsonl").symlink_to("prose-loop.jsonl")
+    # Documents of a file whose name is no text go through all stages, and are found by what it is shown as.
+    (tmp_path / "prose-1.jsonl").rename(os.fsdecode(os.fsencode(tmp_path) + b"/prose-\xff\n1.jsonl"))
+    with (tmp_path / os.fsdecode(b"prose-\xff\n1.jsonl")).open("ab") as out:
+        out.write(b"\n{")
+    expected[r"prose-\xff\x0a1.jsonl"] = ("bad_json", None)
     expected["prose-loop.jsonl"] = ("symlink_loop", 0)
     command = [str(config), "run.workers=2", "extract.seconds_per_page=1"]
     assert main([*command, "extract.max_bad_share=0.01"]) == 1
@@ -93,9 +102,17 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         assert found[name][0] == reason, name
         assert offset is None or found[name][1] == offset, name
     assert set(found) == {*expected, "prose-0.jsonl"}
+    shown = str(tmp_path / r"prose-\xff\x0a1.jsonl")
+    stores = sorted((tmp_path / "run/tokens/train/prose").glob("*.parquet"))
+    assert shown in pq.read_table(stores, columns=["file"])["file"].to_pylist()
+    (broken,) = [record for record in rejected if record["file"] == shown]
+    assert explain([str(config), "--id", broken["id"]]) == 0
+    assert f"bad_json, at {shown}:" in capsys.readouterr().out
+    assert report([str(config)]) == 0
     ledger = json.loads((tmp_path / "run/ledger.json").read_text())
     assert sum(ledger["set_aside"].values()) == sum(record["records"] for record in rejected)
     assert f"{len(rejected):,} records set aside (" in said
     extract = ledger["stages"][0]["total"]
     dropped = sum(amount["documents"] for amount in extract["dropped"].values())
+    assert extract["notes"]["charset known by HTTP header"] > 10
     assert extract["in"]["documents"] == extract["kept"]["documents"] + dropped

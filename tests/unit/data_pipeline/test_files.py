@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from configs.data import ExtractConfig, SourceConfig
 from configs.loader import ConfigError
 from data_pipeline.reading.files import find_files
+from data_pipeline.reading.names import openable, printable
 from data_pipeline.reading.records import Record
 from data_pipeline.reading.source import find_units, read_file
 
@@ -62,6 +63,58 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [file.path for file in find_files("s", source("b/**/*.txt", "b/c.txt"))] == ["b/c.txt", "b/d/e.txt"]
     with pytest.raises(ConfigError, match=r"sources.s.files: 'none/\*.txt' matches no file"):
         find_files("s", source("none/*.txt"))
+
+
+STRANGE = {
+    b"caf\xe9\xff.txt": r"caf\xe9\xff.txt",
+    b"two\nlines\x1b[2J.txt": r"two\x0alines\x1b[2J.txt",
+    rb"back\slash\xff.txt": r"back\\slash\\xff.txt",
+    "la\u0308nge\u2028\x85.txt".encode(): "la\u0308nge\\u2028\\u0085.txt",
+    b"%41 [1] {a,b} *?~$HOME.txt": "%41 [1] {a,b} *?~$HOME.txt",
+    b"n" * 251 + b".txt": "n" * 251 + ".txt",
+    b" .txt": " .txt",
+}
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "*/*.txt", "**/*.txt"])
+def test_names_that_cannot_be_shown(tmp_path: Path, pattern: str) -> None:
+    """Files of such names are read, whatever bytes they are of, and so are folders; what they are called is text."""
+    for folder in (b"plain", b"fol\xffder [0-9] \n"):
+        os.mkdir(os.fsencode(tmp_path) + b"/" + folder)
+        for name in STRANGE:
+            with open(b"/".join([os.fsencode(tmp_path), folder, name]), "wb") as out:
+                out.write(name.hex().encode())
+    config = source(tmp_path / pattern)
+    files = [file for unit in find_units("s", config, 1000) for file in unit.files]
+    texts = {
+        file.path.removeprefix(f"{tmp_path}/"): record.text
+        for file in files
+        for record in read_file(file, config, ExtractConfig(), lambda size: None)
+    }
+    assert texts == {
+        f"{folder}/{shown}": name.hex()
+        for folder in (r"fol\xffder [0-9] \x0a", "plain")
+        for name, shown in STRANGE.items()
+    }
+    assert all(file.inner_path.isprintable() for file in files)
+
+
+def test_a_name_and_what_shows_it_are_two_names() -> None:
+    names = [os.fsdecode(name) for name in STRANGE]
+    for name in [*names, *map(printable, names), "\\", r"\\x41", r"\x4", "\udcff\xff", "a/b.c", "話.txt", "😀.md"]:
+        assert openable(printable(name)) == name
+        assert printable(name).isprintable()
+    assert printable("data/話 100% [b].txt") == "data/話 100% [b].txt"
+
+
+def test_brackets_in_folders_that_exist_are_their_own(tmp_path: Path) -> None:
+    for name in ("run [12]/a.txt", "run [12]/b/c.txt", "run 1/d.txt", "run 2/x[1].txt"):
+        write(tmp_path / name)
+    assert list(found(source(tmp_path / "run [12]/*.txt"), tmp_path)) == ["run [12]/a.txt"]
+    assert list(found(source(tmp_path / "run [12]/**/*.txt"), tmp_path)) == ["run [12]/a.txt", "run [12]/b/c.txt"]
+    assert list(found(source(tmp_path / "run [1]/*.txt"), tmp_path)) == ["run 1/d.txt"]
+    assert list(found(source(tmp_path / "run 2/x[1].txt"), tmp_path)) == ["run 2/x[1].txt"]
+    assert list(found(source(tmp_path / "run 2/*[[]*"), tmp_path)) == ["run 2/x[1].txt"]
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.txt"])
