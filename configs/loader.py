@@ -8,6 +8,7 @@ key, the value and what to change. Entrypoints turn it into exit status 2.
 import argparse
 import contextlib
 import difflib
+import hashlib
 import json
 import os
 import sys
@@ -106,6 +107,12 @@ def sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def command_parser(

@@ -2,19 +2,41 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.base import Section
 from configs.train import TrainerConfig
 
 
 class InitConfig(Section):
-    """The model to start from."""
+    """The model to start from: a run, or one of its checkpoints."""
 
-    run: str
-    """The folder of the run whose newest checkpoint is taken."""
-    tokenizer: str
-    """The folder of the tokenizer that the model was trained with."""
+    run: str | None = None
+    """The folder of the run whose newest checkpoint is taken when training starts, and kept to when it goes on."""
+    checkpoint: str | None = None
+    """The checkpoint to take instead of a run's newest, e.g. RUN/checkpoints/step_100."""
+    tokenizer: str | None = None
+    """The folder of the tokenizer that the model was trained with; left out, it is the one that its run keeps."""
+
+    @field_validator("*")
+    @classmethod
+    def _empty_is_left_out(cls, value: str | None) -> str | None:
+        """So that an override can take back what a file says."""
+        return value or None
+
+    @model_validator(mode="after")
+    def _one_model(self) -> "InitConfig":
+        if self.run and self.checkpoint:
+            raise ValueError(
+                f"init.run = {self.run!r} and init.checkpoint = {self.checkpoint!r} both name the model to start from; "
+                "leave one out (as an override: init.run= or init.checkpoint=)"
+            )
+        if not self.run and not self.checkpoint:
+            raise ValueError(
+                "neither init.run nor init.checkpoint names the model to start from; set init.run=RUN for the newest "
+                "checkpoint of a run, or init.checkpoint=RUN/checkpoints/step_N"
+            )
+        return self
 
 
 class DialogueConfig(Section):

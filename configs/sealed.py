@@ -13,6 +13,10 @@ class SealError(ValueError):
     """A file is damaged, or of another format or version."""
 
 
+class VersionError(SealError):
+    """A file is of a version that is not read."""
+
+
 @dataclass(frozen=True)
 class Format:
     """What a file calls itself. `version` is written; versions from `oldest` on are read, but only it has the seal."""
@@ -40,13 +44,13 @@ class Format:
         if (SEAL in tree or version == self.version) and tree.pop(SEAL, None) != _digest(tree):
             raise SealError(f"{file} is damaged, its values do not match the checksum of them in it")
         if version is None or not self.oldest <= version <= self.version:
-            raise SealError(
+            raise VersionError(
                 f"{file} says version {tree.get('version')!r}; this code reads {self.oldest} to {self.version}"
             )
         return tree
 
 
-CHECKPOINT = Format("trivium-checkpoint", version=2, oldest=1)
+CHECKPOINT = Format("trivium-checkpoint", version=2, oldest=2)  # 1 does not say what a run began from
 PLAN = Format("trivium-plan", version=3, oldest=2)
 STAGE = Format("trivium-stage", version=1, oldest=1)
 STORE = Format("trivium-tokens", version=1, oldest=1)

@@ -56,7 +56,6 @@ _VALUES: dict[str, dict[str, Any]] = {
     "sft": {
         "run.dir": "runs/mine/sft",
         "init.run": "runs/demo/pretrain",
-        "init.tokenizer": "runs/demo/data/tokenizer",
         "data.dialogues": ["data/demo/dialogues.jsonl.gz"],
         **_TASK,
         "task.demonstrations": 12000,
@@ -67,7 +66,6 @@ _VALUES: dict[str, dict[str, Any]] = {
     "grpo": {
         "run.dir": "runs/mine/grpo",
         "init.run": "runs/demo/sft",
-        "init.tokenizer": "runs/demo/data/tokenizer",
         **_TASK,
         "grpo.group_size": 16,
         "train.steps": 100,

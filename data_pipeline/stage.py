@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.lock import locked
 from configs.loader import sync, write_atomic
 from configs.sealed import STAGE
 from data_pipeline.hashing import digest
@@ -234,15 +235,20 @@ def _settle(folder: Path) -> dict[str, dict[str, Any]]:
 @contextlib.contextmanager
 def sole_user(run_dir: Path) -> Iterator[None]:
     """Holds the run directory for this process, and clears what killed runs left half done in it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            # A POSIX lock, since a flock would be inherited by datatrove's workers and outlive this process in them.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    with locked(run_dir, _take) as lock:
+        if lock is None:
             raise ValueError(
                 f"another data run is at work in {run_dir}; wait for it, or give this one its own run.dir"
-            ) from None
+            )
         for leftover in run_dir.glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
+
+
+def _take(lock: IO[str]) -> bool:
+    try:
+        # A POSIX lock, since a flock would be inherited by datatrove's workers and outlive this process in them.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

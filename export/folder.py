@@ -5,21 +5,20 @@ in it records what it was made from and the checksum of every file, so that a re
 changed.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from configs.loader import ConfigError, sync, write_atomic
+from configs.loader import ConfigError, file_sha256, sync, write_atomic
 
 RECORD = "trivium_export.json"
 
 
-def check_place(out: Path) -> None:
-    """Heals an interrupted publication. Errors: ConfigError when what is at `out` is not an export."""
+def check_place(out: Path, mend: bool = True) -> None:
+    """Mends an interrupted publication. Errors: ConfigError when what is at `out` is not an export."""
     previous = _previous(out)
-    if previous.is_dir() and not out.exists():
+    if mend and previous.is_dir() and not out.exists():
         previous.rename(out)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file())):
         raise ConfigError(
@@ -41,7 +40,7 @@ def discard(partial: Path) -> None:
 
 def publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
     """Adds the record to `partial` and renames it to `out`, replacing an older export."""
-    files = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+    files = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
     write_atomic(partial / RECORD, (json.dumps(record | {"files": files}, indent=2) + "\n").encode())
     for file in partial.iterdir():
         sync(file)
@@ -60,15 +59,10 @@ def is_current(out: Path, made_from: dict[str, Any]) -> bool:
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         files = record["files"]
-        return record["made_from"] == made_from and all(_sha256(out / name) == files[name] for name in files)
+        return record["made_from"] == made_from and all(file_sha256(out / name) == files[name] for name in files)
     except (OSError, ValueError, KeyError):
         return False
 
 
 def _previous(out: Path) -> Path:
     return out.with_name(f".{out.name}.previous")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

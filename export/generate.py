@@ -109,13 +109,12 @@ def answer(
 
 def load(source: str, step: str) -> tuple["Decoder", "TextCodec"]:
     """The whole model in fp32 on the CPU, and its text codec."""
-    from export.chat import TextCodec
     from export.source import open_source
     from pretrain.model import build_single
 
     try:
         opened = open_source(source, step)
-        codec = TextCodec(opened.need_tokenizer(), opened.chat_template)
+        codec = opened.codec()
         return build_single(opened.model, opened.read()), codec
     except ValueError as error:  # a damaged checkpoint, another model's weights: the message names the file
         raise ConfigError(str(error)) from None

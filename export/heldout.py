@@ -2,20 +2,22 @@
 
 from pathlib import Path
 
+from configs.loader import file_sha256
 
-def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, vocab_size: int) -> list[list[int]]:
+
+def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, tokenizer: Path) -> list[list[int]]:
     """The first `per_source` held-out passages of each source, of two to `max_tokens` tokens.
 
     A passage is a document, or the part of a long one that fits into a row.
 
-    Errors: ValueError when the plan's tokenizer cannot be the model's, or the plan holds nothing out.
+    Errors: ValueError when the plan has another tokenizer than the model, or holds nothing out.
     """
     from data_pipeline.mixture.rows import Plan
 
     opened = Plan.open(plan)
-    if opened.vocab_size > vocab_size:
+    if opened.description["tokenizer"]["sha256"] != file_sha256(tokenizer):
         raise ValueError(
-            f"plan {plan} has {opened.vocab_size} token ids, the model {vocab_size}; name the plan of its own tokenizer"
+            f"plan {plan} was made with another tokenizer than the model's, {tokenizer}; name the plan of that one"
         )
     passages: list[list[int]] = []
     for source in opened.sources:

@@ -9,16 +9,19 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.export import ExportConfig
-from configs.loader import ConfigError, entrypoint, parse_args, write_atomic
+from configs.loader import ConfigError, entrypoint, file_sha256, parse_args, plain, write_atomic
 
 if TYPE_CHECKING:
+    from export.chat import TextCodec
     from export.source import Source
     from export.verify import Check, Reference, Reloaded
 
+HELDOUT_PROMPT = 16  # tokens of a held-out passage that are continued
 EXAMPLE = "trivium export configs/export/demo.toml run=runs/demo/sft out=runs/demo/export/sft"
 
 
@@ -39,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, out = Console(), Path(config.out)
     try:
         source = open_source(config.run, config.step)
-        folder.check_place(out)
-        made_from = fingerprint(source, config)
+        texts = read_texts(source, config, console)
+        folder.check_place(out, mend=not args.dry_run)
+        made_from = fingerprint(source, texts, config)
         if not args.force and folder.is_current(out, made_from):
             console.print(f"{out} is up to date with {source.path}; --force exports it again", soft_wrap=True)
             return 0
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if args.dry_run:
             return 0
-        return export(source, config, out, made_from, console)
+        return export(source, texts, config, out, made_from, console)
     except ConfigError:
         raise
     except ValueError as error:
@@ -58,7 +62,79 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def export(source: "Source", config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any) -> int:
+@dataclass(frozen=True)
+class Texts:
+    """What the model is tried on, as token ids: `passages` for logits, `prompts` to be continued.
+
+    The passages are held-out text, or the prompts where no data plan is known.
+    """
+
+    codec: "TextCodec"
+    passages: list[list[int]]
+    held_out: bool
+    prompts: list[list[int]]
+
+
+def read_texts(source: "Source", config: ExportConfig, console: Any) -> Texts:
+    """Errors: ConfigError where a continuation would go past the model's context, ValueError as `heldout_passages`."""
+    from export.heldout import heldout_passages
+
+    codec, options = source.codec(), config.verify
+    if codec.chat_template is None:
+        prompts = [codec.encode_prompt(text) for text in config.prompts]
+    else:
+        prompts = [codec.encode_chat(asked(text)) for text in config.chat_prompts]
+    passages: list[list[int]] = []
+    most, tokenizer = min(options.max_tokens, source.context), source.need_tokenizer()
+    if config.plan is not None:
+        passages = heldout_passages(config.plan, options.rows, most, tokenizer)
+    elif source.plan is not None:
+        try:
+            passages = heldout_passages(source.plan, options.rows, most, tokenizer)
+        except ValueError as error:
+            console.print(f"note: {error}", markup=False, soft_wrap=True)
+    if not passages and source.lost_plan is not None:
+        console.print(
+            f"note: the plan that the model was trained on, {source.lost_plan}, is gone or has changed",
+            markup=False,
+            soft_wrap=True,
+        )
+    if not passages:
+        console.print(
+            "note: logits are compared on the prompts alone, not on held-out text; plan=FOLDER names a data plan",
+            markup=False,
+            soft_wrap=True,
+        )
+    openings = [passage[:HELDOUT_PROMPT] for passage in passages[:: options.rows]]
+    _check_lengths(source.context, prompts, openings, config)
+    return Texts(codec, passages or prompts, bool(passages), prompts + openings)
+
+
+def _check_lengths(context: int, prompts: list[list[int]], openings: list[list[int]], config: ExportConfig) -> None:
+    """Nothing is tried beyond what the folder will claim. Errors: ConfigError."""
+    longest = max(map(len, prompts))
+    if longest >= context:
+        raise ConfigError(
+            f"a prompt of {longest} tokens leaves no room in the {context} that the model was trained on at a time; "
+            "shorten prompts, or chat_prompts of a model with a chat template"
+        )
+    wanted = {
+        "verify.greedy_tokens": (config.verify.greedy_tokens, context - max(map(len, prompts + openings))),
+        "sample_tokens": (config.sample_tokens, context - longest),
+    }
+    over = {key: room for key, (asked_for, room) in wanted.items() if asked_for > room}
+    if over:
+        said = " and ".join(f"{key} = {wanted[key][0]}" for key in over)
+        raise ConfigError(
+            f"{said} after the longest prompt would go past the {context} tokens that the model was trained on at a "
+            f"time, which the folder will claim; set {' '.join(f'{key}={room}' for key, room in over.items())}, or "
+            "shorten the prompts"
+        )
+
+
+def export(
+    source: "Source", texts: Texts, config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any
+) -> int:
     """Writes, verifies, publishes. Returns the exit status; whatever fails, no partial folder is left."""
     from export import folder
     from export.verify import reload, verify
@@ -66,7 +142,7 @@ def export(source: "Source", config: ExportConfig, out: Path, made_from: dict[st
     partial = folder.begin(out)
     try:
         with console.status("writing"):
-            reference = write_model(source, config, partial)
+            reference = write_model(source, texts, config, partial)
         with console.status("reloading with transformers"):
             hf = reload(partial)
         with console.status("comparing with Trivium's decoder"):
@@ -77,73 +153,69 @@ def export(source: "Source", config: ExportConfig, out: Path, made_from: dict[st
             raise ValueError(f"{failed.name}: {failed.measured} (wanted: {failed.wanted})")
         sample(hf, reference, config, console)
         measured = {check.name: check.measured for check in checks}
-        folder.publish(partial, out, {"made_from": made_from, "checks": measured})
+        record = {"checkpoint": str(source.path), "made_from": made_from, "checks": measured}
+        folder.publish(partial, out, record)
     finally:
         folder.discard(partial)
     console.print(f'published {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
     return 0
 
 
-def fingerprint(source: "Source", config: ExportConfig) -> dict[str, Any]:
-    """All that decides the content of the folder."""
-    template = (source.chat_template or "").encode()
+def fingerprint(source: "Source", texts: Texts, config: ExportConfig) -> dict[str, Any]:
+    """All that decides the content of the folder and what is said of it, by content: where it lies does not matter."""
+    code = sorted(Path(__file__).parent.glob("*.py"))
     return {
         "trivium": importlib.metadata.version("trivium") if _installed() else "source tree",
+        "code_sha256": _digest([[file.name, file_sha256(file)] for file in code]),
         "transformers": importlib.metadata.version("transformers"),
-        "checkpoint": str(source.path),
         "step": source.step,
-        "manifest_sha256": source.identity,
-        "tokenizer_sha256": hashlib.sha256(source.need_tokenizer().read_bytes()).hexdigest(),
-        "chat_template_sha256": hashlib.sha256(template).hexdigest(),
+        "weights_sha256": source.identify(),
+        "model": plain(source.model),
+        "context": source.context,
+        "tokenizer_sha256": file_sha256(source.need_tokenizer()),
+        "chat_template_sha256": _digest(source.chat_template),
+        "texts_sha256": _digest([texts.passages, texts.held_out, texts.prompts]),
+        "sample": [config.sample_tokens, config.sample_temperature, config.seed],
         "dtype": config.dtype,
         "max_shard_gb": config.max_shard_gb,
         "verify": config.verify.model_dump(mode="json"),
     }
 
 
-def write_model(source: "Source", config: ExportConfig, folder: Path) -> "Reference":
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def write_model(source: "Source", texts: Texts, config: ExportConfig, folder: Path) -> "Reference":
     """Writes weights, configs and tokenizer into `folder`; returns what it has to be equal to."""
     import torch
 
-    from export.chat import TextCodec
     from export.families import to_hf
-    from export.heldout import heldout_passages
     from export.hf_config import to_hf_config
     from export.tensors import write_tensors
     from export.tokenizer import write_tokenizer
     from export.verify import Reference
     from pretrain.model import build_single
 
-    model, tokenizer = source.model, source.need_tokenizer()
-    codec = TextCodec(tokenizer, source.chat_template)
+    model, codec = source.model, texts.codec
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     weights = {name: tensor.to(dtype) for name, tensor in source.read().items()}
     write_tensors(folder, to_hf(weights, model), int(config.max_shard_gb * 1e9))
 
-    hf_config = to_hf_config(model, source.seq_length, config.dtype, codec.bos_id, codec.eos_id, codec.pad_id)
+    hf_config = to_hf_config(model, source.context, config.dtype, codec.bos_id, codec.eos_id, codec.pad_id)
     generation = {"bos_token_id": codec.bos_id, "eos_token_id": codec.stop_ids, "pad_token_id": codec.pad_id}
     for name, content in (("config.json", hf_config), ("generation_config.json", generation)):
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
-    write_tokenizer(folder, tokenizer, source.seq_length, source.chat_template)
-
-    if codec.chat_template is None:
-        prompts = [codec.encode_prompt(text) for text in config.prompts]
-    else:
-        prompts = [codec.encode_chat(asked(text)) for text in config.chat_prompts]
-    plan = config.plan or source.plan
-    passages = list(prompts)
-    if plan is not None:
-        options = config.verify
-        passages = heldout_passages(plan, options.rows, options.max_tokens, model.vocab_size)
-        prompts += [passage[:16] for passage in passages[:: options.rows]]
+    write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template)
     return Reference(
         config=model,
         weights=weights,
         decoder=build_single(model, {name: tensor.float() for name, tensor in weights.items()}),
         codec=codec,
-        passages=passages,
-        held_out=plan is not None,
-        prompts=prompts,
+        context=source.context,
+        passages=texts.passages,
+        held_out=texts.held_out,
+        prompts=texts.prompts,
     )
 
 

@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.loader import ConfigError, command_parser, entrypoint, plain, write_atomic
+from configs.loader import ConfigError, command_parser, entrypoint, file_sha256, plain, write_atomic
+from data_pipeline.tokens.tokenizer import SPACE
+from export.folder import RECORD
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -61,6 +63,7 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
         raise ConfigError(f"{directory / 'config.json'} is not valid JSON: {error}") from None
     model = from_hf_config(raw)
     names, read = open_tensors(directory)
+    tokenizer = _tokenizer(directory)
     what = f"{family_of(model).architecture}, {model.num_parameters():,} parameters"
     if dry_run:
         for _ in from_hf(read, names, model):
@@ -79,6 +82,7 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
                 "source": str(directory),
                 "architecture": family_of(model).architecture,
                 "max_positions": int(raw.get("max_position_embeddings") or 2048),
+                "tokenizer_sha256": tokenizer,
             },
         }
         write_atomic(partial / IMPORTED, tomli_w.dumps(tree).encode())
@@ -86,6 +90,40 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
     finally:
         discard(partial)
     return f"{what}: written to {out}; its [model] section is in {out / IMPORTED}"
+
+
+def _tokenizer(directory: Path) -> str:
+    """The SHA-256 of the folder's sentencepiece model, "" without one.
+
+    Errors: ConfigError where it cannot be the model's: an export of ours was made with another one, or the
+    tokenizer.json beside it has another vocabulary.
+    """
+    file, record, fast = (directory / name for name in ("tokenizer.model", RECORD, "tokenizer.json"))
+    if not file.is_file():
+        return ""
+    found = file_sha256(file)
+    exported = json.loads(record.read_text(encoding="utf-8")).get("files", {}) if record.is_file() else {}
+    if exported.get(file.name, found) != found:
+        raise ConfigError(
+            f"{file} is not the one that {directory} was exported with; put that back, or export the model again"
+        )
+    vocabulary = json.loads(fast.read_text(encoding="utf-8"))["model"]["vocab"] if fast.is_file() else None
+    if isinstance(vocabulary, dict):
+        import sentencepiece
+
+        theirs = {number: piece for piece, number in vocabulary.items()}
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except RuntimeError:
+            raise ConfigError(f"{file} is not a sentencepiece model; fetch it again, or remove it") from None
+        for number in range(pieces.vocab_size()):
+            piece = pieces.id_to_piece(number)
+            if theirs.get(number, piece) not in (piece, piece.replace(SPACE, " ")):
+                raise ConfigError(
+                    f"{file} and {fast} have different vocabularies (token {number} is {piece!r} and "
+                    f"{theirs[number]!r}), so one of them is another model's; put the right one there"
+                )
+    return found
 
 
 if __name__ == "__main__":

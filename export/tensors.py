@@ -69,6 +69,14 @@ def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Te
     return set(where), read
 
 
+def tensor_files(folder: Path) -> list[Path]:
+    """The files that `open_tensors` reads, by name."""
+    if (folder / INDEX).is_file():
+        files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        return [folder / INDEX, *(folder / name for name in sorted(files))]
+    return [folder / SINGLE]
+
+
 def _names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="pt") as file:

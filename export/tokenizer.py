@@ -88,8 +88,8 @@ def _spelled(piece: str) -> str:
     return piece.replace(SPACE, " ")
 
 
-def convert(model: Any) -> "tokenizers.Tokenizer":
-    """The fast tokenizer; `encode(text)` puts <s> in front as in training, if add_special_tokens."""
+def convert(model: Any, add_bos: bool = True) -> "tokenizers.Tokenizer":
+    """The fast tokenizer; with `add_bos`, `encode(text)` puts <s> in front as in training, if add_special_tokens."""
     import tokenizers
     from tokenizers import AddedToken, decoders, models, processors
 
@@ -103,10 +103,11 @@ def convert(model: Any) -> "tokenizers.Tokenizer":
     # No pre-tokenizer: sentencepiece merges over the whole text, spaces being one more character.
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_ids(model)])
+    bos = spec.bos_piece if add_bos else ""  # the spelling of transformers' own, which it makes of add_bos_token
     fast.post_processor = processors.TemplateProcessing(
-        single=f"{spec.bos_piece} $A",
-        pair=f"{spec.bos_piece} $A $B:1",
-        special_tokens=[(spec.bos_piece, spec.bos_id)],
+        single=f"{bos}:0 $A:0" if bos else "$A:0",
+        pair=f"{bos}:0 $A:0 {bos}:1 $B:1" if bos else "$A:0 $B:1",
+        special_tokens=[(bos, spec.bos_id)] if bos else [],
     )
     return fast
 
@@ -114,7 +115,11 @@ def convert(model: Any) -> "tokenizers.Tokenizer":
 def write_tokenizer(
     folder: str | Path, model_path: str | Path, max_length: int, chat_template: str | None = None
 ) -> None:
-    """Writes the tokenizer's files into `folder`; `max_length` is the training sequence length in tokens."""
+    """Writes the tokenizer's files into `folder`; `max_length` is the number of tokens that the model is made for.
+
+    With a chat template, <s> comes from that alone and the tokenizer adds none: the rendered template has one then,
+    whoever tokenizes it and with `add_special_tokens` or without.
+    """
     folder, model = Path(folder), read_model(model_path)
     spec, specials = model.trainer_spec, special_ids(model)
     names = {"unk_token": spec.unk_piece, "bos_token": spec.bos_piece, "eos_token": spec.eos_piece}
@@ -126,6 +131,10 @@ def write_tokenizer(
         **names,
         "additional_special_tokens": others,
         "clean_up_tokenization_spaces": False,
+        # llama.cpp's converter goes by these, not by tokenizer.json.
+        "add_bos_token": chat_template is None,
+        "add_eos_token": False,
+        "add_prefix_space": False,
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
@@ -134,7 +143,7 @@ def write_tokenizer(
         # In both places: transformers 5 reads the file, older readers the key.
         config["chat_template"] = chat_template
         write_atomic(folder / "chat_template.jinja", chat_template.encode())
-    write_atomic(folder / "tokenizer.json", convert(model).to_str(pretty=True).encode())
+    write_atomic(folder / "tokenizer.json", convert(model, chat_template is None).to_str(pretty=True).encode())
     write_atomic(folder / "tokenizer_config.json", _json(config))
     write_atomic(folder / "special_tokens_map.json", _json({**names, "additional_special_tokens": others}))
     write_atomic(folder / "tokenizer.model", Path(model_path).read_bytes())

@@ -52,13 +52,15 @@ class Check:
 class Reference:
     """What the folder must be: `weights` as written (rounded, if to bf16), and the decoder made of them.
 
-    `passages` are token ids to compare logits on: held-out text, or the prompts where no data plan is known.
+    `passages` are token ids to compare logits on: held-out text, or the prompts where no data plan is known. `context`
+    is the number of tokens that the folder has to claim, and nothing longer is tried.
     """
 
     config: ModelConfig
     weights: dict[str, torch.Tensor]
     decoder: Decoder
     codec: TextCodec
+    context: int
     passages: list[list[int]]
     held_out: bool
     prompts: list[list[int]]
@@ -94,6 +96,7 @@ def verify(folder: Path, reference: Reference, hf: Reloaded, options: VerifyConf
         check_tensors(folder, reference),
         check_loading(hf),
         check_parameters(hf, reference.config),
+        check_context(hf, reference, options.greedy_tokens),
         check_logits(hf, reference, options.tolerance),
         check_greedy(hf, reference, options.greedy_tokens, options.tolerance),
         check_tokenizer(hf, reference),
@@ -129,6 +132,18 @@ def check_loading(hf: Reloaded) -> Check:
 def check_parameters(hf: Reloaded, config: ModelConfig) -> Check:
     count, expected = sum(p.numel() for p in hf.model.parameters()), config.num_parameters()
     return Check("parameters", count == expected, f"{count:,}", f"{expected:,}")
+
+
+def check_context(hf: Reloaded, reference: Reference, greedy_tokens: int) -> Check:
+    """The folder claims the model's context, in both places, and what is compared stays within it."""
+    claimed, longest = hf.model.config.max_position_embeddings, max(map(len, reference.passages))
+    longest = max(longest, *(len(prompt) + greedy_tokens for prompt in reference.prompts))
+    wanted = f"{reference.context:,}, and nothing compared beyond it"
+    measured = f"{claimed:,}, compared up to {longest:,}"
+    if hf.tokenizer.model_max_length != claimed:
+        measured += f", but the tokenizer's model_max_length is {hf.tokenizer.model_max_length:,}"
+    right = claimed == hf.tokenizer.model_max_length == reference.context and longest <= claimed
+    return Check("context", right, measured, wanted)
 
 
 def check_logits(hf: Reloaded, reference: Reference, tolerance: float) -> Check:
@@ -224,15 +239,25 @@ def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
         if getattr(tokenizer, f"{name}_token_id") != getattr(codec, f"{name}_id"):
             return Check("tokenizer", False, f"{name}_token_id is {getattr(tokenizer, f'{name}_token_id')}", wanted)
     difference = first_difference(tokenizer, codec.tokenizer, texts)
-    if difference is None and tokenizer("a").input_ids != codec.encode_prompt("a"):
+    if difference is None and codec.chat_template is None and tokenizer("a").input_ids != codec.encode_prompt("a"):
         difference = f"'a' becomes {tokenizer('a').input_ids}, in training {codec.encode_prompt('a')}"
     if difference is None and codec.chat_template is not None:
-        messages = [{"role": "user", "content": "1 + 1 = <|end|> 你好"}]
-        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if theirs != codec.encode_chat(messages):
-            difference = f"chat template: {theirs}, ours {codec.encode_chat(messages)}"
+        difference = _chat_difference(tokenizer, codec)
     chat = ", chat template" if codec.chat_template is not None else ""
     return Check("tokenizer", difference is None, difference or f"identical on {len(texts)} texts{chat}", wanted)
+
+
+def _chat_difference(tokenizer: Any, codec: TextCodec) -> str | None:
+    """How a dialogue's ids differ from those of training, in one of the ways to get them from transformers."""
+    messages = [{"role": "user", "content": "1 + 1 = <|end|> 你好"}]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ways = {
+        "apply_chat_template": tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
+        "the rendered template, tokenized": tokenizer(rendered).input_ids,
+        "the same with add_special_tokens=False": tokenizer(rendered, add_special_tokens=False).input_ids,
+    }
+    ours = codec.encode_chat(messages)
+    return next((f"{way}: {ids}, ours {ours}" for way, ids in ways.items() if ids != ours), None)
 
 
 def _ours(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:

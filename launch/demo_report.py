@@ -84,13 +84,12 @@ def describe_training(output: Path) -> tuple[str, str]:
 def describe_export(output: Path) -> tuple[str, str]:
     """The checkpoint in; what the comparison with transformers measured out."""
     record = _json(output / "trivium_export.json")
-    made_from = record.get("made_from", {})
     checks = [
         f"{name}: {measured}"
         for name, measured in record.get("checks", {}).items()
         if name.startswith(("logits", "greedy"))
     ]
-    checkpoint = made_from.get("checkpoint")
+    checkpoint = record.get("checkpoint")
     return Path(checkpoint).name if checkpoint else "", "\n".join(checks)
 
 

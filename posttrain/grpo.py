@@ -39,20 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
-    start = Start.open(config.init)
+    start = Start.open(config.init, config.run.dir, args.resume)
     layout = Layout.of(env.world_size, config.parallel, start.model, config.train)
+    if start.note and env.is_main:
+        print(f"note: {start.note}")
     _check_groups(config, layout)
     task = make_task(config.task)
     if args.dry_run:
         prompts = config.train.global_batch_size // config.grpo.group_size
         print(
             f"{config.train.steps} steps of {prompts} prompts x {config.grpo.group_size} samples of {task}, "
-            f"layout {layout}, from {start.checkpoint} into {config.run.dir}"
+            f"layout {layout}, from {start.pin.checkpoint} into {config.run.dir}"
         )
         return 0
 
-    if env.is_main:
-        start.write_template(config.run.dir)
     place = groups.start(env, layout)
     try:
         return Trainer(
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             GRPOLoss(config.grpo),
             place,
             [TaskAccuracy(task, start.chat, config.run.seed, config.task.eval_prompts)],
-            start.checkpoint,
+            start.lineage,
             title=Path(config.run.dir).name,
             resume=args.resume,
         ).fit()

@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
-    start = Start.open(config.init)
+    start = Start.open(config.init, config.run.dir, args.resume)
     layout = Layout.of(env.world_size, config.parallel, start.model, config.train)
+    if start.note and env.is_main:
+        print(f"note: {start.note}")
     chat, seed, length = start.chat, config.run.seed, config.train.seq_length
     try:
         examples = read_examples(config.data, config.task, chat, seed, length)
@@ -62,13 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
     if config.task:
         evaluators.append(TaskAccuracy(make_task(config.task), chat, seed, config.task.eval_prompts))
-    if env.is_main:
-        start.write_template(config.run.dir)
     place = groups.start(env, layout)
     try:
-        title, begin = Path(config.run.dir).name, start.checkpoint
+        title, lineage = Path(config.run.dir).name, start.lineage
         return Trainer(
-            config, start.model, source, NextToken(), place, evaluators, begin, title, resume=args.resume
+            config, start.model, source, NextToken(), place, evaluators, lineage, title, resume=args.resume
         ).fit()
     finally:
         groups.stop()

@@ -14,6 +14,7 @@ from typing import IO
 
 from configs import signals
 from configs.loader import ConfigError
+from configs.lock import locked
 from pretrain.parallel.groups import Place
 
 ENDING = "ending"  # in the lock file of a run that was told to stop
@@ -26,16 +27,16 @@ def only_run_in(run_dir: Path, place: Place, watch: signals.Watch) -> Iterator[N
     It waits for one that was told to stop and is saving, as one whose launcher was killed may be when it is started
     again.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a+") as lock:
-        free = not place.is_main or _take(lock, run_dir)
-        if not place.gather_json(free)[0]:
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(locked(run_dir, lambda file: _take(file, run_dir))) if place.is_main else None
+        if not place.gather_json(lock is not None)[0]:
             raise ConfigError(
                 f"another process is training in {run_dir}; wait for it, stop it or choose another run.dir"
             )
-        if place.is_main:
-            _write(lock, "")
-            watch.when_told(lambda: _write(lock, ENDING))
+        if lock is not None:
+            held = lock
+            _write(held, "")
+            watch.when_told(lambda: _write(held, ENDING))
         yield
 
 

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
+    from pretrain.checkpoint.lineage import Lineage
     from pretrain.data import PlanSource
     from pretrain.evaluate import HeldoutLoss
     from pretrain.model.losses import NextToken
@@ -54,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
         name = Path(config.run.dir).name
-        source, resume = PlanSource(plan), args.resume
-        return Trainer(config, config.model, source, NextToken(), place, evaluators, title=name, resume=resume).fit()
+        source, lineage = PlanSource(plan), Lineage.of_plan(plan, config.run.dir)
+        return Trainer(
+            config, config.model, source, NextToken(), place, evaluators, lineage, name, resume=args.resume
+        ).fit()
     except DamagedData as error:  # of a row, on the rank that reads it
         return _failed(error)
     finally:

@@ -4,7 +4,6 @@ A run is its directory: started again with the same command, it goes on from the
 finished one says so. Checkpoints are written while training goes on, see checkpoint/saving.py.
 """
 
-import hashlib
 import json
 import platform
 import resource
@@ -28,6 +27,7 @@ from pretrain import report
 from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
 from pretrain.data import BatchSource, micro_batches, share_of_rank
 from pretrain.data_check import DamagedTrainingData, DataCheck
@@ -45,8 +45,9 @@ FAILED = 1
 class Trainer:
     """Trains `model_config` on `source` by `loss_fn` in the layout of `place`, into `config.run.dir`.
 
-    `init_from` is a checkpoint whose weights the run starts from (SFT, RL). `evaluators` are asked every `eval.every`
-    steps and at the end. `title` is the word before the progress bar; `resume` is told in checkpoint/resume.py.
+    `lineage` has the tokenizer, and for SFT and RL the checkpoint whose weights the run starts from. `evaluators` are
+    asked every `eval.every` steps and at the end. `title` is the word before the progress bar; `resume` is told in
+    checkpoint/resume.py.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Trainer:
         loss_fn: LossFunction,
         place: Place,
         evaluators: Sequence[Evaluator] = (),
-        init_from: Path | None = None,
+        lineage: Lineage | None = None,
         title: str = "train",
         resume: str = "auto",
     ):
@@ -66,18 +67,19 @@ class Trainer:
         train = config.train.model_copy(update={"precision": precision})
         self.config = config.model_copy(update={"train": train})
         self.model_config, self.source, self.loss_fn, self.place = model_config, source, loss_fn, place
-        self.evaluators, self.init_from, self.title, self.resume = evaluators, init_from, title, resume
+        self.evaluators, self.lineage, self.title, self.resume = evaluators, lineage or Lineage(), title, resume
         self.run_dir = Path(config.run.dir)
         self.step, self.samples, self.tokens = 0, 0, 0
         self.ledger = dict.fromkeys(source.sources, 0.0)  # tokens (loss weights) trained on, by source
         self.stretches: list[dict[str, Any]] = []  # see _begin_stretch
         self.origin: str | None = None
+        self.context = max(self.lineage.context, train.seq_length)  # what the model is made for: it never shrinks
         self.identity = {
             "model": loader.plain(model_config),
             "seed": config.run.seed,
             "seq_length": train.seq_length,
             "data": source.fingerprint,
-            "init": _digest(init_from / "manifest.json") if init_from else None,
+            **self.lineage.identity,
         }
         if not source.after:  # else it depends on the checkpoint that is gone on from
             self._check_samples()
@@ -233,6 +235,8 @@ class Trainer:
             "ledger": dict(self.ledger),  # as it is now: it is written while training goes on
             "stretches": self.stretches,
             "identity": self.identity,
+            "context": self.context,
+            **self.lineage.facts,
             # Dropout is keyed by seed and sample, so these and the sample cursor are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.place.layout),
@@ -245,7 +249,7 @@ class Trainer:
             progress.say(f"{self.title} {self.step}: {text}")
 
     def _resume(self) -> None:
-        """Goes to the checkpoint to start from, or to the weights of `init_from`, or stays at the drawn ones."""
+        """Goes to the checkpoint to start from, or to the weights it begins from, or stays at the drawn ones."""
         path = checkpoint_resume.choose(self.place, self.run_dir, self.resume)
         if path is None:
             if self.source.after:
@@ -253,8 +257,9 @@ class Trainer:
                     f"data.plan = {self.source.location!r} goes on after {self.source.first_sample:,} samples of "
                     "another plan, and this run is new: train on that first, or name a checkpoint by --resume"
                 )
-            if self.init_from:
-                checkpoint_state.restore(self.engine, self.init_from, optimizer=False)
+            if self.lineage.init:
+                self._check_init(self.lineage.init.checkpoint)
+                checkpoint_state.restore(self.engine, self.lineage.init.checkpoint, optimizer=False)
             return
         manifest = storage.read_manifest(path)
         checkpoint_resume.check_identity(path, manifest, self.identity, self.source)
@@ -265,8 +270,17 @@ class Trainer:
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
         self.ledger |= manifest.get("ledger", {})
         self.stretches = manifest.get("stretches", [])
+        self.context = max(self.context, manifest["context"])
         self.origin = checkpoint_resume.origin_of(path, self.run_dir)
         self._check_samples()
+
+    def _check_init(self, checkpoint: str) -> None:
+        """All ranks looked for themselves, and the run that they begin from may have saved a checkpoint meanwhile."""
+        if len(set(self.place.gather_json(self.identity["init"]))) > 1:
+            raise ConfigError(
+                f"the ranks found different newest checkpoints of the run to begin from, {checkpoint} among them, "
+                "since it is training: name one by init.checkpoint, or start again"
+            )
 
     def _check_samples(self) -> None:
         left = (self.config.train.steps - self.step) * self.config.train.global_batch_size
@@ -302,6 +316,7 @@ class Trainer:
         return int(stop_signal)
 
     def _write_facts(self) -> None:
+        self.lineage.keep(self.run_dir, self.identity)
         loader.write_atomic(self.run_dir / "config.toml", loader.toml(self._full_config()))
         packages = ("torch", "megatron-core", "deepspeed", "numpy")
         facts = {
@@ -318,7 +333,7 @@ class Trainer:
             loader.write_atomic(self.run_dir / "data.json", json.dumps(self.stretches, indent=1).encode())
 
     def _full_config(self) -> dict[str, Any]:
-        """The resolved config; a run that takes its model from `init_from` has the model in it too."""
+        """The resolved config; that of a run which begins from another's checkpoint has the model in it too."""
         return {**loader.plain(self.config), "model": loader.plain(self.model_config)}
 
     def _flops_per_token(self) -> float:
@@ -347,7 +362,3 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

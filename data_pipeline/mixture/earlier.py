@@ -71,6 +71,13 @@ def find(location: str | Path, fingerprint: str) -> Plan | None:
     return None
 
 
+def where(location: str | Path, fingerprint: str) -> Path | None:
+    """The folder of the plan that `find` would open; None if there is none."""
+    location = Path(location)
+    folders = _candidates(location.parent if location.name == PLAN_FILE else location)
+    return next((folder for folder in folders if _fingerprint(folder / PLAN_FILE) == fingerprint), None)
+
+
 def was_at(plan: Plan, location: str | Path) -> bool:
     """Whether the plan was kept when another one took its place at `location`."""
     kept, place = _absolute(plan.path), _absolute(Path(location))

@@ -24,14 +24,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from configs.loader import sync
-from configs.sealed import CHECKPOINT
+from configs.loader import ConfigError, sync
+from configs.sealed import CHECKPOINT, VersionError
 
+MANIFEST = "manifest.json"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weights and Adam's two moments
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, torn, damaged, or of something else. Names the file and what to do."""
+
+
+class OtherVersionError(ConfigError):
+    """A checkpoint is whole, and of another version of Trivium than this one."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ class Piece:
 
 def directory(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step}"
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run directory of a checkpoint; of one that lies alone, its own."""
+    checkpoint = checkpoint.resolve()
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def temporary_name(final: Path) -> Path:
@@ -105,7 +116,7 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
         "files": {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts},
         "parameters": parameters,
     }
-    _write_synced(temporary / "manifest.json", CHECKPOINT.write(manifest))
+    _write_synced(temporary / MANIFEST, CHECKPOINT.write(manifest))
     sync(temporary)
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():  # a damaged checkpoint of this very step
@@ -116,12 +127,16 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory. Errors: CheckpointError."""
-    file = Path(path) / "manifest.json"
+    """The manifest of a checkpoint directory. Errors: CheckpointError, OtherVersionError."""
+    file = Path(path) / MANIFEST
     try:
         return CHECKPOINT.read(file.read_bytes(), file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist; {path} is not a whole checkpoint") from None
+    except VersionError as error:
+        raise OtherVersionError(
+            f"{error}; it was written by another version of Trivium: use that one, or train it again in another run.dir"
+        ) from None
     except ValueError as error:
         raise CheckpointError(f"{error}; use an earlier checkpoint") from None
 
@@ -238,7 +253,7 @@ def prune(run_dir: str | Path, step: int, keep: int, keep_every: int = 0) -> Non
             continue
         path = directory(run_dir, old)
         # The manifest goes first: what a kill leaves behind is then not taken for a checkpoint.
-        (path / "manifest.json").unlink(missing_ok=True)
+        (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 

@@ -93,7 +93,8 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def export(folder: Path, run_dir: Path, *more: str) -> int:
     config = folder / "export.toml"
-    config.write_text(tomli_w.dumps({"run": str(run_dir), "out": str(folder / "hf"), "sample_tokens": 8}))
+    keys = {"run": str(run_dir), "out": str(folder / "hf"), "sample_tokens": 8, "verify": {"greedy_tokens": 32}}
+    config.write_text(tomli_w.dumps(keys))
     return huggingface.main([str(config), *more])
 
 
@@ -142,7 +143,7 @@ def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, plan, cap
     config = {
         "run": {"dir": str(tmp_path / "sft"), "seed": 1},
         "data": {},
-        "init": {"run": str(dense), "tokenizer": str(plan.parent / "tokenizer")},
+        "init": {"run": str(dense)},
         "task": {"name": "sort", "digits": 3, "demonstrations": 50, "eval_prompts": 1},
         "train": {
             "steps": 2,

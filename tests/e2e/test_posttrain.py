@@ -114,7 +114,11 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "sft.toml").write_text(SFT.format(dir=base))
     (base / "grpo.toml").write_text(GRPO.format(dir=base))
     ranks(1).run(
-        "tests.e2e.posttrain_ranks:save_untrained", process_group=False, run_dir=str(base / "init"), model=MODEL
+        "tests.e2e.posttrain_ranks:save_untrained",
+        process_group=False,
+        run_dir=str(base / "init"),
+        model=MODEL,
+        tokenizer=str(base / "tokenizer/tokenizer.model"),
     )
     return base
 

@@ -18,6 +18,7 @@ PACKAGES = ("configs", "data_pipeline", "pretrain", "posttrain", "export", "laun
 TORCH = ("torch", "megatron", "deepspeed")
 TOKEN_STORE = (
     "data_pipeline.integrity",
+    "data_pipeline.mixture.earlier",
     "data_pipeline.mixture.rows",
     "data_pipeline.mixture.packing",
     "data_pipeline.tokens.tokenizer",

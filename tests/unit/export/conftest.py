@@ -87,10 +87,9 @@ def make_source(
         step=3,
         model=config,
         read=lambda: dict(weights),
-        identity="0" * 64,
-        seq_length=128,
+        identify=lambda: "0" * 64,
+        context=128,
         tokenizer=tokenizer,
-        plan=None,
         chat_template=template,
     )
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tomli_w
 
-from configs.loader import ConfigError, plain
+from configs.loader import ConfigError, file_sha256, plain
 from export import generate
 from export.chat import TextCodec
 from export.tensors import write_tensors
@@ -18,7 +18,8 @@ from tests.unit.export.conftest import random_weights, tiny
 def model(tmp_path, tokenizer_path):
     config = tiny()
     write_tensors(tmp_path, random_weights(config).items(), max_bytes=10**9)
-    tree = {"model": plain(config), "import": {"max_positions": 128}}
+    facts = {"max_positions": 128, "tokenizer_sha256": file_sha256(tokenizer_path)}
+    tree = {"model": plain(config), "import": facts}
     (tmp_path / "model.toml").write_text(tomli_w.dumps(tree))
     shutil.copyfile(tokenizer_path, tmp_path / "tokenizer.model")
     return tmp_path
@@ -80,5 +81,5 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
     with pytest.raises(ConfigError, match="has no chat template"):
         generate.chat([str(model)])
     (model / "tokenizer.model").unlink()
-    with pytest.raises(ConfigError, match="does not say which tokenizer"):
+    with pytest.raises(ConfigError, match=r"came with a tokenizer of SHA-256 .*tokenizer\.model is gone"):
         generate.main([str(model), "--prompt", "a"])

@@ -25,7 +25,8 @@ def run(source, out: Path, **keys) -> tuple[int, str]:
         run="unused", out=str(out), prompts=["春眠", ENGLISH[:40]], chat_prompts=["春眠"], sample_tokens=8, **keys
     )
     console = Console(record=True, width=200, file=io.StringIO())
-    status = huggingface.export(source, config, out, {"key": "value"}, console)
+    texts = huggingface.read_texts(source, config, console)
+    status = huggingface.export(source, texts, config, out, {"key": "value"}, console)
     return status, console.export_text()
 
 

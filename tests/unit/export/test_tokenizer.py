@@ -14,7 +14,7 @@ from export.tokenizer import PIECE, first_difference, read_model, write_tokenize
 from export.verify import ODD_TEXTS
 from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings
 
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+TEMPLATE = "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_special_tokens(folder: Path, tokenizer_path: Path):
     fast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     slow = Tokenizer.load(tokenizer_path)
     assert (fast.unk_token_id, fast.bos_token_id, fast.eos_token_id, fast.pad_token_id) == (0, 1, 2, 3)
-    assert fast("of wisdom").input_ids == [1, *slow.encode("of wisdom")]
+    assert fast("of wisdom").input_ids == slow.encode("of wisdom")  # the template has <s>
     assert fast.encode("<|user|>of wisdom<|end|>", add_special_tokens=False) == [
         5,
         *slow.encode("of wisdom"),
@@ -57,7 +57,7 @@ def test_special_tokens(folder: Path, tokenizer_path: Path):
     ]
     assert fast.decode([1, *slow.encode("  of\twisdom\n"), 2], skip_special_tokens=True) == "  of\twisdom\n"
     rendered = fast.apply_chat_template([{"role": "user", "content": "hope"}], tokenize=False)
-    assert rendered == "<|user|>hope<|end|>"
+    assert rendered == "<s><|user|>hope<|end|>"
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
     came_in, out = describe_training(tmp_path)
     assert came_in == "2 steps, 2.00M tokens"
     assert out == "loss 9.00 → 4.00\ncode 3.00 → 1.50 bits/byte"
-    write("trivium_export.json", {"made_from": {"checkpoint": "a/step_2"}, "checks": {"logits, max": "1e-6"}})
+    write("trivium_export.json", {"checkpoint": "a/step_2", "checks": {"logits, max": "1e-6"}})
     assert describe_export(tmp_path) == ("step_2", "logits, max: 1e-6")
     assert describe_training(tmp_path / "nothing") == ("", "")
 
