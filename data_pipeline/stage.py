@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from configs.lock import locked
 from configs.loader import sync, write_atomic
+from configs.lock import locked
 from configs.sealed import STAGE
 from data_pipeline.hashing import digest
 from data_pipeline.integrity import STAGE_MANIFEST, Expected, is_seal, read_sealed, unseal
@@ -237,9 +237,7 @@ def sole_user(run_dir: Path) -> Iterator[None]:
     """Holds the run directory for this process, and clears what killed runs left half done in it."""
     with locked(run_dir, _take) as lock:
         if lock is None:
-            raise ValueError(
-                f"another data run is at work in {run_dir}; wait for it, or give this one its own run.dir"
-            )
+            raise ValueError(f"another data run is at work in {run_dir}; wait for it, or give this one its own run.dir")
         for leftover in run_dir.glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
