@@ -8,6 +8,7 @@ key, the value and what to change. Entrypoints turn it into exit status 2.
 import argparse
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -183,9 +184,13 @@ def entrypoint(
         if speaks:
             print(f"interrupted; {signals.AGAIN}", file=sys.stderr)
         status = signals.INTERRUPTED
-    except Exception:
+    except Exception as error:
         signals.let_a_signal_pass()
-        traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {error.filename}" if error.filename else ""
+            print(f"error: no space is left on disk{where}; make room, then {signals.AGAIN}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         status = 1
     signals.exit(status)
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from configs.folders import make_writable
 from configs.loader import ConfigError, file_sha256, sync, write_atomic
 
 RECORD = "trivium_export.json"
@@ -26,8 +27,12 @@ def check_place(out: Path, mend: bool = True) -> None:
         )
 
 
-def begin(out: Path) -> Path:
-    """An empty folder to write into; what an interrupted export left there is removed."""
+def begin(out: Path, key: str) -> Path:
+    """An empty folder to write into; what an interrupted export left there is removed.
+
+    Errors: ConfigError naming `key`, whose value `out` is, where nothing can be written.
+    """
+    make_writable(out.parent, key, out)
     partial = out.with_name(f".{out.name}.partial")
     discard(partial)
     partial.mkdir(parents=True)

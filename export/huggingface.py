@@ -139,7 +139,7 @@ def export(
     from export import folder
     from export.verify import reload, verify
 
-    partial = folder.begin(out)
+    partial = folder.begin(out, "out")
     try:
         with console.status("writing"):
             reference = write_model(source, texts, config, partial)

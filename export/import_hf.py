@@ -70,7 +70,7 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
             pass
         return f"{what}: every tensor is there; nothing was written"
 
-    partial = begin(out)
+    partial = begin(out, "OUT")
     try:
         write_tensors(partial, from_hf(read, names, model), int(max_shard_gb * 1e9))
         for name in TOKENIZER_FILES:

@@ -71,7 +71,8 @@ def open_source(path: str | Path, step: int | str = "latest") -> Source:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(f"{path} does not exist; name a run directory, a checkpoint or an imported model")
+        found = "is a file" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {found}; name a run directory, a checkpoint or an imported model")
     if (path / IMPORTED).is_file():
         return _imported(path)
     if (path / "manifest.json").is_file():

@@ -95,7 +95,13 @@ def run_ranks(command: Sequence[str], places: Sequence[ClusterEnvironment]) -> i
     The first place's output is ours; every other's goes to a file that is shown in part if it fails first.
     """
     threads = str(max(1, cores() // len(places)))
-    logs = Path(tempfile.mkdtemp(prefix="trivium-ranks-"))
+    try:
+        logs = Path(tempfile.mkdtemp(prefix="trivium-ranks-"))
+    except OSError as error:
+        raise ConfigError(
+            f"ranks' logs have no place in {os.environ.get('TMPDIR', 'the temporary folder')}: {error.strerror}; make "
+            "room there, or set TMPDIR to a folder that can be written to"
+        ) from None
     with ProcessGroup() as group:
         for index, place in enumerate(places):
             env = {**os.environ, **place.as_variables(), "OMP_NUM_THREADS": threads}

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.folders import make_writable
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import GRPOConfig
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="trivium grpo configs/posttrain/demo_grpo.toml train.steps=50 grpo.advantage=rloo",
         options=(RESUME,),
     )
+    if not args.dry_run:
+        make_writable(config.run.dir, "run.dir")
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.evaluation import TaskAccuracy
     from posttrain.grpo_source import GRPOLoss, RolloutSource

@@ -10,9 +10,9 @@ from tests.parallel.test_layouts import MODELS
 from tests.small_data import VOCAB, make_tokens
 
 
-def write_config(folder: Path, steps: int, run_dir: Path, every: int = 100_000) -> Path:
+def write_config(folder: Path, steps: int, run_dir: Path, rows: int, every: int = 100_000) -> Path:
     """A config of a dense model of a few thousand weights; a step takes some hundredths of a second."""
-    mixture = {"seq_length": 32, "weights": {"code": 0.5, "prose": 0.5}, "max_epochs": 100_000, "samples": 4 * steps}
+    mixture = {"seq_length": 32, "weights": {"code": 0.5, "prose": 0.5}, "max_epochs": 100_000, "samples": rows}
     build_stages(*make_tokens(folder), folder / "plan", validate(MixtureConfig, mixture).plans())
     tree = {
         "run": {"dir": str(run_dir), "seed": 3},

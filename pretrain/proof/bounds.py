@@ -13,10 +13,12 @@ terms has K of them. In bf16 products are added up in fp32 and only the result i
 """
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
+from configs.train import ModelConfig, OptimizerConfig, PretrainConfig
 
-from configs.train import ModelConfig, OptimizerConfig
+if TYPE_CHECKING:
+    import torch
 
 UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9}
 
@@ -39,6 +41,11 @@ class Bounds:
         self.precision, self._num_layers = precision, model.num_layers
         self._layer, self._head = (len(part) if precision == "bf16" else sum(part) for part in (attention + mlp, head))
         self._tokens = 1 if precision == "bf16" else tokens  # in bf16 gradients are accumulated in fp32 too
+
+    @classmethod
+    def of(cls, config: PretrainConfig, precision: str) -> "Bounds":
+        train = config.train
+        return cls(config.model, train.seq_length, train.global_batch_size * train.seq_length, precision)
 
     def forward(self, layer: int) -> float:
         """Of what layer `layer` gives; -1 is the embedding."""
@@ -78,13 +85,15 @@ class Bounds:
         return 2 * UNIT_ROUNDOFF[self.precision] * math.sqrt(depth)
 
 
-def adam_step_bound(gradient: torch.Tensor, error: float, optimizer: OptimizerConfig, lr: float) -> torch.Tensor:
+def adam_step_bound(gradient: "torch.Tensor", error: float, optimizer: OptimizerConfig, lr: float) -> "torch.Tensor":
     """How far the weights of two first steps of Adam may be apart, per element, if gradients are by `error` (relative).
 
     From zero moments the step is lr g / (|g| + eps). Its slope, eps / (|g| + eps)^2, is large where g is no larger
     than rounding noise: there the sign of the noise decides, and steps may differ by 2 lr. `gradient` is the clipped
     one; the noise of an element is taken as `error` times the tensor's rms.
     """
+    import torch
+
     noise = error * gradient.square().mean().sqrt()
     slope = optimizer.eps / (gradient.abs() + optimizer.eps).square()
     # Where noise is not small against |g| + eps the slope says too little of a step that may change its sign.

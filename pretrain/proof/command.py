@@ -6,34 +6,30 @@ computed is compared: loss, grad norm, every gradient, every parameter after the
 pass, then of the backward pass, then the gradients. Leaves out layouts over several machines.
 """
 
-import inspect
+import ast
 import json
-import math
 import re
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
+from configs.folders import make_writable
 from configs.layout import Layout
 from configs.loader import ConfigError, command_parser, entrypoint, load, plain, toml, validate, write_atomic
 from configs.train import ParallelConfig, PretrainConfig
 from pretrain.proof import page
-from pretrain.proof.bounds import UNIT_ROUNDOFF, Bounds, adam_step_bound
-from pretrain.proof.injections import INJECTIONS
-from pretrain.proof.verdict import COLUMNS, Error, Verdict
+from pretrain.proof.bounds import UNIT_ROUNDOFF, Bounds
+from pretrain.proof.verdict import COLUMNS, Verdict
 
 DEGREES = ("tp", "pp", "vpp", "dp", "ep", "cp", "zero")
 SECONDS = 1800  # for one layout
@@ -69,34 +65,6 @@ class Candidate:
         return [f"parallel.{key}={str(value).lower()}" for key, value in self.parallel.items()]
 
 
-class Step:
-    """What one layout computed, as whole tensors by global name, read one at a time."""
-
-    def __init__(self, directory: Path):
-        self.facts: dict[str, Any] = json.loads((directory / "step.json").read_text())
-        self._slices: dict[str, list[tuple[Any, list[int], list[int]]]] = {}  # key: (file, offset, whole shape)
-        for path in sorted(directory.glob("rank_*.safetensors")):
-            file = safe_open(path, framework="pt").__enter__()
-            for key, own in (file.metadata() or {}).items():
-                self._slices.setdefault(key, []).append((file, *json.loads(own)))
-
-    @property
-    def keys(self) -> set[str]:
-        return set(self._slices)
-
-    def copies(self, key: str) -> list[torch.Tensor]:
-        """The whole tensor; more than one where several tensor-parallel ranks hold the same slices of it."""
-        wholes: list[torch.Tensor] = []
-        seen = Counter[tuple[int, ...]]()
-        for file, offset, shape in self._slices[key]:
-            part, copy = file.get_tensor(key).double(), seen[tuple(offset)]
-            seen[tuple(offset)] += 1
-            if copy == len(wholes):
-                wholes.append(torch.full(shape, math.nan, dtype=torch.float64))  # a slice that nobody wrote shows
-            wholes[copy][tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
-        return wholes
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if every layout is within bounds, else 1."""
     parser = command_parser(
@@ -113,27 +81,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=UNIT_ROUNDOFF, default="fp32", help="fp32 if left out")
     parser.add_argument("--inject", metavar="BUG", help="plant one of the known bugs below, to see it caught")
     parser.add_argument("--out", type=Path, default=Path("runs/prove"), help="where to work; runs/prove if left out")
-    bugs = (f"  {name}\n    {(inspect.getdoc(bug) or '').splitlines()[0]}" for name, bug in INJECTIONS.items())
-    parser.epilog = "\n".join(["known bugs:", *bugs, "", parser.epilog or ""])
+    bugs = known_bugs()
+    listed = (f"  {name}\n    {what}" for name, what in bugs.items())
+    parser.epilog = "\n".join(["known bugs:", *listed, "", parser.epilog or ""])
     args = parser.parse_intermixed_args(argv)
     config = load(PretrainConfig, args.config, args.overrides)
     parallel = ParallelConfig(offload_optimizer=config.parallel.offload_optimizer)  # names say all the rest
     config = config.model_copy(update={"parallel": parallel})
-    if args.inject and args.inject not in INJECTIONS:
-        raise ConfigError(f"--inject {args.inject!r} is no known bug; there are {', '.join(INJECTIONS)}")
+    if args.inject and args.inject not in bugs:
+        raise ConfigError(f"--inject {args.inject!r} is no known bug; there are {', '.join(bugs)}")
     candidates = [Candidate.parse(name) for name in args.layouts.split(",")]
     for candidate in candidates:
         _check(candidate, config, args.precision)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_writable(args.out, "--out")
     write_atomic(args.out / "config.toml", toml(plain(config)))
+
+    # torch takes seconds to import: a mistake in what is asked for is told before that.
+    from pretrain.proof.compare import compare
 
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     verdicts = []
     try:
+        one = args.out / "one"
         _run(Candidate("one", 1, {}), args.out, console, args.precision)
         for candidate in candidates:
+            name = candidate.name
             seconds = _run(candidate, args.out, console, args.precision, args.inject)
-            verdicts.append(compare(args.out / "one", args.out / candidate.name, candidate, config, seconds))
+            verdicts.append(compare(one, args.out / name, name, candidate.world_size, config, seconds))
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -148,8 +122,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 
+def known_bugs() -> dict[str, str]:
+    """What proof/injections.py can plant, each with a line of what it is. Read, not imported: torch takes seconds."""
+    tree = ast.parse(Path(__file__).with_name("injections.py").read_text(encoding="utf-8"))
+    bugs = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {bug.name: (ast.get_docstring(bug) or "").partition("\n")[0] for bug in bugs}
+
+
 def _facts(path: str, config: PretrainConfig, precision: str, inject: str | None) -> dict[str, Any]:
     """What was proven, by what, and within which bounds."""
+    import torch
+
     train = config.train
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -162,7 +145,7 @@ def _facts(path: str, config: PretrainConfig, precision: str, inject: str | None
         "inject": inject,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {name: version(name) for name in ("torch", "megatron-core", "deepspeed")},
-        "bounds": bounds_of(config, precision).derivation(),
+        "bounds": Bounds.of(config, precision).derivation(),
     }
 
 
@@ -199,75 +182,6 @@ def _run(candidate: Candidate, out: Path, console: Console, precision: str, inje
     if done.returncode or not (directory / "step.json").is_file():
         raise RuntimeError(f"{candidate.name}: its ranks ended with status {done.returncode}:\n{done.stdout[-3000:]}")
     return time.perf_counter() - started
-
-
-def compare(one: Path, other: Path, candidate: Candidate, config: PretrainConfig, seconds: float) -> Verdict:
-    """Holds what `other` wrote against `one`."""
-    reference, found = Step(one), Step(other)
-    bounds = bounds_of(config, reference.facts["precision"])
-    verdict = Verdict(candidate.name, candidate.world_size, seconds)
-    for name, allowed in (("loss", bounds.loss()), ("grad_norm", bounds.gradient(0))):
-        verdict.add(name, Error(name, abs(found.facts[name] / reference.facts[name] - 1), allowed))
-    missing = _without_copies(reference.keys) ^ _without_copies(found.keys)
-    if missing:
-        verdict.fail(f"only one of the two has {sorted(missing)[:3]}")
-    errors = []
-    for key in in_order(reference.keys & found.keys, config.model.num_layers):
-        (expected,) = reference.copies(key)
-        scale = float(expected.norm()) or 1.0
-        error = max(float((copy - expected).norm()) for copy in found.copies(key)) / scale
-        errors.append(Error(key, error, _allowed(key, expected, reference, bounds, config)))
-    verdict.add_tensors(errors)
-    return verdict
-
-
-def bounds_of(config: PretrainConfig, precision: str) -> Bounds:
-    train = config.train
-    return Bounds(config.model, train.seq_length, train.global_batch_size * train.seq_length, precision)
-
-
-def _without_copies(keys: set[str]) -> set[str]:
-    """The tied head's copy on a last stage has the embedding's name elsewhere."""
-    return {key for key in keys if not key.endswith("/lm_head.weight")}
-
-
-def _allowed(key: str, expected: torch.Tensor, reference: Step, bounds: Bounds, config: PretrainConfig) -> float:
-    """The relative error that rounding explains."""
-    kind, _, name = key.partition("/")
-    layer = _layer(name, config.model.num_layers)
-    if kind == "forward":
-        return bounds.forward(layer)
-    if kind == "backward":
-        return bounds.backward(layer)
-    error = bounds.gradient(max(layer, 0))
-    if kind == "grad":
-        return error
-    (gradient,) = reference.copies(f"grad/{name}")
-    clip = config.optimizer.clip_grad
-    clipped = gradient * min(1.0, clip / reference.facts["grad_norm"]) if clip else gradient
-    step = adam_step_bound(clipped, error, config.optimizer, config.optimizer.lr)
-    master = min(UNIT_ROUNDOFF["fp32"], UNIT_ROUNDOFF[bounds.precision])  # master weights are fp32 under bf16
-    return 2 * master + float(step.norm() / expected.norm())
-
-
-def _layer(name: str, num_layers: int) -> int:
-    """The layer that a tensor belongs to: -1 for the embedding, the last for what follows the layers."""
-    if name.startswith("layers."):
-        return int(re.split(r"[./]", name)[1])
-    return -1 if name.startswith("embedding") else num_layers - 1
-
-
-def in_order(keys: set[str], num_layers: int) -> Iterator[str]:
-    """Forward order, then backward, then gradients in backward order, then weights."""
-
-    def place(key: str) -> tuple[int, float, int, str]:
-        kind, _, name = key.partition("/")
-        layer: float = _layer(name, num_layers) + (0.5 if not name.startswith(("layers.", "embedding")) else 0.0)
-        inside = 0 if ".attention" in name else 1 if ".mlp" in name or ".moe" in name else 2
-        passes = ("forward", "backward", "grad", "weight").index(kind)
-        return (passes, layer, inside, name) if kind in ("forward", "weight") else (passes, -layer, -inside, name)
-
-    return iter(sorted(keys, key=place))
 
 
 def _show(facts: dict[str, Any], verdicts: Sequence[Verdict], console: Console) -> None:

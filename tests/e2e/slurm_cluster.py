@@ -37,7 +37,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 MinJobAge=300
-KillWait=2
+KillWait=10
 InactiveLimit=0
 ReturnToService=2
 MailProg=/bin/true

@@ -12,8 +12,10 @@ import pytest
 from configs.loader import ConfigError, toml, validate
 from configs.train import PretrainConfig
 from pretrain.proof import command
-from pretrain.proof.command import Candidate, Verdict, compare
+from pretrain.proof.command import Candidate
+from pretrain.proof.compare import compare
 from pretrain.proof.injections import INJECTIONS
+from pretrain.proof.verdict import Verdict
 from tests.parallel.harness import Ranks
 from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 from tests.parallel.test_layouts import MODELS
@@ -54,7 +56,7 @@ def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactor
         candidate = Candidate.parse(layout)
         out = run(candidate.world_size, model, candidate.parallel, precision, inject)
         checked = validate(PretrainConfig, config(model, out, {}))
-        return compare(ones[model, precision], out, candidate, checked, 0.0)
+        return compare(ones[model, precision], out, candidate.name, candidate.world_size, checked, 0.0)
 
     return prove
 

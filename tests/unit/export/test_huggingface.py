@@ -171,4 +171,4 @@ def test_other_folders_are_left_alone_and_interrupted_ones_healed(tmp_path):
     assert (tmp_path / "out").is_dir()
     (tmp_path / ".new.partial").mkdir()
     (tmp_path / ".new.partial/left").write_text("from a killed export")
-    assert not list(folder.begin(tmp_path / "new").iterdir())
+    assert not list(folder.begin(tmp_path / "new", "out").iterdir())

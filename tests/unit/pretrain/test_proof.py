@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from configs.train import ModelConfig
 from pretrain.proof import page
 from pretrain.proof.bounds import Bounds
-from pretrain.proof.command import Step
+from pretrain.proof.compare import Step
 from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, Error, Verdict
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2)
@@ -129,3 +131,30 @@ def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
     assert wrong[3, 1] == 7.0 and torch.equal(right, torch.cat((halves[0], halves[3])).double())
     (tmp_path / "rank_00000.safetensors").unlink()
     assert Step(tmp_path).copies("forward/x")[1].isnan().any(), "a slice that nobody wrote is no number"
+
+
+def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    demo = "configs/pretrain/demo.toml"
+    (tmp_path / "broken.toml").write_text("[model\n")
+    (tmp_path / "file").touch()
+    asked = [
+        ([demo, "--layouts", "qq2"], "'qq2' is not a layout"),
+        ([demo, "--layouts", "tp2,tp7"], "--layouts: tp7: model.num_heads = 6 is not a multiple"),
+        ([demo, "--layouts", "pp2zero3"], "--layouts: pp2zero3: "),
+        ([demo, "--layouts", "tp2zero2", "--precision", "fp64"], "fp64 is built for ZeRO stage 1"),
+        ([demo, "--layouts", "tp2", "--inject", "gremlins"], "'gremlins' is no known bug; there are norm_grad"),
+        ([demo, "--layouts", "tp2", "train.stpes=3"], "did you mean 'steps'"),
+        ([str(tmp_path / "none.toml"), "--layouts", "tp2"], "does not exist"),
+        ([str(tmp_path / "broken.toml"), "--layouts", "tp2"], "is not valid TOML"),
+        ([demo, "--layouts", "tp2", "--out", str(tmp_path / "file/out")], "file is a file; name a folder"),
+    ]
+    script = (
+        "import json, sys\nfrom configs.loader import ConfigError\nfrom pretrain.proof import command\n"
+        "for argv, words in json.loads(sys.argv[1]):\n"
+        "    try: command.main(argv)\n"
+        "    except ConfigError as error: assert words in str(error), error\n"
+        "    else: sys.exit(f'{argv} was not refused')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(asked)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,40 @@
+"""Whether a folder that a command is to fill can be written to, told in one sentence before the work begins."""
+
+import errno
+import tempfile
+from pathlib import Path
+
+from configs.loader import ConfigError
+
+# What a user can do about it, by the error's number.
+REASONS = {
+    errno.EROFS: "it is on a read-only file system; name a place that can be written to",
+    errno.EACCES: "this user may not write there; name another place, or have its permissions changed",
+    errno.EPERM: "this user may not write there; name another place, or have its permissions changed",
+    errno.ENOSPC: "the file system is full; make room, or name a place on another one",
+    errno.EDQUOT: "the disk quota is used up; make room, or name a place on another file system",
+}
+_PROBE_BYTES = 4096
+
+
+def make_writable(folder: str | Path, key: str, value: str | Path | None = None) -> None:
+    """Makes `folder` and tries to write a file in it. Errors: ConfigError that names `key` and its `value`.
+
+    The value is the folder itself if it is left out.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+    except OSError as error:
+        asked = str(folder if value is None else value)
+        raise ConfigError(f"{key} = {asked!r}: {_reason(folder, error)}") from None
+
+
+def _reason(folder: Path, error: OSError) -> str:
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        return f"{file} is a file; name a folder, or a place in one"
+    return REASONS.get(error.errno or 0, f"nothing can be written there ({error.strerror}); name another place")

@@ -1,0 +1,32 @@
+"""A rank of a run whose steps are sleep: `python -m tests.e2e.steps_of_sleep FOLDER`.
+
+It answers signals as training does. It writes FOLDER/up_RANK when it works, and FOLDER/saved_RANK when it was told to
+stop.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs import signals
+from configs.loader import entrypoint
+from launch.environment import ClusterEnvironment, is_main, was_launched
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    folder, rank = Path(sys.argv[1]), ClusterEnvironment.read().rank
+    with signals.saving() as watch:
+        watch.agree()
+        watch.work()
+        (folder / f"up_{rank}").write_text("up")
+        while not watch.number:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        (folder / f"saved_{rank}").write_text(str(watch.number))
+        return signals.status_of(watch.number)
+
+
+if __name__ == "__main__":
+    signals.begin(saves=True, speaks=is_main(), launched=was_launched())
+    entrypoint(main)

@@ -1,0 +1,77 @@
+"""Folders that cannot be written to: one sentence that names the key, for every command that fills one."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from configs.folders import make_writable
+from configs.loader import ConfigError
+from export import folder
+from posttrain import grpo, sft
+from pretrain import train
+from pretrain.proof import command as prove
+
+IN_OWN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
+HAS_NAMESPACES = subprocess.run([*IN_OWN_NAMESPACE, "true"], capture_output=True).returncode == 0
+COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], list[str]]] = {
+    "run.dir": (train.main, ["configs/pretrain/demo.toml", "run.dir={place}"]),
+    "run.dir of sft": (sft.main, ["configs/posttrain/demo_sft.toml", "run.dir={place}"]),
+    "run.dir of grpo": (grpo.main, ["configs/posttrain/demo_grpo.toml", "run.dir={place}"]),
+    "--out": (prove.main, ["configs/pretrain/demo.toml", "--layouts", "tp2", "--out", "{place}"]),
+}
+
+
+@pytest.mark.parametrize("key", COMMANDS)
+def test_a_file_is_no_folder_and_has_none(tmp_path: Path, key: str) -> None:
+    main, argv = COMMANDS[key]
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(ConfigError) as refused:
+            main([word.format(place=place) for word in argv])
+        words = f"{key.split()[0]} = {str(place)!r}: {tmp_path / 'file'} is a file; name a folder, or a place in one"
+        assert str(refused.value) == words
+
+
+def test_the_place_of_an_exported_or_imported_model(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for key in ("out", "OUT"):
+        with pytest.raises(ConfigError, match=rf"^{key} = .*file/model': .*file is a file; name a folder"):
+            folder.begin(tmp_path / "file/model", key)
+
+
+def test_a_place_that_will_do_is_made_and_left_empty(tmp_path: Path) -> None:
+    make_writable(tmp_path / "a/b", "run.dir")
+    assert list((tmp_path / "a/b").iterdir()) == []
+
+
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="this system lets no user mount a file system of his own")
+@pytest.mark.parametrize(
+    ("options", "fill", "words"),
+    [
+        ("ro", "true", "is on a read-only file system; name a place"),
+        ("size=16k", "head -c 16384 /dev/zero > full", "the file system is full; make room"),
+    ],
+)
+def test_a_read_only_and_a_full_file_system(tmp_path: Path, options: str, fill: str, words: str) -> None:
+    (tmp_path / "disk").mkdir()
+    script = "import sys; from configs.folders import make_writable; make_writable(sys.argv[1], 'run.dir')"
+    mount = f'mount -t tmpfs -o {options} none {tmp_path / "disk"} && cd {tmp_path / "disk"} && {fill}; exec "$@"'
+    command = [*IN_OWN_NAMESPACE, "sh", "-c", mount, "sh", sys.executable, "-c", script, str(tmp_path / "disk/run")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    assert f"ConfigError: run.dir = '{tmp_path}/disk/run': " in done.stderr and words in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_of_another_user(tmp_path: Path) -> None:
+    for above in (tmp_path, *tmp_path.parents[:2]):
+        above.chmod(0o755)
+    script = (
+        "import os, sys; from configs.folders import make_writable\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534); make_writable(sys.argv[1], 'run.dir')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True)
+    assert "this user may not write there; name another place" in done.stderr
