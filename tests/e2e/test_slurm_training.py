@@ -17,7 +17,7 @@ from tests.e2e import slurm_cluster
 from tests.small_training import last_step, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, ROWS = 120, 400_000  # the rows of the plan are more than any test trains on
+STEPS, ROWS = 120, 100_000  # the rows of the plan are more than any test trains on
 SCRIPTS = {
     "ranks by srun": ("srun.sh", ["python", "-m", "cli", "train"]),
     "launchers by srun": ("srun.sh", ["python", "-m", "cli", "launch", "--nproc-per-node", "1", "train"]),
@@ -129,7 +129,7 @@ def test_a_job_that_is_warned_while_it_starts_is_requeued(config: Path, tmp_path
 def test_the_time_limit_is_what_warns(config: Path, tmp_path: Path) -> None:
     """Slurm counts in minutes and warns up to one early; the limit is never reached."""
     run = tmp_path / "run"
-    command = ("python", "-m", "cli", "train", str(config), f"run.dir={run}", "train.steps=90000")
+    command = ("python", "-m", "cli", "train", str(config), f"run.dir={run}", "train.steps=20000")
     job = Job(tmp_path, "srun.sh", *command, options=("--time=1", "--signal=USR1@30"))
     job.wait_for(lambda: job.shows("Restarts") == "1")
     assert storage.steps(run) and "stopped by SIGUSR1" in job.said() and "TIME LIMIT" not in job.said()
