@@ -13,7 +13,8 @@ from configs.base import Section
 from configs.canaries import CanaryConfig
 from configs.canaries import check as check_canaries
 from configs.cuts import DecontaminateConfig, DocumentsConfig, LinesConfig, PiiConfig, SubstringsConfig
-from configs.mixture import BY_SOURCE, MixtureConfig
+from configs.loader import ConfigError
+from configs.mixture import BY_SOURCE, MixtureConfig, PlanConfig
 from configs.rules import RuleSet
 from configs.scores import ScoresConfig
 
@@ -209,10 +210,13 @@ class DedupConfig(Section):
 
 
 class HeldoutConfig(Section):
-    """Which documents are never trained on: those whose hash of (seed, id) is low. Each source gives one at least."""
+    """Which documents are never trained on: those whose hash of (seed, id) is low.
 
-    share: float = Field(default=0.02, gt=0, lt=0.5)
-    """The share of each source's documents that is held out."""
+    Each source of two documents or more gives one at least.
+    """
+
+    share: float = Field(default=0.02, ge=0, lt=0.5)
+    """The share of each source's documents that is held out; 0 holds out none, and nothing is evaluated then."""
     seed: int = Field(default=0, ge=0)
     """The seed of the hash; another one holds out other documents."""
 
@@ -263,12 +267,21 @@ class DataConfig(Section):
     """Which documents are never trained on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer that is trained."""
-    mixture: MixtureConfig
-    """What training rows are made of."""
+    mixture: MixtureConfig | None = None
+    """What training rows are made of; needed by the plan stage alone."""
     alarms: AlarmsConfig = AlarmsConfig()
     """Which counts of a run are a warning."""
     canaries: dict[str, CanaryConfig] = Field(default={})
     """Texts of known fate that the run plants in its input, by a name for each."""
+
+    def plans(self) -> dict[str, PlanConfig]:
+        """The plans of the mixture, by name of their stage. Errors: ConfigError where there is no mixture."""
+        if self.mixture is None:
+            raise ConfigError(
+                "key 'mixture' is missing, which says what a plan is made of: set mixture.weights, mixture.temperature "
+                "or mixture.unimax, or end before the plan, by `trivium data run CONFIG --until tokens`"
+            )
+        return self.mixture.plans()
 
     @model_validator(mode="after")
     def _names_meet(self) -> "DataConfig":
@@ -281,7 +294,8 @@ class DataConfig(Section):
                         f"sources.{name}.rules.{language} = {rules!r} is no rule set; "
                         f"known under [rules]: {', '.join(sorted(self.rules))}"
                     )
-        plans = {f"mixture.stages.{name}" if name else "mixture": plan for name, plan in self.mixture.plans().items()}
+        mixture = self.mixture.plans() if self.mixture else {}
+        plans = {f"mixture.stages.{name}" if name else "mixture": plan for name, plan in mixture.items()}
         named = {
             **{f"{key}.{part}": getattr(plan, part) for key, plan in plans.items() for part in BY_SOURCE},
             "lines.sources": self.lines and self.lines.sources,

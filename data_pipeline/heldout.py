@@ -40,7 +40,10 @@ class Extremes:
 
 @dataclass(frozen=True)
 class Lot:
-    """How the held-out documents of one source are told: those drawn under `share`, and never none or all of them."""
+    """How the held-out documents of one source are told: those drawn under `share`, and never none or all of them.
+
+    Of a share of 0, and of a source of fewer than two documents, there are none.
+    """
 
     share: float
     seed: int
@@ -48,19 +51,15 @@ class Lot:
     never: str
 
     @classmethod
-    def of(cls, found: Extremes, share: float, seed: int, source: str) -> "Lot":
-        """`found` are those of all documents of the source. Errors: ValueError where they are not two at least."""
-        if found.lowest is None or found.highest is None or found.lowest == found.highest:
-            count = 0 if found.lowest is None else 1
-            raise ValueError(
-                f"source {source} has {count} documents left, and a held-out split needs 2; "
-                "loosen its rules (see the drops), or give it more files"
-            )
+    def of(cls, found: Extremes, share: float, seed: int) -> "Lot":
+        """`found` are those of all documents of the source."""
+        if not share or found.lowest is None or found.highest is None or found.lowest == found.highest:
+            return cls(0.0, seed, "", "")
         always = found.lowest[1] if found.lowest[0] >= share else ""
         never = found.highest[1] if found.highest[0] < share else ""
         return cls(share, seed, always, never)
 
     def holds_out(self, document_id: str) -> bool:
-        if document_id in (self.always, self.never):
+        if document_id and document_id in (self.always, self.never):
             return document_id == self.always
         return draw(self.seed, document_id) < self.share

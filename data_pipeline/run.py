@@ -32,8 +32,9 @@ from data_pipeline.executors.slurm import cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, quiet
 from data_pipeline.extraction.step import set_aside
 from data_pipeline.report import print_ledger, read_ledger, wide_console
+from data_pipeline.shortfalls import COUNTED, short_plans, short_sources
 from data_pipeline.stage import Done, Stage, perform, published, sole_user
-from data_pipeline.stages import Workshop, document_stages
+from data_pipeline.stages import Workshop, document_stages, warn
 from data_pipeline.tokens.stages import show_forecast, token_stages
 
 
@@ -71,7 +72,7 @@ def run(
         cancel_leftovers(run_dir / "logs")
         quiet(run_dir / "logs" / "datatrove.log")
         stages = all_stages(config, run_dir, console, executor)
-        chosen = select([stage.name for stage in stages], only, until)
+        chosen = _chosen(config, stages, only, until)
         write(config, run_dir / "config.toml")
         done: dict[str, Done] = {}
         for number, stage in enumerate(stages, 1):
@@ -86,10 +87,43 @@ def run(
                 _check_needs(stage, done)
             done[stage.name] = earlier or perform(stage, run_dir, before)
             _say(done[stage.name], number, len(stages), console)
+            _check_some_left(done[stage.name], run_dir)
+            if done[stage.name].fresh:
+                for warning in warnings({stage.name: done[stage.name]}, config):
+                    warn(warning, console)
         canaries = look(run_dir, config.canaries, done)
         found = alarms({name: one.tally for name, one in done.items()}, run_dir, config.alarms) + missed(canaries)
         write_ledger(run_dir, stages, done, found, canaries)
         return list(done.values()), found
+
+
+def warnings(done: Mapping[str, Done], config: DataConfig) -> list[str]:
+    """What the stages that are done say of shortfalls; of a plan's, only the last that counted before the plan."""
+    counted = [name for name in COUNTED if name in done and "plan" not in done][-1:]
+    short = short_sources(done["documents"].tally, config) if "documents" in done else []
+    return short + [sentence for name in counted for sentence in short_plans(name, done[name].tally, config)]
+
+
+def _chosen(config: DataConfig, stages: Sequence[Stage], only: str, until: str) -> list[str]:
+    """As `select`. Errors: ConfigError as well where the plan is asked for and there is no mixture."""
+    chosen = select([stage.name for stage in stages], only, until)
+    if "plan" in chosen:
+        config.plans()
+    return chosen
+
+
+def _check_some_left(done: Done, run_dir: Path) -> None:
+    """Errors: ValueError for a stage that no document came out of: those after it could only fail."""
+    total = done.tally.total()
+    if not total.came_in.documents and done.name == "extract":
+        raise ValueError("the files of all sources hold no record; check sources.*.files and their format")
+    if total.came_in.documents and not total.kept.documents:
+        most = sorted(total.dropped.items(), key=lambda item: -item[1].documents)[:3]
+        why = ", ".join(f"{reason} {amount.documents:,}" for reason, amount in most)
+        raise ValueError(
+            f"stage {done.name} kept none of {total.came_in.documents:,} documents ({why}): nothing is left to go on "
+            f"with; look at {run_dir / _where(done)}, change the rule or key behind the first of these, and run again"
+        )
 
 
 def _check_needs(stage: Stage, done: Mapping[str, Done]) -> None:
@@ -188,7 +222,7 @@ def dry_run(config: DataConfig, console: Console, executor: Executor, only: str 
     run_dir.mkdir(parents=True, exist_ok=True)
     done = set()
     stages = all_stages(config, run_dir, console, executor)
-    chosen = select([stage.name for stage in stages], only, until)
+    chosen = _chosen(config, stages, only, until)
     for stage in stages:
         verdict = "would run" if stage.name in chosen else "not done, not asked for"
         if published(stage, run_dir):
@@ -239,6 +273,8 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
         right = sum(one["caught"] for one in canaries)
         console.print(f"canaries: {right} of {len(canaries)} caught as they should be", highlight=False)
     console.print(f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG")
+    for warning in warnings({stage.name: stage for stage in done}, config):
+        warn(warning, console)
     for alarm in found:
         console.print(f"alarm: {alarm}", highlight=False, markup=False, soft_wrap=True)
     return 1 if found and config.alarms.fail else 0

@@ -67,6 +67,10 @@ class Workshop:
         return 3 * size  # about what compression makes of prose; for the bar alone
 
 
+def warn(sentence: str, console: Console) -> None:
+    console.print(f"warning: {sentence}", highlight=False, markup=False, soft_wrap=True)
+
+
 def input_units(config: DataConfig) -> list[InputUnit]:
     """The files of every source. Errors: ConfigError for a pattern that leads to nothing."""
     return [
@@ -173,11 +177,11 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
                 f"extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, "
                 "then repair the files or raise extract.max_bad_share"
             )
-        if not tally.of(source).kept.documents:
-            why = ", ".join(f"{reason} {amount.documents}" for reason, amount in tally.of(source).dropped.items())
-            raise ValueError(
-                f"source {source} has no usable record ({why}); check sources.{source}.files and its format"
-            )
+    for source in config.sources:
+        counts = tally.of(source)
+        if not counts.kept.documents:
+            why = ", ".join(f"{reason} {amount.documents}" for reason, amount in counts.dropped.items()) or "no records"
+            warn(f"source {source} has no usable record ({why}); check sources.{source}.files and format", shop.console)
     return tally
 
 

@@ -134,13 +134,13 @@ def surveyed(folder: Path) -> list[Seen]:
 
 
 def lots(found: Iterable[Seen], sources: Iterable[str], share: float, seed: int) -> dict[str, Lot]:
-    """By source. Errors: ValueError for one that has less than two documents left."""
+    """By source."""
     ends = dict.fromkeys(sources, Extremes())
     for seen in found:
         source = seen.shard.split("/")[0]
         if source in ends:
             ends[source] |= seen.left
-    return {source: Lot.of(left, share, seed, source) for source, left in ends.items()}
+    return {source: Lot.of(left, share, seed) for source, left in ends.items()}
 
 
 class Split(PipelineStep):

@@ -57,7 +57,12 @@ def packings(documents: Documents) -> dict[str, Any]:
 
 
 def check_enough(
-    sources: Sequence[Mapping[str, Any]], samples: int, max_epochs: float, own: Mapping[str, float], capped: bool
+    sources: Sequence[Mapping[str, Any]],
+    samples: int,
+    seq_length: int,
+    max_epochs: float,
+    own: Mapping[str, float],
+    capped: bool,
 ) -> None:
     """Refuses a mixture that needs more epochs than it may have.
 
@@ -92,7 +97,8 @@ def check_enough(
         enough = most_samples([source["share"] for source in sources], list(most.values()))
     lower = "" if capped else f"lower the weight of {' and '.join(source['name'] for source in short)}, "
     raise ValueError(
-        f"too few tokens for mixture.samples = {samples:,} within {' and '.join(limits)}: "
+        f"too few tokens for mixture.samples = {samples:,} rows of mixture.seq_length = {seq_length:,} within "
+        f"{' and '.join(limits)}: "
         f"{'; '.join(lacks)}. Lower mixture.samples to {enough:,}, {lower}raise {' and '.join(raises)}, or add text"
     )
 

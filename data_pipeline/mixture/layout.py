@@ -184,7 +184,8 @@ def _check_enough(
         }
         for source, count in zip(sources, counts, strict=True)
     ]
-    check_enough(asked, settings["samples"], settings["max_epochs"], settings["epochs"], capped=settings["unimax"])
+    limits = settings["samples"], settings["seq_length"], settings["max_epochs"], settings["epochs"]
+    check_enough(asked, *limits, capped=settings["unimax"])
 
 
 def _open_sources(folder: Path, named: Mapping[str, Mapping[str, float]], gone: Gone) -> dict[str, Shards]:

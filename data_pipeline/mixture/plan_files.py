@@ -17,6 +17,7 @@ from data_pipeline.mixture.layout import HELDOUT, TRAIN, Gone, Source, check_sto
 from data_pipeline.mixture.packing import PACKINGS, Packed
 from data_pipeline.mixture.rows import PLAN_FILE, SEGMENT_ARRAYS, Plan
 from data_pipeline.mixture.weights import running_counts
+from data_pipeline.stage import read_manifest
 from data_pipeline.tokens.store import Shards, Store
 
 
@@ -98,7 +99,7 @@ def build_stages(
     The first begins `after` another plan, if one is given. A single one without a name is out/plan.json. Errors as
     `build_plan`, with the stage's name.
     """
-    for name, settings in stages.items():
+    for name, settings in without_empty(Path(tokens), stages).items():
         folder = Path(out) / name
         try:
             build_plan(tokens, tokenizer, folder, without=without, after=after, **dict(settings))
@@ -106,6 +107,29 @@ def build_stages(
             raise ValueError(f"mixture.stages.{name}: {error}" if name else str(error)) from None
         plan = Plan.open(folder)
         after = plan, plan.num_samples
+
+
+def without_empty(tokens: Path, stages: Mapping[str, PlanConfig]) -> dict[str, PlanConfig]:
+    """`stages` without sources of the data run that have no document to train on.
+
+    Errors: ValueError for a stage of which no source is left.
+    """
+    manifest = read_manifest(tokens) or {"sources": {}}
+    empty = {source for source in manifest["sources"] if not (tokens / TRAIN / source).is_dir()}
+    left = {}
+    for name, plan in stages.items():
+        weights = plan.weights and {source: share for source, share in plan.weights.items() if source not in empty}
+        if plan.weights and not weights:
+            raise ValueError(
+                f"mixture{f'.stages.{name}' if name else ''}.weights: none of {', '.join(plan.weights)} has a document "
+                "to train on; loosen their rules, give them more files, or give other sources a weight"
+            )
+        own = {
+            key: {source: value for source, value in getattr(plan, key).items() if source not in empty}
+            for key in ("epochs", "fim")
+        }
+        left[name] = plan.model_copy(update={"weights": weights, **own})
+    return left
 
 
 def _segment_arrays(prefix: str, packed: Packed) -> dict[str, np.ndarray]:

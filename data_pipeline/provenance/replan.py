@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out.exists():
         raise ConfigError(f"--out {args.out} exists already; name a new folder, nothing is overwritten")
     plan, samples = used(args.after, args.plan)
-    stages = rest(config.mixture.plans(), plan.first_sample + samples)
+    stages = rest(config.plans(), plan.first_sample + samples)
     run_dir, console = Path(config.run.dir), wide_console()
     try:
         build_stages(run_dir / "tokens", run_dir / "tokenizer", args.out, stages, after=(plan, samples))

@@ -76,7 +76,7 @@ def without(config: DataConfig, found: Sequence[Stored], out: Path, after: Path 
     gone: dict[str, set[tuple[str, int]]] = {}
     for one in found:
         gone.setdefault(f"{one.split}/{one.source}", set()).add((one.store, one.document))
-    stages, begin = config.mixture.plans(), None
+    stages, begin = config.plans(), None
     if after is not None:
         begin = used(after)
         stages = rest(stages, begin[0].first_sample + begin[1])

@@ -5,7 +5,7 @@ and published. Tokenizer and plan are one task each, token stores one per file o
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from configs.data import DataConfig, TokenizerConfig
 from configs.loader import plain
-from configs.mixture import MixtureConfig
+from configs.mixture import MixtureConfig, PlanConfig
 from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.heldout import HELDOUT, TRAIN
 from data_pipeline.ledger import Tally
@@ -58,7 +58,7 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
     plan = Stage(
         "plan",
         partial(_plan, shop),
-        plain(config.mixture),
+        plain(config.mixture) if config.mixture else {},
         ("mixture.plan_files",),
         needs=(tokenizer, tokens),
         counted_against=tokens,
@@ -133,9 +133,9 @@ class Tokenize(PipelineStep):
         yield from ()
 
 
-def _controls(mixture: MixtureConfig) -> list[str]:
+def _controls(mixture: MixtureConfig | None) -> list[str]:
     """Control symbols that a tokenizer has only if the mixture needs them: without them it stays the same model."""
-    return list(FIM_CONTROLS) if any(plan.fim for plan in mixture.plans().values()) else []
+    return list(FIM_CONTROLS) if mixture and any(plan.fim for plan in mixture.plans().values()) else []
 
 
 def _document_shards(shop: Workshop) -> list[str]:
@@ -173,7 +173,10 @@ def _tokens(shop: Workshop, folder: Path, logs: Path) -> Tally:
         str(logs / "progress"),
     )
     shop.pipeline("tokens", logs, [step], len(shards), shop.text_bytes())
-    return Tally.load_all(logs / "tallies")
+    tally = Tally.load_all(logs / "tallies")
+    for source in shop.config.sources:
+        tally.of(source)  # one without documents too, so that a plan knows that it is there
+    return tally
 
 
 class Plan(PipelineStep):
@@ -182,15 +185,15 @@ class Plan(PipelineStep):
     name = "Plan"
     type = "🗺 - PLAN"
 
-    def __init__(self, run_dir: str, out: str, settings: MixtureConfig) -> None:
+    def __init__(self, run_dir: str, out: str, plans: Mapping[str, PlanConfig]) -> None:
         super().__init__()
         self.run_dir = run_dir
         self.out = out
-        self.settings = settings
+        self.plans = dict(plans)
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         run_dir = Path(self.run_dir)
-        build_stages(run_dir / "tokens", run_dir / "tokenizer", Path(self.out), self.settings.plans())
+        build_stages(run_dir / "tokens", run_dir / "tokenizer", Path(self.out), self.plans)
         yield from ()
 
 
@@ -198,13 +201,13 @@ def show_forecast(config: DataConfig, console: Console) -> None:
     """Of the plans that the run's tokens would make; leaves nothing behind. Errors: ValueError as `mixture.lay_out`."""
     run_dir = Path(config.run.dir)
     with TemporaryDirectory(prefix=".forecast.", dir=run_dir) as folder:
-        build_stages(run_dir / "tokens", run_dir / "tokenizer", folder, config.mixture.plans())
+        build_stages(run_dir / "tokens", run_dir / "tokenizer", folder, config.plans())
         for name, plan in open_plans(Path(folder)).items():
             show(plan.description, console, name)
 
 
 def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    shop.pipeline("plan", logs, [Plan(str(shop.run_dir), str(folder), shop.config.mixture)], 1, 0, alone=True)
+    shop.pipeline("plan", logs, [Plan(str(shop.run_dir), str(folder), shop.config.plans())], 1, 0, alone=True)
     planned: dict[str, dict[str, Any]] = {}
     rows = Counter[str]()
     for name, plan in open_plans(folder).items():
@@ -216,6 +219,8 @@ def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
     for name, counts in Tally.from_plain(manifest["sources"]).sources.items():
         amount = counts.passed_on
         tally.came_in(name, amount.bytes, amount.documents)
+        if name not in planned and not amount.documents:
+            continue
         if name not in planned:
             tally.dropped(name, "not_in_mixture", amount.bytes, amount.documents)
             continue
