@@ -8,9 +8,9 @@ from configs.loader import file_sha256
 def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, tokenizer: Path) -> list[list[int]]:
     """The first `per_source` held-out passages of each source, of two to `max_tokens` tokens.
 
-    A passage is a document, or the part of a long one that fits into a row.
+    A passage is a document, or the part of a long one that fits into a row. None of a plan that holds nothing out.
 
-    Errors: ValueError when the plan has another tokenizer than the model, or holds nothing out.
+    Errors: ValueError when the plan has another tokenizer than the model.
     """
     from data_pipeline.mixture.rows import Plan
 
@@ -31,6 +31,4 @@ def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, tokeniz
             if len(found) >= per_source:
                 break
         passages += found[:per_source]
-    if not passages:
-        raise ValueError(f"plan {plan} holds out no documents; set a held-out share in the data config")
     return passages

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Texts:
     """What the model is tried on, as token ids: `passages` for logits, `prompts` to be continued.
 
-    The passages are held-out text, or the prompts where no data plan is known.
+    The passages are held-out text, or the prompts where there is none.
     """
 
     codec: "TextCodec"

@@ -52,7 +52,7 @@ class Check:
 class Reference:
     """What the folder must be: `weights` as written (rounded, if to bf16), and the decoder made of them.
 
-    `passages` are token ids to compare logits on: held-out text, or the prompts where no data plan is known. `context`
+    `passages` are token ids to compare logits on: held-out text, or the prompts where there is none. `context`
     is the number of tokens that the folder has to claim, and nothing longer is tried.
     """
 
@@ -158,7 +158,7 @@ def check_logits(hf: Reloaded, reference: Reference, tolerance: float) -> Check:
             culprit = first_layer(hf, reference, tokens, tolerance)
             break
     count = sum(map(len, reference.passages))
-    kind = "held-out passages" if reference.held_out else "prompts (no data plan)"
+    kind = "held-out passages" if reference.held_out else "prompts (no held-out documents)"
     measured = f"{worst:.2e} over {count:,} tokens of {len(reference.passages)} {kind}"
     return Check("logits, max difference", not culprit, culprit or measured, f"< {tolerance:g}")
 

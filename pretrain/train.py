@@ -56,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     place = groups.start(env, layout)
     try:
-        evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
         name = Path(config.run.dir).name
+        evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
+        if evaluators and place.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
+            print(f"{name}: {', '.join(bare)}: no held-out documents in {plan.path}, so none is evaluated", flush=True)
         source, lineage = PlanSource(plan), Lineage.of_plan(plan, config.run.dir)
         return Trainer(
             config, config.model, source, NextToken(), place, evaluators, lineage, name, resume=args.resume

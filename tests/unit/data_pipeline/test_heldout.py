@@ -10,7 +10,7 @@ IDS = [f"doc/{number}" for number in range(2000)]
 
 
 def held_out(ids: Sequence[str], share: float, seed: int) -> set[str]:
-    lot = Lot.of(Extremes.of(ids, seed), share, seed, "s")
+    lot = Lot.of(Extremes.of(ids, seed), share, seed)
     return {name for name in ids if lot.holds_out(name)}
 
 
@@ -38,8 +38,7 @@ def test_parts_together_are_the_whole() -> None:
     assert parts | Extremes() == whole
 
 
-def test_a_source_of_one_document_is_an_error() -> None:
-    with pytest.raises(ValueError, match="source poems has 1 documents left"):
-        Lot.of(Extremes.of(["a", "a"], 0), 0.1, 0, "poems")
-    with pytest.raises(ValueError, match="source poems has 0 documents left"):
-        Lot.of(Extremes(), 0.1, 0, "poems")
+def test_of_one_document_or_a_share_of_0_none_is_held_out() -> None:
+    assert held_out(["a"], 0.4999, 0) == held_out(["a", "a"], 0.4999, 0) == held_out([], 0.4, 0) == set()
+    assert held_out(["", *IDS], 0.0, 0) == set()
+    assert "" in held_out(["", *IDS], 0.9999, 0), "an empty id is drawn like any other"

@@ -38,7 +38,7 @@ def test_export_loads_in_transformers_and_agrees(tmp_path, tokenizer_path, moe, 
     assert status == 0
     assert "FAILED" not in printed
     assert "64 identical on 2 prompts" in printed
-    assert "2 prompts (no data plan)" in printed
+    assert "2 prompts (no held-out documents)" in printed
     assert "written by transformers" in printed
     model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
