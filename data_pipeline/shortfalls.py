@@ -41,8 +41,8 @@ def _of_source(name: str, counts: SourceTally, config: DataConfig) -> list[str]:
     train = counts.kept.documents - held_out
     if not train:
         return [
-            f"source {name} has no document left to train on, so it has no part in the mixture: loosen its rules (see "
-            "the drops of each stage) or give it more files; without either, nothing needs to be changed"
+            f"source {name} has no document left to train on, so it has no part in the mixture; if it should have one, "
+            "loosen its rules (see the drops of each stage) or give it more files"
         ]
     if not held_out and config.heldout.share:
         return [
