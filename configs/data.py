@@ -82,7 +82,7 @@ class SourceConfig(Section):
     files: tuple[str, ...] = Field(min_length=1)
     """Paths, globs or folders, relative to the working directory, or addresses such as s3://bucket/folder."""
     format: Literal["jsonl", "warc", "parquet", "text", "html", "code"]
-    """What is a document: a line or row (jsonl, parquet), a page (warc), or a file (text, html, code)."""
+    """What is a document: a line or row (jsonl, parquet), a page (warc), or a file (html, code, text if not lines)."""
     rules: dict[str, str] = Field(min_length=1)
     """A name under [rules] for each language, by its code in lid.176 or "any"; other languages are dropped."""
     text_key: str = "text"
@@ -91,6 +91,10 @@ class SourceConfig(Section):
     """The key or column that holds the id (jsonl, parquet); a record without it is named after file and line."""
     url_key: str = "url"
     """The key or column that holds the address (jsonl, parquet)."""
+    encoding: str = "utf-8"
+    """The encoding of files of text or code, by its name on the web, such as windows-1251; a byte order mark wins."""
+    document_per: Literal["file", "line"] = "file"
+    """Whether a file of text is one document, or every line of it that is not blank is one."""
     extensions: tuple[str, ...] = ()
     """The endings of the files that are taken from a folder, such as [".py", ".go"]; empty for all of the format."""
     skip_vendored: bool = False
@@ -104,6 +108,13 @@ class SourceConfig(Section):
         for key, default in (("text_key", "text"), ("id_key", "id"), ("url_key", "url")):
             if getattr(self, key) != default and not records:
                 raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of format {self.format!r}; leave it out")
+        if self.encoding != "utf-8" and self.format not in ("text", "code"):
+            raise ValueError(
+                f"encoding = {self.encoding!r} is for the formats 'text' and 'code', not {self.format!r}, which says "
+                "what its encoding is, or is UTF-8; leave it out"
+            )
+        if self.document_per != "file" and self.format != "text":
+            raise ValueError(f"document_per = 'line' is for format 'text', not {self.format!r}; leave it out")
         for key in ("skip_vendored", "skip_generated"):
             if getattr(self, key) and self.format != "code":
                 raise ValueError(f"{key} is for format 'code', not {self.format!r}; leave it out")

@@ -12,6 +12,15 @@ import functools
 import re
 import unicodedata
 
+MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # begins with that of UTF-16, and so comes first
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+WIDE = ("utf-16", "utf-32")
+STATEFUL = ("iso2022", "hz")  # what bytes mean depends on escapes before them
 # Python's name of a codec, and the labels that stand for it.
 _LABELS = """
 utf-8: unicode-1-1-utf-8 unicode11utf8 unicode20utf8 utf-8 utf8 x-unicode20utf8
@@ -67,7 +76,7 @@ _FURTHER = frozenset(
     }
 )
 _LABEL = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,39}")
-_ERRORS = "trivium.web"
+LENIENT, _STRICT = "trivium.lenient", "trivium.strict"
 # Where Python's koi8-u has box drawings, the standard has the letters of Belarusian.
 _BELARUSIAN = {0x255D: 0x045E, 0x256C: 0x040E}
 # What Python's cp932 makes of four bytes that mean nothing.
@@ -90,24 +99,49 @@ def charset_of(label: str) -> str:
     return _table().get(name) or _table().get(name.replace("_", "-"), "")
 
 
+def marked_charset(content: bytes) -> str:
+    """The codec that a byte order mark names; "" where there is none."""
+    return next((charset for mark, charset in MARKS.items() if content.startswith(mark)), "")
+
+
 @functools.cache
 def _table() -> dict[str, str]:
-    codecs.register_error(_ERRORS, _as_browsers_do)
+    codecs.register_error(LENIENT, _as_browsers_do)
+    codecs.register_error(_STRICT, _or_an_error)
     lines = (line.split(":", 1) for line in _LABELS.strip().splitlines())
     return {label: codec for codec, labels in lines for label in labels.split()}
 
 
 def decode(content: bytes, charset: str) -> str:
     """`content` by a codec that `charset_of` named, U+FFFD for what it cannot decode; byte order marks are left out."""
+    text = _decoded(content, charset, LENIENT)
+    return _NO_SHIFT_JIS.sub("\ufffd", text) if charset == "cp932" else text
+
+
+def decode_whole(content: bytes, charset: str) -> str:
+    """As `decode`, but of text of which nothing may be lost. Errors: UnicodeDecodeError."""
+    text = _decoded(content, charset, _STRICT)
+    if charset == "cp932" and (found := _NO_SHIFT_JIS.search(text)):
+        place = len(text[: found.start()].encode(charset, "replace"))
+        raise UnicodeDecodeError(charset, content, place, place + 1, "means nothing")
+    return text
+
+
+def _decoded(content: bytes, charset: str, errors: str) -> str:
     _table()
-    text = content.decode(charset, _ERRORS)
+    text = content.decode(charset, errors)
     if charset == "cp1258":
         text = unicodedata.normalize("NFC", text)
     elif charset == "koi8-u":
         text = text.translate(_BELARUSIAN)
-    elif charset == "cp932":
-        text = _NO_SHIFT_JIS.sub("\ufffd", text)
     return text.lstrip("\ufeff")
+
+
+def _or_an_error(error: UnicodeError) -> tuple[str, int]:
+    text, place = _as_browsers_do(error)
+    if text == "\ufffd" or "\x80" <= text < "\xa0":
+        raise error
+    return text, place
 
 
 def _as_browsers_do(error: UnicodeError) -> tuple[str, int]:

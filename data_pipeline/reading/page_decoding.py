@@ -14,7 +14,6 @@ Bytes of which nothing is said are UTF-8 where 90% of their characters are; then
 fits, what fails least is taken.
 """
 
-import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from resiliparse.parse.encoding import detect_encoding
 
 from configs.data import ExtractConfig
-from data_pipeline.reading.charsets import charset_of, decode
+from data_pipeline.reading.charsets import WIDE, charset_of, decode, marked_charset
 from data_pipeline.reading.records import SAMPLE_BYTES, Record
 
 # What a page's encoding was known by.
@@ -30,15 +29,7 @@ MARKED, HEADER, DECLARED = "byte order mark", "HTTP header", "the page's declara
 BY_BYTES, GUESSED = "being valid UTF-8", "a guess"
 
 _DECLARED_WITHIN = 1 << 16
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",  # begins with that of UTF-16, and so comes first
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
 _ESCAPES = (b"\x1b$", b"~{")  # of ISO-2022 and HZ, which are ASCII otherwise
-_WIDE = ("utf-16", "utf-32")
 _WIDE_PROBE = 256
 _MULTIBYTE = frozenset({"cp949", "gb18030", "big5hkscs", "euc_jp", "cp932", "johab"})
 _UTF8_SEQUENCE = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
@@ -107,18 +98,16 @@ def declared_charset(content: bytes) -> str:
     found = _meta_charset(head)
     if not found and (declaration := _XML_DECLARATION.match(head)):
         found = charset_of(declaration[1].decode("latin-1"))
-    return "utf-8" if found.startswith(_WIDE) else found  # whose declaration could not be read so
+    return "utf-8" if found.startswith(WIDE) else found  # whose declaration could not be read so
 
 
 def _candidates(content: bytes, content_type: str, markup: bool) -> Iterator[tuple[str, str]]:
-    for mark, charset in _MARKS.items():
-        if content.startswith(mark):
-            yield charset, MARKED
-            break
+    if marked := marked_charset(content):
+        yield marked, MARKED
     if wide := _wide(content):
         yield wide, BY_BYTES
     named = header_charset(content_type)
-    if named and (b"\0" in content[:_WIDE_PROBE] or not named.startswith(_WIDE)):
+    if named and (b"\0" in content[:_WIDE_PROBE] or not named.startswith(WIDE)):
         yield named, HEADER
     if markup and (named := declared_charset(content)):
         yield named, DECLARED
@@ -153,7 +142,7 @@ def _is_utf8_after_all(content: bytes, charset: str) -> bool:
 
 
 def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:
-    good = (len(text) if charset.startswith(_WIDE) else len(_BEYOND_ASCII.findall(text))) - bad
+    good = (len(text) if charset.startswith(WIDE) else len(_BEYOND_ASCII.findall(text))) - bad
     if known_by == BY_BYTES:
         return bad <= _TOLERATED_SHARE * good
     return bad <= good and (charset == "utf-8" or bad <= max(_TOLERATED, _TOLERATED_SHARE * good))

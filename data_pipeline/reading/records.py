@@ -15,7 +15,8 @@ BROKEN = frozenset(
     {
         "unreadable",  # no permission, a dangling link, an input/output error
         "invalid_utf8",
-        "undecodable",  # a page above extract.max_undecoded_share
+        *("invalid_utf16", "invalid_utf32"),  # after a byte order mark, or where sources.NAME.encoding says so
+        "undecodable",  # a page above extract.max_undecoded_share; text in another encoding than sources.NAME.encoding
         "nul_bytes",
         "bad_json",
         "not_an_object",

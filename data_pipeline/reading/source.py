@@ -11,8 +11,10 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from configs.data import ExtractConfig, SourceConfig
+from configs.loader import ConfigError
 from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
+from data_pipeline.reading.charsets import charset_of
 from data_pipeline.reading.files import find_files, is_http, is_remote, open_file
 from data_pipeline.reading.jsonl import read_jsonl
 from data_pipeline.reading.parquet import read_parquet
@@ -34,17 +36,27 @@ _ONE_DOCUMENT_A_FILE = ("text", "html", "code")
 def find_units(name: str, source: SourceConfig, unit_bytes: int) -> list[InputUnit]:
     """The files of a source as units of work; neighbours that are one document each share a unit of `unit_bytes`.
 
-    Errors: ConfigError for a pattern that leads to nothing.
+    Errors: ConfigError for a pattern that leads to nothing, or an encoding that is not known.
     """
+    if not charset_of(source.encoding):
+        raise ConfigError(
+            f"sources.{name}.encoding = {source.encoding!r} is no encoding that is known; give its name on the web, "
+            "such as windows-1251, shift_jis or utf-16le"
+        )
     groups: list[list[FoundFile]] = []
     size = 0
     for file in find_files(name, source):
-        if not groups or source.format not in _ONE_DOCUMENT_A_FILE or size + file.size > unit_bytes:
+        if not groups or not _is_one_document(source) or size + file.size > unit_bytes:
             groups.append([])
             size = 0
         groups[-1].append(file)
         size += file.size
     return [InputUnit(name, index, tuple(group), source) for index, group in enumerate(groups)]
+
+
+def _is_one_document(source: SourceConfig) -> bool:
+    """Whether a file of this source is one document."""
+    return source.format in _ONE_DOCUMENT_A_FILE and source.document_per == "file"
 
 
 def read_file(file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance) -> Iterator[Record]:
@@ -55,7 +67,7 @@ def read_file(file: FoundFile, source: SourceConfig, limits: ExtractConfig, adva
     if file.reason:
         yield Record(0, file.size, reason=file.reason, id=file.path)
         return
-    if file.size == 0 and source.format not in _ONE_DOCUMENT_A_FILE:
+    if file.size == 0 and not _is_one_document(source):
         yield Record(0, 0, reason="empty_file", id=file.path)
         return
     try:

@@ -1,18 +1,20 @@
 """Files that are one document each: plain text, HTML pages and source code, in folders of any depth.
 
-The path is the document's id. Text is UTF-8, or UTF-16 with a byte order mark; a text file in any other encoding is set
-aside, while pages say what theirs is. A source file with a NUL byte near its start is binary, as git has it.
+The path is the document's id. Text is in the encoding that its source's `encoding` names, or UTF-8, UTF-16 or UTF-32
+with a byte order mark; a text file in any other is set aside, while pages say what theirs is. With `document_per` a
+file of text is a document a line: see `lines`. A source file with a NUL byte near its start is binary, as git has it.
 """
 
-import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from configs.data import ExtractConfig, SourceConfig
+from data_pipeline.reading.charsets import charset_of, marked_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.formats import language_of
+from data_pipeline.reading.lines import fill_text, read_lines
 from data_pipeline.reading.page_decoding import fill_page
-from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
+from data_pipeline.reading.records import Advance, FoundFile, Record, sample
 
 _BINARY_PROBE = 8000  # bytes, as in git's buffer_is_binary
 
@@ -20,9 +22,12 @@ _BINARY_PROBE = 8000  # bytes, as in git's buffer_is_binary
 def read_text(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
+    if source.document_per == "line":
+        yield from read_lines(content, file, source, limits, advance)
+        return
     data, record = _whole(content, file, limits, advance)
     if not record.reason:
-        _decode(record, data)
+        fill_text(record, data, marked_charset(data) or charset_of(source.encoding))
     yield record
 
 
@@ -35,7 +40,7 @@ def read_code(
     if record.reason in ("", "record_too_large") and b"\0" in data[:_BINARY_PROBE]:
         record.reason, record.text = "binary", ""
     if not record.reason:
-        _decode(record, data)
+        fill_text(record, data, marked_charset(data) or charset_of(source.encoding))
     yield record
 
 
@@ -70,20 +75,3 @@ def _whole(content: BinaryIO, file: FoundFile, limits: ExtractConfig, advance: A
         record.reason = "empty" if data else "empty_file"
     record.text = sample(data) if record.reason else ""
     return data, record
-
-
-def _decode(record: Record, data: bytes) -> None:
-    """Errors are put into the record, `offset` being that of the first bad byte."""
-    marks = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    encoding = dict(zip(marks, ("utf-8-sig", "utf-16", "utf-16"), strict=True)).get(
-        next((mark for mark in marks if data.startswith(mark)), b""), "utf-8"
-    )
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        record.reason, record.offset, record.text = "invalid_utf8", error.start, sample(data)
-        return
-    if (place := text.find("\0")) >= 0:
-        record.reason, record.offset, record.text = "nul_bytes", place, text[:SAMPLE_BYTES]
-        return
-    record.text = text
