@@ -80,8 +80,8 @@ def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
             *lines,
             "",
             "`trivium COMMAND --help` has an example. Exit status: 0 done, 1 failed, 2 bad arguments or config,",
-            "75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved, 130 interrupted.",
-            "example: trivium launch --nproc-per-node 2 pretrain.train configs/pretrain/demo.toml train.steps=50",
+            "75 stopped by SIGTERM or SIGUSR1 with nothing lost, 130 interrupted.",
+            "example: trivium launch --nproc-per-node 2 train configs/pretrain/demo.toml train.steps=50",
         ]
     )
 
@@ -95,7 +95,7 @@ def _call(target: str, argv: Sequence[str], own: bool) -> None:
     from configs.loader import entrypoint
 
     speaks = module not in run.TRAINING.values() or environment.is_main()
-    entrypoint(getattr(importlib.import_module(module), function), argv, speaks)
+    entrypoint(getattr(importlib.import_module(module), function), argv, speaks, environment.tell_torchrun)
 
 
 def _refuse(sentence: str) -> int:

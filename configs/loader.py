@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,9 @@ from configs import signals
 from configs.base import section_in
 
 T = TypeVar("T", bound=BaseModel)
+
+# How long a rank that finds a mistake in a config lets the one that tells it go first: a launcher may end all at once.
+TURN_SECONDS = 1.0
 
 # The kinds of config, by the name that `trivium config` knows them by, with the schema of each.
 SCHEMAS = {
@@ -165,11 +169,15 @@ def parse_args(
 
 
 def entrypoint(
-    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None, speaks: bool = True
+    main: Callable[[Sequence[str] | None], int | None],
+    argv: Sequence[str] | None = None,
+    speaks: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> NoReturn:
     """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted, or what `main` returns.
 
-    Of many ranks that all find the same mistake in a config, only the one that `speaks` tells it.
+    Of many ranks that all find the same mistake in a config, only the one that `speaks` prints it; each gives it to
+    `tell`.
     """
     if argv is None:  # this is the process's own command line, and not one that a test calls
         signals.begin(speaks=speaks)
@@ -179,6 +187,10 @@ def entrypoint(
     except ConfigError as error:
         if speaks:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(TURN_SECONDS)
+        if tell is not None:
+            tell(f"error: {error}")
         status = 2
     except KeyboardInterrupt:
         if speaks:

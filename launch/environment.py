@@ -6,9 +6,13 @@ them. Leaves out starting anything (launch/local.py does) and process groups (pr
 torch, so a login node can ask.
 """
 
+import contextlib
+import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 DEFAULT_PORT = 29500
 # Slurm numbers real steps from 0 and keeps the top of 32 bits for batch scripts and interactive shells.
@@ -104,6 +108,14 @@ def is_main() -> bool:
 def was_launched() -> bool:
     """Whether a launcher started this process as one of its ranks."""
     return _launcher(os.environ)[0] != "single"
+
+
+def tell_torchrun(sentence: str) -> None:
+    """Puts why this rank fails where torchrun looks for it: its own report, which is long, then ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def mpi_rank_and_world(env: Mapping[str, str] | None = None) -> tuple[int, int]:

@@ -81,11 +81,18 @@ def _module(name: str) -> str:
     """The module that `name` stands for: itself, or that of a command that trains."""
     if name in TRAINING:
         return TRAINING[name]
-    if importlib.util.find_spec(name.partition(".")[0]) is None or importlib.util.find_spec(name) is None:
-        close = difflib.get_close_matches(name, [*TRAINING, *TRAINING.values()], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"there is no module {name!r} to launch; give {', '.join(TRAINING)}, or a module{hint}")
-    return name
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # below what is no package; a name that is none
+        found = None
+    if found is not None and found.submodule_search_locations is None:
+        return name
+    inside = [command for command, module in TRAINING.items() if module.startswith(f"{name}.")]
+    close = inside or difflib.get_close_matches(name, [*TRAINING, *TRAINING.values()], n=1)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise ConfigError(
+        f"{name!r} is nothing that runs as ranks: give {', '.join(TRAINING)}, or a module as for `python -m`{hint}"
+    )
 
 
 def run_ranks(command: Sequence[str], places: Sequence[ClusterEnvironment]) -> int:

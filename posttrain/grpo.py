@@ -19,7 +19,7 @@ from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import GRPOConfig
 from configs.train import RESUME
-from launch.environment import ClusterEnvironment, is_main
+from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,4 +85,4 @@ def _check_groups(config: GRPOConfig, layout: Layout) -> None:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=is_main())
+    entrypoint(main, speaks=is_main(), tell=tell_torchrun)

@@ -20,7 +20,7 @@ from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import SFTConfig
 from configs.train import RESUME
 from data_pipeline.mixture.rows import Row
-from launch.environment import ClusterEnvironment, is_main
+from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,4 +78,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=is_main())
+    entrypoint(main, speaks=is_main(), tell=tell_torchrun)

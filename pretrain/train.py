@@ -18,7 +18,7 @@ from configs.loader import ConfigError, entrypoint, parse_args
 from configs.train import RESUME, PretrainConfig
 from data_pipeline.integrity import DamagedData
 from data_pipeline.mixture.rows import Plan
-from launch.environment import ClusterEnvironment, is_main
+from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,4 +95,4 @@ def _open_plan(config: PretrainConfig) -> Plan:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=is_main())
+    entrypoint(main, speaks=is_main(), tell=tell_torchrun)

@@ -27,7 +27,7 @@ from configs.layout import Layout
 from configs.loader import entrypoint, load, write_atomic
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Row
-from launch.environment import ClusterEnvironment, is_main
+from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 from pretrain.data import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken
 from pretrain.model.recompute import is_recomputing
@@ -170,4 +170,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=is_main())
+    entrypoint(main, speaks=is_main(), tell=tell_torchrun)

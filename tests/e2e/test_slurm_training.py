@@ -18,9 +18,11 @@ from tests.small_training import last_step, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, ROWS = 120, 100_000  # the rows of the plan are more than any test trains on
+# On one core: two launchers on two machines would have more cores for their ranks than two on this one.
+LAUNCHER = ["taskset", "-c", "0", "python", "-m", "cli", "launch", "--nproc-per-node", "1", "train"]
 SCRIPTS = {
     "ranks by srun": ("srun.sh", ["python", "-m", "cli", "train"]),
-    "launchers by srun": ("srun.sh", ["python", "-m", "cli", "launch", "--nproc-per-node", "1", "train"]),
+    "launchers by srun": ("srun.sh", LAUNCHER),
     "mpirun": ("mpirun.sh", ["python", "-m", "cli", "train"]),
     "torchrun": ("torchrun.sh", ["--nproc-per-node", "1", "-m", "pretrain.train"]),
 }

@@ -1,6 +1,7 @@
 """`trivium launch` with small scripts for ranks: what they are told, how failures and signals end them all."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,65 @@ def test_children_that_ranks_leave_behind_are_ended_too(tmp_path: Path) -> None:
     process.wait(timeout=30)
     assert process.returncode == 0
     assert not any(alive(pid) for pid in wait_for(tmp_path, "child0", "child1"))
+
+
+def test_a_command_stands_for_its_module() -> None:
+    assert [local._module(name) for name in ("sft", "grpo", "posttrain.sft")] == [
+        "posttrain.sft",
+        "posttrain.grpo",
+        "posttrain.sft",
+    ]
+    argv = [sys.executable, "-m", "cli", "launch", "train", "configs/none.toml"]
+    launched = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True)
+    error = "error: config file configs/none.toml does not exist; presets are under configs/\n"
+    assert (launched.returncode, launched.stderr) == (2, error)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("trian", "did you mean train?"),
+        ("posttrain", "did you mean sft or grpo?"),
+        ("pretrain/train.py", "did you mean pretrain.train?"),
+        ("posttrain.grop", "did you mean posttrain.grpo?"),
+        ("generate", "give train, sft, grpo, or a module"),
+        ("no.such.module", "give train, sft, grpo, or a module"),
+        ("", "give train, sft, grpo, or a module"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=r"is nothing that runs as ranks.*" + re.escape(hint)):
+        local.main([name, "configs/pretrain/demo.toml"])
+
+
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
+    "SLURM_STEP_NODELIST": "gpu[4-6]",
+}
+
+
+def test_nodes_are_those_of_the_slurm_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As srun starts it once on each; options go before."""
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    script = (
+        "names = 'RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT'.split()\n"
+        "pathlib.Path(sys.argv[1], 'rank' + os.environ['RANK']).write_text(' '.join(map(os.environ.get, names)))\n"
+    )
+    assert launcher(tmp_path, script).wait(30) == 0
+    assert (tmp_path / "rank2").read_text() == "2 6 0 gpu4 20007" and (tmp_path / "rank3").exists()
+    assert launcher(tmp_path, script, "--nnodes", "1", nproc=1).wait(30) == 0
+    assert (tmp_path / "rank0").read_text().startswith("0 1 0 127.0.0.1 ")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3")
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    with pytest.raises(ValueError, match=r"srun started 3 tasks on this node.*--ntasks-per-node=1"):
+        local.main(["train", "configs/pretrain/demo.toml"])
 
 
 @pytest.mark.parametrize(
