@@ -13,10 +13,13 @@ are printed last, and decide the exit status where `alarms.fail` says so.
 """
 
 import argparse
+import contextlib
 import json
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -69,10 +72,13 @@ def run(
     """
     run_dir = Path(config.run.dir)
     with sole_user(run_dir):
+        quiet(None)
+        with nothing_left_of_refused(run_dir):
+            stages = all_stages(config, run_dir, console, executor)
+            chosen = _chosen(config, stages, only, until)
+            _check_needs(stages, chosen, run_dir)
         cancel_leftovers(run_dir / "logs")
         quiet(run_dir / "logs" / "datatrove.log")
-        stages = all_stages(config, run_dir, console, executor)
-        chosen = _chosen(config, stages, only, until)
         write(config, run_dir / "config.toml")
         done: dict[str, Done] = {}
         for number, stage in enumerate(stages, 1):
@@ -83,8 +89,6 @@ def run(
                 earlier.tally.check(stage.name, before)
             elif stage.name not in chosen:
                 continue
-            else:
-                _check_needs(stage, done)
             done[stage.name] = earlier or perform(stage, run_dir, before)
             _say(done[stage.name], number, len(stages), console)
             _check_some_left(done[stage.name], run_dir)
@@ -126,15 +130,34 @@ def _check_some_left(done: Done, run_dir: Path) -> None:
         )
 
 
-def _check_needs(stage: Stage, done: Mapping[str, Done]) -> None:
-    against = [stage.counted_against] if stage.counted_against else []
-    missing = dict.fromkeys(need.name for need in [*stage.needs, *against] if need.name not in done)
-    if missing:
-        names = ",".join(missing)
-        raise ConfigError(
-            f"--stage {stage.name}: it needs {names}, not done yet with this config and code; run that first, by "
-            f"--stage {names}, or all of it by --until {stage.name}"
-        )
+@contextlib.contextmanager
+def nothing_left_of_refused(run_dir: Path) -> Iterator[None]:
+    """Removes what has come into the run directory, caches of hashes mostly, if the run is refused."""
+    before = set(run_dir.iterdir())
+    try:
+        yield
+    except BaseException:
+        for path in set(run_dir.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _check_needs(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path) -> None:
+    """Errors: ConfigError for a chosen stage that needs another which is neither done nor chosen."""
+    there: set[str] = set()
+    for stage in stages:
+        if published(stage, run_dir) is None:
+            if stage.name not in chosen:
+                continue
+            against = [stage.counted_against] if stage.counted_against else []
+            missing = dict.fromkeys(need.name for need in [*stage.needs, *against] if need.name not in there)
+            if missing:
+                names = ",".join(missing)
+                raise ConfigError(
+                    f"--stage {stage.name}: it needs {names}, not done yet with this config and code; run that first, "
+                    f"by --stage {names}, or all of it by --until {stage.name}"
+                )
+        there.add(stage.name)
 
 
 def write_ledger(
@@ -216,12 +239,16 @@ def _say(done: Done, number: int, count: int, console: Console) -> None:
 def dry_run(config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = "") -> None:
     """Says of every stage whether it would run or be skipped, and once there are tokens what the mixture comes to.
 
-    Writes only the cache of input hashes. Errors: ValueError for a mixture that the tokens do not allow.
+    Writes only the cache of input hashes, into a run directory that is there. Errors: ValueError for a mixture that the
+    tokens do not allow.
     """
     run_dir = Path(config.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     done = set()
-    stages = all_stages(config, run_dir, console, executor)
+    if run_dir.is_dir():
+        stages = all_stages(config, run_dir, console, executor)
+    else:
+        with TemporaryDirectory() as nowhere:
+            stages = all_stages(config, Path(nowhere), console, executor)
     chosen = _chosen(config, stages, only, until)
     for stage in stages:
         verdict = "would run" if stage.name in chosen else "not done, not asked for"
@@ -264,7 +291,8 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
     except ConfigError:
         raise
     except (ValueError, TaskError) as error:
-        print(f"error: {error}\n(details: {Path(config.run.dir) / 'logs'})", file=sys.stderr)
+        logs = Path(config.run.dir) / "logs"
+        print(f"error: {error}" + (f"\n(details: {logs})" if logs.is_dir() else ""), file=sys.stderr)
         return 1
     run_dir = Path(config.run.dir)
     print_ledger(read_ledger(run_dir), run_dir, console)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from configs.loader import sync, write_atomic
+from configs.loader import file_sha256, sync, write_atomic
 from configs.lock import locked
 from configs.sealed import STAGE
 from data_pipeline.hashing import digest
@@ -29,6 +29,7 @@ from data_pipeline.integrity import STAGE_MANIFEST, Expected, is_seal, read_seal
 from data_pipeline.ledger import Tally
 
 _HERE, _PACKAGE = Path(__file__).parent, "data_pipeline"
+_SETTLED_NS = 2 * 10**9  # no file system's clock is coarser
 _NEUTRAL = ("executors", "ledger")  # who does the work, and who counts it, change nothing in the result
 
 
@@ -120,18 +121,19 @@ def _source(file: Path) -> tuple[str, list[Path]]:
 def file_hashes(paths: Sequence[Path], cache: Path) -> str:
     """One SHA-256 over the contents of `paths`; one that cannot be read counts as that.
 
-    A file of unchanged size and time is not read again: see `cache`.
+    A file is not read again if it is as `cache` has it: by size, inode and times. Among them is the time of its last
+    change of any kind, which nobody who replaces a file can set back; right after a change it may not have moved on.
     """
     known = json.loads(cache.read_text()) if cache.exists() else {}
     hashes = {}
     for path in paths:
         try:
             stat = path.stat()
-            mark = [stat.st_size, stat.st_mtime_ns]
+            settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
+            mark = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] if settled else []
             entry = known.get(str(path))
-            if entry is None or entry["mark"] != mark:
-                with path.open("rb") as file:
-                    entry = {"mark": mark, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            if not mark or entry is None or entry["mark"] != mark:
+                entry = {"mark": mark, "sha256": file_sha256(path)}
         except OSError:
             entry = {"mark": [], "sha256": "unreadable"}
         hashes[str(path)] = entry
