@@ -17,15 +17,15 @@ REASONS = {
 _PROBE_BYTES = 4096
 
 
-def make_writable(folder: str | Path, key: str, value: str | Path | None = None) -> None:
-    """Makes `folder` and tries to write a file in it. Errors: ConfigError that names `key` and its `value`.
+def check_writable(folder: str | Path, key: str, value: str | Path | None = None) -> None:
+    """Tries to write a file in `folder`, or where it would be made. Nothing stays.
 
-    The value is the folder itself if it is left out.
+    Errors: ConfigError that names `key` and its `value`, the folder itself if it is left out.
     """
     folder = Path(folder)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as probe:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".writable.") as probe:
             probe.write(bytes(_PROBE_BYTES))
             probe.flush()
     except OSError as error:

@@ -5,12 +5,14 @@ in it records what it was made from and the checksum of every file, so that a re
 changed.
 """
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.folders import make_writable
+from configs.folders import check_writable
 from configs.loader import ConfigError, file_sha256, sync, write_atomic
 
 RECORD = "trivium_export.json"
@@ -27,16 +29,25 @@ def check_place(out: Path, mend: bool = True) -> None:
         )
 
 
-def begin(out: Path, key: str) -> Path:
-    """An empty folder to write into; what an interrupted export left there is removed.
+@contextlib.contextmanager
+def partly_written(out: Path, key: str) -> Iterator[Path]:
+    """An empty folder to write into, beside `out`; what an interrupted export left there is removed.
 
+    At the end it is gone, whether it was published or not; and so are folders above it that were made for nothing.
     Errors: ConfigError naming `key`, whose value `out` is, where nothing can be written.
     """
-    make_writable(out.parent, key, out)
+    check_writable(out.parent, key, out)
     partial = out.with_name(f".{out.name}.partial")
+    made = [folder for folder in partial.parents if not folder.exists()]
     discard(partial)
     partial.mkdir(parents=True)
-    return partial
+    try:
+        yield partial
+    finally:
+        discard(partial)
+        with contextlib.suppress(OSError):  # published: not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def discard(partial: Path) -> None:

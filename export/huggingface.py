@@ -139,8 +139,7 @@ def export(
     from export import folder
     from export.verify import reload, verify
 
-    partial = folder.begin(out, "out")
-    try:
+    with folder.partly_written(out, "out") as partial:
         with console.status("writing"):
             reference = write_model(source, texts, config, partial)
         with console.status("reloading with transformers"):
@@ -155,8 +154,6 @@ def export(
         measured = {check.name: check.measured for check in checks}
         record = {"checkpoint": str(source.path), "made_from": made_from, "checks": measured}
         folder.publish(partial, out, record)
-    finally:
-        folder.discard(partial)
     console.print(f'published {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
     return 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs.loader import ConfigError, command_parser, entrypoint, file_sha256, plain, write_atomic
 from data_pipeline.tokens.tokenizer import SPACE
-from export.folder import RECORD
+from export.folder import RECORD, partly_written
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -48,7 +48,6 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
     import tomli_w
 
     from export.families import family_of, from_hf
-    from export.folder import begin, discard
     from export.hf_config import from_hf_config
     from export.source import IMPORTED
     from export.tensors import open_tensors, write_tensors
@@ -70,8 +69,7 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
             pass
         return f"{what}: every tensor is there; nothing was written"
 
-    partial = begin(out, "OUT")
-    try:
+    with partly_written(out, "OUT") as partial:
         write_tensors(partial, from_hf(read, names, model), int(max_shard_gb * 1e9))
         for name in TOKENIZER_FILES:
             if (directory / name).is_file():
@@ -87,8 +85,6 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
         }
         write_atomic(partial / IMPORTED, tomli_w.dumps(tree).encode())
         partial.rename(out)
-    finally:
-        discard(partial)
     return f"{what}: written to {out}; its [model] section is in {out / IMPORTED}"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs.folders import make_writable
+from configs.folders import check_writable
 from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
 from configs.signals import STOPPED
 from launch import tee
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not Path("configs/data/demo.toml").is_file():
         raise ConfigError("configs/data/demo.toml is not here; run the demo from the root of the repository")
-    make_writable(DIRECTORY, "the demo's folder")
+    check_writable(DIRECTORY, "the demo's folder")
     return run_stages(STAGES, DIRECTORY, Console())
 
 

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.folders import make_writable
+from configs.folders import check_writable
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.posttrain import GRPOConfig
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=(RESUME,),
     )
     if not args.dry_run:
-        make_writable(config.run.dir, "run.dir")
+        check_writable(config.run.dir, "run.dir")
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.evaluation import TaskAccuracy
     from posttrain.grpo_source import GRPOLoss, RolloutSource

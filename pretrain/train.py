@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.folders import make_writable
+from configs.folders import check_writable
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.train import RESUME, PretrainConfig
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = ClusterEnvironment.read()
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
     if not args.dry_run:
-        make_writable(config.run.dir, "run.dir")
+        check_writable(config.run.dir, "run.dir")
     try:
         plan = _open_plan(config)
     except DamagedData as error:  # the same on all ranks

@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from configs.folders import make_writable
+from configs.folders import check_writable
 from configs.layout import Layout
 from configs.loader import ConfigError, command_parser, entrypoint, load, plain, toml, validate, write_atomic
 from configs.train import ParallelConfig, PretrainConfig
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     candidates = [Candidate.parse(name) for name in args.layouts.split(",")]
     for candidate in candidates:
         _check(candidate, config, args.precision)
-    make_writable(args.out, "--out")
+    check_writable(args.out, "--out")
     write_atomic(args.out / "config.toml", toml(plain(config)))
 
     # torch takes seconds to import: a mistake in what is asked for is told before that.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.folders import make_writable
+from configs.folders import check_writable
 from configs.loader import ConfigError
 from export import folder
 from posttrain import grpo, sft
@@ -39,13 +39,15 @@ def test_a_file_is_no_folder_and_has_none(tmp_path: Path, key: str) -> None:
 def test_the_place_of_an_exported_or_imported_model(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for key in ("out", "OUT"):
-        with pytest.raises(ConfigError, match=rf"^{key} = .*file/model': .*file is a file; name a folder"):
-            folder.begin(tmp_path / "file/model", key)
+        refused = pytest.raises(ConfigError, match=rf"^{key} = .*file/model': .*file is a file; name a folder")
+        with refused, folder.partly_written(tmp_path / "file/model", key):
+            pass
 
 
-def test_a_place_that_will_do_is_made_and_left_empty(tmp_path: Path) -> None:
-    make_writable(tmp_path / "a/b", "run.dir")
-    assert list((tmp_path / "a/b").iterdir()) == []
+def test_a_place_that_will_do_is_left_as_it_is(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a/b", "run.dir")
+    check_writable(tmp_path, "run.dir")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="this system lets no user mount a file system of his own")
@@ -58,7 +60,7 @@ def test_a_place_that_will_do_is_made_and_left_empty(tmp_path: Path) -> None:
 )
 def test_a_read_only_and_a_full_file_system(tmp_path: Path, options: str, fill: str, words: str) -> None:
     (tmp_path / "disk").mkdir()
-    script = "import sys; from configs.folders import make_writable; make_writable(sys.argv[1], 'run.dir')"
+    script = "import sys; from configs.folders import check_writable; check_writable(sys.argv[1], 'run.dir')"
     mount = f'mount -t tmpfs -o {options} none {tmp_path / "disk"} && cd {tmp_path / "disk"} && {fill}; exec "$@"'
     command = [*IN_OWN_NAMESPACE, "sh", "-c", mount, "sh", sys.executable, "-c", script, str(tmp_path / "disk/run")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
@@ -70,8 +72,8 @@ def test_a_folder_of_another_user(tmp_path: Path) -> None:
     for above in (tmp_path, *tmp_path.parents[:2]):
         above.chmod(0o755)
     script = (
-        "import os, sys; from configs.folders import make_writable\n"
-        "os.setgroups([]); os.setgid(65534); os.setuid(65534); make_writable(sys.argv[1], 'run.dir')"
+        "import os, sys; from configs.folders import check_writable\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534); check_writable(sys.argv[1], 'run.dir')"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True)
     assert "this user may not write there; name another place" in done.stderr

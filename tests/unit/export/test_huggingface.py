@@ -171,4 +171,8 @@ def test_other_folders_are_left_alone_and_interrupted_ones_healed(tmp_path):
     assert (tmp_path / "out").is_dir()
     (tmp_path / ".new.partial").mkdir()
     (tmp_path / ".new.partial/left").write_text("from a killed export")
-    assert not list(folder.begin(tmp_path / "new", "out").iterdir())
+    with folder.partly_written(tmp_path / "new", "out") as partial:
+        assert not list(partial.iterdir())
+    with pytest.raises(KeyError), folder.partly_written(tmp_path / "deep/er/new", "out") as partial:
+        raise KeyError
+    assert not (tmp_path / "deep").exists()

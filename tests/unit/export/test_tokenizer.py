@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as proto
+from tokenizers import Tokenizer as PlainTokenizer
 from transformers import AutoTokenizer
 
 from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 from export.tokenizer import PIECE, first_difference, read_model, write_tokenizer
 from export.verify import ODD_TEXTS
+from posttrain.chat import ChatFormat, jinja_template
 from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings
 
 TEMPLATE = "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -58,6 +60,37 @@ def test_special_tokens(folder: Path, tokenizer_path: Path):
     assert fast.decode([1, *slow.encode("  of\twisdom\n"), 2], skip_special_tokens=True) == "  of\twisdom\n"
     rendered = fast.apply_chat_template([{"role": "user", "content": "hope"}], tokenize=False)
     assert rendered == "<s><|user|>hope<|end|>"
+
+
+@pytest.mark.parametrize("template", [jinja_template(), None])
+def test_one_bos_by_every_way(tmp_path: Path, tokenizer_path: Path, template: str | None):
+    """Of a rendered template and of plain text; and the keys that converters to other formats go by agree."""
+    write_tokenizer(tmp_path, tokenizer_path, max_length=128, chat_template=template)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    fast, slow = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True), Tokenizer.load(tokenizer_path)
+    keys = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (keys["add_bos_token"], keys["add_eos_token"], keys["add_prefix_space"]) == (template is None, False, False)
+    plain = slow.encode("of wisdom")
+    alone = PlainTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for tokenizer in (fast, alone):
+        ids = [tokenizer.encode("of wisdom", add_special_tokens=add) for add in (True, False)]
+        ids = [getattr(found, "ids", found) for found in ids]
+        assert ids == [[1, *plain] if template is None else plain, plain]
+    if template is None:
+        return
+    messages = [
+        {"role": "system", "content": "of <s> times"},
+        {"role": "user", "content": "of wisdom"},
+        {"role": "assistant", "content": "it was"},
+        {"role": "user", "content": " the age"},
+    ]
+    expected = ChatFormat(slow).render_prompt(messages)
+    assert expected.count(1) == 1
+    rendered = fast.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == expected
+    for add in (True, False):
+        assert fast(rendered, add_special_tokens=add).input_ids == expected
+        assert alone.encode(rendered, add_special_tokens=add).ids == expected
 
 
 @pytest.mark.parametrize(
