@@ -20,13 +20,13 @@ class DecontaminateConfig(Section):
     enabled: bool = True
     """Whether the stage is on; false is the same as no section."""
     files: tuple[str, ...] = Field(min_length=1)
-    """The evaluation files, as paths or glob patterns relative to the working directory."""
-    format: Literal["jsonl", "text"] = "jsonl"
-    """Whether each line of a file is an item (jsonl), or the whole file is one (text)."""
+    """The evaluation files, compressed or not, as paths or glob patterns relative to the working directory."""
+    format: Literal["jsonl", "parquet", "text"] = "jsonl"
+    """Whether each line of a file is an item, or each row if it is Parquet (jsonl, parquet), or all of it is one."""
     text_keys: tuple[str, ...] = ("text",)
-    """The keys of a JSON line that are joined to an item's text; their values are strings or lists of strings."""
+    """The keys of a JSON line, or the columns, whose values (strings or lists of strings) are an item's text."""
     id_key: str = "id"
-    """The key of a JSON line that names the item; without it the item is named after its line."""
+    """The key of a JSON line, or the column, that names the item; without it the item is named after its line."""
     ngram: int = Field(default=13, ge=2)
     """The length of an n-gram in words, or in pairs of characters in CJK text."""
     min_words: int = Field(default=8, ge=2)

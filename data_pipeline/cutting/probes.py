@@ -9,34 +9,25 @@ paraphrase are not evened out.
 Probes are 64-bit hashes, sorted; a hit is then compared word by word.
 """
 
-import gzip
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-import orjson
 
 from configs.cuts import DecontaminateConfig
 from data_pipeline.cutting.cuts import union
+from data_pipeline.cutting.evaluation import Item
 from data_pipeline.scan.characters import CJK, WORD, codes_of, kinds_of
 from data_pipeline.scan.scores import in_lower_case
 from data_pipeline.scan.words import BASE, Splitter, mix, span_hash
 
 _LETTERS = WORD | CJK
 _BITS_PER_PROBE = 16  # of the bitmap that is asked first: so one hash in 16 is looked for in vain
-
-
-class Item(NamedTuple):
-    """One question, problem or passage of an evaluation file."""
-
-    file: str
-    id: str
-    text: str
 
 
 class Match(NamedTuple):
@@ -97,36 +88,6 @@ def ngrams_of(hashes: np.ndarray, size: int) -> np.ndarray:
         if word + 1 >= size:
             found[word + 1 - size] = mix(value)
     return found
-
-
-def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[Item]:
-    """Items of all files. Errors: ValueError naming file, line and what was expected there."""
-    for path in paths:
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-            if settings.format == "text":
-                yield Item(path, Path(path).name, file.read().decode("utf-8", errors="replace"))
-                continue
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _item(path, number, line, settings)
-
-
-def _item(path: str, number: int, line: bytes, settings: DecontaminateConfig) -> Item:
-    try:
-        fields = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"evaluation file {path}, line {number}: {error}; repair it") from None
-    parts: list[str] = []
-    for key in settings.text_keys:
-        value = fields.get(key) if isinstance(fields, dict) else None
-        texts: list[Any] = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"evaluation file {path}, line {number}: expected a string, or a list of strings, under {key!r}; "
-                "set decontaminate.text_keys to the keys that hold its texts"
-            )
-        parts.extend(texts)
-    return Item(path, str(fields.get(settings.id_key, number)), "\n".join(parts))
 
 
 @dataclass

@@ -31,9 +31,10 @@ from data_pipeline.cutting.cuts import note_cuts
 from data_pipeline.cutting.decontamination import CONTAMINATED, Decontaminate
 from data_pipeline.cutting.decontamination import FOLDER as MATCHES
 from data_pipeline.cutting.documents import Before, Split, Survey, lots, split_record, surveyed
+from data_pipeline.cutting.evaluation import read_items
 from data_pipeline.cutting.lines import CutLines, Lines
 from data_pipeline.cutting.pii import RemovePii
-from data_pipeline.cutting.probes import Probes, read_items, require_probes
+from data_pipeline.cutting.probes import Probes, require_probes
 from data_pipeline.cutting.substrings import CutSubstrings, Minimizers, Windows
 from data_pipeline.cutting.web_lines import CutWebLines
 from data_pipeline.ledger import Tally
@@ -94,7 +95,8 @@ def evaluation_files(settings: DecontaminateConfig) -> list[str]:
     """All files, sorted. Errors: ConfigError for a pattern that matches nothing."""
     found: set[str] = set()
     for pattern in settings.files:
-        matches = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        paths = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        matches = [path for path in paths if Path(path).is_file()]
         if not matches:
             raise ConfigError(
                 f"decontaminate.files: {pattern!r} matches no file, looked for from {Path.cwd()}; correct the path, or "

@@ -2,19 +2,25 @@
 
 import gzip
 import importlib.util
+import io
 import json
+import os
 import random
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 from datatrove.data import Document
 
 from configs.cuts import DecontaminateConfig
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.decontamination import Decontaminate
-from data_pipeline.cutting.probes import Probes, read_items, require_probes, words_of
+from data_pipeline.cutting.evaluation import read_items
+from data_pipeline.cutting.probes import Probes, require_probes, words_of
 from data_pipeline.tables import as_table, read_table, write_table
 from tests.unit.data_pipeline.conftest import demo_records
 
@@ -173,3 +179,87 @@ def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     path.write_text('{"text": "too short"}\n')
     with pytest.raises(ValueError, match="none of its 1 items has enough words"):
         require_probes(probes_of([str(path)]).summary())
+
+
+QUESTIONS = [
+    {
+        "task": 7,
+        "text": "What is the capital of the country that lies between France and Spain?",
+        "choices": ["A", "B"],
+    },
+    {"task": "x", "text": "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。", "choices": []},
+    {"task": None, "text": "How many roads must a man walk down before you call him a man?", "choices": ["42"]},
+]
+
+
+def items_of(path: str, **settings: Any) -> list[tuple[str, str]]:
+    config = DecontaminateConfig(files=(path,), id_key="task", text_keys=("text", "choices"), **settings)
+    return [(item.id, item.text) for item in read_items([path], config)]
+
+
+def test_evaluation_files_in_every_form_hold_the_same_items(tmp_path: Path) -> None:
+    lines = Path(jsonl(tmp_path / "a.jsonl", QUESTIONS)).read_bytes()
+    expected = [
+        ("7", f"{QUESTIONS[0]['text']}\nA\nB"),
+        ("x", QUESTIONS[1]["text"]),
+        ("3", f"{QUESTIONS[2]['text']}\n42"),
+    ]
+    columns = {key: [question[key] for question in QUESTIONS] for key in ("text", "choices")}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns | {"task": ["7", "x", None], "more": [1, 2, 3]}), buffer, row_group_size=2)
+    forms = {
+        "a.jsonl": lines,
+        "b.jsonl": b"\xef\xbb\xbf" + lines.rstrip(),
+        "c.jsonl.gz": gzip.compress(lines) + b"\0" * 512,
+        "d.jsonl.zst": zstandard.compress(lines),
+        "e.jsonl": zstandard.compress(lines[:300]) + zstandard.compress(lines[300:]),
+        "f.parquet": buffer.getvalue(),
+        "g.data": buffer.getvalue(),
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_bytes(content)
+        assert items_of(str(tmp_path / name)) == expected, name
+    assert items_of(str(tmp_path / "f.parquet"), format="parquet") == expected
+    for name, content in {
+        "t.txt": b"some words",
+        "t.txt.zst": zstandard.compress("some words".encode("utf-16")),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert items_of(str(tmp_path / name), format="text") == [(name, "some words")]
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.jsonl")
+    Path(strange).write_bytes(lines)
+    assert {item.file for item in read_items([strange], DecontaminateConfig(files=("-",)))} == {
+        rf"{tmp_path}/\xff\x0a.jsonl"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "message"),
+    [
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(999)), mtime=0)[:999],
+            {},
+            r"a.jsonl.gz is damaged at byte 0 \(cut_gzip\)",
+        ),
+        ("a.jsonl.zst", b"no frame", {}, r"a.jsonl.zst is damaged at byte 0 \(corrupt_zstd\)"),
+        ("a.jsonl", b'{"text": "x"}\n{', {}, "a.jsonl, line 2: "),
+        ("a.jsonl", b'{"text": "x"}\n\n{"texts": "x"}', {}, "a.jsonl, line 3: expected a string"),
+        ("a.jsonl", b"{}", {"format": "parquet"}, 'a.jsonl is no Parquet file; set decontaminate.format = "jsonl"'),
+        ("a.parquet", b"PAR1 and no more", {}, "a.parquet cannot be read after row 0"),
+        ("a.txt", b"caf\xe9", {"format": "text"}, "a.txt is no utf-8 at byte 3"),
+    ],
+    ids=range(7),
+)
+def test_an_evaluation_file_that_cannot_be_read_ends_the_run(
+    tmp_path: Path, name: str, content: bytes, settings: dict[str, Any], message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        probes_of([str(tmp_path / name)], **settings)
+
+
+def test_a_parquet_row_without_text_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: expected a string"):
+        probes_of([str(tmp_path / "a.parquet")])

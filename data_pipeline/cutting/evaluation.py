@@ -1,0 +1,110 @@
+"""Evaluation files: the items whose text is not to be trained on.
+
+JSON lines and text, as they are or compressed with gzip or Zstandard, and Parquet; what a file is, its first bytes
+decide, not its name. Nothing is passed over in silence: an item that cannot be read ends the run, since documents with
+its text would stay.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs.cuts import DecontaminateConfig
+from configs.data import ExtractConfig
+from data_pipeline.reading.charsets import decode_whole, marked_charset
+from data_pipeline.reading.decompression import Fault, claimed_compression, members
+from data_pipeline.reading.jsonl import Line, LineSplitter
+from data_pipeline.reading.names import printable
+
+_PARQUET = b"PAR1"
+_BATCH_ROWS = 1000
+
+
+class Item(NamedTuple):
+    """One question, problem or passage of an evaluation file."""
+
+    file: str
+    id: str
+    text: str
+
+
+def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[Item]:
+    """Items of all files. Errors: ValueError naming file, line or row, and what was expected there."""
+    for path in paths:
+        name = printable(path)
+        with open(path, "rb") as file:
+            is_parquet = file.read(len(_PARQUET)) == _PARQUET
+            file.seek(0)
+            if settings.format == "text":
+                yield Item(name, Path(name).name, _text(file, name))
+            elif is_parquet:
+                yield from _rows(path, name, settings)
+            elif settings.format == "parquet":
+                raise ValueError(f'evaluation file {name} is no Parquet file; set decontaminate.format = "jsonl"')
+            else:
+                for line in _lines(file, name):
+                    if line.too_long or line.content.strip():
+                        yield _item(name, f"line {line.number}", line.number, _fields(line, name), settings)
+
+
+def _content(file: BinaryIO, name: str) -> Iterator[bytes]:
+    for member in members(file, ExtractConfig(), lambda size: None, claimed_compression(name)):
+        if isinstance(member, Fault):
+            raise ValueError(f"evaluation file {name} is damaged at byte {member.offset} ({member.reason}); repair it")
+        yield from member.blocks()
+
+
+def _text(file: BinaryIO, name: str) -> str:
+    content = b"".join(_content(file, name))
+    try:
+        return decode_whole(content, marked_charset(content) or "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"evaluation file {name} is no {error.encoding} at byte {error.start}; convert it") from None
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
+    splitter = LineSplitter(ExtractConfig().max_record_bytes)
+    for block in _content(file, name):
+        yield from splitter.feed(block)
+    yield splitter.close()
+
+
+def _fields(line: Line, name: str) -> Any:
+    if line.too_long:
+        raise ValueError(f"evaluation file {name}, line {line.number}: it has {line.size:,} bytes; split it up")
+    try:
+        return orjson.loads(line.content.removeprefix("\ufeff".encode()))
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"evaluation file {name}, line {line.number}: {error}; repair it") from None
+
+
+def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Item]:
+    number = 0
+    try:
+        table = pq.ParquetFile(path)
+        wanted = [key for key in table.schema_arrow.names if key in (*settings.text_keys, settings.id_key)]
+        for batch in table.iter_batches(_BATCH_ROWS, columns=wanted):
+            for fields in batch.to_pylist():
+                number += 1
+                yield _item(name, f"row {number}", number, fields, settings)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"evaluation file {name} cannot be read after row {number} ({error}); repair it") from None
+
+
+def _item(name: str, place: str, number: int, fields: Any, settings: DecontaminateConfig) -> Item:
+    parts: list[str] = []
+    for key in settings.text_keys:
+        value = fields.get(key) if isinstance(fields, Mapping) else None
+        texts: list[Any] = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"evaluation file {name}, {place}: expected a string, or a list of strings, under {key!r}; "
+                "set decontaminate.text_keys to the keys that hold its texts"
+            )
+        parts.extend(texts)
+    own = fields.get(settings.id_key)
+    return Item(name, str(number if own is None else own), "\n".join(parts))
