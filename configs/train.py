@@ -82,6 +82,11 @@ class MoEConfig(Section):
             )
         return self
 
+    def state(self) -> tuple[str, ...]:
+        """What of the balance outlives a step, and is in checkpoints."""
+        bias = ("bias",) if self.bias_update_rate else ()
+        return (*bias, "load") if self.aux_loss == "global_batch" and self.aux_loss_coef else bias
+
 
 class ModelConfig(Section):
     """A LLaMA-shaped decoder; with `moe`, every MLP is a mixture of experts of `expert_size` each."""
@@ -203,6 +208,8 @@ class ScheduleConfig(Section):
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     """What follows warmup: cosine to the floor, constant and then linear to the floor (wsd), or constant."""
+    steps: int | None = Field(default=None, ge=1)
+    """The step at which the schedule ends, train.steps if left out; set it where a run is trained in several parts."""
     warmup_steps: int = Field(default=0, ge=0)
     """The number of steps in which the rate rises linearly to optimizer.lr; 0 for no warmup."""
     decay_steps: int = Field(default=0, ge=0)
@@ -311,11 +318,17 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainerConfig":
         schedule, steps = self.schedule, self.train.steps
+        if schedule.steps is not None and schedule.steps < steps:
+            raise ValueError(
+                f"schedule.steps = {schedule.steps} ends before train.steps = {steps}, and there is no rate after its "
+                "end; raise it, leave it out, or train fewer steps"
+            )
+        key, end = ("schedule.steps", schedule.steps) if schedule.steps else ("train.steps", steps)
         decay = schedule.decay_steps if schedule.kind == "wsd" else 0
-        if schedule.warmup_steps + decay > steps:
+        if schedule.warmup_steps + decay > end:
             raise ValueError(
                 f"schedule.warmup_steps = {schedule.warmup_steps} and decay_steps = {decay} do not fit into "
-                f"train.steps = {steps}; shorten them or train longer"
+                f"{key} = {end}; shorten them or raise {key}"
             )
         return self
 

@@ -5,6 +5,8 @@ ratio is 1 but for rounding. Leaves out separate inference engines, replay, and 
 """
 
 import hashlib
+import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +33,14 @@ class RolloutSource(BatchSource):
     def __init__(self, settings: GRPOSection, task: Task, chat: ChatFormat, seed: int, seq_length: int) -> None:
         self.settings, self.seed, self.seq_length = settings, seed, seq_length
         self.task, self.chat, self.sources = task, chat, [task.name]
-        self.fingerprint = hashlib.sha256(f"{task} {settings.model_dump_json()}".encode()).hexdigest()
+        # What a sample's prompt is; the other settings may change in mid-run, as the optimizer's may.
+        self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self._policy: PolicyCopy | None = None
         self._metrics: dict[str, tuple[float, float]] = {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"task": vars(self.task), "grpo": {"group_size": self.settings.group_size}}
 
     def prepare(self, engine: Engine, step: int) -> None:
         """Takes a copy of the whole model as it is now; collective."""

@@ -170,6 +170,14 @@ class SFTSource(BatchSource):
             name: pack(found.heldout, seq_length, pad_id, i) for i, (name, found) in enumerate(examples.items())
         }
         self.fingerprint = _fingerprint(self._rows, seed)
+        self._facts = {
+            name: f"{len(found.train)} examples ({_fingerprint(rows, seed)[:8]})"
+            for (name, found), rows in zip(examples.items(), packed, strict=True)
+        }
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return self._facts
 
     @property
     def rows_per_epoch(self) -> int:

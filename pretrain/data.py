@@ -6,13 +6,16 @@ ranks nor micro-batches change what a step trains on.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from configs.differences import changes, words
 from data_pipeline.integrity import Expected
+from data_pipeline.mixture import earlier
 from data_pipeline.mixture.rows import Plan, Row
 from pretrain.model.batch import Batch
 
@@ -61,6 +64,20 @@ class BatchSource(abc.ABC):
     first_sample: int = 0  # of the run, that is this source's first: earlier ones were of the source `after`
     after: str | None = None  # its fingerprint
     location: str | None = None  # where a plan is, for tools that look up what a step was trained on
+    same: Mapping[str, int] = {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the data are, as JSON: kept in checkpoints, so that `difference` can tell what has changed."""
+        return {}
+
+    def difference(self, before: Mapping[str, Any]) -> str:
+        """In words, from the `facts` of data with another fingerprint; they are empty where nothing is known."""
+        said = words(changes(before, self.facts)) if before else []
+        return "; ".join(said) or "the checkpoint does not say what is different about them"
+
+    def note_use(self, run_dir: Path) -> None:  # noqa: B027  most sources need nothing
+        """Called on one rank before training: leaves a note beside data that others might remove. Errors: OSError."""
 
     def prepare(self, engine: Any, step: int) -> None:  # noqa: B027  most sources need nothing
         """Called on all ranks before the rows of a step are asked for; RL takes the current weights here."""
@@ -81,13 +98,23 @@ class BatchSource(abc.ABC):
 class PlanSource(BatchSource):
     """Rows of a mixture plan; see `data_pipeline.mixture.rows.Plan`."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self, plan: Plan, same: Mapping[str, int] | None = None):
+        self.plan, self.same = plan, same or {}
         self.fingerprint, self.num_samples, self.sources = plan.fingerprint, plan.num_samples, list(plan.sources)
         self.first_sample, self.after, self.location = plan.first_sample, plan.after, str(plan.path)
 
     def files(self) -> list[Expected]:
         return self.plan.store_files()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.plan.facts
+
+    def difference(self, before: Mapping[str, Any]) -> str:
+        return earlier.differences(before, self.facts) if before else super().difference(before)
+
+    def note_use(self, run_dir: Path) -> None:
+        earlier.note_use(self.plan.path, run_dir)
 
     def rows(self, samples: range) -> list[Row]:
         return [self.plan.row(i - self.first_sample) for i in samples]

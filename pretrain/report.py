@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from configs.differences import flat
 from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
 from data_pipeline.charts import page, short
+from pretrain import history
 from pretrain.charts import Points, line_chart
 
 # Charts in this order, with titles and units; whatever else is measured follows under its own name.
@@ -64,6 +66,7 @@ def write(run_dir: str | Path) -> Path:
         _eval_table(evals),
         _samples(samples),
     ]
+    body.append(_history(history.read(run_dir)))
     if config.is_file():
         text = html.escape(config.read_text(encoding="utf-8"))
         body.append(f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>")
@@ -183,6 +186,20 @@ def _eval_table(evals: list[dict[str, Any]]) -> str:
         rows.append(f"<tr><td>{html.escape(source)}</td>{''.join(cells)}</tr>")
     when = f"step {first['step']} → step {last['step']}" if first is not last else f"step {last['step']}"
     return f'<p>{when}</p><div class="scroll"><table><tr><th>source</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _history(stretches: Sequence[history.Stretch]) -> str:
+    """Which steps had which data and settings; each config whole, behind a fold."""
+    if not stretches:
+        return ""
+    rows = []
+    for one, said in zip(stretches, history.told(stretches), strict=True):
+        whole = "\n".join(f"{key} = {value}" for key, value in flat(one.get("config", {})).items())
+        rows.append(
+            f"<tr><td>{html.escape(said)}</td><td><details><summary>all of its settings</summary>"
+            f"<pre>{html.escape(whole)}</pre></details></td></tr>"
+        )
+    return f'<h2>Data and settings</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

@@ -6,12 +6,12 @@ from configs.train import ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of step `step` (0-based) of `steps`.
+    """The rate of step `step` (0-based) of a run of `steps`, whose schedule ends there or at `schedule.steps`.
 
     Linear warmup reaches `peak` at step `warmup_steps - 1`. Then cosine (Loshchilov and Hutter 2017) falls to the
-    floor at the last step; WSD (Hu et al. 2024) stays and falls linearly to it over the last `decay_steps`.
+    floor at the schedule's last step; WSD (Hu et al. 2024) stays and falls linearly to it over the last `decay_steps`.
     """
-    floor = peak * schedule.min_lr_ratio
+    floor, steps = peak * schedule.min_lr_ratio, schedule.steps or steps
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.kind == "cosine":

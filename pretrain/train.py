@@ -17,8 +17,8 @@ from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.train import RESUME, PretrainConfig
 from data_pipeline.integrity import DamagedData
-from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment, is_main, tell_torchrun
+from pretrain.plan_choice import Choice, choose_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     try:
-        plan = _open_plan(config)
+        choice = _choose_plan(config, args.resume)
     except DamagedData as error:  # the same on all ranks
         return _failed(error, speaks=env.is_main)
+    if choice.said and env.is_main:
+        print(f"data.plan: {choice.said}", flush=True)
     if args.dry_run:
         print(
             f"{config.model.num_parameters():,} parameters ({config.model.num_parameters(active=True):,} active), "
@@ -56,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     place = groups.start(env, layout)
     try:
-        name = Path(config.run.dir).name
+        name, plan = Path(config.run.dir).name, choice.plan
         evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
         if evaluators and place.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
             print(f"{name}: {', '.join(bare)}: no held-out documents in {plan.path}, so none is evaluated", flush=True)
-        source, lineage = PlanSource(plan), Lineage.of_plan(plan, config.run.dir)
+        source, lineage = PlanSource(plan, choice.same), Lineage.of_plan(plan, config.run.dir)
         return Trainer(
             config, config.model, source, NextToken(), place, evaluators, lineage, name, resume=args.resume
         ).fit()
@@ -76,22 +78,17 @@ def _failed(error: DamagedData, speaks: bool = True) -> int:
     return 1
 
 
-def _open_plan(config: PretrainConfig) -> Plan:
-    try:
-        plan = Plan.open(config.data.plan)
-    except DamagedData:
-        raise
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"data.plan = {config.data.plan!r}: {error}") from None
+def _choose_plan(config: PretrainConfig, resume: str) -> Choice:
+    choice = choose_plan(config.data.plan, Path(config.run.dir), resume)
     for key, ours, theirs in (
-        ("train.seq_length", config.train.seq_length, plan.seq_length),
-        ("model.vocab_size", config.model.vocab_size, plan.vocab_size),
+        ("train.seq_length", config.train.seq_length, choice.plan.seq_length),
+        ("model.vocab_size", config.model.vocab_size, choice.plan.vocab_size),
     ):
         if ours != theirs:
             raise ConfigError(
-                f"{key} = {ours}, but the plan {config.data.plan} was built for {theirs}; set {key}={theirs}"
+                f"{key} = {ours}, but the plan {choice.plan.path} was built for {theirs}; set {key}={theirs}"
             )
-    return plan
+    return choice
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from configs import loader, signals
 from configs.loader import ConfigError
 from configs.train import ModelConfig, Precision, TrainerConfig
 from launch.environment import ClusterEnvironment
-from pretrain import report
+from pretrain import history, report
 from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
@@ -71,7 +71,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.step, self.samples, self.tokens = 0, 0, 0
         self.ledger = dict.fromkeys(source.sources, 0.0)  # tokens (loss weights) trained on, by source
-        self.stretches: list[dict[str, Any]] = []  # see _begin_stretch
+        self.stretches: list[history.Stretch] = []
         self.origin: str | None = None
         self.context = max(self.lineage.context, train.seq_length)  # what the model is made for: it never shrinks
         self.identity = {
@@ -81,8 +81,6 @@ class Trainer:
             "data": source.fingerprint,
             **self.lineage.identity,
         }
-        if not source.after:  # else it depends on the checkpoint that is gone on from
-            self._check_samples()
         self._started = 0  # the step that this process goes on from
         self.engine = Engine(
             model_config, train, config.optimizer, place, config.run.seed, dtype, max(1, len(source.sources))
@@ -257,6 +255,7 @@ class Trainer:
                     f"data.plan = {self.source.location!r} goes on after {self.source.first_sample:,} samples of "
                     "another plan, and this run is new: train on that first, or name a checkpoint by --resume"
                 )
+            self._check_samples()
             if self.lineage.init:
                 self._check_init(self.lineage.init.checkpoint)
                 checkpoint_state.restore(self.engine, self.lineage.init.checkpoint, optimizer=False)
@@ -270,9 +269,12 @@ class Trainer:
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
         self.ledger |= manifest.get("ledger", {})
         self.stretches = manifest.get("stretches", [])
-        self.context = max(self.context, manifest["context"])
+        self.context = max(self.context, manifest.get("context", 0))
+        if self.stretches:  # of the last one at least, settings are known in any version
+            config = self.stretches[-1].get("config", manifest["config"])
+            self.stretches[-1] = {**self.stretches[-1], "config": history.completed(type(self.config), config)}
         self.origin = checkpoint_resume.origin_of(path, self.run_dir)
-        self._check_samples()
+        self._check_samples(path)
 
     def _check_init(self, checkpoint: str) -> None:
         """All ranks looked for themselves, and the run that they begin from may have saved a checkpoint meanwhile."""
@@ -282,24 +284,37 @@ class Trainer:
                 "since it is training: name one by init.checkpoint, or start again"
             )
 
-    def _check_samples(self) -> None:
-        left = (self.config.train.steps - self.step) * self.config.train.global_batch_size
-        needed = self.samples + left - self.source.first_sample
-        if self.source.num_samples is not None and needed > self.source.num_samples:
-            raise ConfigError(
-                f"train.steps = {self.config.train.steps} needs {needed} samples and the data holds "
-                f"{self.source.num_samples}; train fewer steps or build a plan with more samples"
-            )
+    def _check_samples(self, checkpoint: Path | None = None) -> None:
+        """Refuses to train more steps than there are samples for."""
+        batch, source = self.config.train.global_batch_size, self.source
+        if source.num_samples is None:
+            return
+        left = source.first_sample + source.num_samples - self.samples
+        if (self.config.train.steps - self.step) * batch <= left:
+            return
+        replan = f", or: trivium data replan CONFIG --after {checkpoint} --out FOLDER" if checkpoint else ""
+        raise ConfigError(
+            f"train.steps = {self.config.train.steps} needs {(self.config.train.steps - self.step) * batch - left:,} "
+            f"samples more than {source.location or 'the data'} has, which are {source.num_samples:,}; set train.steps="
+            f"{self.step + left // batch}, or raise mixture.samples in the data config (of the last of its stages) and "
+            f"run `trivium data run` again{replan}"
+        )
 
     def _begin_stretch(self) -> None:
-        """Notes from which step on the run has this data in batches of this size, if that is new."""
-        now = {"global_batch_size": self.config.train.global_batch_size, "data": self.source.fingerprint}
-        if self.stretches and all(self.stretches[-1][key] == value for key, value in now.items()):
-            return
-        now |= {"plan": self.source.location}
-        # One that begins here too was never trained on.
-        self.stretches = [one for one in self.stretches if one["first_step"] < self.step]
-        self.stretches.append({"first_step": self.step, "first_sample": self.samples, **now})
+        """Notes from which step on the run has these data and settings, and says what has changed."""
+        now: history.Stretch = {
+            "first_step": self.step,
+            "first_sample": self.samples,
+            "global_batch_size": self.config.train.global_batch_size,
+            "data": self.source.fingerprint,
+            "plan": self.source.location,
+            "facts": self.source.facts,
+            "config": self._full_config(),
+        }
+        if self.stretches and self.place.is_main:
+            for line in history.news(self.stretches[-1], self.config, now):
+                print(f"{self.title}: {line}", flush=True)
+        self.stretches = history.go_on(self.stretches, now)
 
     def _agree_to_stop(self, check: DataCheck, watch: signals.Watch) -> int:
         """The signal that any rank got, the same on all; 0 if none did. Errors: DamagedTrainingData, also on all."""
@@ -329,8 +344,11 @@ class Trainer:
             "parameters": self.model_config.num_parameters(),
         }
         loader.write_atomic(self.run_dir / "env.json", json.dumps(facts, indent=1).encode())
-        if self.source.location:
-            loader.write_atomic(self.run_dir / "data.json", json.dumps(self.stretches, indent=1).encode())
+        history.write(self.run_dir, self.stretches)
+        try:
+            self.source.note_use(self.run_dir)
+        except OSError as error:
+            print(f"warning: {error}; a later data run there cannot know what this run needs", flush=True)
 
     def _full_config(self) -> dict[str, Any]:
         """The resolved config; that of a run which begins from another's checkpoint has the model in it too."""

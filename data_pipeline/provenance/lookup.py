@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,14 @@ def plans(run_dir: Path, run: Sequence[Stretch]) -> dict[str, Plan]:
 
 
 def stretches(run: Path) -> list[Stretch]:
-    """What a training run was trained on, from its data.json. Errors: ConfigError when `run` is none."""
-    path = run / "data.json"
+    """What a training run was trained on, from its history.json. Errors: ConfigError when `run` is none."""
+    path = run / "history.json"
     if not path.is_file():
         raise ConfigError(f"--run {run}: there is no {path}; name the run.dir of a pretraining run")
-    return [Stretch(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if any(entry["plan"] is None for entry in entries):
+        raise ConfigError(f"--run {run} was not trained on a plan; name the run.dir of a pretraining run")
+    return [Stretch(**{field.name: entry[field.name] for field in fields(Stretch)}) for entry in entries]
 
 
 def steps(run: Sequence[Stretch], plan: Plan, samples: Iterable[int]) -> list[int]:

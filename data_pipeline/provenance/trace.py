@@ -1,7 +1,7 @@
 """`trivium data trace --step N --run RUN`: the documents in one training step's batch, and their sources.
 
 With global batch size G, step n of a plan trains on its samples [n * G, (n + 1) * G). Which plan, and from which step
-on, is in the run's data.json.
+on, is in the run's history.json.
 """
 
 import json

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.loader import ConfigError, command_parser, entrypoint, toml
+from pretrain import history
 from pretrain.checkpoint import storage
 
 
@@ -124,12 +125,8 @@ def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFac
     if summary["ledger"]:
         used = (f"{source} {tokens:,.0f}" for source, tokens in summary["ledger"].items())
         console.print(f"trained on, in tokens with a loss: {', '.join(used)}", markup=False, highlight=False)
-    for one in summary["stretches"]:
-        if one["plan"]:
-            said = (
-                f"from step {one['first_step']}, sample {one['first_sample']:,}: {one['global_batch_size']} rows a step"
-            )
-            console.print(f"{said} of {one['plan']}", markup=False, highlight=False, soft_wrap=True)
+    for line in history.told(summary["stretches"]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if summary["not_finite"]:
         console.print(f"{summary['not_finite']:,} values are not finite (red); go back to an earlier checkpoint")
 

@@ -9,10 +9,13 @@ PATH: that checkpoint, of this run or of another one with the same identity. Sta
 Leaves out filling the engine (`state.restore`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.loader import ConfigError
+from configs.differences import Changes, changes, words
+from configs.loader import ConfigError, plain, validate
+from configs.train import ModelConfig
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.data import BatchSource
@@ -44,32 +47,75 @@ def choose(place: Place, run_dir: Path, resume: str) -> Path | None:
 def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any], source: BatchSource) -> None:
     """Refuses the checkpoint of a run that trains another model, on other data, or from another seed.
 
-    Where `source` goes on exactly where the checkpoint left its own data, rows may have another length from there on,
-    and rotary embedding another base, as training on longer context wants.
+    Settings of training alone may change, those in model.moe among them. Where `source` goes on exactly where the
+    checkpoint left its own data, rows may have another length from there on, and rotary embedding another base, as
+    training on longer context wants.
     """
     found = manifest.get("identity", {})
-    passes_on = source.after is not None and found.get("data") == source.after
-    if source.after and found.get("data") not in (source.after, source.fingerprint):
+    data, samples = found.get("data"), manifest["samples"]
+    passes_on = source.after is not None and data == source.after
+    known = data == source.fingerprint or samples <= source.same.get(data, -1)
+    if source.after and not passes_on and not known:
         raise ConfigError(
             f"data.plan = {source.location!r} goes on after another plan than the one that {path} was trained on; "
             "train stages in their order, or choose another run.dir"
         )
-    if passes_on and manifest["samples"] != source.first_sample:
+    if passes_on and samples != source.first_sample:
         raise ConfigError(
-            f"{path} has used {manifest['samples']:,} samples, and data.plan = {source.location!r} goes on after "
+            f"{path} has used {samples:,} samples, and data.plan = {source.location!r} goes on after "
             f"{source.first_sample:,}; train to there first, or make a plan that goes on from it: "
             f"trivium data replan CONFIG --after {path} --out FOLDER"
         )
+    # A key that the checkpoint does not have is newer than it.
+    differing = {key: (found[key], ours) for key, ours in identity.items() if key in found and found[key] != ours}
+    if passes_on or known:
+        differing.pop("data", None)
     if passes_on:
-        found = found | {key: identity[key] for key in ("data", "seq_length")}
-        found["model"] = found["model"] | {"rope_theta": identity["model"]["rope_theta"]}
-    for key, ours in identity.items():
-        theirs = found.get(key)
-        if theirs != ours:
-            raise ConfigError(
-                f"{path} was trained with {key} = {_difference(theirs, ours)}, this config says "
-                f"{_difference(ours, theirs)}; set it back, or choose another run.dir to start anew"
-            )
+        differing.pop("seq_length", None)
+    said = []
+    for key, (before, now) in differing.items():
+        if key == "model":
+            said += words(_model_changes(path, before, now, ("rope_theta",) if passes_on else ()))
+        elif key == "data":
+            said.append(f"its data are others: {source.difference(_facts(manifest))}")
+        elif key in _OTHERS:
+            said.append(f"{_OTHERS[key]} is another")
+        else:
+            said += words({_KEYS.get(key, key): (before, now)})
+    if said:
+        go_on = ""
+        if "data" in differing and source.location:
+            go_on = f", make a plan that goes on from it (trivium data replan CONFIG --after {path} --out FOLDER)"
+        raise ConfigError(
+            f"{path} was trained otherwise than this config says: {'; '.join(said)}; set it back{go_on}, or choose "
+            "another run.dir to start anew"
+        )
+
+
+# Of model.moe, what counts in training alone, and not in what the model computes.
+_TRAINING_ONLY = ("aux_loss", "aux_loss_coef", "z_loss_coef", "bias_update_rate", "capacity_factor")
+_OTHERS = {
+    "init": "the checkpoint that it begins from",
+    "tokenizer": "the tokenizer",
+    "chat_template": "the chat format",
+}
+_KEYS = {"seed": "run.seed", "seq_length": "train.seq_length"}
+
+
+def _model_changes(path: Path, before: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> Changes:
+    """Keys of two models that may not change, `model.KEY`. The earlier one gets the defaults of newer keys first."""
+    old = validate(ModelConfig, before, origin=f"the model of {path}")
+    new = validate(ModelConfig, now)
+    found = changes(plain(old), plain(new))
+    if old.moe and new.moe and old.moe.state() == new.moe.state():
+        free = [*free, *(f"moe.{key}" for key in _TRAINING_ONLY)]
+    return {f"model.{key}": pair for key, pair in found.items() if key not in free}
+
+
+def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint's last data were; empty if it does not say."""
+    stretches = manifest.get("stretches") or [{}]
+    return dict(stretches[-1].get("facts", {}))
 
 
 def _choose(run_dir: Path, resume: str) -> Path | None:
@@ -121,10 +167,3 @@ def _named(resume: str) -> Path:
     except CheckpointError as error:
         raise ConfigError(f"--resume {resume}: {error}") from None
     return path
-
-
-def _difference(value: Any, other: Any) -> Any:
-    """Of two dicts, what is particular to the first."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return {k: v for k, v in value.items() if other.get(k) != v}
-    return value

@@ -73,9 +73,7 @@ class Balance:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What outlives a step, as far as it is used; to be filled in place."""
-        moe = self.moe
-        used = {"bias": self.bias} if moe.bias_update_rate else {}
-        return {**used, "load": self.load} if moe.aux_loss == "global_batch" and moe.aux_loss_coef else used
+        return {name: getattr(self, name) for name in self.moe.state()}
 
     def attach(
         self, x_TH: torch.Tensor, logits_TE: torch.Tensor, experts_TK: torch.Tensor, valid_SB: torch.Tensor

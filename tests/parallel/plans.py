@@ -2,17 +2,18 @@
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 from configs.layout import Layout
 from configs.loader import validate
 from configs.train import PretrainConfig
-from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment
 from pretrain import data_check
 from pretrain.data import PlanSource
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
+from pretrain.plan_choice import choose_plan
 from pretrain.trainer import Trainer
 
 
@@ -22,7 +23,8 @@ def train_on_plan(tree: dict[str, Any], resume: str = "auto") -> dict[str, Any]:
     env = ClusterEnvironment.read()
     place = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
     try:
-        source = PlanSource(Plan.open(config.data.plan))
+        choice = choose_plan(config.data.plan, Path(config.run.dir), resume)
+        source = PlanSource(choice.plan, choice.same)
         return {"status": Trainer(config, config.model, source, NextToken(), place, resume=resume).fit()}
     except ValueError as error:
         return {"error": str(error)}

@@ -194,4 +194,4 @@ def test_a_wrong_path_is_named(ranks: RanksOf, run: Path, tmp_path: Path) -> Non
 
 def test_another_models_checkpoint_by_path_is_refused(ranks: RanksOf, saved: Saved, tmp_path: Path) -> None:
     words = refusal(ranks(1), tmp_path, str(storage.directory(saved("moe_tied", "zero1"), STEP)))
-    assert "model = {'tie_embeddings': True, 'moe'" in words and "{'tie_embeddings': False}" in words
+    assert "model.tie_embeddings true -> false" in words and "model.moe.num_experts 4 -> unset" in words

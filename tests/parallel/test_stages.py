@@ -8,6 +8,7 @@ import pytest
 
 from configs.loader import validate
 from configs.mixture import MixtureConfig
+from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan, trace
@@ -83,7 +84,8 @@ def trained_on(run_dir: Path) -> list[dict[str, Any]]:
     run, found = stretches(run_dir), []
     for step in range(storage.steps(run_dir)[-1]):
         stretch = next(one for one in reversed(run) if one.first_step <= step)
-        plan = Plan.open(stretch.plan)
+        plan = find(stretch.plan, stretch.data)
+        assert plan is not None
         segments = trace.batch(plan, stretch, step)
         assert all(steps(run, plan, [segment["sample"]]) == [step] for segment in segments)
         found += [{**segment, "step": step} for segment in segments]
@@ -178,5 +180,7 @@ def test_a_plan_that_does_not_follow_is_refused(ranks: RanksOf, plans: Path, tmp
     assert "has used 16 samples" in said and "goes on after 24" in said and "trivium data replan CONFIG --after" in said
     assert "goes on after another plan than" in train(ranks, run, plans / "long_context", 6, 4)["error"]
     assert train(ranks, run, plans / "general", 3, 8) == {"status": 0}
-    assert "was trained with model" in train(ranks, run, plans / "annealing", 6, 4, tie_embeddings=True)["error"]
-    assert "the data holds 12" in train(ranks, run, plans / "annealing", 7, 4)["error"]
+    said = train(ranks, run, plans / "annealing", 6, 4, tie_embeddings=True)["error"]
+    assert "otherwise than this config says: model.tie_embeddings false -> true; set it back" in said
+    said = train(ranks, run, plans / "annealing", 7, 4)["error"]
+    assert "4 samples more than" in said and "which are 12; set train.steps=6, or raise" in said

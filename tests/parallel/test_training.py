@@ -93,7 +93,12 @@ def test_resume_in_another_layout_goes_on_the_same(ranks: RanksOf, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"seed": 4}, "seed = 3"), ({"fingerprint": "other"}, "data = rows"), ({"model": "moe"}, "model = ")],
+    [
+        ({"seed": 4}, "run.seed 3 -> 4"),
+        ({"fingerprint": "other"}, "its data are others"),
+        ({"model": "moe"}, "model.moe.num_experts unset -> 4"),
+        ({"model": "moe", "seed": 4}, "unset -> 4"),
+    ],
 )
 def test_another_runs_checkpoint_is_refused(ranks: RanksOf, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     train(ranks(1), tmp_path, "dense", {}, steps=2)

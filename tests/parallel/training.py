@@ -75,6 +75,14 @@ def train(
         return {"error": str(error), "kind": type(error).__name__}
 
 
+def train_and_listen(**options: Any) -> dict[str, Any]:
+    """As `train`, with what was `said`."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        answer = train(**options)
+    return {**answer, "said": said.getvalue()}
+
+
 def make_trainer(
     run_dir: str,
     model: dict[str, Any],
@@ -88,26 +96,26 @@ def make_trainer(
     keep_every: int = 0,
     precision: str = "fp32",
     resume: str = "auto",
+    **sections: dict[str, Any],
 ) -> Trainer:
-    config = validate(
-        TrainerConfig,
-        {
-            "run": {"dir": run_dir, "seed": seed},
-            "train": {
-                "steps": steps,
-                "global_batch_size": GLOBAL_BATCH,
-                "micro_batch_size": MICRO_BATCH,
-                "seq_length": SEQ_LENGTH,
-                "precision": precision,
-            },
-            "optimizer": {"lr": 0.01, "clip_grad": 0.1},
-            "schedule": {"kind": "cosine", "warmup_steps": 2},
-            "parallel": parallel,
-            "checkpoint": {"every": every, "keep": keep, "keep_every": keep_every},
-            "eval": {"every": 3},
-            "log": {"tensorboard": False},
+    """`sections` are keys of the config that are otherwise than here, by section."""
+    tree: dict[str, Any] = {
+        "run": {"dir": run_dir, "seed": seed},
+        "train": {
+            "steps": steps,
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch_size": MICRO_BATCH,
+            "seq_length": SEQ_LENGTH,
+            "precision": precision,
         },
-    )
+        "optimizer": {"lr": 0.01, "clip_grad": 0.1},
+        "schedule": {"kind": "cosine", "warmup_steps": 2},
+        "parallel": parallel,
+        "checkpoint": {"every": every, "keep": keep, "keep_every": keep_every},
+        "eval": {"every": 3},
+        "log": {"tensorboard": False},
+    }
+    config = validate(TrainerConfig, {name: {**section, **sections.get(name, {})} for name, section in tree.items()})
     model_config = validate(ModelConfig, model)
     env = ClusterEnvironment.read()
     place = groups.start(env, Layout.of(env.world_size, config.parallel, model_config, config.train))

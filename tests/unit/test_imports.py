@@ -20,6 +20,7 @@ TOKEN_STORE = (
     "data_pipeline.integrity",
     "data_pipeline.mixture.earlier",
     "data_pipeline.mixture.rows",
+    "data_pipeline.mixture.earlier",
     "data_pipeline.mixture.packing",
     "data_pipeline.tokens.tokenizer",
 )
@@ -66,7 +67,9 @@ RULES = (
         ),
     ),
     Rule("pretrain.parallel", ours=("configs", "pretrain.model", "pretrain.parallel", "launch.environment")),
-    Rule("pretrain.report", ours=("configs", "pretrain.charts", *PAGES), never=TORCH),
+    Rule("pretrain.report", ours=("configs", "pretrain.charts", "pretrain.history", *PAGES), never=TORCH),
+    Rule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),
+    Rule("pretrain.schedule", ours=("configs",), never=TORCH),
     Rule("pretrain.charts", ours=PAGES, never=TORCH),
     Rule("data_pipeline.charts", ours=(), never=TORCH),
     Rule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=SCHEDULES),

@@ -45,7 +45,7 @@ def test_overrides_are_toml_values_or_bare_words() -> None:
         ("train.steps=0", ["train.steps = 0", "greater than or equal to 1"]),
         ("train.precision=fp8", ["train.precision = 'fp8'", "'fp32', 'bf16' or 'auto'"]),
         ("model.num_kv_heads=5", ["model.num_heads", "not a multiple of model.num_kv_heads = 5"]),
-        ("schedule.warmup_steps=100000", ["warmup_steps = 100000", "train longer"]),
+        ("schedule.warmup_steps=100000", ["warmup_steps = 100000", "raise train.steps"]),
         ("train.steps", ["not of the form key.sub=value"]),
         ("train.steps.x=1", ["'steps' is a value, not a section"]),
     ],

@@ -37,7 +37,7 @@ def run_dir(tokens: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempP
 def training_run(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     stretch = {"first_step": 0, "first_sample": 0, "global_batch_size": BATCH, "plan": f"{run_dir}/plan"}
-    (folder / "data.json").write_text(json.dumps([{**stretch, "data": Plan.open(run_dir / "plan").fingerprint}]))
+    (folder / "history.json").write_text(json.dumps([{**stretch, "data": Plan.open(run_dir / "plan").fingerprint}]))
     return folder
 
 

@@ -1,0 +1,142 @@
+"""Plans that are made anew under a run: it finds its own again, or goes on with a longer one; every remedy is tried."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loader import validate
+from configs.mixture import MixtureConfig
+from data_pipeline.mixture.earlier import keep_plans
+from data_pipeline.mixture.plan_files import build_stages
+from data_pipeline.mixture.rows import Plan
+from data_pipeline.provenance import replan
+from data_pipeline.stage import replace_folder
+from pretrain import history
+from pretrain.checkpoint import storage
+from tests.parallel.test_layouts import MODELS
+from tests.parallel.test_stages import trained_on
+from tests.parallel.test_training import RanksOf, metrics
+from tests.small_data import VOCAB, make_tokens
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_tokens(folder)
+    return folder
+
+
+@pytest.fixture
+def data(made: Path, tmp_path: Path) -> Path:
+    """A data run's folder, with tokens and tokenizer."""
+    (tmp_path / "data").mkdir()
+    for name in ("tokens", "tokenizer"):
+        (tmp_path / "data" / name).symlink_to(made / name)
+    return tmp_path / "data"
+
+
+def publish(data: Path, samples: int = 12, **changes: Any) -> str:
+    """Makes the plan anew, as a data run does. Returns the fingerprint; empty if there are stages."""
+    mixture = {"seq_length": 32, "weights": {"code": 0.6, "prose": 0.4}, "max_epochs": 9, "samples": samples, **changes}
+    build_stages(data / "tokens", data / "tokenizer", data / "new", validate(MixtureConfig, mixture).plans())
+    if (data / "plan").exists():
+        keep_plans(data / "plan", data / "new")
+    replace_folder(data / "new", data / "plan")
+    return "" if "stages" in changes else Plan.open(data / "plan").fingerprint
+
+
+def train(ranks: RanksOf, run: Path, plan: Path, steps: int, seed: int = 3, seq_length: int = 32) -> dict[str, Any]:
+    tree = {
+        "run": {"dir": str(run), "seed": seed},
+        "model": {**MODELS["dense"], "vocab_size": VOCAB},
+        "data": {"plan": str(plan)},
+        "train": {
+            "steps": steps,
+            "global_batch_size": BATCH,
+            "micro_batch_size": 2,
+            "seq_length": seq_length,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 0.001, "eps": 1e-6},
+        "schedule": {"kind": "constant"},
+        "checkpoint": {"every": 1, "keep": 9},
+        "log": {"tensorboard": False},
+    }
+    (answer,) = ranks(1).run("tests.parallel.plans:train_and_listen", process_group=False, tree=tree, first_bytes=10**9)
+    return answer
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def test_a_longer_plan_goes_on_as_the_same_data(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
+    run, first = tmp_path / "run", publish(data)
+    assert train(ranks, run, data / "plan", 2)["status"] == 0
+    said = train(ranks, run, data / "plan", 5)["error"]
+    assert "needs 8 samples more than" in said and "which are 12" in said
+    # What it names: fewer steps, or a plan with more samples by another data run.
+    assert train(ranks, run, data / "plan", int(re.findall(r"train\.steps=(\d+)", said)[0]))["status"] == 0
+    assert storage.steps(run)[-1] == 3 and "mixture.samples in the data config" in said
+    longer = publish(data, samples=20)
+    assert train(ranks, run, data / "plan", 5)["status"] == 0
+    assert list(dict.fromkeys(one["data"] for one in history.read(run))) == [first, longer]
+    assert train(ranks, tmp_path / "straight", data / "plan", 5)["status"] == 0
+    assert losses(run) == losses(tmp_path / "straight")
+    # Steps before the change are traced in the plan of then.
+    assert [s["document_id"] for s in trained_on(run)] == [s["document_id"] for s in trained_on(tmp_path / "straight")]
+
+
+def test_a_run_goes_on_with_its_own_plan(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
+    run, first = tmp_path / "run", publish(data)
+    assert train(ranks, tmp_path / "straight", data / "plan", 3)["status"] == 0
+    assert train(ranks, run, data / "plan", 1)["status"] == 0
+    # Others take its place: of other weights, of other rows, of stages.
+    for changes in ({"weights": {"code": 1.0}}, {"seq_length": 64}, {"stages": {"general": {}, "late": {}}}):
+        publish(data, **changes)
+    assert train(ranks, run, data / "plan", 3)["status"] == 0
+    assert losses(run) == losses(tmp_path / "straight")
+    assert {one["data"] for one in history.read(run)} == {first}
+    # It has no more samples: the two remedies are a plan that goes on from the checkpoint, and the plan with more.
+    publish(data, weights={"code": 1.0}, samples=40)
+    said = train(ranks, run, data / "plan", 5)["error"]
+    checkpoint = re.findall(r"trivium data replan CONFIG --after (\S+) --out", said)[0]
+    config = tmp_path / "data.toml"
+    config.write_text(
+        f'[run]\ndir="{data}"\n[sources.code]\nfiles=["x"]\nformat="jsonl"\nrules={{any="r"}}\n'
+        '[sources.prose]\nfiles=["x"]\nformat="jsonl"\nrules={any="r"}\n[rules.r]\n'
+        "[mixture]\nseq_length=32\nsamples=20\nmax_epochs=9\nweights={code=1.0}\n"
+    )
+    assert replan.main([str(config), "--after", checkpoint, "--out", str(tmp_path / "rest")]) == 0
+    shutil.copytree(run, tmp_path / "other")
+    assert train(ranks, run, tmp_path / "rest", 5)["status"] == 0
+    publish(data, samples=20)
+    assert train(ranks, tmp_path / "other", data / "plan", 5)["status"] == 0
+
+
+def test_what_differs_is_said_in_words(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
+    run, first = tmp_path / "run", publish(data)
+    assert train(ranks, run, data / "plan", 1)["status"] == 0
+    publish(data, weights={"code": 0.9, "prose": 0.1}, seed=7)
+    kept = next(data.glob("plan.*"))
+    kept.rename(tmp_path / "elsewhere")
+    said = train(ranks, run, data / "plan", 3)["error"]
+    assert "its data are others: seed 0 -> 7; weights.code 0.6 -> 0.9; weights.prose 0.4 -> 0.1" in said
+    assert first not in said
+    # Set back, by giving it its plan again; to start anew, in another folder; and together with other mistakes.
+    (tmp_path / "elsewhere").rename(kept)
+    assert train(ranks, run, kept, 2)["status"] == 0
+    assert train(ranks, tmp_path / "anew", data / "plan", 1)["status"] == 0
+    said = train(ranks, run, data / "plan", 3, seed=4)["error"]
+    assert "says: run.seed 3 -> 4; set it back" in said
+    # A stage of another name is not the run's plan, although that stands beside it.
+    publish(data, stages={"general": {}, "late": {}})
+    said = train(ranks, run, data / "plan/late", 3)["error"]
+    assert "goes on after another plan" in said
+    publish(data, stages={"general": {}})
+    assert train(ranks, run, data / "plan/general", 3)["status"] == 0, "it begins with the same samples"
