@@ -8,6 +8,7 @@ import pytest
 
 from configs.loader import validate
 from configs.mixture import MixtureConfig
+from configs.train import ScheduleConfig
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan
@@ -15,6 +16,7 @@ from data_pipeline.provenance import replan, trace
 from data_pipeline.provenance.lookup import steps, stretches
 from data_pipeline.tokens.store import Shards
 from pretrain.checkpoint import inspection, storage
+from pretrain.schedule import learning_rate
 from tests.parallel.test_layouts import MODELS
 from tests.parallel.test_training import RanksOf, metrics
 from tests.small_data import VOCAB, make_tokens
@@ -31,6 +33,7 @@ MIXTURE: dict[str, Any] = {
 }
 # Steps at which each stage ends, its global batch, and what else its config says.
 STAGES = {"general": (3, 8, {}), "annealing": (6, 4, {}), "long_context": (8, 4, {"rope_theta": 50_000.0})}
+SCHEDULE = {"kind": "cosine", "warmup_steps": 2, "steps": 9}  # one for all stages, which does not end with the last
 ONE: tuple[int, dict[str, Any]] = (1, {})
 
 
@@ -69,7 +72,7 @@ def train(
             "precision": "fp32",
         },
         "optimizer": {"lr": 0.001, "eps": 1e-6},
-        "schedule": {"kind": "constant"},
+        "schedule": SCHEDULE,
         "parallel": parallel,
         "checkpoint": {"every": 1, "keep": 9},
         "log": {"tensorboard": False},
@@ -116,6 +119,11 @@ def test_stages_are_one_run_in_any_layouts(
     one, many = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "many"))
     assert len(one) == 8 and many == pytest.approx(one, rel=1e-5)  # eight steps of fp32 sums in another order
     assert [line["tokens"] for line in metrics(tmp_path / "one")] == [256, 512, 768, 896, 1024, 1152, 1408, 1664]
+
+    # The learning rate is one curve over all stages.
+    rates = [line["lr"] for line in metrics(tmp_path / "many")]
+    assert rates == [learning_rate(step, 9, 0.001, validate(ScheduleConfig, SCHEDULE)) for step in range(8)]
+    assert rates[:2] == [0.0005, 0.001] and rates[2:] == sorted(rates[2:], reverse=True)
 
     assert inspection.main([str(tmp_path / "many")]) == 0
     said = capsys.readouterr().out
