@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -26,9 +26,9 @@ DIRECTORY = Path("runs/demo")
 RANKS = 2
 
 
-def _training(name: str, module: str, config: str, title: str) -> Stage:
+def _training(name: str, module: str, config: str, title: str, begins_with: Stage) -> Stage:
     command = ("launch.local", "--nproc-per-node", str(RANKS), module, config)
-    return Stage(name, title, command, DIRECTORY / name, "metrics.jsonl", describe_training)
+    return Stage(name, title, command, DIRECTORY / name, "metrics.jsonl", describe_training, (begins_with,))
 
 
 def _export(name: str, title: str) -> Stage:
@@ -37,19 +37,20 @@ def _export(name: str, title: str) -> Stage:
     return Stage(f"export_{name}", f"export {title}", command, out, "trivium_export.json", describe_export)
 
 
+_DATA = Stage(
+    "data",
+    "data",
+    ("data_pipeline.run", "configs/data/demo.toml"),
+    DIRECTORY / "data",
+    "plan/plan.json",
+    describe_data,
+)
+_DENSE = _training("pretrain", "pretrain.train", "configs/pretrain/demo.toml", "pretrain, dense", _DATA)
+_MOE = _training("pretrain_moe", "pretrain.train", "configs/pretrain/demo_moe.toml", "pretrain, MoE", _DATA)
+_SFT = _training("sft", "posttrain.sft", "configs/posttrain/demo_sft.toml", "SFT", _DENSE)
+_GRPO = _training("grpo", "posttrain.grpo", "configs/posttrain/demo_grpo.toml", "GRPO", _SFT)
 STAGES = (
-    Stage(
-        "data",
-        "data",
-        ("data_pipeline.run", "configs/data/demo.toml"),
-        DIRECTORY / "data",
-        "plan/plan.json",
-        describe_data,
-    ),
-    _training("pretrain", "pretrain.train", "configs/pretrain/demo.toml", "pretrain, dense"),
-    _training("pretrain_moe", "pretrain.train", "configs/pretrain/demo_moe.toml", "pretrain, MoE"),
-    _training("sft", "posttrain.sft", "configs/posttrain/demo_sft.toml", "SFT"),
-    _training("grpo", "posttrain.grpo", "configs/posttrain/demo_grpo.toml", "GRPO"),
+    *(_DATA, _DENSE, _MOE, _SFT, _GRPO),
     _export("pretrain", "dense"),
     _export("pretrain_moe", "MoE"),
     _export("sft", "SFT"),
@@ -88,12 +89,18 @@ def run_stages(stages: Sequence[Stage], directory: Path, console: Console) -> in
     for number, stage in enumerate(stages, 1):
         console.rule(f"{number} of {len(stages)}: {stage.title}", align="left")
         log = directory / "logs" / f"{stage.name}.log"
-        mark, started = stage.fingerprint(), time.monotonic()
+        mark, made_from, started = stage.fingerprint(), stage.made_from(), time.monotonic()
         # Unbuffered, so that lines show when they are printed; no hub, so that nothing waits for a network.
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         status = tee.run([sys.executable, "-m", "launch.run", *stage.command], log, env, held_back=True)
         seconds = time.monotonic() - started
-        times[stage.name] = updated(times.get(stage.name), seconds, status, stage.fingerprint() != mark)
+        wrote = stage.fingerprint() != mark
+        if status == 0 and not wrote and (changed := _changed(times.get(stage.name), made_from)):
+            _tell_stale(stage, changed, console)
+            return 1
+        times[stage.name] = updated(times.get(stage.name), seconds, status, wrote)
+        if status == 0 and made_from:
+            times[stage.name]["made_from"] = made_from
         write_atomic(directory / "demo.json", json.dumps({"stages": times}, indent=1).encode())
         if status:
             _tell_failure(stage, status, log, console)
@@ -135,6 +142,22 @@ def command_line(stage: Stage) -> str:
     """What to type in a shell to run the stage alone."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, "-m", *stage.command])
+
+
+def _changed(before: dict | None, made_from: Mapping[str, str | None]) -> list[str]:
+    """What a stage that was done before was made from and is another by now."""
+    known = (before or {}).get("made_from", made_from)
+    return [name for name, value in made_from.items() if known.get(name) != value]
+
+
+def _tell_stale(stage: Stage, changed: Sequence[str], console: Console) -> None:
+    console.print(
+        f"\nStage {stage.title} is done and was not done again, but {' and '.join(changed)} changed since then. "
+        f"Remove {stage.output} and run the demo again to make it anew, or put back what it was made from.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _tell_failure(stage: Stage, status: int, log: Path, console: Console) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import html
 import json
 import os
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from configs.loader import write_atomic
+from configs.loader import file_sha256, write_atomic
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Stage:
     """One subprocess of the demo.
 
     `command` follows `python -m`. `output` is the directory it fills; the file `mark` in it changes when, and
-    only when, the stage did something. `describe(output)` says what went in and what came out.
+    only when, the stage did something. `describe(output)` says what went in and what came out. `needs` are stages whose
+    result it starts from, of those that do not look by themselves whether that is still what they were made from.
     """
 
     name: str
@@ -33,11 +35,29 @@ class Stage:
     output: Path
     mark: str
     describe: Callable[[Path], tuple[str, str]]
+    needs: tuple["Stage", ...] = ()
+
+    def made_from(self) -> dict[str, str | None]:
+        """Hashes of the config, without what changes no result, and of the results it starts from; by their names."""
+        if not self.needs:
+            return {}
+        hashes = {f"the result of stage {stage.title}": stage.result() for stage in self.needs}
+        for config in [Path(word) for word in self.command if word.endswith(".toml")]:
+            tree = tomllib.loads(config.read_text(encoding="utf-8"))
+            told = {key: value for key, value in tree.items() if key not in ("checkpoint", "eval", "log", "parallel")}
+            hashes[str(config)] = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+        return hashes
+
+    def result(self) -> str | None:
+        """Hash of what other stages start from: the newest checkpoint's manifest, or where there is none the mark."""
+        manifests = list(self.output.glob("checkpoints/step_*/manifest.json"))
+        newest = max(manifests, key=lambda path: int(path.parent.name.removeprefix("step_")), default=None)
+        return file_sha256(newest) if newest else self.fingerprint()
 
     def fingerprint(self) -> str | None:
         """Hash of the mark; None before the stage ever wrote it."""
         path = self.output / self.mark
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        return file_sha256(path) if path.is_file() else None
 
     @property
     def look(self) -> Path:

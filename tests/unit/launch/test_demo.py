@@ -1,9 +1,11 @@
 """The demo's runner with three small stages: order, failure, interruption, times, and the closing table."""
 
+import dataclasses
 import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +121,33 @@ def test_a_stage_finds_a_terminal_where_the_demo_has_one(tmp_path: Path) -> None
     assert (tmp_path / "log").read_bytes().split() == [b"True", b"101"]
     os.close(ours)
     os.close(theirs)
+
+
+def test_a_stage_is_not_taken_for_done_once_what_it_was_made_from_has_changed(
+    stages: list[Stage], tmp_path: Path
+) -> None:
+    config = tmp_path / "two.toml"
+    config.write_text("[optimizer]\nlr = 1.0\n[log]\nevery = 1\n")
+    one = stages[0]
+    two = dataclasses.replace(stages[1], command=(*stages[1].command, str(config)), needs=(one,))
+    assert run([one, two], tmp_path)[0] == 0
+    config.write_text("# the same\n[optimizer]\nlr = 1.0\n[log]\nevery = 2\n")
+    assert run([one, two], tmp_path)[0] == 0
+    config.write_text("[optimizer]\nlr = 2.0\n")
+    (one.output / "checkpoints/step_10").mkdir(parents=True)
+    (one.output / "checkpoints/step_9").mkdir(parents=True)
+    for step in (9, 10):
+        (one.output / f"checkpoints/step_{step}/manifest.json").write_text(str(step))
+    for _ in range(2):  # it stays refused
+        status, text = run([one, two], tmp_path)
+        assert status == 1
+        assert f"but the result of stage one and {config} changed since then. Remove {two.output}" in text
+    shutil.rmtree(two.output)
+    assert run([one, two], tmp_path)[0] == 0
+    (one.output / "checkpoints/step_9/manifest.json").write_text("other")  # not the newest
+    assert run([one, two], tmp_path)[0] == 0
+    (one.output / "checkpoints/step_10/manifest.json").write_text("other")
+    assert run([one, two], tmp_path)[0] == 1
 
 
 def test_times_add_up_over_attempts_and_start_over_with_new_work() -> None:
