@@ -83,7 +83,12 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "ledger.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: no data run has finished in {run_dir}; run: trivium data run CONFIG")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); run `trivium data run CONFIG` again, which writes it anew"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from data_pipeline.cutting.stages import cut_stages
 from data_pipeline.dedup.stages import dedup_stages
 from data_pipeline.executors.base import Executor
 from data_pipeline.executors.choose import choose, one_voice
+from data_pipeline.executors.disk import told, usable
 from data_pipeline.executors.slurm import cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, quiet
 from data_pipeline.extraction.step import set_aside
@@ -71,6 +72,7 @@ def run(
     Errors: ConfigError, ValueError for data that cannot be used, TaskError, LedgerError.
     """
     run_dir = Path(config.run.dir)
+    usable(run_dir)
     with sole_user(run_dir):
         quiet(None)
         with nothing_left_of_refused(run_dir):
@@ -243,6 +245,8 @@ def dry_run(config: DataConfig, console: Console, executor: Executor, only: str 
     tokens do not allow.
     """
     run_dir = Path(config.run.dir)
+    if run_dir.exists():
+        usable(run_dir)
     done = set()
     if run_dir.is_dir():
         stages = all_stages(config, run_dir, console, executor)
@@ -293,6 +297,9 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
     except (ValueError, TaskError) as error:
         logs = Path(config.run.dir) / "logs"
         print(f"error: {error}" + (f"\n(details: {logs})" if logs.is_dir() else ""), file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {told(str(error), Path(config.run.dir))}", file=sys.stderr)
         return 1
     run_dir = Path(config.run.dir)
     print_ledger(read_ledger(run_dir), run_dir, console)

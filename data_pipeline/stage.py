@@ -124,7 +124,9 @@ def file_hashes(paths: Sequence[Path], cache: Path) -> str:
     A file is not read again if it is as `cache` has it: by size, inode and times. Among them is the time of its last
     change of any kind, which nobody who replaces a file can set back; right after a change it may not have moved on.
     """
-    known = json.loads(cache.read_text()) if cache.exists() else {}
+    known = {}
+    with contextlib.suppress(OSError, ValueError):  # a cache that is not there or damaged is made anew
+        known = json.loads(cache.read_text())
     hashes = {}
     for path in paths:
         try:

@@ -54,7 +54,11 @@ class MpiTasks(Tasks):
             task = next((task for task in order if task not in started), None)
             if task is None:
                 return
-            if claim(logs, task):
+            try:
+                mine_now = claim(logs, task)
+            except OSError:  # the disk is full, as the leading rank will find
+                return
+            if mine_now:
                 with contextlib.suppress(Exception):  # it is on file
                     self.run_claimed(task)
 

@@ -23,9 +23,11 @@ from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 
 from configs.loader import write_atomic
+from data_pipeline.executors.disk import is_full, told, trouble
 
 _FOLDERS = ("started", "completions", "failed", "progress", "stats")
 _MESSAGE_CHARS = 2000
+_SENTENCES = ("ValueError", "ConfigError", "TaskError", "DamagedData")  # whose messages need no name before them
 
 
 class TaskError(RuntimeError):
@@ -52,8 +54,10 @@ class Tasks(PipelineExecutor):
                 with (logs / "stats" / f"{rank:05d}.json").open("w", encoding="utf-8") as file:
                     stats.save_to_disk(file)
             except Exception as error:
-                traceback.print_exc()
-                _record_failure(logs, rank, error)
+                with contextlib.suppress(OSError):  # on a full disk; `check` finds out then
+                    traceback.print_exc()
+                with contextlib.suppress(OSError):
+                    _record_failure(logs, rank, error)
                 raise
         self.mark_rank_as_completed(rank)
         return stats
@@ -107,14 +111,17 @@ def check(title: str, tasks: int, logs: Path) -> None:
         rank = failed[0]
         entry = json.loads((logs / "failed" / f"{rank:05d}.json").read_text(encoding="utf-8"))
         others = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
-        kind = "" if entry["type"] in ("ValueError", "ConfigError", "TaskError") else f"{entry['type']}: "
-        raise lost(title, rank, tasks, logs, f"{kind}{entry['message']}{others}")
+        kind = "" if entry["type"] in _SENTENCES else f"{entry['type']}: "
+        message = told(entry["message"], logs.parent.parent) if is_full(entry["message"]) else entry["message"]
+        raise lost(title, rank, tasks, logs, f"{kind}{message}{others}")
     unfinished = sorted(set(range(tasks)) - ranks_in(logs / "completions"))
     if unfinished:
         raise lost(title, unfinished[0], tasks, logs, f"it did not finish ({len(unfinished)} tasks did not)")
 
 
 def lost(title: str, rank: int, tasks: int, logs: Path, reason: str) -> TaskError:
+    """`reason` counts for less than a disk that is full: then a task can say nothing of what became of it."""
+    reason = trouble(logs) or reason
     return TaskError(f"stage {title}, task {rank} of {tasks}: {reason}; its log: {logs / log_name(rank)}")
 
 
