@@ -111,7 +111,13 @@ class PiiConfig(Section):
 
 
 class DocumentsConfig(Section):
-    """What the documents stage publishes of texts that stages have cut."""
+    """What the documents stage publishes of texts that stages have cut.
+
+    A document is dropped as mostly_cut if it lost a large share and little is left; so one that lost a long licence and
+    has text of its own stays, and so does a short one that lost a line.
+    """
 
     cut_share_max: float = Field(default=0.8, ge=0, le=1)
-    """The share of a document's bytes that may be cut; one that lost more is dropped as mostly_cut."""
+    """The share of a document's bytes that may be cut, however few are left."""
+    left_bytes_min: int = Field(default=500, ge=0)
+    """The bytes that are enough for a document to stay, whatever share was cut; 500 are some 80 words of English."""

@@ -1,8 +1,8 @@
 """The documents that go on to the tokenizer: `<split>/<source>/NNNNN.jsonl.zst`, without what stages cut.
 
-All cuts of a text are made here, at once; a document that loses more than a share goes as `mostly_cut`, and so does
-one of which only white space is left. Tables alone say what becomes of a document, so that a first pass over them
-(`Survey`) finds what a source has in all, and the texts are read once.
+All cuts of a text are made here, at once; a document that loses more than a share, and has less left than is enough,
+goes as `mostly_cut`, and so does one of which only white space is left. Tables alone say what becomes of a document, so
+that a first pass over them (`Survey`) finds what a source has in all, and the texts are read once.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ class Before:
     scores: str
     languages: str
     cut_share_max: float
+    left_bytes_min: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def fates(before: Before, shard: str) -> list[Fate]:
     for line in coming.to_pylist():
         merged = merge(cuts.get(line["row"], []))
         reason = verdicts.get(line["row"], "")
-        if not reason and merged.removed_bytes > before.cut_share_max * line["bytes"]:
+        left = line["bytes"] - merged.removed_bytes + merged.inserted_bytes
+        short = left < before.left_bytes_min
+        if not reason and short and merged.removed_bytes > before.cut_share_max * line["bytes"]:
             reason = MOSTLY_CUT
         found.append(Fate(line["row"], line["id"], line["bytes"], reason, merged))
     return found

@@ -218,6 +218,7 @@ def _documents(shop: Workshop, kept: str, cutting: Sequence[str], folder: Path, 
         scores=str(run_dir / "score"),
         languages=str(run_dir / "language"),
         cut_share_max=config.documents.cut_share_max,
+        left_bytes_min=config.documents.left_bytes_min,
     )
     shards, settings = shards_of(before.kept), config.heldout
     survey = Survey(before, shards, settings.seed, str(logs / "survey" / "seen"))
