@@ -43,8 +43,9 @@ class RuleSet(Section):
     """Published sets of configs/rules.toml, by name; keys written beside it count more."""
     without: tuple[str, ...] = ()
     """Rules of the sets in use that are switched off."""
-    splitter: Literal["spaces", "words", "cjk"] = "spaces"
-    """What stands between white space, words as spaCy finds them, or CJK characters; left out, as the sets in use."""
+    splitter: Literal["spaces", "words", "cjk", "spacy"] = "spaces"
+    """What a word is: what stands between white space (spaces), a run of letters (words), that or a CJK character
+    (cjk), or an English word by spaCy's rules (spacy); left out, as the sets in use say."""
     stop_words: tuple[str, ...] = ()
     """The words that stop_word_count and stop_word_total count; left out, those of the sets in use."""
     c4: Literal["paper", "reference", "datatrove", "fineweb"] = "datatrove"

@@ -14,6 +14,7 @@ import numba
 import numpy as np
 
 from data_pipeline.scan.characters import codes_of, kinds_of, lower_case
+from data_pipeline.scan.english import words_of
 from data_pipeline.scan.lines import (
     characters,
     fineweb_lines,
@@ -98,7 +99,10 @@ class Scanner:
         kinds = kinds_of(codes)
         lowered = in_lower_case(text)
         hits, found = self._find(lowered)
-        starts, ends = split(codes, kinds, int(self.definition.splitter)) if words is None else words
+        if words is None:
+            by_spacy = self.definition.splitter is Splitter.spacy
+            words = words_of(text) if by_spacy else split(codes, kinds, int(self.definition.splitter))
+        starts, ends = words
         separator = 0 if self.definition.splitter is Splitter.cjk else 1
         values = measure(
             codes, codes_of(lowered), kinds, starts, ends, self._stops, self._sizes, separator, hits, *self._c4

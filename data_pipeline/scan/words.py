@@ -5,7 +5,8 @@ Three splitters, each part of the definition of every rule that is bound to word
   words   runs of letters, digits and marks (an apostrophe inside included), each CJK character alone, each run
           of one sign alone, as a linguist's tokenizer does in the main
   cjk     the same, and an n-gram spans 2n of them, since a Chinese word has two characters in the mean
-There is no dictionary and no exception for abbreviations.
+  spacy   English words as spaCy finds them, in `english`: abbreviations, addresses and contractions by its rules
+The others know no dictionary and no exception for abbreviations.
 """
 
 from enum import IntEnum
@@ -30,6 +31,7 @@ class Splitter(IntEnum):
     spaces = 0
     words = 1
     cjk = 2
+    spacy = 3
 
     def window(self, n: int) -> int:
         """How many words of this splitter an n-gram spans."""
@@ -70,7 +72,7 @@ def word_hash(word: str) -> int:
 
 @numba.njit(cache=True, nogil=True)
 def split(codes: np.ndarray, kinds: np.ndarray, splitter: int) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends), int32 [words], in characters."""
+    """(starts, ends), int32 [words], in characters, for all splitters but spacy."""
     size = len(codes)
     starts, ends = np.empty(size, np.int32), np.empty(size, np.int32)
     count = place = 0

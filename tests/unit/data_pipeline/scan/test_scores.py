@@ -17,6 +17,7 @@ from datatrove.pipeline.filters import (
 )
 
 from configs.rules import RuleSet
+from data_pipeline.scan.english import words_of
 from data_pipeline.scan.scores import SCORES, Definition, Scanner, in_lower_case
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.filtering import verdict
@@ -181,6 +182,8 @@ SENTENCE = re.compile(r"(?=.*\w).+?(?:[.?!…。？！．]+[\"')\]”’」』]*
     [
         "gopher_quality@paper",
         "gopher_repetition@paper",
+        "gopher_quality@datatrove",
+        pytest.param("gopher_repetition@datatrove", marks=pytest.mark.full),
         "fineweb@datatrove",
         "c4@datatrove",
         pytest.param("c4@fineweb", marks=pytest.mark.full),
@@ -190,13 +193,15 @@ def test_verdicts_are_datatroves(use: str, texts: list[str], monkeypatch: pytest
     """On the same words and sentences, of all documents."""
     rules = RuleSet(use=(use,))
     for module in (gopher_quality_filter, gopher_repetition_filter, fineweb_quality_filter):
-        monkeypatch.setattr(module, "split_into_words", lambda text, language: text.split())
+        monkeypatch.setattr(module, "split_into_words", lambda text, language: _words(text, rules.splitter))
     scanner = Scanner(definition_of(rules))
     # A sentence is a named difference: theirs is spaCy's. Here both count ours.
     monkeypatch.setattr(c4_filters, "split_into_sentences", lambda line, language: [0] * int(_sentences(scanner, line)))
     theirs = {
         "gopher_quality@paper": gopher_quality_filter.GopherQualityFilter,
         "gopher_repetition@paper": gopher_repetition_filter.GopherRepetitionFilter,
+        "gopher_quality@datatrove": gopher_quality_filter.GopherQualityFilter,
+        "gopher_repetition@datatrove": gopher_repetition_filter.GopherRepetitionFilter,
         "fineweb@datatrove": fineweb_quality_filter.FineWebQualityFilter,
         "c4@datatrove": c4_filters.C4QualityFilter,
         "c4@fineweb": lambda: c4_filters.C4QualityFilter(filter_no_terminal_punct=False),
@@ -208,6 +213,12 @@ def test_verdicts_are_datatroves(use: str, texts: list[str], monkeypatch: pytest
         outcomes.append((verdict(scanner.scores(text), rules) == "", kept is True))
     assert [ours for ours, _ in outcomes] == [theirs for _, theirs in outcomes]
     assert 20 < sum(kept for kept, _ in outcomes) < len(outcomes) - 20  # both verdicts are well represented
+
+
+def _words(text: str, splitter: str) -> list[str]:
+    if splitter == "spaces":
+        return text.split()
+    return [text[start:end] for start, end in zip(*words_of(text), strict=True)]
 
 
 def _sentences(scanner: Scanner, line: str) -> float:

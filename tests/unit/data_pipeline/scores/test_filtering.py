@@ -58,7 +58,7 @@ def test_published_sets_are_combined_and_overridden() -> None:
     ("names", "own", "said"),
     [
         (["gopher_quality@papers"], {}, r"does not exist; did you mean 'gopher_quality@paper'\?"),
-        (["gopher_quality@paper", "gopher_repetition@datatrove"], {}, "differ in splitter: 'spaces' and 'words'"),
+        (["gopher_quality@paper", "gopher_repetition@datatrove"], {}, "differ in splitter: 'spaces' and 'spacy'"),
         (["c4@paper", "c4@fineweb"], {"splitter": "spaces"}, "differ in c4"),
     ],
 )
