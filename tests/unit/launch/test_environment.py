@@ -1,9 +1,15 @@
 """Ranks as torchrun, srun and mpirun tell them, each from variables in the form that the launcher really sets."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from launch.environment import ClusterEnvironment, expand_counts, first_host, mpi_rank_and_world
 
+ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = {
     "RANK": "3",
     "WORLD_SIZE": "4",
@@ -110,3 +116,16 @@ def test_slurm_notation() -> None:
         ("rack1-n[4,7-9]-ib", "rack1-n4-ib"),
     ):
         assert first_host(nodes) == host
+
+
+def test_torchrun_finds_a_ranks_reason(tmp_path: Path) -> None:
+    """In the form that torchrun's own reader of it takes."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    argv = [sys.executable, "-m", "pretrain.train", "configs/none.toml"]
+    env = {**os.environ, **TORCHRUN, "TORCHELASTIC_ERROR_FILE": str(file)}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, ""), "rank 3 does not speak"
+    report = str(ChildFailedError("pretrain.train", {3: ProcessFailure(1, 99, 2, str(file))}))
+    assert "traceback : error: config file configs/none.toml does not exist; presets are under configs/" in report

@@ -1,0 +1,164 @@
+"""Commands that are told to stop at any moment: at once, with the right status, without a traceback or a survivor."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import storage
+from tests.small_training import last_step, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CLI = (sys.executable, "-m", "cli")
+TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "pretrain.train")
+TRAINING = {
+    "alone": (*CLI, "train"),
+    "launch": (*CLI, "launch", "--nproc-per-node", "2", "train"),
+    "mpirun": (str(Path(sys.executable).with_name("mpirun")), "-n", "2", *CLI, "train"),
+}
+STATUS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    return write_config(folder, 20_000, folder / "run", rows=80_000)
+
+
+class Command:
+    """A command in the making, told apart from all others, with its children, by a variable of its environment."""
+
+    def __init__(self, folder: Path, argv: Sequence[str]):
+        self.log, self.mark = folder / "log", f"INTERRUPTED_TEST={folder}"
+        name, _, value = self.mark.partition("=")
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                argv,
+                cwd=ROOT,
+                env={**os.environ, name: value, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def stop(self, number: int, seconds: float = 60) -> int:
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+
+    def survivors(self, seconds: float = 60) -> list[str]:
+        """The command lines of processes that are left of it after `seconds`, or earlier if there are none."""
+        deadline = time.monotonic() + seconds
+        while (left := list(self._left())) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+    def _left(self) -> list[str]:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def wait_for_step(command: Command, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while last_step(run) < step:
+        assert time.monotonic() < deadline and command.process.poll() is None, command.said()
+        time.sleep(0.05)
+
+
+def test_a_signal_while_ranks_start_is_answered_by_all(tmp_path: Path) -> None:
+    """Imports take seconds, so that this one falls into them, or before; there is no plan to open yet."""
+    for number, delay in ((signal.SIGTERM, 0.3), (signal.SIGUSR1, 0.9)):
+        run = tmp_path / "run"
+        command = Command(tmp_path, [*TRAINING["launch"], "configs/pretrain/demo.toml", f"run.dir={run}"])
+        time.sleep(delay)
+        if command.process.poll() is not None:  # a machine so quick that the missing plan was told before
+            continue
+        status = command.stop(number)
+        assert (status in (75, 2), "Traceback" in command.said(), command.survivors()) == (True, False, [])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", TRAINING)
+@pytest.mark.parametrize(
+    ("number", "delay"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 3.5), (signal.SIGINT, 5), (signal.SIGTERM, 7)],
+)
+def test_before_the_first_step(config: Path, tmp_path: Path, way: str, number: signal.Signals, delay: float) -> None:
+    run = tmp_path / "run"
+    command = Command(tmp_path, [*TRAINING[way], str(config), f"run.dir={run}"])
+    time.sleep(delay)
+    status = command.stop(number)
+    assert status == STATUS[number], command.said()
+    assert "Traceback" not in command.said() and command.survivors() == []
+    assert last_step(run) == (storage.steps(run) or [0])[-1], "what was trained is saved"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", TRAINING)
+@pytest.mark.parametrize("number", STATUS)
+def test_in_the_middle_and_twice(config: Path, tmp_path: Path, way: str, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    command = Command(tmp_path, [*TRAINING[way], str(config), f"run.dir={run}"])
+    wait_for_step(command, run, 3)
+    command.process.send_signal(number)
+    time.sleep(0.05)
+    status = command.stop(number)
+    assert status == STATUS[number], command.said()
+    assert "Traceback" not in command.said() and command.survivors() == []
+    assert storage.verify(storage.latest(run))["step"] == last_step(run) >= 3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_of_a_torchrun_that_is_gone_save_and_end(config: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """And the next torchrun, started at once, waits for them and goes on."""
+    run = tmp_path / "run"
+    argv = [*TORCHRUN, str(config), f"run.dir={run}"]
+    command = Command(tmp_path, argv)
+    wait_for_step(command, run, 3)
+    assert command.stop(number) in (-signal.SIGKILL, -signal.SIGUSR1, 1)
+    again = Command(tmp_path, argv)
+    wait_for_step(again, run, last_step(run) + 3)
+    assert "another process is training" not in again.said()
+    again.stop(signal.SIGTERM)
+    assert again.survivors() == []
+    assert storage.verify(storage.latest(run))["step"] == last_step(run)
+
+
+@pytest.mark.full
+def test_ctrl_c_ends_every_other_command(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert subprocess.run([*CLI, "train", str(config), f"run.dir={run}", "train.steps=3"], cwd=ROOT).returncode == 0
+    commands = {
+        "data run": ["configs/data/demo.toml", f"run.dir={tmp_path / 'data'}", "run.workers=2"],
+        "export": ["configs/export/demo.toml", f"run={run}", f"out={tmp_path / 'export'}"],
+        "generate": [str(run), "--prompt", "It", "--max-new-tokens", "100000"],
+        "chat": [str(run)],
+        "prove": ["configs/pretrain/demo.toml", "--layouts", "tp2", "--out", str(tmp_path / "prove")],
+    }
+    for name, arguments in commands.items():
+        for delay in (0.5, 3, 8):
+            command = Command(tmp_path, [*CLI, *name.split(), *arguments])
+            time.sleep(delay)
+            if command.process.poll() is not None:
+                continue
+            assert command.stop(signal.SIGINT, seconds=20) == 130, (name, command.said())
+            assert "interrupted" in command.said() and "Traceback" not in command.said(), name
+            assert command.survivors(5) == [], name
