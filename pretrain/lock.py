@@ -10,18 +10,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from configs import signals
 from configs.loader import ConfigError
 from configs.lock import locked
-from pretrain.parallel.groups import Place
+
+if TYPE_CHECKING:
+    from pretrain.parallel.groups import Place
 
 ENDING = "ending"  # in the lock file of a run that was told to stop
 
 
 @contextmanager
-def only_run_in(run_dir: Path, place: Place, watch: signals.Watch) -> Iterator[None]:
+def only_run_in(run_dir: Path, place: "Place", watch: signals.Watch) -> Iterator[None]:
     """Holds the run directory's lock; a second run in it is refused on all ranks.
 
     It waits for one that was told to stop and is saving, as one whose launcher was killed may be when it is started
