@@ -54,8 +54,7 @@ def news(last: Stretch, config: TrainerConfig, now: Stretch) -> list[str]:
     step = now["first_step"]
     before = last.get("config", {})
     said = [f"{line} from step {step} on" for line in words(changed(before, now["config"]))]
-    if last["data"] != now["data"]:
-        said.append(f"data of {last['plan']} -> {now['plan']} from step {step} on")
+    said += [f"{line} from step {step} on" for line in _data_changes(last, now)]
     try:
         old = loader.validate(TrainerConfig, {key: before[key] for key in TrainerConfig.model_fields if key in before})
     except ConfigError:  # of another version of this code
@@ -92,8 +91,19 @@ def told(stretches: Sequence[Stretch]) -> list[str]:
         parts = [f"from step {one['first_step']}, sample {one['first_sample']:,}: {rows}"]
         if i and "config" in one and "config" in stretches[i - 1]:
             parts += words(changed(stretches[i - 1]["config"], one["config"]))
+        if i:
+            parts += _data_changes(stretches[i - 1], one)
         said.append("; ".join(parts))
     return said
+
+
+def _data_changes(before: Stretch, after: Stretch) -> list[str]:
+    """What is different about the data of two stretches, checksums left out."""
+    if before["data"] == after["data"]:
+        return []
+    found = changes(before.get("facts", {}), after.get("facts", {}))
+    settings = {key: pair for key, pair in found.items() if key.startswith("mixture.")}
+    return words(settings) or [f"other data than of {before['plan']}" if before["plan"] else "other data"]
 
 
 def read(run_dir: Path) -> list[Stretch]:

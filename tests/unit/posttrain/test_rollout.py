@@ -10,7 +10,7 @@ from configs.posttrain import GRPOSection
 from configs.train import ModelConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat import ChatFormat
-from posttrain.grpo_source import GRPOLoss
+from posttrain.grpo_source import GRPOLoss, RolloutSource
 from posttrain.rollout import Rollout, judge, sample_rollout, training_rows
 from posttrain.tasks import Score, SortTask
 from pretrain.data import collate
@@ -136,3 +136,18 @@ def test_the_loss_ignores_what_is_outside_completions(rollout: Rollout, chat: Ch
     torch.testing.assert_close(noise.grad, -batch.advantages * (batch.loss_mask > 0))
     assert sorted(metrics) == sorted(GRPOLoss.metrics)
     assert all(not np.isnan(value.detach().numpy()).any() for value in metrics.values())
+
+
+def test_a_run_may_change_how_it_learns_but_not_what(chat: ChatFormat) -> None:
+    def source(task: SortTask = TASK, **changes: Any) -> RolloutSource:
+        return RolloutSource(SETTINGS.model_copy(update=changes), task, chat, 3, LENGTH)
+
+    first = source()
+    learning = {"temperature": 1.0, "clip_low": 0.1, "advantage": "rloo", "aggregation": "fixed_length"}
+    assert source(**learning).fingerprint == first.fingerprint
+    for other, words in (
+        (source(SortTask(4, max_new_tokens=6)), "task.digits 3 -> 4"),
+        (source(SortTask(3, max_new_tokens=9)), "task.max_new_tokens 6 -> 9"),
+        (source(group_size=8), "grpo.group_size 4 -> 8"),
+    ):
+        assert other.fingerprint != first.fingerprint and other.difference(first.facts) == words

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def test_sample_i_is_a_function_of_data_seed_and_i(chat: ChatFormat) -> None:
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])  # every row once an epoch
     assert epochs[0] != epochs[1] != epochs[2]  # each in an order of its own
     assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert first.difference(first.facts).startswith("the checkpoint does not say")
+    assert re.search(r" \d+ examples \(\w+\) -> \d+ examples \(", other.difference(first.facts))
     assert {row.source for row in whole} == {0, 1}
 
 

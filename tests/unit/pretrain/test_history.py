@@ -1,0 +1,82 @@
+"""A run's history in words: what is told when settings or data change, and what is not."""
+
+from pathlib import Path
+from typing import Any
+
+from configs.loader import load, plain
+from configs.train import PretrainConfig
+from pretrain import history
+
+PRESET = Path(__file__).resolve().parents[3] / "configs/pretrain/demo.toml"
+
+
+def config(*overrides: str) -> PretrainConfig:
+    return load(PretrainConfig, PRESET, ["train.steps=40", "optimizer.lr=1e-3", *overrides])
+
+
+def stretch(step: int, *overrides: str, data: str = "a", **facts: Any) -> history.Stretch:
+    settings = plain(config(*overrides))
+    return {
+        "first_step": step,
+        "first_sample": step * 16,
+        "global_batch_size": 16,
+        "data": data,
+        "plan": "runs/data/plan",
+        "facts": facts,
+        "config": settings,
+    }
+
+
+def news(step: int, before: list[str], after: list[str]) -> list[str]:
+    return history.news(stretch(0, *before), config(*after), stretch(step, *after))
+
+
+def test_settings_that_change_numbers_are_told() -> None:
+    (line, rate) = news(40, ["train.steps=80"], ["train.steps=80", "optimizer.lr=1e-2"])
+    assert line == "optimizer.lr 0.001 -> 0.01 from step 40 on"
+    assert "the learning rate of step 40 is 0.006" in rate and "was to be 0.0006" in rate
+    neutral = ["log.every=7", "checkpoint.every=9", "checkpoint.keep=5", "eval.every=3", "run.dir=x", "data.plan=y"]
+    assert news(20, [], neutral) == []
+    assert history.go_on([stretch(0)], stretch(20, *neutral)) == [stretch(0)]
+    changed = ["optimizer.betas=[0.9,0.9]", "train.precision=fp32", "train.recompute=full"]
+    assert len(news(20, [], changed)) == 3
+
+
+def test_a_schedule_that_begins_again_is_told() -> None:
+    (steps, jump) = news(40, [], ["train.steps=80"])
+    assert steps == "train.steps 40 -> 80 from step 40 on"
+    assert "the schedule was over, at 0.0001, and step 40 has a learning rate of 0.0006" in jump
+    assert "schedule.steps" in jump
+    # With the remedy that it names from the start, there is nothing to tell of it.
+    whole = "schedule.steps=80"
+    assert news(40, [whole], [whole, "train.steps=80"]) == [steps]
+
+
+def test_other_data_are_told_by_their_settings() -> None:
+    before = stretch(0, mixture={"samples": 24, "weights": {"code": 0.5}}, documents={"code": "1a"})
+    after = stretch(20, data="b", mixture={"samples": 48, "weights": {"code": 0.9}}, documents={"code": "2b"})
+    words = ["mixture.samples 24 -> 48", "mixture.weights.code 0.5 -> 0.9"]
+    assert history.news(before, config(), after) == [f"{line} from step 20 on" for line in words]
+    (first, second) = history.told([before, after])
+    assert first == "from step 0, sample 0: 16 rows a step of runs/data/plan"
+    assert second == "from step 20, sample 320: 16 rows a step of runs/data/plan; " + "; ".join(words)
+    # A stretch of which no step was trained does not stay, and one like the last is not begun.
+    assert history.go_on([before, after], stretch(20, data="c")) == [before, stretch(20, data="c")]
+    assert history.go_on([before], stretch(20)) == [before]
+
+
+def test_a_config_of_before_a_key_was_there_is_completed() -> None:
+    old = plain(config())
+    full = history.completed(PretrainConfig, old)
+    assert full == old and not history.changed(old, full)
+    for section, key in (
+        ("optimizer", "weight_decay"),
+        ("train", "dropout"),
+        ("model", "qk_norm"),
+        ("schedule", "kind"),
+    ):
+        del old[section][key]
+    del old["log"]
+    assert history.completed(PretrainConfig, old) == full
+    old["train"]["gone"] = 1
+    assert history.completed(PretrainConfig, old) == old
