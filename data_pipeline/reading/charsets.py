@@ -114,7 +114,7 @@ def _table() -> dict[str, str]:
 
 def decode(content: bytes, charset: str) -> str:
     """`content` by a codec that `charset_of` named, U+FFFD for what it cannot decode; byte order marks are left out."""
-    text = _decoded(content, charset, LENIENT)
+    text = _decoded(content, charset, "replace" if charset.startswith("utf") else LENIENT)
     return _NO_SHIFT_JIS.sub("\ufffd", text) if charset == "cp932" else text
 
 

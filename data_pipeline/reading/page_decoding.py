@@ -14,6 +14,7 @@ Bytes of which nothing is said are UTF-8 where 90% of their characters are; then
 fits, what fails least is taken.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ _TOLERATED_SHARE = 0.1
 # C1 controls are in no text: a byte that means one is of another encoding.
 _NOWHERE = re.compile("[\x80-\x9f]")
 _NO_TEXT = re.compile("[\ufffd\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
-_BEYOND_ASCII = re.compile("[^\x00-\x7f]")
 
 _TAG = re.compile(rb"<([a-zA-Z][^\s/>]*)")
 _ATTRIBUTE = re.compile(rb"[\s/]*([^\s/>=][^\s/>=]*)(?:\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s>\"'][^\s>]*)))?")
@@ -68,10 +68,12 @@ def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> 
         replaced = text.count("\ufffd")
         if charset == "utf-8":  # in which the character stands as well where others have put it
             replaced -= content.count("\ufffd".encode())
-        bad = replaced + (0 if charset.startswith("utf") else len(_NOWHERE.findall(text)))
-        if not bad or (known_by != GUESSED and _is_believed(text, charset, known_by, bad)):
-            return Page(text, charset, known_by, replaced / max(1, len(text)))
-        share = len(_NO_TEXT.findall(text)) / max(1, len(text))
+        bad = replaced + (0 if charset.startswith("utf") else len(text) - len(_NOWHERE.sub("", text)))
+        if not bad:
+            return Page(text, charset, known_by)
+        share = 1 - len(_NO_TEXT.sub("", text)) / len(text)
+        if known_by != GUESSED and _is_believed(text, charset, known_by, bad):
+            return Page(text, charset, known_by, replaced / len(text) if charset == "utf-8" else share)
         failed.append((share, Page(text, charset, known_by, share)))
     return min(failed, key=lambda found: found[0])[1]
 
@@ -134,7 +136,7 @@ def _is_utf8_after_all(content: bytes, charset: str) -> bool:
         content.decode("utf-8")
     except UnicodeDecodeError:
         return False
-    sequences = _UTF8_SEQUENCE.findall(content)
+    sequences = [found[0] for found in itertools.islice(_UTF8_SEQUENCE.finditer(content), _ENOUGH_SEQUENCES)]
     if charset not in _MULTIBYTE or len(sequences) >= _ENOUGH_SEQUENCES:
         return bool(sequences)
     # EUC and GB 2312 leave 0x80 to 0xA0 free, so that a single curly quote (E2 80 99) tells.
@@ -142,7 +144,8 @@ def _is_utf8_after_all(content: bytes, charset: str) -> bool:
 
 
 def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:
-    good = (len(text) if charset.startswith(WIDE) else len(_BEYOND_ASCII.findall(text))) - bad
+    beyond_ascii = len(text) if charset.startswith(WIDE) else len(text) - len(text.encode("ascii", "ignore"))
+    good = beyond_ascii - bad
     if known_by == BY_BYTES:
         return bad <= _TOLERATED_SHARE * good
     return bad <= good and (charset == "utf-8" or bad <= max(_TOLERATED, _TOLERATED_SHARE * good))

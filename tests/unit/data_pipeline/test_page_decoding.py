@@ -299,8 +299,9 @@ def test_a_page_of_which_too_much_is_lost_is_set_aside(tmp_path: Path) -> None:
     damaged[start : start + 300 : 7] = b"\xff" * len(damaged[start : start + 300 : 7])
     noise = bytes(range(256)) * 20
     members = warc([bytes(damaged), b"<html>" + noise, page(KOREAN).encode()], kind="text/html; charset=utf-8")
+    members += warc([b"<html>" + noise], kind="text/html; charset=iso-8859-1")
     records = read(tmp_path / "a.warc.gz", b"".join(members), "warc")
-    assert reasons(records) == ["undecodable", "undecodable", ""]
+    assert reasons(records) == ["undecodable", "undecodable", "", "undecodable"]
     assert not records[0].html and "Call" not in records[0].text
     assert reasons(read(tmp_path / "a.html", bytes(damaged), "html", max_undecoded_share=0.5)) == [""]
 
