@@ -227,6 +227,9 @@ def exit(status: int) -> NoReturn:
     sys.stderr.flush()
     if _watch is not None and _watch.saves:
         os._exit(status)  # all is saved and closed, and Python takes seconds to forget what torch has brought
+    # An interruption that met a string being run (imports run many) would, though caught, make `python -m` end as if
+    # killed by SIGINT; running another string makes it forget.
+    exec("")
     raise SystemExit(status)
 
 

@@ -123,6 +123,20 @@ def test_any_other_command_is_interrupted_and_cleans_up() -> None:
     assert (status, out) == (-signal.SIGINT, "clean\n") and "KeyboardInterrupt" in said
 
 
+def test_an_interruption_of_a_string_that_runs_is_130_too(tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text(
+        "import time\nfrom configs import signals\nsignals.begin(); signals.run()\n"
+        "try: exec('print(\"up\"); time.sleep(60)')\nexcept KeyboardInterrupt: signals.exit(130)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "interrupted"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    assert ended(process, signal.SIGINT) == (130, "", "")
+
+
 def test_a_command_that_swallows_its_interruption_is_ended() -> None:
     script = (
         "signals.CLEANUP_SECONDS = 0.5; signals.run()\n"
