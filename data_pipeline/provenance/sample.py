@@ -95,8 +95,10 @@ def told(run_dir: Path, stage: str, row: Row, rules: dict[str, RuleSet]) -> list
     if stage == "filter":
         said += _bounds(run_dir, row, rules)
     if stage == "dedup" and row["cluster_size"] > 1:
-        stays = f"; {row['survivor']} stays in its place" if row["verdict"] and row["survivor"] else ""
-        said.append(f"in a cluster of {row['cluster_size']:,}{stays}")
+        said.append(f"in a cluster of {row['cluster_size']:,}")
+    if stage == "dedup" and row["verdict"] and row["survivor"]:
+        whose = " of an earlier run" if row["verdict"] == "in_index" else ""
+        said.append(f"{row['survivor']}{whose} stays in its place")
     if stage == "decontaminate" and row["items"]:
         table = read_table(run_dir / stage / MATCHES, row["shard"])
         for match in table.to_pylist():
