@@ -29,6 +29,14 @@ class Message(TypedDict):
     content: str
 
 
+class BrokenDialogue(ValueError):
+    """Messages that are no dialogue: `rule` is what was broken, in words that are counted by; the text, by what."""
+
+    def __init__(self, rule: str, by: str) -> None:
+        super().__init__(by)
+        self.rule = rule
+
+
 class ChatFormat:
     """Messages to tokens with one tokenizer. Errors: ValueError if it lacks a control token."""
 
@@ -126,13 +134,20 @@ def _broken(token: str) -> str:
 
 
 def _check_order(messages: Sequence[Message]) -> None:
-    """An optional system message, then user and assistant in turn. Errors: ValueError naming the first misfit."""
+    """An optional system message, then user and assistant in turn. Errors: BrokenDialogue naming the first misfit."""
+    if not isinstance(messages, list | tuple):
+        raise BrokenDialogue("no list of messages", f"'messages' is {type(messages).__name__}, not a list")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BrokenDialogue("a message is no object", f"message {i} is {type(message).__name__}")
     first = 1 if messages and messages[0].get("role") == "system" else 0
     if len(messages) == first:
-        raise ValueError("a dialogue needs at least one user message")
+        raise BrokenDialogue("no user message", "a dialogue needs at least one user message")
     for i, message in enumerate(messages):
         expected = ("user", "assistant")[(i - first) % 2] if i >= first else "system"
         if message.get("role") != expected:
-            raise ValueError(f"message {i} has role {message.get('role')!r} where {expected!r} was expected")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} has no text in 'content'")
+            role = f"role {message.get('role')!r}" if "role" in message else "no role"
+            raise BrokenDialogue("roles out of turn", f"message {i} has {role} where {expected!r} was expected")
+        if "content" not in message or not isinstance(message["content"], str):
+            found = type(message["content"]).__name__ if "content" in message else "missing"
+            raise BrokenDialogue("no text in content", f"message {i} has no text in 'content', which is {found}")

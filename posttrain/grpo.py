@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.evaluation import TaskAccuracy
     from posttrain.grpo_source import GRPOLoss, RolloutSource
+    from posttrain.lengths import check_answers, check_rows
     from posttrain.start import Start
     from posttrain.tasks import make_task
     from pretrain.parallel import groups
@@ -47,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if start.note and env.is_main:
         print(f"note: {start.note}")
     _check_groups(config, layout)
-    task = make_task(config.task)
+    task, prompts = make_task(config.task), config.train.global_batch_size // config.grpo.group_size
+    drawn = config.train.steps * prompts, config.task.eval_prompts
+    longest = check_answers(task, start.chat, config.run.seed, *drawn, start.lineage.context or None)
+    check_rows(task, longest, config.train.seq_length, config.parallel)
     if args.dry_run:
-        prompts = config.train.global_batch_size // config.grpo.group_size
         print(
             f"{config.train.steps} steps of {prompts} prompts x {config.grpo.group_size} samples of {task}, "
             f"layout {layout}, from {start.pin.checkpoint} into {config.run.dir}"

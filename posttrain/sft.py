@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(config.run.dir, "run.dir")
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.evaluation import TaskAccuracy
+    from posttrain.lengths import check_answers
     from posttrain.sft_data import SFTSource, read_examples
     from posttrain.start import Start
     from posttrain.tasks import make_task
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if start.note and env.is_main:
         print(f"note: {start.note}")
     chat, seed, length = start.chat, config.run.seed, config.train.seq_length
+    task = make_task(config.task) if config.task else None
+    if config.task and task:
+        context = max(start.lineage.context, length)
+        check_answers(task, chat, seed, config.task.demonstrations, config.task.eval_prompts, context)
     try:
         examples = read_examples(config.data, config.task, chat, seed, length)
         source = SFTSource(examples, length, chat.tokenizer.pad_id, seed)
@@ -65,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     heldout: dict[str, Sequence[Row]] = {name: rows[: config.eval.rows] for name, rows in source.heldout_rows.items()}
     evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
-    if config.task:
-        evaluators.append(TaskAccuracy(make_task(config.task), chat, seed, config.task.eval_prompts))
+    if config.task and task:
+        evaluators.append(TaskAccuracy(task, chat, seed, config.task.eval_prompts))
     place = groups.start(env, layout)
     try:
         title, lineage = Path(config.run.dir).name, start.lineage

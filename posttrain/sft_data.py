@@ -20,9 +20,11 @@ import numpy as np
 from configs.posttrain import DemonstrationConfig, DialogueConfig
 from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
-from posttrain.chat import ChatFormat, Message
+from posttrain.chat import BrokenDialogue, ChatFormat, Message
 from posttrain.tasks import Split, Task, make_task
 from pretrain.data import BatchSource
+
+SHOWN = 160  # characters of what was wrong with a dialogue
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Example:
 
 @dataclass
 class Examples:
-    """One source's examples by split, and counts of what was set aside by reason, with the first of each."""
+    """One source's examples by split, and counts of what was set aside by reason, with file, line and the matter of
+    the first of each.
+    """
 
     train: list[Example] = field(default_factory=list)
     heldout: list[Example] = field(default_factory=list)
@@ -44,8 +48,15 @@ class Examples:
     first_of_reason: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.set_aside.items()))
-        return f"{len(self.train)} to train on, {len(self.heldout)} held out, set aside: {reasons or 'none'}"
+        return f"{len(self.train)} to train on, {len(self.heldout)} held out, set aside: {self.reasons or 'none'}"
+
+    @property
+    def reasons(self) -> str:
+        """How many were set aside for what, and where the first of each is."""
+        return ", ".join(
+            f"{count} {reason} (first: {self.first_of_reason[reason]})"
+            for reason, count in sorted(self.set_aside.items())
+        )
 
 
 def read_examples(
@@ -72,30 +83,50 @@ def read_dialogues(
 
     Errors: ValueError if a file is missing, nothing is left, or more than `max_bad_share` was set aside.
     """
-    found = Examples()
+    found, longest, total = Examples(), 0, 0
     for name, line in _lines(paths):
+        total += 1
         try:
             example, key = _example(name, line, chat, seq_length)
-        except _SetAside as reason:
-            found.set_aside[str(reason)] += 1
-            found.first_of_reason.setdefault(str(reason), name)
+        except _SetAside as broken:
+            found.set_aside[broken.reason] += 1
+            found.first_of_reason.setdefault(broken.reason, f"{name}{broken.what and ', ' + broken.what[:SHOWN]}")
+            longest = max(longest, broken.tokens)
             continue
         (found.heldout if _fraction(key) < heldout_share else found.train).append(example)
-    bad, total = found.set_aside.total(), len(found.train) + len(found.heldout) + found.set_aside.total()
+    bad, fits = (
+        found.set_aside.total(),
+        f"a train.seq_length of {-(-longest // 8) * 8} takes the longest" * bool(longest),
+    )
     if bad > max_bad_share * total:
-        examples = ", ".join(f"{reason} (first: {name})" for reason, name in found.first_of_reason.items())
         raise ValueError(
-            f"{bad} of {total} dialogues were set aside, more than data.max_bad_share = {max_bad_share}: {examples}; "
-            "mend them, raise train.seq_length if they are too long, or raise the share"
+            f"{bad} of {total} dialogues were set aside, more than data.max_bad_share = {max_bad_share}: "
+            f"{found.reasons}; mend or remove them{fits and ', or raise train.seq_length: ' + fits}"
         )
     if not found.train:
-        raise ValueError(f"no dialogue to train on in {', '.join(paths)}; check the files and data.heldout_share")
+        raise ValueError(_nothing_left(found, paths, total, seq_length, fits, heldout_share))
     return found
+
+
+def _nothing_left(
+    found: Examples, paths: Sequence[str], total: int, seq_length: int, fits: str, heldout_share: float
+) -> str:
+    where = ", ".join(paths)
+    if not total:
+        return f"data.dialogues: there is no line in {where}; name files with a dialogue on each line"
+    if found.heldout:
+        return (
+            f"all {len(found.heldout)} dialogues that can be used of {where} are held out; lower data.heldout_share = "
+            f"{heldout_share}, or add dialogues that begin otherwise"
+        )
+    if found.set_aside["too_long"] == total:
+        return f"all {total} dialogues of {where} are longer than train.seq_length = {seq_length} tokens; {fits}"
+    return f"all {total} dialogues of {where} were set aside: {found.reasons}; mend them{fits and ', or: ' + fits}"
 
 
 def demonstrations(task: Task, chat: ChatFormat, seed: int, split: Split, count: int, seq_length: int) -> list[Example]:
     """The first `count` prompts of a split with their right answers."""
-    examples = []
+    examples: list[Example] = []
     for index in range(count):
         prompt = task.prompt(seed, split, index)
         messages: list[Message] = [
@@ -103,13 +134,14 @@ def demonstrations(task: Task, chat: ChatFormat, seed: int, split: Split, count:
             {"role": "assistant", "content": task.answer(prompt)},
         ]
         tokens, answer = chat.render(messages)
-        if len(tokens) > seq_length:
-            raise ValueError(
-                f"{prompt!r} with its answer has {len(tokens)} tokens, more than "
-                f"train.seq_length = {seq_length}; raise it"
-            )
         check_supervision(tokens, answer, chat)
         examples.append(Example(f"{task.name}/{split}/{index}", tokens, answer))
+    longest = max((len(example.tokens) for example in examples), default=0)
+    if longest > seq_length:
+        raise ValueError(
+            f"prompts of the task {task.name!r} have up to {longest} tokens with their answers, more than "
+            f"train.seq_length = {seq_length}; set train.seq_length={longest} or more"
+        )
     return examples
 
 
@@ -195,22 +227,34 @@ class SFTSource(BatchSource):
 
 
 class _SetAside(Exception):
-    """Why a dialogue is not used; the text is the reason counted."""
+    """Why a dialogue is not used: the reason counted, what it was here, and the tokens of one that is too long."""
+
+    def __init__(self, reason: str, what: str = "", tokens: int = 0) -> None:
+        super().__init__(reason)
+        self.reason, self.what, self.tokens = reason, what, tokens
 
 
 def _example(name: str, line: bytes, chat: ChatFormat, seq_length: int) -> tuple[Example, str]:
     try:
         record = json.loads(line)
-        messages = record["messages"]
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _SetAside("bad_json", str(error)) from None
+    if not isinstance(record, dict):
+        raise _SetAside("bad_messages: the line is no object", f"it is {type(record).__name__}")
+    if "messages" not in record:
+        keys = ", ".join(map(repr, list(record)[:8]))
+        raise _SetAside("bad_messages: no key 'messages'", f"its keys are {keys}" if keys else "it has no keys")
+    messages = record["messages"]
+    try:
         tokens, answer = chat.render(messages)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise _SetAside("bad_json") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _SetAside("bad_messages") from None
+    except BrokenDialogue as broken:
+        raise _SetAside(f"bad_messages: {broken.rule}", str(broken)) from None
+    except ValueError as error:  # half a surrogate pair, say
+        raise _SetAside("bad_messages: text that cannot be encoded", str(error)) from None
     if not answer.any():
         raise _SetAside("no_assistant_turn")
     if len(tokens) > seq_length:
-        raise _SetAside("too_long")
+        raise _SetAside("too_long", f"{len(tokens)} tokens", len(tokens))
     check_supervision(tokens, answer, chat)
     first = next(message["content"] for message in messages if message["role"] == "user")
     return Example(str(record.get("id", name)), tokens, answer), first

@@ -219,6 +219,9 @@ def test_a_stopped_grpo_run_goes_on_bit_identically(ranks: RanksOf, rewarded: Pa
         ("sft", ["data.dialogues=[]", "task.demonstrations=0"], "nothing to train on"),
         ("sft", ["data.dialogues=['gone.jsonl']"], r"gone\.jsonl, which is no file"),
         ("sft", ["train.seq_length=16"], r"dialogues were set aside.*too_long"),
+        ("sft", ["task.max_new_tokens=3"], r"task\.max_new_tokens = 3 cuts right answers.*max_new_tokens=4"),
+        ("grpo", ["train.seq_length=12"], r"do not fit into train\.seq_length = 12; set train\.seq_length="),
+        ("grpo", ["task.max_new_tokens=200", "train.seq_length=300"], r"beyond the 128 tokens that the model"),
     ],
 )
 def test_mistakes_are_named(

@@ -99,13 +99,69 @@ def test_broken_and_long_dialogues_are_set_aside_and_counted(chat: ChatFormat, t
     ]
     path = write(tmp_path / "d.jsonl.gz", records)
     found = read_dialogues([path], chat, LENGTH, heldout_share=0.2, max_bad_share=0.2)
-    assert dict(found.set_aside) == {"bad_json": 2, "bad_messages": 3, "no_assistant_turn": 1, "too_long": 1}
+    assert dict(found.set_aside) == {
+        "bad_json": 2,
+        "bad_messages: roles out of turn": 1,
+        "bad_messages: no key 'messages'": 1,
+        "bad_messages: the line is no object": 1,
+        "no_assistant_turn": 1,
+        "too_long": 1,
+    }
     assert len(found.train) + len(found.heldout) == 60
-    assert found.first_of_reason["too_long"].endswith(":67")
-    with pytest.raises(ValueError, match=r"7 of 67 dialogues .* 0\.05.*too_long \(first: .*:67\)"):
+    assert ":67, " in found.first_of_reason["too_long"]
+    with pytest.raises(ValueError, match=r"7 of 67 dialogues .* 0\.05.*too_long \(first: .*:67, \d+ tokens\)"):
         read_dialogues([path], chat, LENGTH, heldout_share=0.2, max_bad_share=0.05)
     with pytest.raises(ValueError, match=r"absent\.jsonl, which is no file"):
         read_dialogues([str(tmp_path / "absent.jsonl")], chat, LENGTH, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "rule", "what"),
+    [
+        ("hello", "no list of messages", "'messages' is str, not a list"),
+        ({"role": "user"}, "no list of messages", "'messages' is dict, not a list"),
+        (None, "no list of messages", "'messages' is NoneType"),
+        ([], "no user message", "at least one user message"),
+        ([{"role": "system", "content": "be kind"}], "no user message", "at least one user message"),
+        (["hello"], "a message is no object", "message 0 is str"),
+        ([{"content": "hello"}], "roles out of turn", "message 0 has no role where 'user'"),
+        ([{"role": "human", "content": "hello"}], "roles out of turn", "message 0 has role 'human' where 'user'"),
+        ([{"role": "user", "content": "a"}] * 2, "roles out of turn", "message 1 has role 'user' where 'assistant'"),
+        ([{"role": "user"}], "no text in content", "message 0 has no text in 'content', which is missing"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "no text in content", "'content', which is list"),
+        ([{"role": "user", "content": None}], "no text in content", "'content', which is NoneType"),
+        ([{"role": "user", "content": "\ud800"}], "text that cannot be encoded", "half a surrogate pair"),
+    ],
+)
+def test_a_broken_dialogue_says_which_rule_it_broke(
+    chat: ChatFormat, tmp_path: Path, messages: Any, rule: str, what: str
+) -> None:
+    good, bad = [dialogue(f"question {i}", f"answer {i}") for i in range(5)], {"id": "x", "messages": messages}
+    path = write(tmp_path / "d.jsonl.gz", [*good, bad, bad])
+    found = read_dialogues([path], chat, LENGTH, 0.0, 1.0)
+    assert dict(found.set_aside) == {f"bad_messages: {rule}": 2}
+    assert f"2 bad_messages: {rule} (first: {path}:6, " in str(found) and what in str(found)
+    with pytest.raises(ValueError) as raised:
+        read_dialogues([path], chat, LENGTH, 0.0, 0.1)
+    assert f"2 bad_messages: {rule} (first: {path}:6, " in str(raised.value) and what in str(raised.value)
+
+
+def test_when_nothing_is_left_the_reason_is_told_and_its_remedy_works(chat: ChatFormat, tmp_path: Path) -> None:
+    long = write(tmp_path / "long.gz", [dialogue("why? " * i, "because") for i in range(90, 100)])
+    with pytest.raises(ValueError, match=r"all 10 dialogues of .* are longer than train\.seq_length = 64") as raised:
+        read_dialogues([long], chat, LENGTH, 0.0, 1.0)
+    fitting = int(str(raised.value).partition("a train.seq_length of ")[2].split()[0])
+    assert len(read_dialogues([long], chat, fitting, 0.0, 0.0).train) == 10
+    with pytest.raises(ValueError, match=rf"10 of 10 dialogues were set aside.* {fitting} takes the longest"):
+        read_dialogues([long], chat, LENGTH, 0.0, 0.5)
+    same = write(tmp_path / "same.gz", [dialogue("question", f"answer {i}") for i in range(5)])
+    with pytest.raises(ValueError, match=r"all 5 dialogues .* are held out; lower data\.heldout_share = 0\.999"):
+        read_dialogues([same], chat, LENGTH, 0.999, 1.0)
+    broken = write(tmp_path / "broken.gz", ["{", {"messages": 3}])
+    with pytest.raises(ValueError, match=r"all 2 dialogues .* were set aside: 1 bad_json .* 1 bad_messages: no list"):
+        read_dialogues([broken], chat, LENGTH, 0.0, 1.0)
+    with pytest.raises(ValueError, match="there is no line in"):
+        read_dialogues([write(tmp_path / "empty.gz", [])], chat, LENGTH, 0.0, 1.0)
 
 
 def test_a_damaged_file_is_named(chat: ChatFormat, tmp_path: Path) -> None:

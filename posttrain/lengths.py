@@ -1,0 +1,51 @@
+"""Whether what a run will sample fits: into the task's limit, into training rows, and into the model's context.
+
+Told before any work, from the prompts that the run will draw.
+"""
+
+from configs.loader import ConfigError
+from configs.train import ParallelConfig
+from posttrain.chat import ChatFormat
+from posttrain.tasks import Split, Task
+
+DRAWN = 10_000  # of so many prompts the lengths are taken, of training and held out each
+
+
+def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, context: int | None) -> int:
+    """Returns the length of the longest of the first `train` and `heldout` prompts.
+
+    Errors: ConfigError if right answers are cut by task.max_new_tokens, or prompts and answers are beyond `context`.
+    """
+    splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
+    texts = [task.prompt(seed, split, i) for split, count in splits for i in range(min(count, DRAWN))]
+    longest = max(len(chat.render_prompt([{"role": "user", "content": text}])) for text in texts)
+    answer = max(len(chat.encode_text(task.answer(text))) for text in texts) + 1  # closed by <|end|>
+    limit = task.max_new_tokens
+    if limit < answer:
+        raise ConfigError(
+            f"task.max_new_tokens = {limit} cuts right answers, which have up to {answer} tokens with the <|end|> that "
+            f"closes them, so all would count as wrong; set task.max_new_tokens={answer} or more"
+        )
+    if context is not None and longest + limit - 1 > context:
+        most = context + 1 - longest
+        remedy = f"set task.max_new_tokens={most} or less" if most >= answer else "make the task smaller (task.digits)"
+        raise ConfigError(
+            f"prompts of the task {task.name!r} have up to {longest} tokens, and task.max_new_tokens = {limit} more go "
+            f"beyond the {context} tokens that the model was trained on (the largest train.seq_length of the runs it "
+            f"comes from); {remedy}"
+        )
+    return longest
+
+
+def check_rows(task: Task, longest: int, seq_length: int, parallel: ParallelConfig) -> None:
+    """Errors: ConfigError if a prompt of `longest` tokens and its completion do not fit into a row."""
+    needed = longest + task.max_new_tokens - 1  # the last token is only ever a label
+    if needed <= seq_length:
+        return
+    parts = parallel.cp * (parallel.tp if parallel.sp else 1)
+    fitting = -(-needed // parts) * parts
+    raise ConfigError(
+        f"prompts of the task {task.name!r} have up to {longest} tokens, and with task.max_new_tokens = "
+        f"{task.max_new_tokens} more they do not fit into train.seq_length = {seq_length}; set "
+        f"train.seq_length={fitting} or more"
+    )
