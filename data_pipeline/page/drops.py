@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.alarms import WATCHED
+from configs.rules import RuleSet
 from data_pipeline.cutting.excerpts import Excerpt
 from data_pipeline.cutting.personal import mask
 from data_pipeline.page import samples
@@ -20,7 +21,8 @@ _EXCERPT = 300  # characters
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
-def drops(run_dir: Path, stages: Sequence[dict[str, Any]]) -> str:
+def drops(run_dir: Path, stages: Sequence[dict[str, Any]], rules: Mapping[str, RuleSet]) -> str:
+    """`rules` are those of the run, by name."""
     parts = [
         "<h2>Why documents were dropped</h2><p>Documents, their share of the stage's, and bytes. Where parts were "
         "taken out of documents: bytes, and in the samples struck through what went, underlined what stands there "
@@ -32,6 +34,8 @@ def drops(run_dir: Path, stages: Sequence[dict[str, Any]]) -> str:
             continue
         came_in = stage["total"]["in"]["documents"]
         drawn = samples.drop_samples(run_dir, stage["name"], _SAMPLES)
+        for row in (row for rows in drawn.values() for row in rows):
+            row["broke"] = samples.broken_rule(run_dir, row, rules)
         parts.append(f"<h3>{text_of(stage['name'])}</h3>")
         whole = {reason: amount for reason, amount in dropped.items() if amount["documents"]}
         most = max((amount["documents"] for amount in whole.values()), default=1)
@@ -69,6 +73,7 @@ def sample(row: Mapping[str, Any]) -> str:
     text = _BLANK_LINES.sub("\n", row.get("head") or row.get("sample") or row.get("context") or "")
     shown = _cut(row["excerpt"]) if "excerpt" in row else text_of(mask(text[:_EXCERPT]))
     facts = [f"{row['bytes']:,} bytes"] if "bytes" in row else []
+    facts += [row["broke"]] if row.get("broke") else []
     facts += [f"{row['survivor']} stays"] if row.get("survivor") and row["verdict"] else []
     facts += [f"{size:,} of them for {reason}" for reason, size in row.get("cut_bytes", {}).items()]
     return (

@@ -63,6 +63,23 @@ def flow(title: str, stages: Sequence[Flow]) -> str:
     return figure(title, width, height, parts)
 
 
+def flow_list(title: str, stages: Sequence[Flow]) -> str:
+    """What `flow` shows, as a list for a narrow screen: a bar each, and what was dropped, for what."""
+    most = max((stage.came_in for stage in stages), default=0) or 1
+    lines = []
+    for stage in stages:
+        lost = ""
+        if stage.dropped:
+            share = f"{stage.dropped / stage.came_in:.2%}"
+            lost = f'<div class="lost">−{stage.dropped:,} ({share}): {html.escape(stage.reasons)}</div>'
+        name = f"<b>{html.escape(stage.stage)}</b> {stage.came_in:,} in"
+        lines.append(f'<li>{name}<i style="width: {100 * stage.came_in / most:.2f}%"></i>{lost}</li>')
+    if stages:
+        on = stages[-1].passed_on
+        lines.append(f'<li><b>kept</b> {on:,}<i style="width: {100 * on / most:.2f}%"></i></li>')
+    return f"<figure><figcaption>{html.escape(title)}</figcaption><ol>{''.join(lines)}</ol></figure>"
+
+
 def _led_away(right: float, tall: float, stage: Flow, scale: float, height: float) -> str:
     thick = stage.dropped * scale
     middle, end = _FLOW_TOP + tall - thick / 2, height - 30

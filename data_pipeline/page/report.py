@@ -17,7 +17,7 @@ from data_pipeline.charts import page, short
 from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.page import measures
 from data_pipeline.page.drops import drops, sample, text_of
-from data_pipeline.page.figures import Flow, bar, flow, histogram, sizes
+from data_pipeline.page.figures import Flow, bar, flow, flow_list, histogram, sizes
 
 _CLUSTERS, _MEMBERS, _LANGUAGES = 8, 4, 20
 
@@ -35,6 +35,11 @@ del { color: var(--out); } .missed { color: var(--out); }
 .alarms li { margin: 4px 0; } summary { cursor: pointer; padding: 4px 0; } .sample { margin: 6px 0 10px 16px;
   font-size: 12px; } .sample code { color: var(--soft); overflow-wrap: anywhere; } .sample pre { margin: 2px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
+.narrow { display: none; margin: 12px 0; } .narrow ol { list-style: none; margin: 0; padding: 0; font-size: 13px; }
+.narrow li { margin: 8px 0; } .narrow i { display: block; height: 8px; background: var(--s0); min-width: 1px; }
+.narrow .lost { color: var(--out); overflow-wrap: anywhere; }
+@media (max-width: 760px) { .wide { display: none; } .narrow { display: block; } body { padding: 12px; }
+  h1, summary { overflow-wrap: anywhere; } .sample { margin-left: 4px; } th, td { padding-right: 8px; white-space: nowrap; } }
 """
 
 
@@ -52,7 +57,7 @@ def write(config: DataConfig, run_dir: Path, ledger: dict[str, Any]) -> Path:
         *_flows(chain),
         _stages(ledger["stages"]),
         _canaries(ledger["canaries"]),
-        drops(run_dir, ledger["stages"]),
+        drops(run_dir, ledger["stages"], config.rules),
         *(_documents(measures.documents(run_dir, last_judge(chain))) if "language" in stages else []),
         *(_duplicates(*measures.clusters(run_dir, _CLUSTERS, _MEMBERS)) if "dedup" in stages else []),
         *(_scores(measures.scores(run_dir, config.rules)) if "filter" in stages else []),
@@ -128,7 +133,9 @@ def _flows(chain: Sequence[dict[str, Any]]) -> list[str]:
             reasons = ", ".join(f"{reason} {amount[unit]:,}" for reason, amount in lost[:5] if amount[unit])
             dropped = sum(amount[unit] for _, amount in lost)
             stages.append(Flow(stage["name"], total["in"][unit], dropped, total["passed_on"][unit], reasons))
-        drawn.append(f'<div class="wide">{flow(f"{unit.capitalize()} from stage to stage", stages)}</div>')
+        title = f"{unit.capitalize()} from stage to stage"
+        drawn.append(f'<div class="wide">{flow(title, stages)}</div>')
+        drawn.append(f'<div class="narrow">{flow_list(title, stages)}</div>')
     return [*drawn, "<p>A band that narrows without a drop is text rewritten: HTML to its text, repaired encoding.</p>"]
 
 

@@ -6,7 +6,7 @@ masked already; where a table has none, the texts of the few documents that were
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from configs.rules import RuleSet
 from data_pipeline.checked_parquet import columns_in, readable
 from data_pipeline.cutting.cuts import FOLDER as CUTS
 from data_pipeline.cutting.excerpts import excerpt, piece, texts
@@ -88,6 +89,27 @@ def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Sample
         ((_, text),) = texts(run_dir, row["shard"], {row["row"]})
         row["head"] = piece(text, 0, _EXCERPT)
     return chosen
+
+
+def broken_rule(run_dir: Path, row: Sample, rules: Mapping[str, RuleSet]) -> str:
+    """Of a document that a rule dropped: its score, the threshold and the rule set; "" where no rule did.
+
+    `row` is of a stage's table; the scores are looked up where the stages before left them.
+    """
+    score, _, side = row.get("verdict", "").rpartition("_")
+    if side not in ("min", "max") or score not in RuleSet.model_fields or "shard" not in row:
+        return ""
+    for stage in ("score", "language"):
+        path = run_dir / stage / f"{row['shard']}.parquet"
+        if path.is_file() and {score, "rules"} <= set(columns_in(path)):
+            table = read_table(run_dir / stage, row["shard"], ["row", "rules", score])
+            found = table.filter(pc.equal(table["row"], row["row"])).to_pylist()
+            bound = rules[found[0]["rules"]].bounds().get(score) if found and found[0]["rules"] in rules else None
+            limit = getattr(bound, side, None)
+            if limit is not None:
+                word = "at least" if side == "min" else "at most"
+                return f"{score} is {found[0][score]:.6g}, rules.{found[0]['rules']} wants {word} {limit:g}"
+    return ""
 
 
 def cut_samples(run_dir: Path, stages: Iterable[str], count: int) -> dict[str, list[Sample]]:

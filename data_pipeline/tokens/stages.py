@@ -220,6 +220,7 @@ def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
         amount = counts.passed_on
         tally.came_in(name, amount.bytes, amount.documents)
         if name not in planned and not amount.documents:
+            tally.of(name)  # so that the report has it, with zeros
             continue
         if name not in planned:
             tally.dropped(name, "not_in_mixture", amount.bytes, amount.documents)

@@ -286,6 +286,32 @@ def test_samples_are_dropped_for_their_reason(run_dir: Path) -> None:
     assert matched["context"] and matched["source"] == "prose"
 
 
+def test_samples_say_which_score_broke_which_threshold(run_dir: Path, page: str) -> None:
+    dropped = samples.drop_samples(run_dir, "filter", 3)
+    rules = load(DataConfig, run_dir / "config.toml").rules
+    told = 0
+    for reason, rows in dropped.items():
+        score, _, side = reason.rpartition("_")
+        for row in rows:
+            said = samples.broken_rule(run_dir, row, rules)
+            name = said.partition("rules.")[2].split()[0]
+            limit = getattr(rules[name].bounds()[score], side)
+            value = float(said.split(" is ")[1].split(",")[0])
+            assert value < limit if side == "min" else value > limit
+            assert said.endswith(f"wants {'at least' if side == 'min' else 'at most'} {limit:g}")
+            told += said in page
+    assert told > 0
+
+
+def test_a_narrow_screen_has_the_flow_as_a_list(page: str, ledger: dict[str, Any]) -> None:
+    lists = re.findall(r'<div class="narrow">(.*?)</div></figure>|<div class="narrow">(.*?)</figure>', page)
+    assert len(lists) == 2
+    shown = "".join(lists[0])
+    for stage in chain_of({one["name"]: one for one in ledger["stages"]}):
+        assert f"<b>{stage['name']}</b> {stage['total']['in']['documents']:,} in" in shown
+    assert "@media (max-width: 760px) { .wide { display: none; } .narrow { display: block; }" in page
+
+
 def test_samples_of_cuts_show_what_went_and_never_personal_data(run_dir: Path, page: str) -> None:
     drawn = samples.cut_samples(run_dir, ["lines", "pii"], 3)
     assert set(drawn) == {"duplicate_line", "pii_email", "pii_ip"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from configs.loader import ConfigError
-from data_pipeline import run
+from data_pipeline import report, run
 from data_pipeline.mixture.rows import Plan
 from export.heldout import heldout_passages
 from pretrain.evaluate import HeldoutLoss
@@ -65,6 +65,7 @@ def test_sources_with_too_little_are_told_and_the_run_goes_on(
     assert plan.heldout_rows("big") and not plan.heldout_rows("one")
     assert HeldoutLoss.of_plan(plan, 4).rows["one"] == []
     first = extracted(tmp_path)
+    assert report.main([str(config)]) == 0
     assert run.main([str(config), "mixture.samples=22"]) == 0
     assert "warning: source short has no document left to train on" in said(capsys)
     assert extracted(tmp_path) == first
