@@ -39,7 +39,8 @@ del { color: var(--out); } .missed { color: var(--out); }
 .narrow li { margin: 8px 0; } .narrow i { display: block; height: 8px; background: var(--s0); min-width: 1px; }
 .narrow .lost { color: var(--out); overflow-wrap: anywhere; }
 @media (max-width: 760px) { .wide { display: none; } .narrow { display: block; } body { padding: 12px; }
-  h1, summary { overflow-wrap: anywhere; } .sample { margin-left: 4px; } th, td { padding-right: 8px; white-space: nowrap; } }
+  h1, summary { overflow-wrap: anywhere; } .sample { margin-left: 4px; }
+  th, td { padding-right: 8px; white-space: nowrap; } }
 """
 
 
