@@ -5,10 +5,31 @@ Rank order is megatron-core's "tp-cp-ep-dp-pp": tensor-parallel ranks are neighb
 apart.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from configs.loader import ConfigError
 from configs.train import ModelConfig, ParallelConfig, TrainSection
+
+RANKS = "the number of ranks"
+
+
+class _Impossible(Exception):
+    """Why a layout cannot be, and the keys that may help with values to try; None: all that divide the ranks."""
+
+    def __init__(self, problem: str, **keys: Sequence[Any] | None) -> None:
+        super().__init__(problem)
+        self.keys = {_KEYS[name]: values for name, values in keys.items()}
+
+
+_KEYS = {
+    **{name: f"parallel.{name}" for name in ParallelConfig.model_fields},
+    "global_batch_size": "train.global_batch_size",
+    "seq_length": "train.seq_length",
+    "capacity_factor": "model.moe.capacity_factor",
+    "ranks": RANKS,
+}
 
 
 @dataclass(frozen=True)
@@ -34,14 +55,25 @@ class Layout:
 
     @classmethod
     def of(cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> "Layout":
-        """Checks every degree. Errors: ConfigError naming the numbers and the nearest legal choices."""
+        """Checks every degree. Errors: ConfigError naming the numbers, and near values that are legal with the rest."""
+        try:
+            return cls._checked(world_size, parallel, model, train)
+        except _Impossible as impossible:
+            remedies = _remedies(impossible, world_size, parallel, model, train)
+            raise ConfigError(f"{impossible}; {remedies}") from None
+
+    @classmethod
+    def _checked(cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> "Layout":
         tp, cp, pp, vpp = parallel.tp, parallel.cp, parallel.pp, parallel.vpp
         replica = tp * cp * pp
         if world_size % replica:
-            raise ConfigError(
+            raise _Impossible(
                 f"parallel.tp * parallel.cp * parallel.pp = {tp} * {cp} * {pp} = {replica} does not divide the "
-                f"{world_size} ranks started; start a multiple of {replica} ranks (torchrun --nproc-per-node) or "
-                "change tp, cp or pp"
+                f"{world_size} ranks started",
+                ranks=_multiples(replica, world_size),
+                tp=None,
+                cp=None,
+                pp=None,
             )
         _check_zero(parallel)
         _check_tensor_parallel(parallel, model)
@@ -51,16 +83,17 @@ class Layout:
         _check_experts(parallel, model, dp)
         micro, batch = train.micro_batch_size, train.global_batch_size
         if batch % (dp * micro):
-            raise ConfigError(
-                f"train.global_batch_size = {batch} is not a multiple of dp * train.micro_batch_size = {dp} * {micro}; "
-                f"the nearest that is: {max(1, round(batch / (dp * micro))) * dp * micro}"
+            raise _Impossible(
+                f"train.global_batch_size = {batch} is not a multiple of dp * train.micro_batch_size = {dp} * {micro}",
+                global_batch_size=_multiples(dp * micro * (pp if vpp > 1 else 1), batch),
             )
         accum = batch // (dp * micro)
         if vpp > 1 and accum % pp:
-            raise ConfigError(
+            raise _Impossible(
                 f"parallel.vpp = {vpp} interleaves micro-batches in groups of parallel.pp = {pp}, and a step has "
-                f"{accum} on each data-parallel rank; use a train.global_batch_size that is a multiple of "
-                f"{dp * micro * pp}, or vpp=1"
+                f"{accum} on each data-parallel rank",
+                global_batch_size=_multiples(dp * micro * pp, batch),
+                vpp=(1,),
             )
         zero, offload = parallel.zero, parallel.offload_optimizer
         return cls(world_size, tp, parallel.sp, cp, parallel.ep, pp, vpp, dp, zero, offload, accum, layers_per_stage)
@@ -87,13 +120,12 @@ def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None
         ("model.vocab_size", model.vocab_size),
     ):
         if size % tp:
-            raise ConfigError(
-                f"{name} = {size} is not a multiple of parallel.tp = {tp}; tp could be {_divisors(size, tp)}"
-            )
+            raise _Impossible(f"{name} = {size} is not a multiple of parallel.tp = {tp}", tp=None)
     if parallel.sp and tp == 1:
-        raise ConfigError(
-            "parallel.sp = true splits the sequence over the ranks of parallel.tp, and tp = 1 is a single one; set "
-            "parallel.sp=false, or a tp of 2 or more"
+        raise _Impossible(
+            "parallel.sp = true splits the sequence over the ranks of parallel.tp, and tp = 1 is a single one",
+            sp=(False,),
+            tp=None,
         )
 
 
@@ -103,22 +135,27 @@ def _check_sequence(parallel: ParallelConfig, model: ModelConfig, train: TrainSe
     parts = cp * (tp if parallel.sp else 1)
     if train.seq_length % parts:
         factors = [f"parallel.cp = {cp}"] * (cp > 1) + [f"parallel.tp = {tp} (parallel.sp = true)"] * parallel.sp
-        raise ConfigError(
-            f"train.seq_length = {train.seq_length} is not a multiple of {' * '.join(factors)}; the nearest that is: "
-            f"{max(1, round(train.seq_length / parts)) * parts}"
+        raise _Impossible(
+            f"train.seq_length = {train.seq_length} is not a multiple of {' * '.join(factors)}",
+            seq_length=_multiples(parts, train.seq_length),
+            cp=None,
         )
     if cp == 1:
         return
     for name, heads in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.num_kv_heads)):
         if heads % (tp * cp):
-            raise ConfigError(
+            raise _Impossible(
                 f"{name} = {heads} is not a multiple of parallel.tp * parallel.cp = {tp} * {cp}, over which attention "
-                f"splits its heads; cp could be {_divisors(heads // tp, cp)}"
+                "splits its heads",
+                cp=None,
+                tp=None,
             )
     if model.moe and model.moe.capacity_factor is not None:
-        raise ConfigError(
+        raise _Impossible(
             f"model.moe.capacity_factor = {model.moe.capacity_factor} counts an expert's tokens over whole sequences, "
-            f"and parallel.cp = {cp} splits them; leave out capacity_factor (nothing is dropped) or set parallel.cp=1"
+            f"and parallel.cp = {cp} splits them",
+            capacity_factor=(None,),
+            cp=(1,),
         )
 
 
@@ -127,30 +164,36 @@ def _check_experts(parallel: ParallelConfig, model: ModelConfig, dp: int) -> Non
     if ep == 1:
         return
     if model.moe is None:
-        raise ConfigError(f"parallel.ep = {ep} spreads experts, and the model has none; set parallel.ep=1")
+        raise _Impossible(f"parallel.ep = {ep} spreads experts, and the model has none", ep=(1,))
     if model.moe.num_experts % ep:
-        raise ConfigError(
-            f"model.moe.num_experts = {model.moe.num_experts} is not a multiple of parallel.ep = {ep}; ep could be "
-            f"{_divisors(model.moe.num_experts, ep)}"
+        raise _Impossible(
+            f"model.moe.num_experts = {model.moe.num_experts} is not a multiple of parallel.ep = {ep}",
+            ep=None,
         )
     if ranks % ep:
-        raise ConfigError(
+        raise _Impossible(
             f"parallel.ep = {ep} does not divide dp * cp = {dp} * {parallel.cp} = {ranks}, the ranks that experts are "
-            f"spread over; ep could be {_divisors(ranks, ep)}, or start more ranks"
+            "spread over",
+            ep=None,
+            ranks=_multiples(parallel.tp * parallel.pp * ep, dp * parallel.cp * parallel.tp * parallel.pp),
         )
 
 
 def _check_zero(parallel: ParallelConfig) -> None:
     zero, pp, ep = parallel.zero, parallel.pp, parallel.ep
     if zero > 1 and pp > 1:
-        raise ConfigError(
+        raise _Impossible(
             f"parallel.zero = {zero} with parallel.pp = {pp}: ZeRO stages 2 and 3 give gradients away after every "
-            "micro-batch, and a pipeline accumulates them over all; set parallel.zero=1, or parallel.pp=1"
+            "micro-batch, and a pipeline accumulates them over all",
+            zero=(1, 2),
+            pp=(1,),
         )
     if zero == 3 and ep > 1:
-        raise ConfigError(
+        raise _Impossible(
             f"parallel.zero = 3 with parallel.ep = {ep}: ZeRO stage 3 would split each expert over all data parallel, "
-            "ranks that hold other experts among them; set parallel.zero=2, or parallel.ep=1"
+            "ranks that hold other experts among them",
+            zero=(1, 2),
+            ep=(1,),
         )
 
 
@@ -158,22 +201,27 @@ def _split_layers(parallel: ParallelConfig, model: ModelConfig) -> tuple[int, ..
     pp, vpp, layers = parallel.pp, parallel.vpp, model.num_layers
     stages = pp * vpp
     if vpp > 1 and pp == 1:
-        raise ConfigError(
-            f"parallel.vpp = {vpp} interleaves chunks of a pipeline, and parallel.pp = 1 is none; set vpp=1 or pp=2"
+        raise _Impossible(
+            f"parallel.vpp = {vpp} interleaves chunks of a pipeline, and parallel.pp = 1 is none",
+            vpp=(1,),
+            pp=None,
         )
     if stages > layers:
-        raise ConfigError(
+        raise _Impossible(
             f"parallel.pp * parallel.vpp = {pp} * {vpp} = {stages} stages are more than model.num_layers = {layers}; "
-            "every stage holds a layer or more, so lower pp or vpp"
+            "every stage holds a layer or more",
+            pp=None,
+            vpp=range(1, vpp),
         )
     given = parallel.layers_per_stage
     if given is None:
         head = model.vocab_size * model.hidden_size / model.parameters_per_layer(active=True)
         return balanced_layers(layers, stages, head)
     if len(given) != stages or sum(given) != layers or min(given) < 1:
-        raise ConfigError(
+        raise _Impossible(
             f"parallel.layers_per_stage = {list(given)} are {len(given)} numbers with sum {sum(given)}; they must be "
-            f"pp * vpp = {stages} numbers of 1 or more with sum model.num_layers = {layers}"
+            f"pp * vpp = {stages} numbers of 1 or more with sum model.num_layers = {layers}",
+            layers_per_stage=(None,),
         )
     return given
 
@@ -196,7 +244,51 @@ def balanced_layers(layers: int, stages: int, head: float) -> tuple[int, ...]:
     return *(share + (i >= stages - 1 - left) for i in range(stages - 1)), last
 
 
-def _divisors(size: int, near: int) -> str:
-    choices = [d for d in range(1, size + 1) if size % d == 0]
-    below, above = [d for d in choices if d < near][-2:], [d for d in choices if d > near][:2]
-    return " or ".join(map(str, below + above))
+def _multiples(unit: int, near: int) -> list[int]:
+    """The multiples of `unit` around `near`."""
+    return [unit * k for k in range(max(1, near // unit - 2), near // unit + 4)]
+
+
+def _remedies(
+    impossible: _Impossible, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection
+) -> str:
+    """The nearest values of each key that are legal when it alone is changed: tried, not guessed."""
+    now = {"parallel": parallel, "train": train}
+    found = []
+    for key, values in impossible.keys.items():
+        section, _, name = key.partition(".")
+        present = getattr(now[section], name) if section in now else world_size
+        tried = values if values is not None else [d for d in range(1, world_size + 1) if world_size % d == 0]
+        legal = [
+            value for value in tried if value != present and _is_legal(key, value, world_size, parallel, model, train)
+        ]
+        if legal == [None]:
+            found.append(f"leave out {key}")
+        elif legal and isinstance(legal[0], bool):
+            found.append(f"{key} could be {str(legal[0]).lower()}")
+        elif legal:
+            near = [v for v in legal if v < present][-2:] + [v for v in legal if v > present][:2]
+            found.append(f"{key} could be {' or '.join(map(str, near))}")
+    if found:
+        return ", or ".join(found)
+    return f"no other value of {' or '.join(impossible.keys)} alone is legal with the rest, so change more than one key"
+
+
+def _is_legal(
+    key: str, value: Any, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection
+) -> bool:
+    section, _, name = key.partition(".")
+    if key == RANKS:
+        world_size = value
+    elif section == "parallel":
+        parallel = parallel.model_copy(update={name: value})
+    elif section == "train":
+        train = train.model_copy(update={name: value})
+    else:
+        assert model.moe is not None and name == "moe.capacity_factor"
+        model = model.model_copy(update={"moe": model.moe.model_copy(update={"capacity_factor": value})})
+    try:
+        Layout._checked(world_size, parallel, model, train)
+    except _Impossible:
+        return False
+    return True

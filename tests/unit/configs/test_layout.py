@@ -1,5 +1,6 @@
 """Impossible layouts are refused by numbers, and legal ones split as they say."""
 
+import random
 from itertools import product
 from typing import Any
 
@@ -64,27 +65,43 @@ def test_interleaved_chunks_go_round_the_ranks() -> None:
 @pytest.mark.parametrize(
     ("world_size", "parallel", "words"),
     [
-        (3, {"tp": 2}, ["2 * 1 * 1 = 2", "3 ranks", "multiple of 2"]),
-        (4, {"tp": 4}, ["model.num_kv_heads = 2", "parallel.tp = 4", "1 or 2"]),
-        (8, {"pp": 8}, ["8 * 1 = 8 stages", "model.num_layers = 6", "lower pp or vpp"]),
-        (2, {"pp": 2, "vpp": 4}, ["2 * 4 = 8 stages", "model.num_layers = 6", "lower"]),
-        (1, {"vpp": 2}, ["parallel.vpp = 2", "parallel.pp = 1", "vpp=1"]),
-        (4, {"pp": 2, "vpp": 2}, ["parallel.vpp = 2", "has 3", "multiple of 8"]),
-        (2, {"pp": 2, "layers_per_stage": (2, 3)}, ["[2, 3]", "sum 5", "2 numbers", "model.num_layers = 6"]),
+        (3, {"tp": 2}, ["2 * 1 * 1 = 2", "3 ranks", "ranks could be 2 or 4 or 6", "tp could be 1"]),
+        (4, {"tp": 4}, ["model.num_kv_heads = 2", "parallel.tp = 4", "tp could be 2"]),
+        (8, {"pp": 8}, ["8 * 1 = 8 stages", "model.num_layers = 6", "pp could be 4"]),
+        (2, {"pp": 2, "vpp": 4}, ["2 * 4 = 8 stages", "model.num_layers = 6", "vpp could be 2 or 3"]),
+        (1, {"vpp": 2}, ["parallel.vpp = 2", "parallel.pp = 1", "vpp could be 1"]),
+        (4, {"pp": 2, "vpp": 2}, ["parallel.vpp = 2", "has 3", "batch_size could be 8 or 16 or 24", "vpp could be 1"]),
+        (
+            2,
+            {"pp": 2, "layers_per_stage": (2, 3)},
+            ["[2, 3]", "sum 5", "2 numbers", "model.num_layers = 6", "leave out parallel.layers_per_stage"],
+        ),
         (2, {"pp": 2, "layers_per_stage": (6, 0)}, ["[6, 0]", "1 or more"]),
         (2, {"pp": 2, "layers_per_stage": (6,)}, ["1 numbers", "pp * vpp = 2"]),
-        (5, {}, ["train.global_batch_size = 12", "5 * 2", "the nearest that is: 10"]),
-        (2, {"zero": 2, "pp": 2}, ["parallel.zero = 2", "parallel.pp = 2", "parallel.zero=1", "parallel.pp=1"]),
-        (4, {"zero": 3, "pp": 2}, ["parallel.zero = 3", "parallel.pp = 2", "parallel.zero=1", "parallel.pp=1"]),
-        (2, {"zero": 3, "ep": 2}, ["parallel.zero = 3", "parallel.ep = 2", "parallel.zero=2", "parallel.ep=1"]),
-        (2, {"sp": True}, ["parallel.sp = true", "tp = 1"]),
-        (2, {"ep": 2}, ["parallel.ep = 2", "has none", "parallel.ep=1"]),
-        (4, {"model": MOE, "ep": 4}, ["model.moe.num_experts = 6", "parallel.ep = 4", "2 or 3 or 6"]),
-        (2, {"model": MOE, "ep": 3}, ["parallel.ep = 3", "dp * cp = 2 * 1 = 2", "2, or start more"]),
-        (4, {"cp": 4}, ["model.num_kv_heads = 2", "1 * 4", "1 or 2"]),
+        (5, {}, ["train.global_batch_size = 12", "5 * 2", "batch_size could be 10 or 20 or 30"]),
+        (2, {"zero": 2, "pp": 2}, ["parallel.zero = 2", "parallel.pp = 2", "zero could be 1", "pp could be 1"]),
+        (4, {"zero": 3, "pp": 2}, ["parallel.zero = 3", "parallel.pp = 2", "zero could be 1"]),
+        (2, {"zero": 3, "ep": 2}, ["parallel.zero = 3", "parallel.ep = 2", "ep could be 1"]),
+        (2, {"sp": True}, ["parallel.sp = true", "tp = 1", "sp could be false, or parallel.tp could be 2"]),
+        (2, {"ep": 2}, ["parallel.ep = 2", "has none", "ep could be 1"]),
+        (
+            4,
+            {"model": MOE, "ep": 4},
+            ["model.moe.num_experts = 6", "parallel.ep = 4", "no other value of parallel.ep"],
+        ),
+        (
+            2,
+            {"model": MOE, "ep": 3},
+            ["parallel.ep = 3", "2 * 1 = 2", "ep could be 1 or 2, or the number of ranks could be 3"],
+        ),
+        (4, {"cp": 4}, ["model.num_kv_heads = 2", "1 * 4", "cp could be 2"]),
         (4, {"tp": 2, "cp": 2}, ["model.num_kv_heads = 2", "2 * 2", "cp could be 1"]),
-        (3, {"cp": 3}, ["train.seq_length = 8", "parallel.cp = 3", "9"]),
-        (6, {"tp": 2, "sp": True, "cp": 3}, ["parallel.cp = 3 * parallel.tp = 2 (parallel.sp = true)", "6"]),
+        (3, {"cp": 3}, ["train.seq_length = 8", "parallel.cp = 3", "cp could be 1"]),
+        (
+            6,
+            {"tp": 2, "sp": True, "cp": 3},
+            ["cp = 3 * parallel.tp = 2 (parallel.sp = true)", "cp could be 1"],
+        ),
         (2, {"model": LIMITED, "cp": 2}, ["capacity_factor = 1.0", "parallel.cp = 2"]),
     ],
 )
@@ -92,3 +109,59 @@ def test_an_impossible_layout_names_its_numbers(world_size: int, parallel: dict[
     with pytest.raises(ConfigError) as raised:
         layout(world_size, **parallel)
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_every_number_that_a_message_suggests_is_accepted_alone() -> None:
+    """Of thousands of layouts drawn at random; where nothing is suggested, no such number exists nearby."""
+    draw = random.Random(7)
+    suggested = hopeless = 0
+    for _ in range(3000):
+        heads = draw.choice([(4, 4), (12, 4), (12, 6), (8, 2), (6, 1)])
+        shape = {"num_heads": heads[0], "num_kv_heads": heads[1], "num_layers": draw.choice([2, 5, 6, 8])}
+        shape |= {"ffn_hidden_size": draw.choice([48, 22]), "vocab_size": draw.choice([64, 60]), "head_dim": 4}
+        moe = draw.choice([None, None, MoEConfig(num_experts=6), MoEConfig(num_experts=4, capacity_factor=1.0)])
+        model = MODEL.model_copy(update={**shape, "moe": moe})
+        batch = {"global_batch_size": draw.choice([4, 12, 16, 30]), "micro_batch_size": draw.choice([1, 2, 3])}
+        train = TRAIN.model_copy(update={**batch, "seq_length": draw.choice([8, 12, 15])})
+        degrees = {name: draw.choice([1, 1, 2, 3, 4]) for name in ("tp", "pp", "cp", "ep", "vpp")}
+        parallel = ParallelConfig(**degrees, sp=draw.random() < 0.3, zero=draw.choice([1, 1, 2, 3]))
+        world = draw.choice([1, 2, 3, 4, 8, 12, 16])
+        try:
+            Layout.of(world, parallel, model, train)
+            continue
+        except ConfigError as error:
+            message = str(error)
+        remedies = message.rpartition("; ")[2]
+        hopeless += "alone is legal" in remedies
+        for clause in remedies.split(", or "):
+            key, _, values = clause.partition(" could be ")
+            if clause.startswith("leave out "):
+                key, values = clause.removeprefix("leave out "), "none"
+            for value in values.split(" or ") if values else ():
+                suggested += 1
+                Layout.of(*changed(key, value, world, parallel, model, train))
+    assert suggested > 300 and hopeless > 100
+
+
+def changed(key: str, text: str, world: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> Any:
+    """The four arguments of `Layout.of` with one key changed as a message says."""
+    value = {"none": None, "false": False}[text] if text in ("none", "false") else int(text)
+    section, _, name = key.partition(".")
+    if key == "the number of ranks":
+        return value, parallel, model, train
+    if section == "parallel":
+        return world, parallel.model_copy(update={name: value}), model, train
+    if section == "train":
+        return world, parallel, model, train.model_copy(update={name: value})
+    assert key == "model.moe.capacity_factor" and model.moe
+    moe = model.moe.model_copy(update={"capacity_factor": value})
+    return world, parallel, model.model_copy(update={"moe": moe}), train
+
+
+def test_remedies_respect_all_that_a_config_says() -> None:
+    """12 heads, 4 key-value heads: 6 and 12 divide the one and not the other."""
+    model = MODEL.model_copy(update={"num_heads": 12, "num_kv_heads": 4, "head_dim": 4})
+    with pytest.raises(ConfigError, match=r"num_heads = 12 is not a multiple of parallel\.tp = 24; .*could be 2 or 4$"):
+        Layout.of(24, ParallelConfig(tp=24), model, TRAIN.model_copy(update={"global_batch_size": 24}))
+    with pytest.raises(ConfigError, match=r"no other value of parallel\.tp alone is legal with the rest"):
+        layout(5, tp=5)  # 5 ranks of one row each do not divide a batch of 12 either
