@@ -234,20 +234,43 @@ def _value(text: str) -> Any:
         return text
 
 
+# What a value of the wanted type looks like in TOML, by the type in pydantic's error.
+_EXAMPLES = {
+    "int": "an integer is written like 3",
+    "float": "a number is written like 0.5",
+    "bool": "write true or false, without quotes",
+    "string": 'text is written in quotes, like "this"',
+    "tuple": "a list is written like [1, 2] or ['a', 'b']",
+    "list": "a list is written like [1, 2] or ['a', 'b']",
+}
+_OF_UNIONS = ("str", "int", "float", "bool", "[key]")  # what pydantic adds to a key: which of several types was tried
+
+
 def _sentence(schema: type[BaseModel], item: Any) -> str:
     location = [str(part) for part in item["loc"]]
+    if location and (location[-1] in _OF_UNIONS or location[-1].startswith(("tuple[", "list["))):
+        location = location[:-1]
     key = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
         known = list(_known_keys(schema, location[:-1]))
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known) or 'none'}"
         return f"unknown key {key!r}; {hint}"
+    if item["type"] == "missing" and isinstance(item["loc"][-1], int):
+        return f"{'.'.join(location[:-1])} has too few values; one more is expected"
     if item["type"] == "missing":
         return f"key {key!r} is missing; set it in the file or as {key}=VALUE"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":  # our own validators name key and value themselves
         return message if key == "config" else f"{key}: {message}"
-    return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}"
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        known = list(_known_keys(schema, location))
+        shown, first = ", ".join(known[:6]) + "..." * (len(known) > 6), known[0] if known else "NAME"
+        keys = f"its keys ({shown})" if known else "names below it"
+        return f"{key} = {item['input']!r}: this is a section, not a value; set {keys}, as in {key}.{first}=VALUE"
+    kind, _, wrong = item["type"].partition("_")
+    example = _EXAMPLES.get(kind, "") if wrong in ("type", "parsing", "from_float") else ""
+    return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}{example and '; ' + example}"
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[str]:

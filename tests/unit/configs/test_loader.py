@@ -47,6 +47,12 @@ def test_overrides_are_toml_values_or_bare_words() -> None:
         ("model.num_kv_heads=5", ["model.num_heads", "not a multiple of model.num_kv_heads = 5"]),
         ("schedule.warmup_steps=100000", ["warmup_steps = 100000", "raise train.steps"]),
         ("train.steps", ["not of the form key.sub=value"]),
+        ("train=5", ["train = 5: this is a section", "its keys (steps, global_batch_size"]),
+        ("optimizer.betas=0.9", ["optimizer.betas = 0.9", "a list is written like [1, 2]"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas has too few values"]),
+        ("train.compile=1", ["train.compile = 1", "write true or false"]),
+        ("run.dir=3", ["run.dir = 3", "text is written in quotes"]),
+        ("trian.steps=5", ["unknown key 'trian'", "did you mean 'train'"]),
         ("train.steps.x=1", ["'steps' is a value, not a section"]),
     ],
 )
