@@ -86,11 +86,15 @@ class SourceConfig(Section):
     rules: dict[str, str] = Field(min_length=1)
     """A name under [rules] for each language, by its code in lid.176 or "any"; other languages are dropped."""
     text_key: str = "text"
-    """The key or column of a record that holds the text (jsonl, parquet)."""
+    """The key or column of a record that holds the text (jsonl, parquet); in nested ones a path such as "a.b"."""
     id_key: str = "id"
     """The key or column that holds the id (jsonl, parquet); a record without it is named after file and line."""
     url_key: str = "url"
     """The key or column that holds the address (jsonl, parquet)."""
+    metadata_key: str = "metadata"
+    """The key or column of an object that is carried along as metadata.record (jsonl, parquet)."""
+    fields: Literal["all"] | tuple[str, ...] = "all"
+    """The other keys or columns that are carried along, under metadata.fields (jsonl, parquet); [] for none."""
     encoding: str = "utf-8"
     """The encoding of files of text or code, by its name on the web, such as windows-1251; a byte order mark wins."""
     document_per: Literal["file", "line"] = "file"
@@ -105,8 +109,8 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> "SourceConfig":
         records = self.format in ("jsonl", "parquet")
-        for key, default in (("text_key", "text"), ("id_key", "id"), ("url_key", "url")):
-            if getattr(self, key) != default and not records:
+        for key in ("text_key", "id_key", "url_key", "metadata_key", "fields"):
+            if getattr(self, key) != type(self).model_fields[key].default and not records:
                 raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of format {self.format!r}; leave it out")
         if self.encoding != "utf-8" and self.format not in ("text", "code"):
             raise ValueError(
@@ -168,6 +172,8 @@ class ExtractConfig(Section):
     """The most bytes of a line, page or file; a longer one is set aside and never held in memory."""
     max_undecoded_share: float = Field(default=0.02, ge=0, le=1)
     """The share of a page's characters that its encoding may leave undecoded (U+FFFD); above it the page is broken."""
+    max_fields_bytes: int = Field(default=10_000, ge=0)
+    """The bytes of JSON that a record's other fields may come to; a field beyond that is left out and counted."""
     max_expansion: float = Field(default=200.0, gt=1)
     """The most bytes of content for each compressed byte, of over 1 MiB of content; prose is at 3 to 10."""
     max_expanded_bytes: int = Field(default=200_000_000_000, ge=1_000_000)

@@ -16,6 +16,7 @@ from configs.canaries import DUPLICATES, KEPT, REPEATS, CanaryConfig
 from data_pipeline.canaries import FATES, id_of, numbered
 from data_pipeline.ledger import SourceTally, Tally
 from data_pipeline.provenance.lookup import TABLE_STAGES, places, rows_of, set_aside
+from data_pipeline.reading.ids import published_id
 from data_pipeline.realms import canaries_of, is_canary
 from data_pipeline.tables import read_table
 
@@ -64,6 +65,7 @@ def _nothing(stage: str, total: SourceTally, least: int) -> list[str]:
 def _other_fates(run_dir: Path, expected: Mapping[str, str], done: Collection[str]) -> list[str]:
     if not expected:
         return []
+    expected = {published_id(name): fate for name, fate in expected.items()}
     said: dict[str, set[str]] = {name: set() for name in expected}
     for record in set_aside(run_dir, said.keys()):
         said[record["id"]].add(record.get("reason") or record.get("verdict") or "")

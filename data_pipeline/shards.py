@@ -6,7 +6,7 @@ damaged or cut short is an error, not a shorter shard.
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -85,6 +85,15 @@ class ShardReader(JsonlReader):
                 progress.advance(document.metadata["bytes"])
                 yield document
         progress.close()
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Writes a shard anew, as `TextWriter` would have."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file, _zstd(file) as out:
+        for record in records:
+            out.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+    temporary.replace(path)
 
 
 def shard_path(folder: str | Path, shard: str) -> Path:

@@ -7,6 +7,7 @@ Text is read by extract, language, score and signatures; filter and dedup read t
 changed without a scan. Signatures and dedup are in `dedup.stages`, those from there to documents in `cut_stages`.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,11 +22,14 @@ from data_pipeline.canaries import PlantCanaries, as_input
 from data_pipeline.executors.base import Executor
 from data_pipeline.extraction.blocklist import Blocklist
 from data_pipeline.extraction.step import Extract, SetAside, bad_shares, shard_record
+from data_pipeline.extraction.unique import MADE_UNIQUE, MakeUnique, NoteIds, shared
 from data_pipeline.hashing import digest
 from data_pipeline.language import IdentifyLanguage, kept_identifier
 from data_pipeline.ledger import Tally
 from data_pipeline.reading import InputUnit, SourceReader, find_units
 from data_pipeline.reading.files import is_remote
+from data_pipeline.reading.ids import roots_of
+from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.names import openable
 from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scores.filtering import ApplyRules
@@ -107,7 +111,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "shard_bytes": config.run.shard_bytes,
             "canaries": as_input(config.canaries),
         },
-        ("reading", "canaries", "extraction.step", "shards"),
+        ("reading", "canaries", "extraction.step", "extraction.unique", "shards"),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
         packages=(
             *("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
@@ -155,15 +159,18 @@ def document_stages(shop: Workshop) -> list[Stage]:
 
 def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -> Tally:
     config = shop.config
+    check_keys(units, config.extract)
     tallies = str(logs / "tallies")
     steps = [
         SourceReader(units, config.extract, tallies, str(logs / "progress")),
         PlantCanaries(config.canaries, tallies),
         Extract(config.extract),
         SetAside(str(folder), tallies, config.run.shard_bytes),
+        NoteIds(str(logs / "ids" / "0")),
         TextWriter(str(folder), "${source}/${shard}", shard_record),
     ]
     shop.pipeline("extract", logs, steps, len(units), sum(unit.size for unit in units))
+    _make_ids_unique(shop, units, folder, logs)
     mask_samples(folder)
     tally = Tally.load_all(Path(tallies))
     limit = config.extract.max_bad_share
@@ -171,6 +178,10 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
         if broken > limit * records:
             failed = shop.run_dir / "extract.failed"
             tally.save(folder / "ledger.json")
+            for texts in (
+                path for path in folder.iterdir() if path.is_dir() and path.name not in ("rejected", "drops")
+            ):
+                shutil.rmtree(texts)  # nobody reads them again
             replace_folder(folder, failed)
             raise ValueError(
                 f"source {source}: {broken} of {records} records ({broken / records:.1%}) are broken, over "
@@ -182,7 +193,33 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
         if not counts.kept.documents:
             why = ", ".join(f"{reason} {amount.documents}" for reason, amount in counts.dropped.items()) or "no records"
             warn(f"source {source} has no usable record ({why}); check sources.{source}.files and format", shop.console)
+    for source in config.sources:
+        if alike := tally.of(source).notes.get(MADE_UNIQUE):
+            shop.console.print(
+                f"source {source}: {alike:,} documents had an id that another document has too; each is now called "
+                "ID#SOURCE/FILE/POSITION (its id, and where it was found)",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+    shutil.rmtree(shop.run_dir / "extract.failed", ignore_errors=True)  # of an attempt before this one
     return tally
+
+
+def _make_ids_unique(shop: Workshop, units: Sequence[InputUnit], folder: Path, logs: Path) -> None:
+    """Names documents that share an id after their places as well, until none do."""
+    paths: dict[str, list[str]] = {}
+    for unit in units:
+        paths.setdefault(unit.source, []).extend(file.path for file in unit.files)
+    roots = {name: roots_of(shop.config.sources[name].files, found) for name, found in paths.items()}
+    rounds = [logs / "ids" / "0"]
+    while found := shared(rounds):
+        rounds.append(logs / "ids" / str(len(rounds)))
+        notes, progress = str(rounds[-1]), str(rounds[-1] / "logs" / "progress")
+        step = MakeUnique(str(folder), found, roots, notes, str(logs / "tallies"), progress, len(rounds) > 2)
+        size = sum(shard_path(folder, shard).stat().st_size for shard in found)
+        shop.pipeline("extract: ids", rounds[-1] / "logs", [step], len(found), size)
+    shutil.rmtree(logs / "ids", ignore_errors=True)
 
 
 def text_reader(shop: Workshop, logs: Path) -> tuple[ShardReader, int]:

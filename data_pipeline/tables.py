@@ -21,6 +21,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.checked_parquet import read_parquet
+from data_pipeline.cutting.hiding import hide
 from data_pipeline.cutting.personal import mask
 from data_pipeline.integrity import seal
 from data_pipeline.ledger import Tally
@@ -28,6 +29,7 @@ from data_pipeline.realms import is_canary
 
 KEYS = ("source", "shard", "row", "id", "bytes")
 SHOWN = ("head", "sample", "context")  # columns that hold a piece of a text
+PLACES = ("url", "file")  # and what says where it is from
 SAMPLES = 5
 
 
@@ -96,8 +98,9 @@ def write_samples(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def masked(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` without personal data in its pieces of text."""
-    return row | {name: mask(row[name]) for name in SHOWN if isinstance(row.get(name), str)}
+    """`row` without personal data in its pieces of text, its address and its file's name."""
+    shown = {name: mask(row[name]) for name in SHOWN if isinstance(row.get(name), str)}
+    return row | shown | {name: hide(row[name]) for name in PLACES if isinstance(row.get(name), str)}
 
 
 def mask_samples(folder: str | Path) -> None:

@@ -16,14 +16,20 @@ from typing import Any
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from configs.cuts import Kind, PiiConfig
 from data_pipeline.canaries import LEFT_OUT
 from data_pipeline.cutting.cuts import Merged, apply, merge, read_cuts
+from data_pipeline.cutting.hiding import hide_in
+from data_pipeline.cutting.personal import PLACEHOLDERS
 from data_pipeline.heldout import HELDOUT, TRAIN, Extremes, Lot
 from data_pipeline.ledger import Tally
+from data_pipeline.reading.addresses import url_key, url_of
 from data_pipeline.realms import is_canary
 from data_pipeline.tables import SAMPLES, kept_rows, read_table
 
 MOSTLY_CUT = "mostly_cut"
+URL_KEY = "url_key"  # metadata of a document whose address is not published as it was
+FROM_RECORD = ("file", "path", "url", "record", "fields")  # metadata that is not the pipeline's own
 # Scores that travel with a document into the token store's table; all others stay in the score stage's
 # tables.
 SCORES = ("quality", "word_count", "alpha_word_ratio", "dup_line_char_ratio", "top_2_gram", "dup_5_gram")
@@ -152,12 +158,15 @@ class Split(PipelineStep):
     name = "Held-out split"
     type = "🔀 - SPLIT"
 
-    def __init__(self, before: Before, lots: Mapping[str, Lot], tallies: str, order: dict[str, int]) -> None:
+    def __init__(
+        self, before: Before, lots: Mapping[str, Lot], tallies: str, order: dict[str, int], pii: PiiConfig | None
+    ) -> None:
         super().__init__()
         self.before = before
         self.lots = dict(lots)
         self.tallies = tallies
         self.order = order
+        self.pii = pii
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         tally = Tally()
@@ -183,6 +192,8 @@ class Split(PipelineStep):
             tally.dropped(source, reason, fate.size)
             return
         document.text = text
+        if self.pii and _hide(metadata, self.pii):
+            tally.note(source, "personal data replaced in metadata")
         metadata["bytes"] = len(text.encode())
         if fate.merged.spans:
             metadata["cut_bytes"] = fate.merged.removed
@@ -216,6 +227,23 @@ class Split(PipelineStep):
             }
             for line in deduped.to_pylist()
         }
+
+
+def _hide(metadata: dict[str, Any], pii: PiiConfig) -> bool:
+    """Replaces personal data in what a document has from its file and record; says whether there was any.
+
+    The key of a changed address stays, so that the document is found by the address that it came from.
+    """
+    texts: Mapping[Kind, str] = PLACEHOLDERS | pii.replacements
+    given = {name: metadata[name] for name in FROM_RECORD if name in metadata}
+    hidden = {name: hide_in(value, pii.actions, texts, pii.private_ips, name) for name, value in given.items()}
+    if hidden == given:
+        return False
+    url = url_of(metadata)
+    metadata |= hidden
+    if url_of(metadata) != url:
+        metadata[URL_KEY] = f"{url_key(url):016x}"
+    return True
 
 
 _INTERNAL = frozenset({"shard", "row", "split", "output"})

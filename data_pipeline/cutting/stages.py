@@ -232,7 +232,7 @@ def _documents(shop: Workshop, kept: str, cutting: Sequence[str], folder: Path, 
         numbers[seen.shard.split("/")[0]] += not is_canary(seen.shard)
     tallies = logs / "tallies"
     steps = [
-        Split(before, chosen, str(tallies), order),
+        Split(before, chosen, str(tallies), order, config.pii if config.pii and config.pii.enabled else None),
         TextWriter(str(folder), "${split}/${source}/${output}", split_record),
     ]
     _read_kept(shop, "documents", kept, steps, logs, list(order))

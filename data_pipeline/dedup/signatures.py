@@ -14,13 +14,13 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from datatrove.data import Document
 
 from configs.data import DataConfig, DedupConfig
 from data_pipeline.hashing import stable_hash
+from data_pipeline.reading.addresses import url_key, url_of
 from data_pipeline.realms import salt
 from data_pipeline.scan.folding import plain_bytes
 from data_pipeline.scan.minhash import band_keys, signature
@@ -35,19 +35,6 @@ def exact_hash(text: str) -> int:
     """128 bits, equal for texts that differ in case, white space and Unicode composition only."""
     normal = plain_bytes(unicodedata.normalize("NFC", text))
     return int.from_bytes(hashlib.blake2b(normal.data, digest_size=16).digest(), "big")
-
-
-def url_key(url: str) -> int:
-    """64 bits of an address; 0 for none. Host in lower case, no "www.", no default port, no fragment, no last slash."""
-    try:
-        parts = urlsplit(url.strip())
-        port = f":{parts.port}" if parts.port not in (None, 80, 443) else ""
-    except ValueError:  # not an address: taken as it is
-        return stable_hash(url.strip()) or 1
-    host = (parts.hostname or "").removeprefix("www.")
-    query = f"?{parts.query}" if parts.query else ""
-    address = f"{host}{port}{parts.path.rstrip('/')}{query}"
-    return (stable_hash(address) or 1) if address else 0
 
 
 def kinds_of_keys(settings: DedupConfig) -> list[str]:
@@ -88,9 +75,8 @@ class Sign(TableStep):
 
     def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
         exact = exact_hash(document.text)
-        url = document.metadata.get("url") or (document.metadata.get("record") or {}).get("url") or ""
         keys = np.empty(2 + self.hasher.settings.bands, np.uint64)
-        keys[0], keys[1] = exact >> 64, url_key(str(url))
+        keys[0], keys[1] = exact >> 64, url_key(url_of(document.metadata))
         keys[2:] = self.hasher.keys(document.text, self.splitters[before["rules"]])
         keys[keys != 0] ^= np.uint64(salt(document.metadata["shard"]))
         return {"exact": np.uint64(exact & int(_HALF)), "url": keys[1], "keys": keys}

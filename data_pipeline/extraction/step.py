@@ -22,6 +22,7 @@ from configs.data import ExtractConfig
 from data_pipeline.extraction.blocklist import Blocklist
 from data_pipeline.extraction.page_limits import PageReader
 from data_pipeline.ledger import SourceTally, Tally
+from data_pipeline.reading.addresses import url_of
 from data_pipeline.reading.records import BROKEN, HARMLESS
 from data_pipeline.realms import is_canary
 
@@ -105,13 +106,6 @@ class Extract(PipelineStep):
             raw["reason"] = "one_character"
 
 
-def url_of(metadata: dict[str, Any]) -> str:
-    """The URL that a document came from, "" where it is not known."""
-    inner = metadata.get("record")
-    url = metadata.get("url") or (inner.get("url") if isinstance(inner, dict) else None)
-    return url if isinstance(url, str) else ""
-
-
 class SetAside(PipelineStep):
     """Counts documents, writes what carries a reason to `rejected/` or `drops/`, names the others' shards.
 
@@ -146,8 +140,8 @@ class SetAside(PipelineStep):
             tally.kept(source, raw["bytes"], passed_on=size)
             if raw.get("charset_from"):
                 tally.note(source, f"charset known by {raw['charset_from']}")
-            if raw.get("repaired"):
-                tally.note(source, "repaired")
+            for note in [*raw.get("notes", ()), *(["repaired"] if raw.get("repaired") else [])]:
+                tally.note(source, note)
             if raw.get("extractor") == "trafilatura":
                 tally.note(source, "extracted by trafilatura")
             document.metadata["shard"] = f"{index:04d}-{filled[source, index] // self.shard_bytes:04d}"

@@ -16,6 +16,7 @@ from configs.loader import ConfigError, entrypoint, parse_args
 from configs.rules import RuleSet
 from data_pipeline.provenance.lookup import (
     Stored,
+    given,
     places,
     plans,
     rows_of,
@@ -26,6 +27,7 @@ from data_pipeline.provenance.lookup import (
     stretches,
     uses,
 )
+from data_pipeline.reading.ids import published_id
 from data_pipeline.report import wide_console
 from data_pipeline.stage import read_manifest
 
@@ -33,14 +35,21 @@ _SHOWN = 8  # rows of the plan
 
 
 def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
-    """The lines to print. Errors: ConfigError for an id that no stage knows."""
+    """The lines to print. Errors: ConfigError for an id that no stage knows, or that several records gave."""
     run_dir = Path(config.run.dir)
     stages = stages_of(run_dir)
+    document = published_id(document)
     said: list[str] = []
     for record in set_aside(run_dir, {document}):
         said += [document, f"  extract    set aside: {record['reason']}, at {record['file']}:{record['position']}"]
     found = places(run_dir, {document})
     if not found and not said:
+        if alike := given(run_dir, document):
+            more = f", and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
+            raise ConfigError(
+                f"--id {document!r} was given by {len(alike)} records, whose documents are told apart by their places; "
+                f"name one of them: {', '.join(map(repr, alike[:_SHOWN]))}{more}"
+            )
         raise ConfigError(
             f"--id {document!r} is no document of {run_dir}; ids are those of the records, or SOURCE/FILE/POSITION"
         )

@@ -11,9 +11,11 @@ import pyarrow.compute as pc
 
 from configs.loader import ConfigError
 from data_pipeline.checked_parquet import read_parquet
-from data_pipeline.dedup.signatures import url_key
+from data_pipeline.cutting.documents import URL_KEY
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
+from data_pipeline.reading.addresses import url_key, url_of
+from data_pipeline.reading.ids import told_apart
 from data_pipeline.stage import read_manifest
 from data_pipeline.tables import read_table, shards_of
 
@@ -53,7 +55,7 @@ def stages_of(run_dir: Path) -> list[str]:
 
 
 def places(run_dir: Path, wanted: Collection[str]) -> list[Place]:
-    """Every document with one of these ids, in every source; ids need not be unique."""
+    """The documents with these ids."""
     value_set = pa.array(sorted(wanted), pa.string())
     found = []
     for shard in shards_of(run_dir / "language"):
@@ -61,6 +63,15 @@ def places(run_dir: Path, wanted: Collection[str]) -> list[Place]:
         for row in table.filter(pc.is_in(table["id"], value_set)).to_pylist():
             found.append(Place(row["source"], shard, row["row"], row["id"]))
     return found
+
+
+def given(run_dir: Path, own: str) -> list[str]:
+    """The ids of the documents that were told apart because their records all gave the id `own`, as it is published."""
+    found: set[str] = set()
+    for shard in shards_of(run_dir / "language"):
+        ids = read_table(run_dir / "language", shard, ["id"])["id"]
+        found.update(ids.filter(pc.starts_with(ids, told_apart(own, ""))).to_pylist())
+    return sorted(found)
 
 
 def rows_of(run_dir: Path, stage: str, place: Place) -> dict[str, Any] | None:
@@ -91,7 +102,7 @@ def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -
         for row in table.to_pylist():
             if row["id"] not in ids and not keys:
                 continue
-            url = url_key(_url(json.loads(row["metadata"])))
+            url = key_of_address(json.loads(row["metadata"]))
             if row["id"] not in ids and url not in keys:
                 continue
             split, source, store = path.relative_to(run_dir / "tokens").with_suffix("").parts
@@ -100,8 +111,11 @@ def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -
     return found
 
 
-def _url(metadata: dict[str, Any]) -> str:
-    return str(metadata.get("url") or (metadata.get("record") or {}).get("url") or "")
+def key_of_address(metadata: dict[str, Any]) -> int:
+    """`url_key` of the address that a published document came from, also where it is not shown as it was."""
+    if URL_KEY in metadata:
+        return int(metadata[URL_KEY], 16)
+    return url_key(url_of(metadata))
 
 
 def uses(plan: Plan, documents: Collection[Stored]) -> dict[Stored, list[tuple[int, int, int]]]:

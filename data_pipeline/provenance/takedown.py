@@ -14,13 +14,17 @@ from typing import Any
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load, write_atomic
-from data_pipeline.dedup.signatures import url_key
+from data_pipeline.cutting.hiding import hide
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans
-from data_pipeline.provenance.lookup import Stored, places, plans, steps, stored, stretches, uses
+from data_pipeline.provenance.lookup import Stored, given, places, plans, steps, stored, stretches, uses
 from data_pipeline.provenance.replan import rest, used
+from data_pipeline.reading.addresses import url_key
+from data_pipeline.reading.ids import published_id
 from data_pipeline.report import wide_console
 from data_pipeline.stage import read_manifest
+
+_SHOWN = 8  # ids of one line of the list
 
 
 def read_list(path: Path) -> list[str]:
@@ -35,7 +39,9 @@ def read_list(path: Path) -> list[str]:
 
 
 def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[Stored], run: Path | None) -> dict[str, Any]:
-    """Of the list: `documents`, which are `found` in token stores, `dropped_earlier`, and `not_found` anywhere."""
+    """Of the list: `documents`, which are `found` in token stores, `dropped_earlier`, ids that were `given_to_several`
+    with what those are called, and what was `not_found` anywhere. Nothing personal that the list holds is among it.
+    """
     trained_on = stretches(run) if run else []
     entries: dict[Stored, dict[str, Any]] = {
         one: {
@@ -57,13 +63,20 @@ def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[Stored], run: 
             if run:
                 entries[one]["steps"] += steps(trained_on, plan, samples)
     kept, addresses = {one.id for one in found}, {one.url for one in found}
-    earlier = {place.id for place in places(run_dir, set(wanted) - kept)}
+    ids = {line: published_id(line) for line in wanted}
+    earlier = {place.id for place in places(run_dir, set(ids.values()) - kept)}
     missing = [
         line
         for line in wanted
-        if line not in kept and line not in earlier and not (_is_address(line) and url_key(line) in addresses)
+        if ids[line] not in kept | earlier and not (_is_address(line) and url_key(line) in addresses)
     ]
-    return {"documents": list(entries.values()), "dropped_earlier": sorted(earlier), "not_found": missing}
+    alike = {ids[line]: shared for line in missing if (shared := given(run_dir, ids[line]))}
+    return {
+        "documents": list(entries.values()),
+        "dropped_earlier": sorted(earlier),
+        "given_to_several": alike,
+        "not_found": [hide(line) if _is_address(line) else ids[line] for line in missing if ids[line] not in alike],
+    }
 
 
 def _is_address(line: str) -> bool:
@@ -107,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if read_manifest(run_dir / "plan") is None:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no plan yet; run: trivium data run {args.config}")
     try:
-        found = stored(run_dir, wanted, list(filter(_is_address, wanted)))
+        found = stored(run_dir, list(map(published_id, wanted)), list(filter(_is_address, wanted)))
         report = touched(run_dir, wanted, found, args.run)
         for entry in report["documents"]:
             in_steps = f", {len(entry['steps'])} steps" if args.run else ""
@@ -116,6 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{sum(map(len, entry['rows'].values()))} rows{in_steps}",
                 highlight=False,
                 markup=False,
+            )
+        for line, alike in report["given_to_several"].items():
+            console.print(
+                f"{line}: nothing is taken down, since {len(alike)} records gave this id; list those that are meant by "
+                f"what they are called: {', '.join(alike[:_SHOWN])}{', ...' if len(alike) > _SHOWN else ''}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
         for name, what in (("dropped_earlier", "dropped before tokens were made"), ("not_found", "not found")):
             for line in report[name]:

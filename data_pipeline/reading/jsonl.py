@@ -1,9 +1,14 @@
 """JSON lines, plain or compressed: one record a line, however long the lines are.
 
-A line above `extract.max_record_bytes` is skipped over without being held. Blank lines are no records. Files that hold
-one JSON array are left out: their one line is set aside as not_an_object.
+A line above `extract.max_record_bytes` is skipped over without being held. Blank lines are no records, and a byte order
+mark in front of a line is no part of it. Numbers such as NaN and halves of surrogate pairs, which JSON forbids and
+Python's json writes, are read and counted. Files that hold one JSON array are left out: their one line is set aside as
+not_an_object.
 """
 
+import codecs
+import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -12,6 +17,7 @@ import orjson
 
 from configs.data import ExtractConfig, SourceConfig
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
+from data_pipeline.reading.fields import NOT_FINITE, fill, plain
 from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
 
 
@@ -76,50 +82,61 @@ def read_jsonl(
             continue
         for block in item.blocks():
             for line in splitter.feed(block):
-                yield from _records(line, source)
-    yield from _records(splitter.close(), source)
+                yield from _records(line, source, limits)
+    yield from _records(splitter.close(), source, limits)
 
 
-def _records(line: Line, source: SourceConfig) -> Iterator[Record]:
+def _records(line: Line, source: SourceConfig, limits: ExtractConfig) -> Iterator[Record]:
+    content = line.content.removeprefix(codecs.BOM_UTF8)
     if line.too_long:
-        yield Record(line.number, line.size, sample(line.content), reason="record_too_large", offset=line.offset)
-    elif line.content.strip():
-        yield _record(line, source)
+        yield Record(line.number, line.size, sample(content), reason="record_too_large", offset=line.offset)
+    elif content.strip():
+        yield _record(line, content, source, limits)
 
 
-def _record(line: Line, source: SourceConfig) -> Record:
+def _record(line: Line, content: bytes, source: SourceConfig, limits: ExtractConfig) -> Record:
     record = Record(line.number, line.size, offset=line.offset)
     try:
-        line.content.decode("utf-8")
-        fields = orjson.loads(line.content)
+        fields = parse(content, record.notes)
     except UnicodeDecodeError:
         record.reason = "invalid_utf8"
-    except orjson.JSONDecodeError:
-        record.reason = "nul_bytes" if b"\0" in line.content else "bad_json"
+    except (ValueError, RecursionError):
+        record.reason = "nul_bytes" if b"\0" in content else "bad_json"
     else:
         if isinstance(fields, dict):
-            fill(record, fields, source)
+            fill(record, fields, source, limits)
         else:
             record.reason = "not_an_object"
     if record.reason:
-        record.text = sample(line.content)
+        record.text = sample(content)
     return record
 
 
-def fill(record: Record, fields: dict[str, Any], source: SourceConfig) -> None:
-    """Text, id, URL and metadata of a record from its fields, or the reason why there is no text."""
-    text, name, url = fields.get(source.text_key), fields.get(source.id_key), fields.get(source.url_key)
-    if text is None:
-        record.reason = "missing_text"
-    elif not isinstance(text, str):
-        record.reason = "text_not_a_string"
-    elif not text.strip():
-        record.reason = "empty"
+def parse(content: bytes, notes: set[str]) -> Any:
+    """The value of a JSON text, with what had to be mended added to `notes`: NaN, Infinity, halves of surrogate pairs.
+
+    Errors: UnicodeDecodeError; ValueError, RecursionError for what is no JSON even so.
+    """
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        try:
+            text = content.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            raise error from None
     else:
-        record.text = text
-        if isinstance(fields.get("metadata"), dict):
-            record.metadata["record"] = fields["metadata"]
-        if isinstance(url, str):
-            record.metadata["url"] = url
-    if isinstance(name, str | int):
-        record.id = str(name)
+        with contextlib.suppress(orjson.JSONDecodeError):
+            value = orjson.loads(content)
+            if not (isinstance(value, dict) and any(map(_may_be_rounded, value.values()))):
+                return value
+
+    def constant(name: str) -> float:
+        notes.add(NOT_FINITE)
+        return float(name)
+
+    return plain(json.loads(text, parse_constant=constant), notes)
+
+
+def _may_be_rounded(value: Any) -> bool:
+    """Whether this can be an integer beyond 64 bits, of which orjson makes a float."""
+    return isinstance(value, float) and abs(value) >= 1 << 63

@@ -90,7 +90,7 @@ def _record(line: Line, blocks: _Blocks, file: FoundFile) -> Iterator[Record]:
 
 
 def _named(record: Record, file: FoundFile) -> Record:
-    record.id, record.metadata["path"] = f"{file.path}/{record.position}", file.inner_path
+    record.metadata["path"] = file.inner_path
     return record
 
 

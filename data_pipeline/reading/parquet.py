@@ -1,8 +1,9 @@
 """Parquet files: one record a row, read in batches of bounded memory.
 
-A row group whose text expands beyond the limits is not read. Text stays in its dictionary until a row is wanted, since
-a few kilobytes can stand for gigabytes of equal rows. A page is decoded whole, though, so that memory is at least a
-page's; writers keep pages near 1 MB. Encrypted files are left out.
+A row group whose text expands beyond the limits is not read, and of its other columns those are left out whose values
+are above `extract.max_fields_bytes` on average. Text stays in its dictionary until a row is wanted, since a few
+kilobytes can stand for gigabytes of equal rows. A page is decoded whole, though, so that memory is at least a page's;
+writers keep pages near 1 MB. Values that JSON does not have become strings. Encrypted files are left out.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.data import ExtractConfig, SourceConfig
-from data_pipeline.reading.jsonl import fill
+from data_pipeline.reading.fields import LEFT_OUT, fill, lookup, plain
 from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
 
 _BATCH_BYTES = 8 << 20
@@ -26,24 +27,27 @@ def read_parquet(
     """`position` is the row, from 1; rows that cannot be read any more are one record, with their `count`."""
     try:
         metadata = pq.read_metadata(content)
-        leaves = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+        leaves = leaves_of(metadata)
         rows, groups = metadata.num_rows, metadata.num_row_groups
         if source.text_key not in leaves:
             said = f"columns: {', '.join(leaves)}"[:SAMPLE_BYTES]
             yield from [Record(1, file.size, said, reason="missing_text", count=rows)] if rows else []
             return
         place = leaves.index(source.text_key)
-        if any(metadata.row_group(number).num_columns <= place for number in range(groups)) or rows < groups:
+        columns = [metadata.row_group(number).num_columns for number in range(groups)]
+        if any(count <= place for count in columns) or rows != _rows_in(metadata):
             raise pa.ArrowInvalid("the footer contradicts itself")
-        dictionary = [source.text_key] if _is_binary(metadata, place) else []
         table = pq.ParquetFile(
-            content, metadata=metadata, read_dictionary=dictionary, pre_buffer=False, buffer_size=1 << 20
+            content,
+            metadata=metadata,
+            read_dictionary=[leaf for number, leaf in enumerate(leaves) if _is_text(metadata, number)],
+            pre_buffer=False,
+            buffer_size=1 << 20,
         )
+        _ = table.schema_arrow
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:  # a damaged footer can say anything
         yield Record(0, file.size, str(error)[:SAMPLE_BYTES], reason="bad_parquet")
         return
-    names = table.schema_arrow.names
-    columns = [name for name in (source.text_key, source.id_key, source.url_key, "metadata") if name in names]
     first, done, expanded = 1, 0, 0
     for number in range(groups):
         group = table.metadata.row_group(number)
@@ -52,56 +56,151 @@ def read_parquet(
         if _is_bomb(text, limits) or expanded > limits.max_expanded_bytes:
             size = max(0, text.total_compressed_size)
             yield Record(first, size, reason="expansion_limit", count=max(1, group.num_rows))
-        else:
-            yield from _rows(table, number, first, columns, source, limits)
+        elif group.num_rows:
+            yield from _rows(table, number, first, source, limits)
         first += group.num_rows
         advance(file.size * (number + 1) // groups - done)
         done = file.size * (number + 1) // groups
 
 
-def _is_binary(metadata: pq.FileMetaData, column: int) -> bool:
-    return metadata.schema.column(column).physical_type == "BYTE_ARRAY"
+def leaves_of(metadata: pq.FileMetaData) -> list[str]:
+    """The paths of all columns that hold values, as `a.b` for b in the struct a."""
+    return [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+
+
+def _rows_in(metadata: pq.FileMetaData) -> int:
+    return sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+
+
+def _is_text(metadata: pq.FileMetaData, number: int) -> bool:
+    column = metadata.schema.column(number)
+    plain_bytes = column.physical_type == "BYTE_ARRAY" and column.logical_type.type != "DECIMAL"
+    return bool(plain_bytes and column.max_repetition_level == 0)
 
 
 def _is_bomb(text: Any, limits: ExtractConfig) -> bool:
     size = text.total_uncompressed_size
-    return size > _RATIO_FLOOR and size > limits.max_expansion * max(1, text.total_compressed_size)
+    return bool(size > _RATIO_FLOOR and size > limits.max_expansion * max(1, text.total_compressed_size))
+
+
+def _wanted(table: pq.ParquetFile, number: int, source: SourceConfig, limits: ExtractConfig) -> tuple[list[str], bool]:
+    """The columns of a row group that are read, and whether others were wanted and are too large."""
+    group = table.metadata.row_group(number)
+    read, left_out = [], False
+    for place, leaf in enumerate(leaves_of(table.metadata)[: group.num_columns]):
+        column = group.column(place)
+        if _is_named(leaf, source):
+            fits = leaf == source.text_key or not _is_bomb(column, limits)
+        elif source.fields == "all" or any(_leads_to(key, leaf) for key in source.fields):
+            large = column.total_uncompressed_size > limits.max_fields_bytes * max(1, group.num_rows)
+            fits = not large and not _is_bomb(column, limits)
+        else:
+            continue
+        if fits:
+            read.append(leaf)
+        left_out |= not fits
+    return read, left_out
+
+
+def _is_named(leaf: str, source: SourceConfig) -> bool:
+    keys = (source.text_key, source.id_key, source.url_key, source.metadata_key)
+    return any(_leads_to(key, leaf) for key in keys)
+
+
+def _leads_to(key: str, leaf: str) -> bool:
+    return leaf == key or leaf.startswith(f"{key}.")
 
 
 def _rows(
-    table: pq.ParquetFile, number: int, first: int, columns: list[str], source: SourceConfig, limits: ExtractConfig
+    table: pq.ParquetFile, number: int, first: int, source: SourceConfig, limits: ExtractConfig
 ) -> Iterator[Record]:
     group = table.metadata.row_group(number)
     row, end = first, first + group.num_rows
     size = max(1, group.total_byte_size // max(1, group.num_rows))
-    try:
-        batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // size))
-        for batch in table.iter_batches(batch_rows, row_groups=[number], columns=columns):
-            for place in range(batch.num_rows):
-                yield _row(batch, place, row, source, limits)
-                row += 1
-    except (OSError, pa.ArrowException) as error:
-        lost = max(0, group.total_byte_size) * (end - row) // max(1, group.num_rows)
-        yield Record(row, lost, str(error)[:SAMPLE_BYTES], reason="bad_parquet", count=max(1, end - row))
+    columns, left_out = _wanted(table, number, source, limits)
+    bare = [leaf for leaf in columns if _is_named(leaf, source)]
+    # Where a page is damaged that only holds what is carried along, the rest is read without it.
+    for attempt, leaves in enumerate([columns, bare] if bare != columns else [columns]):
+        at = first
+        try:
+            batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // size))
+            for batch in table.iter_batches(batch_rows, row_groups=[number], columns=leaves):
+                for place in range(max(0, row - at), batch.num_rows):
+                    record = _row(batch, place, row, source, limits)
+                    if left_out or attempt:
+                        record.notes.add(LEFT_OUT)
+                    yield record
+                    row += 1
+                at += batch.num_rows
+        except (OSError, pa.ArrowException) as error:
+            if leaves != bare:
+                continue
+            lost = max(0, group.total_byte_size) * (end - row) // max(1, group.num_rows)
+            yield Record(row, lost, str(error)[:SAMPLE_BYTES], reason="bad_parquet", count=max(1, end - row))
+        return
 
 
 def _row(batch: pa.RecordBatch, place: int, row: int, source: SourceConfig, limits: ExtractConfig) -> Record:
-    fields: dict[str, Any] = {}
-    record = Record(row, 0)
+    record, content = Record(row, 0), None
     try:
-        value = batch.column(source.text_key)[place]
-        text = value.value if isinstance(value, pa.DictionaryScalar) else value
+        text = _text_of(batch, place, source.text_key)
         if hasattr(text, "as_buffer") and text.is_valid:
             content = text.as_buffer()
             record.size = content.size
             if content.size > limits.max_record_bytes:
                 record.reason, record.text = "record_too_large", sample(content[:SAMPLE_BYTES].to_pybytes())
                 return record
-        fields = {name: batch.column(name)[place].as_py() for name in batch.schema.names}
-        if isinstance(fields[source.text_key], bytes):
-            fields[source.text_key] = fields[source.text_key].decode("utf-8")
+            content = content.to_pybytes().decode()
+        fields = {name: _value(batch.column(name)[place], record.notes) for name in batch.schema.names}
     except UnicodeDecodeError as error:
         record.reason, record.text = "invalid_utf8", sample(error.object)
         return record
-    fill(record, fields, source)
+    except (ValueError, OverflowError, TypeError, pa.ArrowException) as error:  # a value that Python cannot hold
+        record.reason, record.text = "bad_parquet", str(error)[:SAMPLE_BYTES]
+        return record
+    if text.is_valid and (found := lookup(fields, source.text_key)):
+        found[0][found[1]] = content  # as it is: text, or no text at all
+        record.reason = "" if isinstance(content, str) else "text_not_a_string"
+    if not record.reason:
+        fill(record, fields, source, limits)
     return record
+
+
+def _text_of(batch: pa.RecordBatch, place: int, key: str) -> Any:
+    """The scalar under a key, which leads into structs unless a column has that very name."""
+    if key in batch.schema.names:
+        scalar = batch.column(key)[place]
+    else:
+        names = key.split(".")
+        start = next(end for end in range(1, len(names)) if ".".join(names[:end]) in batch.schema.names)
+        scalar = batch.column(".".join(names[:start]))[place]
+        for name in names[start:]:
+            if not scalar.is_valid:
+                break
+            scalar = scalar[name]
+    return scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+
+
+def _value(scalar: Any, notes: set[str]) -> Any:
+    """A value as JSON has it. Errors: ValueError, OverflowError, TypeError, ArrowException for one that has no form."""
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, pa.DictionaryScalar):
+        return _value(scalar.value, notes)
+    if isinstance(scalar, pa.MapScalar):
+        pairs = [[_value(pair["key"], notes), _value(pair["value"], notes)] for pair in scalar.values]
+        return dict(pairs) if all(isinstance(key, str) for key, _ in pairs) else pairs
+    if isinstance(scalar, pa.ListScalar):  # of all kinds of lists
+        return [_value(item, notes) for item in scalar.values]
+    if isinstance(scalar, pa.StructScalar):
+        return {field.name: _value(scalar[number], notes) for number, field in enumerate(scalar.type)}
+    if isinstance(scalar, pa.StringScalar):
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
+    if pa.types.is_timestamp(scalar.type) or pa.types.is_time64(scalar.type):  # Python's have no nanoseconds
+        return scalar.cast(pa.string()).as_py()
+    if pa.types.is_duration(scalar.type):
+        return f"{scalar.value} {scalar.type.unit}"
+    try:
+        return plain(scalar.as_py(), notes)
+    except (ValueError, OverflowError):  # a date beyond the year 9999
+        return str(scalar.value)

@@ -62,7 +62,8 @@ class FoundFile:
     """A path that a source's patterns lead to; with a `reason`, one that is not to be read.
 
     `root` is the folder that was searched, empty for a file that was named itself. `identity` says which version of
-    a remote object it is (its ETag, say); local files are told apart by their content.
+    a remote object it is (its ETag, say); local files are told apart by their content. `name` is what its documents are
+    named after: see `ids`.
     """
 
     path: str
@@ -70,6 +71,7 @@ class FoundFile:
     root: str = ""
     reason: str = ""
     identity: str = ""
+    name: str = ""
 
     @property
     def inner_path(self) -> str:
@@ -97,7 +99,8 @@ class Record:
 
     `position` is a line or row (from 1), or the byte offset of a WARC record. `offset` is the byte at which a line
     starts, in the file's decompressed content, or that of the damage in a file that is one document. `size` is in
-    bytes. `count` is above 1 where many records are lost as one. `charset_from` is what a page's encoding was known by.
+    bytes. `count` is above 1 where many records are lost as one. `id` is the record's own, empty where it has none.
+    `charset_from` is what a page's encoding was known by. `notes` name what was mended or left out, for the ledger.
     """
 
     position: int
@@ -110,6 +113,7 @@ class Record:
     count: int = 1
     charset_from: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
 
 
 def sample(content: bytes) -> str:

@@ -4,7 +4,9 @@ Every record of every file is yielded once, what cannot be used with a reason in
 `extraction.SetAside`. A file that cannot be opened, or breaks off, is such a record too.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from datatrove.data import Document, DocumentsPipeline
@@ -16,6 +18,7 @@ from data_pipeline.executors.progress import ProgressFile
 from data_pipeline.ledger import Tally
 from data_pipeline.reading.charsets import charset_of
 from data_pipeline.reading.files import find_files, is_http, is_remote, open_file
+from data_pipeline.reading.ids import id_of_place, name_of, published_id, roots_of
 from data_pipeline.reading.jsonl import read_jsonl
 from data_pipeline.reading.parquet import read_parquet
 from data_pipeline.reading.records import Advance, FoundFile, InputUnit, Record
@@ -45,7 +48,9 @@ def find_units(name: str, source: SourceConfig, unit_bytes: int) -> list[InputUn
         )
     groups: list[list[FoundFile]] = []
     size = 0
-    for file in find_files(name, source):
+    found = find_files(name, source)
+    roots = roots_of(source.files, [file.path for file in found])
+    for file in (replace(file, name=name_of(file.path, roots)) for file in found):
         if not groups or not _is_one_document(source) or size + file.size > unit_bytes:
             groups.append([])
             size = 0
@@ -65,10 +70,10 @@ def read_file(file: FoundFile, source: SourceConfig, limits: ExtractConfig, adva
     """
     position = 0
     if file.reason:
-        yield Record(0, file.size, reason=file.reason, id=file.path)
+        yield Record(0, file.size, reason=file.reason)
         return
     if file.size == 0 and not _is_one_document(source):
-        yield Record(0, 0, reason="empty_file", id=file.path)
+        yield Record(0, 0, reason="empty_file")
         return
     try:
         with open_file(file.path) as content:
@@ -114,19 +119,25 @@ class SourceReader(PipelineStep):
         progress = ProgressFile(self.progress, rank)
         for unit in self.units[rank::world_size]:
             for file in unit.files:
+                places = Counter[int]()
                 for record in read_file(file, unit.config, self.limits, progress.advance):
                     tally.came_in(unit.source, record.size, record.count)
-                    document = _document(unit, file, record)
+                    if unit.config.format == "warc":  # where a compressed member holds many, some share a position
+                        places[record.position] += 1
+                    document = _document(unit, file, record, places[record.position])
                     self.update_doc_stats(document)
                     yield document
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
         progress.close()
 
 
-def _document(unit: InputUnit, file: FoundFile, record: Record) -> Document:
+def _document(unit: InputUnit, file: FoundFile, record: Record, again: int) -> Document:
+    """`again` is how many records were found at this position of the file, this one among them."""
+    place = f"{record.position}.{again}" if again > 1 else record.position
+    whole = _is_one_document(unit.config) or (not record.position and unit.config.format != "warc")
     return Document(
         text=record.text,
-        id=record.id or f"{unit.source}/{file.path.rsplit('/', 1)[-1]}/{record.position}",
+        id=published_id(record.id) if record.id else id_of_place(unit.source, file.name, "" if whole else place),
         metadata={
             "source": unit.source,
             "file": file.path,
@@ -141,6 +152,7 @@ def _document(unit: InputUnit, file: FoundFile, record: Record) -> Document:
                 "html": record.html,
                 "charset_from": record.charset_from,
                 "reason": record.reason,
+                "notes": sorted(record.notes),
             },
         },
     )

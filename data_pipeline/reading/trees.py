@@ -1,8 +1,9 @@
 """Files that are one document each: plain text, HTML pages and source code, in folders of any depth.
 
-The path is the document's id. Text is in the encoding that its source's `encoding` names, or UTF-8, UTF-16 or UTF-32
-with a byte order mark; a text file in any other is set aside, while pages say what theirs is. With `document_per` a
-file of text is a document a line: see `lines`. A source file with a NUL byte near its start is binary, as git has it.
+Documents are named after their paths below the source's root. Text is in the encoding that its source's `encoding`
+names, or UTF-8, UTF-16 or UTF-32 with a byte order mark; a text file in any other is set aside, while pages say what
+theirs is. With `document_per` a file of text is a document a line: see `lines`. A source file with a NUL byte near its
+start is binary, as git has it.
 """
 
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def read_html(
 
 def _whole(content: BinaryIO, file: FoundFile, limits: ExtractConfig, advance: Advance) -> tuple[bytes, Record]:
     """A file's content, or its beginning, and a record that says what is wrong with it."""
-    record = Record(1, 0, id=file.path, metadata={"path": file.inner_path})
+    record = Record(1, 0, metadata={"path": file.inner_path})
     parts: list[bytes] = []
     for item in members(content, limits, advance, claimed_compression(file.path)):
         if isinstance(item, Fault):

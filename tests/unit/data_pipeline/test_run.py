@@ -187,7 +187,7 @@ def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path
     written = [
         record for path in run_folder(config).glob("documents/*/code/*.jsonl.zst") for record in read_records(path)
     ]
-    assert written and all(document["id"].startswith(f"{tmp_path}/code/a/") for document in written)
+    assert written and all(document["id"].startswith("code/a/") for document in written)
     assert written[0]["metadata"]["code_language"] == "Python"
 
     page = next(read_records(next(run_folder(config).glob("extract/pages/*.zst"))))

@@ -1,0 +1,156 @@
+"""From the fields of a JSON line or a parquet row to a record: its text, id and URL, and what it says besides.
+
+A key may lead into nested objects, as `a.b`; a field that is itself called "a.b" comes first. What is neither text, id,
+URL nor metadata is carried along under `fields`, as far as `SourceConfig.fields` asks for it. All values become such
+as JSON has: dates, decimals, UUIDs and numbers beyond 64 bits become strings, and so do NaN and the infinities. Half a
+surrogate pair, which no UTF-8 can hold, becomes U+FFFD.
+"""
+
+import datetime
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from configs.data import ExtractConfig, SourceConfig
+from data_pipeline.reading.records import Record
+
+SURROGATES = "lone surrogates replaced"
+NOT_FINITE = "NaN or Infinity in JSON"
+LEFT_OUT = "fields too large to carry"
+
+_LARGEST, _SMALLEST = (1 << 64) - 1, -(1 << 63)  # what orjson writes
+_DEPTH = 8  # of objects that hold a record's metadata, in all that is written of it
+
+
+def lookup(fields: dict[str, Any], key: str) -> tuple[dict[str, Any], str] | None:
+    """The object that holds `key` and the name it has there; None where no object does."""
+    if key in fields:
+        return fields, key
+    place = key.find(".")
+    while place >= 0:
+        inner = fields.get(key[:place])
+        if isinstance(inner, dict) and (found := lookup(inner, key[place + 1 :])):
+            return found
+        place = key.find(".", place + 1)
+    return None
+
+
+def fill(record: Record, fields: dict[str, Any], source: SourceConfig, limits: ExtractConfig) -> None:
+    """Puts text, id, URL and metadata into `record`, or the reason why there is no text. Takes them out of `fields`."""
+    places = {key: lookup(fields, key) for key in (source.text_key, source.id_key, source.url_key, source.metadata_key)}
+    found = {key: place and place[0][place[1]] for key, place in places.items()}
+    text, own, url, inner = (
+        found[key] for key in (source.text_key, source.id_key, source.url_key, source.metadata_key)
+    )
+    used = {source.text_key}
+    if isinstance(own, str | int | float) and not isinstance(own, bool):
+        record.id = str(own)
+        used.add(source.id_key)
+    if text is None:
+        record.reason = "missing_text"
+    elif not isinstance(text, str):
+        record.reason = "text_not_a_string"
+    elif not text.strip():
+        record.reason = "empty"
+    else:
+        record.text = text
+    if isinstance(url, str):
+        record.metadata["url"] = url
+        used.add(source.url_key)
+    if record.reason:
+        return
+    if isinstance(inner, dict):
+        used.add(source.metadata_key)
+        if _can_be_written(inner):
+            record.metadata["record"] = inner
+        else:
+            record.notes.add(LEFT_OUT)
+    listed = source.fields if source.fields != "all" else None
+    wanted = _listed(fields, listed) if listed is not None else _others(fields, [places[key] for key in used], used)
+    carried = _within(wanted, limits.max_fields_bytes)
+    if carried:
+        record.metadata["fields"] = carried
+    if len(carried) < len(wanted):
+        record.notes.add(LEFT_OUT)
+
+
+def _listed(fields: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    places = {key: lookup(fields, key) for key in keys}
+    return {key: value for key, place in places.items() if place and (value := place[0][place[1]]) is not None}
+
+
+def _others(fields: dict[str, Any], places: list[Any], used: set[str]) -> dict[str, Any]:
+    """What is left of the fields once those at `places` are taken out."""
+    for place in places:
+        if place:
+            place[0].pop(place[1], None)
+    nested = {key.split(".")[0] for key in used}
+    emptied = {name for name in nested if fields.get(name) == {}}
+    return {name: value for name, value in fields.items() if value is not None and name not in emptied}
+
+
+def _within(fields: dict[str, Any], most: int) -> dict[str, Any]:
+    """Those that fit into `most` bytes of JSON together, in their order."""
+    kept, size = {}, 0
+    for name, value in fields.items():
+        content = _json(value)
+        if content is not None and size + len(name) + len(content) <= most:
+            kept[name] = value
+            size += len(name) + len(content)
+    return kept
+
+
+def _can_be_written(value: Any) -> bool:
+    return _json(value) is not None
+
+
+def _json(value: Any) -> bytes | None:
+    """None for what is nested too deep to be written."""
+    for _ in range(_DEPTH):
+        value = [value]
+    try:
+        return orjson.dumps(value)[_DEPTH:-_DEPTH]
+    except TypeError:
+        return None
+
+
+def plain(value: Any, notes: set[str]) -> Any:
+    """`value` as JSON has it; what had to be mended is added to `notes`. Errors: RecursionError, nested too deep."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return whole(value, notes)
+    if isinstance(value, int):
+        return value if _SMALLEST <= value <= _LARGEST else str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    if isinstance(value, bytes):
+        return _of_bytes(value)
+    if isinstance(value, Mapping):
+        return {whole(str(name), notes): plain(inner, notes) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner, notes) for inner in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return whole(str(value), notes)
+
+
+def whole(text: str, notes: set[str]) -> str:
+    """`text` with surrogates joined to characters where two make one, and U+FFFD for the others."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        notes.add(SURROGATES)
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _of_bytes(content: bytes) -> str:
+    """Bytes that are text as that, others in hexadecimal digits."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return content.hex()
+    return text if all(sign.isprintable() or sign.isspace() for sign in text) else content.hex()
