@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from data_pipeline.cutting.hiding import hide_in
 from data_pipeline.cutting.personal import PLACEHOLDERS, find, luhn, mask
 from tests.unit.data_pipeline.conftest import DEMO
 
@@ -131,3 +132,24 @@ def test_what_a_sample_cuts_off_is_masked_as_well() -> None:
         for end in range(10, len(secret)):
             shown = mask(before + secret[:end])
             assert secret[:10] not in shown, (secret[:end], shown)
+
+
+def test_what_a_record_says_beside_its_text() -> None:
+    given = {"author": "Bob <bob@uni-bonn.de>", "phone": 2125550153, "deep": [{"to": "jane@uni-bonn.de"}, 5, None]}
+    given |= {
+        "bob@uni-bonn.de": 1,
+        "jane@uni-bonn.de": 2,
+        "day": 20240229,
+        "url": "http://a.org/?m=bob%40uni-bonn.de&x",
+    }
+    assert hide_in(given) == {
+        "author": "Bob <<EMAIL>>",
+        "phone": "<PHONE>",
+        "deep": [{"to": "<EMAIL>"}, 5, None],
+        "<EMAIL>": 1,
+        "<EMAIL> (2)": 2,
+        "day": 20240229,
+        "url": "http://a.org/?m=<EMAIL>&x",
+    }
+    assert hide_in(given, ["phone"], {"phone": "-"})["phone"] == "-"
+    assert hide_in(given, ["phone"])["author"] == given["author"]
