@@ -1,6 +1,7 @@
 """Whether a folder that a command is to fill can be written to, told in one sentence before the work begins."""
 
 import errno
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
     Errors: ConfigError that names `key` and its `value`, the folder itself if it is left out.
     """
     folder = Path(folder)
-    there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
     try:
+        there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
         with tempfile.NamedTemporaryFile(dir=there, prefix=".writable.") as probe:
             probe.write(bytes(_PROBE_BYTES))
             probe.flush()
@@ -34,7 +35,8 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
 
 
 def _reason(folder: Path, error: OSError) -> str:
-    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    # os.path, since a folder above that may not be entered is no error here: it is what `error` tells of.
+    file = next((path for path in (folder, *folder.parents) if os.path.exists(path) and not os.path.isdir(path)), None)
     if file is not None:
         return f"{file} is a file; name a folder, or a place in one"
     return REASONS.get(error.errno or 0, f"nothing can be written there ({error.strerror}); name another place")

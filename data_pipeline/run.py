@@ -25,13 +25,14 @@ from typing import Any
 from rich.console import Console
 
 from configs.data import DataConfig
+from configs.folders import check_writable
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
 from data_pipeline.alarms import alarms, look, missed
 from data_pipeline.cutting.stages import cut_stages
 from data_pipeline.dedup.stages import dedup_stages
 from data_pipeline.executors.base import Executor
 from data_pipeline.executors.choose import choose, one_voice
-from data_pipeline.executors.disk import told, usable
+from data_pipeline.executors.disk import told
 from data_pipeline.executors.slurm import cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, quiet
 from data_pipeline.extraction.step import set_aside
@@ -72,7 +73,7 @@ def run(
     Errors: ConfigError, ValueError for data that cannot be used, TaskError, LedgerError.
     """
     run_dir = Path(config.run.dir)
-    usable(run_dir)
+    check_writable(run_dir, "run.dir")
     with sole_user(run_dir):
         quiet(None)
         with nothing_left_of_refused(run_dir):
@@ -246,7 +247,7 @@ def dry_run(config: DataConfig, console: Console, executor: Executor, only: str 
     """
     run_dir = Path(config.run.dir)
     if run_dir.exists():
-        usable(run_dir)
+        check_writable(run_dir, "run.dir")
     done = set()
     if run_dir.is_dir():
         stages = all_stages(config, run_dir, console, executor)

@@ -8,8 +8,6 @@ import errno
 import os
 from pathlib import Path
 
-from configs.loader import ConfigError
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PROBE_BYTES = 1 << 16  # more than what a task writes to say that it failed
 
@@ -44,18 +42,3 @@ def told(message: str, folder: Path) -> str:
 
 def is_full(message: str) -> bool:
     return any(os.strerror(number) in message for number in _FULL)
-
-
-def usable(run_dir: Path) -> None:
-    """Makes the run directory. Errors: ConfigError where that cannot be, or nothing can be written there."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        file = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-        raise ConfigError(
-            f"run.dir = {str(run_dir)!r}: {file} is a file; name a folder, or move the file away"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"run.dir = {str(run_dir)!r} cannot be made ({error}); name a folder elsewhere") from None
-    if reason := trouble(run_dir):
-        raise ConfigError(f"run.dir = {str(run_dir)!r}: {reason}")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -68,12 +69,16 @@ def test_a_read_only_and_a_full_file_system(tmp_path: Path, options: str, fill: 
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become another user")
-def test_a_folder_of_another_user(tmp_path: Path) -> None:
-    for above in (tmp_path, *tmp_path.parents[:2]):
+@pytest.mark.parametrize("mode", [0o700, 0o755], ids=["closed", "open"])
+def test_a_folder_of_another_user(tmp_path: Path, mode: int) -> None:
+    for above in (tmp_path, *tmp_path.parents):
+        if above == Path(tempfile.gettempdir()):
+            break
         above.chmod(0o755)
+    tmp_path.chmod(mode)
     script = (
         "import os, sys; from configs.folders import check_writable\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534); check_writable(sys.argv[1], 'run.dir')"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True)
-    assert "this user may not write there; name another place" in done.stderr
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a/run")], capture_output=True, text=True)
+    assert f"ConfigError: run.dir = '{tmp_path}/a/run': this user may not write there; name another" in done.stderr
