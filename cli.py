@@ -4,6 +4,7 @@ Thin on purpose: nothing is imported until a subcommand is called, so that `triv
 and a login node without a GPU can ask for it. Leaves out every option: those belong to the modules.
 """
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -46,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = argv is None  # the process's command line, and not one that a test calls
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
+        _print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
         from importlib.metadata import version
 
-        print(f"trivium {version('trivium')}")
+        _print(f"trivium {version('trivium')}")
         return 0
     for words in (2, 1):
         name = " ".join(argv[:words])
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
     if group:
         if argv[1:2] in (["-h"], ["--help"]):
-            print(usage(group))
+            _print(usage(group))
             return 0
         return _refuse(f"`trivium {argv[0]}` needs one of: {', '.join(name.split()[1] for name in group)}")
     return _refuse(f"there is no command {argv[0]!r}; `trivium --help` lists them{_nearest(argv[0])}")
@@ -96,6 +97,15 @@ def _call(target: str, argv: Sequence[str], own: bool) -> None:
 
     speaks = module not in run.TRAINING.values() or environment.is_main()
     entrypoint(getattr(importlib.import_module(module), function), argv, speaks, environment.tell_torchrun)
+
+
+def _print(text: str) -> None:
+    """Prints `text`, or as much of it as somebody reads (`trivium --help | head -1`)."""
+    from configs import signals
+
+    with contextlib.suppress(BrokenPipeError):
+        print(text)
+    signals.flush()
 
 
 def _refuse(sentence: str) -> int:

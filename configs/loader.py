@@ -196,12 +196,15 @@ def entrypoint(
         if speaks:
             print(f"interrupted; {signals.AGAIN}", file=sys.stderr)
         status = signals.INTERRUPTED
+    except SystemExit:  # of --help
+        signals.flush()
+        raise
     except Exception as error:
         signals.let_a_signal_pass()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {error.filename}" if error.filename else ""
             print(f"error: no space is left on disk{where}; make room, then {signals.AGAIN}", file=sys.stderr)
-        else:
+        elif not (isinstance(error, BrokenPipeError) and signals.nobody_reads()):
             traceback.print_exc()
         status = 1
     signals.exit(status)

@@ -223,14 +223,36 @@ def exit(status: int) -> NoReturn:
     """Ends the process; no signal changes its status any more."""
     if _watch is not None:
         _watch.close(ignore=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     if _watch is not None and _watch.saves:
         os._exit(status)  # all is saved and closed, and Python takes seconds to forget what torch has brought
     # An interruption that met a string being run (imports run many) would, though caught, make `python -m` end as if
     # killed by SIGINT; running another string makes it forget.
     exec("")
     raise SystemExit(status)
+
+
+def flush() -> None:
+    """Writes out what is still buffered; what nobody reads any more (`... | head`) is dropped in silence."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # Python would try again at its end, and complain
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone, in a command that loses nothing by ending then."""
+    if _watch is not None and _watch.saves:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # POLLERR, the sign of it, is always reported
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # not a file
+        return False
 
 
 @contextlib.contextmanager

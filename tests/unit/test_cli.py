@@ -1,6 +1,7 @@
 """The `trivium` command: its table, its refusals, and that help needs no heavy import."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -74,3 +75,18 @@ def test_a_subcommand_gets_the_rest_and_its_status_is_passed_on(
     with pytest.raises(SystemExit) as failed:
         cli.main(["report", str(tmp_path / "nowhere")])
     assert failed.value.code == 2 and "has no metrics.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["data", "--help"], ["config", "--help"], ["config", "--explain", "data"]]
+)
+def test_output_that_nobody_reads_is_no_error(argv: list[str]) -> None:
+    """As of `trivium --help | head -1`, whose reader has gone before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "cli", *argv]
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert done.stderr == "" and done.returncode in (0, 1)
