@@ -13,6 +13,7 @@ from configs.loader import ConfigError, command_parser, entrypoint
 if TYPE_CHECKING:
     from export.chat import TextCodec
     from pretrain.model import Decoder
+    from pretrain.sampling import Completion
 
 RUN_HELP = "a run directory (its newest checkpoint), a checkpoint, or an imported model"
 
@@ -30,20 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pretrain.sampling import generate
 
-    decoder, codec = load(args.source, args.step)
+    decoder, codec, context = load(args.source, args.step)
     prompts = [codec.encode_prompt(text) for text in args.prompt]
+    rooms = [context - len(prompt) for prompt in prompts]
+    for text, prompt in zip(args.prompt, prompts, strict=True):
+        if len(prompt) >= context:
+            raise ConfigError(f"--prompt {text[:20]!r}...: {_beyond(len(prompt), context)}; give a shorter one")
     completions = generate(
         decoder,
         prompts,
-        args.max_new_tokens,
+        min(args.max_new_tokens, max(rooms)),
         temperature=args.temperature,
         seed=args.seed,
         stop_ids=codec.stop_ids,
         top_p=args.top_p,
         pad_id=codec.pad_id,
     )
-    for text, completion in zip(args.prompt, completions, strict=True):
-        print(text + codec.decode(completion.tokens))
+    for text, completion, room in zip(args.prompt, completions, rooms, strict=True):
+        print(text + codec.decode(completion.tokens[:room]), flush=True)
+        _tell_if_cut(completion, room, args.max_new_tokens, context)
         if len(args.prompt) > 1:
             print("-" * 40)
     return 0
@@ -59,7 +65,7 @@ def chat(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--system", help="a system message to begin with")
     args = parser.parse_args(argv)
     _check(args)
-    decoder, codec = load(args.source, args.step)
+    decoder, codec, context = load(args.source, args.step)
     if codec.chat_template is None:
         raise ConfigError(f"{args.source} has no chat template; chat needs a run of `trivium sft` or later")
 
@@ -78,7 +84,13 @@ def chat(argv: Sequence[str] | None = None) -> int:
         if not text:
             continue
         messages.append({"role": "user", "content": text})
-        reply = answer(decoder, codec, messages, args, key=str(turn))
+        prompt = codec.encode_chat(messages)
+        if len(prompt) >= context:
+            messages.pop()
+            said = f"the dialogue, {_beyond(len(prompt), context)}"
+            print(f"{said}; /reset starts over, or say it in fewer words", file=sys.stderr, flush=True)
+            continue
+        reply = answer(decoder, codec, prompt, args, context, key=str(turn))
         messages.append({"role": "assistant", "content": reply})
         turn += 1
         print(reply, flush=True)
@@ -87,35 +99,50 @@ def chat(argv: Sequence[str] | None = None) -> int:
 def answer(
     decoder: "Decoder",
     codec: "TextCodec",
-    messages: list[dict[str, str]],
+    prompt: list[int],
     args: argparse.Namespace,
+    context: int,
     key: str = "0",
 ) -> str:
-    """The model's next turn. `key` makes each turn draw anew from the one seed."""
+    """The model's next turn after a `prompt` within its context. `key` makes each turn draw anew from the one seed."""
     from pretrain.sampling import generate
 
+    room = context - len(prompt)
     completion = generate(
         decoder,
-        [codec.encode_chat(messages)],
-        args.max_new_tokens,
+        [prompt],
+        min(args.max_new_tokens, room),
         temperature=args.temperature,
         seed=args.seed,
         stop_ids=codec.stop_ids,
         top_p=args.top_p,
         keys=[key],
     )[0]
+    _tell_if_cut(completion, room, args.max_new_tokens, context)
     return codec.decode(completion.tokens)
 
 
-def load(source: str, step: str) -> tuple["Decoder", "TextCodec"]:
-    """The whole model in fp32 on the CPU, and its text codec."""
+def _beyond(tokens: int, context: int) -> str:
+    return f"its {tokens} tokens leave no room in the {context} that the model was made for"
+
+
+def _tell_if_cut(completion: "Completion", room: int, asked: int, context: int) -> None:
+    """Says where a text ends because the model was not made for longer ones."""
+    stopped = completion.stopped and len(completion.tokens) <= room
+    if asked > room and not stopped:
+        said = f"stopped after {room} of {asked} new tokens, at the {context} in all that the model was made for"
+        print(f"note: {said}", file=sys.stderr, flush=True)
+
+
+def load(source: str, step: str) -> tuple["Decoder", "TextCodec", int]:
+    """The whole model in fp32 on the CPU, its text codec, and how many tokens it was made for at a time."""
     from export.source import open_source
     from pretrain.model import build_single
 
     try:
         opened = open_source(source, step)
         codec = opened.codec()
-        return build_single(opened.model, opened.read()), codec
+        return build_single(opened.model, opened.read()), codec, opened.context
     except ValueError as error:  # a damaged checkpoint, another model's weights: the message names the file
         raise ConfigError(str(error)) from None
 

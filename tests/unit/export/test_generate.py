@@ -70,6 +70,47 @@ def test_chat_prompt_is_that_of_training(model, tokenizer_path):
     assert codec.stop_ids == [2, 7]
 
 
+def test_texts_end_at_the_context(model, capsys):
+    """With the model's 128 tokens: each prompt has what is left of them, and one that fills them is refused."""
+    codec = TextCodec(model / "tokenizer.model")
+    long, short = "It was the age of wisdom, " * 9, "It was"
+    room = 128 - len(codec.encode_prompt(long))
+    assert 0 < room < 100
+
+    def texts(*prompts: str, count: int) -> tuple[list[str], str]:
+        argv = [word for prompt in prompts for word in ("--prompt", prompt)]
+        generate.main([str(model), *argv, "--max-new-tokens", str(count), "--temperature", "0"])
+        said = capsys.readouterr()
+        return said.out.split("\n" + "-" * 40 + "\n"), said.err
+
+    whole, said = texts(long, count=room)
+    assert said == "", "it just fits"
+    cut, said = texts(long, count=room + 1)
+    assert cut == whole and said == (
+        f"note: stopped after {room} of {room + 1} new tokens, at the 128 in all that the model was made for\n"
+    )
+    both, said = texts(long, short, count=room + 1)
+    assert both[0] == whole[0].rstrip("\n") and said.count("note: ") == 1
+    assert both[1] == texts(short, count=room + 1)[0][0].rstrip("\n")
+    with pytest.raises(ConfigError, match=r"leave no room in the 128 that the model was made for; give a shorter one"):
+        texts(short, long * 2, count=1)
+
+
+def test_a_dialogue_ends_at_the_context(model, capsys, monkeypatch):
+    (model / "chat_template.jinja").write_text(jinja_template())
+    fills = "It was the age of wisdom, " * 20
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hello\n{fills}\nand\n/reset\nhello\n"))
+    assert generate.chat([str(model), "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("leave no room in the 128 that the model was made for; /reset starts over") == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    generate.chat([str(model), "--max-new-tokens", "4"])
+    assert said.out.startswith(capsys.readouterr().out), "what is too long is not kept, and the dialogue goes on"
+    monkeypatch.setattr("sys.stdin", io.StringIO("It was the age of wisdom, " * 14))
+    generate.chat([str(model), "--max-new-tokens", "4000"])
+    assert "of 4000 new tokens, at the 128 in all" in capsys.readouterr().err
+
+
 def test_mistakes_are_told_in_a_sentence(model, tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         generate.main([str(tmp_path / "no"), "--prompt", "a"])
