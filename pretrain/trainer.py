@@ -81,6 +81,7 @@ class Trainer:
             "data": source.fingerprint,
             **self.lineage.identity,
         }
+        self._unchecked = 0  # the step from which on what is trained on is not held against its checksums yet
         self._started = 0  # the step that this process goes on from
         self.engine = Engine(
             model_config, train, config.optimizer, place, config.run.seed, dtype, max(1, len(source.sources))
@@ -239,6 +240,7 @@ class Trainer:
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.place.layout),
             "origin": self.origin,
+            "unchecked_from": self._unchecked,
             "config": self._full_config(),
         }
 
@@ -248,6 +250,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Goes to the checkpoint to start from, or to the weights it begins from, or stays at the drawn ones."""
+        checkpoint_resume.check_ranks(self.place, self._full_config(), self.identity, self.lineage.init)
         path = checkpoint_resume.choose(self.place, self.run_dir, self.resume)
         if path is None:
             if self.source.after:
@@ -257,7 +260,6 @@ class Trainer:
                 )
             self._check_samples()
             if self.lineage.init:
-                self._check_init(self.lineage.init.checkpoint)
                 checkpoint_state.restore(self.engine, self.lineage.init.checkpoint, optimizer=False)
             return
         manifest = storage.read_manifest(path)
@@ -267,6 +269,7 @@ class Trainer:
             if self.place.is_main:
                 print(f"{self.title}: going on from {path}", flush=True)
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
+        self._unchecked = manifest.get("unchecked_from", self.step)
         self.ledger |= manifest.get("ledger", {})
         self.stretches = manifest.get("stretches", [])
         self.context = max(self.context, manifest.get("context", 0))
@@ -275,14 +278,6 @@ class Trainer:
             self.stretches[-1] = {**self.stretches[-1], "config": history.completed(type(self.config), config)}
         self.origin = checkpoint_resume.origin_of(path, self.run_dir)
         self._check_samples(path)
-
-    def _check_init(self, checkpoint: str) -> None:
-        """All ranks looked for themselves, and the run that they begin from may have saved a checkpoint meanwhile."""
-        if len(set(self.place.gather_json(self.identity["init"]))) > 1:
-            raise ConfigError(
-                f"the ranks found different newest checkpoints of the run to begin from, {checkpoint} among them, "
-                "since it is training: name one by init.checkpoint, or start again"
-            )
 
     def _check_samples(self, checkpoint: Path | None = None) -> None:
         """Refuses to train more steps than there are samples for."""
@@ -321,13 +316,17 @@ class Trainer:
         trained = self.step > self._started
         if trained:
             watch.agree()
-        numbers = torch.tensor([watch.number, check.failed], dtype=torch.float32, device=self.place.device)
+        flags = [check.running, check.failed]  # in this order: it may fail and end meanwhile
+        numbers = torch.tensor([watch.number, *flags], dtype=torch.float32, device=self.place.device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-        stop_signal, damaged = numbers.tolist()
+        stop_signal, running, damaged = numbers.tolist()
         if trained:
             watch.work()
         if damaged:
-            check.raise_together(f"; what was saved after step {self._started} may be spoilt" if trained else "")
+            spoilt = self._unchecked < self.step
+            check.raise_together(f"; what was saved after step {self._unchecked} may be spoilt" if spoilt else "")
+        if not running:
+            self._unchecked = self.step
         return int(stop_signal)
 
     def _write_facts(self) -> None:

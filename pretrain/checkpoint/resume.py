@@ -9,7 +9,8 @@ PATH: that checkpoint, of this run or of another one with the same identity. Sta
 Leaves out filling the engine (`state.restore`).
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,35 @@ from configs.differences import Changes, changes, words
 from configs.loader import ConfigError, plain, validate
 from configs.train import ModelConfig
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.lineage import Pin, text_sha256
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.data import BatchSource
 from pretrain.parallel.groups import Place
+
+
+def check_ranks(
+    place: Place, config: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any], init: Pin | None
+) -> None:
+    """Errors: ConfigError, on all ranks together, unless all have the same settings, data and beginning.
+
+    Each rank looks for itself, and what it sees may change meanwhile, or be another on some node.
+    """
+    mine = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+    mine |= {_OTHERS.get(key, f"{key} of the run"): value for key, value in identity.items()}
+    hashes = place.gather_json([text_sha256(json.dumps(value, default=str)) for value in mine.values()])
+    different = [key for key, found in zip(mine, zip(*hashes, strict=True), strict=True) if len(set(found)) > 1]
+    if _OTHERS["init"] in different and init is not None:
+        raise ConfigError(
+            f"the ranks found different newest checkpoints of the run to begin from, {init.checkpoint} among them, "
+            "since it is training: name one by init.checkpoint, or start again"
+        )
+    if "train.precision" in different:
+        raise ConfigError("train.precision = 'auto' is another on some ranks' devices; set it to bf16 or fp32")
+    if different:
+        raise ConfigError(
+            f"the ranks do not have the same {', '.join(different)}: files that they read were replaced while they "
+            "started, or are others on some node; start again when they are the same everywhere"
+        )
 
 
 def choose(place: Place, run_dir: Path, resume: str) -> Path | None:

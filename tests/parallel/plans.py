@@ -2,41 +2,70 @@
 
 import contextlib
 import io
+import os
+import signal
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from configs.layout import Layout
 from configs.loader import validate
 from configs.train import PretrainConfig
+from data_pipeline.integrity import Expected
 from launch.environment import ClusterEnvironment
 from pretrain import data_check
 from pretrain.data import PlanSource
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
+from pretrain.parallel.engine import Engine
 from pretrain.plan_choice import choose_plan
 from pretrain.trainer import Trainer
 
 
-def train_on_plan(tree: dict[str, Any], resume: str = "auto") -> dict[str, Any]:
-    """Trains by the config `tree`. Returns the exit status or the error's text."""
+class StoppedInStep3(PlanSource):
+    """A plan's rows; the process is told to stop as it asks for the third batch."""
+
+    def prepare(self, engine: Engine, step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_on_plan(
+    tree: dict[str, Any],
+    resume: str = "auto",
+    kind: type[PlanSource] = PlanSource,
+    seen: list[str] | None = None,
+) -> dict[str, Any]:
+    """Trains by the config `tree`. Returns the exit status or the error's text. `seen` is each rank's data.plan."""
     config = validate(PretrainConfig, tree)
     env = ClusterEnvironment.read()
     place = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
     try:
-        choice = choose_plan(config.data.plan, Path(config.run.dir), resume)
-        source = PlanSource(choice.plan, choice.same)
+        choice = choose_plan(seen[place.rank] if seen else config.data.plan, Path(config.run.dir), resume)
+        source = kind(choice.plan, choice.same)
         return {"status": Trainer(config, config.model, source, NextToken(), place, resume=resume).fit()}
     except ValueError as error:
         return {"error": str(error)}
 
 
-def train_and_listen(tree: dict[str, Any], first_bytes: int) -> dict[str, Any]:
-    """As `train_on_plan`, and what it says; only so many bytes of data are looked at before the first step."""
-    usual, said = data_check.FIRST_BYTES, io.StringIO()
+def train_and_listen(tree: dict[str, Any], first_bytes: int, stopped: bool = False) -> dict[str, Any]:
+    """As `train_on_plan`, and what it says; only so many bytes of data are looked at before the first step.
+
+    With `stopped`, the run is told to stop in its third step, when the check of its data is not done.
+    """
+    usual, check, said = data_check.FIRST_BYTES, data_check.check_files, io.StringIO()
     data_check.FIRST_BYTES = first_bytes
+    if stopped:
+        data_check.check_files = _never_done
     try:
         with contextlib.redirect_stdout(said):
-            answer = train_on_plan(tree)
+            answer = train_on_plan(tree, kind=StoppedInStep3 if stopped else PlanSource)
     finally:
-        data_check.FIRST_BYTES = usual
+        data_check.FIRST_BYTES, data_check.check_files = usual, check
     return {**answer, "said": said.getvalue()}
+
+
+def _never_done(files: Iterable[Expected], stop: threading.Event) -> list[str]:
+    stop.wait()
+    return []

@@ -10,6 +10,7 @@ import pytest
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.store import Store
+from pretrain.checkpoint import storage
 from tests.parallel.test_layouts import MODELS
 from tests.parallel.test_training import RanksOf, metrics
 from tests.small_data import VOCAB, make_tokens
@@ -33,7 +34,7 @@ def data(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "data"))
 
 
-def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: int) -> list[dict[str, Any]]:
+def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: int, **more: Any) -> list[dict[str, Any]]:
     tree: dict[str, Any] = {
         "run": {"dir": str(run_dir)},
         "model": {**MODELS["dense"], "vocab_size": VOCAB},
@@ -51,7 +52,7 @@ def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: in
         "log": {"tensorboard": False},
     }
     function = "tests.parallel.plans:train_and_listen"
-    return ranks(world).run(function, process_group=False, tree=tree, first_bytes=first_bytes)
+    return ranks(world).run(function, process_group=False, tree=tree, first_bytes=first_bytes, **more)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,23 @@ def test_one_changed_token_stops_all_ranks(
     assert "does not match its checksum" in first["said"] and second["said"] == ""
     if first_bytes:
         assert not metrics(tmp_path / "run"), "no step is trained on it"
+
+
+def test_damage_found_late_is_told_from_the_last_checked_step_on(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
+    """A run that was stopped before its check was done has trained on the damage, whoever finds it later."""
+    path = data / "tokens/train/code/00000.bin"
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for run in ("stopped", "checked"):
+        if run == "checked":
+            path.write_bytes(content)
+        answers = train(ranks, 2, tmp_path / run, data / "plan", 0, stopped=run == "stopped")
+        assert [answer["status"] for answer in answers] == ([75, 75] if run == "stopped" else [0, 0])
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    said = train(ranks, 2, tmp_path / "stopped", data / "plan", 10**6)[0]["said"]
+    assert "does not match its checksum" in said and "what was saved after step 0 may be spoilt" in said
+    manifest = storage.read_manifest(storage.directory(tmp_path / "checked", 6))
+    assert manifest["unchecked_from"] == 6, "all that it was trained on was looked at"
 
 
 def test_sound_data_is_trained_on_while_it_is_read(ranks: RanksOf, sound: Path, tmp_path: Path) -> None:

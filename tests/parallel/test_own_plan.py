@@ -22,6 +22,7 @@ from tests.parallel.test_training import RanksOf, metrics
 from tests.small_data import VOCAB, make_tokens
 
 BATCH = 4
+TRAIN = "tests.parallel.plans:train_on_plan"
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def publish(data: Path, samples: int = 12, **changes: Any) -> str:
     return "" if "stages" in changes else Plan.open(data / "plan").fingerprint
 
 
-def train(ranks: RanksOf, run: Path, plan: Path, steps: int, seed: int = 3, seq_length: int = 32) -> dict[str, Any]:
-    tree = {
+def tree_of(run: Path, plan: Path, steps: int, seed: int = 3, seq_length: int = 32) -> dict[str, Any]:
+    return {
         "run": {"dir": str(run), "seed": seed},
         "model": {**MODELS["dense"], "vocab_size": VOCAB},
         "data": {"plan": str(plan)},
@@ -67,6 +68,10 @@ def train(ranks: RanksOf, run: Path, plan: Path, steps: int, seed: int = 3, seq_
         "checkpoint": {"every": 1, "keep": 9},
         "log": {"tensorboard": False},
     }
+
+
+def train(ranks: RanksOf, run: Path, plan: Path, steps: int, **more: int) -> dict[str, Any]:
+    tree = tree_of(run, plan, steps, **more)
     (answer,) = ranks(1).run("tests.parallel.plans:train_and_listen", process_group=False, tree=tree, first_bytes=10**9)
     return answer
 
@@ -90,6 +95,20 @@ def test_a_longer_plan_goes_on_as_the_same_data(ranks: RanksOf, data: Path, tmp_
     assert losses(run) == losses(tmp_path / "straight")
     # Steps before the change are traced in the plan of then.
     assert [s["document_id"] for s in trained_on(run)] == [s["document_id"] for s in trained_on(tmp_path / "straight")]
+
+
+def test_ranks_that_saw_different_plans_do_not_train(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
+    """As when a data run makes the plan anew between one rank's look at it and another's."""
+    publish(data)
+    shutil.copytree(data / "plan", tmp_path / "data" / "before")
+    publish(data, weights={"code": 0.5, "prose": 0.5})
+    seen = [str(data / "before"), str(data / "plan")]
+    answers = ranks(2).run(TRAIN, process_group=False, tree=tree_of(tmp_path / "run", data / "plan", 3), seen=seen)
+    assert answers[0] == answers[1]
+    assert answers[0]["error"].startswith("the ranks do not have the same data of the run: ")
+    assert not (tmp_path / "run").exists()
+    (answer, other) = ranks(2).run(TRAIN, process_group=False, tree=tree_of(tmp_path / "run", data / "plan", 3))
+    assert answer["status"] == other["status"] == 0, "started again, it trains"
 
 
 def test_a_run_goes_on_with_its_own_plan(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
