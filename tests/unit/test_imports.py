@@ -77,7 +77,7 @@ RULES = (
     Rule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=SCHEDULES),
     Rule("launch", ours=("configs", "launch"), only=("rich",)),
     Rule("configs.signals", ours=(), only=("nothing",)),  # it is imported before all else, and at once
-    Rule("cli", ours=("configs.loader", *LAUNCH), only=("nothing",)),
+    Rule("cli", ours=("configs.loader", "configs.signals", *LAUNCH), only=("nothing",)),
 )
 
 
