@@ -4,6 +4,7 @@ One TOML file names everything between raw files and a mixture plan. A document 
 dropped with `<score>_min` or `<score>_max` as its reason.
 """
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -30,7 +31,7 @@ class SlurmConfig(Section):
     """The account that is charged, as in sbatch --account; left out, the cluster's default."""
     qos: str | None = None
     """The quality of service, as in sbatch --qos; left out, the cluster's default."""
-    time: str = Field(default="24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
+    time: str = "24:00:00"
     """The time limit of one element of a job, as sbatch takes it: HH:MM:SS or D-HH:MM:SS."""
     cpus_per_task: int = Field(default=1, ge=1)
     """The cores of one element."""
@@ -42,6 +43,13 @@ class SlurmConfig(Section):
     """The most elements of one job, not above MaxArraySize of slurm.conf."""
     setup: str = ""
     """Shell commands before a task's Python starts, such as "module load python"; empty for none."""
+
+    @field_validator("time")
+    @classmethod
+    def _is_a_time(cls, time: str) -> str:
+        if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", time):
+            raise ValueError(f'{time!r} is no time limit of sbatch; write hours as "24:00:00" or days as "2-12:00:00"')
+        return time
 
 
 class RayConfig(Section):

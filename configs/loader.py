@@ -271,6 +271,9 @@ def _sentence(schema: type[BaseModel], item: Any) -> str:
         shown, first = ", ".join(known[:6]) + "..." * (len(known) > 6), known[0] if known else "NAME"
         keys = f"its keys ({shown})" if known else "names below it"
         return f"{key} = {item['input']!r}: this is a section, not a value; set {keys}, as in {key}.{first}=VALUE"
+    if item["type"] == "too_short":
+        least, present = item["ctx"]["min_length"], item["ctx"]["actual_length"]
+        return f"{key} = {item['input']!r} has {present} values; give it {least} or more"
     kind, _, wrong = item["type"].partition("_")
     example = _EXAMPLES.get(kind, "") if wrong in ("type", "parsing", "from_float") else ""
     return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}{example and '; ' + example}"

@@ -5,6 +5,7 @@ The tables are of ledger and samples alone. Following one document through the s
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +21,26 @@ from data_pipeline.realms import is_canary
 
 _SAMPLE_CHARS = 160
 _SAMPLES = 2
+_NARROW = 120  # columns, below which a table with the reasons would break words apart
 
 
 def wide_console() -> Console:
-    """A console that, where it is no terminal, is wide enough for the tables."""
+    """A console that, where it is no terminal and COLUMNS is not set, is wide enough for the tables."""
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(width=140)
 
 
 def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> None:
-    """The table of stages: in, kept, dropped, bytes, reasons, time, and where to look."""
-    table = Table(title=f"Data run in {run_dir}", title_justify="left")
-    for name in ("stage", "in", "kept", "dropped", "MB kept", "most dropped for", "seconds", "where to look"):
-        table.add_column(name, justify="right" if name in ("in", "kept", "dropped", "MB kept", "seconds") else "left")
+    """The table of stages: in, kept, dropped, bytes, reasons, time, and where to look; reasons and places come below
+    it where the console is too narrow for them.
+    """
+    table, narrow = Table(title=f"Data run in {run_dir}", title_justify="left"), console.width < _NARROW
+    for name in ("stage", "in", "kept", "dropped", "MB kept", "seconds"):
+        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
+    if not narrow:
+        table.add_column("most dropped for", overflow="fold")
+        table.add_column("where to look", overflow="fold")
+    below = []
     for stage in ledger["stages"]:
         total = stage["total"]
         dropped = {reason: amount["documents"] for reason, amount in total["dropped"].items()}
@@ -41,23 +49,27 @@ def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> Non
         )
         parts = {reason: amount["bytes"] for reason, amount in total["dropped"].items() if not amount["documents"]}
         notes = [f"({name}: {count:,})" for name, count in total["notes"].items()]
+        reasons = ", ".join(
+            [
+                *(f"{reason} {count:,}" for reason, count in top[:3]),
+                *(f"{reason} {size:,} bytes" for reason, size in parts.items()),
+                *notes,
+            ]
+        )
+        if narrow and reasons:
+            below.append(f"{stage['name']}: {reasons}; look at {stage['where']}")
         table.add_row(
             stage["name"],
             f"{total['in']['documents']:,}",
             f"{total['kept']['documents']:,}",
             f"{sum(dropped.values()):,}",
             f"{total['passed_on']['bytes'] / 1e6:.2f}",
-            ", ".join(
-                [
-                    *(f"{reason} {count:,}" for reason, count in top[:3]),
-                    *(f"{reason} {size:,} bytes" for reason, size in parts.items()),
-                    *notes,
-                ]
-            ),
             f"{stage['seconds']:.1f}" + ("" if stage["fresh"] else " (kept)"),
-            stage["where"],
+            *([] if narrow else [reasons, stage["where"]]),
         )
     console.print(table)
+    for line in below:
+        console.print(line, highlight=False, markup=False)
 
 
 def print_drops(run_dir: Path, console: Console) -> None:

@@ -47,7 +47,7 @@ def decode_body(body: bytes, response: Response, limits: ExtractConfig) -> bytes
     for coding in reversed([*content, *(name for name in transfer if name != "chunked")]):
         decode = _DECODERS.get(coding)
         decoded = decode(body, limits) if decode else None
-        if decoded is None and not _reads_like_text(body):
+        if decoded is None and not _reads_like_text(body) and not body.startswith(_COMPRESSED):
             raise CodingError("bad_content_encoding" if decode else "unknown_content_encoding")
         body = body if decoded is None else decoded
     if body.startswith(_COMPRESSED):  # the header that said so was not kept
@@ -88,9 +88,11 @@ def _join_chunks(body: bytes, declared: bool) -> bytes:
 
 
 def _decompress(body: bytes, limits: ExtractConfig) -> bytes | None:
-    parts, size = [], 0
+    parts, size = list[bytes](), 0
     for item in members(io.BytesIO(body), limits, lambda size: None):
         if isinstance(item, Fault):
+            if parts and not body[item.offset :].strip(b"\r\n"):
+                break  # a line end that a server or archive has put behind it
             raise CodingError("expansion_limit" if item.reason == "expansion_limit" else "bad_content_encoding")
         if not item.compressed:
             return None

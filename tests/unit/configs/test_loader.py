@@ -68,6 +68,25 @@ def test_a_typo_in_a_section_of_the_users_naming_gets_a_suggestion() -> None:
         loader.load(DataConfig, PRESETS / "data" / "demo.toml", ["rules.english.word_coutn={ min = 3 }"])
 
 
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sources.english.files=[]", "sources.english.files = [] has 0 values; give it 1 or more"),
+        ("sources.english.rules={}", "sources.english.rules = {} has 0 values; give it 1 or more"),
+        (
+            "run.slurm.time='a day'",
+            'run.slurm.time: \'a day\' is no time limit of sbatch; write hours as "24:00:00" or days as "2-12:00:00"',
+        ),
+    ],
+)
+def test_mistakes_in_a_data_config_are_plain_sentences(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        loader.load(DataConfig, PRESETS / "data" / "demo.toml", [override])
+    assert str(raised.value).partition(": ")[2] == sentence
+    for limit in ("24:00:00", "2-12:00:00"):
+        assert loader.load(DataConfig, PRESETS / "data" / "demo.toml", [f"run.slurm.time='{limit}'"])
+
+
 def test_a_missing_file_and_broken_toml_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.toml does not exist; presets are under configs/"):
         loader.load(PretrainConfig, tmp_path / "no.toml")

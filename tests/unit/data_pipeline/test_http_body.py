@@ -57,6 +57,10 @@ def chunked(body: bytes, size: int = 100) -> bytes:
         (PAGE, {"Content-Encoding": "deflate"}),
         (PAGE, {"Content-Encoding": "br"}),
         (PLAIN, {"Content-Encoding": "br"}),
+        # Headers of another coding than the body shows, and a line end behind it.
+        (zipped(PAGE), {"Content-Encoding": "br"}),
+        (zstandard.compress(PAGE), {"Content-Encoding": "gzip, compress"}),
+        (zipped(PAGE) + b"\r\n", {"Content-Encoding": "gzip"}),
         # Names that servers send of what is no coding.
         (PAGE, {"Content-Encoding": "utf-8"}),
         (PLAIN, {"Content-Encoding": "identity"}),

@@ -13,6 +13,8 @@ from data_pipeline.provenance import explain, takedown
 from data_pipeline.reading.ids import id_of_place, name_of, published_id, roots_of
 from data_pipeline.run import main
 from data_pipeline.shards import read_records
+from data_pipeline.tokens.store import Store
+from data_pipeline.tokens.tokenizer import Tokenizer
 from tests.data_runs import published
 from tests.unit.data_pipeline.conftest import demo_records
 
@@ -70,6 +72,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": name, "url": f"http://levin.ru/{number}", "text": texts.pop()} for number, name in enumerate(given)
     ]
     records[3]["url"] = f"http://levin.ru/?mail={MAIL.replace('@', '%40')}"
+    records[6] |= {"metadata": {"author": f"Anna <{MAIL}>"}, "phone": PHONE, "text": f"Write to {MAIL}. " + texts.pop()}
     records += [{"id": f"{MAIL}/short", "url": f"mailto:{MAIL}", "text": f"Too short. {MAIL}"}]
     records += [{"id": f"{MAIL}/bad", "url": f"mailto:{MAIL}"}]
     (folder / "in/given-a.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -167,6 +170,23 @@ def test_nothing_personal_is_shown_even_without_pii(config: Path, capsys: pytest
     # Without [pii] the texts and addresses themselves stay as they are.
     documents = [one for path in run_dir.glob("documents/*/given/*.zst") for one in read_records(path)]
     assert any(MAIL.replace("@", "%40") in one["metadata"]["url"] for one in documents)
+
+
+def test_with_pii_nothing_personal_comes_out_of_a_run(config: Path, tmp_path: Path) -> None:
+    shutil.copytree(config.parent / "run", tmp_path / "run")  # so that only [pii] and what comes after it is done
+    assert main([str(config), f"run.dir={tmp_path}/run", "pii={}"]) == 0
+    documents = [one for path in sorted(tmp_path.glob("run/documents/*/*/*.zst")) for one in read_records(path)]
+    alone = next(one for one in documents if one["id"] == "alone")
+    assert alone["text"].startswith("Write to <EMAIL>. ")
+    assert alone["metadata"]["record"] == {"author": "Anna <<EMAIL>>"}
+    assert alone["metadata"]["fields"] == {"phone": "<PHONE>"}
+    assert any(one["metadata"].get("url") == "http://levin.ru/?mail=<EMAIL>" for one in documents)
+    tokenizer = Tokenizer.load(tmp_path / "run/tokenizer")
+    stores = [Store(path.with_suffix("")) for path in sorted(tmp_path.glob("run/tokens/*/given/*.bin"))]
+    tokens = [tokenizer.decode(store.tokens(number).tolist()) for store in stores for number in range(len(store))]
+    assert any(text.startswith("Write to <EMAIL>. ") for text in tokens)
+    shown = json.dumps(documents) + "".join(tokens)
+    assert not any(secret in shown for secret in (MAIL, MAIL.replace("@", "%40"), PHONE))
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,19 @@ def test_a_directory_without_a_run_is_one_sentence(config: Path, tmp_path: Path,
     assert "no data run has finished" in capsys.readouterr().err
 
 
+def test_no_word_of_the_ledger_is_cut_in_80_columns(
+    config: Path, ledger: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert report.main([str(config)]) == 0
+    shown = capsys.readouterr().out.partition("/drops/")[0]
+    assert "…" not in shown and max(len(line) for line in shown.splitlines() if line[:1] in "┏┃┡│└") <= 80
+    words = set(re.findall(r"[\w/]+", shown))
+    for stage in ledger["stages"]:
+        reasons = [name for name, amount in stage["total"]["dropped"].items() if amount["documents"]]
+        assert {stage["name"], *reasons[: 1 if len(reasons) < 4 else 0]} <= words
+
+
 def test_alarms_stand_in_ledger_output_and_page_and_fail_if_asked(config: Path, run_dir: Path, capsys: Any) -> None:
     missed = ["alarms.expected={ short = 'word_count_min', french = 'word_count_min' }"]
     expected = "document 'french' should be dropped for word_count_min, and was dropped for language_unexpected"
