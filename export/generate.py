@@ -155,7 +155,7 @@ def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParse
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
     parser.add_argument("--step", default="latest", help='which step of a run, default "latest"')
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="fewer where the model's context ends")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample within this share of the probability")
     parser.add_argument("--seed", type=int, default=1234)
