@@ -1,7 +1,7 @@
 """Personal data beside the text: in URLs, ids, file names and metadata, which are short and have forms of their own.
 
-An address is looked at with its escapes (`%40`) undone and its parts apart, so that what follows a "=" or "/" is seen
-as it would be in a text. Of an object every string and whole number is looked at, next to the name of its field
+An address is looked at with its escapes (`%40`, `%2540`) undone and its parts apart, so that what follows a "=" or "/"
+is seen as it would be in a text. Of an object every string and whole number is looked at, next to the name of its field
 (`{"phone": 4155550123}`), and every name. What is found is the same as in texts: see `personal`.
 """
 
@@ -18,6 +18,12 @@ _APART = str.maketrans("/=&?;|,\\", "\n" * 8)  # no kind of personal data goes o
 _ENDING = re.compile(
     r"\.(?=(?:txt|jsonl?|html?|xml|pdf|zip|gz|zst|parquet|warc|eml|mbox|csv|png|jpe?g|gif|svg|webp)(?:[\n.]|\Z))", re.I
 )
+# Names of fields with telephone numbers, such as contact_phone_2, homePhone and phones, are read as words are in texts.
+_OF_NUMBERS = re.compile(r"(?i)tel|phone|mobile|fax|whatsapp")
+_BETWEEN_WORDS = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
+_PLURAL = re.compile(r"(phone|mobile|number)s\b", re.I)
+_EXACT = 2.0**53  # below which a float holds every integer
+_MOST_ESCAPED = 3  # times that a sign may be escaped, in an address within an address
 # Without one of these nothing is found: most short strings are done with here, in little time.
 _POSSIBLE = re.compile(
     r"@|[\"']|PRIVATE KEY|[0-9](?:[^0-9A-Za-z/\n]{0,3}[0-9]){6}|\+[0-9]|[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]"
@@ -48,6 +54,8 @@ def hide(
 
 def _found(text: str, kinds: Collection[Kind], private_ips: bool, name: str) -> list[tuple[int, int, Kind]]:
     """What is found in the text as it stands, and with escapes undone and its parts on lines of their own."""
+    if _OF_NUMBERS.search(name):
+        name = _PLURAL.sub(r"\1", _BETWEEN_WORDS.sub(" ", name)).strip()
     label = f"{name}: " if name else ""
     plain, places = _unescaped(text)
     parts = _ENDING.sub("\n", plain.translate(_APART))
@@ -70,13 +78,19 @@ def _unescaped(text: str) -> tuple[str, Sequence[int]]:
     """`text` with escapes of ASCII characters undone, and where each of its characters, and its end, was."""
     if "%" not in text:
         return text, range(len(text) + 1)
-    signs, places, position = [], [], 0
-    while position < len(text):
-        escape = _ESCAPE.match(text, position)
-        signs.append(chr(int(escape[1], 16)) if escape else text[position])
-        places.append(position)
-        position += 3 if escape else 1
-    return "".join(signs), [*places, len(text)]
+    places: Sequence[int] = range(len(text) + 1)
+    for _ in range(_MOST_ESCAPED):
+        signs, kept, position = list[str](), list[int](), 0
+        while position < len(text):
+            escape = _ESCAPE.match(text, position)
+            signs.append(chr(int(escape[1], 16)) if escape else text[position])
+            kept.append(places[position])
+            position += 3 if escape else 1
+        kept.append(places[position])
+        if len(kept) == len(places):
+            break
+        text, places = "".join(signs), kept
+    return text, places
 
 
 def hide_in(
@@ -92,6 +106,9 @@ def hide_in(
     """
     if isinstance(value, str):
         return hide(value, kinds, texts, private_ips, name)
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:  # as tables with gaps have integers
+        hidden = hide(str(int(value)), kinds, texts, private_ips, name)
+        return value if hidden == str(int(value)) else hidden
     if isinstance(value, int) and not isinstance(value, bool):
         hidden = hide(str(value), kinds, texts, private_ips, name)
         return value if hidden == str(value) else hidden

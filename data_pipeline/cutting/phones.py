@@ -53,8 +53,8 @@ _CHINESE = re.compile(
 )
 _ANY = re.compile(rf"(?<![0-9])\+?\(?[0-9](?:[ .\-()/\u00a0\u2011\u2013]{{0,2}}[0-9]){{6,14}}{_EXTENSION}(?![0-9])")
 _PHONE_BEFORE = re.compile(
-    r"(?i)(?:\b(?:tel|telephone|phone|mobile|mob|cell ?phone|ph|fax|whatsapp|telefon|telefax|telefono|teléfono"
-    r"|téléphone|tél|telefone|handy)(?: ?(?:no|nr|number))?\b(?: is\b)?|电话|手机|传真|热线|微信|联系方式)"
+    r"(?i)(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell ?phone|ph|fax|whatsapp|telefon|telefax|telefono|teléfono"
+    r"|téléphone|tél|telefone|handy)(?:[ _]?(?:no|nr|number))?\b(?: is\b)?|电话|手机|传真|热线|微信|联系方式)"
     r"[号码]{0,2}[\s.:：#=\"']{0,4}\+?\(?\Z"
 )
 # What stands before a number that is no telephone number, whatever it looks like.
