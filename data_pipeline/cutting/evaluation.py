@@ -35,20 +35,29 @@ class Item(NamedTuple):
 def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[Item]:
     """Items of all files. Errors: ValueError naming file, line or row, and what was expected there."""
     for path in paths:
-        name = printable(path)
-        with open(path, "rb") as file:
-            is_parquet = file.read(len(_PARQUET)) == _PARQUET
-            file.seek(0)
-            if settings.format == "text":
-                yield Item(name, Path(name).name, _text(file, name))
-            elif is_parquet:
-                yield from _rows(path, name, settings)
-            elif settings.format == "parquet":
-                raise ValueError(f'evaluation file {name} is no Parquet file; set decontaminate.format = "jsonl"')
-            else:
-                for line in _lines(file, name):
-                    if line.too_long or line.content.strip():
-                        yield _item(name, f"line {line.number}", line.number, _fields(line, name), settings)
+        count = 0
+        for item in _items(path, settings):
+            count += 1
+            yield item
+        if not count:
+            raise ValueError(f"evaluation file {printable(path)} holds no items; get it anew, or leave it out")
+
+
+def _items(path: str, settings: DecontaminateConfig) -> Iterator[Item]:
+    name = printable(path)
+    with open(path, "rb") as file:
+        is_parquet = file.read(len(_PARQUET)) == _PARQUET
+        file.seek(0)
+        if settings.format == "text":
+            yield Item(name, Path(name).name, _text(file, name))
+        elif is_parquet:
+            yield from _rows(path, name, settings)
+        elif settings.format == "parquet":
+            raise ValueError(f'evaluation file {name} is no Parquet file; set decontaminate.format = "jsonl"')
+        else:
+            for line in _lines(file, name):
+                if line.too_long or line.content.strip():
+                    yield _item(name, f"line {line.number}", line.number, _fields(line, name), settings)
 
 
 def _content(file: BinaryIO, name: str) -> Iterator[bytes]:

@@ -192,6 +192,15 @@ QUESTIONS = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["empty", "blank", "parquet"])
+def test_an_evaluation_file_without_items_ends_the_run(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "none").write_bytes(b"" if kind == "empty" else b"\n \n")
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none")
+    with pytest.raises(ValueError, match="none holds no items; get it anew, or leave it out"):
+        probes_of([jsonl(tmp_path / "some", [{"text": "one two three"}]), str(tmp_path / "none")])
+
+
 def items_of(path: str, **settings: Any) -> list[tuple[str, str]]:
     config = DecontaminateConfig(files=(path,), id_key="task", text_keys=("text", "choices"), **settings)
     return [(item.id, item.text) for item in read_items([path], config)]
