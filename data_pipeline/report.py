@@ -80,14 +80,14 @@ def print_drops(run_dir: Path, console: Console) -> None:
             samples = list(itertools.islice(documents, _SAMPLES))
         if not samples:
             continue
-        console.print(f"\n[bold]{path}[/bold]")
+        console.print(f"\n[bold]{path}[/bold]", soft_wrap=True)
         for sample in samples:
             reason = sample.get("verdict") or sample.get("reason")
             text = " ".join((sample.get("head") or sample.get("sample") or sample.get("context") or "").split())[
                 :_SAMPLE_CHARS
             ]
-            console.print(f"  {reason}  {sample['id']}", highlight=False, markup=False)
-            console.print(f"    {text}", highlight=False, markup=False)
+            console.print(f"  {reason}  {sample['id']}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"    {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def read_ledger(run_dir: Path) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         ledger = read_ledger(run_dir)
         if args.dry_run:
-            console.print(f"would report on {run_dir}, {len(ledger['stages'])} stages")
+            console.print(f"would report on {run_dir}, {len(ledger['stages'])} stages", soft_wrap=True)
             return 0
         print_ledger(ledger, run_dir, console)
         print_drops(run_dir, console)

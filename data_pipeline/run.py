@@ -260,7 +260,7 @@ def dry_run(config: DataConfig, console: Console, executor: Executor, only: str 
         if published(stage, run_dir):
             done.add(stage.name)
             verdict = "done, would be skipped"
-        console.print(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", highlight=False)
+        console.print(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", highlight=False, soft_wrap=True)
     if {"tokenizer", "tokens"} <= done:
         show_forecast(config, console)
 
@@ -307,8 +307,11 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
     _say_set_aside(done, config, console)
     if canaries := look(run_dir, config.canaries, [stage.name for stage in done]):
         right = sum(one["caught"] for one in canaries)
-        console.print(f"canaries: {right} of {len(canaries)} caught as they should be", highlight=False)
-    console.print(f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG")
+        console.print(f"canaries: {right} of {len(canaries)} caught as they should be", highlight=False, soft_wrap=True)
+    console.print(
+        f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG",
+        soft_wrap=True,
+    )
     for warning in warnings({stage.name: stage for stage in done}, config):
         warn(warning, console)
     for alarm in found:

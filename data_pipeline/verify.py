@@ -121,7 +121,9 @@ class Progress:
             if time.monotonic() - self._said < _LINE_SECONDS:
                 return
             self._said = time.monotonic()
-        self._console.print(f"{self._name}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB read", highlight=False)
+        self._console.print(
+            f"{self._name}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB read", highlight=False, soft_wrap=True
+        )
 
 
 def verify(part: Part, console: Console) -> list[str]:
@@ -139,7 +141,7 @@ def verify(part: Part, console: Console) -> list[str]:
     beside = f" ({unknown} of an earlier version, by their size alone)" if unknown else ""
     size = sum(file.size or 0 for file in part.files)
     counted = f"{part.name:<13} {len(part.files):>6,} files {size / 1e6:>12,.1f} MB"
-    console.print(f"{counted}  {how}{beside}", highlight=False)
+    console.print(f"{counted}  {how}{beside}", highlight=False, soft_wrap=True)
     return faults
 
 
@@ -160,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in parts_of(folder):
         faults += verify(part, console)
     if not faults:
-        console.print(f"{folder}: everything is as it was written", highlight=False, markup=False)
+        console.print(f"{folder}: everything is as it was written", highlight=False, markup=False, soft_wrap=True)
         return 0
     for sentence in faults:
         print(f"damaged: {sentence}", file=sys.stderr)

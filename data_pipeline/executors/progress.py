@@ -78,4 +78,4 @@ def _lines(title: str, folder: Path, total: int, console: Console, stop: threadi
     while not stop.wait(_LINE_SECONDS):
         done = min(_done(folder), total)
         beside = f"; {note[0]}" if note[0] else ""
-        console.print(f"{title}: {done / 1e6:.1f} of {total / 1e6:.1f} MB{beside}", highlight=False)
+        console.print(f"{title}: {done / 1e6:.1f} of {total / 1e6:.1f} MB{beside}", highlight=False, soft_wrap=True)

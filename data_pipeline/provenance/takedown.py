@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         for name, what in (("dropped_earlier", "dropped before tokens were made"), ("not_found", "not found")):
             for line in report[name]:
-                console.print(f"{line}: {what}", highlight=False, markup=False)
+                console.print(f"{line}: {what}", highlight=False, markup=False, soft_wrap=True)
         if args.dry_run:
             return 0
         rows = without(config, found, args.out, args.after)
@@ -150,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    console.print(f"a plan of {rows:,} rows without {len(found)} documents: {args.out}", highlight=False)
+    console.print(
+        f"a plan of {rows:,} rows without {len(found)} documents: {args.out}", highlight=False, soft_wrap=True
+    )
     return 0
 
 

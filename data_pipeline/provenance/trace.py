@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens[segment["source"]] += segment["length"]
     whole = sum(tokens.values())
     shares = ", ".join(f"{source} {count:,} ({count / whole:.1%})" for source, count in tokens.most_common())
-    console.print(f"{whole:,} tokens: {shares}", highlight=False)
+    console.print(f"{whole:,} tokens: {shares}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -188,13 +188,17 @@ def show(config: DataConfig, changed: DataConfig, console: Console) -> None:
     console.print(overlap(broken(table, changed.rules)))
     for change in differing:
         title = f"{change.score}.{change.side} of {change.rules}: {change.before} -> {change.after}; nearest to it:"
-        console.print(f"\n{title}", highlight=False, markup=False)
+        console.print(f"\n{title}", highlight=False, markup=False, soft_wrap=True)
         for word, row in margin(table, change):
             text = " ".join(head_of(run_dir, row).split())[:_HEAD_CHARS]
-            console.print(f"  {word:<3} {row[change.score]:<10.4g} {row['id']}", highlight=False, markup=False)
-            console.print(f"      {text}", highlight=False, markup=False)
+            console.print(
+                f"  {word:<3} {row[change.score]:<10.4g} {row['id']}", highlight=False, markup=False, soft_wrap=True
+            )
+            console.print(f"      {text}", highlight=False, markup=False, soft_wrap=True)
     if not differing:
-        console.print("no bound differs from the config's; say for instance word_count.min=100", highlight=False)
+        console.print(
+            "no bound differs from the config's; say for instance word_count.min=100", highlight=False, soft_wrap=True
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

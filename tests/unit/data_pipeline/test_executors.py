@@ -194,7 +194,7 @@ def test_the_flag_and_the_key_say_who_does_the_tasks(tmp_path: Path) -> None:
     done = data_run("configs/data/demo.toml", "run.executor=ray", "--executor", "slrm", f"run.dir={tmp_path}")
     assert done.returncode == 2
     assert "run.executor = 'slrm': input should be 'local', 'slurm', 'ray' or 'mpi'" in done.stderr
-    with pytest.raises(ConfigError, match=r"run\.slurm\.time = '1 day'"):
+    with pytest.raises(ConfigError, match=r"run\.slurm\.time: '1 day' is no time limit"):
         load(DataConfig, ROOT / "configs/data/demo.toml", ["run.slurm.time=1 day"])
 
 
