@@ -129,10 +129,12 @@ def test_a_job_that_is_warned_while_it_starts_is_requeued(config: Path, tmp_path
 
 @pytest.mark.full
 def test_the_time_limit_is_what_warns(config: Path, tmp_path: Path) -> None:
-    """Slurm counts in minutes and warns up to one early; the limit is never reached."""
+    """Slurm counts in minutes and warns up to one early, so in the second half minute at the earliest: by then there is
+    something to save. The limit is never reached.
+    """
     run = tmp_path / "run"
     command = ("python", "-m", "cli", "train", str(config), f"run.dir={run}", "train.steps=20000")
-    job = Job(tmp_path, "srun.sh", *command, options=("--time=1", "--signal=USR1@30"))
+    job = Job(tmp_path, "srun.sh", *command, options=("--time=2", "--signal=USR1@30"))
     job.wait_for(lambda: job.shows("Restarts") == "1")
     assert storage.steps(run) and "stopped by SIGUSR1" in job.said() and "TIME LIMIT" not in job.said()
     job.cancel()
