@@ -4,6 +4,7 @@ One slurmctld, two slurmd that are told apart by name and port, and munge, all w
 they are started here and ended by their process ids. Leaves out cgroups (they need the whole machine) and accounting.
 """
 
+import getpass
 import os
 import shutil
 import socket
@@ -67,7 +68,11 @@ def cluster(folder: Path) -> Iterator[Path]:
         for name in NODES:
             stack.enter_context(_daemon(folder, ["slurmd", "-D", "-N", name, "-f", str(conf)]))
         _wait(lambda: _idle(conf), folder)
-        yield conf
+        try:
+            yield conf
+        finally:  # jobs that a failed test has left would outlive the daemons
+            _asked(conf, "scancel", f"--user={getpass.getuser()}")
+            _wait(lambda: not _asked(conf, "squeue", "--noheader"), folder)
 
 
 @contextmanager
@@ -88,17 +93,22 @@ def _daemon(folder: Path, command: Sequence[str]) -> Iterator[None]:
 
 
 def _idle(conf: Path) -> bool:
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--format=%T %D"], env={**os.environ, "SLURM_CONF": str(conf)}, capture_output=True
-    )
-    return done.stdout.decode().split() == ["idle", "2"]
+    return _asked(conf, "sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"]
+
+
+def _asked(conf: Path, *command: str) -> str:
+    """What a command of Slurm's prints about the cluster of `conf`."""
+    environment = {**os.environ, "SLURM_CONF": str(conf)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
 
 
 def _wait(ready, folder: Path) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not ready():
         log = folder / "daemons.log"
-        assert time.monotonic() < deadline, f"Slurm did not start:\n{log.read_text(errors='replace')[-3000:]}"
+        assert time.monotonic() < deadline, (
+            f"Slurm did not get to where it should be:\n{log.read_text(errors='replace')[-3000:]}"
+        )
         time.sleep(0.2)
 
 
