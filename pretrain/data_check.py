@@ -1,8 +1,9 @@
 """Holds the files that a run is trained on against their checksums, once at its start.
 
 Every rank reads its share of the files, so that each is read once. Few bytes are read before the first step; many in a
-thread of the lowest priority while training goes on, and the last checkpoint waits for it. What one rank finds, all
-learn where they agree on signals (`Trainer._agree_to_stop`), and all stop. Leaves out what is read later: whether an id
+thread of the lowest priority while training goes on, and the last checkpoint waits for it unless a signal comes: it is
+then saved with data unchecked, and the next start of the command checks all of it. What one rank finds, all learn where
+they agree on signals (`pretrain.agreement`), and all stop. Leaves out what is read later: whether an id
 is in the vocabulary is looked at with every row (`data_pipeline.mixture.rows`).
 """
 
@@ -17,6 +18,8 @@ from data_pipeline.integrity import DamagedData, Expected, check_files
 from pretrain.parallel.groups import Place
 
 FIRST_BYTES = 1_000_000_000  # up to so many are read before the first step, by all ranks together: some seconds
+WAIT_SECONDS = 0.5  # from one look at signals to the next while nothing is left to do but to wait for the check
+_LEAVE_SECONDS = 10.0  # a read that hangs does not keep the process from ending
 _TOLD = 3
 
 
@@ -46,7 +49,7 @@ class DataCheck:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_LEAVE_SECONDS)
 
     @property
     def failed(self) -> bool:
@@ -57,8 +60,8 @@ class DataCheck:
         return self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until this rank has read its share."""
-        self._thread.join()
+        """Waits until this rank has read its share, or it is time to look at signals."""
+        self._thread.join(WAIT_SECONDS)
 
     def raise_together(self, trained: str) -> None:
         """Called on all ranks once they know that one has failed; `trained` says what may be spoilt.

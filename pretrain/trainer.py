@@ -9,7 +9,7 @@ import platform
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from configs import loader, signals
 from configs.loader import ConfigError
 from configs.train import ModelConfig, Precision, TrainerConfig
 from launch.environment import ClusterEnvironment
 from pretrain import history, report
+from pretrain.agreement import Agreement
 from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
@@ -81,8 +81,7 @@ class Trainer:
             "data": source.fingerprint,
             **self.lineage.identity,
         }
-        self._unchecked = 0  # the step from which on what is trained on is not held against its checksums yet
-        self._started = 0  # the step that this process goes on from
+        self.agreement = Agreement(place)
         self.engine = Engine(
             model_config, train, config.optimizer, place, config.run.seed, dtype, max(1, len(source.sources))
         )
@@ -98,16 +97,14 @@ class Trainer:
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
             stack.enter_context(only_run_in(self.run_dir, self.place, watch))
-            self._resume()
+            saved = self._resume()
             if self.step >= self.config.train.steps:
-                if self.place.is_main:
-                    print(
-                        f"{self.title}: {self.run_dir} is finished at step {self.step}; nothing to do",
-                        flush=True,
-                    )
+                if saved and self.agreement.unchecked_from < self.step:
+                    return self._check_finished(saved, watch)
+                self._print(f"{self.run_dir} is finished at step {self.step}; nothing to do")
                 return 0
             self._begin_stretch()
-            self._started = self.step
+            self.agreement.first_step = self.step
             log = progress = None
             if self.place.is_main:
                 self._write_facts()
@@ -119,7 +116,7 @@ class Trainer:
             saver = stack.enter_context(Saver(self.engine, self.run_dir, self.config.checkpoint, say))
             check = stack.enter_context(DataCheck(self.source.files(), self.place))
             try:
-                self._agree_to_stop(check, watch)
+                self.agreement.signal(self.step, check, watch)
                 stopped_by = self._loop(log, progress, saver, check, watch)
             except DamagedTrainingData as error:
                 say(f"error: {error}")
@@ -129,9 +126,7 @@ class Trainer:
                 say(f"error: step {self.step} is not saved, and the run ends here; make room and start it again")
                 return FAILED
             if stopped_by:
-                name = signal.Signals(stopped_by).name
-                say(f"stopped by {name} at step {self.step}; the same command goes on from there")
-                return signals.status_of(stopped_by)
+                return self._stopped(stopped_by, say)
         if self.place.is_main:
             print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}")
         return 0
@@ -144,7 +139,7 @@ class Trainer:
         check: DataCheck,
         watch: signals.Watch,
     ) -> int:
-        """Returns the signal that ended it before `train.steps`, else 0. Its last save may be in flight still."""
+        """Returns the signal that ended it before all was done, else 0. Its last save may be in flight still."""
         config = self.config
         while self.step < config.train.steps:
             started = time.perf_counter()
@@ -152,10 +147,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             record = self._record(sums, lr, seconds)
             last = self.step == config.train.steps
-            if last and check.running:
-                self._say(progress, "waits for the training data to be held against its checksums")
-                check.wait()
-            stopped_by = self._agree_to_stop(check, watch)
+            stopped_by = self.agreement.signal(self.step, check, watch)
             saving = last or bool(stopped_by) or self.step % config.checkpoint.every == 0
             if saving:
                 record["save_copy_s"] = round(saver.copy(), 4)
@@ -164,9 +156,12 @@ class Trainer:
                 progress.update(self.step, _summary(record))
             if self.evaluators and (last or self.step % config.eval.every == 0):
                 self._evaluate(log, progress)
+            if last:
+                say = partial(self._say, progress)
+                stopped_by = stopped_by or self.agreement.wait_for_check(self.step, check, watch, say)
             if saving:  # only now: a checkpoint that is whole has all lines up to its step in the log
                 saver.start(self.step, self._facts())
-            if stopped_by and not last:
+            if stopped_by and (not last or self.agreement.unchecked_from < self.step):
                 return stopped_by
         return 0
 
@@ -240,7 +235,7 @@ class Trainer:
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.place.layout),
             "origin": self.origin,
-            "unchecked_from": self._unchecked,
+            "unchecked_from": self.agreement.unchecked_from,
             "config": self._full_config(),
         }
 
@@ -248,8 +243,23 @@ class Trainer:
         if progress:
             progress.say(f"{self.title} {self.step}: {text}")
 
-    def _resume(self) -> None:
-        """Goes to the checkpoint to start from, or to the weights it begins from, or stays at the drawn ones."""
+    def _print(self, text: str) -> None:
+        if self.place.is_main:
+            print(f"{self.title}: {text}", flush=True)
+
+    def _stopped(self, number: int, say: Callable[[str], None]) -> int:
+        """Says that signal `number` stopped it, and where. Returns the exit status."""
+        goes_on = "goes on from there"
+        if self.step >= self.config.train.steps:
+            goes_on = "holds the training data against its checksums, which is all that is left to do"
+        say(f"stopped by {signal.Signals(number).name} at step {self.step}; the same command {goes_on}")
+        return signals.status_of(number)
+
+    def _resume(self) -> Path | None:
+        """Goes to the checkpoint to start from, or to the weights it begins from, or stays at the drawn ones.
+
+        Returns the checkpoint, if there is one.
+        """
         checkpoint_resume.check_ranks(self.place, self._full_config(), self.identity, self.lineage.init)
         path = checkpoint_resume.choose(self.place, self.run_dir, self.resume)
         if path is None:
@@ -261,15 +271,15 @@ class Trainer:
             self._check_samples()
             if self.lineage.init:
                 checkpoint_state.restore(self.engine, self.lineage.init.checkpoint, optimizer=False)
-            return
+            return None
         manifest = storage.read_manifest(path)
         checkpoint_resume.check_identity(path, manifest, self.identity, self.source)
         if manifest["step"] < self.config.train.steps:
             checkpoint_state.restore(self.engine, path)
-            if self.place.is_main:
-                print(f"{self.title}: going on from {path}", flush=True)
+            self._print(f"going on from {path}")
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
-        self._unchecked = manifest.get("unchecked_from", self.step)
+        checked = self.place.gather_json((path / storage.CHECKED).exists())[0]
+        self.agreement.unchecked_from = self.step if checked else manifest.get("unchecked_from", self.step)
         self.ledger |= manifest.get("ledger", {})
         self.stretches = manifest.get("stretches", [])
         self.context = max(self.context, manifest.get("context", 0))
@@ -278,6 +288,7 @@ class Trainer:
             self.stretches[-1] = {**self.stretches[-1], "config": history.completed(type(self.config), config)}
         self.origin = checkpoint_resume.origin_of(path, self.run_dir)
         self._check_samples(path)
+        return path
 
     def _check_samples(self, checkpoint: Path | None = None) -> None:
         """Refuses to train more steps than there are samples for."""
@@ -308,26 +319,26 @@ class Trainer:
         }
         if self.stretches and self.place.is_main:
             for line in history.news(self.stretches[-1], self.config, now):
-                print(f"{self.title}: {line}", flush=True)
+                self._print(line)
         self.stretches = history.go_on(self.stretches, now)
 
-    def _agree_to_stop(self, check: DataCheck, watch: signals.Watch) -> int:
-        """The signal that any rank got, the same on all; 0 if none did. Errors: DamagedTrainingData, also on all."""
-        trained = self.step > self._started
-        if trained:
-            watch.agree()
-        flags = [check.running, check.failed]  # in this order: it may fail and end meanwhile
-        numbers = torch.tensor([watch.number, *flags], dtype=torch.float32, device=self.place.device)
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-        stop_signal, running, damaged = numbers.tolist()
-        if trained:
-            watch.work()
-        if damaged:
-            spoilt = self._unchecked < self.step
-            check.raise_together(f"; what was saved after step {self._unchecked} may be spoilt" if spoilt else "")
-        if not running:
-            self._unchecked = self.step
-        return int(stop_signal)
+    def _check_finished(self, saved: Path, watch: signals.Watch) -> int:
+        """Holds the data that the finished run's checkpoint `saved` was trained on against its checksums.
+
+        Returns the exit status.
+        """
+        self._print(f"{self.run_dir} is finished at step {self.step}, and its training data was not checked to the end")
+        with DataCheck(self.source.files(), self.place) as check:
+            try:
+                if stopped_by := self.agreement.wait_for_check(self.step, check, watch, self._print):
+                    return self._stopped(stopped_by, self._print)
+            except DamagedTrainingData as error:
+                self._print(f"error: {error}")
+                return FAILED
+        if self.place.is_main:
+            (saved / storage.CHECKED).touch()
+            self._print(f"the training data matches its checksums, report in {report.write(self.run_dir)}")
+        return 0
 
     def _write_facts(self) -> None:
         self.lineage.keep(self.run_dir, self.identity)

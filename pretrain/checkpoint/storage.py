@@ -28,6 +28,8 @@ from configs.loader import ConfigError, sync
 from configs.sealed import CHECKPOINT, VersionError
 
 MANIFEST = "manifest.json"
+CHECKED = "data_checked"  # an empty file: what was not checked yet when the manifest was written, and is named by its
+# `unchecked_from`, has been found sound since; the manifest itself is never changed, since others hold its checksum
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weights and Adam's two moments
 
 

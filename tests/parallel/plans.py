@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine
 from pretrain.plan_choice import choose_plan
 from pretrain.trainer import Trainer
+from tests.small_training import last_step
 
 
 class StoppedInStep3(PlanSource):
@@ -49,23 +51,30 @@ def train_on_plan(
         return {"error": str(error)}
 
 
-def train_and_listen(tree: dict[str, Any], first_bytes: int, stopped: bool = False) -> dict[str, Any]:
+def train_and_listen(tree: dict[str, Any], first_bytes: int, stopped: str = "") -> dict[str, Any]:
     """As `train_on_plan`, and what it says; only so many bytes of data are looked at before the first step.
 
-    With `stopped`, the run is told to stop in its third step, when the check of its data is not done.
+    The run is told to stop when the check of its data is not done: by `stopped`, in its `third step`, or on its second
+    rank once the `last step` is done.
     """
     usual, check, said = data_check.FIRST_BYTES, data_check.check_files, io.StringIO()
     data_check.FIRST_BYTES = first_bytes
     if stopped:
-        data_check.check_files = _never_done
+        last = tree["train"]["steps"] if stopped == "last step" else None
+        data_check.check_files = partial(_never_done, Path(tree["run"]["dir"]), last)
     try:
         with contextlib.redirect_stdout(said):
-            answer = train_on_plan(tree, kind=StoppedInStep3 if stopped else PlanSource)
+            answer = train_on_plan(tree, kind=StoppedInStep3 if stopped == "third step" else PlanSource)
     finally:
         data_check.FIRST_BYTES, data_check.check_files = usual, check
     return {**answer, "said": said.getvalue()}
 
 
-def _never_done(files: Iterable[Expected], stop: threading.Event) -> list[str]:
+def _never_done(run_dir: Path, last: int | None, files: Iterable[Expected], stop: threading.Event) -> list[str]:
+    """Reads without an end; on the second rank, sends a signal when step `last` of the run is done."""
+    while last is not None and ClusterEnvironment.read().rank == 1 and not stop.wait(0.05):
+        if last_step(run_dir) == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+            break
     stop.wait()
     return []

@@ -83,13 +83,39 @@ def test_damage_found_late_is_told_from_the_last_checked_step_on(ranks: RanksOf,
     for run in ("stopped", "checked"):
         if run == "checked":
             path.write_bytes(content)
-        answers = train(ranks, 2, tmp_path / run, data / "plan", 0, stopped=run == "stopped")
+        answers = train(ranks, 2, tmp_path / run, data / "plan", 0, stopped="third step" if run == "stopped" else "")
         assert [answer["status"] for answer in answers] == ([75, 75] if run == "stopped" else [0, 0])
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     said = train(ranks, 2, tmp_path / "stopped", data / "plan", 10**6)[0]["said"]
     assert "does not match its checksum" in said and "what was saved after step 0 may be spoilt" in said
     manifest = storage.read_manifest(storage.directory(tmp_path / "checked", 6))
     assert manifest["unchecked_from"] == 6, "all that it was trained on was looked at"
+
+
+def test_a_signal_ends_the_last_wait_and_the_next_start_does_the_check_alone(
+    ranks: RanksOf, data: Path, tmp_path: Path
+) -> None:
+    """As often as it is told to stop; damage that is found then is told as at any other time."""
+    run, path = tmp_path / "run", data / "tokens/train/code/00000.bin"
+    checkpoint = storage.directory(run, 6)
+    for start in ("trains", "checks"):
+        first, second = train(ranks, 2, run, data / "plan", 0, stopped="last step")
+        assert (first["status"], second["status"], second["said"]) == (75, 75, "")
+        assert "stopped by SIGTERM at step 6; the same command holds the training data against" in first["said"]
+        assert ("was not checked to the end" in first["said"]) == (start == "checks")
+        assert storage.verify(checkpoint)["unchecked_from"] == 0
+    lines, sound = metrics(run), path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    for first_bytes in (0, 10**6):
+        answers = train(ranks, 2, run, data / "plan", first_bytes)
+        assert [answer["status"] for answer in answers] == [1, 1]
+        assert "error: source code, shard train/code/00000: the file 00000.bin" in answers[0]["said"]
+        assert "what was saved after step 0 may be spoilt" in answers[0]["said"]
+    path.write_bytes(sound)
+    for said in ("the training data matches its checksums", "nothing to do"):
+        answers = train(ranks, 2, run, data / "plan", 0)
+        assert [answer["status"] for answer in answers] == [0, 0] and said in answers[0]["said"]
+    assert metrics(run) == lines, "nothing was trained again"
 
 
 def test_sound_data_is_trained_on_while_it_is_read(ranks: RanksOf, sound: Path, tmp_path: Path) -> None:
