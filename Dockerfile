@@ -9,13 +9,12 @@
 #   docker run --rm -it --gpus all --ipc host -v "$PWD/runs:/trivium/runs" trivium \
 #       torchrun --nproc-per-node 8 -m pretrain.train CONFIG
 #
-# To start from a CUDA image instead, name one of pytorch/pytorch's runtime tags that has Python 3.11:
+# To start from a CUDA image instead, name one of pytorch/pytorch's runtime tags that has Python 3.11 to 3.13:
 #
 #   docker build --build-arg BASE=pytorch/pytorch:TAG-runtime -t trivium:cuda .
 
-ARG BASE=python:3.11-slim
+ARG BASE=python:3.13-slim
 FROM ${BASE}
-ARG PYTHON=python3
 
 # make runs the targets; torch.compile (train.compile = true) calls a C++ compiler.
 RUN apt-get update \
@@ -27,6 +26,6 @@ RUN apt-get update \
 USER trivium
 WORKDIR /trivium
 COPY --chown=trivium:trivium . .
-RUN PIP_NO_CACHE_DIR=1 make install PYTHON=${PYTHON}
+RUN PIP_NO_CACHE_DIR=1 make install
 ENV PATH=/trivium/.venv/bin:${PATH} HF_HUB_OFFLINE=1
 CMD ["trivium", "--help"]
