@@ -63,7 +63,7 @@ class RayConfig(Section):
     """The memory that a task books for each of its cores, in GiB; Ray does not enforce it."""
 
 
-class RunConfig(Section):
+class DataRunConfig(Section):
     """Where the run lives and who does its tasks. Neither `executor` nor `workers` changes a byte of the result."""
 
     dir: str
@@ -264,7 +264,7 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """The root of a data run's config."""
 
-    run: RunConfig
+    run: DataRunConfig
     """Where the run lives and who does its tasks."""
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """What is read, by a name for each source that the mixture and the folders use."""

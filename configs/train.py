@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from configs.base import Section
 
 
-class RunConfig(Section):
+class TrainRunConfig(Section):
     """Where a training run lives, and what its random numbers begin from."""
 
     dir: str
@@ -298,7 +298,7 @@ class LogConfig(Section):
 class TrainerConfig(Section):
     """What the one train loop reads, whatever is trained."""
 
-    run: RunConfig
+    run: TrainRunConfig
     """Where a training run lives, and what its random numbers begin from."""
     train: TrainSection
     """How long and on how much is trained, and at which cost in memory and precision."""

@@ -17,7 +17,7 @@ from configs.train import ModelConfig
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """A Trivium tensor and the file's name for it; with `{expert}`, ours stacks theirs by expert."""
 
     ours: str
@@ -31,31 +31,31 @@ class Family:
 
     architecture: str
     model_type: str
-    rules: tuple[Rule, ...]
+    rules: tuple[TensorRule, ...]
 
 
-_EMBEDDING = Rule("embedding.weight", "model.embed_tokens.weight", "VH")
-_HEAD = Rule("lm_head.weight", "lm_head.weight", "VH")
-_FINAL_NORM = Rule("final_norm.weight", "model.norm.weight", "H")
+_EMBEDDING = TensorRule("embedding.weight", "model.embed_tokens.weight", "VH")
+_HEAD = TensorRule("lm_head.weight", "lm_head.weight", "VH")
+_FINAL_NORM = TensorRule("final_norm.weight", "model.norm.weight", "H")
 _ATTENTION = (
-    Rule("layers.{layer}.attention_norm.weight", "model.layers.{layer}.input_layernorm.weight", "H"),
-    Rule("layers.{layer}.attention.q_proj.weight", "model.layers.{layer}.self_attn.q_proj.weight", "QH"),
-    Rule("layers.{layer}.attention.k_proj.weight", "model.layers.{layer}.self_attn.k_proj.weight", "KH"),
-    Rule("layers.{layer}.attention.v_proj.weight", "model.layers.{layer}.self_attn.v_proj.weight", "KH"),
-    Rule("layers.{layer}.attention.o_proj.weight", "model.layers.{layer}.self_attn.o_proj.weight", "HQ"),
-    Rule("layers.{layer}.mlp_norm.weight", "model.layers.{layer}.post_attention_layernorm.weight", "H"),
+    TensorRule("layers.{layer}.attention_norm.weight", "model.layers.{layer}.input_layernorm.weight", "H"),
+    TensorRule("layers.{layer}.attention.q_proj.weight", "model.layers.{layer}.self_attn.q_proj.weight", "QH"),
+    TensorRule("layers.{layer}.attention.k_proj.weight", "model.layers.{layer}.self_attn.k_proj.weight", "KH"),
+    TensorRule("layers.{layer}.attention.v_proj.weight", "model.layers.{layer}.self_attn.v_proj.weight", "KH"),
+    TensorRule("layers.{layer}.attention.o_proj.weight", "model.layers.{layer}.self_attn.o_proj.weight", "HQ"),
+    TensorRule("layers.{layer}.mlp_norm.weight", "model.layers.{layer}.post_attention_layernorm.weight", "H"),
 )
 _MLP = (
-    Rule("layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.gate_proj.weight", "FH"),
-    Rule("layers.{layer}.mlp.up_proj.weight", "model.layers.{layer}.mlp.up_proj.weight", "FH"),
-    Rule("layers.{layer}.mlp.down_proj.weight", "model.layers.{layer}.mlp.down_proj.weight", "HF"),
+    TensorRule("layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.gate_proj.weight", "FH"),
+    TensorRule("layers.{layer}.mlp.up_proj.weight", "model.layers.{layer}.mlp.up_proj.weight", "FH"),
+    TensorRule("layers.{layer}.mlp.down_proj.weight", "model.layers.{layer}.mlp.down_proj.weight", "HF"),
 )
 _SPARSE = "model.layers.{layer}.block_sparse_moe"
 _MOE = (
-    Rule("layers.{layer}.moe.router.weight", _SPARSE + ".gate.weight", "EH"),
-    Rule("layers.{layer}.moe.experts.gate_proj", _SPARSE + ".experts.{expert}.w1.weight", "EFH"),
-    Rule("layers.{layer}.moe.experts.up_proj", _SPARSE + ".experts.{expert}.w3.weight", "EFH"),
-    Rule("layers.{layer}.moe.experts.down_proj", _SPARSE + ".experts.{expert}.w2.weight", "EHF"),
+    TensorRule("layers.{layer}.moe.router.weight", _SPARSE + ".gate.weight", "EH"),
+    TensorRule("layers.{layer}.moe.experts.gate_proj", _SPARSE + ".experts.{expert}.w1.weight", "EFH"),
+    TensorRule("layers.{layer}.moe.experts.up_proj", _SPARSE + ".experts.{expert}.w3.weight", "EFH"),
+    TensorRule("layers.{layer}.moe.experts.down_proj", _SPARSE + ".experts.{expert}.w2.weight", "EHF"),
 )
 
 LLAMA = Family("LlamaForCausalLM", "llama", (_EMBEDDING, *_ATTENTION, *_MLP, _FINAL_NORM, _HEAD))
@@ -118,7 +118,7 @@ def entries(config: ModelConfig) -> list[Entry]:
     after = [rule for rule in rules if rule is _FINAL_NORM or (rule is _HEAD and not config.tie_embeddings)]
     per_layer = [rule for rule in rules if "{layer}" in rule.ours]
 
-    def apply(rule: Rule, layer: int | None = None) -> Entry:
+    def apply(rule: TensorRule, layer: int | None = None) -> Entry:
         stacked = "{expert}" in rule.theirs
         experts = range(sizes["E"] if stacked else 1)
         return Entry(

@@ -1,6 +1,6 @@
 """Publishing a folder whole or not at all, and knowing an earlier one again.
 
-A folder is written as `.NAME.partial` beside its place, and renamed once it is proven. `trivium_export.json`
+A folder is written as `.NAME.partial` beside the final one, and renamed once it is proven. `trivium_export.json`
 in it records what it was made from and the checksum of every file, so that a rerun can tell that nothing
 changed.
 """
@@ -18,14 +18,14 @@ from configs.loader import ConfigError, file_sha256, sync, write_atomic
 RECORD = "trivium_export.json"
 
 
-def check_place(out: Path, mend: bool = True) -> None:
+def check_target(out: Path, mend: bool = True) -> None:
     """Mends an interrupted publication. Errors: ConfigError when what is at `out` is not an export."""
     previous = _previous(out)
     if mend and previous.is_dir() and not out.exists():
         previous.rename(out)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file())):
         raise ConfigError(
-            f"out = {out} exists and was not written by `trivium export`; name another place or remove it"
+            f"out = {out} exists and was not written by `trivium export`; name another folder or remove it"
         )
 
 

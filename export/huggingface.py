@@ -1,6 +1,6 @@
 """`trivium export`: a training run to a Hugging Face directory that has proven itself.
 
-The folder is written beside its place, reloaded with transformers, and held against Trivium's own decoder on
+The folder is written beside `out`, reloaded with transformers, and held against Trivium's own decoder on
 real held-out text (export.verify). It is renamed into place only if every check holds. Leaves out uploading,
 and formats other than transformers'.
 """
@@ -18,7 +18,7 @@ from configs.loader import ConfigError, entrypoint, file_sha256, parse_args, pla
 
 if TYPE_CHECKING:
     from export.chat import TextCodec
-    from export.source import Source
+    from export.source import ModelSource
     from export.verify import Check, Reference, Reloaded
 
 HELDOUT_PROMPT = 16  # tokens of a held-out passage that are continued
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         source = open_source(config.run, config.step)
         texts = read_texts(source, config, console)
-        folder.check_place(out, mend=not args.dry_run)
+        folder.check_target(out, mend=not args.dry_run)
         made_from = fingerprint(source, texts, config)
         if not args.force and folder.is_current(out, made_from):
             console.print(f"{out} is up to date with {source.path}; --force exports it again", soft_wrap=True)
@@ -75,7 +75,7 @@ class Texts:
     prompts: list[list[int]]
 
 
-def read_texts(source: "Source", config: ExportConfig, console: Any) -> Texts:
+def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Texts:
     """Errors: ConfigError where a continuation would go past the model's context, ValueError as `heldout_passages`."""
     from export.heldout import heldout_passages
 
@@ -133,7 +133,7 @@ def _check_lengths(context: int, prompts: list[list[int]], openings: list[list[i
 
 
 def export(
-    source: "Source", texts: Texts, config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any
+    source: "ModelSource", texts: Texts, config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any
 ) -> int:
     """Writes, verifies, publishes. Returns the exit status; whatever fails, no partial folder is left."""
     from export import folder
@@ -158,7 +158,7 @@ def export(
     return 0
 
 
-def fingerprint(source: "Source", texts: Texts, config: ExportConfig) -> dict[str, Any]:
+def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> dict[str, Any]:
     """All that decides the content of the folder and what is said of it, by content: where it lies does not matter."""
     code = sorted(Path(__file__).parent.glob("*.py"))
     return {
@@ -183,7 +183,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def write_model(source: "Source", texts: Texts, config: ExportConfig, folder: Path) -> "Reference":
+def write_model(source: "ModelSource", texts: Texts, config: ExportConfig, folder: Path) -> "Reference":
     """Writes weights, configs and tokenizer into `folder`; returns what it has to be equal to."""
     import torch
 

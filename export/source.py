@@ -25,7 +25,7 @@ IMPORTED = "model.toml"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model at rest. `read` gives its weights, by Trivium's names, with checksums verified.
 
     `identify` gives a hash of the weights and of what the model is. `context` is the number of tokens that it was made
@@ -64,7 +64,7 @@ class Source:
         return codec
 
 
-def open_source(path: str | Path, step: int | str = "latest") -> Source:
+def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
     """Reads everything but the weights.
 
     Errors: ConfigError where nothing usable is at `path`, CheckpointError where a part of it is gone or replaced.
@@ -90,7 +90,7 @@ def open_source(path: str | Path, step: int | str = "latest") -> Source:
     return _checkpoint(checkpoint)
 
 
-def _checkpoint(checkpoint: Path) -> Source:
+def _checkpoint(checkpoint: Path) -> ModelSource:
     from pretrain.checkpoint import read_full, read_manifest
     from pretrain.checkpoint.lineage import Lineage
     from pretrain.checkpoint.storage import run_of
@@ -98,7 +98,7 @@ def _checkpoint(checkpoint: Path) -> Source:
     manifest = read_manifest(checkpoint)
     lineage = Lineage.of_checkpoint(checkpoint, manifest)
     plan = lineage.plan.find(run_of(checkpoint)) if lineage.plan else None
-    return Source(
+    return ModelSource(
         path=checkpoint,
         step=int(manifest["step"]),
         model=validate(ModelConfig, manifest["config"]["model"], origin=f"{checkpoint}, [model]"),
@@ -112,12 +112,12 @@ def _checkpoint(checkpoint: Path) -> Source:
     )
 
 
-def _imported(path: Path) -> Source:
+def _imported(path: Path) -> ModelSource:
     tree = tomllib.loads((path / IMPORTED).read_text(encoding="utf-8"))
     model = validate(ModelConfig, tree["model"], origin=str(path / IMPORTED))
     names, read = open_tensors(path)
     template = path / CHAT_TEMPLATE
-    return Source(
+    return ModelSource(
         path=path,
         step=0,
         model=model,

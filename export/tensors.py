@@ -58,9 +58,9 @@ def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Te
         raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}")
     for file in sorted(set(where.values())):
         inside = set(_names(folder / file))
-        lost = sorted(name for name, place in where.items() if place == file and name not in inside)
+        lost = sorted(name for name, named in where.items() if named == file and name not in inside)
         if lost:
-            raise ValueError(f"{folder / file} lacks tensor {lost[0]}, which {INDEX} places there; fetch it again")
+            raise ValueError(f"{folder / file} lacks tensor {lost[0]}, which {INDEX} puts there; fetch it again")
 
     def read(name: str) -> torch.Tensor:
         with safe_open(folder / where[name], framework="pt") as file:

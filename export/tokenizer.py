@@ -140,7 +140,7 @@ def write_tokenizer(
         "padding_side": "left",
     }
     if chat_template is not None:
-        # In both places: transformers 5 reads the file, older readers the key.
+        # In both files: transformers 5 reads the file, older readers the key.
         config["chat_template"] = chat_template
         write_atomic(folder / "chat_template.jinja", chat_template.encode())
     write_atomic(folder / "tokenizer.json", convert(model, chat_template is None).to_str(pretty=True).encode())

@@ -135,7 +135,7 @@ def check_parameters(hf: Reloaded, config: ModelConfig) -> Check:
 
 
 def check_context(hf: Reloaded, reference: Reference, greedy_tokens: int) -> Check:
-    """The folder claims the model's context, in both places, and what is compared stays within it."""
+    """The folder claims the model's context, in both files, and what is compared stays within it."""
     claimed, longest = hf.model.config.max_position_embeddings, max(map(len, reference.passages))
     longest = max(longest, *(len(prompt) + greedy_tokens for prompt in reference.prompts))
     wanted = f"{reference.context:,}, and nothing compared beyond it"

@@ -19,25 +19,25 @@ from configs.folders import check_writable
 from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
 from configs.signals import STOPPED
 from launch import tee
-from launch.demo_report import Stage, describe_data, describe_export, describe_training, show, write_html
+from launch.demo_report import DemoStage, describe_data, describe_export, describe_training, show, write_html
 from launch.processes import die_with_parent
 
 DIRECTORY = Path("runs/demo")
 RANKS = 2
 
 
-def _training(name: str, module: str, config: str, title: str, begins_with: Stage) -> Stage:
+def _training(name: str, module: str, config: str, title: str, begins_with: DemoStage) -> DemoStage:
     command = ("launch.local", "--nproc-per-node", str(RANKS), module, config)
-    return Stage(name, title, command, DIRECTORY / name, "metrics.jsonl", describe_training, (begins_with,))
+    return DemoStage(name, title, command, DIRECTORY / name, "metrics.jsonl", describe_training, (begins_with,))
 
 
-def _export(name: str, title: str) -> Stage:
+def _export(name: str, title: str) -> DemoStage:
     run, out = DIRECTORY / name, DIRECTORY / "export" / name
     command = ("export.huggingface", "configs/export/demo.toml", f"run={run}", f"out={out}")
-    return Stage(f"export_{name}", f"export {title}", command, out, "trivium_export.json", describe_export)
+    return DemoStage(f"export_{name}", f"export {title}", command, out, "trivium_export.json", describe_export)
 
 
-_DATA = Stage(
+_DATA = DemoStage(
     "data",
     "data",
     ("data_pipeline.run", "configs/data/demo.toml"),
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_stages(STAGES, DIRECTORY, Console())
 
 
-def run_stages(stages: Sequence[Stage], directory: Path, console: Console) -> int:
+def run_stages(stages: Sequence[DemoStage], directory: Path, console: Console) -> int:
     """Runs `stages` in order, stops at the first failure, keeps their times in `directory`/demo.json."""
     began = time.monotonic()
     times = read_times(directory)
@@ -138,7 +138,7 @@ def read_times(directory: Path) -> dict[str, dict]:
         raise ValueError(f"{path} is not a record of the demo's times; delete it and run the demo again") from None
 
 
-def command_line(stage: Stage) -> str:
+def command_line(stage: DemoStage) -> str:
     """What to type in a shell to run the stage alone."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, "-m", *stage.command])
@@ -150,7 +150,7 @@ def _changed(before: dict | None, made_from: Mapping[str, str | None]) -> list[s
     return [name for name, value in made_from.items() if known.get(name) != value]
 
 
-def _tell_stale(stage: Stage, changed: Sequence[str], console: Console) -> None:
+def _tell_stale(stage: DemoStage, changed: Sequence[str], console: Console) -> None:
     console.print(
         f"\nStage {stage.title} is done and was not done again, but {' and '.join(changed)} changed since then. "
         f"Remove {stage.output} and run the demo again to make it anew, or put back what it was made from.",
@@ -160,7 +160,7 @@ def _tell_stale(stage: Stage, changed: Sequence[str], console: Console) -> None:
     )
 
 
-def _tell_failure(stage: Stage, status: int, log: Path, console: Console) -> None:
+def _tell_failure(stage: DemoStage, status: int, log: Path, console: Console) -> None:
     if status in (STOPPED, 129, 130, 143):  # the last three: SIGHUP, SIGINT, SIGTERM
         console.print(
             f"\nInterrupted in stage {stage.title}. Run the same command again: finished stages are skipped and "

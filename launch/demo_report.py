@@ -21,7 +21,7 @@ from configs.loader import file_sha256, write_atomic
 
 
 @dataclass(frozen=True)
-class Stage:
+class DemoStage:
     """One subprocess of the demo.
 
     `command` follows `python -m`. `output` is the directory it fills; the file `mark` in it changes when, and
@@ -35,7 +35,7 @@ class Stage:
     output: Path
     mark: str
     describe: Callable[[Path], tuple[str, str]]
-    needs: tuple["Stage", ...] = ()
+    needs: tuple["DemoStage", ...] = ()
 
     def made_from(self) -> dict[str, str | None]:
         """Hashes of the config, without what changes no result, and of the results it starts from; by their names."""
@@ -113,7 +113,7 @@ def describe_export(output: Path) -> tuple[str, str]:
     return Path(checkpoint).name if checkpoint else "", "\n".join(checks)
 
 
-def show(stages: Sequence[Stage], times: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+def show(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """The closing table."""
     table = Table(title="Trivium demo", title_justify="left", show_lines=True)
     for name in ("stage", "went in", "came out"):
@@ -149,7 +149,7 @@ iframe { width: 100%; height: 70vh; border: 1px solid var(--grid); border-radius
 """
 
 
-def write_html(stages: Sequence[Stage], times: Mapping[str, Mapping[str, Any]], directory: Path) -> Path:
+def write_html(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any]], directory: Path) -> Path:
     """Writes the table as `directory`/report.html, with the stages' own reports in it; returns the path."""
     rows, frames = [], []
     for stage in stages:

@@ -21,7 +21,7 @@ _FIRST_RESERVED_STEP = 0xFFFFFFF0
 
 @dataclass(frozen=True)
 class ClusterEnvironment:
-    """One process's place among the ranks, as its launcher told it.
+    """One process's rank among all, as its launcher told it.
 
     `launcher` is torchrun, openmpi, mpich, slurm, or single when none started this process (a world of one).
     `local_rank` counts within the node: it is the GPU to take. `master_address` and `master_port` are where
@@ -48,7 +48,7 @@ class ClusterEnvironment:
         return f"tcp://{self.master_address}:{self.master_port}"
 
     def as_variables(self) -> dict[str, str]:
-        """The variables that torchrun would set, for a process to be started at this place."""
+        """The variables that torchrun would set, for a process to be started as this rank."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the ranks. Returns their exit status."""
     args = _parser().parse_args(argv)
     nnodes, node_rank, address, port = _nodes(args)
-    places = [
+    ranks = [
         ClusterEnvironment(
             launcher="torchrun",
             rank=node_rank * args.nproc_per_node + local_rank,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for local_rank in range(args.nproc_per_node)
     ]
     module = _module(args.module)
-    return run_ranks([sys.executable, "-m", "launch.run", module, *args.args], places)
+    return run_ranks([sys.executable, "-m", "launch.run", module, *args.args], ranks)
 
 
 def _nodes(args: argparse.Namespace) -> tuple[int, int, str, int]:
@@ -95,34 +95,34 @@ def _module(name: str) -> str:
     )
 
 
-def run_ranks(command: Sequence[str], places: Sequence[ClusterEnvironment]) -> int:
-    """Starts `command`, by way of launch.run, once at each place of this machine and waits.
+def run_ranks(command: Sequence[str], ranks: Sequence[ClusterEnvironment]) -> int:
+    """Starts `command`, by way of launch.run, once for each of `ranks` and waits.
 
     Returns the exit status of the whole.
-    The first place's output is ours; every other's goes to a file that is shown in part if it fails first.
+    The first rank's output is ours; every other's goes to a file that is shown in part if it fails first.
     """
-    threads = str(max(1, cores() // len(places)))
+    threads = str(max(1, cores() // len(ranks)))
     try:
         logs = Path(tempfile.mkdtemp(prefix="trivium-ranks-"))
     except OSError as error:
         raise ConfigError(
-            f"ranks' logs have no place in {os.environ.get('TMPDIR', 'the temporary folder')}: {error.strerror}; make "
+            f"ranks' logs cannot be kept in {os.environ.get('TMPDIR', 'the temporary folder')}: {error.strerror}; make "
             "room there, or set TMPDIR to a folder that can be written to"
         ) from None
     with ProcessGroup() as group:
-        for index, place in enumerate(places):
-            env = {**os.environ, **place.as_variables(), "OMP_NUM_THREADS": threads}
+        for index, env_of_rank in enumerate(ranks):
+            env = {**os.environ, **env_of_rank.as_variables(), "OMP_NUM_THREADS": threads}
             if index == 0:
                 group.start(command, env, held_back=True)
             else:
-                with open(logs / f"rank{place.rank}.log", "wb") as log:
+                with open(logs / f"rank{env_of_rank.rank}.log", "wb") as log:
                     group.start(command, env, output=log, held_back=True)
         status = group.wait()
     # Status 2 is a refused config: every rank refuses it in the same words, and rank 0's were seen already.
     if status in (0, 2, STOPPED, INTERRUPTED):
         shutil.rmtree(logs)
     elif group.failed is not None:
-        _tell(group.failed, places[group.failed].rank, status, logs)
+        _tell(group.failed, ranks[group.failed].rank, status, logs)
     return status
 
 

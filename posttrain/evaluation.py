@@ -29,12 +29,12 @@ class TaskAccuracy:
         if self._policy is None:
             self._policy = PolicyCopy(engine)
         self._policy.refresh()
-        place = engine.place
+        mesh = engine.mesh
         sums = torch.zeros(len(DECODING), 2)
         if self._policy.samples_here:
-            share = range(place.dp_rank, self.prompts, place.layout.dp)
+            share = range(mesh.dp_rank, self.prompts, mesh.layout.dp)
             sums = torch.tensor([self._sums(self._policy.decoder, share, t) for t in DECODING.values()])
-        totals = place.sum_over_world(sums).tolist()
+        totals = mesh.sum_over_world(sums).tolist()
         if any(count == 0 for _, count in totals):
             raise ValueError(f"task {self.task.name!r} could score none of {self.prompts} held-out prompts")
         return {f"{self.task.name} answers": {name: s / n for name, (s, n) in zip(DECODING, totals, strict=True)}}

@@ -36,39 +36,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.evaluation import TaskAccuracy
     from posttrain.grpo_source import GRPOLoss, RolloutSource
+    from posttrain.initial_model import InitialModel
     from posttrain.lengths import check_answers, check_rows
-    from posttrain.start import Start
     from posttrain.tasks import make_task
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
-    start = Start.open(config.init, config.run.dir, args.resume)
-    layout = Layout.of(env.world_size, config.parallel, start.model, config.train)
-    if start.note and env.is_main:
-        print(f"note: {start.note}")
+    initial = InitialModel.open(config.init, config.run.dir, args.resume)
+    layout = Layout.of(env.world_size, config.parallel, initial.model, config.train)
+    if initial.note and env.is_main:
+        print(f"note: {initial.note}")
     _check_groups(config, layout)
     task, prompts = make_task(config.task), config.train.global_batch_size // config.grpo.group_size
     drawn = config.train.steps * prompts, config.task.eval_prompts
-    longest = check_answers(task, start.chat, config.run.seed, *drawn, start.lineage.context or None)
+    longest = check_answers(task, initial.chat, config.run.seed, *drawn, initial.lineage.context or None)
     check_rows(task, longest, config.train.seq_length, config.parallel)
     if args.dry_run:
         print(
             f"{config.train.steps} steps of {prompts} prompts x {config.grpo.group_size} samples of {task}, "
-            f"layout {layout}, from {start.pin.checkpoint} into {config.run.dir}"
+            f"layout {layout}, from {initial.pin.checkpoint} into {config.run.dir}"
         )
         return 0
 
-    place = groups.start(env, layout)
+    mesh = groups.start(env, layout)
     try:
         return Trainer(
             config,
-            start.model,
-            RolloutSource(config.grpo, task, start.chat, config.run.seed, config.train.seq_length),
+            initial.model,
+            RolloutSource(config.grpo, task, initial.chat, config.run.seed, config.train.seq_length),
             GRPOLoss(config.grpo),
-            place,
-            [TaskAccuracy(task, start.chat, config.run.seed, config.task.eval_prompts)],
-            start.lineage,
+            mesh,
+            [TaskAccuracy(task, initial.chat, config.run.seed, config.task.eval_prompts)],
+            initial.lineage,
             title=Path(config.run.dir).name,
             resume=args.resume,
         ).fit()

@@ -51,12 +51,12 @@ class RolloutSource(BatchSource):
     def rows(self, samples: range) -> list[RolloutRow]:
         """Whole groups, one completion a row. Collective: one rank of each replica samples for the others."""
         assert self._policy is not None, "the trainer calls prepare before it asks for rows"
-        place, settings = self._policy.place, self.settings
+        mesh, settings = self._policy.mesh, self.settings
         rollout, trained = None, (0, 0)
         if self._policy.samples_here:
             rollout = sample_rollout(self._policy.decoder, self.task, self.chat, settings, self.seed, samples)
             trained = rollout.trained()
-        tokens, completions = (sum(column) for column in zip(*place.gather_json(trained), strict=True))
+        tokens, completions = (sum(column) for column in zip(*mesh.gather_json(trained), strict=True))
         aggregation = Aggregation(settings.aggregation)
         factor = step_factor(tokens, completions, self.task.max_new_tokens, aggregation)
         arrays = None
@@ -64,7 +64,7 @@ class RolloutSource(BatchSource):
             rows = training_rows(rollout, settings, self.seq_length, self.chat.ids["<pad>"], factor)
             arrays = {name: np.stack([getattr(row, name) for row in rows]) for name in ARRAYS}
             arrays["metrics"] = np.array([rollout.metrics()[name] for name in METRICS])
-        arrays = place.broadcast_arrays(arrays)
+        arrays = mesh.broadcast_arrays(arrays)
         self._metrics = {
             name: (total, count) for name, (total, count) in zip(METRICS, arrays["metrics"].tolist(), strict=True)
         }

@@ -7,7 +7,7 @@ Leaves out models too large for one device: those need an inference engine of th
 from pretrain.checkpoint.state import gather_weights
 from pretrain.model import Decoder, build_single, load_weights
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.groups import Place
+from pretrain.parallel.groups import Mesh
 
 
 class PolicyCopy:
@@ -18,13 +18,13 @@ class PolicyCopy:
         self._decoder: Decoder | None = None
 
     @property
-    def place(self) -> Place:
-        return self._engine.place
+    def mesh(self) -> Mesh:
+        return self._engine.mesh
 
     @property
     def samples_here(self) -> bool:
         """True on the one rank of each data-parallel replica that holds a copy and samples."""
-        return self.place.leads_replica
+        return self.mesh.leads_replica
 
     @property
     def decoder(self) -> Decoder:
@@ -38,6 +38,6 @@ class PolicyCopy:
             return
         if self._decoder is None:
             dtype = next(iter(weights.values())).dtype
-            self._decoder = build_single(self._engine.model_config, weights, dtype).to(self.place.device)
+            self._decoder = build_single(self._engine.model_config, weights, dtype).to(self.mesh.device)
         else:
             load_weights(self._decoder, weights)

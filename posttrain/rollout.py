@@ -16,7 +16,7 @@ from data_pipeline.mixture.rows import Row
 from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
 from posttrain.algorithms.aggregation import Aggregation, token_weight
 from posttrain.chat import ChatFormat
-from posttrain.tasks import Score, Task
+from posttrain.tasks import Task, TaskScore
 from pretrain.model import Decoder
 from pretrain.sampling import Completion, generate
 
@@ -41,7 +41,7 @@ class Rollout:
 
     prompts: list[list[int]]
     completions: list[Completion]
-    scores: list[Score]
+    scores: list[TaskScore]
     group_size: int
 
     def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,10 +92,10 @@ def sample_rollout(
     return Rollout(prompts, completions, scores, settings.group_size)
 
 
-def judge(task: Task, chat: ChatFormat, prompt: str, completion: Completion) -> Score:
+def judge(task: Task, chat: ChatFormat, prompt: str, completion: Completion) -> TaskScore:
     """The task's verdict on a completion that closed its turn; one that did not is wrong, whatever it says."""
     if not completion.stopped:
-        return Score(0.0, "truncated")
+        return TaskScore(0.0, "truncated")
     return task.score(prompt, chat.decode_answer(completion.tokens))
 
 

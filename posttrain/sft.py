@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(config.run.dir, "run.dir")
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.evaluation import TaskAccuracy
+    from posttrain.initial_model import InitialModel
     from posttrain.lengths import check_answers
     from posttrain.sft_data import SFTSource, read_examples
-    from posttrain.start import Start
     from posttrain.tasks import make_task
     from pretrain.evaluate import Evaluator, HeldoutLoss
     from pretrain.model.losses import NextToken
@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
-    start = Start.open(config.init, config.run.dir, args.resume)
-    layout = Layout.of(env.world_size, config.parallel, start.model, config.train)
-    if start.note and env.is_main:
-        print(f"note: {start.note}")
-    chat, seed, length = start.chat, config.run.seed, config.train.seq_length
+    initial = InitialModel.open(config.init, config.run.dir, args.resume)
+    layout = Layout.of(env.world_size, config.parallel, initial.model, config.train)
+    if initial.note and env.is_main:
+        print(f"note: {initial.note}")
+    chat, seed, length = initial.chat, config.run.seed, config.train.seq_length
     task = make_task(config.task) if config.task else None
     if config.task and task:
-        context = max(start.lineage.context, length)
+        context = max(initial.lineage.context, length)
         check_answers(task, chat, seed, config.task.demonstrations, config.task.eval_prompts, context)
     try:
         examples = read_examples(config.data, config.task, chat, seed, length)
@@ -72,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
     if config.task and task:
         evaluators.append(TaskAccuracy(task, chat, seed, config.task.eval_prompts))
-    place = groups.start(env, layout)
+    mesh = groups.start(env, layout)
     try:
-        title, lineage = Path(config.run.dir).name, start.lineage
+        title, lineage = Path(config.run.dir).name, initial.lineage
         return Trainer(
-            config, start.model, source, NextToken(), place, evaluators, lineage, title, resume=args.resume
+            config, initial.model, source, NextToken(), mesh, evaluators, lineage, title, resume=args.resume
         ).fit()
     finally:
         groups.stop()

@@ -37,7 +37,7 @@ class Example:
 
 
 @dataclass
-class Examples:
+class DialogueExamples:
     """One source's examples by split, and counts of what was set aside by reason, with file, line and the matter of
     the first of each.
     """
@@ -61,7 +61,7 @@ class Examples:
 
 def read_examples(
     data: DialogueConfig, settings: DemonstrationConfig | None, chat: ChatFormat, seed: int, seq_length: int
-) -> dict[str, Examples]:
+) -> dict[str, DialogueExamples]:
     """All sources of an SFT run by name. Errors: ValueError as `read_dialogues` and `demonstrations`."""
     examples = {}
     if data.dialogues:
@@ -69,7 +69,7 @@ def read_examples(
         examples["dialogues"] = read_dialogues(data.dialogues, chat, seq_length, *shares)
     if settings and settings.demonstrations:
         task = make_task(settings)
-        examples[task.name] = Examples(
+        examples[task.name] = DialogueExamples(
             demonstrations(task, chat, seed, "train", settings.demonstrations, seq_length),
             demonstrations(task, chat, seed, "heldout", settings.eval_prompts, seq_length),
         )
@@ -78,12 +78,12 @@ def read_examples(
 
 def read_dialogues(
     paths: Sequence[str], chat: ChatFormat, seq_length: int, heldout_share: float, max_bad_share: float
-) -> Examples:
+) -> DialogueExamples:
     """Reads, renders and splits. Dialogues with the same first message fall into the same split.
 
     Errors: ValueError if a file is missing, nothing is left, or more than `max_bad_share` was set aside.
     """
-    found, longest, total = Examples(), 0, 0
+    found, longest, total = DialogueExamples(), 0, 0
     for name, line in _lines(paths):
         total += 1
         try:
@@ -109,7 +109,7 @@ def read_dialogues(
 
 
 def _nothing_left(
-    found: Examples, paths: Sequence[str], total: int, seq_length: int, fits: str, heldout_share: float
+    found: DialogueExamples, paths: Sequence[str], total: int, seq_length: int, fits: str, heldout_share: float
 ) -> str:
     where = ", ".join(paths)
     if not total:
@@ -194,7 +194,7 @@ class SFTSource(BatchSource):
 
     num_samples = None
 
-    def __init__(self, examples: dict[str, Examples], seq_length: int, pad_id: int, seed: int) -> None:
+    def __init__(self, examples: dict[str, DialogueExamples], seq_length: int, pad_id: int, seed: int) -> None:
         self.sources, self.seed = list(examples), seed
         packed = [pack(found.train, seq_length, pad_id, i) for i, found in enumerate(examples.values())]
         self._rows = [row for rows in packed for row in rows]

@@ -1,7 +1,7 @@
 """Verifiable tasks: prompts drawn by key, answers checked by rule.
 
 A task's prompts fall into a training and a held-out split by the hash of their content, so the two never
-share one, however many are drawn. A verifier that cannot judge says so (`Score.unscorable`): that is never a
+share one, however many are drawn. A verifier that cannot judge says so (`TaskScore.unscorable`): that is never a
 reward of 0. Leaves out adapters to outside task collections.
 """
 
@@ -18,14 +18,14 @@ HELDOUT_SHARE = 0.1  # of all prompts, by hash
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """A reward in [0, 1], or None where the verifier could not judge; `reason` is what a report counts by."""
 
     value: float | None
     reason: str
 
     @classmethod
-    def unscorable(cls, reason: str) -> "Score":
+    def unscorable(cls, reason: str) -> "TaskScore":
         return cls(None, reason)
 
 
@@ -44,7 +44,7 @@ class Task(Protocol):
 
     def answer(self, prompt: str) -> str: ...
 
-    def score(self, prompt: str, completion: str) -> Score: ...
+    def score(self, prompt: str, completion: str) -> TaskScore: ...
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ class SortTask:
             raise ValueError(f"prompt {prompt!r} is not of the form 'Sort DIGITS'")
         return "".join(sorted(match[1]))
 
-    def score(self, prompt: str, completion: str) -> Score:
+    def score(self, prompt: str, completion: str) -> TaskScore:
         """1 for the exact answer, else 0; unscorable only if the prompt itself is not this task's."""
         try:
             answer = self.answer(prompt)
         except ValueError as error:
-            return Score.unscorable(str(error))
+            return TaskScore.unscorable(str(error))
         if completion == answer:
-            return Score(1.0, "right")
+            return TaskScore(1.0, "right")
         if not re.fullmatch(r"[0-9]+", completion):
-            return Score(0.0, "not a number")
-        return Score(0.0, "wrong digits" if sorted(completion) != list(answer) else "wrong order")
+            return TaskScore(0.0, "not a number")
+        return TaskScore(0.0, "wrong digits" if sorted(completion) != list(answer) else "wrong order")
 
 
 def make_task(settings: TaskConfig) -> Task:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from configs import signals
 from pretrain.data_check import DataCheck
-from pretrain.parallel.groups import Place
+from pretrain.parallel.groups import Mesh
 
 
 class Agreement:
@@ -21,9 +21,9 @@ class Agreement:
     trained on data that is not held against its checksums yet.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         self.first_step = self.unchecked_from = 0
-        self._place = place
+        self._mesh = mesh
 
     def signal(self, step: int, check: DataCheck, watch: signals.Watch) -> int:
         """The signal that any rank got, the same on all; 0 if none did. Errors: DamagedTrainingData, also on all."""
@@ -31,7 +31,7 @@ class Agreement:
         if trained:
             watch.agree()
         flags = [check.running, check.failed]  # in this order: it may fail and end meanwhile
-        numbers = torch.tensor([watch.number, *flags], dtype=torch.float32, device=self._place.device)
+        numbers = torch.tensor([watch.number, *flags], dtype=torch.float32, device=self._mesh.device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         number, running, damaged = numbers.tolist()
         if trained:

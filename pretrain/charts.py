@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from data_pipeline.charts import SERIES, figure, short, ticks
 
 Points = Sequence[tuple[float, float]]
-Place = Callable[[float, float], tuple[float, float]]  # data to SVG coordinates
+ToSvg = Callable[[float, float], tuple[float, float]]  # data to SVG coordinates
 
 WIDTH, HEIGHT = 460, 240
 LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 38
@@ -34,7 +34,7 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
     y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
     x_span, y_span = (x_high - x_low) or 1.0, (y_high - y_low) or 1.0
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def to_svg(x: float, y: float) -> tuple[float, float]:
         return (
             LEFT + (x - x_low) / x_span * (WIDTH - LEFT - RIGHT),
             HEIGHT - BOTTOM - (y - y_low) / y_span * (HEIGHT - TOP - BOTTOM),
@@ -42,12 +42,12 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
 
     parts = []
     for tick in y_ticks:
-        _, y = place(x_low, tick)
+        _, y = to_svg(x_low, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in ticks(x_low, x_high, whole=True):
         if x_low <= tick <= x_high:
-            x, _ = place(tick, y_low)
+            x, _ = to_svg(tick, y_low)
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
@@ -58,9 +58,9 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
         color = f"stroke: var(--s{index % SERIES})"
         note = f"<title>{html.escape(name)}: last {short(points[-1][1])} at {short(points[-1][0])}</title>"
         smooth = noisy and len(points) >= SMOOTH_FROM
-        parts.append(_path(thin(points), place, color, "raw" if smooth else "", note))
+        parts.append(_path(thin(points), to_svg, color, "raw" if smooth else "", note))
         if smooth:
-            parts.append(_path(thin(running_mean(points)), place, color, "", note))
+            parts.append(_path(thin(running_mean(points)), to_svg, color, "", note))
     return figure(title, WIDTH, HEIGHT, parts, list(kept))
 
 
@@ -89,8 +89,8 @@ def _finite(points: Points) -> list[tuple[float, float]]:
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
-def _path(points: Points, place: Place, style: str, kind: str, note: str) -> str:
-    placed = [place(x, y) for x, y in points]
+def _path(points: Points, to_svg: ToSvg, style: str, kind: str, note: str) -> str:
+    placed = [to_svg(x, y) for x, y in points]
     if len(placed) == 1:  # a stroke of no length shows as a dot, its caps being round
         placed *= 2
     line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from data_pipeline.integrity import DamagedData, Expected, check_files
-from pretrain.parallel.groups import Place
+from pretrain.parallel.groups import Mesh
 
 FIRST_BYTES = 1_000_000_000  # up to so many are read before the first step, by all ranks together: some seconds
 WAIT_SECONDS = 0.5  # from one look at signals to the next while nothing is left to do but to wait for the check
@@ -30,11 +30,11 @@ class DamagedTrainingData(DamagedData):
 class DataCheck:
     """A context in which the check runs. `failed` may become true at any time on this rank."""
 
-    def __init__(self, files: Sequence[Expected], place: Place) -> None:
+    def __init__(self, files: Sequence[Expected], mesh: Mesh) -> None:
         by_size = sorted(files, key=lambda file: (-(file.size or 0), str(file.path)))
-        self._mine = by_size[place.rank :: place.layout.world_size]
+        self._mine = by_size[mesh.rank :: mesh.layout.world_size]
         self._at_once = sum(file.size or 0 for file in files) <= FIRST_BYTES
-        self._place = place
+        self._mesh = mesh
         self._found: list[str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="data check", daemon=True)
@@ -68,7 +68,7 @@ class DataCheck:
 
         Errors: DamagedTrainingData, always.
         """
-        found = [sentence for sentences in self._place.gather_json(self._found) for sentence in sentences]
+        found = [sentence for sentences in self._mesh.gather_json(self._found) for sentence in sentences]
         more = f"; and {len(found) - _TOLD} more files" if len(found) > _TOLD else ""
         raise DamagedTrainingData("; ".join(found[:_TOLD]) + more + trained)
 

@@ -56,11 +56,11 @@ class HeldoutLoss:
         rows = [_with(row, source=index) for index, name in enumerate(self.names) for row in self.rows[name]]
         if not rows:
             return []
-        layout, size = engine.place.layout, engine.train_config.micro_batch_size
+        layout, size = engine.mesh.layout, engine.train_config.micro_batch_size
         blank = _with(rows[0], loss_mask=np.zeros_like(rows[0].loss_mask))
         rows += [blank] * (-len(rows) % (layout.dp * size))
         share = len(rows) // layout.dp
-        return micro_batches(rows[engine.place.dp_rank * share :][:share], size)
+        return micro_batches(rows[engine.mesh.dp_rank * share :][:share], size)
 
     def _bytes(self) -> dict[str, int]:
         if self.token_bytes is None:

@@ -1,8 +1,8 @@
-"""A run's history: its stretches of steps, each with one plan and one config, however often the run was resumed.
+"""A run's history: its spans of steps, each with one plan and one config, however often the run was resumed.
 
 It is a list of plain entries, in every checkpoint's manifest and as history.json in the run's folder:
 
-first_step, first_sample    where the stretch begins; both count from 0
+first_step, first_sample    where the data span begins; both count from 0
 global_batch_size           rows a step
 data, plan                  the fingerprint of what is trained on, and where a plan is (None for other data)
 facts                       what the data are, in words and checksums that can be compared
@@ -25,7 +25,7 @@ from configs.train import ModelConfig, TrainerConfig
 from pretrain.schedule import learning_rate
 
 FILE = "history.json"
-Stretch = dict[str, Any]
+DataSpan = dict[str, Any]
 
 # Keys that change no number of the training, or that the data's fingerprint stands for.
 NEUTRAL = ("run.dir", "log.", "checkpoint.", "eval.", "task.eval_prompts", "data.plan")
@@ -49,8 +49,8 @@ def completed(schema: type[BaseModel], config: Mapping[str, Any]) -> dict[str, A
         return dict(config)
 
 
-def news(last: Stretch, config: TrainerConfig, now: Stretch) -> list[str]:
-    """What changes after the stretch `last`: `optimizer.lr 0.001 -> 0.01 from step 40 on`, and where the rate jumps."""
+def news(last: DataSpan, config: TrainerConfig, now: DataSpan) -> list[str]:
+    """What changes after the span `last`: `optimizer.lr 0.001 -> 0.01 from step 40 on`, and where the rate jumps."""
     step = now["first_step"]
     before = last.get("config", {})
     said = [f"{line} from step {step} on" for line in words(changed(before, now["config"]))]
@@ -74,31 +74,31 @@ def news(last: Stretch, config: TrainerConfig, now: Stretch) -> list[str]:
     return said
 
 
-def go_on(stretches: Sequence[Stretch], now: Stretch) -> list[Stretch]:
-    """The history with a stretch that begins `now`, if it is not like the last one."""
+def go_on(data_spans: Sequence[DataSpan], now: DataSpan) -> list[DataSpan]:
+    """The history with a data span that begins `now`, if it is not like the last one."""
     # One that begins here too was never trained on.
-    earlier = [one for one in stretches if one["first_step"] < now["first_step"]]
+    earlier = [one for one in data_spans if one["first_step"] < now["first_step"]]
     if earlier and earlier[-1]["data"] == now["data"] and not changed(earlier[-1].get("config", {}), now["config"]):
         return earlier
     return [*earlier, now]
 
 
-def told(stretches: Sequence[Stretch]) -> list[str]:
-    """Of each stretch one sentence: where it begins, its data, and which settings changed."""
+def told(data_spans: Sequence[DataSpan]) -> list[str]:
+    """Of each data span one sentence: where it begins, its data, and which settings changed."""
     said = []
-    for i, one in enumerate(stretches):
+    for i, one in enumerate(data_spans):
         rows = f"{one['global_batch_size']} rows a step" + (f" of {one['plan']}" if one["plan"] else "")
         parts = [f"from step {one['first_step']}, sample {one['first_sample']:,}: {rows}"]
-        if i and "config" in one and "config" in stretches[i - 1]:
-            parts += words(changed(stretches[i - 1]["config"], one["config"]))
+        if i and "config" in one and "config" in data_spans[i - 1]:
+            parts += words(changed(data_spans[i - 1]["config"], one["config"]))
         if i:
-            parts += _data_changes(stretches[i - 1], one)
+            parts += _data_changes(data_spans[i - 1], one)
         said.append("; ".join(parts))
     return said
 
 
-def _data_changes(before: Stretch, after: Stretch) -> list[str]:
-    """What is different about the data of two stretches, checksums left out."""
+def _data_changes(before: DataSpan, after: DataSpan) -> list[str]:
+    """What is different about the data of two data spans, checksums left out."""
     if before["data"] == after["data"]:
         return []
     found = changes(before.get("facts", {}), after.get("facts", {}))
@@ -106,11 +106,11 @@ def _data_changes(before: Stretch, after: Stretch) -> list[str]:
     return words(settings) or [f"other data than of {before['plan']}" if before["plan"] else "other data"]
 
 
-def read(run_dir: Path) -> list[Stretch]:
+def read(run_dir: Path) -> list[DataSpan]:
     """The history in a run's folder; empty where there is none."""
     path = run_dir / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def write(run_dir: Path, stretches: Sequence[Stretch]) -> None:
-    loader.write_atomic(run_dir / FILE, (json.dumps(stretches, indent=1, ensure_ascii=False) + "\n").encode())
+def write(run_dir: Path, data_spans: Sequence[DataSpan]) -> None:
+    loader.write_atomic(run_dir / FILE, (json.dumps(data_spans, indent=1, ensure_ascii=False) + "\n").encode())

@@ -17,21 +17,21 @@ from configs.loader import ConfigError
 from configs.lock import locked
 
 if TYPE_CHECKING:
-    from pretrain.parallel.groups import Place
+    from pretrain.parallel.groups import Mesh
 
 ENDING = "ending"  # in the lock file of a run that was told to stop
 
 
 @contextmanager
-def only_run_in(run_dir: Path, place: "Place", watch: signals.Watch) -> Iterator[None]:
+def only_run_in(run_dir: Path, mesh: "Mesh", watch: signals.Watch) -> Iterator[None]:
     """Holds the run directory's lock; a second run in it is refused on all ranks.
 
     It waits for one that was told to stop and is saving, as one whose launcher was killed may be when it is started
     again.
     """
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(locked(run_dir, lambda file: _take(file, run_dir))) if place.is_main else None
-        if not place.gather_json(lock is not None)[0]:
+        lock = stack.enter_context(locked(run_dir, lambda file: _take(file, run_dir))) if mesh.is_main else None
+        if not mesh.gather_json(lock is not None)[0]:
             raise ConfigError(
                 f"another process is training in {run_dir}; wait for it, stop it or choose another run.dir"
             )

@@ -188,12 +188,12 @@ def _eval_table(evals: list[dict[str, Any]]) -> str:
     return f'<p>{when}</p><div class="scroll"><table><tr><th>source</th>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _history(stretches: Sequence[history.Stretch]) -> str:
+def _history(data_spans: Sequence[history.DataSpan]) -> str:
     """Which steps had which data and settings; each config whole, behind a fold."""
-    if not stretches:
+    if not data_spans:
         return ""
     rows = []
-    for one, said in zip(stretches, history.told(stretches), strict=True):
+    for one, said in zip(data_spans, history.told(data_spans), strict=True):
         whole = "\n".join(f"{key} = {value}" for key, value in flat(one.get("config", {})).items())
         rows.append(
             f"<tr><td>{html.escape(said)}</td><td><details><summary>all of its settings</summary>"

@@ -1,6 +1,6 @@
 """Left-to-right sampling with a key-value cache, on one rank that holds the whole model.
 
-Each prompt draws from a generator of its own, keyed by (seed, its place or the given key), so that what is sampled
+Each prompt draws from a generator of its own, keyed by (seed, its index or the given key), so that what is sampled
 does not depend on how prompts are batched. Left out: beam search, serving.
 """
 

@@ -56,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 
-    place = groups.start(env, layout)
+    mesh = groups.start(env, layout)
     try:
         name, plan = Path(config.run.dir).name, choice.plan
         evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
-        if evaluators and place.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
+        if evaluators and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
             print(f"{name}: {', '.join(bare)}: no held-out documents in {plan.path}, so none is evaluated", flush=True)
         source, lineage = PlanSource(plan, choice.same), Lineage.of_plan(plan, config.run.dir)
         return Trainer(
-            config, config.model, source, NextToken(), place, evaluators, lineage, name, resume=args.resume
+            config, config.model, source, NextToken(), mesh, evaluators, lineage, name, resume=args.resume
         ).fit()
     except DamagedData as error:  # of a row, on the rank that reads it
         return _failed(error)

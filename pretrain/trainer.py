@@ -35,15 +35,15 @@ from pretrain.evaluate import Evaluator, peak_flops
 from pretrain.lock import only_run_in
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.losses import LossFunction
-from pretrain.parallel.engine import Engine, Sums
-from pretrain.parallel.groups import Place
+from pretrain.parallel.engine import Engine, StepSums
+from pretrain.parallel.groups import Mesh
 from pretrain.schedule import learning_rate
 
 FAILED = 1
 
 
 class Trainer:
-    """Trains `model_config` on `source` by `loss_fn` in the layout of `place`, into `config.run.dir`.
+    """Trains `model_config` on `source` by `loss_fn` in the layout of `mesh`, into `config.run.dir`.
 
     `lineage` has the tokenizer, and for SFT and RL the checkpoint whose weights the run starts from. `evaluators` are
     asked every `eval.every` steps and at the end. `title` is the word before the progress bar; `resume` is told in
@@ -56,22 +56,22 @@ class Trainer:
         model_config: ModelConfig,
         source: BatchSource,
         loss_fn: LossFunction,
-        place: Place,
+        mesh: Mesh,
         evaluators: Sequence[Evaluator] = (),
         lineage: Lineage | None = None,
         title: str = "train",
         resume: str = "auto",
     ):
-        dtype = choose_dtype(config.train.precision, place.device)
+        dtype = choose_dtype(config.train.precision, mesh.device)
         precision = Precision.BF16 if dtype == torch.bfloat16 else Precision.FP32
         train = config.train.model_copy(update={"precision": precision})
         self.config = config.model_copy(update={"train": train})
-        self.model_config, self.source, self.loss_fn, self.place = model_config, source, loss_fn, place
+        self.model_config, self.source, self.loss_fn, self.mesh = model_config, source, loss_fn, mesh
         self.evaluators, self.lineage, self.title, self.resume = evaluators, lineage or Lineage(), title, resume
         self.run_dir = Path(config.run.dir)
         self.step, self.samples, self.tokens = 0, 0, 0
         self.ledger = dict.fromkeys(source.sources, 0.0)  # tokens (loss weights) trained on, by source
-        self.stretches: list[history.Stretch] = []
+        self.data_spans: list[history.DataSpan] = []
         self.origin: str | None = None
         self.context = max(self.lineage.context, train.seq_length)  # what the model is made for: it never shrinks
         self.identity = {
@@ -81,12 +81,12 @@ class Trainer:
             "data": source.fingerprint,
             **self.lineage.identity,
         }
-        self.agreement = Agreement(place)
+        self.agreement = Agreement(mesh)
         self.engine = Engine(
-            model_config, train, config.optimizer, place, config.run.seed, dtype, max(1, len(source.sources))
+            model_config, train, config.optimizer, mesh, config.run.seed, dtype, max(1, len(source.sources))
         )
-        flops = peak_flops(place.device, dtype)
-        self._flops_share = None if flops is None else self._flops_per_token() / (flops * place.layout.world_size)
+        flops = peak_flops(mesh.device, dtype)
+        self._flops_share = None if flops is None else self._flops_per_token() / (flops * mesh.layout.world_size)
 
     def fit(self) -> int:
         """Trains to `train.steps`. Returns the exit status.
@@ -96,17 +96,17 @@ class Trainer:
         """
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
-            stack.enter_context(only_run_in(self.run_dir, self.place, watch))
+            stack.enter_context(only_run_in(self.run_dir, self.mesh, watch))
             saved = self._resume()
             if self.step >= self.config.train.steps:
                 if saved and self.agreement.unchecked_from < self.step:
                     return self._check_finished(saved, watch)
                 self._print(f"{self.run_dir} is finished at step {self.step}; nothing to do")
                 return 0
-            self._begin_stretch()
+            self._begin_data_span()
             self.agreement.first_step = self.step
             log = progress = None
-            if self.place.is_main:
+            if self.mesh.is_main:
                 self._write_facts()
                 log = MetricsLog(self.run_dir, self.step, self.config.log.tensorboard)
                 progress = ProgressLine(self.title, self.step, self.config.train.steps)
@@ -114,7 +114,7 @@ class Trainer:
                 stack.callback(progress.close)
             say = partial(self._say, progress)
             saver = stack.enter_context(Saver(self.engine, self.run_dir, self.config.checkpoint, say))
-            check = stack.enter_context(DataCheck(self.source.files(), self.place))
+            check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             try:
                 self.agreement.signal(self.step, check, watch)
                 stopped_by = self._loop(log, progress, saver, check, watch)
@@ -127,7 +127,7 @@ class Trainer:
                 return FAILED
             if stopped_by:
                 return self._stopped(stopped_by, say)
-        if self.place.is_main:
+        if self.mesh.is_main:
             print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}")
         return 0
 
@@ -165,11 +165,11 @@ class Trainer:
                 return stopped_by
         return 0
 
-    def _train_step(self) -> tuple[Sums, float]:
-        train, place = self.config.train, self.place
+    def _train_step(self) -> tuple[StepSums, float]:
+        train, mesh = self.config.train, self.mesh
         lr = learning_rate(self.step, train.steps, self.config.optimizer.lr, self.config.schedule)
         self.source.prepare(self.engine, self.step)
-        share = share_of_rank(self.samples, train.global_batch_size, place.dp_rank, place.layout.dp)
+        share = share_of_rank(self.samples, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
         batches = micro_batches(self.source.rows(share), train.micro_batch_size, share.start)
         try:
             sums = self.engine.train_step(batches, self.loss_fn, lr)
@@ -182,7 +182,7 @@ class Trainer:
             self.ledger[name] += weight
         return sums, lr
 
-    def _record(self, sums: Sums, lr: float, seconds: float) -> dict[str, Any]:
+    def _record(self, sums: StepSums, lr: float, seconds: float) -> dict[str, Any]:
         """The step's line in metrics.jsonl. All ranks call it, since some sums are taken here."""
         tokens_per_s = self.config.train.global_batch_size * self.config.train.seq_length / seconds
         record: dict[str, Any] = {
@@ -193,7 +193,7 @@ class Trainer:
             "lr": lr,
             "tokens_per_s": round(tokens_per_s, 1),
             "mfu": None if self._flops_share is None else round(tokens_per_s * self._flops_share, 4),
-            "memory_bytes": _peak_memory(self.place.device),
+            "memory_bytes": _peak_memory(self.mesh.device),
         }
         weights = sums.weight.tolist()
         if len(self.source.sources) > 1:
@@ -205,8 +205,8 @@ class Trainer:
         record |= sums.metrics | self.engine.moe_stats()
         own = self.source.step_metrics()
         if own:
-            counted = self.place.reports
-            totals = self.place.sum_over_world(torch.tensor([v if counted else (0.0, 0.0) for v in own.values()]))
+            counted = self.mesh.counts_in_sums
+            totals = self.mesh.sum_over_world(torch.tensor([v if counted else (0.0, 0.0) for v in own.values()]))
             record |= {
                 name: total / max(count, 1e-12) for name, (total, count) in zip(own, totals.tolist(), strict=True)
             }
@@ -227,13 +227,13 @@ class Trainer:
             "samples": self.samples,
             "tokens": self.tokens,
             "ledger": dict(self.ledger),  # as it is now: it is written while training goes on
-            "stretches": self.stretches,
+            "stretches": self.data_spans,
             "identity": self.identity,
             "context": self.context,
             **self.lineage.facts,
             # Dropout is keyed by seed and sample, so these and the sample cursor are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
-            "layout": str(self.place.layout),
+            "layout": str(self.mesh.layout),
             "origin": self.origin,
             "unchecked_from": self.agreement.unchecked_from,
             "config": self._full_config(),
@@ -244,7 +244,7 @@ class Trainer:
             progress.say(f"{self.title} {self.step}: {text}")
 
     def _print(self, text: str) -> None:
-        if self.place.is_main:
+        if self.mesh.is_main:
             print(f"{self.title}: {text}", flush=True)
 
     def _stopped(self, number: int, say: Callable[[str], None]) -> int:
@@ -260,8 +260,8 @@ class Trainer:
 
         Returns the checkpoint, if there is one.
         """
-        checkpoint_resume.check_ranks(self.place, self._full_config(), self.identity, self.lineage.init)
-        path = checkpoint_resume.choose(self.place, self.run_dir, self.resume)
+        checkpoint_resume.check_ranks(self.mesh, self._full_config(), self.identity, self.lineage.init)
+        path = checkpoint_resume.choose(self.mesh, self.run_dir, self.resume)
         if path is None:
             if self.source.after:
                 raise ConfigError(
@@ -278,14 +278,14 @@ class Trainer:
             checkpoint_state.restore(self.engine, path)
             self._print(f"going on from {path}")
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
-        checked = self.place.gather_json((path / storage.CHECKED).exists())[0]
+        checked = self.mesh.gather_json((path / storage.CHECKED).exists())[0]
         self.agreement.unchecked_from = self.step if checked else manifest.get("unchecked_from", self.step)
         self.ledger |= manifest.get("ledger", {})
-        self.stretches = manifest.get("stretches", [])
+        self.data_spans = manifest.get("stretches", [])
         self.context = max(self.context, manifest.get("context", 0))
-        if self.stretches:  # of the last one at least, settings are known in any version
-            config = self.stretches[-1].get("config", manifest["config"])
-            self.stretches[-1] = {**self.stretches[-1], "config": history.completed(type(self.config), config)}
+        if self.data_spans:  # of the last one at least, settings are known in any version
+            config = self.data_spans[-1].get("config", manifest["config"])
+            self.data_spans[-1] = {**self.data_spans[-1], "config": history.completed(type(self.config), config)}
         self.origin = checkpoint_resume.origin_of(path, self.run_dir)
         self._check_samples(path)
         return path
@@ -306,9 +306,9 @@ class Trainer:
             f"run `trivium data run` again{replan}"
         )
 
-    def _begin_stretch(self) -> None:
+    def _begin_data_span(self) -> None:
         """Notes from which step on the run has these data and settings, and says what has changed."""
-        now: history.Stretch = {
+        now: history.DataSpan = {
             "first_step": self.step,
             "first_sample": self.samples,
             "global_batch_size": self.config.train.global_batch_size,
@@ -317,10 +317,10 @@ class Trainer:
             "facts": self.source.facts,
             "config": self._full_config(),
         }
-        if self.stretches and self.place.is_main:
-            for line in history.news(self.stretches[-1], self.config, now):
+        if self.data_spans and self.mesh.is_main:
+            for line in history.news(self.data_spans[-1], self.config, now):
                 self._print(line)
-        self.stretches = history.go_on(self.stretches, now)
+        self.data_spans = history.go_on(self.data_spans, now)
 
     def _check_finished(self, saved: Path, watch: signals.Watch) -> int:
         """Holds the data that the finished run's checkpoint `saved` was trained on against its checksums.
@@ -328,14 +328,14 @@ class Trainer:
         Returns the exit status.
         """
         self._print(f"{self.run_dir} is finished at step {self.step}, and its training data was not checked to the end")
-        with DataCheck(self.source.files(), self.place) as check:
+        with DataCheck(self.source.files(), self.mesh) as check:
             try:
                 if stopped_by := self.agreement.wait_for_check(self.step, check, watch, self._print):
                     return self._stopped(stopped_by, self._print)
             except DamagedTrainingData as error:
                 self._print(f"error: {error}")
                 return FAILED
-        if self.place.is_main:
+        if self.mesh.is_main:
             (saved / storage.CHECKED).touch()
             self._print(f"the training data matches its checksums, report in {report.write(self.run_dir)}")
         return 0
@@ -347,14 +347,14 @@ class Trainer:
         facts = {
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if self.place.device.type == "cuda" else platform.machine(),
+            "device": torch.cuda.get_device_name() if self.mesh.device.type == "cuda" else platform.machine(),
             "packages": {name: version(name) for name in packages},
-            "layout": str(self.place.layout),
+            "layout": str(self.mesh.layout),
             "launcher": ClusterEnvironment.read().as_dict(),
             "parameters": self.model_config.num_parameters(),
         }
         loader.write_atomic(self.run_dir / "env.json", json.dumps(facts, indent=1).encode())
-        history.write(self.run_dir, self.stretches)
+        history.write(self.run_dir, self.data_spans)
         try:
             self.source.note_use(self.run_dir)
         except OSError as error:

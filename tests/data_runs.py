@@ -63,7 +63,7 @@ def write_inputs(folder: Path) -> Path:
         rows = [json.dumps(record).encode() for record in records[part::3]]
         (folder / f"prose-{part}.jsonl").write_bytes(b"\n".join([*rows, *([b"{"] if part == 0 else [])]))
     pages = (ROOT / "data/demo/web.warc.gz").read_bytes()
-    half, end = (pages.index(b"\x1f\x8b\x08", place) for place in (40_000, 80_000))
+    half, end = (pages.index(b"\x1f\x8b\x08", offset) for offset in (40_000, 80_000))
     (folder / "pages-0.warc.gz").write_bytes(pages[:half])
     (folder / "pages-1.warc.gz").write_bytes(pages[half:end])
     config = folder / "data.toml"

@@ -5,14 +5,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.data import RunConfig
+from configs.data import DataRunConfig
 from configs.loader import ConfigError
 from data_pipeline.executors.base import Executor
 from data_pipeline.executors.local import LocalExecutor
 from launch.environment import mpi_rank_and_world
 
 
-def choose(run: RunConfig) -> Executor:
+def choose(run: DataRunConfig) -> Executor:
     """The executor of `run`, nothing started yet. Errors: ConfigError where it cannot work here."""
     rank, world_size = mpi_rank_and_world()
     name = run.executor or ("mpi" if world_size > 1 else "local")

@@ -42,7 +42,7 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class PlanPlace:
+class PlanLocation:
     """A data plan that a model was trained on: where it was, seen from the root and from the run, and which one."""
 
     path: str
@@ -50,14 +50,14 @@ class PlanPlace:
     fingerprint: str
 
     @classmethod
-    def of(cls, path: Path, fingerprint: str, run_dir: Path) -> "PlanPlace":
+    def of(cls, path: Path, fingerprint: str, run_dir: Path) -> "PlanLocation":
         path = path.resolve()
         return cls(str(path), os.path.relpath(path, run_dir.resolve()), fingerprint)
 
     def find(self, run_dir: Path) -> Path | None:
         """The plan as it is now; None where there is none any more, or another one."""
-        places = (self.path, os.path.normpath(run_dir.resolve() / self.relative))
-        return next((folder for place in places if (folder := where(place, self.fingerprint))), None)
+        paths = (self.path, os.path.normpath(run_dir.resolve() / self.relative))
+        return next((folder for path in paths if (folder := where(path, self.fingerprint))), None)
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Lineage:
     tokenizer: Path | None = None
     chat_template: str | None = None
     context: int = 0
-    plan: PlanPlace | None = None
+    plan: PlanLocation | None = None
     init: Pin | None = None
 
     @classmethod
     def of_plan(cls, plan: Plan, run_dir: str | Path) -> "Lineage":
         """Of a model that is drawn, and then trained on `plan`."""
-        return cls(plan.tokenizer_path, plan=PlanPlace.of(plan.path, plan.fingerprint, Path(run_dir)))
+        return cls(plan.tokenizer_path, plan=PlanLocation.of(plan.path, plan.fingerprint, Path(run_dir)))
 
     @classmethod
     def of_checkpoint(cls, path: Path, manifest: dict[str, Any]) -> "Lineage":
@@ -118,9 +118,9 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_of(manifest: dict[str, Any]) -> PlanPlace | None:
+def plan_of(manifest: dict[str, Any]) -> PlanLocation | None:
     """The data plan that a checkpoint's model was pretrained on; None where it was none."""
-    return PlanPlace(**manifest["plan"]) if manifest.get("plan") else None
+    return PlanLocation(**manifest["plan"]) if manifest.get("plan") else None
 
 
 def tokenizer_of(path: Path, manifest: dict[str, Any]) -> Path | None:

@@ -21,11 +21,11 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin, text_sha256
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.data import BatchSource
-from pretrain.parallel.groups import Place
+from pretrain.parallel.groups import Mesh
 
 
 def check_ranks(
-    place: Place, config: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any], init: Pin | None
+    mesh: Mesh, config: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any], init: Pin | None
 ) -> None:
     """Errors: ConfigError, on all ranks together, unless all have the same settings, data and beginning.
 
@@ -33,7 +33,7 @@ def check_ranks(
     """
     mine = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
     mine |= {_OTHERS.get(key, f"{key} of the run"): value for key, value in identity.items()}
-    hashes = place.gather_json([text_sha256(json.dumps(value, default=str)) for value in mine.values()])
+    hashes = mesh.gather_json([text_sha256(json.dumps(value, default=str)) for value in mine.values()])
     different = [key for key, found in zip(mine, zip(*hashes, strict=True), strict=True) if len(set(found)) > 1]
     if _OTHERS["init"] in different and init is not None:
         raise ConfigError(
@@ -49,13 +49,13 @@ def check_ranks(
         )
 
 
-def choose(place: Place, run_dir: Path, resume: str) -> Path | None:
+def choose(mesh: Mesh, run_dir: Path, resume: str) -> Path | None:
     """The checkpoint to start from, the same on every rank; None for a new start. Errors: ConfigError, CheckpointError.
 
     The main rank looks, and warns of checkpoints that it passes over.
     """
     answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
-    if place.is_main:
+    if mesh.is_main:
         try:
             path = _choose(run_dir, resume)
             answer["path"] = str(path) if path else None
@@ -63,7 +63,7 @@ def choose(place: Place, run_dir: Path, resume: str) -> Path | None:
             answer["refused"] = str(error)
         except CheckpointError as error:
             answer["damaged"] = str(error)
-    answer = place.gather_json(answer)[0]
+    answer = mesh.gather_json(answer)[0]
     if answer["refused"]:
         raise ConfigError(answer["refused"])
     if answer["damaged"]:
@@ -141,8 +141,8 @@ def _model_changes(path: Path, before: dict[str, Any], now: dict[str, Any], free
 
 def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     """What the checkpoint's last data were; empty if it does not say."""
-    stretches = manifest.get("stretches") or [{}]
-    return dict(stretches[-1].get("facts", {}))
+    data_spans = manifest.get("stretches") or [{}]
+    return dict(data_spans[-1].get("facts", {}))
 
 
 def _choose(run_dir: Path, resume: str) -> Path | None:

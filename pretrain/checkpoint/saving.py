@@ -44,7 +44,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         timeout = datetime.timedelta(minutes=AGREEMENT_MINUTES)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        if engine.place.is_main:
+        if engine.mesh.is_main:
             storage.remove_leftovers(run_dir)
         dist.barrier(self._group)  # nobody's first file may be there when leftovers are removed
 
@@ -89,7 +89,7 @@ class Saver:
         started = time.perf_counter()
         busy = self._thread is not None and self._thread.is_alive()
         self.wait()
-        if busy and self.engine.place.is_main:
+        if busy and self.engine.mesh.is_main:
             self.say(f"waited {time.perf_counter() - started:.2f} s for the checkpoint before; checkpoint.every is low")
 
     def _run(self, step: int, facts: dict[str, Any]) -> None:
@@ -101,22 +101,22 @@ class Saver:
     def _save(self, step: int, facts: dict[str, Any]) -> str | None:
         """Writes, agrees, publishes. Returns why it was given up, if it was."""
         started = time.perf_counter()
-        place, final = self.engine.place, storage.directory(self.run_dir, step)
+        mesh, final = self.engine.mesh, storage.directory(self.run_dir, step)
         temporary = storage.temporary_name(final)
         answer: dict[str, Any] = {"part": None, "failure": None}
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            answer["part"] = storage.write_rank(temporary, place.rank, self._pieces)
+            answer["part"] = storage.write_rank(temporary, mesh.rank, self._pieces)
         except OSError as error:
-            answer["failure"] = f"rank {place.rank} could not write {temporary}: {error.strerror}"
+            answer["failure"] = f"rank {mesh.rank} could not write {temporary}: {error.strerror}"
         answers = gather_json(answer, self._group, everywhere=False)
         verdict: dict[str, str | None] = {"failure": None, "mistake": None}
-        if place.is_main:
+        if mesh.is_main:
             verdict = self._publish(temporary, final, answers, facts)
         verdict = broadcast_json(verdict, self._group)
         if verdict["mistake"] is not None:
             raise CheckpointError(verdict["mistake"])
-        if place.is_main:
+        if mesh.is_main:
             self._report(step, final, verdict["failure"], time.perf_counter() - started)
         return verdict["failure"]
 

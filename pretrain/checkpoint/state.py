@@ -34,7 +34,7 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
                 host[key] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
             copies[kind] = host[key].copy_(tensor, non_blocking=tensor.is_cuda)
         pieces[name] = piece, copies
-    if engine.place.device.type == "cuda":
+    if engine.mesh.device.type == "cuda":
         torch.cuda.synchronize()
     return pieces
 
@@ -54,7 +54,7 @@ def restore(engine: Engine, path: str | Path, optimizer: bool = True) -> None:
         for name, parameter, own in _fragments(engine):
             for kind in kinds:
                 whole = reader.read(name, kind)
-                local = engine.place.slices.cut(whole, parameter).flatten()
+                local = engine.mesh.slices.cut(whole, parameter).flatten()
                 _flat(engine, own, kind).copy_(local[own.start : own.start + own.numel])
     engine.restore_balance(reader.manifest.get("balance", {}))
     zero.update_weights(engine.zero)
@@ -65,47 +65,47 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
     For rollouts: it needs memory for one whole copy on each rank.
     """
-    place = engine.place
+    mesh = engine.mesh
     weights = {name: torch.tensor(values) for name, values in engine.balance_state().items()}
     local = dict(engine.module.named_global_parameters())
-    shapes = place.gather_json({name: list(zero.outline(p).shape) for name, p in local.items()})
-    for stage_rank in dist.get_process_group_ranks(place.pp_group):
+    shapes = mesh.gather_json({name: list(zero.outline(p).shape) for name, p in local.items()})
+    for stage_rank in dist.get_process_group_ranks(mesh.pp_group):
         for name, shape in shapes[stage_rank].items():
             if name in weights:
                 continue
             whole = None
-            if stage_rank == place.rank:
-                whole = place.put_together(zero.current_weight(local[name]), local[name])
+            if stage_rank == mesh.rank:
+                whole = mesh.gather_whole(zero.current_weight(local[name]), local[name])
             weights[name] = _from_stage(whole, len(shape), stage_rank, engine)
     return weights
 
 
 def _from_stage(whole: torch.Tensor | None, ndim: int, stage_rank: int, engine: Engine) -> torch.Tensor:
     """Gives all stages one parameter of the stage that holds it."""
-    place = engine.place
-    if place.layout.pp == 1:
+    mesh = engine.mesh
+    if mesh.layout.pp == 1:
         assert whole is not None
         return whole
-    shape = torch.zeros(ndim, dtype=torch.int64, device=place.device)
+    shape = torch.zeros(ndim, dtype=torch.int64, device=mesh.device)
     if whole is not None:
         shape.copy_(torch.tensor(whole.shape))
-    dist.broadcast(shape, stage_rank, group=place.pp_group)
+    dist.broadcast(shape, stage_rank, group=mesh.pp_group)
     if whole is None:
         dtype = next(engine.module.parameters()).dtype
-        whole = torch.empty(shape.tolist(), dtype=dtype, device=place.device)
+        whole = torch.empty(shape.tolist(), dtype=dtype, device=mesh.device)
     whole = whole.contiguous()
-    dist.broadcast(whole, stage_rank, group=place.pp_group)
+    dist.broadcast(whole, stage_rank, group=mesh.pp_group)
     return whole
 
 
 def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.Tensor]]]]:
     """Pieces that this rank writes, as views into ZeRO's partitions."""
-    place = engine.place
+    mesh = engine.mesh
     _make_moments(engine, _optimizer_steps(engine))
     for name, parameter, own in _fragments(engine):
-        if getattr(parameter, "ds_pipe_replicated", False) or (tp_split(parameter) is None and place.tp_rank > 0):
+        if getattr(parameter, "ds_pipe_replicated", False) or (tp_split(parameter) is None and mesh.tp_rank > 0):
             continue
-        shape, offset = place.slices.global_shape(parameter), place.slices.offset(parameter)
+        shape, offset = mesh.slices.global_shape(parameter), mesh.slices.offset(parameter)
         piece = Piece(name, shape, offset, tuple(parameter.shape), own.start, own.numel)
         yield name, (piece, {kind: _flat(engine, own, kind) for kind in storage.KINDS})
 
@@ -147,7 +147,7 @@ def _check_shapes(engine: Engine, reader: Reader) -> None:
         if name not in balance:
             raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.moe.* as there")
     for name, parameter in engine.module.named_global_parameters():
-        shape = list(engine.place.slices.global_shape(zero.outline(parameter)))
+        shape = list(engine.mesh.slices.global_shape(zero.outline(parameter)))
         if name not in saved:
             raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's")
         if saved[name]["shape"] != shape:

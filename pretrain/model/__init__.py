@@ -3,12 +3,12 @@
 import torch
 
 from configs.train import ModelConfig
-from pretrain.model.build import Build
 from pretrain.model.decoder import Decoder, StageSpec
 from pretrain.model.init import init_weights
+from pretrain.model.layer_context import LayerContext
 from pretrain.model.slices import Slices
 
-__all__ = ["Build", "Decoder", "Slices", "StageSpec", "build_single", "init_weights"]
+__all__ = ["Decoder", "LayerContext", "Slices", "StageSpec", "build_single", "init_weights"]
 
 
 def build_single(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Decoder:
@@ -16,7 +16,7 @@ def build_single(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: t
 
     `weights`: global name to tensor. Errors: ValueError naming missing, unknown and misshapen names.
     """
-    model = Decoder(config, build=Build(dtype))
+    model = Decoder(config, context=LayerContext(dtype=dtype))
     load_weights(model, weights)
     return model.eval()
 

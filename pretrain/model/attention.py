@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.train import ModelConfig
-from pretrain.model.build import Build
+from pretrain.model.layer_context import LayerContext
 from pretrain.model.linear import ColumnLinear, Region, RowLinear
 from pretrain.model.norm import RMSNorm
 from pretrain.model.recompute import recomputed
@@ -40,7 +40,7 @@ class KVCache:
 
 
 @dataclass
-class Inputs:
+class ForwardContext:
     """What all layers of one forward pass share, made once: rotary angles, the mask, and facts about the tokens.
 
     `mask` is [B, 1, T, T] bool (with a cache [B, 1, S, T]), True where a query may see a key; None means plainly
@@ -61,7 +61,7 @@ class Inputs:
         positions_BS: torch.Tensor,
         segments_BT: torch.Tensor | None,
         cache: KVCache | None = None,
-    ) -> "Inputs":
+    ) -> "ForwardContext":
         cos, sin = rotary_angles(positions_BS, config.dim_per_head, config.rope_theta)
         if cache is not None:
             start, end = cache.length, cache.length + positions_BS.shape[1]
@@ -84,32 +84,32 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, build: Build):
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext):
         super().__init__()
         self.layer, self.head_dim = layer, config.dim_per_head
         self.recompute = False  # scores and softmax are computed again in the backward pass, not kept
         # Context parallel puts its exchange of sequence for heads around this.
         self.attend: Attend = self.attend_here
-        self.region = Region(build)
+        self.region = Region(context)
         size_q, size_kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        self.q_proj = ColumnLinear(config.hidden_size, size_q, build)
-        self.k_proj = ColumnLinear(config.hidden_size, size_kv, build)
-        self.v_proj = ColumnLinear(config.hidden_size, size_kv, build)
-        self.o_proj = RowLinear(size_q, config.hidden_size, build)
+        self.q_proj = ColumnLinear(config.hidden_size, size_q, context)
+        self.k_proj = ColumnLinear(config.hidden_size, size_kv, context)
+        self.v_proj = ColumnLinear(config.hidden_size, size_kv, context)
+        self.o_proj = RowLinear(size_q, config.hidden_size, context)
         self.has_qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps, build.dtype, build.device)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps, build.dtype, build.device)
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps, context.dtype, context.device)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps, context.dtype, context.device)
 
-    def forward(self, x_SBH: torch.Tensor, inputs: Inputs, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
         x_SBH = self.region.enter(x_SBH)
         q, k, v = self._heads(self.q_proj(x_SBH)), self._heads(self.k_proj(x_SBH)), self._heads(self.v_proj(x_SBH))
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, inputs.cos, inputs.sin), rotate(k, inputs.cos, inputs.sin)
+        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        return self.o_proj(self.attend(q, k, v, inputs.mask).flatten(2))
+        return self.o_proj(self.attend(q, k, v, context.mask).flatten(2))
 
     def attend_here(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention over whole sequences, of this rank's heads."""

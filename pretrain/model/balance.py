@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from configs.train import MoEConfig
-from pretrain.model.build import Build
+from pretrain.model.layer_context import LayerContext
 from pretrain.model.recompute import is_recomputing
 
 
@@ -37,7 +37,7 @@ class AttachLoss(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossDenominators:
     """What this step's losses are divided by: sequences and tokens of the global batch, padding not counted.
 
     `scale` is what the engine multiplies all its losses by.
@@ -54,11 +54,11 @@ class Balance:
     `load` [E] holds the shares f of the last global batch, `tokens` [E] counts this one's choices.
     """
 
-    def __init__(self, moe: MoEConfig, build: Build):
-        self.moe, self._group, self._cp = moe, build.cp, build.cp_size
-        self.bias = torch.zeros(moe.num_experts, device=build.device)
-        self.load = torch.full((moe.num_experts,), moe.top_k / moe.num_experts, device=build.device)
-        self.weights: Weights | None = None  # set by the engine before each step
+    def __init__(self, moe: MoEConfig, context: LayerContext):
+        self.moe, self._group, self._cp = moe, context.cp, context.cp_size
+        self.bias = torch.zeros(moe.num_experts, device=context.device)
+        self.load = torch.full((moe.num_experts,), moe.top_k / moe.num_experts, device=context.device)
+        self.denominators: LossDenominators | None = None  # set by the engine before each step
         self.start()
 
     def start(self) -> None:
@@ -79,7 +79,7 @@ class Balance:
         self, x_TH: torch.Tensor, logits_TE: torch.Tensor, experts_TK: torch.Tensor, valid_SB: torch.Tensor
     ) -> torch.Tensor:
         """Adds this micro-batch's losses to the backward pass of `x_TH`, and counts."""
-        moe, weights = self.moe, self.weights
+        moe, denominators = self.moe, self.denominators
         chosen_TE = torch.zeros_like(logits_TE).scatter_(1, experts_TK, 1.0)
         batch = valid_SB.shape[1]
         valid = valid_SB.to(logits_TE.dtype)[..., None]
@@ -87,25 +87,25 @@ class Balance:
         chosen_SBE = chosen_TE.unflatten(0, (-1, batch)) * valid
         if not is_recomputing():
             self.tokens += chosen_SBE.detach().sum((0, 1)).long()
-        if weights is None:
+        if denominators is None:
             return x_TH
-        aux_loss = self._aux_loss(_probabilities(logits_SBE, moe) * valid, chosen_SBE, valid, weights)
+        aux_loss = self._aux_loss(_probabilities(logits_SBE, moe) * valid, chosen_SBE, valid, denominators)
         if not is_recomputing():
             self.aux_loss += aux_loss.detach()
         loss = moe.aux_loss_coef * aux_loss
         if moe.z_loss_coef:
-            z_loss = (logits_SBE.logsumexp(-1).square() * valid[..., 0]).sum() / weights.tokens
+            z_loss = (logits_SBE.logsumexp(-1).square() * valid[..., 0]).sum() / denominators.tokens
             loss = loss + moe.z_loss_coef * z_loss
-        return AttachLoss.apply(x_TH, loss * weights.scale)
+        return AttachLoss.apply(x_TH, loss * denominators.scale)
 
     def _aux_loss(
-        self, probs_SBE: torch.Tensor, chosen_SBE: torch.Tensor, valid: torch.Tensor, weights: Weights
+        self, probs_SBE: torch.Tensor, chosen_SBE: torch.Tensor, valid: torch.Tensor, denominators: LossDenominators
     ) -> torch.Tensor:
         """This rank's part of the mean over the global batch."""
         moe = self.moe
         factor = moe.num_experts / moe.top_k
         if moe.aux_loss == "global_batch":
-            return factor * (self.load * probs_SBE.sum((0, 1))).sum() / weights.tokens
+            return factor * (self.load * probs_SBE.sum((0, 1))).sum() / denominators.tokens
         counts = self._over_context(torch.cat((chosen_SBE, valid), dim=-1))
         chosen_BE, tokens_B1, probs_BE = counts[:, :-1], counts[:, -1:], probs_SBE.sum(0)
         batch = len(chosen_BE)
@@ -113,7 +113,7 @@ class Balance:
             chosen_BE, tokens_B1, probs_BE = (x.sum(0, keepdim=True) for x in (chosen_BE, tokens_B1, probs_BE))
         tokens_B1 = tokens_B1.clamp(min=1)
         losses = factor * (chosen_BE / tokens_B1 * probs_BE / tokens_B1).sum(-1)
-        return losses.sum() * (batch / len(losses)) / weights.sequences
+        return losses.sum() * (batch / len(losses)) / denominators.sequences
 
     def _over_context(self, x_SBX: torch.Tensor) -> torch.Tensor:
         """Sums over whole sequences, of which this rank may have a part. No gradient flows."""

@@ -19,7 +19,7 @@ class Batch:
     positions: torch.Tensor
     segments: torch.Tensor
     sources: torch.Tensor  # [B]
-    trained: torch.Tensor  # [N] places b * S + s where loss_mask is not 0: logits are computed there alone
+    trained: torch.Tensor  # [N] indices b * S + s where loss_mask is not 0: logits are computed there alone
     samples: tuple[int, ...] | None = None  # the rows' numbers in the run
     row_segments: torch.Tensor | None = None  # of whole rows, where S is only a part of them (context parallel)
     advantages: torch.Tensor | None = None

@@ -1,8 +1,8 @@
 """The decoder: embedding, pre-norm blocks of attention and MLP (or MoE), final norm, output head (LLaMA, Mixtral).
 
 A `Decoder` holds the layers of one pipeline stage and knows them by their global index, so parameter names are the
-same with and without pipeline. It is told what it holds (`StageSpec`) and who shares its layers' work (`Build`); it
-knows no ranks. Shape letters: see `attention.py`.
+same with and without pipeline. It is told what it holds (`StageSpec`) and who shares its layers' work
+(`LayerContext`); it knows no ranks. Shape letters: see `attention.py`.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.train import ModelConfig
-from pretrain.model.attention import Attention, Inputs, KVCache
-from pretrain.model.build import Build
+from pretrain.model.attention import Attention, ForwardContext, KVCache
 from pretrain.model.dropout import Dropout
+from pretrain.model.layer_context import LayerContext
 from pretrain.model.linear import ColumnLinear, Embedding, Region
 from pretrain.model.mlp import MLP
 from pretrain.model.moe import MoE
@@ -37,32 +37,32 @@ class StageSpec:
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, build: Build):
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
-        self.attention = Attention(config, layer, build)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, context.dtype, context.device)
+        self.attention = Attention(config, layer, context)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, context.dtype, context.device)
         if config.moe:
-            self.moe = MoE(config, build)
+            self.moe = MoE(config, context)
         else:
-            self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, build)
+            self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, context)
         self.is_moe = config.moe is not None
-        self.attention_dropout = Dropout(f"layers.{layer}.attention", build)
-        self.mlp_dropout = Dropout(f"layers.{layer}.mlp", build)
+        self.attention_dropout = Dropout(f"layers.{layer}.attention", context)
+        self.mlp_dropout = Dropout(f"layers.{layer}.mlp", context)
 
-    def forward(self, x_SBH: torch.Tensor, inputs: Inputs, cache: KVCache | None = None) -> torch.Tensor:
-        attended = self.attention(self.attention_norm(x_SBH), inputs, cache)
-        x_SBH = x_SBH + self.attention_dropout(attended, inputs.samples)
+    def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
+        attended = self.attention(self.attention_norm(x_SBH), context, cache)
+        x_SBH = x_SBH + self.attention_dropout(attended, context.samples)
         normed = self.mlp_norm(x_SBH)
-        y_SBH = self.moe(normed, inputs.valid_SB) if self.is_moe else self.mlp(normed)
-        return x_SBH + self.mlp_dropout(y_SBH, inputs.samples)
+        y_SBH = self.moe(normed, context.valid_SB) if self.is_moe else self.mlp(normed)
+        return x_SBH + self.mlp_dropout(y_SBH, context.samples)
 
 
 class Decoder(nn.Module):
     """One stage of the model. `forward` takes [B, S] tokens, and gives logits [B, S, V/tp] on the last stage.
 
-    The head is the widest product of the model, so whoever needs logits at some places only asks for those:
-    `wanted` [N] holds places b * S + s, and the logits are then [N, V/tp].
+    The head is the widest product of the model, so whoever needs logits at some positions only asks for those:
+    `wanted` [N] holds indices b * S + s, and the logits are then [N, V/tp].
 
     Between stages hidden states are [S, B, H], or with sequence parallel [S/tp, B, H]; they come in through
     `set_input_tensor`, as megatron-core's schedules want.
@@ -72,21 +72,21 @@ class Decoder(nn.Module):
         self,
         config: ModelConfig,
         stage: StageSpec | None = None,
-        build: Build | None = None,
+        context: LayerContext | None = None,
     ):
         super().__init__()
-        build = build or Build()
+        context = context or LayerContext()
         self.model_config, self.stage = config, stage or StageSpec.whole(config)
-        self.region = Region(build)
+        self.region = Region(context)
         if self.stage.is_first:
-            self.embedding = Embedding(config.vocab_size, config.hidden_size, build)
-            self.embedding_dropout = Dropout("embedding", build)
-        self.layers = nn.ModuleDict({str(i): Block(config, i, build) for i in self.stage.layers})  # global index
+            self.embedding = Embedding(config.vocab_size, config.hidden_size, context)
+            self.embedding_dropout = Dropout("embedding", context)
+        self.layers = nn.ModuleDict({str(i): Block(config, i, context) for i in self.stage.layers})  # global index
         if self.stage.is_last:
-            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, context.dtype, context.device)
             if not self.tied_here:
                 # With tied embeddings over several stages this is the last stage's copy of `embedding.weight`.
-                self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, build)
+                self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, context)
         self.input_tensor: torch.Tensor | None = None
         self.recompute_blocks = False
 
@@ -145,9 +145,9 @@ class Decoder(nn.Module):
         numbers in the run; dropout is keyed by them.
         """
         row_segments_BT = segments_BS if row_segments_BT is None else row_segments_BT
-        inputs = Inputs.of(self.model_config, positions_BS, row_segments_BT, cache)
-        inputs.valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
-        inputs.samples = samples
+        context = ForwardContext.of(self.model_config, positions_BS, row_segments_BT, cache)
+        context.valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
+        context.samples = samples
         if self.stage.is_first:
             x_SBH = self.embedding_dropout(self.embedding(tokens_BS), samples)
         else:
@@ -155,9 +155,9 @@ class Decoder(nn.Module):
             x_SBH = self.input_tensor
         for block in self.blocks.values():
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_SBH = recomputed(block, x_SBH, inputs)
+                x_SBH = recomputed(block, x_SBH, context)
             else:
-                x_SBH = block(x_SBH, inputs, cache)
+                x_SBH = block(x_SBH, context, cache)
         if cache is not None:
             cache.length += tokens_BS.shape[1]
         if not self.stage.is_last:

@@ -43,8 +43,8 @@ class Dispatch:
         if capacity_factor is not None:
             capacity = math.ceil(capacity_factor * self.num_tokens * self.top_k / num_experts)
             first = self.wanted.cumsum(0) - self.wanted
-            place = torch.arange(len(self.order), device=order.device) - first.repeat_interleave(self.wanted)
-            self.order, self.counts = self.order[place < capacity], self.wanted.clamp(max=capacity)
+            index_in_expert = torch.arange(len(self.order), device=order.device) - first.repeat_interleave(self.wanted)
+            self.order, self.counts = self.order[index_in_expert < capacity], self.wanted.clamp(max=capacity)
 
     def run(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, compute: Compute, group: ProcessGroup | None
@@ -54,7 +54,7 @@ class Dispatch:
         rows = pairs.index_select(0, self.order)
         rows = compute(rows, self.counts) if get_pg_size(group) == 1 else self._elsewhere(rows, compute, group)
         rows = rows * weights_TK.flatten().index_select(0, self.order)[:, None].to(rows.dtype)
-        # Back in their places, then summed over a token's choices: a fixed order, unlike index_add on a GPU.
+        # Back in their order, then summed over a token's choices: a fixed order, unlike index_add on a GPU.
         return torch.zeros_like(pairs).index_copy(0, self.order, rows).unflatten(0, (-1, self.top_k)).sum(1)
 
     @torch.compiler.disable  # its messages' sizes are read on the host, where a graph would end in any case

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.model.build import Build
+from pretrain.model.layer_context import LayerContext
 from pretrain.model.megatron import tensor_parallel
 from pretrain.model.slices import mark_expert
 
@@ -17,12 +17,12 @@ STRIDE_BYTES = 16  # the grouped product wants rows of matrices that are a multi
 
 
 class Experts(nn.Module):
-    def __init__(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, build: Build):
+    def __init__(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, context: LayerContext):
         super().__init__()
-        local, ffn, tp = num_experts // build.ep_size, ffn_hidden_size // build.tp_size, build.tp_size
+        local, ffn, tp = num_experts // context.ep_size, ffn_hidden_size // context.tp_size, context.tp_size
 
         def weight(rows: int, columns: int, split: int) -> nn.Parameter:
-            parameter = nn.Parameter(torch.empty(local, rows, columns, dtype=build.dtype, device=build.device))
+            parameter = nn.Parameter(torch.empty(local, rows, columns, dtype=context.dtype, device=context.device))
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, tp > 1, split, 1)
             mark_expert(parameter)
             return parameter
@@ -60,9 +60,9 @@ class Experts(nn.Module):
         """With rows of zeros between experts, so that every expert's first row is aligned."""
         padded = (counts + ROWS_ALIGNED - 1) // ROWS_ALIGNED * ROWS_ALIGNED
         shift = (padded - counts).cumsum(0) - (padded - counts)  # how far an expert's rows move
-        places = torch.arange(len(x_RH), device=x_RH.device) + shift.repeat_interleave(counts)
-        spread = x_RH.new_zeros(len(x_RH) + len(counts) * ROWS_ALIGNED, x_RH.shape[1]).index_copy(0, places, x_RH)
-        return self._grouped(spread, padded).index_select(0, places)
+        indices = torch.arange(len(x_RH), device=x_RH.device) + shift.repeat_interleave(counts)
+        spread = x_RH.new_zeros(len(x_RH) + len(counts) * ROWS_ALIGNED, x_RH.shape[1]).index_copy(0, indices, x_RH)
+        return self._grouped(spread, padded).index_select(0, indices)
 
     def _by_loop(self, x_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         weights = zip(self.gate_proj.unbind(), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)

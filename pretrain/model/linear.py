@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pretrain.model.build import Build
+from pretrain.model.layer_context import LayerContext
 from pretrain.model.megatron import tensor_parallel
 
 
@@ -50,8 +50,8 @@ class Region:
     What goes in is [S, ...] everywhere, or with sequence parallel [S/tp, ...]; inside it is [S, ...].
     """
 
-    def __init__(self, build: Build):
-        self.group, self.tp, self.sequence_parallel = build.tp, build.tp_size, build.sp
+    def __init__(self, context: LayerContext):
+        self.group, self.tp, self.sequence_parallel = context.tp, context.tp_size, context.sp
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Backward, each rank's gradient is partial: they are summed, once for all layers that `x` goes to."""
@@ -88,14 +88,14 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
     The gradient of x is this rank's part; `Region.enter` sums the parts.
     """
 
-    def __init__(self, size_in: int, size_out: int, build: Build):
+    def __init__(self, size_in: int, size_out: int, context: LayerContext):
         super().__init__(
             size_in,
             size_out,
-            config=build.megatron,
+            config=context.megatron,
             init_method=_no_init,
             bias=False,
-            tp_group=build.tp or _WHOLE,
+            tp_group=context.tp or _WHOLE,
             gather_output=False,
             disable_grad_reduce=True,
         )
@@ -116,16 +116,16 @@ class RowLinear(tensor_parallel.RowParallelLinear):
     With sequence parallel each rank keeps its share of the sum.
     """
 
-    def __init__(self, size_in: int, size_out: int, build: Build):
+    def __init__(self, size_in: int, size_out: int, context: LayerContext):
         super().__init__(
             size_in,
             size_out,
-            config=build.megatron,
+            config=context.megatron,
             init_method=_no_init,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=build.tp or _WHOLE,
+            tp_group=context.tp or _WHOLE,
         )
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 1, 1)
 
@@ -143,14 +143,14 @@ class Embedding(tensor_parallel.VocabParallelEmbedding):
     Takes [B, S], gives [S, B, H], or with sequence parallel this rank's [S/tp, B, H].
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, build: Build):
+    def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext):
         super().__init__(
             vocab_size,
             hidden_size,
             init_method=_no_init,
-            reduce_scatter_embeddings=build.sp,
-            config=build.megatron,
-            tp_group=build.tp or _WHOLE,
+            reduce_scatter_embeddings=context.sp,
+            config=context.megatron,
+            tp_group=context.tp or _WHOLE,
         )
         self.is_split = self.num_embeddings_per_partition != vocab_size
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)

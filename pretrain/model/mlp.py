@@ -4,17 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.model.build import Build
+from pretrain.model.layer_context import LayerContext
 from pretrain.model.linear import ColumnLinear, Region, RowLinear
 
 
 class MLP(nn.Module):
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, build: Build):
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, context: LayerContext):
         super().__init__()
-        self.region = Region(build)
-        self.gate_proj = ColumnLinear(hidden_size, ffn_hidden_size, build)
-        self.up_proj = ColumnLinear(hidden_size, ffn_hidden_size, build)
-        self.down_proj = RowLinear(ffn_hidden_size, hidden_size, build)
+        self.region = Region(context)
+        self.gate_proj = ColumnLinear(hidden_size, ffn_hidden_size, context)
+        self.up_proj = ColumnLinear(hidden_size, ffn_hidden_size, context)
+        self.down_proj = RowLinear(ffn_hidden_size, hidden_size, context)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         x_SBH = self.region.enter(x_SBH)

@@ -9,9 +9,9 @@ from torch import nn
 
 from configs.train import ModelConfig
 from pretrain.model.balance import Balance
-from pretrain.model.build import Build
 from pretrain.model.dispatch import Dispatch
 from pretrain.model.experts import Experts
+from pretrain.model.layer_context import LayerContext
 from pretrain.model.linear import Region
 from pretrain.model.mlp import MLP
 from pretrain.model.recompute import is_recomputing
@@ -19,17 +19,17 @@ from pretrain.model.router import Router
 
 
 class MoE(nn.Module):
-    def __init__(self, config: ModelConfig, build: Build):
+    def __init__(self, config: ModelConfig, context: LayerContext):
         super().__init__()
         moe, hidden_size = config.moe, config.hidden_size
         assert moe is not None
-        self.config, self.region, self.ep_group = moe, Region(build), build.ep
-        self.router = Router(hidden_size, moe, build)
-        self.experts = Experts(moe.num_experts, hidden_size, config.expert_size, build)
+        self.config, self.region, self.ep_group = moe, Region(context), context.ep
+        self.router = Router(hidden_size, moe, context)
+        self.experts = Experts(moe.num_experts, hidden_size, config.expert_size, context)
         self.has_shared = moe.num_shared_experts > 0
         if self.has_shared:
-            self.shared = MLP(hidden_size, moe.num_shared_experts * config.expert_size, build)
-        self.balance = Balance(moe, build)
+            self.shared = MLP(hidden_size, moe.num_shared_experts * config.expert_size, context)
+        self.balance = Balance(moe, context)
 
     def forward(self, x_SBH: torch.Tensor, valid_SB: torch.Tensor | None = None) -> torch.Tensor:
         shared = self.shared(x_SBH) if self.has_shared else 0.0

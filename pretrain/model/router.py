@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.train import MoEConfig
-from pretrain.model.build import Build
+from pretrain.model.layer_context import LayerContext
 
 
 class Router(nn.Module):
-    def __init__(self, hidden_size: int, moe: MoEConfig, build: Build):
+    def __init__(self, hidden_size: int, moe: MoEConfig, context: LayerContext):
         super().__init__()
         self.moe = moe
-        self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=build.dtype, device=build.device))
+        self.weight = nn.Parameter(
+            torch.empty(moe.num_experts, hidden_size, dtype=context.dtype, device=context.device)
+        )
 
     def forward(
         self, x_TH: torch.Tensor, bias_E: torch.Tensor | None = None

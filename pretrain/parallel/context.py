@@ -13,22 +13,22 @@ from deepspeed.sequence.layer import DistributedAttention
 
 from pretrain.model.attention import Attend
 from pretrain.model.batch import Batch
-from pretrain.parallel.groups import Place
-from pretrain.parallel.stage import Stage
+from pretrain.parallel.groups import Mesh
+from pretrain.parallel.stage import PipelineStage
 
 HEADS, SEQUENCE, BATCH = 2, 0, 1  # dimensions of q, k and v
 
 
-def exchange_around_attention(stage: Stage, place: Place) -> None:
+def exchange_around_attention(stage: PipelineStage, mesh: Mesh) -> None:
     """Puts the exchange around every layer's attention."""
-    if place.layout.cp == 1:
+    if mesh.layout.cp == 1:
         return
     for block in stage.blocks.values():
-        block.attention.attend = _exchanging(block.attention.attend, place)
+        block.attention.attend = _exchanging(block.attention.attend, mesh)
 
 
-def _exchanging(attend: Attend, place: Place) -> Attend:
-    distributed = DistributedAttention(attend, place.cp_group, scatter_idx=HEADS, gather_idx=SEQUENCE)
+def _exchanging(attend: Attend, mesh: Mesh) -> Attend:
+    distributed = DistributedAttention(attend, mesh.cp_group, scatter_idx=HEADS, gather_idx=SEQUENCE)
 
     def attend_across(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return distributed(q, k, v, BATCH, None, mask)
@@ -36,9 +36,9 @@ def _exchanging(attend: Attend, place: Place) -> Attend:
     return attend_across
 
 
-def own_parts(batches: Sequence[Batch], place: Place) -> list[Batch]:
+def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
     """This rank's part of each sequence, as consecutive tokens; documents of whole rows come along for the mask."""
-    cp, rank = place.layout.cp, place.cp_rank
+    cp, rank = mesh.layout.cp, mesh.cp_rank
     if cp == 1:
         return list(batches)
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from configs.layout import Layout
 from configs.train import ModelConfig, OptimizerConfig, TrainSection
-from pretrain.model import Build, Decoder, init_weights
-from pretrain.model.balance import Weights
+from pretrain.model import Decoder, LayerContext, init_weights
+from pretrain.model.balance import LossDenominators
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
 from pretrain.parallel import zero
@@ -26,12 +26,12 @@ from pretrain.parallel.backends import ModelType, TransformerConfig, get_forward
 from pretrain.parallel.context import exchange_around_attention, own_parts
 from pretrain.parallel.experts import spread_experts
 from pretrain.parallel.gradients import mark_copies, sum_partial
-from pretrain.parallel.groups import Place
-from pretrain.parallel.stage import Stage, stage_specs
+from pretrain.parallel.groups import Mesh
+from pretrain.parallel.stage import PipelineStage, stage_specs
 
 
 @dataclass(frozen=True)
-class Sums:
+class StepSums:
     """Sums over a global batch: masked loss and mask weight per source, masked loss-function metrics."""
 
     loss: torch.Tensor  # [sources]
@@ -52,34 +52,47 @@ class Engine:
         model_config: ModelConfig,
         train: TrainSection,
         optimizer: OptimizerConfig,
-        place: Place,
+        mesh: Mesh,
         seed: int,
         dtype: torch.dtype,
         num_sources: int = 1,
     ):
-        self.place, self.model_config, self.train_config = place, model_config, train
+        self.mesh, self.model_config, self.train_config = mesh, model_config, train
         self.num_sources = num_sources
-        layout = place.layout
-        groups = (place.tp_group, place.cp_group, place.ep_group)
-        build = Build(dtype, place.device, layout.sp, *groups, place.sequence_part, train.dropout, seed)
-        chunks = [Decoder(model_config, spec, build) for spec in stage_specs(layout, place.pp_rank)]
+        layout = mesh.layout
+        context = LayerContext(
+            dtype=dtype,
+            device=mesh.device,
+            sp=layout.sp,
+            tp=mesh.tp_group,
+            cp=mesh.cp_group,
+            ep=mesh.ep_group,
+            sequence_part=mesh.sequence_part,
+            dropout=train.dropout,
+            seed=seed,
+        )
+        chunks = [Decoder(model_config, spec, context) for spec in stage_specs(layout, mesh.pp_rank)]
         schedule_config = _schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):
-            init_weights(chunk, seed, place.slices)
+            init_weights(chunk, seed, mesh.slices)
             chunk.set_recompute(train.recompute)
-            asked: Any = chunk  # the schedules look for attributes of their own
-            asked.config, asked.model_type, asked.vp_stage = schedule_config, ModelType.encoder_or_decoder, i
-        self.module = Stage(chunks)
+            scheduled: Any = chunk  # the schedules look for attributes of their own
+            scheduled.config, scheduled.model_type, scheduled.vp_stage = (
+                schedule_config,
+                ModelType.encoder_or_decoder,
+                i,
+            )
+        self.module = PipelineStage(chunks)
         mark_copies(self.module)
-        exchange_around_attention(self.module, place)
-        spread_experts(self.module, place)
+        exchange_around_attention(self.module, mesh)
+        spread_experts(self.module, mesh)
         if train.compile:
             for block in self.module.blocks.values():
                 block.compile()
-        self.zero = zero.wrap(self.module, train, optimizer, place, dtype)
+        self.zero = zero.wrap(self.module, train, optimizer, mesh, dtype)
         self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)
 
-    def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> Sums:
+    def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> StepSums:
         """Trains on this rank's micro-batches of one global batch.
 
         Errors: ValueError if no token of the global batch is trained on; FloatingPointError if the gradient norm is
@@ -90,25 +103,25 @@ class Engine:
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> None:
         """Steps 1 to 3: gradients of the global batch, up to ZeRO's average."""
-        place = self.place
+        mesh = self.mesh
         self.module.train()
-        batches = own_parts(batches, place)
+        batches = own_parts(batches, mesh)
         trained = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
         tokens = torch.stack([(batch.segments >= 0).sum() for batch in batches]).sum().double()
-        totals = torch.stack([trained, tokens]).to(place.device)
-        dist.all_reduce(totals, group=place.zero_group)
+        totals = torch.stack([trained, tokens]).to(mesh.device)
+        dist.all_reduce(totals, group=mesh.zero_group)
         total, tokens = totals.tolist()
         if total <= 0:
             raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
-        num_sequences = sum(len(batch.tokens) for batch in batches) * place.layout.dp
+        num_sequences = sum(len(batch.tokens) for batch in batches) * mesh.layout.dp
         for moe in self.module.moe_layers.values():
             moe.balance.start()
-            moe.balance.weights = Weights(num_sequences, max(1, round(tokens)), place.zero_size)
-        self._sums = self._run(batches, loss_fn, place.zero_size / total, forward_only=False)
-        sum_partial(self.module, place)
+            moe.balance.denominators = LossDenominators(num_sequences, max(1, round(tokens)), mesh.zero_size)
+        self._sums = self._run(batches, loss_fn, mesh.zero_size / total, forward_only=False)
+        sum_partial(self.module, mesh)
         zero.average_gradients(self.zero)
 
-    def update(self, lr: float) -> Sums:
+    def update(self, lr: float) -> StepSums:
         """Step 4: clip and step."""
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
@@ -117,16 +130,16 @@ class Engine:
         if self.zero.optimizer.overflow or not 0 <= grad_norm < float("inf"):
             raise FloatingPointError("the gradient norm is not finite; no weight was changed by this step")
         self._finish_balance()
-        return Sums(self._sums.loss, self._sums.weight, self._sums.metrics, grad_norm)
+        return StepSums(self._sums.loss, self._sums.weight, self._sums.metrics, grad_norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> Sums:
+    def evaluate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> StepSums:
         """Losses of held-out micro-batches; each data-parallel rank has its own, equally many."""
         self.module.eval()
         # The interleaved schedule takes micro-batches in groups of pp: the last group is filled with weightless ones.
-        missing = -len(batches) % self.place.layout.pp if self.place.layout.vpp > 1 else 0
+        missing = -len(batches) % self.mesh.layout.pp if self.mesh.layout.vpp > 1 else 0
         filled = [*batches, *[batches[0].weightless()] * missing]
-        return self._run(own_parts(filled, self.place), loss_fn, 1.0, forward_only=True)
+        return self._run(own_parts(filled, self.mesh), loss_fn, 1.0, forward_only=True)
 
     def _finish_balance(self) -> None:
         """Tells every MoE layer how the global batch's tokens chose; all ranks that hold a layer are told the same."""
@@ -134,14 +147,14 @@ class Engine:
         if not layers:
             return
         tokens = torch.stack([moe.balance.tokens for moe in layers.values()])
-        dist.all_reduce(tokens, group=self.place.zero_group)
+        dist.all_reduce(tokens, group=self.mesh.zero_group)
         for moe, tokens_E in zip(layers.values(), tokens, strict=True):
             moe.balance.finish(tokens_E)
 
     def balance_state(self) -> dict[str, list[float]]:
         """The MoE layers' state of balance by global name, the same on all ranks; collective."""
         own = {name: tensor.tolist() for name, tensor in self.module.named_balance().items()}
-        return {name: values for part in self.place.gather_json(own) for name, values in part.items()}
+        return {name: values for part in self.mesh.gather_json(own) for name, values in part.items()}
 
     def restore_balance(self, state: dict[str, list[float]]) -> None:
         for name, tensor in self.module.named_balance().items():
@@ -155,12 +168,12 @@ class Engine:
         if moe is None:
             return {}
         values = torch.zeros(self.model_config.num_layers, 2 + moe.num_experts, dtype=torch.float64)
-        if self.place.tp_rank == 0:
+        if self.mesh.tp_rank == 0:
             for layer, block in self.module.moe_layers.items():
                 balance = block.balance
                 values[layer, 0], values[layer, 1] = balance.aux_loss, balance.dropped
                 values[layer, 2:] = balance.tokens
-        values = self.place.sum_over_world(values).cpu()
+        values = self.mesh.sum_over_world(values).cpu()
         aux_loss, dropped, tokens = values[:, 0], values[:, 1], values[:, 2:]
         load, chosen = tokens.max(1).values / tokens.mean(1), tokens.sum(1)
         stats = {"moe_aux_loss": (aux_loss, aux_loss.mean()), "moe_max_load": (load, load.max())}
@@ -172,27 +185,27 @@ class Engine:
         }
         return {name: float(whole) for name, (_, whole) in stats.items()} | by_layer
 
-    def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> Sums:
+    def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> StepSums:
         chunks = self.module.chunks
-        on_device = [batch.to(self.place.device) for batch in batches]
+        on_device = [batch.to(self.mesh.device) for batch in batches]
         iterators = [iter(on_device) for _ in chunks]
         stored = self._schedule(
             forward_step_func=partial(self._forward_step, loss_fn=loss_fn, scale=scale),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1] * self.place.layout.cp,
+            seq_length=batches[0].tokens.shape[1] * self.mesh.layout.cp,
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
         sums = torch.zeros(2 * self.num_sources + len(loss_fn.metrics), dtype=torch.float64)
-        if self.place.reports:
+        if self.mesh.counts_in_sums:
             sums = torch.stack(stored).sum(0)
-        sums = self.place.sum_over_world(sums).cpu()
+        sums = self.mesh.sum_over_world(sums).cpu()
         n = self.num_sources
         weight = float(sums[n : 2 * n].sum().clamp(min=1e-12))
         metrics = {name: float(value) / weight for name, value in zip(loss_fn.metrics, sums[2 * n :], strict=True)}
-        return Sums(sums[:n], sums[n : 2 * n], metrics)
+        return StepSums(sums[:n], sums[n : 2 * n], metrics)
 
     def _forward_step(
         self, batches: Iterator[Batch], model: Decoder, loss_fn: LossFunction, scale: float

@@ -13,35 +13,35 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from pretrain.model.slices import is_expert
-from pretrain.parallel.groups import Place
-from pretrain.parallel.stage import Stage
+from pretrain.parallel.groups import Mesh
+from pretrain.parallel.stage import PipelineStage
 
 
-def spread_experts(stage: Stage, place: Place) -> None:
+def spread_experts(stage: PipelineStage, mesh: Mesh) -> None:
     """Marks expert parameters with the group that holds them, and makes DeepSpeed see that there are some."""
-    ep = place.layout.ep
+    ep = mesh.layout.ep
     if ep == 1:
         return
     name = f"ep_size_{ep}"
-    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = place.ep_group
-    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = place.expert_dp_group
+    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.expert_dp_group
     for parameter in stage.parameters():
         if is_expert(parameter):
             vars(parameter).update(allreduce=False, group_name=name)
-    stage.register_module("expert_parallel_here", _Sign(stage, ep, name))
+    stage.register_module("expert_parallel_here", _MoEMarker(stage, ep, name))
 
 
-def optimizer_groups(groups: list[dict[str, Any]], place: Place) -> list[dict[str, Any]]:
+def optimizer_groups(groups: list[dict[str, Any]], mesh: Mesh) -> list[dict[str, Any]]:
     """With experts in groups of their own, as ZeRO wants them."""
-    if place.layout.ep == 1:
+    if mesh.layout.ep == 1:
         return groups
     return split_params_into_different_moe_groups_for_optimizer(groups, max_group_size=None)
 
 
-class _Sign(DeepSpeedMoE):
+class _MoEMarker(DeepSpeedMoE):
     """DeepSpeed looks for experts only in a model that has a module of this class. It computes nothing."""
 
-    def __init__(self, stage: Stage, ep: int, name: str):
+    def __init__(self, stage: PipelineStage, ep: int, name: str):
         nn.Module.__init__(self)
         self.ep_size, self.expert_group_name = ep, name
         self.num_experts = next(iter(stage.moe_layers.values())).config.num_experts

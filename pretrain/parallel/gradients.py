@@ -15,23 +15,23 @@ from torch import nn
 
 from pretrain.model.norm import RMSNorm
 from pretrain.parallel.backends import parallel_state
-from pretrain.parallel.groups import Place
-from pretrain.parallel.stage import Stage
+from pretrain.parallel.groups import Mesh
+from pretrain.parallel.stage import PipelineStage
 from pretrain.parallel.zero import gradient, set_gradient
 
 
-def mark_copies(stage: Stage) -> None:
+def mark_copies(stage: PipelineStage) -> None:
     """Marks the last stage's copy of a tied embedding for DeepSpeed's grad norm."""
     last = stage.chunks[-1]
     if last.model_config.tie_embeddings and last.stage.is_last and not last.stage.is_first:
         last.lm_head.weight.ds_pipe_replicated = True
 
 
-def sum_partial(stage: Stage, place: Place) -> None:
+def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
     """Makes every rank's gradients those of the whole batch of its data-parallel replica."""
-    partial = _partial_norms(stage, place)
+    partial = _partial_norms(stage, mesh)
     if partial:
-        _sum([norm.weight for norm in partial], place.tp_group)
+        _sum([norm.weight for norm in partial], mesh.tp_group)
     first, last = stage.chunks[0], stage.chunks[-1]
     if first.model_config.tie_embeddings and not last.tied_here:
         if first.stage.is_first:
@@ -40,11 +40,11 @@ def sum_partial(stage: Stage, place: Place) -> None:
             _sum([last.lm_head.weight], parallel_state.get_embedding_group())
 
 
-def _partial_norms(stage: Stage, place: Place) -> list[RMSNorm]:
+def _partial_norms(stage: PipelineStage, mesh: Mesh) -> list[RMSNorm]:
     """Norms of which each tensor-parallel rank has a part of the gradient."""
-    if place.layout.sp:
+    if mesh.layout.sp:
         return [module for module in stage.modules() if isinstance(module, RMSNorm)]
-    attentions = [block.attention for block in stage.blocks.values()] if place.layout.tp > 1 else []
+    attentions = [block.attention for block in stage.blocks.values()] if mesh.layout.tp > 1 else []
     return [norm for attention in attentions if attention.has_qk_norm for norm in (attention.q_norm, attention.k_norm)]
 
 

@@ -1,4 +1,4 @@
-"""Process groups: one rank's place in the layout, by megatron-core's parallel_state.
+"""Process groups: one rank's coordinates in the layout (`Mesh`), by megatron-core's parallel_state.
 
 `start` joins the world (gloo on CPU, NCCL on GPU) and makes the groups; `stop` leaves it, so that a process can start
 again with another layout, as the tests do.
@@ -22,7 +22,7 @@ from pretrain.parallel.messages import gather_json
 
 
 @dataclass(frozen=True)
-class Place:
+class Mesh:
     """One rank's coordinates and groups in a layout."""
 
     layout: Layout
@@ -53,12 +53,12 @@ class Place:
             return self.cp_rank, self.layout.cp
         return self.cp_rank * self.layout.tp + self.tp_rank, self.layout.cp * self.layout.tp
 
-    def tells_of(self, parameter: nn.Parameter) -> bool:
+    def is_first_holder(self, parameter: nn.Parameter) -> bool:
         """Whether this rank is the first of those that hold the very same slice of a parameter for other data."""
         group = self.expert_dp_group if is_expert(parameter) else self.zero_group
         return dist.get_rank(group) == 0
 
-    def put_together(self, slice_: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    def gather_whole(self, slice_: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """The whole of a tensor of which every rank has its slice, as it has of `parameter`."""
         for dim, parts, _ in self.slices.splits(parameter):
             group = self.tp_group if dim == tp_split(parameter) else self.ep_group
@@ -86,7 +86,7 @@ class Place:
         return self.pp_rank == self.layout.pp - 1
 
     @property
-    def reports(self) -> bool:
+    def counts_in_sums(self) -> bool:
         """True on ranks whose loss counts in sums over the world: one for each part of each replica's sequences."""
         return self.is_last_stage and self.tp_rank == 0
 
@@ -116,7 +116,7 @@ class Place:
         return result
 
 
-def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) -> Place:
+def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) -> Mesh:
     """Joins the world that the launcher described and makes all groups of `layout`."""
     redirect_to_cpu()
     on_gpu = torch.cuda.is_available()
@@ -143,7 +143,7 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
         distributed_timeout_minutes=timeout_minutes,
     )
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    return Place(
+    return Mesh(
         layout=layout,
         rank=env.rank,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -188,7 +188,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-class DeepSpeedUnit:
+class DeepSpeedMpu:
     """megatron-core's groups under the names that DeepSpeed's `mpu` argument asks for.
 
     To DeepSpeed, ranks with other parts of the same sequences are data parallel like those with other sequences.

@@ -23,7 +23,7 @@ def stage_specs(layout: Layout, pp_rank: int) -> list[StageSpec]:
     return [StageSpec(layout.layers_of_stage(v), v == 0, v == last) for v in virtual]
 
 
-class Stage(nn.Module):
+class PipelineStage(nn.Module):
     """The chunks as one module, for ZeRO; megatron-core's schedules run `chunks` one by one."""
 
     def __init__(self, chunks: Iterable[Decoder]):

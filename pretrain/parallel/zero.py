@@ -26,7 +26,7 @@ from pretrain.parallel import fp64
 from pretrain.parallel.backends import deepspeed
 from pretrain.parallel.experts import optimizer_groups
 from pretrain.parallel.gathered import SavedAsRecipes
-from pretrain.parallel.groups import DeepSpeedUnit, Place
+from pretrain.parallel.groups import DeepSpeedMpu, Mesh
 
 # In elements.
 MAX_BUCKET = 2**26  # of gradients reduced at once, for which memory is reserved
@@ -43,28 +43,28 @@ class Fragment:
     offset: int  # in that partition
 
 
-def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, place: Place, dtype: torch.dtype) -> Any:
+def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
     """A DeepSpeed engine around this stage's module. With stage 3 its weights are taken apart from here on."""
     initialize = fp64.initialize if dtype == torch.float64 else deepspeed.initialize
     engine, _, _, _ = initialize(
         model=module,
         optimizer=torch.optim.AdamW(
-            optimizer_groups(_decay_groups(module, optimizer.weight_decay), place),
+            optimizer_groups(_decay_groups(module, optimizer.weight_decay), mesh),
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
             fused=True,
         ),
-        config=_config(module, train, optimizer, place, dtype),
-        mpu=DeepSpeedUnit(),
+        config=_config(module, train, optimizer, mesh, dtype),
+        mpu=DeepSpeedMpu(),
         dist_init_required=False,
     )
-    engine.pipeline_parallelism = place.layout.zero == 1
+    engine.pipeline_parallelism = mesh.layout.zero == 1
     return engine
 
 
 def schedule(engine: Any) -> Callable[..., list[Any]]:
-    """For stages 2 and 3, in the place of megatron-core's schedules and called like them: one stage, no pipeline."""
+    """For stages 2 and 3, instead of megatron-core's schedules and called like them: one stage, no pipeline."""
     stage3 = engine.zero_optimization_stage() == 3
     saved: AbstractContextManager[None] = SavedAsRecipes(engine.module) if stage3 else nullcontext()
 
@@ -183,15 +183,15 @@ def gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def set_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Puts `value`, flat, in the place of what `gradient` gives."""
+    """Puts `value`, flat, where `gradient` reads it."""
     known: Any = parameter
-    place = gradient(parameter)
+    kept = gradient(parameter)
     if hasattr(known, "ds_id"):
         deepspeed.utils.safe_set_local_grad(parameter, value)
         return
-    place.copy_(value.view_as(place))
+    kept.copy_(value.view_as(kept))
     zero = getattr(known, "_zero_optimizer", None)
-    if zero is not None and known.grad is None and place.numel():
+    if zero is not None and known.grad is None and kept.numel():
         # Offloaded stage 2 takes norms as gradients leave for host memory, and this one just changed there.
         zero.norm_for_param_grads[zero.get_param_id(parameter)] = value.double().norm()
 
@@ -206,13 +206,13 @@ def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
 
 def _config(
-    module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, place: Place, dtype: torch.dtype
+    module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, mesh: Mesh, dtype: torch.dtype
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # ours: DeepSpeed is told which backward pass is a step's last
         "gradient_clipping": optimizer.clip_grad,
-        "zero_optimization": _stage(module, place.layout),
+        "zero_optimization": _stage(module, mesh.layout),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its own Adam on the CPU compiles at run time
         "communication_data_type": "fp32",

@@ -98,11 +98,11 @@ def _layer(name: str, num_layers: int) -> int:
 def in_order(keys: set[str], num_layers: int) -> Iterator[str]:
     """Forward order, then backward, then gradients in backward order, then weights."""
 
-    def place(key: str) -> tuple[int, float, int, str]:
+    def order(key: str) -> tuple[int, float, int, str]:
         kind, _, name = key.partition("/")
         layer: float = _layer(name, num_layers) + (0.5 if not name.startswith(("layers.", "embedding")) else 0.0)
         inside = 0 if ".attention" in name else 1 if ".mlp" in name or ".moe" in name else 2
         passes = ("forward", "backward", "grad", "weight").index(kind)
         return (passes, layer, inside, name) if kind in ("forward", "weight") else (passes, -layer, -inside, name)
 
-    return iter(sorted(keys, key=place))
+    return iter(sorted(keys, key=order))

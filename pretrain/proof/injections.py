@@ -21,8 +21,8 @@ from pretrain.model.slices import is_expert
 from pretrain.parallel.context import own_parts
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.gradients import mark_copies, sum_partial
-from pretrain.parallel.groups import Place
-from pretrain.parallel.stage import Stage
+from pretrain.parallel.groups import Mesh
+from pretrain.parallel.stage import PipelineStage
 from pretrain.parallel.zero import gradient
 
 ENGINE = "pretrain.parallel.engine"
@@ -31,8 +31,8 @@ ENGINE = "pretrain.parallel.engine"
 def norm_gradients_not_summed() -> AbstractContextManager[Any]:
     """Under sequence parallel each rank keeps the gradient that its share of the sequence gives a norm weight."""
 
-    def planted(stage: Stage, place: Place) -> None:
-        sum_partial(stage, replace(place, layout=replace(place.layout, sp=False)))
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        sum_partial(stage, replace(mesh, layout=replace(mesh.layout, sp=False)))
 
     return mock.patch(f"{ENGINE}.sum_partial", planted)
 
@@ -40,9 +40,9 @@ def norm_gradients_not_summed() -> AbstractContextManager[Any]:
 def partial_gradients_summed_twice() -> AbstractContextManager[Any]:
     """The tied embedding's copies (and under sequence parallel the norms) get their sum once more."""
 
-    def planted(stage: Stage, place: Place) -> None:
-        sum_partial(stage, place)
-        sum_partial(stage, place)
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        sum_partial(stage, mesh)
+        sum_partial(stage, mesh)
 
     return mock.patch(f"{ENGINE}.sum_partial", planted)
 
@@ -50,7 +50,7 @@ def partial_gradients_summed_twice() -> AbstractContextManager[Any]:
 def replicated_weights_counted_tp_times() -> AbstractContextManager[Any]:
     """The grad norm takes norm weights, which every tensor-parallel rank holds, for weights that are split."""
 
-    def planted(stage: Stage) -> None:
+    def planted(stage: PipelineStage) -> None:
         mark_copies(stage)
         for module in stage.modules():
             if isinstance(module, RMSNorm):
@@ -105,7 +105,7 @@ def chunks_initialised_alike() -> AbstractContextManager[Any]:
 
 def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
     """Each tensor-parallel rank keeps the gradient that its own heads give a QK-norm weight."""
-    return mock.patch("pretrain.parallel.gradients._partial_norms", lambda stage, place: [])
+    return mock.patch("pretrain.parallel.gradients._partial_norms", lambda stage, mesh: [])
 
 
 def router_gradients_not_summed() -> AbstractContextManager[Any]:
@@ -120,11 +120,11 @@ def router_gradients_not_summed() -> AbstractContextManager[Any]:
 def expert_gradients_doubled() -> AbstractContextManager[Any]:
     """Experts' gradients are averaged over the ranks that hold them, not over all whose tokens they have seen."""
 
-    def planted(stage: Stage, place: Place) -> None:
-        sum_partial(stage, place)
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        sum_partial(stage, mesh)
         for parameter in stage.parameters():
             if is_expert(parameter):
-                gradient(parameter).mul_(place.layout.ep)
+                gradient(parameter).mul_(mesh.layout.ep)
 
     return mock.patch(f"{ENGINE}.sum_partial", planted)
 
@@ -132,10 +132,10 @@ def expert_gradients_doubled() -> AbstractContextManager[Any]:
 def document_mask_off_by_one() -> AbstractContextManager[Any]:
     """Under context parallel the mask of whole rows is one token late."""
 
-    def planted(batches: Sequence[Batch], place: Place) -> list[Batch]:
+    def planted(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
         return [
             replace(part, row_segments=None if part.row_segments is None else part.row_segments.roll(1, dims=1))
-            for part in own_parts(batches, place)
+            for part in own_parts(batches, mesh)
         ]
 
     return mock.patch(f"{ENGINE}.own_parts", planted)

@@ -53,8 +53,8 @@ def chart(verdict: Verdict) -> str:
     bounds = [math.log10(error.allowed) for error in errors if not error.name.startswith("weight/")]
     top = math.ceil(max(*bounds, *(_log(error, floor) for error in errors), floor + 4) + 0.2)
 
-    def x_of(place: float) -> float:
-        return LEFT + (place + 0.5) / verdict.num_tensors * (WIDTH - LEFT - RIGHT)
+    def x_of(index: float) -> float:
+        return LEFT + (index + 0.5) / verdict.num_tensors * (WIDTH - LEFT - RIGHT)
 
     def y_of(power: float) -> float:
         return HEIGHT - BOTTOM - (power - floor) / (top - floor) * (HEIGHT - TOP - BOTTOM)
@@ -68,17 +68,17 @@ def chart(verdict: Verdict) -> str:
         )
         parts.append(f'<text x="{LEFT - 6}" y="{y_of(power) + 4:.1f}" text-anchor="end">{label}</text>')
     for kind, group in groupby(verdict.errors, key=lambda item: item[1].name.partition("/")[0]):
-        places = list(group)
-        x = x_of(places[0][0] - 0.5)
+        run = list(group)
+        x = x_of(run[0][0] - 0.5)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{x + 4:.1f}" y="{HEIGHT - BOTTOM + 15}">{COLUMNS[kind]}</text>')
-        line = "L".join(f"{x_of(place):.1f} {y_of(min(top, math.log10(error.allowed))):.1f}" for place, error in places)
+        line = "L".join(f"{x_of(index):.1f} {y_of(min(top, math.log10(error.allowed))):.1f}" for index, error in run)
         parts.append(f'<path class="bound" d="M{line}"/>')
-        for place, error in places:
+        for index, error in run:
             css = ' class="fail"' if not error.within else ' class="low"' if error.found < 10**floor else ""
             y = y_of(_log(error, floor))
             note = f"<title>{_text(str(error))}</title>"
-            parts.append(f'<circle{css} cx="{x_of(place):.1f}" cy="{y:.1f}" r="3">{note}</circle>')
+            parts.append(f'<circle{css} cx="{x_of(index):.1f}" cy="{y:.1f}" r="3">{note}</circle>')
     label = f"Relative error of each tensor in {verdict.layout}"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(label)}">{"".join(parts)}</svg>'
 

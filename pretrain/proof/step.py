@@ -71,7 +71,7 @@ class Trace:
     def __init__(self, engine: Engine, first_micro_batch: int):
         self.tensors: dict[str, torch.Tensor] = {}
         self.slices: dict[str, Slice] = {}
-        self._first, self._place, self._calls = first_micro_batch, engine.place, Counter[str]()
+        self._first, self._mesh, self._calls = first_micro_batch, engine.mesh, Counter[str]()
         for chunk in engine.module.chunks:
             if chunk.stage.is_first:
                 self._watch("embedding", chunk.embedding)
@@ -91,13 +91,13 @@ class Trace:
             self._calls[name] += 1
             self._keep(f"forward/{key}", output)
             # ZeRO averages over its ranks, so the engine's loss is that many times the loss.
-            output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._place.zero_size))
+            output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._mesh.zero_size))
 
         module.register_forward_hook(forward)
 
     def _keep(self, key: str, tensor: torch.Tensor) -> None:
         self.tensors[key] = _at_least_fp32(tensor.detach()).contiguous().clone()
-        part, parts = self._place.sequence_part
+        part, parts = self._mesh.sequence_part
         length, *rest = tensor.shape
         self.slices[key] = Slice((part * length, *[0] * len(rest)), (parts * length, *rest))
 
@@ -108,8 +108,8 @@ def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
 
 def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) -> None:
     """One step of `config.optimizer.lr` on the first global batch of `packed_rows`."""
-    place, train = engine.place, config.train
-    share = share_of_rank(0, train.global_batch_size, place.dp_rank, place.layout.dp)
+    mesh, train = engine.mesh, config.train
+    share = share_of_rank(0, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
     rows = packed_rows(share.start, len(share), config.model.vocab_size, train.seq_length)
     trace = Trace(engine, share.start // train.micro_batch_size)
     engine.accumulate(micro_batches(rows, train.micro_batch_size, share.start), NextToken())
@@ -117,10 +117,10 @@ def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) 
     tensors, slices = trace.tensors, trace.slices
 
     def keep(key: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        if place.tells_of(parameter):
+        if mesh.is_first_holder(parameter):
             outline = zero.outline(parameter)
             tensors[key] = _at_least_fp32(value).contiguous().clone()
-            slices[key] = Slice(place.slices.offset(outline), place.slices.global_shape(outline))
+            slices[key] = Slice(mesh.slices.offset(outline), mesh.slices.global_shape(outline))
 
     for name, parameter in named:
         keep(f"grad/{name}", parameter, zero.full_gradient(parameter))
@@ -129,7 +129,7 @@ def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) 
         keep(f"weight/{name}", parameter, zero.full_weight(parameter))
     out.mkdir(parents=True, exist_ok=True)
     metadata = {key: json.dumps(own) for key, own in slices.items()}
-    save_file(tensors, str(out / f"rank_{place.rank:05d}.safetensors"), metadata)
+    save_file(tensors, str(out / f"rank_{mesh.rank:05d}.safetensors"), metadata)
     facts = {
         "precision": precision,
         "loss": sums.mean_loss,
@@ -137,15 +137,15 @@ def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) 
         "by_source": (sums.loss / sums.weight).tolist(),
         **engine.moe_stats(),
     }
-    if place.is_main:
+    if mesh.is_main:
         write_atomic(out / "step.json", json.dumps(facts, indent=1).encode())
 
 
-def prove_step(config: PretrainConfig, place: groups.Place, precision: str, inject: str | None = None) -> None:
+def prove_step(config: PretrainConfig, mesh: groups.Mesh, precision: str, inject: str | None = None) -> None:
     """Builds an engine, with a bug planted if asked for, and takes its step. Collective."""
     with INJECTIONS[inject]() if inject else nullcontext():
         dtype = DTYPES[precision]
-        engine = Engine(config.model, config.train, config.optimizer, place, config.run.seed, dtype, SOURCES)
+        engine = Engine(config.model, config.train, config.optimizer, mesh, config.run.seed, dtype, SOURCES)
         run_step(engine, config, precision, Path(config.run.dir))
 
 
@@ -161,9 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     config = load(PretrainConfig, args.config, args.overrides)
     env = ClusterEnvironment.read()
-    place = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
+    mesh = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
     try:
-        prove_step(config, place, args.precision, args.inject)
+        prove_step(config, mesh, args.precision, args.inject)
     finally:
         groups.stop()
     return 0

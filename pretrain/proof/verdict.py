@@ -54,7 +54,7 @@ class Verdict:
     num_failed: int = 0
     failed: list[str] = field(default_factory=list)  # the first FIRST_FAILED of them, as sentences
     first: str | None = None
-    errors: list[tuple[int, Error]] = field(default_factory=list)  # with the tensor's place on the way
+    errors: list[tuple[int, Error]] = field(default_factory=list)  # with the tensor's index on the way
 
     @property
     def passed(self) -> bool:
@@ -75,9 +75,9 @@ class Verdict:
         """Those of all tensors, in the order in which a step computes them."""
         for error in errors:
             self.add(error.name.partition("/")[0], error)
-        failed = [place for place, error in enumerate(errors) if not error.within]
-        nearest = sorted(range(len(errors)), key=lambda place: -errors[place].share)
-        self.errors = [(place, errors[place]) for place in sorted({*failed[:FIRST_FAILED], *nearest[:KEPT]})]
+        failed = [index for index, error in enumerate(errors) if not error.within]
+        nearest = sorted(range(len(errors)), key=lambda index: -errors[index].share)
+        self.errors = [(index, errors[index]) for index in sorted({*failed[:FIRST_FAILED], *nearest[:KEPT]})]
         self.num_tensors, self.first = len(errors), errors[failed[0]].name if failed else None
 
     def as_json(self) -> dict[str, Any]:

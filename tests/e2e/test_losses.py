@@ -15,19 +15,19 @@ pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that looks like the repository, with the demo's plan in runs/demo/data."""
-    place = tmp_path_factory.mktemp("losses")
+    folder = tmp_path_factory.mktemp("losses")
     for name in ("configs", "data"):
-        (place / name).symlink_to(ROOT / name)
-    run(place, "data_pipeline.run", "configs/data/demo.toml")
-    return place
+        (folder / name).symlink_to(ROOT / name)
+    run(folder, "data_pipeline.run", "configs/data/demo.toml")
+    return folder
 
 
-def run(place: Path, *arguments: str) -> None:
+def run(folder: Path, *arguments: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
-        cwd=place,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -37,18 +37,18 @@ def run(place: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-def losses(place: Path, preset: str, layout: str) -> list[float]:
+def losses(folder: Path, preset: str, layout: str) -> list[float]:
     world, overrides = LAYOUTS[layout]
-    run_dir = place / "runs" / f"{preset}_{layout}"
+    run_dir = folder / "runs" / f"{preset}_{layout}"
     settings = (f"run.dir={run_dir}", f"train.steps={STEPS}", "train.precision=fp32", "eval.rows=0", *overrides)
     launcher = ("launch.local", "--nproc-per-node", str(world))
-    run(place, *launcher, "pretrain.train", f"configs/pretrain/{preset}.toml", *settings)
+    run(folder, *launcher, "pretrain.train", f"configs/pretrain/{preset}.toml", *settings)
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("preset", ["demo", "demo_moe"])
-def test_losses_agree_after_twenty_steps(workplace: Path, preset: str) -> None:
-    found = {layout: losses(workplace, preset, layout) for layout in LAYOUTS}
+def test_losses_agree_after_twenty_steps(folder: Path, preset: str) -> None:
+    found = {layout: losses(folder, preset, layout) for layout in LAYOUTS}
     assert [len(values) for values in found.values()] == [STEPS] * len(found)
     assert found["one"][-1] < found["one"][0] - 1
     for values in found.values():

@@ -73,8 +73,8 @@ class RankPool:
             self._processes.append(self._start(len(self._processes)))
         port, number = free_port(), next(self._calls)
         for rank, process in enumerate(self._processes[:world_size]):
-            place = {"rank": rank, "world_size": world_size, "port": port, "process_group": process_group}
-            message = {"call": number, "function": function, "kwargs": kwargs, **place}
+            world = {"rank": rank, "world_size": world_size, "port": port, "process_group": process_group}
+            message = {"call": number, "function": function, "kwargs": kwargs, **world}
             process.connection.send_bytes(json.dumps(message, default=str).encode())
         try:
             return self._collect(world_size, function, timeout)

@@ -29,7 +29,7 @@ def main() -> int:
     try:
         return trainer.fit()
     finally:
-        if trainer.place.is_main:
+        if trainer.mesh.is_main:
             look(Path(options["run_dir"]))
         groups.stop()
 
@@ -39,7 +39,7 @@ def disk_steps(run_dir: Path) -> dict[int, Any]:
 
     def fill(engine: Engine) -> None:
         settle(engine)
-        if engine.place.is_main:
+        if engine.mesh.is_main:
             with open(ballast, "wb", buffering=0) as file:
                 try:
                     while True:
@@ -49,7 +49,7 @@ def disk_steps(run_dir: Path) -> dict[int, Any]:
 
     def empty(engine: Engine) -> None:
         settle(engine)
-        if engine.place.is_main:
+        if engine.mesh.is_main:
             look(run_dir)
             ballast.unlink()
 

@@ -29,12 +29,12 @@ def make_engine(model: dict[str, Any], parallel: dict[str, Any], dtype: str = "f
         steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, seq_length=SEQ_LENGTH, **train
     )
     env = ClusterEnvironment.read()
-    place = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
+    mesh = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
     # A clip far below the gradient norm, so that clipping takes part in every step. Adam divides a gradient by its own
     # size, rounding noise too: eps is above the noise (1e-9 here), or one weight of thousands goes its own way.
     optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1, eps=1e-6)
     with mock.patch.object(zero, "REUSE_DISTANCE", 0):  # stage 3 would keep a model as small as this gathered
-        return Engine(model_config, section, optimizer, place, seed=7, dtype=getattr(torch, dtype), num_sources=2)
+        return Engine(model_config, section, optimizer, mesh, seed=7, dtype=getattr(torch, dtype), num_sources=2)
 
 
 def rows(first: int, count: int, vocab_size: int) -> list[Row]:
@@ -53,29 +53,29 @@ def run_layout(
 ) -> dict[str, Any]:
     """Trains `steps` steps. Each stage's first rank writes its gradients of the first step and final parameters."""
     engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute, dropout=dropout)
-    place, layout = engine.place, engine.place.layout
+    mesh, layout = engine.mesh, engine.mesh.layout
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
     named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
     for step in range(steps):
-        share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, place.dp_rank, layout.dp)
+        share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, mesh.dp_rank, layout.dp)
         numbered = rows(share.start, len(share), engine.model_config.vocab_size)
         batches = micro_batches(numbered, MICRO_BATCH, share.start)
         engine.accumulate(batches, NextToken())
         if step == 0:
             for name, parameter in named:
-                tensors[f"grad/{name}"] = place.put_together(zero.full_gradient(parameter), parameter).clone()
+                tensors[f"grad/{name}"] = mesh.gather_whole(zero.full_gradient(parameter), parameter).clone()
         sums = engine.update(lr=1e-2)
         losses.append(sums.mean_loss)
         norms.append(sums.grad_norm)
         by_source.append((sums.loss / sums.weight).tolist())
         assert all(torch.equal(zero.current_weight(p), zero.full_weight(p).to(p.dtype)) for _, p in named)
         stats = engine.moe_stats()
-    share = share_of_rank(900, 12, place.dp_rank, layout.dp)
+    share = share_of_rank(900, 12, mesh.dp_rank, layout.dp)
     heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), 4 // layout.dp)
     evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which interleaving has to fill up
     for name, parameter in named:
-        tensors[f"weight/{name}"] = place.put_together(zero.full_weight(parameter), parameter).clone()
-    if dist.get_rank(place.zero_group) == 0 and place.tp_rank == 0:
-        save_file(tensors, str(Path(out) / f"stage_{place.pp_rank}.safetensors"))
+        tensors[f"weight/{name}"] = mesh.gather_whole(zero.full_weight(parameter), parameter).clone()
+    if dist.get_rank(mesh.zero_group) == 0 and mesh.tp_rank == 0:
+        save_file(tensors, str(Path(out) / f"stage_{mesh.pp_rank}.safetensors"))
     groups.stop()
     return {"losses": losses, "norms": norms, "by_source": by_source, "moe": stats, "heldout": evaluated.mean_loss}

@@ -42,11 +42,11 @@ def train_on_plan(
     """Trains by the config `tree`. Returns the exit status or the error's text. `seen` is each rank's data.plan."""
     config = validate(PretrainConfig, tree)
     env = ClusterEnvironment.read()
-    place = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
+    mesh = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
     try:
-        choice = choose_plan(seen[place.rank] if seen else config.data.plan, Path(config.run.dir), resume)
+        choice = choose_plan(seen[mesh.rank] if seen else config.data.plan, Path(config.run.dir), resume)
         source = kind(choice.plan, choice.same)
-        return {"status": Trainer(config, config.model, source, NextToken(), place, resume=resume).fit()}
+        return {"status": Trainer(config, config.model, source, NextToken(), mesh, resume=resume).fit()}
     except ValueError as error:
         return {"error": str(error)}
 

@@ -22,25 +22,25 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> None:
     checked = validate(PretrainConfig, config)
     env = ClusterEnvironment.read()
-    place = groups.start(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train))
-    prove_step(checked, place, precision, inject)
+    mesh = groups.start(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train))
+    prove_step(checked, mesh, precision, inject)
     groups.stop()
 
 
-def places_of_fp32(config: dict[str, Any]) -> list[str]:
+def functions_in_fp32(config: dict[str, Any]) -> list[str]:
     """File and function of pretrain/ in which, or in a library called from which, a step in fp64 makes fp32 tensors.
 
     Scalars do not count.
     """
     with Fp32Tensors() as seen:
         prove(config, "fp64")
-    return sorted(seen.places)
+    return sorted(seen.functions)
 
 
 class Fp32Tensors(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.places: set[str] = set()
+        self.functions: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -48,11 +48,11 @@ class Fp32Tensors(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         made = (t for t in tree_leaves(result) if isinstance(t, torch.Tensor))
         if any(t.dtype == torch.float32 and t.numel() > 1 for t in made):
-            self.places.add(_nearest_place())
+            self.functions.add(_nearest_function())
         return result
 
 
-def _nearest_place() -> str:
+def _nearest_function() -> str:
     frame = sys._getframe(2)
     while frame.f_back and not frame.f_code.co_filename.startswith(str(REPOSITORY / "pretrain")):
         frame = frame.f_back

@@ -50,7 +50,7 @@ def main() -> None:
 
 def run(message: dict[str, Any]) -> Any:
     """Enters the world of `message` and calls its function."""
-    place = ClusterEnvironment(
+    env = ClusterEnvironment(
         launcher="torchrun",
         rank=message["rank"],
         world_size=message["world_size"],
@@ -60,16 +60,16 @@ def run(message: dict[str, Any]) -> Any:
         master_address="127.0.0.1",
         master_port=message["port"],
     )
-    os.environ.update(place.as_variables())
+    os.environ.update(env.as_variables())
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     gc.freeze()  # what the imports brought is looked at no more
     if message["process_group"]:
         dist.init_process_group(
             "gloo",
-            init_method=place.init_method,
-            rank=place.rank,
-            world_size=place.world_size,
+            init_method=env.init_method,
+            rank=env.rank,
+            world_size=env.world_size,
             timeout=timedelta(minutes=10),  # longer than any test's: the pool's timeout shows stacks, gloo's none
         )
     module, _, name = message["function"].partition(":")

@@ -69,7 +69,7 @@ class Infinite(NextToken):
 
 
 def batches_of(engine: Engine) -> list[Batch]:
-    share = share_of_rank(0, GLOBAL_BATCH, engine.place.dp_rank, engine.place.layout.dp)
+    share = share_of_rank(0, GLOBAL_BATCH, engine.mesh.dp_rank, engine.mesh.layout.dp)
     return micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), MICRO_BATCH)
 
 
@@ -95,7 +95,7 @@ def step_with_an_infinite_loss(model: dict[str, Any], parallel: dict[str, Any], 
     """A step whose loss is not finite on the first rank: the error, and whether master weights are what they were."""
     engine = make_engine(model, parallel, dtype)
     before = [zero.full_weight(parameter).clone() for parameter in engine.module.parameters()]
-    loss_fn = Infinite() if engine.place.is_main else NextToken()
+    loss_fn = Infinite() if engine.mesh.is_main else NextToken()
     try:
         engine.train_step(batches_of(engine), loss_fn, lr=1e-2)
         error = None

@@ -126,9 +126,9 @@ def test_sound_data_is_trained_on_while_it_is_read(ranks: RanksOf, sound: Path, 
 
 def test_an_id_beyond_the_vocabulary_names_source_shard_and_document(data: Path) -> None:
     store = Store(data / "tokens/train/code/00000")
-    place = int(store.lengths[:7].sum()) + 3
+    index = int(store.lengths[:7].sum()) + 3
     with store.file(".bin").open("r+b") as file:
-        file.seek(2 * place)
+        file.seek(2 * index)
         file.write(np.array([VOCAB], "<u2").tobytes())
     plan = Plan.open(data / "plan")
     told = r"source code, shard .*train/code/00000, document 7: token 3 is the id 512, and the vocabulary has 512"

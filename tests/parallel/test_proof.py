@@ -93,9 +93,9 @@ def test_in_fp64_all_is_fp64(ranks: Callable[[int], Ranks], tmp_path: Path) -> N
         "rope.py:rotary_angles",
         *("balance.py:__init__", "balance.py:finish"),  # the bias on the choice of experts
     }
-    for places in ranks(2).run("tests.parallel.proof:places_of_fp32", process_group=False, config=settings):
-        assert "rope.py:rotary_angles" in places  # so the look does see
-        assert set(places) <= meant
+    for functions in ranks(2).run("tests.parallel.proof:functions_in_fp32", process_group=False, config=settings):
+        assert "rope.py:rotary_angles" in functions  # so the look does see
+        assert set(functions) <= meant
     norm = json.loads((tmp_path / "step.json").read_text())["grad_norm"]
     assert norm != float(np.float32(norm))
 

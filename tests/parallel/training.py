@@ -65,7 +65,7 @@ def train(
         raise RuntimeError("the node went away")
 
     def stop(engine: Engine) -> None:
-        if engine.place.is_main:  # one rank alone is told to stop
+        if engine.mesh.is_main:  # one rank alone is told to stop
             os.kill(os.getpid(), signal_number)
 
     at = {step: action for step, action in ((fail_at, fail), (signal_at, stop)) if step is not None}
@@ -118,10 +118,10 @@ def make_trainer(
     config = validate(TrainerConfig, {name: {**section, **sections.get(name, {})} for name, section in tree.items()})
     model_config = validate(ModelConfig, model)
     env = ClusterEnvironment.read()
-    place = groups.start(env, Layout.of(env.world_size, config.parallel, model_config, config.train))
+    mesh = groups.start(env, Layout.of(env.world_size, config.parallel, model_config, config.train))
     source = Rows(model_config.vocab_size, fingerprint, at)
     heldout = HeldoutLoss({"even": rows(900, 3, model_config.vocab_size)})
-    return Trainer(config, model_config, source, NextToken(), place, [heldout], resume=resume)
+    return Trainer(config, model_config, source, NextToken(), mesh, [heldout], resume=resume)
 
 
 def train_on_slow_disk(
@@ -139,7 +139,7 @@ def train_on_slow_disk(
 
     def look(engine: Engine) -> None:
         seen.append({"saved": storage.steps(run_dir), "writing": saving()})
-        if engine.place.rank == fail_on_rank and saving():
+        if engine.mesh.rank == fail_on_rank and saving():
             raise RuntimeError("the node went away")
 
     trainer = make_trainer(run_dir, model, {}, steps, dict.fromkeys(range(steps), look), every=every, keep=9)
@@ -164,7 +164,7 @@ def train_on_small_disk(run_dir: str, model: dict[str, Any], rank: int, limits: 
 
     def limit(engine: Engine, size: int) -> None:
         settle(engine)
-        if engine.place.rank == rank:
+        if engine.mesh.rank == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
     at = {int(step): partial(limit, size=size) for step, size in limits.items()}
@@ -185,7 +185,7 @@ def settle(engine: Engine) -> None:
     """Waits until no rank has a save in flight."""
     while saving():
         time.sleep(0.01)
-    engine.place.gather_json(None)
+    engine.mesh.gather_json(None)
 
 
 def save_now(engine: Engine, run_dir: str, step: int, facts: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ def go_on(checkpoint: str, run_dir: str, out: str, model: dict[str, Any], parall
     def save_restored(engine: Engine) -> None:
         with Reader(checkpoint) as reader:
             for name, parameter in engine.module.named_global_parameters():
-                own = engine.place.slices.cut(reader.read(name), zero.outline(parameter))
+                own = engine.mesh.slices.cut(reader.read(name), zero.outline(parameter))
                 assert torch.equal(zero.current_weight(parameter), own), name  # the model has it too, not only ZeRO
         save_now(engine, out, step, {})
 

@@ -29,7 +29,7 @@ PAGES = ("data_pipeline.charts",)  # what the HTML pages of data runs and traini
 
 
 @dataclass(frozen=True)
-class Rule:
+class ImportRule:
     """What modules under `part` may import. The longest `part` that a module is under decides.
 
     `ours`: modules of this repository. `only`: where not empty, all the third-party modules there may be.
@@ -51,10 +51,10 @@ MEGATRON_LAYERS = (
 )
 SCHEDULES = ("deepspeed", "megatron.core.pipeline_parallel")
 RULES = (
-    Rule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
-    Rule("data_pipeline", ours=("configs", "data_pipeline"), never=TORCH),
-    Rule("data_pipeline.executors", ours=("configs", "data_pipeline", "launch.environment"), never=TORCH),
-    Rule(
+    ImportRule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
+    ImportRule("data_pipeline", ours=("configs", "data_pipeline"), never=TORCH),
+    ImportRule("data_pipeline.executors", ours=("configs", "data_pipeline", "launch.environment"), never=TORCH),
+    ImportRule(
         "pretrain.model",
         ours=("configs", "pretrain.model"),
         only=("torch", "numpy", *MEGATRON_LAYERS),
@@ -66,18 +66,18 @@ RULES = (
             "torch.distributed.device_mesh",
         ),
     ),
-    Rule("pretrain.parallel", ours=("configs", "pretrain.model", "pretrain.parallel", "launch.environment")),
-    Rule("pretrain.report", ours=("configs", "pretrain.charts", "pretrain.history", *PAGES), never=TORCH),
-    Rule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),
-    Rule("pretrain.schedule", ours=("configs",), never=TORCH),
-    Rule("pretrain.charts", ours=PAGES, never=TORCH),
-    Rule("data_pipeline.charts", ours=(), never=TORCH),
-    Rule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=SCHEDULES),
-    Rule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=SCHEDULES),
-    Rule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=SCHEDULES),
-    Rule("launch", ours=("configs", "launch"), only=("rich",)),
-    Rule("configs.signals", ours=(), only=("nothing",)),  # it is imported before all else, and at once
-    Rule("cli", ours=("configs.loader", "configs.signals", *LAUNCH), only=("nothing",)),
+    ImportRule("pretrain.parallel", ours=("configs", "pretrain.model", "pretrain.parallel", "launch.environment")),
+    ImportRule("pretrain.report", ours=("configs", "pretrain.charts", "pretrain.history", *PAGES), never=TORCH),
+    ImportRule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),
+    ImportRule("pretrain.schedule", ours=("configs",), never=TORCH),
+    ImportRule("pretrain.charts", ours=PAGES, never=TORCH),
+    ImportRule("data_pipeline.charts", ours=(), never=TORCH),
+    ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=SCHEDULES),
+    ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=SCHEDULES),
+    ImportRule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=SCHEDULES),
+    ImportRule("launch", ours=("configs", "launch"), only=("rich",)),
+    ImportRule("configs.signals", ours=(), only=("nothing",)),  # it is imported before all else, and at once
+    ImportRule("cli", ours=("configs.loader", "configs.signals", *LAUNCH), only=("nothing",)),
 )
 
 

@@ -19,10 +19,10 @@ from pretrain.proof import command as prove
 IN_OWN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 HAS_NAMESPACES = subprocess.run([*IN_OWN_NAMESPACE, "true"], capture_output=True).returncode == 0
 COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], list[str]]] = {
-    "run.dir": (train.main, ["configs/pretrain/demo.toml", "run.dir={place}"]),
-    "run.dir of sft": (sft.main, ["configs/posttrain/demo_sft.toml", "run.dir={place}"]),
-    "run.dir of grpo": (grpo.main, ["configs/posttrain/demo_grpo.toml", "run.dir={place}"]),
-    "--out": (prove.main, ["configs/pretrain/demo.toml", "--layouts", "tp2", "--out", "{place}"]),
+    "run.dir": (train.main, ["configs/pretrain/demo.toml", "run.dir={folder}"]),
+    "run.dir of sft": (sft.main, ["configs/posttrain/demo_sft.toml", "run.dir={folder}"]),
+    "run.dir of grpo": (grpo.main, ["configs/posttrain/demo_grpo.toml", "run.dir={folder}"]),
+    "--out": (prove.main, ["configs/pretrain/demo.toml", "--layouts", "tp2", "--out", "{folder}"]),
 }
 
 
@@ -30,14 +30,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], list[str]]] = {
 def test_a_file_is_no_folder_and_has_none(tmp_path: Path, key: str) -> None:
     main, argv = COMMANDS[key]
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file", tmp_path / "file/run"):
+    for out in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(ConfigError) as refused:
-            main([word.format(place=place) for word in argv])
-        words = f"{key.split()[0]} = {str(place)!r}: {tmp_path / 'file'} is a file; name a folder, or a place in one"
+            main([word.format(folder=out) for word in argv])
+        words = f"{key.split()[0]} = {str(out)!r}: {tmp_path / 'file'} is a file; name a folder, or a place in one"
         assert str(refused.value) == words
 
 
-def test_the_place_of_an_exported_or_imported_model(tmp_path: Path) -> None:
+def test_the_folder_of_an_exported_or_imported_model(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for key in ("out", "OUT"):
         refused = pytest.raises(ConfigError, match=rf"^{key} = .*file/model': .*file is a file; name a folder")
@@ -45,7 +45,7 @@ def test_the_place_of_an_exported_or_imported_model(tmp_path: Path) -> None:
             pass
 
 
-def test_a_place_that_will_do_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_that_will_do_is_left_as_it_is(tmp_path: Path) -> None:
     check_writable(tmp_path / "a/b", "run.dir")
     check_writable(tmp_path, "run.dir")
     assert list(tmp_path.iterdir()) == []

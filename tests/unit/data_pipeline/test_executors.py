@@ -16,7 +16,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 from rich.console import Console
 
-from configs.data import DataConfig, RayConfig, RunConfig, SlurmConfig
+from configs.data import DataConfig, DataRunConfig, RayConfig, SlurmConfig
 from configs.loader import ConfigError, load
 from data_pipeline.executors.base import Job
 from data_pipeline.executors.choose import choose, one_voice
@@ -178,10 +178,10 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
 def test_executors_that_are_not_here_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="needs the command sbatch, which is not on PATH"):
-        choose(RunConfig(dir="x", executor="slurm"))
+        choose(DataRunConfig(dir="x", executor="slurm"))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"needs the package ray; run: pip install 'trivium\[ray\]'"):
-        choose(RunConfig(dir="x", executor="ray", ray=RayConfig()))
+        choose(DataRunConfig(dir="x", executor="ray", ray=RayConfig()))
     (tmp_path / "score.1").mkdir()
     record = tmp_path / "score.1" / "slurm_name"
     record.write_text("trivium-score-1")
@@ -190,7 +190,7 @@ def test_executors_that_are_not_here_are_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_the_flag_and_the_key_say_who_does_the_tasks(tmp_path: Path) -> None:
-    assert isinstance(choose(RunConfig(dir="x")), LocalExecutor)
+    assert isinstance(choose(DataRunConfig(dir="x")), LocalExecutor)
     done = data_run("configs/data/demo.toml", "run.executor=ray", "--executor", "slrm", f"run.dir={tmp_path}")
     assert done.returncode == 2
     assert "run.executor = 'slrm': input should be 'local', 'slurm', 'ray' or 'mpi'" in done.stderr
@@ -203,7 +203,7 @@ def test_one_of_many_ranks_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setenv("MPI_LOCALRANKID", "0")
     monkeypatch.setenv("PMI_RANK", "0")
     with pytest.raises(ConfigError, match=r"run\.executor = local runs from one process, and 3 ranks were started"):
-        choose(RunConfig(dir="x", executor="local"))
+        choose(DataRunConfig(dir="x", executor="local"))
     with pytest.raises(ConfigError, match="said once"), one_voice():
         raise ConfigError("said once")
     monkeypatch.setenv("PMI_RANK", "2")

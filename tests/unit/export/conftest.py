@@ -1,4 +1,4 @@
-"""A small real tokenizer, tiny random models and a Source over them: what every export test starts from."""
+"""A small real tokenizer, tiny random models and a ModelSource over them: what every export test starts from."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from configs.train import ModelConfig, MoEConfig
 from export.families import entries
-from export.source import Source
+from export.source import ModelSource
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
@@ -81,8 +81,8 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
 
 def make_source(
     config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: Path, template: str | None = None
-) -> Source:
-    return Source(
+) -> ModelSource:
+    return ModelSource(
         path=Path("runs/test/checkpoints/step_3"),
         step=3,
         model=config,

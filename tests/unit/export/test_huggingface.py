@@ -165,9 +165,9 @@ def test_other_folders_are_left_alone_and_interrupted_ones_healed(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="was not written by `trivium export`"):
-        folder.check_place(tmp_path / "mine")
+        folder.check_target(tmp_path / "mine")
     (tmp_path / ".out.previous").mkdir()
-    folder.check_place(tmp_path / "out")
+    folder.check_target(tmp_path / "out")
     assert (tmp_path / "out").is_dir()
     (tmp_path / ".new.partial").mkdir()
     (tmp_path / ".new.partial/left").write_text("from a killed export")

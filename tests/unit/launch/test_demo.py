@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from launch.demo import STAGES, command_line, read_times, run_stages, updated
-from launch.demo_report import Stage, describe_data, describe_export, describe_training, duration
+from launch.demo_report import DemoStage, describe_data, describe_export, describe_training, duration
 
 ROOT = Path(__file__).resolve().parents[3]
 # A stage that does its work once, notes that it was called, and fails or hangs while a file tells it to.
@@ -39,21 +39,21 @@ if not mark.exists():
 
 
 @pytest.fixture
-def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[DemoStage]:
     (tmp_path / "small_stage.py").write_text(SCRIPT)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     return [
-        Stage(name, name, ("small_stage", str(tmp_path), name), tmp_path / name, "mark", lambda _: ("in", "out"))
+        DemoStage(name, name, ("small_stage", str(tmp_path), name), tmp_path / name, "mark", lambda _: ("in", "out"))
         for name in ("one", "two", "three")
     ]
 
 
-def run(stages: list[Stage], folder: Path) -> tuple[int, str]:
+def run(stages: list[DemoStage], folder: Path) -> tuple[int, str]:
     text = io.StringIO()
     return run_stages(stages, folder, Console(file=text, width=160)), text.getvalue()
 
 
-def test_stages_run_in_order_and_end_in_a_table(stages: list[Stage], tmp_path: Path) -> None:
+def test_stages_run_in_order_and_end_in_a_table(stages: list[DemoStage], tmp_path: Path) -> None:
     status, text = run(stages, tmp_path)
     assert status == 0
     assert (tmp_path / "calls").read_text() == "one two three "
@@ -63,7 +63,7 @@ def test_stages_run_in_order_and_end_in_a_table(stages: list[Stage], tmp_path: P
     assert page.count("<tr>") == 4 and "http" not in page
 
 
-def test_a_rerun_keeps_the_times_of_the_work(stages: list[Stage], tmp_path: Path) -> None:
+def test_a_rerun_keeps_the_times_of_the_work(stages: list[DemoStage], tmp_path: Path) -> None:
     run(stages, tmp_path)
     first = read_times(tmp_path)
     assert all(entry["done"] and entry["seconds"] >= 0.3 for entry in first.values())
@@ -71,7 +71,7 @@ def test_a_rerun_keeps_the_times_of_the_work(stages: list[Stage], tmp_path: Path
     assert read_times(tmp_path) == first
 
 
-def test_a_failure_stops_and_says_how_to_go_on(stages: list[Stage], tmp_path: Path) -> None:
+def test_a_failure_stops_and_says_how_to_go_on(stages: list[DemoStage], tmp_path: Path) -> None:
     (tmp_path / "fail_two").touch()
     status, text = run(stages, tmp_path)
     assert status == 3
@@ -83,13 +83,13 @@ def test_a_failure_stops_and_says_how_to_go_on(stages: list[Stage], tmp_path: Pa
     assert run(stages, tmp_path)[0] == 0
 
 
-def test_an_interrupted_stage_is_called_again(stages: list[Stage], tmp_path: Path) -> None:
+def test_an_interrupted_stage_is_called_again(stages: list[DemoStage], tmp_path: Path) -> None:
     (tmp_path / "hang_two").touch()
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from launch.demo import run_stages; from launch.demo_report import Stage\n"
+        "from launch.demo import run_stages; from launch.demo_report import DemoStage\n"
         "f = Path(sys.argv[1])\n"
-        "s = [Stage(n, n, ('small_stage', str(f), n), f / n, 'mark', lambda _: ('', '')) for n in ('one', 'two')]\n"
+        "s = [DemoStage(n, n, ('small_stage', str(f), n), f / n, 'mark', lambda _: ('', '')) for n in ('one', 'two')]\n"
         "sys.exit(run_stages(s, f, Console()))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -124,7 +124,7 @@ def test_a_stage_finds_a_terminal_where_the_demo_has_one(tmp_path: Path) -> None
 
 
 def test_a_stage_is_not_taken_for_done_once_what_it_was_made_from_has_changed(
-    stages: list[Stage], tmp_path: Path
+    stages: list[DemoStage], tmp_path: Path
 ) -> None:
     config = tmp_path / "two.toml"
     config.write_text("[optimizer]\nlr = 1.0\n[log]\nevery = 1\n")

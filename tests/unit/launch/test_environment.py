@@ -83,9 +83,9 @@ def test_no_launcher_is_a_world_of_one() -> None:
     assert read.is_main
 
 
-def test_variables_read_back_as_the_same_place() -> None:
-    place = ClusterEnvironment.read(TORCHRUN)
-    assert ClusterEnvironment.read(place.as_variables()) == place
+def test_variables_read_back_as_the_same_environment() -> None:
+    env = ClusterEnvironment.read(TORCHRUN)
+    assert ClusterEnvironment.read(env.as_variables()) == env
 
 
 @pytest.mark.parametrize(

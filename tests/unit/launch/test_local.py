@@ -55,7 +55,7 @@ def alive(pid: int) -> bool:
 UP = "pathlib.Path(sys.argv[1], 'up' + os.environ['RANK']).write_text(str(os.getpid()))\n"
 
 
-def test_every_rank_is_told_its_place_and_its_share_of_the_cores(tmp_path: Path) -> None:
+def test_every_rank_is_told_its_rank_and_its_share_of_the_cores(tmp_path: Path) -> None:
     script = (
         "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS'.split()\n"
         "pathlib.Path(sys.argv[1], 'rank' + os.environ['RANK']).write_text(' '.join(map(os.environ.get, names)))\n"

@@ -12,7 +12,7 @@ from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat import ChatFormat
 from posttrain.grpo_source import GRPOLoss, RolloutSource
 from posttrain.rollout import Rollout, judge, sample_rollout, training_rows
-from posttrain.tasks import Score, SortTask
+from posttrain.tasks import SortTask, TaskScore
 from pretrain.data import collate
 from pretrain.model import Decoder, init_weights
 from pretrain.model.losses import label_logprobs
@@ -84,7 +84,7 @@ def test_rows_line_up_with_the_trainers_logprobs(rollout: Rollout, decoder: Deco
 
 
 def with_scores(rollout: Rollout, values: list[float | None]) -> Rollout:
-    return Rollout(rollout.prompts, rollout.completions, [Score(v, "given") for v in values], 4)
+    return Rollout(rollout.prompts, rollout.completions, [TaskScore(v, "given") for v in values], 4)
 
 
 def test_advantages_weights_and_metrics(rollout: Rollout) -> None:
@@ -113,8 +113,8 @@ def test_advantages_weights_and_metrics(rollout: Rollout) -> None:
 def test_a_completion_that_never_stops_is_wrong(chat: ChatFormat) -> None:
     digits = chat.tokenizer.encode("123")
     stopped = Completion([*digits, chat.end_id], [0.0] * 4, True)
-    assert judge(TASK, chat, "Sort 321", stopped) == Score(1.0, "right")
-    assert judge(TASK, chat, "Sort 321", Completion(digits, [0.0] * 3, False)) == Score(0.0, "truncated")
+    assert judge(TASK, chat, "Sort 321", stopped) == TaskScore(1.0, "right")
+    assert judge(TASK, chat, "Sort 321", Completion(digits, [0.0] * 3, False)) == TaskScore(0.0, "truncated")
     hidden = Completion([*digits, chat.ids["<|user|>"], chat.end_id], [0.0] * 5, True)
     assert judge(TASK, chat, "Sort 321", hidden).value == 0.0  # a control token is no part of a right answer
 

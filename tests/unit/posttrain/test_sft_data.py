@@ -11,8 +11,8 @@ import pytest
 
 from posttrain.chat import ChatFormat
 from posttrain.sft_data import (
+    DialogueExamples,
     Example,
-    Examples,
     SFTSource,
     check_supervision,
     demonstrations,
@@ -68,7 +68,7 @@ def test_packed_rows_hold_every_example_once_behind_its_own_mask(chat: ChatForma
 
 def test_sample_i_is_a_function_of_data_seed_and_i(chat: ChatFormat) -> None:
     def source(seed: int) -> SFTSource:
-        found = {"a": Examples(examples(chat)), "b": Examples(examples(chat, 9))}
+        found = {"a": DialogueExamples(examples(chat)), "b": DialogueExamples(examples(chat, 9))}
         return SFTSource(found, LENGTH, chat.ids["<pad>"], seed)
 
     first, again, other = source(1), source(1), source(2)

@@ -14,7 +14,7 @@ def config(*overrides: str) -> PretrainConfig:
     return load(PretrainConfig, PRESET, ["train.steps=40", "optimizer.lr=1e-3", *overrides])
 
 
-def stretch(step: int, *overrides: str, data: str = "a", **facts: Any) -> history.Stretch:
+def data_span(step: int, *overrides: str, data: str = "a", **facts: Any) -> history.DataSpan:
     settings = plain(config(*overrides))
     return {
         "first_step": step,
@@ -28,7 +28,7 @@ def stretch(step: int, *overrides: str, data: str = "a", **facts: Any) -> histor
 
 
 def news(step: int, before: list[str], after: list[str]) -> list[str]:
-    return history.news(stretch(0, *before), config(*after), stretch(step, *after))
+    return history.news(data_span(0, *before), config(*after), data_span(step, *after))
 
 
 def test_settings_that_change_numbers_are_told() -> None:
@@ -37,7 +37,7 @@ def test_settings_that_change_numbers_are_told() -> None:
     assert "the learning rate of step 40 is 0.006" in rate and "was to be 0.0006" in rate
     neutral = ["log.every=7", "checkpoint.every=9", "checkpoint.keep=5", "eval.every=3", "run.dir=x", "data.plan=y"]
     assert news(20, [], neutral) == []
-    assert history.go_on([stretch(0)], stretch(20, *neutral)) == [stretch(0)]
+    assert history.go_on([data_span(0)], data_span(20, *neutral)) == [data_span(0)]
     changed = ["optimizer.betas=[0.9,0.9]", "train.precision=fp32", "train.recompute=full"]
     assert len(news(20, [], changed)) == 3
 
@@ -53,16 +53,16 @@ def test_a_schedule_that_begins_again_is_told() -> None:
 
 
 def test_other_data_are_told_by_their_settings() -> None:
-    before = stretch(0, mixture={"samples": 24, "weights": {"code": 0.5}}, documents={"code": "1a"})
-    after = stretch(20, data="b", mixture={"samples": 48, "weights": {"code": 0.9}}, documents={"code": "2b"})
+    before = data_span(0, mixture={"samples": 24, "weights": {"code": 0.5}}, documents={"code": "1a"})
+    after = data_span(20, data="b", mixture={"samples": 48, "weights": {"code": 0.9}}, documents={"code": "2b"})
     words = ["mixture.samples 24 -> 48", "mixture.weights.code 0.5 -> 0.9"]
     assert history.news(before, config(), after) == [f"{line} from step 20 on" for line in words]
     (first, second) = history.told([before, after])
     assert first == "from step 0, sample 0: 16 rows a step of runs/data/plan"
     assert second == "from step 20, sample 320: 16 rows a step of runs/data/plan; " + "; ".join(words)
-    # A stretch of which no step was trained does not stay, and one like the last is not begun.
-    assert history.go_on([before, after], stretch(20, data="c")) == [before, stretch(20, data="c")]
-    assert history.go_on([before], stretch(20)) == [before]
+    # A data span of which no step was trained does not stay, and one like the last is not begun.
+    assert history.go_on([before, after], data_span(20, data="c")) == [before, data_span(20, data="c")]
+    assert history.go_on([before], data_span(20)) == [before]
 
 
 def test_a_config_of_before_a_key_was_there_is_completed() -> None:

@@ -61,10 +61,10 @@ def test_recompute_keeps_less(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE])
-def test_logits_at_some_places_are_those_of_all(config: ModelConfig) -> None:
+def test_logits_at_some_positions_are_those_of_all(config: ModelConfig) -> None:
     decoder = model(config)
     tokens, positions = torch.randint(0, 96, (2, 7)), torch.arange(7).expand(2, 7)
-    wanted = torch.tensor([9, 0, 13])  # row 1 place 2, row 0 place 0, row 1 place 6
+    wanted = torch.tensor([9, 0, 13])  # row 1 position 2, row 0 position 0, row 1 position 6
     logits = decoder(tokens, positions)
     expected = torch.stack([logits[1, 2], logits[0, 0], logits[1, 6]])
     torch.testing.assert_close(decoder(tokens, positions, wanted=wanted), expected)

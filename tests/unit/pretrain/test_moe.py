@@ -14,8 +14,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from configs.loader import ConfigError, validate
 from configs.train import ModelConfig, MoEConfig
-from pretrain.model import Build, Decoder, build_single, init_weights
-from pretrain.model.balance import Balance, Weights
+from pretrain.model import Decoder, LayerContext, build_single, init_weights
+from pretrain.model.balance import Balance, LossDenominators
 from pretrain.model.dispatch import Dispatch
 from pretrain.model.experts import Experts
 from pretrain.model.moe import MoE
@@ -50,7 +50,7 @@ def model_config(**moe: Any) -> ModelConfig:
 
 
 def ours(**moe: Any) -> MoE:
-    layer = MoE(model_config(**moe), Build())
+    layer = MoE(model_config(**moe), LayerContext())
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     return layer
@@ -90,7 +90,7 @@ def test_softmax_gate_with_groups_is_deepseek_v2s() -> None:
 
 
 def attach(balance: Balance, logits: torch.Tensor, experts: torch.Tensor, valid_SB: torch.Tensor) -> None:
-    balance.weights = Weights(sequences=valid_SB.shape[1], tokens=int(valid_SB.sum()), scale=1.0)
+    balance.denominators = LossDenominators(sequences=valid_SB.shape[1], tokens=int(valid_SB.sum()), scale=1.0)
     balance.attach(torch.zeros(len(logits), 1, requires_grad=True), logits, experts, valid_SB)
 
 
@@ -98,7 +98,7 @@ def test_auxiliary_loss_over_a_micro_batch_is_transformers() -> None:
     """transformers' is top_k times as large: it does not divide the shares by top_k."""
     logits, mask_BS = torch.randn(24, EXPERTS), torch.arange(12)[None] < torch.tensor([[12], [7]])
     moe = MoEConfig(num_experts=EXPERTS, top_k=3, aux_loss="micro_batch")
-    balance = Balance(moe, Build())
+    balance = Balance(moe, LayerContext())
     attach(balance, logits, logits.topk(3).indices, mask_BS.t())
     by_sequence = logits.unflatten(0, (12, 2)).transpose(0, 1).flatten(0, 1)  # rows in the order of mask_BS
     expected = load_balancing_loss_func((by_sequence,), EXPERTS, 3, mask_BS)
@@ -111,7 +111,7 @@ def test_auxiliary_loss_over_sequences_is_one_at_perfect_balance_and_grows_with_
     valid_SB = torch.ones(8, 1, dtype=torch.bool)
 
     def loss(probs: list[float], experts: torch.Tensor, valid_SB: torch.Tensor) -> float:
-        balance = Balance(moe, Build())
+        balance = Balance(moe, LayerContext())
         attach(balance, torch.tensor([probs] * 8).log(), experts, valid_SB)
         return float(balance.aux_loss)
 
@@ -124,7 +124,7 @@ def test_auxiliary_loss_over_sequences_is_one_at_perfect_balance_and_grows_with_
 
 def test_global_batch_loss_and_bias_follow_the_last_step() -> None:
     moe = MoEConfig(num_experts=4, top_k=2, aux_loss="global_batch", aux_loss_coef=0.5, bias_update_rate=0.25)
-    balance = Balance(moe, Build())
+    balance = Balance(moe, LayerContext())
     balance.finish(torch.tensor([6, 2, 4, 4]))  # 8 tokens chose twice
     assert balance.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 8)
@@ -135,8 +135,8 @@ def test_global_batch_loss_and_bias_follow_the_last_step() -> None:
 
 def test_z_loss_pulls_logits_towards_zero() -> None:
     """Its gradient by a logit is 2 logsumexp softmax / tokens."""
-    balance = Balance(MoEConfig(num_experts=4, aux_loss_coef=0.0, z_loss_coef=3.0), Build())
-    balance.weights = Weights(sequences=1, tokens=5, scale=1.0)
+    balance = Balance(MoEConfig(num_experts=4, aux_loss_coef=0.0, z_loss_coef=3.0), LayerContext())
+    balance.denominators = LossDenominators(sequences=1, tokens=5, scale=1.0)
     logits = torch.randn(6, 4, requires_grad=True)
     valid_SB = torch.tensor([[True]] * 5 + [[False]])
     x = balance.attach(torch.zeros(6, 1, requires_grad=True), logits, torch.zeros(6, 2, dtype=torch.int64), valid_SB)
@@ -173,7 +173,7 @@ def test_no_token_is_dropped_outside_of_training() -> None:
 def test_grouped_products_are_a_loop_over_experts(way: str, dtype: torch.dtype, hidden: int) -> None:
     """Of any size, though torch's own product takes multiples of 4 in fp32 and of 8 in bf16 alone."""
     for ffn in (EXPERT, *range(1, 21)):
-        experts = Experts(5, hidden, ffn, Build(dtype))
+        experts = Experts(5, hidden, ffn, LayerContext(dtype=dtype))
         for parameter in experts.parameters():
             nn.init.normal_(parameter, std=0.3)
         counts = torch.tensor([3, 0, 9, 1, 0])

@@ -77,7 +77,7 @@ def test_a_verdict_keeps_the_first_that_failed_and_those_nearest_to_their_bounds
     assert found.first == "grad/100" and len(found.failed) == FIRST_FAILED
     assert found.worst["grad"] == errors[899]
     first, worst = range(100, 100 + FIRST_FAILED), range(900 - KEPT, 900)
-    assert found.errors == [(place, errors[place]) for place in (*first, *worst)]
+    assert found.errors == [(index, errors[index]) for index in (*first, *worst)]
 
 
 def test_what_is_not_a_number_is_out_of_bounds_and_json_can_say_it() -> None:

@@ -11,9 +11,9 @@ from pretrain.model.megatron import ModelParallelConfig, get_pg_size
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Build:
-    """Handed down to every layer. A group that is None is a group of one: nothing is shared.
+@dataclass(frozen=True, kw_only=True)
+class LayerContext:
+    """What every layer is told when it is made. A group that is None is a group of one: nothing is shared.
 
     `tp` splits weights, and with `sp` the sequence between split layers; `cp` splits the sequence everywhere; `ep`
     splits the experts. `sequence_part` is (which, of how many) parts of a sequence this process has between layers;

@@ -14,12 +14,12 @@ from configs.train import ModelConfig
 from data_pipeline.tokens.tokenizer import MODEL_FILE, Tokenizer
 from posttrain.chat import ChatFormat, jinja_template
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.lineage import Lineage, Pin, PlanPlace, plan_of, text_sha256, tokenizer_of
+from pretrain.checkpoint.lineage import Lineage, Pin, PlanLocation, plan_of, text_sha256, tokenizer_of
 from pretrain.checkpoint.storage import CheckpointError
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialModel:
     """`pin` is the checkpoint, `note` what a person has to be told of the choice, if anything."""
 
     pin: Pin
@@ -29,7 +29,7 @@ class Start:
     note: str | None = None
 
     @classmethod
-    def open(cls, init: InitConfig, run_dir: str, resume: str) -> "Start":
+    def open(cls, init: InitConfig, run_dir: str, resume: str) -> "InitialModel":
         """Of the run in `run_dir` with this --resume, new or not. Writes nothing.
 
         Errors: ConfigError if there is no whole checkpoint or no tokenizer, the two do not go together, or the run
@@ -58,8 +58,8 @@ class Start:
             raise ConfigError(str(error) if own else f"{_named(init)}: {error}") from None
         plan = plan_of(manifest)
         if plan is not None:
-            place = plan.find(storage.run_of(checkpoint)) or Path(plan.path)
-            plan = PlanPlace.of(place, plan.fingerprint, Path(run_dir))
+            path = plan.find(storage.run_of(checkpoint)) or Path(plan.path)
+            plan = PlanLocation.of(path, plan.fingerprint, Path(run_dir))
         return cls(pin, model, chat, Lineage(tokenizer, template, manifest.get("context", 0), plan, pin), note)
 
 
