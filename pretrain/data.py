@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from configs.differences import changes, words
-from data_pipeline.integrity import Expected
+from data_pipeline.core.integrity import Expected
 from data_pipeline.mixture import earlier
 from data_pipeline.mixture.rows import Plan, Row
 from pretrain.model.batch import Batch

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from types import TracebackType
 
-from data_pipeline.integrity import DamagedData, Expected, check_files
+from data_pipeline.core.integrity import DamagedData, Expected, check_files
 from pretrain.parallel.groups import Mesh
 
 FIRST_BYTES = 1_000_000_000  # up to so many are read before the first step, by all ranks together: some seconds

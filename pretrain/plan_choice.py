@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import ConfigError
-from data_pipeline.integrity import DamagedData
+from data_pipeline.core.integrity import DamagedData
 from data_pipeline.mixture.earlier import differences, find, first_difference, was_at
 from data_pipeline.mixture.rows import Plan
 

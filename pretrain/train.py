@@ -16,7 +16,7 @@ from configs.folders import check_writable
 from configs.layout import Layout
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.train import RESUME, PretrainConfig
-from data_pipeline.integrity import DamagedData
+from data_pipeline.core.integrity import DamagedData
 from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 from pretrain.plan_choice import Choice, choose_plan
 

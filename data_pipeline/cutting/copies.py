@@ -20,8 +20,8 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.executors.progress import ProgressFile
-from data_pipeline.tables import kept_rows, read_table
+from data_pipeline.core.progress import ProgressFile
+from data_pipeline.core.tables import kept_rows, read_table
 
 # Of digests without their trailing zeros; all of one length, so that none is mistaken for another.
 DIGEST = np.dtype("S16")

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from datatrove.data import Document
 
-from data_pipeline.checked_parquet import read_parquet
-from data_pipeline.ledger import Tally
-from data_pipeline.tables import TableStep, read_table, shards_of, write_table
+from data_pipeline.core.checked_parquet import read_parquet
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.tables import TableStep, read_table, shards_of, write_table
 
 FOLDER = "cuts"
 SCHEMA = pa.schema(

@@ -1,8 +1,9 @@
 """Decontamination: documents that hold evaluation text are dropped, or the text is cut out of them.
 
 By n-grams of words, as GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C): 13 words in a row of an item are a
-match; there 200 characters on either side go as well. `probes` says how texts are compared. For every document with
-a match a table `matches/<source>/<shard>.parquet` names file and item, and shows the longest stretch in its context.
+match; there 200 characters on either side go as well. `ngram_index` says how texts are compared. For every document
+with a match a table `matches/<source>/<shard>.parquet` names file and item, and shows the longest stretch in its
+context.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ import pyarrow as pa
 from datatrove.data import Document
 
 from configs.cuts import DecontaminateConfig
+from data_pipeline.core.tables import masked, write_table
 from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
-from data_pipeline.cutting.probes import Match, Probes
-from data_pipeline.tables import masked, write_table
+from data_pipeline.cutting.ngram_index import Match, Probes
 
 FOLDER = "matches"
 CONTAMINATED = "contaminated"

@@ -14,9 +14,9 @@ import numpy as np
 from datatrove.data import Document
 
 from configs.cuts import LinesConfig
+from data_pipeline.canaries.naming import realm, source_of
 from data_pipeline.cutting.copies import DIGEST, Quota, Units
 from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
-from data_pipeline.realms import realm, source_of
 
 _PARAGRAPH_BREAK = re.compile(r"(\n[^\S\n]*\n\s*)")
 

@@ -1,6 +1,6 @@
 """The PII stage: personal data, keys and tokens are replaced, or cost the document, by kind.
 
-What is found, and what is not, is said in `personal` and `credentials`. The stage publishes where and of which
+What is found, and what is not, is said in `personal_data`. The stage publishes where and of which
 kind, never what: no table, sample or log of it holds the text that matched.
 """
 
@@ -11,7 +11,7 @@ from datatrove.data import Document
 
 from configs.cuts import PiiConfig
 from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
-from data_pipeline.cutting.personal import PLACEHOLDERS, find
+from data_pipeline.personal_data.find import PLACEHOLDERS, find
 
 
 class RemovePii(CutStep):

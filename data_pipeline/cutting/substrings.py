@@ -22,9 +22,9 @@ import numpy as np
 from datatrove.data import Document
 
 from configs.cuts import SubstringsConfig
+from data_pipeline.canaries.naming import salt, source_of
 from data_pipeline.cutting.copies import DIGEST, Quota, Units
 from data_pipeline.cutting.cuts import Cut, CutStep
-from data_pipeline.realms import salt, source_of
 from data_pipeline.scan.words import mix
 
 _BLOCK = 1 << 18  # windows looked at together: some 20 MB of arrays

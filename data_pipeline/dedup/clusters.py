@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from data_pipeline.core.tables import kept_rows, read_table
 from data_pipeline.dedup.pairs import EarlierRun, Numbering, earlier_code
-from data_pipeline.tables import kept_rows, read_table
 
 MEMBERS = "members"  # the file that says how many documents are not alone in their cluster
 

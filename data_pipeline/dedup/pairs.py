@@ -15,11 +15,11 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.checked_parquet import read_parquet
+from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.checked_parquet import read_parquet
+from data_pipeline.core.tables import Mark, kept_rows, mark, shards_of
 from data_pipeline.dedup.signatures import read_range
-from data_pipeline.realms import is_canary
 from data_pipeline.scan.words import Splitter
-from data_pipeline.tables import Mark, kept_rows, mark, shards_of
 
 BYTES_A_KEY = 48  # a key, its document and the copies that sorting makes
 NOT_KEPT = -1  # in place of a number

@@ -19,13 +19,13 @@ import numpy as np
 from datatrove.data import Document
 
 from configs.data import DataConfig, DedupConfig
-from data_pipeline.hashing import stable_hash
+from data_pipeline.canaries.naming import salt
+from data_pipeline.core.hashing import stable_hash
+from data_pipeline.core.tables import Mark, TableStep, mark
 from data_pipeline.reading.addresses import url_key, url_of
-from data_pipeline.realms import salt
 from data_pipeline.scan.folding import plain_bytes
 from data_pipeline.scan.minhash import band_keys, signature
 from data_pipeline.scan.words import Splitter, mix
-from data_pipeline.tables import Mark, TableStep, mark
 
 EXACT, URL = "exact", "url"  # the two kinds of keys beside the bands
 _HALF = np.uint64(0xFFFFFFFFFFFFFFFF)

@@ -15,12 +15,12 @@ import pyarrow as pa
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.progress import ProgressFile
+from data_pipeline.core.tables import KEYS, dropped_rows, kept_rows, read_table, write_samples, write_table
 from data_pipeline.dedup.clusters import Arrays, Population
 from data_pipeline.dedup.greedy import KEPT, Cluster, all_but_the_first, survivors
-from data_pipeline.dedup.verify import candidates_in, laid_out
-from data_pipeline.executors.progress import ProgressFile
-from data_pipeline.ledger import Tally
-from data_pipeline.tables import KEYS, dropped_rows, kept_rows, read_table, write_samples, write_table
+from data_pipeline.dedup.shingles import candidates_in, laid_out
 
 BYTES_A_MEMBER = 200  # a document of a cluster, and the copies that sorting makes
 _IN_MEMORY = 64 << 20  # bytes of n-grams of one cluster, or of its index; larger ones lie in files

@@ -13,7 +13,7 @@ from types import TracebackType
 from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
-from data_pipeline.executors.progress import Say, watch
+from data_pipeline.core.progress import Say, watch
 from data_pipeline.executors.tasks import check, prepare, quiet
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from configs.data import DataRunConfig
 from configs.loader import ConfigError
 from data_pipeline.executors.base import Executor
-from data_pipeline.executors.local import LocalExecutor
+from data_pipeline.executors.local_executor import LocalExecutor
 from launch.environment import mpi_rank_and_world
 
 
@@ -22,15 +22,15 @@ def choose(run: DataRunConfig) -> Executor:
             "mpirun or srun, or take --executor mpi"
         )
     if name == "slurm":
-        from data_pipeline.executors.slurm import SlurmExecutor
+        from data_pipeline.executors.slurm_executor import SlurmExecutor
 
         return SlurmExecutor(run.slurm, run.workers)
     if name == "ray":
-        from data_pipeline.executors.ray import RayExecutor
+        from data_pipeline.executors.ray_executor import RayExecutor
 
         return RayExecutor(run.ray, run.workers)
     if name == "mpi":
-        from data_pipeline.executors.mpi import MpiExecutor
+        from data_pipeline.executors.mpi_executor import MpiExecutor
 
         return MpiExecutor(rank, world_size)
     return LocalExecutor(run.workers)

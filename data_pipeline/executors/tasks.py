@@ -23,7 +23,7 @@ from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 
 from configs.loader import write_atomic
-from data_pipeline.executors.disk import is_full, told, trouble
+from data_pipeline.core.full_disk import is_full, told, trouble
 
 _FOLDERS = ("started", "completions", "failed", "progress", "stats")
 _MESSAGE_CHARS = 2000

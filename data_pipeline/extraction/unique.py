@@ -14,12 +14,12 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.executors.progress import ProgressFile
-from data_pipeline.hashing import stable_hash
-from data_pipeline.ledger import Tally
+from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.hashing import stable_hash
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.progress import ProgressFile
+from data_pipeline.core.shards import read_records, shard_path, write_records
 from data_pipeline.reading.ids import Roots, id_of_place, name_of, told_apart
-from data_pipeline.realms import is_canary
-from data_pipeline.shards import read_records, shard_path, write_records
 
 MADE_UNIQUE = "ids made unique"  # how the ledger counts them
 _NOTED = np.dtype([("id", "<u8"), ("shard", "<u4"), ("row", "<u4")])

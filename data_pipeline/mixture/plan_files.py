@@ -11,13 +11,13 @@ import numpy as np
 from configs.loader import write_atomic
 from configs.mixture import PlanConfig
 from configs.sealed import PLAN
+from data_pipeline.core.stage import read_manifest
 from data_pipeline.mixture import cursor
 from data_pipeline.mixture import fim as fill
 from data_pipeline.mixture.layout import HELDOUT, TRAIN, Gone, Source, check_stores, lay_out
 from data_pipeline.mixture.packing import PACKINGS, Packed
 from data_pipeline.mixture.rows import PLAN_FILE, SEGMENT_ARRAYS, Plan
 from data_pipeline.mixture.weights import running_counts
-from data_pipeline.stage import read_manifest
 from data_pipeline.tokens.store import Shards, Store
 
 

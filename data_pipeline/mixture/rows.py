@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from configs.sealed import PLAN, SealError
-from data_pipeline.integrity import DamagedData, Expected, remedy
+from data_pipeline.core.integrity import DamagedData, Expected, remedy
 from data_pipeline.mixture import cursor, fim
 from data_pipeline.mixture.cursor import Cursor
 from data_pipeline.mixture.epochs import Pieces

@@ -14,6 +14,7 @@ from rich.console import Console
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, parse_args
 from configs.rules import RuleSet
+from data_pipeline.core.stage import read_manifest
 from data_pipeline.provenance.lookup import (
     Stored,
     given,
@@ -28,8 +29,7 @@ from data_pipeline.provenance.lookup import (
     uses,
 )
 from data_pipeline.reading.ids import published_id
-from data_pipeline.report import wide_console
-from data_pipeline.stage import read_manifest
+from data_pipeline.report.ledger_tables import wide_console
 
 _SHOWN = 8  # rows of the plan
 

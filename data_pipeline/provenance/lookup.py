@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.loader import ConfigError
-from data_pipeline.checked_parquet import read_parquet
-from data_pipeline.cutting.documents import URL_KEY
+from data_pipeline.core.checked_parquet import read_parquet
+from data_pipeline.core.stage import read_manifest
+from data_pipeline.core.tables import read_table, shards_of
+from data_pipeline.documents.write import URL_KEY
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.reading.addresses import url_key, url_of
 from data_pipeline.reading.ids import told_apart
-from data_pipeline.stage import read_manifest
-from data_pipeline.tables import read_table, shards_of
 
 TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "web_lines", "lines", "substrings", "pii")
 

@@ -18,7 +18,7 @@ from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan, open_plans
-from data_pipeline.report import wide_console
+from data_pipeline.report.ledger_tables import wide_console
 
 
 def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:

@@ -17,16 +17,16 @@ from rich.console import Console
 from configs.data import DataConfig
 from configs.loader import ConfigError, entrypoint, load, parse_args
 from configs.rules import RuleSet
+from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.shards import read_records, shard_path, shards_under
+from data_pipeline.core.stage import read_manifest
+from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.cutting.cuts import FOLDER as CUTS
 from data_pipeline.cutting.decontamination import FOLDER as MATCHES
-from data_pipeline.cutting.excerpts import excerpt, piece, texts
-from data_pipeline.page.samples import Smallest
+from data_pipeline.provenance.excerpts import excerpt, piece, texts
 from data_pipeline.provenance.lookup import TABLE_STAGES
-from data_pipeline.realms import is_canary
-from data_pipeline.report import wide_console
-from data_pipeline.shards import read_records, shard_path, shards_under
-from data_pipeline.stage import read_manifest
-from data_pipeline.tables import read_table, shards_of
+from data_pipeline.report.ledger_tables import wide_console
+from data_pipeline.report.page_samples import Smallest
 
 _CUTS_SHOWN = 3  # of one document
 _NEAREST = 3  # scores of a document that was kept

@@ -14,15 +14,15 @@ from typing import Any
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, command_parser, entrypoint, load, write_atomic
-from data_pipeline.cutting.hiding import hide
+from data_pipeline.core.stage import read_manifest
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans
+from data_pipeline.personal_data.hiding import hide
 from data_pipeline.provenance.lookup import Stored, given, places, plans, steps, stored, stretches, uses
 from data_pipeline.provenance.replan import rest, used
 from data_pipeline.reading.addresses import url_key
 from data_pipeline.reading.ids import published_id
-from data_pipeline.report import wide_console
-from data_pipeline.stage import read_manifest
+from data_pipeline.report.ledger_tables import wide_console
 
 _SHOWN = 8  # ids of one line of the list
 

@@ -17,7 +17,7 @@ from configs.loader import ConfigError, command_parser, entrypoint
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance.lookup import Stretch, stretches
-from data_pipeline.report import wide_console
+from data_pipeline.report.ledger_tables import wide_console
 
 
 def batch(plan: Plan, stretch: Stretch, step: int) -> list[dict[str, Any]]:

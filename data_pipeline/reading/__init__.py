@@ -5,6 +5,6 @@ as records (`records`), through `decompression`, which bounds memory. Main text 
 """
 
 from data_pipeline.reading.records import BROKEN, HARMLESS, InputUnit
-from data_pipeline.reading.source import SourceReader, find_units
+from data_pipeline.reading.source_reader import SourceReader, find_units
 
 __all__ = ["BROKEN", "HARMLESS", "InputUnit", "SourceReader", "find_units"]

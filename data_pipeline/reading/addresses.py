@@ -3,7 +3,7 @@
 from typing import Any
 from urllib.parse import urlsplit
 
-from data_pipeline.hashing import stable_hash
+from data_pipeline.core.hashing import stable_hash
 
 
 def url_of(metadata: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from data_pipeline.cutting.hiding import holds_personal_data
+from data_pipeline.personal_data.hiding import holds_personal_data
 from data_pipeline.reading.names import printable
 
 APART = "#"  # between an id that several documents were given and the place of each

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from configs.data import ExtractConfig, SourceConfig
 from configs.loader import ConfigError
-from data_pipeline.cutting.hiding import hide
+from data_pipeline.personal_data.hiding import hide
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import lookup
 from data_pipeline.reading.files import open_file

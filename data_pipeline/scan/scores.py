@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipeline.scan.characters import codes_of, kinds_of, lower_case
 from data_pipeline.scan.english import words_of
-from data_pipeline.scan.lines import (
+from data_pipeline.scan.line_scores import (
     characters,
     fineweb_lines,
     gopher_duplicates,
@@ -25,7 +25,7 @@ from data_pipeline.scan.lines import (
     repeated,
 )
 from data_pipeline.scan.repetition import ngram_scores
-from data_pipeline.scan.web_lines import C4_RULES, PHRASES, LineDrop, c4_lines, refinedweb_lines
+from data_pipeline.scan.web_line_rules import C4_RULES, PHRASES, LineDrop, c4_lines, refinedweb_lines
 from data_pipeline.scan.words import LETTERED, SOUND, Splitter, describe, split, word_hash
 
 TOP_NGRAMS = (2, 3, 4)

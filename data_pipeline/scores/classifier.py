@@ -24,8 +24,8 @@ from safetensors.numpy import save
 
 from configs.data import ANY_LANGUAGE, ExtractConfig, SourceConfig
 from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
-from data_pipeline.heldout import draw
-from data_pipeline.reading.source import find_units, read_file
+from data_pipeline.documents.heldout import draw
+from data_pipeline.reading.source_reader import find_units, read_file
 from data_pipeline.scan.words import Splitter, mix
 from data_pipeline.scores.ngram_models import words_of
 

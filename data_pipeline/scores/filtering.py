@@ -14,9 +14,9 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from configs.rules import RuleSet
-from data_pipeline.executors.progress import ProgressFile
-from data_pipeline.ledger import Tally
-from data_pipeline.tables import KEYS, read_table, write_samples, write_table
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.progress import ProgressFile
+from data_pipeline.core.tables import KEYS, read_table, write_samples, write_table
 
 
 def verdict(values: Mapping[str, Any], rules: RuleSet) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from configs.loader import ConfigError
 from configs.scores import MODEL_OF, ScoresConfig
+from data_pipeline.core.tables import Mark, mark
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.classifier import load, manifest_path
 from data_pipeline.scores.ngram_models import Arpa, Unigrams
-from data_pipeline.tables import Mark, mark
 
 MODEL_SCORES = tuple(MODEL_OF)
 

@@ -12,10 +12,10 @@ from datatrove.data import Document
 
 from configs.rules import RuleSet
 from configs.scores import ScoresConfig
+from data_pipeline.core.tables import TableStep
 from data_pipeline.scan.scores import Definition, Scanner, quality
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.model_scores import ModelScores, kept_model_scores
-from data_pipeline.tables import TableStep
 
 HEAD_CHARS = 300
 

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.sealed import STORE
-from data_pipeline.checked_parquet import read_parquet, readable
-from data_pipeline.integrity import DamagedData, file_sha256, read_sealed, remedy, seal
-from data_pipeline.shards import read_records
+from data_pipeline.core.checked_parquet import read_parquet, readable
+from data_pipeline.core.integrity import DamagedData, file_sha256, read_sealed, remedy, seal
+from data_pipeline.core.shards import read_records
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -19,7 +19,7 @@ import numpy as np
 import sentencepiece
 
 from configs.loader import write_atomic
-from data_pipeline.shards import read_records
+from data_pipeline.core.shards import read_records
 from data_pipeline.tokens.bpe_cache import PartTable
 
 KIND = "sentencepiece-bpe"

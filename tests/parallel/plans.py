@@ -13,7 +13,7 @@ from typing import Any
 from configs.layout import Layout
 from configs.loader import validate
 from configs.train import PretrainConfig
-from data_pipeline.integrity import Expected
+from data_pipeline.core.integrity import Expected
 from launch.environment import ClusterEnvironment
 from pretrain import data_check
 from pretrain.data import PlanSource

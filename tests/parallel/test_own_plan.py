@@ -9,11 +9,11 @@ import pytest
 
 from configs.loader import validate
 from configs.mixture import MixtureConfig
+from data_pipeline.core.stage import replace_folder
 from data_pipeline.mixture.earlier import keep_plans
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan
-from data_pipeline.stage import replace_folder
 from pretrain import history
 from pretrain.checkpoint import storage
 from tests.parallel.test_layouts import MODELS

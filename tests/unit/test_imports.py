@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_pipeline", "pretrain", "posttrain", "export", "launch", "cli")
 TORCH = ("torch", "megatron", "deepspeed")
 TOKEN_STORE = (
-    "data_pipeline.integrity",
+    "data_pipeline.core.integrity",
     "data_pipeline.mixture.earlier",
     "data_pipeline.mixture.rows",
     "data_pipeline.mixture.earlier",

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.data_pipeline import extraction, heuristics, language, minhash, recipe, stages, tokenizing
+from tests.bench.data_pipeline import extraction, heuristics, language, minhash, recipe, tokenizing
+from tests.bench.data_pipeline import stage_speed as stages
 from tests.bench.data_pipeline.measure import Result, machine
 
 _LANGUAGES = ("english", "chinese")

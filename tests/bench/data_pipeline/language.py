@@ -3,7 +3,7 @@
 import fasttext
 
 from configs.data import LanguageConfig
-from data_pipeline.language import Identifier, model_path
+from data_pipeline.language.identification import Identifier, model_path
 from tests.bench.data_pipeline.measure import Result, cpu_seconds, size_mb, texts
 
 

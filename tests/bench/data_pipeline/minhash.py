@@ -30,15 +30,15 @@ from rich.console import Console
 
 from configs.data import DataConfig, DedupConfig
 from configs.loader import validate
-from data_pipeline.dedup.recall import similar_pairs
+from data_pipeline.core.stage import perform, sole_user
+from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.dedup.signatures import MinHasher
-from data_pipeline.executors.local import LocalExecutor
+from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.tasks import quiet
+from data_pipeline.provenance.recall import similar_pairs
 from data_pipeline.run import all_stages
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
-from data_pipeline.stage import perform, sole_user
-from data_pipeline.tables import read_table, shards_of
 from tests.bench.data_pipeline.measure import LANGUAGES, Result, cpu_seconds, size_mb, texts
 
 SIMILAR = 0.8

@@ -40,13 +40,13 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import load
-from data_pipeline.executors.local import LocalExecutor
+from data_pipeline.core.shards import read_records, shard_path, shards_under
+from data_pipeline.core.stage import perform, sole_user
+from data_pipeline.core.tables import read_table, shards_of
+from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.tasks import quiet
-from data_pipeline.language import model_path
+from data_pipeline.language.identification import model_path
 from data_pipeline.run import all_stages
-from data_pipeline.shards import read_records, shard_path, shards_under
-from data_pipeline.stage import perform, sole_user
-from data_pipeline.tables import read_table, shards_of
 from tests.bench.data_pipeline.definitions import why
 from tests.bench.data_pipeline.heuristics import peers
 from tests.bench.data_pipeline.measure import DEMO, LANGUAGES, ROOT, Result, cpu_seconds, spread

@@ -7,8 +7,8 @@ import pytest
 from configs.alarms import AlarmsConfig
 from configs.loader import ConfigError, validate
 from data_pipeline.alarms import alarms
-from data_pipeline.ledger import Tally
-from data_pipeline.tables import as_table, write_table
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.tables import as_table, write_table
 
 
 def tally(source: str, kept: int, dropped: int, size: int = 10) -> Tally:

@@ -13,12 +13,12 @@ import pytest
 from datatrove.data import Document
 
 from configs.cuts import LinesConfig, SubstringsConfig
+from data_pipeline.core.tables import as_table, write_table
 from data_pipeline.cutting import copies, substrings
 from data_pipeline.cutting.copies import CountUnits, ShareOut, Units
 from data_pipeline.cutting.cuts import Cut, CutStep, apply, merge, read_cuts
 from data_pipeline.cutting.lines import CutLines, Lines
 from data_pipeline.cutting.substrings import CutSubstrings, Minimizers, Windows
-from data_pipeline.tables import as_table, write_table
 from tests.unit.data_pipeline.conftest import DEMO, demo_records
 
 Corpus = dict[str, list[str]]  # shard -> texts, in order

@@ -17,11 +17,11 @@ import zstandard
 from datatrove.data import Document
 
 from configs.cuts import DecontaminateConfig
+from data_pipeline.core.tables import as_table, read_table, write_table
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.decontamination import Decontaminate
-from data_pipeline.cutting.evaluation import read_items
-from data_pipeline.cutting.probes import Probes, require_probes, words_of
-from data_pipeline.tables import as_table, read_table, write_table
+from data_pipeline.cutting.evaluation_items import read_items
+from data_pipeline.cutting.ngram_index import Probes, require_probes, words_of
 from tests.unit.data_pipeline.conftest import demo_records
 
 

@@ -6,9 +6,9 @@ import pyarrow as pa
 from datatrove.data import Document
 
 from configs.rules import RuleSet
+from data_pipeline.core.tables import read_table, write_table
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.web_lines import CutWebLines
-from data_pipeline.tables import read_table, write_table
 
 RULES = {
     "web": RuleSet(c4="datatrove", drop_lines=("c4", "refinedweb")),

@@ -8,7 +8,7 @@ import pytest
 from configs.data import BlocklistConfig, ExtractConfig
 from configs.loader import ConfigError
 from data_pipeline.extraction.blocklist import Blocklist
-from data_pipeline.extraction.step import Extract
+from data_pipeline.extraction.extract import Extract
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.core.shards import read_records
 from data_pipeline.mixture.earlier import (
     differences,
     find,
@@ -19,7 +20,6 @@ from data_pipeline.mixture.earlier import (
 )
 from data_pipeline.mixture.plan_files import build_plan, build_stages
 from data_pipeline.mixture.rows import Plan, Row
-from data_pipeline.shards import read_records
 from data_pipeline.tokens.store import Store, build
 from data_pipeline.tokens.tokenizer import Tokenizer
 from tests.shards import write_shard

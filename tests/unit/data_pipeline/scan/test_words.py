@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.scan.characters import codes_of, kinds_of
-from data_pipeline.scan.lines import gopher_duplicates, lines_of, paragraphs_of, repeated
+from data_pipeline.scan.line_scores import gopher_duplicates, lines_of, paragraphs_of, repeated
 from data_pipeline.scan.repetition import ngram_scores
 from data_pipeline.scan.words import Splitter, describe, split, word_hash
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.loader import ConfigError
-from data_pipeline.language import model_path
+from data_pipeline.language.identification import model_path
 from data_pipeline.scores import classifier
 from data_pipeline.scores.classifier import load, main
 from tests.unit.data_pipeline.conftest import DEMO, write_jsonl

@@ -10,12 +10,12 @@ import pytest
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.scores import ScoresConfig
-from data_pipeline.language import Identifier, kept_identifier, language_parts, model_path
-from data_pipeline.provenance import explain
+from data_pipeline.core.tables import read_table, shards_of
+from data_pipeline.language.identification import Identifier, kept_identifier, language_parts, model_path
+from data_pipeline.provenance import explain, what_if
 from data_pipeline.run import main
-from data_pipeline.scores import classifier, what_if
+from data_pipeline.scores import classifier
 from data_pipeline.scores.model_scores import kept_model_scores
-from data_pipeline.tables import read_table, shards_of
 from tests.unit.data_pipeline.conftest import DEMO, demo_records, write_jsonl
 from tests.unit.data_pipeline.scores.test_ngram_models import SMALL
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_pipeline.shards import read_records
+from data_pipeline.core.shards import read_records
 from data_pipeline.tokens import store
 from data_pipeline.tokens.tokenizer import Tokenizer
 from tests.shards import write_shard

@@ -1,0 +1,154 @@
+"""Counting documents and bytes so that none is lost unseen.
+
+A `Tally` holds, per source, how many documents and bytes came in, were kept, and were dropped by each reason.
+Steps fill one each, per task; the runner merges them and checks that what came in is what was kept plus what
+was dropped. Printing the ledger lives in `report.ledger_tables`.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.canaries.naming import is_canary
+
+
+class LedgerError(RuntimeError):
+    """Documents or bytes are not conserved: a defect of the pipeline, never of the data."""
+
+
+@dataclass
+class Amount:
+    documents: int = 0
+    bytes: int = 0
+
+    def add(self, documents: int, size: int) -> None:
+        self.documents += documents
+        self.bytes += size
+
+    def plain(self) -> dict[str, int]:
+        return {"documents": self.documents, "bytes": self.bytes}
+
+
+@dataclass
+class SourceTally:
+    """`came_in`, `kept` and `dropped` count the same bytes; `passed_on` is what the next stage will see."""
+
+    came_in: Amount = field(default_factory=Amount)
+    kept: Amount = field(default_factory=Amount)
+    passed_on: Amount = field(default_factory=Amount)
+    dropped: dict[str, Amount] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)  # documents to which something was done, by what
+
+    def merge(self, theirs: "SourceTally") -> None:
+        self.came_in.add(theirs.came_in.documents, theirs.came_in.bytes)
+        self.kept.add(theirs.kept.documents, theirs.kept.bytes)
+        self.passed_on.add(theirs.passed_on.documents, theirs.passed_on.bytes)
+        for reason, amount in theirs.dropped.items():
+            self.dropped.setdefault(reason, Amount()).add(amount.documents, amount.bytes)
+        for name, count in theirs.notes.items():
+            self.notes[name] = self.notes.get(name, 0) + count
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "in": self.came_in.plain(),
+            "kept": self.kept.plain(),
+            "passed_on": self.passed_on.plain(),
+            "dropped": {reason: amount.plain() for reason, amount in sorted(self.dropped.items())},
+            "notes": dict(sorted(self.notes.items())),
+        }
+
+
+class Tally:
+    """Counts of one stage, by source.
+
+    `passed_on` differs from `kept` in bytes where a stage rewrites text.
+    """
+
+    def __init__(self) -> None:
+        self.sources: dict[str, SourceTally] = {}
+
+    def of(self, source: str) -> SourceTally:
+        return self.sources.setdefault(source, SourceTally())
+
+    def came_in(self, source: str, size: int, documents: int = 1) -> None:
+        self.of(source).came_in.add(documents, size)
+
+    def kept(self, source: str, size: int, passed_on: int | None = None, documents: int = 1) -> None:
+        self.of(source).kept.add(documents, size)
+        self.of(source).passed_on.add(documents, size if passed_on is None else passed_on)
+
+    def dropped(self, source: str, reason: str, size: int, documents: int = 1) -> None:
+        self.of(source).dropped.setdefault(reason, Amount()).add(documents, size)
+
+    def note(self, source: str, name: str, documents: int = 1) -> None:
+        notes = self.of(source).notes
+        notes[name] = notes.get(name, 0) + documents
+
+    def plain(self) -> dict[str, Any]:
+        return {source: tally.plain() for source, tally in sorted(self.sources.items())}
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.plain()), encoding="utf-8")
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Tally":
+        tally = cls()
+        for source, counts in plain.items():
+            tally.of(source).merge(
+                SourceTally(
+                    came_in=Amount(**counts["in"]),
+                    kept=Amount(**counts["kept"]),
+                    passed_on=Amount(**counts["passed_on"]),
+                    dropped={reason: Amount(**amount) for reason, amount in counts["dropped"].items()},
+                    notes=dict(counts["notes"]),
+                )
+            )
+        return tally
+
+    @classmethod
+    def merged(cls, tallies: Iterable["Tally"]) -> "Tally":
+        total = cls()
+        for tally in tallies:
+            for source, theirs in tally.sources.items():
+                total.of(source).merge(theirs)
+        return total
+
+    @classmethod
+    def load_all(cls, folder: Path) -> "Tally":
+        """The sum of every tally that the tasks of a stage left under `folder`."""
+        return cls.merged(cls.from_plain(json.loads(path.read_text())) for path in sorted(folder.glob("*.json")))
+
+    def total(self) -> SourceTally:
+        """All sources together, canaries left out: they stand beside the sources, and are in no sum."""
+        whole = SourceTally()
+        for source, mine in self.sources.items():
+            if not is_canary(source):
+                whole.merge(mine)
+        return whole
+
+    def check(self, stage: str, before: "Tally | None" = None) -> None:
+        """Raises LedgerError unless in = kept + dropped, and in = what the stage before passed on."""
+        for source, tally in self.sources.items():
+            for unit in ("documents", "bytes"):
+                came_in = getattr(tally.came_in, unit)
+                kept = getattr(tally.kept, unit)
+                dropped = sum(getattr(amount, unit) for amount in tally.dropped.values())
+                if came_in != kept + dropped:
+                    raise LedgerError(
+                        f"stage {stage}, source {source}: {came_in} {unit} came in, but {kept} were kept and "
+                        f"{dropped} dropped; {abs(came_in - kept - dropped)} are unaccounted for"
+                    )
+        if before is None:
+            return
+        for source in self.sources.keys() | before.sources.keys():
+            # Not by `of`, which would add what never came to the ledger.
+            passed_on = before.sources.get(source, SourceTally()).passed_on
+            came_in_amount = self.sources.get(source, SourceTally()).came_in
+            if passed_on != came_in_amount:
+                raise LedgerError(
+                    f"stage {stage}, source {source}: the stage before passed on {passed_on.plain()}, "
+                    f"but {came_in_amount.plain()} came in"
+                )

@@ -1,0 +1,89 @@
+"""Warnings about what a run is short of: documents of a source, a held-out part of it, text for a plan.
+
+Told as soon as counts say it, after dedup, documents and tokens. None ends a run: that is left to the plan stage, which
+knows how many rows there are.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from configs.data import DataConfig
+from configs.mixture import PlanConfig
+from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.ledger import SourceTally, Tally
+
+_BYTES_A_TOKEN = 4.0  # of prose in a language that the tokenizer has seen; an estimate until there are tokens
+_SURE = 0.8  # below this part of what is needed a warning is more likely right than wrong
+
+COUNTED = ("dedup", "documents", "tokens")
+
+
+def short_sources(documents: Tally, config: DataConfig) -> list[str]:
+    """A sentence for each source that lacks documents; `documents` is the tally of that stage."""
+    return [
+        sentence
+        for name in config.sources
+        for sentence in _of_source(name, documents.sources.get(name, SourceTally()), config)
+    ]
+
+
+def short_plans(stage: str, tally: Tally, config: DataConfig) -> list[str]:
+    """A sentence for each source that a plan takes more of than there is; `tally` is that of a stage in COUNTED."""
+    return [
+        sentence
+        for name, plan in (config.mixture.plans() if config.mixture else {}).items()
+        for sentence in _of_plan(f"mixture.stages.{name}" if name else "mixture", plan, stage, tally)
+    ]
+
+
+def _of_source(name: str, counts: SourceTally, config: DataConfig) -> list[str]:
+    held_out = counts.notes.get("held out", 0)
+    train = counts.kept.documents - held_out
+    if not train:
+        return [
+            f"source {name} has no document left to train on, so it has no part in the mixture; if it should have one, "
+            "loosen its rules (see the drops of each stage) or give it more files"
+        ]
+    if not held_out and config.heldout.share:
+        return [
+            f"source {name} has {train} {'document' if train == 1 else 'documents'} left, too few to hold one out: it "
+            "is trained on and not evaluated; give it more files if it should be"
+        ]
+    return []
+
+
+def _of_plan(key: str, plan: PlanConfig, stage: str, tally: Tally) -> list[str]:
+    sources = {name: counts for name, counts in tally.sources.items() if not is_canary(name)}
+    tokens = {name: count for name, counts in sources.items() if (count := _tokens(counts, stage))}
+    most = {name: count * plan.epochs.get(name, plan.max_epochs) for name, count in tokens.items()}
+    whole = plan.samples * plan.seq_length
+    asked = {f"source {name}": (most[name], share * whole) for name, share in _shares(plan, tokens).items()}
+    if plan.unimax:
+        asked = {"the run": (sum(most.values()), whole)}
+    about = "" if stage == "tokens" else "about "
+    return [
+        f"{who} has {about}{int(has):,} tokens to give to {key} after {stage}, epochs counted, and "
+        f"{key}.samples = {plan.samples:,} rows of {key}.seq_length = {plan.seq_length:,} want {int(wanted):,} of it: "
+        f"the plan stage is likely to refuse that; lower {key}.samples, raise {key}.max_epochs = {plan.max_epochs}, "
+        "or add text"
+        for who, (has, wanted) in asked.items()
+        if has < _SURE * wanted
+    ]
+
+
+def _tokens(counts: SourceTally, stage: str) -> float:
+    """Of a source's documents, estimated before there are tokens."""
+    if stage == "tokens":
+        return counts.notes.get("tokens", 0)
+    return (counts.passed_on.bytes - counts.notes.get("held-out bytes", 0)) / _BYTES_A_TOKEN
+
+
+def _shares(plan: PlanConfig, tokens: Mapping[str, Any]) -> dict[str, float]:
+    """Of sources that have tokens, as far as it is known before rows are counted; none of UniMax."""
+    if plan.weights is not None:
+        raw = {name: weight for name, weight in plan.weights.items() if name in tokens}
+    elif plan.temperature is not None:
+        raw = {name: count ** (1 / plan.temperature) for name, count in tokens.items()}
+    else:
+        raw = {}
+    return {name: value / sum(raw.values()) for name, value in raw.items()}

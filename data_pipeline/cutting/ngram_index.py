@@ -1,0 +1,226 @@
+"""Evaluation files as probes: the n-grams of their items, to be looked for in documents.
+
+Texts are compared by words: lower-case, without punctuation (so "don't" is two), every Chinese, Japanese or Korean
+character a word of its own; an n-gram of an item mostly in those has 2n of them, as in `scan.words`. What lies
+between words does not count. An item too short for one n-gram is looked for whole, if it is not too short for that
+as well: then by nothing, and `evaluation.json` of the stage says how many those are. Full-width letters, spelling and
+paraphrase are not evened out.
+
+Probes are 64-bit hashes, sorted; a hit is then compared word by word.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from configs.cuts import DecontaminateConfig
+from data_pipeline.cutting.cuts import union
+from data_pipeline.cutting.evaluation_items import Item
+from data_pipeline.scan.characters import CJK, WORD, codes_of, kinds_of
+from data_pipeline.scan.scores import in_lower_case
+from data_pipeline.scan.words import BASE, Splitter, mix, span_hash
+
+_LETTERS = WORD | CJK
+_BITS_PER_PROBE = 16  # of the bitmap that is asked first: so one hash in 16 is looked for in vain
+
+
+class Match(NamedTuple):
+    """An item found in a document. `spans` in characters, in order and apart, each of one n-gram or more."""
+
+    item: int
+    ngrams: int  # distinct n-grams of the item that were found
+    share: float  # of all its distinct n-grams
+    spans: list[tuple[int, int]]
+
+
+class Words(NamedTuple):
+    """The words of a text: their places in characters, their hashes, and how many are CJK characters."""
+
+    starts: np.ndarray  # int64 [words]
+    ends: np.ndarray
+    hashes: np.ndarray  # uint64 [words]
+    cjk: int
+
+
+def words_of(text: str) -> Words:
+    codes = codes_of(in_lower_case(text))
+    return Words(*_words(codes, kinds_of(codes)))
+
+
+@numba.njit(cache=True, nogil=True)
+def _words(codes: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    size = len(codes)
+    starts, ends, hashes = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.uint64)
+    count = place = cjk = 0
+    while place < size:
+        kind = kinds[place]
+        start = place
+        place += 1
+        if not kind & _LETTERS:
+            continue
+        if kind & CJK:
+            cjk += 1
+        else:
+            while place < size and kinds[place] & _LETTERS == WORD:
+                place += 1
+        starts[count], ends[count], hashes[count] = start, place, span_hash(codes, start, place)
+        count += 1
+    return starts[:count].copy(), ends[:count].copy(), hashes[:count].copy(), cjk
+
+
+@numba.njit(cache=True, nogil=True)
+def ngrams_of(hashes: np.ndarray, size: int) -> np.ndarray:
+    """uint64 [words - size + 1], of each `size` words a polynomial in their hashes modulo 2^64: order counts."""
+    found = np.empty(max(len(hashes) - size + 1, 0), np.uint64)
+    power, value = np.uint64(1), np.uint64(0)
+    for _ in range(size):
+        power *= BASE
+    for word in range(len(hashes)):
+        value = value * BASE + hashes[word]
+        if word >= size:
+            value -= hashes[word - size] * power
+        if word + 1 >= size:
+            found[word + 1 - size] = mix(value)
+    return found
+
+
+@dataclass
+class _Table:
+    """Sorted n-grams of one size: a row per occurrence in an item."""
+
+    hashes: np.ndarray  # uint64 [n]
+    items: np.ndarray  # int64 [n]
+    places: np.ndarray  # int64 [n], in words of the item
+
+    def __post_init__(self) -> None:
+        bits = max(16, int(_BITS_PER_PROBE * len(self.hashes)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._seen = np.zeros(1 << bits, bool)
+        self._seen[self.hashes >> self._shift] = True
+
+    def hits(self, hashes: np.ndarray) -> np.ndarray:
+        """Which of `hashes` are here."""
+        chosen = np.flatnonzero(self._seen[hashes >> self._shift])
+        places = np.minimum(np.searchsorted(self.hashes, hashes[chosen]), len(self.hashes) - 1)
+        return chosen[self.hashes[places] == hashes[chosen]]
+
+
+class Probes:
+    """All probes of a run; saved once, loaded by every task."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], names: list[list[str]]) -> None:
+        self.arrays = arrays
+        self.names = names  # [file, id] of each item
+        self.sizes = sorted(set(arrays["size"].tolist()) - {0})
+        self._tables = {
+            size: _Table(*(arrays[name][arrays["gram_size"] == size] for name in ("hash", "gram_item", "gram_place")))
+            for size in self.sizes
+        }
+
+    @classmethod
+    def of(cls, items: Iterator[Item], settings: DecontaminateConfig) -> "Probes":
+        names, words, sizes, distinct = [], [np.zeros(0, np.uint64)], [], []
+        grams: list[tuple[np.ndarray, int, int]] = []
+        for number, item in enumerate(items):
+            found = words_of(unicodedata.normalize("NFC", item.text))
+            hashes, count = found.hashes, len(found.hashes)
+            splitter = Splitter.cjk if 2 * found.cjk > count else Splitter.words
+            size = splitter.window(settings.ngram)
+            if count < size:
+                size = count if count >= splitter.window(settings.min_words) else 0
+            hashed = ngrams_of(hashes, size) if size else hashes[:0]
+            names.append([item.file, item.id])
+            words.append(hashes)
+            sizes.append(size)
+            distinct.append(len(np.unique(hashed)))
+            grams.append((hashed, number, size))
+        counts = [len(hashed) for hashed, _, _ in grams]
+        table = np.concatenate([np.zeros(0, np.uint64), *(hashed for hashed, _, _ in grams)])
+        order = np.argsort(table, kind="stable")
+        places = np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)])
+        return cls(
+            {
+                "words": np.concatenate(words),
+                "starts": np.cumsum([0, *map(len, words[1:])]),
+                "size": np.array(sizes, np.int64),
+                "distinct": np.array(distinct, np.int64),
+                "hash": table[order],
+                "gram_item": np.repeat(np.arange(len(grams)), counts)[order],
+                "gram_size": np.repeat(np.array(sizes, np.int64), counts)[order],
+                "gram_place": places[order].astype(np.int64),
+            },
+            names,
+        )
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        np.savez(folder / "probes.npz", allow_pickle=False, **self.arrays)
+        (folder / "names.json").write_text(json.dumps(self.names), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Probes":
+        with np.load(Path(folder) / "probes.npz", allow_pickle=False) as arrays:
+            return cls(dict(arrays), json.loads((Path(folder) / "names.json").read_text(encoding="utf-8")))
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """By file: its items, those too short to be looked for, and distinct n-grams, item by item."""
+        found: dict[str, dict[str, int]] = {}
+        for (file, _), size, distinct in zip(
+            self.names, self.arrays["size"].tolist(), self.arrays["distinct"].tolist(), strict=True
+        ):
+            counts = found.setdefault(file, {"items": 0, "too_short": 0, "ngrams": 0})
+            counts["items"] += 1
+            counts["too_short"] += size == 0
+            counts["ngrams"] += distinct
+        return found
+
+    def matches(self, text: str, min_share: float) -> list[Match]:
+        """Items of which `text` holds an n-gram, and `min_share` of all; most n-grams first, then in file order."""
+        words = words_of(text)
+        found = []
+        for item, occurrences in self._hits(words.hashes).items():
+            share = len({gram for _, gram in occurrences}) / int(self.arrays["distinct"][item])
+            if share >= min_share:
+                size = int(self.arrays["size"][item])
+                spans = union([(place, place + size) for place, _ in occurrences])
+                found.append(
+                    Match(
+                        item,
+                        len({gram for _, gram in occurrences}),
+                        share,
+                        [(int(words.starts[start]), int(words.ends[end - 1])) for start, end in spans],
+                    )
+                )
+        return sorted(found, key=lambda match: (-match.ngrams, match.item))
+
+    def _hits(self, hashes: np.ndarray) -> dict[int, list[tuple[int, int]]]:
+        """Item -> (place in the text's words, hash) of each n-gram of it that is there."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        starts, words = self.arrays["starts"], self.arrays["words"]
+        for size, table in self._tables.items():
+            grams = ngrams_of(hashes, size)
+            for place in table.hits(grams).tolist():
+                gram = grams[place]
+                first, last = np.searchsorted(table.hashes, gram), np.searchsorted(table.hashes, gram, "right")
+                for row in range(int(first), int(last)):
+                    item = int(table.items[row])
+                    start = int(starts[item] + table.places[row])
+                    if np.array_equal(hashes[place : place + size], words[start : start + size]):
+                        found.setdefault(item, []).append((place, int(gram)))
+        return found
+
+
+def require_probes(summary: dict[str, Any]) -> None:
+    """Errors: ValueError for a file of which nothing would be found."""
+    for file, counts in summary.items():
+        if counts["items"] == counts["too_short"]:
+            raise ValueError(
+                f"evaluation file {file}: none of its {counts['items']} items has enough words to be looked for; "
+                "check decontaminate.text_keys, or lower decontaminate.min_words"
+            )

@@ -1,0 +1,162 @@
+"""The two stages of deduplication: signatures, which reads the text, and dedup, which reads tables.
+
+signatures: Sign
+dedup:      FindPairs (a task a key and range) -> Cluster (one task) -> [LayOutShingles -> LayOutEarlier]
+            -> Choose (a task some clusters) -> Judge
+"""
+
+import json
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from configs.data import DataConfig
+from configs.loader import ConfigError, plain
+from data_pipeline.core.hashing import digest
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.shards import ShardReader
+from data_pipeline.core.stage import Stage, read_manifest
+from data_pipeline.core.tables import count_verdicts, shards_of
+from data_pipeline.dedup.clusters import MEMBERS, Cluster, Population, write_met
+from data_pipeline.dedup.pairs import EarlierRun, FindPairs, Numbering, jobs
+from data_pipeline.dedup.shingles import LayOutEarlier, LayOutShingles, mark_candidates, shards_with
+from data_pipeline.dedup.signatures import EXACT, URL, MinHasher, Sign, kinds_of_keys
+from data_pipeline.dedup.survivors import BYTES_A_MEMBER, Choose, Judge, sample_duplicates
+from data_pipeline.scan.words import Splitter
+from data_pipeline.stages import Workshop, scan_text
+
+_SIGNED = ("bands", "rows", "ngram", "seed")  # the settings that signatures depend on
+
+
+def dedup_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
+    """Signatures and dedup, in this order; `before` are the stages up to the filter, by name."""
+    config = shop.config
+    splitters = {name: rules.splitter for name, rules in config.rules.items()}
+    settings = plain(config.dedup)
+    signatures = Stage(
+        "signatures",
+        partial(_signatures, shop),
+        {"dedup": {name: settings[name] for name in _SIGNED}, "splitters": splitters},
+        ("dedup.signatures",),
+        needs=(before["extract"], before["language"]),
+        counted_against=before["language"],
+    )
+    dedup = Stage(
+        "dedup",
+        partial(_dedup, shop),
+        {name: value for name, value in settings.items() if name != "memory_mb"},
+        ("dedup.survivors",),
+        needs=(before["filter"], signatures),
+        counted_against=before["filter"],
+        inputs=digest([_index_key(config, Path(run)) for run in config.dedup.index]),
+    )
+    return [signatures, dedup]
+
+
+def _signatures(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    language = str(shop.run_dir / "language")
+    MinHasher(shop.config.dedup).keys("Compiled here once, then found in its cache by every worker.", Splitter.words)
+    return scan_text(
+        shop, "signatures", lambda tallies: Sign(str(folder), tallies, shop.config, language), folder, logs
+    )
+
+
+def _dedup(shop: Workshop, folder: Path, logs: Path) -> Tally:
+    settings = shop.config.dedup
+    signatures = str(shop.run_dir / "signatures")
+    documents = Numbering(shop.run_dir / "filter")
+    if not documents.documents:
+        raise ValueError("no document is left to deduplicate; see the drops of the filter stage before it")
+    work = folder / "work"
+    work.mkdir()
+    wanted = {EXACT: settings.exact, URL: settings.url}
+    kinds = [kind for kind, name in enumerate(kinds_of_keys(settings)) if wanted.get(name, settings.minhash)]
+    earlier = _earlier_runs(settings.index)
+    counted = documents.documents + sum(run.kept.documents for run in earlier)
+    todo = jobs(kinds, counted, settings.memory_mb << 20)
+    find = FindPairs(str(work), documents, signatures, todo, earlier)
+    shop.pipeline("pairs", logs / "pairs", [find], len(todo), 0)
+    pairs = [str(work / job.file) for job in todo]
+    if earlier:
+        write_met(work / "met.npy", pairs)
+    population = Population(documents, earlier, str(work / "met.npy"))
+    cluster = Cluster(str(work), population, signatures, pairs)
+    shop.pipeline("clusters", logs / "clusters", [cluster], 1, 0, alone=True)
+    compared = ""
+    if settings.minhash and settings.verify is not False:
+        compared = _lay_out(shop, population, pairs, work, logs)
+    least = None if settings.verify is False else settings.verify
+    members = int((work / MEMBERS).read_text(encoding="utf-8"))
+    # The parts change nothing in the result: small ones for memory, and some for every worker.
+    parts = max(1 + members * BYTES_A_MEMBER // (settings.memory_mb << 20), min(shop.executor.workers, members // 1000))
+    choose = Choose(str(work), population, parts, settings.url, least, compared)
+    shop.pipeline("survivors", logs / "survivors", [choose], parts, 0)
+    tallies = logs / "verdicts" / "tallies"
+    progress = str(logs / "verdicts" / "progress")
+    judge = Judge(str(folder), str(work), population, parts, settings.url, str(tallies), progress)
+    shop.pipeline("verdicts", logs / "verdicts", [judge], len(documents.shards), shop.text_bytes())
+    shutil.rmtree(work)
+    tally = Tally.load_all(tallies)
+    count_verdicts(folder, tally)
+    sample_duplicates(folder, shards_of(folder))
+    return tally
+
+
+def _lay_out(shop: Workshop, population: Population, pairs: Sequence[str], work: Path, logs: Path) -> str:
+    """The file that says of which documents the n-grams are laid out: those that share a MinHash key with another."""
+    config, names = shop.config, kinds_of_keys(shop.config.dedup)
+    by_kind: dict[str, list[str]] = {}
+    for path in pairs:
+        by_kind.setdefault(names[int(Path(path).name[:3])], []).append(path)
+    near = [path for name, paths in by_kind.items() if name not in (EXACT, URL) for path in paths]
+    candidates = work / "candidates.bin"
+    mark_candidates(candidates, population, near, by_kind.get(EXACT, []))
+    language, ngram = str(shop.run_dir / "language"), config.dedup.ngram
+    if shards := shards_with(candidates, population):
+        splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
+        lay = LayOutShingles(str(work), population, str(candidates), splitters, language, ngram)
+        reader = ShardReader(str(shop.run_dir / "extract"), shards, str(logs / "shingles" / "progress"))
+        shop.pipeline("shingles", logs / "shingles", [reader, lay], len(shards), shop.text_bytes())
+    again = LayOutEarlier(str(work), population, str(candidates), ngram)
+    if count := len(again.shards()):
+        shop.pipeline("shingles of the index", logs / "index", [again], count, 0)
+    return str(candidates)
+
+
+def _earlier_runs(index: Sequence[str]) -> list[EarlierRun]:
+    found: list[EarlierRun] = []
+    first = 0
+    for run in index:
+        theirs = tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8"))
+        splitters = {name: Splitter[rules.get("splitter", "spaces")] for name, rules in theirs["rules"].items()}
+        found.append(EarlierRun(run, Numbering(Path(run) / "dedup"), first, splitters))
+        first += found[-1].kept.documents
+    return found
+
+
+def _index_key(config: DataConfig, run: Path) -> str:
+    """What an earlier run's signatures and verdicts are. Errors: ConfigError when they cannot be used here."""
+    manifests = [read_manifest(run / name) for name in ("signatures", "dedup")]
+    if None in manifests or not (run / "config.toml").is_file():
+        raise ConfigError(
+            f"dedup.index names {run}, which holds no finished signatures and dedup stages; name the run.dir of a "
+            "finished data run"
+        )
+    theirs = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    mine = plain(config)
+    for name in _SIGNED:
+        if theirs["dedup"][name] != mine["dedup"][name]:
+            raise ConfigError(
+                f"dedup.{name} = {mine['dedup'][name]} here and {theirs['dedup'][name]} in the index {run}: their "
+                "signatures cannot be compared; set it to the index's, or run that again"
+            )
+    if mine["dedup"]["minhash"] and config.dedup.verify is not False:
+        for name in ("extract", "language"):
+            if read_manifest(run / name) is None:
+                raise ConfigError(
+                    f"dedup.verify = {config.dedup.verify} compares texts, and the index {run} has no {name} stage any "
+                    "more; bring that folder back, or set dedup.verify = false to go by the index's signatures alone"
+                )
+    return json.dumps([manifest["key"] for manifest in manifests if manifest])

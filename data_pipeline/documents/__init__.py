@@ -1,0 +1,1 @@
+"""The documents that go on to the tokenizer: written without what stages cut, some of them held out."""

@@ -1,0 +1,255 @@
+"""The documents that go on to the tokenizer: `<split>/<source>/NNNNN.jsonl.zst`, without what stages cut.
+
+All cuts of a text are made here, at once; a document that loses more than a share, and has less left than is enough,
+goes as `mostly_cut`, and so does one of which only white space is left. Tables alone say what becomes of a document, so
+that a first pass over them (`Survey`) finds what a source has in all, and the texts are read once.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from configs.cuts import Kind, PiiConfig
+from data_pipeline.canaries.naming import is_canary
+from data_pipeline.canaries.plant import LEFT_OUT
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.tables import SAMPLES, kept_rows, read_table
+from data_pipeline.cutting.cuts import Merged, apply, merge, read_cuts
+from data_pipeline.documents.heldout import HELDOUT, TRAIN, Extremes, Lot
+from data_pipeline.personal_data.find import PLACEHOLDERS
+from data_pipeline.personal_data.hiding import hide_in
+from data_pipeline.reading.addresses import url_key, url_of
+
+MOSTLY_CUT = "mostly_cut"
+URL_KEY = "url_key"  # metadata of a document whose address is not published as it was
+FROM_RECORD = ("file", "path", "url", "record", "fields")  # metadata that is not the pipeline's own
+# Scores that travel with a document into the token store's table; all others stay in the score stage's
+# tables.
+SCORES = ("quality", "word_count", "alpha_word_ratio", "dup_line_char_ratio", "top_2_gram", "dup_5_gram")
+
+
+@dataclass(frozen=True)
+class Before:
+    """The folders of the stages before: who says what of a document. `judges` and `cutters` are in the order in
+    which the stages run.
+    """
+
+    kept: str  # the last stage that all documents went through; what it kept comes in
+    judges: tuple[str, ...]  # stages beside each other after that one, whose verdicts all count
+    cutters: tuple[str, ...]  # stages that cut
+    deduped: str
+    scores: str
+    languages: str
+    cut_share_max: float
+    left_bytes_min: int
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a document: dropped for `reason`, or passed on after its cuts."""
+
+    row: int
+    id: str
+    size: int  # bytes of its text before the cuts
+    reason: str
+    merged: Merged
+
+
+def fates(before: Before, shard: str) -> list[Fate]:
+    """Of every document of a shard that comes in, from tables alone."""
+    coming = kept_rows(read_table(before.kept, shard, ("row", "id", "bytes", "verdict")))
+    if not coming.num_rows:  # the stages after that have no tables of it
+        return []
+    cuts = read_cuts(before.cutters, shard)
+    verdicts: dict[int, str] = {}
+    for judge in reversed(before.judges):
+        verdicts |= {line["row"]: line["verdict"] for line in read_table(judge, shard).to_pylist() if line["verdict"]}
+    found = []
+    for line in coming.to_pylist():
+        merged = merge(cuts.get(line["row"], []))
+        reason = verdicts.get(line["row"], "")
+        left = line["bytes"] - merged.removed_bytes + merged.inserted_bytes
+        short = left < before.left_bytes_min
+        if not reason and short and merged.removed_bytes > before.cut_share_max * line["bytes"]:
+            reason = MOSTLY_CUT
+        found.append(Fate(line["row"], line["id"], line["bytes"], reason, merged))
+    return found
+
+
+class Survey(PipelineStep):
+    """Writes a line for each shard that documents come in of, without reading a text: `surveyed` reads them."""
+
+    name = "Survey"
+    type = "🔭 - SURVEY"
+
+    def __init__(self, before: Before, shards: Sequence[str], seed: int, out: str) -> None:
+        super().__init__()
+        self.before = before
+        self.shards = list(shards)
+        self.seed = seed
+        self.out = out
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        lines = []
+        for shard in self.shards[rank::world_size]:
+            if coming := fates(self.before, shard):
+                lines.append(json.dumps(dataclasses.asdict(self._seen(shard, coming))) + "\n")
+        path = Path(self.out) / f"{rank:05d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+        yield from ()
+
+    def _seen(self, shard: str, coming: Sequence[Fate]) -> "Seen":
+        source = shard.split("/")[0]
+        if is_canary(shard):
+            fates_of = [{"id": fate.id, "reason": fate.reason, "cuts": fate.merged.removed} for fate in coming]
+            return Seen(shard, Extremes(), [], fates_of)
+        mostly_cut = [
+            {"source": source, "shard": shard, "row": fate.row, "id": fate.id, "bytes": fate.size}
+            | {"verdict": MOSTLY_CUT, "cut_bytes": fate.merged.removed}
+            for fate in coming
+            if fate.reason == MOSTLY_CUT
+        ]
+        left = Extremes.of((fate.id for fate in coming if not fate.reason), self.seed)
+        return Seen(shard, left, mostly_cut[:SAMPLES], [])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What `Survey` says of a shard: of the documents that are left, some that are mostly cut, and canaries' fates."""
+
+    shard: str
+    left: Extremes
+    mostly_cut: list[dict[str, Any]]
+    canaries: list[dict[str, Any]]
+
+
+def surveyed(folder: Path) -> list[Seen]:
+    """Of all tasks, by shard."""
+    found = []
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            left = Extremes(**{name: drawn and tuple(drawn) for name, drawn in entry["left"].items()})
+            found.append(Seen(**{**entry, "left": left}))
+    return sorted(found, key=lambda seen: seen.shard)
+
+
+def lots(found: Iterable[Seen], sources: Iterable[str], share: float, seed: int) -> dict[str, Lot]:
+    """By source."""
+    ends = dict.fromkeys(sources, Extremes())
+    for seen in found:
+        source = seen.shard.split("/")[0]
+        if source in ends:
+            ends[source] |= seen.left
+    return {source: Lot.of(left, share, seed) for source, left in ends.items()}
+
+
+class Split(PipelineStep):
+    """Passes on what no stage dropped, without what stages cut, each document with its split and its scores."""
+
+    name = "Held-out split"
+    type = "🔀 - SPLIT"
+
+    def __init__(
+        self, before: Before, lots: Mapping[str, Lot], tallies: str, order: dict[str, int], pii: PiiConfig | None
+    ) -> None:
+        super().__init__()
+        self.before = before
+        self.lots = dict(lots)
+        self.tallies = tallies
+        self.order = order
+        self.pii = pii
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        tally = Tally()
+        for shard, documents in groupby(data, key=lambda document: document.metadata["shard"]):
+            coming = {fate.row: fate for fate in fates(self.before, shard)}
+            columns = self._columns_of(shard)
+            for document in documents:
+                if fate := coming.get(document.metadata["row"]):
+                    document.metadata |= columns[fate.row]
+                    yield from self._pass_on(document, fate, tally)
+        tally.save(Path(self.tallies) / f"out-{rank:05d}.json")
+
+    def _pass_on(self, document: Document, fate: Fate, tally: Tally) -> DocumentsPipeline:
+        metadata = document.metadata
+        source = metadata["source"]
+        tally.came_in(source, fate.size)
+        if is_canary(source):
+            tally.dropped(source, fate.reason or LEFT_OUT, fate.size)
+            return
+        text = document.text if fate.reason else apply(document.text, fate.merged)
+        reason = fate.reason or ("" if text.strip() else MOSTLY_CUT)
+        if reason:
+            tally.dropped(source, reason, fate.size)
+            return
+        document.text = text
+        if self.pii and _hide(metadata, self.pii):
+            tally.note(source, "personal data replaced in metadata")
+        metadata["bytes"] = len(text.encode())
+        if fate.merged.spans:
+            metadata["cut_bytes"] = fate.merged.removed
+            tally.note(source, "cut")
+            for why, size in fate.merged.removed.items():
+                tally.dropped(source, why, size, documents=0)
+            if inserted := fate.merged.inserted_bytes:
+                tally.note(source, "inserted bytes", inserted)
+        tally.kept(source, fate.size - fate.merged.removed_bytes, metadata["bytes"])
+        split = HELDOUT if self.lots[source].holds_out(document.id) else TRAIN
+        metadata |= {"split": split, "output": f"{self.order[metadata['shard']]:05d}"}
+        if split == HELDOUT:
+            tally.note(source, "held out")
+            tally.note(source, "held-out bytes", metadata["bytes"])
+        yield document
+
+    def _columns_of(self, shard: str) -> dict[int, dict[str, Any]]:
+        """Row -> what travels with a document, for those that deduplication kept."""
+        scores = {line["row"]: line for line in read_table(self.before.scores, shard, ("row", *SCORES)).to_pylist()}
+        spoken = {
+            line["row"]: line
+            for line in read_table(self.before.languages, shard, ("row", "language", "language_score")).to_pylist()
+        }
+        deduped = kept_rows(read_table(self.before.deduped, shard, ("row", "cluster_size", "verdict")))
+        return {
+            line["row"]: {
+                "cluster_size": line["cluster_size"],
+                "language": spoken[line["row"]]["language"],
+                "language_score": round(spoken[line["row"]]["language_score"], 6),
+                "scores": {name: round(scores[line["row"]][name], 6) for name in SCORES},
+            }
+            for line in deduped.to_pylist()
+        }
+
+
+def _hide(metadata: dict[str, Any], pii: PiiConfig) -> bool:
+    """Replaces personal data in what a document has from its file and record; says whether there was any.
+
+    The key of a changed address stays, so that the document is found by the address that it came from.
+    """
+    texts: Mapping[Kind, str] = PLACEHOLDERS | pii.replacements
+    given = {name: metadata[name] for name in FROM_RECORD if name in metadata}
+    hidden = {name: hide_in(value, pii.actions, texts, pii.private_ips, name) for name, value in given.items()}
+    if hidden == given:
+        return False
+    url = url_of(metadata)
+    metadata |= hidden
+    if url_of(metadata) != url:
+        metadata[URL_KEY] = f"{url_key(url):016x}"
+    return True
+
+
+_INTERNAL = frozenset({"shard", "row", "split", "output"})
+
+
+def split_record(step: PipelineStep, document: Document) -> dict[str, Any]:
+    """What of a document is published."""
+    metadata = {key: value for key, value in document.metadata.items() if key not in _INTERNAL}
+    return {"text": document.text, "id": document.id, "metadata": metadata}

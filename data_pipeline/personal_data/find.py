@@ -1,0 +1,270 @@
+"""Where a text holds personal data, keys or tokens: e-mail and IP addresses, telephone and card numbers.
+
+Precision comes first, since replacements scar dates, versions, serial numbers and code. What is found:
+- email: by its ASCII form; not at example.* and other reserved domains (RFC 2606), nor `git@`.
+- ip: public IPv4 and IPv6 addresses (`private_ips` for the others), neither versions nor networks ("/24").
+- phone: see `phones`.
+- card: 14 to 19 digits that begin as an issuer's do, in its length, and pass the Luhn check (ISO/IEC 7812-1).
+- key, secret: see `credentials`.
+Names, street addresses, identity and account numbers are left out: they need a model, or a country's register.
+
+One compiled pass finds what each kind cannot do without (digits close together, dots, a long run of letters and
+digits); expressions are tried there only. `mask` is for
+texts that people are shown.
+"""
+
+import bisect
+import ipaddress
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from configs.cuts import KINDS, Kind
+from data_pipeline.personal_data import credentials
+from data_pipeline.personal_data.credentials import LONG_RUN
+from data_pipeline.personal_data.phones import phones
+from data_pipeline.scan.characters import codes_of
+
+_Spans = tuple[np.ndarray, np.ndarray]
+
+PLACEHOLDERS: dict[Kind, str] = {
+    "email": "<EMAIL>",
+    "ip": "<IP_ADDRESS>",
+    "phone": "<PHONE>",
+    "card": "<CARD>",
+    "key": "<KEY>",
+    "secret": "<SECRET>",
+}
+
+
+class Found(NamedTuple):
+    """Characters [start, end) of a text."""
+
+    start: int
+    end: int
+    kind: Kind
+
+
+class Stretches(NamedTuple):
+    """Parts of a text, as (start, end), where something can be: all that most finders look at."""
+
+    dotted: list[tuple[int, int]]  # three dots as far apart as an IPv4 address has them
+    numbers: list[tuple[int, int]]  # at least 7 digits, never far from each other
+    runs: list[tuple[int, int]]  # letters, digits, "_" and "-", as many as a key has
+
+
+def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) -> list[Found]:
+    """What is found in `text`, in order, without overlaps: where kinds meet, the first of `_FINDERS` has it."""
+    found: list[Found] = []
+    stretches = _stretches(text)
+    for kind, finder in _FINDERS.items():
+        if kind in kinds:
+            for start, end in finder(text, stretches, private_ips):
+                place = bisect.bisect(found, (start,))
+                after_one = place == 0 or found[place - 1].end <= start
+                if after_one and (place == len(found) or end <= found[place].start):
+                    found.insert(place, Found(start, end, kind))
+    return found
+
+
+def mask(text: str) -> str:
+    """`text` with placeholders for all that is found; also for what may have been cut off at its end."""
+    parts, position = [], 0
+    for start, end, kind in find(text, private_ips=True):
+        parts += [text[position:start], PLACEHOLDERS[kind]]
+        position = end
+    return _CUT_OFF.sub("…", "".join([*parts, text[position:]]))
+
+
+# A beginning of an address, a number, a token or a key, right at the end of a text.
+_CUT_OFF = re.compile(r"(?:[!-~]*@[!-~]*|[+(]?[0-9][0-9 .()\-:]{4,}|[A-Za-z0-9_\-+/=.]{8,}|-----BEGIN [^\0]*)\Z")
+
+# --- e-mail -------------------------------------------------------------------------------------------------------
+
+_LOCAL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._%+\-]{0,62}[A-Za-z0-9_+\-])?\Z")
+_DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.)+([A-Za-z]{2,24})(?![A-Za-z0-9_\-(\[=])")
+_RESERVED_DOMAINS = re.compile(r"(?i)(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|local|localhost)\Z")
+_FILE_TYPES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "html", "json", "xml", "txt", "pdf", "zip"}
+_COMMON_DOMAINS = {"com", "org", "net", "edu", "gov", "mil", "int", "info", "biz", "name", "pro", "io"}
+_LONGEST_LOCAL = 64  # RFC 5321
+
+
+def _emails(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
+    at = text.find("@")
+    while at >= 0:
+        domain = _DOMAIN.match(text, at + 1)
+        # The name is sought backwards from the sign: scanning forward for one costs a try at every word.
+        local = _LOCAL.search(text[max(0, at - _LONGEST_LOCAL) : at]) if domain else None
+        if domain and local:
+            top = domain[1].lower()
+            # `w@x.mean` is a matrix product: unusual domains ask for a name of some length.
+            usual = len(top) == 2 or top in _COMMON_DOMAINS or len(local[0]) >= 3
+            if usual and top not in _FILE_TYPES and local[0] != "git" and not _RESERVED_DOMAINS.search(domain[0]):
+                yield at - len(local[0]), domain.end()
+        at = text.find("@", at + 1)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+_LONGEST_GAP = 3  # signs between two digits of a telephone number: ") " and the like
+_MIN_DIGITS = 7
+_LOOK_AROUND = 4  # characters beside digits that patterns may look at: "(", "+", "//"
+
+
+def _stretches(text: str) -> Stretches:
+    codes = codes_of(text)
+    dotted, numbers, runs = (list(zip(*map(np.ndarray.tolist, spans), strict=True)) for spans in _scan(codes))
+    return Stretches(dotted, numbers, runs)
+
+
+@numba.njit(cache=True, nogil=True)
+def _scan(codes: np.ndarray) -> tuple[_Spans, _Spans, _Spans]:
+    """(starts, ends) of each kind of stretch, in one pass over all characters."""
+    size = len(codes)
+    most = size // 2 + 2  # one for each dot, at most, of which two are 4 apart from the next but one
+    starts, ends = np.empty((3, most), np.int64), np.empty((3, most), np.int64)
+    counts = np.zeros(3, np.int64)
+    dot, dot_before = -100, -100
+    first_digit, last_digit, digits = 0, -100, 0
+    run = 0
+    for place in range(size + 1):
+        code = codes[place] if place < size else np.uint32(0)
+        if 48 <= code <= 57:
+            if place - last_digit > _LONGEST_GAP + 1:
+                if digits >= _MIN_DIGITS:
+                    starts[1, counts[1]], ends[1, counts[1]] = first_digit, last_digit + 1
+                    counts[1] += 1
+                first_digit, digits = place, 0
+            last_digit = place
+            digits += 1
+        elif code == 46:
+            if 4 <= place - dot_before <= 8:
+                starts[0, counts[0]], ends[0, counts[0]] = dot_before - 3, place + 4
+                counts[0] += 1
+            dot_before, dot = dot, place
+        if not (48 <= code <= 57 or 65 <= code <= 90 or 97 <= code <= 122 or code == 95 or code == 45):
+            if place - run >= LONG_RUN:
+                starts[2, counts[2]], ends[2, counts[2]] = run, place
+                counts[2] += 1
+            run = place + 1
+    if digits >= _MIN_DIGITS:
+        starts[1, counts[1]], ends[1, counts[1]] = first_digit, last_digit + 1
+        counts[1] += 1
+    for kind in range(2):
+        for span in range(counts[kind]):
+            starts[kind, span] = max(starts[kind, span] - _LOOK_AROUND, 0)
+            ends[kind, span] = min(ends[kind, span] + _LOOK_AROUND, size)
+    return (
+        (starts[0, : counts[0]].copy(), ends[0, : counts[0]].copy()),
+        (starts[1, : counts[1]].copy(), ends[1, : counts[1]].copy()),
+        (starts[2, : counts[2]].copy(), ends[2, : counts[2]].copy()),
+    )
+
+
+def _matches(pattern: re.Pattern[str], text: str, start: int, end: int) -> Iterator[re.Match[str]]:
+    """Matches that begin in a stretch, whatever lies behind its end."""
+    for match in pattern.finditer(text, start, end):
+        if whole := pattern.match(text, match.start()):
+            yield whole
+
+
+_IPV4 = re.compile(
+    r"(?:(?<=//)|(?<![A-Za-z0-9_.+\-/~^]))(?:[0-9]{1,3}\.){3}[0-9]{1,3}"
+    r"(?![A-Za-z0-9_]|\.[0-9]|-[A-Za-z0-9]|/[0-9]{1,3}(?![0-9/]))"
+)
+_VERSION_BEFORE = re.compile(
+    r"(?i)(?:[=<>~!]=|\bv|\b(?:version|ver|release|firmware|build|section|chapter|rfc|bsd|oid)s?|§|版本号?|第)"
+    r"[\s.:=(\"']{0,3}\Z"
+)
+_CONTEXT = 24
+_VERSION_PART = 32  # four numbers below it are taken for a version: of addresses, one in 4,096 is like that
+_IPV6_MIDDLE = re.compile(r":[0-9A-Fa-f]{0,4}:")
+_IPV6_SIGNS = frozenset("0123456789abcdefABCDEF:.")
+_GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
+
+
+def _ips(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
+    for start, end in stretches.dotted:
+        for match in _matches(_IPV4, text, start, end):
+            before = text[max(0, match.start() - _CONTEXT) : match.start()]
+            if _is_ipv4(match[0], private_ips) and not _VERSION_BEFORE.search(before):
+                yield match.span()
+    done = 0
+    for middle in _IPV6_MIDDLE.finditer(text):
+        if middle.start() < done:
+            continue
+        start, end = middle.span()
+        while start > 0 and text[start - 1] in _IPV6_SIGNS:
+            start -= 1
+        while end < len(text) and text[end] in _IPV6_SIGNS:
+            end += 1
+        done = end
+        while text[end - 1] == "." or text[end - 1] == ":" != text[end - 2]:  # the sentence's, not the address's
+            end -= 1
+        bounded = not (_is_word(text[start - 1 : start]) or _is_word(text[end : end + 1]) or text[end : end + 1] == "/")
+        if bounded and _is_ipv6(text[start:end], private_ips):
+            yield start, end
+
+
+def _is_ipv4(digits: str, private_ips: bool) -> bool:
+    parts = digits.split(".")
+    if any(len(part) > 1 and part[0] == "0" for part in parts) or max(map(int, parts)) > 255:
+        return False
+    address = ipaddress.IPv4Address(digits)
+    if not address.is_global or address.is_multicast:
+        return private_ips and int(parts[0]) >= 10 and not address.is_unspecified
+    return max(map(int, parts)) >= _VERSION_PART
+
+
+def _is_ipv6(signs: str, private_ips: bool) -> bool:
+    """Slices in code (`a[1::2]`) and times have the form of addresses, but no address begins like them."""
+    try:
+        address = ipaddress.IPv6Address(signs)
+    except ValueError:
+        return False
+    if len([group for group in signs.split(":") if group]) < 3:
+        return False
+    return address in _GLOBAL_IPV6 and (private_ips or address.is_global)
+
+
+def _is_word(sign: str) -> bool:
+    return sign.isascii() and (sign.isalnum() or sign == "_")
+
+
+_CARD = re.compile(
+    r"(?<![A-Za-z0-9_.+\-/,])(?:[0-9]{4}([ \-])[0-9]{4}\1[0-9]{4}\1[0-9]{4}|3[47][0-9]{2}([ \-])[0-9]{6}\2[0-9]{5}"
+    r"|[0-9]{14,19})(?![A-Za-z0-9_]|[ .\-/,][0-9])"
+)
+# Digits that an issuer's numbers begin with, and how many they have.
+_ISSUERS = re.compile(
+    r"4[0-9]{15}|(?:5[1-5][0-9]{2}|222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720)[0-9]{12}|3[47][0-9]{13}"
+    r"|(?:6011|65[0-9]{2}|64[4-9][0-9])[0-9]{12}|35(?:2[89]|[3-8][0-9])[0-9]{12}|62[0-9]{14,17}|3(?:0[0-5]|[68][0-9])[0-9]{11}"
+)
+
+
+def luhn(digits: str) -> bool:
+    """The check digit of ISO/IEC 7812-1."""
+    doubled = [int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits))]
+    return sum(value - 9 * (value > 9) for value in doubled) % 10 == 0
+
+
+def _cards(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
+    for start, end in stretches.numbers:
+        for match in _matches(_CARD, text, start, end):
+            digits = "".join(filter(str.isdigit, match[0]))
+            if _ISSUERS.fullmatch(digits) and luhn(digits):
+                yield match.span()
+
+
+_Finder = Callable[[str, Stretches, bool], Iterator[tuple[int, int]]]
+_FINDERS: dict[Kind, _Finder] = {
+    "key": lambda text, stretches, private_ips: credentials.keys(text, stretches.runs),
+    "email": _emails,
+    "card": _cards,
+    "ip": _ips,
+    "phone": lambda text, stretches, private_ips: phones(text, stretches.numbers),
+    "secret": lambda text, stretches, private_ips: credentials.secrets(text),
+}

@@ -1,0 +1,229 @@
+"""`trivium data what-if CONFIG rule=value ...`: what other thresholds would keep, from the scores alone, in seconds.
+
+Prints documents, bytes and tokens kept by the config and by the changed one, by source; how often each changed
+rule set's rules are broken, and how often alone; and the documents nearest to a changed threshold, on both sides.
+Nothing is written. Deduplication is not repeated: the counts are those after the filter stage.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+
+from configs.data import DataConfig
+from configs.loader import ConfigError, command_parser, entrypoint, load
+from configs.rules import RuleSet
+from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.checked_parquet import columns_in
+from data_pipeline.core.stage import read_manifest
+from data_pipeline.core.tables import read_table, shards_of
+from data_pipeline.report.ledger_tables import wide_console
+from data_pipeline.scores.filtering import broken, verdicts
+from data_pipeline.scores.scoring import definition_of
+
+_MARGIN = 3  # documents shown on each side of a threshold
+_HEAD_CHARS = 160
+
+
+@dataclass(frozen=True)
+class Change:
+    """One bound that differs: of rule set `rules`, from `before` to `after`."""
+
+    rules: str
+    score: str
+    side: str
+    before: float | None
+    after: float | None
+
+
+def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[Change]:
+    """Every bound that differs. Errors: ConfigError for what scores do not decide."""
+    found = []
+    for name in before:
+        if definition_of(before[name]) != definition_of(after[name]):
+            raise ConfigError(
+                f"rules.{name}: another splitter, stop words, bad words or form of C4 changes the scores themselves, "
+                "and what-if has the old ones; change the config and run: trivium data run CONFIG"
+            )
+        for score in sorted(before[name].bounds().keys() | after[name].bounds().keys()):
+            for side in ("min", "max"):
+                was, would = (getattr(rules.bounds().get(score), side, None) for rules in (before[name], after[name]))
+                if was == would:
+                    continue
+                if score == "language_score" and not _stricter(side, was, would):
+                    raise ConfigError(
+                        f"rules.{name}.language_score.{side} = {would} would let in documents that the language stage "
+                        "dropped, which have no scores; change the config and run: trivium data run CONFIG"
+                    )
+                found.append(Change(name, score, side, was, would))
+    return found
+
+
+def _stricter(side: str, was: float | None, would: float | None) -> bool:
+    if was is None or would is None:
+        return would is not None
+    return would > was if side == "min" else would < was
+
+
+def expanded(overrides: Sequence[str], rules: Sequence[str]) -> list[str]:
+    """`word_count.min=60` for every rule set; what starts with a section of the config stays as it is."""
+    found = []
+    for override in overrides:
+        name = override.split(".")[0].split("=")[0]
+        if name in RuleSet.model_fields:
+            found += [f"rules.{one}.{override}" for one in rules]
+        else:
+            found.append(override)
+    return found
+
+
+def scores_of(run_dir: Path) -> pa.Table:
+    """All rows of the score stage but canaries', without their pieces of text. Errors: ConfigError for none."""
+    folder = run_dir / "score"
+    shards = [shard for shard in shards_of(folder) if not is_canary(shard)] if folder.is_dir() else []
+    if not shards:
+        raise ConfigError(f"run.dir = {str(run_dir)!r} holds no scores yet; run: trivium data run CONFIG")
+    columns = [name for name in columns_in(folder / f"{shards[0]}.parquet") if name != "head"]
+    return pa.concat_tables([read_table(folder, shard, columns) for shard in shards])
+
+
+def head_of(run_dir: Path, row: dict[str, Any]) -> str:
+    """The beginning of a document, from its row of scores."""
+    table = read_table(run_dir / "score", row["shard"], ["row", "head"])
+    return table.filter(pc.equal(table["row"], row["row"]))["head"][0].as_py()
+
+
+def tokens_per_byte(run_dir: Path) -> dict[str, float]:
+    """By source, from the run's own token stage; empty before it has run."""
+    sources = (read_manifest(run_dir / "tokens") or {"sources": {}})["sources"]
+    return {
+        name: counts["notes"].get("tokens", 0) / counts["kept"]["bytes"]
+        for name, counts in sources.items()
+        if counts["kept"]["bytes"]
+    }
+
+
+def compare(table: pa.Table, before: np.ndarray, after: np.ndarray, rates: dict[str, float]) -> Table:
+    """Kept documents, bytes and tokens by source; `before` and `after` are verdicts."""
+    shown = Table(title="Kept after the filter stage", title_justify="left")
+    for name in ("source", "documents", "would be", "MB", "would be", "tokens (M)", "would be"):
+        shown.add_column(name, justify="left" if name == "source" else "right")
+    sources = np.array(table["source"].to_pylist(), dtype=object)
+    sizes = table["bytes"].to_numpy()
+    totals = np.zeros(6)
+    known = True
+    for source in sorted(set(sources)):
+        numbers = []
+        for said in (before, after):
+            kept = (sources == source) & (said == "")
+            size = sizes[kept].sum() / 1e6
+            numbers.append((kept.sum(), size, size * rates.get(source, np.nan)))
+        row = np.array(numbers).T.ravel()
+        known &= bool(np.isfinite(row).all())
+        totals += np.nan_to_num(row)
+        shown.add_row(source, *_cells(row, source in rates))
+    shown.add_section()
+    shown.add_row("all", *_cells(totals, known))
+    return shown
+
+
+def _cells(row: np.ndarray, tokens: bool) -> list[str]:
+    counts = [f"{row[0]:,.0f}", f"{row[1]:,.0f}", f"{row[2]:,.2f}", f"{row[3]:,.2f}"]
+    return [*counts, *((f"{row[4]:,.2f}", f"{row[5]:,.2f}") if tokens else ("not yet", "not yet"))]
+
+
+def overlap(reasons: dict[str, np.ndarray]) -> Table:
+    """How many documents each rule breaks, how many it alone breaks, and which other rule shares most of them."""
+    shown = Table(title="Rules, as changed", title_justify="left")
+    for name in ("rule", "breaks", "alone", "most often with"):
+        shown.add_column(name, justify="right" if name in ("breaks", "alone") else "left")
+    count = sum((rows.astype(int) for rows in reasons.values()), start=np.zeros(1, int))
+    for reason, rows in sorted(reasons.items(), key=lambda item: (-item[1].sum(), item[0])):
+        if not rows.any():
+            continue
+        shared = {other: int((rows & theirs).sum()) for other, theirs in reasons.items() if other != reason}
+        partner = max(shared, key=lambda other: (shared[other], other), default="")
+        said = f"{partner} ({shared[partner]:,})" if partner and shared[partner] else ""
+        shown.add_row(reason, f"{int(rows.sum()):,}", f"{int((rows & (count == 1)).sum()):,}", said)
+    return shown
+
+
+def margin(table: pa.Table, change: Change) -> list[tuple[str, dict[str, Any]]]:
+    """("in" or "out", row) of the documents nearest to the threshold of `change`, the nearest first on each side."""
+    limit = change.after if change.after is not None else change.before
+    mine = table.filter(pa.array([name == change.rules for name in table["rules"].to_pylist()]))
+    values = mine[change.score].to_numpy()
+    outside = values < limit if change.side == "min" else values > limit
+    found: list[tuple[str, dict[str, Any]]] = []
+    for word, rows in (("in", np.flatnonzero(~outside)), ("out", np.flatnonzero(outside))):
+        nearest = rows[np.argsort(np.abs(values[rows] - limit), kind="stable")][:_MARGIN]
+        found += [(word, mine.slice(int(row), 1).to_pylist()[0]) for row in nearest]
+    return found
+
+
+def show(config: DataConfig, changed: DataConfig, console: Console) -> None:
+    run_dir = Path(config.run.dir)
+    differing = changes(config.rules, changed.rules)
+    if config.scores != changed.scores or config.language != changed.language:
+        raise ConfigError(
+            "another key under scores or language changes the scores themselves, and what-if has the old ones; change "
+            "the config and run: trivium data run CONFIG"
+        )
+    table = scores_of(run_dir)
+    for change in differing:
+        if change.score not in table.column_names:
+            raise ConfigError(
+                f"rules.{change.rules}.{change.score}: the scores in {run_dir} were made without it; run: trivium data "
+                "run CONFIG"
+            )
+    before, after = verdicts(table, config.rules), verdicts(table, changed.rules)
+    console.print(compare(table, before, after, tokens_per_byte(run_dir)))
+    console.print(overlap(broken(table, changed.rules)))
+    for change in differing:
+        title = f"{change.score}.{change.side} of {change.rules}: {change.before} -> {change.after}; nearest to it:"
+        console.print(f"\n{title}", highlight=False, markup=False, soft_wrap=True)
+        for word, row in margin(table, change):
+            text = " ".join(head_of(run_dir, row).split())[:_HEAD_CHARS]
+            console.print(
+                f"  {word:<3} {row[change.score]:<10.4g} {row['id']}", highlight=False, markup=False, soft_wrap=True
+            )
+            console.print(f"      {text}", highlight=False, markup=False, soft_wrap=True)
+    if not differing:
+        console.print(
+            "no bound differs from the config's; say for instance word_count.min=100", highlight=False, soft_wrap=True
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command_parser(
+        "trivium data what-if",
+        "What other thresholds would keep, from the scores of a finished run; nothing is written.",
+        "trivium data what-if configs/data/demo.toml word_count.min=100 rules.english.dup_5_gram.max=0.1",
+        DataConfig,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the TOML file of the run")
+    parser.add_argument("changes", metavar="rule=value", nargs="*", help="score.min=, score.max=, or any config key")
+    args = parser.parse_args(argv)
+    config = load(DataConfig, args.config)
+    changed = load(DataConfig, args.config, expanded(args.changes, sorted(config.rules)))
+    if changed.run.dir != config.run.dir:
+        config = load(DataConfig, args.config, [f'run.dir="{changed.run.dir}"'])
+    try:
+        show(config, changed, wide_console())
+    except ConfigError:
+        raise
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)

@@ -1,0 +1,136 @@
+"""`trivium data report CONFIG`: what a data run did, in tables here and as one HTML page (`page`).
+
+The tables are of ledger and samples alone. Following one document through the stages is `trivium data explain`.
+"""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.data import DataConfig
+from configs.loader import ConfigError, entrypoint, load, parse_args
+from data_pipeline.canaries.naming import is_canary
+from data_pipeline.report.page import write
+
+_SAMPLE_CHARS = 160
+_SAMPLES = 2
+_NARROW = 120  # columns, below which a table with the reasons would break words apart
+
+
+def wide_console() -> Console:
+    """A console that, where it is no terminal and COLUMNS is not set, is wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(width=140)
+
+
+def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> None:
+    """The table of stages: in, kept, dropped, bytes, reasons, time, and where to look; reasons and places come below
+    it where the console is too narrow for them.
+    """
+    table, narrow = Table(title=f"Data run in {run_dir}", title_justify="left"), console.width < _NARROW
+    for name in ("stage", "in", "kept", "dropped", "MB kept", "seconds"):
+        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
+    if not narrow:
+        table.add_column("most dropped for", overflow="fold")
+        table.add_column("where to look", overflow="fold")
+    below = []
+    for stage in ledger["stages"]:
+        total = stage["total"]
+        dropped = {reason: amount["documents"] for reason, amount in total["dropped"].items()}
+        top = sorted(
+            ((reason, count) for reason, count in dropped.items() if count), key=lambda item: (-item[1], item[0])
+        )
+        parts = {reason: amount["bytes"] for reason, amount in total["dropped"].items() if not amount["documents"]}
+        notes = [f"({name}: {count:,})" for name, count in total["notes"].items()]
+        reasons = ", ".join(
+            [
+                *(f"{reason} {count:,}" for reason, count in top[:3]),
+                *(f"{reason} {size:,} bytes" for reason, size in parts.items()),
+                *notes,
+            ]
+        )
+        if narrow and reasons:
+            below.append(f"{stage['name']}: {reasons}; look at {stage['where']}")
+        table.add_row(
+            stage["name"],
+            f"{total['in']['documents']:,}",
+            f"{total['kept']['documents']:,}",
+            f"{sum(dropped.values()):,}",
+            f"{total['passed_on']['bytes'] / 1e6:.2f}",
+            f"{stage['seconds']:.1f}" + ("" if stage["fresh"] else " (kept)"),
+            *([] if narrow else [reasons, stage["where"]]),
+        )
+    console.print(table)
+    for line in below:
+        console.print(line, highlight=False, markup=False)
+
+
+def print_drops(run_dir: Path, console: Console) -> None:
+    """A few dropped documents of every stage and reason, and the broken records."""
+    for path in sorted([*run_dir.glob("*/drops/*.jsonl"), *run_dir.glob("*/rejected/*.jsonl")]):
+        with path.open(encoding="utf-8") as lines:
+            documents = (one for one in map(json.loads, lines) if not is_canary(one.get("source") or path.stem[:-5]))
+            samples = list(itertools.islice(documents, _SAMPLES))
+        if not samples:
+            continue
+        console.print(f"\n[bold]{path}[/bold]", soft_wrap=True)
+        for sample in samples:
+            reason = sample.get("verdict") or sample.get("reason")
+            text = " ".join((sample.get("head") or sample.get("sample") or sample.get("context") or "").split())[
+                :_SAMPLE_CHARS
+            ]
+            console.print(f"  {reason}  {sample['id']}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"    {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def read_ledger(run_dir: Path) -> dict[str, Any]:
+    """Errors: ValueError when no run has finished there."""
+    path = run_dir / "ledger.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: no data run has finished in {run_dir}; run: trivium data run CONFIG")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); run `trivium data run CONFIG` again, which writes it anew"
+        ) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        DataConfig,
+        argv,
+        prog="trivium data report",
+        description="What a data run kept and dropped, with samples: printed, and as report.html in its run.dir.",
+        example="trivium data report configs/data/demo.toml",
+    )
+    run_dir, console = Path(config.run.dir), wide_console()
+    try:
+        ledger = read_ledger(run_dir)
+        if args.dry_run:
+            console.print(f"would report on {run_dir}, {len(ledger['stages'])} stages", soft_wrap=True)
+            return 0
+        print_ledger(ledger, run_dir, console)
+        print_drops(run_dir, console)
+        # The run's own config: the file may say other thresholds by now.
+        page = write(load(DataConfig, run_dir / "config.toml"), run_dir, ledger)
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for alarm in ledger["alarms"]:
+        console.print(f"alarm: {alarm}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)

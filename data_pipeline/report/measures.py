@@ -1,0 +1,157 @@
+"""What the page draws, measured from a data run's tables: histograms and clusters.
+
+Tables are read shard by shard and only in the columns that are needed; what is kept of them does not grow with the
+run: counts in fixed bins, and a few rows. Texts are not read.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from configs.rules import RuleSet
+from data_pipeline.report.page_samples import Smallest, columns_of
+
+SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # of documents in bytes: two bins for each doubling, up to 1 TB
+_BINS = 40
+_LANGUAGE = "language_score"  # in the language stage's tables
+_LOG_FROM = 1000.0  # a score that runs from 0 to beyond this is binned by its logarithm
+
+
+@dataclass
+class Documents:
+    """Languages, and bytes by size of document in the bins of SIZE_EDGES; what extract published, and what is kept."""
+
+    languages: dict[str, list[int]] = field(default_factory=dict)  # documents, bytes, documents kept
+    before: dict[str, np.ndarray] = field(default_factory=dict)  # int64 [bins], documents by source
+    after: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def documents(run_dir: Path, last: str) -> Documents:
+    """`last` is the last stage with tables of verdicts: what it kept becomes documents."""
+    found = Documents()
+    for table in columns_of(run_dir / "language", ["source", "bytes", "language", "verdict"]):
+        kept = pc.cast(pc.equal(table["verdict"], ""), pa.int64())
+        groups = table.append_column("kept", kept).group_by("language")
+        for row in groups.aggregate([("bytes", "count"), ("bytes", "sum"), ("kept", "sum")]).to_pylist():
+            counts = found.languages.setdefault(row["language"], [0, 0, 0])
+            for place, name in enumerate(("bytes_count", "bytes_sum", "kept_sum")):
+                counts[place] += row[name]
+        _count_sizes(found.before, table)
+    for table in columns_of(run_dir / last, ["source", "bytes"], pc.field("verdict") == ""):
+        _count_sizes(found.after, table)
+    return found
+
+
+def _count_sizes(counts: dict[str, np.ndarray], table: pa.Table) -> None:
+    for source in table["source"].unique().to_pylist():
+        sizes = table.filter(pc.equal(table["source"], source))["bytes"].to_numpy()
+        binned, _ = np.histogram(np.clip(sizes, 1, SIZE_EDGES[-1]), SIZE_EDGES)
+        counts[source] = counts.get(source, 0) + binned
+
+
+@dataclass
+class Cluster:
+    """Documents that are copies of each other, a few of them shown."""
+
+    number: int
+    size: int
+    members: Smallest
+
+
+def clusters(run_dir: Path, count: int, shown: int) -> tuple[list[Cluster], dict[int, int]]:
+    """The largest clusters, and how many clusters there are of each size above 1."""
+    sizes: Counter[int] = Counter()
+    largest: dict[int, int] = {}
+    for table in columns_of(run_dir / "dedup", ["cluster", "cluster_size"], pc.field("cluster_size") > 1):
+        numbers, rows = np.unique(table["cluster"].to_numpy(), return_index=True)
+        found = table["cluster_size"].to_numpy()
+        values, occurrences = np.unique(found, return_counts=True)
+        sizes.update(dict(zip(values.tolist(), occurrences.tolist(), strict=True)))
+        largest.update(zip(numbers.tolist(), found[rows].tolist(), strict=True))
+        largest = dict(heapq.nsmallest(count, largest.items(), key=lambda item: (-item[1], item[0])))
+    # A cluster has a row for each member: as many clusters as rows / size.
+    by_size = {size: rows // size for size, rows in sorted(sizes.items())}
+    chosen = {number: Cluster(number, size, Smallest(shown)) for number, size in largest.items()}
+    wanted = pc.field("cluster").isin(list(chosen))
+    columns = ["source", "id", "bytes", "verdict", "head", "cluster"]
+    for table in columns_of(run_dir / "dedup", columns, wanted) if chosen else []:
+        for row in table.to_pylist():
+            chosen[row["cluster"]].members.offer(row)
+    return list(chosen.values()), by_size
+
+
+@dataclass
+class Scores:
+    """One rule's scores: counts within its bound and outside, in common bins."""
+
+    rules: str
+    score: str
+    low: float | None  # the bound
+    high: float | None
+    edges: np.ndarray  # float64 [bins + 1]
+    logarithmic: bool
+    inside: np.ndarray  # int64 [bins]
+    outside: np.ndarray  # int64 [bins]
+    unknown: int = 0
+
+
+def scores(run_dir: Path, rules: Mapping[str, RuleSet]) -> list[Scores]:
+    """A distribution for each bound of each rule set that some document met; those that break it most come first."""
+    ends: dict[tuple[str, str], tuple[float, float]] = {}
+    for key, values in _values(run_dir, rules):
+        if len(known := values[np.isfinite(values)]):
+            low, high = ends.get(key, (np.inf, -np.inf))
+            ends[key] = min(low, float(known.min())), max(high, float(known.max()))
+    drawn = {}
+    for (name, score), (low, high) in ends.items():
+        bound = rules[name].bounds()[score]
+        limits = [limit for limit in (bound.min, bound.max) if limit is not None]
+        edges, logarithmic = _edges(min(low, *limits), max(high, *limits))
+        counts = np.zeros((2, _BINS), np.int64)
+        drawn[name, score] = Scores(name, score, bound.min, bound.max, edges, logarithmic, *counts)
+    for key, values in _values(run_dir, rules):
+        if key in drawn:
+            _count_scores(drawn[key], values)
+    return sorted(drawn.values(), key=lambda one: (one.rules, -one.outside.sum(), one.score))
+
+
+def _values(run_dir: Path, rules: Mapping[str, RuleSet]) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    """(rule set, score), float64 [rows] of each shard, NaN where a score is not known."""
+    bounded = {score for one in rules.values() for score in one.bounds()}
+    # The score stage does not see documents any more that the language stage dropped.
+    for stage, wanted in (("language", bounded & {_LANGUAGE}), ("score", bounded - {_LANGUAGE})):
+        for table in columns_of(run_dir / stage, ["rules", *sorted(wanted)]):
+            for name, one in rules.items():
+                mine = table.filter(pc.equal(table["rules"], name))
+                for score in sorted(one.bounds().keys() & set(mine.column_names)):
+                    yield (name, score), mine[score].to_numpy()
+
+
+def _edges(low: float, high: float) -> tuple[np.ndarray, bool]:
+    if low == high:
+        high = low + 1.0
+    if low >= 0 and high >= _LOG_FROM:
+        start = np.log10(max(low, 0.5))
+        edges = np.logspace(start, np.log10(high), _BINS + 1)
+        return edges, True
+    return np.linspace(low, high, _BINS + 1), False
+
+
+def _count_scores(drawn: Scores, values: np.ndarray) -> None:
+    known = values[np.isfinite(values)]
+    drawn.unknown += len(values) - len(known)
+    outside = np.zeros(len(known), bool)
+    if drawn.low is not None:
+        outside |= known < drawn.low
+    if drawn.high is not None:
+        outside |= known > drawn.high
+    # Rounding may leave the ends a hair outside of the edges; a score of 0 has no logarithm and goes to the first bin.
+    placed = np.clip(known, drawn.edges[0], drawn.edges[-1])
+    drawn.inside += np.histogram(placed[~outside], drawn.edges)[0]
+    drawn.outside += np.histogram(placed[outside], drawn.edges)[0]

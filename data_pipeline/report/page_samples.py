@@ -1,0 +1,146 @@
+"""Samples for the page: documents that were dropped, and what was cut out of others, random and yet the same each time.
+
+What is drawn are the rows with the smallest hashes of their ids. Pieces of text come from the tables, where they are
+masked already; where a table has none, the texts of the few documents that were drawn are read, and masked.
+"""
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from configs.rules import RuleSet
+from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.checked_parquet import columns_in, readable
+from data_pipeline.core.hashing import stable_hash
+from data_pipeline.core.tables import SHOWN, read_table, shards_of
+from data_pipeline.cutting.cuts import FOLDER as CUTS
+from data_pipeline.provenance.excerpts import excerpt, piece, texts
+
+_EXCERPT = 300  # characters
+
+Sample = dict[str, Any]
+
+
+class Smallest:
+    """The `count` rows with the smallest hashes of seed and id, of all that are offered, smallest first."""
+
+    def __init__(self, count: int, seed: str = "") -> None:
+        self._count = count
+        self._seed = seed
+        self._heap: list[tuple[int, int, Sample]] = []  # the largest hash on top, as its negative
+        self._offered = 0
+
+    def offer(self, row: Sample) -> None:
+        self._offered += 1
+        entry = (-stable_hash(f"{self._seed}\0{row['source']}\0{row['id']}"), -self._offered, row)
+        if len(self._heap) < self._count:
+            heapq.heappush(self._heap, entry)
+        elif entry[:2] > self._heap[0][:2]:
+            heapq.heapreplace(self._heap, entry)
+
+    def rows(self) -> list[Sample]:
+        return [row for _, _, row in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
+
+
+def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa.Table]:
+    """Of each shard's table those of `names` that it has, canaries left out; nothing of a stage without tables."""
+    for shard in shards_of(folder) if folder.is_dir() else []:
+        if is_canary(shard):
+            continue
+        path = folder / f"{shard}.parquet"
+        there = set(columns_in(path))
+        with readable(path):
+            table = pq.read_table(path, columns=[name for name in names if name in there], filters=where)
+        yield table
+
+
+def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Sample]]:
+    """Reason -> dropped documents, drawn over all shards; without tables, from the lines that the stage keeps. Each has
+    a piece of its text.
+    """
+    folder = run_dir / stage
+    drawn: dict[str, Smallest] = {}
+    dropped = pc.field("verdict") != ""
+    for table in columns_of(folder, ["source", "shard", "row", "id", "bytes", "verdict", "head", "survivor"], dropped):
+        for row in table.to_pylist():
+            drawn.setdefault(row["verdict"], Smallest(count)).offer(row)
+    lines = [] if drawn else sorted([*folder.glob("drops/*.jsonl"), *folder.glob("rejected/*.jsonl")])
+    if any("head" not in row for one in drawn.values() for row in one.rows()):
+        lines = sorted(folder.glob("drops/*.jsonl"))  # the stage's tables have no text, its samples do
+        drawn = {}
+    for path in lines:
+        with path.open(encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                # Extract names a file of them after source and unit.
+                row.setdefault("source", path.stem.rpartition("-")[0])
+                if is_canary(row["source"]):
+                    continue
+                drawn.setdefault(row.get("verdict") or row["reason"], Smallest(count)).offer(row)
+    chosen = {reason: one.rows() for reason, one in drawn.items()}
+    for row in (row for rows in chosen.values() for row in rows if "row" in row and not row.keys() & set(SHOWN)):
+        ((_, text),) = texts(run_dir, row["shard"], {row["row"]})
+        row["head"] = piece(text, 0, _EXCERPT)
+    return chosen
+
+
+def broken_rule(run_dir: Path, row: Sample, rules: Mapping[str, RuleSet]) -> str:
+    """Of a document that a rule dropped: its score, the threshold and the rule set; "" where no rule did.
+
+    `row` is of a stage's table; the scores are looked up where the stages before left them.
+    """
+    score, _, side = row.get("verdict", "").rpartition("_")
+    if side not in ("min", "max") or score not in RuleSet.model_fields or "shard" not in row:
+        return ""
+    for stage in ("score", "language"):
+        path = run_dir / stage / f"{row['shard']}.parquet"
+        if path.is_file() and {score, "rules"} <= set(columns_in(path)):
+            table = read_table(run_dir / stage, row["shard"], ["row", "rules", score])
+            found = table.filter(pc.equal(table["row"], row["row"])).to_pylist()
+            bound = rules[found[0]["rules"]].bounds().get(score) if found and found[0]["rules"] in rules else None
+            limit = getattr(bound, side, None)
+            if limit is not None:
+                word = "at least" if side == "min" else "at most"
+                return f"{score} is {found[0][score]:.6g}, rules.{found[0]['rules']} wants {word} {limit:g}"
+    return ""
+
+
+def cut_samples(run_dir: Path, stages: Iterable[str], count: int) -> dict[str, list[Sample]]:
+    """Reason -> rows of tables of cuts with source, id and `excerpt`. Of a shard no more than `count` a reason are
+    drawn from, or one long table would be all that is looked at. These texts are read: of few shards.
+    """
+    drawn: dict[str, Smallest] = {}
+    for stage in stages:
+        for shard in shards_of(run_dir / stage / CUTS) if (run_dir / stage / CUTS).is_dir() else []:
+            if is_canary(shard):
+                continue
+            table = read_table(run_dir / stage / CUTS, shard)
+            reasons = np.array(table["reason"].to_pylist(), dtype=object)
+            random = np.random.default_rng(stable_hash(f"{stage}\0{shard}"))
+            for reason in sorted(set(reasons)):
+                rows = random.permutation(np.flatnonzero(reasons == reason))[:count]
+                for cut in table.take(rows).to_pylist():
+                    place = {"source": shard.split("/")[0], "shard": shard, "stage": stage}
+                    drawn.setdefault(reason, Smallest(count)).offer(
+                        place | cut | {"id": f"{shard}:{cut['row']}:{cut['start']}"}
+                    )
+    chosen = {reason: one.rows() for reason, one in drawn.items()}
+    for shard, cuts in groupby(sorted((cut for rows in chosen.values() for cut in rows), key=_shard), _shard):
+        found = list(cuts)
+        named = read_table(run_dir / found[0]["stage"], shard)
+        ids = dict(zip(named["row"].to_pylist(), named["id"].to_pylist(), strict=True))
+        held = dict(texts(run_dir, shard, {cut["row"] for cut in found}))
+        for cut in found:
+            cut |= {"id": ids[cut["row"]], "excerpt": excerpt(held[cut["row"]], cut)}
+    return chosen
+
+
+def _shard(row: Sample) -> str:
+    return str(row["shard"])

@@ -1,0 +1,283 @@
+"""Rules that drop lines of web pages, and what they say of the whole page: C4's and RefinedWeb's.
+
+C4 (Raffel et al. 2020, arXiv 1910.10683) in the forms of its implementations: which of them is a `C4Rules`.
+RefinedWeb (Penedo et al. 2023, arXiv 2306.01116, appendix G.2) in DCLM's form (Li et al. 2024, arXiv
+2406.11794). A line gets the first reason that applies to it. Sentences are ended by . ? ! … or their CJK forms
+before white space or the line's end; abbreviations are not known.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numba
+import numpy as np
+
+from data_pipeline.scan.characters import ALPHA, CJK, DIGIT, SPACE, UPPER, WORD
+from data_pipeline.scan.line_scores import ends_in_ellipsis, trim
+from data_pipeline.scan.words import span_hash, word_hash
+
+
+class Phrase(IntEnum):
+    """What `scan` looks for in the lower-cased text on behalf of these rules."""
+
+    lorem_ipsum = 0
+    javascript = 1
+    policy = 2
+    cart = 3
+    read_more = 4
+    sign_in = 5
+
+
+PHRASES: tuple[tuple[str, Phrase], ...] = (
+    ("lorem ipsum", Phrase.lorem_ipsum),
+    ("javascript", Phrase.javascript),
+    ("terms of use", Phrase.policy),
+    ("privacy policy", Phrase.policy),
+    ("cookie policy", Phrase.policy),
+    ("uses cookies", Phrase.policy),
+    ("use of cookies", Phrase.policy),
+    ("use cookies", Phrase.policy),
+    ("items in cart", Phrase.cart),
+    ("read more...", Phrase.read_more),
+    ("sign-in", Phrase.sign_in),
+)
+
+
+class LineDrop(IntEnum):
+    """Why a line goes; 0 stays."""
+
+    kept = 0
+    long_word = 1
+    no_end = 2
+    few_words = 3
+    javascript = 4
+    policy = 5
+    uppercase = 6
+    numeric = 7
+    counter = 8
+    one_word = 9
+    boilerplate = 10
+
+
+@dataclass(frozen=True)
+class C4Rules:
+    """One published form of C4's line rules."""
+
+    min_words: int
+    end_marks: str  # of a line that stays; empty: any
+    policy: bool  # lines with cookie and privacy phrases go
+    citations: bool  # "[1]", "[edit]" and "[citation needed]" are taken out before a line's end is looked at
+    page_bracket: bool  # "{" anywhere counts, not only in lines that got so far
+    max_word_length: int = 1000
+
+
+C4_RULES = {
+    "paper": C4Rules(5, '.?!"', policy=False, citations=False, page_bracket=True),
+    "reference": C4Rules(5, '.?!"', policy=True, citations=True, page_bracket=False),
+    "datatrove": C4Rules(3, ".?!\"'", policy=True, citations=True, page_bracket=False),
+    "fineweb": C4Rules(3, "", policy=True, citations=True, page_bracket=False),
+}
+# As hashes: strings in compiled code cost seconds to compile.
+_CITATIONS = np.array([word_hash(word) for word in ("edit", "citation needed")], np.uint64)
+_COUNTED = np.array(
+    [
+        word_hash(word)
+        for word in (
+            "likes", "shares", "comments", "retweets", "reposts", "quotes", "bookmarks", "upvotes", "downvotes",
+            "downloads", "views", "followers",
+        )
+    ],
+    np.uint64,
+)  # fmt: skip
+_OPEN, _CLOSE, _CURLY, _DOT = 0x5B, 0x5D, 0x7B, 0x2E
+
+
+@numba.njit(cache=True, nogil=True)
+def c4_lines(
+    codes: np.ndarray,
+    kinds: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    hits: np.ndarray,
+    marks: np.ndarray,
+    min_words: int,
+    max_word_length: int,
+    policy: bool,
+    citations: bool,
+) -> tuple[np.ndarray, int, bool, bool]:
+    """(LineDrop of each line uint8, sentences of the lines that stay, lorem ipsum, a curly bracket).
+
+    The last two are of lines that passed the rules before. `hits` is int64 [n, 2], place and Phrase, by place;
+    `marks` uint32, the ends a line may have, empty for any.
+    """
+    drops = np.zeros(len(starts), np.uint8)
+    sentences, lorem, curly, hit = 0, False, False, 0
+    for line in range(len(starts)):
+        start, end = trim(codes, kinds, starts[line], ends[line])
+        phrases = 0
+        while hit < len(hits) and hits[hit, 0] < ends[line]:
+            if hits[hit, 0] >= starts[line]:
+                phrases |= 1 << hits[hit, 1]
+            hit += 1
+        words, longest = _words(kinds, start, end)
+        if longest > max_word_length:
+            drops[line] = 1
+            continue
+        last = _before_citations(codes, kinds, start, end) if citations else end
+        if len(marks) and (not _ends_with(codes, start, last, marks) or ends_in_ellipsis(codes, start, last)):
+            drops[line] = 2
+            continue
+        if words < min_words:
+            drops[line] = 3
+            continue
+        lorem |= (phrases & 1) != 0
+        if phrases & 2:
+            drops[line] = 4
+            continue
+        for place in range(start, end):
+            curly |= codes[place] == _CURLY
+        if policy and phrases & 4:
+            drops[line] = 5
+            continue
+        sentences += _sentences(codes, kinds, start, end)
+    return drops, sentences, lorem, curly
+
+
+@numba.njit(cache=True, nogil=True)
+def refinedweb_lines(
+    codes: np.ndarray,
+    lowered: np.ndarray,
+    kinds: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    hits: np.ndarray,
+) -> tuple[np.ndarray, int, int]:
+    """(LineDrop of each line uint8, words in lines that go, words in all)."""
+    drops = np.zeros(len(starts), np.uint8)
+    gone = total = hit = 0
+    for line in range(len(starts)):
+        start, end = trim(codes, kinds, starts[line], ends[line])
+        cart = more = sign = False
+        while hit < len(hits) and hits[hit, 0] < ends[line]:
+            place, phrase = hits[hit, 0], hits[hit, 1]
+            if place >= starts[line]:
+                cart |= phrase == 3
+                more |= phrase == 4 and place + 12 == end
+                sign |= phrase == 5 and place == start
+            hit += 1
+        if start == end:
+            continue
+        words, _ = _words(kinds, start, end)
+        upper = letters = digits = 0
+        for place in range(start, end):
+            upper += (kinds[place] & UPPER) != 0
+            digits += (kinds[place] & DIGIT) != 0
+            letters += (kinds[place] & ALPHA) != 0
+        cjk = (kinds[start] & CJK) != 0  # such a line may well have no space in it
+        if 2 * upper > end - start:
+            drops[line] = 6
+        elif digits and not letters:
+            drops[line] = 7
+        elif _counter(kinds, lowered, start, end):
+            drops[line] = 8
+        elif words < 2 and not cjk:
+            drops[line] = 9
+        elif cart or ((more or sign) and words <= 10):
+            drops[line] = 10
+        total += words
+        gone += words if drops[line] else 0
+    return drops, gone, total
+
+
+@numba.njit(cache=True, nogil=True)
+def _words(kinds: np.ndarray, start: int, end: int) -> tuple[int, int]:
+    """(pieces between white space, the longest one's characters)."""
+    words = longest = run = 0
+    for place in range(start, end):
+        run = 0 if kinds[place] & SPACE else run + 1
+        words += run == 1
+        longest = max(longest, run)
+    return words, longest
+
+
+@numba.njit(cache=True, nogil=True)
+def _ends_with(codes: np.ndarray, start: int, end: int, marks: np.ndarray) -> bool:
+    if start >= end:
+        return False
+    found = False
+    for mark in marks:
+        found |= codes[end - 1] == mark
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _before_citations(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> int:
+    """Where the line ends without "[12]", "[edit]" and "[citation needed]" at its end."""
+    while end > start and codes[end - 1] == _CLOSE:
+        place = end - 2
+        while place >= start and codes[place] != _OPEN and end - place <= 18:
+            place -= 1
+        if place < start or codes[place] != _OPEN or not _citation(codes, kinds, place + 1, end - 1):
+            break
+        end = place
+    return end
+
+
+@numba.njit(cache=True, nogil=True)
+def _citation(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> bool:
+    digits = True
+    for place in range(start, end):
+        digits &= (kinds[place] & DIGIT) != 0
+    return digits or _is_one_of(span_hash(codes, start, end), _CITATIONS)
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_one_of(value: np.uint64, hashes: np.ndarray) -> bool:
+    found = False
+    for known in hashes:
+        found |= value == known
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_end(code: np.uint32) -> bool:
+    return code in (0x2E, 0x3F, 0x21, 0x2026, 0x3002, 0xFF1F, 0xFF01, 0xFF0E)  # . ? ! … 。 ？ ！ ．
+
+
+@numba.njit(cache=True, nogil=True)
+def _sentences(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> int:
+    """Sentences of a line; what follows the last end mark is one too."""
+    count, inside = 0, False
+    for place in range(start, end):
+        code = codes[place]
+        if inside and _is_end(code) and (place + 1 == end or not _is_end(codes[place + 1])):
+            after = place + 1
+            while after < end and codes[after] in (0x22, 0x27, 0x29, 0x5D, 0x201D, 0x2019, 0x300D, 0x300F):
+                after += 1  # closing quotes and brackets belong to it
+            if after == end or kinds[after] & SPACE or code >= 0x3000:
+                count += 1
+                inside = False
+                continue
+        if kinds[place] & WORD:
+            inside = True
+    return count + inside
+
+
+@numba.njit(cache=True, nogil=True)
+def _counter(kinds: np.ndarray, lowered: np.ndarray, start: int, end: int) -> bool:
+    """Whether the line is but a number and what it counts: "3 likes", "1.2k views"."""
+    place = start
+    while place < end and not kinds[place] & WORD:
+        place += 1
+    if place == end or not kinds[place] & DIGIT:
+        return False
+    while place < end and not kinds[place] & SPACE:
+        if not kinds[place] & DIGIT and lowered[place] not in (0x2C, 0x2E, 0x6B, 0x6D, 0x62):
+            return False  # digits , . k m b
+        place += 1
+    while place < end and kinds[place] & SPACE:
+        place += 1
+    last = end
+    while last > place and not kinds[last - 1] & WORD:
+        last -= 1
+    return _is_one_of(span_hash(lowered, place, last), _COUNTED)

@@ -1,0 +1,117 @@
+"""Data runs that are short of something: they say so early, go on where they can, and never extract twice for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loader import ConfigError
+from data_pipeline import run
+from data_pipeline.mixture.rows import Plan
+from data_pipeline.report import ledger_tables as report
+from export.heldout import heldout_passages
+from pretrain.evaluate import HeldoutLoss
+
+WORDS = ("quick brown fox jumps over lazy dog", "seven wise wizards quietly judge boxing matches in june")
+
+
+def word(number: int) -> str:
+    words = " ".join(WORDS).split()
+    return words[number % len(words)]
+
+
+def text(number: int) -> str:
+    """A short document of its own."""
+    return " ".join(word(number * 7 + at * (number + 3)) + str(number * at % 97) for at in range(60))
+
+
+def write_config(folder: Path, sources: dict[str, int], mixture: str, more: str = "") -> Path:
+    """The config of a run over so many documents by source; a source of name `short` has documents its rule drops."""
+    parts = [f'[run]\ndir = "{folder}/run"\nworkers = 1\n']
+    for name, count in sources.items():
+        lines = [json.dumps({"id": f"{name}/{n}", "text": text(n + 1000 * sum(map(ord, name)))}) for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        parts.append(
+            f'[sources.{name}]\nfiles = ["{folder}/{name}.jsonl"]\nformat = "jsonl"\nrules = {{ any = "{name}" }}'
+        )
+        parts.append(f"[rules.{name}]\nword_count = {{ min = {1000 if name == 'short' else 5} }}")
+    parts.append("[dedup]\nminhash = false\n[tokenizer]\nvocab_size = 400\n")
+    (folder / "data.toml").write_text("\n".join([*parts, more, mixture]))
+    return folder / "data.toml"
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def extracted(folder: Path) -> Any:
+    return (folder / "run/extract/stage.json").stat().st_mtime_ns
+
+
+def test_sources_with_too_little_are_told_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture = "[mixture]\nseq_length = 32\nsamples = 20\nweights = { big = 1.0, one = 0.2, short = 1.0, none = 3.0 }"
+    mixture += "\nepochs = { none = 2 }\n"
+    config = write_config(tmp_path, {"big": 30, "one": 1, "short": 4, "none": 0}, mixture)
+    assert run.main([str(config)]) == 0
+    told = said(capsys)
+    assert "warning: source none has no usable record (no records); check sources.none.files" in told
+    assert "warning: source short has no document left to train on" in told
+    assert "warning: source one has 1 document left, too few to hold one out" in told
+    plan = Plan.open(tmp_path / "run/plan")
+    assert plan.sources == ["big", "one"]
+    assert plan.heldout_rows("big") and not plan.heldout_rows("one")
+    assert HeldoutLoss.of_plan(plan, 4).rows["one"] == []
+    first = extracted(tmp_path)
+    assert report.main([str(config)]) == 0
+    assert run.main([str(config), "mixture.samples=22"]) == 0
+    assert "warning: source short has no document left to train on" in said(capsys)
+    assert extracted(tmp_path) == first
+
+
+def test_nothing_is_held_out_of_a_share_of_0(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"big": 30}, "[mixture]\nseq_length = 32\nsamples = 20\ntemperature = 1.0\n")
+    assert run.main([str(config), "heldout.share=0"]) == 0
+    assert not (tmp_path / "run/documents/heldout").exists()
+    plan = Plan.open(tmp_path / "run/plan")
+    assert plan.heldout_rows("big") == 0
+    assert HeldoutLoss.of_plan(plan, 4).rows == {"big": []}
+    assert heldout_passages(plan.path, 2, 16, plan.tokenizer_path) == []  # an export compares its prompts then
+
+
+def test_without_any_document_the_first_stage_that_kept_none_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, {"short": 4}, "[mixture]\ntemperature = 1.0\n")
+    assert run.main([str(config)]) == 1
+    assert "stage filter kept none of 4 documents (word_count_min 4)" in (told := said(capsys))
+    assert f"look at {tmp_path}/run/filter/drops" in told
+    first = extracted(tmp_path)
+    assert run.main([str(config), "rules.short.word_count.min=5", "--until", "documents"]) == 0
+    assert extracted(tmp_path) == first
+
+
+def test_too_little_text_is_told_before_the_plan_and_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(
+        tmp_path, {"big": 30}, "[mixture]\nseq_length = 64\nsamples = 9000\nweights = { big = 1.0 }\n"
+    )
+    assert run.main([str(config)]) == 1
+    told = said(capsys)
+    for stage, about in (("dedup", "about "), ("documents", "about "), ("tokens", "")):
+        assert f"warning: source big has {about}" in told and f"to give to mixture after {stage}, epochs" in told
+    assert told.index("after dedup, epochs") < told.index("documents: 30 in")
+    assert "mixture.samples = 9,000 rows of mixture.seq_length = 64" in told.split("error: ")[1]
+    fitting = int(told.split("Lower mixture.samples to ")[1].split(", lower")[0].replace(",", ""))
+    assert run.main([str(config), f"mixture.samples={fitting}"]) == 0
+    assert "likely to refuse" not in said(capsys)
+
+
+def test_no_mixture_is_needed_before_the_plan(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"big": 30}, "")
+    with pytest.raises(ConfigError, match=r"key 'mixture' is missing.*--until tokens"):
+        run.main([str(config)])
+    assert run.main([str(config), "--until", "tokens"]) == 0
+    assert (tmp_path / "run/tokens/train/big").is_dir() and not (tmp_path / "run/plan").exists()

@@ -1,0 +1,280 @@
+"""Executors with a pipeline of one step: failures, lost workers, refusals. Whole runs are in tests/e2e."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from datatrove.data import DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
+from rich.console import Console
+
+from configs.data import DataConfig, DataRunConfig, RayConfig, SlurmConfig
+from configs.loader import ConfigError, load
+from data_pipeline.executors.base import Job
+from data_pipeline.executors.choose import choose, one_voice
+from data_pipeline.executors.local_executor import LocalExecutor
+from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
+from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
+
+ROOT = Path(__file__).parents[4]
+SECRET = "someone@example.org"
+
+
+class Mark(PipelineStep):
+    """Writes its rank to a file of its own; `trouble` maps a rank to what happens there instead."""
+
+    name, type = "Mark", "TEST"
+
+    def __init__(self, out: str, trouble: dict[int, str] | None = None) -> None:
+        super().__init__()
+        self.out = out
+        self.trouble = trouble or {}
+        self.seen = 0
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self.seen += 1
+        text = SECRET
+        match self.trouble.get(rank):
+            case "value":
+                raise ValueError("the file is unusable; repair it")
+            case "defect":
+                raise KeyError("column")
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+        Path(self.out, str(rank)).write_text(f"{rank} of {world_size}, {self.seen}, {os.getpid()}, {len(text)}")
+        yield from ()
+
+
+def perform(executor: LocalExecutor, folder: Path, tasks: int, trouble: dict[int, str] | None = None) -> Path:
+    logs, out = folder / "logs", folder / "out"
+    logs.mkdir()
+    out.mkdir()
+    executor.perform("marking", [Mark(str(out), trouble)], tasks, logs, 1, Console(quiet=True))
+    return out
+
+
+@pytest.mark.parametrize(("workers", "method"), [(1, "fork"), (3, "fork"), (2, "spawn")])
+def test_every_task_is_run_once_and_afresh(tmp_path: Path, workers: int, method: str) -> None:
+    with LocalExecutor(workers, method) as executor:
+        for stage in ("first", "second"):
+            (tmp_path / stage).mkdir()
+            out = perform(executor, tmp_path / stage, tasks=7)
+            marks = [(out / str(rank)).read_text().split(", ") for rank in range(7)]
+            assert [mark[:2] for mark in marks] == [[f"{rank} of 7", "1"] for rank in range(7)]
+            pids = {int(mark[2]) for mark in marks}
+            assert (os.getpid() in pids) == (workers == 1)
+            assert (tmp_path / stage / "logs" / "task_00006.log").is_file()
+    assert workers == 1 or not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ({2: "value"}, "stage marking, task 2 of 5: the file is unusable; repair it; its log: "),
+        ({1: "defect"}, "stage marking, task 1 of 5: KeyError: 'column'; its log: "),
+    ],
+)
+def test_a_tasks_error_comes_with_its_rank_and_log(
+    tmp_path: Path, workers: int, trouble: dict[int, str], said: str
+) -> None:
+    with LocalExecutor(workers) as executor, pytest.raises(TaskError, match=re.escape(said)) as caught:
+        perform(executor, tmp_path, 5, trouble)
+    log = Path(str(caught.value).rpartition("its log: ")[2]).read_text()
+    assert "Traceback" in log and "in run" in log
+    for path in (tmp_path / "logs").rglob("*"):
+        assert path.is_dir() or SECRET not in path.read_text(), "values of variables are documents"
+
+
+def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+    with LocalExecutor(2) as executor, pytest.raises(TaskError, match=r"task 3 of 6: .* signal 9 .*lower run\.workers"):
+        perform(executor, tmp_path, 6, {3: "killed"})
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """Only the parent gets the signal; its workers are in a task that would take a minute."""
+    script = f"""
+import os, sys, time
+from pathlib import Path
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
+from rich.console import Console
+from data_pipeline.executors.local_executor import LocalExecutor
+class Wait(PipelineStep):
+    name = type = "wait"
+    def run(self, data=None, rank=0, world_size=1):
+        Path({str(tmp_path)!r}, f"pid{{rank}}").write_text(str(os.getpid()))
+        time.sleep(60)
+        yield from ()
+if __name__ == "__main__":
+    logs = Path({str(tmp_path)!r}, "logs")
+    logs.mkdir()
+    with LocalExecutor(3) as executor:
+        executor.perform("wait", [Wait()], 3, logs, 1, Console(quiet=True))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    files = [tmp_path / f"pid{rank}" for rank in range(3)]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files), 60)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(Path("/proc", file.read_text()).exists() for file in files), 10)
+
+
+def wait_for(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_task_is_never_started_twice(tmp_path: Path) -> None:
+    """As a scheduler might, that lost a node; some steps append, and would write lines twice."""
+    prepare(tmp_path)
+    assert claim(tmp_path, 4)
+    assert not claim(tmp_path, 4)
+    tasks = SlurmTasks(Job("s", [Mark(str(tmp_path))], 5, tmp_path), "name", SlurmConfig(), 2, [])
+    with pytest.raises(TaskError, match=rf"started a second time, so process {os.getpid()} on .* was lost"):
+        tasks.run_once(4)
+    assert not (tmp_path / "4").exists()
+
+
+def test_the_sbatch_script(tmp_path: Path) -> None:
+    options = SlurmConfig(partition="cpu", time="1-00:00:00", mem_per_cpu_gb=3, account="lab", setup="module load x")
+    tasks = SlurmTasks(Job("score", [], 9, tmp_path), "trivium-score-1", options, 4, [])
+    script = tasks.get_launch_file_contents(tasks.get_sbatch_args(9), "true")
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
+    logs = f"{tmp_path}/slurm_logs/%A_%a.out"
+    assert directives == {
+        "partition": "cpu",
+        "time": "1-00:00:00",
+        "mem-per-cpu": "3G",
+        "cpus-per-task": "1",
+        "nodes": "1",
+        "account": "lab",
+        "array": "0-8%4",
+        "job-name": "trivium-score-1",
+        "output": logs,
+        "error": logs,
+        "no-requeue": "",
+    }
+    ran = subprocess.run(
+        ["bash", "-c", script.replace("module load x", "true") + "\ntype -p python; echo $PYTHONPATH"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    python, path = ran.stdout.splitlines()[-2:]
+    assert Path(python).parent == Path(sys.executable).parent and path.split(":")[0] == str(ROOT)
+
+
+def test_executors_that_are_not_here_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="needs the command sbatch, which is not on PATH"):
+        choose(DataRunConfig(dir="x", executor="slurm"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"needs the package ray; run: pip install 'trivium\[ray\]'"):
+        choose(DataRunConfig(dir="x", executor="ray", ray=RayConfig()))
+    (tmp_path / "score.1").mkdir()
+    record = tmp_path / "score.1" / "slurm_name"
+    record.write_text("trivium-score-1")
+    cancel_leftovers(tmp_path)  # no scancel here: nothing to be done, and nothing to be said
+    assert not record.exists()
+
+
+def test_the_flag_and_the_key_say_who_does_the_tasks(tmp_path: Path) -> None:
+    assert isinstance(choose(DataRunConfig(dir="x")), LocalExecutor)
+    done = data_run("configs/data/demo.toml", "run.executor=ray", "--executor", "slrm", f"run.dir={tmp_path}")
+    assert done.returncode == 2
+    assert "run.executor = 'slrm': input should be 'local', 'slurm', 'ray' or 'mpi'" in done.stderr
+    with pytest.raises(ConfigError, match=r"run\.slurm\.time: '1 day' is no time limit"):
+        load(DataConfig, ROOT / "configs/data/demo.toml", ["run.slurm.time=1 day"])
+
+
+def test_one_of_many_ranks_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PMI_SIZE", "3")
+    monkeypatch.setenv("MPI_LOCALRANKID", "0")
+    monkeypatch.setenv("PMI_RANK", "0")
+    with pytest.raises(ConfigError, match=r"run\.executor = local runs from one process, and 3 ranks were started"):
+        choose(DataRunConfig(dir="x", executor="local"))
+    with pytest.raises(ConfigError, match="said once"), one_voice():
+        raise ConfigError("said once")
+    monkeypatch.setenv("PMI_RANK", "2")
+    with pytest.raises(SystemExit) as ended, one_voice():
+        print("argparse prints too")
+        raise ConfigError("said once")
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path) -> None:
+    """mpirun of one library with mpi4py on another: each rank thinks that it is alone."""
+    ours = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+    done = data_run("configs/data/demo.toml", f"run.dir={tmp_path}", env=ours)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: 2 ranks were started, but MPI sees 1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_pipeline_loads_neither_mpi_nor_ray() -> None:
+    names = [
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        for path in (ROOT / "data_pipeline").rglob("*.py")
+    ]
+    script = f"""
+import importlib, json, sys
+for name in {names!r}:
+    importlib.import_module(name)
+print(json.dumps(sorted({{"mpi4py", "mpi4py.MPI", "ray"}} & set(sys.modules))))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def data_run(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "data_pipeline.run", *args],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+
+
+class Talk(PipelineStep):
+    """Says which task it is, to the log and to stderr."""
+
+    name, type = "Talk", "TEST"
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        logger.info(f"logged by {rank}")
+        print(f"printed by {rank}", file=sys.stderr)
+        yield from ()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_task_says_is_in_its_log_alone(tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str]) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with LocalExecutor(workers) as executor:
+        executor.perform("talk", [Talk()], 3, logs, 1, Console(quiet=True))
+    quiet(tmp_path / "outside.log")
+    logger.info("between stages")
+    quiet(None)
+    logger.info("nowhere")
+    for rank in range(3):
+        said = (logs / f"task_{rank:05d}.log").read_text()
+        found = re.findall(r"(?:logged|printed) by \d", said)
+        assert found == [f"logged by {rank}", f"printed by {rank}"]
+    outside = (tmp_path / "outside.log").read_text()
+    assert "between stages" in outside and "nowhere" not in outside
+    assert capfd.readouterr() == ("", "")

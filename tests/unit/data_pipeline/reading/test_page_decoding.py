@@ -1,0 +1,319 @@
+"""Pages in every encoding of the web, named in every way there is, and pages that are wrong about themselves."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.extraction.extractors import main_text
+from data_pipeline.reading.charsets import charset_of
+from data_pipeline.reading.page_decoding import declared_charset, decode_page
+from data_pipeline.reading.records import Record
+from tests.unit.data_pipeline.reading.test_reading import read, reasons, warc
+
+RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему."
+KOREAN = "나라의 말이 중국과 달라 한자와는 서로 통하지 아니하므로"
+JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたか頓と見当がつかぬ。"
+SIMPLIFIED = "话说天下大势，分久必合，合久必分。"
+TRADITIONAL = "話說天下大勢，分久必合，合久必分。"
+FRENCH = "Longtemps, je me suis couché de bonne heure ; à peine ma bougie éteinte, mes yeux se fermaient déjà."
+GREEK = "Άνδρα μοι έννεπε, Μούσα, πολύτροπον, ος μάλα πολλά"
+HEBREW = "בראשית ברא אלהים את השמים ואת הארץ"
+ARABIC = "كان يا ما كان في قديم الزمان"
+THAI = "กาลครั้งหนึ่งนานมาแล้ว มีชายคนหนึ่ง"
+TURKISH = "Bir varmış bir yokmuş, evvel zaman içinde güneşli bir ülkede çağlayan ırmaklar varmış."
+POLISH = "Litwo! Ojczyzno moja! ty jesteś jak zdrowie; ile cię trzeba cenić, ten tylko się dowie, kto cię stracił."
+LATVIAN = "Reiz dzīvoja vecs vīrs, kam bija trīs dēli, un jaunākais bija ļoti gudrs zēns."
+VIETNAMESE = "Trăm năm trong cõi người ta, chữ tài chữ mệnh khéo là ghét nhau."
+MALTESE = "Għandi tliet aħwa u oħt waħda żgħira, u noqogħdu f'raħal ċkejken."
+NORTHERN_SAMI = "Mun lean sápmelaš ja mun orun Kárášjogas, gos eallit bohccot."
+WELSH = "Mae'r tŷ ar lan y dŵr, a'r ŵydd yn nofio."
+ROMANIAN = "A fost odată ca-n povești, a fost ca niciodată, din rude mari împărătești, o prea frumoasă fată."
+UKRAINIAN = "Реве та стогне Дніпр широкий, сердитий вітер завива, їх ґанок"
+
+# The name in a page, Python's codec that writes it, and real words.
+ENCODED = [
+    ("utf-8", "utf-8", RUSSIAN),
+    ("UTF8", "utf-8", JAPANESE),
+    ("ibm866", "cp866", RUSSIAN),
+    ("iso-8859-2", "iso8859_2", POLISH),
+    ("latin2", "iso8859_2", POLISH),
+    ("iso-8859-3", "iso8859_3", MALTESE),
+    ("iso-8859-4", "iso8859_4", LATVIAN),
+    ("iso-8859-5", "iso8859_5", RUSSIAN),
+    ("iso-8859-6", "iso8859_6", ARABIC),
+    ("iso-8859-7", "iso8859_7", GREEK),
+    ("iso-8859-8", "iso8859_8", HEBREW),
+    ("iso-8859-8-i", "iso8859_8", HEBREW),
+    ("iso-8859-9", "cp1254", TURKISH + " “gül”"),
+    ("iso-8859-10", "iso8859_10", NORTHERN_SAMI),
+    ("iso-8859-13", "iso8859_13", LATVIAN),
+    ("iso-8859-14", "iso8859_14", WELSH),
+    ("iso-8859-15", "iso8859_15", FRENCH + " Le cœur coûte 5 €."),
+    ("iso-8859-16", "iso8859_16", ROMANIAN),
+    ("koi8-r", "koi8_r", RUSSIAN),
+    ("koi8-u", "koi8_u", UKRAINIAN),
+    ("macintosh", "mac_roman", FRENCH + " “cœur”"),
+    ("x-mac-cyrillic", "mac_cyrillic", RUSSIAN),
+    ("windows-874", "cp874", THAI + " “ไทย”…"),
+    ("tis-620", "tis_620", THAI),
+    ("windows-1250", "cp1250", POLISH),
+    ("windows-1251", "cp1251", RUSSIAN),
+    ("cp1251", "cp1251", UKRAINIAN),
+    ("windows-1252", "cp1252", FRENCH + " “€”"),
+    ("iso-8859-1", "cp1252", FRENCH + " It’s “so” – really…"),
+    ("us-ascii", "cp1252", FRENCH),
+    ("windows-1253", "cp1253", GREEK),
+    ("windows-1254", "cp1254", TURKISH),
+    ("windows-1255", "cp1255", HEBREW),
+    ("windows-1256", "cp1256", ARABIC),
+    ("windows-1257", "cp1257", LATVIAN),
+    ("windows-1258", "cp1258", VIETNAMESE),
+    ("gb2312", "gbk", SIMPLIFIED + "朱镕基"),  # the name has a character that GB 2312 lacks
+    ("GBK", "gbk", SIMPLIFIED),
+    ("gb18030", "gb18030", SIMPLIFIED + "㐀"),
+    ("hz-gb-2312", "hz", SIMPLIFIED),
+    ("big5", "big5", TRADITIONAL),
+    ("Big5-HKSCS", "big5hkscs", TRADITIONAL + "嘅咗"),
+    ("euc-jp", "euc_jp", JAPANESE),
+    ("iso-2022-jp", "iso2022_jp", JAPANESE),
+    ("shift_jis", "cp932", JAPANESE + "①㈱髙"),
+    ("x-sjis", "cp932", JAPANESE),
+    ("euc-kr", "euc_kr", KOREAN),
+    ("ks_c_5601-1987", "cp949", KOREAN + " 펲시맨 똠방각하"),
+    ("windows-949", "cp949", KOREAN),
+    ("iso-2022-kr", "iso2022_kr", KOREAN),
+    ("uhc", "cp949", KOREAN + " 똠방각하"),  # this one and the next are no label of the standard
+    ("cp852", "cp852", POLISH),
+]
+HEAD = '<!DOCTYPE html><html><!-- <meta charset="x-none"> --><head><title>page</title>{}</head><body><main>'
+META = '<meta charset="{}">'
+HTTP_EQUIV = '<META content="text/html; charset={}" Http-Equiv=Content-Type>'
+XML = '<?xml version="1.0" encoding="{}"?>'
+
+
+def encoded(text: str, codec: str) -> bytes:
+    if codec != "cp1258":
+        return text.encode(codec)
+    marks = "\u0300\u0301\u0303\u0309\u0323"  # the tones are characters of their own there
+    letters = []
+    for letter in unicodedata.normalize("NFC", text):
+        parts = unicodedata.normalize("NFD", letter)
+        base = unicodedata.normalize("NFC", "".join(part for part in parts if part not in marks))
+        letters.append(base + "".join(part for part in parts if part in marks))
+    return "".join(letters).encode("cp1258")
+
+
+def page(text: str, head: str = "", before: str = "") -> str:
+    return before + HEAD.format(head) + f"<p>{text} And the end of it.</p></main></body></html>"
+
+
+def pages(codec: str, text: str, label: str) -> dict[str, bytes]:
+    """The same page with its encoding declared in each of three ways."""
+    return {
+        "charset": encoded(page(text, META.format(label)), codec),
+        "http-equiv": encoded(page(text, HTTP_EQUIV.format(label)), codec),
+        "xml": encoded(page(text, before=XML.format(label)), codec),
+    }
+
+
+def text_of(record: Record) -> str:
+    assert record.reason == "" and record.html
+    return record.text
+
+
+def test_pages_are_read_in_the_encoding_that_they_declare(tmp_path: Path) -> None:
+    members, expected = [], []
+    for label, codec, text in ENCODED:
+        for content in pages(codec, text, label).values():
+            members += warc([content], kind="text/html")
+            expected.append((label, text))
+    records = read(tmp_path / "a.warc.gz", b"".join(members), "warc")
+    wrong = [want for want, record in zip(expected, records, strict=True) if want[1] not in text_of(record)]
+    assert not wrong
+    assert not [record.id for record in records if "\ufffd" in record.text or record.text.startswith("\ufeff")]
+
+
+def test_pages_are_read_in_the_encoding_of_their_http_header(tmp_path: Path) -> None:
+    kinds = ("text/html; charset={}", 'text/html;charset="{}"', "Text/HTML ; Charset='{}' ; x=y")
+    members = [
+        warc([encoded(page(text), codec)], kind=kinds[number % 3].format(label))[0]
+        for number, (label, codec, text) in enumerate(ENCODED)
+    ]
+    records = read(tmp_path / "a.warc.gz", b"".join(members), "warc")
+    for (label, _, text), record in zip(ENCODED, records, strict=True):
+        assert text in text_of(record), label
+        assert record.charset_from == "HTTP header", label
+
+
+@pytest.mark.parametrize("way", ["charset", "http-equiv", "xml"])
+def test_pages_in_files_are_read_in_the_encoding_that_they_declare(tmp_path: Path, way: str) -> None:
+    for label, codec, text in ENCODED:
+        (record,) = read(tmp_path / "a.html", pages(codec, text, label)[way], "html")
+        assert text in text_of(record), label
+
+
+def test_extraction_does_not_decode_a_page_again(tmp_path: Path) -> None:
+    for label, codec, text in (ENCODED[0], ENCODED[25], ENCODED[46], ENCODED[35]):
+        for content in pages(codec, text, label).values():
+            (record,) = read(tmp_path / "a.html", content, "html")
+            for extractor in ("resiliparse", "trafilatura"):
+                assert text.split()[0] in main_text(record.text, extractor)[0], (label, extractor)
+
+
+def test_utf_16_and_utf_32_with_and_without_a_mark(tmp_path: Path) -> None:
+    for codec in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        for head in ("", META.format("utf-16"), META.format("utf-8"), META.format("euc-kr")):
+            for kind in ("text/html", "text/html; charset=utf-16", "text/html; charset=iso-8859-1"):
+                content = page(RUSSIAN, head).encode(codec)
+                (record,) = read(tmp_path / "a.warc.gz", warc([content], kind=kind)[0], "warc")
+                assert RUSSIAN in text_of(record) and record.text.startswith("<!"), (codec, head, kind)
+    for content in (page(RUSSIAN, META.format("utf-16")), page(RUSSIAN, before=XML.format("utf-16le"))):
+        assert decode_page(content.encode()).text == content  # who can read the declaration reads no UTF-16
+        assert decode_page(content.encode(), "text/html; charset=utf-16").text == content
+
+
+def test_the_order_of_those_that_name_an_encoding() -> None:
+    cyrillic = page(RUSSIAN, META.format("koi8-r"))
+    for content, kind, known_by in (
+        (b"\xef\xbb\xbf" + cyrillic.encode(), "text/html; charset=windows-1251", "byte order mark"),
+        (cyrillic.encode("cp1251"), "text/html; charset=windows-1251", "HTTP header"),
+        (cyrillic.encode("koi8-r"), "text/html", "the page's declaration"),
+        (cyrillic.encode("koi8-r"), "text/html; charset=no-such", "the page's declaration"),
+        (cyrillic.encode("koi8-r"), "text/html; charset=", "the page's declaration"),
+        (page(RUSSIAN).encode(), "", "being valid UTF-8"),
+        (page(RUSSIAN, META.format("koi-none")).encode("cp1251"), "", "a guess"),
+    ):
+        found = decode_page(content, kind)
+        assert (RUSSIAN in found.text, found.known_by, found.lost) == (True, known_by, 0), (kind, found)
+
+
+@pytest.mark.parametrize(
+    ("head", "charset"),
+    [
+        ("<meta charset=euc-kr>", "cp949"),
+        ("<META\nCHARSET = 'EUC-KR' />", "cp949"),
+        ("<meta name=x content=y charset=' euc-kr '>", "cp949"),
+        ("<meta/charset=euc-kr>", "cp949"),
+        ("<meta http-equiv='content-type' content='text/html;charset = \"euc-kr\"'>", "cp949"),
+        ("<meta content='text/html; charset=euc-kr'>", ""),  # says nothing without http-equiv
+        ("<meta http-equiv=refresh content='5; charset=euc-kr'>", ""),
+        ("<!-- <meta charset=euc-kr> --><meta charset=koi8-r>", "koi8-r"),
+        ("<!-- <meta charset=euc-kr>", ""),
+        ("<script>'<meta charset=euc-kr>'</script><meta charset=koi8-r>", "koi8-r"),
+        ("<p title='<meta charset=euc-kr>'><meta charset=koi8-r>", "koi8-r"),
+        ("<meta charset=no-such><meta charset=euc-kr>", "cp949"),
+        ("<metadata charset=euc-kr>", ""),
+        (f"<!--{'x' * 5000}--><meta charset=euc-kr>", "cp949"),
+        ("<meta charset=x-user-defined>", "cp1252"),
+        ("<meta charset=utf-16be>", "utf-8"),
+        ("<?xml version='1.0' encoding='euc-kr'?><p>", "cp949"),
+        ("<?xml version='1.0' encoding='euc-kr'?><meta charset=koi8-r>", "koi8-r"),
+        ("<p><?xml encoding='euc-kr'?>", ""),
+        ("<a <b = = '> <<< <meta charset", ""),
+    ],
+)
+def test_declarations(head: str, charset: str) -> None:
+    assert declared_charset(head.encode()) == charset
+
+
+def test_names_that_are_no_character_encoding() -> None:
+    for label in (
+        "rot13",
+        "base64",
+        "idna",
+        "punycode",
+        "unicode_escape",
+        "undefined",
+        "os",
+        "",
+        "é",
+        "utf-8\0",
+        "../x",
+    ):
+        assert charset_of(label) == "", label
+    assert (charset_of(" Latin1 "), charset_of("gb2312"), charset_of("windows-31j")) == ("cp1252", "gb18030", "cp932")
+
+
+@pytest.mark.parametrize(
+    ("text", "codec", "named"),
+    [
+        # UTF-8 under other names.
+        (FRENCH, "utf-8", "iso-8859-1"),
+        ("It’s", "utf-8", "windows-1252"),
+        (RUSSIAN, "utf-8", "windows-1251"),
+        (SIMPLIFIED * 2, "utf-8", "gb2312"),
+        ("It’s", "utf-8", "gbk"),
+        (KOREAN, "utf-8", "euc-kr"),
+        (JAPANESE, "utf-8", "shift_jis"),
+        # Other encodings under the name of UTF-8.
+        (FRENCH, "cp1252", "utf-8"),
+        (RUSSIAN * 3, "cp1251", "utf-8"),
+        (KOREAN * 3, "cp949", "utf-8"),
+        (JAPANESE * 3, "cp932", "utf-8"),
+        (SIMPLIFIED * 3, "gb18030", "utf-8"),
+    ],
+    ids=lambda value: value if value.isascii() else "",
+)
+def test_a_page_that_is_wrong_about_itself(text: str, codec: str, named: str) -> None:
+    for content, kind in ((page(text, META.format(named)), ""), (page(text), f"text/html; charset={named}")):
+        found = decode_page(content.encode(codec), kind)
+        assert text in found.text and not found.lost
+
+
+def test_what_the_header_gets_wrong_the_page_puts_right() -> None:
+    assert KOREAN in decode_page(page(KOREAN, META.format("euc-kr")).encode("cp949"), "text/html; charset=utf-8").text
+
+
+@pytest.mark.parametrize(
+    "codec", ["cp949", "cp932", "euc_jp", "iso2022_jp", "gb18030", "big5", "cp1251", "cp852", "hz"]
+)
+def test_pages_that_say_nothing_are_guessed(codec: str) -> None:
+    texts = {"cp949": KOREAN, "gb18030": SIMPLIFIED, "hz": SIMPLIFIED, "big5": TRADITIONAL, "cp852": POLISH}
+    text = texts.get(codec, RUSSIAN if codec == "cp1251" else JAPANESE)
+    found = decode_page(page(text).encode(codec))
+    assert text in found.text and found.known_by == "a guess"
+
+
+def test_short_korean_that_happens_to_be_utf_8_is_korean() -> None:
+    assert "킬" in decode_page(b"<meta charset=euc-kr><p>" + b"\xc5\xb3").text
+    assert b"\xc5\xb3".decode() == "ų"
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "euc_kr", "cp932", "gb18030", "big5", "euc_jp"])
+def test_a_cut_or_damaged_page_loses_a_character_and_no_more(codec: str) -> None:
+    text = {"euc_kr": KOREAN, "big5": TRADITIONAL, "gb18030": SIMPLIFIED}.get(codec, JAPANESE)
+    content = page(text * 3, META.format(codec)).encode(codec)
+    place = content.index(b"<p>") + 3
+    cut = content[: content.index(b" And")][:-1]
+    damaged = content[:place] + b"\xff" + content[place:]
+    for found in (decode_page(cut), decode_page(damaged)):
+        assert text * 2 in found.text
+        assert found.known_by == "the page's declaration"
+        assert 0 < found.lost < 0.02
+
+
+def test_a_page_of_which_too_much_is_lost_is_set_aside(tmp_path: Path) -> None:
+    damaged = bytearray(page(KOREAN * 5, META.format("utf-8")).encode())
+    start = damaged.index("나".encode())
+    damaged[start : start + 300 : 7] = b"\xff" * len(damaged[start : start + 300 : 7])
+    noise = bytes(range(256)) * 20
+    members = warc([bytes(damaged), b"<html>" + noise, page(KOREAN).encode()], kind="text/html; charset=utf-8")
+    members += warc([b"<html>" + noise], kind="text/html; charset=iso-8859-1")
+    records = read(tmp_path / "a.warc.gz", b"".join(members), "warc")
+    assert reasons(records) == ["undecodable", "undecodable", "", "undecodable"]
+    assert not records[0].html and "Call" not in records[0].text
+    assert reasons(read(tmp_path / "a.html", bytes(damaged), "html", max_undecoded_share=0.5)) == [""]
+
+
+def test_what_others_could_not_decode_stays_as_it_is() -> None:
+    content = page("don\ufffdt, can\ufffdt")
+    for kind in ("", "text/html; charset=utf-8", "text/html; charset=iso-8859-1"):
+        assert decode_page(content.encode(), kind).text == content
+
+
+def test_text_that_speaks_of_pages_declares_nothing(tmp_path: Path) -> None:
+    """A conversion record is text: what it quotes is not about itself."""
+    content = f"{RUSSIAN} <meta charset=euc-kr>".encode("cp1251")
+    assert decode_page(content, "text/plain; charset=windows-1251", markup=False).text.startswith(RUSSIAN)
+    assert decode_page(RUSSIAN.encode() + b"<meta charset=koi8-r>", markup=False).text.startswith(RUSSIAN)
