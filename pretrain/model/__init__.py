@@ -1,4 +1,4 @@
-"""The decoder and its parts. Files here know shapes and layers, never ranks."""
+"""The decoder and its parts. The files here know shapes and layers, never ranks."""
 
 import torch
 
@@ -12,9 +12,9 @@ __all__ = ["Decoder", "LayerContext", "Slices", "StageSpec", "build_single", "in
 
 
 def build_single(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Decoder:
-    """The whole model on one CPU rank, in eval mode, no process group needed.
+    """Builds the whole model in one process, in eval mode and without process groups.
 
-    `weights`: global name to tensor. Errors: ValueError naming missing, unknown and misshapen names.
+    `weights` maps global names to whole tensors. Raises ValueError where a name is missing, unknown or misshapen.
     """
     model = Decoder(config, context=LayerContext(dtype=dtype))
     load_weights(model, weights)
@@ -22,7 +22,7 @@ def build_single(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: t
 
 
 def load_weights(model: Decoder, weights: dict[str, torch.Tensor]) -> None:
-    """Copies whole tensors into a model that is not split. Errors as `build_single`."""
+    """Copies whole tensors into a model that is not split; raises ValueError as `build_single` does."""
     parameters: dict[str, torch.Tensor] = {**dict(model.named_global_parameters()), **model.named_balance()}
     missing, unknown = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     if missing or unknown:

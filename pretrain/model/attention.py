@@ -1,6 +1,7 @@
 """Causal attention with grouped key-value heads (GQA, Ainslie et al. 2023), rotary positions and document masks.
 
-With `qk_norm` each head's queries and keys are normed before they are turned (Qwen3; Henry et al. 2020).
+With `qk_norm` the queries and keys of each head are normalized before the rotary embedding rotates them (Qwen3;
+Henry et al. 2020).
 
 Shape letters here and in the rest of `model/`: S sequence, B batch, H hidden, N query heads, K key-value heads,
 D head dimension. Under tensor parallel N and K are this rank's heads. Activations between layers are [S, B, H], the
@@ -41,11 +42,11 @@ class KVCache:
 
 @dataclass
 class ForwardContext:
-    """What all layers of one forward pass share, made once: rotary angles, the mask, and facts about the tokens.
+    """Everything that all layers of one forward pass share: rotary angles, the mask, and facts about the tokens.
 
     `mask` is [B, 1, T, T] bool (with a cache [B, 1, S, T]), True where a query may see a key; None means plainly
     causal, which lets SDPA take its flash kernel. `valid_SB` is False for padding; None means that there is none.
-    `samples` are the rows' numbers in the run, which dropout asks for.
+    `samples` are the numbers of the rows in the training run, from which dropout draws its masks.
     """
 
     cos: torch.Tensor
@@ -68,7 +69,7 @@ class ForwardContext:
             cache.valid_BT[:, start:end] = True if segments_BT is None else segments_BT >= 0
             steps = torch.arange(end, device=positions_BS.device)
             causal = steps[start:, None] >= steps[None, :]
-            # A padding query sees itself, so that no softmax is over nothing.
+            # A padding query may see itself, since a softmax over no key at all would be NaN.
             own = steps[start:, None] == steps[None, :]
             return cls(cos, sin, ((causal & cache.valid_BT[:, None, :end]) | own)[:, None])
         if segments_BT is None:
@@ -84,10 +85,12 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None
 
 
 class Attention(nn.Module):
+    """The attention of one layer; takes and gives hidden states [S, B, H]."""
+
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext):
         super().__init__()
         self.layer, self.head_dim = layer, config.dim_per_head
-        self.recompute = False  # scores and softmax are computed again in the backward pass, not kept
+        self.recompute = False  # True: the backward pass computes scores and softmax again, and none are stored
         # Context parallel puts its exchange of sequence for heads around this.
         self.attend: Attend = self.attend_here
         self.region = Region(context)
@@ -112,13 +115,13 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(q, k, v, context.mask).flatten(2))
 
     def attend_here(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Attention over whole sequences, of this rank's heads."""
+        """Computes attention of this rank's heads over whole sequences; outputs are [T, B, N, D]."""
         if self.recompute and torch.is_grad_enabled():
             return recomputed(_attend, q, k, v, mask)
         return _attend(q, k, v, mask)
 
     def _heads(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """[S, B, heads * D] to [S, B, heads, D]."""
+        """Splits the last dimension into heads: [S, B, heads * D] to [S, B, heads, D]."""
         return x_SBH.unflatten(-1, (-1, self.head_dim))
 
 

@@ -1,11 +1,11 @@
-"""What keeps experts evenly used: auxiliary losses on the router, a bias on its choices, and the count of both.
+"""Balances the use of experts by auxiliary losses on the router and by a bias on its choices, and counts the choices.
 
 The load-balancing loss is Switch's (Fedus et al. 2021, eq. 4): E/k · Σ_e f_e P_e, with f_e the share of tokens that
-chose expert e and P_e the mean of its probabilities. What it is taken over is a choice: each sequence, each
-micro-batch, or the global batch (Qiu et al. 2025). Gradients flow through P alone, so f may be known from elsewhere:
-for the global batch it is that of the step before, since its own is not known before the last micro-batch's forward
-pass, when a pipeline has long begun with backward passes. All three are sums over tokens with weights fixed
-beforehand, so no layout changes them.
+chose expert e and P_e the mean of its probabilities. `aux_loss` chooses what f and P are computed over: each sequence,
+each micro-batch, or the global batch (Qiu et al. 2025). Gradients flow through P alone, so f may come from elsewhere:
+for the global batch it comes from the step before. The f of the step itself is known only after the forward pass of
+the last micro-batch, and a pipeline has begun with backward passes long before. All three are sums over tokens with
+weights fixed beforehand, so no layout changes them.
 
 The z-loss is the mean over tokens of logsumexp(logits)² (Zoph et al. 2022). The bias is DeepSeek-V3's (2024, eq. 16):
 after each step it goes up by a fixed rate for experts with fewer tokens than the mean and down for those with more.
@@ -24,7 +24,7 @@ from pretrain.model.recompute import is_recomputing
 
 
 class AttachLoss(torch.autograd.Function):
-    """Identity on `x`; in backward, `loss` gets gradient one, as if it had been added to the final loss."""
+    """Returns `x` unchanged; in the backward pass `loss` gets gradient one, as if it were a term of the final loss."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -38,9 +38,9 @@ class AttachLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class LossDenominators:
-    """What this step's losses are divided by: sequences and tokens of the global batch, padding not counted.
+    """The numbers that this step's losses are divided by: sequences and tokens of the global batch, without padding.
 
-    `scale` is what the engine multiplies all its losses by.
+    `scale` is the factor by which the engine multiplies all its losses.
     """
 
     sequences: int
@@ -49,9 +49,9 @@ class LossDenominators:
 
 
 class Balance:
-    """Of one layer. Its state, `bias` and `load`, is part of the weights; it belongs to no optimizer.
+    """The balancing of one MoE layer. Its state, `bias` and `load`, is saved with the weights; no optimizer changes it.
 
-    `load` [E] holds the shares f of the last global batch, `tokens` [E] counts this one's choices.
+    `load` [E] holds the shares f of the last global batch, `tokens` [E] counts how often this one chose each expert.
     """
 
     def __init__(self, moe: MoEConfig, context: LayerContext):
@@ -62,7 +62,7 @@ class Balance:
         self.start()
 
     def start(self) -> None:
-        """Forgets the last step's counts."""
+        """Sets all counts to zero before a step."""
         self.tokens = torch.zeros(self.moe.num_experts, dtype=torch.int64, device=self.bias.device)
         self.dropped = torch.zeros((), dtype=torch.int64, device=self.bias.device)
         self.aux_loss = torch.zeros((), dtype=torch.float64, device=self.bias.device)
@@ -72,13 +72,13 @@ class Balance:
         return self.bias if self.moe.bias_update_rate else None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What outlives a step, as far as it is used; to be filled in place."""
+        """Tensors that last from step to step, by name, if the config uses them; a checkpoint fills them in place."""
         return {name: getattr(self, name) for name in self.moe.state()}
 
     def attach(
         self, x_TH: torch.Tensor, logits_TE: torch.Tensor, experts_TK: torch.Tensor, valid_SB: torch.Tensor
     ) -> torch.Tensor:
-        """Adds this micro-batch's losses to the backward pass of `x_TH`, and counts."""
+        """Adds the losses of this micro-batch to the backward pass of `x_TH`, and counts the experts' tokens."""
         moe, denominators = self.moe, self.denominators
         chosen_TE = torch.zeros_like(logits_TE).scatter_(1, experts_TK, 1.0)
         batch = valid_SB.shape[1]
@@ -101,7 +101,7 @@ class Balance:
     def _aux_loss(
         self, probs_SBE: torch.Tensor, chosen_SBE: torch.Tensor, valid: torch.Tensor, denominators: LossDenominators
     ) -> torch.Tensor:
-        """This rank's part of the mean over the global batch."""
+        """Computes this rank's part of the loss, a mean over the global batch."""
         moe = self.moe
         factor = moe.num_experts / moe.top_k
         if moe.aux_loss == "global_batch":
@@ -116,14 +116,14 @@ class Balance:
         return losses.sum() * (batch / len(losses)) / denominators.sequences
 
     def _over_context(self, x_SBX: torch.Tensor) -> torch.Tensor:
-        """Sums over whole sequences, of which this rank may have a part. No gradient flows."""
+        """Sums over whole sequences, also where a rank holds a part of each (context parallel). No gradient flows."""
         total = x_SBX.detach().sum(0)
         if self._cp > 1:
             dist.all_reduce(total, group=self._group)
         return total
 
     def finish(self, tokens_E: torch.Tensor) -> None:
-        """After a step in which the global batch's tokens chose experts `tokens_E` times."""
+        """Updates `load` and `bias` after a step whose global batch chose each expert `tokens_E` times."""
         share = tokens_E.double() / tokens_E.sum().clamp(min=1)
         self.load.copy_(share * self.moe.top_k)
         if self.moe.bias_update_rate:
@@ -131,7 +131,7 @@ class Balance:
 
 
 def _probabilities(logits_SBE: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
-    """What the balance loss sees: each token's scores, as shares of one."""
+    """Computes each token's router scores as shares of one, which the balance loss uses."""
     if moe.gating == "softmax":
         return logits_SBE.softmax(-1)
     scores = logits_SBE.sigmoid()

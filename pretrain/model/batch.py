@@ -1,4 +1,4 @@
-"""What one forward pass is fed, and what its loss is weighed by."""
+"""The input of one forward pass: tokens, labels, and the weights of their losses."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, [B, S] where nothing else is said; `data_pipeline.mixture.rows.Row` says what the values mean.
+    """One micro-batch, [B, S] where nothing else is said; `data_pipeline.mixture.rows.Row` explains the values.
 
     `loss_mask` is float: RL weighs tokens with it. `advantages` and `logprobs` are RL's, else None.
     """
@@ -26,7 +26,7 @@ class Batch:
     logprobs: torch.Tensor | None = None
 
     def weightless(self) -> "Batch":
-        """The same tokens, none of them trained on."""
+        """Returns a batch of the same tokens whose losses all have weight zero."""
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask), trained=self.trained[:0])
 
     def to(self, device: torch.device) -> "Batch":

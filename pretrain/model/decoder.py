@@ -1,8 +1,8 @@
 """The decoder: embedding, pre-norm blocks of attention and MLP (or MoE), final norm, output head (LLaMA, Mixtral).
 
 A `Decoder` holds the layers of one pipeline stage and knows them by their global index, so parameter names are the
-same with and without pipeline. It is told what it holds (`StageSpec`) and who shares its layers' work
-(`LayerContext`); it knows no ranks. Shape letters: see `attention.py`.
+same with and without pipeline. Its arguments say which layers it holds (`StageSpec`) and over which process groups
+the work of a layer is split (`LayerContext`); it knows no ranks. Shape letters: see `attention.py`.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from pretrain.model.recompute import recomputed
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What one pipeline stage holds: a range of layers, the embedding if first, norm and head if last."""
+    """The part of the model that one pipeline stage holds: layers, the embedding if first, norm and head if last."""
 
     layers: range
     is_first: bool = True
@@ -37,6 +37,8 @@ class StageSpec:
 
 
 class Block(nn.Module):
+    """One layer: attention and then an MLP or MoE, each after a norm and inside a residual connection."""
+
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, context.dtype, context.device)
@@ -59,13 +61,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One stage of the model. `forward` takes [B, S] tokens, and gives logits [B, S, V/tp] on the last stage.
+    """One pipeline stage of the model. `forward` takes [B, S] tokens; the last stage gives logits [B, S, V/tp].
 
-    The head is the widest product of the model, so whoever needs logits at some positions only asks for those:
-    `wanted` [N] holds indices b * S + s, and the logits are then [N, V/tp].
+    The head is the widest product of the model. A caller who needs logits at some positions only passes `wanted` [N],
+    indices b * S + s, and gets logits [N, V/tp].
 
-    Between stages hidden states are [S, B, H], or with sequence parallel [S/tp, B, H]; they come in through
-    `set_input_tensor`, as megatron-core's schedules want.
+    Between stages hidden states are [S, B, H], or with sequence parallel [S/tp, B, H]; a stage gets them through
+    `set_input_tensor`, the interface of megatron-core's schedules.
     """
 
     def __init__(
@@ -91,19 +93,19 @@ class Decoder(nn.Module):
         self.recompute_blocks = False
 
     def set_recompute(self, recompute: Literal["none", "selective", "full"]) -> None:
-        """What the backward pass computes again instead of keeping it (Korthikanti et al. 2022)."""
+        """Chooses which activations the backward pass computes again and does not store (Korthikanti et al. 2022)."""
         self.recompute_blocks = recompute == "full"
         for block in self.blocks.values():
             block.attention.recompute = recompute == "selective"
 
     @property
     def tied_here(self) -> bool:
-        """Whether the output head is this very stage's embedding."""
+        """Whether the output head uses the embedding weight of this same stage."""
         return self.model_config.tie_embeddings and self.stage.is_first and self.stage.is_last
 
     @property
     def blocks(self) -> dict[int, Block]:
-        """This stage's blocks by global layer index."""
+        """The blocks of this stage by global layer index."""
         return {int(name): cast(Block, block) for name, block in self.layers.items()}
 
     @property
@@ -111,14 +113,14 @@ class Decoder(nn.Module):
         return {layer: block.moe for layer, block in self.blocks.items() if block.is_moe}
 
     def global_name(self, name: str) -> str:
-        """A parameter's name in checkpoints and init: the tied head's copy is the embedding's."""
+        """Returns a parameter's name in checkpoints and init; a tied head goes by the name of the embedding."""
         return "embedding.weight" if name == "lm_head.weight" and self.model_config.tie_embeddings else name
 
     def named_global_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(self.global_name(name), parameter) for name, parameter in self.named_parameters()]
 
     def named_balance(self) -> dict[str, torch.Tensor]:
-        """Tensors by global name that belong to the weights and are no parameters: the MoE layers' `Balance.state`."""
+        """Tensors by global name that are saved with the weights but are no parameters (`Balance.state`)."""
         return {
             f"layers.{layer}.moe.balance.{name}": tensor
             for layer, moe in self.moe_layers.items()
@@ -126,7 +128,7 @@ class Decoder(nn.Module):
         }
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Called by the pipeline schedules with the previous stage's output."""
+        """Takes the previous stage's output; the pipeline schedules call this before `forward`."""
         self.input_tensor = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(
@@ -139,10 +141,11 @@ class Decoder(nn.Module):
         row_segments_BT: torch.Tensor | None = None,
         samples: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        """Segments number a row's documents; attention stays within one. -1 marks padding. None: one document a row.
+        """Computes hidden states [S, B, H], or logits on the last stage.
 
-        Under context parallel S is a part of a row; `row_segments_BT` is then of whole rows. `samples` are the rows'
-        numbers in the run; dropout is keyed by them.
+        `segments_BS` numbers the documents of a row, and attention stays within a document; -1 marks padding, and None
+        means one document a row. Under context parallel S is this rank's part of a row, and `row_segments_BT` numbers
+        the documents of whole rows. `samples` are the numbers of the rows in the run, from which dropout draws.
         """
         row_segments_BT = segments_BS if row_segments_BT is None else row_segments_BT
         context = ForwardContext.of(self.model_config, positions_BS, row_segments_BT, cache)
@@ -168,6 +171,6 @@ class Decoder(nn.Module):
         return F.linear(x, self.embedding.weight) if self.tied_here else self.lm_head(x)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """A cache for generation on one rank that holds the whole model."""
+        """Makes an empty cache for generation by one rank that holds the whole model."""
         weight = self.embedding.weight
         return KVCache(self.model_config, batch, max_length, weight.dtype, weight.device)

@@ -1,7 +1,7 @@
-"""From tokens to the experts that they chose, and back: sorted by expert, and under expert parallel exchanged.
+"""Brings tokens to the experts that they chose, and the outputs back.
 
-Every (token, choice) pair becomes a row. Rows are sorted by expert; with experts on other ranks, each rank sends the
-rows of their experts in one all-to-all, and gets the outputs back in another (GShard: Lepikhin et al. 2020).
+Every (token, choice) pair becomes a row, and rows are sorted by expert. Under expert parallel each rank sends rows to
+the ranks of their experts in one all-to-all, and gets the outputs back in another (GShard: Lepikhin et al. 2020).
 """
 
 import math
@@ -18,11 +18,11 @@ Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Dispatch:
-    """The rows of one forward pass.
+    """The assignment of one micro-batch's rows to experts.
 
-    `experts_TK` are each token's choices of `num_experts`. Tokens that are not `valid_T` go nowhere. With a
-    `capacity_factor` an expert takes its first ceil(factor * tokens * top_k / num_experts) rows and drops later ones:
-    earlier tokens never depend on later ones.
+    `experts_TK` are the experts that each token chose out of `num_experts`. Tokens that are not `valid_T` go to none.
+    With a `capacity_factor` an expert takes its first ceil(factor * tokens * top_k / num_experts) rows and drops later
+    ones, so that no token depends on a later one.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class Dispatch:
     def run(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, compute: Compute, group: ProcessGroup | None
     ) -> torch.Tensor:
-        """The weighted sum of each token's experts' outputs, [T, H]."""
+        """Computes for each token the weighted sum of its experts' outputs, [T, H]."""
         pairs = x_TH[:, None].expand(-1, self.top_k, -1).flatten(0, 1)
         rows = pairs.index_select(0, self.order)
         rows = compute(rows, self.counts) if get_pg_size(group) == 1 else self._elsewhere(rows, compute, group)
         rows = rows * weights_TK.flatten().index_select(0, self.order)[:, None].to(rows.dtype)
-        # Back in their order, then summed over a token's choices: a fixed order, unlike index_add on a GPU.
+        # Rows return to token order and are summed over a token's choices in a fixed order, unlike index_add on a GPU.
         return torch.zeros_like(pairs).index_copy(0, self.order, rows).unflatten(0, (-1, self.top_k)).sum(1)
 
-    @torch.compiler.disable  # its messages' sizes are read on the host, where a graph would end in any case
+    @torch.compiler.disable  # the sizes of its messages are read on the host, where a graph breaks in any case
     def _elsewhere(self, rows: torch.Tensor, compute: Compute, group: ProcessGroup | None) -> torch.Tensor:
         ep = get_pg_size(group)
         sent = self.counts.view(ep, -1)  # [ranks, experts of a rank]
@@ -65,7 +65,7 @@ class Dispatch:
         dist.all_to_all_single(received, sent.contiguous(), group=group)
         out_rows, in_rows = sent.sum(1).tolist(), received.sum(1).tolist()
         rows = tensor_parallel.all_to_all(group, rows, in_rows, out_rows)
-        # They come sorted by sender, then by expert; experts want theirs together.
+        # Rows arrive sorted by sender, then by expert; the computation needs the rows of an expert side by side.
         local = torch.arange(received.shape[1], device=rows.device).repeat(ep)
         by_expert = local.repeat_interleave(received.flatten()).argsort(stable=True)
         outputs = compute(rows.index_select(0, by_expert), received.sum(0))

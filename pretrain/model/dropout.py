@@ -1,7 +1,7 @@
-"""Dropout (Srivastava et al. 2014) whose mask is a function of (seed, layer's name, sample), and of nothing else.
+"""Dropout (Srivastava et al. 2014) whose mask is a function of (seed, layer name, sample) and of nothing else.
 
-No random state is kept: any layout draws the same mask, each rank takes its part of it, and recomputed activations
-meet the mask that they met before.
+There is no random state: every layout draws the same mask, each rank takes its part of it, and activations that are
+computed again get the same mask again.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from pretrain.model.layer_context import LayerContext
 
 
 class Dropout(nn.Module):
-    """Zeros a share `context.dropout` of hidden states in training and scales up the rest.
+    """Sets a share `context.dropout` of hidden states to zero in training and scales up the rest.
 
-    `name` is the layer's global name, the same in every layout.
+    `name` is the global name of the layer, the same in every layout.
     """
 
     def __init__(self, name: str, context: LayerContext):
@@ -24,7 +24,7 @@ class Dropout(nn.Module):
         self.part, self.parts = context.sequence_part
 
     def forward(self, x_SBH: torch.Tensor, samples: tuple[int, ...] | None) -> torch.Tensor:
-        """`samples` are the numbers of the rows in the run. S is this rank's part of the sequence."""
+        """Applies the masks of the rows numbered `samples` in the run; S is this rank's part of the sequence."""
         if not (self.training and self.rate):
             return x_SBH
         assert samples is not None, "dropout is keyed by sample"

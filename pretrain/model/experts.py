@@ -1,6 +1,6 @@
-"""E SwiGLU experts as stacked weights, computed as one grouped matrix product over rows sorted by expert.
+"""SwiGLU experts as stacked weights [E, ...], computed as grouped matrix products over rows sorted by expert.
 
-Tensor parallel splits each expert like a dense MLP, and the output is a partial sum; expert parallel gives each rank
+Tensor parallel splits each expert like a dense MLP, so that outputs are partial sums; expert parallel gives each rank
 its share of the experts.
 """
 
@@ -17,6 +17,8 @@ STRIDE_BYTES = 16  # the grouped product wants rows of matrices that are a multi
 
 
 class Experts(nn.Module):
+    """This rank's experts of one layer."""
+
     def __init__(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, context: LayerContext):
         super().__init__()
         local, ffn, tp = num_experts // context.ep_size, ffn_hidden_size // context.tp_size, context.tp_size
@@ -32,7 +34,7 @@ class Experts(nn.Module):
         self.down_proj = weight(hidden_size, ffn, split=2)
 
     def forward(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Rows sorted by expert, the first `counts[0]` for the first one, and so on. Same shape out."""
+        """Computes outputs [R, H] of rows sorted by expert; the first `counts[0]` rows are the first expert's."""
         if x_RH.is_cuda and _has_grouped_product(x_RH):
             return self._aligned(x_RH, counts)
         return self._uncompiled(x_RH, counts)
@@ -46,7 +48,7 @@ class Experts(nn.Module):
         return self._by_loop(x_RH, counts.tolist())
 
     def _grouped(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Where H or F is too short of a multiple for the product, both are filled up with zeros, which add nothing."""
+        """Uses the grouped product; pads H and F with zeros, which add nothing, to the multiples that it requires."""
         ends = counts.cumsum(0).to(torch.int32)
         multiple, hidden_size = STRIDE_BYTES // x_RH.element_size(), x_RH.shape[1]
         more_H, more_F = -hidden_size % multiple, -self.gate_proj.shape[1] % multiple
@@ -57,7 +59,7 @@ class Experts(nn.Module):
         return F.grouped_mm(inner, down, offs=ends)[:, :hidden_size]
 
     def _aligned(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """With rows of zeros between experts, so that every expert's first row is aligned."""
+        """Puts rows of zeros between experts, so that every expert's first row is aligned as CUDA requires."""
         padded = (counts + ROWS_ALIGNED - 1) // ROWS_ALIGNED * ROWS_ALIGNED
         shift = (padded - counts).cumsum(0) - (padded - counts)  # how far an expert's rows move
         indices = torch.arange(len(x_RH), device=x_RH.device) + shift.repeat_interleave(counts)
@@ -74,11 +76,11 @@ class Experts(nn.Module):
 
 
 def _widened(matrices: torch.Tensor, columns: int, rows: int = 0) -> torch.Tensor:
-    """With columns and rows of zeros at their ends; the same tensor, and no copy, if there are none."""
+    """Appends columns and rows of zeros to matrices; returns the same tensor, not a copy, where both numbers are 0."""
     return F.pad(matrices, (0, columns, 0, rows)) if columns or rows else matrices
 
 
 def _has_grouped_product(x: torch.Tensor) -> bool:
-    """torch has it in bf16, and on CPUs in fp32 too; none of no rows."""
+    """Whether torch has a grouped product for `x`: in bf16, and on CPUs in fp32 too, but not for zero rows."""
     kinds = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
     return x.dtype in kinds and len(x) > 0

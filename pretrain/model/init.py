@@ -1,7 +1,7 @@
 """Initial weights: each parameter drawn whole from a generator keyed by (seed, its global name, expert), then sliced.
 
-So a layout never changes the initial weights. Normal with `init_std`, scaled by 1/sqrt(2 * num_layers) where a block
-writes into the residual stream (GPT-2, Radford et al. 2019); norm weights are one.
+Therefore a layout never changes the initial weights. They are normal with `init_std`, scaled by
+1/sqrt(2 * num_layers) where a block adds to the residual stream (GPT-2, Radford et al. 2019); norm weights are one.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How layers are built: in which precision, on which device, and with whom they share their work."""
+"""The settings that layers are built with: precision, device, and the process groups that share their work."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +13,11 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """What every layer is told when it is made. A group that is None is a group of one: nothing is shared.
+    """The settings that every layer is built with. A group that is None has one rank, and nothing is split over it.
 
     `tp` splits weights, and with `sp` the sequence between split layers; `cp` splits the sequence everywhere; `ep`
-    splits the experts. `sequence_part` is (which, of how many) parts of a sequence this process has between layers;
-    `dropout` and `seed` are for `model.dropout`.
+    splits the experts. `sequence_part` is (index, count) of the part of a sequence that this process has between
+    layers; `dropout` and `seed` are for `model.dropout`.
     """
 
     dtype: torch.dtype = torch.float32
@@ -44,7 +44,7 @@ class LayerContext:
 
     @cached_property
     def megatron(self) -> ModelParallelConfig:
-        """What megatron-core's layers ask to be told. Weights are left unset: `model.init` draws them by name."""
+        """The config that megatron-core's layers take. They leave weights unset; `model.init` draws them."""
         return ModelParallelConfig(
             tensor_model_parallel_size=self.tp_size,
             sequence_parallel=self.sp,

@@ -1,9 +1,9 @@
-"""Linear layers and embedding split over tensor-parallel ranks: megatron-core's, minus what one rank does not need.
+"""Linear layers and embedding that megatron-core splits over tensor-parallel ranks.
 
 Between layers every rank of the group has all activations, or with sequence parallel (Korthikanti et al. 2022) its
-share of the sequence. A `Region` is where they become what split layers work on: enter it once, go through column
-layers, and leave it through a row layer. A layer that is not split is whole: its
-weight then goes through a plain `F.linear`, so that `torch.compile` takes a block in one graph.
+share of the sequence. A `Region` converts them to what split layers take: enter it once, go through column layers, and
+leave it through a row layer. At tp=1 a weight goes through a plain `F.linear`, so that `torch.compile` compiles a
+block as one graph.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from pretrain.model.megatron import tensor_parallel
 
 
 class _Whole:
-    """A group of one. megatron-core takes None for "the group of this process", whatever that is by now."""
+    """A tensor-parallel group of one rank. megatron-core would take None for the tp group that was set up last."""
 
     def size(self) -> int:
         return 1
@@ -33,7 +33,7 @@ def _no_init(weight: torch.Tensor) -> torch.Tensor:
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """Identity. megatron-core's all-reduce sums a copy of what is not contiguous, and returns it unsummed."""
+    """Returns its input; makes the gradient contiguous, since megatron-core's all-reduce leaves others unsummed."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
@@ -45,16 +45,16 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 class Region:
-    """The way into and out of layers that are split over `tp_group`; does nothing where they are whole.
+    """Converts activations at the entry to and the exit from layers split over tp; does nothing at tp=1.
 
-    What goes in is [S, ...] everywhere, or with sequence parallel [S/tp, ...]; inside it is [S, ...].
+    Outside activations are [S, ...] on every rank, or with sequence parallel [S/tp, ...]; inside they are [S, ...].
     """
 
     def __init__(self, context: LayerContext):
         self.group, self.tp, self.sequence_parallel = context.tp, context.tp_size, context.sp
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """Backward, each rank's gradient is partial: they are summed, once for all layers that `x` goes to."""
+        """Gives the whole sequence; the backward pass sums the ranks' partial gradients once for all layers."""
         if self.tp == 1:
             return x
         if self.sequence_parallel:
@@ -62,13 +62,13 @@ class Region:
         return self.copy(x)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The whole sequence, for what every rank computes alike: backward, nothing is summed."""
+        """Gives the whole sequence for work that every rank does alike; the backward pass sums nothing."""
         return (
             tensor_parallel.gather_from_sequence_parallel_region(x, False, self.group) if self.sequence_parallel else x
         )
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
-        """From the whole sequence into split layers: backward, partial gradients are summed."""
+        """Passes the whole sequence to split layers; the backward pass sums the ranks' partial gradients."""
         if self.tp == 1:
             return x
         return _ContiguousGradient.apply(tensor_parallel.copy_to_tensor_model_parallel_region(x, self.group))
@@ -83,9 +83,9 @@ class Region:
 
 
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):
-    """y = x Wᵀ with W [out, in] split over its rows: every rank computes out/tp of the outputs.
+    """Computes y = x Wᵀ with W [out, in] split over its rows: every rank computes out/tp of the outputs.
 
-    The gradient of x is this rank's part; `Region.enter` sums the parts.
+    The gradient of x is partial; `Region.enter` sums it over ranks.
     """
 
     def __init__(self, size_in: int, size_out: int, context: LayerContext):
@@ -111,7 +111,9 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
-    """y = x Wᵀ with W [out, in] split over its columns: every rank has in/tp of the inputs; outputs are summed.
+    """Computes y = x Wᵀ with W [out, in] split over its columns: every rank has in/tp of the inputs.
+
+    The ranks' outputs are partial and summed.
 
     With sequence parallel each rank keeps its share of the sum.
     """

@@ -1,7 +1,7 @@
 """Losses as functions of each label's log-probability.
 
-A loss function gives a value per token; the engine makes of it the sum over `batch.loss_mask` of the whole global
-batch divided by the sum of that mask: never a mean of means.
+A loss function gives a value per token. The engine weighs it by `batch.loss_mask`, sums over the whole global batch and
+divides by the sum of that mask: never a mean of means.
 """
 
 from typing import Protocol
@@ -14,7 +14,7 @@ from pretrain.model.megatron import tensor_parallel
 
 
 class LossFunction(Protocol):
-    """`metrics` names the [B, S] tensors it returns beside the loss; their masked means are logged.
+    """A loss per token [B, S], and tensors [B, S] by the names in `metrics`, whose masked means are logged.
 
     Log-probabilities are 0 where the loss mask is: nothing is computed there.
     """
@@ -26,7 +26,7 @@ class LossFunction(Protocol):
 
 
 class NextToken:
-    """Cross entropy of the next token: pretraining, and SFT with a mask on the answers."""
+    """Cross entropy of the next token, for pretraining, and for SFT with a mask that selects the answers."""
 
     metrics: tuple[str, ...] = ()
     temperature = 1.0
@@ -36,8 +36,10 @@ class NextToken:
 
 
 def label_logprobs(logits_NV: torch.Tensor, labels_N: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """log softmax(logits)[label], [N], fp32 or better. With logits split over tp, by megatron-core's vocab-parallel
-    loss; that one rounds to fp32, so logits in fp64 (a proof's, and few) are gathered instead.
+    """Computes log softmax(logits)[label], [N], in fp32 or fp64.
+
+    Logits split over tp go through megatron-core's vocab-parallel loss. It rounds to fp32, so logits in fp64, which
+    only a proof has, are gathered instead.
     """
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     is_split = logits_NV.shape[1] != vocab_size

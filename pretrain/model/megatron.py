@@ -1,8 +1,8 @@
 """megatron-core, imported quickly and quietly; the rest of Trivium imports it after, or by way of, this file.
 
-While it is imported, megatron-core hands fused kernels that Trivium does not use to `torch.compile`, and that loads
-all of Inductor: seconds, on every rank. It also warns of each accelerator package that is not installed. Here
-`torch.compile` leaves functions alone, and warnings go unsaid, for the length of that import.
+While it is imported, megatron-core passes fused kernels that Trivium does not use to `torch.compile`. That loads all
+of Inductor, which takes seconds on every rank. It also warns of each accelerator package that is not installed. During
+that import, this file makes `torch.compile` return functions unchanged and silences warnings.
 """
 
 import warnings

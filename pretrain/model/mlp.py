@@ -9,6 +9,8 @@ from pretrain.model.linear import ColumnLinear, Region, RowLinear
 
 
 class MLP(nn.Module):
+    """The feed-forward part of a block; takes and gives hidden states [S, B, H]."""
+
     def __init__(self, hidden_size: int, ffn_hidden_size: int, context: LayerContext):
         super().__init__()
         self.region = Region(context)

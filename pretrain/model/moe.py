@@ -1,7 +1,7 @@
 """A mixture of SwiGLU experts in place of an MLP: route, dispatch, compute, combine (Mixtral, DeepSeek).
 
-Shared experts, if there are any, are one MLP that every token passes. A token's path: `router` chooses, `balance`
-keeps the choices even, `dispatch` brings rows to `experts` and back.
+Shared experts, if there are any, are one MLP that every token goes through. `router` chooses experts for a token,
+`balance` keeps the choices even, and `dispatch` brings rows to `experts` and back.
 """
 
 import torch
@@ -19,6 +19,8 @@ from pretrain.model.router import Router
 
 
 class MoE(nn.Module):
+    """The mixture of experts of one block; takes and gives hidden states [S, B, H]."""
+
     def __init__(self, config: ModelConfig, context: LayerContext):
         super().__init__()
         moe, hidden_size = config.moe, config.hidden_size
@@ -49,5 +51,5 @@ class MoE(nn.Module):
         return shared + self.region.leave(y_TH.view_as(x_SBH))
 
     def _into_experts(self, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each tensor-parallel rank's experts see only their share of F: gradients of both are partial, and summed."""
+        """Passes both to the experts; sums their gradients, which are partial where tp splits the experts' F."""
         return self.region.copy(x_TH), self.region.copy(weights_TK)

@@ -5,6 +5,8 @@ from torch import nn
 
 
 class RMSNorm(nn.Module):
+    """Normalizes the last dimension, of `size` elements."""
+
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.eps = eps

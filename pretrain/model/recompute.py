@@ -1,4 +1,4 @@
-"""Activations that are not kept but computed again in the backward pass (Chen et al. 2016)."""
+"""Recomputes activations in the backward pass instead of storing them (Chen et al. 2016)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-    """`function(*inputs)`, of which only the inputs are kept."""
+    """Calls `function(*inputs)` and stores the inputs alone; the backward pass calls it again."""
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def is_recomputing() -> bool:
-    """True while a backward pass computes activations again: what is counted in forward is counted already."""
+    """Whether a backward pass computes activations again now, so that code must not count a second time."""
     return torch._C._current_autograd_node() is not None

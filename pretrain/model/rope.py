@@ -4,7 +4,7 @@ import torch
 
 
 def rotary_angles(positions_BS: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [S, B, 1, head_dim], fp32, at the given positions."""
+    """Computes cos and sin [S, B, 1, head_dim] in fp32 at the given positions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
     angles = positions_BS.t()[:, :, None, None].float() * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
@@ -12,7 +12,7 @@ def rotary_angles(positions_BS: torch.Tensor, head_dim: int, theta: float) -> tu
 
 
 def rotate(x_SBND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns every pair (x_i, x_{i+D/2}) by its angle."""
+    """Rotates every pair (x_i, x_{i+D/2}) by its angle."""
     first, second = x_SBND.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x_SBND * cos.to(x_SBND.dtype) + turned * sin.to(x_SBND.dtype)

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with what weight. Whole on every rank, in fp32 or more.
+"""Chooses the experts of each token and their weights. Every rank holds the whole router and computes in fp32 or fp64.
 
 Softmax gating is Switch's and Mixtral's; sigmoid gating, groups and the bias are DeepSeek-V2's and V3's (2024).
 """
@@ -12,6 +12,8 @@ from pretrain.model.layer_context import LayerContext
 
 
 class Router(nn.Module):
+    """The router of one MoE layer."""
+
     def __init__(self, hidden_size: int, moe: MoEConfig, context: LayerContext):
         super().__init__()
         self.moe = moe
@@ -22,7 +24,7 @@ class Router(nn.Module):
     def forward(
         self, x_TH: torch.Tensor, bias_E: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weights [T, k], chosen experts [T, k], logits [T, E]. The bias takes part in choosing, not in weighing."""
+        """Returns weights [T, k], chosen experts [T, k] and logits [T, E]; the bias changes choices but no weights."""
         precision = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(x_TH.to(precision), self.weight.to(precision))
         scores_TE = logits_TE.sigmoid() if self.moe.gating == "sigmoid" else logits_TE.softmax(-1)

@@ -1,4 +1,4 @@
-"""Which slice of a parameter a rank holds: tensor parallel splits one dimension, expert parallel the first."""
+"""Says which slice of a parameter a rank holds: tensor parallel splits one dimension, expert parallel the first."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Slices:
-    """Degrees, and which part is this rank's. The default is a rank that holds everything."""
+    """Degrees of splitting, and the index of this rank's part. The default is a rank that holds everything."""
 
     tp: int = 1
     tp_rank: int = 0
@@ -22,20 +22,20 @@ class Slices:
         return tuple(shape)
 
     def offset(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """Where this rank's slice starts in the whole."""
+        """Returns the index at which this rank's slice starts in the whole tensor, per dimension."""
         offset = [0] * parameter.ndim
         for dim, _, part in self.splits(parameter):
             offset[dim] = part * parameter.shape[dim]
         return tuple(offset)
 
     def cut(self, whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """This rank's slice of a whole tensor of the parameter's shape."""
+        """Returns this rank's slice of `whole`, a tensor of the parameter's global shape."""
         for dim, parts, part in self.splits(parameter):
             whole = whole.chunk(parts, dim)[part]
         return whole
 
     def splits(self, parameter: nn.Parameter) -> list[tuple[int, int, int]]:
-        """(dimension, number of parts, which one) of every split."""
+        """Lists every split as (dimension, number of parts, index of this rank's part)."""
         splits = []
         tp_dim = tp_split(parameter)
         if tp_dim is not None:
@@ -49,12 +49,12 @@ WHOLE = Slices()
 
 
 def tp_split(parameter: nn.Parameter) -> int | None:
-    """The dimension that tensor parallel splits, or None where each of its ranks holds all of it."""
+    """Returns the dimension that tensor parallel splits, or None where each of its ranks holds the whole parameter."""
     return getattr(parameter, "partition_dim") if getattr(parameter, "tensor_model_parallel", False) else None  # noqa: B009
 
 
 def mark_expert(parameter: nn.Parameter) -> None:
-    """Says that the first dimension counts experts."""
+    """Marks a parameter whose first dimension counts experts."""
     vars(parameter)["counts_experts"] = True
 
 
