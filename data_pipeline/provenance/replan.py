@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trivium data replan",
         "A plan with other weights, packing or sequence length for the rest of a training run.",
         "trivium data replan configs/data/demo.toml mixture.weights.code=0.3 --after "
-        "runs/demo/pretrain/checkpoints/step_00000060 --out runs/demo/more_code",
+        "runs/demo/pretrain/checkpoints/step_120 --out runs/demo/more_code",
         DataConfig,
     )
     parser.add_argument("config", metavar="CONFIG", help="the TOML file of the data run")
