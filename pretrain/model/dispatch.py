@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from pretrain.model.megatron import get_pg_size, tensor_parallel
+from pretrain.megatron import (
+    all_to_all,
+    get_pg_size,
+)
 
 # (rows [R, H] sorted by expert, how many each expert has [E]) to [R, H]
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -64,10 +67,10 @@ class Dispatch:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent.contiguous(), group=group)
         out_rows, in_rows = sent.sum(1).tolist(), received.sum(1).tolist()
-        rows = tensor_parallel.all_to_all(group, rows, in_rows, out_rows)
+        rows = all_to_all(group, rows, in_rows, out_rows)
         # Rows arrive sorted by sender, then by expert; the computation needs the rows of an expert side by side.
         local = torch.arange(received.shape[1], device=rows.device).repeat(ep)
         by_expert = local.repeat_interleave(received.flatten()).argsort(stable=True)
         outputs = compute(rows.index_select(0, by_expert), received.sum(0))
         outputs = torch.empty_like(outputs).index_copy(0, by_expert, outputs)
-        return tensor_parallel.all_to_all(group, outputs, out_rows, in_rows)
+        return all_to_all(group, outputs, out_rows, in_rows)

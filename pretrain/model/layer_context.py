@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch.distributed import ProcessGroup
 
-from pretrain.model.megatron import ModelParallelConfig, get_pg_size
+from pretrain.megatron import ModelParallelConfig, get_pg_size
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pretrain.megatron import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.megatron import tensor_parallel
 
 
 class _Whole:
@@ -58,31 +67,29 @@ class Region:
         if self.tp == 1:
             return x
         if self.sequence_parallel:
-            return tensor_parallel.gather_from_sequence_parallel_region(x, True, self.group)
+            return gather_from_sequence_parallel_region(x, True, self.group)
         return self.copy(x)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Gives the whole sequence for work that every rank does alike; the backward pass sums nothing."""
-        return (
-            tensor_parallel.gather_from_sequence_parallel_region(x, False, self.group) if self.sequence_parallel else x
-        )
+        return gather_from_sequence_parallel_region(x, False, self.group) if self.sequence_parallel else x
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         """Passes the whole sequence to split layers; the backward pass sums the ranks' partial gradients."""
         if self.tp == 1:
             return x
-        return _ContiguousGradient.apply(tensor_parallel.copy_to_tensor_model_parallel_region(x, self.group))
+        return _ContiguousGradient.apply(copy_to_tensor_model_parallel_region(x, self.group))
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         """Sums the ranks' partial outputs."""
         if self.tp == 1:
             return y
         if self.sequence_parallel:
-            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(y, self.group)
-        return tensor_parallel.reduce_from_tensor_model_parallel_region(y.contiguous(), self.group)
+            return reduce_scatter_to_sequence_parallel_region(y, self.group)
+        return reduce_from_tensor_model_parallel_region(y.contiguous(), self.group)
 
 
-class ColumnLinear(tensor_parallel.ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear):
     """Computes y = x Wᵀ with W [out, in] split over its rows: every rank computes out/tp of the outputs.
 
     The gradient of x is partial; `Region.enter` sums it over ranks.
@@ -100,7 +107,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
             disable_grad_reduce=True,
         )
         self.sequence_parallel = False  # x is the whole sequence already
-        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
+        set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
 
     @property
     def is_split(self) -> bool:
@@ -110,7 +117,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
         return super().forward(x)[0] if self.is_split else F.linear(x, self.weight)
 
 
-class RowLinear(tensor_parallel.RowParallelLinear):
+class RowLinear(RowParallelLinear):
     """Computes y = x Wᵀ with W [out, in] split over its columns: every rank has in/tp of the inputs.
 
     The ranks' outputs are partial and summed.
@@ -129,7 +136,7 @@ class RowLinear(tensor_parallel.RowParallelLinear):
             skip_bias_add=False,
             tp_group=context.tp or _WHOLE,
         )
-        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 1, 1)
+        set_tensor_model_parallel_attributes(self.weight, self.is_split, 1, 1)
 
     @property
     def is_split(self) -> bool:
@@ -139,7 +146,7 @@ class RowLinear(tensor_parallel.RowParallelLinear):
         return super().forward(x)[0] if self.is_split else F.linear(x, self.weight)
 
 
-class Embedding(tensor_parallel.VocabParallelEmbedding):
+class Embedding(VocabParallelEmbedding):
     """Token embedding [V, H] split over the vocabulary; the lookups are summed over tp.
 
     Takes [B, S], gives [S, B, H], or with sequence parallel this rank's [S/tp, B, H].
@@ -155,7 +162,7 @@ class Embedding(tensor_parallel.VocabParallelEmbedding):
             tp_group=context.tp or _WHOLE,
         )
         self.is_split = self.num_embeddings_per_partition != vocab_size
-        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
+        set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         if self.reduce_scatter_embeddings:

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from pretrain.megatron import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from pretrain.model.batch import Batch
-from pretrain.model.megatron import tensor_parallel
 
 
 class LossFunction(Protocol):
@@ -44,7 +44,7 @@ def label_logprobs(logits_NV: torch.Tensor, labels_N: torch.Tensor, vocab_size: 
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     is_split = logits_NV.shape[1] != vocab_size
     if is_split and logits_NV.dtype == torch.float32:
-        return -tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_N)
+        return -vocab_parallel_cross_entropy(logits_NV, labels_N)
     if is_split:
-        logits_NV = tensor_parallel.gather_from_tensor_model_parallel_region(logits_NV)
+        logits_NV = gather_from_tensor_model_parallel_region(logits_NV)
     return -F.cross_entropy(logits_NV, labels_N, reduction="none")

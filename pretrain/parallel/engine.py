@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.layout import Layout
 from configs.train import ModelConfig, OptimizerConfig, TrainSection
+from pretrain.megatron import ModelType, get_forward_backward_func, schedule_config
 from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.balance import LossDenominators
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
 from pretrain.parallel import zero
-from pretrain.parallel.backends import ModelType, TransformerConfig, get_forward_backward_func
 from pretrain.parallel.context import exchange_around_attention, own_parts
 from pretrain.parallel.experts import spread_experts
 from pretrain.parallel.gradients import mark_copies, sum_partial
@@ -72,13 +71,13 @@ class Engine:
             seed=seed,
         )
         chunks = [Decoder(model_config, spec, context) for spec in stage_specs(layout, mesh.pp_rank)]
-        schedule_config = _schedule_config(model_config, layout, dtype)
+        config = schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):
             init_weights(chunk, seed, mesh.slices)
             chunk.set_recompute(train.recompute)
             scheduled: Any = chunk  # the schedules look for attributes of their own
             scheduled.config, scheduled.model_type, scheduled.vp_stage = (
-                schedule_config,
+                config,
                 ModelType.encoder_or_decoder,
                 i,
             )
@@ -240,25 +239,3 @@ class Engine:
             sums = torch.cat([per_source.flatten(), *(value.view(1) for value in named)])
         # A third value makes the schedule leave the loss alone: it is already divided by the global token count.
         return loss_B.sum() * scale, torch.zeros((), dtype=torch.int, device=loss_B.device), sums
-
-
-def _schedule_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """It checks some numbers of its own, so the number of layers it is told is one a chunk: ours may be uneven."""
-    return TransformerConfig(
-        num_layers=layout.pp * layout.vpp,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        tensor_model_parallel_size=layout.tp,
-        context_parallel_size=layout.cp,
-        sequence_parallel=layout.sp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        # Between two ranks an interleaved schedule has activations and gradients under way in the same direction at
-        # once; batched, they would be taken for one another.
-        overlap_p2p_comm=layout.vpp > 1,
-        batch_p2p_comm=layout.vpp == 1,
-        calculate_per_token_loss=True,
-        use_cpu_initialization=not torch.cuda.is_available(),
-    )

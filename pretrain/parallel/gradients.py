@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pretrain.megatron import parallel_state
 from pretrain.model.norm import RMSNorm
-from pretrain.parallel.backends import parallel_state
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.stage import PipelineStage
 from pretrain.parallel.zero import gradient, set_gradient

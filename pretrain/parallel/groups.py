@@ -16,8 +16,9 @@ from torch import nn
 
 from configs.layout import Layout
 from launch.environment import ClusterEnvironment
+from pretrain.megatron import parallel_state
 from pretrain.model.slices import Slices, is_expert, tp_split
-from pretrain.parallel.backends import deepspeed, parallel_state, redirect_to_cpu
+from pretrain.parallel.backends import deepspeed, redirect_to_cpu
 from pretrain.parallel.messages import gather_json
 
 

@@ -33,7 +33,7 @@ class ImportRule:
     """What modules under `part` may import. The longest `part` that a module is under decides.
 
     `ours`: modules of this repository. `only`: where not empty, all the third-party modules there may be.
-    `never`: third-party modules refused. A name stands for everything below it.
+    `never`: modules refused all the same. A name stands for everything below it.
     """
 
     part: str
@@ -42,22 +42,35 @@ class ImportRule:
     never: tuple[str, ...] = ()
 
 
-# megatron.core.tensor_parallel is configured by ModelParallelConfig and sized by get_pg_size; ProcessGroup
-# and ReduceOp are types that layers are handed, not groups of their own.
-MEGATRON_LAYERS = (
-    "megatron.core.tensor_parallel",
-    "megatron.core.model_parallel_config",
-    "megatron.core.utils.get_pg_size",
+# What the model takes of megatron-core: layers, ways into and out of them, and how they are told of their group, which
+# they are handed. ProcessGroup and ReduceOp are types, not groups of their own.
+MEGATRON_LAYERS = tuple(
+    f"pretrain.megatron.{name}"
+    for name in (
+        "ColumnParallelLinear",
+        "ModelParallelConfig",
+        "RowParallelLinear",
+        "VocabParallelEmbedding",
+        "all_to_all",
+        "copy_to_tensor_model_parallel_region",
+        "gather_from_sequence_parallel_region",
+        "gather_from_tensor_model_parallel_region",
+        "get_pg_size",
+        "reduce_from_tensor_model_parallel_region",
+        "reduce_scatter_to_sequence_parallel_region",
+        "set_tensor_model_parallel_attributes",
+        "vocab_parallel_cross_entropy",
+    )
 )
-SCHEDULES = ("deepspeed", "megatron.core.pipeline_parallel")
+LIBRARIES = ("deepspeed", "megatron", "pretrain.megatron")  # of parallel training: pretrain.parallel hides them
 RULES = (
     ImportRule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
     ImportRule("data_pipeline", ours=("configs", "data_pipeline"), never=TORCH),
     ImportRule("data_pipeline.executors", ours=("configs", "data_pipeline", "launch.environment"), never=TORCH),
     ImportRule(
         "pretrain.model",
-        ours=("configs", "pretrain.model"),
-        only=("torch", "numpy", *MEGATRON_LAYERS),
+        ours=("configs", "pretrain.model", *MEGATRON_LAYERS),
+        only=("torch", "numpy"),
         never=(
             "torch.distributed.init_process_group",
             "torch.distributed.new_group",
@@ -66,15 +79,21 @@ RULES = (
             "torch.distributed.device_mesh",
         ),
     ),
-    ImportRule("pretrain.parallel", ours=("configs", "pretrain.model", "pretrain.parallel", "launch.environment")),
+    # The only one to import megatron-core.
+    ImportRule("pretrain.megatron", ours=("configs",), only=("megatron", "torch")),
+    ImportRule(
+        "pretrain.parallel",
+        ours=("configs", "pretrain.megatron", "pretrain.model", "pretrain.parallel", "launch.environment"),
+        never=("megatron",),
+    ),
     ImportRule("pretrain.report", ours=("configs", "pretrain.charts", "pretrain.history", *PAGES), never=TORCH),
     ImportRule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),
     ImportRule("pretrain.schedule", ours=("configs",), never=TORCH),
     ImportRule("pretrain.charts", ours=PAGES, never=TORCH),
     ImportRule("data_pipeline.charts", ours=(), never=TORCH),
-    ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=SCHEDULES),
-    ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=SCHEDULES),
-    ImportRule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=SCHEDULES),
+    ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=LIBRARIES),
+    ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
+    ImportRule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=LIBRARIES),
     ImportRule("launch", ours=("configs", "launch"), only=("rich",)),
     ImportRule("configs.signals", ours=(), only=("nothing",)),  # it is imported before all else, and at once
     ImportRule("cli", ours=("configs.loader", "configs.signals", *LAUNCH), only=("nothing",)),
@@ -113,7 +132,7 @@ def offences(source: str, module: str, is_package: bool = False) -> list[str]:
             continue
         if top in PACKAGES:
             # `from pretrain import parallel` and `import pretrain.parallel` are the same thing to us.
-            wrong = not under(name, rule.ours)
+            wrong = not under(name, rule.ours) or under(name, rule.never)
         else:
             wrong = (bool(rule.only) and not under(name, rule.only)) or under(name, rule.never)
         if wrong:
@@ -152,7 +171,10 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
         ),
         ("pretrain.model.moe", "from ..parallel import groups", "pretrain.parallel.groups"),
         ("pretrain.model.moe", "from torch.distributed import new_group", "torch.distributed.new_group"),
-        ("pretrain.model", "from megatron.core import parallel_state", "megatron.core.parallel_state"),
+        ("pretrain.model", "from pretrain.megatron import parallel_state", "pretrain.megatron.parallel_state"),
+        ("pretrain.model.moe", "from megatron.core import tensor_parallel", "megatron.core.tensor_parallel"),
+        ("pretrain.parallel.groups", "from megatron.core import parallel_state", "megatron.core.parallel_state"),
+        ("pretrain.trainer", "from pretrain.megatron import parallel_state", "pretrain.megatron.parallel_state"),
         ("pretrain.parallel.engine", "import pretrain.trainer", "pretrain.trainer"),
         ("pretrain.trainer", "import deepspeed", "deepspeed"),
         ("pretrain.trainer", "from data_pipeline import dedup", "data_pipeline.dedup"),
