@@ -64,7 +64,7 @@ class Watch:
         self._elsewhere = 0
         self._deadline: float | None = None
         self._listeners: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
+        self._lock, self._leaving = threading.Lock(), threading.Lock()
         self._parent = os.getppid()
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
@@ -76,7 +76,8 @@ class Watch:
         self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
         self._thread.start()
-        # A launcher of ours starts its ranks with signals held back, so that none is lost on the way to here.
+        # Who starts this process may have signals held back (blocked), so that none kills it on the way to here: our
+        # launchers, launch/slurm, or anybody with `env --block-signal=INT,TERM,HUP,USR1`.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SAVING)
 
     def when_told(self, listener: Callable[[], None]) -> None:
@@ -133,6 +134,9 @@ class Watch:
         if not self.saves and self.phase is Phase.WORKS and not self._raised:
             self._raised = True
             raise KeyboardInterrupt
+        if self.phase is Phase.BEGINS and not self._elsewhere:  # the thread may not be there yet, or look too late
+            self.number = self.number or number
+            self._leave()
 
     def _run(self) -> None:
         poll = select.poll()
@@ -177,7 +181,9 @@ class Watch:
             listener()
 
     def _leave(self) -> None:
-        """Ends the process from this thread, whatever the main thread is at."""
+        """Ends the process from this thread, whatever the others are at."""
+        if not self._leaving.acquire(blocking=False):
+            return
         if self.speaks:
             name = signal.Signals(self.number).name
             said = f"stopped by {name} before the first step was done" if self.saves else "interrupted"

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from configs.folders import check_writable
 from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
-from configs.signals import STOPPED
+from configs.signals import STOPPED, status_of
 from launch import tee
 from launch.demo_report import DemoStage, describe_data, describe_export, describe_training, show, write_html
 from launch.processes import die_with_parent
@@ -92,7 +92,7 @@ def run_stages(stages: Sequence[DemoStage], directory: Path, console: Console) -
         mark, made_from, started = stage.fingerprint(), stage.made_from(), time.monotonic()
         # Unbuffered, so that lines show when they are printed; no hub, so that nothing waits for a network.
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        status = tee.run([sys.executable, "-m", "launch.run", *stage.command], log, env, held_back=True)
+        status, told = tee.run([sys.executable, "-m", "launch.run", *stage.command], log, env, held_back=True)
         seconds = time.monotonic() - started
         wrote = stage.fingerprint() != mark
         if status == 0 and not wrote and (changed := _changed(times.get(stage.name), made_from)):
@@ -105,6 +105,9 @@ def run_stages(stages: Sequence[DemoStage], directory: Path, console: Console) -
         if status:
             _tell_failure(stage, status, log, console)
             return status
+        if told and number < len(stages):
+            console.print(f"\nInterrupted after stage {stage.title}. Run the same command again to go on.")
+            return status_of(told)
     show(stages, times, console)
     page = write_html(stages, times, directory)
     console.print(f"{time.monotonic() - began:.0f} s this time. Everything, with curves: {page}", highlight=False)

@@ -134,6 +134,11 @@ class ProcessGroup:
             self.failed = self._first_failure()
         return 0 if self.failed is None else exit_status(self.processes[self.failed].returncode)
 
+    @property
+    def signal(self) -> int:
+        """The first signal that came; 0 for none."""
+        return self._signals[0] if self._signals else 0
+
     def _first_failure(self) -> int | None:
         codes = [process.poll() for process in self.processes]
         return next((index for index, code in enumerate(codes) if code), None)

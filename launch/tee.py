@@ -17,18 +17,25 @@ import termios
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from launch.processes import ProcessGroup
 
 LAST_WORDS_SECONDS = 5.0  # how long output is still read after the command's end, should a child hold it open
 
 
-def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, held_back: bool = False) -> int:
-    """Runs `command`, appends its output to `log` and shows it. `held_back`: see ProcessGroup.start.
+class Ended(NamedTuple):
+    """How a command ended: its exit status, 128 + n for signal n, and the first signal that came to us meanwhile, or 0.
 
-    Returns its exit status, 128 + n for signal n.
+    A command that has done its work by then ends with 0 all the same.
     """
+
+    status: int
+    signal: int
+
+
+def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, held_back: bool = False) -> Ended:
+    """Runs `command`, appends its output to `log` and shows it. `held_back`: see ProcessGroup.start."""
     log.parent.mkdir(parents=True, exist_ok=True)
     terminal = sys.stdout.isatty()
     ours, theirs = pty.openpty() if terminal else os.pipe()
@@ -44,7 +51,7 @@ def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None,
             reader.start()
             status = group.wait()
             reader.join(LAST_WORDS_SECONDS)
-            return status
+        return Ended(status, group.signal)
     finally:
         if previous is not None:
             signal.signal(signal.SIGWINCH, previous)

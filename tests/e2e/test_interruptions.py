@@ -16,6 +16,8 @@ from tests.small_training import last_step, write_config
 ROOT = Path(__file__).resolve().parents[2]
 CLI = (sys.executable, "-m", "cli")
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "pretrain.train")
+# As launch/slurm has it: signals wait in a process until it can answer them.
+HELD_BACK = ("env", "--block-signal=INT,TERM,HUP,USR1")
 TRAINING = {
     "alone": (*CLI, "train"),
     "launch": (*CLI, "launch", "--nproc-per-node", "2", "train"),
@@ -84,14 +86,46 @@ def wait_for_step(command: Command, run: Path, step: int) -> None:
 
 def test_a_signal_while_ranks_start_is_answered_by_all(tmp_path: Path) -> None:
     """Imports take seconds, so that this one falls into them, or before; there is no plan to open yet."""
-    for number, delay in ((signal.SIGTERM, 0.3), (signal.SIGUSR1, 0.9)):
+    for number, delay in ((signal.SIGTERM, 0.05), (signal.SIGUSR1, 0.9)):
         run = tmp_path / "run"
-        command = Command(tmp_path, [*TRAINING["launch"], "configs/pretrain/demo.toml", f"run.dir={run}"])
+        command = Command(tmp_path, [*HELD_BACK, *TRAINING["launch"], "configs/pretrain/demo.toml", f"run.dir={run}"])
         time.sleep(delay)
         if command.process.poll() is not None:  # a machine so quick that the missing plan was told before
             continue
         status = command.stop(number)
         assert (status in (75, 2), "Traceback" in command.said(), command.survivors()) == (True, False, [])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("held_back", [True, False])
+@pytest.mark.parametrize("way", ["alone", "launch", "mpirun"])
+@pytest.mark.parametrize("number", STATUS)
+def test_any_moment_of_the_start(
+    config: Path, tmp_path: Path, way: str, number: signal.Signals, held_back: bool
+) -> None:
+    """Without held back signals, Python's own first moments are the signal's; nothing is there yet to be lost."""
+    run = tmp_path / "run"
+    before, after = (HELD_BACK, ()) if way != "mpirun" else ((), HELD_BACK)
+    launcher, command = (TRAINING[way][:3], TRAINING[way][3:]) if way == "mpirun" else ((), TRAINING[way])
+    argv = [*(before if held_back else ()), *launcher, *(after if held_back else ()), *command]
+    for milliseconds in (0, 20, 50, 100, 200, 400):
+        started = Command(tmp_path, [*argv, str(config), f"run.dir={run}", "train.steps=2"])
+        while held_back and way != "mpirun" and not mask(started.process.pid):
+            time.sleep(0.001)
+        time.sleep(milliseconds / 1000)
+        status = started.stop(number)
+        allowed = {STATUS[number]} if held_back and way != "mpirun" else {STATUS[number], -number, 128 + number}
+        assert status in allowed, (milliseconds, status, started.said())
+        assert "Traceback" not in started.said() or not held_back, (milliseconds, started.said())
+        assert started.survivors() == [] and not storage.steps(run), milliseconds
+    assert (
+        subprocess.run([*TRAINING["alone"], str(config), f"run.dir={run}", "train.steps=2"], cwd=ROOT).returncode == 0
+    )
+
+
+def mask(pid: int) -> int:
+    """The signals that a process has blocked."""
+    return int(Path(f"/proc/{pid}/status").read_text().split("SigBlk:")[1].split()[0], 16)
 
 
 @pytest.mark.full

@@ -83,6 +83,11 @@ class Job:
         self.wait_for(lambda: self.shows("JobState") == state)
 
 
+def shown(*command: str) -> str:
+    """What a command of Slurm's prints."""
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 def steps_of(run: Path) -> list[int]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "loss" in line]
@@ -95,6 +100,42 @@ def test_a_warned_job_saves_on_every_rank_and_is_requeued(tmp_path: Path) -> Non
     job.wait_for(lambda: job.shows("Restarts") == "1")
     job.cancel()
     assert [(tmp_path / f"saved_{rank}").read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2
+
+
+SLEEP = {
+    "ranks by srun": ("srun.sh", ["python", "-m", "tests.e2e.steps_of_sleep"]),
+    "mpirun": ("mpirun.sh", ["python", "-m", "tests.e2e.steps_of_sleep"]),
+    "torchrun": ("torchrun.sh", ["--nproc-per-node", "1", "-m", "tests.e2e.steps_of_sleep"]),
+}
+
+
+def test_a_job_that_is_warned_as_its_ranks_start_is_requeued(tmp_path: Path) -> None:
+    script, command = SLEEP["ranks by srun"]
+    job = Job(tmp_path, script, *command, str(tmp_path))
+    job.wait_for(lambda: f"{job.number}.0" in shown("squeue", "--steps", "--noheader"))
+    job.warn()
+    job.wait_for(lambda: job.shows("Restarts") == "1", 60)
+    assert "before the first step" in job.said() or (tmp_path / "saved_0").exists()
+    job.cancel()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", SLEEP)
+@pytest.mark.parametrize("milliseconds", [0, 20, 50, 100, 200, 400, 1000, 3000])
+def test_a_job_that_is_warned_at_any_moment_of_its_start_is_requeued(
+    tmp_path: Path, way: str, milliseconds: int
+) -> None:
+    """Before the first line of the script the signal is its end, and nothing has begun."""
+    script, command = SLEEP[way]
+    job = Job(tmp_path, script, *command, str(tmp_path))
+    job.wait_for_state("RUNNING")
+    time.sleep(milliseconds / 1000)
+    job.warn()
+    job.wait_for(lambda: job.shows("Restarts") == "1" or job.shows("JobState") == "FAILED", 60)
+    if job.shows("Restarts") == "0":
+        assert milliseconds < 1000 and job.shows("ExitCode") == "0:10"
+        assert job.said() == "" and not list(tmp_path.glob("up_*"))
+    job.cancel()
 
 
 @pytest.mark.full
@@ -141,15 +182,17 @@ def test_the_time_limit_is_what_warns(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_cancelled_run_has_saved_and_a_new_job_goes_on(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", SCRIPTS)
+def test_a_cancelled_run_has_saved_and_a_new_job_goes_on(config: Path, tmp_path: Path, way: str) -> None:
     run = tmp_path / "run"
-    command = ("python", "-m", "cli", "train", str(config), f"run.dir={run}")
-    job = Job(tmp_path, "srun.sh", *command)
+    script, command = SCRIPTS[way]
+    job = Job(tmp_path, script, *command, str(config), f"run.dir={run}")
     job.wait_for(lambda: last_step(run) >= 3)
     job.cancel()
     job.wait_for_state("CANCELLED")
     job.wait_for(lambda: bool(storage.steps(run)), seconds=15)
-    again = Job(tmp_path, "srun.sh", *command)
+    assert job.shows("Restarts") == "0"
+    again = Job(tmp_path, script, *command, str(config), f"run.dir={run}")
     again.wait_for_state("COMPLETED")
     assert steps_of(run) == list(range(1, STEPS + 1))
 

@@ -1,6 +1,7 @@
 """Signals to small processes in each phase: what ends at once, what is noted, what changes nothing."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +54,46 @@ def test_before_its_first_step_training_ends_at_once_even_in_compiled_code(numbe
     name = signal.Signals(number).name
     said = f"stopped by {name} before the first step was done; run the same command again to go on\n"
     assert ended(process, number) == (status, "", said)
+
+
+@pytest.mark.parametrize(
+    ("number", "saves", "status"),
+    [(signal.SIGTERM, True, 75), (signal.SIGUSR1, True, 75), (signal.SIGINT, True, 130), (signal.SIGINT, False, 130)],
+)
+def test_a_signal_that_was_held_back_from_the_first_instruction_on_is_answered(
+    number: int, saves: bool, status: int
+) -> None:
+    script = f"from configs import signals\nsignals.begin({saves})\nimport time; time.sleep(60)"
+    process = subprocess.Popen(
+        ["env", "--block-signal=INT,TERM,HUP,USR1", sys.executable, "-c", script],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not held_back(process.pid):  # `env` is at work; Python need not be
+        time.sleep(0.001)
+    assert ended(process, number, within=30)[0] == status
+
+
+def held_back(pid: int) -> str:
+    """The mask of the signals that a process has blocked."""
+    return re.findall(r"SigBlk:\s*0*(.*)", Path(f"/proc/{pid}/status").read_text())[0]
+
+
+def test_children_have_nothing_held_back() -> None:
+    script = (
+        "from configs import signals\nsignals.begin(True)\nimport multiprocessing, subprocess, threading\n"
+        "show = ['grep', 'SigBlk', '/proc/self/status']\n"
+        "subprocess.run(show)\n"
+        "thread = threading.Thread(target=subprocess.run, args=(show,)); thread.start(); thread.join()\n"
+        "for way in ('fork', 'spawn', 'forkserver'):\n"
+        "    child = multiprocessing.get_context(way).Process(target=subprocess.run, args=(show,))\n"
+        "    child.start(); child.join()\n"
+    )
+    argv = ["env", "--block-signal=INT,TERM,HUP,USR1", sys.executable, "-c", script]
+    shown = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert shown.split() == ["SigBlk:", "0" * 16] * 5
 
 
 def test_later_it_is_noted_and_a_second_one_changes_nothing() -> None:

@@ -21,13 +21,16 @@ from launch.demo_report import DemoStage, describe_data, describe_export, descri
 ROOT = Path(__file__).resolve().parents[3]
 # A stage that does its work once, notes that it was called, and fails or hangs while a file tells it to.
 SCRIPT = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 with open(folder / "calls", "a") as calls:
     calls.write(name + " ")
 print(name, "on a terminal" if sys.stdout.isatty() else "in a pipe", flush=True)
 if (folder / f"fail_{name}").exists():
     sys.exit(3)
+if (folder / f"busy_{name}").exists():
+    signal.signal(signal.SIGINT, lambda *_: (folder / f"hang_{name}").unlink())
+    print("may be interrupted", flush=True)
 while (folder / f"hang_{name}").exists():
     time.sleep(0.05)
 mark = folder / name / "mark"
@@ -83,27 +86,43 @@ def test_a_failure_stops_and_says_how_to_go_on(stages: list[DemoStage], tmp_path
     assert run(stages, tmp_path)[0] == 0
 
 
-def test_an_interrupted_stage_is_called_again(stages: list[DemoStage], tmp_path: Path) -> None:
-    (tmp_path / "hang_two").touch()
+def interrupted_in(name: str, line: str, folder: Path) -> tuple[int, str]:
+    """Runs stages one, two and three, and interrupts them when stage `name` has printed `line`."""
+    (folder / f"hang_{name}").touch()
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
         "from launch.demo import run_stages; from launch.demo_report import DemoStage\n"
         "f = Path(sys.argv[1])\n"
-        "s = [DemoStage(n, n, ('small_stage', str(f), n), f / n, 'mark', lambda _: ('', '')) for n in ('one', 'two')]\n"
+        "s = [DemoStage(n, n, ('small_stage', str(f), n), f / n, 'mark', lambda _: ('', ''))\n"
+        "     for n in ('one', 'two', 'three')]\n"
         "sys.exit(run_stages(s, f, Console()))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "logs" / "two.log").exists() or not (tmp_path / "logs" / "two.log").read_text():
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+    log, deadline = folder / "logs" / f"{name}.log", time.monotonic() + 20
+    while not log.exists() or line not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=20)
-    assert process.returncode == 130
+    return process.returncode, output
+
+
+def test_an_interrupted_stage_is_called_again(stages: list[DemoStage], tmp_path: Path) -> None:
+    status, output = interrupted_in("two", "two", tmp_path)
+    assert status == 130
     assert "Interrupted in stage two" in output
     assert not read_times(tmp_path)["two"]["done"]
     (tmp_path / "hang_two").unlink()
     assert run(stages, tmp_path)[0] == 0
+    assert read_times(tmp_path)["two"]["done"]
+
+
+def test_an_interruption_at_the_end_of_a_stage_needs_no_second_one(stages: list[DemoStage], tmp_path: Path) -> None:
+    """The stage ends well, and no other is begun."""
+    (tmp_path / "busy_two").touch()
+    status, output = interrupted_in("two", "may be interrupted", tmp_path)
+    assert (status, (tmp_path / "calls").read_text()) == (130, "one two ")
+    assert "Interrupted after stage two. Run the same command again" in output
     assert read_times(tmp_path)["two"]["done"]
 
 
@@ -112,7 +131,7 @@ def test_a_stage_finds_a_terminal_where_the_demo_has_one(tmp_path: Path) -> None
     script = (
         "import sys; from pathlib import Path; from launch import tee\n"
         "code = 'import os, sys; print(sys.stdout.isatty(), os.get_terminal_size().columns)'\n"
-        "sys.exit(tee.run([sys.executable, '-c', code], Path(sys.argv[1])))"
+        "sys.exit(tee.run([sys.executable, '-c', code], Path(sys.argv[1])).status)"
     )
     env = {**os.environ, "COLUMNS": "101", "LINES": "20"}
     process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "log"], cwd=ROOT, env=env, stdout=theirs)
