@@ -1,11 +1,11 @@
 """Fixtures for all tests: the pool of gloo ranks, and no model hub."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.parallel.harness import RankPool, Ranks
+from tests.parallel.harness import RankPool, RanksOf
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -19,6 +19,6 @@ def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def ranks(rank_pool: RankPool) -> Callable[[int], Ranks]:
+def ranks(rank_pool: RankPool) -> RanksOf:
     """`ranks(n).run("module:function", **json)`: see tests/parallel/harness.py."""
     return rank_pool.ranks

@@ -6,7 +6,7 @@ from pathlib import Path
 from configs.loader import toml, validate
 from configs.mixture import MixtureConfig
 from data_pipeline.mixture.plan_files import build_stages
-from tests.parallel.test_layouts import MODELS
+from tests.parallel.matrix import MODELS
 from tests.small_data import VOCAB, make_tokens
 
 

@@ -21,32 +21,16 @@ from export import generate, huggingface, import_hf
 from export.source import open_source
 from posttrain.chat import jinja_template
 from pretrain.checkpoint import inspection, storage
-from tests.parallel.harness import Ranks
+from tests.e2e.small_lineage import LONGER, SEQ_LENGTH, SHORTER, pretraining, rewarding, tuning
+from tests.parallel.harness import RanksOf
 from tests.shards import write_shard
 from tests.small_data import VOCAB, make_tokens
 
-SEQ_LENGTH, LONGER, SHORTER = 48, 56, 24  # of pretraining, SFT and GRPO
-MODEL = {"vocab_size": VOCAB, "num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "num_heads": 2,
-         "num_kv_heads": 1}  # fmt: skip
-SORT = {"digits": 3, "max_new_tokens": 4, "eval_prompts": 2}
 Call = Callable[..., dict[str, Any]]
 
 
-def settings(run_dir: Path, seq_length: int, steps: int) -> dict[str, Any]:
-    batch = {"global_batch_size": 4, "micro_batch_size": 4, "seq_length": seq_length, "steps": steps}
-    return {
-        "run": {"dir": str(run_dir), "seed": 1},
-        "train": batch | {"precision": "fp32"},
-        "optimizer": {"lr": 0.01},
-        "schedule": {"kind": "constant"},
-        "checkpoint": {"every": 2},
-        "eval": {"rows": 0, "every": 1000},
-        "log": {"tensorboard": False},
-    }
-
-
 @pytest.fixture(scope="module")
-def call(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> Call:
+def call(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Call:
     """Runs a training command with a config on one rank; returns status, what it said, and its error."""
     folder = tmp_path_factory.mktemp("configs")
 
@@ -55,7 +39,7 @@ def call(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory
         path.write_text(tomli_w.dumps(config))
         argv = [str(path), *overrides]
         arguments: dict[str, Any] = {"process_group": False, "module": module, "argv": argv}
-        (answer,) = ranks(1).run("tests.e2e.posttrain_ranks:command", **arguments)
+        (answer,) = ranks(1).run("tests.parallel.workers.posttraining:command", **arguments)
         return dict(answer)
 
     return call
@@ -72,20 +56,6 @@ def trained(call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train([write_shard(base / "other.jsonl.zst", other)], base / "other", VOCAB)
     assert call("pretrain.train", pretraining(base))["status"] == 0
     return base
-
-
-def pretraining(base: Path) -> dict[str, Any]:
-    return settings(base / "pretrain", SEQ_LENGTH, 4) | {"model": MODEL, "data": {"plan": str(base / "data/plan")}}
-
-
-def tuning(base: Path, run_dir: Path, **init: str) -> dict[str, Any]:
-    own = {"init": init or {"run": str(base / "pretrain")}, "data": {}, "task": SORT | {"demonstrations": 30}}
-    return settings(run_dir, LONGER, 2) | own
-
-
-def rewarding(init: Path, run_dir: Path, **more: str) -> dict[str, Any]:
-    own = {"init": {"run": str(init)} | more, "task": SORT, "grpo": {"group_size": 2}}
-    return settings(run_dir, SHORTER, 2) | own
 
 
 @pytest.fixture(scope="module")

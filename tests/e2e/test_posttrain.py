@@ -2,9 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,10 +10,10 @@ import torch
 from data_pipeline.tokens.tokenizer import train as train_tokenizer
 from posttrain.chat import jinja_template
 from pretrain.checkpoint import storage
-from tests.parallel.harness import RankError, Ranks
+from tests.parallel.harness import RankError, Ranks, RanksOf
+from tests.parallel.runs import metrics
 from tests.shards import write_shard
 
-RanksOf = Callable[[int], Ranks]
 VOCAB = 300
 MODEL = {
     "vocab_size": VOCAB,
@@ -114,7 +112,7 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "sft.toml").write_text(SFT.format(dir=base))
     (base / "grpo.toml").write_text(GRPO.format(dir=base))
     ranks(1).run(
-        "tests.e2e.posttrain_ranks:save_untrained",
+        "tests.parallel.workers.posttraining:save_untrained",
         process_group=False,
         run_dir=str(base / "init"),
         model=MODEL,
@@ -127,13 +125,6 @@ def call(ranks: Ranks, command: str, base: Path, *overrides: str) -> None:
     argv = [str(base / f"{command}.toml"), *overrides]
     statuses = ranks.run(f"posttrain.{command}:main", process_group=False, timeout=300, argv=argv)
     assert set(statuses) == {0}
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the clock and the machine."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    varying = ("tokens_per_s", "memory_bytes", "save_copy_s")
-    return [{k: v for k, v in line.items() if k not in varying} for line in lines]
 
 
 def held_out(run_dir: Path) -> dict[str, dict[str, float]]:

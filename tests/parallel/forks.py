@@ -159,7 +159,7 @@ def _newest(checkpoints: Path) -> int:
 
 
 def _train(**kwargs: Any) -> int:
-    from tests.parallel import training
+    from tests.parallel.workers import training
 
     torch.set_num_threads(1)
     answer = getattr(training, kwargs.pop("function", "train"))(**kwargs)
@@ -168,7 +168,7 @@ def _train(**kwargs: Any) -> int:
 
 
 def main() -> None:
-    import tests.parallel.training  # noqa: F401  everything, megatron-core and DeepSpeed too, before the first fork
+    import tests.parallel.workers.training  # noqa: F401  everything, megatron-core and DeepSpeed too, before the first fork
 
     log = Path(sys.argv[1])
     for line in sys.stdin:

@@ -1,7 +1,7 @@
 """Gloo ranks for tests: processes started once, reused by every test, at any world size.
 
-A test asks `ranks(4).run("tests.parallel.workers:sum_over_ranks", value=3)`: the function, named by its import
-path, runs in each of 4 ranks with the default process group up, and its JSON results come back in rank order.
+A test asks `ranks(2).run("tests.parallel.workers.harness:total", values=[1, 2])`: the function, named by its import
+path, runs in each of 2 ranks with the default process group up, and its JSON results come back in rank order.
 An exception in a rank is raised in the test with that rank's traceback; a hang is ended after `timeout` seconds
 with the stack of every rank that did not answer; a rank that dies is named with the end of its log. After the
 last two the processes are replaced, so one bad test does not spoil the next. Leaves out tensors: functions write
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -171,6 +172,9 @@ class Ranks:
         groups, megatron-core's and deepspeed's too, are gone after the call.
         """
         return self.pool.call(self.world_size, function, kwargs, timeout, process_group)
+
+
+RanksOf = Callable[[int], Ranks]  # the fixture `ranks`: a world of that many
 
 
 def _threads(pid: int) -> int:

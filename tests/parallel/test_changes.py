@@ -11,15 +11,16 @@ import torch
 from configs.sealed import CHECKPOINT
 from pretrain import history
 from pretrain.checkpoint import inspection, storage
-from tests.parallel.test_layouts import MODELS
-from tests.parallel.test_training import RanksOf, metrics
+from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS
+from tests.parallel.runs import metrics
 
 SECTIONS: dict[str, dict[str, Any]] = {"schedule": {"kind": "constant", "warmup_steps": 0}}
 
 
 def train(ranks: RanksOf, run_dir: Path, model: dict[str, Any], steps: int, **options: Any) -> dict[str, Any]:
     (answer,) = ranks(1).run(
-        "tests.parallel.training:train_and_listen",
+        "tests.parallel.workers.training:train_and_listen",
         process_group=False,
         run_dir=str(run_dir),
         model=model,

@@ -7,9 +7,9 @@ import pytest
 
 from pretrain.checkpoint import storage
 from tests.parallel.forks import Forks
-from tests.parallel.test_layouts import MODELS
-from tests.parallel.test_resume import assert_same_state
-from tests.parallel.test_training import RanksOf, metrics, train
+from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS
+from tests.parallel.runs import assert_same_state, metrics, train
 
 
 @pytest.fixture(scope="module")

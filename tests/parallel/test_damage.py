@@ -11,8 +11,9 @@ from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.store import Store
 from pretrain.checkpoint import storage
-from tests.parallel.test_layouts import MODELS
-from tests.parallel.test_training import RanksOf, metrics
+from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS
+from tests.parallel.runs import metrics
 from tests.small_data import VOCAB, make_tokens
 
 SEQ_LENGTH = 32
@@ -51,7 +52,7 @@ def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: in
         "checkpoint": {"every": 6},
         "log": {"tensorboard": False},
     }
-    function = "tests.parallel.plans:train_and_listen"
+    function = "tests.parallel.workers.plans:train_and_listen"
     return ranks(world).run(function, process_group=False, tree=tree, first_bytes=first_bytes, **more)
 
 

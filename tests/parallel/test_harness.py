@@ -4,17 +4,15 @@ Failures, hangs and deaths are told.
 """
 
 import time
-from collections.abc import Callable
 
 import pytest
 
-from tests.parallel.harness import RankError, RankPool, Ranks
+from tests.parallel.harness import RankError, RankPool, RanksOf
 
-World = Callable[[int], Ranks]
-WORKERS = "tests.parallel.harness_workers"
+WORKERS = "tests.parallel.workers.harness"
 
 
-def test_worlds_of_several_sizes_reuse_the_same_processes(ranks: World) -> None:
+def test_worlds_of_several_sizes_reuse_the_same_processes(ranks: RanksOf) -> None:
     values = [1.0, 20.0, 300.0, 4000.0]
     two = ranks(2).run(f"{WORKERS}:total", values=values)
     four = ranks(4).run(f"{WORKERS}:total", values=values)
@@ -27,7 +25,7 @@ def test_worlds_of_several_sizes_reuse_the_same_processes(ranks: World) -> None:
     assert len({r["pid"] for r in four}) == 4
 
 
-def test_an_exception_in_one_rank_reaches_the_test_and_spoils_nothing(ranks: World) -> None:
+def test_an_exception_in_one_rank_reaches_the_test_and_spoils_nothing(ranks: RanksOf) -> None:
     before = ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])
     start = time.monotonic()
     with pytest.raises(RankError, match=r"(?s)rank 1 of 2 failed first.*ValueError: planted in rank 1"):
@@ -44,13 +42,13 @@ def test_a_hang_is_ended_and_named_with_its_stack(rank_pool: RankPool) -> None:
     assert rank_pool.ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])[1]["total"] == 3.0
 
 
-def test_a_death_is_named_with_the_end_of_its_log(ranks: World) -> None:
+def test_a_death_is_named_with_the_end_of_its_log(ranks: RanksOf) -> None:
     with pytest.raises(RankError, match=r"(?s)rank 0 of 2.*status 7.*last words"):
         ranks(2).run(f"{WORKERS}:die_in", rank=0)
     assert ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])[0]["total"] == 3.0
 
 
-def test_groups_and_random_state_do_not_leak_from_call_to_call(ranks: World) -> None:
+def test_groups_and_random_state_do_not_leak_from_call_to_call(ranks: RanksOf) -> None:
     assert ranks(2).run(f"{WORKERS}:megatron_sizes", tp=2) == [[2, 1]] * 2
     assert ranks(2).run(f"{WORKERS}:megatron_sizes", tp=1) == [[1, 2]] * 2
     assert ranks(2).run(f"{WORKERS}:groups_left", process_group=False) == [False] * 2

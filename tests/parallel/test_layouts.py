@@ -12,122 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.parallel.harness import Ranks
-
-BASE = {
-    "vocab_size": 64,
-    "num_layers": 4,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "num_heads": 8,
-    "num_kv_heads": 4,
-    "init_std": 0.1,
-}
-MODELS = {
-    "dense": BASE,
-    "dense_tied": {**BASE, "tie_embeddings": True},
-    # A coefficient this large makes the auxiliary loss a visible part of every gradient.
-    "moe": {**BASE, "moe": {"num_experts": 4, "top_k": 2, "aux_loss_coef": 0.5}},
-    "moe_tied": {**BASE, "tie_embeddings": True, "moe": {"num_experts": 4, "top_k": 2, "aux_loss_coef": 0.5}},
-    # DeepSeek-V3's router, with QK-norm and every loss; its rates are large, so that they show.
-    "deepseek": {
-        **BASE,
-        "tie_embeddings": True,
-        "qk_norm": True,
-        "moe": {
-            "num_experts": 8,
-            "top_k": 2,
-            "ffn_hidden_size": 24,
-            "num_shared_experts": 1,
-            "gating": "sigmoid",
-            "routed_scaling": 2.0,
-            "num_groups": 4,
-            "top_groups": 2,
-            "group_score": "top2",
-            "aux_loss": "global_batch",
-            "aux_loss_coef": 0.5,
-            "z_loss_coef": 0.1,
-            "bias_update_rate": 0.05,
-        },
-    },
-    # Tokens are dropped, and weights do not sum to one. Half an expert has an odd size.
-    "capacity": {
-        **BASE,
-        "moe": {
-            "num_experts": 4,
-            "ffn_hidden_size": 22,
-            "renormalize": False,
-            "aux_loss": "micro_batch",
-            "aux_loss_coef": 0.5,
-            "capacity_factor": 0.75,
-        },
-    },
-}
-LAYOUTS = {
-    "tp2": (2, {"tp": 2}),
-    "pp2": (2, {"pp": 2}),
-    "tp2pp2": (4, {"tp": 2, "pp": 2}),
-    "tp2dp2": (4, {"tp": 2}),
-    "pp2dp2": (4, {"pp": 2}),
-    "pp4": (4, {"pp": 4}),
-    "pp2_uneven": (2, {"pp": 2, "layers_per_stage": [3, 1]}),
-    "pp2vpp2": (2, {"pp": 2, "vpp": 2}),
-    "tp2sp": (2, {"tp": 2, "sp": True}),
-    "tp2sp_dp2": (4, {"tp": 2, "sp": True}),
-    "tp2sp_pp2vpp2": (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
-    "cp2": (2, {"cp": 2}),
-    "cp2dp2": (4, {"cp": 2}),
-    "tp2sp_cp2": (4, {"tp": 2, "sp": True, "cp": 2}),
-    "cp2_pp2vpp2": (4, {"cp": 2, "pp": 2, "vpp": 2}),
-    "ep2": (2, {"ep": 2}),
-    "ep2dp4": (4, {"ep": 2}),
-    "ep4": (4, {"ep": 4}),
-    "ep2pp2": (4, {"ep": 2, "pp": 2}),
-    "tp2sp_ep2": (4, {"tp": 2, "sp": True, "ep": 2}),
-    "cp2ep2": (2, {"cp": 2, "ep": 2}),
-    "tp2sp_cp2ep2_pp2vpp2": (8, {"tp": 2, "sp": True, "cp": 2, "ep": 2, "pp": 2, "vpp": 2}),
-    "zero1": (2, {}),
-    "zero2": (2, {"zero": 2}),
-    "zero3": (2, {"zero": 3}),
-    "tp2zero2": (4, {"tp": 2, "zero": 2}),
-    "tp2sp_zero3": (4, {"tp": 2, "sp": True, "zero": 3}),
-    "zero1_offload": (2, {"offload_optimizer": True}),
-    "zero2_offload": (2, {"zero": 2, "offload_optimizer": True}),
-    "zero3_offload": (2, {"zero": 3, "offload_optimizer": True}),
-    "pp2vpp2_offload": (2, {"pp": 2, "vpp": 2, "offload_optimizer": True}),
-    "tp2sp_zero2_offload": (4, {"tp": 2, "sp": True, "zero": 2, "offload_optimizer": True}),
-    "tp2sp_zero3_offload": (4, {"tp": 2, "sp": True, "zero": 3, "offload_optimizer": True}),
-    "cp2zero3": (2, {"cp": 2, "zero": 3}),
-    "ep2dp4_zero2": (4, {"ep": 2, "zero": 2}),
-    "ep2zero2_offload": (2, {"ep": 2, "zero": 2, "offload_optimizer": True}),
-    "ep2dp4_offload": (4, {"ep": 2, "offload_optimizer": True}),
-}
-
-
-def is_allowed(model: str, layout: str) -> bool:
-    moe, degrees = MODELS[model].get("moe"), LAYOUTS[layout][1]
-    return bool(moe or "ep" not in degrees) and not ("cp" in degrees and moe and "capacity_factor" in moe)
-
-
-# Every layout is held with these models in every test run, with the others in the full one, but for a few.
-FIRST_MODELS = ("dense_tied", "deepseek")
-FIRST_LAYOUTS = ("tp2", "pp2", "zero1", "tp2sp_pp2vpp2", "ep2dp4", "tp2sp_ep2")
-
-
-def pair(model: str, layout: str) -> Any:
-    first = (model in FIRST_MODELS or layout in FIRST_LAYOUTS) and LAYOUTS[layout][0] <= 4
-    marks = [] if first else [pytest.mark.full]
-    return pytest.param(model, layout, marks=marks)
-
-
-PAIRS = [pair(model, layout) for model in MODELS for layout in LAYOUTS if is_allowed(model, layout)]
+from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS, MORE_PAIRS, PAIRS, world_of
 
 Results = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]  # of each rank, and whole tensors by name
 RunLayout = Callable[..., Results]
 
 
 @pytest.fixture(scope="module")
-def run(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
+def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
     """Runs (model, layout, options of `run_layout`); each is run once."""
     done: dict[str, Results] = {}
 
@@ -135,9 +28,9 @@ def run(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory)
         key = f"{model} {layout} {options}"
         if key not in done:
             out: Path = tmp_path_factory.mktemp(f"{model}_{layout}")
-            world, parallel = LAYOUTS.get(layout, (1, {}))
+            world, parallel = world_of(layout)
             results = ranks(world).run(
-                "tests.parallel.layouts:run_layout",
+                "tests.parallel.workers.layouts:run_layout",
                 timeout=timeout or 60 + 30 * world,
                 process_group=False,
                 model=MODELS[model],
@@ -154,7 +47,9 @@ def run(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory)
     return run
 
 
-@pytest.mark.parametrize(("model", "layout"), PAIRS)
+@pytest.mark.parametrize(
+    ("model", "layout"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.full) for pair in MORE_PAIRS)]
+)
 def test_layout_computes_what_one_rank_computes(run: RunLayout, model: str, layout: str) -> None:
     check_same(run(model, layout), run(model, "one"))
 

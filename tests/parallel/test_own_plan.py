@@ -16,13 +16,13 @@ from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan
 from pretrain import history
 from pretrain.checkpoint import storage
-from tests.parallel.test_layouts import MODELS
-from tests.parallel.test_stages import trained_on
-from tests.parallel.test_training import RanksOf, metrics
+from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS
+from tests.parallel.runs import metrics, trained_on
 from tests.small_data import VOCAB, make_tokens
 
 BATCH = 4
-TRAIN = "tests.parallel.plans:train_on_plan"
+TRAIN = "tests.parallel.workers.plans:train_on_plan"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,9 @@ def tree_of(run: Path, plan: Path, steps: int, seed: int = 3, seq_length: int = 
 
 def train(ranks: RanksOf, run: Path, plan: Path, steps: int, **more: int) -> dict[str, Any]:
     tree = tree_of(run, plan, steps, **more)
-    (answer,) = ranks(1).run("tests.parallel.plans:train_and_listen", process_group=False, tree=tree, first_bytes=10**9)
+    (answer,) = ranks(1).run(
+        "tests.parallel.workers.plans:train_and_listen", process_group=False, tree=tree, first_bytes=10**9
+    )
     return answer
 
 

@@ -16,9 +16,9 @@ from pretrain.proof.command import Candidate
 from pretrain.proof.compare import compare
 from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.verdict import Verdict
-from tests.parallel.harness import Ranks
-from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
-from tests.parallel.test_layouts import MODELS
+from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS
+from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 
 Prove = Callable[..., Verdict]
 
@@ -40,14 +40,14 @@ def config(model: str, run_dir: Path, parallel: dict[str, Any]) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def prove(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> Prove:
+def prove(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Prove:
     """The verdict on a layout; the one rank of each model is run once."""
     ones: dict[tuple[str, str], Path] = {}
 
     def run(world: int, model: str, parallel: dict[str, Any], precision: str, inject: str | None) -> Path:
         out = tmp_path_factory.mktemp("proof")
         settings = {"config": config(model, out, parallel), "precision": precision, "inject": inject}
-        ranks(world).run("tests.parallel.proof:prove", process_group=False, **settings)
+        ranks(world).run("tests.parallel.workers.proof:prove", process_group=False, **settings)
         return out
 
     def prove(layout: str, model: str, inject: str | None = None, precision: str = "fp32") -> Verdict:
@@ -84,7 +84,7 @@ def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: 
     assert verdict.worst["grad"].found > 0  # something was compared, and nothing is exact
 
 
-def test_in_fp64_all_is_fp64(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
     """Rounding to fp32 at the same place in two layouts would not show in their comparison."""
     settings = config("deepseek", tmp_path, {"tp": 2, "sp": True})
     meant = {
@@ -93,7 +93,9 @@ def test_in_fp64_all_is_fp64(ranks: Callable[[int], Ranks], tmp_path: Path) -> N
         "rope.py:rotary_angles",
         *("balance.py:__init__", "balance.py:finish"),  # the bias on the choice of experts
     }
-    for functions in ranks(2).run("tests.parallel.proof:functions_in_fp32", process_group=False, config=settings):
+    for functions in ranks(2).run(
+        "tests.parallel.workers.proof:functions_in_fp32", process_group=False, config=settings
+    ):
         assert "rope.py:rotary_angles" in functions  # so the look does see
         assert set(functions) <= meant
     norm = json.loads((tmp_path / "step.json").read_text())["grad_norm"]

@@ -5,58 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from pretrain.checkpoint import storage
-from tests.parallel.harness import Ranks
-from tests.parallel.layouts import GLOBAL_BATCH
-from tests.parallel.test_layouts import LAYOUTS, MODELS
-from tests.parallel.test_training import RanksOf, metrics, train
+from tests.parallel.harness import Ranks, RanksOf
+from tests.parallel.matrix import MODELS, MORE_RESUMES, RESUMES, world_of
+from tests.parallel.runs import assert_same_state, metrics, train
+from tests.parallel.workers.layouts import GLOBAL_BATCH
 
 STEP = 2  # of the checkpoints that the matrix restores
 
-# model, layout that saves, layout that restores: names of test_layouts. The last number of ranks may be any.
-PAIRS = [
-    ("dense", "one", "tp2"),
-    ("dense", "tp2", "one"),
-    ("dense", "tp2", "tp2sp_dp2"),
-    ("dense_tied", "pp2vpp2", "tp2"),
-    ("dense_tied", "pp2vpp2", "pp4"),
-    ("moe", "tp2sp", "pp2vpp2"),
-    ("moe_tied", "zero1", "one"),
-    ("moe_tied", "zero1", "zero1"),
-    ("moe_tied", "zero1", "tp2sp"),
-    ("moe_tied", "zero1", "tp2pp2"),
-    ("moe_tied", "zero1", "zero2"),
-    ("moe_tied", "zero1", "zero3"),
-    ("moe_tied", "zero1", "zero1_offload"),
-    ("dense_tied", "zero3", "pp2"),
-    ("deepseek", "ep2", "one"),
-    ("deepseek", "ep2", "tp2sp_ep2"),
-    ("deepseek", "ep2", "cp2"),
-]
-# With make test-full.
-MORE_PAIRS = [
-    ("dense", "tp2", "zero1"),
-    ("dense_tied", "pp2vpp2", "pp2_uneven"),
-    ("moe", "tp2sp", "tp2dp2"),
-    ("moe_tied", "zero1", "pp2_uneven"),
-    ("moe_tied", "zero1", "pp2vpp2"),
-    ("moe_tied", "zero1", "pp2dp2"),
-    ("moe_tied", "tp2sp_pp2vpp2", "one"),
-    ("moe_tied", "tp2sp_pp2vpp2", "zero1"),
-    ("moe_tied", "zero1", "tp2sp_zero3_offload"),
-    ("dense_tied", "zero3", "zero2_offload"),
-    ("deepseek", "ep2", "ep2dp4_zero2"),
-    ("deepseek", "ep2", "ep4"),
-    ("deepseek", "cp2ep2", "zero3"),
-]
-
 Saved = Callable[[str, str], Path]
-
-
-def world_of(layout: str) -> tuple[int, dict[str, int]]:
-    return LAYOUTS.get(layout, (1, {}))
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +33,9 @@ def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return saved
 
 
-def assert_same_state(a: Path, b: Path) -> None:
-    for kind in storage.KINDS:
-        one, other = storage.read_full(a, kind), storage.read_full(b, kind)
-        assert one.keys() == other.keys()
-        differing = [name for name in one if not torch.equal(one[name], other[name])]
-        assert not differing, f"{kind} of {differing}"
-        assert any(tensor.any() for tensor in one.values())
-
-
 @pytest.mark.parametrize(
-    ("model", "saves", "restores"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.full) for pair in MORE_PAIRS)]
+    ("model", "saves", "restores"),
+    [*RESUMES, *(pytest.param(*names, marks=pytest.mark.full) for names in MORE_RESUMES)],
 )
 def test_any_layout_resumes_any_layout(
     ranks: RanksOf, saved: Saved, tmp_path: Path, model: str, saves: str, restores: str
@@ -93,7 +43,7 @@ def test_any_layout_resumes_any_layout(
     run = saved(model, saves)
     checkpoint, (world, parallel) = storage.directory(run, STEP), world_of(restores)
     answers = ranks(world).run(
-        "tests.parallel.training:go_on",
+        "tests.parallel.workers.training:go_on",
         process_group=False,
         checkpoint=str(checkpoint),
         run_dir=str(tmp_path / "run"),
@@ -125,7 +75,9 @@ def test_gathered_weights_are_the_checkpoints(ranks: RanksOf, saved: Saved, mode
     world, parallel = world_of(layout)
     checkpoint = storage.directory(saved(model, "zero1" if model == "moe_tied" else "ep2"), STEP)
     options = {"model": MODELS[model], "parallel": parallel, "checkpoint": str(checkpoint)}
-    assert ranks(world).run("tests.parallel.training:gathered", process_group=False, **options) == [True] * world
+    assert (
+        ranks(world).run("tests.parallel.workers.training:gathered", process_group=False, **options) == [True] * world
+    )
 
 
 @pytest.fixture

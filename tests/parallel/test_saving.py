@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint import storage
 from pretrain.proof.step import packed_rows
-from tests.parallel.harness import REPOSITORY
-from tests.parallel.layouts import GLOBAL_BATCH, SEQ_LENGTH
-from tests.parallel.test_layouts import MODELS
-from tests.parallel.test_resume import assert_same_state
-from tests.parallel.test_training import RanksOf, metrics, train
+from tests.parallel.harness import REPOSITORY, RanksOf
+from tests.parallel.matrix import MODELS
+from tests.parallel.runs import assert_same_state, metrics, train
+from tests.parallel.workers.layouts import GLOBAL_BATCH, SEQ_LENGTH
 
 SLOW = 1.0  # seconds: tens of steps of these models
 IN_OWN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
@@ -37,7 +36,7 @@ def test_a_file_is_what_safetensors_reads(tmp_path: Path) -> None:
 
 def slow(ranks: RanksOf, world: int, run_dir: Path, steps: int, **options: Any) -> list[dict[str, Any]]:
     options = {"seconds": SLOW, "model": MODELS["dense"], "steps": steps, "run_dir": str(run_dir), **options}
-    return ranks(world).run("tests.parallel.training:train_on_slow_disk", process_group=False, **options)
+    return ranks(world).run("tests.parallel.workers.training:train_on_slow_disk", process_group=False, **options)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -83,7 +82,7 @@ def test_a_damaged_checkpoint_ahead_does_not_cost_the_one_just_saved(ranks: Rank
 
 def test_a_rank_that_cannot_write_costs_one_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:
     options = {"process_group": False, "model": MODELS["dense"], "rank": 1, "run_dir": str(tmp_path)}
-    small = "tests.parallel.training:train_on_small_disk"
+    small = "tests.parallel.workers.training:train_on_small_disk"
     answers = ranks(2).run(small, limits={"2": 10_000, "3": 10_000_000}, **options)
     assert [answer["status"] for answer in answers] == [0, 0]
     path = storage.temporary_name(storage.directory(tmp_path, 3))
@@ -148,7 +147,7 @@ def test_signals_through_the_launcher(ranks: RanksOf, tmp_path: Path) -> None:
 
 def launched(options: dict[str, Any]) -> list[str]:
     launcher = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2"]
-    return [*launcher, "tests.parallel.launched", json.dumps(options)]
+    return [*launcher, "tests.parallel.workers.launched", json.dumps(options)]
 
 
 def environment() -> dict[str, str]:

@@ -9,16 +9,15 @@ import pytest
 from configs.loader import validate
 from configs.mixture import MixtureConfig
 from configs.train import ScheduleConfig
-from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.provenance import replan, trace
-from data_pipeline.provenance.lookup import steps, stretches
+from data_pipeline.provenance import replan
 from data_pipeline.tokens.store import Shards
 from pretrain.checkpoint import inspection, storage
 from pretrain.schedule import learning_rate
-from tests.parallel.test_layouts import MODELS
-from tests.parallel.test_training import RanksOf, metrics
+from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS
+from tests.parallel.runs import metrics, trained_on
 from tests.small_data import VOCAB, make_tokens
 
 MIXTURE: dict[str, Any] = {
@@ -77,22 +76,9 @@ def train(
         "checkpoint": {"every": 1, "keep": 9},
         "log": {"tensorboard": False},
     }
-    (answer, *others) = ranks(world).run("tests.parallel.plans:train_on_plan", process_group=False, tree=tree)
+    (answer, *others) = ranks(world).run("tests.parallel.workers.plans:train_on_plan", process_group=False, tree=tree)
     assert others == [answer] * (world - 1)
     return answer
-
-
-def trained_on(run_dir: Path) -> list[dict[str, Any]]:
-    """Every segment of every step, as `trivium data trace` finds them."""
-    run, found = stretches(run_dir), []
-    for step in range(storage.steps(run_dir)[-1]):
-        stretch = next(one for one in reversed(run) if one.first_step <= step)
-        plan = find(stretch.plan, stretch.data)
-        assert plan is not None
-        segments = trace.batch(plan, stretch, step)
-        assert all(steps(run, plan, [segment["sample"]]) == [step] for segment in segments)
-        found += [{**segment, "step": step} for segment in segments]
-    return found
 
 
 def assert_exactly_once(tokens: Path, segments: list[dict[str, Any]]) -> None:

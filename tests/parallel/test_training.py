@@ -1,7 +1,5 @@
 """Interrupted and resumed runs against uninterrupted ones, bit by bit; any layout resumes any layout."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +8,8 @@ import torch
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
-from tests.parallel.harness import Ranks
-from tests.parallel.test_layouts import MODELS
-
-RanksOf = Callable[[int], Ranks]
-TRAIN = "tests.parallel.training:train"
-
-
-def train(ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **options: Any) -> list[dict[str, Any]]:
-    return ranks.run(
-        TRAIN,
-        process_group=False,
-        run_dir=str(run_dir),
-        model=MODELS[model],
-        parallel=parallel,
-        **{"steps": 6, **options},
-    )
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the clock and the machine."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    varying = ("tokens_per_s", "memory_bytes", "save_copy_s")
-    return [{k: v for k, v in line.items() if k not in varying} for line in lines]
+from tests.parallel.harness import RanksOf
+from tests.parallel.runs import metrics, train
 
 
 @pytest.mark.parametrize(

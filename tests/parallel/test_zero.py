@@ -1,21 +1,22 @@
 """ZeRO keeps what it says and no more, and a step whose gradients are not finite changes nothing in any stage."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.parallel.harness import Ranks
-from tests.parallel.test_layouts import MODELS
-
-RanksOf = Callable[[int], Ranks]
+from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_ranks_keep_their_share_alone(ranks: RanksOf, stage: int, dtype: str) -> None:
     results = ranks(2).run(
-        "tests.parallel.sharing:kept", process_group=False, model=MODELS["moe"], parallel={"zero": stage}, dtype=dtype
+        "tests.parallel.workers.sharing:kept",
+        process_group=False,
+        model=MODELS["moe"],
+        parallel={"zero": stage},
+        dtype=dtype,
     )
     everything, norms, padding = results[0]["all"], results[0]["norms"], 2 * results[0]["parameters"]
     gradients, weights = (sum(result[kind] for result in results) for kind in ("gradients", "weights"))
@@ -32,7 +33,10 @@ def test_ranks_keep_their_share_alone(ranks: RanksOf, stage: int, dtype: str) ->
 @pytest.mark.parametrize("parallel", [{"zero": 3}, {"tp": 2, "sp": True, "zero": 3}])
 def test_no_gathered_weight_is_kept_from_forward_to_backward(ranks: RanksOf, parallel: dict[str, Any]) -> None:
     for result in ranks(2 * parallel.get("tp", 1)).run(
-        "tests.parallel.sharing:kept_for_backward", process_group=False, model=MODELS["moe_tied"], parallel=parallel
+        "tests.parallel.workers.sharing:kept_for_backward",
+        process_group=False,
+        model=MODELS["moe_tied"],
+        parallel=parallel,
     ):
         assert result["saved"] > 100 and result["gathered"] > 30 and result["held"] == 0
 
@@ -43,7 +47,7 @@ def test_no_gathered_weight_is_kept_from_forward_to_backward(ranks: RanksOf, par
 )
 def test_an_infinite_loss_on_one_rank_changes_no_weight(ranks: RanksOf, parallel: dict[str, Any], dtype: str) -> None:
     for result in ranks(2).run(
-        "tests.parallel.sharing:step_with_an_infinite_loss",
+        "tests.parallel.workers.sharing:step_with_an_infinite_loss",
         process_group=False,
         model=MODELS["dense"],
         parallel=parallel,

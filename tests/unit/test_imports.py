@@ -5,6 +5,7 @@ the parts that must run without torch, a subprocess looks whether it got loaded 
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -210,3 +211,14 @@ def test_torch_free_parts_load_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_test_module_imports_another() -> None:
+    """What tests share has a module of its own, so that each file of tests can be read and moved alone."""
+    wrong = []
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for line, name in imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py"):
+            if re.match(r"tests\.(?!unit\.data_pipeline\b).*\btest_", name):
+                wrong.append(f"{module}, line {line}: imports {name}")
+    assert not wrong, "\n".join(wrong)

@@ -9,8 +9,8 @@ from typing import Any
 
 from configs.loader import ConfigError
 from pretrain.checkpoint.lineage import TOKENIZER, Lineage
-from tests.parallel.layouts import make_engine
-from tests.parallel.training import save_now
+from tests.parallel.workers.layouts import make_engine
+from tests.parallel.workers.training import save_now
 
 
 def save_untrained(run_dir: str, model: dict[str, Any], tokenizer: str) -> None:

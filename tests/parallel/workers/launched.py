@@ -1,6 +1,6 @@
-"""For launch.local: one training run of tests/parallel/training.py as a rank's whole process.
+"""For launch.local: one training run of tests/parallel/workers/training.py as a rank's whole process.
 
-python -m launch.local --nproc-per-node 2 tests.parallel.launched '{"run_dir": ..., "model": ..., "steps": 9}'
+python -m launch.local --nproc-per-node 2 tests.parallel.workers.launched '{"run_dir": ..., "model": ..., "steps": 9}'
 
 With `"disk": true` the main rank fills the run's file system before step 3 of 6, makes room before step 5, and fills it
 again before step 6; it prints what it saw.
@@ -16,7 +16,7 @@ import torch
 from pretrain.checkpoint import storage
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine
-from tests.parallel.training import make_trainer, settle
+from tests.parallel.workers.training import make_trainer, settle
 
 LEFT = 60_000  # bytes: room for the log, not for a checkpoint
 

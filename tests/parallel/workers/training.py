@@ -1,4 +1,4 @@
-"""Run in the ranks: the real trainer on rows of tests/parallel/layouts.py, with interruptions on demand."""
+"""Run in the ranks: the real trainer on rows of tests/parallel/workers/layouts.py, with interruptions on demand."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.trainer import Trainer
-from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, make_engine, rows
+from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, make_engine, rows
 
 
 class Rows(BatchSource):

@@ -15,8 +15,7 @@ from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment
 from pretrain.parallel import groups
 from pretrain.proof.step import prove_step
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.parallel.harness import REPOSITORY
 
 
 def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> None:

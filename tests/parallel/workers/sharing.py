@@ -12,7 +12,7 @@ from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.gathered import SavedAsRecipes
-from tests.parallel.layouts import GLOBAL_BATCH, MICRO_BATCH, make_engine, rows
+from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, make_engine, rows
 
 
 def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[str, int]:

@@ -1,0 +1,153 @@
+"""The models and layouts that parallel tests run, and which pairs of them `make test` and `make test-full` hold."""
+
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "vocab_size": 64,
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "init_std": 0.1,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": BASE,
+    "dense_tied": {**BASE, "tie_embeddings": True},
+    # A coefficient this large makes the auxiliary loss a visible part of every gradient.
+    "moe": {**BASE, "moe": {"num_experts": 4, "top_k": 2, "aux_loss_coef": 0.5}},
+    "moe_tied": {**BASE, "tie_embeddings": True, "moe": {"num_experts": 4, "top_k": 2, "aux_loss_coef": 0.5}},
+    # DeepSeek-V3's router, with QK-norm and every loss; its rates are large, so that they show.
+    "deepseek": {
+        **BASE,
+        "tie_embeddings": True,
+        "qk_norm": True,
+        "moe": {
+            "num_experts": 8,
+            "top_k": 2,
+            "ffn_hidden_size": 24,
+            "num_shared_experts": 1,
+            "gating": "sigmoid",
+            "routed_scaling": 2.0,
+            "num_groups": 4,
+            "top_groups": 2,
+            "group_score": "top2",
+            "aux_loss": "global_batch",
+            "aux_loss_coef": 0.5,
+            "z_loss_coef": 0.1,
+            "bias_update_rate": 0.05,
+        },
+    },
+    # Tokens are dropped, and weights do not sum to one. Half an expert has an odd size.
+    "capacity": {
+        **BASE,
+        "moe": {
+            "num_experts": 4,
+            "ffn_hidden_size": 22,
+            "renormalize": False,
+            "aux_loss": "micro_batch",
+            "aux_loss_coef": 0.5,
+            "capacity_factor": 0.75,
+        },
+    },
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "tp2pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2dp2": (4, {"tp": 2}),
+    "pp2dp2": (4, {"pp": 2}),
+    "pp4": (4, {"pp": 4}),
+    "pp2_uneven": (2, {"pp": 2, "layers_per_stage": [3, 1]}),
+    "pp2vpp2": (2, {"pp": 2, "vpp": 2}),
+    "tp2sp": (2, {"tp": 2, "sp": True}),
+    "tp2sp_dp2": (4, {"tp": 2, "sp": True}),
+    "tp2sp_pp2vpp2": (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "cp2dp2": (4, {"cp": 2}),
+    "tp2sp_cp2": (4, {"tp": 2, "sp": True, "cp": 2}),
+    "cp2_pp2vpp2": (4, {"cp": 2, "pp": 2, "vpp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "ep2dp4": (4, {"ep": 2}),
+    "ep4": (4, {"ep": 4}),
+    "ep2pp2": (4, {"ep": 2, "pp": 2}),
+    "tp2sp_ep2": (4, {"tp": 2, "sp": True, "ep": 2}),
+    "cp2ep2": (2, {"cp": 2, "ep": 2}),
+    "tp2sp_cp2ep2_pp2vpp2": (8, {"tp": 2, "sp": True, "cp": 2, "ep": 2, "pp": 2, "vpp": 2}),
+    "zero1": (2, {}),
+    "zero2": (2, {"zero": 2}),
+    "zero3": (2, {"zero": 3}),
+    "tp2zero2": (4, {"tp": 2, "zero": 2}),
+    "tp2sp_zero3": (4, {"tp": 2, "sp": True, "zero": 3}),
+    "zero1_offload": (2, {"offload_optimizer": True}),
+    "zero2_offload": (2, {"zero": 2, "offload_optimizer": True}),
+    "zero3_offload": (2, {"zero": 3, "offload_optimizer": True}),
+    "pp2vpp2_offload": (2, {"pp": 2, "vpp": 2, "offload_optimizer": True}),
+    "tp2sp_zero2_offload": (4, {"tp": 2, "sp": True, "zero": 2, "offload_optimizer": True}),
+    "tp2sp_zero3_offload": (4, {"tp": 2, "sp": True, "zero": 3, "offload_optimizer": True}),
+    "cp2zero3": (2, {"cp": 2, "zero": 3}),
+    "ep2dp4_zero2": (4, {"ep": 2, "zero": 2}),
+    "ep2zero2_offload": (2, {"ep": 2, "zero": 2, "offload_optimizer": True}),
+    "ep2dp4_offload": (4, {"ep": 2, "offload_optimizer": True}),
+}
+
+
+def world_of(layout: str) -> tuple[int, dict[str, Any]]:
+    """Number of ranks and `parallel` section of a layout; any other name, such as "one", is one rank alone."""
+    return LAYOUTS.get(layout, (1, {}))
+
+
+def is_allowed(model: str, layout: str) -> bool:
+    moe, degrees = MODELS[model].get("moe"), LAYOUTS[layout][1]
+    return bool(moe or "ep" not in degrees) and not ("cp" in degrees and moe and "capacity_factor" in moe)
+
+
+# Every layout is held with these models in every test run, with the others in the full one, but for a few.
+FIRST_MODELS = ("dense_tied", "deepseek")
+FIRST_LAYOUTS = ("tp2", "pp2", "zero1", "tp2sp_pp2vpp2", "ep2dp4", "tp2sp_ep2")
+
+
+def is_first(model: str, layout: str) -> bool:
+    return (model in FIRST_MODELS or layout in FIRST_LAYOUTS) and LAYOUTS[layout][0] <= 4
+
+
+ALLOWED = [(model, layout) for model in MODELS for layout in LAYOUTS if is_allowed(model, layout)]
+PAIRS = [pair for pair in ALLOWED if is_first(*pair)]
+MORE_PAIRS = [pair for pair in ALLOWED if not is_first(*pair)]  # with make test-full
+
+# (model, layout that saves, layout that restores).
+RESUMES = [
+    ("dense", "one", "tp2"),
+    ("dense", "tp2", "one"),
+    ("dense", "tp2", "tp2sp_dp2"),
+    ("dense_tied", "pp2vpp2", "tp2"),
+    ("dense_tied", "pp2vpp2", "pp4"),
+    ("moe", "tp2sp", "pp2vpp2"),
+    ("moe_tied", "zero1", "one"),
+    ("moe_tied", "zero1", "zero1"),
+    ("moe_tied", "zero1", "tp2sp"),
+    ("moe_tied", "zero1", "tp2pp2"),
+    ("moe_tied", "zero1", "zero2"),
+    ("moe_tied", "zero1", "zero3"),
+    ("moe_tied", "zero1", "zero1_offload"),
+    ("dense_tied", "zero3", "pp2"),
+    ("deepseek", "ep2", "one"),
+    ("deepseek", "ep2", "tp2sp_ep2"),
+    ("deepseek", "ep2", "cp2"),
+]
+# With make test-full.
+MORE_RESUMES = [
+    ("dense", "tp2", "zero1"),
+    ("dense_tied", "pp2vpp2", "pp2_uneven"),
+    ("moe", "tp2sp", "tp2dp2"),
+    ("moe_tied", "zero1", "pp2_uneven"),
+    ("moe_tied", "zero1", "pp2vpp2"),
+    ("moe_tied", "zero1", "pp2dp2"),
+    ("moe_tied", "tp2sp_pp2vpp2", "one"),
+    ("moe_tied", "tp2sp_pp2vpp2", "zero1"),
+    ("moe_tied", "zero1", "tp2sp_zero3_offload"),
+    ("dense_tied", "zero3", "zero2_offload"),
+    ("deepseek", "ep2", "ep2dp4_zero2"),
+    ("deepseek", "ep2", "ep4"),
+    ("deepseek", "cp2ep2", "zero3"),
+]

@@ -1,0 +1,58 @@
+"""Training runs of tests: starts them in ranks, and reads what they logged, saved and trained on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.mixture.earlier import find
+from data_pipeline.provenance import trace
+from data_pipeline.provenance.lookup import steps, stretches
+from pretrain.checkpoint import storage
+from tests.parallel.harness import Ranks
+from tests.parallel.matrix import MODELS
+
+TRAIN = "tests.parallel.workers.training:train"
+
+
+def train(ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **options: Any) -> list[dict[str, Any]]:
+    """Trains six steps, or as `options` of `workers.training.train` say; returns each rank's answer."""
+    return ranks.run(
+        TRAIN,
+        process_group=False,
+        run_dir=str(run_dir),
+        model=MODELS[model],
+        parallel=parallel,
+        **{"steps": 6, **options},
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    varying = ("tokens_per_s", "memory_bytes", "save_copy_s")
+    return [{k: v for k, v in line.items() if k not in varying} for line in lines]
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Holds two checkpoints to the same weights and optimizer state, bit by bit."""
+    for kind in storage.KINDS:
+        one, other = storage.read_full(a, kind), storage.read_full(b, kind)
+        assert one.keys() == other.keys()
+        differing = [name for name in one if not torch.equal(one[name], other[name])]
+        assert not differing, f"{kind} of {differing}"
+        assert any(tensor.any() for tensor in one.values())
+
+
+def trained_on(run_dir: Path) -> list[dict[str, Any]]:
+    """Every segment of every step, as `trivium data trace` finds them."""
+    run, found = stretches(run_dir), []
+    for step in range(storage.steps(run_dir)[-1]):
+        stretch = next(one for one in reversed(run) if one.first_step <= step)
+        plan = find(stretch.plan, stretch.data)
+        assert plan is not None
+        segments = trace.batch(plan, stretch, step)
+        assert all(steps(run, plan, [segment["sample"]]) == [step] for segment in segments)
+        found += [{**segment, "step": step} for segment in segments]
+    return found
