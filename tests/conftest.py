@@ -5,15 +5,24 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.parallel.forks import Forks
 from tests.parallel.harness import RankPool, RanksOf
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
-def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts processes with torch and our training imported already: see tests/parallel/forks.py."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def rank_pool(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[RankPool]:
     """Processes are started when a test first asks for that many, and live to the end of the session."""
-    pool = RankPool(tmp_path_factory.mktemp("ranks"))
+    pool = RankPool(tmp_path_factory.mktemp("ranks"), forks)
     yield pool
     pool.close()
 

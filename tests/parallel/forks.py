@@ -1,184 +1,201 @@
-"""Ranks to be killed: forked by a process that has imported everything, so that a world starts in a second.
+"""Processes forked by one that has imported everything, so that a rank starts in a tenth of a second.
 
-It takes jobs as JSON lines and answers with one line each; a rank's own output goes to a file. This process never
-computes or opens a socket, so that what it forks starts clean. `Forks` is the test's side of it.
+That process, the nursery, never computes and opens no port, so what it forks starts clean and with one thread. It
+takes requests as lines of JSON over a Unix socket, one at a time, and answers each with a line: "fork" starts a
+process that calls a function, "status" says how one ended. `Forks` is the tests' side of it, `Fork` one process.
 """
 
+import gc
+import importlib
 import json
 import os
-import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from launch.processes import die_with_parent
 
-from launch.environment import ClusterEnvironment
-from launch.processes import SETTLE_SECONDS, die_with_parent
-from tests.parallel.harness import REPOSITORY, free_port
-
-PATIENCE = 60.0  # seconds that ranks have to end when one of them was killed
+REPOSITORY = Path(__file__).resolve().parents[2]
+FAILED = 70  # the exit status of a function that raised
+# What ranks run, with all that it imports on its way: torch, megatron-core, DeepSpeed, our training.
+IMPORTED = (
+    "torch._dynamo",  # the first optimizer imports it
+    "tests.parallel.rank",
+    "tests.parallel.workers.training",
+    "tests.parallel.workers.plans",
+    "tests.parallel.workers.proof",
+    "tests.parallel.workers.sharing",
+    "tests.parallel.workers.posttraining",
+    "posttrain.grpo",
+    "posttrain.grpo_source",
+    "posttrain.evaluation",
+    "posttrain.sft",
+    "posttrain.sft_data",
+    "pretrain.train",
+)
 
 
 class Forks:
-    """Starts the process; ends it, and with it every rank, on `close`."""
+    """The nursery, which starts with the first fork. It ends on `close`, and with it every process that it forked."""
 
-    def __init__(self, log: Path):
-        self.log = log
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.parallel.forks", str(log)],
-            cwd=REPOSITORY, env=env, text=True, preexec_fn=die_with_parent,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+    def __init__(self, directory: Path) -> None:
+        self.log = directory / "nursery.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
 
-    def ask(self, job: str, **kwargs: Any) -> Any:
-        """`run` or `crash` below. Errors: AssertionError with the traceback there."""
-        assert self._process.stdin and self._process.stdout
-        print(json.dumps({"job": job, **kwargs}), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        answer = json.loads(line) if line else {"error": "the process died"}
-        assert "error" not in answer, f"{answer['error']}\n{self.log.read_text(errors='replace')[-4000:]}"
-        return answer["result"]
+    def start(self, function: str, output: Path, *descriptors: int, **kwargs: Any) -> "Fork":
+        """Calls `module:function` in a new process, whose exit status is what it returns, or FAILED if it raises.
+
+        Both of its output streams are appended to the file `output`. `descriptors` are passed on: the function gets
+        their numbers there as its first arguments. `kwargs` are JSON.
+        """
+        request = {"job": "fork", "function": function, "output": str(output), "kwargs": kwargs}
+        return Fork(self, int(self._ask(request, *descriptors)))
+
+    def status(self, pid: int) -> int | None:
+        """The exit status of a forked process, as subprocess gives it; None while it runs."""
+        answer = self._ask({"job": "status", "pid": pid})
+        return None if answer is None else int(answer)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """Ends the nursery, and with it every process that it forked."""
+        if self._process is not None and self._socket is not None:
+            self._process.kill()
+            self._process.wait()
+            self._socket.close()
+        self._process = self._socket = None
 
+    def _ask(self, request: dict[str, Any], *descriptors: int) -> Any:
+        if self._socket is None:
+            self._start()
+        assert self._socket is not None
+        line = json.dumps(request, default=str).encode() + b"\n"
+        sent = socket.send_fds(self._socket, [line], descriptors) if descriptors else 0
+        self._socket.sendall(line[sent:])
+        answer = _line(self._socket)
+        assert answer, f"the nursery died; the end of its log:\n{self.log.read_text(errors='replace')[-4000:]}"
+        return json.loads(answer)
 
-class World:
-    """Forked ranks, each of which calls function(**kwargs) and exits with the status that it returns."""
-
-    def __init__(self, size: int, function: Callable[..., int], kwargs: dict[str, Any], log: Path):
-        port = free_port()
-        self.pids = [self._fork(rank, size, port, function, kwargs, log) for rank in range(size)]
-        self.statuses: dict[int, int] = {}
-
-    def _fork(
-        self, rank: int, size: int, port: int, function: Callable[..., int], kwargs: dict[str, Any], log: Path
-    ) -> int:
-        if pid := os.fork():
-            return pid
-        try:
-            die_with_parent()
-            output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            os.environ.update(
-                ClusterEnvironment("torchrun", rank, size, rank, size, 0, "127.0.0.1", port).as_variables()
+    def _start(self) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        if sys.platform == "linux":
+            env["GLOO_SOCKET_IFNAME"] = "lo"
+        self._socket, theirs = socket.socketpair()
+        with open(self.log, "wb") as output, theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.parallel.forks", str(theirs.fileno())],
+                cwd=REPOSITORY,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                preexec_fn=die_with_parent,
             )
-            status = function(**kwargs)
-        except BaseException:
-            traceback.print_exc()
-            status = 70
+
+
+class Fork:
+    """A forked process."""
+
+    def __init__(self, forks: Forks, pid: int) -> None:
+        self.pid = pid
+        self._forks = forks
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal's number; None while it runs."""
+        if self._status is None:
+            self._status = self._forks.status(self.pid)
+        return self._status
+
+    def wait(self) -> int:
+        """Waits for its end; returns the exit status."""
+        while (status := self.poll()) is None:
+            time.sleep(0.001)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Does nothing if the process has ended."""
+        if self.poll() is None:  # its number is its own until the nursery has been asked for its status
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def main() -> None:
+    """Answers requests until the other side closes the socket."""
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page that it looks at
+    statuses: dict[int, int] = {}
+    while True:
+        line, descriptors = _line_with_descriptors(requests)
+        if not line:
+            return
+        request = json.loads(line)
+        if request["job"] == "fork":
+            answer: int | None = os.fork()
+            if not answer:
+                requests.close()
+                _be(request, descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+        else:
+            answer = _status(request["pid"], statuses)
+        requests.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _status(pid: int, statuses: dict[int, int]) -> int | None:
+    if pid not in statuses:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended:
+            return None
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+    return statuses[pid]
+
+
+def _be(request: dict[str, Any], descriptors: list[int]) -> None:
+    """What a forked process does from its first moment to its last."""
+    status = FAILED
+    try:
+        die_with_parent()
+        output = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        module, _, name = request["function"].partition(":")
+        status = int(getattr(importlib.import_module(module), name)(*descriptors, **request["kwargs"]) or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
-    def send(self, ranks: Sequence[int], number: int = signal.SIGKILL) -> None:
-        for rank in ranks:
-            if rank not in self.statuses:
-                os.kill(self.pids[rank], number)
 
-    def running(self) -> bool:
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.statuses:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    self.statuses[rank] = os.waitstatus_to_exitcode(status)
-        return len(self.statuses) < len(self.pids)
-
-    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Waits for the ranks' end, for `until`, or for `seconds`. True if ranks are still running."""
-        deadline = time.monotonic() + seconds
-        while (running := self.running()) and not until() and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        return running
+def _line(connection: socket.socket) -> bytes:
+    """The next line; empty at the end. Only one is under way at a time."""
+    data = b""
+    while not data.endswith(b"\n"):
+        more = connection.recv(1 << 16)
+        if not more:
+            return b""
+        data += more
+    return data
 
 
-def run(size: int, kwargs: dict[str, Any], log: Path) -> list[int]:
-    """Trains in a world of `size`; returns the ranks' exit statuses: a training status, or 1 for an error of it."""
-    world = World(size, _train, kwargs, log)
-    hung = world.wait(10 * PATIENCE)
-    world.send(range(size))
-    world.wait(PATIENCE)
-    assert not hung, f"ranks did not end by themselves: {world.statuses}"
-    return [world.statuses[rank] for rank in range(size)]
-
-
-def crash(size: int, kwargs: dict[str, Any], seed: int, kills: int, torn: int, log: Path) -> dict[str, Any]:
-    """Trains, killed at least `kills` times and in at least `torn` saves, until it is finished.
-
-    Every other kill is at any moment from the start on, the others are aimed into a save. Either one rank or all are
-    killed; the rank that is left must end, by itself or when it is told. Returns a line for each kill.
-    """
-    rng, checkpoints = random.Random(seed), Path(kwargs["run_dir"]) / "checkpoints"
-    done: list[dict[str, Any]] = []
-    aimed = True
-    while len(done) < kills or sum(kill["torn"] for kill in done) < torn:
-        assert len(done) < 3 * kills, f"too few of the kills hit a save: {done}"
-        world = World(size, _train, kwargs, log)
-        if aimed:
-            began = time.monotonic()
-            before = {path.name for path in checkpoints.glob("step_*")}
-            saves = rng.randint(0, 2)  # which of the first three
-
-            def in_a_save(before: set[str] = before, saves: int = saves) -> bool:
-                new = {path.name for path in checkpoints.glob("step_*")} - before
-                return len(new) >= saves and any(checkpoints.glob(".step_*/rank_*"))
-
-            running = world.wait(PATIENCE, until=in_a_save) and world.wait(rng.uniform(0, 0.004))
-            seconds = time.monotonic() - began
-        else:
-            running = world.wait(rng.uniform(0, 1.5 * seconds))
-        if not running:
-            assert set(world.statuses.values()) == {0}, f"ended before it was killed: {world.statuses}"
-            raise AssertionError(f"the run was over after {len(done)} kills; give it more steps")
-        victims = rng.choice([[0], [size - 1], list(range(size))])
-        world.send(victims)
-        left = any(checkpoints.glob(".step_*"))
-        if world.wait(SETTLE_SECONDS):  # as the launcher does; a rank that is still starting waits for its dead peer
-            world.send(range(size), signal.SIGTERM)
-        hung = world.wait(PATIENCE)
-        world.send(range(size))
-        world.wait(PATIENCE)
-        assert not hung, f"after the kill of {victims} the others did not end: {world.statuses}"
-        done.append({"aimed": aimed, "victims": victims, "torn": left, "newest": _newest(checkpoints)})
-        aimed = not aimed
-    assert run(size, kwargs, log) == [0] * size
-    return {"kills": done}
-
-
-def _newest(checkpoints: Path) -> int:
-    return max((int(path.name[5:]) for path in checkpoints.glob("step_*")), default=0)
-
-
-def _train(**kwargs: Any) -> int:
-    from tests.parallel.workers import training
-
-    torch.set_num_threads(1)
-    answer = getattr(training, kwargs.pop("function", "train"))(**kwargs)
-    print(answer, flush=True)
-    return int(answer.get("status", 1))
-
-
-def main() -> None:
-    import tests.parallel.workers.training  # noqa: F401  everything, megatron-core and DeepSpeed too, before the first fork
-
-    log = Path(sys.argv[1])
-    for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            result = {"run": run, "crash": crash}[job.pop("job")](**job, log=log)
-            answer = {"result": result}
-        except Exception:
-            answer = {"error": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
+def _line_with_descriptors(connection: socket.socket) -> tuple[bytes, list[int]]:
+    data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 8)
+    if data and not data.endswith(b"\n"):
+        data += _line(connection)
+    return data, list(descriptors)
 
 
 if __name__ == "__main__":

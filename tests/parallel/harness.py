@@ -12,11 +12,8 @@ What runs inside a rank is in tests/parallel/rank.py.
 
 import itertools
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +21,11 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from launch.processes import die_with_parent
+from tests.parallel.forks import Fork, Forks
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 AFTER_FIRST_ERROR = 15.0  # seconds the other ranks have to fail or finish by themselves
 LOG_TAIL = 4000  # characters
-MOST_THREADS = 200  # of a rank, before all start anew: a few of gloo's stay with it after each call
+MOST_THREADS = 40  # of a rank, before all start anew: a few of gloo's stay with it after some calls, and never rest
 
 
 class RankError(AssertionError):
@@ -38,7 +34,7 @@ class RankError(AssertionError):
 
 @dataclass
 class _Process:
-    popen: subprocess.Popen[bytes]
+    fork: Fork
     connection: Connection
     log: Path
 
@@ -46,8 +42,8 @@ class _Process:
 class RankPool:
     """The processes. Rank r of any world is process r; more are started when a larger world is asked for."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, forks: Forks) -> None:
+        self.directory, self.forks = directory, forks
         self._processes: list[_Process] = []
         self._calls = itertools.count()
         self._started = itertools.count()
@@ -59,8 +55,8 @@ class RankPool:
     def close(self) -> None:
         """Ends all processes."""
         for process in self._processes:
-            process.popen.kill()
-            process.popen.wait()
+            process.fork.kill()
+            process.fork.wait()
             process.connection.close()
         self._processes.clear()
 
@@ -68,7 +64,7 @@ class RankPool:
         self, world_size: int, function: str, kwargs: dict[str, Any], timeout: float, process_group: bool
     ) -> list[Any]:
         """See Ranks.run."""
-        if any(_threads(process.popen.pid) > MOST_THREADS for process in self._processes):
+        if any(_threads(process.fork.pid) > MOST_THREADS for process in self._processes):
             self.close()
         while len(self._processes) < world_size:
             self._processes.append(self._start(len(self._processes)))
@@ -114,7 +110,7 @@ class RankPool:
             names = ", ".join(map(str, sorted(pending.values())))
             raise RankError(f"{function}: no answer from rank(s) {names} of {world_size} in {timeout:g} s\n{stacks}")
         if errors:
-            if pending or any(self._processes[rank].popen.poll() is not None for rank, _ in errors):
+            if pending or any(self._processes[rank].fork.poll() is not None for rank, _ in errors):
                 self.close()
             rank, text = errors[0]
             others = ", ".join(str(other) for other, _ in errors[1:])
@@ -125,26 +121,13 @@ class RankPool:
     def _start(self, rank: int) -> _Process:
         ours, theirs = Pipe()
         log = self.directory / f"process{next(self._started)}.log"
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        if sys.platform == "linux":
-            env["GLOO_SOCKET_IFNAME"] = "lo"
-        with open(log, "wb") as output:
-            popen = subprocess.Popen(
-                [sys.executable, "-m", "tests.parallel.rank", str(theirs.fileno())],
-                cwd=REPOSITORY,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                preexec_fn=die_with_parent,
-            )
-        theirs.close()
-        return _Process(popen, ours, log)
+        with theirs:
+            fork = self.forks.start("tests.parallel.rank:serve", log, theirs.fileno())
+        return _Process(fork, ours, log)
 
     def _death(self, rank: int) -> str:
         process = self._processes[rank]
-        status = process.popen.wait()
+        status = process.fork.wait()
         tail = process.log.read_text(errors="replace")[-LOG_TAIL:]
         return f"the process ended with status {status}; the end of its log:\n{tail}"
 
@@ -152,7 +135,7 @@ class RankPool:
         """Asks the rank for its Python stacks; faulthandler answers even when a collective holds it."""
         process = self._processes[rank]
         before = process.log.stat().st_size
-        process.popen.send_signal(signal.SIGUSR2)
+        process.fork.send_signal(signal.SIGUSR2)
         time.sleep(0.3)
         return process.log.read_bytes()[before:].decode(errors="replace")[-LOG_TAIL:]
 

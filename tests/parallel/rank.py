@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,12 +23,16 @@ import torch.distributed as dist
 
 from launch.environment import ClusterEnvironment
 
+_new_group = dist.new_group
+_groups: dict[tuple[Any, ...], Any] = {}
 
-def main() -> None:
-    """Serves calls until the pool closes its end."""
+
+def serve(descriptor: int) -> None:
+    """Serves calls until the pool closes its end of the connection."""
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     torch.set_num_threads(1)
-    connection = Connection(int(sys.argv[1]))
+    dist.new_group = one_group_for_the_same_ranks
+    connection = Connection(descriptor)
     while True:
         try:
             message = json.loads(connection.recv_bytes())
@@ -76,9 +81,22 @@ def run(message: dict[str, Any]) -> Any:
     return getattr(importlib.import_module(module), name)(**message["kwargs"])
 
 
+def one_group_for_the_same_ranks(ranks: Sequence[int] | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Makes a group the first time that a world asks for these ranks, and gives the same one from then on.
+
+    Each gloo group has three threads and connections of its own. megatron-core makes seventeen groups in any layout, of
+    which most have the same ranks.
+    """
+    key = (dist.group.WORLD, None if ranks is None else tuple(ranks), kwargs.get("backend"))
+    if key not in _groups:
+        _groups[key] = _new_group(ranks, *args, **kwargs)
+    return _groups[key]
+
+
 def leave_world() -> None:
     """Destroys every process group and what the libraries remember of it."""
     _free_engines()
+    _groups.clear()
     if parallel_state := sys.modules.get("megatron.core.parallel_state"):
         parallel_state.destroy_model_parallel()
     if comm := sys.modules.get("deepspeed.comm.comm"):
@@ -104,7 +122,3 @@ def _free_engines() -> None:
         for engine in [o for o in gc.get_objects() if type(o) is deepspeed.DeepSpeedEngine]:
             with contextlib.suppress(Exception):  # where a call has left its groups by itself
                 engine.destroy()
-
-
-if __name__ == "__main__":
-    main()

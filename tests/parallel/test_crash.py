@@ -1,6 +1,5 @@
 """Runs that are killed with SIGKILL again and again end exactly as one that nobody touched."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,9 @@ import pytest
 from pretrain.checkpoint import storage
 from tests.parallel.forks import Forks
 from tests.parallel.harness import RanksOf
+from tests.parallel.kills import crash, run
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import assert_same_state, metrics, train
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("forks") / "ranks.log")
-    yield forks
-    forks.close()
 
 
 @pytest.mark.parametrize(
@@ -33,8 +26,8 @@ def test_a_killed_run_ends_as_an_untouched_one(
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert train(ranks(2), straight, "moe_tied", parallel, steps=steps, timeout=600) == [{"status": 0}] * 2
     kwargs = {"run_dir": str(killed), "model": MODELS["moe_tied"], "parallel": parallel, "steps": steps, "every": 1}
-    result = forks.ask("crash", size=2, kwargs=kwargs, seed=steps, kills=kills, torn=torn)
-    newest = [kill["newest"] for kill in result["kills"]]
+    done = crash(forks, 2, kwargs, seed=steps, kills=kills, torn=torn, log=tmp_path / "log")
+    newest = [kill["newest"] for kill in done]
     assert newest == sorted(newest) and newest[-1] > 0, "no kill may cost a checkpoint that was whole"
     assert metrics(killed) == metrics(straight)
     assert_same_state(storage.directory(straight, steps), storage.directory(killed, steps))
@@ -43,7 +36,7 @@ def test_a_killed_run_ends_as_an_untouched_one(
 
 def test_one_ranks_failure_leaves_the_save_in_flight_whole(forks: Forks, tmp_path: Path) -> None:
     """The other rank waits for it in a collective of training's, and its thread still ends the save."""
-    kwargs = {"function": "train_on_slow_disk", "run_dir": str(tmp_path), "model": MODELS["dense"]}
-    statuses = forks.ask("run", size=2, kwargs={**kwargs, "steps": 4, "seconds": 1.0, "fail_on_rank": 1})
-    assert statuses == [1, 1]
-    assert storage.latest(tmp_path) == storage.directory(tmp_path, 2)
+    kwargs = {"function": "train_on_slow_disk", "run_dir": str(tmp_path / "run"), "model": MODELS["dense"]}
+    kwargs |= {"steps": 4, "seconds": 1.0, "fail_on_rank": 1}
+    assert run(forks, 2, kwargs, tmp_path / "log") == [1, 1]
+    assert storage.latest(tmp_path / "run") == storage.directory(tmp_path / "run", 2)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint import storage
 from pretrain.proof.step import packed_rows
-from tests.parallel.harness import REPOSITORY, RanksOf
+from tests.parallel.forks import REPOSITORY
+from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import assert_same_state, metrics, train
 from tests.parallel.workers.layouts import GLOBAL_BATCH, SEQ_LENGTH

@@ -15,7 +15,7 @@ from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment
 from pretrain.parallel import groups
 from pretrain.proof.step import prove_step
-from tests.parallel.harness import REPOSITORY
+from tests.parallel.forks import REPOSITORY
 
 
 def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> None:

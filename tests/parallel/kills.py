@@ -1,0 +1,120 @@
+"""Training runs whose ranks are killed at random moments, until the run is finished."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.environment import ClusterEnvironment
+from launch.processes import SETTLE_SECONDS
+from tests.parallel.forks import Forks
+from tests.parallel.harness import free_port
+
+PATIENCE = 60.0  # seconds that ranks have to end when one of them was killed
+LOG_TAIL = 4000  # characters
+
+
+class World:
+    """Ranks, each a process that trains as `kwargs` say and ends with the status of the training."""
+
+    def __init__(self, forks: Forks, size: int, kwargs: dict[str, Any], log: Path):
+        port = free_port()
+        self.ranks = [
+            forks.start("tests.parallel.kills:train", log, rank=rank, size=size, port=port, options=kwargs)
+            for rank in range(size)
+        ]
+        self.log = log
+
+    @property
+    def statuses(self) -> list[int | None]:
+        return [rank.poll() for rank in self.ranks]
+
+    def send(self, ranks: Sequence[int], number: int = signal.SIGKILL) -> None:
+        for rank in ranks:
+            self.ranks[rank].send_signal(number)
+
+    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+        """Waits for the ranks' end, for `until`, or for `seconds`. True if ranks are still running."""
+        deadline = time.monotonic() + seconds
+        while (running := None in self.statuses) and not until() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        return running
+
+    def end(self, why: str) -> None:
+        """Kills the ranks that are left; fails if there were any."""
+        hung = None in self.statuses
+        said = f"{why} ranks did not end by themselves: {self.statuses}" if hung else ""
+        self.send(range(len(self.ranks)))
+        self.wait(PATIENCE)
+        assert not hung, f"{said}\n{self.log.read_text(errors='replace')[-LOG_TAIL:]}"
+
+
+def run(forks: Forks, size: int, kwargs: dict[str, Any], log: Path) -> list[int | None]:
+    """Trains in a world of `size`; returns the ranks' exit statuses: a training status, or 1 for an error of it."""
+    world = World(forks, size, kwargs, log)
+    world.wait(10 * PATIENCE)
+    world.end("untouched")
+    return world.statuses
+
+
+def crash(
+    forks: Forks, size: int, kwargs: dict[str, Any], seed: int, kills: int, torn: int, log: Path
+) -> list[dict[str, Any]]:
+    """Trains, killed at least `kills` times and in at least `torn` saves, until it is finished.
+
+    Every other kill is at any moment from the start on, the others are aimed into a save. Either one rank or all are
+    killed; the rank that is left must end, by itself or when it is told. Returns what is known of each kill.
+    """
+    rng, checkpoints = random.Random(seed), Path(kwargs["run_dir"]) / "checkpoints"
+    done: list[dict[str, Any]] = []
+    aimed, seconds = True, 0.0
+    while len(done) < kills or sum(kill["torn"] for kill in done) < torn:
+        assert len(done) < 3 * kills, f"too few of the kills hit a save: {done}"
+        world = World(forks, size, kwargs, log)
+        if aimed:
+            began = time.monotonic()
+            before = {path.name for path in checkpoints.glob("step_*")}
+            saves = rng.randint(0, 2)  # which of the first three
+
+            def in_a_save(before: set[str] = before, saves: int = saves) -> bool:
+                new = {path.name for path in checkpoints.glob("step_*")} - before
+                return len(new) >= saves and any(checkpoints.glob(".step_*/rank_*"))
+
+            running = world.wait(PATIENCE, until=in_a_save) and world.wait(rng.uniform(0, 0.004))
+            seconds = time.monotonic() - began
+        else:
+            running = world.wait(rng.uniform(0, 1.5 * seconds))
+        if not running:
+            assert set(world.statuses) == {0}, f"ended before it was killed: {world.statuses}"
+            raise AssertionError(f"the run was over after {len(done)} kills; give it more steps")
+        victims = rng.choice([[0], [size - 1], list(range(size))])
+        world.send(victims)
+        left = any(checkpoints.glob(".step_*"))
+        if world.wait(SETTLE_SECONDS):  # as the launcher does; a rank that is still starting waits for its dead peer
+            world.send(range(size), signal.SIGTERM)
+        world.wait(PATIENCE)
+        world.end(f"after the kill of {victims}")
+        done.append({"aimed": aimed, "victims": victims, "torn": left, "newest": _newest(checkpoints)})
+        aimed = not aimed
+    assert run(forks, size, kwargs, log) == [0] * size
+    return done
+
+
+def _newest(checkpoints: Path) -> int:
+    return max((int(path.name[5:]) for path in checkpoints.glob("step_*")), default=0)
+
+
+def train(rank: int, size: int, port: int, options: dict[str, Any]) -> int:
+    """Runs in a forked rank: a function of tests/parallel/workers/training.py, `train` unless options name another."""
+    import torch
+
+    from tests.parallel.workers import training
+
+    torch.set_num_threads(1)
+    os.environ.update(ClusterEnvironment("torchrun", rank, size, rank, size, 0, "127.0.0.1", port).as_variables())
+    answer = getattr(training, options.pop("function", "train"))(**options)
+    print(answer, flush=True)
+    return int(answer.get("status", 1))
