@@ -1,7 +1,6 @@
 """What pretrain relies on in megatron-core, a function a fact under the name that pretrain/megatron.py lists.
 
-A new version of megatron-core that does otherwise fails here. tests/parallel/workers/megatron.py has the facts about two
-ranks.
+A new version of megatron-core that does otherwise fails here. Facts about two ranks are in workers/megatron.py.
 """
 
 import inspect
