@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -55,7 +56,11 @@ class Forks:
         their numbers there as its first arguments. `kwargs` are JSON.
         """
         request = {"job": "fork", "function": function, "output": str(output), "kwargs": kwargs}
-        return Fork(self, int(self._ask(request, *descriptors)))
+        alive, theirs = os.pipe()
+        try:
+            return Fork(self, int(self._ask(request, theirs, *descriptors)), alive)
+        finally:
+            os.close(theirs)
 
     def status(self, pid: int) -> int | None:
         """The exit status of a forked process, as subprocess gives it; None while it runs."""
@@ -102,22 +107,23 @@ class Forks:
 class Fork:
     """A forked process."""
 
-    def __init__(self, forks: Forks, pid: int) -> None:
+    def __init__(self, forks: Forks, pid: int, alive: int) -> None:
         self.pid = pid
-        self._forks = forks
+        self._forks, self._alive = forks, alive  # the end of a pipe that closes with the process
         self._status: int | None = None
 
     def poll(self) -> int | None:
         """Its exit status, negative for a signal's number; None while it runs."""
-        if self._status is None:
-            self._status = self._forks.status(self.pid)
-        return self._status
+        return self.wait(0)
 
-    def wait(self) -> int:
-        """Waits for its end; returns the exit status."""
-        while (status := self.poll()) is None:
-            time.sleep(0.001)
-        return status
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Waits for its end, or for so many seconds; returns the exit status, or None while it runs."""
+        if self._status is None and select.select([self._alive], [], [], seconds)[0]:
+            while (status := self._forks.status(self.pid)) is None:  # it has closed its files, and is about to end
+                time.sleep(0.001)
+            self._status = status
+            os.close(self._alive)
+        return self._status
 
     def send_signal(self, number: int) -> None:
         """Does nothing if the process has ended."""
@@ -145,8 +151,8 @@ def main() -> None:
             answer: int | None = os.fork()
             if not answer:
                 requests.close()
-                _be(request, descriptors)
-            for descriptor in descriptors:
+                _be(request, descriptors[1:])
+            for descriptor in descriptors:  # the first shows by its end that the fork has ended
                 os.close(descriptor)
         else:
             answer = _status(request["pid"], statuses)
