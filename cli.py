@@ -12,7 +12,7 @@ from collections.abc import Sequence
 # command -> (module:function, what it does, in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("launch.demo:main", "raw text to verified Hugging Face models, every stage of it"),
-    "config": ("configs.command:main", "every key of a config explained, or a config to begin with"),
+    "config": ("configs.config_command:main", "every key of a config explained, or a config to begin with"),
     "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
     "data report": ("data_pipeline.report.ledger_tables:main", "what was dropped at which stage, and why"),
     "data verify": (
@@ -36,13 +36,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export.huggingface:main", "a checkpoint as a Hugging Face directory, reloaded and compared"),
     "import": ("export.import_hf:main", "a Hugging Face directory as a checkpoint"),
     "generate": ("export.generate:main", "continue a prompt with a checkpoint"),
-    "chat": ("export.generate:chat", "talk to a fine-tuned checkpoint"),
-    "prove": ("pretrain.proof.command:main", "parallel layouts against one rank, tensor by tensor"),
+    "chat": ("export.chat:main", "talk to a fine-tuned checkpoint"),
+    "prove": ("pretrain.proof.prove:main", "parallel layouts against one rank, tensor by tensor"),
     "inspect": ("pretrain.checkpoint.inspection:main", "a checkpoint's step, config, shapes and norms"),
-    "launch": ("launch.local:main", "run any of these as several ranks on this machine"),
-    "report": ("pretrain.report:main", "draw a training run's report.html again"),
+    "launch": ("launch.ranks:main", "run any of these as several ranks on this machine"),
+    "report": ("pretrain.run_report:main", "draw a training run's report.html again"),
 }
-NOT_BUILT = ("tokenizer", "plan", "rm", "dpo", "ppo", "eval", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,9 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(argv) >= words and name in COMMANDS:
             _call(COMMANDS[name][0], argv[words:], own)  # ends the process with the module's exit status
             return 0
-    for words in (2, 1):
-        if " ".join(argv[:words]) in NOT_BUILT:
-            return _refuse(f"`trivium {' '.join(argv[:words])}` is not built yet; `trivium --help` lists what is")
     group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
     if group:
         if argv[1:2] in (["-h"], ["--help"]):
@@ -95,13 +91,13 @@ def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
 
 def _call(target: str, argv: Sequence[str], own: bool) -> None:
     module, _, function = target.partition(":")
-    from launch import environment, run
+    from launch import bootstrap, environment
 
     if own:
-        run.begin(module)
-    from configs.loader import entrypoint
+        bootstrap.begin(module)
+    from configs.cli import entrypoint
 
-    speaks = module not in run.TRAINING.values() or environment.is_main()
+    speaks = module not in bootstrap.TRAINING.values() or environment.is_main()
     entrypoint(getattr(importlib.import_module(module), function), argv, speaks, environment.tell_torchrun)
 
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from configs.base import Section
+from configs.section import Section
 
 # Stages that take documents or text away because of what they are. (Held-out documents and sources that are left out
 # of the mixture are no losses.)

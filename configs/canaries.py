@@ -4,15 +4,16 @@ Which fates there are follows from the rest of the config; a reason that nothing
 """
 
 import difflib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from pydantic import Field, model_validator
 
-from configs.base import Section
-
-if TYPE_CHECKING:
-    from configs.data import DataConfig
+from configs.cuts import DecontaminateConfig, LinesConfig, PiiConfig, SubstringsConfig
+from configs.dedup import DedupConfig
+from configs.rules import RuleSet
+from configs.section import Section
+from configs.sources import SourceConfig
 
 KEPT = "kept"  # no stage drops it or cuts it
 DUPLICATES = ("exact_duplicate", "near_duplicate", "url_duplicate")  # all texts but one are dropped
@@ -51,7 +52,35 @@ class CanaryConfig(Section):
         return self
 
 
-def check(config: "DataConfig") -> None:
+class Recipe(Protocol):
+    """The sections of a data config that decide whether a canary can be caught; a `DataConfig` has them all."""
+
+    @property
+    def canaries(self) -> Mapping[str, CanaryConfig]: ...
+
+    @property
+    def sources(self) -> Mapping[str, SourceConfig]: ...
+
+    @property
+    def rules(self) -> Mapping[str, RuleSet]: ...
+
+    @property
+    def dedup(self) -> DedupConfig: ...
+
+    @property
+    def decontaminate(self) -> DecontaminateConfig | None: ...
+
+    @property
+    def lines(self) -> LinesConfig | None: ...
+
+    @property
+    def substrings(self) -> SubstringsConfig | None: ...
+
+    @property
+    def pii(self) -> PiiConfig | None: ...
+
+
+def check(config: Recipe) -> None:
     """Errors: ValueError for a source that is not there, or a reason that nothing can give."""
     for name, canary in config.canaries.items():
         if canary.source not in config.sources:
@@ -69,7 +98,7 @@ def check(config: "DataConfig") -> None:
             )
 
 
-def reasons(config: "DataConfig", source: str) -> Iterator[str]:
+def reasons(config: Recipe, source: str) -> Iterator[str]:
     """For which documents of a source can be dropped or cut, and "kept"; without those of lines that rules drop."""
     yield from (KEPT, "language_unexpected", *_AT_EXTRACT)
     for rules in config.sources[source].rules.values():
@@ -93,7 +122,7 @@ def _takes_part(sources: tuple[str, ...] | None, source: str) -> bool:
     return sources is None or source in sources
 
 
-def _line_rules(config: "DataConfig", source: str) -> tuple[str, ...]:
+def _line_rules(config: Recipe, source: str) -> tuple[str, ...]:
     """How reasons of cut web lines begin, such as c4_."""
     sets = (config.rules[rules] for rules in config.sources[source].rules.values())
     return tuple(f"{which}_" for rules in sets for which in rules.drop_lines)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.base import Section
+from configs.section import Section
 
 Kind = Literal["email", "ip", "phone", "card", "key", "secret"]
 KINDS: tuple[Kind, ...] = ("email", "ip", "phone", "card", "key", "secret")

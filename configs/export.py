@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from configs.base import Section
+from configs.section import Section
 
 
 class VerifyConfig(Section):

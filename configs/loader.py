@@ -5,41 +5,20 @@ a string. Anything the schema does not know, of a wrong type or out of range bec
 key, the value and what to change. Entrypoints turn it into exit status 2.
 """
 
-import argparse
-import contextlib
 import difflib
-import errno
-import hashlib
 import json
-import os
-import sys
-import tempfile
-import time
 import tomllib
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from configs import signals
-from configs.base import section_in
+from configs.files import write_atomic
+from configs.section import section_in
 
 T = TypeVar("T", bound=BaseModel)
-
-# How long a rank that finds a mistake in a config lets the one that tells it go first: a launcher may end all at once.
-TURN_SECONDS = 1.0
-
-# The kinds of config, by the name that `trivium config` knows them by, with the schema of each.
-SCHEMAS = {
-    "data": "configs.data:DataConfig",
-    "pretrain": "configs.train:PretrainConfig",
-    "sft": "configs.posttrain:SFTConfig",
-    "grpo": "configs.posttrain:GRPOConfig",
-    "export": "configs.export:ExportConfig",
-}
 
 
 class ConfigError(ValueError):
@@ -85,129 +64,6 @@ def write(config: BaseModel, path: str | Path) -> None:
 def toml(tree: dict[str, Any]) -> bytes:
     """A plain dict as TOML; keys that are None are left out."""
     return tomli_w.dumps(_without_none(tree)).encode()
-
-
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Publishes `content` at `path` whole or not at all: temporary name in the same folder, fsync, rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def sync(path: str | Path) -> None:
-    """Makes a file's content, or a directory's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def command_parser(
-    prog: str, description: str, example: str, schema: type[BaseModel] | None = None
-) -> argparse.ArgumentParser:
-    """A parser whose `--help` ends with an example that can be copied, and says where a config's keys are explained."""
-    epilog = f"example:\n  {example}"
-    if schema:
-        kind = next(kind for kind, target in SCHEMAS.items() if target == f"{schema.__module__}:{schema.__name__}")
-        epilog += f"\n\nevery key of CONFIG:    trivium config --explain {kind}"
-        epilog += f"\na CONFIG to begin with: trivium config --new {kind}"
-    return argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def parse_args(
-    schema: type[T],
-    argv: Sequence[str] | None,
-    prog: str,
-    description: str,
-    example: str,
-    flags: Sequence[tuple[str, str]] = (),
-    options: Sequence[tuple[str, str, str]] = (),
-    keys: Sequence[tuple[str, str, str]] = (),
-) -> tuple[T, argparse.Namespace]:
-    """Command line `CONFIG [key=value ...] [--flag ...]` to (validated config, parsed flags).
-
-    `flags` are (name, help) of extra boolean switches; `--dry-run` is always there. `options` take a value: (name,
-    default, help). `keys` are options that stand for an override of a key and win over all others: (name, key, help).
-    """
-    parser = command_parser(prog, description, example, schema)
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
-    for name, text in flags:
-        parser.add_argument(name, action="store_true", help=text)
-    for name, default, text in options:
-        said = f"{text} (default {default})" if default else text
-        parser.add_argument(name, default=default, metavar="WHICH", help=said)
-    for name, key, text in keys:
-        parser.add_argument(name, dest=key, metavar="WHICH", help=f"{text} (the same as {key}=WHICH)")
-    args = parser.parse_intermixed_args(argv)
-    chosen = [f"{key}={getattr(args, key)}" for _, key, _ in keys if getattr(args, key) is not None]
-    return load(schema, args.config, [*args.overrides, *chosen]), args
-
-
-def entrypoint(
-    main: Callable[[Sequence[str] | None], int | None],
-    argv: Sequence[str] | None = None,
-    speaks: bool = True,
-    tell: Callable[[str], None] | None = None,
-) -> NoReturn:
-    """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted, or what `main` returns.
-
-    Of many ranks that all find the same mistake in a config, only the one that `speaks` prints it; each gives it to
-    `tell`.
-    """
-    if argv is None:  # this is the process's own command line, and not one that a test calls
-        signals.begin(speaks=speaks)
-    signals.run()
-    try:
-        status = main(argv) or 0
-    except ConfigError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(TURN_SECONDS)
-        if tell is not None:
-            tell(f"error: {error}")
-        status = 2
-    except KeyboardInterrupt:
-        if speaks:
-            print(f"interrupted; {signals.AGAIN}", file=sys.stderr)
-        status = signals.INTERRUPTED
-    except SystemExit:  # of --help
-        signals.flush()
-        raise
-    except Exception as error:
-        signals.let_a_signal_pass()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" for {error.filename}" if error.filename else ""
-            print(f"error: no space is left on disk{where}; make room, then {signals.AGAIN}", file=sys.stderr)
-        elif not (isinstance(error, BrokenPipeError) and signals.nobody_reads()):
-            traceback.print_exc()
-        status = 1
-    signals.exit(status)
 
 
 def _without_none(value: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.base import Section
+from configs.section import Section
 
 BY_SOURCE = ("weights", "epochs", "fim")  # keys that name sources
 _SHARES = {"weights", "temperature", "unimax"}

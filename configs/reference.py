@@ -20,8 +20,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from configs.base import Section, bare, section_in
-from configs.loader import SCHEMAS, ConfigError
+from configs.cli import SCHEMAS
+from configs.loader import ConfigError
+from configs.section import Section, bare, section_in
 
 NAME = "NAME"  # stands for a name that the user chooses, as in sources.NAME.files
 _WORDS = {str: "string", int: "integer", float: "number", bool: "true or false"}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from configs.base import Section
+from configs.section import Section
 
 MEANINGS = ("splitter", "stop_words", "c4")
 

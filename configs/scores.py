@@ -6,7 +6,7 @@ Without a path here its score does not exist, and a rule on it is an error. How 
 
 from typing import Literal
 
-from configs.base import Section
+from configs.section import Section
 
 # Score -> the key of ScoresConfig without which there is none.
 MODEL_OF = {"classifier_score": "classifier", "unigram_logprob": "unigrams", "perplexity": "arpa"}

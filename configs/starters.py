@@ -6,8 +6,8 @@ own descriptions.
 
 from typing import Any
 
-from configs.base import Section, section_in
 from configs.reference import schema_of, sentence, toml_value
+from configs.section import Section, section_in
 
 _TITLES = {
     "data": ("A data run: raw files to a tokenizer and a mixture plan.", "trivium data run"),

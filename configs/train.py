@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.base import Section
+from configs.section import Section
 
 
 class TrainRunConfig(Section):
@@ -239,15 +239,6 @@ class ParallelConfig(Section):
     """What data parallel ranks split: optimizer state (1), gradients too (2), weights too (3); over 1 needs pp=1."""
     offload_optimizer: bool = False
     """Whether the optimizer's state is kept, and stepped, in host memory."""
-
-
-# An option of every training command: see pretrain/checkpoint/resume.py.
-RESUME = (
-    "--resume",
-    "auto",
-    "auto: from the newest whole checkpoint of run.dir, or a new start; no: a new start, refused where run.dir has "
-    "checkpoints; or the path of a checkpoint, of this run or of another one like it",
-)
 
 
 class CheckpointConfig(Section):

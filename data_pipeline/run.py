@@ -24,9 +24,11 @@ from typing import Any
 
 from rich.console import Console
 
+from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
+from configs.files import write_atomic
 from configs.folders import check_writable
-from configs.loader import ConfigError, entrypoint, parse_args, write, write_atomic
+from configs.loader import ConfigError, write
 from data_pipeline.alarms import alarms, look, missed
 from data_pipeline.core.full_disk import told
 from data_pipeline.core.shortfalls import COUNTED, short_plans, short_sources

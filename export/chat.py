@@ -1,57 +1,85 @@
-"""Text and dialogues to token ids for generation, with the sentencepiece model and the run's chat template.
+"""`trivium chat`: a conversation on the terminal with a model trained on dialogues, by Trivium's own decoder."""
 
-The template is data (chat_template.jinja of the run directory), rendered by transformers' own renderer.
-Leaves out tools and images.
-"""
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import re
-from pathlib import Path
-from typing import Any
+from configs.cli import entrypoint
+from configs.loader import ConfigError
+from export.generate import beyond, check_sampling, command_line, load, tell_if_cut
 
-from data_pipeline.tokens.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from export.chat_codec import TextCodec
+    from pretrain.model import Decoder
 
-END = "<|end|>"  # closes a chat turn
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`trivium chat`: a conversation on the terminal. /reset starts over, /exit or end of input leaves."""
+    parser = command_line(
+        "trivium chat",
+        "Talks with a model trained on dialogues. /reset starts over, /exit leaves.",
+        "trivium chat runs/demo/sft --temperature 0.7",
+    )
+    parser.add_argument("--system", help="a system message to begin with")
+    args = parser.parse_args(argv)
+    check_sampling(args)
+    decoder, codec, context = load(args.source, args.step)
+    if codec.chat_template is None:
+        raise ConfigError(f"{args.source} has no chat template; chat needs a run of `trivium sft` or later")
+
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    messages, turn = list(opening), 0
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        if text == "/exit":
+            return 0
+        if text == "/reset":
+            messages = list(opening)
+            continue
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = codec.encode_chat(messages)
+        if len(prompt) >= context:
+            messages.pop()
+            said = f"the dialogue, {beyond(len(prompt), context)}"
+            print(f"{said}; /reset starts over, or say it in fewer words", file=sys.stderr, flush=True)
+            continue
+        reply = answer(decoder, codec, prompt, args, context, key=str(turn))
+        messages.append({"role": "assistant", "content": reply})
+        turn += 1
+        print(reply, flush=True)
 
 
-class TextCodec:
-    """Prompts and dialogues to ids, and ids to text, for one model."""
+def answer(
+    decoder: "Decoder",
+    codec: "TextCodec",
+    prompt: list[int],
+    args: argparse.Namespace,
+    context: int,
+    key: str = "0",
+) -> str:
+    """The model's next turn after a `prompt` within its context. `key` makes each turn draw anew from the one seed."""
+    from pretrain.sampling import generate
 
-    def __init__(self, tokenizer: Path, chat_template: str | None = None):
-        self.tokenizer = Tokenizer.load(tokenizer)
-        self.specials = self.tokenizer.special_ids
-        self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
-        self.pad_id = max(self.tokenizer.pad_id, 0)
-        self.chat_template = chat_template
-        self._split = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
+    room = context - len(prompt)
+    completion = generate(
+        decoder,
+        [prompt],
+        min(args.max_new_tokens, room),
+        temperature=args.temperature,
+        seed=args.seed,
+        stop_ids=codec.stop_ids,
+        top_p=args.top_p,
+        keys=[key],
+    )[0]
+    tell_if_cut(completion, room, args.max_new_tokens, context)
+    return codec.decode(completion.tokens)
 
-    @property
-    def stop_ids(self) -> list[int]:
-        """What ends an answer: </s>, and in chat the end of the turn."""
-        ends = [self.specials[END]] if self.chat_template is not None and END in self.specials else []
-        return [self.eos_id, *ends]
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """<s> and the text; control symbols spelled out in it stay plain text."""
-        return [self.bos_id, *self.tokenizer.encode(text)]
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The dialogue so far and an opened assistant turn. Errors: ValueError without a chat template."""
-        if self.chat_template is None:
-            raise ValueError("this model has no chat template; it was not trained on dialogues")
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered: Any = render_jinja_template(
-            conversations=[messages], chat_template=self.chat_template, add_generation_prompt=True
-        )
-        return self.encode_rendered(rendered[0][0])
-
-    def encode_rendered(self, text: str) -> list[int]:
-        """A rendered template to ids: control symbols become theirs, what lies between is plain text."""
-        ids: list[int] = []
-        for part in filter(None, self._split.split(text)):
-            ids += [self.specials[part]] if part in self.specials else self.tokenizer.encode(part)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of the ids, control symbols left out."""
-        return self.tokenizer.decode(ids)
+if __name__ == "__main__":
+    entrypoint(main)

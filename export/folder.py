@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.files import file_sha256, sync, write_atomic
 from configs.folders import check_writable
-from configs.loader import ConfigError, file_sha256, sync, write_atomic
+from configs.loader import ConfigError
 
 RECORD = "trivium_export.json"
 

@@ -1,4 +1,4 @@
-"""`trivium generate` and `trivium chat`: text from a run or checkpoint, by Trivium's own decoder.
+"""`trivium generate`: continues prompts with a run or checkpoint, by Trivium's own decoder.
 
 Runs on one CPU rank in fp32 with a key-value cache. Leaves out serving and batching across users.
 """
@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from configs.loader import ConfigError, command_parser, entrypoint
+from configs.cli import command_parser, entrypoint
+from configs.loader import ConfigError
 
 if TYPE_CHECKING:
-    from export.chat import TextCodec
+    from export.chat_codec import TextCodec
     from pretrain.model import Decoder
     from pretrain.sampling import Completion
 
@@ -20,14 +21,14 @@ RUN_HELP = "a run directory (its newest checkpoint), a checkpoint, or an importe
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`trivium generate`: continues each --prompt and prints prompt and continuation."""
-    parser = _parser(
+    parser = command_line(
         "trivium generate",
         "Continues prompts with a trained model.",
         'trivium generate runs/demo/pretrain --prompt "Call me" --max-new-tokens 64 --temperature 0.8',
     )
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given many times")
     args = parser.parse_args(argv)
-    _check(args)
+    check_sampling(args)
 
     from pretrain.sampling import generate
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rooms = [context - len(prompt) for prompt in prompts]
     for text, prompt in zip(args.prompt, prompts, strict=True):
         if len(prompt) >= context:
-            raise ConfigError(f"--prompt {text[:20]!r}...: {_beyond(len(prompt), context)}; give a shorter one")
+            raise ConfigError(f"--prompt {text[:20]!r}...: {beyond(len(prompt), context)}; give a shorter one")
     completions = generate(
         decoder,
         prompts,
@@ -49,94 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for text, completion, room in zip(args.prompt, completions, rooms, strict=True):
         print(text + codec.decode(completion.tokens[:room]), flush=True)
-        _tell_if_cut(completion, room, args.max_new_tokens, context)
+        tell_if_cut(completion, room, args.max_new_tokens, context)
         if len(args.prompt) > 1:
             print("-" * 40)
     return 0
 
 
-def chat(argv: Sequence[str] | None = None) -> int:
-    """`trivium chat`: a conversation on the terminal. /reset starts over, /exit or end of input leaves."""
-    parser = _parser(
-        "trivium chat",
-        "Talks with a model trained on dialogues. /reset starts over, /exit leaves.",
-        "trivium chat runs/demo/sft --temperature 0.7",
-    )
-    parser.add_argument("--system", help="a system message to begin with")
-    args = parser.parse_args(argv)
-    _check(args)
-    decoder, codec, context = load(args.source, args.step)
-    if codec.chat_template is None:
-        raise ConfigError(f"{args.source} has no chat template; chat needs a run of `trivium sft` or later")
-
-    opening = [{"role": "system", "content": args.system}] if args.system else []
-    messages, turn = list(opening), 0
-    while True:
-        try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return 0
-        if text == "/exit":
-            return 0
-        if text == "/reset":
-            messages = list(opening)
-            continue
-        if not text:
-            continue
-        messages.append({"role": "user", "content": text})
-        prompt = codec.encode_chat(messages)
-        if len(prompt) >= context:
-            messages.pop()
-            said = f"the dialogue, {_beyond(len(prompt), context)}"
-            print(f"{said}; /reset starts over, or say it in fewer words", file=sys.stderr, flush=True)
-            continue
-        reply = answer(decoder, codec, prompt, args, context, key=str(turn))
-        messages.append({"role": "assistant", "content": reply})
-        turn += 1
-        print(reply, flush=True)
-
-
-def answer(
-    decoder: "Decoder",
-    codec: "TextCodec",
-    prompt: list[int],
-    args: argparse.Namespace,
-    context: int,
-    key: str = "0",
-) -> str:
-    """The model's next turn after a `prompt` within its context. `key` makes each turn draw anew from the one seed."""
-    from pretrain.sampling import generate
-
-    room = context - len(prompt)
-    completion = generate(
-        decoder,
-        [prompt],
-        min(args.max_new_tokens, room),
-        temperature=args.temperature,
-        seed=args.seed,
-        stop_ids=codec.stop_ids,
-        top_p=args.top_p,
-        keys=[key],
-    )[0]
-    _tell_if_cut(completion, room, args.max_new_tokens, context)
-    return codec.decode(completion.tokens)
-
-
-def _beyond(tokens: int, context: int) -> str:
+def beyond(tokens: int, context: int) -> str:
+    """The words for a text that fills the whole context, so that nothing can follow it."""
     return f"its {tokens} tokens leave no room in the {context} that the model was made for"
 
 
-def _tell_if_cut(completion: "Completion", room: int, asked: int, context: int) -> None:
+def tell_if_cut(completion: "Completion", room: int, wanted: int, context: int) -> None:
     """Says where a text ends because the model was not made for longer ones."""
     stopped = completion.stopped and len(completion.tokens) <= room
-    if asked > room and not stopped:
-        said = f"stopped after {room} of {asked} new tokens, at the {context} in all that the model was made for"
+    if wanted > room and not stopped:
+        said = f"stopped after {room} of {wanted} new tokens, at the {context} in all that the model was made for"
         print(f"note: {said}", file=sys.stderr, flush=True)
 
 
 def load(source: str, step: str) -> tuple["Decoder", "TextCodec", int]:
     """The whole model in fp32 on the CPU, its text codec, and how many tokens it was made for at a time."""
-    from export.source import open_source
+    from export.model_source import open_source
     from pretrain.model import build_single
 
     try:
@@ -147,7 +82,8 @@ def load(source: str, step: str) -> tuple["Decoder", "TextCodec", int]:
         raise ConfigError(str(error)) from None
 
 
-def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+def command_line(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser of the arguments that `trivium generate` and `trivium chat` share: the model, and how it is sampled."""
     parser = command_parser(
         prog=prog,
         description=description,
@@ -162,7 +98,8 @@ def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParse
     return parser
 
 
-def _check(args: argparse.Namespace) -> None:
+def check_sampling(args: argparse.Namespace) -> None:
+    """Refuses sampling settings that cannot be, with a ConfigError."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens} is less than one")
     if args.temperature < 0:

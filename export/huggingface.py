@@ -1,7 +1,7 @@
 """`trivium export`: a training run to a Hugging Face directory that has proven itself.
 
 The folder is written beside `out`, reloaded with transformers, and held against Trivium's own decoder on
-real held-out text (export.verify). It is renamed into place only if every check holds. Leaves out uploading,
+real held-out text (export.comparison). It is renamed into place only if every check holds. Leaves out uploading,
 and formats other than transformers'.
 """
 
@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.cli import entrypoint, parse_args
 from configs.export import ExportConfig
-from configs.loader import ConfigError, entrypoint, file_sha256, parse_args, plain, write_atomic
+from configs.files import file_sha256, write_atomic
+from configs.loader import ConfigError, plain
 
 if TYPE_CHECKING:
-    from export.chat import TextCodec
-    from export.source import ModelSource
-    from export.verify import Check, Reference, Reloaded
+    from export.chat_codec import TextCodec
+    from export.comparison import Check, Reference, Reloaded
+    from export.model_source import ModelSource
 
 HELDOUT_PROMPT = 16  # tokens of a held-out passage that are continued
 EXAMPLE = "trivium export configs/export/demo.toml run=runs/demo/sft out=runs/demo/export/sft"
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from export import folder
-    from export.source import open_source
+    from export.model_source import open_source
 
     console, out = Console(), Path(config.out)
     try:
@@ -77,7 +79,7 @@ class Texts:
 
 def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Texts:
     """Errors: ConfigError where a continuation would go past the model's context, ValueError as `heldout_passages`."""
-    from export.heldout import heldout_passages
+    from export.heldout_text import heldout_passages
 
     codec, options = source.codec(), config.verify
     if codec.chat_template is None:
@@ -137,7 +139,7 @@ def export(
 ) -> int:
     """Writes, verifies, publishes. Returns the exit status; whatever fails, no partial folder is left."""
     from export import folder
-    from export.verify import reload, verify
+    from export.comparison import reload, verify
 
     with folder.partly_written(out, "out") as partial:
         with console.status("writing"):
@@ -187,11 +189,11 @@ def write_model(source: "ModelSource", texts: Texts, config: ExportConfig, folde
     """Writes weights, configs and tokenizer into `folder`; returns what it has to be equal to."""
     import torch
 
+    from export.comparison import Reference
     from export.families import to_hf
     from export.hf_config import to_hf_config
+    from export.hf_tokenizer import write_tokenizer
     from export.tensors import write_tensors
-    from export.tokenizer import write_tokenizer
-    from export.verify import Reference
     from pretrain.model import build_single
 
     model, codec = source.model, texts.codec

@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.loader import ConfigError, command_parser, entrypoint, file_sha256, plain, write_atomic
+from configs.cli import command_parser, entrypoint
+from configs.files import file_sha256, write_atomic
+from configs.loader import ConfigError, plain
 from data_pipeline.tokens.tokenizer import SPACE
 from export.folder import RECORD, partly_written
 
@@ -49,7 +51,7 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
 
     from export.families import family_of, from_hf
     from export.hf_config import from_hf_config
-    from export.source import IMPORTED
+    from export.model_source import IMPORTED
     from export.tensors import open_tensors, write_tensors
 
     if out.exists():

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from configs.loader import write_atomic
+from configs.files import write_atomic
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from configs.cli import command_parser, entrypoint
+from configs.files import write_atomic
 from configs.folders import check_writable
-from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
+from configs.loader import ConfigError
 from configs.signals import STOPPED, status_of
 from launch import tee
 from launch.demo_report import DemoStage, describe_data, describe_export, describe_training, show, write_html
@@ -27,7 +29,7 @@ RANKS = 2
 
 
 def _training(name: str, module: str, config: str, title: str, begins_with: DemoStage) -> DemoStage:
-    command = ("launch.local", "--nproc-per-node", str(RANKS), module, config)
+    command = ("launch.ranks", "--nproc-per-node", str(RANKS), module, config)
     return DemoStage(name, title, command, DIRECTORY / name, "metrics.jsonl", describe_training, (begins_with,))
 
 
@@ -92,7 +94,7 @@ def run_stages(stages: Sequence[DemoStage], directory: Path, console: Console) -
         mark, made_from, started = stage.fingerprint(), stage.made_from(), time.monotonic()
         # Unbuffered, so that lines show when they are printed; no hub, so that nothing waits for a network.
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        status, told = tee.run([sys.executable, "-m", "launch.run", *stage.command], log, env, held_back=True)
+        status, told = tee.run([sys.executable, "-m", "launch.bootstrap", *stage.command], log, env, held_back=True)
         seconds = time.monotonic() - started
         wrote = stage.fingerprint() != mark
         if status == 0 and not wrote and (changed := _changed(times.get(stage.name), made_from)):

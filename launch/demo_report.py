@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from configs.loader import file_sha256, write_atomic
+from configs.files import file_sha256, write_atomic
+from pages import page
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,8 @@ def duration(seconds: float) -> str:
 
 
 STYLE = """
-:root { --page: #fcfcfb; --ink: #1c1c1a; --soft: #6b6b66; --grid: #e6e5e1; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #191918; --ink: #ecebe7; --soft: #a3a29b; --grid: #33332f; } }
-body { margin: 0 auto; padding: 24px; max-width: 1100px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 22px; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; } a { color: inherit; }
-th, td { text-align: left; vertical-align: top; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--grid); }
-td { white-space: pre-line; } td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+body { max-width: 1100px; } table { font-size: 14px; } a { color: inherit; }
+th, td { padding: 6px 18px 6px 0; } td { white-space: pre-line; } td.n { white-space: nowrap; }
 summary { cursor: pointer; margin: 14px 0 6px; font-weight: 600; }
 iframe { width: 100%; height: 70vh; border: 1px solid var(--grid); border-radius: 8px; }
 """
@@ -166,14 +160,13 @@ def write_html(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any
                 f'loading="lazy" title="{html.escape(stage.title)}"></iframe></details>'
             )
     head = "".join(f"<th>{name}</th>" for name in ("stage", "went in", "came out", "time", "where to look"))
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Trivium demo</title><style>{STYLE}</style></head><body><h1>Trivium demo</h1>"
-        f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>{"".join(frames)}</body></html>\n'
-    )
+    body = [
+        "<h1>Trivium demo</h1>",
+        f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>',
+        *frames,
+    ]
     path = directory / "report.html"
-    write_atomic(path, page.encode())
+    write_atomic(path, page("Trivium demo", body, STYLE).encode())
     return path
 
 

@@ -2,7 +2,7 @@
 
 torchrun, Slurm's srun and MPI's mpirun each tell a process its rank in their own words;
 `ClusterEnvironment.read` puts them into one frozen dataclass, so that nothing else looks at `os.environ` for
-them. Leaves out starting anything (launch/local.py does) and process groups (pretrain does); imports no
+them. Leaves out starting anything (launch/ranks.py does) and process groups (pretrain does); imports no
 torch, so a login node can ask.
 """
 

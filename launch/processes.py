@@ -1,6 +1,6 @@
 """Processes that live and die together: start, forward signals, wait, leave none behind.
 
-Used for the ranks of one machine (launch/local.py) and the stages of the demo (launch/demo.py). Leaves out where
+Used for the ranks of one machine (launch/ranks.py) and the stages of the demo (launch/demo.py). Leaves out where
 output goes: callers pass file descriptors.
 
 The rules: a first Ctrl-C (or SIGTERM, SIGUSR1, or a closed terminal) is passed on once, so that every process can
@@ -77,8 +77,8 @@ class ProcessGroup:
     ) -> subprocess.Popen[bytes]:
         """Starts one process; `output` takes stdout and stderr (default: ours).
 
-        With `held_back`, signals wait until the process lets them through, as launch/run.py does once it answers them:
-        none finds it half started.
+        With `held_back`, signals wait until the process lets them through, as launch/bootstrap.py does once it
+        answers them: none finds it half started.
 
         Each has a session of its own, so that a Ctrl-C at the terminal reaches it once, by way of us.
         """

@@ -7,18 +7,18 @@ surrogate.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from launch import run
+    from launch import bootstrap
 
-    run.begin("posttrain.grpo")
+    bootstrap.begin("posttrain.grpo")
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.cli import RESUME, entrypoint, parse_args
 from configs.folders import check_writable
 from configs.layout import Layout
-from configs.loader import ConfigError, entrypoint, parse_args
+from configs.loader import ConfigError
 from configs.posttrain import GRPOConfig
-from configs.train import RESUME
 from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 
 
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
-    from posttrain.evaluation import TaskAccuracy
     from posttrain.grpo_source import GRPOLoss, RolloutSource
     from posttrain.initial_model import InitialModel
     from posttrain.lengths import check_answers, check_rows
-    from posttrain.tasks import make_task
+    from posttrain.task_accuracy import TaskAccuracy
+    from posttrain.verifiable_tasks import make_task
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 

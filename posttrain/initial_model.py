@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.loader import ConfigError, file_sha256, validate
+from configs.files import file_sha256
+from configs.loader import ConfigError, validate
 from configs.posttrain import InitConfig
 from configs.train import ModelConfig
 from data_pipeline.tokens.tokenizer import MODEL_FILE, Tokenizer
-from posttrain.chat import ChatFormat, jinja_template
+from posttrain.chat_format import ChatFormat, jinja_template
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage, Pin, PlanLocation, plan_of, text_sha256, tokenizer_of
 from pretrain.checkpoint.storage import CheckpointError

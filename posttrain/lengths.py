@@ -5,8 +5,8 @@ Told before any work, from the prompts that the run will draw.
 
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
-from posttrain.chat import ChatFormat
-from posttrain.tasks import Split, Task
+from posttrain.chat_format import ChatFormat
+from posttrain.verifiable_tasks import Split, Task
 
 DRAWN = 10_000  # of so many prompts the lengths are taken, of training and held out each
 

@@ -15,8 +15,8 @@ from configs.posttrain import GRPOSection
 from data_pipeline.mixture.rows import Row
 from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
 from posttrain.algorithms.aggregation import Aggregation, token_weight
-from posttrain.chat import ChatFormat
-from posttrain.tasks import Task, TaskScore
+from posttrain.chat_format import ChatFormat
+from posttrain.verifiable_tasks import Task, TaskScore
 from pretrain.model import Decoder
 from pretrain.sampling import Completion, generate
 

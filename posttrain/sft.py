@@ -7,18 +7,18 @@ dialogue.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from launch import run
+    from launch import bootstrap
 
-    run.begin("posttrain.sft")
+    bootstrap.begin("posttrain.sft")
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.cli import RESUME, entrypoint, parse_args
 from configs.folders import check_writable
 from configs.layout import Layout
-from configs.loader import ConfigError, entrypoint, parse_args
+from configs.loader import ConfigError
 from configs.posttrain import SFTConfig
-from configs.train import RESUME
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 
@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
-    from posttrain.evaluation import TaskAccuracy
     from posttrain.initial_model import InitialModel
     from posttrain.lengths import check_answers
     from posttrain.sft_data import SFTSource, read_examples
-    from posttrain.tasks import make_task
-    from pretrain.evaluate import Evaluator, HeldoutLoss
+    from posttrain.task_accuracy import TaskAccuracy
+    from posttrain.verifiable_tasks import make_task
+    from pretrain.heldout_loss import Evaluator, HeldoutLoss
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer

@@ -20,9 +20,9 @@ import numpy as np
 from configs.posttrain import DemonstrationConfig, DialogueConfig
 from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
-from posttrain.chat import BrokenDialogue, ChatFormat, Message
-from posttrain.tasks import Split, Task, make_task
-from pretrain.data import BatchSource
+from posttrain.chat_format import BrokenDialogue, ChatFormat, Message
+from posttrain.verifiable_tasks import Split, Task, make_task
+from pretrain.batch_source import BatchSource
 
 SHOWN = 160  # characters of what was wrong with a dialogue
 

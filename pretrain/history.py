@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from configs import loader
+from configs import files, loader
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError
 from configs.train import ModelConfig, TrainerConfig
@@ -113,4 +113,4 @@ def read(run_dir: Path) -> list[DataSpan]:
 
 
 def write(run_dir: Path, data_spans: Sequence[DataSpan]) -> None:
-    loader.write_atomic(run_dir / FILE, (json.dumps(data_spans, indent=1, ensure_ascii=False) + "\n").encode())
+    files.write_atomic(run_dir / FILE, (json.dumps(data_spans, indent=1, ensure_ascii=False) + "\n").encode())

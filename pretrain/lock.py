@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 from configs import signals
 from configs.loader import ConfigError
-from configs.lock import locked
+from configs.run_lock import locked
 
 if TYPE_CHECKING:
     from pretrain.parallel.groups import Mesh

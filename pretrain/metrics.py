@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs.loader import write_atomic
+from configs.files import write_atomic
 
 PLAIN_EVERY_SECONDS = 10.0  # between lines where there is no terminal
 

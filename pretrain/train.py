@@ -4,18 +4,19 @@ torchrun --nproc-per-node 2 -m pretrain.train configs/pretrain/demo.toml paralle
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from launch import run
+    from launch import bootstrap
 
-    run.begin("pretrain.train")
+    bootstrap.begin("pretrain.train")
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.cli import RESUME, entrypoint, parse_args
 from configs.folders import check_writable
 from configs.layout import Layout
-from configs.loader import ConfigError, entrypoint, parse_args
-from configs.train import RESUME, PretrainConfig
+from configs.loader import ConfigError
+from configs.train import PretrainConfig
 from data_pipeline.core.integrity import DamagedData
 from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 from pretrain.plan_choice import Choice, choose_plan
@@ -49,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
+    from pretrain.batch_source import PlanSource
     from pretrain.checkpoint.lineage import Lineage
-    from pretrain.data import PlanSource
-    from pretrain.evaluate import HeldoutLoss
+    from pretrain.heldout_loss import HeldoutLoss
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer

@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 
-from configs import loader, signals
+from configs import files, loader, signals
 from configs.loader import ConfigError
 from configs.train import ModelConfig, Precision, TrainerConfig
 from launch.environment import ClusterEnvironment
-from pretrain import history, report
+from pretrain import history, run_report
 from pretrain.agreement import Agreement
+from pretrain.batch_source import BatchSource, micro_batches, share_of_rank
 from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
-from pretrain.data import BatchSource, micro_batches, share_of_rank
 from pretrain.data_check import DamagedTrainingData, DataCheck
-from pretrain.evaluate import Evaluator, peak_flops
+from pretrain.heldout_loss import Evaluator, peak_flops
 from pretrain.lock import only_run_in
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.losses import LossFunction
@@ -128,7 +128,7 @@ class Trainer:
             if stopped_by:
                 return self._stopped(stopped_by, say)
         if self.mesh.is_main:
-            print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {report.write(self.run_dir)}")
+            print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {run_report.write(self.run_dir)}")
         return 0
 
     def _loop(
@@ -337,12 +337,12 @@ class Trainer:
                 return FAILED
         if self.mesh.is_main:
             (saved / storage.CHECKED).touch()
-            self._print(f"the training data matches its checksums, report in {report.write(self.run_dir)}")
+            self._print(f"the training data matches its checksums, report in {run_report.write(self.run_dir)}")
         return 0
 
     def _write_facts(self) -> None:
         self.lineage.keep(self.run_dir, self.identity)
-        loader.write_atomic(self.run_dir / "config.toml", loader.toml(self._full_config()))
+        files.write_atomic(self.run_dir / "config.toml", loader.toml(self._full_config()))
         packages = ("torch", "megatron-core", "deepspeed", "numpy")
         facts = {
             "python": platform.python_version(),
@@ -353,7 +353,7 @@ class Trainer:
             "launcher": ClusterEnvironment.read().as_dict(),
             "parameters": self.model_config.num_parameters(),
         }
-        loader.write_atomic(self.run_dir / "env.json", json.dumps(facts, indent=1).encode())
+        files.write_atomic(self.run_dir / "env.json", json.dumps(facts, indent=1).encode())
         history.write(self.run_dir, self.data_spans)
         try:
             self.source.note_use(self.run_dir)

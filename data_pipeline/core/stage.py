@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from configs.loader import file_sha256, sync, write_atomic
-from configs.lock import locked
+from configs.files import file_sha256, sync, write_atomic
+from configs.run_lock import locked
 from configs.sealed import STAGE
 from data_pipeline.core.hashing import digest
 from data_pipeline.core.integrity import STAGE_MANIFEST, Expected, is_seal, read_sealed, unseal

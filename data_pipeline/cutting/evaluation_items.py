@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.cuts import DecontaminateConfig
-from configs.data import ExtractConfig
+from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import decode_whole, marked_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.jsonl import Line, LineSplitter

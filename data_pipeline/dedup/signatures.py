@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from datatrove.data import Document
 
-from configs.data import DataConfig, DedupConfig
+from configs.data import DataConfig
+from configs.dedup import DedupConfig
 from data_pipeline.canaries.naming import salt
 from data_pipeline.core.hashing import stable_hash
 from data_pipeline.core.tables import Mark, TableStep, mark

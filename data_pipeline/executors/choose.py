@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.data import DataRunConfig
+from configs.data_run import DataRunConfig
 from configs.loader import ConfigError
 from data_pipeline.executors.base import Executor
 from data_pipeline.executors.local_executor import LocalExecutor

@@ -11,7 +11,7 @@ from typing import Any
 
 from datatrove.executor.ray import RayPipelineExecutor
 
-from configs.data import RayConfig
+from configs.data_run import RayConfig
 from configs.loader import ConfigError
 from data_pipeline.core.progress import Say
 from data_pipeline.executors.base import Executor, Job

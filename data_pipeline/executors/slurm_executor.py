@@ -22,7 +22,7 @@ from types import FrameType
 
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
-from configs.data import SlurmConfig
+from configs.data_run import SlurmConfig
 from configs.loader import ConfigError
 from data_pipeline.core.progress import Say
 from data_pipeline.executors.base import Executor, Job

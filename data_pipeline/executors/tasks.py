@@ -22,7 +22,7 @@ from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
 from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 
-from configs.loader import write_atomic
+from configs.files import write_atomic
 from data_pipeline.core.full_disk import is_full, told, trouble
 
 _FOLDERS = ("started", "completions", "failed", "progress", "stats")

@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.data import BlocklistConfig
 from configs.loader import ConfigError
+from configs.sources import BlocklistConfig
 
 
 class Blocklist:

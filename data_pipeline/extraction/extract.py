@@ -18,7 +18,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from ftfy.badness import MOJIBAKE_CATEGORIES
 
-from configs.data import ExtractConfig
+from configs.sources import ExtractConfig
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.ledger import SourceTally, Tally
 from data_pipeline.extraction.blocklist import Blocklist

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from configs.differences import changes, words
-from configs.loader import sync
+from configs.files import sync
 from data_pipeline.mixture.rows import PLAN_FILE, Plan, Segments
 from data_pipeline.tokens.store import Store
 

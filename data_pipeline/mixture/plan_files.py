@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.loader import write_atomic
+from configs.files import write_atomic
 from configs.mixture import PlanConfig
 from configs.sealed import PLAN
 from data_pipeline.core.stage import read_manifest

@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
-from configs.loader import ConfigError, entrypoint, parse_args
+from configs.loader import ConfigError
 from configs.rules import RuleSet
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.provenance.lookup import (

@@ -18,8 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
-from configs.loader import ConfigError, entrypoint, load, parse_args
+from configs.loader import ConfigError, load
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import kept_rows, read_table, shards_of

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
-from configs.loader import ConfigError, command_parser, entrypoint, load
+from configs.loader import ConfigError, load
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT
 from data_pipeline.mixture.earlier import find

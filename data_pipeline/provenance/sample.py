@@ -14,8 +14,9 @@ from typing import Any
 
 from rich.console import Console
 
+from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
-from configs.loader import ConfigError, entrypoint, load, parse_args
+from configs.loader import ConfigError, load
 from configs.rules import RuleSet
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.shards import read_records, shard_path, shards_under

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
-from configs.loader import ConfigError, command_parser, entrypoint, load, write_atomic
+from configs.files import write_atomic
+from configs.loader import ConfigError, load
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans

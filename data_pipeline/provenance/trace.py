@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
-from configs.loader import ConfigError, command_parser, entrypoint
+from configs.cli import command_parser, entrypoint
+from configs.loader import ConfigError
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance.lookup import Stretch, stretches

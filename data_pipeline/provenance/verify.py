@@ -17,8 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
+from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
-from configs.loader import ConfigError, command_parser, entrypoint, load
+from configs.loader import ConfigError, load
 from data_pipeline.core.integrity import STAGE_MANIFEST, DamagedData, Expected, fault, remedy
 from data_pipeline.core.stage import expected_files, read_manifest
 from data_pipeline.mixture.earlier import USED_BY

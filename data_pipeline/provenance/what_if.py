@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
+from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
-from configs.loader import ConfigError, command_parser, entrypoint, load
+from configs.loader import ConfigError, load
 from configs.rules import RuleSet
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.checked_parquet import columns_in

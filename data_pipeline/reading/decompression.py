@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import zstandard
 
-from configs.data import ExtractConfig
+from configs.sources import ExtractConfig
 from data_pipeline.reading.records import Advance
 
 BLOCK = 1 << 16

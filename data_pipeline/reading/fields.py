@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from configs.data import ExtractConfig, SourceConfig
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.records import Record
 
 SURROGATES = "lone surrogates replaced"

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.utils import glob_translate
 
-from configs.data import SourceConfig
 from configs.loader import ConfigError
+from configs.sources import SourceConfig
 from data_pipeline.reading.formats import entered, wanted
 from data_pipeline.reading.names import openable, printable
 from data_pipeline.reading.records import FoundFile

@@ -4,7 +4,7 @@ Extensions and languages follow GitHub's linguist (languages.yml, vendor.yml, ge
 file that a pattern names is read whatever its extension.
 """
 
-from configs.data import SourceConfig
+from configs.sources import SourceConfig
 
 LANGUAGES = {
     "Python": (".py", ".pyi", ".pyx"),

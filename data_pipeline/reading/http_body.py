@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import brotli
 
-from configs.data import ExtractConfig
+from configs.sources import ExtractConfig
 from data_pipeline.reading.decompression import BLOCK, Fault, is_bomb, members
 from data_pipeline.reading.http_response import Response
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from configs.data import ExtractConfig, SourceConfig
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import NOT_FINITE, fill, plain
 from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from configs.data import ExtractConfig, SourceConfig
 from configs.loader import ConfigError
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.personal_data.hiding import hide
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import lookup

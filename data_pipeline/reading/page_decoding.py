@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from resiliparse.parse.encoding import detect_encoding
 
-from configs.data import ExtractConfig
+from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import WIDE, charset_of, decode, marked_charset
 from data_pipeline.reading.records import SAMPLE_BYTES, Record
 

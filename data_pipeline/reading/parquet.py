@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.data import ExtractConfig, SourceConfig
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.fields import LEFT_OUT, fill, lookup, plain
 from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
 

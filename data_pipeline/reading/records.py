@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs.data import SourceConfig
+from configs.sources import SourceConfig
 
 # Content is lost with these: they count towards extract.max_bad_share, and every one is set aside.
 BROKEN = frozenset(

@@ -12,8 +12,8 @@ from pathlib import Path
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from configs.data import ExtractConfig, SourceConfig
 from configs.loader import ConfigError
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.reading.charsets import charset_of

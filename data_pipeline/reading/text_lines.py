@@ -8,7 +8,7 @@ import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from configs.data import ExtractConfig, SourceConfig
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.charsets import LENIENT, STATEFUL, WIDE, charset_of, decode_whole, marked_charset
 from data_pipeline.reading.decompression import Fault, Member, claimed_compression, members
 from data_pipeline.reading.jsonl import Line, LineSplitter

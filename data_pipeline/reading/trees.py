@@ -9,7 +9,7 @@ start is binary, as git has it.
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from configs.data import ExtractConfig, SourceConfig
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.charsets import charset_of, marked_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.formats import language_of

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-from configs.data import ExtractConfig, SourceConfig
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.decompression import Fault, Member, claimed_compression, members
 from data_pipeline.reading.http_body import CodingError, decode_body
 from data_pipeline.reading.http_response import (

@@ -1,7 +1,7 @@
 """The charts of a data run as inline SVG: how documents flow through the stages, histograms, bars.
 
 Marks are drawn at their true size; what would be too thin to be seen gets a stroke. Exact numbers stand in tooltips
-and in the tables beside the charts. Colours and frames are those of `charts`.
+and in the tables beside the charts. Colours and frames are those of `pages`.
 """
 
 import html
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.charts import figure, short, ticks
 from data_pipeline.report.measures import Scores
+from pages import figure, short, ticks
 
 _FLOW_HEIGHT, _FLOW_TOP, _BAR = 230, 46, 14
 _STEP = 118  # from stage to stage

@@ -14,8 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
-from configs.loader import ConfigError, entrypoint, load, parse_args
+from configs.loader import ConfigError, load
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.report.page import write
 

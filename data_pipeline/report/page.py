@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.data import DataConfig
-from configs.loader import write_atomic
-from data_pipeline.charts import page, short
+from configs.files import write_atomic
 from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.report import measures
 from data_pipeline.report.drops import drops, sample, text_of
 from data_pipeline.report.figures import Flow, bar, flow, flow_list, histogram, sizes
+from pages import page, short
 
 _CLUSTERS, _MEMBERS, _LANGUAGES = 8, 4, 20
 

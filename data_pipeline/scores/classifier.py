@@ -22,8 +22,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from configs.data import ANY_LANGUAGE, ExtractConfig, SourceConfig
-from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
+from configs.cli import command_parser, entrypoint
+from configs.files import write_atomic
+from configs.loader import ConfigError
+from configs.sources import ANY_LANGUAGE, ExtractConfig, SourceConfig
 from data_pipeline.documents.heldout import draw
 from data_pipeline.reading.source_reader import find_units, read_file
 from data_pipeline.scan.words import Splitter, mix

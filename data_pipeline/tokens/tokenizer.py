@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from configs.loader import write_atomic
+from configs.files import write_atomic
 from data_pipeline.core.shards import read_records
 from data_pipeline.tokens.bpe_cache import PartTable
 

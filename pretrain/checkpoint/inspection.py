@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from configs.loader import ConfigError, command_parser, entrypoint, toml
+from configs.cli import command_parser, entrypoint
+from configs.loader import ConfigError, toml
 from pretrain import history
 from pretrain.checkpoint import storage
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.loader import ConfigError, file_sha256, write_atomic
+from configs.files import file_sha256, write_atomic
+from configs.loader import ConfigError
 from data_pipeline.mixture.earlier import where
 from data_pipeline.mixture.rows import Plan
 from pretrain.checkpoint import storage

@@ -17,10 +17,10 @@ from typing import Any
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError, plain, validate
 from configs.train import ModelConfig
+from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin, text_sha256
 from pretrain.checkpoint.storage import CheckpointError
-from pretrain.data import BatchSource
 from pretrain.parallel.groups import Mesh
 
 

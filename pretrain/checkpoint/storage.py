@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from configs.loader import ConfigError, sync
+from configs.files import sync
+from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT, VersionError
 
 MANIFEST = "manifest.json"

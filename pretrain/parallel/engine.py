@@ -22,11 +22,11 @@ from pretrain.model.balance import LossDenominators
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
 from pretrain.parallel import zero
-from pretrain.parallel.context import exchange_around_attention, own_parts
-from pretrain.parallel.experts import spread_experts
+from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
+from pretrain.parallel.expert_parallel import spread_experts
 from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Mesh
-from pretrain.parallel.stage import PipelineStage, stage_specs
+from pretrain.parallel.pipeline_stage import PipelineStage, stage_specs
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 from pretrain.megatron import parallel_state
 from pretrain.model.norm import RMSNorm
 from pretrain.parallel.groups import Mesh
-from pretrain.parallel.stage import PipelineStage
+from pretrain.parallel.pipeline_stage import PipelineStage
 from pretrain.parallel.zero import gradient, set_gradient
 
 

@@ -24,7 +24,7 @@ from configs.layout import Layout
 from configs.train import OptimizerConfig, TrainSection
 from pretrain.parallel import fp64
 from pretrain.parallel.backends import deepspeed
-from pretrain.parallel.experts import optimizer_groups
+from pretrain.parallel.expert_parallel import optimizer_groups
 from pretrain.parallel.gathered import SavedAsRecipes
 from pretrain.parallel.groups import DeepSpeedMpu, Mesh
 

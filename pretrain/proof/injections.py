@@ -18,11 +18,11 @@ from pretrain.model.losses import NextToken
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
 from pretrain.model.slices import is_expert
-from pretrain.parallel.context import own_parts
+from pretrain.parallel.context_parallel import own_parts
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Mesh
-from pretrain.parallel.stage import PipelineStage
+from pretrain.parallel.pipeline_stage import PipelineStage
 from pretrain.parallel.zero import gradient
 
 ENGINE = "pretrain.parallel.engine"

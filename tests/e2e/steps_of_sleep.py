@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import signals
-from configs.loader import entrypoint
+from configs.cli import entrypoint
 from launch.environment import ClusterEnvironment, is_main, was_launched
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import generate, huggingface, import_hf
-from posttrain.chat import jinja_template
+from posttrain.chat_format import jinja_template
 from tests.small_data import CHINESE, VOCAB, make_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +157,7 @@ def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, plan, cap
         "log": {"tensorboard": False},
     }
     (tmp_path / "sft.toml").write_text(tomli_w.dumps(config))
-    run("launch.local", "--nproc-per-node", "1", "posttrain.sft", str(tmp_path / "sft.toml"))
+    run("launch.ranks", "--nproc-per-node", "1", "posttrain.sft", str(tmp_path / "sft.toml"))
     assert export(tmp_path, tmp_path / "sft") == 0
     printed = capsys.readouterr().out
     assert "of 8 held-out passages" in printed  # of the plan that its pretraining run names

@@ -17,9 +17,9 @@ from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT, PLAN
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.tokenizer import Tokenizer, train
-from export import generate, huggingface, import_hf
-from export.source import open_source
-from posttrain.chat import jinja_template
+from export import chat, generate, huggingface, import_hf
+from export.model_source import open_source
+from posttrain.chat_format import jinja_template
 from pretrain.checkpoint import inspection, storage
 from tests.e2e.small_lineage import LONGER, SEQ_LENGTH, SHORTER, pretraining, rewarding, tuning
 from tests.parallel.harness import RanksOf
@@ -124,7 +124,7 @@ def test_no_command_reads_a_run_with_another_tokenizer(
     shutil.copytree(tuned / "sft", run)
     shutil.copy(tuned / "other/tokenizer.model", run)
     words = r"tokenizer\.model is not the one that the model was trained with"
-    for command in (generate.main, generate.chat):
+    for command in (generate.main, chat.main):
         with pytest.raises(ConfigError, match=words):
             command([str(run), *(["--prompt", "a"] if command is generate.main else [])])
     assert export(run, tmp_path / "hf") == 1
@@ -135,7 +135,7 @@ def test_no_command_reads_a_run_with_another_tokenizer(
     assert generate.main([str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
     (run / "chat_template.jinja").write_text(jinja_template() + " ")
     with pytest.raises(ConfigError, match=r"chat_template\.jinja is not the one"):
-        generate.chat([str(run)])
+        chat.main([str(run)])
 
 
 def test_a_held_out_plan_and_an_import_with_another_tokenizer_are_refused(
@@ -325,7 +325,7 @@ def test_a_moved_run_is_used_from_anywhere(
     shutil.rmtree(copied / "data")
     shutil.rmtree(copied / "pretrain")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert generate.chat([str(copied / "sft")]) == 0
+    assert chat.main([str(copied / "sft")]) == 0
     assert export(copied / "sft", tmp_path / "hf") == 0
     printed = capsys.readouterr().out.replace("\n", " ")
     assert "is gone or has changed" in printed and "not on held-out text" in printed
@@ -360,7 +360,7 @@ def test_a_run_of_another_version_is_told(call: Call, trained: Path, tmp_path: P
         found = storage.read_manifest(manifest.parent)
         manifest.write_text(json.dumps(found | {"version": 1}))
     words = "was written by another version of Trivium"
-    for command in (generate.main, generate.chat):
+    for command in (generate.main, chat.main):
         with pytest.raises(ConfigError, match=words):
             command([str(run), *(["--prompt", "a"] if command is generate.main else [])])
     with pytest.raises(ConfigError, match=words):

@@ -41,7 +41,7 @@ def losses(folder: Path, preset: str, layout: str) -> list[float]:
     world, overrides = LAYOUTS[layout]
     run_dir = folder / "runs" / f"{preset}_{layout}"
     settings = (f"run.dir={run_dir}", f"train.steps={STEPS}", "train.precision=fp32", "eval.rows=0", *overrides)
-    launcher = ("launch.local", "--nproc-per-node", str(world))
+    launcher = ("launch.ranks", "--nproc-per-node", str(world))
     run(folder, *launcher, "pretrain.train", f"configs/pretrain/{preset}.toml", *settings)
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.tokens.tokenizer import train as train_tokenizer
-from posttrain.chat import jinja_template
+from posttrain.chat_format import jinja_template
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RankError, Ranks, RanksOf
 from tests.parallel.runs import metrics

@@ -34,7 +34,7 @@ IMPORTED = (
     "tests.parallel.workers.posttraining",
     "posttrain.grpo",
     "posttrain.grpo_source",
-    "posttrain.evaluation",
+    "posttrain.task_accuracy",
     "posttrain.sft",
     "posttrain.sft_data",
     "pretrain.train",

@@ -11,10 +11,10 @@ import pytest
 
 from configs.loader import ConfigError, toml, validate
 from configs.train import PretrainConfig
-from pretrain.proof import command
-from pretrain.proof.command import Candidate
 from pretrain.proof.compare import compare
 from pretrain.proof.injections import INJECTIONS
+from pretrain.proof.prove import Candidate
+from pretrain.proof.prove import main as prove_main
 from pretrain.proof.verdict import Verdict
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
@@ -167,7 +167,7 @@ def test_what_cannot_be_proven_is_refused_before_anything_starts(
     file = tmp_path / "config.toml"
     file.write_bytes(toml(config("dense", tmp_path / "run", {})))
     with pytest.raises(ConfigError) as raised:
-        command.main([str(file), *arguments, "--out", str(tmp_path / "out")])
+        prove_main([str(file), *arguments, "--out", str(tmp_path / "out")])
     assert words in str(raised.value) and not (tmp_path / "out").exists()
 
 
@@ -175,7 +175,7 @@ def test_the_command_starts_layouts_and_says_what_it_found(tmp_path: Path, capsy
     file, out = tmp_path / "config.toml", tmp_path / "out"
     file.write_bytes(toml(config("dense", tmp_path / "run", {"tp": 4})))
     planted = ["--inject", "mean_of_means", "--precision", "fp64"]
-    assert command.main([str(file), "--layouts", "dp2", "--out", str(out), *planted]) == 1
+    assert prove_main([str(file), "--layouts", "dp2", "--out", str(out), *planted]) == 1
     shown = capsys.readouterr().out
     assert "FAIL" in shown and "first on the way: backward/final_norm/0" in shown
     assert max(map(len, shown.splitlines())) <= 100
@@ -190,7 +190,7 @@ def test_the_command_starts_layouts_and_says_what_it_found(tmp_path: Path, capsy
 
 def test_help_knows_every_bug_that_can_be_planted(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command.main(["--help"])
+        prove_main(["--help"])
     shown = capsys.readouterr().out
     for name, bug in INJECTIONS.items():
         assert re.search(rf"^  {name}\n    {re.escape((bug.__doc__ or '').splitlines()[0])}$", shown, re.MULTILINE)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import storage
-from pretrain.proof.step import packed_rows
+from pretrain.proof.recorded_step import packed_rows
 from tests.parallel.forks import REPOSITORY
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
@@ -147,7 +147,7 @@ def test_signals_through_the_launcher(ranks: RanksOf, tmp_path: Path) -> None:
 
 
 def launched(options: dict[str, Any]) -> list[str]:
-    launcher = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "launch.ranks", "--nproc-per-node", "2"]
     return [*launcher, "tests.parallel.workers.launched", json.dumps(options)]
 
 

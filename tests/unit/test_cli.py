@@ -28,7 +28,6 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert done.returncode == 0, done.stderr
     assert min(times) < 0.3
     assert all(f"trivium {name}" in done.stdout for name in cli.COMMANDS)
-    assert not any(f"trivium {name} " in done.stdout for name in cli.NOT_BUILT)
 
 
 @pytest.mark.parametrize("target", sorted({target for target, _ in cli.COMMANDS.values()}))
@@ -37,13 +36,6 @@ def test_every_command_leads_to_a_function(target: str) -> None:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None, f"there is no module {module}"
     assert f"\ndef {function}(" in Path(spec.origin).read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("command", cli.NOT_BUILT)
-def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*command.split(), "configs/x.toml"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: `trivium {command}` is not built yet") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 import cli
+from configs.cli import SCHEMAS
 from configs.data import DataConfig
-from configs.loader import SCHEMAS, ConfigError, validate
+from configs.loader import ConfigError, validate
 from configs.reference import explain
 
 ROOT = Path(__file__).resolve().parents[2]

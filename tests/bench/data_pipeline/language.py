@@ -2,7 +2,7 @@
 
 import fasttext
 
-from configs.data import LanguageConfig
+from configs.sources import LanguageConfig
 from data_pipeline.language.identification import Identifier, model_path
 from tests.bench.data_pipeline.measure import Result, cpu_seconds, size_mb, texts
 

@@ -28,7 +28,8 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from rich.console import Console
 
-from configs.data import DataConfig, DedupConfig
+from configs.data import DataConfig
+from configs.dedup import DedupConfig
 from configs.loader import validate
 from data_pipeline.core.stage import perform, sole_user
 from data_pipeline.core.tables import read_table, shards_of

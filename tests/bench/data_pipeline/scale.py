@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.data import DedupConfig
+from configs.dedup import DedupConfig
 from data_pipeline.dedup.clusters import BYTES_A_DOCUMENT
 from data_pipeline.dedup.pairs import BYTES_A_KEY
 from data_pipeline.dedup.signatures import kinds_of_keys

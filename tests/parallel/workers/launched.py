@@ -1,6 +1,6 @@
-"""For launch.local: one training run of tests/parallel/workers/training.py as a rank's whole process.
+"""For launch.ranks: one training run of tests/parallel/workers/training.py as a rank's whole process.
 
-python -m launch.local --nproc-per-node 2 tests.parallel.workers.launched '{"run_dir": ..., "model": ..., "steps": 9}'
+python -m launch.ranks --nproc-per-node 2 tests.parallel.workers.launched '{"run_dir": ..., "model": ..., "steps": 9}'
 
 With `"disk": true` the main rank fills the run's file system before step 3 of 6, makes room before step 5, and fills it
 again before step 6; it prints what it saw.

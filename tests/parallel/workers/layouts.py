@@ -13,11 +13,11 @@ from configs.loader import validate
 from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
-from pretrain.data import micro_batches, share_of_rank
+from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
-from pretrain.proof.step import packed_rows
+from pretrain.proof.recorded_step import packed_rows
 
 SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
 

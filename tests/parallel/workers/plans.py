@@ -16,7 +16,7 @@ from configs.train import PretrainConfig
 from data_pipeline.core.integrity import Expected
 from launch.environment import ClusterEnvironment
 from pretrain import data_check
-from pretrain.data import PlanSource
+from pretrain.batch_source import PlanSource
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine

@@ -14,7 +14,7 @@ from configs.loader import validate
 from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment
 from pretrain.parallel import groups
-from pretrain.proof.step import prove_step
+from pretrain.proof.recorded_step import prove_step
 from tests.parallel.forks import REPOSITORY
 
 

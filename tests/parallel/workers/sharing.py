@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from pretrain.data import micro_batches, share_of_rank
+from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero

@@ -18,11 +18,11 @@ from configs.loader import validate
 from configs.train import CheckpointConfig, ModelConfig, TrainerConfig
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
+from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.storage import Reader, read_full, read_manifest
-from pretrain.data import BatchSource
-from pretrain.evaluate import HeldoutLoss
+from pretrain.heldout_loss import HeldoutLoss
 from pretrain.model import build_single
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from configs.base import Section
 from configs.data import DataConfig
 from configs.export import ExportConfig
 from configs.posttrain import GRPOConfig, SFTConfig
+from configs.section import Section
 from configs.train import PretrainConfig
 
 

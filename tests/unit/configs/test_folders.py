@@ -14,7 +14,7 @@ from configs.loader import ConfigError
 from export import folder
 from posttrain import grpo, sft
 from pretrain import train
-from pretrain.proof import command as prove
+from pretrain.proof import prove as prove
 
 IN_OWN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 HAS_NAMESPACES = subprocess.run([*IN_OWN_NAMESPACE, "true"], capture_output=True).returncode == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import loader
+from configs import files, loader
 from configs.data import DataConfig
 from configs.loader import ConfigError
 from configs.train import Precision, PretrainConfig
@@ -105,10 +105,10 @@ def test_none_is_left_out_of_the_resolved_copy() -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    loader.write_atomic(path, b"old")
+    files.write_atomic(path, b"old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        loader.write_atomic(path, b"new")
+        files.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import cli
-from configs.command import main
-from configs.loader import SCHEMAS, ConfigError, plain, validate
+from configs.cli import SCHEMAS
+from configs.config_command import main
+from configs.loader import ConfigError, plain, validate
 from configs.reference import AS, LEFT_OUT, NAME, REQUIRED, explain, keys_of, schema_of
 from configs.starters import starter
 from data_pipeline.run import main as data_run

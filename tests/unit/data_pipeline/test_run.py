@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.cli import entrypoint
 from configs.data import DataConfig
-from configs.loader import ConfigError, entrypoint, load
+from configs.loader import ConfigError, load
 from data_pipeline.core import stage
 from data_pipeline.core.ledger import LedgerError, Tally
 from data_pipeline.core.shards import read_records

@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from configs.train import ModelConfig, MoEConfig
 from export.families import entries
-from export.source import ModelSource
+from export.model_source import ModelSource
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"

@@ -6,11 +6,12 @@ import shutil
 import pytest
 import tomli_w
 
-from configs.loader import ConfigError, file_sha256, plain
-from export import generate
-from export.chat import TextCodec
+from configs.files import file_sha256
+from configs.loader import ConfigError, plain
+from export import chat, generate
+from export.chat_codec import TextCodec
 from export.tensors import write_tensors
-from posttrain.chat import ChatFormat, jinja_template
+from posttrain.chat_format import ChatFormat, jinja_template
 from tests.unit.export.conftest import random_weights, tiny
 
 
@@ -54,7 +55,7 @@ def test_chat_keeps_the_dialogue(model, capsys, monkeypatch):
         lambda self, messages: seen.append(list(messages)) or original(self, messages),
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nand <|end|> again\n/reset\nanew\n/exit\nnot read\n"))
-    assert generate.chat([str(model), "--max-new-tokens", "4", "--system", "Be brief."]) == 0
+    assert chat.main([str(model), "--max-new-tokens", "4", "--system", "Be brief."]) == 0
     assert [[m["role"] for m in messages] for messages in seen] == [
         ["system", "user"],
         ["system", "user", "assistant", "user"],
@@ -100,14 +101,14 @@ def test_a_dialogue_ends_at_the_context(model, capsys, monkeypatch):
     (model / "chat_template.jinja").write_text(jinja_template())
     fills = "It was the age of wisdom, " * 20
     monkeypatch.setattr("sys.stdin", io.StringIO(f"hello\n{fills}\nand\n/reset\nhello\n"))
-    assert generate.chat([str(model), "--max-new-tokens", "4"]) == 0
+    assert chat.main([str(model), "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr()
     assert said.err.count("leave no room in the 128 that the model was made for; /reset starts over") == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    generate.chat([str(model), "--max-new-tokens", "4"])
+    chat.main([str(model), "--max-new-tokens", "4"])
     assert said.out.startswith(capsys.readouterr().out), "what is too long is not kept, and the dialogue goes on"
     monkeypatch.setattr("sys.stdin", io.StringIO("It was the age of wisdom, " * 14))
-    generate.chat([str(model), "--max-new-tokens", "4000"])
+    chat.main([str(model), "--max-new-tokens", "4000"])
     assert "of 4000 new tokens, at the 128 in all" in capsys.readouterr().err
 
 
@@ -120,7 +121,7 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
     with pytest.raises(ConfigError, match=r"--temperature -1 is negative"):
         generate.main([str(model), "--prompt", "a", "--temperature", "-1"])
     with pytest.raises(ConfigError, match="has no chat template"):
-        generate.chat([str(model)])
+        chat.main([str(model)])
     (model / "tokenizer.model").unlink()
     with pytest.raises(ConfigError, match=r"came with a tokenizer of SHA-256 .*tokenizer\.model is gone"):
         generate.main([str(model), "--prompt", "a"])

@@ -10,12 +10,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export.families
+import export.hf_tokenizer
 import export.tensors
-import export.tokenizer
 from configs.export import ExportConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import folder, huggingface
-from posttrain.chat import ChatFormat, jinja_template
+from posttrain.chat_format import ChatFormat, jinja_template
 from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tiny
 
 
@@ -112,8 +112,8 @@ def _config_key(key, value):
 
 
 def _reverse_merges(monkeypatch):
-    original = export.tokenizer.merges
-    monkeypatch.setattr(export.tokenizer, "merges", lambda model: original(model)[::-1])
+    original = export.hf_tokenizer.merges
+    monkeypatch.setattr(export.hf_tokenizer, "merges", lambda model: original(model)[::-1])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from configs.train import ModelConfig
 from export.families import to_hf
 from export.hf_config import from_hf_config, to_hf_config
 from export.import_hf import import_directory, main
-from export.source import open_source
+from export.model_source import open_source
 from export.tensors import open_tensors, write_tensors
 from pretrain.model import build_single
 from tests.unit.export.conftest import random_weights, tiny
@@ -61,7 +61,7 @@ def test_transformers_models_come_in_and_go_out_bit_identical(tmp_path, moe, dty
 
 
 def test_model_section_is_read_by_the_config_loader(tmp_path):
-    from configs.base import Section
+    from configs.section import Section
 
     class Section_(Section):
         model: ModelConfig

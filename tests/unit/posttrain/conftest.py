@@ -3,7 +3,7 @@
 import pytest
 
 from data_pipeline.tokens.tokenizer import Tokenizer, train
-from posttrain.chat import ChatFormat
+from posttrain.chat_format import ChatFormat
 from tests.shards import write_shard
 
 TEXT = (

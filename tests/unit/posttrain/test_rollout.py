@@ -9,11 +9,11 @@ import torch
 from configs.posttrain import GRPOSection
 from configs.train import ModelConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
-from posttrain.chat import ChatFormat
+from posttrain.chat_format import ChatFormat
 from posttrain.grpo_source import GRPOLoss, RolloutSource
 from posttrain.rollout import Rollout, judge, sample_rollout, training_rows
-from posttrain.tasks import SortTask, TaskScore
-from pretrain.data import collate
+from posttrain.verifiable_tasks import SortTask, TaskScore
+from pretrain.batch_source import collate
 from pretrain.model import Decoder, init_weights
 from pretrain.model.losses import label_logprobs
 from pretrain.sampling import Completion

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain.chat import ChatFormat
+from posttrain.chat_format import ChatFormat
 from posttrain.sft_data import (
     DialogueExamples,
     Example,
@@ -19,7 +19,7 @@ from posttrain.sft_data import (
     pack,
     read_dialogues,
 )
-from posttrain.tasks import SortTask
+from posttrain.verifiable_tasks import SortTask
 
 LENGTH = 64
 

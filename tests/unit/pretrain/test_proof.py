@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from configs.train import ModelConfig
-from pretrain.proof import page
+from pretrain.proof import proof_page
 from pretrain.proof.bounds import Bounds
 from pretrain.proof.compare import Step
 from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, Error, Verdict
@@ -86,12 +86,12 @@ def test_what_is_not_a_number_is_out_of_bounds_and_json_can_say_it() -> None:
     assert found.worst["forward"].name == "forward/b"
     text = json.dumps(found.as_json(), allow_nan=False)
     assert json.loads(text)["worst"]["forward"]["found"] == "nan"
-    assert len(_dots(page.chart(found), "fail")) == 2
+    assert len(_dots(proof_page.chart(found), "fail")) == 2
 
 
 def test_a_chart_has_a_dot_for_every_error_and_the_bound_as_a_line() -> None:
     found = verdict(passes(bad={"backward/a": 1e-3, "grad/b": 0.0}))
-    drawing = page.chart(found)
+    drawing = proof_page.chart(found)
     assert len(_dots(drawing)) == 8 and len(_dots(drawing, "fail")) == 1 and len(_dots(drawing, "low")) == 1
     (failed,) = _dots(drawing, "fail")
     assert failed[0].text == "backward/a: 1.0e-03, allowed 1.0e-14"
@@ -104,9 +104,9 @@ def test_a_chart_has_a_dot_for_every_error_and_the_bound_as_a_line() -> None:
 
 def test_the_page_stands_alone_and_names_the_first_tensor() -> None:
     right, wrong = verdict(passes(bad={})), verdict(passes(bad={"backward/b": 1.0}))
-    drawn = page.draw(FACTS, [right, wrong])
+    drawn = proof_page.draw(FACTS, [right, wrong])
     assert not re.search(r"https?:|<script|<link|src=|url\(", drawn)
-    assert "1 of 2 layouts FAIL" in drawn and "all layouts pass" in page.draw(FACTS, [right])
+    assert "1 of 2 layouts FAIL" in drawn and "all layouts pass" in proof_page.draw(FACTS, [right])
     assert '<p class="first">First on the way: <code>backward/b</code></p>' in drawn
     assert "a&lt;b&gt;.toml" in drawn and "<b>" not in drawn
     assert FACTS["bounds"].replace("'", "&#x27;") in drawn

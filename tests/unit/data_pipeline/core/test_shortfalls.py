@@ -10,8 +10,8 @@ from configs.loader import ConfigError
 from data_pipeline import run
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.report import ledger_tables as report
-from export.heldout import heldout_passages
-from pretrain.evaluate import HeldoutLoss
+from export.heldout_text import heldout_passages
+from pretrain.heldout_loss import HeldoutLoss
 
 WORDS = ("quick brown fox jumps over lazy dog", "seven wise wizards quietly judge boxing matches in june")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from configs.data import DedupConfig
+from configs.dedup import DedupConfig
 from data_pipeline.core.tables import write_table
 from data_pipeline.dedup.clusters import Arrays, Population, count_members, join, label
 from data_pipeline.dedup.greedy import jaccard

@@ -16,7 +16,8 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 from rich.console import Console
 
-from configs.data import DataConfig, DataRunConfig, RayConfig, SlurmConfig
+from configs.data import DataConfig
+from configs.data_run import DataRunConfig, RayConfig, SlurmConfig
 from configs.loader import ConfigError, load
 from data_pipeline.executors.base import Job
 from data_pipeline.executors.choose import choose, one_voice

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.data import BlocklistConfig, ExtractConfig
 from configs.loader import ConfigError
+from configs.sources import BlocklistConfig, ExtractConfig
 from data_pipeline.extraction.blocklist import Blocklist
 from data_pipeline.extraction.extract import Extract
 

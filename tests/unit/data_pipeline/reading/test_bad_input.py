@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from configs.data import ExtractConfig
+from configs.sources import ExtractConfig
 from data_pipeline.extraction.extract import repair
 from data_pipeline.extraction.page_limits import too_complex
 from data_pipeline.reading.decompression import Fault, members

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from configs.data import ExtractConfig, SourceConfig
 from configs.loader import ConfigError
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.fields import LEFT_OUT, NOT_FINITE, SURROGATES
 from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.records import FoundFile, Record

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from configs.data import ExtractConfig, SourceConfig
 from configs.loader import ConfigError
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.names import openable, printable
 from data_pipeline.reading.records import Record

@@ -10,7 +10,7 @@ import brotli
 import pytest
 import zstandard
 
-from configs.data import ExtractConfig, SourceConfig
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.http_body import CodingError, decode_body
 from data_pipeline.reading.http_response import Response
 from data_pipeline.reading.records import FoundFile

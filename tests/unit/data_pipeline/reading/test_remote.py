@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from configs.data import ExtractConfig, SourceConfig
 from configs.loader import ConfigError
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.core.shards import read_records
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file

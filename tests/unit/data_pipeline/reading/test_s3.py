@@ -15,8 +15,9 @@ import pytest
 import zstandard
 from moto.server import ThreadedMotoServer
 
-from configs.data import DataConfig, ExtractConfig, SourceConfig
+from configs.data import DataConfig
 from configs.loader import ConfigError, load
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.core.shards import read_records
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file

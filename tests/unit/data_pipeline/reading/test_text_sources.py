@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from configs.data import ExtractConfig, SourceConfig
 from configs.loader import ConfigError
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.records import Record
 from data_pipeline.reading.source_reader import find_units, read_file
 from tests.unit.data_pipeline.reading.test_page_decoding import ENCODED, JAPANESE, RUSSIAN, encoded

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from configs.loader import file_sha256
+from configs.files import file_sha256
 
 
 def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, tokenizer: Path) -> list[list[int]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from pretrain.model.slices import is_expert
 from pretrain.parallel.groups import Mesh
-from pretrain.parallel.stage import PipelineStage
+from pretrain.parallel.pipeline_stage import PipelineStage
 
 
 def spread_experts(stage: PipelineStage, mesh: Mesh) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from configs.export import VerifyConfig
 from configs.train import ModelConfig
-from export.chat import TextCodec
+from export.chat_codec import TextCodec
 from export.families import from_hf
+from export.hf_tokenizer import first_difference, first_mismatch
 from export.tensors import open_tensors
-from export.tokenizer import first_difference, first_mismatch
 from pretrain.model import Decoder
 from pretrain.sampling import generate
 

@@ -20,11 +20,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.loader import ConfigError, command_parser, entrypoint
+from configs.cli import command_parser, entrypoint
+from configs.loader import ConfigError
 from configs.signals import INTERRUPTED, STOPPED
+from launch.bootstrap import TRAINING
 from launch.environment import DEFAULT_PORT, ClusterEnvironment
 from launch.processes import ProcessGroup, cores
-from launch.run import TRAINING
 
 TAIL_LINES = 30
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for local_rank in range(args.nproc_per_node)
     ]
     module = _module(args.module)
-    return run_ranks([sys.executable, "-m", "launch.run", module, *args.args], ranks)
+    return run_ranks([sys.executable, "-m", "launch.bootstrap", module, *args.args], ranks)
 
 
 def _nodes(args: argparse.Namespace) -> tuple[int, int, str, int]:
@@ -96,7 +97,7 @@ def _module(name: str) -> str:
 
 
 def run_ranks(command: Sequence[str], ranks: Sequence[ClusterEnvironment]) -> int:
-    """Starts `command`, by way of launch.run, once for each of `ranks` and waits.
+    """Starts `command`, by way of launch.bootstrap, once for each of `ranks` and waits.
 
     Returns the exit status of the whole.
     The first rank's output is ours; every other's goes to a file that is shown in part if it fails first.

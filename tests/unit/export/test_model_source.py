@@ -7,7 +7,7 @@ import torch
 
 from configs.export import ExportConfig
 from configs.loader import ConfigError, load, plain
-from export.source import open_source
+from export.model_source import open_source
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
 from tests.unit.export.conftest import random_weights, tiny

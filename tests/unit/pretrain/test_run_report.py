@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.charts import short, ticks
-from pretrain.charts import line_chart, running_mean, thin
-from pretrain.report import last_of_each_step, read_jsonl, write
+from pages import short, ticks
+from pretrain.line_charts import line_chart, running_mean, thin
+from pretrain.run_report import last_of_each_step, read_jsonl, write
 
 
 class Tags(HTMLParser):

@@ -1,7 +1,8 @@
-"""What the HTML pages share: palette, light and dark, figures, axes. No network, no plotting library.
+"""What all HTML pages share: palette, light and dark, figures, axes. No network, no plotting library.
 
-`page` is a whole document, `figure` one chart's frame, `ticks` and `short` are for axes. The charts themselves live
-with what they show: lines over steps in `pretrain.charts`, a data run's in `page.figures`.
+`page` is a whole document, `figure` one chart's frame; `ticks`, `short` and `grid_line` are for axes. The charts
+themselves live with what they show: lines over steps in `pretrain.line_charts`, a proof's in
+`pretrain.proof.proof_page`, a data run's with its report.
 """
 
 import html
@@ -9,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 SERIES = 6  # colours --s0 to --s5
+LEFT, RIGHT, TOP = 68, 14, 12  # margins of a chart with an axis at its left
 
 STYLE = """
 :root { --page: #fcfcfb; --ink: #1c1c1a; --soft: #6b6b66; --grid: #e6e5e1; --card: #ffffff;
@@ -61,6 +63,14 @@ def figure(title: str, width: float, height: float, parts: Sequence[str], names:
         f"<figure><figcaption>{html.escape(title)}</figcaption>{legend}"
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
         "</figure>"
+    )
+
+
+def grid_line(y: float, width: float, label: str) -> str:
+    """A line across a chart of this width at a tick of its vertical axis, and the tick's label left of it."""
+    return (
+        f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
     )
 
 

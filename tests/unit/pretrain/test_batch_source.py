@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data_pipeline.mixture.rows import Row
-from pretrain.data import micro_batches, share_of_rank
+from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model.losses import label_logprobs
 
 

@@ -1,6 +1,6 @@
 """What one rank does in a proof: one real training step, with everything that it computed written down.
 
-    torchrun --nproc-per-node 2 -m pretrain.proof.step CONFIG run.dir=OUT parallel.tp=2 --precision fp64
+    torchrun --nproc-per-node 2 -m pretrain.proof.recorded_step CONFIG run.dir=OUT parallel.tp=2 --precision fp64
 
 The config's own precision is not looked at. In fp64 everything is, from the weights (drawn in fp32, then widened) to
 Adam's moments, but for rotary angles; what had to differ from training for it: see `model.losses`, `parallel.fp64`.
@@ -23,12 +23,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from configs.cli import entrypoint
+from configs.files import write_atomic
 from configs.layout import Layout
-from configs.loader import entrypoint, load, write_atomic
+from configs.loader import load
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment, is_main, tell_torchrun
-from pretrain.data import micro_batches, share_of_rank
+from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken
 from pretrain.model.recompute import is_recomputing
 from pretrain.parallel import groups, zero
@@ -151,7 +153,7 @@ def prove_step(config: PretrainConfig, mesh: groups.Mesh, precision: str, inject
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain.proof.step",
+        prog="python -m pretrain.proof.recorded_step",
         description="One step in a layout, with all it computed written down; `trivium prove` starts and compares it.",
     )
     parser.add_argument("config", metavar="CONFIG")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from configs.loader import write_atomic
+from configs.files import write_atomic
 from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from deepspeed.sequence.layer import DistributedAttention
 from pretrain.model.attention import Attend
 from pretrain.model.batch import Batch
 from pretrain.parallel.groups import Mesh
-from pretrain.parallel.stage import PipelineStage
+from pretrain.parallel.pipeline_stage import PipelineStage
 
 HEADS, SEQUENCE, BATCH = 2, 0, 1  # dimensions of q, k and v
 

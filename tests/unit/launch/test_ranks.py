@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,7 +20,7 @@ def launcher(folder: Path, script: str, *options: str, nproc: int = 2) -> subpro
     (folder / "rank_script.py").write_text("import os, sys, time, signal, pathlib\n" + script)
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     env["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
-    command = ["-m", "launch.local", "--nproc-per-node", str(nproc), *options, "rank_script", str(folder)]
+    command = ["-m", "launch.ranks", "--nproc-per-node", str(nproc), *options, "rank_script", str(folder)]
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
@@ -150,7 +150,7 @@ def test_children_that_ranks_leave_behind_are_ended_too(tmp_path: Path) -> None:
 
 
 def test_a_command_stands_for_its_module() -> None:
-    assert [local._module(name) for name in ("sft", "grpo", "posttrain.sft")] == [
+    assert [ranks._module(name) for name in ("sft", "grpo", "posttrain.sft")] == [
         "posttrain.sft",
         "posttrain.grpo",
         "posttrain.sft",
@@ -175,7 +175,7 @@ def test_a_command_stands_for_its_module() -> None:
 )
 def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=r"is nothing that runs as ranks.*" + re.escape(hint)):
-        local.main([name, "configs/pretrain/demo.toml"])
+        ranks.main([name, "configs/pretrain/demo.toml"])
 
 
 STEP = {
@@ -205,7 +205,7 @@ def test_nodes_are_those_of_the_slurm_step(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3")
     monkeypatch.setenv("SLURM_NODEID", "0")
     with pytest.raises(ValueError, match=r"srun started 3 tasks on this node.*--ntasks-per-node=1"):
-        local.main(["train", "configs/pretrain/demo.toml"])
+        ranks.main(["train", "configs/pretrain/demo.toml"])
 
 
 @pytest.mark.parametrize(
@@ -218,4 +218,4 @@ def test_nodes_are_those_of_the_slurm_step(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_impossible_worlds_are_refused(argv: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        local.main(argv)
+        ranks.main(argv)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from configs.loader import ConfigError, file_sha256, validate
+from configs.files import file_sha256
+from configs.loader import ConfigError, validate
 from configs.train import ModelConfig
 from export.tensors import open_tensors, tensor_files
 
 if TYPE_CHECKING:
-    from export.chat import TextCodec
+    from export.chat_codec import TextCodec
 
 CHAT_TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer.model"
 IMPORTED = "model.toml"
@@ -53,7 +54,7 @@ class ModelSource:
 
     def codec(self) -> "TextCodec":
         """Errors: ValueError for a tokenizer with more tokens than the model."""
-        from export.chat import TextCodec
+        from export.chat_codec import TextCodec
 
         codec = TextCodec(self.need_tokenizer(), self.chat_template)
         if codec.tokenizer.vocab_size > self.model.vocab_size:

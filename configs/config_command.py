@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from configs.loader import SCHEMAS, ConfigError, command_parser, entrypoint
+from configs.cli import SCHEMAS, command_parser, entrypoint
+from configs.loader import ConfigError
 from configs.reference import explain
 from configs.starters import starter
 

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, written by hand, for pages of `data_pipeline.charts`, which has their CSS.
+"""Line charts as inline SVG, written by hand, for the HTML `pages`, which have their CSS.
 
 Leaves out every kind but lines over steps, and interaction beyond the browser's own tooltips.
 """
@@ -7,13 +7,12 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from data_pipeline.charts import SERIES, figure, short, ticks
+from pages import LEFT, RIGHT, SERIES, TOP, figure, grid_line, short, ticks
 
 Points = Sequence[tuple[float, float]]
 ToSvg = Callable[[float, float], tuple[float, float]]  # data to SVG coordinates
 
-WIDTH, HEIGHT = 460, 240
-LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 38
+WIDTH, HEIGHT, BOTTOM = 460, 240, 38
 MAX_POINTS = 400  # more than a chart this wide can show
 SMOOTH_FROM = 60  # with fewer points the raw line reads well by itself
 
@@ -43,8 +42,7 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
     parts = []
     for tick in y_ticks:
         _, y = to_svg(x_low, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+        parts.append(grid_line(y, WIDTH, short(tick)))
     for tick in ticks(x_low, x_high, whole=True):
         if x_low <= tick <= x_high:
             x, _ = to_svg(tick, y_low)

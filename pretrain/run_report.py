@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from configs.cli import command_parser, entrypoint
 from configs.differences import flat
-from configs.loader import ConfigError, command_parser, entrypoint, write_atomic
-from data_pipeline.charts import page, short
+from configs.files import write_atomic
+from configs.loader import ConfigError
+from pages import page, short
 from pretrain import history
-from pretrain.charts import Points, line_chart
+from pretrain.line_charts import Points, line_chart
 
 # Charts in this order, with titles and units; whatever else is measured follows under its own name.
 CHARTS = {

@@ -1,4 +1,4 @@
-"""`python -m launch.run MODULE ARGS...`: what `python -m MODULE ARGS...` does, with signals answered from the start.
+"""`python -m launch.bootstrap MODULE ARGS...`: runs `python -m MODULE ARGS...`, with signals answered from the start.
 
 Importing a module can take seconds. Launchers of ours start their processes by this one, which imports next to nothing
 before it has seen to signals.
@@ -20,7 +20,7 @@ def begin(module: str) -> None:
     """Answers signals as `module` of ours has to, a name as for `python -m`."""
     saves = module in TRAINING.values()
     # A launcher ends as its ranks do.
-    signals.begin(saves or module == "launch.local", speaks=is_main(), launched=saves and was_launched())
+    signals.begin(saves or module == "launch.ranks", speaks=is_main(), launched=saves and was_launched())
 
 
 def main() -> None:

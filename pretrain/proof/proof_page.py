@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from data_pipeline.charts import page
-from pretrain.charts import LEFT, RIGHT, TOP
+from pages import LEFT, RIGHT, TOP, grid_line, page
 from pretrain.proof.verdict import COLUMNS, Error, Verdict
 
 WIDTH, HEIGHT, BOTTOM = 960, 250, 24
@@ -63,10 +62,7 @@ def chart(verdict: Verdict) -> str:
     every = math.ceil((top - floor) / LABELLED)
     for power in range(floor, top + 1, every):
         label = "less" if power == floor else f"1e{power}"
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(power):.1f}" y2="{y_of(power):.1f}"/>'
-        )
-        parts.append(f'<text x="{LEFT - 6}" y="{y_of(power) + 4:.1f}" text-anchor="end">{label}</text>')
+        parts.append(grid_line(y_of(power), WIDTH, label))
     for kind, group in groupby(verdict.errors, key=lambda item: item[1].name.partition("/")[0]):
         run = list(group)
         x = x_of(run[0][0] - 0.5)

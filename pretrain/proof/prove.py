@@ -1,6 +1,6 @@
 """`trivium prove CONFIG --layouts tp2,pp2,...`: each layout against one rank, on the same model, batch and seed.
 
-A layout is started as training would be (`launch.local`), takes one step of real training (`proof.step`), and what it
+A layout is started as training would be (`launch.ranks`), takes one step of real training (`proof.step`), and what it
 computed is compared: loss, grad norm, every gradient, every parameter after the step, within the bounds of
 `proof.bounds`. When something differs, the FIRST tensor on the way says where to look: in the order of the forward
 pass, then of the backward pass, then the gradients. Leaves out layouts over several machines.
@@ -23,11 +23,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from configs.cli import command_parser, entrypoint
+from configs.files import write_atomic
 from configs.folders import check_writable
 from configs.layout import Layout
-from configs.loader import ConfigError, command_parser, entrypoint, load, plain, toml, validate, write_atomic
+from configs.loader import ConfigError, load, plain, toml, validate
 from configs.train import ParallelConfig, PretrainConfig
-from pretrain.proof import page
+from pretrain.proof import proof_page
 from pretrain.proof.bounds import UNIT_ROUNDOFF, Bounds
 from pretrain.proof.verdict import COLUMNS, Verdict
 
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = _facts(args.config, config, args.precision, args.inject)
     record = {**facts, "layouts": [verdict.as_json() for verdict in verdicts]}
     write_atomic(args.out / "prove.json", json.dumps(record, indent=1).encode())
-    write_atomic(args.out / "prove.html", page.draw(facts, verdicts).encode())
+    write_atomic(args.out / "prove.html", proof_page.draw(facts, verdicts).encode())
     _show(facts, verdicts, console)
     console.print(
         f"tensor by tensor: {args.out / 'prove.html'}; all numbers: {args.out / 'prove.json'}", highlight=False
@@ -170,8 +172,8 @@ def _run(candidate: Candidate, out: Path, console: Console, precision: str, inje
     directory = out / candidate.name
     for stale in directory.glob("*"):
         stale.unlink()
-    command = [sys.executable, "-m", "launch.local", "--nproc-per-node", str(candidate.world_size)]
-    command += ["pretrain.proof.step", str(out / "config.toml"), f"run.dir={directory}", *candidate.overrides]
+    command = [sys.executable, "-m", "launch.ranks", "--nproc-per-node", str(candidate.world_size)]
+    command += ["pretrain.proof.recorded_step", str(out / "config.toml"), f"run.dir={directory}", *candidate.overrides]
     command += ["--precision", precision]
     if inject:
         command += ["--inject", inject]
@@ -193,7 +195,9 @@ def _show(facts: dict[str, Any], verdicts: Sequence[Verdict], console: Console) 
     table.add_column("verdict")
     for v in verdicts:
         errors = [v.worst.get(column) for column in COLUMNS]
-        numbers = (f"{page.number(e.found)}\n[dim]≤ {page.number(e.allowed)}[/]" if e else "" for e in errors)
+        numbers = (
+            f"{proof_page.number(e.found)}\n[dim]≤ {proof_page.number(e.allowed)}[/]" if e else "" for e in errors
+        )
         verdict = "[green]pass[/]" if v.passed else "[bold red]FAIL[/]"
         table.add_row(f"{v.layout}\n[dim]{v.ranks} ranks[/]", *numbers, f"{verdict}\n[dim]{v.seconds:.0f} s[/]")
     console.print(table)

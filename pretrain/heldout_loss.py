@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from data_pipeline.mixture.rows import Plan, Row
-from pretrain.data import micro_batches
+from pretrain.batch_source import micro_batches
 from pretrain.model.losses import NextToken
 from pretrain.parallel.engine import Engine
 

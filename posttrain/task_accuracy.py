@@ -2,10 +2,10 @@
 
 import torch
 
-from posttrain.chat import ChatFormat
+from posttrain.chat_format import ChatFormat
 from posttrain.policy_copy import PolicyCopy
 from posttrain.rollout import judge
-from posttrain.tasks import Task
+from posttrain.verifiable_tasks import Task
 from pretrain.model import Decoder
 from pretrain.parallel.engine import Engine
 from pretrain.sampling import generate
@@ -15,7 +15,7 @@ DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature
 
 
 class TaskAccuracy:
-    """Mean score in [0, 1] on the first `prompts` held-out prompts; see `pretrain.evaluate.Evaluator`.
+    """Mean score in [0, 1] on the first `prompts` held-out prompts; see `pretrain.heldout_loss.Evaluator`.
 
     Prompts and draws depend on `seed` alone, so two models of one seed are compared on the same.
     """
