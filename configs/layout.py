@@ -5,29 +5,85 @@ Rank order is megatron-core's "tp-cp-ep-dp-pp": tensor-parallel ranks are neighb
 apart.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.loader import ConfigError
+from configs.remedies import Misfit, divisors, multiples, remedies
 from configs.train import ModelConfig, ParallelConfig, TrainSection
 
 RANKS = "the number of ranks"
+GROUP_SIZE = "grpo.group_size"
+SEQ_LENGTH = "train.seq_length"
+CAPACITY_FACTOR = "model.moe.capacity_factor"
 
 
-class _Impossible(Exception):
+@dataclass(frozen=True)
+class Asked:
+    """What a layout is asked to fit.
+
+    A data-parallel rank holds whole groups of `group_size` samples. Keys in `given` are never suggested: another value
+    would be refused, as that of a key which is a plan's or a checkpoint's.
+    """
+
+    world_size: int
+    parallel: ParallelConfig
+    model: ModelConfig
+    train: TrainSection
+    group_size: int = 1
+    given: frozenset[str] = frozenset()
+
+    def value(self, key: str) -> Any:
+        """What `key` is, a dotted one or `RANKS`."""
+        match key.split("."):
+            case ["parallel", name]:
+                return getattr(self.parallel, name)
+            case ["train", name]:
+                return getattr(self.train, name)
+        assert key in (RANKS, GROUP_SIZE, CAPACITY_FACTOR), key
+        moe = self.model.moe
+        return {RANKS: self.world_size, GROUP_SIZE: self.group_size}.get(key, moe and moe.capacity_factor)
+
+    def changed(self, key: str, value: Any) -> "Asked":
+        """The same with one key changed."""
+        match key.split("."):
+            case ["parallel", name]:
+                return replace(self, parallel=self.parallel.model_copy(update={name: value}))
+            case ["train", name]:
+                return replace(self, train=self.train.model_copy(update={name: value}))
+        if key == CAPACITY_FACTOR:
+            assert self.model.moe is not None
+            moe = self.model.moe.model_copy(update={"capacity_factor": value})
+            return replace(self, model=self.model.model_copy(update={"moe": moe}))
+        return replace(self, **{{RANKS: "world_size", GROUP_SIZE: "group_size"}[key]: value})
+
+    def fits(self, key: str, value: Any) -> bool:
+        """Whether the layout would be legal with one key changed."""
+        try:
+            Layout.fit(self.changed(key, value))
+        except Misfit:
+            return False
+        return True
+
+
+class _Impossible(Misfit):
     """Why a layout cannot be, and the keys that may help with values to try; None: all that divide the ranks."""
 
-    def __init__(self, problem: str, **keys: Sequence[Any] | None) -> None:
-        super().__init__(problem)
-        self.keys = {_KEYS[name]: values for name, values in keys.items()}
+    def __init__(self, asked: Asked, problem: str, **keys: Sequence[Any] | None) -> None:
+        found = {_KEYS[name]: values for name, values in keys.items() if _KEYS[name] not in asked.given}
+        ranks = divisors(asked.world_size)
+        super().__init__(problem, {key: ranks if values is None else values for key, values in found.items()})
 
 
 _KEYS = {
     **{name: f"parallel.{name}" for name in ParallelConfig.model_fields},
     "global_batch_size": "train.global_batch_size",
-    "seq_length": "train.seq_length",
-    "capacity_factor": "model.moe.capacity_factor",
+    "micro_batch_size": "train.micro_batch_size",
+    "seq_length": SEQ_LENGTH,
+    "capacity_factor": CAPACITY_FACTOR,
+    "group_size": GROUP_SIZE,
     "ranks": RANKS,
 }
 
@@ -54,49 +110,51 @@ class Layout:
     layers_per_stage: tuple[int, ...]
 
     @classmethod
-    def of(cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> "Layout":
-        """Checks every degree. Errors: ConfigError naming the numbers, and near values that are legal with the rest."""
+    def of(
+        cls,
+        world_size: int,
+        parallel: ParallelConfig,
+        model: ModelConfig,
+        train: TrainSection,
+        group_size: int = 1,
+        given: Sequence[str] = (),
+    ) -> "Layout":
+        """Checks every degree of what is asked for; see `Asked`.
+
+        Errors: ConfigError naming the numbers, and near values that are legal with the rest.
+        """
+        asked = Asked(world_size, parallel, model, train, group_size, frozenset(given))
         try:
-            return cls._checked(world_size, parallel, model, train)
-        except _Impossible as impossible:
-            remedies = _remedies(impossible, world_size, parallel, model, train)
-            raise ConfigError(f"{impossible}; {remedies}") from None
+            return cls.fit(asked)
+        except Misfit as misfit:
+            raise ConfigError(f"{misfit}; {remedies(misfit, asked.value, asked.fits)}") from None
 
     @classmethod
-    def _checked(cls, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> "Layout":
-        tp, cp, pp, vpp = parallel.tp, parallel.cp, parallel.pp, parallel.vpp
+    def fit(cls, asked: Asked) -> "Layout":
+        """Errors: Misfit."""
+        parallel, world_size = asked.parallel, asked.world_size
+        tp, cp, pp = parallel.tp, parallel.cp, parallel.pp
         replica = tp * cp * pp
         if world_size % replica:
             raise _Impossible(
+                asked,
                 f"parallel.tp * parallel.cp * parallel.pp = {tp} * {cp} * {pp} = {replica} does not divide the "
                 f"{world_size} ranks started",
-                ranks=_multiples(replica, world_size),
+                ranks=multiples(replica, world_size),
                 tp=None,
                 cp=None,
                 pp=None,
             )
-        _check_zero(parallel)
-        _check_tensor_parallel(parallel, model)
-        _check_sequence(parallel, model, train)
-        layers_per_stage = _split_layers(parallel, model)
+        _check_zero(asked)
+        _check_tensor_parallel(asked)
+        _check_sequence(asked)
+        layers_per_stage = _split_layers(asked)
         dp = world_size // replica
-        _check_experts(parallel, model, dp)
-        micro, batch = train.micro_batch_size, train.global_batch_size
-        if batch % (dp * micro):
-            raise _Impossible(
-                f"train.global_batch_size = {batch} is not a multiple of dp * train.micro_batch_size = {dp} * {micro}",
-                global_batch_size=_multiples(dp * micro * (pp if vpp > 1 else 1), batch),
-            )
-        accum = batch // (dp * micro)
-        if vpp > 1 and accum % pp:
-            raise _Impossible(
-                f"parallel.vpp = {vpp} interleaves micro-batches in groups of parallel.pp = {pp}, and a step has "
-                f"{accum} on each data-parallel rank",
-                global_batch_size=_multiples(dp * micro * pp, batch),
-                vpp=(1,),
-            )
+        _check_experts(asked, dp)
+        accum = _split_batch(asked, dp)
         zero, offload = parallel.zero, parallel.offload_optimizer
-        return cls(world_size, tp, parallel.sp, cp, parallel.ep, pp, vpp, dp, zero, offload, accum, layers_per_stage)
+        degrees = world_size, tp, parallel.sp, cp, parallel.ep, pp, parallel.vpp, dp
+        return cls(*degrees, zero, offload, accum, layers_per_stage)
 
     def __str__(self) -> str:
         sp, vpp = " sp" if self.sp else "", f" vpp{self.vpp}" if self.vpp > 1 else ""
@@ -110,7 +168,8 @@ class Layout:
         return range(first, first + self.layers_per_stage[stage])
 
 
-def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
+def _check_tensor_parallel(asked: Asked) -> None:
+    parallel, model = asked.parallel, asked.model
     tp = parallel.tp
     expert_size = "model.moe.ffn_hidden_size" if model.moe and model.moe.ffn_hidden_size else "model.ffn_hidden_size"
     for name, size in (
@@ -120,24 +179,26 @@ def _check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None
         ("model.vocab_size", model.vocab_size),
     ):
         if size % tp:
-            raise _Impossible(f"{name} = {size} is not a multiple of parallel.tp = {tp}", tp=None)
+            raise _Impossible(asked, f"{name} = {size} is not a multiple of parallel.tp = {tp}", tp=None)
     if parallel.sp and tp == 1:
         raise _Impossible(
+            asked,
             "parallel.sp = true splits the sequence over the ranks of parallel.tp, and tp = 1 is a single one",
             sp=(False,),
             tp=None,
         )
 
 
-def _check_sequence(parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> None:
+def _check_sequence(asked: Asked) -> None:
     """Sequences are split over cp everywhere but in attention, which splits heads instead; sp splits further."""
-    tp, cp = parallel.tp, parallel.cp
-    parts = cp * (tp if parallel.sp else 1)
+    parallel, model, train = asked.parallel, asked.model, asked.train
+    tp, cp, parts = parallel.tp, parallel.cp, parallel.sequence_parts
     if train.seq_length % parts:
         factors = [f"parallel.cp = {cp}"] * (cp > 1) + [f"parallel.tp = {tp} (parallel.sp = true)"] * parallel.sp
         raise _Impossible(
+            asked,
             f"train.seq_length = {train.seq_length} is not a multiple of {' * '.join(factors)}",
-            seq_length=_multiples(parts, train.seq_length),
+            seq_length=[n for n in multiples(parts, train.seq_length) if n > train.seq_length],
             cp=None,
         )
     if cp == 1:
@@ -145,6 +206,7 @@ def _check_sequence(parallel: ParallelConfig, model: ModelConfig, train: TrainSe
     for name, heads in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.num_kv_heads)):
         if heads % (tp * cp):
             raise _Impossible(
+                asked,
                 f"{name} = {heads} is not a multiple of parallel.tp * parallel.cp = {tp} * {cp}, over which attention "
                 "splits its heads",
                 cp=None,
@@ -152,6 +214,7 @@ def _check_sequence(parallel: ParallelConfig, model: ModelConfig, train: TrainSe
             )
     if model.moe and model.moe.capacity_factor is not None:
         raise _Impossible(
+            asked,
             f"model.moe.capacity_factor = {model.moe.capacity_factor} counts an expert's tokens over whole sequences, "
             f"and parallel.cp = {cp} splits them",
             capacity_factor=(None,),
@@ -159,30 +222,34 @@ def _check_sequence(parallel: ParallelConfig, model: ModelConfig, train: TrainSe
         )
 
 
-def _check_experts(parallel: ParallelConfig, model: ModelConfig, dp: int) -> None:
+def _check_experts(asked: Asked, dp: int) -> None:
+    parallel, model = asked.parallel, asked.model
     ep, ranks = parallel.ep, dp * parallel.cp
     if ep == 1:
         return
     if model.moe is None:
-        raise _Impossible(f"parallel.ep = {ep} spreads experts, and the model has none", ep=(1,))
+        raise _Impossible(asked, f"parallel.ep = {ep} spreads experts, and the model has none", ep=(1,))
     if model.moe.num_experts % ep:
         raise _Impossible(
+            asked,
             f"model.moe.num_experts = {model.moe.num_experts} is not a multiple of parallel.ep = {ep}",
             ep=None,
         )
     if ranks % ep:
         raise _Impossible(
+            asked,
             f"parallel.ep = {ep} does not divide dp * cp = {dp} * {parallel.cp} = {ranks}, the ranks that experts are "
             "spread over",
             ep=None,
-            ranks=_multiples(parallel.tp * parallel.pp * ep, dp * parallel.cp * parallel.tp * parallel.pp),
+            ranks=multiples(parallel.tp * parallel.pp * ep, dp * parallel.cp * parallel.tp * parallel.pp),
         )
 
 
-def _check_zero(parallel: ParallelConfig) -> None:
-    zero, pp, ep = parallel.zero, parallel.pp, parallel.ep
+def _check_zero(asked: Asked) -> None:
+    zero, pp, ep = asked.parallel.zero, asked.parallel.pp, asked.parallel.ep
     if zero > 1 and pp > 1:
         raise _Impossible(
+            asked,
             f"parallel.zero = {zero} with parallel.pp = {pp}: ZeRO stages 2 and 3 give gradients away after every "
             "micro-batch, and a pipeline accumulates them over all",
             zero=(1, 2),
@@ -190,6 +257,7 @@ def _check_zero(parallel: ParallelConfig) -> None:
         )
     if zero == 3 and ep > 1:
         raise _Impossible(
+            asked,
             f"parallel.zero = 3 with parallel.ep = {ep}: ZeRO stage 3 would split each expert over all data parallel, "
             "ranks that hold other experts among them",
             zero=(1, 2),
@@ -197,17 +265,20 @@ def _check_zero(parallel: ParallelConfig) -> None:
         )
 
 
-def _split_layers(parallel: ParallelConfig, model: ModelConfig) -> tuple[int, ...]:
+def _split_layers(asked: Asked) -> tuple[int, ...]:
+    parallel, model = asked.parallel, asked.model
     pp, vpp, layers = parallel.pp, parallel.vpp, model.num_layers
     stages = pp * vpp
     if vpp > 1 and pp == 1:
         raise _Impossible(
+            asked,
             f"parallel.vpp = {vpp} interleaves chunks of a pipeline, and parallel.pp = 1 is none",
             vpp=(1,),
             pp=None,
         )
     if stages > layers:
         raise _Impossible(
+            asked,
             f"parallel.pp * parallel.vpp = {pp} * {vpp} = {stages} stages are more than model.num_layers = {layers}; "
             "every stage holds a layer or more",
             pp=None,
@@ -219,11 +290,44 @@ def _split_layers(parallel: ParallelConfig, model: ModelConfig) -> tuple[int, ..
         return balanced_layers(layers, stages, head)
     if len(given) != stages or sum(given) != layers or min(given) < 1:
         raise _Impossible(
+            asked,
             f"parallel.layers_per_stage = {list(given)} are {len(given)} numbers with sum {sum(given)}; they must be "
             f"pp * vpp = {stages} numbers of 1 or more with sum model.num_layers = {layers}",
             layers_per_stage=(None,),
         )
     return given
+
+
+def _split_batch(asked: Asked, dp: int) -> int:
+    """Returns the number of micro-batches of each data-parallel rank in a step."""
+    pp, vpp, group = asked.parallel.pp, asked.parallel.vpp, asked.group_size
+    micro, batch = asked.train.micro_batch_size, asked.train.global_batch_size
+    whole = dp * math.lcm(micro * (pp if vpp > 1 else 1), group)
+    sizes = {"global_batch_size": multiples(whole, batch), "micro_batch_size": divisors(batch // dp)}
+    if batch % (dp * micro):
+        raise _Impossible(
+            asked,
+            f"train.global_batch_size = {batch} is not a multiple of dp * train.micro_batch_size = {dp} * {micro}",
+            **sizes,
+        )
+    if batch % (dp * group):
+        raise _Impossible(
+            asked,
+            f"train.global_batch_size = {batch} over {dp} data-parallel ranks is {batch // dp} samples each, not a "
+            f"multiple of {GROUP_SIZE} = {group}, and no group is split",
+            global_batch_size=sizes["global_batch_size"],
+            group_size=divisors(batch // dp, least=2),
+        )
+    accum = batch // (dp * micro)
+    if vpp > 1 and accum % pp:
+        raise _Impossible(
+            asked,
+            f"parallel.vpp = {vpp} interleaves micro-batches in groups of parallel.pp = {pp}, and a step has "
+            f"{accum} on each data-parallel rank",
+            **sizes,
+            vpp=(1,),
+        )
+    return accum
 
 
 def balanced_layers(layers: int, stages: int, head: float) -> tuple[int, ...]:
@@ -242,53 +346,3 @@ def balanced_layers(layers: int, stages: int, head: float) -> tuple[int, ...]:
     last = min(range(1, layers - stages + 2), key=slowest)
     share, left = divmod(layers - last, stages - 1)
     return *(share + (i >= stages - 1 - left) for i in range(stages - 1)), last
-
-
-def _multiples(unit: int, near: int) -> list[int]:
-    """The multiples of `unit` around `near`."""
-    return [unit * k for k in range(max(1, near // unit - 2), near // unit + 4)]
-
-
-def _remedies(
-    impossible: _Impossible, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection
-) -> str:
-    """The nearest values of each key that are legal when it alone is changed: tried, not guessed."""
-    now = {"parallel": parallel, "train": train}
-    found = []
-    for key, values in impossible.keys.items():
-        section, _, name = key.partition(".")
-        present = getattr(now[section], name) if section in now else world_size
-        tried = values if values is not None else [d for d in range(1, world_size + 1) if world_size % d == 0]
-        legal = [
-            value for value in tried if value != present and _is_legal(key, value, world_size, parallel, model, train)
-        ]
-        if legal == [None]:
-            found.append(f"leave out {key}")
-        elif legal and isinstance(legal[0], bool):
-            found.append(f"{key} could be {str(legal[0]).lower()}")
-        elif legal:
-            near = [v for v in legal if v < present][-2:] + [v for v in legal if v > present][:2]
-            found.append(f"{key} could be {' or '.join(map(str, near))}")
-    if found:
-        return ", or ".join(found)
-    return f"no other value of {' or '.join(impossible.keys)} alone is legal with the rest, so change more than one key"
-
-
-def _is_legal(
-    key: str, value: Any, world_size: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection
-) -> bool:
-    section, _, name = key.partition(".")
-    if key == RANKS:
-        world_size = value
-    elif section == "parallel":
-        parallel = parallel.model_copy(update={name: value})
-    elif section == "train":
-        train = train.model_copy(update={name: value})
-    else:
-        assert model.moe is not None and name == "moe.capacity_factor"
-        model = model.model_copy(update={"moe": model.moe.model_copy(update={"capacity_factor": value})})
-    try:
-        Layout._checked(world_size, parallel, model, train)
-    except _Impossible:
-        return False
-    return True

@@ -47,7 +47,7 @@ def validate(schema: type[T], tree: dict[str, Any], origin: str = "config") -> T
         # By way of JSON: lists may then stand for tuples and strings for enums, while types stay strict.
         return schema.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        messages = [_sentence(schema, item) for item in error.errors()]
+        messages = [_sentence(schema, tries) for tries in _by_value(error.errors())]
         raise ConfigError(f"{origin}: " + "; ".join(dict.fromkeys(messages))) from None
 
 
@@ -102,14 +102,32 @@ _EXAMPLES = {
     "tuple": "a list is written like [1, 2] or ['a', 'b']",
     "list": "a list is written like [1, 2] or ['a', 'b']",
 }
-_OF_UNIONS = ("str", "int", "float", "bool", "[key]")  # what pydantic adds to a key: which of several types was tried
+# What pydantic puts after a key that may have several types, to say which of them an error is about.
+_OF_UNIONS = ("str", "int", "float", "bool", "[key]")
+_WITH_ARGUMENTS = ("tuple[", "list[", "literal[")
 
 
-def _sentence(schema: type[BaseModel], item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    if location and (location[-1] in _OF_UNIONS or location[-1].startswith(("tuple[", "list["))):
-        location = location[:-1]
-    key = ".".join(location) or "config"
+def _by_value(items: Sequence[Any]) -> list[list[Any]]:
+    """Pydantic's errors, those together that are about one value which may have several types; `loc` without types.
+
+    Of a list with a wrong value in it, that value is told, and not that the list is no text either.
+    """
+    found: dict[tuple[Any, ...], list[tuple[int, Any]]] = {}
+    for item in items:
+        location = item["loc"]
+        types = [i for i, part in enumerate(location) if part in _OF_UNIONS or str(part).startswith(_WITH_ARGUMENTS)]
+        plain = tuple(part for i, part in enumerate(location) if i not in types)
+        value = location[: types[0]] if types else location
+        found.setdefault(value, []).append((len(plain), {**item, "loc": plain}))
+    return [[item for depth, item in tries if depth == max(d for d, _ in tries)] for tries in found.values()]
+
+
+def _sentence(schema: type[BaseModel], tries: Sequence[Any]) -> str:
+    item = tries[0]
+    location = [f"[{part}]" if isinstance(part, int) else str(part) for part in item["loc"]]
+    key = ".".join(location).replace(".[", "[") or "config"
+    if len(tries) > 1 and (ways := list(dict.fromkeys(filter(None, map(_way, tries))))):
+        return f"{key} = {item['input']!r} has none of the types that it may have; {', or '.join(ways)}"
     if item["type"] == "extra_forbidden":
         known = list(_known_keys(schema, location[:-1]))
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -130,9 +148,16 @@ def _sentence(schema: type[BaseModel], item: Any) -> str:
     if item["type"] == "too_short":
         least, present = item["ctx"]["min_length"], item["ctx"]["actual_length"]
         return f"{key} = {item['input']!r} has {present} values; give it {least} or more"
+    way = _way(item) if item["type"] != "literal_error" else ""
+    return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}{way and '; ' + way}"
+
+
+def _way(item: Any) -> str:
+    """How a value of the type that this error wants is written; "" where the value is of that type."""
+    if item["type"] == "literal_error":
+        return f"write {item['ctx']['expected'].replace('False', 'false').replace('True', 'true')}"
     kind, _, wrong = item["type"].partition("_")
-    example = _EXAMPLES.get(kind, "") if wrong in ("type", "parsing", "from_float") else ""
-    return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}{example and '; ' + example}"
+    return _EXAMPLES.get(kind, "") if wrong in ("type", "parsing", "from_float") else ""
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[str]:

@@ -118,13 +118,3 @@ class GRPOConfig(TrainerConfig):
     """The task whose answers are rewarded."""
     grpo: GRPOSection = GRPOSection()
     """How completions are sampled, compared and learned from."""
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> "GRPOConfig":
-        batch, group = self.train.global_batch_size, self.grpo.group_size
-        if batch % group:
-            raise ValueError(
-                f"train.global_batch_size = {batch} is not a multiple of grpo.group_size = {group}; "
-                f"every prompt gets a whole group, so use {max(1, round(batch / group)) * group}"
-            )
-        return self

@@ -13,7 +13,9 @@ class Section(BaseModel):
     The string below a key is its description: one sentence, which `trivium config --explain` prints.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def bare(annotation: Any) -> Any:

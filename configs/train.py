@@ -3,11 +3,13 @@
 Shapes and degrees that must fit one another are checked in `configs.layout`, where the world size is known.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from configs.remedies import could_be, divisors
 from configs.section import Section
 
 
@@ -61,26 +63,43 @@ class MoEConfig(Section):
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "MoEConfig":
+        if problem := self._problem():
+            raise ValueError(problem)
+        return self
+
+    def _problem(self) -> str:
+        """What does not fit, with what to do; "" for nothing."""
         experts, groups, top_groups = self.num_experts, self.num_groups, self.top_groups
         if experts % groups:
-            raise ValueError(
-                f"model.moe.num_experts = {experts} is not a multiple of model.moe.num_groups = {groups}; groups are "
-                "of equal size"
+            return (
+                f"model.moe.num_experts = {experts} is not a multiple of model.moe.num_groups = {groups}, and groups "
+                f"are of equal size; {self._could_be('num_groups', divisors(experts))}"
             )
         if top_groups > groups:
-            raise ValueError(
-                f"model.moe.top_groups = {top_groups} is more than model.moe.num_groups = {groups}; lower top_groups"
+            return (
+                f"model.moe.top_groups = {top_groups} is more than model.moe.num_groups = {groups}; set "
+                f"model.moe.top_groups={groups} or less"
             )
         reachable = experts // groups * top_groups
         if self.top_k > reachable:
             among = f"the {reachable} of {top_groups} groups" if groups > 1 else f"model.moe.num_experts = {experts}"
-            raise ValueError(f"model.moe.top_k = {self.top_k} is more than {among}; lower top_k")
+            return f"model.moe.top_k = {self.top_k} is more than {among}; set model.moe.top_k={reachable} or less"
         if self.group_score == "top2" and experts // groups < 2:
-            raise ValueError(
+            return (
                 f"model.moe.group_score = 'top2' needs two experts in a group, and {experts} experts in {groups} "
-                "groups have one; set group_score='max'"
+                "groups have one; set model.moe.group_score=max"
             )
-        return self
+        return ""
+
+    def _could_be(self, key: str, tried: Sequence[int]) -> str:
+        """Says which values of a key are legal with the rest, or that none is."""
+        said = could_be(
+            f"model.moe.{key}",
+            getattr(self, key),
+            tried,
+            lambda value: not self.model_copy(update={key: value})._problem(),
+        )
+        return said or f"no other value of model.moe.{key} alone is legal with the rest, so change more than one key"
 
     def state(self) -> tuple[str, ...]:
         """What of the balance outlives a step, and is in checkpoints."""
@@ -120,21 +139,30 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelConfig":
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}; "
-                "every key-value head serves the same number of query heads"
+        if problem := self._problem():
+            raise ValueError(problem)
+        return self
+
+    def _problem(self) -> str:
+        """What does not fit, with what to do; "" for nothing."""
+        heads, width = self.num_heads, self.hidden_size
+        if heads % self.num_kv_heads:
+            kv_heads = could_be("model.num_kv_heads", self.num_kv_heads, divisors(heads), lambda _: True)
+            return (
+                f"model.num_heads = {heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}, and every "
+                f"key-value head serves the same number of query heads; {kv_heads}"
             )
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"model.hidden_size = {self.hidden_size} is not a multiple of model.num_heads = {self.num_heads}; "
-                "change one or set model.head_dim"
+        if self.head_dim is None and width % heads:
+            even = max(2, round(width / heads / 2) * 2)
+            return (
+                f"model.hidden_size = {width} is not a multiple of model.num_heads = {heads}; set model.head_dim={even}"
+                f" or another even number, or set model.hidden_size={even * heads}"
             )
         if self.dim_per_head % 2:
-            raise ValueError(
-                f"model.head_dim = {self.dim_per_head} is odd; rotary embedding turns pairs, so make it even"
-            )
-        return self
+            odd = self.dim_per_head
+            said = f"model.head_dim = {odd}" if self.head_dim else f"model.hidden_size / model.num_heads = {odd}"
+            return f"{said} is odd, and rotary embedding turns pairs; set model.head_dim={odd + 1}"
+        return ""
 
     @property
     def dim_per_head(self) -> int:
@@ -202,6 +230,13 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(default=1.0, ge=0)
     """The norm above which the whole gradient is scaled down; 0 turns clipping off."""
 
+    @field_validator("betas")
+    @classmethod
+    def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{list(betas)} are not two numbers from 0 to below 1; the usual ones are [0.9, 0.95]")
+        return betas
+
 
 class ScheduleConfig(Section):
     """The learning rate over the steps: linear warmup, then what `kind` says."""
@@ -240,6 +275,11 @@ class ParallelConfig(Section):
     offload_optimizer: bool = False
     """Whether the optimizer's state is kept, and stepped, in host memory."""
 
+    @property
+    def sequence_parts(self) -> int:
+        """The number of ranks that split a sequence, whose length has to be a multiple of it."""
+        return self.cp * (self.tp if self.sp else 1)
+
 
 class CheckpointConfig(Section):
     """When checkpoints are written, and which ones stay. There is always one at the end."""
@@ -256,7 +296,8 @@ class CheckpointConfig(Section):
         if self.keep_every % self.every:
             raise ValueError(
                 f"checkpoint.keep_every = {self.keep_every} is not a multiple of checkpoint.every = {self.every}; only "
-                f"saved steps can be kept, so use {max(1, round(self.keep_every / self.every)) * self.every}"
+                "saved steps can be kept; set checkpoint.keep_every="
+                f"{max(1, round(self.keep_every / self.every)) * self.every}"
             )
         return self
 
@@ -309,17 +350,18 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainerConfig":
         schedule, steps = self.schedule, self.train.steps
+        decay = schedule.decay_steps if schedule.kind == "wsd" else 0
         if schedule.steps is not None and schedule.steps < steps:
             raise ValueError(
                 f"schedule.steps = {schedule.steps} ends before train.steps = {steps}, and there is no rate after its "
-                "end; raise it, leave it out, or train fewer steps"
+                f"end; set schedule.steps={max(steps, schedule.warmup_steps + decay)} or more, leave it out, or set "
+                f"train.steps={schedule.steps} or less"
             )
         key, end = ("schedule.steps", schedule.steps) if schedule.steps else ("train.steps", steps)
-        decay = schedule.decay_steps if schedule.kind == "wsd" else 0
         if schedule.warmup_steps + decay > end:
             raise ValueError(
                 f"schedule.warmup_steps = {schedule.warmup_steps} and decay_steps = {decay} do not fit into "
-                f"{key} = {end}; shorten them or raise {key}"
+                f"{key} = {end}; shorten them, or set {key}={schedule.warmup_steps + decay} or more"
             )
         return self
 

@@ -107,7 +107,8 @@ def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Tex
             markup=False,
             soft_wrap=True,
         )
-    openings = [passage[:HELDOUT_PROMPT] for passage in passages[:: options.rows]]
+    opening = min(HELDOUT_PROMPT, source.context // 2)  # which leaves room to continue
+    openings = [passage[:opening] for passage in passages[:: options.rows]]
     _check_lengths(source.context, prompts, openings, config)
     return Texts(codec, passages or prompts, bool(passages), prompts + openings)
 

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from configs.cli import RESUME, entrypoint, parse_args
 from configs.folders import check_writable
-from configs.layout import Layout
-from configs.loader import ConfigError
+from configs.layout import GROUP_SIZE, Layout
 from configs.posttrain import GRPOConfig
 from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 
@@ -44,17 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     env = ClusterEnvironment.read()
     initial = InitialModel.open(config.init, config.run.dir, args.resume)
-    layout = Layout.of(env.world_size, config.parallel, initial.model, config.train)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
-    _check_groups(config, layout)
     task, prompts = make_task(config.task), config.train.global_batch_size // config.grpo.group_size
     drawn = config.train.steps * prompts, config.task.eval_prompts
     longest = check_answers(task, initial.chat, config.run.seed, *drawn, initial.lineage.context or None)
     check_rows(task, longest, config.train.seq_length, config.parallel)
+    given = (*initial.given, GROUP_SIZE) if initial.goes_on else initial.given
+    group = config.grpo.group_size
+    layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)
     if args.dry_run:
         print(
-            f"{config.train.steps} steps of {prompts} prompts x {config.grpo.group_size} samples of {task}, "
+            f"{config.train.steps} steps of {prompts} prompts x {group} samples of {task}, "
             f"layout {layout}, from {initial.pin.checkpoint} into {config.run.dir}"
         )
         return 0
@@ -74,17 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ).fit()
     finally:
         groups.stop()
-
-
-def _check_groups(config: GRPOConfig, layout: Layout) -> None:
-    """A group is sampled and normalised on one data-parallel rank, so no rank may hold part of one."""
-    share, group = config.train.global_batch_size // layout.dp, config.grpo.group_size
-    if share % group:
-        raise ConfigError(
-            f"train.global_batch_size = {config.train.global_batch_size} over {layout.dp} data-parallel ranks is "
-            f"{share} samples each, not a multiple of grpo.group_size = {group}; use a multiple of "
-            f"{layout.dp * group}"
-        )
 
 
 if __name__ == "__main__":

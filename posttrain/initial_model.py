@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import file_sha256
+from configs.layout import CAPACITY_FACTOR, SEQ_LENGTH
 from configs.loader import ConfigError, validate
 from configs.posttrain import InitConfig
 from configs.train import ModelConfig
@@ -21,13 +22,22 @@ from pretrain.checkpoint.storage import CheckpointError
 
 @dataclass(frozen=True)
 class InitialModel:
-    """`pin` is the checkpoint, `note` what a person has to be told of the choice, if anything."""
+    """`pin` is the checkpoint, `note` what a person has to be told of the choice, if anything.
+
+    `goes_on` is whether the run has a checkpoint of its own already.
+    """
 
     pin: Pin
     model: ModelConfig
     chat: ChatFormat
     lineage: Lineage
     note: str | None = None
+    goes_on: bool = False
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Keys whose value this run cannot choose, since its model and its earlier steps have it."""
+        return (CAPACITY_FACTOR, SEQ_LENGTH) if self.goes_on else (CAPACITY_FACTOR,)
 
     @classmethod
     def open(cls, init: InitConfig, run_dir: str, resume: str) -> "InitialModel":
@@ -61,7 +71,9 @@ class InitialModel:
         if plan is not None:
             path = plan.find(storage.run_of(checkpoint)) or Path(plan.path)
             plan = PlanLocation.of(path, plan.fingerprint, Path(run_dir))
-        return cls(pin, model, chat, Lineage(tokenizer, template, manifest.get("context", 0), plan, pin), note)
+        return cls(
+            pin, model, chat, Lineage(tokenizer, template, manifest.get("context", 0), plan, pin), note, own is not None
+        )
 
 
 def _going_on(run_dir: Path, resume: str) -> Path | None:
@@ -83,16 +95,14 @@ def _chosen(init: InitConfig) -> Path:
         if init.checkpoint is None:
             if (path / storage.MANIFEST).is_file():
                 raise ConfigError(
-                    f"init.run = {init.run!r} is a checkpoint, not a run; name it by init.checkpoint={init.run} and "
-                    "leave init.run out (as an override: init.run=)"
+                    f"init.run = {init.run!r} is a checkpoint, not a run; set init.checkpoint={init.run} and leave "
+                    "init.run out (as an override: init.run=)"
                 )
             return storage.latest(path)
         if (path / "checkpoints").is_dir():
-            example = storage.directory(path, (storage.steps(path) or [0])[-1])
-            raise ConfigError(
-                f"init.checkpoint = {init.checkpoint!r} is a run, not a checkpoint; name one of its checkpoints, e.g. "
-                f"init.checkpoint={example}, or the run by init.run"
-            )
+            own = [str(storage.directory(path, step)) for step in storage.steps(path)[-1:]]
+            remedy = f"set init.checkpoint={own[0]}" if own else "it has none yet, so train first"
+            raise ConfigError(f"init.checkpoint = {init.checkpoint!r} is a run, not a checkpoint; {remedy}")
         if not path.is_dir():
             saved = ", ".join(f"step_{step}" for step in storage.steps(path.parent.parent))
             raise ConfigError(

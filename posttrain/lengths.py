@@ -16,25 +16,45 @@ def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: 
 
     Errors: ConfigError if right answers are cut by task.max_new_tokens, or prompts and answers are beyond `context`.
     """
-    splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
-    texts = [task.prompt(seed, split, i) for split, count in splits for i in range(min(count, DRAWN))]
-    longest = max(len(chat.render_prompt([{"role": "user", "content": text}])) for text in texts)
-    answer = max(len(chat.encode_text(task.answer(text))) for text in texts) + 1  # closed by <|end|>
+    longest, answer = _longest(task, chat, seed, train, heldout)
+    most = None if context is None else context + 1 - longest
+    if most is not None and most < answer:
+        raise ConfigError(
+            f"prompts of the task {task.name!r} have up to {longest} tokens and right answers up to {answer}, and the "
+            f"model was trained on {context} tokens at a time (the largest train.seq_length of the runs it comes "
+            f"from); {_smaller(task, chat, seed, train, heldout, context)}"
+        )
     limit = task.max_new_tokens
     if limit < answer:
+        more = "or more" if most is None else f"or any number up to {most}" if most > answer else "exactly"
         raise ConfigError(
             f"task.max_new_tokens = {limit} cuts right answers, which have up to {answer} tokens with the <|end|> that "
-            f"closes them, so all would count as wrong; set task.max_new_tokens={answer} or more"
+            f"closes them, so all would count as wrong; set task.max_new_tokens={answer} {more}"
         )
-    if context is not None and longest + limit - 1 > context:
-        most = context + 1 - longest
-        remedy = f"set task.max_new_tokens={most} or less" if most >= answer else "make the task smaller (task.digits)"
+    if most is not None and limit > most:
         raise ConfigError(
             f"prompts of the task {task.name!r} have up to {longest} tokens, and task.max_new_tokens = {limit} more go "
             f"beyond the {context} tokens that the model was trained on (the largest train.seq_length of the runs it "
-            f"comes from); {remedy}"
+            f"comes from); set task.max_new_tokens={most} or less, but not below {answer}"
         )
     return longest
+
+
+def _longest(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest right answer with the <|end|> that closes it."""
+    splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
+    texts = [task.prompt(seed, split, i) for split, count in splits for i in range(min(count, DRAWN))]
+    prompt = max(len(chat.render_prompt([{"role": "user", "content": text}])) for text in texts)
+    return prompt, max(len(chat.encode_text(task.answer(text))) for text in texts) + 1
+
+
+def _smaller(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, context: int | None) -> str:
+    """What to do about a task that is too large for the model."""
+    assert context is not None
+    for digits, smaller in task.smaller():
+        if sum(_longest(smaller, chat, seed, train, heldout)) - 1 <= context:
+            return f"set task.digits={digits} or less"
+    return "no smaller task.digits fits either, so begin from a model that was trained on longer rows"
 
 
 def check_rows(task: Task, longest: int, seq_length: int, parallel: ParallelConfig) -> None:
@@ -42,7 +62,7 @@ def check_rows(task: Task, longest: int, seq_length: int, parallel: ParallelConf
     needed = longest + task.max_new_tokens - 1  # the last token is only ever a label
     if needed <= seq_length:
         return
-    parts = parallel.cp * (parallel.tp if parallel.sp else 1)
+    parts = parallel.sequence_parts
     fitting = -(-needed // parts) * parts
     raise ConfigError(
         f"prompts of the task {task.name!r} have up to {longest} tokens, and with task.max_new_tokens = "

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from posttrain.initial_model import InitialModel
     from posttrain.lengths import check_answers
-    from posttrain.sft_data import SFTSource, read_examples
+    from posttrain.sft_data import SFTSource, read_data, read_demonstrations
     from posttrain.task_accuracy import TaskAccuracy
     from posttrain.verifiable_tasks import make_task
     from pretrain.heldout_loss import Evaluator, HeldoutLoss
@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     env = ClusterEnvironment.read()
     initial = InitialModel.open(config.init, config.run.dir, args.resume)
-    layout = Layout.of(env.world_size, config.parallel, initial.model, config.train)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
     chat, seed, length = initial.chat, config.run.seed, config.train.seq_length
@@ -55,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.task and task:
         context = max(initial.lineage.context, length)
         check_answers(task, chat, seed, config.task.demonstrations, config.task.eval_prompts, context)
+    parts = config.parallel.sequence_parts
     try:
-        examples = read_examples(config.data, config.task, chat, seed, length)
+        solved = read_demonstrations(config.task, chat, seed, length, parts)
+        layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, given=initial.given)
+        examples = {**read_data(config.data, chat, length, parts), **solved}
         source = SFTSource(examples, length, chat.tokenizer.pad_id, seed)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -9,6 +9,7 @@ preference pairs.
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,29 +60,38 @@ class DialogueExamples:
         )
 
 
-def read_examples(
-    data: DialogueConfig, settings: DemonstrationConfig | None, chat: ChatFormat, seed: int, seq_length: int
+def read_data(data: DialogueConfig, chat: ChatFormat, seq_length: int, parts: int = 1) -> dict[str, DialogueExamples]:
+    """The dialogues that a config names, under "dialogues"; none if it names none. Errors: as `read_dialogues`."""
+    if not data.dialogues:
+        return {}
+    shares = data.heldout_share, data.max_bad_share
+    return {"dialogues": read_dialogues(data.dialogues, chat, seq_length, *shares, parts)}
+
+
+def read_demonstrations(
+    settings: DemonstrationConfig | None, chat: ChatFormat, seed: int, seq_length: int, parts: int = 1
 ) -> dict[str, DialogueExamples]:
-    """All sources of an SFT run by name. Errors: ValueError as `read_dialogues` and `demonstrations`."""
-    examples = {}
-    if data.dialogues:
-        shares = data.heldout_share, data.max_bad_share
-        examples["dialogues"] = read_dialogues(data.dialogues, chat, seq_length, *shares)
-    if settings and settings.demonstrations:
-        task = make_task(settings)
-        examples[task.name] = DialogueExamples(
-            demonstrations(task, chat, seed, "train", settings.demonstrations, seq_length),
-            demonstrations(task, chat, seed, "heldout", settings.eval_prompts, seq_length),
-        )
-    return examples
+    """Solved prompts of the task, under its name; none without a task. Errors: as `demonstrations`."""
+    if settings is None or not settings.demonstrations:
+        return {}
+    task = make_task(settings)
+    train = demonstrations(task, chat, seed, "train", settings.demonstrations, seq_length, parts)
+    heldout = demonstrations(task, chat, seed, "heldout", settings.eval_prompts, seq_length, parts)
+    return {task.name: DialogueExamples(train, heldout)}
 
 
 def read_dialogues(
-    paths: Sequence[str], chat: ChatFormat, seq_length: int, heldout_share: float, max_bad_share: float
+    paths: Sequence[str],
+    chat: ChatFormat,
+    seq_length: int,
+    heldout_share: float,
+    max_bad_share: float,
+    parts: int = 1,
 ) -> DialogueExamples:
     """Reads, renders and splits. Dialogues with the same first message fall into the same split.
 
-    Errors: ValueError if a file is missing, nothing is left, or more than `max_bad_share` was set aside.
+    A train.seq_length that a message names is a multiple of `parts`. Errors: ValueError if a file is missing, nothing
+    is left, or more than `max_bad_share` was set aside.
     """
     found, longest, total = DialogueExamples(), 0, 0
     for name, line in _lines(paths):
@@ -94,14 +104,13 @@ def read_dialogues(
             longest = max(longest, broken.tokens)
             continue
         (found.heldout if _fraction(key) < heldout_share else found.train).append(example)
-    bad, fits = (
-        found.set_aside.total(),
-        f"a train.seq_length of {-(-longest // 8) * 8} takes the longest" * bool(longest),
-    )
+    bad, unit = found.set_aside.total(), math.lcm(8, parts)
+    fits = f"set train.seq_length={-(-longest // unit) * unit}, which takes the longest" if longest else ""
     if bad > max_bad_share * total:
+        enough = fits and bad - found.set_aside["too_long"] <= max_bad_share * total
         raise ValueError(
             f"{bad} of {total} dialogues were set aside, more than data.max_bad_share = {max_bad_share}: "
-            f"{found.reasons}; mend or remove them{fits and ', or raise train.seq_length: ' + fits}"
+            f"{found.reasons}; mend or remove them{', or ' + fits if enough else ''}"
         )
     if not found.train:
         raise ValueError(_nothing_left(found, paths, total, seq_length, fits, heldout_share))
@@ -121,11 +130,13 @@ def _nothing_left(
         )
     if found.set_aside["too_long"] == total:
         return f"all {total} dialogues of {where} are longer than train.seq_length = {seq_length} tokens; {fits}"
-    return f"all {total} dialogues of {where} were set aside: {found.reasons}; mend them{fits and ', or: ' + fits}"
+    return f"all {total} dialogues of {where} were set aside: {found.reasons}; mend them{fits and ', or ' + fits}"
 
 
-def demonstrations(task: Task, chat: ChatFormat, seed: int, split: Split, count: int, seq_length: int) -> list[Example]:
-    """The first `count` prompts of a split with their right answers."""
+def demonstrations(
+    task: Task, chat: ChatFormat, seed: int, split: Split, count: int, seq_length: int, parts: int = 1
+) -> list[Example]:
+    """The first `count` prompts of a split with their right answers. `parts` is as in `read_dialogues`."""
     examples: list[Example] = []
     for index in range(count):
         prompt = task.prompt(seed, split, index)
@@ -140,7 +151,7 @@ def demonstrations(task: Task, chat: ChatFormat, seed: int, split: Split, count:
     if longest > seq_length:
         raise ValueError(
             f"prompts of the task {task.name!r} have up to {longest} tokens with their answers, more than "
-            f"train.seq_length = {seq_length}; set train.seq_length={longest} or more"
+            f"train.seq_length = {seq_length}; set train.seq_length={-(-longest // parts) * parts} or more"
         )
     return examples
 

@@ -8,13 +8,15 @@ reward of 0. Leaves out adapters to outside task collections.
 import hashlib
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from configs.posttrain import TaskConfig
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1  # of all prompts, by hash
+LEAST_DIGITS, MOST_DIGITS = 3, 32
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Task(Protocol):
 
     def score(self, prompt: str, completion: str) -> TaskScore: ...
 
+    def smaller(self) -> "Iterator[tuple[int, Task]]":
+        """The same with every lower task.digits, from the highest on."""
+        ...
+
 
 @dataclass(frozen=True)
 class SortTask:
@@ -58,8 +64,11 @@ class SortTask:
     name: str = "sort"
 
     def __post_init__(self) -> None:
-        if not 3 <= self.digits <= 32:
-            raise ValueError(f"task.digits = {self.digits} is outside 3 to 32; six is what a tiny model can learn")
+        if not LEAST_DIGITS <= self.digits <= MOST_DIGITS:
+            raise ValueError(
+                f"task.digits = {self.digits} is outside {LEAST_DIGITS} to {MOST_DIGITS}; six is what a tiny model can "
+                "learn"
+            )
 
     def prompt(self, seed: int, split: Split, index: int) -> str:
         return f"Sort {_draw_digits(self.name, self.digits, seed, split, index)}"
@@ -82,6 +91,10 @@ class SortTask:
         if not re.fullmatch(r"[0-9]+", completion):
             return TaskScore(0.0, "not a number")
         return TaskScore(0.0, "wrong digits" if sorted(completion) != list(answer) else "wrong order")
+
+    def smaller(self) -> Iterator[tuple[int, Task]]:
+        for digits in range(self.digits - 1, LEAST_DIGITS - 1, -1):
+            yield digits, replace(self, digits=digits)
 
 
 def make_task(settings: TaskConfig) -> Task:

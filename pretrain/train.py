@@ -9,17 +9,24 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     bootstrap.begin("pretrain.train")
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from configs.cli import RESUME, entrypoint, parse_args
+from configs.cli import RESUME, TURN_SECONDS, entrypoint, parse_args
 from configs.folders import check_writable
-from configs.layout import Layout
+from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError
 from configs.train import PretrainConfig
 from data_pipeline.core.integrity import DamagedData
+from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment, is_main, tell_torchrun
 from pretrain.plan_choice import Choice, choose_plan
+
+if TYPE_CHECKING:
+    from pretrain.heldout_loss import HeldoutLoss
+    from pretrain.parallel.groups import Mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=(RESUME,),
     )
     env = ClusterEnvironment.read()
-    layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
+    layout = Layout.of(env.world_size, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     try:
@@ -52,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch and what stands on it take seconds to import: a mistake in the config is told before that.
     from pretrain.batch_source import PlanSource
     from pretrain.checkpoint.lineage import Lineage
-    from pretrain.heldout_loss import HeldoutLoss
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
@@ -60,15 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     mesh = groups.start(env, layout)
     try:
         name, plan = Path(config.run.dir).name, choice.plan
-        evaluators = [HeldoutLoss.of_plan(plan, config.eval.rows)] if config.eval.rows else []
+        evaluators = _heldout(plan, config.eval.rows, mesh)
         if evaluators and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
             print(f"{name}: {', '.join(bare)}: no held-out documents in {plan.path}, so none is evaluated", flush=True)
         source, lineage = PlanSource(plan, choice.same), Lineage.of_plan(plan, config.run.dir)
         return Trainer(
             config, config.model, source, NextToken(), mesh, evaluators, lineage, name, resume=args.resume
         ).fit()
-    except DamagedData as error:  # of a row, on the rank that reads it
-        return _failed(error)
+    except DamagedData as error:  # of a row, on the ranks that read it
+        return _failed(error, speaks=mesh.counts_in_sums)
     finally:
         groups.stop()
 
@@ -76,7 +82,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(error: DamagedData, speaks: bool = True) -> int:
     if speaks:
         print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(TURN_SECONDS)
     return 1
+
+
+def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
+    """What measures the loss on held-out rows; nothing where none are asked for.
+
+    Errors: DamagedData, on all ranks together, with what any of them found.
+    """
+    from pretrain.heldout_loss import HeldoutLoss
+
+    evaluators, found = [], ""
+    try:
+        if rows:
+            evaluators.append(HeldoutLoss.of_plan(plan, rows))
+    except DamagedData as error:
+        found = str(error)
+    if said := list(dict.fromkeys(filter(None, mesh.gather_json(found)))):
+        raise DamagedData("; ".join(said))
+    return evaluators
 
 
 def _choose_plan(config: PretrainConfig, resume: str) -> Choice:

@@ -299,10 +299,12 @@ class Trainer:
         if (self.config.train.steps - self.step) * batch <= left:
             return
         replan = f", or: trivium data replan CONFIG --after {checkpoint} --out FOLDER" if checkpoint else ""
+        most = self.step + left // batch
+        fewer = f"set train.steps={most}, or " if most else ""
         raise ConfigError(
             f"train.steps = {self.config.train.steps} needs {(self.config.train.steps - self.step) * batch - left:,} "
-            f"samples more than {source.location or 'the data'} has, which are {source.num_samples:,}; set train.steps="
-            f"{self.step + left // batch}, or raise mixture.samples in the data config (of the last of its stages) and "
+            f"samples more than {source.location or 'the data'} has, which are {source.num_samples:,}; {fewer}"
+            f"raise mixture.samples in the data config (of the last of its stages) and "
             f"run `trivium data run` again{replan}"
         )
 

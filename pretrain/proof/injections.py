@@ -76,8 +76,8 @@ def auxiliary_loss_times_micro_batches() -> AbstractContextManager[Any]:
 
     def planted(self: Engine, batches: Any, *args: Any, **kwargs: Any) -> Any:
         for moe in self.module.moe_layers.values():
-            weights = moe.balance.weights
-            moe.balance.weights = weights and replace(weights, scale=weights.scale * len(batches))
+            denominators = moe.balance.denominators
+            moe.balance.denominators = denominators and replace(denominators, scale=denominators.scale * len(batches))
         return right(self, batches, *args, **kwargs)
 
     return mock.patch.object(Engine, "_run", planted)

@@ -45,7 +45,7 @@ def test_overrides_are_toml_values_or_bare_words() -> None:
         ("train.steps=0", ["train.steps = 0", "greater than or equal to 1"]),
         ("train.precision=fp8", ["train.precision = 'fp8'", "'fp32', 'bf16' or 'auto'"]),
         ("model.num_kv_heads=5", ["model.num_heads", "not a multiple of model.num_kv_heads = 5"]),
-        ("schedule.warmup_steps=100000", ["warmup_steps = 100000", "raise train.steps"]),
+        ("schedule.warmup_steps=100000", ["warmup_steps = 100000", "set train.steps=100000 or more"]),
         ("train.steps", ["not of the form key.sub=value"]),
         ("train=5", ["train = 5: this is a section", "its keys (steps, global_batch_size"]),
         ("optimizer.betas=0.9", ["optimizer.betas = 0.9", "a list is written like [1, 2]"]),

@@ -1,8 +1,10 @@
 """A small real tokenizer with the chat format's control tokens, trained in a second."""
 
+from pathlib import Path
+
 import pytest
 
-from data_pipeline.tokens.tokenizer import Tokenizer, train
+from data_pipeline.tokens.tokenizer import MODEL_FILE, Tokenizer, train
 from posttrain.chat_format import ChatFormat
 from tests.shards import write_shard
 
@@ -14,10 +16,15 @@ TEXT = (
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
     train([write_shard(directory / "text.jsonl.zst", [{"text": TEXT * 20}])], directory, vocab_size=400)
-    return Tokenizer.load(directory)
+    return directory / MODEL_FILE
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file: Path) -> Tokenizer:
+    return Tokenizer.load(tokenizer_file)
 
 
 @pytest.fixture(scope="session")

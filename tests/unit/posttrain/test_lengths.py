@@ -67,5 +67,13 @@ def test_nothing_is_sampled_beyond_the_models_context(chat: ChatFormat) -> None:
     with pytest.raises(ConfigError, match=rf"beyond the {longest + 28} tokens that the model") as raised:
         check_answers(SortTask(6, 30), chat, 0, 20, 20, longest + 28)
     assert check_answers(SortTask(6, said_number(raised, "task.max_new_tokens")), chat, 0, 20, 20, longest + 28)
-    with pytest.raises(ConfigError, match=r"make the task smaller \(task\.digits\)"):
+    with pytest.raises(ConfigError, match=r"right answers up to") as raised:
         check_answers(SortTask(6, 30), chat, 0, 20, 20, longest + 2)
+    fewer = SortTask(said_number(raised, "task.digits"), 3)
+    assert fewer.digits < 6
+    with pytest.raises(ConfigError) as raised:  # fits by now, with as many tokens as the message says
+        check_answers(fewer, chat, 0, 20, 20, longest + 2)
+    answer = said_number(raised, "task.max_new_tokens")
+    assert check_answers(SortTask(fewer.digits, answer), chat, 0, 20, 20, longest + 2) < longest
+    with pytest.raises(ConfigError, match=r"no smaller task\.digits fits either, so begin from a model"):
+        check_answers(SortTask(6, 30), chat, 0, 20, 20, 5)

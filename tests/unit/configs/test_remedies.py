@@ -1,0 +1,105 @@
+"""What the messages about a config tell its reader to do is done here, and works."""
+
+import random
+import tomllib
+from collections.abc import Sequence
+
+import pytest
+
+from configs import loader
+from configs.layout import SEQ_LENGTH, Layout
+from configs.loader import ConfigError, validate
+from configs.reference import schema_of
+from configs.starters import starter
+from configs.train import PretrainConfig
+from tests.remedies import drawn, follow, refused
+
+
+def checked(kind: str, overrides: Sequence[str]) -> None:
+    """Validates the config that `trivium config --new` prints, with overrides."""
+    tree = tomllib.loads(starter(kind))
+    for override in overrides:
+        loader._apply(tree, override)
+    validate(schema_of(kind), tree)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedies"),
+    [
+        (["model.num_heads=12", "model.num_kv_heads=5", "model.head_dim=8"], 4),
+        (["model.hidden_size=100", "model.num_heads=12", "model.num_kv_heads=4"], 2),
+        (["model.hidden_size=36", "model.num_heads=12", "model.num_kv_heads=4"], 1),
+        (["model.head_dim=7"], 1),
+        (["model.moe.num_experts=12", "model.moe.num_groups=5"], 3),
+        (["model.moe.num_experts=12", "model.moe.num_groups=5", "model.moe.top_k=6"], 2),
+        (["model.moe.num_experts=12", "model.moe.num_groups=4", "model.moe.top_groups=5"], 1),
+        (["model.moe.num_experts=12", "model.moe.num_groups=4", "model.moe.top_k=5"], 1),
+        (["model.moe.num_experts=4", "model.moe.num_groups=4", "model.moe.group_score=top2", "model.moe.top_k=1"], 1),
+        (["schedule.steps=3", "train.steps=9"], 2),
+        (["schedule.warmup_steps=30", "train.steps=9"], 1),
+        (["schedule.kind=wsd", "schedule.decay_steps=30", "train.steps=9", "schedule.steps=12"], 1),
+        (["checkpoint.every=7", "checkpoint.keep_every=10"], 1),
+        (["checkpoint.every=7", "checkpoint.keep_every=3"], 1),
+    ],
+)
+def test_what_a_message_about_numbers_says_is_legal(overrides: list[str], remedies: int) -> None:
+    assert follow(lambda _, changed: checked("pretrain", changed), 1, overrides) == remedies
+
+
+def test_whatever_is_suggested_for_a_pretraining_layout_is_legal() -> None:
+    """A plan's rows have one length, so no other is ever suggested for them."""
+
+    def run(ranks: int, overrides: Sequence[str]) -> None:
+        tree = tomllib.loads(starter("pretrain"))
+        for override in overrides:
+            loader._apply(tree, override)
+        config = validate(PretrainConfig, tree)
+        Layout.of(ranks, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
+
+    draw, told = random.Random(3), 0
+    for _ in range(400):
+        heads = draw.choice([(4, 4), (12, 4), (12, 6), (8, 2), (6, 1), (8, 3)])
+        choices: dict[str, Sequence[object]] = {
+            "model.num_heads": [heads[0]],
+            "model.num_kv_heads": [heads[1]],
+            "model.num_layers": [2, 5, 6, 8],
+            "model.moe.num_experts": [4, 6],
+            "model.moe.num_groups": [1, 1, 2, 4],
+            "model.moe.ffn_hidden_size": [None, 24, 36],
+            "model.moe.capacity_factor": [None, None, 1.5],
+            "train.global_batch_size": [4, 12, 16, 30],
+            "train.micro_batch_size": [1, 2, 3],
+            "train.seq_length": [8, 12, 15],
+            **{f"parallel.{name}": [1, 1, 2, 3, 4] for name in ("tp", "pp", "cp", "ep", "vpp")},
+            "parallel.sp": [True, False, False],
+            "parallel.zero": [1, 1, 2, 3],
+        }
+        overrides = drawn(draw, choices)
+        ranks = draw.choice([1, 2, 3, 4, 8, 12])
+        assert f"{SEQ_LENGTH} could" not in refused(run, ranks, overrides)
+        told += follow(run, ranks, overrides)
+    assert told > 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "sentence"),
+    [
+        (
+            "export",
+            "step=2.5",
+            "step = 2.5 has none of the types that it may have; an integer is written like 3, or text is written in "
+            'quotes, like "this"',
+        ),
+        ("pretrain", "optimizer.lr=inf", "optimizer.lr = inf: input should be a finite number"),
+        ("pretrain", "optimizer.betas=[0.9, 1.5]", "[0.9, 1.5] are not two numbers from 0 to below 1"),
+        ("pretrain", "eval.rows=nan", "eval.rows = nan: input should be a valid integer; an integer is written like 3"),
+        ("pretrain", "eval.rows={ x = 1 }", "eval.rows = {'x': 1}: input should be a valid integer"),
+        ("pretrain", "eval.rwos.x=1", "unknown key 'eval.rwos'; did you mean 'rows'?"),
+        ("sft", "data.dialogues=[1]", "data.dialogues[0] = 1: input should be a valid string"),
+        ("export", "verify.tolerance=nan", "verify.tolerance = nan: input should be a finite number"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_one_sentence(kind: str, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        checked(kind, [override])
+    assert sentence in str(raised.value) and str(raised.value).count("input should") < 2

@@ -1,0 +1,146 @@
+"""What the messages of SFT and GRPO tell a reader to do is done here, and works."""
+
+import gzip
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from configs.loader import toml
+from configs.sealed import CHECKPOINT
+from posttrain import grpo, sft
+from pretrain.checkpoint.lineage import Lineage
+from tests.remedies import Run, drawn, follow, refused, remedies, torchrun_environment
+
+MODEL = {
+    "vocab_size": 400,
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+}
+CONTEXT = 64
+COMMANDS = {"sft": sft.main, "grpo": grpo.main}
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config for each command, and a checkpoint of a dense and of an MoE model whose weights nobody asks for."""
+    folder = tmp_path_factory.mktemp("remedies")
+    for name, moe in (("dense", {}), ("moe", {"moe": {"num_experts": 6, "capacity_factor": 1.5}})):
+        checkpoint = folder / name / "checkpoints" / "step_1"
+        checkpoint.mkdir(parents=True)
+        shutil.copy(tokenizer_file, folder / name / "tokenizer.model")
+        facts = {
+            "step": 1,
+            "files": {},
+            "config": {"model": MODEL | moe},
+            "identity": Lineage(tokenizer_file).identity,
+            "context": CONTEXT,
+        }
+        (checkpoint / "manifest.json").write_bytes(CHECKPOINT.write(facts))
+    talk = [{"role": "user", "content": "how are you?"}, {"role": "assistant", "content": "I am fine, thank you."}]
+    lines = [json.dumps({"id": str(i), "messages": talk * (1 + i % 3)}) for i in range(20)]
+    (folder / "dialogues.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    train = {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2, "seq_length": 48}
+    common = {"run": {"dir": str(folder / "run")}, "train": train, "optimizer": {"lr": 0.001}}
+    task = {"digits": 4, "max_new_tokens": 8, "eval_prompts": 4}
+    data = {"dialogues": [str(folder / "dialogues.jsonl.gz")], "heldout_share": 0.0, "max_bad_share": 0.5}
+    init = {"run": str(folder / "dense")}
+    trees = {
+        "sft": {**common, "init": init, "data": data, "task": {**task, "demonstrations": 8}},
+        "grpo": {**common, "init": init, "task": task, "grpo": {"group_size": 4}},
+    }
+    for name, tree in trees.items():
+        (folder / f"{name}.toml").write_bytes(toml(tree))
+    return folder
+
+
+@pytest.fixture
+def run(base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
+    """Each command, as a function of the number of ranks and of overrides, which checks all and does nothing."""
+
+    def of(name: str) -> Run:
+        def call(ranks: int, overrides: Sequence[str]) -> None:
+            torchrun_environment(monkeypatch, ranks)
+            assert COMMANDS[name]([str(base / f"{name}.toml"), "--dry-run", *overrides]) == 0
+
+        return call
+
+    return {name: of(name) for name in COMMANDS}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run: dict[str, Run], command: str) -> None:
+    draw = random.Random(11)
+    told = legal = 0
+    for _ in range(120):
+        choices: dict[str, Sequence[object]] = {
+            "init.run": [base / "dense", base / "dense", base / "moe"],
+            "train.global_batch_size": [4, 12, 16, 24, 30, 48],
+            "train.micro_batch_size": [1, 2, 3, 4],
+            "train.seq_length": [9, 16, 23, 33, 48, 63],
+            **{f"parallel.{name}": [1, 1, 2, 3, 4] for name in ("tp", "pp", "cp", "ep", "vpp")},
+            "parallel.sp": [True, False, False],
+            "parallel.zero": [1, 1, 1, 2, 3],
+            "parallel.layers_per_stage": [None, None, None, [1, 3], [2, 1, 1]],
+            "task.digits": [3, 4, 6, 20, 32],
+            "task.max_new_tokens": [2, 5, 8, 30, 60],
+            "task.eval_prompts": [1, 3],
+        }
+        if command == "grpo":
+            choices["grpo.group_size"] = [2, 3, 4, 8]
+        ranks = draw.choice([1, 2, 3, 4, 8, 12])
+        overrides = drawn(draw, choices)
+        found = follow(run[command], ranks, overrides)
+        told += found
+        # What is legal in the end is reached by doing the first thing that each message says.
+        for _ in range(30):
+            message = refused(run[command], ranks, overrides)
+            if not (first := next(remedies(message), None)):
+                legal += not message
+                break
+            key, value = first
+            ranks = int(value) if key == "the number of ranks" else ranks
+            overrides = [one for one in overrides if not one.startswith(f"{key}=")]
+            overrides += [f"{key}={value}"] if value and key != "the number of ranks" else []
+        else:
+            raise AssertionError(f"{command}: no end of messages: {message}")
+    assert told > 150 and legal > 20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words", "right"),
+    [
+        (["init.run={dense}/checkpoints/step_1"], "is a checkpoint, not a run", ["init.run="]),
+        (["init.run=", "init.checkpoint={dense}"], "is a run, not a checkpoint", ["init.run="]),
+        (["init.run=", "init.checkpoint={dense}/checkpoints/step_9"], "are step_1", None),
+        (["init.run={empty}"], "has no whole checkpoint; train first", None),
+        (["init.run=", "init.checkpoint={empty}"], "it has none yet, so train first", None),
+        (["init.run="], "set init.run=RUN for the newest checkpoint", None),
+        (["init.checkpoint={dense}/checkpoints/step_1"], "both name the model", ["init.run="]),
+        (["init.tokenizer={empty}"], "leave the key out", None),
+        (["init.tokenizer={other}"], "is not the tokenizer that", None),
+    ],
+)
+def test_a_model_to_begin_from_is_found_as_the_message_says(
+    base: Path, run: dict[str, Run], tmp_path: Path, wrong: list[str], words: str, right: list[str] | None
+) -> None:
+    """`right` is what a person adds to the KEY=VALUE of the message; None: the message names no value to set."""
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    (tmp_path / "other").write_text("no such tokenizer")
+    places = {"dense": base / "dense", "empty": tmp_path / "empty", "other": tmp_path / "other"}
+    overrides = [one.format(**places) for one in wrong]
+    message = refused(run["grpo"], 1, overrides)
+    assert words in message
+    if "are step_1" in message:
+        right, overrides = [overrides[1].replace("step_9", "step_1")], overrides[:1]
+    elif "init.tokenizer" in message or "init.run=RUN" in message or "train first" in message:
+        right, overrides = [f"init.run={base / 'dense'}"], []
+    else:
+        right = [*(right or []), *(f"{key}={value}" for key, value in remedies(message) if "/" in value)]
+    assert not refused(run["grpo"], 1, [*overrides, *right])
