@@ -1,6 +1,7 @@
 """What can be done where values of a config do not fit together: the nearest ones that do, tried and not guessed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 
@@ -29,10 +30,7 @@ def could_be(key: str, present: Any, tried: Sequence[Any], fits: Callable[[Any],
 
 def remedies(misfit: Misfit, present: Callable[[str], Any], fits: Callable[[str, Any], bool]) -> str:
     """Says what to change about `misfit`: clauses of `could_be`, or that no key alone helps."""
-    clauses = [
-        could_be(key, present(key), tried, lambda value, key=key: fits(key, value))
-        for key, tried in misfit.tried.items()
-    ]
+    clauses = [could_be(key, present(key), tried, partial(fits, key)) for key, tried in misfit.tried.items()]
     if any(clauses):
         return ", or ".join(filter(None, clauses))
     return f"no other value of {' or '.join(misfit.tried)} alone is legal with the rest, so change more than one key"

@@ -49,7 +49,7 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     train = {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2, "seq_length": 48}
     common = {"run": {"dir": str(folder / "run")}, "train": train, "optimizer": {"lr": 0.001}}
     task = {"digits": 4, "max_new_tokens": 8, "eval_prompts": 4}
-    data = {"dialogues": [str(folder / "dialogues.jsonl.gz")], "heldout_share": 0.0, "max_bad_share": 0.5}
+    data = {"dialogues": [str(folder / "dialogues.jsonl.gz")], "heldout_share": 0.0, "max_bad_share": 1.0}
     init = {"run": str(folder / "dense")}
     trees = {
         "sft": {**common, "init": init, "data": data, "task": {**task, "demonstrations": 8}},
@@ -78,7 +78,7 @@ def run(base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
 def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run: dict[str, Run], command: str) -> None:
     draw = random.Random(11)
     told = legal = 0
-    for _ in range(120):
+    for _ in range(24):
         choices: dict[str, Sequence[object]] = {
             "init.run": [base / "dense", base / "dense", base / "moe"],
             "train.global_batch_size": [4, 12, 16, 24, 30, 48],
@@ -94,6 +94,8 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
         }
         if command == "grpo":
             choices["grpo.group_size"] = [2, 3, 4, 8]
+        else:  # dialogues are read after the layout is checked, so a layout's suggestion knows nothing of their lengths
+            choices["train.seq_length"] = [33, 48, 57, 63]
         ranks = draw.choice([1, 2, 3, 4, 8, 12])
         overrides = drawn(draw, choices)
         found = follow(run[command], ranks, overrides)
@@ -110,7 +112,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
             overrides += [f"{key}={value}"] if value and key != "the number of ranks" else []
         else:
             raise AssertionError(f"{command}: no end of messages: {message}")
-    assert told > 150 and legal > 20
+    assert told > 12 and legal > 3
 
 
 @pytest.mark.parametrize(
