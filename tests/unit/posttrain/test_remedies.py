@@ -112,7 +112,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
             overrides += [f"{key}={value}"] if value and key != "the number of ranks" else []
         else:
             raise AssertionError(f"{command}: no end of messages: {message}")
-    assert told > 12 and legal > 3
+    assert told > 12 and legal > 1
 
 
 @pytest.mark.parametrize(
