@@ -88,7 +88,7 @@ def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
     """Rounding to fp32 at the same place in two layouts would not show in their comparison."""
     settings = config("deepseek", tmp_path, {"tp": 2, "sp": True})
     meant = {
-        *("data.py:collate", "data.py:stack"),  # the loss mask
+        *("batch_source.py:collate", "batch_source.py:stack"),  # the loss mask
         *("init.py:_draw", "init.py:init_weights", "slices.py:cut"),
         "rope.py:rotary_angles",
         *("balance.py:__init__", "balance.py:finish"),  # the bias on the choice of experts
