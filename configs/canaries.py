@@ -13,12 +13,12 @@ from configs.cuts import DecontaminateConfig, LinesConfig, PiiConfig, Substrings
 from configs.dedup import DedupConfig
 from configs.rules import RuleSet
 from configs.section import Section
-from configs.sources import SourceConfig
+from configs.sources import ExtractConfig, SourceConfig
 
 KEPT = "kept"  # no stage drops it or cuts it
 DUPLICATES = ("exact_duplicate", "near_duplicate", "url_duplicate")  # all texts but one are dropped
 REPEATS = ("duplicate_line", "duplicate_paragraph", "duplicate_substring")  # one text, at least, is cut
-_AT_EXTRACT = ("empty", "no_main_text", "too_complex", "blocked_url")
+_OF_PAGES = ("no_main_text", "too_complex")
 
 
 class CanaryConfig(Section):
@@ -65,6 +65,9 @@ class Recipe(Protocol):
     def rules(self) -> Mapping[str, RuleSet]: ...
 
     @property
+    def extract(self) -> ExtractConfig: ...
+
+    @property
     def dedup(self) -> DedupConfig: ...
 
     @property
@@ -88,7 +91,7 @@ def check(config: Recipe) -> None:
                 f"canaries.{name}.source = {canary.source!r}: there is no such source; known under [sources]: "
                 f"{', '.join(sorted(config.sources))}"
             )
-        known = sorted(reasons(config, canary.source))
+        known = sorted(reasons(config, canary))
         if canary.reason not in known and not canary.reason.startswith(_line_rules(config, canary.source)):
             close = difflib.get_close_matches(canary.reason, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"possible are: {', '.join(known)}"
@@ -98,20 +101,27 @@ def check(config: Recipe) -> None:
             )
 
 
-def reasons(config: Recipe, source: str) -> Iterator[str]:
-    """For which documents of a source can be dropped or cut, and "kept"; without those of lines that rules drop."""
-    yield from (KEPT, "language_unexpected", *_AT_EXTRACT)
-    for rules in config.sources[source].rules.values():
+def reasons(config: Recipe, canary: CanaryConfig) -> Iterator[str]:
+    """For which a canary can be dropped or cut, and "kept"; without those of lines that rules drop."""
+    source = config.sources[canary.source]
+    yield from (KEPT, "empty", "one_character", *(_OF_PAGES if canary.html else ()))
+    if "any" not in source.rules:
+        yield "language_unexpected"
+    blocklist = config.extract.blocklist
+    if canary.url and (blocklist.domains or blocklist.hosts or blocklist.prefixes):
+        yield "blocked_url"
+    for rules in source.rules.values():
         for score, bound in config.rules[rules].bounds().items():
             yield from (f"{score}_{side}" for side in ("min", "max") if getattr(bound, side) is not None)
     dedup, lines, pii = config.dedup, config.lines, config.pii
-    on = {"exact_duplicate": dedup.exact, "near_duplicate": dedup.minhash, "url_duplicate": dedup.url}
-    yield from (reason for reason, wanted in on.items() if wanted)
+    if len(canary.texts) > 1:
+        on = {"exact_duplicate": dedup.exact, "near_duplicate": dedup.minhash, "url_duplicate": dedup.url}
+        yield from (reason for reason, wanted in on.items() if wanted)
     if config.decontaminate and config.decontaminate.enabled:
         yield "contaminated"
-    if lines and lines.enabled and _takes_part(lines.sources, source):
+    if lines and lines.enabled and _takes_part(lines.sources, canary.source):
         yield f"duplicate_{lines.unit}"
-    if config.substrings and config.substrings.enabled and _takes_part(config.substrings.sources, source):
+    if config.substrings and config.substrings.enabled and _takes_part(config.substrings.sources, canary.source):
         yield "duplicate_substring"
     if pii and pii.enabled:
         yield from (f"pii_{kind}" for kind in pii.actions)

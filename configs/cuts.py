@@ -104,8 +104,10 @@ class PiiConfig(Section):
     def _replacements_used(self) -> "PiiConfig":
         for kind in self.replacements:
             if self.actions.get(kind) != "replace":
+                # All of them, since actions that are given take the place of those that are on by default.
+                wanted = ", ".join(f'{name} = "{action}"' for name, action in {**self.actions, kind: "replace"}.items())
                 raise ValueError(
-                    f'replacements.{kind} is used by nothing; set actions.{kind} = "replace" or leave it out'
+                    f"replacements.{kind} is used by nothing; set actions = {{ {wanted} }}, or leave it out"
                 )
         return self
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import Section
+from configs.section import Section, is_name
 
 BY_SOURCE = ("weights", "epochs", "fim")  # keys that name sources
 _SHARES = {"weights", "temperature", "unimax"}
@@ -48,13 +48,20 @@ class PlanConfig(Section):
             )
         for source, epochs in self.epochs.items():
             if not epochs > 0:
-                raise ValueError(f"{key}.epochs.{source} = {epochs} is not above 0; give its weight or a cap above 0")
+                raise ValueError(f"{key}.epochs.{source} = {epochs} is not above 0; give a cap above 0")
         for source, rate in self.fim.items():
             if not 0 < rate <= 1:
-                raise ValueError(f"{key}.fim.{source} = {rate} is no share above 0 and up to 1; leave the source out")
+                raise ValueError(
+                    f"{key}.fim.{source} = {rate} is no share above 0 and up to 1; give one, or leave the key out to "
+                    "rearrange no document of the source"
+                )
         for source, weight in (self.weights or {}).items():
             if not weight > 0:
-                raise ValueError(f"{key}.weights.{source} = {weight} is not above 0; leave the source out instead")
+                named = [f"{key}.{part}" for part in BY_SOURCE if source in (getattr(self, part) or {})]
+                raise ValueError(
+                    f"{key}.weights.{source} = {weight} is not above 0; give a weight above 0, or leave the source out "
+                    f"of {' and '.join(named)}"
+                )
 
 
 class MixtureConfig(PlanConfig):
@@ -76,7 +83,7 @@ class MixtureConfig(PlanConfig):
         # From here on a stage says all of its keys, so that a config written out means the same when read again.
         object.__setattr__(self, "stages", {name: self._whole(stage) for name, stage in self.stages.items()})
         for name, plan in self.plans().items():
-            if name and not name.isidentifier():
+            if name and not is_name(name):
                 raise ValueError(f"stage name {name!r} becomes a folder: use letters, digits and _ only")
             plan.check(f"mixture.stages.{name}" if name else "mixture")
         return self

@@ -32,7 +32,10 @@ class Bound(Section):
         if self.min is None and self.max is None:
             raise ValueError("a rule needs min, max or both; leave the rule out to switch it off")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min = {self.min} is above max = {self.max}; swap them")
+            raise ValueError(
+                f"min = {self.min} is above max = {self.max}; lower min or raise max (give both, where a set in use "
+                "says the other one)"
+            )
         return self
 
 
@@ -151,7 +154,9 @@ class RuleSet(Section):
     def _sound(self) -> "RuleSet":
         for name in self.without:
             if not isinstance(getattr(self, name, None), Bound):
-                raise ValueError(f"without = {name!r} is no rule of this set; it has {', '.join(self.bounds())}")
+                has = ", ".join(self.bounds())
+                remedy = f"it has {has}" if has else "it has none, so leave without out"
+                raise ValueError(f"without = {name!r} is no rule of this set; {remedy}")
         if "bad_words" in self.bounds() and not self.bad_words_file:
             raise ValueError(
                 "the rule bad_words needs bad_words_file, a list with a word or phrase on each line; "
@@ -180,7 +185,7 @@ def combined(names: Sequence[str], own: dict[str, Any]) -> dict[str, Any]:
     Errors: ValueError for an unknown name, or for sets that mean different things by a key that `own` leaves open.
     """
     merged: dict[str, Any] = {}
-    said: dict[str, str] = {}
+    meant: dict[str, dict[str, Any]] = {}  # by key of MEANINGS what each set says
     for name in names:
         if name not in catalogue():
             close = difflib.get_close_matches(name, catalogue(), n=1, cutoff=0.3)
@@ -192,13 +197,21 @@ def combined(names: Sequence[str], own: dict[str, Any]) -> dict[str, Any]:
         for key, value in catalogue()[name].items():
             if key not in MEANINGS:
                 merged[key] = _stricter(merged[key], value) if key in merged else value
-            elif key in merged and merged[key] != value and key not in own:
-                raise ValueError(
-                    f"use = {list(names)} joins {said[key]} and {name}, which differ in {key}: {merged[key]!r} and "
-                    f"{value!r}; write {key} = ... beside use to choose, or use sets of one definition"
-                )
             else:
-                merged[key], said[key] = value, name
+                merged[key] = value
+                meant.setdefault(key, {})[name] = value
+    open_to = {
+        key: said for key, said in meant.items() if key not in own and any(v != merged[key] for v in said.values())
+    }
+    if open_to:
+        differing = "; ".join(
+            f"{key} is {' and '.join(f'{value!r} in {name}' for name, value in said.items())}"
+            for key, said in open_to.items()
+        )
+        raise ValueError(
+            f"use = {list(names)} joins sets that mean different things ({differing}); write "
+            f"{' and '.join(f'{key} = ...' for key in open_to)} beside use to choose, or use sets of one definition"
+        )
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merged[key] | value if both else value

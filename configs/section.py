@@ -1,5 +1,6 @@
 """The strict base of every config section: unknown keys, wrong types and later changes are errors."""
 
+import re
 import types
 import typing
 from typing import Any
@@ -16,6 +17,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def is_name(name: str) -> bool:
+    """Whether a name is of letters, digits and _ alone, so that it can be a folder, a key and a part of an id."""
+    return re.fullmatch(r"\w+", name) is not None
 
 
 def bare(annotation: Any) -> Any:

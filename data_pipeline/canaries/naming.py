@@ -7,7 +7,7 @@ what becomes of another. What canaries are for is in `plant`.
 
 from data_pipeline.core.hashing import stable_hash
 
-_SUFFIX = ".canaries"  # no source's name ends so: names of sources are identifiers
+_SUFFIX = ".canaries"  # no source's name ends so: those have no dots
 
 
 def canaries_of(source: str) -> str:

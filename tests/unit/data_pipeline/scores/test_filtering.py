@@ -58,8 +58,12 @@ def test_published_sets_are_combined_and_overridden() -> None:
     ("names", "own", "said"),
     [
         (["gopher_quality@papers"], {}, r"does not exist; did you mean 'gopher_quality@paper'\?"),
-        (["gopher_quality@paper", "gopher_repetition@datatrove"], {}, "differ in splitter: 'spaces' and 'spacy'"),
-        (["c4@paper", "c4@fineweb"], {"splitter": "spaces"}, "differ in c4"),
+        (
+            ["gopher_quality@paper", "gopher_repetition@datatrove"],
+            {},
+            "splitter is .spaces. in gopher_quality@paper and .spacy. in gopher_repetition@datatrove",
+        ),
+        (["c4@paper", "c4@fineweb"], {"splitter": "spaces"}, "c4 is .paper. in c4@paper and .fineweb. in c4@fineweb"),
     ],
 )
 def test_sets_that_do_not_go_together_are_refused(names: list[str], own: dict[str, str], said: str) -> None:
