@@ -6,6 +6,7 @@ known of a stage is its tally, of a document its rows in tables; texts are not r
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,8 @@ def _too_much(stage: str, tally: Tally, limit: float) -> list[str]:
                 reason, _ = max(reasons, key=lambda item: (getattr(item[1], unit), item[0]))
                 found.append(
                     f"{stage} dropped {lost:,} of {came_in:,} {unit} of {source} ({lost / came_in:.1%}), over the "
-                    f"limit of {limit:.0%}, most for {reason}; look at {stage}/drops, or set "
-                    f"alarms.stages.{stage}.max_drop_share"
+                    f"limit of {limit:.0%}, most for {reason}; look at it by `trivium data sample CONFIG --stage "
+                    f"{stage}`, or set alarms.stages.{stage}.max_drop_share = {math.ceil(1000 * lost / came_in) / 1000}"
                 )
                 break
     return found

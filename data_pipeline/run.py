@@ -17,7 +17,7 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -98,7 +98,7 @@ def run(
             _say(done[stage.name], number, len(stages), console)
             _check_some_left(done[stage.name], run_dir)
             if done[stage.name].fresh:
-                for warning in warnings({stage.name: done[stage.name]}, config):
+                for warning in warnings([stage.name], done, config):
                     warn(warning, console)
         canaries = look(run_dir, config.canaries, done)
         found = alarms({name: one.tally for name, one in done.items()}, run_dir, config.alarms) + missed(canaries)
@@ -106,10 +106,12 @@ def run(
         return list(done.values()), found
 
 
-def warnings(done: Mapping[str, Done], config: DataConfig) -> list[str]:
-    """What the stages that are done say of shortfalls; of a plan's, only the last that counted before the plan."""
-    counted = [name for name in COUNTED if name in done and "plan" not in done][-1:]
-    short = short_sources(done["documents"].tally, config) if "documents" in done else []
+def warnings(names: Collection[str], done: Mapping[str, Done], config: DataConfig) -> list[str]:
+    """What the stages `names` say of shortfalls; of a plan's, only the last of them that counted before the plan."""
+    counted = [name for name in COUNTED if name in names and "plan" not in names][-1:]
+    short = []
+    if "documents" in names:
+        short = short_sources(done["documents"].tally, done["extract"].tally, config)
     return short + [sentence for name in counted for sentence in short_plans(name, done[name].tally, config)]
 
 
@@ -150,12 +152,15 @@ def nothing_left_of_refused(run_dir: Path) -> Iterator[None]:
 def _check_needs(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path) -> None:
     """Errors: ConfigError for a chosen stage that needs another which is neither done nor chosen."""
     there: set[str] = set()
+    lacking: dict[str, list[str]] = {}  # of a stage that is neither done nor chosen: it, after those that it needs
     for stage in stages:
         if published(stage, run_dir) is None:
-            if stage.name not in chosen:
-                continue
             against = [stage.counted_against] if stage.counted_against else []
-            missing = dict.fromkeys(need.name for need in [*stage.needs, *against] if need.name not in there)
+            needs = [need.name for need in [*stage.needs, *against] if need.name not in there]
+            missing = dict.fromkeys(name for need in needs for name in lacking[need])
+            if stage.name not in chosen:
+                lacking[stage.name] = [*missing, stage.name]
+                continue
             if missing:
                 names = ",".join(missing)
                 raise ConfigError(
@@ -314,7 +319,8 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
         f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG",
         soft_wrap=True,
     )
-    for warning in warnings({stage.name: stage for stage in done}, config):
+    stages = {stage.name: stage for stage in done}
+    for warning in warnings(stages, stages, config):
         warn(warning, console)
     for alarm in found:
         console.print(f"alarm: {alarm}", highlight=False, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ Text is read by extract, language, score and signatures; filter and dedup read t
 changed without a scan. Signatures and dedup are in `dedup.stages`, those from there to documents in `cut_stages`.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -173,21 +174,7 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
     _make_ids_unique(shop, units, folder, logs)
     mask_samples(folder)
     tally = Tally.load_all(Path(tallies))
-    limit = config.extract.max_bad_share
-    for source, broken, records in bad_shares(tally):
-        if broken > limit * records:
-            failed = shop.run_dir / "extract.failed"
-            tally.save(folder / "ledger.json")
-            for texts in (
-                path for path in folder.iterdir() if path.is_dir() and path.name not in ("rejected", "drops")
-            ):
-                shutil.rmtree(texts)  # nobody reads them again
-            replace_folder(folder, failed)
-            raise ValueError(
-                f"source {source}: {broken} of {records} records ({broken / records:.1%}) are broken, over "
-                f"extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, "
-                "then repair the files or raise extract.max_bad_share"
-            )
+    _check_bad_shares(shop, tally, folder)
     for source in config.sources:
         counts = tally.of(source)
         if not counts.kept.documents:
@@ -204,6 +191,28 @@ def _extract(shop: Workshop, units: list[InputUnit], folder: Path, logs: Path) -
             )
     shutil.rmtree(shop.run_dir / "extract.failed", ignore_errors=True)  # of an attempt before this one
     return tally
+
+
+def _check_bad_shares(shop: Workshop, tally: Tally, folder: Path) -> None:
+    """Errors: ValueError for sources of which too many records are broken; what was set aside is kept then."""
+    limit = shop.config.extract.max_bad_share
+    bad = [(source, broken, records) for source, broken, records in bad_shares(tally) if broken > limit * records]
+    if not bad:
+        return
+    failed = shop.run_dir / "extract.failed"
+    tally.save(folder / "ledger.json")
+    for texts in (path for path in folder.iterdir() if path.is_dir() and path.name not in ("rejected", "drops")):
+        shutil.rmtree(texts)  # nobody reads them again
+    replace_folder(folder, failed)
+    told = "; ".join(
+        f"source {source}: {broken:,} of {records:,} records ({broken / records:.1%}) are broken"
+        for source, broken, records in bad
+    )
+    enough = max(math.ceil(1000 * broken / records) for _, broken, records in bad) / 1000
+    raise ValueError(
+        f"{told}: over extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, then "
+        f"repair the files or raise extract.max_bad_share to {enough}"
+    )
 
 
 def _make_ids_unique(shop: Workshop, units: Sequence[InputUnit], folder: Path, logs: Path) -> None:

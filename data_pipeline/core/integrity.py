@@ -94,8 +94,16 @@ def remedy(path: Path) -> str:
     """How a damaged file of a data run is made anew: as a part of a sentence, with the folder to delete."""
     for folder in path.parents:
         if (folder / STAGE_MANIFEST).is_file():
+            if "." in folder.name:  # an earlier result, that was kept for a training run: see `mixture.earlier`
+                return (
+                    f"restore the folder {folder} from a copy, or run `trivium data run` with the settings that it was "
+                    "made with"
+                )
             return f"delete the folder {folder} and run `trivium data run` again, which makes it anew"
-    return "delete the folder of the stage that it belongs to and run `trivium data run` again, which makes it anew"
+    return (
+        "delete the folder of the stage or plan that it belongs to, and make it anew by the command that made it, "
+        "`trivium data run` mostly"
+    )
 
 
 def fault(expected: Expected, advance: Callable[[int], None] | None = None, stop: threading.Event | None = None) -> str:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 _TICK_SECONDS = 0.3
 _LINE_SECONDS = 5.0
+_UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 Say = Callable[[str], None]
 
@@ -50,7 +51,7 @@ def watch(title: str, folder: Path, total: int, console: Console) -> Iterator[Sa
     stop = threading.Event()
     note = [""]
     target = _bar if console.is_terminal else _lines
-    thread = threading.Thread(target=target, args=(title, folder, max(total, 1), console, stop, note), daemon=True)
+    thread = threading.Thread(target=target, args=(title, folder, total, console, stop, note), daemon=True)
     thread.start()
     try:
         yield lambda text: note.__setitem__(0, text)
@@ -69,13 +70,21 @@ def _bar(title: str, folder: Path, total: int, console: Console, stop: threading
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"{title:<10}", total=total, note="")
+        task = progress.add_task(f"{title:<10}", total=total or None, note="")  # None: a bar that only says it works
         while not stop.wait(0.25):
             progress.update(task, completed=min(_done(folder), total), note=note[0])
 
 
 def _lines(title: str, folder: Path, total: int, console: Console, stop: threading.Event, note: list[str]) -> None:
     while not stop.wait(_LINE_SECONDS):
-        done = min(_done(folder), total)
         beside = f"; {note[0]}" if note[0] else ""
-        console.print(f"{title}: {done / 1e6:.1f} of {total / 1e6:.1f} MB{beside}", highlight=False, soft_wrap=True)
+        console.print(f"{title}: {_how_far(_done(folder), total)}{beside}", highlight=False, soft_wrap=True)
+
+
+def _how_far(done: int, total: int) -> str:
+    """Bytes, in the unit that fits `total`; of a stage whose work is no bytes of input, that it goes on."""
+    if total <= 0:
+        return "at work"
+    size, unit = next(((size, unit) for size, unit in _UNITS if total >= size), _UNITS[-1])
+    digits = 1 if size > 1 else 0
+    return f"{min(done, total) / size:,.{digits}f} of {total / size:,.{digits}f} {unit}"

@@ -18,12 +18,13 @@ _SURE = 0.8  # below this part of what is needed a warning is more likely right 
 COUNTED = ("dedup", "documents", "tokens")
 
 
-def short_sources(documents: Tally, config: DataConfig) -> list[str]:
-    """A sentence for each source that lacks documents; `documents` is the tally of that stage."""
+def short_sources(documents: Tally, extract: Tally, config: DataConfig) -> list[str]:
+    """A sentence for each source that lacks documents; `documents` and `extract` are the tallies of those stages."""
+    none = SourceTally()
     return [
         sentence
         for name in config.sources
-        for sentence in _of_source(name, documents.sources.get(name, SourceTally()), config)
+        for sentence in _of_source(name, documents.sources.get(name, none), extract.sources.get(name, none), config)
     ]
 
 
@@ -36,14 +37,18 @@ def short_plans(stage: str, tally: Tally, config: DataConfig) -> list[str]:
     ]
 
 
-def _of_source(name: str, counts: SourceTally, config: DataConfig) -> list[str]:
+def _of_source(name: str, counts: SourceTally, extract: SourceTally, config: DataConfig) -> list[str]:
     held_out = counts.notes.get("held out", 0)
     train = counts.kept.documents - held_out
     if not train:
-        return [
-            f"source {name} has no document left to train on, so it has no part in the mixture; if it should have one, "
-            "loosen its rules (see the drops of each stage) or give it more files"
-        ]
+        read = extract.came_in.documents
+        if not read:
+            why = f"no record was read from its files: name others by sources.{name}.files, or correct its format"
+        elif not extract.kept.documents:
+            why = f"none of its {read:,} records could be used: see extract/rejected and extract/drops for why"
+        else:
+            why = "stages after extract dropped it all: loosen its rules (see the drops of each stage), or add files"
+        return [f"source {name} has no document left to train on, so it has no part in the mixture; {why}"]
     if not held_out and config.heldout.share:
         return [
             f"source {name} has {train} {'document' if train == 1 else 'documents'} left, too few to hold one out: it "
@@ -64,11 +69,17 @@ def _of_plan(key: str, plan: PlanConfig, stage: str, tally: Tally) -> list[str]:
     return [
         f"{who} has {about}{int(has):,} tokens to give to {key} after {stage}, epochs counted, and "
         f"{key}.samples = {plan.samples:,} rows of {key}.seq_length = {plan.seq_length:,} want {int(wanted):,} of it: "
-        f"the plan stage is likely to refuse that; lower {key}.samples, raise {key}.max_epochs = {plan.max_epochs}, "
-        "or add text"
+        f"the plan stage is likely to refuse that; lower {key}.samples, raise {_caps(key, plan, who)}, or add text"
         for who, (has, wanted) in asked.items()
         if has < _SURE * wanted
     ]
+
+
+def _caps(key: str, plan: PlanConfig, who: str) -> str:
+    """The key that says how often a source's tokens may be repeated, with its value; of the whole run all of them."""
+    own = {f"source {name}": f"{key}.epochs.{name} = {cap:g}" for name, cap in plan.epochs.items()}
+    general = f"{key}.max_epochs = {plan.max_epochs}"
+    return own.get(who, general) if plan.weights or not plan.unimax else " and ".join([general, *own.values()])
 
 
 def _tokens(counts: SourceTally, stage: str) -> float:

@@ -53,7 +53,10 @@ def _items(path: str, settings: DecontaminateConfig) -> Iterator[Item]:
         elif is_parquet:
             yield from _rows(path, name, settings)
         elif settings.format == "parquet":
-            raise ValueError(f'evaluation file {name} is no Parquet file; set decontaminate.format = "jsonl"')
+            raise ValueError(
+                f'evaluation file {name} is no Parquet file; set decontaminate.format to "jsonl", or to "text" if '
+                "all of a file is one text"
+            )
         else:
             for line in _lines(file, name):
                 if line.too_long or line.content.strip():
@@ -88,15 +91,21 @@ def _fields(line: Line, name: str) -> Any:
     try:
         return orjson.loads(line.content.removeprefix("\ufeff".encode()))
     except orjson.JSONDecodeError as error:
-        raise ValueError(f"evaluation file {name}, line {line.number}: {error}; repair it") from None
+        raise ValueError(
+            f"evaluation file {name}, line {line.number}: {error}; repair it, or set decontaminate.format to "
+            '"text" if the file is no JSON lines but one text'
+        ) from None
 
 
 def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Item]:
     number = 0
     try:
         table = pq.ParquetFile(path)
-        wanted = [key for key in table.schema_arrow.names if key in (*settings.text_keys, settings.id_key)]
-        for batch in table.iter_batches(_BATCH_ROWS, columns=wanted):
+        names = table.schema_arrow.names
+        wanted = [key for key in names if key in (*settings.text_keys, settings.id_key)]
+        # With a column that is not there all are read: the message about it says which hold texts.
+        columns = wanted if set(settings.text_keys) <= set(names) else None
+        for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
             for fields in batch.to_pylist():
                 number += 1
                 yield _item(name, f"row {number}", number, fields, settings)
@@ -112,8 +121,20 @@ def _item(name: str, place: str, number: int, fields: Any, settings: Decontamina
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(
                 f"evaluation file {name}, {place}: expected a string, or a list of strings, under {key!r}; "
-                "set decontaminate.text_keys to the keys that hold its texts"
+                f"set decontaminate.text_keys to the keys that hold its texts{_such_as(fields)}"
             )
         parts.extend(texts)
     own = fields.get(settings.id_key)
     return Item(name, str(number if own is None else own), "\n".join(parts))
+
+
+def _such_as(fields: Any) -> str:
+    """The keys of an item that can be text keys, as the end of a sentence."""
+    if not isinstance(fields, Mapping):
+        return ", in a file with an object on each line"
+    found = []
+    for key, value in fields.items():
+        parts = value if isinstance(value, list) else [value]
+        if parts and all(isinstance(part, str) for part in parts):
+            found.append(key)
+    return f": of this one they are {', '.join(map(printable, found))}" if found else ": this one has none"

@@ -125,7 +125,7 @@ class Probes:
 
     @classmethod
     def of(cls, items: Iterator[Item], settings: DecontaminateConfig) -> "Probes":
-        names, words, sizes, distinct = [], [np.zeros(0, np.uint64)], [], []
+        names, words, sizes, distinct, lengths = [], [np.zeros(0, np.uint64)], [], [], []
         grams: list[tuple[np.ndarray, int, int]] = []
         for number, item in enumerate(items):
             found = words_of(unicodedata.normalize("NFC", item.text))
@@ -138,6 +138,7 @@ class Probes:
             names.append([item.file, item.id])
             words.append(hashes)
             sizes.append(size)
+            lengths.append(count // splitter.window(1))
             distinct.append(len(np.unique(hashed)))
             grams.append((hashed, number, size))
         counts = [len(hashed) for hashed, _, _ in grams]
@@ -150,6 +151,7 @@ class Probes:
                 "starts": np.cumsum([0, *map(len, words[1:])]),
                 "size": np.array(sizes, np.int64),
                 "distinct": np.array(distinct, np.int64),
+                "length": np.array(lengths, np.int64),  # in words, or pairs of characters in CJK text
                 "hash": table[order],
                 "gram_item": np.repeat(np.arange(len(grams)), counts)[order],
                 "gram_size": np.repeat(np.array(sizes, np.int64), counts)[order],
@@ -169,12 +171,15 @@ class Probes:
             return cls(dict(arrays), json.loads((Path(folder) / "names.json").read_text(encoding="utf-8")))
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """By file: its items, those too short to be looked for, and distinct n-grams, item by item."""
+        """By file: its items, those too short to be looked for, distinct n-grams, item by item, and the length of the
+        longest item, as min_words counts.
+        """
         found: dict[str, dict[str, int]] = {}
-        for (file, _), size, distinct in zip(
-            self.names, self.arrays["size"].tolist(), self.arrays["distinct"].tolist(), strict=True
+        for (file, _), size, distinct, length in zip(
+            self.names, *(self.arrays[name].tolist() for name in ("size", "distinct", "length")), strict=True
         ):
-            counts = found.setdefault(file, {"items": 0, "too_short": 0, "ngrams": 0})
+            counts = found.setdefault(file, {"items": 0, "too_short": 0, "ngrams": 0, "longest": 0})
+            counts["longest"] = max(counts["longest"], length)
             counts["items"] += 1
             counts["too_short"] += size == 0
             counts["ngrams"] += distinct
@@ -220,7 +225,9 @@ def require_probes(summary: dict[str, Any]) -> None:
     """Errors: ValueError for a file of which nothing would be found."""
     for file, counts in summary.items():
         if counts["items"] == counts["too_short"]:
+            longest = counts["longest"]
+            remedy = f"lower decontaminate.min_words to {longest}" if longest >= 2 else "leave the file out"
             raise ValueError(
-                f"evaluation file {file}: none of its {counts['items']} items has enough words to be looked for; "
-                "check decontaminate.text_keys, or lower decontaminate.min_words"
+                f"evaluation file {file}: none of its {counts['items']} items has enough words to be looked for, the "
+                f"longest has {counts['longest']}; check decontaminate.text_keys, or {remedy}"
             )

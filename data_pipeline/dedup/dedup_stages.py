@@ -146,12 +146,13 @@ def _index_key(config: DataConfig, run: Path) -> str:
         )
     theirs = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     mine = plain(config)
-    for name in _SIGNED:
-        if theirs["dedup"][name] != mine["dedup"][name]:
-            raise ConfigError(
-                f"dedup.{name} = {mine['dedup'][name]} here and {theirs['dedup'][name]} in the index {run}: their "
-                "signatures cannot be compared; set it to the index's, or run that again"
-            )
+    other = [name for name in _SIGNED if theirs["dedup"][name] != mine["dedup"][name]]
+    if other:
+        here, there = (", ".join(f"dedup.{name} = {keys['dedup'][name]}" for name in other) for keys in (mine, theirs))
+        raise ConfigError(
+            f"{here} here, and {there} in the index {run}: their signatures cannot be compared; set {there} here, or "
+            "run that again"
+        )
     if mine["dedup"]["minhash"] and config.dedup.verify is not False:
         for name in ("extract", "language"):
             if read_manifest(run / name) is None:

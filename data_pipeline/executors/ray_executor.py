@@ -30,7 +30,8 @@ class RayExecutor(Executor):
             import ray
         except ImportError:
             raise ConfigError(
-                "run.executor = ray needs the package ray; run: pip install 'trivium[ray]', or take --executor local"
+                "run.executor = ray needs the package ray; run: pip install -c constraints.txt '.[ray]', or take "
+                "--executor local"
             ) from None
         self._ray: Any = ray
         self._options = options

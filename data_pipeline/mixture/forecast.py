@@ -4,6 +4,7 @@ A forecast of the plan that was asked for: it trains nothing and knows nothing o
 plan.json; `show` prints it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,12 +64,15 @@ def check_enough(
     max_epochs: float,
     own: Mapping[str, float],
     capped: bool,
+    weighted: bool,
+    key: str,
 ) -> None:
     """Refuses a mixture that needs more epochs than it may have.
 
     `sources` say name, share, samples, rows_per_epoch, most_rows (within the cap), epochs_for (all samples), tokens and
     documents; `own` has the caps of single sources.
-    `capped` says that shares follow from the caps, as UniMax's do.
+    `capped` says that shares follow from the caps, as UniMax's do, `weighted` that they follow from weights; `key` is
+    where the config has the mixture.
     Errors: ValueError with what there is, what it would take, and what to change.
     """
     most = {source["name"]: source["most_rows"] for source in sources}
@@ -83,23 +87,26 @@ def check_enough(
         lacks.append(
             f"{name} is to give {source['samples']:,} rows ({source['share']:.1%}) and has {rows:,} an epoch"
             f"{within} ({source['tokens']:,} tokens in {source['documents']:,} "
-            f"documents): at most {most[name] / samples:.1%} of the mixture, or {epochs} epochs"
+            f"documents): at most {math.floor(1000 * most[name] / samples) / 10}% of the mixture, or {epochs} epochs"
         )
         if name in own:
-            limits.append(f"mixture.epochs.{name} = {own[name]:g}")
-            raises.append(f"mixture.epochs.{name} to {epochs}")
+            limits.append(f"{key}.epochs.{name} = {own[name]:g}")
+            raises.append(f"{key}.epochs.{name} to {epochs}")
     general = [source["epochs_for"] for source in short if source["name"] not in own]
     if general:
-        limits.append(f"mixture.max_epochs = {max_epochs}")
-        raises.append(f"mixture.max_epochs to {max(general)}")
+        limits.append(f"{key}.max_epochs = {max_epochs}")
+        raises.append(f"{key}.max_epochs to {max(general)}")
     enough = sum(most.values())
     if not capped:
         enough = most_samples([source["share"] for source in sources], list(most.values()))
-    lower = "" if capped else f"lower the weight of {' and '.join(source['name'] for source in short)}, "
+    remedies = [f"lower {key}.samples to {enough:,}"] if enough else []
+    if weighted and len(sources) > len(short):
+        remedies.append(f"lower the weight of {' and '.join(source['name'] for source in short)}")
+    remedies.append(f"raise {' and '.join(raises)}")
+    what = f"{', '.join(remedies)}, or add text"
     raise ValueError(
-        f"too few tokens for mixture.samples = {samples:,} rows of mixture.seq_length = {seq_length:,} within "
-        f"{' and '.join(limits)}: "
-        f"{'; '.join(lacks)}. Lower mixture.samples to {enough:,}, {lower}raise {' and '.join(raises)}, or add text"
+        f"too few tokens for {key}.samples = {samples:,} rows of {key}.seq_length = {seq_length:,} within "
+        f"{' and '.join(limits)}: {'; '.join(lacks)}. {what[0].upper()}{what[1:]}"
     )
 
 

@@ -90,6 +90,7 @@ def lay_out(
     fim_spm: float = 0.5,
     without: Gone | None = None,
     after: tuple[Plan, int] | None = None,
+    key: str = "mixture",
 ) -> Draft:
     """A mixture of `samples` rows of `seq_length` tokens; writes nothing.
 
@@ -99,7 +100,7 @@ def lay_out(
     single sources in place of `max_epochs`, `fim` the shares of their documents for fill-in-the-middle, `fim_spm` of
     those in SPM form. `without` leaves documents out. `after` is an earlier plan and the number of its samples that are
     used: no token of theirs comes again before its source's epoch is over, caps on epochs count them, and what that
-    plan left out stays out.
+    plan left out stays out. `key` is what messages call the mixture.
     Errors: ValueError for settings of unknown sources, stores of another tokenizer, or too few tokens, which
     says how many there are and what to change.
     """
@@ -117,7 +118,7 @@ def lay_out(
     cursors = after[0].cursors(after[1]) if after else {}
     gone = _together(without or {}, after[0].gone if after else {})
     sources = []
-    opened = _open_sources(tokens / TRAIN, named, gone)
+    opened = _open_sources(tokens / TRAIN, named, gone, key)
     if fim:
         fill.Symbols.of(model.special_ids)
     for name, shards in opened.items():
@@ -153,7 +154,7 @@ def lay_out(
         "fim": fim,
         "fim_spm": fim_spm,
     }
-    _check_enough(sources, shares, counts, settings)
+    _check_enough(sources, shares, counts, settings, key)
     return Draft(settings, model, sources, shares, sample_sources, cursors, gone)
 
 
@@ -169,7 +170,7 @@ def _shares(
 
 
 def _check_enough(
-    sources: list[Source], shares: Mapping[str, float], counts: np.ndarray, settings: Mapping[str, Any]
+    sources: list[Source], shares: Mapping[str, float], counts: np.ndarray, settings: Mapping[str, Any], key: str
 ) -> None:
     asked = [
         {
@@ -185,17 +186,17 @@ def _check_enough(
         for source, count in zip(sources, counts, strict=True)
     ]
     limits = settings["samples"], settings["seq_length"], settings["max_epochs"], settings["epochs"]
-    check_enough(asked, *limits, capped=settings["unimax"])
+    check_enough(asked, *limits, capped=settings["unimax"], weighted=settings["weights"] is not None, key=key)
 
 
-def _open_sources(folder: Path, named: Mapping[str, Mapping[str, float]], gone: Gone) -> dict[str, Shards]:
-    """The sources of the weights, or all. `named`: the mixture's keys that name sources."""
+def _open_sources(folder: Path, named: Mapping[str, Mapping[str, float]], gone: Gone, key: str) -> dict[str, Shards]:
+    """The sources of the weights, or all. `named`: the keys of the mixture, which is under `key`, that name sources."""
     found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not found:
         raise ValueError(f"no token stores under {folder}; run `trivium data run` first")
-    for key, names in named.items():
+    for part, names in named.items():
         for name in sorted(set(names) - set(found)):
-            raise ValueError(f"mixture.{key}.{name}: there is no such source; tokens hold {', '.join(found)}")
+            raise ValueError(f"{key}.{part}.{name}: there is no such source; tokens hold {', '.join(found)}")
     opened = {name: Shards.in_folder(folder / name) for name in (named["weights"] or found)}
     for name, shards in opened.items():
         shards.leave_out(gone.get(f"{TRAIN}/{name}", ()))

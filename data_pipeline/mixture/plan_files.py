@@ -28,6 +28,7 @@ def build_plan(
     *,
     without: Gone | None = None,
     after: tuple[Plan, int] | None = None,
+    key: str = "mixture",
     **settings: Any,
 ) -> dict[str, Any]:
     """Writes the plan that `lay_out` makes of the same settings into folder `out`; returns what plan.json says.
@@ -35,7 +36,7 @@ def build_plan(
     Errors: ValueError as `lay_out`; nothing is written then.
     """
     tokens, out = Path(tokens), Path(out)
-    draft = lay_out(tokens, tokenizer, without=without, after=after, **settings)
+    draft = lay_out(tokens, tokenizer, without=without, after=after, key=key, **settings)
     plan, model = draft.outlook(), draft.model
     begins, left = cursor.described(draft.cursors)
     arrays: dict[str, np.ndarray] = {
@@ -102,9 +103,10 @@ def build_stages(
     for name, settings in without_empty(Path(tokens), stages).items():
         folder = Path(out) / name
         try:
-            build_plan(tokens, tokenizer, folder, without=without, after=after, **dict(settings))
+            key = f"mixture.stages.{name}" if name else "mixture"
+            build_plan(tokens, tokenizer, folder, without=without, after=after, key=key, **dict(settings))
         except ValueError as error:
-            raise ValueError(f"mixture.stages.{name}: {error}" if name else str(error)) from None
+            raise ValueError(f"{key}: {error}" if name else str(error)) from None
         plan = Plan.open(folder)
         after = plan, plan.num_samples
 

@@ -1,6 +1,8 @@
 """Where a document is in each stage's tables, in the token stores and in the plan. Reads what a data run published."""
 
+import contextlib
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.loader import ConfigError
+from configs.sealed import CHECKPOINT
 from data_pipeline.core.checked_parquet import read_parquet
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import read_table, shards_of
@@ -135,6 +138,37 @@ class Stretch:
     global_batch_size: int
     data: str  # the plan's fingerprint
     plan: str  # where it was
+    places: tuple[str, ...] = ()  # where else it may be: seen from the run, which may have moved with it
+
+    def find_plan(self) -> Plan | None:
+        """The plan that the steps were trained on; None where it is no longer to be found.
+
+        Errors: ValueError for one that is damaged.
+        """
+        return find_in((self.plan, *self.places), self.data)
+
+
+def find_in(places: Iterable[str], fingerprint: str) -> Plan | None:
+    """The first plan of this fingerprint, at a place or kept beside it. Errors: ValueError for a damaged one."""
+    return next((plan for place in places if (plan := find(place, fingerprint))), None)
+
+
+def kept_places(run: Path) -> tuple[str, ...]:
+    """Where the plans of a training run are by what its checkpoints say, the newest checkpoint first."""
+    found = []
+    for path in sorted(run.glob("checkpoints/*/manifest.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            if place := CHECKPOINT.read(path.read_bytes(), path).get("plan"):
+                found += [place["path"], os.path.normpath(run.resolve() / place["relative"])]
+    return tuple(dict.fromkeys(found))
+
+
+def _started_in(run: Path, named: str) -> Path | None:
+    """The folder from which the run of this directory was started, where its config called it `named`."""
+    parts, own = Path(os.path.normpath(named)).parts, run.resolve().parts
+    if Path(named).is_absolute() or not parts or own[-len(parts) :] != parts:
+        return None
+    return Path(*own[: -len(parts)])
 
 
 def plans(run_dir: Path, run: Sequence[Stretch]) -> dict[str, Plan]:
@@ -145,7 +179,7 @@ def plans(run_dir: Path, run: Sequence[Stretch]) -> dict[str, Plan]:
     found = {(Path("plan") / name).as_posix(): plan for name, plan in open_plans(run_dir / "plan").items()}
     for one in run:
         if one.data not in {plan.fingerprint for plan in found.values()}:
-            plan = find(one.plan, one.data)
+            plan = one.find_plan()
             if plan is None:
                 raise ValueError(
                     f"the plan that steps from {one.first_step} on were trained on is no longer at {one.plan}, nor "
@@ -163,7 +197,14 @@ def stretches(run: Path) -> list[Stretch]:
     entries = json.loads(path.read_text(encoding="utf-8"))
     if any(entry["plan"] is None for entry in entries):
         raise ConfigError(f"--run {run} was not trained on a plan; name the run.dir of a pretraining run")
-    return [Stretch(**{field.name: entry[field.name] for field in fields(Stretch)}) for entry in entries]
+    kept = kept_places(run)
+    found = []
+    for entry in entries:
+        start = _started_in(run, entry.get("config", {}).get("run", {}).get("dir", ""))
+        places = (str(start / entry["plan"]),) if start else ()
+        own = {field.name: entry[field.name] for field in fields(Stretch) if field.name != "places"}
+        found.append(Stretch(**own, places=(*places, *kept)))
+    return found
 
 
 def steps(run: Sequence[Stretch], plan: Plan, samples: Iterable[int]) -> list[int]:

@@ -15,10 +15,10 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT
-from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan, open_plans
+from data_pipeline.provenance.lookup import find_in, kept_places
 from data_pipeline.report.ledger_tables import wide_console
 
 
@@ -38,7 +38,8 @@ def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
     if where is None:
         raise ConfigError(f"--after {checkpoint}: it was not trained on a plan, so there is none to go on from")
     try:
-        opened = find(where, manifest["identity"]["data"])
+        places = (plan,) if plan else (where, *kept_places(checkpoint.resolve().parent.parent))
+        opened = find_in(map(str, places), manifest["identity"]["data"])
     except ValueError as error:
         raise ConfigError(f"--after {checkpoint}: {error}; or say where its plan is by --plan") from None
     if opened is None:
@@ -57,9 +58,10 @@ def rest(stages: Mapping[str, PlanConfig], samples: int) -> dict[str, PlanConfig
         if samples < end:
             left[name] = stage.model_copy(update={"samples": end - max(begin, samples)})
     if not left:
+        key = f"mixture.stages.{name}.samples" if name else "mixture.samples"
         raise ConfigError(
             f"the checkpoint has used {samples:,} samples, and the mixture of CONFIG has {end:,} in all, the used ones "
-            "among them; raise mixture.samples (of the last stage, if it has stages)"
+            f"among them; raise {key} above {samples - end + stage.samples:,}"
         )
     return left
 

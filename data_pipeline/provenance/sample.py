@@ -156,6 +156,17 @@ def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def _switched_off(config: DataConfig, stage: str) -> str:
+    """What switches a stage on that the config has off; "" for one that is on."""
+    if stage == "web_lines":
+        cuts = any(rules.drop_lines for rules in config.rules.values())
+        return "" if cuts else 'give a rule set drop_lines = ["c4"] or ["refinedweb"]'
+    section = getattr(config, stage, True)  # stages that are always on have none, or one that cannot be left out
+    if section is None:
+        return f"add a section [{stage}]"
+    return "" if getattr(section, "enabled", True) else f"set {stage}.enabled = true"
+
+
 def _nothing(run_dir: Path, stage: str, reason: str, source: str) -> ConfigError:
     manifest = read_manifest(run_dir / stage)
     assert manifest is not None
@@ -193,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--stage {args.stage!r} drops and cuts nothing; those that do: {', '.join(_STAGES)}")
     run_dir = Path(config.run.dir)
     if read_manifest(run_dir / args.stage) is None:
+        if remedy := _switched_off(config, args.stage):
+            raise ConfigError(f"--stage {args.stage}: the config has this stage switched off; {remedy}, and run it")
         raise ConfigError(
             f"run.dir = {str(run_dir)!r} holds no finished stage {args.stage!r}; run: trivium data run CONFIG"
         )

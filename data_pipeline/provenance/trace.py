@@ -39,11 +39,11 @@ def batch(plan: Plan, stretch: Stretch, step: int) -> list[dict[str, Any]]:
 
 
 def _plan(stretch: Stretch, path: Path | None) -> Plan:
-    plan = find(path or stretch.plan, stretch.data)
+    plan = find(path, stretch.data) if path else stretch.find_plan()
     if plan is None:
         raise ConfigError(
             f"neither {path or stretch.plan} nor a plan kept beside it is the one that the step was trained on, which "
-            f"was at {stretch.plan}; name it by --plan"
+            f"was at {stretch.plan}; name the folder where it is now by --plan"
         )
     return plan
 

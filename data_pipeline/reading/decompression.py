@@ -110,13 +110,34 @@ class Member:
             yield block
 
     def skip_to(self, mark: bytes, start: int) -> bool:
-        """Goes on at the first `mark` to begin a line from byte `start` of an uncompressed file on, if there is one."""
-        found = -1 if self._codec else self._source.find(b"\n" + mark, start)
-        if found < 0:
+        """Goes on at the first `mark` behind a line's end or a zero, from byte `start` of an uncompressed file on, if
+        there is one.
+        """
+        found = -1 if self._codec else self._source.find((b"\n" + mark, b"\0" + mark), start)
+        if found >= 0:
+            self._restart(found + 1)
+        return found >= 0
+
+    def find(self, mark: bytes, start: int) -> int:
+        """Where `mark` is next in an uncompressed file, from byte `start` on; -1 for nowhere. Moves what is read."""
+        return self._source.find((mark,), start)
+
+    def pass_padding(self, start: int) -> int:
+        """The first byte of an uncompressed file, from `start` on, that is no zero and no line end; -1 for none."""
+        self._source.seek(start)
+        return self._source.position if self._source.pass_over(b"\0\r\n") else -1
+
+    def goes_on_with(self, mark: bytes, start: int) -> bool:
+        """Goes on at byte `start` of an uncompressed file, if `mark` is there."""
+        self._source.seek(start)
+        if not self._source.begins_with(mark):
             return False
-        self._source.seek(found + 1)
-        self.offset, self._position, self._buffer, self.ended = found + 1, 0, memoryview(b""), False
+        self._restart(start)
         return True
+
+    def _restart(self, start: int) -> None:
+        self._source.seek(start)
+        self.offset, self._position, self._buffer, self.ended = start, 0, memoryview(b""), False
 
     def _fill(self) -> None:
         data = self._source.peek()
@@ -166,10 +187,10 @@ class _Source:
             self._advance(self.position - self._furthest)
             self._furthest = self.position
 
-    def pass_zeros(self) -> bool:
-        """Goes over the zeros that fill up blocks behind a member, as gzip does; whether anything is left."""
+    def pass_over(self, padding: bytes) -> bool:
+        """Goes over bytes that are among `padding`; whether anything is left."""
         while data := self.peek():
-            left = len(bytes(data).lstrip(b"\0"))
+            left = len(bytes(data).lstrip(padding))
             self.consume(len(data) - left)
             if left:
                 return True
@@ -189,15 +210,23 @@ class _Source:
         if is_bomb(produced, self.position - start, self._limits):
             raise _Stop("expansion_limit")
 
-    def find(self, mark: bytes, start: int) -> int:
-        """Where `mark` is next, from `start` on; -1 for nowhere."""
+    def begins_with(self, mark: bytes) -> bool:
+        """Whether `mark` is next. Moves what is read."""
+        head = b""
+        while len(head) < len(mark) and (data := self.peek()):
+            head += bytes(data[: len(mark) - len(head)])
+            self.consume(min(len(data), len(mark)))
+        return head == mark
+
+    def find(self, marks: tuple[bytes, ...], start: int) -> int:
+        """Where one of `marks`, all of one length, is next, from `start` on; -1 for nowhere."""
         self.seek(start)
         tail = b""
         while data := self.peek():
             window = tail + bytes(data)
-            if (found := window.find(mark)) >= 0:
-                return self.position - len(tail) + found
-            tail = window[-len(mark) + 1 :]
+            if found := [place for mark in marks if (place := window.find(mark)) >= 0]:
+                return self.position - len(tail) + min(found)
+            tail = window[-len(marks[0]) + 1 :]
             self.consume(len(data))
         return -1
 
@@ -220,7 +249,7 @@ def members(file: BinaryIO, limits: ExtractConfig, advance: Advance, claimed: st
     if not source.kind:
         yield Member(source, 0)
         return
-    while source.pass_zeros():
+    while source.pass_over(b"\0"):  # what fills up blocks behind a member, as gzip does
         member = Member(source, source.position)
         yield member
         while not member.ended:
@@ -236,7 +265,7 @@ def members(file: BinaryIO, limits: ExtractConfig, advance: Advance, claimed: st
 
 def _next_sound(source: _Source, start: int, limits: ExtractConfig) -> int:
     """Where a member begins whose first block can be read; -1 for nowhere. A magic number may turn up by chance."""
-    while (found := source.find(_MAGICS[source.kind], start)) >= 0:
+    while (found := source.find((_MAGICS[source.kind],), start)) >= 0:
         source.seek(found)
         probe = Member(source, found)
         probe.read()

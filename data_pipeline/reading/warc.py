@@ -27,8 +27,9 @@ from data_pipeline.reading.records import Advance, FoundFile, Record, sample
 
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _PAGE_RECORDS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+_ANY = WarcRecordType.any_type
 _BLOCK = 1 << 16
-_MARK = b"WARC/1."
+_MARK, _HEAD_END = b"WARC/1.", b"\r\n\r\n"
 
 
 def read_warc(
@@ -53,27 +54,44 @@ def read_warc(
 
 
 def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
-    """The records of a member; damage in it is one record, and ends a compressed member."""
+    """The records of a member; damage in it is one record, and ends a compressed member. Zeros between records, or
+    behind the last one, are padding.
+    """
     stream: Any = member  # FastWARC asks for read and tell alone
     bad: Record | None = None
     going = True
     while going:
         going = False
-        after = member.offset  # up to where nothing is damaged
+        last: tuple[int, int] | None = None  # where the last sound record begins, and the length of its content
         try:
-            for entry in ArchiveIterator(stream, record_types=_PAGE_RECORDS, parse_http=False, stream_detect=False):
+            for entry in ArchiveIterator(stream, record_types=_ANY, parse_http=False, stream_detect=False):
                 position = member.offset + entry.stream_pos
                 if bad:
                     bad.size = position - bad.position
                     yield bad
                     bad = None
-                after = position + entry.content_length
-                yield _record(entry, position, limits)
+                last = position, entry.content_length
+                if entry.record_type & _PAGE_RECORDS:
+                    yield _record(entry, position, limits)
         except (OSError, ValueError) as error:
+            if last and not bad and (end := _end_of(member, *last)) is not None:
+                following = member.pass_padding(end)
+                if following < 0:
+                    return
+                if following > end and member.goes_on_with(_MARK, following):
+                    going = True
+                    continue
+            after = sum(last) if last else member.offset  # up to where nothing is damaged
             bad = bad or Record(after, 0, str(error), reason="bad_warc")
             going = member.skip_to(_MARK, after + 1)
     if bad:
         yield bad
+
+
+def _end_of(member: Member, position: int, length: int) -> int | None:
+    """Where a record of an uncompressed file ends, the line ends behind it left out; None where that is not known."""
+    head = -1 if member.compressed else member.find(_HEAD_END, position)
+    return None if head < 0 else head + len(_HEAD_END) + length
 
 
 def _record(entry: Any, position: int, limits: ExtractConfig) -> Record:
@@ -92,7 +110,7 @@ def _record(entry: Any, position: int, limits: ExtractConfig) -> Record:
     if is_type_unknown(kind):
         kind = mime_type(entry.headers.get("WARC-Identified-Payload-Type") or "")
     plain = entry.record_type == WarcRecordType.conversion and kind == "text/plain"
-    if stored < entry.content_length:
+    if stored < entry.content_length or "Content-Length" not in entry.headers:
         record.reason = "cut_record"
     elif not response.has_page():
         record.reason = "http_error"

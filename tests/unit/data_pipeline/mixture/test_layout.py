@@ -91,7 +91,7 @@ def test_too_few_tokens_say_how_many_and_what_to_change(tokens: Path, tokenizer_
     assert f"{total:,} tokens" in message and "chinese is to give 4,000 rows" in message
     assert not (tmp_path / "plan.json").exists()
     # What it advises works, and one more does not.
-    most = int(message.split("Lower mixture.samples to ")[1].split(", lower")[0].replace(",", ""))
+    most = int(message.split("Lower mixture.samples to ")[1].split(", ")[0].replace(",", ""))
     make(tokens, tokenizer_folder, tmp_path, **changes | {"samples": most})
     with pytest.raises(ValueError, match="too few tokens"):
         make(tokens, tokenizer_folder, tmp_path, **changes | {"samples": most + 10})

@@ -156,10 +156,10 @@ def test_plans_change_after_any_sample(tokens: Path, tokenizer_folder: Path, tmp
 def test_caps_count_all_stages(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     build_stages(tokens, tokenizer_folder, tmp_path / "enough", mixture().plans())
     with pytest.raises(
-        ValueError, match=r"mixture\.stages\.annealing: too few tokens .*mixture\.max_epochs = 1"
+        ValueError, match=r"mixture\.stages\.annealing: too few tokens .*mixture\.stages\.annealing\.max_epochs = 1"
     ) as error:
         build_stages(tokens, tokenizer_folder, tmp_path / "few", mixture(max_epochs=1).plans())
-    cap = int(str(error.value).split("raise mixture.max_epochs to ")[1].split(",")[0])
+    cap = int(str(error.value).split("raise mixture.stages.annealing.max_epochs to ")[1].split(",")[0])
     stages = dict(list(mixture(max_epochs=cap).plans().items())[:2])
     build_stages(tokens, tokenizer_folder, tmp_path / "just", stages)
     with pytest.raises(ValueError, match="annealing: too few tokens"):

@@ -287,3 +287,25 @@ def test_pages_beyond_all_measure(tmp_path: Path) -> None:
     found = extract(tmp_path, ["html", *(str(tmp_path / f"{number}.html") for number in range(4))])
     assert [reasons for _, reasons, _ in found] == [["too_complex"]] * 4
     assert not too_complex("<p>one<li>two<br><td>" * 9000 + "<div><b>x</b></div>" * 9000)
+
+
+def test_zeros_in_an_uncompressed_warc_are_padding_and_what_is_cut_is_not(tmp_path: Path) -> None:
+    pages = [gzip.decompress(member) for member in warc([PAGE.format(n).encode() for n in range(3)])]
+    whole, other = b"".join(pages), pages[2].replace(b"WARC-Type: response", b"WARC-Type: metadata")
+    for size in (1, 511, 200_000):
+        zeros = b"\0" * size
+        for content, count in (
+            (whole + zeros, 3),
+            (zeros.join([*pages, b""]), 3),
+            (pages[0] + other + zeros, 1),
+            (pages[0] + other + zeros + pages[1] + zeros, 2),
+        ):
+            assert reasons(read(tmp_path / "a.warc", content, "warc")) == [""] * count
+        # Zeros in place of all records, a record's head that is cut, and damage before or behind the zeros.
+        for content, expected in (
+            (zeros, ["bad_warc"]),
+            (whole + pages[0][:40] + zeros, ["", "", "", "cut_record" if size > 1 else "bad_warc"]),
+            (pages[0] + zeros + b"CRAW" + pages[1][4:] + zeros + pages[2], ["", "bad_warc", ""]),
+            (pages[0] + b"CRAW" + pages[1][4:] + zeros, ["", "bad_warc"]),
+        ):
+            assert reasons(read(tmp_path / "a.warc", content, "warc")) == expected
