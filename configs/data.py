@@ -39,7 +39,7 @@ class TokenizerConfig(Section):
     """The number of tokens, control symbols and bytes among them."""
     train_bytes: int = Field(default=8_000_000, ge=1)
     """The most bytes of text that it is trained on."""
-    character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    character_coverage: float = Field(default=0.9995, ge=0.98, le=1)
     """The share of the text's characters that get a token of their own; the rest is written in bytes."""
     max_piece_length: int = Field(default=16, ge=1)
     """The most characters of one token."""

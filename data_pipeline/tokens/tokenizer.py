@@ -30,6 +30,7 @@ SPECIALS = (UNK, BOS, EOS, PAD, *CHAT_CONTROLS)  # ids 0..7
 FIM_CONTROLS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # ids 8..10 where fill-in-the-middle is asked for
 
 SPACE = "\u2581"  # sentencepiece's inner sign for a space: it would turn a real one in the text into a space
+_LEAST_SIZE = 300  # that a config takes
 _CHUNK_CHARS = 1000  # training sees pieces of documents of about this size, cut after a line
 # The trainer skips a sentence that has its own marks in it, so text is cut at them.
 _TRAINER_MARKS = re.compile("[\t\0\u2581\u2585]")
@@ -94,9 +95,7 @@ def train(
         )
     except RuntimeError as error:
         said = " ".join(str(error).split())
-        remedy = "lower tokenizer.vocab_size, or give it more text"
-        if "required_chars" in said:  # the other way round: not even single characters fit
-            remedy = "raise tokenizer.vocab_size, or lower tokenizer.character_coverage"
+        remedy = _remedy(said)
         raise ValueError(
             f"sentencepiece cannot make tokenizer.vocab_size = {vocab_size} pieces from {used:,} bytes of "
             f"text; {remedy} (it says: {said})"
@@ -120,6 +119,17 @@ def train(
     write_atomic(out / MODEL_FILE, model)
     write_atomic(out / INFO_FILE, (json.dumps(info, indent=1) + "\n").encode())
     return info
+
+
+def _remedy(said: str) -> str:
+    """What to do about a vocabulary size that the trainer refuses; it says which sizes it takes."""
+    if "required_chars" in said:  # not even single characters fit
+        least = re.search(r"\d+ vs (\d+)", said)
+        return f"raise tokenizer.vocab_size{f' to {least[1]}' if least else ''}"
+    most = re.search(r"value <= (\d+)", said)
+    if most and int(most[1]) < _LEAST_SIZE:
+        return "give it more text"
+    return f"lower tokenizer.vocab_size{f' to {most[1]}' if most else ''}, or give it more text"
 
 
 def _sample(

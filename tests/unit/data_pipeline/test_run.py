@@ -238,7 +238,9 @@ def test_stages_run_alone_or_up_to_one(config: Path, capsys: pytest.CaptureFixtu
     """Stage after stage, each in a command of its own, publishes what one command does."""
     assert main([str(config), f"run.dir={config.parent}/whole"]) == 0
     names = list(ledger(config.parent / "whole"))
-    with pytest.raises(ConfigError, match=r"--stage filter: it needs score, not done yet .* by --until filter"):
+    with pytest.raises(
+        ConfigError, match=r"--stage filter: it needs extract,language,score, not done yet .* by --until filter"
+    ):
         main([str(config), "--stage", "filter"])
     assert main([str(config), "--until", "score", "--executor", "local"]) == 0
     assert list(ledger(run_folder(config))) == names[: 1 + names.index("score")]

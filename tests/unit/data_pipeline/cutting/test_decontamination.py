@@ -105,7 +105,7 @@ def test_matches_agree_with_sets_of_ngrams(tmp_path: Path, source: str, size: in
 def test_short_items_are_looked_for_whole_or_not_at_all(tmp_path: Path) -> None:
     texts = ["What is the capital of France, if any?", "Yes, it is.", "请问中国古代四大名著是哪四部书呢", "四大名著"]
     probes = probes_of([jsonl(tmp_path / "short.jsonl", [{"id": text, "text": text} for text in texts])])
-    assert probes.summary()[str(tmp_path / "short.jsonl")] == {"items": 4, "too_short": 2, "ngrams": 2, "longest": 14}
+    assert probes.summary()[str(tmp_path / "short.jsonl")] == {"items": 4, "too_short": 2, "ngrams": 2, "longest": 8}
 
     def named(text: str) -> list[str]:
         return [probes.names[match.item][1] for match in probes.matches(text, 0.0)]
@@ -255,7 +255,7 @@ def test_evaluation_files_in_every_form_hold_the_same_items(tmp_path: Path) -> N
         ("a.jsonl.zst", b"no frame", {}, r"a.jsonl.zst is damaged at byte 0 \(corrupt_zstd\)"),
         ("a.jsonl", b'{"text": "x"}\n{', {}, "a.jsonl, line 2: "),
         ("a.jsonl", b'{"text": "x"}\n\n{"texts": "x"}', {}, "a.jsonl, line 3: expected a string"),
-        ("a.jsonl", b"{}", {"format": "parquet"}, 'a.jsonl is no Parquet file; set decontaminate.format = "jsonl"'),
+        ("a.jsonl", b"{}", {"format": "parquet"}, 'a.jsonl is no Parquet file; set decontaminate.format to "jsonl"'),
         ("a.parquet", b"PAR1 and no more", {}, "a.parquet cannot be read after row 0"),
         ("a.txt", b"caf\xe9", {"format": "text"}, "a.txt is no utf-8 at byte 3"),
     ],

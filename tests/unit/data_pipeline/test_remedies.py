@@ -1,0 +1,229 @@
+"""What a message of a data run tells to do is taken out of it, done to the letter, and ends what it was about."""
+
+import gzip
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loader import ConfigError
+from data_pipeline import run
+from data_pipeline.core import progress
+from data_pipeline.provenance import recall, sample, trace, verify, what_if
+from data_pipeline.report import ledger_tables
+from data_pipeline.tokens import tokenizer
+from tests.data_runs import ROOT
+from tests.shards import write_shard
+from tests.unit.data_pipeline.core.test_shortfalls import write_config
+
+MIXTURE = "[mixture]\nseq_length = 32\nsamples = 40\nweights = { big = 1.0, small = 1.0 }\n"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a finished run of two sources, one of them with little, one of its names a number."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder, {"big": 40, "2024": 12}, MIXTURE.replace("small", "2024"))
+    assert run.main([str(config)]) == 0
+    return config
+
+
+def outcome(main: Callable[[list[str]], int | None], args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that fails says; "" for one that does not."""
+    capsys.readouterr()
+    try:
+        status = main(args)
+    except ConfigError as error:
+        return str(error)
+    captured = capsys.readouterr()
+    return captured.out + captured.err if status else ""
+
+
+def found(pattern: str, message: str) -> re.Match[str]:
+    match = re.search(pattern, message)
+    assert match, message
+    return match
+
+
+def test_records_that_are_broken_are_allowed_as_the_message_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of all sources at once: 1 of 4 and 1 of 7 records are broken."""
+    config = write_config(tmp_path, {"big": 3, "other": 6}, "")
+    for name in ("big", "other"):
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write("{\n")
+    args = [str(config), "--until", "extract"]
+    said = outcome(run.main, args, capsys)
+    share = found(r"source big: 1 of 4 .*source other: 1 of 7 .*or raise (extract\.max_bad_share) to ([\d.]+)", said)
+    assert outcome(run.main, [*args, f"{share[1]}={float(share[2]) - 0.002}"], capsys)
+    assert not outcome(run.main, [*args, f"{share[1]}={share[2]}"], capsys)
+
+
+def test_stages_that_are_needed_are_all_named(finished: Path, tmp_path: Path, capsys) -> None:
+    args = [str(finished), f"run.dir={tmp_path}/run"]
+    said = found(
+        r"by --stage (\S+), or all of it by (--until \w+)$", outcome(run.main, [*args, "--stage", "filter"], capsys)
+    )
+    assert said[1] == "extract,language,score"
+    assert not outcome(run.main, [*args, "--stage", said[1]], capsys)
+    assert not outcome(run.main, [*args, "--stage", "filter"], capsys)
+    assert not outcome(run.main, [*args, *said[2].split()], capsys)
+    said = found(r"--stage sieve: .* it has (.+)$", outcome(run.main, [*args, "--stage", "sieve"], capsys))
+    assert not outcome(run.main, [*args, "--dry-run", "--stage", said[1].replace(", ", ",")], capsys)
+    for option in (["--stage", "score"], ["--until", "score"]):
+        assert "give one of them" in outcome(run.main, [*args, "--stage", "score", "--until", "score"], capsys)
+        assert not outcome(run.main, [*args, *option], capsys)
+
+
+@pytest.mark.parametrize("key", ["mixture", "mixture.stages.late"])
+def test_a_mixture_of_too_little_text_is_mended_in_each_way(finished: Path, tmp_path: Path, key: str, capsys) -> None:
+    """In stages the keys are those of the stage, which would count more than those of all."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.parent / "run", folder)
+    stage = [] if key == "mixture" else [f"{key}.samples=400", f"{key}.max_epochs=2"]
+    few = ["mixture.samples=400", "mixture.max_epochs=2", "mixture.weights={big=1.0,2024=1.0}", *stage]
+    args = [str(finished), f"run.dir={folder}", *few]
+    said = outcome(run.main, args, capsys)
+    some = found(
+        rf"2024 is to give .*?: at most ([\d.]+)% .*\. Lower ({key}\.samples) to ([\d,]+), lower the weight of 2024, "
+        rf"raise ({key}\.max_epochs) to (\d+), or add",
+        said,
+    )
+    share = float(some[1]) / 100
+    for edits in (
+        [f"{some[2]}={some[3].replace(',', '')}"],
+        [f"{some[4]}={some[5]}"],
+        [f"{key}.weights={{big={1 - share},2024={share}}}", f"{key}.epochs={{big=100}}"],
+    ):
+        assert not outcome(run.main, [*args, *edits, "--dry-run"], capsys), edits
+    own = outcome(run.main, [*args, f"{key}.epochs={{2024=1}}"], capsys)
+    some = found(rf"raise ({key}\.epochs\.2024) to (\d+)", own)
+    assert not outcome(
+        run.main, [*args, f"{key}.epochs={{2024={some[2]}}}", f"{key}.max_epochs=20", "--dry-run"], capsys
+    )
+
+
+def test_a_vocabulary_gets_the_size_that_the_message_says(tmp_path: Path) -> None:
+    """One too large for the text, and one too small for its characters."""
+    with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
+        english = json.loads(lines.readline())["text"][:8000]
+    chinese = "".join(chr(0x4E00 + number) for number in range(900)) * 3
+    for text, size, remedy in (
+        (english, 60_000, r"lower tokenizer\.vocab_size to (\d+), or give it more text"),
+        (chinese, 400, r"raise tokenizer\.vocab_size to (\d+)"),
+    ):
+        write_shard(tmp_path / "a.jsonl.zst", [{"id": "a", "text": text, "metadata": {}}])
+        train = partial(tokenizer.train, [tmp_path / "a.jsonl.zst"], tmp_path / "out", character_coverage=1.0)
+        with pytest.raises(ValueError) as refused:
+            train(size)
+        assert train(int(found(remedy, str(refused.value))[1]))
+    write_shard(tmp_path / "a.jsonl.zst", [{"id": "a", "text": "ab ab", "metadata": {}}])
+    with pytest.raises(ValueError, match=r"text; give it more text \(it says"):  # no size that a config takes would do
+        train(300)
+
+
+def test_commands_are_told_what_to_do_about_a_run(finished: Path, tmp_path: Path, capsys) -> None:
+    config = str(finished)
+    none = f"run.dir={tmp_path}/none"
+    for main, args in (
+        (sample.main, [config, "--stage", "filter"]),
+        (recall.main, [config]),
+        (what_if.main, [config, "word_count.min=9"]),
+        (ledger_tables.main, [config]),
+        (verify.main, [config]),
+    ):
+        told = found(r"run: trivium data run (\S+)", outcome(main, [*args, none], capsys))
+        assert told[1] in ("CONFIG", config)
+        assert not outcome(main, args, capsys) or main is recall.main  # the finished run, once it is there
+    said = found(r"those that do: (.+)$", outcome(sample.main, [config, "--stage", "plan"], capsys))
+    for stage in said[1].split(", "):
+        told = outcome(sample.main, [config, "--stage", stage], capsys)
+        assert not told or re.search(r"has no such document|switched off", told), told
+    off = found(r"add a section \[(lines)\], and run it", outcome(sample.main, [config, "--stage", "lines"], capsys))
+    folder = tmp_path / "run"
+    shutil.copytree(finished.parent / "run", folder)
+    on = [config, f"run.dir={folder}", f"{off[1]}.max_copies=1"]
+    assert not outcome(run.main, [*on, "--until", off[1]], capsys)
+    assert not outcome(sample.main, [*on, "--stage", off[1], "--kept"], capsys)
+
+
+def test_a_damaged_file_is_made_anew_as_the_message_says(finished: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.parent / "run", folder)
+    args = [str(finished), f"run.dir={folder}"]
+    for stage in ("extract", "language", "dedup", "documents", "tokens", "plan"):
+        file = next(
+            path for path in sorted((folder / stage).rglob("*")) if path.is_file() and path.name != "stage.json"
+        )
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        said = outcome(verify.main, [str(folder)], capsys)
+        shutil.rmtree(found(r"delete the folder (\S+) and run `trivium data run` again", said)[1])
+    assert not outcome(run.main, args, capsys)
+    assert not outcome(verify.main, [str(folder)], capsys)
+
+
+def test_a_trace_finds_its_plan_from_any_folder_and_when_all_has_moved(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    plan = json.loads((finished.parent / "run/plan/plan.json").read_text())
+    assert plan
+    from data_pipeline.mixture.rows import Plan
+
+    entry: dict[str, Any] = {
+        "first_step": 0,
+        "first_sample": 0,
+        "global_batch_size": 4,
+        "data": Plan.open(finished.parent / "run/plan").fingerprint,
+        "plan": "runs/data/plan",
+        "config": {"run": {"dir": "runs/train"}},
+    }
+    for home in (tmp_path / "a", tmp_path / "b"):
+        shutil.copytree(finished.parent / "run", home / "runs/data")
+        training = home / "runs/train"
+        training.mkdir()
+        (training / "history.json").write_text(json.dumps([entry]))
+        monkeypatch.chdir(tmp_path)
+        assert not outcome(trace.main, ["--run", str(training), "--step", "3"], capsys)
+        monkeypatch.chdir(training)
+        assert not outcome(trace.main, ["--run", ".", "--step", "3"], capsys)
+        shutil.move(home / "runs/data/plan", home / "elsewhere")
+        said = outcome(trace.main, ["--run", str(training), "--step", "3"], capsys)
+        assert found(r"name the folder where it is now by (--plan)$", said)
+        shutil.copytree(home / "elsewhere", home / "runs/data/other")
+        assert not outcome(trace.main, ["--run", ".", "--step", "3", "--plan", str(home / "runs/data/other")], capsys)
+        steps = found(
+            r"make steps (\d+) to (\d+),",
+            outcome(trace.main, ["--run", ".", "--step", "99", "--plan", "../data/other"], capsys),
+        )
+        for step in steps.groups():
+            assert not outcome(trace.main, ["--run", ".", "--step", step, "--plan", "../data/other"], capsys)
+        shutil.rmtree(home)
+
+
+def test_progress_is_in_the_unit_that_fits() -> None:
+    assert progress._how_far(0, 0) == "at work"
+    assert progress._how_far(12, 900) == "12 of 900 bytes"
+    assert progress._how_far(1_200, 64_000) == "1.2 of 64.0 kB"
+    assert progress._how_far(5_000_000, 3_000_000) == "3.0 of 3.0 MB"
+    assert progress._how_far(10**9, 2 * 10**12) == "0.0 of 2.0 TB"
+
+
+def test_packages_that_messages_say_to_install_are_pinned_and_extras_exist() -> None:
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    project = (ROOT / "pyproject.toml").read_text()
+    commands = 0
+    for path in (ROOT / "data_pipeline").rglob("*.py"):
+        for command in re.findall(r"pip install (-c constraints\.txt [^,;)\"]+)", path.read_text()):
+            commands += 1
+            for name in shlex.split(command)[2:]:
+                extra = re.fullmatch(r"\.\[(\w+)\]", name)
+                assert re.search(rf"(?m)^{extra[1]} = ", project) if extra else name in pinned, (path, name)
+    assert commands >= 3
