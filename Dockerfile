@@ -1,10 +1,10 @@
-# Trivium in a container, as a user without privileges.
+# Trivium in a container, run by an unprivileged user.
 #
 #   docker build -t trivium .
 #   docker run --rm -it trivium make demo
 #
-# On NVIDIA GPUs (the default torch of Linux is a CUDA build and brings its libraries, so the same image works;
-# --ipc host gives NCCL the shared memory that it needs):
+# The same image works on NVIDIA GPUs, since torch for Linux is a CUDA build that brings its libraries. --ipc host gives
+# NCCL the shared memory that it needs:
 #
 #   docker run --rm -it --gpus all --ipc host -v "$PWD/runs:/trivium/runs" trivium \
 #       torchrun --nproc-per-node 8 -m pretrain.train CONFIG
@@ -16,7 +16,7 @@
 ARG BASE=python:3.13-slim
 FROM ${BASE}
 
-# make runs the targets; torch.compile (train.compile = true) calls a C++ compiler.
+# make is for the targets of the Makefile; torch.compile (train.compile = true) needs a C++ compiler.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ make \
     && rm -rf /var/lib/apt/lists/* \

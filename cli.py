@@ -1,7 +1,7 @@
 """The `trivium` command: a table of subcommands, each run by one function of one module.
 
-Thin on purpose: nothing is imported until a subcommand is called, so that `trivium --help` answers at once
-and a login node without a GPU can ask for it. Leaves out every option: those belong to the modules.
+Nothing is imported until a subcommand is called, so that `trivium --help` answers at once, also on a login node
+without a GPU. The modules define their own options.
 """
 
 import contextlib
@@ -9,47 +9,47 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# command -> (module:function, what it does, in one line)
+# command -> (module:function, its line in `trivium --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("launch.demo:main", "raw text to verified Hugging Face models, every stage of it"),
-    "config": ("configs.config_command:main", "every key of a config explained, or a config to begin with"),
-    "data run": ("data_pipeline.run:main", "documents -> filtered, deduplicated, tokenized, planned"),
-    "data report": ("data_pipeline.report.ledger_tables:main", "what was dropped at which stage, and why"),
+    "demo": ("launch.demo:main", "every stage from raw text to verified Hugging Face models"),
+    "config": ("configs.config_command:main", "explain the keys of a config, or print a config to begin with"),
+    "data run": ("data_pipeline.run:main", "filter, deduplicate, tokenize and mix documents into training rows"),
+    "data report": ("data_pipeline.report.ledger_tables:main", "show what was dropped at which stage, and why"),
     "data verify": (
         "data_pipeline.provenance.verify:main",
-        "everything that a data run published against its checksums",
+        "check every file of a data run against its checksum",
     ),
-    "data sample": ("data_pipeline.provenance.sample:main", "random documents that a stage dropped, cut or kept"),
-    "data recall": ("data_pipeline.provenance.recall:main", "near-duplicate removal of a run against brute force"),
+    "data sample": ("data_pipeline.provenance.sample:main", "show random documents that a stage dropped, cut or kept"),
+    "data recall": ("data_pipeline.provenance.recall:main", "compare near-duplicate removal with brute force"),
     "data what-if": (
         "data_pipeline.provenance.what_if:main",
-        "what other thresholds would keep, from the scores alone",
+        "show what other thresholds would keep, from the stored scores",
     ),
-    "data train-classifier": ("data_pipeline.scores.classifier:main", "a quality classifier from good and bad texts"),
-    "data explain": ("data_pipeline.provenance.explain:main", "what happened to one document, stage by stage"),
-    "data trace": ("data_pipeline.provenance.trace:main", "the documents in one training step's batch"),
-    "data replan": ("data_pipeline.provenance.replan:main", "other plans for the rest of a training run"),
-    "data takedown": ("data_pipeline.provenance.takedown:main", "where listed documents are, and a plan without them"),
-    "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a plan"),
-    "sft": ("posttrain.sft:main", "supervised fine-tuning, loss on answers only"),
-    "grpo": ("posttrain.grpo:main", "reinforcement learning from verifiable rewards"),
-    "export": ("export.huggingface:main", "a checkpoint as a Hugging Face directory, reloaded and compared"),
-    "import": ("export.import_hf:main", "a Hugging Face directory as a checkpoint"),
+    "data train-classifier": (
+        "data_pipeline.scores.classifier:main",
+        "train a quality classifier on good and bad texts",
+    ),
+    "data explain": ("data_pipeline.provenance.explain:main", "show what happened to one document, stage by stage"),
+    "data trace": ("data_pipeline.provenance.trace:main", "list the documents in one training step's batch"),
+    "data replan": ("data_pipeline.provenance.replan:main", "make other data plans for the rest of a training run"),
+    "data takedown": ("data_pipeline.provenance.takedown:main", "find listed documents, and make a plan without them"),
+    "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a data plan"),
+    "sft": ("posttrain.sft:main", "fine-tune on dialogues (SFT), with loss on answers only"),
+    "grpo": ("posttrain.grpo:main", "fine-tune by reinforcement learning from verifiable rewards"),
+    "export": ("export.huggingface:main", "write a checkpoint as a Hugging Face directory, and verify it"),
+    "import": ("export.import_hf:main", "convert a Hugging Face directory to Trivium's weights"),
     "generate": ("export.generate:main", "continue a prompt with a checkpoint"),
     "chat": ("export.chat:main", "talk to a fine-tuned checkpoint"),
-    "prove": ("pretrain.proof.prove:main", "parallel layouts against one rank, tensor by tensor"),
-    "inspect": ("pretrain.checkpoint.inspection:main", "a checkpoint's step, config, shapes and norms"),
-    "launch": ("launch.ranks:main", "run any of these as several ranks on this machine"),
-    "report": ("pretrain.run_report:main", "draw a training run's report.html again"),
+    "prove": ("pretrain.proof.prove:main", "compare parallel layouts with one rank, tensor by tensor"),
+    "inspect": ("pretrain.checkpoint.inspection:main", "print a checkpoint's step, config, shapes and norms"),
+    "launch": ("launch.ranks:main", "start train, sft or grpo as several ranks on this machine"),
+    "report": ("pretrain.run_report:main", "write a training run's report.html again"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0 done, 1 failed, 2 bad arguments or config.
-
-    Exits where the module does.
-    """
-    own = argv is None  # the process's command line, and not one that a test calls
+    """Runs one subcommand and exits with its status; returns 0 after help or the version, 2 for a wrong command."""
+    own = argv is None  # called for the process's own command line, not by a test
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         _print(usage())
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for words in (2, 1):
         name = " ".join(argv[:words])
         if len(argv) >= words and name in COMMANDS:
-            _call(COMMANDS[name][0], argv[words:], own)  # ends the process with the module's exit status
+            _call(COMMANDS[name][0], argv[words:], own)  # exits
             return 0
     group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
     if group:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
-    """The help text: one line a command."""
+    """Returns the help text, with one line for each command."""
     lines = [f"  trivium {name:<23}{COMMANDS[name][1]}" for name in names]
     return "\n".join(
         [
@@ -83,7 +83,7 @@ def usage(names: Sequence[str] = tuple(COMMANDS)) -> str:
             *lines,
             "",
             "`trivium COMMAND --help` has an example. Exit status: 0 done, 1 failed, 2 bad arguments or config,",
-            "75 stopped by SIGTERM or SIGUSR1 with nothing lost, 130 interrupted.",
+            "75 stopped by a signal with nothing lost (run it again), 130 interrupted.",
             "example: trivium launch --nproc-per-node 2 train configs/pretrain/demo.toml train.steps=50",
         ]
     )
@@ -97,12 +97,13 @@ def _call(target: str, argv: Sequence[str], own: bool) -> None:
         bootstrap.begin(module)
     from configs.cli import entrypoint
 
-    speaks = module not in bootstrap.TRAINING.values() or environment.is_main()
-    entrypoint(getattr(importlib.import_module(module), function), argv, speaks, environment.tell_torchrun)
+    prints_errors = module not in bootstrap.TRAINING.values() or environment.is_main()
+    main_of_module = getattr(importlib.import_module(module), function)
+    entrypoint(main_of_module, argv, prints_errors, environment.report_to_torchrun)
 
 
 def _print(text: str) -> None:
-    """Prints `text`, or as much of it as somebody reads (`trivium --help | head -1`)."""
+    """Prints `text`, without an error if the reader has gone (`trivium --help | head -1`)."""
     from configs import signals
 
     with contextlib.suppress(BrokenPipeError):

@@ -1,8 +1,8 @@
-"""What all HTML pages share: palette, light and dark, figures, axes. No network, no plotting library.
+"""Building blocks of the HTML reports: style (light and dark), figures and axes, without network or plotting library.
 
-`page` is a whole document, `figure` one chart's frame; `ticks`, `short` and `grid_line` are for axes. The charts
-themselves live with what they show: lines over steps in `pretrain.line_charts`, a proof's in
-`pretrain.proof.proof_page`, a data run's with its report.
+`page` is a whole document, `figure` the frame of one chart; `ticks`, `short` and `grid_line` are for axes. The charts
+are where their data is: curves over steps in `pretrain.line_charts`, a proof's in `pretrain.proof.proof_page`, a data
+run's in `data_pipeline.report`.
 """
 
 import html
@@ -51,7 +51,7 @@ def page(title: str, body: Sequence[str], style: str = "") -> str:
 
 
 def figure(title: str, width: float, height: float, parts: Sequence[str], names: Sequence[str] = ()) -> str:
-    """A <figure>: title, a legend of `names` in the order of the colours where there are several, and the SVG."""
+    """Returns a <figure> with title, legend and an SVG of `parts`; the legend lists `names`, if there are several."""
     legend = ""
     if len(names) > 1:
         keys = (
@@ -67,7 +67,7 @@ def figure(title: str, width: float, height: float, parts: Sequence[str], names:
 
 
 def grid_line(y: float, width: float, label: str) -> str:
-    """A line across a chart of this width at a tick of its vertical axis, and the tick's label left of it."""
+    """Returns the SVG of a horizontal grid line at height `y` of a chart `width` wide, with its label at the left."""
     return (
         f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
@@ -75,7 +75,7 @@ def grid_line(y: float, width: float, label: str) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers that cover [low, high], about `count` of them; `whole` asks for integers."""
+    """Returns about `count` round numbers that cover [low, high], integers if `whole`."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -89,7 +89,7 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
 
 
 def short(value: float) -> str:
-    """A number for an axis: 12k, 3.5M, 0.0003, 2e-06."""
+    """Formats a number for an axis: 12k, 3.5M, 0.0003, 2e-06."""
     size = abs(value)
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:

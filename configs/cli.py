@@ -1,4 +1,4 @@
-"""What every command shares: arguments, `--help` with an example, the exit status, and training's --resume."""
+"""Command lines: arguments, `--help` with an example, exit status, and the --resume option of training commands."""
 
 import argparse
 import errno
@@ -15,10 +15,11 @@ from configs.loader import ConfigError, load
 
 T = TypeVar("T", bound=BaseModel)
 
-# How long a rank that finds a mistake in a config lets the one that tells it go first: a launcher may end all at once.
+# How long other ranks wait, after a mistake in the config, for rank 0 to print it: when one rank ends, a launcher may
+# end all of them at once.
 TURN_SECONDS = 1.0
 
-# The kinds of config, by the name that `trivium config` knows them by, with the schema of each.
+# The schema of each kind of config, by its name in `trivium config`.
 SCHEMAS = {
     "data": "configs.data:DataConfig",
     "pretrain": "configs.train:PretrainConfig",
@@ -27,19 +28,19 @@ SCHEMAS = {
     "export": "configs.export:ExportConfig",
 }
 
-# An option of every training command: see pretrain/checkpoint/resume.py.
+# Option of every training command (name, default, help); pretrain/checkpoint/resume.py carries it out.
 RESUME = (
     "--resume",
     "auto",
-    "auto: from the newest whole checkpoint of run.dir, or a new start; no: a new start, refused where run.dir has "
-    "checkpoints; or the path of a checkpoint, of this run or of another one like it",
+    "auto: continue from the newest complete checkpoint of run.dir, or start new if it has none; no: start new, an "
+    "error if run.dir has checkpoints; or the path of a checkpoint of this run, or of another one like it",
 )
 
 
 def command_parser(
     prog: str, description: str, example: str, schema: type[BaseModel] | None = None
 ) -> argparse.ArgumentParser:
-    """A parser whose `--help` ends with an example that can be copied, and says where a config's keys are explained."""
+    """Returns a parser whose `--help` ends with an example and, with `schema`, how to look up the config's keys."""
     epilog = f"example:\n  {example}"
     if schema:
         kind = next(kind for kind, target in SCHEMAS.items() if target == f"{schema.__module__}:{schema.__name__}")
@@ -63,15 +64,16 @@ def parse_args(
     options: Sequence[tuple[str, str, str]] = (),
     keys: Sequence[tuple[str, str, str]] = (),
 ) -> tuple[T, argparse.Namespace]:
-    """Command line `CONFIG [key=value ...] [--flag ...]` to (validated config, parsed flags).
+    """Parses `CONFIG [key=value ...] [--flag ...]` and returns (validated config, parsed options).
 
-    `flags` are (name, help) of extra boolean switches; `--dry-run` is always there. `options` take a value: (name,
-    default, help). `keys` are options that stand for an override of a key and win over all others: (name, key, help).
+    `flags` are (name, help) of boolean switches; `--dry-run` is always there. `options` are (name, default, help) of
+    options with a value. `keys` are (name, key, help) of options that override a config key and win over key=value.
+    Raises ConfigError if the config is wrong.
     """
     parser = command_parser(prog, description, example, schema)
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file; configs/ has examples")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of its keys, e.g. train.steps=50")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and stop")
     for name, text in flags:
         parser.add_argument(name, action="store_true", help=text)
     for name, default, text in options:
@@ -87,32 +89,32 @@ def parse_args(
 def entrypoint(
     main: Callable[[Sequence[str] | None], int | None],
     argv: Sequence[str] | None = None,
-    speaks: bool = True,
-    tell: Callable[[str], None] | None = None,
+    prints_errors: bool = True,
+    on_error: Callable[[str], None] | None = None,
 ) -> NoReturn:
     """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted, or what `main` returns.
 
-    Of many ranks that all find the same mistake in a config, only the one that `speaks` prints it; each gives it to
-    `tell`.
+    Of many ranks that all find the same mistake in a config, only the one with `prints_errors` prints it. `on_error`
+    is called with the message of a ConfigError on every rank.
     """
-    if argv is None:  # this is the process's own command line, and not one that a test calls
-        signals.begin(speaks=speaks)
+    if argv is None:  # called for the process's own command line, not by a test
+        signals.begin(prints_errors=prints_errors)
     signals.run()
     try:
         status = main(argv) or 0
     except ConfigError as error:
-        if speaks:
+        if prints_errors:
             print(f"error: {error}", file=sys.stderr)
         else:
             time.sleep(TURN_SECONDS)
-        if tell is not None:
-            tell(f"error: {error}")
+        if on_error is not None:
+            on_error(f"error: {error}")
         status = 2
     except KeyboardInterrupt:
-        if speaks:
+        if prints_errors:
             print(f"interrupted; {signals.AGAIN}", file=sys.stderr)
         status = signals.INTERRUPTED
-    except SystemExit:  # of --help
+    except SystemExit:  # raised by --help
         signals.flush()
         raise
     except Exception as error:

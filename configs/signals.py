@@ -1,18 +1,19 @@
-"""What signals do to a process of ours, from its first line to its last.
+"""Signal handling of every Trivium process, from its first line to its last.
 
-Ctrl-C interrupts any command: a KeyboardInterrupt in the main thread, and some seconds for cleaning up. A command that
-saves (training) also answers SIGTERM, SIGUSR1 (Slurm's `--signal`) and SIGHUP, by where it is:
+Ctrl-C interrupts any command: it raises KeyboardInterrupt in the main thread, which then has `CLEANUP_SECONDS` to
+finish. A command that saves checkpoints (training) also answers SIGTERM, SIGUSR1 (Slurm's `--signal`) and SIGHUP. What
+a signal does to it depends on its phase:
 
-- It begins, up to its first whole step: there is nothing to save, and it ends at once, be it importing, waiting for
-  other ranks, reading a checkpoint or compiling.
-- It works: the signal is noted, and the training loop saves and ends.
-- It ends: nothing changes any more.
+- Starting, until all ranks have done their first step: there is nothing to save, so the process ends at once, whether
+  it is importing, waiting for other ranks, reading a checkpoint or compiling.
+- Running: the signal is noted, and the training loop saves a checkpoint and ends.
+- Ending: the signal changes nothing.
 
-A thread reads the signals (`signal.set_wakeup_fd`), since the main thread may be in compiled code for minutes, where no
-handler of Python's is called. The same thread looks whether the launcher is still there: ranks whose launcher is gone
-save and end as on SIGTERM. What it leaves out: passing signals on to other processes, see launch/processes.py.
+A thread reads the signals (`signal.set_wakeup_fd`), since the main thread may be in compiled code for minutes, where
+Python calls no signal handler. The same thread checks whether the launcher is still alive: ranks whose launcher has
+died save and end as on SIGTERM. Passing signals on to other processes is left to launch/processes.py.
 
-Imports nothing that takes time: it is there before everything else.
+Imports only modules that load fast, because this module is loaded before everything else.
 """
 
 import contextlib
@@ -28,40 +29,45 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-# The exit status of a run that was told to stop and has lost nothing: start the same command again. sysexits.h calls it
-# EX_TEMPFAIL; no shell and no signal uses it.
+# The exit status of a run that was stopped by a signal and lost nothing: running the same command again continues it.
+# It is EX_TEMPFAIL of sysexits.h; no shell and no signal uses this status.
 STOPPED = 75
 INTERRUPTED = 130
-SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what a command that saves answers to
+SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the signals on which a training run saves
 AGAIN = "run the same command again to go on"
 
-ORPHAN_SECONDS = 300.0  # from the launcher's end to that of its ranks: they may have a step and a save to finish
-CLEANUP_SECONDS = 15.0  # from a Ctrl-C to the end of a command that does not save
-AGREEMENT_SECONDS = 10.0  # from a signal to the end of a rank that waits for others after its first step
-ECHO_SECONDS = 2.0  # how much later a signal may reach this rank than one whose end it has felt
+# The longest time that a process lives after:
+ORPHAN_SECONDS = 300.0  # the death of its launcher: a step and a checkpoint may have to be finished
+CLEANUP_SECONDS = 15.0  # Ctrl-C, in a command that does not save
+AGREEMENT_SECONDS = 10.0  # a signal, in a rank that has done its first step and waits for the other ranks
+# When a signal ends another rank first, this rank fails at once, and may get the signal this much later.
+ECHO_SECONDS = 2.0
 _POLL_SECONDS = 0.5
 
 
 class Phase(enum.Enum):
-    BEGINS = enum.auto()
-    AGREES = enum.auto()  # has done its first step and waits for the others' word
-    WORKS = enum.auto()
-    ENDS = enum.auto()
+    """The part of its life that a process is in, which decides what a signal does to it."""
+
+    STARTING = enum.auto()
+    FIRST_STEP_DONE = enum.auto()  # on this rank; other ranks may still be starting
+    RUNNING = enum.auto()
+    ENDING = enum.auto()
 
 
 class Watch:
-    """The signals of one process. Made in the main thread, one at a time.
+    """Signal handlers of one process and the thread that reads its signals.
 
-    `saves`: see above. `speaks`: whether it says so when it ends at once; one of many ranks does. `launched`: whether a
-    launcher started it, so that it ends with its parent.
+    It is made in the main thread, and there is one at a time. `saves` is whether the command saves checkpoints and so
+    answers more signals than Ctrl-C. `prints_errors` is whether it prints a message when a signal ends it at once; one
+    of many ranks does. `launched` is whether a launcher started the process, so that it ends after its parent died.
     """
 
-    def __init__(self, saves: bool, speaks: bool = True, launched: bool = False):
-        self.saves, self.speaks, self.launched = saves, speaks, launched
-        self.number = 0  # the first signal; 0 for none
-        self.phase = Phase.BEGINS
+    def __init__(self, saves: bool, prints_errors: bool = True, launched: bool = False):
+        self.saves, self.prints_errors, self.launched = saves, prints_errors, launched
+        self.number = 0  # the first signal that came; 0 for none
+        self.phase = Phase.STARTING
         self._raised = self._orphaned = False
-        self._elsewhere = 0
+        self._suspended = 0
         self._deadline: float | None = None
         self._listeners: list[Callable[[], None]] = []
         self._lock, self._leaving = threading.Lock(), threading.Lock()
@@ -71,72 +77,72 @@ class Watch:
         self._previous: dict[int, Any] = {}
         for number in SAVING if saves else (signal.SIGINT,):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup
+                continue  # nohup started this process
             self._previous[number] = signal.signal(number, self._handle)
         self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
         self._thread.start()
-        # Who starts this process may have signals held back (blocked), so that none kills it on the way to here: our
-        # launchers, launch/slurm, or anybody with `env --block-signal=INT,TERM,HUP,USR1`.
+        # Whoever started this process may have blocked these signals, so that none kills it before the handlers are
+        # set: `trivium launch`, launch/slurm, or a user with `env --block-signal=INT,TERM,HUP,USR1`.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SAVING)
 
-    def when_told(self, listener: Callable[[], None]) -> None:
-        """Calls `listener`, from another thread, when the first signal is noted while it works."""
+    def on_first_signal(self, listener: Callable[[], None]) -> None:
+        """Adds a function to call, in the signals thread or in `work`, once the process is running and has a signal."""
         self._listeners.append(listener)
 
     def agree(self) -> None:
-        """The first step is done: from here on signals are noted, and what is done about them is agreed on."""
+        """Says that this rank has done its first step; signals are noted from now on, and ranks agree on the answer."""
         with self._lock:
-            if self.phase is Phase.BEGINS:
-                self.phase = Phase.AGREES
+            if self.phase is Phase.STARTING:
+                self.phase = Phase.FIRST_STEP_DONE
 
     def work(self) -> None:
-        """All ranks have done their first step."""
+        """Says that all ranks have done their first step, so that a signal now saves a checkpoint."""
         with self._lock:
-            if self.phase is not Phase.AGREES:
+            if self.phase is not Phase.FIRST_STEP_DONE:
                 return
-            self.phase = Phase.WORKS
+            self.phase = Phase.RUNNING
             self._deadline = time.monotonic() + ORPHAN_SECONDS if self._orphaned else None
         if self.number:
-            self._tell_listeners()
+            self._call_listeners()
 
     def end(self) -> None:
-        """What is to be done about signals is done."""
+        """Says that the command is ending, so that signals change nothing from now on."""
         with self._lock:
-            self.phase, self._deadline = Phase.ENDS, None
+            self.phase, self._deadline = Phase.ENDING, None
 
     def begin_again(self) -> None:
-        """Something failed before there was anything to save: a signal that comes now ends it at once."""
+        """Goes back to starting after a failure before `work`: a signal, noted or to come, ends the process at once."""
         with self._lock:
-            if self.phase is Phase.AGREES:
-                self.phase = Phase.BEGINS
+            if self.phase is Phase.FIRST_STEP_DONE:
+                self.phase = Phase.STARTING
                 if self.number:
-                    self._leave()
+                    self._exit_now()
 
     @contextlib.contextmanager
-    def elsewhere(self) -> Iterator[None]:
-        """Other handlers are set, and do what is to be done."""
-        self._elsewhere += 1
+    def suspended(self) -> Iterator[None]:
+        """Ignores signals inside the context, where the caller's own handlers answer them."""
+        self._suspended += 1
         try:
             yield
         finally:
-            self._elsewhere -= 1
+            self._suspended -= 1
 
     def close(self, ignore: bool = False) -> None:
-        """Puts handlers back as they were, or, in a process that ends now, ignores the signals."""
+        """Restores the previous handlers, or with `ignore`, in a process about to exit, ignores the signals."""
         self.end()
         signal.set_wakeup_fd(self._previous_fd)
-        for number, handler in self._previous.items():  # None: it was not set from Python and cannot be put back
+        for number, handler in self._previous.items():  # None: not set by Python, so it cannot be restored
             signal.signal(number, signal.SIG_IGN if ignore else handler or signal.SIG_DFL)
         self._write.close()  # ends the thread
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if not self.saves and self.phase is Phase.WORKS and not self._raised:
+        if not self.saves and self.phase is Phase.RUNNING and not self._raised:
             self._raised = True
             raise KeyboardInterrupt
-        if self.phase is Phase.BEGINS and not self._elsewhere:  # the thread may not be there yet, or look too late
+        if self.phase is Phase.STARTING and not self._suspended:  # the thread may not run yet, or too late
             self.number = self.number or number
-            self._leave()
+            self._exit_now()
 
     def _run(self) -> None:
         poll = select.poll()
@@ -149,121 +155,124 @@ class Watch:
                         return
                     for number in numbers:
                         if number in self._previous:
-                            self._told(number)
+                            self._note(number)
                 if self.launched and os.getppid() != self._parent:
                     self.launched, self._orphaned = False, True
-                    self._told(signal.SIGTERM, ORPHAN_SECONDS)
+                    self._note(signal.SIGTERM, ORPHAN_SECONDS)
                 if self._deadline is not None and time.monotonic() > self._deadline:
-                    self._leave()
+                    self._exit_now()
         finally:
             self._read.close()
 
-    def _told(self, number: int, seconds: float | None = None) -> None:
-        """Does what the phase asks for; in `seconds` at the latest the process has ended."""
+    def _note(self, number: int, seconds: float | None = None) -> None:
+        """Answers signal `number` as the phase demands; the process ends within `seconds` at the latest."""
         with self._lock:
-            if self._elsewhere:
+            if self._suspended:
                 return
             first, self.number = not self.number, self.number or number
-            if self.phase is Phase.BEGINS:
-                self._leave()
-            if self.phase is Phase.AGREES:
+            if self.phase is Phase.STARTING:
+                self._exit_now()
+            if self.phase is Phase.FIRST_STEP_DONE:
                 seconds = AGREEMENT_SECONDS
             elif not self.saves:
                 seconds = CLEANUP_SECONDS
             if seconds is not None:
                 self._deadline = self._deadline or time.monotonic() + seconds
-            working = self.phase is Phase.WORKS
-        if first and working:
-            self._tell_listeners()
+            running = self.phase is Phase.RUNNING
+        if first and running:
+            self._call_listeners()
 
-    def _tell_listeners(self) -> None:
+    def _call_listeners(self) -> None:
         for listener in self._listeners:
             listener()
 
-    def _leave(self) -> None:
-        """Ends the process from this thread, whatever the others are at."""
+    def _exit_now(self) -> None:
+        """Ends the process from this thread, whatever its other threads are doing."""
         if not self._leaving.acquire(blocking=False):
             return
-        if self.speaks:
+        if self.prints_errors:
             name = signal.Signals(self.number).name
             said = f"stopped by {name} before the first step was done" if self.saves else "interrupted"
             with contextlib.suppress(OSError):
                 os.write(2, f"{said}; {AGAIN}\n".encode())
-        flush = threading.Thread(target=_flush, daemon=True)  # it may have to wait for the main thread, forever
+        flush = threading.Thread(target=_flush, daemon=True)  # may block forever on the main thread
         flush.start()
         flush.join(1.0)
         os._exit(status_of(self.number))
 
 
-_watch: Watch | None = None  # a process has one set of signal handlers, and this is what they belong to
+_watch: Watch | None = None  # of this process: signal handlers are global, so it is too
 
 
-def begin(saves: bool = False, speaks: bool = True, launched: bool = False) -> None:
-    """Answers signals from here on; the first thing that a command does. Does nothing the second time."""
+def begin(saves: bool = False, prints_errors: bool = True, launched: bool = False) -> None:
+    """Answers signals from now on; the first call of a command. A second call does nothing. Arguments as `Watch`'s."""
     global _watch
     if _watch is None:
-        _watch = Watch(saves, speaks, launched)
+        _watch = Watch(saves, prints_errors, launched)
         os.register_at_fork(after_in_child=_forget)
 
 
 def run() -> None:
-    """A command that does not save has been imported: from here on Ctrl-C is a KeyboardInterrupt."""
+    """Makes Ctrl-C raise KeyboardInterrupt from now on, in a command that does not save and has been imported."""
     if _watch is not None and not _watch.saves:
         _watch.agree()
         _watch.work()
 
 
 def let_a_signal_pass() -> None:
-    """For a rank that failed before its first step: waits for the signal that may have ended another one before it."""
-    if _watch is not None and _watch.launched and _watch.phase in (Phase.BEGINS, Phase.AGREES):
+    """Waits, in a rank that failed before all had done their first step, for a signal that may have ended another rank.
+
+    If it comes, this process ends as stopped by a signal, and not with the failure that the other rank's end caused.
+    """
+    if _watch is not None and _watch.launched and _watch.phase in (Phase.STARTING, Phase.FIRST_STEP_DONE):
         _watch.begin_again()
         time.sleep(ECHO_SECONDS)
 
 
-def elsewhere() -> contextlib.AbstractContextManager[None]:
-    """While other handlers than those of here are set."""
-    return contextlib.nullcontext() if _watch is None else _watch.elsewhere()
+def suspended() -> contextlib.AbstractContextManager[None]:
+    """Leaves signals to the caller's own handlers inside the context."""
+    return contextlib.nullcontext() if _watch is None else _watch.suspended()
 
 
 def exit(status: int) -> NoReturn:
-    """Ends the process; no signal changes its status any more."""
+    """Ends the process with `status`, which no signal changes any more."""
     if _watch is not None:
         _watch.close(ignore=True)
     flush()
     if _watch is not None and _watch.saves:
-        os._exit(status)  # all is saved and closed, and Python takes seconds to forget what torch has brought
-    # An interruption that met a string being run (imports run many) would, though caught, make `python -m` end as if
-    # killed by SIGINT; running another string makes it forget.
+        os._exit(status)  # all is saved and closed; unloading torch would take seconds
+    # After a KeyboardInterrupt inside exec (imports use it often), even a caught one, `python -m` ends as if killed by
+    # SIGINT. Another exec resets that flag.
     exec("")
     raise SystemExit(status)
 
 
 def flush() -> None:
-    """Writes out what is still buffered; what nobody reads any more (`... | head`) is dropped in silence."""
+    """Flushes stdout and stderr; output whose reader has gone (`... | head`) is dropped in silence."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # Python would try again at its end, and complain
+        except BrokenPipeError:  # Python would flush again at exit, and print an error
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
 
 
 def nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has gone, in a command that loses nothing by ending then."""
+    """Whether standard output is a pipe whose reader has gone, in a command that does not save."""
     if _watch is not None and _watch.saves:
         return False
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # POLLERR, the sign of it, is always reported
+        poll.register(sys.stdout.fileno(), 0)  # POLLERR, which says so, is reported without asking
         return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (OSError, ValueError):  # not a file
+    except (OSError, ValueError):  # stdout is not a file
         return False
 
 
 @contextlib.contextmanager
 def saving() -> Iterator[Watch]:
-    """The watch of a command that saves, for the length of its training loop; it has to tell its phases."""
+    """Yields the `Watch` of a training run around its loop, which calls `agree`, `work` and `end` as it goes on."""
     if _watch is not None and _watch.saves:
         yield _watch
         _watch.end()
@@ -276,12 +285,12 @@ def saving() -> Iterator[Watch]:
 
 
 def status_of(number: int) -> int:
-    """The exit status of a command that saves and was stopped by signal `number`."""
+    """Exit status of a training run that was stopped by signal `number`."""
     return INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
 def _forget() -> None:
-    """In a child that was forked and goes on with Python: what signals do to it is not the parent's affair."""
+    """Restores default handlers in a forked child that goes on in Python, so that the parent's do not act there."""
     global _watch
     if _watch is not None:
         signal.set_wakeup_fd(-1)

@@ -1,4 +1,4 @@
-"""Starting the other packages as processes: the demo, ranks on one machine, the cluster's facts.
+"""Starts the other packages as processes: the demo, ranks of one machine; reads what a cluster's launcher set.
 
 Imports no torch.
 """

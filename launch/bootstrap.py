@@ -1,7 +1,7 @@
-"""`python -m launch.bootstrap MODULE ARGS...`: runs `python -m MODULE ARGS...`, with signals answered from the start.
+"""`python -m launch.bootstrap MODULE ARGS...`: runs `python -m MODULE ARGS...` with signal handlers set first.
 
-Importing a module can take seconds. Launchers of ours start their processes by this one, which imports next to nothing
-before it has seen to signals.
+Importing a module can take seconds, in which a signal would kill the process. `trivium launch` and `trivium demo` start
+their processes through this module, which imports next to nothing before it sets the handlers.
 """
 
 import runpy
@@ -11,19 +11,20 @@ import sys
 from configs import signals
 from launch.environment import is_main, was_launched
 
-# The entrypoints that train, as commands and as modules.
+# Module of each `trivium` command that trains.
 TRAINING = {"train": "pretrain.train", "sft": "posttrain.sft", "grpo": "posttrain.grpo"}
 OURS = ("data_pipeline", "pretrain", "posttrain", "export", "launch")
 
 
 def begin(module: str) -> None:
-    """Answers signals as `module` of ours has to, a name as for `python -m`."""
+    """Sets the signal handlers that a Trivium module needs; `module` is its name as for `python -m`."""
     saves = module in TRAINING.values()
-    # A launcher ends as its ranks do.
-    signals.begin(saves or module == "launch.ranks", speaks=is_main(), launched=saves and was_launched())
+    # `trivium launch` is stopped as its ranks are, by all signals on which they save.
+    signals.begin(saves or module == "launch.ranks", prints_errors=is_main(), launched=saves and was_launched())
 
 
 def main() -> None:
+    """Runs the module that the first argument names, with the arguments after it."""
     module = sys.argv[1]
     if module.split(".")[0] in OURS:
         begin(module)

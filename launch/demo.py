@@ -1,8 +1,8 @@
-"""`trivium demo`, which `make demo` runs: raw text to verified Hugging Face models, every stage in order.
+"""`trivium demo`, which `make demo` runs: every stage from raw text to verified Hugging Face models, in order.
 
-`STAGES` is the list of what runs, each a subprocess that anybody could start by hand. Each stage decides
-itself whether it is finished, so an interrupted demo goes on when it is run again. At the end: a table, and
-runs/demo/report.html. What the stages wrote is read in launch/demo_report.py; nothing of theirs is imported.
+`STAGES` lists the commands; each runs as a subprocess and could be started by hand. Each command decides itself whether
+it is finished, so an interrupted demo continues when it is run again. At the end it prints a table and writes
+runs/demo/report.html, both made in launch/demo_report.py from the files that the stages wrote.
 """
 
 import json
@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo from the repository's root. Returns the exit status of the stage that failed, else 0."""
     parser = command_parser(
         prog="trivium demo",
-        description="Raw text to verified Hugging Face models. Interrupt it anywhere; run it again to go on.",
+        description="Runs every stage from raw text to verified Hugging Face models; run again, it continues.",
         example="trivium demo --dry-run",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list the stages' commands, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages' commands and stop")
     parser.add_argument(
         "--with-parent", action="store_true", help="end when the process that started this one is killed (Linux)"
     )
@@ -79,48 +79,53 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{stage.title:<18}{command_line(stage)}")
         return 0
     if not Path("configs/data/demo.toml").is_file():
-        raise ConfigError("configs/data/demo.toml is not here; run the demo from the root of the repository")
+        raise ConfigError("there is no configs/data/demo.toml here; run the demo from the root of the repository")
     check_writable(DIRECTORY, "the demo's folder")
     return run_stages(STAGES, DIRECTORY, Console())
 
 
 def run_stages(stages: Sequence[DemoStage], directory: Path, console: Console) -> int:
-    """Runs `stages` in order, stops at the first failure, keeps their times in `directory`/demo.json."""
+    """Runs `stages` in order, up to the first failure, and writes their times to `directory`/demo.json.
+
+    Returns the exit status of the stage that failed or was interrupted, else 0.
+    """
     began = time.monotonic()
     times = read_times(directory)
     for number, stage in enumerate(stages, 1):
         console.rule(f"{number} of {len(stages)}: {stage.title}", align="left")
         log = directory / "logs" / f"{stage.name}.log"
         mark, made_from, started = stage.fingerprint(), stage.made_from(), time.monotonic()
-        # Unbuffered, so that lines show when they are printed; no hub, so that nothing waits for a network.
+        # Unbuffered, so that lines show when they are printed; no model hub, so that nothing waits for a network.
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        status, told = tee.run([sys.executable, "-m", "launch.bootstrap", *stage.command], log, env, held_back=True)
+        status, signal = tee.run(
+            [sys.executable, "-m", "launch.bootstrap", *stage.command], log, env, signals_blocked=True
+        )
         seconds = time.monotonic() - started
         wrote = stage.fingerprint() != mark
         if status == 0 and not wrote and (changed := _changed(times.get(stage.name), made_from)):
-            _tell_stale(stage, changed, console)
+            _print_stale(stage, changed, console)
             return 1
         times[stage.name] = updated(times.get(stage.name), seconds, status, wrote)
         if status == 0 and made_from:
             times[stage.name]["made_from"] = made_from
         write_atomic(directory / "demo.json", json.dumps({"stages": times}, indent=1).encode())
         if status:
-            _tell_failure(stage, status, log, console)
+            _print_failure(stage, status, log, console)
             return status
-        if told and number < len(stages):
-            console.print(f"\nInterrupted after stage {stage.title}. Run the same command again to go on.")
-            return status_of(told)
+        if signal and number < len(stages):
+            console.print(f"\nInterrupted after stage {stage.title}. Run the same command again to continue.")
+            return status_of(signal)
     show(stages, times, console)
     page = write_html(stages, times, directory)
-    console.print(f"{time.monotonic() - began:.0f} s this time. Everything, with curves: {page}", highlight=False)
+    console.print(f"{time.monotonic() - began:.0f} s this time. The report, with curves: {page}", highlight=False)
     return 0
 
 
 def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> dict:
-    """A stage's entry in demo.json: the time that its work took, over the interrupted attempts too.
+    """Returns a stage's entry in demo.json: whether it is done, and the seconds it took, interrupted attempts included.
 
-    An attempt that failed adds nothing: it is done over. A finished stage that wrote nothing this time keeps the
-    time of when it was done.
+    `before` is its earlier entry, `wrote` whether it wrote anything this time. A failed attempt adds no time, since its
+    work is repeated. A stage that was finished already and wrote nothing keeps its entry.
     """
     seconds = seconds if status in (0, STOPPED) or status > 128 else 0.0
     if before is None:
@@ -133,49 +138,49 @@ def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> di
 
 
 def read_times(directory: Path) -> dict[str, dict]:
-    """demo.json's entries; none where there is no file. Errors: ValueError when it is not what we wrote."""
+    """Returns the entries of demo.json, none if there is no file. Raises ValueError if the file is damaged."""
     path = directory / "demo.json"
     if not path.is_file():
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["stages"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a record of the demo's times; delete it and run the demo again") from None
+        raise ValueError(f"{path} is damaged (it holds the stages' times); delete it and run the demo again") from None
 
 
 def command_line(stage: DemoStage) -> str:
-    """What to type in a shell to run the stage alone."""
+    """Shell command that runs the stage alone."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, "-m", *stage.command])
 
 
 def _changed(before: dict | None, made_from: Mapping[str, str | None]) -> list[str]:
-    """What a stage that was done before was made from and is another by now."""
+    """Names of the inputs of a finished stage that have changed since it ran."""
     known = (before or {}).get("made_from", made_from)
     return [name for name, value in made_from.items() if known.get(name) != value]
 
 
-def _tell_stale(stage: DemoStage, changed: Sequence[str], console: Console) -> None:
+def _print_stale(stage: DemoStage, changed: Sequence[str], console: Console) -> None:
     console.print(
-        f"\nStage {stage.title} is done and was not done again, but {' and '.join(changed)} changed since then. "
-        f"Remove {stage.output} and run the demo again to make it anew, or put back what it was made from.",
+        f"\nStage {stage.title} was finished before and did not run again, but {' and '.join(changed)} changed since. "
+        f"Remove {stage.output} and run the demo again to repeat the stage, or undo the change.",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-def _tell_failure(stage: DemoStage, status: int, log: Path, console: Console) -> None:
+def _print_failure(stage: DemoStage, status: int, log: Path, console: Console) -> None:
     if status in (STOPPED, 129, 130, 143):  # the last three: SIGHUP, SIGINT, SIGTERM
         console.print(
-            f"\nInterrupted in stage {stage.title}. Run the same command again: finished stages are skipped and "
-            "this one goes on where it can.",
+            f"\nInterrupted in stage {stage.title}. Run the same command again: finished stages are skipped, and "
+            "this one continues from what it has saved.",
             highlight=False,
         )
         return
     console.print(
         f"\nStage {stage.title} failed with exit status {status}.\n  its output: {log}\n"
-        f"  to run it alone: {command_line(stage)}\nOnce it is mended, run the demo again: it goes on from here.",
+        f"  to run it alone: {command_line(stage)}\nAfter fixing it, run the demo again: it continues with this stage.",
         highlight=False,
         markup=False,
         soft_wrap=True,

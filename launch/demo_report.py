@@ -1,7 +1,7 @@
-"""What the demo's stages left behind, in a table on the screen and one page: runs/demo/report.html.
+"""Results of the demo's stages, as a table on the screen and as one page, runs/demo/report.html.
 
-Reads the files that stages write (ledger.json, plan.json, metrics.jsonl, trivium_export.json) and nothing
-else. Leaves out curves: the stages' own reports have them, and the page shows those.
+Reads only the files that stages write (ledger.json, plan.json, metrics.jsonl, trivium_export.json). Curves are in the
+stages' own reports, which the page embeds.
 """
 
 import hashlib
@@ -25,9 +25,10 @@ from pages import page
 class DemoStage:
     """One subprocess of the demo.
 
-    `command` follows `python -m`. `output` is the directory it fills; the file `mark` in it changes when, and
-    only when, the stage did something. `describe(output)` says what went in and what came out. `needs` are stages whose
-    result it starts from, of those that do not look by themselves whether that is still what they were made from.
+    `command` follows `python -m`. `output` is the directory it writes; the file `mark` in it changes if and only if the
+    stage did something. `describe(output)` returns what went in and what came out, as texts for the table. `needs` are
+    the stages whose results a training stage starts from: training does not notice by itself that one of them was made
+    again, so the demo compares their hashes (`made_from`). A stage that notices, such as an export, has none.
     """
 
     name: str
@@ -39,7 +40,10 @@ class DemoStage:
     needs: tuple["DemoStage", ...] = ()
 
     def made_from(self) -> dict[str, str | None]:
-        """Hashes of the config, without what changes no result, and of the results it starts from; by their names."""
+        """Hashes, by name, of the stage's config and of the results it starts from; none if it has no `needs`.
+
+        Sections of the config that do not change the result are left out.
+        """
         if not self.needs:
             return {}
         hashes = {f"the result of stage {stage.title}": stage.result() for stage in self.needs}
@@ -50,25 +54,25 @@ class DemoStage:
         return hashes
 
     def result(self) -> str | None:
-        """Hash of what other stages start from: the newest checkpoint's manifest, or where there is none the mark."""
+        """Hash of what other stages start from: the newest checkpoint's manifest, or without checkpoints the mark."""
         manifests = list(self.output.glob("checkpoints/step_*/manifest.json"))
         newest = max(manifests, key=lambda path: int(path.parent.name.removeprefix("step_")), default=None)
         return file_sha256(newest) if newest else self.fingerprint()
 
     def fingerprint(self) -> str | None:
-        """Hash of the mark; None before the stage ever wrote it."""
+        """Hash of the file `mark`; None before the stage first wrote it."""
         path = self.output / self.mark
         return file_sha256(path) if path.is_file() else None
 
     @property
-    def look(self) -> Path:
-        """Where a person looks first."""
+    def where_to_look(self) -> Path:
+        """Path to open first: the stage's report, or else its directory."""
         report = self.output / "report.html"
         return report if report.is_file() else self.output
 
 
 def describe_data(output: Path) -> tuple[str, str]:
-    """Documents in; documents kept, training tokens and rows out."""
+    """Returns (documents read, documents kept with training tokens and rows) of a data run, as texts."""
     stages = {stage["name"]: stage["total"] for stage in _json(output / "ledger.json").get("stages", [])}
     plan = _json(output / "plan" / "plan.json")
     if not stages or not plan:
@@ -83,7 +87,7 @@ def describe_data(output: Path) -> tuple[str, str]:
 
 
 def describe_training(output: Path) -> tuple[str, str]:
-    """Steps and tokens in; loss, reward and held-out numbers out."""
+    """Returns (steps and tokens, first and last loss or reward and held-out results) of a training run, as texts."""
     records = _jsonl(output / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
     evals = [record for record in records if "eval" in record]
@@ -103,7 +107,7 @@ def describe_training(output: Path) -> tuple[str, str]:
 
 
 def describe_export(output: Path) -> tuple[str, str]:
-    """The checkpoint in; what the comparison with transformers measured out."""
+    """Returns (checkpoint, results of the comparison with transformers) of an export, as texts."""
     record = _json(output / "trivium_export.json")
     checks = [
         f"{name}: {measured}"
@@ -115,7 +119,7 @@ def describe_export(output: Path) -> tuple[str, str]:
 
 
 def show(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """The closing table."""
+    """Prints the table of all stages."""
     table = Table(title="Trivium demo", title_justify="left", show_lines=True)
     for name in ("stage", "went in", "came out"):
         table.add_column(name, overflow="fold")
@@ -123,13 +127,13 @@ def show(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any]], co
     table.add_column("where to look", overflow="fold")
     for stage in stages:
         came_in, out = stage.describe(stage.output)
-        table.add_row(stage.title, came_in, out, duration(times[stage.name]["seconds"]), str(stage.look))
+        table.add_row(stage.title, came_in, out, duration(times[stage.name]["seconds"]), str(stage.where_to_look))
     table.add_row("all", "", "", duration(sum(times[stage.name]["seconds"] for stage in stages)), "")
     console.print(table)
 
 
 def duration(seconds: float) -> str:
-    """8.3 s, or 2 min 05 s."""
+    """Formats seconds for the table: `8.3 s`, or from a minute on `2 min 05 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
@@ -144,17 +148,17 @@ iframe { width: 100%; height: 70vh; border: 1px solid var(--grid); border-radius
 
 
 def write_html(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any]], directory: Path) -> Path:
-    """Writes the table as `directory`/report.html, with the stages' own reports in it; returns the path."""
+    """Writes `directory`/report.html, the table with the stages' own reports embedded, and returns its path."""
     rows, frames = [], []
     for stage in stages:
         came_in, out = stage.describe(stage.output)
-        link = os.path.relpath(stage.look, directory)
+        link = os.path.relpath(stage.where_to_look, directory)
         cells = "".join(f"<td>{html.escape(text)}</td>" for text in (stage.title, came_in, out))
         rows.append(
             f'<tr>{cells}<td class="n">{duration(times[stage.name]["seconds"])}</td>'
             f'<td><a href="{html.escape(link)}">{html.escape(link)}</a></td></tr>'
         )
-        if stage.look.suffix == ".html":
+        if stage.where_to_look.suffix == ".html":
             frames.append(
                 f'<details><summary>{html.escape(stage.title)}</summary><iframe src="{html.escape(link)}" '
                 f'loading="lazy" title="{html.escape(stage.title)}"></iframe></details>'

@@ -1,9 +1,8 @@
-"""Who am I among the ranks: the one file that reads a launcher's environment variables.
+"""Rank, world size and rendezvous of this process, from its launcher's environment variables.
 
-torchrun, Slurm's srun and MPI's mpirun each tell a process its rank in their own words;
-`ClusterEnvironment.read` puts them into one frozen dataclass, so that nothing else looks at `os.environ` for
-them. Leaves out starting anything (launch/ranks.py does) and process groups (pretrain does); imports no
-torch, so a login node can ask.
+torchrun, Slurm's srun and MPI's mpirun each use variables of their own; `ClusterEnvironment.read` turns them into one
+dataclass, and no other file reads them. Starting ranks is in launch/ranks.py, process groups are in pretrain. Imports
+no torch, so that it also runs on a login node.
 """
 
 import contextlib
@@ -21,10 +20,10 @@ _FIRST_RESERVED_STEP = 0xFFFFFFF0
 
 @dataclass(frozen=True)
 class ClusterEnvironment:
-    """One process's rank among all, as its launcher told it.
+    """One process's rank among all ranks, as its launcher set it.
 
-    `launcher` is torchrun, openmpi, mpich, slurm, or single when none started this process (a world of one).
-    `local_rank` counts within the node: it is the GPU to take. `master_address` and `master_port` are where
+    `launcher` is torchrun, openmpi, mpich, slurm, or, for a process without a launcher, single (world size 1).
+    `local_rank` counts within the node and is the index of the GPU to use. `master_address` and `master_port` are where
     rank 0 listens for the rendezvous.
     """
 
@@ -39,16 +38,16 @@ class ClusterEnvironment:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that prints and writes shared files."""
+        """Whether this is rank 0, which prints and writes shared files."""
         return self.rank == 0
 
     @property
     def init_method(self) -> str:
-        """The rendezvous in the form of torch.distributed's `init_method`."""
+        """The rendezvous as `init_method` of torch.distributed."""
         return f"tcp://{self.master_address}:{self.master_port}"
 
     def as_variables(self) -> dict[str, str]:
-        """The variables that torchrun would set, for a process to be started as this rank."""
+        """The variables that torchrun would set for this rank, to start a process with."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -60,12 +59,12 @@ class ClusterEnvironment:
         }
 
     def as_dict(self) -> dict[str, str | int]:
-        """For env.json: the launcher's facts alone, never the environment wholesale."""
+        """The fields as a dict for env.json, which gets no other part of the environment."""
         return asdict(self)
 
     @classmethod
     def read(cls, env: Mapping[str, str] | None = None) -> "ClusterEnvironment":
-        """Reads `env` (default: this process's own). Errors: ValueError naming the variable to mend."""
+        """Reads `env` (default: os.environ). Raises ValueError naming the variable that is missing or wrong."""
         env = os.environ if env is None else env
         launcher, names = _launcher(env)
         if launcher == "slurm":
@@ -98,7 +97,7 @@ class ClusterEnvironment:
 
 
 def is_main() -> bool:
-    """Whether this process speaks for all. Variables that say nothing sensible are complained about later."""
+    """Whether this process is rank 0; also True if the variables are wrong, which `ClusterEnvironment.read` reports."""
     try:
         return ClusterEnvironment.read().is_main
     except ValueError:
@@ -110,8 +109,8 @@ def was_launched() -> bool:
     return _launcher(os.environ)[0] != "single"
 
 
-def tell_torchrun(sentence: str) -> None:
-    """Puts why this rank fails where torchrun looks for it: its own report, which is long, then ends with it."""
+def report_to_torchrun(sentence: str) -> None:
+    """Writes why this rank failed to torchrun's error file, so that torchrun's own report ends with it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with contextlib.suppress(OSError):
@@ -119,10 +118,10 @@ def tell_torchrun(sentence: str) -> None:
 
 
 def mpi_rank_and_world(env: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """(rank, world size) as mpirun or srun told them; (0, 1) where neither started this process.
+    """Returns (rank, world size) as mpirun or srun set them; (0, 1) if neither started this process.
 
-    For work over MPI, which makes its own connections: a rendezvous address is not asked for, and torchrun's variables,
-    which a container may carry for all that runs in it, say nothing. Errors: ValueError naming the variable to mend.
+    MPI makes its own connections, so no rendezvous address is needed, and torchrun's variables, which a container may
+    set for everything that runs in it, are ignored. Raises ValueError naming the variable that is missing or wrong.
     """
     env = os.environ if env is None else env
     launcher, names = _launcher({name: value for name, value in env.items() if name != "RANK"})
@@ -130,9 +129,9 @@ def mpi_rank_and_world(env: Mapping[str, str] | None = None) -> tuple[int, int]:
 
 
 def _launcher(env: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
-    """Who started this process, and its variables for rank, world size, local rank and local world size."""
-    # The order is that of trust: torchrun may run under srun or mpirun, and mpirun starts its daemons by
-    # srun, whose variables the ranks then inherit; the innermost launcher's are the ones that hold.
+    """Name of the launcher and of its variables for rank, world size, local rank and local world size."""
+    # The innermost launcher comes first, since ranks inherit the variables of the outer ones: torchrun may run under
+    # srun or mpirun, and mpirun starts its daemons through srun.
     if "RANK" in env:
         return "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "OMPI_COMM_WORLD_RANK" in env:
@@ -145,19 +144,19 @@ def _launcher(env: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
 
 
 def expand_counts(text: str) -> list[int]:
-    """Slurm's tasks per node, one number a node: `4(x2),3` -> [4, 4, 3]. Errors: ValueError."""
+    """Expands Slurm's tasks per node to one number a node: `4(x2),3` -> [4, 4, 3]. Raises ValueError if malformed."""
     counts: list[int] = []
     for entry in text.split(","):
         tasks, _, repeat = entry.strip().partition("(x")
         times = repeat.removesuffix(")") or "1"
         if not tasks.isdecimal() or not times.isdecimal():
-            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not like 4(x2),3; srun sets it: unset it")
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not of the form 4(x2),3; unset it, srun sets it")
         counts += [int(tasks)] * int(times)
     return counts
 
 
 def first_host(nodelist: str) -> str:
-    """First host of a Slurm node list: `gpu[003-007,9],login1` -> `gpu003`; the same on every rank."""
+    """Returns the first host of a Slurm node list: `gpu[003-007,9],login1` -> `gpu003`; every rank gets the same."""
     head, bracket, rest = nodelist.partition("[")
     if not bracket or "," in head:
         return head.split(",")[0]
@@ -166,10 +165,7 @@ def first_host(nodelist: str) -> str:
 
 
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
-    """True for a task that srun started.
-
-    Shells of sbatch and salloc carry SLURM_ variables and are no ranks.
-    """
+    """Whether srun started this process; batch scripts and salloc's shells also have SLURM_ variables."""
     step = env.get("SLURM_STEP_ID", "")
     return "SLURM_PROCID" in env and step.isdecimal() and int(step) < _FIRST_RESERVED_STEP
 

@@ -1,14 +1,14 @@
-"""Processes that live and die together: start, forward signals, wait, leave none behind.
+"""Groups of child processes that are started, signalled, waited for and ended together.
 
-Used for the ranks of one machine (launch/ranks.py) and the stages of the demo (launch/demo.py). Leaves out where
-output goes: callers pass file descriptors.
+Used for the ranks of one machine (launch/ranks.py) and the stages of the demo (launch/demo.py).
 
-The rules: a first Ctrl-C (or SIGTERM, SIGUSR1, or a closed terminal) is passed on once, so that every process can
-finish what it must, and the status is then theirs. A second Ctrl-C kills; another second signal changes nothing, since
-Slurm sends a warning, then SIGTERM at the end. When one process fails, the others get a moment to say why and are then
-ended.
-If this process is itself killed, so are they and the children they left: a rerun never meets a survivor that writes
-to its run directory or holds its lock.
+- The first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP is passed on once to every child, so that each can save, and the
+  children's exit status is returned.
+- A second Ctrl-C kills the children. Any other second signal is ignored, since Slurm sends a warning first and SIGTERM
+  at the end.
+- When one child fails, the others get `SETTLE_SECONDS` to fail with a message of their own, then SIGTERM.
+- If this process is killed, so are its children and theirs: a rerun never finds a surviving process that writes to its
+  run directory or holds its lock.
 """
 
 import ctypes
@@ -23,18 +23,18 @@ from typing import IO, Any
 
 from configs import signals
 
-STOP_SECONDS = 300.0  # from a passed-on signal to SIGKILL: a step may have to end, and a checkpoint to be written
-GRACE_SECONDS = 60.0  # from SIGTERM after another's failure to SIGKILL: a checkpoint may be on its way to disk
-TWICE_SECONDS = 1.0  # a second Ctrl-C that soon is the same one, which came by two ways
-SETTLE_SECONDS = 5.0  # from the first failure to SIGTERM for the rest: they may be about to fail with a reason
+STOP_SECONDS = 300.0  # from a passed-on signal to SIGKILL: time to finish a step and write a checkpoint
+GRACE_SECONDS = 60.0  # from SIGTERM, after another child failed, to SIGKILL: time to finish writing a checkpoint
+TWICE_SECONDS = 1.0  # a second SIGINT within this time is the same Ctrl-C, delivered twice
+SETTLE_SECONDS = 5.0  # from the first failure to SIGTERM for the others, which may be about to fail with a reason
 _PR_SET_PDEATHSIG = 1
-# Waits for the end of its input, which is our end however we came to it, and kills a process group.
+# Shell script of a guard: `read` returns when this process has ended for any reason, then a process group is killed.
 _GUARD = 'read _; kill -s KILL -- "-$1"'
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class ProcessGroup:
-    """A context in which processes are started and waited for together.
+    """Context manager that starts child processes, waits for all, and on exit kills those that are left.
 
     with ProcessGroup() as group:
         group.start(["python", "-m", "..."])
@@ -46,15 +46,15 @@ class ProcessGroup:
         self.failed: int | None = None  # index of the process that failed first
         self._guards: list[tuple[subprocess.Popen[bytes], int]] = []
         self._signals: list[int] = []
-        self._told_to_kill = False
-        self._told_at = 0.0
+        self._kill_requested = False
+        self._last_signal_at = 0.0
         self._previous: dict[int, Any] = {}
-        self._elsewhere = signals.elsewhere()
+        self._suspended = signals.suspended()
 
     def __enter__(self) -> "ProcessGroup":
         for number in signals.SAVING:
             self._previous[number] = signal.signal(number, self._on_signal)
-        self._elsewhere.__enter__()
+        self._suspended.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,21 +66,20 @@ class ProcessGroup:
             guard.wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._elsewhere.__exit__(None, None, None)
+        self._suspended.__exit__(None, None, None)
 
     def start(
         self,
         argv: Sequence[str],
         env: Mapping[str, str] | None = None,
         output: IO[bytes] | int | None = None,
-        held_back: bool = False,
+        signals_blocked: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Starts one process; `output` takes stdout and stderr (default: ours).
+        """Starts one process whose stdout and stderr go to `output`, by default to this process's own.
 
-        With `held_back`, signals wait until the process lets them through, as launch/bootstrap.py does once it
-        answers them: none finds it half started.
-
-        Each has a session of its own, so that a Ctrl-C at the terminal reaches it once, by way of us.
+        With `signals_blocked`, signals stay pending until the process unblocks them, as launch/bootstrap.py does after
+        setting its handlers; so no signal kills a process that is still starting. Each process has a session of its
+        own, so that a Ctrl-C at the terminal reaches it only through this process.
         """
         process = subprocess.Popen(
             list(argv),
@@ -89,14 +88,14 @@ class ProcessGroup:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_hold_back if held_back else die_with_parent,
+            preexec_fn=_block_signals if signals_blocked else die_with_parent,
         )
         self.processes.append(process)
         self._guard(process.pid)
         return process
 
     def _guard(self, group: int) -> None:
-        """Starts a shell that outlives us by a moment: it kills what is left of the group once we are gone."""
+        """Starts a shell that kills process group `group` as soon as this process has ended."""
         theirs, lifeline = os.pipe()
         quiet = subprocess.DEVNULL
         command = ["/bin/sh", "-c", _GUARD, "sh", str(group)]
@@ -105,10 +104,10 @@ class ProcessGroup:
         self._guards.append((guard, lifeline))
 
     def wait(self) -> int:
-        """Blocks until all have ended. Returns 0 or the first failure's exit status.
+        """Waits until all processes have ended and returns 0 or the exit status of the first that failed.
 
-        After a signal: the status on which all agree (they may have saved and said so, or have been finished before
-        it), else 128 + the signal.
+        After a signal it returns the exit status of the processes if all have the same (75, for example, when all have
+        saved), else 128 + the signal's number.
         """
         passed_on = False
         deadline: float | None = None
@@ -117,7 +116,7 @@ class ProcessGroup:
             if self._signals and not passed_on:
                 self._send(self._signals[0])
                 passed_on, ending, deadline = True, True, time.monotonic() + STOP_SECONDS
-            if self._told_to_kill:
+            if self._kill_requested:
                 self._send(signal.SIGKILL)
             if self.failed is None and not self._signals:
                 self.failed = self._first_failure()
@@ -136,7 +135,7 @@ class ProcessGroup:
 
     @property
     def signal(self) -> int:
-        """The first signal that came; 0 for none."""
+        """Number of the first signal that this process got; 0 for none."""
         return self._signals[0] if self._signals else 0
 
     def _first_failure(self) -> int | None:
@@ -149,32 +148,32 @@ class ProcessGroup:
                 continue
             if number == signal.SIGKILL:
                 os.killpg(process.pid, number)
-            else:  # a process passes other signals on to its children as it sees fit
+            else:  # the process itself decides whether to pass these on to its children
                 process.send_signal(number)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and signal.SIGINT in self._signals:
-            self._told_to_kill |= time.monotonic() - self._told_at > TWICE_SECONDS
+            self._kill_requested |= time.monotonic() - self._last_signal_at > TWICE_SECONDS
         self._signals.append(number)
-        self._told_at = time.monotonic()
+        self._last_signal_at = time.monotonic()
 
 
 def exit_status(returncode: int) -> int:
-    """A Popen return code as a shell's: death by signal n is 128 + n."""
+    """Converts a Popen return code to a shell's exit status: death by signal n is 128 + n."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
 def cores() -> int:
-    """The cores this process may use: its affinity where the system has one, else all."""
+    """Number of cores that this process may use: its CPU affinity where the system has one, else all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _hold_back() -> None:
+def _block_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.SAVING)
     die_with_parent()
 
 
 def die_with_parent() -> None:
-    """For Popen's preexec_fn: asks Linux to kill this process when the one that started it dies."""
+    """Asks Linux to kill this process when its parent dies; also a preexec_fn for Popen. Does nothing elsewhere."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""One command with its output on the screen, live, and in a log file.
+"""Runs one command with its output shown live and written to a log file.
 
-On a terminal the command gets a terminal of its own (a pty of the same size), so that its progress bars move
-as if it had been started by hand; elsewhere a pipe, and it prints plain lines. Unix only. Leaves out input:
-the command has none.
+If stdout is a terminal, the command gets a pseudo-terminal of the same size, so that its progress bars work as if it
+had been started by hand; otherwise it gets a pipe and prints plain lines. The command has no input. Unix only.
 """
 
 import contextlib
@@ -21,21 +20,23 @@ from typing import BinaryIO, NamedTuple
 
 from launch.processes import ProcessGroup
 
-LAST_WORDS_SECONDS = 5.0  # how long output is still read after the command's end, should a child hold it open
+LAST_WORDS_SECONDS = 5.0  # how long output is read after the command's end, if a child process keeps it open
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit status, 128 + n for signal n, and the first signal that came to us meanwhile, or 0.
+    """A command's exit status (128 + n after death by signal n) and the first signal that this process got meanwhile.
 
-    A command that has done its work by then ends with 0 all the same.
+    `signal` is 0 if there was none. `status` can be 0 in spite of a signal, if the command had finished its work.
     """
 
     status: int
     signal: int
 
 
-def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, held_back: bool = False) -> Ended:
-    """Runs `command`, appends its output to `log` and shows it. `held_back`: see ProcessGroup.start."""
+def run(
+    command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, signals_blocked: bool = False
+) -> Ended:
+    """Runs `command`, appends its output to `log` and shows it; `signals_blocked` is as in `ProcessGroup.start`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     terminal = sys.stdout.isatty()
     ours, theirs = pty.openpty() if terminal else os.pipe()
@@ -45,7 +46,7 @@ def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None,
             if terminal:
                 _copy_size(ours)
                 previous = signal.signal(signal.SIGWINCH, lambda _n, _f: _copy_size(ours))
-            group.start(command, env, output=theirs, held_back=held_back)
+            group.start(command, env, output=theirs, signals_blocked=signals_blocked)
             os.close(theirs)
             reader = threading.Thread(target=_copy, args=(ours, file), daemon=True)
             reader.start()
@@ -59,8 +60,7 @@ def run(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None,
 
 
 def _copy(source: int, log: BinaryIO) -> None:
-    # A pty whose other end is closed answers EIO, a pipe end of file; a log or screen that is gone ends it
-    # too.
+    # The end of output is EIO on a pty and end of file on a pipe; a log or terminal that cannot be written ends it too.
     with contextlib.suppress(OSError, ValueError):
         while data := os.read(source, 65536):
             log.write(data)

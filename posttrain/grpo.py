@@ -18,7 +18,7 @@ from configs.cli import RESUME, entrypoint, parse_args
 from configs.folders import check_writable
 from configs.layout import GROUP_SIZE, Layout
 from configs.posttrain import GRPOConfig
-from launch.environment import ClusterEnvironment, is_main, tell_torchrun
+from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,4 +77,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=is_main(), tell=tell_torchrun)
+    entrypoint(main, prints_errors=is_main(), on_error=report_to_torchrun)

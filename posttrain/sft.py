@@ -20,7 +20,7 @@ from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.posttrain import SFTConfig
 from data_pipeline.mixture.rows import Row
-from launch.environment import ClusterEnvironment, is_main, tell_torchrun
+from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,4 +85,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=is_main(), tell=tell_torchrun)
+    entrypoint(main, prints_errors=is_main(), on_error=report_to_torchrun)

@@ -38,7 +38,7 @@ def only_run_in(run_dir: Path, mesh: "Mesh", watch: signals.Watch) -> Iterator[N
         if lock is not None:
             held = lock
             _write(held, "")
-            watch.when_told(lambda: _write(held, ENDING))
+            watch.on_first_signal(lambda: _write(held, ENDING))
         yield
 
 

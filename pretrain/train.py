@@ -21,7 +21,7 @@ from configs.loader import ConfigError
 from configs.train import PretrainConfig
 from data_pipeline.core.integrity import DamagedData
 from data_pipeline.mixture.rows import Plan
-from launch.environment import ClusterEnvironment, is_main, tell_torchrun
+from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.plan_choice import Choice, choose_plan
 
 if TYPE_CHECKING:
@@ -119,4 +119,4 @@ def _choose_plan(config: PretrainConfig, resume: str) -> Choice:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=is_main(), tell=tell_torchrun)
+    entrypoint(main, prints_errors=is_main(), on_error=report_to_torchrun)

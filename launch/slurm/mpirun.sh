@@ -1,16 +1,16 @@
 #!/bin/bash
-# A training run under Slurm by MPICH's mpirun, requeued until it is finished:
+# Slurm job that trains with MPICH's mpirun and requeues itself until the run is finished:
 #   sbatch --nodes 2 --ntasks-per-node 8 launch/slurm/mpirun.sh trivium train CONFIG
-# mpirun is no step of Slurm's: the signal comes to this script (B:), which passes it on, every second, so that it is
-# not lost on ranks that start only now; mpirun gives it to its ranks.
+# Slurm signals this script (B:) 300 s before the time limit, since mpirun is not a Slurm step. The script passes the
+# signal to mpirun, and mpirun to its ranks, again every second, so that ranks that are still starting get it too.
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
 trap told=USR1 USR1
-trap told=TERM TERM # of `scancel`
+trap told=TERM TERM # sent by `scancel`
 
-# Each rank holds signals back until it can answer them: none kills it as it starts.
+# Signals stay blocked in each rank until it has set its handlers, so that none kills it while it starts.
 mpirun -n "$SLURM_NTASKS" env --block-signal=INT,TERM,HUP,USR1 "$@" &
 mpirun=$!
 while kill -0 $mpirun 2>/dev/null; do
@@ -20,7 +20,7 @@ while kill -0 $mpirun 2>/dev/null; do
 done
 wait $mpirun
 status=$?
-# A signal that comes before mpirun is up ends it with another status; no rank has begun then.
+# A signal before mpirun has started its ranks ends mpirun with another status; nothing is lost then either.
 [ "$told" ] && [ $status -ge 128 ] && status=75
 [ $status -eq 75 ] && [ "$told" != TERM ] && scontrol requeue "$SLURM_JOB_ID"
 exit $status

@@ -1,17 +1,17 @@
 #!/bin/bash
-# A training run under Slurm by torchrun, one on each node, requeued until it is finished:
+# Slurm job that trains with one torchrun per node and requeues itself until the run is finished:
 #   sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 launch/slurm/torchrun.sh \
 #     --nproc-per-node 8 -m pretrain.train CONFIG
-# torchrun ends with 1 whatever its ranks end with, so this script notes the signal itself (B:), and passes it on to the
-# ranks, by way of a shell on each node, every second, so that it is not lost on those that start only now. torchrun has
-# it held back, since it would kill its ranks after 30 s, or itself. Without --shutdown-timeout it kills them that soon
-# after SIGTERM too.
+# Slurm signals this script (B:) 300 s before the time limit. The script remembers the signal, since torchrun exits with
+# 1 whatever its ranks' status, and passes it to the ranks through a shell on each node, again every second, so that
+# ranks that are still starting get it too. The signal is blocked in torchrun, which would end itself, or kill its ranks
+# after 30 s. It does the latter after SIGTERM too, hence --shutdown-timeout.
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
 trap told=USR1 USR1
-trap told=TERM TERM # of `scancel`; Slurm tells the ranks itself
+trap told=TERM TERM # sent by `scancel`; Slurm signals the ranks itself
 
 node='
   for signal in USR1 TERM INT; do trap "told=$signal" $signal; done

@@ -29,7 +29,7 @@ from configs.layout import Layout
 from configs.loader import load
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Row
-from launch.environment import ClusterEnvironment, is_main, tell_torchrun
+from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken
 from pretrain.model.recompute import is_recomputing
@@ -172,4 +172,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entrypoint(main, speaks=is_main(), tell=tell_torchrun)
+    entrypoint(main, prints_errors=is_main(), on_error=report_to_torchrun)

@@ -28,5 +28,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signals.begin(saves=True, speaks=is_main(), launched=was_launched())
+    signals.begin(saves=True, prints_errors=is_main(), launched=was_launched())
     entrypoint(main)

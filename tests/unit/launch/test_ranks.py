@@ -174,7 +174,7 @@ def test_a_command_stands_for_its_module() -> None:
     ],
 )
 def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=r"is nothing that runs as ranks.*" + re.escape(hint)):
+    with pytest.raises(ValueError, match=r"cannot be started as ranks.*" + re.escape(hint)):
         ranks.main([name, "configs/pretrain/demo.toml"])
 
 
