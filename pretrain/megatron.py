@@ -7,8 +7,7 @@ there, by that name, before training goes wrong.
 Layers, for pretrain/model:
 
 - `whole_layer`: a layer takes anything with `size()` and `rank()` for a group of one.
-- `unset_weights`: with `perform_initialization` off, weights keep what memory held, in `params_dtype`, without marks.
-- `marks`: `set_tensor_model_parallel_attributes` leaves `tensor_model_parallel` and `partition_dim` on a weight.
+- `unset_weights`: with `perform_initialization` off, weights keep what memory held, in `params_dtype`.
 - `column_layer`: it returns (output, None), and with `disable_grad_reduce` the input's gradient is this rank's part;
   with its `sequence_parallel` put out, it takes the whole sequence whatever the config says.
 - `row_layer`: it returns (summed output, None), and under sequence parallel this rank's share of the sum.
@@ -68,7 +67,6 @@ with mock.patch.object(torch, "compile", _unchanged), warnings.catch_warnings():
         mappings,
         reduce_from_tensor_model_parallel_region,
         reduce_scatter_to_sequence_parallel_region,
-        set_tensor_model_parallel_attributes,
         vocab_parallel_cross_entropy,
     )
     from megatron.core.transformer import TransformerConfig
@@ -92,7 +90,6 @@ __all__ = [
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
     "schedule_config",
-    "set_tensor_model_parallel_attributes",
     "vocab_parallel_cross_entropy",
 ]
 

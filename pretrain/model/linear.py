@@ -19,9 +19,9 @@ from pretrain.megatron import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
 )
 from pretrain.model.layer_context import LayerContext
+from pretrain.model.slices import mark_split
 
 
 class _Whole:
@@ -107,7 +107,7 @@ class ColumnLinear(ColumnParallelLinear):
             disable_grad_reduce=True,
         )
         self.sequence_parallel = False  # x is the whole sequence already
-        set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
+        mark_split(self.weight, self.is_split, 0)
 
     @property
     def is_split(self) -> bool:
@@ -136,7 +136,7 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=context.tp or _WHOLE,
         )
-        set_tensor_model_parallel_attributes(self.weight, self.is_split, 1, 1)
+        mark_split(self.weight, self.is_split, 1)
 
     @property
     def is_split(self) -> bool:
@@ -162,7 +162,7 @@ class Embedding(VocabParallelEmbedding):
             tp_group=context.tp or _WHOLE,
         )
         self.is_split = self.num_embeddings_per_partition != vocab_size
-        set_tensor_model_parallel_attributes(self.weight, self.is_split, 0, 1)
+        mark_split(self.weight, self.is_split, 0)
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         if self.reduce_scatter_embeddings:

@@ -53,6 +53,14 @@ def tp_split(parameter: nn.Parameter) -> int | None:
     return getattr(parameter, "partition_dim") if getattr(parameter, "tensor_model_parallel", False) else None  # noqa: B009
 
 
+def mark_split(parameter: nn.Parameter, is_split: bool, dim: int) -> None:
+    """Records whether tensor parallel splits the parameter, and along which dimension.
+
+    The names are megatron-core's and DeepSpeed's, which looks for `tensor_model_parallel` when it takes the grad norm.
+    """
+    vars(parameter).update(tensor_model_parallel=is_split, partition_dim=dim)
+
+
 def mark_expert(parameter: nn.Parameter) -> None:
     """Marks a parameter whose first dimension counts experts."""
     vars(parameter)["counts_experts"] = True

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from pretrain import megatron
 from pretrain.megatron import parallel_state
@@ -57,13 +56,7 @@ def unset_weights() -> None:
         megatron.VocabParallelEmbedding(OUT, IN, **shared).weight,
     ]
     for weight in weights:
-        assert weight.dtype == torch.bfloat16 and not hasattr(weight, "tensor_model_parallel")
-
-
-def marks() -> None:
-    weight: Any = nn.Parameter(torch.empty(2, 2))
-    megatron.set_tensor_model_parallel_attributes(weight, True, 1, 1)
-    assert weight.tensor_model_parallel is True and weight.partition_dim == 1
+        assert weight.dtype == torch.bfloat16
 
 
 def group_size() -> None:
@@ -116,7 +109,7 @@ def cpu_redirections() -> None:
 # From here on: in two ranks, both with the default process group.
 
 
-ALONE = (whole_layer, unset_weights, marks, group_size, rank_order, accepted_config, cpu_redirections)
+ALONE = (whole_layer, unset_weights, group_size, rank_order, accepted_config, cpu_redirections)
 
 
 @pytest.mark.parametrize("fact", ALONE)

@@ -59,7 +59,6 @@ MEGATRON_LAYERS = tuple(
         "get_pg_size",
         "reduce_from_tensor_model_parallel_region",
         "reduce_scatter_to_sequence_parallel_region",
-        "set_tensor_model_parallel_attributes",
         "vocab_parallel_cross_entropy",
     )
 )
