@@ -144,7 +144,7 @@ def test_none_that_can_is_told_in_a_sentence(machine: Machine) -> None:
         ("3.14", (), "is Python 3.14"),
         ("3.12", ("pip", "ensurepip"), "is Python 3.12 without pip"),
         ("3.12", ("venv",), "is Python 3.12 without venv"),
-        ("broken", (), "is no Python that runs"),
+        ("broken", (), "is not a Python that runs"),
     ],
 )
 def test_a_named_python_that_cannot_is_refused(
@@ -167,7 +167,7 @@ def test_an_environment_is_kept_until_another_python_is_named(machine: Machine) 
     assert machine.make("install").returncode == 0 and not machine.calls()  # there is nothing to do
 
     done = machine.make("install", f"PYTHON={newer}")
-    assert done.returncode == 0 and "made anew" in done.stdout
+    assert done.returncode == 0 and "is made again" in done.stdout
     assert (environment / "of-3.13-0").exists() and not (environment / "of-3.11-0").exists()
     assert any("install" in call and ".[dev]" in call for call in machine.calls())
     assert machine.make("install").returncode == 0 and not machine.calls()
