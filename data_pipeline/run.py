@@ -1,8 +1,8 @@
 """`trivium data run CONFIG`: raw files to a mixture plan, stage by stage, skipping what is done.
 
-Reads like the pipeline: filtered documents (`stages`), unique ones (`dedup.stages`), what is taken out of them
-(`cut_stages`), then tokenizer, tokens and plan (`token_stages`). Interrupted anywhere, the same command goes on. Each
-stage also runs alone (`--stage`), perhaps with another executor than the rest, and a run may end early (`--until`).
+`recipe` is the pipeline; each of its stages is made in the folder that does its work. Interrupted anywhere, the same
+command goes on. Each stage also runs alone (`--stage`), perhaps with another executor than the rest, and a run may end
+early (`--until`).
 The ledger of all stages that are done goes to `ledger.json` in the run directory, `--dry-run` says what would run. Who
 does the tasks is left to an executor: with `mpirun` every rank runs `main`, one of them leads.
 
@@ -29,29 +29,57 @@ from configs.data import DataConfig
 from configs.files import write_atomic
 from configs.folders import check_writable
 from configs.loader import ConfigError, write
-from data_pipeline.alarms import alarms, look, missed
+from data_pipeline.alarms import alarms
+from data_pipeline.canaries.check import look, missed
+from data_pipeline.core.console import warn, wide_console
 from data_pipeline.core.full_disk import told
+from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shortfalls import COUNTED, short_plans, short_sources
-from data_pipeline.core.stage import Done, Stage, perform, published, sole_user
-from data_pipeline.cutting.cut_stages import cut_stages
-from data_pipeline.dedup.dedup_stages import dedup_stages
+from data_pipeline.core.stage import PublishedStage, Stage, made_by_other_code, perform, published, sole_user
+from data_pipeline.cutting.cut_stages import (
+    decontaminate_stage,
+    lines_stage,
+    pii_stage,
+    substrings_stage,
+    web_lines_stage,
+)
+from data_pipeline.dedup.dedup_stages import dedup_stage, signatures_stage
+from data_pipeline.documents.documents_stage import documents_stage
 from data_pipeline.executors.base import Executor
 from data_pipeline.executors.choose import choose, one_voice
 from data_pipeline.executors.slurm_executor import cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, quiet
 from data_pipeline.extraction.extract import set_aside
-from data_pipeline.report.ledger_tables import print_ledger, read_ledger, wide_console
-from data_pipeline.stages import Workshop, document_stages, warn
-from data_pipeline.tokens.token_stages import show_forecast, token_stages
+from data_pipeline.extraction.extract_stage import extract_stage
+from data_pipeline.language.language_stage import language_stage
+from data_pipeline.mixture.plan_stage import plan_stage, show_forecast
+from data_pipeline.report.ledger_tables import print_ledger, read_ledger
+from data_pipeline.scores.score_stages import filter_stage, score_stage
+from data_pipeline.tokens.token_stages import tokenizer_stage, tokens_stage
 
 
-def all_stages(config: DataConfig, run_dir: Path, console: Console, executor: Executor) -> list[Stage]:
-    """Every stage, in the order in which they run."""
-    shop = Workshop(config, run_dir, console, executor)
-    stages = document_stages(shop)
-    stages += dedup_stages(shop, {stage.name: stage for stage in stages})
-    stages += cut_stages(shop, {stage.name: stage for stage in stages})
-    return [*stages, *token_stages(shop, stages[-1])]
+def recipe(context: RunContext) -> list[Stage]:
+    """Every stage of a data run, in the order in which they run; the optional ones where the config has them."""
+    stages = [
+        extract := extract_stage(context),
+        language := language_stage(context, extract),
+        score := score_stage(context, language),
+        filtered := filter_stage(context, score),
+        signatures := signatures_stage(context, extract, language),
+        dedup := dedup_stage(context, filtered, signatures),
+        clean := decontaminate_stage(context, extract, dedup),
+        web_lines := web_lines_stage(context, extract, language, clean or dedup),
+        lines := lines_stage(context, extract, language, clean or dedup),
+        substrings := substrings_stage(context, extract, language, clean or dedup),
+        pii := pii_stage(context, extract, language, clean or dedup),
+        documents := documents_stage(
+            context, extract, language, score, dedup, [one for one in (clean, web_lines, lines, substrings, pii) if one]
+        ),
+        tokenizer := tokenizer_stage(context, documents),
+        tokens := tokens_stage(context, documents, tokenizer),
+        plan_stage(context, tokenizer, tokens),
+    ]
+    return [stage for stage in stages if stage]
 
 
 def select(names: Sequence[str], only: str, until: str) -> list[str]:
@@ -68,7 +96,7 @@ def select(names: Sequence[str], only: str, until: str) -> list[str]:
 
 def run(
     config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = ""
-) -> tuple[list[Done], list[str]]:
+) -> tuple[list[PublishedStage], list[str]]:
     """Runs what is not done yet; returns the stages and what is alarming about their counts.
 
     Only the stages named by `only`, between commas, or all up to and with `until`.
@@ -79,13 +107,14 @@ def run(
     with sole_user(run_dir):
         quiet(None)
         with nothing_left_of_refused(run_dir):
-            stages = all_stages(config, run_dir, console, executor)
+            stages = recipe(RunContext(config, run_dir, console, executor))
             chosen = _chosen(config, stages, only, until)
             _check_needs(stages, chosen, run_dir)
         cancel_leftovers(run_dir / "logs")
         quiet(run_dir / "logs" / "datatrove.log")
         write(config, run_dir / "config.toml")
-        done: dict[str, Done] = {}
+        _say_made_by_other_code(stages, chosen, run_dir, console)
+        done: dict[str, PublishedStage] = {}
         for number, stage in enumerate(stages, 1):
             counted = done.get(stage.counted_against.name) if stage.counted_against else None
             before = counted.tally if counted else None
@@ -106,7 +135,7 @@ def run(
         return list(done.values()), found
 
 
-def warnings(names: Collection[str], done: Mapping[str, Done], config: DataConfig) -> list[str]:
+def warnings(names: Collection[str], done: Mapping[str, PublishedStage], config: DataConfig) -> list[str]:
     """What the stages `names` say of shortfalls; of a plan's, only the last of them that counted before the plan."""
     counted = [name for name in COUNTED if name in names and "plan" not in names][-1:]
     short = []
@@ -123,7 +152,7 @@ def _chosen(config: DataConfig, stages: Sequence[Stage], only: str, until: str) 
     return chosen
 
 
-def _check_some_left(done: Done, run_dir: Path) -> None:
+def _check_some_left(done: PublishedStage, run_dir: Path) -> None:
     """Errors: ValueError for a stage that no document came out of: those after it could only fail."""
     total = done.tally.total()
     if not total.came_in.documents and done.name == "extract":
@@ -173,7 +202,7 @@ def _check_needs(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path) 
 def write_ledger(
     run_dir: Path,
     stages: Sequence[Stage],
-    done: Mapping[str, Done],
+    done: Mapping[str, PublishedStage],
     found: Sequence[str],
     canaries: Sequence[Mapping[str, Any]],
 ) -> None:
@@ -201,12 +230,12 @@ def write_ledger(
     write_atomic(run_dir / "ledger.json", (json.dumps(ledger, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def count_set_aside(done: Sequence[Done]) -> dict[str, int]:
+def count_set_aside(done: Sequence[PublishedStage]) -> dict[str, int]:
     """Records of the input that could not be used and stand in extract/rejected/, by reason."""
     return next((set_aside(stage.tally.total()) for stage in done if stage.name == "extract"), {})
 
 
-def _say_set_aside(done: Sequence[Done], config: DataConfig, console: Console) -> None:
+def _say_set_aside(done: Sequence[PublishedStage], config: DataConfig, console: Console) -> None:
     """What exit status 0 does not say: that some of the input was not usable."""
     if reasons := count_set_aside(done):
         counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
@@ -219,7 +248,19 @@ def _say_set_aside(done: Sequence[Done], config: DataConfig, console: Console) -
         )
 
 
-def _where(stage: Done) -> str:
+def _say_made_by_other_code(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path, console: Console) -> None:
+    """Says why stages that were there run again though neither config nor input was changed."""
+    if names := made_by_other_code([stage for stage in stages if stage.name in chosen], run_dir):
+        console.print(
+            "the code that makes these stages, or a package that it uses, was changed since they were made, so that "
+            f"they run again with all that need them: {', '.join(names)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _where(stage: PublishedStage) -> str:
     """Where to look: the samples of what was dropped, or else the stage's folder."""
     for name in ("rejected", "drops"):
         if (stage.folder / name).is_dir():
@@ -227,7 +268,7 @@ def _where(stage: Done) -> str:
     return stage.folder.name
 
 
-def _say(done: Done, number: int, count: int, console: Console) -> None:
+def _say(done: PublishedStage, number: int, count: int, console: Console) -> None:
     total = done.tally.total()
     dropped = sum(amount.documents for amount in total.dropped.values())
     how = f"{done.seconds:.1f} s" if done.fresh else "done before, kept"
@@ -257,11 +298,12 @@ def dry_run(config: DataConfig, console: Console, executor: Executor, only: str 
         check_writable(run_dir, "run.dir")
     done = set()
     if run_dir.is_dir():
-        stages = all_stages(config, run_dir, console, executor)
+        stages = recipe(RunContext(config, run_dir, console, executor))
     else:
         with TemporaryDirectory() as nowhere:
-            stages = all_stages(config, Path(nowhere), console, executor)
+            stages = recipe(RunContext(config, Path(nowhere), console, executor))
     chosen = _chosen(config, stages, only, until)
+    _say_made_by_other_code(stages, chosen, run_dir, console)
     for stage in stages:
         verdict = "would run" if stage.name in chosen else "not done, not asked for"
         if published(stage, run_dir):

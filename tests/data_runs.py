@@ -9,6 +9,9 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import tomli_w
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPORARY = ("ledger.json", "inputs.json", "config.toml", "stage.json", ".lock")  # these hold times, paths and choices
@@ -52,6 +55,20 @@ weights = {{ prose = 1.0, pages = 1.0 }}
 """
 
 
+def data_config(path: Path, sources: dict[str, dict[str, Any]], **sections: dict[str, Any]) -> Path:
+    """Writes the config of a small data run to `path`: `sources`, and what other sections say beyond the least."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(path.parent / "run"), "workers": 1},
+        "sources": sources,
+        "tokenizer": {"vocab_size": 400},
+        "mixture": {"seq_length": 64, "samples": 50, "weights": dict.fromkeys(sources, 1.0)},
+    }
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section
+    path.write_text(tomli_w.dumps(tree), encoding="utf-8")
+    return path
+
+
 def write_inputs(folder: Path) -> Path:
     """A config and its files in `folder`: three of prose, two of pages, one broken line, one copy."""
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rb") as lines:
@@ -93,3 +110,13 @@ def published(run_dir: Path) -> dict[str, str]:
 def took_part(run_dir: Path) -> set[str]:
     """The processes that did tasks, by name."""
     return {path.read_text() for path in run_dir.glob("logs/**/started/*")}
+
+
+def ledger(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """What the ledger says of each stage, by its name."""
+    return {stage["name"]: stage for stage in json.loads((run_dir / "ledger.json").read_text())["stages"]}
+
+
+def run_folder(config: Path) -> Path:
+    """The run directory of a config of CONFIG that stands in the folder of the run."""
+    return config.parent / "run"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from configs.data import TokenizerConfig
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer, train
 from tests.shards import write_shard
@@ -20,7 +21,11 @@ def make_tokens(folder: Path) -> tuple[Path, Path]:
         for split, part in (("train", texts[:-3]), ("heldout", texts[-3:])):
             records = ({"text": t, "id": f"{source}{i}", "metadata": {}} for i, t in enumerate(part))
             write_shard(folder / f"{split}.{source}.jsonl.zst", records)
-    train([folder / "train.code.jsonl.zst", folder / "train.prose.jsonl.zst"], folder / "tokenizer", VOCAB)
+    train(
+        [folder / "train.code.jsonl.zst", folder / "train.prose.jsonl.zst"],
+        folder / "tokenizer",
+        TokenizerConfig(vocab_size=VOCAB),
+    )
     tokenizer = Tokenizer.load(folder / "tokenizer")
     for source in ("code", "prose"):
         for split in ("train", "heldout"):

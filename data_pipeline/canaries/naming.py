@@ -1,8 +1,8 @@
-"""Whose documents these are: of the sources, or planted by the run as canaries, each canary a realm of its own.
+"""Names that tell the documents of the sources from planted canaries, and one canary from another.
 
-Documents of different realms never meet where stages compare documents with each other: the hashes that they would
-meet under differ by the realm. So canaries change nothing about the documents of the sources, and no canary decides
-what becomes of another. What canaries are for is in `plant`.
+Where stages compare documents with each other, a canary meets neither documents of the sources nor another canary: the
+hashes that they would meet under are salted by the canary's name. So canaries change nothing about the documents of the
+sources, and no canary decides what becomes of another. What canaries are for is in `plant`.
 """
 
 from data_pipeline.core.hashing import stable_hash
@@ -25,11 +25,11 @@ def source_of(name: str) -> str:
     return name.removesuffix(_SUFFIX)
 
 
-def realm(shard: str) -> str:
-    """ "" for the documents of the sources, which all belong together; else a name of the canary that `shard` is of."""
+def canary_of(shard: str) -> str:
+    """The name of the canary that `shard` is of, or "" for the documents of the sources."""
     return shard.rpartition("-")[0] if is_canary(shard) else ""
 
 
 def salt(shard: str) -> int:
-    """64 bits to be added, by exclusive or, to hashes of the shard's documents; 0 for those of the sources."""
-    return stable_hash(realm(shard)) if is_canary(shard) else 0
+    """64 bits to combine, by exclusive or, with the hashes of the shard's documents; 0 for those of the sources."""
+    return stable_hash(canary_of(shard)) if is_canary(shard) else 0

@@ -33,8 +33,8 @@ def as_input(canaries: Mapping[str, CanaryConfig]) -> dict[str, Any]:
     }
 
 
-def id_of(name: str, place: int) -> str:
-    return f"canaries/{name}/{place}"
+def id_of(name: str, index: int) -> str:
+    return f"canaries/{name}/{index}"
 
 
 class PlantCanaries(PipelineStep):
@@ -53,12 +53,12 @@ class PlantCanaries(PipelineStep):
             return
         tally = Tally()
         for name, (number, source, texts, html, url) in self.canaries.items():
-            for place, text in enumerate(texts):
+            for index, text in enumerate(texts):
                 size = len(text.encode())
                 raw = {"path": f"canaries.{name}", "index": number, "bytes": size, "count": 1, "offset": 0}
-                metadata = {"source": canaries_of(source), "file": raw["path"], "position": place, "url": url}
+                metadata = {"source": canaries_of(source), "file": raw["path"], "position": index, "url": url}
                 tally.came_in(metadata["source"], size)
                 yield Document(
-                    text, id_of(name, place), metadata=metadata | {"raw": raw | {"html": html, "reason": ""}}
+                    text, id_of(name, index), metadata=metadata | {"raw": raw | {"html": html, "reason": ""}}
                 )
         tally.save(Path(self.tallies) / "in-canaries.json")

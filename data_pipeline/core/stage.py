@@ -63,7 +63,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Done:
+class PublishedStage:
     """A published stage."""
 
     name: str
@@ -144,7 +144,7 @@ def file_hashes(paths: Sequence[Path], cache: Path) -> str:
     return digest([[name, entry["sha256"]] for name, entry in hashes.items()])
 
 
-def published(stage: Stage, run_dir: Path) -> Done | None:
+def published(stage: Stage, run_dir: Path) -> PublishedStage | None:
     """The stage as an earlier run left it, if its key and every file's size still hold.
 
     Errors: DamagedData for a manifest that is not as it was written.
@@ -156,7 +156,17 @@ def published(stage: Stage, run_dir: Path) -> Done | None:
     for file in expected_files(folder, manifest):
         if not file.path.is_file() or file.path.stat().st_size != file.size:
             return None
-    return Done(stage.name, folder, Tally.from_plain(manifest["sources"]), manifest["seconds"], fresh=False)
+    return PublishedStage(stage.name, folder, Tally.from_plain(manifest["sources"]), manifest["seconds"], fresh=False)
+
+
+def made_by_other_code(stages: Sequence[Stage], run_dir: Path) -> list[str]:
+    """Names of stages that an earlier run published and that run again because what makes them was changed."""
+    made = {stage.name: read_manifest(run_dir / stage.name) for stage in stages}
+    return [
+        stage.name
+        for stage in stages
+        if (manifest := made[stage.name]) and manifest.get("code") != stage.identity["code"]
+    ]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -179,7 +189,7 @@ def expected_files(folder: Path, manifest: dict[str, Any]) -> list[Expected]:
     return found
 
 
-def perform(stage: Stage, run_dir: Path, before: Tally | None) -> Done:
+def perform(stage: Stage, run_dir: Path, before: Tally | None) -> PublishedStage:
     """Runs a stage and publishes it.
 
     Errors: whatever the work raises; LedgerError when its counts do not add up.
@@ -209,7 +219,7 @@ def perform(stage: Stage, run_dir: Path, before: Tally | None) -> Done:
     final = run_dir / stage.name
     kept = stage.keep(final, folder) if stage.keep and final.is_dir() else None
     replace_folder(folder, final)
-    return Done(stage.name, final, tally, seconds, fresh=True, kept=kept)
+    return PublishedStage(stage.name, final, tally, seconds, fresh=True, kept=kept)
 
 
 def replace_folder(folder: Path, target: Path) -> None:

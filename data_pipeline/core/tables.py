@@ -29,7 +29,7 @@ from data_pipeline.personal_data.hiding import hide
 
 KEYS = ("source", "shard", "row", "id", "bytes")
 SHOWN = ("head", "sample", "context")  # columns that hold a piece of a text
-PLACES = ("url", "file")  # and what says where it is from
+ORIGINS = ("url", "file")  # and what says where it is from
 SAMPLES = 5
 
 
@@ -100,7 +100,7 @@ def write_samples(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 def masked(row: dict[str, Any]) -> dict[str, Any]:
     """`row` without personal data in its pieces of text, its address and its file's name."""
     shown = {name: mask(row[name]) for name in SHOWN if isinstance(row.get(name), str)}
-    return row | shown | {name: hide(row[name]) for name in PLACES if isinstance(row.get(name), str)}
+    return row | shown | {name: hide(row[name]) for name in ORIGINS if isinstance(row.get(name), str)}
 
 
 def mask_samples(folder: str | Path) -> None:
@@ -154,8 +154,8 @@ class TableStep(PipelineStep):
                 tally.came_in(metadata["source"], metadata["bytes"])
                 with self.track_time():
                     columns = self.measure(document, before)
-                place = {"source": metadata["source"], "shard": shard, "row": metadata["row"]}
-                row = {**place, "id": document.id, "bytes": metadata["bytes"], "verdict": "", **columns}
+                location = {"source": metadata["source"], "shard": shard, "row": metadata["row"]}
+                row = {**location, "id": document.id, "bytes": metadata["bytes"], "verdict": "", **columns}
                 rows.append(masked(row))
             if rows:
                 self.write(shard, rows)

@@ -31,7 +31,7 @@ _BUFFER_BYTES = 32 << 20
 _MAX_PARTITIONS = 4096
 
 
-class Units:
+class TextUnits:
     """Says what the units of a text are; travels to the workers."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ class CountUnits(PipelineStep):
 
     name, type = "Count units", "🧮 - COPIES"
 
-    def __init__(self, folder: str, select: str, shards: Sequence[str], units: Units, partitions: int) -> None:
+    def __init__(self, folder: str, select: str, shards: Sequence[str], units: TextUnits, partitions: int) -> None:
         super().__init__()
         self.folder = folder
         self.select = select
@@ -166,9 +166,9 @@ class Quota:
         self.digests = records["digest"].copy()  # DIGEST [units], ascending
         self.left = records["count"].astype(np.int64)  # [units]
 
-    def places(self, digests: np.ndarray) -> np.ndarray:
+    def indices(self, digests: np.ndarray) -> np.ndarray:
         """int64, where each of `digests` is in `self.digests`; -1 where it is not."""
         if not len(self.digests):
             return np.full(len(digests), -1)
-        places = np.minimum(np.searchsorted(self.digests, digests), len(self.digests) - 1)
-        return np.where(self.digests[places] == digests, places, -1)
+        indices = np.minimum(np.searchsorted(self.digests, digests), len(self.digests) - 1)
+        return np.where(self.digests[indices] == digests, indices, -1)

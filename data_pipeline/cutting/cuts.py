@@ -46,7 +46,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedCuts:
     """The cuts of one document as disjoint spans (start, end, replacement) in order, in bytes."""
 
     spans: list[tuple[int, int, str]]
@@ -61,7 +61,7 @@ class Merged:
         return sum(len(replacement.encode()) for _, _, replacement in self.spans)
 
 
-def merge(cuts: Sequence[Cut]) -> Merged:
+def merge(cuts: Sequence[Cut]) -> MergedCuts:
     """One plan of what leaves a text, `cuts` in the order of their stages; the rules are the module's."""
     removals = union([(cut.start, cut.end) for cut in cuts if not cut.replacement])
     ordered = sorted(cuts, key=lambda cut: cut.start)  # stable: ties stay in the stages' order
@@ -84,7 +84,7 @@ def merge(cuts: Sequence[Cut]) -> Merged:
                 standing.append(cut)
                 replacement = min(standing, key=lambda cut: (cut.start, -cut.end)).replacement
         spans[-1] = (start, max(end, cut.end), replacement)
-    return Merged(spans, removed)
+    return MergedCuts(spans, removed)
 
 
 def union(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -98,7 +98,7 @@ def union(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def apply(text: str, merged: Merged) -> str:
+def apply(text: str, merged: MergedCuts) -> str:
     """`text` after its cuts. Errors: ValueError for a cut outside the text or inside a character."""
     raw = text.encode()
     parts, position = [], 0
@@ -114,17 +114,17 @@ def _between_characters(raw: bytes, offset: int) -> bool:
     return 0 <= offset <= len(raw) and (offset == len(raw) or raw[offset] & 0xC0 != 0x80)
 
 
-def byte_offsets(text: str, places: Sequence[int]) -> list[int]:
+def byte_offsets(text: str, positions: Sequence[int]) -> list[int]:
     """Offsets in characters to offsets in UTF-8 bytes; any order."""
     if text.isascii():
-        return list(places)
+        return list(positions)
     offsets: dict[int, int] = {}
     done = size = 0
-    for place in sorted(set(places)):
-        size += len(text[done:place].encode())
-        offsets[place] = size
-        done = place
-    return [offsets[place] for place in places]
+    for position in sorted(set(positions)):
+        size += len(text[done:position].encode())
+        offsets[position] = size
+        done = position
+    return [offsets[position] for position in positions]
 
 
 def write_cuts(folder: str | Path, shard: str, cuts: Sequence[tuple[int, Cut]]) -> None:

@@ -16,7 +16,7 @@ from datatrove.data import Document
 from configs.cuts import DecontaminateConfig
 from data_pipeline.core.tables import masked, write_table
 from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
-from data_pipeline.cutting.ngram_index import Match, Probes
+from data_pipeline.cutting.ngram_index import NgramIndex, NgramMatch
 
 FOLDER = "matches"
 CONTAMINATED = "contaminated"
@@ -39,21 +39,21 @@ SCHEMA = pa.schema(
 
 
 class Decontaminate(CutStep):
-    """Verdicts or cuts, and tables of matches; `probes` is the folder where they are saved."""
+    """Verdicts or cuts, and tables of matches; `ngram_index` is the folder where the index is saved."""
 
     name = "Decontaminate"
 
-    def __init__(self, folder: str, tallies: str, select: str, settings: DecontaminateConfig, probes: str) -> None:
+    def __init__(self, folder: str, tallies: str, select: str, settings: DecontaminateConfig, ngram_index: str) -> None:
         super().__init__(folder, tallies, select)
         self.settings = settings
-        self.probes_folder = probes
-        self._probes: Probes | None = None
+        self.index_folder = ngram_index
+        self._ngram_index: NgramIndex | None = None
         self._matches: list[dict[str, Any]] = []
 
     def find(self, document: Document) -> tuple[list[Cut], dict[str, Any]]:
-        if self._probes is None:  # in the worker: they do not travel between processes
-            self._probes = Probes.load(self.probes_folder)
-        found = self._probes.matches(document.text, self.settings.min_share)
+        if self._ngram_index is None:  # in the worker: it does not travel between processes
+            self._ngram_index = NgramIndex.load(self.index_folder)
+        found = self._ngram_index.matches(document.text, self.settings.min_share)
         columns: dict[str, Any] = {"items": len(found)}
         if not found:
             return [], columns
@@ -62,18 +62,18 @@ class Decontaminate(CutStep):
             return [], columns | {"verdict": CONTAMINATED}
         margin, size = self.settings.margin, len(document.text)
         spans = sorted({span for match in found for span in match.spans})
-        places = [place for start, end in spans for place in (max(0, start - margin), min(size, end + margin))]
-        offsets = byte_offsets(document.text, places)
+        positions = [position for start, end in spans for position in (max(0, start - margin), min(size, end + margin))]
+        offsets = byte_offsets(document.text, positions)
         return [
             Cut(start, end, "", CONTAMINATED) for start, end in zip(offsets[::2], offsets[1::2], strict=True)
         ], columns
 
-    def _note(self, document: Document, found: list[Match]) -> None:
-        assert self._probes is not None
+    def _note(self, document: Document, found: list[NgramMatch]) -> None:
+        assert self._ngram_index is not None
         for match in found:
             start, end = max(match.spans, key=lambda span: (span[1] - span[0], -span[0]))
             low, high = byte_offsets(document.text, [start, end])
-            file, item = self._probes.names[match.item]
+            file, item = self._ngram_index.names[match.item]
             row = {
                 "row": document.metadata["row"],
                 "id": document.id,

@@ -24,7 +24,7 @@ _PARQUET = b"PAR1"
 _BATCH_ROWS = 1000
 
 
-class Item(NamedTuple):
+class EvaluationItem(NamedTuple):
     """One question, problem or passage of an evaluation file."""
 
     file: str
@@ -32,7 +32,7 @@ class Item(NamedTuple):
     text: str
 
 
-def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[Item]:
+def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[EvaluationItem]:
     """Items of all files. Errors: ValueError naming file, line or row, and what was expected there."""
     for path in paths:
         count = 0
@@ -43,13 +43,13 @@ def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[
             raise ValueError(f"evaluation file {printable(path)} holds no items; get it anew, or leave it out")
 
 
-def _items(path: str, settings: DecontaminateConfig) -> Iterator[Item]:
+def _items(path: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]:
     name = printable(path)
     with open(path, "rb") as file:
         is_parquet = file.read(len(_PARQUET)) == _PARQUET
         file.seek(0)
         if settings.format == "text":
-            yield Item(name, Path(name).name, _text(file, name))
+            yield EvaluationItem(name, Path(name).name, _text(file, name))
         elif is_parquet:
             yield from _rows(path, name, settings)
         elif settings.format == "parquet":
@@ -97,7 +97,7 @@ def _fields(line: Line, name: str) -> Any:
         ) from None
 
 
-def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Item]:
+def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]:
     number = 0
     try:
         table = pq.ParquetFile(path)
@@ -113,19 +113,19 @@ def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Item]
         raise ValueError(f"evaluation file {name} cannot be read after row {number} ({error}); repair it") from None
 
 
-def _item(name: str, place: str, number: int, fields: Any, settings: DecontaminateConfig) -> Item:
+def _item(name: str, where: str, number: int, fields: Any, settings: DecontaminateConfig) -> EvaluationItem:
     parts: list[str] = []
     for key in settings.text_keys:
         value = fields.get(key) if isinstance(fields, Mapping) else None
         texts: list[Any] = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(
-                f"evaluation file {name}, {place}: expected a string, or a list of strings, under {key!r}; "
+                f"evaluation file {name}, {where}: expected a string, or a list of strings, under {key!r}; "
                 f"set decontaminate.text_keys to the keys that hold its texts{_such_as(fields)}"
             )
         parts.extend(texts)
     own = fields.get(settings.id_key)
-    return Item(name, str(number if own is None else own), "\n".join(parts))
+    return EvaluationItem(name, str(number if own is None else own), "\n".join(parts))
 
 
 def _such_as(fields: Any) -> str:

@@ -14,14 +14,14 @@ import numpy as np
 from datatrove.data import Document
 
 from configs.cuts import LinesConfig
-from data_pipeline.canaries.naming import realm, source_of
-from data_pipeline.cutting.copies import DIGEST, Quota, Units
+from data_pipeline.canaries.naming import canary_of, source_of
+from data_pipeline.cutting.copies import DIGEST, Quota, TextUnits
 from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
 
 _PARAGRAPH_BREAK = re.compile(r"(\n[^\S\n]*\n\s*)")
 
 
-class Lines(Units):
+class Lines(TextUnits):
     """The lines, or paragraphs, of a text that are long enough to count."""
 
     def __init__(self, settings: LinesConfig) -> None:
@@ -42,7 +42,7 @@ class Lines(Units):
         if settings.sources is not None and source_of(source) not in settings.sources:
             return [], np.zeros(0, DIGEST)
         # Counted within a source, or a canary, the same line is another unit in each.
-        within = realm(shard) or (source if settings.scope == "source" else "")
+        within = canary_of(shard) or (source if settings.scope == "source" else "")
         person = hashlib.blake2b(within.encode(), digest_size=16).digest() if within else b""
         spans, digests, start = [], [], 0
         for line, size in zip(*self.units(text), strict=True):
@@ -77,11 +77,11 @@ class CutLines(CutStep):
     def find(self, document: Document) -> tuple[list[Cut], dict[str, Any]]:
         assert self._quota is not None
         spans, digests = self.lines.counted(document.text, document.metadata["source"], document.metadata["shard"])
-        places = self._quota.places(digests)
+        indices = self._quota.indices(digests)
         chosen: list[int] = []
-        for number in np.flatnonzero(places >= 0).tolist():
-            if self._quota.left[places[number]] > 0:
-                self._quota.left[places[number]] -= 1
+        for number in np.flatnonzero(indices >= 0).tolist():
+            if self._quota.left[indices[number]] > 0:
+                self._quota.left[indices[number]] -= 1
             else:
                 chosen.extend(spans[number])
         offsets = byte_offsets(document.text, chosen)

@@ -1,4 +1,4 @@
-"""Evaluation files as probes: the n-grams of their items, to be looked for in documents.
+"""The index of evaluation files' n-grams, which documents are searched for.
 
 Texts are compared by words: lower-case, without punctuation (so "don't" is two), every Chinese, Japanese or Korean
 character a word of its own; an n-gram of an item mostly in those has 2n of them, as in `scan.words`. What lies
@@ -6,7 +6,7 @@ between words does not count. An item too short for one n-gram is looked for who
 as well: then by nothing, and `evaluation.json` of the stage says how many those are. Full-width letters, spelling and
 paraphrase are not evened out.
 
-Probes are 64-bit hashes, sorted; a hit is then compared word by word.
+N-grams are 64-bit hashes, sorted; a hit is then compared word by word.
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 
 from configs.cuts import DecontaminateConfig
 from data_pipeline.cutting.cuts import union
-from data_pipeline.cutting.evaluation_items import Item
+from data_pipeline.cutting.evaluation_items import EvaluationItem
 from data_pipeline.scan.characters import CJK, WORD, codes_of, kinds_of
 from data_pipeline.scan.scores import in_lower_case
 from data_pipeline.scan.words import BASE, Splitter, mix, span_hash
@@ -30,7 +30,7 @@ _LETTERS = WORD | CJK
 _BITS_PER_PROBE = 16  # of the bitmap that is asked first: so one hash in 16 is looked for in vain
 
 
-class Match(NamedTuple):
+class NgramMatch(NamedTuple):
     """An item found in a document. `spans` in characters, in order and apart, each of one n-gram or more."""
 
     item: int
@@ -39,8 +39,8 @@ class Match(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-class Words(NamedTuple):
-    """The words of a text: their places in characters, their hashes, and how many are CJK characters."""
+class TextWords(NamedTuple):
+    """The words of a text: their positions in characters, their hashes, and how many are CJK characters."""
 
     starts: np.ndarray  # int64 [words]
     ends: np.ndarray
@@ -48,28 +48,28 @@ class Words(NamedTuple):
     cjk: int
 
 
-def words_of(text: str) -> Words:
+def words_of(text: str) -> TextWords:
     codes = codes_of(in_lower_case(text))
-    return Words(*_words(codes, kinds_of(codes)))
+    return TextWords(*_words(codes, kinds_of(codes)))
 
 
 @numba.njit(cache=True, nogil=True)
 def _words(codes: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     size = len(codes)
     starts, ends, hashes = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.uint64)
-    count = place = cjk = 0
-    while place < size:
-        kind = kinds[place]
-        start = place
-        place += 1
+    count = position = cjk = 0
+    while position < size:
+        kind = kinds[position]
+        start = position
+        position += 1
         if not kind & _LETTERS:
             continue
         if kind & CJK:
             cjk += 1
         else:
-            while place < size and kinds[place] & _LETTERS == WORD:
-                place += 1
-        starts[count], ends[count], hashes[count] = start, place, span_hash(codes, start, place)
+            while position < size and kinds[position] & _LETTERS == WORD:
+                position += 1
+        starts[count], ends[count], hashes[count] = start, position, span_hash(codes, start, position)
         count += 1
     return starts[:count].copy(), ends[:count].copy(), hashes[:count].copy(), cjk
 
@@ -91,12 +91,12 @@ def ngrams_of(hashes: np.ndarray, size: int) -> np.ndarray:
 
 
 @dataclass
-class _Table:
+class _NgramTable:
     """Sorted n-grams of one size: a row per occurrence in an item."""
 
     hashes: np.ndarray  # uint64 [n]
     items: np.ndarray  # int64 [n]
-    places: np.ndarray  # int64 [n], in words of the item
+    positions: np.ndarray  # int64 [n], in words of the item
 
     def __post_init__(self) -> None:
         bits = max(16, int(_BITS_PER_PROBE * len(self.hashes)).bit_length())
@@ -107,24 +107,26 @@ class _Table:
     def hits(self, hashes: np.ndarray) -> np.ndarray:
         """Which of `hashes` are here."""
         chosen = np.flatnonzero(self._seen[hashes >> self._shift])
-        places = np.minimum(np.searchsorted(self.hashes, hashes[chosen]), len(self.hashes) - 1)
-        return chosen[self.hashes[places] == hashes[chosen]]
+        positions = np.minimum(np.searchsorted(self.hashes, hashes[chosen]), len(self.hashes) - 1)
+        return chosen[self.hashes[positions] == hashes[chosen]]
 
 
-class Probes:
-    """All probes of a run; saved once, loaded by every task."""
+class NgramIndex:
+    """All n-grams of a run's evaluation files; saved once, loaded by every task."""
 
     def __init__(self, arrays: dict[str, np.ndarray], names: list[list[str]]) -> None:
         self.arrays = arrays
         self.names = names  # [file, id] of each item
         self.sizes = sorted(set(arrays["size"].tolist()) - {0})
         self._tables = {
-            size: _Table(*(arrays[name][arrays["gram_size"] == size] for name in ("hash", "gram_item", "gram_place")))
+            size: _NgramTable(
+                *(arrays[name][arrays["gram_size"] == size] for name in ("hash", "gram_item", "gram_position"))
+            )
             for size in self.sizes
         }
 
     @classmethod
-    def of(cls, items: Iterator[Item], settings: DecontaminateConfig) -> "Probes":
+    def of(cls, items: Iterator[EvaluationItem], settings: DecontaminateConfig) -> "NgramIndex":
         names, words, sizes, distinct, lengths = [], [np.zeros(0, np.uint64)], [], [], []
         grams: list[tuple[np.ndarray, int, int]] = []
         for number, item in enumerate(items):
@@ -144,7 +146,7 @@ class Probes:
         counts = [len(hashed) for hashed, _, _ in grams]
         table = np.concatenate([np.zeros(0, np.uint64), *(hashed for hashed, _, _ in grams)])
         order = np.argsort(table, kind="stable")
-        places = np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)])
+        positions = np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)])
         return cls(
             {
                 "words": np.concatenate(words),
@@ -155,19 +157,19 @@ class Probes:
                 "hash": table[order],
                 "gram_item": np.repeat(np.arange(len(grams)), counts)[order],
                 "gram_size": np.repeat(np.array(sizes, np.int64), counts)[order],
-                "gram_place": places[order].astype(np.int64),
+                "gram_position": positions[order].astype(np.int64),
             },
             names,
         )
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        np.savez(folder / "probes.npz", allow_pickle=False, **self.arrays)
+        np.savez(folder / "ngram_index.npz", allow_pickle=False, **self.arrays)
         (folder / "names.json").write_text(json.dumps(self.names), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Probes":
-        with np.load(Path(folder) / "probes.npz", allow_pickle=False) as arrays:
+    def load(cls, folder: str | Path) -> "NgramIndex":
+        with np.load(Path(folder) / "ngram_index.npz", allow_pickle=False) as arrays:
             return cls(dict(arrays), json.loads((Path(folder) / "names.json").read_text(encoding="utf-8")))
 
     def summary(self) -> dict[str, dict[str, int]]:
@@ -185,7 +187,7 @@ class Probes:
             counts["ngrams"] += distinct
         return found
 
-    def matches(self, text: str, min_share: float) -> list[Match]:
+    def matches(self, text: str, min_share: float) -> list[NgramMatch]:
         """Items of which `text` holds an n-gram, and `min_share` of all; most n-grams first, then in file order."""
         words = words_of(text)
         found = []
@@ -193,9 +195,9 @@ class Probes:
             share = len({gram for _, gram in occurrences}) / int(self.arrays["distinct"][item])
             if share >= min_share:
                 size = int(self.arrays["size"][item])
-                spans = union([(place, place + size) for place, _ in occurrences])
+                spans = union([(position, position + size) for position, _ in occurrences])
                 found.append(
-                    Match(
+                    NgramMatch(
                         item,
                         len({gram for _, gram in occurrences}),
                         share,
@@ -205,23 +207,23 @@ class Probes:
         return sorted(found, key=lambda match: (-match.ngrams, match.item))
 
     def _hits(self, hashes: np.ndarray) -> dict[int, list[tuple[int, int]]]:
-        """Item -> (place in the text's words, hash) of each n-gram of it that is there."""
+        """Item -> (position in the text's words, hash) of each n-gram of it that is there."""
         found: dict[int, list[tuple[int, int]]] = {}
         starts, words = self.arrays["starts"], self.arrays["words"]
         for size, table in self._tables.items():
             grams = ngrams_of(hashes, size)
-            for place in table.hits(grams).tolist():
-                gram = grams[place]
+            for position in table.hits(grams).tolist():
+                gram = grams[position]
                 first, last = np.searchsorted(table.hashes, gram), np.searchsorted(table.hashes, gram, "right")
                 for row in range(int(first), int(last)):
                     item = int(table.items[row])
-                    start = int(starts[item] + table.places[row])
-                    if np.array_equal(hashes[place : place + size], words[start : start + size]):
-                        found.setdefault(item, []).append((place, int(gram)))
+                    start = int(starts[item] + table.positions[row])
+                    if np.array_equal(hashes[position : position + size], words[start : start + size]):
+                        found.setdefault(item, []).append((position, int(gram)))
         return found
 
 
-def require_probes(summary: dict[str, Any]) -> None:
+def require_ngrams(summary: dict[str, Any]) -> None:
     """Errors: ValueError for a file of which nothing would be found."""
     for file, counts in summary.items():
         if counts["items"] == counts["too_short"]:

@@ -32,6 +32,6 @@ class RemovePii(CutStep):
             if settings.actions[kind] == "drop_document":
                 return [], columns | {"verdict": f"pii_{kind}"}
         texts = PLACEHOLDERS | settings.replacements
-        places = byte_offsets(document.text, [place for start, end, _ in found for place in (start, end)])
-        spans = zip(places[::2], places[1::2], found, strict=True)
+        positions = byte_offsets(document.text, [position for start, end, _ in found for position in (start, end)])
+        spans = zip(positions[::2], positions[1::2], found, strict=True)
         return [Cut(start, end, texts[kind], f"pii_{kind}") for start, end, (_, _, kind) in spans], columns

@@ -23,7 +23,7 @@ from datatrove.data import Document
 
 from configs.cuts import SubstringsConfig
 from data_pipeline.canaries.naming import salt, source_of
-from data_pipeline.cutting.copies import DIGEST, Quota, Units
+from data_pipeline.cutting.copies import DIGEST, Quota, TextUnits
 from data_pipeline.cutting.cuts import Cut, CutStep
 from data_pipeline.scan.words import mix
 
@@ -31,7 +31,7 @@ _BLOCK = 1 << 18  # windows looked at together: some 20 MB of arrays
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 
 
-class Minimizers(Units):
+class Minimizers(TextUnits):
     """The minimizers of a text's windows, one for each run of windows that share it."""
 
     def __init__(self, settings: SubstringsConfig) -> None:
@@ -75,7 +75,7 @@ class Minimizers(Units):
         return np.concatenate(found)
 
 
-class Windows(Units):
+class Windows(TextUnits):
     """The windows of a text whose minimizers occur again, by their content. `repeated`: quotas of minimizers."""
 
     def __init__(self, settings: SubstringsConfig, repeated: str, shards: Sequence[str]) -> None:
@@ -94,7 +94,7 @@ class Windows(Units):
             raw = text.encode()
             for first, minimizers in self.minimizers.blocks(raw):
                 edges = np.flatnonzero(np.r_[True, minimizers[1:] != minimizers[:-1]])
-                again = quota.places(_as_digests(minimizers[edges], shard)) >= 0
+                again = quota.indices(_as_digests(minimizers[edges], shard)) >= 0
                 chosen = first + np.flatnonzero(np.repeat(again, np.diff(np.r_[edges, len(minimizers)])))
                 starts.append(chosen)
                 digests.append(self._contents(raw, chosen, shard))
@@ -131,12 +131,12 @@ class CutSubstrings(CutStep):
         assert quota is not None
         metadata = document.metadata
         starts, digests = self.windows.counted(document.text, metadata["source"], metadata["shard"])
-        places = quota.places(digests)
-        starts, places = starts[places >= 0], places[places >= 0]
+        indices = quota.indices(digests)
+        starts, indices = starts[indices >= 0], indices[indices >= 0]
         size = self.windows.minimizers.settings.min_bytes
-        units, first, unit = np.unique(places, return_index=True, return_inverse=True)
+        units, first, unit = np.unique(indices, return_index=True, return_inverse=True)
         # A unit that this shard may keep has its first occurrence in this very document.
-        repeats = (quota.left[places] == 0) | (starts >= starts[first][unit] + size)
+        repeats = (quota.left[indices] == 0) | (starts >= starts[first][unit] + size)
         quota.left[units] = 0
         spans = _spans(document.text, starts[repeats], size)
         return [Cut(start, end, "", "duplicate_substring") for start, end in spans], {}
@@ -161,8 +161,8 @@ def _spans(text: str, starts: np.ndarray, size: int) -> Iterator[tuple[int, int]
 @numba.njit(cache=True, nogil=True)
 def _mixed(values: np.ndarray) -> np.ndarray:
     mixed = np.empty(len(values), np.uint64)
-    for place in range(len(values)):
-        mixed[place] = mix(values[place])
+    for index in range(len(values)):
+        mixed[index] = mix(values[index])
     return mixed
 
 

@@ -45,6 +45,6 @@ class CutWebLines(CutStep):
             for which in self.rules[name].drop_lines
             for start, end, reason in self._scanners[name].dropped_lines(document.text, which)
         ]
-        places = byte_offsets(document.text, [place for start, end, _ in found for place in (start, end)])
-        spans = zip(places[::2], places[1::2], found, strict=True)
+        positions = byte_offsets(document.text, [position for start, end, _ in found for position in (start, end)])
+        spans = zip(positions[::2], positions[1::2], found, strict=True)
         return [Cut(start, end, "", reason) for start, end, (_, _, reason) in spans], {}

@@ -69,7 +69,7 @@ class Population:
         met = np.searchsorted(self.met, earlier_code(pairs))
         return np.where(pairs >= 0, pairs, met + self.own.documents)
 
-    def place(self, number: int) -> tuple[int, str]:
+    def location(self, number: int) -> tuple[int, str]:
         """(earlier run or OWN, shard) of a document."""
         if number < self.own.documents:
             return OWN, self.own.shards[self.own.shard_of(number)]
@@ -81,10 +81,10 @@ class Population:
     def met_in(self, run: int, shard: str) -> list[tuple[int, int]]:
         """(number here, row there) of the documents of an earlier run's shard that are in this population."""
         earlier = self.earlier[run]
-        place = earlier.kept.shards.index(shard)
-        start, end = (earlier.first + int(edge) for edge in earlier.kept.starts[place : place + 2])
+        index = earlier.kept.shards.index(shard)
+        start, end = (earlier.first + int(edge) for edge in earlier.kept.starts[index : index + 2])
         first, last = (int(edge) for edge in np.searchsorted(self.met, [start, end]))
-        rows = earlier.kept.rows(place)[self.met[first:last] - start]
+        rows = earlier.kept.rows(index)[self.met[first:last] - start]
         return list(zip(range(self.own.documents + first, self.own.documents + last), rows.tolist(), strict=True))
 
 
@@ -119,7 +119,7 @@ _TYPES: dict[str, type[np.number]] = {
 BYTES_A_DOCUMENT = sum(np.dtype(kind).itemsize for kind in _TYPES.values())
 
 
-class Arrays:
+class ClusterArrays:
     """What is known of each document, by its number, in files of one folder."""
 
     def __init__(self, folder: str | Path, documents: int, mode: Literal["r", "w+"] = "r") -> None:
@@ -143,8 +143,8 @@ class Arrays:
         return found
 
 
-class Cluster(PipelineStep):
-    """One task: pairs to labels and sizes, and what is known of each document, in the files of `Arrays`."""
+class FindClusters(PipelineStep):
+    """One task: pairs to labels and sizes, and what is known of each document, in the files of `ClusterArrays`."""
 
     name = "Clusters"
     type = "🫂 - DEDUPS"
@@ -158,7 +158,7 @@ class Cluster(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         population = self.population
-        arrays = Arrays(self.work, population.documents, "w+")
+        arrays = ClusterArrays(self.work, population.documents, "w+")
         labels = arrays.of("labels")
         labels[:] = np.arange(len(labels))
         for path in self.pairs:
@@ -168,9 +168,9 @@ class Cluster(PipelineStep):
         (Path(self.work) / MEMBERS).write_text(str(members), encoding="utf-8")
         own, written = population.own, 0
         with (Path(self.work) / "ids").open("wb") as ids:
-            for place, shard in enumerate(own.shards):
+            for index, shard in enumerate(own.shards):
                 table = kept_rows(read_table(own.stage, shard))
-                written = self._fill(arrays, int(own.starts[place]), table, self.signatures, shard, ids, written)
+                written = self._fill(arrays, int(own.starts[index]), table, self.signatures, shard, ids, written)
             first = own.documents
             for run, earlier in enumerate(population.earlier):
                 for shard in earlier.kept.shards:
@@ -184,7 +184,7 @@ class Cluster(PipelineStep):
 
     @staticmethod
     def _fill(
-        arrays: Arrays, first: int, table: pa.Table, signatures: str, shard: str, ids: IO[bytes], written: int
+        arrays: ClusterArrays, first: int, table: pa.Table, signatures: str, shard: str, ids: IO[bytes], written: int
     ) -> int:
         """Files what is known of documents `first`, first + 1... Returns how many bytes of ids are written."""
         last = first + table.num_rows

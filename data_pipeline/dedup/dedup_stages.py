@@ -8,7 +8,7 @@ dedup:      FindPairs (a task a key and range) -> Cluster (one task) -> [LayOutS
 import json
 import shutil
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,57 +16,66 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, plain
 from data_pipeline.core.hashing import digest
 from data_pipeline.core.ledger import Tally
+from data_pipeline.core.run_context import COMPILED_ONCE, RunContext, scan_texts
 from data_pipeline.core.shards import ShardReader
 from data_pipeline.core.stage import Stage, read_manifest
 from data_pipeline.core.tables import count_verdicts, shards_of
-from data_pipeline.dedup.clusters import MEMBERS, Cluster, Population, write_met
-from data_pipeline.dedup.pairs import EarlierRun, FindPairs, Numbering, jobs
+from data_pipeline.dedup.clusters import MEMBERS, FindClusters, Population, write_met
+from data_pipeline.dedup.pairs import EarlierRun, FindPairs, Numbering, key_ranges
 from data_pipeline.dedup.shingles import LayOutEarlier, LayOutShingles, mark_candidates, shards_with
-from data_pipeline.dedup.signatures import EXACT, URL, MinHasher, Sign, kinds_of_keys
-from data_pipeline.dedup.survivors import BYTES_A_MEMBER, Choose, Judge, sample_duplicates
+from data_pipeline.dedup.signatures import EXACT, URL, MinHasher, SignDocuments, kinds_of_keys
+from data_pipeline.dedup.survivors import BYTES_A_MEMBER, ChooseSurvivors, JudgeDocuments, sample_duplicates
 from data_pipeline.scan.words import Splitter
-from data_pipeline.stages import Workshop, scan_text
 
 _SIGNED = ("bands", "rows", "ngram", "seed")  # the settings that signatures depend on
 
 
-def dedup_stages(shop: Workshop, before: Mapping[str, Stage]) -> list[Stage]:
-    """Signatures and dedup, in this order; `before` are the stages up to the filter, by name."""
-    config = shop.config
+def signatures_stage(context: RunContext, extract: Stage, language: Stage) -> Stage:
+    """The stage that reads the texts and leaves fingerprints of them."""
+    config = context.config
     splitters = {name: rules.splitter for name, rules in config.rules.items()}
     settings = plain(config.dedup)
-    signatures = Stage(
+    return Stage(
         "signatures",
-        partial(_signatures, shop),
+        partial(_signatures, context),
         {"dedup": {name: settings[name] for name in _SIGNED}, "splitters": splitters},
         ("dedup.signatures",),
-        needs=(before["extract"], before["language"]),
-        counted_against=before["language"],
+        needs=(extract, language),
+        counted_against=language,
     )
-    dedup = Stage(
+
+
+def dedup_stage(context: RunContext, filtered: Stage, signatures: Stage) -> Stage:
+    """The stage that keeps one document of each cluster of copies, by fingerprints and scores."""
+    config = context.config
+    settings = plain(config.dedup)
+    return Stage(
         "dedup",
-        partial(_dedup, shop),
+        partial(_dedup, context),
         {name: value for name, value in settings.items() if name != "memory_mb"},
         ("dedup.survivors",),
-        needs=(before["filter"], signatures),
-        counted_against=before["filter"],
+        needs=(filtered, signatures),
+        counted_against=filtered,
         inputs=digest([_index_key(config, Path(run)) for run in config.dedup.index]),
     )
-    return [signatures, dedup]
 
 
-def _signatures(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    language = str(shop.run_dir / "language")
-    MinHasher(shop.config.dedup).keys("Compiled here once, then found in its cache by every worker.", Splitter.words)
-    return scan_text(
-        shop, "signatures", lambda tallies: Sign(str(folder), tallies, shop.config, language), folder, logs
+def _signatures(context: RunContext, folder: Path, logs: Path) -> Tally:
+    language = str(context.run_dir / "language")
+    MinHasher(context.config.dedup).keys(COMPILED_ONCE, Splitter.words)
+    return scan_texts(
+        context,
+        "signatures",
+        lambda tallies: SignDocuments(str(folder), tallies, context.config, language),
+        folder,
+        logs,
     )
 
 
-def _dedup(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    settings = shop.config.dedup
-    signatures = str(shop.run_dir / "signatures")
-    documents = Numbering(shop.run_dir / "filter")
+def _dedup(context: RunContext, folder: Path, logs: Path) -> Tally:
+    settings = context.config.dedup
+    signatures = str(context.run_dir / "signatures")
+    documents = Numbering(context.run_dir / "filter")
     if not documents.documents:
         raise ValueError("no document is left to deduplicate; see the drops of the filter stage before it")
     work = folder / "work"
@@ -75,28 +84,30 @@ def _dedup(shop: Workshop, folder: Path, logs: Path) -> Tally:
     kinds = [kind for kind, name in enumerate(kinds_of_keys(settings)) if wanted.get(name, settings.minhash)]
     earlier = _earlier_runs(settings.index)
     counted = documents.documents + sum(run.kept.documents for run in earlier)
-    todo = jobs(kinds, counted, settings.memory_mb << 20)
+    todo = key_ranges(kinds, counted, settings.memory_mb << 20)
     find = FindPairs(str(work), documents, signatures, todo, earlier)
-    shop.pipeline("pairs", logs / "pairs", [find], len(todo), 0)
+    context.pipeline("pairs", logs / "pairs", [find], len(todo), 0)
     pairs = [str(work / job.file) for job in todo]
     if earlier:
         write_met(work / "met.npy", pairs)
     population = Population(documents, earlier, str(work / "met.npy"))
-    cluster = Cluster(str(work), population, signatures, pairs)
-    shop.pipeline("clusters", logs / "clusters", [cluster], 1, 0, alone=True)
+    cluster = FindClusters(str(work), population, signatures, pairs)
+    context.pipeline("clusters", logs / "clusters", [cluster], 1, 0, alone=True)
     compared = ""
     if settings.minhash and settings.verify is not False:
-        compared = _lay_out(shop, population, pairs, work, logs)
+        compared = _lay_out(context, population, pairs, work, logs)
     least = None if settings.verify is False else settings.verify
     members = int((work / MEMBERS).read_text(encoding="utf-8"))
     # The parts change nothing in the result: small ones for memory, and some for every worker.
-    parts = max(1 + members * BYTES_A_MEMBER // (settings.memory_mb << 20), min(shop.executor.workers, members // 1000))
-    choose = Choose(str(work), population, parts, settings.url, least, compared)
-    shop.pipeline("survivors", logs / "survivors", [choose], parts, 0)
+    parts = max(
+        1 + members * BYTES_A_MEMBER // (settings.memory_mb << 20), min(context.executor.workers, members // 1000)
+    )
+    choose = ChooseSurvivors(str(work), population, parts, settings.url, least, compared)
+    context.pipeline("survivors", logs / "survivors", [choose], parts, 0)
     tallies = logs / "verdicts" / "tallies"
     progress = str(logs / "verdicts" / "progress")
-    judge = Judge(str(folder), str(work), population, parts, settings.url, str(tallies), progress)
-    shop.pipeline("verdicts", logs / "verdicts", [judge], len(documents.shards), shop.text_bytes())
+    judge = JudgeDocuments(str(folder), str(work), population, parts, settings.url, str(tallies), progress)
+    context.pipeline("verdicts", logs / "verdicts", [judge], len(documents.shards), context.text_bytes())
     shutil.rmtree(work)
     tally = Tally.load_all(tallies)
     count_verdicts(folder, tally)
@@ -104,24 +115,24 @@ def _dedup(shop: Workshop, folder: Path, logs: Path) -> Tally:
     return tally
 
 
-def _lay_out(shop: Workshop, population: Population, pairs: Sequence[str], work: Path, logs: Path) -> str:
+def _lay_out(context: RunContext, population: Population, pairs: Sequence[str], work: Path, logs: Path) -> str:
     """The file that says of which documents the n-grams are laid out: those that share a MinHash key with another."""
-    config, names = shop.config, kinds_of_keys(shop.config.dedup)
+    config, names = context.config, kinds_of_keys(context.config.dedup)
     by_kind: dict[str, list[str]] = {}
     for path in pairs:
         by_kind.setdefault(names[int(Path(path).name[:3])], []).append(path)
     near = [path for name, paths in by_kind.items() if name not in (EXACT, URL) for path in paths]
     candidates = work / "candidates.bin"
     mark_candidates(candidates, population, near, by_kind.get(EXACT, []))
-    language, ngram = str(shop.run_dir / "language"), config.dedup.ngram
+    language, ngram = str(context.run_dir / "language"), config.dedup.ngram
     if shards := shards_with(candidates, population):
         splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
         lay = LayOutShingles(str(work), population, str(candidates), splitters, language, ngram)
-        reader = ShardReader(str(shop.run_dir / "extract"), shards, str(logs / "shingles" / "progress"))
-        shop.pipeline("shingles", logs / "shingles", [reader, lay], len(shards), shop.text_bytes())
+        reader = ShardReader(str(context.run_dir / "extract"), shards, str(logs / "shingles" / "progress"))
+        context.pipeline("shingles", logs / "shingles", [reader, lay], len(shards), context.text_bytes())
     again = LayOutEarlier(str(work), population, str(candidates), ngram)
     if count := len(again.shards()):
-        shop.pipeline("shingles of the index", logs / "index", [again], count, 0)
+        context.pipeline("shingles of the index", logs / "index", [again], count, 0)
     return str(candidates)
 
 

@@ -26,7 +26,7 @@ _HAIR = 1e-9  # so that rounding never ends a comparison too early: then a few m
 Room = Callable[[int, type[np.generic]], np.ndarray]  # (entries, dtype) -> zeros, in memory or in a file
 
 
-class Cluster(NamedTuple):
+class ClusterNgrams(NamedTuple):
     """The documents of one cluster, in order of priority.
 
     `groups` int64 [documents]: documents that are equal for the exact comparison share a number from 0 on.
@@ -43,26 +43,26 @@ class Cluster(NamedTuple):
     grams: np.ndarray
 
 
-class Index(NamedTuple):
+class PrefixIndex(NamedTuple):
     """Members of the kept documents' sets: by slot the newest entry, from 1 on; by entry a member, which kept document
-    it is of, its place in the order of that set, and the entry before it in the same slot.
+    it is of, its position in the order of that set, and the entry before it in the same slot.
     """
 
     counters: np.ndarray
     heads: np.ndarray
     keys: np.ndarray
     owners: np.ndarray
-    places: np.ndarray
+    positions: np.ndarray
     behind: np.ndarray
 
 
-def survivors(cluster: Cluster, least: float, room: Room) -> np.ndarray:
-    """int64 [documents], for each the place of the document that stays instead, KEPT if it stays itself."""
+def survivors(cluster: ClusterNgrams, least: float, room: Room) -> np.ndarray:
+    """int64 [documents], for each the position of the document that stays instead, KEPT if it stays itself."""
     sizes = np.diff(cluster.ends, prepend=0)
     indexed = len(sizes) > _FEW
     entries = int((sizes - np.ceil((least - _HAIR) * sizes).astype(np.int64) + 1).sum()) if indexed else 0
     counters = np.zeros(1 << min(len(cluster.grams).bit_length(), _COUNTERS_LOG) if indexed else 1, np.uint32)
-    index = Index(
+    index = PrefixIndex(
         counters,
         room(1 << entries.bit_length(), np.int64),
         room(entries, np.uint64),
@@ -82,9 +82,18 @@ def all_but_the_first(earlier: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True)
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two ascending arrays without repetition."""
+    """Jaccard similarity of two ascending arrays without repetition."""
+    common = _common(one, other, 0.0)
+    return common / max(len(one) + len(other) - common, 1)
+
+
+@numba.njit(cache=True)
+def _common(one: np.ndarray, other: np.ndarray, needed: float) -> int:
+    """How many values two ascending arrays have in common; -1 as soon as they cannot be `needed`."""
     common = i = j = 0
     while i < len(one) and j < len(other):
+        if common + min(len(one) - i, len(other) - j) < needed:
+            return -1
         if one[i] == other[j]:
             common += 1
             i += 1
@@ -93,7 +102,7 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
             i += 1
         else:
             j += 1
-    return common / max(len(one) + len(other) - common, 1)
+    return common
 
 
 @numba.njit(cache=True)
@@ -101,18 +110,7 @@ def _similar(one: np.ndarray, other: np.ndarray, least: float) -> bool:
     """Whether `jaccard` is at least `least`, found out as early as possible; no set is similar to an empty one."""
     both = len(one) + len(other)
     needed = least / (1 + least) * both - _HAIR * both
-    common = i = j = 0
-    while i < len(one) and j < len(other):
-        if common + min(len(one) - i, len(other) - j) < needed:
-            return False
-        if one[i] == other[j]:
-            common += 1
-            i += 1
-            j += 1
-        elif one[i] < other[j]:
-            i += 1
-        else:
-            j += 1
+    common = _common(one, other, needed)
     return common > 0 and common / (both - common) >= least
 
 
@@ -132,14 +130,14 @@ def _count(grams: np.ndarray, counters: np.ndarray) -> None:
 def _rarest(grams: np.ndarray, least: float, counters: np.ndarray) -> np.ndarray:
     """The members of which a similar set has one, in the common order: by counter, then by value."""
     counts = np.empty(len(grams), np.int64)
-    for place in range(len(grams)):
-        counts[place] = counters[grams[place] & np.uint64(len(counters) - 1)]
+    for position in range(len(grams)):
+        counts[position] = counters[grams[position] & np.uint64(len(counters) - 1)]
     order = np.argsort(counts, kind="mergesort")
     return grams[order[: len(grams) - int(np.ceil((least - _HAIR) * len(grams))) + 1]]
 
 
 @numba.njit(cache=True)
-def _survivors(cluster: Cluster, least: float, index: Index) -> np.ndarray:
+def _survivors(cluster: ClusterNgrams, least: float, index: PrefixIndex) -> np.ndarray:
     count = len(cluster.groups)
     causes = np.full(count, KEPT, np.int64)
     of_group = np.full(count, KEPT, np.int64)  # the document kept of each group
@@ -181,13 +179,13 @@ def _survivors(cluster: Cluster, least: float, index: Index) -> np.ndarray:
 
 
 @numba.njit(cache=True)
-def _grams_of(cluster: Cluster, document: int) -> np.ndarray:
+def _grams_of(cluster: ClusterNgrams, document: int) -> np.ndarray:
     group = cluster.groups[document]
     return cluster.grams[cluster.ends[group - 1] if group else 0 : cluster.ends[group]]
 
 
 @numba.njit(cache=True)
-def _compare_all(cluster: Cluster, mine: np.ndarray, least: float, kept: np.ndarray) -> int:
+def _compare_all(cluster: ClusterNgrams, mine: np.ndarray, least: float, kept: np.ndarray) -> int:
     """The first similar document of `kept`."""
     for other in kept:
         theirs = _grams_of(cluster, other)
@@ -198,24 +196,24 @@ def _compare_all(cluster: Cluster, mine: np.ndarray, least: float, kept: np.ndar
 
 @numba.njit(cache=True)
 def _look_up(
-    cluster: Cluster, mine: np.ndarray, prefix: np.ndarray, least: float, index: Index, kept: np.ndarray,
+    cluster: ClusterNgrams, mine: np.ndarray, prefix: np.ndarray, least: float, index: PrefixIndex, kept: np.ndarray,
     seen: np.ndarray, document: int,
 ) -> int:  # fmt: skip
     """The first similar document of those that the index holds; `seen` says for whom each was last looked at."""
     best = len(kept)
-    for place in range(len(prefix)):
-        entry = index.heads[prefix[place] & np.uint64(len(index.heads) - 1)]
+    for position in range(len(prefix)):
+        entry = index.heads[prefix[position] & np.uint64(len(index.heads) - 1)]
         while entry:
-            key, other, its_place = index.keys[entry - 1], index.owners[entry - 1], index.places[entry - 1]
+            key, other, its_position = index.keys[entry - 1], index.owners[entry - 1], index.positions[entry - 1]
             entry = index.behind[entry - 1]
-            if key != prefix[place] or seen[other] == document:
+            if key != prefix[position] or seen[other] == document:
                 continue
             seen[other] = document
             if other > best:
                 continue
             theirs = _grams_of(cluster, kept[other])
             # This is the first member that they share: all others come behind it in both.
-            most = min(len(mine) - place, len(theirs) - its_place)
+            most = min(len(mine) - position, len(theirs) - its_position)
             room = most >= least / (1 + least) * (len(mine) + len(theirs)) - _HAIR * len(mine)
             if room and _can_be(len(mine), len(theirs), least) and _similar(mine, theirs, least):
                 best = other
@@ -223,11 +221,11 @@ def _look_up(
 
 
 @numba.njit(cache=True)
-def _enter(index: Index, prefix: np.ndarray, owner: int, entries: int) -> int:
+def _enter(index: PrefixIndex, prefix: np.ndarray, owner: int, entries: int) -> int:
     """Puts a kept document into the index; returns how many entries that has then."""
-    for place in range(len(prefix)):
-        slot = prefix[place] & np.uint64(len(index.heads) - 1)
-        index.keys[entries], index.owners[entries], index.places[entries] = prefix[place], owner, place
+    for position in range(len(prefix)):
+        slot = prefix[position] & np.uint64(len(index.heads) - 1)
+        index.keys[entries], index.owners[entries], index.positions[entries] = prefix[position], owner, position
         index.behind[entries] = index.heads[slot]
         entries += 1
         index.heads[slot] = entries

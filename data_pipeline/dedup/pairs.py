@@ -27,7 +27,7 @@ _WHOLE = 1 << 64
 
 
 @dataclass(frozen=True)
-class Job:
+class KeyRange:
     """One kind of key, by its column, and the values low to high."""
 
     kind: int
@@ -39,11 +39,11 @@ class Job:
         return f"{self.kind:03d}-{self.low:016x}.npy"
 
 
-def jobs(kinds: Sequence[int], documents: int, memory: int) -> list[Job]:
+def key_ranges(kinds: Sequence[int], documents: int, memory: int) -> list[KeyRange]:
     """Ranges so narrow that a task needs at most `memory` bytes, hashes being even."""
     ranges = max(1, -(-documents * BYTES_A_KEY // memory))
     edges = [_WHOLE * part // ranges for part in range(ranges + 1)]
-    return [Job(kind, edges[part], edges[part + 1] - 1) for kind in kinds for part in range(ranges)]
+    return [KeyRange(kind, edges[part], edges[part + 1] - 1) for kind in kinds for part in range(ranges)]
 
 
 class Numbering:
@@ -52,7 +52,7 @@ class Numbering:
     def __init__(self, stage: str | Path) -> None:
         self.stage = stage
         self.shards = shards_of(stage)
-        counts = [len(self.rows(place)) for place in range(len(self.shards))]
+        counts = [len(self.rows(index)) for index in range(len(self.shards))]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     @property
@@ -69,8 +69,8 @@ class Numbering:
         kept = self.rows(shard)
         if not len(kept):
             return np.full(len(rows), NOT_KEPT, np.int64)
-        places = np.minimum(np.searchsorted(kept, rows), len(kept) - 1)
-        return np.where(kept[places] == rows, places + self.starts[shard], NOT_KEPT)
+        indices = np.minimum(np.searchsorted(kept, rows), len(kept) - 1)
+        return np.where(kept[indices] == rows, indices + self.starts[shard], NOT_KEPT)
 
     def shard_of(self, number: int) -> int:
         return int(np.searchsorted(self.starts, number, side="right")) - 1
@@ -110,7 +110,7 @@ class FindPairs(PipelineStep):
         out: str,
         documents: Numbering,
         signatures: str,
-        todo: Sequence[Job],
+        todo: Sequence[KeyRange],
         earlier: Sequence[EarlierRun] = (),
     ) -> None:
         super().__init__()
@@ -132,15 +132,15 @@ class FindPairs(PipelineStep):
         yield from ()
 
 
-def _load(job: Job, documents: Numbering, signatures: str, shards: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _load(job: KeyRange, documents: Numbering, signatures: str, shards: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(keys, numbers) of the kept documents of `shards` that have a key of this job."""
     keys, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     wanted = set(shards)
-    for place, shard in enumerate(documents.shards):
+    for index, shard in enumerate(documents.shards):
         if shard not in wanted:
             continue
         found, rows = read_range(signatures, shard, job.kind, max(job.low, 1), job.high)  # 0: it has none
-        number = documents.numbers(place, rows)
+        number = documents.numbers(index, rows)
         keys.append(found[number != NOT_KEPT])
         numbers.append(number[number != NOT_KEPT])
     return np.concatenate(keys), np.concatenate(numbers)
@@ -159,6 +159,6 @@ def linked(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     pairs = np.stack([firsts, own_numbers], axis=1)[~new]
     if own.all() or not len(heads):
         return pairs
-    place = np.minimum(np.searchsorted(own_keys[heads], keys[~own]), len(heads) - 1)
-    met = own_keys[heads][place] == keys[~own]
-    return np.concatenate([pairs, np.stack([numbers[~own][met], own_numbers[heads][place[met]]], axis=1)])
+    index = np.minimum(np.searchsorted(own_keys[heads], keys[~own]), len(heads) - 1)
+    met = own_keys[heads][index] == keys[~own]
+    return np.concatenate([pairs, np.stack([numbers[~own][met], own_numbers[heads][index[met]]], axis=1)])

@@ -45,7 +45,7 @@ def shards_with(path: Path, population: Population) -> list[str]:
     """The shards of this run that hold a candidate."""
     starts, marks = population.own.starts, candidates_in(path, population)
     return [
-        shard for place, shard in enumerate(population.own.shards) if marks[starts[place] : starts[place + 1]].any()
+        shard for index, shard in enumerate(population.own.shards) if marks[starts[index] : starts[index + 1]].any()
     ]
 
 
@@ -74,11 +74,11 @@ class LayOutShingles(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         wanted = candidates_in(self.candidates, self.population)
         own = self.population.own
-        places = {shard: place for place, shard in enumerate(own.shards)}
+        indices = {shard: index for index, shard in enumerate(own.shards)}
         for shard, group in groupby(data, key=lambda document: document.metadata["shard"]):
             members = list(group)
             rows = np.array([document.metadata["row"] for document in members])
-            numbers = own.numbers(places[shard], rows)
+            numbers = own.numbers(indices[shard], rows)
             chosen = (numbers != NOT_KEPT) & wanted[numbers]
             if not chosen.any():
                 continue
@@ -108,7 +108,7 @@ class LayOutEarlier(PipelineStep):
     def shards(self) -> list[tuple[int, str]]:
         """(earlier run, shard) of all that hold a candidate."""
         marks, first = candidates_in(self.candidates, self.population), self.population.own.documents
-        return sorted({self.population.place(first + int(one)) for one in np.flatnonzero(marks[first:])})
+        return sorted({self.population.location(first + int(one)) for one in np.flatnonzero(marks[first:])})
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         wanted = candidates_in(self.candidates, self.population)
@@ -145,10 +145,10 @@ def _lay_out(path: Path, texts: Iterable[tuple[int, str, Splitter]], ngram: int)
 
 def laid_out(work: str, population: Population, number: int) -> np.ndarray:
     """uint64, the n-grams of a candidate, ascending and distinct."""
-    numbers, hashes = _mapped(shard_file(work, *population.place(number)))
-    place = int(np.searchsorted(numbers[:, 0], number))
-    start = int(numbers[place - 1, 1]) if place else 0
-    return hashes[start : int(numbers[place, 1])]
+    numbers, hashes = _mapped(shard_file(work, *population.location(number)))
+    index = int(np.searchsorted(numbers[:, 0], number))
+    start = int(numbers[index - 1, 1]) if index else 0
+    return hashes[start : int(numbers[index, 1])]
 
 
 @functools.lru_cache(maxsize=512)

@@ -64,7 +64,7 @@ class MinHasher:
         return band_keys(found, self.settings.bands) if len(found) else np.zeros(self.settings.bands, np.uint64)
 
 
-class Sign(TableStep):
+class SignDocuments(TableStep):
     """Fingerprints of each document that the language stage kept: see `write_keys` for the files."""
 
     name = "Signatures"

@@ -18,8 +18,8 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.tables import KEYS, dropped_rows, kept_rows, read_table, write_samples, write_table
-from data_pipeline.dedup.clusters import Arrays, Population
-from data_pipeline.dedup.greedy import KEPT, Cluster, all_but_the_first, survivors
+from data_pipeline.dedup.clusters import ClusterArrays, Population
+from data_pipeline.dedup.greedy import KEPT, ClusterNgrams, all_but_the_first, survivors
 from data_pipeline.dedup.shingles import candidates_in, laid_out
 
 BYTES_A_MEMBER = 200  # a document of a cluster, and the copies that sorting makes
@@ -32,7 +32,7 @@ def part_of(roots: np.ndarray, parts: int) -> np.ndarray:
     return (roots.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % np.uint64(parts)
 
 
-class Choose(PipelineStep):
+class ChooseSurvivors(PipelineStep):
     """A part of the clusters each task: `<work>/chosen-<part>.npy`, int64 [3, members], by ascending number: document,
     the document that stays in its place (itself, if kept), and how many documents that stands for.
 
@@ -55,21 +55,21 @@ class Choose(PipelineStep):
         self.candidates = candidates
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        arrays = Arrays(self.work, self.population.documents)
+        arrays = ClusterArrays(self.work, self.population.documents)
         for part in range(rank, self.parts, world_size):
             members, edges = self._in_order(arrays, part)
             causes = members.copy()
             for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
                 mine = members[first:last]
-                places = self._decide(arrays, mine)
-                causes[first:last] = np.where(places == KEPT, mine, mine[places])
-            _, place, counts = np.unique(causes, return_inverse=True, return_counts=True)
-            sizes = counts[place] - (causes >= self.population.own.documents)  # an earlier run's is not counted
+                indices = self._decide(arrays, mine)
+                causes[first:last] = np.where(indices == KEPT, mine, mine[indices])
+            _, index, counts = np.unique(causes, return_inverse=True, return_counts=True)
+            sizes = counts[index] - (causes >= self.population.own.documents)  # an earlier run's is not counted
             order = np.argsort(members)
             np.save(Path(self.work) / chosen(part), np.stack([members, causes, sizes])[:, order])
         yield from ()
 
-    def _in_order(self, arrays: Arrays, part: int) -> tuple[np.ndarray, np.ndarray]:
+    def _in_order(self, arrays: ClusterArrays, part: int) -> tuple[np.ndarray, np.ndarray]:
         """(the members of the part's clusters, cluster by cluster and in order of priority; where clusters begin)."""
         labels, sizes, found = arrays.of("labels"), arrays.of("sizes"), [np.zeros(0, np.int64)]
         for first in range(0, len(labels), _BLOCK):
@@ -84,8 +84,8 @@ class Choose(PipelineStep):
         starts = np.flatnonzero(np.r_[True, roots[1:] != roots[:-1]]) if len(members) else members
         return members, np.r_[starts, len(members)]
 
-    def _decide(self, arrays: Arrays, members: np.ndarray) -> np.ndarray:
-        """int64, the place of the member that stays for each member of a cluster, or KEPT."""
+    def _decide(self, arrays: ClusterArrays, members: np.ndarray) -> np.ndarray:
+        """int64, the index of the member that stays for each member of a cluster, or KEPT."""
         earlier = members >= self.population.own.documents
         if self.least is None:
             return all_but_the_first(earlier)
@@ -93,7 +93,7 @@ class Choose(PipelineStep):
         urls = arrays.of("url")[members]
         addresses = np.unique(urls, return_inverse=True)[1] if self.urls else np.full(len(members), -1)
         ends, grams = self._grams(members, groups)
-        cluster = Cluster(groups, np.where(urls == 0, -1, addresses), earlier, ends, grams)
+        cluster = ClusterNgrams(groups, np.where(urls == 0, -1, addresses), earlier, ends, grams)
         found = survivors(cluster, self.least, partial(zeros, self.work, f"{members[0]}-index"))
         for path in Path(self.work).glob(f"{members[0]}-*.tmp"):
             path.unlink()
@@ -105,8 +105,8 @@ class Choose(PipelineStep):
         found: list[np.ndarray] = [np.zeros(0, np.uint64)] * count
         if self.candidates:
             wanted = np.flatnonzero(candidates_in(self.candidates, self.population)[members])
-            asked, places = np.unique(groups[wanted], return_index=True)
-            for group, number in zip(asked.tolist(), members[wanted[places]].tolist(), strict=True):
+            asked, indices = np.unique(groups[wanted], return_index=True)
+            for group, number in zip(asked.tolist(), members[wanted[indices]].tolist(), strict=True):
                 found[group] = laid_out(self.work, self.population, number)
         ends = np.cumsum([len(one) for one in found])
         grams = zeros(self.work, f"{members[0]}-grams", int(ends[-1]), np.uint64)
@@ -127,7 +127,7 @@ def chosen(part: int) -> str:
     return f"chosen-{part:05d}.npy"
 
 
-class Judge(PipelineStep):
+class JudgeDocuments(PipelineStep):
     """Each shard's verdicts: who stays, and why the others do not.
 
     A cluster in the tables is a kept document and those that were dropped for it.
@@ -151,19 +151,19 @@ class Judge(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         tally, progress = Tally(), ProgressFile(self.progress, rank)
         own = self.population.own
-        arrays = Arrays(self.work, self.population.documents)
-        for place in range(rank, len(own.shards), world_size):
-            shard = own.shards[place]
+        arrays = ClusterArrays(self.work, self.population.documents)
+        for index in range(rank, len(own.shards), world_size):
+            shard = own.shards[index]
             table = kept_rows(read_table(own.stage, shard))
             for source, size in zip(table["source"].to_pylist(), table["bytes"].to_pylist(), strict=True):
                 tally.came_in(source, size)
                 progress.advance(size)
-            write_table(self.folder, shard, self._judge(table, arrays, int(own.starts[place])))
+            write_table(self.folder, shard, self._judge(table, arrays, int(own.starts[index])))
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
         progress.close()
         yield from ()
 
-    def _judge(self, table: pa.Table, arrays: Arrays, first: int) -> pa.Table:
+    def _judge(self, table: pa.Table, arrays: ClusterArrays, first: int) -> pa.Table:
         numbers = np.arange(first, first + table.num_rows)
         stays, sizes = numbers.copy(), np.ones(len(numbers), np.int64)
         for part in range(self.parts):

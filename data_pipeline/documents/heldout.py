@@ -39,7 +39,7 @@ class Extremes:
 
 
 @dataclass(frozen=True)
-class Lot:
+class HeldoutRule:
     """How the held-out documents of one source are told: those drawn under `share`, and never none or all of them.
 
     Of a share of 0, and of a source of fewer than two documents, there are none.
@@ -51,7 +51,7 @@ class Lot:
     never: str
 
     @classmethod
-    def of(cls, found: Extremes, share: float, seed: int) -> "Lot":
+    def of(cls, found: Extremes, share: float, seed: int) -> "HeldoutRule":
         """`found` are those of all documents of the source."""
         if not share or found.lowest is None or found.highest is None or found.lowest == found.highest:
             return cls(0.0, seed, "", "")

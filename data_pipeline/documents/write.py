@@ -21,10 +21,10 @@ from data_pipeline.canaries.naming import is_canary
 from data_pipeline.canaries.plant import LEFT_OUT
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.tables import SAMPLES, kept_rows, read_table
-from data_pipeline.cutting.cuts import Merged, apply, merge, read_cuts
-from data_pipeline.documents.heldout import HELDOUT, TRAIN, Extremes, Lot
+from data_pipeline.cutting.cuts import MergedCuts, apply, merge, read_cuts
+from data_pipeline.documents.heldout import HELDOUT, TRAIN, Extremes, HeldoutRule
 from data_pipeline.personal_data.find import PLACEHOLDERS
-from data_pipeline.personal_data.hiding import hide_in
+from data_pipeline.personal_data.hiding import Hiding
 from data_pipeline.reading.addresses import url_key, url_of
 
 MOSTLY_CUT = "mostly_cut"
@@ -36,7 +36,7 @@ SCORES = ("quality", "word_count", "alpha_word_ratio", "dup_line_char_ratio", "t
 
 
 @dataclass(frozen=True)
-class Before:
+class StageFolders:
     """The folders of the stages before: who says what of a document. `judges` and `cutters` are in the order in
     which the stages run.
     """
@@ -52,17 +52,17 @@ class Before:
 
 
 @dataclass(frozen=True)
-class Fate:
+class DocumentFate:
     """What becomes of a document: dropped for `reason`, or passed on after its cuts."""
 
     row: int
     id: str
     size: int  # bytes of its text before the cuts
     reason: str
-    merged: Merged
+    merged: MergedCuts
 
 
-def fates(before: Before, shard: str) -> list[Fate]:
+def fates(before: StageFolders, shard: str) -> list[DocumentFate]:
     """Of every document of a shard that comes in, from tables alone."""
     coming = kept_rows(read_table(before.kept, shard, ("row", "id", "bytes", "verdict")))
     if not coming.num_rows:  # the stages after that have no tables of it
@@ -79,7 +79,7 @@ def fates(before: Before, shard: str) -> list[Fate]:
         short = left < before.left_bytes_min
         if not reason and short and merged.removed_bytes > before.cut_share_max * line["bytes"]:
             reason = MOSTLY_CUT
-        found.append(Fate(line["row"], line["id"], line["bytes"], reason, merged))
+        found.append(DocumentFate(line["row"], line["id"], line["bytes"], reason, merged))
     return found
 
 
@@ -89,7 +89,7 @@ class Survey(PipelineStep):
     name = "Survey"
     type = "🔭 - SURVEY"
 
-    def __init__(self, before: Before, shards: Sequence[str], seed: int, out: str) -> None:
+    def __init__(self, before: StageFolders, shards: Sequence[str], seed: int, out: str) -> None:
         super().__init__()
         self.before = before
         self.shards = list(shards)
@@ -106,11 +106,11 @@ class Survey(PipelineStep):
         path.write_text("".join(lines), encoding="utf-8")
         yield from ()
 
-    def _seen(self, shard: str, coming: Sequence[Fate]) -> "Seen":
+    def _seen(self, shard: str, coming: Sequence[DocumentFate]) -> "ShardSurvey":
         source = shard.split("/")[0]
         if is_canary(shard):
             fates_of = [{"id": fate.id, "reason": fate.reason, "cuts": fate.merged.removed} for fate in coming]
-            return Seen(shard, Extremes(), [], fates_of)
+            return ShardSurvey(shard, Extremes(), [], fates_of)
         mostly_cut = [
             {"source": source, "shard": shard, "row": fate.row, "id": fate.id, "bytes": fate.size}
             | {"verdict": MOSTLY_CUT, "cut_bytes": fate.merged.removed}
@@ -118,11 +118,11 @@ class Survey(PipelineStep):
             if fate.reason == MOSTLY_CUT
         ]
         left = Extremes.of((fate.id for fate in coming if not fate.reason), self.seed)
-        return Seen(shard, left, mostly_cut[:SAMPLES], [])
+        return ShardSurvey(shard, left, mostly_cut[:SAMPLES], [])
 
 
 @dataclass(frozen=True)
-class Seen:
+class ShardSurvey:
     """What `Survey` says of a shard: of the documents that are left, some that are mostly cut, and canaries' fates."""
 
     shard: str
@@ -131,39 +131,46 @@ class Seen:
     canaries: list[dict[str, Any]]
 
 
-def surveyed(folder: Path) -> list[Seen]:
+def surveyed(folder: Path) -> list[ShardSurvey]:
     """Of all tasks, by shard."""
     found = []
     for path in folder.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             left = Extremes(**{name: drawn and tuple(drawn) for name, drawn in entry["left"].items()})
-            found.append(Seen(**{**entry, "left": left}))
+            found.append(ShardSurvey(**{**entry, "left": left}))
     return sorted(found, key=lambda seen: seen.shard)
 
 
-def lots(found: Iterable[Seen], sources: Iterable[str], share: float, seed: int) -> dict[str, Lot]:
+def heldout_rules(
+    found: Iterable[ShardSurvey], sources: Iterable[str], share: float, seed: int
+) -> dict[str, HeldoutRule]:
     """By source."""
     ends = dict.fromkeys(sources, Extremes())
     for seen in found:
         source = seen.shard.split("/")[0]
         if source in ends:
             ends[source] |= seen.left
-    return {source: Lot.of(left, share, seed) for source, left in ends.items()}
+    return {source: HeldoutRule.of(left, share, seed) for source, left in ends.items()}
 
 
-class Split(PipelineStep):
+class WriteSplits(PipelineStep):
     """Passes on what no stage dropped, without what stages cut, each document with its split and its scores."""
 
     name = "Held-out split"
     type = "🔀 - SPLIT"
 
     def __init__(
-        self, before: Before, lots: Mapping[str, Lot], tallies: str, order: dict[str, int], pii: PiiConfig | None
+        self,
+        before: StageFolders,
+        heldout_rules: Mapping[str, HeldoutRule],
+        tallies: str,
+        order: dict[str, int],
+        pii: PiiConfig | None,
     ) -> None:
         super().__init__()
         self.before = before
-        self.lots = dict(lots)
+        self.heldout_rules = dict(heldout_rules)
         self.tallies = tallies
         self.order = order
         self.pii = pii
@@ -179,7 +186,7 @@ class Split(PipelineStep):
                     yield from self._pass_on(document, fate, tally)
         tally.save(Path(self.tallies) / f"out-{rank:05d}.json")
 
-    def _pass_on(self, document: Document, fate: Fate, tally: Tally) -> DocumentsPipeline:
+    def _pass_on(self, document: Document, fate: DocumentFate, tally: Tally) -> DocumentsPipeline:
         metadata = document.metadata
         source = metadata["source"]
         tally.came_in(source, fate.size)
@@ -203,7 +210,7 @@ class Split(PipelineStep):
             if inserted := fate.merged.inserted_bytes:
                 tally.note(source, "inserted bytes", inserted)
         tally.kept(source, fate.size - fate.merged.removed_bytes, metadata["bytes"])
-        split = HELDOUT if self.lots[source].holds_out(document.id) else TRAIN
+        split = HELDOUT if self.heldout_rules[source].holds_out(document.id) else TRAIN
         metadata |= {"split": split, "output": f"{self.order[metadata['shard']]:05d}"}
         if split == HELDOUT:
             tally.note(source, "held out")
@@ -236,7 +243,8 @@ def _hide(metadata: dict[str, Any], pii: PiiConfig) -> bool:
     """
     texts: Mapping[Kind, str] = PLACEHOLDERS | pii.replacements
     given = {name: metadata[name] for name in FROM_RECORD if name in metadata}
-    hidden = {name: hide_in(value, pii.actions, texts, pii.private_ips, name) for name, value in given.items()}
+    hiding = Hiding(pii.actions, texts, pii.private_ips)
+    hidden = {name: hiding.value(value, name) for name, value in given.items()}
     if hidden == given:
         return False
     url = url_of(metadata)

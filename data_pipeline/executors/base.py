@@ -18,7 +18,7 @@ from data_pipeline.executors.tasks import check, prepare, quiet
 
 
 @dataclass(frozen=True)
-class Job:
+class PipelineJob:
     """One stage's pipeline, to be run once for each of `tasks` ranks; `logs` is empty and all workers see it."""
 
     title: str
@@ -42,7 +42,7 @@ class Executor(ABC):
         return None  # for executors that hold nothing between stages
 
     @abstractmethod
-    def run(self, job: Job, say: Say) -> None:
+    def run(self, job: PipelineJob, say: Say) -> None:
         """Runs the tasks and returns when all are done, or one has failed and none runs on.
 
         Errors: TaskError where a task could not say itself what became of it.
@@ -63,7 +63,7 @@ class Executor(ABC):
         quiet(logs / "executor.log")
         try:
             with watch(title, logs / "progress", total_bytes, console) as say:
-                self.run(Job(title, steps, tasks, logs), say)
+                self.run(PipelineJob(title, steps, tasks, logs), say)
             check(title, tasks, logs)
         finally:
             quiet(None)

@@ -21,7 +21,7 @@ import dill
 from datatrove.executor.local import LocalPipelineExecutor
 
 from data_pipeline.core.progress import Say
-from data_pipeline.executors.base import Executor, Job
+from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import TaskError, Tasks, lost, quiet, ranks_in
 
 # A fork has everything imported already. The parent has one thread when the workers are started, so no lock is copied
@@ -58,14 +58,14 @@ class LocalExecutor(Executor):
             connection.close()
         self._crew.clear()
 
-    def run(self, job: Job, say: Say) -> None:
+    def run(self, job: PipelineJob, say: Say) -> None:
         tasks = LocalTasks(list(job.steps), tasks=job.tasks, workers=self.workers, logging_dir=str(job.logs))
         if self._crew:
             self._share_out(job, dill.dumps(tasks))
         else:
             run_in_order(tasks)
 
-    def _share_out(self, job: Job, pipeline: bytes) -> None:
+    def _share_out(self, job: PipelineJob, pipeline: bytes) -> None:
         """Keeps every worker busy until the tasks are done or one fails."""
         waiting = iter(range(job.tasks))
         busy: dict[Connection, int] = {}
@@ -85,7 +85,7 @@ class LocalExecutor(Executor):
                     connection.send((None, rank))
                     busy[connection] = rank
 
-    def _death(self, job: Job, rank: int, process: BaseProcess) -> TaskError:
+    def _death(self, job: PipelineJob, rank: int, process: BaseProcess) -> TaskError:
         process.join()
         code = process.exitcode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"

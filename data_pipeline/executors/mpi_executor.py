@@ -22,7 +22,7 @@ from datatrove.executor.base import PipelineExecutor
 
 from configs.loader import ConfigError
 from data_pipeline.core.progress import Say
-from data_pipeline.executors.base import Executor, Job
+from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.local_executor import run_in_order
 from data_pipeline.executors.tasks import Tasks, claim, quiet, ranks_in
 
@@ -33,7 +33,7 @@ _INTERRUPTED = 130
 class MpiTasks(Tasks):
     """A pipeline with its tasks, to be sent to all ranks."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PipelineJob) -> None:
         PipelineExecutor.__init__(self, list(job.steps), str(job.logs))
         self.tasks = job.tasks
 
@@ -95,7 +95,7 @@ class MpiExecutor(Executor):
         self._world.Abort(status)
         os._exit(status)  # some MPIs come back from it, and the end of the others is then all that is left to wait for
 
-    def run(self, job: Job, say: Say) -> None:
+    def run(self, job: PipelineJob, say: Say) -> None:
         tasks = MpiTasks(job)
         if job.tasks == 1:
             run_in_order(tasks)

@@ -14,7 +14,7 @@ from datatrove.executor.ray import RayPipelineExecutor
 from configs.data_run import RayConfig
 from configs.loader import ConfigError
 from data_pipeline.core.progress import Say
-from data_pipeline.executors.base import Executor, Job
+from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import Tasks
 
 
@@ -69,7 +69,7 @@ class RayExecutor(Executor):
     def _memory(self) -> float:
         return self._options.mem_per_cpu_gb * self._options.cpus_per_task * 2**30
 
-    def run(self, job: Job, say: Say) -> None:
+    def run(self, job: PipelineJob, say: Say) -> None:
         RayTasks(
             list(job.steps),
             tasks=job.tasks,

@@ -25,7 +25,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from configs.data_run import SlurmConfig
 from configs.loader import ConfigError
 from data_pipeline.core.progress import Say
-from data_pipeline.executors.base import Executor, Job
+from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import TaskError, Tasks, lost, ranks_in
 
 _RECORD = "slurm_name"  # holds the name of a stage's jobs until they have ended, for the run after one that was killed
@@ -46,7 +46,7 @@ class SlurmTasks(Tasks, SlurmPipelineExecutor):
     `jobs` gets the number of each array job as it is submitted.
     """
 
-    def __init__(self, job: Job, name: str, options: SlurmConfig, workers: int, jobs: list[str]) -> None:
+    def __init__(self, job: PipelineJob, name: str, options: SlurmConfig, workers: int, jobs: list[str]) -> None:
         def note_number(said: str) -> str:
             jobs.append(re.findall(r"job (\d+)", said)[-1])
             return jobs[-1]
@@ -90,7 +90,7 @@ class SlurmExecutor(Executor):
         self._options = options
         self.workers = workers
 
-    def run(self, job: Job, say: Say) -> None:
+    def run(self, job: PipelineJob, say: Say) -> None:
         if re.search(r"\s", str(job.logs.absolute())):
             raise ConfigError(f"run.dir: Slurm's scripts bear no spaces in a path, and {job.logs} has some; rename it")
         title = re.sub(r"\W+", "-", job.title)  # a script's directives end at a space
@@ -107,7 +107,7 @@ class SlurmExecutor(Executor):
                     cancel(name)
                 record.unlink(missing_ok=True)
 
-    def _wait(self, job: Job, name: str, jobs: list[str], say: Say) -> None:
+    def _wait(self, job: PipelineJob, name: str, jobs: list[str], say: Say) -> None:
         """Returns when all tasks are done or one has said why it failed. Errors: TaskError for one that ended mute."""
         pause, _ = _POLL_SECONDS
         heard = time.monotonic()
@@ -136,7 +136,7 @@ class SlurmExecutor(Executor):
         index = rank // self._options.tasks_per_job
         return f"{jobs[index // self._options.max_array_size]}_{index % self._options.max_array_size}"
 
-    def _lost(self, job: Job, rank: int, element: str) -> TaskError:
+    def _lost(self, job: PipelineJob, rank: int, element: str) -> TaskError:
         state = _final_state(element)
         reason = f"Slurm job {element} ended as {state}" + (f" ({_HINTS[state]})" if state in _HINTS else "")
         output = job.logs / "slurm_logs" / f"{element}.out"

@@ -76,16 +76,16 @@ def _entries(paths: Sequence[str], kind: str) -> Iterator[str]:
             raise ConfigError(f"extract.blocklist.{kind}: {path} cannot be read ({error}); correct the path") from None
 
 
-def _entry(entry: str, kind: str, place: str) -> str:
+def _entry(entry: str, kind: str, where: str) -> str:
     host, path = normal_url(entry)
     if not host or " " in entry:
-        raise ConfigError(f"{place}: {entry!r} names no host; one a line, such as example.com, or remove the line")
+        raise ConfigError(f"{where}: {entry!r} names no host; one a line, such as example.com, or remove the line")
     if kind == "prefixes":
         if not path:
-            raise ConfigError(f"{place}: {entry!r} has no path; a whole host belongs into extract.blocklist.hosts")
+            raise ConfigError(f"{where}: {entry!r} has no path; a whole host belongs into extract.blocklist.hosts")
         return f"{host}{path}"
     if path:
-        raise ConfigError(f"{place}: {entry!r} has a path; it belongs into extract.blocklist.prefixes")
+        raise ConfigError(f"{where}: {entry!r} has a path; it belongs into extract.blocklist.prefixes")
     return host
 
 
@@ -99,5 +99,5 @@ def _hashes(entries: Iterable[str]) -> NDArray[np.uint64]:
 
 def _in(hashes: NDArray[np.uint64], entry: str) -> bool:
     wanted = np.uint64(_hash(entry))
-    place = int(np.searchsorted(hashes, wanted))
-    return place < len(hashes) and hashes[place] == wanted
+    index = int(np.searchsorted(hashes, wanted))
+    return index < len(hashes) and hashes[index] == wanted

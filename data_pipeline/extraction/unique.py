@@ -19,7 +19,7 @@ from data_pipeline.core.hashing import stable_hash
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.shards import read_records, shard_path, write_records
-from data_pipeline.reading.ids import Roots, id_of_place, name_of, told_apart
+from data_pipeline.reading.ids import Roots, id_of_location, name_of, told_apart
 
 MADE_UNIQUE = "ids made unique"  # how the ledger counts them
 _NOTED = np.dtype([("id", "<u8"), ("shard", "<u4"), ("row", "<u4")])
@@ -27,7 +27,7 @@ _PART = 4_000_000  # documents that a task notes before it writes
 _RANGE = 20_000_000  # documents that are looked at in one go, 16 bytes each
 
 
-class Notes:
+class IdNotes:
     """Writes `<name>-<part>.npy`, sorted by id, and `<name>-<part>.txt` with the names of its shards, one a line."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -71,7 +71,7 @@ class NoteIds(PipelineStep):
         self.folder = folder
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        notes = Notes(Path(self.folder), f"{rank:05d}")
+        notes = IdNotes(Path(self.folder), f"{rank:05d}")
         last, row = "", 0
         for document in data:
             shard = f"{document.metadata['source']}/{document.metadata['shard']}"
@@ -131,7 +131,7 @@ def _ranges(parts: Sequence[tuple[np.ndarray, list[str], np.ndarray]]) -> Iterat
 
 
 class MakeUnique(PipelineStep):
-    """Rewrites the shards that `shared` found. `again`: a second time, when even place and id together came twice."""
+    """Rewrites the shards that `shared` found, or does so `again`, when even location and id together came twice."""
 
     name = "Unique ids"
     type = "🪪 - IDS"
@@ -151,7 +151,7 @@ class MakeUnique(PipelineStep):
         self.found, self.roots, self.again = dict(found), dict(roots), again
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        notes, tally, progress = Notes(Path(self.notes), f"{rank:05d}"), Tally(), ProgressFile(self.progress, rank)
+        notes, tally, progress = IdNotes(Path(self.notes), f"{rank:05d}"), Tally(), ProgressFile(self.progress, rank)
         for shard in sorted(self.found)[rank::world_size]:
             source, path = shard.split("/")[0], shard_path(self.folder, shard)
             rows = set(self.found[shard].tolist())
@@ -160,8 +160,8 @@ class MakeUnique(PipelineStep):
                 if row in rows:
                     metadata = record["metadata"]
                     name = name_of(metadata["file"], self.roots[source])
-                    place = f"{shard}/{row}" if self.again else id_of_place(source, name, metadata["position"])
-                    record["id"] = told_apart(record["id"], place)
+                    location = f"{shard}/{row}" if self.again else id_of_location(source, name, metadata["position"])
+                    record["id"] = told_apart(record["id"], location)
                 notes.add(shard, row, record["id"])
             progress.advance(path.stat().st_size)
             write_records(path, records)

@@ -27,7 +27,7 @@ _EMPTY = -1
 
 
 @dataclass(frozen=True)
-class Words:
+class Vocabulary:
     """Words by open addressing: `slots` hold their ids, `ends[id]` where their bytes end in `content`."""
 
     slots: np.ndarray
@@ -45,7 +45,7 @@ class Grams:
 
 
 @dataclass(frozen=True)
-class Tree:
+class HuffmanTree:
     """Huffman tree over labels: children by node; a label's node is its number, which is below that of inner ones."""
 
     left: np.ndarray
@@ -53,23 +53,23 @@ class Tree:
     vectors: np.ndarray  # float32 [inner nodes, dim]
 
 
-class _File:
+class _ModelFile:
     def __init__(self, content: bytes) -> None:
-        self._content, self._place = content, 0
+        self._content, self._offset = content, 0
 
     def numbers(self, form: str) -> tuple:
-        found = struct.unpack_from("<" + form, self._content, self._place)
-        self._place += struct.calcsize("<" + form)
+        found = struct.unpack_from("<" + form, self._content, self._offset)
+        self._offset += struct.calcsize("<" + form)
         return found
 
     def array(self, kind: Any, size: int) -> np.ndarray:
-        found = np.frombuffer(self._content, kind, size, self._place)
-        self._place += found.nbytes
+        found = np.frombuffer(self._content, kind, size, self._offset)
+        self._offset += found.nbytes
         return found
 
     def word(self) -> bytes:
-        end = self._content.index(b"\0", self._place)
-        found, self._place = self._content[self._place : end], end + 1
+        end = self._content.index(b"\0", self._offset)
+        found, self._offset = self._content[self._offset : end], end + 1
         return found
 
 
@@ -81,7 +81,7 @@ class FastTextModel:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._read(_File(path.read_bytes()))
+            self._read(_ModelFile(path.read_bytes()))
         except (struct.error, ValueError, IndexError) as error:
             raise ValueError(f"{path} cannot be read as a fastText model: {error}") from None
 
@@ -96,7 +96,7 @@ class FastTextModel:
         )
         return (self._labels[label], float(np.float32(np.exp(logprob)))) if label >= 0 else ("", 0.0)
 
-    def _read(self, file: _File) -> None:
+    def _read(self, file: _ModelFile) -> None:
         if file.numbers("ii") != (_MAGIC, _VERSION):
             raise ValueError("not a fastText model of version 12")
         dim, _, _, _, _, ngrams, loss, kind, buckets, shortest, longest, _ = file.numbers("12i")
@@ -117,20 +117,20 @@ class FastTextModel:
         height, width = file.numbers("qq")
         if quantised or (height, width) != (labels, dim):
             raise ValueError("a fastText model with a quantised output")
-        self._tree = Tree(left, right, file.array(np.dtype("<f4"), height * width).reshape(height, width))
+        self._tree = HuffmanTree(left, right, file.array(np.dtype("<f4"), height * width).reshape(height, width))
 
 
-def _word_table(words: Sequence[bytes]) -> Words:
+def _word_table(words: Sequence[bytes]) -> Vocabulary:
     slots = np.full(1 << (4 * len(words)).bit_length(), _EMPTY, np.int32)
     content = np.frombuffer(b"".join(words), np.uint8)
     ends = np.cumsum([0, *map(len, words)])
     for number, word in enumerate(words):
         key = _hash(np.frombuffer(word, np.uint8), 0, len(word))
         slots[_slot(slots, content, ends, np.frombuffer(word, np.uint8), 0, len(word), key)] = number
-    return Words(slots, content, ends)
+    return Vocabulary(slots, content, ends)
 
 
-def _vectors(file: _File, dim: int) -> np.ndarray:
+def _vectors(file: _ModelFile, dim: int) -> np.ndarray:
     """float32 [rows, dim], unpacked from product quantisation (Jegou et al. 2011)."""
     (quantised,) = file.numbers("?")
     if not quantised:
@@ -151,7 +151,7 @@ def _vectors(file: _File, dim: int) -> np.ndarray:
     return vectors
 
 
-def _centroids(file: _File) -> tuple[np.ndarray, int, int, int]:
+def _centroids(file: _ModelFile) -> tuple[np.ndarray, int, int, int]:
     dim, parts, width, last = file.numbers("4i")
     return file.array(np.dtype("<f4"), dim * _CENTROIDS), parts, width, last
 
@@ -185,8 +185,8 @@ def _mix(key: np.uint32, byte: np.uint8) -> np.uint32:
 @numba.njit(cache=True, nogil=True)
 def _hash(content: np.ndarray, start: int, end: int) -> np.uint32:
     key = _OFFSET
-    for place in range(start, end):
-        key = _mix(key, content[place])
+    for index in range(start, end):
+        key = _mix(key, content[index])
     return key
 
 
@@ -196,18 +196,18 @@ def _slot(
 ) -> int:
     """Where the word line[start:end] is, or the free slot at which it would be."""
     mask = len(slots) - 1
-    place = int(key) & mask
-    while slots[place] >= 0:
-        first, last = ends[slots[place]], ends[slots[place] + 1]
+    index = int(key) & mask
+    while slots[index] >= 0:
+        first, last = ends[slots[index]], ends[slots[index] + 1]
         same = last - first == end - start
         for at in range(end - start if same else 0):
             if content[first + at] != line[start + at]:
                 same = False
                 break
         if same:
-            return place
-        place = (place + 1) & mask
-    return place
+            return index
+        index = (index + 1) & mask
+    return index
 
 
 @numba.njit(cache=True, nogil=True)
@@ -234,8 +234,8 @@ def _add_grams(
             if length >= shortest and not (length == 1 and (start == 0 or at == size)):
                 row = rows[key % np.uint32(len(rows))]
                 if row >= 0:
-                    for place in range(len(hidden)):
-                        hidden[place] += vectors[row, place]
+                    for index in range(len(hidden)):
+                        hidden[index] += vectors[row, index]
                     found += 1
             length += 1
     return found
@@ -291,13 +291,13 @@ def _predict(
     hidden = np.zeros(vectors.shape[1], np.float32)
     word = np.empty(len(line) + 8, np.uint8)
     word[0] = 60  # <
-    count, place = 0, 0
-    while place < len(line):
-        start = place
-        while place < len(line) and not _is_space(line[place]):
-            place += 1
-        size = place - start
-        place += 1
+    count, index = 0, 0
+    while index < len(line):
+        start = index
+        while index < len(line) and not _is_space(line[index]):
+            index += 1
+        size = index - start
+        index += 1
         if not size or _begins(line, start, size, _LABEL_BYTES):
             continue
         key = _hash(line, start, start + size)

@@ -64,7 +64,7 @@ def language_parts(text: str, language: str, identify: Identifier, min_chars: in
     """
     codes = codes_of(text)
     sizes: dict[str, int] = {language: 0}
-    for start, end in zip(*(places.tolist() for places in paragraphs_of(codes, kinds_of(codes))), strict=True):
+    for start, end in zip(*(indices.tolist() for indices in paragraphs_of(codes, kinds_of(codes))), strict=True):
         found = identify(text[start:end])[0] if end - start >= min_chars else language
         sizes[found] = sizes.get(found, 0) + end - start
     total = sum(sizes.values())

@@ -80,19 +80,19 @@ def where(location: str | Path, fingerprint: str) -> Path | None:
 
 def was_at(plan: Plan, location: str | Path) -> bool:
     """Whether the plan was kept when another one took its place at `location`."""
-    kept, place = _absolute(plan.path), _absolute(Path(location))
-    place = place.parent if place.name == PLAN_FILE else place
-    if kept.parent == place.parent:
-        return kept.name.startswith(f"{place.name}.")
-    same_stage = kept.name == place.name and kept.parent.parent == place.parent.parent
-    return same_stage and kept.parent.name.startswith(f"{place.parent.name}.")
+    kept, standing = _absolute(plan.path), _absolute(Path(location))
+    standing = standing.parent if standing.name == PLAN_FILE else standing
+    if kept.parent == standing.parent:
+        return kept.name.startswith(f"{standing.name}.")
+    same_stage = kept.name == standing.name and kept.parent.parent == standing.parent.parent
+    return same_stage and kept.parent.name.startswith(f"{standing.parent.name}.")
 
 
 def first_difference(plan: Plan, other: Plan, samples: int) -> int | None:
     """The first of `samples` whose row is not the same in both plans, or that one of them lacks; None for none.
 
     Rows are the same if they have the same tokens of the same documents, in stores of the same checksums, in the same
-    places, and follow the same earlier plans.
+    rows, and follow the same earlier plans.
     """
     if _frame(plan) != _frame(other):
         return 0
@@ -142,7 +142,7 @@ def _other_row(plan: Plan, other: Plan, source: str, count: int) -> int | None:
     row = int(wrong[0]) - 1 if len(wrong) else count
     segments = int(offsets[row])
     ids: dict[tuple[str, str], int] = {}
-    alike = _places(ours, segments, ids) == _places(theirs, segments, ids)
+    alike = _segment_keys(ours, segments, ids) == _segment_keys(theirs, segments, ids)
     forms, their_forms = (np.zeros(segments) if rows.fim is None else rows.fim[:segments] for rows in (ours, theirs))
     same = alike.all(0) & (forms == their_forms)
     if plan.description["seed"] != other.description["seed"]:  # where a document is split for it
@@ -154,7 +154,7 @@ def _other_row(plan: Plan, other: Plan, source: str, count: int) -> int | None:
     return row if row < count else None
 
 
-def _places(rows: Segments, segments: int, ids: dict[tuple[str, str], int]) -> np.ndarray:
+def _segment_keys(rows: Segments, segments: int, ids: dict[tuple[str, str], int]) -> np.ndarray:
     """int64 [4, segments]: the number of its store in `ids`, document in the store, start and length of each."""
     stores = np.array([ids.setdefault(checksums, len(ids)) for checksums in rows.checksums], np.int64)
     firsts = np.cumsum([0, *(len(store) for store in rows.shards.stores)])
@@ -202,5 +202,5 @@ def _candidates(folder: Path) -> Iterator[Path]:
     yield folder
     folder = _absolute(folder)
     for whole in (folder, folder.parent):
-        for place in [whole, *sorted(whole.parent.glob(f"{whole.name}.*"))]:
-            yield from (file.parent for file in sorted([*place.glob(PLAN_FILE), *place.glob(f"*/{PLAN_FILE}")]))
+        for near in [whole, *sorted(whole.parent.glob(f"{whole.name}.*"))]:
+            yield from (file.parent for file in sorted([*near.glob(PLAN_FILE), *near.glob(f"*/{PLAN_FILE}")]))

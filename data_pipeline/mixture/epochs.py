@@ -50,7 +50,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Documents:
+class SourceEpochs:
     """What a source's rows are made of. `extra` are the positions beside each piece of a document: see `packing`."""
 
     name: str

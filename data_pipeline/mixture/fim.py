@@ -33,7 +33,7 @@ NAMES = {PSM: "psm", SPM: "spm"}
 
 
 @dataclass(frozen=True)
-class Symbols:
+class FimSymbols:
     """Ids of the control symbols."""
 
     prefix: int
@@ -43,7 +43,7 @@ class Symbols:
     eos: int
 
     @classmethod
-    def of(cls, special_ids: dict[str, int]) -> "Symbols":
+    def of(cls, special_ids: dict[str, int]) -> "FimSymbols":
         """Errors: ValueError for a tokenizer that was trained without them."""
         missing = [name for name in FIM_CONTROLS if name not in special_ids]
         if missing:
@@ -61,14 +61,14 @@ def draw(seed: int, source: str, documents: int, rate: float, spm: float) -> np.
 
 
 def cuts(seed: int, source: str, document: int, start: int, length: int) -> tuple[int, int]:
-    """Where the middle of a piece with `length` tokens of text begins and ends, each of length + 1 places alike."""
+    """Where the middle of a piece with `length` tokens of text begins and ends, each of length + 1 indices alike."""
     key = hashlib.sha256(json.dumps([seed, source, document, start, "fim"]).encode()).digest()
     first, second = (int.from_bytes(key[at : at + 8], "little") % (length + 1) for at in (0, 8))
     return min(first, second), max(first, second)
 
 
 def rearranged(
-    piece: np.ndarray, form: int, symbols: Symbols, seed: int, source: str, document: int, start: int
+    piece: np.ndarray, form: int, symbols: FimSymbols, seed: int, source: str, document: int, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, labels) of tokens [start, start + len(piece)) of a document, in form PSM or SPM.
 

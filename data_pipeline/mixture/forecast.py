@@ -12,15 +12,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.mixture.epochs import Documents
+from data_pipeline.mixture.epochs import SourceEpochs
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.weights import most_samples
 
 _ENDS_SHOWN = 4
 
 
-def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: float) -> dict[str, Any]:
-    """Of a source whose rows are the samples `places`, of `samples` in all.
+def foreseen(documents: SourceEpochs, indices: np.ndarray, samples: int, epochs: float) -> dict[str, Any]:
+    """Of a source whose rows are the samples `indices`, of `samples` in all.
 
     epoch_ends      the sample, from 0, that is the last row of each epoch, and the share of the samples (and so of the
                     training steps) that are done with it; epochs that an earlier plan began are counted with its part
@@ -31,8 +31,8 @@ def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: flo
     """
     ends: list[int] = []
     done = documents.size(0)
-    while done <= len(places):
-        ends.append(int(places[done - 1]))
+    while done <= len(indices):
+        ends.append(int(indices[done - 1]))
         done += documents.size(len(ends))
     most = documents.most_rows(epochs)
     return {
@@ -42,12 +42,12 @@ def foreseen(documents: Documents, places: np.ndarray, samples: int, epochs: flo
         ],
         "begun": round(documents.begun(), 6),
         "max_epochs": epochs,
-        "more_possible": round(max(0, min(most, samples) - len(places)) / samples, 6),
-        "lasts_samples": most * samples // len(places) if len(places) else None,
+        "more_possible": round(max(0, min(most, samples) - len(indices)) / samples, 6),
+        "lasts_samples": most * samples // len(indices) if len(indices) else None,
     }
 
 
-def packings(documents: Documents) -> dict[str, Any]:
+def packings(documents: SourceEpochs) -> dict[str, Any]:
     """Rows, padding and cut documents of an epoch under every packing, whichever the plan has."""
     found = {}
     for name in PACKINGS:

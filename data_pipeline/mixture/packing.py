@@ -84,7 +84,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.nda
     size = length + extra[document]
     order = np.argsort(-size, kind="stable")
     row_of = np.empty(len(order), dtype=np.int64)
-    rows = _place(size[order], seq_length, row_of)
+    rows = _fill_rows(size[order], seq_length, row_of)
     by_row = np.argsort(row_of, kind="stable")  # keeps the order of placing within a row
     chosen = order[by_row]
     offsets = _offsets(np.bincount(row_of, minlength=rows))
@@ -140,7 +140,7 @@ def _lay(
 
 
 @numba.njit(cache=True)
-def _place(lengths: np.ndarray, seq_length: int, row_of: np.ndarray) -> int:
+def _fill_rows(lengths: np.ndarray, seq_length: int, row_of: np.ndarray) -> int:
     """Puts pieces, longest first, into rows; fills `row_of` and returns the number of rows.
 
     Rows with the same room are a stack (`top`, `below`). A tree over rooms 0..seq_length, whose node is set

@@ -14,29 +14,29 @@ from configs.sealed import PLAN
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.mixture import cursor
 from data_pipeline.mixture import fim as fill
-from data_pipeline.mixture.layout import HELDOUT, TRAIN, Gone, Source, check_stores, lay_out
+from data_pipeline.mixture.layout import HELDOUT, TRAIN, Gone, PlannedSource, check_stores, lay_out
 from data_pipeline.mixture.packing import PACKINGS, Packed
 from data_pipeline.mixture.rows import PLAN_FILE, SEGMENT_ARRAYS, Plan
 from data_pipeline.mixture.weights import running_counts
-from data_pipeline.tokens.store import Shards, Store
+from data_pipeline.tokens.store import SourceStores, Store
 
 
 def build_plan(
     tokens: str | Path,
     tokenizer: str | Path,
     out: str | Path,
+    settings: PlanConfig,
     *,
     without: Gone | None = None,
     after: tuple[Plan, int] | None = None,
     key: str = "mixture",
-    **settings: Any,
 ) -> dict[str, Any]:
-    """Writes the plan that `lay_out` makes of the same settings into folder `out`; returns what plan.json says.
+    """Writes the plan that `lay_out` makes of `settings` into folder `out`; returns what plan.json says.
 
     Errors: ValueError as `lay_out`; nothing is written then.
     """
     tokens, out = Path(tokens), Path(out)
-    draft = lay_out(tokens, tokenizer, without=without, after=after, key=key, **settings)
+    draft = lay_out(tokens, tokenizer, settings, without=without, after=after, key=key)
     plan, model = draft.outlook(), draft.model
     begins, left = cursor.described(draft.cursors)
     arrays: dict[str, np.ndarray] = {
@@ -53,7 +53,7 @@ def build_plan(
             arrays[f"{TRAIN}.{source.name}.fim.npy"] = source.forms[used.document]
         filled += int(used.length.sum(dtype=np.int64)) + int(source.documents.extra[used.document].sum())
         heldout_folder = tokens / HELDOUT / source.name
-        heldout = Shards.in_folder(heldout_folder) if heldout_folder.is_dir() else Shards([])
+        heldout = SourceStores.in_folder(heldout_folder) if heldout_folder.is_dir() else SourceStores([])
         heldout.leave_out(draft.gone.get(f"{HELDOUT}/{source.name}", ()))
         check_stores(heldout.stores, model)
         held_rows = PACKINGS[plan["packing"]](heldout.lengths, plan["seq_length"])
@@ -104,7 +104,7 @@ def build_stages(
         folder = Path(out) / name
         try:
             key = f"mixture.stages.{name}" if name else "mixture"
-            build_plan(tokens, tokenizer, folder, without=without, after=after, key=key, **dict(settings))
+            build_plan(tokens, tokenizer, folder, settings, without=without, after=after, key=key)
         except ValueError as error:
             raise ValueError(f"{key}: {error}" if name else str(error)) from None
         plan = Plan.open(folder)
@@ -139,7 +139,9 @@ def _segment_arrays(prefix: str, packed: Packed) -> dict[str, np.ndarray]:
     return {f"{prefix}.{name}.npy": getattr(packed, name).astype(dtypes[name]) for name in SEGMENT_ARRAYS}
 
 
-def _describe(source: Source, used: Packed, heldout: Shards, held_rows: Packed, tokens: Path) -> dict[str, Any]:
+def _describe(
+    source: PlannedSource, used: Packed, heldout: SourceStores, held_rows: Packed, tokens: Path
+) -> dict[str, Any]:
     """What is known of a source once its rows are there, beside what was foreseen."""
     documents = source.documents
     stats = source.packed.stats(documents.lengths, documents.seq_length, documents.extra)

@@ -18,7 +18,7 @@ from data_pipeline.core.integrity import DamagedData, Expected, remedy
 from data_pipeline.mixture import cursor, fim
 from data_pipeline.mixture.cursor import Cursor
 from data_pipeline.mixture.epochs import Pieces
-from data_pipeline.tokens.store import CONTENT, Shards, Store
+from data_pipeline.tokens.store import CONTENT, SourceStores, Store
 
 PLAN_FILE = "plan.json"
 # Keys of [mixture], as plan.json has them.
@@ -56,7 +56,7 @@ class Row:
 class Segments:
     """Rows over one source's stores, as `packing.Packed` lays them out."""
 
-    shards: Shards
+    shards: SourceStores
     checksums: list[tuple[str, str]]  # of each store's tokens and index
     document: np.ndarray
     start: np.ndarray
@@ -90,7 +90,7 @@ class Plan:
         self.sample_sources: np.ndarray = self._array("sample_sources.npy")
         self._sample_rows = self._array("sample_rows.npy")
         self._seed: int = plan["seed"]
-        self._fim_symbols = fim.Symbols.of(self.special_ids) if plan.get("fim") else None
+        self._fim_symbols = fim.FimSymbols.of(self.special_ids) if plan.get("fim") else None
         after = plan["after"] or {"plan": None, "first_sample": 0}
         self.after: str | None = after["plan"]
         self.first_sample: int = after["first_sample"]
@@ -295,7 +295,7 @@ class Plan:
         arrays = {name: self._array(f"{split}.{source}.{name}.npy") for name in SEGMENT_ARRAYS}
         name = f"{split}.{source}.fim.npy"
         forms = self._array(name) if name in self.description["files"] else None
-        shards = Shards([_open_store(tokens, entry) for entry in entries])
+        shards = SourceStores([_open_store(tokens, entry) for entry in entries])
         shards.leave_out(self.gone.get(f"{split}/{source}", ()))
         return Segments(shards, [_checksums(entry) for entry in entries], **arrays, fim=forms)
 

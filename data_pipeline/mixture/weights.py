@@ -82,6 +82,6 @@ def running_counts(sources: np.ndarray) -> np.ndarray:
     """How many earlier samples have the same source: the row, in its source, of each sample."""
     rows = np.empty(len(sources), dtype=np.int64)
     for number in np.unique(sources):
-        places = np.flatnonzero(sources == number)
-        rows[places] = np.arange(len(places))
+        indices = np.flatnonzero(sources == number)
+        rows[indices] = np.arange(len(indices))
     return rows

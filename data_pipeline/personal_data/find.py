@@ -40,7 +40,7 @@ PLACEHOLDERS: dict[Kind, str] = {
 }
 
 
-class Found(NamedTuple):
+class PersonalSpan(NamedTuple):
     """Characters [start, end) of a text."""
 
     start: int
@@ -48,7 +48,7 @@ class Found(NamedTuple):
     kind: Kind
 
 
-class Stretches(NamedTuple):
+class CandidateSpans(NamedTuple):
     """Parts of a text, as (start, end), where something can be: all that most finders look at."""
 
     dotted: list[tuple[int, int]]  # three dots as far apart as an IPv4 address has them
@@ -56,17 +56,17 @@ class Stretches(NamedTuple):
     runs: list[tuple[int, int]]  # letters, digits, "_" and "-", as many as a key has
 
 
-def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) -> list[Found]:
+def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) -> list[PersonalSpan]:
     """What is found in `text`, in order, without overlaps: where kinds meet, the first of `_FINDERS` has it."""
-    found: list[Found] = []
-    stretches = _stretches(text)
+    found: list[PersonalSpan] = []
+    candidates = _candidate_spans(text)
     for kind, finder in _FINDERS.items():
         if kind in kinds:
-            for start, end in finder(text, stretches, private_ips):
-                place = bisect.bisect(found, (start,))
-                after_one = place == 0 or found[place - 1].end <= start
-                if after_one and (place == len(found) or end <= found[place].start):
-                    found.insert(place, Found(start, end, kind))
+            for start, end in finder(text, candidates, private_ips):
+                position = bisect.bisect(found, (start,))
+                after_one = position == 0 or found[position - 1].end <= start
+                if after_one and (position == len(found) or end <= found[position].start):
+                    found.insert(position, PersonalSpan(start, end, kind))
     return found
 
 
@@ -92,7 +92,7 @@ _COMMON_DOMAINS = {"com", "org", "net", "edu", "gov", "mil", "int", "info", "biz
 _LONGEST_LOCAL = 64  # RFC 5321
 
 
-def _emails(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
+def _emails(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterator[tuple[int, int]]:
     at = text.find("@")
     while at >= 0:
         domain = _DOMAIN.match(text, at + 1)
@@ -114,10 +114,10 @@ _MIN_DIGITS = 7
 _LOOK_AROUND = 4  # characters beside digits that patterns may look at: "(", "+", "//"
 
 
-def _stretches(text: str) -> Stretches:
+def _candidate_spans(text: str) -> CandidateSpans:
     codes = codes_of(text)
     dotted, numbers, runs = (list(zip(*map(np.ndarray.tolist, spans), strict=True)) for spans in _scan(codes))
-    return Stretches(dotted, numbers, runs)
+    return CandidateSpans(dotted, numbers, runs)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -130,26 +130,26 @@ def _scan(codes: np.ndarray) -> tuple[_Spans, _Spans, _Spans]:
     dot, dot_before = -100, -100
     first_digit, last_digit, digits = 0, -100, 0
     run = 0
-    for place in range(size + 1):
-        code = codes[place] if place < size else np.uint32(0)
+    for position in range(size + 1):
+        code = codes[position] if position < size else np.uint32(0)
         if 48 <= code <= 57:
-            if place - last_digit > _LONGEST_GAP + 1:
+            if position - last_digit > _LONGEST_GAP + 1:
                 if digits >= _MIN_DIGITS:
                     starts[1, counts[1]], ends[1, counts[1]] = first_digit, last_digit + 1
                     counts[1] += 1
-                first_digit, digits = place, 0
-            last_digit = place
+                first_digit, digits = position, 0
+            last_digit = position
             digits += 1
         elif code == 46:
-            if 4 <= place - dot_before <= 8:
-                starts[0, counts[0]], ends[0, counts[0]] = dot_before - 3, place + 4
+            if 4 <= position - dot_before <= 8:
+                starts[0, counts[0]], ends[0, counts[0]] = dot_before - 3, position + 4
                 counts[0] += 1
-            dot_before, dot = dot, place
+            dot_before, dot = dot, position
         if not (48 <= code <= 57 or 65 <= code <= 90 or 97 <= code <= 122 or code == 95 or code == 45):
-            if place - run >= LONG_RUN:
-                starts[2, counts[2]], ends[2, counts[2]] = run, place
+            if position - run >= LONG_RUN:
+                starts[2, counts[2]], ends[2, counts[2]] = run, position
                 counts[2] += 1
-            run = place + 1
+            run = position + 1
     if digits >= _MIN_DIGITS:
         starts[1, counts[1]], ends[1, counts[1]] = first_digit, last_digit + 1
         counts[1] += 1
@@ -186,8 +186,8 @@ _IPV6_SIGNS = frozenset("0123456789abcdefABCDEF:.")
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 
 
-def _ips(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
-    for start, end in stretches.dotted:
+def _ips(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterator[tuple[int, int]]:
+    for start, end in candidates.dotted:
         for match in _matches(_IPV4, text, start, end):
             before = text[max(0, match.start() - _CONTEXT) : match.start()]
             if _is_ipv4(match[0], private_ips) and not _VERSION_BEFORE.search(before):
@@ -247,24 +247,24 @@ _ISSUERS = re.compile(
 
 def luhn(digits: str) -> bool:
     """The check digit of ISO/IEC 7812-1."""
-    doubled = [int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits))]
+    doubled = [int(digit) * (1 + position % 2) for position, digit in enumerate(reversed(digits))]
     return sum(value - 9 * (value > 9) for value in doubled) % 10 == 0
 
 
-def _cards(text: str, stretches: Stretches, private_ips: bool) -> Iterator[tuple[int, int]]:
-    for start, end in stretches.numbers:
+def _cards(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterator[tuple[int, int]]:
+    for start, end in candidates.numbers:
         for match in _matches(_CARD, text, start, end):
             digits = "".join(filter(str.isdigit, match[0]))
             if _ISSUERS.fullmatch(digits) and luhn(digits):
                 yield match.span()
 
 
-_Finder = Callable[[str, Stretches, bool], Iterator[tuple[int, int]]]
+_Finder = Callable[[str, CandidateSpans, bool], Iterator[tuple[int, int]]]
 _FINDERS: dict[Kind, _Finder] = {
-    "key": lambda text, stretches, private_ips: credentials.keys(text, stretches.runs),
+    "key": lambda text, candidates, private_ips: credentials.keys(text, candidates.runs),
     "email": _emails,
     "card": _cards,
     "ip": _ips,
-    "phone": lambda text, stretches, private_ips: phones(text, stretches.numbers),
-    "secret": lambda text, stretches, private_ips: credentials.secrets(text),
+    "phone": lambda text, candidates, private_ips: phones(text, candidates.numbers),
+    "secret": lambda text, candidates, private_ips: credentials.secrets(text),
 }

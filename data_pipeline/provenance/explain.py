@@ -15,22 +15,22 @@ from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.loader import ConfigError
 from configs.rules import RuleSet
+from data_pipeline.core.console import wide_console
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.provenance.lookup import (
-    Stored,
+    StoredDocument,
+    data_spans,
     given,
-    places,
+    locations,
     plans,
     rows_of,
     set_aside,
     stages_of,
     steps,
     stored,
-    stretches,
     uses,
 )
 from data_pipeline.reading.ids import published_id
-from data_pipeline.report.ledger_tables import wide_console
 
 _SHOWN = 8  # rows of the plan
 
@@ -43,26 +43,26 @@ def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
     said: list[str] = []
     for record in set_aside(run_dir, {document}):
         said += [document, f"  extract    set aside: {record['reason']}, at {record['file']}:{record['position']}"]
-    found = places(run_dir, {document})
+    found = locations(run_dir, {document})
     if not found and not said:
         if alike := given(run_dir, document):
             more = f", and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
             raise ConfigError(
-                f"--id {document!r} was given by {len(alike)} records, whose documents are told apart by their places; "
-                f"name one of them: {', '.join(map(repr, alike[:_SHOWN]))}{more}"
+                f"--id {document!r} was given by {len(alike)} records, whose documents are told apart by their "
+                f"locations; name one of them: {', '.join(map(repr, alike[:_SHOWN]))}{more}"
             )
         raise ConfigError(
             f"--id {document!r} is no document of {run_dir}; ids are those of the records, or SOURCE/FILE/POSITION"
         )
     stores = stored(run_dir, {document}) if (run_dir / "tokens").is_dir() else []
-    for place in found:
-        said += [document, f"  extract    source {place.source}, shard {place.shard}, row {place.row}"]
+    for location in found:
+        said += [document, f"  extract    source {location.source}, shard {location.shard}, row {location.row}"]
         for stage in stages:
-            row = rows_of(run_dir, stage, place)
+            row = rows_of(run_dir, stage, location)
             if row is None:
                 break
             said += _told(stage, row, config.rules)
-        said += _trained(run_dir, [one for one in stores if one.source == place.source], run)
+        said += _trained(run_dir, [one for one in stores if one.source == location.source], run)
     return said
 
 
@@ -102,7 +102,7 @@ def _scores(row: dict[str, Any], rules: RuleSet | None) -> list[str]:
     return lines
 
 
-def _trained(run_dir: Path, documents: Sequence[Stored], run: Path | None) -> list[str]:
+def _trained(run_dir: Path, documents: Sequence[StoredDocument], run: Path | None) -> list[str]:
     """Where it is in token stores, plan and steps."""
     if not documents:
         return []
@@ -113,7 +113,7 @@ def _trained(run_dir: Path, documents: Sequence[Stored], run: Path | None) -> li
     ]
     if read_manifest(run_dir / "plan") is None:
         return said
-    trained_on = stretches(run) if run else []
+    trained_on = data_spans(run) if run else []
     for name, plan in plans(run_dir, trained_on).items():
         for one, segments in uses(plan, documents).items():
             if one.split != "train":

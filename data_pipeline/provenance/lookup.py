@@ -26,7 +26,7 @@ TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "web_li
 
 
 @dataclass(frozen=True)
-class Place:
+class DocumentLocation:
     """A document as extract published it."""
 
     source: str
@@ -36,7 +36,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredDocument:
     """A document in a token store of `split`."""
 
     split: str
@@ -57,14 +57,14 @@ def stages_of(run_dir: Path) -> list[str]:
     return found
 
 
-def places(run_dir: Path, wanted: Collection[str]) -> list[Place]:
+def locations(run_dir: Path, wanted: Collection[str]) -> list[DocumentLocation]:
     """The documents with these ids."""
     value_set = pa.array(sorted(wanted), pa.string())
     found = []
     for shard in shards_of(run_dir / "language"):
         table = read_table(run_dir / "language", shard, ["source", "row", "id"])
         for row in table.filter(pc.is_in(table["id"], value_set)).to_pylist():
-            found.append(Place(row["source"], shard, row["row"], row["id"]))
+            found.append(DocumentLocation(row["source"], shard, row["row"], row["id"]))
     return found
 
 
@@ -77,12 +77,12 @@ def given(run_dir: Path, own: str) -> list[str]:
     return sorted(found)
 
 
-def rows_of(run_dir: Path, stage: str, place: Place) -> dict[str, Any] | None:
+def rows_of(run_dir: Path, stage: str, location: DocumentLocation) -> dict[str, Any] | None:
     """The stage's row of a document; None where the document never got that far."""
-    if not (run_dir / stage / f"{place.shard}.parquet").is_file():
+    if not (run_dir / stage / f"{location.shard}.parquet").is_file():
         return None
-    table = read_table(run_dir / stage, place.shard)
-    rows = table.filter(pc.equal(table["row"], place.row)).to_pylist()
+    table = read_table(run_dir / stage, location.shard)
+    rows = table.filter(pc.equal(table["row"], location.row)).to_pylist()
     return rows[0] if rows else None
 
 
@@ -96,7 +96,7 @@ def set_aside(run_dir: Path, wanted: Collection[str]) -> Iterator[dict[str, Any]
                     yield record
 
 
-def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -> list[Stored]:
+def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -> list[StoredDocument]:
     """Documents of these ids or addresses in the token stores, those held out too."""
     ids, keys = set(wanted), {url_key(url) for url in urls} - {0}
     found = []
@@ -110,7 +110,7 @@ def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -
                 continue
             split, source, store = path.relative_to(run_dir / "tokens").with_suffix("").parts
             origin = (row["file"] or "", row["position"] or 0)
-            found.append(Stored(split, source, store, row["document"], row["id"], row["length"], origin, url))
+            found.append(StoredDocument(split, source, store, row["document"], row["id"], row["length"], origin, url))
     return found
 
 
@@ -121,7 +121,7 @@ def key_of_address(metadata: dict[str, Any]) -> int:
     return url_key(url_of(metadata))
 
 
-def uses(plan: Plan, documents: Collection[Stored]) -> dict[Stored, list[tuple[int, int, int]]]:
+def uses(plan: Plan, documents: Collection[StoredDocument]) -> dict[StoredDocument, list[tuple[int, int, int]]]:
     """(sample, first token, tokens) of every training segment that holds a piece of each document, by sample."""
     return {
         document: plan.uses(document.source, document.store, document.document) if document.split == "train" else []
@@ -130,7 +130,7 @@ def uses(plan: Plan, documents: Collection[Stored]) -> dict[Stored, list[tuple[i
 
 
 @dataclass(frozen=True)
-class Stretch:
+class DataSpan:
     """Steps of a training run, from `first_step` on, with one plan and one batch size."""
 
     first_step: int
@@ -138,28 +138,28 @@ class Stretch:
     global_batch_size: int
     data: str  # the plan's fingerprint
     plan: str  # where it was
-    places: tuple[str, ...] = ()  # where else it may be: seen from the run, which may have moved with it
+    plan_paths: tuple[str, ...] = ()  # where else it may be: seen from the run, which may have moved with it
 
     def find_plan(self) -> Plan | None:
         """The plan that the steps were trained on; None where it is no longer to be found.
 
         Errors: ValueError for one that is damaged.
         """
-        return find_in((self.plan, *self.places), self.data)
+        return find_in((self.plan, *self.plan_paths), self.data)
 
 
-def find_in(places: Iterable[str], fingerprint: str) -> Plan | None:
-    """The first plan of this fingerprint, at a place or kept beside it. Errors: ValueError for a damaged one."""
-    return next((plan for place in places if (plan := find(place, fingerprint))), None)
+def find_in(paths: Iterable[str], fingerprint: str) -> Plan | None:
+    """The first plan of this fingerprint, at a path or kept beside it. Errors: ValueError for a damaged one."""
+    return next((plan for path in paths if (plan := find(path, fingerprint))), None)
 
 
-def kept_places(run: Path) -> tuple[str, ...]:
+def kept_plan_paths(run: Path) -> tuple[str, ...]:
     """Where the plans of a training run are by what its checkpoints say, the newest checkpoint first."""
     found = []
     for path in sorted(run.glob("checkpoints/*/manifest.json"), reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            if place := CHECKPOINT.read(path.read_bytes(), path).get("plan"):
-                found += [place["path"], os.path.normpath(run.resolve() / place["relative"])]
+            if plan := CHECKPOINT.read(path.read_bytes(), path).get("plan"):
+                found += [plan["path"], os.path.normpath(run.resolve() / plan["relative"])]
     return tuple(dict.fromkeys(found))
 
 
@@ -171,7 +171,7 @@ def _started_in(run: Path, named: str) -> Path | None:
     return Path(*own[: -len(parts)])
 
 
-def plans(run_dir: Path, run: Sequence[Stretch]) -> dict[str, Plan]:
+def plans(run_dir: Path, run: Sequence[DataSpan]) -> dict[str, Plan]:
     """The plans of a data run and those that a training run had from elsewhere, by their folder.
 
     Errors: ValueError for one that is gone or damaged.
@@ -189,7 +189,7 @@ def plans(run_dir: Path, run: Sequence[Stretch]) -> dict[str, Plan]:
     return found
 
 
-def stretches(run: Path) -> list[Stretch]:
+def data_spans(run: Path) -> list[DataSpan]:
     """What a training run was trained on, from its history.json. Errors: ConfigError when `run` is none."""
     path = run / "history.json"
     if not path.is_file():
@@ -197,17 +197,17 @@ def stretches(run: Path) -> list[Stretch]:
     entries = json.loads(path.read_text(encoding="utf-8"))
     if any(entry["plan"] is None for entry in entries):
         raise ConfigError(f"--run {run} was not trained on a plan; name the run.dir of a pretraining run")
-    kept = kept_places(run)
+    kept = kept_plan_paths(run)
     found = []
     for entry in entries:
         start = _started_in(run, entry.get("config", {}).get("run", {}).get("dir", ""))
-        places = (str(start / entry["plan"]),) if start else ()
-        own = {field.name: entry[field.name] for field in fields(Stretch) if field.name != "places"}
-        found.append(Stretch(**own, places=(*places, *kept)))
+        paths = (str(start / entry["plan"]),) if start else ()
+        own = {field.name: entry[field.name] for field in fields(DataSpan) if field.name != "plan_paths"}
+        found.append(DataSpan(**own, plan_paths=(*paths, *kept)))
     return found
 
 
-def steps(run: Sequence[Stretch], plan: Plan, samples: Iterable[int]) -> list[int]:
+def steps(run: Sequence[DataSpan], plan: Plan, samples: Iterable[int]) -> list[int]:
     """The steps, from 0, that train on these samples of a plan; those that the run left out for another have none."""
     found = set()
     for sample in samples:

@@ -22,11 +22,11 @@ from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.console import wide_console
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import kept_rows, read_table, shards_of
 from data_pipeline.dedup.greedy import jaccard
 from data_pipeline.provenance.excerpts import texts
-from data_pipeline.report.ledger_tables import wide_console
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
 
@@ -37,7 +37,7 @@ _ACROSS = "across sources"
 
 
 @dataclass
-class Documents:
+class CandidateDocuments:
     """Those that came to deduplication, each with its set of n-grams."""
 
     ids: list[str]
@@ -48,12 +48,12 @@ class Documents:
     survivors: dict[int, int]  # cluster -> the document of it that was kept
 
 
-def documents_of(config: DataConfig, run_dir: Path) -> Documents:
+def documents_of(config: DataConfig, run_dir: Path) -> CandidateDocuments:
     """Of a finished run, canaries left out. Errors: ConfigError when it has no finished deduplication."""
     if read_manifest(run_dir / "dedup") is None:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no finished dedup stage; run: trivium data run CONFIG")
     splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
-    found = Documents([], [], [], [], [], {})
+    found = CandidateDocuments([], [], [], [], [], {})
     shards = [shard for shard in shards_of(run_dir / "dedup") if not is_canary(shard)]
     for shard in shards:
         rows = {row["row"]: row for row in read_table(run_dir / "dedup", shard).to_pylist()}
@@ -89,8 +89,8 @@ def similar_pairs(grams: Sequence[np.ndarray], least: float) -> tuple[np.ndarray
     ends = np.cumsum(sizes)
     # A hair less than `least`, so that rounding never makes a prefix too short: more candidates, the same pairs.
     prefixes = sizes - np.ceil((least - 1e-9) * sizes).astype(np.int64) + 1
-    place = np.arange(len(members)) - np.repeat(ends - sizes, sizes)
-    first = place < np.repeat(prefixes, sizes)
+    index = np.arange(len(members)) - np.repeat(ends - sizes, sizes)
+    first = index < np.repeat(prefixes, sizes)
     keys, holders = members[first], owners[first]
     by_key = np.lexsort((holders, keys))
     keys, holders = keys[by_key], holders[by_key]
@@ -123,7 +123,7 @@ def _candidates(holders: np.ndarray, edges: np.ndarray, sizes: np.ndarray, least
 
 
 @dataclass
-class Measured:
+class SourceRecall:
     """Of one source, or all: counts, and what shows where they come from."""
 
     pairs: int = 0
@@ -142,26 +142,26 @@ class Measured:
 
 @dataclass
 class Recall:
-    by_source: dict[str, Measured]
+    by_source: dict[str, SourceRecall]
     missed: list[tuple[int, int, float]]  # pairs of which both were kept, the most similar first
     wrong: list[int]  # documents
 
 
-def measure(documents: Documents, pairs: np.ndarray, similarity: np.ndarray) -> Recall:
+def measure(documents: CandidateDocuments, pairs: np.ndarray, similarity: np.ndarray) -> Recall:
     """A pair of documents of two sources counts as `across sources`."""
-    by_source: dict[str, Measured] = {}
+    by_source: dict[str, SourceRecall] = {}
     missed = []
     similar = set(map(tuple, pairs.tolist()))
     for (one, other), value in zip(pairs.tolist(), similarity.tolist(), strict=True):
         name = documents.sources[one] if documents.sources[one] == documents.sources[other] else _ACROSS
-        counts = by_source.setdefault(name, Measured())
+        counts = by_source.setdefault(name, SourceRecall())
         counts.pairs += 1
         if not documents.verdicts[one] and not documents.verdicts[other]:
             counts.missed += 1
             missed.append((one, other, value))
     wrong = []
     for number, verdict in enumerate(documents.verdicts):
-        counts = by_source.setdefault(documents.sources[number], Measured())
+        counts = by_source.setdefault(documents.sources[number], SourceRecall())
         if verdict in _DUPLICATES:
             counts.dropped += 1
             stays = documents.survivors[documents.clusters[number]]
@@ -172,12 +172,12 @@ def measure(documents: Documents, pairs: np.ndarray, similarity: np.ndarray) -> 
     return Recall(by_source, sorted(missed, key=lambda pair: (-pair[2], pair[:2])), wrong)
 
 
-def total(measured: Recall) -> Measured:
+def total(measured: Recall) -> SourceRecall:
     parts = measured.by_source.values()
-    return Measured(*(sum(getattr(one, name) for one in parts) for name in ("pairs", "missed", "dropped", "wrong")))
+    return SourceRecall(*(sum(getattr(one, name) for one in parts) for name in ("pairs", "missed", "dropped", "wrong")))
 
 
-def show(documents: Documents, found: Recall, least: float, console: Console) -> None:
+def show(documents: CandidateDocuments, found: Recall, least: float, console: Console) -> None:
     title = f"Near-duplicate removal against brute force: pairs of at least {least:g} true similarity"
     table = Table(title=title, title_justify="left")
     for name in ("source", "pairs", "missed", "recall", "dropped as duplicates", "unlike what stays", "precision"):

@@ -15,11 +15,11 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT
+from data_pipeline.core.console import wide_console
 from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan, open_plans
-from data_pipeline.provenance.lookup import find_in, kept_places
-from data_pipeline.report.ledger_tables import wide_console
+from data_pipeline.provenance.lookup import find_in, kept_plan_paths
 
 
 def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
@@ -38,7 +38,7 @@ def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
     if where is None:
         raise ConfigError(f"--after {checkpoint}: it was not trained on a plan, so there is none to go on from")
     try:
-        places = (plan,) if plan else (where, *kept_places(checkpoint.resolve().parent.parent))
+        places = (plan,) if plan else (where, *kept_plan_paths(checkpoint.resolve().parent.parent))
         opened = find_in(map(str, places), manifest["identity"]["data"])
     except ValueError as error:
         raise ConfigError(f"--after {checkpoint}: {error}; or say where its plan is by --plan") from None

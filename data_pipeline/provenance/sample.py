@@ -19,6 +19,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.rules import RuleSet
 from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.console import wide_console
 from data_pipeline.core.shards import read_records, shard_path, shards_under
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import read_table, shards_of
@@ -26,7 +27,6 @@ from data_pipeline.cutting.cuts import FOLDER as CUTS
 from data_pipeline.cutting.decontamination import FOLDER as MATCHES
 from data_pipeline.provenance.excerpts import excerpt, piece, texts
 from data_pipeline.provenance.lookup import TABLE_STAGES
-from data_pipeline.report.ledger_tables import wide_console
 from data_pipeline.report.page_samples import Smallest
 
 _CUTS_SHOWN = 3  # of one document
@@ -71,8 +71,8 @@ def _published(run_dir: Path) -> Iterator[Row]:
     for shard in shards_under(run_dir / "documents"):
         source = shard.split("/")[1]
         for document in read_records(shard_path(run_dir / "documents", shard)):
-            place = {"source": source, "id": document["id"], "verdict": ""}
-            yield place | {"text": document["text"], "bytes": len(document["text"].encode())}
+            facts = {"source": source, "id": document["id"], "verdict": ""}
+            yield facts | {"text": document["text"], "bytes": len(document["text"].encode())}
 
 
 def draw(found: Iterator[Row], count: int, source: str, seed: str) -> list[Row]:

@@ -16,15 +16,15 @@ from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
 from configs.files import write_atomic
 from configs.loader import ConfigError, load
+from data_pipeline.core.console import wide_console
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans
 from data_pipeline.personal_data.hiding import hide
-from data_pipeline.provenance.lookup import Stored, given, places, plans, steps, stored, stretches, uses
+from data_pipeline.provenance.lookup import StoredDocument, data_spans, given, locations, plans, steps, stored, uses
 from data_pipeline.provenance.replan import rest, used
 from data_pipeline.reading.addresses import url_key
 from data_pipeline.reading.ids import published_id
-from data_pipeline.report.ledger_tables import wide_console
 
 _SHOWN = 8  # ids of one line of the list
 
@@ -40,12 +40,12 @@ def read_list(path: Path) -> list[str]:
     return wanted
 
 
-def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[Stored], run: Path | None) -> dict[str, Any]:
+def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[StoredDocument], run: Path | None) -> dict[str, Any]:
     """Of the list: `documents`, which are `found` in token stores, `dropped_earlier`, ids that were `given_to_several`
     with what those are called, and what was `not_found` anywhere. Nothing personal that the list holds is among it.
     """
-    trained_on = stretches(run) if run else []
-    entries: dict[Stored, dict[str, Any]] = {
+    trained_on = data_spans(run) if run else []
+    entries: dict[StoredDocument, dict[str, Any]] = {
         one: {
             "id": one.id,
             "split": one.split,
@@ -66,7 +66,7 @@ def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[Stored], run: 
                 entries[one]["steps"] += steps(trained_on, plan, samples)
     kept, addresses = {one.id for one in found}, {one.url for one in found}
     ids = {line: published_id(line) for line in wanted}
-    earlier = {place.id for place in places(run_dir, set(ids.values()) - kept)}
+    earlier = {location.id for location in locations(run_dir, set(ids.values()) - kept)}
     missing = [
         line
         for line in wanted
@@ -85,7 +85,7 @@ def _is_address(line: str) -> bool:
     return "://" in line
 
 
-def without(config: DataConfig, found: Sequence[Stored], out: Path, after: Path | None) -> int:
+def without(config: DataConfig, found: Sequence[StoredDocument], out: Path, after: Path | None) -> int:
     """Plans as the config has them, less `found`; returns their rows. Errors: ValueError, too few tokens are left."""
     run_dir = Path(config.run.dir)
     gone: dict[str, set[tuple[str, int]]] = {}

@@ -15,22 +15,22 @@ from rich.table import Table
 
 from configs.cli import command_parser, entrypoint
 from configs.loader import ConfigError
+from data_pipeline.core.console import wide_console
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.provenance.lookup import Stretch, stretches
-from data_pipeline.report.ledger_tables import wide_console
+from data_pipeline.provenance.lookup import DataSpan, data_spans
 
 
-def batch(plan: Plan, stretch: Stretch, step: int) -> list[dict[str, Any]]:
+def batch(plan: Plan, data_span: DataSpan, step: int) -> list[dict[str, Any]]:
     """What each segment of the step's rows is, `sample` of the plan among it. Errors: ConfigError, no such step."""
-    size = stretch.global_batch_size
-    first = stretch.first_sample - plan.first_sample
+    size = data_span.global_batch_size
+    first = data_span.first_sample - plan.first_sample
     steps = (plan.num_samples - first) // size
-    sample = first + (step - stretch.first_step) * size
-    if not 0 <= step < stretch.first_step + steps:
+    sample = first + (step - data_span.first_step) * size
+    if not 0 <= step < data_span.first_step + steps:
         raise ConfigError(
-            f"--step {step}: the {plan.num_samples:,} rows of {stretch.plan} make steps {stretch.first_step} to "
-            f"{stretch.first_step + steps - 1}, {size} each"
+            f"--step {step}: the {plan.num_samples:,} rows of {data_span.plan} make steps {data_span.first_step} to "
+            f"{data_span.first_step + steps - 1}, {size} each"
         )
     found = []
     for number in range(sample, sample + size):
@@ -38,12 +38,12 @@ def batch(plan: Plan, stretch: Stretch, step: int) -> list[dict[str, Any]]:
     return found
 
 
-def _plan(stretch: Stretch, path: Path | None) -> Plan:
-    plan = find(path, stretch.data) if path else stretch.find_plan()
+def _plan(data_span: DataSpan, path: Path | None) -> Plan:
+    plan = find(path, data_span.data) if path else data_span.find_plan()
     if plan is None:
         raise ConfigError(
-            f"neither {path or stretch.plan} nor a plan kept beside it is the one that the step was trained on, which "
-            f"was at {stretch.plan}; name the folder where it is now by --plan"
+            f"neither {path or data_span.plan} nor a plan kept beside it is the one that the step was trained on, "
+            f"which was at {data_span.plan}; name the folder where it is now by --plan"
         )
     return plan
 
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plan", type=Path, help="where the plan is now, if not where the run found it")
     parser.add_argument("--json", action="store_true", help="one JSON object a segment instead of a table")
     args = parser.parse_args(argv)
-    run = stretches(args.run)
-    stretch = next((one for one in reversed(run) if one.first_step <= args.step), run[0])
-    size = stretch.global_batch_size
+    run = data_spans(args.run)
+    data_span = next((one for one in reversed(run) if one.first_step <= args.step), run[0])
+    size = data_span.global_batch_size
     try:
-        found = batch(_plan(stretch, args.plan), stretch, args.step)
+        found = batch(_plan(data_span, args.plan), data_span, args.step)
     except ConfigError:
         raise
     except ValueError as error:

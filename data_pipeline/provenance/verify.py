@@ -20,18 +20,18 @@ from rich.console import Console
 from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
+from data_pipeline.core.console import wide_console
 from data_pipeline.core.integrity import STAGE_MANIFEST, DamagedData, Expected, fault, remedy
 from data_pipeline.core.stage import expected_files, read_manifest
 from data_pipeline.mixture.earlier import USED_BY
 from data_pipeline.mixture.rows import PLAN_FILE, Plan, open_plans
-from data_pipeline.report.ledger_tables import wide_console
 
 _READERS = 4  # files read at a time; hashing lets other threads run
 _LINE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Part:
+class VerifiedPart:
     """Files that are told of together: those of a stage, or a plan's token stores."""
 
     name: str
@@ -39,7 +39,7 @@ class Part:
     faults: list[str]  # what is wrong before any file is read
 
 
-def parts_of(folder: Path) -> list[Part]:
+def parts_of(folder: Path) -> list[VerifiedPart]:
     """What there is to verify. Errors: ConfigError for a folder that is neither a data run nor a plan."""
     own = [_stage_part(folder)] if (folder / STAGE_MANIFEST).is_file() else []
     if (folder / PLAN_FILE).is_file():
@@ -58,26 +58,28 @@ def parts_of(folder: Path) -> list[Part]:
     for name in _in_ledger(folder):
         if name not in named:
             lost = f"stage {name} ({folder / name}) has no {STAGE_MANIFEST}: run `trivium data run` again"
-            parts.append(Part(name, [], [lost]))
+            parts.append(VerifiedPart(name, [], [lost]))
     return parts
 
 
-def _stage_part(folder: Path) -> Part:
+def _stage_part(folder: Path) -> VerifiedPart:
     try:
         manifest = read_manifest(folder)
         assert manifest is not None
         files = expected_files(folder, manifest)
     except DamagedData as error:
-        return Part(folder.name, [], [str(error)])
+        return VerifiedPart(folder.name, [], [str(error)])
     except (KeyError, TypeError, AttributeError):
-        return Part(folder.name, [], [f"{folder / STAGE_MANIFEST} lists no files; {remedy(folder / STAGE_MANIFEST)}"])
+        return VerifiedPart(
+            folder.name, [], [f"{folder / STAGE_MANIFEST} lists no files; {remedy(folder / STAGE_MANIFEST)}"]
+        )
     known = {file.path for file in files} | {folder / STAGE_MANIFEST}
     known |= {path for path in folder.rglob(USED_BY)}  # written by training runs
     strays = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in known]
     faults = [f"{path} is not a file of the stage {folder.name}; move it elsewhere" for path in strays]
     if folder.name == "plan":
         faults += _other_tokens(folder)
-    return Part(folder.name, files, faults)
+    return VerifiedPart(folder.name, files, faults)
 
 
 def _other_tokens(folder: Path) -> Iterator[str]:
@@ -93,11 +95,11 @@ def _other_tokens(folder: Path) -> Iterator[str]:
         yield str(error)
 
 
-def _plan_part(folder: Path) -> Part:
+def _plan_part(folder: Path) -> VerifiedPart:
     try:
-        return Part("token stores", Plan.open(folder).store_files(), [])
+        return VerifiedPart("token stores", Plan.open(folder).store_files(), [])
     except ValueError as error:
-        return Part("token stores", [], [str(error)])
+        return VerifiedPart("token stores", [], [str(error)])
 
 
 def _in_ledger(folder: Path) -> list[str]:
@@ -108,7 +110,7 @@ def _in_ledger(folder: Path) -> list[str]:
         return []  # the ledger is printed, and nothing is made of it
 
 
-class Progress:
+class ReadProgress:
     """Says every few seconds how many bytes have been read."""
 
     def __init__(self, name: str, total: int, console: Console) -> None:
@@ -127,9 +129,9 @@ class Progress:
         )
 
 
-def verify(part: Part, console: Console) -> list[str]:
+def verify(part: VerifiedPart, console: Console) -> list[str]:
     """Reads the files of a part and says what became of it. Returns a sentence for each that is damaged."""
-    progress = Progress(part.name, sum(file.size or 0 for file in part.files), console)
+    progress = ReadProgress(part.name, sum(file.size or 0 for file in part.files), console)
 
     def look(file: Expected) -> str:
         wrong = fault(file, progress.advance)

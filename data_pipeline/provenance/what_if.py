@@ -23,9 +23,9 @@ from configs.loader import ConfigError, load
 from configs.rules import RuleSet
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.checked_parquet import columns_in
+from data_pipeline.core.console import wide_console
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import read_table, shards_of
-from data_pipeline.report.ledger_tables import wide_console
 from data_pipeline.scores.filtering import broken, verdicts
 from data_pipeline.scores.scoring import definition_of
 
@@ -34,7 +34,7 @@ _HEAD_CHARS = 160
 
 
 @dataclass(frozen=True)
-class Change:
+class BoundChange:
     """One bound that differs: of rule set `rules`, from `before` to `after`."""
 
     rules: str
@@ -44,7 +44,7 @@ class Change:
     after: float | None
 
 
-def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[Change]:
+def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[BoundChange]:
     """Every bound that differs. Errors: ConfigError for what scores do not decide."""
     found = []
     for name in before:
@@ -63,7 +63,7 @@ def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[Chang
                         f"rules.{name}.language_score.{side} = {would} would let in documents that the language stage "
                         "dropped, which have no scores; change the config and run: trivium data run CONFIG"
                     )
-                found.append(Change(name, score, side, was, would))
+                found.append(BoundChange(name, score, side, was, would))
     return found
 
 
@@ -156,7 +156,7 @@ def overlap(reasons: dict[str, np.ndarray]) -> Table:
     return shown
 
 
-def margin(table: pa.Table, change: Change) -> list[tuple[str, dict[str, Any]]]:
+def margin(table: pa.Table, change: BoundChange) -> list[tuple[str, dict[str, Any]]]:
     """("in" or "out", row) of the documents nearest to the threshold of `change`, the nearest first on each side."""
     limit = change.after if change.after is not None else change.before
     mine = table.filter(pa.array([name == change.rules for name in table["rules"].to_pylist()]))

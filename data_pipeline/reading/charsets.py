@@ -122,8 +122,8 @@ def decode_whole(content: bytes, charset: str) -> str:
     """As `decode`, but of text of which nothing may be lost. Errors: UnicodeDecodeError."""
     text = _decoded(content, charset, _STRICT)
     if charset == "cp932" and (found := _NO_SHIFT_JIS.search(text)):
-        place = len(text[: found.start()].encode(charset, "replace"))
-        raise UnicodeDecodeError(charset, content, place, place + 1, "means nothing")
+        position = len(text[: found.start()].encode(charset, "replace"))
+        raise UnicodeDecodeError(charset, content, position, position + 1, "means nothing")
     return text
 
 
@@ -138,10 +138,10 @@ def _decoded(content: bytes, charset: str, errors: str) -> str:
 
 
 def _or_an_error(error: UnicodeError) -> tuple[str, int]:
-    text, place = _as_browsers_do(error)
+    text, position = _as_browsers_do(error)
     if text == "\ufffd" or "\x80" <= text < "\xa0":
         raise error
-    return text, place
+    return text, position
 
 
 def _as_browsers_do(error: UnicodeError) -> tuple[str, int]:

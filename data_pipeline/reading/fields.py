@@ -28,19 +28,19 @@ def lookup(fields: dict[str, Any], key: str) -> tuple[dict[str, Any], str] | Non
     """The object that holds `key` and the name it has there; None where no object does."""
     if key in fields:
         return fields, key
-    place = key.find(".")
-    while place >= 0:
-        inner = fields.get(key[:place])
-        if isinstance(inner, dict) and (found := lookup(inner, key[place + 1 :])):
+    slot = key.find(".")
+    while slot >= 0:
+        inner = fields.get(key[:slot])
+        if isinstance(inner, dict) and (found := lookup(inner, key[slot + 1 :])):
             return found
-        place = key.find(".", place + 1)
+        slot = key.find(".", slot + 1)
     return None
 
 
 def fill(record: Record, fields: dict[str, Any], source: SourceConfig, limits: ExtractConfig) -> None:
     """Puts text, id, URL and metadata into `record`, or the reason why there is no text. Takes them out of `fields`."""
-    places = {key: lookup(fields, key) for key in (source.text_key, source.id_key, source.url_key, source.metadata_key)}
-    found = {key: place and place[0][place[1]] for key, place in places.items()}
+    slots = {key: lookup(fields, key) for key in (source.text_key, source.id_key, source.url_key, source.metadata_key)}
+    found = {key: slot and slot[0][slot[1]] for key, slot in slots.items()}
     text, own, url, inner = (
         found[key] for key in (source.text_key, source.id_key, source.url_key, source.metadata_key)
     )
@@ -68,7 +68,7 @@ def fill(record: Record, fields: dict[str, Any], source: SourceConfig, limits: E
         else:
             record.notes.add(LEFT_OUT)
     listed = source.fields if source.fields != "all" else None
-    wanted = _listed(fields, listed) if listed is not None else _others(fields, [places[key] for key in used], used)
+    wanted = _listed(fields, listed) if listed is not None else _others(fields, [slots[key] for key in used], used)
     carried = _within(wanted, limits.max_fields_bytes)
     if carried:
         record.metadata["fields"] = carried
@@ -77,15 +77,15 @@ def fill(record: Record, fields: dict[str, Any], source: SourceConfig, limits: E
 
 
 def _listed(fields: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    places = {key: lookup(fields, key) for key in keys}
-    return {key: value for key, place in places.items() if place and (value := place[0][place[1]]) is not None}
+    slots = {key: lookup(fields, key) for key in keys}
+    return {key: value for key, slot in slots.items() if slot and (value := slot[0][slot[1]]) is not None}
 
 
-def _others(fields: dict[str, Any], places: list[Any], used: set[str]) -> dict[str, Any]:
-    """What is left of the fields once those at `places` are taken out."""
-    for place in places:
-        if place:
-            place[0].pop(place[1], None)
+def _others(fields: dict[str, Any], slots: list[Any], used: set[str]) -> dict[str, Any]:
+    """What is left of the fields once those at `slots` are taken out."""
+    for slot in slots:
+        if slot:
+            slot[0].pop(slot[1], None)
     nested = {key.split(".")[0] for key in used}
     emptied = {name for name in nested if fields.get(name) == {}}
     return {name: value for name, value in fields.items() if value is not None and name not in emptied}

@@ -112,10 +112,10 @@ def _local(pattern: str, source: SourceConfig) -> Iterator[FoundFile]:
 
 def _literal_folder(pattern: str) -> str:
     """The longest beginning of a pattern that is, taken at its word, a folder; with its slash."""
-    place = len(pattern)
-    while (place := pattern.rfind("/", 0, place)) >= 0:
-        if os.path.isdir(pattern[: place + 1]):
-            return pattern[: place + 1]
+    position = len(pattern)
+    while (position := pattern.rfind("/", 0, position)) >= 0:
+        if os.path.isdir(pattern[: position + 1]):
+            return pattern[: position + 1]
     return ""
 
 
@@ -160,8 +160,8 @@ def _walk(root: str, source: SourceConfig) -> Iterator[tuple[str, str]]:
 
 
 def _leads_up(link: str) -> bool:
-    target, place = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
-    return place == target or place.startswith(target.rstrip("/") + "/")
+    target, folder = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    return folder == target or folder.startswith(target.rstrip("/") + "/")
 
 
 def _look(path: str, root: str, reason: str = "") -> FoundFile:

@@ -70,19 +70,19 @@ def _join_chunks(body: bytes, declared: bool) -> bytes:
 
     Errors: CodingError for a declared body that breaks off within a chunk, or whose sizes are wrong.
     """
-    parts, place = list[bytes](), 0
-    while head := _CHUNK_HEAD.match(body, place):
+    parts, position = list[bytes](), 0
+    while head := _CHUNK_HEAD.match(body, position):
         size = int(head[1], 16)
         if size == 0:
             return b"".join(parts) if parts or declared else body  # what may follow are trailers
-        place = head.end() + size
-        parts.append(body[head.end() : place])
-        if not body.startswith(head[2], place):
+        position = head.end() + size
+        parts.append(body[head.end() : position])
+        if not body.startswith(head[2], position):
             break
-        place += len(head[2])
+        position += len(head[2])
     if not parts or not declared:
         return body  # the archive holds it joined
-    if place > len(body) or body[place:].strip():
+    if position > len(body) or body[position:].strip():
         raise CodingError("bad_content_encoding")
     return b"".join(parts)  # only the last chunk, the empty one, is missing
 
@@ -123,23 +123,23 @@ def _inflate(body: bytes, limits: ExtractConfig) -> bytes | None:
 
 def _unbrotli(body: bytes, limits: ExtractConfig) -> bytes | None:
     decoder = brotli.Decompressor()
-    parts, size, place = list[bytes](), 0, 0
+    parts, size, position = list[bytes](), 0, 0
     while not decoder.is_finished():
-        fed = body[place : place + _BROTLI_FEED] if decoder.can_accept_more_data() else b""
-        place += len(fed)
+        fed = body[position : position + _BROTLI_FEED] if decoder.can_accept_more_data() else b""
+        position += len(fed)
         try:
             part = decoder.process(fed, output_buffer_limit=BLOCK)
         except brotli.error:
             return None
-        if not part and not fed and place == len(body):
+        if not part and not fed and position == len(body):
             return None  # cut: all is decoded, and it is not the end
         parts.append(part)
         size += len(part)
-        if is_bomb(size, place, limits):
+        if is_bomb(size, position, limits):
             raise CodingError("expansion_limit")
         if size > limits.max_record_bytes:
             raise CodingError("record_too_large")
-    return b"".join(parts) if place == len(body) else None
+    return b"".join(parts) if position == len(body) else None
 
 
 # By name: (body, limits) -> what it holds, None where it does not show that coding.

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from data_pipeline.personal_data.hiding import holds_personal_data
 from data_pipeline.reading.names import printable
 
-APART = "#"  # between an id that several documents were given and the place of each
+APART = "#"  # between an id that several documents were given and the location of each
 _LONGEST = 500  # characters; a longer id is hashed as well
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")  # since digits can look like a telephone number
 
@@ -54,7 +54,7 @@ def _split(path: str) -> tuple[str, str]:
     return (scheme, rest) if separator else ("", path)
 
 
-def id_of_place(source: str, name: str, position: int | str = "") -> str:
+def id_of_location(source: str, name: str, position: int | str = "") -> str:
     """The id of a record that has none; without a position, that of a file which is one document."""
     return published_id(f"{source}/{name}/{position}" if position != "" else f"{source}/{name}")
 
@@ -67,6 +67,6 @@ def published_id(own: str) -> str:
     return f"id-{digits.translate(_LETTERS)}"
 
 
-def told_apart(shared: str, place: str) -> str:
+def told_apart(shared: str, location: str) -> str:
     """The id of one of several documents that were given the id `shared`."""
-    return f"{shared}{APART}{place}"
+    return f"{shared}{APART}{location}"

@@ -89,9 +89,9 @@ def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: 
 
 
 def _has(fields: dict[str, Any], key: str, wanted: str, kinds: set[str]) -> bool:
-    if not (place := lookup(fields, wanted)):
+    if not (slot := lookup(fields, wanted)):
         return False
-    value = place[0][place[1]]
+    value = slot[0][slot[1]]
     if key == "text_key" and not isinstance(value, str):
         if value is not None:
             kinds.add(_KINDS.get(type(value), "numbers"))

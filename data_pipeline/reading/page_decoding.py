@@ -49,7 +49,7 @@ _CHARSET = re.compile(r"charset\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s;\"']+))", 
 
 
 @dataclass(frozen=True)
-class Page:
+class DecodedPage:
     """`charset` is Python's name of a codec, `known_by` what named it; `lost` the share of characters that failed."""
 
     text: str
@@ -58,9 +58,9 @@ class Page:
     lost: float = 0.0
 
 
-def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> Page:
+def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> DecodedPage:
     """A page as text. `content_type` is that of the HTTP header; only `markup` declares an encoding in itself."""
-    failed: list[tuple[float, Page]] = []
+    failed: list[tuple[float, DecodedPage]] = []
     for charset, known_by in _candidates(content, content_type, markup):
         if charset != "utf-8" and known_by in (HEADER, DECLARED) and _is_utf8_after_all(content, charset):
             continue  # its turn is still to come
@@ -70,11 +70,11 @@ def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> 
             replaced -= content.count("\ufffd".encode())
         bad = replaced + (0 if charset.startswith("utf") else len(text) - len(_NOWHERE.sub("", text)))
         if not bad:
-            return Page(text, charset, known_by)
+            return DecodedPage(text, charset, known_by)
         share = 1 - len(_NO_TEXT.sub("", text)) / len(text)
         if known_by != GUESSED and _is_believed(text, charset, known_by, bad):
-            return Page(text, charset, known_by, replaced / len(text) if charset == "utf-8" else share)
-        failed.append((share, Page(text, charset, known_by, share)))
+            return DecodedPage(text, charset, known_by, replaced / len(text) if charset == "utf-8" else share)
+        failed.append((share, DecodedPage(text, charset, known_by, share)))
     return min(failed, key=lambda found: found[0])[1]
 
 
@@ -152,25 +152,25 @@ def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:
 
 
 def _meta_charset(head: bytes) -> str:
-    place, lowered = 0, head.lower()
-    while (place := head.find(b"<", place)) >= 0:
-        if head.startswith(b"<!--", place):
-            end = head.find(b"-->", place + 2)
+    position, lowered = 0, head.lower()
+    while (position := head.find(b"<", position)) >= 0:
+        if head.startswith(b"<!--", position):
+            end = head.find(b"-->", position + 2)
             if end < 0:
                 return ""
-            place = end + 3
-        elif tag := _TAG.match(head, place):
-            name, place = tag[1].lower(), tag.end()
+            position = end + 3
+        elif tag := _TAG.match(head, position):
+            name, position = tag[1].lower(), tag.end()
             attributes: dict[bytes, bytes] = {}
-            while found := _ATTRIBUTE.match(head, place):
+            while found := _ATTRIBUTE.match(head, position):
                 attributes.setdefault(found[1].lower(), found[2] or found[3] or found[4] or b"")
-                place = found.end()
+                position = found.end()
             if name == b"meta" and (charset := _of_meta(attributes)):
                 return charset
-            if name in _RAW_TEXT and (end := lowered.find(b"</" + name, place)) >= 0:
-                place = end
+            if name in _RAW_TEXT and (end := lowered.find(b"</" + name, position)) >= 0:
+                position = end
         else:
-            place += 1
+            position += 1
     return ""
 
 

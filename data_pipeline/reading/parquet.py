@@ -33,9 +33,9 @@ def read_parquet(
             said = f"columns: {', '.join(leaves)}"[:SAMPLE_BYTES]
             yield from [Record(1, file.size, said, reason="missing_text", count=rows)] if rows else []
             return
-        place = leaves.index(source.text_key)
+        position = leaves.index(source.text_key)
         columns = [metadata.row_group(number).num_columns for number in range(groups)]
-        if any(count <= place for count in columns) or rows != _rows_in(metadata):
+        if any(count <= position for count in columns) or rows != _rows_in(metadata):
             raise pa.ArrowInvalid("the footer contradicts itself")
         table = pq.ParquetFile(
             content,
@@ -51,7 +51,7 @@ def read_parquet(
     first, done, expanded = 1, 0, 0
     for number in range(groups):
         group = table.metadata.row_group(number)
-        text = group.column(place)
+        text = group.column(position)
         expanded += text.total_uncompressed_size
         if _is_bomb(text, limits) or expanded > limits.max_expanded_bytes:
             size = max(0, text.total_compressed_size)
@@ -87,8 +87,8 @@ def _wanted(table: pq.ParquetFile, number: int, source: SourceConfig, limits: Ex
     """The columns of a row group that are read, and whether others were wanted and are too large."""
     group = table.metadata.row_group(number)
     read, left_out = [], False
-    for place, leaf in enumerate(leaves_of(table.metadata)[: group.num_columns]):
-        column = group.column(place)
+    for position, leaf in enumerate(leaves_of(table.metadata)[: group.num_columns]):
+        column = group.column(position)
         if _is_named(leaf, source):
             fits = leaf == source.text_key or not _is_bomb(column, limits)
         elif source.fields == "all" or any(_leads_to(key, leaf) for key in source.fields):
@@ -125,8 +125,8 @@ def _rows(
         try:
             batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // size))
             for batch in table.iter_batches(batch_rows, row_groups=[number], columns=leaves):
-                for place in range(max(0, row - at), batch.num_rows):
-                    record = _row(batch, place, row, source, limits)
+                for position in range(max(0, row - at), batch.num_rows):
+                    record = _row(batch, position, row, source, limits)
                     if left_out or attempt:
                         record.notes.add(LEFT_OUT)
                     yield record
@@ -140,10 +140,10 @@ def _rows(
         return
 
 
-def _row(batch: pa.RecordBatch, place: int, row: int, source: SourceConfig, limits: ExtractConfig) -> Record:
+def _row(batch: pa.RecordBatch, position: int, row: int, source: SourceConfig, limits: ExtractConfig) -> Record:
     record, content = Record(row, 0), None
     try:
-        text = _text_of(batch, place, source.text_key)
+        text = _text_of(batch, position, source.text_key)
         if hasattr(text, "as_buffer") and text.is_valid:
             content = text.as_buffer()
             record.size = content.size
@@ -151,7 +151,7 @@ def _row(batch: pa.RecordBatch, place: int, row: int, source: SourceConfig, limi
                 record.reason, record.text = "record_too_large", sample(content[:SAMPLE_BYTES].to_pybytes())
                 return record
             content = content.to_pybytes().decode()
-        fields = {name: _value(batch.column(name)[place], record.notes) for name in batch.schema.names}
+        fields = {name: _value(batch.column(name)[position], record.notes) for name in batch.schema.names}
     except UnicodeDecodeError as error:
         record.reason, record.text = "invalid_utf8", sample(error.object)
         return record
@@ -166,14 +166,14 @@ def _row(batch: pa.RecordBatch, place: int, row: int, source: SourceConfig, limi
     return record
 
 
-def _text_of(batch: pa.RecordBatch, place: int, key: str) -> Any:
+def _text_of(batch: pa.RecordBatch, position: int, key: str) -> Any:
     """The scalar under a key, which leads into structs unless a column has that very name."""
     if key in batch.schema.names:
-        scalar = batch.column(key)[place]
+        scalar = batch.column(key)[position]
     else:
         names = key.split(".")
         start = next(end for end in range(1, len(names)) if ".".join(names[:end]) in batch.schema.names)
-        scalar = batch.column(".".join(names[:start]))[place]
+        scalar = batch.column(".".join(names[:start]))[position]
         for name in names[start:]:
             if not scalar.is_valid:
                 break

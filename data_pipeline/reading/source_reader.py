@@ -18,7 +18,7 @@ from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.reading.charsets import charset_of
 from data_pipeline.reading.files import find_files, is_http, is_remote, open_file
-from data_pipeline.reading.ids import id_of_place, name_of, published_id, roots_of
+from data_pipeline.reading.ids import id_of_location, name_of, published_id, roots_of
 from data_pipeline.reading.jsonl import read_jsonl
 from data_pipeline.reading.parquet import read_parquet
 from data_pipeline.reading.records import Advance, FoundFile, InputUnit, Record
@@ -119,12 +119,12 @@ class SourceReader(PipelineStep):
         progress = ProgressFile(self.progress, rank)
         for unit in self.units[rank::world_size]:
             for file in unit.files:
-                places = Counter[int]()
+                positions = Counter[int]()
                 for record in read_file(file, unit.config, self.limits, progress.advance):
                     tally.came_in(unit.source, record.size, record.count)
                     if unit.config.format == "warc":  # where a compressed member holds many, some share a position
-                        places[record.position] += 1
-                    document = _document(unit, file, record, places[record.position])
+                        positions[record.position] += 1
+                    document = _document(unit, file, record, positions[record.position])
                     self.update_doc_stats(document)
                     yield document
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
@@ -133,11 +133,11 @@ class SourceReader(PipelineStep):
 
 def _document(unit: InputUnit, file: FoundFile, record: Record, again: int) -> Document:
     """`again` is how many records were found at this position of the file, this one among them."""
-    place = f"{record.position}.{again}" if again > 1 else record.position
+    position = f"{record.position}.{again}" if again > 1 else record.position
     whole = _is_one_document(unit.config) or (not record.position and unit.config.format != "warc")
     return Document(
         text=record.text,
-        id=published_id(record.id) if record.id else id_of_place(unit.source, file.name, "" if whole else place),
+        id=published_id(record.id) if record.id else id_of_location(unit.source, file.name, "" if whole else position),
         metadata={
             "source": unit.source,
             "file": file.path,

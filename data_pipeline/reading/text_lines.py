@@ -102,8 +102,8 @@ def fill_text(record: Record, content: bytes, charset: str, start: int = 0) -> N
         record.reason, record.text = _undecodable(charset), sample(content)
         record.offset = start + error.start
         return
-    if (place := text.find("\0")) >= 0:
-        record.reason, record.offset, record.text = "nul_bytes", start + place, text[:SAMPLE_BYTES]
+    if (position := text.find("\0")) >= 0:
+        record.reason, record.offset, record.text = "nul_bytes", start + position, text[:SAMPLE_BYTES]
         return
     record.text = text
 

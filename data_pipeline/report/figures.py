@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.report.measures import Scores
+from data_pipeline.report.measures import ScoreHistogram
 from pages import figure, short, ticks
 
 _FLOW_HEIGHT, _FLOW_TOP, _BAR = 230, 46, 14
@@ -94,7 +94,7 @@ def _led_away(right: float, tall: float, stage: Flow, scale: float, height: floa
     )
 
 
-def histogram(scores: Scores) -> str:
+def histogram(scores: ScoreHistogram) -> str:
     """One rule: documents by score, what breaks the rule in the other colour, the bound as a line; heights are
     logarithmic, or the few that are dropped would not show.
     """

@@ -5,7 +5,6 @@ The tables are of ledger and samples alone. Following one document through the s
 
 import itertools
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +17,12 @@ from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.console import wide_console
 from data_pipeline.report.page import write
 
 _SAMPLE_CHARS = 160
 _SAMPLES = 2
 _NARROW = 120  # columns, below which a table with the reasons would break words apart
-
-
-def wide_console() -> Console:
-    """A console that, where it is no terminal and COLUMNS is not set, is wide enough for the tables."""
-    console = Console()
-    return console if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(width=140)
 
 
 def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> None:

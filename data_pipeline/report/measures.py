@@ -24,7 +24,7 @@ _LOG_FROM = 1000.0  # a score that runs from 0 to beyond this is binned by its l
 
 
 @dataclass
-class Documents:
+class DocumentCounts:
     """Languages, and bytes by size of document in the bins of SIZE_EDGES; what extract published, and what is kept."""
 
     languages: dict[str, list[int]] = field(default_factory=dict)  # documents, bytes, documents kept
@@ -32,16 +32,16 @@ class Documents:
     after: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def documents(run_dir: Path, last: str) -> Documents:
+def documents(run_dir: Path, last: str) -> DocumentCounts:
     """`last` is the last stage with tables of verdicts: what it kept becomes documents."""
-    found = Documents()
+    found = DocumentCounts()
     for table in columns_of(run_dir / "language", ["source", "bytes", "language", "verdict"]):
         kept = pc.cast(pc.equal(table["verdict"], ""), pa.int64())
         groups = table.append_column("kept", kept).group_by("language")
         for row in groups.aggregate([("bytes", "count"), ("bytes", "sum"), ("kept", "sum")]).to_pylist():
             counts = found.languages.setdefault(row["language"], [0, 0, 0])
-            for place, name in enumerate(("bytes_count", "bytes_sum", "kept_sum")):
-                counts[place] += row[name]
+            for index, name in enumerate(("bytes_count", "bytes_sum", "kept_sum")):
+                counts[index] += row[name]
         _count_sizes(found.before, table)
     for table in columns_of(run_dir / last, ["source", "bytes"], pc.field("verdict") == ""):
         _count_sizes(found.after, table)
@@ -56,7 +56,7 @@ def _count_sizes(counts: dict[str, np.ndarray], table: pa.Table) -> None:
 
 
 @dataclass
-class Cluster:
+class ShownCluster:
     """Documents that are copies of each other, a few of them shown."""
 
     number: int
@@ -64,7 +64,7 @@ class Cluster:
     members: Smallest
 
 
-def clusters(run_dir: Path, count: int, shown: int) -> tuple[list[Cluster], dict[int, int]]:
+def clusters(run_dir: Path, count: int, shown: int) -> tuple[list[ShownCluster], dict[int, int]]:
     """The largest clusters, and how many clusters there are of each size above 1."""
     sizes: Counter[int] = Counter()
     largest: dict[int, int] = {}
@@ -77,7 +77,7 @@ def clusters(run_dir: Path, count: int, shown: int) -> tuple[list[Cluster], dict
         largest = dict(heapq.nsmallest(count, largest.items(), key=lambda item: (-item[1], item[0])))
     # A cluster has a row for each member: as many clusters as rows / size.
     by_size = {size: rows // size for size, rows in sorted(sizes.items())}
-    chosen = {number: Cluster(number, size, Smallest(shown)) for number, size in largest.items()}
+    chosen = {number: ShownCluster(number, size, Smallest(shown)) for number, size in largest.items()}
     wanted = pc.field("cluster").isin(list(chosen))
     columns = ["source", "id", "bytes", "verdict", "head", "cluster"]
     for table in columns_of(run_dir / "dedup", columns, wanted) if chosen else []:
@@ -87,7 +87,7 @@ def clusters(run_dir: Path, count: int, shown: int) -> tuple[list[Cluster], dict
 
 
 @dataclass
-class Scores:
+class ScoreHistogram:
     """One rule's scores: counts within its bound and outside, in common bins."""
 
     rules: str
@@ -101,7 +101,7 @@ class Scores:
     unknown: int = 0
 
 
-def scores(run_dir: Path, rules: Mapping[str, RuleSet]) -> list[Scores]:
+def scores(run_dir: Path, rules: Mapping[str, RuleSet]) -> list[ScoreHistogram]:
     """A distribution for each bound of each rule set that some document met; those that break it most come first."""
     ends: dict[tuple[str, str], tuple[float, float]] = {}
     for key, values in _values(run_dir, rules):
@@ -114,7 +114,7 @@ def scores(run_dir: Path, rules: Mapping[str, RuleSet]) -> list[Scores]:
         limits = [limit for limit in (bound.min, bound.max) if limit is not None]
         edges, logarithmic = _edges(min(low, *limits), max(high, *limits))
         counts = np.zeros((2, _BINS), np.int64)
-        drawn[name, score] = Scores(name, score, bound.min, bound.max, edges, logarithmic, *counts)
+        drawn[name, score] = ScoreHistogram(name, score, bound.min, bound.max, edges, logarithmic, *counts)
     for key, values in _values(run_dir, rules):
         if key in drawn:
             _count_scores(drawn[key], values)
@@ -143,7 +143,7 @@ def _edges(low: float, high: float) -> tuple[np.ndarray, bool]:
     return np.linspace(low, high, _BINS + 1), False
 
 
-def _count_scores(drawn: Scores, values: np.ndarray) -> None:
+def _count_scores(drawn: ScoreHistogram, values: np.ndarray) -> None:
     known = values[np.isfinite(values)]
     drawn.unknown += len(values) - len(known)
     outside = np.zeros(len(known), bool)

@@ -153,12 +153,12 @@ def _stages(stages: Sequence[dict[str, Any]]) -> str:
     return "<h2>Stages</h2>" + table([*heads, "seconds", "notes"], rows, numeric=range(1, 9))
 
 
-def _documents(found: measures.Documents) -> list[str]:
+def _documents(found: measures.DocumentCounts) -> list[str]:
     most = max((counts[0] for counts in found.languages.values()), default=1)
     ranked = sorted(found.languages.items(), key=lambda item: (-item[1][0], item[0]))
     rows = [[name, *counts, Html(bar(counts[0] / most))] for name, counts in ranked[:_LANGUAGES]]
     if rest := ranked[_LANGUAGES:]:
-        counts = [sum(counts[place] for _, counts in rest) for place in range(3)]
+        counts = [sum(counts[index] for _, counts in rest) for index in range(3)]
         rows.append([f"{len(rest)} others", *counts, Html(bar(counts[0] / most))])
     charts = [
         sizes(name, measures.SIZE_EDGES, before, found.after.get(name, 0 * before))
@@ -172,7 +172,7 @@ def _documents(found: measures.Documents) -> list[str]:
     ]
 
 
-def _duplicates(largest: Sequence[measures.Cluster], by_size: Mapping[int, int]) -> list[str]:
+def _duplicates(largest: Sequence[measures.ShownCluster], by_size: Mapping[int, int]) -> list[str]:
     if not largest:
         return []
     copies = sum((size - 1) * count for size, count in by_size.items())
@@ -190,7 +190,7 @@ def _duplicates(largest: Sequence[measures.Cluster], by_size: Mapping[int, int])
     return parts
 
 
-def _scores(drawn: Sequence[measures.Scores]) -> list[str]:
+def _scores(drawn: Sequence[measures.ScoreHistogram]) -> list[str]:
     parts = [
         "<h2>Scores and thresholds</h2><p>For each rule set, documents by score; heights are logarithmic. Red is "
         "outside the bound, the dashed line. A document is dropped for the first rule that it breaks, so the "
@@ -272,9 +272,9 @@ class Html(str):
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], numeric: Sequence[int]) -> str:
     """Cells are text, whole numbers or Html; those of the columns `numeric` stand at the right."""
 
-    def cell(tag: str, place: int, value: Any) -> str:
+    def cell(tag: str, column: int, value: Any) -> str:
         said = value if isinstance(value, Html) else text_of(f"{value:,}" if isinstance(value, int) else value)
-        return f'<{tag} class="n">{said}</{tag}>' if place in numeric else f"<{tag}>{said}</{tag}>"
+        return f'<{tag} class="n">{said}</{tag}>' if column in numeric else f"<{tag}>{said}</{tag}>"
 
     lines = [("th", heads), *(("td", row) for row in rows)]
     body = "".join(f"<tr>{''.join(cell(tag, at, one) for at, one in enumerate(row))}</tr>" for tag, row in lines)

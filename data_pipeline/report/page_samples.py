@@ -127,9 +127,9 @@ def cut_samples(run_dir: Path, stages: Iterable[str], count: int) -> dict[str, l
             for reason in sorted(set(reasons)):
                 rows = random.permutation(np.flatnonzero(reasons == reason))[:count]
                 for cut in table.take(rows).to_pylist():
-                    place = {"source": shard.split("/")[0], "shard": shard, "stage": stage}
+                    location = {"source": shard.split("/")[0], "shard": shard, "stage": stage}
                     drawn.setdefault(reason, Smallest(count)).offer(
-                        place | cut | {"id": f"{shard}:{cut['row']}:{cut['start']}"}
+                        location | cut | {"id": f"{shard}:{cut['row']}:{cut['start']}"}
                     )
     chosen = {reason: one.rows() for reason, one in drawn.items()}
     for shard, cuts in groupby(sorted((cut for rows in chosen.values() for cut in rows), key=_shard), _shard):

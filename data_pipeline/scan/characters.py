@@ -86,10 +86,10 @@ def is_ideograph(code: np.uint32) -> bool:
 @numba.njit(cache=True, nogil=True)
 def _look_up(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
     kinds = np.empty(len(codes), np.uint16)
-    for place in range(len(codes)):
-        code = codes[place]
+    for index in range(len(codes)):
+        code = codes[index]
         if code < SIZE:
-            kinds[place] = table[code]
+            kinds[index] = table[code]
         else:
-            kinds[place] = _IDEOGRAPH if is_ideograph(code) else 0
+            kinds[index] = _IDEOGRAPH if is_ideograph(code) else 0
     return kinds

@@ -240,11 +240,11 @@ class _Rules:
                 chosen[first] = size
             taken.update(range(first, first + size))
         found: list[str] = []
-        place = 0
-        while place < len(words):
-            size = chosen.get(place, 0)
-            found += self.joined[tuple(words[place : place + size])] if size else words[place : place + 1]
-            place += size or 1
+        position = 0
+        while position < len(words):
+            size = chosen.get(position, 0)
+            found += self.joined[tuple(words[position : position + size])] if size else words[position : position + 1]
+            position += size or 1
         return found
 
 

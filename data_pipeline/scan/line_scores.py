@@ -24,15 +24,15 @@ def lines_of(codes: np.ndarray, kinds: np.ndarray, any_break: bool) -> tuple[np.
         count += (kind & BREAK) != 0
     starts, ends = np.empty(count, np.int32), np.empty(count, np.int32)
     number = start = 0
-    for place in range(len(codes)):
-        if not kinds[place] & BREAK or (codes[place] != _NEWLINE and not any_break):
+    for position in range(len(codes)):
+        if not kinds[position] & BREAK or (codes[position] != _NEWLINE and not any_break):
             continue
-        if any_break and codes[place] == _NEWLINE and place > 0 and codes[place - 1] == _RETURN:
-            start = place + 1  # \r\n has ended its line already
+        if any_break and codes[position] == _NEWLINE and position > 0 and codes[position - 1] == _RETURN:
+            start = position + 1  # \r\n has ended its line already
             continue
-        starts[number], ends[number] = start, place
+        starts[number], ends[number] = start, position
         number += 1
-        start = place + 1
+        start = position + 1
     if start < len(codes) or not any_break:
         starts[number], ends[number] = start, len(codes)
         number += 1
@@ -113,21 +113,21 @@ def paragraphs_of(codes: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.
     """(starts, ends), int32 [paragraphs], of the text without white space around it, cut at "\\n{2,}"."""
     first, last = trim(codes, kinds, 0, len(codes))
     count = 1
-    for place in range(first, last - 1):
-        count += (codes[place] == _NEWLINE) & (codes[place + 1] == _NEWLINE)
+    for position in range(first, last - 1):
+        count += (codes[position] == _NEWLINE) & (codes[position + 1] == _NEWLINE)
     starts, ends = np.empty(count, np.int32), np.empty(count, np.int32)
-    number, start, place = 0, first, first
-    while place < last:
-        if codes[place] != _NEWLINE:
-            place += 1
+    number, start, position = 0, first, first
+    while position < last:
+        if codes[position] != _NEWLINE:
+            position += 1
             continue
-        run = place
-        while codes[place] == _NEWLINE:  # the text does not end in one
-            place += 1
-        if place - run >= 2:
+        run = position
+        while codes[position] == _NEWLINE:  # the text does not end in one
+            position += 1
+        if position - run >= 2:
             starts[number], ends[number] = start, run
             number += 1
-            start = place
+            start = position
     starts[number], ends[number] = start, last
     return starts[: number + 1], ends[: number + 1]
 
@@ -145,12 +145,12 @@ def repeated(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[i
 def characters(codes: np.ndarray, kinds: np.ndarray) -> tuple[int, int, int, int]:
     """(number signs, ellipses, letters and digits, newlines); "..." counts without overlap."""
     signs = ellipses = alnum = newlines = dots = 0
-    for place in range(len(codes)):
-        code = codes[place]
+    for position in range(len(codes)):
+        code = codes[position]
         signs += code == _HASH
         newlines += code == _NEWLINE
         ellipses += code == _ELLIPSIS
-        alnum += (kinds[place] & ALNUM) != 0
+        alnum += (kinds[position] & ALNUM) != 0
     for code in codes:
         dots = dots + 1 if code == _DOT else 0
         if dots == 3:

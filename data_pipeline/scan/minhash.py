@@ -50,28 +50,28 @@ def _word_hashes(codes: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, int]
     many signs there are, a run of the same counted once.
     """
     hashes = np.empty(len(codes), np.uint64)
-    count = place = signs = 0
-    while place < len(codes):
-        entry = fold(codes[place], table)
-        place += 1
+    count = position = signs = 0
+    while position < len(codes):
+        entry = fold(codes[position], table)
+        position += 1
         if not entry >> SHIFT & (LETTER | ALONE):
-            if not entry >> SHIFT & BLANK and (place < 2 or codes[place - 2] != codes[place - 1]):
+            if not entry >> SHIFT & BLANK and (position < 2 or codes[position - 2] != codes[position - 1]):
                 signs += 1
             continue
         value = (FNV_OFFSET ^ np.uint64(entry & CODE)) * FNV_PRIME
         goes_on = entry >> SHIFT == LETTER
-        while goes_on and place < len(codes):
-            entry = fold(codes[place], table)
+        while goes_on and position < len(codes):
+            entry = fold(codes[position], table)
             if entry >> SHIFT == LETTER:
                 value = (value ^ np.uint64(entry & CODE)) * FNV_PRIME
-                place += 1
+                position += 1
                 continue
-            after = fold(codes[place + 1], table) if place + 1 < len(codes) else np.uint32(0)
-            goes_on = is_apostrophe(codes[place]) and after >> SHIFT == LETTER
+            after = fold(codes[position + 1], table) if position + 1 < len(codes) else np.uint32(0)
+            goes_on = is_apostrophe(codes[position]) and after >> SHIFT == LETTER
             if goes_on:
-                value = (value ^ np.uint64(codes[place])) * FNV_PRIME
+                value = (value ^ np.uint64(codes[position])) * FNV_PRIME
                 value = (value ^ np.uint64(after & CODE)) * FNV_PRIME
-                place += 2
+                position += 2
         hashes[count] = mix(value)
         count += 1
     return hashes[:count], signs
@@ -100,8 +100,8 @@ def _least(shingles: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.nda
         block = shingles[first : first + _BLOCK]
         for number in range(len(scale)):
             least, factor, term = lowest[number], scale[number], shift[number]
-            for place in range(len(block)):  # so written, it is compiled to vector instructions
-                value = factor * block[place] + term
+            for position in range(len(block)):  # so written, it is compiled to vector instructions
+                value = factor * block[position] + term
                 least = value if value < least else least
             lowest[number] = least
     return lowest

@@ -43,30 +43,30 @@ def ngram_scores(
     before[0] = 0
     for word in range(words):
         before[word + 1] = before[word] + ends[word] - starts[word]
-    places = np.arange(words)
+    positions = np.arange(words)
     grams = hashes.copy()
     size, found = 1, np.zeros(len(sizes), np.int64)
     for number in range(len(sizes)):
-        grams, places = _lengthen(grams, places, hashes, size, sizes[number])
+        grams, positions = _lengthen(grams, positions, hashes, size, sizes[number])
         size = sizes[number]
         if words < size:
             break
-        counts, first = _count(grams, places)
+        counts, first = _count(grams, positions)
         if number < tops:
-            count, place = 1, 0
-            for candidate in range(len(places)):
+            count, position = 1, 0
+            for candidate in range(len(positions)):
                 start = first[candidate]
-                if counts[candidate] > count or (counts[candidate] == count and start < place):
-                    count, place = counts[candidate], start
-            found[number] = count * (before[place + size] - before[place] + separator * (size - 1))
+                if counts[candidate] > count or (counts[candidate] == count and start < position):
+                    count, position = counts[candidate], start
+            found[number] = count * (before[position + size] - before[position] + separator * (size - 1))
         else:
-            found[number] = _covered(grams, places, counts, before, size)
+            found[number] = _covered(grams, positions, counts, before, size)
         kept = 0
-        for candidate in range(len(places)):
+        for candidate in range(len(positions)):
             if counts[candidate] > 1:
-                grams[kept], places[kept] = grams[candidate], places[candidate]
+                grams[kept], positions[kept] = grams[candidate], positions[candidate]
                 kept += 1
-        grams, places = grams[:kept], places[:kept]
+        grams, positions = grams[:kept], positions[:kept]
     return found
 
 
@@ -81,27 +81,27 @@ def _mask(entries: int) -> int:
 
 @numba.njit(cache=True, nogil=True)
 def _lengthen(
-    grams: np.ndarray, places: np.ndarray, hashes: np.ndarray, size: int, wanted: int
+    grams: np.ndarray, positions: np.ndarray, hashes: np.ndarray, size: int, wanted: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams at `places`, from `size` words to `wanted`; those that the text ends in go.
+    """The n-grams at `positions`, from `size` words to `wanted`; those that the text ends in go.
 
     A polynomial in the words' hashes modulo 2^64.
     """
     kept = 0
-    for candidate in range(len(places)):
-        place = places[candidate]
-        if place + wanted > len(hashes):
+    for candidate in range(len(positions)):
+        position = positions[candidate]
+        if position + wanted > len(hashes):
             break
         value = grams[candidate]
-        for word in range(place + size, place + wanted):
+        for word in range(position + size, position + wanted):
             value = value * BASE + hashes[word]
-        grams[kept], places[kept] = value, place
+        grams[kept], positions[kept] = value, position
         kept += 1
-    return grams[:kept], places[:kept]
+    return grams[:kept], positions[:kept]
 
 
 @numba.njit(cache=True, nogil=True)
-def _count(grams: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _count(grams: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(how often each candidate's n-gram occurs, where it does first), int64 [candidates]."""
     mask = np.uint64(_mask(len(grams)))
     slots = np.full(mask + np.uint64(1), -1, np.int32)  # a slot's first candidate
@@ -116,27 +116,27 @@ def _count(grams: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarra
         tally[slots[slot]] += 1
     counts, first = np.empty(len(grams), np.int64), np.empty(len(grams), np.int64)
     for candidate in range(len(grams)):
-        counts[candidate], first[candidate] = tally[owner[candidate]], places[owner[candidate]]
+        counts[candidate], first[candidate] = tally[owner[candidate]], positions[owner[candidate]]
     return counts, first
 
 
 @numba.njit(cache=True, nogil=True)
-def _covered(grams: np.ndarray, places: np.ndarray, counts: np.ndarray, before: np.ndarray, size: int) -> int:
+def _covered(grams: np.ndarray, positions: np.ndarray, counts: np.ndarray, before: np.ndarray, size: int) -> int:
     """Characters of words in n-grams that were met before. Skipped over, an n-gram is not met."""
     mask = np.uint64(_mask(len(grams)))
     keys, used = np.empty(mask + np.uint64(1), np.uint64), np.zeros(mask + np.uint64(1), np.bool_)
     total = free_from = 0
     for candidate in range(len(grams)):
-        place = places[candidate]
-        if counts[candidate] < 2 or place < free_from:
+        position = positions[candidate]
+        if counts[candidate] < 2 or position < free_from:
             continue
         value = grams[candidate]
         slot = mix(value) & mask
         while used[slot] and keys[slot] != value:
             slot = (slot + np.uint64(1)) & mask
         if used[slot]:
-            total += before[place + size] - before[place]
-            free_from = place + size
+            total += before[position + size] - before[position]
+            free_from = position + size
         else:
             used[slot], keys[slot] = True, value
     return total

@@ -8,6 +8,7 @@ arXiv 2406.17557) are in datatrove's reading, C4 and RefinedWeb as in `web_lines
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import ahocorasick_rs
 import numba
@@ -30,19 +31,8 @@ from data_pipeline.scan.words import LETTERED, SOUND, Splitter, describe, split,
 
 TOP_NGRAMS = (2, 3, 4)
 DUP_NGRAMS = (5, 6, 7, 8, 9, 10)
-# What `measure` returns, in its order.
-_MEASURED = (
-    "word_count", "mean_word_length", "hash_ratio", "ellipsis_ratio", "bullet_line_ratio", "ellipsis_line_ratio",
-    "alpha_word_ratio", "stop_word_count", "stop_word_total",
-    "dup_line_ratio", "dup_line_char_ratio", "dup_para_ratio", "dup_para_char_ratio",
-    *(f"top_{n}_gram" for n in TOP_NGRAMS), *(f"dup_{n}_gram" for n in DUP_NGRAMS),
-    "line_punct_ratio", "short_line_ratio", "char_dup_ratio", "newline_ratio",
-    "mean_line_length", "max_line_length", "alnum_ratio",
-    "c4_sentences", "c4_lorem_ipsum", "c4_curly_bracket", "refinedweb_word_ratio",
-)  # fmt: skip
 # Counted by the patterns found.
 _FOUND = ("bad_words", "generated_markers", "licence_markers")
-SCORES = (*_MEASURED, *_FOUND)
 
 HEADER_CHARS = 2_000  # in which a file says that it is generated, or under which licence it is
 _GENERATED = (
@@ -50,6 +40,47 @@ _GENERATED = (
 )  # fmt: skip
 _LICENCE = ("copyright", "licence", "license", "spdx-", "all rights reserved")
 _UNFLANKED = ("ja", "th", "zh")  # bad words of these languages are found inside words, as in C4's code
+
+
+class Measured(NamedTuple):
+    """What `measure` finds of a text: the scores that need no patterns."""
+
+    word_count: float
+    mean_word_length: float
+    hash_ratio: float
+    ellipsis_ratio: float
+    bullet_line_ratio: float
+    ellipsis_line_ratio: float
+    alpha_word_ratio: float
+    stop_word_count: float
+    stop_word_total: float
+    dup_line_ratio: float
+    dup_line_char_ratio: float
+    dup_para_ratio: float
+    dup_para_char_ratio: float
+    top_2_gram: float
+    top_3_gram: float
+    top_4_gram: float
+    dup_5_gram: float
+    dup_6_gram: float
+    dup_7_gram: float
+    dup_8_gram: float
+    dup_9_gram: float
+    dup_10_gram: float
+    line_punct_ratio: float
+    short_line_ratio: float
+    char_dup_ratio: float
+    newline_ratio: float
+    mean_line_length: float
+    max_line_length: float
+    alnum_ratio: float
+    c4_sentences: float
+    c4_lorem_ipsum: float
+    c4_curly_bracket: float
+    refinedweb_word_ratio: float
+
+
+SCORES = (*Measured._fields, *_FOUND)
 
 
 class _Kind(IntEnum):
@@ -104,10 +135,10 @@ class Scanner:
             words = words_of(text) if by_spacy else split(codes, kinds, int(self.definition.splitter))
         starts, ends = words
         separator = 0 if self.definition.splitter is Splitter.cjk else 1
-        values = measure(
+        measured = measure(
             codes, codes_of(lowered), kinds, starts, ends, self._stops, self._sizes, separator, hits, *self._c4
         )
-        scores = dict(zip(_MEASURED, values.tolist(), strict=True)) | found
+        scores = measured._asdict() | found
         if self._page_bracket:
             scores["c4_curly_bracket"] = float("{" in text)
             scores["c4_lorem_ipsum"] = float(any(kind == 0 for kind in hits[:, 1]))
@@ -135,7 +166,7 @@ class Scanner:
         ]
 
     def _find(self, lowered: str) -> tuple[np.ndarray, dict[str, float]]:
-        """(place and Phrase of what line rules look for, int64 [n, 2]; the scores of _FOUND)."""
+        """(position and Phrase of what line rules look for, int64 [n, 2]; the scores of _FOUND)."""
         hits: list[tuple[int, int]] = []
         counts = dict.fromkeys(_Kind, 0)
         for pattern, start, end in self._finder.find_matches_as_indexes(lowered, overlapping=True):
@@ -190,13 +221,12 @@ def measure(
     max_word_length: int,
     policy: bool,
     citations: bool,
-) -> np.ndarray:
-    """float64, one value for each name of _MEASURED.
+) -> Measured:
+    """Measures a text in one pass.
 
     `codes` and `lowered` are code points, `kinds` their classes, `starts` and `ends` the words, `stops` hashes; the
     last five are a `C4Rules`.
     """
-    scores = np.zeros(32)
     chars, words = len(codes), max(len(starts), 1)
     signs, ellipses, alnum, newlines = characters(codes, kinds)
 
@@ -211,34 +241,56 @@ def measure(
             sound_chars += ends[word] - starts[word]
         lettered += (traits[word] & LETTERED) != 0
         if (stop_bits >> (hashes[word] & np.uint64(63))) & np.uint64(1):  # else it is none of them
-            for place in range(len(stops)):
-                if stops[place] == hashes[word]:
-                    stop_seen[place] = True
+            for index in range(len(stops)):
+                if stops[index] == hashes[word]:
+                    stop_seen[index] = True
                     stop_total += 1
     all_starts, all_ends = lines_of(codes, kinds, True)
     bullets, ellipsis_lines = gopher_lines(codes, kinds, all_starts, all_ends)
     lines = max(len(all_starts), 1)
-    scores[0], scores[1] = sound, sound_chars / max(sound, 1)
-    scores[2], scores[3] = signs / words, ellipses / words
-    scores[4], scores[5] = bullets / lines, ellipsis_lines / lines
-    scores[6], scores[7], scores[8] = lettered / words, stop_seen.sum(), stop_total
 
     line_starts, line_ends = lines_of(codes, kinds, False)
     dup_lines, dup_line_chars, pieces = gopher_duplicates(codes, line_starts, line_ends)
     para_starts, para_ends = paragraphs_of(codes, kinds)
     dup_paras, dup_para_chars = repeated(codes, para_starts, para_ends)
-    scores[9], scores[10] = dup_lines / pieces, dup_line_chars / chars
-    scores[11], scores[12] = dup_paras / len(para_starts), dup_para_chars / chars
-    scores[13:22] = ngram_scores(hashes, starts, ends, sizes, 3, separator) / chars
-
+    grams = ngram_scores(hashes, starts, ends, sizes, 3, separator) / chars
     count, terminal, short, dup_chars, total, longest = fineweb_lines(codes, kinds, line_starts, line_ends)
-    scores[22], scores[23] = terminal / max(count, 1), short / max(count, 1)
-    scores[24], scores[25] = dup_chars / max(chars - newlines, 1), newlines / words
-    scores[26], scores[27], scores[28] = total / max(count, 1), longest, alnum / chars
-
     _, sentences, lorem, curly = c4_lines(
         codes, kinds, all_starts, all_ends, hits, marks, min_words, max_word_length, policy, citations
     )
     _, gone, line_words = refinedweb_lines(codes, lowered, kinds, all_starts, all_ends, hits)
-    scores[29], scores[30], scores[31] = sentences, lorem, curly
-    return np.append(scores, gone / max(line_words, 1))
+    return Measured(
+        word_count=float(sound),
+        mean_word_length=sound_chars / max(sound, 1),
+        hash_ratio=signs / words,
+        ellipsis_ratio=ellipses / words,
+        bullet_line_ratio=bullets / lines,
+        ellipsis_line_ratio=ellipsis_lines / lines,
+        alpha_word_ratio=lettered / words,
+        stop_word_count=float(stop_seen.sum()),
+        stop_word_total=float(stop_total),
+        dup_line_ratio=dup_lines / pieces,
+        dup_line_char_ratio=dup_line_chars / chars,
+        dup_para_ratio=dup_paras / len(para_starts),
+        dup_para_char_ratio=dup_para_chars / chars,
+        top_2_gram=grams[0],
+        top_3_gram=grams[1],
+        top_4_gram=grams[2],
+        dup_5_gram=grams[3],
+        dup_6_gram=grams[4],
+        dup_7_gram=grams[5],
+        dup_8_gram=grams[6],
+        dup_9_gram=grams[7],
+        dup_10_gram=grams[8],
+        line_punct_ratio=terminal / max(count, 1),
+        short_line_ratio=short / max(count, 1),
+        char_dup_ratio=dup_chars / max(chars - newlines, 1),
+        newline_ratio=newlines / words,
+        mean_line_length=total / max(count, 1),
+        max_line_length=float(longest),
+        alnum_ratio=alnum / chars,
+        c4_sentences=float(sentences),
+        c4_lorem_ipsum=float(lorem),
+        c4_curly_bracket=float(curly),
+        refinedweb_word_ratio=gone / max(line_words, 1),
+    )

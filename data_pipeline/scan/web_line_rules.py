@@ -107,7 +107,7 @@ def c4_lines(
 ) -> tuple[np.ndarray, int, bool, bool]:
     """(LineDrop of each line uint8, sentences of the lines that stay, lorem ipsum, a curly bracket).
 
-    The last two are of lines that passed the rules before. `hits` is int64 [n, 2], place and Phrase, by place;
+    The last two are of lines that passed the rules before. `hits` is int64 [n, 2], position and Phrase, by position;
     `marks` uint32, the ends a line may have, empty for any.
     """
     drops = np.zeros(len(starts), np.uint8)
@@ -134,8 +134,8 @@ def c4_lines(
         if phrases & 2:
             drops[line] = 4
             continue
-        for place in range(start, end):
-            curly |= codes[place] == _CURLY
+        for position in range(start, end):
+            curly |= codes[position] == _CURLY
         if policy and phrases & 4:
             drops[line] = 5
             continue
@@ -159,20 +159,20 @@ def refinedweb_lines(
         start, end = trim(codes, kinds, starts[line], ends[line])
         cart = more = sign = False
         while hit < len(hits) and hits[hit, 0] < ends[line]:
-            place, phrase = hits[hit, 0], hits[hit, 1]
-            if place >= starts[line]:
+            position, phrase = hits[hit, 0], hits[hit, 1]
+            if position >= starts[line]:
                 cart |= phrase == 3
-                more |= phrase == 4 and place + 12 == end
-                sign |= phrase == 5 and place == start
+                more |= phrase == 4 and position + 12 == end
+                sign |= phrase == 5 and position == start
             hit += 1
         if start == end:
             continue
         words, _ = _words(kinds, start, end)
         upper = letters = digits = 0
-        for place in range(start, end):
-            upper += (kinds[place] & UPPER) != 0
-            digits += (kinds[place] & DIGIT) != 0
-            letters += (kinds[place] & ALPHA) != 0
+        for position in range(start, end):
+            upper += (kinds[position] & UPPER) != 0
+            digits += (kinds[position] & DIGIT) != 0
+            letters += (kinds[position] & ALPHA) != 0
         cjk = (kinds[start] & CJK) != 0  # such a line may well have no space in it
         if 2 * upper > end - start:
             drops[line] = 6
@@ -193,8 +193,8 @@ def refinedweb_lines(
 def _words(kinds: np.ndarray, start: int, end: int) -> tuple[int, int]:
     """(pieces between white space, the longest one's characters)."""
     words = longest = run = 0
-    for place in range(start, end):
-        run = 0 if kinds[place] & SPACE else run + 1
+    for position in range(start, end):
+        run = 0 if kinds[position] & SPACE else run + 1
         words += run == 1
         longest = max(longest, run)
     return words, longest
@@ -214,20 +214,20 @@ def _ends_with(codes: np.ndarray, start: int, end: int, marks: np.ndarray) -> bo
 def _before_citations(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> int:
     """Where the line ends without "[12]", "[edit]" and "[citation needed]" at its end."""
     while end > start and codes[end - 1] == _CLOSE:
-        place = end - 2
-        while place >= start and codes[place] != _OPEN and end - place <= 18:
-            place -= 1
-        if place < start or codes[place] != _OPEN or not _citation(codes, kinds, place + 1, end - 1):
+        position = end - 2
+        while position >= start and codes[position] != _OPEN and end - position <= 18:
+            position -= 1
+        if position < start or codes[position] != _OPEN or not _citation(codes, kinds, position + 1, end - 1):
             break
-        end = place
+        end = position
     return end
 
 
 @numba.njit(cache=True, nogil=True)
 def _citation(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> bool:
     digits = True
-    for place in range(start, end):
-        digits &= (kinds[place] & DIGIT) != 0
+    for position in range(start, end):
+        digits &= (kinds[position] & DIGIT) != 0
     return digits or _is_one_of(span_hash(codes, start, end), _CITATIONS)
 
 
@@ -248,17 +248,17 @@ def _is_end(code: np.uint32) -> bool:
 def _sentences(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> int:
     """Sentences of a line; what follows the last end mark is one too."""
     count, inside = 0, False
-    for place in range(start, end):
-        code = codes[place]
-        if inside and _is_end(code) and (place + 1 == end or not _is_end(codes[place + 1])):
-            after = place + 1
+    for position in range(start, end):
+        code = codes[position]
+        if inside and _is_end(code) and (position + 1 == end or not _is_end(codes[position + 1])):
+            after = position + 1
             while after < end and codes[after] in (0x22, 0x27, 0x29, 0x5D, 0x201D, 0x2019, 0x300D, 0x300F):
                 after += 1  # closing quotes and brackets belong to it
             if after == end or kinds[after] & SPACE or code >= 0x3000:
                 count += 1
                 inside = False
                 continue
-        if kinds[place] & WORD:
+        if kinds[position] & WORD:
             inside = True
     return count + inside
 
@@ -266,18 +266,18 @@ def _sentences(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> in
 @numba.njit(cache=True, nogil=True)
 def _counter(kinds: np.ndarray, lowered: np.ndarray, start: int, end: int) -> bool:
     """Whether the line is but a number and what it counts: "3 likes", "1.2k views"."""
-    place = start
-    while place < end and not kinds[place] & WORD:
-        place += 1
-    if place == end or not kinds[place] & DIGIT:
+    position = start
+    while position < end and not kinds[position] & WORD:
+        position += 1
+    if position == end or not kinds[position] & DIGIT:
         return False
-    while place < end and not kinds[place] & SPACE:
-        if not kinds[place] & DIGIT and lowered[place] not in (0x2C, 0x2E, 0x6B, 0x6D, 0x62):
+    while position < end and not kinds[position] & SPACE:
+        if not kinds[position] & DIGIT and lowered[position] not in (0x2C, 0x2E, 0x6B, 0x6D, 0x62):
             return False  # digits , . k m b
-        place += 1
-    while place < end and kinds[place] & SPACE:
-        place += 1
+        position += 1
+    while position < end and kinds[position] & SPACE:
+        position += 1
     last = end
-    while last > place and not kinds[last - 1] & WORD:
+    while last > position and not kinds[last - 1] & WORD:
         last -= 1
-    return _is_one_of(span_hash(lowered, place, last), _COUNTED)
+    return _is_one_of(span_hash(lowered, position, last), _COUNTED)

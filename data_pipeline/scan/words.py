@@ -1,4 +1,4 @@
-"""Words of a text as arrays of places and hashes: what scores, shingles and n-grams are all made of.
+"""Words of a text as arrays of positions and hashes: what scores, shingles and n-grams are all made of.
 
 Three splitters, each part of the definition of every rule that is bound to words:
   spaces  what stands between white space, punctuation attached
@@ -55,8 +55,8 @@ def is_apostrophe(code: np.uint32) -> bool:
 def span_hash(codes: np.ndarray, start: int, end: int) -> np.uint64:
     """FNV-1a over code points (Fowler, Noll, Vo), then mixed: the same on every machine."""
     value = FNV_OFFSET
-    for place in range(start, end):
-        value = (value ^ np.uint64(codes[place])) * FNV_PRIME
+    for position in range(start, end):
+        value = (value ^ np.uint64(codes[position])) * FNV_PRIME
     return mix(value)
 
 
@@ -75,30 +75,30 @@ def split(codes: np.ndarray, kinds: np.ndarray, splitter: int) -> tuple[np.ndarr
     """(starts, ends), int32 [words], in characters, for all splitters but spacy."""
     size = len(codes)
     starts, ends = np.empty(size, np.int32), np.empty(size, np.int32)
-    count = place = 0
-    while place < size:
-        kind = kinds[place]
+    count = position = 0
+    while position < size:
+        kind = kinds[position]
         if kind & SPACE:
-            place += 1
+            position += 1
             continue
-        start = place
-        place += 1
+        start = position
+        position += 1
         if splitter == 0:
-            while place < size and not kinds[place] & SPACE:
-                place += 1
+            while position < size and not kinds[position] & SPACE:
+                position += 1
         elif kind & _LETTERS == WORD:
             # Written out, not called: it is four times as fast.
-            while place < size:
-                if kinds[place] & _LETTERS == WORD:
-                    place += 1
-                elif is_apostrophe(codes[place]) and place + 1 < size and kinds[place + 1] & _LETTERS == WORD:
-                    place += 2
+            while position < size:
+                if kinds[position] & _LETTERS == WORD:
+                    position += 1
+                elif is_apostrophe(codes[position]) and position + 1 < size and kinds[position + 1] & _LETTERS == WORD:
+                    position += 2
                 else:
                     break
         elif not kind & CJK:
-            while place < size and codes[place] == codes[start]:
-                place += 1
-        starts[count], ends[count] = start, place
+            while position < size and codes[position] == codes[start]:
+                position += 1
+        starts[count], ends[count] = start, position
         count += 1
     return starts[:count], ends[:count]
 
@@ -107,14 +107,14 @@ def split(codes: np.ndarray, kinds: np.ndarray, splitter: int) -> tuple[np.ndarr
 def describe(
     codes: np.ndarray, kinds: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes uint64 [words], traits uint8 [words]) of the words at the given places."""
+    """(hashes uint64 [words], traits uint8 [words]) of the words at the given positions."""
     hashes, traits = np.empty(len(starts), np.uint64), np.empty(len(starts), np.uint8)
     for word in range(len(starts)):
         value, found, common = FNV_OFFSET, np.uint16(0), np.uint16(0xFFFF)
-        for place in range(starts[word], ends[word]):
-            code = codes[place]
+        for position in range(starts[word], ends[word]):
+            code = codes[position]
             value = (value ^ np.uint64(code)) * FNV_PRIME
-            kind = kinds[place]
+            kind = kinds[position]
             found |= kind
             common &= kind
         hashes[word] = mix(value)

@@ -45,8 +45,8 @@ def _features(words: np.ndarray, slots: int, ngrams: int) -> np.ndarray:
     size = 0
     for start in range(len(words)):
         key = np.uint64(0)
-        for place in range(start, min(start + ngrams, len(words))):
-            key = mix(key * _PAIR + words[place])
+        for index in range(start, min(start + ngrams, len(words))):
+            key = mix(key * _PAIR + words[index])
             found[size] = key % np.uint64(slots)
             size += 1
     return found[:size]
@@ -79,7 +79,7 @@ def _fit(
             weights[-1] -= rate * error / np.sqrt(squares[-1])
 
 
-class Linear:
+class LinearClassifier:
     """text -> probability of the label good."""
 
     def __init__(self, weights: np.ndarray, ngrams: int) -> None:
@@ -93,7 +93,7 @@ class Linear:
         return _features(words, len(self.weights) - 1, self.ngrams)
 
 
-class FastText:
+class FastTextClassifier:
     """text -> probability of `label`; lines are joined, as DCLM does."""
 
     def __init__(self, path: Path, label: str) -> None:
@@ -112,12 +112,12 @@ class FastText:
         return min(float(dict(zip(labels, scores, strict=True)).get(self._label, 0.0)), 1.0)
 
 
-def load(path: Path, label: str = GOOD) -> Linear | FastText:
+def load(path: Path, label: str = GOOD) -> LinearClassifier | FastTextClassifier:
     """Errors: ValueError for what is no model, or a model without `label`."""
     manifest_of(path)
     with path.open("rb") as file:
         if file.read(4) == _FASTTEXT:
-            return FastText(path, label)
+            return FastTextClassifier(path, label)
     try:
         with safe_open(path, "numpy") as stored:
             ngrams = int(stored.metadata()["word_ngrams"])
@@ -128,7 +128,7 @@ def load(path: Path, label: str = GOOD) -> Linear | FastText:
         ) from None
     if label != GOOD:
         raise ValueError(f"scores.classifier_label = {label!r} is no label of {path}, whose score is of {GOOD}")
-    return Linear(weights, ngrams)
+    return LinearClassifier(weights, ngrams)
 
 
 def manifest_path(model: Path) -> Path:
@@ -148,14 +148,14 @@ def manifest_of(model: Path) -> dict[str, Any]:
 
 
 @dataclass
-class Examples:
+class LabelledTexts:
     """Texts of both classes, each text once, in the order of the files; `counts` says what was left out."""
 
     lines: dict[str, list[str]]
     counts: dict[str, int]
 
 
-def collect(good: Sequence[str], bad: Sequence[str], text_key: str, max_chars: int) -> Examples:
+def collect(good: Sequence[str], bad: Sequence[str], text_key: str, max_chars: int) -> LabelledTexts:
     """The first `max_chars` characters of each record. Errors: ConfigError for a pattern that leads to nothing."""
     seen: dict[str, set[str]] = {GOOD: set(), BAD: set()}
     lines: dict[str, list[str]] = {GOOD: [], BAD: []}
@@ -170,7 +170,7 @@ def collect(good: Sequence[str], bad: Sequence[str], text_key: str, max_chars: i
                 lines[label].append(line)
     both = seen[GOOD] & seen[BAD]
     counts["in_both"] = len(both)
-    return Examples({label: [line for line in mine if line not in both] for label, mine in lines.items()}, counts)
+    return LabelledTexts({label: [line for line in mine if line not in both] for label, mine in lines.items()}, counts)
 
 
 def _texts(label: str, patterns: Sequence[str], text_key: str, counts: dict[str, int]) -> Iterator[str]:
@@ -191,7 +191,7 @@ def _texts(label: str, patterns: Sequence[str], text_key: str, counts: dict[str,
                         yield record.text
 
 
-def train(examples: Examples, out: Path, share: float, settings: dict[str, Any]) -> dict[str, Any]:
+def train(examples: LabelledTexts, out: Path, share: float, settings: dict[str, Any]) -> dict[str, Any]:
     """Trains on all but a `share` of each class, publishes the model and what stands beside it, which is returned.
 
     Errors: ConfigError for fewer than MIN_EXAMPLES of a class.
@@ -204,13 +204,13 @@ def train(examples: Examples, out: Path, share: float, settings: dict[str, Any])
                 f"{len(lines)} {label} examples are too few, {MIN_EXAMPLES} different ones are the least; "
                 f"left out: {_said(examples.counts)}"
             )
-        # The place of an example in its class's drawn order: held out or not, and when it is trained on.
+        # The index of an example in its class's drawn order: held out or not, and when it is trained on.
         drawn = sorted((draw(settings["seed"], line), line) for line in lines)
         count = max(1, round(share * len(drawn)))
         held[label] = [line for _, line in drawn[:count]]
-        rest += [(place, line, label) for place, line in drawn[count:]]
+        rest += [(index, line, label) for index, line in drawn[count:]]
     rest.sort()
-    model = Linear(np.zeros(settings["slots"] + 1, np.float32), settings["word_ngrams"])
+    model = LinearClassifier(np.zeros(settings["slots"] + 1, np.float32), settings["word_ngrams"])
     found = [model.features(line) for _, line, _ in rest]
     labels = np.array([label == GOOD for _, _, label in rest], np.float64)
     ends = np.cumsum([len(one) for one in found])

@@ -29,7 +29,7 @@ _NEWLINE = 10
 
 
 @dataclass(frozen=True)
-class Table:
+class LogprobTable:
     """Slot -> n-gram of any order: `keys` uint64 (0 is free), `logprobs` and `backoffs` float32, log10."""
 
     keys: np.ndarray
@@ -37,7 +37,7 @@ class Table:
     backoffs: np.ndarray
 
     @classmethod
-    def of_size(cls, size: int) -> "Table":
+    def of_size(cls, size: int) -> "LogprobTable":
         """Empty, for `size` n-grams: a power of two of slots, at most half of which will be taken."""
         slots = 1 << max(4, (2 * size).bit_length())
         return cls(np.zeros(slots, np.uint64), np.zeros(slots, np.float32), np.zeros(slots, np.float32))
@@ -57,10 +57,10 @@ def longer(key: np.uint64, word: np.uint64) -> np.uint64:
 def _slot(keys: np.ndarray, key: np.uint64) -> int:
     """Where `key` is, or the free slot at which it would be."""
     mask = np.uint64(len(keys) - 1)
-    place = (key >> np.uint64(1)) & mask
-    while keys[place] != 0 and keys[place] != key:
-        place = (place + np.uint64(1)) & mask
-    return place  # type: ignore[return-value]
+    index = (key >> np.uint64(1)) & mask
+    while keys[index] != 0 and keys[index] != key:
+        index = (index + np.uint64(1)) & mask
+    return index  # type: ignore[return-value]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -75,8 +75,8 @@ def _fill(
 ) -> None:
     for row in range(len(ids)):
         key = np.uint64(0)
-        for place in range(ids.shape[1] - 1, -1, -1):
-            key = longer(key, hashes[ids[row, place]])
+        for index in range(ids.shape[1] - 1, -1, -1):
+            key = longer(key, hashes[ids[row, index]])
         slot = _slot(keys, key)
         keys[slot], probs[slot], weights[slot] = key, logprobs[row], backoffs[row]
 
@@ -95,8 +95,8 @@ def _firsts(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarr
     firsts = np.zeros(len(starts), np.bool_)
     for word in range(len(starts)):
         firsts[word] = word == 0
-        for place in range(ends[word - 1] if word else starts[word], starts[word]):
-            firsts[word] |= codes[place] == _NEWLINE
+        for index in range(ends[word - 1] if word else starts[word], starts[word]):
+            firsts[word] |= codes[index] == _NEWLINE
     return firsts
 
 
@@ -114,7 +114,7 @@ class Unigrams:
         hashes = np.array([word_hash(word) for word in counts], np.uint64)
         probabilities = np.log10(np.fromiter(counts.values(), np.float64) / total).astype(np.float32)
         ids = np.arange(len(hashes), dtype=np.int32)[:, None]
-        self._table = Table.of_size(len(hashes))
+        self._table = LogprobTable.of_size(len(hashes))
         self._table.add(hashes, ids, probabilities, np.zeros(len(hashes), np.float32))
 
     def __call__(self, text: str) -> float:
@@ -197,13 +197,13 @@ def _sentences(
     history = np.empty(order, np.uint64)  # words before this one, the last first
     weights = np.zeros(order + 1)  # weights[n]: backoff of the n-gram that ends in the word before this one
     total, known = 0.0, 0
-    for place in range(len(hashes)):
-        if firsts[place]:
+    for index in range(len(hashes)):
+        if firsts[index]:
             history[0], known = marks[0], min(1, order - 1)
             _weigh(history, known, weights, keys, backoffs)
-        logprob, known = _step(hashes[place], marks[2], history, known, weights, keys, logprobs, backoffs)
+        logprob, known = _step(hashes[index], marks[2], history, known, weights, keys, logprobs, backoffs)
         total += logprob
-        if place + 1 == len(hashes) or firsts[place + 1]:
+        if index + 1 == len(hashes) or firsts[index + 1]:
             logprob, known = _step(marks[1], marks[2], history, known, weights, keys, logprobs, backoffs)
             total += logprob
     return total
@@ -255,14 +255,14 @@ def _bytes(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")
 
 
-def _read_arpa(path: Path) -> tuple[int, Table]:
+def _read_arpa(path: Path) -> tuple[int, LogprobTable]:
     """(order, all n-grams). Errors: ValueError that names the file, the line and what was expected."""
     with _bytes(path) as file:
         lines = enumerate(file, 1)
         sizes = _header(path, lines)
         ids: dict[bytes, int] = {}
         hashes = np.zeros(0, np.uint64)
-        table = Table.of_size(sum(sizes) + 1)
+        table = LogprobTable.of_size(sum(sizes) + 1)
         for order, size in enumerate(sizes, 1):
             words, logprobs, backoffs = _section(path, lines, order, ids)
             if len(logprobs) != size:

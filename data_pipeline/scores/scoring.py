@@ -35,7 +35,7 @@ def definition_of(rules: RuleSet) -> Definition:
     return Definition(Splitter[rules.splitter], rules.stop_words, rules.c4, words)
 
 
-class Score(TableStep):
+class ScoreTexts(TableStep):
     """A row of scores per document; the language stage says which documents and by which rules."""
 
     name = "Score"

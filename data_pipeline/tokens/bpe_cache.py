@@ -95,19 +95,19 @@ def _cut(codes: np.ndarray, ends: np.ndarray, neighbours: np.ndarray) -> np.ndar
     mask = np.uint64(len(neighbours) - 1)
     count = text = 0
     before = np.uint64(0)
-    for place in range(len(codes)):
-        while text < len(ends) and ends[text] < place:
+    for position in range(len(codes)):
+        while text < len(ends) and ends[text] < position:
             text += 1
-        code = np.uint64(_MARK if codes[place] == _SPACE else codes[place])
+        code = np.uint64(_MARK if codes[position] == _SPACE else codes[position])
         joined = False
-        if place > 0 and not (text < len(ends) and ends[text] == place):
+        if position > 0 and not (text < len(ends) and ends[text] == position):
             pair = before << np.uint64(32) | code
             slot = mix(pair) & mask
             while neighbours[slot] != 0 and neighbours[slot] != pair:
                 slot = (slot + np.uint64(1)) & mask
             joined = neighbours[slot] == pair
         if not joined:
-            starts[count] = place
+            starts[count] = position
             count += 1
         before = code
     starts[count] = len(codes)
@@ -135,8 +135,8 @@ def _same(codes: np.ndarray, start: int, end: int, known: np.ndarray, first: int
     if end - start != last - first:
         return False
     same = True
-    for place in range(end - start):
-        same &= codes[start + place] == known[first + place]
+    for position in range(end - start):
+        same &= codes[start + position] == known[first + position]
     return same
 
 
@@ -178,20 +178,20 @@ def _slots(known: np.ndarray, parts: np.ndarray, size: int) -> np.ndarray:
 def _spans(codes: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """The characters of all spans, one after the other."""
     joined = np.empty((ends - firsts).sum(), np.uint32)
-    place = 0
+    position = 0
     for span in range(len(firsts)):
         for code in range(firsts[span], ends[span]):
-            joined[place] = codes[code]
-            place += 1
+            joined[position] = codes[code]
+            position += 1
     return joined
 
 
 @numba.njit(cache=True, nogil=True)
 def _gather(found: np.ndarray, parts: np.ndarray, ids: np.ndarray, total: int) -> np.ndarray:
     gathered = np.empty(total, np.int32)
-    place = 0
+    position = 0
     for entry in found:
         for token in range(parts[entry, 2], parts[entry, 3]):
-            gathered[place] = ids[token]
-            place += 1
+            gathered[position] = ids[token]
+            position += 1
     return gathered

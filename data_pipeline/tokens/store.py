@@ -72,7 +72,7 @@ def store_dtype(vocab_size: int) -> np.dtype:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenStore:
     """What a build put into a store; `text_bytes` in UTF-8, `tokens` with <s> and </s>."""
 
     documents: int
@@ -82,7 +82,7 @@ class Written:
 
 def build(
     documents: str | Path, out: str | Path, tokenizer: Encoder, progress: Callable[[int], None] | None = None
-) -> Written:
+) -> WrittenStore:
     """Tokenizes one file of documents into the store `<out>.bin`, `<out>.idx`, `<out>.parquet` and `<out>.json`.
 
     `progress` is called with the bytes of text done since its last call.
@@ -113,7 +113,7 @@ def _write(
     paths: dict[str, Path],
     tokenizer: Encoder,
     progress: Callable[[int], None] | None,
-) -> tuple[Written, dict[str, str]]:
+) -> tuple[WrittenStore, dict[str, str]]:
     """What was written to `paths`, by suffix, and the checksums of the three files of content."""
     dtype = store_dtype(tokenizer.vocab_size)
     bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
@@ -154,7 +154,7 @@ def _write(
         "text_bytes": text_bytes,
     }
     paths[MANIFEST].write_bytes(STORE.write(facts))
-    return Written(len(lengths), start, text_bytes), checksums
+    return WrittenStore(len(lengths), start, text_bytes), checksums
 
 
 def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -286,7 +286,7 @@ class Store:
         return hashlib.sha256(content).hexdigest(), DTYPES[code], lengths, pointers // DTYPES[code].itemsize
 
 
-class Shards:
+class SourceStores:
     """The stores of one source as one: document indices run on from store to store."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
@@ -295,7 +295,7 @@ class Shards:
         self._first = np.cumsum([0, *(len(store) for store in stores)]).tolist()
 
     @classmethod
-    def in_folder(cls, folder: str | Path) -> "Shards":
+    def in_folder(cls, folder: str | Path) -> "SourceStores":
         """All stores in a folder, by name. Errors: ValueError when there is none, or one is damaged."""
         paths = sorted(path.with_suffix("") for path in Path(folder).glob("[!.]*.idx"))
         if not paths:

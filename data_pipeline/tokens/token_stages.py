@@ -1,43 +1,36 @@
-"""The last three stages of a data run: documents to a tokenizer, to token stores, to a mixture plan.
+"""The tokenizer and tokens stages: documents to a tokenizer, and to token stores.
 
-The work itself is in `tokenizer`, `store` and `mixture`; here it is given to datatrove's executor, counted
-and published. Tokenizer and plan are one task each, token stores one per file of documents.
+The work itself is in `tokenizer` and `store`; here it is given to datatrove's executor, counted and published. The
+tokenizer is one task, token stores are one per shard of documents.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from rich.console import Console
 
-from configs.data import DataConfig, TokenizerConfig
+from configs.data import TokenizerConfig
 from configs.loader import plain
-from configs.mixture import MixtureConfig, PlanConfig
+from configs.mixture import MixtureConfig
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
+from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shards import shard_path, shards_under
 from data_pipeline.core.stage import Stage, read_manifest
-from data_pipeline.documents.heldout import HELDOUT, TRAIN
-from data_pipeline.mixture.earlier import keep_for_plans, keep_plans
-from data_pipeline.mixture.forecast import show
-from data_pipeline.mixture.plan_files import build_stages
-from data_pipeline.mixture.rows import open_plans
-from data_pipeline.stages import Workshop
+from data_pipeline.documents.heldout import TRAIN
+from data_pipeline.mixture.earlier import keep_for_plans
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, Tokenizer, train
 
 
-def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
-    """The stages from documents to a plan, in the order in which they run."""
-    config = shop.config
-    tokenizer = Stage(
+def tokenizer_stage(context: RunContext, documents: Stage) -> Stage:
+    """The stage that trains a tokenizer on the training split of all sources."""
+    config = context.config
+    return Stage(
         "tokenizer",
-        partial(_tokenizer, shop),
+        partial(_tokenizer, context),
         plain(config.tokenizer) | ({"controls": controls} if (controls := _controls(config.mixture)) else {}),
         ("tokens.tokenizer",),
         needs=(documents,),
@@ -45,9 +38,13 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
         packages=("sentencepiece",),
         keep=keep_for_plans,
     )
-    tokens = Stage(
+
+
+def tokens_stage(context: RunContext, documents: Stage, tokenizer: Stage) -> Stage:
+    """The stage that turns shards of documents into token stores."""
+    return Stage(
         "tokens",
-        partial(_tokens, shop),
+        partial(_tokens, context),
         {},
         ("tokens.store", "tokens.tokenizer"),
         needs=(documents, tokenizer),
@@ -55,16 +52,6 @@ def token_stages(shop: Workshop, documents: Stage) -> list[Stage]:
         packages=("sentencepiece",),
         keep=keep_for_plans,
     )
-    plan = Stage(
-        "plan",
-        partial(_plan, shop),
-        plain(config.mixture) if config.mixture else {},
-        ("mixture.plan_files",),
-        needs=(tokenizer, tokens),
-        counted_against=tokens,
-        keep=keep_plans,
-    )
-    return [tokenizer, tokens, plan]
 
 
 class TrainTokenizer(PipelineStep):
@@ -88,11 +75,7 @@ class TrainTokenizer(PipelineStep):
         train(
             [Path(path) for path in self.inputs],
             Path(self.out),
-            self.settings.vocab_size,
-            self.settings.seed,
-            train_bytes=self.settings.train_bytes,
-            character_coverage=self.settings.character_coverage,
-            max_piece_length=self.settings.max_piece_length,
+            self.settings,
             controls=self.controls,
             progress=progress.advance,
         )
@@ -138,15 +121,15 @@ def _controls(mixture: MixtureConfig | None) -> list[str]:
     return list(FIM_CONTROLS) if mixture and any(plan.fim for plan in mixture.plans().values()) else []
 
 
-def _document_shards(shop: Workshop) -> list[str]:
+def _document_shards(context: RunContext) -> list[str]:
     """Largest first, so that no task is left alone with a big file at the end."""
-    folder = shop.run_dir / "documents"
+    folder = context.run_dir / "documents"
     return sorted(shards_under(folder), key=lambda shard: -shard_path(folder, shard).stat().st_size)
 
 
-def _tokenizer(shop: Workshop, folder: Path, logs: Path) -> Tally:
+def _tokenizer(context: RunContext, folder: Path, logs: Path) -> Tally:
     tally = Tally()
-    for source, counts in (read_manifest(shop.run_dir / "documents") or {})["sources"].items():
+    for source, counts in (read_manifest(context.run_dir / "documents") or {})["sources"].items():
         notes, kept = counts["notes"], counts["passed_on"]
         if not kept["documents"]:  # canaries end before
             continue
@@ -154,79 +137,26 @@ def _tokenizer(shop: Workshop, folder: Path, logs: Path) -> Tally:
         tally.came_in(source, kept["bytes"], kept["documents"])
         tally.dropped(source, "held_out", size, documents)
         tally.kept(source, kept["bytes"] - size, documents=kept["documents"] - documents)
-    shards = [shard for shard in _document_shards(shop) if shard.startswith(f"{TRAIN}/")]
-    inputs = [str(shard_path(shop.run_dir / "documents", shard)) for shard in shards]
-    controls = _controls(shop.config.mixture)
-    step = TrainTokenizer(inputs, str(folder), shop.config.tokenizer, controls, str(logs / "progress"))
-    shop.pipeline("tokenizer", logs, [step], 1, tally.total().kept.bytes, alone=True)
+    shards = [shard for shard in _document_shards(context) if shard.startswith(f"{TRAIN}/")]
+    inputs = [str(shard_path(context.run_dir / "documents", shard)) for shard in shards]
+    controls = _controls(context.config.mixture)
+    step = TrainTokenizer(inputs, str(folder), context.config.tokenizer, controls, str(logs / "progress"))
+    context.pipeline("tokenizer", logs, [step], 1, tally.total().kept.bytes, alone=True)
     return tally
 
 
-def _tokens(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    shards = _document_shards(shop)
+def _tokens(context: RunContext, folder: Path, logs: Path) -> Tally:
+    shards = _document_shards(context)
     step = Tokenize(
-        str(shop.run_dir / "documents"),
+        str(context.run_dir / "documents"),
         shards,
-        str(shop.run_dir / "tokenizer"),
+        str(context.run_dir / "tokenizer"),
         str(folder),
         str(logs / "tallies"),
         str(logs / "progress"),
     )
-    shop.pipeline("tokens", logs, [step], len(shards), shop.text_bytes())
+    context.pipeline("tokens", logs, [step], len(shards), context.text_bytes())
     tally = Tally.load_all(logs / "tallies")
-    for source in shop.config.sources:
+    for source in context.config.sources:
         tally.of(source)  # one without documents too, so that a plan knows that it is there
-    return tally
-
-
-class Plan(PipelineStep):
-    """One task: the mixture plan over all token stores, or one for each stage."""
-
-    name = "Plan"
-    type = "🗺 - PLAN"
-
-    def __init__(self, run_dir: str, out: str, plans: Mapping[str, PlanConfig]) -> None:
-        super().__init__()
-        self.run_dir = run_dir
-        self.out = out
-        self.plans = dict(plans)
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        run_dir = Path(self.run_dir)
-        build_stages(run_dir / "tokens", run_dir / "tokenizer", Path(self.out), self.plans)
-        yield from ()
-
-
-def show_forecast(config: DataConfig, console: Console) -> None:
-    """Of the plans that the run's tokens would make; leaves nothing behind. Errors: ValueError as `mixture.lay_out`."""
-    run_dir = Path(config.run.dir)
-    with TemporaryDirectory(prefix=".forecast.", dir=run_dir) as folder:
-        build_stages(run_dir / "tokens", run_dir / "tokenizer", folder, config.plans())
-        for name, plan in open_plans(Path(folder)).items():
-            show(plan.description, console, name)
-
-
-def _plan(shop: Workshop, folder: Path, logs: Path) -> Tally:
-    shop.pipeline("plan", logs, [Plan(str(shop.run_dir), str(folder), shop.config.plans())], 1, 0, alone=True)
-    planned: dict[str, dict[str, Any]] = {}
-    rows = Counter[str]()
-    for name, plan in open_plans(folder).items():
-        show(plan.description, shop.console, name)
-        planned |= {source["name"]: source for source in plan.description["sources"]}
-        rows.update({source["name"]: source["samples"] for source in plan.description["sources"]})
-    manifest = read_manifest(shop.run_dir / "tokens") or {}
-    tally = Tally()
-    for name, counts in Tally.from_plain(manifest["sources"]).sources.items():
-        amount = counts.passed_on
-        tally.came_in(name, amount.bytes, amount.documents)
-        if name not in planned and not amount.documents:
-            tally.of(name)  # so that the report has it, with zeros
-            continue
-        if name not in planned:
-            tally.dropped(name, "not_in_mixture", amount.bytes, amount.documents)
-            continue
-        stores = [*planned[name]["stores"], *planned[name][HELDOUT]["stores"]]
-        documents, size = (sum(store[key] for store in stores) for key in ("documents", "text_bytes"))
-        tally.kept(name, size, documents=documents)
-        tally.note(name, "rows", rows[name])
     return tally

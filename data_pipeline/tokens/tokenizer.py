@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from configs.data import TokenizerConfig
 from configs.files import write_atomic
 from data_pipeline.core.shards import read_records
 from data_pipeline.tokens.bpe_cache import PartTable
@@ -40,16 +41,12 @@ _PROBE = "  a\tb\r\n\n 中文\u3000 é e\u0301 ﬁ \0"
 def train(
     inputs: Sequence[Path],
     out: Path,
-    vocab_size: int,
-    seed: int = 0,
+    settings: TokenizerConfig,
     *,
-    train_bytes: int = 8_000_000,
-    character_coverage: float = 0.9995,
-    max_piece_length: int = 16,
     controls: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains on up to `train_bytes` of UTF-8 text from JSONL files and publishes the model in folder `out`.
+    """Trains on up to `settings.train_bytes` of UTF-8 text from JSONL files and publishes the model in folder `out`.
 
     The same texts give the same model, whatever files they come in and in whatever order. `progress` is
     called with the bytes of text read since its last call. `controls` are control symbols beside SPECIALS, with the
@@ -57,12 +54,12 @@ def train(
     Errors: ValueError for missing or broken files, no text, or a vocabulary larger than the text supports.
     """
     specials = (*SPECIALS, *controls)
-    if vocab_size < (least := len(specials) + 256 + 1):
+    if settings.vocab_size < (least := len(specials) + 256 + 1):
         raise ValueError(
-            f"tokenizer.vocab_size = {vocab_size} is too small: {len(specials)} control symbols, 256 bytes and "
-            f"one piece take {least}"
+            f"tokenizer.vocab_size = {settings.vocab_size} is too small: {len(specials)} control symbols, 256 "
+            f"bytes and one piece take {least}"
         )
-    sample, used, available = _sample(inputs, train_bytes, seed, progress)
+    sample, used, available = _sample(inputs, settings.train_bytes, settings.seed, progress)
     if not sample:
         raise ValueError(f"no text to train a tokenizer on in {len(inputs)} files; check what the filters dropped")
     written = io.BytesIO()
@@ -71,9 +68,9 @@ def train(
             sentence_iterator=iter(sample),
             model_writer=written,
             model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
-            max_sentencepiece_length=max_piece_length,
+            vocab_size=settings.vocab_size,
+            character_coverage=settings.character_coverage,
+            max_sentencepiece_length=settings.max_piece_length,
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -97,22 +94,22 @@ def train(
         said = " ".join(str(error).split())
         remedy = _remedy(said)
         raise ValueError(
-            f"sentencepiece cannot make tokenizer.vocab_size = {vocab_size} pieces from {used:,} bytes of "
+            f"sentencepiece cannot make tokenizer.vocab_size = {settings.vocab_size} pieces from {used:,} bytes of "
             f"text; {remedy} (it says: {said})"
         ) from None
     model = written.getvalue()
     info = {
         "kind": KIND,
-        "vocab_size": vocab_size,
+        "vocab_size": settings.vocab_size,
         "special_ids": {name: number for number, name in enumerate(specials)},
         "sha256": hashlib.sha256(model).hexdigest(),
         "trained_on_bytes": used,
         "available_bytes": available,
         "settings": {
-            "seed": seed,
-            "train_bytes": train_bytes,
-            "character_coverage": character_coverage,
-            "max_piece_length": max_piece_length,
+            "seed": settings.seed,
+            "train_bytes": settings.train_bytes,
+            "character_coverage": settings.character_coverage,
+            "max_piece_length": settings.max_piece_length,
         },
     }
     out = Path(out)

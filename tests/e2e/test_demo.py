@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.tokens.store import Shards
+from data_pipeline.tokens.store import SourceStores
 from data_pipeline.tokens.tokenizer import Tokenizer
 from launch.demo import STAGES
 
@@ -65,7 +65,7 @@ def entropy_of_frequencies(data: Path) -> float:
     plan = json.loads((data / "plan/plan.json").read_text())
     share = np.zeros(Tokenizer.load(data / "tokenizer").vocab_size)
     for source, weight in plan["weights"].items():
-        stores = Shards.in_folder(data / "tokens/train" / source).stores
+        stores = SourceStores.in_folder(data / "tokens/train" / source).stores
         ids = np.concatenate([store.tokens(document) for store in stores for document in range(len(store))])
         share += weight * np.bincount(ids, minlength=len(share)) / len(ids)
     share = share[share > 0] / sum(plan["weights"].values())

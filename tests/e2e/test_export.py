@@ -12,6 +12,7 @@ import tomli_w
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import generate, huggingface, import_hf
@@ -48,11 +49,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokens,
         tokenizer,
         folder / "plan",
-        seq_length=SEQ_LENGTH,
-        samples=32,
-        seed=1,
-        weights={"code": 1.0, "prose": 1.0},
-        max_epochs=8,
+        PlanConfig(seq_length=SEQ_LENGTH, samples=32, seed=1, weights={"code": 1.0, "prose": 1.0}, max_epochs=8),
     )
     return folder / "plan"
 

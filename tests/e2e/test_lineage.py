@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import tomli_w
 
+from configs.data import TokenizerConfig
 from configs.loader import ConfigError
+from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT, PLAN
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.tokenizer import Tokenizer, train
@@ -50,10 +52,11 @@ def trained(call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, a pretraining run of four steps on it, and another tokenizer with as many tokens."""
     base = tmp_path_factory.mktemp("lineage")
     tokens, tokenizer = make_tokens(base / "data")
-    plan = {"seq_length": SEQ_LENGTH, "samples": 40, "seed": 1, "weights": {"code": 1.0, "prose": 1.0}, "max_epochs": 8}
-    build_plan(tokens, tokenizer, base / "data/plan", **plan)
+    weights = {"code": 1.0, "prose": 1.0}
+    plan = PlanConfig(seq_length=SEQ_LENGTH, samples=40, seed=1, weights=weights, max_epochs=8)
+    build_plan(tokens, tokenizer, base / "data/plan", plan)
     other = [{"text": Path(os.__file__).read_text(encoding="utf-8")[:30_000], "id": "0", "metadata": {}}]
-    train([write_shard(base / "other.jsonl.zst", other)], base / "other", VOCAB)
+    train([write_shard(base / "other.jsonl.zst", other)], base / "other", TokenizerConfig(vocab_size=VOCAB))
     assert call("pretrain.train", pretraining(base))["status"] == 0
     return base
 

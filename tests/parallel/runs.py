@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.mixture.earlier import find
 from data_pipeline.provenance import trace
-from data_pipeline.provenance.lookup import steps, stretches
+from data_pipeline.provenance.lookup import data_spans, steps
 from pretrain.checkpoint import storage
 from tests.parallel.harness import Ranks
 from tests.parallel.matrix import MODELS
@@ -47,12 +47,12 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 def trained_on(run_dir: Path) -> list[dict[str, Any]]:
     """Every segment of every step, as `trivium data trace` finds them."""
-    run, found = stretches(run_dir), []
+    run, found = data_spans(run_dir), []
     for step in range(storage.steps(run_dir)[-1]):
-        stretch = next(one for one in reversed(run) if one.first_step <= step)
-        plan = find(stretch.plan, stretch.data)
+        data_span = next(one for one in reversed(run) if one.first_step <= step)
+        plan = find(data_span.plan, data_span.data)
         assert plan is not None
-        segments = trace.batch(plan, stretch, step)
+        segments = trace.batch(plan, data_span, step)
         assert all(steps(run, plan, [segment["sample"]]) == [step] for segment in segments)
         found += [{**segment, "step": step} for segment in segments]
     return found

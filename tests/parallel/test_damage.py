@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.store import Store
@@ -24,8 +25,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tokens, tokenizer and plan."""
     folder = tmp_path_factory.mktemp("data")
     tokens, tokenizer = make_tokens(folder)
-    settings: dict[str, Any] = {"seq_length": SEQ_LENGTH, "samples": 400, "seed": 1, "temperature": 1.0}
-    build_plan(tokens, tokenizer, folder / "plan", **settings)
+    plan = PlanConfig(seq_length=SEQ_LENGTH, samples=400, seed=1, temperature=1.0)
+    build_plan(tokens, tokenizer, folder / "plan", plan)
     return folder
 
 

@@ -12,7 +12,7 @@ from configs.train import ScheduleConfig
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan
-from data_pipeline.tokens.store import Shards
+from data_pipeline.tokens.store import SourceStores
 from pretrain.checkpoint import inspection, storage
 from pretrain.schedule import learning_rate
 from tests.parallel.harness import RanksOf
@@ -90,7 +90,7 @@ def assert_exactly_once(tokens: Path, segments: list[dict[str, Any]]) -> None:
             if segment["source"] == source
             for k in range(segment["length"])
         )
-        (store,) = Shards.in_folder(tokens / "train" / source).stores
+        (store,) = SourceStores.in_folder(tokens / "train" / source).stores
         counts = {used[document, k] for document in range(len(store)) for k in range(store.lengths[document])}
         assert max(counts) - min(counts) <= 1 <= max(counts)
 

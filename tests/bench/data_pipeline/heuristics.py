@@ -149,12 +149,12 @@ def _agreement(
 
 def spans(text: str, language: str) -> tuple[np.ndarray, np.ndarray]:
     """(starts, ends) of datatrove's words."""
-    starts, place = [], 0
+    starts, position = [], 0
     words = split_into_words(text, language)
     for word in words:
-        place = text.index(word, place)
-        starts.append(place)
-        place += len(word)
+        position = text.index(word, position)
+        starts.append(position)
+        position += len(word)
     lengths = np.array([len(word) for word in words], np.int32)
     return np.array(starts, np.int32), np.array(starts, np.int32) + lengths
 

@@ -88,7 +88,7 @@ def size_mb(documents: Sequence[str]) -> float:
 def spread(items: Sequence[Any], sizes: Sequence[int], megabytes: float) -> list[Any]:
     """Some of `items`, evenly taken, of up to about so many megabytes."""
     step = max(1.0, sum(sizes) / 1e6 / megabytes)
-    return [items[int(place * step)] for place in range(int(len(items) / step))]
+    return [items[int(index * step)] for index in range(int(len(items) / step))]
 
 
 def cpu_seconds(work: Callable[[], Any], times: int = 1) -> float:

@@ -31,13 +31,14 @@ from rich.console import Console
 from configs.data import DataConfig
 from configs.dedup import DedupConfig
 from configs.loader import validate
+from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.stage import perform, sole_user
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.dedup.signatures import MinHasher
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.tasks import quiet
 from data_pipeline.provenance.recall import similar_pairs
-from data_pipeline.run import all_stages
+from data_pipeline.run import recipe as every_stage
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
 from tests.bench.data_pipeline.measure import LANGUAGES, Result, cpu_seconds, size_mb, texts
@@ -114,7 +115,7 @@ def _ours(source: str, corpus: Path, folder: Path) -> tuple[float, set[int]]:
     config = validate(DataConfig, tree)
     seconds = 0.0
     with sole_user(folder):
-        stages = all_stages(config, folder, Console(file=io.StringIO()), LocalExecutor(1))
+        stages = every_stage(RunContext(config, folder, Console(file=io.StringIO()), LocalExecutor(1)))
         timed = [stage.name for stage in stages if stage.name in ("signatures", "dedup", "documents")]
         for stage in stages[: 1 + [stage.name for stage in stages].index("documents")]:
             spent = cpu_seconds(lambda stage=stage: perform(stage, folder, None))  # type: ignore[misc]

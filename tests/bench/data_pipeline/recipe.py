@@ -40,13 +40,14 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import load
+from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shards import read_records, shard_path, shards_under
 from data_pipeline.core.stage import perform, sole_user
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.tasks import quiet
 from data_pipeline.language.identification import model_path
-from data_pipeline.run import all_stages
+from data_pipeline.run import recipe as every_stage
 from tests.bench.data_pipeline.definitions import why
 from tests.bench.data_pipeline.heuristics import peers
 from tests.bench.data_pipeline.measure import DEMO, LANGUAGES, ROOT, Result, cpu_seconds, spread
@@ -113,7 +114,7 @@ def _ours(corpus: Path, run_dir: Path) -> Fates:
     config = demo_config(corpus, run_dir)
     with sole_user(run_dir):
         quiet(None)
-        for stage in all_stages(config, run_dir, Console(file=io.StringIO()), LocalExecutor(1)):
+        for stage in every_stage(RunContext(config, run_dir, Console(file=io.StringIO()), LocalExecutor(1))):
             perform(stage, run_dir, None)
             if stage.name == "documents":
                 break

@@ -21,11 +21,12 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import validate
+from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shards import shards_under
-from data_pipeline.core.stage import Done, perform, sole_user
+from data_pipeline.core.stage import PublishedStage, perform, sole_user
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.tasks import quiet
-from data_pipeline.run import all_stages
+from data_pipeline.run import recipe as every_stage
 from tests.bench.data_pipeline import recipe
 from tests.bench.data_pipeline.measure import DEMO, ROOT, Result, cpu_seconds
 
@@ -66,10 +67,10 @@ def measure(corpus: str, files: Path, run_dir: Path) -> list[Result]:
     config, rows = config_of(corpus, files, run_dir), []
     with sole_user(run_dir):
         quiet(None)
-        for stage in all_stages(config, run_dir, Console(file=io.StringIO()), LocalExecutor(1)):
+        for stage in every_stage(RunContext(config, run_dir, Console(file=io.StringIO()), LocalExecutor(1))):
             _forget_peak()
             before = _counters()
-            done: list[Done] = []
+            done: list[PublishedStage] = []
             seconds = cpu_seconds(lambda stage=stage, done=done: done.append(perform(stage, run_dir, None)))
             read, written = (now - then for now, then in zip(_counters(), before, strict=True))
             paths = [path for path in (run_dir / stage.name).rglob("*") if path.is_file()]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from configs.data import TokenizerConfig
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer, train
 from tests.bench.data_pipeline.measure import Result, cpu_seconds, size_mb, texts
@@ -27,7 +28,7 @@ def run(source: str, megabytes: float, folder: Path) -> list[Result]:
     paths = {state: folder / f"{state}.jsonl.zst" for state in halves}
     for state, half in halves.items():
         write_shard(paths[state], ({"id": str(n), "text": text} for n, text in enumerate(half)))
-    train(list(paths.values()), folder / "tokenizer", 8192 if source == "english" else 4096)
+    train(list(paths.values()), folder / "tokenizer", TokenizerConfig(vocab_size=8192 if source == "english" else 4096))
     tokenizer = Tokenizer.load(folder / "tokenizer")
     peer = sentencepiece.SentencePieceProcessor(model_file=tokenizer.origin)
     build(paths["cold"], folder / "warm-up", tokenizer)

@@ -29,9 +29,9 @@ def test_a_refused_run_and_a_dry_run_leave_nothing(tmp_path: Path, capsys: pytes
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     for options in refused:
-        for place in (run, tmp_path / "mine"):
+        for folder in (run, tmp_path / "mine"):
             with pytest.raises(ConfigError):
-                main([str(config), f"run.dir={place}", *options])
+                main([str(config), f"run.dir={folder}", *options])
             assert not run.parent.exists(), options
             assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"], options
     assert main([str(config), f"run.dir={run}", "--dry-run"]) == 0

@@ -1,11 +1,14 @@
 """The data run as its users meet it: conservation, skipping and error messages. Workers and kills are in tests/e2e."""
 
+import contextlib
 import gzip
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,9 @@ from data_pipeline.mixture.earlier import find, first_difference, note_use
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain
 from data_pipeline.run import main
-from tests.data_runs import CONFIG, ROOT, published
+from tests.data_runs import CONFIG, ROOT, ledger, published, run_folder
+
+BROKEN = {"bad_json": 1, "invalid_utf8": 1, "missing_text": 1}  # of the lines in `inputs`
 
 
 @pytest.fixture(scope="module")
@@ -52,80 +57,126 @@ def config(inputs: Path, tmp_path: Path) -> Path:
     return path
 
 
-def ledger(run_dir: Path) -> dict[str, dict]:
-    return {stage["name"]: stage for stage in json.loads((run_dir / "ledger.json").read_text())["stages"]}
+@dataclass(frozen=True)
+class Finished:
+    """A run that all of its stages are done of, and what it printed."""
+
+    config: Path
+    folder: Path
+    said: str
+
+    def counts(self, source: str) -> dict[str, dict]:
+        """Counts of the documents of `source`, by stage."""
+        return {name: stage["sources"][source] for name, stage in ledger(self.folder).items()}
 
 
-def run_folder(config: Path) -> Path:
-    return config.parent / "run"
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "data.toml"
+    config.write_text(CONFIG.format(run=folder / "run", files=inputs))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main([str(config)]) == 0
+    return Finished(config, folder / "run", " ".join(said.getvalue().split()))
 
 
-def test_a_run_conserves_documents_and_is_skipped_when_repeated(config: Path, capsys) -> None:
-    assert main([str(config)]) == 0
-    run_dir = run_folder(config)
-    stages = ledger(run_dir)
-    prose = {name: stage["sources"]["prose"] for name, stage in stages.items()}
-    dropped = prose["extract"]["dropped"]
-    assert {reason: dropped[reason]["documents"] for reason in dropped} == {
-        "bad_json": 1,
-        "invalid_utf8": 1,
-        "missing_text": 1,
-    }
-    assert prose["dedup"]["dropped"]["exact_duplicate"]["documents"] == 1
-    assert prose["dedup"]["dropped"]["near_duplicate"]["documents"] >= 1
-    for counted in stages.values():
+def test_a_run_drops_what_is_broken_or_a_copy(finished: Finished) -> None:
+    counts = finished.counts("prose")
+    dropped = counts["extract"]["dropped"]
+    assert {reason: dropped[reason]["documents"] for reason in dropped} == BROKEN
+    assert counts["dedup"]["dropped"]["exact_duplicate"]["documents"] == 1
+    assert counts["dedup"]["dropped"]["near_duplicate"]["documents"] >= 1
+
+
+def test_every_stage_keeps_or_drops_what_came_in(finished: Finished) -> None:
+    for counted in ledger(finished.folder).values():
         for counts in counted["sources"].values():
             for unit in ("documents", "bytes"):
-                assert counts["in"][unit] == counts["kept"][unit] + sum(
-                    amount[unit] for amount in counts["dropped"].values()
-                )
-    rejected = [json.loads(line) for line in (run_dir / "extract/rejected/prose-0000.jsonl").open()]
+                gone = sum(amount[unit] for amount in counts["dropped"].values())
+                assert counts["in"][unit] == counts["kept"][unit] + gone
+
+
+def test_records_that_cannot_be_used_are_set_aside_and_told(finished: Finished) -> None:
+    rejected = [json.loads(line) for line in (finished.folder / "extract/rejected/prose-0000.jsonl").open()]
     assert [(record["position"], record["reason"]) for record in rejected] == [
         (6, "bad_json"),
         (7, "missing_text"),
         (8, "invalid_utf8"),
     ]
-    assert json.loads((run_dir / "ledger.json").read_text())["set_aside"] == {
-        "bad_json": 1,
-        "invalid_utf8": 1,
-        "missing_text": 1,
-    }
-    said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "3 records set aside (bad_json 1, invalid_utf8 1, missing_text 1), within extract.max_bad_share = 0.1" in said
-    )
-    assert str(run_dir / "extract/rejected") in said
-    written = [record for path in run_dir.glob("documents/*/prose/*.jsonl.zst") for record in read_records(path)]
-    assert len(written) == prose["documents"]["kept"]["documents"]
-    assert sum(len(document["text"].encode()) for document in written) == prose["documents"]["kept"]["bytes"]
-    assert list(run_dir.glob("documents/heldout/prose/*.jsonl.zst"))
+    assert json.loads((finished.folder / "ledger.json").read_text())["set_aside"] == BROKEN
+    reasons = "3 records set aside (bad_json 1, invalid_utf8 1, missing_text 1)"
+    assert f"{reasons}, within extract.max_bad_share = 0.1" in finished.said
+    assert str(finished.folder / "extract/rejected") in finished.said
 
-    capsys.readouterr()
-    assert explain.main([str(config), "--id", "copy"]) == 0
+
+def test_documents_written_are_those_counted(finished: Finished) -> None:
+    kept = finished.counts("prose")["documents"]["kept"]
+    written = [one for path in finished.folder.glob("documents/*/prose/*.jsonl.zst") for one in read_records(path)]
+    assert len(written) == kept["documents"]
+    assert sum(len(document["text"].encode()) for document in written) == kept["bytes"]
+    assert list(finished.folder.glob("documents/heldout/prose/*.jsonl.zst"))
+
+
+def test_a_document_is_followed_through_the_run(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.main([str(finished.config), "--id", "copy"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert any(line.startswith("  extract    source prose, shard prose/") for line in told)
     assert any(re.match(r"    word_count +\d+ +at least 50$", line) for line in told)
     assert any("cluster" in line and "of 2 documents; dropped: exact_duplicate; " in line for line in told)
-    assert explain.main([str(config), "--id", "no text"]) == 0
+    assert explain.main([str(finished.config), "--id", "no text"]) == 0
     assert "set aside: missing_text" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--id 'nobody' is no document of"):
-        explain.main([str(config), "--id", "nobody"])
+        explain.main([str(finished.config), "--id", "nobody"])
 
-    before = published(run_dir)
-    assert main([str(config)]) == 0
-    assert all(not stage["fresh"] for stage in ledger(run_dir).values())
-    assert published(run_dir) == before
+
+def test_what_is_done_is_skipped(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    before = published(finished.folder)
+    assert main([str(finished.config)]) == 0
+    assert all(not stage["fresh"] for stage in ledger(finished.folder).values())
+    assert published(finished.folder) == before
 
     capsys.readouterr()
-    assert main([str(config), "--dry-run", "rules.english.word_count.min=60"]) == 0
+    assert main([str(finished.config), "--dry-run", "rules.english.word_count.min=60"]) == 0
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
     assert said["score"].startswith("done") and said["signatures"].startswith("done")
     assert said["filter"].startswith("would run") and said["plan"].startswith("would run")
 
-    (run_dir / "filter/prose/0000-0000.parquet").unlink()  # a damaged stage is made again, and to the same bytes
-    assert main([str(config)]) == 0
-    assert ledger(run_dir)["filter"]["fresh"] and not ledger(run_dir)["score"]["fresh"]
-    assert published(run_dir) == before
+
+def test_a_damaged_stage_is_made_again_to_the_same_bytes(finished: Finished) -> None:
+    before = published(finished.folder)
+    (finished.folder / "filter/prose/0000-0000.parquet").unlink()
+    assert main([str(finished.config)]) == 0
+    assert ledger(finished.folder)["filter"]["fresh"] and not ledger(finished.folder)["score"]["fresh"]
+    assert published(finished.folder) == before
+
+
+def test_changed_code_is_told_in_one_sentence(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run made by other code is made again, says so and why, and comes to the same bytes."""
+    before = published(finished.folder)
+    shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    for module in ("dedup/greedy.py", "mixture/packing.py"):
+        with (tmp_path / "copy" / module).open("a") as source:
+            source.write("\n# changed")
+    monkeypatch.setattr(stage, "_HERE", tmp_path / "copy")
+    stage._source.cache_clear()
+    reason = "the code that makes these stages, or a package that it uses, was changed since they were made, so that"
+    for dry in (["--dry-run"], []):
+        assert main([str(finished.config), *dry]) == 0
+        told = [line for line in capsys.readouterr().out.splitlines() if "was changed" in line]
+        assert told == [f"{reason} they run again with all that need them: dedup, plan"]
+    assert [name for name, one in ledger(finished.folder).items() if not one["fresh"]] == [
+        "extract",
+        "language",
+        "score",
+        "filter",
+        "signatures",
+    ]
+    assert published(finished.folder) == before
+    assert main([str(finished.config)]) == 0
+    assert "was changed" not in capsys.readouterr().out
+    stage._source.cache_clear()
 
 
 def test_too_many_broken_records_stop_the_run(config: Path, capsys) -> None:

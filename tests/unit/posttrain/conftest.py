@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.data import TokenizerConfig
 from data_pipeline.tokens.tokenizer import MODEL_FILE, Tokenizer, train
 from posttrain.chat_format import ChatFormat
 from tests.shards import write_shard
@@ -18,7 +19,9 @@ TEXT = (
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
-    train([write_shard(directory / "text.jsonl.zst", [{"text": TEXT * 20}])], directory, vocab_size=400)
+    train(
+        [write_shard(directory / "text.jsonl.zst", [{"text": TEXT * 20}])], directory, TokenizerConfig(vocab_size=400)
+    )
     return directory / MODEL_FILE
 
 

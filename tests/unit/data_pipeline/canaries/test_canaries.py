@@ -13,57 +13,38 @@ import pytest
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline import run
-from data_pipeline.alarms import look, missed
-from data_pipeline.canaries.naming import is_canary, realm, salt
+from data_pipeline.canaries.check import look, missed
+from data_pipeline.canaries.naming import canary_of, is_canary, salt
 from data_pipeline.core.tables import shards_of
+from tests.data_runs import data_config
 
 ROOT = Path(__file__).parents[4]
-CONFIG = """
-[run]
-dir = "{folder}/plain"
-workers = 1
-shard_bytes = 60000
 
-[sources.prose]
-files = ["{folder}/prose.jsonl"]
-format = "jsonl"
-rules = {{ en = "english" }}
 
-[extract]
-max_bad_share = 0.1
+def config_in(folder: Path) -> Path:
+    """The config of the run, whose files are in `folder`."""
+    return data_config(
+        folder / "data.toml",
+        {"prose": {"files": [f"{folder}/prose.jsonl"], "format": "jsonl", "rules": {"en": "english"}}},
+        run={"dir": f"{folder}/plain", "shard_bytes": 60000},
+        extract={"max_bad_share": 0.1},
+        rules={
+            "english": {
+                "language_score": {"min": 0.5},
+                "word_count": {"min": 50, "max": 100000},
+                "mean_word_length": {"max": 10},
+                "drop_lines": ["c4"],
+            }
+        },
+        decontaminate={"files": [f"{folder}/evaluation.jsonl"]},
+        lines={"max_copies": 2},
+        substrings={"min_bytes": 200},
+        pii={"actions": {"email": "replace", "key": "drop_document"}},
+        documents={"cut_share_max": 0.5},
+        heldout={"share": 0.1},
+    )
 
-[rules.english]
-language_score = {{ min = 0.5 }}
-word_count = {{ min = 50, max = 100000 }}
-mean_word_length = {{ max = 10 }}
-drop_lines = ["c4"]
 
-[decontaminate]
-files = ["{folder}/evaluation.jsonl"]
-
-[lines]
-max_copies = 2
-
-[substrings]
-min_bytes = 200
-
-[pii]
-actions = {{ email = "replace", key = "drop_document" }}
-
-[documents]
-cut_share_max = 0.5
-
-[heldout]
-share = 0.1
-
-[tokenizer]
-vocab_size = 400
-
-[mixture]
-seq_length = 64
-samples = 50
-weights = {{ prose = 1.0 }}
-"""
 EMPTY_PAGE = "<html><body><script>1</script></body></html>"
 KEY = "ghp_" + "aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3zA5"
 
@@ -88,9 +69,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prose.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
     question = " ".join(texts[7].split()[50:90])
     (folder / "evaluation.jsonl").write_text(json.dumps({"text": question}) + "\n", encoding="utf-8")
-    path = folder / "data.toml"
-    path.write_text(CONFIG.format(folder=folder))
-    return path
+    return config_in(folder)
 
 
 def planted(config: Path) -> dict[str, dict[str, Any]]:
@@ -261,7 +240,7 @@ def test_a_canary_that_cannot_be_caught_is_an_error(config: Path, canary: dict[s
         load(DataConfig, with_canaries(config, {"one": canary}, "wrong"))
 
 
-def test_realms_are_one_for_all_sources_and_one_for_each_canary() -> None:
-    assert realm("a/0000-0000") == realm("b/0001-0000") == "" and salt("a/0000-0000") == 0
-    assert realm("a.canaries/0001-0000") == realm("a.canaries/0001-0001") != realm("a.canaries/0002-0000")
+def test_only_canaries_are_kept_apart_each_from_every_other() -> None:
+    assert canary_of("a/0000-0000") == canary_of("b/0001-0000") == "" and salt("a/0000-0000") == 0
+    assert canary_of("a.canaries/0001-0000") == canary_of("a.canaries/0001-0001") != canary_of("a.canaries/0002-0000")
     assert salt("a.canaries/0001-0000") not in (0, salt("a.canaries/0002-0000"), salt("b.canaries/0001-0000"))

@@ -15,7 +15,7 @@ from datatrove.data import Document
 from configs.cuts import LinesConfig, SubstringsConfig
 from data_pipeline.core.tables import as_table, write_table
 from data_pipeline.cutting import copies, substrings
-from data_pipeline.cutting.copies import CountUnits, ShareOut, Units
+from data_pipeline.cutting.copies import CountUnits, ShareOut, TextUnits
 from data_pipeline.cutting.cuts import Cut, CutStep, apply, merge, read_cuts
 from data_pipeline.cutting.lines import CutLines, Lines
 from data_pipeline.cutting.substrings import CutSubstrings, Minimizers, Windows
@@ -42,7 +42,7 @@ def keep_all(folder: Path, corpus: Corpus) -> str:
     return str(folder)
 
 
-def count(folder: Path, corpus: Corpus, select: str, units: Units, cap: int, tasks: int, partitions: int) -> str:
+def count(folder: Path, corpus: Corpus, select: str, units: TextUnits, cap: int, tasks: int, partitions: int) -> str:
     shards = sorted(corpus)
     for rank in range(tasks):
         step = CountUnits(str(folder / "counts"), select, shards, units, partitions)
@@ -96,8 +96,8 @@ def real_corpus() -> Corpus:
         for number, text in enumerate(some):
             donor = draw.choice(some)
             start, size = draw.randrange(max(1, len(donor) - 900)), draw.randrange(40, 900)
-            place = draw.randrange(len(text))
-            some[number] = text[:place] + donor[start : start + size] + text[place:]
+            position = draw.randrange(len(text))
+            some[number] = text[:position] + donor[start : start + size] + text[position:]
         half = len(some) // 2
         corpus |= {f"{source}/0000-0000": some[:half], f"{source}/0000-0001": some[half:]}
     return corpus

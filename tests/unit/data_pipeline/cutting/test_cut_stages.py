@@ -8,58 +8,37 @@ import pytest
 
 from data_pipeline.core.shards import read_records, shard_path, shards_under
 from data_pipeline.run import main
-from tests.data_runs import published
+from tests.data_runs import data_config, ledger, published
 from tests.unit.data_pipeline.conftest import demo_records, write_jsonl
-from tests.unit.data_pipeline.test_run import ledger
 
-CONFIG = """
-[run]
-dir = "{folder}/run"
-workers = 1
-shard_bytes = 60000
 
-[sources.prose]
-files = ["{folder}/in/prose.jsonl.gz"]
-format = "jsonl"
-rules = {{ any = "all" }}
+def config_in(folder: Path) -> Path:
+    """The config of the run, whose files are in `folder`."""
+    return data_config(
+        folder / "data.toml",
+        {
+            "prose": {"files": [f"{folder}/in/prose.jsonl.gz"], "format": "jsonl", "rules": {"any": "all"}},
+            "novel": {"files": [f"{folder}/in/novel.jsonl.gz"], "format": "jsonl", "rules": {"any": "cjk"}},
+        },
+        run={"shard_bytes": 60000},
+        rules={"cjk": {"splitter": "cjk", "word_count": {"min": 20}}, "all": {"word_count": {"min": 20}}},
+        decontaminate={"files": [f"{folder}/in/questions.jsonl"], "action": "drop"},
+        lines={"max_copies": 2, "min_chars": 12},
+        substrings={"min_bytes": 150},
+        pii={
+            "actions": {
+                "email": "replace",
+                "ip": "replace",
+                "phone": "replace",
+                "key": "replace",
+                "card": "drop_document",
+            }
+        },
+        tokenizer={"vocab_size": 3000},
+        heldout={"share": 0.1},
+        mixture={"samples": 100},
+    )
 
-[sources.novel]
-files = ["{folder}/in/novel.jsonl.gz"]
-format = "jsonl"
-rules = {{ any = "cjk" }}
-
-[rules.cjk]
-splitter = "cjk"
-word_count = {{ min = 20 }}
-
-[rules.all]
-word_count = {{ min = 20 }}
-
-[decontaminate]
-files = ["{folder}/in/questions.jsonl"]
-action = "drop"
-
-[lines]
-max_copies = 2
-min_chars = 12
-
-[substrings]
-min_bytes = 150
-
-[pii]
-actions = {{ email = "replace", ip = "replace", phone = "replace", key = "replace", card = "drop_document" }}
-
-[tokenizer]
-vocab_size = 3000
-
-[heldout]
-share = 0.1
-
-[mixture]
-seq_length = 64
-samples = 100
-weights = {{ prose = 1.0, novel = 1.0 }}
-"""
 
 LINE = "Please subscribe to our newsletter, dear reader."
 PASSAGE = (
@@ -98,9 +77,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(inputs: Path, tmp_path: Path) -> Path:
     (tmp_path / "in").symlink_to(inputs)
-    path = tmp_path / "data.toml"
-    path.write_text(CONFIG.format(folder=tmp_path))
-    return path
+    return config_in(tmp_path)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

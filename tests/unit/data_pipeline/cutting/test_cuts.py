@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.cutting.cuts import Cut, Merged, apply, byte_offsets, merge, read_cuts, write_cuts
+from data_pipeline.cutting.cuts import Cut, MergedCuts, apply, byte_offsets, merge, read_cuts, write_cuts
 from tests.unit.data_pipeline.conftest import demo_records
 
 TEXT = "第一回 宴桃园豪杰三结义 — naïve café, 😀 and so on. " * 3
@@ -27,26 +27,28 @@ def applied_slowly(text: str, cuts: list[Cut]) -> tuple[str, dict[str, int]]:
     raw = text.encode()
     reasons: list[str | None] = [None] * len(raw)
     for cut in sorted(cuts, key=lambda cut: cut.start):
-        for place in range(cut.start, cut.end):
-            reasons[place] = reasons[place] or cut.reason
-    removed_for_good = {place for cut in cuts if not cut.replacement for place in range(cut.start, cut.end)}
-    bridged = {place for cut in cuts for place in range(cut.start + 1, cut.end)}  # not a seam between two spans
-    out, place = b"", 0
-    while place < len(raw):
-        if reasons[place] is None:
-            out += raw[place : place + 1]
-            place += 1
+        for position in range(cut.start, cut.end):
+            reasons[position] = reasons[position] or cut.reason
+    removed_for_good = {position for cut in cuts if not cut.replacement for position in range(cut.start, cut.end)}
+    bridged = {position for cut in cuts for position in range(cut.start + 1, cut.end)}  # not a seam between two spans
+    out, position = b"", 0
+    while position < len(raw):
+        if reasons[position] is None:
+            out += raw[position : position + 1]
+            position += 1
             continue
-        end = place + 1
+        end = position + 1
         while end < len(raw) and end in bridged:
             end += 1
         standing = [
             cut
             for cut in sorted(cuts, key=lambda cut: (cut.start, -cut.end))
-            if place <= cut.start < end and cut.replacement and not set(range(cut.start, cut.end)) <= removed_for_good
+            if position <= cut.start < end
+            and cut.replacement
+            and not set(range(cut.start, cut.end)) <= removed_for_good
         ]
         out += standing[0].replacement.encode() if standing else b""
-        place = end
+        position = end
     totals: dict[str, int] = {}
     for reason in reasons:
         if reason:
@@ -84,15 +86,15 @@ def test_precedence(cuts: list[tuple[int, int, str]], expected: str) -> None:
 
 def test_a_cut_inside_a_character_is_refused() -> None:
     with pytest.raises(ValueError, match="bytes 1 to 3 does not lie between characters of 6"):
-        apply("回宴", Merged([(1, 3, "")], {"why": 2}))
+        apply("回宴", MergedCuts([(1, 3, "")], {"why": 2}))
     with pytest.raises(ValueError, match="does not lie between characters"):
-        apply("ab", Merged([(1, 3, "")], {"why": 2}))
+        apply("ab", MergedCuts([(1, 3, "")], {"why": 2}))
 
 
 def test_byte_offsets_on_real_text() -> None:
     for record in [*demo_records("chinese")[:2], *demo_records("english")[:2]]:
-        places = [len(record["text"]), 0, 7, 500, 7]
-        assert byte_offsets(record["text"], places) == [len(record["text"][:place].encode()) for place in places]
+        offsets = [len(record["text"]), 0, 7, 500, 7]
+        assert byte_offsets(record["text"], offsets) == [len(record["text"][:end].encode()) for end in offsets]
 
 
 def test_tables_of_cuts_keep_the_order_of_stages(tmp_path: Path) -> None:

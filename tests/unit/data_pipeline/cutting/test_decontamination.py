@@ -21,7 +21,7 @@ from data_pipeline.core.tables import as_table, read_table, write_table
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.decontamination import Decontaminate
 from data_pipeline.cutting.evaluation_items import read_items
-from data_pipeline.cutting.ngram_index import Probes, require_probes, words_of
+from data_pipeline.cutting.ngram_index import NgramIndex, require_ngrams, words_of
 from tests.unit.data_pipeline.conftest import demo_records
 
 
@@ -30,9 +30,9 @@ def jsonl(path: Path, records: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def probes_of(files: list[str], **settings: Any) -> Probes:
+def index_of(files: list[str], **settings: Any) -> NgramIndex:
     config = DecontaminateConfig(files=tuple(files), **settings)
-    return Probes.of(read_items(files, config), config)
+    return NgramIndex.of(read_items(files, config), config)
 
 
 def human_eval() -> str:
@@ -46,32 +46,32 @@ def ngrams(text: str, size: int) -> set[tuple[str, ...]]:
     words: list[str] = []
     for run in re.findall(r"\w+", text.lower()):
         words += [part for part in re.split(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff])", run) if part]
-    return {tuple(words[place : place + size]) for place in range(len(words) - size + 1)}
+    return {tuple(words[position : position + size]) for position in range(len(words) - size + 1)}
 
 
 def test_human_eval_is_found_where_it_is_and_nowhere_else() -> None:
     """Every problem, changed in case, punctuation and line breaks, in the middle of a real module; and the
     standard library by itself, in which 13 words in a row are a problem's only by accident."""
     file = human_eval()
-    probes = probes_of([file], text_keys=("prompt", "canonical_solution"), id_key="task_id")
+    ngram_index = index_of([file], text_keys=("prompt", "canonical_solution"), id_key="task_id")
     with gzip.open(file, "rt") as lines:
         problems = [json.loads(line) for line in lines]
     code = [record["text"] for record in demo_records("code")]
-    summary = probes.summary()
+    summary = ngram_index.summary()
     assert summary == {file: summary[file] | {"items": 164, "too_short": 0}}
-    assert all(not probes.matches(text, 0.0) for text in code)
-    probes = probes_of([file], text_keys=("prompt",), id_key="task_id")
+    assert all(not ngram_index.matches(text, 0.0) for text in code)
+    ngram_index = index_of([file], text_keys=("prompt",), id_key="task_id")
     draw = random.Random(3)
     for number, problem in enumerate(problems):
         host = draw.choice(code)
         disguised = problem["prompt"].upper().replace("\n", "\r\n  ").replace(",", " ;").replace('"', "'")
-        place = draw.randrange(len(host))
-        matches = probes.matches(f"{host[:place]}\n{disguised}\n{host[place:]}", 0.0)
-        whole = {probes.names[match.item][1]: match.spans for match in matches if match.share == 1}
+        position = draw.randrange(len(host))
+        matches = ngram_index.matches(f"{host[:position]}\n{disguised}\n{host[position:]}", 0.0)
+        whole = {ngram_index.names[match.item][1]: match.spans for match in matches if match.share == 1}
         assert problem["task_id"] in whole, number
         assert len(whole) == 1 or whole.keys() == {"HumanEval/56", "HumanEval/61"}  # the same but for brackets
         ((start, end),) = whole[problem["task_id"]]
-        assert place <= start < end <= place + len(disguised) + 2
+        assert position <= start < end <= position + len(disguised) + 2
 
 
 @pytest.mark.parametrize(("source", "size"), [("english", 13), ("chinese", 26)])
@@ -81,9 +81,9 @@ def test_matches_agree_with_sets_of_ngrams(tmp_path: Path, source: str, size: in
     texts = [record["text"] for record in demo_records(source)][:8]
     items = []
     for text in texts[:4]:
-        items += [text[place : place + 300] for place in draw.sample(range(len(text) - 300), 5)]
+        items += [text[position : position + 300] for position in draw.sample(range(len(text) - 300), 5)]
     file = jsonl(tmp_path / "items.jsonl", [{"id": f"q{number}", "text": text} for number, text in enumerate(items)])
-    probes = probes_of([file])
+    ngram_index = index_of([file])
     documents = [text[part : part + 4000] for text in texts for part in range(0, min(len(text), 40_000), 4000)]
     found = 0
     for document in documents:
@@ -93,8 +93,8 @@ def test_matches_agree_with_sets_of_ngrams(tmp_path: Path, source: str, size: in
             wanted = ngrams(item, size)
             if wanted & have:
                 expected[f"q{number}"] = (len(wanted & have), len(wanted & have) / len(wanted))
-        matches = probes.matches(document, 0.0)
-        assert {probes.names[match.item][1]: (match.ngrams, match.share) for match in matches} == expected
+        matches = ngram_index.matches(document, 0.0)
+        assert {ngram_index.names[match.item][1]: (match.ngrams, match.share) for match in matches} == expected
         for match in matches:
             wanted = ngrams(items[match.item], size)
             assert all(ngrams(document[start:end], size) <= wanted for start, end in match.spans)
@@ -104,11 +104,16 @@ def test_matches_agree_with_sets_of_ngrams(tmp_path: Path, source: str, size: in
 
 def test_short_items_are_looked_for_whole_or_not_at_all(tmp_path: Path) -> None:
     texts = ["What is the capital of France, if any?", "Yes, it is.", "请问中国古代四大名著是哪四部书呢", "四大名著"]
-    probes = probes_of([jsonl(tmp_path / "short.jsonl", [{"id": text, "text": text} for text in texts])])
-    assert probes.summary()[str(tmp_path / "short.jsonl")] == {"items": 4, "too_short": 2, "ngrams": 2, "longest": 8}
+    ngram_index = index_of([jsonl(tmp_path / "short.jsonl", [{"id": text, "text": text} for text in texts])])
+    assert ngram_index.summary()[str(tmp_path / "short.jsonl")] == {
+        "items": 4,
+        "too_short": 2,
+        "ngrams": 2,
+        "longest": 8,
+    }
 
     def named(text: str) -> list[str]:
-        return [probes.names[match.item][1] for match in probes.matches(text, 0.0)]
+        return [ngram_index.names[match.item][1] for match in ngram_index.matches(text, 0.0)]
 
     assert named("He asked: what is the CAPITAL of France - if any - and left. Yes, it is.") == texts[:1]
     assert named("又问：“请问，中国古代四大名著，是哪四部书呢？”四大名著也。") == [texts[2]]
@@ -117,18 +122,18 @@ def test_short_items_are_looked_for_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_share_of_an_item_can_be_asked_for(tmp_path: Path) -> None:
     item = " ".join(f"word{number}" for number in range(40))  # 28 n-grams of 13
-    probes = probes_of([jsonl(tmp_path / "a.jsonl", [{"text": item}])])
+    ngram_index = index_of([jsonl(tmp_path / "a.jsonl", [{"text": item}])])
     half = " ".join(item.split()[:26])
-    assert [match.share for match in probes.matches(half, 0.5)] == [0.5]
-    assert probes.matches(half, 0.51) == []
-    assert probes.names == [[str(tmp_path / "a.jsonl"), "1"]]
+    assert [match.share for match in ngram_index.matches(half, 0.5)] == [0.5]
+    assert ngram_index.matches(half, 0.51) == []
+    assert ngram_index.names == [[str(tmp_path / "a.jsonl"), "1"]]
 
 
 def test_words_are_found_at_their_places() -> None:
     text = "İSTANBUL’da, don't—宴桃园! x_1\n"  # a small İ would be two characters
     words = words_of(text)
-    places = zip(words.starts.tolist(), words.ends.tolist(), strict=True)
-    assert [text[start:end] for start, end in places] == ["İSTANBUL", "da", "don", "t", *"宴桃园", "x_1"]
+    positions = zip(words.starts.tolist(), words.ends.tolist(), strict=True)
+    assert [text[start:end] for start, end in positions] == ["İSTANBUL", "da", "don", "t", *"宴桃园", "x_1"]
     assert words.cjk == 3
     assert words_of("DON'T").hashes.tolist() == words_of("don’t").hashes.tolist()
 
@@ -138,9 +143,11 @@ def run_step(folder: Path, text: str, **settings: Any) -> tuple[str, list[dict[s
     item = "The quick brown fox jumps over the lazy dog and runs away into the deep dark forest."
     file = jsonl(folder / "fox.jsonl", [{"id": "fox", "text": item}])
     config = DecontaminateConfig(files=(file,), **settings)
-    probes_of([file]).save(folder / "probes")
+    index_of([file]).save(folder / "ngram_index")
     write_table(folder / "kept", "s/0", as_table([{"row": 0, "verdict": ""}]))
-    step = Decontaminate(str(folder / "out"), str(folder / "t"), str(folder / "kept"), config, str(folder / "probes"))
+    step = Decontaminate(
+        str(folder / "out"), str(folder / "t"), str(folder / "kept"), config, str(folder / "ngram_index")
+    )
     metadata = {"source": "s", "shard": "s/0", "row": 0, "bytes": len(text.encode())}
     list(step.run(iter([Document(text=text, id="d", metadata=metadata)]), 0, 1))
     left = apply(text, merge(read_cuts([folder / "out"], "s/0").get(0, [])))
@@ -173,13 +180,13 @@ def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n{"text": 5}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 2: expected a string, or a list of strings, under 'text'"):
-        probes_of([str(path)])
+        index_of([str(path)])
     path.write_text('{"text": "cut\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: .*; repair it"):
-        probes_of([str(path)])
+        index_of([str(path)])
     path.write_text('{"text": "too short"}\n')
     with pytest.raises(ValueError, match="none of its 1 items has enough words"):
-        require_probes(probes_of([str(path)]).summary())
+        require_ngrams(index_of([str(path)]).summary())
 
 
 QUESTIONS = [
@@ -199,7 +206,7 @@ def test_an_evaluation_file_without_items_ends_the_run(tmp_path: Path, kind: str
     if kind == "parquet":
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none")
     with pytest.raises(ValueError, match="none holds no items; get it anew, or leave it out"):
-        probes_of([jsonl(tmp_path / "some", [{"text": "one two three"}]), str(tmp_path / "none")])
+        index_of([jsonl(tmp_path / "some", [{"text": "one two three"}]), str(tmp_path / "none")])
 
 
 def items_of(path: str, **settings: Any) -> list[tuple[str, str]]:
@@ -266,10 +273,10 @@ def test_an_evaluation_file_that_cannot_be_read_ends_the_run(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        probes_of([str(tmp_path / name)], **settings)
+        index_of([str(tmp_path / name)], **settings)
 
 
 def test_a_parquet_row_without_text_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: expected a string"):
-        probes_of([str(tmp_path / "a.parquet")])
+        index_of([str(tmp_path / "a.parquet")])

@@ -12,11 +12,11 @@ import pytest
 
 from configs.dedup import DedupConfig
 from data_pipeline.core.tables import write_table
-from data_pipeline.dedup.clusters import Arrays, Population, count_members, join, label
+from data_pipeline.dedup.clusters import ClusterArrays, Population, count_members, join, label
 from data_pipeline.dedup.greedy import jaccard
-from data_pipeline.dedup.pairs import NOT_KEPT, EarlierRun, FindPairs, Numbering, earlier_code, jobs, linked
+from data_pipeline.dedup.pairs import NOT_KEPT, EarlierRun, FindPairs, Numbering, earlier_code, key_ranges, linked
 from data_pipeline.dedup.signatures import MinHasher, exact_hash, read_range, url_key, write_keys
-from data_pipeline.dedup.survivors import Choose, chosen
+from data_pipeline.dedup.survivors import ChooseSurvivors, chosen
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
 
@@ -70,7 +70,7 @@ def test_shingles_are_windows_of_words_without_punctuation() -> None:
     """Equal windows have equal hashes, wherever they stand; the rolling hash agrees with a fresh one."""
     words = np.random.default_rng(0).choice(["a", "b", "ab", "c"], 300).tolist()
     found = shingles(", ".join(words).upper() + "!", 5)
-    grams = [tuple(words[place : place + 5]) for place in range(len(words) - 4)]
+    grams = [tuple(words[position : position + 5]) for position in range(len(words) - 4)]
     assert len(found) == len(grams)
     by_gram = defaultdict(set)
     for gram, value in zip(grams, found.tolist(), strict=True):
@@ -125,11 +125,11 @@ def test_who_survives_does_not_depend_on_the_parts(tmp_path: Path, parts: int) -
     np.save(tmp_path / "met.npy", np.arange(0, 40, 4))
     earlier = [EarlierRun(str(tmp_path), Numbering(tmp_path / "dedup"), 0, {})]
     population = Population(Numbering(tmp_path / "filter"), earlier, str(tmp_path / "met.npy"))
-    arrays = Arrays(tmp_path, population.documents, "w+")
+    arrays = ClusterArrays(tmp_path, population.documents, "w+")
     arrays.of("labels")[:] = np.sort(draw.integers(0, 120, 310))[draw.permutation(310)]
     count_members(arrays.of("labels"), arrays.of("sizes"))
     arrays.of("quality")[:], arrays.of("chars")[:] = draw.integers(0, 3, 310) / 2, draw.integers(0, 3, 310)
-    step = Choose(str(tmp_path), population, parts, False, None, "")
+    step = ChooseSurvivors(str(tmp_path), population, parts, False, None, "")
     for rank in range(2):
         list(step.run(None, rank, 2))
     found = np.concatenate([np.load(tmp_path / chosen(part)) for part in range(parts)], axis=1)
@@ -148,7 +148,7 @@ def test_who_survives_does_not_depend_on_the_parts(tmp_path: Path, parts: int) -
 
 
 def test_ranges_cover_every_key_once() -> None:
-    todo = jobs([0, 3], documents=1000, memory=10_000)
+    todo = key_ranges([0, 3], documents=1000, memory=10_000)
     assert len(todo) == 2 * 5
     for kind in (0, 3):
         mine = [job for job in todo if job.kind == kind]
@@ -166,7 +166,7 @@ def test_pairs_do_not_depend_on_the_number_of_ranges(tmp_path: Path) -> None:
         write_table(tmp_path / "filter", f"s/{shard}", pa.table({"row": rows, "verdict": verdicts}))
     found = []
     for ranges in (1, 3, 16):
-        todo = [job for kind in (0, 1) for job in jobs([kind], 48 * ranges, 48 * 48)][: 2 * ranges]
+        todo = [job for kind in (0, 1) for job in key_ranges([kind], 48 * ranges, 48 * 48)][: 2 * ranges]
         assert len(todo) == 2 * ranges
         out = tmp_path / f"out{ranges}"
         out.mkdir()
@@ -198,9 +198,9 @@ def test_numbers_are_of_kept_documents(tmp_path: Path) -> None:
 
 
 def test_arrays_keep_ids(tmp_path: Path) -> None:
-    Arrays(tmp_path, 3, "w+").of("id_end")[:] = [3, 3, 9]
+    ClusterArrays(tmp_path, 3, "w+").of("id_end")[:] = [3, 3, 9]
     (tmp_path / "ids").write_bytes("abc鲸def".encode())
-    arrays = Arrays(tmp_path, 3)
+    arrays = ClusterArrays(tmp_path, 3)
     assert arrays.ids([2, 0, 1]) == ["鲸def", "abc", ""]
 
 

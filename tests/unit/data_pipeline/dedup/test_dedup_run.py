@@ -13,13 +13,13 @@ from rich.console import Console
 from configs.data import DataConfig
 from configs.loader import ConfigError, validate, write
 from data_pipeline.core.ledger import Tally
+from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.stage import perform, sole_user
 from data_pipeline.core.tables import read_table, shards_of
-from data_pipeline.dedup.dedup_stages import dedup_stages
 from data_pipeline.dedup.greedy import jaccard
 from data_pipeline.executors.local_executor import LocalExecutor
+from data_pipeline.run import recipe
 from data_pipeline.scan.minhash import shingles
-from data_pipeline.stages import Workshop, document_stages
 
 ROOT = Path(__file__).parents[4]
 
@@ -53,9 +53,8 @@ def verdicts(
     config = validate(DataConfig, tree)
     run_dir = folder / "run"
     with sole_user(run_dir):
-        shop = Workshop(config, run_dir, Console(file=io.StringIO()), LocalExecutor(1))
-        stages = document_stages(shop)
-        stages += dedup_stages(shop, {stage.name: stage for stage in stages})
+        context = RunContext(config, run_dir, Console(file=io.StringIO()), LocalExecutor(1))
+        stages = recipe(context)[:6]  # up to dedup
         write(config, run_dir / "config.toml")
         tallies: dict[str, Tally] = {}
         for stage in stages:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.dedup import survivors as chooser
-from data_pipeline.dedup.greedy import KEPT, Cluster, jaccard, survivors
+from data_pipeline.dedup.greedy import KEPT, ClusterNgrams, jaccard, survivors
 
 
-def slowly(cluster: Cluster, least: float) -> list[int]:
+def slowly(cluster: ClusterNgrams, least: float) -> list[int]:
     """The definition, word for word."""
     sets = [set(part.tolist()) for part in np.split(cluster.grams, cluster.ends[:-1])]
     causes: list[int] = []
@@ -31,10 +31,10 @@ def cluster_of(
     groups: Sequence[int] | None = None,
     addresses: Sequence[int] | None = None,
     earlier: Sequence[bool] | None = None,
-) -> Cluster:
+) -> ClusterNgrams:
     count = len(sets) if groups is None else len(groups)
     grams = [np.array(sorted(one), np.uint64) for one in sets]
-    return Cluster(
+    return ClusterNgrams(
         np.arange(count) if groups is None else np.array(groups),
         np.full(count, -1) if addresses is None else np.array(addresses),
         np.zeros(count, bool) if earlier is None else np.array(earlier),

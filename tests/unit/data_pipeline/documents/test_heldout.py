@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from data_pipeline.documents.heldout import Extremes, Lot, draw
+from data_pipeline.documents.heldout import Extremes, HeldoutRule, draw
 
 IDS = [f"doc/{number}" for number in range(2000)]
 
 
 def held_out(ids: Sequence[str], share: float, seed: int) -> set[str]:
-    lot = Lot.of(Extremes.of(ids, seed), share, seed)
+    lot = HeldoutRule.of(Extremes.of(ids, seed), share, seed)
     return {name for name in ids if lot.holds_out(name)}
 
 

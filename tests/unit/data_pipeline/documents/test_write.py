@@ -8,14 +8,14 @@ import pytest
 from configs.cuts import DocumentsConfig
 from data_pipeline.core.tables import write_table
 from data_pipeline.cutting.cuts import Cut, write_cuts
-from data_pipeline.documents.write import MOSTLY_CUT, Before, fates
+from data_pipeline.documents.write import MOSTLY_CUT, StageFolders, fates
 
 
 def fate(tmp_path: Path, size: int, cuts: list[Cut], settings: DocumentsConfig) -> str:
     folder = str(tmp_path / "stage")
     write_table(folder, "s/0", pa.table({"row": [3], "id": ["a"], "bytes": [size], "verdict": [""]}))
     write_cuts(folder, "s/0", [(3, cut) for cut in cuts])
-    before = Before(folder, (), (folder,), "", "", "", settings.cut_share_max, settings.left_bytes_min)
+    before = StageFolders(folder, (), (folder,), "", "", "", settings.cut_share_max, settings.left_bytes_min)
     (found,) = fates(before, "s/0")
     return found.reason
 

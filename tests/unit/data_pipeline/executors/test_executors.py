@@ -19,7 +19,7 @@ from rich.console import Console
 from configs.data import DataConfig
 from configs.data_run import DataRunConfig, RayConfig, SlurmConfig
 from configs.loader import ConfigError, load
-from data_pipeline.executors.base import Job
+from data_pipeline.executors.base import PipelineJob
 from data_pipeline.executors.choose import choose, one_voice
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
@@ -141,7 +141,7 @@ def test_a_task_is_never_started_twice(tmp_path: Path) -> None:
     prepare(tmp_path)
     assert claim(tmp_path, 4)
     assert not claim(tmp_path, 4)
-    tasks = SlurmTasks(Job("s", [Mark(str(tmp_path))], 5, tmp_path), "name", SlurmConfig(), 2, [])
+    tasks = SlurmTasks(PipelineJob("s", [Mark(str(tmp_path))], 5, tmp_path), "name", SlurmConfig(), 2, [])
     with pytest.raises(TaskError, match=rf"started a second time, so process {os.getpid()} on .* was lost"):
         tasks.run_once(4)
     assert not (tmp_path / "4").exists()
@@ -149,7 +149,7 @@ def test_a_task_is_never_started_twice(tmp_path: Path) -> None:
 
 def test_the_sbatch_script(tmp_path: Path) -> None:
     options = SlurmConfig(partition="cpu", time="1-00:00:00", mem_per_cpu_gb=3, account="lab", setup="module load x")
-    tasks = SlurmTasks(Job("score", [], 9, tmp_path), "trivium-score-1", options, 4, [])
+    tasks = SlurmTasks(PipelineJob("score", [], 9, tmp_path), "trivium-score-1", options, 4, [])
     script = tasks.get_launch_file_contents(tasks.get_sbatch_args(9), "true")
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
     logs = f"{tmp_path}/slurm_logs/%A_%a.out"

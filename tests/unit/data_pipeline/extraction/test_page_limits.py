@@ -12,9 +12,8 @@ from data_pipeline.extraction.extractors import main_text
 from data_pipeline.extraction.page_limits import PageReader, too_complex
 from data_pipeline.reading.page_decoding import decode_page
 from tests.unit.data_pipeline.conftest import DEMO
+from tests.unit.data_pipeline.extraction.slow_page import SLOW
 
-# Within all bounds, and quadratic in the number of options.
-SLOW = "<select>" + "<option>x" * 60_000
 MANY = "<html><body><main>" + "<p>Call me Ishmael. Some years <b>ago</b>, never mind.</p>" * 2_000 + "</main></body>"
 
 

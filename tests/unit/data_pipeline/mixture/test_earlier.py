@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.mixture import PlanConfig
 from data_pipeline.core.shards import read_records
 from data_pipeline.mixture.earlier import (
     differences,
@@ -23,7 +24,7 @@ from data_pipeline.mixture.rows import Plan, Row
 from data_pipeline.tokens.store import Store, build
 from data_pipeline.tokens.tokenizer import Tokenizer
 from tests.shards import write_shard
-from tests.unit.data_pipeline.mixture.test_plan_chain import mixture
+from tests.unit.data_pipeline.mixture.plans import mixture
 
 GENERAL: dict[str, Any] = {
     "seq_length": 64,
@@ -64,10 +65,15 @@ def by_rows(a: Plan, b: Plan, samples: int) -> int | None:
 )
 def test_more_samples_begin_with_the_same(tokens: Path, tokenizer_folder: Path, tmp_path: Path, settings: Any) -> None:
     settings = GENERAL | settings
-    build_plan(tokens, tokenizer_folder, tmp_path / "short", **settings)
+    build_plan(tokens, tokenizer_folder, tmp_path / "short", PlanConfig(**settings))
     short = Plan.open(tmp_path / "short")
     for more in (1, 37, 900):
-        build_plan(tokens, tokenizer_folder, tmp_path / "long", **settings | {"samples": settings["samples"] + more})
+        build_plan(
+            tokens,
+            tokenizer_folder,
+            tmp_path / "long",
+            PlanConfig(**settings | {"samples": settings["samples"] + more}),
+        )
         long = Plan.open(tmp_path / "long")
         assert long.fingerprint != short.fingerprint
         assert by_rows(long, short, short.num_samples) is None
@@ -91,8 +97,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 def test_what_differs_is_found_and_told(
     tokens: Path, tokenizer_folder: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
-    build_plan(tokens, tokenizer_folder, tmp_path / "a", **GENERAL)
-    build_plan(tokens, tokenizer_folder, tmp_path / "b", **GENERAL | change)
+    build_plan(tokens, tokenizer_folder, tmp_path / "a", PlanConfig(**GENERAL))
+    build_plan(tokens, tokenizer_folder, tmp_path / "b", PlanConfig(**GENERAL | change))
     one, other = Plan.open(tmp_path / "a"), Plan.open(tmp_path / "b")
     expected = by_rows(one, other, 300) if one.seq_length == other.seq_length else 0
     assert expected is not None and first_difference(one, other, 300) == expected == first_difference(other, one, 300)
@@ -102,12 +108,12 @@ def test_what_differs_is_found_and_told(
 def test_a_document_that_changed_or_went_is_found(
     documents: Path, tokens: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    build_plan(tokens, tokenizer_folder, tmp_path / "a/plan", **GENERAL)
+    build_plan(tokens, tokenizer_folder, tmp_path / "a/plan", PlanConfig(**GENERAL))
     one = Plan.open(tmp_path / "a/plan")
     # A document less: the same stores, and rows are packed anew from the start of the epoch.
     gone = one.provenance(0)[0]
     without = {f"train/{gone['source']}": [(gone["shard"], gone["document"])]}
-    build_plan(tokens, tokenizer_folder, tmp_path / "without", without=without, **GENERAL)
+    build_plan(tokens, tokenizer_folder, tmp_path / "without", PlanConfig(**GENERAL), without=without)
     other = Plan.open(tmp_path / "without")
     assert first_difference(one, other, 300) == by_rows(one, other, 300)
     assert differences(one.facts, other.facts) == "other documents are left out"
@@ -115,7 +121,7 @@ def test_a_document_that_changed_or_went_is_found(
     shutil.copytree(tokens, tmp_path / "tokens")
     shard = sorted((tmp_path / "tokens/train/code").glob("*.idx"))[0].with_suffix("")
     _rebuild(documents / "train/code" / f"{shard.name}.jsonl.zst", tokenizer_folder, shard)
-    build_plan(tmp_path / "tokens", tokenizer_folder, tmp_path / "changed", **GENERAL)
+    build_plan(tmp_path / "tokens", tokenizer_folder, tmp_path / "changed", PlanConfig(**GENERAL))
     other = Plan.open(tmp_path / "changed")
     first = first_difference(one, other, 300)
     assert first is not None
@@ -186,7 +192,7 @@ def test_tokens_are_kept_where_a_run_needs_them(
     for name, folder in (("tokens", tokens), ("same", tokens), ("other", tokens), ("tokenizer", tokenizer_folder)):
         shutil.copytree(folder, tmp_path / name)
     _rebuild(documents / "train/code/00001.jsonl.zst", tokenizer_folder, tmp_path / "other/train/code/00001")
-    build_plan(tmp_path / "tokens", tmp_path / "tokenizer", tmp_path / "plan", **GENERAL)
+    build_plan(tmp_path / "tokens", tmp_path / "tokenizer", tmp_path / "plan", PlanConfig(**GENERAL))
     old = tmp_path / "tokens"
     assert keep_for_plans(old, tmp_path / "other") is None, "no run is trained on the plan"
     note_use(tmp_path / "plan", tmp_path / "run")

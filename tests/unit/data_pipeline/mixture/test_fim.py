@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.data import TokenizerConfig
+from configs.mixture import PlanConfig
 from data_pipeline.mixture.earlier import first_difference
-from data_pipeline.mixture.fim import PLAIN, PSM, SPM, Symbols, cuts, draw, rearranged
+from data_pipeline.mixture.fim import PLAIN, PSM, SPM, FimSymbols, cuts, draw, rearranged
+from data_pipeline.mixture.layout import Gone
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens import store, tokenizer
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
-from tests.unit.data_pipeline.mixture.test_rows import same
+from tests.unit.data_pipeline.mixture.plans import same
 
 L, SAMPLES = 64, 600
 WEIGHTS = {"english": 0.5, "code": 0.5}
@@ -26,7 +29,9 @@ def run_dir(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizer with the control symbols, and token stores of it."""
     folder = tmp_path_factory.mktemp("fim")
     files = sorted(documents.glob("train/*/*.zst"))
-    tokenizer.train(files, folder / "tokenizer", 3000, train_bytes=600_000, controls=FIM_CONTROLS)
+    tokenizer.train(
+        files, folder / "tokenizer", TokenizerConfig(vocab_size=3000, train_bytes=600_000), controls=FIM_CONTROLS
+    )
     model = Tokenizer.load(folder / "tokenizer")
     for path in documents.glob("*/*/*.jsonl.zst"):
         out = folder / "tokens" / path.relative_to(documents).with_name(path.name.removesuffix(".jsonl.zst"))
@@ -34,7 +39,7 @@ def run_dir(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(run_dir: Path, out: Path, **changes: Any) -> Plan:
+def make(run_dir: Path, out: Path, without: Gone | None = None, **changes: Any) -> Plan:
     settings: dict[str, Any] = {
         "seq_length": L,
         "samples": SAMPLES,
@@ -42,7 +47,7 @@ def make(run_dir: Path, out: Path, **changes: Any) -> Plan:
         "weights": WEIGHTS,
         "fim": {"code": 0.6},
     }
-    build_plan(run_dir / "tokens", run_dir / "tokenizer", out, **settings | changes)
+    build_plan(run_dir / "tokens", run_dir / "tokenizer", out, PlanConfig(**settings | changes), without=without)
     return Plan.open(out)
 
 
@@ -188,7 +193,7 @@ def test_cuts_fall_everywhere() -> None:
 @pytest.mark.parametrize("form", [PSM, SPM])
 @pytest.mark.parametrize("piece", [[1], [2], [1, 2], [9], [1, 9, 2]])
 def test_the_smallest_pieces(form: int, piece: list[int]) -> None:
-    tokens, labels = rearranged(np.array(piece, np.uint16), form, Symbols(20, 21, 22, 1, 2), 0, "s", 0, 0)
+    tokens, labels = rearranged(np.array(piece, np.uint16), form, FimSymbols(20, 21, 22, 1, 2), 0, "s", 0, 0)
     assert sorted(tokens) == sorted([*piece, 20, 21, 22])
     assert labels.tolist() == [*tokens[1:], *([] if piece[-1] == 2 else [2])]
 
@@ -203,9 +208,8 @@ def test_symbols_are_the_tokenizers_only_where_asked_for(run_dir: Path, tokenize
     assert not {8, 9, 10} & set(model.encode(text)) and model.decode(model.encode(text)) == text
     assert not model.token_bytes[:11].any()
     with pytest.raises(ValueError, match=r"mixture\.fim needs a tokenizer with <\|fim_prefix\|>"):
-        build_plan(
-            tokens, tokenizer_folder, run_dir / "p", seq_length=L, samples=9, seed=0, weights=WEIGHTS, fim={"code": 1}
-        )
+        settings = PlanConfig(seq_length=L, samples=9, weights=WEIGHTS, fim={"code": 1})
+        build_plan(tokens, tokenizer_folder, run_dir / "p", settings)
 
 
 def test_more_samples_begin_with_the_same_forms(run_dir: Path, tmp_path: Path) -> None:

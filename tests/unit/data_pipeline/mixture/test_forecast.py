@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from configs.mixture import PlanConfig
 from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.layout import lay_out
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
-from tests.unit.data_pipeline.mixture.test_layout import make
+from tests.unit.data_pipeline.mixture.plans import make
 
 MORE_CHINESE = {"english": 0.2, "chinese": 0.6, "code": 0.2}
 SMALL = {"english": 0.1, "chinese": 0.2, "code": 0.7}
@@ -120,11 +121,11 @@ def test_both_packings_are_told_whichever_is_chosen(
 
 
 def test_what_is_laid_out_is_what_is_built_and_shown(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"seq_length": 64, "samples": 3000, "seed": 3, "weights": SMALL}
+    settings = PlanConfig(seq_length=64, samples=3000, seed=3, weights=SMALL)
     before = set(tmp_path.rglob("*"))
-    outlook = lay_out(tokens, tokenizer_folder, **settings).outlook()
+    outlook = lay_out(tokens, tokenizer_folder, settings).outlook()
     assert set(tmp_path.rglob("*")) == before
-    plan = build_plan(tokens, tokenizer_folder, tmp_path / "p", **settings)
+    plan = build_plan(tokens, tokenizer_folder, tmp_path / "p", settings)
     for told, built in zip(outlook["sources"], plan["sources"], strict=True):
         assert told.items() <= built.items()
     console = Console(width=140, record=True, file=io.StringIO())

@@ -9,18 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.mixture.plan_files import build_plan
+from configs.data import TokenizerConfig
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens import store
 from data_pipeline.tokens.tokenizer import train
 from tests.shards import write_shard
-
-WEIGHTS = {"english": 0.5, "chinese": 0.2, "code": 0.3}
-
-
-def make(tokens: Path, tokenizer: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"seq_length": 64, "samples": 1000, "seed": 3, "weights": WEIGHTS}
-    return build_plan(tokens, tokenizer, out, **settings | changes)
+from tests.unit.data_pipeline.mixture.plans import make
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
@@ -42,7 +36,7 @@ def test_an_epoch_is_every_token_once_in_an_order_of_its_own(
         seen = Counter((shard, document, start + k) for shard, document, start, length in pieces for k in range(length))
         expected = {
             (opened.path.name, document, k)
-            for opened in store.Shards.in_folder(tokens / "train" / "code").stores
+            for opened in store.SourceStores.in_folder(tokens / "train" / "code").stores
             for document in range(len(opened))
             for k in range(opened.lengths[document])
         }
@@ -87,7 +81,7 @@ def test_too_few_tokens_say_how_many_and_what_to_change(tokens: Path, tokenizer_
     with pytest.raises(ValueError, match=r"mixture\.max_epochs = 2") as error:
         make(tokens, tokenizer_folder, tmp_path, **changes)
     message = str(error.value)
-    total = int(store.Shards.in_folder(tokens / "train" / "chinese").lengths.sum())
+    total = int(store.SourceStores.in_folder(tokens / "train" / "chinese").lengths.sum())
     assert f"{total:,} tokens" in message and "chinese is to give 4,000 rows" in message
     assert not (tmp_path / "plan.json").exists()
     # What it advises works, and one more does not.
@@ -118,8 +112,8 @@ def test_bad_settings_are_named(tokens: Path, tokenizer_folder: Path, tmp_path: 
         ({"unimax": True}, "exactly one"),
         ({"epochs": {"klingon": 1}}, r"mixture\.epochs\.klingon"),
         ({"fim": {"klingon": 1}}, r"mixture\.fim\.klingon"),
-        ({"packing": "tight"}, "concat, best_fit"),
-        ({"samples": 0}, "at least 1"),
+        ({"packing": "tight"}, "'concat' or 'best_fit'"),
+        ({"samples": 0}, "greater than or equal to 1"),
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -130,6 +124,6 @@ def test_bad_settings_are_named(tokens: Path, tokenizer_folder: Path, tmp_path: 
 
 def test_another_tokenizer_is_refused(tokens: Path, tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.jsonl.zst", [{"text": "other words, other pieces " * 5}])
-    train([path], tmp_path / "tokenizer", 290)
+    train([path], tmp_path / "tokenizer", TokenizerConfig.model_construct(vocab_size=290))
     with pytest.raises(ValueError, match="another tokenizer"):
         make(tokens, tmp_path / "tokenizer", tmp_path / "p")

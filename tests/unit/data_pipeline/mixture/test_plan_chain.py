@@ -10,26 +10,16 @@ import numpy as np
 import pytest
 
 from configs.loader import ConfigError, plain, validate
-from configs.mixture import MixtureConfig
+from configs.mixture import MixtureConfig, PlanConfig
 from configs.sealed import CHECKPOINT
 from data_pipeline.mixture.epochs import Pieces
 from data_pipeline.mixture.plan_files import build_plan, build_stages
 from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.provenance import replan
-from data_pipeline.tokens.store import Shards
+from data_pipeline.tokens.store import SourceStores
+from tests.unit.data_pipeline.mixture.plans import GENERAL, STAGES, mixture
 
-GENERAL = {"seq_length": 64, "samples": 900, "seed": 3, "weights": {"english": 0.5, "chinese": 0.3, "code": 0.2}}
-STAGES = {
-    "general": {},
-    # English rests here, and code is used more often.
-    "annealing": {"samples": 1400, "packing": "concat", "weights": {"code": 0.8, "chinese": 0.2}},
-    "long_context": {"samples": 450, "seq_length": 256, "weights": {"english": 0.3, "code": 0.7}},
-}
 Use = tuple[str, int, int, int]  # shard, document, start, length
-
-
-def mixture(**changes: Any) -> MixtureConfig:
-    return validate(MixtureConfig, {**GENERAL, "max_epochs": 9, "stages": STAGES, **changes})
 
 
 def uses(plans: Sequence[tuple[Plan, int]]) -> dict[str, list[list[Use]]]:
@@ -46,7 +36,7 @@ def assert_epochs_are_whole(tokens: Path, plans: Sequence[tuple[Plan, int]]) -> 
     """At every moment no token was used twice more often than another of its source. Returns epochs used by source."""
     epochs = {}
     for source, rows in uses(plans).items():
-        shards = Shards.in_folder(tokens / "train" / source)
+        shards = SourceStores.in_folder(tokens / "train" / source)
         counts = {
             store.path.name: [np.zeros(length, np.int64) for length in store.lengths.tolist()]
             for store in shards.stores
@@ -100,7 +90,7 @@ def test_stages_go_on_where_the_one_before_ended(tokens: Path, staged: dict[str,
     used = Counter[str]()
     for plan in staged.values():
         for source in plan.description["sources"]:
-            name, total = source["name"], int(Shards.in_folder(tokens / "train" / source["name"]).lengths.sum())
+            name, total = source["name"], int(SourceStores.in_folder(tokens / "train" / source["name"]).lengths.sum())
             assert source["forecast"]["begun"] == pytest.approx(used[name] / total, abs=1e-6)
             used[name] += source["trained_tokens"]
     annealing = staged["annealing"]
@@ -108,7 +98,7 @@ def test_stages_go_on_where_the_one_before_ended(tokens: Path, staged: dict[str,
 
 
 def test_epochs_end_where_the_plan_says(tokens: Path, staged: dict[str, Plan]) -> None:
-    totals = {name: int(Shards.in_folder(tokens / "train" / name).lengths.sum()) for name in GENERAL["weights"]}
+    totals = {name: int(SourceStores.in_folder(tokens / "train" / name).lengths.sum()) for name in GENERAL["weights"]}
     used = Counter[str]()
     seen = 0
     for plan in staged.values():
@@ -137,19 +127,19 @@ def test_plans_change_after_any_sample(tokens: Path, tokenizer_folder: Path, tmp
         weights = dict(zip(GENERAL["weights"], random.dirichlet([1, 1, 1]).tolist(), strict=True))
         settings = {
             "seq_length": int(random.choice([32, 64, 200])),
+            "samples": 500,
+            "max_epochs": 20,
             "packing": str(random.choice(["concat", "best_fit"])),
             "seed": int(random.integers(9)),
             "weights": {name: share for name, share in weights.items() if share > 0.05},
         }
         out = tmp_path / str(number)
-        build_plan(
-            tokens, tokenizer_folder, out, samples=500, max_epochs=20, after=chain[-1] if chain else None, **settings
-        )
+        build_plan(tokens, tokenizer_folder, out, PlanConfig(**settings), after=chain[-1] if chain else None)
         chain.append((Plan.open(out), int(random.integers(1, 500))))
     assert_epochs_are_whole(tokens, chain)
     # The same inputs give the same plan, byte for byte.
     again = tmp_path / "again"
-    build_plan(tokens, tokenizer_folder, again, samples=500, max_epochs=20, after=chain[-2], **settings)
+    build_plan(tokens, tokenizer_folder, again, PlanConfig(**settings), after=chain[-2])
     assert Plan.open(again).fingerprint == chain[-1][0].fingerprint
 
 
@@ -174,33 +164,31 @@ def test_what_was_taken_down_stays_out(
     without = {f"train/{gone['source']}": [(gone["shard"], gone["document"])]}
     stages = mixture().plans()
     general = stages.pop("general")
-    build_plan(tokens, tokenizer_folder, tmp_path / "general", without=without, **dict(general))
+    build_plan(tokens, tokenizer_folder, tmp_path / "general", general, without=without)
     first = Plan.open(tmp_path / "general")
     build_stages(tokens, tokenizer_folder, tmp_path, stages, after=(first, 700))
     for name in STAGES:
         plan = Plan.open(tmp_path / name)
         assert plan.uses(gone["source"], gone["shard"], gone["document"]) == []
     # One taken down in mid-run was used before, and is not used after.
-    build_plan(
-        tokens, tokenizer_folder, tmp_path / "later", without=without, after=(staged["general"], 500), **dict(general)
-    )
+    build_plan(tokens, tokenizer_folder, tmp_path / "later", general, without=without, after=(staged["general"], 500))
     assert Plan.open(tmp_path / "later").uses(gone["source"], gone["shard"], gone["document"]) == []
 
 
 def test_an_epoch_of_which_only_what_was_taken_down_is_left_is_over(
     tokens: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    settings = {"seq_length": 64, "seed": 3, "weights": {"code": 1.0}, "max_epochs": 4}
-    build_plan(tokens, tokenizer_folder, tmp_path / "a", samples=2000, **settings)
+    settings = PlanConfig(seq_length=64, samples=2000, seed=3, weights={"code": 1.0}, max_epochs=4)
+    build_plan(tokens, tokenizer_folder, tmp_path / "a", settings)
     first = Plan.open(tmp_path / "a")
     used = first.description["sources"][0]["forecast"]["epoch_ends"][0]["sample"]  # all of the epoch but its last row
     gone = {(entry["shard"], entry["document"]) for entry in first.provenance(used)}
     without = {"train/code": sorted(gone)}
-    build_plan(tokens, tokenizer_folder, tmp_path / "b", samples=2000, without=without, after=(first, used), **settings)
+    build_plan(tokens, tokenizer_folder, tmp_path / "b", settings, without=without, after=(first, used))
     second = Plan.open(tmp_path / "b")
-    total = int(Shards.in_folder(tokens / "train" / "code").lengths.sum()) - sum(
+    total = int(SourceStores.in_folder(tokens / "train" / "code").lengths.sum()) - sum(
         int(store.lengths[document])
-        for store in Shards.in_folder(tokens / "train" / "code").stores
+        for store in SourceStores.in_folder(tokens / "train" / "code").stores
         for shard, document in gone
         if shard == store.path.name
     )
@@ -210,20 +198,21 @@ def test_an_epoch_of_which_only_what_was_taken_down_is_left_is_over(
     assert ended["epoch"] == 2
     assert sum(entry["length"] for i in range(ended["sample"] + 1) for entry in second.provenance(i)) == total
     assert second.cursors(ended["sample"] + 1)["code"].epoch == 2
-    build_plan(tokens, tokenizer_folder, tmp_path / "c", samples=100, after=(second, ended["sample"] + 1), **settings)
+    short = settings.model_copy(update={"samples": 100})
+    build_plan(tokens, tokenizer_folder, tmp_path / "c", short, after=(second, ended["sample"] + 1))
     assert Plan.open(tmp_path / "c").description["sources"][0]["forecast"]["begun"] == 2
 
 
 def test_a_source_that_has_changed_is_refused(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    settings = {"seq_length": 64, "samples": 50, "seed": 1, "weights": {"code": 1.0}}
-    build_plan(tokens, tokenizer_folder, tmp_path / "a", **settings)
+    settings = PlanConfig(seq_length=64, samples=50, seed=1, weights={"code": 1.0})
+    build_plan(tokens, tokenizer_folder, tmp_path / "a", settings)
     for split in ("train", "heldout"):
         (tmp_path / "tokens" / split / "code").mkdir(parents=True)
         for path in (tokens / split / "code").glob("00000.*"):
             (tmp_path / "tokens" / split / "code" / path.name).symlink_to(path)
     with pytest.raises(ValueError, match="source code has other token stores"):
         build_plan(
-            tmp_path / "tokens", tokenizer_folder, tmp_path / "b", after=(Plan.open(tmp_path / "a"), 20), **settings
+            tmp_path / "tokens", tokenizer_folder, tmp_path / "b", settings, after=(Plan.open(tmp_path / "a"), 20)
         )
     with pytest.raises(ValueError, match="51 samples cannot be used of plan"):
         Plan.open(tmp_path / "a").cursors(51)

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
-from data_pipeline.mixture.rows import Plan, Row
-from data_pipeline.tokens.store import Shards
+from data_pipeline.mixture.rows import Plan
+from data_pipeline.tokens.store import SourceStores
 from data_pipeline.tokens.tokenizer import Tokenizer
+from tests.unit.data_pipeline.mixture.plans import same
 
 L = 64
 
@@ -22,7 +24,8 @@ def plan_folder(
 ) -> Path:
     out = tmp_path_factory.mktemp("plan")
     weights = {"english": 0.5, "chinese": 0.2, "code": 0.3}
-    build_plan(tokens, tokenizer_folder, out, seq_length=L, samples=600, seed=1, weights=weights, packing=request.param)
+    settings = PlanConfig(seq_length=L, samples=600, seed=1, weights=weights, packing=request.param)
+    build_plan(tokens, tokenizer_folder, out, settings)
     return out
 
 
@@ -41,21 +44,16 @@ def moved(plan_folder: Path, tokens: Path, tokenizer_folder: Path, tmp_path: Pat
         tmp_path / "tokens",
         tmp_path / "tokenizer",
         tmp_path / "plan",
-        **{key: description[key] for key in ("seq_length", "samples", "seed", "weights", "packing")},
+        PlanConfig(**{key: description[key] for key in ("seq_length", "samples", "seed", "weights", "packing")}),
     )
     return tmp_path
-
-
-def same(a: Row, b: Row) -> bool:
-    arrays = ("tokens", "labels", "loss_mask", "positions", "segments")
-    return a.source == b.source and all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
 
 
 def test_rows_say_what_the_documents_say(plan: Plan, tokens: Path) -> None:
     stores = {
         (source, opened.path.name): opened
         for source in plan.sources
-        for opened in Shards.in_folder(tokens / "train" / source).stores
+        for opened in SourceStores.in_folder(tokens / "train" / source).stores
     }
     ends = cuts = 0
     for i in range(plan.num_samples):
@@ -121,7 +119,7 @@ def test_every_heldout_document_once(plan: Plan, tokens: Path) -> None:
         expected = np.concatenate(
             [
                 opened.tokens(document)
-                for opened in Shards.in_folder(tokens / "heldout" / source).stores
+                for opened in SourceStores.in_folder(tokens / "heldout" / source).stores
                 for document in range(len(opened))
             ]
         )

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from data_pipeline.personal_data.find import PLACEHOLDERS, find, luhn, mask
-from data_pipeline.personal_data.hiding import hide_in
+from data_pipeline.personal_data.hiding import Hiding
 from tests.unit.data_pipeline.conftest import DEMO
 
 R36 = "a8Kd03jfLq92nXpZ7vBt5RyWc1eUgHs6oMi4"
@@ -142,7 +142,7 @@ def test_what_a_record_says_beside_its_text() -> None:
         "day": 20240229,
         "url": "http://a.org/?m=bob%40uni-bonn.de&x",
     }
-    assert hide_in(given) == {
+    assert Hiding().value(given) == {
         "author": "Bob <<EMAIL>>",
         "phone": "<PHONE>",
         "deep": [{"to": "<EMAIL>"}, 5, None],
@@ -153,15 +153,15 @@ def test_what_a_record_says_beside_its_text() -> None:
     }
     for name in ("phone", "phones", "contact_phone", "homePhone", "phone_number", "phone_2"):
         for number in (2125550153, 2125550153.0, "2125550153", [2125550153]):
-            shown = hide_in({name: number})[name]
+            shown = Hiding().value({name: number})[name]
             assert shown == (["<PHONE>"] if isinstance(number, list) else "<PHONE>"), (name, number)
     kept = {"order_number": 2125550153, "phone_id": 2125550153, "share": 0.5, "whole": 3.0, "large": 1e300}
-    assert hide_in(kept) == kept
-    assert hide_in("http://a.org/?phone_number=2125550153&b") == "http://a.org/?phone_number=<PHONE>&b"
+    assert Hiding().value(kept) == kept
+    assert Hiding().value("http://a.org/?phone_number=2125550153&b") == "http://a.org/?phone_number=<PHONE>&b"
     # An address within an address: its escapes are escaped.
-    assert hide_in("http://a.org/?to=http%3A%2F%2Fb.org%2F%3Fm%3Dbob%2540uni-bonn.de%26x") == (
+    assert Hiding().value("http://a.org/?to=http%3A%2F%2Fb.org%2F%3Fm%3Dbob%2540uni-bonn.de%26x") == (
         "http://a.org/?to=http%3A%2F%2Fb.org%2F%3Fm%3D<EMAIL>%26x"
     )
-    assert hide_in("100%25%2525 of bob%252540uni-bonn.de, %zz%2") == "100%25%2525 of <EMAIL>, %zz%2"
-    assert hide_in(given, ["phone"], {"phone": "-"})["phone"] == "-"
-    assert hide_in(given, ["phone"])["author"] == given["author"]
+    assert Hiding().value("100%25%2525 of bob%252540uni-bonn.de, %zz%2") == "100%25%2525 of <EMAIL>, %zz%2"
+    assert Hiding(["phone"], {"phone": "-"}).value(given)["phone"] == "-"
+    assert Hiding(["phone"]).value(given)["author"] == given["author"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.loader import ConfigError
+from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import takedown, trace
@@ -27,8 +28,8 @@ def run_dir(tokens: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(tokens, folder / "tokens")
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
-    settings = {"seq_length": L, "samples": SAMPLES, "seed": 1, "weights": MIXTURE}
-    build_plan(folder / "tokens", folder / "tokenizer", folder / "plan", **settings)
+    settings = PlanConfig(seq_length=L, samples=SAMPLES, seed=1, weights=MIXTURE)
+    build_plan(folder / "tokens", folder / "tokenizer", folder / "plan", settings)
     (folder / "plan" / "stage.json").write_text("{}")
     return folder
 
@@ -36,8 +37,8 @@ def run_dir(tokens: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def training_run(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
-    stretch = {"first_step": 0, "first_sample": 0, "global_batch_size": BATCH, "plan": f"{run_dir}/plan"}
-    (folder / "history.json").write_text(json.dumps([{**stretch, "data": Plan.open(run_dir / "plan").fingerprint}]))
+    data_span = {"first_step": 0, "first_sample": 0, "global_batch_size": BATCH, "plan": f"{run_dir}/plan"}
+    (folder / "history.json").write_text(json.dumps([{**data_span, "data": Plan.open(run_dir / "plan").fingerprint}]))
     return folder
 
 
@@ -59,15 +60,15 @@ def brute_force(plan: Plan) -> dict[tuple[str, str, int], list[tuple[int, int, i
         for segment in plan.provenance(sample):
             key = (segment["source"], segment["shard"], segment["document"])
             found[key].append((sample, segment["start"], segment["length"]))
-    return {key: sorted(places) for key, places in found.items()}
+    return {key: sorted(uses_of_one) for key, uses_of_one in found.items()}
 
 
 def test_uses_are_all_segments_of_a_document(run_dir: Path) -> None:
     plan = Plan.open(run_dir / "plan")
     expected = brute_force(plan)
     assert len(expected) > 100
-    for (source, shard, document), places in expected.items():
-        assert plan.uses(source, shard, document) == places
+    for (source, shard, document), uses_of_one in expected.items():
+        assert plan.uses(source, shard, document) == uses_of_one
     assert plan.uses("poems", "00000", 0) == []
     with pytest.raises(ValueError, match="no token store '77777'"):
         plan.uses("code", "77777", 0)

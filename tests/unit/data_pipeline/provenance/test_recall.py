@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.dedup.greedy import jaccard
-from data_pipeline.provenance.recall import Documents, measure, similar_pairs, total
+from data_pipeline.provenance.recall import CandidateDocuments, measure, similar_pairs, total
 from data_pipeline.scan.minhash import shingles
 from tests.unit.data_pipeline.conftest import demo_records
 
@@ -47,7 +47,7 @@ def test_recall_and_precision_are_counted_by_source() -> None:
     sources.append("b")
     verdicts = ["", "near_duplicate", "", "", "near_duplicate", "url_duplicate", "exact_duplicate"]
     clusters = [0, 0, 2, 3, 3, 3, 3]
-    documents = Documents([str(n) for n in range(7)], sources, verdicts, clusters, [], {0: 0, 2: 2, 3: 3})
+    documents = CandidateDocuments([str(n) for n in range(7)], sources, verdicts, clusters, [], {0: 0, 2: 2, 3: 3})
     pairs, similarity = np.array([[0, 1], [0, 2], [2, 3]]), np.array([0.9, 0.8, 0.85])
     found = measure(documents, pairs, similarity)
     a, b, across = (found.by_source[name] for name in ("a", "b", "across sources"))

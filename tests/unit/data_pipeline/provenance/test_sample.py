@@ -11,46 +11,32 @@ from data_pipeline import run
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.provenance import sample
 from data_pipeline.provenance.excerpts import excerpt, piece
+from tests.data_runs import data_config
 from tests.unit.data_pipeline.conftest import demo_records
 
-CONFIG = """
-[run]
-dir = "{folder}/run"
-workers = 1
-shard_bytes = 50000
 
-[sources.prose]
-files = ["{folder}/prose.jsonl"]
-format = "jsonl"
-rules = {{ en = "english" }}
+def config_in(folder: Path) -> Path:
+    """The config of the run, whose files are in `folder`."""
+    return data_config(
+        folder / "data.toml",
+        {"prose": {"files": [f"{folder}/prose.jsonl"], "format": "jsonl", "rules": {"en": "english"}}},
+        run={"shard_bytes": 50000},
+        extract={"max_bad_share": 0.5},
+        rules={"english": {"word_count": {"min": 100}}},
+        decontaminate={"files": [f"{folder}/evaluation.jsonl"]},
+        lines={"max_copies": 1},
+        pii={},
+        mixture={"samples": 20},
+        canaries={
+            "short": {
+                "source": "prose",
+                "text": "A canary that is too short, and in no sample.",
+                "reason": "word_count_min",
+            }
+        },
+    )
 
-[extract]
-max_bad_share = 0.5
 
-[rules.english]
-word_count = {{ min = 100 }}
-
-[decontaminate]
-files = ["{folder}/evaluation.jsonl"]
-
-[lines]
-max_copies = 1
-
-[pii]
-
-[tokenizer]
-vocab_size = 400
-
-[mixture]
-seq_length = 64
-samples = 20
-weights = {{ prose = 1.0 }}
-
-[canaries.short]
-source = "prose"
-text = "A canary that is too short, and in no sample."
-reason = "word_count_min"
-"""
 MAIL = "jane.roe@acme-corp.com"
 LINE = "This line stands in each of the documents, and all but the first of it go."
 
@@ -71,8 +57,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prose.jsonl").write_text("\n".join([*lines, '{"text": "cut']) + "\n", encoding="utf-8")
     question = " ".join(records[3]["text"].split()[100:140])
     (folder / "evaluation.jsonl").write_text(json.dumps({"id": "Q7", "text": question}) + "\n", encoding="utf-8")
-    path = folder / "data.toml"
-    path.write_text(CONFIG.format(folder=folder))
+    path = config_in(folder)
     assert run.main([str(path)]) == 0
     return path
 

@@ -14,35 +14,32 @@ from data_pipeline.provenance.what_if import changes, expanded, main, margin
 from data_pipeline.scan.scores import Scanner
 from data_pipeline.scores.filtering import verdict
 from data_pipeline.scores.scoring import HEAD_CHARS, definition_of
+from tests.data_runs import data_config
 
 ROOT = Path(__file__).parents[4]
-CONFIG = """
-[run]
-dir = "{folder}/run"
-[sources.prose]
-files = ["prose.jsonl"]
-format = "jsonl"
-rules = {{ en = "english" }}
-[sources.code]
-files = ["code.jsonl"]
-format = "jsonl"
-rules = {{ any = "code" }}
-[rules.english]
-use = ["gopher_quality@paper"]
-language_score = {{ min = 0.5 }}
-[rules.code]
-use = ["code@starcoder"]
-[mixture]
-weights = {{ prose = 1.0 }}
-"""
+
+
+def config_in(folder: Path) -> Path:
+    """The config of the run, whose files are in `folder`."""
+    return data_config(
+        folder / "data.toml",
+        {
+            "prose": {"files": ["prose.jsonl"], "format": "jsonl", "rules": {"en": "english"}},
+            "code": {"files": ["code.jsonl"], "format": "jsonl", "rules": {"any": "code"}},
+        },
+        rules={
+            "english": {"use": ["gopher_quality@paper"], "language_score": {"min": 0.5}},
+            "code": {"use": ["code@starcoder"]},
+        },
+        mixture={"weights": {"prose": 1.0}},
+    )
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config whose run has scores, of real documents, and the token stage's count of the prose."""
     folder = tmp_path_factory.mktemp("what_if")
-    path = folder / "data.toml"
-    path.write_text(CONFIG.format(folder=folder))
+    path = config_in(folder)
     rules = load(DataConfig, path).rules
     for source, name, file in (("prose", "english", "english"), ("code", "code", "code")):
         with gzip.open(ROOT / f"data/demo/{file}.jsonl.gz", "rt", encoding="utf-8") as lines:

@@ -18,7 +18,7 @@ from data_pipeline.extraction.extract import repair
 from data_pipeline.extraction.page_limits import too_complex
 from data_pipeline.reading.decompression import Fault, members
 from data_pipeline.reading.records import BROKEN
-from tests.unit.data_pipeline.reading.test_reading import PAGE, read, reasons, warc
+from tests.unit.data_pipeline.reading.raw_files import PAGE, read, reasons, warc
 
 ROOT = Path(__file__).parents[4]
 SOUND = b'{"text": "a sound line"}\n'

@@ -16,8 +16,8 @@ from data_pipeline.provenance.explain import main as explain
 from data_pipeline.report.ledger_tables import main as report
 from data_pipeline.run import main
 from tests.data_runs import write_inputs
-from tests.unit.data_pipeline.extraction.test_page_limits import SLOW
-from tests.unit.data_pipeline.reading.test_reading import PAGE, warc
+from tests.unit.data_pipeline.extraction.slow_page import SLOW
+from tests.unit.data_pipeline.reading.raw_files import PAGE, warc
 
 MB = 1_000_000
 SOUND = b'{"text": "a sound line"}\n'

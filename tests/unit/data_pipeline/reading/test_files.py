@@ -281,9 +281,9 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
         "text_not_a_string"
     ] * 5
     content = bytearray((tmp_path / "a.parquet").read_bytes())
-    place = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).column(1)
-    start = place.dictionary_page_offset or place.data_page_offset
-    content[start : start + place.total_compressed_size] = b"\xff" * place.total_compressed_size
+    chunk = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).column(1)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
     write(tmp_path / "a.parquet", bytes(content))
     records = read_all(source(tmp_path, kind="parquet"))
     assert [(record.position, record.reason, record.count) for record in records] == [

@@ -16,7 +16,7 @@ from data_pipeline.reading.http_response import Response
 from data_pipeline.reading.records import FoundFile
 from data_pipeline.reading.source_reader import read_file
 from tests.unit.data_pipeline.conftest import DEMO
-from tests.unit.data_pipeline.reading.test_reading import read, reasons, warc
+from tests.unit.data_pipeline.reading.raw_files import read, reasons, warc
 
 PAGE = b"<p>Call me Ishmael.</p>" * 50
 PLAIN = b"Call me Ishmael. Some years ago, never mind how long precisely."
@@ -29,7 +29,7 @@ def response(headers: dict[str, str]) -> Response:
 
 
 def chunked(body: bytes, size: int = 100) -> bytes:
-    parts = [body[place : place + size] for place in range(0, len(body), size)]
+    parts = [body[position : position + size] for position in range(0, len(body), size)]
     return b"".join(b"%x;name=value\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 

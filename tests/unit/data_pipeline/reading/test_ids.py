@@ -11,50 +11,35 @@ from configs.loader import ConfigError
 from data_pipeline.core.shards import read_records
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain, takedown
-from data_pipeline.reading.ids import id_of_place, name_of, published_id, roots_of
+from data_pipeline.reading.ids import id_of_location, name_of, published_id, roots_of
 from data_pipeline.run import main
 from data_pipeline.tokens.store import Store
 from data_pipeline.tokens.tokenizer import Tokenizer
-from tests.data_runs import published
+from tests.data_runs import data_config, published
 from tests.unit.data_pipeline.conftest import demo_records
 
 MAIL, PHONE = "anna.karenina@levin.ru", "+44 207 154 1707"
-CONFIG = """
-[run]
-dir = "{folder}/run"
-workers = 1
-shard_bytes = 4000
 
-[sources.plain]
-files = ["{folder}/in/plain", "{folder}/in/plain/x/*.jsonl", "{folder}/in/plain/y/part.jsonl"]
-format = "jsonl"
-rules = {{ any = "all" }}
 
-[sources.given]
-files = ["{folder}/in/given-*.jsonl"]
-format = "jsonl"
-rules = {{ any = "all" }}
-
-[extract]
-max_bad_share = 0.2
-
-[rules.all]
-word_count = {{ min = 20 }}
-
-[dedup]
-minhash = false
-
-[tokenizer]
-vocab_size = 400
-
-[heldout]
-share = 0.2
-
-[mixture]
-seq_length = 64
-samples = 40
-weights = {{ plain = 1.0, given = 1.0 }}
-"""
+def config_in(folder: Path) -> Path:
+    """The config of the run, whose files are in `folder`."""
+    return data_config(
+        folder / "data.toml",
+        {
+            "plain": {
+                "files": [f"{folder}/in/plain", f"{folder}/in/plain/x/*.jsonl", f"{folder}/in/plain/y/part.jsonl"],
+                "format": "jsonl",
+                "rules": {"any": "all"},
+            },
+            "given": {"files": [f"{folder}/in/given-*.jsonl"], "format": "jsonl", "rules": {"any": "all"}},
+        },
+        run={"shard_bytes": 4000},
+        extract={"max_bad_share": 0.2},
+        rules={"all": {"word_count": {"min": 20}}},
+        dedup={"minhash": False},
+        heldout={"share": 0.2},
+        mixture={"samples": 40},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +47,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without [pii] over records that have no ids, the same ones, others' and personal ones."""
     folder = tmp_path_factory.mktemp("ids")
     texts = [record["text"][:600] for record in demo_records("english")]
-    for place in "xy":
-        (folder / "in/plain" / place).mkdir(parents=True)
+    for part_of in "xy":
+        (folder / "in/plain" / part_of).mkdir(parents=True)
         lines = [json.dumps({"text": texts.pop()}) for _ in range(4)]
-        (folder / "in/plain" / place / "part.jsonl").write_text("\n".join(lines))
+        (folder / "in/plain" / part_of / "part.jsonl").write_text("\n".join(lines))
     given = ["same"] * 3 + [MAIL, MAIL, f"tel/{PHONE}", "alone"]
     given += ["plain/x/part.jsonl/2", "given/given-a.jsonl/9", "", "same#given/given-a.jsonl/1"]
     records = [
@@ -77,8 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records += [{"id": f"{MAIL}/bad", "url": f"mailto:{MAIL}"}]
     (folder / "in/given-a.jsonl").write_text("\n".join(map(json.dumps, records)))
     (folder / "in/given-b.jsonl").write_text(json.dumps({"id": "same", "text": texts.pop()}))
-    path = folder / "data.toml"
-    path.write_text(CONFIG.format(folder=folder))
+    path = config_in(folder)
     assert main([str(path)]) == 0
     return path
 
@@ -95,9 +79,14 @@ def test_no_two_documents_have_one_id(config: Path) -> None:
     # One record gave what another came to be called: both are named a second time, by shard and row.
     second = [name for name in found if name.startswith("same#given/given-a.jsonl/1#given/0000-")]
     assert sorted(set(found) - set(second)) == sorted(
-        [f"plain/{place}/part.jsonl/{line}" for place in "xy" for line in (1, 2, 3, 4) if (place, line) != ("x", 2)]
-        + [f"plain/x/part.jsonl/2#{place}" for place in ("plain/x/part.jsonl/2", "given/given-a.jsonl/8")]
-        + [f"same#given/given-{place}" for place in ("a.jsonl/2", "a.jsonl/3", "b.jsonl/1")]
+        [
+            f"plain/{part_of}/part.jsonl/{line}"
+            for part_of in "xy"
+            for line in (1, 2, 3, 4)
+            if (part_of, line) != ("x", 2)
+        ]
+        + [f"plain/x/part.jsonl/2#{location}" for location in ("plain/x/part.jsonl/2", "given/given-a.jsonl/8")]
+        + [f"same#given/given-{location}" for location in ("a.jsonl/2", "a.jsonl/3", "b.jsonl/1")]
         + [f"{hashed}#given/given-a.jsonl/{line}" for line in (4, 5)]
         + [published_id(f"tel/{PHONE}"), "alone", "given/given-a.jsonl/9", "given/given-a.jsonl/10"]
         + [published_id(f"{MAIL}/short")]
@@ -225,4 +214,4 @@ def test_only_personal_ids_are_hashed() -> None:
     hashed = [published_id(one) for one in personal]
     assert len(set(hashed)) == len(hashed) and hashed == list(map(published_id, personal))
     assert all(one.startswith("id-") and len(one) == 35 and published_id(one) == one for one in hashed)
-    assert id_of_place("s", f"{MAIL}.jsonl", 3) == published_id(f"s/{MAIL}.jsonl/3")
+    assert id_of_location("s", f"{MAIL}.jsonl", 3) == published_id(f"s/{MAIL}.jsonl/3")

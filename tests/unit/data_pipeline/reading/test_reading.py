@@ -1,53 +1,12 @@
 """Broken input files: every sound record is read, every broken one is reported once with where and why."""
 
 import gzip
-import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from warcio.statusandheaders import StatusAndHeaders
-from warcio.warcwriter import WARCWriter
 
-from configs.sources import ExtractConfig, SourceConfig
-from data_pipeline.reading.records import FoundFile, Record
-from data_pipeline.reading.source_reader import read_file
-
-PAGE = "<html><body><main><p>The page number {}, and enough words to be one.</p></main></body></html>"
-
-
-def read(path: Path, content: bytes, kind: str = "jsonl", **limits: float) -> list[Record]:
-    path.write_bytes(content)
-    source = SourceConfig(files=("-",), format=kind, rules={"any": "r"})
-    advanced = []
-    records = list(read_file(FoundFile(str(path), len(content)), source, ExtractConfig(**limits), advanced.append))
-    assert sum(advanced) == len(content)
-    return records
-
-
-def reasons(records: list[Record]) -> list[str]:
-    return [record.reason for record in records]
-
-
-def warc(
-    pages: list[bytes],
-    status: str = "200 OK",
-    kind: str = "text/html; charset=utf-8",
-    extra: Sequence[tuple[str, str]] = (),
-) -> list[bytes]:
-    """One gzip member per page."""
-    members = []
-    for number, page in enumerate(pages):
-        buffer = io.BytesIO()
-        writer = WARCWriter(buffer, gzip=True)
-        headers = StatusAndHeaders(status, [("Content-Type", kind), *extra], protocol="HTTP/1.1")
-        record = writer.create_warc_record(
-            f"http://example.org/{number}", "response", payload=io.BytesIO(page), http_headers=headers
-        )
-        writer.write_record(record)
-        members.append(buffer.getvalue())
-    return members
+from tests.unit.data_pipeline.reading.raw_files import PAGE, read, reasons, warc
 
 
 @pytest.mark.parametrize(

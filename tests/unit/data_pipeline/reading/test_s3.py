@@ -19,13 +19,12 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.core.shards import read_records
+from data_pipeline.extraction.extract_stage import input_units, inputs_hash
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
 from data_pipeline.run import main
-from data_pipeline.stages import input_units, inputs_hash
-from tests.data_runs import CONFIG, ROOT
-from tests.unit.data_pipeline.reading.test_reading import PAGE, warc
-from tests.unit.data_pipeline.test_run import run_folder
+from tests.data_runs import CONFIG, ROOT, run_folder
+from tests.unit.data_pipeline.reading.raw_files import PAGE, warc
 
 SECRET = "wJalrXUtnFEMI-not-a-real-key"
 

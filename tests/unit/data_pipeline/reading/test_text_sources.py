@@ -10,7 +10,7 @@ from configs.loader import ConfigError
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.records import Record
 from data_pipeline.reading.source_reader import find_units, read_file
-from tests.unit.data_pipeline.reading.test_page_decoding import ENCODED, JAPANESE, RUSSIAN, encoded
+from tests.unit.data_pipeline.reading.encodings import ENCODED, JAPANESE, RUSSIAN, encoded
 
 LINES = ["first", "", "  ", "fourth\r", "\tfifth "]
 WIDE = ("utf-16", "utf-16-le", "utf-16-be", "utf-32")

@@ -84,21 +84,21 @@ def test_word_hashes_are_the_same_everywhere() -> None:
 def slow_ngram_scores(words: list[str], sizes: list[int], tops: int) -> list[int]:
     found = []
     for number, size in enumerate(sizes):
-        grams = [tuple(words[place : place + size]) for place in range(len(words) - size + 1)]
+        grams = [tuple(words[position : position + size]) for position in range(len(words) - size + 1)]
         if not grams:
             found.append(0)
         elif number < tops:
             gram, count = Counter(grams).most_common(1)[0]  # the first met wins a tie
             found.append(count * len(" ".join(gram)))
         else:
-            seen, place, total = set(), 0, 0
-            while place < len(grams):
-                if grams[place] in seen:
-                    total += len("".join(grams[place]))
-                    place += size
+            seen, position, total = set(), 0, 0
+            while position < len(grams):
+                if grams[position] in seen:
+                    total += len("".join(grams[position]))
+                    position += size
                 else:
-                    seen.add(grams[place])
-                    place += 1
+                    seen.add(grams[position])
+                    position += 1
             found.append(total)
     return found
 

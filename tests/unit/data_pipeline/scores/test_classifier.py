@@ -52,7 +52,7 @@ def test_heldout_numbers_by_hand() -> None:
 
 def test_the_model_by_hand() -> None:
     """A pair of words is a feature beside both words; each counts 1 / sqrt(features)."""
-    model = classifier.Linear(np.arange(1001, dtype=np.float32) / 1000, 2)
+    model = classifier.LinearClassifier(np.arange(1001, dtype=np.float32) / 1000, 2)
     one, two, both = (model.features(text) for text in ("three", "KINGDOMS", "Three kingdoms"))
     assert len(both) == 3 and both[0] == one[0] and both[2] == two[0]
     expected = 1 / (1 + np.exp(-(sum(both / 1000) / np.sqrt(3) + 1)))

@@ -16,35 +16,29 @@ from data_pipeline.provenance import explain, what_if
 from data_pipeline.run import main
 from data_pipeline.scores import classifier
 from data_pipeline.scores.model_scores import kept_model_scores
+from tests.data_runs import data_config
 from tests.unit.data_pipeline.conftest import DEMO, demo_records, write_jsonl
-from tests.unit.data_pipeline.scores.test_ngram_models import SMALL
+from tests.unit.data_pipeline.scores.arpa import SMALL
 
-CONFIG = """
-[run]
-dir = "{folder}/run"
-workers = 1
-[sources.prose]
-files = ["{folder}/prose.jsonl.gz"]
-format = "jsonl"
-rules = {{ any = "prose" }}
-[language]
-paragraphs = true
-[scores]
-classifier = "{folder}/quality.model"
-unigrams = "{folder}/words.tsv"
-arpa = "{folder}/small.arpa"
-languages = ["en"]
-[rules.prose]
-language_share = {{ min = 0.6 }}
-classifier_score = {{ min = 0.5 }}
-unigram_logprob = {{ min = -50 }}
-[tokenizer]
-vocab_size = 3000
-[mixture]
-seq_length = 64
-samples = 20
-weights = {{ prose = 1.0 }}
-"""
+
+def config_in(folder: Path) -> Path:
+    """The config of the run, whose files are in `folder`."""
+    return data_config(
+        folder / "data.toml",
+        {"prose": {"files": [f"{folder}/prose.jsonl.gz"], "format": "jsonl", "rules": {"any": "prose"}}},
+        language={"paragraphs": True},
+        scores={
+            "classifier": f"{folder}/quality.model",
+            "unigrams": f"{folder}/words.tsv",
+            "arpa": f"{folder}/small.arpa",
+            "languages": ["en"],
+        },
+        rules={
+            "prose": {"language_share": {"min": 0.6}, "classifier_score": {"min": 0.5}, "unigram_logprob": {"min": -50}}
+        },
+        tokenizer={"vocab_size": 3000},
+        mixture={"samples": 20},
+    )
 
 
 @pytest.fixture
@@ -59,9 +53,7 @@ def config(tmp_path: Path) -> Path:
     (tmp_path / "small.arpa").write_text(SMALL)
     argv = [str(DEMO / "english.jsonl.gz"), "--bad", str(DEMO / "code.jsonl.gz"), "--max-chars", "2000"]
     assert classifier.main([*argv, "--out", str(tmp_path / "quality.model")]) == 0
-    path = tmp_path / "data.toml"
-    path.write_text(CONFIG.format(folder=tmp_path))
-    return path
+    return config_in(tmp_path)
 
 
 def rows_of(stage: Path) -> list[dict[str, Any]]:
@@ -119,8 +111,7 @@ def test_a_run_with_models(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_a_rule_needs_its_model(tmp_path: Path, override: str, said: str | None) -> None:
-    path = tmp_path / "data.toml"
-    path.write_text(CONFIG.format(folder=tmp_path))
+    path = config_in(tmp_path)
     if said is None:
         load(DataConfig, path, [override])
     else:

@@ -86,7 +86,7 @@ def test_same_documents_same_bytes(documents: Path, small_tokenizer: Tokenizer, 
 
 def test_no_documents_make_an_empty_store(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_shard(tmp_path / "none.jsonl.zst", [])
-    assert store.build(path, tmp_path / "none", small_tokenizer) == store.Written(0, 0, 0)
+    assert store.build(path, tmp_path / "none", small_tokenizer) == store.WrittenStore(0, 0, 0)
     assert len(store.Store(tmp_path / "none")) == 0
 
 
@@ -110,7 +110,7 @@ def test_damage_is_noticed(copied: Path) -> None:
     opened.file(".idx").write_bytes(swapped)
     opened.file(".bin").write_bytes(content)
     with pytest.raises(ValueError, match=r"00000\.idx does not match its checksum.*delete the folder"):
-        store.Shards.in_folder(copied.parent)
+        store.SourceStores.in_folder(copied.parent)
     opened.file(".idx").write_bytes(b"PK" + index)
     with pytest.raises(ValueError, match="no token index"):
         store.Store(copied)
@@ -160,11 +160,11 @@ def test_broken_documents_leave_nothing_behind(small_tokenizer: Tokenizer, tmp_p
 
 
 def test_shards_count_on_from_store_to_store(tokens: Path) -> None:
-    shards = store.Shards.in_folder(tokens / "train" / "english")
+    shards = store.SourceStores.in_folder(tokens / "train" / "english")
     first, second = shards.stores
     assert shards.locate(0) == (first, 0)
     assert shards.locate(len(first) - 1) == (first, len(first) - 1)
     assert shards.locate(len(first)) == (second, 0)
     assert len(shards.lengths) == len(first) + len(second)
     with pytest.raises(ValueError, match="no token store"):
-        store.Shards.in_folder(tokens / "train" / "absent")
+        store.SourceStores.in_folder(tokens / "train" / "absent")

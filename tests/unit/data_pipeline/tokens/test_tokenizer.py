@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.data import TokenizerConfig
 from data_pipeline.tokens import bpe_cache
 from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer, train
 from tests.shards import write_shard
@@ -73,7 +74,7 @@ def test_same_texts_same_model(documents: Path, tmp_path: Path) -> None:
     files = sorted(documents.glob("train/code/*.zst")) + sorted(documents.glob("train/english/*.zst"))
 
     def model(name: str, inputs: list[Path], seed: int = 0) -> bytes:
-        train(inputs, tmp_path / name, 700, seed=seed, train_bytes=60_000)
+        train(inputs, tmp_path / name, TokenizerConfig(vocab_size=700, seed=seed, train_bytes=60_000))
         return (tmp_path / name / "tokenizer.model").read_bytes()
 
     first = model("a", files)
@@ -84,20 +85,20 @@ def test_same_texts_same_model(documents: Path, tmp_path: Path) -> None:
 def test_sample_is_bounded(documents: Path, tmp_path: Path) -> None:
     files = sorted(documents.glob("train/english/*.zst"))
     seen = []
-    info = train(files, tmp_path, 600, train_bytes=50_000, progress=seen.append)
+    info = train(files, tmp_path, TokenizerConfig(vocab_size=600, train_bytes=50_000), progress=seen.append)
     assert 40_000 < info["trained_on_bytes"] <= 50_000 < info["available_bytes"] == sum(seen)
 
 
 def test_impossible_vocabularies_are_refused(documents: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"raise tokenizer\.vocab_size"):
-        train(sorted(documents.glob("train/chinese/*.zst")), tmp_path / "out", 400)
+        train(sorted(documents.glob("train/chinese/*.zst")), tmp_path / "out", TokenizerConfig(vocab_size=400))
     path = write_shard(tmp_path / "a.jsonl.zst", [{"text": "few words"}])
     with pytest.raises(ValueError, match=r"lower tokenizer\.vocab_size"):
-        train([path], tmp_path / "out", 5000)
+        train([path], tmp_path / "out", TokenizerConfig(vocab_size=5000))
     with pytest.raises(ValueError, match="too small"):
-        train([path], tmp_path / "out", 200)
+        train([path], tmp_path / "out", TokenizerConfig.model_construct(vocab_size=200))
     with pytest.raises(ValueError, match="no text"):
-        train([write_shard(tmp_path / "b.jsonl.zst", [])], tmp_path / "out", 300)
+        train([write_shard(tmp_path / "b.jsonl.zst", [])], tmp_path / "out", TokenizerConfig(vocab_size=300))
     assert not (tmp_path / "out").exists()
 
 

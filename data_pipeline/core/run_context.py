@@ -1,0 +1,65 @@
+"""What stages share while a data run is under way, and the two ways in which most of them read its texts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datatrove.pipeline.base import PipelineStep
+from rich.console import Console
+
+from configs.data import DataConfig
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.shards import ShardReader, shard_path, shards_under
+from data_pipeline.core.tables import count_verdicts
+from data_pipeline.executors.base import Executor
+
+COMPILED_ONCE = "Compiled here once, then found in its cache by every worker."
+_TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the work of every stage is given: the config, the run directory, the console, and who does the tasks."""
+
+    config: DataConfig
+    run_dir: Path
+    console: Console
+    executor: Executor
+
+    def pipeline(
+        self,
+        name: str,
+        logs: Path,
+        steps: Sequence[PipelineStep],
+        units: int,
+        total_bytes: int,
+        alone: bool = False,
+    ) -> None:
+        """Runs `steps` over `units` files or shards, in parallel unless `alone`."""
+        tasks = 1 if alone else max(1, min(units, _TASKS_PER_WORKER * self.executor.workers))
+        self.executor.perform(name, steps, tasks, logs, total_bytes, self.console)
+
+    def text_bytes(self) -> int:
+        """Estimates the bytes of all texts that the extract stage published."""
+        extract = self.run_dir / "extract"
+        size = sum(shard_path(extract, shard).stat().st_size for shard in shards_under(extract))
+        return 3 * size  # about what compression makes of prose; for the bar alone
+
+
+def read_texts(
+    context: RunContext, name: str, steps: Sequence[PipelineStep], logs: Path, shards: Sequence[str]
+) -> None:
+    """Runs `steps` over the texts of `shards`, as the extract stage published them."""
+    reader = ShardReader(str(context.run_dir / "extract"), shards, str(logs / "progress"))
+    context.pipeline(name, logs, [reader, *steps], len(shards), context.text_bytes())
+
+
+def scan_texts(
+    context: RunContext, name: str, make_step: Callable[[str], PipelineStep], folder: Path, logs: Path
+) -> Tally:
+    """Fills tables in `folder` in one pass over all texts; `make_step` is given the folder for the tasks' tallies."""
+    tallies = logs / "tallies"
+    read_texts(context, name, [make_step(str(tallies))], logs, shards_under(context.run_dir / "extract"))
+    tally = Tally.load_all(tallies)
+    count_verdicts(folder, tally)
+    return tally

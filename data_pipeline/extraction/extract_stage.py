@@ -1,0 +1,145 @@
+"""The extract stage: files of all sources to texts, in shards."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from configs.data import DataConfig
+from configs.loader import plain
+from data_pipeline.canaries.plant import PlantCanaries, as_input
+from data_pipeline.core.console import warn
+from data_pipeline.core.hashing import digest
+from data_pipeline.core.ledger import Tally
+from data_pipeline.core.run_context import RunContext
+from data_pipeline.core.shards import TextWriter, shard_path
+from data_pipeline.core.stage import Stage, file_hashes, replace_folder
+from data_pipeline.core.tables import mask_samples
+from data_pipeline.extraction.blocklist import Blocklist
+from data_pipeline.extraction.extract import Extract, SetAside, bad_shares, shard_record
+from data_pipeline.extraction.unique import MADE_UNIQUE, MakeUnique, NoteIds, shared
+from data_pipeline.reading import InputUnit, SourceReader, find_units
+from data_pipeline.reading.files import is_remote
+from data_pipeline.reading.ids import roots_of
+from data_pipeline.reading.keys import check_keys
+from data_pipeline.reading.names import openable
+
+
+def extract_stage(context: RunContext) -> Stage:
+    """The stage that reads every source; its input is the content of all files."""
+    config = context.config
+    units = input_units(config)
+    Blocklist.load(config.extract.blocklist)  # so that a mistake in a list is found before the work begins
+    return Stage(
+        "extract",
+        partial(_extract, context, units),
+        {
+            "sources": {name: plain(source) | {"rules": None} for name, source in config.sources.items()},
+            "extract": plain(config.extract),
+            "shard_bytes": config.run.shard_bytes,
+            "canaries": as_input(config.canaries),
+        },
+        ("reading", "canaries.plant", "extraction.extract", "extraction.unique", "core.shards"),
+        inputs=inputs_hash(config, units, context.run_dir / "inputs.json"),
+        packages=(
+            *("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
+            "brotli",
+        ),
+    )
+
+
+def input_units(config: DataConfig) -> list[InputUnit]:
+    """The files of every source. Errors: ConfigError for a pattern that leads to nothing."""
+    return [
+        unit for name, source in config.sources.items() for unit in find_units(name, source, config.run.shard_bytes)
+    ]
+
+
+def inputs_hash(config: DataConfig, units: Sequence[InputUnit], cache: Path) -> str:
+    """Of local files their content, of remote ones the version that their system tells; blocklists included."""
+    files = [file for unit in units for file in unit.files]
+    local = [Path(openable(file.path)) for file in files if not file.reason and not is_remote(file.path)]
+    lists = config.extract.blocklist
+    local += [Path(path) for path in (*lists.domains, *lists.hosts, *lists.prefixes)]
+    others = [
+        [file.path, file.reason, file.identity, file.size] for file in files if file.reason or is_remote(file.path)
+    ]
+    contents = file_hashes(local, cache)
+    return digest([contents, others]) if others else contents
+
+
+def _extract(context: RunContext, units: list[InputUnit], folder: Path, logs: Path) -> Tally:
+    config = context.config
+    check_keys(units, config.extract)
+    tallies = str(logs / "tallies")
+    steps = [
+        SourceReader(units, config.extract, tallies, str(logs / "progress")),
+        PlantCanaries(config.canaries, tallies),
+        Extract(config.extract),
+        SetAside(str(folder), tallies, config.run.shard_bytes),
+        NoteIds(str(logs / "ids" / "0")),
+        TextWriter(str(folder), "${source}/${shard}", shard_record),
+    ]
+    context.pipeline("extract", logs, steps, len(units), sum(unit.size for unit in units))
+    _make_ids_unique(context, units, folder, logs)
+    mask_samples(folder)
+    tally = Tally.load_all(Path(tallies))
+    _check_bad_shares(context, tally, folder)
+    for source in config.sources:
+        counts = tally.of(source)
+        if not counts.kept.documents:
+            why = ", ".join(f"{reason} {amount.documents}" for reason, amount in counts.dropped.items()) or "no records"
+            warn(
+                f"source {source} has no usable record ({why}); check sources.{source}.files and format",
+                context.console,
+            )
+    for source in config.sources:
+        if alike := tally.of(source).notes.get(MADE_UNIQUE):
+            context.console.print(
+                f"source {source}: {alike:,} documents had an id that another document has too; each is now called "
+                "ID#SOURCE/FILE/POSITION (its id, and where it was found)",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+    shutil.rmtree(context.run_dir / "extract.failed", ignore_errors=True)  # of an attempt before this one
+    return tally
+
+
+def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
+    """Errors: ValueError for sources of which too many records are broken; what was set aside is kept then."""
+    limit = context.config.extract.max_bad_share
+    bad = [(source, broken, records) for source, broken, records in bad_shares(tally) if broken > limit * records]
+    if not bad:
+        return
+    failed = context.run_dir / "extract.failed"
+    tally.save(folder / "ledger.json")
+    for texts in (path for path in folder.iterdir() if path.is_dir() and path.name not in ("rejected", "drops")):
+        shutil.rmtree(texts)  # nobody reads them again
+    replace_folder(folder, failed)
+    told = "; ".join(
+        f"source {source}: {broken:,} of {records:,} records ({broken / records:.1%}) are broken"
+        for source, broken, records in bad
+    )
+    enough = max(math.ceil(1000 * broken / records) for _, broken, records in bad) / 1000
+    raise ValueError(
+        f"{told}: over extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, then "
+        f"repair the files or raise extract.max_bad_share to {enough}"
+    )
+
+
+def _make_ids_unique(context: RunContext, units: Sequence[InputUnit], folder: Path, logs: Path) -> None:
+    """Names documents that share an id after their indices as well, until none do."""
+    paths: dict[str, list[str]] = {}
+    for unit in units:
+        paths.setdefault(unit.source, []).extend(file.path for file in unit.files)
+    roots = {name: roots_of(context.config.sources[name].files, found) for name, found in paths.items()}
+    rounds = [logs / "ids" / "0"]
+    while found := shared(rounds):
+        rounds.append(logs / "ids" / str(len(rounds)))
+        notes, progress = str(rounds[-1]), str(rounds[-1] / "logs" / "progress")
+        step = MakeUnique(str(folder), found, roots, notes, str(logs / "tallies"), progress, len(rounds) > 2)
+        size = sum(shard_path(folder, shard).stat().st_size for shard in found)
+        context.pipeline("extract: ids", rounds[-1] / "logs", [step], len(found), size)
+    shutil.rmtree(logs / "ids", ignore_errors=True)
