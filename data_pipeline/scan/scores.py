@@ -259,6 +259,7 @@ def measure(
         codes, kinds, all_starts, all_ends, hits, marks, min_words, max_word_length, policy, citations
     )
     _, gone, line_words = refinedweb_lines(codes, lowered, kinds, all_starts, all_ends, hits)
+    has_lorem, has_curly = float(int(lorem)), float(int(curly))
     return Measured(
         word_count=float(sound),
         mean_word_length=sound_chars / max(sound, 1),
@@ -290,7 +291,7 @@ def measure(
         max_line_length=float(longest),
         alnum_ratio=alnum / chars,
         c4_sentences=float(sentences),
-        c4_lorem_ipsum=float(lorem),
-        c4_curly_bracket=float(curly),
+        c4_lorem_ipsum=has_lorem,
+        c4_curly_bracket=has_curly,
         refinedweb_word_ratio=gone / max(line_words, 1),
     )
