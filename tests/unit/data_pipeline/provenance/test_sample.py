@@ -117,7 +117,7 @@ def test_other_stages(config: Path, capsys: Any) -> None:
         (["--reason", "word_count_mn"], r"drops or cuts for: word_count_min \(9\)"),
         (["--stage", "lines", "--reason", "x"], r"duplicate_line \(\d+\)"),
         (["--stage", "tokens"], "--stage 'tokens'"),
-        (["--stage", "substrings"], "no finished stage 'substrings'"),
+        (["--stage", "substrings"], r"switched off; add a section \[substrings\], and run it"),
         (["-n", "0"], "-n '0'"),
         (["--kept", "--reason", "word_count_min"], "exclude each other"),
         (["--source", "news"], "known: prose"),
