@@ -191,7 +191,7 @@ def test_texts_without_words_are_like_no_other_but_their_copies(tmp_path: Path) 
 def test_an_index_of_other_signatures_is_refused(records: list[dict[str, Any]], tmp_path: Path) -> None:
     verdicts(tmp_path / "old", records[:6])
     index = [str(tmp_path / "old/run")]
-    with pytest.raises(ConfigError, match=r"dedup\.bands = 20 here and 14 in the index .*old/run"):
+    with pytest.raises(ConfigError, match=r"dedup\.bands = 20 here, and dedup\.bands = 14 in the index .*old/run"):
         verdicts(tmp_path / "new", records, index=index, bands=20)
     with pytest.raises(ConfigError, match="holds no finished signatures"):
         verdicts(tmp_path / "new", records, index=[str(tmp_path / "none")])

@@ -181,7 +181,7 @@ def test_executors_that_are_not_here_are_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match="needs the command sbatch, which is not on PATH"):
         choose(DataRunConfig(dir="x", executor="slurm"))
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"needs the package ray; run: pip install 'trivium\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package ray; run: pip install -c constraints\.txt '\.\[ray\]'"):
         choose(DataRunConfig(dir="x", executor="ray", ray=RayConfig()))
     (tmp_path / "score.1").mkdir()
     record = tmp_path / "score.1" / "slurm_name"
