@@ -1,1 +1,1 @@
-"""What a run is: strict sections (pydantic), the TOML loader, and presets beside them. Imports no torch."""
+"""Configs of all commands: strict schemas (pydantic), the TOML loader, and presets as TOML files. Imports no torch."""

@@ -1,11 +1,11 @@
-"""The section of a data run that says what looks wrong in its ledger. It changes no stage and no byte of the result."""
+"""Config section [alarms] of a data run: which counts in its ledger are a warning. It does not change the result."""
 
 from pydantic import Field, model_validator
 
 from configs.section import Section
 
-# Stages that take documents or text away because of what they are. (Held-out documents and sources that are left out
-# of the mixture are no losses.)
+# Stages that remove documents or text because of their content. (Held-out documents and sources that the mixture leaves
+# out are not losses.)
 WATCHED = (
     "extract",
     "language",
@@ -18,20 +18,20 @@ WATCHED = (
     "pii",
     "documents",
 )
-MUST_DROP = ("filter", "dedup")  # which, over enough documents, drop some
+MUST_DROP = ("filter", "dedup")  # a stage that drops none of many documents is taken to be broken
 
 
 class StageAlarmConfig(Section):
-    """Of one stage, in place of what holds for all."""
+    """Limits of one stage that replace those for all stages."""
 
     max_drop_share: float | None = Field(default=None, ge=0, le=1)
-    """The share of a source that this stage may drop; left out, alarms.max_drop_share holds."""
+    """The share of a source that this stage may drop; left out, alarms.max_drop_share applies."""
     must_drop: bool | None = None
-    """Whether the stage is to drop something of enough documents; left out, filter and dedup are, others not."""
+    """Whether the stage must drop some of alarms.min_documents documents; left out, only filter and dedup must."""
 
 
 class AlarmsConfig(Section):
-    """When a stage's counts are a warning: at the end of the run, in ledger.json and on the report's page."""
+    """When a stage's counts are a warning, given at the end of the run, in ledger.json and in report.html."""
 
     max_drop_share: float = Field(default=0.5, ge=0, le=1)
     """The share of a source's documents, and of its bytes, that one stage may drop."""
@@ -40,7 +40,7 @@ class AlarmsConfig(Section):
     stages: dict[str, StageAlarmConfig] = Field(default={})
     """Other limits for single stages, by the stage's name."""
     expected: dict[str, str] = Field(default={})
-    """Documents of the input, by id, with the reason for which each is to be dropped or set aside, or "kept"."""
+    """The fate that documents of the input must have, by id: the reason they are dropped or set aside, or "kept"."""
     fail: bool = False
     """Whether an alarm makes the exit status 1; the result is published all the same."""
 
@@ -49,14 +49,16 @@ class AlarmsConfig(Section):
         for name in self.stages:
             if name not in WATCHED:
                 raise ValueError(
-                    f"stages.{name} is no stage that drops documents or text; those are: {', '.join(WATCHED)}"
+                    f"stages.{name} is not a stage that drops documents or text; those are: {', '.join(WATCHED)}"
                 )
         return self
 
     def drop_limit(self, stage: str) -> float:
+        """Share of a source that `stage` may drop."""
         own = self.stages.get(stage, StageAlarmConfig()).max_drop_share
         return self.max_drop_share if own is None else own
 
     def must_drop(self, stage: str) -> bool:
+        """Whether a warning is given if `stage` drops none of `min_documents` documents."""
         own = self.stages.get(stage, StageAlarmConfig()).must_drop
         return stage in MUST_DROP if own is None else own

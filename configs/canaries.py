@@ -1,6 +1,6 @@
-"""Canaries of a data run: texts with a known fate that the run plants in its own input, and looks for at its end.
+"""Canaries of a data run: texts with a known fate that the run plants in its own input and checks at its end.
 
-Which fates there are follows from the rest of the config; a reason that nothing in it can give is an error.
+Which fates are possible follows from the rest of the config; a reason that no stage can give is an error.
 """
 
 import difflib
@@ -15,17 +15,17 @@ from configs.rules import RuleSet
 from configs.section import Section
 from configs.sources import ExtractConfig, SourceConfig
 
-KEPT = "kept"  # no stage drops it or cuts it
-DUPLICATES = ("exact_duplicate", "near_duplicate", "url_duplicate")  # all texts but one are dropped
-REPEATS = ("duplicate_line", "duplicate_paragraph", "duplicate_substring")  # one text, at least, is cut
+KEPT = "kept"  # no stage drops or cuts it
+DUPLICATES = ("exact_duplicate", "near_duplicate", "url_duplicate")  # of a canary's texts, all but one are dropped
+REPEATS = ("duplicate_line", "duplicate_paragraph", "duplicate_substring")  # at least one of a canary's texts is cut
 _OF_PAGES = ("no_main_text", "too_complex")
 
 
 class CanaryConfig(Section):
-    """One text or several that belong together.
+    """One text, or several that belong together, such as duplicates.
 
-    Texts meet each other, never the source's own documents, and are left out of what the run makes: documents, tokens
-    and plan.
+    They are compared with each other, never with the source's own documents, and do not reach the published documents,
+    tokens and plan.
     """
 
     source: str
@@ -37,10 +37,11 @@ class CanaryConfig(Section):
     url: str = ""
     """The address that the text gets, for extract.blocklist or dedup.url; empty for none."""
     reason: str = Field(min_length=1)
-    """Why every text has to be dropped or cut (of duplicates one stays), or "kept" for none."""
+    """The reason why every text must be dropped or cut (of duplicates one stays), or "kept" if none may be."""
 
     @property
     def texts(self) -> tuple[str, ...]:
+        """The planted texts, also if `text` is a single one."""
         return (self.text,) if isinstance(self.text, str) else self.text
 
     @model_validator(mode="after")
@@ -84,7 +85,7 @@ class Recipe(Protocol):
 
 
 def check(config: Recipe) -> None:
-    """Errors: ValueError for a source that is not there, or a reason that nothing can give."""
+    """Raises ValueError for a canary whose source does not exist or whose reason no rule or stage can give."""
     for name, canary in config.canaries.items():
         if canary.source not in config.sources:
             raise ValueError(
@@ -102,7 +103,10 @@ def check(config: Recipe) -> None:
 
 
 def reasons(config: Recipe, canary: CanaryConfig) -> Iterator[str]:
-    """For which a canary can be dropped or cut, and "kept"; without those of lines that rules drop."""
+    """Yields the reasons for which a canary can be dropped or cut, and "kept".
+
+    Reasons of the line rules (`_line_rules`) are not among them.
+    """
     source = config.sources[canary.source]
     yield from (KEPT, "empty", "one_character", *(_OF_PAGES if canary.html else ()))
     if "any" not in source.rules:
@@ -133,6 +137,6 @@ def _takes_part(sources: tuple[str, ...] | None, source: str) -> bool:
 
 
 def _line_rules(config: Recipe, source: str) -> tuple[str, ...]:
-    """How reasons of cut web lines begin, such as c4_."""
+    """Prefixes of the reasons for which a source's web lines are cut, such as c4_."""
     sets = (config.rules[rules] for rules in config.sources[source].rules.values())
     return tuple(f"{which}_" for rules in sets for which in rules.drop_lines)

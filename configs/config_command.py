@@ -1,4 +1,4 @@
-"""`trivium config`: every key of a config explained, or a config to begin with, printed from the schemas."""
+"""`trivium config`: explains the keys of a config, or prints a config to start from, both made from the schemas."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,16 @@ from configs.starters import starter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the reference or the config that the command line asks for and returns 0."""
     parser = command_parser(
         "trivium config",
-        "Explains the keys of a config, with type, default and what they mean; or prints a config to begin with.",
+        "Explains the keys of a config (type, default, meaning), or prints a config to start from.",
         "trivium config --explain pretrain optimizer.lr\n  trivium config --new pretrain > my.toml",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     names = ", ".join(SCHEMAS)
-    which.add_argument("--explain", metavar="KIND", help=f"every key of one of: {names}")
-    which.add_argument("--new", metavar="KIND", help=f"a small config that works, for one of: {names}")
+    which.add_argument("--explain", metavar="KIND", help=f"explain every key of this kind of config: {names}")
+    which.add_argument("--new", metavar="KIND", help=f"print a small config that works, of this kind: {names}")
     parser.add_argument("key", metavar="KEY", nargs="?", default="", help="explain this key or section alone")
     args = parser.parse_args(argv)
     if args.new and args.key:

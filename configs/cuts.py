@@ -1,7 +1,7 @@
-"""Sections of a data run for the stages that take parts out of documents, and decontamination.
+"""Config sections of the stages that cut text out of documents, of decontamination and of the documents stage.
 
-Each stage is off while its section is absent, or has `enabled = false`. Also here: what the documents stage does
-with texts of which little is left. The rest of a data run's config is in `configs.data`.
+A stage is off if its section is absent or has `enabled = false`; [documents], which says what happens to texts of which
+little is left, always applies. The rest of a data run's config is in `configs.data`.
 """
 
 from typing import Literal
@@ -32,9 +32,9 @@ class DecontaminateConfig(Section):
     min_words: int = Field(default=8, ge=2)
     """An item shorter than an n-gram is looked for whole from this many words on (pairs of characters in CJK text)."""
     min_share: float = Field(default=0.0, ge=0, le=1)
-    """The share of an item's n-grams that have to be in one document to count; 0: a single n-gram will do."""
+    """The share of an item's n-grams that must be in one document to count; 0: a single n-gram is enough."""
     action: Literal["drop", "cut"] = "drop"
-    """Whether the document is dropped, or what was matched is cut out of it."""
+    """Whether the document is dropped, or the matching text is cut out of it."""
     margin: int = Field(default=200, ge=0)
     """The number of characters around a match that are cut with it; action = "drop" does not use it."""
 
@@ -42,14 +42,14 @@ class DecontaminateConfig(Section):
     def _lengths(self) -> "DecontaminateConfig":
         if self.min_words > self.ngram:
             raise ValueError(
-                f"min_words = {self.min_words} is above ngram = {self.ngram}, so that items in between would be looked "
-                "for by nothing; set it to ngram or lower"
+                f"min_words = {self.min_words} is above ngram = {self.ngram}, so items in between would not be looked "
+                "for; set it to ngram or lower"
             )
         return self
 
 
 class LinesConfig(Section):
-    """Lines or paragraphs that occur more than `max_copies` times: the first ones stay, the others are cut.
+    """Lines or paragraphs that occur more than `max_copies` times: the first copies stay, the others are cut.
 
     Six copies of a line are what Llama 3 allows (arXiv 2407.21783, section 3.1.1).
     """
@@ -59,9 +59,9 @@ class LinesConfig(Section):
     unit: Literal["line", "paragraph"] = "line"
     """What is counted and cut: single lines, or paragraphs between blank lines."""
     max_copies: int = Field(default=6, ge=1)
-    """The number of copies that stay, the first ones."""
+    """The number of copies that stay."""
     min_chars: int = Field(default=20, ge=1)
-    """The least characters, without white space at the ends, of a line or paragraph that can be cut."""
+    """The minimum length of a line or paragraph that can be cut, in characters without white space at its ends."""
     scope: Literal["source", "all"] = "all"
     """Whether copies are counted in each source by itself, or in all together."""
     sources: tuple[str, ...] | None = None
@@ -83,9 +83,10 @@ class SubstringsConfig(Section):
 
 
 class PiiConfig(Section):
-    """Personal data, keys and tokens: what is looked for, and what becomes of it.
+    """Which personal data and credentials are looked for, and what is done with them.
 
-    `secret` is any long random value assigned to a name like password: half guessing, so not on unless asked for.
+    The kind `secret` is any long random value assigned to a name like password. It makes many mistakes, so it is off by
+    default.
     """
 
     enabled: bool = True
@@ -96,9 +97,9 @@ class PiiConfig(Section):
     )
     """What is looked for, and whether it is replaced or its document dropped; a kind left out is not looked for."""
     replacements: dict[Kind, str] = Field(default_factory=dict)
-    """What takes the place of a kind, other than <EMAIL>, <IP_ADDRESS>, <PHONE>, <CARD>, <KEY>, <SECRET>."""
+    """Replacement texts by kind, other than <EMAIL>, <IP_ADDRESS>, <PHONE>, <CARD>, <KEY>, <SECRET>."""
     private_ips: bool = False
-    """Whether IP addresses that name no host of the internet (private, reserved, documentation) count as well."""
+    """Whether IP addresses outside the public internet (private, reserved, documentation) are looked for as well."""
 
     @model_validator(mode="after")
     def _replacements_used(self) -> "PiiConfig":
@@ -106,20 +107,18 @@ class PiiConfig(Section):
             if self.actions.get(kind) != "replace":
                 # All of them, since actions that are given take the place of those that are on by default.
                 wanted = ", ".join(f'{name} = "{action}"' for name, action in {**self.actions, kind: "replace"}.items())
-                raise ValueError(
-                    f"replacements.{kind} is used by nothing; set actions = {{ {wanted} }}, or leave it out"
-                )
+                raise ValueError(f"replacements.{kind} has no effect; set actions = {{ {wanted} }}, or leave it out")
         return self
 
 
 class DocumentsConfig(Section):
-    """What the documents stage publishes of texts that stages have cut.
+    """When a document of which stages have cut too much is dropped, with the reason mostly_cut.
 
-    A document is dropped as mostly_cut if it lost a large share and little is left; so one that lost a long licence and
-    has text of its own stays, and so does a short one that lost a line.
+    It is dropped if it lost a large share and little is left. So a document that lost a long licence but has text of
+    its own stays, and so does a short one that lost a line.
     """
 
     cut_share_max: float = Field(default=0.8, ge=0, le=1)
     """The share of a document's bytes that may be cut, however few are left."""
     left_bytes_min: int = Field(default=500, ge=0)
-    """The bytes that are enough for a document to stay, whatever share was cut; 500 are some 80 words of English."""
+    """The number of bytes left with which a document stays, whatever share was cut; 500 are about 80 English words."""

@@ -1,6 +1,6 @@
-"""What a data run is: sources, rule sets, deduplication, the held-out split, the tokenizer and the mixture.
+"""Config of a data run: sources, rule sets, deduplication, the held-out split, the tokenizer and the mixture.
 
-One TOML file names everything between raw files and a mixture plan. A document that breaks a rule (`configs.rules`) is
+One TOML file describes everything from raw files to a mixture plan. A document that breaks a rule (`configs.rules`) is
 dropped with `<score>_min` or `<score>_max` as its reason.
 """
 
@@ -23,70 +23,70 @@ from configs.sources import ExtractConfig, LanguageConfig, SourceConfig
 class HeldoutConfig(Section):
     """Which documents are never trained on: those whose hash of (seed, id) is low.
 
-    Each source of two documents or more gives one at least.
+    At least one document of each source is held out, if the source has two or more.
     """
 
     share: float = Field(default=0.02, ge=0, lt=0.5)
-    """The share of each source's documents that is held out; 0 holds out none, and nothing is evaluated then."""
+    """The share of each source's documents that is held out; with 0, nothing is held out or evaluated."""
     seed: int = Field(default=0, ge=0)
-    """The seed of the hash; another one holds out other documents."""
+    """The seed of the hash; another seed holds out other documents."""
 
 
 class TokenizerConfig(Section):
     """A sentencepiece BPE tokenizer with byte fallback, trained on a sample of all sources together."""
 
     vocab_size: int = Field(default=8192, ge=300)
-    """The number of tokens, control symbols and bytes among them."""
+    """The number of tokens, including control symbols and bytes."""
     train_bytes: int = Field(default=8_000_000, ge=1)
-    """The most bytes of text that it is trained on."""
+    """The maximum number of bytes of text that it is trained on."""
     character_coverage: float = Field(default=0.9995, ge=0.98, le=1)
-    """The share of the text's characters that get a token of their own; the rest is written in bytes."""
+    """The share of the text's characters that get a token of their own; other characters become byte tokens."""
     max_piece_length: int = Field(default=16, ge=1)
-    """The most characters of one token."""
+    """The maximum length of a token, in characters."""
     seed: int = Field(default=0, ge=0)
-    """The seed of the sample of text."""
+    """The seed that draws the sample of text."""
 
 
 class DataConfig(Section):
     """The root of a data run's config."""
 
     run: DataRunConfig
-    """Where the run lives and who does its tasks."""
+    """Where the run is written, and what executes its tasks."""
     sources: dict[str, SourceConfig] = Field(min_length=1)
-    """What is read, by a name for each source that the mixture and the folders use."""
+    """What is read, by name; the mixture and the output folders use these names."""
     rules: dict[str, RuleSet] = Field(min_length=1)
-    """Thresholds that documents have to meet, by a name for each set that sources refer to."""
+    """Sets of thresholds that documents must meet, by name; sources refer to these names."""
     extract: ExtractConfig = ExtractConfig()
     """How files become texts."""
     language: LanguageConfig = LanguageConfig()
-    """How the language of a document is found."""
+    """How the language of a document is identified."""
     scores: ScoresConfig = ScoresConfig()
     """Models that score documents."""
     dedup: DedupConfig = DedupConfig()
     """Which documents are duplicates of others."""
     decontaminate: DecontaminateConfig | None = None
-    """Evaluation texts that no document may hold; left out, none are looked for."""
+    """Evaluation texts that no document may contain; left out, none are looked for."""
     lines: LinesConfig | None = None
     """Lines or paragraphs cut because they are repeated across documents; left out, none are."""
     substrings: SubstringsConfig | None = None
     """Substrings cut because they are repeated across documents; left out, none are."""
     pii: PiiConfig | None = None
-    """Personal data, keys and tokens that are replaced; left out, none are."""
+    """Personal data and credentials that are replaced; left out, none are."""
     documents: DocumentsConfig = DocumentsConfig()
-    """What is published of texts that were cut."""
+    """When a document of which stages have cut too much is dropped."""
     heldout: HeldoutConfig = HeldoutConfig()
     """Which documents are never trained on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer that is trained."""
     mixture: MixtureConfig | None = None
-    """What training rows are made of; needed by the plan stage alone."""
+    """The training rows' sources and lengths; only the plan stage needs it."""
     alarms: AlarmsConfig = AlarmsConfig()
-    """Which counts of a run are a warning."""
+    """Which counts of a run cause a warning."""
     canaries: dict[str, CanaryConfig] = Field(default={})
-    """Texts of known fate that the run plants in its input, by a name for each."""
+    """Texts of known fate that the run plants in its input, by name."""
 
     def plans(self) -> dict[str, PlanConfig]:
-        """The plans of the mixture, by name of their stage. Errors: ConfigError where there is no mixture."""
+        """Returns the plans of the mixture, by name of their stage. Raises ConfigError if there is no [mixture]."""
         if self.mixture is None:
             raise ConfigError(
                 "key 'mixture' is missing, which says what a plan is made of: set mixture.weights, mixture.temperature "

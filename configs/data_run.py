@@ -1,4 +1,4 @@
-"""Where a data run lives, and who does its tasks: this machine, Slurm, Ray or MPI."""
+"""Where a data run is written, and what executes its tasks: this machine, Slurm, Ray or MPI."""
 
 import re
 from typing import Literal
@@ -9,7 +9,7 @@ from configs.section import Section
 
 
 class SlurmConfig(Section):
-    """What the array jobs ask for under executor = "slurm". `run.workers` of a job's elements run at a time."""
+    """Resources of the array jobs of executor = "slurm". Up to `run.workers` elements of a job run at a time."""
 
     partition: str | None = None
     """The partition, as in sbatch --partition; left out, the cluster's default."""
@@ -24,9 +24,9 @@ class SlurmConfig(Section):
     mem_per_cpu_gb: int = Field(default=2, ge=1)
     """The memory of an element for each of its cores, in GiB."""
     tasks_per_job: int = Field(default=1, ge=1)
-    """The number of tasks that one element works through, one after another."""
+    """The number of tasks that one element executes, one after another."""
     max_array_size: int = Field(default=1001, ge=1)
-    """The most elements of one job, not above MaxArraySize of slurm.conf."""
+    """The maximum number of elements of one job, not above MaxArraySize of slurm.conf."""
     setup: str = ""
     """Shell commands before a task's Python starts, such as "module load python"; empty for none."""
 
@@ -39,28 +39,28 @@ class SlurmConfig(Section):
 
 
 class RayConfig(Section):
-    """Which Ray does the tasks under executor = "ray", and what each of them books there."""
+    """The Ray cluster of executor = "ray", and the resources that each task reserves there."""
 
     address: str | None = None
     """The address of a running cluster, such as "auto"; left out, Ray starts on this machine, on loopback only."""
     cpus_per_task: int = Field(default=1, ge=1)
-    """The cores that a task books."""
+    """The cores that a task reserves."""
     mem_per_cpu_gb: float = Field(default=2, gt=0)
-    """The memory that a task books for each of its cores, in GiB; Ray does not enforce it."""
+    """The memory that a task reserves for each of its cores, in GiB; Ray does not enforce it."""
 
 
 class DataRunConfig(Section):
-    """Where the run lives and who does its tasks. Neither `executor` nor `workers` changes a byte of the result."""
+    """Where the run is written, and what executes its tasks. `executor` and `workers` do not change the result."""
 
     dir: str
     """The folder that all stages write into, relative to the working directory."""
     executor: Literal["local", "slurm", "ray", "mpi"] | None = None
-    """Who does the tasks; left out, mpi under mpirun and local otherwise."""
+    """What executes the tasks; left out, it is mpi under mpirun and local otherwise."""
     workers: int = Field(default=2, ge=1)
-    """The number of tasks at a time; under mpi it is the number of ranks instead."""
+    """The number of tasks that run at a time; under mpi the number of ranks decides instead."""
     slurm: SlurmConfig = SlurmConfig()
-    """What the array jobs ask for under executor = "slurm"."""
+    """Resources of the array jobs of executor = "slurm"."""
     ray: RayConfig = RayConfig()
-    """Which Ray does the tasks under executor = "ray"."""
+    """The Ray cluster of executor = "ray"."""
     shard_bytes: int = Field(default=2_000_000, ge=1)
-    """The bytes of text in a shard, the unit of work; the files' cut depends on it, and never on workers."""
+    """The size of a shard, the unit of work, in bytes of text; it decides how files are divided, workers does not."""

@@ -1,19 +1,19 @@
-"""What differs between two configs, or two plain descriptions of anything: key by key, in words."""
+"""Differences between two configs, or other nested dicts, key by key."""
 
 from collections.abc import Mapping
 from typing import Any
 
-Changes = dict[str, tuple[Any, Any]]  # by dotted key: before, after; None where there was or is no such key
+Changes = dict[str, tuple[Any, Any]]  # dotted key -> (before, after); None for a missing key
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Changes:
-    """Keys of nested dicts whose values are not the same."""
+    """Returns the keys of two nested dicts whose values differ, with both values."""
     old, new = flat(before), flat(after)
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested dicts by dotted key, without those that are None or empty dicts."""
+    """Returns the values of a nested dict by dotted key, without None and empty dicts."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -24,7 +24,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def words(found: Changes) -> list[str]:
-    """`optimizer.lr 0.001 -> 0.01` of each."""
+    """Formats each change as in `optimizer.lr 0.001 -> 0.01`."""
     return [f"{key} {_said(before)} -> {_said(after)}" for key, (before, after) in found.items()]
 
 

@@ -1,4 +1,4 @@
-"""Files that are published whole or not at all, and their checksums."""
+"""Atomic writes and checksums of files."""
 
 import contextlib
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Publishes `content` at `path` whole or not at all: temporary name in the same folder, fsync, rename."""
+    """Writes `content` to `path` whole or not at all: to a temporary file in the same folder, with fsync and rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -26,7 +26,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Makes a file's content, or a directory's entries, survive a power cut."""
+    """Flushes a file's content, or a directory's entries, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,6 +35,6 @@ def sync(path: str | Path) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
+    """Returns the SHA-256 of a file's content, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

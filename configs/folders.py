@@ -1,4 +1,4 @@
-"""Whether a folder that a command is to fill can be written to, told in one sentence before the work begins."""
+"""Check, before a command starts its work, that its output folder can be written to."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.loader import ConfigError
 
-# What a user can do about it, by the error's number.
+# What is wrong and what to do about it, by error number.
 REASONS = {
     errno.EROFS: "it is on a read-only file system; name a place that can be written to",
     errno.EACCES: "this user may not write there; name another place, or have its permissions changed",
@@ -19,9 +19,9 @@ _PROBE_BYTES = 4096
 
 
 def check_writable(folder: str | Path, key: str, value: str | Path | None = None) -> None:
-    """Tries to write a file in `folder`, or where it would be made. Nothing stays.
+    """Tries to write a temporary file in `folder`, or in the nearest folder above it that exists.
 
-    Errors: ConfigError that names `key` and its `value`, the folder itself if it is left out.
+    Raises ConfigError if that fails; the message names `key` and its `value`, by default the folder.
     """
     folder = Path(folder)
     try:
@@ -35,7 +35,7 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
 
 
 def _reason(folder: Path, error: OSError) -> str:
-    # os.path, since a folder above that may not be entered is no error here: it is what `error` tells of.
+    # os.path.exists does not raise if a folder above cannot be entered; `error` already says that.
     file = next((path for path in (folder, *folder.parents) if os.path.exists(path) and not os.path.isdir(path)), None)
     if file is not None:
         return f"{file} is a file; name a folder, or a place in one"

@@ -1,8 +1,8 @@
-"""All degrees of parallelism against model, batch and world size, in one place. No torch, so a login node can ask.
+"""Checks that the degrees of parallelism fit the model, the batch and the world size, and suggests values that do.
 
 World size = dp * pp * cp * tp; experts are spread over ep of the dp * cp ranks that otherwise hold the same weights.
 Rank order is megatron-core's "tp-cp-ep-dp-pp": tensor-parallel ranks are neighbours, pipeline stages are farthest
-apart.
+apart. Imports no torch, so that it also runs on a login node.
 """
 
 import math
@@ -21,11 +21,11 @@ CAPACITY_FACTOR = "model.moe.capacity_factor"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a layout is asked to fit.
+class LayoutRequest:
+    """The numbers that a layout must fit: world size, and the sections [parallel], [model] and [train].
 
-    A data-parallel rank holds whole groups of `group_size` samples. Keys in `given` are never suggested: another value
-    would be refused, as that of a key which is a plan's or a checkpoint's.
+    A data-parallel rank holds whole groups of `group_size` samples. Messages suggest no change to the keys in `given`,
+    whose values are fixed, for example by a data plan or a checkpoint.
     """
 
     world_size: int
@@ -36,7 +36,7 @@ class Asked:
     given: frozenset[str] = frozenset()
 
     def value(self, key: str) -> Any:
-        """What `key` is, a dotted one or `RANKS`."""
+        """Value of `key`, a dotted config key or `RANKS`."""
         match key.split("."):
             case ["parallel", name]:
                 return getattr(self.parallel, name)
@@ -46,8 +46,8 @@ class Asked:
         moe = self.model.moe
         return {RANKS: self.world_size, GROUP_SIZE: self.group_size}.get(key, moe and moe.capacity_factor)
 
-    def changed(self, key: str, value: Any) -> "Asked":
-        """The same with one key changed."""
+    def changed(self, key: str, value: Any) -> "LayoutRequest":
+        """Returns a copy with one key changed."""
         match key.split("."):
             case ["parallel", name]:
                 return replace(self, parallel=self.parallel.model_copy(update={name: value}))
@@ -68,12 +68,12 @@ class Asked:
         return True
 
 
-class _Impossible(Misfit):
-    """Why a layout cannot be, and the keys that may help with values to try; None: all that divide the ranks."""
+class _LayoutMisfit(Misfit):
+    """A reason why no layout fits, with the values to try for each key that may help; None: divisors of the ranks."""
 
-    def __init__(self, asked: Asked, problem: str, **keys: Sequence[Any] | None) -> None:
-        found = {_KEYS[name]: values for name, values in keys.items() if _KEYS[name] not in asked.given}
-        ranks = divisors(asked.world_size)
+    def __init__(self, request: LayoutRequest, problem: str, **keys: Sequence[Any] | None) -> None:
+        found = {_KEYS[name]: values for name, values in keys.items() if _KEYS[name] not in request.given}
+        ranks = divisors(request.world_size)
         super().__init__(problem, {key: ranks if values is None else values for key, values in found.items()})
 
 
@@ -90,10 +90,10 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A checked layout. `grad_accum_steps` is the number of micro-batches of each data-parallel rank in a step.
+    """Degrees of parallelism that fit the model, the batch and the world size.
 
-    `layers_per_stage` counts the layers of every virtual stage; virtual stage v is chunk v // pp of pipeline rank
-    v % pp.
+    `grad_accum_steps` is the number of micro-batches of each data-parallel rank in a step. `layers_per_stage` counts
+    the layers of every virtual pipeline stage; virtual stage v is chunk v // pp of pipeline rank v % pp.
     """
 
     world_size: int
@@ -119,25 +119,25 @@ class Layout:
         group_size: int = 1,
         given: Sequence[str] = (),
     ) -> "Layout":
-        """Checks every degree of what is asked for; see `Asked`.
+        """Returns the layout for these numbers, which `LayoutRequest` explains.
 
-        Errors: ConfigError naming the numbers, and near values that are legal with the rest.
+        Raises ConfigError if they do not fit together; it names them, and the nearest values that do fit.
         """
-        asked = Asked(world_size, parallel, model, train, group_size, frozenset(given))
+        request = LayoutRequest(world_size, parallel, model, train, group_size, frozenset(given))
         try:
-            return cls.fit(asked)
+            return cls.fit(request)
         except Misfit as misfit:
-            raise ConfigError(f"{misfit}; {remedies(misfit, asked.value, asked.fits)}") from None
+            raise ConfigError(f"{misfit}; {remedies(misfit, request.value, request.fits)}") from None
 
     @classmethod
-    def fit(cls, asked: Asked) -> "Layout":
-        """Errors: Misfit."""
-        parallel, world_size = asked.parallel, asked.world_size
+    def fit(cls, request: LayoutRequest) -> "Layout":
+        """Returns the layout for `request`. Raises Misfit if its numbers do not fit together."""
+        parallel, world_size = request.parallel, request.world_size
         tp, cp, pp = parallel.tp, parallel.cp, parallel.pp
         replica = tp * cp * pp
         if world_size % replica:
-            raise _Impossible(
-                asked,
+            raise _LayoutMisfit(
+                request,
                 f"parallel.tp * parallel.cp * parallel.pp = {tp} * {cp} * {pp} = {replica} does not divide the "
                 f"{world_size} ranks started",
                 ranks=multiples(replica, world_size),
@@ -145,31 +145,32 @@ class Layout:
                 cp=None,
                 pp=None,
             )
-        _check_zero(asked)
-        _check_tensor_parallel(asked)
-        _check_sequence(asked)
-        layers_per_stage = _split_layers(asked)
+        _check_zero(request)
+        _check_tensor_parallel(request)
+        _check_sequence(request)
+        layers_per_stage = _split_layers(request)
         dp = world_size // replica
-        _check_experts(asked, dp)
-        accum = _split_batch(asked, dp)
+        _check_experts(request, dp)
+        accum = _split_batch(request, dp)
         zero, offload = parallel.zero, parallel.offload_optimizer
         degrees = world_size, tp, parallel.sp, cp, parallel.ep, pp, parallel.vpp, dp
         return cls(*degrees, zero, offload, accum, layers_per_stage)
 
     def __str__(self) -> str:
+        """Short form for logs, such as `tp2 sp pp2 dp4 zero1`."""
         sp, vpp = " sp" if self.sp else "", f" vpp{self.vpp}" if self.vpp > 1 else ""
         cp, ep = f" cp{self.cp}" if self.cp > 1 else "", f" ep{self.ep}" if self.ep > 1 else ""
         offload = " offload" if self.offload_optimizer else ""
         return f"tp{self.tp}{sp}{cp} pp{self.pp}{vpp} dp{self.dp}{ep} zero{self.zero}{offload}"
 
     def layers_of_stage(self, stage: int) -> range:
-        """Global indices of the layers of virtual stage `stage`."""
+        """Global indices of the layers of virtual pipeline stage `stage`."""
         first = sum(self.layers_per_stage[:stage])
         return range(first, first + self.layers_per_stage[stage])
 
 
-def _check_tensor_parallel(asked: Asked) -> None:
-    parallel, model = asked.parallel, asked.model
+def _check_tensor_parallel(request: LayoutRequest) -> None:
+    parallel, model = request.parallel, request.model
     tp = parallel.tp
     expert_size = "model.moe.ffn_hidden_size" if model.moe and model.moe.ffn_hidden_size else "model.ffn_hidden_size"
     for name, size in (
@@ -179,24 +180,24 @@ def _check_tensor_parallel(asked: Asked) -> None:
         ("model.vocab_size", model.vocab_size),
     ):
         if size % tp:
-            raise _Impossible(asked, f"{name} = {size} is not a multiple of parallel.tp = {tp}", tp=None)
+            raise _LayoutMisfit(request, f"{name} = {size} is not a multiple of parallel.tp = {tp}", tp=None)
     if parallel.sp and tp == 1:
-        raise _Impossible(
-            asked,
-            "parallel.sp = true splits the sequence over the ranks of parallel.tp, and tp = 1 is a single one",
+        raise _LayoutMisfit(
+            request,
+            "parallel.sp = true splits the sequence over the ranks of parallel.tp, and tp = 1 is a single rank",
             sp=(False,),
             tp=None,
         )
 
 
-def _check_sequence(asked: Asked) -> None:
-    """Sequences are split over cp everywhere but in attention, which splits heads instead; sp splits further."""
-    parallel, model, train = asked.parallel, asked.model, asked.train
+def _check_sequence(request: LayoutRequest) -> None:
+    """Checks cp and sp, which split the sequence everywhere but in attention; there cp splits the heads instead."""
+    parallel, model, train = request.parallel, request.model, request.train
     tp, cp, parts = parallel.tp, parallel.cp, parallel.sequence_parts
     if train.seq_length % parts:
         factors = [f"parallel.cp = {cp}"] * (cp > 1) + [f"parallel.tp = {tp} (parallel.sp = true)"] * parallel.sp
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"train.seq_length = {train.seq_length} is not a multiple of {' * '.join(factors)}",
             seq_length=[n for n in multiples(parts, train.seq_length) if n > train.seq_length],
             cp=None,
@@ -205,16 +206,16 @@ def _check_sequence(asked: Asked) -> None:
         return
     for name, heads in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.num_kv_heads)):
         if heads % (tp * cp):
-            raise _Impossible(
-                asked,
+            raise _LayoutMisfit(
+                request,
                 f"{name} = {heads} is not a multiple of parallel.tp * parallel.cp = {tp} * {cp}, over which attention "
                 "splits its heads",
                 cp=None,
                 tp=None,
             )
     if model.moe and model.moe.capacity_factor is not None:
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"model.moe.capacity_factor = {model.moe.capacity_factor} counts an expert's tokens over whole sequences, "
             f"and parallel.cp = {cp} splits them",
             capacity_factor=(None,),
@@ -222,22 +223,22 @@ def _check_sequence(asked: Asked) -> None:
         )
 
 
-def _check_experts(asked: Asked, dp: int) -> None:
-    parallel, model = asked.parallel, asked.model
+def _check_experts(request: LayoutRequest, dp: int) -> None:
+    parallel, model = request.parallel, request.model
     ep, ranks = parallel.ep, dp * parallel.cp
     if ep == 1:
         return
     if model.moe is None:
-        raise _Impossible(asked, f"parallel.ep = {ep} spreads experts, and the model has none", ep=(1,))
+        raise _LayoutMisfit(request, f"parallel.ep = {ep} spreads experts, but the model has none", ep=(1,))
     if model.moe.num_experts % ep:
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"model.moe.num_experts = {model.moe.num_experts} is not a multiple of parallel.ep = {ep}",
             ep=None,
         )
     if ranks % ep:
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"parallel.ep = {ep} does not divide dp * cp = {dp} * {parallel.cp} = {ranks}, the ranks that experts are "
             "spread over",
             ep=None,
@@ -245,42 +246,42 @@ def _check_experts(asked: Asked, dp: int) -> None:
         )
 
 
-def _check_zero(asked: Asked) -> None:
-    zero, pp, ep = asked.parallel.zero, asked.parallel.pp, asked.parallel.ep
+def _check_zero(request: LayoutRequest) -> None:
+    zero, pp, ep = request.parallel.zero, request.parallel.pp, request.parallel.ep
     if zero > 1 and pp > 1:
-        raise _Impossible(
-            asked,
-            f"parallel.zero = {zero} with parallel.pp = {pp}: ZeRO stages 2 and 3 give gradients away after every "
-            "micro-batch, and a pipeline accumulates them over all",
+        raise _LayoutMisfit(
+            request,
+            f"parallel.zero = {zero} with parallel.pp = {pp}: ZeRO stages 2 and 3 scatter gradients after every "
+            "micro-batch, and a pipeline accumulates them over all micro-batches",
             zero=(1, 2),
             pp=(1,),
         )
     if zero == 3 and ep > 1:
-        raise _Impossible(
-            asked,
-            f"parallel.zero = 3 with parallel.ep = {ep}: ZeRO stage 3 would split each expert over all data parallel, "
-            "ranks that hold other experts among them",
+        raise _LayoutMisfit(
+            request,
+            f"parallel.zero = 3 with parallel.ep = {ep}: ZeRO stage 3 would split each expert over all data-parallel "
+            "ranks, also those that hold other experts",
             zero=(1, 2),
             ep=(1,),
         )
 
 
-def _split_layers(asked: Asked) -> tuple[int, ...]:
-    parallel, model = asked.parallel, asked.model
+def _split_layers(request: LayoutRequest) -> tuple[int, ...]:
+    parallel, model = request.parallel, request.model
     pp, vpp, layers = parallel.pp, parallel.vpp, model.num_layers
     stages = pp * vpp
     if vpp > 1 and pp == 1:
-        raise _Impossible(
-            asked,
-            f"parallel.vpp = {vpp} interleaves chunks of a pipeline, and parallel.pp = 1 is none",
+        raise _LayoutMisfit(
+            request,
+            f"parallel.vpp = {vpp} interleaves the stages of a pipeline, and parallel.pp = 1 is no pipeline",
             vpp=(1,),
             pp=None,
         )
     if stages > layers:
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"parallel.pp * parallel.vpp = {pp} * {vpp} = {stages} stages are more than model.num_layers = {layers}; "
-            "every stage holds a layer or more",
+            "every stage needs at least one layer",
             pp=None,
             vpp=range(1, vpp),
         )
@@ -289,8 +290,8 @@ def _split_layers(asked: Asked) -> tuple[int, ...]:
         head = model.vocab_size * model.hidden_size / model.parameters_per_layer(active=True)
         return balanced_layers(layers, stages, head)
     if len(given) != stages or sum(given) != layers or min(given) < 1:
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"parallel.layers_per_stage = {list(given)} are {len(given)} numbers with sum {sum(given)}; they must be "
             f"pp * vpp = {stages} numbers of 1 or more with sum model.num_layers = {layers}",
             layers_per_stage=(None,),
@@ -298,30 +299,30 @@ def _split_layers(asked: Asked) -> tuple[int, ...]:
     return given
 
 
-def _split_batch(asked: Asked, dp: int) -> int:
-    """Returns the number of micro-batches of each data-parallel rank in a step."""
-    pp, vpp, group = asked.parallel.pp, asked.parallel.vpp, asked.group_size
-    micro, batch = asked.train.micro_batch_size, asked.train.global_batch_size
+def _split_batch(request: LayoutRequest, dp: int) -> int:
+    """Checks the batch sizes and returns the number of micro-batches of each data-parallel rank in a step."""
+    pp, vpp, group = request.parallel.pp, request.parallel.vpp, request.group_size
+    micro, batch = request.train.micro_batch_size, request.train.global_batch_size
     whole = dp * math.lcm(micro * (pp if vpp > 1 else 1), group)
     sizes = {"global_batch_size": multiples(whole, batch), "micro_batch_size": divisors(batch // dp)}
     if batch % (dp * micro):
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"train.global_batch_size = {batch} is not a multiple of dp * train.micro_batch_size = {dp} * {micro}",
             **sizes,
         )
     if batch % (dp * group):
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"train.global_batch_size = {batch} over {dp} data-parallel ranks is {batch // dp} samples each, not a "
-            f"multiple of {GROUP_SIZE} = {group}, and no group is split",
+            f"multiple of {GROUP_SIZE} = {group}, and a group cannot be split over ranks",
             global_batch_size=sizes["global_batch_size"],
             group_size=divisors(batch // dp, least=2),
         )
     accum = batch // (dp * micro)
     if vpp > 1 and accum % pp:
-        raise _Impossible(
-            asked,
+        raise _LayoutMisfit(
+            request,
             f"parallel.vpp = {vpp} interleaves micro-batches in groups of parallel.pp = {pp}, and a step has "
             f"{accum} on each data-parallel rank",
             **sizes,
@@ -331,17 +332,18 @@ def _split_batch(asked: Asked, dp: int) -> int:
 
 
 def balanced_layers(layers: int, stages: int, head: float) -> tuple[int, ...]:
-    """Layers of each stage such that the slowest stage is as fast as can be; the last one has the output head too.
+    """Returns the number of layers of each stage that makes the slowest stage fastest.
 
-    `head` is the head's cost in layers. Looking up embeddings costs next to nothing, so the first stage is like any
-    other. Left-over layers go to later stages, since earlier ones keep more micro-batches' activations (1F1B).
+    The last stage also has the output head, whose cost is that of `head` layers. The embedding lookup of the first
+    stage costs next to nothing. Layers that do not divide evenly go to later stages, since earlier stages keep the
+    activations of more micro-batches (1F1B).
     """
     if stages == 1:
         return (layers,)
 
     def slowest(last: int) -> tuple[float, int]:
         others = -(-(layers - last) // (stages - 1))
-        return max(others, last + head), -last  # among equals the one with most layers beside the head: the most even
+        return max(others, last + head), -last  # of equals, the most even: most layers beside the head
 
     last = min(range(1, layers - stages + 2), key=slowest)
     share, left = divmod(layers - last, stages - 1)

@@ -1,8 +1,8 @@
-"""TOML in, a validated config out, and every mistake told in one sentence.
+"""Loads and validates configs; every mistake becomes one sentence that says what to change.
 
 A config is a TOML file plus dotted overrides (`train.steps=50`). Values of overrides are TOML values; a bare word is
-a string. Anything the schema does not know, of a wrong type or out of range becomes a `ConfigError` that names the
-key, the value and what to change. Entrypoints turn it into exit status 2.
+a string. An unknown key, a wrong type or a value out of range raises a `ConfigError` that names the key, the value and
+what to change. Entrypoints turn it into exit status 2.
 """
 
 import difflib
@@ -22,11 +22,11 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """The configuration or the command line asks for something that cannot be. One sentence."""
+    """A mistake in the config or the command line, as one sentence that says what to change."""
 
 
 def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Reads `path`, applies `key.sub=value` overrides, validates by `schema`. Errors: ConfigError."""
+    """Reads `path`, applies `key.sub=value` overrides and validates by `schema`. Raises ConfigError for any mistake."""
     path = Path(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -42,9 +42,9 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 
 def validate(schema: type[T], tree: dict[str, Any], origin: str = "config") -> T:
-    """Validates a plain dict by `schema`; every mistake in it goes into one ConfigError."""
+    """Validates a plain dict by `schema`. Raises one ConfigError that names all mistakes, after `origin`."""
     try:
-        # By way of JSON: lists may then stand for tuples and strings for enums, while types stay strict.
+        # Through JSON, where lists may stand for tuples and strings for enums, while all other types stay strict.
         return schema.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         messages = [_sentence(schema, tries) for tries in _by_value(error.errors())]
@@ -52,17 +52,17 @@ def validate(schema: type[T], tree: dict[str, Any], origin: str = "config") -> T
 
 
 def plain(config: BaseModel) -> dict[str, Any]:
-    """The config as a dict of TOML and JSON values; keys that are None are left out (TOML has no null)."""
+    """Returns the config as a dict of TOML and JSON values, without keys that are None (TOML has no null)."""
     return config.model_dump(mode="json", exclude_none=True)
 
 
 def write(config: BaseModel, path: str | Path) -> None:
-    """Writes the resolved config as TOML, under a temporary name first."""
+    """Writes the config, with defaults filled in, as TOML to `path`, atomically."""
     write_atomic(path, toml(plain(config)))
 
 
 def toml(tree: dict[str, Any]) -> bytes:
-    """A plain dict as TOML; keys that are None are left out."""
+    """Returns a plain dict as TOML, without keys that are None."""
     return tomli_w.dumps(_without_none(tree)).encode()
 
 
@@ -93,7 +93,7 @@ def _value(text: str) -> Any:
         return text
 
 
-# What a value of the wanted type looks like in TOML, by the type in pydantic's error.
+# How a value of the expected type is written in TOML, by the type in pydantic's error.
 _EXAMPLES = {
     "int": "an integer is written like 3",
     "float": "a number is written like 0.5",
@@ -102,15 +102,16 @@ _EXAMPLES = {
     "tuple": "a list is written like [1, 2] or ['a', 'b']",
     "list": "a list is written like [1, 2] or ['a', 'b']",
 }
-# What pydantic puts after a key that may have several types, to say which of them an error is about.
+# Parts that pydantic adds to the location of an error if the key may have several types: the type that was tried.
 _OF_UNIONS = ("str", "int", "float", "bool", "[key]")
 _WITH_ARGUMENTS = ("tuple[", "list[", "literal[")
 
 
 def _by_value(items: Sequence[Any]) -> list[list[Any]]:
-    """Pydantic's errors, those together that are about one value which may have several types; `loc` without types.
+    """Groups pydantic's errors by value, since a value that may have several types has an error for each of them.
 
-    Of a list with a wrong value in it, that value is told, and not that the list is no text either.
+    `loc` of the returned errors has no types in it. Of each group only the errors deepest inside the value stay: for a
+    list with a wrong value in it, the error is that value, and not also that the list is not a string.
     """
     found: dict[tuple[Any, ...], list[tuple[int, Any]]] = {}
     for item in items:
@@ -153,7 +154,7 @@ def _sentence(schema: type[BaseModel], tries: Sequence[Any]) -> str:
 
 
 def _way(item: Any) -> str:
-    """How a value of the type that this error wants is written; "" where the value is of that type."""
+    """How a value of the type that this error expects is written; "" if the type is not what is wrong."""
     if item["type"] == "literal_error":
         return f"write {item['ctx']['expected'].replace('False', 'false').replace('True', 'true')}"
     kind, _, wrong = item["type"].partition("_")
@@ -161,7 +162,7 @@ def _way(item: Any) -> str:
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[str]:
-    """The keys that the section at `location` has; a name in a dict of sections (`rules.english`) is stepped over."""
+    """Yields the keys of the section at `location`; names in a dict of sections (`rules.english`) are skipped."""
     current: type[BaseModel] | None = schema
     in_dict = False
     for part in location:

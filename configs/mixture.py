@@ -1,4 +1,4 @@
-"""The section of a data run that says what training rows are made of: one mixture, or stages in a row."""
+"""Config section [mixture] of a data run: which sources training rows come from, in one plan or one per stage."""
 
 from typing import Any, Literal
 
@@ -11,10 +11,10 @@ _SHARES = {"weights", "temperature", "unimax"}
 
 
 class PlanConfig(Section):
-    """Which share of the rows each source gets, and how documents fill a row.
+    """The share of the rows that each source gets, and how documents are packed into rows.
 
-    Exactly one of `weights`, `temperature` and `unimax` says how shares are found. A mixture that needs more epochs
-    than are allowed is an error that says so.
+    Exactly one of `weights`, `temperature` and `unimax` sets the shares. A mixture that needs more epochs of a source
+    than are allowed is an error.
     """
 
     seq_length: int = Field(default=256, ge=8)
@@ -22,26 +22,26 @@ class PlanConfig(Section):
     samples: int = Field(default=8192, ge=1)
     """The number of rows."""
     seed: int = Field(default=0, ge=0)
-    """The seed of the order of documents and of rows."""
+    """The seed that orders documents and rows."""
     weights: dict[str, float] | None = None
     """The share of each source, by name; shares need not sum to one, and a source left out is not used."""
     temperature: float | None = Field(default=None, gt=0)
-    """Shares are tokens ** (1 / temperature), over all sources: 1 is by size, more is more even."""
+    """Each source's share is proportional to tokens ** (1 / temperature): 1 is by size, more is more even."""
     unimax: bool = False
-    """Whether shares are as even as the caps on epochs allow (UniMax, arXiv:2304.09151), over all sources."""
+    """Whether the shares of all sources are as even as their limits on epochs allow (UniMax, arXiv:2304.09151)."""
     packing: Literal["concat", "best_fit"] = "best_fit"
     """How documents fill rows: cut where a row ends (concat), or placed where they fit whole (best_fit)."""
     max_epochs: int = Field(default=4, ge=1)
-    """The most times that a source's tokens are repeated."""
+    """The maximum number of times that a source's tokens are used."""
     epochs: dict[str, float] = Field(default_factory=dict)
-    """The most times for single sources, by name, in place of max_epochs; parts of an epoch too."""
+    """The limit in place of max_epochs for single sources, by name; it may be a fraction."""
     fim: dict[str, float] = Field(default_factory=dict)
     """The share of a source's documents, by its name, rearranged for fill-in-the-middle (arXiv:2207.14255)."""
     fim_spm: float = Field(default=0.5, ge=0, le=1)
     """The share of rearranged documents in the order suffix, prefix, middle; the others are prefix, suffix, middle."""
 
     def check(self, key: str) -> None:
-        """Errors: ValueError naming what is under `key`."""
+        """Checks shares, epochs and weights. Raises ValueError; `key` is this plan's name in the message."""
         if (self.weights is not None) + (self.temperature is not None) + self.unimax != 1:
             raise ValueError(
                 f"{key} takes exactly one of weights, temperature and unimax = true; set one and leave out the others"
@@ -67,20 +67,20 @@ class PlanConfig(Section):
 class MixtureConfig(PlanConfig):
     """One plan, or with `stages` a plan for each of them, in their order, such as general, annealing, long_context.
 
-    Exactly one of `weights`, `temperature` and `unimax` says how shares are found. Each stage goes on where the one
-    before ended: no token comes twice in an epoch, and `max_epochs` counts all stages together.
+    Exactly one of `weights`, `temperature` and `unimax` sets the shares. Each stage continues where the one before
+    ended: no token is repeated within an epoch, and `max_epochs` counts all stages together.
     """
 
     stages: dict[str, PlanConfig] = Field(default_factory=dict)
-    """Stages in their order, by name, each with keys of a plan; what one leaves out is as [mixture] says."""
+    """The stages in order, by name, each with the keys of a plan; keys that a stage leaves out are as in [mixture]."""
 
     def plans(self) -> dict[str, PlanConfig]:
-        """By name of the stage; without stages a single one of no name."""
+        """Returns the plan of each stage by its name; without stages, one plan whose name is ""."""
         return self.stages or {"": PlanConfig.model_construct(**self._own())}
 
     @model_validator(mode="after")
     def _plans_fit(self) -> "MixtureConfig":
-        # From here on a stage says all of its keys, so that a config written out means the same when read again.
+        # Fills in all keys of each stage, so that a config that is written and read again means the same.
         object.__setattr__(self, "stages", {name: self._whole(stage) for name, stage in self.stages.items()})
         for name, plan in self.plans().items():
             if name and not is_name(name):
@@ -94,9 +94,9 @@ class MixtureConfig(PlanConfig):
     def _whole(self, stage: PlanConfig) -> PlanConfig:
         own, given = self._own(), {key: getattr(stage, key) for key in stage.model_fields_set}
         kept = dict(own)
-        if given.keys() & _SHARES:  # a stage that says how shares are found takes over no other way
+        if given.keys() & _SHARES:  # a stage that sets its shares inherits no other way of setting them
             kept = {key: value for key, value in own.items() if key not in _SHARES}
-        if weights := (kept | given).get("weights"):  # nor what [mixture] says of sources that rest in it
+        if weights := (kept | given).get("weights"):  # nor keys of sources that its weights leave out
             for key in ("epochs", "fim"):
                 kept[key] = {source: value for source, value in own[key].items() if source in weights}
         return PlanConfig.model_construct(**kept | given)

@@ -1,4 +1,4 @@
-"""What a post-training run is: SFT and GRPO, each the trainer's sections and a few of its own."""
+"""Configs of post-training runs (SFT, GRPO): the sections of all training runs and a few of their own."""
 
 from typing import Literal
 
@@ -12,16 +12,16 @@ class InitConfig(Section):
     """The model to start from: a run, or one of its checkpoints."""
 
     run: str | None = None
-    """The folder of the run whose newest checkpoint is taken when training starts, and kept to when it goes on."""
+    """The folder of the run whose newest checkpoint is used; a run that continues keeps the one it started from."""
     checkpoint: str | None = None
-    """The checkpoint to take instead of a run's newest, e.g. RUN/checkpoints/step_100."""
+    """The checkpoint to use in place of a run's newest, e.g. RUN/checkpoints/step_100."""
     tokenizer: str | None = None
-    """The folder of the tokenizer that the model was trained with; left out, it is the one that its run keeps."""
+    """The folder of the tokenizer that the model was trained with; left out, the one stored in its run."""
 
     @field_validator("*")
     @classmethod
     def _empty_is_left_out(cls, value: str | None) -> str | None:
-        """So that an override can take back what a file says."""
+        """Turns "" into None, so that an override can unset a key of the file."""
         return value or None
 
     @model_validator(mode="after")
@@ -40,38 +40,38 @@ class InitConfig(Section):
 
 
 class DialogueConfig(Section):
-    """Dialogues to learn from. One that is broken or longer than train.seq_length is set aside and counted."""
+    """Dialogues to train on. One that is broken or longer than train.seq_length is set aside and counted."""
 
     dialogues: tuple[str, ...] = ()
     """The files, with a JSON object {"id", "messages": [{"role", "content"}]} on each line, gzipped or not."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
     """The share of the dialogues, by hash of their first message, that is never trained on."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
-    """The share of the dialogues that may be broken or too long; above it the run stops."""
+    """The share of the dialogues that may be broken or too long; above it the run stops with an error."""
 
 
 class TaskConfig(Section):
-    """A verifiable task. Prompts are split into training and held-out ones by hash, so the two never meet."""
+    """A verifiable task. Prompts are divided by hash into training and held-out ones, which never overlap."""
 
     name: Literal["sort"] = "sort"
     """Which task it is; sort asks for the digits of a number in ascending order."""
     digits: int = Field(default=6, ge=3, le=32)
     """The number of digits to sort."""
     max_new_tokens: int = Field(default=16, ge=1)
-    """The most tokens of an answer; one that is not over by then is cut, and wrong."""
+    """The maximum length of an answer, in tokens; one that is longer is cut and counts as wrong."""
     eval_prompts: int = Field(default=256, ge=1)
     """The number of held-out prompts on which the model is scored at the end, once greedily and once sampled."""
 
 
 class DemonstrationConfig(TaskConfig):
-    """The task, and how many solved prompts of it are trained on."""
+    """A verifiable task, and the number of solved prompts to train on."""
 
     demonstrations: int = Field(default=20000, ge=0)
     """The number of solved training prompts among the dialogues."""
 
 
 class GRPOSection(Section):
-    """Each step samples `group_size` completions of train.global_batch_size / group_size prompts."""
+    """Sampling and loss: each step samples group_size completions of train.global_batch_size / group_size prompts."""
 
     group_size: int = Field(default=16, ge=2)
     """The number of completions of each prompt, whose rewards are compared; a divisor of train.global_batch_size."""
@@ -80,16 +80,16 @@ class GRPOSection(Section):
     advantage: Literal["grpo@trl", "grpo@verl", "grpo@nemo", "dr_grpo", "rloo"] = "grpo@trl"
     """The formula from rewards to advantages; posttrain/algorithms/advantages.py writes each out."""
     aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
-    """How losses of tokens become one: a mean over tokens, of sequences' means, or over task.max_new_tokens each."""
+    """How token losses are averaged: over all tokens, over completions' own means, or over task.max_new_tokens each."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """The probability ratio to the sampling policy is clipped below 1 - clip_low."""
+    """The lower bound of the probability ratio to the sampling policy is 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
-    """The probability ratio is clipped above 1 + clip_high; more than clip_low is DAPO's clip-higher."""
+    """The upper bound of the probability ratio is 1 + clip_high; more than clip_low is DAPO's clip-higher."""
     dual_clip: float | None = Field(default=None, gt=1)
     """The bound on a token's loss where its advantage A is negative, as -dual_clip * A; left out, there is none."""
     max_logprob_difference: float = Field(default=0.05, gt=0)
-    """The mean difference of a token's log-probabilities in sampler and trainer that is allowed before the first step;
-    the two compute them by different code: fp32 gives about 1e-6, bf16 about 0.01."""
+    """The maximum mean difference, in nats a token, between the log-probabilities that sampler and trainer compute, by
+    different code, before the first step; fp32 gives about 1e-6, bf16 about 0.01."""
 
 
 class SFTConfig(TrainerConfig):
@@ -98,9 +98,9 @@ class SFTConfig(TrainerConfig):
     init: InitConfig
     """The model to start from."""
     data: DialogueConfig
-    """The dialogues to learn from."""
+    """The dialogues to train on."""
     task: DemonstrationConfig | None = None
-    """A verifiable task, solved examples of which are learned too; left out, none are."""
+    """A verifiable task whose solved prompts are trained on too; left out, there is none."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "SFTConfig":
@@ -117,4 +117,4 @@ class GRPOConfig(TrainerConfig):
     task: TaskConfig
     """The task whose answers are rewarded."""
     grpo: GRPOSection = GRPOSection()
-    """How completions are sampled, compared and learned from."""
+    """How completions are sampled, and how the loss is computed from their rewards."""

@@ -1,7 +1,7 @@
-"""The reference of all configs, made from their schemas: `trivium config --explain pretrain`.
+"""Reference of all config keys (`trivium config --explain pretrain`), made from the schemas.
 
-Every key by its dotted name, with its type, what it may be, its default and the sentence below it in the code. So the
-reference cannot say anything else than the code does.
+It lists every key by its dotted name, with type, bounds, default and the sentence below it in the code, so it is never
+out of date.
 """
 
 import difflib
@@ -33,7 +33,7 @@ INDENT = "    "
 
 @dataclass(frozen=True)
 class Key:
-    """One key, or one section. `default` is as TOML says it, or one of the words above."""
+    """One key or section of the reference. `default` is a TOML value, or begins with one of the words above."""
 
     name: str
     kind: str  # type and bounds; "" for a section
@@ -48,7 +48,7 @@ class Key:
 
 
 def schema_of(name: str) -> type[Section]:
-    """The root of a kind of config. Errors: ConfigError for a name that is none."""
+    """Returns the root schema of a kind of config. Raises ConfigError if there is no such kind."""
     if name not in SCHEMAS:
         raise ConfigError(f"there is no config {name!r}; choose one of: {', '.join(SCHEMAS)}")
     module, _, schema = SCHEMAS[name].partition(":")
@@ -57,9 +57,9 @@ def schema_of(name: str) -> type[Section]:
 
 
 def keys_of(schema: type[Section], prefix: str = "", like: str = "") -> Iterator[Key]:
-    """Every key below a section, sections among them, in the order of the code; plain keys before sections.
+    """Yields every key and section below `schema`, in the order of the code but plain keys before sections.
 
-    What is left out is as in the section `like`, if there is one.
+    If `like` is set, it is the prefix of the section whose values are the defaults of this one's keys.
     """
     sections = []
     for name, field in schema.model_fields.items():
@@ -79,9 +79,9 @@ def keys_of(schema: type[Section], prefix: str = "", like: str = "") -> Iterator
 
 
 def explain(name: str, asked: str = "") -> str:
-    """The reference of one kind of config, or the part of it that is at or below `asked`.
+    """Returns the reference of one kind of config, or the part of it at or below the key `asked`.
 
-    Errors: ConfigError if nothing is.
+    Raises ConfigError if there is no such key.
     """
     keys = _all_keys(name)
     chosen = _chosen(keys, asked.split(".")) if asked else keys
@@ -91,12 +91,12 @@ def explain(name: str, asked: str = "") -> str:
 
 
 def sentence(field: FieldInfo) -> str:
-    """A key's description, in one line."""
+    """Returns a key's description on one line."""
     return " ".join((field.description or "").split())
 
 
 def toml_value(value: Any) -> str:
-    """A value as it is written behind `key =`, on one line."""
+    """Formats a value as TOML, on one line."""
     if isinstance(value, dict):
         pairs = ", ".join(f"{key} = {toml_value(inner)}" for key, inner in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"
@@ -146,7 +146,7 @@ def _type(annotation: Any) -> str:
 
 
 def _is_inline(section: type[Section]) -> bool:
-    """Whether a section is so small that it is written as a value: a bound, { min = 1, max = 2 }."""
+    """Whether a section is written as an inline table, as a bound is: { min = 1, max = 2 }."""
     return all(field.default is None and field.annotation == float | None for field in section.model_fields.values())
 
 
@@ -156,12 +156,12 @@ def _all_keys(name: str) -> tuple[Key, ...]:
 
 
 def _chosen(keys: Sequence[Key], asked: Sequence[str]) -> list[Key]:
-    """The keys at or below `asked`, in which NAME may be left out, or be any name, or be written as it is."""
+    """Returns the keys at or below `asked`, which may contain any name, or the word NAME, or nothing for NAME."""
     short = [[part for part in key.name.split(".") if part != NAME] for key in keys]
     named = [key.name.split(".") for key in keys]
     for all_parts in (short, named):
         found = [key for key, parts in zip(keys, all_parts, strict=True) if _begins(parts, asked)]
-        # The bounds of a rule are in its line.
+        # The bounds of a rule (min, max) have no entry of their own; they are part of the rule's line.
         found = found or [
             key
             for key, parts in zip(keys, all_parts, strict=True)

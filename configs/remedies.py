@@ -1,4 +1,4 @@
-"""What can be done where values of a config do not fit together: the nearest ones that do, tried and not guessed."""
+"""Suggestions for config values that do not fit together: the nearest values that do, each tested."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Misfit(Exception):
-    """Why values do not fit together. `tried` has values that may mend it, by key; None stands for leaving it out."""
+    """A reason why values do not fit together. `tried` has values to try for each key; None: leave the key out."""
 
     def __init__(self, problem: str, tried: Mapping[str, Sequence[Any]]) -> None:
         super().__init__(problem)
@@ -14,7 +14,10 @@ class Misfit(Exception):
 
 
 def could_be(key: str, present: Any, tried: Sequence[Any], fits: Callable[[Any], bool]) -> str:
-    """Says which values of `key` would do if it alone were changed, two to either side of the present; "" for none."""
+    """Returns a clause naming values of `key` that fit if it alone changes, at most two on either side of the present.
+
+    It is "" if no value in `tried` fits.
+    """
     legal = [value for value in tried if value != present and fits(value)]
     if not legal:
         return ""
@@ -29,18 +32,18 @@ def could_be(key: str, present: Any, tried: Sequence[Any], fits: Callable[[Any],
 
 
 def remedies(misfit: Misfit, present: Callable[[str], Any], fits: Callable[[str, Any], bool]) -> str:
-    """Says what to change about `misfit`: clauses of `could_be`, or that no key alone helps."""
+    """Returns what to change to mend `misfit`: the clauses of `could_be`, or that changing one key is not enough."""
     clauses = [could_be(key, present(key), tried, partial(fits, key)) for key, tried in misfit.tried.items()]
     if any(clauses):
         return ", or ".join(filter(None, clauses))
-    return f"no other value of {' or '.join(misfit.tried)} alone is legal with the rest, so change more than one key"
+    return f"no other value of {' or '.join(misfit.tried)} alone fits the rest, so change more than one key"
 
 
 def divisors(number: int, least: int = 1) -> list[int]:
-    """The divisors of `number` that are `least` or more."""
+    """Returns the divisors of `number` that are at least `least`."""
     return [d for d in range(least, number + 1) if number % d == 0]
 
 
 def multiples(unit: int, near: int) -> list[int]:
-    """The multiples of `unit` around `near`."""
+    """Returns up to six positive multiples of `unit` around `near`."""
     return [unit * k for k in range(max(1, near // unit - 2), near // unit + 4)]

@@ -1,8 +1,8 @@
-"""Rule sets: thresholds on scores, published ones by name and definition from rules.toml, and several made one.
+"""Rule sets: thresholds on scores. Published sets are in rules.toml, by name and definition, and can be combined.
 
-What each score is lives with the code that computes it, in `data_pipeline.scan.scores`. Where two sets bound the same
-score, the stricter bound holds. What they mean by a word, a stop word or a C4 line has to be the same, or be said
-beside `use`.
+The scores are defined where they are computed, in `data_pipeline.scan.scores`. If two sets bound the same score, the
+stricter bound applies. Sets that differ in what a word, a stop word or a C4 line is can be combined only if the config
+sets that key itself, beside `use`.
 """
 
 import difflib
@@ -20,12 +20,12 @@ MEANINGS = ("splitter", "stop_words", "c4")
 
 
 class Bound(Section):
-    """What a score may be, ends included."""
+    """The range of values that a score may have, ends included."""
 
     min: float | None = None
-    """The least value; left out, there is none."""
+    """The minimum; left out, there is none."""
     max: float | None = None
-    """The greatest value; left out, there is none."""
+    """The maximum; left out, there is none."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> "Bound":
@@ -34,29 +34,29 @@ class Bound(Section):
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(
                 f"min = {self.min} is above max = {self.max}; lower min or raise max (give both, where a set in use "
-                "says the other one)"
+                "sets the other one)"
             )
         return self
 
 
 class RuleSet(Section):
-    """Thresholds by score name; a score without a bound is kept beside the text and decides nothing."""
+    """Thresholds by score name; a score without a threshold is stored but drops nothing."""
 
     use: tuple[str, ...] = ()
-    """Published sets of configs/rules.toml, by name; keys written beside it count more."""
+    """Published sets of configs/rules.toml, by name; keys beside `use` replace those of the sets."""
     without: tuple[str, ...] = ()
     """Rules of the sets in use that are switched off."""
     splitter: Literal["spaces", "words", "cjk", "spacy"] = "spaces"
-    """What a word is: what stands between white space (spaces), a run of letters (words), that or a CJK character
-    (cjk), or an English word by spaCy's rules (spacy); left out, as the sets in use say."""
+    """What a word is: text between white space (spaces), a run of letters (words), a run of letters or a single CJK
+    character (cjk), or an English token of spaCy (spacy); left out, as in the sets in use."""
     stop_words: tuple[str, ...] = ()
     """The words that stop_word_count and stop_word_total count; left out, those of the sets in use."""
     c4: Literal["paper", "reference", "datatrove", "fineweb"] = "datatrove"
-    """The form of C4's line rules; left out, that of the sets in use."""
+    """The variant of C4's line rules; left out, that of the sets in use."""
     bad_words_file: str = ""
-    """The path of a list for the rule bad_words, a word or phrase on each line; empty for none."""
+    """The file of the rule bad_words, with a word or phrase on each line; empty for none."""
     drop_lines: tuple[Literal["c4", "refinedweb"], ...] = ()
-    """Whose line rules cut lines out of the documents that are kept."""
+    """The published line rules (C4's, RefinedWeb's) that cut lines out of the documents that are kept."""
 
     language_score: Bound | None = None
     """The probability of the document's language."""
@@ -146,7 +146,7 @@ class RuleSet(Section):
     def _use(cls, own: Any) -> Any:
         if not isinstance(own, dict):
             return own
-        # What leaves here is validated as Python values, no longer as JSON: lists have to be tuples.
+        # The result is validated as Python values, no longer as JSON, so lists must be tuples.
         keys = combined(own.get("use") or (), own)
         return {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
 
@@ -165,7 +165,7 @@ class RuleSet(Section):
         return self
 
     def bounds(self) -> dict[str, Bound]:
-        """The rules that are on, in the order in which they are tried."""
+        """Returns the rules that are on, in the order in which they are tried."""
         return {
             name: value
             for name in type(self).model_fields
@@ -175,17 +175,17 @@ class RuleSet(Section):
 
 @functools.cache
 def catalogue() -> dict[str, dict[str, Any]]:
-    """name@definition -> keys of a rule set."""
+    """Returns rules.toml: the keys of each published rule set by its name@definition."""
     return tomllib.loads(Path(__file__).with_name("rules.toml").read_text(encoding="utf-8"))
 
 
 def combined(names: Sequence[str], own: dict[str, Any]) -> dict[str, Any]:
-    """The keys of all `names` together, then `own` over them, a bound's min and max each by itself.
+    """Returns the keys of all published sets in `names`, with those in `own` replacing them (min and max separately).
 
-    Errors: ValueError for an unknown name, or for sets that mean different things by a key that `own` leaves open.
+    Raises ValueError for an unknown name, or if sets differ in a key of `MEANINGS` that `own` does not set.
     """
     merged: dict[str, Any] = {}
-    meant: dict[str, dict[str, Any]] = {}  # by key of MEANINGS what each set says
+    meant: dict[str, dict[str, Any]] = {}  # for each key of MEANINGS, its value in each set
     for name in names:
         if name not in catalogue():
             close = difflib.get_close_matches(name, catalogue(), n=1, cutoff=0.3)

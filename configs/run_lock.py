@@ -1,4 +1,4 @@
-"""The lock file of a run directory. It leaves no trace of a run that was refused before it wrote anything."""
+"""Lock file of a run directory, removed again if the run ends before it has written anything."""
 
 import contextlib
 import os
@@ -11,9 +11,10 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def locked(run_dir: Path, take: Callable[[IO[str]], bool]) -> Iterator[IO[str] | None]:
-    """Opens the lock file and gives it to `take`, which locks it or returns False: the context then has None.
+    """Context that holds the lock: `take` gets the open lock file and returns whether it could lock it.
 
-    What is made for it, the file and missing folders, is removed at the end if nothing else has come into them.
+    Yields the file, or None if `take` returned False. At the end the file and the folders that were made for it are
+    removed if nothing else was written there.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     file = run_dir / LOCK_FILE
@@ -25,14 +26,14 @@ def locked(run_dir: Path, take: Callable[[IO[str]], bool]) -> Iterator[IO[str] |
                 yield None
                 return
             if not file.exists() or not os.path.samestat(os.fstat(lock.fileno()), file.stat()):
-                continue  # its last holder removed it between our opening and our locking
+                continue  # the previous holder removed the file after it was opened here
             before = set(run_dir.iterdir())
             try:
                 yield lock
             finally:
                 if new and set(run_dir.iterdir()) == before:
                     file.unlink()
-                    with contextlib.suppress(OSError):  # something came into one of them
+                    with contextlib.suppress(OSError):  # one of them is not empty
                         for folder in made:
                             folder.rmdir()
             return

@@ -1,19 +1,19 @@
-"""Scores that need a model: which models there are, and which documents they are for.
+"""Config section [scores] of a data run: the models that compute scores, and the documents that they score.
 
-Without a path here its score does not exist, and a rule on it is an error. How the scores are computed is in
-`data_pipeline.scores.classifier` and `data_pipeline.scores.ngram_models`; bounds on them: `configs.rules.RuleSet`.
+A score whose model has no path does not exist, and a rule on it is an error. The scores are computed in
+`data_pipeline.scores.classifier` and `data_pipeline.scores.ngram_models`; thresholds are in `configs.rules.RuleSet`.
 """
 
 from typing import Literal
 
 from configs.section import Section
 
-# Score -> the key of ScoresConfig without which there is none.
+# Score -> the key of ScoresConfig that names its model.
 MODEL_OF = {"classifier_score": "classifier", "unigram_logprob": "unigrams", "perplexity": "arpa"}
 
 
 class ScoresConfig(Section):
-    """Paths of models, local. Documents of other `languages` get NaN, which breaks no rule."""
+    """Local paths of models. Documents in none of `languages` get NaN as their scores, which breaks no rule."""
 
     classifier: str = ""
     """The path of a quality classifier of `trivium data train-classifier`, or of a fastText model; empty for none."""
@@ -24,17 +24,17 @@ class ScoresConfig(Section):
     arpa: str = ""
     """The path of an n-gram model in ARPA format, gzipped or not, never a KenLM binary; empty for none."""
     languages: tuple[str, ...] = ()
-    """The languages that the models are for, as codes of lid.176; empty for all."""
+    """The languages whose documents are scored, as codes of lid.176; empty for all."""
     splitter: Literal["spaces", "words", "cjk"] = "words"
     """How the texts that unigrams and arpa were counted on were split into words."""
     lower_case: bool = True
     """Whether unigrams and arpa were counted on text in lower case."""
 
     def missing(self, score: str) -> str:
-        """The key to set before `score` exists; "" when it is set, or the score needs no model."""
+        """Key of this section that must be set for `score` to exist; "" if it is set or the score needs no model."""
         key = MODEL_OF.get(score, "")
         return key if key and not getattr(self, key) else ""
 
     def paths(self) -> dict[str, str]:
-        """Key -> path of the models that are given."""
+        """Returns the paths of the models that are set, by key."""
         return {key: getattr(self, key) for key in MODEL_OF.values() if getattr(self, key)}

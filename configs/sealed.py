@@ -1,4 +1,4 @@
-"""JSON files that carry a checksum of their own values: one with a digit flipped is damaged, and never believed."""
+"""JSON files with a checksum of their own values, so that a damaged file is detected."""
 
 import hashlib
 import json
@@ -6,57 +6,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SEAL = "sha256"  # the key of the checksum, beside the values that it is of
+SEAL = "sha256"  # key of the checksum, beside the values that it covers
 
 
 class SealError(ValueError):
-    """A file is damaged, or of another format or version."""
+    """A file that is damaged, or has another format or version."""
 
 
 class VersionError(SealError):
-    """A file is of a version that is not read."""
+    """A file whose version this code cannot read."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a file calls itself. `version` is written; versions from `oldest` on are read, but only it has the seal."""
+    """Name and version of a file format. `version` is written; all from `oldest` on are read, with or without seal."""
 
     name: str
     version: int
     oldest: int
 
     def write(self, values: dict[str, Any]) -> bytes:
-        """`values` under format and version, and the checksum of all of it as the last key."""
+        """Returns a file's content: format, version, `values` and, as the last key, the checksum of all of them."""
         tree = {"format": self.name, "version": self.version, **values}
         tree.pop(SEAL, None)
         return (json.dumps({**tree, SEAL: _digest(tree)}, indent=1, ensure_ascii=False) + "\n").encode()
 
     def read(self, content: bytes, file: Path) -> dict[str, Any]:
-        """The values, checked, without the checksum. Errors: SealError that begins with the file's name."""
+        """Returns the values in `content`, without the checksum. Raises SealError naming `file` if it is damaged."""
         try:
             tree = json.loads(content)
         except ValueError as error:
-            raise SealError(f"{file} is damaged, it is no JSON ({error})") from None
+            raise SealError(f"{file} is damaged: it is not JSON ({error})") from None
         if not isinstance(tree, dict) or tree.get("format") != self.name:
             said = tree.get("format") if isinstance(tree, dict) else None
-            raise SealError(f"{file} says format {said!r}: it is no {self.name}, or damaged")
+            raise SealError(f"{file} has format {said!r}: it is not a {self.name} file, or it is damaged")
         version = tree["version"] if isinstance(tree.get("version"), int) else None
         if (SEAL in tree or version == self.version) and tree.pop(SEAL, None) != _digest(tree):
-            raise SealError(f"{file} is damaged, its values do not match the checksum of them in it")
+            raise SealError(f"{file} is damaged: its values do not match its checksum")
         if version is None or not self.oldest <= version <= self.version:
             raise VersionError(
-                f"{file} says version {tree.get('version')!r}; this code reads {self.oldest} to {self.version}"
+                f"{file} has version {tree.get('version')!r}; this code reads {self.oldest} to {self.version}"
             )
         return tree
 
 
-CHECKPOINT = Format("trivium-checkpoint", version=2, oldest=2)  # 1 does not say what a run began from
+CHECKPOINT = Format("trivium-checkpoint", version=2, oldest=2)  # version 1 lacks a run's initial checkpoint
 PLAN = Format("trivium-plan", version=3, oldest=2)
 STAGE = Format("trivium-stage", version=1, oldest=1)
 STORE = Format("trivium-tokens", version=1, oldest=1)
 
 
 def _digest(values: dict[str, Any]) -> str:
-    """Of values as JSON has them, in whatever order and layout."""
+    """SHA-256 of `values` as JSON; the order of keys and the layout do not matter."""
     text = json.dumps(json.loads(json.dumps(values)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The strict base of every config section: unknown keys, wrong types and later changes are errors."""
+"""Strict base class of all config sections: unknown keys, wrong types and later changes are errors."""
 
 import re
 import types
@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A group of keys in a TOML file, `[section]`. Frozen: a run's config never changes under it.
+    """Base of a `[section]` of a TOML file. It is frozen, so that a config never changes during a run.
 
-    The string below a key is its description: one sentence, which `trivium config --explain` prints.
+    The string below a key is its description, one sentence that `trivium config --explain` prints.
     """
 
     model_config = ConfigDict(
@@ -25,7 +25,7 @@ def is_name(name: str) -> bool:
 
 
 def bare(annotation: Any) -> Any:
-    """A type without "or None"."""
+    """Returns a type without "or None"."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         rest = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
         return rest[0] if len(rest) == 1 else annotation
@@ -33,7 +33,7 @@ def bare(annotation: Any) -> Any:
 
 
 def section_in(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section that a field's type holds, bare, optional or as a dict's value; and whether it is a dict's."""
+    """Returns the section in a field's type (plain, optional, or value of a dict), and whether it is a dict's value."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, Section):
         return kind, False

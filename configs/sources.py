@@ -1,4 +1,4 @@
-"""What a data run reads: sources and their files, the extraction of texts, and the language of each."""
+"""Config sections for the input of a data run: sources, extraction of texts, identification of their language."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ ANY_LANGUAGE = "any"
 
 
 class SourceConfig(Section):
-    """One named part of the mixture: its files, their format, a rule set for each language it may hold.
+    """One named part of the mixture: its files, their format, and a rule set for each language that it may contain.
 
     Files may be compressed with gzip or Zstandard. Credentials never belong here: they come from the environment or
     fsspec's own configuration.
@@ -19,25 +19,25 @@ class SourceConfig(Section):
     files: tuple[str, ...] = Field(min_length=1)
     """Paths, globs or folders, relative to the working directory, or addresses such as s3://bucket/folder."""
     format: Literal["jsonl", "warc", "parquet", "text", "html", "code"]
-    """What is a document: a line or row (jsonl, parquet), a page (warc), or a file (html, code, text if not lines)."""
+    """What a document is: a line or row (jsonl, parquet), a page (warc), or a file (html, code, text if not lines)."""
     rules: dict[str, str] = Field(min_length=1)
-    """A name under [rules] for each language, by its code in lid.176 or "any"; other languages are dropped."""
+    """The rule set, by its name under [rules], for each lid.176 code or "any"; other languages are dropped."""
     text_key: str = "text"
-    """The key or column of a record that holds the text (jsonl, parquet); in nested ones a path such as "a.b"."""
+    """The key or column that holds the text (jsonl, parquet); if it is nested, a path such as "a.b"."""
     id_key: str = "id"
-    """The key or column that holds the id (jsonl, parquet); a record without it is named after file and line."""
+    """The key or column that holds the id (jsonl, parquet); a record without one is named after its file and line."""
     url_key: str = "url"
-    """The key or column that holds the address (jsonl, parquet)."""
+    """The key or column that holds the URL (jsonl, parquet)."""
     metadata_key: str = "metadata"
-    """The key or column of an object that is carried along as metadata.record (jsonl, parquet)."""
+    """The key or column of an object that is kept as metadata.record (jsonl, parquet)."""
     fields: Literal["all"] | tuple[str, ...] = "all"
-    """The other keys or columns that are carried along, under metadata.fields (jsonl, parquet); [] for none."""
+    """The other keys or columns that are kept, under metadata.fields (jsonl, parquet); [] for none."""
     encoding: str = "utf-8"
-    """The encoding of files of text or code, by its name on the web, such as windows-1251; a byte order mark wins."""
+    """The encoding of text or code, by its web name such as windows-1251; a byte order mark in a file overrides it."""
     document_per: Literal["file", "line"] = "file"
     """Whether a file of text is one document, or every line of it that is not blank is one."""
     extensions: tuple[str, ...] = ()
-    """The endings of the files that are taken from a folder, such as [".py", ".go"]; empty for all of the format."""
+    """The extensions of the files to read in a folder, such as [".py", ".go"]; empty for all of the format."""
     skip_vendored: bool = False
     """Whether folders of other people's code (node_modules, vendor...) are left out (code)."""
     skip_generated: bool = False
@@ -74,7 +74,7 @@ class SourceConfig(Section):
         return self
 
     def rule_set(self, language: str) -> str | None:
-        """The name of the rule set for a document; None when the source does not expect its language."""
+        """Returns the rule set's name for a document's language; None if the source does not expect the language."""
         return self.rules.get(language, self.rules.get(ANY_LANGUAGE))
 
 
@@ -89,40 +89,40 @@ class BlocklistConfig(Section):
     hosts: tuple[str, ...] = ()
     """Files of hosts: www.example.com stands for that host alone."""
     prefixes: tuple[str, ...] = ()
-    """Files of addresses: example.com/forum stands for that path, and what lies below it, on that host."""
+    """Files of URL prefixes: example.com/forum stands for that path on that host and everything below it."""
 
 
 class ExtractConfig(Section):
-    """How files become texts, and what is set aside because it is broken or too large."""
+    """How files become texts, and which records are set aside because they are broken or too large."""
 
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """The share of a source's records that may be broken (bad JSON, no text, cut files); above it the run stops."""
     repair: bool = True
     """Whether ftfy repairs wrongly decoded characters, stray control characters and line ends."""
     extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"
-    """What finds the main text of a page first; the other is asked where it finds nothing."""
+    """The library that extracts a page's main text; where it finds none, the other one is tried."""
     blocklist: BlocklistConfig = BlocklistConfig()
-    """Addresses whose pages are dropped."""
+    """URLs whose pages are dropped."""
     seconds_per_page: int = Field(default=60, ge=1)
     """The processor time, in seconds, that extraction of a page of many tags may take."""
     max_record_bytes: int = Field(default=16_000_000, ge=1_000)
-    """The most bytes of a line, page or file; a longer one is set aside and never held in memory."""
+    """The maximum size of a line, page or file, in bytes; a larger one is set aside without reading it into memory."""
     max_undecoded_share: float = Field(default=0.02, ge=0, le=1)
     """The share of a page's characters that its encoding may leave undecoded (U+FFFD); above it the page is broken."""
     max_fields_bytes: int = Field(default=10_000, ge=0)
-    """The bytes of JSON that a record's other fields may come to; a field beyond that is left out and counted."""
+    """The maximum size of a record's other fields, in bytes of JSON; fields beyond it are left out and counted."""
     max_expansion: float = Field(default=200.0, gt=1)
-    """The most bytes of content for each compressed byte, of over 1 MiB of content; prose is at 3 to 10."""
+    """The maximum ratio of decompressed to compressed bytes, checked beyond 1 MiB of content; prose has 3 to 10."""
     max_expanded_bytes: int = Field(default=200_000_000_000, ge=1_000_000)
-    """The most bytes of content of one compressed file."""
+    """The maximum size of one decompressed file, in bytes."""
 
 
 class LanguageConfig(Section):
-    """How the language of a document is found."""
+    """How the language of a document is identified."""
 
     max_chars: int = Field(default=10_000, ge=100)
-    """The number of a document's first characters that the model is shown."""
+    """The number of characters, from a document's start, by which its language is identified."""
     paragraphs: bool = False
-    """Whether every paragraph is labelled too, for the score language_share."""
+    """Whether the language of every paragraph is identified too, for the score language_share."""
     min_paragraph_chars: int = Field(default=100, ge=1)
-    """The characters below which a paragraph is taken to be in the document's language."""
+    """The minimum length of a paragraph, in characters; a shorter one is taken to be in the document's language."""

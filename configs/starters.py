@@ -1,7 +1,7 @@
-"""Small configs to begin with: `trivium config --new pretrain`. They run on the demo's corpus and what it makes.
+"""Small configs to start from (`trivium config --new pretrain`), which run on the demo's corpus and its results.
 
-Each names all required keys of its schema and the few others that people change first. The comments are the keys'
-own descriptions.
+Each has all required keys of its schema and a few others that are often changed. The comments are the keys'
+descriptions.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ _TRAINING: dict[str, Any] = {
     "checkpoint.every": 50,
 }
 _TASK: dict[str, Any] = {"task.digits": 4, "task.max_new_tokens": 8}
-# The values of each kind's keys; below `sources` and the like also the name of a section.
+# Values of the keys, by kind of config. A dotted key may contain a name that the user chooses, as in sources.english.
 _VALUES: dict[str, dict[str, Any]] = {
     "data": {
         "run.dir": "runs/mine/data",
@@ -78,7 +78,7 @@ _VALUES: dict[str, dict[str, Any]] = {
 
 
 def starter(kind: str) -> str:
-    """A config as TOML with comments. Errors: ConfigError for a kind that is none."""
+    """Returns a config of this kind as TOML with comments. Raises ConfigError if there is no such kind."""
     schema = schema_of(kind)
     title, command = _TITLES[kind]
     lines = [f"# {title}", f"# {command} THIS_FILE --dry-run     every key: trivium config --explain {kind}"]

@@ -1,6 +1,6 @@
-"""What a training run is: the sections every trainer shares, and the root of pretraining's config.
+"""Config of a training run: the sections that all trainers share, and the root of pretraining's config.
 
-Shapes and degrees that must fit one another are checked in `configs.layout`, where the world size is known.
+`configs.layout` checks that degrees of parallelism, model and batch fit each other and the world size.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from configs.section import Section
 
 
 class TrainRunConfig(Section):
-    """Where a training run lives, and what its random numbers begin from."""
+    """The folder of a training run, and the seed of its random numbers."""
 
     dir: str
     """The folder for checkpoints, metrics and reports, relative to the working directory."""
@@ -25,9 +25,9 @@ class TrainRunConfig(Section):
 class MoEConfig(Section):
     """Top-k routing over `num_experts`; the defaults are Mixtral's.
 
-    Gating turns router logits into scores; the top_k scores weigh the experts' outputs. Groups are DeepSeek-V2's and
-    V3's: a token uses the experts of its best groups alone. Experts are kept balanced by an auxiliary loss, by a loss
-    on the size of the router's logits, or by a bias on the scores that choose (DeepSeek-V3).
+    Gating turns router logits into scores; the top_k scores weigh the experts' outputs. With groups (DeepSeek-V2 and
+    V3), a token uses only experts of its best groups. The load of experts is balanced by an auxiliary loss or by a bias
+    on the scores that choose experts (DeepSeek-V3); the z-loss keeps the router's logits small.
     """
 
     num_experts: int = Field(ge=2)
@@ -37,9 +37,9 @@ class MoEConfig(Section):
     ffn_hidden_size: int | None = Field(default=None, ge=8)
     """The inner size of one expert's MLP; left out, it is model.ffn_hidden_size."""
     num_shared_experts: int = Field(default=0, ge=0)
-    """The number of experts that every token uses, beside the routed ones; 0 for none."""
+    """The number of experts that every token uses in addition to the routed ones; 0 for none."""
     gating: Literal["softmax", "sigmoid"] = "softmax"
-    """How logits become scores: all experts' together (softmax) or each expert's by itself (sigmoid)."""
+    """How logits become scores: normalized over all experts (softmax) or for each expert by itself (sigmoid)."""
     renormalize: bool = True
     """Whether the top_k scores are divided by their sum before they weigh the outputs."""
     routed_scaling: float = Field(default=1.0, gt=0)
@@ -51,15 +51,15 @@ class MoEConfig(Section):
     group_score: Literal["max", "top2"] = "max"
     """What ranks a group: the score of its best expert (max) or the sum of its best two (top2)."""
     aux_loss: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
-    """The tokens over which the auxiliary loss wants experts to be used evenly."""
+    """The tokens over which the auxiliary loss balances the use of experts."""
     aux_loss_coef: float = Field(default=0.01, ge=0)
     """The factor on the auxiliary loss; 0 turns it off."""
     z_loss_coef: float = Field(default=0.0, ge=0)
-    """The factor on the loss on the size of the router's logits; 0 turns it off."""
+    """The factor on the z-loss, which keeps the router's logits small; 0 turns it off."""
     bias_update_rate: float = Field(default=0.0, ge=0)
-    """How far the bias on the choosing scores moves after each step towards experts with few tokens; 0: no bias."""
+    """How much the bias of each expert changes after an optimizer step, up for under-used experts; 0: no bias."""
     capacity_factor: float | None = Field(default=None, gt=0)
-    """The most tokens an expert takes in training, in fair shares of a micro-batch; left out, none is dropped."""
+    """The limit of an expert's tokens in training, as a multiple of an even share; left out, no token is dropped."""
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "MoEConfig":
@@ -92,17 +92,17 @@ class MoEConfig(Section):
         return ""
 
     def _could_be(self, key: str, tried: Sequence[int]) -> str:
-        """Says which values of a key are legal with the rest, or that none is."""
+        """Returns a clause that names values of a key that fit the rest, or says that none does."""
         said = could_be(
             f"model.moe.{key}",
             getattr(self, key),
             tried,
             lambda value: not self.model_copy(update={key: value})._problem(),
         )
-        return said or f"no other value of model.moe.{key} alone is legal with the rest, so change more than one key"
+        return said or f"no other value of model.moe.{key} alone fits the rest, so change more than one key"
 
     def state(self) -> tuple[str, ...]:
-        """What of the balance outlives a step, and is in checkpoints."""
+        """Names of the balancing state that is kept from step to step and saved in checkpoints."""
         bias = ("bias",) if self.bias_update_rate else ()
         return (*bias, "load") if self.aux_loss == "global_batch" and self.aux_loss_coef else bias
 
@@ -111,7 +111,7 @@ class ModelConfig(Section):
     """A LLaMA-shaped decoder; with `moe`, every MLP is a mixture of experts of `expert_size` each."""
 
     vocab_size: int = Field(ge=8)
-    """The number of tokens that the tokenizer knows, which is the number of rows of the embedding."""
+    """The number of tokens of the tokenizer, and of rows of the embedding."""
     num_layers: int = Field(ge=1)
     """The number of decoder blocks."""
     hidden_size: int = Field(ge=8)
@@ -127,13 +127,13 @@ class ModelConfig(Section):
     qk_norm: bool = False
     """Whether queries and keys are RMS-normalized per head before the rotary embedding."""
     norm_eps: float = Field(default=1e-5, gt=0)
-    """What RMSNorm adds to the mean square before it takes the root."""
+    """The epsilon of RMSNorm, added to the mean square under the root."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """The base of the rotary embedding's wavelengths; larger for longer contexts."""
     tie_embeddings: bool = False
     """Whether the output head and the embedding are one matrix."""
     init_std: float = Field(default=0.02, gt=0)
-    """The standard deviation of initial weights; smaller by sqrt(2 * num_layers) where a block's output is added."""
+    """The standard deviation of initial weights; output projections of blocks get it / sqrt(2 * num_layers)."""
     moe: MoEConfig | None = None
     """The mixture of experts in place of every MLP; left out, the model is dense."""
 
@@ -166,6 +166,7 @@ class ModelConfig(Section):
 
     @property
     def dim_per_head(self) -> int:
+        """The width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
@@ -174,11 +175,12 @@ class ModelConfig(Section):
         return (self.moe and self.moe.ffn_hidden_size) or self.ffn_hidden_size
 
     def num_parameters(self, active: bool = False) -> int:
-        """Parameters of the whole model; with `active`, those one token passes through (embedding lookups included)."""
+        """Number of parameters; with `active`, only those that one token uses, with the whole embedding among them."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * self.parameters_per_layer(active) + embeddings + self.hidden_size
 
     def parameters_per_layer(self, active: bool = False) -> int:
+        """Number of parameters of one block; with `active`, only those of the experts that one token uses."""
         attention = 2 * self.hidden_size * self.dim_per_head * (self.num_heads + self.num_kv_heads)
         if self.qk_norm:
             attention += 2 * self.dim_per_head
@@ -190,106 +192,108 @@ class ModelConfig(Section):
 
 
 class Precision(StrEnum):
+    """Number format of the forward and backward pass."""
+
     FP32 = "fp32"
     BF16 = "bf16"
-    AUTO = "auto"  # the run directory says which of the two it was
+    AUTO = "auto"  # the run directory records which of the two it became
 
 
 class TrainSection(Section):
-    """How long and on how much is trained, and at which cost in memory and precision."""
+    """Steps, batch sizes and sequence length, and how they are computed."""
 
     steps: int = Field(ge=1)
     """The number of optimizer steps of the whole run."""
     global_batch_size: int = Field(ge=1)
     """The number of sequences in one optimizer step, over all ranks."""
     micro_batch_size: int = Field(ge=1)
-    """The number of sequences that a rank computes at a time; the rest of the batch follows in turns."""
+    """The number of sequences that a rank computes at a time; gradients accumulate over the rest of its batch."""
     seq_length: int = Field(ge=2)
     """The length of a training sequence, in tokens."""
     precision: Precision = Precision.AUTO
-    """The numbers that are computed with; auto is bf16 on a GPU or a CPU with bf16 instructions, else fp32."""
+    """The number format of computation; auto is bf16 on a GPU or a CPU with bf16 instructions, else fp32."""
     compile: bool = False
-    """Whether blocks are compiled with torch.compile: a slower start and faster steps."""
+    """Whether blocks are compiled with torch.compile, for faster steps after a slower start."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """The share of the hidden states that is zeroed after embedding, attention and MLP, the same in every layout."""
+    """The dropout rate after embedding, attention and MLP; the masks are the same in every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again to save memory: attention's scores (selective) or whole blocks (full)."""
+    """What backward recomputes to save memory: attention scores (selective), whole blocks (full) or nothing (none)."""
 
 
 class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019)."""
 
     lr: float = Field(gt=0)
-    """The learning rate at its highest."""
+    """The peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """The decay rates of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)
-    """What is added to the root of the second moment before the division by it."""
+    """The epsilon of AdamW, added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """The decay of matrices, times the learning rate, in each step; norms never decay, and 0 turns it off."""
+    """The weight decay of matrices, multiplied by the learning rate; norms never decay, and 0 turns it off."""
     clip_grad: float = Field(default=1.0, ge=0)
-    """The norm above which the whole gradient is scaled down; 0 turns clipping off."""
+    """The maximum norm of the whole gradient, above which it is scaled down; 0 turns clipping off."""
 
     @field_validator("betas")
     @classmethod
     def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{list(betas)} are not two numbers from 0 to below 1; the usual ones are [0.9, 0.95]")
+            raise ValueError(f"{list(betas)} are not two numbers from 0 to below 1; usual values are [0.9, 0.95]")
         return betas
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the steps: linear warmup, then what `kind` says."""
+    """The learning rate over the steps: linear warmup, then the schedule `kind`."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """What follows warmup: cosine to the floor, constant and then linear to the floor (wsd), or constant."""
+    """The schedule after warmup: cosine to the floor, constant then linear to the floor (wsd), or constant."""
     steps: int | None = Field(default=None, ge=1)
-    """The step at which the schedule ends, train.steps if left out; set it where a run is trained in several parts."""
+    """The step at which the schedule ends, train.steps if left out; set it if a run is trained in several parts."""
     warmup_steps: int = Field(default=0, ge=0)
     """The number of steps in which the rate rises linearly to optimizer.lr; 0 for no warmup."""
     decay_steps: int = Field(default=0, ge=0)
-    """The number of last steps in which wsd falls linearly to the floor; other kinds do not use it."""
+    """The number of steps at the end in which wsd falls linearly to the floor; other kinds ignore it."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The floor of the rate at the end of cosine or wsd, as a share of optimizer.lr."""
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism. Data parallel takes the ranks that are left; `configs.layout` checks all of them."""
+    """Degrees of parallelism. The remaining factor of the world size is data parallel; see `configs.layout`."""
 
     tp: int = Field(default=1, ge=1)
     """Tensor parallel: the number of ranks that split the weights of each layer."""
     sp: bool = False
-    """Sequence parallel: whether the tp ranks split the sequence where layers are not split."""
+    """Sequence parallel: whether the tp ranks split the sequence in the layers that tp does not split."""
     pp: int = Field(default=1, ge=1)
     """Pipeline parallel: the number of ranks that the layers are divided among."""
     vpp: int = Field(default=1, ge=1)
-    """The number of chunks of layers on every pipeline rank, interleaved; 1 for none."""
+    """The number of interleaved chunks of layers (virtual stages) on every pipeline rank; 1: not interleaved."""
     layers_per_stage: tuple[int, ...] | None = None
-    """The layers of each of pp * vpp stages, first to last; left out, they are spread so that the slowest is fast."""
+    """The number of layers of each of the pp * vpp stages; left out, they are balanced with the output head in mind."""
     ep: int = Field(default=1, ge=1)
-    """Expert parallel: the number of the ranks of dp * cp that each layer's experts are divided among."""
+    """Expert parallel: the number of ranks, out of dp * cp, that the experts of each layer are divided among."""
     cp: int = Field(default=1, ge=1)
-    """Context parallel: the number of ranks that split the sequence everywhere but in attention, where heads split."""
+    """Context parallel: the number of ranks that split the sequence; in attention they split the heads instead."""
     zero: Literal[1, 2, 3] = 1
-    """What data parallel ranks split: optimizer state (1), gradients too (2), weights too (3); over 1 needs pp=1."""
+    """ZeRO stage: data-parallel ranks split optimizer state (1), gradients too (2), weights too (3); 2, 3 need pp=1."""
     offload_optimizer: bool = False
-    """Whether the optimizer's state is kept, and stepped, in host memory."""
+    """Whether the optimizer's state is kept, and its step computed, in host memory."""
 
     @property
     def sequence_parts(self) -> int:
-        """The number of ranks that split a sequence, whose length has to be a multiple of it."""
+        """Number of ranks that split a sequence; its length must be a multiple of it."""
         return self.cp * (self.tp if self.sp else 1)
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, and which ones stay. There is always one at the end."""
+    """When checkpoints are written, and which ones are kept. There is always one at the end."""
 
     every: int = Field(default=100, ge=1)
     """The number of steps from one checkpoint to the next."""
     keep: int = Field(default=2, ge=1)
-    """The number of newest checkpoints that stay."""
+    """The number of newest checkpoints that are kept."""
     keep_every: int = Field(default=0, ge=0)
-    """Checkpoints whose step is a multiple of this stay for good, a multiple of every itself; 0: none do."""
+    """Checkpoints at multiples of this step are never deleted; it must be a multiple of every; 0: none."""
 
     @model_validator(mode="after")
     def _multiples_are_saved(self) -> "CheckpointConfig":
@@ -303,10 +307,10 @@ class CheckpointConfig(Section):
 
 
 class DataSection(Section):
-    """What is trained on."""
+    """The data plan to train on."""
 
     plan: str
-    """The folder of a mixture plan, which `trivium data run` ends with."""
+    """The folder of a mixture plan, as `trivium data run` writes it."""
 
 
 class EvalConfig(Section):
@@ -315,11 +319,11 @@ class EvalConfig(Section):
     every: int = Field(default=100, ge=1)
     """The number of steps from one evaluation to the next; there is always one at the end."""
     rows: int = Field(default=32, ge=0)
-    """The most held-out rows of each source; 0 turns the evaluation off."""
+    """The maximum number of held-out rows of each source; 0 turns evaluation off."""
 
 
 class LogConfig(Section):
-    """What is shown of a run while it goes on; metrics.jsonl has every step in any case."""
+    """The output of a run while it trains; metrics.jsonl has every step in any case."""
 
     tensorboard: bool = True
     """Whether TensorBoard files are written into run.dir."""
@@ -328,12 +332,12 @@ class LogConfig(Section):
 
 
 class TrainerConfig(Section):
-    """What the one train loop reads, whatever is trained."""
+    """Sections that all training runs share."""
 
     run: TrainRunConfig
-    """Where a training run lives, and what its random numbers begin from."""
+    """The folder of a training run, and the seed of its random numbers."""
     train: TrainSection
-    """How long and on how much is trained, and at which cost in memory and precision."""
+    """Steps, batch sizes and sequence length, and how they are computed."""
     optimizer: OptimizerConfig
     """AdamW."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -341,11 +345,11 @@ class TrainerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     """Degrees of parallelism."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are written, and which ones stay."""
+    """When checkpoints are written, and which ones are kept."""
     eval: EvalConfig = EvalConfig()
     """Held-out loss by source."""
     log: LogConfig = LogConfig()
-    """What is shown of a run while it goes on."""
+    """The output of a run while it trains."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainerConfig":
@@ -372,4 +376,4 @@ class PretrainConfig(TrainerConfig):
     model: ModelConfig
     """The shape of the decoder."""
     data: DataSection
-    """What is trained on."""
+    """The data plan to train on."""

@@ -153,7 +153,7 @@ def test_layouts_have_names(name: str, world: int, overrides: list[str]) -> None
     [
         (["--layouts", "tq2"], "'tq2' is not a layout"),
         (["--layouts", "tp"], "'tp' is not a layout"),
-        (["--layouts", "tp2,ep2"], "--layouts: ep2: parallel.ep = 2 spreads experts, and the model has none"),
+        (["--layouts", "tp2,ep2"], "--layouts: ep2: parallel.ep = 2 spreads experts, but the model has none"),
         (["--layouts", "tp2,zero2", "--precision", "fp64"], "--precision fp64: zero2 has parallel.zero = 2"),
         (["--layouts", "dp2", "--precision", "fp64", "parallel.offload_optimizer=true"], "offload_optimizer = true"),
         (["--layouts", "pp8"], "--layouts: pp8: parallel.pp"),

@@ -141,7 +141,7 @@ def test_a_wrong_path_is_named(ranks: RanksOf, run: Path, tmp_path: Path) -> Non
     next(checkpoint.glob("*.safetensors")).unlink()
     assert "rank_00000.safetensors is missing" in refusal(ranks(2), new, str(checkpoint))
     (checkpoint / "manifest.json").write_text("{}")
-    assert "says format None" in refusal(ranks(2), new, str(checkpoint))
+    assert "has format None" in refusal(ranks(2), new, str(checkpoint))
 
 
 def test_another_models_checkpoint_by_path_is_refused(ranks: RanksOf, saved: Saved, tmp_path: Path) -> None:

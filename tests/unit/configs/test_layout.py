@@ -163,5 +163,5 @@ def test_remedies_respect_all_that_a_config_says() -> None:
     model = MODEL.model_copy(update={"num_heads": 12, "num_kv_heads": 4, "head_dim": 4})
     with pytest.raises(ConfigError, match=r"num_heads = 12 is not a multiple of parallel\.tp = 24; .*could be 2 or 4$"):
         Layout.of(24, ParallelConfig(tp=24), model, TRAIN.model_copy(update={"global_batch_size": 24}))
-    with pytest.raises(ConfigError, match=r"no other value of parallel\.tp alone is legal with the rest"):
+    with pytest.raises(ConfigError, match=r"no other value of parallel\.tp alone fits the rest"):
         layout(5, tp=5)  # 5 ranks of one row each do not divide a batch of 12 either

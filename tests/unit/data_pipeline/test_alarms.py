@@ -74,5 +74,5 @@ def test_expected_documents_meet_their_fate_or_alarm(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_drops_nothing_by_design_has_no_alarm() -> None:
-    with pytest.raises(ConfigError, match=r"stages\.tokens is no stage that drops"):
+    with pytest.raises(ConfigError, match=r"stages\.tokens is not a stage that drops"):
         settings(stages={"tokens": {"must_drop": True}})

@@ -47,8 +47,8 @@ def test_the_preset_is_valid():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("step=-1", "-1 is no step"),
-        ("step=newest", "'newest' is no step"),
+        ("step=-1", "-1 is not a step"),
+        ("step=newest", "'newest' is not a step"),
         ("dtype=float16", "dtype = 'float16'"),
         ("verify.rows=0", r"verify\.rows = 0"),
         ("verfy.rows=1", "did you mean 'verify'"),
