@@ -154,7 +154,7 @@ MISTAKES: list[tuple[Edits, str, Ways]] = [
     ),
     (
         {"dedup": {"verify": 75}},
-        r"say for instance ([\d.]+), or (false)",
+        r"set for example ([\d.]+), or (false)",
         lambda found: [{"dedup.verify": float(found[1])}, {"dedup.verify": False}],
     ),
     *(
