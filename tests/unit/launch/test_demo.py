@@ -163,7 +163,7 @@ def test_a_stage_is_not_taken_for_done_once_what_it_was_made_from_has_changed(
     for _ in range(2):  # it stays refused
         status, text = run([one, two], tmp_path)
         assert status == 1
-        assert f"but the result of stage one and {config} changed since then. Remove {two.output}" in text
+        assert f"but the result of stage one and {config} changed since. Remove {two.output}" in text
     shutil.rmtree(two.output)
     assert run([one, two], tmp_path)[0] == 0
     (one.output / "checkpoints/step_9/manifest.json").write_text("other")  # not the newest

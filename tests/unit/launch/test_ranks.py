@@ -92,7 +92,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     os.kill(wait_for(tmp_path, "up0", "up1")[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 137
-    assert "rank 1 died of signal 9" in output
+    assert "rank 1 was killed by signal 9" in output
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_nodes_are_those_of_the_slurm_step(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "rank0").read_text().startswith("0 1 0 127.0.0.1 ")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3")
     monkeypatch.setenv("SLURM_NODEID", "0")
-    with pytest.raises(ValueError, match=r"srun started 3 tasks on this node.*--ntasks-per-node=1"):
+    with pytest.raises(ValueError, match=r"srun started `trivium launch` 3 times on this node.*--ntasks-per-node=1"):
         ranks.main(["train", "configs/pretrain/demo.toml"])
 
 
