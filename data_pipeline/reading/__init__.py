@@ -1,7 +1,8 @@
-"""From files to documents: finding them, reading each format, and what is set aside on the way.
+"""Readers of the input: they find a source's files, read each format, and give a reason for each unusable record.
 
-`source` is the way in: it finds a run's files (`files`, `formats`) and reads them (`jsonl`, `warc`, `parquet`, `trees`)
-as records (`records`), through `decompression`, which bounds memory. Main text of pages is left to `extraction`.
+Begin with `source_reader`: it finds a run's files (`files`, `formats`) and reads them as records (`records`), with one
+reader per format (`jsonl`, `warc`, `parquet`, `trees`). All of them read through `decompression`, which bounds memory.
+The main text of web pages is extracted later, in `extraction`.
 """
 
 from data_pipeline.reading.records import BROKEN, HARMLESS, InputUnit

@@ -1,4 +1,4 @@
-"""Where documents came from: their addresses, and the key under which equal addresses meet."""
+"""URLs of documents, and the 64-bit key by which documents with the same URL are recognized."""
 
 from typing import Any
 from urllib.parse import urlsplit
@@ -7,18 +7,21 @@ from data_pipeline.core.hashing import stable_hash
 
 
 def url_of(metadata: dict[str, Any]) -> str:
-    """The URL that a document came from, "" where it is not known."""
+    """Returns the URL that a document came from, or "" if it is not known."""
     inner = metadata.get("record")
     url = metadata.get("url") or (inner.get("url") if isinstance(inner, dict) else None)
     return url if isinstance(url, str) else ""
 
 
 def url_key(url: str) -> int:
-    """64 bits of an address; 0 for none. Host in lower case, no "www.", no default port, no fragment, no last slash."""
+    """Returns a 64-bit hash of a normalized URL, or 0 if the URL is empty.
+
+    Normalizing puts the host in lower case and drops the scheme, "www.", default ports, the fragment, trailing slashes.
+    """
     try:
         parts = urlsplit(url.strip())
         port = f":{parts.port}" if parts.port not in (None, 80, 443) else ""
-    except ValueError:  # not an address: taken as it is
+    except ValueError:  # not a URL: hashed as it is
         return stable_hash(url.strip()) or 1
     host = (parts.hostname or "").removeprefix("www.")
     query = f"?{parts.query}" if parts.query else ""

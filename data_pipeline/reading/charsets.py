@@ -1,10 +1,11 @@
-"""Names of character encodings as the web uses them, and decoding by them.
+"""Names of character encodings as the web uses them, and decoders for these encodings.
 
-Labels and what they mean are those of the WHATWG Encoding Standard (encoding.spec.whatwg.org, section 4.2): euc-kr is
-windows-949, iso-8859-1 is windows-1252, gb2312 is gb18030. Three things differ from it. Labels that browsers refuse as
-dangerous (hz-gb-2312, iso-2022-kr) are decoded, since nothing runs here what a page holds; further names that Python
-knows (uhc, cp850, utf-32) are taken too; and windows-1258, whose tone marks are characters of their own, is composed
-(NFC). Hebrew in visual order stays in it, and x-user-defined is windows-1252, as it is in a page's own declaration.
+Labels and their meanings are those of the WHATWG Encoding Standard (encoding.spec.whatwg.org, section 4.2): euc-kr
+means windows-949, iso-8859-1 means windows-1252, gb2312 means gb18030. Three things differ from the standard. Labels
+that browsers refuse for security reasons (hz-gb-2312, iso-2022-kr) are decoded, since no script of a page is run here;
+further names that Python knows (uhc, cp850, utf-32) are accepted; and windows-1258, which writes tone marks as separate
+characters, is composed (NFC). Hebrew in visual order is not reordered, and x-user-defined means windows-1252, as the
+HTML standard has it for a page's own declaration.
 """
 
 import codecs
@@ -14,14 +15,14 @@ import unicodedata
 
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",  # begins with that of UTF-16, and so comes first
+    codecs.BOM_UTF32_LE: "utf-32-le",  # begins with the mark of UTF-16, so it has to be tried first
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 WIDE = ("utf-16", "utf-32")
-STATEFUL = ("iso2022", "hz")  # what bytes mean depends on escapes before them
-# Python's name of a codec, and the labels that stand for it.
+STATEFUL = ("iso2022", "hz")  # the meaning of a byte depends on the escape sequences before it
+# One line per codec: Python's name of the codec, then the labels that stand for it.
 _LABELS = """
 utf-8: unicode-1-1-utf-8 unicode11utf8 unicode20utf8 utf-8 utf8 x-unicode20utf8
 cp866: 866 cp866 csibm866 ibm866
@@ -67,7 +68,7 @@ utf-16-le: csunicode iso-10646-ucs-2 ucs-2 unicode unicodefeff utf-16 utf-16le
 hz: hz-gb-2312
 iso2022_kr: csiso2022kr iso-2022-kr
 """
-# Codecs of Python that the standard has no label for.
+# Codecs of Python for which the standard has no label.
 _FURTHER = frozenset(
     {
         *("cp437", "cp720", "cp737", "cp775", "cp850", "cp852", "cp855", "cp857", "cp858", "cp860", "cp861", "cp862"),
@@ -77,14 +78,14 @@ _FURTHER = frozenset(
 )
 _LABEL = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,39}")
 LENIENT, _STRICT = "trivium.lenient", "trivium.strict"
-# Where Python's koi8-u has box drawings, the standard has the letters of Belarusian.
+# Two code points at which Python's koi8-u has box drawings and the standard has Belarusian letters.
 _BELARUSIAN = {0x255D: 0x045E, 0x256C: 0x040E}
-# What Python's cp932 makes of four bytes that mean nothing.
+# Private-use characters to which Python's cp932 decodes the four bytes that Shift_JIS leaves undefined.
 _NO_SHIFT_JIS = re.compile("[\uf8f0-\uf8f3]")
 
 
 def charset_of(label: str) -> str:
-    """Python's name of the codec that a label stands for; "" for an unknown one."""
+    """Returns Python's name of the codec that a label stands for, or "" for an unknown label."""
     label = label.strip("\t\n\f\r \"'").lower()
     if found := _table().get(label):
         return found
@@ -100,26 +101,30 @@ def charset_of(label: str) -> str:
 
 
 def marked_charset(content: bytes) -> str:
-    """The codec that a byte order mark names; "" where there is none."""
+    """Returns the codec that the byte order mark of `content` names, or "" if it has no mark."""
     return next((charset for mark, charset in MARKS.items() if content.startswith(mark)), "")
 
 
 @functools.cache
 def _table() -> dict[str, str]:
-    codecs.register_error(LENIENT, _as_browsers_do)
-    codecs.register_error(_STRICT, _or_an_error)
+    """Returns {label: Python's codec}; the first call also registers the two error handlers of this module."""
+    codecs.register_error(LENIENT, _handle_as_browsers)
+    codecs.register_error(_STRICT, _handle_or_raise)
     lines = (line.split(":", 1) for line in _LABELS.strip().splitlines())
     return {label: codec for codec, labels in lines for label in labels.split()}
 
 
 def decode(content: bytes, charset: str) -> str:
-    """`content` by a codec that `charset_of` named, U+FFFD for what it cannot decode; byte order marks are left out."""
+    """Decodes `content` with a codec that `charset_of` returned, without byte order marks.
+
+    Bytes that cannot be decoded become U+FFFD.
+    """
     text = _decoded(content, charset, "replace" if charset.startswith("utf") else LENIENT)
     return _NO_SHIFT_JIS.sub("\ufffd", text) if charset == "cp932" else text
 
 
 def decode_whole(content: bytes, charset: str) -> str:
-    """As `decode`, but of text of which nothing may be lost. Errors: UnicodeDecodeError."""
+    """Decodes `content` like `decode`, but raises UnicodeDecodeError at the first byte that cannot be decoded."""
     text = _decoded(content, charset, _STRICT)
     if charset == "cp932" and (found := _NO_SHIFT_JIS.search(text)):
         position = len(text[: found.start()].encode(charset, "replace"))
@@ -137,15 +142,19 @@ def _decoded(content: bytes, charset: str, errors: str) -> str:
     return text.lstrip("\ufeff")
 
 
-def _or_an_error(error: UnicodeError) -> tuple[str, int]:
-    text, position = _as_browsers_do(error)
+def _handle_or_raise(error: UnicodeError) -> tuple[str, int]:
+    """Handles a decoding error like `_handle_as_browsers`, but raises it if the result is U+FFFD or a C1 control."""
+    text, position = _handle_as_browsers(error)
     if text == "\ufffd" or "\x80" <= text < "\xa0":
         raise error
     return text, position
 
 
-def _as_browsers_do(error: UnicodeError) -> tuple[str, int]:
-    """Decodes what the standard's tables have and Python's lack."""
+def _handle_as_browsers(error: UnicodeError) -> tuple[str, int]:
+    """Returns (text, position to go on at) for bytes that Python's codec cannot decode and the standard's table can.
+
+    The text is U+FFFD if the standard's table lacks them too.
+    """
     if not isinstance(error, UnicodeDecodeError):
         raise error
     pair = error.object[error.start : error.start + 2]
@@ -156,7 +165,7 @@ def _as_browsers_do(error: UnicodeError) -> tuple[str, int]:
     if len(pair) == 2:
         if error.encoding == "big5hkscs":
             return _or_replaced(pair, "cp950", error)
-        # Rows that NEC and IBM added to JIS X 0208 (circled and Roman numbers, units, names): Shift_JIS has them.
+        # NEC and IBM added rows to JIS X 0208 (circled and Roman numbers, units, names), which Python's cp932 has.
         high = error.encoding == "euc_jp" and min(pair) > 0xA0 and max(pair) < 0xFF
         if high or (error.encoding.startswith("iso2022_jp") and min(pair) > 0x20 and max(pair) < 0x7F):
             return _or_replaced(_shift_jis(pair[0] & 0x7F, pair[1] & 0x7F), "cp932", error)
@@ -171,7 +180,7 @@ def _or_replaced(pair: bytes, charset: str, error: UnicodeDecodeError) -> tuple[
 
 
 def _shift_jis(row: int, cell: int) -> bytes:
-    """The two bytes of Shift_JIS for a character of JIS X 0208, of which each byte is from 0x21 to 0x7E."""
+    """Converts the two bytes of a JIS X 0208 character, each from 0x21 to 0x7E, to its two bytes in Shift_JIS."""
     lead = (row - 0x21) // 2 + (0x81 if row < 0x5F else 0xC1)
     trail = cell + (0x1F if cell < 0x60 else 0x20) if row % 2 else cell + 0x7E
     return bytes((lead, trail))

@@ -1,9 +1,9 @@
-"""Gzip and Zstandard files as streams of bounded memory that survive damage, truncation and bombs.
+"""Streams over gzip, Zstandard and plain files that use bounded memory and survive damage, truncation and zip bombs.
 
-A file is a row of members (gzip, RFC 1952) or frames (Zstandard, RFC 8878), or itself where it is not compressed.
-`members` yields each as a readable stream and, after one that turns out to be damaged, a `Fault`; reading then goes on
-at the next sound member. Zeros behind a member are padding. What a file is, its first bytes decide, not its name.
-Random access is left out.
+A compressed file is a sequence of members (gzip, RFC 1952) or frames (Zstandard, RFC 8878), both called members here;
+an uncompressed file is one member. `members` yields each as a readable stream and, after a member that turns out to be
+damaged, a `Fault`; reading goes on at the next undamaged member. Zeros after a member are padding. The first bytes of a
+file decide how it is compressed, not its name. Random access is not supported.
 """
 
 import zlib
@@ -17,11 +17,11 @@ from configs.sources import ExtractConfig
 from data_pipeline.reading.records import Advance
 
 BLOCK = 1 << 16
-# Below this much content a member's ratio says nothing: a short repetitive file is no bomb.
+# Expansion is judged only above this many bytes of content: a short repetitive file is no zip bomb.
 _RATIO_FLOOR = 1 << 20
-# One byte of a Zstandard frame makes at most 32 KiB, so that so many bytes make at most 16 MiB at once.
+# Bytes fed to the decompressor at once. One byte of a Zstandard frame expands to at most 32 KiB, so these to 16 MiB.
 _ZSTD_FEED = 1 << 9
-# What the zstd command decodes without --long; the window is held in memory.
+# The largest window that the zstd command accepts without --long; the window is held in memory.
 _ZSTD_MAX_WINDOW = 1 << 27
 _MAGICS = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd"}
 _SKIPPABLE = tuple(bytes([0x50 + number, 0x2A, 0x4D, 0x18]) for number in range(16))
@@ -29,7 +29,7 @@ _SKIPPABLE = tuple(bytes([0x50 + number, 0x2A, 0x4D, 0x18]) for number in range(
 
 @dataclass(frozen=True)
 class Fault:
-    """A stretch of a file that cannot be decompressed: its first byte, its bytes on storage, and why."""
+    """Part of a file that cannot be decompressed: its first byte, its size in bytes on storage, and the reason."""
 
     offset: int
     size: int
@@ -37,7 +37,7 @@ class Fault:
 
 
 class _Stop(Exception):
-    """A member cannot be read any further."""
+    """Raised when a member cannot be read any further; `reason` becomes that of its Fault."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -49,7 +49,7 @@ class _Gzip:
         self._inflater = zlib.decompressobj(wbits=31)
 
     def step(self, data: memoryview) -> tuple[bytes, memoryview, bool]:
-        """(content, what of `data` is left, whether the member ended). Errors: _Stop."""
+        """Returns (content, the unread rest of `data`, whether the member ended); raises _Stop if it is damaged."""
         try:
             content = self._inflater.decompress(data, BLOCK)
         except zlib.error:
@@ -63,7 +63,7 @@ class _Zstd:
         self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW).decompressobj()
 
     def step(self, data: memoryview) -> tuple[bytes, memoryview, bool]:
-        """As _Gzip's."""
+        """Returns (content, the unread rest of `data`, whether the frame ended); raises _Stop if it is damaged."""
         fed = data[:_ZSTD_FEED]
         try:
             content = self._frame.decompress(fed)
@@ -77,7 +77,10 @@ _CODECS: dict[str, type[_Gzip | _Zstd]] = {"gzip": _Gzip, "zstd": _Zstd}
 
 
 class Member:
-    """One member's content, for reading once. Ends, with a `reason`, where the member cannot be read any further."""
+    """Content of one member as a stream that can be read once.
+
+    The stream also ends where the member cannot be read any further; `reason` then says why.
+    """
 
     def __init__(self, source: "_Source", offset: int) -> None:
         self.offset = offset
@@ -94,7 +97,7 @@ class Member:
         return self._codec is not None
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes, a block at most; none at the end."""
+        """Returns up to `size` bytes, at most one block; b"" at the end."""
         while not self._buffer and not self.ended:
             self._fill()
         taken = self._buffer[:size] if size >= 0 else self._buffer
@@ -110,8 +113,9 @@ class Member:
             yield block
 
     def skip_to(self, mark: bytes, start: int) -> bool:
-        """Goes on at the first `mark` behind a line's end or a zero, from byte `start` of an uncompressed file on, if
-        there is one.
+        """Moves to the first `mark` at or after byte `start` that follows a line end or a zero; whether there is one.
+
+        Always False for a compressed member.
         """
         found = -1 if self._codec else self._source.find((b"\n" + mark, b"\0" + mark), start)
         if found >= 0:
@@ -119,16 +123,22 @@ class Member:
         return found >= 0
 
     def find(self, mark: bytes, start: int) -> int:
-        """Where `mark` is next in an uncompressed file, from byte `start` on; -1 for nowhere. Moves what is read."""
+        """Returns the position of the first `mark` at or after byte `start` of an uncompressed file, or -1.
+
+        It moves the read position of the file.
+        """
         return self._source.find((mark,), start)
 
     def pass_padding(self, start: int) -> int:
-        """The first byte of an uncompressed file, from `start` on, that is no zero and no line end; -1 for none."""
+        """Returns the position of the first byte at or after `start` that is neither zero nor a line end, or -1.
+
+        It moves the read position of the file, which has to be uncompressed.
+        """
         self._source.seek(start)
         return self._source.position if self._source.pass_over(b"\0\r\n") else -1
 
     def goes_on_with(self, mark: bytes, start: int) -> bool:
-        """Goes on at byte `start` of an uncompressed file, if `mark` is there."""
+        """Moves to byte `start` of an uncompressed file if `mark` is there; whether it is."""
         self._source.seek(start)
         if not self._source.begins_with(mark):
             return False
@@ -159,12 +169,12 @@ class Member:
 
 
 class _Source:
-    """The compressed bytes of a file, its kind, and how much came of them."""
+    """Bytes of a file as stored, how they are compressed, and how much content they have expanded to so far."""
 
     def __init__(self, file: BinaryIO, limits: ExtractConfig, advance: Advance) -> None:
         self.file = file
         self.position = 0  # of the next byte that no member has consumed
-        self.exhausted = False  # the file as a whole is over its limit
+        self.exhausted = False  # whether the whole file has expanded beyond extract.max_expanded_bytes
         self._limits = limits
         self._advance = advance
         self._furthest = 0
@@ -188,7 +198,7 @@ class _Source:
             self._furthest = self.position
 
     def pass_over(self, padding: bytes) -> bool:
-        """Goes over bytes that are among `padding`; whether anything is left."""
+        """Skips the bytes that are in `padding`; whether anything comes after them."""
         while data := self.peek():
             left = len(bytes(data).lstrip(padding))
             self.consume(len(data) - left)
@@ -202,7 +212,10 @@ class _Source:
         self.position = position
 
     def check(self, produced: int, fresh: int, start: int) -> None:
-        """Errors: _Stop when the member that began at `start`, or the file, expands beyond what is allowed."""
+        """Counts `fresh` bytes of content; raises _Stop if the member at `start`, or the file, expands too much.
+
+        `produced` is the content of this member so far, in bytes.
+        """
         self._total += fresh
         if self._total > self._limits.max_expanded_bytes:
             self.exhausted = True
@@ -211,7 +224,7 @@ class _Source:
             raise _Stop("expansion_limit")
 
     def begins_with(self, mark: bytes) -> bool:
-        """Whether `mark` is next. Moves what is read."""
+        """Whether the next bytes are `mark`; consumes them."""
         head = b""
         while len(head) < len(mark) and (data := self.peek()):
             head += bytes(data[: len(mark) - len(head)])
@@ -219,12 +232,12 @@ class _Source:
         return head == mark
 
     def find(self, marks: tuple[bytes, ...], start: int) -> int:
-        """Where one of `marks`, all of one length, is next, from `start` on; -1 for nowhere."""
+        """Returns the first position at or after byte `start` of any of `marks`, which have one length, or -1."""
         self.seek(start)
         tail = b""
         while data := self.peek():
             window = tail + bytes(data)
-            if found := [place for mark in marks if (place := window.find(mark)) >= 0]:
+            if found := [index for mark in marks if (index := window.find(mark)) >= 0]:
                 return self.position - len(tail) + min(found)
             tail = window[-len(marks[0]) + 1 :]
             self.consume(len(data))
@@ -232,14 +245,15 @@ class _Source:
 
 
 def is_bomb(produced: int, consumed: int, limits: ExtractConfig) -> bool:
-    """Whether so many bytes of content are more than `consumed` bytes on storage may hold."""
+    """Whether `produced` bytes of content are more than `extract.max_expansion` allows for `consumed` stored bytes."""
     return produced > _RATIO_FLOOR and produced > limits.max_expansion * consumed
 
 
 def members(file: BinaryIO, limits: ExtractConfig, advance: Advance, claimed: str = "") -> Iterator[Member | Fault]:
-    """The members of a seekable file, each to be read before the next is asked for.
+    """Yields the members of a seekable file; each has to be read before the next one is requested.
 
-    `claimed` is the compression that the file's name promises ("gzip", "zstd"): one that does not keep it is one Fault.
+    `claimed` is the compression that the file's name states ("gzip", "zstd", or "" for none). A file that is named as
+    compressed and is not yields a single Fault.
     """
     source = _Source(file, limits, advance)
     if claimed and not source.kind and source.peek():
@@ -249,7 +263,7 @@ def members(file: BinaryIO, limits: ExtractConfig, advance: Advance, claimed: st
     if not source.kind:
         yield Member(source, 0)
         return
-    while source.pass_over(b"\0"):  # what fills up blocks behind a member, as gzip does
+    while source.pass_over(b"\0"):  # zeros pad a member to a full block; gzip skips them too
         member = Member(source, source.position)
         yield member
         while not member.ended:
@@ -257,14 +271,17 @@ def members(file: BinaryIO, limits: ExtractConfig, advance: Advance, claimed: st
         if member.reason:
             following = -1 if source.exhausted else _next_sound(source, member.offset + 1, limits)
             end = following if following >= 0 else _end(source)
-            # With a sound member after it, one that runs over the file's end is not cut: its lengths are wrong.
+            # If an undamaged member follows, the file is not truncated: the lengths in this member are wrong.
             reason = member.reason.replace("cut_", "corrupt_") if following >= 0 else member.reason
             yield Fault(member.offset, end - member.offset, reason)
             source.seek(end)
 
 
 def _next_sound(source: _Source, start: int, limits: ExtractConfig) -> int:
-    """Where a member begins whose first block can be read; -1 for nowhere. A magic number may turn up by chance."""
+    """Returns the first position at or after `start` at which a readable member begins, or -1.
+
+    The member's first block is read as a test, since its magic number may occur in other data by chance.
+    """
     while (found := source.find((_MAGICS[source.kind],), start)) >= 0:
         source.seek(found)
         probe = Member(source, found)
@@ -276,10 +293,12 @@ def _next_sound(source: _Source, start: int, limits: ExtractConfig) -> int:
 
 
 def _end(source: _Source) -> int:
+    """Reads to the end of the file and returns the file's size in bytes."""
     while data := source.peek():
         source.consume(len(data))
     return source.position
 
 
 def claimed_compression(path: str) -> str:
+    """Returns the compression that a file's name states: "gzip" for .gz, "zstd" for .zst, else ""."""
     return {"gz": "gzip", "zst": "zstd"}.get(path.rsplit(".", 1)[-1].lower(), "")

@@ -1,9 +1,9 @@
-"""From the fields of a JSON line or a parquet row to a record: its text, id and URL, and what it says besides.
+"""Conversion of a JSON line's or parquet row's fields to a record: its text, id, URL, metadata and other fields.
 
-A key may lead into nested objects, as `a.b`; a field that is itself called "a.b" comes first. What is neither text, id,
-URL nor metadata is carried along under `fields`, as far as `SourceConfig.fields` asks for it. All values become such
-as JSON has: dates, decimals, UUIDs and numbers beyond 64 bits become strings, and so do NaN and the infinities. Half a
-surrogate pair, which no UTF-8 can hold, becomes U+FFFD.
+A key may lead into nested objects, as `a.b`; a field whose own name is "a.b" takes precedence. Fields other than text,
+id, URL and metadata are kept under `fields` if `SourceConfig.fields` names them. All values become JSON values: dates,
+decimals, UUIDs and integers beyond 64 bits become strings, and so do NaN and the infinities. A lone half of a surrogate
+pair, which UTF-8 cannot encode, becomes U+FFFD.
 """
 
 import datetime
@@ -20,12 +20,12 @@ SURROGATES = "lone surrogates replaced"
 NOT_FINITE = "NaN or Infinity in JSON"
 LEFT_OUT = "fields too large to carry"
 
-_LARGEST, _SMALLEST = (1 << 64) - 1, -(1 << 63)  # what orjson writes
-_DEPTH = 8  # of objects that hold a record's metadata, in all that is written of it
+_LARGEST, _SMALLEST = (1 << 64) - 1, -(1 << 63)  # integers that orjson can write
+_DEPTH = 8  # levels of objects that enclose a record's metadata in any file that the pipeline writes
 
 
 def lookup(fields: dict[str, Any], key: str) -> tuple[dict[str, Any], str] | None:
-    """The object that holds `key` and the name it has there; None where no object does."""
+    """Returns the object that holds `key` and the key's name in that object, or None if no object holds it."""
     if key in fields:
         return fields, key
     slot = key.find(".")
@@ -38,7 +38,7 @@ def lookup(fields: dict[str, Any], key: str) -> tuple[dict[str, Any], str] | Non
 
 
 def fill(record: Record, fields: dict[str, Any], source: SourceConfig, limits: ExtractConfig) -> None:
-    """Puts text, id, URL and metadata into `record`, or the reason why there is no text. Takes them out of `fields`."""
+    """Sets text, id, URL and metadata of `record`, or the reason why it has no text; may remove them from `fields`."""
     slots = {key: lookup(fields, key) for key in (source.text_key, source.id_key, source.url_key, source.metadata_key)}
     found = {key: slot and slot[0][slot[1]] for key, slot in slots.items()}
     text, own, url, inner = (
@@ -82,7 +82,7 @@ def _listed(fields: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _others(fields: dict[str, Any], slots: list[Any], used: set[str]) -> dict[str, Any]:
-    """What is left of the fields once those at `slots` are taken out."""
+    """Returns all fields but those at `slots`, and but nulls and objects that are empty once `slots` are removed."""
     for slot in slots:
         if slot:
             slot[0].pop(slot[1], None)
@@ -92,7 +92,7 @@ def _others(fields: dict[str, Any], slots: list[Any], used: set[str]) -> dict[st
 
 
 def _within(fields: dict[str, Any], most: int) -> dict[str, Any]:
-    """Those that fit into `most` bytes of JSON together, in their order."""
+    """Returns the fields that together fit into `most` bytes of JSON, taken in their order."""
     kept, size = {}, 0
     for name, value in fields.items():
         content = _json(value)
@@ -107,7 +107,7 @@ def _can_be_written(value: Any) -> bool:
 
 
 def _json(value: Any) -> bytes | None:
-    """None for what is nested too deep to be written."""
+    """Returns `value` as JSON, or None if it is nested too deeply to be written inside a record's metadata."""
     for _ in range(_DEPTH):
         value = [value]
     try:
@@ -117,7 +117,10 @@ def _json(value: Any) -> bytes | None:
 
 
 def plain(value: Any, notes: set[str]) -> Any:
-    """`value` as JSON has it; what had to be mended is added to `notes`. Errors: RecursionError, nested too deep."""
+    """Converts `value` to JSON values and adds each kind of repair to `notes`.
+
+    Raises RecursionError if it is nested too deeply.
+    """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -138,7 +141,7 @@ def plain(value: Any, notes: set[str]) -> Any:
 
 
 def whole(text: str, notes: set[str]) -> str:
-    """`text` with surrogates joined to characters where two make one, and U+FFFD for the others."""
+    """Returns `text` with surrogate pairs joined to one character each, and U+FFFD for lone surrogates."""
     try:
         text.encode()
         return text
@@ -148,7 +151,7 @@ def whole(text: str, notes: set[str]) -> str:
 
 
 def _of_bytes(content: bytes) -> str:
-    """Bytes that are text as that, others in hexadecimal digits."""
+    """Decodes bytes that are printable UTF-8; writes all others in hexadecimal digits."""
     try:
         text = content.decode()
     except UnicodeDecodeError:

@@ -1,13 +1,15 @@
-"""From the patterns of a source to its files, on any file system that fsspec knows; and opening them.
+"""Search for the files that a source's patterns name, on any file system that fsspec supports, and opening them.
 
-A pattern is a path, a glob, or a folder, which is searched for files of the source's format; brackets in a folder that
-exists are its own. Files are known by names that can be shown (see `names`). Local folders are followed
-through links, every folder once: a loop or a file reached twice is reported, never read twice. Files within one
-source are told apart by device and inode; the same file in two sources is read for both. Endpoint and credentials of
-remote systems come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID...) or fsspec's own configuration
-(FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec): none is read, kept or shown here. Over HTTP an address is one file, since
-servers list none, and the server must tell its size; from one that tells no version (ETag, Last-Modified) a change that
-keeps the size goes unnoticed. Writing to remote systems is left out.
+A pattern is a path, a glob, or a folder, which is searched for files of the source's format. Brackets in the name of an
+existing folder are taken literally. Files are listed by printable names (see `names`). Links in local folders are
+followed, each folder once: a loop or a file reached twice is reported and not read again. Files of one source are
+identified by device and inode; a file that is in two sources is read for both.
+
+Endpoint and credentials of remote systems come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID...) or from
+fsspec's own configuration (FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec); this module does not read, keep or show them.
+Over HTTP each URL is one file, since servers do not list files, and the server has to state the file's size. If it
+states no version (ETag, Last-Modified), a change that keeps the size is not noticed. Writing to remote systems is not
+supported.
 """
 
 import contextlib
@@ -25,12 +27,12 @@ from fsspec.utils import glob_translate
 
 from configs.loader import ConfigError
 from configs.sources import SourceConfig
-from data_pipeline.reading.formats import entered, wanted
+from data_pipeline.reading.formats import skip_reason, wanted
 from data_pipeline.reading.names import openable, printable
 from data_pipeline.reading.records import FoundFile
 
-_REMOTE_BLOCK = 1 << 22  # bytes a request to a remote system fetches, and holds
-# What says which version of an object this is, by whichever name a file system gives it; checksums before times.
+_REMOTE_BLOCK = 1 << 22  # bytes that one request to a remote system fetches and that are held in memory
+# Names that file systems use for the version of an object, the best first: checksums before times.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "crc32c", "content_hash", "checksum", "Content-MD5", "Digest"),
     *("LastModified", "Last-Modified", "mtime", "created"),
@@ -40,7 +42,7 @@ _HTTP_GONE = (404, 410)
 
 
 def find_files(name: str, source: SourceConfig) -> list[FoundFile]:
-    """The files of source `name`, sorted by path. Errors: ConfigError for a pattern that leads to nothing."""
+    """Returns the files of source `name`, sorted by path. Raises ConfigError if a pattern matches no file."""
     found: dict[str, FoundFile] = {}
     for pattern in source.files:
         key = f"sources.{name}.files"
@@ -71,9 +73,9 @@ def is_http(path: str) -> bool:
 
 
 def open_file(name: str) -> BinaryIO:
-    """Opens the file of a FoundFile's path for reading; a remote file is fetched block by block.
+    """Opens a file, named as `FoundFile.path` is, for reading; a remote file is fetched block by block.
 
-    Errors: OSError, ValueError for an HTTP server that sends whole files alone.
+    Raises OSError if it cannot be opened, ValueError if its HTTP server sends only whole files.
     """
     path = openable(name)
     if not is_remote(path):
@@ -87,8 +89,8 @@ def open_file(name: str) -> BinaryIO:
             file.seek(0)
         except ValueError:
             raise ValueError(
-                f"{name}: its server sends no parts of files (HTTP range requests), which one above "
-                f"{_REMOTE_BLOCK >> 20} MiB is read in; copy the file here and name the copy"
+                f"{name}: its server does not support HTTP range requests, by which files above "
+                f"{_REMOTE_BLOCK >> 20} MiB are read; copy the file to this machine and name the copy"
             ) from None
     return file
 
@@ -111,7 +113,7 @@ def _local(pattern: str, source: SourceConfig) -> Iterator[FoundFile]:
 
 
 def _literal_folder(pattern: str) -> str:
-    """The longest beginning of a pattern that is, taken at its word, a folder; with its slash."""
+    """Returns the longest beginning of a pattern that is, taken literally, an existing folder, with its slash."""
     position = len(pattern)
     while (position := pattern.rfind("/", 0, position)) >= 0:
         if os.path.isdir(pattern[: position + 1]):
@@ -131,9 +133,9 @@ def _search(folder: str, source: SourceConfig) -> Iterator[FoundFile]:
 
 
 def _walk(root: str, source: SourceConfig) -> Iterator[tuple[str, str]]:
-    """(path, "") of every file under `root`, and (path, reason) of folders that are not entered.
+    """Yields (path, "") for every file under `root` and (path, reason) for every folder that is not searched.
 
-    Links to folders come last, so that what is reachable without one keeps its own path.
+    Links to folders are followed last, so that files reachable without a link are listed under their own path.
     """
     seen: set[tuple[int, int]] = set()
     waiting, links = [root], list[str]()
@@ -152,7 +154,7 @@ def _walk(root: str, source: SourceConfig) -> Iterator[tuple[str, str]]:
         for entry in entries:
             if not os.path.isdir(entry.path):  # unlike entry.is_dir(), False for a link to itself
                 yield entry.path, ""
-            elif reason := entered(entry.name, source):
+            elif reason := skip_reason(entry.name, source):
                 if reason != "version_control":
                     yield entry.path, reason
             else:
@@ -160,11 +162,13 @@ def _walk(root: str, source: SourceConfig) -> Iterator[tuple[str, str]]:
 
 
 def _leads_up(link: str) -> bool:
+    """Whether a link points to the folder it is in or to one above it, which makes a loop."""
     target, folder = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
     return folder == target or folder.startswith(target.rstrip("/") + "/")
 
 
 def _look(path: str, root: str, reason: str = "") -> FoundFile:
+    """Returns the local file at `path` with its size, or with the reason why it cannot be read."""
     if reason:
         return FoundFile(path, 0, root, reason)
     try:
@@ -175,11 +179,14 @@ def _look(path: str, root: str, reason: str = "") -> FoundFile:
 
 
 def _each_once(files: list[FoundFile]) -> list[FoundFile]:
-    """Marks what is reached a second time, by a link or another name; of several names, a link never keeps it."""
+    """Marks each local file that is listed under several paths as `seen_before`, except under one of them.
+
+    Paths without a link are preferred, then the first in alphabetical order.
+    """
     names: dict[tuple[int, int], list[str]] = {}
     for file in files:
         if not file.reason and not is_remote(file.path):
-            with contextlib.suppress(OSError):  # gone since it was found: the reader will say so
+            with contextlib.suppress(OSError):  # if the file was removed since, its reader reports that
                 status = os.stat(file.path)
                 names.setdefault((status.st_dev, status.st_ino), []).append(file.path)
     again: set[str] = set()
@@ -198,7 +205,7 @@ def _remote(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]
         searched = not magic and inner.rstrip("/") not in listing
     except ImportError as error:
         raise ConfigError(f"{key}: {pattern!r}: {error}; install that package, or copy the files") from None
-    except Exception as error:  # whatever the file system's client raises; its text may name what it was given
+    except Exception as error:  # clients raise errors of their own, whose text may contain credentials
         detail = f": {error}" if isinstance(error, OSError) else ""
         raise ConfigError(
             f"{key}: {pattern!r} cannot be listed ({type(error).__name__}{detail}); check the address, and endpoint "
@@ -217,11 +224,11 @@ def _remote(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]
 
 def _http(address: str, key: str) -> Iterator[FoundFile]:
     if "*" in address or address.endswith("/"):
-        raise ConfigError(f"{key}: {address!r}: HTTP servers list no files; give the address of each file")
+        raise ConfigError(f"{key}: {address!r}: HTTP servers do not list files; give the address of each file")
     system, inner = fsspec.core.url_to_fs(address)
     try:
         info = system.info(inner)
-    except FileNotFoundError as error:  # whatever happened: what, is its cause
+    except FileNotFoundError as error:  # fsspec raises this for every failure; the real one is its cause
         cause: Any = error.__cause__
         if getattr(cause, "status", None) in _HTTP_GONE:
             return
@@ -232,18 +239,18 @@ def _http(address: str, key: str) -> Iterator[FoundFile]:
         ) from None
     if info["size"] is None or info.get("partial") is False:
         raise ConfigError(
-            f"{key}: {address!r}: its server does not tell the file's size, or sends no parts of files (HTTP range "
-            "requests), and it is read in parts; copy the file here and name the copy"
+            f"{key}: {address!r}: its server does not state the file's size, or does not support HTTP range requests, "
+            "both of which are needed to read it; copy the file to this machine and name the copy"
         )
     yield FoundFile(address, info["size"], identity=_identity(info))
 
 
 def _in_skipped(path: str, root: str, source: SourceConfig, skipped: dict[str, str]) -> bool:
-    """Whether a folder on the way from `root` to `path` is not to be entered; it is noted in `skipped`."""
+    """Whether `path` lies in a folder below `root` that is not searched; notes the folder and reason in `skipped`."""
     folder = root
     for part in path.removeprefix(root).strip("/").split("/")[:-1]:
         folder = f"{folder}/{part}"
-        if reason := entered(part, source):
+        if reason := skip_reason(part, source):
             if reason != "version_control":
                 skipped[folder] = reason
             return True
@@ -251,4 +258,5 @@ def _in_skipped(path: str, root: str, source: SourceConfig, skipped: dict[str, s
 
 
 def _identity(info: dict[str, Any]) -> str:
+    """Returns "NAME=VALUE" of the best version that a remote object's listing gives, or "" if it gives none."""
     return next((f"{name}={info[name]}" for name in _VERSIONS if info.get(name) is not None), "")

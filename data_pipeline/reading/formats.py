@@ -1,7 +1,7 @@
-"""Which files of a folder belong to a format, by their names; which folders of a code tree hold no code of its own.
+"""File extensions of each format and programming language, and folder names of vendored or generated code.
 
-Extensions and languages follow GitHub's linguist (languages.yml, vendor.yml, generated.rb), the common ones only. A
-file that a pattern names is read whatever its extension.
+Extensions and languages follow GitHub's linguist (languages.yml, vendor.yml, generated.rb), the common ones only. They
+apply to files found by searching a folder; a file that a pattern names is read whatever its extension.
 """
 
 from configs.sources import SourceConfig
@@ -57,7 +57,7 @@ _EXTENSIONS = {
     "code": tuple(_LANGUAGE_OF),
 }
 _COMPRESSED = (".gz", ".zst")
-# Other people's code, and what tools wrote.
+# Folders (in lower case) that hold other people's code, and folders whose content was written by tools.
 _VENDORED = frozenset(
     {
         *("node_modules", "bower_components", "vendor", "vendors", "vendored", "_vendor", "third_party", "third-party"),
@@ -75,12 +75,12 @@ _VERSION_CONTROL = frozenset({".git", ".hg", ".svn"})
 
 
 def wanted(path: str, source: SourceConfig) -> bool:
-    """Whether a file that a searched folder holds is of the source's format."""
+    """Whether a file in a searched folder has one of the extensions of the source's format."""
     return extension(path) in (source.extensions or _EXTENSIONS[source.format])
 
 
 def extension(path: str) -> str:
-    """With its dot, in lower case; that of the content where a file is compressed."""
+    """Returns a file's extension with its dot, in lower case, without .gz or .zst; "" if it has none."""
     name = path.rsplit("/", 1)[-1].lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
@@ -88,12 +88,12 @@ def extension(path: str) -> str:
 
 
 def language_of(path: str) -> str:
-    """The programming language that the extension stands for; "" for an unknown one."""
+    """Returns the programming language that a file's extension stands for, or "" for an unknown extension."""
     return _LANGUAGE_OF.get(extension(path), "")
 
 
-def entered(folder: str, source: SourceConfig) -> str:
-    """Why a folder of that name is not entered; "" for one that is."""
+def skip_reason(folder: str, source: SourceConfig) -> str:
+    """Returns the reason why a folder of this name is not searched, or "" if it is searched."""
     name = folder.lower()
     if source.format != "code":
         return ""

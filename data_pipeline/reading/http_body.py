@@ -1,12 +1,12 @@
-"""The body of an HTTP response without its transfer and content codings (RFC 9112 section 7, RFC 9110 section 8.4).
+"""Decoder of HTTP bodies: undoes transfer and content codings (RFC 9112 section 7, RFC 9110 section 8.4).
 
-Chunks, gzip, deflate, Zstandard (RFC 8878) and Brotli (RFC 7932) are undone, within the limits on expansion. Archives
-differ in whether they keep a body as it was sent or decoded, with the headers left as they were, and servers send
-`Content-Encoding: utf-8` and the like: a coding that a header names and the body does not show is taken for undone
-already where the body reads like text, and a body that shows its coding without a header that names it is decoded as
-well. Chunks may end their lines with bare line feeds; where sizes and data contradict each other the body is set aside,
-since what is left of it would have sizes in its text. Compression by shared dictionaries (dcb, dcz) and by `compress`
-is left out: such bodies are set aside as of unknown coding.
+Chunks, gzip, deflate, Zstandard (RFC 8878) and Brotli (RFC 7932) are decoded, within the limits on expansion. Some
+archives store a body as it was sent, others store it decoded and keep the headers, and some servers send nonsense such
+as `Content-Encoding: utf-8`. So if a header names a coding that the body is not in, and the body reads like text, it is
+taken as decoded already; and a body that is visibly compressed is decoded even if no header says so. Chunk lines may
+end with bare line feeds. If chunk sizes and data contradict each other the body is set aside, since chunk sizes would
+remain in its text. Compression with shared dictionaries (dcb, dcz) and `compress` are not supported: such bodies are
+set aside with the reason unknown_content_encoding.
 """
 
 import codecs
@@ -21,9 +21,9 @@ from configs.sources import ExtractConfig
 from data_pipeline.reading.decompression import BLOCK, Fault, is_bomb, members
 from data_pipeline.reading.http_response import Response
 
-# Brotli's format has no mark to know it by. Decoded in small pieces: few bytes of it can make very many.
+# Bytes of Brotli that are decoded at once. They are few, since a few bytes can expand to very many.
 _BROTLI_FEED = 1 << 12
-# What text does not begin with; in a compressed body of a few hundred bytes there is one for all practical purposes.
+# Control characters, which text does not contain and a compressed body of a few hundred bytes practically always does.
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _TEXT_BYTES = 1024
 _CHUNK_HEAD = re.compile(rb"\s*([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]{0,4096})?(\r?\n|\Z)")
@@ -32,7 +32,7 @@ _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class CodingError(ValueError):
-    """A body that cannot be decoded."""
+    """Raised for a body that cannot be decoded; `reason` is one of `records.BROKEN`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -40,7 +40,7 @@ class CodingError(ValueError):
 
 
 def decode_body(body: bytes, response: Response, limits: ExtractConfig) -> bytes:
-    """`body` as text or markup. Errors: CodingError."""
+    """Undoes the codings of `body` that the headers name or its first bytes show; raises CodingError if it cannot."""
     transfer, content = _names(response.all("transfer-encoding")), _names(response.all("content-encoding"))
     for _ in range(max(1, transfer.count("chunked"))):
         body = _join_chunks(body, "chunked" in transfer)
@@ -50,12 +50,13 @@ def decode_body(body: bytes, response: Response, limits: ExtractConfig) -> bytes
         if decoded is None and not _reads_like_text(body) and not body.startswith(_COMPRESSED):
             raise CodingError("bad_content_encoding" if decode else "unknown_content_encoding")
         body = body if decoded is None else decoded
-    if body.startswith(_COMPRESSED):  # the header that said so was not kept
+    if body.startswith(_COMPRESSED):  # compressed, though no header says so
         body = _decompress(body, limits) or b""
     return body
 
 
 def _names(header: str) -> list[str]:
+    """Returns the codings that a header lists, in lower case, without "identity"."""
     names = [name.strip().lower() for name in header.split(",")]
     return [name for name in names if name not in ("", "identity")]
 
@@ -66,9 +67,10 @@ def _reads_like_text(body: bytes) -> bool:
 
 
 def _join_chunks(body: bytes, declared: bool) -> bytes:
-    """`body` without chunk sizes; itself where it does not begin with one, or unless `declared` where it is not whole.
+    """Joins the chunks of `body`; returns it unchanged if it is not chunked.
 
-    Errors: CodingError for a declared body that breaks off within a chunk, or whose sizes are wrong.
+    `declared` says whether a header names chunks. Without it only a complete sequence of chunks is joined; with it
+    CodingError is raised for a body that ends within a chunk or whose chunk sizes are wrong.
     """
     parts, position = list[bytes](), 0
     while head := _CHUNK_HEAD.match(body, position):
@@ -81,7 +83,7 @@ def _join_chunks(body: bytes, declared: bool) -> bytes:
             break
         position += len(head[2])
     if not parts or not declared:
-        return body  # the archive holds it joined
+        return body  # the archive stores the chunks joined
     if position > len(body) or body[position:].strip():
         raise CodingError("bad_content_encoding")
     return b"".join(parts)  # only the last chunk, the empty one, is missing
@@ -92,7 +94,7 @@ def _decompress(body: bytes, limits: ExtractConfig) -> bytes | None:
     for item in members(io.BytesIO(body), limits, lambda size: None):
         if isinstance(item, Fault):
             if parts and not body[item.offset :].strip(b"\r\n"):
-                break  # a line end that a server or archive has put behind it
+                break  # only line ends follow, which a server or archive has appended
             raise CodingError("expansion_limit" if item.reason == "expansion_limit" else "bad_content_encoding")
         if not item.compressed:
             return None
@@ -105,7 +107,7 @@ def _decompress(body: bytes, limits: ExtractConfig) -> bytes | None:
 
 
 def _inflate(body: bytes, limits: ExtractConfig) -> bytes | None:
-    """Deflate comes with or without the header that the standard asks for; text shows neither."""
+    """Decodes deflate with or without the zlib header that the standard asks for; None if `body` is not deflate."""
     for wbits in (zlib.MAX_WBITS, -zlib.MAX_WBITS):
         inflater = zlib.decompressobj(wbits)
         try:
@@ -132,7 +134,7 @@ def _unbrotli(body: bytes, limits: ExtractConfig) -> bytes | None:
         except brotli.error:
             return None
         if not part and not fed and position == len(body):
-            return None  # cut: all is decoded, and it is not the end
+            return None  # truncated: all bytes are decoded and the stream has not ended
         parts.append(part)
         size += len(part)
         if is_bomb(size, position, limits):
@@ -142,7 +144,7 @@ def _unbrotli(body: bytes, limits: ExtractConfig) -> bytes | None:
     return b"".join(parts) if position == len(body) else None
 
 
-# By name: (body, limits) -> what it holds, None where it does not show that coding.
+# Coding -> function of (body, limits) that returns the decoded body, or None if the body is not in that coding.
 _DECODERS: dict[str, Callable[[bytes, ExtractConfig], bytes | None]] = {
     "gzip": _decompress,
     "x-gzip": _decompress,

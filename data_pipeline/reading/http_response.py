@@ -1,7 +1,7 @@
-"""A stored HTTP response: its status, its headers, and which of its bytes are the body.
+"""Parser of stored HTTP responses: status, headers, and the position of the body.
 
-Archives hold what servers sent, which is not always what RFC 9112 asks for: line ends may be bare line feeds, headers
-may be folded or doubled, interim responses (100 Continue) may come first, and there may be no header at all.
+Archives hold what servers sent, which often violates RFC 9112: line ends may be bare line feeds, headers may be folded
+or repeated, interim responses (100 Continue) may come first, and there may be no header at all.
 """
 
 import re
@@ -13,7 +13,7 @@ _STATUS = re.compile(rb"[\r\n]*(?:HTTP/\d(?:\.\d)?|ICY)[ \t]+(\d{3})", re.IGNORE
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 _LINE_END = re.compile(rb"\r?\n")
 _RANGE = re.compile(r"bytes\s+0-(\d+)/(\d+)", re.IGNORECASE)
-# What a page may begin with, in any case, before a space or ">" (WHATWG MIME Sniffing, section 7.1).
+# Tags, followed by a space or ">", by which a body is recognized as HTML (WHATWG MIME Sniffing, section 7.1).
 _MARKUP = re.compile(
     rb"(?:\xef\xbb\xbf)?[\t\n\f\r ]*(?:<!--|<(?:!DOCTYPE HTML|HTML|HEAD|SCRIPT|IFRAME|H1|DIV|FONT|TABLE|A|STYLE|TITLE|B"
     rb"|BODY|BR|P|META|LINK)[ \t\n\f\r>/]|<\?xml\b.{0,1024}?<(?:!DOCTYPE )?HTML[ \t\n\f\r>])",
@@ -21,29 +21,35 @@ _MARKUP = re.compile(
 )
 _UTF16_MARKS = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
 _SNIFFED = 2048
-# Servers that do not know a file's type send one of these, or none.
+# Content types that servers send when they do not know a file's type.
 _UNKNOWN_TYPES = ("", "unknown/unknown", "application/unknown", "*/*")
 
 
 @dataclass(frozen=True)
 class Response:
-    """`status` is 0 where there is no status line, `headers` (name in lower case, value) in their order."""
+    """A response's status (0 without a status line), its headers and the byte at which its body starts.
+
+    `headers` are (name in lower case, value), in the order sent.
+    """
 
     status: int = 0
     headers: list[tuple[str, str]] = field(default_factory=list)
     body_start: int = 0
 
     def all(self, name: str) -> str:
-        """The values of every header of that name, joined by commas."""
+        """Returns the values of all headers of that name, joined by commas."""
         return ", ".join(value for own, value in self.headers if own == name and value)
 
     def content_type(self) -> str:
-        """The last one that is sent, as browsers take it, and before it what an earlier one says of the charset."""
+        """Returns all Content-Type values joined by "; ", the last one first.
+
+        Browsers use the last one for the type; an earlier one may still name the charset.
+        """
         values = [value for own, value in self.headers if own == "content-type" and value]
         return "; ".join(reversed(values))
 
     def has_page(self) -> bool:
-        """Whether the body is what was asked for: 200, 203 (changed by a proxy), and 206 if its range is the whole."""
+        """Whether the body is a whole page: status 200, 203 (changed by a proxy), none, or 206 with the full range."""
         if self.status == 206:
             span = _RANGE.search(self.all("content-range"))
             return span is not None and int(span[1]) + 1 == int(span[2])
@@ -51,7 +57,10 @@ class Response:
 
 
 def parse_response(content: bytes) -> Response:
-    """The response that `content`, or a beginning of it, holds; where none begins there, all of it is the body."""
+    """Parses the response at the start of `content`, which may be truncated.
+
+    Interim responses (1xx) are skipped. Content without a status line is returned as a body without headers.
+    """
     start = 0
     while found := _STATUS.match(content, start):
         end = _HEADER_END.search(content, found.end(), start + MAX_HEADER_BYTES)
@@ -76,16 +85,17 @@ def _headers(head: bytes) -> Iterator[tuple[str, str]]:
 
 
 def mime_type(content_type: str) -> str:
-    """What a Content-Type header says without its parameters, in lower case."""
+    """Returns the type in a Content-Type header, in lower case and without its parameters."""
     return re.split(r"[;,\s]", content_type.strip(), maxsplit=1)[0].lower()
 
 
 def is_type_unknown(kind: str) -> bool:
+    """Whether a MIME type is missing or one by which a server says that it does not know the type."""
     return kind in _UNKNOWN_TYPES
 
 
 def looks_like_page(body: bytes) -> bool:
-    """Whether a body of unknown type begins as HTML does."""
+    """Whether a body begins with an HTML tag or comment; used where its type is not known."""
     head = body[:_SNIFFED]
     if charset := _UTF16_MARKS.get(head[:2]):
         head = head[2:].decode(charset, "replace").encode("utf-8")

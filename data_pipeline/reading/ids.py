@@ -1,9 +1,9 @@
-"""What documents are called, so that a name stands for one document: in reports, held-out draws, takedowns.
+"""Ids of documents, by which reports, held-out draws and takedowns refer to them.
 
-A record's own id is kept. One without is named after its place: source, file and line, row or offset; the file by its
-path below the folder that all patterns of the source share, so that a corpus can move. An id that holds personal data
-goes into no table and no log: it is replaced by its hash, which whoever knows the id can find again. That no two
-documents of a run have one id is seen to by `extraction.unique`, when all are known.
+A record's own id is kept. A record without one gets an id from its location: the source, the file, and the line, row or
+byte offset. The file is named by its path below the folder that all patterns of the source share, so that a corpus can
+be moved. An id that contains personal data is replaced by its hash everywhere, so that no table or log shows it; anyone
+who knows the id can compute the hash. `extraction.unique` makes ids unique once all ids of a run are known.
 """
 
 import glob
@@ -15,16 +15,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from data_pipeline.personal_data.hiding import holds_personal_data
 from data_pipeline.reading.names import printable
 
-APART = "#"  # between an id that several documents were given and the location of each
+APART = "#"  # separates an id that several documents share from the location that makes each one's id unique
 _LONGEST = 500  # characters; a longer id is hashed as well
-_LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")  # since digits can look like a telephone number
+_LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")  # digits could be taken for a telephone number
 
-Roots = Mapping[str, str]  # by scheme ("" for local files), the folder that files are named from
+
+Roots = Mapping[str, str]  # scheme ("" for local files) -> folder to which the names of files are relative
 
 
 def roots_of(patterns: Sequence[str], paths: Iterable[str]) -> Roots:
-    """Where the files of a source, found at `paths`, are named from: a function of the patterns, not of how many files
-    there are, so that a new file renames no other.
+    """Returns the folders to which the names of a source's files are relative.
+
+    They depend on the patterns and not on the files found at `paths`, so that adding a file does not rename others.
     """
     found, known = dict[str, list[str]](), set(paths)
     for pattern in patterns:
@@ -39,7 +41,7 @@ def roots_of(patterns: Sequence[str], paths: Iterable[str]) -> Roots:
 
 
 def name_of(path: str, roots: Roots) -> str:
-    """The path below the source's root; with its scheme where a source has files of several."""
+    """Returns a file's path relative to the source's root, with its scheme if the source's files have several."""
     scheme, rest = _split(path)
     if not scheme:
         return os.path.relpath(os.path.abspath(path), roots.get("", "/"))
@@ -55,12 +57,15 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def id_of_location(source: str, name: str, position: int | str = "") -> str:
-    """The id of a record that has none; without a position, that of a file which is one document."""
+    """Returns the id of a record without an id of its own; `position` is left out if the file is one document."""
     return published_id(f"{source}/{name}/{position}" if position != "" else f"{source}/{name}")
 
 
 def published_id(own: str) -> str:
-    """`own` as it is published: its hash where it holds personal data, or is very long. The same everywhere."""
+    """Returns the id `own` or, if it contains personal data or is longer than 500 characters, its hash.
+
+    The result depends on `own` alone.
+    """
     if len(own) <= _LONGEST and not holds_personal_data(own):
         return own
     digits = hashlib.blake2b(own.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
@@ -68,5 +73,5 @@ def published_id(own: str) -> str:
 
 
 def told_apart(shared: str, location: str) -> str:
-    """The id of one of several documents that were given the id `shared`."""
+    """Returns a unique id for one of several documents that share an id: SHARED#LOCATION."""
     return f"{shared}{APART}{location}"

@@ -1,9 +1,8 @@
-"""JSON lines, plain or compressed: one record a line, however long the lines are.
+"""Reader of JSON lines, plain or compressed: one record per line, in memory bounded whatever the lines' length.
 
-A line above `extract.max_record_bytes` is skipped over without being held. Blank lines are no records, and a byte order
-mark in front of a line is no part of it. Numbers such as NaN and halves of surrogate pairs, which JSON forbids and
-Python's json writes, are read and counted. Files that hold one JSON array are left out: their one line is set aside as
-not_an_object.
+A line above `extract.max_record_bytes` is skipped without being held in memory. Blank lines and a byte order mark at
+the start of a line are ignored. NaN, infinities and lone surrogates, which JSON forbids but Python's json writes, are
+read and counted. A file that is one JSON array is not supported: it is set aside as not_an_object.
 """
 
 import codecs
@@ -23,7 +22,10 @@ from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Reco
 
 @dataclass
 class Line:
-    """`number` is from 1, `offset` in bytes of content, `size` without the line end; one too long is only begun."""
+    """A line of a file: its number (from 1), byte offset in the decompressed content, size without line end, content.
+
+    If `too_long`, `content` is only the beginning of the line.
+    """
 
     number: int
     offset: int
@@ -33,7 +35,7 @@ class Line:
 
 
 class LineSplitter:
-    """Cuts blocks into lines, holding no more than `limit` bytes of one."""
+    """Splits blocks of bytes into lines; holds at most about `limit` bytes of a line."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -51,14 +53,14 @@ class LineSplitter:
         self._add(rest)
 
     def close(self) -> Line:
-        """What came after the last line end; empty where there was nothing."""
+        """Returns what came after the last line end as a line, which may be empty."""
         return self._line()
 
     def _add(self, part: bytes) -> None:
         self._size += len(part)
         if self._size <= self._limit:
             self._parts.append(part)
-        elif self._held <= self._limit:  # just now: keep the beginning
+        elif self._held <= self._limit:  # the line has just become too long: keep its beginning
             self._parts = [b"".join([*self._parts, part])[:SAMPLE_BYTES]]
         self._held = self._size
 
@@ -73,7 +75,7 @@ class LineSplitter:
 def read_jsonl(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
-    """One record a line; a stretch that cannot be decompressed is one record, and ends the line it begins in."""
+    """Yields one record per line; a part that cannot be decompressed is one record and ends the line it begins in."""
     splitter = LineSplitter(limits.max_record_bytes)
     for item in members(content, limits, advance, claimed_compression(file.path)):
         if isinstance(item, Fault):
@@ -113,9 +115,9 @@ def _record(line: Line, content: bytes, source: SourceConfig, limits: ExtractCon
 
 
 def parse(content: bytes, notes: set[str]) -> Any:
-    """The value of a JSON text, with what had to be mended added to `notes`: NaN, Infinity, halves of surrogate pairs.
+    """Parses a JSON text, repairs NaN, infinities and lone surrogates, and adds each kind of repair to `notes`.
 
-    Errors: UnicodeDecodeError; ValueError, RecursionError for what is no JSON even so.
+    Raises UnicodeDecodeError if it is not UTF-8, and ValueError or RecursionError if it is not JSON or too deep.
     """
     try:
         text = content.decode()
@@ -138,5 +140,5 @@ def parse(content: bytes, notes: set[str]) -> Any:
 
 
 def _may_be_rounded(value: Any) -> bool:
-    """Whether this can be an integer beyond 64 bits, of which orjson makes a float."""
+    """Whether `value` may stand for an integer beyond 64 bits, which orjson rounds to a float."""
     return isinstance(value, float) and abs(value) >= 1 << 63

@@ -1,7 +1,7 @@
-"""Whether a source's keys are there: a look at the first records of a few of its files, before all are read.
+"""Check that a source's configured keys exist in the first records of a few of its files, before all files are read.
 
-A wrong `text_key` would cost every record, and a wrong `id_key` or `url_key` nobody would notice. Of jsonl and parquet
-alone; what is wrong with a file otherwise is left to those who read it.
+A wrong `text_key` would lose every record, and a wrong `id_key` or `url_key` would go unnoticed. Only jsonl and parquet
+sources are checked. Anything else that is wrong with a file is reported when the file is read.
 """
 
 import contextlib
@@ -21,20 +21,20 @@ from data_pipeline.reading.jsonl import LineSplitter, parse
 from data_pipeline.reading.parquet import leaves_of
 from data_pipeline.reading.records import FoundFile, InputUnit
 
-_FILES = 8  # of a source, the first and others as far apart as there are
-_RECORDS = 1000  # of a file, and no more than these bytes
+_FILES = 8  # files of a source that are looked at: the first and others evenly spread over the list
+_RECORDS = 1000  # records of each file that are looked at, in at most _BYTES bytes
 _BYTES = 1 << 23
-_SHOWN = 20  # keys in a message
+_SHOWN = 20  # most keys that a message lists
 _PURPOSE = {
     "text_key": "that holds the text",
-    "id_key": "that holds the id, or leave it out",
-    "url_key": "that holds the address, or leave it out",
-    "metadata_key": "that holds an object to carry along, or leave it out",
+    "id_key": "that holds the id, or remove id_key from the config",
+    "url_key": "that holds the URL, or remove url_key from the config",
+    "metadata_key": "that holds an object of metadata, or remove metadata_key from the config",
 }
 
 
 def check_keys(units: Sequence[InputUnit], limits: ExtractConfig) -> None:
-    """Errors: ConfigError for a key that no record has, or a text key under which nothing is text."""
+    """Raises ConfigError for a configured key that no record has, or a text key under which no value is text."""
     files: dict[str, list[FoundFile]] = {}
     configs: dict[str, SourceConfig] = {}
     for unit in units:
@@ -46,12 +46,16 @@ def check_keys(units: Sequence[InputUnit], limits: ExtractConfig) -> None:
 
 
 def _spread(files: Sequence[FoundFile]) -> list[FoundFile]:
+    """Returns at most `_FILES` files, evenly spread over the list."""
     step = max(1, len(files) / _FILES)
     return [files[int(number * step)] for number in range(min(_FILES, len(files)))]
 
 
 def _wanted(source: SourceConfig) -> list[tuple[str, str]]:
-    """(key of the config, key of a record) of those that somebody chose; defaults may be absent, but not the text's."""
+    """Returns (config key, record key) of each key that has to exist: the text key and all that the config sets.
+
+    Keys other than the text key may be absent from records as long as they have their default names.
+    """
     chosen = [("text_key", source.text_key)]
     for key in ("id_key", "url_key", "metadata_key"):
         if getattr(source, key) != SourceConfig.model_fields[key].default:
@@ -61,9 +65,9 @@ def _wanted(source: SourceConfig) -> list[tuple[str, str]]:
 
 def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: ExtractConfig) -> None:
     missing, there, looked_at = _wanted(source), dict[str, None](), 0
-    kinds: set[str] = set()  # of what is under the text key, if it is no text
+    kinds: set[str] = set()  # kinds of values under the text key that are not text
     for file in files:
-        with contextlib.suppress(Exception):  # those who read the file say what is wrong with it
+        with contextlib.suppress(Exception):  # the reader of the file reports what is wrong with it
             for fields in _first(file, source, limits):
                 looked_at += 1
                 there |= dict.fromkeys(_keys(fields))
@@ -73,22 +77,23 @@ def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: 
     if not looked_at:
         return
     key, wanted = missing[0]
-    others = f" or in {len(files) - 1} other files" if len(files) > 1 else ""
+    others = f" and {len(files) - 1} other files" if len(files) > 1 else ""
     shown = ", ".join(hide(one) for one in islice(there, _SHOWN)) + (", ..." if len(there) > _SHOWN else "")
     if key == "text_key" and kinds:
         raise ConfigError(
             f"sources.{name}.text_key = {wanted!r} holds no text but {' and '.join(sorted(kinds))} in {files[0].path}"
             f"{others}; the keys there are {shown}; name the one that holds the text"
         )
-    purpose = _PURPOSE.get(key, 'that is meant, or take "all"')
-    said = f"has {wanted!r}, which" if key == "fields" else f"= {wanted!r}:"
+    purpose = _PURPOSE.get(key, 'that is meant, or set fields = "all"')
+    setting = f"has {wanted!r}" if key == "fields" else f"= {wanted!r}"
     raise ConfigError(
-        f"sources.{name}.{key} {said} no record has among the first {looked_at:,} in {files[0].path}{others}; the keys "
-        f"there are {shown}; name the one {purpose}"
+        f"sources.{name}.{key} {setting}, but none of the first {looked_at:,} records in {files[0].path}{others} has "
+        f"this key; the keys there are {shown}; name the one {purpose}"
     )
 
 
 def _has(fields: dict[str, Any], key: str, wanted: str, kinds: set[str]) -> bool:
+    """Whether a record has the key `wanted`, with text if `key` is the text key; adds kinds of other values."""
     if not (slot := lookup(fields, wanted)):
         return False
     value = slot[0][slot[1]]
@@ -103,7 +108,7 @@ _KINDS: dict[type, str] = {list: "lists", dict: "objects", bool: "booleans"}
 
 
 def _first(file: FoundFile, source: SourceConfig, limits: ExtractConfig) -> Iterator[dict[str, Any]]:
-    """The first records of a file; of parquet one, with text where its schema has text."""
+    """Yields a jsonl file's first records, or one made-up record with the schema of a parquet file."""
     with open_file(file.path) as content:
         if source.format == "parquet":
             metadata = pq.read_metadata(content)
@@ -124,6 +129,7 @@ def _first(file: FoundFile, source: SourceConfig, limits: ExtractConfig) -> Iter
 
 
 def _parsed(line: bytes) -> Iterator[dict[str, Any]]:
+    """Yields the object on a line, or nothing if the line is no JSON object."""
     with contextlib.suppress(ValueError, RecursionError):
         fields = parse(line.removeprefix(b"\xef\xbb\xbf"), set())
         if isinstance(fields, dict):
@@ -131,7 +137,7 @@ def _parsed(line: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _fields_of(metadata: pq.FileMetaData) -> dict[str, Any]:
-    """An object of the schema's shape, with a text in each column of texts or bytes, and 0 in others."""
+    """Returns an object with the keys of a parquet schema: "" for columns of strings or bytes, [] for lists, else 0."""
     fields: dict[str, Any] = {}
     schema = metadata.schema.to_arrow_schema()
     for number, leaf in enumerate(leaves_of(metadata)):
@@ -147,7 +153,7 @@ def _fields_of(metadata: pq.FileMetaData) -> dict[str, Any]:
 
 
 def _keys(fields: dict[str, Any]) -> Iterator[str]:
-    """Names of fields, and of those in objects, as a.b."""
+    """Yields the keys of a record; those of an object inside it as a.b."""
     for name, value in fields.items():
         if isinstance(value, dict) and value:
             yield from (f"{name}.{inner}" for inner in value)

@@ -1,8 +1,9 @@
-"""File names as text that every table, log and terminal takes, and back.
+"""Conversion of file names to text that is safe in every table, log and terminal, and back.
 
-A Linux file name is bytes, without "/" and NUL: it need not be UTF-8, and may hold line ends and terminal controls.
-What cannot be shown is written with a backslash: \\xff for a byte that is no UTF-8 or is a control character, \\u2028
-for a character that breaks or turns lines, \\\\ for a backslash. So no two files get one name, and each is found by it.
+A Linux file name is any bytes but "/" and NUL: it need not be UTF-8, and may contain line ends and terminal controls.
+What cannot be shown is escaped with a backslash: \\xff for a byte that is not UTF-8 or is a control character, \\u2028
+for a character that breaks a line or changes its direction, \\\\ for a backslash. So every file has a name of its own,
+from which its path can be restored.
 """
 
 import os
@@ -13,19 +14,19 @@ _WRITTEN = re.compile(r"\\(?:\\|x([0-9a-f]{2})|u([0-9a-f]{4}))")
 
 
 def printable(path: str) -> str:
-    """`path`, as os functions give it, without anything that cannot be shown."""
+    """Escapes all characters of `path`, given as os functions return it, that cannot be shown."""
     return _HIDDEN.sub(lambda found: _written(found[0]), path)
 
 
 def openable(name: str) -> str:
-    """The path that `printable` made `name` of."""
+    """Restores the path from a name that `printable` returned."""
     return _WRITTEN.sub(_read, name)
 
 
 def _written(character: str) -> str:
     if character == "\\":
         return r"\\"
-    if "\udc80" <= character <= "\udcff":  # stands for a byte: see os.fsdecode
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as os.fsdecode returns it
         return f"\\x{ord(character) - 0xDC00:02x}"
     return f"\\x{ord(character):02x}" if character < "\x80" else f"\\u{ord(character):04x}"
 

@@ -1,17 +1,20 @@
-"""Pages from bytes to text: which encoding a page is in, by what it says of itself and by what it proves to be.
+"""Decoder of web pages: finds a page's encoding from its declarations and its bytes, and turns the bytes into text.
 
-The order is that of the HTML standard (13.2.3.1): a byte order mark, the charset of the HTTP header, the page's own
-declaration (<meta charset>, <meta http-equiv>, an XML declaration), then what the bytes look like. Three things go
-beyond it, since pages are often wrong about themselves:
+Encodings are tried in the order of the HTML standard (13.2.3.1): a byte order mark, the charset in the HTTP header, the
+page's own declaration (<meta charset>, <meta http-equiv>, an XML declaration), then a guess from the bytes. Three rules
+go beyond the standard, since the declarations of many pages are wrong:
 
-- Declarations count in the first 64 KiB, as in a browser that has begun to parse, not in the first 1024 bytes alone.
-- Bytes that are UTF-8 are UTF-8, whatever other encoding is named: no text in another one is valid UTF-8 but for very
-  short ones, and for those in multi-byte encodings the declaration counts.
-- A named encoding that does not fit is passed over: one in which more characters fail than not or, but for UTF-8, over
-  10% of them (and more than three). So a cut or stray byte costs one character, and a wrong label costs nothing.
+- A declaration counts if it is in the first 64 KiB, as in a browser that has begun to parse, and not only in the first
+  1024 bytes.
+- Bytes that are valid UTF-8 are decoded as UTF-8 even if another encoding is named: text in another encoding is
+  practically never valid UTF-8. Only short texts for which a multi-byte encoding is named can be both; for these the
+  declaration counts.
+- A named encoding that does not fit is skipped: one in which more than half of the characters beyond ASCII fail or,
+  except for UTF-8, in which more than three fail and they are over 10% of those that do not. So a truncated or stray
+  byte costs one character, and a wrong label costs nothing.
 
-Bytes of which nothing is said are UTF-8 where 90% of their characters are; then resiliparse guesses. Where nothing
-fits, what fails least is taken.
+If nothing is declared, bytes are decoded as UTF-8 if 90% of their characters beyond ASCII allow it, else as resiliparse
+guesses. If no encoding fits, the one in which the fewest characters fail is used.
 """
 
 import itertools
@@ -25,19 +28,19 @@ from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import WIDE, charset_of, decode, marked_charset
 from data_pipeline.reading.records import SAMPLE_BYTES, Record
 
-# What a page's encoding was known by.
+# How a page's encoding was found.
 MARKED, HEADER, DECLARED = "byte order mark", "HTTP header", "the page's declaration"
 BY_BYTES, GUESSED = "being valid UTF-8", "a guess"
 
 _DECLARED_WITHIN = 1 << 16
-_ESCAPES = (b"\x1b$", b"~{")  # of ISO-2022 and HZ, which are ASCII otherwise
+_ESCAPES = (b"\x1b$", b"~{")  # escape sequences of ISO-2022 and HZ, which otherwise look like ASCII
 _WIDE_PROBE = 256
 _MULTIBYTE = frozenset({"cp949", "gb18030", "big5hkscs", "euc_jp", "cp932", "johab"})
 _UTF8_SEQUENCE = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
 _ENOUGH_SEQUENCES = 4
 _TOLERATED = 3
 _TOLERATED_SHARE = 0.1
-# C1 controls are in no text: a byte that means one is of another encoding.
+# C1 controls do not occur in text: a byte that decodes to one belongs to another encoding.
 _NOWHERE = re.compile("[\x80-\x9f]")
 _NO_TEXT = re.compile("[\ufffd\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 
@@ -50,7 +53,7 @@ _CHARSET = re.compile(r"charset\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s;\"']+))", 
 
 @dataclass(frozen=True)
 class DecodedPage:
-    """`charset` is Python's name of a codec, `known_by` what named it; `lost` the share of characters that failed."""
+    """A page's text, Python's name of its codec, how it was found, and the share of characters that failed."""
 
     text: str
     charset: str
@@ -59,14 +62,14 @@ class DecodedPage:
 
 
 def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> DecodedPage:
-    """A page as text. `content_type` is that of the HTTP header; only `markup` declares an encoding in itself."""
+    """Decodes a page. `content_type` is the HTTP header; `markup` says whether to look for a declaration inside."""
     failed: list[tuple[float, DecodedPage]] = []
     for charset, known_by in _candidates(content, content_type, markup):
         if charset != "utf-8" and known_by in (HEADER, DECLARED) and _is_utf8_after_all(content, charset):
-            continue  # its turn is still to come
+            continue  # UTF-8 is tried later in this loop
         text = decode(content, charset)
         replaced = text.count("\ufffd")
-        if charset == "utf-8":  # in which the character stands as well where others have put it
+        if charset == "utf-8":  # do not count U+FFFD characters that the page itself contains
             replaced -= content.count("\ufffd".encode())
         bad = replaced + (0 if charset.startswith("utf") else len(text) - len(_NOWHERE.sub("", text)))
         if not bad:
@@ -81,7 +84,7 @@ def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> 
 def fill_page(
     record: Record, content: bytes, limits: ExtractConfig, content_type: str = "", markup: bool = True
 ) -> None:
-    """Puts a page's text into its record, or the reason why too little of it can be decoded."""
+    """Sets the text of a page's record, or the reason `undecodable` if too much of the page cannot be decoded."""
     page = decode_page(content, content_type, markup)
     record.html, record.text, record.charset_from = markup, page.text, page.known_by
     if page.lost > limits.max_undecoded_share:
@@ -89,21 +92,23 @@ def fill_page(
 
 
 def header_charset(content_type: str) -> str:
-    """The codec that a Content-Type header names; "" for none, or one that is not known."""
+    """Returns the codec that a Content-Type header names, or "" if it names none or an unknown one."""
     found = _CHARSET.search(content_type)
     return charset_of(next(filter(None, found.groups()), "")) if found else ""
 
 
 def declared_charset(content: bytes) -> str:
-    """The codec that a page's beginning names (HTML, 13.2.3.2: prescan a byte stream); "" for none."""
+    """Returns the codec that a page declares in its beginning (HTML, 13.2.3.2: prescan a byte stream), or ""."""
     head = content[:_DECLARED_WITHIN]
     found = _meta_charset(head)
     if not found and (declaration := _XML_DECLARATION.match(head)):
         found = charset_of(declaration[1].decode("latin-1"))
-    return "utf-8" if found.startswith(WIDE) else found  # whose declaration could not be read so
+    # A declaration in UTF-16 or UTF-32 could not be read byte by byte, so one that names them is wrong.
+    return "utf-8" if found.startswith(WIDE) else found
 
 
 def _candidates(content: bytes, content_type: str, markup: bool) -> Iterator[tuple[str, str]]:
+    """Yields (codec, how it was found) in the order in which they are to be tried."""
     if marked := marked_charset(content):
         yield marked, MARKED
     if wide := _wide(content):
@@ -115,7 +120,7 @@ def _candidates(content: bytes, content_type: str, markup: bool) -> Iterator[tup
         yield named, DECLARED
     if not any(escape in content for escape in _ESCAPES):
         yield "utf-8", BY_BYTES
-    # Not in names of the web, since resiliparse leaves out what it has none for: cp949 would be UTF-8.
+    # html5_compatible would replace encodings that have no WHATWG name in resiliparse's table, such as cp949, by UTF-8.
     if guessed := charset_of(detect_encoding(content, html5_compatible=False) or ""):
         yield guessed, GUESSED
     yield "utf-8", GUESSED
@@ -123,7 +128,7 @@ def _candidates(content: bytes, content_type: str, markup: bool) -> Iterator[tup
 
 
 def _wide(content: bytes) -> str:
-    """UTF-16 without a mark, known by every other byte being NUL, as in markup and Western text; "" for none."""
+    """Returns the UTF-16 codec if nearly every other byte is NUL, as in markup and Western text, else ""."""
     head = content[:_WIDE_PROBE]
     even, odd = head[::2], head[1::2]
     if len(head) >= 4 and odd.count(0) > 0.7 * len(odd) and not even.count(0):
@@ -132,6 +137,7 @@ def _wide(content: bytes) -> str:
 
 
 def _is_utf8_after_all(content: bytes, charset: str) -> bool:
+    """Whether content for which another `charset` is named is valid UTF-8 and cannot be in that charset by chance."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:
@@ -139,11 +145,12 @@ def _is_utf8_after_all(content: bytes, charset: str) -> bool:
     sequences = [found[0] for found in itertools.islice(_UTF8_SEQUENCE.finditer(content), _ENOUGH_SEQUENCES)]
     if charset not in _MULTIBYTE or len(sequences) >= _ENOUGH_SEQUENCES:
         return bool(sequences)
-    # EUC and GB 2312 leave 0x80 to 0xA0 free, so that a single curly quote (E2 80 99) tells.
+    # EUC and GB 2312 do not use 0x80 to 0xA0, so a single curly quote (E2 80 99) is enough evidence for UTF-8.
     return any(min(sequence[1:]) <= 0xA0 for sequence in sequences)
 
 
 def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:
+    """Whether few enough characters of `text` failed (`bad`) to accept its charset, by the limits of this module."""
     beyond_ascii = len(text) if charset.startswith(WIDE) else len(text) - len(text.encode("ascii", "ignore"))
     good = beyond_ascii - bad
     if known_by == BY_BYTES:
@@ -152,6 +159,7 @@ def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:
 
 
 def _meta_charset(head: bytes) -> str:
+    """Returns the codec that the first <meta> with a charset names, or "" if there is none."""
     position, lowered = 0, head.lower()
     while (position := head.find(b"<", position)) >= 0:
         if head.startswith(b"<!--", position):

@@ -1,9 +1,10 @@
-"""Parquet files: one record a row, read in batches of bounded memory.
+"""Reader of Parquet files: one record per row, in batches of bounded memory.
 
-A row group whose text expands beyond the limits is not read, and of its other columns those are left out whose values
-are above `extract.max_fields_bytes` on average. Text stays in its dictionary until a row is wanted, since a few
-kilobytes can stand for gigabytes of equal rows. A page is decoded whole, though, so that memory is at least a page's;
-writers keep pages near 1 MB. Values that JSON does not have become strings. Encrypted files are left out.
+A row group whose text expands beyond the limits is not read. Other columns of a row group are left out if their values
+are above `extract.max_fields_bytes` on average. Text is kept dictionary-encoded until a row is read, since a few
+kilobytes can stand for gigabytes of equal rows. A Parquet page is always decoded whole, so memory is at least that of
+one page; writers keep pages near 1 MB. Values that JSON cannot represent become strings. Encrypted files are not
+supported.
 """
 
 from collections.abc import Iterator
@@ -18,13 +19,16 @@ from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Reco
 
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 1000
-_RATIO_FLOOR = 1 << 20  # as in decompression
+_RATIO_FLOOR = 1 << 20  # bytes; expansion is judged only above this size, as in `decompression`
 
 
 def read_parquet(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
-    """`position` is the row, from 1; rows that cannot be read any more are one record, with their `count`."""
+    """Yields one record per row, with the row number (from 1) as `position`.
+
+    Rows that cannot be read are reported as one record that has their number as `count`.
+    """
     try:
         metadata = pq.read_metadata(content)
         leaves = leaves_of(metadata)
@@ -45,7 +49,7 @@ def read_parquet(
             buffer_size=1 << 20,
         )
         _ = table.schema_arrow
-    except (OSError, ValueError, LookupError, pa.ArrowException) as error:  # a damaged footer can say anything
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:  # a damaged footer can cause any of these
         yield Record(0, file.size, str(error)[:SAMPLE_BYTES], reason="bad_parquet")
         return
     first, done, expanded = 1, 0, 0
@@ -64,7 +68,7 @@ def read_parquet(
 
 
 def leaves_of(metadata: pq.FileMetaData) -> list[str]:
-    """The paths of all columns that hold values, as `a.b` for b in the struct a."""
+    """Returns the paths of all leaf columns, such as `a.b` for b in the struct a."""
     return [metadata.schema.column(number).path for number in range(metadata.num_columns)]
 
 
@@ -84,7 +88,7 @@ def _is_bomb(text: Any, limits: ExtractConfig) -> bool:
 
 
 def _wanted(table: pq.ParquetFile, number: int, source: SourceConfig, limits: ExtractConfig) -> tuple[list[str], bool]:
-    """The columns of a row group that are read, and whether others were wanted and are too large."""
+    """Returns (columns of a row group to read, whether other configured columns are left out as too large)."""
     group = table.metadata.row_group(number)
     read, left_out = [], False
     for position, leaf in enumerate(leaves_of(table.metadata)[: group.num_columns]):
@@ -108,6 +112,7 @@ def _is_named(leaf: str, source: SourceConfig) -> bool:
 
 
 def _leads_to(key: str, leaf: str) -> bool:
+    """Whether a key names the column `leaf` or a struct that contains it."""
     return leaf == key or leaf.startswith(f"{key}.")
 
 
@@ -119,7 +124,7 @@ def _rows(
     size = max(1, group.total_byte_size // max(1, group.num_rows))
     columns, left_out = _wanted(table, number, source, limits)
     bare = [leaf for leaf in columns if _is_named(leaf, source)]
-    # Where a page is damaged that only holds what is carried along, the rest is read without it.
+    # If a damaged page belongs to a column that is only carried along, the rows are read again without such columns.
     for attempt, leaves in enumerate([columns, bare] if bare != columns else [columns]):
         at = first
         try:
@@ -159,7 +164,7 @@ def _row(batch: pa.RecordBatch, position: int, row: int, source: SourceConfig, l
         record.reason, record.text = "bad_parquet", str(error)[:SAMPLE_BYTES]
         return record
     if text.is_valid and (found := lookup(fields, source.text_key)):
-        found[0][found[1]] = content  # as it is: text, or no text at all
+        found[0][found[1]] = content  # the str, or None if the column holds no strings
         record.reason = "" if isinstance(content, str) else "text_not_a_string"
     if not record.reason:
         fill(record, fields, source, limits)
@@ -167,7 +172,7 @@ def _row(batch: pa.RecordBatch, position: int, row: int, source: SourceConfig, l
 
 
 def _text_of(batch: pa.RecordBatch, position: int, key: str) -> Any:
-    """The scalar under a key, which leads into structs unless a column has that very name."""
+    """Returns the scalar under a key; the key may lead into structs, as a.b, unless a column is itself named a.b."""
     if key in batch.schema.names:
         scalar = batch.column(key)[position]
     else:
@@ -182,7 +187,10 @@ def _text_of(batch: pa.RecordBatch, position: int, key: str) -> Any:
 
 
 def _value(scalar: Any, notes: set[str]) -> Any:
-    """A value as JSON has it. Errors: ValueError, OverflowError, TypeError, ArrowException for one that has no form."""
+    """Converts an Arrow scalar to JSON values and adds each kind of repair to `notes`.
+
+    Raises ValueError, OverflowError, TypeError or ArrowException for a value that cannot be converted.
+    """
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pa.DictionaryScalar):
@@ -190,13 +198,13 @@ def _value(scalar: Any, notes: set[str]) -> Any:
     if isinstance(scalar, pa.MapScalar):
         pairs = [[_value(pair["key"], notes), _value(pair["value"], notes)] for pair in scalar.values]
         return dict(pairs) if all(isinstance(key, str) for key, _ in pairs) else pairs
-    if isinstance(scalar, pa.ListScalar):  # of all kinds of lists
+    if isinstance(scalar, pa.ListScalar):  # includes large and fixed-size lists
         return [_value(item, notes) for item in scalar.values]
     if isinstance(scalar, pa.StructScalar):
         return {field.name: _value(scalar[number], notes) for number, field in enumerate(scalar.type)}
     if isinstance(scalar, pa.StringScalar):
         return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
-    if pa.types.is_timestamp(scalar.type) or pa.types.is_time64(scalar.type):  # Python's have no nanoseconds
+    if pa.types.is_timestamp(scalar.type) or pa.types.is_time64(scalar.type):  # Python's types have no nanoseconds
         return scalar.cast(pa.string()).as_py()
     if pa.types.is_duration(scalar.type):
         return f"{scalar.value} {scalar.type.unit}"

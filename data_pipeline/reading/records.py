@@ -1,7 +1,7 @@
-"""What readers are given and what they give: files of a source, records of a file, and why a record cannot be used.
+"""Data classes of the readers (FoundFile, InputUnit, Record) and the reasons why a record cannot be used.
 
-A record that cannot be used is never lost: it is yielded with a reason, and `extraction.SetAside` counts it and keeps
-where it was. Reading itself lives in the modules beside this one, one a format.
+A record that cannot be used is never lost: readers yield it with a reason, and `extraction.extract.SetAside` counts it
+and writes down its location. The readers themselves are in the other modules of this package, one per format.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.sources import SourceConfig
 
-# Content is lost with these: they count towards extract.max_bad_share, and every one is set aside.
+# Reasons by which content is lost: such records count towards extract.max_bad_share, and every one is set aside.
 BROKEN = frozenset(
     {
         "unreadable",  # no permission, a dangling link, an input/output error
@@ -35,35 +35,35 @@ BROKEN = frozenset(
         "bad_content_encoding",
         "unknown_content_encoding",
         "bad_parquet",
-        "too_complex",  # a page that no extractor reads in reasonable time
+        "too_complex",  # a page whose nesting or attributes no extractor handles in reasonable time
         "page_too_slow",  # above extract.seconds_per_page
-        "extractor_failed",  # a parser raised an error over the page, or crashed
+        "extractor_failed",  # a parser raised an error on the page, or crashed
     }
 )
-# Nothing is lost with these: set aside as well, counted towards no share.
+# Reasons by which nothing is lost: such records are set aside too, but do not count towards extract.max_bad_share.
 HARMLESS = frozenset(
     {
         *("empty_file", "seen_before", "symlink_loop", "not_a_file"),
-        "one_character",  # a text of one character over and over
+        "one_character",  # a text that repeats a single character
     }
 )
-# Sound records without a wanted document: counted, a few of them kept as samples.
+# Reasons for intact records that hold no wanted document: they are counted, and a few are kept as samples.
 UNWANTED = frozenset(
     {"http_error", "not_html", "no_main_text", "blocked_url", "binary", "vendored_folder", "generated_folder"}
 )
 
 SAMPLE_BYTES = 300
 
-Advance = Callable[[int], None]  # told of bytes read from storage, for the progress bar
+Advance = Callable[[int], None]  # called with the number of bytes just read from storage, for the progress bar
 
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A path that a source's patterns lead to; with a `reason`, one that is not to be read.
+    """A path that a source's patterns match; it is not read if it has a `reason`.
 
-    `root` is the folder that was searched, empty for a file that was named itself. `identity` says which version of
-    a remote object it is (its ETag, say); local files are told apart by their content. `name` is what its documents are
-    named after: see `ids`.
+    `size` is in stored bytes. `root` is the folder that was searched, or the folder of a file that a pattern names; it
+    is empty over HTTP. `identity` is the version of a remote object, such as its ETag; versions of local files are
+    recognized by their content. `name` is the file's name within the ids of its documents: see `ids`.
     """
 
     path: str
@@ -75,13 +75,13 @@ class FoundFile:
 
     @property
     def inner_path(self) -> str:
-        """The path below the folder that was searched."""
+        """The path below `root`, or the file's name if there is no root."""
         return self.path.removeprefix(self.root).lstrip("/") if self.root else self.path.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
 class InputUnit:
-    """What one worker reads in one go: a file, or several small ones. `index` is its place within the source."""
+    """A unit of work for one worker: a file, or several small ones; `index` is its number within the source."""
 
     source: str
     index: int
@@ -95,12 +95,13 @@ class InputUnit:
 
 @dataclass
 class Record:
-    """What was read: text or, with `html`, a page; with a `reason`, a sample of what cannot be used.
+    """One record of a file, which will become one document.
 
-    `position` is a line or row (from 1), or the byte offset of a WARC record. `offset` is the byte at which a line
-    starts, in the file's decompressed content, or that of the damage in a file that is one document. `size` is in
-    bytes. `count` is above 1 where many records are lost as one. `id` is the record's own, empty where it has none.
-    `charset_from` is what a page's encoding was known by. `notes` name what was mended or left out, for the ledger.
+    `text` is its text, or an HTML page if `html` is set, or a sample of its content if `reason` says why it cannot be
+    used. `position` is a line or row (from 1), or the byte offset of a WARC record. `offset` is the byte in the
+    decompressed content at which a line starts or, in a file that is one document, at which the damage is. `size` is in
+    bytes. `count` is above 1 if several lost records are reported as one. `id` is the record's own id, or empty.
+    `charset_from` says how a page's encoding was found. `notes` name what was repaired or left out, for the ledger.
     """
 
     position: int
@@ -117,4 +118,5 @@ class Record:
 
 
 def sample(content: bytes) -> str:
+    """Returns the first `SAMPLE_BYTES` bytes as text, with U+FFFD for what is not UTF-8."""
     return bytes(content[:SAMPLE_BYTES]).decode("utf-8", errors="replace")

@@ -1,7 +1,8 @@
-"""The first datatrove step of a run: the files of all sources to documents.
+"""First datatrove step of a run: reads the files of all sources as documents.
 
-Every record of every file is yielded once, what cannot be used with a reason in `metadata["raw"]`: see
-`extraction.SetAside`. A file that cannot be opened, or breaks off, is such a record too.
+Every record of every file is yielded once. A record that cannot be used has a reason in `metadata["raw"]`, which
+`extraction.extract.SetAside` evaluates. A file that cannot be opened, or that ends in a read error, yields such a
+record too.
 """
 
 from collections import Counter
@@ -37,14 +38,15 @@ _ONE_DOCUMENT_A_FILE = ("text", "html", "code")
 
 
 def find_units(name: str, source: SourceConfig, unit_bytes: int) -> list[InputUnit]:
-    """The files of a source as units of work; neighbours that are one document each share a unit of `unit_bytes`.
+    """Finds the files of a source and groups them into units of work.
 
-    Errors: ConfigError for a pattern that leads to nothing, or an encoding that is not known.
+    Files that are one document each share units of at most `unit_bytes` with their neighbours; every other file is a
+    unit of its own. Raises ConfigError for a pattern that matches no file, or an unknown encoding.
     """
     if not charset_of(source.encoding):
         raise ConfigError(
-            f"sources.{name}.encoding = {source.encoding!r} is no encoding that is known; give its name on the web, "
-            "such as windows-1251, shift_jis or utf-16le"
+            f"sources.{name}.encoding = {source.encoding!r} is not a known encoding; give its name in the WHATWG "
+            "Encoding Standard, such as windows-1251, shift_jis or utf-16le"
         )
     groups: list[list[FoundFile]] = []
     size = 0
@@ -60,13 +62,14 @@ def find_units(name: str, source: SourceConfig, unit_bytes: int) -> list[InputUn
 
 
 def _is_one_document(source: SourceConfig) -> bool:
-    """Whether a file of this source is one document."""
+    """Whether each file of this source is one document."""
     return source.format in _ONE_DOCUMENT_A_FILE and source.document_per == "file"
 
 
 def read_file(file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance) -> Iterator[Record]:
-    """The records of a file. Whatever is wrong with the file is a record; errors of a connection are raised, as
-    ConnectionError: they say nothing about the data.
+    """Yields the records of a file; a file that cannot be read yields a record with the reason.
+
+    Raises ConnectionError if a remote system fails, since that says nothing about the data.
     """
     position = 0
     if file.reason:
@@ -83,14 +86,14 @@ def read_file(file: FoundFile, source: SourceConfig, limits: ExtractConfig, adva
     except (ConnectionError, TimeoutError) as error:
         raise _connection_error(file, error) from None
     except OSError as error:
-        if is_http(file.path):  # fsspec calls every failure of a server a missing file
+        if is_http(file.path):  # fsspec reports every failure of a server as a missing file
             raise _connection_error(file, error) from None
         yield Record(
             position, 0 if position else file.size, f"{type(error).__name__}: {error.strerror}", reason="unreadable"
         )
     except Exception as error:
         if is_remote(file.path) and type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
-            # Raised anew, without the client's frames: a traceback of those shows signed requests.
+            # A new error without the client's traceback, which would show signed requests.
             raise _connection_error(file, error) from None
         raise
 
@@ -102,13 +105,16 @@ def _connection_error(file: FoundFile, error: Exception) -> ConnectionError:
 
 
 class SourceReader(PipelineStep):
-    """Reads this task's share of `units`; counts what comes in. Documents carry source, file and position."""
+    """Reads this task's share of `units` and counts all records in the ledger.
+
+    Each document's metadata has its source, file and position.
+    """
 
     name, type = "Sources", "READER"
 
     def __init__(self, units: Sequence[InputUnit], limits: ExtractConfig, tallies: str, progress: str) -> None:
         super().__init__()
-        # Largest first, so that no task is left alone with a big file at the end.
+        # Largest first, so that no task is still busy with a big file when all others have finished.
         self.units = sorted(units, key=lambda unit: (-unit.size, unit.files[0].path))
         self.limits = limits
         self.tallies = tallies
@@ -122,18 +128,18 @@ class SourceReader(PipelineStep):
                 positions = Counter[int]()
                 for record in read_file(file, unit.config, self.limits, progress.advance):
                     tally.came_in(unit.source, record.size, record.count)
-                    if unit.config.format == "warc":  # where a compressed member holds many, some share a position
+                    if unit.config.format == "warc":  # records of one compressed member may share a position
                         positions[record.position] += 1
-                    document = _document(unit, file, record, positions[record.position])
+                    document = _document(unit, file, record, occurrence=positions[record.position])
                     self.update_doc_stats(document)
                     yield document
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")
         progress.close()
 
 
-def _document(unit: InputUnit, file: FoundFile, record: Record, again: int) -> Document:
-    """`again` is how many records were found at this position of the file, this one among them."""
-    position = f"{record.position}.{again}" if again > 1 else record.position
+def _document(unit: InputUnit, file: FoundFile, record: Record, occurrence: int) -> Document:
+    """Makes a document of a record; `occurrence` numbers WARC records that share a position, from 1 (else 0)."""
+    position = f"{record.position}.{occurrence}" if occurrence > 1 else record.position
     whole = _is_one_document(unit.config) or (not record.position and unit.config.format != "warc")
     return Document(
         text=record.text,

@@ -1,7 +1,7 @@
-"""Files of text with a document on every line, in any encoding, compressed or not; and text from bytes to a record.
+"""Reader of text files with one document per line, in any encoding, compressed or not; and decoding of plain text.
 
-Blank lines are no documents. A line above `extract.max_record_bytes` is skipped over without being held. Lines end with
-a line feed, before which a carriage return may stand; files of old Macs, which end lines with that alone, are left out.
+Blank lines are ignored. A line above `extract.max_record_bytes` is skipped without being held in memory. Lines end with
+LF or CRLF; a lone CR, as in files of old Macs, does not end a line.
 """
 
 import codecs
@@ -20,7 +20,7 @@ _LONGEST_MARK = 4  # bytes of a byte order mark
 def read_lines(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
-    """`position` is the line; a stretch that cannot be decompressed is a record, and ends the line it begins in."""
+    """Yields one record per line; a part that cannot be decompressed is one record and ends the line it begins in."""
     splitter = LineSplitter(limits.max_record_bytes)
     blocks = _Blocks(charset_of(source.encoding))
     for item in members(content, limits, advance, claimed_compression(file.path)):
@@ -39,15 +39,19 @@ def read_lines(
 
 
 class _Blocks:
-    """A file's blocks in an encoding of which each line can be decoded alone: others, such as UTF-16, become UTF-8."""
+    """Converts a file's blocks to an encoding in which line feeds can be found and each line decoded by itself.
+
+    UTF-16, UTF-32 and stateful encodings become UTF-8; all others stay as they are.
+    """
 
     def __init__(self, charset: str) -> None:
         self.charset = charset
-        self._start: bytes | None = b""  # until there is enough of it to show a byte order mark
+        self._start: bytes | None = b""  # the file's first bytes, held until a byte order mark would be complete
         self._decoder: codecs.IncrementalDecoder | None = None
 
     @property
     def converted(self) -> bool:
+        """Whether blocks are converted to UTF-8."""
         return self._decoder is not None
 
     def of(self, member: Member) -> Iterator[bytes]:
@@ -95,7 +99,10 @@ def _named(record: Record, file: FoundFile) -> Record:
 
 
 def fill_text(record: Record, content: bytes, charset: str, start: int = 0) -> None:
-    """Puts text into a record, or why it cannot be decoded, `offset` being that of the first bad byte."""
+    """Sets the text of a record, or the reason why it cannot be decoded and the offset of the first bad byte.
+
+    `start` is the byte offset of `content` in the file.
+    """
     try:
         text = decode_whole(content, charset)
     except UnicodeDecodeError as error:
@@ -109,7 +116,7 @@ def fill_text(record: Record, content: bytes, charset: str, start: int = 0) -> N
 
 
 def _undecodable(charset: str) -> str:
-    """The reason that names what the bytes should have been."""
+    """Returns the reason for text that is not valid in `charset`, such as invalid_utf8."""
     if charset.startswith(WIDE):
         return f"invalid_{charset[:6].replace('-', '')}"
     return "invalid_utf8" if charset == "utf-8" else "undecodable"

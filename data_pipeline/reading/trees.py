@@ -1,9 +1,9 @@
-"""Files that are one document each: plain text, HTML pages and source code, in folders of any depth.
+"""Readers of files that are one document each: plain text, HTML pages and source code, in folders of any depth.
 
-Documents are named after their paths below the source's root. Text is in the encoding that its source's `encoding`
-names, or UTF-8, UTF-16 or UTF-32 with a byte order mark; a text file in any other is set aside, while pages say what
-theirs is. With `document_per` a file of text is a document a line: see `lines`. A source file with a NUL byte near its
-start is binary, as git has it.
+Documents are named by their paths below the source's root. Text has to be in the encoding that the source's `encoding`
+names, or in UTF-8, UTF-16 or UTF-32 with a byte order mark; otherwise the file is set aside. Web pages declare their
+own encoding (see `page_decoding`). With `document_per = "line"` each line of a text file is a document (see
+`text_lines`). A code file with a NUL byte near its start counts as binary, as in git.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,13 @@ from data_pipeline.reading.page_decoding import fill_page
 from data_pipeline.reading.records import Advance, FoundFile, Record, sample
 from data_pipeline.reading.text_lines import fill_text, read_lines
 
-_BINARY_PROBE = 8000  # bytes, as in git's buffer_is_binary
+_BINARY_PROBE = 8000  # bytes in which a NUL byte is looked for, as in git's buffer_is_binary
 
 
 def read_text(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
+    """Yields a text file as one record or, with `document_per = "line"`, one record per line."""
     if source.document_per == "line":
         yield from read_lines(content, file, source, limits, advance)
         return
@@ -35,6 +36,7 @@ def read_text(
 def read_code(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
+    """Yields a code file as one record, with its programming language in the metadata."""
     data, record = _whole(content, file, limits, advance)
     if language := language_of(file.path):
         record.metadata["code_language"] = language
@@ -48,6 +50,7 @@ def read_code(
 def read_html(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
+    """Yields an HTML file as one record."""
     data, record = _whole(content, file, limits, advance)
     if not record.reason:
         fill_page(record, data, limits)
@@ -55,7 +58,7 @@ def read_html(
 
 
 def _whole(content: BinaryIO, file: FoundFile, limits: ExtractConfig, advance: Advance) -> tuple[bytes, Record]:
-    """A file's content, or its beginning, and a record that says what is wrong with it."""
+    """Returns a file's content, possibly only its beginning, and a record that has a reason if something is wrong."""
     record = Record(1, 0, metadata={"path": file.inner_path})
     parts: list[bytes] = []
     for item in members(content, limits, advance, claimed_compression(file.path)):

@@ -1,9 +1,9 @@
-"""WARC files, plain or compressed: responses, resources and conversions; other record types are no documents.
+"""Reader of WARC files, plain or compressed: responses, resources and conversions; other record types are skipped.
 
-Reading goes on after a damaged member, and after damage within an uncompressed file. Of a record above
-`extract.max_record_bytes` only the beginning is held. Bodies are decoded as their HTTP headers say (chunks, gzip,
-deflate, zstd, br), within the limits on expansion, and pages to text as `page_decoding` says. A response without a
-type is a page if it begins like one. Records that continue others are left out.
+Reading goes on after a damaged member, and after damage within an uncompressed file. Only the beginning of a record
+above `extract.max_record_bytes` is held in memory. `http_body` decodes bodies as their HTTP headers say (chunks, gzip,
+deflate, zstd, br), within the limits on expansion, and `page_decoding` turns pages into text. A response without a type
+counts as a page if it begins like HTML. Continuation records are not supported.
 """
 
 from collections.abc import Iterator
@@ -35,8 +35,8 @@ _MARK, _HEAD_END = b"WARC/1.", b"\r\n\r\n"
 def read_warc(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
-    """`position` is the byte where a record, or the compressed member that holds it, begins."""
-    held: Record | None = None  # the last record, until its member has proved to be whole
+    """Yields the records of a file; `position` is the byte where a record, or its compressed member, begins."""
+    held: Record | None = None  # a member's last record, held back until the member has proved undamaged
     for item in members(content, limits, advance, claimed_compression(file.path)):
         if isinstance(item, Fault):
             held = None
@@ -54,15 +54,16 @@ def read_warc(
 
 
 def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
-    """The records of a member; damage in it is one record, and ends a compressed member. Zeros between records, or
-    behind the last one, are padding.
+    """Yields the records of a member; a damaged part is one record, after which a compressed member ends.
+
+    Zeros between records, or after the last one, are padding and no damage.
     """
-    stream: Any = member  # FastWARC asks for read and tell alone
+    stream: Any = member  # FastWARC needs only read and tell
     bad: Record | None = None
     going = True
     while going:
         going = False
-        last: tuple[int, int] | None = None  # where the last sound record begins, and the length of its content
+        last: tuple[int, int] | None = None  # position of the last undamaged record, and the length of its content
         try:
             for entry in ArchiveIterator(stream, record_types=_ANY, parse_http=False, stream_detect=False):
                 position = member.offset + entry.stream_pos
@@ -81,7 +82,7 @@ def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
                 if following > end and member.goes_on_with(_MARK, following):
                     going = True
                     continue
-            after = sum(last) if last else member.offset  # up to where nothing is damaged
+            after = sum(last) if last else member.offset  # the byte up to which nothing is damaged
             bad = bad or Record(after, 0, str(error), reason="bad_warc")
             going = member.skip_to(_MARK, after + 1)
     if bad:
@@ -89,12 +90,16 @@ def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
 
 
 def _end_of(member: Member, position: int, length: int) -> int | None:
-    """Where a record of an uncompressed file ends, the line ends behind it left out; None where that is not known."""
+    """Returns the byte at which a record's content ends, without the line ends after it.
+
+    Returns None for a compressed member, or if the end of the record's headers is not found.
+    """
     head = -1 if member.compressed else member.find(_HEAD_END, position)
     return None if head < 0 else head + len(_HEAD_END) + length
 
 
 def _record(entry: Any, position: int, limits: ExtractConfig) -> Record:
+    """Makes a record of a FastWARC record: a page or text, or a sample with the reason why it cannot be used."""
     content = entry.reader.read(MAX_HEADER_BYTES + limits.max_record_bytes + 1)
     stored = len(content)
     while block := entry.reader.read(_BLOCK):

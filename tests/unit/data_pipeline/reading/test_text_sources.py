@@ -112,7 +112,7 @@ def test_a_bad_line_costs_itself_alone(tmp_path: Path) -> None:
     [
         ({"encoding": "windows-1251", "format": "jsonl"}, "encoding = 'windows-1251' is for the formats 'text'"),
         ({"document_per": "line", "format": "html"}, "document_per = 'line' is for format 'text', not 'html'"),
-        ({"encoding": "klingon"}, "sources.s.encoding = 'klingon' is no encoding that is known"),
+        ({"encoding": "klingon"}, "sources.s.encoding = 'klingon' is not a known encoding"),
     ],
 )
 def test_keys_that_do_not_fit(tmp_path: Path, options: dict[str, str], message: str) -> None:
