@@ -1,1 +1,1 @@
-"""From records to text: main text of pages, encodings repaired, what is blocked, and what a page may cost."""
+"""Extraction of text from records: main text of web pages, text repair, URL blocklists, and limits on slow pages."""

@@ -1,9 +1,9 @@
-"""Lists of unwanted URLs: whole domains, single hosts, and paths with what lies below them.
+"""Lists of unwanted URLs: whole domains, single hosts, and paths with everything below them.
 
-Entries and URLs are brought to one form first: host in lower case and IDNA, no port, no trailing dot; path with its
-percent escapes undone and its dots resolved (RFC 3986, section 6.2.2). Kept as sorted 8-byte hashes: five million
-domains take 40 MB, and two URLs are taken for one another once in 10^12 lookups. Patterns and words in URLs are left
-out.
+Entries and URLs are normalized before they are compared: host in lower case and IDNA, no port, no trailing dot; path
+with percent escapes decoded and dot segments resolved (RFC 3986, section 6.2.2). Entries are held as sorted 8-byte
+hashes: five million domains take 40 MB, and about one lookup in 10^12 confuses two URLs. Patterns and words in URLs are
+not supported.
 """
 
 import gzip
@@ -20,19 +20,21 @@ from configs.sources import BlocklistConfig
 
 
 class Blocklist:
+    """Sets of unwanted domains, hosts and path prefixes, held as sorted hashes."""
+
     def __init__(self, domains: Iterable[str], hosts: Iterable[str], prefixes: Iterable[str]) -> None:
-        """Entries as `normal_host` and `normal_url` give them."""
+        """Builds the sets from entries that `normal_host` and `normal_url` have normalized."""
         self._domains, self._hosts, self._prefixes = _hashes(domains), _hashes(hosts), _hashes(prefixes)
 
     @classmethod
     def load(cls, config: BlocklistConfig) -> "Blocklist":
-        """Errors: ConfigError for a file that is not there, or an entry that says something else than its list."""
+        """Reads the lists that a config names; raises ConfigError for an unreadable file or an unsuitable entry."""
         return cls(
             _entries(config.domains, "domains"), _entries(config.hosts, "hosts"), _entries(config.prefixes, "prefixes")
         )
 
     def blocks(self, url: str) -> bool:
-        """Whether `url` is on one of the lists; one that cannot be parsed is not."""
+        """Whether a list covers `url`; False for a URL that cannot be parsed."""
         host, path = normal_url(url)
         if not host:
             return False
@@ -48,17 +50,17 @@ class Blocklist:
 
 
 def normal_host(host: str) -> str:
-    """Errors: UnicodeError for a name that no host can have."""
+    """Returns a host name in lower case and IDNA, without a trailing dot; raises UnicodeError if it is invalid."""
     host = host.strip().rstrip(".").lower()
     return host if host.isascii() else host.encode("idna").decode("ascii")
 
 
 def normal_url(url: str) -> tuple[str, str]:
-    """(host, path without a trailing slash) of a URL with or without its scheme; ("", "") where it has no host."""
+    """Returns (host, path without a trailing slash) of a URL with or without a scheme; ("", "") if it has no host."""
     try:
         parts = urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
         host = normal_host(parts.hostname or "")
-    except ValueError:  # UnicodeError is one
+    except ValueError:  # includes UnicodeError
         return "", ""
     path = unquote(parts.path)
     path = posixpath.normpath(f"/{path.lstrip('/')}") if path.strip("/") else ""
@@ -77,15 +79,18 @@ def _entries(paths: Sequence[str], kind: str) -> Iterator[str]:
 
 
 def _entry(entry: str, kind: str, where: str) -> str:
+    """Normalizes an entry of the list `kind`; raises ConfigError, prefixed by `where`, if it does not suit that list."""
     host, path = normal_url(entry)
     if not host or " " in entry:
-        raise ConfigError(f"{where}: {entry!r} names no host; one a line, such as example.com, or remove the line")
+        raise ConfigError(
+            f"{where}: {entry!r} names no host; write one entry per line, such as example.com, or remove the line"
+        )
     if kind == "prefixes":
         if not path:
-            raise ConfigError(f"{where}: {entry!r} has no path; a whole host belongs into extract.blocklist.hosts")
+            raise ConfigError(f"{where}: {entry!r} has no path; a whole host belongs in extract.blocklist.hosts")
         return f"{host}{path}"
     if path:
-        raise ConfigError(f"{where}: {entry!r} has a path; it belongs into extract.blocklist.prefixes")
+        raise ConfigError(f"{where}: {entry!r} has a path; it belongs in extract.blocklist.prefixes")
     return host
 
 

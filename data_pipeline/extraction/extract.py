@@ -1,8 +1,8 @@
-"""HTML to main text, repair of text, and the cut into shards: the second half of the extract stage.
+"""Second half of the extract stage: main text of HTML pages, repair of text, and assignment to shards.
 
-Resiliparse reads pages (fast, keeps more), trafilatura where it finds nothing or where it is asked for (`extractors`,
-within the limits of `page_limits`); pages whose URL is on a list of unwanted ones are not read at all. Removal of
-personal data is left out.
+By default resiliparse extracts main text (it is fast and keeps more), and trafilatura the pages in which resiliparse
+finds none; `extract.extractor` puts trafilatura first (`extractors`, within the limits of `page_limits`). Pages whose
+URL is on a blocklist are not parsed. Personal data is not removed here.
 """
 
 import json
@@ -28,8 +28,8 @@ from data_pipeline.reading.records import BROKEN, HARMLESS
 
 _SAMPLES = 5
 _SAMPLE_CHARS = 300
-# Only what is damage. Curly quotes, full-width forms and ligatures are the author's: full-width punctuation
-# is how Chinese is written.
+# Repairs of damage only. Curly quotes, full-width forms and ligatures are the author's own: Chinese, for one, is
+# written with full-width punctuation.
 _REPAIR = ftfy.TextFixerConfig(
     unescape_html=False,
     fix_latin_ligatures=False,
@@ -38,9 +38,9 @@ _REPAIR = ftfy.TextFixerConfig(
     normalization="NFC",
     explain=False,
 )
-# Single characters that ftfy takes out or replaces: controls, line ends, surrogates, marks of another time.
+# Single characters that ftfy removes or replaces: controls, line ends, surrogates, deprecated format characters.
 _STRAY = "\\x00-\\x08\\x0b\\r\\x0e-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u206a-\\u206f\\ud800-\\udfff\\ufeff\\ufff9-\\ufffc"
-# Without a character of another category than these, nothing looks like mojibake to ftfy.
+# ftfy finds mojibake only in text that has a character of a category other than these.
 _PUNCTUATION = ("common", "start_punctuation", "end_punctuation")
 _SUSPECTS = "".join(members for name, members in MOJIBAKE_CATEGORIES.items() if name not in _PUNCTUATION)
 _LINE = re.compile("[^\\n]*\\n|[^\\n]+")
@@ -48,9 +48,10 @@ _DAMAGE = re.compile(f"[{_STRAY}{_SUSPECTS}]")
 
 
 def repair(text: str) -> str:
-    """`text` without mojibake, terminal escapes, stray control characters and foreign line ends, in NFC.
+    """Removes mojibake, terminal escapes and stray control characters, makes all line ends \\n, and composes to NFC.
 
-    ftfy takes each line by itself, several times over; it gets those in which there is something that it could change.
+    ftfy works on each line by itself, in several passes, so only lines in which it could change something are passed to
+    it.
     """
     if _is_sound(text):
         return text
@@ -58,11 +59,12 @@ def repair(text: str) -> str:
 
 
 def _is_sound(text: str) -> bool:
+    """Whether ftfy would leave `text` unchanged: it has no suspect character and is in NFC."""
     return not _DAMAGE.search(text) and unicodedata.is_normalized("NFC", text)
 
 
 class Extract(PipelineStep):
-    """Replaces a page by its main text and repairs text; marks pages that have none, or an unwanted URL."""
+    """Replaces pages by their main text and repairs it; marks pages without text or with a blocked URL by a reason."""
 
     name = "Extract"
     type = "🔍 - EXTRACTOR"
@@ -73,7 +75,8 @@ class Extract(PipelineStep):
         self._blocklist: Blocklist | None = None
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        self._blocklist = Blocklist.load(self.config.blocklist)  # here, since a worker is sent a small step
+        # Loaded in the worker, so that the step that is sent to it stays small.
+        self._blocklist = Blocklist.load(self.config.blocklist)
         with PageReader(self.config.extractor, self.config.seconds_per_page) as read_page:
             for document in data:
                 raw = document.metadata["raw"]
@@ -107,11 +110,12 @@ class Extract(PipelineStep):
 
 
 class SetAside(PipelineStep):
-    """Counts documents, writes what carries a reason to `rejected/` or `drops/`, names the others' shards.
+    """Counts documents, writes those with a reason to `rejected/` or `drops/`, and assigns the others to shards.
 
-    Broken records go to `rejected/<source>-<unit>.jsonl`, all of them, with file, position, offset, reason and the
-    beginning of what they hold. Of sound records without a page a few a unit are kept in `drops/`. A shard is
-    `<source>/<unit>-<part>`, cut at `shard_bytes` of text, so that shards do not depend on how units were shared out.
+    All broken records are written to `rejected/<source>-<unit>.jsonl`, with file, position, offset, reason and the
+    beginning of their content. Records dropped for other reasons are sampled into `drops/`, a few per unit and reason.
+    A shard is `<source>/<unit>-<part>`; a new part begins after `shard_bytes` of text, so that shards do not depend on
+    how units are distributed among workers.
     """
 
     name = "Set aside"
@@ -168,18 +172,18 @@ class SetAside(PipelineStep):
 
 
 def shard_record(step: PipelineStep, document: Document) -> dict[str, Any]:
-    """What of a document goes into an extract shard."""
+    """Returns the fields of a document that are written to its shard: text, id, and metadata without the shard."""
     metadata = {key: value for key, value in document.metadata.items() if key != "shard"}
     return {"text": document.text, "id": document.id, "metadata": metadata}
 
 
 def bad_shares(tally: Tally) -> Iterator[tuple[str, int, int]]:
-    """(source, broken records, all records) per source."""
+    """Yields (source, broken records, all records) for each source but the canaries."""
     for source, counts in sorted(tally.sources.items()):
         if not is_canary(source):
             yield source, sum(set_aside(counts, BROKEN).values()), counts.came_in.documents
 
 
 def set_aside(counts: SourceTally, reasons: frozenset[str] = BROKEN | HARMLESS) -> dict[str, int]:
-    """How many records were set aside, by reason."""
+    """Returns {reason: number of records set aside for it}."""
     return {reason: amount.documents for reason, amount in sorted(counts.dropped.items()) if reason in reasons}

@@ -1,4 +1,4 @@
-"""The extract stage: files of all sources to texts, in shards."""
+"""The extract stage: reads the files of all sources and writes their texts in shards."""
 
 import math
 import shutil
@@ -27,7 +27,10 @@ from data_pipeline.reading.names import openable
 
 
 def extract_stage(context: RunContext) -> Stage:
-    """The stage that reads every source; its input is the content of all files."""
+    """Returns the extract stage; it runs again when the content of any source file changes.
+
+    Raises ConfigError for patterns that match no file and for mistakes in blocklists.
+    """
     config = context.config
     units = input_units(config)
     Blocklist.load(config.extract.blocklist)  # so that a mistake in a list is found before the work begins
@@ -50,14 +53,17 @@ def extract_stage(context: RunContext) -> Stage:
 
 
 def input_units(config: DataConfig) -> list[InputUnit]:
-    """The files of every source. Errors: ConfigError for a pattern that leads to nothing."""
+    """Returns the units of work of every source; raises ConfigError for a pattern that matches no file."""
     return [
         unit for name, source in config.sources.items() for unit in find_units(name, source, config.run.shard_bytes)
     ]
 
 
 def inputs_hash(config: DataConfig, units: Sequence[InputUnit], cache: Path) -> str:
-    """Of local files their content, of remote ones the version that their system tells; blocklists included."""
+    """Returns a hash of all input: contents of local files and blocklists, versions of remote files.
+
+    `cache` is a file that keeps the hashes of unchanged local files.
+    """
     files = [file for unit in units for file in unit.files]
     local = [Path(openable(file.path)) for file in files if not file.reason and not is_remote(file.path)]
     lists = config.extract.blocklist
@@ -103,12 +109,15 @@ def _extract(context: RunContext, units: list[InputUnit], folder: Path, logs: Pa
                 markup=False,
                 soft_wrap=True,
             )
-    shutil.rmtree(context.run_dir / "extract.failed", ignore_errors=True)  # of an attempt before this one
+    shutil.rmtree(context.run_dir / "extract.failed", ignore_errors=True)  # left by an earlier attempt
     return tally
 
 
 def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
-    """Errors: ValueError for sources of which too many records are broken; what was set aside is kept then."""
+    """Raises ValueError if a source has more broken records than extract.max_bad_share allows.
+
+    The stage's folder, without its texts, is then kept as `extract.failed`.
+    """
     limit = context.config.extract.max_bad_share
     bad = [(source, broken, records) for source, broken, records in bad_shares(tally) if broken > limit * records]
     if not bad:
@@ -116,7 +125,7 @@ def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
     failed = context.run_dir / "extract.failed"
     tally.save(folder / "ledger.json")
     for texts in (path for path in folder.iterdir() if path.is_dir() and path.name not in ("rejected", "drops")):
-        shutil.rmtree(texts)  # nobody reads them again
+        shutil.rmtree(texts)  # texts of a failed stage are not used
     replace_folder(folder, failed)
     told = "; ".join(
         f"source {source}: {broken:,} of {records:,} records ({broken / records:.1%}) are broken"
@@ -130,7 +139,7 @@ def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
 
 
 def _make_ids_unique(context: RunContext, units: Sequence[InputUnit], folder: Path, logs: Path) -> None:
-    """Names documents that share an id after their indices as well, until none do."""
+    """Appends the location to the id of every document that shares its id with another, until all ids are unique."""
     paths: dict[str, list[str]] = {}
     for unit in units:
         paths.setdefault(unit.source, []).extend(file.path for file in unit.files)

@@ -1,9 +1,10 @@
-"""Main text of a page by resiliparse or trafilatura; as a program, within a limit of processor time for each page.
+"""Extraction of a page's main text by resiliparse or trafilatura, as functions and as a program with a CPU time limit.
 
-Neither parser can be interrupted: they hold the interpreter's lock in C code, so that no thread and no signal handler
-gets a turn. As a program this module reads pages from its standard input, and the kernel ends it where a page takes
-longer than it may (RLIMIT_CPU); `page_limits` starts it and sees it end. It imports nothing of Trivium's, so that it
-starts quickly. Frames in both directions are 8 bytes of length, big-endian, and that many bytes.
+The parsers cannot be interrupted from within the process: their C code holds the interpreter lock, so that no other
+thread and no signal handler runs. Run as a program, this module therefore reads pages from its standard input, and the
+kernel kills it when a page takes more CPU time than the limit (RLIMIT_CPU); `page_limits` starts the program and
+notices its end. It imports no other module of Trivium, so that it starts quickly. A frame, in both directions, is a
+length of 8 bytes, big-endian, and then that many bytes.
 """
 
 import json
@@ -24,7 +25,10 @@ _LENGTH_BYTES = 8
 
 
 def main_text(html: str, first: Extractor = "resiliparse") -> tuple[str, str]:
-    """(text, name of the extractor that found it) of a page; ("", "") when neither finds any."""
+    """Returns (main text of a page, name of the extractor that found it); ("", "") if neither extractor finds any.
+
+    The extractor `first` is tried first.
+    """
     for name in (first, "trafilatura" if first == "resiliparse" else "resiliparse"):
         if text := _EXTRACTORS[name](html).strip():
             return text, name
@@ -43,13 +47,14 @@ _EXTRACTORS = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}
 
 
 def send(pipe: BinaryIO, content: bytes) -> None:
+    """Writes one frame."""
     pipe.write(len(content).to_bytes(_LENGTH_BYTES, "big"))
     pipe.write(content)
     pipe.flush()
 
 
 def receive(pipe: BinaryIO) -> bytes | None:
-    """None where the other side has gone, in the midst of a frame or before one."""
+    """Reads one frame; returns None if the other side has closed the pipe before the frame was complete."""
     head = pipe.read(_LENGTH_BYTES)
     size = int.from_bytes(head, "big")
     content = pipe.read(size) if len(head) == _LENGTH_BYTES else b""
@@ -57,10 +62,13 @@ def receive(pipe: BinaryIO) -> bytes | None:
 
 
 def serve(first: Extractor, seconds: int) -> None:
-    """Answers each page with a JSON list of text, extractor and the error's name, "" for none."""
+    """Answers each page on standard input with a JSON list: text, extractor, and the name of the error or "".
+
+    `seconds` is the limit of CPU time per page, at which the kernel kills this process.
+    """
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints does not get among the answers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    os.dup2(2, 1)  # what a library prints goes to standard error and not between the answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     while (page := receive(sys.stdin.buffer)) is not None:

@@ -1,11 +1,11 @@
-"""What pages may cost: bounds on their tags, and a limit of processor time where no bound is known to hold.
+"""Limits on the time that pages may take: bounds on their tags, and CPU time for pages that may be slow nevertheless.
 
-Parsers take time with the square of some counts. Three of them are bounded here, which no machine changes: depth,
-attributes of one tag, and the sum of all tags' depths, resiliparse's cost (0.1 s per million). Pages within the bounds
-may still be slow for one of the parsers (20,000 open options, 5,000 open list items for trafilatura), so that those of
-many tags are read by a process of their own, which may take `extract.seconds_per_page` of processor time for each. The
-same code reads them, to the same text. That limit is the last resort: whether a page meets it depends on the machine.
-Limits on memory are left out.
+The parsers' time grows with the square of some counts. Three of these counts have fixed bounds here, so that the
+result does not depend on the machine: nesting depth, attributes of one tag, and the sum of all tags' depths, on which
+resiliparse's time depends (0.1 s per million). Pages within the bounds may still be slow for one of the parsers (for
+trafilatura, 20,000 open <option> or 5,000 open <li>). So pages with many tags are parsed in a process of their own,
+with a limit of `extract.seconds_per_page` of CPU time per page, by the same code and to the same text. This limit is
+the last resort, since it depends on the machine which pages exceed it. Memory is not limited.
 """
 
 import contextlib
@@ -20,16 +20,17 @@ from typing import BinaryIO, cast
 from data_pipeline.extraction import extractors
 from data_pipeline.extraction.extractors import Extractor, main_text, receive, send
 
-# Browsers nest 512 deep and put what is deeper side by side.
+# Browsers nest elements 512 deep; they make deeper ones siblings.
 _MAX_DEPTH = 2000
 _MAX_ATTRIBUTES = 5000
-# Sum of the depths of all tags: 5 s of resiliparse. Of the demo's pages none has above 0.3 million.
+# Sum of the depths of all tags; resiliparse takes 5 s for this many. No page of the demo has more than 0.3 million.
 _MAX_DEPTHS = 50_000_000
-# Of so many tags, the worst pages that are known take resiliparse 1.4 s.
+# Pages with more tags are parsed in a process of their own. Of pages with fewer, the slowest known takes resiliparse
+# 1.4 s.
 _MANY_TAGS = 5000
 _TAGS = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
-# Elements without content, or that end without an end tag (HTML, 13.1.2).
+# Elements that have no content or no mandatory end tag (HTML, 13.1.2), and so do not count as nested.
 _NOT_NESTED = frozenset(
     {
         *("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track"),
@@ -40,7 +41,7 @@ _NOT_NESTED = frozenset(
 
 
 def too_complex(html: str) -> bool:
-    """Whether a page's nesting or attributes are beyond all measure; the same on every machine."""
+    """Whether a page's nesting or attributes exceed the bounds; the result is the same on every machine."""
     if any(_attributes(piece) > _MAX_ATTRIBUTES for piece in html.split(">") if len(piece) > 2 * _MAX_ATTRIBUTES):
         return True
     if html.count("<") <= _MAX_DEPTH:
@@ -57,13 +58,16 @@ def too_complex(html: str) -> bool:
 
 
 def _attributes(piece: str) -> int:
-    """About how many attributes the tag has that `piece` ends in."""
+    """Returns about how many attributes the tag at the end of `piece` has."""
     start = _TAGS.search(piece)
     return len(_QUOTED.sub("", piece[start.start() :]).split()) if start else 0
 
 
 class PageReader:
-    """page -> (text, extractor, reason why there is none); holds a process once there was a page of many tags."""
+    """Function of a page that returns (text, extractor, reason why there is no text or "").
+
+    Pages with many tags are parsed in a helper process, which is started at the first one and ends with the context.
+    """
 
     def __init__(self, first: Extractor, seconds: int) -> None:
         self._first: Extractor = first
@@ -82,18 +86,18 @@ class PageReader:
         if too_complex(html):
             return "", "", "too_complex"
         if html.count("<") > _MANY_TAGS:
-            return self._apart(html)
+            return self._read_in_process(html)
         try:
             return (*main_text(html, self._first), "")
         except MemoryError:
             raise
-        except Exception:  # of a parser, over this page: the next one may be sound
+        except Exception:  # a parser fails on this page; it may still read the next one
             return "", "", "extractor_failed"
 
-    def _apart(self, html: str) -> tuple[str, str, str]:
+    def _read_in_process(self, html: str) -> tuple[str, str, str]:
         helper = self._helper = self._helper or self._start()
         answer = None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: how, is seen below
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; its exit status is looked at below
             send(cast(BinaryIO, helper.stdin), html.encode("utf-8", "surrogatepass"))
             answer = receive(cast(BinaryIO, helper.stdout))
         if answer is not None:
@@ -102,18 +106,18 @@ class PageReader:
         return "", "", "page_too_slow" if self._end() == -signal.SIGXCPU else "extractor_failed"
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # -P: what stands beside the script is not to be found under names of the standard library.
+        # -P: modules beside the script must not shadow those of the standard library.
         command = [sys.executable, "-P", extractors.__file__, self._first, str(self._seconds)]
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=-1
         )
 
     def _end(self) -> int:
-        """How the process ended: with its input at the end, if it had not before."""
+        """Closes the helper process's input, waits for its end and returns its exit status; 0 if there is none."""
         if self._helper is None:
             return 0
         helper, self._helper = self._helper, None
-        with contextlib.suppress(BrokenPipeError):  # by what was still to be sent
+        with contextlib.suppress(BrokenPipeError):  # closing flushes what could not be sent
             cast(BinaryIO, helper.stdin).close()
         cast(BinaryIO, helper.stdout).close()
         return helper.wait()

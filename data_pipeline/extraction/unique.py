@@ -1,9 +1,10 @@
-"""That no two documents of a run have one id: the last part of the extract stage.
+"""Last part of the extract stage: makes the ids of a run's documents unique.
 
-Records give their own ids, and nothing keeps two of them from giving the same. Every task notes the hashes of the ids
-it passes on (`NoteIds`); once all are known, those that come twice are found range by range, and each document that
-shares its id is named after its place as well (`MakeUnique`): ID#SOURCE/FILE/LINE. All of them are, so that none
-depends on which came first, and nothing on how tasks were shared out. Two ids of one 64-bit hash count as the same.
+Records may bring their own ids, and several records may bring the same one. Every task writes down the hashes of the
+ids it passes on (`NoteIds`). Once all are known, repeated hashes are searched for, one range of hashes at a time, and
+every document that shares its id gets its location appended (`MakeUnique`): ID#SOURCE/FILE/LINE. No document keeps the
+bare id, so that ids do not depend on the order of documents or on how they are distributed among tasks. Two ids with
+the same 64-bit hash count as the same.
 """
 
 from array import array
@@ -21,14 +22,14 @@ from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.shards import read_records, shard_path, write_records
 from data_pipeline.reading.ids import Roots, id_of_location, name_of, told_apart
 
-MADE_UNIQUE = "ids made unique"  # how the ledger counts them
+MADE_UNIQUE = "ids made unique"  # the ledger's note under which they are counted
 _NOTED = np.dtype([("id", "<u8"), ("shard", "<u4"), ("row", "<u4")])
-_PART = 4_000_000  # documents that a task notes before it writes
-_RANGE = 20_000_000  # documents that are looked at in one go, 16 bytes each
+_PART = 4_000_000  # ids that a task collects before it writes them to a file
+_RANGE = 20_000_000  # about as many ids are compared at a time, 16 bytes each
 
 
 class IdNotes:
-    """Writes `<name>-<part>.npy`, sorted by id, and `<name>-<part>.txt` with the names of its shards, one a line."""
+    """Writes hashes of ids to `<name>-<part>.npy`, sorted, and the shards' names to `<name>-<part>.txt`, one a line."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
@@ -61,7 +62,7 @@ class IdNotes:
 
 
 class NoteIds(PipelineStep):
-    """Passes documents on, and notes the id of each under its shard and row."""
+    """Passes documents on and writes down each one's id hash, shard and row."""
 
     name = "Ids"
     type = "🪪 - IDS"
@@ -83,11 +84,12 @@ class NoteIds(PipelineStep):
 
 
 def shared(rounds: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Shard -> rows of the documents whose id another one has. A later round's notes of a shard replace earlier ones.
+    """Returns {shard: rows of the documents that share their id with another document}.
 
-    Canaries are looked for by their ids, and are never among them.
+    Each of `rounds` is a folder of `IdNotes`; a shard's notes in a later round replace those in earlier ones. Canaries
+    are left out, since they are found by their ids later.
     """
-    parts: list[tuple[np.ndarray, list[str], np.ndarray]] = []  # what was noted, names of shards, those that count
+    parts: list[tuple[np.ndarray, list[str], np.ndarray]] = []  # entries, names of shards, which of them count
     replaced: set[str] = set()
     for folder in reversed(rounds):
         of_round = set[str]()
@@ -109,7 +111,7 @@ def shared(rounds: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _ranges(parts: Sequence[tuple[np.ndarray, list[str], np.ndarray]]) -> Iterator[np.ndarray]:
-    """What was noted of one range of hashes after another, sorted by id; `part` says where an entry is from."""
+    """Yields the entries of one range of hashes after another, sorted by hash; `part` indexes `parts`."""
     total = sum(len(noted) for noted, _, _ in parts)
     ranges = 1 + total // _RANGE
     bounds = [np.uint64(number * (2**64 // ranges)) for number in range(ranges)]
@@ -131,7 +133,10 @@ def _ranges(parts: Sequence[tuple[np.ndarray, list[str], np.ndarray]]) -> Iterat
 
 
 class MakeUnique(PipelineStep):
-    """Rewrites the shards that `shared` found, or does so `again`, when even location and id together came twice."""
+    """Rewrites the shards that `shared` found and appends each shared id's location to it.
+
+    With `again`, for ids that are still shared after a first round, the location is the document's shard and row.
+    """
 
     name = "Unique ids"
     type = "🪪 - IDS"

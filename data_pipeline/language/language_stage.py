@@ -1,4 +1,4 @@
-"""The language stage: which language each document is in, and those that their source does not expect."""
+"""The language stage: identifies each document's language and drops documents whose source does not expect it."""
 
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from data_pipeline.language.identification import IdentifyLanguage, kept_identif
 
 
 def language_stage(context: RunContext, extract: Stage) -> Stage:
-    """The stage that reads every text, and knows which languages each source expects."""
+    """Returns the language stage, which reads every text; its config is each source's map of languages to rule sets."""
     config = context.config
     rules = {name: plain(rules) for name, rules in config.rules.items()}
     routes = {name: source.rules for name, source in config.sources.items()}

@@ -111,9 +111,9 @@ def test_files_over_http(web: tuple[str, dict[str, bytes]], tmp_path: Path) -> N
     [
         ("files/none.jsonl", "matches no file"),
         ("broken/big.jsonl", r"cannot be read \(ClientResponseError 503\); check the address"),
-        ("files/*.jsonl", "HTTP servers list no files; give the address of each file"),
-        ("files/", "HTTP servers list no files"),
-        ("unsized/big.jsonl", "does not tell the file's size"),
+        ("files/*.jsonl", "HTTP servers do not list files; give the address of each file"),
+        ("files/", "HTTP servers do not list files"),
+        ("unsized/big.jsonl", "does not state the file's size"),
     ],
 )
 def test_what_http_cannot_give_is_refused(web: tuple[str, dict[str, bytes]], path: str, message: str) -> None:
