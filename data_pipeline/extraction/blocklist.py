@@ -79,7 +79,7 @@ def _entries(paths: Sequence[str], kind: str) -> Iterator[str]:
 
 
 def _entry(entry: str, kind: str, where: str) -> str:
-    """Normalizes an entry of the list `kind`; raises ConfigError, prefixed by `where`, if it does not suit that list."""
+    """Normalizes an entry of the list `kind`; raises ConfigError, prefixed by `where`, if it does not fit that list."""
     host, path = normal_url(entry)
     if not host or " " in entry:
         raise ConfigError(

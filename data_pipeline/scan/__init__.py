@@ -1,1 +1,1 @@
-"""One compiled pass over a text: its words, lines and n-grams, and every quality score made of them."""
+"""Compiled scan of a text: its words, lines and n-grams, and all quality scores that need no model."""

@@ -1,8 +1,8 @@
-"""What kind of character each code point is, as one table of bits that the compiled scan looks up.
+"""Table of character classes: a set of bits per code point, which the compiled scan looks up.
 
-The predicates are Python's own (`str.isspace`, `isalpha`, `isalnum`, `splitlines`), so that counts agree with
-code that is written with them; the punctuation sets are datatrove's. The table ends at U+1FFFF: above are the
-rarer ideographs, which are all letters here, and tags and private use, which belong to no class.
+The classes are those of Python's own predicates (`str.isspace`, `isalpha`, `isalnum`, `splitlines`), so that counts
+agree with code that uses these; the punctuation sets are datatrove's. The table ends at U+1FFFF. Above it are the rarer
+ideographs, which all count as letters here, and tags and private-use characters, which belong to no class.
 """
 
 import functools
@@ -39,7 +39,7 @@ _BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 @functools.cache
 def classes() -> np.ndarray:
-    """uint16 [SIZE], the bits of each code point; made once a process."""
+    """Returns the table of class bits, uint16 [SIZE]; a process builds it once."""
     characters = [chr(code) for code in range(SIZE)]
     table = np.zeros(SIZE, np.uint16)
     for bit, predicate in (
@@ -62,24 +62,27 @@ def classes() -> np.ndarray:
 
 @functools.cache
 def lower_case() -> np.ndarray:
-    """uint32 [SIZE], each code point in lower case; one that has none, or several, stands for itself."""
+    """Returns the table of lower-case code points, uint32 [SIZE].
+
+    A code point without lower case, or whose lower case is several characters, maps to itself.
+    """
     lowered = [chr(code).lower() for code in range(SIZE)]
     return np.fromiter((ord(c) if len(c) == 1 else code for code, c in enumerate(lowered)), np.uint32, SIZE)
 
 
 def codes_of(text: str) -> np.ndarray:
-    """uint32 [characters], the code points of a text; lone surrogates pass."""
+    """Returns the code points of a text, uint32 [characters]; lone surrogates are allowed."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def kinds_of(codes: np.ndarray) -> np.ndarray:
-    """uint16 [characters], the bits of each character."""
+    """Returns the class bits of each code point, uint16 [characters]."""
     return _look_up(codes, classes())
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def is_ideograph(code: np.uint32) -> bool:
-    """Of a code point behind the table."""
+    """Whether a code point above the table (SIZE or higher) counts as an ideograph."""
     return bool(code <= _LAST_IDEOGRAPH)
 
 

@@ -1,9 +1,9 @@
-"""English words as spaCy's tokenizer finds them (Honnibal et al., version 3.8, MIT), which is what datatrove counts by.
+"""English word splitter by the rules of spaCy's tokenizer (Honnibal et al., version 3.8, MIT), as datatrove uses it.
 
-The text is cut at white space, and of each piece are split off: punctuation, quotes, symbols and currency in front;
-these, full stops, units after numbers and "'s" behind; then what stands between letters and digits, such as a hyphen.
-Addresses stay whole (hosts, e-mails, 13.6.1), so do abbreviations and emoticons, and contractions fall into their
-parts ("do", "n't"). The rules are spaCy's own; what remains apart is said at `words_of`.
+A text is split at white space. From each piece are split off: punctuation, quotes, symbols and currency signs in front;
+the same, full stops, units after numbers and "'s" at the end; then separators between letters and digits, such as a
+hyphen. Addresses (hosts, e-mails, 13.6.1), abbreviations and emoticons stay whole, and contractions are split into
+their parts ("do", "n't"). The rules are spaCy's own; `words_of` lists the three differences.
 """
 
 import functools
@@ -14,17 +14,17 @@ from itertools import accumulate
 
 import numpy as np
 
-_PIECE = 500  # characters: of longer pieces each part counts by itself, so that time grows with the text and no faster
-_LONGEST_SUFFIX = 8  # characters, full stops aside
-_REMEMBERED = 40  # characters of pieces whose words are remembered
-_MOST_REMEMBERED = 200_000  # pieces
+_PIECE = 500  # characters; longer pieces are split in parts of this size, so that time stays linear in the text
+_LONGEST_SUFFIX = 8  # characters of the longest suffix, except for a row of full stops
+_REMEMBERED = 40  # characters; the words of pieces up to this length are cached
+_MOST_REMEMBERED = 200_000  # pieces in the cache, which is then emptied
 
 
 def _listed(words: str) -> tuple[str, ...]:
     return tuple(words.split())
 
 
-# Letters by script, as ranges of code points; of an uncased script they count as upper and as lower case.
+# Ranges of code points that are letters; letters of a script without case count as upper and as lower case.
 _LETTERS = _listed(
     "AZ az \u00c0\u00d6 \u00d8\u00f6 \u00f8\u01bf \u01c4\u02af \u0386\u0386 \u0388\u038a \u038c\u038c \u038e\u038f "
     "\u0391\u03a9 \u03ac\u03af \u03b1\u03c9 \u03cc\u03ce \u0400\u0401 \u0403\u040a \u040c\u040d \u0410\u0451 "
@@ -36,7 +36,7 @@ _LETTERS = _listed(
     "\ufb1d\ufbb1 \ufbd3\ufd3d \ufd50\ufdc7 \ufdf0\ufdfb \ufe30\ufe4f \ufe70\ufefc \uff21\uff3a \uff41\uff5a "
     "\U0001ee00\U0001eebb \U0001f200\U0001f2ff \U00020000\U0002a6df \U0002a700\U0002ebef \U0002f800\U0002fa1f"
 )
-# Signs younger than spaCy's table of symbols, as ranges.
+# Ranges of symbols that Unicode has added since spaCy's table of symbols was made.
 _NOT_SYMBOLS = _listed(
     "\u166d\u166d \u2b97\u2b97 \u2bc9\u2bc9 \u2bff\u2bff \u2e50\u2e51 \u32ff\u32ff \ufd40\ufdcf \ufdfe\ufdff "
     "\U0001019c\U0001019c \U00011f00\U0001cfff \U0001d1e9\U0001d1ea \U0001e100\U0001ed2e \U0001f10d\U0001f10f "
@@ -84,11 +84,11 @@ _WHOLE = _listed(
 
 
 def special_cases() -> dict[str, tuple[str, ...]]:
-    """Pieces of text, and the words that they are taken for."""
+    """Returns {piece of text: the words into which it is split} for contractions, abbreviations and emoticons."""
     found: dict[str, tuple[str, ...]] = {}
 
     def add(*parts: str) -> None:
-        """A contraction, and the same without apostrophes; both with a capital too."""
+        """Adds a contraction with and without its apostrophes, each also with a capital letter."""
         for first in (parts[0], parts[0].title()):
             for one in ((first, *parts[1:]), (first, *(part.replace("'", "") for part in parts[1:]))):
                 found["".join(one)] = one
@@ -132,7 +132,7 @@ def special_cases() -> dict[str, tuple[str, ...]]:
 
 
 class _Rules:
-    """The expressions, compiled once a process, and what is remembered of pieces."""
+    """Compiled regular expressions and special cases of the splitter, and the cache of pieces already split."""
 
     def __init__(self) -> None:
         letters = [chr(code) for one in _LETTERS for code in range(ord(one[0]), ord(one[1]) + 1)]
@@ -156,7 +156,7 @@ class _Rules:
         self.address = re.compile(_address(lower)).match
         self.special = special_cases()
         self.remembered: dict[str, tuple[int, ...]] = {}
-        # Those that are cut to several words before it is seen that they are one.
+        # Special cases that the other rules split: the parts in which they are found -> the words that replace them.
         self.joined: dict[tuple[str, ...], tuple[str, ...]] = {}
         for word, parts in self.special.items():
             if self.prefix(word) or self.suffix(word) or any(True for _ in self.infixes(word)):
@@ -165,7 +165,7 @@ class _Rules:
         self.first = {words[0] for words in self.joined}
 
     def ends(self, piece: str) -> tuple[int, ...]:
-        """Where the words of a piece without white space end in it."""
+        """Returns the positions at which the words of a piece end; the piece contains no white space."""
         if piece.isascii() and piece.isalpha() and piece not in self.special:
             found: tuple[int, ...] = (len(piece),)
         else:
@@ -177,7 +177,7 @@ class _Rules:
         return found
 
     def cut(self, piece: str, special: dict[str, tuple[str, ...]]) -> Iterator[str]:
-        """The words of a piece: what is in front, what is left, what is behind."""
+        """Yields the words of a piece: prefixes, the parts of the middle, suffixes."""
         behind: list[str] = []
         before = -1
         while piece and len(piece) != before and piece not in special:
@@ -224,7 +224,7 @@ class _Rules:
             yield piece[start:]
 
     def _rejoined(self, words: list[str]) -> list[str]:
-        """Runs of words that are a special case together, the longest first, in place of it."""
+        """Replaces runs of words that together are a special case by its words; longer runs take precedence."""
         if self.first.isdisjoint(words):
             return words
         spans = [
@@ -249,7 +249,7 @@ class _Rules:
 
 
 def _as_class(characters: Iterator[str]) -> str:
-    """For use between [ and ], as ranges."""
+    """Returns characters as ranges for a regular expression's [...]."""
     ranges: list[list[int]] = []
     for code in sorted(map(ord, set(characters))):
         if ranges and ranges[-1][1] == code - 1:
@@ -265,9 +265,10 @@ def _is_symbol(sign: str) -> bool:
 
 
 def _address(lower: str) -> str:
-    """Of a whole piece: [scheme://][user@]host[:port][/...], the host being a public IPv4 address or a domain.
+    """Returns a regular expression for addresses: [scheme://][user@]host[:port][/...].
 
-    After D. Perini (gist.github.com/dperini/729294, MIT), in spaCy's form.
+    The host is a public IPv4 address or a domain. It is D. Perini's (gist.github.com/dperini/729294, MIT), as spaCy
+    has it; it has to match a whole piece.
     """
     inner = r"A-Za-z0-9\u00a1-\uffff"
     return (
@@ -286,11 +287,11 @@ _PIECES = re.compile(r"\S+")
 
 
 def words_of(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends), int32 [words], in characters.
+    """Returns the (starts, ends) of a text's words in characters, each int32 [words].
 
-    Three things differ from spaCy's own words. A piece without white space of over 500 characters is cut there. Symbols
-    that only a later Python knows count as symbols under that Python. And an emoticon is one word even where its first
-    sign would make another one with the last sign before the white space.
+    Three things differ from spaCy's own words. A piece of over 500 characters without white space is split every 500
+    characters. Symbols that only a later Python knows count as symbols under that Python. And an emoticon is one word
+    even if its first character would form another emoticon with the last character before the white space.
     """
     rules = _rules()
     remembered = rules.remembered

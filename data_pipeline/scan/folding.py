@@ -1,7 +1,8 @@
-"""Texts without case, as code points from one table look-up a character: what fingerprints are made of.
+"""Case folding by one table look-up per character, for the fingerprints of texts.
 
-`str.lower` maps every character by itself but for two: "İ" becomes two characters, and what "Σ" becomes depends on
-where it stands. A text that has one of them goes through `str` first; of all others the table says the same.
+`str.lower` maps every character by itself except two: "İ" becomes two characters, and the lower case of "Σ" depends on
+its position in the word. Texts with one of these go through `str.lower` first; for all others the table gives the same
+result.
 """
 
 import functools
@@ -11,18 +12,18 @@ import numpy as np
 
 from data_pipeline.scan.characters import CJK, SIZE, SPACE, WORD, classes, codes_of, is_ideograph, lower_case
 
-# In the bits above a code point.
+# An entry of the table is a code point in the low 24 bits and one of the three classes in the bits above.
 SHIFT = np.uint32(24)
 CODE = np.uint32((1 << 24) - 1)
-LETTER = np.uint32(1)  # goes on with a word
-ALONE = np.uint32(2)  # is a word by itself: a CJK character
-BLANK = np.uint32(4)
+LETTER = np.uint32(1)  # part of a word of several characters
+ALONE = np.uint32(2)  # a word by itself: a CJK character
+BLANK = np.uint32(4)  # white space
 _NOT_BY_ITSELF = ("\u0130", "\u03a3")
 
 
 @functools.cache
 def folded() -> np.ndarray:
-    """uint32 [SIZE], each character in lower case, and what it is in the bits above."""
+    """Returns the table, uint32 [SIZE]: each character's lower case, with its class in the bits above."""
     lowered = lower_case()
     kinds = classes()[lowered]
     words = np.where(kinds & WORD == 0, 0, np.where(kinds & CJK == 0, LETTER, ALONE))
@@ -31,20 +32,20 @@ def folded() -> np.ndarray:
 
 
 def fold_alone(text: str) -> bool:
-    """True if the table is all that lower case takes."""
+    """Whether the table alone folds `text`, because `str.lower` maps each of its characters by itself."""
     return not any(character in text for character in _NOT_BY_ITSELF)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def fold(code: np.uint32, table: np.ndarray) -> np.uint32:
-    """The entry of any code point; those behind the table have no case."""
+    """Returns the table's entry of any code point; those above the table have no case."""
     if code < SIZE:
         return table[code]
     return code | (ALONE << SHIFT if is_ideograph(code) else np.uint32(0))
 
 
 def plain_bytes(text: str) -> np.ndarray:
-    """uint8, UTF-8 of `" ".join(text.lower().split())`; lone surrogates pass."""
+    """Returns the UTF-8 of `" ".join(text.lower().split())` as uint8 [bytes]; lone surrogates are allowed."""
     return _plain(codes_of(text if fold_alone(text) else text.lower()), folded())
 
 
@@ -55,9 +56,9 @@ def _plain(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
     for code in codes:
         entry = fold(code, table)
         if entry >> SHIFT & BLANK:
-            blank = size > 0  # none at the start
+            blank = size > 0  # no space at the start
             continue
-        if blank:  # none at the end
+        if blank:  # written before the next character, so that there is no space at the end
             out[size] = 0x20
             size, blank = size + 1, False
         value = entry & CODE

@@ -1,8 +1,8 @@
-"""Lines, paragraphs and characters of a text: how lines begin and end, how long they are, which are repeated.
+"""Counts over a text's lines, paragraphs and characters: how lines begin and end, their length, which are repeated.
 
-A line is meant in one of three ways, as in the rules' sources: Gopher's bullets and ellipses by
-`str.splitlines`, FineWeb's rules by "\\n" and without blank lines, Gopher's repetition by "\\n+" and paragraphs
-by "\\n{2,}". White space is `str.isspace`.
+"Line" has three meanings, as in the sources of the rules: Gopher's bullets and ellipses split by `str.splitlines`,
+FineWeb's rules at "\\n" and without blank lines, Gopher's repetition at "\\n+" (and paragraphs at "\\n{2,}"). White
+space is `str.isspace`.
 """
 
 import numba
@@ -12,13 +12,15 @@ from data_pipeline.scan.characters import ALNUM, BREAK, SPACE, TERMINAL
 from data_pipeline.scan.repetition import repeated_spans
 from data_pipeline.scan.words import span_hash
 
-SHORT_LINE = 30  # characters, FineWeb
+SHORT_LINE = 30  # characters of a line that counts as short, as in FineWeb
 _NEWLINE, _RETURN, _HASH, _DOT, _ELLIPSIS, _DASH, _BULLET = 0x0A, 0x0D, 0x23, 0x2E, 0x2026, 0x2D, 0x2022
 
 
 @numba.njit(cache=True, nogil=True)
 def lines_of(codes: np.ndarray, kinds: np.ndarray, any_break: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends), int32 [lines]: of `str.splitlines()`, or of `split("\\n")` without `any_break`."""
+    """Returns the (starts, ends) of lines, each int32 [lines]: those of `str.splitlines()` or, without `any_break`, of
+    `str.split("\\n")`.
+    """
     count = 1
     for kind in kinds:
         count += (kind & BREAK) != 0
@@ -28,7 +30,7 @@ def lines_of(codes: np.ndarray, kinds: np.ndarray, any_break: bool) -> tuple[np.
         if not kinds[position] & BREAK or (codes[position] != _NEWLINE and not any_break):
             continue
         if any_break and codes[position] == _NEWLINE and position > 0 and codes[position - 1] == _RETURN:
-            start = position + 1  # \r\n has ended its line already
+            start = position + 1  # the \r of \r\n has ended the line already
             continue
         starts[number], ends[number] = start, position
         number += 1
@@ -41,7 +43,7 @@ def lines_of(codes: np.ndarray, kinds: np.ndarray, any_break: bool) -> tuple[np.
 
 @numba.njit(cache=True, nogil=True)
 def trim(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> tuple[int, int]:
-    """The span without white space around it."""
+    """Returns the (start, end) of a span without the white space around it."""
     while start < end and kinds[start] & SPACE:
         start += 1
     while start < end and kinds[end - 1] & SPACE:
@@ -58,7 +60,7 @@ def ends_in_ellipsis(codes: np.ndarray, start: int, end: int) -> bool:
 
 @numba.njit(cache=True, nogil=True)
 def gopher_lines(codes: np.ndarray, kinds: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:
-    """(lines that begin with a bullet, lines that end in an ellipsis)."""
+    """Returns (number of lines that begin with a bullet, number of lines that end in an ellipsis)."""
     bullets = ellipses = 0
     for line in range(len(starts)):
         start, end = trim(codes, kinds, starts[line], ends[line])
@@ -72,8 +74,10 @@ def gopher_lines(codes: np.ndarray, kinds: np.ndarray, starts: np.ndarray, ends:
 def fineweb_lines(
     codes: np.ndarray, kinds: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[int, int, int, int, int, int]:
-    """Of the lines that are not blank: (their number, how many end in terminal punctuation, how many are short,
-    characters of those equal to an earlier one, all their characters, the longest one's).
+    """Returns six counts over the lines that are not blank.
+
+    They are (lines, lines that end in terminal punctuation, short lines, characters of lines equal to an earlier one,
+    characters of all lines, characters of the longest line).
     """
     hashes, lengths = np.empty(len(starts), np.uint64), np.empty(len(starts), np.int64)
     count = terminal = short = total = longest = 0
@@ -94,9 +98,9 @@ def fineweb_lines(
 
 @numba.njit(cache=True, nogil=True)
 def gopher_duplicates(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int, int]:
-    """(lines equal to an earlier one, their characters, lines) of the pieces that "\\n+" leaves.
+    """Returns (lines equal to an earlier one, characters of these, all lines) for a text split at "\\n+".
 
-    `starts` and `ends` are of `split("\\n")`: empty pieces count at the text's very begin and end alone.
+    `starts` and `ends` are those of `split("\\n")`. Empty lines count only at the very beginning and end of the text.
     """
     hashes, lengths = np.empty(len(starts), np.uint64), np.empty(len(starts), np.int64)
     count = 0
@@ -110,7 +114,7 @@ def gopher_duplicates(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -
 
 @numba.njit(cache=True, nogil=True)
 def paragraphs_of(codes: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends), int32 [paragraphs], of the text without white space around it, cut at "\\n{2,}"."""
+    """Returns the (starts, ends) of paragraphs, each int32 [paragraphs]: the stripped text split at "\\n{2,}"."""
     first, last = trim(codes, kinds, 0, len(codes))
     count = 1
     for position in range(first, last - 1):
@@ -122,7 +126,7 @@ def paragraphs_of(codes: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.
             position += 1
             continue
         run = position
-        while codes[position] == _NEWLINE:  # the text does not end in one
+        while codes[position] == _NEWLINE:  # ends, since the stripped text does not end in a newline
             position += 1
         if position - run >= 2:
             starts[number], ends[number] = start, run
@@ -134,7 +138,7 @@ def paragraphs_of(codes: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.
 
 @numba.njit(cache=True, nogil=True)
 def repeated(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:
-    """(spans equal to an earlier one, their characters)."""
+    """Returns (number of spans equal to an earlier one, characters of these)."""
     hashes, lengths = np.empty(len(starts), np.uint64), np.empty(len(starts), np.int64)
     for span in range(len(starts)):
         hashes[span], lengths[span] = span_hash(codes, starts[span], ends[span]), ends[span] - starts[span]
@@ -143,7 +147,7 @@ def repeated(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[i
 
 @numba.njit(cache=True, nogil=True)
 def characters(codes: np.ndarray, kinds: np.ndarray) -> tuple[int, int, int, int]:
-    """(number signs, ellipses, letters and digits, newlines); "..." counts without overlap."""
+    """Returns counts of (number signs, ellipses, letters and digits, newlines); each "..." is one ellipsis too."""
     signs = ellipses = alnum = newlines = dots = 0
     for position in range(len(codes)):
         code = codes[position]

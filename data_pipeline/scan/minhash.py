@@ -1,11 +1,11 @@
 """MinHash signatures (Broder 1997) of a text's word n-grams, in compiled code.
 
-Words are lower-cased runs of letters and digits and single CJK characters, without punctuation. Each of the hashes
-is an affine map modulo 2^64 of an n-gram's hash, of which the least is kept.
+Words are lower-cased runs of letters and digits, and single CJK characters, without punctuation. Each hash function is
+an affine map modulo 2^64 of an n-gram's hash; a signature holds the minimum of each function over all n-grams.
 
-Some texts have no n-grams, so that there is nothing to compare and they are like no other text: those of fewer words
-than an n-gram has, where every sign counts ("x = -1" and "x = 1" have the same words), and those that are signs in the
-main, such as emoji, frames or drawings beside a few words, whose words do not say what they are.
+Some texts are given no n-grams, so that they are a near-duplicate of no other text. These are texts with fewer words
+than an n-gram, in which punctuation matters ("x = -1" and "x = 1" have the same words), and texts that consist mainly
+of signs, such as emoji, frames or drawings beside a few words, since the words do not characterize them.
 """
 
 import unicodedata
@@ -18,24 +18,26 @@ from data_pipeline.scan.folding import ALONE, BLANK, CODE, LETTER, SHIFT, fold, 
 from data_pipeline.scan.scores import in_lower_case
 from data_pipeline.scan.words import BASE, FNV_OFFSET, FNV_PRIME, is_apostrophe, mix
 
-_BLOCK = 2048  # n-grams hashed at a time: 16 kB, which stay in the first cache
-_SIGNS_A_WORD = 4  # JSON without spaces has some three
+_BLOCK = 2048  # n-grams hashed at a time: 16 kB, which fit into the L1 cache
+_SIGNS_A_WORD = 4  # most signs per word of a text that gets n-grams; JSON without spaces has about three
 _HIGHEST = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 def signature(text: str, window: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """uint64 [hashes], the least `scale` * n-gram + `shift` over the text's n-grams of `window` words.
+    """Returns a text's signature, uint64 [hashes]: the minimum of `scale` * n-gram + `shift` over its n-grams.
 
-    Empty for a text without n-grams. `scale` is odd: then each hash is a permutation of the 64-bit numbers.
+    N-grams have `window` words. The signature is empty for a text without n-grams. `scale` and `shift` are uint64
+    [hashes]; `scale` has to be odd, which makes each hash function a permutation of the 64-bit numbers.
     """
     ngrams = shingles(text, window)
     return _least(ngrams, scale, shift) if len(ngrams) else np.zeros(0, np.uint64)
 
 
 def shingles(text: str, window: int) -> np.ndarray:
-    """uint64 [n-grams], a hash of each, in the text's order; none where there is nothing to compare.
+    """Returns the hashes of a text's n-grams of `window` words, uint64 [n-grams], in the text's order.
 
-    Texts that differ in case, white space and Unicode composition only have the same.
+    Texts that differ only in case, white space and Unicode composition get the same hashes. The result is empty for
+    texts with too few words or mainly signs (see the module's docstring).
     """
     text = unicodedata.normalize("NFC", text)
     hashes, signs = _word_hashes(codes_of(text if fold_alone(text) else in_lower_case(text)), folded())
@@ -46,8 +48,9 @@ def shingles(text: str, window: int) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _word_hashes(codes: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, int]:
-    """uint64 [words]: `Splitter.words` without the signs, and `span_hash` of each word's lower case, in one go; and how
-    many signs there are, a run of the same counted once.
+    """Returns (hash of each word in lower case, uint64 [words]; number of signs, a run of one sign counted once).
+
+    In one pass it gives the words of `Splitter.words` that are not signs, and their `span_hash`.
     """
     hashes = np.empty(len(codes), np.uint64)
     count = position = signs = 0
@@ -79,9 +82,10 @@ def _word_hashes(codes: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, int]
 
 @numba.njit(cache=True, nogil=True)
 def _ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
+    """Returns the hashes of all n-grams of `size` words, uint64 [words - size + 1]."""
     count = len(hashes)
     found = np.empty(count - size + 1, np.uint64)
-    # A rolling polynomial: the word that leaves is taken out times BASE ** size.
+    # A rolling polynomial hash: the word that leaves the window is subtracted, times BASE ** size.
     power, value = np.uint64(1), np.uint64(0)
     for word in range(size):
         value = value * BASE + hashes[word]
@@ -95,12 +99,13 @@ def _ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _least(shingles: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Returns the minimum of each hash function over all n-grams, uint64 [hashes]."""
     lowest = np.full(len(scale), _HIGHEST, np.uint64)
     for first in range(0, len(shingles), _BLOCK):
         block = shingles[first : first + _BLOCK]
         for number in range(len(scale)):
             least, factor, term = lowest[number], scale[number], shift[number]
-            for position in range(len(block)):  # so written, it is compiled to vector instructions
+            for position in range(len(block)):  # in this form it is compiled to vector instructions
                 value = factor * block[position] + term
                 least = value if value < least else least
             lowest[number] = least
@@ -109,7 +114,7 @@ def _least(shingles: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.nda
 
 @numba.njit(cache=True, nogil=True)
 def band_keys(signature: np.ndarray, bands: int) -> np.ndarray:
-    """uint64 [bands], a hash of each band's rows; equal rows of different bands have different keys."""
+    """Returns a hash of each band of a signature, uint64 [bands]; equal rows in different bands get different keys."""
     rows = len(signature) // bands
     keys = np.empty(bands, np.uint64)
     for band in range(bands):

@@ -1,10 +1,10 @@
-"""How much of a text repeats itself: equal lines, paragraphs and n-grams, counted by their hashes.
+"""Measures of repetition in a text: equal lines, paragraphs and n-grams, counted by their hashes.
 
-Gopher's measures (Rae et al. 2021, arXiv 2112.11446, table A1) in datatrove's reading: the most frequent
-2-, 3- and 4-gram by the characters it covers, inner spaces included and the earliest winning a tie; repeated
-5- to 10-grams by the characters of words covered by n-grams met before, left to right, no word counted twice.
-An n-gram that is repeated starts with an (n-1)-gram that is repeated, so each size looks only at what the
-size before left over. Words are never joined: "ab c" is not "a bc".
+The measures are Gopher's (Rae et al. 2021, arXiv 2112.11446, table A1) as datatrove computes them. For 2-, 3- and
+4-grams: the characters covered by the most frequent one, with the spaces inside; of equally frequent ones the earliest
+counts. For 5- to 10-grams: the characters of the words covered by n-grams that occurred before, from left to right, no
+word counted twice. A repeated n-gram begins with a repeated (n-1)-gram, so each size looks only at the candidates that
+the size before has left. Word boundaries count: "ab c" differs from "a bc".
 """
 
 import numba
@@ -15,7 +15,7 @@ from data_pipeline.scan.words import BASE, mix
 
 @numba.njit(cache=True, nogil=True)
 def repeated_spans(hashes: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
-    """(how many spans are equal to an earlier one, their characters)."""
+    """Returns (number of spans equal to an earlier one, characters of these), by hashes and lengths of the spans."""
     mask = _mask(len(hashes))
     keys, used = np.empty(mask + 1, np.uint64), np.zeros(mask + 1, np.bool_)
     spans = characters = 0
@@ -35,11 +35,13 @@ def repeated_spans(hashes: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
 def ngram_scores(
     hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, tops: int, separator: int
 ) -> np.ndarray:
-    """int64 [sizes]: characters of the most frequent n-gram for the first `tops` sizes, of repeated n-grams for
-    the others. `sizes` ascend; `separator` is the width of what joins two words.
+    """Returns, for each n-gram size, the characters that repetition covers, int64 [sizes].
+
+    For the first `tops` sizes these are the characters of all occurrences of the most frequent n-gram, for the others
+    those of repeated n-grams. `sizes` ascend; `separator` is the number of characters between two words.
     """
     words = len(hashes)
-    before = np.empty(words + 1, np.int64)  # characters of the words before each
+    before = np.empty(words + 1, np.int64)  # before[n]: characters of the first n words
     before[0] = 0
     for word in range(words):
         before[word + 1] = before[word] + ends[word] - starts[word]
@@ -72,7 +74,7 @@ def ngram_scores(
 
 @numba.njit(cache=True, nogil=True)
 def _mask(entries: int) -> int:
-    """Slots of an open table for so many entries, less one: a power of two, at most half full."""
+    """Returns the number of slots of a hash table for `entries`, minus one; a power of two slots, at most half full."""
     slots = 16
     while slots < 2 * entries:
         slots *= 2
@@ -83,9 +85,9 @@ def _mask(entries: int) -> int:
 def _lengthen(
     grams: np.ndarray, positions: np.ndarray, hashes: np.ndarray, size: int, wanted: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams at `positions`, from `size` words to `wanted`; those that the text ends in go.
+    """Extends the n-grams at `positions` from `size` to `wanted` words; drops those beyond the end of the text.
 
-    A polynomial in the words' hashes modulo 2^64.
+    An n-gram's hash is a polynomial in its words' hashes, modulo 2^64. The arrays are changed in place.
     """
     kept = 0
     for candidate in range(len(positions)):
@@ -102,9 +104,9 @@ def _lengthen(
 
 @numba.njit(cache=True, nogil=True)
 def _count(grams: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(how often each candidate's n-gram occurs, where it does first), int64 [candidates]."""
+    """Returns (occurrences of each candidate's n-gram, position of the first one), each int64 [candidates]."""
     mask = np.uint64(_mask(len(grams)))
-    slots = np.full(mask + np.uint64(1), -1, np.int32)  # a slot's first candidate
+    slots = np.full(mask + np.uint64(1), -1, np.int32)  # the first candidate of the n-gram in each slot
     owner, tally = np.empty(len(grams), np.int32), np.zeros(len(grams), np.int32)
     for candidate in range(len(grams)):
         slot = mix(grams[candidate]) & mask
@@ -122,7 +124,10 @@ def _count(grams: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @numba.njit(cache=True, nogil=True)
 def _covered(grams: np.ndarray, positions: np.ndarray, counts: np.ndarray, before: np.ndarray, size: int) -> int:
-    """Characters of words in n-grams that were met before. Skipped over, an n-gram is not met."""
+    """Returns the characters of words covered by n-grams that occurred before.
+
+    After a covered n-gram the scan goes on behind it; the n-grams that it skips do not count as occurrences.
+    """
     mask = np.uint64(_mask(len(grams)))
     keys, used = np.empty(mask + np.uint64(1), np.uint64), np.zeros(mask + np.uint64(1), np.bool_)
     total = free_from = 0

@@ -1,9 +1,9 @@
-"""Rules that drop lines of web pages, and what they say of the whole page: C4's and RefinedWeb's.
+"""Rules of C4 and RefinedWeb that drop lines of web pages, and the page scores that follow from them.
 
-C4 (Raffel et al. 2020, arXiv 1910.10683) in the forms of its implementations: which of them is a `C4Rules`.
-RefinedWeb (Penedo et al. 2023, arXiv 2306.01116, appendix G.2) in DCLM's form (Li et al. 2024, arXiv
-2406.11794). A line gets the first reason that applies to it. Sentences are ended by . ? ! … or their CJK forms
-before white space or the line's end; abbreviations are not known.
+C4 (Raffel et al. 2020, arXiv 1910.10683) exists in several implementations; each is a `C4Rules`. RefinedWeb (Penedo et
+al. 2023, arXiv 2306.01116, appendix G.2) is implemented as in DCLM (Li et al. 2024, arXiv 2406.11794). A dropped line
+gets the first reason that applies. A sentence ends with . ? ! … before white space or the line's end, or with the CJK
+form of one of them; abbreviations are not recognized.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from data_pipeline.scan.words import span_hash, word_hash
 
 
 class Phrase(IntEnum):
-    """What `scan` looks for in the lower-cased text on behalf of these rules."""
+    """Kind of a phrase that `Scanner` searches for in the lower-cased text, for use by these rules."""
 
     lorem_ipsum = 0
     javascript = 1
@@ -44,7 +44,7 @@ PHRASES: tuple[tuple[str, Phrase], ...] = (
 
 
 class LineDrop(IntEnum):
-    """Why a line goes; 0 stays."""
+    """Reason why a line is dropped; 0 means it is kept."""
 
     kept = 0
     long_word = 1
@@ -61,13 +61,13 @@ class LineDrop(IntEnum):
 
 @dataclass(frozen=True)
 class C4Rules:
-    """One published form of C4's line rules."""
+    """Settings of one published implementation of C4's line rules."""
 
     min_words: int
-    end_marks: str  # of a line that stays; empty: any
-    policy: bool  # lines with cookie and privacy phrases go
-    citations: bool  # "[1]", "[edit]" and "[citation needed]" are taken out before a line's end is looked at
-    page_bracket: bool  # "{" anywhere counts, not only in lines that got so far
+    end_marks: str  # characters in one of which a line must end to be kept; empty: any
+    policy: bool  # whether lines with cookie and privacy phrases are dropped
+    citations: bool  # whether "[1]", "[edit]" and "[citation needed]" at a line's end are ignored
+    page_bracket: bool  # whether "{" and lorem ipsum count anywhere on the page, not only in lines kept so far
     max_word_length: int = 1000
 
 
@@ -77,7 +77,7 @@ C4_RULES = {
     "datatrove": C4Rules(3, ".?!\"'", policy=True, citations=True, page_bracket=False),
     "fineweb": C4Rules(3, "", policy=True, citations=True, page_bracket=False),
 }
-# As hashes: strings in compiled code cost seconds to compile.
+# Words are compared by hash, since compiling code with strings takes seconds.
 _CITATIONS = np.array([word_hash(word) for word in ("edit", "citation needed")], np.uint64)
 _COUNTED = np.array(
     [
@@ -105,10 +105,12 @@ def c4_lines(
     policy: bool,
     citations: bool,
 ) -> tuple[np.ndarray, int, bool, bool]:
-    """(LineDrop of each line uint8, sentences of the lines that stay, lorem ipsum, a curly bracket).
+    """Applies C4's rules to all lines.
 
-    The last two are of lines that passed the rules before. `hits` is int64 [n, 2], position and Phrase, by position;
-    `marks` uint32, the ends a line may have, empty for any.
+    Returns (LineDrop of each line, uint8 [lines]; sentences in kept lines; whether there is "lorem ipsum"; whether
+    there is a curly bracket). The last two look only at lines that the rules checked before them have kept. `hits` is
+    int64 [n, 2], position and Phrase, sorted by position; `marks` is uint32, the characters in which a line may end,
+    empty for any.
     """
     drops = np.zeros(len(starts), np.uint8)
     sentences, lorem, curly, hit = 0, False, False, 0
@@ -152,7 +154,7 @@ def refinedweb_lines(
     ends: np.ndarray,
     hits: np.ndarray,
 ) -> tuple[np.ndarray, int, int]:
-    """(LineDrop of each line uint8, words in lines that go, words in all)."""
+    """Applies RefinedWeb's rules; returns (LineDrop of each line, uint8 [lines]; words in dropped lines; all words)."""
     drops = np.zeros(len(starts), np.uint8)
     gone = total = hit = 0
     for line in range(len(starts)):
@@ -173,7 +175,7 @@ def refinedweb_lines(
             upper += (kinds[position] & UPPER) != 0
             digits += (kinds[position] & DIGIT) != 0
             letters += (kinds[position] & ALPHA) != 0
-        cjk = (kinds[start] & CJK) != 0  # such a line may well have no space in it
+        cjk = (kinds[start] & CJK) != 0  # a line in such a script often has no space in it
         if 2 * upper > end - start:
             drops[line] = 6
         elif digits and not letters:
@@ -191,7 +193,7 @@ def refinedweb_lines(
 
 @numba.njit(cache=True, nogil=True)
 def _words(kinds: np.ndarray, start: int, end: int) -> tuple[int, int]:
-    """(pieces between white space, the longest one's characters)."""
+    """Returns (number of pieces between white space, characters of the longest one)."""
     words = longest = run = 0
     for position in range(start, end):
         run = 0 if kinds[position] & SPACE else run + 1
@@ -212,7 +214,7 @@ def _ends_with(codes: np.ndarray, start: int, end: int, marks: np.ndarray) -> bo
 
 @numba.njit(cache=True, nogil=True)
 def _before_citations(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> int:
-    """Where the line ends without "[12]", "[edit]" and "[citation needed]" at its end."""
+    """Returns the end of a line without "[12]", "[edit]" and "[citation needed]" at its end."""
     while end > start and codes[end - 1] == _CLOSE:
         position = end - 2
         while position >= start and codes[position] != _OPEN and end - position <= 18:
@@ -246,14 +248,14 @@ def _is_end(code: np.uint32) -> bool:
 
 @numba.njit(cache=True, nogil=True)
 def _sentences(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> int:
-    """Sentences of a line; what follows the last end mark is one too."""
+    """Counts the sentences of a line; words after the last end mark count as one too."""
     count, inside = 0, False
     for position in range(start, end):
         code = codes[position]
         if inside and _is_end(code) and (position + 1 == end or not _is_end(codes[position + 1])):
             after = position + 1
             while after < end and codes[after] in (0x22, 0x27, 0x29, 0x5D, 0x201D, 0x2019, 0x300D, 0x300F):
-                after += 1  # closing quotes and brackets belong to it
+                after += 1  # closing quotes and brackets belong to the sentence
             if after == end or kinds[after] & SPACE or code >= 0x3000:
                 count += 1
                 inside = False
@@ -265,7 +267,7 @@ def _sentences(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> in
 
 @numba.njit(cache=True, nogil=True)
 def _counter(kinds: np.ndarray, lowered: np.ndarray, start: int, end: int) -> bool:
-    """Whether the line is but a number and what it counts: "3 likes", "1.2k views"."""
+    """Whether a line is only a number and the thing it counts, such as "3 likes" or "1.2k views"."""
     position = start
     while position < end and not kinds[position] & WORD:
         position += 1

@@ -1,1 +1,1 @@
-"""What is measured of a document, by rule or model, and the thresholds on it."""
+"""The score and filter stages: scores of each document, computed by rules or models, and thresholds on them."""

@@ -1,10 +1,11 @@
-"""A quality classifier over words and word pairs, linear as the one of DCLM (arXiv 2406.11794, section 4.4).
+"""A linear quality classifier over words and word pairs, like that of DCLM (arXiv 2406.11794, section 4.4).
 
 `trivium data train-classifier GOOD... --bad BAD... --out MODEL` trains one from examples: logistic regression over
 hashed n-grams by AdaGrad (Duchi et al. 2011), in one thread and a fixed order, so that the same examples give the same
-bytes. fastText 0.9.2 itself cannot promise that: with one thread it leaves nine tenths of its vectors as it finds them
-in memory. Models that fastText has trained are taken as well, and shown text as DCLM shows it. Beside the model stands
-MODEL.json: settings, counts, SHA-256 and what the held-out examples say. A search for settings is left out.
+bytes. fastText 0.9.2 itself does not guarantee that: with one thread it leaves nine tenths of its vectors
+uninitialized. Models that fastText has trained can be used as well; they get the text in the form in which DCLM gives
+it. MODEL.json beside the model holds settings, counts, SHA-256 and the measures on held-out examples. There is no
+search for the best settings.
 """
 
 import hashlib
@@ -32,15 +33,15 @@ from data_pipeline.scan.words import Splitter, mix
 from data_pipeline.scores.ngram_models import words_of
 
 GOOD, BAD = "good", "bad"
-LABEL = "__label__"  # of fastText
-MIN_EXAMPLES = 100  # of each class; a tenth of them, held out, still says something
-_FASTTEXT = (793712314).to_bytes(4, "little")  # what a fastText model begins with
+LABEL = "__label__"  # prefix of labels in fastText models
+MIN_EXAMPLES = 100  # least number per class, of which a tenth, held out, still gives a rough measure
+_FASTTEXT = (793712314).to_bytes(4, "little")  # first bytes of a fastText model
 _PAIR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @numba.njit(cache=True, nogil=True)
 def _features(words: np.ndarray, slots: int, ngrams: int) -> np.ndarray:
-    """int32, the slot of each n-gram of 1 to `ngrams` words."""
+    """Returns the slot of each n-gram of 1 to `ngrams` words, int32 [n-grams]; `words` are hashes."""
     found = np.empty(len(words) * ngrams, np.int32)
     size = 0
     for start in range(len(words)):
@@ -54,7 +55,7 @@ def _features(words: np.ndarray, slots: int, ngrams: int) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _probability(features: np.ndarray, weights: np.ndarray) -> float:
-    """Of the label good; the last weight is the bias."""
+    """Returns the probability of the label "good"; the last weight is the bias."""
     total = 0.0
     for slot in features:
         total += weights[slot]
@@ -65,7 +66,10 @@ def _probability(features: np.ndarray, weights: np.ndarray) -> float:
 def _fit(
     features: np.ndarray, ends: np.ndarray, labels: np.ndarray, epochs: int, rate: float, weights: np.ndarray
 ) -> None:
-    """AdaGrad over the examples in their order; example n is features[ends[n - 1]:ends[n]]."""
+    """Fits `weights`, in place, by AdaGrad over the examples in their order.
+
+    Example n has the features `features[ends[n - 1]:ends[n]]` and the label `labels[n]`, 1 for good and 0 for bad.
+    """
     squares = np.full(len(weights), 1e-8, np.float32)
     for _ in range(epochs):
         for example in range(len(labels)):
@@ -80,7 +84,7 @@ def _fit(
 
 
 class LinearClassifier:
-    """text -> probability of the label good."""
+    """Function of a text that returns the probability of the label "good"."""
 
     def __init__(self, weights: np.ndarray, ngrams: int) -> None:
         self.weights, self.ngrams = weights, ngrams
@@ -89,23 +93,27 @@ class LinearClassifier:
         return float(_probability(self.features(text), self.weights))
 
     def features(self, text: str) -> np.ndarray:
+        """Returns the slots of the text's n-grams, int32 [n-grams]."""
         words, _ = words_of(text, Splitter.words, True)
         return _features(words, len(self.weights) - 1, self.ngrams)
 
 
 class FastTextClassifier:
-    """text -> probability of `label`; lines are joined, as DCLM does."""
+    """Function of a text that returns the probability of `label` under a fastText model; lines are joined, as in DCLM.
+
+    The constructor raises ValueError for a file that is not a fastText model, or a model without that label.
+    """
 
     def __init__(self, path: Path, label: str) -> None:
         try:
             self._model = fasttext.load_model(str(path))
         except (ValueError, RuntimeError, MemoryError) as error:
-            raise ValueError(f"scores.classifier = {str(path)!r} is no fastText model: {error}") from None
+            raise ValueError(f"scores.classifier = {str(path)!r} is not a fastText model: {error}") from None
         self._label = LABEL + label
         known = [name for name, _ in zip(*self._model.predict("a", k=-1, threshold=-1.0), strict=True)]
         if self._label not in known:
             names = ", ".join(sorted(name.removeprefix(LABEL) for name in known))
-            raise ValueError(f"scores.classifier_label = {label!r} is no label of {path}, which has {names[:200]}")
+            raise ValueError(f"scores.classifier_label = {label!r} is not a label of {path}, which has {names[:200]}")
 
     def __call__(self, text: str) -> float:
         labels, scores = self._model.predict(" ".join(text.strip().splitlines()), k=-1, threshold=-1.0)
@@ -113,7 +121,7 @@ class FastTextClassifier:
 
 
 def load(path: Path, label: str = GOOD) -> LinearClassifier | FastTextClassifier:
-    """Errors: ValueError for what is no model, or a model without `label`."""
+    """Reads a model of this module or of fastText; raises ValueError if it is neither or has no label `label`."""
     manifest_of(path)
     with path.open("rb") as file:
         if file.read(4) == _FASTTEXT:
@@ -127,36 +135,47 @@ def load(path: Path, label: str = GOOD) -> LinearClassifier | FastTextClassifier
             f"scores.classifier = {str(path)!r} is neither a model of trivium data train-classifier nor fastText's"
         ) from None
     if label != GOOD:
-        raise ValueError(f"scores.classifier_label = {label!r} is no label of {path}, whose score is of {GOOD}")
+        raise ValueError(f"scores.classifier_label = {label!r} is not a label of {path}, which has only {GOOD!r}")
     return LinearClassifier(weights, ngrams)
 
 
 def manifest_path(model: Path) -> Path:
+    """Path of the manifest beside a model: MODEL.json."""
     return model.with_name(model.name + ".json")
 
 
 def manifest_of(model: Path) -> dict[str, Any]:
-    """What stands beside a model; empty beside one of others. Errors: ValueError when it is about another file."""
+    """Reads the manifest beside a model; {} if there is none.
+
+    Raises ValueError if the manifest's SHA-256 is that of another file.
+    """
     path = manifest_path(model)
     if not path.is_file():
         return {}
     about = json.loads(path.read_text(encoding="utf-8"))
     with model.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != about.get("sha256"):
-            raise ValueError(f"{path} is about another file than {model}; train the classifier again, or remove it")
+            raise ValueError(
+                f"{path} describes another file than {model}, by its SHA-256; train the classifier again, or remove "
+                f"{path.name}"
+            )
     return dict(about)
 
 
 @dataclass
 class LabelledTexts:
-    """Texts of both classes, each text once, in the order of the files; `counts` says what was left out."""
+    """Texts by class, each text once, in the order of the files; `counts` says how many were left out, and why."""
 
     lines: dict[str, list[str]]
     counts: dict[str, int]
 
 
 def collect(good: Sequence[str], bad: Sequence[str], text_key: str, max_chars: int) -> LabelledTexts:
-    """The first `max_chars` characters of each record. Errors: ConfigError for a pattern that leads to nothing."""
+    """Reads the examples: the first `max_chars` characters of each record.
+
+    Unusable and repeated texts are left out, and texts that occur in both classes. Raises ConfigError for a pattern
+    that matches no file.
+    """
     seen: dict[str, set[str]] = {GOOD: set(), BAD: set()}
     lines: dict[str, list[str]] = {GOOD: [], BAD: []}
     counts = {"unusable": 0, "repeated": 0, "in_both": 0}
@@ -192,19 +211,19 @@ def _texts(label: str, patterns: Sequence[str], text_key: str, counts: dict[str,
 
 
 def train(examples: LabelledTexts, out: Path, share: float, settings: dict[str, Any]) -> dict[str, Any]:
-    """Trains on all but a `share` of each class, publishes the model and what stands beside it, which is returned.
+    """Trains on all examples but a held-out `share` of each class, writes model and manifest, and returns the manifest.
 
-    Errors: ConfigError for fewer than MIN_EXAMPLES of a class.
+    Raises ConfigError if a class has fewer than MIN_EXAMPLES examples.
     """
     held: dict[str, list[str]] = {}
     rest: list[tuple[float, str, str]] = []
     for label, lines in examples.lines.items():
         if len(lines) < MIN_EXAMPLES:
             raise ConfigError(
-                f"{len(lines)} {label} examples are too few, {MIN_EXAMPLES} different ones are the least; "
-                f"left out: {_said(examples.counts)}"
+                f"{len(lines)} {label} examples are too few; give at least {MIN_EXAMPLES} different ones "
+                f"(left out: {_listed(examples.counts)})"
             )
-        # The index of an example in its class's drawn order: held out or not, and when it is trained on.
+        # A number drawn for each example decides whether it is held out, and the order of training.
         drawn = sorted((draw(settings["seed"], line), line) for line in lines)
         count = max(1, round(share * len(drawn)))
         held[label] = [line for _, line in drawn[:count]]
@@ -224,13 +243,13 @@ def train(examples: LabelledTexts, out: Path, share: float, settings: dict[str, 
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     write_atomic(out, content)
-    # A kill between the two leaves an old one beside a new model, which `manifest_of` finds out.
+    # A kill between the two writes leaves an old manifest beside the new model, which `manifest_of` detects.
     write_atomic(manifest_path(out), (json.dumps(about, indent=1) + "\n").encode())
     return about
 
 
 def measure(model: Callable[[str], float], held: dict[str, list[str]]) -> dict[str, float]:
-    """Accuracy over all held-out examples, precision and recall of the label good."""
+    """Measures a model on held-out examples: their numbers, accuracy, and precision and recall of the label "good"."""
     said = {label: [model(line) >= 0.5 for line in lines] for label, lines in held.items()}
     hits, false, missed = sum(said[GOOD]), sum(said[BAD]), said[GOOD].count(False)
     return {
@@ -242,27 +261,27 @@ def measure(model: Callable[[str], float], held: dict[str, list[str]]) -> dict[s
     }
 
 
-def _said(counts: dict[str, int]) -> str:
+def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = command_parser(
         "trivium data train-classifier",
-        "A quality classifier from good and bad examples, for scores.classifier of a data config.",
+        "Trains a quality classifier from good and bad examples, for scores.classifier of a data config.",
         "trivium data train-classifier good/*.jsonl.gz --bad bad.jsonl.zst more_bad/ --out runs/quality.safetensors",
     )
     parser.add_argument("good", metavar="GOOD", nargs="+", help="files of good examples: .jsonl(.gz|.zst), or text")
     parser.add_argument("--bad", metavar="BAD", nargs="+", required=True, help="files of bad examples")
-    parser.add_argument("--out", metavar="MODEL", required=True, help="where the model goes; MODEL.json beside it")
-    parser.add_argument("--text-key", default="text", help="of JSON lines (default text)")
-    parser.add_argument("--max-chars", type=int, default=20_000, help="of an example (default 20000)")
+    parser.add_argument("--out", metavar="MODEL", required=True, help="file for the model; MODEL.json goes beside it")
+    parser.add_argument("--text-key", default="text", help="key of the text in JSON lines (default text)")
+    parser.add_argument("--max-chars", type=int, default=20_000, help="characters used per example (default 20000)")
     parser.add_argument("--heldout", type=float, default=0.1, help="share of each class to measure on (default 0.1)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--epochs", type=int, default=5, help="default 5")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the held-out draw and the order (default 0)")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the examples (default 5)")
     parser.add_argument("--rate", type=float, default=0.05, help="learning rate (default 0.05)")
-    parser.add_argument("--word-ngrams", type=int, default=2, help="default 2")
-    parser.add_argument("--slots", type=int, default=1 << 20, help="for hashed n-grams, 4 bytes each (default 1048576)")
+    parser.add_argument("--word-ngrams", type=int, default=2, help="longest n-gram, in words (default 2)")
+    parser.add_argument("--slots", type=int, default=1 << 20, help="weights of n-grams, 4 bytes each (default 1048576)")
     args = parser.parse_args(argv)
     for name, low, high in (
         ("max_chars", 1, 10**9), ("heldout", 1e-6, 0.5), ("epochs", 1, 10_000), ("rate", 1e-9, 100),
@@ -288,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {out} could not be written: {error.strerror}", file=sys.stderr)
         return 1
     found = about["heldout"]
-    print(f"examples: {_said(about['examples'])}; left out: {_said(about['left_out'])}")
+    print(f"examples: {_listed(about['examples'])}; left out: {_listed(about['left_out'])}")
     print(
         f"held out ({found['good']} good, {found['bad']} bad): accuracy {found['accuracy']:.3f}, "
         f"precision {found['precision']:.3f}, recall {found['recall']:.3f}"

@@ -1,7 +1,7 @@
-"""Thresholds on scores: the verdict on each document, from its row of scores alone.
+"""Filter of documents by thresholds on their scores, which gives each a verdict: "" or the reason for dropping it.
 
-Text is not read here, so that a changed threshold costs seconds. The reason for a drop is the first rule
-broken, in the order of `RuleSet`'s fields: `<score>_min` or `<score>_max`.
+The filter reads only score tables and no text, so that applying a changed threshold takes seconds. The reason is
+`<score>_min` or `<score>_max`, of the first rule that is broken in the order of `RuleSet`'s fields.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ from data_pipeline.core.tables import KEYS, read_table, write_samples, write_tab
 
 
 def verdict(values: Mapping[str, Any], rules: RuleSet) -> str:
-    """The reason why `rules` drop a document with these scores; "" when they keep it.
+    """Returns the reason why `rules` drop a document with these scores, or "" if they keep it.
 
-    Unknown scores are skipped.
+    Bounds on scores that `values` lacks are skipped.
     """
     for name, bound in rules.bounds().items():
         if name not in values:
@@ -35,9 +35,9 @@ def verdict(values: Mapping[str, Any], rules: RuleSet) -> str:
 
 
 def broken(table: pa.Table, rules: Mapping[str, RuleSet]) -> dict[str, np.ndarray]:
-    """Reason -> bool [rows], every rule that a row of scores breaks, in the order in which rules are tried.
+    """Returns {reason: bool [rows], whether the row breaks that rule}, in the order in which rules are tried.
 
-    `rules` are by name; the column `rules` names each row's.
+    `rules` are rule sets by name; the table's column `rules` names the rule set of each row.
     """
     named = np.array(table["rules"].to_pylist(), dtype=object)
     bounds = {set_name: one.bounds() for set_name, one in rules.items()}
@@ -59,15 +59,15 @@ def broken(table: pa.Table, rules: Mapping[str, RuleSet]) -> dict[str, np.ndarra
 
 
 def verdicts(table: pa.Table, rules: Mapping[str, RuleSet]) -> np.ndarray:
-    """object [rows], what `verdict` says of each row of scores."""
-    said = np.full(table.num_rows, "", dtype=object)
+    """Returns the verdict on each row of scores, as `verdict` gives it: strings, object [rows]."""
+    found = np.full(table.num_rows, "", dtype=object)
     for reason, rows in broken(table, rules).items():
-        said[rows & (said == "")] = reason
-    return said
+        found[rows & (found == "")] = reason
+    return found
 
 
 class ApplyRules(PipelineStep):
-    """Reads the score tables of its shards, writes verdict tables and samples of what was dropped."""
+    """Reads the score tables of this task's shards, and writes verdict tables and samples of dropped documents."""
 
     name = "Rules"
     type = "🔻 - FILTER"
@@ -97,11 +97,11 @@ class ApplyRules(PipelineStep):
             for source, size in zip(table["source"].to_pylist(), table["bytes"].to_pylist(), strict=True):
                 tally.came_in(source, size)
                 progress.advance(size)
-            said = verdicts(table, self.rules)
+            found = verdicts(table, self.rules)
             judged = table.set_column(
-                table.schema.get_field_index("verdict"), "verdict", pa.array(said.tolist(), pa.string())
+                table.schema.get_field_index("verdict"), "verdict", pa.array(found.tolist(), pa.string())
             )
-            dropped.extend(self._sample(row) for row in judged.filter(pa.array(said != "")).to_pylist())
+            dropped.extend(self._sample(row) for row in judged.filter(pa.array(found != "")).to_pylist())
             write_table(self.folder, shard, judged.select([*KEYS, "chars", "quality", "head", "verdict"]))
         write_samples(self.folder, dropped)
         tally.save(Path(self.tallies) / f"in-{rank:05d}.json")

@@ -1,7 +1,7 @@
-"""The scores that need a model, for the documents that the models are for.
+"""Scores that need a model, computed for documents in the configured languages.
 
-Which models there are is `configs.scores`; what they compute is in `classifier` and `ngram_models`. A document of
-another language has NaN, which breaks no rule. A process that works on many tasks reads its models once.
+`configs.scores` says which models there can be; `classifier` and `ngram_models` compute their scores. A document in a
+language that is not configured gets NaN, which breaks no rule. A process reads its models once for all its tasks.
 """
 
 import functools
@@ -19,7 +19,7 @@ MODEL_SCORES = tuple(MODEL_OF)
 
 
 def model_files(config: ScoresConfig) -> list[Path]:
-    """The files that decide the scores. Errors: ConfigError for a model that is not there."""
+    """Returns the files on which the scores depend; raises ConfigError for a model that does not exist."""
     files = []
     for key, name in config.paths().items():
         path = Path(name)
@@ -32,10 +32,10 @@ def model_files(config: ScoresConfig) -> list[Path]:
 
 
 def kept_model_scores(config: ScoresConfig) -> "ModelScores":
-    """The models of `config`, read anew only when one of their files is another than at the last call.
+    """Returns the models of `config`, which are read again only if one of their files has changed since the last call.
 
-    One set is held at a time, by this process alone, and nothing in it changes: which documents it has seen before, and
-    for which task, decides no score.
+    Each process holds one set of models at a time. Models have no state, so that scores do not depend on the documents
+    or tasks before.
     """
     return _kept(config, tuple((path, mark(path)) for path in model_files(config)))
 
@@ -46,7 +46,7 @@ def _kept(config: ScoresConfig, versions: tuple[tuple[Path, Mark], ...]) -> "Mod
 
 
 class ModelScores:
-    """(text, language) -> the scores whose models are configured, in the order of MODEL_SCORES."""
+    """Function of (text, language) that returns the scores of all configured models, in the order of MODEL_SCORES."""
 
     def __init__(self, config: ScoresConfig) -> None:
         splitter, lower = Splitter[config.splitter], config.lower_case

@@ -1,8 +1,8 @@
-"""How likely a text's words are under an n-gram model: perplexity (ARPA), and unigram log-probability (frequencies).
+"""N-gram language models: perplexity of a text (ARPA files) and its mean unigram log-probability (word counts).
 
-Both are read from text into an open-addressing table of 64-bit n-gram hashes, as in KenLM's probing model (Heafield
-2011), which ignores collisions as well, and looked up in compiled code. KenLM's binary files and quantised models are
-left out, and so is estimating a model: `lmplz --arpa` does that.
+Both kinds of files are read into a hash table with open addressing, keyed by 64-bit hashes of n-grams; hash collisions
+are ignored, as in KenLM's probing model (Heafield 2011). Look-ups are compiled. KenLM's binary files and quantised
+models are not supported, and models are not estimated here: `lmplz --arpa` does that.
 """
 
 import gzip
@@ -21,7 +21,7 @@ from data_pipeline.scan.characters import codes_of, kinds_of
 from data_pipeline.scan.scores import in_lower_case
 from data_pipeline.scan.words import BASE, Splitter, describe, mix, split, word_hash
 
-UNSEEN = 1e-9  # frequency of a word that a unigram table does not have, as in datatrove
+UNSEEN = 1e-9  # probability of a word that is not in a unigram table, as in datatrove
 _NO_UNK = -100.0  # log10 probability of an unknown word where an ARPA file has no <unk>, as in KenLM
 _UNK = b"<unk>"
 _HEADER_LINES = 1_000
@@ -30,7 +30,10 @@ _NEWLINE = 10
 
 @dataclass(frozen=True)
 class LogprobTable:
-    """Slot -> n-gram of any order: `keys` uint64 (0 is free), `logprobs` and `backoffs` float32, log10."""
+    """Hash table of n-grams of all orders, one per slot.
+
+    `keys` are uint64, 0 for a free slot; `logprobs` and `backoffs` are float32, in log10.
+    """
 
     keys: np.ndarray
     logprobs: np.ndarray
@@ -38,24 +41,24 @@ class LogprobTable:
 
     @classmethod
     def of_size(cls, size: int) -> "LogprobTable":
-        """Empty, for `size` n-grams: a power of two of slots, at most half of which will be taken."""
+        """Returns an empty table for `size` n-grams, which will fill at most half of its slots, a power of two."""
         slots = 1 << max(4, (2 * size).bit_length())
         return cls(np.zeros(slots, np.uint64), np.zeros(slots, np.float32), np.zeros(slots, np.float32))
 
     def add(self, hashes: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, backoffs: np.ndarray) -> None:
-        """`ids` int32 [n-grams, order] index `hashes`, uint64."""
+        """Adds n-grams of one order. `ids`, int32 [n-grams, order], index `hashes`, uint64 [words]."""
         _fill(self.keys, self.logprobs, self.backoffs, hashes, ids, logprobs, backoffs)
 
 
 @numba.njit(cache=True, nogil=True)
 def longer(key: np.uint64, word: np.uint64) -> np.uint64:
-    """The key of an n-gram with one more word at its left. A word's own key is `longer(0, its hash)`."""
+    """Returns the key of an n-gram extended by one word at its left; a single word's key is `longer(0, its hash)`."""
     return mix(key * BASE + word) | np.uint64(1)  # never 0, which is a free slot
 
 
 @numba.njit(cache=True, nogil=True)
 def _slot(keys: np.ndarray, key: np.uint64) -> int:
-    """Where `key` is, or the free slot at which it would be."""
+    """Returns the slot of `key`, or the free slot at which it would be stored."""
     mask = np.uint64(len(keys) - 1)
     index = (key >> np.uint64(1)) & mask
     while keys[index] != 0 and keys[index] != key:
@@ -82,7 +85,7 @@ def _fill(
 
 
 def words_of(text: str, splitter: Splitter, lower: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes uint64 [words], whether the word is the first of its line bool [words])."""
+    """Returns (hashes of the words, uint64 [words]; whether each is the first of its line, bool [words])."""
     codes = codes_of(in_lower_case(text) if lower else text)
     kinds = kinds_of(codes)
     starts, ends = split(codes, kinds, int(splitter))
@@ -101,10 +104,10 @@ def _firsts(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarr
 
 
 class Unigrams:
-    """Mean log10 probability of a text's words; a word that the table has not counts as `UNSEEN`.
+    """Function of a text that returns the mean log10 probability of its words, by a table of word counts.
 
-    After peS2o (Soldaini and Lo 2023) and datatrove's UnigramLogProbFilter, whose natural logarithm is 2.3026 times
-    this one.
+    Words that are not in the table have the probability `UNSEEN`. The score is that of peS2o (Soldaini and Lo 2023) and
+    of datatrove's UnigramLogProbFilter, which uses the natural logarithm and so gives 2.3026 times this value.
     """
 
     def __init__(self, path: Path, splitter: Splitter = Splitter.words, lower: bool = True) -> None:
@@ -118,7 +121,7 @@ class Unigrams:
         self._table.add(hashes, ids, probabilities, np.zeros(len(hashes), np.float32))
 
     def __call__(self, text: str) -> float:
-        """0 for a text without words, as in datatrove."""
+        """Returns the score; 0 for a text without words, as in datatrove."""
         hashes, _ = words_of(text, self._splitter, self._lower)
         if not len(hashes):
             return 0.0
@@ -135,14 +138,17 @@ def _unigram_sum(hashes: np.ndarray, keys: np.ndarray, logprobs: np.ndarray, uns
 
 
 def _frequencies(path: Path, lower: bool) -> dict[str, float]:
-    """Word -> count, above 0. Errors: ValueError that names the line."""
+    """Reads {word: count} from JSON or lines of word, tab, count; raises ValueError that names the bad entry.
+
+    Counts are above 0; with `lower`, words are lower-cased and the counts of equal ones are summed.
+    """
     counts: dict[str, float] = {}
     with io.TextIOWrapper(_bytes(path), encoding="utf-8", errors="replace", newline="\n") as lines:
         if ".json" in path.suffixes:
             try:
                 pairs = list(json.load(lines).items())
             except (ValueError, AttributeError):
-                raise ValueError(f"unigram table {path} is no JSON object of the form {{word: count}}") from None
+                raise ValueError(f"unigram table {path} is not a JSON object of the form {{word: count}}") from None
         else:
             pairs = [tuple(line.rstrip("\r\n").split("\t")) for line in lines]
     for number, pair in enumerate(pairs, 1):
@@ -157,15 +163,16 @@ def _frequencies(path: Path, lower: bool) -> dict[str, float]:
         word = word.lower() if lower else word
         counts[word] = counts.get(word, 0.0) + count
     if not counts:
-        raise ValueError(f"unigram table {path} holds no word; give lines of word, tab, count")
+        raise ValueError(f"unigram table {path} contains no words; each line should be a word, a tab and a count")
     return counts
 
 
 class Arpa:
-    """Perplexity of a text under a backoff model (Katz 1987), as CCNet has it (Wenzek et al. 2020, arXiv 1911.00359).
+    """Function of a text that returns its perplexity under a backoff model (Katz 1987).
 
-    A line with words is a sentence between <s> and </s>; perplexity is 10^(-log10 probability / (words + lines)),
-    since each </s> is predicted too. Words that the model lacks are its <unk>.
+    It computes perplexity as CCNet does (Wenzek et al. 2020, arXiv 1911.00359): each line with words is a sentence
+    between <s> and </s>, and perplexity is 10^(-log10 probability / (words + lines)), since each </s> is predicted too.
+    Words that are not in the model count as its <unk>.
     """
 
     def __init__(self, path: Path, splitter: Splitter = Splitter.words, lower: bool = True) -> None:
@@ -174,7 +181,7 @@ class Arpa:
         self._marks = np.array([word_hash(word) for word in ("<s>", "</s>", "<unk>")], np.uint64)
 
     def __call__(self, text: str) -> float:
-        """1 for a text without words."""
+        """Returns the perplexity; 1 for a text without words."""
         hashes, firsts = words_of(text, self._splitter, self._lower)
         if not len(hashes):
             return 1.0
@@ -193,9 +200,9 @@ def _sentences(
     logprobs: np.ndarray,
     backoffs: np.ndarray,
 ) -> float:
-    """log10 probability of all sentences together; `marks` are the hashes of <s>, </s> and <unk>."""
-    history = np.empty(order, np.uint64)  # words before this one, the last first
-    weights = np.zeros(order + 1)  # weights[n]: backoff of the n-gram that ends in the word before this one
+    """Returns the log10 probability of all sentences together; `marks` are the hashes of <s>, </s> and <unk>."""
+    history = np.empty(order, np.uint64)  # words before the current one, the nearest first
+    weights = np.zeros(order + 1)  # weights[n]: backoff of the n-gram that ends just before the current word
     total, known = 0.0, 0
     for index in range(len(hashes)):
         if firsts[index]:
@@ -220,18 +227,21 @@ def _step(
     logprobs: np.ndarray,
     backoffs: np.ndarray,
 ) -> tuple[float, int]:
-    """(log10 p(word | history), the new length of the history), which then has `word` in it."""
+    """Returns (log10 p(word | history), new length of the history) and adds `word` to the history.
+
+    `known` is the length of the history, in words.
+    """
     order = len(history)
     if not keys[_slot(keys, longer(np.uint64(0), word))]:
         word = unknown
     key, found, logprob = longer(np.uint64(0), word), 0, 0.0
-    for n in range(known + 1):  # the longest n-gram that the model has
+    for n in range(known + 1):  # find the longest n-gram in the model
         if n:
             key = longer(key, history[n - 1])
         slot = _slot(keys, key)
         if keys[slot]:
             found, logprob = n, np.float64(logprobs[slot])
-    for n in range(found + 1, known + 1):  # each word of context given up costs its backoff
+    for n in range(found + 1, known + 1):  # add the backoff of each context longer than the one found
         logprob += weights[n]
     for n in range(min(known, order - 2), 0, -1):
         history[n] = history[n - 1]
@@ -256,7 +266,7 @@ def _bytes(path: Path) -> BinaryIO:
 
 
 def _read_arpa(path: Path) -> tuple[int, LogprobTable]:
-    """(order, all n-grams). Errors: ValueError that names the file, the line and what was expected."""
+    """Reads (order, table of all n-grams); raises ValueError that names file, line and what was expected."""
     with _bytes(path) as file:
         lines = enumerate(file, 1)
         sizes = _header(path, lines)
@@ -266,7 +276,9 @@ def _read_arpa(path: Path) -> tuple[int, LogprobTable]:
         for order, size in enumerate(sizes, 1):
             words, logprobs, backoffs = _section(path, lines, order, ids)
             if len(logprobs) != size:
-                raise ValueError(f"{path} has {len(logprobs)} {order}-grams where its header says {size}; is it whole?")
+                raise ValueError(
+                    f"{path} has {len(logprobs)} {order}-grams where its header says {size}; check that it is complete"
+                )
             if order == 1:
                 if _UNK not in ids:
                     ids[_UNK] = len(ids)
@@ -280,7 +292,7 @@ def _read_arpa(path: Path) -> tuple[int, LogprobTable]:
 
 
 def _header(path: Path, lines: Iterator[tuple[int, bytes]]) -> list[int]:
-    """How many n-grams of each order there are; reads up to the first of them."""
+    """Returns the number of n-grams of each order, from the header; reads up to the line before the first n-gram."""
     sizes: list[int] = []
     for number, line in lines:
         if line.startswith(b"ngram "):
@@ -292,15 +304,15 @@ def _header(path: Path, lines: Iterator[tuple[int, bytes]]) -> list[int]:
             return sizes
         elif number > _HEADER_LINES:
             break
-    raise ValueError(f"{path} is no ARPA file: lines 'ngram 1=COUNT' and then \\1-grams: should be at its start")
+    raise ValueError(f"{path} is not an ARPA file: it should begin with lines 'ngram 1=COUNT' and then \\1-grams:")
 
 
 def _section(
     path: Path, lines: Iterator[tuple[int, bytes]], order: int, ids: dict[bytes, int]
 ) -> tuple[array, array, array]:
-    """(words, log10 probabilities, backoffs) of the n-grams of one order; those of order 1 are what fills `ids`.
+    """Reads (word ids, log10 probabilities, backoffs) of the n-grams of one order; order 1 fills `ids` first.
 
-    Fields stand between ASCII white space alone, since words may hold other kinds.
+    Fields are separated by ASCII white space only, since words may contain other kinds.
     """
     words, logprobs, backoffs = array("i"), array("f"), array("f")
     for number, line in lines:

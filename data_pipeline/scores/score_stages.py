@@ -1,6 +1,6 @@
-"""The score and filter stages: scores are measured on the text, thresholds need their tables alone.
+"""The score and filter stages: one computes scores from texts, the other applies thresholds to the tables of scores.
 
-So thresholds are changed without a scan.
+They are separate so that changed thresholds do not need another scan of the texts.
 """
 
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from data_pipeline.scores.scoring import ScoreTexts, definition_of
 
 
 def score_stage(context: RunContext, language: Stage) -> Stage:
-    """The stage that measures the texts that the language stage kept, each by the definitions of its rule set."""
+    """Returns the score stage, which scores each text that the language stage kept, by its rule set's definition."""
     config = context.config
     definitions = {name: definition_of(rules) for name, rules in config.rules.items()}
     models = model_files(config.scores)
@@ -39,7 +39,7 @@ def score_stage(context: RunContext, language: Stage) -> Stage:
 
 
 def filter_stage(context: RunContext, score: Stage) -> Stage:
-    """The stage that holds scores against the thresholds of the rule sets."""
+    """Returns the filter stage, which compares scores with the thresholds of the rule sets."""
     return Stage(
         "filter",
         partial(_filter, context),

@@ -1,7 +1,7 @@
-"""The score stage: a parquet row of quality scores for each document, by its rule set's definitions.
+"""Datatrove step of the score stage: writes a Parquet row of quality scores per document.
 
-What the scores are is in `scan.scores` and, where a model is configured, `model_scores`; thresholds are applied by
-`filtering`, without the text.
+The scores are those of `scan.scores`, by the document's rule set, and those of `model_scores` if models are configured.
+`filtering` applies thresholds later, without the text.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ HEAD_CHARS = 300
 
 
 def definition_of(rules: RuleSet) -> Definition:
-    """What of a rule set its scores depend on; the language is the document's.
+    """Returns the settings of a rule set on which scores depend; the language is set later, per document.
 
-    Errors: ValueError when the list of bad words cannot be read.
+    Raises ValueError if the list of bad words does not exist.
     """
     words: tuple[str, ...] = ()
     if rules.bad_words_file:
@@ -36,7 +36,7 @@ def definition_of(rules: RuleSet) -> Definition:
 
 
 class ScoreTexts(TableStep):
-    """A row of scores per document; the language stage says which documents and by which rules."""
+    """Writes a row of scores per document that the language stage kept, by the rule set that it has assigned."""
 
     name = "Score"
 
@@ -56,9 +56,9 @@ class ScoreTexts(TableStep):
 
     def measure(self, document: Document, before: dict[str, object]) -> dict[str, object]:
         rules, language = str(before["rules"]), str(before["language"])
-        if (rules, language) not in self._scanners:  # in the worker: scanners do not travel between processes
+        if (rules, language) not in self._scanners:  # made in the worker: scanners are not sent between processes
             self._scanners[rules, language] = Scanner(replace(self.definitions[rules], language=language))
-        if self._model_scores is None:  # so do models
+        if self._model_scores is None:  # neither are models
             self._model_scores = kept_model_scores(self.models)
         values = self._scanners[rules, language].scores(document.text)
         share = {"language_share": before["language_share"]} if "language_share" in before else {}

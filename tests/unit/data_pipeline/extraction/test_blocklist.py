@@ -67,12 +67,12 @@ def test_an_empty_list_blocks_nothing() -> None:
         (
             "domains",
             "example.com/path",
-            "line 2: 'example.com/path' has a path; it belongs into extract.blocklist.prefixes",
+            "line 2: 'example.com/path' has a path; it belongs in extract.blocklist.prefixes",
         ),
         (
             "prefixes",
             "example.com",
-            "line 2: 'example.com' has no path; a whole host belongs into extract.blocklist.hosts",
+            "line 2: 'example.com' has no path; a whole host belongs in extract.blocklist.hosts",
         ),
         ("hosts", "0.0.0.0 example.com", "line 2: '0.0.0.0 example.com' names no host"),
     ],

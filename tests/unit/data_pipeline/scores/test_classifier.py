@@ -67,7 +67,7 @@ def test_models_of_fasttext_are_taken() -> None:
         > 0.1
         > model("It was the best of times.")
     )
-    with pytest.raises(ValueError, match="'hq' is no label of"):
+    with pytest.raises(ValueError, match="'hq' is not a label of"):
         load(model_path(), "hq")
 
 
@@ -75,7 +75,7 @@ def test_too_few_and_contradictory_examples_are_refused(tmp_path: Path, capsys: 
     good = write_jsonl(tmp_path / "good.jsonl.gz", [{"text": f"good {n}"} for n in range(120)])
     bad = write_jsonl(tmp_path / "bad.jsonl.gz", [{"text": f"{'good' if n < 30 else 'bad'} {n}"} for n in range(150)])
     argv = [str(good), "--bad", str(bad), *SMALL, "--out", str(tmp_path / "m.model")]
-    with pytest.raises(ConfigError, match=r"90 good examples are too few, 100 .* 30 in both"):
+    with pytest.raises(ConfigError, match=r"90 good examples are too few; give at least 100 .* 30 in both"):
         main(argv)
     assert not (tmp_path / "m.model").exists()
     with pytest.raises(ConfigError, match=re.escape("--heldout 0.9 is out of range")):
@@ -98,8 +98,8 @@ def test_models_that_cannot_be_used_are_named(trained: Path, tmp_path: Path) -> 
     other.write_bytes(b"no model")
     with pytest.raises(ValueError, match="is neither a model of"):
         load(other)
-    with pytest.raises(ValueError, match=r"'hq' is no label of"):
+    with pytest.raises(ValueError, match=r"'hq' is not a label of"):
         load(trained / "one.model", "hq")
     (tmp_path / "m.model.json").write_text((trained / "one.model.json").read_text())
-    with pytest.raises(ValueError, match="is about another file than"):
+    with pytest.raises(ValueError, match="describes another file than"):
         load(other)

@@ -95,7 +95,7 @@ def test_a_run_with_models(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert again["en0"]["perplexity"] > rows["en0"]["perplexity"]
     (folder / "small.arpa").write_text("no model")
     assert main([str(config)]) == 1
-    assert "is no ARPA file" in capsys.readouterr().err
+    assert "is not an ARPA file" in capsys.readouterr().err
     (folder / "small.arpa").unlink()
     with pytest.raises(ConfigError, match=r"scores.arpa = '.*small.arpa' is not a file"):
         main([str(config)])

@@ -60,7 +60,7 @@ def test_a_model_without_unk_and_one_of_single_words(tmp_path: Path) -> None:
 )
 def test_damage_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
     if old == "\\data\\":
-        path, said = small(tmp_path, "hello\n" * 5), "is no ARPA file"
+        path, said = small(tmp_path, "hello\n" * 5), "is not an ARPA file"
     else:
         path = small(tmp_path, SMALL.replace(old, new))
     with pytest.raises(ValueError, match=said):
