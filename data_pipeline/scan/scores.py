@@ -43,7 +43,7 @@ _UNFLANKED = ("ja", "th", "zh")  # languages in which bad words count inside oth
 
 
 class Measured(NamedTuple):
-    """What `measure` finds of a text: the scores that need no patterns."""
+    """Result of `measure`: the scores of a text that do not count patterns."""
 
     word_count: float
     mean_word_length: float
