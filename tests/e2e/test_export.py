@@ -17,6 +17,7 @@ from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import generate, huggingface, import_hf
 from posttrain.chat_format import jinja_template
+from tests.parallel.harness import RanksOf
 from tests.small_data import CHINESE, VOCAB, make_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +55,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "plan"
 
 
-def pretrained(folder: Path, plan: Path, moe: bool) -> Path:
-    """Four steps of pretraining with a high learning rate: away from the initial weights."""
+def pretraining(folder: Path, plan: Path, moe: bool) -> Path:
+    """A config of four steps with a high learning rate, away from the initial weights, into `folder`/run."""
     config = {
         "run": {"dir": str(folder / "run"), "seed": 1},
         "model": MODEL | ({"moe": {"num_experts": 4, "top_k": 2}} if moe else {}),
@@ -73,13 +74,14 @@ def pretrained(folder: Path, plan: Path, moe: bool) -> Path:
         "log": {"tensorboard": False},
     }
     (folder / "train.toml").write_text(tomli_w.dumps(config))
-    run("pretrain.train", str(folder / "train.toml"))  # a single process, no launcher
-    return folder / "run"
+    return folder / "train.toml"
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory, plan: Path) -> Path:
-    return pretrained(tmp_path_factory.mktemp("dense"), plan, moe=False)
+    folder = tmp_path_factory.mktemp("dense")
+    run("pretrain.train", str(pretraining(folder, plan, moe=False)))  # a single process, no launcher
+    return folder / "run"
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +132,11 @@ def test_a_second_export_is_skipped_until_something_changes(tmp_path, dense, cap
     assert "published" in capsys.readouterr().out
 
 
-def test_moe_run_to_hugging_face(tmp_path, plan, capsys):
-    run_dir = pretrained(tmp_path, plan, moe=True)
-    assert export(tmp_path, run_dir, "dtype=bfloat16") == 0
+def test_moe_run_to_hugging_face(tmp_path, plan, ranks: RanksOf, capsys):
+    train = {"module": "pretrain.train", "argv": [str(pretraining(tmp_path, plan, moe=True))]}
+    (answer,) = ranks(1).run("tests.parallel.workers.posttraining:command", process_group=False, **train)
+    assert answer["status"] == 0, answer
+    assert export(tmp_path, tmp_path / "run", "dtype=bfloat16") == 0
     assert "MixtralForCausalLM" in capsys.readouterr().out
 
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -25,7 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FAILED = 70  # the exit status of a function that raised
 # What ranks run, with all that it imports on its way: torch, megatron-core, DeepSpeed, our training.
 IMPORTED = (
-    "torch._dynamo",  # the first optimizer imports it
     "tests.parallel.rank",
     "tests.parallel.workers.training",
     "tests.parallel.workers.plans",
@@ -136,9 +136,13 @@ class Fork:
 
 def main() -> None:
     """Answers requests until the other side closes the socket."""
+    import torch  # here, since tests without ranks import this module too
+
     requests = socket.socket(fileno=int(sys.argv[1]))
     for name in IMPORTED:
         importlib.import_module(name)
+    torch.optim.AdamW([torch.zeros(1)])  # the first optimizer looks up all that torch.compile knows: some 600 modules
+    assert threading.active_count() == 1, "a fork would lack the other threads, and hang on locks that they hold"
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page that it looks at
     statuses: dict[int, int] = {}
