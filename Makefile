@@ -82,10 +82,11 @@ python:
 demo: install
 	@$(BIN)/trivium demo --with-parent
 
-# Unit tests run two at a time. The others start ranks, runs and clusters and need both cores, so they run one by one.
+# Two files of unit and parallel tests run at a time. End-to-end tests start clusters and need both cores: one by one.
 test: install
 	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/unit
-	@$(BIN)/python -m pytest -m "not full" tests/parallel tests/e2e
+	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/parallel
+	@$(BIN)/python -m pytest -m "not full" tests/e2e
 
 # Tests another Python in an environment of its own; .venv stays as it is.
 test-python:
@@ -93,6 +94,7 @@ test-python:
 	@[ -n "$(PYTHON)" ] || { echo "Name the Python: make test-python PYTHON=python3.13" >&2; exit 1; }
 	@$(MAKE) --no-print-directory test VENV=.venv-$(VERSION)
 
+# Here ranks have the machine for themselves, since many runs are killed at moments that are drawn.
 test-full: install
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	@$(BIN)/python -m pytest tests/parallel tests/e2e
