@@ -86,6 +86,7 @@ class Extract(PipelineStep):
                 yield document
 
     def _work(self, document: Document, raw: dict[str, Any], read_page: PageReader) -> None:
+        """Sets the text of one document, or the reason why it has none."""
         assert self._blocklist is not None
         if (url := url_of(document.metadata)) and self._blocklist.blocks(url):
             raw["reason"] = "blocked_url"
@@ -154,6 +155,7 @@ class SetAside(PipelineStep):
         tally.save(Path(self.tallies) / f"out-{rank:05d}.json")
 
     def _write(self, document: Document, raw: dict[str, Any]) -> None:
+        """Appends a record with a reason to the file of its source and unit in `rejected/` or `drops/`."""
         folder = Path(self.folder) / ("rejected" if raw["reason"] in BROKEN | HARMLESS else "drops")
         folder.mkdir(parents=True, exist_ok=True)
         line = {

@@ -76,6 +76,7 @@ def inputs_hash(config: DataConfig, units: Sequence[InputUnit], cache: Path) -> 
 
 
 def _extract(context: RunContext, units: list[InputUnit], folder: Path, logs: Path) -> Tally:
+    """Runs the stage: writes texts to shards, makes ids unique, and checks the share of broken records."""
     config = context.config
     check_keys(units, config.extract)
     tallies = str(logs / "tallies")
@@ -127,13 +128,13 @@ def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
     for texts in (path for path in folder.iterdir() if path.is_dir() and path.name not in ("rejected", "drops")):
         shutil.rmtree(texts)  # texts of a failed stage are not used
     replace_folder(folder, failed)
-    told = "; ".join(
+    shares = "; ".join(
         f"source {source}: {broken:,} of {records:,} records ({broken / records:.1%}) are broken"
         for source, broken, records in bad
     )
     enough = max(math.ceil(1000 * broken / records) for _, broken, records in bad) / 1000
     raise ValueError(
-        f"{told}: over extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, then "
+        f"{shares}: over extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, then "
         f"repair the files or raise extract.max_bad_share to {enough}"
     )
 

@@ -22,7 +22,7 @@ from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.shards import read_records, shard_path, write_records
 from data_pipeline.reading.ids import Roots, id_of_location, name_of, told_apart
 
-MADE_UNIQUE = "ids made unique"  # the ledger's note under which they are counted
+MADE_UNIQUE = "ids made unique"  # the ledger's note under which such documents are counted
 _NOTED = np.dtype([("id", "<u8"), ("shard", "<u4"), ("row", "<u4")])
 _PART = 4_000_000  # ids that a task collects before it writes them to a file
 _RANGE = 20_000_000  # about as many ids are compared at a time, 16 bytes each
@@ -41,6 +41,7 @@ class IdNotes:
         self._ids, self._numbers, self._rows = array("Q"), array("I"), array("I")
 
     def add(self, shard: str, row: int, document_id: str) -> None:
+        """Notes one document's id; writes a part to files when it is full."""
         if len(self._ids) >= _PART:
             self.close()
         if not self._shards or self._shards[-1] != shard:
@@ -50,6 +51,7 @@ class IdNotes:
         self._rows.append(row)
 
     def close(self) -> None:
+        """Writes the ids noted since the last part to a pair of files."""
         noted = np.empty(len(self._ids), _NOTED)
         for field, values in (("id", self._ids), ("shard", self._numbers), ("row", self._rows)):
             noted[field] = np.frombuffer(values, f"<u{values.itemsize}") if values else 0

@@ -64,16 +64,19 @@ class _ModelFile:
         self._content, self._offset = content, 0
 
     def numbers(self, form: str) -> tuple:
+        """Reads values in the format `form` of `struct`, little-endian."""
         found = struct.unpack_from("<" + form, self._content, self._offset)
         self._offset += struct.calcsize("<" + form)
         return found
 
     def array(self, kind: Any, size: int) -> np.ndarray:
+        """Reads `size` values of a NumPy type."""
         found = np.frombuffer(self._content, kind, size, self._offset)
         self._offset += found.nbytes
         return found
 
     def word(self) -> bytes:
+        """Reads a string that a zero byte ends."""
         end = self._content.index(b"\0", self._offset)
         found, self._offset = self._content[self._offset : end], end + 1
         return found
@@ -104,6 +107,7 @@ class FastTextModel:
         return (self._labels[label], float(np.float32(np.exp(logprob)))) if label >= 0 else ("", 0.0)
 
     def _read(self, file: _ModelFile) -> None:
+        """Reads vocabulary, n-grams, vectors and tree; raises ValueError for a model of an unsupported kind."""
         if file.numbers("ii") != (_MAGIC, _VERSION):
             raise ValueError("it is not a fastText model of version 12")
         dim, _, _, _, _, ngrams, loss, kind, buckets, shortest, longest, _ = file.numbers("12i")

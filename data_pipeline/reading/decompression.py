@@ -94,6 +94,7 @@ class Member:
 
     @property
     def compressed(self) -> bool:
+        """Whether the member is compressed."""
         return self._codec is not None
 
     def read(self, size: int = -1) -> bytes:
@@ -106,9 +107,11 @@ class Member:
         return bytes(taken)
 
     def tell(self) -> int:
+        """Returns how many bytes of content have been read since `offset`."""
         return self._position
 
     def blocks(self) -> Iterator[bytes]:
+        """Yields the rest of the content in blocks."""
         while block := self.read():
             yield block
 
@@ -150,6 +153,7 @@ class Member:
         self.offset, self._position, self._buffer, self.ended = start, 0, memoryview(b""), False
 
     def _fill(self) -> None:
+        """Reads the next block of content into the buffer, or ends the member."""
         data = self._source.peek()
         if self._codec is None:
             self._buffer = data
@@ -186,11 +190,13 @@ class _Source:
             self.kind = "zstd"
 
     def peek(self) -> memoryview:
+        """Returns the next stored bytes without consuming them; nothing at the end of the file."""
         if not self._data:
             self._data = memoryview(self.file.read(BLOCK))
         return self._data
 
     def consume(self, size: int) -> None:
+        """Marks the next `size` stored bytes as read, and reports progress for those not read before."""
         self._data = self._data[size:]
         self.position += size
         if self.position > self._furthest:
@@ -207,6 +213,7 @@ class _Source:
         return False
 
     def seek(self, position: int) -> None:
+        """Moves to a position in the stored bytes."""
         self.file.seek(position)
         self._data = memoryview(b"")
         self.position = position

@@ -65,10 +65,12 @@ def _found(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]:
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is a URL of a remote file system."""
     return "://" in path
 
 
 def is_http(path: str) -> bool:
+    """Whether a path is an HTTP or HTTPS URL."""
     return path.lower().startswith(_HTTP)
 
 
@@ -96,6 +98,7 @@ def open_file(name: str) -> BinaryIO:
 
 
 def _local(pattern: str, source: SourceConfig) -> Iterator[FoundFile]:
+    """Yields the local files that a pattern matches."""
     folder = _literal_folder(pattern)
     rest = pattern.removeprefix(folder)
     if not glob.has_magic(rest) or os.path.lexists(pattern):
@@ -197,6 +200,7 @@ def _each_once(files: list[FoundFile]) -> list[FoundFile]:
 
 
 def _remote(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]:
+    """Yields the files that a pattern matches on a remote system; raises ConfigError if it cannot be listed."""
     try:
         system, inner = fsspec.core.url_to_fs(pattern)
         system.invalidate_cache()
@@ -223,6 +227,7 @@ def _remote(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]
 
 
 def _http(address: str, key: str) -> Iterator[FoundFile]:
+    """Yields the file at an HTTP URL, or nothing if it does not exist; raises ConfigError for any other failure."""
     if "*" in address or address.endswith("/"):
         raise ConfigError(f"{key}: {address!r}: HTTP servers do not list files; give the address of each file")
     system, inner = fsspec.core.url_to_fs(address)

@@ -90,6 +90,7 @@ def _join_chunks(body: bytes, declared: bool) -> bytes:
 
 
 def _decompress(body: bytes, limits: ExtractConfig) -> bytes | None:
+    """Decodes gzip or Zstandard, recognized by its first bytes; None if `body` is neither."""
     parts, size = list[bytes](), 0
     for item in members(io.BytesIO(body), limits, lambda size: None):
         if isinstance(item, Fault):
@@ -124,6 +125,7 @@ def _inflate(body: bytes, limits: ExtractConfig) -> bytes | None:
 
 
 def _unbrotli(body: bytes, limits: ExtractConfig) -> bytes | None:
+    """Decodes Brotli; None if `body` is not a complete Brotli stream."""
     decoder = brotli.Decompressor()
     parts, size, position = list[bytes](), 0, 0
     while not decoder.is_finished():

@@ -46,6 +46,7 @@ class LineSplitter:
         self._offset = 0
 
     def feed(self, block: bytes) -> Iterator[Line]:
+        """Yields the lines that the next block completes."""
         *ends, rest = block.split(b"\n")
         for end in ends:
             self._add(end)
@@ -97,6 +98,7 @@ def _records(line: Line, source: SourceConfig, limits: ExtractConfig) -> Iterato
 
 
 def _record(line: Line, content: bytes, source: SourceConfig, limits: ExtractConfig) -> Record:
+    """Makes a record of a line that is neither blank nor too long."""
     record = Record(line.number, line.size, offset=line.offset)
     try:
         fields = parse(content, record.notes)

@@ -64,6 +64,7 @@ def _wanted(source: SourceConfig) -> list[tuple[str, str]]:
 
 
 def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: ExtractConfig) -> None:
+    """Raises ConfigError for the first key of source `name` that no record of `files` has."""
     missing, there, looked_at = _wanted(source), dict[str, None](), 0
     kinds: set[str] = set()  # kinds of values under the text key that are not text
     for file in files:

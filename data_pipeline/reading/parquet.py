@@ -119,6 +119,7 @@ def _leads_to(key: str, leaf: str) -> bool:
 def _rows(
     table: pq.ParquetFile, number: int, first: int, source: SourceConfig, limits: ExtractConfig
 ) -> Iterator[Record]:
+    """Yields the records of row group `number`, whose first row is row `first` of the file."""
     group = table.metadata.row_group(number)
     row, end = first, first + group.num_rows
     size = max(1, group.total_byte_size // max(1, group.num_rows))
@@ -146,6 +147,7 @@ def _rows(
 
 
 def _row(batch: pa.RecordBatch, position: int, row: int, source: SourceConfig, limits: ExtractConfig) -> Record:
+    """Makes a record of one row of a batch."""
     record, content = Record(row, 0), None
     try:
         text = _text_of(batch, position, source.text_key)

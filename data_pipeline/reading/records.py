@@ -90,6 +90,7 @@ class InputUnit:
 
     @property
     def size(self) -> int:
+        """Stored bytes of all files."""
         return sum(file.size for file in self.files)
 
 

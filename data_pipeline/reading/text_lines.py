@@ -55,6 +55,7 @@ class _Blocks:
         return self._decoder is not None
 
     def of(self, member: Member) -> Iterator[bytes]:
+        """Yields the blocks of a member, converted if the encoding requires it."""
         for block in member.blocks():
             if self._start is not None:
                 self._start += block
@@ -64,6 +65,7 @@ class _Blocks:
             yield self._convert(block)
 
     def rest(self) -> bytes:
+        """Returns the bytes still held back at the end of the file."""
         return self._convert(self._begin() if self._start is not None else b"", final=True)
 
     def _begin(self) -> bytes:
@@ -78,6 +80,7 @@ class _Blocks:
 
 
 def _record(line: Line, blocks: _Blocks, file: FoundFile) -> Iterator[Record]:
+    """Yields the record of a line, or nothing if the line is blank."""
     record = _named(Record(line.number, line.size, offset=line.offset), file)
     content = line.content.removesuffix(b"\r")
     if line.too_long:

@@ -53,6 +53,7 @@ def trim(codes: np.ndarray, kinds: np.ndarray, start: int, end: int) -> tuple[in
 
 @numba.njit(cache=True, nogil=True)
 def ends_in_ellipsis(codes: np.ndarray, start: int, end: int) -> bool:
+    """Whether a span ends in … or three full stops."""
     if end > start and codes[end - 1] == _ELLIPSIS:
         return True
     return end - start >= 3 and codes[end - 1] == _DOT and codes[end - 2] == _DOT and codes[end - 3] == _DOT

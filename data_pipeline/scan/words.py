@@ -51,6 +51,7 @@ def mix(value: np.uint64) -> np.uint64:
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def is_apostrophe(code: np.uint32) -> bool:
+    """Whether a code point is a straight or curly apostrophe."""
     return code in (_APOSTROPHE, _CURLY_APOSTROPHE)
 
 

@@ -193,6 +193,7 @@ def collect(good: Sequence[str], bad: Sequence[str], text_key: str, max_chars: i
 
 
 def _texts(label: str, patterns: Sequence[str], text_key: str, counts: dict[str, int]) -> Iterator[str]:
+    """Yields the texts of all records that the patterns match; counts records without text as unusable."""
     for pattern in patterns:
         lines = ".jsonl" in Path(pattern).suffixes
         source = SourceConfig(
@@ -266,6 +267,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
+    """Parses the arguments; raises ConfigError for a number out of range."""
     parser = command_parser(
         "trivium data train-classifier",
         "Trains a quality classifier from good and bad examples, for scores.classifier of a data config.",
@@ -294,6 +296,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `trivium data train-classifier`; returns the exit status."""
     args = parse(argv)
     out = Path(args.out)
     if out.is_dir():

@@ -76,6 +76,7 @@ def _fill(
     logprobs: np.ndarray,
     backoffs: np.ndarray,
 ) -> None:
+    """Stores n-grams in the arrays of a `LogprobTable`."""
     for row in range(len(ids)):
         key = np.uint64(0)
         for index in range(ids.shape[1] - 1, -1, -1):
