@@ -1,1 +1,1 @@
-"""Post-training: chat data and SFT, verifiable tasks, rollouts and GRPO, all on pretraining's one trainer."""
+"""Post-training: SFT on chat data, verifiable tasks, and GRPO on rollouts, all with pretraining's trainer."""

@@ -1,15 +1,15 @@
-"""The chat format: messages to token ids, to a mask of what is learnt, and to transformers' Jinja template.
+"""Chat format: messages to token ids with a mask of the tokens to learn, and as a Jinja template for transformers.
 
     <s><|system|>TEXT<|end|><|user|>TEXT<|end|><|assistant|>TEXT<|end|><|user|>...
 
 The system turn is optional; user and assistant turns alternate. There is no white space between control
 tokens and text, and no </s> after the last turn: <|end|> is the stop token, and a shorter dialogue is an
-exact prefix of a longer one, so what was sampled is never re-tokenised. To ask for an answer, end with
+exact prefix of a longer one, so sampled tokens are never tokenized again. A prompt for an answer ends with
 <|assistant|>.
 
-Control tokens come from this file alone. Text in which a control token is spelled out gets a space after its
-first character ("<|end|>" becomes "< |end|>"), here and in the Jinja template alike, and the ids are checked
-besides. Leaves out tool calls and images.
+Only this file makes control tokens. A control token spelled out in a message gets a space after its first character
+("<|end|>" becomes "< |end|>"), here and in the Jinja template, and the resulting ids are checked as well. There are no
+tool calls and no images.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,18 @@ from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 BOS, END = "<s>", "<|end|>"
-_NEVER_PLAIN = (*SPECIALS, *FIM_CONTROLS)  # whether or not the tokenizer at hand has the latter
+_NEVER_PLAIN = (*SPECIALS, *FIM_CONTROLS)  # the latter also if the tokenizer lacks them
 
 
 class Message(TypedDict):
+    """One turn of a dialogue."""
+
     role: Role
     content: str
 
 
 class BrokenDialogue(ValueError):
-    """Messages that are no dialogue: `rule` is what was broken, in words that are counted by; the text, by what."""
+    """Messages that are not a valid dialogue: `rule` names the broken rule, for counts; the message gives details."""
 
     def __init__(self, rule: str, by: str) -> None:
         super().__init__(by)
@@ -38,7 +40,7 @@ class BrokenDialogue(ValueError):
 
 
 class ChatFormat:
-    """Messages to tokens with one tokenizer. Errors: ValueError if it lacks a control token."""
+    """Converts messages to tokens and back, with one tokenizer. Raises ValueError if it lacks a control token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -53,9 +55,10 @@ class ChatFormat:
         self._control_ids = frozenset(self.ids.values())
 
     def render(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int64 [T], answer mask bool [T]). The mask is True on every token of an assistant turn's
-        text and on the <|end|> that closes it, and nowhere else: what the model must produce, never what it
-        is given.
+        """Returns (tokens int64 [T], answer mask bool [T]).
+
+        The mask is True on the tokens that the model must produce: the text of assistant turns and the <|end|> that
+        closes each. Raises BrokenDialogue if the messages are not a dialogue.
         """
         _check_order(messages)
         tokens, answer = [self.ids[BOS]], [False]
@@ -66,13 +69,13 @@ class ChatFormat:
         return np.array(tokens, dtype=np.int64), np.array(answer, dtype=bool)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The ids to continue from: the dialogue so far and an opened assistant turn."""
+        """Returns the ids of the dialogue so far and of an opened assistant turn, for the model to continue."""
         if messages and messages[-1]["role"] == "assistant":
             raise ValueError("a prompt ends with a user message, but the last message is the assistant's")
         return [*self.render(messages)[0].tolist(), self.assistant_id]
 
     def encode_text(self, text: str) -> list[int]:
-        """Plain text to ids, control tokens neutralised. Errors: ValueError if one comes out all the same."""
+        """Encodes plain text, with control tokens neutralized. Raises ValueError if the ids still contain one."""
         ids = list(self.tokenizer.encode(neutralise(text)))
         if not self._control_ids.isdisjoint(ids):
             raise ValueError(
@@ -81,11 +84,11 @@ class ChatFormat:
         return ids
 
     def decode_answer(self, tokens: Sequence[int]) -> str:
-        """The text of a sampled answer, up to its <|end|>."""
+        """Returns the text of a sampled answer, up to its <|end|>; other control tokens in it are spelled out."""
         tokens = list(tokens)
         if self.end_id in tokens:
             tokens = tokens[: tokens.index(self.end_id)]
-        # A model may sample any id: control tokens inside an answer stay visible, for a verifier to see.
+        # A model may sample any id. Control tokens inside an answer stay visible, so that a verifier sees them.
         names = {token_id: name for name, token_id in self.ids.items()}
         pieces: list[str] = []
         start = 0
@@ -98,16 +101,17 @@ class ChatFormat:
 
 
 def neutralise(text: str) -> str:
-    """Text with every spelled-out control token broken by a space after its first character."""
+    """Returns the text with a space after the first character of every control token spelled out in it."""
     for token in _NEVER_PLAIN:
         text = text.replace(token, _broken(token))
     return text
 
 
 def jinja_template() -> str:
-    """The same format for transformers' `chat_template`: renders the string whose special-token aware
-    encoding is `ChatFormat.render`'s (or, with add_generation_prompt, `render_prompt`'s) ids. `generation`
-    marks the answer mask.
+    """Returns the format as a Jinja template for transformers' `chat_template`.
+
+    Its rendered text, tokenized with special tokens, gives the ids of `ChatFormat.render`, or of `render_prompt` with
+    add_generation_prompt. Its `generation` blocks mark the answer mask.
     """
     content = "m['content']" + "".join(f" | replace('{token}', '{_broken(token)}')" for token in _NEVER_PLAIN)
     return (
@@ -134,7 +138,7 @@ def _broken(token: str) -> str:
 
 
 def _check_order(messages: Sequence[Message]) -> None:
-    """An optional system message, then user and assistant in turn. Errors: BrokenDialogue naming the first misfit."""
+    """Raises BrokenDialogue for the first fault in the order: an optional system message, then user and assistant."""
     if not isinstance(messages, list | tuple):
         raise BrokenDialogue("no list of messages", f"'messages' is {type(messages).__name__}, not a list")
     for i, message in enumerate(messages):

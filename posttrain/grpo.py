@@ -1,9 +1,8 @@
-"""`trivium grpo`: reinforcement learning from verifiable rewards, by group-relative policy optimisation.
+"""`trivium grpo`: reinforcement learning from verifiable rewards by group-relative policy optimization (GRPO).
 
     torchrun --nproc-per-node 2 -m posttrain.grpo configs/posttrain/demo_grpo.toml
 
-The trainer is pretraining's; the rows are sampled from the current model, and the loss is the clipped
-surrogate.
+The trainer is pretraining's. The rows are sampled from the current model, and the loss is PPO's clipped surrogate.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -22,17 +21,18 @@ from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Trains on the rewards of a task and returns the exit status."""
     config, args = parse_args(
         GRPOConfig,
         argv,
         prog="trivium grpo",
-        description="Trains a model on a task's rewards; the same command again goes on from its newest checkpoint.",
+        description="Trains a model on a task's rewards; the same command again continues from its newest checkpoint.",
         example="trivium grpo configs/posttrain/demo_grpo.toml train.steps=50 grpo.advantage=rloo",
         options=(RESUME,),
     )
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
-    # torch and what stands on it take seconds to import: a mistake in the config is told before that.
+    # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.grpo_source import GRPOLoss, RolloutSource
     from posttrain.initial_model import InitialModel
     from posttrain.lengths import check_answers, check_rows
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = config.train.steps * prompts, config.task.eval_prompts
     longest = check_answers(task, initial.chat, config.run.seed, *drawn, initial.lineage.context or None)
     check_rows(task, longest, config.train.seq_length, config.parallel)
-    given = (*initial.given, GROUP_SIZE) if initial.goes_on else initial.given
+    given = (*initial.given, GROUP_SIZE) if initial.continues else initial.given
     group = config.grpo.group_size
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)
     if args.dry_run:

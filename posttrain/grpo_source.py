@@ -1,7 +1,7 @@
-"""GRPO's batches and loss: rollouts from the weights of this very step, and the clipped surrogate on them.
+"""Batches and loss of GRPO: rollouts sampled with the current weights, and the clipped surrogate on them.
 
-Each data-parallel rank samples its own groups with a gathered copy of the model, one update a rollout, so the
-ratio is 1 but for rounding. Leaves out separate inference engines, replay, and a KL penalty.
+Each data-parallel replica samples its own groups with a gathered copy of the model. There is one update for each
+rollout, so the probability ratio is 1 up to rounding. There is no separate inference engine, replay or KL penalty.
 """
 
 import hashlib
@@ -26,30 +26,34 @@ ARRAYS = ("tokens", "labels", "loss_mask", "positions", "segments", "advantages"
 
 
 class RolloutSource(BatchSource):
-    """A batch source whose rows are sampled from the current weights: sample i is a function of both."""
+    """Batch source whose rows are completions sampled with the current weights."""
 
     num_samples = None
 
     def __init__(self, settings: GRPOSection, task: Task, chat: ChatFormat, seed: int, seq_length: int) -> None:
         self.settings, self.seed, self.seq_length = settings, seed, seq_length
         self.task, self.chat, self.sources = task, chat, [task.name]
-        # What a sample's prompt is; the other settings may change in mid-run, as the optimizer's may.
+        # Covers what decides the prompts; other settings may change when a run continues, as the optimizer's may.
         self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self._policy: PolicyCopy | None = None
         self._metrics: dict[str, tuple[float, float]] = {}
 
     @property
     def facts(self) -> dict[str, Any]:
+        """Settings that decide which prompt each sample has."""
         return {"task": vars(self.task), "grpo": {"group_size": self.settings.group_size}}
 
     def prepare(self, engine: Engine, step: int) -> None:
-        """Takes a copy of the whole model as it is now; collective."""
+        """Gathers a copy of the model's current weights for sampling. Collective: all ranks call it."""
         if self._policy is None:
             self._policy = PolicyCopy(engine)
         self._policy.refresh()
 
     def rows(self, samples: range) -> list[RolloutRow]:
-        """Whole groups, one completion a row. Collective: one rank of each replica samples for the others."""
+        """Samples and scores whole groups and returns one row for each completion.
+
+        Collective: one rank of each data-parallel replica samples and sends the rows to the replica's other ranks.
+        """
         assert self._policy is not None, "the trainer calls prepare before it asks for rows"
         mesh, settings = self._policy.mesh, self.settings
         rollout, trained = None, (0, 0)
@@ -71,14 +75,15 @@ class RolloutSource(BatchSource):
         return [RolloutRow(source=0, **{name: arrays[name][i] for name in ARRAYS}) for i in range(len(samples))]
 
     def step_metrics(self) -> dict[str, tuple[float, float]]:
+        """Returns (sum, count) of each rollout metric for the last rows of this replica."""
         return self._metrics
 
 
 class GRPOLoss:
     """The clipped surrogate per token; see `pretrain.model.losses.LossFunction`.
 
-    Before the first update of a process, the trainer's log-probabilities of the sampled tokens are held
-    against the sampler's: if they differ, the ratio corrects for a difference in code, not in policy.
+    Before the first update of a process, the trainer's log-probabilities of the sampled tokens are compared with the
+    sampler's. If they differ, the probability ratio would measure a difference in code, not in policy.
     """
 
     metrics: tuple[str, ...] = ("logprob_difference", "kl_rollout", "clipped")
@@ -88,7 +93,10 @@ class GRPOLoss:
         self._checked = False
 
     def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Errors: ValueError when the mean difference is above grpo.max_logprob_difference."""
+        """Returns the loss per token and the metrics per token, each [B, S].
+
+        Raises ValueError if the first mean difference is above grpo.max_logprob_difference.
+        """
         s = self.settings
         assert batch.logprobs is not None and batch.advantages is not None, "GRPO trains on rollouts alone"
         old_BS, advantages_BS = torch.where(batch.loss_mask > 0, batch.logprobs, 0.0), batch.advantages
@@ -109,8 +117,8 @@ class GRPOLoss:
         mean = float((difference_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1e-12))
         if not mean <= self.settings.max_logprob_difference:
             raise ValueError(
-                f"before the first update, sampler and trainer differ by {mean:.4g} nats a token on what was "
-                f"sampled (worst {float(difference_BS.max()):.4g}), above grpo.max_logprob_difference = "
-                f"{self.settings.max_logprob_difference}; train.precision=fp32 shows whether that is rounding, "
-                "else the sampler has other weights, positions or temperature than the trainer"
+                f"before the first update, log-probabilities of sampler and trainer differ by {mean:.4g} nats a token "
+                f"(at most {float(difference_BS.max()):.4g}), above grpo.max_logprob_difference = "
+                f"{self.settings.max_logprob_difference}; try train.precision=fp32: if it does not help, the "
+                "cause is not rounding but other weights, positions or temperature in the sampler"
             )

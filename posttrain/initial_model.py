@@ -1,7 +1,7 @@
-"""What a post-training run starts from: a checkpoint, the shape of its model, its tokenizer, and the chat format.
+"""Initial model of a post-training run: a checkpoint, its model config, its tokenizer and the chat format.
 
-A run keeps to the checkpoint that it began from: every manifest of its own names it, so that the run goes on whatever
-has become of the other run since. Leaves out reading weights: the trainer does.
+A run never changes the checkpoint that it started from: its own checkpoints record it, so that the run can continue
+even if the other run has trained further or is gone. The trainer reads the weights.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ from pretrain.checkpoint.storage import CheckpointError
 
 @dataclass(frozen=True)
 class InitialModel:
-    """`pin` is the checkpoint, `note` what a person has to be told of the choice, if anything.
+    """The checkpoint that a post-training run starts from, with its config, chat format and lineage.
 
-    `goes_on` is whether the run has a checkpoint of its own already.
+    `pin` identifies the checkpoint. `note` is a remark for the user on which one was chosen, or None. `continues` is
+    whether the run already has a checkpoint of its own.
     """
 
     pin: Pin
@@ -32,21 +33,21 @@ class InitialModel:
     chat: ChatFormat
     lineage: Lineage
     note: str | None = None
-    goes_on: bool = False
+    continues: bool = False
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Keys whose value this run cannot choose, since its model and its earlier steps have it."""
-        return (CAPACITY_FACTOR, SEQ_LENGTH) if self.goes_on else (CAPACITY_FACTOR,)
+        """Config keys that the model or earlier steps have fixed, so messages do not suggest changing them."""
+        return (CAPACITY_FACTOR, SEQ_LENGTH) if self.continues else (CAPACITY_FACTOR,)
 
     @classmethod
     def open(cls, init: InitConfig, run_dir: str, resume: str) -> "InitialModel":
-        """Of the run in `run_dir` with this --resume, new or not. Writes nothing.
+        """Opens the initial model of the run in `run_dir`, new or continued with this --resume. Writes nothing.
 
-        Errors: ConfigError if there is no whole checkpoint or no tokenizer, the two do not go together, or the run
-        began from another model than `init` names.
+        Raises ConfigError if there is no complete checkpoint or no tokenizer, if they do not belong together, or if the
+        run started from another model than `init` names.
         """
-        own = _going_on(Path(run_dir), resume)
+        own = _own_checkpoint(Path(run_dir), resume)
         if own is None:
             checkpoint, note = _chosen(init), None
             pin = Pin.of(checkpoint)
@@ -76,20 +77,20 @@ class InitialModel:
         )
 
 
-def _going_on(run_dir: Path, resume: str) -> Path | None:
-    """A checkpoint of the run that goes on, None for a new run. Which one is all the same: they have one beginning."""
+def _own_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """Returns any readable checkpoint of a run that continues, None for a new run; all name the same initial model."""
     own = [storage.directory(run_dir, step) for step in reversed(storage.steps(run_dir))]
     for path in [*own, *([] if resume in ("auto", "no") else [Path(resume)])]:
         try:
             storage.read_manifest(path)
         except CheckpointError:
-            continue  # the trainer says what is wrong with it
+            continue  # the trainer reports what is wrong with it
         return path
     return None
 
 
 def _chosen(init: InitConfig) -> Path:
-    """The whole checkpoint that `init` names. Errors: ConfigError."""
+    """Returns the checkpoint that `init` names. Raises ConfigError if it does not exist or is damaged."""
     path = Path(init.checkpoint or init.run or "")
     try:
         if init.checkpoint is None:
@@ -116,13 +117,13 @@ def _chosen(init: InitConfig) -> Path:
 
 
 def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]:
-    """What the run of checkpoint `own` began from, and what to say if `init` has something newer.
+    """Returns the initial checkpoint of the run that `own` belongs to, and a note if `init` now means another one.
 
-    Errors: ConfigError where `init` names another model.
+    Raises ConfigError if `init` names a different model.
     """
     manifest = storage.read_manifest(own)
     if not manifest.get("init"):
-        raise ConfigError(f"run.dir = {run_dir!r} holds {own}, which is of a pretraining run; choose another run.dir")
+        raise ConfigError(f"run.dir = {run_dir!r} holds {own} of a pretraining run; choose another run.dir")
     pin = Pin(**manifest["init"])
     begun = f"{run_dir} began from {pin.checkpoint}"
     if init.checkpoint is not None:
@@ -154,21 +155,22 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
 
 
 def _is(checkpoint: Path, pin: Pin) -> bool:
+    """Whether `checkpoint` is the one that `pin` identifies, by its manifest's SHA-256."""
     manifest = checkpoint / storage.MANIFEST
     return manifest.is_file() and file_sha256(manifest) == pin.sha256
 
 
 def _tokenizer(init: InitConfig, checkpoint: Path, manifest: dict[str, Any], new: bool) -> Path:
-    """The tokenizer that the model was trained with, where `init` has it or where its run keeps it.
+    """Path of the tokenizer that the model was trained with: `init.tokenizer`, or the copy in the model's run.
 
-    Errors: ConfigError for another one, CheckpointError where there is none.
+    Raises ConfigError if `init` names another tokenizer, CheckpointError if the model has none.
     """
     trained = manifest.get("identity", {}).get("tokenizer")
     if trained is None:
         raise CheckpointError(f"{checkpoint} does not say which tokenizer it was trained with; train it on a data plan")
     path = Path(init.tokenizer or "")
     file = path / MODEL_FILE if path.is_dir() else path
-    if init.tokenizer is None or not (new or file.is_file()):  # a run that goes on has its own
+    if init.tokenizer is None or not (new or file.is_file()):  # a run that continues has a copy
         kept = tokenizer_of(checkpoint, manifest)
         assert kept is not None
         return kept

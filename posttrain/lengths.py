@@ -1,6 +1,6 @@
-"""Whether what a run will sample fits: into the task's limit, into training rows, and into the model's context.
+"""Checks, before training starts, that prompts and answers fit the task's limit, training rows and model context.
 
-Told before any work, from the prompts that the run will draw.
+The lengths are those of the prompts that the run will draw.
 """
 
 from configs.loader import ConfigError
@@ -8,13 +8,14 @@ from configs.train import ParallelConfig
 from posttrain.chat_format import ChatFormat
 from posttrain.verifiable_tasks import Split, Task
 
-DRAWN = 10_000  # of so many prompts the lengths are taken, of training and held out each
+DRAWN = 10_000  # the maximum number of prompts of each split whose lengths are measured
 
 
 def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, context: int | None) -> int:
-    """Returns the length of the longest of the first `train` and `heldout` prompts.
+    """Returns the length, in tokens, of the longest of the first `train` training and `heldout` held-out prompts.
 
-    Errors: ConfigError if right answers are cut by task.max_new_tokens, or prompts and answers are beyond `context`.
+    Raises ConfigError if task.max_new_tokens would cut right answers, or if a prompt with its answer is longer than
+    `context` tokens (None: not checked).
     """
     longest, answer = _longest(task, chat, seed, train, heldout)
     most = None if context is None else context + 1 - longest
@@ -29,7 +30,7 @@ def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: 
         more = "or more" if most is None else f"or any number up to {most}" if most > answer else "exactly"
         raise ConfigError(
             f"task.max_new_tokens = {limit} cuts right answers, which have up to {answer} tokens with the <|end|> that "
-            f"closes them, so all would count as wrong; set task.max_new_tokens={answer} {more}"
+            f"closes them, so they would count as wrong; set task.max_new_tokens={answer} {more}"
         )
     if most is not None and limit > most:
         raise ConfigError(
@@ -41,7 +42,7 @@ def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: 
 
 
 def _longest(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int) -> tuple[int, int]:
-    """Tokens of the longest prompt, and of the longest right answer with the <|end|> that closes it."""
+    """Returns (tokens of the longest prompt, tokens of the longest right answer with its closing <|end|>)."""
     splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
     texts = [task.prompt(seed, split, i) for split, count in splits for i in range(min(count, DRAWN))]
     prompt = max(len(chat.render_prompt([{"role": "user", "content": text}])) for text in texts)
@@ -49,17 +50,17 @@ def _longest(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int) 
 
 
 def _smaller(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, context: int | None) -> str:
-    """What to do about a task that is too large for the model."""
+    """Returns the remedy for a task whose prompts and answers are too long for the model."""
     assert context is not None
     for digits, smaller in task.smaller():
         if sum(_longest(smaller, chat, seed, train, heldout)) - 1 <= context:
             return f"set task.digits={digits} or less"
-    return "no smaller task.digits fits either, so begin from a model that was trained on longer rows"
+    return "no smaller task.digits fits either, so start from a model that was trained on longer rows"
 
 
 def check_rows(task: Task, longest: int, seq_length: int, parallel: ParallelConfig) -> None:
-    """Errors: ConfigError if a prompt of `longest` tokens and its completion do not fit into a row."""
-    needed = longest + task.max_new_tokens - 1  # the last token is only ever a label
+    """Raises ConfigError if a prompt of `longest` tokens and its completion do not fit into a training row."""
+    needed = longest + task.max_new_tokens - 1  # the last token is a label and never an input
     if needed <= seq_length:
         return
     parts = parallel.sequence_parts

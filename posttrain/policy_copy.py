@@ -1,7 +1,6 @@
-"""A whole copy of the model in training, for sampling: gathered from tensor and pipeline ranks into one
-decoder.
+"""A whole copy of the model in training, gathered from all ranks into one decoder for sampling.
 
-Leaves out models too large for one device: those need an inference engine of their own.
+The model must fit on one device; a larger one would need an inference engine.
 """
 
 from pretrain.checkpoint.state import gather_weights
@@ -11,7 +10,7 @@ from pretrain.parallel.groups import Mesh
 
 
 class PolicyCopy:
-    """The engine's weights as of the last `refresh`, in its precision, on its device."""
+    """A decoder with the engine's weights as of the last `refresh`, in its precision, on its device."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -19,20 +18,22 @@ class PolicyCopy:
 
     @property
     def mesh(self) -> Mesh:
+        """The mesh of the engine's ranks."""
         return self._engine.mesh
 
     @property
     def samples_here(self) -> bool:
-        """True on the one rank of each data-parallel replica that holds a copy and samples."""
+        """Whether this is the rank of its data-parallel replica that holds the copy and samples."""
         return self.mesh.leads_replica
 
     @property
     def decoder(self) -> Decoder:
-        assert self._decoder is not None, "refresh first, and sample on the rank that holds the copy"
+        """The copy, on ranks where `samples_here` is True, after the first `refresh`."""
+        assert self._decoder is not None, "call refresh first, and sample on the rank that holds the copy"
         return self._decoder
 
     def refresh(self) -> None:
-        """Takes the current weights. Collective: all ranks call it."""
+        """Copies the current weights. Collective: all ranks call it."""
         weights = gather_weights(self._engine)
         if not self.samples_here:
             return

@@ -1,9 +1,8 @@
 """Rollouts: groups of completions sampled from the current model, scored, and made into training rows.
 
-Sample i of the run is completion i % group_size of prompt i // group_size; prompt and random draws are keyed
-by i, so a step's prompts are a pure function of (seed, step) and resuming repeats none. Tokens are trained
-on as they were sampled: nothing is decoded and tokenised again. Leaves out who samples on which rank: see
-`posttrain.grpo_source`.
+Sample i of the run is completion i % group_size of prompt i // group_size. Prompt and random numbers are keyed by i, so
+a step's prompts are a pure function of (seed, step), and a resumed run repeats none. The sampled tokens are trained on
+as they are, never decoded and tokenized again. `posttrain.grpo_source` decides which rank samples.
 """
 
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ METRICS = ("reward", "equal_reward_groups", "completion_tokens", "truncated", "u
 
 @dataclass(frozen=True)
 class RolloutRow(Row):
-    """A prompt and its completion. `loss_mask` is float32: the weight of each token of the completion.
+    """Training row of a prompt and its completion. `loss_mask` is float32: the weight of each completion token.
 
-    `advantages` and `logprobs` (of the policy that sampled, at its temperature) are float32 [L], aligned with
-    labels and 0 outside the completion.
+    `advantages` and `logprobs` (of the sampling policy, at its temperature) are float32 [L], aligned with labels and 0
+    outside the completion.
     """
 
     advantages: np.ndarray
@@ -45,24 +44,24 @@ class Rollout:
     group_size: int
 
     def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rewards, scored), both [groups, group size]; unscorable: reward 0 and scored False."""
+        """Returns (rewards, scored), both [groups, group size]; an unscorable sample has reward 0 and scored False."""
         values = torch.tensor([score.value or 0.0 for score in self.scores])
         scored = torch.tensor([score.value is not None for score in self.scores])
         return values.view(-1, self.group_size), scored.view(-1, self.group_size)
 
     def trained(self) -> tuple[int, int]:
-        """(tokens, completions) that are trained on: all but the unscorable."""
+        """Returns the numbers of (tokens, completions) that are trained on, which are all but the unscorable."""
         known = self.rewards()[1].flatten().tolist()
         lengths = [len(c.tokens) for c, k in zip(self.completions, known, strict=True) if k]
         return sum(lengths), len(lengths)
 
     def metrics(self) -> dict[str, tuple[float, float]]:
-        """(sum, count) of each of `METRICS`."""
+        """Returns (sum, count) of each of `METRICS`."""
         rewards, scored = self.rewards()
         samples, known = len(self.scores), int(scored.sum())
         return {
             "reward": (float(rewards.sum()), known),
-            "equal_reward_groups": (int(equal_groups(rewards, scored).sum()), len(rewards)),  # teach nothing
+            "equal_reward_groups": (int(equal_groups(rewards, scored).sum()), len(rewards)),  # contribute no gradient
             "completion_tokens": (sum(len(c.tokens) for c in self.completions), samples),
             "truncated": (sum(not c.stopped for c in self.completions), samples),
             "unscorable": (samples - known, samples),
@@ -72,7 +71,7 @@ class Rollout:
 def sample_rollout(
     decoder: Decoder, task: Task, chat: ChatFormat, settings: GRPOSection, seed: int, samples: range
 ) -> Rollout:
-    """Completions of the samples in `samples`. Errors: ValueError if these are not whole groups."""
+    """Samples and scores completions for `samples`. Raises ValueError if these are not whole groups."""
     if samples.start % settings.group_size or len(samples) % settings.group_size:
         raise ValueError(
             f"samples {samples.start} to {samples.stop} are not whole groups of grpo.group_size = {settings.group_size}"
@@ -93,7 +92,7 @@ def sample_rollout(
 
 
 def judge(task: Task, chat: ChatFormat, prompt: str, completion: Completion) -> TaskScore:
-    """The task's verdict on a completion that closed its turn; one that did not is wrong, whatever it says."""
+    """Returns the task's score of a completion, or 0 if it was cut before it closed its turn."""
     if not completion.stopped:
         return TaskScore(0.0, "truncated")
     return task.score(prompt, chat.decode_answer(completion.tokens))
@@ -102,8 +101,9 @@ def judge(task: Task, chat: ChatFormat, prompt: str, completion: Completion) -> 
 def training_rows(
     rollout: Rollout, settings: GRPOSection, seq_length: int, pad_id: int, factor: float
 ) -> list[RolloutRow]:
-    """One row a completion; an unscorable one has weight 0. Advantages are multiplied by `factor`, which the
-    surrogate loss is proportional to (see `aggregation.step_factor`).
+    """Returns one row for each completion; an unscorable one has weight 0.
+
+    Advantages, and with them the loss, are multiplied by `factor` (see `aggregation.step_factor`).
     """
     rewards, scored = rollout.rewards()
     advantages = factor * group_advantages(rewards, scored, AdvantageDialect(settings.advantage))
@@ -120,7 +120,7 @@ def _row(
     prompt: list[int], completion: Completion, weight: float, advantage: float, seq_length: int, pad_id: int
 ) -> RolloutRow:
     whole = np.array(prompt + completion.tokens, dtype=np.int64)
-    inputs = len(whole) - 1  # the last token is only ever a label
+    inputs = len(whole) - 1  # the last token is a label and never an input
     if inputs > seq_length:
         raise ValueError(
             f"a prompt of {len(prompt)} and a completion of {len(completion.tokens)} tokens do not fit into "

@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 -m posttrain.sft configs/posttrain/demo_sft.toml
 
-The trainer and the loss are pretraining's; only the rows differ: loss on assistant turns, one segment a
-dialogue.
+The trainer and the loss are pretraining's. The rows are dialogues, one segment each, with loss on assistant turns only.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -24,17 +23,18 @@ from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Fine-tunes on dialogues and demonstrations and returns the exit status."""
     config, args = parse_args(
         SFTConfig,
         argv,
         prog="trivium sft",
-        description="Fine-tunes a model on dialogues; the same command again goes on from its newest checkpoint.",
+        description="Fine-tunes a model on dialogues; the same command again continues from its newest checkpoint.",
         example="trivium sft configs/posttrain/demo_sft.toml train.steps=50",
         options=(RESUME,),
     )
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
-    # torch and what stands on it take seconds to import: a mistake in the config is told before that.
+    # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.initial_model import InitialModel
     from posttrain.lengths import check_answers
     from posttrain.sft_data import SFTSource, read_data, read_demonstrations

@@ -1,9 +1,8 @@
-"""SFT data: dialogues and task demonstrations, rendered, checked, packed into rows with document masks.
+"""SFT data: dialogues and task demonstrations, rendered, checked and packed into rows with document masks.
 
-Everything fits in memory. Each source is packed into rows of its own by best fit; rows of all sources are
-visited in an order drawn anew each epoch, so sample i is a pure function of (data, seed, i). Loss falls on
-assistant turns alone. Leaves out streaming, sampling weights (give a source more examples instead) and
-preference pairs.
+All data is held in memory. Each source is packed into rows of its own by best fit. Rows of all sources are visited in a
+new random order each epoch, so sample i is a pure function of (data, seed, i). Loss is on assistant turns only. There
+are no sampling weights (give a source more examples instead) and no preference pairs.
 """
 
 import gzip
@@ -25,12 +24,12 @@ from posttrain.chat_format import BrokenDialogue, ChatFormat, Message
 from posttrain.verifiable_tasks import Split, Task, make_task
 from pretrain.batch_source import BatchSource
 
-SHOWN = 160  # characters of what was wrong with a dialogue
+SHOWN = 160  # characters of the details of a broken dialogue in messages
 
 
 @dataclass(frozen=True)
 class Example:
-    """One rendered dialogue; `answer` is True on the tokens to be learnt, see `ChatFormat.render`."""
+    """One rendered dialogue; `answer` is True on the tokens to learn, see `ChatFormat.render`."""
 
     id: str
     tokens: np.ndarray
@@ -39,8 +38,9 @@ class Example:
 
 @dataclass
 class DialogueExamples:
-    """One source's examples by split, and counts of what was set aside by reason, with file, line and the matter of
-    the first of each.
+    """One source's examples by split, and the dialogues that were set aside.
+
+    `set_aside` counts them by reason; `first_of_reason` has file, line and details of the first of each reason.
     """
 
     train: list[Example] = field(default_factory=list)
@@ -53,7 +53,7 @@ class DialogueExamples:
 
     @property
     def reasons(self) -> str:
-        """How many were set aside for what, and where the first of each is."""
+        """The counts by reason, as text, with the first dialogue of each."""
         return ", ".join(
             f"{count} {reason} (first: {self.first_of_reason[reason]})"
             for reason, count in sorted(self.set_aside.items())
@@ -61,7 +61,7 @@ class DialogueExamples:
 
 
 def read_data(data: DialogueConfig, chat: ChatFormat, seq_length: int, parts: int = 1) -> dict[str, DialogueExamples]:
-    """The dialogues that a config names, under "dialogues"; none if it names none. Errors: as `read_dialogues`."""
+    """Returns the dialogues of the config by the name "dialogues", or {} if it has none. Raises as `read_dialogues`."""
     if not data.dialogues:
         return {}
     shares = data.heldout_share, data.max_bad_share
@@ -71,7 +71,7 @@ def read_data(data: DialogueConfig, chat: ChatFormat, seq_length: int, parts: in
 def read_demonstrations(
     settings: DemonstrationConfig | None, chat: ChatFormat, seed: int, seq_length: int, parts: int = 1
 ) -> dict[str, DialogueExamples]:
-    """Solved prompts of the task, under its name; none without a task. Errors: as `demonstrations`."""
+    """Returns solved prompts by the task's name, or {} without a task. Raises as `demonstrations`."""
     if settings is None or not settings.demonstrations:
         return {}
     task = make_task(settings)
@@ -88,10 +88,11 @@ def read_dialogues(
     max_bad_share: float,
     parts: int = 1,
 ) -> DialogueExamples:
-    """Reads, renders and splits. Dialogues with the same first message fall into the same split.
+    """Reads and renders dialogues and splits them into training and held-out ones.
 
-    A train.seq_length that a message names is a multiple of `parts`. Errors: ValueError if a file is missing, nothing
-    is left, or more than `max_bad_share` was set aside.
+    Dialogues with the same first user message are in the same split. Messages suggest values of train.seq_length that
+    are multiples of `parts`. Raises ValueError if a file is missing, no dialogue is left to train on, or more than
+    `max_bad_share` of them were set aside.
     """
     found, longest, total = DialogueExamples(), 0, 0
     for name, line in _lines(paths):
@@ -110,7 +111,7 @@ def read_dialogues(
         enough = fits and bad - found.set_aside["too_long"] <= max_bad_share * total
         raise ValueError(
             f"{bad} of {total} dialogues were set aside, more than data.max_bad_share = {max_bad_share}: "
-            f"{found.reasons}; mend or remove them{', or ' + fits if enough else ''}"
+            f"{found.reasons}; correct or remove them{', or ' + fits if enough else ''}"
         )
     if not found.train:
         raise ValueError(_nothing_left(found, paths, total, seq_length, fits, heldout_share))
@@ -122,21 +123,24 @@ def _nothing_left(
 ) -> str:
     where = ", ".join(paths)
     if not total:
-        return f"data.dialogues: there is no line in {where}; name files with a dialogue on each line"
+        return f"data.dialogues: {where} has no dialogue; name files with a dialogue on each line"
     if found.heldout:
         return (
-            f"all {len(found.heldout)} dialogues that can be used of {where} are held out; lower data.heldout_share = "
-            f"{heldout_share}, or add dialogues that begin otherwise"
+            f"all {len(found.heldout)} usable dialogues of {where} are held out; lower data.heldout_share = "
+            f"{heldout_share}, or add dialogues with other first messages"
         )
     if found.set_aside["too_long"] == total:
         return f"all {total} dialogues of {where} are longer than train.seq_length = {seq_length} tokens; {fits}"
-    return f"all {total} dialogues of {where} were set aside: {found.reasons}; mend them{fits and ', or ' + fits}"
+    return f"all {total} dialogues of {where} were set aside: {found.reasons}; correct them{fits and ', or ' + fits}"
 
 
 def demonstrations(
     task: Task, chat: ChatFormat, seed: int, split: Split, count: int, seq_length: int, parts: int = 1
 ) -> list[Example]:
-    """The first `count` prompts of a split with their right answers. `parts` is as in `read_dialogues`."""
+    """Returns the first `count` prompts of a split with their right answers; `parts` is as in `read_dialogues`.
+
+    Raises ValueError if one is longer than `seq_length` tokens.
+    """
     examples: list[Example] = []
     for index in range(count):
         prompt = task.prompt(seed, split, index)
@@ -157,10 +161,7 @@ def demonstrations(
 
 
 def check_supervision(tokens: np.ndarray, answer: np.ndarray, chat: ChatFormat) -> None:
-    """Refuses an answer whose closing <|end|> is not learnt, and nothing to learn at all.
-
-    Errors: ValueError naming the position.
-    """
+    """Raises ValueError if no token is learnt, or if the <|end|> that closes an answer is not."""
     if not answer.any():
         raise ValueError("the loss mask is all zero: no assistant token would be learnt")
     opened = False
@@ -177,7 +178,7 @@ def check_supervision(tokens: np.ndarray, answer: np.ndarray, chat: ChatFormat) 
 
 
 def pack(examples: Sequence[Example], seq_length: int, pad_id: int, source: int) -> list[Row]:
-    """Whole examples into rows of `seq_length`, each example a segment of its own. None is cut."""
+    """Packs whole examples into rows of `seq_length` tokens, each example a segment of its own."""
     bins = best_fit([len(example.tokens) for example in examples], seq_length)
     return [_row([examples[i] for i in members], seq_length, pad_id, source) for members in bins]
 
@@ -201,7 +202,7 @@ def _row(examples: Sequence[Example], seq_length: int, pad_id: int, source: int)
 
 
 class SFTSource(BatchSource):
-    """A batch source over packed rows of named sources. Endless: epochs follow one another."""
+    """Batch source of the packed rows of all sources; it never ends, as epochs follow one another."""
 
     num_samples = None
 
@@ -220,13 +221,16 @@ class SFTSource(BatchSource):
 
     @property
     def facts(self) -> dict[str, str]:
+        """Number of examples and hash of the rows of each source."""
         return self._facts
 
     @property
     def rows_per_epoch(self) -> int:
+        """Number of packed rows of all sources."""
         return len(self._rows)
 
     def rows(self, samples: range) -> list[Row]:
+        """Returns the rows of `samples`, which count through all epochs."""
         picked = []
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for i in samples:
@@ -238,7 +242,7 @@ class SFTSource(BatchSource):
 
 
 class _SetAside(Exception):
-    """Why a dialogue is not used: the reason counted, what it was here, and the tokens of one that is too long."""
+    """A dialogue that is not used: its reason, the details `what`, and its tokens if it is too long."""
 
     def __init__(self, reason: str, what: str = "", tokens: int = 0) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""How well the model in training does a verifiable task on held-out prompts, greedily and sampled."""
+"""Accuracy of the model in training on held-out prompts of a verifiable task, by greedy decoding and by sampling."""
 
 import torch
 
@@ -10,14 +10,14 @@ from pretrain.model import Decoder
 from pretrain.parallel.engine import Engine
 from pretrain.sampling import generate
 
-BATCH = 256  # prompts decoded at once: bounds the key-value cache
+BATCH = 256  # prompts decoded at once, which limits the key-value cache
 DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature
 
 
 class TaskAccuracy:
     """Mean score in [0, 1] on the first `prompts` held-out prompts; see `pretrain.heldout_loss.Evaluator`.
 
-    Prompts and draws depend on `seed` alone, so two models of one seed are compared on the same.
+    Prompts and random numbers depend on `seed` alone, so models with the same seed answer the same prompts.
     """
 
     def __init__(self, task: Task, chat: ChatFormat, seed: int, prompts: int) -> None:
@@ -25,7 +25,10 @@ class TaskAccuracy:
         self._policy: PolicyCopy | None = None
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
-        """Collective; each replica takes a share. Errors: ValueError if the verifier could score no answer."""
+        """Returns the mean score for each way of decoding. Collective: each data-parallel replica scores a share.
+
+        Raises ValueError if the verifier could score no answer.
+        """
         if self._policy is None:
             self._policy = PolicyCopy(engine)
         self._policy.refresh()
@@ -40,7 +43,7 @@ class TaskAccuracy:
         return {f"{self.task.name} answers": {name: s / n for name, (s, n) in zip(DECODING, totals, strict=True)}}
 
     def _sums(self, decoder: Decoder, indices: range, temperature: float) -> tuple[float, float]:
-        """(sum of scores, number scored)."""
+        """Returns (sum of scores, number of answers scored) on the prompts `indices`."""
         known: list[float] = []
         for start in range(0, len(indices), BATCH):
             batch = indices[start : start + BATCH]

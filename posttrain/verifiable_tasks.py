@@ -1,8 +1,7 @@
-"""Verifiable tasks: prompts drawn by key, answers checked by rule.
+"""Verifiable tasks, whose prompts are generated and whose answers are checked by a rule.
 
-A task's prompts fall into a training and a held-out split by the hash of their content, so the two never
-share one, however many are drawn. A verifier that cannot judge says so (`TaskScore.unscorable`): that is never a
-reward of 0. Leaves out adapters to outside task collections.
+A prompt belongs to the training or the held-out split by the hash of its content, so the splits never share a prompt.
+A verifier that cannot judge an answer returns `TaskScore.unscorable`, which is not a reward of 0.
 """
 
 import hashlib
@@ -15,49 +14,54 @@ from typing import Literal, Protocol
 from configs.posttrain import TaskConfig
 
 Split = Literal["train", "heldout"]
-HELDOUT_SHARE = 0.1  # of all prompts, by hash
+HELDOUT_SHARE = 0.1  # of all prompts
 LEAST_DIGITS, MOST_DIGITS = 3, 32
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A reward in [0, 1], or None where the verifier could not judge; `reason` is what a report counts by."""
+    """A reward in [0, 1], or None if the verifier could not judge; reports count by `reason`."""
 
     value: float | None
     reason: str
 
     @classmethod
     def unscorable(cls, reason: str) -> "TaskScore":
+        """Returns the score of an answer that the verifier cannot judge."""
         return cls(None, reason)
 
 
 class Task(Protocol):
-    """`prompt` is a pure function of (seed, split, index)."""
+    """A task with generated prompts; `prompt` is a pure function of (seed, split, index)."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def max_new_tokens(self) -> int:
-        """An answer that is not over by then is cut, and wrong."""
+        """Maximum length of an answer, in tokens; a longer one is cut and counts as wrong."""
         ...
 
-    def prompt(self, seed: int, split: Split, index: int) -> str: ...
+    def prompt(self, seed: int, split: Split, index: int) -> str:
+        """Returns prompt number `index` of a split."""
+        ...
 
-    def answer(self, prompt: str) -> str: ...
+    def answer(self, prompt: str) -> str:
+        """Returns the right answer to a prompt."""
+        ...
 
-    def score(self, prompt: str, completion: str) -> TaskScore: ...
+    def score(self, prompt: str, completion: str) -> TaskScore:
+        """Returns the reward of a completion."""
+        ...
 
     def smaller(self) -> "Iterator[tuple[int, Task]]":
-        """The same with every lower task.digits, from the highest on."""
+        """Yields (digits, the same task with so many digits) for every lower task.digits, highest first."""
         ...
 
 
 @dataclass(frozen=True)
 class SortTask:
-    """Sort the digits of a number: "Sort 529143" -> "123459". Every digit is one token, so length is no
-    obstacle.
-    """
+    """Task of sorting the digits of a number: "Sort 529143" -> "123459". Every digit is one token."""
 
     digits: int = 6
     max_new_tokens: int = 16
@@ -74,14 +78,14 @@ class SortTask:
         return f"Sort {_draw_digits(self.name, self.digits, seed, split, index)}"
 
     def answer(self, prompt: str) -> str:
-        """The one right completion. Errors: ValueError if `prompt` is not this task's."""
+        """Returns the only right completion. Raises ValueError if `prompt` is not one of this task."""
         match = re.fullmatch(r"Sort ([0-9]+)", prompt)
         if match is None:
             raise ValueError(f"prompt {prompt!r} is not of the form 'Sort DIGITS'")
         return "".join(sorted(match[1]))
 
     def score(self, prompt: str, completion: str) -> TaskScore:
-        """1 for the exact answer, else 0; unscorable only if the prompt itself is not this task's."""
+        """Returns 1 for the exact answer, else 0; unscorable if the prompt is not one of this task."""
         try:
             answer = self.answer(prompt)
         except ValueError as error:
@@ -98,14 +102,14 @@ class SortTask:
 
 
 def make_task(settings: TaskConfig) -> Task:
-    """The task that a config names."""
+    """Returns the task that a config names."""
     match settings.name:
         case "sort":
             return SortTask(settings.digits, settings.max_new_tokens)
 
 
 def split_of(content: str) -> Split:
-    """The split a prompt's content belongs to, by SHA-256: the same on every machine and for every seed."""
+    """Returns the split of a prompt's content, by its SHA-256: the same on every machine and for every seed."""
     draw = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
     return "heldout" if draw < HELDOUT_SHARE else "train"
 

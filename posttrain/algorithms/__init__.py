@@ -1,1 +1,1 @@
-"""The arithmetic of policy optimisation as pure functions of tensors: advantages, policy losses, KL, aggregation."""
+"""Formulas of policy optimization as pure functions of tensors: advantages, policy losses, KL, aggregation."""

@@ -1,7 +1,7 @@
-"""Advantages of a group of completions of one prompt, per dialect.
+"""Advantages of a group of completions of one prompt, by the formula of one of several code bases.
 
-"GRPO" names several formulas in the field; each is spelled out here under the name of the code base that
-uses it. Leaves out critics (GAE) and reward shaping.
+"GRPO" means several formulas in the field; each has the name of the code base that uses it. There are no critics (GAE)
+and no reward shaping.
 """
 
 from enum import StrEnum
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class AdvantageDialect(StrEnum):
-    """How rewards r of a group become advantages; mu and sigma are the group's mean and deviation (ddof 1)."""
+    """Formula from rewards r of a group to advantages; mu, sigma: the group's mean and standard deviation (ddof 1)."""
 
     GRPO_TRL = "grpo@trl"  # (r - mu) / (sigma + 1e-4)
     GRPO_VERL = "grpo@verl"  # (r - mu) / (sigma + 1e-6)
@@ -21,12 +21,12 @@ class AdvantageDialect(StrEnum):
 
 
 def group_advantages(rewards_PG: Tensor, scored_PG: Tensor, dialect: AdvantageDialect) -> Tensor:
-    """Advantages [P, G] of P groups of G rewards (Shao et al. 2024, arXiv 2402.03300, and the dialects
-    above).
+    """Returns the advantages [P, G] of P groups of G rewards (Shao et al. 2024, arXiv 2402.03300) by `dialect`.
 
-    `scored_PG` (bool) is False where the verifier could not score a sample: that sample counts in no mean
-    and gets advantage 0, and so does the only scored sample of a group. A group of equal rewards gets
-    exactly 0: rounding in the mean, divided by a tiny epsilon, must not become a gradient.
+    `scored_PG` (bool) is False where the verifier could not score a sample. Such a sample counts in no mean and has
+    advantage 0, and so has a sample that is the only scored one of its group. Groups of equal rewards have advantages
+    of exactly 0, so that rounding in the mean, divided by a tiny epsilon, does not become a gradient. Raises
+    ValueError if the shapes differ.
     """
     if rewards_PG.ndim != 2 or rewards_PG.shape != scored_PG.shape:
         raise ValueError(
@@ -48,7 +48,7 @@ def group_advantages(rewards_PG: Tensor, scored_PG: Tensor, dialect: AdvantageDi
             advantages_PG = centred_PG / (deviation_P1 + 1e-6)
         case AdvantageDialect.GRPO_NEMO:
             deviation_PG = _deviation_of_others(r_PG, scored_PG)
-            # The threshold only absorbs rounding: others that are equal have no scale to divide by.
+            # Equal rewards of the others have deviation 0, which divides nothing; the threshold allows for rounding.
             flat_PG = deviation_PG <= 1e-7 * r_PG.abs().amax(1, keepdim=True)
             advantages_PG = torch.where(flat_PG, leave_one_out_PG, leave_one_out_PG / (deviation_PG + 1e-6))
         case AdvantageDialect.DR_GRPO:
@@ -60,14 +60,17 @@ def group_advantages(rewards_PG: Tensor, scored_PG: Tensor, dialect: AdvantageDi
 
 
 def equal_groups(rewards_PG: Tensor, scored_PG: Tensor) -> Tensor:
-    """Bool [P]: groups whose scored rewards are all the same. They teach nothing and are logged as such."""
+    """Returns bool [P], True for groups whose scored rewards are all equal; they contribute no gradient."""
     highest_P = torch.where(scored_PG, rewards_PG, -torch.inf).amax(1)
     lowest_P = torch.where(scored_PG, rewards_PG, torch.inf).amin(1)
     return highest_P <= lowest_P
 
 
 def _deviation_of_others(r_PG: Tensor, scored_PG: Tensor) -> Tensor:
-    """Standard deviation (ddof 1) of each sample's scored group mates. Two passes, so equal mates give 0."""
+    """Returns [P, G]: the standard deviation (ddof 1) of the scored rewards of each sample's group without itself.
+
+    It is computed in two passes, so that equal rewards give exactly 0.
+    """
     group = r_PG.shape[1]
     mates_PGG = scored_PG[:, None, :] & ~torch.eye(group, dtype=torch.bool, device=r_PG.device)
     count_PG = mates_PGG.sum(2)

@@ -1,7 +1,7 @@
-"""Token losses of policy optimisation: the clipped surrogate and the KL estimators.
+"""Token losses of policy optimization: the clipped surrogate and the KL estimators.
 
-Every function is elementwise on tensors of log-probabilities (natural logarithm, of the token that was
-sampled) and leaves masking and averaging to the trainer.
+Every function works elementwise on log-probabilities (natural logarithm) of the sampled tokens; the trainer masks and
+averages.
 """
 
 from enum import StrEnum
@@ -26,7 +26,7 @@ def clipped_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """PPO's clipped surrogate, a loss per token: -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A).
+    """Returns PPO's clipped surrogate per token: -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A).
 
     Schulman et al. 2017 (arXiv 1707.06347, eq. 7); clip_high > clip_low is DAPO's clip-higher (arXiv
     2503.14476); `dual_clip` c bounds the loss by -c A where A < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5).
@@ -43,7 +43,7 @@ def clipped_policy_loss(
 def clipped_share(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Bool per token: the clip is what stopped the gradient (the ratio left the range on the side that A pushes to)."""
+    """Returns bool per token, True where clipping removes the gradient: the ratio left the range in A's direction."""
     ratio = torch.exp(logprobs - old_logprobs)
     return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
 
@@ -51,7 +51,7 @@ def clipped_share(
 def kl_estimate(
     logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator, clamp: float | None = None
 ) -> Tensor:
-    """Estimate of KL(policy || reference) per token, in nats; `clamp` bounds its size (NeMo uses 10)."""
+    """Estimates KL(policy || reference) per token, in nats; `clamp` limits the absolute value (NeMo uses 10)."""
     x = logprobs - reference_logprobs.detach()
     match KLEstimator(estimator):
         case KLEstimator.K1:

@@ -75,5 +75,5 @@ def test_nothing_is_sampled_beyond_the_models_context(chat: ChatFormat) -> None:
         check_answers(fewer, chat, 0, 20, 20, longest + 2)
     answer = said_number(raised, "task.max_new_tokens")
     assert check_answers(SortTask(fewer.digits, answer), chat, 0, 20, 20, longest + 2) < longest
-    with pytest.raises(ConfigError, match=r"no smaller task\.digits fits either, so begin from a model"):
+    with pytest.raises(ConfigError, match=r"no smaller task\.digits fits either, so start from a model"):
         check_answers(SortTask(6, 30), chat, 0, 20, 20, 5)

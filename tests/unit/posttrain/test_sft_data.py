@@ -160,7 +160,7 @@ def test_when_nothing_is_left_the_reason_is_told_and_its_remedy_works(chat: Chat
     broken = write(tmp_path / "broken.gz", ["{", {"messages": 3}])
     with pytest.raises(ValueError, match=r"all 2 dialogues .* were set aside: 1 bad_json .* 1 bad_messages: no list"):
         read_dialogues([broken], chat, LENGTH, 0.0, 1.0)
-    with pytest.raises(ValueError, match="there is no line in"):
+    with pytest.raises(ValueError, match="has no dialogue"):
         read_dialogues([write(tmp_path / "empty.gz", [])], chat, LENGTH, 0.0, 1.0)
 
 
