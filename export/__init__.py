@@ -1,1 +1,1 @@
-"""Hugging Face in and out, verified; generation and chat. Imports pretrain and configs, never posttrain."""
+"""Export to and import from Hugging Face, generation and chat. Imports pretrain and configs, never posttrain."""

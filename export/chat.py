@@ -1,4 +1,4 @@
-"""`trivium chat`: a conversation on the terminal with a model trained on dialogues, by Trivium's own decoder."""
+"""`trivium chat`: a conversation on the terminal with a model trained on dialogues, with Trivium's own decoder."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from configs.cli import entrypoint
 from configs.loader import ConfigError
-from export.generate import beyond, check_sampling, command_line, load, tell_if_cut
+from export.generate import beyond, check_sampling, command_line, load, note_if_cut
 
 if TYPE_CHECKING:
     from export.chat_codec import TextCodec
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`trivium chat`: a conversation on the terminal. /reset starts over, /exit or end of input leaves."""
+    """Runs the conversation: /reset starts it over, /exit or the end of input ends it. Returns 0."""
     parser = command_line(
         "trivium chat",
-        "Talks with a model trained on dialogues. /reset starts over, /exit leaves.",
+        "Chats with a model trained on dialogues. /reset starts over, /exit ends.",
         "trivium chat runs/demo/sft --temperature 0.7",
     )
-    parser.add_argument("--system", help="a system message to begin with")
+    parser.add_argument("--system", help="the system message")
     args = parser.parse_args(argv)
     check_sampling(args)
     decoder, codec, context = load(args.source, args.step)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(prompt) >= context:
             messages.pop()
             said = f"the dialogue, {beyond(len(prompt), context)}"
-            print(f"{said}; /reset starts over, or say it in fewer words", file=sys.stderr, flush=True)
+            print(f"{said}; start over with /reset, or write a shorter message", file=sys.stderr, flush=True)
             continue
         reply = answer(decoder, codec, prompt, args, context, key=str(turn))
         messages.append({"role": "assistant", "content": reply})
@@ -63,7 +63,10 @@ def answer(
     context: int,
     key: str = "0",
 ) -> str:
-    """The model's next turn after a `prompt` within its context. `key` makes each turn draw anew from the one seed."""
+    """Samples the model's answer to a `prompt` shorter than its context.
+
+    `key` gives each turn random numbers of its own, all from the one seed.
+    """
     from pretrain.sampling import generate
 
     room = context - len(prompt)
@@ -77,7 +80,7 @@ def answer(
         top_p=args.top_p,
         keys=[key],
     )[0]
-    tell_if_cut(completion, room, args.max_new_tokens, context)
+    note_if_cut(completion, room, args.max_new_tokens, context)
     return codec.decode(completion.tokens)
 
 

@@ -1,7 +1,6 @@
-"""Text and dialogues to token ids for generation, with the sentencepiece model and the run's chat template.
+"""Encodes text and dialogues for generation, with the model's sentencepiece tokenizer and chat template.
 
-The template is data (chat_template.jinja of the run directory), rendered by transformers' own renderer.
-Leaves out tools and images.
+The chat template is the run's chat_template.jinja, rendered by transformers' own renderer. No tools and no images.
 """
 
 import re
@@ -14,7 +13,7 @@ END = "<|end|>"  # closes a chat turn
 
 
 class TextCodec:
-    """Prompts and dialogues to ids, and ids to text, for one model."""
+    """Encodes prompts and dialogues to ids, and decodes ids, for one model."""
 
     def __init__(self, tokenizer: Path, chat_template: str | None = None):
         self.tokenizer = Tokenizer.load(tokenizer)
@@ -26,16 +25,16 @@ class TextCodec:
 
     @property
     def stop_ids(self) -> list[int]:
-        """What ends an answer: </s>, and in chat the end of the turn."""
+        """Ids that end an answer: </s>, and with a chat template the end of a turn."""
         ends = [self.specials[END]] if self.chat_template is not None and END in self.specials else []
         return [self.eos_id, *ends]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """<s> and the text; control symbols spelled out in it stay plain text."""
+        """Returns the ids of <s> and the text; control symbols spelled out in it stay plain text."""
         return [self.bos_id, *self.tokenizer.encode(text)]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The dialogue so far and an opened assistant turn. Errors: ValueError without a chat template."""
+        """Returns the ids of a dialogue and an opened assistant turn. Raises ValueError without a chat template."""
         if self.chat_template is None:
             raise ValueError("this model has no chat template; it was not trained on dialogues")
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -46,12 +45,12 @@ class TextCodec:
         return self.encode_rendered(rendered[0][0])
 
     def encode_rendered(self, text: str) -> list[int]:
-        """A rendered template to ids: control symbols become theirs, what lies between is plain text."""
+        """Encodes a rendered template: control symbols become their ids, text between them is plain text."""
         ids: list[int] = []
         for part in filter(None, self._split.split(text)):
             ids += [self.specials[part]] if part in self.specials else self.tokenizer.encode(part)
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids, control symbols left out."""
+        """Returns the text of the ids, without control symbols."""
         return self.tokenizer.decode(ids)

@@ -1,8 +1,7 @@
-"""Proof that an exported folder is the model: reloaded by transformers and held against Trivium's own decoder
-in fp32.
+"""Comparison of an exported folder, reloaded by transformers, with Trivium's own decoder in fp32.
 
-Tensors are compared first, then what transformers did with them, so that a failure names its cause: the
-tensor on disk, or else the first layer whose output differs. Leaves out speed and quality.
+The tensors on disk are compared first, then the outputs of the reloaded model, so that a failure names its cause: a
+tensor, or the first layer whose output differs.
 """
 
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from export.tensors import open_tensors
 from pretrain.model import Decoder
 from pretrain.sampling import generate
 
-# Where tokenizers part ways: spaces, control characters, scripts without spaces, joined emoji, spelled-out
-# specials.
+# Texts on which tokenizers often differ: spaces, control characters, scripts without spaces, joined emoji, special
+# tokens spelled out.
 ODD_TEXTS = [
     "",
     " ",
@@ -40,7 +39,7 @@ ODD_TEXTS = [
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the proof. `measured` says what was found, and where, if it failed."""
+    """Result of one check. `measured` is what was found, and if it failed, where."""
 
     name: str
     passed: bool
@@ -50,10 +49,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the folder must be: `weights` as written (rounded, if to bf16), and the decoder made of them.
+    """What the exported folder must equal: `weights` as written (rounded to bf16 if so), and the decoder made of them.
 
-    `passages` are token ids to compare logits on: held-out text, or the prompts where there is none. `context`
-    is the number of tokens that the folder has to claim, and nothing longer is tried.
+    `passages` are token ids on which logits are compared: held-out text, or the prompts if there is none. `context` is
+    the context length, in tokens, that the folder must state; nothing longer is compared.
     """
 
     config: ModelConfig
@@ -68,7 +67,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """The folder as transformers sees it."""
+    """Model and tokenizer of the folder as transformers loads them; `loading` is its report on keys."""
 
     model: Any
     tokenizer: Any
@@ -76,7 +75,7 @@ class Reloaded:
 
 
 def reload(folder: Path) -> Reloaded:
-    """Loads model (fp32, CPU) and tokenizer by the Auto classes, from the folder alone."""
+    """Loads model (fp32, on the CPU) and tokenizer from the folder with the Auto classes, without network."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -91,7 +90,7 @@ def reload(folder: Path) -> Reloaded:
 
 @torch.inference_mode()
 def verify(folder: Path, reference: Reference, hf: Reloaded, options: VerifyConfig) -> list[Check]:
-    """All checks, in the order that makes the first failure the cause."""
+    """Returns all checks, ordered so that the first failure is the cause of the others."""
     return [
         check_tensors(folder, reference),
         check_loading(hf),
@@ -104,7 +103,7 @@ def verify(folder: Path, reference: Reference, hf: Reloaded, options: VerifyConf
 
 
 def check_tensors(folder: Path, reference: Reference) -> Check:
-    """The files hold, bit for bit, the weights of the checkpoint."""
+    """Checks that the files hold the weights of the checkpoint bit for bit."""
     names, read = open_tensors(folder)
     count = 0
     try:
@@ -120,7 +119,7 @@ def check_tensors(folder: Path, reference: Reference) -> Check:
 
 
 def check_loading(hf: Reloaded) -> Check:
-    """transformers found a tensor for every parameter, and had none left."""
+    """Checks that transformers found a tensor for every parameter and no others."""
     wrong = [
         f"{kind.removesuffix('_keys')} {sorted(map(str, hf.loading[kind]))[0]}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -130,12 +129,13 @@ def check_loading(hf: Reloaded) -> Check:
 
 
 def check_parameters(hf: Reloaded, config: ModelConfig) -> Check:
+    """Checks the number of parameters."""
     count, expected = sum(p.numel() for p in hf.model.parameters()), config.num_parameters()
     return Check("parameters", count == expected, f"{count:,}", f"{expected:,}")
 
 
 def check_context(hf: Reloaded, reference: Reference, greedy_tokens: int) -> Check:
-    """The folder claims the model's context, in both files, and what is compared stays within it."""
+    """Checks that config and tokenizer state the model's context length, and that nothing longer is compared."""
     claimed, longest = hf.model.config.max_position_embeddings, max(map(len, reference.passages))
     longest = max(longest, *(len(prompt) + greedy_tokens for prompt in reference.prompts))
     wanted = f"{reference.context:,}, and nothing compared beyond it"
@@ -147,7 +147,7 @@ def check_context(hf: Reloaded, reference: Reference, greedy_tokens: int) -> Che
 
 
 def check_logits(hf: Reloaded, reference: Reference, tolerance: float) -> Check:
-    """The largest difference of any logit over all passages; on failure, the first layer that differs."""
+    """Checks the largest difference of a logit over all passages; a failure names the first layer that differs."""
     worst, culprit = 0.0, ""
     for passage in reference.passages:
         tokens = torch.tensor([passage])
@@ -164,7 +164,7 @@ def check_logits(hf: Reloaded, reference: Reference, tolerance: float) -> Check:
 
 
 def first_layer(hf: Reloaded, reference: Reference, tokens: torch.Tensor, tolerance: float) -> str:
-    """Which module's output is the first to differ by more than `tolerance`, and by how much."""
+    """Returns the first module whose output differs by more than `tolerance`, and by how much, as text."""
     backbone = hf.model.model
     decoder = reference.decoder
     pairs: list[tuple[str, Any, Any]] = [("embedding", decoder.embedding, backbone.embed_tokens)]
@@ -197,15 +197,15 @@ def first_layer(hf: Reloaded, reference: Reference, tokens: torch.Tensor, tolera
 
 
 def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: float) -> Check:
-    """Both continue every prompt by the same `count` likeliest tokens.
+    """Checks that both models continue every prompt with the same `count` tokens under greedy decoding.
 
-    Where they part and the two candidates' logits are within `tolerance` of each other, neither is wrong:
-    such a tie is reported, and the prompt counts up to there.
+    If they differ at a token and the logits of the two candidates are within `tolerance`, it is a tie and neither is
+    wrong: the tie is reported, and the prompt is compared only up to there.
     """
     from transformers import GenerationConfig
 
-    # The end token does not end this: all `count` tokens are compared. None would be taken for "as the model's own
-    # generation config says", so the end token is one that does not exist.
+    # All `count` tokens are compared, so generation must not stop at the end token. None would mean the end token of
+    # the model's own generation config, so an id that does not exist takes its place.
     settings = GenerationConfig(
         max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=reference.codec.pad_id
     )
@@ -231,7 +231,7 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
 
 
 def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
-    """Special ids, sentencepiece's ids on held-out and odd text, the chat template to the same ids."""
+    """Checks special ids, sentencepiece's ids on held-out and unusual text, and the ids of the chat template."""
     codec, tokenizer = reference.codec, hf.tokenizer
     texts = [codec.decode(passage) for passage in reference.passages] + ODD_TEXTS
     wanted = "sentencepiece's ids"
@@ -248,7 +248,7 @@ def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
 
 
 def _chat_difference(tokenizer: Any, codec: TextCodec) -> str | None:
-    """How a dialogue's ids differ from those of training, in one of the ways to get them from transformers."""
+    """Describes how a dialogue's ids differ from training's, by the first of three ways to get them that differs."""
     messages = [{"role": "user", "content": "1 + 1 = <|end|> 你好"}]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ways = {

@@ -1,4 +1,4 @@
-"""Trivium's parameters and their Hugging Face twins, as one table read both ways.
+"""Names of Trivium's parameters and of their Hugging Face counterparts, as one table for export and import.
 
 Dense models are LlamaForCausalLM, mixtures of experts MixtralForCausalLM. The names are those of the files on
 disk; transformers fuses Mixtral's experts in memory when it loads them. No tensor is transposed or permuted:
@@ -18,7 +18,7 @@ from configs.train import ModelConfig
 
 @dataclass(frozen=True)
 class TensorRule:
-    """A Trivium tensor and the file's name for it; with `{expert}`, ours stacks theirs by expert."""
+    """Name of a Trivium tensor (`ours`) and in the file (`theirs`); with `{expert}`, ours stacks theirs by expert."""
 
     ours: str
     theirs: str
@@ -27,7 +27,7 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Family:
-    """A transformers architecture and how its checkpoint spells our parameters."""
+    """A transformers architecture, and the names of Trivium's parameters in its checkpoints."""
 
     architecture: str
     model_type: str
@@ -65,7 +65,7 @@ FAMILIES = (LLAMA, MIXTRAL)
 
 @dataclass(frozen=True)
 class Entry:
-    """A rule applied to one layer: our name and shape, and their name, or their names in expert order."""
+    """A `TensorRule` applied to one layer: Trivium's name and shape, and the file's names, one for each expert."""
 
     ours: str
     shape: tuple[int, ...]
@@ -74,10 +74,11 @@ class Entry:
 
     @property
     def their_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in the file."""
         return self.shape[1:] if self.stacked else self.shape
 
 
-# What Mixtral's router computes. Other values make another model of it.
+# Settings of [model.moe] that Mixtral's router implements; with others the exported model would differ.
 _MIXTRAL_ROUTER = {
     "num_shared_experts": 0,
     "gating": "softmax",
@@ -89,7 +90,7 @@ _MIXTRAL_ROUTER = {
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Errors: ValueError naming the key that neither family has."""
+    """Returns the family of a model. Raises ValueError naming a config key that the family cannot express."""
     family = MIXTRAL if config.moe else LLAMA
     keys: list[tuple[str, Any, Any]] = [("qk_norm", config.qk_norm, False)]
     if config.moe:
@@ -97,14 +98,14 @@ def family_of(config: ModelConfig) -> Family:
     for key, ours, theirs in keys:
         if ours != theirs:
             raise ValueError(
-                f"model.{key} = {ours!r} cannot be exported yet: {family.architecture}, the family that is written, "
-                f"computes {theirs!r}; a model to be exported is trained with that"
+                f"model.{key} = {ours!r} cannot be exported: {family.architecture}, the Hugging Face architecture "
+                f"that is written, has {theirs!r}; train the model with that value to export it"
             )
     return family
 
 
 def entries(config: ModelConfig) -> list[Entry]:
-    """Every parameter of the model, from the embedding to the head."""
+    """Returns an entry for every parameter of the model, from the embedding to the output head."""
     sizes = {
         "V": config.vocab_size,
         "H": config.hidden_size,
@@ -133,20 +134,20 @@ def entries(config: ModelConfig) -> list[Entry]:
 
 
 def check_weights(weights: dict[str, torch.Tensor], config: ModelConfig) -> None:
-    """Errors: ValueError naming the first missing, unknown or misshapen tensor."""
+    """Raises ValueError naming the first tensor that is missing, unknown or of a wrong shape."""
     expected = {entry.ours: entry.shape for entry in entries(config)}
     for name, shape in expected.items():
         if name not in weights:
-            raise ValueError(f"tensor {name} is missing from the weights; the model config asks for it")
+            raise ValueError(f"tensor {name} is missing from the weights, but the model config has it")
         if tuple(weights[name].shape) != shape:
-            raise ValueError(f"tensor {name} has shape {tuple(weights[name].shape)}, the model config makes it {shape}")
+            raise ValueError(f"tensor {name} has shape {tuple(weights[name].shape)}, but {shape} by the model config")
     for name in weights:
         if name not in expected:
             raise ValueError(f"tensor {name} is in the weights but not in the model that the config describes")
 
 
 def to_hf(weights: dict[str, torch.Tensor], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """(file name, tensor) for every tensor of the Hugging Face checkpoint, sharing memory with `weights`."""
+    """Yields (name in the file, tensor) for every tensor of the Hugging Face checkpoint, as views of `weights`."""
     check_weights(weights, config)
     for entry in entries(config):
         tensor = weights[entry.ours]
@@ -156,21 +157,20 @@ def to_hf(weights: dict[str, torch.Tensor], config: ModelConfig) -> Iterator[tup
 def from_hf(
     read: Callable[[str], torch.Tensor], names: Iterable[str], config: ModelConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(our name, tensor) for every parameter; `read` gives one tensor of the checkpoint, which holds `names`.
+    """Yields (Trivium's name, tensor) for every parameter.
 
-    Errors: ValueError naming a tensor that is missing, misshapen or not known to this family.
+    `read` returns one tensor of the checkpoint by name, and `names` are all of them. Raises ValueError naming a tensor
+    that is missing, has a wrong shape or is not part of the family.
     """
     names, used = set(names), set()
     for entry in entries(config):
         parts = []
         for name in entry.theirs:
             if name not in names:
-                raise ValueError(f"tensor {name} is missing from the checkpoint, which config.json asks for")
+                raise ValueError(f"tensor {name} is missing from the checkpoint, but config.json has it")
             part = read(name)
             if tuple(part.shape) != entry.their_shape:
-                raise ValueError(
-                    f"tensor {name} has shape {tuple(part.shape)}, config.json makes it {entry.their_shape}"
-                )
+                raise ValueError(f"tensor {name} has shape {tuple(part.shape)}, but {entry.their_shape} by config.json")
             used.add(name)
             parts.append(part)
         yield entry.ours, torch.stack(parts) if entry.stacked else parts[0]

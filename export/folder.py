@@ -1,8 +1,7 @@
-"""Publishing a folder whole or not at all, and knowing an earlier one again.
+"""Publishes a folder whole or not at all, and recognizes one that is up to date.
 
-A folder is written as `.NAME.partial` beside the final one, and renamed once it is proven. `trivium_export.json`
-in it records what it was made from and the checksum of every file, so that a rerun can tell that nothing
-changed.
+A folder is written as `.NAME.partial` beside its final path and renamed once it is verified. `trivium_export.json` in
+it records what it was made from and the checksum of every file, so that a rerun can skip an unchanged export.
 """
 
 import contextlib
@@ -20,22 +19,22 @@ RECORD = "trivium_export.json"
 
 
 def check_target(out: Path, mend: bool = True) -> None:
-    """Mends an interrupted publication. Errors: ConfigError when what is at `out` is not an export."""
+    """Raises ConfigError if `out` exists and is not an export; with `mend`, restores an interrupted one first."""
     previous = _previous(out)
     if mend and previous.is_dir() and not out.exists():
         previous.rename(out)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file())):
         raise ConfigError(
-            f"out = {out} exists and was not written by `trivium export`; name another folder or remove it"
+            f"out = {out} exists and was not written by `trivium export`; choose another folder, or remove it"
         )
 
 
 @contextlib.contextmanager
 def partly_written(out: Path, key: str) -> Iterator[Path]:
-    """An empty folder to write into, beside `out`; what an interrupted export left there is removed.
+    """Yields an empty folder beside `out` to write into; the remains of an interrupted export are removed first.
 
-    At the end it is gone, whether it was published or not; and so are folders above it that were made for nothing.
-    Errors: ConfigError naming `key`, whose value `out` is, where nothing can be written.
+    At the end the folder is removed unless it was published (renamed), with folders above it that were made for it and
+    are empty. Raises ConfigError, naming `key` and its value `out`, if nothing can be written there.
     """
     check_writable(out.parent, key, out)
     partial = out.with_name(f".{out.name}.partial")
@@ -46,17 +45,18 @@ def partly_written(out: Path, key: str) -> Iterator[Path]:
         yield partial
     finally:
         discard(partial)
-        with contextlib.suppress(OSError):  # published: not empty
+        with contextlib.suppress(OSError):  # not empty if it was published
             for folder in made:
                 folder.rmdir()
 
 
 def discard(partial: Path) -> None:
+    """Removes a folder if it exists."""
     shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
-    """Adds the record to `partial` and renames it to `out`, replacing an older export."""
+    """Writes `record` with checksums into `partial` and renames it to `out`, replacing an older export."""
     files = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
     write_atomic(partial / RECORD, (json.dumps(record | {"files": files}, indent=2) + "\n").encode())
     for file in partial.iterdir():
@@ -72,7 +72,7 @@ def publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
 
 
 def is_current(out: Path, made_from: dict[str, Any]) -> bool:
-    """Whether `out` is whole and was made from just this."""
+    """Whether `out` is complete and undamaged and was made from `made_from`."""
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         files = record["files"]

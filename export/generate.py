@@ -1,6 +1,6 @@
-"""`trivium generate`: continues prompts with a run or checkpoint, by Trivium's own decoder.
+"""`trivium generate`: continues prompts with the model of a run or checkpoint, with Trivium's own decoder.
 
-Runs on one CPU rank in fp32 with a key-value cache. Leaves out serving and batching across users.
+Runs in one process on the CPU, in fp32, with a key-value cache. It is no server.
 """
 
 import argparse
@@ -20,7 +20,7 @@ RUN_HELP = "a run directory (its newest checkpoint), a checkpoint, or an importe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`trivium generate`: continues each --prompt and prints prompt and continuation."""
+    """Prints each --prompt with its continuation and returns 0."""
     parser = command_line(
         "trivium generate",
         "Continues prompts with a trained model.",
@@ -50,27 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for text, completion, room in zip(args.prompt, completions, rooms, strict=True):
         print(text + codec.decode(completion.tokens[:room]), flush=True)
-        tell_if_cut(completion, room, args.max_new_tokens, context)
+        note_if_cut(completion, room, args.max_new_tokens, context)
         if len(args.prompt) > 1:
             print("-" * 40)
     return 0
 
 
 def beyond(tokens: int, context: int) -> str:
-    """The words for a text that fills the whole context, so that nothing can follow it."""
-    return f"its {tokens} tokens leave no room in the {context} that the model was made for"
+    """Part of a message for a text that fills the model's whole context."""
+    return f"its {tokens} tokens fill the model's context of {context} tokens"
 
 
-def tell_if_cut(completion: "Completion", room: int, wanted: int, context: int) -> None:
-    """Says where a text ends because the model was not made for longer ones."""
+def note_if_cut(completion: "Completion", room: int, wanted: int, context: int) -> None:
+    """Prints a note to stderr if a text was cut at the end of the model's context."""
     stopped = completion.stopped and len(completion.tokens) <= room
     if wanted > room and not stopped:
-        said = f"stopped after {room} of {wanted} new tokens, at the {context} in all that the model was made for"
+        said = f"stopped after {room} of {wanted} new tokens, at the end of the model's context of {context} tokens"
         print(f"note: {said}", file=sys.stderr, flush=True)
 
 
 def load(source: str, step: str) -> tuple["Decoder", "TextCodec", int]:
-    """The whole model in fp32 on the CPU, its text codec, and how many tokens it was made for at a time."""
+    """Loads a model in fp32 on the CPU and returns (decoder, text codec, context length in tokens)."""
     from export.model_source import open_source
     from pretrain.model import build_single
 
@@ -78,34 +78,39 @@ def load(source: str, step: str) -> tuple["Decoder", "TextCodec", int]:
         opened = open_source(source, step)
         codec = opened.codec()
         return build_single(opened.model, opened.read()), codec, opened.context
-    except ValueError as error:  # a damaged checkpoint, another model's weights: the message names the file
+    except ValueError as error:  # a damaged checkpoint or another model's weights; the message names the file
         raise ConfigError(str(error)) from None
 
 
 def command_line(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    """A parser of the arguments that `trivium generate` and `trivium chat` share: the model, and how it is sampled."""
+    """Returns a parser with the arguments that `trivium generate` and `trivium chat` share: the model and sampling."""
     parser = command_parser(
         prog=prog,
         description=description,
         example=example,
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
-    parser.add_argument("--step", default="latest", help='which step of a run, default "latest"')
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="fewer where the model's context ends")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample within this share of the probability")
+    parser.add_argument("--step", default="latest", help="step of the run's checkpoint (default: latest)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum; the model's context may end sooner")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens of this total share",
+    )
     parser.add_argument("--seed", type=int, default=1234)
     return parser
 
 
 def check_sampling(args: argparse.Namespace) -> None:
-    """Refuses sampling settings that cannot be, with a ConfigError."""
+    """Raises ConfigError for sampling settings out of range."""
     if args.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {args.max_new_tokens} is less than one")
+        raise ConfigError(f"--max-new-tokens {args.max_new_tokens} is less than 1; give 1 or more")
     if args.temperature < 0:
-        raise ConfigError(f"--temperature {args.temperature:g} is negative; 0 is greedy")
+        raise ConfigError(f"--temperature {args.temperature:g} is negative; give 0 (greedy) or more")
     if not 0 < args.top_p <= 1:
-        raise ConfigError(f"--top-p {args.top_p:g} is not in (0, 1]")
+        raise ConfigError(f"--top-p {args.top_p:g} is not in (0, 1]; 1 samples from all tokens")
 
 
 if __name__ == "__main__":

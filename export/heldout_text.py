@@ -1,4 +1,4 @@
-"""Real text to compare models on: passages of a data plan's held-out documents, as token ids."""
+"""Passages of a data plan's held-out documents, as token ids, on which models are compared."""
 
 from pathlib import Path
 
@@ -6,18 +6,17 @@ from configs.files import file_sha256
 
 
 def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, tokenizer: Path) -> list[list[int]]:
-    """The first `per_source` held-out passages of each source, of two to `max_tokens` tokens.
+    """Returns the first `per_source` held-out passages of each source, of two to `max_tokens` tokens.
 
-    A passage is a document, or the part of a long one that fits into a row. None of a plan that holds nothing out.
-
-    Errors: ValueError when the plan has another tokenizer than the model.
+    A passage is a document, or the part of a long one that fits into a row. The list is empty if the plan holds nothing
+    out. Raises ValueError if the plan has another tokenizer than the model.
     """
     from data_pipeline.mixture.rows import Plan
 
     opened = Plan.open(plan)
     if opened.description["tokenizer"]["sha256"] != file_sha256(tokenizer):
         raise ValueError(
-            f"plan {plan} was made with another tokenizer than the model's, {tokenizer}; name the plan of that one"
+            f"plan {plan} was made with another tokenizer than the model's, {tokenizer}; name the model's own plan"
         )
     passages: list[list[int]] = []
     for source in opened.sources:

@@ -1,7 +1,7 @@
-"""config.json: a ModelConfig as transformers' LlamaConfig or MixtralConfig, and back.
+"""Converts a ModelConfig to the config.json of transformers' LlamaConfig or MixtralConfig, and back.
 
-What Trivium's decoder does not do (biases, scaled rotary embedding, sliding windows, other activations,
-quantised weights) is refused by name on the way in, never dropped in silence.
+On import, features that Trivium's decoder lacks (biases, scaled rotary embedding, sliding windows, other activations,
+quantized weights) are errors that name the key.
 """
 
 from typing import Any
@@ -19,12 +19,15 @@ def to_hf_config(
     eos_id: int | list[int],
     pad_id: int | None,
 ) -> dict[str, Any]:
-    """The content of config.json. `dtype` is torch's name for what the files hold, e.g. "float32"."""
+    """Returns the content of config.json; `dtype` is torch's name for the dtype of the files, e.g. "float32".
+
+    Raises ValueError if the family cannot express the model.
+    """
     if config.hidden_size % config.num_heads:
         raise ValueError(
             f"model.hidden_size = {config.hidden_size} is not a multiple of "
             f"model.num_heads = {config.num_heads}; "
-            f"transformers' {family_of(config).architecture} does not take that, even with a head_dim"
+            f"transformers' {family_of(config).architecture} does not allow that, even with a head_dim"
         )
     family = family_of(config)
     result: dict[str, Any] = {
@@ -66,7 +69,7 @@ def to_hf_config(
     return result
 
 
-# Keys whose other values change what the model computes: (key, values we do compute, why not the others).
+# Keys that change what the model computes: (key, supported values, why no others are).
 _ONLY: list[tuple[str, tuple[Any, ...], str]] = [
     ("attention_bias", (False, None), "Trivium's projections have no bias"),
     ("mlp_bias", (False, None), "Trivium's projections have no bias"),
@@ -78,7 +81,7 @@ _ONLY: list[tuple[str, tuple[Any, ...], str]] = [
 
 
 def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
-    """ModelConfig from config.json's content. Errors: ValueError naming the key that cannot be honoured."""
+    """Returns the ModelConfig of config.json's content. Raises ValueError naming a key that is not supported."""
     model_type = raw.get("model_type")
     family = next((family for family in FAMILIES if family.model_type == model_type), None)
     if family is None:
@@ -117,7 +120,7 @@ def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _rope_theta(raw: dict[str, Any], default: float) -> float:
-    """The rotary base; `default` is what transformers takes when the file says nothing."""
+    """Returns the rotary base; `default` is transformers' own, for a file without one."""
     theta = raw.get("rope_theta")
     for section in ("rope_scaling", "rope_parameters"):
         rope = raw.get(section) or {}

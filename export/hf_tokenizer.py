@@ -1,13 +1,11 @@
-"""Trivium's tokenizer, a sentencepiece BPE, as a Hugging Face fast tokenizer: same ids for every text.
+"""Converts Trivium's sentencepiece BPE tokenizer to a Hugging Face fast tokenizer with the same ids for every text.
 
-Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and (when there is one)
-chat_template.jinja, so that `AutoTokenizer.from_pretrained(folder)` works with no network. What is left out:
-Unigram models, normalisation other than identity and an added leading space; each is refused, because its
-fast twin would not be exact.
+Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and, if there is one, chat_template.jinja, so that
+`AutoTokenizer.from_pretrained(folder)` works without network. Unigram models, normalization other than identity and an
+added leading space are refused, since a fast tokenizer would not give the same ids.
 
-One difference is Hugging Face's convention and stays: text that spells a special token (`<|user|>`) becomes
-that token unless the caller passes `split_special_tokens=True`; sentencepiece never makes a control symbol
-from text.
+One difference is Hugging Face's convention: text that spells a special token (`<|user|>`) becomes that token unless the
+caller passes `split_special_tokens=True`, whereas sentencepiece never makes a control symbol from text.
 """
 
 import json
@@ -22,13 +20,13 @@ from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 if TYPE_CHECKING:
     import tokenizers
 
-# Generated at import from a serialised description: no type checker sees its classes.
+# Its classes are generated at import from a serialized description, so type checkers do not know them.
 proto: Any = sentencepiece_model_pb2
 PIECE = proto.ModelProto.SentencePiece
 
 
 def read_model(path: str | Path) -> Any:
-    """The parsed model. Errors: ValueError where a fast tokenizer could not give the same ids."""
+    """Returns the parsed model. Raises ValueError if a fast tokenizer could not give the same ids."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"tokenizer model {path} does not exist; run the data pipeline's tokenizer stage")
@@ -59,15 +57,15 @@ def read_model(path: str | Path) -> Any:
 
 
 def special_ids(model: Any) -> dict[str, int]:
-    """Unknown and control symbols by name, in id order."""
+    """Returns the ids of unknown and control symbols by name, in order."""
     return {p.piece: i for i, p in enumerate(model.pieces) if p.type in (PIECE.CONTROL, PIECE.UNKNOWN)}
 
 
 def merges(model: Any) -> list[tuple[str, str]]:
-    """BPE merge rules in rank order.
+    """Returns the BPE merge rules in order of rank.
 
-    sentencepiece keeps no merge list: two neighbours merge when their concatenation is a piece, best score
-    first (bpe_model.cc). So each split of a piece into two pieces is a rule, ranked by the piece's score.
+    sentencepiece stores no merges: two neighbours merge if their concatenation is a piece, best score first
+    (bpe_model.cc). So each split of a piece into two pieces is a rule, ranked by the piece's score.
     """
     normal = {p.piece: p.score for p in model.pieces if p.type == PIECE.NORMAL}
     ids = {p.piece: i for i, p in enumerate(model.pieces)}
@@ -82,14 +80,15 @@ def merges(model: Any) -> list[tuple[str, str]]:
 
 
 def _spelled(piece: str) -> str:
-    """A piece as the text it stands for. Ours have real spaces where sentencepiece has U+2581, so that a real
-    U+2581 in a text is no piece and goes by its bytes, as in training.
+    """Returns a piece with spaces in place of sentencepiece's U+2581.
+
+    So a real U+2581 in a text matches no piece and is encoded as bytes, as in training.
     """
     return piece.replace(SPACE, " ")
 
 
 def convert(model: Any, add_bos: bool = True) -> "tokenizers.Tokenizer":
-    """The fast tokenizer; with `add_bos`, `encode(text)` puts <s> in front as in training, if add_special_tokens."""
+    """Returns the fast tokenizer; with `add_bos`, it puts <s> in front of a text if add_special_tokens is True."""
     import tokenizers
     from tokenizers import AddedToken, decoders, models, processors
 
@@ -100,10 +99,10 @@ def convert(model: Any, add_bos: bool = True) -> "tokenizers.Tokenizer":
     fast = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges(model), unk_token=spec.unk_piece, byte_fallback=True, fuse_unk=False)
     )
-    # No pre-tokenizer: sentencepiece merges over the whole text, spaces being one more character.
+    # There is no pre-tokenizer: sentencepiece merges over the whole text, and a space is a character like others.
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_ids(model)])
-    bos = spec.bos_piece if add_bos else ""  # the spelling of transformers' own, which it makes of add_bos_token
+    bos = spec.bos_piece if add_bos else ""  # in the same form as transformers makes from add_bos_token
     fast.post_processor = processors.TemplateProcessing(
         single=f"{bos}:0 $A:0" if bos else "$A:0",
         pair=f"{bos}:0 $A:0 {bos}:1 $B:1" if bos else "$A:0 $B:1",
@@ -115,10 +114,10 @@ def convert(model: Any, add_bos: bool = True) -> "tokenizers.Tokenizer":
 def write_tokenizer(
     folder: str | Path, model_path: str | Path, max_length: int, chat_template: str | None = None
 ) -> None:
-    """Writes the tokenizer's files into `folder`; `max_length` is the number of tokens that the model is made for.
+    """Writes the tokenizer's files into `folder`; `max_length` is the model's context length in tokens.
 
-    With a chat template, <s> comes from that alone and the tokenizer adds none: the rendered template has one then,
-    whoever tokenizes it and with `add_special_tokens` or without.
+    With a chat template, only the template has <s> and the tokenizer adds none, so that there is exactly one whether a
+    rendered dialogue is tokenized with `add_special_tokens` or without.
     """
     folder, model = Path(folder), read_model(model_path)
     spec, specials = model.trainer_spec, special_ids(model)
@@ -131,7 +130,7 @@ def write_tokenizer(
         **names,
         "additional_special_tokens": others,
         "clean_up_tokenization_spaces": False,
-        # llama.cpp's converter goes by these, not by tokenizer.json.
+        # llama.cpp's converter reads these and not tokenizer.json.
         "add_bos_token": chat_template is None,
         "add_eos_token": False,
         "add_prefix_space": False,
@@ -140,7 +139,7 @@ def write_tokenizer(
         "padding_side": "left",
     }
     if chat_template is not None:
-        # In both files: transformers 5 reads the file, older readers the key.
+        # Written to both: transformers 5 reads the file, older versions the key.
         config["chat_template"] = chat_template
         write_atomic(folder / "chat_template.jinja", chat_template.encode())
     write_atomic(folder / "tokenizer.json", convert(model, chat_template is None).to_str(pretty=True).encode())
@@ -150,7 +149,7 @@ def write_tokenizer(
 
 
 def first_difference(fast: Any, tokenizer: Tokenizer, texts: list[str]) -> str | None:
-    """None when `fast`, transformers' tokenizer, gives `tokenizer`'s ids for every text; else a miss."""
+    """Describes the first difference of `fast`, transformers' tokenizer, from `tokenizer`; None if there is none."""
     if len(fast) != tokenizer.vocab_size:
         return f"vocabulary: {len(fast)} entries, ours has {tokenizer.vocab_size}"
     for i in range(tokenizer.vocab_size):
@@ -171,7 +170,7 @@ def first_difference(fast: Any, tokenizer: Tokenizer, texts: list[str]) -> str |
 
 
 def first_mismatch(a: list[int], b: list[int]) -> int:
-    """The first index at which two lists differ; the shorter one's length if it is a prefix."""
+    """Returns the first index at which two lists differ, or the length of the shorter one if it is a prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

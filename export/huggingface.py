@@ -1,8 +1,7 @@
-"""`trivium export`: a training run to a Hugging Face directory that has proven itself.
+"""`trivium export`: writes a training run's model as a verified Hugging Face directory.
 
-The folder is written beside `out`, reloaded with transformers, and held against Trivium's own decoder on
-real held-out text (export.comparison). It is renamed into place only if every check holds. Leaves out uploading,
-and formats other than transformers'.
+The folder is written beside `out`, reloaded with transformers and compared with Trivium's own decoder on held-out text
+(export.comparison). It is renamed to `out` only if every check passes. Nothing is uploaded.
 """
 
 import hashlib
@@ -23,16 +22,17 @@ if TYPE_CHECKING:
     from export.comparison import Check, Reference, Reloaded
     from export.model_source import ModelSource
 
-HELDOUT_PROMPT = 16  # tokens of a held-out passage that are continued
+HELDOUT_PROMPT = 16  # tokens at the start of a held-out passage that serve as a prompt
 EXAMPLE = "trivium export configs/export/demo.toml run=runs/demo/sft out=runs/demo/export/sft"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Exports the run that the config names and returns the exit status."""
     config, args = parse_args(
         ExportConfig,
         argv,
         prog="trivium export",
-        description="Writes a run's model as a Hugging Face directory, and publishes it once proven.",
+        description="Writes a run's model as a Hugging Face directory, and publishes it once all checks pass.",
         example=EXAMPLE,
         flags=[("--force", "export again even if the folder is up to date")],
     )
@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the model is tried on, as token ids: `passages` for logits, `prompts` to be continued.
+    """Texts, as token ids, on which the exported model is checked: `passages` for logits, `prompts` to continue.
 
-    The passages are held-out text, or the prompts where there is none.
+    The passages are held-out text if `held_out`, else the prompts.
     """
 
     codec: "TextCodec"
@@ -78,7 +78,10 @@ class Texts:
 
 
 def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Texts:
-    """Errors: ConfigError where a continuation would go past the model's context, ValueError as `heldout_passages`."""
+    """Reads the prompts of the config and held-out passages of the data plan, and prints a note if there are none.
+
+    Raises ConfigError if a continuation would be longer than the model's context, ValueError as `heldout_passages`.
+    """
     from export.heldout_text import heldout_passages
 
     codec, options = source.codec(), config.verify
@@ -107,14 +110,14 @@ def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Tex
             markup=False,
             soft_wrap=True,
         )
-    opening = min(HELDOUT_PROMPT, source.context // 2)  # which leaves room to continue
+    opening = min(HELDOUT_PROMPT, source.context // 2)  # so that there is room to continue
     openings = [passage[:opening] for passage in passages[:: options.rows]]
     _check_lengths(source.context, prompts, openings, config)
     return Texts(codec, passages or prompts, bool(passages), prompts + openings)
 
 
 def _check_lengths(context: int, prompts: list[list[int]], openings: list[list[int]], config: ExportConfig) -> None:
-    """Nothing is tried beyond what the folder will claim. Errors: ConfigError."""
+    """Raises ConfigError if a prompt and its continuation are longer than the context that the folder will state."""
     longest = max(map(len, prompts))
     if longest >= context:
         raise ConfigError(
@@ -130,7 +133,7 @@ def _check_lengths(context: int, prompts: list[list[int]], openings: list[list[i
         said = " and ".join(f"{key} = {wanted[key][0]}" for key in over)
         raise ConfigError(
             f"{said} after the longest prompt would go past the {context} tokens that the model was trained on at a "
-            f"time, which the folder will claim; set {' '.join(f'{key}={room}' for key, room in over.items())}, or "
+            f"time, which the folder will state; set {' '.join(f'{key}={room}' for key, room in over.items())}, or "
             "shorten the prompts"
         )
 
@@ -138,7 +141,7 @@ def _check_lengths(context: int, prompts: list[list[int]], openings: list[list[i
 def export(
     source: "ModelSource", texts: Texts, config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any
 ) -> int:
-    """Writes, verifies, publishes. Returns the exit status; whatever fails, no partial folder is left."""
+    """Writes, verifies and publishes the folder; returns 0. Raises ValueError if a check fails, and leaves no folder."""
     from export import folder
     from export.comparison import reload, verify
 
@@ -162,7 +165,7 @@ def export(
 
 
 def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> dict[str, Any]:
-    """All that decides the content of the folder and what is said of it, by content: where it lies does not matter."""
+    """Returns everything that decides the folder's content and its checks, as hashes of contents and not as paths."""
     code = sorted(Path(__file__).parent.glob("*.py"))
     return {
         "trivium": importlib.metadata.version("trivium") if _installed() else "source tree",
@@ -187,7 +190,7 @@ def _digest(value: Any) -> str:
 
 
 def write_model(source: "ModelSource", texts: Texts, config: ExportConfig, folder: Path) -> "Reference":
-    """Writes weights, configs and tokenizer into `folder`; returns what it has to be equal to."""
+    """Writes weights, configs and tokenizer into `folder` and returns what the reloaded folder must equal."""
     import torch
 
     from export.comparison import Reference
@@ -220,7 +223,7 @@ def write_model(source: "ModelSource", texts: Texts, config: ExportConfig, folde
 
 
 def show(checks: list["Check"], console: Any) -> None:
-    """The checks as a table."""
+    """Prints the checks as a table."""
     from rich.table import Table
 
     table = Table(title="transformers against Trivium, fp32")
@@ -233,7 +236,7 @@ def show(checks: list["Check"], console: Any) -> None:
 
 
 def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console: Any) -> None:
-    """Prints what transformers, not Trivium, makes of the prompts with the reloaded folder."""
+    """Prints continuations of the prompts that transformers, not Trivium, samples with the reloaded folder."""
     import torch
     from rich.table import Table
     from transformers import GenerationConfig
@@ -255,7 +258,7 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
         else:
             ids = hf.tokenizer(prompt).input_ids
         tokens = torch.tensor([ids])
-        # Each prompt draws alone, so that a sample does not change with the list it is in.
+        # The seed is set for each prompt, so that its sample does not depend on the other prompts.
         torch.manual_seed(config.seed)
         output = hf.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
         text = hf.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
@@ -264,7 +267,7 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
 
 
 def asked(text: str) -> list[dict[str, str]]:
-    """A dialogue of one question."""
+    """Returns a dialogue of one user message."""
     return [{"role": "user", "content": text}]
 
 

@@ -1,8 +1,8 @@
-"""`trivium import`: a Hugging Face Llama or Mixtral directory to Trivium's weights.
+"""`trivium import`: converts a Hugging Face Llama or Mixtral directory to Trivium's weights.
 
-OUT gets `model.safetensors` under Trivium's names (bit for bit, in the dtype of the files), `model.toml` with
-the `[model]` section for a training config, and the tokenizer's own files. `trivium generate`, `chat` and
-`export` take OUT where they take a run. Leaves out downloading, tokenizer conversion, and pickled weights.
+OUT gets `model.safetensors` with Trivium's names (bit-identical, in the dtype of the files), `model.toml` with the
+`[model]` section for a training config, and the tokenizer's files. `trivium generate`, `chat` and `export` accept OUT
+in place of a run. Nothing is downloaded, no tokenizer is converted, and pickled weights are not loaded.
 """
 
 import json
@@ -26,15 +26,16 @@ TOKENIZER_FILES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Converts the directory that the command line names and returns 0."""
     parser = command_parser(
         prog="trivium import",
         description="Turns a Hugging Face directory (Llama or Mixtral, safetensors) into Trivium weights.",
         example="trivium import ~/models/tinyllama runs/imported/tinyllama",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
-    parser.add_argument("out", metavar="OUT", type=Path, help="where to write; must not exist yet")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="start a new file beyond this size")
-    parser.add_argument("--dry-run", action="store_true", help="check config and tensors' names, write nothing")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="maximum size of a file of weights (default 5)")
+    parser.add_argument("--dry-run", action="store_true", help="check the config and the tensors, write nothing")
     args = parser.parse_args(argv)
     try:
         print(import_directory(args.directory, args.out, args.max_shard_gb, args.dry_run))
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_run: bool = False) -> str:
-    """Converts `directory` into `out`; returns what was done. Errors: ValueError naming key or tensor."""
+    """Converts `directory` into `out` and returns a sentence that says so.
+
+    Raises ValueError (ConfigError among them) naming the file, key or tensor that is wrong.
+    """
     import tomli_w
 
     from export.families import family_of, from_hf
@@ -91,10 +95,10 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
 
 
 def _tokenizer(directory: Path) -> str:
-    """The SHA-256 of the folder's sentencepiece model, "" without one.
+    """Returns the SHA-256 of the folder's sentencepiece model, or "" if it has none.
 
-    Errors: ConfigError where it cannot be the model's: an export of ours was made with another one, or the
-    tokenizer.json beside it has another vocabulary.
+    Raises ConfigError if it cannot be the model's: the folder is an export of Trivium with another one, or its
+    tokenizer.json has another vocabulary.
     """
     file, record, fast = (directory / name for name in ("tokenizer.model", RECORD, "tokenizer.json"))
     if not file.is_file():
@@ -103,7 +107,7 @@ def _tokenizer(directory: Path) -> str:
     exported = json.loads(record.read_text(encoding="utf-8")).get("files", {}) if record.is_file() else {}
     if exported.get(file.name, found) != found:
         raise ConfigError(
-            f"{file} is not the one that {directory} was exported with; put that back, or export the model again"
+            f"{file} is not the one that {directory} was exported with; restore that one, or export the model again"
         )
     vocabulary = json.loads(fast.read_text(encoding="utf-8"))["model"]["vocab"] if fast.is_file() else None
     if isinstance(vocabulary, dict):

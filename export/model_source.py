@@ -1,7 +1,7 @@
-"""Where a model comes from: a run directory, one of its checkpoints, or an imported folder, seen as one thing.
+"""Opens a trained model from a run directory, one of its checkpoints, or an imported folder.
 
-Finds the model's config, weights, tokenizer, chat template and data plan in the run itself, wherever it is by now
-(pretrain/checkpoint/lineage.py). Leaves out building the decoder.
+The model's config, weights, tokenizer, chat template and data plan are found through the run itself, also after it was
+moved (pretrain/checkpoint/lineage.py).
 """
 
 import hashlib
@@ -27,10 +27,11 @@ IMPORTED = "model.toml"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model at rest. `read` gives its weights, by Trivium's names, with checksums verified.
+    """A trained model on disk.
 
-    `identify` gives a hash of the weights and of what the model is. `context` is the number of tokens that it was made
-    for. `plan` is there only as long as it is the one that the model was trained on; `lost_plan` is where it was, else.
+    `read` returns its weights by Trivium's names; those of a checkpoint are verified by checksum. `identify` returns a
+    hash of weights and config. `context` is the longest sequence, in tokens, that it was trained on. `plan` is the data
+    plan that it was trained on; if that is gone or has changed, `plan` is None and `lost_plan` is its former path.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class ModelSource:
     lost_plan: str | None = None
 
     def need_tokenizer(self) -> Path:
+        """Returns the tokenizer's path. Raises ConfigError if the model has none."""
         if self.tokenizer is None:
             raise ConfigError(
                 f"{self.path} does not say which tokenizer it was trained with; a run of `trivium train` does, and an "
@@ -53,22 +55,22 @@ class ModelSource:
         return self.tokenizer
 
     def codec(self) -> "TextCodec":
-        """Errors: ValueError for a tokenizer with more tokens than the model."""
+        """Returns the codec of the model's tokenizer. Raises ValueError if it has more tokens than the model."""
         from export.chat_codec import TextCodec
 
         codec = TextCodec(self.need_tokenizer(), self.chat_template)
         if codec.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"{self.tokenizer} has {codec.tokenizer.vocab_size} tokens and the model in {self.path} "
-                f"{self.model.vocab_size}; put the tokenizer there that it was trained with"
+                f"{self.model.vocab_size}; put the tokenizer that it was trained with there"
             )
         return codec
 
 
 def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
-    """Reads everything but the weights.
+    """Opens the model at `path` without reading its weights.
 
-    Errors: ConfigError where nothing usable is at `path`, CheckpointError where a part of it is gone or replaced.
+    Raises ConfigError if there is no model at `path`, CheckpointError if a part of it is missing or was replaced.
     """
     path = Path(path)
     if not path.is_dir():
@@ -104,7 +106,7 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
         step=int(manifest["step"]),
         model=validate(ModelConfig, manifest["config"]["model"], origin=f"{checkpoint}, [model]"),
         read=lambda: read_full(checkpoint),
-        identify=lambda: file_sha256(checkpoint / "manifest.json"),  # it has the checksums of all files
+        identify=lambda: file_sha256(checkpoint / "manifest.json"),  # the manifest has the checksums of all files
         context=lineage.context,
         tokenizer=lineage.tokenizer,
         plan=plan,
@@ -131,7 +133,7 @@ def _imported(path: Path) -> ModelSource:
 
 
 def _imported_tokenizer(path: Path, facts: dict[str, Any]) -> Path | None:
-    """The tokenizer that came with the weights. Errors: ConfigError where another one is there."""
+    """Returns the path of the tokenizer that came with the weights. Raises ConfigError if another one is there."""
     file, expected = path / TOKENIZER, facts.get("tokenizer_sha256")
     found = file_sha256(file) if file.is_file() else ""
     if expected is None:
@@ -140,7 +142,7 @@ def _imported_tokenizer(path: Path, facts: dict[str, Any]) -> Path | None:
         came = f"with a tokenizer of SHA-256 {expected[:12]}..." if expected else "without a tokenizer"
         raise ConfigError(
             f"the weights in {path} came {came}, and {file} {f'has {found[:12]}...' if found else 'is gone'}; import "
-            "the Hugging Face folder again, with the tokenizer that is right in it"
+            "the Hugging Face folder again, with the model's own tokenizer in it"
         )
     return file if expected else None
 

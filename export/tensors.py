@@ -1,7 +1,7 @@
-"""Folders of safetensors files, one or several with an index: written in shards, read one tensor at a time.
+"""Writes tensors as safetensors files, in shards with an index if needed, and reads them one at a time.
 
-The same layout on both sides of an export: `model.safetensors`, or `model-00001-of-00003.safetensors` and
-`model.safetensors.index.json` as transformers has them. Never reads a pickle (`pytorch_model.bin`).
+The files are named as in transformers: `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with
+`model.safetensors.index.json`. Pickled weights (`pytorch_model.bin`) are never read.
 """
 
 import json
@@ -19,7 +19,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> int:
-    """Writes the tensors in their order, a new file when one would pass `max_bytes`; returns their bytes."""
+    """Writes the tensors in order, into files of at most `max_bytes` or one tensor; returns the total size in bytes."""
     folder = Path(folder)
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
@@ -46,7 +46,7 @@ def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]
 
 
 def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Tensor]]:
-    """(names, reader of one tensor by name). Errors: ValueError saying which file is missing or damaged."""
+    """Returns (names, function that reads one tensor by name). Raises ValueError naming a missing or damaged file."""
     folder = Path(folder)
     if (folder / INDEX).is_file():
         where = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -55,12 +55,12 @@ def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Te
     elif list(folder.glob("*.bin")):
         raise ValueError(f"{folder} holds pickled weights (.bin), which are never loaded; convert them to safetensors")
     else:
-        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}")
+        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}; name a folder with safetensors files")
     for file in sorted(set(where.values())):
         inside = set(_names(folder / file))
         lost = sorted(name for name, named in where.items() if named == file and name not in inside)
         if lost:
-            raise ValueError(f"{folder / file} lacks tensor {lost[0]}, which {INDEX} puts there; fetch it again")
+            raise ValueError(f"{folder / file} lacks tensor {lost[0]}, which is there by {INDEX}; fetch the file again")
 
     def read(name: str) -> torch.Tensor:
         with safe_open(folder / where[name], framework="pt") as file:
@@ -70,7 +70,7 @@ def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Te
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """The files that `open_tensors` reads, by name."""
+    """Returns the paths of the files that `open_tensors` reads, sorted by name."""
     if (folder / INDEX).is_file():
         files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
         return [folder / INDEX, *(folder / name for name in sorted(files))]
@@ -82,18 +82,18 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, though {INDEX} names it") from None
+        raise ValueError(f"{path} is missing, but {INDEX} names it; fetch it again") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); fetch it again") from None
 
 
 def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
-    # Experts are slices of one stacked tensor; safetensors wants each in memory of its own.
+    # Experts are slices of one stacked tensor; safetensors requires separate memory for each.
     own = {
         name: tensor.clone() if tensor.storage_offset() or tensor._is_view() else tensor.contiguous()
         for name, tensor in shard.items()
     }
     save_file(own, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner may read
+    path.chmod(0o644)  # safetensors creates files that only their owner may read
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -88,12 +88,12 @@ def test_texts_end_at_the_context(model, capsys):
     assert said == "", "it just fits"
     cut, said = texts(long, count=room + 1)
     assert cut == whole and said == (
-        f"note: stopped after {room} of {room + 1} new tokens, at the 128 in all that the model was made for\n"
+        f"note: stopped after {room} of {room + 1} new tokens, at the end of the model's context of 128 tokens\n"
     )
     both, said = texts(long, short, count=room + 1)
     assert both[0] == whole[0].rstrip("\n") and said.count("note: ") == 1
     assert both[1] == texts(short, count=room + 1)[0][0].rstrip("\n")
-    with pytest.raises(ConfigError, match=r"leave no room in the 128 that the model was made for; give a shorter one"):
+    with pytest.raises(ConfigError, match=r"fill the model's context of 128 tokens; give a shorter one"):
         texts(short, long * 2, count=1)
 
 
@@ -103,7 +103,7 @@ def test_a_dialogue_ends_at_the_context(model, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"hello\n{fills}\nand\n/reset\nhello\n"))
     assert chat.main([str(model), "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr()
-    assert said.err.count("leave no room in the 128 that the model was made for; /reset starts over") == 1
+    assert said.err.count("fill the model's context of 128 tokens; start over with /reset") == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     chat.main([str(model), "--max-new-tokens", "4"])
     assert said.out.startswith(capsys.readouterr().out), "what is too long is not kept, and the dialogue goes on"

@@ -118,7 +118,7 @@ def test_bad_places_and_files(tmp_path):
     for file in (tmp_path / "hf").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
         break
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+    with pytest.raises(ConfigError, match="not a complete safetensors file"):
         main([str(tmp_path / "hf"), str(tmp_path / "out")])
     for file in (tmp_path / "hf").glob("model*"):
         file.unlink()
