@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompt = codec.encode_chat(messages)
         if len(prompt) >= context:
             messages.pop()
-            said = f"the dialogue, {beyond(len(prompt), context)}"
+            said = f"the dialogue is too long: {beyond(len(prompt), context)}"
             print(f"{said}; start over with /reset, or write a shorter message", file=sys.stderr, flush=True)
             continue
         reply = answer(decoder, codec, prompt, args, context, key=str(turn))

@@ -141,7 +141,7 @@ def _check_lengths(context: int, prompts: list[list[int]], openings: list[list[i
 def export(
     source: "ModelSource", texts: Texts, config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any
 ) -> int:
-    """Writes, verifies and publishes the folder; returns 0. Raises ValueError if a check fails, and leaves no folder."""
+    """Writes, verifies and publishes the folder; returns 0. Raises ValueError if a check fails, leaving no folder."""
     from export import folder
     from export.comparison import reload, verify
 

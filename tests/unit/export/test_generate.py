@@ -109,7 +109,7 @@ def test_a_dialogue_ends_at_the_context(model, capsys, monkeypatch):
     assert said.out.startswith(capsys.readouterr().out), "what is too long is not kept, and the dialogue goes on"
     monkeypatch.setattr("sys.stdin", io.StringIO("It was the age of wisdom, " * 14))
     chat.main([str(model), "--max-new-tokens", "4000"])
-    assert "of 4000 new tokens, at the 128 in all" in capsys.readouterr().err
+    assert "of 4000 new tokens, at the end of the model's context of 128" in capsys.readouterr().err
 
 
 def test_mistakes_are_told_in_a_sentence(model, tmp_path):

@@ -155,7 +155,7 @@ def test_when_nothing_is_left_the_reason_is_told_and_its_remedy_works(chat: Chat
     with pytest.raises(ValueError, match=rf"10 of 10 dialogues were set.* set train\.seq_length={fitting}, which"):
         read_dialogues([long], chat, LENGTH, 0.0, 0.5)
     same = write(tmp_path / "same.gz", [dialogue("question", f"answer {i}") for i in range(5)])
-    with pytest.raises(ValueError, match=r"all 5 dialogues .* are held out; lower data\.heldout_share = 0\.999"):
+    with pytest.raises(ValueError, match=r"all 5 usable dialogues .* are held out; lower data\.heldout_share = 0\.999"):
         read_dialogues([same], chat, LENGTH, 0.999, 1.0)
     broken = write(tmp_path / "broken.gz", ["{", {"messages": 3}])
     with pytest.raises(ValueError, match=r"all 2 dialogues .* were set aside: 1 bad_json .* 1 bad_messages: no list"):
