@@ -31,7 +31,7 @@ class StageAlarmConfig(Section):
 
 
 class AlarmsConfig(Section):
-    """When a stage's counts are a warning, given at the end of the run, in ledger.json and in report.html."""
+    """Limits beyond which a stage's counts cause a warning, at the run's end, in ledger.json and in report.html."""
 
     max_drop_share: float = Field(default=0.5, ge=0, le=1)
     """The share of a source's documents, and of its bytes, that one stage may drop."""

@@ -57,7 +57,7 @@ class LinesConfig(Section):
     enabled: bool = True
     """Whether the stage is on; false is the same as no section."""
     unit: Literal["line", "paragraph"] = "line"
-    """What is counted and cut: single lines, or paragraphs between blank lines."""
+    """The unit that is counted and cut: single lines, or paragraphs between blank lines."""
     max_copies: int = Field(default=6, ge=1)
     """The number of copies that stay."""
     min_chars: int = Field(default=20, ge=1)
@@ -83,7 +83,7 @@ class SubstringsConfig(Section):
 
 
 class PiiConfig(Section):
-    """Which personal data and credentials are looked for, and what is done with them.
+    """Personal data and credentials: the kinds to look for, and what is done with them.
 
     The kind `secret` is any long random value assigned to a name like password. It makes many mistakes, so it is off by
     default.
@@ -95,7 +95,7 @@ class PiiConfig(Section):
         default={"email": "replace", "ip": "replace", "phone": "replace", "card": "replace", "key": "replace"},
         min_length=1,
     )
-    """What is looked for, and whether it is replaced or its document dropped; a kind left out is not looked for."""
+    """The kinds to look for, and whether each is replaced or its document dropped; other kinds are ignored."""
     replacements: dict[Kind, str] = Field(default_factory=dict)
     """Replacement texts by kind, other than <EMAIL>, <IP_ADDRESS>, <PHONE>, <CARD>, <KEY>, <SECRET>."""
     private_ips: bool = False
@@ -112,7 +112,7 @@ class PiiConfig(Section):
 
 
 class DocumentsConfig(Section):
-    """When a document of which stages have cut too much is dropped, with the reason mostly_cut.
+    """Limits beyond which a document that stages have cut is dropped, with the reason mostly_cut.
 
     It is dropped if it lost a large share and little is left. So a document that lost a long licence but has text of
     its own stays, and so does a short one that lost a line.

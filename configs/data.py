@@ -21,7 +21,7 @@ from configs.sources import ExtractConfig, LanguageConfig, SourceConfig
 
 
 class HeldoutConfig(Section):
-    """Which documents are never trained on: those whose hash of (seed, id) is low.
+    """Held-out documents, which are never trained on: those whose hash of (seed, id) is low.
 
     At least one document of each source is held out, if the source has two or more.
     """
@@ -51,19 +51,19 @@ class DataConfig(Section):
     """The root of a data run's config."""
 
     run: DataRunConfig
-    """Where the run is written, and what executes its tasks."""
+    """The run's folder, and the executor of its tasks."""
     sources: dict[str, SourceConfig] = Field(min_length=1)
-    """What is read, by name; the mixture and the output folders use these names."""
+    """The sources that are read, by name; the mixture and the output folders use these names."""
     rules: dict[str, RuleSet] = Field(min_length=1)
     """Sets of thresholds that documents must meet, by name; sources refer to these names."""
     extract: ExtractConfig = ExtractConfig()
-    """How files become texts."""
+    """Extraction of texts from files."""
     language: LanguageConfig = LanguageConfig()
-    """How the language of a document is identified."""
+    """Identification of a document's language."""
     scores: ScoresConfig = ScoresConfig()
     """Models that score documents."""
     dedup: DedupConfig = DedupConfig()
-    """Which documents are duplicates of others."""
+    """Removal of duplicate documents."""
     decontaminate: DecontaminateConfig | None = None
     """Evaluation texts that no document may contain; left out, none are looked for."""
     lines: LinesConfig | None = None
@@ -73,15 +73,15 @@ class DataConfig(Section):
     pii: PiiConfig | None = None
     """Personal data and credentials that are replaced; left out, none are."""
     documents: DocumentsConfig = DocumentsConfig()
-    """When a document of which stages have cut too much is dropped."""
+    """Limits beyond which a document that stages have cut is dropped."""
     heldout: HeldoutConfig = HeldoutConfig()
-    """Which documents are never trained on."""
+    """Held-out documents, which are never trained on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer that is trained."""
     mixture: MixtureConfig | None = None
     """The training rows' sources and lengths; only the plan stage needs it."""
     alarms: AlarmsConfig = AlarmsConfig()
-    """Which counts of a run cause a warning."""
+    """Limits beyond which a stage's counts cause a warning."""
     canaries: dict[str, CanaryConfig] = Field(default={})
     """Texts of known fate that the run plants in its input, by name."""
 

@@ -1,4 +1,4 @@
-"""Where a data run is written, and what executes its tasks: this machine, Slurm, Ray or MPI."""
+"""Config section [run] of a data run: its folder, and the executor of its tasks (this machine, Slurm, Ray or MPI)."""
 
 import re
 from typing import Literal
@@ -50,12 +50,12 @@ class RayConfig(Section):
 
 
 class DataRunConfig(Section):
-    """Where the run is written, and what executes its tasks. `executor` and `workers` do not change the result."""
+    """The run's folder, and the executor of its tasks. Neither `executor` nor `workers` changes the result."""
 
     dir: str
     """The folder that all stages write into, relative to the working directory."""
     executor: Literal["local", "slurm", "ray", "mpi"] | None = None
-    """What executes the tasks; left out, it is mpi under mpirun and local otherwise."""
+    """The executor of the tasks; left out, it is mpi under mpirun and local otherwise."""
     workers: int = Field(default=2, ge=1)
     """The number of tasks that run at a time; under mpi the number of ranks decides instead."""
     slurm: SlurmConfig = SlurmConfig()

@@ -1,4 +1,4 @@
-"""Which documents of a data run count as duplicates of others."""
+"""Config section [dedup] of a data run: which documents are duplicates of others."""
 
 from typing import Literal
 

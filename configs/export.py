@@ -48,7 +48,7 @@ class ExportConfig(Section):
     seed: int = Field(default=1234, ge=0)
     """The seed of the printed sample."""
     verify: VerifyConfig = VerifyConfig()
-    """How the result is checked before it is published."""
+    """Checks on the result before it is published."""
 
     @field_validator("step")
     @classmethod

@@ -154,7 +154,7 @@ def _sentence(schema: type[BaseModel], tries: Sequence[Any]) -> str:
 
 
 def _way(item: Any) -> str:
-    """How a value of the type that this error expects is written; "" if the type is not what is wrong."""
+    """Returns how to write a value of the type that this error expects, or "" if the type is not the mistake."""
     if item["type"] == "literal_error":
         return f"write {item['ctx']['expected'].replace('False', 'false').replace('True', 'true')}"
     kind, _, wrong = item["type"].partition("_")

@@ -78,9 +78,9 @@ class GRPOSection(Section):
     temperature: float = Field(default=1.0, gt=0)
     """The temperature at which completions are sampled."""
     advantage: Literal["grpo@trl", "grpo@verl", "grpo@nemo", "dr_grpo", "rloo"] = "grpo@trl"
-    """The formula from rewards to advantages; posttrain/algorithms/advantages.py writes each out."""
+    """The formula from rewards to advantages; posttrain/algorithms/advantages.py has each of them."""
     aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
-    """How token losses are averaged: over all tokens, over completions' own means, or over task.max_new_tokens each."""
+    """The average of token losses: over all tokens, over completions' own means, or over task.max_new_tokens each."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """The lower bound of the probability ratio to the sampling policy is 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
@@ -117,4 +117,4 @@ class GRPOConfig(TrainerConfig):
     task: TaskConfig
     """The task whose answers are rewarded."""
     grpo: GRPOSection = GRPOSection()
-    """How completions are sampled, and how the loss is computed from their rewards."""
+    """Sampling and loss."""

@@ -26,7 +26,7 @@ class ScoresConfig(Section):
     languages: tuple[str, ...] = ()
     """The languages whose documents are scored, as codes of lid.176; empty for all."""
     splitter: Literal["spaces", "words", "cjk"] = "words"
-    """How the texts that unigrams and arpa were counted on were split into words."""
+    """The way in which the texts that unigrams and arpa were counted on were split into words."""
     lower_case: bool = True
     """Whether unigrams and arpa were counted on text in lower case."""
 

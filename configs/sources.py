@@ -19,7 +19,7 @@ class SourceConfig(Section):
     files: tuple[str, ...] = Field(min_length=1)
     """Paths, globs or folders, relative to the working directory, or addresses such as s3://bucket/folder."""
     format: Literal["jsonl", "warc", "parquet", "text", "html", "code"]
-    """What a document is: a line or row (jsonl, parquet), a page (warc), or a file (html, code, text if not lines)."""
+    """A document's unit: a line or row (jsonl, parquet), a page (warc), or a file (html, code, text if not lines)."""
     rules: dict[str, str] = Field(min_length=1)
     """The rule set, by its name under [rules], for each lid.176 code or "any"; other languages are dropped."""
     text_key: str = "text"
@@ -93,7 +93,7 @@ class BlocklistConfig(Section):
 
 
 class ExtractConfig(Section):
-    """How files become texts, and which records are set aside because they are broken or too large."""
+    """Extraction of texts from files, and limits beyond which records are set aside as broken or too large."""
 
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """The share of a source's records that may be broken (bad JSON, no text, cut files); above it the run stops."""
@@ -118,7 +118,7 @@ class ExtractConfig(Section):
 
 
 class LanguageConfig(Section):
-    """How the language of a document is identified."""
+    """Identification of a document's language."""
 
     max_chars: int = Field(default=10_000, ge=100)
     """The number of characters, from a document's start, by which its language is identified."""

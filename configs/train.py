@@ -39,7 +39,7 @@ class MoEConfig(Section):
     num_shared_experts: int = Field(default=0, ge=0)
     """The number of experts that every token uses in addition to the routed ones; 0 for none."""
     gating: Literal["softmax", "sigmoid"] = "softmax"
-    """How logits become scores: normalized over all experts (softmax) or for each expert by itself (sigmoid)."""
+    """The function from logits to scores: over all experts (softmax), or for each expert by itself (sigmoid)."""
     renormalize: bool = True
     """Whether the top_k scores are divided by their sum before they weigh the outputs."""
     routed_scaling: float = Field(default=1.0, gt=0)
@@ -49,7 +49,7 @@ class MoEConfig(Section):
     top_groups: int = Field(default=1, ge=1)
     """The number of groups whose experts a token may use, those with the highest group_score."""
     group_score: Literal["max", "top2"] = "max"
-    """What ranks a group: the score of its best expert (max) or the sum of its best two (top2)."""
+    """The score of a group: the score of its best expert (max) or the sum of its best two (top2)."""
     aux_loss: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
     """The tokens over which the auxiliary loss balances the use of experts."""
     aux_loss_coef: float = Field(default=0.01, ge=0)
@@ -57,7 +57,7 @@ class MoEConfig(Section):
     z_loss_coef: float = Field(default=0.0, ge=0)
     """The factor on the z-loss, which keeps the router's logits small; 0 turns it off."""
     bias_update_rate: float = Field(default=0.0, ge=0)
-    """How much the bias of each expert changes after an optimizer step, up for under-used experts; 0: no bias."""
+    """The change of each expert's bias after an optimizer step, upward for under-used experts; 0: no bias."""
     capacity_factor: float | None = Field(default=None, gt=0)
     """The limit of an expert's tokens in training, as a multiple of an even share; left out, no token is dropped."""
 
@@ -68,7 +68,7 @@ class MoEConfig(Section):
         return self
 
     def _problem(self) -> str:
-        """What does not fit, with what to do; "" for nothing."""
+        """Returns what does not fit together and how to correct it, or ""."""
         experts, groups, top_groups = self.num_experts, self.num_groups, self.top_groups
         if experts % groups:
             return (
@@ -144,7 +144,7 @@ class ModelConfig(Section):
         return self
 
     def _problem(self) -> str:
-        """What does not fit, with what to do; "" for nothing."""
+        """Returns what does not fit together and how to correct it, or ""."""
         heads, width = self.num_heads, self.hidden_size
         if heads % self.num_kv_heads:
             kv_heads = could_be("model.num_kv_heads", self.num_kv_heads, divisors(heads), lambda _: True)
@@ -217,7 +217,7 @@ class TrainSection(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """The dropout rate after embedding, attention and MLP; the masks are the same in every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward recomputes to save memory: attention scores (selective), whole blocks (full) or nothing (none)."""
+    """The recomputation in backward that saves memory: of attention scores (selective) or of whole blocks (full)."""
 
 
 class OptimizerConfig(Section):
@@ -286,7 +286,7 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, and which ones are kept. There is always one at the end."""
+    """Steps at which checkpoints are written, and which of them are kept. One is always written at the end."""
 
     every: int = Field(default=100, ge=1)
     """The number of steps from one checkpoint to the next."""
@@ -345,7 +345,7 @@ class TrainerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     """Degrees of parallelism."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are written, and which ones are kept."""
+    """Steps at which checkpoints are written, and which of them are kept."""
     eval: EvalConfig = EvalConfig()
     """Held-out loss by source."""
     log: LogConfig = LogConfig()
@@ -357,8 +357,8 @@ class TrainerConfig(Section):
         decay = schedule.decay_steps if schedule.kind == "wsd" else 0
         if schedule.steps is not None and schedule.steps < steps:
             raise ValueError(
-                f"schedule.steps = {schedule.steps} ends before train.steps = {steps}, and there is no rate after its "
-                f"end; set schedule.steps={max(steps, schedule.warmup_steps + decay)} or more, leave it out, or set "
+                f"schedule.steps = {schedule.steps} ends before train.steps = {steps}, and there is no learning rate "
+                f"after it; set schedule.steps={max(steps, schedule.warmup_steps + decay)} or more, leave it out, or set "
                 f"train.steps={schedule.steps} or less"
             )
         key, end = ("schedule.steps", schedule.steps) if schedule.steps else ("train.steps", steps)

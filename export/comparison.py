@@ -49,7 +49,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the exported folder must equal: `weights` as written (rounded to bf16 if so), and the decoder made of them.
+    """Model that the exported folder must equal: `weights` as written (bf16 or fp32), and the decoder made of them.
 
     `passages` are token ids on which logits are compared: held-out text, or the prompts if there is none. `context` is
     the context length, in tokens, that the folder must state; nothing longer is compared.

@@ -49,8 +49,8 @@ class DemoStage:
         hashes = {f"the result of stage {stage.title}": stage.result() for stage in self.needs}
         for config in [Path(word) for word in self.command if word.endswith(".toml")]:
             tree = tomllib.loads(config.read_text(encoding="utf-8"))
-            told = {key: value for key, value in tree.items() if key not in ("checkpoint", "eval", "log", "parallel")}
-            hashes[str(config)] = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+            kept = {key: value for key, value in tree.items() if key not in ("checkpoint", "eval", "log", "parallel")}
+            hashes[str(config)] = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
         return hashes
 
     def result(self) -> str | None:

@@ -133,24 +133,24 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
         if (named / storage.MANIFEST).is_file():
             raise ConfigError(
                 f"{begun}, and init.checkpoint = {init.checkpoint!r} is another; name the first, or choose another "
-                "run.dir to start anew"
+                "run.dir to start a new one"
             )
-        return pin, f"{begun} and goes on from its own weights; init.checkpoint = {init.checkpoint!r} is gone"
+        return pin, f"{begun} and continues from its own weights; init.checkpoint = {init.checkpoint!r} is gone"
     assert init.run is not None
     run = Path(init.run)
     same, steps = storage.directory(run, pin.step), storage.steps(run)
     if not steps:
-        return pin, f"{begun} and goes on from its own weights; init.run = {init.run!r} has no checkpoint any more"
+        return pin, f"{begun} and continues from its own weights; init.run = {init.run!r} has no checkpoint any more"
     if not _is(same, pin) and run.resolve() != pin.run and init.run != manifest["config"]["init"].get("run"):
         raise ConfigError(
             f"{begun}, which init.run = {init.run!r} does not hold; name the run that does, or choose another run.dir "
-            "to start anew"
+            "to start a new one"
         )
     if (same / storage.MANIFEST).is_file() and not _is(same, pin):
-        return pin, f"{begun} and goes on from its own weights; {same} was made anew since, and is ignored"
+        return pin, f"{begun} and continues from its own weights; {same} was written again since, and is ignored"
     if steps[-1] > pin.step:
         ignored = storage.directory(run, steps[-1])
-        return pin, f"{begun} and keeps to it; the newer {ignored} is ignored (another run.dir starts from that)"
+        return pin, f"{begun} and keeps it; the newer {ignored} is ignored (another run.dir starts from that)"
     return pin, None
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Aggregation(StrEnum):
-    """How the losses of completions are averaged."""
+    """Way of averaging the losses of completions."""
 
     TOKEN_MEAN = "token_mean"  # all tokens of the step have the same weight (DAPO, arXiv 2503.14476)
     SEQUENCE_MEAN = "sequence_mean"  # the mean of each completion's own mean (GRPO, arXiv 2402.03300)

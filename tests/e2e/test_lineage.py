@@ -229,7 +229,7 @@ def test_a_run_keeps_to_the_checkpoint_it_began_from(call: Call, trained: Path, 
     assert call("pretrain.train", pretraining(base), "train.steps=6")["status"] == 0
     answer = call("posttrain.sft", stopped, "train.steps=4")
     assert answer["status"] == 0, answer
-    assert re.search(r"began from .*step_4 and keeps to it; the newer .*step_6 is ignored", answer["said"])
+    assert re.search(r"began from .*step_4 and keeps it; the newer .*step_6 is ignored", answer["said"])
     shutil.rmtree(base / "pretrain")  # with all it had: the run has what it needs
     shutil.rmtree(base / "data")
     assert call("posttrain.sft", stopped, "train.steps=6")["status"] == 0
