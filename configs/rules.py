@@ -47,7 +47,7 @@ class RuleSet(Section):
     without: tuple[str, ...] = ()
     """Rules of the sets in use that are switched off."""
     splitter: Literal["spaces", "words", "cjk", "spacy"] = "spaces"
-    """The definition of a word: text between white space (spaces), a run of letters (words), a run of letters or one CJK
+    """Definition of a word: text between white space (spaces), a run of letters (words), a run of letters or one CJK
     character (cjk), or an English token of spaCy (spacy); left out, as in the sets in use."""
     stop_words: tuple[str, ...] = ()
     """The words that stop_word_count and stop_word_total count; left out, those of the sets in use."""

@@ -358,7 +358,7 @@ class TrainerConfig(Section):
         if schedule.steps is not None and schedule.steps < steps:
             raise ValueError(
                 f"schedule.steps = {schedule.steps} ends before train.steps = {steps}, and there is no learning rate "
-                f"after it; set schedule.steps={max(steps, schedule.warmup_steps + decay)} or more, leave it out, or set "
+                f"then; set schedule.steps={max(steps, schedule.warmup_steps + decay)} or more, leave it out, or set "
                 f"train.steps={schedule.steps} or less"
             )
         key, end = ("schedule.steps", schedule.steps) if schedule.steps else ("train.steps", steps)
