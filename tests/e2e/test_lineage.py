@@ -248,8 +248,8 @@ def test_init_names_a_run_or_a_checkpoint(call: Call, trained: Path, tmp_path: P
     cases: list[tuple[list[str], str]] = [
         ([f"init.run={run}"], r"both name the model to start from; leave one out"),
         (["init.checkpoint="], r"neither init.run nor init.checkpoint"),
-        ([f"init.run={two}", "init.checkpoint="], "is a checkpoint, not a run; name it by init.checkpoint="),
-        ([f"init.checkpoint={run}"], "is a run, not a checkpoint; name one of its checkpoints, e.g. init.checkpoint="),
+        ([f"init.run={two}", "init.checkpoint="], "is a checkpoint, not a run; set init.checkpoint="),
+        ([f"init.checkpoint={run}"], "is a run, not a checkpoint; set init.checkpoint="),
         ([f"init.checkpoint={run}/checkpoints/step_9"], "does not exist; checkpoints in .* are step_2, step_4"),
         (
             [f"run.dir={tmp_path / 'two'}", other, "train.steps=4"],
