@@ -149,9 +149,9 @@ def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Pat
         ([demo, "--layouts", "tp2", "--out", str(tmp_path / "file/out")], "file is a file; name a folder"),
     ]
     script = (
-        "import json, sys\nfrom configs.loader import ConfigError\nfrom pretrain.proof import command\n"
+        "import json, sys\nfrom configs.loader import ConfigError\nfrom pretrain.proof import prove\n"
         "for argv, words in json.loads(sys.argv[1]):\n"
-        "    try: command.main(argv)\n"
+        "    try: prove.main(argv)\n"
         "    except ConfigError as error: assert words in str(error), error\n"
         "    else: sys.exit(f'{argv} was not refused')\n"
         "assert 'torch' not in sys.modules"
