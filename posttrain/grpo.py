@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0
 
-    mesh = groups.start(env, layout)
-    try:
+    with groups.joined(env, layout) as mesh:
         return Trainer(
             config,
             initial.model,
@@ -72,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             title=Path(config.run.dir).name,
             resume=args.resume,
         ).fit()
-    finally:
-        groups.stop()
 
 
 if __name__ == "__main__":

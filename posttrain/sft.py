@@ -74,14 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
     if config.task and task:
         evaluators.append(TaskAccuracy(task, chat, seed, config.task.eval_prompts))
-    mesh = groups.start(env, layout)
-    try:
+    with groups.joined(env, layout) as mesh:
         title, lineage = Path(config.run.dir).name, initial.lineage
         return Trainer(
             config, initial.model, source, NextToken(), mesh, evaluators, lineage, title, resume=args.resume
         ).fit()
-    finally:
-        groups.stop()
 
 
 if __name__ == "__main__":

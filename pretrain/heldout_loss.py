@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from data_pipeline.mixture.rows import Plan, Row
 from pretrain.batch_source import micro_batches
@@ -74,12 +73,3 @@ class HeldoutLoss:
 def _with(row: Row, **changes: Any) -> Row:
     values = {name: getattr(row, name) for name in ("tokens", "labels", "loss_mask", "positions", "segments", "source")}
     return Row(**{**values, **changes})
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of a known GPU in flop/s (vendors' data sheets); None where no peak is known, CPUs included."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(device)
-    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
-    return next((flops for key, flops in known.items() if key in name), None)

@@ -63,20 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 
-    mesh = groups.start(env, layout)
-    try:
-        name, plan = Path(config.run.dir).name, choice.plan
-        evaluators = _heldout(plan, config.eval.rows, mesh)
-        if evaluators and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
-            print(f"{name}: {', '.join(bare)}: no held-out documents in {plan.path}, so none is evaluated", flush=True)
-        source, lineage = PlanSource(plan, choice.same), Lineage.of_plan(plan, config.run.dir)
-        return Trainer(
-            config, config.model, source, NextToken(), mesh, evaluators, lineage, name, resume=args.resume
-        ).fit()
-    except DamagedData as error:  # of a row, on the ranks that read it
-        return _failed(error, speaks=mesh.counts_in_sums)
-    finally:
-        groups.stop()
+    with groups.joined(env, layout) as mesh:
+        try:
+            name, plan = Path(config.run.dir).name, choice.plan
+            evaluators = _heldout(plan, config.eval.rows, mesh)
+            if evaluators and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
+                print(
+                    f"{name}: {', '.join(bare)}: no held-out documents in {plan.path}, so none is evaluated", flush=True
+                )
+            source, lineage = PlanSource(plan, choice.same), Lineage.of_plan(plan, config.run.dir)
+            return Trainer(
+                config, config.model, source, NextToken(), mesh, evaluators, lineage, name, resume=args.resume
+            ).fit()
+        except DamagedData as error:  # of a row, on the ranks that read it
+            return _failed(error, speaks=mesh.counts_in_sums)
 
 
 def _failed(error: DamagedData, speaks: bool = True) -> int:

@@ -4,25 +4,21 @@ A run is its directory: started again with the same command, it goes on from the
 finished one says so. Checkpoints are written while training goes on, see checkpoint/saving.py.
 """
 
-import json
-import platform
 import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs import files, loader, signals
+from configs import loader, signals
 from configs.loader import ConfigError
 from configs.train import ModelConfig, Precision, TrainerConfig
-from launch.environment import ClusterEnvironment
-from pretrain import history, run_report
+from pretrain import run_report
 from pretrain.agreement import Agreement
 from pretrain.batch_source import BatchSource, micro_batches, share_of_rank
 from pretrain.checkpoint import resume as checkpoint_resume
@@ -31,12 +27,14 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
 from pretrain.data_check import DamagedTrainingData, DataCheck
-from pretrain.heldout_loss import Evaluator, peak_flops
-from pretrain.lock import only_run_in
+from pretrain.flops import flops_per_token, peak_flops
+from pretrain.heldout_loss import Evaluator
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.losses import LossFunction
+from pretrain.parallel import expert_balance
 from pretrain.parallel.engine import Engine, StepSums
 from pretrain.parallel.groups import Mesh
+from pretrain.run_directory import RunDirectory
 from pretrain.schedule import learning_rate
 
 FAILED = 1
@@ -68,10 +66,9 @@ class Trainer:
         self.config = config.model_copy(update={"train": train})
         self.model_config, self.source, self.loss_fn, self.mesh = model_config, source, loss_fn, mesh
         self.evaluators, self.lineage, self.title, self.resume = evaluators, lineage or Lineage(), title, resume
-        self.run_dir = Path(config.run.dir)
+        self.run = RunDirectory(self.config, model_config, source, self.lineage, mesh)
         self.step, self.samples, self.tokens = 0, 0, 0
         self.ledger = dict.fromkeys(source.sources, 0.0)  # tokens (loss weights) trained on, by source
-        self.data_spans: list[history.DataSpan] = []
         self.origin: str | None = None
         self.context = max(self.lineage.context, train.seq_length)  # what the model is made for: it never shrinks
         self.identity = {
@@ -86,7 +83,8 @@ class Trainer:
             model_config, train, config.optimizer, mesh, config.run.seed, dtype, max(1, len(source.sources))
         )
         flops = peak_flops(mesh.device, dtype)
-        self._flops_share = None if flops is None else self._flops_per_token() / (flops * mesh.layout.world_size)
+        per_token = flops_per_token(model_config, train.seq_length)
+        self._flops_share = None if flops is None else per_token / (flops * mesh.layout.world_size)
 
     def fit(self) -> int:
         """Trains to `train.steps`. Returns the exit status.
@@ -96,24 +94,24 @@ class Trainer:
         """
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
-            stack.enter_context(only_run_in(self.run_dir, self.mesh, watch))
+            stack.enter_context(self.run.hold(watch))
             saved = self._resume()
             if self.step >= self.config.train.steps:
                 if saved and self.agreement.unchecked_from < self.step:
                     return self._check_finished(saved, watch)
-                self._print(f"{self.run_dir} is finished at step {self.step}; nothing to do")
+                self._print(f"{self.run.path} is finished at step {self.step}; nothing to do")
                 return 0
-            self._begin_data_span()
+            self.run.begin_data_span(self.step, self.samples, self._print)
             self.agreement.first_step = self.step
             log = progress = None
             if self.mesh.is_main:
-                self._write_facts()
-                log = MetricsLog(self.run_dir, self.step, self.config.log.tensorboard)
+                self.run.write_facts(self.identity)
+                log = MetricsLog(self.run.path, self.step, self.config.log.tensorboard)
                 progress = ProgressLine(self.title, self.step, self.config.train.steps)
                 stack.callback(log.close)
                 stack.callback(progress.close)
             say = partial(self._say, progress)
-            saver = stack.enter_context(Saver(self.engine, self.run_dir, self.config.checkpoint, say))
+            saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say))
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             try:
                 self.agreement.signal(self.step, check, watch)
@@ -128,7 +126,9 @@ class Trainer:
             if stopped_by:
                 return self._stopped(stopped_by, say)
         if self.mesh.is_main:
-            print(f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {run_report.write(self.run_dir)}")
+            print(
+                f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {run_report.write(self.run.path)}"
+            )
         return 0
 
     def _loop(
@@ -202,7 +202,7 @@ class Trainer:
                 for name, loss, weight in zip(self.source.sources, sums.loss.tolist(), weights, strict=True)
                 if weight
             }
-        record |= sums.metrics | self.engine.moe_stats()
+        record |= sums.metrics | expert_balance.stats(self.engine.module, self.mesh, self.model_config)
         own = self.source.step_metrics()
         if own:
             counted = self.mesh.counts_in_sums
@@ -227,7 +227,7 @@ class Trainer:
             "samples": self.samples,
             "tokens": self.tokens,
             "ledger": dict(self.ledger),  # as it is now: it is written while training goes on
-            "stretches": self.data_spans,
+            "stretches": self.run.data_spans,
             "identity": self.identity,
             "context": self.context,
             **self.lineage.facts,
@@ -236,7 +236,7 @@ class Trainer:
             "layout": str(self.mesh.layout),
             "origin": self.origin,
             "unchecked_from": self.agreement.unchecked_from,
-            "config": self._full_config(),
+            "config": self.run.full_config,
         }
 
     def _say(self, progress: ProgressLine | None, text: str) -> None:
@@ -260,8 +260,8 @@ class Trainer:
 
         Returns the checkpoint, if there is one.
         """
-        checkpoint_resume.check_ranks(self.mesh, self._full_config(), self.identity, self.lineage.init)
-        path = checkpoint_resume.choose(self.mesh, self.run_dir, self.resume)
+        checkpoint_resume.check_ranks(self.mesh, self.run.full_config, self.identity, self.lineage.init)
+        path = checkpoint_resume.choose(self.mesh, self.run.path, self.resume)
         if path is None:
             if self.source.after:
                 raise ConfigError(
@@ -281,12 +281,9 @@ class Trainer:
         checked = self.mesh.gather_json((path / storage.CHECKED).exists())[0]
         self.agreement.unchecked_from = self.step if checked else manifest.get("unchecked_from", self.step)
         self.ledger |= manifest.get("ledger", {})
-        self.data_spans = manifest.get("stretches", [])
+        self.run.take_data_spans(manifest)
         self.context = max(self.context, manifest.get("context", 0))
-        if self.data_spans:  # of the last one at least, settings are known in any version
-            config = self.data_spans[-1].get("config", manifest["config"])
-            self.data_spans[-1] = {**self.data_spans[-1], "config": history.completed(type(self.config), config)}
-        self.origin = checkpoint_resume.origin_of(path, self.run_dir)
+        self.origin = checkpoint_resume.origin_of(path, self.run.path)
         self._check_samples(path)
         return path
 
@@ -308,28 +305,14 @@ class Trainer:
             f"run `trivium data run` again{replan}"
         )
 
-    def _begin_data_span(self) -> None:
-        """Notes from which step on the run has these data and settings, and says what has changed."""
-        now: history.DataSpan = {
-            "first_step": self.step,
-            "first_sample": self.samples,
-            "global_batch_size": self.config.train.global_batch_size,
-            "data": self.source.fingerprint,
-            "plan": self.source.location,
-            "facts": self.source.facts,
-            "config": self._full_config(),
-        }
-        if self.data_spans and self.mesh.is_main:
-            for line in history.news(self.data_spans[-1], self.config, now):
-                self._print(line)
-        self.data_spans = history.go_on(self.data_spans, now)
-
     def _check_finished(self, saved: Path, watch: signals.Watch) -> int:
         """Holds the data that the finished run's checkpoint `saved` was trained on against its checksums.
 
         Returns the exit status.
         """
-        self._print(f"{self.run_dir} is finished at step {self.step}, and its training data was not checked to the end")
+        self._print(
+            f"{self.run.path} is finished at step {self.step}, and its training data was not checked to the end"
+        )
         with DataCheck(self.source.files(), self.mesh) as check:
             try:
                 if stopped_by := self.agreement.wait_for_check(self.step, check, watch, self._print):
@@ -339,39 +322,8 @@ class Trainer:
                 return FAILED
         if self.mesh.is_main:
             (saved / storage.CHECKED).touch()
-            self._print(f"the training data matches its checksums, report in {run_report.write(self.run_dir)}")
+            self._print(f"the training data matches its checksums, report in {run_report.write(self.run.path)}")
         return 0
-
-    def _write_facts(self) -> None:
-        self.lineage.keep(self.run_dir, self.identity)
-        files.write_atomic(self.run_dir / "config.toml", loader.toml(self._full_config()))
-        packages = ("torch", "megatron-core", "deepspeed", "numpy")
-        facts = {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if self.mesh.device.type == "cuda" else platform.machine(),
-            "packages": {name: version(name) for name in packages},
-            "layout": str(self.mesh.layout),
-            "launcher": ClusterEnvironment.read().as_dict(),
-            "parameters": self.model_config.num_parameters(),
-        }
-        files.write_atomic(self.run_dir / "env.json", json.dumps(facts, indent=1).encode())
-        history.write(self.run_dir, self.data_spans)
-        try:
-            self.source.note_use(self.run_dir)
-        except OSError as error:
-            print(f"warning: {error}; a later data run there cannot know what this run needs", flush=True)
-
-    def _full_config(self) -> dict[str, Any]:
-        """The resolved config; that of a run which begins from another's checkpoint has the model in it too."""
-        return {**loader.plain(self.config), "model": loader.plain(self.model_config)}
-
-    def _flops_per_token(self) -> float:
-        """Forward and backward: 6 per active weight in a product, and 12 * layers * heads * dim * S/2 for attention."""
-        model = self.model_config
-        lookups = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
-        attention = 6 * model.num_layers * model.num_heads * model.dim_per_head * self.config.train.seq_length
-        return 6 * (model.num_parameters(active=True) - lookups) + attention
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:

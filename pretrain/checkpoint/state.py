@@ -14,7 +14,7 @@ from torch import nn
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
 from pretrain.model.slices import tp_split
-from pretrain.parallel import zero
+from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.zero import Fragment, master_partitions
 
@@ -41,7 +41,7 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
 
 def manifest_facts(engine: Engine) -> dict[str, Any]:
     """What else of the engine a checkpoint holds, small enough for the manifest. Collective."""
-    return {"optimizer_steps": _optimizer_steps(engine), "balance": engine.balance_state()}
+    return {"optimizer_steps": _optimizer_steps(engine), "balance": expert_balance.state(engine.module, engine.mesh)}
 
 
 def restore(engine: Engine, path: str | Path, optimizer: bool = True) -> None:
@@ -56,7 +56,7 @@ def restore(engine: Engine, path: str | Path, optimizer: bool = True) -> None:
                 whole = reader.read(name, kind)
                 local = engine.mesh.slices.cut(whole, parameter).flatten()
                 _flat(engine, own, kind).copy_(local[own.start : own.start + own.numel])
-    engine.restore_balance(reader.manifest.get("balance", {}))
+    expert_balance.restore(engine.module, reader.manifest.get("balance", {}))
     zero.update_weights(engine.zero)
 
 
@@ -66,7 +66,7 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
     For rollouts: it needs memory for one whole copy on each rank.
     """
     mesh = engine.mesh
-    weights = {name: torch.tensor(values) for name, values in engine.balance_state().items()}
+    weights = {name: torch.tensor(values) for name, values in expert_balance.state(engine.module, engine.mesh).items()}
     local = dict(engine.module.named_global_parameters())
     shapes = mesh.gather_json({name: list(zero.outline(p).shape) for name, p in local.items()})
     for stage_rank in dist.get_process_group_ranks(mesh.pp_group):

@@ -21,7 +21,7 @@ from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.balance import LossDenominators
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
-from pretrain.parallel import zero
+from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
 from pretrain.parallel.expert_parallel import spread_experts
 from pretrain.parallel.gradients import mark_copies, sum_partial
@@ -76,11 +76,12 @@ class Engine:
             init_weights(chunk, seed, mesh.slices)
             chunk.set_recompute(train.recompute)
             scheduled: Any = chunk  # the schedules look for attributes of their own
-            scheduled.config, scheduled.model_type, scheduled.vp_stage = (
-                config,
-                ModelType.encoder_or_decoder,
-                i,
-            )
+            scheduled.config, scheduled.model_type = config, ModelType.encoder_or_decoder
+            scheduled.vp_stage = i
+        # The order, and why: weights are drawn first, by global name, while every parameter is whole on its rank. Tied
+        # copies and experts are marked before ZeRO, which reads the marks when it groups parameters. Attention gets its
+        # exchange before its block is compiled, so that the exchange is part of what is compiled. ZeRO comes last: it
+        # takes all parameters into its optimizer, and in stage 3 takes them apart.
         self.module = PipelineStage(chunks)
         mark_copies(self.module)
         exchange_around_attention(self.module, mesh)
@@ -113,9 +114,7 @@ class Engine:
         if total <= 0:
             raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
         num_sequences = sum(len(batch.tokens) for batch in batches) * mesh.layout.dp
-        for moe in self.module.moe_layers.values():
-            moe.balance.start()
-            moe.balance.denominators = LossDenominators(num_sequences, max(1, round(tokens)), mesh.zero_size)
+        expert_balance.begin_step(self.module, LossDenominators(num_sequences, max(1, round(tokens)), mesh.zero_size))
         self._sums = self._run(batches, loss_fn, mesh.zero_size / total, forward_only=False)
         sum_partial(self.module, mesh)
         zero.average_gradients(self.zero)
@@ -128,7 +127,7 @@ class Engine:
         grad_norm = float(self.zero.get_global_grad_norm())
         if self.zero.optimizer.overflow or not 0 <= grad_norm < float("inf"):
             raise FloatingPointError("the gradient norm is not finite; no weight was changed by this step")
-        self._finish_balance()
+        expert_balance.finish_step(self.module, self.mesh)
         return StepSums(self._sums.loss, self._sums.weight, self._sums.metrics, grad_norm)
 
     @torch.no_grad()
@@ -139,50 +138,6 @@ class Engine:
         missing = -len(batches) % self.mesh.layout.pp if self.mesh.layout.vpp > 1 else 0
         filled = [*batches, *[batches[0].weightless()] * missing]
         return self._run(own_parts(filled, self.mesh), loss_fn, 1.0, forward_only=True)
-
-    def _finish_balance(self) -> None:
-        """Tells every MoE layer how the global batch's tokens chose; all ranks that hold a layer are told the same."""
-        layers = self.module.moe_layers
-        if not layers:
-            return
-        tokens = torch.stack([moe.balance.tokens for moe in layers.values()])
-        dist.all_reduce(tokens, group=self.mesh.zero_group)
-        for moe, tokens_E in zip(layers.values(), tokens, strict=True):
-            moe.balance.finish(tokens_E)
-
-    def balance_state(self) -> dict[str, list[float]]:
-        """The MoE layers' state of balance by global name, the same on all ranks; collective."""
-        own = {name: tensor.tolist() for name, tensor in self.module.named_balance().items()}
-        return {name: values for part in self.mesh.gather_json(own) for name, values in part.items()}
-
-    def restore_balance(self, state: dict[str, list[float]]) -> None:
-        for name, tensor in self.module.named_balance().items():
-            tensor.copy_(torch.tensor(state[name]))
-
-    def moe_stats(self) -> dict[str, Any]:
-        """Of the last step: the auxiliary loss, the busiest expert's tokens over a fair share, and with a capacity
-        limit the share of choices that it dropped; over all layers (mean, worst, mean), and by layer.
-        """
-        moe = self.model_config.moe
-        if moe is None:
-            return {}
-        values = torch.zeros(self.model_config.num_layers, 2 + moe.num_experts, dtype=torch.float64)
-        if self.mesh.tp_rank == 0:
-            for layer, block in self.module.moe_layers.items():
-                balance = block.balance
-                values[layer, 0], values[layer, 1] = balance.aux_loss, balance.dropped
-                values[layer, 2:] = balance.tokens
-        values = self.mesh.sum_over_world(values).cpu()
-        aux_loss, dropped, tokens = values[:, 0], values[:, 1], values[:, 2:]
-        load, chosen = tokens.max(1).values / tokens.mean(1), tokens.sum(1)
-        stats = {"moe_aux_loss": (aux_loss, aux_loss.mean()), "moe_max_load": (load, load.max())}
-        if moe.capacity_factor is not None:
-            stats["moe_dropped"] = dropped / chosen, dropped.sum() / chosen.sum()
-        by_layer = {
-            f"{name}_by_layer": {f"layer {i}": float(value) for i, value in enumerate(layers)}
-            for name, (layers, _) in stats.items()
-        }
-        return {name: float(whole) for name, (_, whole) in stats.items()} | by_layer
 
     def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> StepSums:
         chunks = self.module.chunks

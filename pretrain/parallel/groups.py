@@ -4,8 +4,10 @@
 again with another layout, as the tests do.
 """
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +163,16 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
         expert_dp_group=parallel_state.get_expert_data_parallel_group(),
         replica_group=_replica_group(layout, env.rank),
     )
+
+
+@contextlib.contextmanager
+def joined(env: ClusterEnvironment, layout: Layout) -> Iterator[Mesh]:
+    """The world and all groups of `layout` for the length of a `with`, which gets this rank's coordinates in them."""
+    mesh = start(env, layout)
+    try:
+        yield mesh
+    finally:
+        stop()
 
 
 def _replica_group(layout: Layout, rank: int) -> dist.ProcessGroup:

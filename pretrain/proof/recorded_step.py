@@ -33,7 +33,7 @@ from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken
 from pretrain.model.recompute import is_recomputing
-from pretrain.parallel import groups, zero
+from pretrain.parallel import expert_balance, groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.injections import INJECTIONS
 
@@ -137,7 +137,7 @@ def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) 
         "loss": sums.mean_loss,
         "grad_norm": sums.grad_norm,
         "by_source": (sums.loss / sums.weight).tolist(),
-        **engine.moe_stats(),
+        **expert_balance.stats(engine.module, engine.mesh, engine.model_config),
     }
     if mesh.is_main:
         write_atomic(out / "step.json", json.dumps(facts, indent=1).encode())
@@ -163,11 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     config = load(PretrainConfig, args.config, args.overrides)
     env = ClusterEnvironment.read()
-    mesh = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
-    try:
+    with groups.joined(env, Layout.of(env.world_size, config.parallel, config.model, config.train)) as mesh:
         prove_step(config, mesh, args.precision, args.inject)
-    finally:
-        groups.stop()
     return 0
 
 

@@ -166,7 +166,7 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counter.most_common()) or "nothing"
 
 
-class Watch(PipelineStep):
+class FateRecorder(PipelineStep):
     """Lets documents pass, and notes that those which came this far and no farther were dropped by the next step."""
 
     def __init__(self, fates: Fates, then: str) -> None:
@@ -238,8 +238,8 @@ def _theirs(corpus: Path, folder: Path) -> Fates:
     for number, source in enumerate(_SOURCES):
         data: Any = None
         for step in _steps(source, corpus):
-            data = step.run(Watch(fates, type(step).__name__).run(data) if data else None, 0, 1)
-        passed = Watch(fates, "MinHash").run(data)
+            data = step.run(FateRecorder(fates, type(step).__name__).run(data) if data else None, 0, 1)
+        passed = FateRecorder(fates, "MinHash").run(data)
         list(JsonlWriter(str(folder / "filtered"), f"{number:05d}.jsonl").run(passed, 0, 1))
     config = MinhashConfig()
     texts = str(folder / "filtered")
@@ -255,5 +255,5 @@ def _theirs(corpus: Path, folder: Path) -> Fates:
         read = JsonlReader(texts).run(None, rank, len(_SOURCES))
         left = MinhashDedupFilter(str(folder / "remove")).run(read, rank, len(_SOURCES))
         written = JsonlWriter(str(folder / "kept")).run(left, rank, len(_SOURCES))
-        list(Watch(fates, "").run(written))
+        list(FateRecorder(fates, "").run(written))
     return fates

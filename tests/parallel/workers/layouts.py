@@ -15,7 +15,7 @@ from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken
-from pretrain.parallel import groups, zero
+from pretrain.parallel import expert_balance, groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.recorded_step import packed_rows
 
@@ -69,7 +69,7 @@ def run_layout(
         norms.append(sums.grad_norm)
         by_source.append((sums.loss / sums.weight).tolist())
         assert all(torch.equal(zero.current_weight(p), zero.full_weight(p).to(p.dtype)) for _, p in named)
-        stats = engine.moe_stats()
+        stats = expert_balance.stats(engine.module, engine.mesh, engine.model_config)
     share = share_of_rank(900, 12, mesh.dp_rank, layout.dp)
     heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), 4 // layout.dp)
     evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which interleaving has to fill up

@@ -12,7 +12,7 @@ from pretrain.line_charts import line_chart, running_mean, thin
 from pretrain.run_report import last_of_each_step, read_jsonl, write
 
 
-class Tags(HTMLParser):
+class OpenTags(HTMLParser):
     """Checks that tags nest, and collects attributes that could fetch something."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": "<script>", "completion": "你好"}) + "\n")
     (tmp_path / "config.toml").write_text('dir = "<x>"\n')
     page = write(tmp_path).read_text(encoding="utf-8")
-    tags = Tags()
+    tags = OpenTags()
     tags.feed(page)
     assert not tags.open and not tags.links
     assert "url(" not in page and "@import" not in page and "<script" not in page

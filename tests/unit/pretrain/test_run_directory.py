@@ -5,7 +5,7 @@ import threading
 import time
 from pathlib import Path
 
-from pretrain.lock import ENDING, _take, _write
+from pretrain.run_directory import ENDING, _take, _write
 
 
 def test_a_run_that_trains_is_not_waited_for_and_one_that_ends_is(tmp_path: Path) -> None:
