@@ -6,12 +6,12 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from configs.data import TokenizerConfig
 from configs.loader import ConfigError
 from data_pipeline import run
 from data_pipeline.core import progress
@@ -115,12 +115,16 @@ def test_a_vocabulary_gets_the_size_that_the_message_says(tmp_path: Path) -> Non
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
         english = json.loads(lines.readline())["text"][:8000]
     chinese = "".join(chr(0x4E00 + number) for number in range(900)) * 3
+
+    def train(size: int) -> dict[str, Any]:
+        settings = TokenizerConfig(vocab_size=size, character_coverage=1.0)
+        return tokenizer.train([tmp_path / "a.jsonl.zst"], tmp_path / "out", settings)
+
     for text, size, remedy in (
         (english, 60_000, r"lower tokenizer\.vocab_size to (\d+), or give it more text"),
         (chinese, 400, r"raise tokenizer\.vocab_size to (\d+)"),
     ):
         write_shard(tmp_path / "a.jsonl.zst", [{"id": "a", "text": text, "metadata": {}}])
-        train = partial(tokenizer.train, [tmp_path / "a.jsonl.zst"], tmp_path / "out", character_coverage=1.0)
         with pytest.raises(ValueError) as refused:
             train(size)
         assert train(int(found(remedy, str(refused.value))[1]))

@@ -220,7 +220,7 @@ def test_a_model_is_not_built_without_its_bias() -> None:
         ({"num_experts": 6, "num_groups": 4}, "num_experts = 6 is not a multiple of model.moe.num_groups = 4"),
         ({"num_experts": 8, "num_groups": 4, "top_groups": 5}, "top_groups = 5 is more than model.moe.num_groups = 4"),
         ({"num_experts": 8, "num_groups": 4, "top_k": 3}, "top_k = 3 is more than the 2 of 1 groups"),
-        ({"num_experts": 4, "num_groups": 4, "top_groups": 4, "group_score": "top2"}, "set group_score='max'"),
+        ({"num_experts": 4, "num_groups": 4, "top_groups": 4, "group_score": "top2"}, "set model.moe.group_score=max"),
     ],
 )
 def test_impossible_routers_are_refused(moe: dict[str, Any], words: str) -> None:

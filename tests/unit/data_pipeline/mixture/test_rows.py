@@ -184,8 +184,8 @@ def test_opening_refuses_what_does_not_belong(moved: Path) -> None:
     array = plan / "train.code.start.npy"
     refused(array, array.read_bytes()[:-1] + b"\x01", "checksum")
     refused(array, None, "lacks train.code.start.npy")
-    refused(plan / "plan.json", b"{", "no JSON")
-    refused(plan / "plan.json", b'{"format": "other"}', "no trivium-plan")
+    refused(plan / "plan.json", b"{", "is not JSON")
+    refused(plan / "plan.json", b'{"format": "other"}', "is not a trivium-plan file")
     refused(moved / "tokenizer/tokenizer.model", None, "does not exist")
     refused(moved / "tokenizer/tokenizer.model", b"x", "not the one")
     store = moved / "tokens/train/code/00000"

@@ -125,7 +125,7 @@ def test_deleting_the_folder_that_is_named_mends_it(
     if pattern.endswith("stage.json"):
         assert run.main([str(config), "run.workers=1"]) == 1
         said = capsys.readouterr().err
-        assert f"{run_dir}/tokens/stage.json is damaged, its values do not match" in said and told[0] in said
+        assert f"{run_dir}/tokens/stage.json is damaged: its values do not match" in said and told[0] in said
     shutil.rmtree(told[1])
     assert run.main([str(config), "run.workers=1"]) == 0
     assert verify.main([str(config)]) == 0
