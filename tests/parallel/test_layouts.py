@@ -1,7 +1,7 @@
 """Every layout against one rank: loss, every gradient, grad norm, and parameters after clipped steps, in fp32.
 
-The bounds are design.md's: gradients within 1e-5 relative (Frobenius), losses 1e-6. fp32 rounds at 6e-8; sums over
-a few thousand terms in another order differ by some tens of that.
+Gradients may differ by 1e-5, relative (Frobenius), and losses by 1e-6. fp32 rounds at 6e-8, and sums over a few
+thousand terms in another order differ by some tens of that.
 """
 
 from collections.abc import Callable
