@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         choice = _choose_plan(config, args.resume)
     except DamagedData as error:  # the same on all ranks
-        return _failed(error, speaks=env.is_main)
+        return _failed(error, prints=env.is_main)
     if choice.said and env.is_main:
         print(f"data.plan: {choice.said}", flush=True)
     if args.dry_run:
@@ -76,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config, config.model, source, NextToken(), mesh, evaluators, lineage, name, resume=args.resume
             ).fit()
         except DamagedData as error:  # of a row, on the ranks that read it
-            return _failed(error, speaks=mesh.counts_in_sums)
+            return _failed(error, prints=mesh.counts_in_sums)
 
 
-def _failed(error: DamagedData, speaks: bool = True) -> int:
-    if speaks:
+def _failed(error: DamagedData, prints: bool = True) -> int:
+    if prints:
         print(f"error: {error}", file=sys.stderr)
     else:
         time.sleep(TURN_SECONDS)
@@ -88,9 +88,9 @@ def _failed(error: DamagedData, speaks: bool = True) -> int:
 
 
 def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
-    """What measures the loss on held-out rows; nothing where none are asked for.
+    """Makes the evaluator of the loss on held-out rows; an empty list where the config asks for none.
 
-    Errors: DamagedData, on all ranks together, with what any of them found.
+    Raises DamagedData on all ranks together, with the damage that any of them found.
     """
     from pretrain.heldout_loss import HeldoutLoss
 

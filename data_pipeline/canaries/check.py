@@ -18,7 +18,7 @@ from data_pipeline.provenance.lookup import TABLE_STAGES
 
 @dataclass(frozen=True)
 class CanaryFate:
-    """What became of one text: the first reason for which it was dropped, "" for none; all for which it was cut."""
+    """The fate of one planted text: the reason of its first drop, "" if it was kept, and the reasons of all its cuts."""
 
     id: str
     reason: str
@@ -79,7 +79,7 @@ def _expected(reason: str, texts: int) -> str:
 
 
 def _seen(run_dir: Path, stages: Sequence[str], shard: str) -> dict[str, CanaryFate]:
-    """By id, all texts of the canary whose shards begin with `shard`."""
+    """Reads the fates, by id, of all texts of the canary whose shards begin with `shard`."""
     fates: dict[str, CanaryFate] = {}
     name = shard.replace("/", "-")
     for path in sorted([*run_dir.glob(f"extract/rejected/{name}.jsonl"), *run_dir.glob(f"extract/drops/{name}.jsonl")]):

@@ -1,1 +1,1 @@
-"""What every stage stands on: stages that run once, their ledger, tables, shards, checksums and progress."""
+"""The base of all stages: running a stage once, and its ledger, tables, shards, checksums and progress."""

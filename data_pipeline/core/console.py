@@ -1,4 +1,4 @@
-"""What data commands print to: a console wide enough for tables, and warnings on it."""
+"""The console that data commands print to, wide enough for their tables, and warnings on it."""
 
 import os
 

@@ -101,7 +101,7 @@ def shard_path(folder: str | Path, shard: str) -> Path:
 
 
 def shards_under(folder: Path) -> list[str]:
-    """Of any depth, as paths without the suffix, sorted."""
+    """Lists all shards below a folder, at any depth, as sorted relative paths without the suffix."""
     return sorted(path.relative_to(folder).as_posix().removesuffix(_SUFFIX) for path in folder.rglob(f"*{_SUFFIX}"))
 
 

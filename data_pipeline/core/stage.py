@@ -170,13 +170,13 @@ def made_by_other_code(stages: Sequence[Stage], run_dir: Path) -> list[str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a published stage's manifest says; None of a folder without one. Errors: DamagedData."""
+    """Reads the manifest of a published stage, None for a folder without one. Raises DamagedData if it is damaged."""
     path = folder / STAGE_MANIFEST
     return read_sealed(STAGE, path, unsealed=_of_old) if path.is_file() else None
 
 
 def _of_old(manifest: dict[str, Any]) -> bool:
-    """Whether it is of a version that wrote no checksums."""
+    """Whether a manifest was written by a version that wrote no checksums."""
     return "format" not in manifest and all(isinstance(size, int) for size in manifest.get("files", {}).values())
 
 

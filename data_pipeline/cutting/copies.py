@@ -1,4 +1,4 @@
-"""Which copies of a unit of text (a line, a window of bytes) stay: counted over all documents in bounded memory.
+"""Decides which copies of a unit of text (a line, a window of bytes) stay, over all documents in bounded memory.
 
 A unit is known by a digest of up to 16 bytes. Three passes:
 1. `CountUnits` reads the text. Of every shard, a record (digest, shard, how often) of each distinct unit goes to the

@@ -160,7 +160,7 @@ def _count_copies(
 
 
 def _kept_bytes(select: Path) -> int:
-    """Of the texts that a stage kept."""
+    """Sums the bytes of the texts that a stage kept."""
     return sum(pc.sum(kept_rows(read_table(select, shard))["bytes"]).as_py() or 0 for shard in shards_of(select))
 
 

@@ -173,8 +173,8 @@ class NgramIndex:
             return cls(dict(arrays), json.loads((Path(folder) / "names.json").read_text(encoding="utf-8")))
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """By file: its items, those too short to be looked for, distinct n-grams, item by item, and the length of the
-        longest item, as min_words counts.
+        """Counts for each file its items, those too short to be looked for, the distinct n-grams of all items added up,
+        and the length of the longest item, in the words that min_words counts.
         """
         found: dict[str, dict[str, int]] = {}
         for (file, _), size, distinct, length in zip(

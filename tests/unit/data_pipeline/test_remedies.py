@@ -20,7 +20,7 @@ from data_pipeline.report import ledger_tables
 from data_pipeline.tokens import tokenizer
 from tests.data_runs import ROOT
 from tests.shards import write_shard
-from tests.unit.data_pipeline.core.test_shortfalls import write_config
+from tests.small_sources import write_config
 
 MIXTURE = "[mixture]\nseq_length = 32\nsamples = 40\nweights = { big = 1.0, small = 1.0 }\n"
 

@@ -18,7 +18,6 @@ from configs.cli import entrypoint
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.core import stage
-from data_pipeline.core.ledger import LedgerError, Tally
 from data_pipeline.core.shards import read_records
 from data_pipeline.mixture.earlier import find, first_difference, note_use
 from data_pipeline.mixture.rows import Plan
@@ -383,49 +382,3 @@ def test_other_settings_make_other_plans_and_keep_what_a_training_run_needs(
     for fingerprint in (first.fingerprint, longer.fingerprint):
         found = find(run_dir / "plan", fingerprint)
         assert found is not None and all(np.array_equal(found.row(i).tokens, rows[i]) for i in range(60))
-
-
-def test_a_lost_document_is_noticed() -> None:
-    tally = Tally()
-    tally.came_in("s", 10)
-    tally.came_in("s", 20)
-    tally.kept("s", 10)
-    with pytest.raises(LedgerError, match="2 documents came in, but 1 were kept and 0 dropped"):
-        tally.check("filter")
-    tally.dropped("s", "why", 20)
-    tally.check("filter")
-    before = Tally()
-    before.kept("s", 31, documents=2)
-    with pytest.raises(LedgerError, match="the stage before passed on"):
-        tally.check("filter", before)
-
-
-def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change anywhere below counts; one of who does the work, or of what another stage does, does not."""
-    shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(stage, "_HERE", tmp_path / "copy")
-
-    def version() -> str:
-        stage._source.cache_clear()
-        return stage.code_version(("language.identification",), ())
-
-    before = version()
-    for module, matters in (
-        ("language/identification.py", True),
-        ("scan/line_scores.py", True),
-        ("scan/characters.py", True),
-        ("scores/filtering.py", True),
-        ("personal_data/credentials.py", True),
-        ("core/progress.py", False),
-        ("core/ledger.py", False),
-        ("mixture/packing.py", False),
-    ):
-        path = tmp_path / "copy" / module
-        content = path.read_bytes()
-        path.write_bytes(content + b"\n# changed")
-        assert (version() != before) == matters, module
-        path.write_bytes(content)
-    assert version() == before
-    with pytest.raises(ValueError, match="'langauge' as its code"):
-        stage.code_version(("langauge",), ())
-    stage._source.cache_clear()

@@ -1,0 +1,40 @@
+"""The version of a stage's code, on which it depends whether the stage runs again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.core import stage
+from tests.data_runs import ROOT
+
+
+def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change anywhere below counts; one of who does the work, or of what another stage does, does not."""
+    shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(stage, "_HERE", tmp_path / "copy")
+
+    def version() -> str:
+        stage._source.cache_clear()
+        return stage.code_version(("language.identification",), ())
+
+    before = version()
+    for module, matters in (
+        ("language/identification.py", True),
+        ("scan/line_scores.py", True),
+        ("scan/characters.py", True),
+        ("scores/filtering.py", True),
+        ("personal_data/credentials.py", True),
+        ("core/progress.py", False),
+        ("core/ledger.py", False),
+        ("mixture/packing.py", False),
+    ):
+        path = tmp_path / "copy" / module
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n# changed")
+        assert (version() != before) == matters, module
+        path.write_bytes(content)
+    assert version() == before
+    with pytest.raises(ValueError, match="'langauge' as its code"):
+        stage.code_version(("langauge",), ())
+    stage._source.cache_clear()
