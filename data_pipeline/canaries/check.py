@@ -18,7 +18,7 @@ from data_pipeline.provenance.lookup import TABLE_STAGES
 
 @dataclass(frozen=True)
 class CanaryFate:
-    """The fate of one planted text: the reason of its first drop, "" if it was kept, and the reasons of all its cuts."""
+    """The fate of one planted text: the reason of its first drop, "" if it was kept, and those of all its cuts."""
 
     id: str
     reason: str
