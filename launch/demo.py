@@ -1,13 +1,15 @@
 """`trivium demo`, which `make demo` runs: every stage from raw text to verified Hugging Face models, in order.
 
 `STAGES` lists the commands; each runs as a subprocess and could be started by hand. Each command decides itself whether
-it is finished, so an interrupted demo continues when it is run again. At the end it prints a table and writes
-runs/demo/report.html, both made in launch/demo_report.py from the files that the stages wrote.
+it is finished, so an interrupted demo continues when it is run again. At the end it prints a table, lets the trained
+models write (`SPECIMENS`), and writes runs/demo/report.html; table and page are made in launch/demo_report.py from the
+files that the stages wrote.
 """
 
 import json
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,11 +23,21 @@ from configs.folders import check_writable
 from configs.loader import ConfigError
 from configs.signals import STOPPED, status_of
 from launch import tee
-from launch.demo_report import DemoStage, describe_data, describe_export, describe_training, show, write_html
+from launch.demo_report import (
+    DemoStage,
+    Specimen,
+    describe_data,
+    describe_export,
+    describe_training,
+    show,
+    show_specimens,
+    write_html,
+)
 from launch.processes import die_with_parent
 
 DIRECTORY = Path("runs/demo")
 RANKS = 2
+PROMPT = "It was a quiet morning, and the"
 
 
 def _training(name: str, module: str, config: str, title: str, begins_with: DemoStage) -> DemoStage:
@@ -58,6 +70,10 @@ STAGES = (
     _export("sft", "SFT"),
     _export("grpo", "GRPO"),
 )
+SPECIMENS = (
+    Specimen(("generate", str(_DENSE.output), "--prompt", PROMPT, "--max-new-tokens", "48", "--temperature", "0.8")),
+    Specimen(("chat", str(_GRPO.output), "--temperature", "0"), "Sort 5291"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,11 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path("configs/data/demo.toml").is_file():
         raise ConfigError("there is no configs/data/demo.toml here; run the demo from the root of the repository")
     check_writable(DIRECTORY, "the demo's folder")
-    return run_stages(STAGES, DIRECTORY, Console())
+    return run_stages(STAGES, SPECIMENS, DIRECTORY, Console())
 
 
-def run_stages(stages: Sequence[DemoStage], directory: Path, console: Console) -> int:
+def run_stages(stages: Sequence[DemoStage], specimens: Sequence[Specimen], directory: Path, console: Console) -> int:
     """Runs `stages` in order, up to the first failure, and writes their times to `directory`/demo.json.
+
+    After the last stage, shows the table and the models' `specimens`, and writes the page.
 
     Returns the exit status of the stage that failed or was interrupted, else 0.
     """
@@ -116,9 +134,22 @@ def run_stages(stages: Sequence[DemoStage], directory: Path, console: Console) -
             console.print(f"\nInterrupted after stage {stage.title}. Run the same command again to continue.")
             return status_of(signal)
     show(stages, times, console)
-    page = write_html(stages, times, directory)
+    written = [write_specimen(specimen) for specimen in specimens]
+    show_specimens(specimens, written, console)
+    page = write_html(stages, times, zip(specimens, written, strict=True), directory)
     console.print(f"{time.monotonic() - began:.0f} s this time. The report, with curves: {page}", highlight=False)
     return 0
+
+
+def write_specimen(specimen: Specimen) -> str:
+    """Runs the specimen's command and returns what it prints. Raises ChildProcessError if the command fails."""
+    command = [sys.executable, "-m", "cli", *specimen.command]
+    done = subprocess.run(
+        command, input=specimen.typed, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise ChildProcessError(f"`{specimen}` ended with status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> dict:

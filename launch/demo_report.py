@@ -8,14 +8,18 @@ import hashlib
 import html
 import json
 import os
+import shlex
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from configs.files import file_sha256, write_atomic
 from pages import page
@@ -71,6 +75,19 @@ class DemoStage:
         return report if report.is_file() else self.output
 
 
+@dataclass(frozen=True)
+class Specimen:
+    """A text that a trained model writes at the demo's end: what `trivium` is called with, and what is typed to it."""
+
+    command: tuple[str, ...]
+    typed: str = ""
+
+    def __str__(self) -> str:
+        """Shell command that writes the same text again."""
+        typed = f"echo {shlex.quote(self.typed)} | " if self.typed else ""
+        return typed + shlex.join(["trivium", *self.command])
+
+
 def describe_data(output: Path) -> tuple[str, str]:
     """Returns (documents read, documents kept with training tokens and rows) of a data run, as texts."""
     stages = {stage["name"]: stage["total"] for stage in _json(output / "ledger.json").get("stages", [])}
@@ -97,12 +114,21 @@ def describe_training(output: Path) -> tuple[str, str]:
     out = [f"loss {first['loss']:.2f} → {last['loss']:.2f}"]
     if "reward" in last:  # of GRPO's loss, only its gradient means anything
         out = [f"reward {first['reward']:.2f} → {last['reward']:.2f}"]
-    for source, measures in (evals[-1]["eval"] if evals else {}).items():
-        before = evals[0]["eval"].get(source, {}) if len(evals) > 1 else {}
-        for measure, unit in (("bits_per_byte", "bits/byte"), ("greedy", "greedy"), ("sampled", "sampled")):
-            if measure in measures:
-                then = f"{before[measure]:.2f} → " if measure in before else ""
-                out.append(f"{source} {then}{measures[measure]:.2f} {unit}")
+    results, before = evals[-1]["eval"] if evals else {}, evals[0]["eval"] if len(evals) > 1 else {}
+    for measure, title in (
+        ("bits_per_byte", "held-out bits a byte"),
+        ("greedy", "answered right, greedy"),
+        ("sampled", "answered right, sampled"),
+    ):
+        changes = [
+            f"{source} "
+            + (f"{before[source][measure]:.2f} → " if measure in before.get(source, {}) else "")
+            + f"{measures[measure]:.2f}"
+            for source, measures in results.items()
+            if measure in measures
+        ]
+        if changes:
+            out.append(f"{title}: {', '.join(changes)}")
     return f"{last['step']:,} steps, {last['tokens'] / 1e6:.2f}M tokens", "\n".join(out)
 
 
@@ -119,17 +145,23 @@ def describe_export(output: Path) -> tuple[str, str]:
 
 
 def show(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """Prints the table of all stages."""
-    table = Table(title="Trivium demo", title_justify="left", show_lines=True)
-    for name in ("stage", "went in", "came out"):
-        table.add_column(name, overflow="fold")
-    table.add_column("time", justify="right")
-    table.add_column("where to look", overflow="fold")
+    """Prints the table of all stages: a stage's time, what went into it, and what came out."""
+    table = Table(title="Trivium demo", title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("what went in → what came out")
     for stage in stages:
         came_in, out = stage.describe(stage.output)
-        table.add_row(stage.title, came_in, out, duration(times[stage.name]["seconds"]), str(stage.where_to_look))
-    table.add_row("all", "", "", duration(sum(times[stage.name]["seconds"] for stage in stages)), "")
+        table.add_row(stage.title, duration(times[stage.name]["seconds"]), f"{came_in} → {out}")
+    table.add_row("all", duration(sum(times[stage.name]["seconds"] for stage in stages)), "")
     console.print(table)
+
+
+def show_specimens(specimens: Sequence[Specimen], written: Sequence[str], console: Console) -> None:
+    """Prints each specimen's command and, indented below it, the text that the model wrote."""
+    for specimen, text in zip(specimens, written, strict=True):
+        console.print(f"$ {specimen}", style="dim", highlight=False, markup=False, soft_wrap=True)
+        console.print(Padding(Text(text), (0, 0, 1, 2)))
 
 
 def duration(seconds: float) -> str:
@@ -141,14 +173,23 @@ def duration(seconds: float) -> str:
 
 STYLE = """
 body { max-width: 1100px; } table { font-size: 14px; } a { color: inherit; }
+pre { white-space: pre-wrap; }
 th, td { padding: 6px 18px 6px 0; } td { white-space: pre-line; } td.n { white-space: nowrap; }
 summary { cursor: pointer; margin: 14px 0 6px; font-weight: 600; }
 iframe { width: 100%; height: 70vh; border: 1px solid var(--grid); border-radius: 8px; }
 """
 
 
-def write_html(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any]], directory: Path) -> Path:
-    """Writes `directory`/report.html, the table with the stages' own reports embedded, and returns its path."""
+def write_html(
+    stages: Sequence[DemoStage],
+    times: Mapping[str, Mapping[str, Any]],
+    written: Iterable[tuple[Specimen, str]],
+    directory: Path,
+) -> Path:
+    """Writes `directory`/report.html and returns its path.
+
+    The page holds the table, the texts that the models wrote, and the stages' own reports.
+    """
     rows, frames = [], []
     for stage in stages:
         came_in, out = stage.describe(stage.output)
@@ -167,6 +208,7 @@ def write_html(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any
     body = [
         "<h1>Trivium demo</h1>",
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>',
+        *(f"<pre>$ {html.escape(str(specimen))}\n{html.escape(text)}</pre>" for specimen, text in written),
         *frames,
     ]
     path = directory / "report.html"

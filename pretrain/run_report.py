@@ -1,6 +1,6 @@
 """`trivium report RUN_DIR`: a run's metrics.jsonl as one report.html that needs neither network nor server.
 
-Curves of everything that was measured, the held-out numbers by source, samples, and what the run was. The
+Curves of everything that was measured, the held-out numbers by source, and what the run was. The
 trainer calls `write` at the end of every run. Leaves out comparing runs (TensorBoard does) and imports no
 torch.
 """
@@ -31,7 +31,6 @@ CHARTS = {
 }
 NOT_DRAWN = {"step", "tokens", "eval"}
 SMOOTH_BY_NATURE = {"lr", "memory_bytes"}
-MAX_SAMPLES = 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +57,6 @@ def write(run_dir: str | Path) -> Path:
     records = read_jsonl(run_dir / "metrics.jsonl")
     steps = last_of_each_step(records)
     evals = last_of_each_step(record for record in records if "eval" in record)
-    samples = read_jsonl(run_dir / "samples.jsonl")
     config = run_dir / "config.toml"
     body = [
         f"<h1>{html.escape(str(run_dir))}</h1>",
@@ -66,7 +64,6 @@ def write(run_dir: str | Path) -> Path:
         _section("While training", charts(steps)),
         _section("Held out", eval_charts(evals)),
         _eval_table(evals),
-        _samples(samples),
     ]
     body.append(_history(history.read(run_dir)))
     if config.is_file():
@@ -202,30 +199,6 @@ def _history(data_spans: Sequence[history.DataSpan]) -> str:
             f"<pre>{html.escape(whole)}</pre></details></td></tr>"
         )
     return f'<h2>Data and settings</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
-
-
-def _samples(samples: list[dict[str, Any]]) -> str:
-    if not samples:
-        return ""
-    shown = samples[-MAX_SAMPLES:]
-    columns = list(dict.fromkeys(key for sample in shown for key in sample))
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td><pre>{html.escape(_text(sample.get(column)))}</pre></td>" for column in columns)
-        + "</tr>"
-        for sample in shown
-    )
-    count = f"the last {len(shown)} of {len(samples):,}" if len(samples) > len(shown) else f"{len(shown)}"
-    return f'<h2>Samples</h2><p>{count}</p><div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return short(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 if __name__ == "__main__":

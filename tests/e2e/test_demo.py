@@ -17,7 +17,7 @@ import pytest
 
 from data_pipeline.tokens.store import SourceStores
 from data_pipeline.tokens.tokenizer import Tokenizer
-from launch.demo import STAGES
+from launch.demo import PROMPT, STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 45 * 60
@@ -85,7 +85,7 @@ def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path)
     process = start(workplace)
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output[-4000:]
-    assert "where to look" in output and (runs / "report.html").is_file()
+    assert f"{PROMPT} " in output and (runs / "report.html").is_file()
     frequencies = entropy_of_frequencies(runs / "data")
     for name in ("pretrain", "pretrain_moe", "sft", "grpo"):
         steps = [record for record in lines(runs / name / "metrics.jsonl") if "loss" in record]

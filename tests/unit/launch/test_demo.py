@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.demo import STAGES, command_line, read_times, run_stages, updated
-from launch.demo_report import DemoStage, describe_data, describe_export, describe_training, duration
+from launch.demo import STAGES, command_line, read_times, run_stages, updated, write_specimen
+from launch.demo_report import DemoStage, Specimen, describe_data, describe_export, describe_training, duration
 
 ROOT = Path(__file__).resolve().parents[3]
 # A stage that does its work once, notes that it was called, and fails or hangs while a file tells it to.
@@ -53,7 +53,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[DemoStage]:
 
 def run(stages: list[DemoStage], folder: Path) -> tuple[int, str]:
     text = io.StringIO()
-    return run_stages(stages, folder, Console(file=text, width=160)), text.getvalue()
+    return run_stages(stages, [], folder, Console(file=text, width=160)), text.getvalue()
 
 
 def test_stages_run_in_order_and_end_in_a_table(stages: list[DemoStage], tmp_path: Path) -> None:
@@ -61,9 +61,15 @@ def test_stages_run_in_order_and_end_in_a_table(stages: list[DemoStage], tmp_pat
     assert status == 0
     assert (tmp_path / "calls").read_text() == "one two three "
     assert (tmp_path / "logs" / "two.log").read_text() == "two in a pipe\n"
-    assert "where to look" in text and str(tmp_path / "report.html") in text.replace("\n", "")
+    assert "in → out" in text and str(tmp_path / "report.html") in text.replace("\n", "")
     page = (tmp_path / "report.html").read_text()
     assert page.count("<tr>") == 4 and "http" not in page
+
+
+def test_a_specimen_is_what_its_command_prints(tmp_path: Path) -> None:
+    assert write_specimen(Specimen(("config", "--new", "sft"))).startswith("#")
+    with pytest.raises(ChildProcessError, match=r"`echo Hello | trivium chat .*/none` ended with status 2: "):
+        write_specimen(Specimen(("chat", str(tmp_path / "none")), "Hello"))
 
 
 def test_a_rerun_keeps_the_times_of_the_work(stages: list[DemoStage], tmp_path: Path) -> None:
@@ -95,7 +101,7 @@ def interrupted_in(name: str, line: str, folder: Path) -> tuple[int, str]:
         "f = Path(sys.argv[1])\n"
         "s = [DemoStage(n, n, ('small_stage', str(f), n), f / n, 'mark', lambda _: ('', ''))\n"
         "     for n in ('one', 'two', 'three')]\n"
-        "sys.exit(run_stages(s, f, Console()))"
+        "sys.exit(run_stages(s, [], f, Console()))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
     log, deadline = folder / "logs" / f"{name}.log", time.monotonic() + 20
@@ -204,7 +210,7 @@ def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
     )
     came_in, out = describe_training(tmp_path)
     assert came_in == "2 steps, 2.00M tokens"
-    assert out == "loss 9.00 → 4.00\ncode 3.00 → 1.50 bits/byte"
+    assert out == "loss 9.00 → 4.00\nheld-out bits a byte: code 3.00 → 1.50"
     write("trivium_export.json", {"checkpoint": "a/step_2", "checks": {"logits, max": "1e-6"}})
     assert describe_export(tmp_path) == ("step_2", "logits, max: 1e-6")
     assert describe_training(tmp_path / "nothing") == ("", "")

@@ -45,7 +45,6 @@ def metrics(run_dir: Path, steps: int) -> None:
 
 def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     metrics(tmp_path, 100)
-    (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": "<script>", "completion": "你好"}) + "\n")
     (tmp_path / "config.toml").write_text('dir = "<x>"\n')
     page = write(tmp_path).read_text(encoding="utf-8")
     tags = OpenTags()
@@ -55,7 +54,7 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     # loss, loss by source, gradient norm; held-out loss and bits per byte
     assert page.count("<svg") == 5
     assert "100 steps, 10,000 tokens, training loss 0.0900." in page
-    assert "&lt;script&gt;" in page and "你好" in page and "&lt;a&gt;" in page
+    assert "&lt;a&gt;" in page
     assert "nan" not in page.lower()
 
 
