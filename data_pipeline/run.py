@@ -32,7 +32,7 @@ from configs.loader import ConfigError, write
 from data_pipeline.alarms import alarms
 from data_pipeline.canaries.check import look, missed
 from data_pipeline.core.console import warn, wide_console
-from data_pipeline.core.full_disk import told
+from data_pipeline.core.full_disk import explain_write_error
 from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shortfalls import COUNTED, short_plans, short_sources
 from data_pipeline.core.stage import PublishedStage, Stage, made_by_other_code, perform, published, sole_user
@@ -46,7 +46,7 @@ from data_pipeline.cutting.cut_stages import (
 from data_pipeline.dedup.dedup_stages import dedup_stage, signatures_stage
 from data_pipeline.documents.documents_stage import documents_stage
 from data_pipeline.executors.base import Executor
-from data_pipeline.executors.choose import choose, one_voice
+from data_pipeline.executors.choose import choose, output_of_rank_0_only
 from data_pipeline.executors.slurm_executor import cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, quiet
 from data_pipeline.extraction.extract import set_aside
@@ -315,7 +315,7 @@ def dry_run(config: DataConfig, console: Console, executor: Executor, only: str 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with one_voice():
+    with output_of_rank_0_only():
         config, args = parse_args(
             DataConfig,
             argv,
@@ -349,7 +349,7 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
         print(f"error: {error}" + (f"\n(details: {logs})" if logs.is_dir() else ""), file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {told(str(error), Path(config.run.dir))}", file=sys.stderr)
+        print(f"error: {explain_write_error(str(error), Path(config.run.dir))}", file=sys.stderr)
         return 1
     run_dir = Path(config.run.dir)
     print_ledger(read_ledger(run_dir), run_dir, console)

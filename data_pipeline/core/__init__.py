@@ -1,1 +1,1 @@
-"""The base of all stages: running a stage once, and its ledger, tables, shards, checksums and progress."""
+"""The base of all stages: runs a stage once, and keeps its ledger, tables, shards, checksums and progress."""

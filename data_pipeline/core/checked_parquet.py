@@ -1,4 +1,4 @@
-"""Parquet files of a data run, read with their pages' checksums; one that cannot be read is named, with what to do."""
+"""Reads a data run's Parquet files and verifies their page checksums; errors name the file and what to do about it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,23 +11,24 @@ from data_pipeline.core.integrity import DamagedData, remedy
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """As pyarrow's read_table of one file, without what that does for folders of them, which takes longer.
+    """Reads one Parquet file, all columns or the named ones, on the calling thread.
 
-    Errors: DamagedData for a file that is missing, cut short or changed, as its pages' checksums tell.
+    Does the same as pyarrow's `read_table`, without its slower set-up for datasets of many files. Raises DamagedData
+    if the file is missing, truncated, or fails its page checksums.
     """
     with readable(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
 
 def columns_in(path: Path) -> list[str]:
-    """The names of a table's columns. Errors: DamagedData."""
+    """Names of the columns of a Parquet file. Raises DamagedData if the file cannot be read."""
     with readable(path):
         return pq.read_schema(path).names
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What goes wrong with reading `path` in the block becomes a DamagedData that names it and what to do."""
+    """Turns read errors inside the block into a DamagedData that names `path` and what to do about it."""
     try:
         yield
     except FileNotFoundError:

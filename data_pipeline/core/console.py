@@ -1,4 +1,4 @@
-"""The console that data commands print to, wide enough for their tables, and warnings on it."""
+"""Makes the console that the data commands print tables to, and prints warnings on it."""
 
 import os
 
@@ -6,11 +6,11 @@ from rich.console import Console
 
 
 def wide_console() -> Console:
-    """A console that, where it is no terminal and COLUMNS is not set, is wide enough for the tables."""
+    """Makes a console; 140 columns wide, so that tables fit, if output is no terminal and COLUMNS is not set."""
     console = Console()
     return console if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(width=140)
 
 
 def warn(sentence: str, console: Console) -> None:
-    """Prints a warning, a sentence that stays on one line however narrow the console is."""
+    """Prints "warning: " and the sentence on one line, without wrapping it at the console's width."""
     console.print(f"warning: {sentence}", highlight=False, markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
-"""A disk that is full, or a folder that cannot be written to, told in one sentence wherever it is met.
+"""Explains in one sentence that a disk is full or that a folder cannot be written to.
 
-A task on a full disk can leave neither a log nor its error. So whoever waits for it tries to write there as well.
+A task on a full disk can write neither a log nor an error file. So the process that waits for the task tests with
+`write_problem` whether the folder can still be written to.
 """
 
 import contextlib
@@ -9,11 +10,11 @@ import os
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_PROBE_BYTES = 1 << 16  # more than what a task writes to say that it failed
+_PROBE_BYTES = 1 << 16  # more than a failing task needs for its error file
 
 
-def trouble(folder: Path) -> str:
-    """A sentence about why nothing can be written to a folder; "" where something can."""
+def write_problem(folder: Path) -> str:
+    """Writes and removes a small file in `folder`; returns a sentence on why that failed, or "" if it worked."""
     probe = folder / f".probe.{os.getpid()}"
     try:
         with probe.open("wb") as file:
@@ -21,15 +22,15 @@ def trouble(folder: Path) -> str:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return told(str(error), folder)
+        return explain_write_error(str(error), folder)
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
     return ""
 
 
-def told(message: str, folder: Path) -> str:
-    """What an error's message means for the run that writes to `folder`; the message itself if that is not known."""
+def explain_write_error(message: str, folder: Path) -> str:
+    """Rewrites the message of a write error so that it says what to do; returns any other message unchanged."""
     if is_full(message):
         return (
             f"the disk of {folder} is full ({message}): make room there, or name a run.dir on another disk, and run "
@@ -41,4 +42,5 @@ def told(message: str, folder: Path) -> str:
 
 
 def is_full(message: str) -> bool:
+    """Whether an error's message says that a disk or a disk quota is full."""
     return any(os.strerror(number) in message for number in _FULL)

@@ -6,11 +6,11 @@ from typing import Any
 
 
 def stable_hash(text: str) -> int:
-    """64 bits, BLAKE2b of the UTF-8 bytes; lone surrogates pass."""
+    """Returns a 64-bit BLAKE2b hash of the text's UTF-8 bytes; lone surrogates are accepted."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value of JSON; the order of keys does not count, and lone surrogates pass."""
+    """SHA-256, in hex, of a value that JSON can hold; keys are sorted first, and lone surrogates are accepted."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

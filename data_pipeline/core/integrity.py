@@ -1,8 +1,8 @@
-"""Checksums: of the files that a data run publishes, and of the values in its manifests.
+"""Checksums of the files that a data run publishes, and of the values in its manifests.
 
-Whoever writes a big file seals it (`seal`): its SHA-256 goes into a hidden file beside it, which the stage takes up
-into its manifest, so that the leading process need not read the file again. A manifest holds the checksum of its own
-values, so that a changed digit is noticed. Comparing files with their checksums is done by `check_files`.
+The task that writes a big file also seals it (`seal`): it writes the file's SHA-256 into a hidden file beside it. The
+stage moves that checksum into its manifest, so that the leading process need not read the file again. A manifest also
+holds a checksum of its own values, so that a changed digit is noticed. `check_files` compares files with checksums.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ _CHUNK = 1 << 20
 
 
 class DamagedData(ValueError):
-    """A published file is not what it was when it was written. One sentence: which one, and what to do."""
+    """Raised if a published file is missing or changed; its message names the file and what to do, in one sentence."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A file as it was written, as far as is known. `title` is what a message calls it."""
+    """Size in bytes and SHA-256 that a file was written with, None where unknown; `title` names it in messages."""
 
     path: Path
     title: str
@@ -35,7 +35,10 @@ class Expected:
 
 
 def file_sha256(path: Path, advance: Callable[[int], None] | None = None, stop: threading.Event | None = None) -> str:
-    """Of the whole content; `advance` is called with the bytes read since its last call. "" if stopped."""
+    """SHA-256, in hex, of a file's content; "" if `stop` was set before the end.
+
+    `advance` is called with the number of bytes of each block that was read.
+    """
     checksum = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
@@ -48,12 +51,12 @@ def file_sha256(path: Path, advance: Callable[[int], None] | None = None, stop: 
 
 
 def seal(path: Path, sha256: str | None = None) -> None:
-    """Puts the checksum of a finished file beside it, for `unseal`; `sha256` where the writer knows it already."""
+    """Writes a finished file's SHA-256 into a hidden file beside it, the seal; computes it unless it is given."""
     _seal_of(path).write_text(sha256 or file_sha256(path), encoding="ascii")
 
 
 def unseal(path: Path) -> str:
-    """The checksum of a file, from its seal, which goes, or from its content."""
+    """Returns a file's SHA-256, read from its seal, which is then deleted; without a seal, computed from the file."""
     seal_file = _seal_of(path)
     if not seal_file.is_file():
         return file_sha256(path)
@@ -63,6 +66,7 @@ def unseal(path: Path) -> str:
 
 
 def is_seal(path: Path) -> bool:
+    """Whether a path has the name of a seal, `.<file name>.sha256`."""
     return path.name.startswith(".") and path.name.endswith(".sha256")
 
 
@@ -71,17 +75,18 @@ def _seal_of(path: Path) -> Path:
 
 
 def read_sealed(
-    kind: Format, path: Path, unsealed: Callable[[dict[str, Any]], bool] = lambda _: False
+    kind: Format, path: Path, has_no_checksum: Callable[[dict[str, Any]], bool] = lambda _: False
 ) -> dict[str, Any]:
-    """The values of a manifest that has a checksum of them; `unsealed` tells which of earlier versions have none.
+    """Reads the values of a manifest and verifies its checksum of them.
 
-    Errors: DamagedData for one that cannot be read or whose values are not those that were written.
+    A manifest for which `has_no_checksum` is true, one that an earlier version wrote, is returned unverified. Raises
+    DamagedData if the manifest cannot be read or its values were changed.
     """
     try:
         content = path.read_bytes()
         with contextlib.suppress(ValueError):
             values = json.loads(content)
-            if isinstance(values, dict) and unsealed(values):
+            if isinstance(values, dict) and has_no_checksum(values):
                 return values
         return kind.read(content, path)
     except OSError as error:
@@ -91,23 +96,25 @@ def read_sealed(
 
 
 def remedy(path: Path) -> str:
-    """How a damaged file of a data run is made anew: as a part of a sentence, with the folder to delete."""
+    """Says, as the second half of a sentence, how to make a damaged file of a data run again."""
     for folder in path.parents:
         if (folder / STAGE_MANIFEST).is_file():
-            if "." in folder.name:  # an earlier result, that was kept for a training run: see `mixture.earlier`
+            if "." in folder.name:  # an earlier result, kept because a training run uses it: see `mixture.earlier`
                 return (
-                    f"restore the folder {folder} from a copy, or run `trivium data run` with the settings that it was "
-                    "made with"
+                    f"restore the folder {folder} from a copy, or run `trivium data run` with the settings that made it"
                 )
-            return f"delete the folder {folder} and run `trivium data run` again, which makes it anew"
+            return f"delete the folder {folder} and run `trivium data run` again, which makes a new one"
     return (
-        "delete the folder of the stage or plan that it belongs to, and make it anew by the command that made it, "
-        "`trivium data run` mostly"
+        "delete the folder of the stage or plan that it belongs to, and run the command that made it again, usually "
+        "`trivium data run`"
     )
 
 
 def fault(expected: Expected, advance: Callable[[int], None] | None = None, stop: threading.Event | None = None) -> str:
-    """What is wrong with a file, as the end of a sentence about it; "" for nothing, or when stopped."""
+    """Compares a file with what is expected of it; returns the fault as the end of a sentence.
+
+    Returns "" if nothing is wrong, or if `stop` was set before the whole file was read.
+    """
     try:
         size = expected.path.stat().st_size
         if expected.size is not None and size != expected.size:
@@ -123,11 +130,13 @@ def fault(expected: Expected, advance: Callable[[int], None] | None = None, stop
 
 
 def check_files(files: Iterable[Expected], stop: threading.Event) -> list[str]:
-    """A sentence for each damaged file, with what to do; ends early when `stop` is set."""
+    """Returns one sentence for each damaged file, with what to do about it; ends early once `stop` is set."""
     found = []
     for one in files:
         if stop.is_set():
             break
         if wrong := fault(one, stop=stop):
-            found.append(f"{one.title} ({one.path}) {wrong}: it is damaged or of another run; {remedy(one.path)}")
+            found.append(
+                f"{one.title} ({one.path}) {wrong}: it is damaged or belongs to another run; {remedy(one.path)}"
+            )
     return found

@@ -1,8 +1,8 @@
-"""Counting documents and bytes so that none is lost unseen.
+"""Counts documents and bytes through the stages and checks that none is lost.
 
-A `Tally` holds, per source, how many documents and bytes came in, were kept, and were dropped by each reason.
-Steps fill one each, per task; the runner merges them and checks that what came in is what was kept plus what
-was dropped. Printing the ledger lives in `report.ledger_tables`.
+A `Tally` holds, per source, how many documents and bytes came in, were kept, and were dropped for each reason. Each
+step of a task fills one; the leading process adds them up and checks that what came in equals what was kept plus what
+was dropped. `report.ledger_tables` prints the ledger.
 """
 
 import json
@@ -15,11 +15,13 @@ from data_pipeline.canaries.naming import is_canary
 
 
 class LedgerError(RuntimeError):
-    """Documents or bytes are not conserved: a defect of the pipeline, never of the data."""
+    """Raised if counts of documents or bytes do not add up; a defect of the pipeline, never of the data."""
 
 
 @dataclass
 class Amount:
+    """A number of documents and the bytes of their texts."""
+
     documents: int = 0
     bytes: int = 0
 
@@ -33,13 +35,17 @@ class Amount:
 
 @dataclass
 class SourceTally:
-    """`came_in`, `kept` and `dropped` count the same bytes; `passed_on` is what the next stage will see."""
+    """Counts of one source in one stage.
+
+    `came_in`, `kept` and `dropped` count the texts as they came in; `passed_on` counts the kept documents as the next
+    stage will read them. Its bytes differ from those of `kept` where the stage rewrites texts.
+    """
 
     came_in: Amount = field(default_factory=Amount)
     kept: Amount = field(default_factory=Amount)
     passed_on: Amount = field(default_factory=Amount)
     dropped: dict[str, Amount] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)  # documents to which something was done, by what
+    notes: dict[str, int] = field(default_factory=dict)  # other counts of the stage by name, such as "held out"
 
     def merge(self, theirs: "SourceTally") -> None:
         self.came_in.add(theirs.came_in.documents, theirs.came_in.bytes)
@@ -61,10 +67,7 @@ class SourceTally:
 
 
 class Tally:
-    """Counts of one stage, by source.
-
-    `passed_on` differs from `kept` in bytes where a stage rewrites text.
-    """
+    """Counts of one stage, by source."""
 
     def __init__(self) -> None:
         self.sources: dict[str, SourceTally] = {}
@@ -118,11 +121,11 @@ class Tally:
 
     @classmethod
     def load_all(cls, folder: Path) -> "Tally":
-        """The sum of every tally that the tasks of a stage left under `folder`."""
+        """Adds up the tallies (JSON files) that the tasks of a stage wrote to `folder`."""
         return cls.merged(cls.from_plain(json.loads(path.read_text())) for path in sorted(folder.glob("*.json")))
 
     def total(self) -> SourceTally:
-        """All sources together, canaries left out: they stand beside the sources, and are in no sum."""
+        """Adds up the counts of all sources; canaries, planted documents, are in no sum."""
         whole = SourceTally()
         for source, mine in self.sources.items():
             if not is_canary(source):
@@ -130,7 +133,7 @@ class Tally:
         return whole
 
     def check(self, stage: str, before: "Tally | None" = None) -> None:
-        """Raises LedgerError unless in = kept + dropped, and in = what the stage before passed on."""
+        """Raises LedgerError unless, for each source, came_in = kept + dropped = what `before` passed on."""
         for source, tally in self.sources.items():
             for unit in ("documents", "bytes"):
                 came_in = getattr(tally.came_in, unit)
@@ -144,7 +147,7 @@ class Tally:
         if before is None:
             return
         for source in self.sources.keys() | before.sources.keys():
-            # Not by `of`, which would add what never came to the ledger.
+            # `of` would add an entry for a source that is in one of the two tallies only.
             passed_on = before.sources.get(source, SourceTally()).passed_on
             came_in_amount = self.sources.get(source, SourceTally()).came_in
             if passed_on != came_in_amount:

@@ -1,6 +1,6 @@
-"""How far the tasks of a stage are: small files that they write and the parent process sums, wherever they run.
+"""Shows the progress of a stage's tasks: each task writes a small file, and the parent process adds them up.
 
-Leaves out everything but bytes of input: counts of documents are the ledger's.
+Files work wherever the tasks run. Only bytes of input are counted; counts of documents are the ledger's.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ _TICK_SECONDS = 0.3
 _LINE_SECONDS = 5.0
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # sets the text shown beside the progress bar
 
 
 class ProgressFile:
-    """How far one task is, in bytes of input; a small file that the parent process reads."""
+    """Small file in which one task writes how many bytes of input it has processed; the parent process reads it."""
 
     def __init__(self, folder: str | Path, rank: int) -> None:
         self._path = Path(folder) / f"{rank:05d}"
@@ -28,6 +28,7 @@ class ProgressFile:
         self._last = 0.0
 
     def advance(self, size: int) -> None:
+        """Adds `size` bytes; writes the file at most every 0.3 seconds."""
         self._done += size
         now = time.monotonic()
         if now - self._last >= _TICK_SECONDS:
@@ -35,6 +36,7 @@ class ProgressFile:
             self._path.write_text(str(self._done))
 
     def close(self) -> None:
+        """Writes the final count."""
         self._path.write_text(str(self._done))
 
 
@@ -44,9 +46,10 @@ def _done(folder: Path) -> int:
 
 @contextlib.contextmanager
 def watch(title: str, folder: Path, total: int, console: Console) -> Iterator[Say]:
-    """Shows the sum of the progress files in `folder` during the block: a bar on a terminal, else lines.
+    """Shows the sum of the progress files in `folder` during the block, as a bar on a terminal, else as lines.
 
-    Gives a function that sets what is said beside it, such as a place in a queue.
+    `total` is the expected sum in bytes, 0 if unknown. Yields a function that sets the text shown beside the bar, such
+    as the state of a job queue.
     """
     stop = threading.Event()
     note = [""]
@@ -70,7 +73,7 @@ def _bar(title: str, folder: Path, total: int, console: Console, stop: threading
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"{title:<10}", total=total or None, note="")  # None: a bar that only says it works
+        task = progress.add_task(f"{title:<10}", total=total or None, note="")  # None: a pulsing bar
         while not stop.wait(0.25):
             progress.update(task, completed=min(_done(folder), total), note=note[0])
 
@@ -82,7 +85,7 @@ def _lines(title: str, folder: Path, total: int, console: Console, stop: threadi
 
 
 def _how_far(done: int, total: int) -> str:
-    """Bytes, in the unit that fits `total`; of a stage whose work is no bytes of input, that it goes on."""
+    """Formats "12.0 of 80.5 MB" in the unit that fits `total`; "at work" if `total` is 0, as it is unknown."""
     if total <= 0:
         return "at work"
     size, unit = next(((size, unit) for size, unit in _UNITS if total >= size), _UNITS[-1])

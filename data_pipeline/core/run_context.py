@@ -1,4 +1,4 @@
-"""What stages share while a data run is under way, and the two ways in which most of them read its texts."""
+"""Context that all stages of a data run get, and the two functions by which most of them read the run's texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the work of every stage is given: the config, the run directory, the console, and who does the tasks."""
+    """Context of a data run that every stage gets: its config, run directory, console, and executor."""
 
     config: DataConfig
     run_dir: Path
@@ -35,21 +35,24 @@ class RunContext:
         total_bytes: int,
         alone: bool = False,
     ) -> None:
-        """Runs `steps` over `units` files or shards, in parallel unless `alone`."""
+        """Runs `steps` over `units` files or shards, split into parallel tasks, or in a single task if `alone`.
+
+        `total_bytes` is the expected input, for the progress bar alone.
+        """
         tasks = 1 if alone else max(1, min(units, _TASKS_PER_WORKER * self.executor.workers))
         self.executor.perform(name, steps, tasks, logs, total_bytes, self.console)
 
     def text_bytes(self) -> int:
-        """Estimates the bytes of all texts that the extract stage published."""
+        """Estimates the bytes of all texts that the extract stage published, for progress bars."""
         extract = self.run_dir / "extract"
         size = sum(shard_path(extract, shard).stat().st_size for shard in shards_under(extract))
-        return 3 * size  # about what compression makes of prose; for the bar alone
+        return 3 * size  # Zstandard compresses prose to about a third
 
 
 def read_texts(
     context: RunContext, name: str, steps: Sequence[PipelineStep], logs: Path, shards: Sequence[str]
 ) -> None:
-    """Runs `steps` over the texts of `shards`, as the extract stage published them."""
+    """Runs datatrove `steps` over the documents of `shards`, read as the extract stage published them."""
     reader = ShardReader(str(context.run_dir / "extract"), shards, str(logs / "progress"))
     context.pipeline(name, logs, [reader, *steps], len(shards), context.text_bytes())
 
@@ -57,7 +60,10 @@ def read_texts(
 def scan_texts(
     context: RunContext, name: str, make_step: Callable[[str], PipelineStep], folder: Path, logs: Path
 ) -> Tally:
-    """Fills tables in `folder` in one pass over all texts; `make_step` is given the folder for the tasks' tallies."""
+    """Runs one step, which writes tables to `folder`, over all texts of the extract stage; returns its counts.
+
+    `make_step` gets the folder in which the tasks save their tallies.
+    """
     tallies = logs / "tallies"
     read_texts(context, name, [make_step(str(tallies))], logs, shards_under(context.run_dir / "extract"))
     tally = Tally.load_all(tallies)

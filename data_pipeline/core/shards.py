@@ -1,8 +1,8 @@
-"""Texts between stages: `<source>/<name>.jsonl.zst`, a shard, one JSON object a line.
+"""Reads and writes shards, the files that hold texts between stages: `<source>/<name>.jsonl.zst`, one object a line.
 
-datatrove's JSONL writer and reader, but for three things. Compression is Zstandard's at level 3: smaller files than
-gzip's, and less waiting for them both ways. A task of many shards has the files of one open. And a shard that was
-damaged or cut short is an error, not a shorter shard.
+Extends datatrove's JSONL writer and reader by three things. Compression is Zstandard at level 3, which makes smaller
+files than gzip and is faster both ways. A task with many shards has the files of only one open at a time. And a
+damaged or truncated shard is an error, where datatrove would read a shorter shard.
 """
 
 import io
@@ -30,10 +30,10 @@ _BUFFER = 1 << 18
 
 
 class TextWriter(JsonlWriter):
-    """`<folder>/<filename>.jsonl.zst`; `filename` may name metadata, as in ${source}/${shard}.
+    """Writes documents to `<folder>/<filename>.jsonl.zst`; `filename` may name metadata, as in ${source}/${shard}.
 
-    A task may have thousands of shards: a shard's files are closed when the next shard's documents come.
-    Errors: ValueError for a document of a shard that is closed.
+    Since a task may have thousands of shards, a shard's files are closed when the next shard's documents begin. Raises
+    ValueError if a document of a closed shard comes later.
     """
 
     def __init__(self, folder: str, filename: str, adapter: Callable[[PipelineStep, Document], dict[str, Any]]) -> None:
@@ -41,7 +41,7 @@ class TextWriter(JsonlWriter):
         self.folder = folder
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        if _NAME not in compr:  # in the worker
+        if _NAME not in compr:  # registered here since this runs in the worker process
             register_compression(_NAME, _zstd, [])
         return super().run(self._closing(data), rank, world_size)
 
@@ -63,7 +63,7 @@ def _zstd(file: IO[bytes], mode: str = "wb") -> zstandard.ZstdCompressionWriter:
 
 
 class ShardReader(JsonlReader):
-    """Reads published shards; `metadata["row"]` numbers a shard's rows."""
+    """Reads shards as documents; `metadata` gets the shard, the row in it from 0 on, and the text's UTF-8 bytes."""
 
     name = "Shards"
 
@@ -88,7 +88,7 @@ class ShardReader(JsonlReader):
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Writes a shard anew, as `TextWriter` would have."""
+    """Writes a whole shard, in the format of `TextWriter`, and replaces the file that was there."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file, _zstd(file) as out:
         for record in records:
@@ -97,6 +97,7 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def shard_path(folder: str | Path, shard: str) -> Path:
+    """Path of the file of a shard, named `<source>/<name>`, in a stage's folder."""
     return Path(folder) / f"{shard}{_SUFFIX}"
 
 
@@ -106,13 +107,13 @@ def shards_under(folder: Path) -> list[str]:
 
 
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a shard, each with text under "text".
+    """Yields the objects of a shard, each with a text under the key "text".
 
-    Errors: ValueError that names the file and line, for one that is missing, damaged or cut short.
+    Raises ValueError with file and line if the shard is missing, damaged or truncated.
     """
     number = 0
     try:
-        # zstandard's own stream ends without a word where a frame is cut short.
+        # pyarrow's stream raises an error for a truncated frame; zstandard's own just ends.
         with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
             if not file.size():
                 raise ValueError("it is empty")

@@ -1,7 +1,7 @@
-"""Warnings about what a run is short of: documents of a source, a held-out part of it, text for a plan.
+"""Warns early that a run lacks documents of a source, a held-out part of it, or text for a mixture plan.
 
-Told as soon as counts say it, after dedup, documents and tokens. None ends a run: that is left to the plan stage, which
-knows how many rows there are.
+Warnings are printed after the dedup, documents and tokens stages, as soon as their counts show a shortfall. They never
+end a run: the plan stage, which knows the exact number of rows, does that.
 """
 
 from collections.abc import Mapping
@@ -12,32 +12,40 @@ from configs.mixture import PlanConfig
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.ledger import SourceTally, Tally
 
-_BYTES_A_TOKEN = 4.0  # of prose in a language that the tokenizer has seen; an estimate until there are tokens
-_SURE = 0.8  # below this part of what is needed a warning is more likely right than wrong
+_BYTES_A_TOKEN = 4.0  # estimate, used until tokens are counted: prose in a language that the tokenizer was trained on
+_SURE = 0.8  # warn if there is less than this share of what is needed: then the warning is likely to be right
 
 COUNTED = ("dedup", "documents", "tokens")
 
 
 def short_sources(documents: Tally, extract: Tally, config: DataConfig) -> list[str]:
-    """A sentence for each source that lacks documents; `documents` and `extract` are the tallies of those stages."""
+    """Returns a sentence for each source without documents to train on, or with too few to hold one out.
+
+    `documents` and `extract` are the tallies of those stages.
+    """
     none = SourceTally()
     return [
         sentence
         for name in config.sources
-        for sentence in _of_source(name, documents.sources.get(name, none), extract.sources.get(name, none), config)
+        for sentence in _source_shortfalls(
+            name, documents.sources.get(name, none), extract.sources.get(name, none), config
+        )
     ]
 
 
 def short_plans(stage: str, tally: Tally, config: DataConfig) -> list[str]:
-    """A sentence for each source that a plan takes more of than there is; `tally` is that of a stage in COUNTED."""
+    """Returns a sentence for each source of which a plan needs more tokens than there are.
+
+    `tally` is that of `stage`, one of COUNTED.
+    """
     return [
         sentence
         for name, plan in (config.mixture.plans() if config.mixture else {}).items()
-        for sentence in _of_plan(f"mixture.stages.{name}" if name else "mixture", plan, stage, tally)
+        for sentence in _plan_shortfalls(f"mixture.stages.{name}" if name else "mixture", plan, stage, tally)
     ]
 
 
-def _of_source(name: str, counts: SourceTally, extract: SourceTally, config: DataConfig) -> list[str]:
+def _source_shortfalls(name: str, counts: SourceTally, extract: SourceTally, config: DataConfig) -> list[str]:
     held_out = counts.notes.get("held out", 0)
     train = counts.kept.documents - held_out
     if not train:
@@ -57,40 +65,41 @@ def _of_source(name: str, counts: SourceTally, extract: SourceTally, config: Dat
     return []
 
 
-def _of_plan(key: str, plan: PlanConfig, stage: str, tally: Tally) -> list[str]:
+def _plan_shortfalls(key: str, plan: PlanConfig, stage: str, tally: Tally) -> list[str]:
     sources = {name: counts for name, counts in tally.sources.items() if not is_canary(name)}
     tokens = {name: count for name, counts in sources.items() if (count := _tokens(counts, stage))}
     most = {name: count * plan.epochs.get(name, plan.max_epochs) for name, count in tokens.items()}
     whole = plan.samples * plan.seq_length
-    asked = {f"source {name}": (most[name], share * whole) for name, share in _shares(plan, tokens).items()}
+    needs = {f"source {name}": (most[name], share * whole) for name, share in _shares(plan, tokens).items()}
     if plan.unimax:
-        asked = {"the run": (sum(most.values()), whole)}
+        needs = {"the run": (sum(most.values()), whole)}
     about = "" if stage == "tokens" else "about "
     return [
-        f"{who} has {about}{int(has):,} tokens to give to {key} after {stage}, epochs counted, and "
-        f"{key}.samples = {plan.samples:,} rows of {key}.seq_length = {plan.seq_length:,} want {int(wanted):,} of it: "
-        f"the plan stage is likely to refuse that; lower {key}.samples, raise {_caps(key, plan, who)}, or add text"
-        for who, (has, wanted) in asked.items()
+        f"{who} has {about}{int(has):,} tokens for {key} after {stage}, all allowed epochs included, but "
+        f"{key}.samples = {plan.samples:,} rows of {key}.seq_length = {plan.seq_length:,} need {int(wanted):,} of "
+        f"them: the plan stage will probably refuse that; lower {key}.samples, raise {_caps(key, plan, who)}, or add "
+        "text"
+        for who, (has, wanted) in needs.items()
         if has < _SURE * wanted
     ]
 
 
 def _caps(key: str, plan: PlanConfig, who: str) -> str:
-    """The key that says how often a source's tokens may be repeated, with its value; of the whole run all of them."""
+    """Names the config keys, with values, that limit how often a source's tokens, or all of the run's, repeat."""
     own = {f"source {name}": f"{key}.epochs.{name} = {cap:g}" for name, cap in plan.epochs.items()}
     general = f"{key}.max_epochs = {plan.max_epochs}"
     return own.get(who, general) if plan.weights or not plan.unimax else " and ".join([general, *own.values()])
 
 
 def _tokens(counts: SourceTally, stage: str) -> float:
-    """Of a source's documents, estimated before there are tokens."""
+    """Number of a source's training tokens; estimated from its bytes before the tokens stage."""
     if stage == "tokens":
         return counts.notes.get("tokens", 0)
     return (counts.passed_on.bytes - counts.notes.get("held-out bytes", 0)) / _BYTES_A_TOKEN
 
 
 def _shares(plan: PlanConfig, tokens: Mapping[str, Any]) -> dict[str, float]:
-    """Of sources that have tokens, as far as it is known before rows are counted; none of UniMax."""
+    """Share of the plan for each source that has tokens; empty for UniMax, whose shares depend on the rows."""
     if plan.weights is not None:
         raw = {name: weight for name, weight in plan.weights.items() if name in tokens}
     elif plan.temperature is not None:

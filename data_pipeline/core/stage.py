@@ -1,8 +1,8 @@
-"""Stages: work done once, published whole, skipped when nothing that it depends on has changed.
+"""Runs stages: each is done once, published whole, and skipped while nothing that it depends on changes.
 
-A stage writes into a temporary folder beside its own and is published by rename, with a `stage.json` that
-holds its key: a hash of its settings, its code, its input files and the keys of the stages before it, and the
-checksums of its files. Killed anywhere, a stage is either whole or absent. What the stages do lives in `stages`.
+A stage writes to a temporary folder and is published by renaming that folder. Its manifest, `stage.json`, holds the
+checksums of its files and its key: a hash of its settings, its code, its input files and the keys of the stages that it
+reads. If a run is killed at any moment, a stage is either whole or absent.
 """
 
 import ast
@@ -29,31 +29,34 @@ from data_pipeline.core.integrity import STAGE_MANIFEST, Expected, is_seal, read
 from data_pipeline.core.ledger import Tally
 
 _HERE, _PACKAGE = Path(__file__).parents[1], "data_pipeline"
-_SETTLED_NS = 2 * 10**9  # no file system's clock is coarser
-# Who does the work, and who counts it, change nothing in the result.
+_SETTLED_NS = 2 * 10**9  # at least the resolution of file times on any file system
+# Modules that run, count or display the work; a change of them cannot change its result.
 _NEUTRAL = ("executors", "core.full_disk", "core.ledger", "core.progress")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`work(folder, logs)` fills `folder` and returns the counts of documents; `before` is counted against
-    it.
+    """Description of a stage of a data run: its work and everything that its result depends on.
+
+    `work(folder, logs)` writes the results to `folder` and returns the counts of documents. What came in by these
+    counts must equal what the stage `counted_against` passed on.
     """
 
     name: str
     work: Callable[[Path, Path], Tally]
-    settings: Any  # what of the config it reads, as JSON
-    code: Sequence[str]  # modules of data_pipeline that do the work; what they import counts too
+    settings: Any  # the parts of the config that it reads, as JSON
+    code: Sequence[str]  # modules of data_pipeline that do the work; the modules that they import count as well
     needs: Sequence["Stage"] = ()
     counted_against: "Stage | None" = None
     inputs: str = ""  # hash of input files
-    packages: Sequence[str] = ()  # whose versions change the result
-    # Given an earlier result's folder and the new one's: moves what is still needed of it aside, and says where to.
+    packages: Sequence[str] = ()  # installed packages whose versions can change the result
+    # Called with the earlier result's folder and the new one: moves the earlier one aside if it is still needed, and
+    # returns its new path.
     keep: Callable[[Path, Path], Path | None] | None = None
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """The parts of the key, by name, and the key itself."""
+        """Hashes of the stage's config, code and inputs, and the key that is made of them, by name."""
         parts = {
             "config": digest(self.settings),
             "code": code_version(self.code, self.packages),
@@ -64,20 +67,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class PublishedStage:
-    """A published stage."""
+    """A stage whose result is in its final folder."""
 
     name: str
     folder: Path
     tally: Tally
     seconds: float
-    fresh: bool  # made by this run, not found
-    kept: Path | None = None  # where an earlier result that it replaced still is
+    fresh: bool  # made by this run, not found as an earlier one left it
+    kept: Path | None = None  # the folder that an earlier, replaced result was moved to
 
 
 def code_version(modules: Sequence[str], packages: Sequence[str]) -> str:
-    """Hash of the source of the modules and of all in data_pipeline that they import, and of the packages' versions.
+    """Hash of the source code of the modules, of all data_pipeline modules that they import, and of package versions.
 
-    Errors: ValueError for a module that does not exist.
+    Raises ValueError if a module does not exist.
     """
     for module in modules:
         if source_file(f"{_PACKAGE}.{module}") is None:
@@ -97,7 +100,7 @@ _version = functools.cache(importlib.metadata.version)
 
 
 def source_file(name: str) -> Path | None:
-    """Of a module whose code decides what a stage publishes; None for a name that is none, or another package's."""
+    """Path of a data_pipeline module whose code can change a stage's output, else None."""
     package, *parts = name.split(".")
     if package != _PACKAGE or not parts or any(f"{package}.{part}." in f"{name}." for part in _NEUTRAL):
         return None
@@ -107,36 +110,37 @@ def source_file(name: str) -> Path | None:
 
 @functools.cache
 def _source(file: Path) -> tuple[str, list[Path]]:
-    """The sha256 of a source file, and the files of this package that it imports."""
+    """Returns the SHA-256 of a source file, and the data_pipeline files that it imports."""
     content = file.read_bytes()
     names = []
     for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:  # of `from a import b` b may be a module
+        elif isinstance(node, ast.ImportFrom) and node.module:  # in `from a import b`, b may be a module
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     found = [source_file(name) for name in names]
     return hashlib.sha256(content).hexdigest(), [path for path in found if path is not None]
 
 
 def file_hashes(paths: Sequence[Path], cache: Path) -> str:
-    """One SHA-256 over the contents of `paths`; one that cannot be read counts as that.
+    """SHA-256, in hex, of the names and contents of files; a file that cannot be read counts as "unreadable".
 
-    A file is not read again if it is as `cache` has it: by size, inode and times. Among them is the time of its last
-    change of any kind, which nobody who replaces a file can set back; right after a change it may not have moved on.
+    `cache` is a JSON file that keeps each file's SHA-256 with its size, inode and times; a file is read again only if
+    one of these changed. The inode change time (ctime) is among them, since a program that replaces a file cannot set
+    that back. A file changed less than 2 seconds ago is not cached: a second change could leave it the same times.
     """
     known = {}
-    with contextlib.suppress(OSError, ValueError):  # a cache that is not there or damaged is made anew
+    with contextlib.suppress(OSError, ValueError):  # the cache is missing or damaged: read all files
         known = json.loads(cache.read_text())
     hashes = {}
     for path in paths:
         try:
             stat = path.stat()
             settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
-            mark = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] if settled else []
+            version = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] if settled else []
             entry = known.get(str(path))
-            if not mark or entry is None or entry["mark"] != mark:
-                entry = {"mark": mark, "sha256": file_sha256(path)}
+            if not version or entry is None or entry["mark"] != version:
+                entry = {"mark": version, "sha256": file_sha256(path)}
         except OSError:
             entry = {"mark": [], "sha256": "unreadable"}
         hashes[str(path)] = entry
@@ -145,9 +149,9 @@ def file_hashes(paths: Sequence[Path], cache: Path) -> str:
 
 
 def published(stage: Stage, run_dir: Path) -> PublishedStage | None:
-    """The stage as an earlier run left it, if its key and every file's size still hold.
+    """Returns the stage as an earlier run published it, if its key is unchanged and all files have their sizes.
 
-    Errors: DamagedData for a manifest that is not as it was written.
+    Returns None if the stage has to run. Raises DamagedData if its manifest was changed.
     """
     folder = run_dir / stage.name
     manifest = read_manifest(folder)
@@ -160,7 +164,7 @@ def published(stage: Stage, run_dir: Path) -> PublishedStage | None:
 
 
 def made_by_other_code(stages: Sequence[Stage], run_dir: Path) -> list[str]:
-    """Names of stages that an earlier run published and that run again because what makes them was changed."""
+    """Names of the stages that an earlier run published with other code or package versions than the present ones."""
     made = {stage.name: read_manifest(run_dir / stage.name) for stage in stages}
     return [
         stage.name
@@ -172,16 +176,16 @@ def made_by_other_code(stages: Sequence[Stage], run_dir: Path) -> list[str]:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Reads the manifest of a published stage, None for a folder without one. Raises DamagedData if it is damaged."""
     path = folder / STAGE_MANIFEST
-    return read_sealed(STAGE, path, unsealed=_of_old) if path.is_file() else None
+    return read_sealed(STAGE, path, has_no_checksum=_is_from_before_checksums) if path.is_file() else None
 
 
-def _of_old(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest was written by a version that wrote no checksums."""
+def _is_from_before_checksums(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest was written by a version of Trivium that wrote no checksums."""
     return "format" not in manifest and all(isinstance(size, int) for size in manifest.get("files", {}).values())
 
 
 def expected_files(folder: Path, manifest: dict[str, Any]) -> list[Expected]:
-    """The files of a stage as its manifest has them; of an earlier version without checksums."""
+    """Lists a stage's files as its manifest records them; the SHA-256 is None in manifests of an earlier version."""
     stage, found = folder.name, []
     for name, entry in manifest["files"].items():
         size, sha256 = (entry["bytes"], entry["sha256"]) if isinstance(entry, dict) else (entry, None)
@@ -190,13 +194,12 @@ def expected_files(folder: Path, manifest: dict[str, Any]) -> list[Expected]:
 
 
 def perform(stage: Stage, run_dir: Path, before: Tally | None) -> PublishedStage:
-    """Runs a stage and publishes it.
+    """Runs a stage and publishes it; `before` is the tally of the stage that it is counted against.
 
-    Errors: whatever the work raises; LedgerError when its counts do not add up.
+    Raises whatever the work raises, and LedgerError if the counts do not add up.
     """
     started = time.monotonic()
-    # Both folders are this attempt's alone: a task of a killed one, on another node perhaps, may still write to its
-    # own.
+    # Each attempt has folders of its own: a task of a killed attempt, perhaps on another node, may still be writing.
     attempt = f"{stage.name}.{secrets.token_hex(4)}"
     folder, logs = run_dir / f".{attempt}.tmp", run_dir / "logs" / attempt
     for old in logs.parent.glob(f"{stage.name}.*"):
@@ -212,7 +215,7 @@ def perform(stage: Stage, run_dir: Path, before: Tally | None) -> PublishedStage
         "seconds": round(seconds, 3),
         "total": tally.total().plain(),
         "sources": tally.plain(),
-        "files": _settle(folder),
+        "files": _sync_files(folder),
     }
     (folder / STAGE_MANIFEST).write_bytes(STAGE.write(manifest))
     sync(folder / STAGE_MANIFEST)
@@ -223,9 +226,9 @@ def perform(stage: Stage, run_dir: Path, before: Tally | None) -> PublishedStage
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Renames `folder` to `target`, whatever was there.
+    """Renames `folder` to `target` and deletes what was there before.
 
-    Killed in between, `target` is absent, never mixed.
+    If the process is killed in between, `target` is absent, never a mixture of both.
     """
     if target.exists():
         old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old.tmp")
@@ -236,20 +239,23 @@ def replace_folder(folder: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def _settle(folder: Path) -> dict[str, dict[str, Any]]:
-    """Brings all files of a folder to disk; their sizes and checksums by name."""
+def _sync_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Flushes all files of a folder to disk; returns their bytes and SHA-256, by name, and removes their seals."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not is_seal(path)):
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": unseal(path)}
     for seal in [path for path in folder.rglob(".*") if is_seal(path)]:
-        seal.unlink()  # of a file that a task wrote and took away again
+        seal.unlink()  # its file was written by a task and deleted again
     return files
 
 
 @contextlib.contextmanager
 def sole_user(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory for this process, and clears what killed runs left half done in it."""
+    """Locks the run directory for this process, and deletes temporary folders that killed runs left in it.
+
+    Raises ValueError if another process holds the lock.
+    """
     with locked(run_dir, _take) as lock:
         if lock is None:
             raise ValueError(f"another data run is at work in {run_dir}; wait for it, or give this one its own run.dir")
@@ -260,7 +266,7 @@ def sole_user(run_dir: Path) -> Iterator[None]:
 
 def _take(lock: IO[str]) -> bool:
     try:
-        # A POSIX lock, since a flock would be inherited by datatrove's workers and outlive this process in them.
+        # A POSIX lock: datatrove's workers would inherit a flock and hold it after this process ends.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False

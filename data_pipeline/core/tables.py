@@ -1,8 +1,8 @@
-"""Parquet tables beside the text: a row per document, a file per shard, `<stage>/<source>/<shard>.parquet`.
+"""Parquet tables about documents: one row per document, one file per shard, `<stage>/<source>/<shard>.parquet`.
 
-Every table starts with source, shard, row, id and bytes, so that it can be read without the text. `verdict`
-is empty for a document that goes on, else the reason why it was dropped. `TableStep` is the datatrove step
-that fills one. Pieces of text in tables and samples are masked: no personal data and no key in them.
+Every table begins with the columns source, shard, row, id and bytes, so that it can be read without the texts.
+`verdict` is empty for a document that is kept, else the reason why it was dropped. `TableStep` is the datatrove step
+that writes a table. Excerpts of texts in tables and samples are masked, so that they show no personal data and no keys.
 """
 
 import json
@@ -28,35 +28,37 @@ from data_pipeline.personal_data.find import mask
 from data_pipeline.personal_data.hiding import hide
 
 KEYS = ("source", "shard", "row", "id", "bytes")
-SHOWN = ("head", "sample", "context")  # columns that hold a piece of a text
-ORIGINS = ("url", "file")  # and what says where it is from
-SAMPLES = 5
+SHOWN = ("head", "sample", "context")  # columns that hold an excerpt of a text
+ORIGINS = ("url", "file")  # columns that name where a text comes from
+SAMPLES = 5  # dropped documents shown per source and reason
 
 
 def write_table(folder: str | Path, shard: str, table: pa.Table) -> None:
+    """Writes and seals the table of one shard in a stage's folder."""
     path = Path(folder) / f"{shard}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, compression="zstd", write_page_checksum=True)
     seal(path)
 
 
-Mark = tuple[int, int, int]
+FileKey = tuple[int, int, int]
 
 
-def mark(path: Path) -> Mark:
-    """What changes when a file of this name is another one: for what is kept of files that have been read."""
+def file_key(path: Path) -> FileKey:
+    """Cache key of a file (inode, mtime, size); changes when it is replaced."""
     stat = path.stat()
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def read_table(folder: str | Path, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """All columns, or those."""
+    """Reads the table of one shard, all columns or the named ones. Raises DamagedData if it cannot be read."""
     return read_parquet(Path(folder) / f"{shard}.parquet", columns)
 
 
 def shards_of(folder: str | Path) -> list[str]:
-    """Names `<source>/<shard>` of the tables in a stage's folder, sorted; those of canaries last, so that documents
-    of the sources have the same numbers with and without.
+    """Names `<source>/<shard>` of the tables in a stage's folder, sorted, canaries (planted documents) last.
+
+    So the sources' documents are numbered the same with and without canaries.
     """
     folder = Path(folder)
     found = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.parquet"))
@@ -64,11 +66,12 @@ def shards_of(folder: str | Path) -> list[str]:
 
 
 def kept_rows(table: pa.Table) -> pa.Table:
+    """Rows of the documents that a stage kept."""
     return table.filter(pc.equal(table["verdict"], ""))
 
 
 def count_verdicts(folder: str | Path, tally: Tally) -> None:
-    """Adds what a stage's tables keep and drop to `tally`."""
+    """Adds the documents that a stage's tables keep, and those that they drop by reason, to `tally`."""
     for shard in shards_of(folder):
         table = read_table(folder, shard, ["source", "bytes", "verdict"])
         groups = table.group_by(["source", "verdict"]).aggregate([("bytes", "sum"), ("bytes", "count")])
@@ -81,9 +84,7 @@ def count_verdicts(folder: str | Path, tally: Tally) -> None:
 
 
 def write_samples(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """`drops/<reason>.jsonl` under `folder`: the first few of `rows` per source and reason, in the given
-    order.
-    """
+    """Writes the first 5 of `rows` per source and reason, masked, to `drops/<reason>.jsonl` under `folder`."""
     taken: Counter[tuple[str, str]] = Counter()
     lines: dict[str, list[str]] = {}
     for row in rows:
@@ -98,13 +99,13 @@ def write_samples(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def masked(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` without personal data in its pieces of text, its address and its file's name."""
+    """Returns `row` with personal data replaced by placeholders in its excerpts, its URL and its file name."""
     shown = {name: mask(row[name]) for name in SHOWN if isinstance(row.get(name), str)}
     return row | shown | {name: hide(row[name]) for name in ORIGINS if isinstance(row.get(name), str)}
 
 
 def mask_samples(folder: str | Path) -> None:
-    """Masks the samples that a stage has written line by line, in `drops/` and `rejected/` under `folder`."""
+    """Masks personal data in the samples that a stage wrote to `drops/` and `rejected/` under `folder`."""
     for path in sorted([*Path(folder).glob("drops/*.jsonl"), *Path(folder).glob("rejected/*.jsonl")]):
         lines = path.with_suffix(".masked")
         with path.open(encoding="utf-8") as samples, lines.open("w", encoding="utf-8") as out:
@@ -113,19 +114,20 @@ def mask_samples(folder: str | Path) -> None:
 
 
 def table_samples(folder: str | Path) -> None:
-    """Samples of what a stage's own tables drop."""
+    """Writes samples of the documents that a stage's own tables drop."""
     write_samples(folder, (row for shard in shards_of(folder) for row in dropped_rows(read_table(folder, shard))))
 
 
 def dropped_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows of the documents that a stage dropped, as dicts."""
     return table.filter(pc.not_equal(table["verdict"], "")).to_pylist()
 
 
 class TableStep(PipelineStep):
-    """Measures documents and writes a table per shard. Yields nothing: the text is written by nobody.
+    """datatrove step that measures documents and writes one table per shard; it yields no documents.
 
-    With `select`, the tables of an earlier stage: only documents that stage kept are measured, and `measure`
-    is given their row of it.
+    If `select`, the folder of an earlier stage, is given, only the documents that this stage kept are measured, and
+    `measure` gets each one's row of that stage's table.
     """
 
     type = "📊 - TABLE"
@@ -138,7 +140,7 @@ class TableStep(PipelineStep):
 
     @abstractmethod
     def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
-        """The columns of this stage for one document."""
+        """Returns this stage's columns for one document; `before` is its row in the stage `select`, or empty."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         tally = Tally()
@@ -163,10 +165,10 @@ class TableStep(PipelineStep):
         yield from ()
 
     def open_shard(self, shard: str) -> None:
-        """Called before the documents of a shard are measured."""
+        """Prepares for the documents of a shard; called before the first one is measured."""
 
     def write(self, shard: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Publishes a shard's rows, in the folder of the stage."""
+        """Writes the rows of one shard as a table in the stage's folder."""
         write_table(self.folder, shard, as_table(rows))
 
     def _selected(self, shard: str) -> dict[int, dict[str, Any]]:
@@ -176,7 +178,7 @@ class TableStep(PipelineStep):
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Rows to a table; a column of numpy rows becomes a list column of the same type."""
+    """Makes a table from rows; values that are numpy arrays become a fixed-size list column of the same type."""
     columns = {}
     for name in rows[0]:
         values = [row[name] for row in rows]

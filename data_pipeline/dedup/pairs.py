@@ -17,7 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.checked_parquet import read_parquet
-from data_pipeline.core.tables import Mark, kept_rows, mark, shards_of
+from data_pipeline.core.tables import FileKey, file_key, kept_rows, shards_of
 from data_pipeline.dedup.signatures import read_range
 from data_pipeline.scan.words import Splitter
 
@@ -62,7 +62,7 @@ class Numbering:
     def rows(self, shard: int) -> np.ndarray:
         """int64, the rows of a shard that the stage kept, ascending."""
         path = Path(self.stage) / f"{self.shards[shard]}.parquet"
-        return _kept(path, mark(path))
+        return _kept(path, file_key(path))
 
     def numbers(self, shard: int, rows: np.ndarray) -> np.ndarray:
         """int64 [rows], each row's number; NOT_KEPT where the stage did not keep it."""
@@ -78,7 +78,7 @@ class Numbering:
 
 # Every kind of key asks for the same shards again.
 @functools.lru_cache(maxsize=16)
-def _kept(path: Path, _: Mark) -> np.ndarray:
+def _kept(path: Path, _: FileKey) -> np.ndarray:
     return kept_rows(read_parquet(path, ["row", "verdict"]))["row"].to_numpy()
 
 

@@ -22,7 +22,7 @@ from configs.data import DataConfig
 from configs.dedup import DedupConfig
 from data_pipeline.canaries.naming import salt
 from data_pipeline.core.hashing import stable_hash
-from data_pipeline.core.tables import Mark, TableStep, mark
+from data_pipeline.core.tables import FileKey, TableStep, file_key
 from data_pipeline.reading.addresses import url_key, url_of
 from data_pipeline.scan.folding import plain_bytes
 from data_pipeline.scan.minhash import band_keys, signature
@@ -108,9 +108,9 @@ def read_range(folder: str | Path, shard: str, kind: int, low: int, high: int) -
 
 
 def _mapped(path: Path) -> np.ndarray:
-    return _opened(path, mark(path))
+    return _opened(path, file_key(path))
 
 
 @functools.lru_cache(maxsize=16)
-def _opened(path: Path, _: Mark) -> np.ndarray:
+def _opened(path: Path, _: FileKey) -> np.ndarray:
     return np.asarray(np.load(path, mmap_mode="r"))

@@ -1,5 +1,6 @@
-"""Who does a stage's tasks: this machine, Slurm, Ray, or the ranks of mpirun. The result is the same byte for byte.
+"""Executors, which run a stage's tasks: on this machine, on Slurm, on Ray, or on the ranks of mpirun.
 
-`base` is what a stage sees, `tasks` what runs in each task wherever it is, `progress` how far it got; one file an
-executor, and `choose` picks one. All of them need what datatrove's do: a run directory that every worker can see.
+The results are the same byte for byte. `base` is the interface that stages use, `tasks` the code that runs in each
+task, and `choose` picks the executor; there is one file per executor. As with datatrove's executors, all workers must
+see the run directory.
 """

@@ -1,7 +1,8 @@
-"""What a stage sees of whoever does its tasks: a number of workers, and `perform`.
+"""Interface of all executors: the number of workers, and `perform`, which runs a stage's tasks.
 
-The calling process plans a stage, waits here until its tasks are done, and then counts and publishes. Task and worker
-counts never change a result: steps share out files and shards by rank, and their output is named after those.
+The leading process plans a stage, waits in `perform` until its tasks are done, and then counts and publishes. The
+numbers of tasks and workers never change a result: steps divide files and shards by rank, and name their output after
+the file or shard, not the rank.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from data_pipeline.executors.tasks import check, prepare, quiet
 
 @dataclass(frozen=True)
 class PipelineJob:
-    """One stage's pipeline, to be run once for each of `tasks` ranks; `logs` is empty and all workers see it."""
+    """One stage's pipeline, to be run once per task; `logs` is a new folder that all workers can see."""
 
     title: str
     steps: Sequence[PipelineStep]
@@ -28,9 +29,9 @@ class PipelineJob:
 
 
 class Executor(ABC):
-    """A context: what it starts for a run is started by `with` or when first needed, and gone afterwards."""
+    """Base class of executors; use it in a `with` block, at whose end its workers are stopped."""
 
-    workers = 1  # tasks at a time
+    workers = 1  # how many tasks run at a time
     leads = True  # False in processes that only `serve`
 
     def __enter__(self) -> "Executor":
@@ -39,25 +40,26 @@ class Executor(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None  # for executors that hold nothing between stages
+        return None  # an executor that keeps workers between stages overrides this
 
     @abstractmethod
     def run(self, job: PipelineJob, say: Say) -> None:
-        """Runs the tasks and returns when all are done, or one has failed and none runs on.
+        """Runs the tasks; returns when all are done, or when one has failed and the executor starts no more.
 
-        Errors: TaskError where a task could not say itself what became of it.
+        A task that fails writes an error file, see `tasks`. Raises TaskError if a task was lost without one. `say` sets
+        the text shown beside the progress bar.
         """
 
     def serve(self) -> int:
-        """Does tasks for the process that leads, until it is done. Returns an exit status."""
-        raise AssertionError("a process that leads does not serve")
+        """Runs tasks for the leading process until that ends the run. Returns an exit status."""
+        raise AssertionError("only processes that do not lead serve")
 
     def perform(
         self, title: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, total_bytes: int, console: Console
     ) -> None:
-        """Runs `steps` in `tasks` tasks and shows how far they are. Errors: TaskError for the first that failed.
+        """Runs `steps` in `tasks` tasks and shows their progress. Raises TaskError for the first failed task.
 
-        `total_bytes` is what the steps will report through `ProgressFile`, for the bar alone.
+        `total_bytes` is the sum that the steps will report through `ProgressFile`, for the progress bar alone.
         """
         prepare(logs)
         quiet(logs / "executor.log")

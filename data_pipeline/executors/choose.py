@@ -1,4 +1,4 @@
-"""Which executor a run gets: the one its config names, or, where it names none, what started this process decides."""
+"""Chooses a run's executor: the one in its config, else MPI if mpirun or srun started this process, else local."""
 
 import contextlib
 import os
@@ -13,13 +13,13 @@ from launch.environment import mpi_rank_and_world
 
 
 def choose(run: DataRunConfig) -> Executor:
-    """The executor of `run`, nothing started yet. Errors: ConfigError where it cannot work here."""
+    """Returns the executor of `run`, without starting workers. Raises ConfigError if it cannot work here."""
     rank, world_size = mpi_rank_and_world()
     name = run.executor or ("mpi" if world_size > 1 else "local")
     if name != "mpi" and world_size > 1:
         raise ConfigError(
             f"run.executor = {name} runs from one process, and {world_size} ranks were started; start one, without "
-            "mpirun or srun, or take --executor mpi"
+            "mpirun or srun, or use --executor mpi"
         )
     if name == "slurm":
         from data_pipeline.executors.slurm_executor import SlurmExecutor
@@ -37,8 +37,11 @@ def choose(run: DataRunConfig) -> Executor:
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """Of ranks that all find the same mistake in a command line or config, only the first tells it."""
+def output_of_rank_0_only() -> Iterator[None]:
+    """Silences ranks other than 0 inside the block, so that an error that all ranks find is printed once.
+
+    A ConfigError ends such a rank with exit status 2.
+    """
     if mpi_rank_and_world()[0] == 0:
         yield
         return

@@ -1,8 +1,9 @@
-"""Worker processes of this machine, started once for the whole run.
+"""Runs tasks in worker processes on this machine, which are started once for the whole run.
 
-datatrove's own local executor starts a manager, a fork server and a pool for every pipeline, which a short stage feels,
-and waits forever for a worker that the kernel killed. Here a worker's death is an error, and workers die with the
-process that started them, however it ended. One worker is this process itself. Leaves out restarts of lost workers.
+datatrove's own local executor starts a manager, a fork server and a pool for every pipeline, which slows short stages,
+and waits forever for a worker that the kernel killed. Here a worker's death is an error, and workers end when the
+process that started them ends, even if it is killed. With one worker, tasks run in this process itself. Lost workers
+are not restarted.
 """
 
 import contextlib
@@ -24,16 +25,18 @@ from data_pipeline.core.progress import Say
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import TaskError, Tasks, lost, quiet, ranks_in
 
-# A fork has everything imported already. The parent has one thread when the workers are started, so no lock is copied
-# in a locked state; elsewhere than on Linux, system libraries do not bear a fork.
+# Forked workers have everything imported already. The parent has one thread when it forks, so no lock is copied in a
+# locked state. On other systems than Linux, forking is not safe with system libraries.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 class LocalTasks(Tasks, LocalPipelineExecutor):
-    """A pipeline with its tasks, as datatrove describes them, to be sent to a worker."""
+    """A pipeline and its tasks, in the form that is sent to the worker processes."""
 
 
 class LocalExecutor(Executor):
+    """Runs tasks in `workers` processes of this machine, or in this process if there is one worker."""
+
     def __init__(self, workers: int, start_method: str = START_METHOD) -> None:
         self.workers = workers
         self._context: Any = multiprocessing.get_context(start_method)
@@ -52,7 +55,7 @@ class LocalExecutor(Executor):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process in self._crew.values():
-            process.kill()  # idle, or in a task that nobody waits for any more
+            process.kill()  # it is idle, or runs a task whose result is no longer needed
         for connection, process in self._crew.items():
             process.join()
             connection.close()
@@ -61,11 +64,11 @@ class LocalExecutor(Executor):
     def run(self, job: PipelineJob, say: Say) -> None:
         tasks = LocalTasks(list(job.steps), tasks=job.tasks, workers=self.workers, logging_dir=str(job.logs))
         if self._crew:
-            self._share_out(job, dill.dumps(tasks))
+            self._distribute(job, dill.dumps(tasks))
         else:
             run_in_order(tasks)
 
-    def _share_out(self, job: PipelineJob, pipeline: bytes) -> None:
+    def _distribute(self, job: PipelineJob, pipeline: bytes) -> None:
         """Keeps every worker busy until the tasks are done or one fails."""
         waiting = iter(range(job.tasks))
         busy: dict[Connection, int] = {}
@@ -77,7 +80,7 @@ class LocalExecutor(Executor):
                 try:
                     connection.recv()
                 except (EOFError, ConnectionResetError):
-                    raise self._death(job, busy[connection], self._crew[connection]) from None
+                    raise self._worker_died(job, busy[connection], self._crew[connection]) from None
                 del busy[connection]
                 if ranks_in(job.logs / "failed"):
                     return
@@ -85,7 +88,8 @@ class LocalExecutor(Executor):
                     connection.send((None, rank))
                     busy[connection] = rank
 
-    def _death(self, job: PipelineJob, rank: int, process: BaseProcess) -> TaskError:
+    def _worker_died(self, job: PipelineJob, rank: int, process: BaseProcess) -> TaskError:
+        """Makes the error for a task whose worker process died."""
         process.join()
         code = process.exitcode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
@@ -94,17 +98,17 @@ class LocalExecutor(Executor):
 
 
 def run_in_order(tasks: Tasks) -> None:
-    """All tasks in this process, up to the first that fails."""
+    """Runs all tasks in this process, up to the first that fails."""
     for rank in range(tasks.world_size):
         try:
             tasks.run_once(rank)
         except Exception:
-            return  # it is on file
+            return  # run_once has written the error to a file
 
 
 def _work(connection: Connection) -> None:
-    """A worker: receives pipelines and ranks, and answers each rank when its task has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent alone answers it
+    """Main loop of a worker: receives a pipeline and ranks, and sends each rank back when its task has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet(None)
     tasks: LocalTasks | None = None
@@ -112,12 +116,13 @@ def _work(connection: Connection) -> None:
         pipeline, rank = connection.recv()
         tasks = dill.loads(pipeline) if pipeline else tasks
         assert tasks is not None
-        with contextlib.suppress(Exception):  # it is on file
+        with contextlib.suppress(Exception):  # run_once has written it to a file
             tasks.run_once(rank)
         connection.send(rank)
 
 
 def _end_with_parent() -> None:
+    """Waits for the parent process to end, then ends this one."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,9 +1,9 @@
-"""The ranks of `mpirun -n N trivium data run CONFIG`: rank 0 plans, counts and publishes, all of them do tasks.
+"""Runs tasks on the ranks of `mpirun -n N trivium data run CONFIG`; rank 0 also plans, counts and publishes.
 
-A stage goes to every rank as one message; who does which task is settled by claim files in the run directory, which
-all ranks see: each takes its own share first and then what others have not begun. Waiting ranks sleep, since MPI's own
-waiting keeps a core busy. MPI is loaded here and only when a run asks for it. Leaves out a lost rank: MPI then ends
-all, and the next run goes on from the finished stages.
+Each stage's pipeline is sent to every rank as one message. Ranks claim tasks through files in the run directory, which
+all of them see: each takes its own share first, and then tasks that others have not begun. Waiting ranks sleep, since
+MPI's own waiting keeps a core busy. MPI is loaded here alone, and only if a run uses it. A lost rank is not replaced:
+MPI then ends all ranks, and the next run continues from the finished stages.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _INTERRUPTED = 130
 
 
 class MpiTasks(Tasks):
-    """A pipeline with its tasks, to be sent to all ranks."""
+    """A pipeline and its tasks, in the form that is sent to all ranks."""
 
     def __init__(self, job: PipelineJob) -> None:
         PipelineExecutor.__init__(self, list(job.steps), str(job.logs))
@@ -45,7 +45,7 @@ class MpiTasks(Tasks):
         run_in_order(self)
 
     def run_share(self, rank: int, ranks: int) -> None:
-        """Does tasks until none is left or one has failed, its own share first: rank, rank + ranks, ..."""
+        """Runs tasks until none is left or one has failed, this rank's own first: rank, rank + ranks, ..."""
         logs = Path(self.logging_dir.path)
         mine = range(rank, self.tasks, ranks)
         order = [*mine, *(task for task in range(self.tasks) if task not in mine)]
@@ -56,25 +56,29 @@ class MpiTasks(Tasks):
                 return
             try:
                 mine_now = claim(logs, task)
-            except OSError:  # the disk is full, as the leading rank will find
+            except OSError:  # most likely a full disk, which the leading rank reports
                 return
             if mine_now:
-                with contextlib.suppress(Exception):  # it is on file
+                with contextlib.suppress(Exception):  # run_claimed has written it to a file
                     self.run_claimed(task)
 
 
 class MpiExecutor(Executor):
-    """`rank` of `world_size` is what the launcher said; MPI must say the same."""
+    """Runs tasks on all MPI ranks; rank 0 leads.
+
+    `rank` and `world_size` come from the launcher's environment; raises ConfigError if MPI reports others.
+    """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._world: Any = _load().COMM_WORLD
         self._rank, self.workers = self._world.Get_rank(), self._world.Get_size()
         self.leads = self._rank == 0
-        self._busy = False  # from a stage's start until all know that it has ended
+        self._busy = False  # True while a stage's tasks run on all ranks
         if (self._rank, self.workers) != (rank, world_size):
             raise ConfigError(
-                f"{world_size} ranks were started, but MPI sees {self.workers}: this mpirun or srun is not of the MPI "
-                "library that mpi4py loaded; use the mpirun beside it (pip install mpich puts one into the environment)"
+                f"{world_size} ranks were started, but MPI sees {self.workers}: this mpirun or srun does not belong "
+                "to the MPI library that mpi4py loaded; use that library's mpirun (pip install mpich puts one into the "
+                "environment)"
             )
 
     def __exit__(
@@ -82,9 +86,9 @@ class MpiExecutor(Executor):
     ) -> None:
         if kind is not KeyboardInterrupt and not self._busy:
             if self.leads:
-                self._tell(None)
+                self._send_to_all(None)
             return
-        # The others wait for this rank, or are in the midst of tasks, and MPI ends in order only with all of them.
+        # Other ranks wait for this one or are running tasks, and MPI can only shut down when all ranks do so together.
         if kind is KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
         else:
@@ -93,7 +97,7 @@ class MpiExecutor(Executor):
         sys.stderr.flush()
         status = _INTERRUPTED if kind is KeyboardInterrupt else 1
         self._world.Abort(status)
-        os._exit(status)  # some MPIs come back from it, and the end of the others is then all that is left to wait for
+        os._exit(status)  # with some MPI libraries Abort returns
 
     def run(self, job: PipelineJob, say: Say) -> None:
         tasks = MpiTasks(job)
@@ -101,37 +105,37 @@ class MpiExecutor(Executor):
             run_in_order(tasks)
             return
         self._busy = True
-        self._tell(dill.dumps(tasks))
+        self._send_to_all(dill.dumps(tasks))
         tasks.run_share(0, self.workers)
         for rank in range(1, self.workers):
-            self._hear(rank)
+            self._receive(rank)
         self._busy = False
 
     def serve(self) -> int:
-        # Ctrl-C reaches all ranks; the first one speaks, and ends the others if mpirun has not.
+        # Ctrl-C reaches all ranks; rank 0 prints the message, and ends the others if mpirun has not.
         signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
         quiet(None)
-        while (message := self._hear(0)) is not None:
+        while (message := self._receive(0)) is not None:
             self._busy = True
             dill.loads(message).run_share(self._rank, self.workers)
             self._world.send(None, dest=0)
             self._busy = False
         return 0
 
-    def _tell(self, message: bytes | None) -> None:
+    def _send_to_all(self, message: bytes | None) -> None:
         for rank in range(1, self.workers):
             self._world.send(message, dest=rank)
 
-    def _hear(self, rank: int) -> bytes | None:
+    def _receive(self, rank: int) -> bytes | None:
         while not self._world.iprobe(source=rank):
             time.sleep(_POLL_SECONDS)
         return self._world.recv(source=rank)
 
 
 def _load() -> Any:
-    """mpi4py's MPI, initialised. Errors: ConfigError where there is no MPI library."""
+    """Loads and initialises mpi4py's MPI. Raises ConfigError if there is no MPI library."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a launcher that is not this MPI's: told as an error later
+        with warnings.catch_warnings(action="ignore"):  # a launcher of another MPI, an error below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(

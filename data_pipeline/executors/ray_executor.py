@@ -1,8 +1,8 @@
-"""Ray actors: on a running cluster, or on a Ray that is started on this machine for the run.
+"""Runs tasks in Ray actors, on a running cluster or on a Ray that is started on this machine for the run.
 
-datatrove's RayPipelineExecutor hands out the tasks. It logs a failed one and goes on; here the failure that the task
-left on file is raised. Ray is an extra, loaded when a run asks for it. Leaves out nodes without the run directory, and
-tasks that Ray starts again after it lost a worker: those end the stage.
+datatrove's RayPipelineExecutor distributes the tasks. It logs a failed one and continues; here its error, which the
+task wrote to a file, is raised. Ray is an optional dependency, loaded only if a run uses it. All nodes need the run
+directory. A task that Ray starts again after it lost a worker ends the stage with an error.
 """
 
 import os
@@ -19,18 +19,20 @@ from data_pipeline.executors.tasks import Tasks
 
 
 class RayTasks(Tasks, RayPipelineExecutor):
-    """A pipeline with its tasks, as datatrove submits it."""
+    """A pipeline and its tasks, in the form that datatrove submits to Ray."""
 
 
 class RayExecutor(Executor):
+    """Runs tasks in actors of a Ray cluster. Raises ConfigError if Ray is not installed or no node is large enough."""
+
     def __init__(self, options: RayConfig, workers: int) -> None:
-        # Read when Ray is imported: it would report its use to its makers.
+        # Ray reads this when it is imported; without it, it sends usage statistics to its developers.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
             import ray
         except ImportError:
             raise ConfigError(
-                "run.executor = ray needs the package ray; run: pip install -c constraints.txt '.[ray]', or take "
+                "run.executor = ray needs the package ray; run: pip install -c constraints.txt '.[ray]', or use "
                 "--executor local"
             ) from None
         self._ray: Any = ray
@@ -46,7 +48,7 @@ class RayExecutor(Executor):
             self._ray.init(
                 address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **common
             )
-        self._fits()
+        self._require_room()
         return self
 
     def __exit__(
@@ -54,19 +56,20 @@ class RayExecutor(Executor):
     ) -> None:
         self._ray.shutdown()
 
-    def _fits(self) -> None:
-        """Errors: ConfigError where no task could ever start; Ray would wait for the cluster to grow."""
+    def _require_room(self) -> None:
+        """Raises ConfigError if no node is large enough for a task; Ray would wait for the cluster to grow."""
         needs = {"CPU": self._options.cpus_per_task, "memory": self._memory()}
         for name, amount in needs.items():
             most = max((node["Resources"].get(name, 0) for node in self._ray.nodes() if node["Alive"]), default=0)
             if amount > most:
                 self._ray.shutdown()
                 raise ConfigError(
-                    f"run.ray asks for {amount:,.0f} of {name} a task, and no node of the Ray cluster has more than "
+                    f"run.ray needs {amount:,.0f} of {name} per task, and no node of the Ray cluster has more than "
                     f"{most:,.0f}; lower run.ray.cpus_per_task or run.ray.mem_per_cpu_gb"
                 )
 
     def _memory(self) -> float:
+        """Memory that a task needs, in bytes."""
         return self._options.mem_per_cpu_gb * self._options.cpus_per_task * 2**30
 
     def run(self, job: PipelineJob, say: Say) -> None:

@@ -1,9 +1,10 @@
-"""Slurm array jobs, one a stage, submitted and awaited from a login node.
+"""Runs tasks as Slurm array jobs, one array per stage, submitted and awaited from a login node.
 
-datatrove's SlurmPipelineExecutor writes the pipeline to `executor.pik` in the stage's log folder (dill, a pickle) and
-an sbatch script that loads it in each element: the one pickle that is read back, by the user who wrote it, within one
-run. Results come by way of the run directory, which all nodes must see. However the waiting process ends, its jobs
-are cancelled: now, or, where it was killed, by the next run. Leaves out requeueing: a lost element ends the stage.
+datatrove's SlurmPipelineExecutor writes the pipeline to `executor.pik` in the stage's log folder (dill, a pickle), and
+an sbatch script that loads it in each array element. No other pickle is read back, and this one within the same run by
+the user who wrote it. Results are exchanged through the run directory, which all nodes must see. When the waiting
+process ends early, its jobs are cancelled; if it was killed, the next run cancels them. Elements are not requeued: a
+lost one ends the stage with an error.
 """
 
 import contextlib
@@ -28,9 +29,12 @@ from data_pipeline.core.progress import Say
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import TaskError, Tasks, lost, ranks_in
 
-_RECORD = "slurm_name"  # holds the name of a stage's jobs until they have ended, for the run after one that was killed
-_POLL_SECONDS = (1.0, 15.0)  # from the first to the last, so that a long stage does not burden the controller
-_SETTLE_SECONDS = 30.0  # from an element's end to its files being seen here, over a network file system
+_RECORD = "slurm_name"  # file with the name of a stage's jobs, which lets the next run cancel those of a killed one
+_POLL_SECONDS = (
+    1.0,
+    15.0,
+)  # first and longest pause between queries, so that a long stage does not load the controller
+_SETTLE_SECONDS = 30.0  # how long an ended element's files may take to appear on a network file system
 _SILENCE_SECONDS = 600.0  # how long the controller may be down before the run gives up
 _TAIL_LINES = 5
 _HINTS = {
@@ -41,9 +45,10 @@ _HINTS = {
 
 
 class SlurmTasks(Tasks, SlurmPipelineExecutor):
-    """A pipeline as datatrove submits it, without what a site may not have: a QOS, a mailer, a partition's name.
+    """A pipeline and its tasks, in the form that datatrove submits to Slurm.
 
-    `jobs` gets the number of each array job as it is submitted.
+    Leaves out options that a site may not have, unless the config sets them: QOS, account, partition. The number of
+    each submitted array job is appended to `jobs`.
     """
 
     def __init__(self, job: PipelineJob, name: str, options: SlurmConfig, workers: int, jobs: list[str]) -> None:
@@ -76,23 +81,30 @@ class SlurmTasks(Tasks, SlurmPipelineExecutor):
         return {key: value for key, value in super().get_sbatch_args(max_array).items() if value != ""}
 
     def launch_merge_stats(self) -> None:
-        """Nothing: it would be one more job a stage, for a sum that nobody reads."""
+        """Does nothing; datatrove would submit another job per stage for a sum of statistics that nobody reads."""
 
 
 class SlurmExecutor(Executor):
+    """Runs tasks as Slurm array jobs of at most `workers` running elements.
+
+    Raises ConfigError if Slurm's commands are not on PATH.
+    """
+
     def __init__(self, options: SlurmConfig, workers: int) -> None:
         for command in ("sbatch", "squeue", "scancel", "scontrol"):
             if shutil.which(command) is None:
                 raise ConfigError(
                     f"run.executor = slurm needs the command {command}, which is not on PATH; run where jobs are "
-                    "submitted, or take --executor local"
+                    "submitted, or use --executor local"
                 )
         self._options = options
         self.workers = workers
 
     def run(self, job: PipelineJob, say: Say) -> None:
         if re.search(r"\s", str(job.logs.absolute())):
-            raise ConfigError(f"run.dir: Slurm's scripts bear no spaces in a path, and {job.logs} has some; rename it")
+            raise ConfigError(
+                f"run.dir: a Slurm script cannot hold a path with spaces, and {job.logs} has some; rename it"
+            )
         title = re.sub(r"\W+", "-", job.title)  # a script's directives end at a space
         name = f"trivium-{title}-{secrets.token_hex(4)}"
         jobs: list[str] = []
@@ -108,9 +120,12 @@ class SlurmExecutor(Executor):
                 record.unlink(missing_ok=True)
 
     def _wait(self, job: PipelineJob, name: str, jobs: list[str], say: Say) -> None:
-        """Returns when all tasks are done or one has said why it failed. Errors: TaskError for one that ended mute."""
+        """Waits until all tasks are done or one has written an error file.
+
+        Raises TaskError if an element ended without either, or if Slurm's controller does not answer for 10 minutes.
+        """
         pause, _ = _POLL_SECONDS
-        heard = time.monotonic()
+        last_answer = time.monotonic()
         gone_since: dict[int, float] = {}
         while not ranks_in(job.logs / "failed"):
             undone = sorted(set(range(job.tasks)) - ranks_in(job.logs / "completions"))
@@ -119,24 +134,28 @@ class SlurmExecutor(Executor):
             now = time.monotonic()
             states = _queue(name)
             if states is not None:
-                heard = now
+                last_answer = now
                 say(_count(states))
                 gone = [rank for rank in undone if self._element(rank, jobs) not in states]
                 gone_since = {rank: gone_since.get(rank, now) for rank in gone}
                 for rank, since in gone_since.items():
                     if now - since > _SETTLE_SECONDS:
                         raise self._lost(job, rank, self._element(rank, jobs))
-            elif now - heard > _SILENCE_SECONDS:
-                raise TaskError(f"stage {job.title}: Slurm's controller has not answered for {now - heard:.0f} s")
+            elif now - last_answer > _SILENCE_SECONDS:
+                raise TaskError(
+                    f"stage {job.title}: Slurm's controller has not answered for {now - last_answer:.0f} s; run the "
+                    "same command again when it does"
+                )
             time.sleep(pause)
             pause = min(1.5 * pause, _POLL_SECONDS[1])
 
     def _element(self, rank: int, jobs: Sequence[str]) -> str:
-        """JOB_INDEX of the array element that runs a task."""
+        """Slurm's name JOB_INDEX of the array element that runs a task."""
         index = rank // self._options.tasks_per_job
         return f"{jobs[index // self._options.max_array_size]}_{index % self._options.max_array_size}"
 
     def _lost(self, job: PipelineJob, rank: int, element: str) -> TaskError:
+        """Makes the error for a task whose element ended without an error file, with its state and last output."""
         state = _final_state(element)
         reason = f"Slurm job {element} ended as {state}" + (f" ({_HINTS[state]})" if state in _HINTS else "")
         output = job.logs / "slurm_logs" / f"{element}.out"
@@ -147,12 +166,12 @@ class SlurmExecutor(Executor):
 
 
 def cancel(name: str) -> None:
-    """Ends all jobs of one stage of one run; there is no other of that name."""
+    """Cancels all Slurm jobs of this name; each stage of each run has a name of its own."""
     subprocess.run(["scancel", f"--name={name}"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def cancel_leftovers(logs: Path) -> None:
-    """Ends what a killed run left in the queue. Its tasks write to folders that nobody reads, but take up nodes."""
+    """Cancels jobs that a killed run left in the queue, where they take up nodes for results that nobody reads."""
     for record in logs.glob(f"**/{_RECORD}"):
         if shutil.which("scancel"):
             cancel(record.read_text(encoding="utf-8"))
@@ -160,7 +179,7 @@ def cancel_leftovers(logs: Path) -> None:
 
 
 def _environment(setup: str) -> str:
-    """Shell commands that give an element this Python and this Trivium, after the `setup` of the config."""
+    """Shell commands for the start of a job script: the config's `setup`, then PATH and PYTHONPATH of this process."""
     bin_folder = shlex.quote(str(Path(sys.executable).parent))
     root = shlex.quote(str(Path(__file__).resolve().parents[2]))
     paths = f'export PATH={bin_folder}:"$PATH" PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"'
@@ -168,16 +187,17 @@ def _environment(setup: str) -> str:
 
 
 def _submit(tasks: SlurmTasks) -> None:
+    """Submits a stage's jobs. Raises ConfigError if sbatch refuses them."""
     try:
         tasks.launch_job()
     except subprocess.CalledProcessError as error:
         raise ConfigError(
-            f"sbatch refused a stage's job with status {error.returncode} and the words above; see run.slurm"
+            f"sbatch refused a stage's job with status {error.returncode} and the message above; correct run.slurm"
         ) from None
 
 
 def _queue(name: str) -> dict[str, tuple[str, str]] | None:
-    """JOB_INDEX to (state, reason) of the elements that have not ended; None where the controller does not answer."""
+    """Maps JOB_INDEX to (state, reason) for elements that have not ended; None if the controller does not answer."""
     command = ["squeue", f"--name={name}", "--array", "--noheader", "--format=%i|%T|%r"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
@@ -187,7 +207,7 @@ def _queue(name: str) -> dict[str, tuple[str, str]] | None:
 
 
 def _count(states: Mapping[str, tuple[str, str]]) -> str:
-    """`2 running, 6 pending (Resources)`."""
+    """Counts elements by state, as in `2 running, 6 pending (Resources)`."""
     counts = Counter(state.lower() for state, _ in states.values())
     reasons = {reason for state, reason in states.values() if state == "PENDING"}
     waits = f" ({', '.join(sorted(reasons))})" if reasons else ""
@@ -195,8 +215,8 @@ def _count(states: Mapping[str, tuple[str, str]]) -> str:
 
 
 def _final_state(element: str) -> str:
-    """How an element ended, as the controller still knows it; it forgets after MinJobAge, 5 minutes by default."""
-    for job in (element, element.partition("_")[0]):  # one that never started has no record of its own
+    """State in which an element ended; "unknown" once the controller forgot it, after MinJobAge (5 minutes)."""
+    for job in (element, element.partition("_")[0]):  # an element that never started has no record of its own
         command = ["scontrol", "show", "job", job]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if found := re.search(r"JobState=(\w+)", done.stdout):
@@ -206,7 +226,7 @@ def _final_state(element: str) -> str:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that its jobs are cancelled."""
+    """Makes SIGTERM and SIGHUP raise SystemExit inside the block, so that its jobs are cancelled, as with Ctrl-C."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

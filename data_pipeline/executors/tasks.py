@@ -1,9 +1,9 @@
-"""What runs in one task, the same in a worker process, a Slurm job, a Ray actor and an MPI rank.
+"""Runs one task, in the same way in a worker process, a Slurm job, a Ray actor and an MPI rank.
 
-Files of the stage's log folder say how it went, since they are all that these have in common: `started/N` is made
-before a task begins and names its process, `completions/N` when it is done, `failed/N.json` when it raised;
-`task_N.log` holds its log and traceback. A task is started once: a scheduler that repeats it, after a node was lost
-say, gets an error instead of lines written twice. Leaves out who starts tasks.
+A task reports through files in the stage's log folder, which all of these can write: `started/N` is created before it
+begins and names its process, `completions/N` when it is done, `failed/N.json` when it raised an error; `task_N.log`
+holds its log and traceback. A task is started once: if a scheduler repeats it, as after the loss of a node, that is an
+error, since its output would be written twice.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 
 from configs.files import write_atomic
-from data_pipeline.core.full_disk import is_full, told, trouble
+from data_pipeline.core.full_disk import explain_write_error, is_full, write_problem
 
 _FOLDERS = ("started", "completions", "failed", "progress", "stats")
 _MESSAGE_CHARS = 2000
-_SENTENCES = ("ValueError", "ConfigError", "TaskError", "DamagedData")  # whose messages need no name before them
+_SENTENCES = ("ValueError", "ConfigError", "TaskError", "DamagedData")  # errors shown without the name of their class
 
 
 class TaskError(RuntimeError):
-    """A task of a stage failed or was lost: one sentence with stage, rank, reason and log."""
+    """Raised if a task of a stage failed or was lost; its message names stage, rank, reason and log in one sentence."""
 
 
 class Tasks(PipelineExecutor):
-    """The part of datatrove's executors that runs one task, without what is wrong with it here.
+    """Replaces the part of datatrove's executors that runs one task.
 
-    datatrove's logs to the terminal, and its tracebacks show the values of local variables: documents.
+    datatrove's own logs to the terminal, and its tracebacks show the values of local variables, among them documents.
     """
 
     def run_claimed(self, rank: int) -> PipelineStats:
-        """Runs a task that this process has claimed. Errors: whatever a step raises, once it is on file."""
+        """Runs a task that this process has claimed. Raises what a step raises, after writing it to `failed/N.json`."""
         logs = Path(self.logging_dir.path)
-        with _LOG.of_task(logs / log_name(rank)):
-            pipeline = deepcopy(self.pipeline)  # the next task of this process starts afresh
+        with _LOG.redirect_task(logs / log_name(rank)):
+            pipeline = deepcopy(self.pipeline)  # steps keep state; the next task of this process starts with a new copy
             try:
                 data = None
                 for step in pipeline:
@@ -54,7 +54,7 @@ class Tasks(PipelineExecutor):
                 with (logs / "stats" / f"{rank:05d}.json").open("w", encoding="utf-8") as file:
                     stats.save_to_disk(file)
             except Exception as error:
-                with contextlib.suppress(OSError):  # on a full disk; `check` finds out then
+                with contextlib.suppress(OSError):  # the disk may be full; `check` reports that
                     traceback.print_exc()
                 with contextlib.suppress(OSError):
                     _record_failure(logs, rank, error)
@@ -63,30 +63,30 @@ class Tasks(PipelineExecutor):
         return stats
 
     def run_once(self, rank: int) -> PipelineStats:
-        """Runs a task unless it was started before, which is an error. Errors: those of `run_claimed`, TaskError."""
+        """Claims and runs a task. Raises what `run_claimed` raises, and TaskError if it was started before."""
         logs = Path(self.logging_dir.path)
         if not claim(logs, rank):
             first = (logs / "started" / f"{rank:05d}").read_text(encoding="utf-8")
-            error = TaskError(f"it was started a second time, so {first} was lost, with its node perhaps")
+            error = TaskError(f"it was started a second time, so {first} was lost, perhaps with its node")
             _record_failure(logs, rank, error)
             raise error
         return self.run_claimed(rank)
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        return self.run_once(rank)  # this is what datatrove calls
+        return self.run_once(rank)  # datatrove calls this method
 
     def get_distributed_env(self, node_rank: int = -1) -> DistributedEnvVars:
         raise NotImplementedError("for steps that start servers on several nodes; there are none here")
 
 
 def prepare(logs: Path) -> None:
-    """Makes the folders of a stage's log folder, so that no task has to."""
+    """Creates the subfolders of a stage's log folder before any task runs."""
     for name in _FOLDERS:
         (logs / name).mkdir(parents=True)
 
 
 def claim(logs: Path, rank: int) -> bool:
-    """True for the one caller, of all processes that see `logs`, who is to run this task."""
+    """Claims a task by creating `started/N`; True for the first caller among all processes that share `logs`."""
     try:
         with (logs / "started" / f"{rank:05d}").open("x", encoding="utf-8") as file:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -96,7 +96,7 @@ def claim(logs: Path, rank: int) -> bool:
 
 
 def ranks_in(folder: Path) -> set[int]:
-    """The ranks that have a file in one of a stage's log folders."""
+    """Ranks of the tasks that have a file in a folder such as `started` or `failed`."""
     return {int(name[:5]) for name in os.listdir(folder) if name[:5].isdecimal()}
 
 
@@ -105,14 +105,16 @@ def log_name(rank: int) -> str:
 
 
 def check(title: str, tasks: int, logs: Path) -> None:
-    """Errors: TaskError for the first task that failed, or that is neither done nor failed."""
+    """Raises TaskError for the first task that failed, or that is neither done nor failed."""
     failed = sorted(ranks_in(logs / "failed"))
     if failed:
         rank = failed[0]
         entry = json.loads((logs / "failed" / f"{rank:05d}.json").read_text(encoding="utf-8"))
         others = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
         kind = "" if entry["type"] in _SENTENCES else f"{entry['type']}: "
-        message = told(entry["message"], logs.parent.parent) if is_full(entry["message"]) else entry["message"]
+        message = entry["message"]
+        if is_full(message):
+            message = explain_write_error(message, logs.parent.parent)
         raise lost(title, rank, tasks, logs, f"{kind}{message}{others}")
     unfinished = sorted(set(range(tasks)) - ranks_in(logs / "completions"))
     if unfinished:
@@ -120,23 +122,23 @@ def check(title: str, tasks: int, logs: Path) -> None:
 
 
 def lost(title: str, rank: int, tasks: int, logs: Path, reason: str) -> TaskError:
-    """`reason` counts for less than a disk that is full: then a task can say nothing of what became of it."""
-    reason = trouble(logs) or reason
+    """Makes the error for a failed or lost task; a full disk, if that is found now, is given as the reason instead."""
+    reason = write_problem(logs) or reason
     return TaskError(f"stage {title}, task {rank} of {tasks}: {reason}; its log: {logs / log_name(rank)}")
 
 
 def quiet(path: Path | None) -> None:
-    """Takes datatrove's logger off the terminal and, given a path, onto that file."""
+    """Stops datatrove's logger from printing to the terminal; given a path, it writes to that file instead."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    _LOG.leads_to(path)
+    _LOG.redirect(path)
 
 
 class _Log:
-    """The one sink of loguru in a process, whatever it leads to now.
+    """The only loguru sink of a process; the file that it writes to changes.
 
-    Each sink that loguru is given takes it some 40 ms of CPU, spent on where Python's libraries lie: more than what
-    a short task takes.
+    Adding a sink takes loguru some 40 ms of CPU, in which it looks up where Python's libraries are: more than a short
+    task takes.
     """
 
     def __init__(self) -> None:
@@ -144,8 +146,8 @@ class _Log:
         self._path: Path | None = None
         self._file: IO[str] | None = None
 
-    def leads_to(self, path: Path | None) -> None:
-        """Lines outside a task go to `path` from here on, or nowhere."""
+    def redirect(self, path: Path | None) -> None:
+        """Writes what is logged outside of tasks to `path` from now on, or discards it."""
         if not self._added:
             logger.remove()  # the terminal
             logger.add(self._write, level="DEBUG", diagnose=False)
@@ -153,9 +155,9 @@ class _Log:
         self._path = path
 
     @contextlib.contextmanager
-    def of_task(self, path: Path) -> Iterator[None]:
-        """What the block logs or prints to stderr goes to `path`."""
-        self.leads_to(self._path)
+    def redirect_task(self, path: Path) -> Iterator[None]:
+        """Writes what is logged or printed to stderr inside the block to `path`."""
+        self.redirect(self._path)
         with path.open("w", encoding="utf-8") as file, contextlib.redirect_stderr(file):
             self._file = file
             try:
@@ -177,5 +179,6 @@ _LOG = _Log()
 
 
 def _record_failure(logs: Path, rank: int, error: Exception) -> None:
+    """Writes the error's class and message to `failed/N.json`."""
     entry = {"type": type(error).__name__, "message": str(error)[:_MESSAGE_CHARS]}
     write_atomic(logs / "failed" / f"{rank:05d}.json", json.dumps(entry).encode())

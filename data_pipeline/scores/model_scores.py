@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.loader import ConfigError
 from configs.scores import MODEL_OF, ScoresConfig
-from data_pipeline.core.tables import Mark, mark
+from data_pipeline.core.tables import FileKey, file_key
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.classifier import load, manifest_path
 from data_pipeline.scores.ngram_models import Arpa, Unigrams
@@ -37,11 +37,11 @@ def kept_model_scores(config: ScoresConfig) -> "ModelScores":
     Each process holds one set of models at a time. Models have no state, so that scores do not depend on the documents
     or tasks before.
     """
-    return _kept(config, tuple((path, mark(path)) for path in model_files(config)))
+    return _kept(config, tuple((path, file_key(path)) for path in model_files(config)))
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(config: ScoresConfig, versions: tuple[tuple[Path, Mark], ...]) -> "ModelScores":
+def _kept(config: ScoresConfig, versions: tuple[tuple[Path, FileKey], ...]) -> "ModelScores":
     return ModelScores(config)
 
 

@@ -1,4 +1,4 @@
-"""A run.dir that cannot be written to, and a disk that fills up: one sentence, under every executor."""
+"""Tests that an unwritable run.dir and a full disk give a one-sentence error under every executor."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ HEAVY = pytest.mark.full
 
 @pytest.mark.skipif(
     subprocess.run([*IN_OWN_NAMESPACE, "true"], capture_output=True).returncode != 0,
-    reason="this system lets no user mount a file system of his own",
+    reason="this system does not let users mount file systems",
 )
 @pytest.mark.parametrize(
     ("workers", "ranks"), [(2, 0), pytest.param(1, 0, marks=HEAVY), pytest.param(1, 2, marks=HEAVY)]

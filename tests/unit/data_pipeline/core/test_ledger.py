@@ -1,4 +1,4 @@
-"""The ledger's arithmetic: no document is lost between a stage's input and its output."""
+"""Tests that the ledger notices documents lost between a stage's input and output."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a stage writes is what the next one reads; a damaged shard is an error."""
+"""Tests that shards are read as they were written, and that a damaged shard is an error."""
 
 import os
 from itertools import chain

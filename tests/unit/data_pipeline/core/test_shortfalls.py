@@ -1,4 +1,4 @@
-"""Data runs that are short of something: they say so early, go on where they can, and never extract twice for it."""
+"""Tests that data runs that lack documents or tokens warn early, continue where they can, and never extract twice."""
 
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,12 @@ def test_too_little_text_is_told_before_the_plan_and_by_it(tmp_path: Path, capsy
     assert run.main([str(config)]) == 1
     told = said(capsys)
     for stage, about in (("dedup", "about "), ("documents", "about "), ("tokens", "")):
-        assert f"warning: source big has {about}" in told and f"to give to mixture after {stage}, epochs" in told
-    assert told.index("after dedup, epochs") < told.index("documents: 30 in")
+        assert f"warning: source big has {about}" in told and f"tokens for mixture after {stage}, all allowed" in told
+    assert told.index("after dedup, all allowed epochs") < told.index("documents: 30 in")
     assert "mixture.samples = 9,000 rows of mixture.seq_length = 64" in told.split("error: ")[1]
     fitting = int(told.split("Lower mixture.samples to ")[1].split(", ")[0].replace(",", ""))
     assert run.main([str(config), f"mixture.samples={fitting}"]) == 0
-    assert "likely to refuse" not in said(capsys)
+    assert "will probably refuse" not in said(capsys)
 
 
 def test_no_mixture_is_needed_before_the_plan(tmp_path: Path) -> None:

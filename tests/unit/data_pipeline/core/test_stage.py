@@ -1,4 +1,4 @@
-"""The version of a stage's code, on which it depends whether the stage runs again."""
+"""Tests the hash of a stage's code, a change of which makes the stage run again."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.data_runs import ROOT
 
 
 def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change anywhere below counts; one of who does the work, or of what another stage does, does not."""
+    """A change in an imported module changes the hash; one in executors, counts or other stages' code does not."""
     shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(stage, "_HERE", tmp_path / "copy")
 

@@ -1,4 +1,4 @@
-"""Executors with a pipeline of one step: failures, lost workers, refusals. Whole runs are in tests/e2e."""
+"""Tests executors with a pipeline of one step: failures, lost workers, refusals. Whole runs are in tests/e2e."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from configs.data import DataConfig
 from configs.data_run import DataRunConfig, RayConfig, SlurmConfig
 from configs.loader import ConfigError, load
 from data_pipeline.executors.base import PipelineJob
-from data_pipeline.executors.choose import choose, one_voice
+from data_pipeline.executors.choose import choose, output_of_rank_0_only
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
@@ -30,7 +30,7 @@ SECRET = "someone@example.org"
 
 
 class Mark(PipelineStep):
-    """Writes its rank to a file of its own; `trouble` maps a rank to what happens there instead."""
+    """Step that writes a file per rank; `trouble` maps a rank to the failure that happens there instead."""
 
     name, type = "Mark", "TEST"
 
@@ -92,7 +92,9 @@ def test_a_tasks_error_comes_with_its_rank_and_log(
     log = Path(str(caught.value).rpartition("its log: ")[2]).read_text()
     assert "Traceback" in log and "in run" in log
     for path in (tmp_path / "logs").rglob("*"):
-        assert path.is_dir() or SECRET not in path.read_text(), "values of variables are documents"
+        assert path.is_dir() or SECRET not in path.read_text(), (
+            "a log shows a variable's value, which may be a document"
+        )
 
 
 def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    """Only the parent gets the signal; its workers are in a task that would take a minute."""
+    """The signal goes to the parent alone, while its workers run a task that would take a minute."""
     script = f"""
 import os, sys, time
 from pathlib import Path
@@ -137,7 +139,7 @@ def wait_for(true: Callable[[], bool], seconds: float) -> None:
 
 
 def test_a_task_is_never_started_twice(tmp_path: Path) -> None:
-    """As a scheduler might, that lost a node; some steps append, and would write lines twice."""
+    """A scheduler that lost a node may start a task again; steps that append would then write lines twice."""
     prepare(tmp_path)
     assert claim(tmp_path, 4)
     assert not claim(tmp_path, 4)
@@ -186,7 +188,7 @@ def test_executors_that_are_not_here_are_refused(tmp_path: Path, monkeypatch: py
     (tmp_path / "score.1").mkdir()
     record = tmp_path / "score.1" / "slurm_name"
     record.write_text("trivium-score-1")
-    cancel_leftovers(tmp_path)  # no scancel here: nothing to be done, and nothing to be said
+    cancel_leftovers(tmp_path)  # there is no scancel here: nothing is done or printed
     assert not record.exists()
 
 
@@ -205,10 +207,10 @@ def test_one_of_many_ranks_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setenv("PMI_RANK", "0")
     with pytest.raises(ConfigError, match=r"run\.executor = local runs from one process, and 3 ranks were started"):
         choose(DataRunConfig(dir="x", executor="local"))
-    with pytest.raises(ConfigError, match="said once"), one_voice():
+    with pytest.raises(ConfigError, match="said once"), output_of_rank_0_only():
         raise ConfigError("said once")
     monkeypatch.setenv("PMI_RANK", "2")
-    with pytest.raises(SystemExit) as ended, one_voice():
+    with pytest.raises(SystemExit) as ended, output_of_rank_0_only():
         print("argparse prints too")
         raise ConfigError("said once")
     assert ended.value.code == 2
@@ -216,7 +218,7 @@ def test_one_of_many_ranks_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path) -> None:
-    """mpirun of one library with mpi4py on another: each rank thinks that it is alone."""
+    """If mpirun and mpi4py use different MPI libraries, each rank sees a world of one rank."""
     ours = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     done = data_run("configs/data/demo.toml", f"run.dir={tmp_path}", env=ours)
     # Where /sys is missing, MPI's own libraries complain first, one on each stream.
@@ -254,7 +256,7 @@ def data_run(*args: str, env: dict[str, str] | None = None) -> subprocess.Comple
 
 
 class Talk(PipelineStep):
-    """Says which task it is, to the log and to stderr."""
+    """Step that writes its rank to the log and to stderr."""
 
     name, type = "Talk", "TEST"
 
