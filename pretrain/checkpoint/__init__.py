@@ -1,4 +1,4 @@
-"""Layout-independent checkpoints: their form on disk (`storage`), and how ZeRO's state becomes one (`state`)."""
+"""Checkpoints that any layout can read: files on disk (`storage`), and ZeRO's state as pieces of them (`state`)."""
 
 from pretrain.checkpoint.storage import find_newest, latest, read_full, read_manifest
 

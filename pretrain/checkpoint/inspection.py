@@ -1,7 +1,7 @@
-"""`trivium inspect CHECKPOINT`: what a checkpoint holds, on one process, whatever layout wrote it.
+"""`trivium inspect CHECKPOINT`: shows the contents of a checkpoint of any layout, in one process.
 
-Every file is held against its checksum first. Tensors are read one at a time, so it needs memory for the largest
-alone. Leaves out comparing two checkpoints.
+It first checks every file against its checksum. Tensors are read one at a time, so it needs memory for the largest one
+only. It does not compare two checkpoints.
 """
 
 import json
@@ -23,10 +23,11 @@ from pretrain.checkpoint import storage
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """Of one parameter: the fp32 master weight's Frobenius norm and largest size, and the rms of Adam's moments.
+    """Statistics of one parameter: of its fp32 master weight and of Adam's moments.
 
-    `exp_avg` is the rms of the first moment, `exp_avg_sq` the root of the second one's mean: both in units of the
-    gradient. `not_finite` counts weights and moments that are NaN or infinite.
+    `norm` is the weight's Frobenius norm, `largest` its greatest absolute value. `exp_avg` is the root mean square of
+    the first moment, `exp_avg_sq` the root of the second one's mean: both in units of the gradient. `not_finite` counts
+    weights and moments that are NaN or infinite.
     """
 
     name: str
@@ -39,7 +40,7 @@ class TensorFacts:
 
 
 def tensor_facts(path: Path) -> Iterator[TensorFacts]:
-    """Of all parameters, in the checkpoint's order."""
+    """Yields the statistics of all parameters, in the checkpoint's order."""
     with storage.Reader(path) as reader:
         for name in reader.names:
             weight, first, second = (reader.read(name, kind).double() for kind in storage.KINDS)
@@ -55,7 +56,7 @@ def tensor_facts(path: Path) -> Iterator[TensorFacts]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 if the checkpoint is damaged or a value in it is not finite, else 0."""
+    """Runs `trivium inspect`; returns 1 if the checkpoint is damaged or a value in it is not finite, else 0."""
     parser = command_parser(
         prog="trivium inspect",
         description="Shows a checkpoint's step, config, shapes and norms, after checking its files.",
@@ -120,7 +121,7 @@ def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFac
     console.print(
         f"{summary['path']}: step {summary['step']}, {summary['tokens']:,} tokens, {summary['parameters']:,} "
         f"parameters of norm {summary['norm']:.4g}\nsaved by {summary['layout']} in {summary['files']} files, "
-        f"{summary['bytes'] / 1e6:.1f} MB, all as their checksums say",
+        f"{summary['bytes'] / 1e6:.1f} MB, all matching their checksums",
         highlight=False,
     )
     if summary["ledger"]:

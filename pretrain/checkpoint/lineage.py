@@ -1,9 +1,10 @@
-"""What a model needs beside its weights, and where it comes from. Every run keeps it in itself.
+"""A model's tokenizer, chat template and origin, all of which every run keeps in its own directory.
 
-A run directory has `tokenizer.model`, and after post-training `chat_template.jinja`; the identity in each checkpoint's
-manifest has their SHA-256, so weights never meet another tokenizer or template than those of training. The manifest
-also has the model's `context`, the checkpoint that the run began from (`init`), and its data plan, for the held-out
-part. So a run may be moved, and the run that it began from may go on, be moved or be deleted.
+A run directory has `tokenizer.model`, and after post-training `chat_template.jinja`. The identity in each checkpoint's
+manifest holds their SHA-256, so that weights are never used with another tokenizer or template than in training. The
+manifest also holds the model's `context`, the checkpoint that the run began from (`init`), and its data plan, whose
+held-out part evaluations use. So a run may be moved, and the run that it began from may continue, be moved or be
+deleted.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ TOKENIZER, CHAT_TEMPLATE = "tokenizer.model", "chat_template.jinja"
 
 @dataclass(frozen=True)
 class Pin:
-    """The checkpoint that a run began from. It may be gone by now: `sha256` of its manifest says which one it was."""
+    """The checkpoint that a run began from, identified by its manifest's SHA-256; it may be deleted by now."""
 
     checkpoint: str
     step: int
@@ -44,7 +45,7 @@ class Pin:
 
 @dataclass(frozen=True)
 class PlanLocation:
-    """A data plan that a model was trained on: where it was, seen from the root and from the run, and which one."""
+    """The data plan that a model was trained on: absolute path, path relative to the run, and fingerprint."""
 
     path: str
     relative: str
@@ -56,17 +57,17 @@ class PlanLocation:
         return cls(str(path), os.path.relpath(path, run_dir.resolve()), fingerprint)
 
     def find(self, run_dir: Path) -> Path | None:
-        """The plan as it is now; None where there is none any more, or another one."""
+        """Returns the plan's folder if one of the two paths still holds the plan with this fingerprint, else None."""
         paths = (self.path, os.path.normpath(run_dir.resolve() / self.relative))
         return next((folder for path in paths if (folder := where(path, self.fingerprint))), None)
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Of the model that a run trains, or that a checkpoint holds.
+    """The tokenizer, chat template and origin of the model that a run trains or a checkpoint holds.
 
-    `context` is the number of tokens in the longest rows that the weights were trained on so far. `tokenizer` is a file
-    that is known to be the right one.
+    `context` is the length, in tokens, of the longest rows that the weights were trained on so far. `tokenizer` is a
+    file whose content has been checked.
     """
 
     tokenizer: Path | None = None
@@ -77,12 +78,12 @@ class Lineage:
 
     @classmethod
     def of_plan(cls, plan: Plan, run_dir: str | Path) -> "Lineage":
-        """Of a model that is drawn, and then trained on `plan`."""
+        """Makes the lineage of a model with random initial weights that is trained on `plan`."""
         return cls(plan.tokenizer_path, plan=PlanLocation.of(plan.path, plan.fingerprint, Path(run_dir)))
 
     @classmethod
     def of_checkpoint(cls, path: Path, manifest: dict[str, Any]) -> "Lineage":
-        """Errors: CheckpointError where the run's tokenizer or template is gone, or another than in training."""
+        """Reads a checkpoint's lineage. Raises CheckpointError if tokenizer or template is missing or replaced."""
         run, template = storage.run_of(path), None
         plan = plan_of(manifest)
         if sha256 := manifest.get("identity", {}).get("chat_template"):
@@ -92,7 +93,7 @@ class Lineage:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """What of it may not change in a run."""
+        """The facts that may not change during a run, as SHA-256 sums."""
         return {
             "init": self.init.sha256 if self.init else None,
             "tokenizer": file_sha256(self.tokenizer) if self.tokenizer else None,
@@ -101,11 +102,11 @@ class Lineage:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What else a checkpoint's manifest says of it."""
+        """The facts that a checkpoint's manifest holds beside the identity."""
         return {"init": self.init and asdict(self.init), "plan": self.plan and asdict(self.plan)}
 
     def keep(self, run_dir: Path, identity: dict[str, Any]) -> None:
-        """Writes the tokenizer and the template of `identity` into the run. Errors: ConfigError, one has changed."""
+        """Copies tokenizer and template into the run. Raises ConfigError if the tokenizer has changed since."""
         if self.tokenizer is not None:
             content = self.tokenizer.read_bytes()
             if hashlib.sha256(content).hexdigest() != identity["tokenizer"]:
@@ -116,18 +117,20 @@ class Lineage:
 
 
 def text_sha256(text: str) -> str:
+    """Returns the SHA-256, in hex, of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plan_of(manifest: dict[str, Any]) -> PlanLocation | None:
-    """The data plan that a checkpoint's model was pretrained on; None where it was none."""
+    """Returns the data plan that a checkpoint's model was pretrained on, or None if there was none."""
     return PlanLocation(**manifest["plan"]) if manifest.get("plan") else None
 
 
 def tokenizer_of(path: Path, manifest: dict[str, Any]) -> Path | None:
-    """The tokenizer that a checkpoint's run keeps; the plan's, if it is gone from there and that is the same.
+    """Returns the tokenizer file that a checkpoint's run keeps, or None for a model without tokenizer.
 
-    None for a model without one. Errors: CheckpointError where there is none any more, or another.
+    If the run's file is missing, the data plan's is returned, provided that it has the same content. Raises
+    CheckpointError if neither is there, or the run's has another content.
     """
     sha256, run = manifest.get("identity", {}).get("tokenizer"), storage.run_of(path)
     if sha256 is None:
@@ -144,11 +147,11 @@ def tokenizer_of(path: Path, manifest: dict[str, Any]) -> Path | None:
 def _kept(file: Path, sha256: str) -> Path:
     if not file.is_file():
         raise CheckpointError(
-            f"{file} is gone, with which the model was trained (SHA-256 {sha256[:12]}...); put it back there"
+            f"{file}, with which the model was trained, is missing; restore it (its SHA-256 begins with {sha256[:12]})"
         )
     if (found := file_sha256(file)) != sha256:
         raise CheckpointError(
-            f"{file} is not the one that the model was trained with (its SHA-256 is {found[:12]}..., that one's "
-            f"{sha256[:12]}...); put that back"
+            f"{file} is not the one that the model was trained with (its SHA-256 begins with {found[:12]}, not "
+            f"{sha256[:12]}); restore the original"
         )
     return file

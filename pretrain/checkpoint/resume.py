@@ -1,12 +1,12 @@
-"""Which checkpoint a run starts from: `--resume auto | no | PATH`.
+"""Chooses the checkpoint that a run starts from, by `--resume auto | no | PATH`, and checks that it fits the run.
 
-auto: the newest whole checkpoint of the run; a new start where there is none.
+auto: the newest whole checkpoint of the run; if it has none, a new start.
 no:   a new start; a run directory with checkpoints is refused.
-PATH: that checkpoint, of this run or of another one with the same identity. Started again by the same command, the run
-      goes on from its own newest checkpoint. A run directory with checkpoints that do not come from PATH is refused:
-      they would be overwritten.
+PATH: that checkpoint, of this run or of another one with the same identity. When the same command is started again,
+      the run continues from its own newest checkpoint. A run directory with checkpoints that do not come from PATH is
+      refused, since they would be overwritten.
 
-Leaves out filling the engine (`state.restore`).
+The engine is filled by `state.restore`.
 """
 
 import json
@@ -27,9 +27,9 @@ from pretrain.parallel.groups import Mesh
 def check_ranks(
     mesh: Mesh, config: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any], init: Pin | None
 ) -> None:
-    """Errors: ConfigError, on all ranks together, unless all have the same settings, data and beginning.
+    """Raises ConfigError on all ranks unless all have the same settings, data and initial checkpoint.
 
-    Each rank looks for itself, and what it sees may change meanwhile, or be another on some node.
+    Every rank reads config and data by itself; the files may change between their reads, or differ between nodes.
     """
     mine = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
     mine |= {_OTHERS.get(key, f"{key} of the run"): value for key, value in identity.items()}
@@ -38,21 +38,22 @@ def check_ranks(
     if _OTHERS["init"] in different and init is not None:
         raise ConfigError(
             f"the ranks found different newest checkpoints of the run to begin from, {init.checkpoint} among them, "
-            "since it is training: name one by init.checkpoint, or start again"
+            "because that run is still training: set init.checkpoint to one of them, or start again"
         )
     if "train.precision" in different:
-        raise ConfigError("train.precision = 'auto' is another on some ranks' devices; set it to bf16 or fp32")
+        raise ConfigError("train.precision = 'auto' chooses bf16 on some ranks and fp32 on others; set one of them")
     if different:
         raise ConfigError(
             f"the ranks do not have the same {', '.join(different)}: files that they read were replaced while they "
-            "started, or are others on some node; start again when they are the same everywhere"
+            "started, or differ between nodes; make them the same everywhere and start again"
         )
 
 
 def choose(mesh: Mesh, run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to start from, the same on every rank; None for a new start. Errors: ConfigError, CheckpointError.
+    """Returns the checkpoint to start from, the same on every rank, or None for a new start.
 
-    The main rank looks, and warns of checkpoints that it passes over.
+    The main rank looks for it and prints a warning for each damaged checkpoint that it skips. Raises ConfigError or
+    CheckpointError, on all ranks, if the request cannot be met.
     """
     answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
     if mesh.is_main:
@@ -74,9 +75,9 @@ def choose(mesh: Mesh, run_dir: Path, resume: str) -> Path | None:
 def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any], source: BatchSource) -> None:
     """Refuses the checkpoint of a run that trains another model, on other data, or from another seed.
 
-    Settings of training alone may change, those in model.moe among them. Where `source` goes on exactly where the
-    checkpoint left its own data, rows may have another length from there on, and rotary embedding another base, as
-    training on longer context wants.
+    Settings that only training uses may change, also those in model.moe. If the plan of `source` continues exactly
+    where the checkpoint's own plan ended, the length of rows and the base of the rotary embedding may change as well,
+    as training on longer context needs.
     """
     found = manifest.get("identity", {})
     data, samples = found.get("data"), manifest["samples"]
@@ -106,7 +107,7 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
         elif key == "data":
             said.append(f"its data are others: {source.difference(_facts(manifest))}")
         elif key in _OTHERS:
-            said.append(f"{_OTHERS[key]} is another")
+            said.append(f"{_OTHERS[key]} differs")
         else:
             said += words({_KEYS.get(key, key): (before, now)})
     if said:
@@ -114,12 +115,12 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
         if "data" in differing and source.location:
             go_on = f", make a plan that goes on from it (trivium data replan CONFIG --after {path} --out FOLDER)"
         raise ConfigError(
-            f"{path} was trained otherwise than this config says: {'; '.join(said)}; set it back{go_on}, or choose "
-            "another run.dir to start anew"
+            f"{path} was trained with other settings than this config: {'; '.join(said)}; set it back{go_on}, or "
+            "choose another run.dir to start from the beginning"
         )
 
 
-# Of model.moe, what counts in training alone, and not in what the model computes.
+# Keys of model.moe that training alone uses: the model's output does not depend on them.
 _TRAINING_ONLY = ("aux_loss", "aux_loss_coef", "z_loss_coef", "bias_update_rate", "capacity_factor")
 _OTHERS = {
     "init": "the checkpoint that it begins from",
@@ -130,7 +131,7 @@ _KEYS = {"seed": "run.seed", "seq_length": "train.seq_length"}
 
 
 def _model_changes(path: Path, before: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> Changes:
-    """Keys of two models that may not change, `model.KEY`. The earlier one gets the defaults of newer keys first."""
+    """Returns the differing keys, `model.KEY`, that may not change; a key that `before` lacks counts as its default."""
     old = validate(ModelConfig, before, origin=f"the model of {path}")
     new = validate(ModelConfig, now)
     found = changes(plain(old), plain(new))
@@ -140,7 +141,7 @@ def _model_changes(path: Path, before: dict[str, Any], now: dict[str, Any], free
 
 
 def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint's last data were; empty if it does not say."""
+    """Returns the facts of the data that the checkpoint was last trained on; empty if its manifest has none."""
     data_spans = manifest.get("stretches") or [{}]
     return dict(data_spans[-1].get("facts", {}))
 
@@ -149,8 +150,8 @@ def _choose(run_dir: Path, resume: str) -> Path | None:
     if resume == "no":
         if steps := storage.steps(run_dir):
             raise ConfigError(
-                f"{run_dir} holds checkpoints, the newest of step {steps[-1]}, and --resume no starts anew; choose "
-                f"another run.dir, remove {run_dir / 'checkpoints'}, or leave --resume out to go on"
+                f"{run_dir} holds checkpoints, the newest of step {steps[-1]}, which --resume no would overwrite; "
+                f"choose another run.dir, remove {run_dir / 'checkpoints'}, or leave --resume out to go on"
             )
         return None
     own, problems = storage.find_newest(run_dir)
@@ -158,7 +159,7 @@ def _choose(run_dir: Path, resume: str) -> Path | None:
         print(f"warning: {problem}", flush=True)
     if own is None and problems:
         raise CheckpointError(
-            f"no checkpoint of {run_dir} is whole; restore one, or choose another run.dir to start anew"
+            f"no checkpoint of {run_dir} is whole; restore one, or choose another run.dir to start from the beginning"
         )
     if resume == "auto":
         return own
@@ -174,7 +175,7 @@ def _choose(run_dir: Path, resume: str) -> Path | None:
 
 
 def origin_of(path: Path, run_dir: Path) -> str | None:
-    """Where the run's first checkpoint came from, if `--resume PATH` named one of another run."""
+    """Returns the checkpoint of another run that this run was started from by `--resume PATH`, if it was, else None."""
     if path.resolve().parent != (run_dir / "checkpoints").resolve():
         return str(path.resolve())
     origin = storage.read_manifest(path).get("origin")

@@ -1,9 +1,9 @@
-"""Saves in the background: the step loop stops for a copy to host memory, a thread of each rank does the rest.
+"""Saves checkpoints in the background: training stops for a copy to host memory, and a thread of each rank writes it.
 
-The threads agree over a gloo group of their own, never over a group that training uses: all tell the main rank what
-they wrote, it publishes or gives up, and tells all. So a save ends well even where one rank's training has failed, and
-nothing is asked of the file system but what `storage` asks. One save is in flight at most. Left out: keeping the pieces
-in other nodes' memory, and going on after a rank died (its peers' threads fail with it).
+The threads communicate over their own gloo group, never over a group that training uses: each reports to the main rank
+what it wrote, and the main rank publishes the checkpoint, or gives it up, and tells all. So a save completes even if
+training has failed on one rank. At most one save is in flight. Pieces are not kept in other nodes' memory, and a save
+does not survive the death of a rank (the other ranks' threads fail with it).
 """
 
 import datetime
@@ -30,12 +30,12 @@ AGREEMENT_MINUTES = 60
 class Saver:
     """Writes `checkpoints/step_N` of a run. All ranks make one and call its methods in the same order.
 
-    `say` gets a line at the end of each save, on the main rank, from another thread.
+    On the main rank `say` is called with one line at the end of each save, from the thread that saves.
     """
 
     def __init__(self, engine: Engine, run_dir: str | Path, config: CheckpointConfig, say: Callable[[str], None]):
         self.engine, self.run_dir, self.config, self.say = engine, run_dir, config, say
-        self.failure: str | None = None  # why the last save was given up, the same on every rank
+        self.failure: str | None = None  # why the last save was given up, if it was; the same on every rank
         self._error: BaseException | None = None
         self._host: dict[str, torch.Tensor] = {}
         self._pieces: dict[str, tuple[Piece, dict[str, torch.Tensor]]] = {}
@@ -46,11 +46,12 @@ class Saver:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         if engine.mesh.is_main:
             storage.remove_leftovers(run_dir)
-        dist.barrier(self._group)  # nobody's first file may be there when leftovers are removed
+        dist.barrier(self._group)  # no rank may write its first file before leftovers are removed
 
     def copy(self) -> float:
-        """Copies this rank's pieces for the next save; returns the seconds it took, without the wait for an earlier
-        save that is still being written.
+        """Copies this rank's pieces for the next save; waits first if an earlier save is still being written.
+
+        Returns the seconds that the copy took, without the wait.
         """
         self._wait_for_earlier()
         started = time.perf_counter()
@@ -60,13 +61,13 @@ class Saver:
         return self._copy_seconds
 
     def start(self, step: int, facts: dict[str, Any]) -> None:
-        """Begins to write what `copy` copied; `facts` go into the manifest."""
+        """Starts the thread that writes the pieces copied by `copy`; `facts` go into the manifest."""
         facts = {"step": step, **facts, **self._facts}
         self._thread = threading.Thread(target=self._run, args=(step, facts), name=f"save of step {step}")
         self._thread.start()
 
     def wait(self) -> None:
-        """Blocks until no save is in flight. Errors: what stopped its thread, if that was not the file system."""
+        """Blocks until no save is in flight. Raises the error that ended its thread, unless the file system failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -78,7 +79,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Training has ended, well or not: what is in flight is finished; an error of training's own goes before."""
+        """Finishes the save in flight when training ends; its error is dropped if training raised one."""
         try:
             self.wait()
         except Exception:
@@ -95,11 +96,11 @@ class Saver:
     def _run(self, step: int, facts: dict[str, Any]) -> None:
         try:
             self.failure = self._save(step, facts)
-        except BaseException as error:  # a peer that is gone; raised again in the step loop
+        except BaseException as error:  # e.g. another rank has died; `wait` raises it again in the training thread
             self._error = error
 
     def _save(self, step: int, facts: dict[str, Any]) -> str | None:
-        """Writes, agrees, publishes. Returns why it was given up, if it was."""
+        """Writes this rank's file and has the main rank publish. Returns why the save was given up, or None."""
         started = time.perf_counter()
         mesh, final = self.engine.mesh, storage.directory(self.run_dir, step)
         temporary = storage.temporary_name(final)
@@ -123,7 +124,7 @@ class Saver:
     def _publish(
         self, temporary: Path, final: Path, answers: list[dict[str, Any]], facts: dict[str, Any]
     ) -> dict[str, str | None]:
-        """On the main rank: what became of the save. A `mistake` is ours and ends the run."""
+        """Publishes the checkpoint. Returns a `failure` of the file system or a `mistake`, a bug that ends the run."""
         failure = next((answer["failure"] for answer in answers if answer["failure"]), None)
         mistake = None
         if failure is None:

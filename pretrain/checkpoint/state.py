@@ -1,6 +1,6 @@
-"""Between ZeRO's flat partitions and pieces of global tensors: saving and restoring an engine in any layout.
+"""Converts ZeRO's flat partitions to pieces of global tensors and back, to save and restore an engine in any layout.
 
-Under ZeRO each rank owns, of some parameters, a range of the fp32 master weight and of Adam's moments: its `Fragment`.
+Under ZeRO each rank owns a range (`Fragment`) of the fp32 master weight and of Adam's moments of some parameters.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from pretrain.parallel.zero import Fragment, master_partitions
 
 
 def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple[Piece, dict[str, torch.Tensor]]]:
-    """Pieces that this rank writes, in host memory: what a save needs of the engine, which may then step on.
+    """Copies the pieces that this rank writes to host memory, after which the engine may take its next step.
 
     Each element of each parameter is written by exactly one rank. `host` keeps the memory from one save to the next: 12
     bytes for each parameter that the rank owns, touched and (on a GPU node) pinned once.
@@ -40,7 +40,7 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
 
 
 def manifest_facts(engine: Engine) -> dict[str, Any]:
-    """What else of the engine a checkpoint holds, small enough for the manifest. Collective."""
+    """Returns the engine's state that goes into the manifest: Adam's step count and expert balance. Collective."""
     return {"optimizer_steps": _optimizer_steps(engine), "balance": expert_balance.state(engine.module, engine.mesh)}
 
 
@@ -61,9 +61,9 @@ def restore(engine: Engine, path: str | Path, optimizer: bool = True) -> None:
 
 
 def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """The whole model's current weights in the model's precision, on every rank, by global name.
+    """Gathers the whole model's weights in its own precision on every rank, by global name, for rollouts.
 
-    For rollouts: it needs memory for one whole copy on each rank.
+    Each rank needs memory for a whole copy.
     """
     mesh = engine.mesh
     weights = {name: torch.tensor(values) for name, values in expert_balance.state(engine.module, engine.mesh).items()}
@@ -81,7 +81,7 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def _from_stage(whole: torch.Tensor | None, ndim: int, stage_rank: int, engine: Engine) -> torch.Tensor:
-    """Gives all stages one parameter of the stage that holds it."""
+    """Broadcasts one whole parameter from the stage that holds it to all stages; the others pass None."""
     mesh = engine.mesh
     if mesh.layout.pp == 1:
         assert whole is not None
@@ -99,7 +99,7 @@ def _from_stage(whole: torch.Tensor | None, ndim: int, stage_rank: int, engine: 
 
 
 def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.Tensor]]]]:
-    """Pieces that this rank writes, as views into ZeRO's partitions."""
+    """Yields the pieces that this rank writes, as views into ZeRO's partitions."""
     mesh = engine.mesh
     _make_moments(engine, _optimizer_steps(engine))
     for name, parameter, own in _fragments(engine):
@@ -111,7 +111,7 @@ def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.T
 
 
 def _fragments(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
-    """(global name, the parameter's outline, fragment) of every parameter of which this rank owns a range."""
+    """Yields (global name, outline, fragment) of every parameter of which this rank owns a range."""
     for name, parameter in engine.module.named_global_parameters():
         own = zero.fragment(engine.zero, parameter)
         if own is not None:
@@ -119,7 +119,7 @@ def _fragments(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
 
 
 def _flat(engine: Engine, own: Fragment, kind: str) -> torch.Tensor:
-    """This rank's range of the master weight or of a moment, a view into ZeRO's flat partition."""
+    """Returns this rank's range of the master weight or of a moment, as a view into ZeRO's flat partition."""
     partition = master_partitions(engine.zero)[own.partition]
     flat = partition if kind == "weight" else engine.zero.optimizer.optimizer.state[partition][kind]
     return flat.data.narrow(0, own.offset, own.numel)
@@ -131,11 +131,11 @@ def _optimizer_steps(engine: Engine) -> int:
 
 
 def _make_moments(engine: Engine, optimizer_steps: int) -> None:
-    """Adam makes its state in its first step; a restore, or a save before it, needs the state to be there."""
+    """Makes Adam's state if there is none: Adam does so in its first step, but a save or restore may come before."""
     for partition in master_partitions(engine.zero):
         state = engine.zero.optimizer.optimizer.state[partition]
         if "exp_avg" not in state:
-            # On the partition's device, as the fused kernels want it.
+            # Fused kernels require it on the partition's device.
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(partition), torch.zeros_like(partition)
         state["step"].fill_(optimizer_steps)

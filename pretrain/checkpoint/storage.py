@@ -1,12 +1,12 @@
-"""Checkpoints on disk: a directory `checkpoints/step_N/` of safetensors files and one `manifest.json`.
+"""Files of checkpoints: a directory `checkpoints/step_N/` of safetensors files and one `manifest.json`.
 
 A parameter is known by its global name. Each rank writes the pieces it owns: a piece is the flat range [start,
 start + length) of a box (offset, shape) of the global tensor, so tensor parallel cuts boxes and ZeRO cuts ranges, and
-any reader can put the whole tensor together. The manifest names every piece, every file's size and SHA-256, and the
-run's state; it has a checksum of its own values. All is written under a temporary name, synced, and renamed: a
-directory called `step_N` is whole.
+any reader can assemble the whole tensor. The manifest names every piece, every file's size and SHA-256, and the run's
+state; it has a checksum of its own values. All files are written in a directory with a temporary name, synced, and the
+directory is renamed: one called `step_N` is whole.
 
-Left out: who writes when (`saving`); reading only the pieces that a rank needs (a parameter is put together whole).
+When to save is decided in `saving`. Readers assemble whole parameters, not only the pieces that a rank needs.
 """
 
 import errno
@@ -29,17 +29,18 @@ from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT, VersionError
 
 MANIFEST = "manifest.json"
-CHECKED = "data_checked"  # an empty file: what was not checked yet when the manifest was written, and is named by its
-# `unchecked_from`, has been found sound since; the manifest itself is never changed, since others hold its checksum
+# An empty file, made when training data that was still unchecked at the save (`unchecked_from` in the manifest) has
+# been checked and found whole. The manifest itself is never changed, since other files hold its checksum.
+CHECKED = "data_checked"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weights and Adam's two moments
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, torn, damaged, or of something else. Names the file and what to do."""
+    """Error for a checkpoint that is missing, incomplete, damaged or of another model; names file and remedy."""
 
 
 class OtherVersionError(ConfigError):
-    """A checkpoint is whole, and of another version of Trivium than this one."""
+    """Error for a whole checkpoint that another version of Trivium wrote, in a format that this one cannot read."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,23 @@ class Piece:
 
 
 def directory(run_dir: str | Path, step: int) -> Path:
+    """Path of a run's checkpoint of `step`."""
     return Path(run_dir) / "checkpoints" / f"step_{step}"
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run directory of a checkpoint; of one that lies alone, its own."""
+    """Run directory of a checkpoint; a checkpoint outside a `checkpoints` folder is its own."""
     checkpoint = checkpoint.resolve()
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def temporary_name(final: Path) -> Path:
-    """Where a checkpoint is while it is written."""
+    """Path of a checkpoint while it is written."""
     return final.with_name(f".{final.name}")
 
 
 def rank_file(rank: int) -> str:
+    """Name of the file that one rank writes."""
     return f"rank_{rank:05d}.safetensors"
 
 
@@ -78,7 +81,7 @@ def write_rank(
 ) -> dict[str, Any]:
     """Writes one rank's pieces, {name: (piece, {kind: flat fp32 tensor in host memory})}.
 
-    Returns its part of the manifest. Errors: OSError, with part of a file left behind.
+    Returns the rank's part of the manifest. Raises OSError, and may then leave an incomplete file.
     """
     tensors = {f"{kind}/{name}": tensor for name, (_, kinds) in pieces.items() for kind, tensor in kinds.items()}
     size, digest = _write_tensors(temporary / rank_file(rank), tensors)
@@ -91,14 +94,14 @@ def write_rank(
 
 
 def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Writes the manifest of all ranks' parts and gives the directory its final name. One rank calls it.
+    """Writes the manifest from all ranks' parts and renames the directory to its final name. One rank calls it.
 
-    Errors: OSError; CheckpointError if the parts do not make up every parameter.
+    Raises OSError, and CheckpointError if the parts do not cover every parameter.
     """
     for part in parts:
         file = temporary / part["file"]
         if not file.is_file() or file.stat().st_size != part["bytes"]:
-            why = "not as its rank wrote it; run.dir must be on a file system that all machines share"
+            why = "missing or incomplete after its rank wrote it; put run.dir on a file system that all machines share"
             raise FileNotFoundError(errno.ENOENT, why, str(file))
     parameters: dict[str, Any] = {}
     for part in parts:
@@ -130,7 +133,7 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory. Errors: CheckpointError, OtherVersionError."""
+    """Reads the manifest of a checkpoint directory. Raises CheckpointError or OtherVersionError."""
     file = Path(path) / MANIFEST
     try:
         return CHECKPOINT.read(file.read_bytes(), file)
@@ -138,14 +141,14 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} does not exist; {path} is not a whole checkpoint") from None
     except VersionError as error:
         raise OtherVersionError(
-            f"{error}; it was written by another version of Trivium: use that one, or train it again in another run.dir"
+            f"{error}; another version of Trivium wrote it: use that version, or train again in another run.dir"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{error}; use an earlier checkpoint") from None
 
 
 def verify(path: str | Path) -> dict[str, Any]:
-    """Reads the manifest and checks every file's size and SHA-256. Errors: CheckpointError naming the file."""
+    """Reads the manifest and checks every file's size and SHA-256. Raises CheckpointError, which names the file."""
     path = Path(path)
     manifest = read_manifest(path)
     for name, facts in manifest["files"].items():
@@ -163,13 +166,13 @@ def verify(path: str | Path) -> dict[str, Any]:
 
 
 def steps(run_dir: str | Path) -> list[int]:
-    """Steps of all checkpoints of a run, ascending."""
+    """Lists the steps of all checkpoints of a run, ascending."""
     found = (Path(run_dir) / "checkpoints").glob("step_*")
     return sorted(int(p.name[5:]) for p in found if p.name[5:].isdecimal())
 
 
 def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files match their checksums, and what was wrong with the newer ones."""
+    """Returns the newest checkpoint whose files match their checksums (or None), and the faults of newer ones."""
     problems: list[str] = []
     for step in reversed(steps(run_dir)):
         try:
@@ -181,7 +184,7 @@ def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def latest(run_dir: str | Path) -> Path:
-    """The newest whole checkpoint of a run. Errors: CheckpointError if there is none."""
+    """Returns the newest whole checkpoint of a run. Raises CheckpointError if there is none."""
     path, problems = find_newest(run_dir)
     if path is None:
         raise CheckpointError(
@@ -191,7 +194,7 @@ def latest(run_dir: str | Path) -> Path:
 
 
 class Reader:
-    """Puts whole tensors together from a checkpoint's pieces, one at a time."""
+    """Reader that assembles whole tensors from a checkpoint's pieces, one at a time."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -211,7 +214,7 @@ class Reader:
         return list(self.manifest["parameters"])
 
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
-        """The whole fp32 tensor. Errors: CheckpointError for a name or kind that is not there."""
+        """Reads a whole fp32 tensor. Raises CheckpointError for a name or kind that the checkpoint lacks."""
         if name not in self.manifest["parameters"] or kind not in self.manifest["kinds"]:
             raise CheckpointError(f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model")
         entry = self.manifest["parameters"][name]
@@ -234,9 +237,9 @@ class Reader:
 
 
 def read_full(path: str | Path, kind: str = "weight") -> dict[str, torch.Tensor]:
-    """All parameters, whole, fp32, after checking every checksum; weights with the state of balance of MoE layers.
+    """Reads one kind of tensor of all parameters, whole and in fp32, after checking every file's checksum.
 
-    Errors: CheckpointError.
+    Weights come with the load and router bias of MoE layers. Raises CheckpointError.
     """
     balance = verify(path).get("balance", {}) if kind == "weight" else {}
     with Reader(path) as reader:
@@ -245,23 +248,23 @@ def read_full(path: str | Path, kind: str = "weight") -> dict[str, torch.Tensor]
 
 
 def prune(run_dir: str | Path, step: int, keep: int, keep_every: int = 0) -> None:
-    """Removes checkpoints before `step` but the newest ones: `keep` are left, `step` among them.
+    """Removes old checkpoints: of those up to and with `step`, the newest `keep` stay, and multiples of `keep_every`.
 
-    Steps that are multiples of `keep_every` stay for good. Later steps are not counted: a run that went on from before
-    a damaged checkpoint has that one ahead of it.
+    Steps after `step` are neither counted nor removed: a run that resumed from before a damaged checkpoint will
+    overwrite it when it gets there.
     """
     done = [s for s in steps(run_dir) if s <= step]
     for old in done[:-keep]:
         if keep_every and old % keep_every == 0:
             continue
         path = directory(run_dir, old)
-        # The manifest goes first: what a kill leaves behind is then not taken for a checkpoint.
+        # The manifest is removed first, so that the rest is not taken for a checkpoint if the process is killed here.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Removes what killed saves left under temporary names. Nobody else may be saving."""
+    """Removes temporary directories that killed saves left. No save may be in flight."""
     for path in (Path(run_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -269,8 +272,8 @@ def remove_leftovers(run_dir: str | Path) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
     """Writes fp32 tensors as a safetensors file. Returns its size and SHA-256.
 
-    One pass over memory hashes what is written, and a full disk is an OSError: after the library's `save_file` the file
-    would have to be read again for its checksum, and what stopped it is an error of its own without a number.
+    The library's `save_file` is not used: the file would have to be read again for its checksum, and a full disk would
+    raise an error without errno. Here one pass hashes and writes, and a full disk raises OSError.
     """
     header: dict[str, Any] = {}
     end = 0

@@ -1,1 +1,1 @@
-"""Who computes what on which rank: groups, the pipeline schedule, ZeRO, and the gradients they leave to us."""
+"""Parallel training: process groups, pipeline schedules, ZeRO, and the gradient sums that neither of them takes."""

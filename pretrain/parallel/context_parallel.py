@@ -1,8 +1,8 @@
-"""Context parallel, by DeepSpeed-Ulysses (Jacobs et al. 2023): each rank has a part of every sequence.
+"""Context parallelism by DeepSpeed-Ulysses (Jacobs et al. 2023): each rank holds a part of every sequence.
 
-Around attention, and only there, ranks exchange: a part of the sequence with all heads becomes the whole sequence with
-a part of the heads, and back. So attention itself, with its document mask over whole rows, is what it is on one rank.
-Everything else works token by token.
+All-to-alls before and after attention exchange a part of the sequence with all heads for the whole sequence with a part
+of the heads, and back. Attention itself, with its document mask over whole rows, computes the same as on one rank. All
+other layers work token by token and need no exchange.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from pretrain.model.batch import Batch
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
-HEADS, SEQUENCE, BATCH = 2, 0, 1  # dimensions of q, k and v
+HEADS, SEQUENCE, BATCH = 2, 0, 1  # dimensions of q, k and v, which are [S, B, heads, D]
 
 
 def exchange_around_attention(stage: PipelineStage, mesh: Mesh) -> None:
-    """Puts the exchange around every layer's attention."""
+    """Wraps the attention of every layer in the exchange; does nothing at cp=1."""
     if mesh.layout.cp == 1:
         return
     for block in stage.blocks.values():
@@ -37,7 +37,10 @@ def _exchanging(attend: Attend, mesh: Mesh) -> Attend:
 
 
 def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
-    """This rank's part of each sequence, as consecutive tokens; documents of whole rows come along for the mask."""
+    """Cuts this rank's part, consecutive tokens, out of every sequence of the batches.
+
+    `row_segments` still numbers the documents of whole rows, for the attention mask.
+    """
     cp, rank = mesh.layout.cp, mesh.cp_rank
     if cp == 1:
         return list(batches)

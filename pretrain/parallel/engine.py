@@ -1,10 +1,11 @@
-"""One training step over the layout: megatron-core's pipeline schedule, our sums, DeepSpeed's ZeRO step.
+"""Training and evaluation steps of the model over all ranks of a layout.
 
-The order in a step, and why: (1) the number of valid tokens of the global batch, since every micro-batch's loss is
-divided by it; (2) forward and backward of all micro-batches by the schedule; (3) gradients of which several ranks
-hold a part are summed, see `gradients`; (4) ZeRO averages over data parallel (the loss is multiplied by dp first, so
-the average is the sum), clips by the global norm and steps the fp32 master weights. ZeRO stages 2 and 3 average in (2)
-already, and (3) then sums shares of averages: the order of the two sums is free.
+A training step has four parts: (1) count the trained tokens of the global batch, since every micro-batch's loss is
+divided by that number; (2) run forward and backward of all micro-batches by megatron-core's pipeline schedule; (3) sum
+the gradients of which several ranks hold a part (see `gradients`); (4) let DeepSpeed's ZeRO average gradients over data
+parallel ranks, clip them by the global norm and update the fp32 master weights. The loss is multiplied by the number of
+averaged ranks first, so that the average is a sum. ZeRO stages 2 and 3 average during (2) already, and (3) then sums
+parts of averages, which gives the same result.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,11 +32,14 @@ from pretrain.parallel.pipeline_stage import PipelineStage, stage_specs
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums over a global batch: masked loss and mask weight per source, masked loss-function metrics."""
+    """Results of a step over the global batch: loss and loss weight per source, and the loss function's metrics.
 
-    loss: torch.Tensor  # [sources]
-    weight: torch.Tensor  # [sources]
-    metrics: dict[str, float]
+    `grad_norm` is the global norm before clipping; None after an evaluation.
+    """
+
+    loss: torch.Tensor  # [sources], summed over trained tokens
+    weight: torch.Tensor  # [sources], sums of the loss mask
+    metrics: dict[str, float]  # means over tokens, weighted by the loss mask
     grad_norm: float | None = None
 
     @property
@@ -44,7 +48,7 @@ class StepSums:
 
 
 class Engine:
-    """The model of this rank's stage, its optimizer, and the steps they take."""
+    """The model chunks of this rank with their optimizer: trains and evaluates on global batches."""
 
     def __init__(
         self,
@@ -75,13 +79,13 @@ class Engine:
         for i, chunk in enumerate(chunks):
             init_weights(chunk, seed, mesh.slices)
             chunk.set_recompute(train.recompute)
-            scheduled: Any = chunk  # the schedules look for attributes of their own
+            scheduled: Any = chunk  # the schedules read these attributes of the model
             scheduled.config, scheduled.model_type = config, ModelType.encoder_or_decoder
             scheduled.vp_stage = i
-        # The order, and why: weights are drawn first, by global name, while every parameter is whole on its rank. Tied
-        # copies and experts are marked before ZeRO, which reads the marks when it groups parameters. Attention gets its
-        # exchange before its block is compiled, so that the exchange is part of what is compiled. ZeRO comes last: it
-        # takes all parameters into its optimizer, and in stage 3 takes them apart.
+        # This order is required: weights are drawn first, while each parameter is still one tensor (stage 3 splits
+        # them). Tied copies and experts are marked before ZeRO, which reads the marks when it groups parameters. The
+        # exchange is put around attention before blocks are compiled, so that it is compiled too. ZeRO comes last: it
+        # moves all parameters into the flat buffers of its optimizer.
         self.module = PipelineStage(chunks)
         mark_copies(self.module)
         exchange_around_attention(self.module, mesh)
@@ -95,14 +99,14 @@ class Engine:
     def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> StepSums:
         """Trains on this rank's micro-batches of one global batch.
 
-        Errors: ValueError if no token of the global batch is trained on; FloatingPointError if the gradient norm is
-        not finite, before any weight is changed.
+        Raises ValueError if no token of the global batch is trained on, and FloatingPointError, before any weight is
+        changed, if the gradient norm is not finite.
         """
         self.accumulate(batches, loss_fn)
         return self.update(lr)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> None:
-        """Steps 1 to 3: gradients of the global batch, up to ZeRO's average."""
+        """Computes the global batch's gradients, averaged over data parallel and not yet clipped: parts 1 to 3."""
         mesh = self.mesh
         self.module.train()
         batches = own_parts(batches, mesh)
@@ -120,7 +124,7 @@ class Engine:
         zero.average_gradients(self.zero)
 
     def update(self, lr: float) -> StepSums:
-        """Step 4: clip and step."""
+        """Clips the gradients and updates the weights with learning rate `lr`: part 4."""
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.zero.step()
@@ -132,9 +136,9 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> StepSums:
-        """Losses of held-out micro-batches; each data-parallel rank has its own, equally many."""
+        """Computes losses of held-out micro-batches; every data-parallel rank passes the same number of its own."""
         self.module.eval()
-        # The interleaved schedule takes micro-batches in groups of pp: the last group is filled with weightless ones.
+        # The interleaved schedule needs a multiple of pp micro-batches: copies of weight zero fill the last group.
         missing = -len(batches) % self.mesh.layout.pp if self.mesh.layout.vpp > 1 else 0
         filled = [*batches, *[batches[0].weightless()] * missing]
         return self._run(own_parts(filled, self.mesh), loss_fn, 1.0, forward_only=True)
@@ -192,5 +196,6 @@ class Engine:
             per_source[1].index_add_(0, batch.sources, batch.loss_mask.sum(1, dtype=torch.float64))
             named = [(metrics[name] * batch.loss_mask).sum(dtype=torch.float64) for name in loss_fn.metrics]
             sums = torch.cat([per_source.flatten(), *(value.view(1) for value in named)])
-        # A third value makes the schedule leave the loss alone: it is already divided by the global token count.
+        # Given three values the schedule does not divide the loss by the number of micro-batches; here it is already
+        # divided by the token count of the global batch.
         return loss_B.sum() * scale, torch.zeros((), dtype=torch.int, device=loss_B.device), sums

@@ -1,6 +1,6 @@
-"""The balance of all MoE layers over the layout: what `model.balance` counts in each, started, summed and reported.
+"""Load balancing of all MoE layers over all ranks: resets, sums, saves and reports each layer's expert counts.
 
-Leaves out the losses and the bias themselves: they are each layer's own, in `model.balance`.
+The balancing losses and the router bias of a single layer are in `pretrain.model.balance`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 
 
 def begin_step(stage: PipelineStage, denominators: LossDenominators) -> None:
-    """Makes every MoE layer forget the last step's counts and divide this step's losses by `denominators`."""
+    """Resets the counts of every MoE layer and sets the numbers that this step's losses are divided by."""
     for moe in stage.moe_layers.values():
         moe.balance.start()
         moe.balance.denominators = denominators
 
 
 def finish_step(stage: PipelineStage, mesh: Mesh) -> None:
-    """Tells every MoE layer how the global batch's tokens chose; all ranks that hold a layer are told the same."""
+    """Sums the experts' token counts over the global batch and updates load and router bias of every MoE layer."""
     layers = stage.moe_layers
     if not layers:
         return
@@ -34,22 +34,22 @@ def finish_step(stage: PipelineStage, mesh: Mesh) -> None:
 
 
 def state(stage: PipelineStage, mesh: Mesh) -> dict[str, list[float]]:
-    """The MoE layers' state of balance by global name, the same on all ranks; collective."""
+    """Returns load and router bias of all MoE layers by global name, the same on all ranks; collective."""
     own = {name: tensor.tolist() for name, tensor in stage.named_balance().items()}
     return {name: values for part in mesh.gather_json(own) for name, values in part.items()}
 
 
 def restore(stage: PipelineStage, saved: Mapping[str, Sequence[float]]) -> None:
-    """Copies what `state` gave back into this rank's layers."""
+    """Copies values that `state` returned into this rank's layers."""
     for name, tensor in stage.named_balance().items():
         tensor.copy_(torch.tensor(saved[name]))
 
 
 def stats(stage: PipelineStage, mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
-    """What the last step's metrics say of the experts, over all layers and by layer; collective, {} for a dense model.
+    """Computes the last step's expert metrics, over all layers and by layer; collective. Returns {} for a dense model.
 
-    The auxiliary loss (mean over layers), the busiest expert's tokens over a fair share (worst layer), and with a
-    capacity limit the share of choices that it dropped (mean).
+    `moe_aux_loss` is the auxiliary loss (mean over layers), `moe_max_load` the busiest expert's token count divided by
+    the mean count (maximum over layers), and `moe_dropped`, with a capacity limit, the share of choices dropped.
     """
     moe = config.moe
     if moe is None:

@@ -1,7 +1,8 @@
-"""Expert parallel: the experts of each layer spread over ranks that are otherwise data parallel.
+"""Expert parallelism: registers the experts' process groups with DeepSpeed.
 
-What dispatches tokens is `model.dispatch`; here is what DeepSpeed must be told, so that ZeRO splits and averages an
-expert over the ranks that hold it, and not over all data parallel.
+Each data-parallel rank of an expert-parallel group holds a part of every layer's experts. ZeRO must average and split
+an expert's gradients over the ranks that hold this expert, and not over all data-parallel ranks. Tokens are sent to
+their experts in `pretrain.model.dispatch`.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 
 
 def spread_experts(stage: PipelineStage, mesh: Mesh) -> None:
-    """Marks expert parameters with the group that holds them, and makes DeepSpeed see that there are some."""
+    """Registers the expert groups with DeepSpeed and marks expert parameters as theirs; does nothing at ep=1."""
     ep = mesh.layout.ep
     if ep == 1:
         return
@@ -32,14 +33,14 @@ def spread_experts(stage: PipelineStage, mesh: Mesh) -> None:
 
 
 def optimizer_groups(groups: list[dict[str, Any]], mesh: Mesh) -> list[dict[str, Any]]:
-    """With experts in groups of their own, as ZeRO wants them."""
+    """Splits optimizer groups so that experts have groups of their own, which ZeRO requires at ep>1."""
     if mesh.layout.ep == 1:
         return groups
     return split_params_into_different_moe_groups_for_optimizer(groups, max_group_size=None)
 
 
 class _MoEMarker(DeepSpeedMoE):
-    """DeepSpeed looks for experts only in a model that has a module of this class. It computes nothing."""
+    """A module that computes nothing: DeepSpeed looks for experts only in models that contain its MoE class."""
 
     def __init__(self, stage: PipelineStage, ep: int, name: str):
         nn.Module.__init__(self)
@@ -47,7 +48,7 @@ class _MoEMarker(DeepSpeedMoE):
         self.num_experts = next(iter(stage.moe_layers.values())).config.num_experts
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups are there already."""
+        """Does nothing, since `spread_experts` has registered the groups."""
 
     def forward(self, *_: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("a sign is not run")
+        raise AssertionError("this module only marks the model as one with experts")

@@ -1,9 +1,10 @@
-"""Under ZeRO-3, keeps autograd from holding on to gathered weights between forward and backward.
+"""Under ZeRO-3, keeps autograd from holding gathered weights in memory between forward and backward.
 
-Stage 3 gathers a module's weights for its forward pass, lets go of them, and gathers them again for its backward pass.
-But autograd saves views for backward: a linear layer its transposed weight, a stack of experts each expert's part. A
-view keeps all that was gathered in memory, in the end every layer's weights at once, as if they had not been split.
-So a view of a gathered weight is saved as a recipe, and backward takes it anew from what is gathered by then.
+Stage 3 gathers a module's weights for its forward pass, frees them, and gathers them again for its backward pass. But
+autograd saves views of weights for backward: a linear layer its transposed weight, stacked experts each expert's part.
+A view keeps the whole gathered tensor in memory, and after the forward pass all layers' weights would be held at once,
+as if ZeRO had not split them. So a view of a gathered weight is saved as its offset, size and strides, and the backward
+pass makes the view again from the weight gathered by then.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @dataclass(frozen=True)
 class _Recipe:
+    """The position of a view in a parameter."""
+
     parameter: nn.Parameter
     offset: int  # from the parameter's first element
     size: torch.Size
@@ -23,7 +26,7 @@ class _Recipe:
 
 
 class SavedAsRecipes(saved_tensors_hooks):
-    """A context for the forward pass of a module that DeepSpeed has wrapped already."""
+    """Context manager around forward passes of `module`, which DeepSpeed has wrapped before: saves views as recipes."""
 
     def __init__(self, module: nn.Module):
         super().__init__(self._pack, self._unpack)
@@ -43,10 +46,10 @@ class SavedAsRecipes(saved_tensors_hooks):
         address = _address(tensor)
         for parameter in self._gathered.get(address, ()):
             offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
-            # The address may be another tensor's by now, and a storage may hold several weights.
+            # A freed weight's address may belong to another tensor by now, and one storage may hold several weights.
             if _address(parameter) == address and 0 <= offset < parameter.numel():
                 return _Recipe(parameter, offset, tensor.size(), tensor.stride())
-        return tensor.detach()  # the tensor itself could make a cycle with the graph that saves it
+        return tensor.detach()  # the tensor itself refers to the graph that saves it, and the cycle would not be freed
 
     def _unpack(self, saved: torch.Tensor | _Recipe) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):

@@ -1,10 +1,10 @@
-"""Gradients of which several ranks hold a part and that ZeRO knows nothing of: summed after backward, before its step.
+"""Sums gradients of which several ranks hold a part and which ZeRO does not sum: after backward, before ZeRO's step.
 
-- The tied embedding has a copy on the first and on the last pipeline stage. Each copy gets the sum, so both stay
-  equal; the last stage's is marked as a copy, so that the grad norm counts it once.
-- Under sequence parallel, norm weights are whole on every tensor-parallel rank but see only its share of the
-  sequence (Korthikanti et al. 2022). So are QK-norm weights, with or without it: a rank sees only its heads. The grad
-  norm counts whole weights on the first such rank alone, so it needs no more than the sum.
+- Tied embeddings: the first and the last pipeline stage each hold a copy. Both copies get the sum and so stay equal;
+  the last stage's is marked, so that the grad norm counts it once.
+- Norm weights under sequence parallel: every tensor-parallel rank holds the whole weight but sees only its part of the
+  sequence (Korthikanti et al. 2022). QK-norm weights at tp>1: every rank sees only its own heads. The grad norm counts
+  such weights on the first tensor-parallel rank alone, so the sum is all that is needed.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from pretrain.parallel.zero import gradient, set_gradient
 
 
 def mark_copies(stage: PipelineStage) -> None:
-    """Marks the last stage's copy of a tied embedding for DeepSpeed's grad norm."""
+    """Marks the last stage's copy of a tied embedding, so that DeepSpeed leaves it out of the grad norm."""
     last = stage.chunks[-1]
     if last.model_config.tie_embeddings and last.stage.is_last and not last.stage.is_first:
         last.lm_head.weight.ds_pipe_replicated = True
 
 
 def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
-    """Makes every rank's gradients those of the whole batch of its data-parallel replica."""
+    """Sums partial gradients over tensor-parallel ranks, and those of tied embeddings over the first and last stage."""
     partial = _partial_norms(stage, mesh)
     if partial:
         _sum([norm.weight for norm in partial], mesh.tp_group)
@@ -41,7 +41,7 @@ def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
 
 
 def _partial_norms(stage: PipelineStage, mesh: Mesh) -> list[RMSNorm]:
-    """Norms of which each tensor-parallel rank has a part of the gradient."""
+    """Lists the norms whose gradient is partial on each tensor-parallel rank."""
     if mesh.layout.sp:
         return [module for module in stage.modules() if isinstance(module, RMSNorm)]
     attentions = [block.attention for block in stage.blocks.values()] if mesh.layout.tp > 1 else []
@@ -49,7 +49,7 @@ def _partial_norms(stage: PipelineStage, mesh: Mesh) -> list[RMSNorm]:
 
 
 def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """One all-reduce for all of them."""
+    """Sums the gradients of `parameters` over `group` in one all-reduce."""
     gradients = [gradient(parameter) for parameter in parameters]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat, group=group)

@@ -1,6 +1,6 @@
-"""Process groups: one rank's coordinates in the layout (`Mesh`), by megatron-core's parallel_state.
+"""Process groups of a layout, made by megatron-core's parallel_state, and one rank's coordinates in them (`Mesh`).
 
-`start` joins the world (gloo on CPU, NCCL on GPU) and makes the groups; `stop` leaves it, so that a process can start
+`start` joins the world (gloo on CPU, NCCL on GPU) and makes the groups; `stop` leaves it, so that a process can join
 again with another layout, as the tests do.
 """
 
@@ -20,7 +20,7 @@ from configs.layout import Layout
 from launch.environment import ClusterEnvironment
 from pretrain.megatron import parallel_state
 from pretrain.model.slices import Slices, is_expert, tp_split
-from pretrain.parallel.backends import deepspeed, redirect_to_cpu
+from pretrain.parallel.deepspeed_import import deepspeed, redirect_to_cpu
 from pretrain.parallel.messages import gather_json
 
 
@@ -40,29 +40,29 @@ class Mesh:
     cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    zero_group: dist.ProcessGroup  # dp and cp: ranks that hold the same weights, experts aside, and other tokens
-    expert_dp_group: dist.ProcessGroup  # those of them that hold the same experts
+    zero_group: dist.ProcessGroup  # dp and cp: ranks with the same weights, experts aside, and different tokens
+    expert_dp_group: dist.ProcessGroup  # the ranks of zero_group that hold the same experts
     replica_group: dist.ProcessGroup  # the tp * cp * pp ranks that train on the same sequences
 
     @property
     def zero_size(self) -> int:
-        """How many ranks ZeRO averages over."""
+        """Number of ranks that ZeRO averages over."""
         return self.layout.dp * self.layout.cp
 
     @property
     def sequence_part(self) -> tuple[int, int]:
-        """(which, of how many) parts of a sequence this rank's layers see from outside."""
+        """(index, count) of the part of a sequence that this rank holds between layers."""
         if not self.layout.sp:
             return self.cp_rank, self.layout.cp
         return self.cp_rank * self.layout.tp + self.tp_rank, self.layout.cp * self.layout.tp
 
     def is_first_holder(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank is the first of those that hold the very same slice of a parameter for other data."""
+        """Whether this rank is the first of the data-parallel ranks that hold the same slice of a parameter."""
         group = self.expert_dp_group if is_expert(parameter) else self.zero_group
         return dist.get_rank(group) == 0
 
     def gather_whole(self, slice_: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """The whole of a tensor of which every rank has its slice, as it has of `parameter`."""
+        """Gathers a whole tensor that is split over ranks like `parameter`, of which `slice_` is this rank's part."""
         for dim, parts, _ in self.slices.splits(parameter):
             group = self.tp_group if dim == tp_split(parameter) else self.ep_group
             slices = [torch.empty_like(slice_) for _ in range(parts)]
@@ -72,7 +72,7 @@ class Mesh:
 
     @property
     def slices(self) -> Slices:
-        """Which slices of parameters this rank holds."""
+        """The slices of parameters that this rank holds."""
         return Slices(self.layout.tp, self.tp_rank, self.layout.ep, self.ep_rank)
 
     @property
@@ -81,7 +81,7 @@ class Mesh:
 
     @property
     def leads_replica(self) -> bool:
-        """True on one rank of each replica."""
+        """Whether this is the first rank of its replica (the ranks that train on the same sequences)."""
         return dist.get_rank(self.replica_group) == 0
 
     @property
@@ -90,17 +90,17 @@ class Mesh:
 
     @property
     def counts_in_sums(self) -> bool:
-        """True on ranks whose loss counts in sums over the world: one for each part of each replica's sequences."""
+        """Whether this rank's loss counts in sums over all ranks: true on one rank for each part of a sequence."""
         return self.is_last_stage and self.tp_rank == 0
 
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in fp64 so that the order of ranks does not show."""
+        """Sums `values` over all ranks in fp64, so that the order of summation does not show in fp32."""
         total = values.to(self.device, torch.float64)
         dist.all_reduce(total)
         return total
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank, in rank order. Values are JSON: nothing is unpickled."""
+        """Returns every rank's value on every rank, in rank order. Values are sent as JSON: nothing is unpickled."""
         return gather_json(value)
 
     def broadcast_arrays(self, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
         torch.cuda.set_device(env.local_rank)
     os.environ.update(env.as_variables())  # DeepSpeed reads torchrun's variables whoever the launcher was
     if not dist.is_initialized():
-        alone = env.launcher == "single"  # no port is taken for a world of one
+        alone = env.launcher == "single"  # a world of one rank needs no port
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=dist.HashStore() if alone else None,
@@ -167,7 +167,7 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
 
 @contextlib.contextmanager
 def joined(env: ClusterEnvironment, layout: Layout) -> Iterator[Mesh]:
-    """The world and all groups of `layout` for the length of a `with`, which gets this rank's coordinates in them."""
+    """Context manager that calls `start`, yields this rank's `Mesh`, and calls `stop` at the end."""
     mesh = start(env, layout)
     try:
         yield mesh
@@ -188,7 +188,7 @@ def _replica_group(layout: Layout, rank: int) -> dist.ProcessGroup:
 
 
 def stop() -> None:
-    """Leaves the groups of `start`; what DeepSpeed caches of them goes too."""
+    """Destroys the groups that `start` made, and the references to them in DeepSpeed's module globals."""
     from deepspeed.utils import groups as deepspeed_groups
 
     parallel_state.destroy_model_parallel()
@@ -202,9 +202,9 @@ def stop() -> None:
 
 
 class DeepSpeedMpu:
-    """megatron-core's groups under the names that DeepSpeed's `mpu` argument asks for.
+    """Adapter that gives DeepSpeed, as its `mpu` argument, megatron-core's groups.
 
-    To DeepSpeed, ranks with other parts of the same sequences are data parallel like those with other sequences.
+    Context-parallel ranks count as data parallel here: they hold the same weights and different tokens.
     """
 
     def __getattr__(self, name: str) -> Any:

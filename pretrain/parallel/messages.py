@@ -1,6 +1,6 @@
-"""JSON between ranks over gloo, by a group of all of them or, on CPU tensors, the default one. Nothing is unpickled.
+"""Sends JSON values between ranks over gloo: in a given group of all ranks, or in the default one by CPU tensors.
 
-Leaves out tensors.
+Nothing is unpickled. Tensors are sent by torch.distributed itself.
 """
 
 import json
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None, everywhere: bool = True) -> list[Any]:
-    """Every rank's value, in rank order; if not `everywhere`, on rank 0 alone, and elsewhere an empty list."""
+    """Returns all ranks' values in rank order; unless `everywhere`, rank 0 alone gets them and others an empty list."""
     data = _bytes(value)
     world_size = dist.get_world_size(group)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
@@ -28,7 +28,7 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None, everywhere: 
 
 
 def broadcast_json(value: Any, group: dist.ProcessGroup) -> Any:
-    """Rank 0's value, on every rank."""
+    """Returns rank 0's value on every rank."""
     data = _bytes(value)
     length = torch.tensor([len(data)])
     dist.broadcast(length, 0, group=group)

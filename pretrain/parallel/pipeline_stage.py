@@ -1,7 +1,7 @@
-"""One pipeline rank's part of the model: a chunk of consecutive layers, or with interleaving (vpp) several.
+"""One pipeline rank's part of the model: a chunk of consecutive layers, or vpp chunks with an interleaved schedule.
 
-Chunk c of pipeline rank p is virtual stage c * pp + p, so that a micro-batch passes every rank once before it comes
-back to the first (Narayanan et al. 2021, figure 4).
+Chunk c of pipeline rank p is virtual stage c * pp + p, so that a micro-batch passes every rank once before it returns
+to the first (Narayanan et al. 2021, figure 4).
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,14 +17,14 @@ from pretrain.model.moe import MoE
 
 
 def stage_specs(layout: Layout, pp_rank: int) -> list[StageSpec]:
-    """What each chunk of a pipeline rank holds."""
+    """Returns the part of the model that each chunk of a pipeline rank holds."""
     last = layout.pp * layout.vpp - 1
     virtual = [chunk * layout.pp + pp_rank for chunk in range(layout.vpp)]
     return [StageSpec(layout.layers_of_stage(v), v == 0, v == last) for v in virtual]
 
 
 class PipelineStage(nn.Module):
-    """The chunks as one module, for ZeRO; megatron-core's schedules run `chunks` one by one."""
+    """The chunks of one pipeline rank as one module, for ZeRO; megatron-core's schedules run the `chunks` singly."""
 
     def __init__(self, chunks: Iterable[Decoder]):
         super().__init__()
@@ -44,12 +44,12 @@ class PipelineStage(nn.Module):
         return {layer: moe for chunk in self.chunks for layer, moe in chunk.moe_layers.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Of the only chunk, where there is no pipeline."""
+        """Runs the only chunk; a pipeline's schedule calls the chunks itself."""
         (chunk,) = self.chunks
         return chunk(*args, **kwargs)
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name in checkpoints and init, parameter)."""
+        """Yields (name in checkpoints and init, parameter) for all chunks."""
         for chunk in self.chunks:
             yield from chunk.named_global_parameters()
 

@@ -1,14 +1,14 @@
-"""ZeRO by DeepSpeed (Rajbhandari et al. 2020): what data-parallel ranks would all hold is split over them.
+"""ZeRO by DeepSpeed (Rajbhandari et al. 2020): splits over data-parallel ranks the state that each would hold whole.
 
-Stage 1 splits the fp32 master weights and Adam's moments, 2 the gradients too, 3 the weights too; offloaded, master
-weights and moments are in host memory, and Adam runs there. In stage 1 a pipeline schedule runs the backward pass and
-gradients are averaged once, at its end. In 2 and 3 they are averaged while backward makes them, micro-batch by
-micro-batch, so backward has to be DeepSpeed's own: `schedule` does without a pipeline. Gradients are accumulated and
-averaged in fp32 in all of them.
+Stage 1 splits the fp32 master weights and Adam's moments, stage 2 also the gradients, stage 3 also the weights. With
+offloading, master weights and moments are in host memory, and Adam runs there. In stage 1 the pipeline schedule runs
+the backward pass, and gradients are averaged once, after it. In stages 2 and 3 they are averaged during the backward
+pass of every micro-batch, so it must be DeepSpeed's own: `schedule` runs it, without a pipeline. All stages accumulate
+and average gradients in fp32.
 
-DeepSpeed has three optimizers for it: stage 3 has its own, so has stage 1 in bf16 when not offloaded, and one is for
-the rest. They name the same things differently, and this file is where that is known. A proof's fp64 has one of its
-own, in stage 1 alone: see `fp64`.
+DeepSpeed has three optimizer classes for this: one for stage 3, one for stage 1 in bf16 without offloading, and one for
+the rest. They name the same state differently; only this file depends on the names. `trivium prove` in fp64 uses a
+fourth, for stage 1 alone: see `fp64`.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,28 +23,28 @@ from torch import nn
 from configs.layout import Layout
 from configs.train import OptimizerConfig, TrainSection
 from pretrain.parallel import fp64
-from pretrain.parallel.backends import deepspeed
+from pretrain.parallel.deepspeed_import import deepspeed
 from pretrain.parallel.expert_parallel import optimizer_groups
 from pretrain.parallel.gathered import SavedAsRecipes
 from pretrain.parallel.groups import DeepSpeedMpu, Mesh
 
-# In elements.
-MAX_BUCKET = 2**26  # of gradients reduced at once, for which memory is reserved
-REUSE_DISTANCE = 1_000_000_000  # stage 3 keeps gathered what is used again before so many others: DeepSpeed's default
+MAX_BUCKET = 2**26  # elements of gradients reduced at once; DeepSpeed reserves memory for so many
+# Stage 3 keeps a weight gathered if fewer elements of other weights are used before its next use; DeepSpeed's default.
+REUSE_DISTANCE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The range of a parameter, flattened, whose fp32 state this rank owns, and where in its flat partitions it is."""
+    """The range of a flattened parameter whose fp32 state this rank owns, and its position in the rank's partitions."""
 
     start: int
     numel: int
-    partition: int  # of `master_partitions`
+    partition: int  # index into `master_partitions`
     offset: int  # in that partition
 
 
 def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
-    """A DeepSpeed engine around this stage's module. With stage 3 its weights are taken apart from here on."""
+    """Makes a DeepSpeed engine of this pipeline stage's module. Stage 3 splits the module's weights from here on."""
     initialize = fp64.initialize if dtype == torch.float64 else deepspeed.initialize
     engine, _, _, _ = initialize(
         model=module,
@@ -64,7 +64,7 @@ def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, mes
 
 
 def schedule(engine: Any) -> Callable[..., list[Any]]:
-    """For stages 2 and 3, instead of megatron-core's schedules and called like them: one stage, no pipeline."""
+    """Returns a schedule for stages 2 and 3, called like megatron-core's, that runs micro-batches in turn."""
     stage3 = engine.zero_optimization_stage() == 3
     saved: AbstractContextManager[None] = SavedAsRecipes(engine.module) if stage3 else nullcontext()
 
@@ -91,27 +91,27 @@ def schedule(engine: Any) -> Callable[..., list[Any]]:
 
 
 def average_gradients(engine: Any) -> None:
-    """Over data parallel, at the end of a step's backward passes; stages 2 and 3 have done it by then."""
+    """Averages gradients over data parallel after a step's last backward pass; stages 2 and 3 have already done so."""
     if engine.zero_optimization_stage() == 1:
         engine.set_gradient_accumulation_boundary(True)
         engine.allreduce_gradients()
 
 
 def master_partitions(engine: Any) -> list[torch.Tensor]:
-    """This rank's flat parts of the fp32 master weights, one or more for an optimizer group; keys of Adam's state."""
+    """Returns this rank's flat parts of the fp32 master weights, one or more a group. They are keys of Adam's state."""
     zero = engine.optimizer
     names = ("fp32_groups_flat_partition", "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
     return getattr(zero, next(name for name in names if hasattr(zero, name)))
 
 
 def fragment(engine: Any, parameter: nn.Parameter) -> Fragment | None:
-    """What this rank owns of a parameter; None if nothing."""
+    """Returns the range of a parameter that this rank owns, or None if it owns none of it."""
     known: Any = parameter
     if hasattr(known, "ds_id"):
         zero = engine.optimizer
         partition, offset, size = zero.grad_position[zero.get_param_id(known)]
         start = size * dist.get_rank(known.ds_process_group)
-        numel = min(size, known.ds_numel - start)  # the last ranks' shares may be padded, or nothing else
+        numel = min(size, known.ds_numel - start)  # the last ranks' shares may hold padding, or padding alone
         return Fragment(start, numel, partition, offset) if numel > 0 else None
     mapping = known._hp_mapping
     if mapping is None:
@@ -121,7 +121,7 @@ def fragment(engine: Any, parameter: nn.Parameter) -> Fragment | None:
 
 
 def update_weights(engine: Any) -> None:
-    """Gives the model its weights anew after master weights were changed by other hands; collective."""
+    """Copies master weights into the model after anything but the optimizer changed them; collective."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() < 3:
         zero.update_lp_params()
@@ -134,7 +134,7 @@ def update_weights(engine: Any) -> None:
 
 
 def outline(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter, or, where stage 3 took its elements away, one of its shape and marks without elements."""
+    """Returns the parameter; where stage 3 has split it, a meta tensor of its whole shape with the same marks."""
     known: Any = parameter
     if not hasattr(known, "ds_id"):
         return parameter
@@ -144,7 +144,7 @@ def outline(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def current_weight(parameter: nn.Parameter) -> torch.Tensor:
-    """The model's weight, whole over data parallel; collective over it in stage 3, where it is a copy."""
+    """Returns the model's weight, whole over data parallel; in stage 3 a copy, gathered collectively."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     with deepspeed.zero.GatheredParameters([parameter]):
@@ -152,23 +152,23 @@ def current_weight(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def full_gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """The step's fp32 gradient, after ZeRO's average over data parallel; collective over it."""
+    """Gathers the step's gradient, averaged over data parallel, in fp32 (or fp64); collective over data parallel."""
     if parameter.dtype == torch.float64:
         return fp64.full(parameter, gradient=True)
     return deepspeed.utils.safe_get_full_grad(parameter)
 
 
 def full_weight(parameter: nn.Parameter) -> torch.Tensor:
-    """The fp32 master weight, put together over data parallel; collective over it."""
+    """Gathers the master weight in fp32 (or fp64); collective over data parallel."""
     if parameter.dtype == torch.float64:
         return fp64.full(parameter, gradient=False)
     return deepspeed.utils.safe_get_full_fp32_param(parameter)
 
 
 def gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """The gradient accumulated so far, of the accumulation's dtype: in stage 1 all of it, else this rank's share.
+    """Returns the gradient accumulated so far: in stage 1 the whole, in stages 2 and 3 this rank's share.
 
-    Ranks of a tensor-parallel group have the same share. It may be empty; it may be flat.
+    All ranks of a tensor-parallel group own the same share, which may be empty and may be flat.
     """
     known: Any = parameter
     for name in ("_hp_grad", "grad_accum", "grad"):
@@ -183,7 +183,7 @@ def gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def set_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Puts `value`, flat, where `gradient` reads it."""
+    """Replaces the gradient that `gradient` returns by the flat tensor `value`."""
     known: Any = parameter
     kept = gradient(parameter)
     if hasattr(known, "ds_id"):
@@ -192,7 +192,7 @@ def set_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:
     kept.copy_(value.view_as(kept))
     zero = getattr(known, "_zero_optimizer", None)
     if zero is not None and known.grad is None and kept.numel():
-        # Offloaded stage 2 takes norms as gradients leave for host memory, and this one just changed there.
+        # Offloaded stage 2 computes norms when gradients move to host memory; this one has changed since.
         zero.norm_for_param_grads[zero.get_param_id(parameter)] = value.double().norm()
 
 
@@ -210,11 +210,11 @@ def _config(
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": 1,  # ours: DeepSpeed is told which backward pass is a step's last
+        "gradient_accumulation_steps": 1,  # the engine itself says which backward pass is a step's last
         "gradient_clipping": optimizer.clip_grad,
         "zero_optimization": _stage(module, mesh.layout),
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its own Adam on the CPU compiles at run time
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam is compiled at run time
         "communication_data_type": "fp32",
         "steps_per_print": 2**31,
     }
@@ -227,12 +227,12 @@ def _config(
 def _stage(module: nn.Module, layout: Layout) -> dict[str, Any]:
     stage: dict[str, Any] = {
         "stage": layout.zero,
-        # Without it DeepSpeed would sum experts' gradients over all data parallel, other experts' among them.
+        # Without this DeepSpeed would sum the gradients of different experts over all data-parallel ranks.
         "contiguous_gradients": True,
         "reduce_bucket_size": min(MAX_BUCKET, sum(p.numel() for p in module.parameters())),
     }
     if layout.zero == 3:
-        # Norm weights stay whole: to gather one costs a round trip, and to split it saves next to nothing.
+        # Norm weights stay whole: gathering one costs a round trip, and splitting it would save little memory.
         stage["stage3_max_reuse_distance"] = REUSE_DISTANCE
         stage["stage3_param_persistence_threshold"] = max(p.numel() for p in module.parameters() if p.ndim == 1)
     if layout.offload_optimizer:

@@ -352,7 +352,7 @@ def test_a_changed_plan_is_not_taken_for_that_of_training(
     source = open_source(tmp_path / "pretrain")
     assert source.plan is None and source.lost_plan == str(tmp_path / "data/plan")
     (tmp_path / "pretrain/tokenizer.model").unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer\.model is gone, with which the model was trained .* put it back"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.model, with which the model was trained, is missing; restore"):
         generate.main([str(tmp_path / "pretrain"), "--prompt", "a"])
 
 

@@ -1,7 +1,7 @@
-"""DeepSpeed, imported quietly and, without CUDA, told that the device is the CPU.
+"""Imports DeepSpeed without its log lines and, on machines without CUDA, sets its device to the CPU.
 
-DeepSpeed would guess its accelerator, and compile a shared-memory all-reduce at first use, for which a machine may
-lack the compiler and the tests' gloo is enough. With CUDA nothing is changed. megatron-core is in pretrain/megatron.py.
+Left alone, DeepSpeed would guess its accelerator and compile a shared-memory all-reduce at first use; a machine may
+lack the compiler, and gloo is enough on a CPU. With CUDA nothing is changed. megatron-core is in pretrain/megatron.py.
 """
 
 import logging
@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", module=r"deepspeed\.")
 
 
 def redirect_to_cpu() -> None:
-    """Makes megatron-core and DeepSpeed do without CUDA where there is none."""
+    """Makes megatron-core and DeepSpeed run on the CPU where there is no CUDA device."""
     megatron.redirect_to_cpu()
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
