@@ -1,1 +1,1 @@
-"""Pretraining: the model, the parallel engine, the one train loop, checkpoints."""
+"""Pretraining: the model, the parallel engine, the train loop that SFT and RL share, checkpoints and proofs."""

@@ -1,7 +1,7 @@
-"""What any rank may meet at any time, a signal or damaged data, becomes known to all ranks at the same step.
+"""Agreement of all ranks on events that one rank meets alone: a signal to stop, and damaged training data.
 
-The train loop asks after each step, and again and again while it waits for the check of its data. What it leaves out:
-what is then done about it.
+The train loop calls it after each step, and every half second while it waits for the check of its data, so that all
+ranks react to an event at the same step. The reaction itself is left to the train loop.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from pretrain.parallel.groups import Mesh
 
 
 class Agreement:
-    """All ranks call its methods together.
+    """Signals and damaged data of all ranks, exchanged by collectives: all ranks call each method together.
 
-    `first_step` is the one that this process goes on from. `unchecked_from` is the step from which on the run has
-    trained on data that is not held against its checksums yet.
+    `first_step` is the number of steps that were done when this process started. `unchecked_from` is the number of
+    steps that were done when the data was last known to match its checksums; later steps may have used damaged data.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -26,30 +26,33 @@ class Agreement:
         self._mesh = mesh
 
     def signal(self, step: int, check: DataCheck, watch: signals.Watch) -> int:
-        """The signal that any rank got, the same on all; 0 if none did. Errors: DamagedTrainingData, also on all."""
+        """Returns the signal that any rank got, the same on all ranks, or 0 if none got one.
+
+        Raises DamagedTrainingData on all ranks if any rank has found damaged data.
+        """
         trained = step > self.first_step
         if trained:
             watch.agree()
-        flags = [check.running, check.failed]  # in this order: it may fail and end meanwhile
+        flags = [check.running, check.failed]  # `running` is read first, since the check may fail and end in between
         numbers = torch.tensor([watch.number, *flags], dtype=torch.float32, device=self._mesh.device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         number, running, damaged = numbers.tolist()
         if trained:
             watch.work()
         if damaged:
-            spoilt = self.unchecked_from < step
-            check.raise_together(f"; what was saved after step {self.unchecked_from} may be spoilt" if spoilt else "")
+            consequence = f"; checkpoints after step {self.unchecked_from} may have been trained on damaged data"
+            check.raise_together(consequence if self.unchecked_from < step else "")
         if not running:
             self.unchecked_from = step
         return int(number)
 
     def wait_for_check(self, step: int, check: DataCheck, watch: signals.Watch, say: Callable[[str], None]) -> int:
-        """Waits until all data is held against its checksums, or for a signal, which it returns (else 0).
+        """Waits until all ranks have checked their data or one got a signal; returns the signal, else 0.
 
-        Errors: DamagedTrainingData, on all ranks.
+        Raises DamagedTrainingData on all ranks if any rank has found damaged data.
         """
         if check.running:
-            say("waits for the training data to be held against its checksums")
+            say("waiting until the training data is checked against its checksums")
         while not (number := self.signal(step, check, watch)) and self.unchecked_from < step:
             check.wait()
         return number

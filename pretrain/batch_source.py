@@ -1,8 +1,8 @@
-"""Batches: rows of a batch source, stacked into tensors, and who trains on which sample.
+"""Batch sources, which give training samples by number, and the assignment of samples to ranks and micro-batches.
 
 Sample i is a pure function of the source and i. Micro-batch j of a step holds samples [first + j*m, first + (j+1)*m)
-for micro-batch size m, and data-parallel rank r takes the r-th contiguous share of the step's micro-batches: neither
-ranks nor micro-batches change what a step trains on.
+for micro-batch size m, and data-parallel rank r takes the r-th contiguous share of the step's micro-batches. So a step
+trains on the same samples whatever the number of ranks and the micro-batch size.
 """
 
 import abc
@@ -21,7 +21,7 @@ from pretrain.model.batch import Batch
 
 
 def collate(rows: Sequence[Row], first: int | None = None) -> Batch:
-    """Stacks rows of equal length; the first is sample `first` of the run, if they are numbered."""
+    """Stacks rows of equal length into one micro-batch. `first` is the number of the first row's sample in the run."""
 
     def stack(name: str, dtype: Any) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(dtype))
@@ -42,7 +42,7 @@ def collate(rows: Sequence[Row], first: int | None = None) -> Batch:
 
 
 def micro_batches(rows: Sequence[Row], micro_batch_size: int, first: int | None = None) -> list[Batch]:
-    """Consecutive rows, of which the first is sample `first` of the run, if they are numbered."""
+    """Splits consecutive rows into micro-batches. `first` is the number of the first row's sample in the run."""
     return [
         collate(rows[i : i + micro_batch_size], None if first is None else first + i)
         for i in range(0, len(rows), micro_batch_size)
@@ -50,56 +50,63 @@ def micro_batches(rows: Sequence[Row], micro_batch_size: int, first: int | None 
 
 
 def share_of_rank(first: int, count: int, dp_rank: int, dp: int) -> range:
-    """The samples of [first, first + count) that data-parallel rank `dp_rank` trains on."""
+    """Returns which of the samples [first, first + count) data-parallel rank `dp_rank` of `dp` trains on."""
     share = count // dp
     return range(first + dp_rank * share, first + (dp_rank + 1) * share)
 
 
 class BatchSource(abc.ABC):
-    """Where samples come from. Pretraining reads a plan, SFT its dialogues; RL makes them with the current model."""
+    """Base class of the origins of samples: pretraining reads a plan, SFT its dialogues, RL samples from the model."""
 
-    fingerprint: str  # changes when any sample would
-    num_samples: int | None  # None: as many as asked for
-    sources: list[str]  # what `Row.source` indexes; losses are reported for each
-    first_sample: int = 0  # of the run, that is this source's first: earlier ones were of the source `after`
-    after: str | None = None  # its fingerprint
-    location: str | None = None  # where a plan is, for tools that look up what a step was trained on
-    same: Mapping[str, int] = {}
+    fingerprint: str  # identifies the samples: it changes when any of them does
+    num_samples: int | None  # None: there is no end
+    sources: list[str]  # names that `Row.source` indexes; the loss is logged for each
+    first_sample: int = 0  # number in the run of this source's first sample; earlier samples came from `after`
+    after: str | None = None  # fingerprint of the source that this one continues
+    location: str | None = None  # folder of the plan, for tools that look up what a step was trained on
+    # Fingerprints of other sources, with how many of the run's first samples are the same in them as in this one.
+    common_samples: Mapping[str, int] = {}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the data are, as JSON: kept in checkpoints, so that `difference` can tell what has changed."""
+        """JSON values that describe the data; checkpoints keep them, so that `difference` can tell what has changed."""
         return {}
 
     def difference(self, before: Mapping[str, Any]) -> str:
-        """In words, from the `facts` of data with another fingerprint; they are empty where nothing is known."""
-        said = words(changes(before, self.facts)) if before else []
-        return "; ".join(said) or "the checkpoint does not say what is different about them"
+        """Describes how the data differ from data with the facts `before`, which are empty if they are unknown."""
+        described = words(changes(before, self.facts)) if before else []
+        return "; ".join(described) or "the checkpoint does not say what is different about them"
 
     def note_use(self, run_dir: Path) -> None:  # noqa: B027  most sources need nothing
-        """Called on one rank before training: leaves a note beside data that others might remove. Errors: OSError."""
+        """Leaves a note beside the data that run `run_dir` uses them; the main rank calls it before training.
+
+        Raises OSError if the note cannot be written.
+        """
 
     def prepare(self, engine: Any, step: int) -> None:  # noqa: B027  most sources need nothing
-        """Called on all ranks before the rows of a step are asked for; RL takes the current weights here."""
+        """Prepares the rows of step `step`; all ranks call it before `rows`. RL copies the current weights here."""
 
     def files(self) -> list[Expected]:
-        """The files that its rows are read from, as they were written; none where no checksums are known."""
+        """Returns the files that rows are read from, with their checksums; empty if no checksums are known."""
         return []
 
     @abc.abstractmethod
     def rows(self, samples: range) -> Sequence[Row]:
-        """This data-parallel rank's samples of a step. All ranks of a replica ask for the same."""
+        """Returns the rows of `samples`, this data-parallel rank's share of a step.
+
+        All ranks of a model replica ask for the same samples.
+        """
 
     def step_metrics(self) -> dict[str, tuple[float, float]]:
-        """{name: (sum, count)} of this rank's rows since last asked; the same names on every rank."""
+        """Returns {name: (sum, count)} of this rank's rows since the last call, with the same names on every rank."""
         return {}
 
 
 class PlanSource(BatchSource):
-    """Rows of a mixture plan; see `data_pipeline.mixture.rows.Plan`."""
+    """Batch source that reads the rows of a mixture plan, see `data_pipeline.mixture.rows.Plan`."""
 
-    def __init__(self, plan: Plan, same: Mapping[str, int] | None = None):
-        self.plan, self.same = plan, same or {}
+    def __init__(self, plan: Plan, common_samples: Mapping[str, int] | None = None):
+        self.plan, self.common_samples = plan, common_samples or {}
         self.fingerprint, self.num_samples, self.sources = plan.fingerprint, plan.num_samples, list(plan.sources)
         self.first_sample, self.after, self.location = plan.first_sample, plan.after, str(plan.path)
 

@@ -1,10 +1,11 @@
-"""Holds the files that a run is trained on against their checksums, once at its start.
+"""Check of a run's training data against its checksums, each time that the run is started.
 
-Every rank reads its share of the files, so that each is read once. Few bytes are read before the first step; many in a
-thread of the lowest priority while training goes on, and the last checkpoint waits for it unless a signal comes: it is
-then saved with data unchecked, and the next start of the command checks all of it. What one rank finds, all learn where
-they agree on signals (`pretrain.agreement`), and all stop. Leaves out what is read later: whether an id
-is in the vocabulary is looked at with every row (`data_pipeline.mixture.rows`).
+Every rank reads its share of the files, so that each file is read once. Up to FIRST_BYTES are read before the first
+step. More than that is read by a thread of the lowest priority while training goes on, and the run saves its last
+checkpoint only when that thread is done, or when a signal comes: the checkpoint is then marked as unchecked, and the
+next start of the command checks all of the data. If one rank finds damage, all ranks learn of it where they exchange
+signals (`pretrain.agreement`), and all stop. Damage that happens after the check is left out, except that every row's
+token ids are checked against the vocabulary (`data_pipeline.mixture.rows`).
 """
 
 import contextlib
@@ -17,18 +18,18 @@ from types import TracebackType
 from data_pipeline.core.integrity import DamagedData, Expected, check_files
 from pretrain.parallel.groups import Mesh
 
-FIRST_BYTES = 1_000_000_000  # up to so many are read before the first step, by all ranks together: some seconds
-WAIT_SECONDS = 0.5  # from one look at signals to the next while nothing is left to do but to wait for the check
-_LEAVE_SECONDS = 10.0  # a read that hangs does not keep the process from ending
-_TOLD = 3
+FIRST_BYTES = 1_000_000_000  # data of up to this size, over all ranks, is read before the first step: a few seconds
+WAIT_SECONDS = 0.5  # between two exchanges of signals while the run only waits for the check
+_LEAVE_SECONDS = 10.0  # longest wait for the thread at the end, since a read may hang
+_NAMED = 3  # damaged files named in the message
 
 
 class DamagedTrainingData(DamagedData):
-    """Files do not match their checksums. Raised on all ranks together."""
+    """Error for training data that does not match its checksums; raised on all ranks together."""
 
 
 class DataCheck:
-    """A context in which the check runs. `failed` may become true at any time on this rank."""
+    """Context that checks this rank's share of the files in a thread, and stops the thread at its end."""
 
     def __init__(self, files: Sequence[Expected], mesh: Mesh) -> None:
         by_size = sorted(files, key=lambda file: (-(file.size or 0), str(file.path)))
@@ -53,28 +54,30 @@ class DataCheck:
 
     @property
     def failed(self) -> bool:
+        """Whether this rank has found a damaged file so far."""
         return bool(self._found)
 
     @property
     def running(self) -> bool:
+        """Whether this rank is still reading its files."""
         return self._thread.is_alive()
 
     def wait(self) -> None:
-        """Waits until this rank has read its share, or it is time to look at signals."""
+        """Waits until this rank has read its files, but at most WAIT_SECONDS."""
         self._thread.join(WAIT_SECONDS)
 
-    def raise_together(self, trained: str) -> None:
-        """Called on all ranks once they know that one has failed; `trained` says what may be spoilt.
+    def raise_together(self, consequence: str) -> None:
+        """Raises DamagedTrainingData that names damaged files of all ranks and ends in `consequence`.
 
-        Errors: DamagedTrainingData, always.
+        Collective: all ranks call it once they know that one of them has found damage.
         """
         found = [sentence for sentences in self._mesh.gather_json(self._found) for sentence in sentences]
-        more = f"; and {len(found) - _TOLD} more files" if len(found) > _TOLD else ""
-        raise DamagedTrainingData("; ".join(found[:_TOLD]) + more + trained)
+        more = f"; and {len(found) - _NAMED} more files" if len(found) > _NAMED else ""
+        raise DamagedTrainingData("; ".join(found[:_NAMED]) + more + consequence)
 
     def _read(self) -> None:
         if sys.platform == "linux" and not self._at_once:
-            with contextlib.suppress(OSError):  # of this thread alone: the steps' own threads go first
+            with contextlib.suppress(OSError):  # lowers this thread's priority alone, below that of the training steps
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        for file in self._mine:  # one by one, so that the first that is damaged is told while others are still read
+        for file in self._mine:  # one by one, so that damage is known before all files are read
             self._found += check_files([file], self._stop)

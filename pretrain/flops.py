@@ -1,4 +1,4 @@
-"""Floating-point operations: how many a token of training takes, and how many a GPU can do."""
+"""Floating-point operations that one token of training takes, and that a GPU can do in a second."""
 
 import torch
 
@@ -6,14 +6,18 @@ from configs.train import ModelConfig
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Forward and backward: 6 per active weight in a product, and 12 * layers * heads * dim * S/2 for attention."""
+    """Returns the operations of forward and backward pass per token, for rows of `seq_length` tokens (S).
+
+    They are 6 per active weight that is multiplied, and 12 * layers * heads * dim * S/2 for causal attention.
+    Embedding lookups multiply nothing, and recomputation is not counted.
+    """
     lookups = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
     attention = 6 * model.num_layers * model.num_heads * model.dim_per_head * seq_length
     return 6 * (model.num_parameters(active=True) - lookups) + attention
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of a known GPU in flop/s (vendors' data sheets); None where no peak is known, CPUs included."""
+    """Returns a GPU's dense peak in flop/s from its vendor's data sheet; None for other devices and dtypes."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Held-out loss and bits per byte, per source, over the layout that trains."""
+"""Held-out loss and bits per byte of each source, computed in the layout of the training run."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,16 +12,19 @@ from pretrain.parallel.engine import Engine
 
 
 class Evaluator(Protocol):
-    """Something measured every `eval.every` steps. All ranks call it and get the same answer."""
+    """A measurement taken every `eval.every` steps: {source or task: {measure: value}}.
+
+    Collective: all ranks call it and get the same values.
+    """
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]: ...
 
 
 class HeldoutLoss:
-    """Mean next-token loss per source; with `token_bytes` also bits per byte, which no tokenizer can flatter.
+    """Mean next-token loss of each source; with `token_bytes` also bits per byte, comparable between tokenizers.
 
     Bits per byte = total loss / ln 2 / UTF-8 bytes of the predicted tokens; special tokens are predicted but have no
-    bytes. `rows`: source to its held-out rows.
+    bytes. `rows` has each source's held-out rows, `token_bytes` [V] the number of bytes of each token.
     """
 
     def __init__(self, rows: dict[str, Sequence[Row]], token_bytes: np.ndarray | None = None):
@@ -29,7 +32,7 @@ class HeldoutLoss:
 
     @classmethod
     def of_plan(cls, plan: Plan, limit: int) -> "HeldoutLoss":
-        """The first `limit` held-out rows of every source."""
+        """Builds the evaluator of the first `limit` held-out rows of every source of a plan."""
         rows: dict[str, Sequence[Row]] = {
             s: [plan.heldout_row(s, i) for i in range(min(limit, plan.heldout_rows(s)))] for s in plan.sources
         }
@@ -40,18 +43,21 @@ class HeldoutLoss:
         if not batches:
             return {}
         sums = engine.evaluate(batches, NextToken())
-        bytes_of = self._bytes()
+        num_bytes = self._num_bytes()
         result = {}
         for index, name in enumerate(self.names):
             loss, weight = float(sums.loss[index]), float(sums.weight[index])
             if weight:
                 result[name] = {"loss": loss / weight}
                 if self.token_bytes is not None:
-                    result[name]["bits_per_byte"] = loss / np.log(2) / max(1, bytes_of[name])
+                    result[name]["bits_per_byte"] = loss / np.log(2) / max(1, num_bytes[name])
         return result
 
     def _batches_of_rank(self, engine: Engine) -> list[Any]:
-        """Equally many micro-batches for every data-parallel rank; the last are filled with rows that do not count."""
+        """Returns this rank's micro-batches, as many as every other data-parallel rank's.
+
+        The last micro-batches are filled with rows whose loss mask is all zero.
+        """
         rows = [_with(row, source=index) for index, name in enumerate(self.names) for row in self.rows[name]]
         if not rows:
             return []
@@ -61,7 +67,7 @@ class HeldoutLoss:
         share = len(rows) // layout.dp
         return micro_batches(rows[engine.mesh.dp_rank * share :][:share], size)
 
-    def _bytes(self) -> dict[str, int]:
+    def _num_bytes(self) -> dict[str, int]:
         if self.token_bytes is None:
             return {}
         return {
@@ -71,5 +77,6 @@ class HeldoutLoss:
 
 
 def _with(row: Row, **changes: Any) -> Row:
+    """Returns a copy of a row with some of its attributes changed."""
     values = {name: getattr(row, name) for name in ("tokens", "labels", "loss_mask", "positions", "segments", "source")}
     return Row(**{**values, **changes})

@@ -1,14 +1,15 @@
-"""A run's history: its spans of steps, each with one plan and one config, however often the run was resumed.
+"""History of a run: a list of data spans, which are ranges of steps with the same data and settings.
 
-It is a list of plain entries, in every checkpoint's manifest and as history.json in the run's folder:
+A new data span begins where a run is resumed with other data or settings. The list is in every checkpoint's manifest
+and in history.json in the run's folder. Each data span has these keys:
 
-first_step, first_sample    where the data span begins; both count from 0
-global_batch_size           rows a step
-data, plan                  the fingerprint of what is trained on, and where a plan is (None for other data)
-facts                       what the data are, in words and checksums that can be compared
+first_step, first_sample    its first step and that step's first sample; both count from 0
+global_batch_size           rows per step
+data, plan                  fingerprint of the batch source, and the plan's folder (None for other sources)
+facts                       description of the data by settings and checksums, `BatchSource.facts`
 config                      the whole resolved config
 
-Leaves out the layout's effect on rounding: `parallel` is listed as any other key, although it changes nothing else.
+Changes of `parallel` count as changes of settings, although a layout changes results only by rounding.
 """
 
 import json
@@ -27,19 +28,19 @@ from pretrain.schedule import learning_rate
 FILE = "history.json"
 DataSpan = dict[str, Any]
 
-# Keys that change no number of the training, or that the data's fingerprint stands for.
+# Beginnings of keys that change no number of the training, or whose change shows in the data's fingerprint.
 NEUTRAL = ("run.dir", "log.", "checkpoint.", "eval.", "task.eval_prompts", "data.plan")
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Changes:
-    """Keys of two configs that differ and may change the numbers."""
+    """Returns the keys of two configs whose values differ and that may change the numbers of the training."""
     return {key: pair for key, pair in changes(before, after).items() if not key.startswith(NEUTRAL)}
 
 
 def completed(schema: type[BaseModel], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that was written earlier, with the defaults of keys that the schema has got since.
+    """Completes a config of an earlier version by the defaults of keys that are new in `schema`.
 
-    It may have a model where the schema has none. What does not fit the schema any more is returned as it is.
+    The config may have a model even if the schema has none. A config that the schema refuses is returned unchanged.
     """
     own = {key: value for key, value in config.items() if key in schema.model_fields}
     try:
@@ -49,43 +50,49 @@ def completed(schema: type[BaseModel], config: Mapping[str, Any]) -> dict[str, A
         return dict(config)
 
 
-def news(last: DataSpan, config: TrainerConfig, now: DataSpan) -> list[str]:
-    """What changes after the span `last`: `optimizer.lr 0.001 -> 0.01 from step 40 on`, and where the rate jumps."""
+def describe_changes(last: DataSpan, config: TrainerConfig, now: DataSpan) -> list[str]:
+    """Describes what changes between the data spans `last` and `now`, and whether the learning rate jumps there.
+
+    A line is, for example, `optimizer.lr 0.001 -> 0.01 from step 40 on`. `config` is the config of `now`.
+    """
     step = now["first_step"]
     before = last.get("config", {})
-    said = [f"{line} from step {step} on" for line in words(changed(before, now["config"]))]
-    said += [f"{line} from step {step} on" for line in _data_changes(last, now)]
+    lines = [f"{line} from step {step} on" for line in words(changed(before, now["config"]))]
+    lines += [f"{line} from step {step} on" for line in _data_changes(last, now)]
     try:
         old = loader.validate(TrainerConfig, {key: before[key] for key in TrainerConfig.model_fields if key in before})
-    except ConfigError:  # of another version of this code
-        return said
+    except ConfigError:  # written by another version of Trivium
+        return lines
     end = old.schedule.steps or old.train.steps
-    was, becomes = (
+    old_rate, new_rate = (
         learning_rate(min(step, end - 1) if one is old else step, one.train.steps, one.optimizer.lr, one.schedule)
         for one in (old, config)
     )
-    if step < end and was != becomes:
-        said.append(f"the learning rate of step {step} is {becomes:.4g}, and was to be {was:.4g}")
-    elif old.schedule.kind != "constant" and was != becomes:
-        said.append(
-            f"the schedule was over, at {was:.4g}, and step {step} has a learning rate of {becomes:.4g}; a run in "
-            "several parts keeps to one schedule by schedule.steps"
+    if step < end and old_rate != new_rate:
+        lines.append(
+            f"the learning rate of step {step} is {new_rate:.4g}; the schedule up to now would have made it "
+            f"{old_rate:.4g}"
         )
-    return said
+    elif old.schedule.kind != "constant" and old_rate != new_rate:
+        lines.append(
+            f"the schedule had ended at a learning rate of {old_rate:.4g}, but step {step} has {new_rate:.4g}; to "
+            "train in several parts on one schedule, set schedule.steps to the steps of all parts together"
+        )
+    return lines
 
 
-def go_on(data_spans: Sequence[DataSpan], now: DataSpan) -> list[DataSpan]:
-    """The history with a data span that begins `now`, if it is not like the last one."""
-    # One that begins here too was never trained on.
+def append_span(data_spans: Sequence[DataSpan], now: DataSpan) -> list[DataSpan]:
+    """Returns the history with the data span `now` at its end, if its data or settings differ from the last one's."""
+    # A data span that begins at or after this step was never trained on in this run.
     earlier = [one for one in data_spans if one["first_step"] < now["first_step"]]
     if earlier and earlier[-1]["data"] == now["data"] and not changed(earlier[-1].get("config", {}), now["config"]):
         return earlier
     return [*earlier, now]
 
 
-def told(data_spans: Sequence[DataSpan]) -> list[str]:
-    """Of each data span one sentence: where it begins, its data, and which settings changed."""
-    said = []
+def describe_spans(data_spans: Sequence[DataSpan]) -> list[str]:
+    """Describes each data span in one sentence: its first step and sample, its data, and which settings changed."""
+    sentences = []
     for i, one in enumerate(data_spans):
         rows = f"{one['global_batch_size']} rows a step" + (f" of {one['plan']}" if one["plan"] else "")
         parts = [f"from step {one['first_step']}, sample {one['first_sample']:,}: {rows}"]
@@ -93,12 +100,12 @@ def told(data_spans: Sequence[DataSpan]) -> list[str]:
             parts += words(changed(data_spans[i - 1]["config"], one["config"]))
         if i:
             parts += _data_changes(data_spans[i - 1], one)
-        said.append("; ".join(parts))
-    return said
+        sentences.append("; ".join(parts))
+    return sentences
 
 
 def _data_changes(before: DataSpan, after: DataSpan) -> list[str]:
-    """What is different about the data of two data spans, checksums left out."""
+    """Describes how the data of two data spans differ: by settings of the mixture if any differ, without checksums."""
     if before["data"] == after["data"]:
         return []
     found = changes(before.get("facts", {}), after.get("facts", {}))
@@ -107,10 +114,11 @@ def _data_changes(before: DataSpan, after: DataSpan) -> list[str]:
 
 
 def read(run_dir: Path) -> list[DataSpan]:
-    """The history in a run's folder; empty where there is none."""
+    """Reads the history in a run's folder; an empty list if there is none."""
     path = run_dir / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def write(run_dir: Path, data_spans: Sequence[DataSpan]) -> None:
+    """Writes history.json into a run's folder."""
     files.write_atomic(run_dir / FILE, (json.dumps(data_spans, indent=1, ensure_ascii=False) + "\n").encode())

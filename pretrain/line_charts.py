@@ -1,6 +1,6 @@
-"""Line charts as inline SVG, written by hand, for the HTML `pages`, which have their CSS.
+"""Line charts as inline SVG, drawn without a chart library; their CSS is in `pages.py`.
 
-Leaves out every kind but lines over steps, and interaction beyond the browser's own tooltips.
+Other kinds of charts are left out, and so is interaction beyond the browser's own tooltips.
 """
 
 import html
@@ -13,15 +13,15 @@ Points = Sequence[tuple[float, float]]
 ToSvg = Callable[[float, float], tuple[float, float]]  # data to SVG coordinates
 
 WIDTH, HEIGHT, BOTTOM = 460, 240, 38
-MAX_POINTS = 400  # more than a chart this wide can show
-SMOOTH_FROM = 60  # with fewer points the raw line reads well by itself
+MAX_POINTS = 400  # about one per pixel of the chart's width
+SMOOTH_FROM = 60  # points from which on a noisy line gets a running mean
 
 
 def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: str, noisy: bool = True) -> str:
-    """One <figure>: title, legend where there are several series, and the curves.
+    """Returns a <figure> with a title, a legend if there are several series, and the curves; "" without any point.
 
-    Points that are not finite are left out. Long series are thinned so that every peak stays; `noisy` ones
-    get a running mean on top. Returns "" when no series has a point.
+    Points that are not finite are left out. Long series are thinned such that every peak stays; if `noisy`, a running
+    mean is drawn on top.
     """
     kept = {name: finite for name, points in series.items() if (finite := _finite(points))}
     if not kept:
@@ -63,7 +63,7 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
 
 
 def running_mean(points: Points) -> list[tuple[float, float]]:
-    """Each point's mean with its neighbours, 5 % of the points in all, fewer but as many on each side at the ends."""
+    """Replaces each y by the mean over a centred window of 5 % of the points; the window narrows towards both ends."""
     half = max(1, len(points) // 40)
     means = []
     for index, (x, _) in enumerate(points):
@@ -74,7 +74,7 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
 
 
 def thin(points: Points) -> Points:
-    """At most about MAX_POINTS of them: the lowest and the highest of every bucket, so that no peak is lost."""
+    """Returns about MAX_POINTS of the points, the lowest and the highest of every bucket, so that no peak is lost."""
     if len(points) <= MAX_POINTS:
         return points
     size = math.ceil(len(points) / (MAX_POINTS // 2))
@@ -89,7 +89,7 @@ def _finite(points: Points) -> list[tuple[float, float]]:
 
 def _path(points: Points, to_svg: ToSvg, style: str, kind: str, note: str) -> str:
     placed = [to_svg(x, y) for x, y in points]
-    if len(placed) == 1:  # a stroke of no length shows as a dot, its caps being round
+    if len(placed) == 1:  # a stroke of length 0 with round caps shows as a dot
         placed *= 2
     line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
     css = f' class="{kind}"' if kind else ""

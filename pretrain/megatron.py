@@ -1,15 +1,15 @@
-"""megatron-core: all that pretrain takes from it, what pretrain relies on in it, and how it runs without CUDA.
+"""Everything that pretrain uses of megatron-core: its imports, the behaviour relied on, and how it runs without CUDA.
 
-No other file imports megatron-core. What pretrain relies on, and its documentation does not promise, is listed here;
-each has a test of its name in tests/parallel/test_megatron.py, so that a new version which does otherwise fails
-there, by that name, before training goes wrong.
+No other file imports megatron-core. The list below is behaviour that pretrain relies on and that megatron-core's
+documentation does not promise. Each item has a test of its name in tests/parallel/test_megatron.py, so that a new
+version which behaves differently fails there, by that name, before training goes wrong.
 
 Layers, for pretrain/model:
 
 - `whole_layer`: a layer takes anything with `size()` and `rank()` for a group of one.
 - `unset_weights`: with `perform_initialization` off, weights keep what memory held, in `params_dtype`.
 - `column_layer`: it returns (output, None), and with `disable_grad_reduce` the input's gradient is this rank's part;
-  with its `sequence_parallel` put out, it takes the whole sequence whatever the config says.
+  with its `sequence_parallel` set to False, it takes the whole sequence whatever the config says.
 - `row_layer`: it returns (summed output, None), and under sequence parallel this rank's share of the sum.
 - `embedding`: lookups are summed; `reduce_scatter_embeddings` takes [B, S] and gives this rank's [S/tp, B, H].
 - `regions`: what each way into and out of split layers does, and its gradient, for contiguous tensors.
@@ -20,7 +20,7 @@ Layers, for pretrain/model:
 Groups, for pretrain/parallel:
 
 - `rank_order`: the order of ranks is tp, cp, dp, pp from neighbours to farthest, with ep inside cp and dp.
-- `process_groups`: which ranks are in each group that pretrain asks `parallel_state` for, and that it forgets them all.
+- `process_groups`: which ranks are in each group that pretrain gets from `parallel_state`, which can drop them all.
 
 Schedules, for pretrain/parallel:
 
@@ -100,9 +100,10 @@ warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
 
 def schedule_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """Builds what the pipeline schedules are told of a layout.
+    """Builds the config of megatron-core's pipeline schedules for a layout.
 
-    They check some numbers of their own, so the number of layers given is one a chunk: Trivium's may be uneven.
+    megatron-core refuses a number of layers that its pipeline chunks cannot share evenly; Trivium's chunks may be
+    uneven, so the config says one layer per chunk.
     """
     return TransformerConfig(
         num_layers=layout.pp * layout.vpp,
@@ -125,7 +126,7 @@ def schedule_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> T
 
 
 class _Redirected(types.ModuleType):
-    """A stand-in for a module: it has the attributes of `original`, some of them replaced."""
+    """Module with the attributes of `original`, some of them replaced."""
 
     def __init__(self, original: types.ModuleType, **replaced: Any):
         super().__init__(original.__name__)
@@ -137,7 +138,7 @@ class _Redirected(types.ModuleType):
 
 
 def redirect_to_cpu() -> None:
-    """Makes megatron-core see a `torch` whose current CUDA device is the CPU; does nothing where there is CUDA."""
+    """Gives megatron-core a `torch` whose current CUDA device is the CPU; does nothing on machines with CUDA."""
     if torch.cuda.is_available():
         return
 

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, and one progress line. Written by the main rank."""
+"""Output of a run while it trains, written by the main rank: metrics.jsonl, TensorBoard files and a progress line."""
 
 import contextlib
 import json
@@ -13,13 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.files import write_atomic
 
-PLAIN_EVERY_SECONDS = 10.0  # between lines where there is no terminal
+PLAIN_EVERY_SECONDS = 10.0  # time between progress lines if stdout is no terminal
 
 
 class MetricsLog:
-    """Appends one JSON object a step. On resume, lines after the checkpoint's step are cut off first.
+    """Log of a run: appends one JSON object per step to metrics.jsonl, and writes TensorBoard files if asked to.
 
-    A full disk does not stop training: lines wait in memory until there is room. TensorBoard's files end there.
+    When a run is resumed, lines after the checkpoint's step `first_step` are removed first. A full disk does not stop
+    training: lines wait in memory until there is room, and no more TensorBoard files are written.
     """
 
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool):
@@ -35,24 +36,28 @@ class MetricsLog:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """`record["step"]` counts from 1: the number of steps done."""
+        """Appends a record; its "step" is the number of steps done, so the first is 1."""
         late = bool(self._waiting)
         self._waiting += _encode(record)
         try:
             self._flush()
         except OSError as error:
             if not late:
-                print(f"warning: {self.path}: {error.strerror}; its lines wait until there is room", flush=True)
+                print(
+                    f"warning: {self.path} cannot be written ({error.strerror}); its lines wait in memory until there "
+                    "is room",
+                    flush=True,
+                )
         if self._board:
             try:
                 for name, value in _flatten(record):
                     self._board.add_scalar(name, value, record["step"])
             except OSError as error:
-                print(f"warning: no more TensorBoard files in this run: {error.strerror}", flush=True)
+                print(f"warning: TensorBoard files are no longer written in this run ({error.strerror})", flush=True)
                 self._board = None
 
     def close(self) -> None:
-        """Errors: OSError if lines are still waiting for room."""
+        """Writes waiting lines and closes all files. Raises OSError if there is still no room for the lines."""
         try:
             self._flush()
         finally:
@@ -66,11 +71,11 @@ class MetricsLog:
 
 
 class ProgressLine:
-    """A bar on a terminal; elsewhere a line every few seconds."""
+    """Progress bar on a terminal; if stdout is no terminal, a line every PLAIN_EVERY_SECONDS seconds."""
 
     def __init__(self, title: str, first_step: int, steps: int):
         self.title, self.steps = title, steps
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
         self._bar = None
         if sys.stdout.isatty():
             self._bar = Progress(
@@ -83,11 +88,12 @@ class ProgressLine:
     def update(self, step: int, text: str) -> None:
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
-        elif time.monotonic() - self._said > PLAIN_EVERY_SECONDS or step == self.steps:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._printed > PLAIN_EVERY_SECONDS or step == self.steps:
+            self._printed = time.monotonic()
             print(f"{self.title} {step}/{self.steps} {text}", flush=True)
 
     def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
         if self._bar:
             self._bar.console.print(text, highlight=False)
         else:
@@ -103,7 +109,7 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of the log; a last line cut short by a kill is left out."""
+    """Reads the log's records; a line that a kill cut short is left out."""
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -112,6 +118,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Returns the record's numbers by name; those of nested dicts are named `outer/inner`."""
     scalars: list[tuple[str, float]] = []
     for key, value in record.items():
         if isinstance(value, dict):

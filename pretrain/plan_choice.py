@@ -1,8 +1,9 @@
-"""Which plan a pretraining run trains on: the one at data.plan, or the one that was there when the run began.
+"""Choice of the plan that a pretraining run trains on: the one at data.plan, or the one it was begun on.
 
-A data run that makes other plans keeps the earlier ones. A run that was begun on one of those goes on with the new one
-only if it begins with the same samples, row by row; else with its own. It imports torch only where there is a
-checkpoint. Whether the plan is right for the checkpoint is left to checkpoint/resume.py.
+A data run that makes a new plan keeps the earlier ones. A training run that was begun on an earlier plan goes on with
+the new one only if both have the same rows for all samples trained on so far and for all later ones that both have;
+else it goes on with its own. Whether the plan fits the checkpoint is checked by checkpoint/resume.py. This module
+imports torch only if there is a checkpoint.
 """
 
 from dataclasses import dataclass, field
@@ -16,19 +17,23 @@ from data_pipeline.mixture.rows import Plan
 
 
 @dataclass(frozen=True)
-class Choice:
-    """`same` has fingerprints of earlier plans, with how many of the run's samples this plan has in common with them.
+class PlanChoice:
+    """The plan that a run trains on, and how it relates to the plan that the run was begun on.
 
-    `said` tells why the plan is not simply the one at data.plan, as it was.
+    `common_samples` has the fingerprint of the earlier plan, with how many of the run's first samples are the same in
+    both. `reason` is a sentence for the user if the choice was not obvious, else None.
     """
 
     plan: Plan
-    same: dict[str, int] = field(default_factory=dict)
-    said: str | None = None
+    common_samples: dict[str, int] = field(default_factory=dict)
+    reason: str | None = None
 
 
-def choose_plan(location: str, run_dir: Path, resume: str = "auto") -> Choice:
-    """Errors: ConfigError where there is no plan; DamagedData where it, or the run's own, is damaged."""
+def choose_plan(location: str, run_dir: Path, resume: str = "auto") -> PlanChoice:
+    """Chooses the plan of the run in `run_dir`, where `location` is data.plan and `resume` the value of --resume.
+
+    Raises ConfigError if there is no plan, DamagedData if the plan at `location` or the run's own one is damaged.
+    """
     missing, current = None, None
     try:
         current = Plan.open(location)
@@ -51,24 +56,31 @@ def choose_plan(location: str, run_dir: Path, resume: str = "auto") -> Choice:
         samples = max(used, min(own.num_samples, current.num_samples))
         different = first_difference(current, own, samples)
         if different is None:
-            said = f"{location} has other plans by now, which begin with the {samples:,} samples of the run's own"
-            return Choice(current, {own.fingerprint: own.first_sample + samples}, said)
-        if was_at(own, location):
-            said = (
-                f"{location} has another plan by now ({differences(own.facts, current.facts)}; it differs from sample "
-                f"{different:,} on), and the run goes on with its own, kept in {own.path}"
+            reason = (
+                f"{location} has a new plan since the run was started; its first {samples:,} samples are those of the "
+                "run's own plan, so the run goes on with the new one"
             )
-            return Choice(own, said=said)
+            return PlanChoice(current, {own.fingerprint: own.first_sample + samples}, reason)
+        if was_at(own, location):
+            reason = (
+                f"{location} has a new plan since the run was started ({differences(own.facts, current.facts)}; it "
+                f"differs from sample {different:,} on), so the run goes on with its own plan, kept in {own.path}"
+            )
+            return PlanChoice(own, reason=reason)
     if own is not None and current is None and was_at(own, location):
-        return Choice(own, said=f"{location} is gone, and the run goes on with its plan as it was kept in {own.path}")
+        reason = f"{location} is gone, so the run goes on with its own plan, kept in {own.path}"
+        return PlanChoice(own, reason=reason)
     if current is None:
         assert missing is not None
         raise missing
-    return Choice(current)
+    return PlanChoice(current)
 
 
 def _manifest(run_dir: Path, resume: str) -> dict[str, Any]:
-    """Of the checkpoint that the run goes on from, if it is whole; empty for a new run."""
+    """Returns the manifest of the checkpoint that the run goes on from; empty for a new run.
+
+    Checkpoints whose manifest cannot be read are skipped.
+    """
     if resume == "no" or not ((run_dir / "checkpoints").is_dir() or Path(resume).is_dir()):
         return {}
     from pretrain.checkpoint import storage

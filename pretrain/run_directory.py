@@ -1,7 +1,8 @@
-"""The folder of a training run: its lock, the facts of the run, and its spans of steps with the same data and settings.
+"""The folder of a training run: its lock, its config and environment, and its history of data and settings.
 
-One run at a time trains in it, by a lock that the main rank holds. The lock is the kernel's (flock): it goes when the
-process does, however that was. What it leaves out: file systems on which two machines can both hold it.
+The main rank holds a lock, so that only one run at a time trains in the folder. The lock is the kernel's (flock), which
+releases it when the process ends, however that happens. File systems on which two machines can both get a flock are not
+protected.
 """
 
 import contextlib
@@ -27,12 +28,12 @@ from pretrain.batch_source import BatchSource
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.parallel.groups import Mesh
 
-ENDING = "ending"  # in the lock file of a run that was told to stop
+ENDING = "ending"  # content of the lock file of a run that has got a signal to stop
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
 
 
 class RunDirectory:
-    """What a run's folder says of it beside checkpoints and metrics. All ranks have one; the main rank writes."""
+    """The folder of a run, without its checkpoints and metrics. Every rank makes one; only the main rank writes."""
 
     def __init__(
         self, config: TrainerConfig, model_config: ModelConfig, source: BatchSource, lineage: Lineage, mesh: Mesh
@@ -44,15 +45,15 @@ class RunDirectory:
 
     @property
     def full_config(self) -> dict[str, Any]:
-        """The resolved config; that of a run which begins from another's checkpoint has the model in it too."""
+        """The resolved config with the model's keys, which SFT and RL configs take from a checkpoint."""
         return {**loader.plain(self._config), "model": loader.plain(self._model_config)}
 
     @contextmanager
     def hold(self, watch: signals.Watch) -> Iterator[None]:
-        """Holds the run directory's lock; a second run in it is refused on all ranks.
+        """Context that holds the folder's lock. Raises ConfigError on all ranks if another run holds it.
 
-        It waits for one that was told to stop and is saving, as one whose launcher was killed may be when it is started
-        again.
+        If the other run has got a signal to stop and is saving, this one waits for it instead. That happens when a
+        launcher was killed and the same command is run again.
         """
         with contextlib.ExitStack() as stack:
             lock = None
@@ -69,14 +70,14 @@ class RunDirectory:
             yield
 
     def take_data_spans(self, manifest: dict[str, Any]) -> None:
-        """Takes over the data spans of the checkpoint that the run goes on from."""
+        """Takes over the data spans in the manifest of the checkpoint that the run continues from."""
         self.data_spans = manifest.get("stretches", [])
-        if self.data_spans:  # of the last one at least, settings are known in any version
+        if self.data_spans:  # older spans may lack their config; that of the last is the manifest's
             config = self.data_spans[-1].get("config", manifest["config"])
             self.data_spans[-1] = {**self.data_spans[-1], "config": history.completed(type(self._config), config)}
 
     def begin_data_span(self, step: int, samples: int, say: Callable[[str], None]) -> None:
-        """Notes from which step on the run has these data and settings, and says what has changed."""
+        """Begins a data span at `step`, unless nothing has changed, and tells the user through `say` what has."""
         now: history.DataSpan = {
             "first_step": step,
             "first_sample": samples,
@@ -87,12 +88,12 @@ class RunDirectory:
             "config": self.full_config,
         }
         if self.data_spans and self._mesh.is_main:
-            for line in history.news(self.data_spans[-1], self._config, now):
+            for line in history.describe_changes(self.data_spans[-1], self._config, now):
                 say(line)
-        self.data_spans = history.go_on(self.data_spans, now)
+        self.data_spans = history.append_span(self.data_spans, now)
 
     def write_facts(self, identity: dict[str, Any]) -> None:
-        """Writes config, environment and history, the tokenizer, and into the plan that this run needs it."""
+        """Writes the tokenizer, config.toml, env.json and history.json, and notes in the plan that this run uses it."""
         self._lineage.keep(self.path, identity)
         files.write_atomic(self.path / "config.toml", loader.toml(self.full_config))
         device = self._mesh.device
@@ -110,13 +111,17 @@ class RunDirectory:
         try:
             self._source.note_use(self.path)
         except OSError as error:
-            print(f"warning: {error}; a later data run there cannot know what this run needs", flush=True)
+            print(
+                f"warning: {error}; a later data run there cannot know that this run needs its tokens and tokenizer, "
+                "and may replace them",
+                flush=True,
+            )
 
 
 def _take(lock: IO[str], run_dir: Path) -> bool:
-    """Takes the lock, from a run that ends if need be. Returns whether it is ours."""
+    """Locks the file, after waiting for a run that is ending if there is one; returns whether it succeeded."""
     deadline = time.monotonic() + signals.ORPHAN_SECONDS
-    said = False
+    announced = False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,14 +130,14 @@ def _take(lock: IO[str], run_dir: Path) -> bool:
             lock.seek(0)
             if lock.read() != ENDING or time.monotonic() > deadline:
                 return False
-        if not said:
-            print(f"waiting for the run in {run_dir} that was told to stop and is saving", flush=True)
-            said = True
+        if not announced:
+            print(f"waiting for the run in {run_dir}, which got a signal to stop and is saving", flush=True)
+            announced = True
         time.sleep(0.2)
 
 
 def _write(lock: IO[str], text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a full disk; a run that has ended meanwhile
+    with contextlib.suppress(OSError, ValueError):  # OSError: the disk is full; ValueError: the file is closed already
         lock.truncate(0)
         lock.write(text)
         lock.flush()

@@ -1,8 +1,8 @@
-"""`trivium report RUN_DIR`: a run's metrics.jsonl as one report.html that needs neither network nor server.
+"""`trivium report RUN_DIR`: draws a run's metrics.jsonl as one report.html that needs neither network nor server.
 
-Curves of everything that was measured, the held-out numbers by source, and what the run was. The
-trainer calls `write` at the end of every run. Leaves out comparing runs (TensorBoard does) and imports no
-torch.
+The page has curves of all numbers that were logged, a table of held-out numbers by source, and the run's history and
+config. The trainer calls `write` at the end of every run. Comparing runs is left out (TensorBoard does it). The module
+imports no torch.
 """
 
 import html
@@ -19,7 +19,7 @@ from pages import page, short
 from pretrain import history
 from pretrain.line_charts import Points, line_chart
 
-# Charts in this order, with titles and units; whatever else is measured follows under its own name.
+# Order, titles and units of charts; charts of other numbers follow, titled by their keys.
 CHARTS = {
     "reward": ("Mean reward", "reward"),
     "loss": ("Training loss", "nats per token"),
@@ -30,7 +30,7 @@ CHARTS = {
     "memory_bytes": ("Memory of one rank", "bytes"),
 }
 NOT_DRAWN = {"step", "tokens", "eval"}
-SMOOTH_BY_NATURE = {"lr", "memory_bytes"}
+WITHOUT_NOISE = {"lr", "memory_bytes"}  # drawn without a running mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(run_dir: str | Path) -> Path:
-    """Draws what `run_dir` holds by now into its report.html; returns the path.
+    """Draws the metrics logged in `run_dir` so far into its report.html and returns that file's path.
 
-    Errors: ValueError, broken metrics.
+    Raises ValueError if a line of metrics.jsonl is broken.
     """
     run_dir = Path(run_dir)
     records = read_jsonl(run_dir / "metrics.jsonl")
@@ -75,9 +75,9 @@ def write(run_dir: str | Path) -> Path:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file; none where there is no file. A last line cut off by a kill is left out.
+    """Reads a file of one JSON object per line; a missing file has none. A last line cut off by a kill is left out.
 
-    Errors: ValueError naming file and line for any other line that is not a JSON object.
+    Raises ValueError that names file and line if any other line is not a JSON object.
     """
     if not path.is_file():
         return []
@@ -89,7 +89,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines):  # a whole line ends in a newline, so this one was being written
+            if number == len(lines):  # no newline follows, so it was cut off while it was written
                 break
             raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line and try again") from None
         if not isinstance(record, dict):
@@ -99,7 +99,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def last_of_each_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records by step. A resumed run repeats steps after its checkpoint: the later record of a step holds."""
+    """Returns one record per step in the order of steps; where a step has several, later values replace earlier ones.
+
+    A resumed run repeats the steps after its checkpoint, and evaluations have records of their own.
+    """
     merged: dict[int, dict[str, Any]] = {}
     for record in records:
         if "step" in record:
@@ -108,30 +111,30 @@ def last_of_each_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def summary(steps: list[dict[str, Any]]) -> str:
-    """One sentence on how far the run came."""
+    """Returns one sentence on the last logged step: its number, the tokens trained on, and the loss or reward."""
     last = next((record for record in reversed(steps) if "loss" in record), None)
     if last is None:
         return "No step has been logged yet."
     parts = [f"{last['step']:,} steps"]
     if "tokens" in last:
         parts.append(f"{last['tokens']:,} tokens")
-    # The value of a policy-gradient loss says nothing; the reward does.
+    # The value of a policy-gradient loss does not measure progress; the reward does.
     parts.append(f"mean reward {last['reward']:.3f}" if "reward" in last else f"training loss {last['loss']:.4f}")
     return ", ".join(parts) + "."
 
 
 def charts(steps: list[dict[str, Any]]) -> list[str]:
-    """A chart for every number that the steps carry; a group of numbers (loss by source) is one chart."""
+    """Draws a chart for every key of the records; a dict of numbers (loss by source) becomes one chart."""
     keys = dict.fromkeys(key for record in steps for key in record if key not in NOT_DRAWN)
     drawn = []
     for key in sorted(keys, key=lambda key: (list(CHARTS).index(key) if key in CHARTS else len(CHARTS), key)):
         title, unit = CHARTS.get(key, (key.replace("_", " ").capitalize(), key.replace("_", " ")))
-        drawn.append(line_chart(title, _series(steps, key), "step", unit, key not in SMOOTH_BY_NATURE))
+        drawn.append(line_chart(title, _series(steps, key), "step", unit, key not in WITHOUT_NOISE))
     return drawn
 
 
 def eval_charts(evals: list[dict[str, Any]]) -> list[str]:
-    """Loss and bits per byte by source, and whatever else an evaluation measured."""
+    """Draws a chart of each held-out measure (loss, bits per byte, accuracy …) with a line per source."""
     titles = {
         "loss": ("Held-out loss", "nats per token"),
         "bits_per_byte": ("Held-out bits per byte", "bits per byte"),
@@ -188,15 +191,15 @@ def _eval_table(evals: list[dict[str, Any]]) -> str:
 
 
 def _history(data_spans: Sequence[history.DataSpan]) -> str:
-    """Which steps had which data and settings; each config whole, behind a fold."""
+    """Returns a table of the data spans, each with its whole config behind a fold."""
     if not data_spans:
         return ""
     rows = []
-    for one, said in zip(data_spans, history.told(data_spans), strict=True):
-        whole = "\n".join(f"{key} = {value}" for key, value in flat(one.get("config", {})).items())
+    for one, sentence in zip(data_spans, history.describe_spans(data_spans), strict=True):
+        settings = "\n".join(f"{key} = {value}" for key, value in flat(one.get("config", {})).items())
         rows.append(
-            f"<tr><td>{html.escape(said)}</td><td><details><summary>all of its settings</summary>"
-            f"<pre>{html.escape(whole)}</pre></details></td></tr>"
+            f"<tr><td>{html.escape(sentence)}</td><td><details><summary>all settings</summary>"
+            f"<pre>{html.escape(settings)}</pre></details></td></tr>"
         )
     return f'<h2>Data and settings</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
 

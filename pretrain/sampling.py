@@ -1,7 +1,7 @@
-"""Left-to-right sampling with a key-value cache, on one rank that holds the whole model.
+"""Autoregressive sampling with a key-value cache, on one rank that holds the whole model.
 
-Each prompt draws from a generator of its own, keyed by (seed, its index or the given key), so that what is sampled
-does not depend on how prompts are batched. Left out: beam search, serving.
+Each prompt has its own random generator, seeded by (seed, its index or the given key), so that samples do not depend on
+how prompts are batched. Beam search and serving are left out.
 """
 
 import hashlib
@@ -15,7 +15,10 @@ from pretrain.model.decoder import Decoder
 
 @dataclass
 class Completion:
-    """Sampled tokens (the stop token included, if one came) and each one's log-probability when it was drawn."""
+    """Sampled continuation of a prompt: its tokens and the log-probability of each.
+
+    `stopped` is whether a stop token came, which is then the last of `tokens`.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -34,9 +37,10 @@ def generate(
     keys: Sequence[str] | None = None,
     pad_id: int = 0,
 ) -> list[Completion]:
-    """Continues every prompt. Temperature 0 is greedy.
+    """Samples a continuation of every prompt; temperature 0 takes the most probable token.
 
-    Log-probabilities are of the tempered distribution before `top_p` cuts it. Errors: ValueError on an empty prompt.
+    Log-probabilities are those after the temperature and before `top_p` is applied. Raises ValueError if a prompt is
+    empty.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no tokens; give at least the beginning-of-text token")
@@ -71,6 +75,7 @@ def generate(
 
 
 def _uniforms(seed: int, key: str, count: int) -> torch.Tensor:
+    """Draws `count` numbers from [0, 1) in fp64, a function of seed and key."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.rand(count, generator=generator, dtype=torch.float64)
@@ -79,7 +84,10 @@ def _uniforms(seed: int, key: str, count: int) -> torch.Tensor:
 def _draw(
     logits_BV: torch.Tensor, temperature: float, top_p: float, uniform_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row by inverting the cumulative distribution at `uniform_B`."""
+    """Draws one token per row by inverting its cumulative distribution at `uniform_B`.
+
+    Returns the tokens [B] and their log-probabilities [B].
+    """
     if temperature == 0:
         token = logits_BV.argmax(-1)
         return token, logits_BV.log_softmax(-1).gather(1, token[:, None])[:, 0]
@@ -96,6 +104,7 @@ def _draw(
 
 
 def _cut(tokens: list[list[int]], logprobs: list[list[float]], stops: set[int]) -> list[Completion]:
+    """Ends each row after its first stop token."""
     completions = []
     for row_tokens, row_logprobs in zip(tokens, logprobs, strict=True):
         end = next((i + 1 for i, token in enumerate(row_tokens) if token in stops), None)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as functions of the step."""
+"""Learning-rate schedules: constant, cosine and warmup-stable-decay (WSD), as functions of the step."""
 
 import math
 
@@ -6,10 +6,11 @@ from configs.train import ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of step `step` (0-based) of a run of `steps`, whose schedule ends there or at `schedule.steps`.
+    """Returns the learning rate of step `step`, counted from 0, of a schedule of `schedule.steps`, else `steps`, steps.
 
-    Linear warmup reaches `peak` at step `warmup_steps - 1`. Then cosine (Loshchilov and Hutter 2017) falls to the
-    floor at the schedule's last step; WSD (Hu et al. 2024) stays and falls linearly to it over the last `decay_steps`.
+    Linear warmup reaches `peak` at step `warmup_steps - 1`. Then cosine (Loshchilov and Hutter 2017) falls to
+    `peak * min_lr_ratio` at the schedule's last step, and WSD (Hu et al. 2024) stays at `peak` and falls there linearly
+    over the last `decay_steps`.
     """
     floor, steps = peak * schedule.min_lr_ratio, schedule.steps or steps
     if step < schedule.warmup_steps:

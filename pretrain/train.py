@@ -22,7 +22,7 @@ from configs.train import PretrainConfig
 from data_pipeline.core.integrity import DamagedData
 from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
-from pretrain.plan_choice import Choice, choose_plan
+from pretrain.plan_choice import PlanChoice, choose_plan
 
 if TYPE_CHECKING:
     from pretrain.heldout_loss import HeldoutLoss
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `trivium train` on one rank and returns the exit status, see `Trainer.fit`."""
     config, args = parse_args(
         PretrainConfig,
         argv,
@@ -44,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(config.run.dir, "run.dir")
     try:
         choice = _choose_plan(config, args.resume)
-    except DamagedData as error:  # the same on all ranks
+    except DamagedData as error:  # all ranks read the same plan and find the same damage
         return _failed(error, prints=env.is_main)
-    if choice.said and env.is_main:
-        print(f"data.plan: {choice.said}", flush=True)
+    if choice.reason and env.is_main:
+        print(f"data.plan: {choice.reason}", flush=True)
     if args.dry_run:
         print(
             f"{config.model.num_parameters():,} parameters ({config.model.num_parameters(active=True):,} active), "
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0
 
-    # torch and what stands on it take seconds to import: a mistake in the config is told before that.
+    # torch takes seconds to import, so mistakes in the config are reported before.
     from pretrain.batch_source import PlanSource
     from pretrain.checkpoint.lineage import Lineage
     from pretrain.model.losses import NextToken
@@ -69,17 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluators = _heldout(plan, config.eval.rows, mesh)
             if evaluators and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
                 print(
-                    f"{name}: {', '.join(bare)}: no held-out documents in {plan.path}, so none is evaluated", flush=True
+                    f"{name}: {plan.path} has no held-out documents of {', '.join(bare)}, so the held-out loss of "
+                    "these sources is not measured",
+                    flush=True,
                 )
-            source, lineage = PlanSource(plan, choice.same), Lineage.of_plan(plan, config.run.dir)
+            source, lineage = PlanSource(plan, choice.common_samples), Lineage.of_plan(plan, config.run.dir)
             return Trainer(
                 config, config.model, source, NextToken(), mesh, evaluators, lineage, name, resume=args.resume
             ).fit()
-        except DamagedData as error:  # of a row, on the ranks that read it
+        except DamagedData as error:  # in a row; only the ranks that read it raise this
             return _failed(error, prints=mesh.counts_in_sums)
 
 
-def _failed(error: DamagedData, prints: bool = True) -> int:
+def _failed(error: DamagedData, prints: bool) -> int:
+    """Prints the error on the ranks with `prints`, lets the others wait until it is printed, and returns status 1."""
     if prints:
         print(f"error: {error}", file=sys.stderr)
     else:
@@ -88,7 +92,7 @@ def _failed(error: DamagedData, prints: bool = True) -> int:
 
 
 def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
-    """Makes the evaluator of the loss on held-out rows; an empty list where the config asks for none.
+    """Returns the evaluator of the loss on `rows` held-out rows per source; an empty list if `rows` is 0.
 
     Raises DamagedData on all ranks together, with the damage that any of them found.
     """
@@ -105,15 +109,16 @@ def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
     return evaluators
 
 
-def _choose_plan(config: PretrainConfig, resume: str) -> Choice:
+def _choose_plan(config: PretrainConfig, resume: str) -> PlanChoice:
+    """Returns the plan to train on. Raises ConfigError if its row length or vocabulary size is not the config's."""
     choice = choose_plan(config.data.plan, Path(config.run.dir), resume)
-    for key, ours, theirs in (
+    for key, configured, planned in (
         ("train.seq_length", config.train.seq_length, choice.plan.seq_length),
         ("model.vocab_size", config.model.vocab_size, choice.plan.vocab_size),
     ):
-        if ours != theirs:
+        if configured != planned:
             raise ConfigError(
-                f"{key} = {ours}, but the plan {choice.plan.path} was built for {theirs}; set {key}={theirs}"
+                f"{key} = {configured}, but the plan {choice.plan.path} was built for {planned}; set {key}={planned}"
             )
     return choice
 

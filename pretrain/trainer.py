@@ -1,7 +1,7 @@
-"""The one train loop. Pretraining, SFT and RL differ in where batches come from and in the loss.
+"""The train loop of pretraining, SFT and RL, which differ in their batch source and their loss function.
 
-A run is its directory: started again with the same command, it goes on from the newest whole checkpoint, and a
-finished one says so. Checkpoints are written while training goes on, see checkpoint/saving.py.
+A run is identified by its directory: the same command run again continues from the newest whole checkpoint, and does
+nothing if the run is finished. Checkpoints are written while training goes on, see checkpoint/saving.py.
 """
 
 import resource
@@ -41,11 +41,11 @@ FAILED = 1
 
 
 class Trainer:
-    """Trains `model_config` on `source` by `loss_fn` in the layout of `mesh`, into `config.run.dir`.
+    """Trains a model on the samples of `source` with `loss_fn` in the layout of `mesh`; writes to `config.run.dir`.
 
     `lineage` has the tokenizer, and for SFT and RL the checkpoint whose weights the run starts from. `evaluators` are
-    asked every `eval.every` steps and at the end. `title` is the word before the progress bar; `resume` is told in
-    checkpoint/resume.py.
+    called every `eval.every` steps and after the last. `title` is the word before the progress bar. `resume` is the
+    value of `--resume`, see checkpoint/resume.py.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class Trainer:
         self.step, self.samples, self.tokens = 0, 0, 0
         self.ledger = dict.fromkeys(source.sources, 0.0)  # tokens (loss weights) trained on, by source
         self.origin: str | None = None
-        self.context = max(self.lineage.context, train.seq_length)  # what the model is made for: it never shrinks
+        self.context = max(
+            self.lineage.context, train.seq_length
+        )  # context length of the model, in tokens; never shrinks
         self.identity = {
             "model": loader.plain(model_config),
             "seed": config.run.seed,
@@ -87,10 +89,10 @@ class Trainer:
         self._flops_share = None if flops is None else per_token / (flops * mesh.layout.world_size)
 
     def fit(self) -> int:
-        """Trains to `train.steps`. Returns the exit status.
+        """Trains until `train.steps` steps are done and returns the exit status.
 
-        0: finished. 1: the last checkpoint could not be written, or training data is damaged. After a signal, with a
-        checkpoint of where it was: 75 (start me again) for SIGTERM and SIGUSR1, 130 for Ctrl-C.
+        0: finished. 1: the last checkpoint could not be written, or training data is damaged. After a signal, once a
+        checkpoint of the last step is saved: 75 for SIGTERM and SIGUSR1 (run the same command again), 130 for Ctrl-C.
         """
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
@@ -121,7 +123,10 @@ class Trainer:
                 return FAILED
             saver.wait()
             if saver.failure is not None:
-                say(f"error: step {self.step} is not saved, and the run ends here; make room and start it again")
+                say(
+                    f"error: the checkpoint of step {self.step} could not be written, and the run ends here; free disk "
+                    "space and run the same command again"
+                )
                 return FAILED
             if stopped_by:
                 return self._stopped(stopped_by, say)
@@ -139,7 +144,10 @@ class Trainer:
         check: DataCheck,
         watch: signals.Watch,
     ) -> int:
-        """Returns the signal that ended it before all was done, else 0. Its last save may be in flight still."""
+        """Trains to the last step, logging, evaluating and saving; returns the signal that stopped it before, else 0.
+
+        The last checkpoint may still be being written when it returns.
+        """
         config = self.config
         while self.step < config.train.steps:
             started = time.perf_counter()
@@ -159,7 +167,7 @@ class Trainer:
             if last:
                 say = partial(self._say, progress)
                 stopped_by = stopped_by or self.agreement.wait_for_check(self.step, check, watch, say)
-            if saving:  # only now: a checkpoint that is whole has all lines up to its step in the log
+            if saving:  # after logging, so that the log has all steps of a checkpoint that is whole
                 saver.start(self.step, self._facts())
             if stopped_by and (not last or self.agreement.unchecked_from < self.step):
                 return stopped_by
@@ -174,7 +182,9 @@ class Trainer:
         try:
             sums = self.engine.train_step(batches, self.loss_fn, lr)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {self.step + 1}: {error}; lower optimizer.lr and start again") from None
+            raise FloatingPointError(
+                f"step {self.step + 1}: {error}; lower optimizer.lr and run the command again"
+            ) from None
         self.step += 1
         self.samples += train.global_batch_size
         self.tokens += train.global_batch_size * train.seq_length
@@ -183,7 +193,7 @@ class Trainer:
         return sums, lr
 
     def _record(self, sums: StepSums, lr: float, seconds: float) -> dict[str, Any]:
-        """The step's line in metrics.jsonl. All ranks call it, since some sums are taken here."""
+        """Returns the step's line of metrics.jsonl. Collective: all ranks call it, since it sums over ranks."""
         tokens_per_s = self.config.train.global_batch_size * self.config.train.seq_length / seconds
         record: dict[str, Any] = {
             "step": self.step,
@@ -222,16 +232,16 @@ class Trainer:
             progress.say(f"{self.title} {self.step}: held out: {text}")
 
     def _facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run."""
+        """Returns the run's values for a checkpoint's manifest: counts, data spans, identity, config and layout."""
         return {
             "samples": self.samples,
             "tokens": self.tokens,
-            "ledger": dict(self.ledger),  # as it is now: it is written while training goes on
+            "ledger": dict(self.ledger),  # a copy: the manifest is written while training goes on
             "stretches": self.run.data_spans,
             "identity": self.identity,
             "context": self.context,
             **self.lineage.facts,
-            # Dropout is keyed by seed and sample, so these and the sample cursor are the whole RNG state.
+            # Dropout is keyed by seed and sample number, so the seed and `samples` are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.mesh.layout),
             "origin": self.origin,
@@ -248,25 +258,26 @@ class Trainer:
             print(f"{self.title}: {text}", flush=True)
 
     def _stopped(self, number: int, say: Callable[[str], None]) -> int:
-        """Says that signal `number` stopped it, and where. Returns the exit status."""
-        goes_on = "goes on from there"
+        """Tells the user that signal `number` stopped the run and what to do next; returns the exit status."""
+        next_time = "goes on from there"
         if self.step >= self.config.train.steps:
-            goes_on = "holds the training data against its checksums, which is all that is left to do"
-        say(f"stopped by {signal.Signals(number).name} at step {self.step}; the same command {goes_on}")
+            next_time = "checks the training data against its checksums, which is all that is left to do"
+        say(f"stopped by {signal.Signals(number).name} at step {self.step}; the same command {next_time}")
         return signals.status_of(number)
 
     def _resume(self) -> Path | None:
-        """Goes to the checkpoint to start from, or to the weights it begins from, or stays at the drawn ones.
+        """Loads the checkpoint that the run continues from and returns its folder; None for a new run.
 
-        Returns the checkpoint, if there is one.
+        A new run loads the weights of `lineage.init` if there are any, else it keeps its random weights.
         """
         checkpoint_resume.check_ranks(self.mesh, self.run.full_config, self.identity, self.lineage.init)
         path = checkpoint_resume.choose(self.mesh, self.run.path, self.resume)
         if path is None:
             if self.source.after:
                 raise ConfigError(
-                    f"data.plan = {self.source.location!r} goes on after {self.source.first_sample:,} samples of "
-                    "another plan, and this run is new: train on that first, or name a checkpoint by --resume"
+                    f"data.plan = {self.source.location!r} continues another plan after its first "
+                    f"{self.source.first_sample:,} samples, but this run is new: train on that plan first, or name a "
+                    "checkpoint of such a run with --resume"
                 )
             self._check_samples()
             if self.lineage.init:
@@ -288,7 +299,7 @@ class Trainer:
         return path
 
     def _check_samples(self, checkpoint: Path | None = None) -> None:
-        """Refuses to train more steps than there are samples for."""
+        """Raises ConfigError if the steps that are left need more samples than the source has."""
         batch, source = self.config.train.global_batch_size, self.source
         if source.num_samples is None:
             return
@@ -301,17 +312,18 @@ class Trainer:
         raise ConfigError(
             f"train.steps = {self.config.train.steps} needs {(self.config.train.steps - self.step) * batch - left:,} "
             f"samples more than {source.location or 'the data'} has, which are {source.num_samples:,}; {fewer}"
-            f"raise mixture.samples in the data config (of the last of its stages) and "
+            f"raise mixture.samples in the data config (of its last mixture stage, if it has stages) and "
             f"run `trivium data run` again{replan}"
         )
 
     def _check_finished(self, saved: Path, watch: signals.Watch) -> int:
-        """Holds the data that the finished run's checkpoint `saved` was trained on against its checksums.
+        """Checks the data of a finished run, whose checkpoint is `saved`, against its checksums.
 
         Returns the exit status.
         """
         self._print(
-            f"{self.run.path} is finished at step {self.step}, and its training data was not checked to the end"
+            f"{self.run.path} is finished at step {self.step}, but its training data was not checked to the end; "
+            "checking it against its checksums"
         )
         with DataCheck(self.source.files(), self.mesh) as check:
             try:
@@ -327,7 +339,7 @@ class Trainer:
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU and on a CPU with bf16 instructions, else fp32."""
+    """Returns the dtype of weights in the forward pass: for `auto` bf16 on a GPU or a CPU with bf16, else fp32."""
     if precision == Precision.AUTO:
         cpu = torch.cpu.get_capabilities()
         fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")

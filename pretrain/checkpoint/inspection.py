@@ -127,7 +127,7 @@ def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFac
     if summary["ledger"]:
         used = (f"{source} {tokens:,.0f}" for source, tokens in summary["ledger"].items())
         console.print(f"trained on, in tokens with a loss: {', '.join(used)}", markup=False, highlight=False)
-    for line in history.told(summary["stretches"]):
+    for line in history.describe_spans(summary["stretches"]):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if summary["not_finite"]:
         console.print(f"{summary['not_finite']:,} values are not finite (red); go back to an earlier checkpoint")

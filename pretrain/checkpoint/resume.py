@@ -82,7 +82,7 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
     found = manifest.get("identity", {})
     data, samples = found.get("data"), manifest["samples"]
     passes_on = source.after is not None and data == source.after
-    known = data == source.fingerprint or samples <= source.same.get(data, -1)
+    known = data == source.fingerprint or samples <= source.common_samples.get(data, -1)
     if source.after and not passes_on and not known:
         raise ConfigError(
             f"data.plan = {source.location!r} goes on after another plan than the one that {path} was trained on; "

@@ -89,7 +89,10 @@ def test_damage_found_late_is_told_from_the_last_checked_step_on(ranks: RanksOf,
         assert [answer["status"] for answer in answers] == ([75, 75] if run == "stopped" else [0, 0])
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     said = train(ranks, 2, tmp_path / "stopped", data / "plan", 10**6)[0]["said"]
-    assert "does not match its checksum" in said and "what was saved after step 0 may be spoilt" in said
+    assert (
+        "does not match its checksum" in said
+        and "checkpoints after step 0 may have been trained on damaged data" in said
+    )
     manifest = storage.read_manifest(storage.directory(tmp_path / "checked", 6))
     assert manifest["unchecked_from"] == 6, "all that it was trained on was looked at"
 
@@ -103,7 +106,7 @@ def test_a_signal_ends_the_last_wait_and_the_next_start_does_the_check_alone(
     for start in ("trains", "checks"):
         first, second = train(ranks, 2, run, data / "plan", 0, stopped="last step")
         assert (first["status"], second["status"], second["said"]) == (75, 75, "")
-        assert "stopped by SIGTERM at step 6; the same command holds the training data against" in first["said"]
+        assert "stopped by SIGTERM at step 6; the same command checks the training data against" in first["said"]
         assert ("was not checked to the end" in first["said"]) == (start == "checks")
         assert storage.verify(checkpoint)["unchecked_from"] == 0
     lines, sound = metrics(run), path.read_bytes()
@@ -112,7 +115,7 @@ def test_a_signal_ends_the_last_wait_and_the_next_start_does_the_check_alone(
         answers = train(ranks, 2, run, data / "plan", first_bytes)
         assert [answer["status"] for answer in answers] == [1, 1]
         assert "error: source code, shard train/code/00000: the file 00000.bin" in answers[0]["said"]
-        assert "what was saved after step 0 may be spoilt" in answers[0]["said"]
+        assert "checkpoints after step 0 may have been trained on damaged data" in answers[0]["said"]
     path.write_bytes(sound)
     for said in ("the training data matches its checksums", "nothing to do"):
         answers = train(ranks, 2, run, data / "plan", 0)

@@ -45,7 +45,7 @@ def train_on_plan(
     mesh = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
     try:
         choice = choose_plan(seen[mesh.rank] if seen else config.data.plan, Path(config.run.dir), resume)
-        source = kind(choice.plan, choice.same)
+        source = kind(choice.plan, choice.common_samples)
         return {"status": Trainer(config, config.model, source, NextToken(), mesh, resume=resume).fit()}
     except ValueError as error:
         return {"error": str(error)}

@@ -28,16 +28,16 @@ def data_span(step: int, *overrides: str, data: str = "a", **facts: Any) -> hist
 
 
 def news(step: int, before: list[str], after: list[str]) -> list[str]:
-    return history.news(data_span(0, *before), config(*after), data_span(step, *after))
+    return history.describe_changes(data_span(0, *before), config(*after), data_span(step, *after))
 
 
 def test_settings_that_change_numbers_are_told() -> None:
     (line, rate) = news(40, ["train.steps=80"], ["train.steps=80", "optimizer.lr=1e-2"])
     assert line == "optimizer.lr 0.001 -> 0.01 from step 40 on"
-    assert "the learning rate of step 40 is 0.006" in rate and "was to be 0.0006" in rate
+    assert "the learning rate of step 40 is 0.006" in rate and "would have made it 0.0006" in rate
     neutral = ["log.every=7", "checkpoint.every=9", "checkpoint.keep=5", "eval.every=3", "run.dir=x", "data.plan=y"]
     assert news(20, [], neutral) == []
-    assert history.go_on([data_span(0)], data_span(20, *neutral)) == [data_span(0)]
+    assert history.append_span([data_span(0)], data_span(20, *neutral)) == [data_span(0)]
     changed = ["optimizer.betas=[0.9,0.9]", "train.precision=fp32", "train.recompute=full"]
     assert len(news(20, [], changed)) == 3
 
@@ -45,7 +45,7 @@ def test_settings_that_change_numbers_are_told() -> None:
 def test_a_schedule_that_begins_again_is_told() -> None:
     (steps, jump) = news(40, [], ["train.steps=80"])
     assert steps == "train.steps 40 -> 80 from step 40 on"
-    assert "the schedule was over, at 0.0001, and step 40 has a learning rate of 0.0006" in jump
+    assert "the schedule had ended at a learning rate of 0.0001, but step 40 has 0.0006" in jump
     assert "schedule.steps" in jump
     # With the remedy that it names from the start, there is nothing to tell of it.
     whole = "schedule.steps=80"
@@ -56,13 +56,13 @@ def test_other_data_are_told_by_their_settings() -> None:
     before = data_span(0, mixture={"samples": 24, "weights": {"code": 0.5}}, documents={"code": "1a"})
     after = data_span(20, data="b", mixture={"samples": 48, "weights": {"code": 0.9}}, documents={"code": "2b"})
     words = ["mixture.samples 24 -> 48", "mixture.weights.code 0.5 -> 0.9"]
-    assert history.news(before, config(), after) == [f"{line} from step 20 on" for line in words]
-    (first, second) = history.told([before, after])
+    assert history.describe_changes(before, config(), after) == [f"{line} from step 20 on" for line in words]
+    (first, second) = history.describe_spans([before, after])
     assert first == "from step 0, sample 0: 16 rows a step of runs/data/plan"
     assert second == "from step 20, sample 320: 16 rows a step of runs/data/plan; " + "; ".join(words)
     # A data span of which no step was trained does not stay, and one like the last is not begun.
-    assert history.go_on([before, after], data_span(20, data="c")) == [before, data_span(20, data="c")]
-    assert history.go_on([before], data_span(20)) == [before]
+    assert history.append_span([before, after], data_span(20, data="c")) == [before, data_span(20, data="c")]
+    assert history.append_span([before], data_span(20)) == [before]
 
 
 def test_a_config_of_before_a_key_was_there_is_completed() -> None:
