@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the pool of gloo ranks, and no model hub."""
+"""Fixtures for all tests: the pool of gloo ranks. No test may reach a model hub."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Starts processes with torch and our training imported already: see tests/parallel/forks.py."""
+    """Starter of processes that have torch and pretrain imported already, see tests/parallel/forks.py."""
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
@@ -21,7 +21,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def rank_pool(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[RankPool]:
-    """Processes are started when a test first asks for that many, and live to the end of the session."""
+    """Pool of ranks: a process starts when a test first asks for that many, and lives to the end of the session."""
     pool = RankPool(tmp_path_factory.mktemp("ranks"), forks)
     yield pool
     pool.close()
@@ -29,5 +29,5 @@ def rank_pool(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterato
 
 @pytest.fixture(scope="session")
 def ranks(rank_pool: RankPool) -> RanksOf:
-    """`ranks(n).run("module:function", **json)`: see tests/parallel/harness.py."""
+    """World of n ranks: `ranks(n).run("module:function", **json)`, see tests/parallel/harness.py."""
     return rank_pool.ranks

@@ -1,6 +1,6 @@
-"""Data runs on a small slice of the demo corpus: a config, a command, and what a run published.
+"""Data runs on a small slice of the demo corpus: their config, their command, and the files that they publish.
 
-The slice is cut to what a few seconds suffice for, with enough files and shards that tasks have something to share.
+A run takes a few seconds, and has enough files and shards to be divided into several tasks.
 """
 
 import gzip
@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 
 ROOT = Path(__file__).resolve().parents[1]
-TEMPORARY = ("ledger.json", "inputs.json", "config.toml", "stage.json", ".lock")  # these hold times, paths and choices
+TEMPORARY = ("ledger.json", "inputs.json", "config.toml", "stage.json", ".lock")  # have times and paths in them
 
 CONFIG = """
 [run]
@@ -56,7 +56,7 @@ weights = {{ prose = 1.0, pages = 1.0 }}
 
 
 def data_config(path: Path, sources: dict[str, dict[str, Any]], **sections: dict[str, Any]) -> Path:
-    """Writes the config of a small data run to `path`: `sources`, and what other sections say beyond the least."""
+    """Writes the config of a small data run to `path`; `sections` add keys to the few that are required."""
     tree: dict[str, dict[str, Any]] = {
         "run": {"dir": str(path.parent / "run"), "workers": 1},
         "sources": sources,
@@ -70,7 +70,7 @@ def data_config(path: Path, sources: dict[str, dict[str, Any]], **sections: dict
 
 
 def write_inputs(folder: Path) -> Path:
-    """A config and its files in `folder`: three of prose, two of pages, one broken line, one copy."""
+    """Writes a config and its inputs to `folder`: three files of prose, two of pages; a line is broken, one a copy."""
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rb") as lines:
         records = [json.loads(line) for line in lines.readlines()[::12]]
     for record in records:
@@ -89,7 +89,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def command(config: Path, *args: str, ranks: int = 0) -> list[str]:
-    """`trivium data run` as a command line, under mpirun where `ranks` are given."""
+    """Returns the command line of `trivium data run`, under mpirun if `ranks` is given."""
     mpirun = [str(Path(sys.executable).with_name("mpirun")), "-n", str(ranks)] if ranks else []
     return [*mpirun, sys.executable, "-m", "data_pipeline.run", str(config), *args]
 
@@ -99,7 +99,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def published(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of every published file but those that hold times, paths and choices."""
+    """Returns the SHA-256 of every published file except those in TEMPORARY, by path."""
     return {
         path.relative_to(run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run_dir.rglob("*"))
@@ -108,15 +108,15 @@ def published(run_dir: Path) -> dict[str, str]:
 
 
 def took_part(run_dir: Path) -> set[str]:
-    """The processes that did tasks, by name."""
+    """Returns the names of the processes that did tasks."""
     return {path.read_text() for path in run_dir.glob("logs/**/started/*")}
 
 
 def ledger(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """What the ledger says of each stage, by its name."""
+    """Returns the ledger's entry of each stage by the stage's name."""
     return {stage["name"]: stage for stage in json.loads((run_dir / "ledger.json").read_text())["stages"]}
 
 
 def run_folder(config: Path) -> Path:
-    """The run directory of a config of CONFIG that stands in the folder of the run."""
+    """Returns the run directory of a config that `write_inputs` wrote."""
     return config.parent / "run"

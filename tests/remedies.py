@@ -1,4 +1,4 @@
-"""What a message tells its reader to do, taken out of it and done, word for word."""
+"""Parses the remedies out of an error message and applies them literally, to test that each one works."""
 
 import random
 import re
@@ -10,11 +10,11 @@ from configs.loader import ConfigError
 
 RANKS = "the number of ranks"
 _KEY = r"((?:[a-z_]+\.)*[a-z_]+)"
-Run = Callable[[int, Sequence[str]], None]  # of so many ranks, with overrides; ConfigError or nothing
+Run = Callable[[int, Sequence[str]], None]  # runs a command with (ranks, overrides); raises ConfigError
 
 
 def remedies(message: str) -> Iterator[tuple[str, str]]:
-    """Yields each (key, value) that a message suggests; the value is empty where the key is to be left out."""
+    """Yields each (key, value) that a message suggests; the value is "" if the key is to be left out."""
     for key, values in re.findall(rf"(the number of ranks|{_KEY[1:-1]}) could be (\w+(?: or \w+)*)", message):
         yield from ((key, value) for value in values.split(" or "))
     for key in re.findall(rf"leave out {_KEY}(?![\w.]| \()", message):
@@ -24,7 +24,7 @@ def remedies(message: str) -> Iterator[tuple[str, str]]:
 
 
 def refused(run: Run, ranks: int, overrides: Sequence[str]) -> str:
-    """What a command says against its config; "" if it takes it."""
+    """Returns the message with which a command refuses its config, "" if it accepts the config."""
     try:
         run(ranks, overrides)
     except ConfigError as error:
@@ -33,9 +33,9 @@ def refused(run: Run, ranks: int, overrides: Sequence[str]) -> str:
 
 
 def follow(run: Run, ranks: int, overrides: Sequence[str]) -> int:
-    """Does one by one all that the message says about a config, if it is refused. Returns how many things it says.
+    """Applies each remedy of a refused config alone and returns the number of remedies.
 
-    After each the config is legal, or the next message is about another key.
+    Asserts that after each the config is accepted, or the next message does not suggest the same key again.
     """
     message = refused(run, ranks, overrides)
     told = list(remedies(message))
@@ -49,13 +49,13 @@ def follow(run: Run, ranks: int, overrides: Sequence[str]) -> int:
 
 
 def drawn(draw: random.Random, choices: dict[str, Sequence[object]]) -> list[str]:
-    """Overrides, a value drawn for each key; None leaves a key out."""
+    """Returns overrides with a random value for each key; the value None leaves the key out."""
     picked = {key: draw.choice(values) for key, values in choices.items()}
     return [f"{key}={str(value).lower()}" for key, value in picked.items() if value is not None]
 
 
 def torchrun_environment(patch: pytest.MonkeyPatch, ranks: int) -> None:
-    """The variables of the first of so many ranks."""
+    """Sets torchrun's variables of the first of `ranks` ranks."""
     facts = {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": 29500}
     for name, value in {**facts, "MASTER_ADDR": "127.0.0.1"}.items():
         patch.setenv(name, str(value))

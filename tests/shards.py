@@ -1,4 +1,4 @@
-"""Shards of texts as a stage publishes them, written by tests."""
+"""Writes shards of given texts in the format that stages publish."""
 
 from collections.abc import Iterable
 from pathlib import Path

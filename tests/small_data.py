@@ -1,4 +1,4 @@
-"""Token stores of two small sources, prose and Python, with held-out documents; for tests that are not about text."""
+"""Token stores of two small sources, prose and Python, with held-out documents, for tests that only need tokens."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sources of a few short documents that the tests write themselves, and the config of a data run over them."""
+"""Small sources of generated documents, and the config of a data run over them."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,15 @@ def word(number: int) -> str:
 
 
 def text(number: int) -> str:
-    """A short document of its own."""
+    """Returns a short document that is different for each number."""
     return " ".join(word(number * 7 + at * (number + 3)) + str(number * at % 97) for at in range(60))
 
 
 def write_config(folder: Path, sources: dict[str, int], mixture: str, more: str = "") -> Path:
-    """The config of a run over so many documents by source; a source of name `short` has documents its rule drops."""
+    """Writes the config of a run; `sources` has the number of documents of each source.
+
+    The documents of a source named `short` are dropped by its rule.
+    """
     parts = [f'[run]\ndir = "{folder}/run"\nworkers = 1\n']
     for name, count in sources.items():
         lines = [json.dumps({"id": f"{name}/{n}", "text": text(n + 1000 * sum(map(ord, name)))}) for n in range(count)]

@@ -1,4 +1,4 @@
-"""A pretraining config on a plan of a few tokens, for tests that start the command itself."""
+"""Pretraining config of a tiny model on a plan of a few tokens, for tests that start the command itself."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.small_data import VOCAB, make_tokens
 
 
 def write_config(folder: Path, steps: int, run_dir: Path, rows: int, every: int = 100_000) -> Path:
-    """A config of a dense model of a few thousand weights; a step takes some hundredths of a second."""
+    """Writes the config of a dense model of a few thousand weights; a step takes some hundredths of a second."""
     mixture = {"seq_length": 32, "weights": {"code": 0.5, "prose": 0.5}, "max_epochs": 100_000, "samples": rows}
     build_stages(*make_tokens(folder), folder / "plan", validate(MixtureConfig, mixture).plans())
     tree = {
@@ -37,7 +37,7 @@ def write_config(folder: Path, steps: int, run_dir: Path, rows: int, every: int 
 
 
 def last_step(run_dir: Path) -> int:
-    """The newest step in the run's log."""
+    """Returns the newest step in the run's log."""
     log = run_dir / "metrics.jsonl"
     lines = [line for line in log.read_text().splitlines() if '"loss"' in line] if log.exists() else []
     return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("}") else 0

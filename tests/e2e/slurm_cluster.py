@@ -1,7 +1,7 @@
-"""A real Slurm of two nodes on this machine, over loopback, for as long as a test module runs.
+"""Starts a real Slurm cluster of two nodes on this machine, over loopback, while a test module runs.
 
-One slurmctld, two slurmd that are told apart by name and port, and munge, all with their files in a temporary folder;
-they are started here and ended by their process ids. Leaves out cgroups (they need the whole machine) and accounting.
+One slurmctld, two slurmd with names and ports of their own, and munge keep their files in a temporary folder; each is
+ended by its process id. Cgroups, which need the whole machine, and accounting are left out.
 """
 
 import getpass
@@ -50,7 +50,7 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Path]:
-    """Gives the slurm.conf of a cluster with both nodes idle; SLURM_CONF has to name it."""
+    """Yields the slurm.conf of a cluster whose two nodes are idle; SLURM_CONF must be set to it."""
     controller, first, second = _free_ports(3)
     host = socket.gethostname().split(".")[0]
     conf = folder / "slurm.conf"
@@ -70,7 +70,7 @@ def cluster(folder: Path) -> Iterator[Path]:
         _wait(lambda: _idle(conf), folder)
         try:
             yield conf
-        finally:  # jobs that a failed test has left would outlive the daemons
+        finally:  # else jobs of a failed test would outlive the daemons
             _asked(conf, "scancel", f"--user={getpass.getuser()}")
             _wait(lambda: not _asked(conf, "squeue", "--noheader"), folder)
 
@@ -97,7 +97,7 @@ def _idle(conf: Path) -> bool:
 
 
 def _asked(conf: Path, *command: str) -> str:
-    """What a command of Slurm's prints about the cluster of `conf`."""
+    """Returns the output of a Slurm command for the cluster of `conf`."""
     environment = {**os.environ, "SLURM_CONF": str(conf)}
     return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
 

@@ -1,4 +1,4 @@
-"""Configs of a small model's pretraining, SFT and GRPO, each with another sequence length."""
+"""Configs of pretraining, SFT and GRPO of a small model, which differ in sequence length."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ SORT = {"digits": 3, "max_new_tokens": 4, "eval_prompts": 2}
 
 
 def settings(run_dir: Path, seq_length: int, steps: int) -> dict[str, Any]:
-    """The sections that all three have."""
+    """Returns the sections that all three configs have."""
     batch = {"global_batch_size": 4, "micro_batch_size": 4, "seq_length": seq_length, "steps": steps}
     return {
         "run": {"dir": str(run_dir), "seed": 1},
@@ -26,17 +26,17 @@ def settings(run_dir: Path, seq_length: int, steps: int) -> dict[str, Any]:
 
 
 def pretraining(base: Path) -> dict[str, Any]:
-    """Four steps on the plan of `base`, into its folder pretrain."""
+    """Returns a config of four steps on the plan in `base`/data; the run is `base`/pretrain."""
     return settings(base / "pretrain", SEQ_LENGTH, 4) | {"model": MODEL, "data": {"plan": str(base / "data/plan")}}
 
 
 def tuning(base: Path, run_dir: Path, **init: str) -> dict[str, Any]:
-    """Two steps of SFT from the pretraining of `base`, or from what `init` names."""
+    """Returns a config of two SFT steps from the run `base`/pretrain, or from the model that `init` names."""
     own = {"init": init or {"run": str(base / "pretrain")}, "data": {}, "task": SORT | {"demonstrations": 30}}
     return settings(run_dir, LONGER, 2) | own
 
 
 def rewarding(init: Path, run_dir: Path, **more: str) -> dict[str, Any]:
-    """Two steps of GRPO from the run `init`; `more` are further keys of its section."""
+    """Returns a config of two GRPO steps from the run `init`; `more` are further keys of [grpo]."""
     own = {"init": {"run": str(init)} | more, "task": SORT, "grpo": {"group_size": 2}}
     return settings(run_dir, SHORTER, 2) | own

@@ -1,7 +1,6 @@
-"""A rank of a run whose steps are sleep: `python -m tests.e2e.steps_of_sleep FOLDER`.
+"""A rank of a run that sleeps in place of training: `python -m tests.e2e.steps_of_sleep FOLDER`.
 
-It answers signals as training does. It writes FOLDER/up_RANK when it works, and FOLDER/saved_RANK when it was told to
-stop.
+It handles signals as training does. It writes FOLDER/up_RANK once it runs, and FOLDER/saved_RANK after a signal.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Data runs killed with SIGKILL at random moments, each gone on with by another executor or number of workers.
+"""Data runs that are killed with SIGKILL at random moments and continued with other executors or numbers of workers.
 
-What they publish in the end is byte for byte what an undisturbed run does. Runs on Slurm are killed in test_executors.
+They publish the same bytes as an undisturbed run. Runs on Slurm are killed in test_executors.py.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from tests.data_runs import command, environment, published, write_inputs
 
 LIMIT_SECONDS = 120
 RANKS = 2
-# Arguments of a run, and whether mpirun starts it; all take turns.
+# (arguments of a run, its number of ranks under mpirun or 0); runs use them in turn.
 WAYS = ((["run.workers=2"], 0), ([], RANKS), (["run.workers=1"], 0), (["run.workers=3"], 0))
 
 
@@ -38,7 +38,7 @@ def start(config: Path, way: tuple[list[str], int]) -> subprocess.Popen[str]:
 
 
 def kill(process: subprocess.Popen[str], all_at_once: bool) -> None:
-    """The whole session or only the process that was started; the others then have to notice."""
+    """Kills all processes of a run, or only its main process, after which the others must end by themselves."""
     (os.killpg if all_at_once else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
@@ -50,14 +50,14 @@ def kill(process: subprocess.Popen[str], all_at_once: bool) -> None:
 
 
 def unpublished(run_dir: Path) -> set[str]:
-    """Names of the folders in which stages are at work, or were when they were killed."""
+    """Returns the names of unfinished stages' temporary folders."""
     return {path.name for path in run_dir.glob(".*.tmp")}
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.full)])
 def test_killed_runs_publish_what_an_undisturbed_one_does(tmp_path: Path, kills: int) -> None:
     config, draw = write_inputs(tmp_path), random.Random(kills)
-    for name in ("compiled", "calm"):  # the first run on a machine also compiles, which no killed one has to
+    for name in ("compiled", "calm"):  # only the first run compiles, so the second is timed
         began = time.monotonic()
         assert main([str(config), f"run.dir={tmp_path}/{name}", "run.workers=1"]) == 0
         seconds = time.monotonic() - began
@@ -67,7 +67,7 @@ def test_killed_runs_publish_what_an_undisturbed_one_does(tmp_path: Path, kills:
     while killed < kills:
         old = unpublished(run_dir)
         process = start(config, next(ways))
-        # Counted from its first stage, since what comes before is as long and writes nothing.
+        # The time is drawn from the start of its first stage, since starting takes as long and writes nothing.
         deadline = time.monotonic() + LIMIT_SECONDS
         while process.poll() is None and not unpublished(run_dir) - old:
             assert time.monotonic() < deadline

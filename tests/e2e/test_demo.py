@@ -1,7 +1,7 @@
-"""The whole demo, from the committed corpus to four verified models: killed once on its way, then run to its end.
+"""The whole demo, from the committed corpus to four verified models: killed once, then run to its end.
 
-Takes as long as `make demo` does. What the numbers must be is held by the tests of each part; here they have to
-exist, be in order and point the right way.
+It takes as long as `make demo`. Exact numbers are tested by the tests of each part; this one asserts that numbers
+exist, that stages come in order and that training improves the models.
 """
 
 import json
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A directory that looks like the repository and takes the runs."""
+    """A directory with the repository's configs and data, for the demo's runs."""
     for name in ("configs", "data"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
@@ -44,7 +44,7 @@ def start(workplace: Path) -> subprocess.Popen[str]:
 
 
 def trivium(workplace: Path, *arguments: str) -> str:
-    """What a command prints. It has to succeed."""
+    """Returns the output of a trivium command, which must succeed."""
     command, environment = [sys.executable, "-m", "cli", *arguments], {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=True).stdout
 
@@ -55,13 +55,13 @@ def lines(path: Path) -> list[dict]:
 
 
 def sampled_accuracy(run: Path) -> float:
-    """On held-out prompts, at the run's end."""
+    """Returns the accuracy on held-out prompts, by sampling, at the end of a run."""
     evaluations = [record["eval"] for record in lines(run / "metrics.jsonl") if "eval" in record]
     return evaluations[-1]["sort answers"]["sampled"]
 
 
 def entropy_of_frequencies(data: Path) -> float:
-    """The loss, in nats a token, of a model that knows how often each token comes in the mixture and nothing else."""
+    """Returns the loss, in nats per token, of a model that predicts each token by its frequency in the mixture."""
     plan = json.loads((data / "plan/plan.json").read_text())
     share = np.zeros(Tokenizer.load(data / "tokenizer").vocab_size)
     for source, weight in plan["weights"].items():

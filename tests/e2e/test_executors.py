@@ -1,6 +1,6 @@
-"""The same data run by every executor: byte for byte one result, whatever the number of tasks and workers.
+"""Every executor gives the same data run the same bytes, whatever the number of tasks and workers.
 
-Slurm is a real one, on this machine (slurm_cluster.py); Ray is started for the run. Both take minutes.
+Slurm is a real cluster on this machine (slurm_cluster.py); Ray is started for the run. Both take minutes.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(config: Path) -> Path:
-    """The run directory of one process that does one task after another."""
+    """Run directory of a run in one process, which does one task after another."""
     run_dir = config.parent / "alone"
     assert main([str(config), f"run.dir={run_dir}", "run.workers=1"]) == 0
     return run_dir
@@ -63,7 +63,7 @@ def test_mpi_ranks(config: Path, alone: Path, tmp_path: Path, ranks: int) -> Non
 
 
 def test_an_error_on_any_rank_ends_all_with_one_message(config: Path, alone: Path, tmp_path: Path) -> None:
-    """And the next run, when what was wrong is mended, knows nothing of it."""
+    """Once the damaged input is restored, the next run publishes the same as an undisturbed one."""
     run_dir = spoilt(alone, tmp_path)
     done = start(command(config, f"run.dir={run_dir}", ranks=3))
     assert done.returncode == 1
@@ -81,7 +81,7 @@ def test_an_interrupted_mpirun_ends_at_once(config: Path, tmp_path: Path) -> Non
     process = subprocess.Popen(
         command(config, f"run.dir={tmp_path}", ranks=3),
         env=environment(),
-        stdin=subprocess.PIPE,  # open, and never read
+        stdin=subprocess.PIPE,  # stays open, and nothing is written to it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -142,7 +142,7 @@ def wait_for_queue(filled: bool, states: str = "") -> None:
 @pytest.mark.usefixtures("cluster")
 class TestSlurm:
     def test_a_whole_run(self, config: Path, tmp_path: Path) -> None:
-        # With stages of several passes, whose titles have a space.
+        # In this config stages have several passes, whose titles have a space.
         lines, alone, run = "lines.max_copies=2", tmp_path / "alone", tmp_path / "slurm"
         assert start(command(config, f"run.dir={alone}", lines)).returncode == 0
         done = start(command(config, *slurm_args(run, "run.slurm.max_array_size=3", lines)))
@@ -167,7 +167,7 @@ class TestSlurm:
 
     @pytest.mark.parametrize("running", [False, True])
     def test_a_lost_element_is_an_error(self, config: Path, tmp_path: Path, running: bool) -> None:
-        """Nothing of ours is left in it to say so: its node may as well have burnt."""
+        """A cancelled element of a job array leaves no message of its own, as after the failure of its node."""
         if not running:
             drain("drain")
         args = slurm_args(tmp_path, "run.slurm.setup=echo set up; sleep 600")
@@ -208,14 +208,14 @@ class TestSlurm:
 
 
 def ends(run_dir: Path) -> list[Path]:
-    """The first and the last shard, of different tasks."""
+    """Returns the first and the last shard, which belong to different tasks."""
     folder = run_dir / "extract"
     shards = shards_under(folder)
     return [shard_path(folder, shards[0]), shard_path(folder, shards[-1])]
 
 
 def spoilt(run_dir: Path, folder: Path) -> Path:
-    """A copy of a finished run in which `score` has to be done again and two of its tasks cannot read a shard."""
+    """Copies a finished run without its stage `score`, and damages a shard of two of that stage's tasks."""
     copy = folder / "run"
     shutil.copytree(run_dir, copy)
     (copy / "score" / "stage.json").unlink()

@@ -1,4 +1,4 @@
-"""From a run that was really trained to a Hugging Face directory, by the commands a user types."""
+"""Export of a trained run to a Hugging Face directory, by the commands that a user types."""
 
 import json
 import os
@@ -33,7 +33,7 @@ MODEL = {
 
 
 def run(*command: str) -> str:
-    """A command of ours in a process of its own. Fails with its output."""
+    """Runs a module as a process of its own; if it fails, the error has its output."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -43,7 +43,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan over two sources, prose and Python, with held-out documents."""
+    """Plan over two sources, prose and Python, with held-out documents."""
     folder = tmp_path_factory.mktemp("data")
     tokens, tokenizer = make_tokens(folder)
     build_plan(
@@ -56,7 +56,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pretraining(folder: Path, plan: Path, moe: bool) -> Path:
-    """A config of four steps with a high learning rate, away from the initial weights, into `folder`/run."""
+    """Writes the config of a run of four steps in `folder`/run; its high learning rate moves the weights far."""
     config = {
         "run": {"dir": str(folder / "run"), "seed": 1},
         "model": MODEL | ({"moe": {"num_experts": 4, "top_k": 2}} if moe else {}),
@@ -86,7 +86,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory, plan: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that no sentence or cell that is looked for is wrapped."""
+    """Makes the terminal wide, so that no sentence that a test looks for is wrapped."""
     monkeypatch.setenv("COLUMNS", "240")
 
 
@@ -100,7 +100,7 @@ def export(folder: Path, run_dir: Path, *more: str) -> int:
 def test_dense_run_to_hugging_face_and_back(tmp_path, dense, plan, capsys):
     assert export(tmp_path, dense) == 0
     printed = capsys.readouterr().out
-    assert "of 8 held-out passages" in printed  # four of each source
+    assert "of 8 held-out passages" in printed  # four per source
     assert "written by transformers" in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
@@ -161,7 +161,7 @@ def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, plan, cap
     run("launch.ranks", "--nproc-per-node", "1", "posttrain.sft", str(tmp_path / "sft.toml"))
     assert export(tmp_path, tmp_path / "sft") == 0
     printed = capsys.readouterr().out
-    assert "of 8 held-out passages" in printed  # of the plan that its pretraining run names
+    assert "of 8 held-out passages" in printed  # from the plan that its pretraining run was trained on
     assert "chat template" in printed
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
     assert tokenizer.chat_template == jinja_template()
@@ -178,6 +178,6 @@ def test_damaged_checkpoints_are_named_and_nothing_is_published(tmp_path, dense,
     assert file.name in capsys.readouterr().out
     assert not (tmp_path / "hf").exists()
     assert not (tmp_path / ".hf.partial").exists()
-    # The newest WHOLE checkpoint is another.
+    # Now another checkpoint is the newest whole one.
     assert export(tmp_path, tmp_path / "run") == 0
     assert json.loads((tmp_path / "hf/trivium_export.json").read_text())["made_from"]["step"] == 2

@@ -1,4 +1,4 @@
-"""Commands that are told to stop at any moment: at once, with the right status, without a traceback or a survivor."""
+"""Commands that get a signal at any moment end at once, with the right status and no traceback or process left."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from tests.small_training import last_step, write_config
 ROOT = Path(__file__).resolve().parents[2]
 CLI = (sys.executable, "-m", "cli")
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "pretrain.train")
-# As launch/slurm has it: signals wait in a process until it can answer them.
+# As in launch/slurm: signals stay pending in a process until it has set its handlers.
 HELD_BACK = ("env", "--block-signal=INT,TERM,HUP,USR1")
 TRAINING = {
     "alone": (*CLI, "train"),
@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Command:
-    """A command in the making, told apart from all others, with its children, by a variable of its environment."""
+    """A running command; a variable in its environment marks it and its children."""
 
     def __init__(self, folder: Path, argv: Sequence[str]):
         self.log, self.mark = folder / "log", f"INTERRUPTED_TEST={folder}"
@@ -57,7 +57,7 @@ class Command:
             self.process.kill()
 
     def survivors(self, seconds: float = 60) -> list[str]:
-        """The command lines of processes that are left of it after `seconds`, or earlier if there are none."""
+        """Waits up to `seconds` for all its processes to end; returns the command lines of those that are left."""
         deadline = time.monotonic() + seconds
         while (left := list(self._left())) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -85,12 +85,12 @@ def wait_for_step(command: Command, run: Path, step: int) -> None:
 
 
 def test_a_signal_while_ranks_start_is_answered_by_all(tmp_path: Path) -> None:
-    """Imports take seconds, so that this one falls into them, or before; there is no plan to open yet."""
+    """The signal comes while ranks import, or before; there is no plan, so that they end soon in any case."""
     for number, delay in ((signal.SIGTERM, 0.05), (signal.SIGUSR1, 0.9)):
         run = tmp_path / "run"
         command = Command(tmp_path, [*HELD_BACK, *TRAINING["launch"], "configs/pretrain/demo.toml", f"run.dir={run}"])
         time.sleep(delay)
-        if command.process.poll() is not None:  # a machine so quick that the missing plan was told before
+        if command.process.poll() is not None:  # it has found the missing plan already
             continue
         status = command.stop(number)
         assert (status in (75, 2), "Traceback" in command.said(), command.survivors()) == (True, False, [])
@@ -103,7 +103,7 @@ def test_a_signal_while_ranks_start_is_answered_by_all(tmp_path: Path) -> None:
 def test_any_moment_of_the_start(
     config: Path, tmp_path: Path, way: str, number: signal.Signals, held_back: bool
 ) -> None:
-    """Without held back signals, Python's own first moments are the signal's; nothing is there yet to be lost."""
+    """If signals are not blocked, one may kill the process before its handlers are set, when nothing can be lost."""
     run = tmp_path / "run"
     before, after = (HELD_BACK, ()) if way != "mpirun" else ((), HELD_BACK)
     launcher, command = (TRAINING[way][:3], TRAINING[way][3:]) if way == "mpirun" else ((), TRAINING[way])
@@ -124,7 +124,7 @@ def test_any_moment_of_the_start(
 
 
 def mask(pid: int) -> int:
-    """The signals that a process has blocked."""
+    """Returns the mask of the signals that a process blocks."""
     return int(Path(f"/proc/{pid}/status").read_text().split("SigBlk:")[1].split()[0], 16)
 
 
@@ -151,7 +151,7 @@ def test_in_the_middle_and_twice(config: Path, tmp_path: Path, way: str, number:
     run = tmp_path / "run"
     command = Command(tmp_path, [*TRAINING[way], str(config), f"run.dir={run}"])
     wait_for_step(command, run, 3)
-    if (way, number) != ("mpirun", signal.SIGINT):  # mpirun says that a second one makes it abort, and does
+    if (way, number) != ("mpirun", signal.SIGINT):  # a second Ctrl-C makes mpirun abort, as it says
         command.process.send_signal(number)
         time.sleep(0.05)
     status = command.stop(number)
@@ -163,7 +163,7 @@ def test_in_the_middle_and_twice(config: Path, tmp_path: Path, way: str, number:
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM])
 def test_ranks_of_a_torchrun_that_is_gone_save_and_end(config: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """And the next torchrun, started at once, waits for them and goes on."""
+    """The next torchrun, started at once, waits for the ranks of the first and goes on."""
     run = tmp_path / "run"
     argv = [*TORCHRUN, str(config), f"run.dir={run}"]
     command = Command(tmp_path, argv)
@@ -192,7 +192,7 @@ def test_ctrl_c_ends_every_other_command(config: Path, tmp_path: Path) -> None:
         "prove": ["configs/pretrain/demo.toml", "--layouts", "tp2", "--out", str(tmp_path / "prove")],
     }
     for name, arguments in commands.items():
-        for delay in (1.5, 4, 8) if name != "chat" else (1.5,):  # it then finds that this run is none to talk to
+        for delay in (1.5, 4, 8) if name != "chat" else (1.5,):  # later, `chat` has refused the run
             command = Command(tmp_path, [*CLI, *name.split(), *arguments])
             time.sleep(delay)
             if command.process.poll() is not None:

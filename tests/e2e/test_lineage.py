@@ -1,4 +1,4 @@
-"""A run holds on to what it began from and to what its model needs, and is never paired with anything else."""
+"""A run keeps the checkpoint it started from and its model's tokenizer, and is never used with others."""
 
 import fcntl
 import io
@@ -33,7 +33,7 @@ Call = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def call(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Call:
-    """Runs a training command with a config on one rank; returns status, what it said, and its error."""
+    """Runner of a training command on one rank, which returns its status, output and error."""
     folder = tmp_path_factory.mktemp("configs")
 
     def call(module: str, config: dict[str, Any], *overrides: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def call(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Call:
 
 @pytest.fixture(scope="module")
 def trained(call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a pretraining run of four steps on it, and another tokenizer with as many tokens."""
+    """Folder with data, a pretraining run of four steps on it, and another tokenizer of the same size."""
     base = tmp_path_factory.mktemp("lineage")
     tokens, tokenizer = make_tokens(base / "data")
     weights = {"code": 1.0, "prose": 1.0}
@@ -63,14 +63,14 @@ def trained(call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(call: Call, trained: Path) -> Path:
-    """The same with an SFT run of two steps, from pretraining's fourth."""
+    """Folder of `trained`, with an SFT run of two steps that starts from the pretraining run."""
     assert call("posttrain.sft", tuning(trained, trained / "sft"))["status"] == 0
     return trained
 
 
 @pytest.fixture
 def copied(tuned: Path, tmp_path: Path) -> Iterator[Path]:
-    """All runs, moved: nothing is left where they were made, so only relative places and the runs themselves help."""
+    """Copy of the folder `tuned`, which itself is renamed, so that the absolute paths in the runs lead nowhere."""
     hidden = tuned.with_name(tuned.name + ".hidden")
     shutil.copytree(tuned, tmp_path / "moved")
     tuned.rename(hidden)
@@ -80,7 +80,7 @@ def copied(tuned: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that no sentence or cell that is looked for is wrapped."""
+    """Makes the terminal wide, so that no sentence that a test looks for is wrapped."""
     monkeypatch.setenv("COLUMNS", "240")
 
 
@@ -149,7 +149,7 @@ def test_a_held_out_plan_and_an_import_with_another_tokenizer_are_refused(
     file = tmp_path / "data/plan/plan.json"
     plan = PLAN.read(file.read_bytes(), file)
     plan["tokenizer"]["sha256"] = Tokenizer.load(tuned / "other").sha256
-    file.write_bytes(PLAN.write(plan))  # a plan that is whole, of texts in that tokenizer
+    file.write_bytes(PLAN.write(plan))  # undamaged, but of tokens of the other tokenizer
     assert export(tuned / "pretrain", tmp_path / "hf", f"plan={tmp_path / 'data/plan'}") == 1
     assert "made with another tokenizer than the model's" in capsys.readouterr().out
     assert export(tuned / "pretrain", tmp_path / "hf") == 0
@@ -167,7 +167,7 @@ def test_a_held_out_plan_and_an_import_with_another_tokenizer_are_refused(
 
 
 def test_training_does_not_go_on_with_another_tokenizer(call: Call, trained: Path, tmp_path: Path) -> None:
-    """Also where a plan follows on another: the second has tokens of another tokenizer."""
+    """The checkpoint names another tokenizer than the plan's."""
     run = tmp_path / "run"
     shutil.copytree(trained / "pretrain", run)
     manifest = run / "checkpoints/step_4/manifest.json"
@@ -179,13 +179,13 @@ def test_training_does_not_go_on_with_another_tokenizer(call: Call, trained: Pat
 
 
 def test_a_refused_start_writes_nothing(call: Call, tuned: Path, tmp_path: Path) -> None:
-    """Not into a folder of its own, nor into a run that is there: that would export as a chat model then."""
+    """A refused start makes no folder and changes no existing run; a template left in one would make a chat model."""
     base = tmp_path / "pretrain"
     shutil.copytree(tuned / "pretrain", base)
     before = contents(base)
     new = tmp_path / "deep/new"
     refused: list[tuple[str, dict[str, Any], Sequence[str]]] = [
-        ("posttrain.sft", tuning(tuned, base), []),  # it holds another kind of run
+        ("posttrain.sft", tuning(tuned, base), []),  # the folder has a run of another kind
         ("posttrain.grpo", rewarding(tuned / "sft", base), []),
         ("posttrain.sft", tuning(tuned, new, run="nowhere"), []),
         ("posttrain.sft", tuning(tuned, new), ["train.seq_length=8"]),
@@ -230,7 +230,7 @@ def test_a_run_keeps_to_the_checkpoint_it_began_from(call: Call, trained: Path, 
     answer = call("posttrain.sft", stopped, "train.steps=4")
     assert answer["status"] == 0, answer
     assert re.search(r"began from .*step_4 and keeps it; the newer .*step_6 is ignored", answer["said"])
-    shutil.rmtree(base / "pretrain")  # with all it had: the run has what it needs
+    shutil.rmtree(base / "pretrain")  # the SFT run has all it needs itself
     shutil.rmtree(base / "data")
     assert call("posttrain.sft", stopped, "train.steps=6")["status"] == 0
     assert losses(base / "stopped") == losses(base / "straight") and len(losses(base / "straight")) == 6
@@ -303,7 +303,7 @@ def test_an_export_is_known_by_content(tuned: Path, tmp_path: Path, capsys: pyte
     content, times = bytearray(weights.read_bytes()), (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
     content[-3] ^= 1
     weights.write_bytes(content)
-    os.utime(weights, ns=times)  # of the same name, size and time
+    os.utime(weights, ns=times)  # with the same name, size and time
     assert exported_anew(tmp_path / "model") and not exported_anew(tmp_path / "model")
     assert (tmp_path / "hf/model.safetensors").read_bytes() != (tmp_path / "first/model.safetensors").read_bytes()
     (tmp_path / "model").rename(tmp_path / "elsewhere")
@@ -324,7 +324,7 @@ def test_a_moved_run_is_used_from_anywhere(
     for run in (copied / "pretrain", copied / "sft"):
         assert generate.main([str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
         assert export(run, tmp_path / "hf") == 0
-        assert "held-out passages" in capsys.readouterr().out  # the plan moved along
+        assert "held-out passages" in capsys.readouterr().out  # the plan was moved together with the run
     shutil.rmtree(copied / "data")
     shutil.rmtree(copied / "pretrain")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))

@@ -1,4 +1,4 @@
-"""The demo's presets train alike in every layout: 20 steps on the real corpus, in fp32, through the real launcher."""
+"""The demo's presets have the same losses in every layout: 20 steps on the real corpus in fp32, by `trivium launch`."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that looks like the repository, with the demo's plan in runs/demo/data."""
+    """A directory with the repository's configs and data, and the demo's plan in runs/demo/data."""
     folder = tmp_path_factory.mktemp("losses")
     for name in ("configs", "data"):
         (folder / name).symlink_to(ROOT / name)

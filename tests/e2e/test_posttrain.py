@@ -1,4 +1,4 @@
-"""SFT, then GRPO, by their commands: a tiny model learns to sort, in any layout, across an interruption."""
+"""SFT, then GRPO, by their commands: a tiny model learns to sort, in several layouts and across an interruption."""
 
 import gzip
 import json
@@ -91,7 +91,7 @@ tensorboard = false
 
 @pytest.fixture(scope="module")
 def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer, dialogues and an untrained model, with a config for each command."""
+    """Folder with a tokenizer, dialogues and an untrained model, and a config for each command."""
     base = tmp_path_factory.mktemp("posttrain")
     text = {
         "text": "Sort 1234567890, how are you? I am fine, thank you. 你好，谢谢。\n" * 40,
@@ -136,7 +136,7 @@ def held_out(run_dir: Path) -> dict[str, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def tuned(ranks: RanksOf, base: Path) -> Path:
-    """The base after SFT on two ranks."""
+    """Folder `base` after SFT on two ranks."""
     call(ranks(2), "sft", base)
     return base
 
@@ -144,7 +144,7 @@ def tuned(ranks: RanksOf, base: Path) -> Path:
 def test_sft_learns_answers_and_not_questions(tuned: Path) -> None:
     steps = [line for line in metrics(tuned / "sft") if "loss" in line]
     assert set(steps[-1]["loss_by_source"]) <= {"dialogues", "sort"}
-    assert steps[0]["loss"] > 5 > 1 > steps[-1]["loss"]  # ln 300 is 5.7
+    assert steps[0]["loss"] > 5 > 1 > steps[-1]["loss"]  # 5.7 = ln 300 is the loss of a uniform guess
     result = held_out(tuned / "sft")
     assert result["sort"]["loss"] < 0.8 and result["dialogues"]["loss"] < 1
     assert 0.3 < result["sort answers"]["sampled"] < 0.85 and result["sort answers"]["greedy"] > 0.6
@@ -161,7 +161,7 @@ def test_sft_is_the_same_in_any_layout(ranks: RanksOf, tuned: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def rewarded(ranks: RanksOf, tuned: Path) -> Path:
-    """The base after GRPO on two ranks."""
+    """Folder `base` after GRPO on two ranks."""
     call(ranks(2), "grpo", tuned)
     return tuned
 

@@ -1,4 +1,4 @@
-"""The scripts of launch/slurm under a real Slurm of two nodes: warned, saved, requeued, gone on with, finished."""
+"""Scripts of launch/slurm in a real Slurm cluster of two nodes: jobs are warned, save, are requeued and finish."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from tests.e2e import slurm_cluster
 from tests.small_training import last_step, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, ROWS = 120, 100_000  # the rows of the plan are more than any test trains on
-# On one core: two launchers on two machines would have more cores for their ranks than two on this one.
+STEPS, ROWS = 120, 100_000  # more rows than any test trains on
+# On one core each: two launchers share this machine, while on two machines each would have all cores.
 LAUNCHER = ["taskset", "-c", "0", "python", "-m", "cli", "launch", "--nproc-per-node", "1", "train"]
 SCRIPTS = {
     "ranks by srun": ("srun.sh", ["python", "-m", "cli", "train"]),
@@ -36,7 +36,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SLURM_CONF", str(conf))
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names are none to a resolver
+        patch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names cannot be resolved
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         yield
 
@@ -48,7 +48,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Job:
-    """A batch job of one task a node, with its output."""
+    """Batch job with one task per node, and its output."""
 
     def __init__(self, folder: Path, script: str, *command: str, options: tuple[str, ...] = ()):
         self.output = folder / "output"
@@ -61,7 +61,7 @@ class Job:
         subprocess.run(["scancel", *options, self.number], check=True)
 
     def warn(self) -> None:
-        """Does at once what `--signal` in the script does in time."""
+        """Sends the signal that the script's `--signal` option sends before the time limit."""
         self.cancel("--signal=USR1", *(["--batch"] if self.in_script else []))
 
     def shows(self, key: str) -> str:
@@ -84,7 +84,7 @@ class Job:
 
 
 def shown(*command: str) -> str:
-    """What a command of Slurm's prints."""
+    """Returns the output of a Slurm command."""
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
@@ -125,7 +125,7 @@ def test_a_job_that_is_warned_as_its_ranks_start_is_requeued(tmp_path: Path) -> 
 def test_a_job_that_is_warned_at_any_moment_of_its_start_is_requeued(
     tmp_path: Path, way: str, milliseconds: int
 ) -> None:
-    """Before the first line of the script the signal is its end, and nothing has begun."""
+    """A signal before the first line of the script kills the job, which has not started any rank yet."""
     script, command = SLEEP[way]
     job = Job(tmp_path, script, *command, str(tmp_path))
     job.wait_for_state("RUNNING")
@@ -160,7 +160,7 @@ def test_a_job_that_is_warned_while_it_starts_is_requeued(config: Path, tmp_path
     script, command = SCRIPTS[way]
     job = Job(tmp_path, script, *command, str(config), f"run.dir={tmp_path / 'run'}", "train.steps=20")
     job.wait_for_state("RUNNING")
-    time.sleep(4)  # imports
+    time.sleep(4)  # ranks are importing
     assert not (tmp_path / "run/metrics.jsonl").exists()
     job.warn()
     job.wait_for(lambda: job.shows("Restarts") == "1")
@@ -170,8 +170,10 @@ def test_a_job_that_is_warned_while_it_starts_is_requeued(config: Path, tmp_path
 
 @pytest.mark.full
 def test_the_time_limit_is_what_warns(config: Path, tmp_path: Path) -> None:
-    """Slurm counts in minutes and warns up to one early, so in the second half minute at the earliest: by then there is
-    something to save. The limit is never reached.
+    """Slurm's own warning before the time limit makes the run save; the limit is never reached.
+
+    Slurm counts in minutes and warns up to one minute early, so here after half a minute or later, when there is
+    something to save.
     """
     run = tmp_path / "run"
     command = ("python", "-m", "cli", "train", str(config), f"run.dir={run}", "train.steps=20000")

@@ -1,4 +1,4 @@
-"""The ranks end with the last test that needs them: even at rest, the threads of their groups take time."""
+"""Ends the ranks after the last test that needs them, since the threads of their groups take CPU even when idle."""
 
 from collections.abc import Iterator
 

@@ -1,8 +1,8 @@
-"""Processes forked by one that has imported everything, so that a rank starts in a tenth of a second.
+"""Starts ranks by forking a process that has imported everything, so that a rank starts in a tenth of a second.
 
-That process, the nursery, never computes and opens no port, so what it forks starts clean and with one thread. It
+That process, the fork server, never computes and opens no port, so that its forks start clean and with one thread. It
 takes requests as lines of JSON over a Unix socket, one at a time, and answers each with a line: "fork" starts a
-process that calls a function, "status" says how one ended. `Forks` is the tests' side of it, `Fork` one process.
+process that calls a function, "status" returns the exit status of one. `Forks` is the client, `Fork` one process.
 """
 
 import gc
@@ -24,7 +24,7 @@ from launch.processes import die_with_parent
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAILED = 70  # the exit status of a function that raised
-# What ranks run, with all that it imports on its way: torch, megatron-core, DeepSpeed, our training.
+# Modules of what ranks run, which import torch, megatron-core, DeepSpeed and pretrain.
 IMPORTED = (
     "tests.parallel.rank",
     "tests.parallel.workers.training",
@@ -42,18 +42,18 @@ IMPORTED = (
 
 
 class Forks:
-    """The nursery, which starts with the first fork. It ends on `close`, and with it every process that it forked."""
+    """Client of the fork server, which starts at the first fork; `close` ends it and every process that it forked."""
 
     def __init__(self, directory: Path) -> None:
-        self.log = directory / "nursery.log"
+        self.log = directory / "fork_server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
     def start(self, function: str, output: Path, *descriptors: int, **kwargs: Any) -> "Fork":
-        """Calls `module:function` in a new process, whose exit status is what it returns, or FAILED if it raises.
+        """Calls `module:function` in a new process, whose exit status is the function's result, or FAILED if it raises.
 
-        Both of its output streams are appended to the file `output`. `descriptors` are passed on: the function gets
-        their numbers there as its first arguments. `kwargs` are JSON.
+        Its stdout and stderr are appended to the file `output`. The process gets the file descriptors `descriptors`,
+        and the function their numbers as its first arguments. `kwargs` are JSON.
         """
         request = {"job": "fork", "function": function, "output": str(output), "kwargs": kwargs}
         alive, theirs = os.pipe()
@@ -63,12 +63,12 @@ class Forks:
             os.close(theirs)
 
     def status(self, pid: int) -> int | None:
-        """The exit status of a forked process, as subprocess gives it; None while it runs."""
+        """Returns the exit status of a forked process, negative after a signal; None while it runs."""
         answer = self._ask({"job": "status", "pid": pid})
         return None if answer is None else int(answer)
 
     def close(self) -> None:
-        """Ends the nursery, and with it every process that it forked."""
+        """Ends the fork server and every process that it forked."""
         if self._process is not None and self._socket is not None:
             self._process.kill()
             self._process.wait()
@@ -83,7 +83,7 @@ class Forks:
         sent = socket.send_fds(self._socket, [line], descriptors) if descriptors else 0
         self._socket.sendall(line[sent:])
         answer = _line(self._socket)
-        assert answer, f"the nursery died; the end of its log:\n{self.log.read_text(errors='replace')[-4000:]}"
+        assert answer, f"the fork server died; the end of its log:\n{self.log.read_text(errors='replace')[-4000:]}"
         return json.loads(answer)
 
     def _start(self) -> None:
@@ -105,29 +105,29 @@ class Forks:
 
 
 class Fork:
-    """A forked process."""
+    """One forked process, with the methods of subprocess.Popen that tests need."""
 
     def __init__(self, forks: Forks, pid: int, alive: int) -> None:
         self.pid = pid
-        self._forks, self._alive = forks, alive  # the end of a pipe that closes with the process
+        self._forks, self._alive = forks, alive  # `alive`: a pipe that closes when the process ends
         self._status: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit status, negative for a signal's number; None while it runs."""
+        """Returns the exit status, negative after a signal; None while the process runs."""
         return self.wait(0)
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """Waits for its end, or for so many seconds; returns the exit status, or None while it runs."""
+        """Waits until the process has ended, at most `seconds`; returns the exit status, None while it runs."""
         if self._status is None and select.select([self._alive], [], [], seconds)[0]:
-            while (status := self._forks.status(self.pid)) is None:  # it has closed its files, and is about to end
+            while (status := self._forks.status(self.pid)) is None:  # its pipe is closed, so it ends at once
                 time.sleep(0.001)
             self._status = status
             os.close(self._alive)
         return self._status
 
     def send_signal(self, number: int) -> None:
-        """Does nothing if the process has ended."""
-        if self.poll() is None:  # its number is its own until the nursery has been asked for its status
+        """Sends a signal to the process unless it has ended."""
+        if self.poll() is None:  # its pid is not reused before the fork server has waited for it
             os.kill(self.pid, number)
 
     def kill(self) -> None:
@@ -135,16 +135,16 @@ class Fork:
 
 
 def main() -> None:
-    """Answers requests until the other side closes the socket."""
-    import torch  # here, since tests without ranks import this module too
+    """Runs the fork server: answers requests until the client closes the socket."""
+    import torch  # not at the top: tests without ranks import this module too
 
     requests = socket.socket(fileno=int(sys.argv[1]))
     for name in IMPORTED:
         importlib.import_module(name)
-    torch.optim.AdamW([torch.zeros(1)])  # the first optimizer looks up all that torch.compile knows: some 600 modules
+    torch.optim.AdamW([torch.zeros(1)])  # the first optimizer imports some 600 modules of torch.compile
     assert threading.active_count() == 1, "a fork would lack the other threads, and hang on locks that they hold"
     gc.collect()
-    gc.freeze()  # a collection in a fork would copy every page that it looks at
+    gc.freeze()  # else a garbage collection in a fork would copy every memory page
     statuses: dict[int, int] = {}
     while True:
         line, descriptors = _line_with_descriptors(requests)
@@ -155,8 +155,8 @@ def main() -> None:
             answer: int | None = os.fork()
             if not answer:
                 requests.close()
-                _be(request, descriptors[1:])
-            for descriptor in descriptors:  # the first shows by its end that the fork has ended
+                _run(request, descriptors[1:])
+            for descriptor in descriptors:  # else the first, the `alive` pipe, would stay open after the fork has ended
                 os.close(descriptor)
         else:
             answer = _status(request["pid"], statuses)
@@ -172,8 +172,8 @@ def _status(pid: int, statuses: dict[int, int]) -> int | None:
     return statuses[pid]
 
 
-def _be(request: dict[str, Any], descriptors: list[int]) -> None:
-    """What a forked process does from its first moment to its last."""
+def _run(request: dict[str, Any], descriptors: list[int]) -> None:
+    """Runs the request's function in the forked process and exits."""
     status = FAILED
     try:
         die_with_parent()
@@ -191,7 +191,7 @@ def _be(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 def _line(connection: socket.socket) -> bytes:
-    """The next line; empty at the end. Only one is under way at a time."""
+    """Reads one line, b"" when the socket is closed; the other side sends no second line before the answer."""
     data = b""
     while not data.endswith(b"\n"):
         more = connection.recv(1 << 16)

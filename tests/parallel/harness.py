@@ -4,10 +4,10 @@ A test asks `ranks(2).run("tests.parallel.workers.harness:total", values=[1, 2])
 path, runs in each of 2 ranks with the default process group up, and its JSON results come back in rank order.
 An exception in a rank is raised in the test with that rank's traceback; a hang is ended after `timeout` seconds
 with the stack of every rank that did not answer; a rank that dies is named with the end of its log. After the
-last two the processes are replaced, so one bad test does not spoil the next. Leaves out tensors: functions write
-safetensors and return the path.
+last two the processes are replaced, so that no test is disturbed by the one before it. Tensors are not passed:
+functions write safetensors and return the path.
 
-What runs inside a rank is in tests/parallel/rank.py.
+The code inside a rank is in tests/parallel/rank.py.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from typing import Any
 
 from tests.parallel.forks import Fork, Forks
 
-AFTER_FIRST_ERROR = 15.0  # seconds the other ranks have to fail or finish by themselves
+AFTER_FIRST_ERROR = 15.0  # seconds that the other ranks get to fail or finish by themselves
 LOG_TAIL = 4000  # characters
-MOST_THREADS = 40  # of a rank, before all start anew: a few of gloo's stay with it after some calls, and never rest
+MOST_THREADS = 40  # of a rank; beyond that all ranks are replaced, since calls leave gloo threads behind that use CPU
 
 
 class RankError(AssertionError):
-    """A rank raised, died or hung. The message holds the rank and its traceback, stack or log."""
+    """Error for a rank that raised, died or hung; the message has the rank and its traceback, stack or log."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class _Process:
 
 
 class RankPool:
-    """The processes. Rank r of any world is process r; more are started when a larger world is asked for."""
+    """Pool of processes. Rank r of every world is process r; a larger world starts more of them."""
 
     def __init__(self, directory: Path, forks: Forks) -> None:
         self.directory, self.forks = directory, forks
@@ -49,7 +49,7 @@ class RankPool:
         self._started = itertools.count()
 
     def ranks(self, world_size: int) -> "Ranks":
-        """A world of `world_size` ranks."""
+        """Returns a world of `world_size` ranks."""
         return Ranks(self, world_size)
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class RankPool:
     def call(
         self, world_size: int, function: str, kwargs: dict[str, Any], timeout: float, process_group: bool
     ) -> list[Any]:
-        """See Ranks.run."""
+        """Runs a function in every rank of a world, see `Ranks.run`."""
         if any(_threads(process.fork.pid) > MOST_THREADS for process in self._processes):
             self.close()
         while len(self._processes) < world_size:
@@ -77,7 +77,7 @@ class RankPool:
             return self._collect(world_size, function, timeout)
         except RankError:
             raise
-        except BaseException:  # Ctrl-C in pytest: the ranks are in the middle of something
+        except BaseException:  # such as Ctrl-C in pytest, while the ranks still run the function
             self.close()
             raise
 
@@ -132,7 +132,7 @@ class RankPool:
         return f"the process ended with status {status}; the end of its log:\n{tail}"
 
     def _stack(self, rank: int) -> str:
-        """Asks the rank for its Python stacks; faulthandler answers even when a collective holds it."""
+        """Returns the Python stacks of a rank; faulthandler writes them even while it waits in a collective."""
         process = self._processes[rank]
         before = process.log.stat().st_size
         process.fork.send_signal(signal.SIGUSR2)
@@ -142,32 +142,32 @@ class RankPool:
 
 @dataclass(frozen=True)
 class Ranks:
-    """A world of some size on the pool's processes."""
+    """World of `world_size` ranks on the pool's processes."""
 
     pool: RankPool
     world_size: int
 
     def run(self, function: str, timeout: float = 120.0, process_group: bool = True, **kwargs: Any) -> list[Any]:
-        """Runs `module:function` in every rank. Returns what each returned, by rank. Errors: RankError.
+        """Runs `module:function` in every rank and returns the results by rank.
 
         `kwargs` and results are JSON; paths become strings. With `process_group` the default gloo group is up
-        before the call; without, the function finds torchrun's variables set and brings it up itself. All
-        groups, megatron-core's and deepspeed's too, are gone after the call.
+        before the call; without it, the function finds torchrun's variables set and makes the group itself. All
+        groups, megatron-core's and DeepSpeed's too, are destroyed after the call. Raises RankError if a rank fails.
         """
         return self.pool.call(self.world_size, function, kwargs, timeout, process_group)
 
 
-RanksOf = Callable[[int], Ranks]  # the fixture `ranks`: a world of that many
+RanksOf = Callable[[int], Ranks]  # type of the fixture `ranks`: number of ranks -> world
 
 
 def _threads(pid: int) -> int:
-    """Of a process; 0 where the system does not say."""
+    """Returns the number of threads of a process; 0 on systems without /proc."""
     tasks = Path(f"/proc/{pid}/task")
     return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
+    """Returns a TCP port of the loopback interface on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -13,12 +13,12 @@ from launch.processes import SETTLE_SECONDS
 from tests.parallel.forks import Forks
 from tests.parallel.harness import free_port
 
-PATIENCE = 60.0  # seconds that ranks have to end when one of them was killed
+PATIENCE = 60.0  # seconds that ranks get to end after one of them was killed
 LOG_TAIL = 4000  # characters
 
 
 class World:
-    """Ranks, each a process that trains as `kwargs` say and ends with the status of the training."""
+    """Ranks of one training run, each a process whose exit status is that of the training; `kwargs` are its options."""
 
     def __init__(self, forks: Forks, size: int, kwargs: dict[str, Any], log: Path):
         port = free_port()
@@ -37,14 +37,14 @@ class World:
             self.ranks[rank].send_signal(number)
 
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Waits for the ranks' end, for `until`, or for `seconds`. True if ranks are still running."""
+        """Waits until all ranks have ended, `until` is true or `seconds` are over; returns whether ranks still run."""
         deadline = time.monotonic() + seconds
         while (running := None in self.statuses) and not until() and time.monotonic() < deadline:
             time.sleep(0.0005)
         return running
 
     def end(self, why: str) -> None:
-        """Kills the ranks that are left; fails if there were any."""
+        """Kills the ranks that still run, and fails if there were any."""
         hung = None in self.statuses
         said = f"{why} ranks did not end by themselves: {self.statuses}" if hung else ""
         self.send(range(len(self.ranks)))
@@ -53,7 +53,7 @@ class World:
 
 
 def run(forks: Forks, size: int, kwargs: dict[str, Any], log: Path) -> list[int | None]:
-    """Trains in a world of `size`; returns the ranks' exit statuses: a training status, or 1 for an error of it."""
+    """Trains on `size` ranks and returns their exit statuses: that of the training, or 1 for an exception."""
     world = World(forks, size, kwargs, log)
     world.wait(10 * PATIENCE)
     world.end("untouched")
@@ -63,10 +63,11 @@ def run(forks: Forks, size: int, kwargs: dict[str, Any], log: Path) -> list[int 
 def crash(
     forks: Forks, size: int, kwargs: dict[str, Any], seed: int, kills: int, torn: int, log: Path
 ) -> list[dict[str, Any]]:
-    """Trains, killed at least `kills` times and in at least `torn` saves, until it is finished.
+    """Kills and restarts a training run at least `kills` times, at least `torn` of them during a save; finishes it.
 
-    Every other kill is at any moment from the start on, the others are aimed into a save. Either one rank or all are
-    killed; the rank that is left must end, by itself or when it is told. Returns what is known of each kill.
+    Every second kill comes at a random moment, the others during a save. One rank or all are killed; a rank that is
+    left must end by itself or on SIGTERM. Returns a record of each kill: whether it was aimed at a save, its victims,
+    whether a save was cut short, and the newest whole checkpoint after it.
     """
     rng, checkpoints = random.Random(seed), Path(kwargs["run_dir"]) / "checkpoints"
     done: list[dict[str, Any]] = []
@@ -93,7 +94,7 @@ def crash(
         victims = rng.choice([[0], [size - 1], list(range(size))])
         world.send(victims)
         left = any(checkpoints.glob(".step_*"))
-        if world.wait(SETTLE_SECONDS):  # as the launcher does; a rank that is still starting waits for its dead peer
+        if world.wait(SETTLE_SECONDS):  # as a launcher would: a rank that is still starting waits for its dead peer
             world.send(range(size), signal.SIGTERM)
         world.wait(PATIENCE)
         world.end(f"after the kill of {victims}")
@@ -108,7 +109,7 @@ def _newest(checkpoints: Path) -> int:
 
 
 def train(rank: int, size: int, port: int, options: dict[str, Any]) -> int:
-    """Runs in a forked rank: a function of tests/parallel/workers/training.py, `train` unless options name another."""
+    """Runs in a forked rank: calls `train` of tests/parallel/workers/training.py, or the function that options name."""
     import torch
 
     from tests.parallel.workers import training

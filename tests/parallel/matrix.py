@@ -1,4 +1,4 @@
-"""The models and layouts that parallel tests run, and which pairs of them `make test` and `make test-full` hold."""
+"""Models and layouts of the parallel tests, and the pairs of them that `make test` and `make test-full` run."""
 
 from typing import Any
 
@@ -93,7 +93,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def world_of(layout: str) -> tuple[int, dict[str, Any]]:
-    """Number of ranks and `parallel` section of a layout; any other name, such as "one", is one rank alone."""
+    """Returns the number of ranks and the `parallel` section of a layout; other names, such as "one", are one rank."""
     return LAYOUTS.get(layout, (1, {}))
 
 
@@ -102,7 +102,7 @@ def is_allowed(model: str, layout: str) -> bool:
     return bool(moe or "ep" not in degrees) and not ("cp" in degrees and moe and "capacity_factor" in moe)
 
 
-# Every layout is held with these models in every test run, with the others in the full one, but for a few.
+# `make test` runs every layout with these models; `make test-full` also runs most layouts with the other models.
 FIRST_MODELS = ("dense_tied", "deepseek")
 FIRST_LAYOUTS = ("tp2", "pp2", "zero1", "tp2sp_pp2vpp2", "ep2dp4", "tp2sp_ep2")
 
@@ -135,7 +135,7 @@ RESUMES = [
     ("deepseek", "ep2", "tp2sp_ep2"),
     ("deepseek", "ep2", "cp2"),
 ]
-# With make test-full.
+# Only with `make test-full`.
 MORE_RESUMES = [
     ("dense", "tp2", "zero1"),
     ("dense_tied", "pp2vpp2", "pp2_uneven"),

@@ -1,7 +1,7 @@
-"""One rank of the test pool: takes calls from harness.py, runs them in a fresh world, answers in JSON.
+"""One rank of the test pool: takes calls from harness.py, runs each in a fresh world, and answers in JSON.
 
-Between calls everything global is put back: process groups (torch's, megatron-core's, deepspeed's), the
-random state, the default dtype, and the launcher's variables. Leaves out starting and ending processes.
+Between calls all global state is reset: process groups (torch's, megatron-core's, DeepSpeed's), the random state, the
+default dtype, and the launcher's variables. Processes are started and ended by harness.py.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ def serve(descriptor: int) -> None:
             data = json.dumps(reply, default=str).encode()
         except BaseException:
             data = json.dumps({"error": traceback.format_exc()}).encode()
-        # Leaving the groups before answering closes this rank's sockets: ranks that wait for it fail at once
-        # instead of hanging. The pool takes the first answer for the cause, so an error is sent first.
+        # Leaving the groups closes this rank's sockets, so that ranks that wait for it fail at once instead of
+        # hanging. An error is sent before that, since the pool takes the first answer as the cause.
         if data.startswith(b'{"error"'):
             connection.send_bytes(data)
             leave_world()
@@ -68,24 +68,24 @@ def run(message: dict[str, Any]) -> Any:
     os.environ.update(env.as_variables())
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    gc.freeze()  # what the imports brought is looked at no more
+    gc.freeze()  # spares the garbage collector the objects made by imports
     if message["process_group"]:
         dist.init_process_group(
             "gloo",
             init_method=env.init_method,
             rank=env.rank,
             world_size=env.world_size,
-            timeout=timedelta(minutes=10),  # longer than any test's: the pool's timeout shows stacks, gloo's none
+            timeout=timedelta(minutes=10),  # longer than the pool's, which shows stacks when it ends
         )
     module, _, name = message["function"].partition(":")
     return getattr(importlib.import_module(module), name)(**message["kwargs"])
 
 
 def one_group_for_the_same_ranks(ranks: Sequence[int] | None = None, *args: Any, **kwargs: Any) -> Any:
-    """Makes a group the first time that a world asks for these ranks, and gives the same one from then on.
+    """Returns one and the same process group for the same ranks, made when a world first asks for it.
 
-    Each gloo group has three threads and connections of its own. megatron-core makes seventeen groups in any layout, of
-    which most have the same ranks.
+    Each gloo group has three threads and its own connections, and megatron-core makes seventeen groups in any layout,
+    most of which have the same ranks.
     """
     key = (dist.group.WORLD, None if ranks is None else tuple(ranks), kwargs.get("backend"))
     if key not in _groups:
@@ -94,7 +94,7 @@ def one_group_for_the_same_ranks(ranks: Sequence[int] | None = None, *args: Any,
 
 
 def leave_world() -> None:
-    """Destroys every process group and what the libraries remember of it."""
+    """Destroys every process group and resets the libraries' globals that refer to one."""
     _free_engines()
     _groups.clear()
     if parallel_state := sys.modules.get("megatron.core.parallel_state"):
@@ -102,9 +102,9 @@ def leave_world() -> None:
     if comm := sys.modules.get("deepspeed.comm.comm"):
         comm.cdb = None
     if groups := sys.modules.get("deepspeed.utils.groups"):
-        importlib.reload(groups)  # it keeps two dozen groups in module globals; this puts all of them back
+        importlib.reload(groups)  # resets two dozen groups in module globals
     if stage3 := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
-        # It numbers a process's modules and parameters, ranks compare numbers, and they were in different calls before.
+        # DeepSpeed numbers a process's parameters and compares the numbers between ranks, which had different calls.
         stage3.Init.param_id = 0
         stage3.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
         stage3.FWD_MODULE_STACK.clear()
@@ -115,10 +115,11 @@ def leave_world() -> None:
 
 
 def _free_engines() -> None:
-    """Engines hook into autograd's C++ nodes, which no garbage collector sees through; they hold groups, and every
-    gloo group has threads of its own.
+    """Destroys DeepSpeed's engines, which keep process groups and their threads alive.
+
+    The garbage collector does not free engines, since autograd's C++ nodes refer to them.
     """
     if deepspeed := sys.modules.get("deepspeed"):
         for engine in [o for o in gc.get_objects() if type(o) is deepspeed.DeepSpeedEngine]:
-            with contextlib.suppress(Exception):  # where a call has left its groups by itself
+            with contextlib.suppress(Exception):  # fails if the call has destroyed its groups already
                 engine.destroy()

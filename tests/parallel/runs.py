@@ -1,4 +1,4 @@
-"""Training runs of tests: starts them in ranks, and reads what they logged, saved and trained on."""
+"""Starts training runs in ranks, and reads their logs, their checkpoints and the documents they were trained on."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ TRAIN = "tests.parallel.workers.training:train"
 
 
 def train(ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **options: Any) -> list[dict[str, Any]]:
-    """Trains six steps, or as `options` of `workers.training.train` say; returns each rank's answer."""
+    """Trains six steps and returns each rank's answer; `options` are those of `workers.training.train`."""
     return ranks.run(
         TRAIN,
         process_group=False,
@@ -29,14 +29,14 @@ def train(ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **o
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the clock and the machine."""
+    """Reads the log, without values that depend on the clock and the machine."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     varying = ("tokens_per_s", "memory_bytes", "save_copy_s")
     return [{k: v for k, v in line.items() if k not in varying} for line in lines]
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    """Holds two checkpoints to the same weights and optimizer state, bit by bit."""
+    """Asserts that two checkpoints have the same weights and optimizer state, bit by bit."""
     for kind in storage.KINDS:
         one, other = storage.read_full(a, kind), storage.read_full(b, kind)
         assert one.keys() == other.keys()
@@ -46,7 +46,7 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 
 def trained_on(run_dir: Path) -> list[dict[str, Any]]:
-    """Every segment of every step, as `trivium data trace` finds them."""
+    """Returns every segment of every step, as `trivium data trace` finds them."""
     run, found = data_spans(run_dir), []
     for step in range(storage.steps(run_dir)[-1]):
         data_span = next(one for one in reversed(run) if one.first_step <= step)

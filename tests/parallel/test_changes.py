@@ -1,4 +1,4 @@
-"""Settings that change when a run goes on: told, kept in the run's history, and of effect; or refused."""
+"""Settings that change when a run is resumed: they are reported, kept in its history and effective, or refused."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def train(ranks: RanksOf, run_dir: Path, model: dict[str, Any], steps: int, **op
 
 @pytest.fixture(scope="module", params=["dense", "deepseek"])
 def runs(request: pytest.FixtureRequest, ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Runs of two steps, and what comes of each in a third step with nothing changed."""
+    """A model's name, and a folder with a run of two steps (begun) and the same run after a third step (same)."""
     folder, model = tmp_path_factory.mktemp("runs"), MODELS[request.param]
     assert train(ranks, folder / "begun", model, 2)["status"] == 0
     shutil.copytree(folder / "begun", folder / "same")
@@ -42,7 +42,7 @@ def runs(request: pytest.FixtureRequest, ranks: RanksOf, tmp_path_factory: pytes
     return request.param, folder
 
 
-# Of a section, what is changed and what is said of it; `moe` for the model's.
+# (section, its changed keys, the reported line); the section `moe` is model.moe.
 CHANGES: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     "dense": [
         ("optimizer", {"lr": 0.1}, "optimizer.lr 0.01 -> 0.1"),
@@ -58,7 +58,7 @@ CHANGES: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     ],
 }
 
-# With make test-full.
+# Only with `make test-full`.
 MORE_CHANGES: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     "dense": [
         ("optimizer", {"betas": [0.5, 0.95]}, "optimizer.betas [0.9, 0.95] -> [0.5, 0.95]"),
@@ -98,7 +98,7 @@ def test_what_changes_is_told_and_kept_and_does_something(
         manifest = storage.read_manifest(path)
         changed = [not torch.equal(storage.read_full(path)[key], one) for key, one in storage.read_full(same).items()]
         assert any(changed), f"{words} did nothing"
-        # What was before it is not lost, and stands in the manifest, in the run's folder, in inspect and in the report.
+        # The earlier settings are still in the manifest, and the change is in the history, `inspect` and the report.
         (first, second) = manifest["stretches"]
         assert first["config"] == storage.read_manifest(storage.directory(run, 2))["config"]
         assert second["config"] == manifest["config"] and second["first_step"] == 2
@@ -116,7 +116,7 @@ def test_what_cannot_change_is_refused_in_words(ranks: RanksOf, runs: tuple[str,
             ({"qk_norm": True, "norm_eps": 1e-3}, {}, "model.qk_norm false -> true; model.norm_eps 1e-05 -> 0.001"),
             ({}, {"seed": 5, "train": {"seq_length": 48}}, "run.seed 3 -> 5; train.seq_length 24 -> 48"),
         ],
-        # The checkpoint has no state for the one, and would lose that of the others.
+        # The checkpoint lacks the state of a new balancing, and its state of the old one would be lost.
         "deepseek": [
             ({"moe": MODELS["deepseek"]["moe"] | {"bias_update_rate": 0.0}}, {}, "bias_update_rate 0.05 -> 0.0"),
             ({"moe": MODELS["deepseek"]["moe"] | {"aux_loss": "sequence"}}, {}, "aux_loss global_batch -> sequence"),
@@ -130,7 +130,7 @@ def test_what_cannot_change_is_refused_in_words(ranks: RanksOf, runs: tuple[str,
 
 
 def test_a_run_of_before_a_key_was_there_goes_on(ranks: RanksOf, tmp_path: Path) -> None:
-    """Its manifest has none of some keys that have a default, and no settings by stretch."""
+    """The manifest lacks some keys that have a default, and its data spans have no config."""
     run = tmp_path / "run"
     assert train(ranks, run, MODELS["dense"], 2)["status"] == 0
     file = storage.directory(run, 2) / "manifest.json"

@@ -32,7 +32,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(sound: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of the sound data, to be damaged."""
     return Path(shutil.copytree(sound, tmp_path / "data"))
 
 
@@ -78,7 +78,7 @@ def test_one_changed_token_stops_all_ranks(
 
 
 def test_damage_found_late_is_told_from_the_last_checked_step_on(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
-    """A run that was stopped before its check was done has trained on the damage, whoever finds it later."""
+    """A run that was stopped before its check was done has trained on damaged data, as the next start reports."""
     path = data / "tokens/train/code/00000.bin"
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -94,13 +94,13 @@ def test_damage_found_late_is_told_from_the_last_checked_step_on(ranks: RanksOf,
         and "checkpoints after step 0 may have been trained on damaged data" in said
     )
     manifest = storage.read_manifest(storage.directory(tmp_path / "checked", 6))
-    assert manifest["unchecked_from"] == 6, "all that it was trained on was looked at"
+    assert manifest["unchecked_from"] == 6, "all of its training data was checked"
 
 
 def test_a_signal_ends_the_last_wait_and_the_next_start_does_the_check_alone(
     ranks: RanksOf, data: Path, tmp_path: Path
 ) -> None:
-    """As often as it is told to stop; damage that is found then is told as at any other time."""
+    """A run that waits for its check at the end can be stopped again and again; damage is reported all the same."""
     run, path = tmp_path / "run", data / "tokens/train/code/00000.bin"
     checkpoint = storage.directory(run, 6)
     for start in ("trains", "checks"):

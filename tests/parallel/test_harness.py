@@ -1,7 +1,4 @@
-"""The pool of ranks itself: worlds of several sizes on the same processes.
-
-Failures, hangs and deaths are told.
-"""
+"""Pool of ranks: worlds of several sizes on the same processes, and reports of failures, hangs and deaths."""
 
 import time
 

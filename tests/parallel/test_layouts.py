@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS, MORE_PAIRS, PAIRS, world_of
 
-Results = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]  # of each rank, and whole tensors by name
+Results = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]  # each rank's result, and whole tensors by name
 RunLayout = Callable[..., Results]
 
 
 @pytest.fixture(scope="module")
 def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
-    """Runs (model, layout, options of `run_layout`); each is run once."""
+    """Runner of (model, layout, options of `run_layout`), which runs each of them once."""
     done: dict[str, Results] = {}
 
     def run(model: str, layout: str, timeout: float | None = None, **options: Any) -> Results:
@@ -65,7 +65,7 @@ def test_every_layout_drops_the_same(run: RunLayout, layout: str, recompute: str
 def check_same(found: Results, reference: Results) -> None:
     results, tensors = found[0], dict(found[1])
     expected = reference[0][0]
-    for result in results:  # every rank tells the same story
+    for result in results:  # every rank returns the same numbers
         for key in ("losses", "norms"):
             assert result[key] == pytest.approx(expected[key], rel=2e-6), key
         for step, values in enumerate(result["by_source"]):
@@ -73,7 +73,7 @@ def check_same(found: Results, reference: Results) -> None:
         assert result["moe"].keys() == expected["moe"].keys()
         for key, value in expected["moe"].items():  # by layer too
             assert result["moe"][key] == pytest.approx(value, rel=2e-6), key
-        assert result["heldout"] == pytest.approx(expected["heldout"], rel=1e-5)  # of weights that are that far apart
+        assert result["heldout"] == pytest.approx(expected["heldout"], rel=1e-5)  # their weights differ by as much
     # With tied embeddings the last stage's copy of the head has the embedding's gradient and weight.
     for kind in ("grad", "weight"):
         if f"{kind}/lm_head.weight" not in reference[1] and f"{kind}/lm_head.weight" in tensors:
@@ -87,14 +87,14 @@ def check_same(found: Results, reference: Results) -> None:
 
 def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
     (moe, *_), _ = run("moe", "one")
-    assert min(moe["norms"]) > 0.1 and moe["moe"]["moe_aux_loss"] >= 1.0  # its minimum, at perfect balance
+    assert min(moe["norms"]) > 0.1 and moe["moe"]["moe_aux_loss"] >= 1.0  # 1, the minimum, is perfect balance
 
 
 @pytest.mark.parametrize(
     "layout", ["zero1", "tp2sp", "pp2vpp2", "cp2", "ep2", "ep2dp4", "tp2sp_zero2_offload", "tp2sp_zero3"]
 )
 def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
-    """bf16 rounds at 2^-8 = 0.4%; gradients are accumulated in fp32, so they are off by a few such roundings."""
+    """Relative errors are a few times 0.4 %, the rounding of bf16 (2^-8), since gradients are accumulated in fp32."""
     (expected, *_), reference = run("moe_tied", "one")
     (result, *_), tensors = run("moe_tied", layout, dtype="bfloat16")
     assert result["losses"] == pytest.approx(expected["losses"], rel=0.01)
@@ -107,9 +107,9 @@ def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_gradients_are_accumulated_and_averaged_in_fp32(run: RunLayout, stage: int, offload: bool) -> None:
-    """Data parallel computes each micro-batch's bf16 gradients as one rank does, times dp = 2, which is exact.
+    """The bf16 gradients of each micro-batch are those of one rank times dp = 2, exactly, so only sums can differ.
 
-    So sums in fp32 differ by fp32's rounding (6e-8, a few times), and a sum in bf16 by 2e-3.
+    Sums in fp32 differ by a few times fp32's rounding (6e-8), a sum in bf16 would differ by 2e-3.
     """
     _, expected = run("moe_tied", "one", dtype="bfloat16")
     _, found = run("moe_tied", f"zero{stage}{'_offload' if offload else ''}", dtype="bfloat16")

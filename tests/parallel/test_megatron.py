@@ -1,6 +1,6 @@
-"""What pretrain relies on in megatron-core, a function a fact under the name that pretrain/megatron.py lists.
+"""Behaviour of megatron-core that pretrain relies on: one test for each item in pretrain/megatron.py, of its name.
 
-A new version of megatron-core that does otherwise fails here. Facts about two ranks are in workers/megatron.py.
+A version of megatron-core that behaves differently fails here. The tests on two ranks are in workers/megatron.py.
 """
 
 import inspect
@@ -82,7 +82,7 @@ def accepted_config() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             config = megatron.schedule_config(MODEL, shape, dtype)
             assert config.pipeline_dtype == dtype and config.calculate_per_token_loss
-            # Nothing of its own is done to gradients or losses that Trivium sums itself.
+            # megatron-core does nothing to gradients and losses, which Trivium sums itself.
             assert config.finalize_model_grads_func is None and config.grad_scale_func is None
             assert config.no_sync_func is None and config.timers is None and not config.deallocate_pipeline_outputs
 
@@ -98,15 +98,15 @@ def cpu_redirections() -> None:
         "tensor_parallel.mappings",
     }
     for module in megatron.REDIRECTED:
-        seen: Any = module.__dict__["torch"]  # a global of the module, so that each use looks it up
+        seen: Any = module.__dict__["torch"]  # a global of the module, which each use looks up again
         assert seen.cuda.current_device() == torch.device("cpu") and seen.cuda.synchronize() is None
         assert seen.zeros([], dtype=torch.int, device="cuda").device == torch.device("cpu")
         assert seen.Tensor is torch.Tensor and seen.cuda.Stream is torch.cuda.Stream
-    with pytest.raises((AssertionError, RuntimeError)):  # only megatron-core sees it so
+    with pytest.raises((AssertionError, RuntimeError)):  # only megatron-core gets the redirected `torch`
         torch.zeros(1, device="cuda")
 
 
-# From here on: in two ranks, both with the default process group.
+# The tests below run in two ranks, which have the default process group.
 
 
 ALONE = (whole_layer, unset_weights, group_size, rank_order, accepted_config, cpu_redirections)

@@ -1,4 +1,4 @@
-"""Plans that are made anew under a run: it finds its own again, or goes on with a longer one; every remedy is tried."""
+"""A run whose plan was replaced by a new data run finds its own one again, or goes on with a longer one."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(made: Path, tmp_path: Path) -> Path:
-    """A data run's folder, with tokens and tokenizer."""
+    """Folder of a data run that has tokens and a tokenizer, but no plan yet."""
     (tmp_path / "data").mkdir()
     for name in ("tokens", "tokenizer"):
         (tmp_path / "data" / name).symlink_to(made / name)
@@ -42,7 +42,7 @@ def data(made: Path, tmp_path: Path) -> Path:
 
 
 def publish(data: Path, samples: int = 12, **changes: Any) -> str:
-    """Makes the plan anew, as a data run does. Returns the fingerprint; empty if there are stages."""
+    """Makes and publishes a new plan, as a data run does; returns its fingerprint, or "" if it has stages."""
     mixture = {"seq_length": 32, "weights": {"code": 0.6, "prose": 0.4}, "max_epochs": 9, "samples": samples, **changes}
     build_stages(data / "tokens", data / "tokenizer", data / "new", validate(MixtureConfig, mixture).plans())
     if (data / "plan").exists():
@@ -87,7 +87,7 @@ def test_a_longer_plan_goes_on_as_the_same_data(ranks: RanksOf, data: Path, tmp_
     assert train(ranks, run, data / "plan", 2)["status"] == 0
     said = train(ranks, run, data / "plan", 5)["error"]
     assert "needs 8 samples more than" in said and "which are 12" in said
-    # What it names: fewer steps, or a plan with more samples by another data run.
+    # The message's remedies: fewer steps, or a new data run with more samples.
     assert train(ranks, run, data / "plan", int(re.findall(r"train\.steps=(\d+)", said)[0]))["status"] == 0
     assert storage.steps(run)[-1] == 3 and "mixture.samples in the data config" in said
     longer = publish(data, samples=20)
@@ -95,12 +95,12 @@ def test_a_longer_plan_goes_on_as_the_same_data(ranks: RanksOf, data: Path, tmp_
     assert list(dict.fromkeys(one["data"] for one in history.read(run))) == [first, longer]
     assert train(ranks, tmp_path / "straight", data / "plan", 5)["status"] == 0
     assert losses(run) == losses(tmp_path / "straight")
-    # Steps before the change are traced in the plan of then.
+    # Steps before the change are traced in the earlier plan.
     assert [s["document_id"] for s in trained_on(run)] == [s["document_id"] for s in trained_on(tmp_path / "straight")]
 
 
 def test_ranks_that_saw_different_plans_do_not_train(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
-    """As when a data run makes the plan anew between one rank's look at it and another's."""
+    """A data run may publish a new plan after one rank has read the plan and before another does."""
     publish(data)
     shutil.copytree(data / "plan", tmp_path / "data" / "before")
     publish(data, weights={"code": 0.5, "prose": 0.5})
@@ -117,13 +117,13 @@ def test_a_run_goes_on_with_its_own_plan(ranks: RanksOf, data: Path, tmp_path: P
     run, first = tmp_path / "run", publish(data)
     assert train(ranks, tmp_path / "straight", data / "plan", 3)["status"] == 0
     assert train(ranks, run, data / "plan", 1)["status"] == 0
-    # Others take its place: of other weights, of other rows, of stages.
+    # Other plans replace it: with other weights, with other row lengths, with stages.
     for changes in ({"weights": {"code": 1.0}}, {"seq_length": 64}, {"stages": {"general": {}, "late": {}}}):
         publish(data, **changes)
     assert train(ranks, run, data / "plan", 3)["status"] == 0
     assert losses(run) == losses(tmp_path / "straight")
     assert {one["data"] for one in history.read(run)} == {first}
-    # It has no more samples: the two remedies are a plan that goes on from the checkpoint, and the plan with more.
+    # Its own plan has no more samples. The remedies are a plan that continues from the checkpoint, and a longer plan.
     publish(data, weights={"code": 1.0}, samples=40)
     said = train(ranks, run, data / "plan", 5)["error"]
     checkpoint = re.findall(r"trivium data replan CONFIG --after (\S+) --out", said)[0]
@@ -149,13 +149,14 @@ def test_what_differs_is_said_in_words(ranks: RanksOf, data: Path, tmp_path: Pat
     said = train(ranks, run, data / "plan", 3)["error"]
     assert "its data are others: seed 0 -> 7; weights.code 0.6 -> 0.9; weights.prose 0.4 -> 0.1" in said
     assert first not in said
-    # Set back, by giving it its plan again; to start anew, in another folder; and together with other mistakes.
+    # The remedies are data.plan set back to the run's own plan, or a new run in another folder. A mistake in another
+    # key is reported in the same message.
     (tmp_path / "elsewhere").rename(kept)
     assert train(ranks, run, kept, 2)["status"] == 0
     assert train(ranks, tmp_path / "anew", data / "plan", 1)["status"] == 0
     said = train(ranks, run, data / "plan", 3, seed=4)["error"]
     assert "says: run.seed 3 -> 4; set it back" in said
-    # A stage of another name is not the run's plan, although that stands beside it.
+    # The plan of another stage is not taken for the run's own plan, although it is kept beside it.
     publish(data, stages={"general": {}, "late": {}})
     said = train(ranks, run, data / "plan/late", 3)["error"]
     assert "goes on after another plan" in said

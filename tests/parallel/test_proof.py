@@ -1,4 +1,4 @@
-"""`trivium prove` passes what is right, and catches every bug that can be planted, naming where it shows first."""
+"""`trivium prove` passes correct layouts, and finds every planted bug, naming the first tensor that is wrong."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def config(model: str, run_dir: Path, parallel: dict[str, Any]) -> dict[str, Any
 
 @pytest.fixture(scope="module")
 def prove(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Prove:
-    """The verdict on a layout; the one rank of each model is run once."""
+    """Runner of proofs, which returns the verdict on a layout; the reference of each model is run once."""
     ones: dict[tuple[str, str], Path] = {}
 
     def run(world: int, model: str, parallel: dict[str, Any], precision: str, inject: str | None) -> Path:
@@ -81,11 +81,11 @@ def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: 
     verdict = prove(layout, model, precision=precision)
     assert verdict.passed, verdict.failed[:5]
     assert verdict.worst.keys() == {"loss", "grad_norm", "forward", "backward", "grad", "weight"}
-    assert verdict.worst["grad"].found > 0  # something was compared, and nothing is exact
+    assert verdict.worst["grad"].found > 0  # tensors were compared, and rounding differs somewhere
 
 
 def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
-    """Rounding to fp32 at the same place in two layouts would not show in their comparison."""
+    """An fp32 rounding that both layouts have in common would not show in their comparison."""
     settings = config("deepseek", tmp_path, {"tp": 2, "sp": True})
     meant = {
         *("batch_source.py:collate", "batch_source.py:stack"),  # the loss mask
@@ -96,7 +96,7 @@ def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
     for functions in ranks(2).run(
         "tests.parallel.workers.proof:functions_in_fp32", process_group=False, config=settings
     ):
-        assert "rope.py:rotary_angles" in functions  # so the look does see
+        assert "rope.py:rotary_angles" in functions  # so the recording works
         assert set(functions) <= meant
     norm = json.loads((tmp_path / "step.json").read_text())["grad_norm"]
     assert norm != float(np.float32(norm))
@@ -123,7 +123,7 @@ def test_every_planted_bug_is_caught_where_it_first_shows(
     verdict = prove(layout, model, inject)
     assert not verdict.passed
     assert verdict.first == first, verdict.failed[:5]
-    if first is None:  # no tensor is wrong, and Adam's first step does not see by how much gradients are clipped
+    if first is None:  # no tensor is wrong, since Adam's first step does not depend on the scale of gradients
         assert [failed.split(":")[0] for failed in verdict.failed] == ["grad_norm"]
 
 

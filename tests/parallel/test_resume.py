@@ -1,4 +1,4 @@
-"""Any layout resumes any layout: a declared matrix. And which checkpoint a run starts from, or refuses to."""
+"""Every layout of a matrix resumes checkpoints of every other; and the checkpoint that a run starts from."""
 
 import shutil
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from tests.parallel.matrix import MODELS, MORE_RESUMES, RESUMES, world_of
 from tests.parallel.runs import assert_same_state, metrics, train
 from tests.parallel.workers.layouts import GLOBAL_BATCH
 
-STEP = 2  # of the checkpoints that the matrix restores
+STEP = 2  # number of steps in the checkpoints that the matrix restores
 
 Saved = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="module")
 def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A run of STEP + 1 steps of (model, layout) that has a checkpoint of STEP; each is trained once."""
+    """Runner of (model, layout), which trains each once for STEP + 1 steps, with a checkpoint of STEP."""
     done: dict[tuple[str, str], Path] = {}
 
     def saved(model: str, layout: str) -> Path:
@@ -58,7 +58,7 @@ def test_any_layout_resumes_any_layout(
     samples = sorted({sample for answer in answers for sample in answer["samples"]})
     assert samples == list(range(STEP * GLOBAL_BATCH, (STEP + 1) * GLOBAL_BATCH))
     assert [answer["status"] for answer in answers] == [0] * world
-    # The bound of test_layouts' losses: fp32 sums in another order.
+    # The bound on losses in test_layouts: fp32 sums in another order.
     expected, found = ({line["step"]: line["loss"] for line in metrics(r) if "loss" in line}
                        for r in (run, tmp_path / "run"))  # fmt: skip
     assert found == pytest.approx({STEP + 1: expected[STEP + 1]}, rel=2e-6)
@@ -82,19 +82,19 @@ def test_gathered_weights_are_the_checkpoints(ranks: RanksOf, saved: Saved, mode
 
 @pytest.fixture
 def run(saved: Saved, tmp_path: Path) -> Path:
-    """A finished run of STEP + 1 steps on one rank, to change."""
+    """A finished run of STEP + 1 steps on one rank, which the test may change."""
     shutil.copytree(saved("dense", "one"), tmp_path / "run")
     return tmp_path / "run"
 
 
 def contents(run_dir: Path) -> dict[str, bytes]:
-    """All that a refused start must leave as it is."""
+    """Returns the content of every file of a run, which a refused start must not change."""
     files = (path for path in run_dir.rglob("*") if path.is_file())
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
 
 
 def refusal(ranks: Ranks, run_dir: Path, resume: str, steps: int = STEP + 2) -> str:
-    """The words of a refused start, which must have changed nothing."""
+    """Returns the message of a refused start, and asserts that it has changed no file."""
     before = contents(run_dir)
     answers = train(ranks, run_dir, "dense", {}, steps=steps, resume=resume)
     assert {answer["kind"] for answer in answers} == {"ConfigError"}, answers
@@ -118,18 +118,18 @@ def test_resume_from_a_path_starts_a_branch_that_goes_on_by_the_same_command(
     command = {"resume": str(checkpoint), "steps": STEP + 3, "every": 1}
     (answer,) = train(ranks(1), branch, "dense", {}, fail_at=STEP + 2, **command)
     assert answer["error"] == "the node went away" and storage.steps(branch) == [STEP + 1, STEP + 2]
-    shutil.rmtree(checkpoint)  # its run has pruned it since: the branch does not need it any more
+    shutil.rmtree(checkpoint)  # as if its run had deleted it since: the new run does not need it any more
     assert train(ranks(1), branch, "dense", {}, **command) == [{"status": 0}]
     losses = {line["step"]: line["loss"] for line in metrics(branch) if "loss" in line}
     assert list(losses) == [STEP + 1, STEP + 2, STEP + 3]
-    # The schedule has more steps here than in the run, but a step's loss is of the weights before it.
+    # The schedules differ in length, but a step's loss is computed with the weights before that step.
     assert losses[STEP + 1] == {line["step"]: line["loss"] for line in metrics(run) if "loss" in line}[STEP + 1]
 
 
 def test_resume_from_a_path_overwrites_nothing(ranks: RanksOf, run: Path, tmp_path: Path) -> None:
     words = refusal(ranks(1), run, str(storage.directory(run, STEP)))
     assert "do not come from it" in words and "step_3" in words and "another run.dir" in words
-    newest = str(storage.directory(run, STEP + 1))  # its own newest: as auto
+    newest = str(storage.directory(run, STEP + 1))  # the run's own newest checkpoint, which `auto` takes too
     assert train(ranks(1), run, "dense", {}, steps=STEP + 2, resume=newest) == [{"status": 0}]
 
 

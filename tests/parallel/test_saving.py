@@ -1,4 +1,4 @@
-"""Saving in the background: what stops the step loop and what does not, full disks, signals, retention."""
+"""Saving in the background: how long the step loop waits, full disks, signals, and deletion of old checkpoints."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(ranks: RanksOf
     said = answers[0]["said"]
     assert "copied in 0.0" in said and f"saved {storage.directory(run, 2)} in 1." in said
     assert "s for the checkpoint before" in said, "the save of step 4 waited, and said so"
-    for step in (2, 4):  # of the step they name, though weights went on while they were written
+    for step in (2, 4):  # their weights are those of their step, although training went on while they were written
         assert_same_state(storage.directory(straight, step), storage.directory(run, step))
         trained = packed_rows(0, step * GLOBAL_BATCH, MODELS["dense"]["vocab_size"], SEQ_LENGTH)
         used = [sum(int(row.loss_mask.sum()) for row in trained if row.source == source) for source in range(2)]
@@ -98,7 +98,7 @@ def test_a_rank_that_cannot_write_costs_one_checkpoint(ranks: RanksOf, tmp_path:
     reason="this system lets no user mount a file system of his own",
 )
 def test_a_full_disk(tmp_path: Path) -> None:
-    """Two ranks on a file system of 3 MB that fills up, has room again, and is full at the end."""
+    """Two ranks train on a file system of 3 MB that is full, has room again, and is full at the end."""
     options = {"run_dir": str(tmp_path / "disk/run"), "model": MODELS["dense"], "steps": 6, "every": 1, "keep": 1}
     (tmp_path / "disk").mkdir()
     mount = f'mount -t tmpfs -o size=3m none {tmp_path / "disk"} && mkdir {tmp_path / "disk/run"} && exec "$@"'
@@ -111,16 +111,16 @@ def test_a_full_disk(tmp_path: Path) -> None:
     seen = [json.loads(line.partition("seen: ")[2]) for line in said.splitlines() if line.startswith("seen: ")]
     for step in (3, 4, 6):
         assert f"no checkpoint of step {step}: rank " in said and f"/.step_{step}: No space left on device" in said
-    # The last good one stays, no temporary file does, and training went on.
+    # The last whole checkpoint stays, temporary files are removed, and training went on.
     assert seen[0] == {"checkpoints": ["step_2"], "steps": [1, 2, 3, 4]}
     assert "/step_5 in" in said, "with room again, the next save succeeds"
     assert seen[1] == {"checkpoints": ["step_5"], "steps": [1, 2, 3, 4, 5, 6]}
-    assert "error: step 6 is not saved" in said and "Traceback" not in done.stderr
+    assert "error: the checkpoint of step 6 could not be written" in said and "Traceback" not in done.stderr
 
 
 @pytest.mark.full
 def test_signals_through_the_launcher(ranks: RanksOf, tmp_path: Path) -> None:
-    """SIGUSR1 is 75, Ctrl-C 130, each with a checkpoint; the run then ends as if nothing had happened."""
+    """SIGUSR1 ends with status 75 and Ctrl-C with 130, each with a checkpoint; the finished run is undisturbed."""
     straight, run = tmp_path / "straight", tmp_path / "run"
     steps = 40
     train(ranks(2), straight, "dense", {}, steps=steps, every=1000)

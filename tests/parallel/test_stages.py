@@ -1,4 +1,4 @@
-"""A run that passes from plan to plan, in one layout or several: what it is trained on, and what it refuses."""
+"""A run that goes from stage to stage of a mixture: the documents it is trained on, its layouts, and refusals."""
 
 from collections import Counter
 from pathlib import Path
@@ -30,9 +30,9 @@ MIXTURE: dict[str, Any] = {
         "long_context": {"samples": 8, "seq_length": 64},
     },
 }
-# Steps at which each stage ends, its global batch, and what else its config says.
+# By stage: (step at which it ends, global batch size, other keys of its model).
 STAGES = {"general": (3, 8, {}), "annealing": (6, 4, {}), "long_context": (8, 4, {"rope_theta": 50_000.0})}
-SCHEDULE = {"kind": "cosine", "warmup_steps": 2, "steps": 9}  # one for all stages, which does not end with the last
+SCHEDULE = {"kind": "cosine", "warmup_steps": 2, "steps": 9}  # it ends after the last stage
 ONE: tuple[int, dict[str, Any]] = (1, {})
 
 
@@ -57,7 +57,7 @@ def train(
     layout: tuple[int, dict[str, Any]] = ONE,
     **model: Any,
 ) -> dict[str, Any]:
-    """What all ranks answer."""
+    """Trains on a stage's plan; returns the ranks' answer and asserts that it is the same on all."""
     world, parallel = layout
     tree = {
         "run": {"dir": str(run_dir), "seed": 3},
@@ -82,7 +82,7 @@ def train(
 
 
 def assert_exactly_once(tokens: Path, segments: list[dict[str, Any]]) -> None:
-    """No token of a source was trained on twice more often than another."""
+    """Asserts that no token of a source was trained on more than once more often than another."""
     for source in ("code", "prose"):
         used = Counter(
             (segment["document"], segment["start"] + k)
@@ -103,10 +103,10 @@ def test_stages_are_one_run_in_any_layouts(
         assert train(ranks, tmp_path / "one", plans / name, end, batch, **model) == {"status": 0}
         assert train(ranks, tmp_path / "many", plans / name, end, batch, layouts[name], **model) == {"status": 0}
     one, many = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "many"))
-    assert len(one) == 8 and many == pytest.approx(one, rel=1e-5)  # eight steps of fp32 sums in another order
+    assert len(one) == 8 and many == pytest.approx(one, rel=1e-5)  # fp32 sums in another order, over eight steps
     assert [line["tokens"] for line in metrics(tmp_path / "one")] == [256, 512, 768, 896, 1024, 1152, 1408, 1664]
 
-    # The learning rate is one curve over all stages.
+    # The learning rate follows one schedule over all stages.
     rates = [line["lr"] for line in metrics(tmp_path / "many")]
     assert rates == [learning_rate(step, 9, 0.001, validate(ScheduleConfig, SCHEDULE)) for step in range(8)]
     assert rates[:2] == [0.0005, 0.001] and rates[2:] == sorted(rates[2:], reverse=True)
@@ -155,7 +155,7 @@ def test_weights_change_in_mid_run(ranks: RanksOf, plans: Path, tokens: tuple[Pa
         for i in range(16)
         for segment in Plan.open(plans / "general").provenance(i)
     ]
-    # And once more, from a checkpoint in the middle of the new plan.
+    # The same again, from a checkpoint in the middle of the new plan.
     again = [str(config), "mixture.packing=concat", "--after", str(storage.directory(run, 4)), "--out"]
     assert replan.main([*again, str(tmp_path / "last")]) == 0
     assert Plan.open(tmp_path / "last").first_sample == 32

@@ -1,4 +1,4 @@
-"""Interrupted and resumed runs against uninterrupted ones, bit by bit; any layout resumes any layout."""
+"""Interrupted and resumed runs compared with uninterrupted ones, bit by bit."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def test_resumed_run_is_bit_identical(
     assert train(ranks(world), straight, model, parallel, precision=precision) == [{"status": 0}] * world
     answers = train(
         ranks(world), broken, model, parallel, fail_at=5, precision=precision
-    )  # the last checkpoint is of step 4
+    )  # the last checkpoint is that of step 4
     assert [answer["error"] for answer in answers] == ["the node went away"] * world
     assert len(metrics(broken)) > 5
     (broken / "metrics.jsonl").open("a").write('{"step": 6, "lo')  # a line cut short by a kill
@@ -47,7 +47,7 @@ def test_resumed_run_is_bit_identical(
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert storage.steps(broken) == [4, 6]
     ledgers = [storage.read_manifest(storage.directory(run, 6))["ledger"] for run in (straight, broken)]
-    assert ledgers[0] == ledgers[1] and min(ledgers[0].values()) > 100  # tokens of each source
+    assert ledgers[0] == ledgers[1] and min(ledgers[0].values()) > 100  # tokens per source
 
 
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""ZeRO keeps what it says and no more, and a step whose gradients are not finite changes nothing in any stage."""
+"""Each ZeRO stage keeps only its share of weights and gradients; a step with infinite gradients changes nothing."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ def test_ranks_keep_their_share_alone(ranks: RanksOf, stage: int, dtype: str) ->
     )
     everything, norms, padding = results[0]["all"], results[0]["norms"], 2 * results[0]["parameters"]
     gradients, weights = (sum(result[kind] for result in results) for kind in ("gradients", "weights"))
-    # Flat partitions are padded to an equal length, in stage 3 each parameter is; in fp32 both ranks keep the whole
-    # gradient of what lies on the border of their partitions, one for each of the optimizer's two groups.
+    # Partitions are padded to equal lengths, in stage 3 for each parameter. In fp32 both ranks keep the whole gradient
+    # of a parameter that lies in both of their partitions, one for each of the optimizer's two groups.
     border = 2 * results[0]["largest"] if (stage, dtype) == (2, "float32") else 0
     copies = 2 if stage == 1 else 1
     assert copies * everything <= gradients <= copies * everything + padding + border
     assert norms < everything / 50 and border < everything / 5
     copies = 1 if stage == 3 else 2
-    assert copies * everything <= weights <= copies * everything + padding + 2 * norms  # norms stay whole, and split
+    assert copies * everything <= weights <= copies * everything + padding + 2 * norms  # norms twice: whole and split
 
 
 @pytest.mark.parametrize("parallel", [{"zero": 3}, {"tp": 2, "sp": True, "zero": 3}])

@@ -1,4 +1,4 @@
-"""The `trivium` command: its table, its refusals, and that help needs no heavy import."""
+"""The `trivium` command: its table of subcommands, wrong commands, and help without heavy imports."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     times = []
-    for _ in range(3):  # the best of three: other tests may have the cores
+    for _ in range(3):  # the best of three, since other tests may use the cores
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
         times.append(time.perf_counter() - start)
@@ -73,7 +73,7 @@ def test_a_subcommand_gets_the_rest_and_its_status_is_passed_on(
     "argv", [["--help"], ["data", "--help"], ["config", "--help"], ["config", "--explain", "data"]]
 )
 def test_output_that_nobody_reads_is_no_error(argv: list[str]) -> None:
-    """As of `trivium --help | head -1`, whose reader has gone before anything is written."""
+    """`trivium --help | head -1`, for example, closes the pipe before all is written."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "cli", *argv]

@@ -1,7 +1,7 @@
-"""README, CHANGELOG and docs/ name what there is: links, paths, modules, classes, commands, options and config keys.
+"""Everything that README, CHANGELOG and docs/ name exists: links, paths, modules, classes, commands, options, keys.
 
-What the commands print is not looked at here. Runs nothing: commands are looked up in `cli.COMMANDS`, options in the
-source of the module that a command leads to, keys in the schemas.
+Nothing is run: commands are looked up in `cli.COMMANDS`, options in the source of the command's module, keys in the
+schemas. The output of commands, as shown in the pages, is not checked.
 """
 
 import ast
@@ -27,9 +27,9 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 README_LINES, WIDTH = 100, 120
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# What a dotted name in backticks may end in and be a file of a run, not a key of a config.
+# Endings of dotted names in backticks that are files, not config keys.
 FILE_ENDINGS = ("json", "jsonl", "toml", "html", "model", "jinja", "parquet", "safetensors", "zst", "idx", "py", "md")
-FOREIGN = ("torch", "megatron", "deepspeed")  # packages of others, whose dotted names are no keys of ours
+FOREIGN = ("torch", "megatron", "deepspeed")  # packages whose dotted names are not config keys
 LAUNCHERS = {"pretrain.train": "train", "posttrain.sft": "sft", "posttrain.grpo": "grpo"}
 PLACEHOLDERS = ("CONFIG", "RUN", "LIST", "FOLDER")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -37,7 +37,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 @dataclass(frozen=True)
 class Page:
-    """A page's prose without code blocks, its code blocks as (language, text), and what stands in backticks."""
+    """A page: its prose without code blocks, and its code blocks as (language, text)."""
 
     prose: str
     blocks: tuple[tuple[str, str], ...]
@@ -47,7 +47,7 @@ class Page:
         return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", self.prose)]
 
     def commands(self) -> Iterator[list[str]]:
-        """Words of every line that begins with a command, in blocks and in backticks, without comments."""
+        """Yields the words of every command in blocks and backticks, without comments."""
         lines = [line for language, text in self.blocks if not language for line in _joined(text)]
         for line in [*lines, *self.inline]:
             if re.match(r"(\$ )?(trivium|torchrun|mpirun|srun|sbatch|python -m|make) ", line):
@@ -92,7 +92,7 @@ def _top_level() -> frozenset[str]:
 
 
 def _is_there(word: str) -> bool:
-    """False for a path or module of this repository that does not exist; True for all other words."""
+    """Returns False for a path or module of this repository that does not exist, True for all other words."""
     first = re.split(r"[/.]", word)[0]
     if re.fullmatch(r"[\w.\-]+(/[\w.\-*]+)*/?", word) and "/" in word and first in _top_level():
         return any(ROOT.glob(word.rstrip("/")))
@@ -105,7 +105,7 @@ def _is_there(word: str) -> bool:
 
 
 def _module(name: str) -> Path | None:
-    """The file of a module or package of this repository."""
+    """Returns the file of a module or package of this repository, None if there is none."""
     path = ROOT.joinpath(*name.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
@@ -135,7 +135,7 @@ def test_commands_exist_with_their_options_and_keys(page: Path) -> None:
 
 
 def _check(words: list[str], where: str) -> None:
-    """One command line, whatever launcher it begins with."""
+    """Checks one command line, with or without a launcher in front."""
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         for word in words[1:]:
@@ -163,7 +163,7 @@ def _check(words: list[str], where: str) -> None:
     for option in options:
         assert option in _source_of(name), f"{where}: {name} has no option {option}"
     if name == "config":
-        if len(rest) > 1:  # else it is only named
+        if len(rest) > 1:  # else the command is only mentioned
             assert rest[1] in SCHEMAS, f"{where}: there is no config {rest[1]}"
             assert all(_is_key(key, rest[1]) for key in rest[2:3] if key != ">"), f"{where}: {rest[1]} has no such key"
         return
@@ -178,7 +178,7 @@ def _check(words: list[str], where: str) -> None:
 
 @cache
 def _source_of(command: str) -> str:
-    """The code that a command's options are in: its module, and what all commands share."""
+    """Returns the source in which a command's options are defined: its module, and the modules of configs."""
     module = cli.COMMANDS[command][0].partition(":")[0]
     files = [ROOT.joinpath(*module.split(".")).with_suffix(".py"), *(ROOT / "configs").glob("*.py")]
     return "\n".join(file.read_text(encoding="utf-8") for file in files) + '"-h" "--help"'
@@ -206,7 +206,7 @@ def test_keys_and_sections_exist(page: Path) -> None:
         elif not re.fullmatch(r"[a-z_]+(\.([a-z]\w*|NAME|\*))+", key) or key.rpartition(".")[2] in FILE_ENDINGS:
             continue
         elif key.split(".")[0] in FOREIGN or (_top_level() & {key.split(".")[0]} and not _is_key(key.split(".")[0])):
-            continue  # a module: looked at above
+            continue  # a module, which another test checks
         assert _is_key(key), f"{page.name} names {code}, and no config has the key {key}"
 
 
@@ -224,7 +224,7 @@ def _merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def test_the_tree_names_folders_that_exist() -> None:
-    """In the tree's block a line at its left edge names a folder or file; folders behind it are in it, or beside it."""
+    """A line of README's tree begins with a folder or file; other folders in the line are inside it, or at the root."""
     tree = next(text for language, text in read(README).blocks if not language and "data_pipeline/" in text)
     inside, named = ROOT, set()
     for line in tree.splitlines():
@@ -245,8 +245,8 @@ def test_the_readme_is_short() -> None:
 
 
 def test_lines_fit() -> None:
-    """But for tables, whose cells cannot be broken."""
+    """Every line of prose fits the width, except in tables, whose cells cannot be broken."""
     for page in PAGES:
-        if page.name != "scale.md":  # its tables' command prints a longer line
+        if page.name != "scale.md":  # its tables are printed by a command, with longer lines
             for line in read(page).prose.splitlines():
                 assert len(line) <= WIDTH or line.startswith("|"), f"{page.name}: {line}"

@@ -1,7 +1,7 @@
-"""Who may import whom: walks the syntax trees of all packages and holds them against one table.
+"""Imports between packages: compares the syntax trees of all modules with a table of what each may import.
 
-Imports inside functions and under TYPE_CHECKING count too. Leaves out what third-party packages import; for
-the parts that must run without torch, a subprocess looks whether it got loaded all the same.
+Imports inside functions and under TYPE_CHECKING count too. Imports by third-party packages do not, but for the parts
+that must run without torch a subprocess checks that it was not loaded.
 """
 
 import ast
@@ -25,16 +25,16 @@ TOKEN_STORE = (
     "data_pipeline.mixture.packing",
     "data_pipeline.tokens.tokenizer",
 )
-LAUNCH = ("launch.environment", "launch.bootstrap")  # the cluster's facts, and how a process of ours begins
-PAGES = ("pages",)  # what the HTML pages of data runs and training runs share
+LAUNCH = ("launch.environment", "launch.bootstrap")  # ranks and rendezvous; start of a process
+PAGES = ("pages",)  # shared by the HTML reports of data runs and training runs
 
 
 @dataclass(frozen=True)
 class ImportRule:
-    """What modules under `part` may import. The longest `part` that a module is under decides.
+    """Imports allowed to modules under `part`; for a module under several parts the longest one counts.
 
-    `ours`: modules of this repository. `only`: where not empty, all the third-party modules there may be.
-    `never`: modules refused all the same. A name stands for everything below it.
+    `ours` are the allowed modules of this repository. `only`, if not empty, are the allowed third-party modules.
+    `never` are modules that are not allowed even so. A name includes everything below it.
     """
 
     part: str
@@ -43,8 +43,8 @@ class ImportRule:
     never: tuple[str, ...] = ()
 
 
-# What the model takes of megatron-core: layers, ways into and out of them, and how they are told of their group, which
-# they are handed. ProcessGroup and ReduceOp are types, not groups of their own.
+# Names that pretrain/model takes from megatron-core: layers, and functions into and out of split layers. Their process
+# groups are arguments. ProcessGroup and ReduceOp are types.
 MEGATRON_LAYERS = tuple(
     f"pretrain.megatron.{name}"
     for name in (
@@ -62,7 +62,7 @@ MEGATRON_LAYERS = tuple(
         "vocab_parallel_cross_entropy",
     )
 )
-LIBRARIES = ("deepspeed", "megatron", "pretrain.megatron")  # of parallel training: pretrain.parallel hides them
+LIBRARIES = ("deepspeed", "megatron", "pretrain.megatron")  # of parallel training, used only through pretrain.parallel
 RULES = (
     ImportRule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
     ImportRule("data_pipeline", ours=("configs", "data_pipeline", *PAGES), never=TORCH),
@@ -79,7 +79,7 @@ RULES = (
             "torch.distributed.device_mesh",
         ),
     ),
-    # The only one to import megatron-core.
+    # The only module that imports megatron-core.
     ImportRule("pretrain.megatron", ours=("configs",), only=("megatron", "torch")),
     ImportRule(
         "pretrain.parallel",
@@ -97,15 +97,15 @@ RULES = (
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
     ImportRule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=LIBRARIES),
     ImportRule("launch", ours=("configs", "launch", *PAGES), only=("rich",)),
-    ImportRule("configs.signals", ours=(), only=("nothing",)),  # it is imported before all else, and at once
+    ImportRule("configs.signals", ours=(), only=("nothing",)),  # imported before everything else, so it must load fast
     ImportRule("cli", ours=("configs.cli", "configs.signals", *LAUNCH), only=("nothing",)),
 )
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything imported.
+    """Yields (line, dotted name) of everything that a module imports.
 
-    `from a import b` gives a.b, relative names are made absolute.
+    `from a import b` gives a.b; relative names are made absolute.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -125,7 +125,7 @@ def under(name: str, parts: tuple[str, ...]) -> bool:
 
 
 def offences(source: str, module: str, is_package: bool = False) -> list[str]:
-    """One sentence for each import that the table forbids in `module`."""
+    """Returns a sentence for each import of `module` that the table forbids."""
     rule = max((rule for rule in RULES if under(module, (rule.part,))), key=lambda rule: len(rule.part))
     found = []
     for line, name in imports(source, module, is_package):
@@ -133,7 +133,7 @@ def offences(source: str, module: str, is_package: bool = False) -> list[str]:
         if top in sys.stdlib_module_names:
             continue
         if top in PACKAGES:
-            # `from pretrain import parallel` and `import pretrain.parallel` are the same thing to us.
+            # `from pretrain import parallel` and `import pretrain.parallel` count as the same.
             wrong = not under(name, rule.ours) or under(name, rule.never)
         else:
             wrong = (bool(rule.only) and not under(name, rule.only)) or under(name, rule.never)
@@ -200,7 +200,7 @@ def test_a_planted_wrong_import_is_caught(module: str, source: str, name: str) -
 
 
 def test_no_module_of_ours_takes_the_name_of_one_of_pythons() -> None:
-    """With `python -m` the working directory comes first in sys.path: a top-level html.py would be everybody's html."""
+    """With `python -m` the working directory is first in sys.path, so a top-level html.py would hide Python's html."""
     assert not set(PACKAGES) & set(sys.stdlib_module_names)
 
 
@@ -225,7 +225,7 @@ def test_torch_free_parts_load_no_torch() -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What tests share has a module of its own, so that each file of tests can be read and moved alone."""
+    """Code that tests share is in modules of its own, so that each test file can be read and moved alone."""
     wrong = []
     for file in sorted((ROOT / "tests").rglob("*.py")):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts)

@@ -1,4 +1,4 @@
-"""Which Python `make` takes, and that no environment mixes two; a few scripts stand in for other versions of Python."""
+"""Choice of the Python that `make` uses, tested with scripts in place of Python versions; no environment mixes two."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
-# Answers the Makefile's questions as another version, or one without some modules, would; it logs all other calls.
-# `-m venv` makes an environment of it.
+# Answers the Makefile's questions as some Python version, perhaps without some modules, would; logs all other calls.
+# `-m venv` makes an environment of copies of the script.
 STAND_IN = """#!/bin/sh
 [ "$1" = -c ] && exec {real} -c '
 import importlib.util, sys
@@ -29,7 +29,7 @@ for tool in python pip ruff mypy trivium; do cp "$0" $last/bin/$tool; done; }}
 
 
 class Machine:
-    """A folder with the project's Makefile, and a PATH on which the only Pythons are stand-ins."""
+    """A folder with the project's Makefile, and a PATH on which the only Pythons are scripts in their place."""
 
     def __init__(self, folder: Path):
         self.project, self.log = folder / "project", folder / "log"
@@ -45,8 +45,7 @@ class Machine:
         self.tools = tools
 
     def python(self, version: str, name: str = "", folder: int = 0, lacks: tuple[str, ...] = ()) -> Path:
-        """Puts a Python of a version on PATH; "broken" is a file that answers nothing, as pyenv's for a version that
-        is not active."""
+        """Puts a Python of a version on PATH; "broken" is one that only fails, as pyenv's does if it is not active."""
         file = self.path[folder] / (name or f"python{version}")
         text = "#!/bin/sh\necho command not found >&2; exit 127\n"
         if version != "broken":
@@ -67,7 +66,7 @@ class Machine:
         )
 
     def calls(self) -> list[str]:
-        """What the Pythons were told to run since this was last asked."""
+        """Returns the commands that the Pythons got since the last call."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
         return lines
@@ -164,7 +163,7 @@ def test_an_environment_is_kept_until_another_python_is_named(machine: Machine) 
     assert machine.make("install").returncode == 0 and (environment / "of-3.11-0").exists()
     machine.calls()
     newer = machine.python("3.13")
-    assert machine.make("install").returncode == 0 and not machine.calls()  # there is nothing to do
+    assert machine.make("install").returncode == 0 and not machine.calls()  # nothing is left to do
 
     done = machine.make("install", f"PYTHON={newer}")
     assert done.returncode == 0 and "is made again" in done.stdout
@@ -175,7 +174,7 @@ def test_an_environment_is_kept_until_another_python_is_named(machine: Machine) 
 
 @pytest.mark.parametrize("was", ["3.10", "3.14", "broken"])
 def test_an_environment_that_is_of_no_use_is_made_anew(machine: Machine, was: str) -> None:
-    """One of an unsupported Python, or of one that is gone from the machine."""
+    """An environment of an unsupported Python, or of one that is no longer on the machine, is made again."""
     environment = machine.project / ".venv"
     (environment / "bin").mkdir(parents=True)
     for name in ("pyvenv.cfg", ".installed", "left"):

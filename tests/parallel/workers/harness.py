@@ -1,4 +1,4 @@
-"""What test_harness.py runs in the ranks: sums, a failure, a hang, a death."""
+"""Functions that test_harness.py runs in the ranks: sums, a failure, a hang, a death."""
 
 import os
 import time
@@ -37,18 +37,18 @@ def die_in(rank: int) -> None:
 
 
 def bring_up_own_group() -> int:
-    """Uses torchrun's variables, as an entrypoint does."""
+    """Makes the process group from torchrun's variables, as an entrypoint does."""
     dist.init_process_group("gloo", init_method="env://")
     return dist.get_world_size()
 
 
 def groups_left() -> bool:
-    """True when a process group is up before anyone made one."""
+    """Whether a process group of an earlier call is still up."""
     return dist.is_initialized()
 
 
 def megatron_sizes(tp: int) -> list[int]:
-    """[tensor-parallel, data-parallel] sizes after setting up megatron-core's groups."""
+    """Returns the [tensor-parallel, data-parallel] sizes of megatron-core's groups after making them."""
     from megatron.core import parallel_state
 
     assert not parallel_state.model_parallel_is_initialized()
@@ -60,5 +60,5 @@ def megatron_sizes(tp: int) -> list[int]:
 
 
 def draw() -> float:
-    """A random number from the global generator, which every call finds in the same state."""
+    """Draws a number from the global random generator, which is reset before every call."""
     return torch.rand(1).item()

@@ -1,4 +1,4 @@
-"""For launch.ranks: one training run of tests/parallel/workers/training.py as a rank's whole process.
+"""Main module of ranks that launch.ranks starts: one training run of tests/parallel/workers/training.py.
 
 python -m launch.ranks --nproc-per-node 2 tests.parallel.workers.launched '{"run_dir": ..., "model": ..., "steps": 9}'
 
@@ -18,7 +18,7 @@ from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine
 from tests.parallel.workers.training import make_trainer, settle
 
-LEFT = 60_000  # bytes: room for the log, not for a checkpoint
+LEFT = 60_000  # bytes left free: enough for the log, too few for a checkpoint
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Run in the ranks: a few steps of the real engine in a layout, and everything it computed as whole tensors."""
+"""Functions run in the ranks: a few steps of the real engine in a layout; what it computed, as whole tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,17 @@ SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
 
 
 def make_engine(model: dict[str, Any], parallel: dict[str, Any], dtype: str = "float32", **train: Any) -> Engine:
-    """An engine over all ranks of the call."""
+    """Builds an engine over all ranks of the call."""
     model_config, parallel_config = validate(ModelConfig, model), validate(ParallelConfig, parallel)
     section = TrainSection(
         steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, seq_length=SEQ_LENGTH, **train
     )
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
-    # A clip far below the gradient norm, so that clipping takes part in every step. Adam divides a gradient by its own
-    # size, rounding noise too: eps is above the noise (1e-9 here), or one weight of thousands goes its own way.
+    # clip_grad is far below the gradient norm, so that every step is clipped. Adam divides a gradient by its own size,
+    # so eps is above the rounding noise (1e-9 here); else a weight whose gradient is noise would move by a whole step.
     optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1, eps=1e-6)
-    with mock.patch.object(zero, "REUSE_DISTANCE", 0):  # stage 3 would keep a model as small as this gathered
+    with mock.patch.object(zero, "REUSE_DISTANCE", 0):  # else stage 3 would keep so small a model gathered
         return Engine(model_config, section, optimizer, mesh, seed=7, dtype=getattr(torch, dtype), num_sources=2)
 
 
@@ -51,7 +51,7 @@ def run_layout(
     recompute: str = "none",
     dropout: float = 0.0,
 ) -> dict[str, Any]:
-    """Trains `steps` steps. Each stage's first rank writes its gradients of the first step and final parameters."""
+    """Trains `steps` steps; the first rank of each stage writes the first step's gradients and the final weights."""
     engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute, dropout=dropout)
     mesh, layout = engine.mesh, engine.mesh.layout
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
@@ -72,7 +72,7 @@ def run_layout(
         stats = expert_balance.stats(engine.module, engine.mesh, engine.model_config)
     share = share_of_rank(900, 12, mesh.dp_rank, layout.dp)
     heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), 4 // layout.dp)
-    evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which interleaving has to fill up
+    evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which an interleaved schedule pads
     for name, parameter in named:
         tensors[f"weight/{name}"] = mesh.gather_whole(zero.full_weight(parameter), parameter).clone()
     if dist.get_rank(mesh.zero_group) == 0 and mesh.tp_rank == 0:

@@ -1,4 +1,4 @@
-"""Run in the ranks: what pretrain relies on in megatron-core in two ranks, a function a fact."""
+"""Tests of megatron-core in two ranks, run in the ranks: a function for each item in pretrain/megatron.py."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -84,7 +84,7 @@ def regions() -> None:
     both = drawn(SEQUENCE, BATCH, IN, seed=0) + drawn(SEQUENCE, BATCH, IN, seed=1)
     own, last = both.chunk(2)[rank()], whole.chunk(2, 2)[rank()].contiguous()
     cases: list[tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
-    cases = [  # the region, what goes in, what comes out, a gradient of that, a gradient of what went in
+    cases = [  # function, its input, its output, a gradient by the output, the gradient by the input
         (lambda x: megatron.copy_to_tensor_model_parallel_region(x, group), whole, whole, mine, both),
         (lambda x: megatron.reduce_from_tensor_model_parallel_region(x, group), mine, both, whole, whole),
         (lambda x: megatron.gather_from_sequence_parallel_region(x, True, group), shares[rank()], whole, mine, own),
@@ -189,7 +189,7 @@ def interleaved_pipeline() -> None:
 
 
 def _compare_pipeline(shape: Layout, num_microbatches: int) -> None:
-    """Every chunk multiplies by its weight: a chunk's gradient is the product of the others, times inputs."""
+    """Compares the gradients of chunks that each multiply by one weight: the product of the others, times inputs."""
     chunks = [Chunk(part * shape.pp + rank(), part, shape) for part in range(shape.vpp)]
     weights = [float(2 + i) for i in range(shape.pp * shape.vpp)]
     for forward_only in (True, False):
@@ -208,7 +208,7 @@ def _compare_pipeline(shape: Layout, num_microbatches: int) -> None:
 
 
 class Chunk(nn.Module):
-    """A model of one weight with what the schedules ask of one."""
+    """Model of one weight, with the attributes that megatron-core's schedules use."""
 
     def __init__(self, index: int, part: int, shape: Layout):
         super().__init__()
@@ -227,7 +227,7 @@ class Chunk(nn.Module):
 
 
 def schedule(chunks: list[Chunk], shape: Layout, num_microbatches: int, forward_only: bool = False) -> list[Any]:
-    """Calls the schedule as pretrain's engine does; micro-batch i has a factor of its own in the loss."""
+    """Calls the schedule as pretrain's engine does; each micro-batch has its own factor in the loss."""
     microbatches = [iter(range(num_microbatches)) for _ in chunks]
 
     def forward_step(batches: Iterator[int], chunk: Chunk) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
@@ -258,13 +258,13 @@ def factor(i: int) -> float:
 
 
 def layout(tp: int = 1, sp: bool = False, cp: int = 1, pp: int = 1, vpp: int = 1) -> Layout:
-    """A layout without data parallel."""
+    """Returns a layout without data parallelism."""
     rest = {"ep": 1, "dp": 1, "zero": 1, "offload_optimizer": False, "grad_accum_steps": 1, "layers_per_stage": ()}
     return Layout(world_size=tp * cp * pp, tp=tp, sp=sp, cp=cp, pp=pp, vpp=vpp, **rest)  # type: ignore[arg-type]
 
 
 def start(tp: int = 1, cp: int = 1, pp: int = 1, ep: int = 1, vpp: int = 1) -> None:
-    """Makes megatron-core's groups of both ranks."""
+    """Makes megatron-core's groups over both ranks."""
     megatron.redirect_to_cpu()
     parallel_state.initialize_model_parallel(
         tp,
@@ -300,7 +300,7 @@ def members(group: dist.ProcessGroup) -> list[int]:
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Random numbers, the same in every rank."""
+    """Draws random numbers that are the same in every rank."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -311,7 +311,7 @@ def filled(weight: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor | None, expected: Any) -> None:
-    """Sums of a few dozen fp32 numbers of size 1, in another order."""
+    """Asserts that sums of a few dozen fp32 numbers of size 1 are equal up to the order of summation."""
     assert actual is not None
     torch.testing.assert_close(actual.detach(), torch.as_tensor(expected).detach(), rtol=1e-5, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Run in the ranks: the trainer on a real mixture plan, as `trivium train` has it."""
+"""Functions run in the ranks: the trainer on a real mixture plan, set up as by `trivium train`."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from tests.small_training import last_step
 
 
 class StoppedInStep3(PlanSource):
-    """A plan's rows; the process is told to stop as it asks for the third batch."""
+    """Source of a plan's rows that sends SIGTERM to its own process before the third step."""
 
     def prepare(self, engine: Engine, step: int) -> None:
         if step == 2:
@@ -39,7 +39,7 @@ def train_on_plan(
     kind: type[PlanSource] = PlanSource,
     seen: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Trains by the config `tree`. Returns the exit status or the error's text. `seen` is each rank's data.plan."""
+    """Trains with the config `tree`; returns the exit status or the error's message. `seen`: each rank's data.plan."""
     config = validate(PretrainConfig, tree)
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, config.parallel, config.model, config.train))
@@ -52,10 +52,10 @@ def train_on_plan(
 
 
 def train_and_listen(tree: dict[str, Any], first_bytes: int, stopped: str = "") -> dict[str, Any]:
-    """As `train_on_plan`, and what it says; only so many bytes of data are looked at before the first step.
+    """Calls `train_on_plan` with `first_bytes` as data_check.FIRST_BYTES; returns its answer and what was printed.
 
-    The run is told to stop when the check of its data is not done: by `stopped`, in its `third step`, or on its second
-    rank once the `last step` is done.
+    If `stopped` is given, the check of the data never ends, and the run gets SIGTERM: for "third step" before that
+    step, for "last step" on the second rank after that step.
     """
     usual, check, said = data_check.FIRST_BYTES, data_check.check_files, io.StringIO()
     data_check.FIRST_BYTES = first_bytes
@@ -71,7 +71,7 @@ def train_and_listen(tree: dict[str, Any], first_bytes: int, stopped: str = "") 
 
 
 def _never_done(run_dir: Path, last: int | None, files: Iterable[Expected], stop: threading.Event) -> list[str]:
-    """Reads without an end; on the second rank, sends a signal when step `last` of the run is done."""
+    """Stands in for check_files and never ends; on rank 1 it sends SIGTERM once step `last` of the run is done."""
     while last is not None and ClusterEnvironment.read().rank == 1 and not stop.wait(0.05):
         if last_step(run_dir) == last:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Run in the ranks: an untrained model as a checkpoint, for post-training to start from; and a whole command."""
+"""Functions run in the ranks: saving an untrained model, from which post-training starts, and whole commands."""
 
 import contextlib
 import importlib
@@ -21,7 +21,7 @@ def save_untrained(run_dir: str, model: dict[str, Any], tokenizer: str) -> None:
 
 
 def command(module: str, argv: list[str]) -> dict[str, Any]:
-    """What the command says and its exit status; a refused config is 2, in the words of its error."""
+    """Runs a command; returns its exit status, its output, and the message if it refused its config (status 2)."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:

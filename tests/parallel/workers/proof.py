@@ -1,4 +1,4 @@
-"""Run in the ranks: a proof's step, with a bug planted on demand, or with a look at every tensor that it makes."""
+"""Functions run in the ranks: the step of a proof, with a planted bug or with a record of the tensors it makes."""
 
 import sys
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> 
 
 
 def functions_in_fp32(config: dict[str, Any]) -> list[str]:
-    """File and function of pretrain/ in which, or in a library called from which, a step in fp64 makes fp32 tensors.
+    """Returns the functions of pretrain, as file:function, in which a step in fp64 makes fp32 tensors, without scalars.
 
-    Scalars do not count.
+    A tensor that a library makes counts for the function that calls the library.
     """
     with Fp32Tensors() as seen:
         prove(config, "fp64")

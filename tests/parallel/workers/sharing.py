@@ -1,4 +1,4 @@
-"""Run in the ranks: what each of them keeps of weights and gradients under ZeRO, and what a broken gradient does."""
+"""Functions run in the ranks: the weights and gradients that each rank keeps under ZeRO, and an infinite gradient."""
 
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, make_engin
 
 
 def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[str, int]:
-    """Elements: of parts of the model, of gradients held between micro-batches, of weights held between steps."""
+    """Counts the elements of the model's parts, of gradients kept between micro-batches and weights between steps."""
     engine = make_engine(model, parallel, dtype)
     outlines = [zero.outline(parameter) for parameter in engine.module.parameters()]
     counts = {
@@ -28,7 +28,7 @@ def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[st
     held = []
     (chunk,) = engine.module.chunks
     chunk.register_forward_pre_hook(lambda *_: held.append(_elements(_gradients(engine))))
-    for _ in range(2):  # the second step uses what stage 3 learnt in the first
+    for _ in range(2):  # stage 3 records in the first step the order in which it gathers in the second
         engine.train_step(batches_of(engine), NextToken(), lr=1e-2)
     counts["gradients"] = held[-1]
     weights = [parameter.data for parameter in engine.module.parameters()]
@@ -39,8 +39,8 @@ def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[st
 
 
 def kept_for_backward(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, int]:
-    """Of two stage-3 steps: how many saved tensors there were, and how many held a weight that had been gathered."""
-    gathered: dict[int, torch.Tensor] = {}  # by address, and alive, so that no address is used twice
+    """Counts the tensors that autograd saves in two stage-3 steps, and those of them that are gathered weights."""
+    gathered: dict[int, torch.Tensor] = {}  # by address; kept alive, so that no address is used twice
     saved: list[torch.Tensor] = []
     right = SavedAsRecipes._pack
 
@@ -74,7 +74,7 @@ def batches_of(engine: Engine) -> list[Batch]:
 
 
 def _gradients(engine: Engine) -> list[torch.Tensor]:
-    """Wherever DeepSpeed's optimizers keep gradients between two backward passes."""
+    """Returns the gradients that DeepSpeed's optimizers keep between two backward passes, wherever they keep them."""
     known: Any = engine.zero.optimizer
     found = [getattr(known, "grad_partitions_flat_buffer", None)]
     for name in ("averaged_gradients", "all_grad_tensors"):
@@ -86,13 +86,13 @@ def _gradients(engine: Engine) -> list[torch.Tensor]:
 
 
 def _elements(tensors: list[torch.Tensor]) -> int:
-    """Elements of all storages, each counted once."""
+    """Returns the number of elements of the tensors' storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // t.element_size() for t in tensors}
     return sum(storages.values())
 
 
 def step_with_an_infinite_loss(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A step whose loss is not finite on the first rank: the error, and whether master weights are what they were."""
+    """Runs a step whose loss is infinite on rank 0; returns the error and whether master weights are unchanged."""
     engine = make_engine(model, parallel, dtype)
     before = [zero.full_weight(parameter).clone() for parameter in engine.module.parameters()]
     loss_fn = Infinite() if engine.mesh.is_main else NextToken()

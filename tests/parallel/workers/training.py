@@ -1,4 +1,4 @@
-"""Run in the ranks: the real trainer on rows of tests/parallel/workers/layouts.py, with interruptions on demand."""
+"""Functions run in the ranks: the real trainer on the rows of workers/layouts.py, with interruptions on demand."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 
 
 class Rows(BatchSource):
-    """Rows by number, asked-for ones noted; `at` has what is done before a step (counted from 0) is trained."""
+    """Batch source that records the samples asked for; `at` has functions to call before steps, counted from 0."""
 
     num_samples, sources = None, ["even", "odd"]
 
@@ -59,13 +59,13 @@ def train(
     signal_number: int = signal.SIGTERM,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains, or goes on training, in `run_dir`. Returns the exit status or the error's text."""
+    """Starts or resumes the run in `run_dir`; returns the exit status, or the error's type and message."""
 
     def fail(_: Engine) -> None:
         raise RuntimeError("the node went away")
 
     def stop(engine: Engine) -> None:
-        if engine.mesh.is_main:  # one rank alone is told to stop
+        if engine.mesh.is_main:  # only one rank gets the signal
             os.kill(os.getpid(), signal_number)
 
     at = {step: action for step, action in ((fail_at, fail), (signal_at, stop)) if step is not None}
@@ -76,7 +76,7 @@ def train(
 
 
 def train_and_listen(**options: Any) -> dict[str, Any]:
-    """As `train`, with what was `said`."""
+    """Calls `train` and adds what was printed to its answer, as `said`."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         answer = train(**options)
@@ -98,7 +98,7 @@ def make_trainer(
     resume: str = "auto",
     **sections: dict[str, Any],
 ) -> Trainer:
-    """`sections` are keys of the config that are otherwise than here, by section."""
+    """Builds a trainer; `sections` has, by section, the keys of the config that differ from those below."""
     tree: dict[str, Any] = {
         "run": {"dir": run_dir, "seed": seed},
         "train": {
@@ -127,9 +127,9 @@ def make_trainer(
 def train_on_slow_disk(
     run_dir: str, model: dict[str, Any], steps: int, seconds: float, fail_on_rank: int | None = None, every: int = 2
 ) -> dict[str, Any]:
-    """Trains while a rank's file takes `seconds` longer to write. Returns what was seen before each step.
+    """Trains while every rank's file takes `seconds` longer to write; returns the state of saving before each step.
 
-    With `fail_on_rank`, training fails on that rank before the step after the first save.
+    With `fail_on_rank`, training fails on that rank before the step after the first save begins.
     """
     write_rank, seen, said = storage.write_rank, [], io.StringIO()
 
@@ -156,7 +156,7 @@ def train_on_slow_disk(
 
 
 def train_on_small_disk(run_dir: str, model: dict[str, Any], rank: int, limits: dict[str, int]) -> dict[str, Any]:
-    """Trains six steps, a save after each, on files of which this `rank`'s may have limits[step] bytes from then on.
+    """Trains six steps and saves after each; from step s on, files of rank `rank` may have at most limits[s] bytes.
 
     A write beyond the limit fails as on a full disk, but with EFBIG.
     """
@@ -182,14 +182,14 @@ def saving() -> bool:
 
 
 def settle(engine: Engine) -> None:
-    """Waits until no rank has a save in flight."""
+    """Waits until no rank is saving."""
     while saving():
         time.sleep(0.01)
     engine.mesh.gather_json(None)
 
 
 def save_now(engine: Engine, run_dir: str, step: int, facts: dict[str, Any]) -> None:
-    """Saves and waits for it."""
+    """Saves a checkpoint and waits until it is whole."""
     with Saver(engine, run_dir, CheckpointConfig(), print) as saver:
         saver.copy()
         saver.start(step, facts)
@@ -197,9 +197,9 @@ def save_now(engine: Engine, run_dir: str, step: int, facts: dict[str, Any]) -> 
 
 
 def go_on(checkpoint: str, run_dir: str, out: str, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
-    """Takes `checkpoint` up in this call's layout, saves it into `out` as it was restored, and trains one step.
+    """Resumes `checkpoint` in this call's layout, saves it into `out` as it was restored, and trains one step.
 
-    Returns the status and the samples of that step.
+    Returns the exit status and the samples of that step.
     """
     step = read_manifest(checkpoint)["step"]
 
@@ -207,7 +207,7 @@ def go_on(checkpoint: str, run_dir: str, out: str, model: dict[str, Any], parall
         with Reader(checkpoint) as reader:
             for name, parameter in engine.module.named_global_parameters():
                 own = engine.mesh.slices.cut(reader.read(name), zero.outline(parameter))
-                assert torch.equal(zero.current_weight(parameter), own), name  # the model has it too, not only ZeRO
+                assert torch.equal(zero.current_weight(parameter), own), name  # not only the optimizer has it
         save_now(engine, out, step, {})
 
     trainer = make_trainer(run_dir, model, parallel, step + 1, {step: save_restored}, resume=checkpoint)
@@ -217,14 +217,14 @@ def go_on(checkpoint: str, run_dir: str, out: str, model: dict[str, Any], parall
 
 
 def gathered(checkpoint: str, model: dict[str, Any], parallel: dict[str, Any]) -> bool:
-    """Whether `gather_weights` gives each rank exactly what the checkpoint holds."""
+    """Whether `gather_weights` gives each rank exactly the checkpoint's weights."""
     engine = make_engine(model, parallel)
     state.restore(engine, checkpoint)
     weights = state.gather_weights(engine)
     expected = read_full(checkpoint)
     assert weights.keys() == expected.keys()
     same = all(torch.equal(weights[name], expected[name]) for name in expected)
-    # A whole model stands beside the split one in the same process, and computes as it would alone.
+    # A whole model beside the split one in the same process computes the same as alone.
     decoder = build_single(engine.model_config, weights)
     tokens, steps = torch.arange(12).view(2, 6), torch.arange(6).expand(2, 6)
     logits = decoder(tokens, steps)

@@ -1,4 +1,4 @@
-"""What a refusal of a data config tells to do is taken out of its message, done to the letter, and makes it right."""
+"""Remedies in the messages about data configs: each is parsed out of the message, applied, and makes it valid."""
 
 import copy
 import re
@@ -29,8 +29,8 @@ weights = { prose = 1.0, pages = 1.0 }
 """
 GONE = object()
 
-Edits = dict[str, Any]  # dotted keys, and what they are set to: a value, or GONE
-Ways = Callable[[re.Match[str]], list[Edits]]  # what a message offers, each of it by itself
+Edits = dict[str, Any]  # dotted key -> its new value, or GONE to delete it
+Ways = Callable[[re.Match[str]], list[Edits]]  # the edits that a message offers, each to be applied alone
 
 
 def edited(tree: dict[str, Any], edits: Edits) -> dict[str, Any]:
@@ -52,14 +52,14 @@ def ways(*offered: Edits) -> Ways:
 
 
 def one_of(key: str, wrap: Callable[[str], Any] = str, *gone: str) -> Ways:
-    """Every name of the list that the message ends in, as the value of `key`; `{}` in it stands for the name."""
+    """Returns edits that set `key` to each name of the list in the message; `{}` in `key` stands for the name."""
     return lambda found: [
         {**dict.fromkeys(gone, GONE), key.format(name): wrap(name)} for name in re.split(r", | and ", found[1])
     ]
 
 
 def out_of(section: str, source: str) -> Ways:
-    """A source taken out of all the keys that the message names."""
+    """Returns edits that delete a source from each key of `section` that the message names."""
     return lambda found: [{f"{section}{key}.{source}": GONE for key in found[1].split(" and ")}]
 
 

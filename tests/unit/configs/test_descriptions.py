@@ -1,4 +1,4 @@
-"""Every key of every schema is described by one sentence."""
+"""Every config key has a description of one sentence."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from configs.train import PretrainConfig
 
 
 def sections(annotation: object) -> Iterator[type[Section]]:
-    """The sections that a type holds, at any depth."""
+    """Yields the sections that a type contains, at any depth."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
         for field in annotation.model_fields.values():

@@ -1,4 +1,4 @@
-"""Folders that cannot be written to: one sentence that names the key, for every command that fills one."""
+"""Output folders that cannot be written to: each command that has one refuses it by a sentence that names the key."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Impossible layouts are refused by numbers, and legal ones split as they say."""
+"""Impossible layouts are refused with the numbers that do not fit; possible ones give the right degrees."""
 
 import random
 from itertools import product
@@ -37,7 +37,7 @@ def test_data_parallel_takes_the_ranks_that_are_left() -> None:
         (4, 1, 3.9, (4,)),
         (4, 2, 0.3, (2, 2)),
         (4, 2, 3.9, (3, 1)),  # the head alone is slower than three layers
-        (32, 4, 1.0, (8, 8, 8, 8)),  # 9 against 8.33 for (8, 8, 9, 7): no whole layer to gain, as every split has a 9
+        (32, 4, 1.0, (8, 8, 8, 8)),  # slowest 9, as in every split into whole layers
         (30, 4, 1.5, (8, 8, 8, 6)),
         (7, 4, 0.0, (1, 2, 2, 2)),
         (6, 6, 9.0, (1, 1, 1, 1, 1, 1)),
@@ -112,7 +112,7 @@ def test_an_impossible_layout_names_its_numbers(world_size: int, parallel: dict[
 
 
 def test_every_number_that_a_message_suggests_is_accepted_alone() -> None:
-    """Of thousands of layouts drawn at random; where nothing is suggested, no such number exists nearby."""
+    """Random layouts: every suggested value, applied alone, gives a possible layout."""
     draw = random.Random(7)
     suggested = hopeless = 0
     for _ in range(3000):
@@ -144,7 +144,7 @@ def test_every_number_that_a_message_suggests_is_accepted_alone() -> None:
 
 
 def changed(key: str, text: str, world: int, parallel: ParallelConfig, model: ModelConfig, train: TrainSection) -> Any:
-    """The four arguments of `Layout.of` with one key changed as a message says."""
+    """Returns the four arguments of `Layout.of` with one key changed as a message suggests."""
     value = {"none": None, "false": False}[text] if text in ("none", "false") else int(text)
     section, _, name = key.partition(".")
     if key == "the number of ranks":
@@ -159,7 +159,7 @@ def changed(key: str, text: str, world: int, parallel: ParallelConfig, model: Mo
 
 
 def test_remedies_respect_all_that_a_config_says() -> None:
-    """12 heads, 4 key-value heads: 6 and 12 divide the one and not the other."""
+    """A degree of 6 or 12 would divide the 12 heads but not the 4 key-value heads, so neither is suggested."""
     model = MODEL.model_copy(update={"num_heads": 12, "num_kv_heads": 4, "head_dim": 4})
     with pytest.raises(ConfigError, match=r"num_heads = 12 is not a multiple of parallel\.tp = 24; .*could be 2 or 4$"):
         Layout.of(24, ParallelConfig(tp=24), model, TRAIN.model_copy(update={"global_batch_size": 24}))

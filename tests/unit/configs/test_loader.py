@@ -1,4 +1,4 @@
-"""Mistakes in a config: each is one sentence that names the key, the value and what to change."""
+"""Mistakes in a config are reported by a sentence that names the key, the value and what to change."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`trivium config`: the reference names every key and tells the truth of it, and the printed configs work."""
+"""`trivium config`: the reference lists every key with its real type and default, and the printed configs work."""
 
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from configs.starters import starter
 from data_pipeline.run import main as data_run
 
 ROOT = Path(__file__).resolve().parents[3]
-# Sections that are left out of a starter, with what they require.
+# Optional sections, which a starter config leaves out, with their required keys.
 ADDED: dict[str, dict[str, Any]] = {
     "data": {
         "decontaminate": {"files": ["x"]},
@@ -42,7 +42,7 @@ def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def paths(schema: dict[str, Any], node: dict[str, Any], path: str) -> Iterator[str]:
-    """Dotted names of all leaves of a JSON schema, which pydantic makes without our code."""
+    """Returns the dotted names of all leaves of a JSON schema, which pydantic derives independently of `configs`."""
     options = [option for option in node.get("anyOf", [node]) if option.get("type") != "null"]
     for option in options:
         if "$ref" in option:
@@ -69,10 +69,10 @@ def test_the_reference_names_every_key(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
-    """A config is the same with a key left out and with the default that the reference shows for it."""
+    """A config without a key equals one with the key set to the default that the reference shows."""
     schema = schema_of(kind)
     base = merged(tomllib.loads(starter(kind)), ADDED[kind])
-    base |= {"rules": {"prose": {}}} if kind == "data" else {}  # sets in use bring values of their own
+    base |= {"rules": {"prose": {}}} if kind == "data" else {}  # a rule set that is used adds values of its own
     checked = 0
     for key in keys_of(schema):
         path = key.name.removesuffix(f".{NAME}")
@@ -89,7 +89,7 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
             with pytest.raises(ConfigError, match=rf"key '{path}' is missing"):
                 validate(schema, put(base, parents, without))
             continue
-        if key.name in ("mixture.weights.NAME", "init.run"):  # without it there is no mixture, or no model
+        if key.name in ("mixture.weights.NAME", "init.run"):  # a mixture or a model requires it
             continue
         value = {} if key.default == LEFT_OUT else tomllib.loads(f"{leaf} = {key.default}")
         assert validate(schema, put(base, parents, without)) == validate(schema, put(base, parents, without | value))
@@ -103,7 +103,7 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
 
 
 def put(tree: dict[str, Any], parents: list[str], section: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the tree with one section exchanged."""
+    """Returns a copy of the tree with one section replaced."""
     if not parents:
         return section
     return tree | {parents[0]: put(tree.get(parents[0], {}), parents[1:], section)}

@@ -1,4 +1,4 @@
-"""What the messages about a config tell its reader to do is done here, and works."""
+"""Remedies in the messages about training configs: each is applied and makes the config valid."""
 
 import random
 import tomllib
@@ -16,7 +16,7 @@ from tests.remedies import drawn, follow, refused
 
 
 def checked(kind: str, overrides: Sequence[str]) -> None:
-    """Validates the config that `trivium config --new` prints, with overrides."""
+    """Validates the config that `trivium config --new` prints, changed by overrides."""
     tree = tomllib.loads(starter(kind))
     for override in overrides:
         loader._apply(tree, override)
@@ -47,7 +47,7 @@ def test_what_a_message_about_numbers_says_is_legal(overrides: list[str], remedi
 
 
 def test_whatever_is_suggested_for_a_pretraining_layout_is_legal() -> None:
-    """A plan's rows have one length, so no other is ever suggested for them."""
+    """The row length is fixed by the plan, so no message suggests another train.seq_length."""
 
     def run(ranks: int, overrides: Sequence[str]) -> None:
         tree = tomllib.loads(starter("pretrain"))

@@ -1,4 +1,4 @@
-"""A file with a checksum of its own values: whatever is changed in it, its values are right or it is refused."""
+"""A file with a checksum of its values: after any change it either has the same values or is refused."""
 
 import json
 from pathlib import Path
@@ -39,14 +39,14 @@ def test_any_byte_that_changes_a_value_is_noticed() -> None:
             except SealError as error:
                 refused += 1
                 assert str(error).startswith("run/f.json ")
-    assert refused > 3 * len(content)  # all but some of the white space
-    for end in range(len(content) - 2):  # cut short, but for the last newline
+    assert refused > 3 * len(content)  # all changes except some of white space
+    for end in range(len(content) - 2):  # cut short by more than the last newline
         with pytest.raises(SealError, match="damaged"):
             FORMAT.read(content[:end], Path("f"))
 
 
 def test_other_formats_and_versions() -> None:
-    old = {"format": "some-format", "version": 2, "step": 1}  # of before there were checksums
+    old = {"format": "some-format", "version": 2, "step": 1}  # a version before files had checksums
     assert FORMAT.read(json.dumps(old).encode(), Path("f")) == old
     with pytest.raises(SealError, match="its values do not match"):
         FORMAT.read(json.dumps(old | {"version": 3}).encode(), Path("f"))

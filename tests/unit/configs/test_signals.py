@@ -1,4 +1,4 @@
-"""Signals to small processes in each phase: what ends at once, what is noted, what changes nothing."""
+"""Signals to small processes in each phase: they end it at once, are noted, or change nothing."""
 
 import os
 import re
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-# A call into compiled code that no signal ends and that lets other threads run, as a collective is.
+# A call of compiled code that no signal interrupts and that lets other threads run, as a collective does.
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
 TRAINS = "watch = signals.saving().__enter__(); watch.agree(); watch.work()\n"
 
 
 def start(script: str, *, saves: bool = True, launched: bool = False) -> subprocess.Popen[str]:
-    """Runs `script`, which prints `up` when the signal may come."""
+    """Starts `script` and waits until it prints `up`."""
     begin = f"import os, sys, time\nfrom configs import signals\nsignals.begin({saves}, launched={launched})\n"
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", begin + script],
@@ -71,13 +71,13 @@ def test_a_signal_that_was_held_back_from_the_first_instruction_on_is_answered(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    while not held_back(process.pid):  # `env` is at work; Python need not be
+    while not held_back(process.pid):  # until `env` has blocked the signals; Python may not have started
         time.sleep(0.001)
     assert ended(process, number, within=30)[0] == status
 
 
 def held_back(pid: int) -> str:
-    """The mask of the signals that a process has blocked."""
+    """Returns the mask of the signals that a process blocks."""
     return re.findall(r"SigBlk:\s*0*(.*)", Path(f"/proc/{pid}/status").read_text())[0]
 
 
@@ -108,7 +108,7 @@ def test_what_has_ended_well_stays_so() -> None:
 
 
 def test_a_rank_that_fails_before_its_first_step_may_have_felt_anothers_end() -> None:
-    """The signal that ended the other one comes a moment later, and is what is told."""
+    """A rank may fail because a signal ended another one; if the signal then reaches it too, it reports the signal."""
     script = (
         "watch = signals.saving().__enter__(); watch.agree(); signals.ECHO_SECONDS = 1.0; print('up')\n"
         "signals.let_a_signal_pass()\nraise ValueError"
@@ -132,7 +132,7 @@ def test_a_rank_that_waits_for_others_after_its_first_step_does_not_wait_forever
             TRAINS + "print('up')\nwhile not watch.number: time.sleep(0.1)\nos.write(2, b'saved')\nos._exit(75)\n",
             "saved",
         ),
-        ("signals.ORPHAN_SECONDS = 0.5\n" + TRAINS + "print('up')\n" + BUSY, "SIGTERM"),  # it waits for a dead rank
+        ("signals.ORPHAN_SECONDS = 0.5\n" + TRAINS + "print('up')\n" + BUSY, "SIGTERM"),  # waits for a dead rank
     ],
 )
 def test_ranks_end_when_their_launcher_is_gone(tmp_path: Path, script: str, said: str) -> None:
@@ -150,11 +150,11 @@ def test_ranks_end_when_their_launcher_is_gone(tmp_path: Path, script: str, said
     pid = int(process.stdout.readline())
     assert process.stdout.readline() == "up\n"
     time.sleep(0.3)
-    os.kill(pid, 0)  # a launcher that lives is no reason to end
+    os.kill(pid, 0)  # it does not end while its launcher lives
     process.kill()
     process.wait()
     began = time.monotonic()
-    assert said in process.stderr.read()  # until the rank has closed its end of it
+    assert said in process.stderr.read()  # read until the rank closes the pipe
     assert time.monotonic() - began < 5
 
 

@@ -1,4 +1,4 @@
-"""A small real tokenizer, tiny random models and a ModelSource over them: what every export test starts from."""
+"""Fixtures of the export tests: a small real tokenizer, and tiny random models as a ModelSource."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ ENGLISH = textwrap.dedent(
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-fallback BPE with the pipeline's settings, trained in a second on prose, poems and Python."""
+    """Path of a byte-fallback BPE tokenizer with the data pipeline's settings, trained on prose, poems and Python."""
     folder = tmp_path_factory.mktemp("tokenizer")
     code = Path(argparse.__file__).read_text(encoding="utf-8")
     texts = [code[i : i + 1500] for i in range(0, 60_000, 1500)] + [CHINESE, ENGLISH] * 20
@@ -56,7 +56,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(moe: bool = False, tie: bool = False, vocab_size: int = 800) -> ModelConfig:
-    """Grouped heads, and a head dim, eps and theta other than the defaults, so that dropping any is seen."""
+    """Returns a model config whose values are not the defaults, so that a test fails if a conversion loses one."""
     return ModelConfig(
         vocab_size=vocab_size,
         num_layers=3,
@@ -73,7 +73,7 @@ def tiny(moe: bool = False, tie: bool = False, vocab_size: int = 800) -> ModelCo
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights large enough that every one shows in the logits."""
+    """Draws weights large enough that a change of any one changes the logits."""
     generator = torch.Generator().manual_seed(seed)
     weights = {entry.ours: torch.randn(entry.shape, generator=generator) * 0.3 for entry in entries(config)}
     return {name: tensor + 1.0 if "norm" in name else tensor for name, tensor in weights.items()}
@@ -95,7 +95,7 @@ def make_source(
 
 
 def odd_strings(count: int, pieces: list[str], seed: int = 0) -> list[str]:
-    """Strings that trip tokenizers: pieces in any order, repeats of few characters, any code points."""
+    """Draws strings that are hard for tokenizers: random pieces, repeated characters, arbitrary code points."""
     draw = random.Random(seed)
 
     def code_point() -> str:

@@ -1,4 +1,4 @@
-"""Names and shapes against what transformers itself writes and reads."""
+"""Names and shapes of tensors, compared with those that transformers writes and reads."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_foreign_checkpoints_are_refused_by_tensor_name():
         )
     with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is missing"):
         dict(from_hf(theirs.__getitem__, [name for name in theirs if name != "model.norm.weight"], config))
-    # Old checkpoints carry rotary frequencies, and tied ones sometimes the head: both are understood.
+    # Old checkpoints have rotary frequencies, and some tied ones a copy of the head: both are accepted.
     extra = theirs | {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6),
         "lm_head.weight": theirs["model.embed_tokens.weight"],

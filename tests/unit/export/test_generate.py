@@ -72,7 +72,7 @@ def test_chat_prompt_is_that_of_training(model, tokenizer_path):
 
 
 def test_texts_end_at_the_context(model, capsys):
-    """With the model's 128 tokens: each prompt has what is left of them, and one that fills them is refused."""
+    """The context is 128 tokens: a continuation is cut where it ends, and a prompt that fills it is refused."""
     codec = TextCodec(model / "tokenizer.model")
     long, short = "It was the age of wisdom, " * 9, "It was"
     room = 128 - len(codec.encode_prompt(long))

@@ -1,4 +1,4 @@
-"""The fast tokenizer is sentencepiece, id for id."""
+"""The exported fast tokenizer gives the same ids as sentencepiece."""
 
 import json
 import random
@@ -23,7 +23,7 @@ TEMPLATE = "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% e
 def folder(tmp_path_factory, tokenizer_path: Path) -> Path:
     folder = tmp_path_factory.mktemp("fast")
     write_tokenizer(folder, tokenizer_path, max_length=128, chat_template=TEMPLATE)
-    # AutoTokenizer looks at model_type, and must not take LLaMA's own class, which puts a space in front.
+    # AutoTokenizer decides by model_type, and must not choose LLaMA's class, which adds a leading space.
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder
 
@@ -64,7 +64,7 @@ def test_special_tokens(folder: Path, tokenizer_path: Path):
 
 @pytest.mark.parametrize("template", [jinja_template(), None])
 def test_one_bos_by_every_way(tmp_path: Path, tokenizer_path: Path, template: str | None):
-    """Of a rendered template and of plain text; and the keys that converters to other formats go by agree."""
+    """Rendered dialogues and plain text get exactly one <s>; the keys that converters read say the same."""
     write_tokenizer(tmp_path, tokenizer_path, max_length=128, chat_template=template)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     fast, slow = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True), Tokenizer.load(tokenizer_path)

@@ -1,4 +1,4 @@
-"""An export proves itself, and a wrong one is named and never published."""
+"""An export is verified before it is published; a wrong one is refused with a message that names the fault."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tin
 
 
 def run(source, out: Path, **keys) -> tuple[int, str]:
-    """Exports `source`; (exit status, what was printed)."""
+    """Exports `source` and returns (exit status, printed text)."""
     config = ExportConfig(
         run="unused", out=str(out), prompts=["春眠", ENGLISH[:40]], chat_prompts=["春眠"], sample_tokens=8, **keys
     )

@@ -1,4 +1,4 @@
-"""Hugging Face directories in: bit for bit, or refused by name."""
+"""Hugging Face directories are imported bit for bit, or refused with a message that names the reason."""
 
 import json
 
@@ -31,7 +31,7 @@ MIXTRAL = LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_wi
 
 
 def saved(tmp_path, moe: bool, dtype=torch.float32, **keys):
-    """A random transformers model, saved by transformers."""
+    """Saves a random transformers model with transformers and returns it."""
     config = transformers.MixtralConfig(**MIXTRAL, **keys) if moe else transformers.LlamaConfig(**LLAMA, **keys)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -147,5 +147,5 @@ def test_shards_hold_every_tensor_once(tmp_path):
     assert all(torch.equal(read(name), theirs[name]) for name in names)
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(sizes) > 5
-    # An embedding alone may pass the limit; every other file keeps it, but for its header.
+    # An embedding alone may exceed the limit; every other file is within it, apart from its header.
     assert sum(size > 24_000 for size in sizes) == 2

@@ -1,4 +1,4 @@
-"""What an export is told, and what a run directory says of itself."""
+"""Opening models: from a run directory, a checkpoint or an imported folder, and what is refused."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_run(folder: Path, tokenizer: Path, steps: list[int]) -> Path:
-    """A run directory with checkpoints of `tiny()`, written as a trainer of one rank writes them."""
+    """Makes a run directory with checkpoints of `tiny()`, in the form that a trainer on one rank writes."""
     lineage = Lineage(tokenizer)
     facts = {"config": {"model": plain(tiny())}, "context": 96, "identity": lineage.identity, **lineage.facts}
     for step in steps:

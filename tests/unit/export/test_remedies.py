@@ -1,4 +1,4 @@
-"""What the export's messages about lengths tell a reader to set is set here, and works."""
+"""Remedies in the export's messages about lengths: each is applied and works."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The demo's runner with three small stages: order, failure, interruption, times, and the closing table."""
+"""The demo's runner with three small stages: their order, failures, interruptions, times, and the closing table."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from launch.demo import STAGES, command_line, read_times, run_stages, updated, w
 from launch.demo_report import DemoStage, Specimen, describe_data, describe_export, describe_training, duration
 
 ROOT = Path(__file__).resolve().parents[3]
-# A stage that does its work once, notes that it was called, and fails or hangs while a file tells it to.
+# A stage that does its work once, records each call, and fails or hangs while a certain file exists.
 SCRIPT = """
 import pathlib, signal, sys, time
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
@@ -93,7 +93,7 @@ def test_a_failure_stops_and_says_how_to_go_on(stages: list[DemoStage], tmp_path
 
 
 def interrupted_in(name: str, line: str, folder: Path) -> tuple[int, str]:
-    """Runs stages one, two and three, and interrupts them when stage `name` has printed `line`."""
+    """Runs stages one, two and three, and sends Ctrl-C when stage `name` has printed `line`."""
     (folder / f"hang_{name}").touch()
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
@@ -124,7 +124,7 @@ def test_an_interrupted_stage_is_called_again(stages: list[DemoStage], tmp_path:
 
 
 def test_an_interruption_at_the_end_of_a_stage_needs_no_second_one(stages: list[DemoStage], tmp_path: Path) -> None:
-    """The stage ends well, and no other is begun."""
+    """The interrupted stage finishes its work, and no other stage is started."""
     (tmp_path / "busy_two").touch()
     status, output = interrupted_in("two", "may be interrupted", tmp_path)
     assert (status, (tmp_path / "calls").read_text()) == (130, "one two ")
@@ -166,13 +166,13 @@ def test_a_stage_is_not_taken_for_done_once_what_it_was_made_from_has_changed(
     (one.output / "checkpoints/step_9").mkdir(parents=True)
     for step in (9, 10):
         (one.output / f"checkpoints/step_{step}/manifest.json").write_text(str(step))
-    for _ in range(2):  # it stays refused
+    for _ in range(2):  # it is refused again
         status, text = run([one, two], tmp_path)
         assert status == 1
         assert f"but the result of stage one and {config} changed since. Remove {two.output}" in text
     shutil.rmtree(two.output)
     assert run([one, two], tmp_path)[0] == 0
-    (one.output / "checkpoints/step_9/manifest.json").write_text("other")  # not the newest
+    (one.output / "checkpoints/step_9/manifest.json").write_text("other")  # not the newest checkpoint
     assert run([one, two], tmp_path)[0] == 0
     (one.output / "checkpoints/step_10/manifest.json").write_text("other")
     assert run([one, two], tmp_path)[0] == 1

@@ -1,4 +1,4 @@
-"""Ranks as torchrun, srun and mpirun tell them, each from variables in the form that the launcher really sets."""
+"""Ranks as set by torchrun, srun and mpirun, from variables in the form that each launcher really uses."""
 
 import os
 import subprocess
@@ -119,7 +119,7 @@ def test_slurm_notation() -> None:
 
 
 def test_torchrun_finds_a_ranks_reason(tmp_path: Path) -> None:
-    """In the form that torchrun's own reader of it takes."""
+    """The error file has the form that torchrun's own classes read."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     file = tmp_path / "error.json"

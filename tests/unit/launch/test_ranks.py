@@ -1,4 +1,4 @@
-"""`trivium launch` with small scripts for ranks: what they are told, how failures and signals end them all."""
+"""`trivium launch` with small scripts as ranks: their environment, and how failures and signals end all of them."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def launcher(folder: Path, script: str, *options: str, nproc: int = 2) -> subprocess.Popen[str]:
-    """Starts `script` as module `rank_script` on some ranks; they find `folder` in PYTHONPATH."""
+    """Starts `script` as module `rank_script` on `nproc` ranks; `folder` is its argument and in PYTHONPATH."""
     (folder / "rank_script.py").write_text("import os, sys, time, signal, pathlib\n" + script)
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     env["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
@@ -32,7 +32,7 @@ def launcher(folder: Path, script: str, *options: str, nproc: int = 2) -> subpro
 
 
 def wait_for(folder: Path, *names: str) -> list[int]:
-    """Waits for the files that ranks write when they are up; returns what they hold, process ids."""
+    """Waits for the files that ranks write when they run; returns the process ids in them."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         texts = [(folder / name).read_text() if (folder / name).exists() else "" for name in names]
@@ -43,7 +43,7 @@ def wait_for(folder: Path, *names: str) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """True for a process that runs; an orphan whose new parent has not reaped it yet is dead."""
+    """Whether a process runs; a zombie, which nobody has waited for yet, does not."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat")
@@ -101,8 +101,8 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
         (signal.SIGINT, "sys.exit(130)", 130),
         (signal.SIGTERM, "sys.exit(75)", 75),
         (signal.SIGUSR1, "sys.exit(75)", 75),
-        (signal.SIGTERM, "sys.exit(0)", 0),  # it had finished anyway
-        (signal.SIGTERM, "sys.exit(75 if os.environ['RANK'] == '0' else 1)", 143),  # they do not agree on what it was
+        (signal.SIGTERM, "sys.exit(0)", 0),  # the ranks had finished their work
+        (signal.SIGTERM, "sys.exit(75 if os.environ['RANK'] == '0' else 1)", 143),  # ranks end with different statuses
     ],
 )
 def test_a_signal_reaches_every_rank_once_and_the_status_is_theirs(
@@ -191,7 +191,7 @@ STEP = {
 
 
 def test_nodes_are_those_of_the_slurm_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As srun starts it once on each; options go before."""
+    """srun starts `trivium launch` once per node, which reads the nodes from Slurm's variables, or from its options."""
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     script = (

@@ -1,4 +1,4 @@
-"""A small real tokenizer with the chat format's control tokens, trained in a second."""
+"""Fixtures of the post-training tests: a small real tokenizer with the chat format's control tokens."""
 
 from pathlib import Path
 

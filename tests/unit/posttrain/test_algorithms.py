@@ -1,4 +1,4 @@
-"""Policy-optimisation arithmetic against published vectors and against numbers worked out by hand."""
+"""Policy optimization compared with published test vectors and with numbers computed by hand."""
 
 import pytest
 import torch
@@ -128,8 +128,7 @@ ROWS = [[1.0, 3.0], [4.0, 4.0, 4.0, 4.0]]
 @pytest.mark.parametrize(("mode", "expected"), [("token_mean", 10 / 3), ("sequence_mean", 3.0), ("fixed_length", 2.5)])
 def test_aggregation(mode: str, expected: float) -> None:
     aggregation = Aggregation(mode)
-    # As the trainer does it: numerator and denominator are summed over all rows before one is divided by the
-    # other.
+    # As in the trainer, numerator and denominator are summed over all rows before the division.
     weights = [token_weight(len(row), aggregation) for row in ROWS]
     weighted = sum(weight * sum(row) for weight, row in zip(weights, ROWS, strict=True))
     mean = weighted / sum(weight * len(row) for weight, row in zip(weights, ROWS, strict=True))

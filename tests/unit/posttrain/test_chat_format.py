@@ -1,4 +1,4 @@
-"""The chat format: what is learnt, what can never be injected, and the same ids from the Jinja template."""
+"""The chat format: its answer mask, control tokens in messages, and equal ids from the Jinja template."""
 
 import re
 
@@ -28,7 +28,7 @@ DIALOGUES: list[list[Message]] = [
 
 
 def encode_with_controls(text: str, chat: ChatFormat) -> list[int]:
-    """What transformers does with a rendered template: control tokens are cut out first, the rest is tokenised."""
+    """Tokenizes a rendered template as transformers does: splits at control tokens first, then tokenizes the rest."""
     parts = re.split("(" + "|".join(map(re.escape, SPECIALS)) + ")", text)
     ids: list[int] = []
     for part in parts:
@@ -44,7 +44,7 @@ def test_layout_and_mask(chat: ChatFormat) -> None:
         ids["<s>"], ids["<|user|>"], *question, ids["<|end|>"], ids["<|assistant|>"], *reply, ids["<|end|>"],
     ]  # fmt: skip
     assert answer.tolist() == [False] * (4 + len(question)) + [True] * (len(reply) + 1)
-    assert len(reply) == 6  # one token a digit
+    assert len(reply) == 6  # one token per digit
 
 
 def test_every_answer_and_its_end_are_learnt_and_nothing_else(chat: ChatFormat) -> None:

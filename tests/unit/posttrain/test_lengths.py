@@ -1,4 +1,4 @@
-"""What a run would sample fits, or it is refused before any work, with a remedy that works."""
+"""Prompts and answers that do not fit are refused before training starts, with remedies that work."""
 
 import re
 
@@ -40,7 +40,7 @@ def test_answers_must_not_be_cut(chat: ChatFormat, digits: int, limit: int) -> N
 def test_a_row_takes_the_longest_prompt_and_its_completion(
     chat: ChatFormat, seq_length: int, parallel: ParallelConfig
 ) -> None:
-    """What is accepted fits the rows that training makes, to the token; what is refused does not."""
+    """A sequence length is accepted if and only if the longest prompt and completion fit into a training row."""
     task = SortTask(6, 10)
     longest = check_answers(task, chat, 0, 50, 50, None)
     completion = Completion([5] * task.max_new_tokens, [0.0] * task.max_new_tokens, stopped=False)
@@ -71,7 +71,7 @@ def test_nothing_is_sampled_beyond_the_models_context(chat: ChatFormat) -> None:
         check_answers(SortTask(6, 30), chat, 0, 20, 20, longest + 2)
     fewer = SortTask(said_number(raised, "task.digits"), 3)
     assert fewer.digits < 6
-    with pytest.raises(ConfigError) as raised:  # fits by now, with as many tokens as the message says
+    with pytest.raises(ConfigError) as raised:  # the digits fit now, and the message names the number of tokens
         check_answers(fewer, chat, 0, 20, 20, longest + 2)
     answer = said_number(raised, "task.max_new_tokens")
     assert check_answers(SortTask(fewer.digits, answer), chat, 0, 20, 20, longest + 2) < longest

@@ -1,4 +1,4 @@
-"""What the messages of SFT and GRPO tell a reader to do is done here, and works."""
+"""Remedies in the messages of SFT and GRPO: each is applied and works."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ COMMANDS = {"sft": sft.main, "grpo": grpo.main}
 
 @pytest.fixture(scope="module")
 def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config for each command, and a checkpoint of a dense and of an MoE model whose weights nobody asks for."""
+    """Folder with a config for each command, and checkpoints, without weights, of a dense and an MoE model."""
     folder = tmp_path_factory.mktemp("remedies")
     for name, moe in (("dense", {}), ("moe", {"moe": {"num_experts": 6, "capacity_factor": 1.5}})):
         checkpoint = folder / name / "checkpoints" / "step_1"
@@ -62,7 +62,7 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def run(base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
-    """Each command, as a function of the number of ranks and of overrides, which checks all and does nothing."""
+    """By command, a function of (ranks, overrides) that runs it with --dry-run."""
 
     def of(name: str) -> Run:
         def call(ranks: int, overrides: Sequence[str]) -> None:
@@ -94,13 +94,13 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
         }
         if command == "grpo":
             choices["grpo.group_size"] = [2, 3, 4, 8]
-        else:  # dialogues are read after the layout is checked, so a layout's suggestion knows nothing of their lengths
+        else:  # lengths that fit the dialogues, which are read after the layout is checked
             choices["train.seq_length"] = [33, 48, 57, 63]
         ranks = draw.choice([1, 2, 3, 4, 8, 12])
         overrides = drawn(draw, choices)
         found = follow(run[command], ranks, overrides)
         told += found
-        # What is legal in the end is reached by doing the first thing that each message says.
+        # Applying the first remedy of each message must lead to a valid config.
         for _ in range(30):
             message = refused(run[command], ranks, overrides)
             if not (first := next(remedies(message), None)):
@@ -132,7 +132,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
 def test_a_model_to_begin_from_is_found_as_the_message_says(
     base: Path, run: dict[str, Run], tmp_path: Path, wrong: list[str], words: str, right: list[str] | None
 ) -> None:
-    """`right` is what a person adds to the KEY=VALUE of the message; None: the message names no value to set."""
+    """`right` are overrides beside the KEY=VALUE of the message; None if the message names no value."""
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     (tmp_path / "other").write_text("no such tokenizer")
     places = {"dense": base / "dense", "empty": tmp_path / "empty", "other": tmp_path / "other"}

@@ -1,4 +1,4 @@
-"""Rollouts: keyed draws, rows aligned with what the trainer computes, truncated and unscorable completions."""
+"""Rollouts: reproducible draws, rows aligned with the trainer's log-probabilities, unusable completions."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def test_what_is_sampled_depends_on_seed_and_number_alone(rollout: Rollout, deco
     assert second.prompts == rollout.prompts[4:]
     assert [c.tokens for c in second.completions] == [c.tokens for c in rollout.completions[4:]]
     assert rollout.prompts[0] == rollout.prompts[3] != rollout.prompts[4]  # groups of four share a prompt
-    assert len({tuple(c.tokens) for c in rollout.completions[:4]}) > 1  # and draw differently
+    assert len({tuple(c.tokens) for c in rollout.completions[:4]}) > 1  # and have different random numbers
     other = sample_rollout(decoder, TASK, chat, SETTINGS, 10, range(8, 16))
     assert other.prompts != rollout.prompts
     with pytest.raises(ValueError, match=r"8 to 14 are not whole groups of grpo\.group_size = 4"):
@@ -75,10 +75,10 @@ def test_rows_line_up_with_the_trainers_logprobs(rollout: Rollout, decoder: Deco
     torch.testing.assert_close(new[trained], batch.logprobs[trained], atol=2e-5, rtol=0)
     assert int(trained.sum()) == sum(len(c.tokens) for c in rollout.completions)
 
-    GRPOLoss(SETTINGS)(new, batch)  # agrees: not refused
+    GRPOLoss(SETTINGS)(new, batch)  # the log-probabilities agree, so no error
     tight = SETTINGS.model_copy(update={"max_logprob_difference": 1e-3})
     GRPOLoss(tight)(new, batch)
-    untempered = trainer_logprobs(decoder, batch, temperature=1.0)  # a trainer that forgets the temperature
+    untempered = trainer_logprobs(decoder, batch, temperature=1.0)  # as of a trainer that ignores the temperature
     with pytest.raises(ValueError, match=r"differ by 0\.\d+ nats a token .* = 0\.001"):
         GRPOLoss(tight)(untempered, batch)
 
@@ -90,12 +90,12 @@ def with_scores(rollout: Rollout, values: list[float | None]) -> Rollout:
 def test_advantages_weights_and_metrics(rollout: Rollout) -> None:
     scored = with_scores(rollout, [1.0, 0.0, None, 0.0, 1.0, 1.0, 1.0, 1.0])
     rows = training_rows(scored, SETTINGS, LENGTH, 3, factor=2.0)
-    # Of 1, 0, 0: mean 1/3, sigma sqrt(1/3); the factor doubles.
+    # Rewards 1, 0, 0 have mean 1/3 and sigma sqrt(1/3); the factor doubles the advantages.
     expected = 2 * (2 / 3) / ((1 / 3) ** 0.5 + 1e-4)
     on = rows[0].loss_mask > 0
     assert rows[0].advantages[on].tolist() == pytest.approx([expected] * int(on.sum()), rel=1e-6)
     assert rows[1].advantages[rows[1].loss_mask > 0][0] == pytest.approx(-expected / 2, rel=1e-6)
-    assert not rows[2].loss_mask.any() and not rows[2].advantages.any()  # unscorable: not a zero
+    assert not rows[2].loss_mask.any() and not rows[2].advantages.any()  # unscorable, which is not a reward of 0
     assert all(not row.advantages.any() for row in rows[4:])  # equal rewards
     assert not rows[0].advantages[~on].any() and not rows[0].logprobs[~on].any()
     metrics = scored.metrics()
@@ -116,7 +116,7 @@ def test_a_completion_that_never_stops_is_wrong(chat: ChatFormat) -> None:
     assert judge(TASK, chat, "Sort 321", stopped) == TaskScore(1.0, "right")
     assert judge(TASK, chat, "Sort 321", Completion(digits, [0.0] * 3, False)) == TaskScore(0.0, "truncated")
     hidden = Completion([*digits, chat.ids["<|user|>"], chat.end_id], [0.0] * 5, True)
-    assert judge(TASK, chat, "Sort 321", hidden).value == 0.0  # a control token is no part of a right answer
+    assert judge(TASK, chat, "Sort 321", hidden).value == 0.0  # an answer with a control token is wrong
 
 
 def test_a_row_that_is_too_short_is_named(rollout: Rollout) -> None:
@@ -132,7 +132,7 @@ def test_the_loss_ignores_what_is_outside_completions(rollout: Rollout, chat: Ch
     loss, metrics = GRPOLoss(SETTINGS)(noise.requires_grad_(), batch)
     (loss * batch.loss_mask).sum().backward()
     assert noise.grad is not None and torch.isfinite(loss).all()
-    # On policy the gradient of each token is minus its advantage, and nothing elsewhere.
+    # On policy the gradient by a token's log-probability is minus its advantage, and 0 at other tokens.
     torch.testing.assert_close(noise.grad, -batch.advantages * (batch.loss_mask > 0))
     assert sorted(metrics) == sorted(GRPOLoss.metrics)
     assert all(not np.isnan(value.detach().numpy()).any() for value in metrics.values())

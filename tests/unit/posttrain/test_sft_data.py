@@ -1,4 +1,4 @@
-"""SFT rows: document masks, loss on answers alone, an order by key, and what is refused or set aside."""
+"""SFT rows: document masks, loss on answers only, a reproducible order, and dialogues that are refused or set aside."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ def examples(chat: ChatFormat, count: int = 40) -> list[Example]:
 def test_packed_rows_hold_every_example_once_behind_its_own_mask(chat: ChatFormat) -> None:
     originals = examples(chat)
     rows = pack(originals, LENGTH, chat.ids["<pad>"], source=3)
-    assert len(rows) < len(originals) / 1.5  # packing does pack
+    assert len(rows) < len(originals) / 1.5  # several examples share a row
     seen = []
     for row in rows:
         assert row.source == 3 and row.tokens.shape == (LENGTH,)
@@ -59,7 +59,7 @@ def test_packed_rows_hold_every_example_once_behind_its_own_mask(chat: ChatForma
             (where,) = np.nonzero(row.segments == segment)
             assert row.positions[where].tolist() == list(range(len(where)))
             tokens, mask, labels = row.tokens[where], row.loss_mask[where], row.labels[where]
-            assert not mask[-1]  # nothing follows the last token within its document
+            assert not mask[-1]  # the last token of a document has no label
             assert (labels[:-1][mask[:-1]] == tokens[1:][mask[:-1]]).all()
             seen.append((tokens.tolist(), [False, *mask[:-1].tolist()]))
     expected = [(e.tokens.tolist(), e.answer.tolist()) for e in originals]
@@ -78,8 +78,8 @@ def test_sample_i_is_a_function_of_data_seed_and_i(chat: ChatFormat) -> None:
     for row, same in zip(whole, backwards, strict=True):
         assert row.tokens.tolist() == same.tokens.tolist() and row.source == same.source
     epochs = [[row.tokens.tobytes() for row in whole[k * epoch : (k + 1) * epoch]] for k in range(3)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])  # every row once an epoch
-    assert epochs[0] != epochs[1] != epochs[2]  # each in an order of its own
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])  # every row once per epoch
+    assert epochs[0] != epochs[1] != epochs[2]  # each epoch in another order
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.difference(first.facts).startswith("the checkpoint does not say")
     assert re.search(r" \d+ examples \(\w+\) -> \d+ examples \(", other.difference(first.facts))
@@ -178,7 +178,7 @@ def test_heldout_dialogues_share_no_first_message_with_training(chat: ChatFormat
     found = read_dialogues([write(tmp_path / "d.gz", records)], chat, LENGTH, 0.3, 0.0)
 
     def firsts(split: list[Example]) -> set[str]:
-        return {example.id for example in split}  # `dialogue` takes the first message for the id
+        return {example.id for example in split}  # `dialogue` uses the first message as id
 
     assert firsts(found.train) and firsts(found.heldout)
     assert not firsts(found.train) & firsts(found.heldout)

@@ -1,4 +1,4 @@
-"""The sort task: disjoint splits, prompts by key, and a verifier that tells wrong from unscorable."""
+"""The sort task: disjoint splits, reproducible prompts, and a verifier that tells wrong from unscorable answers."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_prompts_are_a_function_of_seed_split_and_index() -> None:
     first = [task.prompt(7, "train", i) for i in range(50)]
     assert [task.prompt(7, "train", i) for i in reversed(range(50))] == first[::-1]
     assert [task.prompt(8, "train", i) for i in range(50)] != first
-    assert first[0] == "Sort 992116"  # pinned: runs must draw the same prompts on every machine and version
+    assert first[0] == "Sort 992116"  # fixed: every machine and version must draw the same prompts
 
 
 def test_bad_settings_are_named() -> None:

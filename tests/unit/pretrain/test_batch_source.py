@@ -1,4 +1,4 @@
-"""Who trains on which sample, and rows stacked into batches."""
+"""Assignment of samples to ranks and micro-batches, and rows stacked into batches."""
 
 import numpy as np
 import pytest

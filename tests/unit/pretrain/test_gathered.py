@@ -1,4 +1,4 @@
-"""Views of gathered weights that autograd saves: gone after forward, taken anew in backward."""
+"""Views of gathered weights that autograd saves: freed after the forward pass, made again in the backward pass."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_backward_takes_views_of_what_is_gathered_by_then() -> None:
     saved, gathered = SavedAsRecipes(stack), stack.weight.data.clone()
     with saved:
         loss = stack(x).square().sum()
-    stack.weight.data.zero_()  # whoever kept a view sees zeros
+    stack.weight.data.zero_()  # a saved view would now be zero
     stack.weight.data = gathered
     (found,) = torch.autograd.grad(loss, x)
     assert torch.equal(found, expected)

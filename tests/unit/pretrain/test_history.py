@@ -1,4 +1,4 @@
-"""A run's history in words: what is told when settings or data change, and what is not."""
+"""History of a run: which changes of settings and data are reported, and how."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def test_a_schedule_that_begins_again_is_told() -> None:
     assert steps == "train.steps 40 -> 80 from step 40 on"
     assert "the schedule had ended at a learning rate of 0.0001, but step 40 has 0.0006" in jump
     assert "schedule.steps" in jump
-    # With the remedy that it names from the start, there is nothing to tell of it.
+    # With schedule.steps set from the start, as the message suggests, no jump is reported.
     whole = "schedule.steps=80"
     assert news(40, [whole], [whole, "train.steps=80"]) == [steps]
 
@@ -60,7 +60,7 @@ def test_other_data_are_told_by_their_settings() -> None:
     (first, second) = history.describe_spans([before, after])
     assert first == "from step 0, sample 0: 16 rows a step of runs/data/plan"
     assert second == "from step 20, sample 320: 16 rows a step of runs/data/plan; " + "; ".join(words)
-    # A data span of which no step was trained does not stay, and one like the last is not begun.
+    # A data span without a trained step is dropped, and one that equals the last is not appended.
     assert history.append_span([before, after], data_span(20, data="c")) == [before, data_span(20, data="c")]
     assert history.append_span([before], data_span(20)) == [before]
 

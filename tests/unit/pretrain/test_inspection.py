@@ -1,4 +1,4 @@
-"""`trivium inspect` on a checkpoint that two ranks wrote, whole, damaged, and with a value that is not finite."""
+"""`trivium inspect` on a checkpoint of two ranks: whole, damaged, and with a value that is not finite."""
 
 import json
 import math
@@ -16,7 +16,7 @@ STATE |= {"ledger": {"prose": 1500.0, "code": 201.0}}
 
 
 def write(run_dir: Path, weight: torch.Tensor) -> Path:
-    """`weight` [4, 3], each rank with two rows; the moments are 2 and 9 everywhere."""
+    """Writes a checkpoint of one parameter [4, 3], of which each rank has two rows; its moments are 2 and 9."""
     final = storage.directory(run_dir, 7)
     temporary = final.with_name(".step_7")
     temporary.mkdir(parents=True)

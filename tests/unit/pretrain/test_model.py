@@ -32,10 +32,10 @@ def test_documents_in_a_packed_row_do_not_see_one_another(config: ModelConfig) -
     for document in documents:
         length = document.shape[1]
         alone = decoder(document, torch.arange(length)[None])
-        # Another batch shape takes other kernels: equal up to a few roundings of values around 1.
+        # Another batch shape uses other kernels, so values around 1 differ by a few roundings.
         torch.testing.assert_close(logits[:, start : start + length], alone, rtol=1e-4, atol=1e-5)
         start += length
-    # The mask is what does it: as one document the second one's logits are others.
+    # Without the mask, as one document, the second document's logits differ.
     merged = decoder(packed[:, :14], torch.arange(14)[None])
     assert (merged[:, 5:] - logits[:, 5:14]).abs().max() > 0.1
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: gates against transformers' models, balance losses, capacity, the grouped product."""
+"""Mixtures of experts: routers compared with transformers' models, balancing losses, capacity, grouped products."""
 
 import math
 from typing import Any
@@ -57,7 +57,7 @@ def ours(**moe: Any) -> MoE:
 
 
 def copied(theirs: nn.Module, layer: MoE) -> nn.Module:
-    """`theirs` with our weights."""
+    """Copies the weights of `layer` into transformers' layer `theirs` and returns that."""
     modules = dict(theirs.named_modules())
     with torch.no_grad():
         modules["gate"].weight.copy_(layer.router.weight)
@@ -95,7 +95,7 @@ def attach(balance: Balance, logits: torch.Tensor, experts: torch.Tensor, valid_
 
 
 def test_auxiliary_loss_over_a_micro_batch_is_transformers() -> None:
-    """transformers' is top_k times as large: it does not divide the shares by top_k."""
+    """The loss is transformers' divided by top_k, since transformers does not divide the shares by top_k."""
     logits, mask_BS = torch.randn(24, EXPERTS), torch.arange(12)[None] < torch.tensor([[12], [7]])
     moe = MoEConfig(num_experts=EXPERTS, top_k=3, aux_loss="micro_batch")
     balance = Balance(moe, LayerContext())
@@ -125,7 +125,7 @@ def test_auxiliary_loss_over_sequences_is_one_at_perfect_balance_and_grows_with_
 def test_global_batch_loss_and_bias_follow_the_last_step() -> None:
     moe = MoEConfig(num_experts=4, top_k=2, aux_loss="global_batch", aux_loss_coef=0.5, bias_update_rate=0.25)
     balance = Balance(moe, LayerContext())
-    balance.finish(torch.tensor([6, 2, 4, 4]))  # 8 tokens chose twice
+    balance.finish(torch.tensor([6, 2, 4, 4]))  # 8 tokens chose 2 experts each
     assert balance.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 8)
     attach(balance, probs.log(), torch.tensor([[0, 1]] * 8), torch.ones(8, 1, dtype=torch.bool))
@@ -134,7 +134,7 @@ def test_global_batch_loss_and_bias_follow_the_last_step() -> None:
 
 
 def test_z_loss_pulls_logits_towards_zero() -> None:
-    """Its gradient by a logit is 2 logsumexp softmax / tokens."""
+    """The loss's gradient by a logit is 2 * logsumexp * softmax / tokens."""
     balance = Balance(MoEConfig(num_experts=4, aux_loss_coef=0.0, z_loss_coef=3.0), LayerContext())
     balance.denominators = LossDenominators(sequences=1, tokens=5, scale=1.0)
     logits = torch.randn(6, 4, requires_grad=True)
@@ -148,7 +148,7 @@ def test_z_loss_pulls_logits_towards_zero() -> None:
 
 def test_capacity_drops_later_tokens_and_nothing_else() -> None:
     experts_TK = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 3]])
-    dispatch = Dispatch(experts_TK, num_experts=4, capacity_factor=1.0)  # two rows an expert
+    dispatch = Dispatch(experts_TK, num_experts=4, capacity_factor=1.0)  # two rows per expert
     assert dispatch.wanted.tolist() == [4, 2, 1, 1] and dispatch.counts.tolist() == [2, 2, 1, 1]
     weights_TK = torch.tensor([[1.0, 10.0]] * 4)
     x_TH = torch.eye(4)
@@ -171,7 +171,7 @@ def test_no_token_is_dropped_outside_of_training() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden", [HIDDEN, 9, 20])
 def test_grouped_products_are_a_loop_over_experts(way: str, dtype: torch.dtype, hidden: int) -> None:
-    """Of any size, though torch's own product takes multiples of 4 in fp32 and of 8 in bf16 alone."""
+    """Products of any size are right, although torch's grouped product needs multiples of 4 in fp32 and 8 in bf16."""
     for ffn in (EXPERT, *range(1, 21)):
         experts = Experts(5, hidden, ffn, LayerContext(dtype=dtype))
         for parameter in experts.parameters():
@@ -179,13 +179,13 @@ def test_grouped_products_are_a_loop_over_experts(way: str, dtype: torch.dtype, 
         counts = torch.tensor([3, 0, 9, 1, 0])
         expected = results(experts, "_by_loop", counts.tolist())
         for found, right in zip(results(experts, way, counts), expected, strict=True):
-            # A product of K terms may round K times; in bf16 sums are fp32 and only results are rounded.
+            # A sum of K products may round K times; in bf16 sums are in fp32 and only the result is rounded.
             roundoff = 2.0**-8 if dtype == torch.bfloat16 else max(hidden, ffn) * 2.0**-24
             assert torch.linalg.vector_norm(found - right) <= 2 * roundoff * torch.linalg.vector_norm(right), ffn
 
 
 def results(experts: Experts, way: str, counts: Any) -> list[torch.Tensor]:
-    """Output and all gradients of a forward and a backward pass, always of the same 13 rows."""
+    """Returns the output and all gradients of a forward and backward pass over the same 13 rows."""
     generator = torch.Generator().manual_seed(0)
     shape, dtype = (13, experts.gate_proj.shape[2]), experts.gate_proj.dtype
     x, gradient = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Bounds, verdicts and the page of a proof; that a proof finds what it should is tested in tests/parallel."""
+"""Bounds, verdicts and the page of a proof; tests/parallel tests that a proof finds planted bugs."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def verdict(errors: list[Error]) -> Verdict:
 
 
 def passes(*, bad: dict[str, float]) -> list[Error]:
-    """Two tensors of each pass of a step, all within bounds but for those in `bad`."""
+    """Returns two errors for each pass of a step, all within bounds except those in `bad`."""
     names = (f"{kind}/{name}" for kind in ("forward", "backward", "grad", "weight") for name in ("a", "b"))
     return [Error(name, bad.get(name, 1e-16), 1e-14) for name in names]
 
@@ -70,7 +70,7 @@ def test_a_derivation_has_the_numbers_that_its_bounds_are_made_of(precision: str
 
 def test_a_verdict_keeps_the_first_that_failed_and_those_nearest_to_their_bounds() -> None:
     errors = [Error(f"grad/{i}", 1e-16 * (i + 1), 1e-10) for i in range(1000)]
-    errors[100:130] = [Error(f"grad/{i}", 2e-10, 1e-10) for i in range(100, 130)]  # barely out of bounds
+    errors[100:130] = [Error(f"grad/{i}", 2e-10, 1e-10) for i in range(100, 130)]  # a little out of bounds
     errors[600:900] = [Error(f"grad/{i}", 1e-5 * i, 1e-10) for i in range(600, 900)]
     found = verdict(errors)
     assert not found.passed and found.num_tensors == 1000 and found.num_failed == 330
@@ -97,9 +97,9 @@ def test_a_chart_has_a_dot_for_every_error_and_the_bound_as_a_line() -> None:
     assert failed[0].text == "backward/a: 1.0e-03, allowed 1.0e-14"
     heights = {dot[0].text.split(":")[0]: float(dot.attrib["cy"]) for dot in _dots(drawing)}
     bounds = [path.attrib["d"] for path in ElementTree.fromstring(drawing).iter("path")]
-    assert len(bounds) == 4  # one for each pass
+    assert len(bounds) == 4  # one per pass
     height = float(re.split("[ L]", bounds[0])[1])
-    assert heights["backward/a"] < height < heights["forward/a"] < heights["grad/b"]  # SVG counts from above
+    assert heights["backward/a"] < height < heights["forward/a"] < heights["grad/b"]  # SVG's y grows downwards
 
 
 def test_the_page_stands_alone_and_names_the_first_tensor() -> None:
@@ -120,10 +120,10 @@ def _dots(drawing: str, css: str | None = None) -> list[ElementTree.Element]:
 
 
 def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
-    """Context parallel without sequence parallel: two halves of a sequence, each on two tensor-parallel ranks."""
+    """With cp and without sp each half of a sequence is on two tensor-parallel ranks; all copies are compared."""
     (tmp_path / "step.json").write_text("{}")
     halves = [torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3)]
-    halves[2][1, 1] = 7.0  # only one of them is wrong, and not the last
+    halves[2][1, 1] = 7.0  # one copy is wrong, and not the last one
     for rank, half in enumerate(halves):
         metadata = {"forward/x": json.dumps([(2 * (rank // 2), 0), (4, 3)])}
         save_file({"forward/x": half}, str(tmp_path / f"rank_{rank:05d}.safetensors"), metadata)

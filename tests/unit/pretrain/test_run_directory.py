@@ -1,4 +1,4 @@
-"""Two runs in one directory: the second is refused, unless the first was told to stop and is saving."""
+"""Two runs in one directory: the second is refused, or waits if the first has got a signal and is saving."""
 
 import fcntl
 import threading

@@ -1,4 +1,4 @@
-"""A run's report: whole and well-formed from real and from damaged metrics, with nothing fetched from anywhere."""
+"""Report of a run: complete and well-formed, also from damaged metrics, without anything loaded from a network."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from pretrain.run_report import last_of_each_step, read_jsonl, write
 
 
 class OpenTags(HTMLParser):
-    """Checks that tags nest, and collects attributes that could fetch something."""
+    """Parser that checks that tags nest, and collects attributes that could load something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     tags.feed(page)
     assert not tags.open and not tags.links
     assert "url(" not in page and "@import" not in page and "<script" not in page
-    # loss, loss by source, gradient norm; held-out loss and bits per byte
+    # charts: loss, loss by source, gradient norm; held-out loss and bits per byte
     assert page.count("<svg") == 5
     assert "100 steps, 10,000 tokens, training loss 0.0900." in page
     assert "&lt;a&gt;" in page

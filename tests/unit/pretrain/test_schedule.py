@@ -1,4 +1,4 @@
-"""Learning-rate schedules at the steps that matter, against numbers worked out by hand."""
+"""Learning-rate schedules at their first, middle and last steps, compared with numbers computed by hand."""
 
 from pathlib import Path
 
