@@ -13,7 +13,8 @@ from configs.alarms import WATCHED, AlarmsConfig
 from configs.canaries import KEPT
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.ledger import SourceTally, Tally
-from data_pipeline.provenance.lookup import TABLE_STAGES, locations, rows_of, set_aside
+from data_pipeline.core.tables import TABLE_STAGES
+from data_pipeline.provenance.lookup import locations, rows_of, set_aside
 from data_pipeline.reading.ids import published_id
 
 

@@ -12,8 +12,7 @@ from typing import Any
 from configs.canaries import DUPLICATES, KEPT, REPEATS, CanaryConfig
 from data_pipeline.canaries.naming import canaries_of
 from data_pipeline.canaries.plant import FATES, id_of, numbered
-from data_pipeline.core.tables import read_table
-from data_pipeline.provenance.lookup import TABLE_STAGES
+from data_pipeline.core.tables import TABLE_STAGES, read_table
 
 
 @dataclass(frozen=True)

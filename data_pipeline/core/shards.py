@@ -23,6 +23,7 @@ from fsspec.compression import compr, register_compression
 from data_pipeline.core.integrity import seal
 from data_pipeline.core.progress import ProgressFile
 
+TRAIN, HELDOUT = "train", "heldout"  # folders of the two splits, in the documents and tokens stages
 _SUFFIX = ".jsonl.zst"
 _LEVEL = 3
 _NAME = f"zstd-{_LEVEL}"

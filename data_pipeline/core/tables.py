@@ -27,6 +27,8 @@ from data_pipeline.core.ledger import Tally
 from data_pipeline.personal_data.find import mask
 from data_pipeline.personal_data.hiding import hide
 
+# Stages that write a table with a verdict for each document, in the order in which they run.
+TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "web_lines", "lines", "substrings", "pii")
 KEYS = ("source", "shard", "row", "id", "bytes")
 SHOWN = ("head", "sample", "context")  # columns that hold an excerpt of a text
 ORIGINS = ("url", "file")  # columns that name where a text comes from

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from data_pipeline.core.hashing import stable_hash
 
-TRAIN, HELDOUT = "train", "heldout"
-
 Drawn = tuple[float, str]  # what `draw` gives for an id, and the id
 
 

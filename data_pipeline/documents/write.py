@@ -20,9 +20,10 @@ from configs.cuts import Kind, PiiConfig
 from data_pipeline.canaries.naming import is_canary
 from data_pipeline.canaries.plant import LEFT_OUT
 from data_pipeline.core.ledger import Tally
+from data_pipeline.core.shards import HELDOUT, TRAIN
 from data_pipeline.core.tables import SAMPLES, kept_rows, read_table
 from data_pipeline.cutting.cuts import MergedCuts, apply, merge, read_cuts
-from data_pipeline.documents.heldout import HELDOUT, TRAIN, Extremes, HeldoutRule
+from data_pipeline.documents.heldout import Extremes, HeldoutRule
 from data_pipeline.personal_data.find import PLACEHOLDERS
 from data_pipeline.personal_data.hiding import Hiding
 from data_pipeline.reading.addresses import url_key, url_of

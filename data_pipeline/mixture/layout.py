@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from configs.mixture import PlanConfig
+from data_pipeline.core.shards import TRAIN
 from data_pipeline.mixture import fim as fill
 from data_pipeline.mixture.cursor import Cursor
 from data_pipeline.mixture.epochs import SourceEpochs
@@ -24,7 +25,6 @@ from data_pipeline.mixture.weights import apportion, mixture_shares, take_turns,
 from data_pipeline.tokens.store import SourceStores, Store
 from data_pipeline.tokens.tokenizer import Tokenizer
 
-TRAIN, HELDOUT = "train", "heldout"
 # The keys of PlanConfig in the order in which plan.json has them.
 _DESCRIBED = (
     *("seq_length", "samples", "seed", "packing", "weights", "temperature", "unimax", "max_epochs", "epochs", "fim"),

@@ -11,10 +11,11 @@ import numpy as np
 from configs.files import write_atomic
 from configs.mixture import PlanConfig
 from configs.sealed import PLAN
+from data_pipeline.core.shards import HELDOUT, TRAIN
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.mixture import cursor
 from data_pipeline.mixture import fim as fill
-from data_pipeline.mixture.layout import HELDOUT, TRAIN, Gone, PlannedSource, check_stores, lay_out
+from data_pipeline.mixture.layout import Gone, PlannedSource, check_stores, lay_out
 from data_pipeline.mixture.packing import PACKINGS, Packed
 from data_pipeline.mixture.rows import PLAN_FILE, SEGMENT_ARRAYS, Plan
 from data_pipeline.mixture.weights import running_counts

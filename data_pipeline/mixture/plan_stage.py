@@ -16,10 +16,10 @@ from configs.loader import plain
 from configs.mixture import PlanConfig
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import RunContext
+from data_pipeline.core.shards import HELDOUT
 from data_pipeline.core.stage import Stage, read_manifest
 from data_pipeline.mixture.earlier import keep_plans
 from data_pipeline.mixture.forecast import show
-from data_pipeline.mixture.layout import HELDOUT
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans
 

@@ -16,6 +16,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError
 from configs.rules import RuleSet
 from data_pipeline.core.console import wide_console
+from data_pipeline.core.shards import TRAIN
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.provenance.lookup import (
     StoredDocument,
@@ -116,7 +117,7 @@ def _trained(run_dir: Path, documents: Sequence[StoredDocument], run: Path | Non
     trained_on = data_spans(run) if run else []
     for name, plan in plans(run_dir, trained_on).items():
         for one, segments in uses(plan, documents).items():
-            if one.split != "train":
+            if one.split != TRAIN:
                 said.append(f"  {name:<10} held out: in no training row")
                 continue
             samples = sorted({sample for sample, _, _ in segments})

@@ -14,15 +14,14 @@ import pyarrow.compute as pc
 from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT
 from data_pipeline.core.checked_parquet import read_parquet
+from data_pipeline.core.shards import TRAIN
 from data_pipeline.core.stage import read_manifest
-from data_pipeline.core.tables import read_table, shards_of
+from data_pipeline.core.tables import TABLE_STAGES, read_table, shards_of
 from data_pipeline.documents.write import URL_KEY
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.reading.addresses import url_key, url_of
 from data_pipeline.reading.ids import told_apart
-
-TABLE_STAGES = ("language", "score", "filter", "dedup", "decontaminate", "web_lines", "lines", "substrings", "pii")
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def key_of_address(metadata: dict[str, Any]) -> int:
 def uses(plan: Plan, documents: Collection[StoredDocument]) -> dict[StoredDocument, list[tuple[int, int, int]]]:
     """(sample, first token, tokens) of every training segment that holds a piece of each document, by sample."""
     return {
-        document: plan.uses(document.source, document.store, document.document) if document.split == "train" else []
+        document: plan.uses(document.source, document.store, document.document) if document.split == TRAIN else []
         for document in documents
     }
 

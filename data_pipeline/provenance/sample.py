@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -22,18 +21,15 @@ from data_pipeline.canaries.naming import is_canary
 from data_pipeline.core.console import wide_console
 from data_pipeline.core.shards import read_records, shard_path, shards_under
 from data_pipeline.core.stage import read_manifest
-from data_pipeline.core.tables import read_table, shards_of
+from data_pipeline.core.tables import TABLE_STAGES, read_table, shards_of
 from data_pipeline.cutting.cuts import FOLDER as CUTS
 from data_pipeline.cutting.decontamination import FOLDER as MATCHES
 from data_pipeline.provenance.excerpts import excerpt, piece, texts
-from data_pipeline.provenance.lookup import TABLE_STAGES
-from data_pipeline.report.page_samples import Smallest
+from data_pipeline.provenance.smallest import Row, Smallest
 
 _CUTS_SHOWN = 3  # of one document
 _NEAREST = 3  # scores of a document that was kept
 _STAGES = ("extract", *TABLE_STAGES, "documents")
-
-Row = dict[str, Any]
 
 
 def candidates(run_dir: Path, stage: str, reason: str, kept: bool) -> Iterator[Row]:

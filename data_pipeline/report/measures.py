@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.rules import RuleSet
-from data_pipeline.report.page_samples import Smallest, columns_of
+from data_pipeline.provenance.smallest import Smallest
+from data_pipeline.report.page_samples import columns_of
 
 SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # of documents in bytes: two bins for each doubling, up to 1 TB
 _BINS = 40

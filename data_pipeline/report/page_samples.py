@@ -4,7 +4,6 @@ What is drawn are the rows with the smallest hashes of their ids. Pieces of text
 masked already; where a table has none, the texts of the few documents that were drawn are read, and masked.
 """
 
-import heapq
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -23,31 +22,9 @@ from data_pipeline.core.hashing import stable_hash
 from data_pipeline.core.tables import SHOWN, read_table, shards_of
 from data_pipeline.cutting.cuts import FOLDER as CUTS
 from data_pipeline.provenance.excerpts import excerpt, piece, texts
+from data_pipeline.provenance.smallest import Row, Smallest
 
 _EXCERPT = 300  # characters
-
-Sample = dict[str, Any]
-
-
-class Smallest:
-    """The `count` rows with the smallest hashes of seed and id, of all that are offered, smallest first."""
-
-    def __init__(self, count: int, seed: str = "") -> None:
-        self._count = count
-        self._seed = seed
-        self._heap: list[tuple[int, int, Sample]] = []  # the largest hash on top, as its negative
-        self._offered = 0
-
-    def offer(self, row: Sample) -> None:
-        self._offered += 1
-        entry = (-stable_hash(f"{self._seed}\0{row['source']}\0{row['id']}"), -self._offered, row)
-        if len(self._heap) < self._count:
-            heapq.heappush(self._heap, entry)
-        elif entry[:2] > self._heap[0][:2]:
-            heapq.heapreplace(self._heap, entry)
-
-    def rows(self) -> list[Sample]:
-        return [row for _, _, row in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
 
 
 def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa.Table]:
@@ -62,7 +39,7 @@ def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa
         yield table
 
 
-def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Sample]]:
+def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Row]]:
     """Reason -> dropped documents, drawn over all shards; without tables, from the lines that the stage keeps. Each has
     a piece of its text.
     """
@@ -91,7 +68,7 @@ def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Sample
     return chosen
 
 
-def broken_rule(run_dir: Path, row: Sample, rules: Mapping[str, RuleSet]) -> str:
+def broken_rule(run_dir: Path, row: Row, rules: Mapping[str, RuleSet]) -> str:
     """Of a document that a rule dropped: its score, the threshold and the rule set; "" where no rule did.
 
     `row` is of a stage's table; the scores are looked up where the stages before left them.
@@ -112,7 +89,7 @@ def broken_rule(run_dir: Path, row: Sample, rules: Mapping[str, RuleSet]) -> str
     return ""
 
 
-def cut_samples(run_dir: Path, stages: Iterable[str], count: int) -> dict[str, list[Sample]]:
+def cut_samples(run_dir: Path, stages: Iterable[str], count: int) -> dict[str, list[Row]]:
     """Reason -> rows of tables of cuts with source, id and `excerpt`. Of a shard no more than `count` a reason are
     drawn from, or one long table would be all that is looked at. These texts are read: of few shards.
     """
@@ -142,5 +119,5 @@ def cut_samples(run_dir: Path, stages: Iterable[str], count: int) -> dict[str, l
     return chosen
 
 
-def _shard(row: Sample) -> str:
+def _shard(row: Row) -> str:
     return str(row["shard"])

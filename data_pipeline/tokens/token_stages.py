@@ -17,9 +17,8 @@ from configs.mixture import MixtureConfig
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.run_context import RunContext
-from data_pipeline.core.shards import shard_path, shards_under
+from data_pipeline.core.shards import TRAIN, shard_path, shards_under
 from data_pipeline.core.stage import Stage, read_manifest
-from data_pipeline.documents.heldout import TRAIN
 from data_pipeline.mixture.earlier import keep_for_plans
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, Tokenizer, train

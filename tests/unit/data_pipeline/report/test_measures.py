@@ -9,6 +9,7 @@ import pyarrow as pa
 from configs.data import DataConfig
 from configs.loader import load
 from data_pipeline.core.tables import read_table, shards_of
+from data_pipeline.provenance.smallest import Smallest
 from data_pipeline.report import measures
 from data_pipeline.report import page_samples as samples
 from data_pipeline.scores.filtering import broken
@@ -65,7 +66,7 @@ def test_the_largest_cluster_is_shown_with_its_text(run_dir: Path, page: str, le
 
 def test_a_sample_depends_on_nothing_but_the_ids() -> None:
     rows = [{"source": "s", "id": str(number)} for number in range(1000)]
-    forward, backward = samples.Smallest(5), samples.Smallest(5)
+    forward, backward = Smallest(5), Smallest(5)
     for row in rows:
         forward.offer(row)
     for row in reversed(rows):
