@@ -1,1 +1,1 @@
-"""`trivium prove`: any layout held against one rank, tensor by tensor."""
+"""Implements `trivium prove`, which compares parallel layouts with one rank, tensor by tensor."""

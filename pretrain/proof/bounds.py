@@ -1,15 +1,14 @@
-"""How far two layouts may be apart in floating point: derived from the model's shape, not tuned.
+"""Bounds on how far rounding alone can take two layouts apart, derived from the model's shape and not tuned.
 
-A rounding error is signed and nearly independent of the others, so n of them on the way to a number are a random walk:
-relative to the sizes of what was added up, the error grows like sqrt(n) u, with u the unit roundoff (Higham and Mary
-2019, "A new approach to probabilistic rounding error analysis"); the worst case, n u, is next to never seen. Errors
-are measured as Frobenius norms of whole tensors, which average over elements, and two runs are compared, each with an
-error of its own:
+Rounding errors have either sign and are nearly independent, so the errors of n operations in a row add up like a random
+walk: relative to the size of the terms they grow like sqrt(n) u, with u the unit roundoff (Higham and Mary 2019, "A new
+approach to probabilistic rounding error analysis"). The worst case, n u, is hardly ever seen. Errors are Frobenius
+norms of whole tensors, which average over elements. Two runs are compared, and each has an error of its own:
 
     bound = 2 u sqrt(n)
 
-What n counts is the *depth* of a tensor: all roundings on the longest path to it. In fp32 and fp64 a dot product of K
-terms has K of them. In bf16 products are added up in fp32 and only the result is rounded, so it has one.
+The number n is the *depth* of a tensor: all roundings on the longest path to it. A dot product of K terms counts as K
+in fp32 and fp64. In bf16 it counts as one, since products are added up in fp32 and only the result is rounded to bf16.
 """
 
 import math
@@ -24,7 +23,7 @@ UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9}
 
 
 class Bounds:
-    """Of a model's activations and gradients, for batches of `tokens` tokens in rows of `seq_length`."""
+    """Bounds of a model's activations and gradients, for batches of `tokens` tokens in rows of `seq_length`."""
 
     def __init__(self, model: ModelConfig, seq_length: int, tokens: int, precision: str):
         hidden, heads = model.hidden_size, model.num_heads * model.dim_per_head
@@ -48,22 +47,22 @@ class Bounds:
         return cls(config.model, train.seq_length, train.global_batch_size * train.seq_length, precision)
 
     def forward(self, layer: int) -> float:
-        """Of what layer `layer` gives; -1 is the embedding."""
+        """Bound of the output of layer `layer`; -1 is the embedding."""
         return self._of(1 + (layer + 1) * self._layer)
 
     def loss(self) -> float:
         return self._of(self._loss_depth())
 
     def backward(self, layer: int) -> float:
-        """Of the loss's gradient by what layer `layer` gives."""
+        """Bound of the loss's gradient with respect to the output of layer `layer`."""
         return self._of(self._backward_depth(layer))
 
     def gradient(self, layer: int) -> float:
-        """Of the loss's gradient by a weight of layer `layer`, a sum over all tokens."""
+        """Bound of the loss's gradient with respect to a weight of layer `layer`, which is a sum over all tokens."""
         return self._of(self._gradient_depth(layer))
 
     def derivation(self) -> str:
-        """In one sentence, with the numbers, where the bounds of a table come from."""
+        """Returns a sentence that says, with the numbers, how the bounds of a table were derived."""
         power = math.log2(UNIT_ROUNDOFF[self.precision])
         return (
             f"Allowed is 2 u sqrt(n), u = 2^{power:.0f} ({self.precision}), n roundings on the longest path: "
@@ -78,7 +77,7 @@ class Bounds:
         return self._backward_depth(layer - 1) + self._tokens
 
     def _backward_depth(self, layer: int) -> int:
-        """Every product of the forward pass has two in the backward pass."""
+        """Counts every product of the forward pass twice, since it has two products in the backward pass."""
         return self._loss_depth() + 2 * self._head + 2 * (self._num_layers - 1 - layer) * self._layer
 
     def _of(self, depth: int) -> float:
@@ -86,16 +85,16 @@ class Bounds:
 
 
 def adam_step_bound(gradient: "torch.Tensor", error: float, optimizer: OptimizerConfig, lr: float) -> "torch.Tensor":
-    """How far the weights of two first steps of Adam may be apart, per element, if gradients are by `error` (relative).
+    """Bounds, per element, the difference between two first steps of Adam whose gradients have relative error `error`.
 
-    From zero moments the step is lr g / (|g| + eps). Its slope, eps / (|g| + eps)^2, is large where g is no larger
-    than rounding noise: there the sign of the noise decides, and steps may differ by 2 lr. `gradient` is the clipped
-    one; the noise of an element is taken as `error` times the tensor's rms.
+    Adam's first step from zero moments is lr g / (|g| + eps). Its slope, eps / (|g| + eps)^2, is large where g is no
+    larger than rounding noise: there the sign of the noise decides, and steps may differ by 2 lr. `gradient` is the
+    clipped gradient. The noise of an element is taken as `error` times the root mean square of the tensor.
     """
     import torch
 
     noise = error * gradient.square().mean().sqrt()
     slope = optimizer.eps / (gradient.abs() + optimizer.eps).square()
-    # Where noise is not small against |g| + eps the slope says too little of a step that may change its sign.
+    # Where noise is not small against |g| + eps the step may change its sign, which the slope does not show.
     reach = torch.where(noise < (gradient.abs() + optimizer.eps) / 4, 2 * slope * noise, 2.0)
     return lr * reach.clamp(max=2.0)

@@ -1,4 +1,4 @@
-"""What a layout computed against what one rank did: every tensor's error, and the bound that rounding sets it."""
+"""Compares the tensors that a layout computed with those of one rank, each with the bound that rounding sets."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from pretrain.proof.verdict import Error, Verdict
 
 
 class Step:
-    """What one layout computed, as whole tensors by global name, read one at a time."""
+    """The recorded tensors of one layout's step, whole and by global name; they are read one at a time."""
 
     def __init__(self, directory: Path):
         self.facts: dict[str, Any] = json.loads((directory / "step.json").read_text())
@@ -32,20 +32,20 @@ class Step:
         return set(self._slices)
 
     def copies(self, key: str) -> list[torch.Tensor]:
-        """The whole tensor; more than one where several tensor-parallel ranks hold the same slices of it."""
+        """Returns the whole tensor, once for each tensor-parallel rank that holds the same slices of it."""
         wholes: list[torch.Tensor] = []
         seen = Counter[tuple[int, ...]]()
         for file, offset, shape in self._slices[key]:
             part, copy = file.get_tensor(key).double(), seen[tuple(offset)]
             seen[tuple(offset)] += 1
             if copy == len(wholes):
-                wholes.append(torch.full(shape, math.nan, dtype=torch.float64))  # a slice that nobody wrote shows
+                wholes.append(torch.full(shape, math.nan, dtype=torch.float64))  # NaN shows a slice that no rank wrote
             wholes[copy][tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
         return wholes
 
 
 def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfig, seconds: float) -> Verdict:
-    """Holds what the layout `name` wrote into `other` against `one`."""
+    """Compares the step that the layout `name` recorded in folder `other` with the reference in folder `one`."""
     reference, found = Step(one), Step(other)
     bounds = Bounds.of(config, reference.facts["precision"])
     verdict = Verdict(name, ranks, seconds)
@@ -65,12 +65,12 @@ def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfi
 
 
 def _without_copies(keys: set[str]) -> set[str]:
-    """The tied head's copy on a last stage has the embedding's name elsewhere."""
+    """Leaves out the tied output head: only a last pipeline stage has this copy of the embedding."""
     return {key for key in keys if not key.endswith("/lm_head.weight")}
 
 
 def _allowed(key: str, expected: torch.Tensor, reference: Step, bounds: Bounds, config: PretrainConfig) -> float:
-    """The relative error that rounding explains."""
+    """Returns the relative error of tensor `key` that rounding explains."""
     kind, _, name = key.partition("/")
     layer = _layer(name, config.model.num_layers)
     if kind == "forward":
@@ -89,14 +89,14 @@ def _allowed(key: str, expected: torch.Tensor, reference: Step, bounds: Bounds, 
 
 
 def _layer(name: str, num_layers: int) -> int:
-    """The layer that a tensor belongs to: -1 for the embedding, the last for what follows the layers."""
+    """Returns the layer that a tensor belongs to: -1 for the embedding, the last layer for what follows the layers."""
     if name.startswith("layers."):
         return int(re.split(r"[./]", name)[1])
     return -1 if name.startswith("embedding") else num_layers - 1
 
 
 def in_order(keys: set[str], num_layers: int) -> Iterator[str]:
-    """Forward order, then backward, then gradients in backward order, then weights."""
+    """Sorts tensors as a step computes them: forward, backward, gradients in backward order, then weights."""
 
     def order(key: str) -> tuple[int, float, int, str]:
         kind, _, name = key.partition("/")

@@ -1,7 +1,7 @@
-"""Known bugs of parallel training, planted on purpose to show that the proof catches them.
+"""Known bugs of parallel training, planted on purpose to show that `trivium prove` catches them.
 
-Each is a context in which an engine is built and takes its step. `trivium prove ... --inject NAME` plants it in every
-layout, never in the one rank they are held against.
+Each is a context manager within which an engine is built and takes its steps. `trivium prove ... --inject NAME` plants
+the bug in every layout, but not in the one rank that layouts are compared with.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def norm_gradients_not_summed() -> AbstractContextManager[Any]:
 
 
 def partial_gradients_summed_twice() -> AbstractContextManager[Any]:
-    """The tied embedding's copies (and under sequence parallel the norms) get their sum once more."""
+    """Gradients of the tied embedding's copies (and under sequence parallel of norms) are summed twice."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         sum_partial(stage, mesh)
@@ -48,7 +48,7 @@ def partial_gradients_summed_twice() -> AbstractContextManager[Any]:
 
 
 def replicated_weights_counted_tp_times() -> AbstractContextManager[Any]:
-    """The grad norm takes norm weights, which every tensor-parallel rank holds, for weights that are split."""
+    """The grad norm counts norm weights, which every tensor-parallel rank holds whole, once for each rank."""
 
     def planted(stage: PipelineStage) -> None:
         mark_copies(stage)

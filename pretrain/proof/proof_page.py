@@ -1,7 +1,7 @@
-"""A proof as one HTML page that needs neither network nor server: verdicts, and a chart for each layout.
+"""Draws a proof as one HTML page that needs neither network nor server: verdicts, and a chart for each layout.
 
-A chart shows tensors in the order in which a step computes them, so that the eye finds where a layout goes astray, on
-a logarithmic scale with what rounding allows drawn as a line.
+A chart shows the errors of tensors, in the order in which a step computes them, on a logarithmic scale; a line shows
+the bounds. So the eye finds where a layout begins to differ.
 """
 
 import html
@@ -14,7 +14,7 @@ from pages import LEFT, RIGHT, TOP, grid_line, page
 from pretrain.proof.verdict import COLUMNS, Error, Verdict
 
 WIDTH, HEIGHT, BOTTOM = 960, 250, 24
-LABELLED = 7  # decades of the scale that get a number, about
+LABELLED = 7  # about how many decades of the scale are labelled
 
 STYLE = """
 :root { --pass: #12805c; --fail: #c8322b; }
@@ -30,7 +30,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def draw(facts: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
-    """The page. `facts` is what prove.json says beside the layouts."""
+    """Returns the page. `facts` are the entries of prove.json other than the layouts."""
     failed = sum(not verdict.passed for verdict in verdicts)
     result = f'<span class="fail">{failed} of {len(verdicts)} layouts FAIL</span>' if failed else "all layouts pass"
     body = [
@@ -44,11 +44,11 @@ def draw(facts: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
 
 
 def chart(verdict: Verdict) -> str:
-    """One <svg>: errors as dots, bounds as a dashed line, passes of a step side by side."""
+    """Returns one <svg>: errors as dots, bounds as a dashed line, the passes of a step side by side."""
     errors = [error for _, error in verdict.errors]
-    # A thousandth of the smallest bound is as good as nothing: errors below it are drawn there, hollow.
+    # Errors below a thousandth of the smallest bound are as good as zero: they are drawn at the bottom, hollow.
     floor = math.floor(math.log10(min(error.allowed for error in errors))) - 3
-    # Bounds of weights may be far above everything else, since Adam divides by small gradients; they are cut off.
+    # Bounds of weights may be far above all others, since Adam divides by small gradients; they are cut off.
     bounds = [math.log10(error.allowed) for error in errors if not error.name.startswith("weight/")]
     top = math.ceil(max(*bounds, *(_log(error, floor) for error in errors), floor + 4) + 0.2)
 
@@ -80,12 +80,12 @@ def chart(verdict: Verdict) -> str:
 
 
 def number(value: float) -> str:
-    """1.7e-15; a zero is one."""
+    """Formats a number like 1.7e-15, and zero as 0."""
     return f"{value:.1e}" if value else "0"
 
 
 def _log(error: Error, floor: int) -> float:
-    """Of what is found, for the scale: what is not a number goes to the top, above its bound."""
+    """Returns the logarithm of the error found; NaN and infinity go to the top of the chart, above the bound."""
     if not math.isfinite(error.found):
         return max(0.0, math.log10(error.allowed) + 2)
     return max(floor, math.log10(error.found)) if error.found else floor

@@ -1,9 +1,9 @@
-"""`trivium prove CONFIG --layouts tp2,pp2,...`: each layout against one rank, on the same model, batch and seed.
+"""Runs `trivium prove CONFIG --layouts tp2,pp2,...`: compares layouts with one rank on the same model, batch and seed.
 
-A layout is started as training would be (`launch.ranks`), takes one step of real training (`proof.step`), and what it
-computed is compared: loss, grad norm, every gradient, every parameter after the step, within the bounds of
-`proof.bounds`. When something differs, the FIRST tensor on the way says where to look: in the order of the forward
-pass, then of the backward pass, then the gradients. Leaves out layouts over several machines.
+Each layout is started as training would be (`launch.ranks`) and takes one step of real training
+(`proof.recorded_step`). Its loss, grad norm, activations, gradients and updated parameters are compared within the
+bounds of `proof.bounds`. Where they differ, the FIRST tensor out of bounds, in the order of the forward pass, the
+backward pass and the gradients, says where to look. Leaves out layouts over several machines.
 """
 
 import ast
@@ -35,12 +35,12 @@ from pretrain.proof.verdict import COLUMNS, Verdict
 
 DEGREES = ("tp", "pp", "vpp", "dp", "ep", "cp", "zero")
 SECONDS = 1800  # for one layout
-PLAIN_WIDTH = 100  # of what is printed where there is no terminal to ask
+PLAIN_WIDTH = 100  # columns of the table where the output is no terminal
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout by its name, e.g. `tp2sp_pp2`: the ranks that it takes, and its keys of `parallel`."""
+    """A layout to compare: its name, e.g. `tp2sp_pp2`, its number of ranks, and its keys of `parallel`."""
 
     name: str
     world_size: int
@@ -48,7 +48,7 @@ class Candidate:
 
     @classmethod
     def parse(cls, name: str) -> "Candidate":
-        """Errors: ConfigError if `name` is not made of degrees."""
+        """Parses a name that is made of degrees. Raises ConfigError for any other name."""
         parts = re.findall(r"sp|[a-z]+\d+", name)
         degrees = {p.rstrip("0123456789"): int(p.lstrip("abcdefghijklmnopqrstuvwxyz")) for p in parts if p != "sp"}
         if "".join(parts) != re.sub("[_x]", "", name) or not parts or set(degrees) - set(DEGREES):
@@ -63,23 +63,23 @@ class Candidate:
 
     @property
     def overrides(self) -> list[str]:
-        """For a command line."""
+        """The layout as key=value arguments of a command line."""
         return [f"parallel.{key}={str(value).lower()}" for key, value in self.parallel.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if every layout is within bounds, else 1."""
+    """Runs the command. Returns 0 if every layout is within bounds, else 1."""
     parser = command_parser(
         prog="trivium prove",
-        description="Holds layouts against one rank: loss, every gradient, grad norm, parameters after a step.",
+        description="Compares layouts with one rank: loss, every gradient, grad norm, parameters after a step.",
         example="trivium prove configs/pretrain/demo_moe.toml --layouts tp2,tp2sp,pp2vpp2,tp2pp2",
         schema=PretrainConfig,
     )
     parser.add_argument(
-        "config", metavar="CONFIG", help="a pretraining config; no layout in it is looked at, nor its data"
+        "config", metavar="CONFIG", help="a pretraining config; its [parallel] degrees and its data are not used"
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of its keys")
-    parser.add_argument("--layouts", required=True, help=f"names with commas between, of {', '.join(DEGREES)} and sp")
+    parser.add_argument("--layouts", required=True, help=f"names with commas between, from {', '.join(DEGREES)} and sp")
     parser.add_argument("--precision", choices=UNIT_ROUNDOFF, default="fp32", help="fp32 if left out")
     parser.add_argument("--inject", metavar="BUG", help="plant one of the known bugs below, to see it caught")
     parser.add_argument("--out", type=Path, default=Path("runs/prove"), help="where to work; runs/prove if left out")
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(args.out, "--out")
     write_atomic(args.out / "config.toml", toml(plain(config)))
 
-    # torch takes seconds to import: a mistake in what is asked for is told before that.
+    # torch takes seconds to import: mistakes in the arguments are reported before that.
     from pretrain.proof.compare import compare
 
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
@@ -125,14 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def known_bugs() -> dict[str, str]:
-    """What proof/injections.py can plant, each with a line of what it is. Read, not imported: torch takes seconds."""
+    """Returns {name: description} of the bugs in injections.py, which is parsed, since importing it imports torch."""
     tree = ast.parse(Path(__file__).with_name("injections.py").read_text(encoding="utf-8"))
     bugs = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return {bug.name: (ast.get_docstring(bug) or "").partition("\n")[0] for bug in bugs}
 
 
 def _facts(path: str, config: PretrainConfig, precision: str, inject: str | None) -> dict[str, Any]:
-    """What was proven, by what, and within which bounds."""
+    """Returns the entries of prove.json other than the layouts: config, versions, precision, bounds."""
     import torch
 
     train = config.train
@@ -152,7 +152,7 @@ def _facts(path: str, config: PretrainConfig, precision: str, inject: str | None
 
 
 def _check(candidate: Candidate, config: PretrainConfig, precision: str) -> None:
-    """Refuses what training would refuse, and what fp64 is not built for, before anything is started."""
+    """Raises ConfigError for a layout that training would refuse, or that fp64 does not support."""
     parallel = plain(config.parallel) | candidate.parallel
     try:
         layout = Layout.of(candidate.world_size, validate(ParallelConfig, parallel), config.model, config.train)
@@ -161,13 +161,13 @@ def _check(candidate: Candidate, config: PretrainConfig, precision: str) -> None
     if precision == "fp64" and (layout.zero != 1 or layout.offload_optimizer):
         raise ConfigError(
             f"--precision fp64: {candidate.name} has parallel.zero = {layout.zero} and parallel.offload_optimizer = "
-            f"{str(layout.offload_optimizer).lower()}, and fp64 is built for ZeRO stage 1 that is not offloaded; hold "
-            "it against one rank in fp32"
+            f"{str(layout.offload_optimizer).lower()}, and fp64 is built for ZeRO stage 1 that is not offloaded; "
+            "compare it in fp32"
         )
 
 
 def _run(candidate: Candidate, out: Path, console: Console, precision: str, inject: str | None = None) -> float:
-    """Starts the ranks and waits. Returns seconds. Errors: RuntimeError with what the ranks said last."""
+    """Runs the ranks of a layout; returns seconds. Raises RuntimeError, with the end of their output, if they fail."""
     started = time.perf_counter()
     directory = out / candidate.name
     for stale in directory.glob("*"):

@@ -1,13 +1,15 @@
-"""What one rank does in a proof: one real training step, with everything that it computed written down.
+"""Takes one real training step as one rank of a layout, and writes all tensors of that step to files.
 
     torchrun --nproc-per-node 2 -m pretrain.proof.recorded_step CONFIG run.dir=OUT parallel.tp=2 --precision fp64
 
-The config's own precision is not looked at. In fp64 everything is, from the weights (drawn in fp32, then widened) to
-Adam's moments, but for rotary angles; what had to differ from training for it: see `model.losses`, `parallel.fp64`.
+`--precision` replaces the config's train.precision. In fp64 everything but the rotary angles is computed in fp64, from
+the weights (drawn in fp32, then widened) to Adam's moments; `model.losses` and `parallel.fp64` say what differs from
+training for that.
 
-Into run.dir go step.json (loss, grad norm, sources) and for each rank rank_N.safetensors: `forward/` what every layer
-gave, `backward/` the loss's gradient by it, `grad/` and `weight/` of every parameter after the step. Each is a slice
-of a whole tensor; the file's metadata has its offset and the whole shape.
+The step writes step.json (loss, grad norm, loss by source) and, for each rank, rank_N.safetensors into run.dir. Names
+begin with `forward/` for a layer's output, `backward/` for the loss's gradient with respect to that output, and `grad/`
+and `weight/` for a parameter's gradient and its value after the step. Each tensor is a slice of a whole one; the file's
+metadata holds its offset and the whole shape.
 """
 
 import argparse
@@ -42,9 +44,9 @@ SOURCES = 2
 
 
 def packed_rows(first: int, count: int, vocab_size: int, seq_length: int) -> list[Row]:
-    """Rows that are hard on a layout: uneven documents, uneven masks, padding, and of every eight two untrained.
+    """Makes rows that are hard on a layout: uneven documents and masks, padding, and two of eight rows untrained.
 
-    Row i is a pure function of i.
+    Row i depends on i alone.
     """
     rows = []
     for i in range(first, first + count):
@@ -68,7 +70,7 @@ class Slice(NamedTuple):
 
 
 class Trace:
-    """Hooks that copy what layers give, and the gradients that come back, by micro-batch of the global batch."""
+    """Copies, by hooks, every layer's output and the gradient with respect to it, for each micro-batch."""
 
     def __init__(self, engine: Engine, first_micro_batch: int):
         self.tensors: dict[str, torch.Tensor] = {}
@@ -92,7 +94,7 @@ class Trace:
             key = f"{name}/{self._first + self._calls[name]}"
             self._calls[name] += 1
             self._keep(f"forward/{key}", output)
-            # ZeRO averages over its ranks, so the engine's loss is that many times the loss.
+            # The engine multiplies its loss by the number of ranks that ZeRO averages over.
             output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._mesh.zero_size))
 
         module.register_forward_hook(forward)
@@ -109,7 +111,7 @@ def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) -> None:
-    """One step of `config.optimizer.lr` on the first global batch of `packed_rows`."""
+    """Takes one step on the first global batch of `packed_rows`, and writes its files into `out`."""
     mesh, train = engine.mesh, config.train
     share = share_of_rank(0, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
     rows = packed_rows(share.start, len(share), config.model.vocab_size, train.seq_length)
@@ -144,7 +146,7 @@ def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) 
 
 
 def prove_step(config: PretrainConfig, mesh: groups.Mesh, precision: str, inject: str | None = None) -> None:
-    """Builds an engine, with a bug planted if asked for, and takes its step. Collective."""
+    """Builds an engine, with the bug `inject` planted if one is named, and takes its step; collective."""
     with INJECTIONS[inject]() if inject else nullcontext():
         dtype = DTYPES[precision]
         engine = Engine(config.model, config.train, config.optimizer, mesh, config.run.seed, dtype, SOURCES)
@@ -154,7 +156,7 @@ def prove_step(config: PretrainConfig, mesh: groups.Mesh, precision: str, inject
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.proof.recorded_step",
-        description="One step in a layout, with all it computed written down; `trivium prove` starts and compares it.",
+        description="Takes one step in a layout and writes its tensors to files, for `trivium prove` to compare.",
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*")

@@ -1,7 +1,7 @@
-"""What a proof found: each tensor's error beside what rounding explains of it, and a verdict on a layout.
+"""Collects the errors of a layout's tensors, each with its bound, into a verdict on the layout.
 
-However large the model, a verdict keeps a few hundred errors: those out of bounds that come first, and those nearest
-to their bounds.
+A verdict keeps a few hundred errors however large the model: the first that are out of bounds, and those nearest to
+their bounds.
 """
 
 import math
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# What a verdict has a worst error of. The last four are the passes of a step, and begin the names of their tensors.
+# The kinds of errors, with the titles of their columns. The last four are passes of a step, with which names of tensors
+# begin.
 COLUMNS = {
     "loss": "loss",
     "grad_norm": "grad norm",
@@ -23,7 +24,7 @@ KEPT, FIRST_FAILED = 200, 20
 
 @dataclass(frozen=True)
 class Error:
-    """A relative error, and how large one rounding explains."""
+    """The relative error of a number or tensor, with the largest one that rounding explains."""
 
     name: str
     found: float
@@ -35,7 +36,7 @@ class Error:
 
     @property
     def share(self) -> float:
-        """Of what is allowed; what is not a number is beyond everything."""
+        """The error as a share of its bound; infinite if the error is no finite number."""
         return self.found / self.allowed if math.isfinite(self.found) else math.inf
 
     def __str__(self) -> str:
@@ -44,35 +45,37 @@ class Error:
 
 @dataclass
 class Verdict:
-    """One layout's comparison. `first` is the first tensor on the way that is out of bounds, None if none is."""
+    """The result of comparing one layout. `first` is the first tensor of the step that is out of bounds, if any is."""
 
     layout: str
     ranks: int
     seconds: float
-    worst: dict[str, Error] = field(default_factory=dict)  # for each of COLUMNS, the error nearest to its bound
+    worst: dict[str, Error] = field(default_factory=dict)  # by column: the error nearest to its bound
     num_tensors: int = 0
     num_failed: int = 0
-    failed: list[str] = field(default_factory=list)  # the first FIRST_FAILED of them, as sentences
+    failed: list[str] = field(default_factory=list)  # sentences about the first FIRST_FAILED failures
     first: str | None = None
-    errors: list[tuple[int, Error]] = field(default_factory=list)  # with the tensor's index on the way
+    errors: list[tuple[int, Error]] = field(default_factory=list)  # with the tensor's index in the step
 
     @property
     def passed(self) -> bool:
         return not self.num_failed
 
     def add(self, column: str, error: Error) -> None:
+        """Adds an error to its column; one out of bounds is a failure."""
         if column not in self.worst or error.share > self.worst[column].share:
             self.worst[column] = error
         if not error.within:
             self.fail(str(error))
 
     def fail(self, sentence: str) -> None:
+        """Counts a failure that `sentence` describes."""
         self.num_failed += 1
         if len(self.failed) < FIRST_FAILED:
             self.failed.append(sentence)
 
     def add_tensors(self, errors: Sequence[Error]) -> None:
-        """Those of all tensors, in the order in which a step computes them."""
+        """Adds the errors of all tensors, which are in the order in which a step computes them."""
         for error in errors:
             self.add(error.name.partition("/")[0], error)
         failed = [index for index, error in enumerate(errors) if not error.within]
@@ -81,7 +84,7 @@ class Verdict:
         self.num_tensors, self.first = len(errors), errors[failed[0]].name if failed else None
 
     def as_json(self) -> dict[str, Any]:
-        """What is not a number becomes text: JSON has none."""
+        """Returns JSON values; NaN and infinity become text, since JSON has neither."""
         return {"passed": self.passed, **_finite(asdict(self))}
 
 
