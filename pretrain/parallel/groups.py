@@ -194,6 +194,7 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     deepspeed_groups._EXPERT_PARALLEL_GROUP.clear()
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+    deepspeed_groups.expert_tensor_parallel_world_size = 1
     deepspeed_groups.mpu = None
     deepspeed_groups._WORLD_GROUP = None
     deepspeed.comm.comm.cdb = None

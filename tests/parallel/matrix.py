@@ -71,6 +71,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2dp4": (4, {"ep": 2}),
     "ep4": (4, {"ep": 4}),
     "ep2pp2": (4, {"ep": 2, "pp": 2}),
+    "tp2_ep2": (4, {"tp": 2, "ep": 2}),
     "tp2sp_ep2": (4, {"tp": 2, "sp": True, "ep": 2}),
     "cp2ep2": (2, {"cp": 2, "ep": 2}),
     "tp2sp_cp2ep2_pp2vpp2": (8, {"tp": 2, "sp": True, "cp": 2, "ep": 2, "pp": 2, "vpp": 2}),

@@ -62,7 +62,29 @@ def test_every_layout_drops_the_same(run: RunLayout, layout: str, recompute: str
     check_same(run("moe_tied", layout, dropout=0.3, recompute=recompute), reference)
 
 
+def check_replicas(found: Results) -> None:
+    """Holds ranks to one grad norm and, bit by bit, to the same master weights wherever they hold the same slice.
+
+    The norm is also held against the norm of the gathered gradients. Ranks that clip by other norms go apart.
+    """
+    results, tensors = found
+    assert all(result["norms"] == results[0]["norms"] for result in results), [result["norms"] for result in results]
+    gradients = {name: tensor.double() for name, tensor in tensors.items() if name.startswith("grad/")}
+    head, embedding = gradients.get("grad/lm_head.weight"), gradients["grad/embedding.weight"]
+    if head is not None and torch.equal(head, embedding):
+        del gradients["grad/lm_head.weight"]  # the last stage's copy of a tied embedding
+    norm = float(torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt())
+    assert results[0]["norms"][0] == pytest.approx(norm, rel=1e-6)
+    held: dict[str, set[str]] = {}
+    for result in results:
+        for name, digest in result["slices"].items():
+            held.setdefault(name, set()).add(digest)
+    apart = [name for name, digests in held.items() if len(digests) > 1]
+    assert not apart, f"ranks hold different weights: {apart}"
+
+
 def check_same(found: Results, reference: Results) -> None:
+    check_replicas(found)
     results, tensors = found[0], dict(found[1])
     expected = reference[0][0]
     for result in results:  # every rank returns the same numbers
@@ -96,12 +118,19 @@ def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
 def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
     """Relative errors are a few times 0.4 %, the rounding of bf16 (2^-8), since gradients are accumulated in fp32."""
     (expected, *_), reference = run("moe_tied", "one")
-    (result, *_), tensors = run("moe_tied", layout, dtype="bfloat16")
+    (result, *_), tensors = found = run("moe_tied", layout, dtype="bfloat16")
+    check_replicas(found)
     assert result["losses"] == pytest.approx(expected["losses"], rel=0.01)
     assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)
     for name in ("grad/layers.0.attention.q_proj.weight", "grad/layers.0.attention_norm.weight"):
         error = torch.linalg.vector_norm(tensors[name] - reference[name]) / torch.linalg.vector_norm(reference[name])
         assert 1e-5 < error < 0.1, "bf16 rounding shows, and no more than that"
+
+
+@pytest.mark.parametrize("layout", ["tp2sp_ep2", "tp2_ep2", "ep2pp2", "cp2ep2", "ep2dp4"])
+def test_bf16_ranks_clip_by_one_norm_and_stay_together(run: RunLayout, layout: str) -> None:
+    """DeepSpeed has an optimizer of its own for this precision, with another norm and another clipping."""
+    check_replicas(run("moe_tied", layout, dtype="bfloat16", steps=4))
 
 
 @pytest.mark.parametrize("offload", [False, True])

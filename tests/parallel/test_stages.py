@@ -175,6 +175,6 @@ def test_a_plan_that_does_not_follow_is_refused(ranks: RanksOf, plans: Path, tmp
     assert "goes on after another plan than" in train(ranks, run, plans / "long_context", 6, 4)["error"]
     assert train(ranks, run, plans / "general", 3, 8) == {"status": 0}
     said = train(ranks, run, plans / "annealing", 6, 4, tie_embeddings=True)["error"]
-    assert "otherwise than this config says: model.tie_embeddings false -> true; set it back" in said
+    assert "with other settings than this config: model.tie_embeddings false -> true; set it back" in said
     said = train(ranks, run, plans / "annealing", 7, 4)["error"]
     assert "4 samples more than" in said and "which are 12; set train.steps=6, or raise" in said

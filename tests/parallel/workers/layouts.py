@@ -1,5 +1,6 @@
 """Functions run in the ranks: a few steps of the real engine in a layout; what it computed, as whole tensors."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,9 +74,23 @@ def run_layout(
     share = share_of_rank(900, 12, mesh.dp_rank, layout.dp)
     heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), 4 // layout.dp)
     evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which an interleaved schedule pads
-    for name, parameter in named:
-        tensors[f"weight/{name}"] = mesh.gather_whole(zero.full_weight(parameter), parameter).clone()
+    slices = {}
+    for (name, parameter), (global_name, _) in zip(named, engine.module.named_global_parameters(), strict=True):
+        own = zero.full_weight(parameter)
+        slices[f"{global_name} from {mesh.slices.offset(zero.outline(parameter))}"] = _sha256(own)
+        tensors[f"weight/{name}"] = mesh.gather_whole(own, parameter).clone()
     if dist.get_rank(mesh.zero_group) == 0 and mesh.tp_rank == 0:
         save_file(tensors, str(Path(out) / f"stage_{mesh.pp_rank}.safetensors"))
     groups.stop()
-    return {"losses": losses, "norms": norms, "by_source": by_source, "moe": stats, "heldout": evaluated.mean_loss}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "by_source": by_source,
+        "moe": stats,
+        "heldout": evaluated.mean_loss,
+        "slices": slices,
+    }
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
