@@ -26,7 +26,7 @@ def spread_experts(stage: PipelineStage, mesh: Mesh) -> None:
     name = f"ep_size_{ep}"
     deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.expert_dp_group
-    # Without this, stage 1 in bf16 takes each tensor-parallel rank's part of the experts for the whole in its grad norm.
+    # Without this, the grad norm of stage 1 in bf16 misses the other tensor-parallel ranks' parts of the experts.
     deepspeed_groups.expert_tensor_parallel_world_size = mesh.layout.tp
     for parameter in stage.parameters():
         if is_expert(parameter):
