@@ -1,4 +1,4 @@
-"""Deduplication of whole documents: fingerprints, pairs that share one, clusters, and the best of each.
+"""Deduplicates whole documents: fingerprints, pairs that share one, clusters of pairs, the best document of each.
 
-No step holds more than a stated share of the fingerprints in memory; what outgrows it lies in files.
+No step holds more than a stated part of the fingerprints in memory; larger arrays lie in files.
 """

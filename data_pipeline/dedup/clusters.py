@@ -1,7 +1,7 @@
-"""Clusters of documents from pairs: all that are linked, directly or through others, and may be duplicates.
+"""Builds clusters from pairs of documents; a cluster holds all that are linked, directly or through others.
 
-Union-find over arrays that lie in files, of `BYTES_A_DOCUMENT` each and the documents' ids, not held in memory. Which
-documents of a cluster stay is decided in `survivors`.
+Union-find over arrays in memory-mapped files, of `BYTES_A_DOCUMENT` bytes per document and its id. The documents of a
+cluster may be duplicates; `survivors` decides which of them stay.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,12 +18,15 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.core.tables import kept_rows, read_table
 from data_pipeline.dedup.pairs import EarlierRun, Numbering, earlier_code
 
-MEMBERS = "members"  # the file that says how many documents are not alone in their cluster
+MEMBERS = "members"  # file with the number of documents that share their cluster with another
 
 
 @numba.njit(cache=True)
 def join(parents: np.ndarray, pairs: np.ndarray) -> None:
-    """Joins both members of each pair; the smallest member of a set is its root, whatever the order of pairs."""
+    """Merges the sets of both members of each pair (union-find), in place.
+
+    `parents` int64 [documents], `pairs` int64 [pairs, 2]. A set's root is its smallest member, in any order of pairs.
+    """
     for pair in range(len(pairs)):
         one, other = pairs[pair, 0], pairs[pair, 1]
         while parents[one] != one:
@@ -37,59 +40,60 @@ def join(parents: np.ndarray, pairs: np.ndarray) -> None:
 
 @numba.njit(cache=True)
 def label(parents: np.ndarray) -> None:
-    """Each member's root in place of its parent; a parent is never after its child."""
+    """Replaces each member's parent by its root; works in one pass, since a parent is never larger than its child."""
     for member in range(len(parents)):
         parents[member] = parents[parents[member]]
 
 
-OWN = -1  # in place of the number of an earlier run
+OWN = -1  # stands for this run where an earlier run would have a number
 
 
 class Population:
-    """The documents that are held against each other: those of this run, numbered as in `own`, and behind them those
-    of earlier runs that share a key with one. `met` is a file of int64, the numbers of these among all documents of
-    earlier runs, ascending.
+    """All documents that are compared: those of this run, then those of earlier runs that share a key with one.
+
+    This run's documents are numbered as in `own`. `matched` is a file of int64, ascending: the numbers, among all
+    documents of earlier runs, of those that share a key.
     """
 
-    def __init__(self, own: Numbering, earlier: Sequence[EarlierRun] = (), met: str = "") -> None:
+    def __init__(self, own: Numbering, earlier: Sequence[EarlierRun] = (), matched: str = "") -> None:
         self.own = own
         self.earlier = list(earlier)
-        self._met = met
+        self._matched = matched
 
     @property
-    def met(self) -> np.ndarray:
-        return np.load(self._met) if self.earlier else np.zeros(0, np.int64)
+    def matched(self) -> np.ndarray:
+        return np.load(self._matched) if self.earlier else np.zeros(0, np.int64)
 
     @property
     def documents(self) -> int:
-        return self.own.documents + len(self.met)
+        return self.own.documents + len(self.matched)
 
     def numbers(self, pairs: np.ndarray) -> np.ndarray:
-        """int64, the numbers of documents as they stand in pairs."""
-        met = np.searchsorted(self.met, earlier_code(pairs))
-        return np.where(pairs >= 0, pairs, met + self.own.documents)
+        """Translates documents from their codes in pairs to their numbers here, int64."""
+        matched = np.searchsorted(self.matched, earlier_code(pairs))
+        return np.where(pairs >= 0, pairs, matched + self.own.documents)
 
     def location(self, number: int) -> tuple[int, str]:
-        """(earlier run or OWN, shard) of a document."""
+        """Returns (earlier run or OWN, shard) of a document."""
         if number < self.own.documents:
             return OWN, self.own.shards[self.own.shard_of(number)]
-        there = int(self.met[number - self.own.documents])
+        there = int(self.matched[number - self.own.documents])
         run = int(np.searchsorted([run.first for run in self.earlier], there, side="right")) - 1
         kept = self.earlier[run].kept
         return run, kept.shards[kept.shard_of(there - self.earlier[run].first)]
 
-    def met_in(self, run: int, shard: str) -> list[tuple[int, int]]:
-        """(number here, row there) of the documents of an earlier run's shard that are in this population."""
+    def matched_in(self, run: int, shard: str) -> list[tuple[int, int]]:
+        """Lists (number here, row in the shard) of an earlier run's documents of one shard that are compared."""
         earlier = self.earlier[run]
         index = earlier.kept.shards.index(shard)
         start, end = (earlier.first + int(edge) for edge in earlier.kept.starts[index : index + 2])
-        first, last = (int(edge) for edge in np.searchsorted(self.met, [start, end]))
-        rows = earlier.kept.rows(index)[self.met[first:last] - start]
+        first, last = (int(edge) for edge in np.searchsorted(self.matched, [start, end]))
+        rows = earlier.kept.rows(index)[self.matched[first:last] - start]
         return list(zip(range(self.own.documents + first, self.own.documents + last), rows.tolist(), strict=True))
 
 
-def write_met(path: Path, pairs: Sequence[str]) -> None:
-    """The file `met` of a `Population`, from files of pairs."""
+def write_matched(path: Path, pairs: Sequence[str]) -> None:
+    """Writes the file `matched` of a `Population`: the earlier runs' documents that occur in files of pairs."""
     found = [np.zeros(0, np.int64)]
     for file in pairs:
         codes = np.load(file)[:, 0]
@@ -99,7 +103,7 @@ def write_met(path: Path, pairs: Sequence[str]) -> None:
 
 @numba.njit(cache=True)
 def count_members(labels: np.ndarray, sizes: np.ndarray) -> int:
-    """Adds to `sizes` the members of each label; returns how many documents are not alone."""
+    """Counts the members of each cluster into `sizes`; returns how many documents share their cluster with another."""
     alone = 0
     for root in labels:
         sizes[root] += 1
@@ -120,7 +124,7 @@ BYTES_A_DOCUMENT = sum(np.dtype(kind).itemsize for kind in _TYPES.values())
 
 
 class ClusterArrays:
-    """What is known of each document, by its number, in files of one folder."""
+    """Arrays with one value per document, memory-mapped from files of one folder; `mode` "w+" creates them."""
 
     def __init__(self, folder: str | Path, documents: int, mode: Literal["r", "w+"] = "r") -> None:
         self.folder, self.documents = Path(folder), documents
@@ -128,12 +132,14 @@ class ClusterArrays:
         self._opened: dict[str, np.ndarray] = {}
 
     def of(self, name: str) -> np.ndarray:
-        if name not in self._opened:  # made anew, it would be empty
+        """Array [documents] of one property, a key of `_TYPES`."""
+        if name not in self._opened:  # opening it again with "w+" would empty it
             path, kind = self.folder / f"{name}.bin", np.dtype(_TYPES[name])
             self._opened[name] = np.memmap(path, dtype=kind, mode=self.mode, shape=(self.documents,))
         return self._opened[name]
 
     def ids(self, numbers: Iterable[int]) -> list[str]:
+        """Ids of the documents with these numbers."""
         ends, found = self.of("id_end"), []
         with (self.folder / "ids").open("rb") as file:
             for number in numbers:
@@ -144,7 +150,7 @@ class ClusterArrays:
 
 
 class FindClusters(PipelineStep):
-    """One task: pairs to labels and sizes, and what is known of each document, in the files of `ClusterArrays`."""
+    """Step of a single task that builds clusters from files of pairs and writes all files of `ClusterArrays`."""
 
     name = "Clusters"
     type = "🫂 - DEDUPS"
@@ -174,7 +180,7 @@ class FindClusters(PipelineStep):
             first = own.documents
             for run, earlier in enumerate(population.earlier):
                 for shard in earlier.kept.shards:
-                    if rows := [row for _, row in population.met_in(run, shard)]:
+                    if rows := [row for _, row in population.matched_in(run, shard)]:
                         table = read_table(earlier.kept.stage, shard)
                         table = table.take(pc.index_in(pa.array(rows), table["row"].combine_chunks()))
                         signatures = f"{earlier.folder}/signatures"
@@ -186,7 +192,10 @@ class FindClusters(PipelineStep):
     def _fill(
         arrays: ClusterArrays, first: int, table: pa.Table, signatures: str, shard: str, ids: IO[bytes], written: int
     ) -> int:
-        """Files what is known of documents `first`, first + 1... Returns how many bytes of ids are written."""
+        """Writes the properties and ids of the table's documents, numbered from `first` on.
+
+        Returns the bytes of all ids written so far; `written` were before.
+        """
         last = first + table.num_rows
         signed = read_table(signatures, shard, ["row", "exact", "url"])
         signed = signed.take(pc.index_in(table["row"].combine_chunks(), signed["row"].combine_chunks()))

@@ -1,8 +1,9 @@
-"""The two stages of deduplication: signatures, which reads the text, and dedup, which reads tables.
+"""The two stages of deduplication: signatures, which reads the texts, and dedup, which mostly reads tables.
 
-signatures: Sign
-dedup:      FindPairs (a task a key and range) -> Cluster (one task) -> [LayOutShingles -> LayOutEarlier]
-            -> Choose (a task some clusters) -> Judge
+signatures: SignDocuments
+dedup:      FindPairs (one task per kind of key and range of keys) -> FindClusters (one task)
+            -> [WriteShingles -> WriteEarlierShingles] -> ChooseSurvivors (one task per part of the clusters)
+            -> JudgeDocuments
 """
 
 import json
@@ -20,9 +21,9 @@ from data_pipeline.core.run_context import COMPILED_ONCE, RunContext, scan_texts
 from data_pipeline.core.shards import ShardReader
 from data_pipeline.core.stage import Stage, read_manifest
 from data_pipeline.core.tables import count_verdicts, shards_of
-from data_pipeline.dedup.clusters import MEMBERS, FindClusters, Population, write_met
+from data_pipeline.dedup.clusters import MEMBERS, FindClusters, Population, write_matched
 from data_pipeline.dedup.pairs import EarlierRun, FindPairs, Numbering, key_ranges
-from data_pipeline.dedup.shingles import LayOutEarlier, LayOutShingles, mark_candidates, shards_with
+from data_pipeline.dedup.shingles import WriteEarlierShingles, WriteShingles, mark_candidates, shards_with
 from data_pipeline.dedup.signatures import EXACT, URL, MinHasher, SignDocuments, kinds_of_keys
 from data_pipeline.dedup.survivors import BYTES_A_MEMBER, ChooseSurvivors, JudgeDocuments, sample_duplicates
 from data_pipeline.scan.words import Splitter
@@ -31,7 +32,7 @@ _SIGNED = ("bands", "rows", "ngram", "seed")  # the settings that signatures dep
 
 
 def signatures_stage(context: RunContext, extract: Stage, language: Stage) -> Stage:
-    """The stage that reads the texts and leaves fingerprints of them."""
+    """Describes the stage signatures, which reads the texts and writes their fingerprints."""
     config = context.config
     splitters = {name: rules.splitter for name, rules in config.rules.items()}
     settings = plain(config.dedup)
@@ -46,7 +47,7 @@ def signatures_stage(context: RunContext, extract: Stage, language: Stage) -> St
 
 
 def dedup_stage(context: RunContext, filtered: Stage, signatures: Stage) -> Stage:
-    """The stage that keeps one document of each cluster of copies, by fingerprints and scores."""
+    """Describes the stage dedup, which keeps the best document of each group of duplicates."""
     config = context.config
     settings = plain(config.dedup)
     return Stage(
@@ -89,16 +90,16 @@ def _dedup(context: RunContext, folder: Path, logs: Path) -> Tally:
     context.pipeline("pairs", logs / "pairs", [find], len(todo), 0)
     pairs = [str(work / job.file) for job in todo]
     if earlier:
-        write_met(work / "met.npy", pairs)
-    population = Population(documents, earlier, str(work / "met.npy"))
+        write_matched(work / "matched.npy", pairs)
+    population = Population(documents, earlier, str(work / "matched.npy"))
     cluster = FindClusters(str(work), population, signatures, pairs)
     context.pipeline("clusters", logs / "clusters", [cluster], 1, 0, alone=True)
     compared = ""
     if settings.minhash and settings.verify is not False:
-        compared = _lay_out(context, population, pairs, work, logs)
+        compared = _write_shingles(context, population, pairs, work, logs)
     least = None if settings.verify is False else settings.verify
     members = int((work / MEMBERS).read_text(encoding="utf-8"))
-    # The parts change nothing in the result: small ones for memory, and some for every worker.
+    # The number of parts does not change the result; parts must fit into memory, and every worker should get some.
     parts = max(
         1 + members * BYTES_A_MEMBER // (settings.memory_mb << 20), min(context.executor.workers, members // 1000)
     )
@@ -115,8 +116,8 @@ def _dedup(context: RunContext, folder: Path, logs: Path) -> Tally:
     return tally
 
 
-def _lay_out(context: RunContext, population: Population, pairs: Sequence[str], work: Path, logs: Path) -> str:
-    """The file that says of which documents the n-grams are laid out: those that share a MinHash key with another."""
+def _write_shingles(context: RunContext, population: Population, pairs: Sequence[str], work: Path, logs: Path) -> str:
+    """Writes the n-grams of documents that share a MinHash key; returns the file that marks these documents."""
     config, names = context.config, kinds_of_keys(context.config.dedup)
     by_kind: dict[str, list[str]] = {}
     for path in pairs:
@@ -127,16 +128,17 @@ def _lay_out(context: RunContext, population: Population, pairs: Sequence[str], 
     language, ngram = str(context.run_dir / "language"), config.dedup.ngram
     if shards := shards_with(candidates, population):
         splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
-        lay = LayOutShingles(str(work), population, str(candidates), splitters, language, ngram)
+        lay = WriteShingles(str(work), population, str(candidates), splitters, language, ngram)
         reader = ShardReader(str(context.run_dir / "extract"), shards, str(logs / "shingles" / "progress"))
         context.pipeline("shingles", logs / "shingles", [reader, lay], len(shards), context.text_bytes())
-    again = LayOutEarlier(str(work), population, str(candidates), ngram)
+    again = WriteEarlierShingles(str(work), population, str(candidates), ngram)
     if count := len(again.shards()):
         context.pipeline("shingles of the index", logs / "index", [again], count, 0)
     return str(candidates)
 
 
 def _earlier_runs(index: Sequence[str]) -> list[EarlierRun]:
+    """Opens the finished runs that `dedup.index` names."""
     found: list[EarlierRun] = []
     first = 0
     for run in index:
@@ -148,7 +150,10 @@ def _earlier_runs(index: Sequence[str]) -> list[EarlierRun]:
 
 
 def _index_key(config: DataConfig, run: Path) -> str:
-    """What an earlier run's signatures and verdicts are. Errors: ConfigError when they cannot be used here."""
+    """Keys of an earlier run's signatures and dedup stages, as JSON.
+
+    Raises ConfigError if the run is not finished, or if its signatures or texts cannot be compared with this run's.
+    """
     manifests = [read_manifest(run / name) for name in ("signatures", "dedup")]
     if None in manifests or not (run / "config.toml").is_file():
         raise ConfigError(
@@ -162,13 +167,13 @@ def _index_key(config: DataConfig, run: Path) -> str:
         here, there = (", ".join(f"dedup.{name} = {keys['dedup'][name]}" for name in other) for keys in (mine, theirs))
         raise ConfigError(
             f"{here} here, and {there} in the index {run}: their signatures cannot be compared; set {there} here, or "
-            "run that again"
+            "run that one again"
         )
     if mine["dedup"]["minhash"] and config.dedup.verify is not False:
         for name in ("extract", "language"):
             if read_manifest(run / name) is None:
                 raise ConfigError(
                     f"dedup.verify = {config.dedup.verify} compares texts, and the index {run} has no {name} stage any "
-                    "more; bring that folder back, or set dedup.verify = false to go by the index's signatures alone"
+                    "more; restore that folder, or set dedup.verify = false to compare signatures alone"
                 )
     return json.dumps([manifest["key"] for manifest in manifests if manifest])

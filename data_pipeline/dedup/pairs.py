@@ -1,9 +1,10 @@
-"""Documents that share a key, as pairs: one task a kind of key and range of its values.
+"""Finds pairs of documents that share a key; each task takes one kind of key and a range of its values.
 
-A task reads its range of every shard's sorted keys, sorts what it got, and links each document to the first one of
-its group, so that a group of n gives n - 1 pairs. Its memory is the number of documents over the number of ranges.
-Documents are numbered through, in the order of shards and rows, over those that the filter kept. Documents that earlier
-runs kept are numbered through as well, run after run, and stand in pairs as negative numbers: see `earlier_code`.
+A task reads its range of every shard's sorted keys, sorts the keys it read, and pairs the first document of each group
+of equal keys with every other one, so that a group of n gives n - 1 pairs. Its memory is proportional to the number of
+documents divided by the number of ranges. The documents that the filter stage kept are numbered from 0 on in the order
+of shards and rows. Those that earlier runs kept are numbered likewise, run after run, and are encoded in pairs as
+negative numbers: see `earlier_code`.
 """
 
 import functools
@@ -21,14 +22,14 @@ from data_pipeline.core.tables import FileKey, file_key, kept_rows, shards_of
 from data_pipeline.dedup.signatures import read_range
 from data_pipeline.scan.words import Splitter
 
-BYTES_A_KEY = 48  # a key, its document and the copies that sorting makes
-NOT_KEPT = -1  # in place of a number
+BYTES_A_KEY = 48  # memory for a key, its document and the copies that sorting makes
+NOT_KEPT = -1  # stands for the number of a document that was not kept
 _WHOLE = 1 << 64
 
 
 @dataclass(frozen=True)
 class KeyRange:
-    """One kind of key, by its column, and the values low to high."""
+    """Task of `FindPairs`: one kind of key (its column) and the values from `low` to `high`, both included."""
 
     kind: int
     low: int
@@ -40,14 +41,17 @@ class KeyRange:
 
 
 def key_ranges(kinds: Sequence[int], documents: int, memory: int) -> list[KeyRange]:
-    """Ranges so narrow that a task needs at most `memory` bytes, hashes being even."""
+    """Divides each kind of key into ranges so narrow that a task needs about `memory` bytes; keys are even hashes."""
     ranges = max(1, -(-documents * BYTES_A_KEY // memory))
     edges = [_WHOLE * part // ranges for part in range(ranges + 1)]
     return [KeyRange(kind, edges[part], edges[part + 1] - 1) for kind in kinds for part in range(ranges)]
 
 
 class Numbering:
-    """Documents that a stage kept, numbered through. Made once, by who plans; it holds a number a shard, no more."""
+    """Numbers the documents that a stage kept, from 0 on, in the order of shards and rows.
+
+    It is made once, by the leading process, and sent to all tasks; it holds one number per shard.
+    """
 
     def __init__(self, stage: str | Path) -> None:
         self.stage = stage
@@ -60,12 +64,12 @@ class Numbering:
         return int(self.starts[-1])
 
     def rows(self, shard: int) -> np.ndarray:
-        """int64, the rows of a shard that the stage kept, ascending."""
+        """Rows of a shard that the stage kept, int64, ascending."""
         path = Path(self.stage) / f"{self.shards[shard]}.parquet"
         return _kept(path, file_key(path))
 
     def numbers(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """int64 [rows], each row's number; NOT_KEPT where the stage did not keep it."""
+        """Numbers of the documents in these rows of a shard, int64 [rows]; NOT_KEPT for one that was not kept."""
         kept = self.rows(shard)
         if not len(kept):
             return np.full(len(rows), NOT_KEPT, np.int64)
@@ -73,34 +77,34 @@ class Numbering:
         return np.where(kept[indices] == rows, indices + self.starts[shard], NOT_KEPT)
 
     def shard_of(self, number: int) -> int:
+        """Index of the shard that holds a document."""
         return int(np.searchsorted(self.starts, number, side="right")) - 1
 
 
-# Every kind of key asks for the same shards again.
+# Cached, since every kind of key reads the same shards.
 @functools.lru_cache(maxsize=16)
 def _kept(path: Path, _: FileKey) -> np.ndarray:
+    """Rows that a table keeps; its key makes the cache read a file again that was replaced."""
     return kept_rows(read_parquet(path, ["row", "verdict"]))["row"].to_numpy()
 
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A finished run whose documents are not to be kept again."""
+    """A finished run that `dedup.index` names; duplicates of its documents are dropped."""
 
     folder: str  # its run.dir
     kept: Numbering  # of its dedup stage
     first: int  # number of its first document among those of all earlier runs
-    splitters: dict[str, Splitter]  # of its rule sets, by name
+    splitters: dict[str, Splitter]  # how its texts are split into words, by rule set
 
 
 def earlier_code(numbers: np.ndarray) -> np.ndarray:
-    """Numbers of documents of earlier runs as they stand in pairs, and back again."""
+    """Encodes numbers of earlier runs' documents as negative numbers for pairs; decodes them as well."""
     return -1 - numbers
 
 
 class FindPairs(PipelineStep):
-    """`<out>/<job>.npy`, int64 [pairs, 2]: the first document of a group and another, or one of an earlier run and the
-    first.
-    """
+    """Step that writes the pairs of each key range to `<out>/<range>.npy`, int64 [pairs, 2], as `linked` makes them."""
 
     name = "Pairs"
     type = "🫂 - DEDUPS"
@@ -133,13 +137,13 @@ class FindPairs(PipelineStep):
 
 
 def _load(job: KeyRange, documents: Numbering, signatures: str, shards: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, numbers) of the kept documents of `shards` that have a key of this job."""
+    """Returns (keys, numbers) of the kept documents in `shards` that have a key of this range."""
     keys, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     wanted = set(shards)
     for index, shard in enumerate(documents.shards):
         if shard not in wanted:
             continue
-        found, rows = read_range(signatures, shard, job.kind, max(job.low, 1), job.high)  # 0: it has none
+        found, rows = read_range(signatures, shard, job.kind, max(job.low, 1), job.high)  # 0 means no key
         number = documents.numbers(index, rows)
         keys.append(found[number != NOT_KEPT])
         numbers.append(number[number != NOT_KEPT])
@@ -147,8 +151,10 @@ def _load(job: KeyRange, documents: Numbering, signatures: str, shards: Sequence
 
 
 def linked(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """int64 [pairs, 2] of the groups of equal keys that have a document of this run: (the first one, another one), and
-    (a document of an earlier run, the first one).
+    """Pairs the documents of each group of equal keys that has a document of this run; returns int64 [pairs, 2].
+
+    A pair is (this run's first document of the group, another of this run), or (an encoded document of an earlier run,
+    this run's first).
     """
     own = numbers >= 0
     order = np.lexsort((numbers[own], keys[own]))
@@ -160,5 +166,5 @@ def linked(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     if own.all() or not len(heads):
         return pairs
     index = np.minimum(np.searchsorted(own_keys[heads], keys[~own]), len(heads) - 1)
-    met = own_keys[heads][index] == keys[~own]
-    return np.concatenate([pairs, np.stack([numbers[~own][met], own_numbers[heads][index[met]]], axis=1)])
+    matched = own_keys[heads][index] == keys[~own]
+    return np.concatenate([pairs, np.stack([numbers[~own][matched], own_numbers[heads][index[matched]]], axis=1)])

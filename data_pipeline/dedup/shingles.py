@@ -1,7 +1,7 @@
-"""N-grams of the documents that share a key, hashed again and laid in files: what their true similarity is taken from.
+"""Writes the n-gram hashes of documents that share a MinHash key to files, from which true similarity is computed.
 
-Texts of this run and of earlier runs, of which only those documents are read that share a MinHash key with one of this
-run. Of documents that are equal for the exact comparison one is laid out.
+Only such documents, the candidates, are hashed again, both this run's and those of earlier runs that share a key with
+one of this run. Of documents that are equal for the exact comparison, only one is written.
 """
 
 import functools
@@ -23,9 +23,10 @@ from data_pipeline.scan.words import Splitter
 
 
 def mark_candidates(path: Path, population: Population, near: Sequence[str], exact: Sequence[str]) -> None:
-    """Writes bool [documents], raw: which documents share a MinHash key with another, copies left out.
+    """Writes which documents are candidates, as a raw file of bool [documents].
 
-    `near` and `exact` are files of pairs, found by MinHash and by the exact comparison.
+    These are all that occur in `near`, files of pairs that share a MinHash key, except copies: the second documents of
+    this run's pairs in `exact`, files of pairs that are equal for the exact comparison.
     """
     marks = np.memmap(path, dtype=bool, mode="w+", shape=(population.documents,))
     for file in near:
@@ -37,12 +38,12 @@ def mark_candidates(path: Path, population: Population, near: Sequence[str], exa
 
 
 def candidates_in(path: str | Path, population: Population) -> np.ndarray:
-    """bool [documents], as `mark_candidates` wrote it."""
+    """Opens the file that `mark_candidates` wrote: bool [documents], whether each is a candidate."""
     return np.memmap(path, dtype=bool, mode="r", shape=(population.documents,))
 
 
 def shards_with(path: Path, population: Population) -> list[str]:
-    """The shards of this run that hold a candidate."""
+    """Names of this run's shards that hold a candidate."""
     starts, marks = population.own.starts, candidates_in(path, population)
     return [
         shard for index, shard in enumerate(population.own.shards) if marks[starts[index] : starts[index + 1]].any()
@@ -50,11 +51,16 @@ def shards_with(path: Path, population: Population) -> list[str]:
 
 
 def shard_file(work: str, run: int, shard: str) -> Path:
+    """Path, without its ending, of the files with the n-grams of a shard of this run (OWN) or an earlier one."""
     return Path(work) / ("own" if run == OWN else f"earlier-{run}") / shard
 
 
-class LayOutShingles(PipelineStep):
-    """`<shard_file>.shingles.npy`, the candidates' n-gram hashes, and `.numbers.npy`, int64 [n, 2]: document, end."""
+class WriteShingles(PipelineStep):
+    """Step that writes the n-gram hashes of this run's candidates.
+
+    Each shard gets two files: `<shard_file>.shingles.npy`, uint64, the hashes of one candidate after the other, and
+    `<shard_file>.numbers.npy`, int64 [candidates, 2], each one's number and where its hashes end.
+    """
 
     name = "Shingles"
     type = "🫂 - DEDUPS"
@@ -88,12 +94,12 @@ class LayOutShingles(PipelineStep):
                 for document, number, take in zip(members, numbers.tolist(), chosen, strict=True)
                 if take
             )
-            _lay_out(shard_file(self.work, OWN, shard), texts, self.ngram)
+            _write_ngrams(shard_file(self.work, OWN, shard), texts, self.ngram)
         yield from ()
 
 
-class LayOutEarlier(PipelineStep):
-    """The same of documents of earlier runs, from what their extract stage published."""
+class WriteEarlierShingles(PipelineStep):
+    """Step that writes the n-gram hashes of earlier runs' candidates, whose texts their extract stages published."""
 
     name = "Earlier shingles"
     type = "🫂 - DEDUPS"
@@ -106,20 +112,21 @@ class LayOutEarlier(PipelineStep):
         self.ngram = ngram
 
     def shards(self) -> list[tuple[int, str]]:
-        """(earlier run, shard) of all that hold a candidate."""
+        """Lists (earlier run, shard) of all shards that hold a candidate."""
         marks, first = candidates_in(self.candidates, self.population), self.population.own.documents
         return sorted({self.population.location(first + int(one)) for one in np.flatnonzero(marks[first:])})
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         wanted = candidates_in(self.candidates, self.population)
         for run, shard in self.shards()[rank::world_size]:
-            rows = {row: number for number, row in self.population.met_in(run, shard) if wanted[number]}
+            rows = {row: number for number, row in self.population.matched_in(run, shard) if wanted[number]}
             texts = _texts(self.population.earlier[run], shard, rows)
-            _lay_out(shard_file(self.work, run, shard), texts, self.ngram)
+            _write_ngrams(shard_file(self.work, run, shard), texts, self.ngram)
         yield from ()
 
 
 def _texts(earlier: EarlierRun, shard: str, rows: dict[int, int]) -> Iterable[tuple[int, str, Splitter]]:
+    """Yields (number, text, splitter) of the documents in `rows`, a map from row to number."""
     rules = _rules(f"{earlier.folder}/language", shard)
     for row, record in enumerate(read_records(shard_path(f"{earlier.folder}/extract", shard))):
         if row in rows:
@@ -127,12 +134,13 @@ def _texts(earlier: EarlierRun, shard: str, rows: dict[int, int]) -> Iterable[tu
 
 
 def _rules(language: str, shard: str) -> dict[int, Any]:
-    """Row -> name of its rule set."""
+    """Maps each row of a shard to the name of its rule set, as the language stage chose it."""
     table = read_table(language, shard, ["row", "rules"])
     return dict(zip(table["row"].to_pylist(), table["rules"].to_pylist(), strict=True))
 
 
-def _lay_out(path: Path, texts: Iterable[tuple[int, str, Splitter]], ngram: int) -> None:
+def _write_ngrams(path: Path, texts: Iterable[tuple[int, str, Splitter]], ngram: int) -> None:
+    """Writes the two files of one shard, see `WriteShingles`."""
     hashes, ends, end = [np.zeros(0, np.uint64)], [], 0
     for number, text, splitter in texts:
         hashes.append(np.unique(shingles(text, splitter.window(ngram))))
@@ -143,8 +151,8 @@ def _lay_out(path: Path, texts: Iterable[tuple[int, str, Splitter]], ngram: int)
     np.save(path.with_name(path.name + ".numbers.npy"), np.array(ends, np.int64).reshape(-1, 2))
 
 
-def laid_out(work: str, population: Population, number: int) -> np.ndarray:
-    """uint64, the n-grams of a candidate, ascending and distinct."""
+def candidate_ngrams(work: str, population: Population, number: int) -> np.ndarray:
+    """Reads the n-gram hashes of a candidate, uint64, ascending and distinct."""
     numbers, hashes = _mapped(shard_file(work, *population.location(number)))
     index = int(np.searchsorted(numbers[:, 0], number))
     start = int(numbers[index - 1, 1]) if index else 0
@@ -153,6 +161,6 @@ def laid_out(work: str, population: Population, number: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=512)
 def _mapped(shard: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers and ends, hashes) of a shard."""
+    """Opens the two files of a shard: (int64 [candidates, 2] numbers and ends, uint64 hashes, memory-mapped)."""
     numbers = np.load(shard.with_name(shard.name + ".numbers.npy"), mmap_mode="r")
     return np.array(numbers), np.asarray(np.load(shard.with_name(shard.name + ".shingles.npy"), mmap_mode="r"))

@@ -1,11 +1,11 @@
-"""Fingerprints of documents, under which equal and nearly equal ones meet: the half that reads the text.
+"""Computes fingerprints (keys) of documents from their texts; duplicates share one.
 
-Exact: 128 bits of the text without case and with white space made one. URL: 64 bits of the address without scheme,
-"www." and fragment. MinHash (Broder 1997) with LSH bands as in FineWeb: `bands` x `rows` minima over word n-grams, of
-which one 64-bit key a band is kept. Two documents of Jaccard similarity s share a key with probability
-1 - (1 - s^rows)^bands: 0.77 at 0.75 and 0.99 at 0.85 for 14 x 8. Texts without n-grams have no such key, and are held
-against others by exact comparison alone. Each shard's keys are sorted, so that who looks for equal ones reads a range
-of every shard and no more.
+Exact: a 128-bit hash of the text in lower case, with runs of white space as one space. URL: a 64-bit hash of the
+address without scheme, "www." and fragment. MinHash (Broder 1997) with LSH bands as in FineWeb: `bands` x `rows` minima
+over word n-grams, of which one 64-bit key per band is kept. Two documents of Jaccard similarity s share a key with
+probability 1 - (1 - s^rows)^bands: 0.77 at 0.75 and 0.99 at 0.85 for 14 x 8. Texts without n-grams have no MinHash key
+and are compared by the exact hash alone. Each shard's keys are sorted, so that a search for equal keys in a range of
+values reads only that range of every shard.
 """
 
 import functools
@@ -33,7 +33,7 @@ _HALF = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 def exact_hash(text: str) -> int:
-    """128 bits, equal for texts that differ in case, white space and Unicode composition only."""
+    """128-bit hash of a text, equal for texts that differ only in case, white space and Unicode composition."""
     normal = plain_bytes(unicodedata.normalize("NFC", text))
     return int.from_bytes(hashlib.blake2b(normal.data, digest_size=16).digest(), "big")
 
@@ -44,7 +44,7 @@ def kinds_of_keys(settings: DedupConfig) -> list[str]:
 
 
 class MinHasher:
-    """text -> the keys under which near-duplicates meet. A function of text and settings alone."""
+    """Computes a text's MinHash keys, which depend on the text and the settings alone."""
 
     def __init__(self, settings: DedupConfig) -> None:
         self.settings = settings
@@ -55,17 +55,20 @@ class MinHasher:
         self._shift = draws[count:]
 
     def signature(self, text: str, splitter: Splitter) -> np.ndarray:
-        """uint64 [bands * rows], the minimum of each hash over the text's n-grams; empty where it has none."""
+        """Minimum of each hash function over the text's n-grams, uint64 [bands * rows]; empty without n-grams."""
         return signature(text, splitter.window(self.settings.ngram), self._scale, self._shift)
 
     def keys(self, text: str, splitter: Splitter) -> np.ndarray:
-        """uint64 [bands]; 0, which is no key, for a text that there is nothing to compare of: see `minhash`."""
+        """MinHash keys of a text, uint64 [bands]; all 0, which means no key, for a text without n-grams."""
         found = self.signature(text, splitter)
         return band_keys(found, self.settings.bands) if len(found) else np.zeros(self.settings.bands, np.uint64)
 
 
 class SignDocuments(TableStep):
-    """Fingerprints of each document that the language stage kept: see `write_keys` for the files."""
+    """Step that computes the fingerprints of all documents that the language stage kept, and writes them.
+
+    The table gets the lower half of the exact hash and the URL hash; `write_keys` writes all keys.
+    """
 
     name = "Signatures"
 
@@ -89,8 +92,10 @@ class SignDocuments(TableStep):
 
 
 def write_keys(folder: Path, shard: str, keys: np.ndarray, rows: np.ndarray) -> None:
-    """`keys` uint64 [documents, kinds], turned and sorted: `<shard>.keys.npy` uint64 [kinds, documents], each line
-    ascending, and `<shard>.rows.npy` uint32, the shard's row of each.
+    """Writes a shard's keys, uint64 [documents, kinds], transposed and each kind sorted.
+
+    `<shard>.keys.npy` is uint64 [kinds, documents], each kind ascending; `<shard>.rows.npy`, uint32 of the same shape,
+    holds the row in the shard of each key's document.
     """
     (folder / shard).parent.mkdir(parents=True, exist_ok=True)
     order = np.argsort(keys.T, axis=1, kind="stable")
@@ -99,7 +104,7 @@ def write_keys(folder: Path, shard: str, keys: np.ndarray, rows: np.ndarray) -> 
 
 
 def read_range(folder: str | Path, shard: str, kind: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """(keys uint64 [n], rows uint32 [n]) of one kind with low <= key <= high; the file is mapped, not loaded."""
+    """Reads the keys of one kind with low <= key <= high: (keys uint64 [n], rows uint32 [n]); maps the files."""
     keys = _mapped(Path(folder) / f"{shard}.keys.npy")[kind]
     first = np.searchsorted(keys, np.uint64(low), side="left")
     last = np.searchsorted(keys, np.uint64(high), side="right")

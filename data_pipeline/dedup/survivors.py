@@ -1,9 +1,9 @@
-"""Who stays of each cluster, and for whom each of the others goes.
+"""Chooses the documents of each cluster that stay, and writes for each other one which document it is dropped for.
 
-In order of priority: the highest quality score, then the longest, then the first by source, shard and row; documents of
-earlier runs before all. `greedy` says how they are gone through: with `dedup.verify` every document dropped as a
-near-duplicate has at least that similarity to the one that it is dropped for, which is kept. Without, two documents of
-one cluster count as duplicates however they came into it, and one of them stays, or none beside an earlier run's.
+The order of priority is: documents of earlier runs, then the highest quality score, then the longest text, then the
+first by source, shard and row. `greedy` makes the choice. With `dedup.verify`, every document dropped as a
+near-duplicate has at least that similarity to the kept one that it is dropped for. Without it, all documents of a
+cluster count as duplicates of each other: one stays, or none if the cluster holds a document of an earlier run.
 """
 
 from collections.abc import Sequence
@@ -20,24 +20,25 @@ from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.tables import KEYS, dropped_rows, kept_rows, read_table, write_samples, write_table
 from data_pipeline.dedup.clusters import ClusterArrays, Population
 from data_pipeline.dedup.greedy import KEPT, ClusterNgrams, all_but_the_first, survivors
-from data_pipeline.dedup.shingles import candidates_in, laid_out
+from data_pipeline.dedup.shingles import candidate_ngrams, candidates_in
 
-BYTES_A_MEMBER = 200  # a document of a cluster, and the copies that sorting makes
-_IN_MEMORY = 64 << 20  # bytes of n-grams of one cluster, or of its index; larger ones lie in files
-_BLOCK = 1 << 20  # documents looked at together
+BYTES_A_MEMBER = 200  # memory for one document of a cluster and the copies that sorting makes
+_IN_MEMORY = 64 << 20  # bytes; larger arrays of a cluster's n-grams or index lie in files
+_BLOCK = 1 << 20  # documents read at a time
 
 
 def part_of(roots: np.ndarray, parts: int) -> np.ndarray:
-    """Which task has the cluster of each root: even, though roots are small numbers."""
+    """Part, of `parts`, that the cluster of each root belongs to; hashed, so that parts are of about the same size."""
     return (roots.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % np.uint64(parts)
 
 
 class ChooseSurvivors(PipelineStep):
-    """A part of the clusters each task: `<work>/chosen-<part>.npy`, int64 [3, members], by ascending number: document,
-    the document that stays in its place (itself, if kept), and how many documents that stands for.
+    """Step that decides which documents stay, one part of the clusters at a time.
 
-    `candidates` is the file of documents whose n-grams are laid out, "" if none are to be compared; `least` is None
-    where all of a cluster are taken for duplicates.
+    Writes `<work>/chosen-<part>.npy`, int64 [3, members], ordered by the first line: the document, the document that
+    stays in its place (itself, if it is kept), and how many of this run's documents that one stands for. `candidates`
+    is the file of documents whose n-grams were written, "" if none are to be compared; `least` is the similarity of
+    duplicates, None if all documents of a cluster are duplicates.
     """
 
     name = "Survivors"
@@ -64,28 +65,31 @@ class ChooseSurvivors(PipelineStep):
                 indices = self._decide(arrays, mine)
                 causes[first:last] = np.where(indices == KEPT, mine, mine[indices])
             _, index, counts = np.unique(causes, return_inverse=True, return_counts=True)
-            sizes = counts[index] - (causes >= self.population.own.documents)  # an earlier run's is not counted
+            sizes = counts[index] - (causes >= self.population.own.documents)  # earlier runs' are not counted
             order = np.argsort(members)
             np.save(Path(self.work) / chosen(part), np.stack([members, causes, sizes])[:, order])
         yield from ()
 
     def _in_order(self, arrays: ClusterArrays, part: int) -> tuple[np.ndarray, np.ndarray]:
-        """(the members of the part's clusters, cluster by cluster and in order of priority; where clusters begin)."""
+        """Returns (documents of the part's clusters, by cluster and priority; where each cluster begins, and the end).
+
+        Clusters of one document are left out.
+        """
         labels, sizes, found = arrays.of("labels"), arrays.of("sizes"), [np.zeros(0, np.int64)]
         for first in range(0, len(labels), _BLOCK):
             roots = np.array(labels[first : first + _BLOCK])
             found.append(first + np.flatnonzero((sizes[roots] > 1) & (part_of(roots, self.parts) == part)))
         members = np.concatenate(found)
-        late = members < self.population.own.documents
+        ours = members < self.population.own.documents
         quality, chars = arrays.of("quality")[members], arrays.of("chars")[members]
-        order = np.lexsort((members, np.where(late, -chars, 0), np.where(late, -quality, 0), late, labels[members]))
+        order = np.lexsort((members, np.where(ours, -chars, 0), np.where(ours, -quality, 0), ours, labels[members]))
         members = members[order]
         roots = labels[members]
         starts = np.flatnonzero(np.r_[True, roots[1:] != roots[:-1]]) if len(members) else members
         return members, np.r_[starts, len(members)]
 
     def _decide(self, arrays: ClusterArrays, members: np.ndarray) -> np.ndarray:
-        """int64, the index of the member that stays for each member of a cluster, or KEPT."""
+        """Returns int64 [members]: the index of the member that each is dropped for, or KEPT."""
         earlier = members >= self.population.own.documents
         if self.least is None:
             return all_but_the_first(earlier)
@@ -100,14 +104,14 @@ class ChooseSurvivors(PipelineStep):
         return found
 
     def _grams(self, members: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`ends` and `grams` of a Cluster; of documents that are equal, those of one whose n-grams are laid out."""
+        """Returns `ends` and `grams` of a `ClusterNgrams`; a group's n-grams are those of a member in the files."""
         count = int(groups.max()) + 1
         found: list[np.ndarray] = [np.zeros(0, np.uint64)] * count
         if self.candidates:
             wanted = np.flatnonzero(candidates_in(self.candidates, self.population)[members])
-            asked, indices = np.unique(groups[wanted], return_index=True)
-            for group, number in zip(asked.tolist(), members[wanted[indices]].tolist(), strict=True):
-                found[group] = laid_out(self.work, self.population, number)
+            present, indices = np.unique(groups[wanted], return_index=True)
+            for group, number in zip(present.tolist(), members[wanted[indices]].tolist(), strict=True):
+                found[group] = candidate_ngrams(self.work, self.population, number)
         ends = np.cumsum([len(one) for one in found])
         grams = zeros(self.work, f"{members[0]}-grams", int(ends[-1]), np.uint64)
         for end, one in zip(ends.tolist(), found, strict=True):
@@ -116,7 +120,10 @@ class ChooseSurvivors(PipelineStep):
 
 
 def zeros(work: str, name: str, entries: int, dtype: type[np.generic]) -> np.ndarray:
-    """In a file of `work` if they are many; never of numpy's class for that, for which code would be compiled again."""
+    """Allocates an array of zeros in memory, or in a file of `work` if it is larger than 64 MiB.
+
+    The result is a plain ndarray even then, since numba would compile its functions again for numpy's memmap class.
+    """
     if entries * np.dtype(dtype).itemsize <= _IN_MEMORY:
         return np.zeros(entries, dtype)
     path = Path(work) / f"{name}-{len(list(Path(work).glob(f'{name}-*.tmp')))}.tmp"
@@ -124,13 +131,15 @@ def zeros(work: str, name: str, entries: int, dtype: type[np.generic]) -> np.nda
 
 
 def chosen(part: int) -> str:
+    """Name of the file with the decisions about one part of the clusters."""
     return f"chosen-{part:05d}.npy"
 
 
 class JudgeDocuments(PipelineStep):
-    """Each shard's verdicts: who stays, and why the others do not.
+    """Step that writes each shard's table of verdicts: which documents stay, and why others are dropped.
 
-    A cluster in the tables is a kept document and those that were dropped for it.
+    The column `cluster` is the number of the document that stays: a cluster of the table is a kept document and those
+    that were dropped for it.
     """
 
     name = "Verdicts"
@@ -182,13 +191,13 @@ class JudgeDocuments(PipelineStep):
         table = table.append_column("cluster", pa.array(stays))
         table = table.append_column("cluster_size", pa.array(sizes))
         names = np.array(table["id"].to_pylist(), dtype=object)
-        lost = np.flatnonzero(stays != numbers)
-        names[lost] = arrays.ids(stays[lost].tolist())
+        dropped = np.flatnonzero(stays != numbers)
+        names[dropped] = arrays.ids(stays[dropped].tolist())
         return table.append_column("survivor", pa.array(names.tolist(), pa.string()))
 
 
 def sample_duplicates(folder: Path, shards: Sequence[str]) -> None:
-    """`drops/` of the first duplicates a source."""
+    """Writes samples of dropped duplicates to `drops/`: the first few of each source and reason."""
     columns = [*KEYS, "verdict", "survivor", "cluster", "cluster_size", "head"]
     tables = (read_table(folder, shard).select(columns) for shard in shards)
     write_samples(folder, (row for table in tables for row in dropped_rows(table)))

@@ -1,4 +1,4 @@
-"""Fingerprints, pairs, clusters and survivors, against brute force and by hand."""
+"""Tests fingerprints, pairs, clusters and survivors, by brute force and against results worked out by hand."""
 
 import gzip
 import itertools
@@ -25,7 +25,7 @@ WORDS = [f"word{number}" for number in range(4000)]
 
 
 def pair(common: int, own: int) -> tuple[str, str]:
-    """Two texts that share a run of `common` words and have `own` more each."""
+    """Makes two texts that begin with the same `common` words and have `own` other words each."""
     return " ".join(WORDS[: common + own]), " ".join(WORDS[:common] + WORDS[-own:])
 
 
@@ -67,7 +67,7 @@ def test_chinese_near_duplicates_meet() -> None:
 
 
 def test_shingles_are_windows_of_words_without_punctuation() -> None:
-    """Equal windows have equal hashes, wherever they stand; the rolling hash agrees with a fresh one."""
+    """Equal windows have equal hashes at any position, and the rolling hash equals that of a window by itself."""
     words = np.random.default_rng(0).choice(["a", "b", "ab", "c"], 300).tolist()
     found = shingles(", ".join(words).upper() + "!", 5)
     grams = [tuple(words[position : position + 5]) for position in range(len(words) - 4)]
@@ -81,7 +81,7 @@ def test_shingles_are_windows_of_words_without_punctuation() -> None:
 
 
 def sets_of(pairs: np.ndarray, size: int) -> list[int]:
-    """Labels by brute force: the smallest member that can be reached."""
+    """Labels each member with the smallest one that it is connected to, by brute force."""
     labels = list(range(size))
     for _ in range(size):
         for one, other in pairs.tolist():
@@ -118,13 +118,13 @@ def test_linking_groups_of_equal_keys() -> None:
 
 @pytest.mark.parametrize("parts", [1, 3, 8])
 def test_who_survives_does_not_depend_on_the_parts(tmp_path: Path, parts: int) -> None:
-    """The best document stays, an earlier run's before all; in one part, and in several."""
+    """The best document stays, or that of an earlier run if there is one, for any number of parts."""
     draw = np.random.default_rng(5)
     write_table(tmp_path / "filter", "s/0", pa.table({"row": range(300), "verdict": [""] * 300}))
     write_table(tmp_path / "dedup", "s/0", pa.table({"row": range(40), "verdict": [""] * 40}))
-    np.save(tmp_path / "met.npy", np.arange(0, 40, 4))
+    np.save(tmp_path / "matched.npy", np.arange(0, 40, 4))
     earlier = [EarlierRun(str(tmp_path), Numbering(tmp_path / "dedup"), 0, {})]
-    population = Population(Numbering(tmp_path / "filter"), earlier, str(tmp_path / "met.npy"))
+    population = Population(Numbering(tmp_path / "filter"), earlier, str(tmp_path / "matched.npy"))
     arrays = ClusterArrays(tmp_path, population.documents, "w+")
     arrays.of("labels")[:] = np.sort(draw.integers(0, 120, 310))[draw.permutation(310)]
     count_members(arrays.of("labels"), arrays.of("sizes"))
@@ -206,7 +206,7 @@ def test_arrays_keep_ids(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Demo documents and edited copies of them, of every similarity."""
+    """Demo documents, and copies of them in which 0.2% to 10% of the words are changed."""
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
         originals = [json.loads(line)["text"][:4000] for line in lines][::5]
     draw = np.random.default_rng(3)
@@ -220,12 +220,12 @@ def texts() -> list[str]:
 
 
 def test_recall_is_the_one_that_bands_and_rows_promise(texts: list[str]) -> None:
-    """Candidates against true Jaccard similarity of all pairs, brute force."""
+    """Counts the pairs that share a key, against the true Jaccard similarity of all pairs."""
     settings = DedupConfig()
     hasher = MinHasher(settings)
     keys = np.stack([hasher.keys(text, Splitter.spaces) for text in texts])
     grams = [np.unique(shingles(text, settings.ngram)) for text in texts]
-    groups = len(texts) // 5  # an original and its four copies; documents of two groups are all but disjoint
+    groups = len(texts) // 5  # a group is an original and its four copies; different groups share almost no n-grams
     expected, variance, met, high, found = 0.0, 0.0, 0, 0, 0
     for one, other in itertools.combinations(range(len(texts)), 2):
         meets = bool((keys[one] == keys[other]).any())
@@ -236,6 +236,6 @@ def test_recall_is_the_one_that_bands_and_rows_promise(texts: list[str]) -> None
         expected, met = expected + chance, met + meets
         variance += chance * (1 - chance)
         high, found = high + (similarity >= 0.9), found + (similarity >= 0.9 and meets)
-    assert high > 100 and found == high  # missed with a chance of 4e-4 at 0.9
-    # Four standard errors; the ten pairs of a group may all go together.
+    assert high > 100 and found == high  # at 0.9, the chance to miss a pair is 4e-4
+    # Four standard errors; the ten pairs of a group may be fully correlated.
     assert abs(met - expected) < 4 * (10 * variance) ** 0.5

@@ -1,4 +1,4 @@
-"""The dedup stage on real documents: addresses, true similarity, an earlier run, and what it refuses."""
+"""Tests the dedup stage on real documents: addresses, true similarity, an earlier run, and refused settings."""
 
 import gzip
 import io
@@ -26,7 +26,10 @@ ROOT = Path(__file__).parents[4]
 
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
-    """Ten documents; copy: the first again; near: the second with a change in each half; moved: a text of its own."""
+    """Records of demo documents doc0, doc1, ... and three more.
+
+    `copy` is doc0 in capitals, `near` is doc1 with two insertions, `moved` is another text at the address of doc2.
+    """
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"][:3000] for line in lines][::40][:12]
     found = [{"id": f"doc{n}", "text": text, "metadata": {"url": f"http://a.org/{n}"}} for n, text in enumerate(texts)]
@@ -40,7 +43,7 @@ def records() -> list[dict[str, Any]]:
 def verdicts(
     folder: Path, records: list[dict[str, Any]], shard_bytes: int = 4_000, **dedup: Any
 ) -> dict[str, dict[str, Any]]:
-    """id -> its row of the dedup stage's table, of a run in `folder`/run."""
+    """Runs the pipeline up to dedup in `folder`/run; maps each id to its row of the dedup stage's table."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     tree = {
@@ -73,7 +76,7 @@ def dropped(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str]]:
 def test_why_each_duplicate_goes(records: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = verdicts(tmp_path, records, url=True)
     found = dropped(rows)
-    # The capitals have no stop words and no other quality than the original; the first wins.
+    # The copy has the same quality score as the original, so the first one wins.
     assert found.pop("copy") == ("exact_duplicate", "doc0")
     (near,) = (name for name in found if found[name][0] == "near_duplicate")
     assert {near, found[near][1]} == {"doc1", "near"}
@@ -86,7 +89,7 @@ def test_why_each_duplicate_goes(records: list[dict[str, Any]], tmp_path: Path) 
 
 
 def test_true_similarity_decides(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    # The changes touch some 15 of 500 n-grams: a similarity of about 0.97.
+    # The insertions change some 15 of 500 n-grams, which leaves a similarity of about 0.97.
     assert set(dropped(verdicts(tmp_path / "low", records, verify=0.9))) in ({"copy", "near"}, {"copy", "doc1"})
     assert set(dropped(verdicts(tmp_path / "high", records, verify=0.995))) == {"copy"}
 
@@ -103,7 +106,7 @@ def test_documents_of_an_earlier_run_are_not_kept_again(records: list[dict[str, 
 
 
 def test_texts_of_an_earlier_run_are_compared_too(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    """A template, filled in by an earlier run and by this one: no two are similar enough, though keys are shared."""
+    """Documents of one template in an earlier run and in this one share keys, but no two are similar enough."""
     filled = template(50, 0.7)
     few: dict[str, Any] = {"shard_bytes": 40_000, "index": [str(tmp_path / "old/run")]}
     verdicts(tmp_path / "old", filled[:25], shard_bytes=40_000)
@@ -115,7 +118,7 @@ def test_texts_of_an_earlier_run_are_compared_too(records: list[dict[str, Any]],
 
 
 def template(count: int, similarity: float) -> list[dict[str, Any]]:
-    """Texts of a common part and one of their own, of about this similarity to each other."""
+    """Makes texts that share a common part, such that any two have about this Jaccard similarity."""
     common, own = [f"said{n}" for n in range(600)], round(600 * (1 / similarity - 1) / 2)
     texts = [" ".join([*common, *(f"own{n}x{m}" for m in range(own))]) for n in range(count)]
     return [{"id": f"filled{n}", "text": text, "metadata": {}} for n, text in enumerate(texts)]
@@ -132,7 +135,7 @@ def similarity(one: str, other: str) -> float:
 
 
 def test_every_near_duplicate_is_similar_to_the_one_that_stays(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    """A chain of overlapping windows, and a template: both collapse where texts are not compared."""
+    """Overlapping windows and a template mostly stay if texts are compared, and collapse if they are not."""
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
         text = json.loads(lines.readline())["text"]
     chain, filled = windows(text[:40_000], 400, 40), template(40, 0.68)
@@ -174,7 +177,7 @@ WORDY = {
 
 
 def test_texts_without_words_are_like_no_other_but_their_copies(tmp_path: Path) -> None:
-    """Nothing can be compared of them, so that exact comparison alone drops any."""
+    """Texts without n-grams are dropped only as exact duplicates."""
     wordless = [(f"{kind} {n}", text) for kind, texts in WORDLESS.items() for n, text in enumerate(texts)]
     wordy = [(f"{kind} {n}", text) for kind, texts in WORDY.items() for n, text in enumerate(texts)]
     copies = [(f"{name} copy", text.upper() + "  ") for name, text in wordless]

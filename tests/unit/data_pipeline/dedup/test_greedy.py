@@ -1,4 +1,4 @@
-"""Who stays of a cluster: compiled code against the same rules in plain Python, and clusters that are hard."""
+"""Tests which documents of a cluster stay: against the same rules in plain Python, and on difficult clusters."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from data_pipeline.dedup.greedy import KEPT, ClusterNgrams, jaccard, survivors
 
 
 def slowly(cluster: ClusterNgrams, least: float) -> list[int]:
-    """The definition, word for word."""
+    """Decides by the definition in the docstring of `greedy`, with Python sets."""
     sets = [set(part.tolist()) for part in np.split(cluster.grams, cluster.ends[:-1])]
     causes: list[int] = []
     for document, group in enumerate(cluster.groups.tolist()):
@@ -44,7 +44,7 @@ def cluster_of(
 
 
 def families(draw: np.random.Generator, count: int) -> list[set[int]]:
-    """Edited copies of some sets, copies of copies too, with some members that all have; a few are empty."""
+    """Draws random sets and edited copies of them and of copies; many share members, and a few are empty."""
     found: list[set[int]] = []
     for _ in range(count):
         one = set(draw.integers(0, 1 << 62, draw.integers(1, 40)).tolist()) | set(range(int(draw.integers(0, 30))))
@@ -58,7 +58,7 @@ def families(draw: np.random.Generator, count: int) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("least", [0.3, 0.75, 0.9, 1.0])
-@pytest.mark.parametrize("count", [3, 20, 140])  # few are compared one by one, many are looked up
+@pytest.mark.parametrize("count", [3, 20, 140])  # up to 24 are compared one by one, more by the index
 def test_survivors_are_those_of_the_definition(least: float, count: int) -> None:
     draw = np.random.default_rng([count, int(100 * least)])
     dropped = 0
@@ -84,14 +84,14 @@ def test_large_clusters_lie_in_files(tmp_path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nothing_goes_through_a_chain() -> None:
-    """Windows that overlap by 90%: neighbours are similar (0.82), the next but one are not."""
+    """Windows overlap by 90%: neighbours are similar (0.82), windows two apart are not (0.67)."""
     windows = [set(range(10 * n, 10 * n + 100)) for n in range(3000)]
     found = survivors(cluster_of(windows), 0.75, np.zeros).tolist()
     assert found == [KEPT if n % 2 == 0 else n - 1 for n in range(3000)]
 
 
 def test_a_template_keeps_what_is_not_similar_enough() -> None:
-    """2,000 documents of 60 common and 14 own n-grams: 60 of 88 are common, 0.68; then with edited copies."""
+    """2,000 documents of 60 common and 14 own n-grams have a similarity of 60 / 88 = 0.68; then edited copies join."""
     template = [set(range(60)) | {1000 + 14 * n + m for m in range(14)} for n in range(2000)]
     assert (survivors(cluster_of(template), 0.75, np.zeros) == KEPT).all()
     assert survivors(cluster_of(template[:50]), 0.68, np.zeros).tolist() == [KEPT] + [0] * 49
@@ -101,7 +101,7 @@ def test_a_template_keeps_what_is_not_similar_enough() -> None:
 
 
 def test_thousands_of_copies_are_one_document() -> None:
-    """Equal ones are not compared, nearly equal ones each with the one that stays."""
+    """Equal documents are not compared; nearly equal ones are compared with the kept one alone, so this is fast."""
     base = set(range(2000))
     near = [base | {10_000 + n} for n in range(3000)]
     assert survivors(cluster_of(near), 0.75, np.zeros).tolist() == [KEPT] + [0] * 2999
@@ -112,7 +112,7 @@ def test_thousands_of_copies_are_one_document() -> None:
 def test_a_similarity_that_is_just_the_threshold_counts() -> None:
     for small, large in ((3, 4), (7, 10), (29, 40), (57, 100), (999, 1000)):
         sets = [set(range(large)), set(range(small))]
-        crowd = [{10_000 * n, 10_000 * n + 1} for n in range(1, 40)]  # enough that they are looked up
+        crowd = [{10_000 * n, 10_000 * n + 1} for n in range(1, 40)]  # enough that the index is used
         for others in ([], crowd):
             cluster = cluster_of([*others, *sets])
             least = jaccard(*(np.array(sorted(one), np.uint64) for one in sets))
