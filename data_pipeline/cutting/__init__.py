@@ -1,1 +1,1 @@
-"""Parts that are taken out of documents: what finds them, tables of byte spans, and the one rewrite at the end."""
+"""Finds parts of documents to remove or replace, and records them as byte spans, which are applied once at the end."""

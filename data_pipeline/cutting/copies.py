@@ -1,14 +1,14 @@
 """Decides which copies of a unit of text (a line, a window of bytes) stay, over all documents in bounded memory.
 
-A unit is known by a digest of up to 16 bytes. Three passes:
-1. `CountUnits` reads the text. Of every shard, a record (digest, shard, how often) of each distinct unit goes to the
-   partition on disk that the digest's first bits name.
-2. `ShareOut` reads one partition at a time, sorts it, and notes for each unit with more than `max_copies`, and each
-   shard that has it, how many copies the shard may keep, so that the first ones stay in the order of shards.
-3. The stage's own step reads the text again and asks `Quota`, shard by shard.
+A unit is identified by a digest of up to 16 bytes. There are three passes:
+1. `CountUnits` reads the texts. For each shard and each distinct unit in it, it writes a record (digest, shard, count)
+   to one of several partitions on disk, chosen by the first bits of the digest.
+2. `AllotQuotas` reads and sorts one partition at a time. For each unit with more than `max_copies` copies, and each
+   shard that has it, it writes how many copies that shard may keep: the first ones in the order of shards.
+3. The stage's own step reads the texts again and looks up each unit in the shard's `Quota`.
 
-In memory: the digests of one shard, then one partition. Records are per shard, so that a unit which occurs
-everywhere still takes only as many records as there are shards. The number of tasks changes nothing.
+Memory holds the digests of one shard, then one partition. A unit that occurs everywhere takes only one record per
+shard. The number of tasks does not change the result.
 """
 
 from abc import abstractmethod
@@ -23,7 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.tables import kept_rows, read_table
 
-# Of digests without their trailing zeros; all of one length, so that none is mistaken for another.
+# numpy drops trailing zero bytes of these strings; since all digests have one length, they still differ.
 DIGEST = np.dtype("S16")
 RECORD = np.dtype([("digest", DIGEST), ("shard", "<u4"), ("count", "<u4")])
 PARTITION_BYTES = 64 << 20  # sorting takes about four times as much
@@ -32,20 +32,20 @@ _MAX_PARTITIONS = 4096
 
 
 class TextUnits:
-    """Says what the units of a text are; travels to the workers."""
+    """Base class of objects that split a text into units; they are sent to the workers."""
 
     @abstractmethod
     def digests(self, text: str, source: str, shard: str) -> np.ndarray:
-        """DIGEST [units], in the order of the text; empty for a source that takes no part."""
+        """Returns the digests of a text's units, DIGEST [units], in order; empty for a source that is left out."""
 
 
 def partitions_for(records: int) -> int:
-    """How many partitions keep each near PARTITION_BYTES."""
+    """Number of partitions such that each has about PARTITION_BYTES, at most 4096."""
     return max(1, min(-(-records * RECORD.itemsize // PARTITION_BYTES), _MAX_PARTITIONS))
 
 
 class CountUnits(PipelineStep):
-    """Counts the units of documents that the stage `select` kept; one file per partition and task."""
+    """Step that counts the units in the documents that the stage `select` kept, in a file per partition and task."""
 
     name, type = "Count units", "🧮 - COPIES"
 
@@ -53,7 +53,7 @@ class CountUnits(PipelineStep):
         super().__init__()
         self.folder = folder
         self.select = select
-        self.shards = list(shards)  # all of them: a shard's number is its place here
+        self.shards = list(shards)  # all shards; a shard's number is its index here
         self.units = units
         self.partitions = partitions
 
@@ -77,13 +77,13 @@ class CountUnits(PipelineStep):
 
 
 class _Spill:
-    """Records by partition: buffered, then appended to this task's file of each."""
+    """Writer of one task's records: buffers them by partition and appends them to the task's file of each."""
 
     def __init__(self, folder: Path, rank: int, partitions: int) -> None:
         self._paths = [folder / f"{number:04d}" / f"{rank:05d}.bin" for number in range(partitions)]
         self._parts: list[list[np.ndarray]] = [[] for _ in range(partitions)]
         self._size = 0
-        for path in self._paths:  # anew: a task that is run again must not add to what it left
+        for path in self._paths:  # emptied first: a task that is run again must not append to its old files
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
 
@@ -108,8 +108,11 @@ class _Spill:
         self._size = 0
 
 
-class ShareOut(PipelineStep):
-    """Partitions of counts to partitions of quotas, ordered by shard, with where each shard's begin."""
+class AllotQuotas(PipelineStep):
+    """Step that turns each partition of counts into a file of quotas, ordered by shard.
+
+    A second file per partition, `-starts.npy`, holds the index at which each shard's quotas begin.
+    """
 
     name, type = "Share out copies", "🧮 - COPIES"
 
@@ -128,7 +131,7 @@ class ShareOut(PipelineStep):
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(rank, self.partitions, world_size):
             parts = [np.fromfile(path, RECORD) for path in sorted((Path(self.counts) / f"{number:04d}").iterdir())]
-            quotas = share_out(np.concatenate(parts), self.max_copies)
+            quotas = allot_quotas(np.concatenate(parts), self.max_copies)
             np.save(folder / f"{number:04d}-starts.npy", np.searchsorted(quotas["shard"], np.arange(self.shards + 1)))
             quotas.tofile(folder / f"{number:04d}.bin")
             progress.advance(sum(part.nbytes for part in parts))
@@ -136,8 +139,12 @@ class ShareOut(PipelineStep):
         yield from ()
 
 
-def share_out(records: np.ndarray, max_copies: int) -> np.ndarray:
-    """RECORDs by shard and digest, `count` now how many copies may stay, of units with more than `max_copies`."""
+def allot_quotas(records: np.ndarray, max_copies: int) -> np.ndarray:
+    """Allots the first `max_copies` copies of each unit to shards in their order.
+
+    Takes RECORDs of counts. Returns RECORDs of the units with more copies, in which `count` is how many of them the
+    shard may keep, sorted by shard and digest.
+    """
     records = records[np.lexsort((records["shard"], records["digest"]))]
     if not len(records):
         return records
@@ -154,7 +161,7 @@ def share_out(records: np.ndarray, max_copies: int) -> np.ndarray:
 
 
 class Quota:
-    """How many copies of each unit one shard may keep; units that it may keep all of are mostly not in it."""
+    """Number of copies of each unit that one shard may keep; a unit that is missing here may be kept always."""
 
     def __init__(self, folder: str | Path, shard: int) -> None:
         parts = [np.zeros(0, RECORD)]
@@ -167,7 +174,7 @@ class Quota:
         self.left = records["count"].astype(np.int64)  # [units]
 
     def indices(self, digests: np.ndarray) -> np.ndarray:
-        """int64, where each of `digests` is in `self.digests`; -1 where it is not."""
+        """Returns int64 [digests], the index of each in `self.digests`; -1 for a missing one."""
         if not len(self.digests):
             return np.full(len(digests), -1)
         indices = np.minimum(np.searchsorted(self.digests, digests), len(self.digests) - 1)

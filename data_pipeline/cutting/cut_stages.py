@@ -1,13 +1,13 @@
-"""The stages that take parts out of documents, each of them off unless configured.
+"""Stages that remove or replace parts of documents; each is off unless it is configured.
 
     dedup -> decontaminate -> web_lines  -\\
                            -> lines      -+
                            -> substrings --> documents
                            -> pii        -/
 
-Web_lines, lines, substrings and pii stand beside each other: each reads the texts of the documents that are left after
-decontaminate (or dedup, without it), as the extract stage published them, and publishes cuts. Only documents
-writes texts anew.
+The stages web_lines, lines, substrings and pii are independent of each other: each reads the documents that are left
+after decontaminate (or after dedup, if there is no decontaminate), as the extract stage published them, and publishes
+cuts. Only the documents stage writes new texts.
 """
 
 import glob
@@ -26,7 +26,7 @@ from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import RunContext, read_texts
 from data_pipeline.core.stage import Stage, file_hashes
 from data_pipeline.core.tables import count_verdicts, kept_rows, read_table, shards_of, table_samples, write_samples
-from data_pipeline.cutting.copies import RECORD, CountUnits, ShareOut, TextUnits, partitions_for
+from data_pipeline.cutting.copies import RECORD, AllotQuotas, CountUnits, TextUnits, partitions_for
 from data_pipeline.cutting.cuts import note_cuts
 from data_pipeline.cutting.decontamination import CONTAMINATED, Decontaminate
 from data_pipeline.cutting.decontamination import FOLDER as MATCHES
@@ -39,7 +39,7 @@ from data_pipeline.cutting.web_lines import CutWebLines
 
 
 def decontaminate_stage(context: RunContext, extract: Stage, dedup: Stage) -> Stage | None:
-    """The stage that looks for evaluation texts, where the config names some."""
+    """Describes the stage that finds evaluation texts; None if the config does not enable it."""
     settings = context.config.decontaminate
     if not settings or not settings.enabled:
         return None
@@ -56,7 +56,7 @@ def decontaminate_stage(context: RunContext, extract: Stage, dedup: Stage) -> St
 
 
 def web_lines_stage(context: RunContext, extract: Stage, language: Stage, kept: Stage) -> Stage | None:
-    """The stage that cuts lines by the rules of rule sets, where one of them says so."""
+    """Describes the stage that cuts single lines by published rules; None if no rule set has `drop_lines`."""
     dropping = {name: rules for name, rules in context.config.rules.items() if rules.drop_lines}
     if not dropping:
         return None
@@ -66,7 +66,7 @@ def web_lines_stage(context: RunContext, extract: Stage, language: Stage, kept: 
 
 
 def lines_stage(context: RunContext, extract: Stage, language: Stage, kept: Stage) -> Stage | None:
-    """The stage that cuts repeated lines or paragraphs, where the config has [lines]."""
+    """Describes the stage that cuts repeated lines or paragraphs; None if the config does not enable [lines]."""
     settings = context.config.lines
     if not settings or not settings.enabled:
         return None
@@ -75,7 +75,7 @@ def lines_stage(context: RunContext, extract: Stage, language: Stage, kept: Stag
 
 
 def substrings_stage(context: RunContext, extract: Stage, language: Stage, kept: Stage) -> Stage | None:
-    """The stage that cuts repeated substrings, where the config has [substrings]."""
+    """Describes the stage that cuts repeated substrings; None if the config does not enable [substrings]."""
     settings = context.config.substrings
     if not settings or not settings.enabled:
         return None
@@ -84,7 +84,7 @@ def substrings_stage(context: RunContext, extract: Stage, language: Stage, kept:
 
 
 def pii_stage(context: RunContext, extract: Stage, language: Stage, kept: Stage) -> Stage | None:
-    """The stage that replaces personal data, keys and tokens, where the config has [pii]."""
+    """Describes the stage that replaces personal data, keys and tokens; None if the config does not enable [pii]."""
     settings = context.config.pii
     if not settings or not settings.enabled:
         return None
@@ -93,7 +93,7 @@ def pii_stage(context: RunContext, extract: Stage, language: Stage, kept: Stage)
 
 
 def evaluation_files(settings: DecontaminateConfig) -> list[str]:
-    """All files, sorted. Errors: ConfigError for a pattern that matches nothing."""
+    """Lists the files that `decontaminate.files` names, sorted. Raises ConfigError if a pattern matches none."""
     found: set[str] = set()
     for pattern in settings.files:
         paths = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
@@ -127,7 +127,7 @@ def _decontaminate(
 
 
 def _finished(folder: Path, tallies: Path, samples: bool = True) -> Tally:
-    """The counts of a stage that has written its tables of verdicts and cuts."""
+    """Returns the counts of a stage that has written its tables of verdicts and cuts; may write samples as well."""
     tally = Tally.load_all(tallies)
     count_verdicts(folder, tally)
     note_cuts(folder, tally)
@@ -146,13 +146,16 @@ def _count_copies(
     scratch: Path,
     logs: Path,
 ) -> Path:
-    """Two passes that leave quotas of `units` in a folder under `scratch`; `records` is about how many to expect."""
+    """Runs the two passes that allot quotas of `units`; returns the folder of the quotas, under `scratch`.
+
+    `records` is the approximate number of records to expect, from which the number of partitions follows.
+    """
     select = context.run_dir / kept
     shards, partitions = shards_of(select), partitions_for(records)
     counts, quotas = scratch / "counts", scratch / "quotas"
     count = CountUnits(str(counts), str(select), shards, units, partitions)
     read_texts(context, f"{title}: count", [count], logs / "count", shards)
-    share = ShareOut(str(counts), str(quotas), partitions, len(shards), max_copies, str(logs / "share" / "progress"))
+    share = AllotQuotas(str(counts), str(quotas), partitions, len(shards), max_copies, str(logs / "share" / "progress"))
     size = sum(path.stat().st_size for path in counts.rglob("*.bin"))
     context.pipeline(f"{title}: share", logs / "share", [share], partitions, size)
     shutil.rmtree(counts)

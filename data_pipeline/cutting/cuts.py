@@ -1,14 +1,14 @@
-"""Cuts: parts of texts that stages remove or replace, as tables of byte spans beside the untouched text.
+"""Cuts: parts of texts that stages remove or replace, kept as tables of byte spans while the texts stay unchanged.
 
-A stage that takes something out of documents publishes `cuts/<source>/<shard>.parquet` beside its table of
-verdicts: the row in the extract shard, start and end in UTF-8 bytes of the text as the extract stage published
-it, always between characters, a replacement (mostly empty) and a reason. The documents stage merges the cuts of
-all stages and applies them once, so that no stage depends on another's offsets.
+Such a stage publishes `cuts/<source>/<shard>.parquet` beside its table of verdicts. The columns are the row in the
+extract stage's shard, start and end in UTF-8 bytes of the text as the extract stage published it (always between
+characters), a replacement (mostly empty) and a reason. The documents stage merges the cuts of all stages and applies
+them once, so that no stage depends on another's offsets.
 
-Where cuts overlap, all their bytes go. Each byte is counted under the cut that begins first; of cuts that begin
-together, under the one whose stage comes first. Removing wins over replacing: the replacement of a cut that
-others remove whole is not inserted. Of overlapping replacements that are left, only the first is, by start, then
-length, then stage. Cuts that merely touch stay two.
+Where cuts overlap, all their bytes are removed. Each byte is counted under the cut that begins first; among cuts that
+begin together, under the one whose stage comes first. If removals (cuts without replacement) cover a whole cut, its
+replacement is not inserted. Of other replacements that overlap, only one is inserted: the first by start, then the
+longest, then the first by stage. Cuts that merely touch are not joined.
 """
 
 from abc import abstractmethod
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
 
 
 class Cut(NamedTuple):
-    """Bytes [start, end) of a text, not empty, and what stands there instead."""
+    """Bytes [start, end) of a text, at least one, and the text that replaces them, which may be empty."""
 
     start: int
     end: int
@@ -47,7 +47,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedCuts:
-    """The cuts of one document as disjoint spans (start, end, replacement) in order, in bytes."""
+    """All cuts of one document, merged into disjoint spans (start, end, replacement), in bytes and in order."""
 
     spans: list[tuple[int, int, str]]
     removed: dict[str, int]  # bytes by reason; their sum is the bytes in spans
@@ -62,12 +62,12 @@ class MergedCuts:
 
 
 def merge(cuts: Sequence[Cut]) -> MergedCuts:
-    """One plan of what leaves a text, `cuts` in the order of their stages; the rules are the module's."""
+    """Merges a document's cuts, given in the order of their stages, by the rules in this module's docstring."""
     removals = union([(cut.start, cut.end) for cut in cuts if not cut.replacement])
     ordered = sorted(cuts, key=lambda cut: cut.start)  # stable: ties stay in the stages' order
     removed: dict[str, int] = {}
     spans: list[tuple[int, int, str]] = []
-    standing: list[Cut] = []  # replacements in the span at hand that no removal covers
+    standing: list[Cut] = []  # cuts of the current span whose replacements no removal covers
     removal = 0
     for cut in ordered:
         if not spans or cut.start >= spans[-1][1]:
@@ -88,7 +88,7 @@ def merge(cuts: Sequence[Cut]) -> MergedCuts:
 
 
 def union(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Overlapping and touching spans joined, in order."""
+    """Joins spans that overlap or touch; returns them in order."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if joined and start <= joined[-1][1]:
@@ -99,7 +99,7 @@ def union(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def apply(text: str, merged: MergedCuts) -> str:
-    """`text` after its cuts. Errors: ValueError for a cut outside the text or inside a character."""
+    """Applies merged cuts to a text. Raises ValueError for a cut outside of the text or inside a character."""
     raw = text.encode()
     parts, position = [], 0
     for start, end, replacement in merged.spans:
@@ -115,7 +115,7 @@ def _between_characters(raw: bytes, offset: int) -> bool:
 
 
 def byte_offsets(text: str, positions: Sequence[int]) -> list[int]:
-    """Offsets in characters to offsets in UTF-8 bytes; any order."""
+    """Converts offsets in characters, in any order, to offsets in UTF-8 bytes."""
     if text.isascii():
         return list(positions)
     offsets: dict[int, int] = {}
@@ -128,14 +128,14 @@ def byte_offsets(text: str, positions: Sequence[int]) -> list[int]:
 
 
 def write_cuts(folder: str | Path, shard: str, cuts: Sequence[tuple[int, Cut]]) -> None:
-    """(row, cut) pairs of one shard; a shard without any gets an empty table."""
+    """Writes a shard's table of cuts from (row, cut) pairs; without any, an empty table."""
     columns = [[row for row, _ in cuts], *([cut[field] for _, cut in cuts] for field in range(4))]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     write_table(Path(folder) / FOLDER, shard, pa.table(arrays, schema=SCHEMA))
 
 
 def read_cuts(stages: Sequence[str | Path], shard: str) -> dict[int, list[Cut]]:
-    """Row -> the cuts of all `stages`, in that order. A stage that did not see the shard has none."""
+    """Reads the cuts of a shard from several stages: row -> cuts, in the order of stages; some may lack the shard."""
     found: dict[int, list[Cut]] = {}
     for stage in stages:
         path = Path(stage) / FOLDER / f"{shard}.parquet"
@@ -147,7 +147,7 @@ def read_cuts(stages: Sequence[str | Path], shard: str) -> dict[int, list[Cut]]:
 
 
 def note_cuts(folder: str | Path, tally: Tally) -> None:
-    """Notes per source how many documents a stage cuts and how often, by reason."""
+    """Adds to the tally's notes, by source and reason, how many cuts a stage made and in how many documents."""
     for shard in shards_of(Path(folder) / FOLDER):
         table = read_table(Path(folder) / FOLDER, shard, ["row", "reason"])
         groups = table.group_by("reason").aggregate([("row", "count"), ("row", "count_distinct")])
@@ -158,7 +158,10 @@ def note_cuts(folder: str | Path, tally: Tally) -> None:
 
 
 class CutStep(TableStep):
-    """Finds cuts in the documents that the stage `select` kept; writes a table of verdicts and one of cuts."""
+    """Base class of steps that find cuts in the documents that the stage `select` kept.
+
+    Writes a table of verdicts and a table of cuts per shard.
+    """
 
     type = "✂️ - CUTS"
 
@@ -168,7 +171,7 @@ class CutStep(TableStep):
 
     @abstractmethod
     def find(self, document: Document) -> tuple[list[Cut], dict[str, Any]]:
-        """The cuts of one document, and columns for its row of the table (`verdict`, to drop it)."""
+        """Returns the cuts of one document and columns for its row of the table; a `verdict` among them drops it."""
 
     def measure(self, document: Document, before: dict[str, Any]) -> dict[str, Any]:
         cuts, columns = self.find(document)

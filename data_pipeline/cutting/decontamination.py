@@ -1,9 +1,9 @@
-"""Decontamination: documents that hold evaluation text are dropped, or the text is cut out of them.
+"""Decontamination: drops documents that hold evaluation text, or cuts that text out of them.
 
-By n-grams of words, as GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C): 13 words in a row of an item are a
-match; there 200 characters on either side go as well. `ngram_index` says how texts are compared. For every document
-with a match a table `matches/<source>/<shard>.parquet` names file and item, and shows the longest stretch in its
-context.
+The method is that of GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C): 13 words in a row that an evaluation item
+has as well are a match, and by default a cut removes 200 characters on either side too. `ngram_index` describes how
+texts are compared. For every document with a match, a table `matches/<source>/<shard>.parquet` names the file and item,
+and shows the longest matching part in its context.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from data_pipeline.cutting.ngram_index import NgramIndex, NgramMatch
 
 FOLDER = "matches"
 CONTAMINATED = "contaminated"
-_ITEMS = 10  # a document: those with the most n-grams
+_ITEMS = 10  # items listed per document, those with the most n-grams
 _CONTEXT = 80  # characters shown on either side of a match
 _SHOWN = 400  # characters shown of a match
 SCHEMA = pa.schema(
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         ("item", pa.string()),
         ("ngrams", pa.int64()),
         ("share", pa.float64()),  # of the item's n-grams
-        ("start", pa.int64()),  # bytes of the document's text
+        ("start", pa.int64()),  # start and end of the longest matching part, in bytes of the document's text
         ("end", pa.int64()),
         ("context", pa.string()),  # the match in guillemets
     ]
@@ -39,7 +39,10 @@ SCHEMA = pa.schema(
 
 
 class Decontaminate(CutStep):
-    """Verdicts or cuts, and tables of matches; `ngram_index` is the folder where the index is saved."""
+    """Step that drops or cuts documents with evaluation text and writes tables of matches.
+
+    `ngram_index` is the folder where the index was saved.
+    """
 
     name = "Decontaminate"
 
@@ -51,7 +54,7 @@ class Decontaminate(CutStep):
         self._matches: list[dict[str, Any]] = []
 
     def find(self, document: Document) -> tuple[list[Cut], dict[str, Any]]:
-        if self._ngram_index is None:  # in the worker: it does not travel between processes
+        if self._ngram_index is None:  # loaded in the worker, since it is too large to be sent
             self._ngram_index = NgramIndex.load(self.index_folder)
         found = self._ngram_index.matches(document.text, self.settings.min_share)
         columns: dict[str, Any] = {"items": len(found)}
@@ -94,7 +97,7 @@ class Decontaminate(CutStep):
 
 
 def shown(text: str, start: int, end: int) -> str:
-    """The match with what is around it; a long one without its middle."""
+    """Shows a match in guillemets with 80 characters on either side; the middle of a long match is left out."""
     match = text[start:end]
     if len(match) > _SHOWN:
         match = f"{match[: _SHOWN // 2]} […] {match[-_SHOWN // 2 :]}"

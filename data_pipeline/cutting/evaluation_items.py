@@ -1,8 +1,8 @@
-"""Evaluation files: the items whose text is not to be trained on.
+"""Reads evaluation files, whose items must not be trained on.
 
-JSON lines and text, as they are or compressed with gzip or Zstandard, and Parquet; what a file is, its first bytes
-decide, not its name. Nothing is passed over in silence: an item that cannot be read ends the run, since documents with
-its text would stay.
+Files are JSON lines or text, plain or compressed with gzip or Zstandard, or Parquet. Compression and Parquet are
+recognized by a file's first bytes. An item that cannot be read ends the run with an error, since documents that hold
+its text would otherwise stay.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,14 +33,14 @@ class EvaluationItem(NamedTuple):
 
 
 def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[EvaluationItem]:
-    """Items of all files. Errors: ValueError naming file, line or row, and what was expected there."""
+    """Yields the items of all files. Raises ValueError, with file and line or row, if one cannot be read."""
     for path in paths:
         count = 0
         for item in _items(path, settings):
             count += 1
             yield item
         if not count:
-            raise ValueError(f"evaluation file {printable(path)} holds no items; get it anew, or leave it out")
+            raise ValueError(f"evaluation file {printable(path)} holds no items; replace it, or leave it out")
 
 
 def _items(path: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]:
@@ -75,7 +75,9 @@ def _text(file: BinaryIO, name: str) -> str:
     try:
         return decode_whole(content, marked_charset(content) or "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"evaluation file {name} is no {error.encoding} at byte {error.start}; convert it") from None
+        raise ValueError(
+            f"evaluation file {name} is not valid {error.encoding} at byte {error.start}; convert it"
+        ) from None
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
@@ -87,13 +89,15 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
 
 def _fields(line: Line, name: str) -> Any:
     if line.too_long:
-        raise ValueError(f"evaluation file {name}, line {line.number}: it has {line.size:,} bytes; split it up")
+        raise ValueError(
+            f"evaluation file {name}, line {line.number}: it has {line.size:,} bytes, which is too long; split it up"
+        )
     try:
         return orjson.loads(line.content.removeprefix("\ufeff".encode()))
     except orjson.JSONDecodeError as error:
         raise ValueError(
             f"evaluation file {name}, line {line.number}: {error}; repair it, or set decontaminate.format to "
-            '"text" if the file is no JSON lines but one text'
+            '"text" if the file holds one text and not JSON lines'
         ) from None
 
 
@@ -103,7 +107,7 @@ def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Evalu
         table = pq.ParquetFile(path)
         names = table.schema_arrow.names
         wanted = [key for key in names if key in (*settings.text_keys, settings.id_key)]
-        # With a column that is not there all are read: the message about it says which hold texts.
+        # If a column is missing, all are read, so that the error can say which ones hold texts.
         columns = wanted if set(settings.text_keys) <= set(names) else None
         for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
             for fields in batch.to_pylist():
@@ -129,7 +133,7 @@ def _item(name: str, where: str, number: int, fields: Any, settings: Decontamina
 
 
 def _such_as(fields: Any) -> str:
-    """The keys of an item that can be text keys, as the end of a sentence."""
+    """Names the keys of an item that hold strings, as the end of a sentence."""
     if not isinstance(fields, Mapping):
         return ", in a file with an object on each line"
     found = []
@@ -137,4 +141,4 @@ def _such_as(fields: Any) -> str:
         parts = value if isinstance(value, list) else [value]
         if parts and all(isinstance(part, str) for part in parts):
             found.append(key)
-    return f": of this one they are {', '.join(map(printable, found))}" if found else ": this one has none"
+    return f": this one has {', '.join(map(printable, found))}" if found else ": this one has none"

@@ -1,8 +1,8 @@
-"""Exact deduplication of lines or paragraphs: of each, the first `max_copies` stay, all others are cut.
+"""Exact deduplication of lines or paragraphs: the first `max_copies` of each stay, all others are cut.
 
-As CCNet (Wenzek et al. 2020, arXiv 1911.00359) drops repeated paragraphs, with the cap of Llama 3 (arXiv
-2407.21783). Two lines are the same when they are without the white space at their ends. The order in which copies
-stay is that of source, shard, row and line. Copies are counted by 128-bit BLAKE2b digests, on disk: see `copies`.
+CCNet (Wenzek et al. 2020, arXiv 1911.00359) drops repeated paragraphs in this way; the limit on copies is that of Llama
+3 (arXiv 2407.21783). Two lines are the same if they are equal without white space at both ends. Copies are ordered by
+source, shard, row and line. They are counted by 128-bit BLAKE2b digests, on disk: see `copies`.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ _PARAGRAPH_BREAK = re.compile(r"(\n[^\S\n]*\n\s*)")
 
 
 class Lines(TextUnits):
-    """The lines, or paragraphs, of a text that are long enough to count."""
+    """Splits texts into lines or paragraphs, and selects those that are long enough to be deduplicated."""
 
     def __init__(self, settings: LinesConfig) -> None:
         self.settings = settings
 
     def units(self, text: str) -> tuple[list[str], list[int]]:
-        """The units without the breaks between them, and how many characters of the text each has with its own."""
+        """Splits a text; returns the units without the breaks between them, and each one's length with its break."""
         if self.settings.unit == "line":
             lines = text.split("\n")
             return lines, [len(line) + 1 for line in lines]
@@ -37,11 +37,11 @@ class Lines(TextUnits):
         return parts[::2], [len(unit) + len(between) for unit, between in zip(parts[::2], breaks, strict=True)]
 
     def counted(self, text: str, source: str, shard: str) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Spans of the units that count, in characters, each with the break behind it, and their DIGESTs."""
+        """Returns the spans of the units that count, in characters with the break after each, and their DIGESTs."""
         settings = self.settings
         if settings.sources is not None and source_of(source) not in settings.sources:
             return [], np.zeros(0, DIGEST)
-        # Counted within a source, or a canary, the same line is another unit in each.
+        # With scope "source", equal lines of different sources are different units; so are those of canaries.
         within = canary_of(shard) or (source if settings.scope == "source" else "")
         person = hashlib.blake2b(within.encode(), digest_size=16).digest() if within else b""
         spans, digests, start = [], [], 0
@@ -58,7 +58,7 @@ class Lines(TextUnits):
 
 
 class CutLines(CutStep):
-    """Cuts the copies of lines that a shard may not keep, `quotas` being where that is written."""
+    """Step that cuts the copies of lines that a shard may not keep; `quotas` is the folder of quotas."""
 
     name = "Lines"
 

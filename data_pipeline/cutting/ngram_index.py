@@ -1,12 +1,12 @@
-"""The index of evaluation files' n-grams, which documents are searched for.
+"""Index of the n-grams of evaluation files, which are searched for in documents.
 
-Texts are compared by words: lower-case, without punctuation (so "don't" is two), every Chinese, Japanese or Korean
-character a word of its own; an n-gram of an item mostly in those has 2n of them, as in `scan.words`. What lies
-between words does not count. An item too short for one n-gram is looked for whole, if it is not too short for that
-as well: then by nothing, and `evaluation.json` of the stage says how many those are. Full-width letters, spelling and
-paraphrase are not evened out.
+Texts are compared word by word, in lower case and without punctuation (so "don't" is two words); every Chinese,
+Japanese or Korean character is a word. If an item is mostly in such characters, its n-grams have 2n words, as in
+`scan.words`. Anything between words is ignored. An item too short for one n-gram is searched for as a whole if it has
+at least `min_words`; otherwise it is not searched for, and `evaluation.json` of the stage counts it as too short.
+Full-width letters, differences in spelling and paraphrases are not recognized.
 
-N-grams are 64-bit hashes, sorted; a hit is then compared word by word.
+N-grams are found by sorted 64-bit hashes, and each hit is then compared word by word.
 """
 
 import json
@@ -27,15 +27,15 @@ from data_pipeline.scan.scores import in_lower_case
 from data_pipeline.scan.words import BASE, Splitter, mix, span_hash
 
 _LETTERS = WORD | CJK
-_BITS_PER_PROBE = 16  # of the bitmap that is asked first: so one hash in 16 is looked for in vain
+_BITS_PER_PROBE = 16  # bitmap size per n-gram: of the hashes that are not in the index, at most 1 in 16 passes
 
 
 class NgramMatch(NamedTuple):
-    """An item found in a document. `spans` in characters, in order and apart, each of one n-gram or more."""
+    """An evaluation item found in a document; `spans` are disjoint parts of the document, in characters, in order."""
 
     item: int
-    ngrams: int  # distinct n-grams of the item that were found
-    share: float  # of all its distinct n-grams
+    ngrams: int  # how many distinct n-grams of the item were found
+    share: float  # the same as a share of all its distinct n-grams
     spans: list[tuple[int, int]]
 
 
@@ -49,6 +49,7 @@ class TextWords(NamedTuple):
 
 
 def words_of(text: str) -> TextWords:
+    """Splits a text into words, in the way that this module's docstring describes."""
     codes = codes_of(in_lower_case(text))
     return TextWords(*_words(codes, kinds_of(codes)))
 
@@ -76,7 +77,7 @@ def _words(codes: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 @numba.njit(cache=True, nogil=True)
 def ngrams_of(hashes: np.ndarray, size: int) -> np.ndarray:
-    """uint64 [words - size + 1], of each `size` words a polynomial in their hashes modulo 2^64: order counts."""
+    """Hashes every `size` words in a row; returns uint64 [words - size + 1], which depend on the words' order."""
     found = np.empty(max(len(hashes) - size + 1, 0), np.uint64)
     power, value = np.uint64(1), np.uint64(0)
     for _ in range(size):
@@ -92,7 +93,7 @@ def ngrams_of(hashes: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass
 class _NgramTable:
-    """Sorted n-grams of one size: a row per occurrence in an item."""
+    """Table of the n-grams of one size, sorted by hash, with a row for each occurrence in an item."""
 
     hashes: np.ndarray  # uint64 [n]
     items: np.ndarray  # int64 [n]
@@ -105,14 +106,14 @@ class _NgramTable:
         self._seen[self.hashes >> self._shift] = True
 
     def hits(self, hashes: np.ndarray) -> np.ndarray:
-        """Which of `hashes` are here."""
+        """Returns the indices of those `hashes` that are in the table."""
         chosen = np.flatnonzero(self._seen[hashes >> self._shift])
         positions = np.minimum(np.searchsorted(self.hashes, hashes[chosen]), len(self.hashes) - 1)
         return chosen[self.hashes[positions] == hashes[chosen]]
 
 
 class NgramIndex:
-    """All n-grams of a run's evaluation files; saved once, loaded by every task."""
+    """All n-grams of a run's evaluation files; saved once and loaded by every task."""
 
     def __init__(self, arrays: dict[str, np.ndarray], names: list[list[str]]) -> None:
         self.arrays = arrays
@@ -127,6 +128,7 @@ class NgramIndex:
 
     @classmethod
     def of(cls, items: Iterator[EvaluationItem], settings: DecontaminateConfig) -> "NgramIndex":
+        """Builds the index of all items."""
         names, words, sizes, distinct, lengths = [], [np.zeros(0, np.uint64)], [], [], []
         grams: list[tuple[np.ndarray, int, int]] = []
         for number, item in enumerate(items):
@@ -173,8 +175,9 @@ class NgramIndex:
             return cls(dict(arrays), json.loads((Path(folder) / "names.json").read_text(encoding="utf-8")))
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """Counts for each file its items, those too short to be looked for, the distinct n-grams of all items added up,
-        and the length of the longest item, in the words that min_words counts.
+        """Counts, for each file: items, items too short to be searched for, the sum of all items' distinct n-grams.
+
+        `longest` is the length of the file's longest item, in words as `min_words` counts them.
         """
         found: dict[str, dict[str, int]] = {}
         for (file, _), size, distinct, length in zip(
@@ -188,7 +191,10 @@ class NgramIndex:
         return found
 
     def matches(self, text: str, min_share: float) -> list[NgramMatch]:
-        """Items of which `text` holds an n-gram, and `min_share` of all; most n-grams first, then in file order."""
+        """Finds items of which `text` holds at least one n-gram and the share `min_share` of its n-grams.
+
+        Items with the most n-grams come first; items with equally many are in file order.
+        """
         words = words_of(text)
         found = []
         for item, occurrences in self._hits(words.hashes).items():
@@ -207,7 +213,7 @@ class NgramIndex:
         return sorted(found, key=lambda match: (-match.ngrams, match.item))
 
     def _hits(self, hashes: np.ndarray) -> dict[int, list[tuple[int, int]]]:
-        """Item -> (position in the text's words, hash) of each n-gram of it that is there."""
+        """Finds items' n-grams among a text's words: item -> (index of the first word, n-gram hash) of each hit."""
         found: dict[int, list[tuple[int, int]]] = {}
         starts, words = self.arrays["starts"], self.arrays["words"]
         for size, table in self._tables.items():
@@ -224,12 +230,12 @@ class NgramIndex:
 
 
 def require_ngrams(summary: dict[str, Any]) -> None:
-    """Errors: ValueError for a file of which nothing would be found."""
+    """Raises ValueError if all items of a file are too short to be searched for."""
     for file, counts in summary.items():
         if counts["items"] == counts["too_short"]:
             longest = counts["longest"]
             remedy = f"lower decontaminate.min_words to {longest}" if longest >= 2 else "leave the file out"
             raise ValueError(
-                f"evaluation file {file}: none of its {counts['items']} items has enough words to be looked for, the "
-                f"longest has {counts['longest']}; check decontaminate.text_keys, or {remedy}"
+                f"evaluation file {file}: none of its {counts['items']} items has enough words to be searched "
+                f"for, the longest has {counts['longest']}; check decontaminate.text_keys, or {remedy}"
             )

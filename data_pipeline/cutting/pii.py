@@ -1,7 +1,7 @@
-"""The PII stage: personal data, keys and tokens are replaced, or cost the document, by kind.
+"""The PII stage: replaces personal data, keys and tokens, or drops the document, depending on the kind.
 
-What is found, and what is not, is said in `personal_data`. The stage publishes where and of which
-kind, never what: no table, sample or log of it holds the text that matched.
+`personal_data` describes what is found and what is not. The stage publishes the places and kinds of what it found,
+never the text: none of its tables, samples and logs holds it.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from data_pipeline.personal_data.find import PLACEHOLDERS, find
 
 
 class RemovePii(CutStep):
-    """Cuts with placeholders for the kinds to replace, a verdict `pii_<kind>` for those that drop a document."""
+    """Step that cuts kinds to be replaced, with a placeholder, and drops documents with other kinds as `pii_<kind>`."""
 
     name = "PII"
 

@@ -1,16 +1,16 @@
-"""Exact deduplication of substrings: what has occurred before, for `min_bytes` or more, is cut.
+"""Exact deduplication of substrings: cuts every substring of at least `min_bytes` bytes that occurred before.
 
 The definition is that of Lee et al. 2022 (arXiv 2107.06499), with the first occurrence kept: a window of `min_bytes`
 bytes is a repeat if an equal one begins earlier, in the order of source, shard, row and offset, and does not overlap
-it; the cut is the union of repeats, which is that of all longer repeated substrings too. Its ends move inwards to
-whole characters. Windows do not reach over the ends of documents. A first occurrence can itself be cut in part,
-where it overlaps with a repeat of something else: so it is in the paper.
+it. The cuts are the union of all repeats, which covers longer repeated substrings too; their ends move inwards to whole
+characters. Windows do not cross the ends of documents. As in the paper, a first occurrence can itself be cut in part,
+where it overlaps with a repeat of something else.
 
-They build a suffix array over the whole corpus. The same windows are found here without holding it in memory:
-1. Of every window take its minimizer, the least hash of the windows of half its length within (Roberts et al. 2004).
-   Equal windows have the same one, and one in about 50 positions is new. Those are counted (see `copies`).
-2. Only windows whose minimizer occurs again can be repeats: these are counted by their 128-bit BLAKE2b digests.
-3. What a shard may not keep is cut.
+The paper builds a suffix array over the whole corpus. The same windows are found here without holding it in memory:
+1. The minimizer of a window is the smallest hash of all windows of half its length inside it (Roberts et al. 2004).
+   Equal windows have the same minimizer, which changes about every 50 positions. Minimizers are counted (see `copies`).
+2. Only windows whose minimizer occurs again can be repeats. These are counted by their 128-bit BLAKE2b digests.
+3. Windows that a shard may not keep are cut.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from data_pipeline.cutting.copies import DIGEST, Quota, TextUnits
 from data_pipeline.cutting.cuts import Cut, CutStep
 from data_pipeline.scan.words import mix
 
-_BLOCK = 1 << 18  # windows looked at together: some 20 MB of arrays
+_BLOCK = 1 << 18  # windows processed at a time, in some 20 MB of arrays
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 
 
 class Minimizers(TextUnits):
-    """The minimizers of a text's windows, one for each run of windows that share it."""
+    """Computes the minimizers of a text's windows, one for each run of windows that share it."""
 
     def __init__(self, settings: SubstringsConfig) -> None:
         self.settings = settings
@@ -41,19 +41,20 @@ class Minimizers(TextUnits):
         self._tables: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def takes(self, source: str) -> bool:
+        """Whether a source is deduplicated."""
         return self.settings.sources is None or source_of(source) in self.settings.sources
 
     def blocks(self, raw: bytes) -> Iterator[tuple[int, np.ndarray]]:
-        """(first window, uint64 minimizer of each window from there) in blocks."""
+        """Yields blocks of windows: (index of the first window, minimizer of each window, uint64)."""
         codes = np.frombuffer(raw, np.uint8)
         windows = len(codes) - self.settings.min_bytes + 1
         for start in range(0, max(windows, 0), _BLOCK):
-            stretch = codes[start : start + _BLOCK + self.settings.min_bytes - 1]
-            yield start, _sliding_minimum(_mixed(self._hashes(stretch)), self.width)
+            block = codes[start : start + _BLOCK + self.settings.min_bytes - 1]
+            yield start, _sliding_minimum(_mixed(self._hashes(block)), self.width)
 
     def _hashes(self, codes: np.ndarray) -> np.ndarray:
-        """uint64, a polynomial modulo 2^64 of each window of `inner` bytes. Collisions cost time, not truth."""
-        if self._tables is None:  # in the worker: too large to travel
+        """Hashes each window of `inner` bytes, uint64. A collision costs time but does not change the result."""
+        if self._tables is None:  # made in the worker, since they are too large to be sent
             size = _BLOCK + self.settings.min_bytes
             drawn = _mixed(np.arange(1, 257, dtype=np.uint64))  # a random number for each byte
             self._tables = drawn, _powers(_BASE, size), _powers(pow(_BASE, -1, 1 << 64), size)
@@ -70,13 +71,16 @@ class Minimizers(TextUnits):
         for _, minimizers in self.blocks(text.encode()):
             edges = np.flatnonzero(np.r_[True, minimizers[1:] != minimizers[:-1]])
             lengths = np.diff(np.r_[edges, len(minimizers)])
-            # One inner window is the least of `width` windows at most: a longer run holds it twice.
+            # One inner window can be the minimizer of at most `width` windows; a longer run has two equal ones.
             found.append(_as_digests(np.repeat(minimizers[edges], 1 + (lengths > self.width)), shard))
         return np.concatenate(found)
 
 
 class Windows(TextUnits):
-    """The windows of a text whose minimizers occur again, by their content. `repeated`: quotas of minimizers."""
+    """Selects the windows of a text whose minimizers occur again, and computes digests of their bytes.
+
+    `repeated` is the folder with the quotas of minimizers.
+    """
 
     def __init__(self, settings: SubstringsConfig, repeated: str, shards: Sequence[str]) -> None:
         self.minimizers = Minimizers(settings)
@@ -85,7 +89,7 @@ class Windows(TextUnits):
         self._quota: tuple[str, Quota | None] = ("", None)
 
     def counted(self, text: str, source: str, shard: str) -> tuple[np.ndarray, np.ndarray]:
-        """(int64 first bytes, DIGESTs)."""
+        """Returns (int64, the offsets of the selected windows in bytes; their DIGESTs)."""
         if self._quota[0] != shard:
             self._quota = shard, Quota(self.repeated, self.shards.index(shard))
         quota = self._quota[1]
@@ -113,7 +117,7 @@ class Windows(TextUnits):
 
 
 class CutSubstrings(CutStep):
-    """Cuts the windows that a shard may not keep; `quotas` says which."""
+    """Step that cuts the windows that a shard may not keep; `quotas` is the folder of quotas."""
 
     name = "Substrings"
 
@@ -135,7 +139,8 @@ class CutSubstrings(CutStep):
         starts, indices = starts[indices >= 0], indices[indices >= 0]
         size = self.windows.minimizers.settings.min_bytes
         units, first, unit = np.unique(indices, return_index=True, return_inverse=True)
-        # A unit that this shard may keep has its first occurrence in this very document.
+        # If the shard may keep a window, its first occurrence here is the one to keep; a later one that does not
+        # overlap it is a repeat.
         repeats = (quota.left[indices] == 0) | (starts >= starts[first][unit] + size)
         quota.left[units] = 0
         spans = _spans(document.text, starts[repeats], size)
@@ -143,7 +148,7 @@ class CutSubstrings(CutStep):
 
 
 def _spans(text: str, starts: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
-    """The union of windows, in bytes, without the parts of characters at its ends."""
+    """Yields the union of windows as spans in bytes, whose ends move inwards to whole characters."""
     if not len(starts):
         return
     heads = np.flatnonzero(np.r_[True, np.diff(starts) > size])
@@ -167,14 +172,14 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def _powers(base: int, size: int) -> np.ndarray:
-    """uint64 [size], base ** 0, 1, 2... modulo 2^64."""
+    """Powers base ** 0, 1, 2, ... modulo 2^64, uint64 [size]."""
     factors = np.full(size, base, np.uint64)
     factors[0] = 1
     return np.multiply.accumulate(factors)
 
 
 def _sliding_minimum(values: np.ndarray, width: int) -> np.ndarray:
-    """The least of each `width` neighbours, by running minima of blocks from either side (van Herk 1992)."""
+    """Minimum of every `width` values in a row, by running minima of blocks from both sides (van Herk 1992)."""
     count = len(values) - width + 1
     padded = np.full(-(-len(values) // width) * width, np.iinfo(np.uint64).max, np.uint64)
     padded[: len(values)] = values
@@ -185,5 +190,5 @@ def _sliding_minimum(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _as_digests(values: np.ndarray, shard: str) -> np.ndarray:
-    """64-bit numbers as DIGESTs. Mixed first: minima are all small, and partitions go by the first bits."""
+    """Turns 64-bit minimizers into DIGESTs; mixed, since minima are small and first bits choose the partition."""
     return (_mixed(values) ^ np.uint64(salt(shard))).astype(">u8").view("S8").astype(DIGEST)

@@ -1,8 +1,8 @@
-"""The web_lines stage: lines that a document's rule set drops, by C4's or RefinedWeb's rules, are cut.
+"""The web_lines stage: cuts the lines that C4's or RefinedWeb's rules drop, where a document's rule set has them.
 
-Which lines these are is in `scan.web_lines`. Documents are cut after they were judged and deduplicated, where the
-published pipelines cut first and judge what is left: the scores `c4_sentences` and `refinedweb_word_ratio` already
-count the lines that stay.
+`scan.web_line_rules` holds these rules. The published pipelines cut lines first and filter documents by what is left.
+Here, documents are filtered and deduplicated first; the scores `c4_sentences` and `refinedweb_word_ratio` already take
+account of the lines that will be cut.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from data_pipeline.scores.scoring import definition_of
 
 
 class CutWebLines(CutStep):
-    """Cuts with reasons `<rules>_<why>`, such as c4_policy; `rules` are those that drop lines, by name."""
+    """Step that cuts lines, with reasons such as `c4_policy`; `rules` are the rule sets that drop lines, by name."""
 
     name = "Web lines"
 
@@ -38,7 +38,7 @@ class CutWebLines(CutStep):
         name = self._rules_of[document.metadata["row"]]
         if name not in self.rules:
             return [], {}
-        if name not in self._scanners:  # in the worker: scanners do not travel between processes
+        if name not in self._scanners:  # made in the worker, since scanners cannot be sent to other processes
             self._scanners[name] = Scanner(definition_of(self.rules[name]))
         found = [
             (start, end, f"{which}_{reason}")

@@ -1,4 +1,4 @@
-"""Lines and substrings that occur again: held against brute force and a suffix array, on made-up and real text."""
+"""Tests cuts of repeated lines and substrings against brute force and a suffix array, on made-up and real texts."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from datatrove.data import Document
 from configs.cuts import LinesConfig, SubstringsConfig
 from data_pipeline.core.tables import as_table, write_table
 from data_pipeline.cutting import copies, substrings
-from data_pipeline.cutting.copies import CountUnits, ShareOut, TextUnits
+from data_pipeline.cutting.copies import AllotQuotas, CountUnits, TextUnits
 from data_pipeline.cutting.cuts import Cut, CutStep, apply, merge, read_cuts
 from data_pipeline.cutting.lines import CutLines, Lines
 from data_pipeline.cutting.substrings import CutSubstrings, Minimizers, Windows
@@ -49,7 +49,7 @@ def count(folder: Path, corpus: Corpus, select: str, units: TextUnits, cap: int,
         list(step.run(iter(documents(corpus, shards[rank::tasks])), rank, tasks))
     for rank in range(tasks):
         (folder / "progress").mkdir(parents=True, exist_ok=True)
-        share = ShareOut(
+        share = AllotQuotas(
             str(folder / "counts"), str(folder / "quotas"), partitions, len(shards), cap, str(folder / "progress")
         )
         list(share.run(None, rank, tasks))
@@ -87,7 +87,7 @@ def left(corpus: Corpus, cuts: dict[tuple[str, int], list[Cut]]) -> Corpus:
 
 
 def real_corpus() -> Corpus:
-    """Speeches, code and a Chinese novel, with passages of theirs planted in other documents."""
+    """Makes a corpus of speeches, code and a Chinese novel, in which documents hold passages of others."""
     draw = random.Random(7)
     texts = {source: [record["text"] for record in demo_records(source)] for source in ("english", "chinese", "code")}
     corpus: Corpus = {}
@@ -149,7 +149,7 @@ def test_lines_of_other_sources_are_not_touched(tmp_path: Path) -> None:
 
 
 def repeats_to_text(text: str, marked: np.ndarray) -> str:
-    """`text` without marked bytes, where a run of them begins and ends with whole characters."""
+    """Removes marked bytes from a text; each run of them first shrinks to whole characters."""
     raw = text.encode()
     marked = marked.copy()
     edges = np.flatnonzero(np.diff(np.r_[0, marked.astype(np.int8), 0]))
@@ -164,7 +164,7 @@ def repeats_to_text(text: str, marked: np.ndarray) -> str:
 
 
 def by_brute_force(corpus: Corpus, size: int) -> Corpus:
-    """Every window in a dictionary, in order."""
+    """Removes repeats, found by putting every window into a dictionary in order."""
     first: dict[bytes, tuple[str, int, int]] = {}
     out: Corpus = {}
     for shard in sorted(corpus):
@@ -181,11 +181,11 @@ def by_brute_force(corpus: Corpus, size: int) -> Corpus:
 
 
 def by_suffix_array(corpus: Corpus, size: int) -> Corpus:
-    """The paper's way: a suffix array of everything, and neighbours whose common prefix is long enough."""
+    """Removes repeats as in the paper: neighbours in a suffix array of all texts whose common prefix is long enough."""
     texts = [(shard, text) for shard in sorted(corpus) for text in corpus[shard]]
     joined = b"".join(text.encode() + b"\xff" for _, text in texts)  # 0xff is in no UTF-8 text
     array = pydivsufsort.divsufsort(joined)
-    common = pydivsufsort.kasai(joined, array)  # with the next suffix in order
+    common = pydivsufsort.kasai(joined, array)  # length of the common prefix with the next suffix in order
     ends = np.cumsum([len(text.encode()) + 1 for _, text in texts]) - 1  # where the separators are
     document = np.searchsorted(ends, array)
     inside = array + size <= ends[np.minimum(document, len(ends) - 1)]
@@ -208,7 +208,7 @@ def by_suffix_array(corpus: Corpus, size: int) -> Corpus:
 
 
 def patchwork(seed: int) -> Corpus:
-    """Texts of a few letters with runs, periods and copies, so that everything overlaps with everything."""
+    """Makes texts of a few letters with runs, periods and copies, so that repeats overlap in many ways."""
     draw = random.Random(seed)
     bits = ["a" * 80, "ab" * 50, "桃园", "豪杰三结义" * 9, "xyz😀" * 12]
     bits += ["".join(draw.choices("ab宴é\n", k=draw.randrange(10, 120))) for _ in range(8)]
@@ -260,7 +260,7 @@ def test_the_first_occurrence_stays_whole_and_the_next_goes(tmp_path: Path) -> N
     passage = "Four score and seven years ago our fathers brought forth on this continent, a new nation. "
     corpus = {"s/0": [f"One. {passage}Two."], "s/1": [f"Three. {passage}Four.", passage]}
     cuts = cut_substrings(tmp_path, corpus, min_bytes=60)
-    assert left(corpus, cuts) == {"s/0": corpus["s/0"], "s/1": ["ThreFour.", ""]}  # "e. " is common as well
+    assert left(corpus, cuts) == {"s/0": corpus["s/0"], "s/1": ["ThreFour.", ""]}  # "e. " is part of the repeat
 
 
 # --- both ---------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_the_first_occurrence_stays_whole_and_the_next_goes(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("cutter", [cut_lines, cut_substrings])
 def test_tasks_and_partitions_change_nothing(tmp_path: Path, cutter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "_BUFFER_BYTES", 4096)  # so that tasks spill more than once
+    monkeypatch.setattr(copies, "_BUFFER_BYTES", 4096)  # so small that tasks write their buffers more than once
     corpus = real_corpus()
     results = [cutter(tmp_path / f"{t}-{p}", corpus, tasks=t, partitions=p) for t, p in ((1, 1), (3, 7), (6, 2))]
     assert results[0] and results[0] == results[1] == results[2]

@@ -1,4 +1,4 @@
-"""Runs with the stages that take parts out: conservation, worker counts, canaries, and nothing personal in sight."""
+"""Tests runs with all cutting stages: counts, numbers of workers, planted texts, and that secrets are never shown."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.unit.data_pipeline.conftest import demo_records, write_jsonl
 
 
 def config_in(folder: Path) -> Path:
-    """The config of the run, whose files are in `folder`."""
+    """Writes the config of the run, whose files are in `folder`."""
     return data_config(
         folder / "data.toml",
         {
@@ -51,7 +51,7 @@ CARD = "4539 1488 0343 6467"
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real prose and chapters, with canaries: a card, secrets, a line four times over, a passage twice, a question."""
+    """Prose and chapters with planted texts: a card number, secrets, a line 4 times, a passage twice, two questions."""
     folder = tmp_path_factory.mktemp("inputs") / "in"
     folder.mkdir()
     prose = [dict(record, text=record["text"][300:3000]) for record in demo_records("english")[:24]]
@@ -64,7 +64,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prose[7]["text"] = f"{SECRETS[0]}\n" + prose[7]["text"] + f" My card: {CARD}."
     prose[8]["text"] = f"{' '.join(SECRETS)} and then: {prose[8]['text']}"
     novel[2]["text"] = f"电话：{SECRETS[2]}，邮箱{SECRETS[0]}。" + novel[2]["text"]
-    # A document of repeats, mostly, and one that the language stage's filter drops with a secret in its head.
+    # A document that mostly repeats others, and one that the filter drops, which begins with a secret.
     prose.append({"id": "mostly", "text": PASSAGE + " And this is what there is of its own, a line."})
     prose.append({"id": "short", "text": f"Too short. {SECRETS[0]} {SECRETS[3]}"})
     write_jsonl(folder / "prose.jsonl.gz", prose)
@@ -92,7 +92,7 @@ def test_all_stages_on_two_workers_and_one(config: Path, tmp_path: Path) -> None
     texts = {record["id"]: record["text"] for record in records(run_dir / "documents")}
     extracted = {record["id"]: record["text"] for record in records(run_dir / "extract")}
 
-    # Conservation, to the byte, and to the published texts.
+    # Counts add up to the byte, and agree with the published texts.
     for stage in stages.values():
         for counts in stage["sources"].values():
             for unit in ("documents", "bytes"):
@@ -104,7 +104,7 @@ def test_all_stages_on_two_workers_and_one(config: Path, tmp_path: Path) -> None
         assert passed_on == {"documents": len(mine), "bytes": sum(len(record["text"].encode()) for record in mine)}
         assert stages["tokens"]["sources"][source]["in"] == passed_on
 
-    # Every canary met its stage.
+    # Every planted text was found by its stage.
     dropped = {name: stages[name]["total"]["dropped"] for name in ("decontaminate", "pii", "documents")}
     assert dropped["decontaminate"]["contaminated"]["documents"] == 2
     assert "mostly" not in texts and "short" not in texts
@@ -119,7 +119,7 @@ def test_all_stages_on_two_workers_and_one(config: Path, tmp_path: Path) -> None
         "<EMAIL> <IP_ADDRESS> <PHONE> <KEY> and then: " in everything and "电话：<PHONE>，邮箱<EMAIL>。" in everything
     )
 
-    # What matched a question is shown in its place.
+    # Samples show the text that matched a question in its context.
     shown = [json.loads(line) for line in (run_dir / "decontaminate/drops/contaminated.jsonl").open()]
     assert {match["item"] for match in shown} == {"q0", "q1"}
     for match in shown:
@@ -132,7 +132,7 @@ def test_all_stages_on_two_workers_and_one(config: Path, tmp_path: Path) -> None
 
 
 def visible(run_dir: Path) -> list[Path]:
-    """Everything that is neither the text of documents nor made of it: samples, logs, counts, tables as JSON."""
+    """Lists all files except shards of texts, token stores and the tokenizer: samples, logs, counts, tables."""
     return [
         path
         for path in run_dir.rglob("*")
@@ -143,7 +143,7 @@ def visible(run_dir: Path) -> list[Path]:
 
 
 def test_tables_hold_no_secret(config: Path, tmp_path: Path) -> None:
-    """Parquet is compressed, so each table of every stage is read."""
+    """Reads every table of every stage, since Parquet files are compressed."""
     import pyarrow.parquet as pq
 
     assert main([str(config)]) == 0

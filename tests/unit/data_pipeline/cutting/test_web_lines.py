@@ -1,4 +1,4 @@
-"""The stage that cuts lines by published rules: each document by its own rule set, bytes on character boundaries."""
+"""Tests the stage that cuts lines by published rules: each document's own rule set, and correct byte offsets."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_lines_are_cut_by_each_documents_own_rules(tmp_path: Path) -> None:
     left = {row: apply(text, merge(cuts.get(row, []))) for row, (_, text) in TEXTS.items()}
     assert left == {
         0: "Call me Ishmael, he said.\nHe said so.\n",
-        1: "Call me Ishmael, he said.\nSome years ago, he said.",  # the reference wants five words
+        1: "Call me Ishmael, he said.\nSome years ago, he said.",  # the reference drops lines under five words
         2: TEXTS[2][1],
     }
     assert [cut.reason for cut in cuts[0]] == ["c4_no_end", "c4_no_end", "refinedweb_counter", "refinedweb_uppercase"]
