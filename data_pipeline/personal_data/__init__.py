@@ -1,1 +1,1 @@
-"""Personal data, keys and tokens: where a text holds them, and hiding them in names, URLs and metadata."""
+"""Finds personal data, keys and tokens in texts, and hides them in ids, URLs, file names and metadata."""

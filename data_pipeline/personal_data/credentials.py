@@ -1,9 +1,9 @@
-"""Keys, tokens and secrets in a text.
+"""Finds keys, tokens and secrets in a text.
 
-A key is what its form gives away: a token with a well-known prefix, a JSON web token, a PEM private key with its
-content (code that only names the marks has none). A secret is a quoted random value that is given to a name like
-`password`: guessing, so it is on only when asked for. Keys without a form of their own are left out, and so are
-passwords in running text.
+A key is recognized by its form: a token with a well-known prefix, a JSON web token, or a PEM private key with its
+content (code that only mentions the BEGIN and END lines has none). A secret is a quoted random value that is assigned
+to a name like `password`; this is a guess, so the PII stage looks for secrets only if the config says so. Keys without
+a form of their own and passwords in running text are not found.
 """
 
 import math
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 # Formats as their issuers document them. Each has a run of LONG_RUN letters, digits, "_" and "-" in it.
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9_])(?:"
-    r"A[KS]IA(?![A-Z2-7]*EXAMPLE)[A-Z2-7]{16}"  # AWS access key; theirs for manuals end in EXAMPLE
+    r"A[KS]IA(?![A-Z2-7]*EXAMPLE)[A-Z2-7]{16}"  # AWS access key; those in AWS's manuals end in EXAMPLE
     r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}"
     r"|glpat-[A-Za-z0-9_\-]{20,}"  # GitLab
     r"|xox[abeoprs]-[A-Za-z0-9\-]{15,250}"  # Slack
@@ -31,16 +31,19 @@ _TOKEN = re.compile(
 )
 _BEGIN = re.compile(r"(?<![A-Za-z0-9_])(?=A[KS]IA|gh|glpat|xox|hooks|AIza|[rs]k[_\-]|hf_|npm_|pypi|SG\.|eyJ)")
 LONG_RUN = 18
-_BEFORE_RUN = 60  # as far ahead of its longest run a token begins at most
+_BEFORE_RUN = 60  # a token begins at most so many characters before its longest run
 _PEM_BEGIN = re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----")
 _PEM_END = re.compile(r"-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----")
-_PEM_BODY = re.compile(r"[A-Za-z0-9+/=\s\\:,\-\"']*")  # without an end: as far as it looks like one
-_PEM_CONTENT = re.compile(r"[A-Za-z0-9+/]{40,}")  # code that only names the marks has none
+_PEM_BODY = re.compile(r"[A-Za-z0-9+/=\s\\:,\-\"']*")  # content of a key without END line: as far as it looks like one
+_PEM_CONTENT = re.compile(r"[A-Za-z0-9+/]{40,}")  # code that only mentions the BEGIN and END lines has none
 _PEM_MAX = 1 << 14
 
 
 def keys(text: str, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Where keys are, (start, end) in characters; `runs` are those of LONG_RUN signs or more of a token."""
+    """Yields (start, end) of each key, in characters.
+
+    `runs` are the parts of the text with at least LONG_RUN letters, digits, "_" and "-" in a row; every token has one.
+    """
     done = 0
     for first, last in runs:
         for begin in _BEGIN.finditer(text, max(done, first - _BEFORE_RUN), last):
@@ -63,11 +66,11 @@ _NAMED = re.compile(
     r"(?i)(?:secret|token|passw(?:or)?d|passphrase|api_?key|access_?key|auth_?key)[\"']?\s{0,4}(?::=|=>|[:=])\s{0,4}\Z"
 )
 _LONGEST_NAME = 32
-_SECRET_BITS = 3.5  # a character; English words have about 3, random base64 of 20 characters about 4
+_SECRET_BITS = 3.5  # least entropy per character; English words have about 3, random base64 of 20 characters about 4
 
 
 def secrets(text: str) -> Iterator[tuple[int, int]]:
-    """Where values are that look like secrets, (start, end) in characters, without their quotes."""
+    """Yields (start, end), in characters and without quotes, of values that look like secrets."""
     for match in _QUOTED.finditer(text):
         value = match[1]
         if not _NAMED.search(text[max(0, match.start() - _LONGEST_NAME) : match.start()]):

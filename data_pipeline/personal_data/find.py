@@ -1,16 +1,15 @@
-"""Where a text holds personal data, keys or tokens: e-mail and IP addresses, telephone and card numbers.
+"""Finds personal data, keys and tokens in a text: e-mail and IP addresses, telephone and card numbers.
 
-Precision comes first, since replacements scar dates, versions, serial numbers and code. What is found:
-- email: by its ASCII form; not at example.* and other reserved domains (RFC 2606), nor `git@`.
-- ip: public IPv4 and IPv6 addresses (`private_ips` for the others), neither versions nor networks ("/24").
+Precision comes before recall, since false replacements damage dates, versions, serial numbers and code. The kinds are:
+- email: ASCII addresses, except at example.* and other reserved domains (RFC 2606), and except `git@`.
+- ip: public IPv4 and IPv6 addresses (with `private_ips`, others too), but not versions and networks ("/24").
 - phone: see `phones`.
-- card: 14 to 19 digits that begin as an issuer's do, in its length, and pass the Luhn check (ISO/IEC 7812-1).
+- card: 14 to 19 digits with an issuer's prefix and length that pass the Luhn check (ISO/IEC 7812-1).
 - key, secret: see `credentials`.
-Names, street addresses, identity and account numbers are left out: they need a model, or a country's register.
+Names, street addresses, identity and account numbers are not found: they need a model, or a country's register.
 
-One compiled pass finds what each kind cannot do without (digits close together, dots, a long run of letters and
-digits); expressions are tried there only. `mask` is for
-texts that people are shown.
+One compiled pass finds the parts of a text that each kind needs (digits close together, dots, a long run of letters and
+digits); regular expressions are tried only there. `mask` is for texts that are shown to people.
 """
 
 import bisect
@@ -41,7 +40,7 @@ PLACEHOLDERS: dict[Kind, str] = {
 
 
 class PersonalSpan(NamedTuple):
-    """Characters [start, end) of a text."""
+    """Personal data found in characters [start, end) of a text, and its kind."""
 
     start: int
     end: int
@@ -49,15 +48,19 @@ class PersonalSpan(NamedTuple):
 
 
 class CandidateSpans(NamedTuple):
-    """Parts of a text, as (start, end), where something can be: all that most finders look at."""
+    """Parts of a text, as (start, end), that may hold personal data; most finders look only at these."""
 
-    dotted: list[tuple[int, int]]  # three dots as far apart as an IPv4 address has them
-    numbers: list[tuple[int, int]]  # at least 7 digits, never far from each other
-    runs: list[tuple[int, int]]  # letters, digits, "_" and "-", as many as a key has
+    dotted: list[tuple[int, int]]  # three dots at the distances of an IPv4 address
+    numbers: list[tuple[int, int]]  # at least 7 digits, with at most 3 other characters between two of them
+    runs: list[tuple[int, int]]  # LONG_RUN or more letters, digits, "_" and "-" in a row
 
 
 def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) -> list[PersonalSpan]:
-    """What is found in `text`, in order, without overlaps: where kinds meet, the first of `_FINDERS` has it."""
+    """Finds all personal data of these kinds, in order and without overlaps.
+
+    If finds of two kinds overlap, the kind that comes first in `_FINDERS` wins. `private_ips` includes IP addresses
+    that are not public.
+    """
     found: list[PersonalSpan] = []
     candidates = _candidate_spans(text)
     for kind, finder in _FINDERS.items():
@@ -71,7 +74,7 @@ def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) 
 
 
 def mask(text: str) -> str:
-    """`text` with placeholders for all that is found; also for what may have been cut off at its end."""
+    """Replaces all that is found by placeholders, and a beginning of it that was cut off at the text's end by "…"."""
     parts, position = [], 0
     for start, end, kind in find(text, private_ips=True):
         parts += [text[position:start], PLACEHOLDERS[kind]]
@@ -79,7 +82,7 @@ def mask(text: str) -> str:
     return _CUT_OFF.sub("…", "".join([*parts, text[position:]]))
 
 
-# A beginning of an address, a number, a token or a key, right at the end of a text.
+# Matches the beginning of an address, a number, a token or a key at the end of a text.
 _CUT_OFF = re.compile(r"(?:[!-~]*@[!-~]*|[+(]?[0-9][0-9 .()\-:]{4,}|[A-Za-z0-9_\-+/=.]{8,}|-----BEGIN [^\0]*)\Z")
 
 # --- e-mail -------------------------------------------------------------------------------------------------------
@@ -96,11 +99,11 @@ def _emails(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterato
     at = text.find("@")
     while at >= 0:
         domain = _DOMAIN.match(text, at + 1)
-        # The name is sought backwards from the sign: scanning forward for one costs a try at every word.
+        # The local part is searched for before the "@", since a search for whole addresses would try every word.
         local = _LOCAL.search(text[max(0, at - _LONGEST_LOCAL) : at]) if domain else None
         if domain and local:
             top = domain[1].lower()
-            # `w@x.mean` is a matrix product: unusual domains ask for a name of some length.
+            # `w@x.mean` is a matrix product: with an unusual domain, the local part needs at least 3 characters.
             usual = len(top) == 2 or top in _COMMON_DOMAINS or len(local[0]) >= 3
             if usual and top not in _FILE_TYPES and local[0] != "git" and not _RESERVED_DOMAINS.search(domain[0]):
                 yield at - len(local[0]), domain.end()
@@ -109,12 +112,13 @@ def _emails(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterato
 
 # --- numbers ------------------------------------------------------------------------------------------------------
 
-_LONGEST_GAP = 3  # signs between two digits of a telephone number: ") " and the like
+_LONGEST_GAP = 3  # characters between two digits of a telephone number, such as ") "
 _MIN_DIGITS = 7
-_LOOK_AROUND = 4  # characters beside digits that patterns may look at: "(", "+", "//"
+_LOOK_AROUND = 4  # characters before and after digits that patterns may match, such as "(", "+", "//"
 
 
 def _candidate_spans(text: str) -> CandidateSpans:
+    """Finds the parts of a text that may hold personal data."""
     codes = codes_of(text)
     dotted, numbers, runs = (list(zip(*map(np.ndarray.tolist, spans), strict=True)) for spans in _scan(codes))
     return CandidateSpans(dotted, numbers, runs)
@@ -122,9 +126,9 @@ def _candidate_spans(text: str) -> CandidateSpans:
 
 @numba.njit(cache=True, nogil=True)
 def _scan(codes: np.ndarray) -> tuple[_Spans, _Spans, _Spans]:
-    """(starts, ends) of each kind of stretch, in one pass over all characters."""
+    """Returns (starts, ends) of the three kinds of `CandidateSpans`, from one pass over all characters."""
     size = len(codes)
-    most = size // 2 + 2  # one for each dot, at most, of which two are 4 apart from the next but one
+    most = size // 2 + 2  # at most one per dot, where a dot and the next but one are at least 4 apart
     starts, ends = np.empty((3, most), np.int64), np.empty((3, most), np.int64)
     counts = np.zeros(3, np.int64)
     dot, dot_before = -100, -100
@@ -165,7 +169,7 @@ def _scan(codes: np.ndarray) -> tuple[_Spans, _Spans, _Spans]:
 
 
 def _matches(pattern: re.Pattern[str], text: str, start: int, end: int) -> Iterator[re.Match[str]]:
-    """Matches that begin in a stretch, whatever lies behind its end."""
+    """Yields the matches that begin in a part of the text; they may go beyond its end."""
     for match in pattern.finditer(text, start, end):
         if whole := pattern.match(text, match.start()):
             yield whole
@@ -180,7 +184,7 @@ _VERSION_BEFORE = re.compile(
     r"[\s.:=(\"']{0,3}\Z"
 )
 _CONTEXT = 24
-_VERSION_PART = 32  # four numbers below it are taken for a version: of addresses, one in 4,096 is like that
+_VERSION_PART = 32  # four numbers below it count as a version, which is wrong for one address in 4,096
 _IPV6_MIDDLE = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _IPV6_SIGNS = frozenset("0123456789abcdefABCDEF:.")
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
@@ -202,7 +206,7 @@ def _ips(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterator[t
         while end < len(text) and text[end] in _IPV6_SIGNS:
             end += 1
         done = end
-        while text[end - 1] == "." or text[end - 1] == ":" != text[end - 2]:  # the sentence's, not the address's
+        while text[end - 1] == "." or text[end - 1] == ":" != text[end - 2]:  # punctuation after the address
             end -= 1
         bounded = not (_is_word(text[start - 1 : start]) or _is_word(text[end : end + 1]) or text[end : end + 1] == "/")
         if bounded and _is_ipv6(text[start:end], private_ips):
@@ -219,26 +223,29 @@ def _is_ipv4(digits: str, private_ips: bool) -> bool:
     return max(map(int, parts)) >= _VERSION_PART
 
 
-def _is_ipv6(signs: str, private_ips: bool) -> bool:
-    """Slices in code (`a[1::2]`) and times have the form of addresses, but no address begins like them."""
+def _is_ipv6(string: str, private_ips: bool) -> bool:
+    """Whether a string is an IPv6 address in 2000::/3 with at least three groups.
+
+    Slices in code (`a[1::2]`) and times can be read as addresses too, but do not begin as these do.
+    """
     try:
-        address = ipaddress.IPv6Address(signs)
+        address = ipaddress.IPv6Address(string)
     except ValueError:
         return False
-    if len([group for group in signs.split(":") if group]) < 3:
+    if len([group for group in string.split(":") if group]) < 3:
         return False
     return address in _GLOBAL_IPV6 and (private_ips or address.is_global)
 
 
-def _is_word(sign: str) -> bool:
-    return sign.isascii() and (sign.isalnum() or sign == "_")
+def _is_word(character: str) -> bool:
+    return character.isascii() and (character.isalnum() or character == "_")
 
 
 _CARD = re.compile(
     r"(?<![A-Za-z0-9_.+\-/,])(?:[0-9]{4}([ \-])[0-9]{4}\1[0-9]{4}\1[0-9]{4}|3[47][0-9]{2}([ \-])[0-9]{6}\2[0-9]{5}"
     r"|[0-9]{14,19})(?![A-Za-z0-9_]|[ .\-/,][0-9])"
 )
-# Digits that an issuer's numbers begin with, and how many they have.
+# Prefixes and lengths of the issuers' numbers.
 _ISSUERS = re.compile(
     r"4[0-9]{15}|(?:5[1-5][0-9]{2}|222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720)[0-9]{12}|3[47][0-9]{13}"
     r"|(?:6011|65[0-9]{2}|64[4-9][0-9])[0-9]{12}|35(?:2[89]|[3-8][0-9])[0-9]{12}|62[0-9]{14,17}|3(?:0[0-5]|[68][0-9])[0-9]{11}"
@@ -246,7 +253,7 @@ _ISSUERS = re.compile(
 
 
 def luhn(digits: str) -> bool:
-    """The check digit of ISO/IEC 7812-1."""
+    """Whether the check digit of a card number is right (Luhn, ISO/IEC 7812-1)."""
     doubled = [int(digit) * (1 + position % 2) for position, digit in enumerate(reversed(digits))]
     return sum(value - 9 * (value > 9) for value in doubled) % 10 == 0
 

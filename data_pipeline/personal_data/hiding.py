@@ -1,8 +1,9 @@
-"""Personal data beside the text: in URLs, ids, file names and metadata, which are short and have forms of their own.
+"""Replaces personal data in URLs, ids, file names and metadata, which are short and differ from running text.
 
-An address is looked at with its escapes (`%40`, `%2540`) undone and its parts apart, so that what follows a "=" or "/"
-is seen as it would be in a text. Of an object every string and whole number is looked at, next to the name of its field
-(`{"phone": 4155550123}`), and every name. What is found is the same as in texts: see `find`.
+A URL is also searched with its escapes (`%40`, `%2540`) decoded and its parts separated, so that what follows a "=" or
+"/" is found as it would be in a text. In an object, every field name is searched, and every string and whole number
+together with the name of its field (`{"phone": 4155550123}`). The kinds that are found are the same as in texts: see
+`find`.
 """
 
 import re
@@ -14,18 +15,18 @@ from configs.cuts import KINDS, Kind
 from data_pipeline.personal_data.find import PLACEHOLDERS, find
 
 _ESCAPE = re.compile(r"%([0-7][0-9A-Fa-f])")
-_APART = str.maketrans("/=&?;|,\\", "\n" * 8)  # no kind of personal data goes over the end of a line
-# Where the name of a file ends: jane@uni.org.txt is an address and an ending.
+_APART = str.maketrans("/=&?;|,\\", "\n" * 8)  # no kind of personal data contains a line end
+# The ending of a file name: jane@uni.org.txt is an address and an ending.
 _ENDING = re.compile(
     r"\.(?=(?:txt|jsonl?|html?|xml|pdf|zip|gz|zst|parquet|warc|eml|mbox|csv|png|jpe?g|gif|svg|webp)(?:[\n.]|\Z))", re.I
 )
-# Names of fields with telephone numbers, such as contact_phone_2, homePhone and phones, are read as words are in texts.
+# Names of fields with telephone numbers, such as contact_phone_2, homePhone and phones, are split into plain words.
 _OF_NUMBERS = re.compile(r"(?i)tel|phone|mobile|fax|whatsapp")
 _BETWEEN_WORDS = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 _PLURAL = re.compile(r"(phone|mobile|number)s\b", re.I)
-_EXACT = 2.0**53  # below which a float holds every integer
-_MOST_ESCAPED = 3  # times that a sign may be escaped, in an address within an address
-# Without one of these nothing is found: most short strings are done with here, in little time.
+_EXACT = 2.0**53  # a float can hold every integer below it
+_MOST_ESCAPED = 3  # how often a character may be escaped, as in a URL within a URL
+# Every find contains one of these, so that most short strings are dismissed quickly.
 _POSSIBLE = re.compile(
     r"@|[\"']|PRIVATE KEY|[0-9](?:[^0-9A-Za-z/\n]{0,3}[0-9]){6}|\+[0-9]|[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]"
     r"|[0-9A-Fa-f]:[0-9A-Fa-f]{0,4}:|A[KS]IA|gh[pousr]_|github_pat|glpat-|xox|hooks\.slack|AIza|[rs]k_live|sk-|hf_|npm_"
@@ -34,25 +35,25 @@ _POSSIBLE = re.compile(
 
 
 def holds_personal_data(text: str) -> bool:
-    """Whether an id, URL or file name does."""
+    """Whether an id, URL or file name holds personal data."""
     return hide(text) != text
 
 
 def hide(text: str) -> str:
-    """`text`, a URL or other short string, with placeholders for all personal data in it."""
+    """Replaces all personal data in a URL or other short string by placeholders."""
     return Hiding().text(text)
 
 
 @dataclass(frozen=True)
 class Hiding:
-    """Which `kinds` of personal data are hidden, and what stands in their place: `texts`."""
+    """Replaces the given `kinds` of personal data by placeholders, which `texts` gives for each kind."""
 
     kinds: Collection[Kind] = KINDS
     texts: Mapping[Kind, str] = field(default_factory=lambda: PLACEHOLDERS)
     private_ips: bool = False
 
     def text(self, text: str, name: str = "") -> str:
-        """`text`, a URL or other short string under `name`, with the kinds that are found in it hidden."""
+        """Replaces personal data in a URL or other short string; `name` is the field that holds it, if any."""
         parts, position = [], 0
         for start, end, kind in self._found(text, name):
             parts += [text[position:start], self.texts[kind]]
@@ -60,13 +61,15 @@ class Hiding:
         return "".join([*parts, text[position:]])
 
     def value(self, value: Any, name: str = "") -> Any:
-        """A JSON value, with the same done to every string and whole number in it, however deep, and to names.
+        """Replaces personal data in all strings, whole numbers and field names of a JSON value, at any depth.
 
-        Names of fields that become the same are numbered.
+        Field names that become the same are numbered, as in `<EMAIL> (2)`.
         """
         if isinstance(value, str):
             return self.text(value, name)
-        if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:  # as tables with gaps have integers
+        if (
+            isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+        ):  # tables with missing values hold integers as floats
             hidden = self.text(str(int(value)), name)
             return value if hidden == str(int(value)) else hidden
         if isinstance(value, int) and not isinstance(value, bool):
@@ -86,7 +89,10 @@ class Hiding:
         return found
 
     def _found(self, text: str, name: str) -> list[tuple[int, int, Kind]]:
-        """What is found in the text as it stands, and with escapes undone and its parts on lines of their own."""
+        """Finds personal data in the text as it is, and with escapes decoded and its parts on separate lines.
+
+        Returns (start, end, kind) in characters of the given text, in order and without overlaps.
+        """
         if _OF_NUMBERS.search(name):
             name = _PLURAL.sub(r"\1", _BETWEEN_WORDS.sub(" ", name)).strip()
         label = f"{name}: " if name else ""
@@ -100,7 +106,7 @@ class Hiding:
                         spans.append((at[max(start - len(label), 0)], at[end - len(label)], kind))
         apart: list[tuple[int, int, Kind]] = []
         for start, end, kind in sorted(spans, key=lambda span: (span[0], -span[1])):
-            if apart and start < apart[-1][1]:  # found both ways: all of it goes
+            if apart and start < apart[-1][1]:  # overlapping finds are joined
                 apart[-1] = (apart[-1][0], max(apart[-1][1], end), apart[-1][2])
             else:
                 apart.append((start, end, kind))
@@ -108,19 +114,19 @@ class Hiding:
 
 
 def _unescaped(text: str) -> tuple[str, Sequence[int]]:
-    """`text` with escapes of ASCII characters undone, and where each of its characters, and its end, was."""
+    """Decodes escapes of ASCII characters; returns the result and, for each character and the end, its old position."""
     if "%" not in text:
         return text, range(len(text) + 1)
     origins: Sequence[int] = range(len(text) + 1)
     for _ in range(_MOST_ESCAPED):
-        signs, kept, position = list[str](), list[int](), 0
+        characters, kept, position = list[str](), list[int](), 0
         while position < len(text):
             escape = _ESCAPE.match(text, position)
-            signs.append(chr(int(escape[1], 16)) if escape else text[position])
+            characters.append(chr(int(escape[1], 16)) if escape else text[position])
             kept.append(origins[position])
             position += 3 if escape else 1
         kept.append(origins[position])
         if len(kept) == len(origins):
             break
-        text, origins = "".join(signs), kept
+        text, origins = "".join(characters), kept
     return text, origins

@@ -1,18 +1,20 @@
-"""Where a text holds telephone numbers.
+"""Finds telephone numbers in a text.
 
-Precision comes first: versions, dates, prices, section and serial numbers have digits and dots as well. What is found:
-- with "+" or "00" and the code of a country (ITU-T E.164), 8 to 15 digits in all, the national part in groups;
-- North American: area code, exchange and four digits, by the numbering plan's rules, with separators or parentheses;
-- Chinese mobile and area-code numbers next to Chinese text or a word like Tel;
-- any number straight after such a word.
-An extension ("x3", "ext. 12") belongs to its number. Other national forms are left out, and so are ten digits in a row
-with nothing before them that says what they are.
+Precision comes before recall, since versions, dates, prices, section and serial numbers have digits and dots as well.
+These forms are found:
+- "+" or "00" and a country's calling code (ITU-T E.164), 8 to 15 digits in all, the national part in groups;
+- North American numbers: area code, exchange and four digits, valid by the numbering plan, with separators or
+  parentheses;
+- Chinese mobile and area-code numbers next to Chinese text or after a word like Tel;
+- any number directly after such a word.
+An extension ("x3", "ext. 12") belongs to its number. Other national forms are not found, nor are ten digits in a row
+without such a word before them.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 
-_CONTEXT = 24  # characters before a number that are looked at
+_CONTEXT = 24  # how many characters before a number are checked for words like Tel or order
 _DASHES = "\\-\u2010\u2011\u2012\u2013"
 _SPACES = " \u00a0\u2009\u202f"
 _EXTENSION = (
@@ -36,7 +38,7 @@ _DIALLED = re.compile(
     rf"(?:[{_SPACES}.{_DASHES}]\(?[0-9]{{1,8}}\)?){{2,6}}{_EXTENSION}(?![A-Za-z0-9_]|[{_SPACES}.,/{_DASHES}]?[0-9])"
 )
 
-# Neither may end in 11, which are services; no area code has 9 in the middle. NANPA's rules.
+# NANPA's rules: neither ends in 11, which are service numbers, and no area code has a 9 in the middle.
 _AREA = r"[2-9](?!11)[0-8][0-9]"
 _EXCHANGE = r"[2-9](?!11)[0-9]{2}"
 _NORTH_AMERICAN = re.compile(
@@ -57,7 +59,7 @@ _PHONE_BEFORE = re.compile(
     r"|téléphone|tél|telefone|handy)(?:[ _]?(?:no|nr|number))?\b(?: is\b)?|电话|手机|传真|热线|微信|联系方式)"
     r"[号码]{0,2}[\s.:：#=\"']{0,4}\+?\(?\Z"
 )
-# What stands before a number that is no telephone number, whatever it looks like.
+# Words before a number which say that it is not a telephone number.
 _OTHER_BEFORE = re.compile(
     r"(?i)(?:\b(?:order|invoice|part|serial|model|sku|isbn|issn|item|product|catalog(?:ue)?|ticket|case|patent|docket"
     r"|reference|ref|account|acct|tracking|version|ver|release|build|firmware|section|chapter|figure|table|clause|rfc|oid"
@@ -70,26 +72,29 @@ _PATTERNS = (_INTERNATIONAL, _DIALLED, _NORTH_AMERICAN, _CHINESE, _ANY)
 
 
 def phones(text: str, numbers: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """(start, end) of what looks like a telephone number; `numbers` are stretches of `text` with 7 digits or more."""
+    """Yields (start, end) of what looks like a telephone number; `numbers` are parts of it with 7 or more digits."""
     for start, end in numbers:
         for pattern in _PATTERNS:
             for begun in pattern.finditer(text, start, end):
-                # Matched again, whatever lies behind the stretch's end.
+                # Matched again without the end of the part, since a number may go beyond it.
                 if (match := pattern.match(text, begun.start())) and _is_phone(text, match, pattern):
                     yield match.span()
 
 
 def _is_phone(text: str, match: re.Match[str], pattern: re.Pattern[str]) -> bool:
+    """Whether the match of a pattern has plausible digits and is not preceded by words of another kind of number."""
     before = text[max(0, match.start() - _CONTEXT) : match.start()]
     digits = "".join(filter(str.isdigit, _EXTENSION_DIGITS.sub("", match[0])))
     if pattern is _INTERNATIONAL:
         if (match["code"] or match["enclosed"]) == "1":
             return bool(re.fullmatch(f"1{_AREA}{_EXCHANGE}[0-9]{{4}}", digits))
         fraction = re.fullmatch(r"\+[0-9]+\.[0-9]+", match[0])
-        return not fraction and 9 <= len(digits) <= 15 + digits.count("0", 0, 4)  # "(0)" is written and not dialled
+        return not fraction and 9 <= len(digits) <= 15 + digits.count("0", 0, 4)  # "(0)" is written but not dialled
     if pattern is _DIALLED:
         sizes = {len(group) for group in re.findall("[0-9]+", match[0])}
-        return 11 <= len(digits) <= 17 and sizes != {4} and max(sizes) >= 3  # nor code points, nor bytes
+        return (
+            11 <= len(digits) <= 17 and sizes != {4} and max(sizes) >= 3
+        )  # groups of 4 are code points, short ones bytes
     if pattern is _NORTH_AMERICAN:
         return not _OTHER_BEFORE.search(before)
     if pattern is _CHINESE:

@@ -1,7 +1,7 @@
-"""Personal data: what is found, what only looks like it, and that none of it is shown.
+"""Tests what is found as personal data, what only looks like it, and that masked texts show none of it.
 
-Keys here are random characters in the issuers' forms, made up in parts so that no scanner of this repository
-takes them for real ones.
+The keys here are random characters in the issuers' forms, put together from parts so that secret scanners do not take
+them for real ones.
 """
 
 import gzip
@@ -108,8 +108,10 @@ def test_a_number_within_an_address_is_one_thing() -> None:
 
 
 def test_the_demo_corpus_holds_what_its_makers_signed() -> None:
-    """All counts of kinds on 12 MB of real prose and code; of 3 addresses two are a manual's example
-    and one is wrong, a section number with nothing in front of it that says so."""
+    """Counts all finds in 12 MB of real prose and code.
+
+    Of the 3 IP addresses, two are examples from a manual and one is wrong: a section number without a word before it.
+    """
     counts: Counter[str] = Counter()
     for source in ("english", "chinese", "code"):
         with gzip.open(DEMO / f"{source}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -158,7 +160,7 @@ def test_what_a_record_says_beside_its_text() -> None:
     kept = {"order_number": 2125550153, "phone_id": 2125550153, "share": 0.5, "whole": 3.0, "large": 1e300}
     assert Hiding().value(kept) == kept
     assert Hiding().value("http://a.org/?phone_number=2125550153&b") == "http://a.org/?phone_number=<PHONE>&b"
-    # An address within an address: its escapes are escaped.
+    # In a URL within a URL, the inner URL's escapes are escaped again.
     assert Hiding().value("http://a.org/?to=http%3A%2F%2Fb.org%2F%3Fm%3Dbob%2540uni-bonn.de%26x") == (
         "http://a.org/?to=http%3A%2F%2Fb.org%2F%3Fm%3D<EMAIL>%26x"
     )

@@ -1,8 +1,8 @@
-"""Telephone numbers: forms in which they are written, and what only looks like one."""
+"""Tests which written forms of telephone numbers are found, and that similar strings are not."""
 
 from data_pipeline.personal_data.find import find
 
-# A text, and after the bar what is found in it.
+# Each line: a text, a bar, and the number that is found in the text.
 NUMBERS = """
 Contact Jane (415-555-0171) today|415-555-0171
 call 415-555-0171x3|415-555-0171x3
@@ -130,7 +130,7 @@ def phones(text: str) -> list[str]:
 def test_numbers_are_found_whole_in_any_form() -> None:
     cases = [line.rsplit("|", 1) for line in NUMBERS.strip().splitlines()]
     assert {text: phones(text) for text, _ in cases} == {text: [number] for text, number in cases}
-    # Beside other words, and with a mark of punctuation behind, nothing changes.
+    # Words before the number and punctuation after it change nothing.
     around = {f"So, {text}. And then": [number] for text, number in cases}
     assert {text: phones(text) for text in around} == around
 
