@@ -20,7 +20,7 @@ from data_pipeline.core.hashing import stable_hash
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.shards import read_records, shard_path, write_records
-from data_pipeline.reading.ids import Roots, id_of_location, name_of, told_apart
+from data_pipeline.reading.ids import Roots, id_of_location, name_of, unique_id
 
 MADE_UNIQUE = "ids made unique"  # the ledger's note under which such documents are counted
 _NOTED = np.dtype([("id", "<u8"), ("shard", "<u4"), ("row", "<u4")])
@@ -168,7 +168,7 @@ class MakeUnique(PipelineStep):
                     metadata = record["metadata"]
                     name = name_of(metadata["file"], self.roots[source])
                     location = f"{shard}/{row}" if self.again else id_of_location(source, name, metadata["position"])
-                    record["id"] = told_apart(record["id"], location)
+                    record["id"] = unique_id(record["id"], location)
                 notes.add(shard, row, record["id"])
             progress.advance(path.stat().st_size)
             write_records(path, records)

@@ -21,7 +21,7 @@ from data_pipeline.documents.write import URL_KEY
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.reading.addresses import url_key, url_of
-from data_pipeline.reading.ids import told_apart
+from data_pipeline.reading.ids import unique_id
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def given(run_dir: Path, own: str) -> list[str]:
     found: set[str] = set()
     for shard in shards_of(run_dir / "language"):
         ids = read_table(run_dir / "language", shard, ["id"])["id"]
-        found.update(ids.filter(pc.starts_with(ids, told_apart(own, ""))).to_pylist())
+        found.update(ids.filter(pc.starts_with(ids, unique_id(own, ""))).to_pylist())
     return sorted(found)
 
 

@@ -72,6 +72,6 @@ def published_id(own: str) -> str:
     return f"id-{digits.translate(_LETTERS)}"
 
 
-def told_apart(shared: str, location: str) -> str:
+def unique_id(shared: str, location: str) -> str:
     """Returns a unique id for one of several documents that share an id: SHARED#LOCATION."""
     return f"{shared}{APART}{location}"

@@ -108,12 +108,16 @@ class FastTextClassifier:
         try:
             self._model = fasttext.load_model(str(path))
         except (ValueError, RuntimeError, MemoryError) as error:
-            raise ValueError(f"scores.classifier = {str(path)!r} is not a fastText model: {error}") from None
+            raise ValueError(
+                f"scores.classifier = {str(path)!r} is not a fastText model ({error}); name another file"
+            ) from None
         self._label = LABEL + label
         known = [name for name, _ in zip(*self._model.predict("a", k=-1, threshold=-1.0), strict=True)]
         if self._label not in known:
             names = ", ".join(sorted(name.removeprefix(LABEL) for name in known))
-            raise ValueError(f"scores.classifier_label = {label!r} is not a label of {path}, which has {names[:200]}")
+            raise ValueError(
+                f"scores.classifier_label = {label!r} is not a label of {path}; name one that it has: {names[:200]}"
+            )
 
     def __call__(self, text: str) -> float:
         labels, scores = self._model.predict(" ".join(text.strip().splitlines()), k=-1, threshold=-1.0)
@@ -132,10 +136,11 @@ def load(path: Path, label: str = GOOD) -> LinearClassifier | FastTextClassifier
             weights = stored.get_tensor("weights")
     except (SafetensorError, KeyError, TypeError, ValueError):
         raise ValueError(
-            f"scores.classifier = {str(path)!r} is neither a model of trivium data train-classifier nor fastText's"
+            f"scores.classifier = {str(path)!r} is neither a model of trivium data train-classifier nor fastText's; "
+            "name another file"
         ) from None
     if label != GOOD:
-        raise ValueError(f"scores.classifier_label = {label!r} is not a label of {path}, which has only {GOOD!r}")
+        raise ValueError(f"scores.classifier_label = {label!r} is not a label of {path}; set it to {GOOD!r}")
     return LinearClassifier(weights, ngrams)
 
 

@@ -24,7 +24,7 @@ def model_files(config: ScoresConfig) -> list[Path]:
     for key, name in config.paths().items():
         path = Path(name)
         if not path.is_file():
-            raise ConfigError(f"scores.{key} = {name!r} is not a file; it is looked for from {Path.cwd()}")
+            raise ConfigError(f"scores.{key} = {name!r} is not a file, seen from {Path.cwd()}; correct the path")
         files.append(path)
         if key == "classifier" and manifest_path(path).is_file():
             files.append(manifest_path(path))

@@ -29,7 +29,7 @@ def definition_of(rules: RuleSet) -> Definition:
     if rules.bad_words_file:
         path = Path(rules.bad_words_file)
         if not path.is_file():
-            raise ValueError(f"bad_words_file {path} does not exist; it is looked for from {Path.cwd()}")
+            raise ValueError(f"bad_words_file {path} does not exist, seen from {Path.cwd()}; correct the path")
         lines = path.read_text(encoding="utf-8").splitlines()
         words = tuple(sorted({line.strip().lower() for line in lines} - {""}))
     return Definition(Splitter[rules.splitter], rules.stop_words, rules.c4, words)

@@ -1,4 +1,4 @@
-"""Real text of several languages, the bytes that each encoding makes of it, and heads of pages that name one."""
+"""Texts of several languages, encoders for each encoding of the web, and page heads that declare one."""
 
 import unicodedata
 
@@ -59,7 +59,7 @@ ROMANIAN = "A fost odată ca-n povești, a fost ca niciodată, din rude mari îm
 UKRAINIAN = "Реве та стогне Дніпр широкий, сердитий вітер завива, їх ґанок"
 
 
-# The name in a page, Python's codec that writes it, and real words.
+# (label in a page, Python's codec, text).
 ENCODED = [
     ("utf-8", "utf-8", RUSSIAN),
     ("UTF8", "utf-8", JAPANESE),
@@ -111,7 +111,7 @@ ENCODED = [
     ("ks_c_5601-1987", "cp949", KOREAN + " 펲시맨 똠방각하"),
     ("windows-949", "cp949", KOREAN),
     ("iso-2022-kr", "iso2022_kr", KOREAN),
-    ("uhc", "cp949", KOREAN + " 똠방각하"),  # this one and the next are no label of the standard
+    ("uhc", "cp949", KOREAN + " 똠방각하"),  # this label and the next are not in the standard
     ("cp852", "cp852", POLISH),
 ]
 
@@ -131,7 +131,7 @@ XML = '<?xml version="1.0" encoding="{}"?>'
 def encoded(text: str, codec: str) -> bytes:
     if codec != "cp1258":
         return text.encode(codec)
-    marks = "\u0300\u0301\u0303\u0309\u0323"  # the tones are characters of their own there
+    marks = "\u0300\u0301\u0303\u0309\u0323"  # in cp1258, tone marks are separate characters
     letters = []
     for letter in unicodedata.normalize("NFC", text):
         parts = unicodedata.normalize("NFD", letter)

@@ -1,4 +1,4 @@
-"""Raw files of tests: pages, WARC records of them, and the records that a reader finds in a file."""
+"""Helpers of the reading tests: pages, WARC files of them, and the records that a reader finds in a file."""
 
 import io
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def warc(
     kind: str = "text/html; charset=utf-8",
     extra: Sequence[tuple[str, str]] = (),
 ) -> list[bytes]:
-    """One gzip member per page."""
+    """Makes WARC response records of pages, each a gzip member."""
     members = []
     for number, page in enumerate(pages):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Files made to do harm: whatever they hold is set aside with where and why, in memory that they do not decide."""
+"""Tests harmful input files: their content is set aside with position and reason, in bounded memory."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def zstd(content: bytes, level: int = 3) -> bytes:
     return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(content)
 
 
-# Reads in a process that may take 48 MB more than it has once everything is imported.
+# Reads files in a process that may allocate 48 MB more than it has after all imports.
 BOUNDED = """
 import json, resource, sys
 import pyarrow.parquet
@@ -52,7 +52,7 @@ for job in jobs:
 
 
 def read_bounded(*jobs: tuple[Path, str], **limits: float) -> list[list[list]]:
-    """For each (path, format) what was read: [reason, position, offset, size, count, characters] a record."""
+    """Reads each (path, format); returns [reason, position, offset, size, count, characters] of each record."""
     command = [
         sys.executable,
         "-c",
@@ -66,7 +66,7 @@ def read_bounded(*jobs: tuple[Path, str], **limits: float) -> list[list[list]]:
 
 
 def test_the_bound_on_memory_is_one(tmp_path: Path) -> None:
-    """The same line, allowed, does not fit: so what the next tests show is not the bound being too wide."""
+    """A line that may be that long does not fit into the memory, so the bound is tight enough for the next tests."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "' + b"a" * 60 * MB + b'"}\n')
     with pytest.raises(AssertionError, match="MemoryError"):
@@ -82,7 +82,9 @@ def test_a_line_too_long_is_never_held(tmp_path: Path) -> None:
     }
     jobs = []
     for name, pack in packs.items():
-        (tmp_path / name).write_bytes(pack(SOUND + long + b"\n" + SOUND))  # not its name says what a file is
+        (tmp_path / name).write_bytes(
+            pack(SOUND + long + b"\n" + SOUND)
+        )  # the content says what a file is, not its name
         jobs.append((tmp_path / name, "jsonl"))
     for found in read_bounded(*jobs, max_record_bytes=MB):
         assert found == [
@@ -97,7 +99,7 @@ def test_a_line_of_half_a_gigabyte(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with path.open("wb") as out:
         out.write(SOUND)
-        out.seek(500 * MB)  # a hole reads as NULs: the disk holds next to nothing
+        out.seek(500 * MB)  # a sparse file: the gap reads as NUL bytes and takes no space
         out.write(b"\n" + SOUND)
     (found,) = read_bounded((path, "jsonl"))
     assert [record[0] for record in found] == ["", "record_too_large", ""]
@@ -144,7 +146,7 @@ def test_large_warc_records_and_parquet_rows(tmp_path: Path) -> None:
     members = warc([PAGE.encode(), page, PAGE.encode()])
     (tmp_path / "a.warc").write_bytes(b"".join(gzip.decompress(member) for member in members))
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array(["x" * 900_000]))
-    pq.write_table(pa.table({"text": column}), tmp_path / "dictionary.parquet")  # a megabyte stands for gigabytes
+    pq.write_table(pa.table({"text": column}), tmp_path / "dictionary.parquet")  # a megabyte that decodes to gigabytes
     letter = pa.table({"text": ["a" * 60 * MB]})
     pq.write_table(letter, tmp_path / "page.parquet", use_dictionary=False, compression="zstd")
     pages, rows, letters = read_bounded(
@@ -224,7 +226,7 @@ def test_members_are_read_whole_whatever_the_blocks(tmp_path: Path) -> None:
 
 def test_damage_in_an_uncompressed_warc_costs_one_record(tmp_path: Path) -> None:
     pages = [gzip.decompress(member) for member in warc([PAGE.format(n).encode() for n in range(40)])]
-    pages[20] = b"CRAW" + pages[20][4:]  # no record begins here
+    pages[20] = b"CRAW" + pages[20][4:]  # not the beginning of a record
     records = read(tmp_path / "a.warc", b"".join(pages), "warc")
     assert reasons(records) == [""] * 20 + ["bad_warc"] + [""] * 19
     assert [record.metadata["url"][-2:].strip("/") for record in records if not record.reason] == [
@@ -257,7 +259,7 @@ for kind, *paths in json.loads(sys.argv[2]):
 
 
 def extract(folder: Path, *jobs: list[str]) -> list[tuple[str, list[str], float]]:
-    """(path, reasons, seconds) a file, by a process of its own, so that a crash of an extractor is seen."""
+    """Extracts files in a process of its own, so that a crash is noticed; returns (path, reasons, seconds) of each."""
     command = [sys.executable, "-c", EXTRACTING, str(folder), json.dumps(jobs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-2000:])
@@ -275,7 +277,7 @@ def test_one_repeated_character_is_quick(tmp_path: Path) -> None:
         pages.append(str(tmp_path / f"{number}.html"))
     for path, found, seconds in extract(tmp_path, lines, pages):
         assert len(found) == 1
-        assert seconds < 30, path  # prose takes a tenth of a second; with the square of the length it would be hours
+        assert seconds < 30, path  # prose takes 0.1 s; quadratic time would take hours
 
 
 def test_pages_beyond_all_measure(tmp_path: Path) -> None:
@@ -301,7 +303,7 @@ def test_zeros_in_an_uncompressed_warc_are_padding_and_what_is_cut_is_not(tmp_pa
             (pages[0] + other + zeros + pages[1] + zeros, 2),
         ):
             assert reasons(read(tmp_path / "a.warc", content, "warc")) == [""] * count
-        # Zeros in place of all records, a record's head that is cut, and damage before or behind the zeros.
+        # Only zeros, a truncated record header, and damage before or after the zeros.
         for content, expected in (
             (zeros, ["bad_warc"]),
             (whole + pages[0][:40] + zeros, ["", "", "", "bad_warc"]),

@@ -1,4 +1,4 @@
-"""One run over every kind of bad input at once: each is named with file, offset and reason, the rest is published."""
+"""Tests one run over all kinds of bad input: each is reported with file, offset and reason, the rest is published."""
 
 import gzip
 import io
@@ -24,7 +24,7 @@ SOUND = b'{"text": "a sound line"}\n'
 
 
 def bad_lines(folder: Path, long_line: int) -> dict[str, tuple[str, int]]:
-    """Writes files of JSON lines, each with something bad after a sound line; name -> (reason, offset)."""
+    """Writes JSON lines files, most with a bad line after a sound one; returns {file name: (reason, offset)}."""
     letters = b"".join(json.dumps({"text": f"line {number} " * 9}).encode() + b"\n" for number in range(999))
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -48,7 +48,7 @@ def bad_lines(folder: Path, long_line: int) -> dict[str, tuple[str, int]]:
         (folder / f"prose-{name}.jsonl").write_bytes(content)
     with (folder / "prose-long.jsonl").open("wb") as out:
         out.write(SOUND)
-        out.seek(long_line)  # a hole reads as NULs: the disk holds next to nothing
+        out.seek(long_line)  # a sparse file: the gap reads as NUL bytes and takes no space
         out.write(b"\n" + SOUND)
     expected = {name: (reason, offset) for name, (_, reason, offset) in (files | packed_files).items()}
     return {f"prose-{name}.jsonl": value for name, value in expected.items()} | {
@@ -57,7 +57,7 @@ def bad_lines(folder: Path, long_line: int) -> dict[str, tuple[str, int]]:
 
 
 def bad_pages(folder: Path) -> dict[str, tuple[str, int]]:
-    """The same of pages; offsets are of records, in bytes of the file."""
+    """Writes WARC files with a bad page after a sound one; returns {file name: (reason, byte of the bad record)}."""
     whole = warc([PAGE.encode()])[0]
     pages = {
         "cut": (whole[:-20], "cut_gzip"),
@@ -77,7 +77,7 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     config = write_inputs(tmp_path)
     expected = bad_lines(tmp_path, long_line) | bad_pages(tmp_path)
     (tmp_path / "prose-loop.jsonl").symlink_to("prose-loop.jsonl")
-    # Documents of a file whose name is no text go through all stages, and are found by what it is shown as.
+    # Documents of a file whose name is not UTF-8 pass all stages, and are found by its printable name.
     (tmp_path / "prose-1.jsonl").rename(os.fsdecode(os.fsencode(tmp_path) + b"/prose-\xff\n1.jsonl"))
     with (tmp_path / os.fsdecode(b"prose-\xff\n1.jsonl")).open("ab") as out:
         out.write(b"\n{")
@@ -93,7 +93,7 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         for path in sorted((tmp_path / "run/extract/rejected").glob("*.jsonl"))
         for line in path.read_text().splitlines()
     ]
-    # Among the offsets of lines, one after a cut is where its text ends; a page's place is its record's.
+    # For lines compare the offset, for pages the position of the record.
     found = {}
     for record in rejected:
         name = Path(record["file"]).name

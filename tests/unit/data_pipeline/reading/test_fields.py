@@ -1,4 +1,4 @@
-"""What records say besides their text: carried along, mended where JSON has no such value, and bounded."""
+"""Tests fields beside the text: they are kept, converted where JSON has no such value, and limited in size."""
 
 import datetime
 import decimal
@@ -29,7 +29,7 @@ def read(path: Path, limits: ExtractConfig = LIMITS, **keys: Any) -> list[Record
     kind = "parquet" if path.suffix == ".parquet" else "jsonl"
     source = SourceConfig(files=("-",), format=kind, rules={"any": "r"}, **keys)
     records = list(read_file(FoundFile(str(path), path.stat().st_size), source, limits, lambda size: None))
-    for record in records:  # whatever they hold can be written
+    for record in records:  # all values can be written as JSON
         orjson.dumps({"text": record.text, "id": record.id, "metadata": {"all": record.metadata}})
     return records
 
@@ -52,7 +52,7 @@ def test_other_fields_are_carried_all_or_by_a_list(tmp_path: Path) -> None:
             pq.write_table(pa.Table.from_pylist([record]), path)
         (one,) = read(path)
         others = {name: record[name] for name in ("license", "source", "position", "nested")}
-        # Neither of the two licences takes the other's place, nor the pipeline's own source and position.
+        # The two licences do not overwrite each other, nor do `source` and `position` overwrite the pipeline's own.
         assert one.metadata == {"url": "http://a.org", "record": {"license": "MIT"}, "fields": others}
         assert (one.id, one.text, one.notes) == ("7", "x", set())
         (one,) = read(path, fields=("license", "nested.dump", "none"), metadata_key="nested")
@@ -88,7 +88,7 @@ def test_a_damaged_column_that_is_only_carried_costs_no_text(tmp_path: Path) -> 
 
 
 def columns() -> dict[str, tuple[pa.Array, Any]]:
-    """Of every type that JSON does not have: a column, and what its first value becomes."""
+    """Maps each type that JSON lacks to (a column, the JSON value that its first row becomes)."""
     one = uuid.UUID(int=7)
     return {
         "bytes": (pa.array([b"\xff\x00", None, b"b"]), "ff00"),
@@ -122,7 +122,7 @@ def test_values_of_every_type_are_carried(tmp_path: Path) -> None:
     records = read(path)
     assert [one.reason for one in records] == [""] * 3
     assert records[0].metadata["fields"] == {name: value for name, (_, value) in made.items()}
-    # The same as the values of a metadata column, whatever that is called.
+    # The same values inside a metadata column of any name.
     inner = pa.StructArray.from_arrays([column for column, _ in made.values()], names=list(made))
     path = table(tmp_path / "b.parquet", info=inner)
     records = read(path, metadata_key="info")
@@ -227,13 +227,13 @@ def test_a_key_that_is_nowhere_is_one_sentence(tmp_path: Path) -> None:
             said = str(error.value)
             assert f"sources.web.{key} " in said and repr("licence" if key == "fields" else wrong) in said
             assert str(path) in said and "the keys there are body, meta.uid, meta.tags, n; " in said
-            check(path, **{"text_key": "body", key: right})  # the remedy
+            check(path, **{"text_key": "body", key: right})  # the remedy in the message works
         for key, what in (("n", "numbers"), ("meta.tags", "lists")):
             with pytest.raises(
                 ConfigError, match=f"text_key = '{key}' holds no text but {what} in .*; the keys there are"
             ):
                 check(path, text_key=key)
-    # A key of one record in many is there, and files that cannot be read are left to those who read them.
+    # A key of a single record is enough, and files that cannot be read raise no error here: their reader reports them.
     check(lines(tmp_path / "b.jsonl", *rows, {"body": "x", "rare": 1}), text_key="body", id_key="rare")
     check(lines(tmp_path / "c.jsonl", b"\x00\x01", b"not json"), text_key="body")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 and no more")

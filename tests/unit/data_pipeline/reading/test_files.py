@@ -1,4 +1,4 @@
-"""Which files a source has: patterns, folders, links, loops, what cannot be read, and how files share a unit."""
+"""Tests which files a source has (patterns, folders, links, loops, unreadable ones) and how they form units of work."""
 
 import os
 import tempfile
@@ -29,12 +29,12 @@ def write(path: Path, content: str | bytes = "some text") -> Path:
 
 
 def found(config: SourceConfig, folder: Path) -> dict[str, str]:
-    """Reason by path below `folder`."""
+    """Finds a source's files; returns {path below `folder`: reason why it is not read}."""
     return {os.path.relpath(file.path, folder): file.reason for file in find_files("s", config)}
 
 
 def read_named(config: SourceConfig) -> dict[str, Record]:
-    """By what their documents are named after; for files of one record each."""
+    """Reads files of one record each; returns {name that the document's id is made of: record}."""
     return {
         file.name: record
         for unit in find_units("s", config, 1000)
@@ -88,7 +88,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("pattern", ["", "*", "*/*.txt", "**/*.txt"])
 def test_names_that_cannot_be_shown(tmp_path: Path, pattern: str) -> None:
-    """Files of such names are read, whatever bytes they are of, and so are folders; what they are called is text."""
+    """Files and folders are read whatever bytes their names have, and their names are shown as printable text."""
     for folder in (b"plain", b"fol\xffder [0-9] \n"):
         os.mkdir(os.fsencode(tmp_path) + b"/" + folder)
         for name in STRANGE:
@@ -131,7 +131,7 @@ def test_brackets_in_folders_that_exist_are_their_own(tmp_path: Path) -> None:
 def test_loops_and_files_reached_twice(tmp_path: Path, pattern: str) -> None:
     write(tmp_path / "b/c.txt")
     write(tmp_path / "d/e.txt", "other")
-    (tmp_path / "a.txt").symlink_to("b/c.txt")  # sorts before its target, which keeps its own name all the same
+    (tmp_path / "a.txt").symlink_to("b/c.txt")  # sorts before its target, which is still the one that is read
     (tmp_path / "hard.txt").hardlink_to(tmp_path / "d/e.txt")
     (tmp_path / "b/up").symlink_to(tmp_path)
     (tmp_path / "b/over").symlink_to(tmp_path / "d")
@@ -164,7 +164,7 @@ def test_a_folder_behind_a_link_is_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def as_nobody() -> Iterator[Path]:
-    """A folder, and a user to whom permissions mean something: root may read everything."""
+    """Yields a folder and switches from root, who may read everything, to a user for whom permissions count."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         if os.geteuid() == 0:

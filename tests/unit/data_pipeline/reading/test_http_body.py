@@ -1,4 +1,4 @@
-"""Bodies in every coding that archives hold, undone already or not, cut or made to burst."""
+"""Tests HTTP bodies in all codings found in archives: decoded before or not, truncated, or decompression bombs."""
 
 import gzip
 import os
@@ -20,8 +20,8 @@ from tests.unit.data_pipeline.reading.raw_files import read, reasons, warc
 
 PAGE = b"<p>Call me Ishmael.</p>" * 50
 PLAIN = b"Call me Ishmael. Some years ago, never mind how long precisely."
-RAW_DEFLATE = zlib.compress(PAGE)[2:-4]  # what some servers send: RFC 1951 without the header of RFC 1950
-zipped = partial(gzip.compress, mtime=0)  # the time of day is in a test's name otherwise
+RAW_DEFLATE = zlib.compress(PAGE)[2:-4]  # some servers send RFC 1951 without the header of RFC 1950
+zipped = partial(gzip.compress, mtime=0)  # else the time of day would be in test names
 
 
 def response(headers: dict[str, str]) -> Response:
@@ -52,16 +52,16 @@ def chunked(body: bytes, size: int = 100) -> bytes:
             {"Transfer-Encoding": "gzip, chunked", "Content-Encoding": "br"},
         ),
         (zipped(zlib.compress(PAGE)), {"Content-Encoding": "deflate, gzip"}),
-        # Headers of codings that the archive has undone.
+        # Headers name codings that the archive has undone.
         (PAGE, {"Content-Encoding": "gzip", "Transfer-Encoding": "chunked"}),
         (PAGE, {"Content-Encoding": "deflate"}),
         (PAGE, {"Content-Encoding": "br"}),
         (PLAIN, {"Content-Encoding": "br"}),
-        # Headers of another coding than the body shows, and a line end behind it.
+        # Headers name another coding than the body has; a line end follows the body.
         (zipped(PAGE), {"Content-Encoding": "br"}),
         (zstandard.compress(PAGE), {"Content-Encoding": "gzip, compress"}),
         (zipped(PAGE) + b"\r\n", {"Content-Encoding": "gzip"}),
-        # Names that servers send of what is no coding.
+        # Headers name something that is not a coding, as some servers do.
         (PAGE, {"Content-Encoding": "utf-8"}),
         (PLAIN, {"Content-Encoding": "identity"}),
         ("话说天下大势，分久必合".encode("gb18030"), {"Content-Encoding": "none"}),
@@ -115,14 +115,14 @@ CHUNKED = {"Transfer-Encoding": "chunked"}
         chunks(*PARTS, end=b"\n", last=b"0\n\n"),
         chunks(*PARTS, size="{:X}"),
         chunks(*PARTS, size="{:08X}"),
-        chunks(*PARTS, size="{:x}    "),  # Apache filled its sizes up
+        chunks(*PARTS, size="{:x}    "),  # Apache pads sizes
         chunks(*PARTS, size='{:x} ; a="b;c" ;d'),
         chunks(*PARTS, last=b"0\r\nExpires: never\r\nX-Sum: 1f4\r\n\r\n"),
         chunks(*PARTS, last=b"0"),
         chunks(*PARTS, last=b""),
         chunks(*PARTS)[:-2],
         b"\r\n" + chunks(*PARTS),
-        PAGE,  # joined by the crawler, which left the header as it was
+        PAGE,  # the crawler joined the chunks and kept the header
     ],
     ids=range(12),
 )
@@ -134,9 +134,9 @@ def test_chunks_in_every_form(body: bytes) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        chunks(*PARTS)[:900],  # within a chunk
+        chunks(*PARTS)[:900],  # truncated within a chunk
         chunks(*PARTS, last=b"")[:500],
-        chunks(*PARTS).replace(b"1f4\r\n", b"1f5\r\n"),  # sizes that are not those of the data
+        chunks(*PARTS).replace(b"1f4\r\n", b"1f5\r\n"),  # sizes differ from the data's
         chunks(*PARTS).replace(b"1f4\r\n", b"1f3\r\n"),
         chunks(*PARTS).replace(b"1f4\r\n", b"ffffffffff\r\n"),
         chunks(*PARTS).replace(b"\r\n1\r\n", b"\r\nxyz\r\n"),
@@ -154,7 +154,9 @@ def test_codings_that_no_header_names() -> None:
     for body in (chunks(*PARTS), zipped(PAGE), zstandard.compress(PAGE), chunks(zipped(PAGE))):
         assert decode_body(body, response({"X-Crawl-Content-Encoding": "gzip"}), ExtractConfig()) == PAGE
     for body in (b"2024\r\nwas a year", b"0", b"0\r\n\r\n", chunks(*PARTS, last=b""), chunks(*PARTS)[:900]):
-        assert decode_body(body, response({}), ExtractConfig()) == body  # not whole: numbers may be its own
+        assert (
+            decode_body(body, response({}), ExtractConfig()) == body
+        )  # incomplete, so the number may be part of a text
     twice = [("transfer-encoding", "gzip"), ("transfer-encoding", "chunked"), ("content-encoding", "br")]
     body = chunked(zipped(brotli.compress(PAGE)) + b"\0" * 700)
     assert decode_body(body, Response(200, twice), ExtractConfig()) == PAGE
@@ -163,7 +165,7 @@ def test_codings_that_no_header_names() -> None:
 def stored(
     http: bytes, kind: str = "application/http; msgtype=response", more: str = "", of: str = "response"
 ) -> bytes:
-    """A WARC record around `http`, as it is."""
+    """Makes a WARC record with `http` as its content."""
     head = f"WARC/1.0\r\nWARC-Type: {of}\r\nWARC-Target-URI: http://example.org/\r\nContent-Type: {kind}\r\n{more}"
     return f"{head}Content-Length: {len(http)}\r\n\r\n".encode() + http + b"\r\n\r\n"
 
@@ -187,7 +189,7 @@ HTML = b"Content-Type: text/html\r\n"
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Type: TEXT/HTML\r\n\r\n" + PAGE, ""),
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html charset=utf-8\r\n\r\n" + PAGE, ""),
         (b"HTTP/1.1 200 OK\r\n" + HTML, "empty"),
-        # Without a type, or with one that says that it is not known.
+        # The type is missing or unknown.
         (b"HTTP/1.1 200 OK\r\n\r\n" + PAGE, ""),
         (b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n \n<!doctype HTML>" + PAGE, ""),
         (b"HTTP/1.1 200 OK\r\nContent-Type: \r\n\r\n<!-- a page --><HTML>" + PAGE, ""),
@@ -196,7 +198,7 @@ HTML = b"Content-Type: text/html\r\n"
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks(*PARTS), ""),
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + zipped(PAGE), ""),
         (b"HTTP/1.1 200 OK\r\n\r\n" + PAGE.decode().join(["\ufeff<html>", ""]).encode("utf-16-le"), ""),
-        (PAGE, ""),  # the headers were not kept
+        (PAGE, ""),  # the archive did not keep the headers
         (b"HTTP/1.1 200 OK\r\n\r\n<?xml version='1.0'?><rss></rss>", "not_html"),
         (b"HTTP/1.1 200 OK\r\n\r\n<paragraph> is no tag", "not_html"),
         (b"HTTP/1.1 200 OK\r\n\r\n%PDF-1.4 <html>", "not_html"),
@@ -229,7 +231,7 @@ def test_pages_of_other_records(tmp_path: Path) -> None:
 
 
 def test_brotli_of_every_size_comes_out_whole() -> None:
-    """Across the decoder's blocks in both directions: what goes in at a time, and what comes out."""
+    """Sizes are around the decoder's block sizes, both of its input and of its output."""
     for size in (0, 1, 4_095, 4_096, 65_535, 65_536, 65_537, 1_000_000):
         for content in (os.urandom(size), b"".join(b"%d " % (number * number) for number in range(size // 6))):
             headers = {"Content-Encoding": "br"}

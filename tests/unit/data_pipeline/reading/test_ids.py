@@ -1,4 +1,4 @@
-"""What documents are called: one name for one document, whatever records say, and nothing personal in it."""
+"""Tests that every document gets a unique id without personal data, whatever ids the records have."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ MAIL, PHONE = "anna.karenina@levin.ru", "+44 207 154 1707"
 
 
 def config_in(folder: Path) -> Path:
-    """The config of the run, whose files are in `folder`."""
+    """Writes the config of the run, whose files are in `folder`."""
     return data_config(
         folder / "data.toml",
         {
@@ -44,7 +44,7 @@ def config_in(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without [pii] over records that have no ids, the same ones, others' and personal ones."""
+    """Does a run without [pii] over records without ids, with shared ids, others' ids, and personal data as ids."""
     folder = tmp_path_factory.mktemp("ids")
     texts = [record["text"][:600] for record in demo_records("english")]
     for part_of in "xy":
@@ -76,7 +76,7 @@ def test_no_two_documents_have_one_id(config: Path) -> None:
     run_dir = config.parent / "run"
     hashed = published_id(MAIL)
     found = ids(run_dir)
-    # One record gave what another came to be called: both are named a second time, by shard and row.
+    # One record has the id that another got to make it unique, so both get shard and row appended.
     second = [name for name in found if name.startswith("same#given/given-a.jsonl/1#given/0000-")]
     assert sorted(set(found) - set(second)) == sorted(
         [
@@ -120,13 +120,13 @@ def test_an_id_leads_to_one_document(config: Path, tmp_path: Path, capsys: pytes
         assert explain.main([str(config), "--id", name]) == 0
         said = capsys.readouterr().out
         assert said.count("  extract  ") == 1 and said.startswith(published_id(name)) and PHONE not in said
-    for shared, count in (("same", 3), (MAIL, 2)):  # the fourth "same" was named a second time
+    for shared, count in (("same", 3), (MAIL, 2)):  # the fourth "same" got a second suffix
         with pytest.raises(ConfigError) as error:
             explain.main([str(config), "--id", shared])
         assert MAIL not in str(error.value)
         named = [name for name in ids(run_dir) if name.startswith(f"{published_id(shared)}#")]
         assert len(named) >= count and all(repr(name) in str(error.value) for name in named)
-        # What the message says is a remedy.
+        # The remedy in the message works.
         assert explain.main([str(config), "--id", named[0]]) == 0
     capsys.readouterr()
 
@@ -156,13 +156,13 @@ def test_nothing_personal_is_shown_even_without_pii(config: Path, capsys: pytest
             shown += tables or path.read_text(errors="replace")
     assert published_id(f"{MAIL}/bad") in shown and "mailto:<EMAIL>" in shown
     assert not any(secret in shown for secret in (MAIL, MAIL.replace("@", "%40"), PHONE))
-    # Without [pii] the texts and addresses themselves stay as they are.
+    # Without [pii], the texts and URLs of documents are not changed.
     documents = [one for path in run_dir.glob("documents/*/given/*.zst") for one in read_records(path)]
     assert any(MAIL.replace("@", "%40") in one["metadata"]["url"] for one in documents)
 
 
 def test_with_pii_nothing_personal_comes_out_of_a_run(config: Path, tmp_path: Path) -> None:
-    shutil.copytree(config.parent / "run", tmp_path / "run")  # so that only [pii] and what comes after it is done
+    shutil.copytree(config.parent / "run", tmp_path / "run")  # so that only pii and later stages run
     assert main([str(config), f"run.dir={tmp_path}/run", "pii={}"]) == 0
     documents = [one for path in sorted(tmp_path.glob("run/documents/*/*/*.zst")) for one in read_records(path)]
     alone = next(one for one in documents if one["id"] == "alone")
@@ -182,7 +182,7 @@ def test_with_pii_nothing_personal_comes_out_of_a_run(config: Path, tmp_path: Pa
     ("patterns", "paths", "names"),
     [
         (["/c/a"], ["/c/a/p.jsonl", "/c/a/b/p.jsonl"], ["p.jsonl", "b/p.jsonl"]),
-        (["/c/*/p.jsonl"], ["/c/x/p.jsonl"], ["x/p.jsonl"]),  # whatever else matches one day
+        (["/c/*/p.jsonl"], ["/c/x/p.jsonl"], ["x/p.jsonl"]),  # "*" may match several folders
         (["/c/a/p.jsonl"], ["/c/a/p.jsonl"], ["p.jsonl"]),
         (["/c/a/p.jsonl", "/c/b/p.jsonl"], ["/c/a/p.jsonl", "/c/b/p.jsonl"], ["a/p.jsonl", "b/p.jsonl"]),
         (["/c/a/**/*.jsonl", "/d/*.jsonl"], ["/c/a/x/p.jsonl", "/d/p.jsonl"], ["c/a/x/p.jsonl", "d/p.jsonl"]),

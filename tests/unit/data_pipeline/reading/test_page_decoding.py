@@ -1,4 +1,4 @@
-"""Pages in every encoding of the web, named in every way there is, and pages that are wrong about themselves."""
+"""Tests decoding of pages in all encodings of the web, with every kind of declaration, right and wrong ones."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def page(text: str, head: str = "", before: str = "") -> str:
 
 
 def pages(codec: str, text: str, label: str) -> dict[str, bytes]:
-    """The same page with its encoding declared in each of three ways."""
+    """Makes three encoded pages of one text that declare their encoding in different ways."""
     return {
         "charset": encoded(page(text, META.format(label)), codec),
         "http-equiv": encoded(page(text, HTTP_EQUIV.format(label)), codec),
@@ -91,7 +91,7 @@ def test_utf_16_and_utf_32_with_and_without_a_mark(tmp_path: Path) -> None:
                 (record,) = read(tmp_path / "a.warc.gz", warc([content], kind=kind)[0], "warc")
                 assert RUSSIAN in text_of(record) and record.text.startswith("<!"), (codec, head, kind)
     for content in (page(RUSSIAN, META.format("utf-16")), page(RUSSIAN, before=XML.format("utf-16le"))):
-        assert decode_page(content.encode()).text == content  # who can read the declaration reads no UTF-16
+        assert decode_page(content.encode()).text == content  # a declaration that can be read as ASCII is not in UTF-16
         assert decode_page(content.encode(), "text/html; charset=utf-16").text == content
 
 
@@ -118,7 +118,7 @@ def test_the_order_of_those_that_name_an_encoding() -> None:
         ("<meta name=x content=y charset=' euc-kr '>", "cp949"),
         ("<meta/charset=euc-kr>", "cp949"),
         ("<meta http-equiv='content-type' content='text/html;charset = \"euc-kr\"'>", "cp949"),
-        ("<meta content='text/html; charset=euc-kr'>", ""),  # says nothing without http-equiv
+        ("<meta content='text/html; charset=euc-kr'>", ""),  # has no meaning without http-equiv
         ("<meta http-equiv=refresh content='5; charset=euc-kr'>", ""),
         ("<!-- <meta charset=euc-kr> --><meta charset=koi8-r>", "koi8-r"),
         ("<!-- <meta charset=euc-kr>", ""),
@@ -160,7 +160,7 @@ def test_names_that_are_no_character_encoding() -> None:
 @pytest.mark.parametrize(
     ("text", "codec", "named"),
     [
-        # UTF-8 under other names.
+        # UTF-8 that is declared as another encoding.
         (FRENCH, "utf-8", "iso-8859-1"),
         ("It’s", "utf-8", "windows-1252"),
         (RUSSIAN, "utf-8", "windows-1251"),
@@ -168,7 +168,7 @@ def test_names_that_are_no_character_encoding() -> None:
         ("It’s", "utf-8", "gbk"),
         (KOREAN, "utf-8", "euc-kr"),
         (JAPANESE, "utf-8", "shift_jis"),
-        # Other encodings under the name of UTF-8.
+        # Other encodings that are declared as UTF-8.
         (FRENCH, "cp1252", "utf-8"),
         (RUSSIAN * 3, "cp1251", "utf-8"),
         (KOREAN * 3, "cp949", "utf-8"),
@@ -235,7 +235,7 @@ def test_what_others_could_not_decode_stays_as_it_is() -> None:
 
 
 def test_text_that_speaks_of_pages_declares_nothing(tmp_path: Path) -> None:
-    """A conversion record is text: what it quotes is not about itself."""
+    """A conversion record is plain text, so a <meta> tag that it quotes does not declare its encoding."""
     content = f"{RUSSIAN} <meta charset=euc-kr>".encode("cp1251")
     assert decode_page(content, "text/plain; charset=windows-1251", markup=False).text.startswith(RUSSIAN)
     assert decode_page(RUSSIAN.encode() + b"<meta charset=koi8-r>", markup=False).text.startswith(RUSSIAN)

@@ -1,4 +1,4 @@
-"""Broken input files: every sound record is read, every broken one is reported once with where and why."""
+"""Tests broken input files: every sound record is read, and every broken one is reported once, with the reason."""
 
 import gzip
 import json
@@ -62,7 +62,7 @@ def test_warc_pages_are_decoded_by_their_own_encoding(tmp_path: Path) -> None:
 
 
 def test_reading_goes_on_after_a_member_that_swallows_the_rest(tmp_path: Path) -> None:
-    """A stored block that claims 65,535 bytes: inflating it runs over the sound members up to the end."""
+    """A stored block claims to have 65,535 bytes, so that it takes in all sound members up to the end of the file."""
     members = warc([PAGE.format(n).encode() for n in range(5)])
     members[2] = members[2][:10] + b"\x00\xff\xff\x00\x00" + members[2][15:]
     assert len(b"".join(members[2:])) < 65535
@@ -86,7 +86,7 @@ def test_a_cut_warc_reports_its_last_record(tmp_path: Path, left: int) -> None:
     members = warc([PAGE.format(n).encode() for n in range(3)])
     records = read(tmp_path / "a.warc.gz", members[0] + members[1] + members[2][:left], "warc")
     assert reasons(records)[:2] == ["", ""]
-    assert reasons(records)[2:] in (["cut_gzip"], ["corrupt_gzip"])  # one byte is no gzip header yet
+    assert reasons(records)[2:] in (["cut_gzip"], ["corrupt_gzip"])  # a single byte is not recognized as gzip
 
 
 def test_a_cut_plain_warc_reports_its_last_record(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sources behind fsspec's other file systems, HTTP most of all: what is read, and what is refused with a reason."""
+"""Tests sources on remote file systems of fsspec, mainly HTTP: what is read, and what is refused with a reason."""
 
 import email.utils
 import gzip
@@ -24,7 +24,10 @@ from tests.data_runs import CONFIG, ROOT
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files` in parts, as object stores and nginx do; addresses under /whole/ and /unsized/ as others do."""
+    """HTTP server that supports range requests, as object stores and nginx do.
+
+    Under /whole/ it ignores ranges, under /unsized/ it sends no size either, and under /broken/ it answers with 503.
+    """
 
     files: dict[str, bytes]
 
@@ -54,15 +57,15 @@ class Server(http.server.BaseHTTPRequestHandler):
             try:
                 self.wfile.write(body)
             except BrokenPipeError:
-                self.close_connection = True  # the client wanted a part
+                self.close_connection = True  # the client has closed the connection: it needed only a part
 
     def log_message(self, *args: object) -> None:
-        """Nothing on the terminal."""
+        """Prints nothing."""
 
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(address, files) of a server on loopback."""
+    """Starts a server on loopback; yields (address, files)."""
     files: dict[str, bytes] = {}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Mine", (Server,), {"files": files}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -102,7 +105,7 @@ def test_files_over_http(web: tuple[str, dict[str, bytes]], tmp_path: Path) -> N
     (file,) = find_files("s", source(f"{here}/a.jsonl.gz"))
     assert (file.size, file.inner_path) == (len(files["a.jsonl.gz"]), "a.jsonl.gz")
     assert file.identity == "Last-Modified=Thu, 01 Jan 1970 00:00:00 -0000"
-    # Without parts, what fits into one.
+    # Without range requests, a file of at most one block can be read.
     assert texts(source(f"{address}/whole/a.jsonl.gz")) == ["one", "bad_json"]
 
 

@@ -1,4 +1,4 @@
-"""Sources on S3, held against moto's server: listing, reading, keys that follow an object, no secrets kept."""
+"""Tests sources on S3 with moto's server: listing, reading, keys that change with an object, no secrets in files."""
 
 import gzip
 import hashlib
@@ -31,7 +31,7 @@ SECRET = "wJalrXUtnFEMI-not-a-real-key"
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of a server on loopback, with a bucket named corpus; address and credentials are in the environment."""
+    """Client of a server on loopback that has a bucket named corpus; sets its address and credentials in os.environ."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -106,7 +106,7 @@ def test_the_key_follows_the_object(s3: Any, tmp_path: Path) -> None:
 
     first = key()
     assert key() == first
-    put(s3, "in/prose.jsonl", b'{"text": "two"}')  # of the same size
+    put(s3, "in/prose.jsonl", b'{"text": "two"}')  # another object of the same size
     second = key()
     assert second != first
     put(s3, "in/prose2.jsonl", b'{"text": "two"}')
@@ -128,7 +128,7 @@ def test_a_run_from_s3_is_the_run_from_disk_and_keeps_no_secret(s3: Any, tmp_pat
     assert main([str(remote), "run.workers=2"]) == 0
 
     def documents(run_dir: Path) -> dict[str, list[str]]:
-        """Texts by file: the path that a document carries differs."""
+        """Texts by file, without metadata, in which paths differ."""
         return {
             path.relative_to(run_dir).as_posix(): [record["text"] for record in read_records(path)]
             for path in sorted(run_dir.glob("documents/*/*/*.zst"))
@@ -145,7 +145,7 @@ def test_a_run_from_s3_is_the_run_from_disk_and_keeps_no_secret(s3: Any, tmp_pat
 
 
 def test_a_connection_that_breaks_is_an_error(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says nothing of the data, whose records are not written off as broken."""
+    """A broken connection raises an error; records are not counted as broken for it."""
     put(s3, "a.jsonl", b'{"text": "x"}\n' * 1000)
     (unit,) = find_units("s", source("s3://corpus/a.jsonl"), 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -179,7 +179,7 @@ def test_an_address_with_credentials_is_refused_and_not_repeated(tmp_path: Path,
 
 
 def test_a_local_key_is_of_contents(tmp_path: Path) -> None:
-    """A local file's date changes no key."""
+    """The modification time of a local file does not change the key."""
     config_file = tmp_path / "data.toml"
     config_file.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
     (tmp_path / "in").mkdir()

@@ -1,4 +1,4 @@
-"""Text in encodings that its source names, a document a file or a line, whole or damaged."""
+"""Tests text files in an encoding set in the config, with one document per file or line, intact or damaged."""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""English words are spaCy's: on special forms as it cut them, and where it is installed, on real text."""
+"""Tests that English words are those of spaCy: recorded results, and, if spaCy is installed, real text."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ def words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),  # the words as spaCy 3.8.18 printed them
+    ("text", "expected"),  # words as split by spaCy 3.8.18
     [
         (
             "Write to jane.roe@acme-corp.com, or see http://www.example.org/a?b=c#d",
@@ -81,7 +81,7 @@ def test_white_space_of_any_kind_parts_words() -> None:
 
 
 def test_time_does_not_grow_faster_than_the_text() -> None:
-    """Pieces without white space: each kind is some seconds if it takes the square of its length."""
+    """Splits long pieces without white space, which would take minutes in quadratic time."""
     for piece in ("(" * 200_000, "." * 200_000, "a:b@" * 50_000, "a." * 100_000, "x" * 200_000, ")-" * 100_000):
         started = time.process_time()
         starts, ends = words_of(piece)
@@ -90,7 +90,7 @@ def test_time_does_not_grow_faster_than_the_text() -> None:
 
 
 def real_texts() -> list[str]:
-    """Prose, code and Chinese of the demo, and this project's own pages and sources."""
+    """Returns English, code and Chinese texts of the demo, and this project's Markdown and Python files."""
     found = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.md"), *ROOT.glob("data_pipeline/*/*.py")]]
     for name in ("english", "code", "chinese"):
         with gzip.open(ROOT / f"data/demo/{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -110,7 +110,7 @@ def test_words_are_spacys_on_real_text_and_on_random_signs() -> None:
 
 
 def test_verdicts_are_stock_datatroves_on_real_text() -> None:
-    """Its own filters, with the words and sentences that spaCy finds for it: at least 98 of 100 verdicts."""
+    """At least 98% of the verdicts equal those of unchanged datatrove filters, which use spaCy."""
     pytest.importorskip("spacy")
     from tests.bench.data_pipeline.agreement import agreement, peers
 

@@ -1,4 +1,4 @@
-"""The one-pass forms that fingerprints are made of, against the definitions that they stand for."""
+"""Tests the one-pass text forms behind fingerprints against slow versions of their definitions."""
 
 import random
 import unicodedata
@@ -12,8 +12,8 @@ from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.scores import in_lower_case
 from data_pipeline.scan.words import BASE, mix, span_hash, split
 
-# Letters with and without case, capitals that str treats by their surroundings, marks, signs and blanks of all sorts,
-# CJK characters and CJK signs, planes 1 to 3, lone surrogates.
+# Letters with and without case, capitals whose lower case depends on their neighbours, combining marks, punctuation,
+# white space, CJK characters and punctuation, characters of planes 1 to 3, lone surrogates.
 _SIGNS = "aAzZ09_ÉßǅİΣσς'’' \t\n\r\x1c\u00a0\u2028\u3000.,!!--\u0301漢字カ・。゙한𝒳𠀀𰀀𱍊\U000e0001\ud800\udfff"
 
 
@@ -27,7 +27,7 @@ def _texts() -> list[str]:
 
 
 def _shingles(text: str, window: int) -> np.ndarray:
-    """By `split` and `span_hash`, every n-gram by itself; none where a text has few words, or signs in the main."""
+    """Hashes every n-gram by itself, from `split` and `span_hash`; none for texts of few words or mainly signs."""
     text = unicodedata.normalize("NFC", text)
     codes = codes_of(in_lower_case(text))
     kinds = kinds_of(codes)

@@ -1,4 +1,4 @@
-"""Scores by hand, and verdicts against datatrove's own filters on real documents, given the same words."""
+"""Tests scores against numbers worked out by hand, and verdicts against datatrove's filters on real documents."""
 
 import gzip
 import json
@@ -75,14 +75,14 @@ def test_chinese_words_are_characters_and_ngrams_span_two_each() -> None:
     assert (found["word_count"], found["mean_word_length"]) == (16, 1)
     assert found["top_2_gram"] == 2 * 4 / 16
     assert found["top_4_gram"] == 2 * 8 / 16
-    assert found["dup_5_gram"] == 0  # a window of 10 characters fits the repetition nowhere
+    assert found["dup_5_gram"] == 0  # no window of 10 characters is repeated without overlap
 
 
 def test_c4_by_hand() -> None:
     page = "\n".join(
         [
             "A sentence of five words. And another one!",  # two sentences
-            "Cited often and by many people.[3][citation needed]",  # one: its end is before the citations
+            "Cited often and by many people.[3][citation needed]",  # one sentence, which ends before the citations
             "This line has no end",
             "Too short.",
             "Please enable Javascript to see this page.",
@@ -93,7 +93,7 @@ def test_c4_by_hand() -> None:
     )
     assert scores(page, c4="reference")["c4_sentences"] == 3
     assert scores(page, c4="datatrove")["c4_sentences"] == 4
-    assert scores(page, c4="paper")["c4_sentences"] == 3  # no cited line, but the one about cookies
+    assert scores(page, c4="paper")["c4_sentences"] == 3  # drops the line with citations, keeps the one about cookies
     assert scores(page, c4="fineweb")["c4_sentences"] == 6
     bracket = "No end of line and a { here\nAll is well in this line."
     assert scores(bracket, c4="reference")["c4_curly_bracket"] == 0
@@ -165,7 +165,7 @@ def test_every_bound_has_a_score() -> None:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Documents of the demo corpus, code and Chinese among them: English ones alone pass nearly every rule."""
+    """Documents of the demo corpus, with code and Chinese, since nearly all English ones pass every rule."""
     found = []
     for name, count in (("english", 200), ("code", 150), ("chinese", 40)):
         with gzip.open(ROOT / f"data/demo/{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -190,12 +190,12 @@ SENTENCE = re.compile(r"(?=.*\w).+?(?:[.?!…。？！．]+[\"')\]”’」』]*
     ],
 )
 def test_verdicts_are_datatroves(use: str, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same words and sentences, of all documents."""
+    """With our words and sentences in datatrove's filters, verdicts on all documents are the same."""
     rules = RuleSet(use=(use,))
     for module in (gopher_quality_filter, gopher_repetition_filter, fineweb_quality_filter):
         monkeypatch.setattr(module, "split_into_words", lambda text, language: _words(text, rules.splitter))
     scanner = Scanner(definition_of(rules))
-    # A sentence is a named difference: theirs is spaCy's. Here both count ours.
+    # Splitting into sentences is a documented difference: datatrove uses spaCy. Here both count our sentences.
     monkeypatch.setattr(c4_filters, "split_into_sentences", lambda line, language: [0] * int(_sentences(scanner, line)))
     theirs = {
         "gopher_quality@paper": gopher_quality_filter.GopherQualityFilter,
@@ -222,5 +222,5 @@ def _words(text: str, splitter: str) -> list[str]:
 
 
 def _sentences(scanner: Scanner, line: str) -> float:
-    """Those of a line that no rule drops, whatever is in it."""
+    """Number of sentences of a line; the three words before it make sure that no rule drops the line."""
     return Scanner(Definition(c4="fineweb")).scores("a b c " + line)["c4_sentences"] if line.strip() else 0.0

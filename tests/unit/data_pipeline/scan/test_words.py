@@ -1,4 +1,4 @@
-"""Splitters, lines and n-grams of the compiled scan against plain Python on random strings."""
+"""Tests splitters, lines and n-grams of the compiled scan against plain Python on random strings."""
 
 import random
 import re
@@ -77,7 +77,7 @@ def test_word_hashes_are_the_same_everywhere() -> None:
     codes = codes_of("the whale the 鲸")
     hashes, _ = describe(codes, kinds_of(codes), *split(codes, kinds_of(codes), 0))
     assert [int(value) for value in hashes] == [word_hash(word) for word in ("the", "whale", "the", "鲸")]
-    # Signatures of one run are held against another's, made on another machine: the definition may not change.
+    # Signatures are compared with those of runs on other machines, so the hash may not change.
     assert word_hash("whale") == 18051826424928260988
 
 
@@ -88,7 +88,7 @@ def slow_ngram_scores(words: list[str], sizes: list[int], tops: int) -> list[int
         if not grams:
             found.append(0)
         elif number < tops:
-            gram, count = Counter(grams).most_common(1)[0]  # the first met wins a tie
+            gram, count = Counter(grams).most_common(1)[0]  # a tie goes to the first one found
             found.append(count * len(" ".join(gram)))
         else:
             seen, position, total = set(), 0, 0

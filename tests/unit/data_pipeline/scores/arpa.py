@@ -1,4 +1,4 @@
-"""A small ARPA model, written out."""
+"""A small n-gram model in ARPA format."""
 
 SMALL = """\
 \\data\\

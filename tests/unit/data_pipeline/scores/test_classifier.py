@@ -1,4 +1,4 @@
-"""The quality classifier: trained on real prose and code, and what is refused."""
+"""Tests the quality classifier, trained on real prose and code, and what it refuses."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def test_prose_is_told_from_code_and_twice_the_same(trained: Path) -> None:
     about = json.loads((trained / "one.model.json").read_text())
     assert about["sha256"] == hashlib.sha256(content).hexdigest()
     assert about["settings"]["slots"] == 5000 and min(about["heldout"]["good"], about["heldout"]["bad"]) >= 10
-    assert about["heldout"]["accuracy"] > 0.95  # a speech and a Python module differ in every line
+    assert about["heldout"]["accuracy"] > 0.95  # speeches and Python code are easy to tell apart
     model = load(trained / "one.model")
     good, bad = model("It was the best of times, it was the worst of times."), model("def f(x):\n    return x + 1\n")
     assert 0 <= bad < 0.5 < good <= 1
@@ -51,7 +51,7 @@ def test_heldout_numbers_by_hand() -> None:
 
 
 def test_the_model_by_hand() -> None:
-    """A pair of words is a feature beside both words; each counts 1 / sqrt(features)."""
+    """Each word and each pair of words is a feature, weighted by 1 / sqrt(number of features)."""
     model = classifier.LinearClassifier(np.arange(1001, dtype=np.float32) / 1000, 2)
     one, two, both = (model.features(text) for text in ("three", "KINGDOMS", "Three kingdoms"))
     assert len(both) == 3 and both[0] == one[0] and both[2] == two[0]

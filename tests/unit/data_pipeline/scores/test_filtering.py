@@ -1,4 +1,4 @@
-"""Verdicts from scores."""
+"""Tests verdicts that follow from scores and rules."""
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ def test_the_first_broken_rule_is_the_reason(values: dict[str, float], reason: s
 
 
 def test_a_table_is_judged_as_its_rows_are() -> None:
-    """Rows of two rule sets, NaN-free scores at, under and over every bound."""
+    """Judges rows of two rule sets with scores at, below and above every bound, as a table and one by one."""
     rules = {"a": RULES, "b": RuleSet(word_count=Bound(max=60), stop_word_count=Bound(min=2))}
     draw = np.random.default_rng(0)
     rows = [
@@ -51,7 +51,7 @@ def test_published_sets_are_combined_and_overridden() -> None:
     assert rules.c4 == "reference" and "bad_words" not in rules.bounds()
     assert next(iter(rules.bounds())) == "word_count"
     both = combined(["fineweb2_zh", "code@starcoder"], {"splitter": "cjk"})
-    assert both["word_count"] == {"min": 100, "max": 200_000}  # the stricter of each
+    assert both["word_count"] == {"min": 100, "max": 200_000}  # the stricter limit of each
 
 
 @pytest.mark.parametrize(

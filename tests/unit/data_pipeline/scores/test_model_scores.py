@@ -1,4 +1,4 @@
-"""A run with models and with languages of paragraphs: its columns, its rules, its key and what refuses them."""
+"""Tests a run with model scores and languages of paragraphs: columns, rules, stage keys, and refused settings."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ from tests.unit.data_pipeline.scores.arpa import SMALL
 
 
 def config_in(folder: Path) -> Path:
-    """The config of the run, whose files are in `folder`."""
+    """Writes the config of the run, whose files are in `folder`."""
     return data_config(
         folder / "data.toml",
         {"prose": {"files": [f"{folder}/prose.jsonl.gz"], "format": "jsonl", "rules": {"any": "prose"}}},
@@ -68,7 +68,7 @@ def test_a_run_with_models(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(rows) == 25
     assert verdicts["mixed"] == "language_share_min" and 0.4 < rows["mixed"]["language_share"] < 0.6
     for name, row in rows.items():
-        if name.startswith("zh"):  # no model is for them, so that no rule on one drops them
+        if name.startswith("zh"):  # no model scores Chinese, so no rule on a model score drops it
             assert row["classifier_score"] != row["classifier_score"] and verdicts[name] == ""
         elif name.startswith("en"):
             assert row["classifier_score"] > 0.5 and row["perplexity"] > 1 and verdicts[name] == ""
@@ -86,7 +86,7 @@ def test_a_run_with_models(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert "paragraphs in " in said and "language_share" in said and "at least 0.6   <- broken" in said
 
-    # Another content at the same path is another key; language is not done again.
+    # New content of a model file changes the score stage's key, not the language stage's.
     (folder / "small.arpa").write_text(SMALL.replace("-1.0\t<unk>", "-2.0\t<unk>"))
     assert main([str(config)]) == 0
     stages = {stage["name"]: stage for stage in json.loads((folder / "run/ledger.json").read_text())["stages"]}
@@ -140,7 +140,7 @@ def test_models_are_read_once_a_process_and_anew_when_a_file_is_another(tmp_path
     first = kept_model_scores(config)
     assert kept_model_scores(ScoresConfig(**config.model_dump())) is first
     before = first("a b", "en")
-    (tmp_path / "other.arpa").write_text(SMALL.replace("-0.4\t<s> a", "-0.5\t<s> a"))  # of the same size
+    (tmp_path / "other.arpa").write_text(SMALL.replace("-0.4\t<s> a", "-0.5\t<s> a"))  # another file of the same size
     (tmp_path / "other.arpa").replace(tmp_path / "small.arpa")
     assert kept_model_scores(config)("a b", "en")["perplexity"] > before["perplexity"]
     assert kept_model_scores(config.model_copy(update={"arpa": ""}))("a", "en").keys() == {"unigram_logprob"}

@@ -1,4 +1,4 @@
-"""Perplexity and unigram probability: numbers worked out by hand, and plain Python over a model of real text."""
+"""Tests perplexity and unigram probability by hand, and against plain Python and other libraries on real text."""
 
 import gzip
 import json
@@ -24,19 +24,19 @@ def small(tmp_path: Path, text: str = SMALL, name: str = "small.arpa") -> Path:
 @pytest.mark.parametrize(
     ("text", "logprobs"),
     [
-        # <s> a; <s> a b; "a b </s>" is no trigram: its context's backoff, and b </s>.
+        # <s> a; <s> a b; the trigram "a b </s>" is missing: backoff of "a b", and b </s>.
         ("a b", [-0.4, -0.2, -0.25 - 0.5]),
-        # No <s> b: backoff of <s>, and b. Then b a: backoff of b (<s> b is no context), and a. a </s>: that of a.
+        # "<s> b" is missing: backoff of <s>, and b. "b a" is missing: backoff of b, and a. Backoff of a, and </s>.
         ("b a", [-0.5 - 0.8, -0.3 - 0.7, -0.2 - 0.9]),
-        # Unknown: backoffs of "<s> a" and a, and <unk>, after which there is no backoff.
+        # An unknown word: backoffs of "<s> a" and a, and <unk>, after which there is no backoff.
         ("a zebra", [-0.4, -0.1 - 0.2 - 1.0, -0.9]),
-        # Two sentences, a blank line between them is none. In lower case.
+        # Two sentences, put into lower case; the blank line between them is not a sentence.
         ("A\n\n B ", [-0.4, -0.1 - 0.2 - 0.9, -0.5 - 0.8, -0.5]),
     ],
 )
 @pytest.mark.parametrize("name", ["small.arpa", "small.arpa.gz"])
 def test_perplexity_by_hand(tmp_path: Path, name: str, text: str, logprobs: list[float]) -> None:
-    # float32 in the tables: seven digits of each log-probability.
+    # Tables hold float32, which has seven digits.
     assert Arpa(small(tmp_path, name=name))(text) == pytest.approx(10 ** (-sum(logprobs) / len(logprobs)), rel=1e-6)
 
 
@@ -44,7 +44,7 @@ def test_a_model_without_unk_and_one_of_single_words(tmp_path: Path) -> None:
     text = "\\data\\\nngram 1=3\n\n\\1-grams:\n-99\t<s>\n-0.5\t</s>\n-0.3\ta\n\n\\end\\\n"
     model = Arpa(small(tmp_path, text))
     assert model("a") == pytest.approx(10 ** (0.8 / 2), rel=1e-6)
-    assert model("x") == pytest.approx(10 ** (100.5 / 2), rel=1e-6)  # KenLM gives -100 to what it cannot know
+    assert model("x") == pytest.approx(10 ** (100.5 / 2), rel=1e-6)  # KenLM gives -100 if there is no <unk>
     assert model(" \n ") == 1.0
 
 
@@ -72,7 +72,7 @@ def words(text: str) -> list[str]:
 
 
 def estimate(texts: list[str], order: int) -> dict[tuple[str, ...], tuple[float, float]]:
-    """N-grams with made-up but uneven weights; some lower orders of longer ones are pruned away, as SRILM may do."""
+    """Makes a model of a text's n-grams with made-up weights; some lower-order n-grams are missing, as SRILM prunes."""
     counts: Counter[tuple[str, ...]] = Counter()
     for text in texts:
         for line in text.splitlines():
@@ -118,7 +118,7 @@ def test_perplexity_is_that_of_plain_python_on_real_text(tmp_path: Path, order: 
     model = estimate(texts[::2], order)
     scorer = Arpa(small(tmp_path, arpa_of(model, order)), Splitter.spaces)
     found = [scorer(text) for text in texts]
-    # Tables are float32: 6e-8 of a log-probability of some 4, in the exponent of ten.
+    # Tables hold float32: relative errors of 6e-8 in log-probabilities of about 4, which are exponents of ten.
     assert found == pytest.approx([brute_force(model, order, text) for text in texts], rel=2e-6)
     assert max(found) > 2 * min(found)
 
@@ -128,10 +128,10 @@ def test_perplexity_is_that_of_plain_python_on_real_text(tmp_path: Path, order: 
 def test_perplexity_is_kenlms_on_real_text(tmp_path: Path, order: int, source: str) -> None:
     kenlm = pytest.importorskip("kenlm", reason="kenlm is not installed; it is compiled by: pip install '.[kenlm]'")
     texts = [record["text"][:4000] for record in demo_records(source)]
-    if source == "chinese":  # words of one character; spaces as in CCNet's Chinese models
+    if source == "chinese":  # one word per character, as in CCNet's Chinese models
         texts = ["\n".join(" ".join(line) for line in text.splitlines()) for text in texts]
     model = estimate(texts[::2], order)
-    for gram in sorted(model, key=len):  # KenLM wants every n-gram's context; ends of n-grams may be missing
+    for gram in sorted(model, key=len):  # KenLM needs every n-gram's context, not its end
         if len(gram) > 1 and gram[:-1] not in model:
             del model[gram]
     if source == "english" and order > 2:
@@ -146,7 +146,7 @@ def test_perplexity_is_kenlms_on_real_text(tmp_path: Path, order: int, source: s
         return float(10 ** (-sum(scores) / len(scores)))
 
     found = [ours(text) for text in texts]
-    # Both hold float32, and KenLM adds backoffs in it: 6e-8 of a log-probability of some 4, in the exponent of ten.
+    # Both use float32: relative errors of 6e-8 in log-probabilities of about 4, which are exponents of ten.
     assert found == pytest.approx([perplexity(text) for text in texts], rel=2e-6)
     assert max(found) > 1.2 * min(found)
 
@@ -164,7 +164,7 @@ def test_unigrams_by_hand_and_as_datatrove(tmp_path: Path) -> None:
 
 
 def test_unigrams_agree_with_datatroves_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same words, of real documents; theirs is in natural logarithms."""
+    """Scores of real documents equal datatrove's, which are natural logarithms, if words are split alike."""
     from datatrove.data import Document
     from datatrove.pipeline.filters import unigram_log_probs
 
