@@ -30,10 +30,7 @@ from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import TaskError, Tasks, lost, ranks_in
 
 _RECORD = "slurm_name"  # file with the name of a stage's jobs, which lets the next run cancel those of a killed one
-_POLL_SECONDS = (
-    1.0,
-    15.0,
-)  # first and longest pause between queries, so that a long stage does not load the controller
+_POLL_SECONDS = (1.0, 15.0)  # first and longest pause between queries; pauses grow to spare the controller
 _SETTLE_SECONDS = 30.0  # how long an ended element's files may take to appear on a network file system
 _SILENCE_SECONDS = 600.0  # how long the controller may be down before the run gives up
 _TAIL_LINES = 5

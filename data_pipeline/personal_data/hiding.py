@@ -67,9 +67,8 @@ class Hiding:
         """
         if isinstance(value, str):
             return self.text(value, name)
-        if (
-            isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
-        ):  # tables with missing values hold integers as floats
+        # Tables with missing values hold integers as floats.
+        if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
             hidden = self.text(str(int(value)), name)
             return value if hidden == str(int(value)) else hidden
         if isinstance(value, int) and not isinstance(value, bool):

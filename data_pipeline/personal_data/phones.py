@@ -92,9 +92,8 @@ def _is_phone(text: str, match: re.Match[str], pattern: re.Pattern[str]) -> bool
         return not fraction and 9 <= len(digits) <= 15 + digits.count("0", 0, 4)  # "(0)" is written but not dialled
     if pattern is _DIALLED:
         sizes = {len(group) for group in re.findall("[0-9]+", match[0])}
-        return (
-            11 <= len(digits) <= 17 and sizes != {4} and max(sizes) >= 3
-        )  # groups of 4 are code points, short ones bytes
+        # Groups of four digits are code points, and groups of one or two are bytes.
+        return 11 <= len(digits) <= 17 and sizes != {4} and max(sizes) >= 3
     if pattern is _NORTH_AMERICAN:
         return not _OTHER_BEFORE.search(before)
     if pattern is _CHINESE:

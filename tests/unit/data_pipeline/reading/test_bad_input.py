@@ -82,9 +82,8 @@ def test_a_line_too_long_is_never_held(tmp_path: Path) -> None:
     }
     jobs = []
     for name, pack in packs.items():
-        (tmp_path / name).write_bytes(
-            pack(SOUND + long + b"\n" + SOUND)
-        )  # the content says what a file is, not its name
+        # The content says what a file is, not its name.
+        (tmp_path / name).write_bytes(pack(SOUND + long + b"\n" + SOUND))
         jobs.append((tmp_path / name, "jsonl"))
     for found in read_bounded(*jobs, max_record_bytes=MB):
         assert found == [

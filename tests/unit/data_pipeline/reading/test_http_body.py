@@ -154,9 +154,8 @@ def test_codings_that_no_header_names() -> None:
     for body in (chunks(*PARTS), zipped(PAGE), zstandard.compress(PAGE), chunks(zipped(PAGE))):
         assert decode_body(body, response({"X-Crawl-Content-Encoding": "gzip"}), ExtractConfig()) == PAGE
     for body in (b"2024\r\nwas a year", b"0", b"0\r\n\r\n", chunks(*PARTS, last=b""), chunks(*PARTS)[:900]):
-        assert (
-            decode_body(body, response({}), ExtractConfig()) == body
-        )  # incomplete, so the number may be part of a text
+        # Such a body is incomplete, so the number may be part of a text.
+        assert decode_body(body, response({}), ExtractConfig()) == body
     twice = [("transfer-encoding", "gzip"), ("transfer-encoding", "chunked"), ("content-encoding", "br")]
     body = chunked(zipped(brotli.compress(PAGE)) + b"\0" * 700)
     assert decode_body(body, Response(200, twice), ExtractConfig()) == PAGE
