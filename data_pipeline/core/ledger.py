@@ -30,6 +30,7 @@ class Amount:
         self.bytes += size
 
     def plain(self) -> dict[str, int]:
+        """Returns both counts as a dict for JSON."""
         return {"documents": self.documents, "bytes": self.bytes}
 
 
@@ -48,6 +49,7 @@ class SourceTally:
     notes: dict[str, int] = field(default_factory=dict)  # other counts of the stage by name, such as "held out"
 
     def merge(self, theirs: "SourceTally") -> None:
+        """Adds another tally's counts to this one."""
         self.came_in.add(theirs.came_in.documents, theirs.came_in.bytes)
         self.kept.add(theirs.kept.documents, theirs.kept.bytes)
         self.passed_on.add(theirs.passed_on.documents, theirs.passed_on.bytes)
@@ -73,19 +75,24 @@ class Tally:
         self.sources: dict[str, SourceTally] = {}
 
     def of(self, source: str) -> SourceTally:
+        """Returns the counts of a source, which start at 0."""
         return self.sources.setdefault(source, SourceTally())
 
     def came_in(self, source: str, size: int, documents: int = 1) -> None:
+        """Counts documents of `size` bytes together as input."""
         self.of(source).came_in.add(documents, size)
 
     def kept(self, source: str, size: int, passed_on: int | None = None, documents: int = 1) -> None:
+        """Counts documents as kept; `passed_on` is their size in bytes after the stage, if it rewrites texts."""
         self.of(source).kept.add(documents, size)
         self.of(source).passed_on.add(documents, size if passed_on is None else passed_on)
 
     def dropped(self, source: str, reason: str, size: int, documents: int = 1) -> None:
+        """Counts documents as dropped for a reason."""
         self.of(source).dropped.setdefault(reason, Amount()).add(documents, size)
 
     def note(self, source: str, name: str, documents: int = 1) -> None:
+        """Adds to another count of a source, by its name."""
         notes = self.of(source).notes
         notes[name] = notes.get(name, 0) + documents
 
@@ -93,11 +100,13 @@ class Tally:
         return {source: tally.plain() for source, tally in sorted(self.sources.items())}
 
     def save(self, path: Path) -> None:
+        """Writes the counts to a JSON file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.plain()), encoding="utf-8")
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Tally":
+        """Makes a tally from the dict that `plain` returned."""
         tally = cls()
         for source, counts in plain.items():
             tally.of(source).merge(
@@ -113,6 +122,7 @@ class Tally:
 
     @classmethod
     def merged(cls, tallies: Iterable["Tally"]) -> "Tally":
+        """Adds up several tallies, source by source."""
         total = cls()
         for tally in tallies:
             for source, theirs in tally.sources.items():

@@ -47,6 +47,7 @@ class TextWriter(JsonlWriter):
         return super().run(self._closing(data), rank, world_size)
 
     def _closing(self, documents: DocumentsPipeline) -> DocumentsPipeline:
+        """Yields the documents; closes and seals a shard's files after its last document."""
         seen = set()
         for shard, of_shard in groupby(documents, key=lambda one: (one.metadata["source"], one.metadata["shard"])):
             if shard in seen:

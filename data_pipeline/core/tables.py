@@ -174,6 +174,7 @@ class TableStep(PipelineStep):
         write_table(self.folder, shard, as_table(rows))
 
     def _selected(self, shard: str) -> dict[int, dict[str, Any]]:
+        """Rows of the stage `select` that it kept, by row number."""
         if not self.select:
             return {}
         return {row["row"]: row for row in kept_rows(read_table(self.select, shard)).to_pylist()}

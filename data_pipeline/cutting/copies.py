@@ -88,6 +88,7 @@ class _Spill:
             path.write_bytes(b"")
 
     def add(self, records: np.ndarray) -> None:
+        """Adds RECORDs to the buffers of their partitions; writes the buffers once they hold 32 MiB."""
         first = np.frombuffer(records["digest"].tobytes(), np.uint8).reshape(-1, DIGEST.itemsize)[:, :4].copy()
         partition = (first.view(">u4").ravel().astype(np.uint64) * np.uint64(len(self._paths))) >> np.uint64(32)
         order = np.argsort(partition, kind="stable")

@@ -54,10 +54,12 @@ class MergedCuts:
 
     @property
     def removed_bytes(self) -> int:
+        """UTF-8 bytes that the cuts remove."""
         return sum(self.removed.values())
 
     @property
     def inserted_bytes(self) -> int:
+        """UTF-8 bytes of the replacements that are inserted."""
         return sum(len(replacement.encode()) for _, _, replacement in self.spans)
 
 

@@ -165,12 +165,14 @@ class NgramIndex:
         )
 
     def save(self, folder: Path) -> None:
+        """Writes the index to a new folder."""
         folder.mkdir(parents=True)
         np.savez(folder / "ngram_index.npz", allow_pickle=False, **self.arrays)
         (folder / "names.json").write_text(json.dumps(self.names), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "NgramIndex":
+        """Reads an index that `save` wrote."""
         with np.load(Path(folder) / "ngram_index.npz", allow_pickle=False) as arrays:
             return cls(dict(arrays), json.loads((Path(folder) / "names.json").read_text(encoding="utf-8")))
 

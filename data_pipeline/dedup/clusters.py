@@ -62,10 +62,12 @@ class Population:
 
     @property
     def matched(self) -> np.ndarray:
+        """Numbers of the compared documents of earlier runs among all of theirs, int64, ascending."""
         return np.load(self._matched) if self.earlier else np.zeros(0, np.int64)
 
     @property
     def documents(self) -> int:
+        """Number of all compared documents."""
         return self.own.documents + len(self.matched)
 
     def numbers(self, pairs: np.ndarray) -> np.ndarray:

@@ -74,6 +74,7 @@ def _signatures(context: RunContext, folder: Path, logs: Path) -> Tally:
 
 
 def _dedup(context: RunContext, folder: Path, logs: Path) -> Tally:
+    """Runs the steps of the dedup stage, as listed at the top of this module."""
     settings = context.config.dedup
     signatures = str(context.run_dir / "signatures")
     documents = Numbering(context.run_dir / "filter")

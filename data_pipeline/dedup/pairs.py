@@ -37,6 +37,7 @@ class KeyRange:
 
     @property
     def file(self) -> str:
+        """Name of the file of pairs."""
         return f"{self.kind:03d}-{self.low:016x}.npy"
 
 

@@ -173,6 +173,10 @@ class JudgeDocuments(PipelineStep):
         yield from ()
 
     def _judge(self, table: pa.Table, arrays: ClusterArrays, first: int) -> pa.Table:
+        """Returns a shard's table with verdicts and the columns cluster, cluster_size and survivor.
+
+        `first` is the number of the table's first document.
+        """
         numbers = np.arange(first, first + table.num_rows)
         stays, sizes = numbers.copy(), np.ones(len(numbers), np.int64)
         for part in range(self.parts):

@@ -127,6 +127,7 @@ class MpiExecutor(Executor):
             self._world.send(message, dest=rank)
 
     def _receive(self, rank: int) -> bytes | None:
+        """Waits for a message of a rank; sleeps in between, since MPI's own waiting keeps a core busy."""
         while not self._world.iprobe(source=rank):
             time.sleep(_POLL_SECONDS)
         return self._world.recv(source=rank)

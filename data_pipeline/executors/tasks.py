@@ -101,6 +101,7 @@ def ranks_in(folder: Path) -> set[int]:
 
 
 def log_name(rank: int) -> str:
+    """Name of a task's log file in the stage's log folder."""
     return f"task_{rank:05d}.log"
 
 

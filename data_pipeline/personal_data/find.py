@@ -214,6 +214,7 @@ def _ips(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterator[t
 
 
 def _is_ipv4(digits: str, private_ips: bool) -> bool:
+    """Whether four numbers with dots are an IP address that counts, and not a version."""
     parts = digits.split(".")
     if any(len(part) > 1 and part[0] == "0" for part in parts) or max(map(int, parts)) > 255:
         return False
