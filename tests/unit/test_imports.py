@@ -200,7 +200,7 @@ def test_a_planted_wrong_import_is_caught(module: str, source: str, name: str) -
 
 
 def test_no_module_of_ours_takes_the_name_of_one_of_pythons() -> None:
-    """With `python -m` the working directory is first in sys.path, so a top-level html.py would hide Python's html."""
+    """A top-level html.py would hide Python's html: `python -m` puts the working directory first in sys.path."""
     assert not set(PACKAGES) & set(sys.stdlib_module_names)
 
 

@@ -1,1 +1,1 @@
-"""The data pipeline against stock datatrove, on the same documents in the same run, one core each."""
+"""Benchmarks of the data pipeline against stock datatrove: the same documents in the same run, one core each."""

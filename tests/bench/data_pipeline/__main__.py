@@ -1,7 +1,6 @@
-"""`make bench-data`: a table and JSON of megabytes a second and ratios. Needs the extra `bench` (spaCy, jieba).
+"""`make bench-data`: measures megabytes per second and ratios, as a table and JSON. Needs the extra `bench`.
 
-datatrove is what takes the time: the default sizes are such that all steps end in about ten minutes. `measure` says
-what the clocks count.
+All steps take about ten minutes with the default sizes, most of it in datatrove. `measure` says what the clocks count.
 """
 
 import argparse
@@ -24,7 +23,7 @@ _LANGUAGES = ("english", "chinese")
 
 
 def steps(megabytes: float, folder: Path) -> dict[str, Callable[[], list[Result]]]:
-    """Name -> what measures it."""
+    """Returns, by name, the function that measures each step."""
     return {
         "language": lambda: [language.run(source, megabytes) for source in _LANGUAGES],
         "heuristics": lambda: [heuristics.run(source, megabytes) for source in _LANGUAGES],

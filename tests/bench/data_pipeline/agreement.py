@@ -1,4 +1,4 @@
-"""How often the rule sets named @datatrove (and c4@fineweb) give stock datatrove's verdict, on real English text.
+"""Measures how often the rule sets named @datatrove (and c4@fineweb) and stock datatrove agree on English documents.
 
     python -m tests.bench.data_pipeline.agreement                        # the demo's prose and web pages
     python -m tests.bench.data_pipeline.agreement /usr/share/doc --most 500
@@ -33,12 +33,12 @@ from data_pipeline.scores.filtering import verdict
 from data_pipeline.scores.scoring import definition_of
 from tests.bench.data_pipeline.measure import DEMO, texts
 
-MOST_CHARS = 100_000  # of a document
+MOST_CHARS = 100_000  # longer documents are cut
 _TEXT = ("", ".txt", ".md", ".rst", ".text", ".eml", ".html", ".htm")
 
 
 def peers() -> dict[str, BaseFilter]:
-    """By the name of our rule set, with datatrove's defaults."""
+    """Returns datatrove's filters with their defaults, by the name of Trivium's rule set."""
     return {
         "gopher_quality@datatrove": GopherQualityFilter(),
         "gopher_repetition@datatrove": GopherRepetitionFilter(),
@@ -49,7 +49,7 @@ def peers() -> dict[str, BaseFilter]:
 
 
 def agreement(name: str, peer: BaseFilter, documents: Sequence[str]) -> tuple[int, int]:
-    """(verdicts that are the same, documents that datatrove keeps)."""
+    """Returns (number of equal verdicts, number of documents that datatrove keeps)."""
     rules = RuleSet(use=(name,))
     scanner = Scanner(definition_of(rules))
     same = kept = 0
@@ -76,7 +76,7 @@ def extracted(page: str) -> str:
 
 
 def documents_in(folder: Path, most: int) -> list[str]:
-    """Evenly taken."""
+    """Returns about `most` texts, taken at equal distances from all files of a folder or one file."""
     files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
     found: list[str] = []
     for path in files[:: max(1, len(files) // most)]:

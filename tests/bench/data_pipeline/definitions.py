@@ -1,7 +1,7 @@
-"""Why datatrove drops a document that the demo's rules keep: the definition of a rule, of words, or of main text.
+"""Explains why datatrove drops a document that the demo's rules keep: by its definition of a rule, words or main text.
 
-The document is judged again by our rules in datatrove's definitions (`configs/rules.toml`), then by those on the words
-that datatrove finds. What no definition explains is said to be so.
+The document is judged again by Trivium's rules in datatrove's definitions (`configs/rules.toml`), then by these rules
+on the words that datatrove finds. A document that neither explains is called unexplained.
 """
 
 from functools import cache
@@ -22,8 +22,9 @@ _FILTERS = {
 
 
 def why(step: str, source: str, text: str) -> str:
-    """A definition by which datatrove's `step` drops a document of a demo source whose text, as extracted here, is
-    `text`.
+    """Returns the definition by which datatrove's `step` drops a document of a demo source.
+
+    `text` is the document's text as Trivium extracts it.
     """
     if step in _FILTERS:
         rules, language = _rules(source, _FILTERS[step]), LANGUAGES.get(source, LANGUAGES["english"])

@@ -1,4 +1,4 @@
-"""HTML to text: resiliparse with trafilatura as the fallback, as extract has it, against trafilatura alone.
+"""HTML to text: resiliparse with trafilatura as the fallback, as in the stage extract, against trafilatura alone.
 
 The demo has no Chinese page; the Chinese row has its English pages with every paragraph replaced by one of a Chinese
 book, so that frame, menus and scripts stay real. Agreement is of words (single characters in Chinese) that both have,
@@ -28,9 +28,9 @@ def run(source: str, megabytes: float) -> Result:
     pages = spread(pages, [len(page.encode()) for page in pages], megabytes)
     peer = Trafilatura()
     for page in pages[:3]:
-        main_text(page), peer.extract(page)  # loaded before the clock starts
+        main_text(page), peer.extract(page)  # loads both before the clock starts
     ours = cpu_seconds(lambda: [main_text(page) for page in pages], times=3)
-    peers: list[str] = []  # kept from the one run: it remembers paragraphs, and leaves them out a second time
+    peers: list[str] = []  # kept from one run, since it remembers paragraphs and leaves them out the second time
     theirs = cpu_seconds(lambda: peers.extend(peer.extract(page) or "" for page in pages))
     found = [main_text(page) for page in pages]
     fallbacks = sum(name == "trafilatura" for _, name in found)

@@ -31,7 +31,7 @@ _ZH = RuleSet(use=("fineweb2_zh",)).bounds()
 
 
 def rule_sets(source: str) -> dict[str, RuleSet]:
-    """Name of a filter -> our rules of the same thresholds."""
+    """Returns Trivium's rules with the thresholds of each datatrove filter, by the filter's name."""
     if source == "english":
         names = {
             "repetition": ("gopher_repetition@datatrove",),
@@ -57,7 +57,7 @@ def rule_sets(source: str) -> dict[str, RuleSet]:
 
 
 def peers(source: str) -> dict[str, Any]:
-    """datatrove's filters, with its defaults for English and FineWeb-2's thresholds for Chinese."""
+    """Returns datatrove's filters, with its defaults for English and FineWeb-2's thresholds for Chinese."""
     language = LANGUAGES[source]
     if source == "english":
         return {
@@ -124,7 +124,7 @@ def _agreement(
     scanner: Scanner,
     c4: Scanner,
 ) -> tuple[float, Counter[str]]:
-    """(share of equal verdicts, each filter by itself; what explains the others)."""
+    """Returns (share of equal verdicts over documents and filters, explanations of the others with their counts)."""
     equal, why = 0, Counter[str]()
     definition = Definition(Splitter.words, rules["quality"].stop_words)  # n-grams of n words, whatever the language
     on_their_words = Scanner(definition)
@@ -148,7 +148,7 @@ def _agreement(
 
 
 def spans(text: str, language: str) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends) of datatrove's words."""
+    """Returns (starts, ends) of datatrove's words, in characters."""
     starts, position = [], 0
     words = split_into_words(text, language)
     for word in words:
@@ -160,7 +160,7 @@ def spans(text: str, language: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _their_sentences(text: str, language: str) -> float:
-    """Of the lines that FineWeb's form of C4's rules leaves."""
+    """Returns datatrove's number of sentences in the lines that FineWeb's form of C4's rules keeps."""
     document = Document(text=text, id="0")
     kept = C4QualityFilter(filter_no_terminal_punct=False, min_num_sentences=0).filter(document)
     lines = document.text.splitlines() if kept is True else []

@@ -1,4 +1,4 @@
-"""Language of a document: lid.176 computed by our compiled code, against fastText's own, on the same beginnings."""
+"""Language identification: lid.176 in Trivium's compiled code against fastText's own, on the same text."""
 
 import fasttext
 

@@ -1,4 +1,4 @@
-"""What every benchmark here shares: the demo corpus, CPU time, the machine, and the rows of the table.
+"""Shared parts of the benchmarks: the demo corpus, CPU time, facts of the machine, and rows of the table.
 
 Clocks count CPU seconds of this process and of processes that it started and waited for. Start-up stays outside the
 clock on both sides: imports, our compiled code from numba's cache, datatrove's spaCy, jieba and language models are
@@ -22,12 +22,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "data" / "demo"
-LANGUAGES = {"english": "eng", "chinese": "cmn_Hani"}  # a demo source and datatrove's name of its language
+LANGUAGES = {"english": "eng", "chinese": "cmn_Hani"}  # demo source -> datatrove's name of its language
 
 
 @dataclass
 class Result:
-    """One row: megabytes of text, CPU seconds for them of both, the ratio to reach, and how far their outcomes agree.
+    """One row of the table: megabytes of text, CPU seconds of Trivium and the peer, and how far their results agree.
 
     A row without a peer measures one of our stages alone.
     """
@@ -59,7 +59,7 @@ class Result:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the code."""
+    """Returns the facts of this machine and its packages that the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     packages = ("datatrove", "numba", "trafilatura", "Resiliparse", "sentencepiece", "spacy", "jieba")
@@ -67,7 +67,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),  # processes that wanted a core in the last minute
+        "load": round(os.getloadavg()[0], 1),  # mean number of processes that could run, over the last minute
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
@@ -75,7 +75,7 @@ def machine() -> dict[str, Any]:
 
 
 def texts(source: str, megabytes: float) -> list[str]:
-    """Documents of a demo source, evenly taken, up to about so many megabytes."""
+    """Returns about `megabytes` of documents of a demo source, taken at equal distances."""
     with gzip.open(DEMO / f"{source}.jsonl.gz", "rt", encoding="utf-8") as lines:
         found = [json.loads(line)["text"] for line in lines]
     return spread(found, [len(text.encode()) for text in found], megabytes)
@@ -86,13 +86,13 @@ def size_mb(documents: Sequence[str]) -> float:
 
 
 def spread(items: Sequence[Any], sizes: Sequence[int], megabytes: float) -> list[Any]:
-    """Some of `items`, evenly taken, of up to about so many megabytes."""
+    """Returns about `megabytes` of `items`, taken at equal distances; `sizes` are in bytes."""
     step = max(1.0, sum(sizes) / 1e6 / megabytes)
     return [items[int(index * step)] for index in range(int(len(items) / step))]
 
 
 def cpu_seconds(work: Callable[[], Any], times: int = 1) -> float:
-    """The median CPU time of `work`, in seconds."""
+    """Returns the median CPU time of `work` over `times` calls, in seconds."""
     spent = []
     for _ in range(times):
         started = _cpu()

@@ -44,12 +44,12 @@ from data_pipeline.scan.words import Splitter
 from tests.bench.data_pipeline.measure import LANGUAGES, Result, cpu_seconds, size_mb, texts
 
 SIMILAR = 0.8
-_MEETS = 0.5  # below it 14 bands of 8 rows meet in one pair of 19
+_MEETS = 0.5  # similarity at which 14 bands of 8 rows find one pair of 19
 _SPLITTERS = {"english": "words", "chinese": "cjk"}
 
 
 def with_copies(documents: list[str]) -> list[str]:
-    """The documents, and of every fifth one a copy without each tenth line."""
+    """Returns the documents and a copy of every fifth one, which lacks every tenth line."""
     copies = ["\n".join(line for n, line in enumerate(text.split("\n")) if n % 10 != 7) for text in documents[::5]]
     return documents + copies
 
@@ -62,7 +62,8 @@ def run(source: str, megabytes: float, folder: Path) -> list[Result]:
     few = _corpus(documents[:20], folder / "few")
     _ours(source, few, folder / "warm-ours")
     _theirs(source, few, folder / "warm-theirs")
-    # Ours takes half a second, and the peer long enough for the machine to be another one afterwards.
+    # Trivium takes half a second and runs before and after the peer, whose time is long enough for the machine's speed
+    # to change.
     runs = [_ours(source, corpus, folder / f"before-{number}") for number in range(3)]
     theirs, peer_kept = _theirs(source, corpus, folder / "theirs")
     runs += [_ours(source, corpus, folder / f"after-{number}") for number in range(2)]
@@ -103,7 +104,7 @@ def _signatures(source: str, documents: list[str], folder: Path) -> Result:
 
 
 def _ours(source: str, corpus: Path, folder: Path) -> tuple[float, set[int]]:
-    """(CPU seconds of signatures, dedup and documents; the ids that are left)."""
+    """Returns (CPU seconds of the stages signatures, dedup and documents, ids of the documents that are kept)."""
     rules = {"splitter": _SPLITTERS[source]}
     tree = {
         "run": {"dir": str(folder), "workers": 1},
@@ -150,14 +151,14 @@ def _theirs(source: str, corpus: Path, folder: Path) -> tuple[float, set[int]]:
 
 
 def _similar_pairs(source: str, documents: list[str]) -> dict[tuple[int, int], float]:
-    """All pairs that bands could well meet in, whatever the signatures say, and their similarity."""
+    """Returns all pairs of similar documents, found by brute force, with their similarity."""
     window = Splitter[_SPLITTERS[source]].window(DedupConfig().ngram)
     pairs, values = similar_pairs([np.unique(shingles(text, window)) for text in documents], _MEETS)
     return {(one, other): value for (one, other), value in zip(pairs.tolist(), values.tolist(), strict=True)}
 
 
 def _differences(count: int, similar: dict[tuple[int, int], float], *kept: set[int]) -> dict[str, int]:
-    """Reason -> documents that one of the two kept and the other did not."""
+    """Counts, by reason, the documents that one of the two kept and the other did not."""
     reasons = Counter[str]()
     for document in range(count):
         if (document in kept[0]) == (document in kept[1]):
@@ -174,7 +175,10 @@ def _differences(count: int, similar: dict[tuple[int, int], float], *kept: set[i
 
 
 def _against(truth: list[tuple[int, int]], kept: set[int]) -> dict[str, float]:
-    """Recall: pairs of which one went, at least. Precision: documents gone that had such a partner."""
+    """Returns recall, the share of similar pairs that lost a document, and precision.
+
+    Precision is the share of the removed documents that are in such a pair.
+    """
     gone = {number for pair in truth for number in pair if number not in kept}
     everyone = {number for number in range(max(kept, default=-1) + 1)} | {n for pair in truth for n in pair}
     removed = everyone - kept

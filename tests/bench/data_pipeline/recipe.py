@@ -53,12 +53,12 @@ from tests.bench.data_pipeline.heuristics import peers
 from tests.bench.data_pipeline.measure import DEMO, LANGUAGES, ROOT, Result, cpu_seconds, spread
 
 _SOURCES = ("english", "chinese", "code", "web")
-CUTTING = ("decontaminate", "lines", "substrings", "pii")  # stages that take parts out of documents: off
-_WARM_UP_MB = 0.8  # with less there is one Chinese document, and a held-out split needs two
+CUTTING = ("decontaminate", "lines", "substrings", "pii")  # stages that cut parts out of documents are off
+_WARM_UP_MB = 0.8  # fewer would leave one Chinese document, and a held-out split needs two
 
 
 def run(megabytes: float, folder: Path) -> Result:
-    """`megabytes` of the files of all sources together, unpacked."""
+    """Measures both on about `megabytes` of the demo's files, counted unpacked and over all sources."""
     warm, corpus = folder / "warm-up", folder / "corpus"
     lay_out(_WARM_UP_MB, warm)
     lay_out(megabytes, corpus)
@@ -73,7 +73,7 @@ def run(megabytes: float, folder: Path) -> Result:
 
 
 def lay_out(megabytes: float, folder: Path) -> None:
-    """A part of each of the demo's files, in a folder like the demo's."""
+    """Writes an equal part of each of the demo's files into a folder like the demo's."""
     folder.mkdir(parents=True)
     manifest = json.loads((DEMO / "manifest.json").read_text(encoding="utf-8"))
     sizes = {source: manifest[_file(source)]["raw_bytes"] for source in _SOURCES}
@@ -90,7 +90,7 @@ def _file(source: str) -> str:
 
 
 def _members(warc: bytes) -> list[bytes]:
-    """The compressed records of a WARC file that are pages."""
+    """Returns the compressed records of a WARC file that are pages."""
     starts, pages = [], []
     for record in ArchiveIterator(io.BytesIO(warc), parse_http=False):
         starts.append(record.stream_pos)
@@ -103,7 +103,7 @@ Fates = dict[str, str]  # document -> what dropped it, "" if it is kept
 
 
 def demo_config(corpus: Path, run_dir: Path) -> DataConfig:
-    """configs/data/demo.toml on other files of the same names, without what datatrove's recipe has not."""
+    """Returns configs/data/demo.toml for files in `corpus`, without the steps that datatrove's recipe lacks."""
     files = [f'sources.{source}.files=["{corpus / _file(source)}"]' for source in _SOURCES]
     off = [*(f"{name}.enabled=false" for name in CUTTING), "canaries={}", "dedup.verify=false"]
     settings = [f'run.dir="{run_dir}"', "run.workers=1", *files, *off]
@@ -127,7 +127,7 @@ def _ours(corpus: Path, run_dir: Path) -> Fates:
 
 
 def extracted_mb(run_dir: Path) -> float:
-    """Of text after extraction."""
+    """Returns the megabytes of text after extraction."""
     manifest = json.loads((run_dir / "extract" / "stage.json").read_text(encoding="utf-8"))
     return float(manifest["total"]["passed_on"]["bytes"]) / 1e6
 
@@ -154,7 +154,7 @@ def _compared(ours: Fates, theirs: Fates, run_dir: Path) -> tuple[str, dict[str,
 
 
 def _texts(run_dir: Path) -> dict[str, tuple[str, str]]:
-    """Document -> (source, text after extraction)."""
+    """Returns (source, text after extraction) of each document."""
     return {
         record["id"]: (shard.split("/")[0], record["text"])
         for shard in shards_under(run_dir / "extract")
@@ -167,7 +167,7 @@ def _counts(counter: Counter[str]) -> str:
 
 
 class FateRecorder(PipelineStep):
-    """Lets documents pass, and notes that those which came this far and no farther were dropped by the next step."""
+    """Step that passes documents on and sets their fate to the next step, which drops those that come no farther."""
 
     def __init__(self, fates: Fates, then: str) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class FateRecorder(PipelineStep):
 
 
 class Pages(PipelineStep):
-    """The WARC file read by fastwarc; datatrove's own reader needs a system library."""
+    """Reader of the WARC file with fastwarc, since datatrove's own reader needs a system library."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Pages(PipelineStep):
 
 
 class Language(PipelineStep):
-    """lid.176 as our language stage asks it; datatrove's own filter fetches another file of it."""
+    """Language filter with the same lid.176 file and input as Trivium's stage; datatrove's downloads another file."""
 
     def __init__(self, language: str, least: float) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class Language(PipelineStep):
 
 def _steps(source: str, corpus: Path) -> list[PipelineStep]:
     if source == "web":
-        # A minute a page instead of a second, so that a busy machine changes nothing.
+        # A timeout of a minute per page in place of a second, so that a busy machine does not change the result.
         reader: list[PipelineStep] = [Pages(corpus / _file(source)), Trafilatura(timeout=60)]
     else:
         reader = [JsonlReader(str(corpus), glob_pattern=_file(source))]
@@ -226,7 +226,7 @@ def _steps(source: str, corpus: Path) -> list[PipelineStep]:
 
 
 def _code(document: Document) -> bool:
-    """The bounds of code@starcoder."""
+    """Whether a document is within the bounds of the rule set code@starcoder."""
     lines = [line for line in document.text.split("\n") if line.strip()]
     lengths = [len(line) for line in lines] or [0]
     alnum = sum(map(str.isalnum, document.text)) / max(len(document.text), 1)

@@ -1,10 +1,10 @@
-"""The tables of docs/scale.md: what a bench run measured, and what it comes to at 100 TB.
+"""Prints the tables of docs/scale.md: the results of a benchmark run, and their extrapolation to 100 TB.
 
     python -m tests.bench.data_pipeline.scale --rates runs/bench/data.json --terabytes 100 --core-hour 0.03
     python -m tests.bench.data_pipeline.scale --rates runs/bench/data.json --write   # docs/scale.json and docs/scale.md
 
-A terabyte is 10^12 bytes of text after extraction. Everything is taken to grow with the text, but for what the tables
-call fixed; docs/scale.md says where that fails. Leaves out wall time, network and the price of storage.
+A terabyte is 10^12 bytes of text after extraction. Everything is assumed to grow in proportion to the text, except what
+the tables call fixed; docs/scale.md says where that fails. Wall time, network and the price of storage are left out.
 """
 
 import argparse
@@ -23,18 +23,18 @@ from tests.bench.data_pipeline.measure import ROOT
 
 PAPER, RATES = ROOT / "docs/scale.md", ROOT / "docs/scale.json"
 BEGIN, END = "<!-- begin: printed by tests.bench.data_pipeline.scale -->", "<!-- end -->"
-CORPUS = "web"  # whose rates are extrapolated: pages in WARC files
+CORPUS = "web"  # the corpus whose rates are extrapolated: pages in WARC files
 STAGES = (
     "extract", "language", "score", "filter", "signatures", "dedup", "documents", "tokenizer", "tokens", "plan",
 )  # fmt: skip
 _FIXED = ("tokenizer",)  # trains on at most tokenizer.train_bytes
-_AFTER_THE_SCORES = ("filter", "dedup", "documents", "tokens", "plan")  # what another threshold runs again
+_AFTER_THE_SCORES = ("filter", "dedup", "documents", "tokens", "plan")  # run again if a threshold changes
 _KEY_AND_ROW = 8 + 4  # bytes of a key in a shard's sorted files
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not measured; each can be set on the command line."""
+    """Numbers that are assumed and not measured; each can be set on the command line."""
 
     terabytes: float = 100.0
     core_hour: float = 0.03  # USD
@@ -43,7 +43,7 @@ class Assumptions:
 
 
 class Model:
-    """The rows of a bench run by name, and what they come to."""
+    """Extrapolates the rows of a benchmark run to the assumed size."""
 
     def __init__(self, result: dict[str, Any], assumed: Assumptions) -> None:
         self.machine = result["machine"]
@@ -54,18 +54,18 @@ class Model:
         return self.rows[f"{corpus}: {name}"]
 
     def core_hours(self, name: str) -> float:
-        """For a terabyte of text."""
+        """Returns the core hours that a stage needs for a terabyte of text."""
         row = self.stage(name)
         return row["seconds"] / row["megabytes"] * 1e6 / 3600
 
     def per_byte(self, name: str, key: str, corpus: str = CORPUS) -> float:
-        """A count of a stage for each byte of text after extraction."""
+        """Returns a count of a stage divided by the bytes of text after extraction."""
         row = self.stage(name, corpus)
         return row["details"][key] / (row["megabytes"] * 1e6)
 
     @property
     def documents(self) -> float:
-        """That reach deduplication."""
+        """Number of documents that reach deduplication."""
         return self.per_byte("dedup", "documents_in") * self.assumed.terabytes * 1e12
 
     @property
@@ -78,7 +78,7 @@ class Model:
 
 
 def report(result: dict[str, Any], assumed: Assumptions) -> str:
-    """All tables, in Markdown."""
+    """Returns all tables, in Markdown."""
     model = Model(result, assumed)
     machine = model.machine
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
@@ -124,7 +124,7 @@ def total(model: Model) -> str:
 
 
 def _cost(model: Model, names: Sequence[str]) -> list[str]:
-    """Of these stages together."""
+    """Returns the cells of a row: the cost of the stages `names` together."""
     hours = sum(model.core_hours(name) for name in names)
     flows = [sum(model.per_byte(name, key) for name in names) for key in ("read_bytes", "written_bytes", "disk_bytes")]
     price, terabytes = model.assumed.core_hour, model.assumed.terabytes
@@ -152,7 +152,7 @@ def _key_bytes() -> int:
 
 
 def _peer_key_bytes() -> int:
-    """datatrove's stage 1, of as many bands and rows: 8 bytes a hash and 4 of the document, in each band's file."""
+    """Returns the bytes per document of datatrove's stage 1: in each band 8 per hash and 4 for the document."""
     settings = DedupConfig()
     return settings.bands * (8 * settings.rows + 4)
 
@@ -177,7 +177,7 @@ def files(model: Model) -> str:
 
 
 def peers(model: Model) -> str:
-    """What was compared in the same run."""
+    """Returns the table of the steps that were compared with a peer in the same run."""
     rows = []
     for name, row in model.rows.items():
         if row["ratio"] is None:
@@ -195,7 +195,7 @@ def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
 
 
 def with_tables(paper: str, tables: str) -> str:
-    """`paper` with these tables between its marks. Errors: ValueError when it has no marks."""
+    """Returns the page with the tables between its marks. Raises ValueError if it has no marks."""
     before, begin, rest = paper.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

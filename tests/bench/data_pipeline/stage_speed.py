@@ -1,4 +1,4 @@
-"""Every stage of the demo recipe by itself, with no peer: CPU, memory, files and bytes, for docs/scale.md.
+"""Measures each stage of the demo's recipe without a peer: CPU time, memory, files and bytes, for docs/scale.md.
 
 Stages that cut parts out of documents are left out, and so is the comparison of near-duplicates' texts (dedup.verify).
 
@@ -40,11 +40,11 @@ def run() -> list[Result]:
         return [Result(**row) for row in json.loads(out.read_text(encoding="utf-8"))]
 
 
-_WEB_SAMPLES, _WARM_UP_SAMPLES = 3000, 300  # rows of the plan: about an epoch of the pages; the demo plans several
+_WEB_SAMPLES, _WARM_UP_SAMPLES = 3000, 300  # rows of the plan, about one epoch of the pages
 
 
 def config_of(corpus: str, files: Path, run_dir: Path) -> DataConfig:
-    """The demo's config, or what it says of web pages."""
+    """Returns the demo's config, for the corpus "web" only its web pages, for "warm-up" with a small plan."""
     tree = tomllib.loads((ROOT / "configs/data/demo.toml").read_text(encoding="utf-8"))
     tree = {name: section for name, section in tree.items() if name not in (*recipe.CUTTING, "canaries")}
     tree["run"] |= {"dir": str(run_dir), "workers": 1}
@@ -63,7 +63,7 @@ def config_of(corpus: str, files: Path, run_dir: Path) -> DataConfig:
 
 
 def measure(corpus: str, files: Path, run_dir: Path) -> list[Result]:
-    """One row a stage."""
+    """Runs the recipe and returns one row per stage."""
     config, rows = config_of(corpus, files, run_dir), []
     with sole_user(run_dir):
         quiet(None)
@@ -96,12 +96,12 @@ def measure(corpus: str, files: Path, run_dir: Path) -> list[Result]:
 
 
 def _is_of_a_shard(path: Path) -> bool:
-    """Not one that a stage has once, as its manifest, or by reason, as its samples."""
+    """Whether a stage has such a file for each shard, unlike its manifest and its samples of dropped documents."""
     return len(path.parts) > 1 and path.parts[0] not in ("drops", "rejected")
 
 
 def _counters() -> tuple[int, int]:
-    """Bytes read and written by this process so far."""
+    """Returns the bytes that this process has read and written so far."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
     return int(lines["rchar"]), int(lines["wchar"])
 
@@ -111,7 +111,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> int:
-    """The most memory that was resident since `_forget_peak`, in bytes."""
+    """Returns the largest resident memory since `_forget_peak`, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 

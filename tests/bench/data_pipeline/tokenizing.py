@@ -1,8 +1,8 @@
-"""Texts to ids, against sentencepiece called on the same texts in batches; and shards of documents to a token store.
+"""Tokenizing: texts to ids, against sentencepiece on the same texts in batches; and shards to a token store.
 
-Cold is the first file that a task meets, with an empty table of parts (`tokens.bpe_cache`); warm is the next one, of
-other documents. Ours gives arrays, the peer lists; the ids are the same. The row of the store has our reading
-of files, checksums and writing in it, and the peer none of them.
+"Cold" is the first file of a task, with an empty cache (`tokens.bpe_cache`); "warm" is the next, of other documents.
+Trivium returns arrays, the peer lists; the ids are the same. The row of the store includes Trivium's reading of files,
+checksums and writing, the peer's does not.
 """
 
 import statistics

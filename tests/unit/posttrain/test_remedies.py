@@ -62,7 +62,7 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def run(base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
-    """By command, a function of (ranks, overrides) that runs it with --dry-run."""
+    """Functions of (ranks, overrides) that run each command with --dry-run, by the command's name."""
 
     def of(name: str) -> Run:
         def call(ranks: int, overrides: Sequence[str]) -> None:

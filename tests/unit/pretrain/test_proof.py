@@ -120,7 +120,7 @@ def _dots(drawing: str, css: str | None = None) -> list[ElementTree.Element]:
 
 
 def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
-    """With cp and without sp each half of a sequence is on two tensor-parallel ranks; all copies are compared."""
+    """All copies of a slice are compared; under cp without sp two tensor-parallel ranks hold each half of a row."""
     (tmp_path / "step.json").write_text("{}")
     halves = [torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3)]
     halves[2][1, 1] = 7.0  # one copy is wrong, and not the last one
