@@ -1,8 +1,8 @@
-"""Alarms: counts that add up and are still wrong. A stage that takes too much of a source, a filter that takes nothing.
+"""Alarms about counts that add up but look wrong: a stage that drops too much of a source, a filter that drops nothing.
 
-Conservation itself is no alarm but an error, in `ledger`. A canary that its rule did not catch is an alarm as well, and
-so is a document of the input that the config expects another fate of. Canaries count in no stage's alarms. What is
-known of a stage is its tally, of a document its rows in tables; texts are not read.
+A document whose fate differs from `alarms.expected` is an alarm too. Canaries are left out of all counts here; those
+that no rule caught are alarms of `canaries.check`. Counts that do not add up are errors (`core.ledger`), not alarms.
+Stages are judged by their tallies, documents by their rows in the stages' tables; texts are not read.
 """
 
 import math
@@ -19,7 +19,7 @@ from data_pipeline.reading.ids import published_id
 
 
 def alarms(tallies: Mapping[str, Tally], run_dir: Path, settings: AlarmsConfig) -> list[str]:
-    """A sentence for each, stages in their order, then documents; `tallies` are those of all stages, by name."""
+    """Returns a sentence for each alarm: stages in the order of `tallies`, which is by stage name, then documents."""
     found = []
     for stage, tally in tallies.items():
         if stage in WATCHED:
@@ -30,7 +30,7 @@ def alarms(tallies: Mapping[str, Tally], run_dir: Path, settings: AlarmsConfig) 
 
 
 def _too_much(stage: str, tally: Tally, limit: float) -> list[str]:
-    """By source: in the sum of all, a small one that is lost does not show."""
+    """Returns a sentence for each source of which the stage dropped too much; a total would hide a small source."""
     found = []
     for source, counts in sorted(tally.sources.items()):
         if is_canary(source):
@@ -51,6 +51,7 @@ def _too_much(stage: str, tally: Tally, limit: float) -> list[str]:
 
 
 def _nothing(stage: str, total: SourceTally, least: int) -> list[str]:
+    """Returns a sentence if the stage dropped no byte of at least `least` documents."""
     if total.came_in.documents < least or any(amount.bytes for amount in total.dropped.values()):
         return []
     return [
@@ -60,6 +61,7 @@ def _nothing(stage: str, total: SourceTally, least: int) -> list[str]:
 
 
 def _other_fates(run_dir: Path, expected: Mapping[str, str], done: Collection[str]) -> list[str]:
+    """Returns a sentence for each document of alarms.expected that met another fate than the config expects."""
     if not expected:
         return []
     expected = {published_id(name): fate for name, fate in expected.items()}

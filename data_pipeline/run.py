@@ -1,15 +1,14 @@
-"""`trivium data run CONFIG`: raw files to a mixture plan, stage by stage, skipping what is done.
+"""`trivium data run CONFIG`: turns raw files into a mixture plan, stage by stage, and skips stages that are done.
 
-`recipe` is the pipeline; each of its stages is made in the folder that does its work. Interrupted anywhere, the same
-command goes on. Each stage also runs alone (`--stage`), perhaps with another executor than the rest, and a run may end
-early (`--until`).
-The ledger of all stages that are done goes to `ledger.json` in the run directory, `--dry-run` says what would run. Who
-does the tasks is left to an executor: with `mpirun` every rank runs `main`, one of them leads.
+`recipe` lists the stages; each is defined in the package that does its work. After an interruption the same command
+resumes the run. `--stage` runs single stages, perhaps with another executor than the rest; `--until` ends the run
+early; `--dry-run` prints which stages would run. The counts of all finished stages go to `ledger.json` in the run
+directory. An executor distributes the tasks: under `mpirun` every rank runs `main`, and one of them leads.
 
-Bad input never ends a run by itself. Records that cannot be used are set aside in `extract/rejected/`, each with file,
-offset and reason. Up to `extract.max_bad_share` of a source's records the exit status is 0, and a line names their
-number and that folder; above it the status is 1, and they are in `extract.failed/rejected/`. Alarms about the counts
-are printed last, and decide the exit status where `alarms.fail` says so.
+Records that cannot be used do not end a run by themselves. They are written to `extract/rejected/`, each with file,
+offset and reason. If they are at most `extract.max_bad_share` of a source's records, the exit status is 0 and a line
+gives their number and that folder; if they are more, the status is 1 and they are in `extract.failed/rejected/`.
+Alarms about the counts are printed last; with `alarms.fail` they make the exit status 1.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from configs.files import write_atomic
 from configs.folders import check_writable
 from configs.loader import ConfigError, write
 from data_pipeline.alarms import alarms
-from data_pipeline.canaries.check import look, missed
+from data_pipeline.canaries.check import check_canaries, missed
 from data_pipeline.core.console import warn, wide_console
 from data_pipeline.core.full_disk import explain_write_error
 from data_pipeline.core.run_context import RunContext
@@ -59,7 +58,7 @@ from data_pipeline.tokens.token_stages import tokenizer_stage, tokens_stage
 
 
 def recipe(context: RunContext) -> list[Stage]:
-    """Every stage of a data run, in the order in which they run; the optional ones where the config has them."""
+    """Returns all stages of a data run in the order in which they run; optional ones only if the config has them."""
     stages = [
         extract := extract_stage(context),
         language := language_stage(context, extract),
@@ -83,24 +82,28 @@ def recipe(context: RunContext) -> list[Stage]:
 
 
 def select(names: Sequence[str], only: str, until: str) -> list[str]:
-    """Which of the stages `names` a command line asks for. Errors: ConfigError for one that is none of them."""
+    """Returns those of the stages `names` that the options --stage (`only`) and --until ask for.
+
+    Raises ConfigError if an option names another stage, or if both are given.
+    """
     chosen = only.split(",") if only else names[: 1 + names.index(until)] if until in names else list(names)
     for option, asked in (("--stage", chosen), ("--until", [until] if until else [])):
         for name in asked:
             if name not in names:
                 raise ConfigError(f"{option} {name}: this run has no such stage; it has {', '.join(names)}")
     if only and until:
-        raise ConfigError(f"--stage {only} and --until {until} say different things; give one of them")
+        raise ConfigError(f"--stage {only} and --until {until} exclude each other; give one of them")
     return list(chosen)
 
 
 def run(
     config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = ""
 ) -> tuple[list[PublishedStage], list[str]]:
-    """Runs what is not done yet; returns the stages and what is alarming about their counts.
+    """Runs the stages that are not done yet; returns all finished stages, and a sentence for each alarm.
 
-    Only the stages named by `only`, between commas, or all up to and with `until`.
-    Errors: ConfigError, ValueError for data that cannot be used, TaskError, LedgerError.
+    `only` restricts the run to the stages that it names, separated by commas; `until` is the last stage to run. Raises
+    ConfigError, ValueError for data that cannot be used, TaskError for a failed task, and LedgerError for counts that
+    do not add up.
     """
     run_dir = Path(config.run.dir)
     check_writable(run_dir, "run.dir")
@@ -129,14 +132,18 @@ def run(
             if done[stage.name].fresh:
                 for warning in warnings([stage.name], done, config):
                     warn(warning, console)
-        canaries = look(run_dir, config.canaries, done)
+        canaries = check_canaries(run_dir, config.canaries, done)
         found = alarms({name: one.tally for name, one in done.items()}, run_dir, config.alarms) + missed(canaries)
         write_ledger(run_dir, stages, done, found, canaries)
         return list(done.values()), found
 
 
 def warnings(names: Collection[str], done: Mapping[str, PublishedStage], config: DataConfig) -> list[str]:
-    """What the stages `names` say of shortfalls; of a plan's, only the last of them that counted before the plan."""
+    """Returns warnings of too little text, from the counts of the stages `names`.
+
+    Shortfalls of a plan are reported from the last of the COUNTED stages among them, or not at all once the plan stage
+    is done.
+    """
     counted = [name for name in COUNTED if name in names and "plan" not in names][-1:]
     short = []
     if "documents" in names:
@@ -145,7 +152,7 @@ def warnings(names: Collection[str], done: Mapping[str, PublishedStage], config:
 
 
 def _chosen(config: DataConfig, stages: Sequence[Stage], only: str, until: str) -> list[str]:
-    """As `select`. Errors: ConfigError as well where the plan is asked for and there is no mixture."""
+    """Returns `select` of the stages; also raises ConfigError if the plan stage is chosen without a [mixture]."""
     chosen = select([stage.name for stage in stages], only, until)
     if "plan" in chosen:
         config.plans()
@@ -153,7 +160,7 @@ def _chosen(config: DataConfig, stages: Sequence[Stage], only: str, until: str) 
 
 
 def _check_some_left(done: PublishedStage, run_dir: Path) -> None:
-    """Errors: ValueError for a stage that no document came out of: those after it could only fail."""
+    """Raises ValueError if a stage kept no document, since every later stage would fail."""
     total = done.tally.total()
     if not total.came_in.documents and done.name == "extract":
         raise ValueError("the files of all sources hold no record; check sources.*.files and their format")
@@ -168,7 +175,7 @@ def _check_some_left(done: PublishedStage, run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def nothing_left_of_refused(run_dir: Path) -> Iterator[None]:
-    """Removes what has come into the run directory, caches of hashes mostly, if the run is refused."""
+    """Context in which an exception removes everything that was added to the run directory, such as hash caches."""
     before = set(run_dir.iterdir())
     try:
         yield
@@ -179,9 +186,9 @@ def nothing_left_of_refused(run_dir: Path) -> Iterator[None]:
 
 
 def _check_needs(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path) -> None:
-    """Errors: ConfigError for a chosen stage that needs another which is neither done nor chosen."""
+    """Raises ConfigError if a chosen stage needs another that is neither done nor chosen."""
     there: set[str] = set()
-    lacking: dict[str, list[str]] = {}  # of a stage that is neither done nor chosen: it, after those that it needs
+    lacking: dict[str, list[str]] = {}  # missing stage -> the missing stages that it needs, then itself
     for stage in stages:
         if published(stage, run_dir) is None:
             against = [stage.counted_against] if stage.counted_against else []
@@ -206,8 +213,10 @@ def write_ledger(
     found: Sequence[str],
     canaries: Sequence[Mapping[str, Any]],
 ) -> None:
-    """`after` is the stage whose output a stage counts as its input: None for the first. Canaries are among a stage's
-    sources and not in its total.
+    """Writes alarms, canaries and the counts of all finished stages to `ledger.json` in the run directory.
+
+    A stage's `after` is the stage whose output it counts as its input, None for the first stage. Canaries are listed
+    among a stage's sources, but its total leaves them out.
     """
     after = {stage.name: stage.counted_against.name if stage.counted_against else None for stage in stages}
     ledger = {
@@ -231,12 +240,12 @@ def write_ledger(
 
 
 def count_set_aside(done: Sequence[PublishedStage]) -> dict[str, int]:
-    """Records of the input that could not be used and stand in extract/rejected/, by reason."""
+    """Returns {reason: number of input records that could not be used}; the records are in `extract/rejected/`."""
     return next((set_aside(stage.tally.total()) for stage in done if stage.name == "extract"), {})
 
 
 def _say_set_aside(done: Sequence[PublishedStage], config: DataConfig, console: Console) -> None:
-    """What exit status 0 does not say: that some of the input was not usable."""
+    """Prints how many input records were set aside; the exit status is 0 nevertheless."""
     if reasons := count_set_aside(done):
         counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
         console.print(
@@ -249,11 +258,11 @@ def _say_set_aside(done: Sequence[PublishedStage], config: DataConfig, console: 
 
 
 def _say_made_by_other_code(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path, console: Console) -> None:
-    """Says why stages that were there run again though neither config nor input was changed."""
+    """Prints which stages run again only because the code or a package that made them has changed."""
     if names := made_by_other_code([stage for stage in stages if stage.name in chosen], run_dir):
         console.print(
-            "the code that makes these stages, or a package that it uses, was changed since they were made, so that "
-            f"they run again with all that need them: {', '.join(names)}",
+            "the code of these stages, or a package that they use, has changed since they were made; they run again, "
+            f"with all stages that need them: {', '.join(names)}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -261,7 +270,7 @@ def _say_made_by_other_code(stages: Sequence[Stage], chosen: Sequence[str], run_
 
 
 def _where(stage: PublishedStage) -> str:
-    """Where to look: the samples of what was dropped, or else the stage's folder."""
+    """Path, in the run directory, of the samples of dropped records; of the stage's folder if it has none."""
     for name in ("rejected", "drops"):
         if (stage.folder / name).is_dir():
             return f"{stage.folder.name}/{name}"
@@ -280,7 +289,7 @@ def _say(done: PublishedStage, number: int, count: int, console: Console) -> Non
     )
     if done.kept:
         console.print(
-            f"the earlier {done.name} is kept in {done.kept}, for training runs that need it; remove it when none does",
+            f"the earlier {done.name} is kept in {done.kept} for training runs that use it; remove it when none does",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -288,10 +297,10 @@ def _say(done: PublishedStage, number: int, count: int, console: Console) -> Non
 
 
 def dry_run(config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = "") -> None:
-    """Says of every stage whether it would run or be skipped, and once there are tokens what the mixture comes to.
+    """Prints for every stage whether it would run or be skipped and, once there are tokens, the mixture's forecast.
 
-    Writes only the cache of input hashes, into a run directory that is there. Errors: ValueError for a mixture that the
-    tokens do not allow.
+    Writes nothing but the cache of input hashes, and that only into an existing run directory. Raises ValueError if
+    there are too few tokens for the mixture.
     """
     run_dir = Path(config.run.dir)
     if run_dir.exists():
@@ -335,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> int:
-    """The run, or with --dry-run what it would do, and what there is to say of it. Returns an exit status."""
+    """Does the run, or the dry run; prints its errors, counts and alarms; returns the exit status."""
     console = wide_console()
     try:
         if args.dry_run:
@@ -354,7 +363,7 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
     run_dir = Path(config.run.dir)
     print_ledger(read_ledger(run_dir), run_dir, console)
     _say_set_aside(done, config, console)
-    if canaries := look(run_dir, config.canaries, [stage.name for stage in done]):
+    if canaries := check_canaries(run_dir, config.canaries, [stage.name for stage in done]):
         right = sum(one["caught"] for one in canaries)
         console.print(f"canaries: {right} of {len(canaries)} caught as they should be", highlight=False, soft_wrap=True)
     console.print(

@@ -1,1 +1,1 @@
-"""Documents with a known fate, planted in a run's input to see that its stages work."""
+"""Canaries: documents with a known fate, planted in a run's input to check that its stages work."""

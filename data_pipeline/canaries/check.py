@@ -1,6 +1,6 @@
-"""The check of planted canaries: what became of each, and whether that is what its config expects.
+"""Checks what became of each planted canary against the fate that its config expects.
 
-A canary that its rule did not catch is an alarm. Nothing is read but tables and samples of what was dropped.
+A canary with another fate is an alarm. Only tables and samples of dropped documents are read.
 """
 
 import json
@@ -17,13 +17,14 @@ from data_pipeline.core.tables import TABLE_STAGES, read_table
 
 @dataclass(frozen=True)
 class CanaryFate:
-    """The fate of one planted text: the reason of its first drop, "" if it was kept, and those of all its cuts."""
+    """Fate of one planted text: the reason why it was first dropped, "" if never, and the reasons of all its cuts."""
 
     id: str
     reason: str
     cuts: frozenset[str]
 
     def caught_by(self, reason: str) -> bool:
+        """Whether the text was dropped for `reason` or, if it was kept, cut for it."""
         return self.reason == reason or (not self.reason and reason in self.cuts)
 
     def __str__(self) -> str:
@@ -32,11 +33,11 @@ class CanaryFate:
         return f"cut for {' and '.join(sorted(self.cuts))}" if self.cuts else KEPT
 
 
-def look(run_dir: Path, canaries: Mapping[str, CanaryConfig], done: Collection[str]) -> list[dict[str, Any]]:
-    """For each canary its name, source and expected reason, what became of its texts, and whether that is right.
+def check_canaries(run_dir: Path, canaries: Mapping[str, CanaryConfig], done: Collection[str]) -> list[dict[str, Any]]:
+    """Returns each canary's name, source and expected reason, the fates of its texts, and whether they are as expected.
 
-    `done` are the run's stages; folders of others may be left from a run with another config. Nothing is said before
-    documents is done, where canaries end.
+    `done` are the finished stages of the run; a run with another config may have left folders of other stages. Returns
+    [] until the documents stage is done, which is the last that sees canaries.
     """
     if "documents" not in done:
         return []
@@ -51,7 +52,7 @@ def look(run_dir: Path, canaries: Mapping[str, CanaryConfig], done: Collection[s
 
 
 def missed(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each canary of `look` that was not caught as it should have been."""
+    """Returns a sentence for each canary, as `check_canaries` describes it, whose fate is not the expected one."""
     return [
         f"canary {one['name']!r} of {one['source']} should be {_expected(one['reason'], len(one['texts']))}; "
         + ", ".join(f"{text} was {fate}" for text, fate in one["texts"].items())
@@ -61,6 +62,7 @@ def missed(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _right(reason: str, texts: list[CanaryFate]) -> bool:
+    """Whether the texts of a canary have the fates that `reason` stands for."""
     if reason == KEPT:
         return all(not one.reason and not one.cuts for one in texts)
     caught = sum(one.caught_by(reason) for one in texts)
@@ -70,6 +72,7 @@ def _right(reason: str, texts: list[CanaryFate]) -> bool:
 
 
 def _expected(reason: str, texts: int) -> str:
+    """Describes, for messages, what should become of a canary with this many texts."""
     if reason == KEPT:
         return "kept whole"
     if reason in DUPLICATES:
@@ -78,7 +81,7 @@ def _expected(reason: str, texts: int) -> str:
 
 
 def _seen(run_dir: Path, stages: Sequence[str], shard: str) -> dict[str, CanaryFate]:
-    """Reads the fates, by id, of all texts of the canary whose shards begin with `shard`."""
+    """Reads the fates, by id, of all texts of the canary whose shards' names begin with `shard`."""
     fates: dict[str, CanaryFate] = {}
     name = shard.replace("/", "-")
     for path in sorted([*run_dir.glob(f"extract/rejected/{name}.jsonl"), *run_dir.glob(f"extract/drops/{name}.jsonl")]):

@@ -1,17 +1,17 @@
-"""Names that tell the documents of the sources from planted canaries, and one canary from another.
+"""Names that distinguish canaries from the documents of sources, and one canary from another.
 
-Where stages compare documents with each other, a canary meets neither documents of the sources nor another canary: the
-hashes that they would meet under are salted by the canary's name. So canaries change nothing about the documents of the
-sources, and no canary decides what becomes of another. What canaries are for is in `plant`.
+Stages that compare documents by hashes never match a canary with a source's document or with another canary, since its
+hashes are salted with its name. Canaries therefore change nothing about the sources' documents, and not each other's
+fate. `plant` explains what canaries are for.
 """
 
 from data_pipeline.core.hashing import stable_hash
 
-_SUFFIX = ".canaries"  # no source's name ends so: those have no dots
+_SUFFIX = ".canaries"  # cannot end the name of a source, which has no dots
 
 
 def canaries_of(source: str) -> str:
-    """The name under which the canaries that follow the rules of `source` are counted and filed."""
+    """Returns the name that replaces the source's in counts and folders of canaries with its rules."""
     return source + _SUFFIX
 
 
@@ -21,15 +21,15 @@ def is_canary(name: str) -> bool:
 
 
 def source_of(name: str) -> str:
-    """The source whose rules hold for `name`: itself, or the one that canaries follow."""
+    """Returns the source whose rules apply to `name`, which is a source or a name made by `canaries_of`."""
     return name.removesuffix(_SUFFIX)
 
 
 def canary_of(shard: str) -> str:
-    """The name of the canary that `shard` is of, or "" for the documents of the sources."""
+    """Returns the name of the canary that a shard holds, "" for a shard of a source's documents."""
     return shard.rpartition("-")[0] if is_canary(shard) else ""
 
 
 def salt(shard: str) -> int:
-    """64 bits to combine, by exclusive or, with the hashes of the shard's documents; 0 for those of the sources."""
+    """Returns 64 bits to XOR with the hashes of a shard's documents; 0 for a shard of a source's documents."""
     return stable_hash(canary_of(shard)) if is_canary(shard) else 0

@@ -1,8 +1,8 @@
-"""Canaries: documents with a known fate, planted in a run's input; `alarms` looks for them when it has ended.
+"""Plants canaries, documents with a known fate, in a run's input; `check` looks at its end what became of them.
 
-Planted behind the readers, each is extracted, scored, filtered, deduplicated and cut as a document of its source is,
-by the same tasks and rules, in shards of its own (`naming`), up to the documents stage, which leaves it out. What is
-not tested so: reading of files, meeting documents of the sources, tokenizer and plan.
+Canaries enter after the readers. The same tasks and rules extract, score, filter, deduplicate and cut them as the
+documents of their source, in shards of their own (`naming`); the documents stage drops them. They do not test the
+reading of files, comparison with the sources' documents, the tokenizer or the plan.
 """
 
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from configs.canaries import CanaryConfig
 from data_pipeline.canaries.naming import canaries_of
 from data_pipeline.core.ledger import Tally
 
-FATES = "canaries.jsonl"  # in the documents stage's folder: id, and bytes cut by reason, of those that came that far
-LEFT_OUT = "canary"  # why the documents stage drops a canary that nothing caught
+FATES = "canaries.jsonl"  # in the documents stage's folder: id, reason and bytes cut, of the canaries that reached it
+LEFT_OUT = "canary"  # reason for which the documents stage drops a canary that no stage dropped
 
 
 def numbered(canaries: Mapping[str, CanaryConfig]) -> dict[str, tuple[int, CanaryConfig]]:
-    """Name -> a number, by which its shard is named, and the canary."""
+    """Returns {name: (number, canary)}; the number names the canary's shards."""
     return {name: (number, canaries[name]) for number, name in enumerate(sorted(canaries))}
 
 
 def as_input(canaries: Mapping[str, CanaryConfig]) -> dict[str, Any]:
-    """What of canaries the run's input consists of: all but what is expected of them."""
+    """Returns the part of the canaries' config that is input of the run: all but the expected fate."""
     return {
         name: [number, canary.source, list(canary.texts), canary.html, canary.url]
         for name, (number, canary) in numbered(canaries).items()
@@ -34,11 +34,12 @@ def as_input(canaries: Mapping[str, CanaryConfig]) -> dict[str, Any]:
 
 
 def id_of(name: str, index: int) -> str:
+    """Returns the id of a canary's text of the given index."""
     return f"canaries/{name}/{index}"
 
 
 class PlantCanaries(PipelineStep):
-    """Yields what comes and then, in the first task, the canaries."""
+    """Passes all documents on; the first task adds the canaries after its own."""
 
     name, type = "Canaries", "🐤 - READER"
 

@@ -1,4 +1,4 @@
-"""The documents stage: the texts that are left, without what stages cut, some of them held out."""
+"""The documents stage: applies all cuts to the documents that are kept, and holds some of them out."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ from data_pipeline.documents.write import StageFolders, Survey, WriteSplits, hel
 def documents_stage(
     context: RunContext, extract: Stage, language: Stage, score: Stage, dedup: Stage, cutting: Sequence[Stage]
 ) -> Stage:
-    """The stage that writes texts anew; `cutting` are decontaminate, first where there is one, and those that cut."""
+    """Returns the documents stage; `cutting` are the enabled stages after dedup, decontaminate first if it is on."""
     config = context.config
     kept = cutting[0] if cutting and cutting[0].name == "decontaminate" else dedup
     return Stage(
@@ -35,6 +35,7 @@ def documents_stage(
 
 
 def _documents(context: RunContext, kept: str, cutting: Sequence[str], folder: Path, logs: Path) -> Tally:
+    """Runs the stage; `kept` is the last stage that sees all documents, `cutting` those with cuts or verdicts."""
     run_dir, config = context.run_dir, context.config
     before = StageFolders(
         kept=str(run_dir / kept),
@@ -51,7 +52,7 @@ def _documents(context: RunContext, kept: str, cutting: Sequence[str], folder: P
     context.pipeline("documents: survey", logs / "survey", [survey], len(shards), 0)
     found = surveyed(logs / "survey" / "seen")
     chosen = heldout_rules(found, config.sources, settings.share, settings.seed)
-    order: dict[str, int] = {}  # a source's shards are numbered anew, those that are empty left out
+    order: dict[str, int] = {}  # shard -> its number among the source's shards that are not empty
     numbers = Counter[str]()
     for seen in found:
         order[seen.shard] = numbers[seen.shard.split("/")[0]]

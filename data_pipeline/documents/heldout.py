@@ -1,7 +1,8 @@
-"""Which documents are held out: those whose hash of (seed, id) is low. No text, no tables.
+"""Choice of the held-out documents: those whose hash of (seed, id) is below a threshold.
 
-So the split survives a change of filters, of order and of the number of workers, and a task that meets a document needs
-to know no other one. Near-duplicates cannot sit on both sides: deduplication ran before, over all sources.
+The split therefore stays the same when filters, order or the number of workers change, and a task decides for one
+document without knowing the others. Near-duplicates cannot end up in both splits, since deduplication over all sources
+runs before.
 """
 
 from collections.abc import Iterable
@@ -9,28 +10,29 @@ from dataclasses import dataclass
 
 from data_pipeline.core.hashing import stable_hash
 
-Drawn = tuple[float, str]  # what `draw` gives for an id, and the id
+Drawn = tuple[float, str]  # `draw` of an id, and the id
 
 
 def draw(seed: int, document_id: str) -> float:
-    """In [0, 1), a function of seed and id."""
+    """Returns a pseudo-random number in [0, 1) that depends on seed and id alone."""
     return stable_hash(f"{seed}\0{document_id}") / 2**64
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """The lowest and the highest drawn of some documents; None of none."""
+    """The documents with the lowest and the highest draw of a set, None for an empty set."""
 
     lowest: Drawn | None = None
     highest: Drawn | None = None
 
     @classmethod
     def of(cls, ids: Iterable[str], seed: int) -> "Extremes":
+        """Draws for every id."""
         drawn = [(draw(seed, document_id), document_id) for document_id in ids]
         return cls(min(drawn), max(drawn)) if drawn else cls()
 
     def __or__(self, other: "Extremes") -> "Extremes":
-        """Of both together."""
+        """Returns the extremes of the union of both sets."""
         lows = [drawn for drawn in (self.lowest, other.lowest) if drawn]
         highs = [drawn for drawn in (self.highest, other.highest) if drawn]
         return Extremes(min(lows, default=None), max(highs, default=None))
@@ -38,19 +40,19 @@ class Extremes:
 
 @dataclass(frozen=True)
 class HeldoutRule:
-    """How the held-out documents of one source are told: those drawn under `share`, and never none or all of them.
+    """Rule that chooses a source's held-out documents: those whose draw is below `share`, but never none or all.
 
-    Of a share of 0, and of a source of fewer than two documents, there are none.
+    No document is held out if the share is 0 or the source has fewer than two documents.
     """
 
     share: float
     seed: int
-    always: str  # an id that is held out, "" for none
-    never: str
+    always: str  # id that is held out in any case, "" for none
+    never: str  # id that is never held out, "" for none
 
     @classmethod
     def of(cls, found: Extremes, share: float, seed: int) -> "HeldoutRule":
-        """`found` are those of all documents of the source."""
+        """Makes the rule of a source; `found` are the extremes of all its documents."""
         if not share or found.lowest is None or found.highest is None or found.lowest == found.highest:
             return cls(0.0, seed, "", "")
         always = found.lowest[1] if found.lowest[0] >= share else ""
@@ -58,6 +60,7 @@ class HeldoutRule:
         return cls(share, seed, always, never)
 
     def holds_out(self, document_id: str) -> bool:
+        """Whether the document is held out."""
         if document_id and document_id in (self.always, self.never):
             return document_id == self.always
         return draw(self.seed, document_id) < self.share

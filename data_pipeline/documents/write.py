@@ -1,8 +1,9 @@
-"""The documents that go on to the tokenizer: `<split>/<source>/NNNNN.jsonl.zst`, without what stages cut.
+"""Writes the documents that the tokenizer gets, `<split>/<source>/NNNNN.jsonl.zst`, after all cuts are applied.
 
-All cuts of a text are made here, at once; a document that loses more than a share, and has less left than is enough,
-goes as `mostly_cut`, and so does one of which only white space is left. Tables alone say what becomes of a document, so
-that a first pass over them (`Survey`) finds what a source has in all, and the texts are read once.
+The cuts of all stages are applied to a text at once. A document is dropped as `mostly_cut` if it loses more than
+`documents.cut_share_max` of its bytes and has fewer than `documents.left_bytes_min` left, or if only white space is
+left. A first pass (`Survey`) reads only the stages' tables and finds what each source has in all; the second reads the
+texts.
 """
 
 import dataclasses
@@ -29,22 +30,22 @@ from data_pipeline.personal_data.hiding import Hiding
 from data_pipeline.reading.addresses import url_key, url_of
 
 MOSTLY_CUT = "mostly_cut"
-URL_KEY = "url_key"  # metadata of a document whose address is not published as it was
-FROM_RECORD = ("file", "path", "url", "record", "fields")  # metadata that is not the pipeline's own
-# Scores that travel with a document into the token store's table; all others stay in the score stage's
-# tables.
+URL_KEY = "url_key"  # metadata: key of the original address, if the published one has personal data replaced
+FROM_RECORD = ("file", "path", "url", "record", "fields")  # metadata that comes from the input file or record
+# Scores that are copied into the token store's table; the others are only in the score stage's tables.
 SCORES = ("quality", "word_count", "alpha_word_ratio", "dup_line_char_ratio", "top_2_gram", "dup_5_gram")
 
 
 @dataclass(frozen=True)
 class StageFolders:
-    """The folders of the stages before: who says what of a document. `judges` and `cutters` are in the order in
-    which the stages run.
+    """Folders of the earlier stages whose tables decide about documents, and the limits for cut documents.
+
+    `judges` and `cutters` are in the order in which the stages run.
     """
 
-    kept: str  # the last stage that all documents went through; what it kept comes in
-    judges: tuple[str, ...]  # stages beside each other after that one, whose verdicts all count
-    cutters: tuple[str, ...]  # stages that cut
+    kept: str  # the last stage that sees all documents; those that it kept come in
+    judges: tuple[str, ...]  # stages after it, which all read its output; a document must pass all of them
+    cutters: tuple[str, ...]  # stages with tables of cuts
     deduped: str
     scores: str
     languages: str
@@ -54,7 +55,7 @@ class StageFolders:
 
 @dataclass(frozen=True)
 class DocumentFate:
-    """What becomes of a document: dropped for `reason`, or passed on after its cuts."""
+    """Fate of a document: dropped for `reason`, or passed on after its cuts if that is empty."""
 
     row: int
     id: str
@@ -64,9 +65,9 @@ class DocumentFate:
 
 
 def fates(before: StageFolders, shard: str) -> list[DocumentFate]:
-    """Of every document of a shard that comes in, from tables alone."""
+    """Returns the fate of each document of a shard that comes in, read from tables alone."""
     coming = kept_rows(read_table(before.kept, shard, ("row", "id", "bytes", "verdict")))
-    if not coming.num_rows:  # the stages after that have no tables of it
+    if not coming.num_rows:  # then later stages have no table for this shard
         return []
     cuts = read_cuts(before.cutters, shard)
     verdicts: dict[int, str] = {}
@@ -85,7 +86,7 @@ def fates(before: StageFolders, shard: str) -> list[DocumentFate]:
 
 
 class Survey(PipelineStep):
-    """Writes a line for each shard that documents come in of, without reading a text: `surveyed` reads them."""
+    """Writes a ShardSurvey, as a JSON line, for each shard with incoming documents; reads tables alone."""
 
     name = "Survey"
     type = "🔭 - SURVEY"
@@ -124,7 +125,7 @@ class Survey(PipelineStep):
 
 @dataclass(frozen=True)
 class ShardSurvey:
-    """What `Survey` says of a shard: of the documents that are left, some that are mostly cut, and canaries' fates."""
+    """Survey of one shard: extremes of the documents left, samples of mostly cut ones, or the fates of canaries."""
 
     shard: str
     left: Extremes
@@ -133,7 +134,7 @@ class ShardSurvey:
 
 
 def surveyed(folder: Path) -> list[ShardSurvey]:
-    """Of all tasks, by shard."""
+    """Reads the lines that all tasks of `Survey` wrote to a folder; returns them sorted by shard."""
     found = []
     for path in folder.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -146,7 +147,7 @@ def surveyed(folder: Path) -> list[ShardSurvey]:
 def heldout_rules(
     found: Iterable[ShardSurvey], sources: Iterable[str], share: float, seed: int
 ) -> dict[str, HeldoutRule]:
-    """By source."""
+    """Returns the rule of each source, made from the surveys of all its shards."""
     ends = dict.fromkeys(sources, Extremes())
     for seen in found:
         source = seen.shard.split("/")[0]
@@ -156,7 +157,7 @@ def heldout_rules(
 
 
 class WriteSplits(PipelineStep):
-    """Passes on what no stage dropped, without what stages cut, each document with its split and its scores."""
+    """Drops documents, applies cuts, and adds split, language and scores to the metadata of those that it passes on."""
 
     name = "Held-out split"
     type = "🔀 - SPLIT"
@@ -219,7 +220,7 @@ class WriteSplits(PipelineStep):
         yield document
 
     def _columns_of(self, shard: str) -> dict[int, dict[str, Any]]:
-        """Row -> what travels with a document, for those that deduplication kept."""
+        """Returns {row: cluster size, language and scores} for the documents that deduplication kept."""
         scores = {line["row"]: line for line in read_table(self.before.scores, shard, ("row", *SCORES)).to_pylist()}
         spoken = {
             line["row"]: line
@@ -238,9 +239,9 @@ class WriteSplits(PipelineStep):
 
 
 def _hide(metadata: dict[str, Any], pii: PiiConfig) -> bool:
-    """Replaces personal data in what a document has from its file and record; says whether there was any.
+    """Replaces personal data in the metadata that comes from file and record; returns whether there was any.
 
-    The key of a changed address stays, so that the document is found by the address that it came from.
+    If the address changes, the key of the original one is kept, so that a document is still found by that address.
     """
     texts: Mapping[Kind, str] = PLACEHOLDERS | pii.replacements
     given = {name: metadata[name] for name in FROM_RECORD if name in metadata}
@@ -259,6 +260,6 @@ _INTERNAL = frozenset({"shard", "row", "split", "output"})
 
 
 def split_record(step: PipelineStep, document: Document) -> dict[str, Any]:
-    """What of a document is published."""
+    """Returns the fields of a document that are published: text, id, and metadata without internal keys."""
     metadata = {key: value for key, value in document.metadata.items() if key not in _INTERNAL}
     return {"text": document.text, "id": document.id, "metadata": metadata}

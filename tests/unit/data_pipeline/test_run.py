@@ -160,11 +160,11 @@ def test_changed_code_is_told_in_one_sentence(
             source.write("\n# changed")
     monkeypatch.setattr(stage, "_HERE", tmp_path / "copy")
     stage._source.cache_clear()
-    reason = "the code that makes these stages, or a package that it uses, was changed since they were made, so that"
+    reason = "the code of these stages, or a package that they use, has changed since they were made;"
     for dry in (["--dry-run"], []):
         assert main([str(finished.config), *dry]) == 0
-        told = [line for line in capsys.readouterr().out.splitlines() if "was changed" in line]
-        assert told == [f"{reason} they run again with all that need them: dedup, plan"]
+        told = [line for line in capsys.readouterr().out.splitlines() if "has changed" in line]
+        assert told == [f"{reason} they run again, with all stages that need them: dedup, plan"]
     assert [name for name, one in ledger(finished.folder).items() if not one["fresh"]] == [
         "extract",
         "language",
@@ -174,7 +174,7 @@ def test_changed_code_is_told_in_one_sentence(
     ]
     assert published(finished.folder) == before
     assert main([str(finished.config)]) == 0
-    assert "was changed" not in capsys.readouterr().out
+    assert "has changed" not in capsys.readouterr().out
     stage._source.cache_clear()
 
 
@@ -313,7 +313,7 @@ def test_stages_run_alone_or_up_to_one(config: Path, capsys: pytest.CaptureFixtu
     for arguments, message in (
         (["--stage", "sieve"], "--stage sieve: this run has no such stage; it has extract, language"),
         (["--until", "sieve"], "--until sieve: this run has no such stage"),
-        (["--until", "score", "--stage", "score"], "say different things"),
+        (["--until", "score", "--stage", "score"], "exclude each other"),
     ):
         with pytest.raises(ConfigError, match=message):
             main([str(config), *arguments])

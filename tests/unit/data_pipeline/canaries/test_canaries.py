@@ -13,7 +13,7 @@ import pytest
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline import run
-from data_pipeline.canaries.check import look, missed
+from data_pipeline.canaries.check import check_canaries, missed
 from data_pipeline.canaries.naming import canary_of, is_canary, salt
 from data_pipeline.core.tables import shards_of
 from tests.data_runs import data_config
@@ -129,9 +129,9 @@ def test_every_canary_is_caught_by_its_rule(planted_run: Path) -> None:
     run_dir = planted_run.parent / "planted"
     ledger = json.loads((run_dir / "ledger.json").read_text())
     stages = [stage["name"] for stage in ledger["stages"]]
-    found = look(run_dir, load(DataConfig, planted_run).canaries, stages)
+    found = check_canaries(run_dir, load(DataConfig, planted_run).canaries, stages)
     assert missed(found) == []
-    assert look(run_dir, load(DataConfig, planted_run).canaries, stages[: stages.index("documents")]) == []
+    assert check_canaries(run_dir, load(DataConfig, planted_run).canaries, stages[: stages.index("documents")]) == []
     assert ledger["canaries"] == found and not [alarm for alarm in ledger["alarms"] if "canary" in alarm]
     fates = {one["name"]: list(one["texts"].values()) for one in found}
     assert sorted(fates["copies"]) == ["dropped for exact_duplicate"] * 2 + ["kept"]
