@@ -1,1 +1,1 @@
-"""From token stores to training rows: shares, epochs, packing, plans and reading them."""
+"""The mixture plan: shares of sources, epochs, packing of documents into training rows, and reading of the rows."""

@@ -1,7 +1,8 @@
-"""Where a source's epochs stand when a plan ends, or is left after some of its samples: the next plan begins there.
+"""Cursors: how much of each source's epochs a chain of plans has used, so that the next plan can go on from there.
 
-A plan carries the cursors that it began with in plan.json (`begins`) and, of epochs that are partly used, the pieces
-that are left in index arrays; `rows.Plan.cursors` moves them on. Sources that a plan lets rest keep theirs.
+plan.json holds the cursors at the plan's beginning (`begins`). For an epoch that is partly used, index arrays hold the
+pieces that are left. `rows.Plan.cursors` computes the cursors after some of the plan's samples; those of sources that a
+plan does not use are carried along unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +18,9 @@ PIECE_ARRAYS = ("document", "start", "length")
 
 @dataclass(frozen=True)
 class Cursor:
-    """`epoch`, from 0, of which `left` is not used yet (None: nothing is).
+    """Position of one source: its epoch, counted from 0, and the pieces `left` of it; None if all of it is left.
 
-    `stores` are the sha256 of the indexes of the token stores by whose documents `left` counts.
+    `stores` are the SHA-256 of the indexes of the token stores whose documents `left` refers to.
     """
 
     epoch: int
@@ -27,7 +28,7 @@ class Cursor:
     stores: tuple[str, ...]
 
     def after(self, ended: int, used: Pieces, lengths: np.ndarray) -> "Cursor":
-        """Past the end of so many epochs and, in the one after them, past the pieces `used`.
+        """Returns the cursor after the end of `ended` more epochs and the use of the pieces `used` of the next one.
 
         `lengths` are the tokens of the source's documents.
         """
@@ -37,23 +38,23 @@ class Cursor:
         return Cursor(self.epoch + ended, left, self.stores)
 
     def of_documents(self, lengths: np.ndarray) -> "Cursor":
-        """Without what is left of documents that have no tokens (any more); past an epoch of which nothing else is."""
+        """Returns the cursor without pieces of documents of length 0, such as removed ones; skips an empty epoch."""
         left = self.left and self.left.take(lengths[self.left.document] > 0)
         if left is not None and not len(left):
             return Cursor(self.epoch + 1, None, self.stores)
         return Cursor(self.epoch, left, self.stores)
 
     def check(self, source: str, stores: tuple[str, ...]) -> None:
-        """Errors: ValueError where the source has other token stores by now."""
+        """Raises ValueError if the source's token stores are not those that the cursor refers to."""
         if stores != self.stores:
             raise ValueError(
-                f"source {source} has other token stores than when the earlier plan was made: which of its documents "
-                "are used cannot be told. Give new text a source name of its own, or build all plans again"
+                f"source {source} has other token stores than when the earlier plan was made, so that the documents "
+                "already used are unknown. Give new text a source name of its own, or build all plans again"
             )
 
 
 def described(cursors: Mapping[str, Cursor]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What plan.json says of them, and index arrays by file name."""
+    """Returns the description of cursors for plan.json, and their index arrays by file name."""
     arrays = {
         f"left.{source}.{name}.npy": getattr(cursor.left, name).astype(np.int64)
         for source, cursor in cursors.items()
@@ -68,7 +69,7 @@ def described(cursors: Mapping[str, Cursor]) -> tuple[dict[str, Any], dict[str, 
 
 
 def read(told: Mapping[str, Any], array: Callable[[str], np.ndarray]) -> dict[str, Cursor]:
-    """The opposite of `described`; `array` opens a file by name."""
+    """Returns the cursors from the description that `described` made; `array` opens an index array by file name."""
     return {
         source: Cursor(
             entry["epoch"],

@@ -1,8 +1,9 @@
-"""Plans that a data run has replaced: they stay beside the new ones, and are found and compared with them.
+"""Plans that a later data run replaced: keeps them beside the new ones, finds them, and compares plans.
 
-A training run knows its plan by fingerprint. When a data run makes other plans, those in `<run.dir>/plan` move to
-`<run.dir>/plan.<name>`, so that a run can go on with its own. Tokens and the tokenizer are large, and are kept in the
-same way only where a run has trained on a plan of theirs (`note_use`). Nothing here removes what was kept.
+A training run identifies its plan by fingerprint. When a data run makes other plans, the earlier ones move from
+`<run.dir>/plan` to `<run.dir>/plan.<name>`, so that a training run can continue with its own. Token stores and the
+tokenizer are large and are kept in the same way only if a run has trained on a plan made of them (`note_use`). Kept
+folders are never removed here.
 """
 
 import hashlib
@@ -18,11 +19,11 @@ from configs.files import sync
 from data_pipeline.mixture.rows import PLAN_FILE, Plan, Segments
 from data_pipeline.tokens.store import Store
 
-USED_BY = "used_by"  # in a plan's folder: the directories of training runs, one a line
+USED_BY = "used_by"  # file in a plan's folder: directories of the training runs that use the plan, one a line
 
 
 def keep_plans(old: Path, new: Path) -> Path | None:
-    """Moves the plans in folder `old` beside it, if `new` has others; returns where they are then."""
+    """Moves the plans in folder `old` aside if those in `new` differ; returns the folder's new path, else None."""
     names = _fingerprints(old)
     if not names or names == _fingerprints(new):
         return None
@@ -31,7 +32,10 @@ def keep_plans(old: Path, new: Path) -> Path | None:
 
 
 def keep_for_plans(old: Path, new: Path) -> Path | None:
-    """Moves tokens or a tokenizer in folder `old` beside it, if `new` has others and a run's plan is made of them."""
+    """Moves folder `old`, token stores or a tokenizer, aside if those in `new` differ and a training run needs it.
+
+    A training run needs it if the run's plan was made of files in it. Returns the folder's new path, or None.
+    """
     for file in _plan_files(old.parent):
         if not (file.parent / USED_BY).is_file():
             continue
@@ -46,7 +50,7 @@ def keep_for_plans(old: Path, new: Path) -> Path | None:
 
 
 def note_use(plan: Path, run_dir: Path) -> None:
-    """Notes in a plan's folder that a training run needs it. Errors: OSError where nothing can be written there."""
+    """Adds a training run to the users listed in a plan's folder; raises OSError if the folder cannot be written."""
     file, line = plan / USED_BY, f"{run_dir.resolve()}\n"
     if not file.is_file() or line not in file.read_text(encoding="utf-8").splitlines(keepends=True):
         with file.open("a", encoding="utf-8") as lines:
@@ -54,9 +58,9 @@ def note_use(plan: Path, run_dir: Path) -> None:
 
 
 def find(location: str | Path, fingerprint: str) -> Plan | None:
-    """The plan of that fingerprint at `location`, or else among those kept beside it; None if there is none.
+    """Opens the plan with a fingerprint, at `location` or among those kept beside it; returns None if there is none.
 
-    Errors: ValueError where it is there, and damaged or without the tokens that it was made of.
+    Raises ValueError if the only such plans are damaged or lack the tokens that they were made of.
     """
     location = Path(location)
     problem: ValueError | None = None
@@ -72,14 +76,14 @@ def find(location: str | Path, fingerprint: str) -> Plan | None:
 
 
 def where(location: str | Path, fingerprint: str) -> Path | None:
-    """The folder of the plan that `find` would open; None if there is none."""
+    """Returns the first folder with a plan of that fingerprint, searched as `find` does; None if there is none."""
     location = Path(location)
     folders = _candidates(location.parent if location.name == PLAN_FILE else location)
     return next((folder for folder in folders if _fingerprint(folder / PLAN_FILE) == fingerprint), None)
 
 
 def was_at(plan: Plan, location: str | Path) -> bool:
-    """Whether the plan was kept when another one took its place at `location`."""
+    """Whether the plan is in a folder that was moved aside when another plan took its place at `location`."""
     kept, standing = _absolute(plan.path), _absolute(Path(location))
     standing = standing.parent if standing.name == PLAN_FILE else standing
     if kept.parent == standing.parent:
@@ -89,10 +93,11 @@ def was_at(plan: Plan, location: str | Path) -> bool:
 
 
 def first_difference(plan: Plan, other: Plan, samples: int) -> int | None:
-    """The first of `samples` whose row is not the same in both plans, or that one of them lacks; None for none.
+    """Returns the first of the samples 0 to `samples` - 1 whose row differs between two plans; None if none does.
 
-    Rows are the same if they have the same tokens of the same documents, in stores of the same checksums, in the same
-    rows, and follow the same earlier plans.
+    A sample that one of the plans lacks counts as different. Rows are the same if they consist of the same segments of
+    the same documents, in stores of the same checksums; all rows differ if length of rows, tokenizer, padding or the
+    earlier plans that the two go on from differ.
     """
     if _frame(plan) != _frame(other):
         return 0
@@ -111,7 +116,7 @@ def first_difference(plan: Plan, other: Plan, samples: int) -> int | None:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What is different about a plan's data, in words; both are `Plan.facts`."""
+    """Describes in words how the data of two plans differ; `before` and `after` are their `Plan.facts`."""
     said = words(changes(before["mixture"], after["mixture"]))
     ours, theirs = after["documents"], before["documents"]
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
@@ -131,12 +136,12 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def _frame(plan: Plan) -> tuple[Any, ...]:
-    """What all rows of a plan have in common."""
+    """Returns the properties that all rows of a plan share; plans that differ in them have no row in common."""
     return plan.seq_length, plan.facts["tokenizer"], plan.pad_id, plan.after, plan.first_sample
 
 
 def _other_row(plan: Plan, other: Plan, source: str, count: int) -> int | None:
-    """The first of a source's `count` rows that the two plans do not have in common."""
+    """Returns the first of a source's `count` rows that differs between two plans; None if none does."""
     ours, theirs = plan.train_rows(source), other.train_rows(source)
     offsets, wrong = ours.offsets[: count + 1], np.flatnonzero(ours.offsets[: count + 1] != theirs.offsets[: count + 1])
     row = int(wrong[0]) - 1 if len(wrong) else count
@@ -145,7 +150,7 @@ def _other_row(plan: Plan, other: Plan, source: str, count: int) -> int | None:
     alike = _segment_keys(ours, segments, ids) == _segment_keys(theirs, segments, ids)
     forms, their_forms = (np.zeros(segments) if rows.fim is None else rows.fim[:segments] for rows in (ours, theirs))
     same = alike.all(0) & (forms == their_forms)
-    if plan.description["seed"] != other.description["seed"]:  # where a document is split for it
+    if plan.description["seed"] != other.description["seed"]:  # then fill-in-the-middle splits pieces elsewhere
         same &= forms == 0
     same &= (forms == 0) | (ours.document[:segments] == theirs.document[:segments])
     wrong = np.flatnonzero(~same)
@@ -155,7 +160,10 @@ def _other_row(plan: Plan, other: Plan, source: str, count: int) -> int | None:
 
 
 def _segment_keys(rows: Segments, segments: int, ids: dict[tuple[str, str], int]) -> np.ndarray:
-    """int64 [4, segments]: the number of its store in `ids`, document in the store, start and length of each."""
+    """Returns int64 [4, segments]: store, document in the store, start and length of each of the first `segments`.
+
+    Stores are numbered by checksums; `ids` holds these numbers and gets those of new stores.
+    """
     stores = np.array([ids.setdefault(checksums, len(ids)) for checksums in rows.checksums], np.int64)
     firsts = np.cumsum([0, *(len(store) for store in rows.shards.stores)])
     document = rows.document[:segments]
@@ -164,18 +172,19 @@ def _segment_keys(rows: Segments, segments: int, ids: dict[tuple[str, str], int]
 
 
 def _same(path: Path, new: Path) -> bool:
-    """Of two stores, or two tokenizers."""
+    """Whether two stores, or two tokenizer files, are the same."""
     if path.is_file():
         return new.is_file() and new.read_bytes() == path.read_bytes()
     return new.with_name(f"{new.name}.idx").is_file() and Store(new).facts() == Store(path).facts()
 
 
 def _absolute(path: Path) -> Path:
-    """Without `..`, and links as they are."""
+    """Returns the path, absolute and without `..`; links are not resolved."""
     return Path(os.path.abspath(path))
 
 
 def _set_aside(folder: Path, name: str) -> Path:
+    """Renames a folder to `<folder>.<first 16 characters of name>`, unless that exists; returns the new path."""
     kept = folder.with_name(f"{folder.name}.{name[:16]}")
     if not kept.exists():
         os.rename(folder, kept)
@@ -184,21 +193,23 @@ def _set_aside(folder: Path, name: str) -> Path:
 
 
 def _plan_files(run_dir: Path) -> list[Path]:
-    """All plan.json of a data run, those kept among them."""
+    """Lists all plan.json files of a data run, also those in folders moved aside."""
     return sorted(path for depth in ("", "*/") for path in run_dir.glob(f"plan*/{depth}{PLAN_FILE}"))
 
 
 def _fingerprints(folder: Path) -> list[str]:
+    """Returns the fingerprints of the plan in a folder, or of the plans of all its stages, sorted."""
     files = [folder / PLAN_FILE, *folder.glob(f"*/{PLAN_FILE}")]
     return sorted(print for file in files if (print := _fingerprint(file)))
 
 
 def _fingerprint(file: Path) -> str | None:
+    """Returns the SHA-256 of a plan.json, which is the plan's fingerprint; None if the file does not exist."""
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Where a plan that is or was at `folder` may be: of a data run's plan or of one of its stages."""
+    """Yields the folders where a plan that was once at `folder` may be; `folder` may be that of one of its stages."""
     yield folder
     folder = _absolute(folder)
     for whole in (folder, folder.parent):

@@ -1,7 +1,7 @@
-"""A source's rows, epoch after epoch: documents shuffled by (seed, source, epoch), packed, and the rows shuffled.
+"""Rows of a source, epoch after epoch: documents are shuffled by (seed, source, epoch) and packed, then rows shuffled.
 
-A plan may begin in the middle of an epoch, where an earlier one ended: its first rows are then made of what is `left`
-of that epoch, cut and packed for its own sequence length, so that the epoch still has every token exactly once.
+A plan that goes on from an earlier one may begin in the middle of an epoch. Its first rows are then made of the pieces
+`left` of that epoch, packed for its own sequence length, so that the epoch still contains every token exactly once.
 """
 
 import functools
@@ -17,7 +17,7 @@ from data_pipeline.mixture.packing import PACKINGS, Packed
 
 @dataclass(frozen=True)
 class Pieces:
-    """Parts of documents: tokens [start, start + length) of document. int64 [pieces] each, by document and start."""
+    """Parts of documents: tokens [start, start + length) of a document; int64 [pieces] each."""
 
     document: np.ndarray
     start: np.ndarray
@@ -25,20 +25,21 @@ class Pieces:
 
     @classmethod
     def whole(cls, lengths: np.ndarray) -> "Pieces":
+        """Returns one piece for each document, the whole document; `lengths` are in tokens."""
         return cls(np.arange(len(lengths)), np.zeros(len(lengths), np.int64), np.asarray(lengths, np.int64))
 
     def __len__(self) -> int:
         return len(self.document)
 
     def take(self, chosen: np.ndarray) -> "Pieces":
-        """The given ones, in the given order; or those of a mask."""
+        """Returns the pieces with the given indices, in their order, or those that a boolean mask selects."""
         return Pieces(self.document[chosen], self.start[chosen], self.length[chosen])
 
     def without(self, used: "Pieces") -> "Pieces":
-        """What is left when `used`, in any order, is cut out. Each of them lies within one piece of these.
+        """Returns the parts of these pieces that `used` does not cover; each used piece must lie within one of these.
 
-        What is left begins where a piece begins or a used one ends, and ends where a used one begins or a piece ends;
-        sorted, the n-th beginning belongs to the n-th end.
+        A remaining part begins where a piece begins or a used one ends, and ends where a used one begins or a piece
+        ends; with both sorted, the n-th begin belongs to the n-th end.
         """
         documents = np.concatenate([self.document, used.document])
         begins = np.concatenate([self.start, used.start + used.length])
@@ -51,7 +52,10 @@ class Pieces:
 
 @dataclass(frozen=True)
 class SourceEpochs:
-    """What a source's rows are made of. `extra` are the positions beside each piece of a document: see `packing`."""
+    """The documents of a source and the settings from which its rows follow.
+
+    `extra` are the positions, for each document, that every piece of it takes beyond its tokens: see `packing`.
+    """
 
     name: str
     lengths: np.ndarray  # in tokens
@@ -59,17 +63,18 @@ class SourceEpochs:
     seed: int
     seq_length: int
     packing: str
-    epoch: int = 0  # that the rows begin in
-    left: Pieces | None = None  # of that epoch; None: all
+    epoch: int = 0  # the epoch in which the rows begin
+    left: Pieces | None = None  # pieces of that epoch that are not used yet; None: all
 
     def whole(self, packing: str | None = None) -> Packed:
-        """One epoch in the documents' own order."""
+        """Packs one epoch in the documents' own order, by `packing` or, if it is None, by the plan's."""
         return PACKINGS[packing or self.packing](self.lengths, self.seq_length, self.extra)
 
     def size(self, number: int) -> int:
-        """Rows of an epoch, counted from the one that the rows begin in.
+        """Returns the number of rows of an epoch; number 0 is the epoch in which the rows begin.
 
-        The same in all, but where only a part is left, and where concat cuts elsewhere and pieces take extra positions.
+        All epochs have the same number, except one that is partly used; and under `concat`, if pieces take extra
+        positions, the number depends on the order of documents.
         """
         if number == 0 and self.left is not None:
             return self._first_size
@@ -78,11 +83,11 @@ class SourceEpochs:
         return self._size
 
     def begun(self) -> float:
-        """Epochs that earlier plans used, a part of one by its tokens."""
+        """Returns the number of epochs that earlier plans used; a partly used one counts by its share of tokens."""
         return self.epoch + self._first_used
 
     def most_rows(self, epochs: float) -> int:
-        """How many rows there are until so many epochs are over; of a part of an epoch, whole rows."""
+        """Returns how many rows there are until `epochs` epochs, earlier plans included, are used; rounds down."""
         whole = math.floor(epochs)
         if whole < self.epoch:
             return 0
@@ -92,7 +97,7 @@ class SourceEpochs:
         return sum(self.size(number) for number in range(whole - self.epoch)) + part
 
     def epochs_for(self, samples: int) -> int:
-        """The lowest cap, in whole epochs, that allows so many rows."""
+        """Returns the smallest whole number of epochs, earlier plans included, that allows `samples` more rows."""
         number = rows = 0
         while rows < samples:
             rows += self.size(number)
@@ -100,7 +105,7 @@ class SourceEpochs:
         return self.epoch + number
 
     def rows(self, samples: int) -> Packed:
-        """The first `samples` rows of the epochs."""
+        """Returns the first `samples` rows."""
         parts: list[Packed] = []
         missing = samples
         while missing:
@@ -119,12 +124,13 @@ class SourceEpochs:
 
     @functools.cached_property
     def _first_used(self) -> float:
-        """The share of the first epoch's tokens that earlier plans had."""
+        """Share of the first epoch's tokens that earlier plans used."""
         if self.left is None:
             return 0.0
         return 1 - int(self.left.length.sum()) / int(self.lengths.sum(dtype=np.int64))
 
     def _epoch(self, number: int) -> Packed:
+        """Returns the rows of an epoch in the order of training; number 0 is the epoch in which the rows begin."""
         pieces = self.left if number == 0 and self.left is not None else Pieces.whole(self.lengths)
         epoch = self.epoch + number
         pieces = pieces.take(generator(self.seed, self.name, epoch, "documents").permutation(len(pieces)))
@@ -135,12 +141,12 @@ class SourceEpochs:
             packed.length,
             packed.offsets,
         )
-        # Neighbouring rows are of one document or of like lengths: training must not see them in a run.
+        # Packing puts rows of one document, or of similar lengths, side by side; training must not see them in a run.
         return packed.take(generator(self.seed, self.name, epoch, "rows").permutation(len(packed)))
 
 
 def joined(parts: list[Packed]) -> Packed:
-    """Rows after rows."""
+    """Concatenates packed rows."""
     none = np.zeros(0, np.int64)
     ends = np.cumsum([0, *(int(part.offsets[-1]) for part in parts)])
     return Packed(
@@ -152,5 +158,6 @@ def joined(parts: list[Packed]) -> Packed:
 
 
 def generator(seed: int, source: str, epoch: int, what: str) -> np.random.Generator:
+    """Returns a random generator that depends on the arguments alone; `what` names the use, such as "rows"."""
     key = hashlib.sha256(json.dumps([seed, source, epoch, what]).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))

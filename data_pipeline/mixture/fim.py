@@ -1,21 +1,21 @@
-"""Fill-in-the-middle: pieces of some documents rearranged so that a model learns to write what stands in between.
+"""Fill-in-the-middle (FIM): rearranges pieces of some documents so that a model learns to fill a gap in a text.
 
 Bavarian et al., "Efficient Training of Language Models to Fill in the Middle", 2022, arXiv:2207.14255. A piece is cut
-at two random places into prefix, middle and suffix, and becomes, after <s> where it begins a document,
+at two random positions into prefix, middle and suffix and becomes, after <s> if it begins a document,
 
     PSM   <|fim_prefix|> prefix <|fim_suffix|> suffix <|fim_middle|> middle
     SPM   <|fim_prefix|> <|fim_suffix|> suffix <|fim_middle|> prefix middle    (the paper's second variant, appendix D)
 
-It is done where rows are read, on each piece of a document that the plan puts into a row: the paper's context-level
-FIM, which it finds better than rearranging documents that are cut afterwards, since no row then holds a middle without
-its prefix. Nor could it be done at tokenizing: only the plan knows the pieces, and token stores would have to be
-written again for another rate. The plan keeps three positions for the control symbols of each such piece, and tells
-pieces by tokens of the stored document, so that provenance stays exact. Which documents, and which of the two forms,
-is drawn by (seed, source, document), once for all epochs; where a piece is cut by (seed, source, document, start).
+Pieces are rearranged when rows are read, after the plan has cut documents into pieces. This is the paper's
+context-level FIM; the paper finds it better than rearranging documents before they are cut, since no row then holds a
+middle without its prefix. Doing it at tokenization is not possible: only the plan knows the pieces, and another rate
+would mean writing the token stores again. The plan reserves three positions for the control symbols of each such piece
+and describes pieces by tokens of the stored document, so that provenance stays exact. The choice of documents and of
+the form is drawn by (seed, source, document), once for all epochs; the cuts by (seed, source, document, start).
 
-Loss falls on all parts, as in the paper. The middle is always followed by </s>: by the token where the piece ends the
-document, and else as the label of the piece's last position. Held-out rows stay as they were written. Left out: cuts
-within a token, which the paper prefers and which need text, not tokens.
+The loss covers all parts, as in the paper. The middle is always followed by </s>: as a token if the piece ends the
+document, else as the label of the piece's last position. Held-out rows are not rearranged. Cuts within a token, which
+the paper prefers, would need the text and are not supported.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ NAMES = {PSM: "psm", SPM: "spm"}
 
 @dataclass(frozen=True)
 class FimSymbols:
-    """Ids of the control symbols."""
+    """Ids of the control symbols that rearranged pieces contain or follow."""
 
     prefix: int
     suffix: int
@@ -44,7 +44,7 @@ class FimSymbols:
 
     @classmethod
     def of(cls, special_ids: dict[str, int]) -> "FimSymbols":
-        """Errors: ValueError for a tokenizer that was trained without them."""
+        """Takes the ids from a tokenizer's; raises ValueError if it was trained without these symbols."""
         missing = [name for name in FIM_CONTROLS if name not in special_ids]
         if missing:
             raise ValueError(
@@ -55,13 +55,13 @@ class FimSymbols:
 
 
 def draw(seed: int, source: str, documents: int, rate: float, spm: float) -> np.ndarray:
-    """PLAIN, PSM or SPM for each document, int8: `rate` of them rearranged, `spm` of those as SPM."""
+    """Draws PLAIN, PSM or SPM for each document, int8; `rate` of them are rearranged, `spm` of these as SPM."""
     drawn = generator(seed, source, 0, "fim").random((documents, 2))
     return np.where(drawn[:, 0] >= rate, PLAIN, np.where(drawn[:, 1] < spm, SPM, PSM)).astype(np.int8)
 
 
 def cuts(seed: int, source: str, document: int, start: int, length: int) -> tuple[int, int]:
-    """Where the middle of a piece with `length` tokens of text begins and ends, each of length + 1 indices alike."""
+    """Draws begin and end of the middle: two uniform positions from 0 to `length`, the smaller one first."""
     key = hashlib.sha256(json.dumps([seed, source, document, start, "fim"]).encode()).digest()
     first, second = (int.from_bytes(key[at : at + 8], "little") % (length + 1) for at in (0, 8))
     return min(first, second), max(first, second)
@@ -70,9 +70,9 @@ def cuts(seed: int, source: str, document: int, start: int, length: int) -> tupl
 def rearranged(
     piece: np.ndarray, form: int, symbols: FimSymbols, seed: int, source: str, document: int, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, labels) of tokens [start, start + len(piece)) of a document, in form PSM or SPM.
+    """Returns (tokens, labels) of a piece, tokens [start, start + len(piece)) of a document, in form PSM or SPM.
 
-    Tokens are SENTINELS more than the piece has. Labels are the next tokens; there is none for a closing </s>.
+    There are SENTINELS more tokens than in the piece. Labels are the next tokens; a closing </s> has none.
     """
     head, ended = int(piece[0] == symbols.bos), int(piece[-1] == symbols.eos)
     text = piece[head : len(piece) - ended]

@@ -1,7 +1,6 @@
-"""When each source of a mixture runs out, what more it could give, and what each packing would cut and pad.
+"""Forecast of a mixture: when each source runs out, how much more it could give, and what each packing cuts and pads.
 
-A forecast of the plan that was asked for: it trains nothing and knows nothing of losses. `foreseen` goes into
-plan.json; `show` prints it.
+It follows from the numbers of rows alone; nothing is trained. `forecast_of` is written to plan.json; `show` prints it.
 """
 
 import math
@@ -16,18 +15,18 @@ from data_pipeline.mixture.epochs import SourceEpochs
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.weights import most_samples
 
-_ENDS_SHOWN = 4
+_ENDS_SHOWN = 4  # ends of epochs in a cell of the table
 
 
-def foreseen(documents: SourceEpochs, indices: np.ndarray, samples: int, epochs: float) -> dict[str, Any]:
-    """Of a source whose rows are the samples `indices`, of `samples` in all.
+def forecast_of(documents: SourceEpochs, indices: np.ndarray, samples: int, epochs: float) -> dict[str, Any]:
+    """Returns the forecast of a source whose rows are the samples `indices`; the plan has `samples` in all.
 
-    epoch_ends      the sample, from 0, that is the last row of each epoch, and the share of the samples (and so of the
-                    training steps) that are done with it; epochs that an earlier plan began are counted with its part
-    begun           epochs that earlier plans used of it
-    max_epochs      its cap, earlier plans included
-    more_possible   by how much of the mixture its share could rise within the cap
-    lasts_samples   how many samples of such a mixture there could be before the cap is met; None if it gives none
+    epoch_ends      the sample, counted from 0, that ends each epoch, and the share of the samples (thus of the training
+                    steps) that are done by then; epochs are counted from the first plan of a chain
+    begun           number of the source's epochs that earlier plans used
+    max_epochs      cap on its epochs, those of earlier plans included
+    more_possible   by how much its share of the mixture could rise within the cap
+    lasts_samples   number of samples of the same mixture at which the cap is reached; None if the source has no share
     """
     ends: list[int] = []
     done = documents.size(0)
@@ -48,7 +47,7 @@ def foreseen(documents: SourceEpochs, indices: np.ndarray, samples: int, epochs:
 
 
 def packings(documents: SourceEpochs) -> dict[str, Any]:
-    """Rows, padding and cut documents of an epoch under every packing, whichever the plan has."""
+    """Returns rows, padding and shares of cut documents of one epoch under every packing, not only the plan's."""
     found = {}
     for name in PACKINGS:
         packed = documents.whole(name)
@@ -67,13 +66,11 @@ def check_enough(
     weighted: bool,
     key: str,
 ) -> None:
-    """Refuses a mixture that needs more epochs than it may have.
+    """Raises ValueError if a source needs more epochs than its cap allows; the message says what to change.
 
-    `sources` say name, share, samples, rows_per_epoch, most_rows (within the cap), epochs_for (all samples), tokens and
-    documents; `own` has the caps of single sources.
-    `capped` says that shares follow from the caps, as UniMax's do, `weighted` that they follow from weights; `key` is
-    where the config has the mixture.
-    Errors: ValueError with what there is, what it would take, and what to change.
+    `sources` hold name, share, samples, rows_per_epoch, most_rows (within the cap), epochs_for (all samples), tokens
+    and documents; `own` holds the caps of single sources. `capped` means that shares follow from the caps, as UniMax's
+    do, `weighted` that they follow from weights. `key` is the config key of the mixture.
     """
     most = {source["name"]: source["most_rows"] for source in sources}
     short = [source for source in sources if source["samples"] > most[source["name"]]]
@@ -111,7 +108,7 @@ def check_enough(
 
 
 def show(plan: Mapping[str, Any], console: Console, stage: str = "") -> None:
-    """Two tables: how long each source lasts, and what each packing does to it."""
+    """Prints two tables: how long each source lasts, and the effect of each packing on it."""
     name = f"{plan['samples']:,} rows of {plan['seq_length']} tokens"
     if plan["after"]:
         name += f", after {plan['after']['first_sample']:,} rows of earlier plans"

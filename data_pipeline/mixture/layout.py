@@ -1,9 +1,9 @@
-"""A mixture laid out: which documents, cut where, make up each training row, and which source gives which sample.
+"""Layout of a mixture: the source of each sample, and the documents, cut into pieces, that make up each training row.
 
-Every epoch of a source is shuffled, packed and its rows shuffled (`epochs`); sources take turns so that every prefix
-of the samples is near the weights (`weights`). A mixture may go on from an earlier plan: each source begins where that
-one left it (`cursor`), whatever changes: weights, sequence length, packing. `plan_files` writes what is laid out,
-`forecast` says when each source runs out.
+Every epoch of a source is shuffled, packed, and its rows are shuffled (`epochs`). Sources take turns so that every
+prefix of the samples is close to the weights (`weights`). A mixture may go on from an earlier plan: each source begins
+where that plan left it (`cursor`), even if weights, sequence length or packing change. `plan_files` writes the layout,
+`forecast` computes when each source runs out.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -18,48 +18,50 @@ from data_pipeline.core.shards import TRAIN
 from data_pipeline.mixture import fim as fill
 from data_pipeline.mixture.cursor import Cursor
 from data_pipeline.mixture.epochs import SourceEpochs
-from data_pipeline.mixture.forecast import check_enough, foreseen, packings
+from data_pipeline.mixture.forecast import check_enough, forecast_of, packings
 from data_pipeline.mixture.packing import Packed
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.mixture.weights import apportion, mixture_shares, take_turns, unimax_shares
 from data_pipeline.tokens.store import SourceStores, Store
 from data_pipeline.tokens.tokenizer import Tokenizer
 
-# The keys of PlanConfig in the order in which plan.json has them.
+# Keys of PlanConfig in their order in plan.json.
 _DESCRIBED = (
     *("seq_length", "samples", "seed", "packing", "weights", "temperature", "unimax", "max_epochs", "epochs", "fim"),
     "fim_spm",
 )
 
-Gone = Mapping[str, Collection[tuple[str, int]]]  # <split>/<source> -> (name of the store, document in it)
+Gone = Mapping[
+    str, Collection[tuple[str, int]]
+]  # removed documents: <split>/<source> -> (name of the store, document in it)
 
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """One source of a plan under way: `packed` is one epoch of it in the documents' own order."""
+    """One source of a plan that is being made; `packed` is one epoch in the documents' own order."""
 
     name: str
     shards: SourceStores
     documents: SourceEpochs
     packed: Packed
     max_epochs: float
-    forms: np.ndarray | None  # of fill-in-the-middle, by document
+    forms: np.ndarray | None  # of fill-in-the-middle, by document (`fim.draw`); None if the source has none
 
 
 @dataclass(frozen=True)
 class PlanDraft:
-    """A mixture laid out, of which nothing is written yet. `sample_sources`: number of the source of each sample."""
+    """A mixture that is laid out but not written; `sample_sources` holds the index of each sample's source."""
 
     settings: dict[str, Any]
     model: Tokenizer
     sources: list[PlannedSource]
     shares: dict[str, float]
     sample_sources: np.ndarray
-    cursors: dict[str, Cursor]  # where sources begin, those at rest too; none of a mixture that goes on from nothing
+    cursors: dict[str, Cursor]  # where sources begin, also unused ones; empty without an earlier plan
     gone: dict[str, list[tuple[str, int]]]
 
     def outlook(self) -> dict[str, Any]:
-        """What plan.json will say of the mixture and each source's training rows, and `forecast.show` prints."""
+        """Returns settings, and counts and forecast of each source, for plan.json and `forecast.show`."""
         return {**self.settings, "sources": [self._outlook(number) for number in range(len(self.sources))]}
 
     def _outlook(self, number: int) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class PlanDraft:
             "rows_per_epoch": rows,
             "documents": len(lengths),
             "tokens": int(lengths.sum(dtype=np.int64)),
-            "forecast": foreseen(source.documents, indices, samples, source.max_epochs),
+            "forecast": forecast_of(source.documents, indices, samples, source.max_epochs),
             "packings": packings(source.documents),
         }
 
@@ -90,13 +92,13 @@ def lay_out(
 ) -> PlanDraft:
     """Lays out a mixture of `settings.samples` rows of `settings.seq_length` tokens; writes nothing.
 
-    `tokens` holds `train/<source>/` and `heldout/<source>/`. Shares in `weights` are scaled to sum to one, shares by
-    `temperature` are tokens ** (1 / temperature), those of `unimax` as even as the caps on epochs allow; its budget is
-    samples * seq_length, padding included. `without` leaves documents out. `after` is an earlier plan and the number
-    of its samples that are used: no token of theirs comes again before its source's epoch is over, caps on epochs
-    count them, and what that plan left out stays out. `key` is what messages call the mixture.
-    Errors: ValueError for settings of unknown sources, stores of another tokenizer, or too few tokens, which
-    says how many there are and what to change.
+    `tokens` holds `train/<source>/` and `heldout/<source>/`. Shares in `weights` are scaled to sum to one; shares by
+    `temperature` are tokens ** (1 / temperature); those of `unimax` are as even as the caps on epochs allow, with a
+    budget of samples * seq_length, padding included. `without` are documents to leave out. `after` is an earlier plan
+    and the number of its samples that are used: their tokens do not return before the source's epoch is over, caps on
+    epochs count them, and documents that the plan left out stay out. `key` is the config key of the mixture, for
+    messages. Raises ValueError for settings of unknown sources, stores of another tokenizer, or too few tokens; the
+    message gives the number of tokens and what to change.
     """
     tokens, samples, weights, temperature = Path(tokens), settings.samples, settings.weights, settings.temperature
     if (weights is not None) + (temperature is not None) + settings.unimax != 1:
@@ -135,7 +137,7 @@ def lay_out(
         cap = settings.epochs.get(name, settings.max_epochs)
         sources.append(PlannedSource(name, shards, documents, packed, cap, forms))
     shares = _shares(sources, samples, weights, temperature)
-    # UniMax's shares are of this many samples alone, and meet caps exactly: its rows are counted first.
+    # UniMax's shares hold for this number of samples and meet caps exactly: its rows are rounded to whole ones first.
     turns = list(shares.values())
     if settings.unimax:
         turns = (apportion(turns, samples) / samples).tolist()
@@ -147,7 +149,7 @@ def lay_out(
 
 
 def _fim_forms(settings: PlanConfig, source: str, documents: int) -> np.ndarray | None:
-    """The form of fill-in-the-middle of each document of a source, None for a source without."""
+    """Returns each document's form of fill-in-the-middle; None for a source without fill-in-the-middle."""
     if source not in settings.fim:
         return None
     return fill.draw(settings.seed, source, documents, settings.fim[source], settings.fim_spm)
@@ -156,6 +158,7 @@ def _fim_forms(settings: PlanConfig, source: str, documents: int) -> np.ndarray 
 def _shares(
     sources: list[PlannedSource], samples: int, weights: Mapping[str, float] | None, temperature: float | None
 ) -> dict[str, float]:
+    """Returns each source's share of the samples, by weights, temperature or, if both are None, UniMax."""
     if weights is None and temperature is None:
         return unimax_shares(
             {source.name: source.documents.most_rows(source.max_epochs) for source in sources}, samples
@@ -187,7 +190,10 @@ def _check_enough(
 def _open_sources(
     folder: Path, named: Mapping[str, Mapping[str, float]], gone: Gone, key: str
 ) -> dict[str, SourceStores]:
-    """The sources of the weights, or all. `named`: the keys of the mixture, which is under `key`, that name sources."""
+    """Opens the stores of the sources that weights name, or of all sources, without the documents `gone`.
+
+    `named` are the keys of the mixture that hold sources' names; raises ValueError if one of those does not exist.
+    """
     found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not found:
         raise ValueError(f"no token stores under {folder}; run `trivium data run` first")
@@ -201,11 +207,13 @@ def _open_sources(
 
 
 def _together(*parts: Gone) -> dict[str, list[tuple[str, int]]]:
+    """Returns the union of several sets of removed documents, sorted."""
     names = sorted({name for part in parts for name in part})
     return {name: sorted({one for part in parts for one in part.get(name, ())}) for name in names}
 
 
 def check_stores(stores: Iterable[Store], model: Tokenizer) -> None:
+    """Raises ValueError if a store was made with another tokenizer."""
     for store in stores:
         if store.facts()["tokenizer_sha256"] != model.sha256:
             raise ValueError(

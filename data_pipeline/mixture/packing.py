@@ -1,11 +1,11 @@
-"""Which pieces of which documents make up which row: concatenation and best-fit, on document lengths alone.
+"""Packing of documents into rows, by concatenation or best-fit, from the documents' lengths alone.
 
-Both place every token of every document exactly once, and neither sees the tokens. `concat` lays documents
-end to end and cuts every `seq_length` tokens: no padding but in the last row, documents cut anywhere.
-`best_fit` cuts only documents longer than a row, and fills rows with whole pieces, padding what is left
-(Ding et al., "Fewer Truncations Improve Language Modeling", 2024, arXiv:2404.10830). `extra` positions can be asked
-for beside each piece of a document, for the control symbols that `fim` puts there; under `concat` up to that many
-are padding where a row has no room for a token beside them. Order of documents and rows is the caller's: see `epochs`.
+Both place every token of every document exactly once, and neither reads tokens. `concat` puts documents end to end and
+cuts every `seq_length` tokens: only the last row has padding, but documents are cut anywhere. `best_fit` cuts only
+documents longer than a row, fills rows with whole pieces, and pads the rest (Ding et al., "Fewer Truncations Improve
+Language Modeling", 2024, arXiv:2404.10830). `extra` reserves positions with each piece of a document, for the control
+symbols that `fim` inserts; under `concat`, a row whose end has no room for them and one token is padded there. The
+order of documents and rows is up to the caller (`epochs`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packed:
-    """Segments in row order; row r holds segments [offsets[r], offsets[r + 1]). All int64.
+    """Rows as segments in order: row r holds segments [offsets[r], offsets[r + 1]). All arrays are int64.
 
-    Segment i is tokens [start[i], start[i] + length[i]) of document[i], an index into the lengths given.
-    Iterating gives each row's document indices.
+    Segment i is tokens [start[i], start[i] + length[i]) of document[i], an index into the lengths that were packed.
+    Iteration yields each row's document indices.
     """
 
     document: np.ndarray
@@ -37,15 +37,16 @@ class Packed:
             yield self.document[first:last].tolist()
 
     def take(self, rows: np.ndarray) -> "Packed":
-        """The given rows, in the given order."""
+        """Returns the rows with the given indices, in their order."""
         counts = np.diff(self.offsets)[rows]
         offsets = _offsets(counts)
         segments = np.repeat(self.offsets[rows] - offsets[:-1], counts) + np.arange(offsets[-1])
         return Packed(self.document[segments], self.start[segments], self.length[segments], offsets)
 
     def stats(self, lengths: np.ndarray, seq_length: int, extra: np.ndarray | int = 0) -> dict[str, Any]:
-        """Shares of positions that are padding, of documents in more than one piece, and of documents that
-        are although they would fit in a row.
+        """Returns the share of positions that are padding, of documents that are cut, and of those cut needlessly.
+
+        A document is cut if it has more than one piece, and needlessly if it would fit in a row.
         """
         pieces = np.bincount(self.document, minlength=len(lengths))
         cut, fits = pieces > 1, np.asarray(lengths) + extra <= seq_length
@@ -59,7 +60,7 @@ class Packed:
 
 
 def concat(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarray | int = 0) -> Packed:
-    """Documents end to end in the order given, a row every `seq_length` positions."""
+    """Packs documents end to end in the given order; a row begins every `seq_length` positions."""
     lengths, extra = _checked(lengths, seq_length, extra)
     most = int((lengths // (seq_length - extra) + 2).sum())  # a first piece, whole rows, a last piece
     document, start, length, firsts = (np.empty(most, dtype=np.int64) for _ in range(4))
@@ -69,10 +70,10 @@ def concat(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarr
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarray | int = 0) -> Packed:
-    """Best-fit decreasing: longest piece first, into the row that it leaves the least room in.
+    """Packs by best-fit decreasing: the longest piece first, each into the row in which it leaves the least room.
 
-    A document longer than a row gives whole rows and one shorter piece. Ties go to the earlier document.
-    Time is pieces * log(seq_length).
+    A document longer than a row gives whole rows and one shorter piece. Of equally long pieces, that of the earlier
+    document comes first. Takes time in proportion to pieces * log(seq_length).
     """
     lengths, extra = _checked(lengths, seq_length, extra)
     room = seq_length - extra
@@ -97,6 +98,7 @@ PACKINGS = {"concat": concat, "best_fit": best_fit}
 def _checked(
     lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns lengths and extra positions as int64 [documents]; raises ValueError if they are invalid."""
     lengths = np.asarray(lengths, dtype=np.int64)
     if lengths.ndim != 1 or (lengths < 0).any():
         raise ValueError("document lengths must be one list of numbers, none below 0")
@@ -109,6 +111,7 @@ def _checked(
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
+    """Returns the cumulative sum of `counts`, from 0, int64 [counts + 1]."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
@@ -122,7 +125,7 @@ def _lay(
     length: np.ndarray,
     firsts: np.ndarray,
 ) -> tuple[int, int]:
-    """Fills in each segment, and the first segment of each row; returns the numbers of segments and rows."""
+    """Fills the arrays with each segment and with each row's first segment; returns (segments, rows)."""
     segments = rows = room = 0
     for i in range(len(lengths)):
         at = 0
@@ -141,10 +144,10 @@ def _lay(
 
 @numba.njit(cache=True)
 def _fill_rows(lengths: np.ndarray, seq_length: int, row_of: np.ndarray) -> int:
-    """Puts pieces, longest first, into rows; fills `row_of` and returns the number of rows.
+    """Assigns pieces, given by descending length, to rows; fills `row_of` and returns the number of rows.
 
-    Rows with the same room are a stack (`top`, `below`). A tree over rooms 0..seq_length, whose node is set
-    when any room under it has a row, finds the smallest room that is large enough.
+    Rows with the same room left form a stack (`top`, `below`). A binary tree over rooms 0..seq_length, in which a node
+    is set if any room below it has a row, finds the smallest sufficient room.
     """
     size = 1
     while size < seq_length + 1:
@@ -156,7 +159,7 @@ def _fill_rows(lengths: np.ndarray, seq_length: int, row_of: np.ndarray) -> int:
     for i in range(len(lengths)):
         length = lengths[i]
         node = size + length
-        # Up until a right-hand neighbour has a row, then down its left edge.
+        # Go up until a right sibling is set, then down from it, to the left where possible.
         if not tree[node]:
             while node > 1 and (node % 2 == 1 or not tree[node + 1]):
                 node //= 2

@@ -1,4 +1,4 @@
-"""A mixture plan on disk: plan.json and a few index arrays over token stores, no copy of tokens. See `rows.Plan`."""
+"""Writes mixture plans: plan.json and index arrays over token stores, without copies of tokens. `rows` reads them."""
 
 import hashlib
 import os
@@ -32,9 +32,9 @@ def build_plan(
     after: tuple[Plan, int] | None = None,
     key: str = "mixture",
 ) -> dict[str, Any]:
-    """Writes the plan that `lay_out` makes of `settings` into folder `out`; returns what plan.json says.
+    """Writes the plan that `lay_out` makes of `settings` to folder `out`; returns the content of plan.json.
 
-    Errors: ValueError as `lay_out`; nothing is written then.
+    The other arguments are those of `lay_out`, whose ValueError is raised before anything is written.
     """
     tokens, out = Path(tokens), Path(out)
     draft = lay_out(tokens, tokenizer, settings, without=without, after=after, key=key)
@@ -96,10 +96,10 @@ def build_stages(
     without: Gone | None = None,
     after: tuple[Plan, int] | None = None,
 ) -> None:
-    """Plans that follow one another, each going on after all samples of the one before, as out/<name>/plan.json.
+    """Writes a chain of plans, one for each stage, to out/<name>/plan.json; each goes on after the one before.
 
-    The first begins `after` another plan, if one is given. A single one without a name is out/plan.json. Errors as
-    `build_plan`, with the stage's name.
+    The first goes on from the plan and sample `after`, if given. A single stage without a name is written to
+    out/plan.json. Raises ValueError as `build_plan` does, with the config key of the stage.
     """
     for name, settings in without_empty(Path(tokens), stages).items():
         folder = Path(out) / name
@@ -113,9 +113,9 @@ def build_stages(
 
 
 def without_empty(tokens: Path, stages: Mapping[str, PlanConfig]) -> dict[str, PlanConfig]:
-    """`stages` without sources of the data run that have no document to train on.
+    """Returns `stages` without the data run's sources that have no document to train on.
 
-    Errors: ValueError for a stage of which no source is left.
+    Raises ValueError if a stage has no source left.
     """
     manifest = read_manifest(tokens) or {"sources": {}}
     empty = {source for source in manifest["sources"] if not (tokens / TRAIN / source).is_dir()}
@@ -136,6 +136,7 @@ def without_empty(tokens: Path, stages: Mapping[str, PlanConfig]) -> dict[str, P
 
 
 def _segment_arrays(prefix: str, packed: Packed) -> dict[str, np.ndarray]:
+    """Returns the arrays of packed rows by file name."""
     dtypes = {"document": np.int64, "start": np.int64, "length": np.int32, "offsets": np.int64}
     return {f"{prefix}.{name}.npy": getattr(packed, name).astype(dtypes[name]) for name in SEGMENT_ARRAYS}
 
@@ -143,7 +144,7 @@ def _segment_arrays(prefix: str, packed: Packed) -> dict[str, np.ndarray]:
 def _describe(
     source: PlannedSource, used: Packed, heldout: SourceStores, held_rows: Packed, tokens: Path
 ) -> dict[str, Any]:
-    """What is known of a source once its rows are there, beside what was foreseen."""
+    """Returns the facts about a source for plan.json that are known only once its rows are made."""
     documents = source.documents
     stats = source.packed.stats(documents.lengths, documents.seq_length, documents.extra)
     told: dict[str, Any] = {"trained_tokens": int(used.length.sum(dtype=np.int64))}
@@ -164,6 +165,7 @@ def _describe(
 
 
 def _store_entry(store: Store, tokens: Path) -> dict[str, Any]:
+    """Returns the path, size and checksums by which a plan identifies a token store."""
     facts = store.facts()
     return {
         "path": store.path.relative_to(tokens).as_posix(),
@@ -174,6 +176,7 @@ def _store_entry(store: Store, tokens: Path) -> dict[str, Any]:
 
 
 def _save(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Writes an array to a .npy file; returns its SHA-256, bytes, type and shape."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:

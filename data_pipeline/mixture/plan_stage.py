@@ -1,4 +1,4 @@
-"""The plan stage: token stores to a mixture plan, or one for each of its stages."""
+"""The plan stage: makes a mixture plan over the token stores, or one plan for each stage of the mixture."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from data_pipeline.mixture.rows import open_plans
 
 
 def plan_stage(context: RunContext, tokenizer: Stage, tokens: Stage) -> Stage:
-    """The stage that lays out which documents make up each training row."""
+    """Returns the plan stage, which assigns documents to training rows."""
     config = context.config
     return Stage(
         "plan",
@@ -39,7 +39,7 @@ def plan_stage(context: RunContext, tokenizer: Stage, tokens: Stage) -> Stage:
 
 
 class BuildPlans(PipelineStep):
-    """One task: the mixture plan over all token stores, or one for each stage."""
+    """datatrove step of a single task that writes the plans of all stages of the mixture."""
 
     name = "Plan"
     type = "🗺 - PLAN"
@@ -57,7 +57,10 @@ class BuildPlans(PipelineStep):
 
 
 def show_forecast(config: DataConfig, console: Console) -> None:
-    """Of the plans that the run's tokens would make; leaves nothing behind. Errors: ValueError as `mixture.lay_out`."""
+    """Prints the forecast of the plans that the run's tokens would give, made in a temporary folder.
+
+    Raises ValueError as `lay_out` does.
+    """
     run_dir = Path(config.run.dir)
     with TemporaryDirectory(prefix=".forecast.", dir=run_dir) as folder:
         build_stages(run_dir / "tokens", run_dir / "tokenizer", folder, config.plans())
@@ -81,7 +84,7 @@ def _plan(context: RunContext, folder: Path, logs: Path) -> Tally:
         amount = counts.passed_on
         tally.came_in(name, amount.bytes, amount.documents)
         if name not in planned and not amount.documents:
-            tally.of(name)  # so that the report has it, with zeros
+            tally.of(name)  # so that the report lists it, with zeros
             continue
         if name not in planned:
             tally.dropped(name, "not_in_mixture", amount.bytes, amount.documents)

@@ -1,8 +1,8 @@
-"""Training rows from a mixture plan: row i is a pure function of (plan, i).
+"""Training rows of a mixture plan; row i is a pure function of (plan, i).
 
-Opens what `plan_files.build_plan` wrote, checks it, and reads each row's segments from the token stores, with
-labels, document boundaries and positions; segments that the plan marks are rearranged for fill-in-the-middle on the
-way (see `fim`). Nothing here knows of ranks, batches or torch.
+`Plan` opens and checks what `plan_files.build_plan` wrote, and reads the segments of a row from the token stores, with
+labels, document boundaries and positions. Segments that the plan marks are rearranged for fill-in-the-middle (`fim`).
+Ranks, batches and torch play no part here.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from data_pipeline.mixture.epochs import Pieces
 from data_pipeline.tokens.store import CONTENT, SourceStores, Store
 
 PLAN_FILE = "plan.json"
-# Keys of [mixture], as plan.json has them.
+# Keys of [mixture] that plan.json holds.
 SETTINGS = (
     *("seq_length", "samples", "seed", "packing", "weights", "temperature", "unimax"),
     *("max_epochs", "epochs", "fim", "fim_spm"),
@@ -35,13 +35,13 @@ _RESTORE = "restore what the plan was made of, or make a plan of what there is n
 class Row:
     """One row of L = seq_length positions, from one source.
 
-    tokens     int64 [L], the pad id where nothing is
-    labels     int64 [L], the next token of the same document, also where a segment is cut; 0 where masked. In
-               fill-in-the-middle the next token of the rearranged segment, and </s> at its end
+    tokens     int64 [L], the pad id at padding
+    labels     int64 [L], the next token of the same document, even if the segment ends before it; 0 where masked. In
+               a rearranged segment its next token, and </s> at its end
     loss_mask  bool [L], False at padding and at a document's last token
-    positions  int64 [L], from 0 in every segment
-    segments   int64 [L], 0, 1, 2... by segment, -1 at padding
-    source     index into Plan.sources
+    positions  int64 [L], counted from 0 in every segment
+    segments   int64 [L], number of the segment in the row, from 0; -1 at padding
+    source     index in Plan.sources
     """
 
     tokens: np.ndarray
@@ -54,25 +54,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Segments:
-    """Rows over one source's stores, as `packing.Packed` lays them out."""
+    """Rows of one source as segments of documents in its stores, in the arrays of `packing.Packed`."""
 
     shards: SourceStores
-    checksums: list[tuple[str, str]]  # of each store's tokens and index
+    checksums: list[tuple[str, str]]  # SHA-256 of each store's .bin and .idx
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
     offsets: np.ndarray
-    fim: np.ndarray | None = None  # form of each segment, if the source has any that is not plain
+    fim: np.ndarray | None = None  # form of each segment (`fim.draw`); None if all are plain
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
 class Plan:
-    """An opened plan. Indexing is by sample for training rows, by source and number for held-out rows.
+    """An opened plan; training rows are read by sample, held-out rows by source and number.
 
-    A plan that goes on from another has that one's fingerprint as `after`, and `first_sample` of the whole chain before
-    its own sample 0; for any other plan they are None and 0. `gone` are documents left out, by split and source.
+    If the plan goes on from another one, `after` is that plan's fingerprint and `first_sample` the number of samples of
+    the chain that come before its own sample 0; otherwise they are None and 0. `gone` are the documents left out, by
+    "<split>/<source>".
     """
 
     def __init__(self, folder: Path, content: bytes, plan: dict[str, Any]) -> None:
@@ -100,16 +101,17 @@ class Plan:
         self._begins = cursor.read(plan["begins"], self._array)
         tokens = folder / plan["tokens"]
         if not folder.is_symlink():
-            tokens = Path(os.path.normpath(tokens))  # without the `..`, which messages read better without
+            tokens = Path(os.path.normpath(tokens))  # without `..`, for readable messages
         self._train = [self._segments("train", s["name"], s["stores"], tokens) for s in plan["sources"]]
         self._heldout = [self._segments("heldout", s["name"], s["heldout"]["stores"], tokens) for s in plan["sources"]]
         self._count = np.arange(self.seq_length, dtype=np.int64)
 
     @classmethod
     def open(cls, path: str | Path) -> "Plan":
-        """Opens a plan's folder and checks its index arrays' checksums and its stores' indexes and sizes.
+        """Opens a plan by its folder or plan.json; verifies checksums of its index arrays, and its stores' indexes.
 
-        Errors: ValueError naming what is missing or does not match, and what to do.
+        The tokens themselves are verified by size alone. Raises ValueError that names what is missing or does not
+        match, and what to do.
         """
         path = Path(path)
         folder = path.parent if path.name == PLAN_FILE else path
@@ -126,7 +128,7 @@ class Plan:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the plan is of, small enough for a checkpoint to say what its run was trained on."""
+        """Description of the plan's data by settings and checksums, small enough to be stored in checkpoints."""
         told = self.description
         documents = {
             source["name"]: hashlib.sha256(repr([_checksums(store) for store in source["stores"]]).encode()).hexdigest()
@@ -142,18 +144,18 @@ class Plan:
 
     @property
     def made_of(self) -> list[Path]:
-        """The tokenizer's file and the stores of all sources, without suffixes."""
+        """Paths of the tokenizer's file and of the token stores, the latter without suffix."""
         return [
             self.tokenizer_path,
             *(store.path for rows in self._train + self._heldout for store in rows.shards.stores),
         ]
 
     def train_rows(self, source: str) -> Segments:
-        """A source's training rows, of which sample i takes the one after those that earlier samples took."""
+        """Returns a source's training rows in the order in which samples use them."""
         return self._train[self._source(source)]
 
     def store_files(self) -> list[Expected]:
-        """The files of the token stores that it reads, as they were when it was made."""
+        """Lists the files of the token stores that the plan reads, with their checksums at the time it was made."""
         found = []
         for number, source in enumerate(self.description["sources"]):
             stores = [*self._train[number].shards.stores, *self._heldout[number].shards.stores]
@@ -166,16 +168,17 @@ class Plan:
         return found
 
     def row(self, i: int) -> Row:
-        """Training row of sample i, 0 <= i < num_samples."""
+        """Reads the training row of sample i; raises ValueError unless 0 <= i < num_samples."""
         self._check_sample(i)
         source = int(self.sample_sources[i])
         return self._row(self._train[source], int(self._sample_rows[i]), source)
 
     def heldout_rows(self, source: str) -> int:
-        """How many rows hold the source's held-out documents, each once."""
+        """Returns the number of rows that hold the source's held-out documents, each of them once."""
         return len(self._heldout[self._source(source)])
 
     def heldout_row(self, source: str, i: int) -> Row:
+        """Reads held-out row i of a source; raises ValueError if there is no such row."""
         number = self._source(source)
         rows = self._heldout[number]
         if not 0 <= i < len(rows):
@@ -183,10 +186,10 @@ class Plan:
         return self._row(rows, i, number)
 
     def provenance(self, i: int) -> list[dict[str, Any]]:
-        """For each segment of sample i: source, shard, document (index in the shard), document_id, start, length.
+        """Returns source, shard, document (index in the shard), document_id, start and length of sample i's segments.
 
-        Start and length are in the document's own tokens, whether or not the segment is rearranged; one that is has
-        `fim`, psm or spm, as well, and takes three positions more.
+        Start and length count tokens of the stored document. A segment that is rearranged for fill-in-the-middle also
+        has `fim`, psm or spm, and takes three positions more than its length.
         """
         self._check_sample(i)
         source = int(self.sample_sources[i])
@@ -208,9 +211,9 @@ class Plan:
         return found
 
     def uses(self, source: str, store: str, document: int) -> list[tuple[int, int, int]]:
-        """(sample, start, length) of each training segment of a document, by sample; start and length in its tokens.
+        """Returns (sample, start, length) of each training segment of a document, sorted; empty if it has none.
 
-        `store` is the name of its shard. Empty for a document that the plan leaves out.
+        Start and length are in tokens of the document; `store` is the name of its shard.
         """
         if source not in self.sources:
             return []
@@ -219,14 +222,14 @@ class Plan:
         index = rows.shards.index(store, document)
         segments = np.flatnonzero(rows.document == index)
         in_rows = np.searchsorted(rows.offsets, segments, side="right") - 1
-        samples = np.flatnonzero(self.sample_sources == number)  # the n-th of them has the source's row n
+        samples = np.flatnonzero(self.sample_sources == number)  # element n is the sample with the source's row n
         found = zip(
             samples[in_rows].tolist(), rows.start[segments].tolist(), rows.length[segments].tolist(), strict=True
         )
         return sorted(found)
 
     def cursors(self, samples: int) -> dict[str, Cursor]:
-        """Where every source stands once the first `samples` are used, those that this plan lets rest too."""
+        """Returns the cursors after the first `samples` samples, also those of sources that the plan does not use."""
         if not 0 <= samples <= self.num_samples:
             raise ValueError(f"{samples} samples cannot be used of plan {self.path}, which has {self.num_samples}")
         found = dict(self._begins)
@@ -239,14 +242,15 @@ class Plan:
         return found
 
     def _pieces(self, source: int, first: int, end: int) -> Pieces:
-        """What samples [first, end) hold of a source."""
+        """Returns the pieces of a source that samples [first, end) contain."""
         rows = self._train[source]
-        mine = self._sample_rows[first:end][self.sample_sources[first:end] == source]  # a run of the source's rows
+        mine = self._sample_rows[first:end][self.sample_sources[first:end] == source]  # consecutive rows of the source
         begin, stop = (int(rows.offsets[row]) for row in (mine[0], mine[-1] + 1)) if len(mine) else (0, 0)
         chosen = slice(begin, stop)
         return Pieces(rows.document[chosen], rows.start[chosen], rows.length[chosen].astype(np.int64))
 
     def _row(self, rows: Segments, row: int, source: int) -> Row:
+        """Reads one row of a source's training or held-out rows."""
         size = self.seq_length
         tokens = np.full(size, self.pad_id, dtype=np.int64)
         labels = np.zeros(size, dtype=np.int64)
@@ -267,21 +271,21 @@ class Plan:
         return Row(tokens, labels, loss_mask, positions, segments, source)
 
     def _segment(self, rows: Segments, segment: int, source: str) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, labels); one label less than tokens where the segment ends its document."""
+        """Reads (tokens, labels) of a segment; there is one label fewer if the segment ends its document."""
         index, start, length = (int(array[segment]) for array in (rows.document, rows.start, rows.length))
         store, document = rows.shards.locate(index)
         if rows.fim is not None and rows.fim[segment] and self._fim_symbols is not None:
             piece = self._ids(store, document, start, start + length, source)
             form = int(rows.fim[segment])
             return fim.rearranged(piece, form, self._fim_symbols, self._seed, source, index, start)
-        # One token more than the segment, if the document goes on: the label of its last position.
+        # If the document goes on, its next token is the label of the segment's last position.
         ids = self._ids(store, document, start, min(start + length + 1, int(store.lengths[document])), source)
         return ids[:length], ids[1:]
 
     def _ids(self, store: Store, document: int, start: int, stop: int, source: str) -> np.ndarray:
-        """Ids [start, stop) of a document. Errors: DamagedData for one that the vocabulary does not have."""
+        """Reads ids [start, stop) of a document; raises DamagedData for an id outside the vocabulary."""
         ids = store.tokens(document, start, stop)
-        # Read as unsigned, a negative id is a very large one.
+        # Viewed as unsigned, a negative id is a very large one.
         if len(ids) and int(ids.view(f"u{ids.itemsize}").max()) >= self.vocab_size:
             at = int(np.flatnonzero(ids.view(f"u{ids.itemsize}") >= self.vocab_size)[0])
             raise DamagedData(
@@ -292,6 +296,7 @@ class Plan:
         return ids
 
     def _segments(self, split: str, source: str, entries: list[dict[str, Any]], tokens: Path) -> Segments:
+        """Opens the rows of a source, with its stores; `entries` are the stores' entries in plan.json."""
         arrays = {name: self._array(f"{split}.{source}.{name}.npy") for name in SEGMENT_ARRAYS}
         name = f"{split}.{source}.fim.npy"
         forms = self._array(name) if name in self.description["files"] else None
@@ -300,6 +305,7 @@ class Plan:
         return Segments(shards, [_checksums(entry) for entry in entries], **arrays, fim=forms)
 
     def _array(self, name: str) -> np.ndarray:
+        """Opens an index array as a memory map; raises DamagedData if it is missing or its checksum does not match."""
         path, expected = self.path / name, self.description["files"][name]
         if not path.is_file():
             raise DamagedData(f"plan {self.path} lacks {name}; {remedy(path)}")
@@ -309,7 +315,7 @@ class Plan:
             raise DamagedData(
                 f"{path} does not match its checksum in plan.json: it is damaged or of another plan; {remedy(path)}"
             )
-        # asarray: indexing a plain array is several times as fast as a memmap, and still reads the file.
+        # asarray: a plain array over the same mapped memory is several times as fast to index as a memmap.
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
     def _check_sample(self, i: int) -> None:
@@ -326,9 +332,9 @@ class Plan:
 
 
 def open_plans(folder: Path) -> dict[str, Plan]:
-    """The plans of a data run by the name of their stage, in their order; a single one of no name without stages.
+    """Opens the plans of a data run, by the names of their stages, in order of training; one without stages is "".
 
-    Errors: ValueError as `Plan.open`, where there is none too.
+    Raises ValueError as `Plan.open` does, also if there is no plan.
     """
     if (folder / PLAN_FILE).is_file():
         return {"": Plan.open(folder)}
@@ -343,16 +349,16 @@ def _checksums(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def _kept(folder: Path) -> list[Path]:
-    """A folder of the data run, and those of the same name that it kept when it made others: see `earlier`."""
+    """Lists a folder of a data run and the earlier versions of it that were moved aside (see `earlier`)."""
     return [folder, *sorted(folder.parent.glob(f"{folder.name}.*"))]
 
 
 def _open_store(tokens: Path, entry: dict[str, Any]) -> Store:
-    """The store of a plan's entry, the same one by its size and checksums (the .bin itself is not read)."""
+    """Opens the store of a plan's entry, which must have the same size and checksums; the .bin is not read."""
     stores = [Store(folder / entry["path"]) for folder in _kept(tokens) if _is_store(folder / entry["path"], entry)]
     if not stores:
-        store = Store(tokens / entry["path"])  # says what is missing
-        store.check_index()  # and what is damaged
+        store = Store(tokens / entry["path"])  # raises if a file is missing
+        store.check_index()  # raises if the index is damaged
         raise DamagedData(
             f"token store {store.path} is not the one that the plan was made of; {remedy(store.path)}, or restore it"
         )
@@ -360,15 +366,17 @@ def _open_store(tokens: Path, entry: dict[str, Any]) -> Store:
 
 
 def _is_store(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether the store at `path` is the one that a plan's entry describes."""
     files = {suffix: path.with_name(f"{path.name}{suffix}") for suffix in CONTENT}
     if not all(file.is_file() for file in files.values()) or files[".bin"].stat().st_size != entry["bin_bytes"]:
         return False
     index = hashlib.sha256(files[".idx"].read_bytes()).hexdigest()
-    # Other documents may have the same lengths; what the tokens were when they were written, the manifest says.
+    # Documents with other tokens may have the same lengths, so the .bin's checksum in the manifest counts too.
     return index == entry["idx_sha256"] and Store(path).facts()["bin_sha256"] == entry["bin_sha256"]
 
 
 def _find_tokenizer(model: Path, sha256: str) -> Path:
+    """Path of the tokenizer with this SHA-256, at `model` or kept aside; raises ValueError if it is not there."""
     found = [path for folder in _kept(model.parent) if (path := folder / model.name).is_file()]
     for path in found:
         if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:

@@ -1,8 +1,8 @@
-"""What share of the samples each source gets, and in which order sources take turns. Numbers alone, no files.
+"""Shares of the sources in a mixture's samples, and the order in which sources take turns.
 
-Shares are static, by temperature (tokens ** (1 / temperature)) or UniMax (Chung et al., "UniMax: Fairer and more
-Effective Language Sampling for Large-Scale Multilingual Pretraining", 2023, arXiv:2304.09151): as even as caps on
-each source's epochs allow. Left out: weights learnt from a proxy model's loss.
+Shares are given, by temperature (tokens ** (1 / temperature)), or by UniMax (Chung et al., "UniMax: Fairer and more
+Effective Language Sampling for Large-Scale Multilingual Pretraining", 2023, arXiv:2304.09151), which makes them as even
+as caps on each source's epochs allow. Weights learnt from a proxy model's loss are not supported.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 def mixture_shares(
     tokens: Mapping[str, int], weights: Mapping[str, float] | None, temperature: float | None
 ) -> dict[str, float]:
-    """Shares by source, summing to one; a temperature above 1 evens out the sources' sizes."""
+    """Returns shares by source that sum to one; a temperature above 1 makes them more even than the sizes."""
     if weights is not None:
         raw = dict(weights)
     else:
@@ -27,11 +27,11 @@ def mixture_shares(
 
 
 def unimax_shares(most: Mapping[str, float], budget: float) -> dict[str, float]:
-    """Shares by source, summing to one: algorithm 1 of the paper.
+    """Returns shares by source that sum to one, by algorithm 1 of the paper.
 
-    `most` is what each source may give, its size times its epochs, in the unit of `budget`. From the smallest on, each
-    source gets an even share of the budget that is left, or all that it may give if that is less. Where all together
-    may give less than the budget, shares are of what they may give: the caller has to refuse such a budget.
+    `most` is the cap on each source, its size times its epochs, in the unit of `budget`. Sources are served from the
+    smallest cap on: each gets an even share of the budget that is left, or its cap if that is smaller. If all caps
+    together are below the budget, the shares are in proportion to the caps; the caller must refuse such a budget.
     """
     given: dict[str, float] = {}
     left = float(budget)
@@ -43,7 +43,7 @@ def unimax_shares(most: Mapping[str, float], budget: float) -> dict[str, float]:
 
 
 def apportion(shares: Iterable[float], samples: int) -> np.ndarray:
-    """Whole numbers nearest to shares * samples that sum to `samples` (largest remainders)."""
+    """Rounds shares * samples to whole numbers that sum to `samples`, by the method of largest remainders."""
     exact = np.array(list(shares), dtype=np.float64) * samples
     counts = np.floor(exact).astype(np.int64)
     largest = np.argsort(-(exact - counts), kind="stable")
@@ -52,12 +52,13 @@ def apportion(shares: Iterable[float], samples: int) -> np.ndarray:
 
 
 def take_turns(shares: Sequence[float], samples: int) -> np.ndarray:
-    """Source of each sample, evenly spread: the k-th row of a source, from 0, falls at time (k + 1/2) / share.
+    """Returns the index of each sample's source; sources are spread evenly.
 
-    The first `samples` of them are taken, so each source gets its share by Webster's method of apportionment. Times do
-    not depend on `samples`: more samples of the same shares begin with fewer ones.
+    Row k of a source, counted from 0, falls at time (k + 1/2) / share, and the first `samples` rows are taken. Each
+    source thus gets its share by Webster's method of apportionment. Times do not depend on `samples`, so that a longer
+    sequence of the same shares begins with the shorter one.
     """
-    # Up to time `samples` + half a sample for each source there are rows enough.
+    # There are at least `samples` rows before time `samples` plus half a sample for each source.
     last = samples + len(shares) / 2
     counts = [int(share * last + 0.5) + 1 if share else 0 for share in shares]
     source = np.repeat(np.arange(len(counts)), counts)
@@ -66,10 +67,13 @@ def take_turns(shares: Sequence[float], samples: int) -> np.ndarray:
 
 
 def most_samples(shares: Sequence[float], most: Sequence[int]) -> int:
-    """The largest number of samples of which `take_turns` gives no source more rows than `most` says."""
-    end = min((rows + 0.5) / share for share, rows in zip(shares, most, strict=True))  # the first row too many
+    """Returns the largest number of samples for which `take_turns` gives each source at most its rows in `most`."""
+    end = min(
+        (rows + 0.5) / share for share, rows in zip(shares, most, strict=True)
+    )  # time of the first row beyond a cap
 
     def before(share: float) -> int:
+        """Returns the number of rows of a source before time `end`."""
         rows = math.ceil(share * end - 0.5)
         while rows and (rows - 0.5) / share >= end:
             rows -= 1
@@ -79,7 +83,7 @@ def most_samples(shares: Sequence[float], most: Sequence[int]) -> int:
 
 
 def running_counts(sources: np.ndarray) -> np.ndarray:
-    """How many earlier samples have the same source: the row, in its source, of each sample."""
+    """Returns the number of earlier samples with the same source for each sample; this is its row in that source."""
     rows = np.empty(len(sources), dtype=np.int64)
     for number in np.unique(sources):
         indices = np.flatnonzero(sources == number)

@@ -1,1 +1,1 @@
-"""Tokenizers, and stores of the tokens that they make."""
+"""The tokenizer, and the token stores that hold the encoded documents."""

@@ -1,9 +1,9 @@
-"""BPE ids of a text put together from those of its parts, each of which sentencepiece has encoded once.
+"""Faster BPE encoding: splits a text into parts, has sentencepiece encode each distinct part once, and joins the ids.
 
-Two neighbouring characters that stand side by side in no piece of the vocabulary can never be merged, so a text may be
-cut between them and its parts encoded by themselves: the ids are the same by construction. Parts are short and repeat
-(Zipf's law), so nearly all of them are found in a table. Holds for BPE without a dummy prefix and without
-normalisation; Unigram, which weighs whole sentences, is left out.
+Two neighbouring characters that are neighbours in no piece of the vocabulary can never be merged. A text may therefore
+be split between them and its parts encoded on their own; the ids are the same by construction. Parts are short and
+repeat (Zipf's law), so nearly all of them are found in a table. This holds for BPE without dummy prefix and
+normalisation, but not for Unigram, which scores whole sentences.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ import numpy as np
 from data_pipeline.scan.characters import codes_of
 from data_pipeline.scan.words import mix, span_hash
 
-_MOST_CODES = 1 << 24  # characters of all parts in the table, before it is emptied
-_SPACE, _MARK = 0x20, 0x2581  # a space is sentencepiece's mark in pieces
+_MOST_CODES = 1 << 24  # characters of all parts in the table; a fuller one is emptied
+_SPACE, _MARK = 0x20, 0x2581  # pieces contain sentencepiece's mark U+2581 in place of a space
 
 Encode = Callable[[list[str]], list[list[int]]]
 
 
 class PartTable:
-    """texts -> ids, by the parts that `encode` is asked for once each."""
+    """Cache of the ids of text parts; `encode` is called once for each distinct part."""
 
     def __init__(self, pieces: Sequence[str], encode: Encode) -> None:
         self._encode = encode
@@ -31,12 +31,12 @@ class PartTable:
 
     def _empty(self) -> None:
         self._slots = np.full(1 << 16, -1, np.int32)
-        self._parts = np.zeros((0, 4), np.int64)  # where its characters and its ids begin and end
+        self._parts = np.zeros((0, 4), np.int64)  # begin and end in _codes, begin and end in _ids
         self._codes = np.zeros(0, np.uint32)
         self._ids = np.zeros(0, np.int32)
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text. Errors: whatever `encode` raises for a part."""
+        """Returns the int32 ids of each text; raises what `encode` raises for a part."""
         if not texts:
             return []
         codes = [codes_of(text) for text in texts]
@@ -54,12 +54,13 @@ class PartTable:
         return np.split(ids, last[:-1])
 
     def _learn(self, text: str, whole: np.ndarray, starts: np.ndarray, found: np.ndarray) -> None:
+        """Encodes the parts that are not in the table (`found` < 0) and adds them to it."""
         if len(self._codes) > _MOST_CODES:
             self._empty()
             found = np.full(len(found), -1)
         missing = _first_of_each(whole, starts, np.flatnonzero(found < 0))
         firsts, ends = starts[missing], starts[missing + 1]
-        # Lists: a number of an array costs several times as much to slice by.
+        # Lists of int: slicing by NumPy integers takes several times as long.
         encoded = self._encode([text[first:end] for first, end in zip(firsts.tolist(), ends.tolist(), strict=True)])
         characters = np.cumsum(np.concatenate([[len(self._codes)], ends - firsts]))
         tokens = np.cumsum([len(self._ids), *map(len, encoded)])
@@ -74,7 +75,7 @@ class PartTable:
 
 
 def _neighbour_table(pieces: Sequence[str]) -> np.ndarray:
-    """uint64, an open table of (character << 32 | the next one), all that stand side by side in a piece; 0 is free."""
+    """Returns a uint64 open-addressing table of (character << 32 | next character) in pieces; 0 marks a free slot."""
     pairs = {ord(one) << 32 | ord(other) for piece in pieces for one, other in pairwise(piece)}
     size = 1024
     while size < 4 * len(pairs):
@@ -90,7 +91,7 @@ def _neighbour_table(pieces: Sequence[str]) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _cut(codes: np.ndarray, ends: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-    """int64 [parts + 1]: where parts begin, and the end of all. Texts end at `ends`."""
+    """Returns int64 [parts + 1]: the begin of each part, then the end of the last. Each of `ends` ends a text."""
     starts = np.empty(len(codes) + 1, np.int64)
     mask = np.uint64(len(neighbours) - 1)
     count = text = 0
@@ -116,7 +117,7 @@ def _cut(codes: np.ndarray, ends: np.ndarray, neighbours: np.ndarray) -> np.ndar
 
 @numba.njit(cache=True, nogil=True)
 def _find(codes: np.ndarray, starts: np.ndarray, slots: np.ndarray, parts: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """int64 [parts], the entry of each part; -1 for one that is not known. Characters are compared, not hashes."""
+    """Returns int64 [parts], the index of each part in the table, or -1; compares characters, not only hashes."""
     mask = np.uint64(len(slots) - 1)
     found = np.empty(len(starts) - 1, np.int64)
     for part in range(len(found)):
@@ -132,6 +133,7 @@ def _find(codes: np.ndarray, starts: np.ndarray, slots: np.ndarray, parts: np.nd
 
 @numba.njit(cache=True, nogil=True)
 def _same(codes: np.ndarray, start: int, end: int, known: np.ndarray, first: int, last: int) -> bool:
+    """Whether codes[start:end] equals known[first:last]."""
     if end - start != last - first:
         return False
     same = True
@@ -142,7 +144,7 @@ def _same(codes: np.ndarray, start: int, end: int, known: np.ndarray, first: int
 
 @numba.njit(cache=True, nogil=True)
 def _first_of_each(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Of the parts `chosen`, those that no earlier one is equal to, in their order."""
+    """Returns the parts among `chosen` that equal no earlier one, in their order."""
     size = 1024
     while size < 2 * len(chosen):
         size *= 2
@@ -163,7 +165,7 @@ def _first_of_each(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray) ->
 
 @numba.njit(cache=True, nogil=True)
 def _slots(known: np.ndarray, parts: np.ndarray, size: int) -> np.ndarray:
-    """int32 [size], an open table of all entries; -1 is free."""
+    """Returns int32 [size], an open-addressing table of the indices of all known parts; -1 marks a free slot."""
     slots = np.full(size, -1, np.int32)
     mask = np.uint64(size - 1)
     for entry in range(len(parts)):
@@ -176,7 +178,7 @@ def _slots(known: np.ndarray, parts: np.ndarray, size: int) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _spans(codes: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The characters of all spans, one after the other."""
+    """Returns the characters of all spans, concatenated."""
     joined = np.empty((ends - firsts).sum(), np.uint32)
     position = 0
     for span in range(len(firsts)):
@@ -188,6 +190,7 @@ def _spans(codes: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> np.ndarra
 
 @numba.njit(cache=True, nogil=True)
 def _gather(found: np.ndarray, parts: np.ndarray, ids: np.ndarray, total: int) -> np.ndarray:
+    """Returns the `total` ids of the parts `found`, concatenated."""
     gathered = np.empty(total, np.int32)
     position = 0
     for entry in found:

@@ -1,10 +1,10 @@
-"""Token stores: Megatron's `.bin/.idx` with a parquet table and a manifest beside, one such set per shard of documents.
+"""Token stores: Megatron's `.bin` and `.idx`, a parquet table and a manifest; one store per shard of documents.
 
-`.bin` holds the ids of all documents, each as <s> text </s>; `.idx` (magic MMIDIDX, version 1) their lengths
-and byte offsets, so that megatron-core's IndexedDataset reads it; `.parquet` names, for each document index,
-the document's id, file, position, bytes and scores; `.json` has the checksums of the other three, the tokenizer's,
-counts, and a checksum of all these values. A store is written once, under temporary names, and renamed when it is
-whole. Left out: sequences within a document and modes, which the format allows.
+`.bin` holds the ids of all documents, each as <s> text </s>. `.idx` (magic MMIDIDX, version 1) holds their lengths and
+byte offsets, so that megatron-core's IndexedDataset can read the store. `.parquet` holds, for each document index, the
+document's id, file, position, bytes and scores. `.json` holds the checksums of the other three files and of the
+tokenizer, counts, and a checksum of these values. A store is written under temporary names and renamed when it is
+complete. Several sequences per document and modes, which the format allows, are not supported.
 """
 
 import bisect
@@ -31,7 +31,7 @@ VERSION = 1
 DTYPES: dict[int, np.dtype] = {
     4: np.dtype(np.int32),
     8: np.dtype(np.uint16),
-}  # codes that megatron-core's DType gives them
+}  # by the codes of megatron-core's DType
 UINT16_VOCAB = 65_500  # megatron-core's own limit for uint16
 CONTENT = (".bin", ".idx", ".parquet")
 MANIFEST = ".json"
@@ -44,19 +44,19 @@ SCHEMA = pa.schema(
     [
         ("document", pa.int64()),  # index in the store
         ("id", pa.string()),
-        ("file", pa.string()),  # the raw file it came from
+        ("file", pa.string()),  # name of its input file
         ("position", pa.int64()),  # its line or byte offset there
-        ("start", pa.int64()),  # its first token in the .bin
-        ("length", pa.int32()),  # its tokens, <s> and </s> included
+        ("start", pa.int64()),  # index of its first token in the .bin
+        ("length", pa.int32()),  # in tokens, with <s> and </s>
         ("bytes", pa.int64()),  # of its text in UTF-8
         ("scores", pa.map_(pa.string(), pa.float64())),
-        ("metadata", pa.string()),  # all else that came with it, as JSON
+        ("metadata", pa.string()),  # its other metadata, as JSON
     ]
 )
 
 
 class Encoder(Protocol):
-    """What a store needs of a tokenizer."""
+    """The interface of a tokenizer that `build` uses."""
 
     vocab_size: int
     bos_id: int
@@ -68,12 +68,13 @@ class Encoder(Protocol):
 
 
 def store_dtype(vocab_size: int) -> np.dtype:
+    """Returns the type of a store's ids, uint16 if the vocabulary fits, else int32."""
     return DTYPES[8] if vocab_size < UINT16_VOCAB else DTYPES[4]
 
 
 @dataclass(frozen=True)
 class WrittenStore:
-    """What a build put into a store; `text_bytes` in UTF-8, `tokens` with <s> and </s>."""
+    """Counts of a new store; `text_bytes` are UTF-8 bytes, `tokens` include <s> and </s>."""
 
     documents: int
     tokens: int
@@ -85,8 +86,8 @@ def build(
 ) -> WrittenStore:
     """Tokenizes one file of documents into the store `<out>.bin`, `<out>.idx`, `<out>.parquet` and `<out>.json`.
 
-    `progress` is called with the bytes of text done since its last call.
-    Errors: ValueError for a broken file, or text that cannot be encoded (the document is named).
+    `progress` is called with the bytes of text encoded since its last call. Raises ValueError for a damaged file, for
+    text that cannot be encoded, and for a tokenizer without <s> or </s>.
     """
     out = Path(out)
     if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
@@ -95,7 +96,7 @@ def build(
     temporary = {suffix: out.with_name(f".{out.name}{suffix}.{os.getpid()}.tmp") for suffix in SUFFIXES}
     try:
         written, checksums = _write(documents, temporary, tokenizer, progress)
-        # The index goes last: a store is there when its .idx is.
+        # The index comes last: a store exists once its .idx does.
         for suffix in (".bin", ".parquet", MANIFEST, ".idx"):
             with temporary[suffix].open("rb") as file:
                 os.fsync(file.fileno())
@@ -114,7 +115,7 @@ def _write(
     tokenizer: Encoder,
     progress: Callable[[int], None] | None,
 ) -> tuple[WrittenStore, dict[str, str]]:
-    """What was written to `paths`, by suffix, and the checksums of the three files of content."""
+    """Writes a store to `paths`, by suffix; returns its counts and the SHA-256 of each file but the manifest."""
     dtype = store_dtype(tokenizer.vocab_size)
     bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
     lengths: list[int] = []
@@ -158,6 +159,7 @@ def _write(
 
 
 def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yields lists of records with about _BATCH_CHARS characters of text in all."""
     batch: list[dict[str, Any]] = []
     size = 0
     for record in records:
@@ -171,6 +173,7 @@ def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
 
 
 def _encode(batch: list[dict[str, Any]], tokenizer: Encoder, origin: str | Path) -> list[np.ndarray]:
+    """Encodes the texts of a batch; raises ValueError with file and ids if one of them is not valid Unicode."""
     try:
         return tokenizer.encode_arrays([record["text"] for record in batch])
     except ValueError as error:
@@ -195,7 +198,7 @@ def _table_row(record: dict[str, Any], document: int, start: int, length: int) -
 
 
 def _index(lengths: np.ndarray, dtype: np.dtype) -> bytes:
-    """The .idx of documents of one sequence each."""
+    """Returns the content of an .idx file for documents of one sequence each."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     pointers = np.zeros(len(lengths), dtype=np.int64)
     np.cumsum(lengths[:-1] * dtype.itemsize, out=pointers[1:])
@@ -205,10 +208,10 @@ def _index(lengths: np.ndarray, dtype: np.dtype) -> bytes:
 
 
 class Store:
-    """An opened store, read through a memory map. `lengths` int32 [documents]: tokens of each document."""
+    """An opened store, read through a memory map; `lengths`, int32 [documents], are the tokens of each document."""
 
     def __init__(self, path: str | Path) -> None:
-        """`path` is the common name of its files. Errors: DamagedData for one that is missing or of a wrong form."""
+        """Opens the store `<path>.bin` etc.; raises DamagedData if a file is missing or malformed."""
         self.path = Path(path)
         missing = [suffix for suffix in CONTENT if not self.file(suffix).is_file()]
         if missing:
@@ -229,34 +232,36 @@ class Store:
         self._ids: list[str] | None = None
 
     def file(self, suffix: str) -> Path:
+        """Path of the store's file with this suffix."""
         return self.path.with_name(self.path.name + suffix)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Ids [start, stop) of a document, a view of the file; the bounds must lie within the document."""
+        """Returns ids [start, stop) of a document as a view of the file; the bounds must lie within the document."""
         first = int(self._starts[document])
         length = int(self.lengths[document])
         return self._tokens[first + start : first + (length if stop is None else stop)]
 
     def facts(self) -> dict[str, Any]:
-        """Checksums and counts, as the manifest has them. Errors: DamagedData where that is missing or changed."""
+        """Returns the manifest's checksums and counts; raises DamagedData if it is missing or changed."""
         if self.file(MANIFEST).is_file():
             return read_sealed(STORE, self.file(MANIFEST))
         with readable(self.file(".parquet")):
             metadata = pq.read_metadata(self.file(".parquet")).metadata or {}
-        if b"trivium" not in metadata:  # where earlier versions had them
+        if b"trivium" not in metadata:  # earlier versions kept them there
             raise DamagedData(f"token store {self.path} has no {MANIFEST} file; {remedy(self.path)}")
         return json.loads(metadata[b"trivium"])
 
     def document_id(self, document: int) -> str:
+        """Returns the id of a document, read from the table at the first call."""
         if self._ids is None:
             self._ids = read_parquet(self.file(".parquet"), ["id"])["id"].to_pylist()
         return self._ids[document]
 
     def check_index(self) -> None:
-        """Holds the index against the manifest, both being read anyway. Errors: DamagedData."""
+        """Raises DamagedData if the SHA-256 of the index is not the one in the manifest."""
         if self.index_sha256 != self.facts()["idx_sha256"]:
             raise DamagedData(
                 f"token store {self.file('.idx')} does not match its checksum: it is damaged or of another run; "
@@ -264,7 +269,7 @@ class Store:
             )
 
     def _read_index(self) -> tuple[str, np.dtype, np.ndarray, np.ndarray]:
-        """(checksum, dtype, length of each document, its first token)."""
+        """Reads (SHA-256 of the .idx, type of ids, tokens of each document, index of each one's first token)."""
         path = self.file(".idx")
         content = path.read_bytes()
         if len(content) < _HEADER.size or not content.startswith(MAGIC):
@@ -287,7 +292,7 @@ class Store:
 
 
 class SourceStores:
-    """The stores of one source as one: document indices run on from store to store."""
+    """The stores of one source, addressed as one: document indices continue from store to store."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self.stores = list(stores)
@@ -296,7 +301,7 @@ class SourceStores:
 
     @classmethod
     def in_folder(cls, folder: str | Path) -> "SourceStores":
-        """All stores in a folder, by name. Errors: ValueError when there is none, or one is damaged."""
+        """Opens all stores in a folder, sorted by name; raises ValueError if there is none or one is damaged."""
         paths = sorted(path.with_suffix("") for path in Path(folder).glob("[!.]*.idx"))
         if not paths:
             raise ValueError(f"no token store in {folder}; run `trivium data run`, or correct the path")
@@ -306,21 +311,21 @@ class SourceStores:
         return cls(stores)
 
     def index_checksums(self) -> tuple[str, ...]:
-        """The sha256 of each store's index."""
+        """Returns the SHA-256 of each store's index."""
         return tuple(store.index_sha256 for store in self.stores)
 
     def locate(self, document: int) -> tuple[Store, int]:
-        """(store, document index in it)."""
+        """Returns (store, index of the document in it)."""
         number = bisect.bisect_right(self._first, document) - 1
         return self.stores[number], document - self._first[number]
 
     def leave_out(self, documents: Iterable[tuple[str, int]]) -> None:
-        """Takes (store, document) for empty from here on: nothing of a document of length 0 is ever packed."""
+        """Sets the lengths of documents, given as (store, index in it), to 0, so that packing takes nothing of them."""
         for store, document in documents:
             self.lengths[self.index(store, document)] = 0
 
     def index(self, store: str, document: int) -> int:
-        """The document's index among all. Errors: ValueError for a store that is not here."""
+        """Returns a document's index among all stores; raises ValueError if the source has no store of that name."""
         names = [one.path.name for one in self.stores]
         if store not in names:
             raise ValueError(f"there is no token store {store!r} here; there are {', '.join(names)}")

@@ -1,7 +1,7 @@
-"""The tokenizer and tokens stages: documents to a tokenizer, and to token stores.
+"""The tokenizer stage, which trains a tokenizer, and the tokens stage, which encodes documents into token stores.
 
-The work itself is in `tokenizer` and `store`; here it is given to datatrove's executor, counted and published. The
-tokenizer is one task, token stores are one per shard of documents.
+The work itself is in `tokenizer` and `store`; the steps here run it in datatrove's executor and count documents. The
+tokenizer is trained by one task; each shard of documents becomes one token store.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from data_pipeline.tokens.tokenizer import FIM_CONTROLS, Tokenizer, train
 
 
 def tokenizer_stage(context: RunContext, documents: Stage) -> Stage:
-    """The stage that trains a tokenizer on the training split of all sources."""
+    """Returns the stage that trains a tokenizer on the training split of all sources."""
     config = context.config
     return Stage(
         "tokenizer",
@@ -40,7 +40,7 @@ def tokenizer_stage(context: RunContext, documents: Stage) -> Stage:
 
 
 def tokens_stage(context: RunContext, documents: Stage, tokenizer: Stage) -> Stage:
-    """The stage that turns shards of documents into token stores."""
+    """Returns the stage that encodes each shard of documents into a token store."""
     return Stage(
         "tokens",
         partial(_tokens, context),
@@ -54,7 +54,7 @@ def tokens_stage(context: RunContext, documents: Stage, tokenizer: Stage) -> Sta
 
 
 class TrainTokenizer(PipelineStep):
-    """One task: trains on the training split of all sources."""
+    """datatrove step of a single task that trains the tokenizer on the files `inputs`."""
 
     name = "Train tokenizer"
     type = "🔤 - TOKENIZER"
@@ -83,7 +83,7 @@ class TrainTokenizer(PipelineStep):
 
 
 class Tokenize(PipelineStep):
-    """Each shard of documents, `<split>/<source>/<name>`, to a token store of the same name."""
+    """datatrove step that encodes each shard of documents, `<split>/<source>/<name>`, into a store of the same name."""
 
     name = "Tokenize"
     type = "🔢 - TOKENS"
@@ -116,12 +116,12 @@ class Tokenize(PipelineStep):
 
 
 def _controls(mixture: MixtureConfig | None) -> list[str]:
-    """Control symbols that a tokenizer has only if the mixture needs them: without them it stays the same model."""
+    """Returns the control symbols of fill-in-the-middle if the mixture uses it, else an empty list."""
     return list(FIM_CONTROLS) if mixture and any(plan.fim for plan in mixture.plans().values()) else []
 
 
 def _document_shards(context: RunContext) -> list[str]:
-    """Largest first, so that no task is left alone with a big file at the end."""
+    """Lists the shards of documents, the largest first, so that no big one is left to the end."""
     folder = context.run_dir / "documents"
     return sorted(shards_under(folder), key=lambda shard: -shard_path(folder, shard).stat().st_size)
 
@@ -130,7 +130,7 @@ def _tokenizer(context: RunContext, folder: Path, logs: Path) -> Tally:
     tally = Tally()
     for source, counts in (read_manifest(context.run_dir / "documents") or {})["sources"].items():
         notes, kept = counts["notes"], counts["passed_on"]
-        if not kept["documents"]:  # canaries end before
+        if not kept["documents"]:  # such as canaries, which the documents stage drops
             continue
         documents, size = notes.get("held out", 0), notes.get("held-out bytes", 0)
         tally.came_in(source, kept["bytes"], kept["documents"])
@@ -157,5 +157,5 @@ def _tokens(context: RunContext, folder: Path, logs: Path) -> Tally:
     context.pipeline("tokens", logs, [step], len(shards), context.text_bytes())
     tally = Tally.load_all(logs / "tallies")
     for source in context.config.sources:
-        tally.of(source)  # one without documents too, so that a plan knows that it is there
+        tally.of(source)  # also a source without documents, so that the plan stage knows its name
     return tally

@@ -1,9 +1,9 @@
-"""Text to token ids and back without loss: sentencepiece BPE with byte fallback, its training and its use.
+"""Lossless tokenizer: training and use of a sentencepiece BPE model with byte fallback.
 
-The model keeps every character: identity normalisation, no added or removed spaces, unseen characters as
-their UTF-8 bytes. So decode(encode(text)) == text, and each id stands for a fixed number of bytes, which is
-what bits per byte are counted with. Control symbols (<s>, <|user|>, ...) never come out of plain text that
-spells them; callers place them by id. Left out: Unigram, WordPiece and other people's tokenizers.
+The model keeps every character: it uses identity normalisation, adds and removes no spaces, and encodes unseen
+characters as their UTF-8 bytes. Therefore decode(encode(text)) == text, and each id stands for a fixed number of bytes,
+from which bits per byte are computed. Text that spells a control symbol (<s>, <|user|>, ...) is never encoded as one;
+callers insert control symbols by id. Unigram, WordPiece and tokenizers trained elsewhere are not supported.
 """
 
 import hashlib
@@ -28,12 +28,16 @@ MODEL_FILE, INFO_FILE = "tokenizer.model", "tokenizer.json"
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 CHAT_CONTROLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 SPECIALS = (UNK, BOS, EOS, PAD, *CHAT_CONTROLS)  # ids 0..7
-FIM_CONTROLS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # ids 8..10 where fill-in-the-middle is asked for
+FIM_CONTROLS = (
+    "<|fim_prefix|>",
+    "<|fim_suffix|>",
+    "<|fim_middle|>",
+)  # ids 8..10 if the mixture uses fill-in-the-middle
 
-SPACE = "\u2581"  # sentencepiece's inner sign for a space: it would turn a real one in the text into a space
-_LEAST_SIZE = 300  # that a config takes
-_CHUNK_CHARS = 1000  # training sees pieces of documents of about this size, cut after a line
-# The trainer skips a sentence that has its own marks in it, so text is cut at them.
+SPACE = "\u2581"  # stands for a space in pieces; sentencepiece would decode a real one in a text as a space
+_LEAST_SIZE = 300  # the smallest tokenizer.vocab_size that a config allows
+_CHUNK_CHARS = 1000  # training reads chunks of documents of about this size, split at line ends
+# sentencepiece's trainer skips a sentence that contains its own marks, so texts are split at them.
 _TRAINER_MARKS = re.compile("[\t\0\u2581\u2585]")
 _PROBE = "  a\tb\r\n\n 中文\u3000 é e\u0301 ﬁ \0"
 
@@ -48,10 +52,10 @@ def train(
 ) -> dict[str, Any]:
     """Trains on up to `settings.train_bytes` of UTF-8 text from JSONL files and publishes the model in folder `out`.
 
-    The same texts give the same model, whatever files they come in and in whatever order. `progress` is
-    called with the bytes of text read since its last call. `controls` are control symbols beside SPECIALS, with the
-    ids after theirs. Returns what tokenizer.json says.
-    Errors: ValueError for missing or broken files, no text, or a vocabulary larger than the text supports.
+    The model depends on the texts alone, not on their order or their distribution over files. `controls` are control
+    symbols beyond SPECIALS, whose ids follow theirs. `progress` is called with the bytes of text read since its last
+    call. Returns the content of tokenizer.json. Raises ValueError for missing or damaged files, for no text at all, and
+    for a vocabulary that is too small for the symbols or too large for the text.
     """
     specials = (*SPECIALS, *controls)
     if settings.vocab_size < (least := len(specials) + 256 + 1):
@@ -119,7 +123,7 @@ def train(
 
 
 def _remedy(said: str) -> str:
-    """What to do about a vocabulary size that the trainer refuses; it says which sizes it takes."""
+    """Returns what to do about a refused vocabulary size, from the trainer's message, which has the possible sizes."""
     if "required_chars" in said:  # not even single characters fit
         least = re.search(r"\d+ vs (\d+)", said)
         return f"raise tokenizer.vocab_size{f' to {least[1]}' if least else ''}"
@@ -132,10 +136,10 @@ def _remedy(said: str) -> str:
 def _sample(
     inputs: Sequence[Path], limit: int, seed: int, progress: Callable[[int], None] | None
 ) -> tuple[list[str], int, int]:
-    """(chunks, their bytes, bytes there were): the chunks of lowest hash, in the order of the hashes.
+    """Draws up to `limit` bytes of chunks, those with the lowest hashes of seed and content.
 
-    One pass, memory bounded by `limit`. Files and their order do not matter, since a chunk is drawn by what
-    it says.
+    Returns (chunks by ascending hash, their bytes, bytes of all texts). Takes one pass and memory in proportion to
+    `limit`. The draw does not depend on files and their order.
     """
     chosen: list[tuple[int, str]] = []
     used = available = 0
@@ -151,7 +155,7 @@ def _sample(
                     continue
                 heapq.heappush(chosen, (-drawn, chunk))
                 used += len(chunk.encode())
-                # What is put out bars all that is drawn above it, or the order of reading would matter.
+                # No later chunk with a higher hash than a removed one gets in, or the order of reading would matter.
                 while used > limit or (chosen and -chosen[0][0] >= bar):
                     highest, put_out = heapq.heappop(chosen)
                     used -= len(put_out.encode())
@@ -162,6 +166,7 @@ def _sample(
 
 
 def _chunks(text: str) -> Iterator[str]:
+    """Yields pieces of `text` of up to _CHUNK_CHARS characters, split at line ends if possible."""
     for part in _TRAINER_MARKS.split(text):
         chunk = ""
         for line in part.splitlines(keepends=True):
@@ -177,9 +182,9 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 class Tokenizer:
-    """A trained model. `token_bytes` int64 [vocab_size]: UTF-8 bytes each id stands for, 0 for specials.
+    """A trained tokenizer; `token_bytes`, int64 [vocab_size], are the UTF-8 bytes of each id, 0 for control symbols.
 
-    `threads` encode a batch; one by default, since the pipeline works in processes.
+    `threads` is the number of threads that encode a batch; 1 by default, since the pipeline runs several processes.
     """
 
     def __init__(self, model: bytes, origin: str, threads: int = 1) -> None:
@@ -211,7 +216,7 @@ class Tokenizer:
             for i, piece in enumerate(self._pieces)
         ]
         self.token_bytes = np.array([len(piece) for piece in self._bytes], dtype=np.int64)
-        self._parts: PartTable | None = None  # for models that it is known to be right for
+        self._parts: PartTable | None = None  # only for models of `train`, for which its ids are known to be right
         self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if self.unk_id in self._space_ids or self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(
@@ -221,16 +226,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, threads: int = 1) -> "Tokenizer":
-        """From a folder or a tokenizer.model file; held against the checksum in the tokenizer.json beside it.
+        """Loads a tokenizer from its folder or its tokenizer.model; verifies the checksum in tokenizer.json, if any.
 
-        Errors: ValueError when it is missing, damaged, or loses text.
+        Raises ValueError if the file is missing, damaged, or a model that does not keep every character.
         """
         path = Path(path)
         path = path / MODEL_FILE if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist; make it with `trivium data run`")
         tokenizer = cls(path.read_bytes(), str(path), threads)
-        # A Hugging Face folder has a tokenizer.json too, of another kind.
+        # A Hugging Face folder also has a tokenizer.json, in another format.
         info_path = path.with_name(INFO_FILE)
         info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
         if info.get("kind") == KIND and info["sha256"] != tokenizer.sha256:
@@ -243,23 +248,23 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no control symbol is added or made."""
+        """Returns the ids of plain text, which are never control symbols."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """One list of ids per text. Errors: ValueError for a text that is not valid Unicode."""
+        """Returns a list of ids for each text; raises ValueError for a text that is not valid Unicode."""
         try:
-            # A real U+2581 goes in as its bytes, between the texts around it.
+            # A real U+2581 is encoded as its bytes, apart from the text before and after it.
             if not any(SPACE in text for text in texts):
                 return self._processor.encode(list(texts), num_threads=self.threads)
             return [self._encode_around_marks(text) for text in texts]
-        except TypeError:  # what sentencepiece makes of half a surrogate pair
+        except TypeError:  # sentencepiece's error for half a surrogate pair
             for text in texts:
                 _check_unicode(text)
             raise
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text, those of `encode_batch` and several times as fast: see `bpe_cache`."""
+        """Returns int32 ids of each text, the same as `encode_batch`, but several times as fast (see `bpe_cache`)."""
         if self._parts is None:
             return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
         return self._parts.ids(texts)
@@ -272,9 +277,9 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; control symbols stand for nothing, and bytes that are no UTF-8 become U+FFFD.
+        """Returns the text of ids: control symbols give no text, and bytes that are not UTF-8 give U+FFFD.
 
-        Errors: ValueError for an id outside the vocabulary.
+        Raises ValueError for an id outside the vocabulary.
         """
         ids = [int(i) for i in ids]
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
@@ -283,14 +288,16 @@ class Tokenizer:
         return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
 
     def piece_to_id(self, piece: str) -> int:
-        """Id of a piece by its spelling, control symbols included; the unknown id when there is none."""
+        """Returns the id of a piece or control symbol by its spelling; the id of <unk> if there is none."""
         return self._processor.piece_to_id(piece)
 
     def id_to_piece(self, token: int) -> str:
+        """Returns the spelling of an id's piece."""
         return self._pieces[token]
 
 
 def _check_unicode(text: str) -> None:
+    """Raises ValueError if `text` contains half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
