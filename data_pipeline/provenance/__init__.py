@@ -1,1 +1,1 @@
-"""From a document to the training steps that saw it, from a step to its documents, and a plan without some."""
+"""Commands that trace documents to training steps and back, show why documents were dropped, and verify a run."""

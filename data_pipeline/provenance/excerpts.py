@@ -1,7 +1,7 @@
-"""Texts of a finished run, by shard and row, and pieces of them that people can be shown: masked, always.
+"""Reads texts of a finished run, by shard and row, and makes excerpts for display, in which personal data is masked.
 
-A piece is masked by what is found in its surroundings, so that an address that the piece's own ends cut through is
-masked as well. Where to look for documents is in `provenance.lookup`.
+Personal data is searched for in an excerpt's surroundings too, so that an address that the excerpt's ends cut through
+is masked as well. `provenance.lookup` finds the shard and row of a document.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 from data_pipeline.core.shards import read_records, shard_path
 from data_pipeline.personal_data.find import PLACEHOLDERS, find
 
-_AROUND = 2000  # characters beside a piece that are looked at to mask it; longer than any address or key
-_PERSONAL = "pii_"  # how reasons of the PII stage begin
+_AROUND = 2000  # characters on each side of an excerpt that are searched too; more than any address or key has
+_PERSONAL = "pii_"  # prefix of the PII stage's reasons
 
 
 def texts(run_dir: Path, shard: str, rows: Collection[int] | None = None) -> Iterator[tuple[int, str]]:
-    """(row, text) of a shard as extract published it; of `rows` only, if given."""
+    """Yields (row, text) of a shard as the extract stage published it, only of `rows` if given."""
     for row, record in enumerate(read_records(shard_path(run_dir / "extract", shard))):
         if rows is None or row in rows:
             yield row, record["text"]
 
 
 def piece(text: str, start: int, end: int) -> str:
-    """Characters [start, end) of `text`, masked."""
+    """Returns characters [start, end) of `text`, masked."""
     start, end = max(0, start), min(len(text), end)
     low = max(0, start - _AROUND)
     parts, position = [], start
@@ -37,11 +37,11 @@ def piece(text: str, start: int, end: int) -> str:
 
 
 class Excerpt(NamedTuple):
-    """What a cut took out, with what is around it. All of it masked."""
+    """A cut with the text around it, all of it masked."""
 
     before: str
-    gone: str  # empty for personal data that something stands for
-    stands: str  # in its place; empty for nothing
+    gone: str  # the text that was cut; empty for personal data that was replaced
+    stands: str  # the text that replaces it; empty if none does
     after: str
 
     def __str__(self) -> str:
@@ -49,13 +49,16 @@ class Excerpt(NamedTuple):
 
 
 def excerpt(text: str, cut: Mapping[str, Any], context: int = 80, longest: int = 300) -> Excerpt:
-    """Of a row of a table of cuts; a long cut without its middle. `text` is the one that the cut's bytes are of."""
+    """Makes the excerpt of a cut, which is a row of a table of cuts; the middle of a long cut is left out.
+
+    `text` is the document's text before all cuts, to which the cut's byte offsets refer.
+    """
     raw = text.encode()
     start = len(raw[: cut["start"]].decode())
     end = start + len(raw[cut["start"] : cut["end"]].decode())
     stands = cut["replacement"]
     if cut["reason"].startswith(_PERSONAL):
-        # Never by what `find` says of it: the stage may have been asked for other kinds.
+        # Masked by the kind in the reason, not by `find`, which may take it for another kind.
         gone = "" if stands else PLACEHOLDERS[cut["reason"].removeprefix(_PERSONAL)]
     elif end - start > longest:
         gone = f"{piece(text, start, start + longest // 2)} […] {piece(text, end - longest // 2, end)}"

@@ -1,7 +1,7 @@
-"""`trivium data explain CONFIG --id ID [--run RUN]`: all that happened to one document, stage by stage.
+"""`trivium data explain CONFIG --id ID [--run RUN]`: prints everything that happened to one document, stage by stage.
 
-Where it came from, every score beside its bound, which rule dropped it or to which document of its cluster it lost,
-which rows of the plan hold it and, given a training run, at which steps.
+It shows where the document comes from, each score beside its bound, the rule that dropped it or the duplicate that was
+kept in its place, the rows of the plan that contain it and, given a training run, the steps that trained on it.
 """
 
 import sys
@@ -33,11 +33,11 @@ from data_pipeline.provenance.lookup import (
 )
 from data_pipeline.reading.ids import published_id
 
-_SHOWN = 8  # rows of the plan
+_SHOWN = 8  # rows of the plan, steps, or ids, that are listed at most
 
 
 def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
-    """The lines to print. Errors: ConfigError for an id that no stage knows, or that several records gave."""
+    """Returns the lines to print; raises ConfigError for an id of no document, or one that several records share."""
     run_dir = Path(config.run.dir)
     stages = stages_of(run_dir)
     document = published_id(document)
@@ -49,8 +49,8 @@ def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
         if alike := given(run_dir, document):
             more = f", and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
             raise ConfigError(
-                f"--id {document!r} was given by {len(alike)} records, whose documents are told apart by their "
-                f"locations; name one of them: {', '.join(map(repr, alike[:_SHOWN]))}{more}"
+                f"--id {document!r} is the id of {len(alike)} records, whose documents have their locations added to "
+                f"it; name one of them: {', '.join(map(repr, alike[:_SHOWN]))}{more}"
             )
         raise ConfigError(
             f"--id {document!r} is no document of {run_dir}; ids are those of the records, or SOURCE/FILE/POSITION"
@@ -68,7 +68,7 @@ def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
 
 
 def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[str]:
-    """What a stage's row says."""
+    """Returns the lines that describe a document's row in a stage's table."""
     verdict = f"dropped: {row['verdict']}" if row["verdict"] else "kept"
     if stage == "language":
         parts = f"; paragraphs in {row['languages']}" if row.get("languages") else ""
@@ -87,6 +87,7 @@ def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[st
 
 
 def _scores(row: dict[str, Any], rules: RuleSet | None) -> list[str]:
+    """Returns a line for each score, with its bound in the rule set, if any, and a mark if it is broken."""
     lines = []
     bounds = rules.bounds() if rules else {}
     for name in RuleSet.model_fields:
@@ -104,7 +105,7 @@ def _scores(row: dict[str, Any], rules: RuleSet | None) -> list[str]:
 
 
 def _trained(run_dir: Path, documents: Sequence[StoredDocument], run: Path | None) -> list[str]:
-    """Where it is in token stores, plan and steps."""
+    """Returns the lines on a document's place in token stores, in plans, and in the steps of a training run."""
     if not documents:
         return []
     said = [
@@ -138,9 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         DataConfig,
         argv,
         prog="trivium data explain",
-        description="What happened to one document, from its file to the training steps that saw it.",
+        description="Prints what happened to one document, from its file to the training steps that saw it.",
         example="trivium data explain configs/data/demo.toml --id sotu/1847_james_polk_d --run runs/demo/pretrain",
-        options=[("--id", "", "the document"), ("--run", "", "a training run's directory, for its steps")],
+        options=[("--id", "", "id of the document"), ("--run", "", "directory of a training run, to list its steps")],
     )
     if not args.id:
         raise ConfigError("trivium data explain needs --id, the document to explain")

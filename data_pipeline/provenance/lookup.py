@@ -1,4 +1,4 @@
-"""Where a document is in each stage's tables, in the token stores and in the plan. Reads what a data run published."""
+"""Finds documents in the tables of a data run's stages, its token stores and plans, and in a training run's steps."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from data_pipeline.reading.ids import unique_id
 
 @dataclass(frozen=True)
 class DocumentLocation:
-    """A document as extract published it."""
+    """Location of a document in the shards that the extract stage published."""
 
     source: str
     shard: str  # <source>/<file>-<part>
@@ -36,20 +36,20 @@ class DocumentLocation:
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document in a token store of `split`."""
+    """Location of a document in the token stores of a split."""
 
     split: str
     source: str
-    store: str  # its name in the split and source
-    document: int
+    store: str  # name of the store, within split and source
+    document: int  # index in the store
     id: str
     tokens: int
-    origin: tuple[str, int]  # raw file and position there
+    origin: tuple[str, int]  # input file, and position in it
     url: int  # `url_key` of its address, 0 for none
 
 
 def stages_of(run_dir: Path) -> list[str]:
-    """The table stages that a run has finished, in their order. Errors: ConfigError when there is none."""
+    """Lists the finished stages with tables, in their order; raises ConfigError if there is none."""
     found = [name for name in TABLE_STAGES if read_manifest(run_dir / name) is not None]
     if not found:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no finished stage; run: trivium data run CONFIG")
@@ -57,7 +57,7 @@ def stages_of(run_dir: Path) -> list[str]:
 
 
 def locations(run_dir: Path, wanted: Collection[str]) -> list[DocumentLocation]:
-    """The documents with these ids."""
+    """Finds the documents with the given ids in the tables of the language stage, which lists all documents."""
     value_set = pa.array(sorted(wanted), pa.string())
     found = []
     for shard in shards_of(run_dir / "language"):
@@ -68,7 +68,7 @@ def locations(run_dir: Path, wanted: Collection[str]) -> list[DocumentLocation]:
 
 
 def given(run_dir: Path, own: str) -> list[str]:
-    """The ids of the documents that were told apart because their records all gave the id `own`, as it is published."""
+    """Returns the ids that documents got because their records share the id `own`; `own` is in its published form."""
     found: set[str] = set()
     for shard in shards_of(run_dir / "language"):
         ids = read_table(run_dir / "language", shard, ["id"])["id"]
@@ -77,7 +77,7 @@ def given(run_dir: Path, own: str) -> list[str]:
 
 
 def rows_of(run_dir: Path, stage: str, location: DocumentLocation) -> dict[str, Any] | None:
-    """The stage's row of a document; None where the document never got that far."""
+    """Reads a document's row in a stage's table; returns None if the document did not reach the stage."""
     if not (run_dir / stage / f"{location.shard}.parquet").is_file():
         return None
     table = read_table(run_dir / stage, location.shard)
@@ -86,7 +86,7 @@ def rows_of(run_dir: Path, stage: str, location: DocumentLocation) -> dict[str, 
 
 
 def set_aside(run_dir: Path, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Records that extract did not publish and kept a line of: broken ones all, others as samples."""
+    """Yields the wanted records that extract did not publish: from all broken ones, and from samples of the others."""
     for path in sorted([*run_dir.glob("extract/rejected/*.jsonl"), *run_dir.glob("extract/drops/*.jsonl")]):
         with path.open(encoding="utf-8") as lines:
             for line in lines:
@@ -96,7 +96,7 @@ def set_aside(run_dir: Path, wanted: Collection[str]) -> Iterator[dict[str, Any]
 
 
 def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -> list[StoredDocument]:
-    """Documents of these ids or addresses in the token stores, those held out too."""
+    """Finds the documents with these ids or addresses in the token stores, held-out ones included."""
     ids, keys = set(wanted), {url_key(url) for url in urls} - {0}
     found = []
     for path in sorted((run_dir / "tokens").glob("*/*/*.parquet")):
@@ -114,14 +114,14 @@ def stored(run_dir: Path, wanted: Collection[str], urls: Collection[str] = ()) -
 
 
 def key_of_address(metadata: dict[str, Any]) -> int:
-    """`url_key` of the address that a published document came from, also where it is not shown as it was."""
+    """Returns the `url_key` of a document's original address, even if the published one has personal data replaced."""
     if URL_KEY in metadata:
         return int(metadata[URL_KEY], 16)
     return url_key(url_of(metadata))
 
 
 def uses(plan: Plan, documents: Collection[StoredDocument]) -> dict[StoredDocument, list[tuple[int, int, int]]]:
-    """(sample, first token, tokens) of every training segment that holds a piece of each document, by sample."""
+    """Returns, for each document, the sorted (sample, first token, tokens) of its segments in training rows."""
     return {
         document: plan.uses(document.source, document.store, document.document) if document.split == TRAIN else []
         for document in documents
@@ -130,30 +130,27 @@ def uses(plan: Plan, documents: Collection[StoredDocument]) -> dict[StoredDocume
 
 @dataclass(frozen=True)
 class DataSpan:
-    """Steps of a training run, from `first_step` on, with one plan and one batch size."""
+    """Consecutive steps of a training run that have one plan and one batch size."""
 
     first_step: int
-    first_sample: int  # of the run, from the first step of all
+    first_sample: int  # number of samples that the run used before first_step
     global_batch_size: int
     data: str  # the plan's fingerprint
-    plan: str  # where it was
-    plan_paths: tuple[str, ...] = ()  # where else it may be: seen from the run, which may have moved with it
+    plan: str  # path of the plan at that time
+    plan_paths: tuple[str, ...] = ()  # other paths, from the run's own, since both may have been moved
 
     def find_plan(self) -> Plan | None:
-        """The plan that the steps were trained on; None where it is no longer to be found.
-
-        Errors: ValueError for one that is damaged.
-        """
+        """Opens the plan that the steps were trained on; None if it is missing. Raises ValueError if it is damaged."""
         return find_in((self.plan, *self.plan_paths), self.data)
 
 
 def find_in(paths: Iterable[str], fingerprint: str) -> Plan | None:
-    """The first plan of this fingerprint, at a path or kept beside it. Errors: ValueError for a damaged one."""
+    """Opens the first plan with this fingerprint at or beside one of the paths; raises ValueError if it is damaged."""
     return next((plan for path in paths if (plan := find(path, fingerprint))), None)
 
 
 def kept_plan_paths(run: Path) -> tuple[str, ...]:
-    """Where the plans of a training run are by what its checkpoints say, the newest checkpoint first."""
+    """Returns the paths at which a run's checkpoints recorded its plans, the newest checkpoint first."""
     found = []
     for path in sorted(run.glob("checkpoints/*/manifest.json"), reverse=True):
         with contextlib.suppress(OSError, ValueError):
@@ -163,7 +160,10 @@ def kept_plan_paths(run: Path) -> tuple[str, ...]:
 
 
 def _started_in(run: Path, named: str) -> Path | None:
-    """The folder from which the run of this directory was started, where its config called it `named`."""
+    """Folder in which a training run was started, if its config gave its directory as the relative path `named`.
+
+    Returns None for an absolute path, or if the directory's path no longer ends in `named`.
+    """
     parts, own = Path(os.path.normpath(named)).parts, run.resolve().parts
     if Path(named).is_absolute() or not parts or own[-len(parts) :] != parts:
         return None
@@ -171,9 +171,9 @@ def _started_in(run: Path, named: str) -> Path | None:
 
 
 def plans(run_dir: Path, run: Sequence[DataSpan]) -> dict[str, Plan]:
-    """The plans of a data run and those that a training run had from elsewhere, by their folder.
+    """Opens the plans of a data run and any other plans of a training run's spans, by folder.
 
-    Errors: ValueError for one that is gone or damaged.
+    Raises ValueError if a plan is missing or damaged.
     """
     found = {(Path("plan") / name).as_posix(): plan for name, plan in open_plans(run_dir / "plan").items()}
     for one in run:
@@ -189,7 +189,7 @@ def plans(run_dir: Path, run: Sequence[DataSpan]) -> dict[str, Plan]:
 
 
 def data_spans(run: Path) -> list[DataSpan]:
-    """What a training run was trained on, from its history.json. Errors: ConfigError when `run` is none."""
+    """Reads the spans of a training run from its history.json; raises ConfigError if it was trained on no plan."""
     path = run / "history.json"
     if not path.is_file():
         raise ConfigError(f"--run {run}: there is no {path}; name the run.dir of a pretraining run")
@@ -207,7 +207,10 @@ def data_spans(run: Path) -> list[DataSpan]:
 
 
 def steps(run: Sequence[DataSpan], plan: Plan, samples: Iterable[int]) -> list[int]:
-    """The steps, from 0, that train on these samples of a plan; those that the run left out for another have none."""
+    """Returns the steps, counted from 0, that train on the given samples of a plan.
+
+    Samples that the run did not reach, since it changed to another plan before, have no step.
+    """
     found = set()
     for sample in samples:
         for one, following in zip(run, [*run[1:], None], strict=True):

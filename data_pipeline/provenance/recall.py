@@ -1,11 +1,11 @@
-"""`trivium data recall CONFIG`: how many near-duplicates a finished run found, held against brute force.
+"""`trivium data recall CONFIG`: recall and precision of a finished run's near-duplicate removal, against brute force.
 
-Truth is every pair of documents, of those that the filter kept, whose word n-grams have at least a given Jaccard
-similarity. It is found without signatures: by an inverted index over each document's rarest n-grams, which
-misses no pair (`similar_pairs`). Recall: of these pairs, those of which the run dropped a document. Precision: of the
-documents dropped as duplicates, those that are a pair with the document that stays in their place, or equal to it.
-Reads the run's text once and holds its n-grams in memory, 8 bytes a word: it is for corpora of up to some GB, or a
-sample of a larger one. Writes nothing.
+The true pairs are all pairs of documents that the filter kept whose sets of word n-grams have at least a given Jaccard
+similarity. They are found without signatures, by an inverted index over each document's rarest n-grams, which misses no
+pair (`similar_pairs`). Recall is the share of these pairs of which the run dropped at least one document. Precision is
+the share of the documents dropped as duplicates that form a true pair with the document kept in their place, or equal
+it. The command reads the run's texts once, holds their n-grams in memory (8 bytes a word), which suits corpora of up to
+a few GB or a sample of a larger one, and writes nothing.
 """
 
 import sys
@@ -30,7 +30,7 @@ from data_pipeline.provenance.excerpts import texts
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
 
-SIMILAR = 0.75  # what FineWeb's bands and rows aim at (arXiv 2406.17557, section 3.4)
+SIMILAR = 0.75  # the similarity that FineWeb's bands and rows aim at (arXiv 2406.17557, section 3.4)
 _SHOWN = 5
 _DUPLICATES = ("exact_duplicate", "near_duplicate")
 _ACROSS = "across sources"
@@ -38,18 +38,18 @@ _ACROSS = "across sources"
 
 @dataclass
 class CandidateDocuments:
-    """Those that came to deduplication, each with its set of n-grams."""
+    """The documents that deduplication saw, in parallel lists, with their sets of n-grams."""
 
     ids: list[str]
     sources: list[str]
     verdicts: list[str]
     clusters: list[int]
     grams: list[np.ndarray]  # uint64, ascending and distinct
-    survivors: dict[int, int]  # cluster -> the document of it that was kept
+    survivors: dict[int, int]  # cluster -> index of its document that was kept
 
 
 def documents_of(config: DataConfig, run_dir: Path) -> CandidateDocuments:
-    """Of a finished run, canaries left out. Errors: ConfigError when it has no finished deduplication."""
+    """Reads the candidates of a run, without canaries; raises ConfigError if its dedup stage is not finished."""
     if read_manifest(run_dir / "dedup") is None:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no finished dedup stage; run: trivium data run CONFIG")
     splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
@@ -71,11 +71,12 @@ def documents_of(config: DataConfig, run_dir: Path) -> CandidateDocuments:
 
 
 def similar_pairs(grams: Sequence[np.ndarray], least: float) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [pairs, 2], float64 similarity) of all pairs of at least `least` Jaccard similarity, smaller number first.
+    """Returns all pairs of sets of at least `least` Jaccard similarity, int64 [pairs, 2], and their similarities.
 
-    Sets in an order of their members, the rarest first, can only be so similar if they share one of their first
-    n - ceil(least * n) + 1: prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007, All-Pairs). Candidates are
-    then counted in full. `grams` are ascending and without repetition; an empty set is similar to nothing.
+    Each pair has the smaller index first. Prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007, All-Pairs)
+    finds candidates: with members ordered from the rarest on, sets of size n can only be so similar if they share one
+    of their first n - ceil(least * n) + 1 members. The similarity of candidates is then computed exactly. `grams` are
+    ascending and distinct; an empty set is similar to no other.
     """
     if not grams:
         return np.zeros((0, 2), np.int64), np.zeros(0)
@@ -85,9 +86,9 @@ def similar_pairs(grams: Sequence[np.ndarray], least: float) -> tuple[np.ndarray
     rank = np.empty(len(counts), np.int64)
     rank[np.argsort(counts, kind="stable")] = np.arange(len(counts))
     order = np.lexsort((rank[number], owners))
-    members = rank[number][order]  # of each set in turn, the rarest first
+    members = rank[number][order]  # members of each set in turn, the rarest first
     ends = np.cumsum(sizes)
-    # A hair less than `least`, so that rounding never makes a prefix too short: more candidates, the same pairs.
+    # Slightly below `least`, so that rounding never shortens a prefix: more candidates, the same pairs.
     prefixes = sizes - np.ceil((least - 1e-9) * sizes).astype(np.int64) + 1
     index = np.arange(len(members)) - np.repeat(ends - sizes, sizes)
     first = index < np.repeat(prefixes, sizes)
@@ -103,9 +104,9 @@ def similar_pairs(grams: Sequence[np.ndarray], least: float) -> tuple[np.ndarray
 
 @numba.njit(cache=True)
 def _candidates(holders: np.ndarray, edges: np.ndarray, sizes: np.ndarray, least: float) -> np.ndarray:
-    """int64 [pairs, 2], with repetitions: sets that share a member of their prefixes and are near enough in size."""
+    """Returns int64 [pairs, 2], with repetitions: sets that share a prefix member and have close enough sizes."""
     count = 0
-    for round in range(2):  # to count, then to fill
+    for round in range(2):  # the first counts, the second fills
         if round == 1:
             found = np.empty((count, 2), np.int64)
             count = 0
@@ -124,12 +125,12 @@ def _candidates(holders: np.ndarray, edges: np.ndarray, sizes: np.ndarray, least
 
 @dataclass
 class SourceRecall:
-    """Of one source, or all: counts, and what shows where they come from."""
+    """Counts of true pairs and of dropped documents in one source, or in all."""
 
     pairs: int = 0
-    missed: int = 0
-    dropped: int = 0  # as duplicates
-    wrong: int = 0  # of those, not so similar to what stays in their place
+    missed: int = 0  # pairs of which both documents were kept
+    dropped: int = 0  # documents dropped as duplicates
+    wrong: int = 0  # dropped documents that are no true pair with the document kept in their place
 
     @property
     def recall(self) -> float:
@@ -142,13 +143,15 @@ class SourceRecall:
 
 @dataclass
 class Recall:
+    """Result of a comparison with brute force, with the pairs and documents that it found to be wrong."""
+
     by_source: dict[str, SourceRecall]
-    missed: list[tuple[int, int, float]]  # pairs of which both were kept, the most similar first
-    wrong: list[int]  # documents
+    missed: list[tuple[int, int, float]]  # (document, document, similarity), the most similar first
+    wrong: list[int]  # indices of documents
 
 
 def measure(documents: CandidateDocuments, pairs: np.ndarray, similarity: np.ndarray) -> Recall:
-    """A pair of documents of two sources counts as `across sources`."""
+    """Compares the run's verdicts with the true pairs; pairs of two sources are counted under `across sources`."""
     by_source: dict[str, SourceRecall] = {}
     missed = []
     similar = set(map(tuple, pairs.tolist()))
@@ -166,18 +169,20 @@ def measure(documents: CandidateDocuments, pairs: np.ndarray, similarity: np.nda
             counts.dropped += 1
             stays = documents.survivors[documents.clusters[number]]
             alike = (min(number, stays), max(number, stays)) in similar
-            if verdict != "exact_duplicate" and not alike:  # equal texts need no words
+            if verdict != "exact_duplicate" and not alike:  # a text without n-grams is in no pair
                 counts.wrong += 1
                 wrong.append(number)
     return Recall(by_source, sorted(missed, key=lambda pair: (-pair[2], pair[:2])), wrong)
 
 
 def total(measured: Recall) -> SourceRecall:
+    """Returns the sum over all sources."""
     parts = measured.by_source.values()
     return SourceRecall(*(sum(getattr(one, name) for one in parts) for name in ("pairs", "missed", "dropped", "wrong")))
 
 
 def show(documents: CandidateDocuments, found: Recall, least: float, console: Console) -> None:
+    """Prints a table by source, the most similar missed pairs, and the least similar wrong drops."""
     title = f"Near-duplicate removal against brute force: pairs of at least {least:g} true similarity"
     table = Table(title=title, title_justify="left")
     for name in ("source", "pairs", "missed", "recall", "dropped as duplicates", "unlike what stays", "precision"):
@@ -214,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         DataConfig,
         argv,
         prog="trivium data recall",
-        description="Recall and precision of a finished run's near-duplicate removal, against brute force.",
+        description="Measures recall and precision of a finished run's near-duplicate removal against brute force.",
         example="trivium data recall configs/data/demo.toml --similar 0.85",
         options=[
             ("--similar", str(SIMILAR), "the least true Jaccard similarity of near-duplicates, above 0 and up to 1")
@@ -225,13 +230,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:
         least = 0.0
     if not 0 < least <= 1:
-        raise ConfigError(f"--similar {args.similar!r} is no similarity above 0 and up to 1; say for instance 0.8")
+        raise ConfigError(
+            f"--similar {args.similar!r} is not a number above 0 and up to 1; give a similarity such as 0.8"
+        )
     run_dir, console = Path(config.run.dir), wide_console()
     if args.dry_run:
         console.print(f"would compare the documents of {run_dir} that deduplication saw")
         return 0
     try:
-        # The run's own config: the file may say other n-grams by now.
+        # The config of the run itself: the file may have changed since, in the n-grams for instance.
         path = run_dir / "config.toml"
         documents = documents_of(load(DataConfig, path) if path.is_file() else config, run_dir)
         show(documents, measure(documents, *similar_pairs(documents.grams, least)), least, console)

@@ -1,9 +1,9 @@
-"""`trivium data replan CONFIG --after CHECKPOINT --out FOLDER`: other plans for the rest of a training run.
+"""`trivium data replan CONFIG --after CHECKPOINT --out FOLDER`: makes a new plan for the rest of a training run.
 
-Weights, packing, sequence length or the number of samples have changed in CONFIG (or by key=value); the run has
-been trained up to CHECKPOINT, whose ledger says on which plan and how many samples of it. The new plan begins there:
-what the run has used of an epoch does not come again in it, and what it has not used is not lost. Train on with
-data.plan naming the new plan. Nothing that exists is changed.
+Use it after changing weights, packing, sequence length or number of samples in CONFIG (or by key=value). CHECKPOINT
+records the plan that the run was trained on and how many of its samples are used. The new plan goes on from there: in
+each epoch it contains exactly the tokens that the run has not used yet. To continue the training run, set data.plan to
+the new plan. Existing files are not changed.
 """
 
 import sys
@@ -23,9 +23,10 @@ from data_pipeline.provenance.lookup import find_in, kept_plan_paths
 
 
 def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
-    """(the plan that a checkpoint was trained on, how many of its samples are used). `plan` is where it is by now.
+    """Returns (the plan that a checkpoint was trained on, number of its samples that are used).
 
-    Errors: ConfigError when there is no such checkpoint, or it was trained on another plan.
+    `plan` is the plan's present path, if it was moved. Raises ConfigError if there is no such checkpoint, or if it was
+    trained on another plan.
     """
     path = checkpoint / "manifest.json"
     if not path.is_file():
@@ -51,7 +52,7 @@ def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
 
 
 def rest(stages: Mapping[str, PlanConfig], samples: int) -> dict[str, PlanConfig]:
-    """What is left of stages when a run has used so many samples. Errors: ConfigError when nothing is."""
+    """Returns the stages that are left once a run has used `samples` samples; raises ConfigError if none is."""
     left, end = {}, 0
     for name, stage in stages.items():
         begin, end = end, end + stage.samples
@@ -69,7 +70,7 @@ def rest(stages: Mapping[str, PlanConfig], samples: int) -> dict[str, PlanConfig
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "trivium data replan",
-        "A plan with other weights, packing or sequence length for the rest of a training run.",
+        "Makes a plan with other weights, packing or sequence length for the rest of a training run.",
         "trivium data replan configs/data/demo.toml mixture.weights.code=0.3 --after "
         "runs/demo/pretrain/checkpoints/step_120 --out runs/demo/more_code",
         DataConfig,

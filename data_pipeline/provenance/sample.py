@@ -1,9 +1,9 @@
-"""`trivium data sample CONFIG --stage STAGE`: random documents that a stage dropped, cut or kept, with their texts.
+"""`trivium data sample CONFIG --stage STAGE`: prints random documents that a stage dropped, cut or kept.
 
-For each its source and id, why (the score and its bound, the document that stays in its place, the evaluation item),
-and its text; of a stage that cuts, what it cut in its context. Drawn by hash, so that the same seed draws the same
-documents. Texts are masked: personal data, keys and tokens are shown as their kind. Writes nothing. All that happened
-to one document is `trivium data explain`.
+Each is printed with its source, its id, the reason (the score and its bound, the duplicate kept in its place, the
+evaluation item) and its text, or the cuts in their context. Documents are drawn by hash, so that a seed always draws
+the same ones. In texts, personal data, keys and tokens are replaced by their kind. Nothing is written. `trivium data
+explain` prints everything about a single document.
 """
 
 import json
@@ -27,13 +27,13 @@ from data_pipeline.cutting.decontamination import FOLDER as MATCHES
 from data_pipeline.provenance.excerpts import excerpt, piece, texts
 from data_pipeline.provenance.smallest import Row, Smallest
 
-_CUTS_SHOWN = 3  # of one document
-_NEAREST = 3  # scores of a document that was kept
+_CUTS_SHOWN = 3  # cuts of one document
+_NEAREST = 3  # scores shown of a kept document: those nearest to their bounds
 _STAGES = ("extract", *TABLE_STAGES, "documents")
 
 
 def candidates(run_dir: Path, stage: str, reason: str, kept: bool) -> Iterator[Row]:
-    """Documents that a stage dropped or cut, for `reason` if there is one, or that it kept, cut or not."""
+    """Yields the documents that a stage dropped or cut, only for `reason` if given; with `kept`, those it kept."""
     if stage == "extract" and not kept:
         yield from _lines(run_dir, stage, reason)
     elif stage == "documents":
@@ -53,7 +53,7 @@ def candidates(run_dir: Path, stage: str, reason: str, kept: bool) -> Iterator[R
 
 
 def _lines(run_dir: Path, stage: str, reason: str) -> Iterator[Row]:
-    """From the lines that a stage keeps of documents that have no table: of broken ones all, of others a few."""
+    """Yields rows from the JSONL files of a stage without tables: all broken records, and samples of other drops."""
     for path in sorted([*run_dir.glob(f"{stage}/rejected/*.jsonl"), *run_dir.glob(f"{stage}/drops/*.jsonl")]):
         with path.open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
@@ -64,6 +64,7 @@ def _lines(run_dir: Path, stage: str, reason: str) -> Iterator[Row]:
 
 
 def _published(run_dir: Path) -> Iterator[Row]:
+    """Yields the documents that the documents stage published, with their texts."""
     for shard in shards_under(run_dir / "documents"):
         source = shard.split("/")[1]
         for document in read_records(shard_path(run_dir / "documents", shard)):
@@ -72,6 +73,7 @@ def _published(run_dir: Path) -> Iterator[Row]:
 
 
 def draw(found: Iterator[Row], count: int, source: str, seed: str) -> list[Row]:
+    """Draws up to `count` of the rows, only of `source` if given."""
     drawn = Smallest(count, seed)
     for row in found:
         if source in ("", row["source"]):
@@ -79,8 +81,8 @@ def draw(found: Iterator[Row], count: int, source: str, seed: str) -> list[Row]:
     return drawn.rows()
 
 
-def told(run_dir: Path, stage: str, row: Row, rules: dict[str, RuleSet]) -> list[str]:
-    """Lines that say why a stage did with a document what it did."""
+def reasons(run_dir: Path, stage: str, row: Row, rules: dict[str, RuleSet]) -> list[str]:
+    """Returns the lines that explain why a stage dropped, cut or kept a document."""
     said = [row["verdict"] and f"dropped for {row['verdict']}"]
     if row.get("cut"):
         size = sum(cut["end"] - cut["start"] for cut in row["cut"])
@@ -108,7 +110,7 @@ def told(run_dir: Path, stage: str, row: Row, rules: dict[str, RuleSet]) -> list
 
 
 def _bounds(run_dir: Path, row: Row, rules: dict[str, RuleSet]) -> list[str]:
-    """Of a dropped document the score that broke its bound; of one that was kept, those nearest to theirs."""
+    """Describes the score whose bound a dropped document broke, or the scores of a kept one nearest to their bounds."""
     scores = next(one for one in read_table(run_dir / "score", row["shard"]).to_pylist() if one["row"] == row["row"])
     bounds = rules[scores["rules"]].bounds()
     broken = row["verdict"].rpartition("_")[0]
@@ -124,7 +126,7 @@ def _bounds(run_dir: Path, row: Row, rules: dict[str, RuleSet]) -> list[str]:
 
 
 def shown(run_dir: Path, row: Row, chars: int) -> list[str]:
-    """The text, or what was cut out of it in context; masked."""
+    """Returns the beginning of a document's text, or its first cuts in their context; masked."""
     if "shard" in row:
         ((_, text),) = texts(run_dir, row["shard"], {row["row"]})
         if row.get("cut"):
@@ -139,10 +141,11 @@ def shown(run_dir: Path, row: Row, chars: int) -> list[str]:
 def show(
     run_dir: Path, stage: str, rows: Sequence[Row], rules: dict[str, RuleSet], chars: int, console: Console
 ) -> None:
+    """Prints documents with reasons and texts."""
     for row in rows:
         size = f"  {row['bytes']:,} bytes" if "bytes" in row else ""
         _say(console, f"\n{row['source']}  {row['id']}{size}")
-        for line in told(run_dir, stage, row, rules):
+        for line in reasons(run_dir, stage, row, rules):
             _say(console, f"  {line}")
         for part in shown(run_dir, row, chars):
             _say(console, "\n".join(f"    {line}" for line in part.splitlines() if line.strip()))
@@ -153,7 +156,7 @@ def _say(console: Console, line: str) -> None:
 
 
 def _switched_off(config: DataConfig, stage: str) -> str:
-    """What switches a stage on that the config has off; "" for one that is on."""
+    """Returns how to switch on a stage that the config has switched off; "" for a stage that is on."""
     if stage == "web_lines":
         cuts = any(rules.drop_lines for rules in config.rules.values())
         return "" if cuts else 'give a rule set drop_lines = ["c4"] or ["refinedweb"]'
@@ -164,6 +167,7 @@ def _switched_off(config: DataConfig, stage: str) -> str:
 
 
 def _nothing(run_dir: Path, stage: str, reason: str, source: str) -> ConfigError:
+    """Returns the error for a draw that found no document; its message lists the reasons that have some."""
     manifest = read_manifest(run_dir / stage)
     assert manifest is not None
     counts = {name: amount["documents"] for name, amount in manifest["total"]["dropped"].items()}
@@ -180,22 +184,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         DataConfig,
         argv,
         prog="trivium data sample",
-        description="Random documents that a stage dropped, cut or kept, with their texts and why.",
+        description="Prints random documents that a stage dropped, cut or kept, with their texts and the reasons.",
         example="trivium data sample configs/data/demo.toml --stage filter --reason word_count_min -n 5",
-        flags=[("--kept", "documents that the stage kept; of stage documents, what the tokenizer is given")],
+        flags=[("--kept", "draw documents that the stage kept; those of stage documents are what the tokenizer gets")],
         options=[
             ("--stage", "filter", f"the stage: {', '.join(_STAGES)}"),
-            ("--reason", "", "only dropped or cut for this reason"),
-            ("--source", "", "only of this source"),
-            ("-n", "20", "how many documents"),
-            ("--seed", "0", "another seed draws others"),
-            ("--chars", "400", "characters of each text"),
+            ("--reason", "", "only documents dropped or cut for this reason"),
+            ("--source", "", "only documents of this source"),
+            ("-n", "20", "number of documents"),
+            ("--seed", "0", "another seed draws other documents"),
+            ("--chars", "400", "characters shown of each text"),
         ],
     )
     for name in ("n", "chars"):
         dashes = "-" if name == "n" else "--"
         if not getattr(args, name).isdigit() or int(getattr(args, name)) < 1:
-            raise ConfigError(f"{dashes}{name} {getattr(args, name)!r} is no number from 1 on")
+            raise ConfigError(
+                f"{dashes}{name} {getattr(args, name)!r} is not a whole number of at least 1; give one, e.g. 20"
+            )
     if args.kept and args.reason:
         raise ConfigError(f"--kept and --reason {args.reason!r} exclude each other; leave one of them out")
     if args.stage not in _STAGES:
@@ -217,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = draw(found, int(args.n), args.source, args.seed)
         if not rows:
             raise _nothing(run_dir, args.stage, args.reason, args.source)
-        # The run's own config: the file may say other thresholds by now.
+        # The config of the run itself: the thresholds in the file may have changed since.
         rules = load(DataConfig, run_dir / "config.toml").rules
         show(run_dir, args.stage, rows, rules, int(args.chars), wide_console())
     except ConfigError:

@@ -1,9 +1,9 @@
-"""`trivium data takedown CONFIG LIST --out FOLDER`: documents that have to go, where they are, and a plan without them.
+"""`trivium data takedown CONFIG LIST --out FOLDER`: finds documents to be removed and makes a plan without them.
 
-LIST has a document id or an address on each line. Printed: for each, the rows and (with --run) the steps that saw it.
-Published in FOLDER: a plan of the same mixture over the same token stores that leaves these documents out (or with
---after CHECKPOINT, one for the rest of that run, see `replan`), and takedown.json, which says what was found where.
-The stores still hold the tokens; nothing that exists is changed.
+LIST has a document id or an address on each line. For each, the command prints the number of rows and, with --run, of
+training steps that contain it. It writes to FOLDER a plan of the same mixture over the same token stores without these
+documents (with --after CHECKPOINT, a plan for the rest of that run, see `replan`), and takedown.json, which lists what
+was found where. Existing files are not changed, so the token stores still contain the documents' tokens.
 """
 
 import json
@@ -26,11 +26,11 @@ from data_pipeline.provenance.replan import rest, used
 from data_pipeline.reading.addresses import url_key
 from data_pipeline.reading.ids import published_id
 
-_SHOWN = 8  # ids of one line of the list
+_SHOWN = 8  # ids listed for one line of the list
 
 
 def read_list(path: Path) -> list[str]:
-    """Errors: ConfigError for a missing or empty list."""
+    """Reads the distinct lines of a list, without comments; raises ConfigError if it is missing or empty."""
     if not path.is_file():
         raise ConfigError(f"LIST {path} does not exist; give a file with a document id or an address on each line")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -41,8 +41,12 @@ def read_list(path: Path) -> list[str]:
 
 
 def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[StoredDocument], run: Path | None) -> dict[str, Any]:
-    """Of the list: `documents`, which are `found` in token stores, `dropped_earlier`, ids that were `given_to_several`
-    with what those are called, and what was `not_found` anywhere. Nothing personal that the list holds is among it.
+    """Returns the content of takedown.json for a list: personal data in the list does not appear in it.
+
+    documents         those `found` in token stores, with their rows in each plan and, given `run`, their steps
+    dropped_earlier   ids of documents that were dropped before tokens were made
+    given_to_several  ids that several records share -> the ids that their documents have instead
+    not_found         lines that match nothing
     """
     trained_on = data_spans(run) if run else []
     entries: dict[StoredDocument, dict[str, Any]] = {
@@ -86,7 +90,10 @@ def _is_address(line: str) -> bool:
 
 
 def without(config: DataConfig, found: Sequence[StoredDocument], out: Path, after: Path | None) -> int:
-    """Plans as the config has them, less `found`; returns their rows. Errors: ValueError, too few tokens are left."""
+    """Writes the config's plans without the documents `found` to folder `out`; returns their number of rows.
+
+    Raises ValueError if too few tokens are left.
+    """
     run_dir = Path(config.run.dir)
     gone: dict[str, set[tuple[str, int]]] = {}
     for one in found:
@@ -102,7 +109,7 @@ def without(config: DataConfig, found: Sequence[StoredDocument], out: Path, afte
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "trivium data takedown",
-        "Which rows and steps hold the listed documents, and a plan without them.",
+        "Lists the rows and steps that contain the listed documents, and makes a plan without them.",
         "trivium data takedown configs/data/demo.toml remove.txt --out runs/demo/plan_clean --run runs/demo/pretrain",
         DataConfig,
     )
@@ -110,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("list", metavar="LIST", type=Path, help="a file with a document id or an address on each line")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides of the config's keys")
     parser.add_argument("--out", required=True, type=Path, help="folder of the new plan; it must not exist")
-    parser.add_argument("--run", type=Path, help="a training run's directory, for its steps")
+    parser.add_argument("--run", type=Path, help="directory of a training run, to list its steps")
     parser.add_argument("--after", type=Path, help="the checkpoint of a training run that is to go on without them")
-    parser.add_argument("--dry-run", action="store_true", help="say what is touched, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be removed, write nothing")
     args = parser.parse_intermixed_args(argv)
     config = load(DataConfig, args.config, args.overrides)
     wanted = read_list(args.list)
@@ -134,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         for line, alike in report["given_to_several"].items():
             console.print(
-                f"{line}: nothing is taken down, since {len(alike)} records gave this id; list those that are meant by "
-                f"what they are called: {', '.join(alike[:_SHOWN])}{', ...' if len(alike) > _SHOWN else ''}",
+                f"{line}: nothing is removed, since {len(alike)} records share this id; list the documents to be "
+                f"removed by their own ids: {', '.join(alike[:_SHOWN])}{', ...' if len(alike) > _SHOWN else ''}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

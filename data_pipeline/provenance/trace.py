@@ -1,7 +1,7 @@
-"""`trivium data trace --step N --run RUN`: the documents in one training step's batch, and their sources.
+"""`trivium data trace --step N --run RUN`: prints the documents in one training step's batch, and their sources.
 
-With global batch size G, step n of a plan trains on its samples [n * G, (n + 1) * G). Which plan, and from which step
-on, is in the run's history.json.
+With global batch size G, step n trains on the plan's samples [n * G, (n + 1) * G). If a run changed plan or batch size,
+its history.json records from which step on.
 """
 
 import json
@@ -22,7 +22,7 @@ from data_pipeline.provenance.lookup import DataSpan, data_spans
 
 
 def batch(plan: Plan, data_span: DataSpan, step: int) -> list[dict[str, Any]]:
-    """What each segment of the step's rows is, `sample` of the plan among it. Errors: ConfigError, no such step."""
+    """Returns sample and provenance of each segment in a step's rows; raises ConfigError if there is no such step."""
     size = data_span.global_batch_size
     first = data_span.first_sample - plan.first_sample
     steps = (plan.num_samples - first) // size
@@ -39,6 +39,7 @@ def batch(plan: Plan, data_span: DataSpan, step: int) -> list[dict[str, Any]]:
 
 
 def _plan(data_span: DataSpan, path: Path | None) -> Plan:
+    """Opens the plan of a span, at `path` if given; raises ConfigError if it is not found."""
     plan = find(path, data_span.data) if path else data_span.find_plan()
     if plan is None:
         raise ConfigError(
@@ -51,13 +52,13 @@ def _plan(data_span: DataSpan, path: Path | None) -> Plan:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "trivium data trace",
-        "The documents in one training step's batch, and their sources.",
+        "Prints the documents in one training step's batch, and their sources.",
         "trivium data trace --step 40 --run runs/demo/pretrain",
     )
     parser.add_argument("--run", required=True, type=Path, help="a training run's directory")
-    parser.add_argument("--step", required=True, type=int, help="from 0")
+    parser.add_argument("--step", required=True, type=int, help="number of the step, counted from 0")
     parser.add_argument("--plan", type=Path, help="where the plan is now, if not where the run found it")
-    parser.add_argument("--json", action="store_true", help="one JSON object a segment instead of a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per segment instead of a table")
     args = parser.parse_args(argv)
     run = data_spans(args.run)
     data_span = next((one for one in reversed(run) if one.first_step <= args.step), run[0])

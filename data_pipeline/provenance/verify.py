@@ -1,8 +1,8 @@
-"""`trivium data verify RUN_OR_CONFIG`: holds every file that a data run published against its checksum.
+"""`trivium data verify RUN_OR_CONFIG`: verifies the checksum of every file that a data run published.
 
-RUN is the run.dir of a data run, the folder of one of its stages, or that of a plan (`trivium data replan --out
-FOLDER`), of which the token stores are read too. Leaves out raw input and whether a stage's settings are those of the
-config: the run looks at both.
+The argument is a config, the run.dir of a data run, the folder of one of its stages, or the folder of a plan (`trivium
+data replan --out FOLDER`); for a plan, its token stores are verified too. Raw input, and whether stages were made with
+the config's settings, are not verified: `trivium data run` checks both.
 """
 
 import json
@@ -26,21 +26,21 @@ from data_pipeline.core.stage import expected_files, read_manifest
 from data_pipeline.mixture.earlier import USED_BY
 from data_pipeline.mixture.rows import PLAN_FILE, Plan, open_plans
 
-_READERS = 4  # files read at a time; hashing lets other threads run
-_LINE_SECONDS = 5.0
+_READERS = 4  # files read at a time; hashing releases the interpreter lock
+_LINE_SECONDS = 5.0  # between two lines of progress
 
 
 @dataclass(frozen=True)
 class VerifiedPart:
-    """Files that are told of together: those of a stage, or a plan's token stores."""
+    """Files that are reported together: those of a stage, or the token stores of a plan."""
 
     name: str
     files: list[Expected]
-    faults: list[str]  # what is wrong before any file is read
+    faults: list[str]  # sentences on what is wrong already before files are read
 
 
 def parts_of(folder: Path) -> list[VerifiedPart]:
-    """What there is to verify. Errors: ConfigError for a folder that is neither a data run nor a plan."""
+    """Returns the parts of a folder; raises ConfigError if it is neither a data run nor a plan."""
     own = [_stage_part(folder)] if (folder / STAGE_MANIFEST).is_file() else []
     if (folder / PLAN_FILE).is_file():
         own.append(_plan_part(folder))
@@ -63,6 +63,7 @@ def parts_of(folder: Path) -> list[VerifiedPart]:
 
 
 def _stage_part(folder: Path) -> VerifiedPart:
+    """Returns the files of a stage, as its manifest lists them; files that are not in the manifest are faults."""
     try:
         manifest = read_manifest(folder)
         assert manifest is not None
@@ -83,7 +84,7 @@ def _stage_part(folder: Path) -> VerifiedPart:
 
 
 def _other_tokens(folder: Path) -> Iterator[str]:
-    """Token stores that a run's plans name and that are no longer those that the plans were made of."""
+    """Yields a sentence for each file of a token store that is no longer the one that a plan was made of."""
     try:
         manifest = read_manifest(folder.parent / "tokens") or {"files": {}}
         now = {file.path.resolve(): file.sha256 for file in expected_files(folder.parent / "tokens", manifest)}
@@ -96,6 +97,7 @@ def _other_tokens(folder: Path) -> Iterator[str]:
 
 
 def _plan_part(folder: Path) -> VerifiedPart:
+    """Returns the files of the token stores that a plan reads; opening the plan verifies its own files."""
     try:
         return VerifiedPart("token stores", Plan.open(folder).store_files(), [])
     except ValueError as error:
@@ -103,15 +105,16 @@ def _plan_part(folder: Path) -> VerifiedPart:
 
 
 def _in_ledger(folder: Path) -> list[str]:
+    """Returns the names of the stages in a data run's ledger; [] if there is none or it is damaged."""
     path = folder / "ledger.json"
     try:
         return [stage["name"] for stage in json.loads(path.read_text(encoding="utf-8"))["stages"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # the ledger is printed, and nothing is made of it
+        return []  # no fault: the ledger is only printed, no result depends on it
 
 
 class ReadProgress:
-    """Says every few seconds how many bytes have been read."""
+    """Prints every _LINE_SECONDS how many bytes have been read."""
 
     def __init__(self, name: str, total: int, console: Console) -> None:
         self._name, self._total, self._console = name, total, console
@@ -119,6 +122,7 @@ class ReadProgress:
         self._lock = threading.Lock()
 
     def advance(self, size: int) -> None:
+        """Adds to the bytes read; may be called from several threads."""
         with self._lock:
             self._done += size
             if time.monotonic() - self._said < _LINE_SECONDS:
@@ -130,7 +134,7 @@ class ReadProgress:
 
 
 def verify(part: VerifiedPart, console: Console) -> list[str]:
-    """Reads the files of a part and says what became of it. Returns a sentence for each that is damaged."""
+    """Reads the files of a part, prints one line on it, and returns a sentence for each fault."""
     progress = ReadProgress(part.name, sum(file.size or 0 for file in part.files), console)
 
     def look(file: Expected) -> str:
@@ -151,7 +155,7 @@ def verify(part: VerifiedPart, console: Console) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "trivium data verify",
-        "Holds all that a data run published against its checksums: texts, tables, token stores, plans.",
+        "Verifies the checksums of all files that a data run published: texts, tables, token stores, plans.",
         "trivium data verify runs/demo/data\n  trivium data verify configs/data/demo.toml",
     )
     parser.add_argument(
@@ -173,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _folder(run: str, overrides: Any) -> Path:
+    """Returns the folder to verify, from the command line; raises ConfigError if it does not exist."""
     path = Path(run)
     if path.is_dir():
         if overrides:

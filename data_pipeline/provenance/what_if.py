@@ -1,8 +1,8 @@
-"""`trivium data what-if CONFIG rule=value ...`: what other thresholds would keep, from the scores alone, in seconds.
+"""`trivium data what-if CONFIG rule=value ...`: shows in seconds what other thresholds would keep, from scores alone.
 
-Prints documents, bytes and tokens kept by the config and by the changed one, by source; how often each changed
-rule set's rules are broken, and how often alone; and the documents nearest to a changed threshold, on both sides.
-Nothing is written. Deduplication is not repeated: the counts are those after the filter stage.
+Prints, by source, the documents, bytes and tokens that the config and the changed config keep; how many documents break
+each rule, and how many break it alone; and the documents nearest to each changed threshold, on both sides. Nothing is
+written. Counts are those after the filter stage, since deduplication is not repeated.
 """
 
 import sys
@@ -35,17 +35,20 @@ _HEAD_CHARS = 160
 
 @dataclass(frozen=True)
 class BoundChange:
-    """One bound that differs: of rule set `rules`, from `before` to `after`."""
+    """Change of one bound of rule set `rules` from `before` to `after`; None stands for no bound."""
 
     rules: str
     score: str
-    side: str
+    side: str  # min or max
     before: float | None
     after: float | None
 
 
 def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[BoundChange]:
-    """Every bound that differs. Errors: ConfigError for what scores do not decide."""
+    """Returns every bound that differs between rule sets, given by name.
+
+    Raises ConfigError for a change whose effect does not follow from the scores.
+    """
     found = []
     for name in before:
         if definition_of(before[name]) != definition_of(after[name]):
@@ -68,13 +71,14 @@ def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[Bound
 
 
 def _stricter(side: str, was: float | None, would: float | None) -> bool:
+    """Whether the new bound lets fewer documents pass than the old one."""
     if was is None or would is None:
         return would is not None
     return would > was if side == "min" else would < was
 
 
 def expanded(overrides: Sequence[str], rules: Sequence[str]) -> list[str]:
-    """`word_count.min=60` for every rule set; what starts with a section of the config stays as it is."""
+    """Expands overrides such as `word_count.min=60` to every rule set; keeps those that name a config section."""
     found = []
     for override in overrides:
         name = override.split(".")[0].split("=")[0]
@@ -86,7 +90,7 @@ def expanded(overrides: Sequence[str], rules: Sequence[str]) -> list[str]:
 
 
 def scores_of(run_dir: Path) -> pa.Table:
-    """All rows of the score stage but canaries', without their pieces of text. Errors: ConfigError for none."""
+    """Reads all rows of the score stage but canaries, without excerpts of text; raises ConfigError for none."""
     folder = run_dir / "score"
     shards = [shard for shard in shards_of(folder) if not is_canary(shard)] if folder.is_dir() else []
     if not shards:
@@ -96,13 +100,13 @@ def scores_of(run_dir: Path) -> pa.Table:
 
 
 def head_of(run_dir: Path, row: dict[str, Any]) -> str:
-    """The beginning of a document, from its row of scores."""
+    """Reads the beginning of a document's text, by its row of scores."""
     table = read_table(run_dir / "score", row["shard"], ["row", "head"])
     return table.filter(pc.equal(table["row"], row["row"]))["head"][0].as_py()
 
 
 def tokens_per_byte(run_dir: Path) -> dict[str, float]:
-    """By source, from the run's own token stage; empty before it has run."""
+    """Returns tokens per byte by source, from the run's tokens stage; empty if that is not finished."""
     sources = (read_manifest(run_dir / "tokens") or {"sources": {}})["sources"]
     return {
         name: counts["notes"].get("tokens", 0) / counts["kept"]["bytes"]
@@ -112,7 +116,7 @@ def tokens_per_byte(run_dir: Path) -> dict[str, float]:
 
 
 def compare(table: pa.Table, before: np.ndarray, after: np.ndarray, rates: dict[str, float]) -> Table:
-    """Kept documents, bytes and tokens by source; `before` and `after` are verdicts."""
+    """Returns a table of kept documents, bytes and tokens by source; `before` and `after` are verdicts by row."""
     shown = Table(title="Kept after the filter stage", title_justify="left")
     for name in ("source", "documents", "would be", "MB", "would be", "tokens (M)", "would be"):
         shown.add_column(name, justify="left" if name == "source" else "right")
@@ -136,12 +140,13 @@ def compare(table: pa.Table, before: np.ndarray, after: np.ndarray, rates: dict[
 
 
 def _cells(row: np.ndarray, tokens: bool) -> list[str]:
+    """Formats numbers of documents, megabytes and, if known, million tokens, each before and after."""
     counts = [f"{row[0]:,.0f}", f"{row[1]:,.0f}", f"{row[2]:,.2f}", f"{row[3]:,.2f}"]
     return [*counts, *((f"{row[4]:,.2f}", f"{row[5]:,.2f}") if tokens else ("not yet", "not yet"))]
 
 
 def overlap(reasons: dict[str, np.ndarray]) -> Table:
-    """How many documents each rule breaks, how many it alone breaks, and which other rule shares most of them."""
+    """Returns a table: documents that break each rule, those that break no other, and the most frequent second rule."""
     shown = Table(title="Rules, as changed", title_justify="left")
     for name in ("rule", "breaks", "alone", "most often with"):
         shown.add_column(name, justify="right" if name in ("breaks", "alone") else "left")
@@ -157,7 +162,7 @@ def overlap(reasons: dict[str, np.ndarray]) -> Table:
 
 
 def margin(table: pa.Table, change: BoundChange) -> list[tuple[str, dict[str, Any]]]:
-    """("in" or "out", row) of the documents nearest to the threshold of `change`, the nearest first on each side."""
+    """Returns ("in" or "out", row) of the documents nearest to a changed threshold, the nearest first on each side."""
     limit = change.after if change.after is not None else change.before
     mine = table.filter(pa.array([name == change.rules for name in table["rules"].to_pylist()]))
     values = mine[change.score].to_numpy()
@@ -170,6 +175,7 @@ def margin(table: pa.Table, change: BoundChange) -> list[tuple[str, dict[str, An
 
 
 def show(config: DataConfig, changed: DataConfig, console: Console) -> None:
+    """Prints what `changed` would keep; raises ConfigError if the change affects the scores themselves."""
     run_dir = Path(config.run.dir)
     differing = changes(config.rules, changed.rules)
     if config.scores != changed.scores or config.language != changed.language:
@@ -198,14 +204,14 @@ def show(config: DataConfig, changed: DataConfig, console: Console) -> None:
             console.print(f"      {text}", highlight=False, markup=False, soft_wrap=True)
     if not differing:
         console.print(
-            "no bound differs from the config's; say for instance word_count.min=100", highlight=False, soft_wrap=True
+            "no bound differs from the config's; change one, e.g. word_count.min=100", highlight=False, soft_wrap=True
         )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "trivium data what-if",
-        "What other thresholds would keep, from the scores of a finished run; nothing is written.",
+        "Shows what other thresholds would keep, from the scores of a finished run; nothing is written.",
         "trivium data what-if configs/data/demo.toml word_count.min=100 rules.english.dup_5_gram.max=0.1",
         DataConfig,
     )

@@ -141,7 +141,7 @@ def test_an_id_leads_to_one_document(config: Path, tmp_path: Path, capsys: pytes
     assert report["not_found"] == [published_id(f"{MAIL}/none")]
     assert list(report["given_to_several"]) == ["same"]
     said = capsys.readouterr().out + (tmp_path / "out/takedown.json").read_text()
-    assert "same: nothing is taken down" in said and MAIL not in said and PHONE not in said
+    assert "same: nothing is removed" in said and MAIL not in said and PHONE not in said
 
 
 def test_nothing_personal_is_shown_even_without_pii(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
