@@ -80,7 +80,7 @@ def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[st
         size = row["cluster_size"]
         cluster = f"cluster {row['cluster']} of {size} documents" if size > 1 else "alone in its cluster"
         whose = " of an earlier run" if row["verdict"] == "in_index" else ""
-        lost = f"; {row['survivor']}{whose} stays in its place" if row["verdict"] and row["survivor"] else ""
+        lost = f"; {row['survivor']}{whose} is kept in its place" if row["verdict"] and row["survivor"] else ""
         return [f"  dedup      {cluster}; {verdict}{lost}"]
     cuts = f"; {row['cuts']} cuts, {row['cut_bytes']:,} bytes" if row.get("cuts") else ""
     return [f"  {stage:<10} {verdict}{cuts}"]

@@ -185,20 +185,20 @@ def show(documents: CandidateDocuments, found: Recall, least: float, console: Co
     """Prints a table by source, the most similar missed pairs, and the least similar wrong drops."""
     title = f"Near-duplicate removal against brute force: pairs of at least {least:g} true similarity"
     table = Table(title=title, title_justify="left")
-    for name in ("source", "pairs", "missed", "recall", "dropped as duplicates", "unlike what stays", "precision"):
+    for name in ("source", "pairs", "missed", "recall", "dropped as duplicates", "not similar", "precision"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for name, counts in [*sorted(found.by_source.items()), ("all", total(found))]:
         cells = [f"{counts.pairs:,}", f"{counts.missed:,}", _share(counts.recall)]
         table.add_row(name, *cells, f"{counts.dropped:,}", f"{counts.wrong:,}", _share(counts.precision))
     console.print(table)
     if found.missed:
-        _say(console, f"\nmissed, the most similar of {len(found.missed)}: both documents were kept")
+        _say(console, f"\nmissed (both documents were kept), the most similar of {len(found.missed)}:")
     for one, other, value in found.missed[:_SHOWN]:
         _say(console, f"  {value:.4f}  {documents.ids[one]}  {documents.ids[other]}")
     if found.wrong:
         _say(
             console,
-            f"\ndropped and not so similar to what stays in their place, the least similar of {len(found.wrong)}",
+            f"\ndropped, but not similar enough to the document kept instead, the least similar of {len(found.wrong)}:",
         )
     survivors = {number: documents.survivors[documents.clusters[number]] for number in found.wrong}
     values = {one: jaccard(documents.grams[one], documents.grams[other]) for one, other in survivors.items()}

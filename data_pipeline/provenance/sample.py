@@ -97,7 +97,7 @@ def reasons(run_dir: Path, stage: str, row: Row, rules: dict[str, RuleSet]) -> l
         said.append(f"in a cluster of {row['cluster_size']:,}")
     if stage == "dedup" and row["verdict"] and row["survivor"]:
         whose = " of an earlier run" if row["verdict"] == "in_index" else ""
-        said.append(f"{row['survivor']}{whose} stays in its place")
+        said.append(f"{row['survivor']}{whose} is kept in its place")
     if stage == "decontaminate" and row["items"]:
         table = read_table(run_dir / stage / MATCHES, row["shard"])
         for match in table.to_pylist():

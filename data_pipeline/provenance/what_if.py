@@ -90,7 +90,7 @@ def expanded(overrides: Sequence[str], rules: Sequence[str]) -> list[str]:
 
 
 def scores_of(run_dir: Path) -> pa.Table:
-    """Reads all rows of the score stage but canaries, without excerpts of text; raises ConfigError for none."""
+    """Reads the score stage's rows without excerpts; leaves canaries out; raises ConfigError if there are none."""
     folder = run_dir / "score"
     shards = [shard for shard in shards_of(folder) if not is_canary(shard)] if folder.is_dir() else []
     if not shards:

@@ -1,1 +1,1 @@
-"""The HTML page of `trivium data report`."""
+"""`trivium data report`: tables and an HTML page about a data run."""

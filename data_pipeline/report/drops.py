@@ -1,6 +1,6 @@
-"""Why documents were dropped and text was cut, stage by stage and reason by reason, each with samples.
+"""The page's section on drops and cuts, stage by stage and reason by reason, each with samples.
 
-Numbers are the ledger's. All text is masked and escaped.
+The numbers are those of the ledger. All text is masked and escaped.
 """
 
 import html
@@ -16,17 +16,17 @@ from data_pipeline.provenance.excerpts import Excerpt
 from data_pipeline.report import page_samples as samples
 from data_pipeline.report.figures import bar
 
-_SAMPLES = 4
+_SAMPLES = 4  # documents or cuts shown for each reason
 _EXCERPT = 300  # characters
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def drops(run_dir: Path, stages: Sequence[dict[str, Any]], rules: Mapping[str, RuleSet]) -> str:
-    """`rules` are those of the run, by name."""
+    """Returns the section as HTML, "" if nothing was dropped; `rules` are the run's rule sets by name."""
     parts = [
-        "<h2>Why documents were dropped</h2><p>Documents, their share of the stage's, and bytes. Where parts were "
-        "taken out of documents: bytes, and in the samples struck through what went, underlined what stands there "
-        "instead. Open a reason for a random sample.</p>"
+        "<h2>Why documents were dropped</h2><p>For each reason: documents, their share of what came into the stage, "
+        "and bytes. For parts cut out of documents: bytes; in the samples, cut text is struck through and its "
+        "replacement underlined. Open a reason for a random sample.</p>"
     ]
     for stage in stages:
         dropped = stage["total"]["dropped"]
@@ -47,7 +47,7 @@ def drops(run_dir: Path, stages: Sequence[dict[str, Any]], rules: Mapping[str, R
 
 
 def _cuts(run_dir: Path, stages: Sequence[dict[str, Any]], cut: Mapping[str, dict[str, int]]) -> list[str]:
-    """Of the stage that counts what others cut out of documents: by bytes."""
+    """Returns the reasons for which text was cut out of documents, by bytes; the documents stage counts them."""
     if not cut:
         return []
     drawn = samples.cut_samples(run_dir, [stage["name"] for stage in stages], _SAMPLES)
@@ -64,17 +64,18 @@ def _cuts(run_dir: Path, stages: Sequence[dict[str, Any]], cut: Mapping[str, dic
 
 
 def _reason(reason: str, share: float, said: str, drawn: Sequence[Mapping[str, Any]]) -> str:
+    """Returns one reason as HTML: a bar with `share` of the full length, the numbers, and samples to unfold."""
     shown = "".join(map(sample, drawn)) or "<p>no sample is kept</p>"
     return f"<details><summary>{bar(share)}<b>{text_of(reason)}</b> {said}</summary>{shown}</details>"
 
 
 def sample(row: Mapping[str, Any]) -> str:
-    """One document, or the beginning of it."""
+    """Returns one document as HTML: source, id, facts, and the beginning of its text or a cut."""
     text = _BLANK_LINES.sub("\n", row.get("head") or row.get("sample") or row.get("context") or "")
     shown = _cut(row["excerpt"]) if "excerpt" in row else text_of(mask(text[:_EXCERPT]))
     facts = [f"{row['bytes']:,} bytes"] if "bytes" in row else []
     facts += [row["broke"]] if row.get("broke") else []
-    facts += [f"{row['survivor']} stays"] if row.get("survivor") and row["verdict"] else []
+    facts += [f"{row['survivor']} is kept instead"] if row.get("survivor") and row["verdict"] else []
     facts += [f"{size:,} of them for {reason}" for reason, size in row.get("cut_bytes", {}).items()]
     return (
         f'<div class="sample"><code>{text_of(row["source"])} {text_of(row["id"])}</code> {text_of(", ".join(facts))}'
@@ -83,10 +84,11 @@ def sample(row: Mapping[str, Any]) -> str:
 
 
 def _cut(one: Excerpt) -> str:
-    """What went struck through, what stands there instead underlined."""
+    """Returns a cut as HTML: cut text struck through, its replacement underlined."""
     gone = "".join(f"<{tag}>{text_of(part)}</{tag}>" for tag, part in (("del", one.gone), ("ins", one.stands)) if part)
     return f"{text_of(one.before)}{gone}{text_of(one.after)}"
 
 
 def text_of(value: Any) -> str:
+    """Returns a value as text with HTML escapes."""
     return html.escape(str(value))

@@ -1,7 +1,7 @@
-"""The charts of a data run as inline SVG: how documents flow through the stages, histograms, bars.
+"""Charts of a data run as inline SVG: the flow of documents through the stages, histograms, and bars.
 
-Marks are drawn at their true size; what would be too thin to be seen gets a stroke. Exact numbers stand in tooltips
-and in the tables beside the charts. Colours and frames are those of `pages`.
+Marks are drawn to scale, except that very thin ones get a visible stroke. Exact numbers are in tooltips and in the
+tables beside the charts. Colours and frames come from `pages`.
 """
 
 import html
@@ -15,14 +15,14 @@ from data_pipeline.report.measures import ScoreHistogram
 from pages import figure, short, ticks
 
 _FLOW_HEIGHT, _FLOW_TOP, _BAR = 230, 46, 14
-_STEP = 118  # from stage to stage
-_DROP = 34  # how far below the flow what is dropped is led away
+_STEP = 118  # distance from stage to stage
+_DROP = 34  # distance below the flow at which dropped documents end
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 150, 34, 8, 20, 22
 
 
 @dataclass(frozen=True)
 class Flow:
-    """One stage of a flow diagram, in documents or bytes."""
+    """One stage of a flow diagram; all numbers are documents, or all are bytes."""
 
     stage: str
     came_in: int
@@ -32,7 +32,7 @@ class Flow:
 
 
 def flow(title: str, stages: Sequence[Flow]) -> str:
-    """A Sankey diagram: a bar for each stage as high as what came in, a band to the next, what was dropped led down."""
+    """Returns a Sankey diagram: a bar per stage for its input, a band to the next stage, and a bend down for drops."""
     most = max((stage.came_in for stage in stages), default=0) or 1
     scale = _FLOW_HEIGHT / most
     width, height = _STEP * len(stages) + 90, _FLOW_TOP + _FLOW_HEIGHT + _DROP + 34
@@ -64,7 +64,7 @@ def flow(title: str, stages: Sequence[Flow]) -> str:
 
 
 def flow_list(title: str, stages: Sequence[Flow]) -> str:
-    """What `flow` shows, as a list for a narrow screen: a bar each, and what was dropped, for what."""
+    """Returns the content of `flow` as a list for narrow screens: a bar per stage, and its drops with reasons."""
     most = max((stage.came_in for stage in stages), default=0) or 1
     lines = []
     for stage in stages:
@@ -81,6 +81,7 @@ def flow_list(title: str, stages: Sequence[Flow]) -> str:
 
 
 def _led_away(right: float, tall: float, stage: Flow, scale: float, height: float) -> str:
+    """Returns the bend for the drops of a stage, with number, share and tooltip."""
     thick = stage.dropped * scale
     middle, end = _FLOW_TOP + tall - thick / 2, height - 30
     across = right + 12 + thick / 2
@@ -95,8 +96,9 @@ def _led_away(right: float, tall: float, stage: Flow, scale: float, height: floa
 
 
 def histogram(scores: ScoreHistogram) -> str:
-    """One rule: documents by score, what breaks the rule in the other colour, the bound as a line; heights are
-    logarithmic, or the few that are dropped would not show.
+    """Returns the histogram of one rule: documents by score, with those outside the bound in another colour.
+
+    The bound is a line. Heights are logarithmic, since the few documents outside would not be visible otherwise.
     """
     counts = scores.inside + scores.outside
     total, broken = int(counts.sum()), int(scores.outside.sum())
@@ -128,7 +130,7 @@ def histogram(scores: ScoreHistogram) -> str:
 
 
 def sizes(title: str, edges: np.ndarray, before: np.ndarray, after: np.ndarray) -> str:
-    """Documents by bytes, as they came and as they are kept; two bins for each doubling."""
+    """Returns the histogram of a source's documents by bytes, before and after the run; "" without documents."""
     used = np.flatnonzero(before)
     if not len(used):
         return ""
@@ -157,13 +159,13 @@ def sizes(title: str, edges: np.ndarray, before: np.ndarray, after: np.ndarray) 
 
 
 def bar(share: float) -> str:
-    """A bar within a table's cell; `share` of its full length."""
+    """Returns a bar for a table's cell, with `share` of the full length."""
     drawn = f'<rect class="bars" x="0" y="1" width="{120 * min(max(share, 0.0), 1.0):.1f}" height="8"/>'
     return f'<svg class="cell" viewBox="0 0 120 10">{drawn}</svg>'
 
 
 class _axis:
-    """Value to x coordinate; what a logarithmic axis cannot show lies at its left end."""
+    """Function from a value to its x coordinate; values below a logarithmic axis are put at its left end."""
 
     def __init__(self, edges: np.ndarray, logarithmic: bool) -> None:
         self._logarithmic, self._least = logarithmic, float(edges[0])
@@ -177,6 +179,7 @@ class _axis:
 
 
 def _decades(top: float) -> list[str]:
+    """Returns grid lines with labels at 1, 10, 100 ... for logarithmic heights up to log10(1 + n) = `top`."""
     parts = []
     for power in range(int(top) + 1):
         value = 10**power
@@ -188,6 +191,7 @@ def _decades(top: float) -> list[str]:
 
 
 def _x_labels(edges: np.ndarray, logarithmic: bool, x_of: _axis) -> list[str]:
+    """Returns the labels of an x axis."""
     low, high = float(edges[0]), float(edges[-1])
     if logarithmic:
         factors = (1, 2, 5) if high < 100 * low else (1,)

@@ -1,6 +1,6 @@
-"""`trivium data report CONFIG`: what a data run did, in tables here and as one HTML page (`page`).
+"""`trivium data report CONFIG`: prints what a data run kept and dropped, and writes it as an HTML page (`page`).
 
-The tables are of ledger and samples alone. Following one document through the stages is `trivium data explain`.
+The printed tables come from the ledger and the samples alone. `trivium data explain` follows a single document.
 """
 
 import itertools
@@ -21,13 +21,14 @@ from data_pipeline.core.console import wide_console
 from data_pipeline.report.page import write
 
 _SAMPLE_CHARS = 160
-_SAMPLES = 2
-_NARROW = 120  # columns, below which a table with the reasons would break words apart
+_SAMPLES = 2  # documents printed from each file of samples
+_NARROW = 120  # columns; in a narrower console the table would break the words of its last two columns
 
 
 def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> None:
-    """The table of stages: in, kept, dropped, bytes, reasons, time, and where to look; reasons and places come below
-    it where the console is too narrow for them.
+    """Prints the table of stages: documents in, kept and dropped, bytes, time, reasons, and where to look.
+
+    In a narrow console the last two follow below the table.
     """
     table, narrow = Table(title=f"Data run in {run_dir}", title_justify="left"), console.width < _NARROW
     for name in ("stage", "in", "kept", "dropped", "MB kept", "seconds"):
@@ -68,7 +69,7 @@ def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> Non
 
 
 def print_drops(run_dir: Path, console: Console) -> None:
-    """A few dropped documents of every stage and reason, and the broken records."""
+    """Prints a few of the dropped documents of each stage and reason, and of the broken records."""
     for path in sorted([*run_dir.glob("*/drops/*.jsonl"), *run_dir.glob("*/rejected/*.jsonl")]):
         with path.open(encoding="utf-8") as lines:
             documents = (one for one in map(json.loads, lines) if not is_canary(one.get("source") or path.stem[:-5]))
@@ -86,7 +87,7 @@ def print_drops(run_dir: Path, console: Console) -> None:
 
 
 def read_ledger(run_dir: Path) -> dict[str, Any]:
-    """Errors: ValueError when no run has finished there."""
+    """Reads the ledger of a data run; raises ValueError if it is missing or damaged."""
     path = run_dir / "ledger.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: no data run has finished in {run_dir}; run: trivium data run CONFIG")
@@ -94,7 +95,7 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}); run `trivium data run CONFIG` again, which writes it anew"
+            f"{path} is damaged ({error}); run `trivium data run CONFIG` again, which rewrites it"
         ) from None
 
 
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         DataConfig,
         argv,
         prog="trivium data report",
-        description="What a data run kept and dropped, with samples: printed, and as report.html in its run.dir.",
+        description="Prints what a data run kept and dropped, with samples, and writes report.html to its run.dir.",
         example="trivium data report configs/data/demo.toml",
     )
     run_dir, console = Path(config.run.dir), wide_console()
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         print_ledger(ledger, run_dir, console)
         print_drops(run_dir, console)
-        # The run's own config: the file may say other thresholds by now.
+        # The config of the run itself: the thresholds in the file may have changed since.
         page = write(load(DataConfig, run_dir / "config.toml"), run_dir, ledger)
     except ConfigError:
         raise

@@ -1,7 +1,7 @@
-"""What the page draws, measured from a data run's tables: histograms and clusters.
+"""Measures what the page draws from a data run's tables: histograms, counts of languages, and clusters of duplicates.
 
-Tables are read shard by shard and only in the columns that are needed; what is kept of them does not grow with the
-run: counts in fixed bins, and a few rows. Texts are not read.
+Tables are read shard by shard, only in the columns that are needed. Results are counts in fixed bins and a few rows, so
+that memory does not grow with the run. Texts are not read.
 """
 
 import heapq
@@ -18,23 +18,23 @@ from configs.rules import RuleSet
 from data_pipeline.provenance.smallest import Smallest
 from data_pipeline.report.page_samples import columns_of
 
-SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # of documents in bytes: two bins for each doubling, up to 1 TB
+SIZE_EDGES = 2.0 ** np.arange(0, 40.5, 0.5)  # bins of documents' bytes: two per doubling, up to 1 TB
 _BINS = 40
-_LANGUAGE = "language_score"  # in the language stage's tables
-_LOG_FROM = 1000.0  # a score that runs from 0 to beyond this is binned by its logarithm
+_LANGUAGE = "language_score"  # the score that is in the language stage's tables
+_LOG_FROM = 1000.0  # scores that are never negative and reach this value get logarithmic bins
 
 
 @dataclass
 class DocumentCounts:
-    """Languages, and bytes by size of document in the bins of SIZE_EDGES; what extract published, and what is kept."""
+    """Counts of documents by language and, in the bins of SIZE_EDGES, by size, before and after the run."""
 
-    languages: dict[str, list[int]] = field(default_factory=dict)  # documents, bytes, documents kept
-    before: dict[str, np.ndarray] = field(default_factory=dict)  # int64 [bins], documents by source
-    after: dict[str, np.ndarray] = field(default_factory=dict)
+    languages: dict[str, list[int]] = field(default_factory=dict)  # [documents, bytes, documents kept]
+    before: dict[str, np.ndarray] = field(default_factory=dict)  # source -> int64 [bins], as extract published them
+    after: dict[str, np.ndarray] = field(default_factory=dict)  # source -> int64 [bins], those that are kept
 
 
 def documents(run_dir: Path, last: str) -> DocumentCounts:
-    """`last` is the last stage with tables of verdicts: what it kept becomes documents."""
+    """Counts the documents that extract published, and those kept by `last`, the last stage with verdicts."""
     found = DocumentCounts()
     for table in columns_of(run_dir / "language", ["source", "bytes", "language", "verdict"]):
         kept = pc.cast(pc.equal(table["verdict"], ""), pa.int64())
@@ -50,6 +50,7 @@ def documents(run_dir: Path, last: str) -> DocumentCounts:
 
 
 def _count_sizes(counts: dict[str, np.ndarray], table: pa.Table) -> None:
+    """Adds a table's documents to the histogram of their source."""
     for source in table["source"].unique().to_pylist():
         sizes = table.filter(pc.equal(table["source"], source))["bytes"].to_numpy()
         binned, _ = np.histogram(np.clip(sizes, 1, SIZE_EDGES[-1]), SIZE_EDGES)
@@ -58,7 +59,7 @@ def _count_sizes(counts: dict[str, np.ndarray], table: pa.Table) -> None:
 
 @dataclass
 class ShownCluster:
-    """Documents that are copies of each other, a few of them shown."""
+    """A cluster of duplicates, with a sample of its documents."""
 
     number: int
     size: int
@@ -66,7 +67,7 @@ class ShownCluster:
 
 
 def clusters(run_dir: Path, count: int, shown: int) -> tuple[list[ShownCluster], dict[int, int]]:
-    """The largest clusters, and how many clusters there are of each size above 1."""
+    """Returns the `count` largest clusters, with `shown` documents each, and {size above 1: number of clusters}."""
     sizes: Counter[int] = Counter()
     largest: dict[int, int] = {}
     for table in columns_of(run_dir / "dedup", ["cluster", "cluster_size"], pc.field("cluster_size") > 1):
@@ -76,7 +77,7 @@ def clusters(run_dir: Path, count: int, shown: int) -> tuple[list[ShownCluster],
         sizes.update(dict(zip(values.tolist(), occurrences.tolist(), strict=True)))
         largest.update(zip(numbers.tolist(), found[rows].tolist(), strict=True))
         largest = dict(heapq.nsmallest(count, largest.items(), key=lambda item: (-item[1], item[0])))
-    # A cluster has a row for each member: as many clusters as rows / size.
+    # A cluster has one row per member, so that the number of clusters is rows / size.
     by_size = {size: rows // size for size, rows in sorted(sizes.items())}
     chosen = {number: ShownCluster(number, size, Smallest(shown)) for number, size in largest.items()}
     wanted = pc.field("cluster").isin(list(chosen))
@@ -89,21 +90,24 @@ def clusters(run_dir: Path, count: int, shown: int) -> tuple[list[ShownCluster],
 
 @dataclass
 class ScoreHistogram:
-    """One rule's scores: counts within its bound and outside, in common bins."""
+    """Histogram of the scores that one rule bounds: documents inside and outside of the bound, in the same bins."""
 
     rules: str
     score: str
-    low: float | None  # the bound
-    high: float | None
+    low: float | None  # the smallest value within the bound
+    high: float | None  # the largest
     edges: np.ndarray  # float64 [bins + 1]
     logarithmic: bool
     inside: np.ndarray  # int64 [bins]
     outside: np.ndarray  # int64 [bins]
-    unknown: int = 0
+    unknown: int = 0  # documents without this score
 
 
 def scores(run_dir: Path, rules: Mapping[str, RuleSet]) -> list[ScoreHistogram]:
-    """A distribution for each bound of each rule set that some document met; those that break it most come first."""
+    """Returns a histogram for each bound of each rule set whose score some document has.
+
+    They are sorted by rule set, then by the number of documents outside the bound, the largest first.
+    """
     ends: dict[tuple[str, str], tuple[float, float]] = {}
     for key, values in _values(run_dir, rules):
         if len(known := values[np.isfinite(values)]):
@@ -123,9 +127,9 @@ def scores(run_dir: Path, rules: Mapping[str, RuleSet]) -> list[ScoreHistogram]:
 
 
 def _values(run_dir: Path, rules: Mapping[str, RuleSet]) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
-    """(rule set, score), float64 [rows] of each shard, NaN where a score is not known."""
+    """Yields (rule set, score) and float64 [rows] for each shard; NaN marks an unknown score."""
     bounded = {score for one in rules.values() for score in one.bounds()}
-    # The score stage does not see documents any more that the language stage dropped.
+    # The score stage has no rows of the documents that the language stage dropped.
     for stage, wanted in (("language", bounded & {_LANGUAGE}), ("score", bounded - {_LANGUAGE})):
         for table in columns_of(run_dir / stage, ["rules", *sorted(wanted)]):
             for name, one in rules.items():
@@ -135,6 +139,7 @@ def _values(run_dir: Path, rules: Mapping[str, RuleSet]) -> Iterator[tuple[tuple
 
 
 def _edges(low: float, high: float) -> tuple[np.ndarray, bool]:
+    """Returns float64 [bins + 1] edges, and whether they are logarithmic."""
     if low == high:
         high = low + 1.0
     if low >= 0 and high >= _LOG_FROM:
@@ -145,6 +150,7 @@ def _edges(low: float, high: float) -> tuple[np.ndarray, bool]:
 
 
 def _count_scores(drawn: ScoreHistogram, values: np.ndarray) -> None:
+    """Adds scores to a histogram."""
     known = values[np.isfinite(values)]
     drawn.unknown += len(values) - len(known)
     outside = np.zeros(len(known), bool)
@@ -152,7 +158,7 @@ def _count_scores(drawn: ScoreHistogram, values: np.ndarray) -> None:
         outside |= known < drawn.low
     if drawn.high is not None:
         outside |= known > drawn.high
-    # Rounding may leave the ends a hair outside of the edges; a score of 0 has no logarithm and goes to the first bin.
+    # Rounding may put values slightly outside the edges; a score of 0 has no logarithm and is put in the first bin.
     placed = np.clip(known, drawn.edges[0], drawn.edges[-1])
     drawn.inside += np.histogram(placed[~outside], drawn.edges)[0]
     drawn.outside += np.histogram(placed[outside], drawn.edges)[0]

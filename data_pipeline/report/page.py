@@ -1,8 +1,8 @@
-"""A data run as one HTML page, `report.html` in its directory: what came in, what was dropped and why, what is left.
+"""The HTML page of a data run, `report.html` in its directory: what came in, what was dropped and why, what is left.
 
-Every number is the ledger's or counted from the run's tables and plan; needs neither network nor server. All that
-comes from documents is masked and escaped. Leaves out single documents (`trivium data explain`) and other thresholds
-(`trivium data what-if`).
+Numbers come from the ledger or are counted from the run's tables and plan. The page needs neither network nor server.
+Text from documents is masked and escaped. For single documents see `trivium data explain`, for other thresholds
+`trivium data what-if`.
 """
 
 from collections import Counter
@@ -45,9 +45,10 @@ del { color: var(--out); } .missed { color: var(--out); }
 
 
 def write(config: DataConfig, run_dir: Path, ledger: dict[str, Any]) -> Path:
-    """`config` is the one of the run; of a run that is only partly done, what there is is shown.
+    """Writes the page and returns its path; a run that is only partly done gets the sections of its finished stages.
 
-    Errors: OSError where tables are missing or cannot be read; ValueError for a damaged plan.
+    `config` is the config of that run. Raises OSError if tables are missing or cannot be read, and ValueError for a
+    damaged plan.
     """
     stages = {stage["name"]: stage for stage in ledger["stages"]}
     chain = chain_of(stages)
@@ -71,7 +72,7 @@ def write(config: DataConfig, run_dir: Path, ledger: dict[str, Any]) -> Path:
 
 
 def chain_of(stages: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stages that documents pass through on their way to the plan; others only look at them on the side."""
+    """Returns the stages that documents pass one after another, without those that only read them on the side."""
     chain: list[dict[str, Any]] = []
     name: str | None = list(stages)[-1]
     while name is not None:
@@ -81,12 +82,13 @@ def chain_of(stages: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def last_judge(chain: Sequence[dict[str, Any]]) -> str:
-    """The last stage, before documents, whose tables say what is kept."""
+    """Returns the name of the last stage before documents, whose tables say which documents are kept."""
     names = [stage["name"] for stage in chain]
     return names[names.index("documents") - 1] if "documents" in names else names[-1]
 
 
 def summary(chain: Sequence[dict[str, Any]]) -> str:
+    """Returns a sentence on the documents and bytes that came in and what is left of them."""
     first, last = chain[0]["total"]["in"], chain[-1]["total"]["passed_on"]
     tokens = sum(stage["total"]["notes"].get("tokens", 0) for stage in chain)
     return (
@@ -112,15 +114,15 @@ def _canaries(canaries: Sequence[Mapping[str, Any]]) -> str:
             one["source"],
             one["reason"],
             ", ".join(one["texts"].values()),
-            "as it should be" if one["caught"] else Html('<b class="missed">missed</b>'),
+            "as expected" if one["caught"] else Html('<b class="missed">missed</b>'),
         ]
         for one in canaries
     ]
     caught = sum(one["caught"] for one in canaries)
     return (
         f"<h2>Canaries</h2><p>Documents that the run planted in its own input; {caught} of {len(canaries)} met the "
-        "fate that the config expects. They are in no other number of this page.</p>"
-        + table(["canary", "as one of", "expected", "what became of its texts", ""], rows, numeric=())
+        "fate that the config expects. No other number on this page counts them.</p>"
+        + table(["canary", "source", "expected fate", "fate of its texts", ""], rows, numeric=())
     )
 
 
@@ -137,7 +139,10 @@ def _flows(chain: Sequence[dict[str, Any]]) -> list[str]:
         title = f"{unit.capitalize()} from stage to stage"
         drawn.append(f'<div class="wide">{flow(title, stages)}</div>')
         drawn.append(f'<div class="narrow">{flow_list(title, stages)}</div>')
-    return [*drawn, "<p>A band that narrows without a drop is text rewritten: HTML to its text, repaired encoding.</p>"]
+    return [
+        *drawn,
+        "<p>A band that narrows without a drop shows rewritten text: main text of HTML, or repaired text.</p>",
+    ]
 
 
 def _stages(stages: Sequence[dict[str, Any]]) -> str:
@@ -165,9 +170,9 @@ def _documents(found: measures.DocumentCounts) -> list[str]:
         for name, before in sorted(found.before.items())
     ]
     return [
-        "<h2>Languages</h2><p>As identified, of all documents that extract published.</p>",
+        "<h2>Languages</h2><p>The identified languages of all documents that the extract stage published.</p>",
         table(["language", "documents", "bytes", "kept by its stage", ""], rows, numeric=(1, 2, 3)),
-        "<h2>Sizes of documents</h2><p>Bytes of text: kept in blue, dropped above it.</p>",
+        "<h2>Sizes of documents</h2><p>Bytes of text; kept documents in blue, dropped ones on top of them.</p>",
         f'<div class="charts small">{"".join(charts)}</div>',
     ]
 
@@ -211,7 +216,7 @@ def _scores(drawn: Sequence[measures.ScoreHistogram]) -> list[str]:
 
 
 def _mixture(stages: Mapping[str, dict[str, Any]], plans: Mapping[str, Plan]) -> list[str]:
-    """A table of sources, and of a mixture in stages one for each of them."""
+    """Returns a table of the sources' tokens and rows, and a table of shares for each plan."""
     tokens, planned = stages["tokens"], stages["plan"]
     trained = Counter[str]()
     for plan in plans.values():
@@ -266,11 +271,11 @@ def _config(run_dir: Path) -> str:
 
 
 class Html(str):
-    """What is HTML already."""
+    """A string that is HTML already and is not escaped."""
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], numeric: Sequence[int]) -> str:
-    """Cells are text, whole numbers or Html; those of the columns `numeric` stand at the right."""
+    """Returns an HTML table; cells are text, whole numbers or Html, and the columns `numeric` are aligned right."""
 
     def cell(tag: str, column: int, value: Any) -> str:
         said = value if isinstance(value, Html) else text_of(f"{value:,}" if isinstance(value, int) else value)

@@ -1,7 +1,7 @@
-"""Samples for the page: documents that were dropped, and what was cut out of others, random and yet the same each time.
+"""Draws samples for the page: dropped documents, and cuts of other documents; random, but the same in every report.
 
-What is drawn are the rows with the smallest hashes of their ids. Pieces of text come from the tables, where they are
-masked already; where a table has none, the texts of the few documents that were drawn are read, and masked.
+Rows are drawn by hashes of their ids (`provenance.smallest`). Excerpts come from the tables, where they are masked
+already; if a table has none, the texts of the few documents drawn are read and masked.
 """
 
 import json
@@ -28,7 +28,7 @@ _EXCERPT = 300  # characters
 
 
 def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa.Table]:
-    """Of each shard's table those of `names` that it has, canaries left out; nothing of a stage without tables."""
+    """Yields, for each shard of a stage but canaries, the columns among `names` that its table has."""
     for shard in shards_of(folder) if folder.is_dir() else []:
         if is_canary(shard):
             continue
@@ -40,8 +40,9 @@ def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa
 
 
 def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Row]]:
-    """Reason -> dropped documents, drawn over all shards; without tables, from the lines that the stage keeps. Each has
-    a piece of its text.
+    """Returns {reason: up to `count` documents that a stage dropped}, each with an excerpt of its text.
+
+    They are drawn from the tables of all shards or, if the stage has no tables, from its JSONL files of samples.
     """
     folder = run_dir / stage
     drawn: dict[str, Smallest] = {}
@@ -51,12 +52,12 @@ def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Row]]:
             drawn.setdefault(row["verdict"], Smallest(count)).offer(row)
     lines = [] if drawn else sorted([*folder.glob("drops/*.jsonl"), *folder.glob("rejected/*.jsonl")])
     if any("head" not in row for one in drawn.values() for row in one.rows()):
-        lines = sorted(folder.glob("drops/*.jsonl"))  # the stage's tables have no text, its samples do
+        lines = sorted(folder.glob("drops/*.jsonl"))  # its tables have no excerpts, its samples have
         drawn = {}
     for path in lines:
         with path.open(encoding="utf-8") as file:
             for row in map(json.loads, file):
-                # Extract names a file of them after source and unit.
+                # The extract stage names these files `<source>-<unit>`.
                 row.setdefault("source", path.stem.rpartition("-")[0])
                 if is_canary(row["source"]):
                     continue
@@ -69,9 +70,9 @@ def drop_samples(run_dir: Path, stage: str, count: int) -> dict[str, list[Row]]:
 
 
 def broken_rule(run_dir: Path, row: Row, rules: Mapping[str, RuleSet]) -> str:
-    """Of a document that a rule dropped: its score, the threshold and the rule set; "" where no rule did.
+    """Describes the score and bound for which a rule dropped a document; returns "" if no rule did.
 
-    `row` is of a stage's table; the scores are looked up where the stages before left them.
+    `row` is its row in a stage's table; the score is read from the tables of the score or language stage.
     """
     score, _, side = row.get("verdict", "").rpartition("_")
     if side not in ("min", "max") or score not in RuleSet.model_fields or "shard" not in row:
@@ -85,13 +86,15 @@ def broken_rule(run_dir: Path, row: Row, rules: Mapping[str, RuleSet]) -> str:
             limit = getattr(bound, side, None)
             if limit is not None:
                 word = "at least" if side == "min" else "at most"
-                return f"{score} is {found[0][score]:.6g}, rules.{found[0]['rules']} wants {word} {limit:g}"
+                return f"{score} is {found[0][score]:.6g}, rules.{found[0]['rules']} requires {word} {limit:g}"
     return ""
 
 
 def cut_samples(run_dir: Path, stages: Iterable[str], count: int) -> dict[str, list[Row]]:
-    """Reason -> rows of tables of cuts with source, id and `excerpt`. Of a shard no more than `count` a reason are
-    drawn from, or one long table would be all that is looked at. These texts are read: of few shards.
+    """Returns {reason: up to `count` rows of tables of cuts}, each with source, id and `excerpt`.
+
+    First up to `count` cuts for each reason are chosen in each shard, so that one long table does not dominate; only
+    the texts of the cuts drawn in the end are read.
     """
     drawn: dict[str, Smallest] = {}
     for stage in stages:

@@ -1,4 +1,4 @@
-"""A small tokenizer and token stores made of the demo corpus, once per session."""
+"""Fixtures: a small tokenizer and token stores made from the demo corpus, once per session."""
 
 import gzip
 import json
@@ -29,12 +29,12 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<split>/<source>/NNNNN.jsonl.zst`, two shards of training documents a source, as the split leaves them."""
+    """Folder with `<split>/<source>/NNNNN.jsonl.zst` as the documents stage writes it, two training shards a source."""
     folder = tmp_path_factory.mktemp("documents")
     for source in SOURCES:
         records = demo_records(source)
         for number, record in enumerate(records):
-            if source == "code":  # so that documents shorter than a row are among them
+            if source == "code":  # so that some documents are shorter than a row
                 record["text"] = record["text"][: 60 + 311 * number % 1500]
             record["metadata"] |= {"file": f"{source}.jsonl.gz", "position": 7, "scores": {"quality": 0.5}}
         heldout, train = records[:3], records[3:]
@@ -58,7 +58,7 @@ def small_tokenizer(tokenizer_folder: Path) -> tokenizer.Tokenizer:
 
 @pytest.fixture(scope="session")
 def tokens(documents: Path, small_tokenizer: tokenizer.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<split>/<source>/NNNNN.{bin,idx,parquet}`."""
+    """Folder with the token stores `<split>/<source>/NNNNN.{bin,idx,parquet,json}` of `documents`."""
     folder = tmp_path_factory.mktemp("tokens")
     for path in documents.glob("*/*/*.jsonl.zst"):
         out = folder / path.relative_to(documents).with_name(path.name.removesuffix(".jsonl.zst"))

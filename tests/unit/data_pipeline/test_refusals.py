@@ -1,4 +1,4 @@
-"""A data run that is refused writes nothing, and an input that is replaced is seen."""
+"""Tests that a refused data run writes nothing, and that a replaced input file is noticed."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_a_refused_run_and_a_dry_run_leave_nothing(tmp_path: Path, capsys: pytes
 
 
 def test_a_file_replaced_in_place_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another of the same name, size and time: at once, and once it is old enough for its hash to be kept."""
+    """Files of the same name, size and time are told apart, whether they are too new for the hash cache or not."""
     file, cache = tmp_path / "input.jsonl", tmp_path / "cache.json"
     for settled in (stage._SETTLED_NS, 0):
         monkeypatch.setattr(stage, "_SETTLED_NS", settled)

@@ -1,4 +1,4 @@
-"""What a message of a data run tells to do is taken out of it, done to the letter, and ends what it was about."""
+"""Takes the remedies out of messages of data runs, follows them to the letter, and tests that the error is gone."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ MIXTURE = "[mixture]\nseq_length = 32\nsamples = 40\nweights = { big = 1.0, smal
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a finished run of two sources, one of them with little, one of its names a number."""
+    """Path of a finished run's config with two sources, one of them small and with a number as its name."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder, {"big": 40, "2024": 12}, MIXTURE.replace("small", "2024"))
     assert run.main([str(config)]) == 0
@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(main: Callable[[list[str]], int | None], args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command that fails says; "" for one that does not."""
+    """Runs a command and returns the message with which it fails; "" if it succeeds."""
     capsys.readouterr()
     try:
         status = main(args)
@@ -54,7 +54,7 @@ def found(pattern: str, message: str) -> re.Match[str]:
 def test_records_that_are_broken_are_allowed_as_the_message_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of all sources at once: 1 of 4 and 1 of 7 records are broken."""
+    """1 of 4 records of one source and 1 of 7 of the other are broken; one remedy covers both."""
     config = write_config(tmp_path, {"big": 3, "other": 6}, "")
     for name in ("big", "other"):
         with (tmp_path / f"{name}.jsonl").open("a") as file:
@@ -84,7 +84,7 @@ def test_stages_that_are_needed_are_all_named(finished: Path, tmp_path: Path, ca
 
 @pytest.mark.parametrize("key", ["mixture", "mixture.stages.late"])
 def test_a_mixture_of_too_little_text_is_mended_in_each_way(finished: Path, tmp_path: Path, key: str, capsys) -> None:
-    """In stages the keys are those of the stage, which would count more than those of all."""
+    """A mixture in stages names the keys of the stage, which override those of the whole mixture."""
     folder = tmp_path / "run"
     shutil.copytree(finished.parent / "run", folder)
     stage = [] if key == "mixture" else [f"{key}.samples=400", f"{key}.max_epochs=2"]
@@ -111,7 +111,7 @@ def test_a_mixture_of_too_little_text_is_mended_in_each_way(finished: Path, tmp_
 
 
 def test_a_vocabulary_gets_the_size_that_the_message_says(tmp_path: Path) -> None:
-    """One too large for the text, and one too small for its characters."""
+    """Tries a size that is too large for the text, and one that is too small for its characters."""
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
         english = json.loads(lines.readline())["text"][:8000]
     chinese = "".join(chr(0x4E00 + number) for number in range(900)) * 3
@@ -129,7 +129,9 @@ def test_a_vocabulary_gets_the_size_that_the_message_says(tmp_path: Path) -> Non
             train(size)
         assert train(int(found(remedy, str(refused.value))[1]))
     write_shard(tmp_path / "a.jsonl.zst", [{"id": "a", "text": "ab ab", "metadata": {}}])
-    with pytest.raises(ValueError, match=r"text; give it more text \(it says"):  # no size that a config takes would do
+    with pytest.raises(
+        ValueError, match=r"text; give it more text \(it says"
+    ):  # no size that a config allows would work
         train(300)
 
 
@@ -145,7 +147,7 @@ def test_commands_are_told_what_to_do_about_a_run(finished: Path, tmp_path: Path
     ):
         told = found(r"run: trivium data run (\S+)", outcome(main, [*args, none], capsys))
         assert told[1] in ("CONFIG", config)
-        assert not outcome(main, args, capsys)  # of the finished run
+        assert not outcome(main, args, capsys)  # the commands work on the finished run
     said = found(r"those that do: (.+)$", outcome(sample.main, [config, "--stage", "plan"], capsys))
     for stage in said[1].split(", "):
         told = outcome(sample.main, [config, "--stage", stage], capsys)

@@ -1,4 +1,4 @@
-"""The data run as its users meet it: conservation, skipping and error messages. Workers and kills are in tests/e2e."""
+"""Tests conservation of counts, skipping and messages of data runs; tests/e2e has workers and killed runs."""
 
 import contextlib
 import gzip
@@ -30,7 +30,7 @@ BROKEN = {"bad_json": 1, "invalid_utf8": 1, "missing_text": 1}  # of the lines i
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slice of the demo corpus, with one exact and one near duplicate and three broken lines."""
+    """Writes a slice of the demo corpus with an exact duplicate, a near-duplicate and three broken lines."""
     folder = tmp_path_factory.mktemp("inputs") / "in"
     folder.mkdir()
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rb") as lines:
@@ -58,14 +58,14 @@ def config(inputs: Path, tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that all of its stages are done of, and what it printed."""
+    """A run with all stages done, and what it printed."""
 
     config: Path
     folder: Path
     said: str
 
     def counts(self, source: str) -> dict[str, dict]:
-        """Counts of the documents of `source`, by stage."""
+        """Returns the counts of documents of `source`, by stage."""
         return {name: stage["sources"][source] for name, stage in ledger(self.folder).items()}
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_stage_is_made_again_to_the_same_bytes(finished: Finished) -> 
 def test_changed_code_is_told_in_one_sentence(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run made by other code is made again, says so and why, and comes to the same bytes."""
+    """After a change of code, a run repeats the stages concerned, says so and why, and writes the same bytes."""
     before = published(finished.folder)
     shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     for module in ("dedup/greedy.py", "mixture/packing.py"):
@@ -211,7 +211,7 @@ word_count = {{ min = 1 }}
 
 
 def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path, capsys) -> None:
-    """Documents of folders reach the end; a blocklist changed is an input changed."""
+    """Documents from folders reach the plan; a changed blocklist counts as changed input."""
     weights = "prose = 1.0, pages = 1.0"
     text = config.read_text().replace(weights, f"{weights}, text = 1.0, code = 1.0")
     config.write_text(text + FOLDERS.format(folder=tmp_path))
@@ -285,7 +285,7 @@ def test_the_command_ends_with_that_status(config: Path) -> None:
 
 
 def test_stages_run_alone_or_up_to_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stage after stage, each in a command of its own, publishes what one command does."""
+    """Running each stage by a command of its own publishes the same bytes as one command for all."""
     assert main([str(config), f"run.dir={config.parent}/whole"]) == 0
     names = list(ledger(config.parent / "whole"))
     with pytest.raises(
@@ -368,7 +368,7 @@ def test_other_settings_make_other_plans_and_keep_what_a_training_run_needs(
     longer = Plan.open(run_dir / "plan")
     assert first_difference(longer, first, 60) is None
 
-    # Fill-in-the-middle has its symbols trained, and so another tokenizer and other tokens.
+    # Fill-in-the-middle adds control symbols, so that the tokenizer and all tokens change.
     note_use(first.path.with_name(f"plan.{first.fingerprint[:16]}"), run_dir / "some_run")
     assert main([str(config), "mixture.fim.prose=0.5"]) == 0
     symbols = json.loads((run_dir / "tokenizer/tokenizer.json").read_text())["special_ids"]

@@ -1,4 +1,4 @@
-"""docs/scale.md says what its command prints, and no number beside it."""
+"""Tests that docs/scale.md shows what its command prints, and no other number."""
 
 import json
 import re

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[4]
 
 
 def config_in(folder: Path) -> Path:
-    """The config of the run, whose files are in `folder`."""
+    """Returns the config of a run whose files are in `folder`."""
     return data_config(
         folder / "data.toml",
         {"prose": {"files": [f"{folder}/prose.jsonl"], "format": "jsonl", "rules": {"en": "english"}}},
@@ -50,7 +50,7 @@ KEY = "ghp_" + "aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3zA5"
 
 
 def passages() -> list[str]:
-    """Real prose in pieces of some 2,500 characters, a sentence a line, each such that C4 keeps it."""
+    """Returns real prose in pieces of about 2,500 characters, one sentence a line, that C4's rules keep."""
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in itertools.islice(lines, 0, 60)]
     pieces = []
@@ -73,7 +73,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planted(config: Path) -> dict[str, dict[str, Any]]:
-    """One canary for each kind of stage. Their text is the sources' own: it must not meet what it was taken from."""
+    """Returns a canary for each kind of stage; their texts are those of sources, which they must not match."""
     texts = [json.loads(line)["text"] for line in (config.parent / "prose.jsonl").read_text().splitlines()]
     question = json.loads((config.parent / "evaluation.jsonl").read_text())["text"]
     good = texts[0]
@@ -181,7 +181,7 @@ def test_no_canary_reaches_documents_or_tokens(planted_run: Path) -> None:
 def test_one_that_gets_through_or_meets_another_rule_is_an_alarm(config: Path, planted_run: Path, capsys: Any) -> None:
     canaries = planted(config)
     del canaries["mostly"]
-    # Only what is expected of them differs, so that nothing runs again.
+    # Only the expected fates differ, so that no stage runs again.
     canaries["short"]["reason"] = "mean_word_length_max"
     canaries["control"]["reason"] = "pii_email"
     canaries["mail"]["reason"] = "kept"
@@ -199,7 +199,7 @@ def test_one_that_gets_through_or_meets_another_rule_is_an_alarm(config: Path, p
 
 
 def test_a_text_that_is_mostly_cut(config: Path) -> None:
-    """Without MinHash, so that the copy gets as far as substrings."""
+    """MinHash is off, so that the copy reaches the substrings stage."""
     canary = planted(config)["mostly"]
     canary["text"][0] += " Not the same end."
     path = with_canaries(config, {"mostly": canary | {"reason": "duplicate_substring"}}, "mostly")

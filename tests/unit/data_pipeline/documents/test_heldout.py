@@ -1,4 +1,4 @@
-"""The held-out split."""
+"""Tests the choice of held-out documents."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What becomes of a document that stages have cut."""
+"""Tests which documents the documents stage drops as mostly cut, and that replacements of cuts stay in texts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A page that takes an extractor minutes."""
+"""An HTML page on which an extractor takes minutes."""
 
 # Within all bounds, and quadratic in the number of options.
 SLOW = "<select>" + "<option>x" * 60_000

@@ -1,4 +1,4 @@
-"""Which URLs a blocklist blocks, and what is wrong with a list."""
+"""Tests which URLs a blocklist blocks, and which lists are refused."""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Main text of pages, and what repair touches and leaves alone."""
+"""Tests the extraction of main text, and what text repair changes and leaves alone."""
 
 import gzip
 import json
@@ -62,7 +62,7 @@ def test_sound_text_is_left_alone(text: str) -> None:
 
 
 def test_repair_is_ftfys_though_most_texts_are_not_shown_to_it() -> None:
-    """On real texts, and on strings of every character that ftfy's own pattern names, punctuation most of all."""
+    """Compares results on real texts, and on strings of all characters in ftfy's own pattern, mostly punctuation."""
     named = sorted({character for character in BADNESS_RE.pattern if ord(character) > 0x7F})
     draw = random.Random(0)
     plain = "abcXYZ 12.,!?\"' \n·´–—―…’ 中文，。e\u0301"

@@ -1,4 +1,4 @@
-"""Pages that would take minutes: known by their tags beforehand, or ended by the kernel, and the next page is read."""
+"""Tests that pages which would take minutes are refused by their tags or stopped by the kernel, one by one."""
 
 import gzip
 import time

@@ -1,4 +1,4 @@
-"""Languages as fastText itself finds them: real documents, strange lines, and files that are no such model."""
+"""Compares languages with fastText's own on real documents and unusual lines; files that are no model are refused."""
 
 import gzip
 import json

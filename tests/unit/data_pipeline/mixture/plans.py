@@ -1,4 +1,4 @@
-"""Plans of the tests: small mixtures of the session's token stores, and rows held against each other."""
+"""Helpers: small mixture plans over the session's token stores, and comparison of rows."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ GENERAL = {"seq_length": 64, "samples": 900, "seed": 3, "weights": {"english": 0
 
 STAGES = {
     "general": {},
-    # English rests here, and code is used more often.
+    # English is not used here, and code is used more often.
     "annealing": {"samples": 1400, "packing": "concat", "weights": {"code": 0.8, "chinese": 0.2}},
     "long_context": {"samples": 450, "seq_length": 256, "weights": {"english": 0.3, "code": 0.7}},
 }

@@ -1,4 +1,4 @@
-"""Longer plans begin with shorter ones, and what does not is found out: against every row, read and compared."""
+"""Tests the comparison of plans, against reading every row, and the keeping and finding of replaced plans."""
 
 import re
 import shutil
@@ -41,7 +41,7 @@ def same(a: Row, b: Row) -> bool:
 
 
 def by_rows(a: Plan, b: Plan, samples: int) -> int | None:
-    """`first_difference`, by reading every row of both."""
+    """Returns `first_difference` of two plans, found by reading every row of both."""
     for i in range(samples):
         if i >= min(a.num_samples, b.num_samples):
             return i
@@ -83,7 +83,7 @@ def test_more_samples_begin_with_the_same(tokens: Path, tokenizer_folder: Path, 
         shutil.rmtree(tmp_path / "long")
 
 
-# A change, and what `differences` says of it among others.
+# A change of the plan, and a part of what `differences` says about it.
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"weights": {"english": 0.4, "chinese": 0.3, "code": 0.3}}, "weights.code 0.22 -> 0.3"),
     ({"weights": {"english": 0.47, "code": 0.22}}, "source chinese is gone"),
@@ -110,14 +110,14 @@ def test_a_document_that_changed_or_went_is_found(
 ) -> None:
     build_plan(tokens, tokenizer_folder, tmp_path / "a/plan", PlanConfig(**GENERAL))
     one = Plan.open(tmp_path / "a/plan")
-    # A document less: the same stores, and rows are packed anew from the start of the epoch.
+    # One document fewer: the stores are the same, but rows are packed differently from the epoch's start.
     gone = one.provenance(0)[0]
     without = {f"train/{gone['source']}": [(gone["shard"], gone["document"])]}
     build_plan(tokens, tokenizer_folder, tmp_path / "without", PlanConfig(**GENERAL), without=without)
     other = Plan.open(tmp_path / "without")
     assert first_difference(one, other, 300) == by_rows(one, other, 300)
     assert differences(one.facts, other.facts) == "other documents are left out"
-    # One token in one store is another: lengths and so rows are laid out alike, and are of another text all the same.
+    # One token in one store differs: the rows have the same layout, but another text.
     shutil.copytree(tokens, tmp_path / "tokens")
     shard = sorted((tmp_path / "tokens/train/code").glob("*.idx"))[0].with_suffix("")
     _rebuild(documents / "train/code" / f"{shard.name}.jsonl.zst", tokenizer_folder, shard)
@@ -135,7 +135,7 @@ def _code(plan: Plan, i: int) -> list[dict[str, Any]]:
 
 
 def _rebuild(documents: Path, tokenizer_folder: Path, out: Path) -> None:
-    """The store of the same documents but for one digit, which is one token as the one in its place was."""
+    """Writes the store again with one digit changed, which is a single token before and after."""
     records = list(read_records(documents))
     changed = next(record for record in records if re.search("[0-8]", record["text"]))
     changed["text"] = re.sub("[0-8]", "9", changed["text"], count=1)
@@ -173,7 +173,7 @@ def test_replaced_plans_are_kept_and_found(tokens: Path, tokenizer_folder: Path,
         made[name] = {path.parent.name: Plan.open(path) for path in (tmp_path / "plan").rglob("plan.json")}
     wanted = [plan.fingerprint for plans in made.values() for plan in plans.values()]
     assert len(set(wanted)) == 5
-    for location in ("plan", "plan/plan.json", "plan/general"):  # the last was, and is no longer
+    for location in ("plan", "plan/plan.json", "plan/general"):  # the last folder no longer exists
         for fingerprint in wanted:
             found = find(tmp_path / location, fingerprint)
             assert found is not None and found.fingerprint == fingerprint

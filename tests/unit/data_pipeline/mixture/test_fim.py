@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: put back in order, rearranged pieces are the documents; masks, labels and provenance hold."""
+"""Tests that rearranged pieces, put back in order, give the documents; tests their masks, labels and provenance."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ WEIGHTS = {"english": 0.5, "code": 0.5}
 
 @pytest.fixture(scope="module")
 def run_dir(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer with the control symbols, and token stores of it."""
+    """Folder with a tokenizer that has the control symbols, and its token stores."""
     folder = tmp_path_factory.mktemp("fim")
     files = sorted(documents.glob("train/*/*.zst"))
     tokenizer.train(
@@ -57,7 +57,7 @@ def plan(request: pytest.FixtureRequest, run_dir: Path, tmp_path_factory: pytest
 
 
 def restored(tokens: list[int], form: str, special: dict[str, int]) -> tuple[list[int], list[int], list[int]]:
-    """(prefix, middle, suffix) of a rearranged segment without <s> and </s>, told by its control symbols alone.
+    """Returns (prefix, middle, suffix) of a rearranged segment without <s> and </s>, from its control symbols alone.
 
     In SPM form prefix and middle are one list, the prefix, and the middle is empty.
     """
@@ -124,7 +124,7 @@ def test_an_epoch_is_every_token_once_and_padding_is_what_is_empty(run_dir: Path
     assert set(seen.values()) == {1} and len(seen) == code["tokens"] == code["trained_tokens"]
     empty = np.mean([plan.row(i).segments < 0 for i in range(epoch)])
     assert plan.description["padding_share"] == pytest.approx(empty, abs=1e-6)
-    if packing == "best_fit":  # concat cuts elsewhere in another order, and the order of the documents is another
+    if packing == "best_fit":  # concat cuts documents elsewhere in each epoch, since their order changes
         assert code["padding_share"] == code["packings"][packing]["padding_share"] == pytest.approx(empty, abs=1e-6)
 
 
@@ -178,14 +178,14 @@ def test_rate_and_forms_are_as_asked() -> None:
     # Five standard deviations of a binomial share of 200,000.
     np.testing.assert_allclose(shares, [0.7, 0.225, 0.075], atol=5 * 0.5 / 200_000**0.5)
     assert (draw(1, "code", 100, 1.0, 0.0) == PSM).all() and (draw(1, "code", 100, 1.0, 1.0) == SPM).all()
-    # A longer source draws the same for the documents that it had.
+    # A source with more documents draws the same for the first ones.
     assert (draw(1, "code", 100, 0.5, 0.5) == draw(1, "code", 300, 0.5, 0.5)[:100]).all()
 
 
 def test_cuts_fall_everywhere() -> None:
     found = [cuts(1, "code", document, 0, 4) for document in range(4000)]
     assert set(found) == {(a, b) for a in range(5) for b in range(a, 5)}
-    # Of two places drawn alike, the least is 0 in 9 of 25 cases; five standard deviations.
+    # The smaller of two uniform positions from 0 to 4 is 0 in 9 of 25 cases; five standard deviations.
     assert np.mean([first == 0 for first, _ in found]) == pytest.approx(9 / 25, abs=5 * 0.48 / 4000**0.5)
     assert {cuts(1, "code", document, 0, 0) for document in range(9)} == {(0, 0)}
 

@@ -1,4 +1,4 @@
-"""What a plan foresees of each source, and its caps: against counting over all of its rows."""
+"""Tests a plan's forecast and its caps against counts over all of its rows."""
 
 import io
 from collections import Counter
@@ -21,7 +21,7 @@ SMALL = {"english": 0.1, "chinese": 0.2, "code": 0.7}
 
 
 def ends_of_epochs(plan: Plan) -> dict[str, list[int]]:
-    """By source the samples at which every token was seen once, twice..., none more often: by brute force."""
+    """Returns by source the samples at which every token was seen exactly once, exactly twice..., by brute force."""
     ends: dict[str, list[int]] = {name: [] for name in plan.sources}
     seen: dict[str, Counter[tuple[str, int, int]]] = {name: Counter() for name in plan.sources}
     tokens = {source["name"]: source["tokens"] for source in plan.description["sources"]}
@@ -57,9 +57,9 @@ def test_lasts_as_long_and_rises_as_far_as_it_says(tokens: Path, tokenizer_folde
     settings: dict[str, Any] = {"weights": SMALL, "epochs": {"chinese": 0.75}}
     make(tokens, tokenizer_folder, tmp_path / "a", samples=fewest, **settings)
     with pytest.raises(ValueError, match="too few tokens"):
-        # Shares are whole rows: a source's last one may come up to a sample of each other source later.
+        # Shares are rounded to whole rows: a source's last row may come later by one sample for each other source.
         make(tokens, tokenizer_folder, tmp_path / "b", samples=fewest + round(2 / min(SMALL.values())), **settings)
-    # A share may rise to what it says and no further: the mixture of that source's rows, the others' caps out of reach.
+    # A source's share can rise by more_possible and no further, if the other sources have caps out of reach.
     for source in described["sources"]:
         name, most = source["name"], source["samples"] + round(1000 * source["forecast"]["more_possible"])
         cap = {name: source["forecast"]["max_epochs"]}

@@ -1,4 +1,4 @@
-"""Mixture plans: shares, order, epochs, and what is said when there is too little text."""
+"""Tests shares, order and epochs of mixture plans, and the messages about too little text."""
 
 import hashlib
 from collections import Counter
@@ -84,7 +84,7 @@ def test_too_few_tokens_say_how_many_and_what_to_change(tokens: Path, tokenizer_
     total = int(store.SourceStores.in_folder(tokens / "train" / "chinese").lengths.sum())
     assert f"{total:,} tokens" in message and "chinese is to give 4,000 rows" in message
     assert not (tmp_path / "plan.json").exists()
-    # What it advises works, and one more does not.
+    # The number of samples that the message names works; one more does not.
     most = int(message.split("Lower mixture.samples to ")[1].split(", ")[0].replace(",", ""))
     make(tokens, tokenizer_folder, tmp_path, **changes | {"samples": most})
     with pytest.raises(ValueError, match="too few tokens"):

@@ -1,4 +1,4 @@
-"""Both packings place every token once; best-fit is held against a plain one, and concat against cutting."""
+"""Tests that packings place every token once; compares best-fit with a simple version, concat with plain cutting."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_concat_keeps_the_order_and_fills_all_rows_but_the_last(lengths: list[in
 
 
 def plain_best_fit(lengths: list[int], seq_length: int) -> list[int]:
-    """Row sizes by the definition: look at all rows, take the fullest that has room."""
+    """Returns row sizes by the definition of best-fit: of all rows with room, each piece goes to the fullest."""
     pieces = sorted(
         (min(seq_length, length - at) for length in lengths for at in range(0, length, seq_length)), reverse=True
     )
@@ -123,7 +123,7 @@ def test_extra_positions_find_room(packing: str, lengths: list[int]) -> None:
     sizes = packed.length + extra[packed.document]
     rows = np.add.reduceat(sizes, packed.offsets[:-1]) if len(packed) else np.zeros(0, int)
     assert (np.diff(packed.offsets) > 0).all() and (rows <= 8).all()
-    if packing == "concat":  # a row is left only where the next piece would have no token of its own in it
+    if packing == "concat":  # a row ends early only if it has no room for a token of the next piece
         following = extra[packed.document[packed.offsets[1:-1]]]
         assert (8 - rows[:-1] <= following).all()
     told = packed.stats(np.array(lengths), 8, extra)["padding_share"]

@@ -1,4 +1,4 @@
-"""Plans that follow one another, by stages or after a change in mid-run: every epoch has every token exactly once."""
+"""Tests that chains of plans, by stages or after a change in mid-run, use every token exactly once per epoch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ Use = tuple[str, int, int, int]  # shard, document, start, length
 
 
 def uses(plans: Sequence[tuple[Plan, int]]) -> dict[str, list[list[Use]]]:
-    """By source, the pieces of each of its rows in the order of training; of each plan so many samples."""
+    """Returns by source the pieces of its rows in order of training, for the given number of samples of each plan."""
     found: dict[str, list[list[Use]]] = {}
     for plan, samples in plans:
         for i in range(samples):
@@ -33,7 +33,7 @@ def uses(plans: Sequence[tuple[Plan, int]]) -> dict[str, list[list[Use]]]:
 
 
 def assert_epochs_are_whole(tokens: Path, plans: Sequence[tuple[Plan, int]]) -> dict[str, float]:
-    """At every moment no token was used twice more often than another of its source. Returns epochs used by source."""
+    """Asserts that at no sample a token was used two times more often than another; returns epochs used by source."""
     epochs = {}
     for source, rows in uses(plans).items():
         shards = SourceStores.in_folder(tokens / "train" / source)
@@ -43,7 +43,7 @@ def assert_epochs_are_whole(tokens: Path, plans: Sequence[tuple[Plan, int]]) -> 
         }
         total, done = int(shards.lengths.sum()), 0
         for row in rows:
-            epoch = done // total  # that the row's tokens are of: rows never cross the end of an epoch
+            epoch = done // total  # the epoch of the row's tokens; rows never cross the end of an epoch
             for shard, document, start, length in row:
                 part = counts[shard][document][start : start + length]
                 assert len(part) == length and (part == epoch).all()
@@ -60,7 +60,7 @@ def test_what_is_left_is_what_was_not_used() -> None:
     for _ in range(50):
         lengths = random.integers(0, 12, size=8)
         whole = Pieces.whole(lengths)
-        owner = [random.integers(0, 3, size=length) for length in lengths]  # who uses each token: 0 nobody
+        owner = [random.integers(0, 3, size=length) for length in lengths]  # the user of each token; 0: none
         parts: dict[int, list[tuple[int, int, int]]] = {0: [], 1: [], 2: []}
         for document, marks in enumerate(owner):
             starts = [i for i in range(len(marks)) if i == 0 or marks[i] != marks[i - 1]]
@@ -170,7 +170,7 @@ def test_what_was_taken_down_stays_out(
     for name in STAGES:
         plan = Plan.open(tmp_path / name)
         assert plan.uses(gone["source"], gone["shard"], gone["document"]) == []
-    # One taken down in mid-run was used before, and is not used after.
+    # A document removed in mid-run was used before the removal, and is not used after it.
     build_plan(tokens, tokenizer_folder, tmp_path / "later", general, without=without, after=(staged["general"], 500))
     assert Plan.open(tmp_path / "later").uses(gone["source"], gone["shard"], gone["document"]) == []
 
@@ -227,7 +227,7 @@ def test_stages_take_over_what_they_leave_out() -> None:
     assert stages["even"].unimax and stages["even"].weights is None and stages["even"].epochs == {"english": 2}
     assert stages["code"].epochs == {}
     assert list(mixture(stages={}).plans()) == [""]
-    # Written out in full, as config.toml is, and read again.
+    # The config survives being written in full, as config.toml is, and read again.
     for whole in (mixture(), mixture(weights=None, temperature=2.0, stages={"a": {}, "b": {"weights": {"code": 1}}})):
         assert validate(MixtureConfig, plain(whole)) == whole
     for changes, message in (
@@ -266,7 +266,7 @@ def test_a_checkpoint_must_be_of_the_plan(staged: dict[str, Plan], tmp_path: Pat
         replan.used(tmp_path)
     found, samples = replan.used(tmp_path, plan.path)
     assert (found.fingerprint, samples) == (plan.fingerprint, 100)
-    manifest["config"] = {"data": {"plan": str(staged["general"].path)}}  # beside it is the one
+    manifest["config"] = {"data": {"plan": str(staged["general"].path)}}  # the right plan is beside it
     (tmp_path / "manifest.json").write_bytes(CHECKPOINT.write(manifest))
     assert replan.used(tmp_path)[0].path == plan.path
     manifest["identity"]["data"] = "0" * 64

@@ -1,4 +1,4 @@
-"""Rows: labels, masks, positions and segments against the stores; held-out rows; what opening refuses."""
+"""Tests labels, masks, positions and segments of rows against the stores, held-out rows, and what opening refuses."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ def plan(plan_folder: Path) -> Plan:
 
 @pytest.fixture
 def moved(plan_folder: Path, tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> Path:
-    """The plan with all it needs, copied elsewhere in the layout of a run."""
+    """Folder, laid out as a run, with copies of tokens and tokenizer and the same plan over them."""
     shutil.copytree(tokens, tmp_path / "tokens")
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     description = json.loads((plan_folder / "plan.json").read_text())
@@ -102,7 +102,7 @@ def test_row_is_a_pure_function_of_plan_and_number(plan: Plan, plan_folder: Path
     backwards = {int(i): other.row(int(i)) for i in numbers}
     for i in range(plan.num_samples):
         assert same(plan.row(i), backwards[i])
-    # A row is the caller's: changing it changes no other.
+    # A row belongs to the caller: changing it does not change another read of it.
     plan.row(3).tokens[:] = 0
     assert same(plan.row(3), backwards[3])
 
@@ -126,7 +126,7 @@ def test_every_heldout_document_once(plan: Plan, tokens: Path) -> None:
         rows = [plan.heldout_row(source, i) for i in range(plan.heldout_rows(source))]
         found = np.concatenate([row.tokens[row.segments >= 0] for row in rows])
         np.testing.assert_array_equal(np.sort(found), np.sort(expected))
-        # Each token but a document's first is a label once: bits per byte count every byte once.
+        # Each token but a document's first is a label exactly once, so that bits per byte count every byte once.
         labels = np.concatenate([row.labels[row.loss_mask] for row in rows])
         np.testing.assert_array_equal(np.sort(labels), np.sort(expected[expected != plan.special_ids["<s>"]]))
         assert {row.source for row in rows} == {plan.sources.index(source)}
@@ -192,7 +192,7 @@ def test_opening_refuses_what_does_not_belong(moved: Path) -> None:
     refused(store.with_name("00000.bin"), None, "no .bin")
     refused(store.with_name("00000.bin"), b"x", "it was cut")
     other = moved / "tokens/train/code/00001"
-    for suffix in (".bin", ".idx", ".parquet", ".json"):  # a sound store, but another one
+    for suffix in (".bin", ".idx", ".parquet", ".json"):  # replaced by a sound store with other tokens
         shutil.copy(other.with_name(f"00001{suffix}"), store.with_name(f"00000{suffix}"))
     with pytest.raises(ValueError, match="not the one that the plan was made of"):
         Plan.open(plan)

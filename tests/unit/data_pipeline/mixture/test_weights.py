@@ -1,4 +1,4 @@
-"""Shares and the order of sources, on numbers alone; UniMax against a level found by bisection."""
+"""Tests shares and the order of sources; compares UniMax with a level found by bisection."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def test_every_prefix_is_near_the_weights(counts: list[int]) -> None:
     assert np.bincount(order, minlength=len(counts)).tolist() == counts
     prefix = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
     due = np.arange(1, len(order) + 1)[:, None] * np.array(counts) / len(order)
-    # Each source is off by half a sample at most by its own clock, and so the position by half the sources.
+    # Each source is at most half a sample early or late, so a position is off by at most half the number of sources.
     assert np.abs(prefix - due).max() <= 0.5 + len(counts) / 2
 
 
@@ -41,7 +41,7 @@ def test_shares() -> None:
 
 
 def level(most: list[float], budget: float) -> list[float]:
-    """What UniMax is: min(level, cap) for the one level at which the budget is spent."""
+    """Returns what each source gives by UniMax's definition: min(level, cap), at the level that spends the budget."""
     low, high = 0.0, budget
     for _ in range(200):
         middle = (low + high) / 2

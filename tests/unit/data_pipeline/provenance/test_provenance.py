@@ -1,4 +1,4 @@
-"""From documents to rows and steps and back, and plans without some documents: against brute force over the plan."""
+"""Compares tracing of documents to rows and steps, and back, with brute force; tests plans without some documents."""
 
 import json
 import re
@@ -24,7 +24,7 @@ MIXTURE = {"english": 0.5, "chinese": 0.2, "code": 0.3}
 
 @pytest.fixture(scope="module")
 def run_dir(tokens: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data run's tokens, tokenizer and plan."""
+    """Folder of a data run with tokens, tokenizer and plan."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(tokens, folder / "tokens")
     shutil.copytree(tokenizer_folder, folder / "tokenizer")

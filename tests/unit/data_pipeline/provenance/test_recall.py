@@ -1,4 +1,4 @@
-"""Brute force misses no pair and invents none: held against comparing all with all, on real text with real copies."""
+"""Compares `similar_pairs` with a comparison of all pairs, on real text with copies of it."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tests.unit.data_pipeline.conftest import demo_records
 
 @pytest.fixture(scope="module")
 def grams() -> list[np.ndarray]:
-    """Of pieces of prose and code, and of copies that lack every 31st word, every 13th, every 7th."""
+    """Returns the n-grams of prose, of code, and of copies of both without every 31st, 13th or 7th word."""
     texts = [record["text"][:4000] for source in ("english", "code") for record in demo_records(source)[:60]]
     for every in (31, 13, 7):
         texts += [" ".join(word for n, word in enumerate(text.split()) if n % every) for text in texts[:120:4]]

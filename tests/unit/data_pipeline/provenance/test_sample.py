@@ -1,4 +1,4 @@
-"""What `trivium data sample` shows is what the stages' tables say, of all kinds of stages, and masked."""
+"""Tests that `trivium data sample` shows what the tables of all kinds of stages hold, and masks it."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.unit.data_pipeline.conftest import demo_records
 
 
 def config_in(folder: Path) -> Path:
-    """The config of the run, whose files are in `folder`."""
+    """Returns the config of a run whose files are in `folder`."""
     return data_config(
         folder / "data.toml",
         {"prose": {"files": [f"{folder}/prose.jsonl"], "format": "jsonl", "rules": {"en": "english"}}},
@@ -102,7 +102,7 @@ def test_what_a_stage_cut_stands_in_its_context(config: Path, capsys: Any) -> No
 
 def test_other_stages(config: Path, capsys: Any) -> None:
     out = said(config, capsys, "--stage", "dedup")
-    assert "stays in its place" in out and len(drawn(out)) == 1
+    assert "is kept in its place" in out and len(drawn(out)) == 1
     out = said(config, capsys, "--stage", "decontaminate")
     assert "n-grams of Q7 in" in out and "«" in out
     out = said(config, capsys, "--stage", "documents")

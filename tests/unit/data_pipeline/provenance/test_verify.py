@@ -1,4 +1,4 @@
-"""`trivium data verify`: damage anywhere in what a run published is found and named, and the remedy it tells works."""
+"""Tests that `trivium data verify` finds and names damage anywhere in a run, and that the remedy it names works."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.data_runs import published, write_inputs
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a run that has finished."""
+    """Path of the config of a finished run."""
     path = write_inputs(tmp_path_factory.mktemp("verify"))
     assert run.main([str(path), "run.workers=1"]) == 0
     return path
@@ -28,7 +28,7 @@ def run_dir(config: Path) -> Path:
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle; size and time stay as they are as far as sizes tell."""
+    """Flips one bit in the middle of a file; its size stays the same."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -39,7 +39,7 @@ def cut(path: Path) -> None:
 
 
 def swap(path: Path) -> None:
-    """With another file of its folder and kind."""
+    """Swaps a file with another one of its folder and kind."""
     other = next(one for one in sorted(path.parent.glob(f"*{path.suffix}")) if one != path)
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
@@ -47,7 +47,7 @@ def swap(path: Path) -> None:
 
 
 def count(path: Path) -> None:
-    """A digit of a count, with which it is still a manifest of the same size."""
+    """Changes a digit of a count in a manifest, whose size and form stay the same."""
     text = path.read_text()
     found = re.search(r'"documents": (\d)', text)
     assert found

@@ -1,4 +1,4 @@
-"""What other thresholds would keep: the numbers against the filter's own, and what is refused."""
+"""Compares the numbers of `trivium data what-if` with the filter's own; tests which changes are refused."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[4]
 
 
 def config_in(folder: Path) -> Path:
-    """The config of the run, whose files are in `folder`."""
+    """Returns the config of a run whose files are in `folder`."""
     return data_config(
         folder / "data.toml",
         {
@@ -37,7 +37,7 @@ def config_in(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config whose run has scores, of real documents, and the token stage's count of the prose."""
+    """Path of a config whose run has scores of real documents, and the tokens stage's counts for the prose."""
     folder = tmp_path_factory.mktemp("what_if")
     path = config_in(folder)
     rules = load(DataConfig, path).rules

@@ -1,4 +1,4 @@
-"""One small run with every kind of drop and cut, and its report, for all tests of the report."""
+"""Fixtures: one small run with every kind of drop and cut, and its report."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ MAIL = "jane.roe@acme-corp.com"
 
 
 def config_in(folder: Path) -> Path:
-    """The config of the run, whose files are in `folder`."""
+    """Returns the config of a run whose files are in `folder`."""
     return data_config(
         folder / "data.toml",
         {
@@ -56,7 +56,7 @@ def records(source: str, step: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="package")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run: texts of which four are copies, one is short, one French, one line broken."""
+    """Path of a finished run's config; four of its texts are copies, one is short, one French, one line is broken."""
     folder = tmp_path_factory.mktemp("report")
     prose = [dict(record, text=record["text"][:3000]) for record in records("english", 9)]
     copied = SCRIPT + prose[0]["text"]

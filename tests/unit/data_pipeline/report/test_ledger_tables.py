@@ -1,4 +1,4 @@
-"""What `trivium data report` and `trivium data recall` print of a run."""
+"""Tests what `trivium data report` and `trivium data recall` print about a run."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_no_word_of_the_ledger_is_cut_in_80_columns(
 def test_alarms_stand_in_ledger_output_and_page_and_fail_if_asked(
     config: Path, run_dir: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    own = Path(shutil.copytree(run_dir, tmp_path / "run"))  # other tests look at the run as it is
+    own = Path(shutil.copytree(run_dir, tmp_path / "run"))  # other tests need the run unchanged
     args = [str(config), f"run.dir={own}"]
     missed = ["alarms.expected={ short = 'word_count_min', french = 'word_count_min' }"]
     expected = "document 'french' should be dropped for word_count_min, and was dropped for language_unexpected"
@@ -46,7 +46,7 @@ def test_alarms_stand_in_ledger_output_and_page_and_fail_if_asked(
     page = (own / "report.html").read_text(encoding="utf-8")
     assert "<strong>1 alarm</strong>" in page and "document &#x27;french&#x27; should" in page
     assert run.main([*args, *missed, "alarms.fail=true"]) == 1
-    assert run.main([*args, "alarms.fail=true"]) == 0  # nothing is left that alarms
+    assert run.main([*args, "alarms.fail=true"]) == 0  # no alarm is left
     assert json.loads((own / "ledger.json").read_text())["alarms"] == []
 
 
@@ -54,8 +54,8 @@ def test_recall_is_printed_by_source(config: Path, capsys: Any) -> None:
     assert recall.main([str(config), "--similar", "0.8"]) == 0
     said = capsys.readouterr().out
     (prose,) = [line.split("│")[1:-1] for line in said.splitlines() if "│ prose" in line]
-    assert int(prose[1]) >= 10 and float(prose[3]) == 1.0  # five documents are nearly the same: ten pairs
+    assert int(prose[1]) >= 10 and float(prose[3]) == 1.0  # five documents are near-duplicates of each other: ten pairs
     assert recall.main([str(config), "--similar", "1.0"]) == 0
-    assert "dropped and not so similar to what stays" in capsys.readouterr().out  # near-duplicates are not equal
+    assert "dropped, but not similar enough" in capsys.readouterr().out  # near-duplicates are not equal
     with pytest.raises(ConfigError, match="--similar 'much'"):
         recall.main([str(config), "--similar", "much"])

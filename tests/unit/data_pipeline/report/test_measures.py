@@ -1,4 +1,4 @@
-"""What the page draws and the samples that it shows, held against the tables of the run."""
+"""Compares what the page draws, and its samples, with the tables of the run."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_languages_and_sizes_count_every_document(run_dir: Path, ledger: dict[st
 
 def test_the_largest_cluster_is_shown_with_its_text(run_dir: Path, page: str, ledger: dict[str, Any]) -> None:
     largest, by_size = measures.clusters(run_dir, count=1, shown=2)
-    # The copies, and the text that they add a line to.
+    # The copies, and the text that they extend by a line.
     assert largest[0].size == max(by_size) >= 4
     members = largest[0].members.rows()
     assert len(members) == 2 and all("alert(" in row["head"] or row["id"] for row in members)
@@ -73,7 +73,7 @@ def test_a_sample_depends_on_nothing_but_the_ids() -> None:
         backward.offer(row)
     assert forward.rows() == backward.rows()
     assert len(forward.rows()) == 5 and forward.rows() != rows[:5]
-    assert len({int(row["id"]) // 250 for row in forward.rows()}) > 1  # from all over
+    assert len({int(row["id"]) // 250 for row in forward.rows()}) > 1  # from all parts of the rows
 
 
 def test_samples_are_dropped_for_their_reason(run_dir: Path) -> None:
@@ -100,7 +100,7 @@ def test_samples_say_which_score_broke_which_threshold(run_dir: Path, page: str)
             limit = getattr(rules[name].bounds()[score], side)
             value = float(said.split(" is ")[1].split(",")[0])
             assert value < limit if side == "min" else value > limit
-            assert said.endswith(f"wants {'at least' if side == 'min' else 'at most'} {limit:g}")
+            assert said.endswith(f"requires {'at least' if side == 'min' else 'at most'} {limit:g}")
             told += said in page
     assert told > 0
 

@@ -1,4 +1,4 @@
-"""The page of a real small run: whole, well-formed, fetching nothing, with the ledger's own numbers."""
+"""Tests that the page of a real run is complete and well-formed, fetches nothing, and has the ledger's numbers."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ _DROPPING = ("extract", "language", "filter", "dedup", "decontaminate", "documen
 
 
 class Tags(HTMLParser):
-    """Checks that tags nest, collects attributes that could fetch something, and cells of tables by row."""
+    """Parser that checks the nesting of tags and collects attributes that could fetch something and cells by row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_the_page_is_whole_and_fetches_nothing(page: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(drawings) > 10
     for drawing in drawings:
-        root = ET.fromstring(drawing)  # an error names the place where it is not well-formed
+        root = ET.fromstring(drawing)  # raises an error that names the place if it is not well-formed
         for element in root.iter():
             for name, value in element.attrib.items():
                 assert "nan" not in value and "inf" not in value, (name, value)
@@ -71,7 +71,7 @@ def test_the_page_is_whole_and_fetches_nothing(page: str) -> None:
 
 def test_text_of_documents_is_masked_and_escaped(page: str) -> None:
     assert MAIL not in page and "&lt;EMAIL&gt;" in page
-    assert "alert(" in page and "<script" not in page  # shown, as text
+    assert "alert(" in page and "<script" not in page  # shown as text, not run
     assert "copy-" in page and "<b>;" not in page and re.search(r"copy-\d&lt;b&gt;", page)
 
 

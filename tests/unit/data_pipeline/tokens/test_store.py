@@ -1,4 +1,4 @@
-"""Token stores: megatron-core reads them, they hold the documents, and damage is noticed."""
+"""Tests that token stores hold the documents, that megatron-core reads them, and that damage is noticed."""
 
 import json
 import shutil
@@ -104,7 +104,7 @@ def test_damage_is_noticed(copied: Path) -> None:
     opened.file(".idx").write_bytes(index[:-8])
     with pytest.raises(ValueError, match="it was cut"):
         store.Store(copied)
-    swapped = bytearray(index)  # the lengths of two documents, one token from one to the other: sizes stay as they are
+    swapped = bytearray(index)  # one token moves from one document's length to another's, so that sizes stay the same
     first, second = (int.from_bytes(index[at : at + 4], "little") for at in (34, 38))
     swapped[34:42] = (first + 1).to_bytes(4, "little") + (second - 1).to_bytes(4, "little")
     opened.file(".idx").write_bytes(swapped)

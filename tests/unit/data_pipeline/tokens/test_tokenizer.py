@@ -1,4 +1,4 @@
-"""The tokenizer loses nothing, makes no control symbol from text, and is the same for the same texts."""
+"""Tests that the tokenizer is lossless, makes no control symbol from text, and depends on the texts alone."""
 
 import random
 import shutil
@@ -125,7 +125,7 @@ def test_wrong_ids_and_broken_text_are_named(small_tokenizer: Tokenizer) -> None
 
 
 def test_parts_give_the_ids_of_the_whole(small_tokenizer: Tokenizer) -> None:
-    """Cut where no piece can reach, encoded part by part, again and again: sentencepiece's own ids of the whole."""
+    """Texts encoded part by part through the cache get the ids that sentencepiece gives the whole texts."""
     draw = random.Random(0)
     alphabet = "ab  \n\t.,éß中文the ing\u3000\0\u2581\U0001f600"
     texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(3000)]
