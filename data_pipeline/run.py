@@ -187,12 +187,12 @@ def nothing_left_of_refused(run_dir: Path) -> Iterator[None]:
 
 def _check_needs(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path) -> None:
     """Raises ConfigError if a chosen stage needs another that is neither done nor chosen."""
-    there: set[str] = set()
+    available: set[str] = set()
     lacking: dict[str, list[str]] = {}  # missing stage -> the missing stages that it needs, then itself
     for stage in stages:
         if published(stage, run_dir) is None:
             against = [stage.counted_against] if stage.counted_against else []
-            needs = [need.name for need in [*stage.needs, *against] if need.name not in there]
+            needs = [need.name for need in [*stage.needs, *against] if need.name not in available]
             missing = dict.fromkeys(name for need in needs for name in lacking[need])
             if stage.name not in chosen:
                 lacking[stage.name] = [*missing, stage.name]
@@ -203,7 +203,7 @@ def _check_needs(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path) 
                     f"--stage {stage.name}: it needs {names}, not done yet with this config and code; run that first, "
                     f"by --stage {names}, or all of it by --until {stage.name}"
                 )
-        there.add(stage.name)
+        available.add(stage.name)
 
 
 def write_ledger(
@@ -278,6 +278,7 @@ def _where(stage: PublishedStage) -> str:
 
 
 def _say(done: PublishedStage, number: int, count: int, console: Console) -> None:
+    """Prints the counts of a finished stage, and where its earlier result is kept, if anywhere."""
     total = done.tally.total()
     dropped = sum(amount.documents for amount in total.dropped.values())
     how = f"{done.seconds:.1f} s" if done.fresh else "done before, kept"

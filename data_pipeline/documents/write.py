@@ -102,13 +102,14 @@ class Survey(PipelineStep):
         lines = []
         for shard in self.shards[rank::world_size]:
             if coming := fates(self.before, shard):
-                lines.append(json.dumps(dataclasses.asdict(self._seen(shard, coming))) + "\n")
+                lines.append(json.dumps(dataclasses.asdict(self._survey_of(shard, coming))) + "\n")
         path = Path(self.out) / f"{rank:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(lines), encoding="utf-8")
         yield from ()
 
-    def _seen(self, shard: str, coming: Sequence[DocumentFate]) -> "ShardSurvey":
+    def _survey_of(self, shard: str, coming: Sequence[DocumentFate]) -> "ShardSurvey":
+        """Returns the survey of one shard from the fates of its documents."""
         source = shard.split("/")[0]
         if is_canary(shard):
             fates_of = [{"id": fate.id, "reason": fate.reason, "cuts": fate.merged.removed} for fate in coming]
@@ -189,6 +190,7 @@ class WriteSplits(PipelineStep):
         tally.save(Path(self.tallies) / f"out-{rank:05d}.json")
 
     def _pass_on(self, document: Document, fate: DocumentFate, tally: Tally) -> DocumentsPipeline:
+        """Counts a document and yields it unless it is dropped, with cuts applied and with its split."""
         metadata = document.metadata
         source = metadata["source"]
         tally.came_in(source, fate.size)
@@ -222,7 +224,7 @@ class WriteSplits(PipelineStep):
     def _columns_of(self, shard: str) -> dict[int, dict[str, Any]]:
         """Returns {row: cluster size, language and scores} for the documents that deduplication kept."""
         scores = {line["row"]: line for line in read_table(self.before.scores, shard, ("row", *SCORES)).to_pylist()}
-        spoken = {
+        languages = {
             line["row"]: line
             for line in read_table(self.before.languages, shard, ("row", "language", "language_score")).to_pylist()
         }
@@ -230,8 +232,8 @@ class WriteSplits(PipelineStep):
         return {
             line["row"]: {
                 "cluster_size": line["cluster_size"],
-                "language": spoken[line["row"]]["language"],
-                "language_score": round(spoken[line["row"]]["language_score"], 6),
+                "language": languages[line["row"]]["language"],
+                "language_score": round(languages[line["row"]]["language_score"], 6),
                 "scores": {name: round(scores[line["row"]][name], 6) for name in SCORES},
             }
             for line in deduped.to_pylist()

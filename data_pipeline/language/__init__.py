@@ -1,1 +1,1 @@
-"""Which language a document is in, and whether its source expects it."""
+"""Language identification, and the check that a document's source expects its language."""

@@ -61,14 +61,14 @@ def described(cursors: Mapping[str, Cursor]) -> tuple[dict[str, Any], dict[str, 
         if cursor.left is not None
         for name in PIECE_ARRAYS
     }
-    told = {
+    entries = {
         source: {"epoch": cursor.epoch, "partly_used": cursor.left is not None, "stores": list(cursor.stores)}
         for source, cursor in cursors.items()
     }
-    return told, arrays
+    return entries, arrays
 
 
-def read(told: Mapping[str, Any], array: Callable[[str], np.ndarray]) -> dict[str, Cursor]:
+def read(entries: Mapping[str, Any], array: Callable[[str], np.ndarray]) -> dict[str, Cursor]:
     """Returns the cursors from the description that `described` made; `array` opens an index array by file name."""
     return {
         source: Cursor(
@@ -76,5 +76,5 @@ def read(told: Mapping[str, Any], array: Callable[[str], np.ndarray]) -> dict[st
             Pieces(*(array(f"left.{source}.{name}.npy") for name in PIECE_ARRAYS)) if entry["partly_used"] else None,
             tuple(entry["stores"]),
         )
-        for source, entry in told.items()
+        for source, entry in entries.items()
     }

@@ -117,19 +117,19 @@ def show(plan: Mapping[str, Any], console: Console, stage: str = "") -> None:
     for head in ("source", "share", *begun, "epochs", "cap", "epochs end at", "more possible", "lasts"):
         table.add_column(head, justify="left" if head in ("source", "epochs end at") else "right")
     for source in plan["sources"]:
-        told = source["forecast"]
-        ends = [f"{end['epoch']}: {end['fraction']:.1%}" for end in told["epoch_ends"]]
+        forecast = source["forecast"]
+        ends = [f"{end['epoch']}: {end['fraction']:.1%}" for end in forecast["epoch_ends"]]
         if len(ends) > _ENDS_SHOWN:
             ends = [*ends[: _ENDS_SHOWN - 1], "...", ends[-1]]
-        lasts = "-" if told["lasts_samples"] is None else f"{told['lasts_samples']:,} rows"
+        lasts = "-" if forecast["lasts_samples"] is None else f"{forecast['lasts_samples']:,} rows"
         table.add_row(
             source["name"],
             f"{source['share']:.1%}",
-            *([f"{told['begun']:.2f}"] if begun else []),
+            *([f"{forecast['begun']:.2f}"] if begun else []),
             f"{source['epochs']:.2f}",
-            f"{told['max_epochs']:g}",
+            f"{forecast['max_epochs']:g}",
             ", ".join(ends) or "not within the run",
-            f"+{told['more_possible']:.1%}",
+            f"+{forecast['more_possible']:.1%}",
             lasts,
         )
     console.print(table)
@@ -141,8 +141,8 @@ def show(plan: Mapping[str, Any], console: Console, stage: str = "") -> None:
     for source in plan["sources"]:
         cells = []
         for packing in PACKINGS:
-            told = source["packings"][packing]
-            cells.append(f"{told['rows']:,}")
-            cells += [f"{told[key]:.1%}" for key in ("padding_share", "cut_share", "needless_cut_share")]
+            stats = source["packings"][packing]
+            cells.append(f"{stats['rows']:,}")
+            cells += [f"{stats[key]:.1%}" for key in ("padding_share", "cut_share", "needless_cut_share")]
         table.add_row(source["name"], *cells)
     console.print(table)

@@ -147,12 +147,12 @@ def _describe(
     """Returns the facts about a source for plan.json that are known only once its rows are made."""
     documents = source.documents
     stats = source.packed.stats(documents.lengths, documents.seq_length, documents.extra)
-    told: dict[str, Any] = {"trained_tokens": int(used.length.sum(dtype=np.int64))}
+    facts: dict[str, Any] = {"trained_tokens": int(used.length.sum(dtype=np.int64))}
     if source.forms is not None:
         forms = source.forms[used.document]
-        told["fim_pieces"] = {name: int((forms == form).sum()) for form, name in fill.NAMES.items()}
+        facts["fim_pieces"] = {name: int((forms == form).sum()) for form, name in fill.NAMES.items()}
     return {
-        **told,
+        **facts,
         **{key: round(value, 6) for key, value in stats.items()},
         "stores": [_store_entry(store, tokens) for store in source.shards.stores],
         "heldout": {

@@ -69,6 +69,7 @@ def show_forecast(config: DataConfig, console: Console) -> None:
 
 
 def _plan(context: RunContext, folder: Path, logs: Path) -> Tally:
+    """Runs the stage: writes the plans, prints their forecast, and counts rows and the documents left out."""
     context.pipeline(
         "plan", logs, [BuildPlans(str(context.run_dir), str(folder), context.config.plans())], 1, 0, alone=True
     )

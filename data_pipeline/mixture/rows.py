@@ -129,16 +129,16 @@ class Plan:
     @property
     def facts(self) -> dict[str, Any]:
         """Description of the plan's data by settings and checksums, small enough to be stored in checkpoints."""
-        told = self.description
+        plan = self.description
         documents = {
             source["name"]: hashlib.sha256(repr([_checksums(store) for store in source["stores"]]).encode()).hexdigest()
-            for source in told["sources"]
+            for source in plan["sources"]
         }
         return {
-            "mixture": {name: told[name] for name in SETTINGS},
-            "tokenizer": told["tokenizer"]["sha256"],
+            "mixture": {name: plan[name] for name in SETTINGS},
+            "tokenizer": plan["tokenizer"]["sha256"],
             "documents": documents,
-            "without": told["without"],
+            "without": plan["without"],
             "after": self.after,
         }
 

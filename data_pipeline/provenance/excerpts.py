@@ -40,12 +40,12 @@ class Excerpt(NamedTuple):
     """A cut with the text around it, all of it masked."""
 
     before: str
-    gone: str  # the text that was cut; empty for personal data that was replaced
-    stands: str  # the text that replaces it; empty if none does
+    removed: str  # the text that was cut; empty for personal data that was replaced
+    replacement: str  # the text that replaces it; empty if none does
     after: str
 
     def __str__(self) -> str:
-        return f"{self.before}[[{' -> '.join(filter(None, (self.gone, self.stands)))}]]{self.after}"
+        return f"{self.before}[[{' -> '.join(filter(None, (self.removed, self.replacement)))}]]{self.after}"
 
 
 def excerpt(text: str, cut: Mapping[str, Any], context: int = 80, longest: int = 300) -> Excerpt:
@@ -56,13 +56,13 @@ def excerpt(text: str, cut: Mapping[str, Any], context: int = 80, longest: int =
     raw = text.encode()
     start = len(raw[: cut["start"]].decode())
     end = start + len(raw[cut["start"] : cut["end"]].decode())
-    stands = cut["replacement"]
+    replacement = cut["replacement"]
     if cut["reason"].startswith(_PERSONAL):
         # Masked by the kind in the reason, not by `find`, which may take it for another kind.
-        gone = "" if stands else PLACEHOLDERS[cut["reason"].removeprefix(_PERSONAL)]
+        removed = "" if replacement else PLACEHOLDERS[cut["reason"].removeprefix(_PERSONAL)]
     elif end - start > longest:
-        gone = f"{piece(text, start, start + longest // 2)} […] {piece(text, end - longest // 2, end)}"
+        removed = f"{piece(text, start, start + longest // 2)} […] {piece(text, end - longest // 2, end)}"
     else:
-        gone = piece(text, start, end)
+        removed = piece(text, start, end)
     before, after = piece(text, start - context, start), piece(text, end, end + context)
-    return Excerpt(before, gone, stands, after)
+    return Excerpt(before, removed, replacement, after)

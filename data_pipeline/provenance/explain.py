@@ -41,11 +41,11 @@ def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
     run_dir = Path(config.run.dir)
     stages = stages_of(run_dir)
     document = published_id(document)
-    said: list[str] = []
+    lines: list[str] = []
     for record in set_aside(run_dir, {document}):
-        said += [document, f"  extract    set aside: {record['reason']}, at {record['file']}:{record['position']}"]
+        lines += [document, f"  extract    set aside: {record['reason']}, at {record['file']}:{record['position']}"]
     found = locations(run_dir, {document})
-    if not found and not said:
+    if not found and not lines:
         if alike := given(run_dir, document):
             more = f", and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
             raise ConfigError(
@@ -57,17 +57,17 @@ def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
         )
     stores = stored(run_dir, {document}) if (run_dir / "tokens").is_dir() else []
     for location in found:
-        said += [document, f"  extract    source {location.source}, shard {location.shard}, row {location.row}"]
+        lines += [document, f"  extract    source {location.source}, shard {location.shard}, row {location.row}"]
         for stage in stages:
             row = rows_of(run_dir, stage, location)
             if row is None:
                 break
-            said += _told(stage, row, config.rules)
-        said += _trained(run_dir, [one for one in stores if one.source == location.source], run)
-    return said
+            lines += _stage_lines(stage, row, config.rules)
+        lines += _training_lines(run_dir, [one for one in stores if one.source == location.source], run)
+    return lines
 
 
-def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[str]:
+def _stage_lines(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[str]:
     """Returns the lines that describe a document's row in a stage's table."""
     verdict = f"dropped: {row['verdict']}" if row["verdict"] else "kept"
     if stage == "language":
@@ -75,7 +75,7 @@ def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[st
         said = f"{row['language']}, {row['language_score']:.3f}{parts}; rules {row['rules'] or '-'}"
         return [f"  language   {said}; {verdict}"]
     if stage == "score":
-        return ["  score", *_scores(row, rules.get(row["rules"]))]
+        return ["  score", *_score_lines(row, rules.get(row["rules"]))]
     if stage == "dedup":
         size = row["cluster_size"]
         cluster = f"cluster {row['cluster']} of {size} documents" if size > 1 else "alone in its cluster"
@@ -86,7 +86,7 @@ def _told(stage: str, row: dict[str, Any], rules: dict[str, RuleSet]) -> list[st
     return [f"  {stage:<10} {verdict}{cuts}"]
 
 
-def _scores(row: dict[str, Any], rules: RuleSet | None) -> list[str]:
+def _score_lines(row: dict[str, Any], rules: RuleSet | None) -> list[str]:
     """Returns a line for each score, with its bound in the rule set, if any, and a mark if it is broken."""
     lines = []
     bounds = rules.bounds() if rules else {}
@@ -104,34 +104,34 @@ def _scores(row: dict[str, Any], rules: RuleSet | None) -> list[str]:
     return lines
 
 
-def _trained(run_dir: Path, documents: Sequence[StoredDocument], run: Path | None) -> list[str]:
+def _training_lines(run_dir: Path, documents: Sequence[StoredDocument], run: Path | None) -> list[str]:
     """Returns the lines on a document's place in token stores, in plans, and in the steps of a training run."""
     if not documents:
         return []
-    said = [
+    lines = [
         f"  tokens     {one.split}/{one.source}/{one.store}, document {one.document}: {one.tokens:,} tokens, from "
         f"{one.origin[0]}:{one.origin[1]}"
         for one in documents
     ]
     if read_manifest(run_dir / "plan") is None:
-        return said
+        return lines
     trained_on = data_spans(run) if run else []
     for name, plan in plans(run_dir, trained_on).items():
         for one, segments in uses(plan, documents).items():
             if one.split != TRAIN:
-                said.append(f"  {name:<10} held out: in no training row")
+                lines.append(f"  {name:<10} held out: in no training row")
                 continue
             samples = sorted({sample for sample, _, _ in segments})
             shown = ", ".join(
                 f"{sample} (tokens {start} to {start + length})" for sample, start, length in segments[:_SHOWN]
             )
             more = f" and {len(segments) - _SHOWN} more" if len(segments) > _SHOWN else ""
-            said.append(f"  {name:<10} {len(segments)} pieces in {len(samples)} rows: {shown}{more}")
+            lines.append(f"  {name:<10} {len(segments)} pieces in {len(samples)} rows: {shown}{more}")
             if run is not None:
                 seen = steps(trained_on, plan, samples)
                 shown = ", ".join(str(step) for step in seen[:_SHOWN]) + (" ..." if len(seen) > _SHOWN else "")
-                said.append(f"  steps      {len(seen)} of {run}: {shown}")
-    return said
+                lines.append(f"  steps      {len(seen)} of {run}: {shown}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,14 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.id:
         raise ConfigError("trivium data explain needs --id, the document to explain")
     try:
-        said = explain(config, args.id, Path(args.run) if args.run else None)
+        lines = explain(config, args.id, Path(args.run) if args.run else None)
     except ConfigError:
         raise
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     console: Console = wide_console()
-    for line in said:
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 

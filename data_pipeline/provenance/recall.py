@@ -134,10 +134,12 @@ class SourceRecall:
 
     @property
     def recall(self) -> float:
+        """Share of the true pairs of which a document was dropped; NaN without pairs."""
         return 1 - self.missed / self.pairs if self.pairs else float("nan")
 
     @property
     def precision(self) -> float:
+        """Share of the dropped documents that form a true pair with the document kept instead; NaN without drops."""
         return 1 - self.wrong / self.dropped if self.dropped else float("nan")
 
 

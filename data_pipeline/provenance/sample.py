@@ -172,11 +172,11 @@ def _nothing(run_dir: Path, stage: str, reason: str, source: str) -> ConfigError
     assert manifest is not None
     counts = {name: amount["documents"] for name, amount in manifest["total"]["dropped"].items()}
     cuts = {name.removesuffix(" cuts"): n for name, n in manifest["total"]["notes"].items() if name.endswith(" cuts")}
-    there = ", ".join(f"{name} ({count:,})" for name, count in sorted({**counts, **cuts}.items()))
-    if not there:
+    reasons_found = ", ".join(f"{name} ({count:,})" for name, count in sorted({**counts, **cuts}.items()))
+    if not reasons_found:
         return ConfigError(f"stage {stage} dropped and cut nothing; see what it kept by --kept")
     asked = (f" for {reason}" if reason else "") + (f" of source {source!r}" if source else "")
-    return ConfigError(f"stage {stage} has no such document{asked}; it drops or cuts for: {there}")
+    return ConfigError(f"stage {stage} has no such document{asked}; it drops or cuts for: {reasons_found}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

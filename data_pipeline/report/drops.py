@@ -85,8 +85,10 @@ def sample(row: Mapping[str, Any]) -> str:
 
 def _cut(one: Excerpt) -> str:
     """Returns a cut as HTML: cut text struck through, its replacement underlined."""
-    gone = "".join(f"<{tag}>{text_of(part)}</{tag}>" for tag, part in (("del", one.gone), ("ins", one.stands)) if part)
-    return f"{text_of(one.before)}{gone}{text_of(one.after)}"
+    marked = "".join(
+        f"<{tag}>{text_of(part)}</{tag}>" for tag, part in (("del", one.removed), ("ins", one.replacement)) if part
+    )
+    return f"{text_of(one.before)}{marked}{text_of(one.after)}"
 
 
 def text_of(value: Any) -> str:

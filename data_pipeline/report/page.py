@@ -98,6 +98,7 @@ def summary(chain: Sequence[dict[str, Any]]) -> str:
 
 
 def _alarms(alarms: Sequence[str]) -> str:
+    """Returns a box with the alarms, "" if there are none."""
     if not alarms:
         return ""
     items = "".join(f"<li>{text_of(alarm)}</li>" for alarm in alarms)
@@ -106,6 +107,7 @@ def _alarms(alarms: Sequence[str]) -> str:
 
 
 def _canaries(canaries: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the section on canaries, "" if there are none."""
     if not canaries:
         return ""
     rows = [
@@ -127,6 +129,7 @@ def _canaries(canaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _flows(chain: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the flow charts of documents and of bytes, each for wide and for narrow screens."""
     drawn = []
     for unit in ("documents", "bytes"):
         stages = []
@@ -146,6 +149,7 @@ def _flows(chain: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _stages(stages: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of stages."""
     rows = []
     for stage in stages:
         total = stage["total"]
@@ -159,6 +163,7 @@ def _stages(stages: Sequence[dict[str, Any]]) -> str:
 
 
 def _documents(found: measures.DocumentCounts) -> list[str]:
+    """Returns the sections on languages and on sizes of documents."""
     most = max((counts[0] for counts in found.languages.values()), default=1)
     ranked = sorted(found.languages.items(), key=lambda item: (-item[1][0], item[0]))
     rows = [[name, *counts, Html(bar(counts[0] / most))] for name, counts in ranked[:_LANGUAGES]]
@@ -178,6 +183,7 @@ def _documents(found: measures.DocumentCounts) -> list[str]:
 
 
 def _duplicates(largest: Sequence[measures.ShownCluster], by_size: Mapping[int, int]) -> list[str]:
+    """Returns the section on clusters of duplicates; empty if there are none."""
     if not largest:
         return []
     copies = sum((size - 1) * count for size, count in by_size.items())
@@ -196,6 +202,7 @@ def _duplicates(largest: Sequence[measures.ShownCluster], by_size: Mapping[int, 
 
 
 def _scores(drawn: Sequence[measures.ScoreHistogram]) -> list[str]:
+    """Returns the histograms of each rule set, those of broken rules unfolded."""
     parts = [
         "<h2>Scores and thresholds</h2><p>For each rule set, documents by score; heights are logarithmic. Red is "
         "outside the bound, the dashed line. A document is dropped for the first rule that it breaks, so the "
@@ -242,14 +249,14 @@ def _mixture(stages: Mapping[str, dict[str, Any]], plans: Mapping[str, Plan]) ->
     heads = ["source", "documents", "bytes", "tokens", "bytes per token", "rows", "share of rows", "tokens trained", ""]
     parts = ["<h2>Tokens and mixture</h2>", table(heads, rows, numeric=range(1, 8))]
     for name, plan in plans.items():
-        told = plan.description
+        facts = plan.description
         parts.append(
-            f"<h3>{text_of(name or 'plan')}</h3><p>{told['samples']:,} rows of {told['seq_length']:,} tokens, packed "
-            f"by {told['packing']}, {told['padding_share']:.2%} of them padding"
+            f"<h3>{text_of(name or 'plan')}</h3><p>{facts['samples']:,} rows of {facts['seq_length']:,} tokens, packed "
+            f"by {facts['packing']}, {facts['padding_share']:.2%} of them padding"
             + (f"; after {plan.first_sample:,} rows of earlier stages" if plan.first_sample else "")
             + "</p>"
         )
-        rows = [_share(source, told["samples"]) for source in told["sources"]]
+        rows = [_share(source, facts["samples"]) for source in facts["sources"]]
         parts.append(table(_SHARES, rows, numeric=range(1, 7)))
     return parts
 
@@ -258,14 +265,16 @@ _SHARES = ["source", "rows", "share of rows", "epochs before", "epochs", "cap", 
 
 
 def _share(source: Mapping[str, Any], samples: int) -> list[Any]:
-    told = source["forecast"]
-    ends = ", ".join(f"{end['epoch']}: {end['fraction']:.1%}" for end in told["epoch_ends"])
+    """Returns a source's row in the table of a plan's shares."""
+    forecast = source["forecast"]
+    ends = ", ".join(f"{end['epoch']}: {end['fraction']:.1%}" for end in forecast["epoch_ends"])
     share = source["samples"] / samples
-    numbers = [short(told["begun"]), short(source["epochs"]), short(told["max_epochs"])]
+    numbers = [short(forecast["begun"]), short(source["epochs"]), short(forecast["max_epochs"])]
     return [source["name"], source["samples"], f"{share:.2%}", *numbers, ends or "not within it", Html(bar(share))]
 
 
 def _config(run_dir: Path) -> str:
+    """Returns the section with the run's config."""
     text = text_of((run_dir / "config.toml").read_text(encoding="utf-8"))
     return f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>"
 

@@ -33,9 +33,9 @@ def columns_of(folder: Path, names: list[str], where: Any = None) -> Iterator[pa
         if is_canary(shard):
             continue
         path = folder / f"{shard}.parquet"
-        there = set(columns_in(path))
+        present = set(columns_in(path))
         with readable(path):
-            table = pq.read_table(path, columns=[name for name in names if name in there], filters=where)
+            table = pq.read_table(path, columns=[name for name in names if name in present], filters=where)
         yield table
 
 

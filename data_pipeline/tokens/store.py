@@ -64,7 +64,9 @@ class Encoder(Protocol):
     sha256: str
     origin: str
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]: ...
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """Returns the int32 ids of each text."""
+        ...
 
 
 def store_dtype(vocab_size: int) -> np.dtype:
@@ -182,6 +184,7 @@ def _encode(batch: list[dict[str, Any]], tokenizer: Encoder, origin: str | Path)
 
 
 def _table_row(record: dict[str, Any], document: int, start: int, length: int) -> dict[str, Any]:
+    """Returns a document's row in the store's table."""
     metadata = dict(record.get("metadata") or {})
     own = {name: metadata.pop(name, None) for name in _OWN_COLUMNS}
     return {

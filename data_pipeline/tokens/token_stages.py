@@ -127,6 +127,7 @@ def _document_shards(context: RunContext) -> list[str]:
 
 
 def _tokenizer(context: RunContext, folder: Path, logs: Path) -> Tally:
+    """Runs the tokenizer stage; held-out documents are counted as dropped, since training does not read them."""
     tally = Tally()
     for source, counts in (read_manifest(context.run_dir / "documents") or {})["sources"].items():
         notes, kept = counts["notes"], counts["passed_on"]
@@ -145,6 +146,7 @@ def _tokenizer(context: RunContext, folder: Path, logs: Path) -> Tally:
 
 
 def _tokens(context: RunContext, folder: Path, logs: Path) -> Tally:
+    """Runs the tokens stage, one task per shard of documents."""
     shards = _document_shards(context)
     step = Tokenize(
         str(context.run_dir / "documents"),

@@ -270,6 +270,7 @@ class Tokenizer:
         return self._parts.ids(texts)
 
     def _encode_around_marks(self, text: str) -> list[int]:
+        """Encodes a text that contains U+2581, each of which becomes its three bytes."""
         first, *rest = self._processor.encode(text.split(SPACE), num_threads=self.threads)
         ids = list(first)
         for part in rest:

@@ -152,7 +152,7 @@ def test_a_damaged_stage_is_made_again_to_the_same_bytes(finished: Finished) -> 
 def test_changed_code_is_told_in_one_sentence(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a change of code, a run repeats the stages concerned, says so and why, and writes the same bytes."""
+    """A run after a change of code repeats the stages concerned, says so and why, and writes the same bytes."""
     before = published(finished.folder)
     shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     for module in ("dedup/greedy.py", "mixture/packing.py"):

@@ -116,9 +116,9 @@ def test_samples_of_cuts_show_what_went_and_never_personal_data(run_dir: Path, p
     }
     for row in drawn["duplicate_line"]:
         shown = row["excerpt"]
-        assert shown.gone and not shown.stands
-        if MAIL not in lines[row["id"]] and " […] " not in shown.gone:
-            assert f"{shown.before}{shown.gone}{shown.after}" in lines[row["id"]]
+        assert shown.removed and not shown.replacement
+        if MAIL not in lines[row["id"]] and " […] " not in shown.removed:
+            assert f"{shown.before}{shown.removed}{shown.after}" in lines[row["id"]]
     mails = samples.cut_samples(run_dir, ["pii"], 1000)["pii_email"]  # others are in code
     (mail,) = [one for one in mails if one["id"] == "letter"]
     assert str(mail["excerpt"]).startswith("Write to [[<EMAIL>]] about")
