@@ -9,9 +9,11 @@ also runs as `torchrun --nproc-per-node N -m MODULE CONFIG`, and under srun or m
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import os
+import random
 import shutil
 import socket
 import sys
@@ -27,6 +29,8 @@ from launch.environment import DEFAULT_PORT, ClusterEnvironment
 from launch.processes import ProcessGroup, cores
 
 TAIL_LINES = 30
+PORTS_HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")  # Linux: "first last"
+LOWEST_PORT, TRIES = 10_000, 50  # of free_port
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,10 +141,20 @@ def _print_failure(index: int, rank: int, status: int, logs: Path) -> None:
 
 
 def free_port() -> int:
-    """Returns a free TCP port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Returns a free TCP port, below those that the system hands out by itself if there is one.
+
+    Rank 0 opens it seconds later, and until then a connection of any process could take one that the system hands out.
+    """
+    end = DEFAULT_PORT
+    with contextlib.suppress(OSError):
+        end = int(PORTS_HANDED_OUT.read_text().split()[0])
+    # A seeded generator would give two programs with the same seed the same port.
+    tries = [random.SystemRandom().randrange(LOWEST_PORT, max(end, LOWEST_PORT + 1)) for _ in range(TRIES)]
+    for port in (*tries, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise ConfigError("no TCP port is free for ranks to meet at; end programs that hold them, or give --master-port")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,6 @@ The code inside a rank is in tests/parallel/rank.py.
 import itertools
 import json
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,15 +20,21 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+from launch.ranks import free_port
 from tests.parallel.forks import Fork, Forks
 
 AFTER_FIRST_ERROR = 15.0  # seconds that the other ranks get to fail or finish by themselves
 LOG_TAIL = 4000  # characters
+MEETINGS = 3  # ports that are tried for one call
 MOST_THREADS = 40  # of a rank; beyond that all ranks are replaced, since calls leave gloo threads behind that use CPU
 
 
 class RankError(AssertionError):
     """Error for a rank that raised, died or hung; the message has the rank and its traceback, stack or log."""
+
+
+class PortTakenError(RankError):
+    """Error for a port that another process took before the ranks could meet there."""
 
 
 @dataclass
@@ -66,6 +71,22 @@ class RankPool:
         """Runs a function in every rank of a world, see `Ranks.run`."""
         if any(_threads(process.fork.pid) > MOST_THREADS for process in self._processes):
             self.close()
+        for attempt in range(MEETINGS):
+            self._send(world_size, function, kwargs, process_group)
+            try:
+                return self._collect(world_size, function, timeout)
+            except PortTakenError:  # where the harness makes the group, the function has not begun
+                if not process_group or attempt == MEETINGS - 1:
+                    raise
+            except RankError:
+                raise
+            except BaseException:  # such as Ctrl-C in pytest, while the ranks still run the function
+                self.close()
+                raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _send(self, world_size: int, function: str, kwargs: dict[str, Any], process_group: bool) -> None:
+        """Starts the processes that are missing and calls the function in each of the world."""
         while len(self._processes) < world_size:
             self._processes.append(self._start(len(self._processes)))
         port, number = free_port(), next(self._calls)
@@ -73,13 +94,6 @@ class RankPool:
             world = {"rank": rank, "world_size": world_size, "port": port, "process_group": process_group}
             message = {"call": number, "function": function, "kwargs": kwargs, **world}
             process.connection.send_bytes(json.dumps(message, default=str).encode())
-        try:
-            return self._collect(world_size, function, timeout)
-        except RankError:
-            raise
-        except BaseException:  # such as Ctrl-C in pytest, while the ranks still run the function
-            self.close()
-            raise
 
     def _collect(self, world_size: int, function: str, timeout: float) -> list[Any]:
         deadline = time.monotonic() + timeout
@@ -115,7 +129,8 @@ class RankPool:
             rank, text = errors[0]
             others = ", ".join(str(other) for other, _ in errors[1:])
             also = f"\n(then rank(s) {others} failed too)" if others else ""
-            raise RankError(f"{function}: rank {rank} of {world_size} failed first\n{text}{also}")
+            error = PortTakenError if any("EADDRINUSE" in text for _, text in errors) else RankError
+            raise error(f"{function}: rank {rank} of {world_size} failed first\n{text}{also}")
         return [results[rank] for rank in range(world_size)]
 
     def _start(self, rank: int) -> _Process:
@@ -164,10 +179,3 @@ def _threads(pid: int) -> int:
     """Returns the number of threads of a process; 0 on systems without /proc."""
     tasks = Path(f"/proc/{pid}/task")
     return len(list(tasks.iterdir())) if tasks.is_dir() else 0
-
-
-def free_port() -> int:
-    """Returns a TCP port of the loopback interface on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -10,8 +10,8 @@ from typing import Any
 
 from launch.environment import ClusterEnvironment
 from launch.processes import SETTLE_SECONDS
+from launch.ranks import free_port
 from tests.parallel.forks import Forks
-from tests.parallel.harness import free_port
 
 PATIENCE = 60.0  # seconds that ranks get to end after one of them was killed
 LOG_TAIL = 4000  # characters

@@ -111,6 +111,8 @@ def leave_world() -> None:
     if dist.is_initialized():
         with contextlib.suppress(Exception):  # a peer that failed may have left already
             dist.destroy_process_group()
+    # Groups find each other by their number, and one that this rank alone has tried to make counts here alone.
+    dist.distributed_c10d._world.group_count = 0
     gc.collect()
 
 

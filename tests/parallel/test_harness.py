@@ -1,9 +1,12 @@
 """Pool of ranks: worlds of several sizes on the same processes, and reports of failures, hangs and deaths."""
 
+import socket
 import time
 
 import pytest
 
+from launch.ranks import free_port
+from tests.parallel import harness
 from tests.parallel.harness import RankError, RankPool, RanksOf
 
 WORKERS = "tests.parallel.workers.harness"
@@ -43,6 +46,19 @@ def test_a_death_is_named_with_the_end_of_its_log(ranks: RanksOf) -> None:
     with pytest.raises(RankError, match=r"(?s)rank 0 of 2.*status 7.*last words"):
         ranks(2).run(f"{WORKERS}:die_in", rank=0)
     assert ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])[0]["total"] == 3.0
+
+
+def test_a_port_that_another_process_takes_is_exchanged(rank_pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", free_port()))
+        other.listen()
+        ports = [other.getsockname()[1], free_port()]
+        monkeypatch.setattr(harness, "free_port", lambda: ports.pop(0))
+        assert rank_pool.ranks(1).run(f"{WORKERS}:total", values=[1.0])[0]["total"] == 1.0
+        ports = [other.getsockname()[1], free_port()]
+        with pytest.raises(RankError, match="EADDRINUSE"):  # a function that meets by itself may have begun
+            rank_pool.ranks(1).run(f"{WORKERS}:bring_up_own_group", process_group=False)
+    assert rank_pool.ranks(2).run(f"{WORKERS}:total", timeout=20, values=[1.0, 2.0])[1]["total"] == 3.0
 
 
 def test_groups_and_random_state_do_not_leak_from_call_to_call(ranks: RanksOf) -> None:

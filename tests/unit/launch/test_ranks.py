@@ -1,8 +1,10 @@
 """`trivium launch` with small scripts as ranks: their environment, and how failures and signals end all of them."""
 
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -219,3 +221,19 @@ def test_nodes_are_those_of_the_slurm_step(tmp_path: Path, monkeypatch: pytest.M
 def test_impossible_worlds_are_refused(argv: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ranks.main(argv)
+
+
+def test_a_free_port_is_none_that_the_system_hands_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "PORTS_HANDED_OUT", tmp_path / "range")
+    (tmp_path / "range").write_text("12000\t60999\n")
+    ports = set()
+    for _ in range(3):
+        random.seed(0)
+        ports.add(ranks.free_port())
+    assert len(ports) > 1 and all(10_000 <= port < 12_000 for port in ports)
+    (tmp_path / "range").write_text("10001\t60999\n")
+    with socket.socket() as other:
+        other.bind(("", 10_000))
+        assert ranks.free_port() > 10_000, "where all below are taken the system is asked"
+    (tmp_path / "range").write_text("1024\t60999\n")
+    assert ranks.free_port() >= 1024
