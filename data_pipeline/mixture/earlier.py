@@ -125,11 +125,11 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         elif name not in theirs:
             said.append(f"source {name} is new")
         elif ours[name] != theirs[name]:
-            said.append(f"the documents of source {name} are others")
+            said.append(f"the documents of source {name} differ")
     if before["tokenizer"] != after["tokenizer"]:
-        said.append("the tokenizer is another")
+        said.append("the tokenizer differs")
     if before["without"] != after["without"]:
-        said.append("other documents are left out")
+        said.append("different documents are left out")
     if before["after"] != after["after"]:
         said.append("it goes on after another plan")
     return "; ".join(said) or "the same settings and documents, laid out in another order"

@@ -30,7 +30,7 @@ def batch(plan: Plan, data_span: DataSpan, step: int) -> list[dict[str, Any]]:
     if not 0 <= step < data_span.first_step + steps:
         raise ConfigError(
             f"--step {step}: the {plan.num_samples:,} rows of {data_span.plan} make steps {data_span.first_step} to "
-            f"{data_span.first_step + steps - 1}, {size} each"
+            f"{data_span.first_step + steps - 1}, {size} each; give one of these steps"
         )
     found = []
     for number in range(sample, sample + size):

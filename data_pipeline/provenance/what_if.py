@@ -53,8 +53,8 @@ def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[Bound
     for name in before:
         if definition_of(before[name]) != definition_of(after[name]):
             raise ConfigError(
-                f"rules.{name}: another splitter, stop words, bad words or form of C4 changes the scores themselves, "
-                "and what-if has the old ones; change the config and run: trivium data run CONFIG"
+                f"rules.{name}: a change of splitter, stop words, bad words or form of C4 changes the scores, and "
+                "what-if only has those of the last run; change the config and run: trivium data run CONFIG"
             )
         for score in sorted(before[name].bounds().keys() | after[name].bounds().keys()):
             for side in ("min", "max"):
@@ -180,8 +180,8 @@ def show(config: DataConfig, changed: DataConfig, console: Console) -> None:
     differing = changes(config.rules, changed.rules)
     if config.scores != changed.scores or config.language != changed.language:
         raise ConfigError(
-            "another key under scores or language changes the scores themselves, and what-if has the old ones; change "
-            "the config and run: trivium data run CONFIG"
+            "a changed key under scores or language changes the scores, and what-if only has those of the last run; "
+            "change the config and run: trivium data run CONFIG"
         )
     table = scores_of(run_dir)
     for change in differing:

@@ -124,7 +124,7 @@ def test_a_document_is_followed_through_the_run(finished: Finished, capsys: pyte
     assert any("cluster" in line and "of 2 documents; dropped: exact_duplicate; " in line for line in told)
     assert explain.main([str(finished.config), "--id", "no text"]) == 0
     assert "set aside: missing_text" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--id 'nobody' is no document of"):
+    with pytest.raises(ConfigError, match="--id 'nobody' is not a document of"):
         explain.main([str(finished.config), "--id", "nobody"])
 
 

@@ -116,7 +116,7 @@ def test_a_document_that_changed_or_went_is_found(
     build_plan(tokens, tokenizer_folder, tmp_path / "without", PlanConfig(**GENERAL), without=without)
     other = Plan.open(tmp_path / "without")
     assert first_difference(one, other, 300) == by_rows(one, other, 300)
-    assert differences(one.facts, other.facts) == "other documents are left out"
+    assert differences(one.facts, other.facts) == "different documents are left out"
     # One token in one store differs: the rows have the same layout, but another text.
     shutil.copytree(tokens, tmp_path / "tokens")
     shard = sorted((tmp_path / "tokens/train/code").glob("*.idx"))[0].with_suffix("")
@@ -127,7 +127,7 @@ def test_a_document_that_changed_or_went_is_found(
     assert first is not None
     assert first == next(i for i in range(300) if any(e["shard"] == shard.name for e in _code(one, i)))
     assert all(same(one.row(i), other.row(i)) for i in range(first))
-    assert differences(one.facts, other.facts) == "the documents of source code are others"
+    assert differences(one.facts, other.facts) == "the documents of source code differ"
 
 
 def _code(plan: Plan, i: int) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ def test_the_margin_is_nearest_first_on_both_sides(config: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("rules.english.splitter=words", "rules.english: another splitter"),
+        ("rules.english.splitter=words", "rules.english: a change of splitter"),
         ("rules.english.language_score.min=0.4", "would let in documents that the language stage dropped"),
         ('run.dir="nowhere"', "run.dir = 'nowhere' holds no scores yet"),
         ("rules.english.word_counts.min=4", "unknown key 'rules.english.word_counts'"),
