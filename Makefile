@@ -38,7 +38,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full test-python lint bench bench-data python clean
+.PHONY: help install demo test test-full test-python lint bench bench-data bench-train python clean
 
 help:
 	@echo "make demo       raw text to exported models in runs/demo (interrupt it, run it again)"
@@ -46,7 +46,7 @@ help:
 	@echo "make test-full  run all tests"
 	@echo "make test-python PYTHON=python3.13   make test with another Python, in its own .venv-3.13"
 	@echo "make lint       run ruff and mypy"
-	@echo "make bench      run the benchmarks; make bench-data: those of the data pipeline alone"
+	@echo "make bench      run the benchmarks; make bench-data: those of the data pipeline, make bench-train: of training"
 	@echo "make install    only make the environment, .venv"
 	@echo "make python     print which Python is used; PYTHON=/path/to/python names another"
 	@echo "make clean      remove environments and caches; runs/ stays"
@@ -104,12 +104,16 @@ lint: install
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: bench-data
+bench: bench-data bench-train
 
 # The benchmarks run unmodified datatrove, which needs packages that Trivium does not: spaCy, jieba.
 bench-data: install
 	@PYTHONWARNINGS=ignore $(BIN)/pip install -qq --constraint constraints.txt --no-build-isolation --editable '.[dev,bench]'
 	@$(BIN)/python -m tests.bench.data_pipeline
+
+# Training steps beside transformers and plain PyTorch take both cores: nothing else should run.
+bench-train: install
+	@$(BIN)/python -m tests.bench.training
 
 clean:
 	rm -rf .venv .venv-3.* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

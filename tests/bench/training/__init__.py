@@ -1,0 +1,1 @@
+"""Speed of training steps beside transformers and plain PyTorch: `make bench-train`."""

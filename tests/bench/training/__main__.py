@@ -1,0 +1,96 @@
+"""`make bench-train`: a table and JSON of tokens a second beside transformers and plain PyTorch.
+
+All contenders of a contest have the same weights, tokens, precision and cores. They take turns, one step each, so that
+a slower moment of the machine meets them all alike; what counts is the median step. Contenders' first losses must
+agree, or the contest is refused. "of products" relates the floating-point operations of the model, causal attention
+counted once, to the rate of the products of its weights alone, which is measured in the same turns.
+
+`--quick` is for a machine that others use: small batches, nothing compiled, one core, and what counts is processor
+time. Its ratios say whether a change helps; they are no measurement of speed.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from configs.files import write_atomic
+from tests.bench.training import contests
+
+
+def table_of(records: list[dict[str, Any]], clock: str) -> Table:
+    table = Table(title=f"median training step, by {clock.replace('_', ' ')}", title_justify="left")
+    left = ("contest", "contender", "best peer", "time in")
+    middle = ("documents a row", "tokens/s", "of products", "to best peer")
+    for name in (*left[:2], *middle, left[2], "to one rank, one document", left[3]):
+        table.add_column(name, justify="left" if name in left else "right")
+    for one in records:
+        parts = ", ".join(f"{part} {share:.0%}" for part, share in one["shares"].items() if share >= 0.005)
+        numbers = [f"{one[f'tokens_per_{clock}']:,.0f}", _number(one["share_of_products"]), _number(one.get("ratio"))]
+        whole = _number(one.get("of_one_rank_and_document"))
+        cells = [one["label"], str(one["documents"]), *numbers, one.get("best_peer") or "", whole, parts]
+        table.add_row(one["contest"], *cells)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on beside the code; `load` tells whether others used the cores at the start."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "instructions": sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def precisions() -> list[str]:
+    """Returns fp32, and bf16 where the processor has products in bf16."""
+    has = torch.cpu.get_capabilities()
+    return ["fp32", *(["bf16"] if has.get("avx512_bf16") or has.get("amx_bf16") else [])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small batches, one core, processor time")
+    parser.add_argument("--only", default="", help="run the contests whose name begins with this")
+    parser.add_argument("--rounds", type=int, help="timed steps of each contender (7; quick: 5)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/train.json"))
+    args = parser.parse_args()
+    clock, cores = ("cpu_second", 1) if args.quick else ("second", os.cpu_count() or 1)
+    every = contests.contests(args.quick, precisions())
+    chosen = [contest for contest in every if contest.name.startswith(args.only)]
+    if not chosen:
+        parser.error(f"--only {args.only}: the contests are {', '.join(contest.name for contest in every)}")
+    facts: dict[str, Any] = {**machine(), "quick": args.quick, "ratios_by": clock}
+    records: list[dict[str, Any]] = []
+    for contest in chosen:
+        print(f"{contest.name}: {len(contest.contenders)} contenders", file=sys.stderr, flush=True)
+        records += contests.run(contest, args.rounds or (5 if args.quick else 7), cores)
+        contests.compare(records, clock)
+        result = {"machine": facts, "records": records}
+        write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    Console(width=200).print(table_of(records, clock))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Contests: contenders that take turns in one session, what their steps took, and how Trivium compares."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.flops import flops_per_token
+from tests.bench.training.contenders import Contender
+from tests.bench.training.models import SIZES
+
+ROOT = Path(__file__).parents[3]
+DOCUMENTS = (1, 4)  # in a row
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative: roundings of the same operations in another order
+OURS, PRODUCTS = "trivium", "products"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Contenders of the same model, precision and batch. `documents` are the kinds of rows that each is timed on."""
+
+    name: str
+    contenders: tuple[Contender, ...]
+    documents: tuple[int, ...] = (1,)
+
+
+def contests(quick: bool, precisions: Sequence[str]) -> list[Contest]:
+    """Lists all contests; a quick one has small batches and compiles nothing."""
+    made = []
+    kinds = (False,) if quick else (False, True)
+    dense, mixture = (("5M",), "small MoE") if quick else (("34M", "120M"), "MoE")
+    for precision in precisions:
+        for size in dense:
+            base = Contender(OURS, size, precision)
+            all_ = [replace(base, who=who, compiled=c) for who in (OURS, "transformers", "plain") for c in kinds]
+            made.append(Contest(f"dense {size} {precision}", (*all_, replace(base, who=PRODUCTS)), DOCUMENTS))
+        base = Contender(OURS, mixture, precision)
+        all_ = [*(replace(base, compiled=c) for c in kinds), replace(base, who="transformers")]
+        made.append(Contest(f"MoE {precision}", (*all_, replace(base, who=PRODUCTS))))
+        base = Contender(OURS, dense[0], precision)
+        made.append(Contest(f"ranks {precision}", (base, replace(base, ranks=2), replace(base, who="plain", ranks=2))))
+    return made
+
+
+class Running:
+    """The processes of a contender. Ranks share `cores` evenly."""
+
+    def __init__(self, contender: Contender, cores: int):
+        self.contender, self.first_loss = contender, float("nan")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        threads = max(1, cores // contender.ranks)
+        self.processes = []
+        for rank in range(contender.ranks):
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+            if contender.ranks > 1:
+                world = {"RANK": rank, "WORLD_SIZE": contender.ranks, "LOCAL_RANK": rank}
+                world |= {"LOCAL_WORLD_SIZE": contender.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                env |= {name: str(value) for name, value in world.items()}
+            command = [sys.executable, "-m", "tests.bench.training.worker", json.dumps(contender.plain()), str(threads)]
+            pipe = subprocess.PIPE
+            self.processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, text=True))
+
+    def ask(self, what: str, documents: int) -> list[dict[str, Any]]:
+        """Asks all ranks for a step or a profile and returns their answers in order of rank."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{what} {documents}\n")
+            process.stdin.flush()
+        answers = []
+        for process in self.processes:
+            assert process.stdout is not None
+            answer = process.stdout.readline()
+            if not answer:
+                raise SystemExit(f"{self.contender.label} ended with status {process.wait()}; its error is above")
+            answers.append(json.loads(answer))
+        return answers
+
+    def close(self) -> None:
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self.processes:
+            process.wait()
+
+
+def run(contest: Contest, rounds: int, cores: int, profile: bool = True) -> list[dict[str, Any]]:
+    """Runs a contest and returns a record for each contender and kind of row.
+
+    Raises SystemExit if first losses disagree, since then contenders computed different things.
+    """
+    running: list[Running] = []
+    timed: dict[tuple[int, int], list[dict[str, float]]] = {}
+    try:
+        for i, contender in enumerate(contest.contenders):  # one after the other: compiling wants the cores
+            running.append(Running(contender, cores))
+            kinds = (1,) if contender.who == PRODUCTS else contest.documents
+            for documents in kinds:
+                timed[i, documents] = []
+                answers = running[-1].ask("step", documents)
+                if documents == 1 and contender.who != PRODUCTS:  # ranks of a peer have the losses of their rows
+                    running[-1].first_loss = statistics.mean(answer["loss"] for answer in answers)
+                    _check(contest, running[0], running[-1])
+        for _ in range(rounds):
+            for (i, documents), spent in timed.items():
+                answers = running[i].ask("step", documents)
+                slowest, all_ = max(a["seconds"] for a in answers), sum(a["cpu_seconds"] for a in answers)
+                spent.append({"seconds": slowest, "cpu_seconds": all_})
+        ours = [key for key in timed if profile and contest.contenders[key[0]].who == OURS]
+        shares = {key: running[key[0]].ask("profile", key[1])[0] for key in ours}
+    finally:
+        for one in running:
+            one.close()
+    return [
+        _record(contest, contest.contenders[i], documents, spent, shares.get((i, documents), {}))
+        for (i, documents), spent in timed.items()
+    ]
+
+
+def _check(contest: Contest, first: Running, last: Running) -> None:
+    tolerance = LOSS_TOLERANCE[last.contender.precision]
+    if abs(last.first_loss - first.first_loss) > tolerance * first.first_loss:
+        raise SystemExit(
+            f"{contest.name}: the first loss of {last.contender.label} is {last.first_loss:.6f}, but "
+            f"{first.contender.label} has {first.first_loss:.6f}: they do not compute the same thing"
+        )
+
+
+def _record(
+    contest: Contest, contender: Contender, documents: int, spent: list[dict[str, float]], shares: dict[str, float]
+) -> dict[str, Any]:
+    size = SIZES[contender.size]
+    tokens = size.rows * size.length
+    flops = flops_per_token(size.config, 0 if contender.who == PRODUCTS else size.length // documents)
+    record: dict[str, Any] = {"contest": contest.name, "label": contender.label, "documents": documents}
+    record |= contender.plain() | {"shares": shares}
+    for clock in ("seconds", "cpu_seconds"):
+        times = [one[clock] for one in spent]
+        median = statistics.median(times)
+        record[clock] = [round(one, 4) for one in times]
+        record[f"tokens_per_{clock.removesuffix('s')}"] = round(tokens / median, 1)
+        record[f"gflop_per_{clock.removesuffix('s')}"] = round(flops * tokens / median / 1e9, 2)
+    return record
+
+
+def compare(records: list[dict[str, Any]], clock: str) -> None:
+    """Adds, by `clock` (second or cpu_second), ratios of speeds and the share of the rate of products.
+
+    An eager contender is compared with the best eager peer, a compiled one with the best of all.
+    """
+    by_contest: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_contest.setdefault(record["contest"], []).append(record)
+    speed = f"tokens_per_{clock}"
+    for group in by_contest.values():
+        rate = next((one[f"gflop_per_{clock}"] for one in group if one["who"] == PRODUCTS), None)
+        for one in group:
+            one["share_of_products"] = round(one[f"gflop_per_{clock}"] / rate, 3) if rate else None
+            if one["who"] != OURS:
+                continue
+            peers = [
+                peer
+                for peer in group
+                if peer["who"] not in (OURS, PRODUCTS)
+                and (peer["ranks"], peer["documents"]) == (one["ranks"], one["documents"])
+                and (one["compiled"] or not peer["compiled"])
+            ]
+            best = max(peers, key=lambda peer: peer[speed], default=None)
+            one["best_peer"], one["ratio"] = best and best["label"], best and round(one[speed] / best[speed], 3)
+            alone = next(
+                other
+                for other in group
+                if (other["who"], other["compiled"], other["documents"], other["ranks"])
+                == (OURS, one["compiled"], 1, 1)
+            )
+            one["of_one_rank_and_document"] = round(one[speed] / alone[speed], 3)
