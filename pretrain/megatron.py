@@ -28,7 +28,7 @@ Schedules, for pretrain/parallel:
   how it calls the model and the loss; that a loss function which returns three values has its loss left alone, since
   the config says `calculate_per_token_loss`; that the third values come back in order, on the last stage.
 - `accepted_config`: the config takes the layouts that Trivium allows.
-- `cpu_redirections`: the modules of `redirect_to_cpu` look up `torch` anew for each use.
+- `cpu_redirections`: the modules of `redirect_to_cpu` look up the global `torch` at each use.
 """
 
 import types

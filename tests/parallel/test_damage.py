@@ -136,7 +136,7 @@ def test_an_id_beyond_the_vocabulary_names_source_shard_and_document(data: Path)
         file.seek(2 * index)
         file.write(np.array([VOCAB], "<u2").tobytes())
     plan = Plan.open(data / "plan")
-    told = r"source code, shard .*train/code/00000, document 7: token 3 is the id 512, and the vocabulary has 512"
-    with pytest.raises(ValueError, match=told):
+    message = r"source code, shard .*train/code/00000, document 7: token 3 is the id 512, and the vocabulary has 512"
+    with pytest.raises(ValueError, match=message):
         for i in range(plan.num_samples):
             plan.row(i)

@@ -137,7 +137,7 @@ def test_none_that_can_is_told_in_a_sentence(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "lacks", "told"),
+    ("version", "lacks", "message"),
     [
         ("3.10", (), "is Python 3.10"),
         ("3.14", (), "is Python 3.14"),
@@ -147,13 +147,13 @@ def test_none_that_can_is_told_in_a_sentence(machine: Machine) -> None:
     ],
 )
 def test_a_named_python_that_cannot_is_refused(
-    machine: Machine, version: str, lacks: tuple[str, ...], told: str
+    machine: Machine, version: str, lacks: tuple[str, ...], message: str
 ) -> None:
     machine.python("3.13")
     named = machine.python(version, "mine", folder=1, lacks=lacks)
     for target in ("install", "test-python"):
         done = machine.make(target, f"PYTHON={named}")
-        assert done.returncode != 0 and f"PYTHON={named} {told}" in done.stderr.splitlines()[0]
+        assert done.returncode != 0 and f"PYTHON={named} {message}" in done.stderr.splitlines()[0]
     assert not machine.calls()
 
 

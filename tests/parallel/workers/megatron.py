@@ -169,13 +169,13 @@ def process_groups() -> None:
 def schedule_without_pipeline() -> None:
     start()
     chunk = Chunk(0, 0, layout())
-    told = schedule([chunk], layout(), num_microbatches=3)
-    assert [value.tolist() for value in told] == [[0.0], [1.0], [2.0]]
+    returned = schedule([chunk], layout(), num_microbatches=3)
+    assert [value.tolist() for value in returned] == [[0.0], [1.0], [2.0]]
     assert chunk.received == [None] * 3
     close(chunk.weight.grad, sum(inputs(i).sum() * factor(i) for i in range(3)))
     chunk.weight.grad = None
-    told = schedule([chunk], layout(), num_microbatches=3, forward_only=True)
-    assert len(told) == 3 and chunk.weight.grad is None
+    returned = schedule([chunk], layout(), num_microbatches=3, forward_only=True)
+    assert len(returned) == 3 and chunk.weight.grad is None
 
 
 def pipeline() -> None:
@@ -193,8 +193,10 @@ def _compare_pipeline(shape: Layout, num_microbatches: int) -> None:
     chunks = [Chunk(part * shape.pp + rank(), part, shape) for part in range(shape.vpp)]
     weights = [float(2 + i) for i in range(shape.pp * shape.vpp)]
     for forward_only in (True, False):
-        told = schedule(chunks, shape, num_microbatches, forward_only=forward_only)
-        assert [value.tolist() for value in told] == ([[float(i)] for i in range(num_microbatches)] if rank() else [])
+        returned = schedule(chunks, shape, num_microbatches, forward_only=forward_only)
+        assert [value.tolist() for value in returned] == (
+            [[float(i)] for i in range(num_microbatches)] if rank() else []
+        )
     whole = sum(inputs(i).sum() * factor(i) for i in range(num_microbatches))
     for chunk in chunks:
         others = torch.tensor([weight for i, weight in enumerate(weights) if i != chunk.index]).prod()

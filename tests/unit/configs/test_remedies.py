@@ -56,7 +56,7 @@ def test_whatever_is_suggested_for_a_pretraining_layout_is_legal() -> None:
         config = validate(PretrainConfig, tree)
         Layout.of(ranks, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
 
-    draw, told = random.Random(3), 0
+    draw, suggested = random.Random(3), 0
     for _ in range(400):
         heads = draw.choice([(4, 4), (12, 4), (12, 6), (8, 2), (6, 1), (8, 3)])
         choices: dict[str, Sequence[object]] = {
@@ -77,8 +77,8 @@ def test_whatever_is_suggested_for_a_pretraining_layout_is_legal() -> None:
         overrides = drawn(draw, choices)
         ranks = draw.choice([1, 2, 3, 4, 8, 12])
         assert f"{SEQ_LENGTH} could" not in refused(run, ranks, overrides)
-        told += follow(run, ranks, overrides)
-    assert told > 300
+        suggested += follow(run, ranks, overrides)
+    assert suggested > 300
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ def test_lengths_that_a_message_names_are_legal_and_the_longest() -> None:
             continue
         except ConfigError as error:
             text = str(error).replace("set verify.", "set ").replace(" sample_tokens=", " set sample_tokens=")
-            told = {key: int(value) for key, value in remedies(text.replace("set set", "set"))}
-        assert told
-        check(**{**numbers, **told})
-        for key in told:
-            with pytest.raises(ConfigError, match=f"{key} = {told[key] + 1}"):
-                check(**{**numbers, **told, key: told[key] + 1})
+            suggested = {key: int(value) for key, value in remedies(text.replace("set set", "set"))}
+        assert suggested
+        check(**{**numbers, **suggested})
+        for key in suggested:
+            with pytest.raises(ConfigError, match=f"{key} = {suggested[key] + 1}"):
+                check(**{**numbers, **suggested, key: suggested[key] + 1})
         followed += 1
     assert followed > 100

@@ -77,7 +77,7 @@ def run(base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run: dict[str, Run], command: str) -> None:
     draw = random.Random(11)
-    told = legal = 0
+    suggested = legal = 0
     for _ in range(24):
         choices: dict[str, Sequence[object]] = {
             "init.run": [base / "dense", base / "dense", base / "moe"],
@@ -99,7 +99,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
         ranks = draw.choice([1, 2, 3, 4, 8, 12])
         overrides = drawn(draw, choices)
         found = follow(run[command], ranks, overrides)
-        told += found
+        suggested += found
         # Applying the first remedy of each message must lead to a valid config.
         for _ in range(30):
             message = refused(run[command], ranks, overrides)
@@ -112,7 +112,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
             overrides += [f"{key}={value}"] if value and key != "the number of ranks" else []
         else:
             raise AssertionError(f"{command}: no end of messages: {message}")
-    assert told > 12 and legal > 1
+    assert suggested > 12 and legal > 1
 
 
 @pytest.mark.parametrize(
