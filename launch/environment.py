@@ -23,7 +23,7 @@ class ClusterEnvironment:
     """One process's rank among all ranks, as its launcher set it.
 
     `launcher` is torchrun, openmpi, mpich, slurm, or, for a process without a launcher, single (world size 1).
-    `local_rank` counts within the node and is the index of the GPU to use. `master_address` and `master_port` are where
+    `local_rank` counts within the node. `master_address` and `master_port` are where
     rank 0 listens for the rendezvous.
     """
 

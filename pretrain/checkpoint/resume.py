@@ -10,7 +10,8 @@ The engine is filled by `state.restore`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,48 @@ def check_ranks(
 def choose(mesh: Mesh, run_dir: Path, resume: str) -> Path | None:
     """Returns the checkpoint to start from, the same on every rank, or None for a new start.
 
-    The main rank looks for it and prints a warning for each damaged checkpoint that it skips. Raises ConfigError or
-    CheckpointError, on all ranks, if the request cannot be met.
+    The main rank looks for it and prints a warning for each damaged checkpoint that it skips. To check a checkpoint it
+    asks all ranks, each of which reads its share of the files. Raises ConfigError or CheckpointError, on all ranks, if
+    the request cannot be met.
     """
-    answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
     if mesh.is_main:
+        answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
         try:
-            path = _choose(run_dir, resume)
+            path = _choose(run_dir, resume, partial(_check_together, mesh))
             answer["path"] = str(path) if path else None
         except ConfigError as error:
             answer["refused"] = str(error)
         except CheckpointError as error:
             answer["damaged"] = str(error)
-    answer = mesh.gather_json(answer)[0]
+        mesh.gather_json(answer)
+    else:
+        while "check" in (answer := mesh.gather_json(None)[0]):
+            mesh.gather_json(_fault_in_share(mesh, Path(answer["check"])))
     if answer["refused"]:
         raise ConfigError(answer["refused"])
     if answer["damaged"]:
         raise CheckpointError(answer["damaged"])
     return Path(answer["path"]) if answer["path"] else None
+
+
+def _check_together(mesh: Mesh, path: Path) -> None:
+    """Checks a checkpoint with the help of all ranks, which wait for it in `choose`. Raises CheckpointError."""
+    storage.read_manifest(path)
+    mesh.gather_json({"check": str(path)})
+    faults = mesh.gather_json(_fault_in_share(mesh, path))
+    if fault := next(filter(None, faults), None):
+        raise CheckpointError(fault)
+
+
+def _fault_in_share(mesh: Mesh, path: Path) -> str | None:
+    """Checks this rank's share of a checkpoint's files; returns the first fault found, if any."""
+    try:
+        storage.verify(path, (mesh.rank, mesh.layout.world_size))
+    except (CheckpointError, ConfigError) as error:
+        return str(error)
+    except OSError as error:
+        return f"rank {mesh.rank} cannot read {error.filename or path}: {error.strerror}; use an earlier checkpoint"
+    return None
 
 
 def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any], source: BatchSource) -> None:
@@ -146,7 +171,7 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return dict(data_spans[-1].get("facts", {}))
 
 
-def _choose(run_dir: Path, resume: str) -> Path | None:
+def _choose(run_dir: Path, resume: str, check: Callable[[Path], None]) -> Path | None:
     if resume == "no":
         if steps := storage.steps(run_dir):
             raise ConfigError(
@@ -154,7 +179,7 @@ def _choose(run_dir: Path, resume: str) -> Path | None:
                 f"choose another run.dir, remove {run_dir / 'checkpoints'}, or leave --resume out to go on"
             )
         return None
-    own, problems = storage.find_newest(run_dir)
+    own, problems = storage.find_newest(run_dir, check)
     for problem in problems:
         print(f"warning: {problem}", flush=True)
     if own is None and problems:
@@ -164,10 +189,10 @@ def _choose(run_dir: Path, resume: str) -> Path | None:
     if resume == "auto":
         return own
     if own is None:
-        return _named(resume)
+        return _named(resume, check)
     if str(Path(resume).resolve()) in (str(own.resolve()), storage.read_manifest(own).get("origin")):
         return own
-    named = _named(resume)
+    named = _named(resume, check)
     raise ConfigError(
         f"--resume {named}: {run_dir} holds checkpoints that do not come from it, the newest {own}; choose another "
         f"run.dir for the new branch, remove them, or leave --resume out to go on from {own.name}"
@@ -182,7 +207,8 @@ def origin_of(path: Path, run_dir: Path) -> str | None:
     return None if origin is None else str(origin)
 
 
-def _named(resume: str) -> Path:
+def _named(resume: str, check: Callable[[Path], None]) -> Path:
+    """Returns the checkpoint that `--resume` names. Raises ConfigError if it is none or damaged."""
     path = Path(resume)
     if (path / "checkpoints").is_dir():
         steps = storage.steps(path)
@@ -191,7 +217,7 @@ def _named(resume: str) -> Path:
     if not path.is_dir():
         raise ConfigError(f"--resume {resume}: there is no such checkpoint; give auto, no, or a path like RUN/step_N")
     try:
-        storage.verify(path)
+        check(path)
     except CheckpointError as error:
         raise ConfigError(f"--resume {resume}: {error}") from None
     return path

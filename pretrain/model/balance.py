@@ -13,10 +13,12 @@ after each step it goes up by a fixed rate for experts with fewer tokens than th
 Losses enter the backward pass through `AttachLoss`, since a pipeline stage has no loss of its own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from configs.train import MoEConfig
 from pretrain.model.layer_context import LayerContext
@@ -48,24 +50,45 @@ class LossDenominators:
     scale: float
 
 
-class Balance:
+class Balance(nn.Module):
     """The balancing of one MoE layer. Its state, `bias` and `load`, is saved with the weights; no optimizer changes it.
 
     `load` [E] holds the shares f of the last global batch, `tokens` [E] counts how often this one chose each expert.
     """
 
+    bias: torch.Tensor
+    load: torch.Tensor
+    tokens: torch.Tensor
+    dropped: torch.Tensor
+    aux_loss: torch.Tensor
+
     def __init__(self, moe: MoEConfig, context: LayerContext):
+        super().__init__()
         self.moe, self._group, self._cp = moe, context.cp, context.cp_size
-        self.bias = torch.zeros(moe.num_experts, device=context.device)
-        self.load = torch.full((moe.num_experts,), moe.top_k / moe.num_experts, device=context.device)
+        experts, device = moe.num_experts, context.device
+        self.register_buffer("bias", torch.zeros(experts, device=device))
+        self.register_buffer("load", torch.full((experts,), moe.top_k / experts, device=device))
+        for name, shape, dtype in (
+            ("tokens", (experts,), torch.int64),
+            ("dropped", (), torch.int64),
+            ("aux_loss", (), torch.float64),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.denominators: LossDenominators | None = None  # set by the engine before each step
-        self.start()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Balance":
+        """Moves the buffers with the model but keeps their precision: a bias in bf16 would lose its small updates."""
+        before = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if getattr(self, name).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     def start(self) -> None:
         """Sets all counts to zero before a step."""
-        self.tokens = torch.zeros(self.moe.num_experts, dtype=torch.int64, device=self.bias.device)
-        self.dropped = torch.zeros((), dtype=torch.int64, device=self.bias.device)
-        self.aux_loss = torch.zeros((), dtype=torch.float64, device=self.bias.device)
+        for count in (self.tokens, self.dropped, self.aux_loss):
+            count.zero_()
 
     @property
     def choosing_bias(self) -> torch.Tensor | None:

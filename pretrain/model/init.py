@@ -6,6 +6,7 @@ Therefore a layout never changes the initial weights. They are normal with `init
 
 import hashlib
 import math
+from dataclasses import replace
 
 import torch
 
@@ -25,11 +26,13 @@ def init_weights(model: Decoder, seed: int, slices: Slices = WHOLE) -> None:
             if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
                 std /= math.sqrt(2 * config.num_layers)
             shape = slices.global_shape(parameter)
-            if is_expert(parameter):
-                whole = torch.stack([_draw(seed, f"{name}#{e}", shape[1:], std) for e in range(shape[0])])
-            else:
-                whole = _draw(seed, name, shape, std)
-            parameter.copy_(slices.cut(whole, parameter))
+            if not is_expert(parameter):
+                parameter.copy_(slices.cut(_draw(seed, name, shape, std), parameter))
+                continue
+            first, of_one_expert = slices.offset(parameter)[0], replace(slices, ep=1, ep_rank=0)
+            for index, own in enumerate(parameter.split(1)):
+                expert = _draw(seed, f"{name}#{first + index}", shape[1:], std)[None]
+                own.copy_(of_one_expert.cut(expert, parameter))
 
 
 def _draw(seed: int, key: str, shape: tuple[int, ...], std: float) -> torch.Tensor:

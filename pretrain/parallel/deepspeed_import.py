@@ -7,6 +7,8 @@ lack the compiler, and gloo is enough on a CPU. With CUDA nothing is changed. me
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
 
 import torch
 
@@ -19,10 +21,21 @@ with warnings.catch_warnings():
     import deepspeed
     import deepspeed.comm.comm
 
-__all__ = ["deepspeed", "redirect_to_cpu"]
+__all__ = ["deepspeed", "device_as_local_rank", "redirect_to_cpu"]
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module=r"deepspeed\.")
+
+
+def device_as_local_rank(device: torch.device) -> AbstractContextManager[object]:
+    """Returns a context in which DeepSpeed, which takes the local rank for the number of its GPU, finds this `device`.
+
+    The two differ where a launcher shows each rank only its own GPU, which then has number 0.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    names = {"LOCAL_RANK", *({"OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys())}  # DeepSpeed wants both to be equal
+    return mock.patch.dict(os.environ, dict.fromkeys(names, str(device.index)))
 
 
 def redirect_to_cpu() -> None:

@@ -119,12 +119,18 @@ class Mesh:
         return result
 
 
+def device_of(local_rank: int, visible: int) -> torch.device:
+    """Returns the device of a rank that sees `visible` GPUs: all of its node, or only its own as Slurm may show it."""
+    return torch.device("cuda", local_rank % visible) if visible else torch.device("cpu")
+
+
 def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) -> Mesh:
     """Joins the world that the launcher described and makes all groups of `layout`."""
     redirect_to_cpu()
-    on_gpu = torch.cuda.is_available()
+    device = device_of(env.local_rank, torch.cuda.device_count())
+    on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(env.local_rank)
+        torch.cuda.set_device(device)
     os.environ.update(env.as_variables())  # DeepSpeed reads torchrun's variables whoever the launcher was
     if not dist.is_initialized():
         alone = env.launcher == "single"  # a world of one rank needs no port
@@ -154,7 +160,7 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        device=torch.device("cuda", env.local_rank) if on_gpu else torch.device("cpu"),
+        device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         ep_group=parallel_state.get_expert_model_parallel_group(),

@@ -23,7 +23,7 @@ from torch import nn
 from configs.layout import Layout
 from configs.train import OptimizerConfig, TrainSection
 from pretrain.parallel import fp64
-from pretrain.parallel.deepspeed_import import deepspeed
+from pretrain.parallel.deepspeed_import import deepspeed, device_as_local_rank
 from pretrain.parallel.expert_parallel import optimizer_groups
 from pretrain.parallel.gathered import SavedAsRecipes
 from pretrain.parallel.groups import DeepSpeedMpu, Mesh
@@ -46,19 +46,20 @@ class Fragment:
 def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
     """Makes a DeepSpeed engine of this pipeline stage's module. Stage 3 splits the module's weights from here on."""
     initialize = fp64.initialize if dtype == torch.float64 else deepspeed.initialize
-    engine, _, _, _ = initialize(
-        model=module,
-        optimizer=torch.optim.AdamW(
-            optimizer_groups(_decay_groups(module, optimizer.weight_decay), mesh),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=True,
-        ),
-        config=_config(module, train, optimizer, mesh, dtype),
-        mpu=DeepSpeedMpu(),
-        dist_init_required=False,
-    )
+    with device_as_local_rank(mesh.device):
+        engine, _, _, _ = initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(
+                optimizer_groups(_decay_groups(module, optimizer.weight_decay), mesh),
+                lr=optimizer.lr,
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                fused=True,
+            ),
+            config=_config(module, train, optimizer, mesh, dtype),
+            mpu=DeepSpeedMpu(),
+            dist_init_required=False,
+        )
     engine.pipeline_parallelism = mesh.layout.zero == 1
     return engine
 

@@ -132,19 +132,22 @@ def test_what_cannot_change_is_refused_in_words(ranks: RanksOf, runs: tuple[str,
 def test_a_run_of_before_a_key_was_there_goes_on(ranks: RanksOf, tmp_path: Path) -> None:
     """The manifest lacks some keys that have a default, and its data spans have no config."""
     run = tmp_path / "run"
-    assert train(ranks, run, MODELS["dense"], 2)["status"] == 0
+    assert train(ranks, run, MODELS["moe"], 2)["status"] == 0
     file = storage.directory(run, 2) / "manifest.json"
     manifest = json.loads(file.read_text())
-    for key in ("qk_norm", "norm_eps", "tie_embeddings"):
-        del manifest["config"]["model"][key], manifest["identity"]["model"][key]
+    for model in (manifest["config"]["model"], manifest["identity"]["model"]):
+        for key in ("qk_norm", "norm_eps", "tie_embeddings"):
+            del model[key]
+        for key in ("gating", "renormalize", "num_shared_experts"):
+            del model["moe"][key]
     del manifest["config"]["optimizer"]["weight_decay"], manifest["config"]["checkpoint"]
     manifest["stretches"] = [{k: v for k, v in manifest["stretches"][0].items() if k not in ("config", "facts")}]
     file.write_bytes(CHECKPOINT.write(manifest))
-    answer = train(ranks, run, MODELS["dense"], 4)
+    answer = train(ranks, run, MODELS["moe"], 4)
     assert answer["status"] == 0 and answer["said"].count(" -> ") == 1, answer
     losses = [line["loss"] for line in metrics(run) if "loss" in line]
     shutil.rmtree(run)
-    train(ranks, run, MODELS["dense"], 4)
+    train(ranks, run, MODELS["moe"], 4)
     assert losses == [line["loss"] for line in metrics(run) if "loss" in line]
 
 

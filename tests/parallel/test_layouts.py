@@ -107,6 +107,14 @@ def check_same(found: Results, reference: Results) -> None:
         assert error < 1e-5, f"{name} differs by {error:.1e}"
 
 
+def test_a_rank_draws_its_own_experts_alone(ranks: RanksOf) -> None:
+    results = ranks(2).run(
+        "tests.parallel.workers.sharing:drawn_experts", process_group=False, model=MODELS["moe"], parallel={"ep": 2}
+    )
+    for result, own in zip(results, (["0", "1"], ["2", "3"]), strict=True):
+        assert result == {"gate_proj": own, "up_proj": own, "down_proj": own}
+
+
 def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
     (moe, *_), _ = run("moe", "one")
     assert min(moe["norms"]) > 0.1 and moe["moe"]["moe_aux_loss"] >= 1.0  # 1, the minimum, is perfect balance

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,33 @@ def test_resume_from_a_path_overwrites_nothing(ranks: RanksOf, run: Path, tmp_pa
     assert "do not come from it" in words and "step_3" in words and "another run.dir" in words
     newest = str(storage.directory(run, STEP + 1))  # the run's own newest checkpoint, which `auto` takes too
     assert train(ranks(1), run, "dense", {}, steps=STEP + 2, resume=newest) == [{"status": 0}]
+
+
+def test_each_rank_reads_its_share_of_a_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:
+    def choose(world: int, resume: str = "auto") -> list[dict[str, Any]]:
+        return ranks(world).run(
+            "tests.parallel.workers.training:chosen",
+            process_group=False,
+            run_dir=str(tmp_path),
+            model=MODELS["dense"],
+            resume=resume,
+        )
+
+    train(ranks(2), tmp_path, "dense", {}, steps=4)
+    old, new = (storage.directory(tmp_path, step) for step in (2, 4))
+    files = [storage.rank_file(rank) for rank in range(2)]
+    for world in (1, 2, 3):  # with three ranks one has no file
+        answers = choose(world)
+        assert [answer["path"] for answer in answers] == [str(new)] * world
+        assert sorted(name for answer in answers for name in answer["read"]) == [f"step_4/{file}" for file in files]
+        assert max(len(answer["read"]) for answer in answers) == -(-2 // world)
+    for file in files:  # whichever rank reads it, all hear of it
+        content = (new / file).read_bytes()
+        (new / file).write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        assert [answer["path"] for answer in choose(2)] == [str(old)] * 2
+        for answer in choose(2, str(new)):
+            assert answer["error"].startswith(f"--resume {new}: {new / file} does not match its SHA-256")
+        (new / file).write_bytes(content)
 
 
 def test_a_wrong_path_is_named(ranks: RanksOf, run: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.model import init
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
@@ -36,6 +37,24 @@ def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[st
     counts["weights"] = _elements(weights)
     groups.stop()
     return counts
+
+
+def drawn_experts(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, list[str]]:
+    """Numbers of the experts of the first layer whose initial weights this rank draws, by weight."""
+    keys: list[str] = []
+    right = init._draw
+
+    def noted(seed: int, key: str, *rest: Any) -> torch.Tensor:
+        keys.append(key)
+        return right(seed, key, *rest)
+
+    with mock.patch.object(init, "_draw", noted):
+        make_engine(model, parallel)
+    groups.stop()
+    experts: dict[str, list[str]] = {}
+    for name, number in (key.split("#") for key in keys if "#" in key and key.startswith("layers.0.")):
+        experts.setdefault(name.split(".")[-1], []).append(number)
+    return experts
 
 
 def kept_for_backward(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, int]:

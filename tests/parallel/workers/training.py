@@ -1,6 +1,7 @@
 """Functions run in the ranks: the real trainer on the rows of workers/layouts.py, with interruptions on demand."""
 
 import contextlib
+import hashlib
 import io
 import os
 import resource
@@ -9,16 +10,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from configs.layout import Layout
-from configs.loader import validate
-from configs.train import CheckpointConfig, ModelConfig, TrainerConfig
+from configs.loader import ConfigError, validate
+from configs.train import CheckpointConfig, ModelConfig, ParallelConfig, TrainerConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import BatchSource
+from pretrain.checkpoint import resume as resume_choice
 from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.storage import Reader, read_full, read_manifest
@@ -73,6 +77,25 @@ def train(
         return {"status": make_trainer(run_dir, model, parallel, steps, at, **options).fit()}
     except (RuntimeError, ValueError) as error:
         return {"error": str(error), "kind": type(error).__name__}
+
+
+def chosen(run_dir: str, model: dict[str, Any], resume: str) -> dict[str, Any]:
+    """Returns the checkpoint that `--resume` chooses, or the error, and the files that this rank read to check it."""
+    read: list[str] = []
+    right = hashlib.file_digest
+
+    def digest(file: Any, name: str) -> Any:
+        read.append(str(Path(file.name).relative_to(Path(run_dir) / "checkpoints")))
+        return right(file, name)
+
+    env = ClusterEnvironment.read()
+    section = TrainSection(steps=1, global_batch_size=env.world_size, micro_batch_size=1, seq_length=SEQ_LENGTH)
+    layout = Layout.of(env.world_size, ParallelConfig(), validate(ModelConfig, model), section)
+    with groups.joined(env, layout) as mesh, mock.patch.object(hashlib, "file_digest", digest):
+        try:
+            return {"path": str(resume_choice.choose(mesh, Path(run_dir), resume)), "read": read}
+        except (ConfigError, storage.CheckpointError) as error:
+            return {"error": str(error), "read": read}
 
 
 def train_and_listen(**options: Any) -> dict[str, Any]:

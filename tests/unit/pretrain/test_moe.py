@@ -213,6 +213,22 @@ def test_a_model_is_not_built_without_its_bias() -> None:
         build_single(config, weights)
 
 
+def test_a_model_that_moves_takes_its_bias_along_in_full_precision() -> None:
+    decoder = Decoder(model_config(bias_update_rate=0.1, aux_loss="global_batch"))
+    left = [name for part in decoder.modules() for name, value in vars(part).items() if isinstance(value, torch.Tensor)]
+    assert left == []  # what is neither parameter nor buffer would stay behind
+    decoder.moe_layers[1].balance.bias.fill_(1 + 2**-12)
+    decoder.to(torch.bfloat16)
+    assert decoder.embedding.weight.dtype == torch.bfloat16
+    balance = decoder.named_balance()
+    assert {name.split(".")[-1] for name in balance} == {"bias", "load"}
+    assert {tensor.dtype for tensor in balance.values()} == {torch.float32}
+    assert balance["layers.1.moe.balance.bias"].unique().tolist() == [1 + 2**-12]  # in bf16 it would be 1
+    decoder.to("meta")
+    tensors = [*decoder.parameters(), *decoder.buffers(), *decoder.named_balance().values()]
+    assert len(tensors) > 20 and all(tensor.is_meta for tensor in tensors)
+
+
 @pytest.mark.parametrize(
     ("moe", "words"),
     [
