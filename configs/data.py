@@ -16,8 +16,8 @@ from configs.loader import ConfigError
 from configs.mixture import BY_SOURCE, MixtureConfig, PlanConfig
 from configs.rules import RuleSet
 from configs.scores import ScoresConfig
-from configs.section import Section, is_name
-from configs.sources import ExtractConfig, LanguageConfig, SourceConfig
+from configs.section import Section, check_name
+from configs.sources import RESERVED, ExtractConfig, LanguageConfig, SourceConfig
 
 
 class HeldoutConfig(Section):
@@ -97,8 +97,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _names_meet(self) -> "DataConfig":
         for name, source in self.sources.items():
-            if not is_name(name):
-                raise ValueError(f"source name {name!r} becomes a folder: use letters, digits and _ only")
+            check_name("source", name, taken=RESERVED)
             for language, rules in source.rules.items():
                 if rules not in self.rules:
                     raise ValueError(
@@ -147,7 +146,6 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _canaries_can_be_caught(self) -> "DataConfig":
         for name in self.canaries:
-            if not is_name(name):
-                raise ValueError(f"canary name {name!r} becomes part of ids: use letters, digits and _ only")
+            check_name("canary", name, "part of ids")
         check_canaries(self)
         return self

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import Section, is_name
+from configs.section import Section, check_name
 
 BY_SOURCE = ("weights", "epochs", "fim")  # keys that name sources
 _SHARES = {"weights", "temperature", "unimax"}
@@ -83,8 +83,8 @@ class MixtureConfig(PlanConfig):
         # Fills in all keys of each stage, so that a config that is written and read again means the same.
         object.__setattr__(self, "stages", {name: self._whole(stage) for name, stage in self.stages.items()})
         for name, plan in self.plans().items():
-            if name and not is_name(name):
-                raise ValueError(f"stage name {name!r} becomes a folder: use letters, digits and _ only")
+            if name:
+                check_name("stage", name)
             plan.check(f"mixture.stages.{name}" if name else "mixture")
         return self
 

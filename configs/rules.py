@@ -48,7 +48,8 @@ class RuleSet(Section):
     """Rules of the sets in use that are switched off."""
     splitter: Literal["spaces", "words", "cjk", "spacy"] = "spaces"
     """Definition of a word: text between white space (spaces), a run of letters (words), a run of letters or one CJK
-    character (cjk), or an English token of spaCy (spacy); left out, as in the sets in use."""
+    character (cjk), or an English token of spaCy (spacy, which also compares n-grams of five words and more without the
+    spaces between them, as datatrove does); left out, as in the sets in use."""
     stop_words: tuple[str, ...] = ()
     """The words that stop_word_count and stop_word_total count; left out, those of the sets in use."""
     c4: Literal["paper", "reference", "datatrove", "fineweb"] = "datatrove"

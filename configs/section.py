@@ -3,9 +3,12 @@
 import re
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+LONGEST_NAME = 100  # bytes; a file's name may have 255, and stages add to these names
 
 
 class Section(BaseModel):
@@ -22,6 +25,21 @@ class Section(BaseModel):
 def is_name(name: str) -> bool:
     """Whether a name is of letters, digits and _ alone, so that it can be a folder, a key and a part of an id."""
     return re.fullmatch(r"\w+", name) is not None
+
+
+def check_name(kind: str, name: str, becomes: str = "a folder", taken: Sequence[str] = ()) -> None:
+    """Raises ValueError if `name`, of a `kind` of thing, cannot be what it `becomes`, beside folders named `taken`."""
+    if not is_name(name):
+        raise ValueError(f"{kind} name {name!r} becomes {becomes}: use letters, digits and _ only")
+    if (size := len(name.encode())) > LONGEST_NAME:
+        raise ValueError(
+            f"{kind} name {name[:16]!r}... becomes {becomes}, and has {size} bytes: use {LONGEST_NAME} at most"
+        )
+    if name in taken:
+        raise ValueError(
+            f"{kind} name {name!r} becomes {becomes}, and a data run keeps other things in the folders "
+            f"{', '.join(taken)}: choose another name, such as {name}_texts"
+        )
 
 
 def bare(annotation: Any) -> Any:

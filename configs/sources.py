@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from configs.section import Section
 
 ANY_LANGUAGE = "any"
+# Folders that stages keep beside a folder for each source: no source may have these names.
+RESERVED = ("cuts", "drops", "matches", "rejected", "scratch", "work")
 
 
 class SourceConfig(Section):

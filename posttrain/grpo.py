@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     bootstrap.begin("posttrain.grpo")
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from configs.cli import RESUME, entrypoint, parse_args
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.grpo_source import GRPOLoss, RolloutSource
     from posttrain.initial_model import InitialModel
-    from posttrain.lengths import check_answers, check_rows
+    from posttrain.lengths import check_answers, check_rows, longest_answer
     from posttrain.task_accuracy import TaskAccuracy
     from posttrain.verifiable_tasks import make_task
     from pretrain.parallel import groups
@@ -43,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     env = ClusterEnvironment.read()
     initial = InitialModel.open(config.init, config.run.dir, args.resume)
+    initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
     task, prompts = make_task(config.task), config.train.global_batch_size // config.grpo.group_size
     drawn = config.train.steps * prompts, config.task.eval_prompts
     longest = check_answers(task, initial.chat, config.run.seed, *drawn, initial.lineage.context or None)
-    check_rows(task, longest, config.train.seq_length, config.parallel)
+    answer = partial(longest_answer, task, initial.chat, config.run.seed, *drawn) if initial.continues else None
+    check_rows(task, longest, config.train.seq_length, config.parallel, answer)
     given = (*initial.given, GROUP_SIZE) if initial.continues else initial.given
     group = config.grpo.group_size
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)

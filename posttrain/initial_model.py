@@ -24,8 +24,8 @@ from pretrain.checkpoint.storage import CheckpointError
 class InitialModel:
     """The checkpoint that a post-training run starts from, with its config, chat format and lineage.
 
-    `pin` identifies the checkpoint. `note` is a remark for the user on which one was chosen, or None. `continues` is
-    whether the run already has a checkpoint of its own.
+    `pin` identifies the checkpoint. `note` is a remark for the user on which one was chosen, or None. `own` is a
+    checkpoint of the run itself if it continues, and `row` the length of its rows in tokens.
     """
 
     pin: Pin
@@ -33,12 +33,26 @@ class InitialModel:
     chat: ChatFormat
     lineage: Lineage
     note: str | None = None
-    continues: bool = False
+    own: Path | None = None
+    row: int | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run already has a checkpoint of its own."""
+        return self.own is not None
 
     @property
     def given(self) -> tuple[str, ...]:
         """Config keys that the model or earlier steps have fixed, so messages do not suggest changing them."""
         return (CAPACITY_FACTOR, SEQ_LENGTH) if self.continues else (CAPACITY_FACTOR,)
+
+    def check_rows(self, seq_length: int) -> None:
+        """Raises ConfigError if a run that continues is to have rows of another length than from its start on."""
+        if self.row not in (None, seq_length):
+            raise ConfigError(
+                f"train.seq_length = {seq_length}, and {self.own} was trained on rows of {self.row} tokens; set "
+                f"train.seq_length={self.row}, or choose another run.dir"
+            )
 
     @classmethod
     def open(cls, init: InitConfig, run_dir: str, resume: str) -> "InitialModel":
@@ -72,9 +86,9 @@ class InitialModel:
         if plan is not None:
             path = plan.find(storage.run_of(checkpoint)) or Path(plan.path)
             plan = PlanLocation.of(path, plan.fingerprint, Path(run_dir))
-        return cls(
-            pin, model, chat, Lineage(tokenizer, template, manifest.get("context", 0), plan, pin), note, own is not None
-        )
+        lineage = Lineage(tokenizer, template, manifest.get("context", 0), plan, pin)
+        row = manifest.get("identity", {}).get("seq_length") if own else None
+        return cls(pin, model, chat, lineage, note, own, row)
 
 
 def _own_checkpoint(run_dir: Path, resume: str) -> Path | None:

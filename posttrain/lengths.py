@@ -3,6 +3,8 @@
 The lengths are those of the prompts that the run will draw.
 """
 
+from collections.abc import Callable
+
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
 from posttrain.chat_format import ChatFormat
@@ -58,13 +60,32 @@ def _smaller(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, 
     return "no smaller task.digits fits either, so start from a model that was trained on longer rows"
 
 
-def check_rows(task: Task, longest: int, seq_length: int, parallel: ParallelConfig) -> None:
-    """Raises ConfigError if a prompt of `longest` tokens and its completion do not fit into a training row."""
+def longest_answer(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int) -> int:
+    """Returns the tokens of the longest right answer to the prompts of `check_answers`, with its closing <|end|>."""
+    return _longest(task, chat, seed, train, heldout)[1]
+
+
+def check_rows(
+    task: Task, longest: int, seq_length: int, parallel: ParallelConfig, answer: Callable[[], int] | None = None
+) -> None:
+    """Raises ConfigError if a prompt of `longest` tokens and its completion do not fit into a training row.
+
+    A run that continues keeps the length of its rows, and gives `answer`, which returns the tokens of the longest right
+    answer.
+    """
     needed = longest + task.max_new_tokens - 1  # the last token is a label and never an input
     if needed <= seq_length:
         return
     parts = parallel.sequence_parts
     fitting = -(-needed // parts) * parts
+    if answer is not None:
+        room, least = seq_length + 1 - longest, answer()
+        fewer = f"set task.max_new_tokens={room} or less, but not below {least}, or " if room >= least else ""
+        raise ConfigError(
+            f"prompts of the task {task.name!r} have up to {longest} tokens, and with task.max_new_tokens = "
+            f"{task.max_new_tokens} more they do not fit into the {seq_length} tokens of a row that this run has had "
+            f"from its start; {fewer}choose another run.dir for a run with train.seq_length={fitting} or more"
+        )
     raise ConfigError(
         f"prompts of the task {task.name!r} have up to {longest} tokens, and with task.max_new_tokens = "
         f"{task.max_new_tokens} more they do not fit into train.seq_length = {seq_length}; set "

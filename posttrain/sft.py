@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     env = ClusterEnvironment.read()
     initial = InitialModel.open(config.init, config.run.dir, args.resume)
+    initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
     chat, seed, length = initial.chat, config.run.seed, config.train.seq_length
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.task and task:
         context = max(initial.lineage.context, length)
         check_answers(task, chat, seed, config.task.demonstrations, config.task.eval_prompts, context)
-    parts = config.parallel.sequence_parts
+    parts = 0 if initial.continues else config.parallel.sequence_parts
     try:
         solved = read_demonstrations(config.task, chat, seed, length, parts)
         layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, given=initial.given)

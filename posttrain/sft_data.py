@@ -25,6 +25,7 @@ from posttrain.verifiable_tasks import Split, Task, make_task
 from pretrain.batch_source import BatchSource
 
 SHOWN = 160  # characters of the details of a broken dialogue in messages
+_ANEW = "choose another run.dir for a run with train.seq_length={}"
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def read_dialogues(
     """Reads and renders dialogues and splits them into training and held-out ones.
 
     Dialogues with the same first user message are in the same split. Messages suggest values of train.seq_length that
-    are multiples of `parts`. Raises ValueError if a file is missing, no dialogue is left to train on, or more than
-    `max_bad_share` of them were set aside.
+    are multiples of `parts`; where that is 0, the run continues and keeps the length of its rows. Raises ValueError if
+    a file is missing, no dialogue is left to train on, or more than `max_bad_share` of them were set aside.
     """
     found, longest, total = DialogueExamples(), 0, 0
     for name, line in _lines(paths):
@@ -105,8 +106,10 @@ def read_dialogues(
             longest = max(longest, broken.tokens)
             continue
         (found.heldout if _fraction(key) < heldout_share else found.train).append(example)
-    bad, unit = found.set_aside.total(), math.lcm(8, parts)
+    bad, unit = found.set_aside.total(), math.lcm(8, parts or 1)
     fits = f"set train.seq_length={-(-longest // unit) * unit}, which takes the longest" if longest else ""
+    if longest and not parts:
+        fits = _ANEW.format(-(-longest // unit) * unit)
     if bad > max_bad_share * total:
         enough = fits and bad - found.set_aside["too_long"] <= max_bad_share * total
         raise ValueError(
@@ -153,9 +156,10 @@ def demonstrations(
         examples.append(Example(f"{task.name}/{split}/{index}", tokens, answer))
     longest = max((len(example.tokens) for example in examples), default=0)
     if longest > seq_length:
+        fits = f"set train.seq_length={-(-longest // parts) * parts}" if parts else _ANEW.format(longest)
         raise ValueError(
             f"prompts of the task {task.name!r} have up to {longest} tokens with their answers, more than "
-            f"train.seq_length = {seq_length}; set train.seq_length={-(-longest // parts) * parts} or more"
+            f"train.seq_length = {seq_length}; {fits} or more"
         )
     return examples
 

@@ -1,10 +1,13 @@
 """Measures of repetition in a text: equal lines, paragraphs and n-grams, counted by their hashes.
 
-The measures are Gopher's (Rae et al. 2021, arXiv 2112.11446, table A1) as datatrove computes them. For 2-, 3- and
-4-grams: the characters covered by the most frequent one, with the spaces inside; of equally frequent ones the earliest
-counts. For 5- to 10-grams: the characters of the words covered by n-grams that occurred before, from left to right, no
-word counted twice. A repeated n-gram begins with a repeated (n-1)-gram, so each size looks only at the candidates that
-the size before has left. Word boundaries count: "ab c" differs from "a bc".
+The measures are Gopher's (Rae et al. 2021, arXiv 2112.11446, table A1). For 2-, 3- and 4-grams: the characters covered
+by the most frequent one, with the spaces inside; of equally frequent ones the earliest counts. For 5- to 10-grams: the
+characters of the words covered by n-grams that occurred before, from left to right, no word counted twice.
+
+In `ngram_scores` two n-grams are equal if their words are: "ab c" differs from "a bc". A repeated n-gram then begins
+with a repeated (n-1)-gram, so each size looks only at the candidates that the size before has left. In
+`joined_duplicates` they are equal if their words, joined without spaces, are equal, as datatrove counts 5- to 10-grams:
+the rules ". ..." and "... ." of a table of contents, or the two halves of a dashed line, repeat each other there.
 """
 
 import numba
@@ -73,6 +76,38 @@ def ngram_scores(
 
 
 @numba.njit(cache=True, nogil=True)
+def joined_duplicates(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Returns, for each n-gram size, the characters of repeated n-grams, int64 [sizes], where n-grams are compared
+    without the spaces between their words.
+
+    `starts` and `ends` are the words in the code points `codes`; `sizes` ascend. The hash of a joined n-gram is a
+    polynomial in its code points, modulo 2^64, which needs the word's own polynomial and power of the base to grow by a
+    word.
+    """
+    words = len(starts)
+    values, powers = np.empty(words, np.uint64), np.empty(words, np.uint64)
+    before = np.empty(words + 1, np.int64)  # before[n]: characters of the first n words
+    before[0] = 0
+    for word in range(words):
+        value, power = np.uint64(0), np.uint64(1)
+        for position in range(starts[word], ends[word]):
+            value = value * BASE + np.uint64(codes[position]) + np.uint64(1)
+            power *= BASE
+        values[word], powers[word] = value, power
+        before[word + 1] = before[word] + ends[word] - starts[word]
+    grams = values.copy()
+    size, found = 1, np.zeros(len(sizes), np.int64)
+    for number in range(len(sizes)):
+        grams = grams[: max(words - sizes[number] + 1, 0)]
+        for position in range(len(grams)):
+            for word in range(position + size, position + sizes[number]):
+                grams[position] = grams[position] * powers[word] + values[word]
+        size = sizes[number]
+        found[number] = _covered(grams, np.arange(len(grams)), np.full(len(grams), 2), before, size)
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
 def _mask(entries: int) -> int:
     """Returns the number of slots of a hash table for `entries`, minus one; a power of two slots, at most half full."""
     slots = 16
@@ -124,7 +159,7 @@ def _count(grams: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @numba.njit(cache=True, nogil=True)
 def _covered(grams: np.ndarray, positions: np.ndarray, counts: np.ndarray, before: np.ndarray, size: int) -> int:
-    """Returns the characters of words covered by n-grams that occurred before.
+    """Returns the characters of words covered by n-grams that occurred before; a count of 1 says that one cannot have.
 
     After a covered n-gram the scan goes on behind it; the n-grams that it skips do not count as occurrences.
     """

@@ -25,7 +25,7 @@ from data_pipeline.scan.line_scores import (
     paragraphs_of,
     repeated,
 )
-from data_pipeline.scan.repetition import ngram_scores
+from data_pipeline.scan.repetition import joined_duplicates, ngram_scores
 from data_pipeline.scan.web_line_rules import C4_RULES, PHRASES, LineDrop, c4_lines, refinedweb_lines
 from data_pipeline.scan.words import LETTERED, SOUND, Splitter, describe, split, word_hash
 
@@ -135,8 +135,9 @@ class Scanner:
             words = words_of(text) if by_spacy else split(codes, kinds, int(self.definition.splitter))
         starts, ends = words
         separator = 0 if self.definition.splitter is Splitter.cjk else 1
+        joined = self.definition.splitter is Splitter.spacy  # spaCy's words are chosen to count as datatrove does
         measured = measure(
-            codes, codes_of(lowered), kinds, starts, ends, self._stops, self._sizes, separator, hits, *self._c4
+            codes, codes_of(lowered), kinds, starts, ends, self._stops, self._sizes, separator, joined, hits, *self._c4
         )
         scores = measured._asdict() | found
         if self._page_bracket:
@@ -221,6 +222,7 @@ def measure(
     stops: np.ndarray,
     sizes: np.ndarray,
     separator: int,
+    joined: bool,
     hits: np.ndarray,
     marks: np.ndarray,
     min_words: int,
@@ -231,8 +233,9 @@ def measure(
     """Measures a text in one pass.
 
     `codes` and `lowered` are the code points of the text and of its lower case, `kinds` the class bits, `starts` and
-    `ends` the words, `stops` the hashes of stop words, `sizes` the n-gram sizes in words, `hits` the phrases found; the
-    last five are the fields of a `C4Rules`.
+    `ends` the words, `stops` the hashes of stop words, `sizes` the n-gram sizes in words, `joined` whether n-grams of
+    five words and more are compared without the spaces between them, `hits` the phrases found; the last five are the
+    fields of a `C4Rules`.
     """
     chars, words = len(codes), max(len(starts), 1)
     signs, ellipses, alnum, newlines = characters(codes, kinds)
@@ -260,7 +263,12 @@ def measure(
     dup_lines, dup_line_chars, pieces = gopher_duplicates(codes, line_starts, line_ends)
     para_starts, para_ends = paragraphs_of(codes, kinds)
     dup_paras, dup_para_chars = repeated(codes, para_starts, para_ends)
-    grams = ngram_scores(hashes, starts, ends, sizes, 3, separator) / chars
+    if joined:
+        grams = np.zeros(len(sizes))
+        grams[:3] = ngram_scores(hashes, starts, ends, sizes[:3], 3, separator) / chars
+        grams[3:] = joined_duplicates(codes, starts, ends, sizes[3:]) / chars
+    else:
+        grams = ngram_scores(hashes, starts, ends, sizes, 3, separator) / chars
     count, terminal, short, dup_chars, total, longest = fineweb_lines(codes, kinds, line_starts, line_ends)
     _, sentences, lorem, curly = c4_lines(
         codes, kinds, all_starts, all_ends, hits, marks, min_words, max_word_length, policy, citations

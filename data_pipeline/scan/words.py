@@ -5,7 +5,8 @@ There are four splitters; every rule about words depends on which one is used:
   words   runs of letters, digits and combining marks (with an apostrophe inside), each CJK character by itself, and
           each run of one other sign by itself, much as linguistic tokenizers split
   cjk     the same words, but an n-gram spans 2n of them, since a Chinese word has two characters on average
-  spacy   English words as spaCy finds them (see `english`), with its rules for abbreviations, addresses, contractions
+  spacy   English words as spaCy finds them (see `english`), with its rules for abbreviations, addresses, contractions;
+          n-grams of five words and more are then compared without the spaces between them, as datatrove does
 The first three use no dictionary and make no exception for abbreviations.
 """
 

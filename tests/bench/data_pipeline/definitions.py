@@ -30,7 +30,7 @@ def why(step: str, source: str, text: str) -> str:
         rules, language = _rules(source, _FILTERS[step]), LANGUAGES.get(source, LANGUAGES["english"])
         if reason := verdict(_scanner(source, _FILTERS[step]).scores(text), rules):
             return f"{reason} as datatrove counts"
-        on_words = Scanner(Definition(Splitter.words, rules.stop_words))
+        on_words = Scanner(Definition(Splitter.spacy, rules.stop_words))
         if reason := verdict(on_words.scores(text, spans(text, language)), rules):
             return f"{reason} on {'jieba' if source == 'chinese' else 'spaCy'}'s words"
     if source == "web":

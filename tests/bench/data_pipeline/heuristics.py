@@ -126,7 +126,7 @@ def _agreement(
 ) -> tuple[float, Counter[str]]:
     """Returns (share of equal verdicts over documents and filters, explanations of the others with their counts)."""
     equal, why = 0, Counter[str]()
-    definition = Definition(Splitter.words, rules["quality"].stop_words)  # n-grams of n words, whatever the language
+    definition = Definition(Splitter.spacy, rules["quality"].stop_words)  # counts n-grams of n words as datatrove does
     on_their_words = Scanner(definition)
     for text in documents:
         for name, peer in theirs.items():

@@ -10,6 +10,7 @@ import pytest
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, validate
+from configs.sources import RESERVED
 
 BASE = """
 [run]
@@ -169,6 +170,29 @@ MISTAKES: list[tuple[Edits, str, Ways]] = [
             ),
         )
         for name, other in (("a-b", "a_b"), ("2024-10", "2024_10"), ("a b", "2024"), ("", "_"))
+    ),
+    *(
+        (
+            {f"sources.{name}": {"files": ["a"], "format": "text", "rules": {"en": "plain"}}},
+            r"choose another name, such as (\w+)$",
+            lambda found, name=name: [  # type: ignore[misc]
+                {
+                    f"sources.{name}": GONE,
+                    f"sources.{found[1]}": {"files": ["a"], "format": "text", "rules": {"en": "plain"}},
+                }
+            ],
+        )
+        for name in RESERVED
+    ),
+    (
+        {f"canaries.{'é' * 51}": CANARY["canaries.one"]},
+        r"has 102 bytes: use (\d+) at most",
+        lambda found: [{f"canaries.{'é' * 51}": GONE, f"canaries.{'a' * int(found[1])}": CANARY["canaries.one"]}],
+    ),
+    (
+        {"mixture.stages": {"a" * 101: {}}},
+        r"use (\d+) at most",
+        lambda found: [{"mixture.stages": {"a" * int(found[1]): {}}}],
     ),
     (
         {"canaries.a-b": CANARY["canaries.one"]},

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from configs.loader import toml
 from configs.sealed import CHECKPOINT
 from posttrain import grpo, sft
-from pretrain.checkpoint.lineage import Lineage
+from pretrain.checkpoint.lineage import Lineage, Pin
 from tests.remedies import Run, drawn, follow, refused, remedies, torchrun_environment
 
 MODEL = {
@@ -24,6 +25,7 @@ MODEL = {
     "num_kv_heads": 4,
 }
 CONTEXT = 64
+ROW = 48  # tokens of a row of the run that has begun
 COMMANDS = {"sft": sft.main, "grpo": grpo.main}
 
 
@@ -43,6 +45,15 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "context": CONTEXT,
         }
         (checkpoint / "manifest.json").write_bytes(CHECKPOINT.write(facts))
+    began = Pin.of(folder / "dense/checkpoints/step_1")
+    begun = folder / "begun/checkpoints/step_2"
+    begun.mkdir(parents=True)
+    shutil.copy(tokenizer_file, folder / "begun/tokenizer.model")
+    facts = json.loads(Path(began.checkpoint, "manifest.json").read_text())
+    init = {"run": str(folder / "dense")}
+    facts |= {"step": 2, "init": vars(began), "config": facts["config"] | {"init": init}}
+    facts["identity"]["seq_length"] = ROW
+    (begun / "manifest.json").write_bytes(CHECKPOINT.write(facts))
     talk = [{"role": "user", "content": "how are you?"}, {"role": "assistant", "content": "I am fine, thank you."}]
     lines = [json.dumps({"id": str(i), "messages": talk * (1 + i % 3)}) for i in range(20)]
     (folder / "dialogues.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -146,3 +157,39 @@ def test_a_model_to_begin_from_is_found_as_the_message_says(
     else:
         right = [*(right or []), *(f"{key}={value}" for key, value in remedies(message) if "/" in value)]
     assert not refused(run["grpo"], 1, [*overrides, *right])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
+    base: Path, run: dict[str, Run], tmp_path: Path, command: str
+) -> None:
+    """What it cannot have is got by a new run, as long as the message says."""
+    begun, draw = f"run.dir={base / 'begun'}", random.Random(5)
+    longer = refused(run[command], 1, [begun, "train.seq_length=64"])
+    assert list(remedies(longer)) == [("train.seq_length", str(ROW))] and "choose another run.dir" in longer
+    assert not refused(run[command], 1, [begun, f"train.seq_length={ROW}"])
+    anew = fewer = 0
+    for _ in range(25):
+        own = {
+            "parallel.cp": draw.choice([1, 1, 3]),
+            "task.digits": draw.choice([6, 9, 15, 20, 24]),
+            "task.max_new_tokens": draw.choice([9, 20, 30, 36]),
+            **({"data.max_bad_share": draw.choice([0.1, 1.0])} if command == "sft" else {}),
+        }
+        overrides = [f"{key}={value}" for key, value in own.items()]
+        for _ in range(5):
+            message = refused(run[command], 6, [begun, *overrides])
+            told = dict(remedies(message))
+            assert "train.seq_length" not in told, message
+            if length := re.search(r"choose another run\.dir for a run with train\.seq_length=(\d+)", message):
+                new = [f"run.dir={tmp_path / 'new'}", *overrides, f"train.seq_length={length[1]}"]
+                assert "train.seq_length" not in dict(remedies(refused(run[command], 6, new))), message
+                anew += 1
+            if not told.get("task.max_new_tokens"):
+                break
+            overrides = [one for one in overrides if not one.startswith("task.max_new_tokens=")]
+            overrides.append(f"task.max_new_tokens={told['task.max_new_tokens']}")
+            fewer += 1
+        else:
+            raise AssertionError(f"no end of messages: {message}")
+    assert anew and fewer

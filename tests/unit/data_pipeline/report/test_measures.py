@@ -1,6 +1,7 @@
 """Compares what the page draws, and its samples, with the tables of the run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import pyarrow as pa
 
 from configs.data import DataConfig
 from configs.loader import load
+from configs.sources import RESERVED
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.provenance.smallest import Smallest
 from data_pipeline.report import measures
 from data_pipeline.report import page_samples as samples
 from data_pipeline.scores.filtering import broken
-from tests.unit.data_pipeline.report.conftest import MAIL
+from tests.unit.data_pipeline.report.conftest import MAIL, ROOT
 
 
 def test_score_histograms_count_what_the_rules_count(run_dir: Path) -> None:
@@ -123,3 +125,15 @@ def test_samples_of_cuts_show_what_went_and_never_personal_data(run_dir: Path, p
     (mail,) = [one for one in mails if one["id"] == "letter"]
     assert str(mail["excerpt"]).startswith("Write to [[<EMAIL>]] about")
     assert "<ins>&lt;EMAIL&gt;</ins>" in page and "<del>" in page and MAIL not in page
+
+
+def test_no_source_may_have_the_name_of_a_folder_that_stages_keep_beside_those_of_sources(run_dir: Path) -> None:
+    """Those that a run leaves, and those that it removes at the end of a stage."""
+    sources = load(DataConfig, run_dir / "config.toml").sources
+    by_source = [folder for folder in run_dir.iterdir() if any((folder / name).is_dir() for name in sources)]
+    left = {path.name for folder in by_source for path in folder.iterdir() if path.is_dir()} - set(sources)
+    assert {"cuts", "drops", "matches", "rejected"} <= left
+    stages = [path for path in (ROOT / "data_pipeline").rglob("*_stage*.py") if "folder: Path" in path.read_text()]
+    made = {name for path in stages for name in re.findall(r'\bfolder / "(\w+)"', path.read_text())}
+    assert "work" in made
+    assert left | made == set(RESERVED)

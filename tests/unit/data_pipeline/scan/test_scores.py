@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from datatrove.pipeline.filters import (
 )
 
 from configs.rules import RuleSet
+from data_pipeline.scan.characters import codes_of, kinds_of
 from data_pipeline.scan.english import words_of
+from data_pipeline.scan.repetition import joined_duplicates, ngram_scores
 from data_pipeline.scan.scores import SCORES, Definition, Scanner, in_lower_case
-from data_pipeline.scan.words import Splitter
+from data_pipeline.scan.words import Splitter, describe, split
 from data_pipeline.scores.filtering import verdict
 from data_pipeline.scores.model_scores import MODEL_SCORES
 from data_pipeline.scores.scoring import definition_of
@@ -57,6 +60,40 @@ def test_repetition_by_hand() -> None:
     assert scores(repeated)["dup_5_gram"] == 5 / len(repeated)  # "a b c d e", once again, without spaces
     assert scores(repeated)["dup_6_gram"] == 0
     assert scores("ab c d e f a bc d e f")["dup_5_gram"] == 0  # words are not joined
+    assert scores("ab c d e f a bc d e f", "spacy")["dup_5_gram"] == 6 / 21  # as in datatrove, they are
+
+
+# A rule of dots and a rule of hyphens, whose tokens repeat in another order; numbers; a cut that shifts by a sign.
+SHIFTED = [
+    "1 2 3 4 56 12 3 4 5 6",
+    "-- - -- - -- - -- - - -- - --",
+    "ab cde f g h a b c d efgh",
+    "... . .. .... . ..... . .. ..",
+]
+
+
+@pytest.mark.parametrize("text", SHIFTED)
+def test_datatroves_ngrams_are_joined_without_spaces(text: str) -> None:
+    words = text.split()
+    codes = codes_of(text)
+    starts, ends = split(codes, kinds_of(codes), Splitter.spaces)
+    sizes = list(range(2, 11))
+    found = joined_duplicates(codes, starts, ends, np.array(sizes)).tolist()
+    assert found == [gopher_repetition_filter.find_all_duplicate(words, size) for size in sizes]
+    hashes, _ = describe(codes, kinds_of(codes), starts, ends)
+    assert sum(found) > sum(ngram_scores(hashes, starts, ends, np.array(sizes), 0, 1).tolist())
+
+
+def test_joined_ngrams_are_datatroves_for_any_words() -> None:
+    draw = random.Random(7)
+    sizes = list(range(2, 11))
+    for _ in range(150):
+        vocabulary = draw.choice([["a"], ["a", "aa", "aaa"], ["a", "b", "ab", "ba", "bab"], ["\0", "\0\0", "é", "鲸é"]])
+        words = draw.choices(vocabulary, k=draw.randrange(0, 80))
+        ends = np.cumsum([len(word) for word in words], dtype=np.int32)
+        starts = ends - np.array([len(word) for word in words], np.int32)
+        found = joined_duplicates(codes_of("".join(words)), starts, ends, np.array(sizes)).tolist()
+        assert found == [gopher_repetition_filter.find_all_duplicate(words, size) for size in sizes]
 
 
 def test_lines_by_hand() -> None:
