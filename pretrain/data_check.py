@@ -25,7 +25,7 @@ _NAMED = 3  # damaged files named in the message
 
 
 class DamagedTrainingData(DamagedData):
-    """Error for training data that does not match its checksums; raised on all ranks together."""
+    """Error for damage of the training data that all ranks know of; raised on all of them together."""
 
 
 class DataCheck:

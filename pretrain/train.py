@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import, so mistakes in the config are reported before.
     from pretrain.batch_source import PlanSource
     from pretrain.checkpoint.lineage import Lineage
+    from pretrain.data_check import DamagedTrainingData
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return Trainer(
                 config, config.model, source, NextToken(), mesh, evaluators, lineage, name, resume=args.resume
             ).fit()
+        except DamagedTrainingData as error:  # the same on all ranks
+            return _failed(error, prints=mesh.is_main)
         except DamagedData as error:  # in a row; only the ranks that read it raise this
             return _failed(error, prints=mesh.counts_in_sums)
 
@@ -94,8 +97,9 @@ def _failed(error: DamagedData, prints: bool) -> int:
 def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
     """Returns the evaluator of the loss on `rows` held-out rows per source; an empty list if `rows` is 0.
 
-    Raises DamagedData on all ranks together, with the damage that any of them found.
+    Raises DamagedTrainingData on all ranks together, with the damage that any of them found.
     """
+    from pretrain.data_check import DamagedTrainingData
     from pretrain.heldout_loss import HeldoutLoss
 
     evaluators, found = [], ""
@@ -105,7 +109,7 @@ def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
     except DamagedData as error:
         found = str(error)
     if said := list(dict.fromkeys(filter(None, mesh.gather_json(found)))):
-        raise DamagedData("; ".join(said))
+        raise DamagedTrainingData("; ".join(said))
     return evaluators
 
 

@@ -142,16 +142,17 @@ def _make_moments(engine: Engine, optimizer_steps: int) -> None:
 
 
 def _check_shapes(engine: Engine, reader: Reader) -> None:
+    """Raises CheckpointError if the model's parameters are not those of the checkpoint, whose config it has by now."""
     saved, balance = reader.manifest["parameters"], reader.manifest.get("balance", {})
+    other = "in this version of Trivium; use the version that trained it, or train it again in another run.dir"
     for name in engine.module.named_balance():
         if name not in balance:
-            raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.moe.* as there")
+            raise CheckpointError(f"{reader.path} has no {name}, which its model has {other}")
     for name, parameter in engine.module.named_global_parameters():
         shape = list(engine.mesh.slices.global_shape(zero.outline(parameter)))
         if name not in saved:
-            raise CheckpointError(f"{reader.path} has no {name}, which the model has; set model.* as the checkpoint's")
+            raise CheckpointError(f"{reader.path} has no {name}, which its model has {other}")
         if saved[name]["shape"] != shape:
             raise CheckpointError(
-                f"{name} is {saved[name]['shape']} in {reader.path} and {shape} in the model; set model.* as the "
-                "checkpoint's config has it"
+                f"{name} is {saved[name]['shape']} in {reader.path}, and its model has {shape} {other}"
             )

@@ -1,5 +1,6 @@
 """Settings that change when a run is resumed: they are reported, kept in its history and effective, or refused."""
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -167,3 +168,42 @@ def test_a_damaged_manifest_is_passed_over(ranks: RanksOf, tmp_path: Path) -> No
     assert answer["status"] == 0 and f"going on from {storage.directory(run, 1)}" in answer["said"]
     assert f"warning: {file} is damaged" in answer["said"]
     assert storage.verify(file.parent)["step"] == 2
+
+
+def test_a_checkpoint_of_other_parameters_than_its_model_has_is_for_another_version(
+    ranks: RanksOf, runs: tuple[str, Path], tmp_path: Path
+) -> None:
+    """As another version of the code may name or shape them; in another run.dir, this version trains the model anew."""
+    name, folder = runs
+    lost = "final_norm.weight" if name == "dense" else "balance"
+    for number in range(2):
+        run = Path(shutil.copytree(folder / "begun", tmp_path / str(number)))
+        file = storage.directory(run, 2) / storage.MANIFEST
+        manifest = CHECKPOINT.read(file.read_bytes(), file)
+        if lost == "balance":
+            lost = next(iter(manifest["balance"]))
+        entries = manifest["parameters" if name == "dense" else "balance"]
+        if number and name == "dense":
+            entries[lost]["shape"] = [3]
+        else:
+            del entries[lost]
+        file.write_bytes(CHECKPOINT.write(manifest))
+        answer = train(ranks, run, MODELS[name], 3)
+        assert answer["kind"] == "CheckpointError" and lost in answer["error"], answer
+        assert "use the version that trained it, or train it again in another run.dir" in answer["error"]
+        if name != "dense":
+            break
+    assert train(ranks, tmp_path / "another", MODELS[name], 1)["status"] == 0
+
+
+def test_a_run_that_another_process_trains_goes_on_after_it(
+    ranks: RanksOf, runs: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, folder = runs
+    run = Path(shutil.copytree(folder / "begun", tmp_path / "run"))
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        answer = train(ranks, run, MODELS[name], 3)
+        assert answer["kind"] == "ConfigError"
+        assert f"is training in {run}; wait for it, stop it or choose another run.dir" in answer["error"]
+    assert train(ranks, run, MODELS[name], 3)["status"] == 0

@@ -1,5 +1,6 @@
 """Damaged training data stops a run on all ranks, whichever of them finds it, before or while it trains."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.loader import toml
 from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
@@ -36,8 +38,8 @@ def data(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "data"))
 
 
-def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: int, **more: Any) -> list[dict[str, Any]]:
-    tree: dict[str, Any] = {
+def config(run_dir: Path, plan: Path) -> dict[str, Any]:
+    return {
         "run": {"dir": str(run_dir)},
         "model": {**MODELS["dense"], "vocab_size": VOCAB},
         "data": {"plan": str(plan)},
@@ -53,6 +55,10 @@ def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: in
         "checkpoint": {"every": 6},
         "log": {"tensorboard": False},
     }
+
+
+def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: int, **more: Any) -> list[dict[str, Any]]:
+    tree = config(run_dir, plan)
     function = "tests.parallel.workers.plans:train_and_listen"
     return ranks(world).run(function, process_group=False, tree=tree, first_bytes=first_bytes, **more)
 
@@ -121,6 +127,21 @@ def test_a_signal_ends_the_last_wait_and_the_next_start_does_the_check_alone(
         answers = train(ranks, 2, run, data / "plan", 0)
         assert [answer["status"] for answer in answers] == [0, 0] and said in answers[0]["said"]
     assert metrics(run) == lines, "nothing was trained again"
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_damage_in_a_heldout_part_is_told_once(ranks: RanksOf, data: Path, tmp_path: Path, tp: int) -> None:
+    """Whether the ranks are replicas of the model or its parts, all end, and nothing is trained."""
+    with (data / "tokens/heldout/prose/00000.bin").open("r+b") as file:
+        file.write(np.array([VOCAB], "<u2").tobytes())
+    (tmp_path / "train.toml").write_bytes(toml(config(tmp_path / "run", data / "plan") | {"eval": {"rows": 4}}))
+    args = [str(tmp_path / "train.toml"), f"parallel.tp={tp}"]
+    answers = ranks(2).run("tests.parallel.workers.plans:train_command", process_group=False, args=args)
+    assert [answer["status"] for answer in answers] == [1, 1]
+    told = r"source prose, shard .*heldout/prose/00000, document 0: token 0 is the id 512, and the vocabulary has 512"
+    said = "".join(answer["said"] for answer in answers)
+    assert len(re.findall(told, said)) == said.count("error:") == 1, said
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_sound_data_is_trained_on_while_it_is_read(ranks: RanksOf, sound: Path, tmp_path: Path) -> None:

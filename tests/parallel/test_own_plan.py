@@ -113,6 +113,28 @@ def test_ranks_that_saw_different_plans_do_not_train(ranks: RanksOf, data: Path,
     assert answer["status"] == other["status"] == 0, "started again, it trains"
 
 
+def test_ranks_that_differ_train_when_what_the_message_names_is_the_same(ranks: RanksOf, tmp_path: Path) -> None:
+    tree = tree_of(tmp_path / "run", tmp_path, 3)
+    pins = [{"checkpoint": f"{tmp_path}/step_{step}", "step": step, "sha256": str(step)} for step in (1, 2)]
+
+    def told(precisions: tuple[str, str], seeds: tuple[int, int] = (1, 1), begun: tuple[int, int] | None = None) -> str:
+        settings = [{"train": {"precision": one}} for one in precisions]
+        identities = [{"seed": seed} | ({"init": pins[begun[n]]} if begun else {}) for n, seed in enumerate(seeds)]
+        pin = pins[begun[0]] if begun else None
+        options = {"tree": tree, "settings": settings, "identities": identities, "pin": pin}
+        answers = ranks(2).run("tests.parallel.workers.plans:settings_of_ranks", process_group=False, **options)
+        assert answers[0].replace("step_2", "step_1") == answers[1].replace("step_2", "step_1")
+        return str(answers[0])
+
+    said = told(("bf16", "fp32"))
+    for precision in re.findall(r"set it to (\w+) or (\w+)$", said)[0]:
+        assert not told((precision, precision))
+    assert "start again when they are the same everywhere" in told(("fp32", "fp32"), (1, 2))
+    said = told(("fp32", "fp32"), begun=(0, 1))
+    assert "name one by init.checkpoint" in said and pins[0]["checkpoint"] in said
+    assert not told(("fp32", "fp32"), begun=(0, 0))
+
+
 def test_a_run_goes_on_with_its_own_plan(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
     run, first = tmp_path / "run", publish(data)
     assert train(ranks, tmp_path / "straight", data / "plan", 3)["status"] == 0

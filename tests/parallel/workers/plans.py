@@ -15,8 +15,10 @@ from configs.loader import validate
 from configs.train import PretrainConfig
 from data_pipeline.core.integrity import Expected
 from launch.environment import ClusterEnvironment
-from pretrain import data_check
+from pretrain import data_check, train
 from pretrain.batch_source import PlanSource
+from pretrain.checkpoint.lineage import Pin
+from pretrain.checkpoint.resume import check_ranks
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine
@@ -68,6 +70,27 @@ def train_and_listen(tree: dict[str, Any], first_bytes: int, stopped: str = "") 
     finally:
         data_check.FIRST_BYTES, data_check.check_files = usual, check
     return {**answer, "said": said.getvalue()}
+
+
+def train_command(args: list[str]) -> dict[str, Any]:
+    """Runs `trivium train` itself. Returns its exit status and all that it prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = train.main(args)
+    return {"status": status, "said": said.getvalue()}
+
+
+def settings_of_ranks(
+    tree: dict[str, Any], settings: list[dict[str, Any]], identities: list[dict[str, Any]], pin: dict[str, Any] | None
+) -> str:
+    """What this rank is told when each has the settings and the identity of its place in the lists; "" if nothing."""
+    config, env = validate(PretrainConfig, tree), ClusterEnvironment.read()
+    with groups.joined(env, Layout.of(env.world_size, config.parallel, config.model, config.train)) as mesh:
+        try:
+            check_ranks(mesh, settings[mesh.rank], identities[mesh.rank], Pin(**pin) if pin else None)
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def _never_done(run_dir: Path, last: int | None, files: Iterable[Expected], stop: threading.Event) -> list[str]:

@@ -1,5 +1,6 @@
 """Takes the remedies out of messages of data runs, follows them to the letter, and tests that the error is gone."""
 
+import fcntl
 import gzip
 import json
 import re
@@ -214,6 +215,18 @@ def test_a_trace_finds_its_plan_from_any_folder_and_when_all_has_moved(
         for step in steps.groups():
             assert not outcome(trace.main, ["--run", ".", "--step", step, "--plan", "../data/other"], capsys)
         shutil.rmtree(home)
+
+
+def test_a_run_dir_that_another_run_holds_is_free_after_it_and_another_one_is_at_once(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
+    args, run_dir = [str(finished), "--until", "extract"], finished.parent / "run"
+    with (run_dir / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = outcome(run.main, args, capsys)
+        assert f"at work in {run_dir}; wait for it, or give this one its own run.dir" in said
+        assert not outcome(run.main, [*args, f"run.dir={tmp_path}/own"], capsys)
+    assert not outcome(run.main, args, capsys)
 
 
 def test_progress_is_in_the_unit_that_fits() -> None:

@@ -1,5 +1,8 @@
 """Names and shapes of tensors, compared with those that transformers writes and reads."""
 
+import ast
+import re
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,8 +97,9 @@ def test_foreign_checkpoints_are_refused_by_tensor_name():
     }
     assert "lm_head.weight" not in dict(from_hf(extra.__getitem__, extra, config))
     extra["lm_head.weight"] = extra["lm_head.weight"] + 1
-    with pytest.raises(ValueError, match=r"tie_word_embeddings = true, but lm_head\.weight differs"):
+    with pytest.raises(ValueError, match=r"tie_word_embeddings = true, but lm_head\.weight differs.* set .* = false"):
         dict(from_hf(extra.__getitem__, extra, config))
+    assert "lm_head.weight" in dict(from_hf(extra.__getitem__, extra, tiny(tie=False)))
 
 
 @pytest.mark.parametrize(
@@ -106,5 +110,10 @@ def test_foreign_checkpoints_are_refused_by_tensor_name():
 def test_what_neither_family_computes_is_not_exported(changes, key):
     model = tiny("moe" in changes)
     moe = model.moe.model_copy(update=changes["moe"]) if model.moe else None
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=key) as raised:
         entries(model.model_copy(update={**changes, "moe": moe}))
+    told = re.search(r"model\.(?:moe\.)?(\w+) = .* has (\S+); train the model with that value", str(raised.value))
+    assert told
+    value = {told[1]: ast.literal_eval(told[2])}
+    moe = moe and moe.model_copy(update=value)
+    assert entries(model.model_copy(update={**changes, "moe": moe} if moe else value))

@@ -108,8 +108,13 @@ def test_models_without_an_exact_twin_are_refused(tmp_path: Path, tokenizer_path
     model.ParseFromString(tokenizer_path.read_bytes())
     change(model)
     (tmp_path / "other.model").write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match=key):
+    remedy = r"declare them as control symbols" if key == "user-defined" else r"train the tokenizer with the pipeline's"
+    with pytest.raises(ValueError, match=rf"{key}.*; {remedy}"):
         read_model(tmp_path / "other.model")
+    if key == "user-defined":
+        model.pieces[-1].type = PIECE.CONTROL
+        (tmp_path / "other.model").write_bytes(model.SerializeToString())
+        assert read_model(tmp_path / "other.model").pieces[-1].type == PIECE.CONTROL
 
 
 def test_missing_and_damaged_files(tmp_path: Path):

@@ -1,16 +1,22 @@
 """Hugging Face directories are imported bit for bit, or refused with a message that names the reason."""
 
+import ast
 import json
+import re
+import shutil
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from configs.files import file_sha256
 from configs.loader import ConfigError, load
 from configs.train import ModelConfig
 from export.families import to_hf
+from export.folder import RECORD
 from export.hf_config import from_hf_config, to_hf_config
+from export.hf_tokenizer import write_tokenizer
 from export.import_hf import import_directory, main
 from export.model_source import open_source
 from export.tensors import open_tensors, write_tensors
@@ -105,30 +111,60 @@ def test_config_both_ways(moe, tie):
 def test_what_the_decoder_does_not_do_is_refused_by_key(tmp_path, capsys, keys, named):
     saved(tmp_path, moe=False)
     path = tmp_path / "hf/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-    with pytest.raises(ConfigError, match=named):
+    right = json.loads(path.read_text())
+    path.write_text(json.dumps(right | keys))
+    with pytest.raises(ConfigError, match=named) as raised:
         main([str(tmp_path / "hf"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+    if expected := re.search(r"(\w+) = .* is not supported \(.*\); expected (\w+|'\w+')$", str(raised.value)):
+        path.write_text(json.dumps(right | {expected[1]: ast.literal_eval(expected[2])}))
+        assert main([str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
 
 
 def test_bad_places_and_files(tmp_path):
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
     saved(tmp_path, moe=False)
-    for file in (tmp_path / "hf").glob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:100])
-        break
-    with pytest.raises(ConfigError, match="not a complete safetensors file"):
+    file = next((tmp_path / "hf").glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(ConfigError, match=r"not a complete safetensors file .*fetch it again"):
         main([str(tmp_path / "hf"), str(tmp_path / "out")])
+    file.unlink()
+    with pytest.raises(ConfigError, match=f"{file} is missing, .*fetch it again"):
+        main([str(tmp_path / "hf"), str(tmp_path / "out")])
+    file.write_bytes(whole)
+    assert main([str(tmp_path / "hf"), str(tmp_path / "fetched")]) == 0
+    shutil.rmtree(tmp_path / "fetched")
     for file in (tmp_path / "hf").glob("model*"):
         file.unlink()
     (tmp_path / "hf/pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="pickled weights"):
+    with pytest.raises(ConfigError, match=r"pickled weights .*convert them to safetensors"):
         main([str(tmp_path / "hf"), str(tmp_path / "out")])
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    saved(tmp_path, moe=False)
+    with pytest.raises(ConfigError, match="exists already; name a new folder"):
         main([str(tmp_path / "hf"), str(tmp_path / "out")])
+    assert main([str(tmp_path / "hf"), str(tmp_path / "new")]) == 0
+
+
+def test_a_tokenizer_file_is_restored_or_removed_as_the_message_says(tmp_path, tokenizer_path):
+    saved(tmp_path, moe=False)
+    write_tokenizer(tmp_path / "hf", tokenizer_path, max_length=64)
+    file, args = tmp_path / "hf/tokenizer.model", [str(tmp_path / "hf"), str(tmp_path / "out"), "--dry-run"]
+    file.write_bytes(b"no tokenizer")
+    with pytest.raises(ConfigError, match=r"is not a sentencepiece model; fetch it again, or remove it"):
+        main(args)
+    file.unlink()
+    assert main(args) == 0
+    record = tmp_path / "hf" / RECORD
+    record.write_text(json.dumps({"files": {file.name: file_sha256(tokenizer_path)}}))
+    file.write_bytes(b"another one")
+    with pytest.raises(ConfigError, match=r"is not the one that .* was exported with; restore that one"):
+        main(args)
+    shutil.copy(tokenizer_path, file)
+    assert main(args) == 0
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Ranks as set by torchrun, srun and mpirun, from variables in the form that each launcher really uses."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,21 +90,32 @@ def test_variables_read_back_as_the_same_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "words"),
+    ("env", "words", "unset"),
     [
-        ({**TORCHRUN, "RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
-        ({**TORCHRUN, "RANK": "x"}, "RANK is 'x'"),
-        ({"RANK": "0"}, "WORLD_SIZE is not set"),
-        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
-        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
-        ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "MASTER_ADDR is not set and openmpi"),
-        ({**SRUN, "SLURM_NODEID": "3"}, "SLURM_NODEID=3 is beyond"),
-        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4x2"}, "4x2"),
+        ({**TORCHRUN, "RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4", "RANK"),
+        ({**TORCHRUN, "RANK": "x"}, "RANK is 'x'", "RANK"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set", "RANK"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE is '0'", None),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'", "MASTER_PORT"),
+        ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "MASTER_ADDR is not set and openmpi", None),
+        ({**SRUN, "SLURM_NODEID": "3"}, "SLURM_NODEID=3 is beyond", None),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4x2"}, "4x2", "SLURM_STEP_TASKS_PER_NODE"),
     ],
 )
-def test_what_is_wrong_is_named(env: dict[str, str], words: str) -> None:
-    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+def test_what_is_wrong_is_named(env: dict[str, str], words: str, unset: str | None) -> None:
+    """Without the variable that was set by hand it is read; None: the launcher then sets it as it does."""
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")) as raised:
         ClusterEnvironment.read(env)
+    if "export MASTER_ADDR=HOST" in str(raised.value):
+        assert ClusterEnvironment.read({**env, "MASTER_ADDR": "gpu7"}).master_address == "gpu7"
+        return
+    assert re.search(r"unset (the one|what) .*by hand|unset it|set none of its variables by hand", str(raised.value))
+    if unset is None:
+        env = {
+            **env,
+            **{name: value for told in (TORCHRUN, SRUN) if told.keys() <= env.keys() for name, value in told.items()},
+        }
+    ClusterEnvironment.read({name: value for name, value in env.items() if name != unset})
 
 
 def test_slurm_notation() -> None:

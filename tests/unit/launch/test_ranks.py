@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -176,8 +177,10 @@ def test_a_command_stands_for_its_module() -> None:
     ],
 )
 def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot be started as ranks.*" + re.escape(hint)):
+    with pytest.raises(ValueError, match=r"cannot be started as ranks.*" + re.escape(hint)) as raised:
         ranks.main([name, "configs/pretrain/demo.toml"])
+    for told in re.findall(r"(?:give|mean|or) ([a-z.]+)(?=[,? ]|$)", str(raised.value)):
+        assert told == "a" or ranks._module(told) in ranks.TRAINING.values()  # "or a module"
 
 
 STEP = {
@@ -208,19 +211,42 @@ def test_nodes_are_those_of_the_slurm_step(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SLURM_NODEID", "0")
     with pytest.raises(ValueError, match=r"srun started `trivium launch` 3 times on this node.*--ntasks-per-node=1"):
         ranks.main(["train", "configs/pretrain/demo.toml"])
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert launcher(tmp_path, script).wait(30) == 0
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("options", "words", "right"),
     [
-        (["--nproc-per-node", "0", "m"], "--nproc-per-node 0"),
-        (["--nnodes", "2", "--node-rank", "2", "m"], "--node-rank 2"),
-        (["--nnodes", "2", "m"], "--master-address"),
+        (["--nproc-per-node", "0"], "--nproc-per-node 0 .*give 1 or more", ["--nproc-per-node", "1"]),
+        (["--nnodes", "0"], "--nnodes 0 .*give 1 or more", ["--nnodes", "1"]),
+        (
+            ["--nnodes", "2", "--node-rank", "2", "--master-address", "a"],
+            "--node-rank 2 .*from 0 to 1",
+            ["--node-rank", "1"],
+        ),
+        (["--nnodes", "2"], "needs --master-address", ["--master-address", "127.0.0.1"]),
     ],
 )
-def test_impossible_worlds_are_refused(argv: list[str], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        ranks.main(argv)
+def test_impossible_worlds_are_refused(tmp_path: Path, options: list[str], words: str, right: list[str]) -> None:
+    for given, status in ((options, 2), ([*options, *right], 0)):
+        process = launcher(tmp_path, "", *given)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == status, output
+        assert bool(re.search(words, output)) == bool(status)
+
+
+def test_logs_of_ranks_are_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full").write_text("no folder")
+    (tmp_path / "roomy").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    with pytest.raises(ValueError, match=r"cannot be written to .*; make room there, or set TMPDIR to a folder"):
+        ranks.main(["--nproc-per-node", "1", "this"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "roomy"))
+    assert ranks.main(["--nproc-per-node", "1", "this"]) == 0
 
 
 def test_a_free_port_is_none_that_the_system_hands_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs.train import ModelConfig
-from pretrain.proof import proof_page
+from configs.loader import ConfigError, load
+from configs.train import ModelConfig, PretrainConfig
+from pretrain.proof import proof_page, prove
 from pretrain.proof.bounds import Bounds
 from pretrain.proof.compare import Step
 from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, Error, Verdict
+from tests.remedies import RANKS, remedies
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2)
 FACTS = {
@@ -131,6 +134,38 @@ def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
     assert wrong[3, 1] == 7.0 and torch.equal(right, torch.cat((halves[0], halves[3])).double())
     (tmp_path / "rank_00000.safetensors").unlink()
     assert Step(tmp_path).copies("forward/x")[1].isnan().any(), "a slice that nobody wrote is no number"
+
+
+def test_a_layout_that_is_refused_is_mended_as_the_message_says() -> None:
+    """Degrees are in the layout's name: `parallel.tp` is its `tp`, and the number of ranks follows from its `dp`."""
+    draw, followed = random.Random(4), 0
+
+    def said(degrees: dict[str, int], precision: str = "fp32", *overrides: str) -> str:
+        config = load(PretrainConfig, "configs/pretrain/demo_moe.toml", overrides)
+        name = "".join(f"{key}{degree}" for key, degree in degrees.items())
+        try:
+            prove._check(prove.Candidate.parse(name), config, precision)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    for _ in range(60):
+        degrees = {key: draw.choice([1, 1, 2, 3, 4, 5]) for key in ("tp", "pp", "cp", "ep")} | {"dp": 4}
+        for key, value in remedies(said(degrees)):
+            changed, overrides = dict(degrees), []
+            if key == RANKS:
+                dp, left = divmod(int(value), degrees["tp"] * degrees["pp"] * degrees["cp"])
+                changed["dp"] = dp
+                assert dp and not left
+            elif key.startswith("parallel."):
+                changed[key.partition(".")[2]] = int(value or 1)
+            else:
+                overrides = [f"{key}={value}"]
+            after = said(changed, "fp32", *overrides)
+            assert key not in dict(remedies(after)), (degrees, key, value, after)
+            followed += 1
+    assert followed > 20
+    assert "hold it against one rank in fp32" in said({"tp": 2, "zero": 2}, "fp64") and not said({"tp": 2, "zero": 2})
 
 
 def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from configs.loader import ConfigError
 from pages import short, ticks
 from pretrain.line_charts import line_chart, running_mean, thin
-from pretrain.run_report import last_of_each_step, read_jsonl, write
+from pretrain.run_report import last_of_each_step, main, read_jsonl, write
 
 
 class OpenTags(HTMLParser):
@@ -113,3 +114,17 @@ def test_charts_of_nothing_and_of_one_point() -> None:
         "2e-06",
         "1500",
     ]
+
+
+@pytest.mark.parametrize("broken", ["{", "[1]"])
+def test_a_line_that_is_removed_as_the_message_says_is_no_trouble_any_more(tmp_path: Path, broken: str) -> None:
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl; name a training run's directory"):
+        main([str(tmp_path)])
+    metrics(tmp_path, 5)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], broken, *lines[2:], ""]))
+    with pytest.raises(ValueError, match=r"line 3 .*remove the line"):
+        main([str(tmp_path)])
+    file.write_text("\n".join([*lines, ""]))
+    assert main([str(tmp_path)]) == 0

@@ -25,13 +25,16 @@ HEAVY = pytest.mark.full
 def test_a_full_disk_is_named(workers: int, ranks: int, tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
     (tmp_path / "run").mkdir()
-    mount = f'mount -t tmpfs -o size=128k none {tmp_path / "run"} && exec "$@"'
+    mount = (
+        f"mount -t tmpfs -o size=128k none {tmp_path}/run || exit 99; "
+        f'"$@"; failed=$?; mount -o remount,size=64m {tmp_path}/run && "$@" && exit $failed; exit 98'
+    )
     asked = command(config, f"run.workers={workers}", "--until", "extract", ranks=ranks)
     done = subprocess.run(
         [*IN_OWN_NAMESPACE, "sh", "-c", mount, "sh", *asked],
         cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 1, f"no room was made, or it did not help: {done.stdout}{done.stderr}"
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and f"the disk of {tmp_path}/run" in told[0] and "No space left on device" in told[0]
     assert "make room there" in told[0] and "Traceback" not in done.stderr

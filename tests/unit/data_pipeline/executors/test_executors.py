@@ -24,6 +24,7 @@ from data_pipeline.executors.choose import choose, output_of_rank_0_only
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
+from tests.data_runs import command, environment
 
 ROOT = Path(__file__).parents[4]
 SECRET = "someone@example.org"
@@ -100,6 +101,10 @@ def test_a_tasks_error_comes_with_its_rank_and_log(
 def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
     with LocalExecutor(2) as executor, pytest.raises(TaskError, match=r"task 3 of 6: .* signal 9 .*lower run\.workers"):
         perform(executor, tmp_path, 6, {3: "killed"})
+    again = tmp_path / "again"
+    again.mkdir()
+    with LocalExecutor(1) as executor:
+        assert len(list(perform(executor, again, 6).iterdir())) == 6
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
@@ -226,6 +231,10 @@ def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path) -> None:
     assert (done.returncode, out) == (2, [])
     assert len(said) == 1 and said[0].startswith("error: 2 ranks were started, but MPI sees 1")
     assert not list(tmp_path.iterdir())
+    assert "use the mpirun beside it" in said[0]
+    beside = command(Path("configs/data/demo.toml"), "--dry-run", f"run.dir={tmp_path}", ranks=2)
+    done = subprocess.run(beside, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_pipeline_loads_neither_mpi_nor_ray() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,17 @@ def test_a_connection_that_breaks_is_an_error(s3: Any, monkeypatch: pytest.Monke
     """A broken connection raises an error; records are not counted as broken for it."""
     put(s3, "a.jsonl", b'{"text": "x"}\n' * 1000)
     (unit,) = find_units("s", source("s3://corpus/a.jsonl"), 1)
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(ConnectionError, match=r"s3://corpus/a.jsonl could not be read \(\w+\); run the same command"):
         list(read_file(unit.files[0], unit.config, ExtractConfig(), lambda size: None))
+    with pytest.raises(ConfigError, match=r"cannot be listed .*; check the address, and endpoint .*AWS_ENDPOINT_URL"):
+        find_files("s", unit.config)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    assert find_files("s", unit.config) == list(unit.files)
+    assert len(list(read_file(unit.files[0], unit.config, ExtractConfig(), lambda size: None))) == 1000
 
 
 @pytest.mark.parametrize(
