@@ -127,11 +127,11 @@ def test_ranks_that_differ_train_when_what_the_message_names_is_the_same(ranks: 
         return str(answers[0])
 
     said = told(("bf16", "fp32"))
-    for precision in re.findall(r"set it to (\w+) or (\w+)$", said)[0]:
+    for precision in re.findall(r"chooses (\w+) on some ranks and (\w+) on others; set one of them", said)[0]:
         assert not told((precision, precision))
-    assert "start again when they are the same everywhere" in told(("fp32", "fp32"), (1, 2))
+    assert "make them the same everywhere and start again" in told(("fp32", "fp32"), (1, 2))
     said = told(("fp32", "fp32"), begun=(0, 1))
-    assert "name one by init.checkpoint" in said and pins[0]["checkpoint"] in said
+    assert "set init.checkpoint to one of them" in said and pins[0]["checkpoint"] in said
     assert not told(("fp32", "fp32"), begun=(0, 0))
 
 

@@ -1,11 +1,12 @@
 """Takes the remedies out of messages of data runs, follows them to the letter, and tests that the error is gone."""
 
-import fcntl
 import gzip
 import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,11 +222,16 @@ def test_a_run_dir_that_another_run_holds_is_free_after_it_and_another_one_is_at
     finished: Path, tmp_path: Path, capsys
 ) -> None:
     args, run_dir = [str(finished), "--until", "extract"], finished.parent / "run"
-    with (run_dir / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    hold = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint(flush=True)\ninput()"
+    )
+    other = [sys.executable, "-c", hold, str(run_dir / ".lock")]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout and process.stdout.readline()
         said = outcome(run.main, args, capsys)
         assert f"at work in {run_dir}; wait for it, or give this one its own run.dir" in said
         assert not outcome(run.main, [*args, f"run.dir={tmp_path}/own"], capsys)
+        process.communicate("\n")
     assert not outcome(run.main, args, capsys)
 
 

@@ -231,7 +231,7 @@ def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path) -> None:
     assert (done.returncode, out) == (2, [])
     assert len(said) == 1 and said[0].startswith("error: 2 ranks were started, but MPI sees 1")
     assert not list(tmp_path.iterdir())
-    assert "use the mpirun beside it" in said[0]
+    assert "use that library's mpirun" in said[0]
     beside = command(Path("configs/data/demo.toml"), "--dry-run", f"run.dir={tmp_path}", ranks=2)
     done = subprocess.run(beside, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
