@@ -165,7 +165,7 @@ def test_a_layout_that_is_refused_is_mended_as_the_message_says() -> None:
             assert key not in dict(remedies(after)), (degrees, key, value, after)
             followed += 1
     assert followed > 20
-    assert "hold it against one rank in fp32" in said({"tp": 2, "zero": 2}, "fp64") and not said({"tp": 2, "zero": 2})
+    assert "compare it in fp32" in said({"tp": 2, "zero": 2}, "fp64") and not said({"tp": 2, "zero": 2})
 
 
 def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
