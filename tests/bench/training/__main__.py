@@ -47,7 +47,7 @@ def _number(value: float | None) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the code; `load` tells whether others used the cores at the start."""
+    """Returns the facts of this machine that the numbers depend on; `load` shows whether others used its cores."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

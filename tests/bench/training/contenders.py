@@ -1,7 +1,7 @@
-"""What one rank of a contender does: build its model, then take one optimizer step whenever it is asked to.
+"""Work of one rank of a contender: builds its model, then takes one optimizer step per request.
 
-A step is all that a global batch costs: forward and backward pass, clipping by the global norm and fused AdamW. Data
-loading and the trainer's log are on neither side.
+A step includes forward and backward pass, clipping by the global norm and fused AdamW. Data loading and the trainer's
+log are measured for no contender.
 """
 
 import contextlib

@@ -83,7 +83,7 @@ def train_command(args: list[str]) -> dict[str, Any]:
 def settings_of_ranks(
     tree: dict[str, Any], settings: list[dict[str, Any]], identities: list[dict[str, Any]], pin: dict[str, Any] | None
 ) -> str:
-    """What this rank is told when each has the settings and the identity of its place in the lists; "" if nothing."""
+    """Returns the error's message, else "", if rank r has `settings[r]` and `identities[r]`."""
     config, env = validate(PretrainConfig, tree), ClusterEnvironment.read()
     with groups.joined(env, Layout.of(env.world_size, config.parallel, config.model, config.train)) as mesh:
         try:

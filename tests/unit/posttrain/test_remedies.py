@@ -163,7 +163,7 @@ def test_a_model_to_begin_from_is_found_as_the_message_says(
 def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
     base: Path, run: dict[str, Run], tmp_path: Path, command: str
 ) -> None:
-    """What it cannot have is got by a new run, as long as the message says."""
+    """A run that continues cannot change its row length; a new run with the length in the message can have it."""
     begun, draw = f"run.dir={base / 'begun'}", random.Random(5)
     longer = refused(run[command], 1, [begun, "train.seq_length=64"])
     assert list(remedies(longer)) == [("train.seq_length", str(ROW))] and "choose another run.dir" in longer
