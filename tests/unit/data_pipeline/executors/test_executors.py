@@ -24,6 +24,7 @@ from data_pipeline.executors.choose import choose, output_of_rank_0_only
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
+from tests.data_runs import command, environment
 
 ROOT = Path(__file__).parents[4]
 SECRET = "someone@example.org"
@@ -231,6 +232,9 @@ def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path) -> None:
     assert len(said) == 1 and said[0].startswith("error: 2 ranks were started, but MPI sees 1")
     assert not list(tmp_path.iterdir())
     assert "use that library's mpirun" in said[0]
+    beside = command(Path("configs/data/demo.toml"), "--dry-run", f"run.dir={tmp_path}", ranks=2)
+    done = subprocess.run(beside, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_pipeline_loads_neither_mpi_nor_ray() -> None:
