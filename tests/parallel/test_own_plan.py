@@ -177,7 +177,7 @@ def test_what_differs_is_said_in_words(ranks: RanksOf, data: Path, tmp_path: Pat
     assert train(ranks, run, kept, 2)["status"] == 0
     assert train(ranks, tmp_path / "anew", data / "plan", 1)["status"] == 0
     said = train(ranks, run, data / "plan", 3, seed=4)["error"]
-    assert "says: run.seed 3 -> 4; set it back" in said
+    assert "than this config: run.seed 3 -> 4; set it back" in said
     # The plan of another stage is not taken for the run's own plan, although it is kept beside it.
     publish(data, stages={"general": {}, "late": {}})
     said = train(ranks, run, data / "plan/late", 3)["error"]
