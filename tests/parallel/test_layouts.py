@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.parallel.harness import RanksOf
-from tests.parallel.matrix import MODELS, MORE_PAIRS, PAIRS, world_of
+from tests.parallel.matrix import ALLOWED, MODELS, MORE_PAIRS, PAIRS, world_of
+
+# Experts are split beside every other thing that is; the other layouts are run in this precision by the full test.
+BF16_LAYOUTS = ("tp2_ep2", "tp2sp_ep2", "ep2pp2", "cp2ep2", "ep2dp4")
 
 Results = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]  # each rank's result, and whole tensors by name
 RunLayout = Callable[..., Results]
@@ -135,10 +138,23 @@ def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
         assert 1e-5 < error < 0.1, "bf16 rounding shows, and no more than that"
 
 
-@pytest.mark.parametrize("layout", ["tp2sp_ep2", "tp2_ep2", "ep2pp2", "cp2ep2", "ep2dp4"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        layout if layout in BF16_LAYOUTS else pytest.param(layout, marks=pytest.mark.full)
+        for model, layout in ALLOWED
+        if model == "deepseek"
+    ],
+)
 def test_bf16_ranks_clip_by_one_norm_and_stay_together(run: RunLayout, layout: str) -> None:
-    """DeepSpeed has an optimizer of its own for this precision, with another norm and another clipping."""
-    check_replicas(run("moe_tied", layout, dtype="bfloat16", steps=4))
+    """DeepSpeed has an optimizer of its own for stage 1 in this precision, with another norm and another clipping.
+
+    The losses are near one rank's, but not as near as in fp32: a rounding lets some tokens choose other experts.
+    """
+    (expected, *_), _ = run("deepseek", "one", dtype="bfloat16")
+    found = run("deepseek", layout, dtype="bfloat16")
+    check_replicas(found)
+    assert found[0][0]["losses"] == pytest.approx(expected["losses"], rel=0.01)
 
 
 @pytest.mark.parametrize("offload", [False, True])
