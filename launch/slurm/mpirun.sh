@@ -20,7 +20,11 @@ while kill -0 $mpirun 2>/dev/null; do
 done
 wait $mpirun
 status=$?
-# A signal before mpirun has started its ranks ends mpirun with another status; nothing is lost then either.
-[ "$told" ] && [ $status -ge 128 ] && status=75
+# A signal before the ranks block it ends mpirun with another status, and nothing is lost then either: 128 or more, or the
+# signal's number, whose bits mpirun joins with those of SIGKILL (9) if it has killed the other ranks.
+if [ "$told" ]; then
+  number=$(kill -l "$told")
+  [ $status -ge 128 ] || [ $status -eq $number ] || [ $status -eq $((number | 9)) ] && status=75
+fi
 [ $status -eq 75 ] && [ "$told" != TERM ] && scontrol requeue "$SLURM_JOB_ID"
 exit $status

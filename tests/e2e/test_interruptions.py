@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,15 +63,21 @@ class Command:
             time.sleep(0.2)
         return left
 
+    def ranks(self) -> list[int]:
+        """Returns the process ids of the ranks that a launcher has started."""
+        started = [(pid, line.split()) for pid, line in self._processes() if pid != self.process.pid]
+        return [pid for pid, words in started if words and Path(words[0]).name.startswith(("python", "env"))]
+
     def _left(self) -> list[str]:
-        found = []
+        return [line for _, line in self._processes()]
+
+    def _processes(self) -> Iterator[tuple[int, str]]:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+                    yield int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
-        return found
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
@@ -103,24 +109,43 @@ def test_a_signal_while_ranks_start_is_answered_by_all(tmp_path: Path) -> None:
 def test_any_moment_of_the_start(
     config: Path, tmp_path: Path, way: str, number: signal.Signals, held_back: bool
 ) -> None:
-    """If signals are not blocked, one may kill the process before its handlers are set, when nothing can be lost."""
+    """If signals are not blocked, one may kill the process before its handlers are set, when nothing can be lost.
+
+    mpirun itself forgets a signal of its first moments, for which launch/slurm/mpirun.sh repeats it; here it gets none
+    before both ranks are there.
+    """
     run = tmp_path / "run"
     before, after = (HELD_BACK, ()) if way != "mpirun" else ((), HELD_BACK)
     launcher, command = (TRAINING[way][:3], TRAINING[way][3:]) if way == "mpirun" else ((), TRAINING[way])
     argv = [*(before if held_back else ()), *launcher, *(after if held_back else ()), *command]
     for milliseconds in (0, 20, 50, 100, 200, 400):
         started = Command(tmp_path, [*argv, str(config), f"run.dir={run}", "train.steps=2"])
-        while held_back and way != "mpirun" and not mask(started.process.pid):
+        deadline = time.monotonic() + 60
+        while not begun(started, way, held_back):
+            assert time.monotonic() < deadline and started.process.poll() is None, started.said()
             time.sleep(0.001)
         time.sleep(milliseconds / 1000)
         status = started.stop(number)
-        allowed = {STATUS[number]} if held_back and way != "mpirun" else {STATUS[number], -number, 128 + number}
-        assert status in allowed, (milliseconds, status, started.said())
+        allowed = {STATUS[number]}
+        if not held_back:
+            allowed |= {-number, 128 + number}
+            # mpirun joins the bits of its ranks' statuses, of which a signal's is its number, and kills those left.
+            allowed |= {number | more for more in (0, signal.SIGKILL, STATUS[number])} if way == "mpirun" else set()
+        too_early = not held_back and "Fatal Python error: init_" in started.said()  # Python's own start has no handler
+        assert status in allowed or too_early, (milliseconds, status, started.said())
         assert "Traceback" not in started.said() or not held_back, (milliseconds, started.said())
         assert started.survivors() == [] and not storage.steps(run), milliseconds
     assert (
         subprocess.run([*TRAINING["alone"], str(config), f"run.dir={run}", "train.steps=2"], cwd=ROOT).returncode == 0
     )
+
+
+def begun(command: Command, way: str, held_back: bool) -> bool:
+    """Returns whether the processes that get the signal are there, and block it if they are to."""
+    if way == "mpirun":
+        pids = command.ranks()
+        return len(pids) == 2 and (not held_back or all(map(mask, pids)))
+    return not held_back or mask(command.process.pid) != 0
 
 
 def mask(pid: int) -> int:
