@@ -82,11 +82,11 @@ python:
 demo: install
 	@$(BIN)/trivium demo --with-parent
 
-# Two files of unit and parallel tests run at a time. End-to-end tests start clusters and need both cores: one by one.
+# Two files run at a time, so that a file that waits (for a cluster, for processes that end) leaves no core idle.
 test: install
 	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/unit
 	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/parallel
-	@$(BIN)/python -m pytest -m "not full" tests/e2e
+	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/e2e
 
 # Tests another Python in an environment of its own; .venv stays as it is.
 test-python:

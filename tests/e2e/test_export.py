@@ -140,7 +140,7 @@ def test_moe_run_to_hugging_face(tmp_path, plan, ranks: RanksOf, capsys):
     assert "MixtralForCausalLM" in capsys.readouterr().out
 
 
-def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, plan, capsys):
+def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, ranks: RanksOf, capsys):
     config = {
         "run": {"dir": str(tmp_path / "sft"), "seed": 1},
         "data": {},
@@ -158,7 +158,9 @@ def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, plan, cap
         "log": {"tensorboard": False},
     }
     (tmp_path / "sft.toml").write_text(tomli_w.dumps(config))
-    run("launch.ranks", "--nproc-per-node", "1", "posttrain.sft", str(tmp_path / "sft.toml"))
+    tune = {"module": "posttrain.sft", "argv": [str(tmp_path / "sft.toml")]}
+    (answer,) = ranks(1).run("tests.parallel.workers.posttraining:command", process_group=False, **tune)
+    assert answer["status"] == 0, answer
     assert export(tmp_path, tmp_path / "sft") == 0
     printed = capsys.readouterr().out
     assert "of 8 held-out passages" in printed  # from the plan that its pretraining run was trained on

@@ -362,7 +362,7 @@ def test_a_run_of_another_version_is_told(call: Call, trained: Path, tmp_path: P
     for manifest in run.glob("checkpoints/*/manifest.json"):
         found = storage.read_manifest(manifest.parent)
         manifest.write_text(json.dumps(found | {"version": 1}))
-    words = "was written by another version of Trivium"
+    words = "another version of Trivium wrote it"
     for command in (generate.main, chat.main):
         with pytest.raises(ConfigError, match=words):
             command([str(run), *(["--prompt", "a"] if command is generate.main else [])])
