@@ -1,6 +1,5 @@
 """Output of a run while it trains, written by the main rank: metrics.jsonl, TensorBoard files and a progress line."""
 
-import contextlib
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.files import write_atomic
+from pretrain.metrics_file import read_metrics
 
 PLAIN_EVERY_SECONDS = 10.0  # time between progress lines if stdout is no terminal
 
@@ -19,13 +19,20 @@ PLAIN_EVERY_SECONDS = 10.0  # time between progress lines if stdout is no termin
 class MetricsLog:
     """Log of a run: appends one JSON object per step to metrics.jsonl, and writes TensorBoard files if asked to.
 
-    When a run is resumed, lines after the checkpoint's step `first_step` are removed first. A full disk does not stop
-    training: lines wait in memory until there is room, and no more TensorBoard files are written.
+    When a run is resumed, lines after the checkpoint's step `first_step` are removed first, and broken lines are moved
+    to metrics.broken. A full disk does not stop training: lines wait in memory until there is room, and no more
+    TensorBoard files are written.
     """
 
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool):
         self.path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if line["step"] <= first_step]
+        known = read_metrics(self.path)
+        if known.broken:
+            aside = run_dir / "metrics.broken"
+            before = aside.read_bytes() if aside.is_file() else b""
+            write_atomic(aside, before + b"".join(line + b"\n" for line in known.broken.values()))
+            print(f"warning: {known.warning}: they are moved to {aside}", flush=True)
+        kept = [record for record in known.records if record["step"] <= first_step]
         write_atomic(self.path, b"".join(_encode(line) for line in kept))
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._waiting = b""
@@ -106,15 +113,6 @@ class ProgressLine:
 
 def _encode(record: dict[str, Any]) -> bytes:
     return json.dumps(record).encode() + b"\n"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Reads the log's records; a line that a kill cut short is left out."""
-    lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
 
 
 def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -6,7 +6,7 @@ imports no torch.
 """
 
 import html
-import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,6 +18,7 @@ from configs.loader import ConfigError
 from pages import page, short
 from pretrain import history
 from pretrain.line_charts import Points, line_chart
+from pretrain.metrics_file import read_metrics
 
 # Order, titles and units of charts; charts of other numbers follow, titled by their keys.
 CHARTS = {
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.run_dir / "metrics.jsonl").is_file():
         raise ConfigError(f"{args.run_dir} has no metrics.jsonl; name a training run's directory, e.g. runs/demo/sft")
+    if broken := read_metrics(args.run_dir / "metrics.jsonl").warning:
+        print(f"warning: {broken}", file=sys.stderr)
     print(write(args.run_dir))
     return 0
 
@@ -51,16 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(run_dir: str | Path) -> Path:
     """Draws the metrics logged in `run_dir` so far into its report.html and returns that file's path.
 
-    Raises ValueError if a line of metrics.jsonl is broken.
+    The page names broken lines of metrics.jsonl and is made from the others.
     """
     run_dir = Path(run_dir)
-    records = read_jsonl(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    records = metrics.records
     steps = last_of_each_step(records)
     evals = last_of_each_step(record for record in records if "eval" in record)
     config = run_dir / "config.toml"
     body = [
         f"<h1>{html.escape(str(run_dir))}</h1>",
         f"<p>{html.escape(summary(steps))}</p>",
+        f"<p>Warning: {html.escape(metrics.warning)}.</p>" if metrics.broken else "",
         _section("While training", charts(steps)),
         _section("Held out", eval_charts(evals)),
         _eval_table(evals),
@@ -72,30 +77,6 @@ def write(run_dir: str | Path) -> Path:
     path = run_dir / "report.html"
     write_atomic(path, page(f"{run_dir.name}: Trivium run", body).encode())
     return path
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of one JSON object per line; a missing file has none. A last line cut off by a kill is left out.
-
-    Raises ValueError that names file and line if any other line is not a JSON object.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline follows, so it was cut off while it was written
-                break
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line and try again") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} is {type(record).__name__}, expected an object; remove the line")
-        records.append(record)
-    return records
 
 
 def last_of_each_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -87,8 +87,11 @@ RULES = (
         never=("megatron",),
     ),
     ImportRule(
-        "pretrain.run_report", ours=("configs", "pretrain.line_charts", "pretrain.history", *PAGES), never=TORCH
+        "pretrain.run_report",
+        ours=("configs", "pretrain.line_charts", "pretrain.history", "pretrain.metrics_file", *PAGES),
+        never=TORCH,
     ),
+    ImportRule("pretrain.metrics_file", ours=(), only=("nothing",)),
     ImportRule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),
     ImportRule("pretrain.schedule", ours=("configs",), never=TORCH),
     ImportRule("pretrain.line_charts", ours=PAGES, never=TORCH),

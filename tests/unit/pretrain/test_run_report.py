@@ -10,7 +10,9 @@ import pytest
 from configs.loader import ConfigError
 from pages import short, ticks
 from pretrain.line_charts import line_chart, running_mean, thin
-from pretrain.run_report import last_of_each_step, main, read_jsonl, write
+from pretrain.metrics import MetricsLog
+from pretrain.metrics_file import read_metrics
+from pretrain.run_report import last_of_each_step, main, write
 
 
 class OpenTags(HTMLParser):
@@ -63,16 +65,25 @@ def test_a_run_without_a_step_still_has_a_page(tmp_path: Path) -> None:
     assert "No step has been logged yet." in write(tmp_path).read_text()
 
 
-def test_a_cut_last_line_is_left_out_and_any_other_damage_is_named(tmp_path: Path) -> None:
+def test_broken_lines_are_named_and_cost_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert read_jsonl(path) == [{"step": 1, "loss": 2.0}]
-    path.write_text('{"step": 1, "lo\n{"step": 2, "loss": 2.0}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is not JSON"):
-        read_jsonl(path)
-    path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="line 1 is list, expected an object"):
-        read_jsonl(path)
+    assert read_metrics(path).records == [{"step": 1, "loss": 2.0}] and not read_metrics(path).broken
+    broken = [b'{"step": 1, "lo', b"[1]", b"\x00\x00\xff", b'{"loss": 1}']
+    path.write_bytes(b"\n".join([broken[0], b'{"step": 2, "loss": 2.0}', *broken[1:], b'{"step": 3, "loss": 1.0}\n']))
+    assert [record["step"] for record in read_metrics(path).records] == [2, 3]
+    main([str(tmp_path)])
+    said = "lines 1, 3, 4, 5 of metrics.jsonl are no JSON object with a step and left out"
+    assert said in capsys.readouterr().err and said in (tmp_path / "report.html").read_text()
+
+    log = MetricsLog(tmp_path, 2, tensorboard=False)
+    log.write({"step": 3, "loss": 0.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": 0.5},
+    ]
+    assert (tmp_path / "metrics.broken").read_bytes().splitlines() == broken
 
 
 def test_a_repeated_step_counts_once_with_its_later_values() -> None:
@@ -116,15 +127,8 @@ def test_charts_of_nothing_and_of_one_point() -> None:
     ]
 
 
-@pytest.mark.parametrize("broken", ["{", "[1]"])
-def test_a_line_that_is_removed_as_the_message_says_is_no_trouble_any_more(tmp_path: Path, broken: str) -> None:
+def test_a_directory_without_metrics_is_refused_until_one_with_them_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no metrics\.jsonl; name a training run's directory"):
         main([str(tmp_path)])
     metrics(tmp_path, 5)
-    file = tmp_path / "metrics.jsonl"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines[:2], broken, *lines[2:], ""]))
-    with pytest.raises(ValueError, match=r"line 3 .*remove the line"):
-        main([str(tmp_path)])
-    file.write_text("\n".join([*lines, ""]))
     assert main([str(tmp_path)]) == 0
