@@ -121,19 +121,19 @@ def _fragments(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
 def _flat(engine: Engine, own: Fragment, kind: str) -> torch.Tensor:
     """Returns this rank's range of the master weight or of a moment, as a view into ZeRO's flat partition."""
     partition = master_partitions(engine.zero)[own.partition]
-    flat = partition if kind == "weight" else engine.zero.optimizer.optimizer.state[partition][kind]
+    flat = partition if kind == "weight" else zero.adam(engine.zero).state[partition][kind]
     return flat.data.narrow(0, own.offset, own.numel)
 
 
 def _optimizer_steps(engine: Engine) -> int:
-    state = engine.zero.optimizer.optimizer.state.get(master_partitions(engine.zero)[0], {})
+    state = zero.adam(engine.zero).state.get(master_partitions(engine.zero)[0], {})
     return int(state["step"]) if "step" in state else 0
 
 
 def _make_moments(engine: Engine, optimizer_steps: int) -> None:
     """Makes Adam's state if there is none: Adam does so in its first step, but a save or restore may come before."""
     for partition in master_partitions(engine.zero):
-        state = engine.zero.optimizer.optimizer.state[partition]
+        state = zero.adam(engine.zero).state[partition]
         if "exp_avg" not in state:
             # Fused kernels require it on the partition's device.
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)

@@ -1,11 +1,11 @@
 """Training and evaluation steps of the model over all ranks of a layout.
 
 A training step has four parts: (1) count the trained tokens of the global batch, since every micro-batch's loss is
-divided by that number; (2) run forward and backward of all micro-batches by megatron-core's pipeline schedule; (3) sum
-the gradients of which several ranks hold a part (see `gradients`); (4) let DeepSpeed's ZeRO average gradients over data
-parallel ranks, clip them by the global norm and update the fp32 master weights. The loss is multiplied by the number of
-averaged ranks first, so that the average is a sum. ZeRO stages 2 and 3 average during (2) already, and (3) then sums
-parts of averages, which gives the same result.
+divided by that number; (2) run forward and backward of all micro-batches by megatron-core's pipeline schedule, and
+during the last backward pass sum gradients over data parallel ranks; (3) sum the gradients of which several ranks hold a
+part (see `gradients`); (4) clip gradients by the global norm and update the fp32 master weights. The sums of (2) and (3)
+may be taken in either order. DeepSpeed, for ZeRO stages 2 and 3, averages gradients in place of summing them, so for it
+the loss is multiplied by the number of averaged ranks first; its offloaded stage 1 averages only after (3).
 """
 
 from collections.abc import Iterator, Sequence
@@ -118,18 +118,18 @@ class Engine:
         if total <= 0:
             raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
         num_sequences = sum(len(batch.tokens) for batch in batches) * mesh.layout.dp
-        expert_balance.begin_step(self.module, LossDenominators(num_sequences, max(1, round(tokens)), mesh.zero_size))
-        self._sums = self._run(batches, loss_fn, mesh.zero_size / total, forward_only=False)
+        factor = zero.loss_factor(self.zero, mesh)
+        expert_balance.begin_step(self.module, LossDenominators(num_sequences, max(1, round(tokens)), factor))
+        zero.begin_step(self.zero, len(batches))
+        self._sums = self._run(batches, loss_fn, factor / total, forward_only=False)
+        zero.finish_backward(self.zero)
         sum_partial(self.module, mesh)
         zero.average_gradients(self.zero)
 
     def update(self, lr: float) -> StepSums:
         """Clips the gradients and updates the weights with learning rate `lr`: part 4."""
-        for group in self.zero.optimizer.param_groups:
-            group["lr"] = lr
-        self.zero.step()
-        grad_norm = float(self.zero.get_global_grad_norm())
-        if self.zero.optimizer.overflow or not 0 <= grad_norm < float("inf"):
+        grad_norm = zero.step(self.zero, lr)
+        if not 0 <= grad_norm < float("inf"):
             raise FloatingPointError("the gradient norm is not finite; no weight was changed by this step")
         expert_balance.finish_step(self.module, self.mesh)
         return StepSums(self._sums.loss, self._sums.weight, self._sums.metrics, grad_norm)

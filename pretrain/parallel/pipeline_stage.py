@@ -43,6 +43,13 @@ class PipelineStage(nn.Module):
     def moe_layers(self) -> dict[int, MoE]:
         return {layer: moe for chunk in self.chunks for layer, moe in chunk.moe_layers.items()}
 
+    @property
+    def vocabulary(self) -> list[nn.Parameter]:
+        """The embedding and the output head, as far as this rank holds them."""
+        first, last = self.chunks[0], self.chunks[-1]
+        weights = [first.embedding.weight] if first.stage.is_first else []
+        return weights + ([last.lm_head.weight] if last.stage.is_last and not last.tied_here else [])
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the only chunk; a pipeline's schedule calls the chunks itself."""
         (chunk,) = self.chunks

@@ -1,19 +1,17 @@
-"""ZeRO by DeepSpeed (Rajbhandari et al. 2020): splits over data-parallel ranks the state that each would hold whole.
+"""ZeRO (Rajbhandari et al. 2020): splits over data-parallel ranks the state that each would hold whole.
 
 Stage 1 splits the fp32 master weights and Adam's moments, stage 2 also the gradients, stage 3 also the weights. With
-offloading, master weights and moments are in host memory, and Adam runs there. In stage 1 the pipeline schedule runs
-the backward pass, and gradients are averaged once, after it. In stages 2 and 3 they are averaged during the backward
-pass of every micro-batch, so it must be DeepSpeed's own: `schedule` runs it, without a pipeline. All stages accumulate
-and average gradients in fp32.
+offloading, master weights and moments are in host memory, and Adam runs there. Stage 1 without offloading is
+`distributed_optimizer`, in every precision; all else is DeepSpeed's. In stage 1 the pipeline schedule runs the backward
+pass. In stages 2 and 3 gradients are averaged during the backward pass of every micro-batch, so it must be DeepSpeed's
+own: `schedule` runs it, without a pipeline. All stages accumulate and average gradients in fp32.
 
-DeepSpeed has three optimizer classes for this: one for stage 3, one for stage 1 in bf16 without offloading, and one for
-the rest. They name the same state differently; only this file depends on the names. `trivium prove` in fp64 uses a
-fourth, for stage 1 alone: see `fp64`.
+DeepSpeed has two optimizer classes for this: one for stage 3 and one for the rest. They name the same state
+differently, and so does `distributed_optimizer`; only this file depends on the names.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,32 +20,28 @@ from torch import nn
 
 from configs.layout import Layout
 from configs.train import OptimizerConfig, TrainSection
-from pretrain.parallel import fp64
+from pretrain.parallel import distributed_optimizer
 from pretrain.parallel.deepspeed_import import deepspeed, device_as_local_rank
+from pretrain.parallel.distributed_optimizer import DistributedOptimizer, Fragment
 from pretrain.parallel.expert_parallel import optimizer_groups
 from pretrain.parallel.gathered import SavedAsRecipes
 from pretrain.parallel.groups import DeepSpeedMpu, Mesh
+from pretrain.parallel.pipeline_stage import PipelineStage
 
 MAX_BUCKET = 2**26  # elements of gradients reduced at once; DeepSpeed reserves memory for so many
 # Stage 3 keeps a weight gathered if fewer elements of other weights are used before its next use; DeepSpeed's default.
 REUSE_DISTANCE = 1_000_000_000
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """The range of a flattened parameter whose fp32 state this rank owns, and its position in the rank's partitions."""
+def wrap(module: PipelineStage, train: TrainSection, optimizer: OptimizerConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
+    """Makes the optimizer of a pipeline stage: a `DistributedOptimizer`, or a DeepSpeed engine.
 
-    start: int
-    numel: int
-    partition: int  # index into `master_partitions`
-    offset: int  # in that partition
-
-
-def wrap(module: nn.Module, train: TrainSection, optimizer: OptimizerConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
-    """Makes a DeepSpeed engine of this pipeline stage's module. Stage 3 splits the module's weights from here on."""
-    initialize = fp64.initialize if dtype == torch.float64 else deepspeed.initialize
+    Stage 3 splits the module's weights from here on.
+    """
+    if mesh.layout.zero == 1 and not mesh.layout.offload_optimizer:
+        return DistributedOptimizer(module, optimizer, mesh)
     with device_as_local_rank(mesh.device):
-        engine, _, _, _ = initialize(
+        engine, _, _, _ = deepspeed.initialize(
             model=module,
             optimizer=torch.optim.AdamW(
                 optimizer_groups(_decay_groups(module, optimizer.weight_decay), mesh),
@@ -91,22 +85,64 @@ def schedule(engine: Any) -> Callable[..., list[Any]]:
     return run
 
 
+def loss_factor(engine: Any, mesh: Mesh) -> float:
+    """Returns the factor by which losses are multiplied so that gradients become sums over data parallel.
+
+    DeepSpeed averages gradients; `DistributedOptimizer` sums them.
+    """
+    return 1.0 if isinstance(engine, DistributedOptimizer) else float(mesh.zero_size)
+
+
+def begin_step(engine: Any, num_microbatches: int) -> None:
+    """Clears the last step's gradients, where the optimizer does not do so by itself."""
+    if isinstance(engine, DistributedOptimizer):
+        engine.begin(num_microbatches)
+
+
+def finish_backward(engine: Any) -> None:
+    """Waits for the sums of gradients that began during the step's backward passes."""
+    if isinstance(engine, DistributedOptimizer):
+        engine.finish()
+
+
 def average_gradients(engine: Any) -> None:
-    """Averages gradients over data parallel after a step's last backward pass; stages 2 and 3 have already done so."""
-    if engine.zero_optimization_stage() == 1:
+    """Averages gradients over data parallel in DeepSpeed's stage 1; all others have already done so."""
+    if not isinstance(engine, DistributedOptimizer) and engine.zero_optimization_stage() == 1:
         engine.set_gradient_accumulation_boundary(True)
         engine.allreduce_gradients()
 
 
+def step(engine: Any, lr: float) -> float:
+    """Clips gradients and updates the weights; returns the gradient norm before clipping.
+
+    Where the norm is not finite, no weight changes.
+    """
+    if isinstance(engine, DistributedOptimizer):
+        return float(engine.step(lr))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    engine.step()
+    return float("nan") if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+
+
+def adam(engine: Any) -> torch.optim.AdamW:
+    """Returns the torch optimizer whose state holds the moments of each master partition."""
+    return engine.adam if isinstance(engine, DistributedOptimizer) else engine.optimizer.optimizer
+
+
 def master_partitions(engine: Any) -> list[torch.Tensor]:
     """Returns this rank's flat parts of the fp32 master weights, one or more a group. They are keys of Adam's state."""
+    if isinstance(engine, DistributedOptimizer):
+        return [bucket.master for bucket in engine.buckets]
     zero = engine.optimizer
-    names = ("fp32_groups_flat_partition", "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
     return getattr(zero, next(name for name in names if hasattr(zero, name)))
 
 
 def fragment(engine: Any, parameter: nn.Parameter) -> Fragment | None:
     """Returns the range of a parameter that this rank owns, or None if it owns none of it."""
+    if isinstance(engine, DistributedOptimizer):
+        return engine.fragment(parameter)
     known: Any = parameter
     if hasattr(known, "ds_id"):
         zero = engine.optimizer
@@ -123,6 +159,9 @@ def fragment(engine: Any, parameter: nn.Parameter) -> Fragment | None:
 
 def update_weights(engine: Any) -> None:
     """Copies master weights into the model after anything but the optimizer changed them; collective."""
+    if isinstance(engine, DistributedOptimizer):
+        engine.gather_weights()
+        return
     zero = engine.optimizer
     if engine.zero_optimization_stage() < 3:
         zero.update_lp_params()
@@ -154,25 +193,27 @@ def current_weight(parameter: nn.Parameter) -> torch.Tensor:
 
 def full_gradient(parameter: nn.Parameter) -> torch.Tensor:
     """Gathers the step's gradient, averaged over data parallel, in fp32 (or fp64); collective over data parallel."""
-    if parameter.dtype == torch.float64:
-        return fp64.full(parameter, gradient=True)
+    if distributed_optimizer.is_in_bucket(parameter):
+        return distributed_optimizer.full(parameter, gradient=True)
     return deepspeed.utils.safe_get_full_grad(parameter)
 
 
 def full_weight(parameter: nn.Parameter) -> torch.Tensor:
     """Gathers the master weight in fp32 (or fp64); collective over data parallel."""
-    if parameter.dtype == torch.float64:
-        return fp64.full(parameter, gradient=False)
+    if distributed_optimizer.is_in_bucket(parameter):
+        return distributed_optimizer.full(parameter, gradient=False)
     return deepspeed.utils.safe_get_full_fp32_param(parameter)
 
 
 def gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """Returns the gradient accumulated so far: in stage 1 the whole, in stages 2 and 3 this rank's share.
+    """Returns the gradient accumulated so far: this rank's share, or in DeepSpeed's stage 1 the whole.
 
     All ranks of a tensor-parallel group own the same share, which may be empty and may be flat.
     """
+    if distributed_optimizer.is_in_bucket(parameter):
+        return distributed_optimizer.own_gradient(parameter)
     known: Any = parameter
-    for name in ("_hp_grad", "grad_accum", "grad"):
+    for name in ("grad_accum", "grad"):
         whole = getattr(known, name, None)
         if whole is not None:
             return whole

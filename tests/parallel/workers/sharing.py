@@ -11,6 +11,7 @@ from pretrain.model import init
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
+from pretrain.parallel.distributed_optimizer import DistributedOptimizer
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.gathered import SavedAsRecipes
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, make_engine, rows
@@ -94,13 +95,15 @@ def batches_of(engine: Engine) -> list[Batch]:
 
 def _gradients(engine: Engine) -> list[torch.Tensor]:
     """Returns the gradients that DeepSpeed's optimizers keep between two backward passes, wherever they keep them."""
+    if isinstance(engine.zero, DistributedOptimizer):
+        return [bucket.gradients for bucket in engine.zero.buckets]
     known: Any = engine.zero.optimizer
     found = [getattr(known, "grad_partitions_flat_buffer", None)]
     for name in ("averaged_gradients", "all_grad_tensors"):
         for held in getattr(known, name, {}).values():
             found += list(held or [])
     for parameter in engine.module.parameters():
-        found += [getattr(parameter, name, None) for name in ("grad", "grad_accum", "_hp_grad")]
+        found += [getattr(parameter, name, None) for name in ("grad", "grad_accum")]
     return [tensor for tensor in found if tensor is not None]
 
 

@@ -1,0 +1,299 @@
+"""ZeRO stage 1 (Rajbhandari et al. 2020) on flat buckets, as in Megatron's distributed optimizer.
+
+Parameters of one data-parallel group are laid out in buckets, in the order in which backward finishes them. Of each
+bucket every rank of the group owns one equal part. A step, in any precision:
+
+1. Gradients are accumulated over micro-batches in fp32 (in fp64 for fp64 weights).
+2. As soon as the last micro-batch's backward has finished a bucket, its sum over the group is reduce-scattered, while
+   backward goes on with the buckets after it.
+3. The gradient norm is taken of the parts that ranks own, and AdamW steps the fp32 master weights of these parts. It
+   divides gradients by what clipping asks for, and leaves everything as it was if the norm is not finite.
+4. The new weights are gathered in the model's precision.
+
+Left out: gathering a layer's weights during the next forward pass, and splitting gradients or weights between steps
+(stages 2 and 3, see `zero`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from configs.train import OptimizerConfig
+from pretrain.model.slices import is_expert, tp_split
+from pretrain.parallel.groups import Mesh
+from pretrain.parallel.pipeline_stage import PipelineStage
+
+# In elements. Large enough to use a network well, small enough that most of backward is left when the first is full.
+BUCKET_SIZE = 2**23
+# Parts begin at multiples of so many elements, which vector instructions and fused kernels want.
+ALIGNMENT = 64
+
+# torch 2.13 renames both and warns of the old names; earlier versions have those alone.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The range of a parameter, flattened, whose fp32 state this rank owns, and where in its flat partitions it is."""
+
+    start: int
+    numel: int
+    partition: int  # index in `master_partitions`
+    offset: int  # of the range, from the partition's first element
+
+
+@dataclass
+class Bucket:
+    """Parameters that are reduced together, flat and one after the other, padded to equal parts.
+
+    `weights` [size] in the model's precision holds the parameters' own elements, `gradients` [size] what was
+    accumulated. `master` [size / ranks] is the part whose fp32 weights this rank owns; for fp32 weights it is a view of
+    `weights`.
+    """
+
+    index: int
+    parameters: list[nn.Parameter]
+    group: dist.ProcessGroup
+    decayed: bool
+    weights: torch.Tensor
+    gradients: torch.Tensor
+    master: torch.Tensor
+    counted: list[tuple[int, int]]  # ranges of this rank's part that count in the gradient norm
+    waits_for: int = 0  # gradients that the last backward passes of the step have still to bring
+    reduction: dist.Work | None = field(default=None, repr=False)
+
+    @property
+    def own(self) -> slice:
+        """The part of `weights` and of `gradients` that this rank owns."""
+        numel = len(self.weights) // dist.get_world_size(self.group)
+        first = dist.get_rank(self.group) * numel
+        return slice(first, first + numel)
+
+    @property
+    def own_gradients(self) -> torch.Tensor:
+        """Gradients [size / ranks] of the part that this rank owns, summed over the group after `finish`."""
+        return self.gradients[self.own]
+
+
+class DistributedOptimizer:
+    """AdamW for a pipeline rank's parameters, with fp32 master weights and moments split over data parallel.
+
+    The parameters become views of the buckets' `weights`.
+    """
+
+    def __init__(self, stage: PipelineStage, config: OptimizerConfig, mesh: Mesh):
+        self._mesh, self._clip_grad = mesh, config.clip_grad
+        self.buckets: list[Bucket] = []
+        self._next_to_reduce = 0
+        for parameters, decayed in _in_order_of_backward(stage):
+            self._add(parameters, decayed)
+        self.adam = torch.optim.AdamW(
+            [
+                {
+                    "params": [bucket.master for bucket in self.buckets if bucket.decayed == decayed],
+                    "weight_decay": config.weight_decay if decayed else 0.0,
+                }
+                for decayed in (True, False)
+            ],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+
+    def begin(self, num_microbatches: int) -> None:
+        """Clears the gradients of the step before, and expects one backward pass for each micro-batch."""
+        self._next_to_reduce = 0
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+            bucket.waits_for = num_microbatches * len(bucket.parameters)
+
+    def finish(self) -> None:
+        """Sums over data parallel what backward did not, and waits for all sums.
+
+        A parameter that a micro-batch did not use brings no gradient, and its bucket is reduced only here.
+        """
+        self._reduce(everything=True)
+        for bucket in self.buckets:
+            if bucket.reduction is not None:
+                bucket.reduction.wait()
+                bucket.reduction = None
+
+    def step(self, lr: float) -> torch.Tensor:
+        """Clips, steps and gathers the new weights; returns the gradient norm before clipping, the same on every rank.
+
+        If the norm is not finite, no weight and no moment is changed.
+        """
+        norm = self._norm()
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        for bucket in self.buckets:
+            bucket.master.grad = bucket.own_gradients
+            if self._clip_grad:
+                bucket.own_gradients.div_(((norm + 1e-6) / self._clip_grad).clamp(min=1.0))
+        adam: Any = self.adam
+        adam.found_inf = (~norm.isfinite()).float()  # fused kernels do nothing where it is 1
+        adam.step()
+        self.gather_weights()
+        return norm
+
+    def gather_weights(self) -> None:
+        """Gives every rank the weights of all parts; collective. Called after master weights changed."""
+        works = []
+        for bucket in self.buckets:
+            part = bucket.weights[bucket.own]
+            if part.data_ptr() != bucket.master.data_ptr():
+                part.copy_(bucket.master)
+            if dist.get_world_size(bucket.group) > 1:
+                works.append(_all_gather(bucket.weights, part, group=bucket.group, async_op=True))
+        for work in works:
+            work.wait()
+
+    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        """Returns the range of `parameter` that this rank owns; None if it owns nothing of it."""
+        bucket, offset = _location(parameter)
+        own = bucket.own
+        first, end = max(own.start, offset), min(own.stop, offset + parameter.numel())
+        return Fragment(first - offset, end - first, bucket.index, first - own.start) if end > first else None
+
+    def _add(self, parameters: list[nn.Parameter], decayed: bool) -> None:
+        """Makes a bucket of `parameters` and moves their elements into it."""
+        mesh, first = self._mesh, parameters[0]
+        group = mesh.expert_dp_group if is_expert(first) else mesh.zero_group
+        unit = dist.get_world_size(group) * ALIGNMENT
+        size = -(-sum(parameter.numel() for parameter in parameters) // unit) * unit
+        wide = torch.promote_types(first.dtype, torch.float32)
+        bucket = Bucket(
+            index=len(self.buckets),
+            parameters=parameters,
+            group=group,
+            decayed=decayed,
+            weights=torch.zeros(size, dtype=first.dtype, device=first.device),
+            gradients=torch.zeros(size, dtype=wide, device=first.device),
+            master=torch.empty(0),
+            counted=[],
+        )
+        offset = 0
+        for parameter in parameters:
+            view = bucket.weights.narrow(0, offset, parameter.numel()).view_as(parameter)
+            parameter.data = view.copy_(parameter.detach())
+            vars(parameter)["_location"] = bucket, offset
+            parameter.register_post_accumulate_grad_hook(self._take)
+            if wide == parameter.dtype:  # then autograd accumulates in the bucket by itself
+                parameter.grad = bucket.gradients.narrow(0, offset, parameter.numel()).view_as(parameter)
+            offset += parameter.numel()
+        bucket.master = bucket.weights[bucket.own].to(wide)
+        self.buckets.append(bucket)
+        owned = [(p, self.fragment(p)) for p in parameters if counts_in_norm(p, mesh)]
+        bucket.counted = _joined((own.offset, own.offset + own.numel) for _, own in owned if own is not None)
+
+    def _take(self, parameter: torch.Tensor) -> None:
+        """Accumulates the gradient that a backward pass has just made, and reduces the buckets that are complete."""
+        bucket, offset = _location(parameter)
+        if parameter.dtype != bucket.gradients.dtype:
+            assert parameter.grad is not None
+            bucket.gradients.narrow(0, offset, parameter.numel()).view_as(parameter).add_(parameter.grad)
+            parameter.grad = None
+        bucket.waits_for -= 1
+        assert bucket.waits_for >= 0, "a parameter got more gradients in a step than there are micro-batches"
+        self._reduce()
+
+    def _reduce(self, everything: bool = False) -> None:
+        """Starts the sums of complete buckets, in the order of buckets, which is the same on every rank of a group."""
+        while self._next_to_reduce < len(self.buckets):
+            bucket = self.buckets[self._next_to_reduce]
+            if bucket.waits_for and not everything:
+                return
+            self._next_to_reduce += 1
+            if dist.get_world_size(bucket.group) > 1:
+                bucket.reduction = _reduce_scatter(
+                    bucket.own_gradients, bucket.gradients, group=bucket.group, async_op=True
+                )
+
+    def _norm(self) -> torch.Tensor:
+        """Norm of the whole gradient in fp64, to the last bit the same on every rank."""
+        squares = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        for bucket in self.buckets:
+            for first, end in bucket.counted:
+                squares += torch.linalg.vector_norm(bucket.own_gradients[first:end], dtype=torch.float64).square()
+        # Gathered and added up in the order of ranks: a sum over ranks by the network may depend on who asks.
+        everyone = [torch.empty_like(squares) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, squares)
+        return torch.stack(everyone).sum().sqrt()
+
+
+def counts_in_norm(parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """Whether the gradient norm counts this rank's elements of `parameter`, which other ranks may hold as well."""
+    is_copy = getattr(parameter, "ds_pipe_replicated", False)
+    return not is_copy and (tp_split(parameter) is not None or mesh.tp_rank == 0)
+
+
+def is_in_bucket(parameter: nn.Parameter) -> bool:
+    """Whether a `DistributedOptimizer` steps `parameter`."""
+    return hasattr(parameter, "_location")
+
+
+def own_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """Gradient of the elements of `parameter` that this rank owns, flat, a view; it may be empty."""
+    return _own(parameter, gradient=True)[1]
+
+
+def full(parameter: nn.Parameter, gradient: bool) -> torch.Tensor:
+    """Returns the gradient or else the master weight, whole over data parallel; collective over it."""
+    bucket, _ = _location(parameter)
+    first, own = _own(parameter, gradient)
+    result = torch.zeros_like(parameter, dtype=bucket.gradients.dtype)
+    result.view(-1)[first : first + len(own)] = own
+    dist.all_reduce(result, group=bucket.group)
+    return result
+
+
+def _own(parameter: nn.Parameter, gradient: bool) -> tuple[int, torch.Tensor]:
+    """Returns (first element of `parameter` that this rank owns, view of the gradient or weight from there on)."""
+    bucket, offset = _location(parameter)
+    own = bucket.own
+    first = max(own.start, offset)
+    numel = max(0, min(own.stop, offset + parameter.numel()) - first)
+    part = bucket.own_gradients if gradient else bucket.master
+    return first - offset, part.narrow(0, first - own.start if numel else 0, numel)
+
+
+def _location(parameter: torch.Tensor) -> tuple[Bucket, int]:
+    """Returns (bucket of `parameter`, offset of its first element in the bucket)."""
+    return vars(parameter)["_location"]
+
+
+def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter], bool]]:
+    """Divides parameters into buckets, each with whether its weights decay. All of a bucket share group and decay.
+
+    Backward finishes parameters about in the reverse of the order in which modules list them. An embedding or head has
+    a bucket of its own: where both are one tied weight on two pipeline stages, the stages add up their parts of it.
+    """
+    done: list[tuple[list[nn.Parameter], bool]] = []
+    filling: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    vocabulary = {id(parameter) for parameter in stage.vocabulary}
+    for parameter in reversed([p for p in stage.parameters() if p.requires_grad]):
+        kind = is_expert(parameter), parameter.ndim > 1
+        if id(parameter) in vocabulary:
+            done.append(([parameter], True))
+            continue
+        bucket = filling.setdefault(kind, [])
+        bucket.append(parameter)
+        if sum(p.numel() for p in bucket) >= BUCKET_SIZE:
+            done.append((filling.pop(kind), kind[1]))
+    return done + [(bucket, decayed) for (_, decayed), bucket in filling.items()]
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Joins ranges, given in order, that touch one another."""
+    joined: list[tuple[int, int]] = []
+    for first, end in ranges:
+        if joined and joined[-1][1] == first:
+            first = joined.pop()[0]
+        joined.append((first, end))
+    return joined
