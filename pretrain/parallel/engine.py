@@ -2,10 +2,10 @@
 
 A training step has four parts: (1) count the trained tokens of the global batch, since every micro-batch's loss is
 divided by that number; (2) run forward and backward of all micro-batches by megatron-core's pipeline schedule, and
-during the last backward pass sum gradients over data parallel ranks; (3) sum the gradients of which several ranks hold a
-part (see `gradients`); (4) clip gradients by the global norm and update the fp32 master weights. The sums of (2) and (3)
-may be taken in either order. DeepSpeed, for ZeRO stages 2 and 3, averages gradients in place of summing them, so for it
-the loss is multiplied by the number of averaged ranks first; its offloaded stage 1 averages only after (3).
+during the last backward pass sum gradients over data parallel ranks; (3) sum the gradients of which several ranks hold
+a part (see `gradients`); (4) clip gradients by the global norm and update the fp32 master weights. The sums of (2) and
+(3) may be taken in either order. DeepSpeed, for ZeRO stages 2 and 3, averages gradients in place of summing them, so
+for it the loss is multiplied by the number of averaged ranks first; its offloaded stage 1 averages only after (3).
 """
 
 from collections.abc import Iterator, Sequence

@@ -5,12 +5,13 @@ the bug in every layout, but not in the one rank that layouts are compared with.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 
 from pretrain.model import Decoder, init_weights
 from pretrain.model.batch import Batch
@@ -18,6 +19,7 @@ from pretrain.model.losses import NextToken
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
 from pretrain.model.slices import is_expert
+from pretrain.parallel import distributed_optimizer
 from pretrain.parallel.context_parallel import own_parts
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.gradients import mark_copies, sum_partial
@@ -50,13 +52,21 @@ def partial_gradients_summed_twice() -> AbstractContextManager[Any]:
 def replicated_weights_counted_tp_times() -> AbstractContextManager[Any]:
     """The grad norm counts norm weights, which every tensor-parallel rank holds whole, once for each rank."""
 
-    def planted(stage: PipelineStage) -> None:
+    right = distributed_optimizer.counts_in_norm
+
+    def marked(stage: PipelineStage) -> None:
         mark_copies(stage)
         for module in stage.modules():
             if isinstance(module, RMSNorm):
-                vars(module.weight)["model_parallel"] = True  # what DeepSpeed looks for
+                vars(module.weight)["model_parallel"] = True  # DeepSpeed looks for this mark
 
-    return mock.patch(f"{ENGINE}.mark_copies", planted)
+    def counted(parameter: nn.Parameter, mesh: Mesh) -> bool:
+        return right(parameter, mesh) or "model_parallel" in vars(parameter)
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch(f"{ENGINE}.mark_copies", marked))
+    stack.enter_context(mock.patch.object(distributed_optimizer, "counts_in_norm", counted))
+    return stack
 
 
 def mean_of_means() -> AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ def test_ranks_keep_their_share_alone(ranks: RanksOf, stage: int, dtype: str) ->
         parallel={"zero": stage},
         dtype=dtype,
     )
-    everything, norms, padding = results[0]["all"], results[0]["norms"], 2 * results[0]["parameters"]
+    everything, norms, padding = results[0]["all"], results[0]["norms"], results[0]["padding"]
     gradients, weights = (sum(result[kind] for result in results) for kind in ("gradients", "weights"))
     # Partitions are padded to equal lengths, in stage 3 for each parameter. In fp32 both ranks keep the whole gradient
     # of a parameter that lies in both of their partitions, one for each of the optimizer's two groups.

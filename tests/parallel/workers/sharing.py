@@ -11,7 +11,7 @@ from pretrain.model import init
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
-from pretrain.parallel.distributed_optimizer import DistributedOptimizer
+from pretrain.parallel.distributed_optimizer import ALIGNMENT, DistributedOptimizer
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.gathered import SavedAsRecipes
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, make_engine, rows
@@ -25,8 +25,10 @@ def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[st
         "all": sum(p.numel() for p in outlines),
         "norms": sum(p.numel() for p in outlines if p.ndim == 1),
         "largest": max(p.numel() for p in outlines),
-        "parameters": len(outlines),
+        "padding": 2 * len(outlines),  # of all ranks, at most: two ranks get equal parts of each parameter
     }
+    if isinstance(engine.zero, DistributedOptimizer):
+        counts["padding"] = 2 * len(engine.zero.buckets) * 2 * ALIGNMENT
     held = []
     (chunk,) = engine.module.chunks
     chunk.register_forward_pre_hook(lambda *_: held.append(_elements(_gradients(engine))))
