@@ -94,6 +94,7 @@ class Engine:
             for block in self.module.blocks.values():
                 block.compile()
         self.zero = zero.wrap(self.module, train, optimizer, mesh, dtype)
+        self.loss_factor = zero.loss_factor(self.zero, mesh)
         self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)
 
     def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> StepSums:
@@ -118,10 +119,9 @@ class Engine:
         if total <= 0:
             raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
         num_sequences = sum(len(batch.tokens) for batch in batches) * mesh.layout.dp
-        factor = zero.loss_factor(self.zero, mesh)
-        expert_balance.begin_step(self.module, LossDenominators(num_sequences, max(1, round(tokens)), factor))
+        expert_balance.begin_step(self.module, LossDenominators(num_sequences, max(1, round(tokens)), self.loss_factor))
         zero.begin_step(self.zero, len(batches))
-        self._sums = self._run(batches, loss_fn, factor / total, forward_only=False)
+        self._sums = self._run(batches, loss_fn, self.loss_factor / total, forward_only=False)
         zero.finish_backward(self.zero)
         sum_partial(self.module, mesh)
         zero.average_gradients(self.zero)

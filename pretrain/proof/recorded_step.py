@@ -76,6 +76,7 @@ class Trace:
         self.tensors: dict[str, torch.Tensor] = {}
         self.slices: dict[str, Slice] = {}
         self._first, self._mesh, self._calls = first_micro_batch, engine.mesh, Counter[str]()
+        self._factor = engine.loss_factor
         for chunk in engine.module.chunks:
             if chunk.stage.is_first:
                 self._watch("embedding", chunk.embedding)
@@ -94,8 +95,8 @@ class Trace:
             key = f"{name}/{self._first + self._calls[name]}"
             self._calls[name] += 1
             self._keep(f"forward/{key}", output)
-            # The engine multiplies its loss by the number of ranks that ZeRO averages over.
-            output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._mesh.zero_size))
+            # The engine multiplies its loss by this factor, which its sums over ranks undo.
+            output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._factor))
 
         module.register_forward_hook(forward)
 
