@@ -11,7 +11,7 @@ from pathlib import Path
 
 from configs.alarms import WATCHED, AlarmsConfig
 from configs.canaries import KEPT
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.ledger import SourceTally, Tally
 from data_pipeline.core.tables import TABLE_STAGES
 from data_pipeline.provenance.lookup import locations, rows_of, set_aside

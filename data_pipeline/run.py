@@ -51,6 +51,7 @@ from data_pipeline.executors.tasks import TaskError, quiet
 from data_pipeline.extraction.extract import set_aside
 from data_pipeline.extraction.extract_stage import extract_stage
 from data_pipeline.language.language_stage import language_stage
+from data_pipeline.mixture.earlier import keep_for_plans
 from data_pipeline.mixture.plan_stage import plan_stage, show_forecast
 from data_pipeline.report.ledger_tables import print_ledger, read_ledger
 from data_pipeline.scores.score_stages import filter_stage, score_stage
@@ -74,8 +75,8 @@ def recipe(context: RunContext) -> list[Stage]:
         documents := documents_stage(
             context, extract, language, score, dedup, [one for one in (clean, web_lines, lines, substrings, pii) if one]
         ),
-        tokenizer := tokenizer_stage(context, documents),
-        tokens := tokens_stage(context, documents, tokenizer),
+        tokenizer := tokenizer_stage(context, documents, keep_for_plans),
+        tokens := tokens_stage(context, documents, tokenizer, keep_for_plans),
         plan_stage(context, tokenizer, tokens),
     ]
     return [stage for stage in stages if stage]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.canaries import DUPLICATES, KEPT, REPEATS, CanaryConfig
-from data_pipeline.canaries.naming import canaries_of
 from data_pipeline.canaries.plant import FATES, id_of, numbered
+from data_pipeline.core.canary_naming import canaries_of
 from data_pipeline.core.tables import TABLE_STAGES, read_table
 
 

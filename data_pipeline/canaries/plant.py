@@ -1,8 +1,8 @@
-"""Plants canaries, documents with a known fate, in a run's input; `check` looks at its end what became of them.
+"""Plants canaries, documents with a known fate, in a run's input; at the run's end, `check` tells what became of them.
 
 Canaries enter after the readers. The same tasks and rules extract, score, filter, deduplicate and cut them as the
-documents of their source, in shards of their own (`naming`); the documents stage drops them. They do not test the
-reading of files, comparison with the sources' documents, the tokenizer or the plan.
+documents of their source, in shards of their own (`core.canary_naming`); the documents stage drops them. They do not
+test the reading of files, comparison with the sources' documents, the tokenizer or the plan.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from configs.canaries import CanaryConfig
-from data_pipeline.canaries.naming import canaries_of
+from data_pipeline.core.canary_naming import canaries_of
 from data_pipeline.core.ledger import Tally
 
 FATES = "canaries.jsonl"  # in the documents stage's folder: id, reason and bytes cut, of the canaries that reached it

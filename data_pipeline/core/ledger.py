@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 
 
 class LedgerError(RuntimeError):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
@@ -11,10 +12,19 @@ from configs.data import DataConfig
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.shards import ShardReader, shard_path, shards_under
 from data_pipeline.core.tables import count_verdicts
-from data_pipeline.executors.base import Executor
 
 COMPILED_ONCE = "Compiled here once, then found in its cache by every worker."
 _TASKS_PER_WORKER = 4  # so that a slow task leaves the other workers something to do
+
+
+class PipelineRunner(Protocol):
+    """The part of an executor that stages use; `executors.base.Executor` implements and documents it."""
+
+    workers: int
+
+    def perform(
+        self, title: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, total_bytes: int, console: Console
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,7 @@ class RunContext:
     config: DataConfig
     run_dir: Path
     console: Console
-    executor: Executor
+    executor: PipelineRunner
 
     def pipeline(
         self,

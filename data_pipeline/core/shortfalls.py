@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.data import DataConfig
 from configs.mixture import PlanConfig
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.ledger import SourceTally, Tally
 
 _BYTES_A_TOKEN = 4.0  # estimate, used until tokens are counted: prose in a language that the tokenizer was trained on

@@ -33,13 +33,17 @@ _SETTLED_NS = 2 * 10**9  # at least the resolution of file times on any file sys
 # Modules that run, count or display the work; a change of them cannot change its result.
 _NEUTRAL = ("executors", "core.full_disk", "core.ledger", "core.progress")
 
+# Called with the folder of a stage's earlier result and that of the new one: moves the earlier one aside if it is still
+# needed, and returns its new path.
+KeepEarlier = Callable[[Path, Path], Path | None]
+
 
 @dataclass(frozen=True)
 class Stage:
     """Description of a stage of a data run: its work and everything that its result depends on.
 
-    `work(folder, logs)` writes the results to `folder` and returns the counts of documents. What came in by these
-    counts must equal what the stage `counted_against` passed on.
+    `work(folder, logs)` writes the results to `folder` and returns the counts of documents. By these counts, the
+    documents that came in must be those that the stage `counted_against` passed on.
     """
 
     name: str
@@ -50,9 +54,7 @@ class Stage:
     counted_against: "Stage | None" = None
     inputs: str = ""  # hash of input files
     packages: Sequence[str] = ()  # installed packages whose versions can change the result
-    # Called with the earlier result's folder and the new one: moves the earlier one aside if it is still needed, and
-    # returns its new path.
-    keep: Callable[[Path, Path], Path | None] | None = None
+    keep: KeepEarlier | None = None  # without it, the new result replaces the earlier one
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:

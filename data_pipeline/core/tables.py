@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.checked_parquet import read_parquet
 from data_pipeline.core.integrity import seal
 from data_pipeline.core.ledger import Tally

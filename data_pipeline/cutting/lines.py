@@ -14,7 +14,7 @@ import numpy as np
 from datatrove.data import Document
 
 from configs.cuts import LinesConfig
-from data_pipeline.canaries.naming import canary_of, source_of
+from data_pipeline.core.canary_naming import canary_of, source_of
 from data_pipeline.cutting.copies import DIGEST, Quota, TextUnits
 from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
 

@@ -22,7 +22,7 @@ import numpy as np
 from datatrove.data import Document
 
 from configs.cuts import SubstringsConfig
-from data_pipeline.canaries.naming import salt, source_of
+from data_pipeline.core.canary_naming import salt, source_of
 from data_pipeline.cutting.copies import DIGEST, Quota, TextUnits
 from data_pipeline.cutting.cuts import Cut, CutStep
 from data_pipeline.scan.words import mix

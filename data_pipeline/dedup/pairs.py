@@ -16,7 +16,7 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.checked_parquet import read_parquet
 from data_pipeline.core.tables import FileKey, file_key, kept_rows, shards_of
 from data_pipeline.dedup.signatures import read_range

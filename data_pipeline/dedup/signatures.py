@@ -20,7 +20,7 @@ from datatrove.data import Document
 
 from configs.data import DataConfig
 from configs.dedup import DedupConfig
-from data_pipeline.canaries.naming import salt
+from data_pipeline.core.canary_naming import salt
 from data_pipeline.core.hashing import stable_hash
 from data_pipeline.core.tables import FileKey, TableStep, file_key
 from data_pipeline.reading.addresses import url_key, url_of

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from configs.loader import plain
-from data_pipeline.canaries.naming import is_canary
 from data_pipeline.canaries.plant import FATES
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import RunContext, read_texts
 from data_pipeline.core.shards import TextWriter

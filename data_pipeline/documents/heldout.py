@@ -8,26 +8,21 @@ runs before.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from data_pipeline.core.hashing import stable_hash
+from data_pipeline.core.hashing import draw
 
 Drawn = tuple[float, str]  # `draw` of an id, and the id
 
 
-def draw(seed: int, document_id: str) -> float:
-    """Returns a pseudo-random number in [0, 1) that depends on seed and id alone."""
-    return stable_hash(f"{seed}\0{document_id}") / 2**64
-
-
 @dataclass(frozen=True)
 class Extremes:
-    """The documents with the lowest and the highest draw of a set, None for an empty set."""
+    """The ids of a set that `draw` gives the lowest and the highest number; None for an empty set."""
 
     lowest: Drawn | None = None
     highest: Drawn | None = None
 
     @classmethod
     def of(cls, ids: Iterable[str], seed: int) -> "Extremes":
-        """Draws for every id."""
+        """Draws a number for every id and keeps the ids with the lowest and the highest."""
         drawn = [(draw(seed, document_id), document_id) for document_id in ids]
         return cls(min(drawn), max(drawn)) if drawn else cls()
 

@@ -18,8 +18,8 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from configs.cuts import Kind, PiiConfig
-from data_pipeline.canaries.naming import is_canary
 from data_pipeline.canaries.plant import LEFT_OUT
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.shards import HELDOUT, TRAIN
 from data_pipeline.core.tables import SAMPLES, kept_rows, read_table

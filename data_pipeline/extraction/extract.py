@@ -19,7 +19,7 @@ from datatrove.pipeline.base import PipelineStep
 from ftfy.badness import MOJIBAKE_CATEGORIES
 
 from configs.sources import ExtractConfig
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.ledger import SourceTally, Tally
 from data_pipeline.extraction.blocklist import Blocklist
 from data_pipeline.extraction.page_limits import PageReader

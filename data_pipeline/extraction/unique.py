@@ -15,7 +15,7 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.hashing import stable_hash
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile

@@ -14,7 +14,7 @@ from typing import Any
 from datatrove.data import Document
 
 from configs.data import DataConfig
-from data_pipeline.canaries.naming import source_of
+from data_pipeline.core.canary_naming import source_of
 from data_pipeline.core.tables import TableStep
 from data_pipeline.language.fasttext_model import FastTextModel
 from data_pipeline.scan.characters import codes_of, kinds_of

@@ -15,7 +15,7 @@ from data_pipeline.core.shards import HELDOUT, TRAIN
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.mixture import cursor
 from data_pipeline.mixture import fim as fill
-from data_pipeline.mixture.layout import Gone, PlannedSource, check_stores, lay_out
+from data_pipeline.mixture.draft import Gone, PlannedSource, check_stores, draft_plan
 from data_pipeline.mixture.packing import PACKINGS, Packed
 from data_pipeline.mixture.rows import PLAN_FILE, SEGMENT_ARRAYS, Plan
 from data_pipeline.mixture.weights import running_counts
@@ -32,12 +32,12 @@ def build_plan(
     after: tuple[Plan, int] | None = None,
     key: str = "mixture",
 ) -> dict[str, Any]:
-    """Writes the plan that `lay_out` makes of `settings` to folder `out`; returns the content of plan.json.
+    """Writes the plan that `draft_plan` makes of `settings` to folder `out`; returns the content of plan.json.
 
-    The other arguments are those of `lay_out`, whose ValueError is raised before anything is written.
+    The other arguments are those of `draft_plan`, whose ValueError is raised before anything is written.
     """
     tokens, out = Path(tokens), Path(out)
-    draft = lay_out(tokens, tokenizer, settings, without=without, after=after, key=key)
+    draft = draft_plan(tokens, tokenizer, settings, without=without, after=after, key=key)
     plan, model = draft.outlook(), draft.model
     begins, left = cursor.described(draft.cursors)
     arrays: dict[str, np.ndarray] = {

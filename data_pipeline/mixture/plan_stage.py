@@ -59,7 +59,7 @@ class BuildPlans(PipelineStep):
 def show_forecast(config: DataConfig, console: Console) -> None:
     """Prints the forecast of the plans that the run's tokens would give, made in a temporary folder.
 
-    Raises ValueError as `lay_out` does.
+    Raises ValueError as `draft_plan` does.
     """
     run_dir = Path(config.run.dir)
     with TemporaryDirectory(prefix=".forecast.", dir=run_dir) as folder:

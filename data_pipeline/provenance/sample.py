@@ -17,7 +17,7 @@ from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.rules import RuleSet
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.console import wide_console
 from data_pipeline.core.shards import read_records, shard_path, shards_under
 from data_pipeline.core.stage import read_manifest

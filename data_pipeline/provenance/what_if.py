@@ -21,7 +21,7 @@ from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.rules import RuleSet
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.checked_parquet import columns_in
 from data_pipeline.core.console import wide_console
 from data_pipeline.core.stage import read_manifest

@@ -16,7 +16,7 @@ from rich.table import Table
 from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.console import wide_console
 from data_pipeline.report.page import write
 

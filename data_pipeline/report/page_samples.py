@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs.rules import RuleSet
-from data_pipeline.canaries.naming import is_canary
+from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.checked_parquet import columns_in, readable
 from data_pipeline.core.hashing import stable_hash
 from data_pipeline.core.tables import SHOWN, read_table, shards_of

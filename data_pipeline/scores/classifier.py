@@ -27,7 +27,7 @@ from configs.cli import command_parser, entrypoint
 from configs.files import write_atomic
 from configs.loader import ConfigError
 from configs.sources import ANY_LANGUAGE, ExtractConfig, SourceConfig
-from data_pipeline.documents.heldout import draw
+from data_pipeline.core.hashing import draw
 from data_pipeline.reading.source_reader import find_units, read_file
 from data_pipeline.scan.words import Splitter, mix
 from data_pipeline.scores.ngram_models import words_of

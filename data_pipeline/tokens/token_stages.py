@@ -18,14 +18,13 @@ from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shards import TRAIN, shard_path, shards_under
-from data_pipeline.core.stage import Stage, read_manifest
-from data_pipeline.mixture.earlier import keep_for_plans
+from data_pipeline.core.stage import KeepEarlier, Stage, read_manifest
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, Tokenizer, train
 
 
-def tokenizer_stage(context: RunContext, documents: Stage) -> Stage:
-    """Returns the stage that trains a tokenizer on the training split of all sources."""
+def tokenizer_stage(context: RunContext, documents: Stage, keep: KeepEarlier) -> Stage:
+    """Returns the stage that trains a tokenizer on the training split of all sources; for `keep` see `Stage`."""
     config = context.config
     return Stage(
         "tokenizer",
@@ -35,12 +34,12 @@ def tokenizer_stage(context: RunContext, documents: Stage) -> Stage:
         needs=(documents,),
         counted_against=documents,
         packages=("sentencepiece",),
-        keep=keep_for_plans,
+        keep=keep,
     )
 
 
-def tokens_stage(context: RunContext, documents: Stage, tokenizer: Stage) -> Stage:
-    """Returns the stage that encodes each shard of documents into a token store."""
+def tokens_stage(context: RunContext, documents: Stage, tokenizer: Stage, keep: KeepEarlier) -> Stage:
+    """Returns the stage that encodes each shard of documents into a token store; for `keep` see `Stage`."""
     return Stage(
         "tokens",
         partial(_tokens, context),
@@ -49,7 +48,7 @@ def tokens_stage(context: RunContext, documents: Stage, tokenizer: Stage) -> Sta
         needs=(documents, tokenizer),
         counted_against=documents,
         packages=("sentencepiece",),
-        keep=keep_for_plans,
+        keep=keep,
     )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,30 @@ def test_allowed_imports_pass() -> None:
     assert not offences("import os, torch\nfrom configs.train import ModelConfig", "pretrain.model.moe")
     assert not offences("from . import moe\nfrom .norm import RMSNorm", "pretrain.model", is_package=True)
     assert not offences("from data_pipeline.mixture.rows import Plan\nfrom .losses import x", "pretrain.batch_source")
+
+
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Returns the first cycle among packages that import each other, as its names in order; [] if there is none."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_packages_of_the_data_pipeline_import_each_other() -> None:
+    """A reader can take the packages one after another; the modules at the root (run, alarms) may import all."""
+    graph: dict[str, set[str]] = {}
+    for name, file in modules():
+        top, *inner = name.split(".")
+        if top == "data_pipeline" and len(inner) > 1:
+            source = file.read_text(encoding="utf-8")
+            found = [one.split(".") for _, one in imports(source, name, file.name == "__init__.py")]
+            imported = {one[1] for one in found if one[0] == top and len(one) > 2}
+            graph.setdefault(inner[0], set()).update(imported - {inner[0]})
+    assert "tokens" in graph["mixture"] and "core" in graph["tokens"]
+    assert not cycles(graph), "packages that import each other: " + " <- ".join(cycles(graph))
+    assert cycles(graph | {"core": {"mixture"}}), "a planted cycle is found"
 
 
 def test_torch_free_parts_load_no_torch() -> None:

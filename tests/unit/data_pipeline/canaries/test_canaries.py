@@ -14,7 +14,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline import run
 from data_pipeline.canaries.check import check_canaries, missed
-from data_pipeline.canaries.naming import canary_of, is_canary, salt
+from data_pipeline.core.canary_naming import canary_of, is_canary, salt
 from data_pipeline.core.tables import shards_of
 from tests.data_runs import data_config
 

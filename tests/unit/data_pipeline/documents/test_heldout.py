@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from data_pipeline.documents.heldout import Extremes, HeldoutRule, draw
+from data_pipeline.core.hashing import draw
+from data_pipeline.documents.heldout import Extremes, HeldoutRule
 
 IDS = [f"doc/{number}" for number in range(2000)]
 

@@ -10,9 +10,9 @@ import pytest
 
 from configs.data import TokenizerConfig
 from configs.mixture import PlanConfig
+from data_pipeline.mixture.draft import Gone
 from data_pipeline.mixture.earlier import first_difference
 from data_pipeline.mixture.fim import PLAIN, PSM, SPM, FimSymbols, cuts, draw, rearranged
-from data_pipeline.mixture.layout import Gone
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan

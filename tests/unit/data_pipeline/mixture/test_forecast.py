@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from configs.mixture import PlanConfig
+from data_pipeline.mixture.draft import draft_plan
 from data_pipeline.mixture.forecast import show
-from data_pipeline.mixture.layout import lay_out
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
@@ -123,7 +123,7 @@ def test_both_packings_are_told_whichever_is_chosen(
 def test_what_is_laid_out_is_what_is_built_and_shown(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     settings = PlanConfig(seq_length=64, samples=3000, seed=3, weights=SMALL)
     before = set(tmp_path.rglob("*"))
-    outlook = lay_out(tokens, tokenizer_folder, settings).outlook()
+    outlook = draft_plan(tokens, tokenizer_folder, settings).outlook()
     assert set(tmp_path.rglob("*")) == before
     plan = build_plan(tokens, tokenizer_folder, tmp_path / "p", settings)
     for told, built in zip(outlook["sources"], plan["sources"], strict=True):

@@ -1,8 +1,8 @@
 """Names that distinguish canaries from the documents of sources, and one canary from another.
 
 Stages that compare documents by hashes never match a canary with a source's document or with another canary, since its
-hashes are salted with its name. Canaries therefore change nothing about the sources' documents, and not each other's
-fate. `plant` explains what canaries are for.
+hashes are salted with its name. Canaries therefore change nothing about the sources' documents, nor each other's
+fate. `canaries.plant` explains what canaries are for.
 """
 
 from data_pipeline.core.hashing import stable_hash
@@ -11,7 +11,7 @@ _SUFFIX = ".canaries"  # cannot end the name of a source, which has no dots
 
 
 def canaries_of(source: str) -> str:
-    """Returns the name that replaces the source's in counts and folders of canaries with its rules."""
+    """Returns the name by which the canaries of a source are counted and their folders are called."""
     return source + _SUFFIX
 
 

@@ -1,8 +1,8 @@
-"""Layout of a mixture: the source of each sample, and the documents, cut into pieces, that make up each training row.
+"""Drafts mixture plans: the source of each sample, and the documents, cut into pieces, that make up each training row.
 
 Every epoch of a source is shuffled, packed, and its rows are shuffled (`epochs`). Sources take turns so that every
 prefix of the samples is close to the weights (`weights`). A mixture may go on from an earlier plan: each source begins
-where that plan left it (`cursor`), even if weights, sequence length or packing change. `plan_files` writes the layout,
+where that plan left it (`cursor`), even if weights, sequence length or packing change. `plan_files` writes the draft,
 `forecast` computes when each source runs out.
 """
 
@@ -50,7 +50,7 @@ class PlannedSource:
 
 @dataclass(frozen=True)
 class PlanDraft:
-    """A mixture that is laid out but not written; `sample_sources` holds the index of each sample's source."""
+    """A plan that is complete but not written; `sample_sources` holds the index of each sample's source."""
 
     settings: dict[str, Any]
     model: Tokenizer
@@ -81,7 +81,7 @@ class PlanDraft:
         }
 
 
-def lay_out(
+def draft_plan(
     tokens: str | Path,
     tokenizer: str | Path,
     settings: PlanConfig,
