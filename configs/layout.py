@@ -69,7 +69,7 @@ class LayoutRequest:
 
 
 class _LayoutMisfit(Misfit):
-    """A reason why no layout fits, with the values to try for each key that may help; None: divisors of the ranks."""
+    """A reason why no layout fits; `keys` has the values to try for each key, None for the divisors of the ranks."""
 
     def __init__(self, request: LayoutRequest, problem: str, **keys: Sequence[Any] | None) -> None:
         found = {_KEYS[name]: values for name, values in keys.items() if _KEYS[name] not in request.given}

@@ -33,7 +33,7 @@ INDENT = "    "
 
 @dataclass(frozen=True)
 class Key:
-    """One key or section of the reference. `default` is a TOML value, or begins with one of the words above."""
+    """One key or section of the reference. `default` is a TOML value, or begins with REQUIRED, LEFT_OUT, or AS."""
 
     name: str
     kind: str  # type and bounds; "" for a section
@@ -156,7 +156,7 @@ def _all_keys(name: str) -> tuple[Key, ...]:
 
 
 def _chosen(keys: Sequence[Key], asked: Sequence[str]) -> list[Key]:
-    """Returns the keys at or below `asked`, which may contain any name, or the word NAME, or nothing for NAME."""
+    """Returns the keys at or below `asked`, in which NAME may stand, be left out, or be any name of the user's."""
     short = [[part for part in key.name.split(".") if part != NAME] for key in keys]
     named = [key.name.split(".") for key in keys]
     for all_parts in (short, named):

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Misfit(Exception):
-    """A reason why values do not fit together. `tried` has values to try for each key; None: leave the key out."""
+    """A reason why values do not fit together. `tried` has values to try for each key; None leaves the key out."""
 
     def __init__(self, problem: str, tried: Mapping[str, Sequence[Any]]) -> None:
         super().__init__(problem)

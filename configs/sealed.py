@@ -57,6 +57,6 @@ STORE = Format("trivium-tokens", version=1, oldest=1)
 
 
 def _digest(values: dict[str, Any]) -> str:
-    """SHA-256 of `values` as JSON; the order of keys and the layout do not matter."""
+    """SHA-256 of `values` as JSON; the order of keys and white space do not matter."""
     text = json.dumps(json.loads(json.dumps(values)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

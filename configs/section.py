@@ -28,7 +28,10 @@ def is_name(name: str) -> bool:
 
 
 def check_name(kind: str, name: str, becomes: str = "a folder", taken: Sequence[str] = ()) -> None:
-    """Raises ValueError if `name`, of a `kind` of thing, cannot be what it `becomes`, beside folders named `taken`."""
+    """Raises ValueError for a name that cannot be that of a folder, or is one of `taken`, which others have.
+
+    `kind` ("source", for example) and `becomes`, which says what is named after it, are words for the message.
+    """
     if not is_name(name):
         raise ValueError(f"{kind} name {name!r} becomes {becomes}: use letters, digits and _ only")
     if (size := len(name.encode())) > LONGEST_NAME:

@@ -205,7 +205,7 @@ _watch: Watch | None = None  # of this process: signal handlers are global, so i
 
 
 def begin(saves: bool = False, prints_errors: bool = True, launched: bool = False) -> None:
-    """Answers signals from now on; the first call of a command. A second call does nothing. Arguments as `Watch`'s."""
+    """Makes this process's `Watch`, whose arguments it takes; commands call it first. A second call does nothing."""
     global _watch
     if _watch is None:
         _watch = Watch(saves, prints_errors, launched)
@@ -213,7 +213,7 @@ def begin(saves: bool = False, prints_errors: bool = True, launched: bool = Fals
 
 
 def run() -> None:
-    """Makes Ctrl-C raise KeyboardInterrupt from now on, in a command that does not save and has been imported."""
+    """Makes Ctrl-C raise KeyboardInterrupt; called by commands that save no checkpoints, once they are imported."""
     if _watch is not None and not _watch.saves:
         _watch.agree()
         _watch.work()

@@ -110,7 +110,7 @@ def run(
     check_writable(run_dir, "run.dir")
     with sole_user(run_dir):
         quiet(None)
-        with nothing_left_of_refused(run_dir):
+        with undo_if_refused(run_dir):
             stages = recipe(RunContext(config, run_dir, console, executor))
             chosen = _chosen(config, stages, only, until)
             _check_needs(stages, chosen, run_dir)
@@ -175,8 +175,8 @@ def _check_some_left(done: PublishedStage, run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def nothing_left_of_refused(run_dir: Path) -> Iterator[None]:
-    """Context in which an exception removes everything that was added to the run directory, such as hash caches."""
+def undo_if_refused(run_dir: Path) -> Iterator[None]:
+    """Context that, if it ends in an exception, removes what was added to the run directory, such as hash caches."""
     before = set(run_dir.iterdir())
     try:
         yield
@@ -271,7 +271,7 @@ def _say_made_by_other_code(stages: Sequence[Stage], chosen: Sequence[str], run_
 
 
 def _where(stage: PublishedStage) -> str:
-    """Path, in the run directory, of the samples of dropped records; of the stage's folder if it has none."""
+    """Path, in the run directory, of a stage's samples of dropped records, or of its folder if it has none."""
     for name in ("rejected", "drops"):
         if (stage.folder / name).is_dir():
             return f"{stage.folder.name}/{name}"

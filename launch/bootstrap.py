@@ -28,7 +28,7 @@ def main() -> None:
     module = sys.argv[1]
     if module.split(".")[0] in OURS:
         begin(module)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SAVING)  # see ProcessGroup.start_module
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SAVING)  # blocked by ProcessGroup.start
     del sys.argv[0]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -47,7 +47,7 @@ class InitialModel:
         return (CAPACITY_FACTOR, SEQ_LENGTH) if self.continues else (CAPACITY_FACTOR,)
 
     def check_rows(self, seq_length: int) -> None:
-        """Raises ConfigError if a run that continues is to have rows of another length than from its start on."""
+        """Raises ConfigError if a run that continues would get rows of another length than it began with."""
         if self.row not in (None, seq_length):
             raise ConfigError(
                 f"train.seq_length = {seq_length}, and {self.own} was trained on rows of {self.row} tokens; set "

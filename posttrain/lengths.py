@@ -70,8 +70,8 @@ def check_rows(
 ) -> None:
     """Raises ConfigError if a prompt of `longest` tokens and its completion do not fit into a training row.
 
-    A run that continues keeps the length of its rows, and gives `answer`, which returns the tokens of the longest right
-    answer.
+    `answer` is given for a run that continues, whose rows cannot become longer: it returns the tokens of the longest
+    right answer, below which the message does not suggest to set task.max_new_tokens.
     """
     needed = longest + task.max_new_tokens - 1  # the last token is a label and never an input
     if needed <= seq_length:

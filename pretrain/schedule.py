@@ -6,8 +6,9 @@ from configs.train import ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Returns the learning rate of step `step`, counted from 0, of a schedule of `schedule.steps`, else `steps`, steps.
+    """Returns the learning rate of a step, counted from 0.
 
+    The schedule is as long as `schedule.steps` says or, if that is not set, as the run of `steps` steps.
     Linear warmup reaches `peak` at step `warmup_steps - 1`. Then cosine (Loshchilov and Hutter 2017) falls to
     `peak * min_lr_ratio` at the schedule's last step, and WSD (Hu et al. 2024) stays at `peak` and falls there linearly
     over the last `decay_steps`.

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ).fit()
         except DamagedTrainingData as error:  # the same on all ranks
             return _failed(error, prints=mesh.is_main)
-        except DamagedData as error:  # in a row; only the ranks that read it raise this
+        except DamagedData as error:  # found in a row, by the ranks that read that row alone
             return _failed(error, prints=mesh.counts_in_sums)
 
 

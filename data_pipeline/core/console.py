@@ -6,7 +6,7 @@ from rich.console import Console
 
 
 def wide_console() -> Console:
-    """Makes a console; 140 columns wide, so that tables fit, if output is no terminal and COLUMNS is not set."""
+    """Makes a console, 140 columns wide for the sake of tables if output is no terminal and COLUMNS is not set."""
     console = Console()
     return console if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(width=140)
 

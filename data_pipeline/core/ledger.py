@@ -79,7 +79,7 @@ class Tally:
         return self.sources.setdefault(source, SourceTally())
 
     def came_in(self, source: str, size: int, documents: int = 1) -> None:
-        """Counts documents of `size` bytes together as input."""
+        """Counts documents, of `size` bytes in all, as input."""
         self.of(source).came_in.add(documents, size)
 
     def kept(self, source: str, size: int, passed_on: int | None = None, documents: int = 1) -> None:
@@ -92,7 +92,7 @@ class Tally:
         self.of(source).dropped.setdefault(reason, Amount()).add(documents, size)
 
     def note(self, source: str, name: str, documents: int = 1) -> None:
-        """Adds to another count of a source, by its name."""
+        """Adds to a further count of a source, such as "held out", by the count's name."""
         notes = self.of(source).notes
         notes[name] = notes.get(name, 0) + documents
 

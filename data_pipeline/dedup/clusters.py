@@ -51,8 +51,8 @@ OWN = -1  # stands for this run where an earlier run would have a number
 class Population:
     """All documents that are compared: those of this run, then those of earlier runs that share a key with one.
 
-    This run's documents are numbered as in `own`. `matched` is a file of int64, ascending: the numbers, among all
-    documents of earlier runs, of those that share a key.
+    This run's documents are numbered as in `own`. The file `matched` holds, int64 and ascending, the
+    numbers of those that share a key among all documents of earlier runs.
     """
 
     def __init__(self, own: Numbering, earlier: Sequence[EarlierRun] = (), matched: str = "") -> None:
@@ -62,7 +62,7 @@ class Population:
 
     @property
     def matched(self) -> np.ndarray:
-        """Numbers of the compared documents of earlier runs among all of theirs, int64, ascending."""
+        """Numbers, int64 and ascending, of the compared documents among all documents of earlier runs."""
         return np.load(self._matched) if self.earlier else np.zeros(0, np.int64)
 
     @property
@@ -196,7 +196,7 @@ class FindClusters(PipelineStep):
     ) -> int:
         """Writes the properties and ids of the table's documents, numbered from `first` on.
 
-        Returns the bytes of all ids written so far; `written` were before.
+        `written` is the number of bytes in `ids` before; returns the number after.
         """
         last = first + table.num_rows
         signed = read_table(signatures, shard, ["row", "exact", "url"])

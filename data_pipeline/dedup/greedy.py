@@ -8,10 +8,11 @@ dropped for. A document that is similar only to a dropped one is kept. Documents
 always kept.
 
 While few documents are kept, each is compared. With more, an index finds those that can be similar enough. If all sets
-are sorted in one common order, two sets can only be so if they share one of their first n - ceil(least * n) + 1 members
-(n being a set's size), and if enough members follow the first common one in both (prefix and position filters: Bayardo
-et al. 2007, All-Pairs; Xiao et al. 2008, PPJoin). No similar document is missed. The rarest members come first in the
-common order, so that a template which all documents share costs little. Equal documents are not compared at all.
+are sorted in one common order, two sets can only be that similar if they share one of their first
+n - ceil(least * n) + 1 members (n being a set's size), and if enough members follow the first common one in both
+(prefix and position filters: Bayardo et al. 2007, All-Pairs; Xiao et al. 2008, PPJoin). No similar document is missed.
+The rarest members come first in the common order, so that a template which all documents share costs little. Equal
+documents are not compared at all.
 """
 
 from collections.abc import Callable

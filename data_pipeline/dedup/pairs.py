@@ -42,7 +42,7 @@ class KeyRange:
 
 
 def key_ranges(kinds: Sequence[int], documents: int, memory: int) -> list[KeyRange]:
-    """Divides each kind of key into ranges so narrow that a task needs about `memory` bytes; keys are even hashes."""
+    """Divides the values of each kind of key, which are uniform hashes, so that a task needs about `memory` bytes."""
     ranges = max(1, -(-documents * BYTES_A_KEY // memory))
     edges = [_WHOLE * part // ranges for part in range(ranges + 1)]
     return [KeyRange(kind, edges[part], edges[part + 1] - 1) for kind in kinds for part in range(ranges)]
@@ -85,7 +85,7 @@ class Numbering:
 # Cached, since every kind of key reads the same shards.
 @functools.lru_cache(maxsize=16)
 def _kept(path: Path, _: FileKey) -> np.ndarray:
-    """Rows that a table keeps; its key makes the cache read a file again that was replaced."""
+    """Rows of the documents that a table keeps; read again once the table is replaced, since its FileKey changes."""
     return kept_rows(read_parquet(path, ["row", "verdict"]))["row"].to_numpy()
 
 

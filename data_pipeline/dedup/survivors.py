@@ -28,7 +28,7 @@ _BLOCK = 1 << 20  # documents read at a time
 
 
 def part_of(roots: np.ndarray, parts: int) -> np.ndarray:
-    """Part, of `parts`, that the cluster of each root belongs to; hashed, so that parts are of about the same size."""
+    """Divides clusters, given by their roots, into `parts` about equal parts, by a hash; returns the part of each."""
     return (roots.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % np.uint64(parts)
 
 

@@ -45,7 +45,7 @@ class BoundChange:
 
 
 def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[BoundChange]:
-    """Returns every bound that differs between rule sets, given by name.
+    """Returns every bound that differs between the rule sets of two configs, which are given by their names.
 
     Raises ConfigError for a change whose effect does not follow from the scores.
     """

@@ -39,7 +39,7 @@ _BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 @functools.cache
 def classes() -> np.ndarray:
-    """Returns the table of class bits, uint16 [SIZE]; a process builds it once."""
+    """Returns the classes of each code point as bits, uint16 [SIZE]; a process builds this table once."""
     characters = [chr(code) for code in range(SIZE)]
     table = np.zeros(SIZE, np.uint16)
     for bit, predicate in (

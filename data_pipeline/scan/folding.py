@@ -32,13 +32,13 @@ def folded() -> np.ndarray:
 
 
 def fold_alone(text: str) -> bool:
-    """Whether the table alone folds `text`, because `str.lower` maps each of its characters by itself."""
+    """Whether the table is enough to fold `text`, since `str.lower` maps each of its characters by itself."""
     return not any(character in text for character in _NOT_BY_ITSELF)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def fold(code: np.uint32, table: np.ndarray) -> np.uint32:
-    """Returns the table's entry of any code point; those above the table have no case."""
+    """Looks up the entry of a code point; for one above the table, which has no case, the entry is computed."""
     if code < SIZE:
         return table[code]
     return code | (ALONE << SHIFT if is_ideograph(code) else np.uint32(0))

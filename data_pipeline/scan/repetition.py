@@ -159,7 +159,7 @@ def _count(grams: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @numba.njit(cache=True, nogil=True)
 def _covered(grams: np.ndarray, positions: np.ndarray, counts: np.ndarray, before: np.ndarray, size: int) -> int:
-    """Returns the characters of words covered by n-grams that occurred before; a count of 1 says that one cannot have.
+    """Returns the characters of the words covered by n-grams that occurred before; skips n-grams that occur once.
 
     After a covered n-gram the scan goes on behind it; the n-grams that it skips do not count as occurrences.
     """

@@ -33,10 +33,10 @@ def check_ranks(
     Every rank reads config and data by itself; the files may change between their reads, or differ between nodes.
     """
     mine = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-    mine |= {_OTHERS.get(key, f"{key} of the run"): value for key, value in identity.items()}
+    mine |= {_WORDS.get(key, f"{key} of the run"): value for key, value in identity.items()}
     hashes = mesh.gather_json([text_sha256(json.dumps(value, default=str)) for value in mine.values()])
     different = [key for key, found in zip(mine, zip(*hashes, strict=True), strict=True) if len(set(found)) > 1]
-    if _OTHERS["init"] in different and init is not None:
+    if _WORDS["init"] in different and init is not None:
         raise ConfigError(
             f"the ranks found different newest checkpoints of the run to begin from, {init.checkpoint} among them, "
             "because that run is still training: set init.checkpoint to one of them, or start again"
@@ -130,11 +130,11 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
         if key == "model":
             said += words(_model_changes(path, before, now, ("rope_theta",) if passes_on else ()))
         elif key == "data":
-            said.append(f"its data are others: {source.difference(_facts(manifest))}")
-        elif key in _OTHERS:
-            said.append(f"{_OTHERS[key]} differs")
+            said.append(f"its data differ: {source.difference(_facts(manifest))}")
+        elif key in _WORDS:
+            said.append(f"{_WORDS[key]} differs")
         else:
-            said += words({_KEYS.get(key, key): (before, now)})
+            said += words({_CONFIG_KEYS.get(key, key): (before, now)})
     if said:
         go_on = ""
         if "data" in differing and source.location:
@@ -147,16 +147,16 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
 
 # Keys of model.moe that training alone uses: the model's output does not depend on them.
 _TRAINING_ONLY = ("aux_loss", "aux_loss_coef", "z_loss_coef", "bias_update_rate", "capacity_factor")
-_OTHERS = {
+_WORDS = {
     "init": "the checkpoint that it begins from",
     "tokenizer": "the tokenizer",
     "chat_template": "the chat format",
 }
-_KEYS = {"seed": "run.seed", "seq_length": "train.seq_length"}
+_CONFIG_KEYS = {"seed": "run.seed", "seq_length": "train.seq_length"}
 
 
 def _model_changes(path: Path, before: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> Changes:
-    """Returns the differing keys, `model.KEY`, that may not change; a key that `before` lacks counts as its default."""
+    """Returns each key `model.KEY` that has changed but may not; a key that `before` lacks had its default."""
     old = validate(ModelConfig, before, origin=f"the model of {path}")
     new = validate(ModelConfig, now)
     found = changes(plain(old), plain(new))
@@ -208,7 +208,7 @@ def origin_of(path: Path, run_dir: Path) -> str | None:
 
 
 def _named(resume: str, check: Callable[[Path], None]) -> Path:
-    """Returns the checkpoint that `--resume` names. Raises ConfigError if it is none or damaged."""
+    """Returns the checkpoint that `--resume` names. Raises ConfigError if there is none or it is damaged."""
     path = Path(resume)
     if (path / "checkpoints").is_dir():
         steps = storage.steps(path)

@@ -51,5 +51,5 @@ class MoE(nn.Module):
         return shared + self.region.leave(y_TH.view_as(x_SBH))
 
     def _into_experts(self, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Passes both to the experts; sums their gradients, which are partial where tp splits the experts' F."""
+        """Passes activations and weights to the experts; the backward pass sums the gradients over tp."""
         return self.region.copy(x_TH), self.region.copy(weights_TK)

@@ -173,7 +173,7 @@ def test_a_damaged_manifest_is_passed_over(ranks: RanksOf, tmp_path: Path) -> No
 def test_a_checkpoint_of_other_parameters_than_its_model_has_is_for_another_version(
     ranks: RanksOf, runs: tuple[str, Path], tmp_path: Path
 ) -> None:
-    """Another version may name or shape parameters otherwise; the remedy, a new run in another run.dir, works."""
+    """A checkpoint whose parameters have other names or shapes is refused; the remedy, another run.dir, works."""
     name, folder = runs
     lost = "final_norm.weight" if name == "dense" else "balance"
     for number in range(2):

@@ -68,7 +68,7 @@ def test_every_layout_drops_the_same(run: RunLayout, layout: str, recompute: str
 def check_replicas(found: Results) -> None:
     """Holds ranks to one grad norm and, bit by bit, to the same master weights wherever they hold the same slice.
 
-    The norm is also held against the norm of the gathered gradients. Ranks that clip by other norms go apart.
+    The norm is also held against the norm of the gathered gradients. Ranks that clip by different norms drift apart.
     """
     results, tensors = found
     assert all(result["norms"] == results[0]["norms"] for result in results), [result["norms"] for result in results]

@@ -42,7 +42,7 @@ def data(made: Path, tmp_path: Path) -> Path:
 
 
 def publish(data: Path, samples: int = 12, **changes: Any) -> str:
-    """Makes and publishes a new plan, as a data run does; returns its fingerprint, or "" if it has stages."""
+    """Makes and publishes a new plan, as a data run does; returns its fingerprint, "" for a mixture in stages."""
     mixture = {"seq_length": 32, "weights": {"code": 0.6, "prose": 0.4}, "max_epochs": 9, "samples": samples, **changes}
     build_stages(data / "tokens", data / "tokenizer", data / "new", validate(MixtureConfig, mixture).plans())
     if (data / "plan").exists():
@@ -169,7 +169,7 @@ def test_what_differs_is_said_in_words(ranks: RanksOf, data: Path, tmp_path: Pat
     kept = next(data.glob("plan.*"))
     kept.rename(tmp_path / "elsewhere")
     said = train(ranks, run, data / "plan", 3)["error"]
-    assert "its data are others: seed 0 -> 7; weights.code 0.6 -> 0.9; weights.prose 0.4 -> 0.1" in said
+    assert "its data differ: seed 0 -> 7; weights.code 0.6 -> 0.9; weights.prose 0.4 -> 0.1" in said
     assert first not in said
     # The remedies are data.plan set back to the run's own plan, or a new run in another folder. A mistake in another
     # key is reported in the same message.

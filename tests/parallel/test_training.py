@@ -72,7 +72,7 @@ def test_resume_in_another_layout_goes_on_the_same(ranks: RanksOf, tmp_path: Pat
     ("change", "words"),
     [
         ({"seed": 4}, "run.seed 3 -> 4"),
-        ({"fingerprint": "other"}, "its data are others"),
+        ({"fingerprint": "other"}, "its data differ"),
         ({"model": "moe"}, "model.moe.num_experts unset -> 4"),
         ({"model": "moe", "seed": 4}, "unset -> 4"),
     ],

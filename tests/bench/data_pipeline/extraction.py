@@ -1,9 +1,9 @@
 """HTML to text: resiliparse with trafilatura as the fallback, as in the stage extract, against trafilatura alone.
 
 The demo has no Chinese page; the Chinese row has its English pages with every paragraph replaced by one of a Chinese
-book, so that frame, menus and scripts stay real. Agreement is of words (single characters in Chinese) that both have,
-over all pages. What differs is the definition of main content: trafilatura as datatrove calls it (favour_precision)
-also takes out lists of links, short blocks and repeated ones, resiliparse the frame around the text.
+book, so that frame, menus and scripts stay real. Agreement is the share of words (characters in Chinese) that both
+have, over all pages. What differs is the definition of main content: trafilatura as datatrove calls it
+(favour_precision) also takes out lists of links, short blocks and repeated ones, resiliparse the frame around the text.
 """
 
 import re

@@ -1,10 +1,11 @@
 """MinHash: signatures alone, and from text to text without near-duplicates, against datatrove's four stages.
 
-The documents are a demo source's, and of every fifth a copy that lacks some lines. Both read the same gzipped JSONL and
-write what is left as gzipped JSONL. Before the clock starts, both have seen other documents, so that all is loaded.
-Recall and precision are against brute force: all pairs of at least 0.8 true similarity of word 5-grams. Of a document
-that one keeps and the other does not, the true similarity says why: if the keeper removed one like it instead, they
-differ in the choice of the survivor (ours is the best-scored, datatrove's the first), else in which bands met.
+The documents are those of a demo source, with a copy of every fifth that lacks some lines. Both read the same gzipped
+JSONL and write what is left as gzipped JSONL. Before the clock starts, both have seen other documents, so that all code
+is loaded. Recall and precision are measured against brute force: all pairs whose word 5-grams have a true similarity of
+at least 0.8. If only one of the two keeps a document, the true similarity says why: if the one that keeps it removed a
+similar document instead, they chose different survivors (ours is the best-scored, datatrove's the first); otherwise,
+different bands had equal hashes.
 """
 
 import gzip

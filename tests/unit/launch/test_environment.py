@@ -103,7 +103,7 @@ def test_variables_read_back_as_the_same_environment() -> None:
     ],
 )
 def test_what_is_wrong_is_named(env: dict[str, str], words: str, unset: str | None) -> None:
-    """Without the variable that was set by hand it is read; None: the launcher then sets it as it does."""
+    """The remedy works: without the variable `unset`, or with the launcher's own values if that is None, it is read."""
     with pytest.raises(ValueError, match=words.replace("(", r"\(")) as raised:
         ClusterEnvironment.read(env)
     if "export MASTER_ADDR=HOST" in str(raised.value):
