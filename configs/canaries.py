@@ -53,7 +53,7 @@ class CanaryConfig(Section):
         return self
 
 
-class Recipe(Protocol):
+class CanarySections(Protocol):
     """The sections of a data config that decide whether a canary can be caught; a `DataConfig` has them all."""
 
     @property
@@ -84,7 +84,7 @@ class Recipe(Protocol):
     def pii(self) -> PiiConfig | None: ...
 
 
-def check(config: Recipe) -> None:
+def check(config: CanarySections) -> None:
     """Raises ValueError for a canary whose source does not exist or whose reason no rule or stage can give."""
     for name, canary in config.canaries.items():
         if canary.source not in config.sources:
@@ -102,7 +102,7 @@ def check(config: Recipe) -> None:
             )
 
 
-def reasons(config: Recipe, canary: CanaryConfig) -> Iterator[str]:
+def reasons(config: CanarySections, canary: CanaryConfig) -> Iterator[str]:
     """Yields the reasons for which a canary can be dropped or cut, and "kept".
 
     Reasons of the line rules (`_line_rules`) are not among them.
@@ -136,7 +136,7 @@ def _takes_part(sources: tuple[str, ...] | None, source: str) -> bool:
     return sources is None or source in sources
 
 
-def _line_rules(config: Recipe, source: str) -> tuple[str, ...]:
+def _line_rules(config: CanarySections, source: str) -> tuple[str, ...]:
     """Prefixes of the reasons for which a source's web lines are cut, such as c4_."""
     sets = (config.rules[rules] for rules in config.sources[source].rules.values())
     return tuple(f"{which}_" for rules in sets for which in rules.drop_lines)

@@ -68,7 +68,7 @@ class Trainer:
         self.evaluators, self.lineage, self.title, self.resume = evaluators, lineage or Lineage(), title, resume
         self.run = RunDirectory(self.config, model_config, source, self.lineage, mesh)
         self.step, self.samples, self.tokens = 0, 0, 0
-        self.ledger = dict.fromkeys(source.sources, 0.0)  # tokens (loss weights) trained on, by source
+        self.tokens_by_source = dict.fromkeys(source.sources, 0.0)  # trained on, weighted by the loss mask
         self.origin: str | None = None
         self.context = max(
             self.lineage.context, train.seq_length
@@ -189,7 +189,7 @@ class Trainer:
         self.samples += train.global_batch_size
         self.tokens += train.global_batch_size * train.seq_length
         for name, weight in zip(self.source.sources, sums.weight.tolist(), strict=False):
-            self.ledger[name] += weight
+            self.tokens_by_source[name] += weight
         return sums, lr
 
     def _record(self, sums: StepSums, lr: float, seconds: float) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class Trainer:
         return {
             "samples": self.samples,
             "tokens": self.tokens,
-            "ledger": dict(self.ledger),  # a copy: the manifest is written while training goes on
+            "ledger": dict(self.tokens_by_source),  # a copy: the manifest is written while training goes on
             "stretches": self.run.data_spans,
             "identity": self.identity,
             "context": self.context,
@@ -291,7 +291,7 @@ class Trainer:
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
         checked = self.mesh.gather_json((path / storage.CHECKED).exists())[0]
         self.agreement.unchecked_from = self.step if checked else manifest.get("unchecked_from", self.step)
-        self.ledger |= manifest.get("ledger", {})
+        self.tokens_by_source |= manifest.get("ledger", {})
         self.run.take_data_spans(manifest)
         self.context = max(self.context, manifest.get("context", 0))
         self.origin = checkpoint_resume.origin_of(path, self.run.path)

@@ -52,7 +52,7 @@ class Executor(ABC):
 
     def serve(self) -> int:
         """Runs tasks for the leading process until that ends the run. Returns an exit status."""
-        raise AssertionError("only processes that do not lead serve")
+        raise AssertionError("`serve` was called in a process that leads")
 
     def perform(
         self, title: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, total_bytes: int, console: Console

@@ -105,7 +105,9 @@ def draft_plan(
         raise ValueError("mixture takes exactly one of weights, temperature and unimax; set one, leave out the others")
     model = Tokenizer.load(tokenizer)
     if model.pad_id < 0:
-        raise ValueError(f"tokenizer {model.origin} has no <pad>; rows are filled up with it")
+        raise ValueError(
+            f"tokenizer {model.origin} has no <pad>, with which rows are filled up; make it with `trivium data run`"
+        )
     named = {"weights": weights or {}, "epochs": settings.epochs, "fim": settings.fim}
     cursors = after[0].cursors(after[1]) if after else {}
     gone = _together(without or {}, after[0].gone if after else {})

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _View:
     """The position of a view in a parameter."""
 
     parameter: nn.Parameter
@@ -25,8 +25,8 @@ class _Recipe:
     stride: tuple[int, ...]
 
 
-class SavedAsRecipes(saved_tensors_hooks):
-    """Context manager around forward passes of `module`, which DeepSpeed has wrapped before: saves views as recipes."""
+class RebuiltViews(saved_tensors_hooks):
+    """Context manager around forward passes of `module`, which DeepSpeed has wrapped before: saves `_View`s."""
 
     def __init__(self, module: nn.Module):
         super().__init__(self._pack, self._unpack)
@@ -42,16 +42,16 @@ class SavedAsRecipes(saved_tensors_hooks):
         for parameter in part.parameters(recurse=False):
             self._gathered.setdefault(_address(parameter), []).append(parameter)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Recipe:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _View:
         address = _address(tensor)
         for parameter in self._gathered.get(address, ()):
             offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
             # A freed weight's address may belong to another tensor by now, and one storage may hold several weights.
             if _address(parameter) == address and 0 <= offset < parameter.numel():
-                return _Recipe(parameter, offset, tensor.size(), tensor.stride())
+                return _View(parameter, offset, tensor.size(), tensor.stride())
         return tensor.detach()  # the tensor itself refers to the graph that saves it, and the cycle would not be freed
 
-    def _unpack(self, saved: torch.Tensor | _Recipe) -> torch.Tensor:
+    def _unpack(self, saved: torch.Tensor | _View) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
             return saved
         weight = saved.parameter.detach()

@@ -24,7 +24,7 @@ from pretrain.parallel import distributed_optimizer
 from pretrain.parallel.deepspeed_import import deepspeed, device_as_local_rank
 from pretrain.parallel.distributed_optimizer import DistributedOptimizer, Fragment
 from pretrain.parallel.expert_parallel import optimizer_groups
-from pretrain.parallel.gathered import SavedAsRecipes
+from pretrain.parallel.gathered import RebuiltViews
 from pretrain.parallel.groups import DeepSpeedMpu, Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
@@ -61,7 +61,7 @@ def wrap(module: PipelineStage, train: TrainSection, optimizer: OptimizerConfig,
 def schedule(engine: Any) -> Callable[..., list[Any]]:
     """Returns a schedule for stages 2 and 3, called like megatron-core's, that runs micro-batches in turn."""
     stage3 = engine.zero_optimization_stage() == 3
-    saved: AbstractContextManager[None] = SavedAsRecipes(engine.module) if stage3 else nullcontext()
+    saved: AbstractContextManager[None] = RebuiltViews(engine.module) if stage3 else nullcontext()
 
     def run(
         *,

@@ -13,7 +13,7 @@ from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
 from pretrain.parallel.distributed_optimizer import ALIGNMENT, DistributedOptimizer
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.gathered import SavedAsRecipes
+from pretrain.parallel.gathered import RebuiltViews
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, make_engine, rows
 
 
@@ -64,17 +64,17 @@ def kept_for_backward(model: dict[str, Any], parallel: dict[str, Any]) -> dict[s
     """Counts the tensors that autograd saves in two stage-3 steps, and those of them that are gathered weights."""
     gathered: dict[int, torch.Tensor] = {}  # by address; kept alive, so that no address is used twice
     saved: list[torch.Tensor] = []
-    right = SavedAsRecipes._pack
+    right = RebuiltViews._pack
 
     def note(module: nn.Module, _: Any) -> None:
         gathered.update({p.data.untyped_storage().data_ptr(): p.data for p in module.parameters(recurse=False)})
 
-    def pack(self: SavedAsRecipes, tensor: torch.Tensor) -> Any:
+    def pack(self: RebuiltViews, tensor: torch.Tensor) -> Any:
         result = right(self, tensor)
         saved.extend([result] if isinstance(result, torch.Tensor) else [])
         return result
 
-    with mock.patch.object(SavedAsRecipes, "_pack", pack):
+    with mock.patch.object(RebuiltViews, "_pack", pack):
         engine = make_engine(model, parallel)
     for module in engine.module.modules():
         module.register_forward_pre_hook(note)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.parallel.gathered import SavedAsRecipes
+from pretrain.parallel.gathered import RebuiltViews
 
 
 class Stack(nn.Module):
@@ -22,7 +22,7 @@ def test_backward_takes_views_of_what_is_gathered_by_then() -> None:
     torch.manual_seed(0)
     stack, x = Stack(), torch.randn(5, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(stack(x).square().sum(), x)
-    saved, gathered = SavedAsRecipes(stack), stack.weight.data.clone()
+    saved, gathered = RebuiltViews(stack), stack.weight.data.clone()
     with saved:
         loss = stack(x).square().sum()
     stack.weight.data.zero_()  # a saved view would now be zero
@@ -33,7 +33,7 @@ def test_backward_takes_views_of_what_is_gathered_by_then() -> None:
 
 def test_backward_without_the_weight_is_an_error() -> None:
     stack, x = Stack(), torch.randn(5, 4, requires_grad=True)
-    with SavedAsRecipes(stack):
+    with RebuiltViews(stack):
         loss = stack(x).sum()
     stack.weight.data = torch.empty(0)
     with pytest.raises(RuntimeError, match="out of bounds"):
