@@ -1,7 +1,7 @@
 """`trivium export`: writes a training run's model as a verified Hugging Face directory.
 
 The folder is written beside `out`, reloaded with transformers and compared with Trivium's own decoder on held-out text
-(export.comparison). It is renamed to `out` only if every check passes. Nothing is uploaded.
+(export.checks). It is renamed to `out` only if every check passes. Nothing is uploaded.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from configs.loader import ConfigError, plain
 
 if TYPE_CHECKING:
     from export.chat_codec import TextCodec
-    from export.comparison import Check, Reference, Reloaded
+    from export.checks import Check, Reference, Reloaded
     from export.model_source import ModelSource
 
 HELDOUT_PROMPT = 16  # tokens at the start of a held-out passage that serve as a prompt
@@ -38,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from rich.console import Console
 
-    from export import folder
+    from export import publishing
     from export.model_source import open_source
 
     console, out = Console(), Path(config.out)
     try:
         source = open_source(config.run, config.step)
         texts = read_texts(source, config, console)
-        folder.check_target(out, mend=not args.dry_run)
+        publishing.check_target(out, mend=not args.dry_run)
         made_from = fingerprint(source, texts, config)
-        if not args.force and folder.is_current(out, made_from):
+        if not args.force and publishing.is_current(out, made_from):
             console.print(f"{out} is up to date with {source.path}; --force exports it again", soft_wrap=True)
             return 0
         console.print(
@@ -142,10 +142,10 @@ def export(
     source: "ModelSource", texts: Texts, config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any
 ) -> int:
     """Writes, verifies and publishes the folder; returns 0. Raises ValueError if a check fails, leaving no folder."""
-    from export import folder
-    from export.comparison import reload, verify
+    from export import publishing
+    from export.checks import reload, verify
 
-    with folder.partly_written(out, "out") as partial:
+    with publishing.partly_written(out, "out") as partial:
         with console.status("writing"):
             reference = write_model(source, texts, config, partial)
         with console.status("reloading with transformers"):
@@ -159,7 +159,7 @@ def export(
         sample(hf, reference, config, console)
         measured = {check.name: check.measured for check in checks}
         record = {"checkpoint": str(source.path), "made_from": made_from, "checks": measured}
-        folder.publish(partial, out, record)
+        publishing.publish(partial, out, record)
     console.print(f'published {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
     return 0
 
@@ -193,7 +193,7 @@ def write_model(source: "ModelSource", texts: Texts, config: ExportConfig, folde
     """Writes weights, configs and tokenizer into `folder` and returns what the reloaded folder must equal."""
     import torch
 
-    from export.comparison import Reference
+    from export.checks import Reference
     from export.families import to_hf
     from export.hf_config import to_hf_config
     from export.hf_tokenizer import write_tokenizer

@@ -14,7 +14,7 @@ from configs.cli import command_parser, entrypoint
 from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError, plain
 from data_pipeline.tokens.tokenizer import SPACE
-from export.folder import RECORD, partly_written
+from export.publishing import RECORD, partly_written
 
 TOKENIZER_FILES = (
     "tokenizer.model",

@@ -1,4 +1,4 @@
-"""`trivium data report CONFIG`: prints what a data run kept and dropped, and writes it as an HTML page (`page`).
+"""`trivium data report CONFIG`: prints what a data run kept and dropped, and writes it as an HTML page (`report_page`).
 
 The printed tables come from the ledger and the samples alone. `trivium data explain` follows a single document.
 """
@@ -18,7 +18,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.console import wide_console
-from data_pipeline.report.page import write
+from data_pipeline.report.report_page import write
 
 _SAMPLE_CHARS = 160
 _SAMPLES = 2  # documents printed from each file of samples

@@ -11,7 +11,7 @@ import pytest
 
 from configs.folders import check_writable
 from configs.loader import ConfigError
-from export import folder
+from export import publishing
 from posttrain import grpo, sft
 from pretrain import train
 from pretrain.proof import prove as prove
@@ -41,7 +41,7 @@ def test_the_folder_of_an_exported_or_imported_model(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for key in ("out", "OUT"):
         refused = pytest.raises(ConfigError, match=rf"^{key} = .*file/model': .*file is a file; name a folder")
-        with refused, folder.partly_written(tmp_path / "file/model", key):
+        with refused, publishing.partly_written(tmp_path / "file/model", key):
             pass
 
 

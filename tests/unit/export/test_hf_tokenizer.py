@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as PlainTokenizer
 from transformers import AutoTokenizer
 
 from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
-from export.comparison import ODD_TEXTS
+from export.checks import ODD_TEXTS
 from export.hf_tokenizer import PIECE, first_difference, read_model, write_tokenizer
 from posttrain.chat_format import ChatFormat, jinja_template
 from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings

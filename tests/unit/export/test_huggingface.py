@@ -14,7 +14,7 @@ import export.hf_tokenizer
 import export.tensors
 from configs.export import ExportConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
-from export import folder, huggingface
+from export import huggingface, publishing
 from posttrain.chat_format import ChatFormat, jinja_template
 from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tiny
 
@@ -134,12 +134,12 @@ def test_a_wrong_export_is_named_and_not_published(tmp_path, tokenizer_path, mon
     source = make_source(config, random_weights(config), tokenizer_path)
     out = tmp_path / "out"
     assert run(source, out)[0] == 0
-    before = (out / folder.RECORD).read_text()
+    before = (out / publishing.RECORD).read_text()
     fault(monkeypatch)
     with pytest.raises(ValueError, match=named):
         run(source, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    assert (out / folder.RECORD).read_text() == before
+    assert (out / publishing.RECORD).read_text() == before
 
 
 def test_a_router_that_differs_is_found_in_its_layer(tmp_path, tokenizer_path, monkeypatch):
@@ -154,25 +154,25 @@ def test_current_exports_are_known_again(tmp_path, tokenizer_path):
     config = tiny()
     out = tmp_path / "out"
     run(make_source(config, random_weights(config), tokenizer_path), out)
-    assert folder.is_current(out, {"key": "value"})
-    assert not folder.is_current(out, {"key": "other"})
+    assert publishing.is_current(out, {"key": "value"})
+    assert not publishing.is_current(out, {"key": "other"})
     raw = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(raw | {"rope_theta": 1.0}))
-    assert not folder.is_current(out, {"key": "value"})
+    assert not publishing.is_current(out, {"key": "value"})
 
 
 def test_other_folders_are_left_alone_and_interrupted_ones_healed(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="was not written by `trivium export`"):
-        folder.check_target(tmp_path / "mine")
+        publishing.check_target(tmp_path / "mine")
     (tmp_path / ".out.previous").mkdir()
-    folder.check_target(tmp_path / "out")
+    publishing.check_target(tmp_path / "out")
     assert (tmp_path / "out").is_dir()
     (tmp_path / ".new.partial").mkdir()
     (tmp_path / ".new.partial/left").write_text("from a killed export")
-    with folder.partly_written(tmp_path / "new", "out") as partial:
+    with publishing.partly_written(tmp_path / "new", "out") as partial:
         assert not list(partial.iterdir())
-    with pytest.raises(KeyError), folder.partly_written(tmp_path / "deep/er/new", "out") as partial:
+    with pytest.raises(KeyError), publishing.partly_written(tmp_path / "deep/er/new", "out") as partial:
         raise KeyError
     assert not (tmp_path / "deep").exists()

@@ -14,11 +14,11 @@ from configs.files import file_sha256
 from configs.loader import ConfigError, load
 from configs.train import ModelConfig
 from export.families import to_hf
-from export.folder import RECORD
 from export.hf_config import from_hf_config, to_hf_config
 from export.hf_tokenizer import write_tokenizer
 from export.import_hf import import_directory, main
 from export.model_source import open_source
+from export.publishing import RECORD
 from export.tensors import open_tensors, write_tensors
 from pretrain.model import build_single
 from tests.unit.export.conftest import random_weights, tiny

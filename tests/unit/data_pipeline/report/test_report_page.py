@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline import run
 from data_pipeline.report import ledger_tables as report
-from data_pipeline.report.page import chain_of
+from data_pipeline.report.report_page import chain_of
 from tests.unit.data_pipeline.report.conftest import MAIL
 
 _DROPPING = ("extract", "language", "filter", "dedup", "decontaminate", "documents")

@@ -1,4 +1,4 @@
-"""Comparison of an exported folder, reloaded by transformers, with Trivium's own decoder in fp32.
+"""Checks of an exported folder, reloaded by transformers, against Trivium's own decoder in fp32.
 
 The tensors on disk are compared first, then the outputs of the reloaded model, so that a failure names its cause: a
 tensor, or the first layer whose output differs.
