@@ -1,13 +1,13 @@
 """ZeRO stage 1 (Rajbhandari et al. 2020) on flat buckets, as in Megatron's distributed optimizer.
 
-Parameters of one data-parallel group are laid out in buckets, in the order in which backward finishes them. Of each
-bucket every rank of the group owns one equal part. A step, in any precision:
+Parameters of one data-parallel group are put into buckets, in the order in which the backward pass finishes them. Every
+rank of the group owns an equal part of each bucket. A step, in any precision:
 
 1. Gradients are accumulated over micro-batches in fp32 (in fp64 for fp64 weights).
 2. As soon as the last micro-batch's backward has finished a bucket, its sum over the group is reduce-scattered, while
    backward goes on with the buckets after it.
-3. The gradient norm is taken of the parts that ranks own, and AdamW steps the fp32 master weights of these parts. It
-   divides gradients by what clipping asks for, and leaves everything as it was if the norm is not finite.
+3. The gradient norm is taken over the parts that ranks own, and AdamW updates the fp32 master weights of these parts.
+   It scales gradients down as clipping demands, and leaves everything as it was if the norm is not finite.
 4. The new weights are gathered in the model's precision.
 
 Left out: gathering a layer's weights during the next forward pass, and splitting gradients or weights between steps
@@ -39,7 +39,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tenso
 
 @dataclass(frozen=True)
 class Fragment:
-    """The range of a parameter, flattened, whose fp32 state this rank owns, and where in its flat partitions it is."""
+    """The range of a flattened parameter whose fp32 state this rank owns, and its position in the rank's partitions."""
 
     start: int
     numel: int
@@ -51,7 +51,7 @@ class Fragment:
 class Bucket:
     """Parameters that are reduced together, flat and one after the other, padded to equal parts.
 
-    `weights` [size] in the model's precision holds the parameters' own elements, `gradients` [size] what was
+    `weights` [size], in the model's precision, holds the parameters' own elements; `gradients` [size] is what was
     accumulated. `master` [size / ranks] is the part whose fp32 weights this rank owns; for fp32 weights it is a view of
     `weights`.
     """
@@ -64,7 +64,7 @@ class Bucket:
     gradients: torch.Tensor
     master: torch.Tensor
     counted: list[tuple[int, int]]  # ranges of this rank's part that count in the gradient norm
-    waits_for: int = 0  # gradients that the last backward passes of the step have still to bring
+    waits_for: int = 0  # number of gradients that the step's last backward pass has still to make
     reduction: dist.Work | None = field(default=None, repr=False)
 
     @property
@@ -114,9 +114,9 @@ class DistributedOptimizer:
             bucket.waits_for = num_microbatches * len(bucket.parameters)
 
     def finish(self) -> None:
-        """Sums over data parallel what backward did not, and waits for all sums.
+        """Starts the sums over data parallel that backward passes did not start, and waits for all of them.
 
-        A parameter that a micro-batch did not use brings no gradient, and its bucket is reduced only here.
+        A parameter that a micro-batch did not use has no gradient from it, so its bucket is reduced only here.
         """
         self._reduce(everything=True)
         for bucket in self.buckets:
@@ -216,12 +216,12 @@ class DistributedOptimizer:
                 )
 
     def _norm(self) -> torch.Tensor:
-        """Norm of the whole gradient in fp64, to the last bit the same on every rank."""
+        """Norm of the whole gradient in fp64, bit by bit the same on every rank."""
         squares = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         for bucket in self.buckets:
             for first, end in bucket.counted:
                 squares += torch.linalg.vector_norm(bucket.own_gradients[first:end], dtype=torch.float64).square()
-        # Gathered and added up in the order of ranks: a sum over ranks by the network may depend on who asks.
+        # Gathered and added up in the order of ranks: the network's own sum may differ from rank to rank.
         everyone = [torch.empty_like(squares) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, squares)
         return torch.stack(everyone).sum().sqrt()
@@ -234,7 +234,7 @@ def counts_in_norm(parameter: nn.Parameter, mesh: Mesh) -> bool:
 
 
 def is_in_bucket(parameter: nn.Parameter) -> bool:
-    """Whether a `DistributedOptimizer` steps `parameter`."""
+    """Whether a `DistributedOptimizer` updates `parameter`."""
     return hasattr(parameter, "_location")
 
 
@@ -269,7 +269,7 @@ def _location(parameter: torch.Tensor) -> tuple[Bucket, int]:
 
 
 def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter], bool]]:
-    """Divides parameters into buckets, each with whether its weights decay. All of a bucket share group and decay.
+    """Divides parameters into buckets; returns each with whether its weights decay, which a bucket's parameters share.
 
     Backward finishes parameters about in the reverse of the order in which modules list them. An embedding or head has
     a bucket of its own: where both are one tied weight on two pipeline stages, the stages add up their parts of it.

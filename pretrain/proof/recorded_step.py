@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m pretrain.proof.recorded_step CONFIG run.dir=OUT parallel.tp=2 --precision fp64
 
 `--precision` replaces the config's train.precision. In fp64 everything but the rotary angles is computed in fp64, from
-the weights (drawn in fp32, then widened) to Adam's moments; `model.losses` and `parallel.fp64` say what differs from
-training for that.
+the weights (drawn in fp32, then widened) to Adam's moments; `model.losses` and
+`parallel.distributed_optimizer` say what differs from training for that.
 
 The step writes step.json (loss, grad norm, loss by source) and, for each rank, rank_N.safetensors into run.dir. Names
 begin with `forward/` for a layer's output, `backward/` for the loss's gradient with respect to that output, and `grad/`
