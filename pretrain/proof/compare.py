@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from configs.train import PretrainConfig
 from pretrain.proof.bounds import UNIT_ROUNDOFF, Bounds, adam_step_bound
-from pretrain.proof.verdict import Error, Verdict
+from pretrain.proof.verdict import RelativeError, Verdict
 
 
-class Step:
+class RecordedStep:
     """The recorded tensors of one layout's step, whole and by global name; they are read one at a time."""
 
     def __init__(self, directory: Path):
@@ -46,11 +46,11 @@ class Step:
 
 def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfig, seconds: float) -> Verdict:
     """Compares the step that the layout `name` recorded in folder `other` with the reference in folder `one`."""
-    reference, found = Step(one), Step(other)
+    reference, found = RecordedStep(one), RecordedStep(other)
     bounds = Bounds.of(config, reference.facts["precision"])
     verdict = Verdict(name, ranks, seconds)
     for number, allowed in (("loss", bounds.loss()), ("grad_norm", bounds.gradient(0))):
-        verdict.add(number, Error(number, abs(found.facts[number] / reference.facts[number] - 1), allowed))
+        verdict.add(number, RelativeError(number, abs(found.facts[number] / reference.facts[number] - 1), allowed))
     missing = _without_copies(reference.keys) ^ _without_copies(found.keys)
     if missing:
         verdict.fail(f"only one of the two has {sorted(missing)[:3]}")
@@ -59,7 +59,7 @@ def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfi
         (expected,) = reference.copies(key)
         scale = float(expected.norm()) or 1.0
         error = max(float((copy - expected).norm()) for copy in found.copies(key)) / scale
-        errors.append(Error(key, error, _allowed(key, expected, reference, bounds, config)))
+        errors.append(RelativeError(key, error, _allowed(key, expected, reference, bounds, config)))
     verdict.add_tensors(errors)
     return verdict
 
@@ -69,7 +69,9 @@ def _without_copies(keys: set[str]) -> set[str]:
     return {key for key in keys if not key.endswith("/lm_head.weight")}
 
 
-def _allowed(key: str, expected: torch.Tensor, reference: Step, bounds: Bounds, config: PretrainConfig) -> float:
+def _allowed(
+    key: str, expected: torch.Tensor, reference: RecordedStep, bounds: Bounds, config: PretrainConfig
+) -> float:
     """Returns the relative error of tensor `key` that rounding explains."""
     kind, _, name = key.partition("/")
     layer = _layer(name, config.model.num_layers)

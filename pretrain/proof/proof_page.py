@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from pages import LEFT, RIGHT, TOP, grid_line, page
-from pretrain.proof.verdict import COLUMNS, Error, Verdict
+from pretrain.proof.verdict import COLUMNS, RelativeError, Verdict
 
 WIDTH, HEIGHT, BOTTOM = 960, 250, 24
 LABELLED = 7  # about how many decades of the scale are labelled
@@ -84,7 +84,7 @@ def number(value: float) -> str:
     return f"{value:.1e}" if value else "0"
 
 
-def _log(error: Error, floor: int) -> float:
+def _log(error: RelativeError, floor: int) -> float:
     """Returns the logarithm of the error found; NaN and infinity go to the top of the chart, above the bound."""
     if not math.isfinite(error.found):
         return max(0.0, math.log10(error.allowed) + 2)

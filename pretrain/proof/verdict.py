@@ -23,7 +23,7 @@ KEPT, FIRST_FAILED = 200, 20
 
 
 @dataclass(frozen=True)
-class Error:
+class RelativeError:
     """The relative error of a number or tensor, with the largest one that rounding explains."""
 
     name: str
@@ -50,18 +50,18 @@ class Verdict:
     layout: str
     ranks: int
     seconds: float
-    worst: dict[str, Error] = field(default_factory=dict)  # by column: the error nearest to its bound
+    worst: dict[str, RelativeError] = field(default_factory=dict)  # by column: the error nearest to its bound
     num_tensors: int = 0
     num_failed: int = 0
     failed: list[str] = field(default_factory=list)  # sentences about the first FIRST_FAILED failures
     first: str | None = None
-    errors: list[tuple[int, Error]] = field(default_factory=list)  # with the tensor's index in the step
+    errors: list[tuple[int, RelativeError]] = field(default_factory=list)  # with the tensor's index in the step
 
     @property
     def passed(self) -> bool:
         return not self.num_failed
 
-    def add(self, column: str, error: Error) -> None:
+    def add(self, column: str, error: RelativeError) -> None:
         """Adds an error to its column; one out of bounds is a failure."""
         if column not in self.worst or error.share > self.worst[column].share:
             self.worst[column] = error
@@ -74,7 +74,7 @@ class Verdict:
         if len(self.failed) < FIRST_FAILED:
             self.failed.append(sentence)
 
-    def add_tensors(self, errors: Sequence[Error]) -> None:
+    def add_tensors(self, errors: Sequence[RelativeError]) -> None:
         """Adds the errors of all tensors, which are in the order in which a step computes them."""
         for error in errors:
             self.add(error.name.partition("/")[0], error)

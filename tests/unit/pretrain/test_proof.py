@@ -17,8 +17,8 @@ from configs.loader import ConfigError, load
 from configs.train import ModelConfig, PretrainConfig
 from pretrain.proof import proof_page, prove
 from pretrain.proof.bounds import Bounds
-from pretrain.proof.compare import Step
-from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, Error, Verdict
+from pretrain.proof.compare import RecordedStep
+from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, RelativeError, Verdict
 from tests.remedies import RANKS, remedies
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2)
@@ -37,18 +37,18 @@ FACTS = {
 }
 
 
-def verdict(errors: list[Error]) -> Verdict:
+def verdict(errors: list[RelativeError]) -> Verdict:
     made = Verdict("tp2", 2, 1.5)
-    made.add("loss", Error("loss", 0.0, 1e-14))
-    made.add("grad_norm", Error("grad_norm", 2e-16, 1e-14))
+    made.add("loss", RelativeError("loss", 0.0, 1e-14))
+    made.add("grad_norm", RelativeError("grad_norm", 2e-16, 1e-14))
     made.add_tensors(errors)
     return made
 
 
-def passes(*, bad: dict[str, float]) -> list[Error]:
+def passes(*, bad: dict[str, float]) -> list[RelativeError]:
     """Returns two errors for each pass of a step, all within bounds except those in `bad`."""
     names = (f"{kind}/{name}" for kind in ("forward", "backward", "grad", "weight") for name in ("a", "b"))
-    return [Error(name, bad.get(name, 1e-16), 1e-14) for name in names]
+    return [RelativeError(name, bad.get(name, 1e-16), 1e-14) for name in names]
 
 
 def test_fp64_is_held_to_what_fp32_is_by_its_own_unit_roundoff() -> None:
@@ -72,9 +72,9 @@ def test_a_derivation_has_the_numbers_that_its_bounds_are_made_of(precision: str
 
 
 def test_a_verdict_keeps_the_first_that_failed_and_those_nearest_to_their_bounds() -> None:
-    errors = [Error(f"grad/{i}", 1e-16 * (i + 1), 1e-10) for i in range(1000)]
-    errors[100:130] = [Error(f"grad/{i}", 2e-10, 1e-10) for i in range(100, 130)]  # a little out of bounds
-    errors[600:900] = [Error(f"grad/{i}", 1e-5 * i, 1e-10) for i in range(600, 900)]
+    errors = [RelativeError(f"grad/{i}", 1e-16 * (i + 1), 1e-10) for i in range(1000)]
+    errors[100:130] = [RelativeError(f"grad/{i}", 2e-10, 1e-10) for i in range(100, 130)]  # a little out of bounds
+    errors[600:900] = [RelativeError(f"grad/{i}", 1e-5 * i, 1e-10) for i in range(600, 900)]
     found = verdict(errors)
     assert not found.passed and found.num_tensors == 1000 and found.num_failed == 330
     assert found.first == "grad/100" and len(found.failed) == FIRST_FAILED
@@ -130,10 +130,10 @@ def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
     for rank, half in enumerate(halves):
         metadata = {"forward/x": json.dumps([(2 * (rank // 2), 0), (4, 3)])}
         save_file({"forward/x": half}, str(tmp_path / f"rank_{rank:05d}.safetensors"), metadata)
-    wrong, right = Step(tmp_path).copies("forward/x")
+    wrong, right = RecordedStep(tmp_path).copies("forward/x")
     assert wrong[3, 1] == 7.0 and torch.equal(right, torch.cat((halves[0], halves[3])).double())
     (tmp_path / "rank_00000.safetensors").unlink()
-    assert Step(tmp_path).copies("forward/x")[1].isnan().any(), "a slice that nobody wrote is no number"
+    assert RecordedStep(tmp_path).copies("forward/x")[1].isnan().any(), "a slice that nobody wrote is no number"
 
 
 def test_a_layout_that_is_refused_is_mended_as_the_message_says() -> None:
