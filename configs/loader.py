@@ -110,7 +110,7 @@ _WITH_ARGUMENTS = ("tuple[", "list[", "literal[")
 def _by_value(items: Sequence[Any]) -> list[list[Any]]:
     """Groups pydantic's errors by value, since a value that may have several types has an error for each of them.
 
-    `loc` of the returned errors has no types in it. Of each group only the errors deepest inside the value stay: for a
+    `loc` of the returned errors has no types in it. Only the errors deepest inside the value stay in a group: for a
     list with a wrong value in it, the error is that value, and not also that the list is not a string.
     """
     found: dict[tuple[Any, ...], list[tuple[int, Any]]] = {}

@@ -7,7 +7,7 @@ them once, so that no stage depends on another's offsets.
 
 Where cuts overlap, all their bytes are removed. Each byte is counted under the cut that begins first; among cuts that
 begin together, under the one whose stage comes first. If removals (cuts without replacement) cover a whole cut, its
-replacement is not inserted. Of other replacements that overlap, only one is inserted: the first by start, then the
+replacement is not inserted. Where other replacements overlap, only one is inserted: the first by start, then the
 longest, then the first by stage. Cuts that merely touch are not joined.
 """
 

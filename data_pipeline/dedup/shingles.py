@@ -1,7 +1,7 @@
 """Writes the n-gram hashes of documents that share a MinHash key to files, from which true similarity is computed.
 
 Only such documents, the candidates, are hashed again, both this run's and those of earlier runs that share a key with
-one of this run. Of documents that are equal for the exact comparison, only one is written.
+one of this run. If documents are equal for the exact comparison, only one is written.
 """
 
 import functools

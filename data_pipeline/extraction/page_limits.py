@@ -25,8 +25,8 @@ _MAX_DEPTH = 2000
 _MAX_ATTRIBUTES = 5000
 # Sum of the depths of all tags; resiliparse takes 5 s for this many. No page of the demo has more than 0.3 million.
 _MAX_DEPTHS = 50_000_000
-# Pages with more tags are parsed in a process of their own. Of pages with fewer, the slowest known takes resiliparse
-# 1.4 s.
+# Pages with more tags are parsed in a process of their own. The slowest known page with fewer tags takes
+# resiliparse 1.4 s.
 _MANY_TAGS = 5000
 _TAGS = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")

@@ -72,8 +72,8 @@ def concat(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarr
 def best_fit(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.ndarray | int = 0) -> Packed:
     """Packs by best-fit decreasing: the longest piece first, each into the row in which it leaves the least room.
 
-    A document longer than a row gives whole rows and one shorter piece. Of equally long pieces, that of the earlier
-    document comes first. Takes time in proportion to pieces * log(seq_length).
+    A document longer than a row gives whole rows and one shorter piece. If pieces are equally long, that of the
+    earlier document comes first. Takes time in proportion to pieces * log(seq_length).
     """
     lengths, extra = _checked(lengths, seq_length, extra)
     room = seq_length - extra

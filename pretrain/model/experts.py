@@ -38,7 +38,7 @@ class Experts(nn.Module):
             return self._aligned(x_RH, counts)
         return self._uncompiled(x_RH, counts)
 
-    # A loop over counts would be compiled anew for each count, and a CPU's grouped product in fp32 is unknown to the
+    # A loop over counts would be compiled again for each count, and a CPU's grouped product in fp32 is unknown to the
     # compiler, which takes the product's dtypes to be CUDA's.
     @torch.compiler.disable
     def _uncompiled(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

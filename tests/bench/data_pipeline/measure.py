@@ -2,7 +2,7 @@
 
 Clocks count CPU seconds of this process and of processes that it started and waited for. Start-up stays outside the
 clock on both sides: imports, our compiled code from numba's cache, datatrove's spaCy, jieba and language models are
-all loaded by a first call on other text. Inside on both sides: everything that a step does anew for each run, such as
+all loaded by a first call on other text. Inside on both sides: everything that a step does again for each run, such as
 planning tasks, opening and publishing files. Leaves out waiting for disks and networks.
 """
 
