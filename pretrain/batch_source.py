@@ -18,6 +18,7 @@ from data_pipeline.core.integrity import Expected
 from data_pipeline.mixture import earlier
 from data_pipeline.mixture.rows import Plan, Row
 from pretrain.model.batch import Batch
+from pretrain.model.documents import Documents
 
 
 def collate(rows: Sequence[Row], first: int | None = None) -> Batch:
@@ -26,15 +27,16 @@ def collate(rows: Sequence[Row], first: int | None = None) -> Batch:
     def stack(name: str, dtype: Any) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(dtype))
 
-    loss_mask = stack("loss_mask", np.float32)
+    loss_mask, segments = stack("loss_mask", np.float32), stack("segments", np.int64)
     return Batch(
         tokens=stack("tokens", np.int64),
         labels=stack("labels", np.int64),
         loss_mask=loss_mask,
         positions=stack("positions", np.int64),
-        segments=stack("segments", np.int64),
+        segments=segments,
         sources=torch.tensor([row.source for row in rows]),
         trained=loss_mask.flatten().nonzero()[:, 0],
+        documents=Documents.of(segments),
         samples=None if first is None else tuple(range(first, first + len(rows))),
         advantages=stack("advantages", np.float32) if hasattr(rows[0], "advantages") else None,
         logprobs=stack("logprobs", np.float32) if hasattr(rows[0], "logprobs") else None,

@@ -1,4 +1,4 @@
-"""Causal attention with grouped key-value heads (GQA, Ainslie et al. 2023), rotary positions and document masks.
+"""Causal attention with grouped key-value heads (GQA, Ainslie et al. 2023), rotary positions and packed documents.
 
 With `qk_norm` the queries and keys of each head are normalized before the rotary embedding rotates them (Qwen3;
 Henry et al. 2020).
@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from configs.train import ModelConfig
+from pretrain.model.batch import Batch
+from pretrain.model.documents import Documents, attend_documents, attend_rows
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.linear import ColumnLinear, Region, RowLinear
 from pretrain.model.norm import RMSNorm
@@ -40,48 +41,55 @@ class KVCache:
         return self.store[layer, 0, :end], self.store[layer, 1, :end]
 
 
-@dataclass
-class ForwardContext:
-    """Everything that all layers of one forward pass share: rotary angles, the mask, and facts about the tokens.
+# What a query may attend to: earlier tokens of its document, or with a tensor [B, 1, queries, keys] of bool the keys
+# where it is True. None stands for all earlier tokens.
+Pattern = Documents | torch.Tensor | None
 
-    `mask` is [B, 1, T, T] bool (with a cache [B, 1, S, T]), True where a query may see a key; None means plainly
-    causal, which lets SDPA take its flash kernel. `valid_SB` is False for padding; None means that there is none.
-    `samples` are the numbers of the rows in the training run, from which dropout draws its masks.
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """Everything that all layers share in the forward pass of one micro-batch, the chunks of a pipeline included.
+
+    `valid_SB` is False for padding; None means that there is none. `samples` are the numbers of the rows in the
+    training run, from which dropout draws its masks.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    mask: torch.Tensor | None
+    pattern: Pattern
     valid_SB: torch.Tensor | None = None
     samples: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_batch(cls, config: ModelConfig, batch: Batch) -> "ForwardContext":
+        """Makes the context of a training batch; under context parallel its documents are those of whole rows."""
+        cos, sin = rotary_angles(batch.positions, config.dim_per_head, config.rope_theta)
+        return cls(cos, sin, batch.documents, (batch.segments >= 0).t(), batch.samples)
 
     @classmethod
     def of(
         cls,
         config: ModelConfig,
         positions_BS: torch.Tensor,
-        segments_BT: torch.Tensor | None,
+        segments_BS: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> "ForwardContext":
+        """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row."""
         cos, sin = rotary_angles(positions_BS, config.dim_per_head, config.rope_theta)
-        if cache is not None:
-            start, end = cache.length, cache.length + positions_BS.shape[1]
-            cache.valid_BT[:, start:end] = True if segments_BT is None else segments_BT >= 0
-            steps = torch.arange(end, device=positions_BS.device)
-            causal = steps[start:, None] >= steps[None, :]
-            # A padding query may see itself, since a softmax over no key at all would be NaN.
-            own = steps[start:, None] == steps[None, :]
-            return cls(cos, sin, ((causal & cache.valid_BT[:, None, :end]) | own)[:, None])
-        if segments_BT is None:
-            return cls(cos, sin, None)
-        length = segments_BT.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=positions_BS.device).tril()
-        same = segments_BT[:, :, None] == segments_BT[:, None, :]
-        return cls(cos, sin, (same & causal)[:, None])
+        valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
+        if cache is None:
+            return cls(cos, sin, None if segments_BS is None else Documents.of(segments_BS), valid_SB)
+        start, end = cache.length, cache.length + positions_BS.shape[1]
+        cache.valid_BT[:, start:end] = True if segments_BS is None else segments_BS >= 0
+        steps = torch.arange(end, device=positions_BS.device)
+        causal = steps[start:, None] >= steps[None, :]
+        # A padding query may see itself, since a softmax over no key at all would be NaN.
+        own = steps[start:, None] == steps[None, :]
+        return cls(cos, sin, ((causal & cache.valid_BT[:, None, :end]) | own)[:, None], valid_SB)
 
 
-# (q [T, B, N, D], k and v [T, B, K, D], mask) to [T, B, N, D]
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# (q [T, B, N, D], k and v [T, B, K, D], pattern) to [T, B, N, D]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Pattern], torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -112,21 +120,20 @@ class Attention(nn.Module):
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        return self.o_proj(self.attend(q, k, v, context.mask).flatten(2))
+        return self.o_proj(self.attend(q, k, v, context.pattern).flatten(2))
 
-    def attend_here(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def attend_here(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """Computes attention of this rank's heads over whole sequences; outputs are [T, B, N, D]."""
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(_attend, q, k, v, mask)
-        return _attend(q, k, v, mask)
+            return recomputed(_attend, q, k, v, pattern)
+        return _attend(q, k, v, pattern)
 
     def _heads(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Splits the last dimension into heads: [S, B, heads * D] to [S, B, heads, D]."""
         return x_SBH.unflatten(-1, (-1, self.head_dim))
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    out_BNSD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-    return out_BNSD.permute(2, 0, 1, 3)
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    if isinstance(pattern, Documents):
+        return attend_documents(q, k, v, pattern)
+    return attend_rows(q, k, v, pattern)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from pretrain.model.documents import Documents
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -20,8 +22,8 @@ class Batch:
     segments: torch.Tensor
     sources: torch.Tensor  # [B]
     trained: torch.Tensor  # [N] indices b * S + s where loss_mask is not 0: logits are computed there alone
+    documents: Documents  # of whole rows, also where S is only a part of them (context parallel)
     samples: tuple[int, ...] | None = None  # the rows' numbers in the run
-    row_segments: torch.Tensor | None = None  # of whole rows, where S is only a part of them (context parallel)
     advantages: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
 
@@ -32,4 +34,4 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return replace(self, **moved)
+        return replace(self, **moved, documents=self.documents.to(device))

@@ -138,21 +138,18 @@ class Decoder(nn.Module):
         segments_BS: torch.Tensor | None = None,
         cache: KVCache | None = None,
         wanted: torch.Tensor | None = None,
-        row_segments_BT: torch.Tensor | None = None,
-        samples: tuple[int, ...] | None = None,
+        context: ForwardContext | None = None,
     ) -> torch.Tensor:
         """Computes hidden states [S, B, H], or logits on the last stage.
 
         `segments_BS` numbers the documents of a row, and attention stays within a document; -1 marks padding, and None
-        means one document a row. Under context parallel S is this rank's part of a row, and `row_segments_BT` numbers
-        the documents of whole rows. `samples` are the numbers of the rows in the run, from which dropout draws.
+        means one document a row. A `context` made before says both, and what else layers share; training passes one, so
+        that the chunks of a pipeline rank use the same. Under context parallel S is this rank's part of a row.
         """
-        row_segments_BT = segments_BS if row_segments_BT is None else row_segments_BT
-        context = ForwardContext.of(self.model_config, positions_BS, row_segments_BT, cache)
-        context.valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
-        context.samples = samples
+        if context is None:
+            context = ForwardContext.of(self.model_config, positions_BS, segments_BS, cache)
         if self.stage.is_first:
-            x_SBH = self.embedding_dropout(self.embedding(tokens_BS), samples)
+            x_SBH = self.embedding_dropout(self.embedding(tokens_BS), context.samples)
         else:
             assert self.input_tensor is not None, "a later pipeline stage got no input"
             x_SBH = self.input_tensor

@@ -1,8 +1,8 @@
 """Context parallelism by DeepSpeed-Ulysses (Jacobs et al. 2023): each rank holds a part of every sequence.
 
 All-to-alls before and after attention exchange a part of the sequence with all heads for the whole sequence with a part
-of the heads, and back. Attention itself, with its document mask over whole rows, computes the same as on one rank. All
-other layers work token by token and need no exchange.
+of the heads, and back. Attention itself, within the documents of whole rows, computes the same as on one rank. Other
+layers work token by token and need no exchange.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from deepspeed.sequence.layer import DistributedAttention
 
-from pretrain.model.attention import Attend
+from pretrain.model.attention import Attend, Pattern
 from pretrain.model.batch import Batch
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
@@ -30,8 +30,8 @@ def exchange_around_attention(stage: PipelineStage, mesh: Mesh) -> None:
 def _exchanging(attend: Attend, mesh: Mesh) -> Attend:
     distributed = DistributedAttention(attend, mesh.cp_group, scatter_idx=HEADS, gather_idx=SEQUENCE)
 
-    def attend_across(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return distributed(q, k, v, BATCH, None, mask)
+    def attend_across(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        return distributed(q, k, v, BATCH, None, pattern)
 
     return attend_across
 
@@ -39,7 +39,7 @@ def _exchanging(attend: Attend, mesh: Mesh) -> Attend:
 def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
     """Cuts this rank's part, consecutive tokens, out of every sequence of the batches.
 
-    `row_segments` still numbers the documents of whole rows, for the attention mask.
+    Their `documents` stay those of whole rows, which attention sees.
     """
     cp, rank = mesh.layout.cp, mesh.cp_rank
     if cp == 1:
@@ -50,6 +50,6 @@ def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
         tensors = {name: getattr(batch, name) for name in names}
         own = {name: t.chunk(cp, dim=1)[rank].contiguous() for name, t in tensors.items() if t is not None}
         trained = own["loss_mask"].flatten().nonzero()[:, 0]
-        return replace(batch, **own, trained=trained, row_segments=batch.segments)
+        return replace(batch, **own, trained=trained)
 
     return [part(batch) for batch in batches]

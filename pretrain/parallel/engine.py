@@ -19,6 +19,7 @@ import torch.distributed as dist
 from configs.train import ModelConfig, OptimizerConfig, TrainSection
 from pretrain.megatron import ModelType, get_forward_backward_func, schedule_config
 from pretrain.model import Decoder, LayerContext, init_weights
+from pretrain.model.attention import ForwardContext
 from pretrain.model.balance import LossDenominators
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, label_logprobs
@@ -147,6 +148,7 @@ class Engine:
         chunks = self.module.chunks
         on_device = [batch.to(self.mesh.device) for batch in batches]
         iterators = [iter(on_device) for _ in chunks]
+        self._contexts: dict[int, ForwardContext] = {}  # by the identity of a batch that later chunks still have to see
         stored = self._schedule(
             forward_step_func=partial(self._forward_step, loss_fn=loss_fn, scale=scale),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -169,15 +171,20 @@ class Engine:
         self, batches: Iterator[Batch], model: Decoder, loss_fn: LossFunction, scale: float
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        output = model(
-            batch.tokens,
-            batch.positions,
-            batch.segments,
-            wanted=batch.trained,
-            row_segments_BT=batch.row_segments,
-            samples=batch.samples,
-        )
+        context = self._context(batch, model)
+        output = model(batch.tokens, batch.positions, batch.segments, wanted=batch.trained, context=context)
         return output, partial(self._loss, batch=batch, loss_fn=loss_fn, scale=scale)
+
+    def _context(self, batch: Batch, model: Decoder) -> ForwardContext:
+        """Returns what the layers of all of this rank's chunks share for a micro-batch.
+
+        The first chunk makes it, and the last one leaves it to autograd.
+        """
+        chunks = self.module.chunks
+        context = self._contexts.pop(id(batch), None) or ForwardContext.of_batch(self.model_config, batch)
+        if len(chunks) > 1 and model is not chunks[-1]:
+            self._contexts[id(batch)] = context
+        return context
 
     def _loss(
         self, logits_NV: torch.Tensor, batch: Batch, loss_fn: LossFunction, scale: float

@@ -15,6 +15,7 @@ from torch import nn
 
 from pretrain.model import Decoder, init_weights
 from pretrain.model.batch import Batch
+from pretrain.model.documents import Documents
 from pretrain.model.losses import NextToken
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
@@ -140,13 +141,14 @@ def expert_gradients_doubled() -> AbstractContextManager[Any]:
 
 
 def document_mask_off_by_one() -> AbstractContextManager[Any]:
-    """Under context parallel the mask of whole rows is one token late."""
+    """Under context parallel the documents of whole rows begin one token late."""
 
     def planted(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
-        return [
-            replace(part, row_segments=None if part.row_segments is None else part.row_segments.roll(1, dims=1))
-            for part in own_parts(batches, mesh)
-        ]
+        parts = own_parts(batches, mesh)
+        if mesh.layout.cp == 1:
+            return parts
+        late = [Documents.of(batch.segments.roll(1, dims=1)) for batch in batches]
+        return [replace(part, documents=documents) for part, documents in zip(parts, late, strict=True)]
 
     return mock.patch(f"{ENGINE}.own_parts", planted)
 

@@ -32,8 +32,9 @@ def make_engine(model: dict[str, Any], parallel: dict[str, Any], dtype: str = "f
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
     # clip_grad is far below the gradient norm, so that every step is clipped. Adam divides a gradient by its own size,
-    # so eps is above the rounding noise (1e-9 here); else a weight whose gradient is noise would move by a whole step.
-    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1, eps=1e-6)
+    # so eps is far above the rounding noise (1e-9 here): a weight moves by lr / eps of that noise at most. With an eps
+    # of 1e-6 a single weight's noise came to 1e-5 of the tensor that it is in.
+    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1, eps=1e-5)
     with mock.patch.object(zero, "REUSE_DISTANCE", 0):  # else stage 3 would keep so small a model gathered
         return Engine(model_config, section, optimizer, mesh, seed=7, dtype=getattr(torch, dtype), num_sources=2)
 

@@ -1,0 +1,213 @@
+"""Causal attention within the documents of packed rows, without a mask of tokens by tokens.
+
+`Documents` says where documents lie in the rows of a micro-batch. It is made once, on the host, when the batch is
+prepared, and every layer uses it. On a GPU in half precision all documents go through one call of flash attention,
+`torch.nn.attention.varlen`; on a CPU each goes through SDPA's flash kernel; anything else, such as fp32 on a GPU,
+takes SDPA document by document. Shape letters: see `attention.py`.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+_MAX_HEAD_DIM = 256  # of flash attention
+_FIRST_CAPABILITY = (8, 0)  # of a GPU that flash attention runs on: Ampere
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a micro-batch of rows. A document is a run of tokens with the same number in a row.
+
+    Padding counts as a document of its own, so that its tokens have something to attend to.
+    """
+
+    # [G, 4] on the host: documents from token `start` to `end` of each of the rows `first` to `last`, exclusive of
+    # `end` and `last`, as columns (first, last, start, end). Consecutive rows that are cut alike are one block.
+    blocks: torch.Tensor
+    # [number of documents + 1] int32, on the device: the index at which each document ends, rows one after another.
+    ends: torch.Tensor
+    is_whole: bool  # every row is one document
+
+    @classmethod
+    def of(cls, segments_BT: torch.Tensor) -> "Documents":
+        """Finds the documents of rows whose tokens carry the numbers of their documents, -1 for padding."""
+        rows = segments_BT.detach().cpu()
+        count, length = rows.shape
+        begins = torch.ones_like(rows, dtype=torch.bool)
+        begins[:, 1:] = rows[:, 1:] != rows[:, :-1]
+        starts = begins.flatten().nonzero()[:, 0]
+        ends = torch.cat((starts, torch.tensor([count * length])))
+        blocks: list[list[int]] = []
+        newest: dict[tuple[int, int], list[int]] = {}  # the block of a span of tokens that ended with the last row
+        for first, last in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            row, start = divmod(first, length)
+            span = (start, start + last - first)
+            if span in newest and newest[span][1] == row:
+                newest[span][1] = row + 1
+            else:
+                newest[span] = [row, row + 1, *span]
+                blocks.append(newest[span])
+        moved = ends.to(segments_BT.device, torch.int32)
+        return cls(torch.tensor(blocks, dtype=torch.int64).view(-1, 4), moved, is_whole=len(starts) == count)
+
+    def to(self, device: torch.device) -> "Documents":
+        """Moves what kernels read; the blocks stay on the host."""
+        return replace(self, ends=self.ends.to(device, non_blocking=True))
+
+
+def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Computes causal attention within each document, [T, B, N, D], from q [T, B, N, D] and k and v [T, B, K, D]."""
+    if documents.is_whole:
+        return attend_rows(q, k, v, None)
+    if _has_varlen(q):
+        return _by_varlen(q, k, v, documents)
+    if q.device.type == "cpu":
+        return _on_cpu(q, k, v, documents.blocks)[0]
+    return _by_document(q, k, v, documents)
+
+
+def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Computes attention of whole rows, causal where there is no mask [B, 1, queries, keys]."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    out_BNSD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return out_BNSD.permute(2, 0, 1, 3)
+
+
+def _varlen_has(*names: str) -> bool:
+    return varlen_attn is not None and {*names} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+_KNOWN_VARLEN = _varlen_has("window_size", "enable_gqa")  # older versions have other arguments
+
+
+def _has_varlen(q: torch.Tensor) -> bool:
+    return (
+        _KNOWN_VARLEN
+        and q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= _MAX_HEAD_DIM
+        and torch.cuda.get_device_capability(q.device) >= _FIRST_CAPABILITY
+    )
+
+
+def _by_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Lays rows one after another and computes all documents in one call."""
+    length, rows = q.shape[:2]
+    packed_q, packed_k, packed_v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+    out = varlen_attn(
+        packed_q,
+        packed_k,
+        packed_v,
+        documents.ends,
+        documents.ends,
+        length,  # it bounds the documents' lengths, and unlike their maximum it is the same in every step
+        length,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out.unflatten(0, (rows, length)).transpose(0, 1)
+
+
+def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Computes one document after another on any device. Splits rows instead of slicing them: it is cheaper backward.
+
+    The gradient of a slice is as long as what it was cut from.
+    """
+    spans: list[list[tuple[int, int]]] = [[] for _ in range(q.shape[1])]
+    for first, last, start, end in documents.blocks.numpy():
+        for row in range(first, last):
+            spans[row].append((int(start), int(end)))
+    outputs = []
+    for row, own in enumerate(spans):
+        lengths = [end - start for start, end in sorted(own)]
+        parts = [x[:, row : row + 1].split(lengths) for x in (q, k, v)]
+        outputs.append(torch.cat([attend_rows(*qkv, mask=None) for qkv in zip(*parts, strict=True)]))
+    return torch.cat(outputs, dim=1)
+
+
+# An operator of its own, so that compiled code has no graph break here and is not built anew for other lengths.
+@torch.library.custom_op("trivium::causal_documents", mutates_args=())
+def _on_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes blocks of documents by the kernel that SDPA takes on a CPU; also gives its logsumexp [B, N, T]."""
+    out, logsumexp = _empty_outputs(q, k, v, blocks)
+    for first, last, start, end in blocks.numpy():
+        part = (_block(x, first, last, start, end) for x in (q, k, v))
+        found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, is_causal=True)
+        _block(out, first, last, start, end).copy_(found)
+        logsumexp[first:last, :, start:end] = sums
+    return out, logsumexp
+
+
+@_on_cpu.register_fake
+def _empty_outputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    length, rows, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(rows, heads, length, dtype=wide)
+
+
+@torch.library.custom_op("trivium::causal_documents_backward", mutates_args=())
+def _on_cpu_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    blocks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes the gradients of q, k and v."""
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for first, last, start, end in blocks.numpy():
+        own_grad, *own = (_block(x, first, last, start, end) for x in (grad, q, k, v, out))
+        found = backward(own_grad, *own, logsumexp[first:last, :, start:end], 0.0, True)
+        for whole, part in zip(gradients, found, strict=True):
+            _block(whole, first, last, start, end).copy_(part)
+    return gradients
+
+
+@_on_cpu_backward.register_fake
+def _empty_gradients(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    blocks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _block(x_TBND: torch.Tensor, first: int, last: int, start: int, end: int) -> torch.Tensor:
+    """Returns the tokens of a block as the kernel takes them, [rows, heads, tokens, D]."""
+    return x_TBND[start:end, first:last].permute(1, 2, 0, 3)
+
+
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, blocks = inputs
+    ctx.save_for_backward(q, k, v, *output, blocks)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    backward: Callable[..., Any] = _on_cpu_backward
+    return (*backward(grad, *ctx.saved_tensors), None)
+
+
+_on_cpu.register_autograd(_backward, setup_context=_keep)
