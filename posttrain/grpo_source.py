@@ -87,6 +87,7 @@ class GRPOLoss:
     """
 
     metrics: tuple[str, ...] = ("logprob_difference", "kl_rollout", "clipped")
+    is_linear = False
 
     def __init__(self, settings: GRPOSection) -> None:
         self.settings, self.temperature = settings, settings.temperature

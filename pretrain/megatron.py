@@ -13,7 +13,6 @@ Layers, for pretrain/model:
 - `row_layer`: it returns (summed output, None), and under sequence parallel this rank's share of the sum.
 - `embedding`: lookups are summed; `reduce_scatter_embeddings` takes [B, S] and gives this rank's [S/tp, B, H].
 - `regions`: what each way into and out of split layers does, and its gradient, for contiguous tensors.
-- `cross_entropy`: it takes [N, V/tp] and labels [N], over the tensor-parallel group of parallel_state.
 - `exchange`: `all_to_all` takes the rows that arrive before those that leave; its gradient goes back the same way.
 - `group_size`: `get_pg_size` of None is 1.
 
@@ -62,12 +61,10 @@ with mock.patch.object(torch, "compile", _unchanged), warnings.catch_warnings():
         all_to_all,
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
-        gather_from_tensor_model_parallel_region,
         layers,
         mappings,
         reduce_from_tensor_model_parallel_region,
         reduce_scatter_to_sequence_parallel_region,
-        vocab_parallel_cross_entropy,
     )
     from megatron.core.transformer import TransformerConfig
     from megatron.core.utils import get_pg_size
@@ -82,7 +79,6 @@ __all__ = [
     "all_to_all",
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
-    "gather_from_tensor_model_parallel_region",
     "get_forward_backward_func",
     "get_pg_size",
     "parallel_state",
@@ -90,7 +86,6 @@ __all__ = [
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
     "schedule_config",
-    "vocab_parallel_cross_entropy",
 ]
 
 # Which modules ask torch for "the current CUDA device", synchronise it, or make a counter on it.

@@ -15,6 +15,7 @@ from torch import nn
 from configs.train import ModelConfig
 from pretrain.model.attention import Attention, ForwardContext, KVCache
 from pretrain.model.dropout import Dropout
+from pretrain.model.head_loss import HeadLoss
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.linear import ColumnLinear, Embedding, Region
 from pretrain.model.mlp import MLP
@@ -139,8 +140,9 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         wanted: torch.Tensor | None = None,
         context: ForwardContext | None = None,
+        loss: HeadLoss | None = None,
     ) -> torch.Tensor:
-        """Computes hidden states [S, B, H], or logits on the last stage.
+        """Computes hidden states [S, B, H], or on the last stage logits, or with `loss` the loss of the micro-batch.
 
         `segments_BS` numbers the documents of a row, and attention stays within a document; -1 marks padding, and None
         means one document a row. A `context` made before says both, and what else layers share; training passes one, so
@@ -165,6 +167,9 @@ class Decoder(nn.Module):
         x = self.region.enter(self.final_norm(x_SBH)).transpose(0, 1)
         if wanted is not None:
             x = x.flatten(0, 1).index_select(0, wanted)
+        if loss is not None:
+            weight = self.embedding.weight if self.tied_here else self.lm_head.weight
+            return loss(x, weight, self.model_config.vocab_size, self.region.group)
         return F.linear(x, self.embedding.weight) if self.tied_here else self.lm_head(x)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:

@@ -22,7 +22,8 @@ from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.attention import ForwardContext
 from pretrain.model.balance import LossDenominators
 from pretrain.model.batch import Batch
-from pretrain.model.losses import LossFunction, label_logprobs
+from pretrain.model.head_loss import HeadLoss
+from pretrain.model.losses import LossFunction
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
 from pretrain.parallel.expert_parallel import spread_experts
@@ -172,8 +173,15 @@ class Engine:
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
         context = self._context(batch, model)
-        output = model(batch.tokens, batch.positions, batch.segments, wanted=batch.trained, context=context)
-        return output, partial(self._loss, batch=batch, loss_fn=loss_fn, scale=scale)
+        loss = HeadLoss(batch, loss_fn, scale, self.num_sources)
+        output = model(batch.tokens, batch.positions, batch.segments, wanted=batch.trained, context=context, loss=loss)
+
+        def results(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            # Given three values the schedule does not divide the loss by the number of micro-batches; here it is
+            # already divided by the token count of the global batch.
+            return output, torch.zeros((), dtype=torch.int, device=output.device), loss.sums
+
+        return output, results
 
     def _context(self, batch: Batch, model: Decoder) -> ForwardContext:
         """Returns what the layers of all of this rank's chunks share for a micro-batch.
@@ -185,24 +193,3 @@ class Engine:
         if len(chunks) > 1 and model is not chunks[-1]:
             self._contexts[id(batch)] = context
         return context
-
-    def _loss(
-        self, logits_NV: torch.Tensor, batch: Batch, loss_fn: LossFunction, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if loss_fn.temperature != 1.0:
-            logits_NV = logits_NV / loss_fn.temperature
-        labels_N = batch.labels.flatten().index_select(0, batch.trained)
-        logprobs_N = label_logprobs(logits_NV, labels_N, self.model_config.vocab_size)
-        nowhere = torch.zeros(batch.labels.numel(), dtype=logprobs_N.dtype, device=logprobs_N.device)
-        logprobs_BS = nowhere.index_copy(0, batch.trained, logprobs_N).view_as(batch.labels)
-        loss_BS, metrics = loss_fn(logprobs_BS, batch)
-        loss_B = (loss_BS * batch.loss_mask).sum(1)
-        with torch.no_grad():
-            per_source = torch.zeros(2, self.num_sources, dtype=torch.float64, device=loss_B.device)
-            per_source[0].index_add_(0, batch.sources, loss_B.detach().double())
-            per_source[1].index_add_(0, batch.sources, batch.loss_mask.sum(1, dtype=torch.float64))
-            named = [(metrics[name] * batch.loss_mask).sum(dtype=torch.float64) for name in loss_fn.metrics]
-            sums = torch.cat([per_source.flatten(), *(value.view(1) for value in named)])
-        # Given three values the schedule does not divide the loss by the number of micro-batches; here it is already
-        # divided by the token count of the global batch.
-        return loss_B.sum() * scale, torch.zeros((), dtype=torch.int, device=loss_B.device), sums

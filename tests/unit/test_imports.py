@@ -56,11 +56,9 @@ MEGATRON_LAYERS = tuple(
         "all_to_all",
         "copy_to_tensor_model_parallel_region",
         "gather_from_sequence_parallel_region",
-        "gather_from_tensor_model_parallel_region",
         "get_pg_size",
         "reduce_from_tensor_model_parallel_region",
         "reduce_scatter_to_sequence_parallel_region",
-        "vocab_parallel_cross_entropy",
     )
 )
 LIBRARIES = ("deepspeed", "megatron", "pretrain.megatron")  # of parallel training, used only through pretrain.parallel

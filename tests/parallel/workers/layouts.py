@@ -15,6 +15,7 @@ from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSec
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.model import head_loss
 from pretrain.model.losses import NextToken
 from pretrain.parallel import expert_balance, groups, zero
 from pretrain.parallel.engine import Engine
@@ -43,6 +44,8 @@ def rows(first: int, count: int, vocab_size: int) -> list[Row]:
     return packed_rows(first, count, vocab_size, SEQ_LENGTH)
 
 
+# The head takes a micro-batch in chunks of seven tokens, the last of which is short.
+@mock.patch.multiple(head_loss, CHUNK_CPU=1, LEAST_TOKENS=7)
 def run_layout(
     model: dict[str, Any],
     parallel: dict[str, Any],

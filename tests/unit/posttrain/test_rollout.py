@@ -15,7 +15,6 @@ from posttrain.rollout import Rollout, judge, sample_rollout, training_rows
 from posttrain.verifiable_tasks import SortTask, TaskScore
 from pretrain.batch_source import collate
 from pretrain.model import Decoder, init_weights
-from pretrain.model.losses import label_logprobs
 from pretrain.sampling import Completion
 
 TASK = SortTask(3, max_new_tokens=6)
@@ -60,7 +59,7 @@ def trainer_logprobs(decoder: Decoder, batch: Any, temperature: float) -> torch.
     logits = decoder(batch.tokens, batch.positions, batch.segments, wanted=batch.trained) / temperature
     logprobs = torch.zeros_like(batch.loss_mask)
     labels = batch.labels[batch.loss_mask > 0]
-    logprobs[batch.loss_mask > 0] = label_logprobs(logits, labels, decoder.model_config.vocab_size)
+    logprobs[batch.loss_mask > 0] = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     return logprobs
 
 

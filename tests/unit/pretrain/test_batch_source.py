@@ -6,7 +6,6 @@ import torch
 
 from data_pipeline.mixture.rows import Row
 from pretrain.batch_source import micro_batches, share_of_rank
-from pretrain.model.losses import label_logprobs
 
 
 def row(i: int) -> Row:
@@ -20,9 +19,3 @@ def test_ranks_cover_a_global_batch_once_in_the_same_micro_batches(dp: int) -> N
     batches = [batch for share in shares for batch in micro_batches([row(i) for i in share], 2)]
     assert [batch.tokens[:, 0].tolist() for batch in batches] == [[i, i + 1] for i in range(24, 36, 2)]
     assert batches[0].loss_mask.dtype == torch.float32 and batches[0].sources.tolist() == [0, 1]
-
-
-def test_label_logprobs_are_log_softmax_at_the_label() -> None:
-    logits, labels = torch.randn(6, 7), torch.tensor([0, 3, 6, 1, 1, 2])
-    expected = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    torch.testing.assert_close(label_logprobs(logits, labels, 7), expected)
