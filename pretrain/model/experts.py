@@ -33,7 +33,10 @@ class Experts(nn.Module):
         self.down_proj = weight(hidden_size, ffn, split=2)
 
     def forward(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Computes outputs [R, H] of rows sorted by expert; the first `counts[0]` rows are the first expert's."""
+        """Computes outputs [R, H] of rows sorted by expert; the first `counts[0]` rows are the first expert's.
+
+        Rows past the last expert's are not computed, and their outputs are undefined.
+        """
         if x_RH.is_cuda and _has_grouped_product(x_RH):
             return self._aligned(x_RH, counts)
         return self._uncompiled(x_RH, counts)
@@ -60,8 +63,9 @@ class Experts(nn.Module):
     def _aligned(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Puts rows of zeros between experts, so that every expert's first row is aligned as CUDA requires."""
         padded = (counts + ROWS_ALIGNED - 1) // ROWS_ALIGNED * ROWS_ALIGNED
-        shift = (padded - counts).cumsum(0) - (padded - counts)  # how far an expert's rows move
-        indices = torch.arange(len(x_RH), device=x_RH.device) + shift.repeat_interleave(counts)
+        rows = torch.arange(len(x_RH), device=x_RH.device)
+        shift = F.pad((padded - counts).cumsum(0), (1, 0))  # how far an expert's rows move, and those past the last
+        indices = rows + shift[torch.searchsorted(counts.cumsum(0), rows, right=True)]
         spread = x_RH.new_zeros(len(x_RH) + len(counts) * ROWS_ALIGNED, x_RH.shape[1]).index_copy(0, indices, x_RH)
         return self._grouped(spread, padded).index_select(0, indices)
 
@@ -69,9 +73,9 @@ class Experts(nn.Module):
         weights = zip(self.gate_proj.unbind(), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
         outputs = [
             F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-            for x, (gate, up, down) in zip(x_RH.split(counts), weights, strict=True)
+            for x, (gate, up, down) in zip(x_RH[: sum(counts)].split(counts), weights, strict=True)
         ]
-        return torch.cat(outputs)
+        return F.pad(torch.cat(outputs), (0, 0, 0, len(x_RH) - sum(counts)))
 
 
 def _widened(matrices: torch.Tensor, columns: int, rows: int = 0) -> torch.Tensor:

@@ -54,7 +54,7 @@ def stats(stage: PipelineStage, mesh: Mesh, config: ModelConfig) -> dict[str, An
     moe = config.moe
     if moe is None:
         return {}
-    values = torch.zeros(config.num_layers, 2 + moe.num_experts, dtype=torch.float64)
+    values = torch.zeros(config.num_layers, 2 + moe.num_experts, dtype=torch.float64, device=mesh.device)
     if mesh.tp_rank == 0:
         for layer, block in stage.moe_layers.items():
             balance = block.balance

@@ -159,6 +159,38 @@ def test_capacity_drops_later_tokens_and_nothing_else() -> None:
     assert unlimited.run(x_TH, weights_TK, lambda rows, counts: rows, None).diagonal().tolist() == [11, 0, 11, 11]
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 0.6])
+def test_rows_of_nobody_may_hold_anything(capacity_factor: float | None) -> None:
+    """The grouped product leaves rows undefined that no expert takes; they reach no output and no gradient."""
+    torch.manual_seed(1)
+    x_TH, weights_TK = torch.randn(12, 5, requires_grad=True), torch.rand(12, 3, requires_grad=True)
+    experts_TK = torch.rand(12, 6).topk(3).indices
+    valid_T = torch.arange(12) % 4 != 1
+    dispatch = Dispatch(experts_TK, 6, valid_T, capacity_factor)
+    factors_E, taken = torch.randn(6, 1), torch.zeros(6, dtype=torch.int64)
+
+    def compute(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        outputs = rows[: int(counts.sum())] * factors_E.repeat_interleave(counts, 0)
+        return torch.cat((outputs, rows[len(outputs) :] * float("nan")))
+
+    y_TH = dispatch.run(x_TH, weights_TK, compute, None)
+    capacity = 12 if capacity_factor is None else math.ceil(capacity_factor * 12 * 3 / 6)
+    expected = torch.zeros(12, 5)
+    for token in range(12):
+        for choice, expert in enumerate(experts_TK[token].tolist()):
+            if valid_T[token] and taken[expert] < capacity:
+                expected[token] += weights_TK[token, choice] * factors_E[expert] * x_TH[token]
+                taken[expert] += 1
+    assert taken.tolist() == dispatch.counts.tolist() and (
+        capacity_factor is None or dispatch.wanted.sum() > taken.sum()
+    )
+    torch.testing.assert_close(y_TH, expected)
+    toward = torch.randn(12, 5)
+    ours = torch.autograd.grad(y_TH, (x_TH, weights_TK), toward)
+    for found, right in zip(ours, torch.autograd.grad(expected, (x_TH, weights_TK), toward), strict=True):
+        torch.testing.assert_close(found, right)
+
+
 def test_no_token_is_dropped_outside_of_training() -> None:
     limited, free = ours(capacity_factor=0.1), ours()
     free.load_state_dict(limited.state_dict())
