@@ -133,7 +133,7 @@ def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: D
     for row, own in enumerate(spans):
         lengths = [end - start for start, end in sorted(own)]
         parts = [x[:, row : row + 1].split(lengths) for x in (q, k, v)]
-        outputs.append(torch.cat([attend_rows(*qkv, mask=None) for qkv in zip(*parts, strict=True)]))
+        outputs.append(torch.cat([attend_rows(qi, ki, vi, None) for qi, ki, vi in zip(*parts, strict=True)]))
     return torch.cat(outputs, dim=1)
 
 
