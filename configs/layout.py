@@ -93,7 +93,8 @@ class Layout:
     """Degrees of parallelism that fit the model, the batch and the world size.
 
     `grad_accum_steps` is the number of micro-batches of each data-parallel rank in a step. `layers_per_stage` counts
-    the layers of every virtual pipeline stage; virtual stage v is chunk v // pp of pipeline rank v % pp.
+    the layers of every virtual pipeline stage; virtual stage v is chunk v // pp of pipeline rank v % pp. `kv_copies` is
+    the number of tensor-parallel ranks that hold the same key-value head.
     """
 
     world_size: int
@@ -108,6 +109,7 @@ class Layout:
     offload_optimizer: bool
     grad_accum_steps: int
     layers_per_stage: tuple[int, ...]
+    kv_copies: int = 1
 
     @classmethod
     def of(
@@ -154,7 +156,8 @@ class Layout:
         accum = _split_batch(request, dp)
         zero, offload = parallel.zero, parallel.offload_optimizer
         degrees = world_size, tp, parallel.sp, cp, parallel.ep, pp, parallel.vpp, dp
-        return cls(*degrees, zero, offload, accum, layers_per_stage)
+        kv_copies = max(1, tp // request.model.num_kv_heads)
+        return cls(*degrees, zero, offload, accum, layers_per_stage, kv_copies)
 
     def __str__(self) -> str:
         """Short form for logs, such as `tp2 sp pp2 dp4 zero1`."""
@@ -175,12 +178,18 @@ def _check_tensor_parallel(request: LayoutRequest) -> None:
     expert_size = "model.moe.ffn_hidden_size" if model.moe and model.moe.ffn_hidden_size else "model.ffn_hidden_size"
     for name, size in (
         ("model.num_heads", model.num_heads),
-        ("model.num_kv_heads", model.num_kv_heads),
         (expert_size, model.expert_size),
-        ("model.vocab_size", model.vocab_size),
     ):
         if size % tp:
             raise _LayoutMisfit(request, f"{name} = {size} is not a multiple of parallel.tp = {tp}", tp=None)
+    kv_heads = model.num_kv_heads
+    if kv_heads % tp and tp % kv_heads:
+        raise _LayoutMisfit(
+            request,
+            f"model.num_kv_heads = {kv_heads} is neither a multiple nor a divisor of parallel.tp = {tp}, whose ranks "
+            "each hold whole key-value heads, or several of them the same one",
+            tp=None,
+        )
     if parallel.sp and tp == 1:
         raise _LayoutMisfit(
             request,
@@ -204,15 +213,14 @@ def _check_sequence(request: LayoutRequest) -> None:
         )
     if cp == 1:
         return
-    for name, heads in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.num_kv_heads)):
-        if heads % (tp * cp):
-            raise _LayoutMisfit(
-                request,
-                f"{name} = {heads} is not a multiple of parallel.tp * parallel.cp = {tp} * {cp}, over which attention "
-                "splits its heads",
-                cp=None,
-                tp=None,
-            )
+    if model.num_heads % (tp * cp):
+        raise _LayoutMisfit(
+            request,
+            f"model.num_heads = {model.num_heads} is not a multiple of parallel.tp * parallel.cp = {tp} * {cp}, over "
+            "which attention splits its heads",
+            cp=None,
+            tp=None,
+        )
     if model.moe and model.moe.capacity_factor is not None:
         raise _LayoutMisfit(
             request,

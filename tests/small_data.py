@@ -8,7 +8,7 @@ from data_pipeline.tokens.tokenizer import Tokenizer, train
 from tests.shards import write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCAB = 512
+VOCAB = 511
 CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
 
 

@@ -3,7 +3,9 @@
 Under ZeRO each rank owns a range (`Fragment`) of the fp32 master weight and of Adam's moments of some parameters.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from torch import nn
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
-from pretrain.model.slices import tp_split
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.zero import Fragment, master_partitions
@@ -103,10 +104,12 @@ def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.T
     mesh = engine.mesh
     _make_moments(engine, _optimizer_steps(engine))
     for name, parameter, own in _fragments(engine):
-        if getattr(parameter, "ds_pipe_replicated", False) or (tp_split(parameter) is None and mesh.tp_rank > 0):
+        shape = mesh.slices.shape(parameter)
+        own = replace(own, numel=min(own.numel, math.prod(shape) - own.start))  # the last rows may be padding
+        if getattr(parameter, "ds_pipe_replicated", False) or not mesh.is_first_copy(parameter) or own.numel <= 0:
             continue
-        shape, offset = mesh.slices.global_shape(parameter), mesh.slices.offset(parameter)
-        piece = Piece(name, shape, offset, tuple(parameter.shape), own.start, own.numel)
+        whole, offset = mesh.slices.global_shape(parameter), mesh.slices.offset(parameter)
+        piece = Piece(name, whole, offset, shape, own.start, own.numel)
         yield name, (piece, {kind: _flat(engine, own, kind) for kind in storage.KINDS})
 
 

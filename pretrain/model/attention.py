@@ -104,8 +104,9 @@ class Attention(nn.Module):
         self.region = Region(context)
         size_q, size_kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = ColumnLinear(config.hidden_size, size_q, context)
-        self.k_proj = ColumnLinear(config.hidden_size, size_kv, context)
-        self.v_proj = ColumnLinear(config.hidden_size, size_kv, context)
+        copies = max(1, context.tp_size // config.num_kv_heads)  # ranks with the same key-value head
+        self.k_proj = ColumnLinear(config.hidden_size, size_kv, context, copies)
+        self.v_proj = ColumnLinear(config.hidden_size, size_kv, context, copies)
         self.o_proj = RowLinear(size_q, config.hidden_size, context)
         self.has_qk_norm = config.qk_norm
         if config.qk_norm:

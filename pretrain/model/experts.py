@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.slices import mark_expert, mark_split
+from pretrain.model.slices import TensorSplit, mark_expert, mark_split
 
 ROWS_ALIGNED = 8  # CUDA's grouped product wants groups of rows that start at 16 bytes: 8 numbers in bf16
 STRIDE_BYTES = 16  # the grouped product wants rows of matrices that are a multiple of this long
@@ -24,7 +24,7 @@ class Experts(nn.Module):
 
         def weight(rows: int, columns: int, split: int) -> nn.Parameter:
             parameter = nn.Parameter(torch.empty(local, rows, columns, dtype=context.dtype, device=context.device))
-            mark_split(parameter, tp > 1, split)
+            mark_split(parameter, TensorSplit(split, ffn_hidden_size) if tp > 1 else None)
             mark_expert(parameter)
             return parameter
 

@@ -21,7 +21,7 @@ from pretrain.megatron import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.slices import mark_split
+from pretrain.model.slices import TensorSplit, mark_split
 
 
 class _Whole:
@@ -35,6 +35,11 @@ class _Whole:
 
 
 _WHOLE: Any = _Whole()
+
+
+def padded_to_multiple(size: int, unit: int) -> int:
+    """Returns the smallest multiple of `unit` that is at least `size`."""
+    return -(-size // unit) * unit
 
 
 def _no_init(weight: torch.Tensor) -> torch.Tensor:
@@ -92,13 +97,15 @@ class Region:
 class ColumnLinear(ColumnParallelLinear):
     """Computes y = x Wᵀ with W [out, in] split over its rows: every rank computes out/tp of the outputs.
 
-    The gradient of x is partial; `Region.enter` sums it over ranks.
+    Where tp does not divide the rows, the last ones are zeros, and so are their outputs. With `copies` every row is on
+    so many neighbouring ranks, and each of them has a part of its gradient. The gradient of x is partial, too;
+    `Region.enter` sums it over ranks.
     """
 
-    def __init__(self, size_in: int, size_out: int, context: LayerContext):
+    def __init__(self, size_in: int, size_out: int, context: LayerContext, copies: int = 1):
         super().__init__(
             size_in,
-            size_out,
+            padded_to_multiple(size_out * copies, context.tp_size),
             config=context.megatron,
             init_method=_no_init,
             bias=False,
@@ -107,7 +114,7 @@ class ColumnLinear(ColumnParallelLinear):
             disable_grad_reduce=True,
         )
         self.sequence_parallel = False  # x is the whole sequence already
-        mark_split(self.weight, self.is_split, 0)
+        mark_split(self.weight, TensorSplit(0, size_out, copies) if self.is_split else None)
 
     @property
     def is_split(self) -> bool:
@@ -136,7 +143,7 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=context.tp or _WHOLE,
         )
-        mark_split(self.weight, self.is_split, 1)
+        mark_split(self.weight, TensorSplit(1, size_in) if self.is_split else None)
 
     @property
     def is_split(self) -> bool:
@@ -149,20 +156,21 @@ class RowLinear(RowParallelLinear):
 class Embedding(VocabParallelEmbedding):
     """Token embedding [V, H] split over the vocabulary; the lookups are summed over tp.
 
-    Takes [B, S], gives [S, B, H], or with sequence parallel this rank's [S/tp, B, H].
+    Where tp does not divide the vocabulary, the last rows are zeros that no token looks up. Takes [B, S], gives
+    [S, B, H], or with sequence parallel this rank's [S/tp, B, H].
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext):
         super().__init__(
-            vocab_size,
+            padded_to_multiple(vocab_size, context.tp_size),
             hidden_size,
             init_method=_no_init,
             reduce_scatter_embeddings=context.sp,
             config=context.megatron,
             tp_group=context.tp or _WHOLE,
         )
-        self.is_split = self.num_embeddings_per_partition != vocab_size
-        mark_split(self.weight, self.is_split, 0)
+        self.is_split = context.tp_size > 1
+        mark_split(self.weight, TensorSplit(0, vocab_size) if self.is_split else None)
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         if self.reduce_scatter_embeddings:

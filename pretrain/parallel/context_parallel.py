@@ -3,14 +3,19 @@
 All-to-alls before and after attention exchange a part of the sequence with all heads for the whole sequence with a part
 of the heads, and back. Attention itself, within the documents of whole rows, computes the same as on one rank. Other
 layers work token by token and need no exchange.
+
+Key-value heads that do not divide by cp cannot be exchanged, above all where they are fewer. Keys and values of the
+whole sequence are then gathered, every rank takes the heads that its query heads need, and only queries and outputs are
+exchanged.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from deepspeed.sequence.layer import DistributedAttention
+from deepspeed.sequence.layer import DistributedAttention, _SeqAllToAll
 
+from pretrain.megatron import gather_from_sequence_parallel_region
 from pretrain.model.attention import Attend, Pattern
 from pretrain.model.batch import Batch
 from pretrain.parallel.groups import Mesh
@@ -31,9 +36,32 @@ def _exchanging(attend: Attend, mesh: Mesh) -> Attend:
     distributed = DistributedAttention(attend, mesh.cp_group, scatter_idx=HEADS, gather_idx=SEQUENCE)
 
     def attend_across(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-        return distributed(q, k, v, BATCH, None, pattern)
+        num_heads, num_kv_heads = q.shape[HEADS], k.shape[HEADS]
+        if num_kv_heads % mesh.layout.cp == 0:
+            return distributed(q, k, v, BATCH, None, pattern)
+        # The gradient is this rank's part of each token's; it is summed and given to the rank that has the token.
+        both = gather_from_sequence_parallel_region(torch.cat((k, v), HEADS), True, mesh.cp_group)
+        k, v = (needed_heads(x, num_heads, mesh.layout.cp, mesh.cp_rank) for x in both.chunk(2, HEADS))
+        q = _exchange(q, HEADS, SEQUENCE, num_heads, mesh)
+        return _exchange(attend(q, k, v, pattern), SEQUENCE, HEADS, num_heads, mesh)
 
     return attend_across
+
+
+def needed_heads(x: torch.Tensor, num_heads: int, parts: int, part: int) -> torch.Tensor:
+    """Returns those of all key-value heads [T, B, K, D] that one of `parts` equal parts of the query heads needs.
+
+    Query heads that share one get it once, except where they do not share evenly: then each gets its own copy.
+    """
+    queries, sharing = num_heads // parts, num_heads // x.shape[HEADS]
+    if queries % sharing == 0 or sharing % queries == 0:
+        return x.narrow(HEADS, part * queries // sharing, max(1, queries // sharing))
+    return x.repeat_interleave(sharing, HEADS).narrow(HEADS, part * queries, queries)
+
+
+def _exchange(x: torch.Tensor, scatter: int, gather: int, num_heads: int, mesh: Mesh) -> torch.Tensor:
+    """Gives every rank a part of dimension `scatter` and the whole of `gather`; all ranks have `num_heads` heads."""
+    return _SeqAllToAll.apply(mesh.cp_group, x, scatter, gather, BATCH, None, None, "", True, num_heads)
 
 
 def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:

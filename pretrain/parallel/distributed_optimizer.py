@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.train import OptimizerConfig
-from pretrain.model.slices import is_expert, tp_split
+from pretrain.model.slices import is_expert
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
@@ -230,7 +230,7 @@ class DistributedOptimizer:
 def counts_in_norm(parameter: nn.Parameter, mesh: Mesh) -> bool:
     """Whether the gradient norm counts this rank's elements of `parameter`, which other ranks may hold as well."""
     is_copy = getattr(parameter, "ds_pipe_replicated", False)
-    return not is_copy and (tp_split(parameter) is not None or mesh.tp_rank == 0)
+    return not is_copy and mesh.is_first_copy(parameter)
 
 
 def is_in_bucket(parameter: nn.Parameter) -> bool:

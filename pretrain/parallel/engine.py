@@ -89,7 +89,7 @@ class Engine:
         # exchange is put around attention before blocks are compiled, so that it is compiled too. ZeRO comes last: it
         # moves all parameters into the flat buffers of its optimizer.
         self.module = PipelineStage(chunks)
-        mark_copies(self.module)
+        mark_copies(self.module, mesh)
         exchange_around_attention(self.module, mesh)
         spread_experts(self.module, mesh)
         if train.compile:

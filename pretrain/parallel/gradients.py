@@ -5,6 +5,8 @@
 - Norm weights under sequence parallel: every tensor-parallel rank holds the whole weight but sees only its part of the
   sequence (Korthikanti et al. 2022). QK-norm weights at tp>1: every rank sees only its own heads. The grad norm counts
   such weights on the first tensor-parallel rank alone, so the sum is all that is needed.
+- Keys' and values' weights where there are fewer key-value heads than tensor-parallel ranks: each head is on several of
+  them, and each sees only its own query heads. All get the sum, and the grad norm counts the first one's alone.
 """
 
 from collections.abc import Sequence
@@ -20,8 +22,11 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 from pretrain.parallel.zero import gradient, set_gradient
 
 
-def mark_copies(stage: PipelineStage) -> None:
-    """Marks the last stage's copy of a tied embedding, so that DeepSpeed leaves it out of the grad norm."""
+def mark_copies(stage: PipelineStage, mesh: Mesh) -> None:
+    """Marks copies, of a tied embedding or a key-value head, so that DeepSpeed leaves them out of the grad norm."""
+    for parameter in stage.parameters():
+        if not mesh.is_first_copy(parameter):
+            vars(parameter)["tensor_model_parallel"] = False  # counted then on the first tensor-parallel rank alone
     last = stage.chunks[-1]
     if last.model_config.tie_embeddings and last.stage.is_last and not last.stage.is_first:
         last.lm_head.weight.ds_pipe_replicated = True
@@ -32,6 +37,9 @@ def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
     partial = _partial_norms(stage, mesh)
     if partial:
         _sum([norm.weight for norm in partial], mesh.tp_group)
+    if mesh.kv_group is not None:
+        attentions = [block.attention for block in stage.blocks.values()]
+        _sum([part.weight for own in attentions for part in (own.k_proj, own.v_proj)], mesh.kv_group)
     first, last = stage.chunks[0], stage.chunks[-1]
     if first.model_config.tie_embeddings and not last.tied_here:
         if first.stage.is_first:

@@ -7,7 +7,7 @@ again with another layout, as the tests do.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Mesh:
     zero_group: dist.ProcessGroup  # dp and cp: ranks with the same weights, experts aside, and different tokens
     expert_dp_group: dist.ProcessGroup  # the ranks of zero_group that hold the same experts
     replica_group: dist.ProcessGroup  # the tp * cp * pp ranks that train on the same sequences
+    kv_group: dist.ProcessGroup | None = None  # the ranks of tp_group that hold the same key-value head, if several do
 
     @property
     def zero_size(self) -> int:
@@ -56,6 +57,11 @@ class Mesh:
             return self.cp_rank, self.layout.cp
         return self.cp_rank * self.layout.tp + self.tp_rank, self.layout.cp * self.layout.tp
 
+    def is_first_copy(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank is the first of the tensor-parallel ranks that hold the same slice of a parameter."""
+        split = tp_split(parameter)
+        return self.tp_rank == 0 if split is None else self.tp_rank % split.copies == 0
+
     def is_first_holder(self, parameter: nn.Parameter) -> bool:
         """Whether this rank is the first of the data-parallel ranks that hold the same slice of a parameter."""
         group = self.expert_dp_group if is_expert(parameter) else self.zero_group
@@ -63,11 +69,12 @@ class Mesh:
 
     def gather_whole(self, slice_: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """Gathers a whole tensor that is split over ranks like `parameter`, of which `slice_` is this rank's part."""
-        for dim, parts, _ in self.slices.splits(parameter):
-            group = self.tp_group if dim == tp_split(parameter) else self.ep_group
-            slices = [torch.empty_like(slice_) for _ in range(parts)]
-            dist.all_gather(slices, slice_.contiguous(), group=group)
-            slice_ = torch.cat(slices, dim)
+        split = tp_split(parameter)
+        if split is not None:
+            parts = _gather(slice_, self.tp_group)[:: split.copies]
+            slice_ = torch.cat(parts, split.dim).narrow(split.dim, 0, split.size)
+        if self.layout.ep > 1 and is_expert(parameter):
+            slice_ = torch.cat(_gather(slice_, self.ep_group))
         return slice_
 
     @property
@@ -119,6 +126,13 @@ class Mesh:
         return result
 
 
+def _gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Returns the tensors of all ranks of `group`, which have the same shape."""
+    tensors = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(tensors, tensor.contiguous(), group=group)
+    return tensors
+
+
 def device_of(local_rank: int, visible: int) -> torch.device:
     """Returns the device of a rank that sees `visible` GPUs: all of its node, or only its own as Slurm may show it."""
     return torch.device("cuda", local_rank % visible) if visible else torch.device("cpu")
@@ -168,6 +182,7 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
         zero_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         expert_dp_group=parallel_state.get_expert_data_parallel_group(),
         replica_group=_replica_group(layout, env.rank),
+        kv_group=_kv_group(layout, env.rank),
     )
 
 
@@ -185,9 +200,21 @@ def _replica_group(layout: Layout, rank: int) -> dist.ProcessGroup:
     if layout.cp == 1:
         return parallel_state.get_model_parallel_group()
     order = {"tp": layout.tp, "ep": 1, "dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "order": "tp-cp-ep-dp-pp"}
+    return _own_group(parallel_state.RankGenerator(**order).get_ranks("tp-cp-pp"), rank)
+
+
+def _kv_group(layout: Layout, rank: int) -> dist.ProcessGroup | None:
+    if layout.kv_copies == 1:
+        return None
+    firsts = range(0, layout.world_size, layout.kv_copies)  # ranks of a tensor-parallel group are neighbours
+    return _own_group([range(first, first + layout.kv_copies) for first in firsts], rank)
+
+
+def _own_group(groups: Sequence[Sequence[int]], rank: int) -> dist.ProcessGroup:
+    """Makes all groups, as every rank must, and returns the one with this rank."""
     own = None
-    for ranks in parallel_state.RankGenerator(**order).get_ranks("tp-cp-pp"):
-        group = dist.new_group(ranks)
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
         own = group if rank in ranks else own
     assert own is not None
     return own

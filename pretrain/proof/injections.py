@@ -55,8 +55,8 @@ def replicated_weights_counted_tp_times() -> AbstractContextManager[Any]:
 
     right = distributed_optimizer.counts_in_norm
 
-    def marked(stage: PipelineStage) -> None:
-        mark_copies(stage)
+    def marked(stage: PipelineStage, mesh: Mesh) -> None:
+        mark_copies(stage, mesh)
         for module in stage.modules():
             if isinstance(module, RMSNorm):
                 vars(module.weight)["model_parallel"] = True  # DeepSpeed looks for this mark

@@ -122,8 +122,9 @@ def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) 
     tensors, slices = trace.tensors, trace.slices
 
     def keep(key: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        if mesh.is_first_holder(parameter):
-            outline = zero.outline(parameter)
+        outline = zero.outline(parameter)
+        if mesh.is_first_holder(parameter) and 0 not in mesh.slices.shape(outline):
+            value = mesh.slices.without_padding(value, outline)
             tensors[key] = _at_least_fp32(value).contiguous().clone()
             slices[key] = Slice(mesh.slices.offset(outline), mesh.slices.global_shape(outline))
 

@@ -23,7 +23,7 @@ from tests.small_data import CHINESE, VOCAB, make_tokens
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LENGTH = 64
 MODEL = {
-    "vocab_size": VOCAB,
+    "vocab_size": VOCAB,  # an odd number
     "num_layers": 2,
     "hidden_size": 32,
     "ffn_hidden_size": 64,
@@ -59,7 +59,7 @@ def pretraining(folder: Path, plan: Path, moe: bool) -> Path:
     """Writes the config of a run of four steps in `folder`/run; its high learning rate moves the weights far."""
     config = {
         "run": {"dir": str(folder / "run"), "seed": 1},
-        "model": MODEL | ({"moe": {"num_experts": 4, "top_k": 2}} if moe else {}),
+        "model": MODEL | ({"moe": {"num_experts": 4, "top_k": 2}, "num_kv_heads": 1} if moe else {}),
         "data": {"plan": str(plan)},
         "train": {
             "steps": 4,
@@ -133,9 +133,10 @@ def test_a_second_export_is_skipped_until_something_changes(tmp_path, dense, cap
 
 
 def test_moe_run_to_hugging_face(tmp_path, plan, ranks: RanksOf, capsys):
-    train = {"module": "pretrain.train", "argv": [str(pretraining(tmp_path, plan, moe=True))]}
-    (answer,) = ranks(1).run("tests.parallel.workers.posttraining:command", process_group=False, **train)
-    assert answer["status"] == 0, answer
+    """Its two ranks pad the odd vocabulary and hold the same key-value head, of which the export shows nothing."""
+    train = {"module": "pretrain.train", "argv": [str(pretraining(tmp_path, plan, moe=True)), "parallel.tp=2"]}
+    answers = ranks(2).run("tests.parallel.workers.posttraining:command", process_group=False, **train)
+    assert [answer["status"] for answer in answers] == [0, 0], answers
     assert export(tmp_path, tmp_path / "run", "dtype=bfloat16") == 0
     assert "MixtralForCausalLM" in capsys.readouterr().out
 

@@ -50,9 +50,15 @@ MODELS: dict[str, dict[str, Any]] = {
             "capacity_factor": 0.75,
         },
     },
+    # tp divides no odd vocabulary, and splits no single key-value head.
+    "one_kv_head": {**BASE, "vocab_size": 61, "num_kv_heads": 1, "tie_embeddings": True, "qk_norm": True},
+    # At tp=4 two ranks hold the same key-value head, and the last rank's part of the vocabulary is padding alone.
+    "two_kv_heads": {**BASE, "vocab_size": 9, "num_kv_heads": 2, "moe": {"num_experts": 4, "top_k": 2}},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
+    "tp4": (4, {"tp": 4}),
+    "tp4sp": (4, {"tp": 4, "sp": True}),
     "pp2": (2, {"pp": 2}),
     "tp2pp2": (4, {"tp": 2, "pp": 2}),
     "tp2dp2": (4, {"tp": 2}),
@@ -100,6 +106,8 @@ def world_of(layout: str) -> tuple[int, dict[str, Any]]:
 
 def is_allowed(model: str, layout: str) -> bool:
     moe, degrees = MODELS[model].get("moe"), LAYOUTS[layout][1]
+    if model in UNEVEN_MODELS or layout in UNEVEN_LAYOUTS:
+        return False
     return bool(moe or "ep" not in degrees) and not ("cp" in degrees and moe and "capacity_factor" in moe)
 
 
@@ -108,12 +116,27 @@ FIRST_MODELS = ("dense_tied", "deepseek")
 FIRST_LAYOUTS = ("tp2", "pp2", "zero1", "tp2sp_pp2vpp2", "ep2dp4", "tp2sp_ep2")
 
 
+# Models whose sizes do not divide by the layouts' degrees run the layouts where that matters alone.
+UNEVEN_MODELS, UNEVEN_LAYOUTS = ("one_kv_head", "two_kv_heads"), ("tp4", "tp4sp")
+UNEVEN_PAIRS = [
+    ("one_kv_head", "tp2"),
+    ("one_kv_head", "tp2sp_pp2vpp2"),
+    ("one_kv_head", "tp2zero2"),
+    ("one_kv_head", "tp2sp_zero3"),
+    ("one_kv_head", "tp2sp_zero2_offload"),
+    ("two_kv_heads", "tp4"),
+    ("two_kv_heads", "tp4sp"),
+    ("one_kv_head", "cp2"),
+    ("one_kv_head", "tp2sp_cp2"),
+]
+
+
 def is_first(model: str, layout: str) -> bool:
     return (model in FIRST_MODELS or layout in FIRST_LAYOUTS) and LAYOUTS[layout][0] <= 4
 
 
 ALLOWED = [(model, layout) for model in MODELS for layout in LAYOUTS if is_allowed(model, layout)]
-PAIRS = [pair for pair in ALLOWED if is_first(*pair)]
+PAIRS = [pair for pair in ALLOWED if is_first(*pair)] + UNEVEN_PAIRS
 MORE_PAIRS = [pair for pair in ALLOWED if not is_first(*pair)]  # with make test-full
 
 # (model, layout that saves, layout that restores).
@@ -135,6 +158,10 @@ RESUMES = [
     ("deepseek", "ep2", "one"),
     ("deepseek", "ep2", "tp2sp_ep2"),
     ("deepseek", "ep2", "cp2"),
+    ("two_kv_heads", "tp4", "one"),
+    ("two_kv_heads", "tp4", "tp2_ep2"),
+    ("one_kv_head", "tp2sp_zero3", "cp2"),
+    ("one_kv_head", "cp2", "tp2zero2"),
 ]
 # Only with `make test-full`.
 MORE_RESUMES = [

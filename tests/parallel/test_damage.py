@@ -138,7 +138,7 @@ def test_damage_in_a_heldout_part_is_told_once(ranks: RanksOf, data: Path, tmp_p
     args = [str(tmp_path / "train.toml"), f"parallel.tp={tp}"]
     answers = ranks(2).run("tests.parallel.workers.plans:train_command", process_group=False, args=args)
     assert [answer["status"] for answer in answers] == [1, 1]
-    told = r"source prose, shard .*heldout/prose/00000, document 0: token 0 is the id 512, and the vocabulary has 512"
+    told = r"source prose, shard .*heldout/prose/00000, document 0: token 0 is the id 511, and the vocabulary has 511"
     said = "".join(answer["said"] for answer in answers)
     assert len(re.findall(told, said)) == said.count("error:") == 1, said
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -157,7 +157,7 @@ def test_an_id_beyond_the_vocabulary_names_source_shard_and_document(data: Path)
         file.seek(2 * index)
         file.write(np.array([VOCAB], "<u2").tobytes())
     plan = Plan.open(data / "plan")
-    message = r"source code, shard .*train/code/00000, document 7: token 3 is the id 512, and the vocabulary has 512"
+    message = r"source code, shard .*train/code/00000, document 7: token 3 is the id 511, and the vocabulary has 511"
     with pytest.raises(ValueError, match=message):
         for i in range(plan.num_samples):
             plan.row(i)

@@ -75,6 +75,8 @@ def prove(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Prove:
         ("dp2", "dense_tied", "fp64"),
         ("tp2sp_ep2", "deepseek", "fp64"),
         ("cp2ep2", "moe_tied", "fp64"),
+        ("tp4", "two_kv_heads", "fp64"),
+        ("tp2sp_cp2", "one_kv_head", "fp64"),
     ],
 )
 def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: str) -> None:

@@ -70,11 +70,13 @@ def test_any_layout_resumes_any_layout(
     [
         *(("moe_tied", layout) for layout in ("one", "tp2sp", "pp2_uneven", "pp2vpp2", "tp2pp2", "zero3")),
         *(("deepseek", layout) for layout in ("ep2pp2", "tp2sp_ep2")),
+        ("two_kv_heads", "tp4"),
     ],
 )
 def test_gathered_weights_are_the_checkpoints(ranks: RanksOf, saved: Saved, model: str, layout: str) -> None:
     world, parallel = world_of(layout)
-    checkpoint = storage.directory(saved(model, "zero1" if model == "moe_tied" else "ep2"), STEP)
+    saves = {"moe_tied": "zero1", "deepseek": "ep2", "two_kv_heads": "tp4"}[model]
+    checkpoint = storage.directory(saved(model, saves), STEP)
     options = {"model": MODELS[model], "parallel": parallel, "checkpoint": str(checkpoint)}
     assert (
         ranks(world).run("tests.parallel.workers.training:gathered", process_group=False, **options) == [True] * world

@@ -80,8 +80,9 @@ def run_layout(
     evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which an interleaved schedule pads
     slices = {}
     for (name, parameter), (global_name, _) in zip(named, engine.module.named_global_parameters(), strict=True):
-        own = zero.full_weight(parameter)
-        slices[f"{global_name} from {mesh.slices.offset(zero.outline(parameter))}"] = _sha256(own)
+        own, outline = zero.full_weight(parameter), zero.outline(parameter)
+        assert own.count_nonzero() == mesh.slices.without_padding(own, outline).count_nonzero(), "padding changed"
+        slices[f"{global_name} from {mesh.slices.offset(outline)}"] = _sha256(own)
         tensors[f"weight/{name}"] = mesh.gather_whole(own, parameter).clone()
     if dist.get_rank(mesh.zero_group) == 0 and mesh.tp_rank == 0:
         save_file(tensors, str(Path(out) / f"stage_{mesh.pp_rank}.safetensors"))

@@ -249,7 +249,7 @@ def gathered(checkpoint: str, model: dict[str, Any], parallel: dict[str, Any]) -
     same = all(torch.equal(weights[name], expected[name]) for name in expected)
     # A whole model beside the split one in the same process computes the same as alone.
     decoder = build_single(engine.model_config, weights)
-    tokens, steps = torch.arange(12).view(2, 6), torch.arange(6).expand(2, 6)
+    tokens, steps = torch.arange(12).view(2, 6) % engine.model_config.vocab_size, torch.arange(6).expand(2, 6)
     logits = decoder(tokens, steps)
     groups.stop()
     return same and torch.equal(logits, build_single(engine.model_config, weights)(tokens, steps))

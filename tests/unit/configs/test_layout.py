@@ -1,5 +1,6 @@
 """Impossible layouts are refused with the numbers that do not fit; possible ones give the right degrees."""
 
+import math
 import random
 from itertools import product
 from typing import Any
@@ -17,6 +18,7 @@ TRAIN = TrainSection(steps=1, global_batch_size=12, micro_batch_size=2, seq_leng
 
 
 MOE = MODEL.model_copy(update={"moe": MoEConfig(num_experts=6)})
+SIX_KV_HEADS = MODEL.model_copy(update={"num_heads": 12, "num_kv_heads": 6, "head_dim": 4})
 LIMITED = MODEL.model_copy(update={"moe": MoEConfig(num_experts=6, capacity_factor=1.0)})
 
 
@@ -52,6 +54,15 @@ def test_layers_are_spread_so_that_the_slowest_stage_is_fast(
     assert not costs or max(*expected[:-1], expected[-1] + head) == min(costs)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "copies"), [({"tp": 2}, 1), ({"tp": 4}, 2), ({"cp": 4}, 1), ({"tp": 2, "cp": 2}, 1)]
+)
+def test_few_heads_and_an_odd_vocabulary_fit(parallel: dict[str, int], copies: int) -> None:
+    """Two key-value heads and 61 tokens: tp=4 has two ranks for each head, and cp gathers keys and values."""
+    model = MODEL.model_copy(update={"vocab_size": 61})
+    assert layout(math.prod(parallel.values()), model, **parallel).kv_copies == copies
+
+
 def test_zero_stages_have_names() -> None:
     assert str(layout(4, tp=2, zero=3, offload_optimizer=True)) == "tp2 pp1 dp2 zero3 offload"
 
@@ -66,7 +77,8 @@ def test_interleaved_chunks_go_round_the_ranks() -> None:
     ("world_size", "parallel", "words"),
     [
         (3, {"tp": 2}, ["2 * 1 * 1 = 2", "3 ranks", "ranks could be 2 or 4 or 6", "tp could be 1"]),
-        (4, {"tp": 4}, ["model.num_kv_heads = 2", "parallel.tp = 4", "tp could be 2"]),
+        (8, {"tp": 8}, ["model.num_heads = 4", "parallel.tp = 8", "tp could be 4"]),
+        (4, {"model": SIX_KV_HEADS, "tp": 4}, ["num_kv_heads = 6 is neither", "tp = 4", "tp could be 2"]),
         (8, {"pp": 8}, ["8 * 1 = 8 stages", "model.num_layers = 6", "pp could be 4"]),
         (2, {"pp": 2, "vpp": 4}, ["2 * 4 = 8 stages", "model.num_layers = 6", "vpp could be 2 or 3"]),
         (1, {"vpp": 2}, ["parallel.vpp = 2", "parallel.pp = 1", "vpp could be 1"]),
@@ -94,8 +106,8 @@ def test_interleaved_chunks_go_round_the_ranks() -> None:
             {"model": MOE, "ep": 3},
             ["parallel.ep = 3", "2 * 1 = 2", "ep could be 1 or 2, or the number of ranks could be 3"],
         ),
-        (4, {"cp": 4}, ["model.num_kv_heads = 2", "1 * 4", "cp could be 2"]),
-        (4, {"tp": 2, "cp": 2}, ["model.num_kv_heads = 2", "2 * 2", "cp could be 1"]),
+        (8, {"cp": 8}, ["model.num_heads = 4", "1 * 8", "cp could be 4"]),
+        (8, {"tp": 2, "cp": 4}, ["model.num_heads = 4", "2 * 4", "cp could be 2, or parallel.tp could be 1"]),
         (3, {"cp": 3}, ["train.seq_length = 8", "parallel.cp = 3", "cp could be 1"]),
         (
             6,
@@ -116,9 +128,9 @@ def test_every_number_that_a_message_suggests_is_accepted_alone() -> None:
     draw = random.Random(7)
     suggested = hopeless = 0
     for _ in range(3000):
-        heads = draw.choice([(4, 4), (12, 4), (12, 6), (8, 2), (6, 1)])
+        heads = draw.choice([(4, 4), (12, 4), (12, 6), (9, 3), (6, 1)])
         shape = {"num_heads": heads[0], "num_kv_heads": heads[1], "num_layers": draw.choice([2, 5, 6, 8])}
-        shape |= {"ffn_hidden_size": draw.choice([48, 22]), "vocab_size": draw.choice([64, 60]), "head_dim": 4}
+        shape |= {"ffn_hidden_size": draw.choice([48, 22]), "vocab_size": draw.choice([64, 61]), "head_dim": 4}
         moe = draw.choice([None, None, MoEConfig(num_experts=6), MoEConfig(num_experts=4, capacity_factor=1.0)])
         model = MODEL.model_copy(update={**shape, "moe": moe})
         batch = {"global_batch_size": draw.choice([4, 12, 16, 30]), "micro_batch_size": draw.choice([1, 2, 3])}
@@ -159,9 +171,9 @@ def changed(key: str, text: str, world: int, parallel: ParallelConfig, model: Mo
 
 
 def test_remedies_respect_all_that_a_config_says() -> None:
-    """A degree of 6 or 12 would divide the 12 heads but not the 4 key-value heads, so neither is suggested."""
+    """A degree of 3 or 6 would divide the 12 heads but does not fit the 4 key-value heads; 12 fits both."""
     model = MODEL.model_copy(update={"num_heads": 12, "num_kv_heads": 4, "head_dim": 4})
-    with pytest.raises(ConfigError, match=r"num_heads = 12 is not a multiple of parallel\.tp = 24; .*could be 2 or 4$"):
+    with pytest.raises(ConfigError, match=r"num_heads = 12 is not a multiple of parallel\.tp = 24; .* 4 or 12$"):
         Layout.of(24, ParallelConfig(tp=24), model, TRAIN.model_copy(update={"global_batch_size": 24}))
     with pytest.raises(ConfigError, match=r"no other value of parallel\.tp alone fits the rest"):
         layout(5, tp=5)  # 5 ranks of one row each do not divide a batch of 12 either
