@@ -18,6 +18,8 @@ CLI = (sys.executable, "-m", "cli")
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "pretrain.train")
 # As in launch/slurm: signals stay pending in a process until it has set its handlers.
 HELD_BACK = ("env", "--block-signal=INT,TERM,HUP,USR1")
+# A shell ignores SIGINT in a command that it starts in the background, which the tests would hand on.
+NOT_IGNORED = ("env", "--default-signal=INT,HUP")
 TRAINING = {
     "alone": (*CLI, "train"),
     "launch": (*CLI, "launch", "--nproc-per-node", "2", "train"),
@@ -40,7 +42,7 @@ class Command:
         name, _, value = self.mark.partition("=")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                argv,
+                [*NOT_IGNORED, *argv],
                 cwd=ROOT,
                 env={**os.environ, name: value, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
                 stdin=subprocess.PIPE,
@@ -121,7 +123,7 @@ def test_any_moment_of_the_start(
     for milliseconds in (0, 20, 50, 100, 200, 400):
         started = Command(tmp_path, [*argv, str(config), f"run.dir={run}", "train.steps=2"])
         deadline = time.monotonic() + 60
-        while not begun(started, way, held_back):
+        while not begun(started, way, number if held_back else None):
             assert time.monotonic() < deadline and started.process.poll() is None, started.said()
             time.sleep(0.001)
         time.sleep(milliseconds / 1000)
@@ -140,17 +142,18 @@ def test_any_moment_of_the_start(
     )
 
 
-def begun(command: Command, way: str, held_back: bool) -> bool:
-    """Returns whether the processes that get the signal are there, and block it if they are to."""
-    if way == "mpirun":
-        pids = command.ranks()
-        return len(pids) == 2 and (not held_back or all(map(mask, pids)))
-    return not held_back or mask(command.process.pid) != 0
+def begun(command: Command, way: str, held_back: signal.Signals | None) -> bool:
+    """Returns whether the processes that get a signal are there, each safe from the signal `held_back`, if any."""
+    pids = command.ranks() if way == "mpirun" else [command.process.pid]
+    return len(pids) == (2 if way == "mpirun" else 1) and (
+        held_back is None or all(safe(pid, held_back) for pid in pids)
+    )
 
 
-def mask(pid: int) -> int:
-    """Returns the mask of the signals that a process blocks."""
-    return int(Path(f"/proc/{pid}/status").read_text().split("SigBlk:")[1].split()[0], 16)
+def safe(pid: int, number: signal.Signals) -> bool:
+    """Returns whether a process blocks a signal, or has the handler for which it blocked the signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(int(status.split(f"{key}:")[1].split()[0], 16) >> number - 1 & 1 for key in ("SigBlk", "SigCgt"))
 
 
 @pytest.mark.full
