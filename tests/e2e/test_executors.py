@@ -163,7 +163,7 @@ class TestSlurm:
     def test_a_refused_job(self, config: Path, tmp_path: Path) -> None:
         done = start(command(config, *slurm_args(tmp_path, "run.slurm.partition=gpus")))
         assert done.returncode == 2
-        assert "invalid partition specified: gpus" in done.stderr and "see run.slurm" in done.stderr
+        assert "invalid partition specified: gpus" in done.stderr and "correct run.slurm" in done.stderr
 
     @pytest.mark.parametrize("running", [False, True])
     def test_a_lost_element_is_an_error(self, config: Path, tmp_path: Path, running: bool) -> None:
