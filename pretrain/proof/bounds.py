@@ -9,6 +9,11 @@ norms of whole tensors, which average over elements. Two runs are compared, and 
 
 The number n is the *depth* of a tensor: all roundings on the longest path to it. A dot product of K terms counts as K
 in fp32 and fp64. In bf16 it counts as one, since products are added up in fp32 and only the result is rounded to bf16.
+
+Some models amplify rounding: a norm over few elements, or terms that cancel, up to a gradient that is zero in exact
+arithmetic. There the derived bound is too small for one rank's own rounding. So the reference computes its first step
+twice, in its own precision and in fp64 (in fp32 where its own is fp64), and a tensor's bound is at least MARGIN times
+the error that this shows.
 """
 
 import math
@@ -19,7 +24,14 @@ from configs.train import ModelConfig, OptimizerConfig, PretrainConfig
 if TYPE_CHECKING:
     import torch
 
+# Folder of a reference's first step in another precision, and how many times the error that it shows is allowed.
+COMPANION, MARGIN = "companion", 8.0
 UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9}
+
+
+def companion_of(precision: str) -> str:
+    """Precision in which the reference's first step is computed again: fp64, and fp32 for fp64 itself."""
+    return "fp32" if precision == "fp64" else "fp64"
 
 
 class Bounds:

@@ -1,56 +1,34 @@
 """Compares the tensors that a layout computed with those of one rank, each with the bound that rounding sets."""
 
-import json
-import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from configs.train import PretrainConfig
-from pretrain.proof.bounds import UNIT_ROUNDOFF, Bounds, adam_step_bound
+from pretrain.proof.bounds import COMPANION, MARGIN, UNIT_ROUNDOFF, Bounds, adam_step_bound, companion_of
+from pretrain.proof.step_reader import RecordedStep
 from pretrain.proof.verdict import RelativeError, Verdict
 
-
-class RecordedStep:
-    """The recorded tensors of one layout's step, whole and by global name; they are read one at a time."""
-
-    def __init__(self, directory: Path):
-        self.facts: dict[str, Any] = json.loads((directory / "step.json").read_text())
-        self._slices: dict[str, list[tuple[Any, list[int], list[int]]]] = {}  # key: (file, offset, whole shape)
-        for path in sorted(directory.glob("rank_*.safetensors")):
-            file = safe_open(path, framework="pt").__enter__()
-            for key, own in (file.metadata() or {}).items():
-                self._slices.setdefault(key, []).append((file, *json.loads(own)))
-
-    @property
-    def keys(self) -> set[str]:
-        return set(self._slices)
-
-    def copies(self, key: str) -> list[torch.Tensor]:
-        """Returns the whole tensor, once for each tensor-parallel rank that holds the same slices of it."""
-        wholes: list[torch.Tensor] = []
-        seen = Counter[tuple[int, ...]]()
-        for file, offset, shape in self._slices[key]:
-            part, copy = file.get_tensor(key).double(), seen[tuple(offset)]
-            seen[tuple(offset)] += 1
-            if copy == len(wholes):
-                wholes.append(torch.full(shape, math.nan, dtype=torch.float64))  # NaN shows a slice that no rank wrote
-            wholes[copy][tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
-        return wholes
+NORM_ERROR = 1e-6  # relative, between the reported norm and that of the gathered gradients
 
 
 def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfig, seconds: float) -> Verdict:
     """Compares the step that the layout `name` recorded in folder `other` with the reference in folder `one`."""
-    reference, found = RecordedStep(one), RecordedStep(other)
-    bounds = Bounds.of(config, reference.facts["precision"])
-    verdict = Verdict(name, ranks, seconds)
-    for number, allowed in (("loss", bounds.loss()), ("grad_norm", bounds.gradient(0))):
-        verdict.add(number, RelativeError(number, abs(found.facts[number] / reference.facts[number] - 1), allowed))
+    reference, companion, found = RecordedStep(one), RecordedStep(one / COMPANION), RecordedStep(other)
+    precision = reference.facts["precision"]
+    bounds = Bounds.of(config, precision)
+    verdict = Verdict(name, ranks, seconds, precision)
+    numbers = {"loss": bounds.loss(), "heldout": bounds.loss(), "grad_norm": bounds.gradient(0)}
+    for number, allowed in numbers.items():
+        expected = reference.facts[number]
+        own = abs(companion.facts[number] / expected - 1) if expected else 0.0
+        error = RelativeError(number, abs(found.facts[number] / expected - 1), max(allowed, _margin(own, precision)))
+        verdict.add("loss" if number == "heldout" else number, error)
+    for sentence in _inexact(found.facts):
+        verdict.fail(sentence)
     missing = _without_copies(reference.keys) ^ _without_copies(found.keys)
     if missing:
         verdict.fail(f"only one of the two has {sorted(missing)[:3]}")
@@ -59,9 +37,32 @@ def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfi
         (expected,) = reference.copies(key)
         scale = float(expected.norm()) or 1.0
         error = max(float((copy - expected).norm()) for copy in found.copies(key)) / scale
-        errors.append(RelativeError(key, error, _allowed(key, expected, reference, bounds, config)))
+        errors.append(RelativeError(key, error, _allowed(key, expected, reference, companion, bounds, config)))
     verdict.add_tensors(errors)
     return verdict
+
+
+def _inexact(facts: dict[str, Any]) -> Iterator[str]:
+    """Yields a sentence for each fact that does not hold exactly, as it would in any precision."""
+    for step, gathered in enumerate(facts["gathered_norms"]):
+        norms = [of_rank[step] for of_rank in facts["norms"]]
+        error = max(abs(norm / gathered - 1) for norm in norms) if gathered else max(norms)
+        if not error <= NORM_ERROR:
+            yield (
+                f"grad_norm of step {step + 1}: the gathered gradients have norm {gathered:.9g}, and a rank reports "
+                f"{max(norms, key=lambda norm: abs(norm - gathered)):.9g}"
+            )
+        if len(set(norms)) > 1:
+            yield f"grad_norm of step {step + 1}: ranks report {len(set(norms))} values, {sorted(set(norms))[:4]}"
+    replicas = facts["differing_replicas"]
+    if replicas:
+        yield f"replicas: after {len(facts['norms'][0])} steps ranks differ in {len(replicas)} tensors: {replicas[:3]}"
+
+
+def _margin(error: float, precision: str) -> float:
+    """Returns the error to allow where a precision and its companion differ by `error`: the coarser one makes it."""
+    unit = UNIT_ROUNDOFF[precision]
+    return MARGIN * error * unit / max(unit, UNIT_ROUNDOFF[companion_of(precision)])
 
 
 def _without_copies(keys: set[str]) -> set[str]:
@@ -70,24 +71,41 @@ def _without_copies(keys: set[str]) -> set[str]:
 
 
 def _allowed(
-    key: str, expected: torch.Tensor, reference: RecordedStep, bounds: Bounds, config: PretrainConfig
+    key: str,
+    expected: torch.Tensor,
+    reference: RecordedStep,
+    companion: RecordedStep,
+    bounds: Bounds,
+    config: PretrainConfig,
 ) -> float:
     """Returns the relative error of tensor `key` that rounding explains."""
     kind, _, name = key.partition("/")
     layer = _layer(name, config.model.num_layers)
     if kind == "forward":
-        return bounds.forward(layer)
+        return max(bounds.forward(layer), _own_error(key, expected, companion, bounds.precision))
     if kind == "backward":
-        return bounds.backward(layer)
-    error = bounds.gradient(max(layer, 0))
+        return max(bounds.backward(layer), _own_error(key, expected, companion, bounds.precision))
+    master = min(UNIT_ROUNDOFF["fp32"], UNIT_ROUNDOFF[bounds.precision])  # the state is fp32 under bf16
+    if kind == "state.balance":
+        return 2 * UNIT_ROUNDOFF["fp32"]  # made of whole numbers of tokens, and fp32 in any precision
+    (gradient,) = reference.copies(f"grad/{name}")
+    error = max(bounds.gradient(max(layer, 0)), _own_error(f"grad/{name}", gradient, companion, bounds.precision))
     if kind == "grad":
         return error
-    (gradient,) = reference.copies(f"grad/{name}")
-    clip = config.optimizer.clip_grad
-    clipped = gradient * min(1.0, clip / reference.facts["grad_norm"]) if clip else gradient
+    norm, clip = reference.facts["grad_norm"], reference.facts["clip_grad"]
+    if kind != "state":  # moments are proportional to the clipped gradient, or to its square
+        return (1 if kind == "state.exp_avg" else 2) * (error + bounds.gradient(0)) + 8 * master
+    clipped = gradient * min(1.0, clip / norm) if norm else gradient
     step = adam_step_bound(clipped, error, config.optimizer, config.optimizer.lr)
-    master = min(UNIT_ROUNDOFF["fp32"], UNIT_ROUNDOFF[bounds.precision])  # master weights are fp32 under bf16
     return 2 * master + float(step.norm() / expected.norm())
+
+
+def _own_error(key: str, expected: torch.Tensor, companion: RecordedStep, precision: str) -> float:
+    """Returns MARGIN times the error that the reference itself makes in a tensor."""
+    if key not in companion.keys:
+        return 0.0
+    (exact,) = companion.copies(key)
+    return _margin(float((exact - expected).norm()) / (float(expected.norm()) or 1.0), precision)
 
 
 def _layer(name: str, num_layers: int) -> int:
@@ -98,13 +116,15 @@ def _layer(name: str, num_layers: int) -> int:
 
 
 def in_order(keys: set[str], num_layers: int) -> Iterator[str]:
-    """Sorts tensors as a step computes them: forward, backward, gradients in backward order, then weights."""
+    """Sorts tensors as a step computes them: forward, backward, gradients in backward order, then the state."""
 
     def order(key: str) -> tuple[int, float, int, str]:
         kind, _, name = key.partition("/")
         layer: float = _layer(name, num_layers) + (0.5 if not name.startswith(("layers.", "embedding")) else 0.0)
-        inside = 0 if ".attention" in name else 1 if ".mlp" in name or ".moe" in name else 2
-        passes = ("forward", "backward", "grad", "weight").index(kind)
-        return (passes, layer, inside, name) if kind in ("forward", "weight") else (passes, -layer, -inside, name)
+        inside = next((i for i, part in enumerate((".attention", ".router", ".mlp", ".moe")) if part in name), 4)
+        passes = ("forward", "backward", "grad", "state").index(kind.partition(".")[0])
+        if kind in ("backward", "grad"):
+            layer, inside = -layer, -inside
+        return passes, layer, inside, key
 
     return iter(sorted(keys, key=order))

@@ -4,25 +4,30 @@ Each is a context manager within which an engine is built and takes its steps. `
 the bug in every layout, but not in the one rank that layouts are compared with.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pretrain.model import Decoder, init_weights
+from pretrain.model.balance import Balance
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents
 from pretrain.model.losses import NextToken
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
 from pretrain.model.slices import is_expert
-from pretrain.parallel import distributed_optimizer
+from pretrain.parallel import distributed_optimizer, expert_balance
 from pretrain.parallel.context_parallel import own_parts
+from pretrain.parallel.distributed_optimizer import DistributedOptimizer
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.expert_parallel import spread_experts
 from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
@@ -129,7 +134,7 @@ def router_gradients_not_summed() -> AbstractContextManager[Any]:
 
 
 def expert_gradients_doubled() -> AbstractContextManager[Any]:
-    """Experts' gradients are averaged over the ranks that hold them, not over all whose tokens they have seen."""
+    """Experts' gradients are averaged over the ranks that hold them, so doubled at ep=2 (pytorch issue 160285)."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         sum_partial(stage, mesh)
@@ -153,6 +158,136 @@ def document_mask_off_by_one() -> AbstractContextManager[Any]:
     return mock.patch(f"{ENGINE}.own_parts", planted)
 
 
+def expert_norm_not_summed_over_tp() -> AbstractContextManager[Any]:
+    """Each tp rank adds its own part of the experts' gradients to the grad norm, as DeepSpeed's bf16 optimizer did."""
+
+    def planted(self: DistributedOptimizer) -> torch.Tensor:
+        mesh = self._mesh
+        squares = torch.zeros(1 + mesh.layout.tp, dtype=torch.float64, device=mesh.device)  # others; experts by tp rank
+        for bucket in self.buckets:
+            kind = 1 + mesh.tp_rank if is_expert(bucket.parameters[0]) else 0
+            for first, end in bucket.counted:
+                squares[kind] += bucket.own_gradients[first:end].double().square().sum()
+        dist.all_reduce(squares)
+        return (squares[0] + squares[1 + mesh.tp_rank]).sqrt()
+
+    return mock.patch.object(DistributedOptimizer, "_norm", planted)
+
+
+def experts_missing_from_norm() -> AbstractContextManager[Any]:
+    """The grad norm leaves out the experts' gradients (Megatron-LM issue 5916, at ep x tp)."""
+
+    def planted(stage: PipelineStage) -> None:
+        mark_copies(stage)
+        for parameter in stage.parameters():
+            if is_expert(parameter):
+                vars(parameter)["ds_pipe_replicated"] = True  # the mark of weights to leave out
+
+    return mock.patch(f"{ENGINE}.mark_copies", planted)
+
+
+def clip_factor_for_each_group() -> AbstractContextManager[Any]:
+    """Each group of parameters is clipped by its own norm, not by the norm of all (Automodel issue 3816)."""
+    right = DistributedOptimizer.step
+
+    def planted(self: DistributedOptimizer, lr: float) -> torch.Tensor:
+        norm = self._norm()
+        for bucket in self.buckets:
+            own = bucket.own_gradients.square().sum()
+            dist.all_reduce(own, group=bucket.group)
+            bucket.own_gradients.mul_(norm / own.sqrt())
+        with mock.patch.object(self, "_norm", lambda: norm):
+            return right(self, lr)
+
+    return mock.patch.object(DistributedOptimizer, "step", planted)
+
+
+def router_counts_not_summed_over_tp() -> AbstractContextManager[Any]:
+    """Each tensor-parallel rank counts its share of the tokens alone for the router's bias (torchtitan issue 4154)."""
+
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        spread_experts(stage, mesh)
+        for moe in stage.moe_layers.values():
+            vars(moe.balance)["attach"] = partial(_attach_part, moe.balance.attach, moe.balance, mesh)
+
+    return mock.patch(f"{ENGINE}.spread_experts", planted)
+
+
+def _attach_part(
+    attach: Callable[..., torch.Tensor],
+    balance: Balance,
+    mesh: Mesh,
+    x_TH: torch.Tensor,
+    logits_TE: torch.Tensor,
+    experts_TK: torch.Tensor,
+    valid_SB: torch.Tensor,
+) -> torch.Tensor:
+    """Calls `attach`, and takes back the counts of tokens that are not in this tensor-parallel rank's share."""
+    own_S = torch.arange(len(valid_SB)) * mesh.layout.tp // len(valid_SB) == mesh.tp_rank
+    others = experts_TK.unflatten(0, (len(valid_SB), -1))[valid_SB & ~own_S[:, None].to(valid_SB.device)]
+    before = balance.tokens.clone()
+    result = attach(x_TH, logits_TE, experts_TK, valid_SB)
+    if not torch.equal(before, balance.tokens):  # the backward pass, which computes it again, does not count
+        balance.tokens -= torch.bincount(others.flatten(), minlength=len(before))
+    return result
+
+
+def router_counts_not_summed_over_replicas() -> AbstractContextManager[Any]:
+    """Each data-parallel rank moves its copy of the router's bias by the tokens that it has seen itself."""
+
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        for moe in stage.moe_layers.values():
+            moe.balance.finish(moe.balance.tokens)
+
+    return mock.patch.object(expert_balance, "finish_step", planted)
+
+
+def router_bias_multiplied_by_tp() -> AbstractContextManager[Any]:
+    """A bias that tensor-parallel ranks replicate, the router's, is summed over them (torchtitan issue 4245)."""
+    right = expert_balance.finish_step
+
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        right(stage, mesh)
+        for moe in stage.moe_layers.values():
+            dist.all_reduce(moe.balance.bias, group=mesh.tp_group)
+
+    return mock.patch.object(expert_balance, "finish_step", planted)
+
+
+@contextmanager
+def evaluation_moves_router_bias() -> Iterator[None]:
+    """Tokens of an evaluation are counted, and so move the router's bias (torchtitan issue 4148)."""
+    begin, finish = expert_balance.begin_step, expert_balance.finish_step
+
+    def spread(stage: PipelineStage, mesh: Mesh) -> None:
+        spread_experts(stage, mesh)
+        for moe in stage.moe_layers.values():
+            moe.router.register_forward_hook(partial(_count_in_evaluation, moe))
+
+    def begun(stage: PipelineStage, *args: Any) -> None:
+        counts = [moe.balance.tokens.clone() for moe in stage.moe_layers.values()]
+        begin(stage, *args)
+        for moe, count in zip(stage.moe_layers.values(), counts, strict=True):
+            moe.balance.tokens += count
+
+    def finished(stage: PipelineStage, mesh: Mesh) -> None:
+        finish(stage, mesh)
+        for moe in stage.moe_layers.values():
+            moe.balance.start()
+
+    with (
+        mock.patch(f"{ENGINE}.spread_experts", spread),
+        mock.patch.object(expert_balance, "begin_step", begun),
+        mock.patch.object(expert_balance, "finish_step", finished),
+    ):
+        yield
+
+
+def _count_in_evaluation(moe: MoE, router: torch.nn.Module, _: Any, output: Any) -> None:
+    if not router.training:
+        moe.balance.tokens += torch.bincount(output[1].flatten(), minlength=len(moe.balance.tokens))
+
+
 INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     planted.__name__: planted
     for planted in (
@@ -166,5 +301,12 @@ INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         router_gradients_not_summed,
         expert_gradients_doubled,
         document_mask_off_by_one,
+        expert_norm_not_summed_over_tp,
+        experts_missing_from_norm,
+        clip_factor_for_each_group,
+        router_counts_not_summed_over_tp,
+        router_counts_not_summed_over_replicas,
+        router_bias_multiplied_by_tp,
+        evaluation_moves_router_bias,
     )
 }

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from pages import LEFT, RIGHT, TOP, grid_line, page
-from pretrain.proof.verdict import COLUMNS, RelativeError, Verdict
+from pretrain.proof.verdict import COLUMNS, RelativeError, Verdict, kind_of
 
 WIDTH, HEIGHT, BOTTOM = 960, 250, 24
 LABELLED = 7  # about how many decades of the scale are labelled
@@ -48,8 +48,8 @@ def chart(verdict: Verdict) -> str:
     errors = [error for _, error in verdict.errors]
     # Errors below a thousandth of the smallest bound are as good as zero: they are drawn at the bottom, hollow.
     floor = math.floor(math.log10(min(error.allowed for error in errors))) - 3
-    # Bounds of weights may be far above all others, since Adam divides by small gradients; they are cut off.
-    bounds = [math.log10(error.allowed) for error in errors if not error.name.startswith("weight/")]
+    # Bounds of the state may be far above all others, since Adam divides by small gradients; they are cut off.
+    bounds = [math.log10(error.allowed) for error in errors if kind_of(error.name) != "state"]
     top = math.ceil(max(*bounds, *(_log(error, floor) for error in errors), floor + 4) + 0.2)
 
     def x_of(index: float) -> float:
@@ -63,7 +63,7 @@ def chart(verdict: Verdict) -> str:
     for power in range(floor, top + 1, every):
         label = "less" if power == floor else f"1e{power}"
         parts.append(grid_line(y_of(power), WIDTH, label))
-    for kind, group in groupby(verdict.errors, key=lambda item: item[1].name.partition("/")[0]):
+    for kind, group in groupby(verdict.errors, key=lambda item: kind_of(item[1].name)):
         run = list(group)
         x = x_of(run[0][0] - 0.5)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
@@ -75,7 +75,7 @@ def chart(verdict: Verdict) -> str:
             y = y_of(_log(error, floor))
             note = f"<title>{_text(str(error))}</title>"
             parts.append(f'<circle{css} cx="{x_of(index):.1f}" cy="{y:.1f}" r="3">{note}</circle>')
-    label = f"Relative error of each tensor in {verdict.layout}"
+    label = f"Relative error of each tensor in {verdict.layout}, {verdict.precision}"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(label)}">{"".join(parts)}</svg>'
 
 
@@ -93,7 +93,7 @@ def _log(error: RelativeError, floor: int) -> float:
 
 def _section(verdict: Verdict) -> str:
     word = '<span class="pass">pass</span>' if verdict.passed else '<span class="fail">FAIL</span>'
-    parts = [f'<h2 id="{_text(verdict.layout)}">{_text(verdict.layout)}: {word}</h2>']
+    parts = [f'<h2 id="{_text(_anchor(verdict))}">{_text(verdict.layout)} in {verdict.precision}: {word}</h2>']
     if not verdict.passed:
         parts.append(f'<p class="first">First on the way: <code>{_text(verdict.first or verdict.failed[0])}</code></p>')
         lines = "".join(f"<li>{_text(line)}</li>" for line in verdict.failed)
@@ -108,6 +108,10 @@ def _section(verdict: Verdict) -> str:
         caption = f"Relative error by tensor, in the order of the step ({drawn}); dashed: what rounding allows"
         parts.append(f"<figure><figcaption>{caption}</figcaption>{chart(verdict)}</figure>")
     return "".join(parts)
+
+
+def _anchor(verdict: Verdict) -> str:
+    return f"{verdict.layout}-{verdict.precision}"
 
 
 def _header(facts: dict[str, Any]) -> str:
@@ -138,7 +142,8 @@ def _table(verdicts: Sequence[Verdict]) -> str:
             numbers = f"{number(error.found)}<small>≤ {number(error.allowed)}</small>" if error else ""
             cells.append(f'<td class="{css}" title="{_text(error.name if error else "")}">{numbers}</td>')
         word = '<td class="pass">pass</td>' if verdict.passed else '<td class="fail">FAIL</td>'
-        name = f'<td><a href="#{_text(verdict.layout)}">{_text(verdict.layout)}</a><small>{verdict.ranks} ranks</small>'
+        link = f'<a href="#{_text(_anchor(verdict))}">{_text(verdict.layout)}</a>'
+        name = f"<td>{link}<small>{verdict.ranks} ranks, {verdict.precision}</small>"
         rows.append(f"<tr>{name}</td>{''.join(cells)}{word}<td class=n>{verdict.seconds:.0f} s</td></tr>")
     return (
         f'<div class="scroll"><table><tr><th>layout</th>{head}<th>verdict</th><th class="n">took</th></tr>'

@@ -1,24 +1,27 @@
-"""Takes one real training step as one rank of a layout, and writes all tensors of that step to files.
+"""Takes real training steps as one rank of a layout, and writes all tensors of the first one to files.
 
     torchrun --nproc-per-node 2 -m pretrain.proof.recorded_step CONFIG run.dir=OUT parallel.tp=2 --precision fp64
 
 `--precision` replaces the config's train.precision. In fp64 everything but the rotary angles is computed in fp64, from
-the weights (drawn in fp32, then widened) to Adam's moments; `model.losses` and
-`parallel.distributed_optimizer` say what differs from training for that.
+the weights (drawn in fp32, then widened) to Adam's moments; `model.losses` and `parallel.distributed_optimizer` say
+what differs from training for that.
 
-The step writes step.json (loss, grad norm, loss by source) and, for each rank, rank_N.safetensors into run.dir. Names
-begin with `forward/` for a layer's output, `backward/` for the loss's gradient with respect to that output, and `grad/`
-and `weight/` for a parameter's gradient and its value after the step. Each tensor is a slice of a whole one; the file's
-metadata holds its offset and the whole shape.
+The steps write step.json (losses, grad norms, and facts that must hold exactly) and, for each rank, rank_N.safetensors
+into run.dir. Names begin with `forward/` for a layer's output, `backward/` for the loss's gradient with respect to that
+output, `grad/` for a parameter's gradient, and `state` for what a checkpoint would hold after the first step. Each
+tensor is a slice of a whole one; the file's metadata holds its offset and the whole shape.
 """
 
 import argparse
+import gc
 import json
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,14 +36,23 @@ from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.model import Decoder, init_weights
+from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
-from pretrain.model.recompute import is_recomputing
 from pretrain.parallel import expert_balance, groups, zero
 from pretrain.parallel.engine import Engine
+from pretrain.proof.bounds import COMPANION, companion_of
+from pretrain.proof.exact import differing_replicas, gathered_norm, moment
 from pretrain.proof.injections import INJECTIONS
+from pretrain.proof.step_reader import RecordedStep
+from pretrain.proof.trace import ExpertChoices, Recorder, Slice, Trace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 SOURCES = 2
+STEPS = 3  # the first is compared with one rank's; after all three, replicas are compared with each other
+CLIP = 0.05  # a norm that initial gradients exceed, so that clipping takes part in every step
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ROWS_PERIOD = 8
 
 
 def packed_rows(first: int, count: int, vocab_size: int, seq_length: int) -> list[Row]:
@@ -57,102 +69,136 @@ def packed_rows(first: int, count: int, vocab_size: int, seq_length: int) -> lis
         positions = np.where(steps < cut, steps, np.where(steps < end, steps - cut, 0))
         mask = (segments >= 0) & (draw.random(seq_length) < draw.random())
         mask[0] = True
-        if i % 8 in (2, 3):
+        if i % ROWS_PERIOD in (2, 3):
             mask[:] = False
         tokens, labels = draw.integers(0, vocab_size, (2, seq_length))
         rows.append(Row(tokens, labels, mask, positions, segments, source=i % SOURCES))
     return rows
 
 
-class Slice(NamedTuple):
-    offset: tuple[int, ...]
-    whole: tuple[int, ...]
+def run_steps(
+    engine: Engine, config: PretrainConfig, precision: str, recorded: RecordedStep | None, steps: int
+) -> None:
+    """Evaluates, takes `steps` steps, and writes the tensors of the first one into run.dir.
 
-
-class Trace:
-    """Copies, by hooks, every layer's output and the gradient with respect to it, for each micro-batch."""
-
-    def __init__(self, engine: Engine, first_micro_batch: int):
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.slices: dict[str, Slice] = {}
-        self._first, self._mesh, self._calls = first_micro_batch, engine.mesh, Counter[str]()
-        self._factor = engine.loss_factor
-        for chunk in engine.module.chunks:
-            if chunk.stage.is_first:
-                self._watch("embedding", chunk.embedding)
-            for layer, block in chunk.blocks.items():
-                self._watch(f"layers.{layer}.attention", block.attention)
-                kind = "moe" if block.is_moe else "mlp"
-                self._watch(f"layers.{layer}.{kind}", getattr(block, kind))
-                self._watch(f"layers.{layer}", block)
-            if chunk.stage.is_last:
-                self._watch("final_norm", chunk.final_norm)
-
-    def _watch(self, name: str, module: nn.Module) -> None:
-        def forward(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            if is_recomputing():
-                return
-            key = f"{name}/{self._first + self._calls[name]}"
-            self._calls[name] += 1
-            self._keep(f"forward/{key}", output)
-            # The engine multiplies its loss by this factor, which its sums over ranks undo.
-            output.register_hook(lambda gradient: self._keep(f"backward/{key}", gradient / self._factor))
-
-        module.register_forward_hook(forward)
-
-    def _keep(self, key: str, tensor: torch.Tensor) -> None:
-        self.tensors[key] = _at_least_fp32(tensor.detach()).contiguous().clone()
-        part, parts = self._mesh.sequence_part
-        length, *rest = tensor.shape
-        self.slices[key] = Slice((part * length, *[0] * len(rest)), (parts * length, *rest))
-
-
-def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
-
-
-def run_step(engine: Engine, config: PretrainConfig, precision: str, out: Path) -> None:
-    """Takes one step on the first global batch of `packed_rows`, and writes its files into `out`."""
+    With 0 steps it stops after the gradients of the first. `recorded` is the run whose choices of experts are replayed.
+    """
     mesh, train = engine.mesh, config.train
+    recorder = Recorder(mesh)
+    choices = ExpertChoices(engine, recorder, train.micro_batch_size, recorded)
+    stride = -(-train.global_batch_size // ROWS_PERIOD) * ROWS_PERIOD  # in every step some rows are trained on
     share = share_of_rank(0, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
-    rows = packed_rows(share.start, len(share), config.model.vocab_size, train.seq_length)
-    trace = Trace(engine, share.start // train.micro_batch_size)
-    engine.accumulate(micro_batches(rows, train.micro_batch_size, share.start), NextToken())
-    named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
-    tensors, slices = trace.tensors, trace.slices
+    first_micro_batch = share.start // train.micro_batch_size
 
-    def keep(key: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        outline = zero.outline(parameter)
-        if mesh.is_first_holder(parameter) and 0 not in mesh.slices.shape(outline):
-            value = mesh.slices.without_padding(value, outline)
-            tensors[key] = _at_least_fp32(value).contiguous().clone()
-            slices[key] = Slice(mesh.slices.offset(outline), mesh.slices.global_shape(outline))
+    def batches(step: int) -> list[Batch]:
+        first = step * stride + share.start
+        rows = packed_rows(first, len(share), config.model.vocab_size, train.seq_length)
+        return micro_batches(rows, train.micro_batch_size, first)
 
-    for name, parameter in named:
-        keep(f"grad/{name}", parameter, zero.full_gradient(parameter))
-    sums = engine.update(config.optimizer.lr)
-    for name, parameter in named:
-        keep(f"weight/{name}", parameter, zero.full_weight(parameter))
+    _unbalance(engine)
+    choices.begin("heldout", first_micro_batch)
+    facts: dict[str, Any] = {"precision": precision, "heldout": engine.evaluate(batches(STEPS), NextToken()).mean_loss}
+    trace = Trace(engine, recorder, first_micro_batch, train.micro_batch_size)
+    norms, gathered = [], []
+    for step in range(max(1, steps)):
+        choices.begin(f"step{step}", first_micro_batch)
+        engine.accumulate(batches(step), NextToken())
+        trace.stop()
+        if step == 0:
+            _keep_parameters(engine, recorder, "grad", zero.full_gradient)
+        gathered.append(gathered_norm(engine))
+        if steps:
+            sums = engine.update(config.optimizer.lr)
+            norms.append(sums.grad_norm)
+        if step == 0:
+            facts |= {"loss": engine._sums.mean_loss, "grad_norm": norms[0] if norms else gathered[0]}
+        if step == 0 and steps:
+            _keep_state(engine, recorder)
+            facts |= expert_balance.stats(engine.module, engine.mesh, engine.model_config)
+    facts["gathered_norms"], facts["clip_grad"] = gathered, config.optimizer.clip_grad
+    facts["norms"] = mesh.gather_json(norms)
+    facts["differing_replicas"] = differing_replicas(engine)
+    out = Path(config.run.dir)
     out.mkdir(parents=True, exist_ok=True)
-    metadata = {key: json.dumps(own) for key, own in slices.items()}
-    save_file(tensors, str(out / f"rank_{mesh.rank:05d}.safetensors"), metadata)
-    facts = {
-        "precision": precision,
-        "loss": sums.mean_loss,
-        "grad_norm": sums.grad_norm,
-        "by_source": (sums.loss / sums.weight).tolist(),
-        **expert_balance.stats(engine.module, engine.mesh, engine.model_config),
-    }
+    metadata = {key: json.dumps(own) for key, own in recorder.slices.items()}
+    save_file(recorder.tensors, str(out / f"rank_{mesh.rank:05d}.safetensors"), metadata)
     if mesh.is_main:
         write_atomic(out / "step.json", json.dumps(facts, indent=1).encode())
 
 
-def prove_step(config: PretrainConfig, mesh: groups.Mesh, precision: str, inject: str | None = None) -> None:
-    """Builds an engine, with the bug `inject` planted if one is named, and takes its step; collective."""
+def _unbalance(engine: Engine) -> None:
+    """Gives routers the uneven load and bias of a run in progress: at its start a bug in either may not show."""
+    for name, tensor in engine.module.named_balance().items():
+        ramp = torch.linspace(-1, 1, len(tensor), device=tensor.device)
+        tensor.copy_(0.01 * ramp if name.endswith(".bias") else tensor * (1 + 0.5 * ramp))
+
+
+def _keep_parameters(engine: Engine, recorder: Recorder, kind: str, value: Callable[[nn.Parameter], Any]) -> None:
+    mesh = engine.mesh
+    for chunk in engine.module.chunks:
+        for name, parameter in chunk.named_parameters():
+            tensor = value(parameter)  # collective
+            outline = zero.outline(parameter)
+            if mesh.is_first_holder(parameter) and 0 not in mesh.slices.shape(outline):
+                tensor = mesh.slices.without_padding(tensor, outline)
+                own = Slice(mesh.slices.offset(outline), mesh.slices.global_shape(outline))
+                recorder.keep(f"{kind}/{name}", tensor, own)
+
+
+def _keep_state(engine: Engine, recorder: Recorder) -> None:
+    """Records what a checkpoint holds: master weights, Adam's moments, and the balance of experts on every rank."""
+    _keep_parameters(engine, recorder, "state", zero.full_weight)
+    for kind in MOMENTS:
+        _keep_parameters(engine, recorder, f"state.{kind}", partial(moment, engine, kind=kind))
+    for name, tensor in engine.module.named_balance().items():
+        recorder.keep(f"state.balance/{name}", tensor, Slice((0,), tuple(tensor.shape)))
+
+
+def prove_step(
+    config: PretrainConfig, mesh: groups.Mesh, precision: str, inject: str | None = None, reference: Path | None = None
+) -> None:
+    """Builds an engine, with the bug `inject` planted if one is named, and takes its steps; collective.
+
+    `reference` is the folder in which one rank recorded the same steps. In fp64 no rounding changes a choice of
+    experts, so there every layout makes its own. One rank without a reference computes the first step once more in
+    another precision, into run.dir/companion, which shows how far its own numbers are from exact ones.
+    """
+    optimizer = config.optimizer
+    clip = min(optimizer.clip_grad, CLIP) if optimizer.clip_grad else CLIP
+    config = config.model_copy(update={"optimizer": optimizer.model_copy(update={"clip_grad": clip})})
     with INJECTIONS[inject]() if inject else nullcontext():
-        dtype = DTYPES[precision]
-        engine = Engine(config.model, config.train, config.optimizer, mesh, config.run.seed, dtype, SOURCES)
-        run_step(engine, config, precision, Path(config.run.dir))
+        recorded = None if reference is None or precision == "fp64" else RecordedStep(reference)
+        _run(config, mesh, precision, recorded, STEPS)
+    if reference is None and mesh.layout.world_size == 1:
+        out = Path(config.run.dir)
+        run = config.run.model_copy(update={"dir": str(out / COMPANION)})
+        layout = replace(mesh.layout, offload_optimizer=False)  # fp64 is not built for it
+        rounded = init_rounded_to_bf16() if precision == "bf16" else nullcontext()
+        with rounded:
+            config = config.model_copy(update={"run": run})
+            _run(config, replace(mesh, layout=layout), companion_of(precision), RecordedStep(out), steps=0)
+
+
+def _run(config: PretrainConfig, mesh: groups.Mesh, precision: str, recorded: RecordedStep | None, steps: int) -> None:
+    dtype = DTYPES[precision]
+    engine = Engine(config.model, config.train, config.optimizer, mesh, config.run.seed, dtype, SOURCES)
+    run_steps(engine, config, precision, recorded, steps)
+    if hasattr(engine.zero, "destroy"):  # DeepSpeed's engines hook into autograd, where no garbage collector looks
+        engine.zero.destroy()
+    del engine
+    gc.collect()
+
+
+def init_rounded_to_bf16() -> AbstractContextManager[Any]:
+    """Context manager in which engines draw the weights that a bf16 engine draws, in their own precision."""
+
+    def rounded(chunk: Decoder, *args: Any) -> None:
+        init_weights(chunk, *args)
+        with torch.no_grad():
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.to(torch.bfloat16))
+
+    return mock.patch("pretrain.parallel.engine.init_weights", rounded)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ COLUMNS = {
     "forward": "forward",
     "backward": "backward",
     "grad": "gradients",
-    "weight": "weights",
+    "state": "state",
 }
 KEPT, FIRST_FAILED = 200, 20
 
@@ -50,6 +50,7 @@ class Verdict:
     layout: str
     ranks: int
     seconds: float
+    precision: str
     worst: dict[str, RelativeError] = field(default_factory=dict)  # by column: the error nearest to its bound
     num_tensors: int = 0
     num_failed: int = 0
@@ -77,7 +78,7 @@ class Verdict:
     def add_tensors(self, errors: Sequence[RelativeError]) -> None:
         """Adds the errors of all tensors, which are in the order in which a step computes them."""
         for error in errors:
-            self.add(error.name.partition("/")[0], error)
+            self.add(kind_of(error.name), error)
         failed = [index for index, error in enumerate(errors) if not error.within]
         nearest = sorted(range(len(errors)), key=lambda index: -errors[index].share)
         self.errors = [(index, errors[index]) for index in sorted({*failed[:FIRST_FAILED], *nearest[:KEPT]})]
@@ -86,6 +87,11 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         """Returns JSON values; NaN and infinity become text, since JSON has neither."""
         return {"passed": self.passed, **_finite(asdict(self))}
+
+
+def kind_of(name: str) -> str:
+    """Returns the column of a tensor: `state` for `state.exp_avg/x`."""
+    return name.partition("/")[0].partition(".")[0]
 
 
 def _finite(value: Any) -> Any:

@@ -9,25 +9,34 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.loader import ConfigError, toml, validate
+from configs.loader import ConfigError, load, toml, validate
 from configs.train import PretrainConfig
+from pretrain.proof.candidate import Candidate
 from pretrain.proof.compare import compare
+from pretrain.proof.fuzz import Run
 from pretrain.proof.injections import INJECTIONS
-from pretrain.proof.prove import Candidate
+from pretrain.proof.prove import fuzz
 from pretrain.proof.prove import main as prove_main
 from pretrain.proof.verdict import Verdict
 from tests.parallel.harness import RanksOf
-from tests.parallel.matrix import MODELS
+from tests.parallel.matrix import BASE, MODELS
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 
 Prove = Callable[..., Verdict]
+KINDS: dict[str, dict[str, Any]] = {
+    **MODELS,
+    # The gradient of this balancing loss is zero in micro-batches that are not trained on and give experts even loads.
+    "micro_2": {**BASE, "moe": {"num_experts": 2, "top_k": 2, "aux_loss": "global_batch", "aux_loss_coef": 0.5}},
+    # A norm over two elements amplifies rounding.
+    "small_heads": {**BASE, "num_heads": 6, "num_kv_heads": 6, "head_dim": 2, "qk_norm": True, "vocab_size": 66},
+}
 
 
 def config(model: str, run_dir: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": {"dir": str(run_dir)},
         "data": {"plan": "not read"},
-        "model": MODELS[model],
+        "model": KINDS[model],
         "train": {
             "steps": 10,
             "global_batch_size": GLOBAL_BATCH,
@@ -44,17 +53,20 @@ def prove(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Prove:
     """Runner of proofs, which returns the verdict on a layout; the reference of each model is run once."""
     ones: dict[tuple[str, str], Path] = {}
 
-    def run(world: int, model: str, parallel: dict[str, Any], precision: str, inject: str | None) -> Path:
+    def run(
+        world: int, model: str, parallel: dict[str, Any], precision: str, inject: str | None, reference: Path | None
+    ) -> Path:
         out = tmp_path_factory.mktemp("proof")
-        settings = {"config": config(model, out, parallel), "precision": precision, "inject": inject}
+        settings = {"config": config(model, out, parallel), "precision": precision}
+        settings |= {"inject": inject, "reference": reference}
         ranks(world).run("tests.parallel.workers.proof:prove", process_group=False, **settings)
         return out
 
     def prove(layout: str, model: str, inject: str | None = None, precision: str = "fp32") -> Verdict:
         if (model, precision) not in ones:
-            ones[model, precision] = run(1, model, {}, precision, None)
+            ones[model, precision] = run(1, model, {}, precision, None, None)
         candidate = Candidate.parse(layout)
-        out = run(candidate.world_size, model, candidate.parallel, precision, inject)
+        out = run(candidate.world_size, model, candidate.parallel, precision, inject, ones[model, precision])
         checked = validate(PretrainConfig, config(model, out, {}))
         return compare(ones[model, precision], out, candidate.name, candidate.world_size, checked, 0.0)
 
@@ -77,12 +89,17 @@ def prove(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Prove:
         ("cp2ep2", "moe_tied", "fp64"),
         ("tp4", "two_kv_heads", "fp64"),
         ("tp2sp_cp2", "one_kv_head", "fp64"),
+        ("tp2sp_cp2", "one_kv_head", "bf16"),
+        ("tp2", "moe", "bf16"),  # where rounding changes the choice of some experts
+        ("tp2", "micro_2", "fp32"),
+        ("tp3sp", "small_heads", "fp32"),
+        ("tp2sp_ep2", "deepseek", "bf16"),
     ],
 )
 def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: str) -> None:
     verdict = prove(layout, model, precision=precision)
     assert verdict.passed, verdict.failed[:5]
-    assert verdict.worst.keys() == {"loss", "grad_norm", "forward", "backward", "grad", "weight"}
+    assert verdict.worst.keys() == {"loss", "grad_norm", "forward", "backward", "grad", "state"}
     assert verdict.worst["grad"].found > 0  # tensors were compared, and rounding differs somewhere
 
 
@@ -93,6 +110,7 @@ def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
         *("batch_source.py:collate", "batch_source.py:stack"),  # the loss mask
         *("init.py:_draw", "init.py:init_weights", "slices.py:cut"),
         "rope.py:rotary_angles",
+        *("recorded_step.py:_unbalance", "trace.py:keep"),  # the balance of experts, which is fp32
         *("balance.py:__init__", "balance.py:finish"),  # the bias on the choice of experts
     }
     for functions in ranks(2).run(
@@ -104,33 +122,56 @@ def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
     assert norm != float(np.float32(norm))
 
 
+STATE = "state.balance/layers.0.moe.balance.bias"
+# (injected bug, layout, model, precision, first wrong tensor, beginning of a sentence that must be among the failures)
 CAUGHT = [
-    ("norm_gradients_not_summed", "tp2sp", "dense", "grad/final_norm.weight"),
-    ("partial_gradients_summed_twice", "pp2", "dense_tied", "grad/embedding.weight"),
-    ("replicated_weights_counted_tp_times", "tp2", "dense", None),
-    ("mean_of_means", "dp2", "dense", "backward/final_norm/0"),
-    ("auxiliary_loss_times_micro_batches", "pp2", "moe", "backward/layers.3.attention/0"),
-    ("chunks_initialised_alike", "pp2", "dense", "forward/layers.2.attention/0"),
-    ("qk_norm_gradients_not_summed", "tp2", "deepseek", "grad/layers.3.attention.k_norm.weight"),
-    ("router_gradients_not_summed", "tp2", "moe", "backward/layers.3.attention/0"),
-    ("expert_gradients_doubled", "ep2", "moe", "grad/layers.3.moe.experts.down_proj"),
-    ("document_mask_off_by_one", "cp2", "dense", "forward/layers.0.attention/0"),
+    ("expert_norm_not_summed_over_tp", "tp2_ep2", "moe", "bf16", None, "grad_norm of step 1: ranks report 2 values"),
+    ("clip_factor_for_each_group", "dp2", "dense", "fp32", "state.exp_avg/embedding.weight", ""),
+    (
+        "experts_missing_from_norm",
+        "tp2_ep2",
+        "moe",
+        "fp32",
+        "state.exp_avg/embedding.weight",
+        "grad_norm of step 1: the",
+    ),
+    ("norm_gradients_not_summed", "tp2sp", "dense", "fp32", "grad/final_norm.weight", "replicas: "),
+    ("partial_gradients_summed_twice", "pp2", "dense_tied", "fp32", "grad/embedding.weight", ""),
+    (
+        "replicated_weights_counted_tp_times",
+        "tp2",
+        "dense",
+        "fp32",
+        "state.exp_avg/embedding.weight",
+        "grad_norm of step 1",
+    ),
+    ("mean_of_means", "dp2", "dense", "fp32", "backward/final_norm/0", ""),
+    ("auxiliary_loss_times_micro_batches", "pp2", "moe", "fp32", "backward/layers.3.attention/0", ""),
+    ("chunks_initialised_alike", "pp2", "dense", "fp32", "forward/layers.2.attention/0", ""),
+    ("qk_norm_gradients_not_summed", "tp2", "deepseek", "fp32", "grad/layers.3.attention.k_norm.weight", "replicas: "),
+    ("router_gradients_not_summed", "tp2", "moe", "fp32", "backward/layers.3.attention/0", "replicas: "),
+    ("expert_gradients_doubled", "ep2", "moe", "fp32", "grad/layers.3.moe.experts.down_proj", ""),
+    ("document_mask_off_by_one", "cp2", "dense", "fp32", "forward/layers.0.attention/0", ""),
+    ("router_counts_not_summed_over_tp", "tp2", "deepseek", "fp32", STATE, ""),
+    ("router_counts_not_summed_over_replicas", "dp2", "deepseek", "fp32", STATE, ""),
+    ("router_counts_not_summed_over_replicas", "ep2", "deepseek", "fp32", STATE, ""),
+    ("router_bias_multiplied_by_tp", "tp2", "deepseek", "fp32", STATE, ""),
+    ("evaluation_moves_router_bias", "dp2", "deepseek", "fp32", STATE, ""),
 ]
 
 
-@pytest.mark.parametrize(("inject", "layout", "model", "first"), CAUGHT)
-def test_every_planted_bug_is_caught_where_it_first_shows(
-    prove: Prove, inject: str, layout: str, model: str, first: str | None
+@pytest.mark.parametrize(("inject", "layout", "model", "precision", "first", "sentence"), CAUGHT)
+def test_the_verdict_names_where_every_planted_bug_first_shows(
+    prove: Prove, inject: str, layout: str, model: str, precision: str, first: str | None, sentence: str
 ) -> None:
-    verdict = prove(layout, model, inject)
+    verdict = prove(layout, model, inject, precision)
     assert not verdict.passed
     assert verdict.first == first, verdict.failed[:5]
-    if first is None:  # no tensor is wrong, since Adam's first step does not depend on the scale of gradients
-        assert [failed.split(":")[0] for failed in verdict.failed] == ["grad_norm"]
+    assert any(failed.startswith(sentence) for failed in verdict.failed), verdict.failed[:5]
 
 
 def test_every_injection_is_tested() -> None:
-    assert sorted(INJECTIONS) == sorted(inject for inject, *_ in CAUGHT)
+    assert set(INJECTIONS) == {inject for inject, *_ in CAUGHT}
 
 
 @pytest.mark.parametrize(
@@ -196,3 +237,33 @@ def test_help_knows_every_bug_that_can_be_planted(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     for name, bug in INJECTIONS.items():
         assert re.search(rf"^  {name}\n    {re.escape((bug.__doc__ or '').splitlines()[0])}$", shown, re.MULTILINE)
+
+
+def test_the_fuzzer_draws_legal_layouts_that_all_pass(ranks: RanksOf, tmp_path: Path) -> None:
+    assert fuzz(6, 14, tmp_path, fuzzed_on(ranks)) == 0
+
+
+@pytest.mark.full
+def test_a_hundred_draws_pass(ranks: RanksOf, tmp_path: Path) -> None:
+    assert fuzz(100, 1, tmp_path, fuzzed_on(ranks)) == 0
+
+
+@pytest.mark.full
+def test_the_fuzzer_shrinks_a_failure_to_a_command(
+    ranks: RanksOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fuzz(12, 3, tmp_path, fuzzed_on(ranks), "qk_norm_gradients_not_summed") == 1
+    command = next(line for line in capsys.readouterr().out.splitlines() if "trivium prove" in line)
+    assert "--layouts tp2_dp1 --precision fp32 --inject qk_norm" in command
+    (file,) = list(tmp_path.glob("*.toml"))[:1]
+    assert load(PretrainConfig, file, []).model.qk_norm
+
+
+def fuzzed_on(ranks: RanksOf) -> Run:
+    """Returns a function that records the fuzzer's steps on the ranks of the tests."""
+
+    def run(world: int, config: dict[str, Any], precision: str, inject: str | None, reference: Path | None) -> None:
+        settings = {"config": config, "precision": precision, "inject": inject, "reference": reference}
+        ranks(world).run("tests.parallel.workers.proof:prove", process_group=False, **settings)
+
+    return run

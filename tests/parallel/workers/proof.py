@@ -18,11 +18,11 @@ from pretrain.proof.recorded_step import prove_step
 from tests.parallel.forks import REPOSITORY
 
 
-def prove(config: dict[str, Any], precision: str, inject: str | None = None) -> None:
+def prove(config: dict[str, Any], precision: str, inject: str | None = None, reference: str | None = None) -> None:
     checked = validate(PretrainConfig, config)
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train))
-    prove_step(checked, mesh, precision, inject)
+    prove_step(checked, mesh, precision, inject, None if reference is None else Path(reference))
     groups.stop()
 
 

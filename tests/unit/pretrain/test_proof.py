@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs.loader import ConfigError, load
-from configs.train import ModelConfig, PretrainConfig
+from configs.loader import ConfigError, load, validate
+from configs.train import ModelConfig, MoEConfig, PretrainConfig
 from pretrain.proof import proof_page, prove
 from pretrain.proof.bounds import Bounds
-from pretrain.proof.compare import RecordedStep
+from pretrain.proof.candidate import DEGREES
+from pretrain.proof.fuzz import Draw, command_of, draw, shrink
+from pretrain.proof.step_reader import RecordedStep
 from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, RelativeError, Verdict
 from tests.remedies import RANKS, remedies
 
@@ -38,7 +40,7 @@ FACTS = {
 
 
 def verdict(errors: list[RelativeError]) -> Verdict:
-    made = Verdict("tp2", 2, 1.5)
+    made = Verdict("tp2", 2, 1.5, "fp64")
     made.add("loss", RelativeError("loss", 0.0, 1e-14))
     made.add("grad_norm", RelativeError("grad_norm", 2e-16, 1e-14))
     made.add_tensors(errors)
@@ -47,7 +49,7 @@ def verdict(errors: list[RelativeError]) -> Verdict:
 
 def passes(*, bad: dict[str, float]) -> list[RelativeError]:
     """Returns two errors for each pass of a step, all within bounds except those in `bad`."""
-    names = (f"{kind}/{name}" for kind in ("forward", "backward", "grad", "weight") for name in ("a", "b"))
+    names = (f"{kind}/{name}" for kind in ("forward", "backward", "grad", "state") for name in ("a", "b"))
     return [RelativeError(name, bad.get(name, 1e-16), 1e-14) for name in names]
 
 
@@ -144,7 +146,7 @@ def test_a_layout_that_is_refused_is_mended_as_the_message_says() -> None:
         config = load(PretrainConfig, "configs/pretrain/demo_moe.toml", overrides)
         name = "".join(f"{key}{degree}" for key, degree in degrees.items())
         try:
-            prove._check(prove.Candidate.parse(name), config, precision)
+            prove._check(prove.Candidate.parse(name), config, [precision])
         except ConfigError as error:
             return str(error)
         return ""
@@ -174,6 +176,10 @@ def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Pat
     (tmp_path / "file").touch()
     asked = [
         ([demo, "--layouts", "qq2"], "'qq2' is not a layout"),
+        ([demo], "give either CONFIG and --layouts, or --fuzz N"),
+        ([demo, "--fuzz", "3"], "give either CONFIG and --layouts, or --fuzz N"),
+        (["--fuzz", "0"], "--fuzz 0 draws nothing"),
+        ([demo, "--layouts", "tp2", "--precision", "fp32,fp8"], "--precision: 'fp8' is none of fp64, fp32, bf16"),
         ([demo, "--layouts", "tp2,tp7"], "--layouts: tp7: model.num_heads = 6 is not a multiple"),
         ([demo, "--layouts", "pp2zero3"], "--layouts: pp2zero3: "),
         ([demo, "--layouts", "tp2zero2", "--precision", "fp64"], "fp64 is built for ZeRO stage 1"),
@@ -193,3 +199,32 @@ def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Pat
     )
     done = subprocess.run([sys.executable, "-c", script, json.dumps(asked)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_draws_are_the_same_for_the_same_seed_and_cover_what_the_config_allows() -> None:
+    draws = [draw(5, index) for index in range(200)]
+    assert draws == [draw(5, index) for index in range(200)] != [draw(6, index) for index in range(200)]
+    for key in DEGREES:
+        assert len({drawn.degrees[key] for drawn in draws}) > 1, key
+    assert {drawn.precision for drawn in draws} == {"fp32", "bf16", "fp64"}
+    assert {drawn.train["recompute"] for drawn in draws} == {"none", "selective", "full"}
+    for key in MoEConfig.model_fields:
+        assert len({repr(drawn.model["moe"].get(key)) for drawn in draws if "moe" in drawn.model}) > 1, key
+
+
+def test_a_failure_is_shrunk_to_what_it_needs() -> None:
+    """Shrinks a made-up failure of two features; every draw that is tried is one that training accepts."""
+    tried = []
+
+    def failures(drawn: Draw) -> list[str]:
+        tried.append(drawn.is_legal)
+        return ["wrong"] * (drawn.degrees["tp"] > 1 and drawn.model.get("moe", {}).get("gating") == "sigmoid")
+
+    drawn = next(d for d in (draw(1, i) for i in range(500)) if failures(d) and d.degrees["dp"] > 1)
+    smallest, sentences = shrink(drawn, failures)
+    assert sentences == ["wrong"] and smallest.candidate.name == "tp2_dp1" and all(tried)
+    assert smallest.model["num_layers"] == 1 and smallest.model["hidden_size"] == 8 and smallest.accum == 1
+    assert smallest.model["moe"].keys() == {"num_experts", "top_k", "gating"} and smallest.precision == "fp32"
+    config, command = command_of(smallest, Path("small.toml"))
+    assert command == "trivium prove small.toml --layouts tp2_dp1 --precision fp32"
+    assert validate(PretrainConfig, config).model.moe is not None

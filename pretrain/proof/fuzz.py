@@ -1,0 +1,256 @@
+"""Draws models, layouts, precisions and batches at random, proves each, and shrinks a failure to a small config.
+
+Draw i of a seed is a pure function of both, so that a failure can be drawn again. Models are tiny, since a bug of
+composition does not need a large one, and layouts have up to MOST_RANKS ranks.
+"""
+
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from configs.layout import Layout
+from configs.loader import ConfigError, plain, validate
+from configs.train import PretrainConfig
+from pretrain.proof.candidate import Candidate
+
+MOST_RANKS = 4
+MOST_SHRINKS = 80  # configs that are tried for one failure
+
+# Records steps in run.dir, given (number of ranks, config, precision, injected bug, folder of the reference).
+Run = Callable[[int, dict[str, Any], str, str | None, Path | None], None]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One drawn case. `degrees` are those of `candidate.DEGREES`, and `accum` counts a rank's micro-batches."""
+
+    model: dict[str, Any]
+    train: dict[str, Any]
+    optimizer: dict[str, Any]
+    degrees: dict[str, int]
+    precision: str
+    accum: int
+    sp: bool = False
+    offload: bool = False
+    seed: int = 1234
+
+    def config(self, run_dir: Path, parallel: bool) -> dict[str, Any]:
+        """Returns the config, with the layout in it or, for the reference, without."""
+        batch = self.train["micro_batch_size"] * self.accum * self.degrees["dp"]
+        section: dict[str, Any] = {"offload_optimizer": self.offload}
+        return {
+            "run": {"dir": str(run_dir), "seed": self.seed},
+            "data": {"plan": "not read"},
+            "model": self.model,
+            "train": {**self.train, "steps": 10, "global_batch_size": batch},
+            "optimizer": self.optimizer,
+            "parallel": section | (self.candidate.parallel if parallel else {}),
+        }
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate.named(self.degrees, self.sp)
+
+    @property
+    def is_legal(self) -> bool:
+        """Whether training would accept the config and, in fp64, the proof."""
+        if self.candidate.world_size > MOST_RANKS:
+            return False
+        try:
+            config = validate(PretrainConfig, self.config(Path("run"), parallel=True))
+            layout = Layout.of(self.candidate.world_size, config.parallel, config.model, config.train)
+        except ConfigError:
+            return False
+        return self.precision != "fp64" or (layout.zero == 1 and not layout.offload_optimizer)
+
+    def __str__(self) -> str:
+        moe = f", {self.model['moe']['num_experts']} experts" if "moe" in self.model else ""
+        return f"{self.candidate.name} in {self.precision}, {self.model['num_layers']} layers{moe}"
+
+
+def draw(seed: int, index: int) -> Draw:
+    """Returns draw `index` of a seed, a legal one."""
+    random_ = random.Random(f"{seed}/{index}")
+    while True:
+        drawn = _draw(random_)
+        if drawn.is_legal and drawn.candidate.world_size > 1:
+            return drawn
+
+
+def _draw(r: random.Random) -> Draw:
+    heads = r.choice((2, 4, 6, 8))
+    model: dict[str, Any] = {
+        "vocab_size": r.choice((16, 24, 64, 96)),
+        "num_layers": r.randint(1, 4),
+        "hidden_size": heads * r.choice((2, 4, 6, 8)),
+        "ffn_hidden_size": r.choice((8, 12, 24, 48)),
+        "num_heads": heads,
+        "num_kv_heads": r.choice([kv for kv in range(1, heads + 1) if heads % kv == 0]),
+        "qk_norm": r.random() < 0.4,
+        "tie_embeddings": r.random() < 0.4,
+        "init_std": r.choice((0.02, 0.1)),
+        "norm_eps": r.choice((1e-5, 1e-6)),
+    }
+    if r.random() < 0.3:
+        model["head_dim"] = r.choice((2, 4, 8))
+    if r.random() < 0.8:
+        model["moe"] = _draw_moe(r)
+    degrees = dict.fromkeys(("tp", "pp", "cp", "dp"), 1)
+    for factor in r.choice(((2,), (3,), (4,), (2, 2), (2, 2), (2, 2))):
+        degrees[r.choice(("tp", "tp", "pp", "cp", "dp"))] *= factor
+    degrees["vpp"] = r.choice((1, 2)) if degrees["pp"] > 1 else 1
+    degrees["ep"] = r.choice((1, 2, 4)) if "moe" in model else 1
+    degrees["zero"] = r.choice((1, 1, 2, 3)) if degrees["pp"] == 1 else 1
+    train = {
+        "micro_batch_size": r.choice((1, 2, 3)),
+        "seq_length": r.choice((4, 8, 12, 24)),
+        "recompute": r.choice(("none", "none", "selective", "full")),
+        "dropout": r.choice((0.0, 0.0, 0.2)),
+    }
+    optimizer = {
+        "lr": 0.01,
+        "weight_decay": r.choice((0.0, 0.1)),
+        "clip_grad": r.choice((0.0, 0.01, 1.0)),
+        "eps": r.choice((1e-8, 1e-6)),
+    }
+    return Draw(
+        model,
+        train,
+        optimizer,
+        degrees,
+        precision=r.choice(("fp32", "fp32", "bf16", "bf16", "fp64")),
+        accum=r.randint(1, 4),
+        sp=degrees["tp"] > 1 and r.random() < 0.5,
+        offload=r.random() < 0.15,
+        seed=r.randrange(10_000),
+    )
+
+
+def _draw_moe(r: random.Random) -> dict[str, Any]:
+    experts = r.choice((2, 4, 6, 8))
+    groups = r.choice([n for n in range(1, experts + 1) if experts % n == 0])
+    moe: dict[str, Any] = {
+        "num_experts": experts,
+        "top_k": r.randint(1, min(4, experts)),
+        "num_shared_experts": r.choice((0, 0, 1, 2)),
+        "gating": r.choice(("softmax", "sigmoid")),
+        "renormalize": r.random() < 0.5,
+        "routed_scaling": r.choice((1.0, 2.5)),
+        "num_groups": groups,
+        "top_groups": r.randint(1, groups),
+        "group_score": r.choice(("max", "top2")),
+        "aux_loss": r.choice(("sequence", "micro_batch", "global_batch")),
+        "aux_loss_coef": r.choice((0.0, 0.01, 0.5)),
+        "z_loss_coef": r.choice((0.0, 0.1)),
+        "bias_update_rate": r.choice((0.0, 0.05)),
+    }
+    if r.random() < 0.5:
+        moe["ffn_hidden_size"] = r.choice((8, 12, 22))
+    if r.random() < 0.25:
+        moe["capacity_factor"] = r.choice((0.5, 1.0, 1.5))
+    return moe
+
+
+@dataclass
+class Prover:
+    """Proves draws, with the bug `inject` planted if one is named; results of references are kept."""
+
+    run: Run
+    inject: str | None = None
+    _references: dict[str, Path] = field(default_factory=dict)
+    _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="trivium-fuzz-")))
+
+    def close(self) -> None:
+        """Removes what was recorded."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def failures(self, drawn: Draw) -> list[str]:
+        """Returns sentences about what is wrong in a draw's layout; none if it agrees with one rank."""
+        from pretrain.proof.compare import compare  # imports torch
+
+        candidate, out = drawn.candidate, self._folder / "layout"
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            one = self._reference(drawn)
+            self.run(candidate.world_size, drawn.config(out, parallel=True), drawn.precision, self.inject, one)
+        except (RuntimeError, AssertionError) as error:  # the second comes from a test's ranks
+            return [f"the ranks failed: {str(error)[-1500:]}"]
+        config = validate(PretrainConfig, drawn.config(out, parallel=False))
+        return compare(one, out, candidate.name, candidate.world_size, config, 0.0).failed
+
+    def _reference(self, drawn: Draw) -> Path:
+        alone = replace(drawn, degrees={"dp": drawn.degrees["dp"]}, sp=False)
+        key = repr((alone.config(Path(), parallel=False), alone.precision))
+        if key not in self._references:
+            out = self._folder / f"one{len(self._references)}"
+            self.run(1, drawn.config(out, parallel=False), drawn.precision, None, None)
+            self._references[key] = out
+        return self._references[key]
+
+
+def shrink(drawn: Draw, failures_of: Callable[[Draw], list[str]]) -> tuple[Draw, list[str]]:
+    """Returns the smallest failing draw that is found by leaving out one thing after another, and its failures."""
+    failures, tried, shrunk = failures_of(drawn), {repr(drawn)}, True
+    while shrunk:
+        shrunk = False
+        for smaller in simpler(drawn):
+            if repr(smaller) in tried or not smaller.is_legal or smaller.candidate.world_size == 1:
+                continue
+            if len(tried) > MOST_SHRINKS:
+                break
+            tried.add(repr(smaller))
+            if found := failures_of(smaller):
+                drawn, failures, shrunk = smaller, found, True
+                break
+    return drawn, failures
+
+
+def simpler(drawn: Draw) -> Iterator[Draw]:
+    """Yields simpler draws: first those of which all sizes are small, then some that are simpler by one thing each."""
+    model, train = drawn.model, drawn.train
+    sizes = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_heads": 2}
+    small: dict[str, Any] = {**sizes, "num_kv_heads": 2, "init_std": model["init_std"]}
+    short = {"micro_batch_size": 1, "seq_length": 4, "recompute": "none", "dropout": 0.0}
+    plain_ = replace(drawn, train=short, optimizer={"lr": 0.01}, accum=1, precision="fp32", offload=False)
+    moe = {key: value for key, value in model.get("moe", {}).items() if key in ("num_experts", "top_k")}
+    yield replace(plain_, model=small)
+    yield replace(plain_, model=small | {"qk_norm": True})
+    if moe:
+        yield replace(plain_, model=small | {"moe": moe})
+        yield replace(plain_, model=small | {"moe": model["moe"]})
+    for key, degree in drawn.degrees.items():
+        if degree > 1:
+            for smaller in sorted({1, degree // 2, 2} - {degree}):
+                yield replace(drawn, degrees={**drawn.degrees, key: smaller})
+    if drawn.degrees.get("ep", 1) > 1 and drawn.degrees["dp"] > 1:
+        yield replace(drawn, degrees={**drawn.degrees, "ep": 1, "dp": 1})
+    yield replace(drawn, sp=False)
+    yield replace(drawn, offload=False)
+    yield replace(drawn, precision="fp32")
+    yield replace(drawn, accum=1)
+    if "moe" in model:
+        yield replace(drawn, model={key: value for key, value in model.items() if key != "moe"})
+        for key in model["moe"]:
+            if key not in ("num_experts", "top_k"):
+                moe = {other: value for other, value in model["moe"].items() if other != key}
+                yield replace(drawn, model={**model, "moe": moe})
+        yield replace(drawn, model={**model, "moe": {**model["moe"], "top_k": 1}})
+        yield replace(drawn, model={**model, "moe": {**model["moe"], "num_experts": 2}})
+    for key, value in {**sizes, "num_kv_heads": model["num_heads"]}.items():
+        yield replace(drawn, model={**model, key: value})
+    for left_out in ("norm_eps", "head_dim", "qk_norm", "tie_embeddings"):
+        yield replace(drawn, model={key: value for key, value in model.items() if key != left_out})
+    for key, value in short.items():
+        yield replace(drawn, train={**train, key: value})
+    yield replace(drawn, optimizer={"lr": 0.01})
+
+
+def command_of(drawn: Draw, file: Path) -> tuple[dict[str, Any], str]:
+    """Returns the config to write to `file`, and the command that proves it."""
+    config = validate(PretrainConfig, drawn.config(Path("runs/fuzz"), parallel=False))
+    command = f"trivium prove {file} --layouts {drawn.candidate.name} --precision {drawn.precision}"
+    return plain(config), command
