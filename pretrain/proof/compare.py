@@ -36,8 +36,8 @@ def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfi
     for key in in_order(reference.keys & found.keys, config.model.num_layers):
         (expected,) = reference.copies(key)
         scale = float(expected.norm()) or 1.0
-        error = max(float((copy - expected).norm()) for copy in found.copies(key)) / scale
-        errors.append(RelativeError(key, error, _allowed(key, expected, reference, companion, bounds, config)))
+        difference = max(float((copy - expected).norm()) for copy in found.copies(key)) / scale
+        errors.append(RelativeError(key, difference, _allowed(key, expected, reference, companion, bounds, config)))
     verdict.add_tensors(errors)
     return verdict
 

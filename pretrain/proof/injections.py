@@ -177,8 +177,8 @@ def expert_norm_not_summed_over_tp() -> AbstractContextManager[Any]:
 def experts_missing_from_norm() -> AbstractContextManager[Any]:
     """The grad norm leaves out the experts' gradients (Megatron-LM issue 5916, at ep x tp)."""
 
-    def planted(stage: PipelineStage) -> None:
-        mark_copies(stage)
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        mark_copies(stage, mesh)
         for parameter in stage.parameters():
             if is_expert(parameter):
                 vars(parameter)["ds_pipe_replicated"] = True  # the mark of weights to leave out

@@ -68,14 +68,14 @@ class ProofRanks:
 
     def _wait(self, world_size: int) -> None:
         deadline, error = time.monotonic() + SECONDS, ""
-        pending = {process.stdout: rank for rank, (process, _) in enumerate(self._ranks[:world_size])}
+        streams = [process.stdout for process, _ in self._ranks[:world_size]]
+        pending = {stream: rank for rank, stream in enumerate(streams) if stream is not None}
         while pending:
             ready = select.select(list(pending), [], [], max(0.0, deadline - time.monotonic()))[0]
             if not ready:
                 break
             for stream in ready:
                 rank = pending.pop(stream)
-                assert stream is not None
                 line = stream.readline()
                 said = json.loads(line).get("error", "") if line else f"the process ended\n{self._tail(rank)}"
                 if said and not error:
