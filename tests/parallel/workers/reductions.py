@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 
 from pretrain.model.losses import NextToken
+from pretrain.model.slices import is_expert, tp_split
 from pretrain.parallel import distributed_optimizer, groups
 from tests.parallel.workers.layouts import make_engine
 from tests.parallel.workers.sharing import batches_of
@@ -67,7 +68,7 @@ def norms(model: dict[str, Any], parallel: dict[str, Any], dtype: str, steps: in
     weights = {
         name: parameter.detach().double().sum().item()
         for name, parameter in engine.module.named_global_parameters()
-        if not engine.mesh.slices.splits(parameter)
+        if tp_split(parameter) is None and not is_expert(parameter)
     }
     groups.stop()
     return {"norms": found, "weights": weights}
