@@ -80,7 +80,7 @@ def test_a_run_with_models(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     capsys.readouterr()
     assert what_if.main([str(config), "perplexity.max=1.5"]) == 0
     assert "perplexity.max of prose: None -> 1.5" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="another key under scores or language"):
+    with pytest.raises(ConfigError, match="a changed key under scores or language"):
         what_if.main([str(config), "scores.languages=[]"])
     assert explain.main([str(config), "--id", "mixed"]) == 0
     said = capsys.readouterr().out
