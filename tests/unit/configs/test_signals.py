@@ -15,12 +15,15 @@ ROOT = Path(__file__).resolve().parents[3]
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
 TRAINS = "watch = signals.saving().__enter__(); watch.agree(); watch.work()\n"
 
+# A process keeps ignoring what its parent ignored: nohup's children SIGHUP, a shell's background commands SIGINT.
+NOT_IGNORED = ("env", "--default-signal=INT,HUP")
+
 
 def start(script: str, *, saves: bool = True, launched: bool = False) -> subprocess.Popen[str]:
     """Starts `script` and waits until it prints `up`."""
     begin = f"import os, sys, time\nfrom configs import signals\nsignals.begin({saves}, launched={launched})\n"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", begin + script],
+        [*NOT_IGNORED, sys.executable, "-u", "-c", begin + script],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -65,7 +68,7 @@ def test_a_signal_that_was_held_back_from_the_first_instruction_on_is_answered(
 ) -> None:
     script = f"from configs import signals\nsignals.begin({saves})\nimport time; time.sleep(60)"
     process = subprocess.Popen(
-        ["env", "--block-signal=INT,TERM,HUP,USR1", sys.executable, "-c", script],
+        [*NOT_IGNORED, "--block-signal=INT,TERM,HUP,USR1", sys.executable, "-c", script],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -91,7 +94,7 @@ def test_children_have_nothing_held_back() -> None:
         "    child = multiprocessing.get_context(way).Process(target=subprocess.run, args=(show,))\n"
         "    child.start(); child.join()\n"
     )
-    argv = ["env", "--block-signal=INT,TERM,HUP,USR1", sys.executable, "-c", script]
+    argv = [*NOT_IGNORED, "--block-signal=INT,TERM,HUP,USR1", sys.executable, "-c", script]
     shown = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, check=True).stdout
     assert shown.split() == ["SigBlk:", "0" * 16] * 5
 
@@ -170,7 +173,7 @@ def test_an_interruption_of_a_string_that_runs_is_130_too(tmp_path: Path) -> Non
         "try: exec('print(\"up\"); time.sleep(60)')\nexcept KeyboardInterrupt: signals.exit(130)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "interrupted"],
+        [*NOT_IGNORED, sys.executable, "-u", "-m", "interrupted"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
