@@ -119,15 +119,17 @@ FIRST_LAYOUTS = ("tp2", "pp2", "zero1", "tp2sp_pp2vpp2", "ep2dp4", "tp2sp_ep2")
 # Models whose sizes do not divide by the layouts' degrees run the layouts where that matters alone.
 UNEVEN_MODELS, UNEVEN_LAYOUTS = ("one_kv_head", "two_kv_heads"), ("tp4", "tp4sp")
 UNEVEN_PAIRS = [
-    ("one_kv_head", "tp2"),
     ("one_kv_head", "tp2sp_pp2vpp2"),
     ("one_kv_head", "tp2zero2"),
     ("one_kv_head", "tp2sp_zero3"),
+    ("two_kv_heads", "tp4sp"),
+    ("one_kv_head", "tp2sp_cp2"),
+]
+MORE_UNEVEN_PAIRS = [
+    ("one_kv_head", "tp2"),
     ("one_kv_head", "tp2sp_zero2_offload"),
     ("two_kv_heads", "tp4"),
-    ("two_kv_heads", "tp4sp"),
     ("one_kv_head", "cp2"),
-    ("one_kv_head", "tp2sp_cp2"),
 ]
 
 
@@ -137,7 +139,7 @@ def is_first(model: str, layout: str) -> bool:
 
 ALLOWED = [(model, layout) for model in MODELS for layout in LAYOUTS if is_allowed(model, layout)]
 PAIRS = [pair for pair in ALLOWED if is_first(*pair)] + UNEVEN_PAIRS
-MORE_PAIRS = [pair for pair in ALLOWED if not is_first(*pair)]  # with make test-full
+MORE_PAIRS = [pair for pair in ALLOWED if not is_first(*pair)] + MORE_UNEVEN_PAIRS  # with make test-full
 
 # (model, layout that saves, layout that restores).
 RESUMES = [
