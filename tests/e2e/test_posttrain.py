@@ -40,7 +40,7 @@ max_new_tokens = 6
 eval_prompts = 100
 demonstrations = 1500
 [train]
-steps = 90
+steps = 75
 global_batch_size = 8
 micro_batch_size = 4
 seq_length = 128
@@ -75,7 +75,7 @@ micro_batch_size = 32
 seq_length = 24
 precision = "fp32"
 [optimizer]
-lr = 1e-4
+lr = 2e-4
 eps = 1e-5
 weight_decay = 0.0
 [schedule]
