@@ -132,10 +132,11 @@ class DistributedOptimizer:
         norm = self._norm()
         for group in self.adam.param_groups:
             group["lr"] = lr
+        too_large = ((norm + 1e-6) / self._clip_grad).clamp(min=1.0) if self._clip_grad else None
         for bucket in self.buckets:
             bucket.master.grad = bucket.own_gradients
-            if self._clip_grad:
-                bucket.own_gradients.div_(((norm + 1e-6) / self._clip_grad).clamp(min=1.0))
+            if too_large is not None:
+                bucket.own_gradients.div_(too_large)
         adam: Any = self.adam
         adam.found_inf = (~norm.isfinite()).float()  # fused kernels do nothing where it is 1
         adam.step()
@@ -195,10 +196,13 @@ class DistributedOptimizer:
     def _take(self, parameter: torch.Tensor) -> None:
         """Accumulates the gradient that a backward pass has just made, and reduces the buckets that are complete."""
         bucket, offset = _location(parameter)
-        if parameter.dtype != bucket.gradients.dtype:
-            assert parameter.grad is not None
-            bucket.gradients.narrow(0, offset, parameter.numel()).view_as(parameter).add_(parameter.grad)
+        kept = bucket.gradients.narrow(0, offset, parameter.numel()).view_as(parameter)
+        assert parameter.grad is not None
+        if parameter.dtype != kept.dtype:
+            kept.add_(parameter.grad)
             parameter.grad = None
+        else:  # a gradient anywhere else would be missing from the sums, without any other sign
+            assert parameter.grad.data_ptr() == kept.data_ptr(), "a parameter's gradient is no view of its bucket"
         bucket.waits_for -= 1
         assert bucket.waits_for >= 0, "a parameter got more gradients in a step than there are micro-batches"
         self._reduce()
