@@ -141,6 +141,7 @@ def _load() -> Any:
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
             f"run.executor = mpi needs an MPI library that mpi4py can load ({str(error).splitlines()[0]}); "
-            "run: pip install -c constraints.txt mpich, or install the cluster's own"
+            "run: pip install -c constraints.txt mpich, or put the folder of the cluster's own libmpi.so on "
+            "LD_LIBRARY_PATH"
         ) from None
     return MPI

@@ -210,7 +210,7 @@ def _remote(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]
     except ImportError as error:
         raise ConfigError(f"{key}: {pattern!r}: {error}; install that package, or copy the files") from None
     except Exception as error:  # clients raise errors of their own, whose text may contain credentials
-        detail = f": {error}" if isinstance(error, OSError) else ""
+        detail = "".join(f": {line}" for line in str(error).splitlines()[:1] if isinstance(error, OSError))
         raise ConfigError(
             f"{key}: {pattern!r} cannot be listed ({type(error).__name__}{detail}); check the address, and endpoint "
             "and credentials in the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID...) or in fsspec's configuration"

@@ -25,24 +25,29 @@ MODEL = {
     "num_kv_heads": 4,
 }
 CONTEXT = 64
+SHORT = 7  # tokens of the rows of a model whose rows are too short for any prompt and its answer
 ROW = 48  # tokens of a row of the run that has begun
 COMMANDS = {"sft": sft.main, "grpo": grpo.main}
 
 
 @pytest.fixture(scope="module")
 def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a config for each command, and checkpoints, without weights, of a dense and an MoE model."""
+    """Folder with a config for each command, and checkpoints, without weights, of three models.
+
+    One is dense, one has experts, and "short" is a dense one that was trained on short rows.
+    """
     folder = tmp_path_factory.mktemp("remedies")
-    for name, moe in (("dense", {}), ("moe", {"moe": {"num_experts": 6, "capacity_factor": 1.5}})):
+    moe = {"moe": {"num_experts": 6, "capacity_factor": 1.5}}
+    for name, more, context in (("dense", {}, CONTEXT), ("moe", moe, CONTEXT), ("short", {}, SHORT)):
         checkpoint = folder / name / "checkpoints" / "step_1"
         checkpoint.mkdir(parents=True)
         shutil.copy(tokenizer_file, folder / name / "tokenizer.model")
         facts = {
             "step": 1,
             "files": {},
-            "config": {"model": MODEL | moe},
+            "config": {"model": MODEL | more},
             "identity": Lineage(tokenizer_file).identity,
-            "context": CONTEXT,
+            "context": context,
         }
         (checkpoint / "manifest.json").write_bytes(CHECKPOINT.write(facts))
     began = Pin.of(folder / "dense/checkpoints/step_1")
@@ -157,6 +162,21 @@ def test_a_model_to_begin_from_is_found_as_the_message_says(
     else:
         right = [*(right or []), *(f"{key}={value}" for key, value in remedies(message) if "/" in value)]
     assert not refused(run["grpo"], 1, [*overrides, *right])
+
+
+@pytest.mark.parametrize(("command", "rows"), [("sft", ["train.seq_length=8"]), ("grpo", [])])
+def test_a_task_that_no_digits_fit_into_a_models_rows_fits_a_model_of_longer_rows(
+    base: Path, run: dict[str, Run], command: str, rows: list[str]
+) -> None:
+    words = "no smaller task.digits fits either, so start from a model that was trained on longer rows"
+    assert words in refused(run[command], 1, [f"init.run={base / 'short'}", *rows])
+    assert words in refused(run[command], 1, [f"init.run={base / 'short'}", *rows, "task.digits=3"])
+    # SFT's own rows were as short as the model's: the next messages name longer ones until all is well.
+    said = [message := refused(run[command], 1, [f"init.run={base / 'dense'}", *rows])]
+    while message and len(said) < 4:
+        longer = [f"{key}={value}" for key, value in remedies(message)]
+        said.append(message := refused(run[command], 1, [f"init.run={base / 'dense'}", *longer]))
+    assert not message and words not in "".join(said), said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -222,6 +222,26 @@ def test_one_of_many_ranks_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_mpi_library_of_the_cluster_is_loaded_once_the_library_path_names_its_folder() -> None:
+    """The library is that of the package mpich, which mpi4py finds by itself only in the environment it belongs to."""
+    folder = Path(sys.prefix, "lib")
+    if not (folder / "libmpi.so").exists():
+        pytest.skip("no MPI library in this Python's environment")
+    load = (
+        "import sys\nsys.exec_prefix = sys.base_exec_prefix\n"
+        "from data_pipeline.executors.mpi_executor import _load\nprint(_load().Get_library_version())"
+    )
+
+    def loaded(**more: str) -> subprocess.CompletedProcess[str]:
+        ours = environment(**{"LD_LIBRARY_PATH": "", **more})
+        return subprocess.run([sys.executable, "-c", load], env=ours, capture_output=True, text=True, timeout=120)
+
+    said = loaded().stderr.splitlines()[-1]
+    assert "run: pip install -c constraints.txt mpich, or put the folder of the cluster's own libmpi.so on" in said
+    done = loaded(**{said.split()[-1]: str(folder)})
+    assert done.stdout.startswith("MPICH"), done.stderr
+
+
 def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path) -> None:
     """If mpirun and mpi4py use different MPI libraries, each rank sees a world of one rank."""
     ours = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}

@@ -4,6 +4,7 @@ import email.utils
 import gzip
 import http.server
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,5 +176,32 @@ def test_other_file_systems(tmp_path: Path) -> None:
     memory.rm("/test_remote", recursive=True)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "three"}\n')
     assert texts(source((tmp_path / "a.jsonl").as_uri())) == texts(source(tmp_path.as_uri())) == ["three"]
-    with pytest.raises(ConfigError, match="install that package, or copy the files"):
-        find_files("s", source("dropbox://folder/a.jsonl"))
+
+
+def test_a_file_system_whose_package_is_missing_is_read_after_either_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for address, package in (("gs://b/a.jsonl", "gcsfs"), ("dropbox://folder/a.jsonl", "dropboxdrivefs")):
+        with pytest.raises(ConfigError, match=rf"{package}.*; install that package, or copy the files"):
+            find_files("s", source(address))
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "copied"}\n')
+    assert texts(source(str(tmp_path / "a.jsonl"))) == ["copied"]
+
+    # A package of that name, whose file system is fsspec's own in memory: Dropbox itself cannot run in a test.
+    (tmp_path / "dropboxdrivefs.py").write_text(
+        "from fsspec.implementations.memory import MemoryFileSystem as Memory\n\n\n"
+        "class DropboxDriveFileSystem(Memory):\n    protocol = 'dropbox'\n\n    @classmethod\n"
+        "    def _strip_protocol(cls, path):\n        return Memory._strip_protocol(path.removeprefix('dropbox://'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        fsspec.filesystem("dropbox").pipe("/folder/a.jsonl", b'{"text": "installed"}\n')
+        assert texts(source("dropbox://folder/a.jsonl")) == ["installed"]
+    finally:  # else fsspec keeps the class to the end of the process
+        del sys.modules["fsspec.registry"]._registry["dropbox"]
+
+
+def test_a_client_that_says_much_is_quoted_with_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"cannot be listed \(OSError: .*\); check the address") as raised:
+        find_files("s", source("hdfs://folder/a.jsonl"))  # pyarrow lists every place where libjvm.so could be
+    assert len(str(raised.value).splitlines()) == 1
