@@ -278,6 +278,8 @@ class ParallelConfig(Section):
     """ZeRO stage: data-parallel ranks split optimizer state (1), gradients too (2), weights too (3); 2, 3 need pp=1."""
     offload_optimizer: bool = False
     """Whether the optimizer's state is kept, and its step computed, in host memory."""
+    backend: Literal["auto", "gloo"] = "auto"
+    """How ranks exchange tensors: auto is NCCL on GPUs and gloo on CPUs; gloo lets ranks share a GPU, slowly."""
 
     @property
     def sequence_parts(self) -> int:

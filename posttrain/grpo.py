@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0
 
-    with groups.joined(env, layout) as mesh:
+    with groups.joined(env, layout, config.parallel.backend) as mesh:
         return Trainer(
             config,
             initial.model,

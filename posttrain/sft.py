@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
     if config.task and task:
         evaluators.append(TaskAccuracy(task, chat, seed, config.task.eval_prompts))
-    with groups.joined(env, layout) as mesh:
+    with groups.joined(env, layout, config.parallel.backend) as mesh:
         title, lineage = Path(config.run.dir).name, initial.lineage
         return Trainer(
             config, initial.model, source, NextToken(), mesh, evaluators, lineage, title, resume=args.resume

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 
-    with groups.joined(env, layout) as mesh:
+    with groups.joined(env, layout, config.parallel.backend) as mesh:
         try:
             name, plan = Path(config.run.dir).name, choice.plan
             evaluators = _heldout(plan, config.eval.rows, mesh)

@@ -1,12 +1,13 @@
 """Process groups of a layout, made by megatron-core's parallel_state, and one rank's coordinates in them (`Mesh`).
 
 `start` joins the world (gloo on CPU, NCCL on GPU) and makes the groups; `stop` leaves it, so that a process can join
-again with another layout, as the tests do.
+again with another layout, as the tests do. Several ranks on one GPU need `parallel.backend = gloo` (`staged_gloo`).
 """
 
 import contextlib
 import datetime
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,11 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.layout import Layout
+from configs.loader import ConfigError
 from launch.environment import ClusterEnvironment
 from pretrain.megatron import parallel_state
 from pretrain.model.slices import Slices, is_expert, tp_split
+from pretrain.parallel import staged_gloo
 from pretrain.parallel.deepspeed_import import deepspeed, redirect_to_cpu
 from pretrain.parallel.messages import gather_json
 
@@ -138,24 +141,58 @@ def device_of(local_rank: int, visible: int) -> torch.device:
     return torch.device("cuda", local_rank % visible) if visible else torch.device("cpu")
 
 
-def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) -> Mesh:
-    """Joins the world that the launcher described and makes all groups of `layout`."""
+def backend_of(device: torch.device, backend: str) -> str:
+    """Returns the name by which torch.distributed knows the groups of a device, given `parallel.backend`."""
+    if device.type != "cuda":
+        return "gloo"
+    return staged_gloo.NAME if backend == "gloo" else "cpu:gloo,cuda:nccl"
+
+
+def refuse_shared_gpus(places: Sequence[Sequence[str]]) -> None:
+    """Raises ConfigError if two ranks have the same GPU, which NCCL refuses; `places` are (host, GPU) by rank."""
+    first: dict[tuple[str, ...], int] = {}
+    for rank, place in enumerate(places):
+        other = first.setdefault(tuple(place), rank)
+        if other != rank:
+            raise ConfigError(
+                f"parallel.backend = 'auto' gives each rank a GPU of its own, but ranks {other} and {rank} on "
+                f"{place[0]} see one and the same; start fewer ranks there, or set parallel.backend=gloo, which is "
+                "slow, to try a layout on one GPU"
+            )
+
+
+def _use_gpu(device: torch.device) -> None:
+    torch.cuda.set_device(device)
+    # fp32 means fp32, also where an image's environment variables ask for TF32, and a product in bf16 is added up in
+    # fp32 to its end.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def start(env: ClusterEnvironment, layout: Layout, backend: str = "auto", timeout_minutes: float = 30) -> Mesh:
+    """Joins the world that the launcher described and makes all groups of `layout`.
+
+    `backend` is `parallel.backend`. Raises ConfigError if NCCL would find two ranks on one GPU.
+    """
     redirect_to_cpu()
+    staged_gloo.register()
     device = device_of(env.local_rank, torch.cuda.device_count())
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        _use_gpu(device)
     os.environ.update(env.as_variables())  # DeepSpeed reads torchrun's variables whoever the launcher was
     if not dist.is_initialized():
         alone = env.launcher == "single"  # a world of one rank needs no port
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            backend_of(device, backend),
             store=dist.HashStore() if alone else None,
             init_method=None if alone else "env://",
             rank=env.rank,
             world_size=env.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
+    if device.type == "cuda" and backend == "auto":
+        place = [platform.node(), str(torch.cuda.get_device_properties(device).uuid)]
+        refuse_shared_gpus(gather_json(place))  # before NCCL is first used
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
@@ -187,9 +224,9 @@ def start(env: ClusterEnvironment, layout: Layout, timeout_minutes: float = 30) 
 
 
 @contextlib.contextmanager
-def joined(env: ClusterEnvironment, layout: Layout) -> Iterator[Mesh]:
+def joined(env: ClusterEnvironment, layout: Layout, backend: str = "auto") -> Iterator[Mesh]:
     """Context manager that calls `start`, yields this rank's `Mesh`, and calls `stop` at the end."""
-    mesh = start(env, layout)
+    mesh = start(env, layout, backend)
     try:
         yield mesh
     finally:

@@ -25,7 +25,7 @@ def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfi
     for number, allowed in numbers.items():
         expected = reference.facts[number]
         own = abs(companion.facts[number] / expected - 1) if expected else 0.0
-        error = RelativeError(number, abs(found.facts[number] / expected - 1), max(allowed, _margin(own, precision)))
+        error = RelativeError(number, abs(found.facts[number] / expected - 1), max(allowed, margin(own, precision)))
         verdict.add("loss" if number == "heldout" else number, error)
     for sentence in _inexact(found.facts):
         verdict.fail(sentence)
@@ -59,7 +59,7 @@ def _inexact(facts: dict[str, Any]) -> Iterator[str]:
         yield f"replicas: after {len(facts['norms'][0])} steps ranks differ in {len(replicas)} tensors: {replicas[:3]}"
 
 
-def _margin(error: float, precision: str) -> float:
+def margin(error: float, precision: str) -> float:
     """Returns the error to allow where a precision and its companion differ by `error`: the coarser one makes it."""
     unit = UNIT_ROUNDOFF[precision]
     return MARGIN * error * unit / max(unit, UNIT_ROUNDOFF[companion_of(precision)])
@@ -92,12 +92,20 @@ def _allowed(
     error = max(bounds.gradient(max(layer, 0)), _own_error(f"grad/{name}", gradient, companion, bounds.precision))
     if kind == "grad":
         return error
-    norm, clip = reference.facts["grad_norm"], reference.facts["clip_grad"]
     if kind != "state":  # moments are proportional to the clipped gradient, or to its square
         return (1 if kind == "state.exp_avg" else 2) * (error + bounds.gradient(0)) + 8 * master
+    norm, clip = reference.facts["grad_norm"], reference.facts["clip_grad"]
     clipped = gradient * min(1.0, clip / norm) if norm else gradient
     step = adam_step_bound(clipped, error, config.optimizer, config.optimizer.lr)
     return 2 * master + float(step.norm() / expected.norm())
+
+
+def allowed_weight(
+    name: str, reference: RecordedStep, companion: RecordedStep, bounds: Bounds, config: PretrainConfig
+) -> float:
+    """Returns the relative error that rounding explains in a weight after the first step."""
+    (expected,) = reference.copies(f"state/{name}")
+    return _allowed(f"state/{name}", expected, reference, companion, bounds, config)
 
 
 def _own_error(key: str, expected: torch.Tensor, companion: RecordedStep, precision: str) -> float:
@@ -105,7 +113,7 @@ def _own_error(key: str, expected: torch.Tensor, companion: RecordedStep, precis
     if key not in companion.keys:
         return 0.0
     (exact,) = companion.copies(key)
-    return _margin(float((exact - expected).norm()) / (float(expected.norm()) or 1.0), precision)
+    return margin(float((exact - expected).norm()) / (float(expected.norm()) or 1.0), precision)
 
 
 def _layer(name: str, num_layers: int) -> int:

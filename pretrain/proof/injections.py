@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from pretrain.model import Decoder, init_weights
@@ -288,6 +289,22 @@ def _count_in_evaluation(moe: MoE, router: torch.nn.Module, _: Any, output: Any)
         moe.balance.tokens += torch.bincount(output[1].flatten(), minlength=len(moe.balance.tokens))
 
 
+def products_in_tf32() -> AbstractContextManager[Any]:
+    """Products of fp32 matrices keep 10 of 23 bits of their inputs, as a GPU's TF32 does (for --against)."""
+    right = F.linear
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            return x
+        kept = ((x.detach().contiguous().view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
+        return x + (kept.view_as(x) - x.detach())  # the gradient passes
+
+    def planted(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return right(rounded(x), rounded(weight), *rest)
+
+    return mock.patch.object(F, "linear", planted)
+
+
 INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     planted.__name__: planted
     for planted in (
@@ -308,5 +325,6 @@ INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         router_counts_not_summed_over_replicas,
         router_bias_multiplied_by_tp,
         evaluation_moves_router_bias,
+        products_in_tf32,
     )
 }

@@ -4,7 +4,8 @@ Each layout takes three steps of real training (`proof.recorded_step`) in fp32 a
 gradients and state of the first step are compared within the bounds of `proof.bounds`; facts that must hold exactly
 (`proof.exact`) are checked after every step. Where tensors differ, the FIRST one out of bounds, in the order of the
 forward pass, the backward pass and the gradients, says where to look. `--fuzz` does the same for configs drawn at
-random (`proof.fuzz`). Leaves out layouts over several machines.
+random (`proof.fuzz`), and `--against` compares devices instead of layouts (`proof.devices`). Leaves out layouts over
+several machines.
 """
 
 import argparse
@@ -46,8 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(bugs).parse_intermixed_args(argv)
     if args.inject and args.inject not in bugs:
         raise ConfigError(f"--inject {args.inject!r} is no known bug; there are {', '.join(bugs)}")
-    if (args.fuzz is None) == (args.layouts is None) or (args.config is None) != (args.layouts is None):
-        raise ConfigError("give either CONFIG and --layouts, or --fuzz N without CONFIG, which draws configs itself")
+    asked = [option for option in (args.layouts, args.fuzz, args.against, args.record) if option is not None]
+    if len(asked) != 1 or (args.config is None) != (args.layouts is None):
+        raise ConfigError(
+            "give either CONFIG and --layouts, or --fuzz N without CONFIG, which draws configs itself, or, to compare "
+            "devices, --against cpu or --record FOLDER without CONFIG"
+        )
+    precisions = args.precision.split(",")
+    if unknown := [name for name in precisions if name not in UNIT_ROUNDOFF]:
+        raise ConfigError(
+            f"--precision: {unknown[0]!r} is none of {', '.join(UNIT_ROUNDOFF)}; write fp32,bf16 for both"
+        )
+    if args.against is not None or args.record is not None:
+        return _devices(args, precisions)
     if args.fuzz is not None:
         if args.fuzz < 1:
             raise ConfigError(f"--fuzz {args.fuzz} draws nothing; give a number of 1 or more")
@@ -55,13 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ProofRanks() as pool:
             return fuzz(args.fuzz, args.seed, args.out, pool.run, args.inject)
     config = load(PretrainConfig, args.config, args.overrides)
-    parallel = ParallelConfig(offload_optimizer=config.parallel.offload_optimizer)  # names say all the rest
+    # Names of layouts say all the rest.
+    parallel = ParallelConfig(offload_optimizer=config.parallel.offload_optimizer, backend=config.parallel.backend)
     config = config.model_copy(update={"parallel": parallel})
-    precisions = args.precision.split(",")
-    if unknown := [name for name in precisions if name not in UNIT_ROUNDOFF]:
-        raise ConfigError(
-            f"--precision: {unknown[0]!r} is none of {', '.join(UNIT_ROUNDOFF)}; write fp32,bf16 for both"
-        )
     candidates = [Candidate.parse(name) for name in args.layouts.split(",")]
     for candidate in candidates:
         _check(candidate, config, precisions)
@@ -72,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(bugs: dict[str, str]) -> argparse.ArgumentParser:
     parser = command_parser(
         prog="trivium prove",
-        description="Compares layouts with one rank: loss, every gradient, grad norm, and the state after a step.",
+        description="Compares layouts with one rank, or a GPU with the CPU: loss, every gradient, grad norm, and the "
+        "state after a step.",
         example="trivium prove configs/pretrain/demo_moe.toml --layouts tp2,tp2sp,pp2vpp2,tp2pp2\n"
-        "  trivium prove --fuzz 100 --seed 7",
+        "  trivium prove --fuzz 100 --seed 7\n"
+        "  trivium prove --against cpu",
         schema=PretrainConfig,
     )
     parser.add_argument(
@@ -88,6 +98,11 @@ def _parser(bugs: dict[str, str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--fuzz", metavar="N", type=int, help="draw N small models and layouts at random, and prove them"
     )
+    parser.add_argument(
+        "--against", metavar="REFERENCE", help="compare one rank on --device with this CPU (cpu), or with a --record"
+    )
+    parser.add_argument("--record", metavar="FOLDER", type=Path, help="write what --against compares with: CPU's steps")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of --against; cuda if left out")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="the seed of --fuzz; 0 if left out")
     parser.add_argument("--out", type=Path, default=Path("runs/prove"), help="where to work; runs/prove if left out")
     listed = (f"  {name}\n    {what}" for name, what in bugs.items())
@@ -100,8 +115,7 @@ def _prove(
 ) -> int:
     from pretrain.proof.compare import compare  # imports torch, after mistakes in the arguments have been reported
 
-    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
-    verdicts = []
+    console, verdicts = _console(), []
     try:
         with ProofRanks() as pool:
             for precision in precisions:
@@ -114,14 +128,47 @@ def _prove(
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    facts = _facts(args.config, config, precisions, args.inject)
+    return _finish(_facts(args.config, config, precisions, args.inject), verdicts, args.out, console)
+
+
+def _devices(args: argparse.Namespace, precisions: Sequence[str]) -> int:
+    """Records reference files, or compares a device with them; returns the exit status."""
+    from pretrain.proof import devices
+
+    try:
+        if args.record is not None:
+            devices.record(args.record, precisions)
+            print(f"{args.record}: one rank on this CPU, in {args.precision}; --against {args.record} compares with it")
+            return 0
+        check_writable(args.out, "--out")
+        devices.check_device(args.device)
+        folder = Path(args.against)
+        if args.against == "cpu":
+            folder = args.out / "cpu"
+            shutil.rmtree(folder, ignore_errors=True)
+            devices.record(folder, precisions)
+        reference, verdicts = devices.hold_against(folder, args.out, precisions, args.device, args.inject)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    config = validate(PretrainConfig, max(reference["cases"].values(), key=len))
+    facts = _facts(f"--against {args.against}", config, precisions, args.inject)
+    if args.device == "cpu":
+        facts["device"] = "cpu"
+    return _finish(facts, verdicts, args.out, _console())
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+
+
+def _finish(facts: dict[str, Any], verdicts: Sequence[Verdict], out: Path, console: Console) -> int:
+    """Writes prove.json and prove.html, prints the table, and returns the exit status."""
     record = {**facts, "layouts": [verdict.as_json() for verdict in verdicts]}
-    write_atomic(args.out / "prove.json", json.dumps(record, indent=1).encode())
-    write_atomic(args.out / "prove.html", proof_page.draw(facts, verdicts).encode())
+    write_atomic(out / "prove.json", json.dumps(record, indent=1).encode())
+    write_atomic(out / "prove.html", proof_page.draw(facts, verdicts).encode())
     _show(facts, verdicts, console)
-    console.print(
-        f"tensor by tensor: {args.out / 'prove.html'}; all numbers: {args.out / 'prove.json'}", highlight=False
-    )
+    console.print(f"tensor by tensor: {out / 'prove.html'}; all numbers: {out / 'prove.json'}", highlight=False)
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 

@@ -1,6 +1,7 @@
 """One rank of a proof's pool: takes jobs as lines of JSON from standard input, and answers each with a line.
 
-A job is {"world_size", "port", "config", "precision", "inject", "reference"}. The answer is {} or {"error": traceback}.
+A job is {"world_size", "port", "config", "precision", "inject", "reference", "start"}. The answer is {} or
+{"error": traceback}.
 Process groups are new in every job; Python, torch and the libraries stay loaded.
 """
 
@@ -21,6 +22,7 @@ from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment
 from pretrain.parallel import groups
 from pretrain.parallel.deepspeed_import import deepspeed
+from pretrain.proof.device_rank import prove_device
 from pretrain.proof.recorded_step import prove_step
 
 
@@ -54,8 +56,11 @@ def _run(job: dict[str, Any], rank: int) -> None:
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
     reference = None if job["reference"] is None else Path(job["reference"])
     try:
-        with groups.joined(env, layout) as mesh:
-            prove_step(config, mesh, job["precision"], job["inject"], reference)
+        with groups.joined(env, layout, config.parallel.backend) as mesh:
+            if job["start"] is None:
+                prove_step(config, mesh, job["precision"], job["inject"], reference)
+            else:
+                prove_device(config, mesh, job["precision"], job["inject"], reference, Path(job["start"]))
     finally:
         _forget_ranks()
 

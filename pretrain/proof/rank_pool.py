@@ -21,10 +21,11 @@ MOST_THREADS = 60  # of a rank, before all start anew: a few of gloo's threads s
 class ProofRanks:
     """Context manager that holds the processes of ranks; ranks are started when a job first needs so many.
 
-    A rank ends when its standard input closes, so also when this process is killed.
+    A rank ends when its standard input closes, so also when this process is killed. With `device` cpu ranks see no GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "auto") -> None:
+        self._hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         self._ranks: list[tuple[subprocess.Popen[str], IO[str]]] = []
 
     def __enter__(self) -> "ProofRanks":
@@ -44,10 +45,17 @@ class ProofRanks:
         self._ranks.clear()
 
     def run(
-        self, world_size: int, config: dict[str, Any], precision: str, inject: str | None, reference: Path | None
+        self,
+        world_size: int,
+        config: dict[str, Any],
+        precision: str,
+        inject: str | None,
+        reference: Path | None,
+        start: Path | None = None,
     ) -> None:
         """Takes the recorded steps of `config` on `world_size` ranks, which write into its run.dir.
 
+        With `start`, one rank begins from the weights and rows in that file, which is made if there is none.
         Raises RuntimeError with the output of the rank that failed first, or if a rank takes too long.
         """
         if any(_threads(process.pid) > MOST_THREADS for process, _ in self._ranks):
@@ -56,6 +64,7 @@ class ProofRanks:
             self._ranks.append(self._start(len(self._ranks)))
         job = {"world_size": world_size, "port": _free_port(), "config": config, "precision": precision}
         job |= {"inject": inject, "reference": None if reference is None else str(reference)}
+        job["start"] = None if start is None else str(start)
         for process, _ in self._ranks[:world_size]:
             assert process.stdin is not None
             process.stdin.write(json.dumps(job) + "\n")
@@ -93,6 +102,7 @@ class ProofRanks:
             text=True,
             env={
                 **os.environ,
+                **self._hidden,
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 4))),
             },
         )

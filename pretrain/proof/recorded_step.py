@@ -54,6 +54,8 @@ CLIP = 0.05  # a norm that initial gradients exceed, so that clipping takes part
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ROWS_PERIOD = 8
 
+RowsOf = Callable[[int, int, int, int], Sequence[Row]]  # (first, count, vocabulary size, length) to rows
+
 
 def packed_rows(first: int, count: int, vocab_size: int, seq_length: int) -> list[Row]:
     """Makes rows that are hard on a layout: uneven documents and masks, padding, and two of eight rows untrained.
@@ -76,8 +78,18 @@ def packed_rows(first: int, count: int, vocab_size: int, seq_length: int) -> lis
     return rows
 
 
+def rows_a_step(global_batch_size: int) -> int:
+    """Returns how many rows lie between the first rows of two steps, so that in every step some are trained on."""
+    return -(-global_batch_size // ROWS_PERIOD) * ROWS_PERIOD
+
+
 def run_steps(
-    engine: Engine, config: PretrainConfig, precision: str, recorded: RecordedStep | None, steps: int
+    engine: Engine,
+    config: PretrainConfig,
+    precision: str,
+    recorded: RecordedStep | None,
+    steps: int,
+    rows_of: RowsOf = packed_rows,
 ) -> None:
     """Evaluates, takes `steps` steps, and writes the tensors of the first one into run.dir.
 
@@ -86,20 +98,20 @@ def run_steps(
     mesh, train = engine.mesh, config.train
     recorder = Recorder(mesh)
     choices = ExpertChoices(engine, recorder, train.micro_batch_size, recorded)
-    stride = -(-train.global_batch_size // ROWS_PERIOD) * ROWS_PERIOD  # in every step some rows are trained on
+    stride = rows_a_step(train.global_batch_size)
     share = share_of_rank(0, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
     first_micro_batch = share.start // train.micro_batch_size
 
     def batches(step: int) -> list[Batch]:
         first = step * stride + share.start
-        rows = packed_rows(first, len(share), config.model.vocab_size, train.seq_length)
+        rows = rows_of(first, len(share), config.model.vocab_size, train.seq_length)
         return micro_batches(rows, train.micro_batch_size, first)
 
     _unbalance(engine)
     choices.begin("heldout", first_micro_batch)
     facts: dict[str, Any] = {"precision": precision, "heldout": engine.evaluate(batches(STEPS), NextToken()).mean_loss}
     trace = Trace(engine, recorder, first_micro_batch, train.micro_batch_size)
-    norms, gathered = [], []
+    norms, gathered, losses = [], [], []
     for step in range(max(1, steps)):
         choices.begin(f"step{step}", first_micro_batch)
         engine.accumulate(batches(step), NextToken())
@@ -107,15 +119,16 @@ def run_steps(
         if step == 0:
             _keep_parameters(engine, recorder, "grad", zero.full_gradient)
         gathered.append(gathered_norm(engine))
+        losses.append(engine._sums.mean_loss)
         if steps:
             sums = engine.update(config.optimizer.lr)
             norms.append(sums.grad_norm)
         if step == 0:
-            facts |= {"loss": engine._sums.mean_loss, "grad_norm": norms[0] if norms else gathered[0]}
+            facts |= {"loss": losses[0], "grad_norm": norms[0] if norms else gathered[0]}
         if step == 0 and steps:
             _keep_state(engine, recorder)
             facts |= expert_balance.stats(engine.module, engine.mesh, engine.model_config)
-    facts["gathered_norms"], facts["clip_grad"] = gathered, config.optimizer.clip_grad
+    facts |= {"gathered_norms": gathered, "losses": losses, "clip_grad": config.optimizer.clip_grad}
     facts["norms"] = mesh.gather_json(norms)
     facts["differing_replicas"] = differing_replicas(engine)
     out = Path(config.run.dir)
@@ -163,9 +176,7 @@ def prove_step(
     experts, so there every layout makes its own. One rank without a reference computes the first step once more in
     another precision, into run.dir/companion, which shows how far its own numbers are from exact ones.
     """
-    optimizer = config.optimizer
-    clip = min(optimizer.clip_grad, CLIP) if optimizer.clip_grad else CLIP
-    config = config.model_copy(update={"optimizer": optimizer.model_copy(update={"clip_grad": clip})})
+    config = with_clipping(config)
     with INJECTIONS[inject]() if inject else nullcontext():
         recorded = None if reference is None or precision == "fp64" else RecordedStep(reference)
         _run(config, mesh, precision, recorded, STEPS)
@@ -177,6 +188,13 @@ def prove_step(
         with rounded:
             config = config.model_copy(update={"run": run})
             _run(config, replace(mesh, layout=layout), companion_of(precision), RecordedStep(out), steps=0)
+
+
+def with_clipping(config: PretrainConfig) -> PretrainConfig:
+    """Returns the config with a norm, above which gradients are clipped, that every step's gradients exceed."""
+    optimizer = config.optimizer
+    clip = min(optimizer.clip_grad, CLIP) if optimizer.clip_grad else CLIP
+    return config.model_copy(update={"optimizer": optimizer.model_copy(update={"clip_grad": clip})})
 
 
 def _run(config: PretrainConfig, mesh: groups.Mesh, precision: str, recorded: RecordedStep | None, steps: int) -> None:
@@ -213,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     config = load(PretrainConfig, args.config, args.overrides)
     env = ClusterEnvironment.read()
-    with groups.joined(env, Layout.of(env.world_size, config.parallel, config.model, config.train)) as mesh:
+    layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
+    with groups.joined(env, layout, config.parallel.backend) as mesh:
         prove_step(config, mesh, args.precision, args.inject)
     return 0
 
