@@ -78,21 +78,26 @@ def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document
 def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Computes attention of whole rows, causal where there is no mask [B, 1, queries, keys]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    if q.is_cuda and q.dtype == torch.float32:  # the kernel that keeps no scores has no grouped heads in fp32
+        k, v = (_shared(x, q.shape[1], dim=1) for x in (k, v))
     gqa = q.shape[1] != k.shape[1]
     out_BNSD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     return out_BNSD.permute(2, 0, 1, 3)
 
 
-def _varlen_has(*names: str) -> bool:
-    return varlen_attn is not None and {*names} <= inspect.signature(varlen_attn).parameters.keys()
+def _shared(x: torch.Tensor, num_heads: int, dim: int) -> torch.Tensor:
+    """Repeats key-value heads, which are in dimension `dim`, until each query head has its own."""
+    sharing = num_heads // x.shape[dim]
+    return x if sharing == 1 else x.repeat_interleave(sharing, dim)
 
 
-_KNOWN_VARLEN = _varlen_has("window_size", "enable_gqa")  # older versions have other arguments
+# Arguments of `varlen_attn` by version: torch 2.10 has is_causal, 2.11 a window instead, and 2.12 grouped heads too.
+_VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else frozenset()
 
 
 def _has_varlen(q: torch.Tensor) -> bool:
     return (
-        _KNOWN_VARLEN
+        not _VARLEN_ARGUMENTS.isdisjoint(("window_size", "is_causal"))
         and q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
@@ -105,6 +110,11 @@ def _by_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Doc
     """Lays rows one after another and computes all documents in one call."""
     length, rows = q.shape[:2]
     packed_q, packed_k, packed_v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _VARLEN_ARGUMENTS else {"is_causal": True}
+    if "enable_gqa" in _VARLEN_ARGUMENTS:
+        causal["enable_gqa"] = q.shape[2] != k.shape[2]
+    else:
+        packed_k, packed_v = (_shared(x, q.shape[2], dim=1) for x in (packed_k, packed_v))
     out = varlen_attn(
         packed_q,
         packed_k,
@@ -113,8 +123,7 @@ def _by_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Doc
         documents.ends,
         length,  # it bounds the documents' lengths, and unlike their maximum it is the same in every step
         length,
-        window_size=(-1, 0),
-        enable_gqa=q.shape[2] != k.shape[2],
+        **causal,
     )
     assert isinstance(out, torch.Tensor)
     return out.unflatten(0, (rows, length)).transpose(0, 1)

@@ -27,13 +27,15 @@ def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
     """Runner of (model, layout, options of `run_layout`), which runs each of them once."""
     done: dict[str, Results] = {}
 
-    def run(model: str, layout: str, timeout: float | None = None, **options: Any) -> Results:
-        key = f"{model} {layout} {options}"
+    def run(
+        model: str, layout: str, timeout: float | None = None, worker: str = "run_layout", **options: Any
+    ) -> Results:
+        key = f"{worker} {model} {layout} {options}"
         if key not in done:
             out: Path = tmp_path_factory.mktemp(f"{model}_{layout}")
             world, parallel = world_of(layout)
             results = ranks(world).run(
-                "tests.parallel.workers.layouts:run_layout",
+                f"tests.parallel.workers.layouts:{worker}",
                 timeout=timeout or 60 + 30 * world,
                 process_group=False,
                 model=MODELS[model],
@@ -190,6 +192,15 @@ def test_recomputing_activations_changes_nothing(run: RunLayout, model: str, lay
     results, tensors = run(model, layout, recompute=recompute)
     expected, reference = run(model, layout)
     assert results == expected  # bit by bit: the same kernels on the same numbers
+    assert tensors.keys() == reference.keys()
+    assert all(torch.equal(tensors[name], reference[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(("model", "layout"), [("moe_tied", "tp2sp"), ("moe_tied", "pp2vpp2"), ("deepseek", "cp2ep2")])
+def test_ranks_on_one_gpu_compute_the_same_through_the_host(run: RunLayout, model: str, layout: str) -> None:
+    results, tensors = run(model, layout, worker="run_staged")
+    expected, reference = run(model, layout)
+    assert results == expected  # bit by bit: gloo adds up in the same order
     assert tensors.keys() == reference.keys()
     assert all(torch.equal(tensors[name], reference[name]) for name in tensors)
 

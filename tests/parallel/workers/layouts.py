@@ -17,7 +17,7 @@ from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model import head_loss
 from pretrain.model.losses import NextToken
-from pretrain.parallel import expert_balance, groups, zero
+from pretrain.parallel import expert_balance, groups, staged_gloo, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.recorded_step import packed_rows
 
@@ -95,6 +95,18 @@ def run_layout(
         "heldout": evaluated.mean_loss,
         "slices": slices,
     }
+
+
+def run_staged(**options: Any) -> dict[str, Any]:
+    """Does what `run_layout` does over the groups of ranks that share a GPU, as if every tensor were on it."""
+    with (
+        mock.patch.object(groups, "backend_of", lambda *_: staged_gloo.NAME),
+        mock.patch.object(staged_gloo, "needs_copy", lambda _: True),
+        mock.patch.object(staged_gloo, "StagedWork", wraps=staged_gloo.StagedWork) as work,
+    ):
+        found = run_layout(**options)
+    assert work.call_count > 20
+    return found
 
 
 def _sha256(tensor: torch.Tensor) -> str:

@@ -94,7 +94,17 @@ def test_rows_that_are_cut_alike_are_one_block() -> None:
     assert Documents.of(torch.zeros(3, 5, dtype=torch.int64)).is_whole
 
 
-def test_flash_attention_is_handed_the_documents_one_after_another() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "causal"),
+    [
+        (("is_causal",), {"is_causal": True}),  # torch 2.10
+        (("window_size",), {"window_size": (-1, 0)}),  # 2.11
+        (("window_size", "enable_gqa"), {"window_size": (-1, 0)}),
+    ],
+)
+def test_flash_attention_is_handed_the_documents_one_after_another(
+    arguments: tuple[str, ...], causal: dict[str, Any]
+) -> None:
     """The kernel itself runs on GPUs alone; here a stand-in computes what its documentation says."""
 
     def stand_in(
@@ -106,16 +116,17 @@ def test_flash_attention_is_handed_the_documents_one_after_another() -> None:
         *most: int,
         **options: Any,
     ) -> torch.Tensor:
-        assert options == {"window_size": (-1, 0), "enable_gqa": k.shape[1] != HEADS}
+        grouped = {"enable_gqa": k.shape[1] != HEADS} if "enable_gqa" in arguments else {}
+        assert options == causal | grouped and (grouped or k.shape[1] == v.shape[1] == HEADS)
         lengths = ends.diff().tolist()
         assert ends is ends_k and ends.dtype == torch.int32 and most == (37, 37) and max(lengths) <= 37
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
         return torch.cat([documents.attend_rows(*(x[:, None] for x in part), None)[:, 0] for part in parts])
 
-    with mock.patch.object(documents, "varlen_attn", stand_in):
+    with mock.patch.multiple(documents, varlen_attn=stand_in, _VARLEN_ARGUMENTS=frozenset(arguments)):
         for kv_heads in (HEADS, 2):
             check_same(documents._by_varlen, drawn_rows(3), kv_heads, torch.float64, 1e-13)
 
 
 def test_the_kernel_on_gpus_takes_these_arguments() -> None:
-    assert documents._KNOWN_VARLEN
+    assert {"window_size", "enable_gqa"} <= documents._VARLEN_ARGUMENTS
