@@ -161,11 +161,11 @@ def hold_against(
                 config = {**settings, "run": {**settings["run"], "dir": str(own)}}
                 pool.run(1, config, precision, inject, one / precision, one / START)
                 checked = validate(PretrainConfig, settings)
-                verdicts.append(_compare(one / precision, own, name, checked, time.perf_counter() - started))
+                verdicts.append(compare_case(one / precision, own, name, checked, time.perf_counter() - started))
     return facts, verdicts
 
 
-def _compare(one: Path, other: Path, name: str, config: PretrainConfig, seconds: float) -> Verdict:
+def compare_case(one: Path, other: Path, name: str, config: PretrainConfig, seconds: float) -> Verdict:
     """Compares all that the first step computed, then loss and grad norm of later steps, and the last weights."""
     from pretrain.proof.compare import compare
 

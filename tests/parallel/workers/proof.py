@@ -1,9 +1,12 @@
 """Functions run in the ranks: the step of a proof, with a planted bug or with a record of the tensors it makes."""
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +17,9 @@ from configs.loader import validate
 from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment
 from pretrain.parallel import groups
+from pretrain.parallel.engine import Engine, StepSums
+from pretrain.proof.device_rank import prove_device
+from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.recorded_step import prove_step
 from tests.parallel.forks import REPOSITORY
 
@@ -24,6 +30,29 @@ def prove(config: dict[str, Any], precision: str, inject: str | None = None, ref
     mesh = groups.start(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train))
     prove_step(checked, mesh, precision, inject, None if reference is None else Path(reference))
     groups.stop()
+
+
+def prove_on_device(
+    config: dict[str, Any], precision: str, start: str, inject: str | None = None, reference: str | None = None
+) -> None:
+    checked = validate(PretrainConfig, config)
+    env = ClusterEnvironment.read()
+    planted = _doubled_later() if inject == "learning_rate_doubled_later" else nullcontext()
+    with groups.joined(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train)) as mesh, planted:
+        known = inject if inject in INJECTIONS else None
+        prove_device(checked, mesh, precision, known, None if reference is None else Path(reference), Path(start))
+
+
+@contextmanager
+def _doubled_later() -> Iterator[None]:
+    """Doubles the learning rate of all steps but the first."""
+    right, calls = Engine.update, itertools.count()
+
+    def update(engine: Engine, lr: float) -> StepSums:
+        return right(engine, lr * 2 if next(calls) else lr)
+
+    with mock.patch.object(Engine, "update", update):
+        yield
 
 
 def functions_in_fp32(config: dict[str, Any]) -> list[str]:

@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
+from configs.loader import ConfigError
 from pretrain.parallel.deepspeed_import import device_as_local_rank
-from pretrain.parallel.groups import device_of
+from pretrain.parallel.groups import backend_of, device_of, refuse_shared_gpus
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,25 @@ from pretrain.parallel.groups import device_of
 )
 def test_a_rank_uses_a_gpu_that_it_sees(local_rank: int, visible: int, device: str) -> None:
     assert device_of(local_rank, visible) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "name"),
+    [
+        ("cuda:1", "auto", "cpu:gloo,cuda:nccl"),
+        ("cuda:0", "gloo", "staged_gloo"),
+        ("cpu", "auto", "gloo"),
+        ("cpu", "gloo", "gloo"),
+    ],
+)
+def test_ranks_exchange_over_what_their_device_has(device: str, backend: str, name: str) -> None:
+    assert backend_of(torch.device(device), backend) == name
+
+
+def test_two_ranks_on_one_gpu_are_refused_with_what_to_do() -> None:
+    refuse_shared_gpus([["a", "GPU-1"], ["a", "GPU-2"], ["b", "GPU-1"]])  # hosts may number theirs alike
+    with pytest.raises(ConfigError, match=r"ranks 1 and 3 on b see one and the same; .* parallel\.backend=gloo"):
+        refuse_shared_gpus([["a", "GPU-1"], ["b", "GPU-7"], ["b", "GPU-8"], ["b", "GPU-7"]])
 
 
 @pytest.mark.parametrize("launcher", [{}, {"OMPI_COMM_WORLD_LOCAL_RANK": "3"}])
