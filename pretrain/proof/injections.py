@@ -19,7 +19,7 @@ from torch import nn
 from pretrain.model import Decoder, init_weights
 from pretrain.model.balance import Balance
 from pretrain.model.batch import Batch
-from pretrain.model.documents import Documents
+from pretrain.model.documents import Documents, attend_rows
 from pretrain.model.losses import NextToken
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
@@ -305,6 +305,15 @@ def products_in_tf32() -> AbstractContextManager[Any]:
     return mock.patch.object(F, "linear", planted)
 
 
+def attention_across_documents() -> AbstractContextManager[Any]:
+    """Attention takes each row for one document, as a kernel does that is told wrong boundaries (for --against)."""
+
+    def planted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Documents) -> torch.Tensor:
+        return attend_rows(q, k, v, None)
+
+    return mock.patch("pretrain.model.attention.attend_documents", planted)
+
+
 INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     planted.__name__: planted
     for planted in (
@@ -326,5 +335,6 @@ INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         router_bias_multiplied_by_tp,
         evaluation_moves_router_bias,
         products_in_tf32,
+        attention_across_documents,
     )
 }

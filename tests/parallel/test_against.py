@@ -51,8 +51,8 @@ def test_the_same_device_computes_the_same(
     ("inject", "case", "precision", "column"),
     [
         ("products_in_tf32", "deepseek", "fp32", "forward"),
-        ("document_mask_off_by_one", "deepseek", "fp32", "forward"),
-        ("document_mask_off_by_one", "packed", "bf16", "forward"),
+        ("attention_across_documents", "deepseek", "fp32", "forward"),
+        ("attention_across_documents", "packed", "bf16", "forward"),
         ("mean_of_means", "packed", "bf16", "grad"),
     ],
 )

