@@ -53,7 +53,7 @@ def test_the_same_device_computes_the_same(
         ("products_in_tf32", "deepseek", "fp32", "forward"),
         ("attention_across_documents", "deepseek", "fp32", "forward"),
         ("attention_across_documents", "packed", "bf16", "forward"),
-        ("mean_of_means", "packed", "bf16", "grad"),
+        ("mean_of_means", "packed", "bf16", "backward"),
     ],
 )
 def test_a_fault_of_the_second_device_is_found(
