@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 def recomputed(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
     """Calls `function(*inputs)` and stores the inputs alone; the backward pass calls it again."""
-    return checkpoint(function, *inputs, use_reentrant=False)
+    # Nothing in the model draws from the global random state, so none is kept.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def is_recomputing() -> bool:

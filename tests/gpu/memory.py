@@ -7,6 +7,7 @@ the allocator cannot use.
 """
 
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,7 +37,9 @@ def expected(model: ModelConfig, train: TrainSection, batch: Batch, dtype: torch
 
 def _saved(model: ModelConfig, train: TrainSection, batch: Batch, dtype: torch.dtype) -> int:
     """Counts the bytes of the tensors that autograd saves in the forward pass of a micro-batch, without weights."""
-    decoder = Decoder(model, context=LayerContext(dtype=dtype, device=META))
+    with mock.patch("torch.cuda.current_device", lambda: META):  # where megatron-core's layers put their weights
+        decoder = Decoder(model, context=LayerContext(dtype=dtype, device=META))
+    assert all(parameter.device == META for parameter in decoder.parameters())
     decoder.set_recompute(train.recompute)
     weights = {_storage(parameter) for parameter in decoder.parameters()}
     sizes: dict[int, int] = {}

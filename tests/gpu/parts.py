@@ -60,6 +60,7 @@ def all_parts(device: str, small: bool, out: Path) -> list[Part]:
             *("cli", "prove", str(layouts), "parallel.backend=gloo", "--layouts", "tp2,ep2,dp2,pp2"),
             *("--precision", "fp32" if small else ",".join(precisions), "--out", str(out / "layouts")),
         ),
+        own("train", "trivium train, stopped and gone on", 240, "train_run"),
         own("syncs", "waits for the device in a step", 120, "syncs"),
         own(
             "speed",
