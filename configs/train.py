@@ -211,7 +211,7 @@ class TrainSection(Section):
     seq_length: int = Field(ge=2)
     """The length of a training sequence, in tokens."""
     precision: Precision = Precision.AUTO
-    """The number format of computation; auto is bf16 on a GPU or a CPU with bf16 instructions, else fp32."""
+    """The number format of computation; auto is bf16 on a GPU or CPU that multiplies it, else fp32."""
     compile: bool = False
     """Whether blocks are compiled with torch.compile, for faster steps after a slower start."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -38,7 +38,7 @@ class PolicyCopy:
         if not self.samples_here:
             return
         if self._decoder is None:
-            dtype = next(iter(weights.values())).dtype
+            dtype = next(self._engine.module.parameters()).dtype  # the balance of experts, also a weight, is fp32
             self._decoder = build_single(self._engine.model_config, weights, dtype).to(self.mesh.device)
         else:
             load_weights(self._decoder, weights)

@@ -38,6 +38,7 @@ from pretrain.run_directory import RunDirectory
 from pretrain.schedule import learning_rate
 
 FAILED = 1
+FIRST_WITH_BF16 = (8, 0)  # capability of the first GPUs that multiply bf16: Ampere; older ones emulate it
 
 
 class Trainer:
@@ -339,10 +340,13 @@ class Trainer:
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Returns the dtype of weights in the forward pass: for `auto` bf16 on a GPU or a CPU with bf16, else fp32."""
+    """Returns the dtype of weights in the forward pass: for `auto` bf16 where the device multiplies it, else fp32."""
     if precision == Precision.AUTO:
-        cpu = torch.cpu.get_capabilities()
-        fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
+        else:
+            cpu = torch.cpu.get_capabilities()
+            fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if precision == Precision.BF16 else torch.float32
 

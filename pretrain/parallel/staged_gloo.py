@@ -48,7 +48,7 @@ class StagedGloo(dist.ProcessGroup):
     """The group of one rank; torch.distributed calls its methods by the names in `_OPERATIONS`."""
 
     def __init__(self, gloo: Any, rank: int, size: int):
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # groups in Python need no store
         self._gloo, self._rank, self._size = gloo, rank, size
 
     def size(self) -> int:

@@ -170,11 +170,11 @@ def compare_case(one: Path, other: Path, name: str, config: PretrainConfig, seco
     from pretrain.proof.compare import compare
 
     verdict = compare(one, other, name, 1, config, seconds)
-    facts = [json.loads((at / "step.json").read_text()) for at in (one, one / COMPANION, other)]
+    expected, exact, found = (json.loads((at / "step.json").read_text()) for at in (one, one / COMPANION, other))
     bounds = Bounds.of(config, verdict.precision)
-    for column, error in _later_numbers(*facts, bounds):
+    for column, error in _later_numbers(expected, exact, found, bounds):
         verdict.add(column, error)
-    for error in _final_errors(one, other, config, bounds, len(facts[0]["losses"])):
+    for error in _final_errors(one, other, config, bounds, len(expected["losses"])):
         verdict.add("state", error)
     return verdict
 

@@ -1,4 +1,4 @@
-"""Runs `trivium train` on a small plan to its end, and again in two parts; the resumed run must repeat the whole one."""
+"""Runs `trivium train` on a small plan to its end, and again in two parts, which must repeat the same numbers."""
 
 import argparse
 import json
