@@ -120,6 +120,13 @@ def test_a_rank_draws_its_own_experts_alone(ranks: RanksOf) -> None:
         assert result == {"gate_proj": own, "up_proj": own, "down_proj": own}
 
 
+def test_a_policy_is_sampled_in_the_precision_of_training(ranks: RanksOf) -> None:
+    (found,) = ranks(1).run(
+        "tests.parallel.workers.posttraining:precision_of_copy", process_group=False, model=MODELS["deepseek"]
+    )
+    assert found == ["torch.bfloat16"]
+
+
 def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
     (moe, *_), _ = run("moe", "one")
     assert min(moe["norms"]) > 0.1 and moe["moe"]["moe_aux_loss"] >= 1.0  # 1, the minimum, is perfect balance

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import ConfigError
+from posttrain.policy_copy import PolicyCopy
 from pretrain.checkpoint.lineage import TOKENIZER, Lineage
 from tests.parallel.workers.layouts import make_engine
 from tests.parallel.workers.training import save_now
@@ -18,6 +19,14 @@ def save_untrained(run_dir: str, model: dict[str, Any], tokenizer: str) -> None:
     facts = {"config": {"model": model}, "identity": identity, "context": 128}
     save_now(make_engine(model, {}), run_dir, step=1, facts=facts)
     shutil.copy(tokenizer, Path(run_dir) / TOKENIZER)
+
+
+def precision_of_copy(model: dict[str, Any]) -> list[str]:
+    """Returns the dtypes of a bf16 engine's weights and of those that are sampled from."""
+    engine = make_engine(model, {}, "bfloat16")
+    copy = PolicyCopy(engine)
+    copy.refresh()
+    return sorted({str(p.dtype) for module in (engine.module, copy.decoder) for p in module.parameters()})
 
 
 def command(module: str, argv: list[str]) -> dict[str, Any]:
