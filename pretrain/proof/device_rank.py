@@ -122,9 +122,7 @@ def _rows_from(start: Path) -> RowsOf:
         arrays = {name: file.get_tensor(f"row/{name}").numpy() for name in (*_ARRAYS, "source")}
 
     def rows(first: int, count: int, vocab_size: int, seq_length: int) -> list[Row]:
-        return [
-            Row(*(arrays[name][i] for name in _ARRAYS), source=int(arrays["source"][i]))
-            for i in range(first, first + count)
-        ]
+        taken = zip(*(arrays[name][first : first + count] for name in (*_ARRAYS, "source")), strict=True)
+        return [Row(*of_row, int(source)) for *of_row, source in taken]
 
     return rows
