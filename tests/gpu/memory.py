@@ -21,6 +21,20 @@ from pretrain.model.losses import NextToken
 META = torch.device("meta")
 
 
+class _Flash(torch.autograd.Function):
+    """Saves what flash attention saves; on meta tensors torch would take the kernel that keeps all scores."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        return out
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Any) -> torch.Tensor:
+    return _Flash.apply(q, k, v)
+
+
 def expected(model: ModelConfig, train: TrainSection, batch: Batch, dtype: torch.dtype) -> dict[str, int]:
     """Returns the terms of the formula in bytes: state, activations, head, and their sum `all`."""
     weight, parameters = dtype.itemsize, model.num_parameters()
@@ -52,7 +66,8 @@ def _saved(model: ModelConfig, train: TrainSection, batch: Batch, dtype: torch.d
         return tensor
 
     moved = batch.to(META)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, mock.patch("pretrain.model.attention.attend_documents", _attend):
         context = ForwardContext.of_batch(model, moved)
         loss = HeadLoss(moved, NextToken(), 1.0, 1)
         decoder(moved.tokens, moved.positions, moved.segments, wanted=moved.trained, context=context, loss=loss)
