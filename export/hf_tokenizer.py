@@ -1,8 +1,8 @@
-"""Converts Trivium's sentencepiece BPE tokenizer to a Hugging Face fast tokenizer with the same ids for every text.
+"""Converts Trivium's tokenizers to Hugging Face fast tokenizers with the same ids for every text.
 
 Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and, if there is one, chat_template.jinja, so that
-`AutoTokenizer.from_pretrained(folder)` works without network. Unigram models, normalization other than identity and an
-added leading space are refused, since a fast tokenizer would not give the same ids.
+`AutoTokenizer.from_pretrained(folder)` works without network. Sentencepiece models with a normalization other than
+identity or an added leading space are refused, since a fast tokenizer would not give the same ids.
 
 One difference is Hugging Face's convention: text that spells a special token (`<|user|>`) becomes that token unless the
 caller passes `split_special_tokens=True`, whereas sentencepiece never makes a control symbol from text.
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sentencepiece import sentencepiece_model_pb2
 
 from configs.files import write_atomic
-from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
+from data_pipeline.tokens.sentencepiece_tokenizer import SPACE
+from data_pipeline.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Its classes are generated at import from a serialized description, so type checkers do not know them.
 proto: Any = sentencepiece_model_pb2
 PIECE = proto.ModelProto.SentencePiece
+_NEVER = 128  # times the lowest score
 
 
 def read_model(path: str | Path) -> Any:
@@ -37,7 +39,6 @@ def read_model(path: str | Path) -> Any:
         raise ValueError(f"tokenizer model {path} is not a sentencepiece model: {error}") from None
     spec, normalizer = model.trainer_spec, model.normalizer_spec
     wanted = [
-        ("model_type", spec.model_type, proto.TrainerSpec.BPE),
         ("byte_fallback", spec.byte_fallback, True),
         ("treat_whitespace_as_suffix", spec.treat_whitespace_as_suffix, False),
         ("normalizer.name", normalizer.name, "identity"),
@@ -45,6 +46,10 @@ def read_model(path: str | Path) -> Any:
         ("remove_extra_whitespaces", normalizer.remove_extra_whitespaces, False),
         ("escape_whitespaces", normalizer.escape_whitespaces, True),
     ]
+    if spec.model_type not in (proto.TrainerSpec.BPE, proto.TrainerSpec.UNIGRAM):
+        raise ValueError(
+            f"tokenizer model {path} is neither BPE nor Unigram; train the tokenizer with the pipeline's settings"
+        )
     for key, value, expected in wanted:
         if value != expected:
             raise ValueError(
@@ -87,28 +92,43 @@ def _spelled(piece: str) -> str:
     return piece.replace(SPACE, " ")
 
 
-def convert(model: Any, add_bos: bool = True) -> "tokenizers.Tokenizer":
-    """Returns the fast tokenizer; with `add_bos`, it puts <s> in front of a text if add_special_tokens is True."""
+def convert(model: Any) -> "tokenizers.Tokenizer":
+    """Returns the fast tokenizer of a sentencepiece model."""
     import tokenizers
-    from tokenizers import AddedToken, decoders, models, processors
+    from tokenizers import AddedToken, decoders, models
 
-    vocabulary = {_spelled(p.piece): i for i, p in enumerate(model.pieces)}
-    if len(vocabulary) != len(model.pieces):
+    pieces = [_spelled(p.piece) for p in model.pieces]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    if len(vocabulary) != len(pieces):
         raise ValueError("tokenizer model has two pieces of the same text; it is damaged, train it again")
     spec = model.trainer_spec
-    fast = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges(model), unk_token=spec.unk_piece, byte_fallback=True, fuse_unk=False)
-    )
-    # There is no pre-tokenizer: sentencepiece merges over the whole text, and a space is a character like others.
+    algorithm: Any
+    if spec.model_type == proto.TrainerSpec.UNIGRAM:
+        # Pieces that sentencepiece never finds in a text, such as <0x0A>, get a score that no best path can contain.
+        never = _NEVER * min(p.score for p in model.pieces if p.type == PIECE.NORMAL)
+        scored = [
+            (name, p.score if p.type == PIECE.NORMAL else never) for name, p in zip(pieces, model.pieces, strict=True)
+        ]
+        algorithm = models.Unigram(scored, unk_id=spec.unk_id, byte_fallback=True)
+    else:
+        algorithm = models.BPE(vocabulary, merges(model), unk_token=spec.unk_piece, byte_fallback=True, fuse_unk=False)
+    fast = tokenizers.Tokenizer(algorithm)
+    # There is no pre-tokenizer: sentencepiece works on the whole text, and a space is a character like others.
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_ids(model)])
-    bos = spec.bos_piece if add_bos else ""  # in the same form as transformers makes from add_bos_token
+    return fast
+
+
+def _add_bos(fast: "tokenizers.Tokenizer", bos: str, bos_id: int) -> None:
+    """Makes `fast` put `bos` in front of a text if add_special_tokens is True; with an empty `bos`, nothing."""
+    from tokenizers import processors
+
+    # The form is the one that transformers makes from add_bos_token.
     fast.post_processor = processors.TemplateProcessing(
         single=f"{bos}:0 $A:0" if bos else "$A:0",
         pair=f"{bos}:0 $A:0 {bos}:1 $B:1" if bos else "$A:0 $B:1",
-        special_tokens=[(bos, spec.bos_id)] if bos else [],
+        special_tokens=[(bos, bos_id)] if bos else [],
     )
-    return fast
 
 
 def write_tokenizer(
@@ -119,11 +139,18 @@ def write_tokenizer(
     With a chat template, only the template has <s> and the tokenizer adds none, so that there is exactly one whether a
     rendered dialogue is tokenized with `add_special_tokens` or without.
     """
-    folder, model = Path(folder), read_model(model_path)
-    spec, specials = model.trainer_spec, special_ids(model)
-    names = {"unk_token": spec.unk_piece, "bos_token": spec.bos_piece, "eos_token": spec.eos_piece}
-    if spec.pad_id >= 0:
-        names["pad_token"] = spec.pad_piece
+    import tokenizers
+
+    folder, model_path = Path(folder), Path(model_path)
+    if model_path.suffix == ".json":
+        fast = tokenizers.Tokenizer.from_buffer(model_path.read_bytes())
+    else:
+        fast = convert(read_model(model_path))
+    own = Tokenizer.load(model_path)
+    ids = {"unk_token": own.unk_id, "bos_token": own.bos_id, "eos_token": own.eos_id, "pad_token": own.pad_id}
+    names = {name: own.pieces[number] for name, number in ids.items() if number >= 0}
+    _add_bos(fast, names["bos_token"] if chat_template is None else "", own.bos_id)
+    specials = own.special_ids
     others = [name for name in specials if name not in names.values()]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -142,10 +169,11 @@ def write_tokenizer(
         # Written to both: transformers 5 reads the file, older versions the key.
         config["chat_template"] = chat_template
         write_atomic(folder / "chat_template.jinja", chat_template.encode())
-    write_atomic(folder / "tokenizer.json", convert(model, chat_template is None).to_str(pretty=True).encode())
+    if model_path.suffix != ".json":
+        write_atomic(folder / "tokenizer.model", model_path.read_bytes())
+    write_atomic(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
     write_atomic(folder / "tokenizer_config.json", _json(config))
     write_atomic(folder / "special_tokens_map.json", _json({**names, "additional_special_tokens": others}))
-    write_atomic(folder / "tokenizer.model", Path(model_path).read_bytes())
 
 
 def first_difference(fast: Any, tokenizer: Tokenizer, texts: list[str]) -> str | None:
@@ -164,7 +192,7 @@ def first_difference(fast: Any, tokenizer: Tokenizer, texts: list[str]) -> str |
             found = f"{theirs[at : at + 3]}, ours {ours[at : at + 3]}"
             around = tokenizer.decode(ours[max(0, at - 4) : at + 4])
             return f"text {text[:40]!r}: token {at}, near {around!r}: {found}"
-        if fast.decode(theirs) != text:
+        if fast.decode(theirs, skip_special_tokens=True) != (text if tokenizer.lossless else tokenizer.decode(ours)):
             return f"text {text[:40]!r} decodes to {fast.decode(theirs)[:40]!r}"
     return None
 

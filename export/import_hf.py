@@ -13,7 +13,8 @@ from pathlib import Path
 from configs.cli import command_parser, entrypoint
 from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError, plain
-from data_pipeline.tokens.tokenizer import SPACE
+from data_pipeline.tokens.sentencepiece_tokenizer import SPACE
+from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer
 from export.publishing import RECORD, partly_written
 
 TOKENIZER_FILES = (
@@ -95,20 +96,24 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
 
 
 def _tokenizer(directory: Path) -> str:
-    """Returns the SHA-256 of the folder's sentencepiece model, or "" if it has none.
+    """Returns the SHA-256 of the folder's tokenizer that Trivium can use, or "" if it has none.
 
     Raises ConfigError if it cannot be the model's: the folder is an export of Trivium with another one, or its
     tokenizer.json has another vocabulary.
     """
-    file, record, fast = (directory / name for name in ("tokenizer.model", RECORD, "tokenizer.json"))
+    file, record, fast = (directory / name for name in (SENTENCEPIECE_FILE, RECORD, HUGGINGFACE_FILE))
     if not file.is_file():
-        return ""
+        if not _is_own(fast):
+            return ""
+        file = fast
     found = file_sha256(file)
     exported = json.loads(record.read_text(encoding="utf-8")).get("files", {}) if record.is_file() else {}
     if exported.get(file.name, found) != found:
         raise ConfigError(
             f"{file} is not the one that {directory} was exported with; restore that one, or export the model again"
         )
+    if file == fast:
+        return found
     vocabulary = json.loads(fast.read_text(encoding="utf-8"))["model"]["vocab"] if fast.is_file() else None
     if isinstance(vocabulary, dict):
         import sentencepiece
@@ -126,6 +131,15 @@ def _tokenizer(directory: Path) -> str:
                     f"{theirs[number]!r}), so one of them is another model's; put the right one there"
                 )
     return found
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a tokenizer.json is one that Trivium trained and can use without a sentencepiece model beside it."""
+    try:
+        Tokenizer.load(file)
+    except ValueError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

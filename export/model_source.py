@@ -16,12 +16,13 @@ import torch
 from configs.files import file_sha256
 from configs.loader import ConfigError, validate
 from configs.train import ModelConfig
+from data_pipeline.tokens.tokenizer import SENTENCEPIECE_FILE, tokenizer_file
 from export.tensors import open_tensors, tensor_files
 
 if TYPE_CHECKING:
     from export.chat_codec import TextCodec
 
-CHAT_TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer.model"
+CHAT_TEMPLATE = "chat_template.jinja"
 IMPORTED = "model.toml"
 
 
@@ -50,7 +51,7 @@ class ModelSource:
         if self.tokenizer is None:
             raise ConfigError(
                 f"{self.path} does not say which tokenizer it was trained with; a run of `trivium train` does, and an "
-                f"imported folder that had a {TOKENIZER}"
+                "imported folder that had a tokenizer of Trivium"
             )
         return self.tokenizer
 
@@ -134,7 +135,8 @@ def _imported(path: Path) -> ModelSource:
 
 def _imported_tokenizer(path: Path, facts: dict[str, Any]) -> Path | None:
     """Returns the path of the tokenizer that came with the weights. Raises ConfigError if another one is there."""
-    file, expected = path / TOKENIZER, facts.get("tokenizer_sha256")
+    expected = facts.get("tokenizer_sha256")
+    file = tokenizer_file(path) if expected else path / SENTENCEPIECE_FILE
     found = file_sha256(file) if file.is_file() else ""
     if expected is None:
         raise ConfigError(f"{path} was imported by another version of Trivium; import its Hugging Face folder again")

@@ -13,7 +13,7 @@ from configs.layout import CAPACITY_FACTOR, SEQ_LENGTH
 from configs.loader import ConfigError, validate
 from configs.posttrain import InitConfig
 from configs.train import ModelConfig
-from data_pipeline.tokens.tokenizer import MODEL_FILE, Tokenizer
+from data_pipeline.tokens.tokenizer import Tokenizer, tokenizer_file
 from posttrain.chat_format import ChatFormat, jinja_template
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage, Pin, PlanLocation, plan_of, text_sha256, tokenizer_of
@@ -182,8 +182,7 @@ def _tokenizer(init: InitConfig, checkpoint: Path, manifest: dict[str, Any], new
     trained = manifest.get("identity", {}).get("tokenizer")
     if trained is None:
         raise CheckpointError(f"{checkpoint} does not say which tokenizer it was trained with; train it on a data plan")
-    path = Path(init.tokenizer or "")
-    file = path / MODEL_FILE if path.is_dir() else path
+    file = tokenizer_file(init.tokenizer or "")
     if init.tokenizer is None or not (new or file.is_file()):  # a run that continues has a copy
         kept = tokenizer_of(checkpoint, manifest)
         assert kept is not None

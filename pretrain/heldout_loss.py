@@ -24,11 +24,13 @@ class HeldoutLoss:
     """Mean next-token loss of each source; with `token_bytes` also bits per byte, comparable between tokenizers.
 
     Bits per byte = total loss / ln 2 / UTF-8 bytes of the predicted tokens; special tokens are predicted but have no
-    bytes. `rows` has each source's held-out rows, `token_bytes` [V] the number of bytes of each token.
+    bytes. `rows` has each source's held-out rows, `token_bytes` [V] the number of bytes of each token; None, or zeros
+    as of a tokenizer that is not lossless, gives no bits per byte.
     """
 
     def __init__(self, rows: dict[str, Sequence[Row]], token_bytes: np.ndarray | None = None):
-        self.names, self.rows, self.token_bytes = list(rows), rows, token_bytes
+        self.names, self.rows = list(rows), rows
+        self.token_bytes = token_bytes if token_bytes is not None and token_bytes.any() else None
 
     @classmethod
     def of_plan(cls, plan: Plan, limit: int) -> "HeldoutLoss":

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from configs.data import TokenizerConfig
 from data_pipeline.tokens.store import build
-from data_pipeline.tokens.tokenizer import Tokenizer, train
+from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.training import train
 from tests.shards import write_shard
 
 ROOT = Path(__file__).resolve().parents[1]

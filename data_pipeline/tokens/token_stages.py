@@ -20,7 +20,8 @@ from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shards import TRAIN, shard_path, shards_under
 from data_pipeline.core.stage import KeepEarlier, Stage, read_manifest
 from data_pipeline.tokens.store import build
-from data_pipeline.tokens.tokenizer import FIM_CONTROLS, Tokenizer, train
+from data_pipeline.tokens.tokenizer import FIM_CONTROLS, Tokenizer
+from data_pipeline.tokens.training import train
 
 
 def tokenizer_stage(context: RunContext, documents: Stage, keep: KeepEarlier) -> Stage:
@@ -30,10 +31,10 @@ def tokenizer_stage(context: RunContext, documents: Stage, keep: KeepEarlier) ->
         "tokenizer",
         partial(_tokenizer, context),
         plain(config.tokenizer) | ({"controls": controls} if (controls := _controls(config.mixture)) else {}),
-        ("tokens.tokenizer",),
+        ("tokens.training",),
         needs=(documents,),
         counted_against=documents,
-        packages=("sentencepiece",),
+        packages=("sentencepiece", "tokenizers"),
         keep=keep,
     )
 
@@ -44,10 +45,10 @@ def tokens_stage(context: RunContext, documents: Stage, tokenizer: Stage, keep: 
         "tokens",
         partial(_tokens, context),
         {},
-        ("tokens.store", "tokens.tokenizer"),
+        ("tokens.store", "tokens.sentencepiece_tokenizer", "tokens.huggingface_tokenizer"),
         needs=(documents, tokenizer),
         counted_against=documents,
-        packages=("sentencepiece",),
+        packages=("sentencepiece", "tokenizers"),
         keep=keep,
     )
 

@@ -1,10 +1,10 @@
 """A model's tokenizer, chat template and origin, all of which every run keeps in its own directory.
 
-A run directory has `tokenizer.model`, and after post-training `chat_template.jinja`. The identity in each checkpoint's
-manifest holds their SHA-256, so that weights are never used with another tokenizer or template than in training. The
-manifest also holds the model's `context`, the checkpoint that the run began from (`init`), and its data plan, whose
-held-out part evaluations use. So a run may be moved, and the run that it began from may continue, be moved or be
-deleted.
+A run directory has `tokenizer.model` or `tokenizer.json`, and after post-training `chat_template.jinja`. The identity
+in each checkpoint's manifest holds their SHA-256, so that weights are never used with another tokenizer or template
+than in training. The manifest also holds the model's `context`, the checkpoint that the run began from (`init`), and
+its data plan, whose held-out part evaluations use. So a run may be moved, and the run that it began from may continue,
+be moved or be deleted.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError
 from data_pipeline.mixture.earlier import where
 from data_pipeline.mixture.rows import Plan
+from data_pipeline.tokens.tokenizer import file_name, tokenizer_file
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 
-TOKENIZER, CHAT_TEMPLATE = "tokenizer.model", "chat_template.jinja"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Lineage:
             content = self.tokenizer.read_bytes()
             if hashlib.sha256(content).hexdigest() != identity["tokenizer"]:
                 raise ConfigError(f"{self.tokenizer} was replaced while the run started; start it again")
-            write_atomic(run_dir / TOKENIZER, content)
+            write_atomic(run_dir / file_name(self.tokenizer), content)
         if self.chat_template is not None:
             write_atomic(run_dir / CHAT_TEMPLATE, self.chat_template.encode())
 
@@ -136,12 +137,12 @@ def tokenizer_of(path: Path, manifest: dict[str, Any]) -> Path | None:
     if sha256 is None:
         return None
     plan = plan_of(manifest)
-    if not (run / TOKENIZER).is_file() and plan is not None and (folder := plan.find(run)) is not None:
+    if not tokenizer_file(run).is_file() and plan is not None and (folder := plan.find(run)) is not None:
         with contextlib.suppress(ValueError):
             other = Plan.open(folder).tokenizer_path
             if file_sha256(other) == sha256:
                 return other
-    return _kept(run / TOKENIZER, sha256)
+    return _kept(tokenizer_file(run), sha256)
 
 
 def _kept(file: Path, sha256: str) -> Path:

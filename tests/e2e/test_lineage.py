@@ -18,7 +18,8 @@ from configs.loader import ConfigError
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT, PLAN
 from data_pipeline.mixture.plan_files import build_plan
-from data_pipeline.tokens.tokenizer import Tokenizer, train
+from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.training import train
 from export import chat, generate, huggingface, import_hf
 from export.model_source import open_source
 from posttrain.chat_format import jinja_template

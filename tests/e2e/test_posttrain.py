@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.data import TokenizerConfig
-from data_pipeline.tokens.tokenizer import train as train_tokenizer
+from data_pipeline.tokens.training import train as train_tokenizer
 from posttrain.chat_format import jinja_template
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RankError, Ranks, RanksOf

@@ -14,7 +14,8 @@ import sentencepiece
 
 from configs.data import TokenizerConfig
 from data_pipeline.tokens.store import build
-from data_pipeline.tokens.tokenizer import Tokenizer, train
+from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.training import train
 from tests.bench.data_pipeline.measure import Result, cpu_seconds, size_mb, texts
 from tests.shards import write_shard
 

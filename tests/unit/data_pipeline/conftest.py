@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from configs.data import TokenizerConfig
-from data_pipeline.tokens import store, tokenizer
+from data_pipeline.tokens import store, tokenizer, training
 from tests.shards import write_shard
 
 DEMO = Path(__file__).parents[3] / "data" / "demo"
@@ -47,7 +47,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.train(sorted(documents.glob("train/*/*.zst")), out, TokenizerConfig(vocab_size=3000, train_bytes=600_000))
+    training.train(sorted(documents.glob("train/*/*.zst")), out, TokenizerConfig(vocab_size=3000, train_bytes=600_000))
     return out
 
 

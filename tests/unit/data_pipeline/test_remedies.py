@@ -19,7 +19,7 @@ from data_pipeline import run
 from data_pipeline.core import progress
 from data_pipeline.provenance import recall, sample, trace, verify, what_if
 from data_pipeline.report import ledger_tables
-from data_pipeline.tokens import tokenizer
+from data_pipeline.tokens import training
 from tests.data_runs import ROOT
 from tests.shards import write_shard
 from tests.small_sources import write_config
@@ -120,7 +120,7 @@ def test_a_vocabulary_gets_the_size_that_the_message_says(tmp_path: Path) -> Non
 
     def train(size: int) -> dict[str, Any]:
         settings = TokenizerConfig(vocab_size=size, character_coverage=1.0)
-        return tokenizer.train([tmp_path / "a.jsonl.zst"], tmp_path / "out", settings)
+        return training.train([tmp_path / "a.jsonl.zst"], tmp_path / "out", settings)
 
     for text, size, remedy in (
         (english, 60_000, r"lower tokenizer\.vocab_size to (\d+), or give it more text"),

@@ -356,7 +356,7 @@ def test_other_settings_make_other_plans_and_keep_what_a_training_run_needs(
 
     assert main([str(config)]) == 0
     plain = ledger(run_dir)
-    symbols = json.loads((run_dir / "tokenizer/tokenizer.json").read_text())["special_ids"]
+    symbols = json.loads((run_dir / "tokenizer/info.json").read_text())["special_ids"]
     assert not any("fim" in name for name in symbols)
     first = Plan.open(run_dir / "plan")
     rows = [first.row(i).tokens for i in range(60)]
@@ -371,7 +371,7 @@ def test_other_settings_make_other_plans_and_keep_what_a_training_run_needs(
     # Fill-in-the-middle adds control symbols, so that the tokenizer and all tokens change.
     note_use(first.path.with_name(f"plan.{first.fingerprint[:16]}"), run_dir / "some_run")
     assert main([str(config), "mixture.fim.prose=0.5"]) == 0
-    symbols = json.loads((run_dir / "tokenizer/tokenizer.json").read_text())["special_ids"]
+    symbols = json.loads((run_dir / "tokenizer/info.json").read_text())["special_ids"]
     assert symbols["<|fim_middle|>"] == 10
     again = ledger(run_dir)
     assert [name for name in again if again[name]["fresh"]] == ["tokenizer", "tokens", "plan"]

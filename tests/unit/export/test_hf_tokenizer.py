@@ -10,10 +10,14 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import Tokenizer as PlainTokenizer
 from transformers import AutoTokenizer
 
-from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
+from configs.data import TokenizerConfig, TokenizerKind
+from data_pipeline.tokens.sentencepiece_tokenizer import SPACE
+from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.training import train
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import PIECE, first_difference, read_model, write_tokenizer
 from posttrain.chat_format import ChatFormat, jinja_template
+from tests.shards import write_shard
 from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings
 
 TEMPLATE = "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -34,6 +38,28 @@ def test_same_ids_on_prose_code_and_odd_strings(folder: Path, tokenizer_path: Pa
     code = Path(random.__file__).read_text(encoding="utf-8")
     texts = [CHINESE, ENGLISH, code, *ODD_TEXTS, *odd_strings(1500, pieces)]
     assert first_difference(fast, Tokenizer.load(tokenizer_path), texts) is None
+
+
+@pytest.mark.parametrize("kind", list(TokenizerKind)[1:])
+def test_other_kinds_give_the_same_ids(tmp_path: Path, kind: TokenizerKind):
+    """Runs of spaces and newlines, spelled control symbols and byte tokens included; with and without a template."""
+    code = Path(random.__file__).read_text(encoding="utf-8")
+    texts = [code[i : i + 1500] for i in range(0, len(code), 1500)] + [CHINESE, ENGLISH] * 5
+    shard = write_shard(tmp_path / "text.jsonl.zst", [{"text": text} for text in texts])
+    train([shard], tmp_path / "own", TokenizerConfig(kind=kind, vocab_size=900))
+    own = Tokenizer.load(tmp_path / "own")
+    runs = [f"a{sign * size}b" for sign in (" ", "\n", "\t") for size in (1, 2, 3, 6, 7, 31, 400)]
+    odd = [*odd_strings(800, own.pieces[8:]), "<0x0A><0x41> <s><|user|>", *runs]
+    for template in (TEMPLATE, None):
+        folder = tmp_path / f"hf_{template is None}"
+        folder.mkdir()
+        write_tokenizer(folder, own.origin, max_length=128, chat_template=template)
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        fast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        assert first_difference(fast, own, [*texts, *ODD_TEXTS, *odd]) is None
+        assert fast("of wisdom").input_ids == [1] * (template is None) + own.encode("of wisdom")
+        assert (fast.unk_token_id, fast.bos_token_id, fast.eos_token_id, fast.pad_token_id) == (0, 1, 2, 3)
+        assert fast.encode("<|user|>of<|end|>", add_special_tokens=False) == [5, *own.encode("of"), 7]
 
 
 def test_a_wrong_merge_order_is_noticed(folder: Path, tokenizer_path: Path, tmp_path: Path):
@@ -96,7 +122,7 @@ def test_one_bos_by_every_way(tmp_path: Path, tokenizer_path: Path, template: st
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        (lambda m: setattr(m.trainer_spec, "model_type", proto.TrainerSpec.UNIGRAM), "model_type"),
+        (lambda m: setattr(m.trainer_spec, "model_type", proto.TrainerSpec.WORD), "neither BPE nor Unigram"),
         (lambda m: setattr(m.normalizer_spec, "add_dummy_prefix", True), "add_dummy_prefix"),
         (lambda m: setattr(m.normalizer_spec, "name", "nmt_nfkc"), "normalizer.name"),
         (lambda m: setattr(m.trainer_spec, "byte_fallback", False), "byte_fallback"),

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from configs.data import TokenizerConfig
-from data_pipeline.tokens.tokenizer import MODEL_FILE, Tokenizer, train
+from data_pipeline.tokens.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from data_pipeline.tokens.training import train
 from posttrain.chat_format import ChatFormat
 from tests.shards import write_shard
 
@@ -22,7 +23,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(
         [write_shard(directory / "text.jsonl.zst", [{"text": TEXT * 20}])], directory, TokenizerConfig(vocab_size=400)
     )
-    return directory / MODEL_FILE
+    return directory / SENTENCEPIECE_FILE
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from data_pipeline.mixture.fim import PLAIN, PSM, SPM, FimSymbols, cuts, draw, r
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.tokens import store, tokenizer
+from data_pipeline.tokens import store, training
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
 from tests.unit.data_pipeline.mixture.plans import same
 
@@ -29,7 +29,7 @@ def run_dir(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a tokenizer that has the control symbols, and its token stores."""
     folder = tmp_path_factory.mktemp("fim")
     files = sorted(documents.glob("train/*/*.zst"))
-    tokenizer.train(
+    training.train(
         files, folder / "tokenizer", TokenizerConfig(vocab_size=3000, train_bytes=600_000), controls=FIM_CONTROLS
     )
     model = Tokenizer.load(folder / "tokenizer")
@@ -201,9 +201,7 @@ def test_the_smallest_pieces(form: int, piece: list[int]) -> None:
 def test_symbols_are_the_tokenizers_only_where_asked_for(run_dir: Path, tokenizer_folder: Path, tokens: Path) -> None:
     model, plain = Tokenizer.load(run_dir / "tokenizer"), Tokenizer.load(tokenizer_folder)
     assert list(model.special_ids) == [*SPECIALS, *FIM_CONTROLS] and list(plain.special_ids) == list(SPECIALS)
-    assert list(json.loads((run_dir / "tokenizer/tokenizer.json").read_text())["special_ids"].values()) == list(
-        range(11)
-    )
+    assert list(json.loads((run_dir / "tokenizer/info.json").read_text())["special_ids"].values()) == list(range(11))
     text = "a <|fim_middle|> b"
     assert not {8, 9, 10} & set(model.encode(text)) and model.decode(model.encode(text)) == text
     assert not model.token_bytes[:11].any()

@@ -1,15 +1,18 @@
 """Tests that the tokenizer is lossless, makes no control symbol from text, and depends on the texts alone."""
 
+import argparse
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from configs.data import TokenizerConfig
+from configs.data import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens import bpe_cache
-from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer, train
+from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer
+from data_pipeline.tokens.training import train
 from tests.shards import write_shard
 from tests.unit.data_pipeline.conftest import SOURCES, demo_records
 
@@ -25,6 +28,84 @@ AWKWARD = [
     "\ufeffBOM \ufffd \ue000 \U0010ffff \u200b",
     "0123456789 12,345.678",
 ]
+
+
+@pytest.fixture(scope="module", params=list(TokenizerKind))
+def of_kind(request: pytest.FixtureRequest, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Tokenizer of each kind, of 1200 tokens."""
+    folder = tmp_path_factory.mktemp(request.param)
+    files = sorted(documents.glob("train/english/*.zst")) + sorted(documents.glob("train/code/*.zst"))
+    train(files, folder, TokenizerConfig(kind=request.param, vocab_size=1200, train_bytes=200_000))
+    return Tokenizer.load(folder)
+
+
+def test_kinds_keep_text_or_say_that_they_do_not(of_kind: Tokenizer) -> None:
+    texts = [*AWKWARD, *(record["text"][:3000] for source in SOURCES for record in demo_records(source)[:3])]
+    for text in texts:
+        ids = of_kind.encode(text)
+        assert [found.tolist() for found in of_kind.encode_arrays([text, text])] == [ids, ids]
+        if of_kind.lossless:
+            assert of_kind.decode(ids) == text and of_kind.token_bytes[ids].sum() == len(text.encode())
+            assert of_kind.unk_id not in ids
+    if not of_kind.lossless:
+        assert not of_kind.token_bytes.any()
+        assert of_kind.decode(of_kind.encode("It  is\n7 times the\tsame.")) == "It is 7 times the same ."
+        assert of_kind.unk_id in of_kind.encode("the 😀")
+
+
+def test_kinds_have_the_same_control_symbols(of_kind: Tokenizer) -> None:
+    assert of_kind.special_ids == {piece: number for number, piece in enumerate(SPECIALS)}
+    assert (of_kind.unk_id, of_kind.bos_id, of_kind.eos_id, of_kind.pad_id) == (0, 1, 2, 3)
+    assert of_kind.vocab_size == len(set(of_kind.pieces)) == 1200
+    for piece in SPECIALS:
+        assert not set(of_kind.encode(f"say {piece} now{piece}")) & set(range(1, 8)), piece
+    assert of_kind.decode([1, *of_kind.encode("the same"), 7, 2]) == "the same"
+    assert len(of_kind.encode("2024")) == 4
+    with pytest.raises(ValueError, match="token id 1200 is not in a vocabulary"):
+        of_kind.decode([1200])
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        of_kind.encode("half \ud800 a pair")
+
+
+def test_words_of_code_keep_their_indentation(tmp_path: Path) -> None:
+    """Byte-level BPE has pieces of several spaces and tabs, which code is full of."""
+    text = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000].replace("\n    def", "\n\t\tdef")
+    path = write_shard(tmp_path / "code.jsonl.zst", [{"text": text}])
+    train([path], tmp_path / "out", TokenizerConfig(kind=TokenizerKind.BYTE_BPE, vocab_size=500))
+    pieces = {Tokenizer.load(tmp_path / "out").decode([i]) for i in range(500)}
+    assert {"       ", " return", "\n\t"} <= pieces
+
+
+@pytest.mark.parametrize("kind", list(TokenizerKind)[1:])
+def test_kinds_depend_on_the_texts_alone(documents: Path, tmp_path: Path, kind: TokenizerKind) -> None:
+    files = sorted(documents.glob("train/code/*.zst")) + sorted(documents.glob("train/english/*.zst"))
+    settings = TokenizerConfig(kind=kind, vocab_size=600, train_bytes=50_000)
+    made = [train(inputs, tmp_path / str(i), settings)["sha256"] for i, inputs in enumerate([files, files[::-1]])]
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("kind", list(TokenizerKind)[1:])
+def test_kinds_refuse_impossible_vocabularies_with_a_remedy(tmp_path: Path, kind: TokenizerKind) -> None:
+    path = write_shard(tmp_path / "a.jsonl.zst", [{"text": "few words of little use, but some of them twice twice"}])
+    with pytest.raises(ValueError, match=r"lower tokenizer\.vocab_size to (\d+)|give it more text") as refused:
+        train([path], tmp_path / "out", TokenizerConfig(kind=kind, vocab_size=5000))
+    assert not (tmp_path / "out").exists()
+    if size := re.search(r"lower tokenizer\.vocab_size to (\d+)", str(refused.value)):
+        settings = TokenizerConfig.model_construct(
+            **{**TokenizerConfig(kind=kind).model_dump(), "vocab_size": int(size[1])}
+        )
+        assert train([path], tmp_path / "out", settings)["vocab_size"] == int(size[1])
+
+
+def test_a_foreign_tokenizer_is_refused(of_kind: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / Path(of_kind.origin).name
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="train it again with `trivium data run`"):
+        Tokenizer.load(file)
+    if file.suffix == ".json":
+        file.write_text(Path(of_kind.origin).read_text().replace("<|user|>", "<|human|>"))
+        with pytest.raises(ValueError, match=r"has no <\|user\|>; tokenizers trained elsewhere are not supported"):
+            Tokenizer.load(file)
 
 
 @pytest.mark.parametrize("text", AWKWARD)
@@ -108,7 +189,7 @@ def test_missing_and_damaged_models_are_refused(tokenizer_folder: Path, tmp_path
     folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "copy"))
     model = folder / "tokenizer.model"
     assert Tokenizer.load(model).vocab_size == 3000
-    info = folder / "tokenizer.json"
+    info = folder / "info.json"
     info.write_text(info.read_text().replace('"sha256": "', '"sha256": "0'))
     with pytest.raises(ValueError, match="SHA-256"):
         Tokenizer.load(folder)
