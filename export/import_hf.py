@@ -13,8 +13,7 @@ from pathlib import Path
 from configs.cli import command_parser, entrypoint
 from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError, plain
-from data_pipeline.tokens.sentencepiece_tokenizer import SPACE
-from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer
+from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE, Tokenizer
 from export.publishing import RECORD, partly_written
 
 TOKENIZER_FILES = (

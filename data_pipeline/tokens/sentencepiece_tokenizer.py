@@ -12,9 +12,8 @@ import numpy as np
 import sentencepiece
 
 from data_pipeline.tokens.bpe_cache import PartTable
-from data_pipeline.tokens.tokenizer import INFO_FILE, PROBE, Tokenizer, check_unicode
+from data_pipeline.tokens.tokenizer import INFO_FILE, PROBE, SPACE, Tokenizer, check_unicode
 
-SPACE = "\u2581"  # stands for a space in pieces; sentencepiece would decode a real one in a text as a space
 BPE_KIND, UNIGRAM_KIND = "sentencepiece-bpe", "sentencepiece-unigram"
 
 

@@ -1,4 +1,4 @@
-"""What all tokenizers have in common: control symbols, the interface, and how one is loaded.
+"""Interface of all tokenizers, their control symbols, and how one is loaded from disk.
 
 A tokenizer is one file. `tokenizer.model` holds a sentencepiece model (BPE or Unigram with byte fallback, see
 `sentencepiece_tokenizer`), `tokenizer.json` one of Hugging Face's tokenizers library (byte-level BPE or WordPiece, see
@@ -24,6 +24,7 @@ FIM_CONTROLS = (
     "<|fim_suffix|>",
     "<|fim_middle|>",
 )  # ids 8..10 if the mixture uses fill-in-the-middle
+SPACE = "\u2581"  # spells a space in sentencepiece's pieces; it would decode a real one in a text as a space
 PROBE = "  a\tb\r\n\n 中文\u3000 é e\u0301 ﬁ \0"  # a lossless tokenizer keeps it
 
 

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer as PlainTokenizer
 from transformers import AutoTokenizer
 
 from configs.data import TokenizerConfig, TokenizerKind
-from data_pipeline.tokens.sentencepiece_tokenizer import SPACE
-from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 from data_pipeline.tokens.training import train
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import PIECE, first_difference, read_model, write_tokenizer
