@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from configs import signals
 from pretrain.data_check import DataCheck
-from pretrain.parallel.groups import Mesh
 
 
 class Agreement:
@@ -21,9 +20,8 @@ class Agreement:
     steps that were done when the data was last known to match its checksums; later steps may have used damaged data.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self) -> None:
         self.first_step = self.unchecked_from = 0
-        self._mesh = mesh
 
     def signal(self, step: int, check: DataCheck, watch: signals.Watch) -> int:
         """Returns the signal that any rank got, the same on all ranks, or 0 if none got one.
@@ -34,9 +32,9 @@ class Agreement:
         if trained:
             watch.agree()
         flags = [check.running, check.failed]  # `running` is read first, since the check may fail and end in between
-        numbers = torch.tensor([watch.number, *flags], dtype=torch.float32, device=self._mesh.device)
+        numbers = torch.tensor([watch.number, *flags], dtype=torch.float32)  # in host memory: no GPU is waited for
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-        number, running, damaged = numbers.tolist()
+        number, running, damaged = map(int, numbers.numpy())
         if trained:
             watch.work()
         if damaged:
@@ -44,7 +42,7 @@ class Agreement:
             check.raise_together(consequence if self.unchecked_from < step else "")
         if not running:
             self.unchecked_from = step
-        return int(number)
+        return number
 
     def wait_for_check(self, step: int, check: DataCheck, watch: signals.Watch, say: Callable[[str], None]) -> int:
         """Waits until all ranks have checked their data or one got a signal; returns the signal, else 0.

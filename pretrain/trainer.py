@@ -6,7 +6,6 @@ nothing if the run is finished. Checkpoints are written while training goes on, 
 
 import resource
 import signal
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -31,11 +30,11 @@ from pretrain.flops import flops_per_token, peak_flops
 from pretrain.heldout_loss import Evaluator
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.losses import LossFunction
-from pretrain.parallel import expert_balance
-from pretrain.parallel.engine import Engine, StepSums
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.run_directory import RunDirectory
 from pretrain.schedule import learning_rate
+from pretrain.step_log import Step, StepLog, StepTimer
 
 FAILED = 1
 FIRST_WITH_BF16 = (8, 0)  # capability of the first GPUs that multiply bf16: Ampere; older ones emulate it
@@ -81,13 +80,13 @@ class Trainer:
             "data": source.fingerprint,
             **self.lineage.identity,
         }
-        self.agreement = Agreement(mesh)
+        self.agreement = Agreement()
         self.engine = Engine(
             model_config, train, config.optimizer, mesh, config.run.seed, dtype, max(1, len(source.sources))
         )
         flops = peak_flops(mesh.device, dtype)
         per_token = flops_per_token(model_config, train.seq_length)
-        self._flops_share = None if flops is None else per_token / (flops * mesh.layout.world_size)
+        self._mfu_per_rate = None if flops is None else per_token / (flops * mesh.layout.world_size)
 
     def fit(self) -> int:
         """Trains until `train.steps` steps are done and returns the exit status.
@@ -113,12 +112,14 @@ class Trainer:
                 progress = ProgressLine(self.title, self.step, self.config.train.steps)
                 stack.callback(log.close)
                 stack.callback(progress.close)
+            steps = self._step_log(log, progress)
+            stack.callback(steps.close)
             say = partial(self._say, progress)
             saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say))
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             try:
                 self.agreement.signal(self.step, check, watch)
-                stopped_by = self._loop(log, progress, saver, check, watch)
+                stopped_by = self._loop(steps, saver, check, watch)
             except DamagedTrainingData as error:
                 say(f"error: {error}")
                 return FAILED
@@ -137,100 +138,87 @@ class Trainer:
             )
         return 0
 
-    def _loop(
-        self,
-        log: MetricsLog | None,
-        progress: ProgressLine | None,
-        saver: Saver,
-        check: DataCheck,
-        watch: signals.Watch,
-    ) -> int:
+    def _step_log(self, log: MetricsLog | None, progress: ProgressLine | None) -> StepLog:
+        return StepLog(
+            log,
+            progress,
+            self.config.log.every,
+            self.config.train.steps,
+            self.model_config,
+            self.source.sources,
+            self.tokens_by_source,
+            self._mfu_per_rate,
+        )
+
+    def _loop(self, steps: StepLog, saver: Saver, check: DataCheck, watch: signals.Watch) -> int:
         """Trains to the last step, logging, evaluating and saving; returns the signal that stopped it before, else 0.
 
         The last checkpoint may still be being written when it returns.
         """
         config = self.config
         while self.step < config.train.steps:
-            started = time.perf_counter()
-            sums, lr = self._train_step()
-            seconds = time.perf_counter() - started
-            record = self._record(sums, lr, seconds)
+            done = self._train_step()
+            steps.add(done)
             last = self.step == config.train.steps
             stopped_by = self.agreement.signal(self.step, check, watch)
             saving = last or bool(stopped_by) or self.step % config.checkpoint.every == 0
+            evaluating = bool(self.evaluators) and (last or self.step % config.eval.every == 0)
             if saving:
-                record["save_copy_s"] = round(saver.copy(), 4)
-            if log and progress and (self.step % config.log.every == 0 or last):
-                log.write(record)
-                progress.update(self.step, _summary(record))
-            if self.evaluators and (last or self.step % config.eval.every == 0):
-                self._evaluate(log, progress)
+                done.more["save_copy_s"] = round(saver.copy(), 4)
+            if saving or evaluating:  # so that the log has all steps of a checkpoint that is whole
+                steps.flush()
+            if evaluating:
+                self._evaluate(steps)
             if last:
-                say = partial(self._say, progress)
+                say = partial(self._say, steps.progress)
                 stopped_by = stopped_by or self.agreement.wait_for_check(self.step, check, watch, say)
-            if saving:  # after logging, so that the log has all steps of a checkpoint that is whole
+            if saving:
                 saver.start(self.step, self._facts())
             if stopped_by and (not last or self.agreement.unchecked_from < self.step):
                 return stopped_by
         return 0
 
-    def _train_step(self) -> tuple[StepSums, float]:
+    def _train_step(self) -> Step:
         train, mesh = self.config.train, self.mesh
+        timer = StepTimer(mesh.device)
         lr = learning_rate(self.step, train.steps, self.config.optimizer.lr, self.config.schedule)
         self.source.prepare(self.engine, self.step)
         share = share_of_rank(self.samples, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
         batches = micro_batches(self.source.rows(share), train.micro_batch_size, share.start)
-        try:
-            sums = self.engine.train_step(batches, self.loss_fn, lr)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"step {self.step + 1}: {error}; lower optimizer.lr and run the command again"
-            ) from None
+        sums = self.engine.train_step(batches, self.loss_fn, lr)
+        timer.stop()
         self.step += 1
         self.samples += train.global_batch_size
-        self.tokens += train.global_batch_size * train.seq_length
-        for name, weight in zip(self.source.sources, sums.weight.tolist(), strict=False):
-            self.tokens_by_source[name] += weight
-        return sums, lr
+        batch_tokens = train.global_batch_size * train.seq_length
+        self.tokens += batch_tokens
+        return Step(
+            number=self.step,
+            tokens=self.tokens,
+            batch_tokens=batch_tokens,
+            lr=lr,
+            sums=sums,
+            timer=timer,
+            memory_bytes=_peak_memory(mesh.device),
+            source_metrics=self._source_metrics(),
+        )
 
-    def _record(self, sums: StepSums, lr: float, seconds: float) -> dict[str, Any]:
-        """Returns the step's line of metrics.jsonl. Collective: all ranks call it, since it sums over ranks."""
-        tokens_per_s = self.config.train.global_batch_size * self.config.train.seq_length / seconds
-        record: dict[str, Any] = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "loss": sums.mean_loss,
-            "grad_norm": sums.grad_norm,
-            "lr": lr,
-            "tokens_per_s": round(tokens_per_s, 1),
-            "mfu": None if self._flops_share is None else round(tokens_per_s * self._flops_share, 4),
-            "memory_bytes": _peak_memory(self.mesh.device),
-        }
-        weights = sums.weight.tolist()
-        if len(self.source.sources) > 1:
-            record["loss_by_source"] = {
-                name: loss / weight
-                for name, loss, weight in zip(self.source.sources, sums.loss.tolist(), weights, strict=True)
-                if weight
-            }
-        record |= sums.metrics | expert_balance.stats(self.engine.module, self.mesh, self.model_config)
+    def _source_metrics(self) -> dict[str, float]:
+        """Returns the means over all ranks of what the source measured in this step's rows; collective."""
         own = self.source.step_metrics()
-        if own:
-            counted = self.mesh.counts_in_sums
-            totals = self.mesh.sum_over_world(torch.tensor([v if counted else (0.0, 0.0) for v in own.values()]))
-            record |= {
-                name: total / max(count, 1e-12) for name, (total, count) in zip(own, totals.tolist(), strict=True)
-            }
-        return record
+        if not own:
+            return {}
+        counted = self.mesh.counts_in_sums
+        totals = self.mesh.sum_on_host(torch.tensor([v if counted else (0.0, 0.0) for v in own.values()]))
+        return {name: float(total / max(count, 1e-12)) for name, (total, count) in zip(own, totals, strict=True)}
 
-    def _evaluate(self, log: MetricsLog | None, progress: ProgressLine | None) -> None:
+    def _evaluate(self, steps: StepLog) -> None:
         results: dict[str, dict[str, float]] = {}
         for evaluator in self.evaluators:
             results |= evaluator(self.engine)
-        if log and progress and results:
-            log.write({"step": self.step, "eval": results})
+        if steps.log and steps.progress and results:
+            steps.log.write({"step": self.step, "eval": results})
             text = "; ".join(f"{name} " + " ".join(f"{k} {v:.4g}" for k, v in r.items()) for name, r in results.items())
-            progress.say(f"{self.title} {self.step}: held out: {text}")
+            steps.progress.say(f"{self.title} {self.step}: held out: {text}")
 
     def _facts(self) -> dict[str, Any]:
         """Returns the run's values for a checkpoint's manifest: counts, data spans, identity, config and layout."""
@@ -349,11 +337,6 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
             fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if precision == Precision.BF16 else torch.float32
-
-
-def _summary(record: dict[str, Any]) -> str:
-    text = f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tokens/s"
-    return f"reward {record['reward']:.3f}  {text}" if "reward" in record else text
 
 
 def _peak_memory(device: torch.device) -> int:

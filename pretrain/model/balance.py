@@ -145,12 +145,15 @@ class Balance(nn.Module):
             dist.all_reduce(total, group=self._group)
         return total
 
-    def finish(self, tokens_E: torch.Tensor) -> None:
-        """Updates `load` and `bias` after a step whose global batch chose each expert `tokens_E` times."""
+    def finish(self, tokens_E: torch.Tensor, changes: torch.Tensor) -> None:
+        """Updates `load` and `bias` after a step whose global batch chose each expert `tokens_E` times.
+
+        They stay as they are where `changes`, a boolean on the device, is false.
+        """
         share = tokens_E.double() / tokens_E.sum().clamp(min=1)
-        self.load.copy_(share * self.moe.top_k)
+        self.load.copy_(torch.where(changes, share * self.moe.top_k, self.load))
         if self.moe.bias_update_rate:
-            self.bias += self.moe.bias_update_rate * torch.sign(share.mean() - share).float()
+            self.bias += self.moe.bias_update_rate * torch.sign(share.mean() - share).float() * changes
 
 
 def _probabilities(logits_SBE: torch.Tensor, moe: MoEConfig) -> torch.Tensor:

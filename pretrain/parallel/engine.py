@@ -9,7 +9,6 @@ for it the loss is multiplied by the number of averaged ranks first; its offload
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,23 +29,7 @@ from pretrain.parallel.expert_parallel import spread_experts
 from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage, stage_specs
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """Results of a step over the global batch: loss and loss weight per source, and the loss function's metrics.
-
-    `grad_norm` is the global norm before clipping; None after an evaluation.
-    """
-
-    loss: torch.Tensor  # [sources], summed over trained tokens
-    weight: torch.Tensor  # [sources], sums of the loss mask
-    metrics: dict[str, float]  # means over tokens, weighted by the loss mask
-    grad_norm: float | None = None
-
-    @property
-    def mean_loss(self) -> float:
-        return float(self.loss.sum() / self.weight.sum().clamp(min=1e-12))
+from pretrain.parallel.step_sums import StepSums
 
 
 class Engine:
@@ -100,10 +83,10 @@ class Engine:
         self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)
 
     def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> StepSums:
-        """Trains on this rank's micro-batches of one global batch.
+        """Trains on this rank's micro-batches of one global batch, and returns without waiting for a GPU.
 
-        Raises ValueError if no token of the global batch is trained on, and FloatingPointError, before any weight is
-        changed, if the gradient norm is not finite.
+        Raises ValueError if no token of the global batch is trained on. If the gradient norm is not finite, no weight
+        changes, and the results raise FloatingPointError once they are asked for.
         """
         self.accumulate(batches, loss_fn)
         return self.update(lr)
@@ -115,9 +98,10 @@ class Engine:
         batches = own_parts(batches, mesh)
         trained = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
         tokens = torch.stack([(batch.segments >= 0).sum() for batch in batches]).sum().double()
-        totals = torch.stack([trained, tokens]).to(mesh.device)
+        # Batches are in host memory, and so gloo adds these numbers up, while a GPU is still at the step before.
+        totals = torch.stack([trained, tokens])
         dist.all_reduce(totals, group=mesh.zero_group)
-        total, tokens = totals.tolist()
+        total, tokens = map(float, totals.numpy())
         if total <= 0:
             raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
         num_sequences = sum(len(batch.tokens) for batch in batches) * mesh.layout.dp
@@ -131,10 +115,9 @@ class Engine:
     def update(self, lr: float) -> StepSums:
         """Clips the gradients and updates the weights with learning rate `lr`: part 4."""
         grad_norm = zero.step(self.zero, lr)
-        if not 0 <= grad_norm < float("inf"):
-            raise FloatingPointError("the gradient norm is not finite; no weight was changed by this step")
-        expert_balance.finish_step(self.module, self.mesh)
-        return StepSums(self._sums.loss, self._sums.weight, self._sums.metrics, grad_norm)
+        expert_balance.finish_step(self.module, self.mesh, grad_norm.isfinite())
+        experts = expert_balance.counts(self.module, self.mesh, self.model_config)
+        return self._sums.of_step(grad_norm, experts)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> StepSums:
@@ -159,14 +142,12 @@ class Engine:
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
-        sums = torch.zeros(2 * self.num_sources + len(loss_fn.metrics), dtype=torch.float64)
         if self.mesh.counts_in_sums:
             sums = torch.stack(stored).sum(0)
-        sums = self.mesh.sum_over_world(sums).cpu()
-        n = self.num_sources
-        weight = float(sums[n : 2 * n].sum().clamp(min=1e-12))
-        metrics = {name: float(value) / weight for name, value in zip(loss_fn.metrics, sums[2 * n :], strict=True)}
-        return StepSums(sums[:n], sums[n : 2 * n], metrics)
+        else:
+            length = 2 * self.num_sources + len(loss_fn.metrics)
+            sums = torch.zeros(length, dtype=torch.float64, device=self.mesh.device)
+        return StepSums(self.mesh.sum_over_world(sums), self.num_sources, loss_fn.metrics)
 
     def _forward_step(
         self, batches: Iterator[Batch], model: Decoder, loss_fn: LossFunction, scale: float

@@ -22,15 +22,18 @@ def begin_step(stage: PipelineStage, denominators: LossDenominators) -> None:
         moe.balance.denominators = denominators
 
 
-def finish_step(stage: PipelineStage, mesh: Mesh) -> None:
-    """Sums the experts' token counts over the global batch and updates load and router bias of every MoE layer."""
+def finish_step(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None:
+    """Sums the experts' token counts over the global batch and updates load and router bias of every MoE layer.
+
+    These stay as they are where `changes`, a boolean on the device, is false.
+    """
     layers = stage.moe_layers
     if not layers:
         return
     tokens = torch.stack([moe.balance.tokens for moe in layers.values()])
     dist.all_reduce(tokens, group=mesh.zero_group)
     for moe, tokens_E in zip(layers.values(), tokens, strict=True):
-        moe.balance.finish(tokens_E)
+        moe.balance.finish(tokens_E, changes)
 
 
 def state(stage: PipelineStage, mesh: Mesh) -> dict[str, list[float]]:
@@ -45,29 +48,45 @@ def restore(stage: PipelineStage, saved: Mapping[str, Sequence[float]]) -> None:
         tensor.copy_(torch.tensor(saved[name]))
 
 
-def stats(stage: PipelineStage, mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
-    """Computes the last step's expert metrics, over all layers and by layer; collective. Returns {} for a dense model.
+def counts(stage: PipelineStage, mesh: Mesh, config: ModelConfig) -> torch.Tensor | None:
+    """Sums over all ranks what `described` needs of the last step, on the device; collective. None for a dense model.
 
-    `moe_aux_loss` is the auxiliary loss (mean over layers), `moe_max_load` the busiest expert's token count divided by
-    the mean count (maximum over layers), and `moe_dropped`, with a capacity limit, the share of choices dropped.
+    Each row of the result [layers, 2 + experts] has a layer's auxiliary loss, the number of choices that its capacity
+    limit dropped, and how often each of its experts was chosen.
     """
     moe = config.moe
     if moe is None:
-        return {}
+        return None
     values = torch.zeros(config.num_layers, 2 + moe.num_experts, dtype=torch.float64, device=mesh.device)
     if mesh.tp_rank == 0:
         for layer, block in stage.moe_layers.items():
             balance = block.balance
             values[layer, 0], values[layer, 1] = balance.aux_loss, balance.dropped
             values[layer, 2:] = balance.tokens
-    values = mesh.sum_over_world(values).cpu()
-    aux_loss, dropped, tokens = values[:, 0], values[:, 1], values[:, 2:]
+    return mesh.sum_over_world(values)
+
+
+def described(counts: torch.Tensor | None, config: ModelConfig) -> dict[str, Any]:
+    """Computes expert metrics, over all layers and by layer, from `counts` in host memory; {} for a dense model.
+
+    `moe_aux_loss` is the auxiliary loss (mean over layers), `moe_max_load` the busiest expert's token count divided by
+    the mean count (maximum over layers), and `moe_dropped`, with a capacity limit, the share of choices dropped.
+    """
+    if counts is None or config.moe is None:
+        return {}
+    aux_loss, dropped, tokens = counts[:, 0], counts[:, 1], counts[:, 2:]
     load, chosen = tokens.max(1).values / tokens.mean(1), tokens.sum(1)
     stats = {"moe_aux_loss": (aux_loss, aux_loss.mean()), "moe_max_load": (load, load.max())}
-    if moe.capacity_factor is not None:
+    if config.moe.capacity_factor is not None:
         stats["moe_dropped"] = dropped / chosen, dropped.sum() / chosen.sum()
     by_layer = {
         f"{name}_by_layer": {f"layer {i}": float(value) for i, value in enumerate(layers)}
         for name, (layers, _) in stats.items()
     }
     return {name: float(whole) for name, (_, whole) in stats.items()} | by_layer
+
+
+def stats(stage: PipelineStage, mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
+    """Returns the last step's expert metrics, see `described`; collective, and it waits for the device."""
+    values = counts(stage, mesh, config)
+    return described(None if values is None else values.cpu(), config)

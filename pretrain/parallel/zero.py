@@ -112,17 +112,18 @@ def average_gradients(engine: Any) -> None:
         engine.allreduce_gradients()
 
 
-def step(engine: Any, lr: float) -> float:
-    """Clips gradients and updates the weights; returns the gradient norm before clipping.
+def step(engine: Any, lr: float) -> torch.Tensor:
+    """Clips gradients and updates the weights; returns the gradient norm before clipping, on the device.
 
     Where the norm is not finite, no weight changes.
     """
     if isinstance(engine, DistributedOptimizer):
-        return float(engine.step(lr))
+        return engine.step(lr)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     engine.step()
-    return float("nan") if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    norm = float("nan") if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    return torch.tensor(norm, dtype=torch.float64, device=engine.device)
 
 
 def adam(engine: Any) -> torch.optim.AdamW:

@@ -236,9 +236,9 @@ def _attach_part(
 def router_counts_not_summed_over_replicas() -> AbstractContextManager[Any]:
     """Each data-parallel rank moves its copy of the router's bias by the tokens that it has seen itself."""
 
-    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+    def planted(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None:
         for moe in stage.moe_layers.values():
-            moe.balance.finish(moe.balance.tokens)
+            moe.balance.finish(moe.balance.tokens, changes)
 
     return mock.patch.object(expert_balance, "finish_step", planted)
 
@@ -247,8 +247,8 @@ def router_bias_multiplied_by_tp() -> AbstractContextManager[Any]:
     """A bias that tensor-parallel ranks replicate, the router's, is summed over them (torchtitan issue 4245)."""
     right = expert_balance.finish_step
 
-    def planted(stage: PipelineStage, mesh: Mesh) -> None:
-        right(stage, mesh)
+    def planted(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None:
+        right(stage, mesh, changes)
         for moe in stage.moe_layers.values():
             dist.all_reduce(moe.balance.bias, group=mesh.tp_group)
 
@@ -271,8 +271,8 @@ def evaluation_moves_router_bias() -> Iterator[None]:
         for moe, count in zip(stage.moe_layers.values(), counts, strict=True):
             moe.balance.tokens += count
 
-    def finished(stage: PipelineStage, mesh: Mesh) -> None:
-        finish(stage, mesh)
+    def finished(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None:
+        finish(stage, mesh, changes)
         for moe in stage.moe_layers.values():
             moe.balance.start()
 

@@ -1,5 +1,6 @@
 """Layers do not ask the device for values, since a GPU's queue runs empty each time."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,27 @@ def test_reads_do_not_grow_with_layers_and_micro_batches(ranks: RanksOf, model: 
         (found,) = ranks(1).run("tests.parallel.workers.host_reads:reads", process_group=False, **options)
         return found
 
-    one = reads(1, 1, train=True)
-    assert one and reads(3, 4, train=True) == one
-    assert sum(one.values()) <= 8, one
-    assert reads(3, 4, train=False) == reads(1, 1, train=False)
+    for train in (True, False):
+        assert reads(3, 4, train) == reads(1, 1, train) == {}
+
+
+@pytest.mark.parametrize(("model", "parallel"), [("dense", {"tp": 2}), ("deepseek", {})])
+def test_the_loop_reads_one_copy_a_step_when_the_next_step_is_under_way(
+    ranks: RanksOf, tmp_path: Path, model: str, parallel: dict[str, int]
+) -> None:
+    def loop(steps: int) -> list[dict[str, Any]]:
+        options = {"model": MODELS[model], "parallel": parallel, "run_dir": str(tmp_path / str(steps)), "steps": steps}
+        return ranks(2).run("tests.parallel.workers.host_reads:loop", process_group=False, **options)
+
+    for three, eight in zip(loop(3), loop(8), strict=True):
+        # The last step is saved and evaluated, which ask for values, once in each run.
+        assert eight["events"] == ["step", *["step", "fetch"] * 7, "fetch", "fetch"]
+        more = {key.split(":")[0] for key, count in eight["reads"].items() if count > three["reads"].get(key, 0)}
+        # All of these read host memory: the rows before they are sent to the device, and what was fetched from there.
+        copied = {"loss", "weights", "mean_loss", "mean_losses", "metrics", "grad_norm", "_host"}
+        rows = {"batch_source.py collate", "documents.py of"}
+        assert more <= {*(f"step_sums.py {name}" for name in copied), "expert_balance.py described"} | rows
+        assert "step_sums.py mean_loss" in more
 
 
 def test_rotary_tables_are_computed_once_a_micro_batch_for_all_chunks(ranks: RanksOf) -> None:

@@ -49,7 +49,7 @@ def test_an_infinite_loss_on_one_rank_changes_no_weight(ranks: RanksOf, parallel
     for result in ranks(2).run(
         "tests.parallel.workers.sharing:step_with_an_infinite_loss",
         process_group=False,
-        model=MODELS["dense"],
+        model=MODELS["dense" if parallel else "deepseek"],
         parallel=parallel,
         dtype=dtype,
     ):

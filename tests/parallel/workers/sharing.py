@@ -116,15 +116,20 @@ def _elements(tensors: list[torch.Tensor]) -> int:
 
 
 def step_with_an_infinite_loss(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Runs a step whose loss is infinite on rank 0; returns the error and whether master weights are unchanged."""
+    """Runs a step whose loss is infinite on rank 0; returns the error and whether the engine's state is unchanged."""
     engine = make_engine(model, parallel, dtype)
-    before = [zero.full_weight(parameter).clone() for parameter in engine.module.parameters()]
+    before = state(engine)
     loss_fn = Infinite() if engine.mesh.is_main else NextToken()
     try:
-        engine.train_step(batches_of(engine), loss_fn, lr=1e-2)
-        error = None
+        error = str(engine.train_step(batches_of(engine), loss_fn, lr=1e-2).grad_norm)
     except FloatingPointError as raised:
         error = str(raised)
-    after = [zero.full_weight(parameter) for parameter in engine.module.parameters()]
+    after = state(engine)
     groups.stop()
     return {"error": error, "same": all(torch.equal(a, b) for a, b in zip(before, after, strict=True))}
+
+
+def state(engine: Engine) -> list[torch.Tensor]:
+    """Returns copies of the master weights and of the balance of experts."""
+    weights = [zero.full_weight(parameter).clone() for parameter in engine.module.parameters()]
+    return [*weights, *(tensor.clone() for tensor in engine.module.named_balance().values())]

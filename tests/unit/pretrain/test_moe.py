@@ -125,7 +125,8 @@ def test_auxiliary_loss_over_sequences_is_one_at_perfect_balance_and_grows_with_
 def test_global_batch_loss_and_bias_follow_the_last_step() -> None:
     moe = MoEConfig(num_experts=4, top_k=2, aux_loss="global_batch", aux_loss_coef=0.5, bias_update_rate=0.25)
     balance = Balance(moe, LayerContext())
-    balance.finish(torch.tensor([6, 2, 4, 4]))  # 8 tokens chose 2 experts each
+    balance.finish(torch.tensor([6, 2, 4, 4]), changes=torch.tensor(True))  # 8 tokens chose 2 experts each
+    balance.finish(torch.tensor([9, 1, 1, 5]), changes=torch.tensor(False))
     assert balance.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 8)
     attach(balance, probs.log(), torch.tensor([[0, 1]] * 8), torch.ones(8, 1, dtype=torch.bool))

@@ -1,0 +1,142 @@
+"""The log of a run's steps, in which a step is written when the next one has been handed to the device.
+
+Until then nobody asks for its results, so that a GPU always has work waiting (see `parallel.step_sums`).
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from configs.train import ModelConfig
+from pretrain.metrics import MetricsLog, ProgressLine
+from pretrain.parallel import expert_balance
+from pretrain.parallel.step_sums import StepSums
+
+
+class StepTimer:
+    """Measures the time of a step from its making to `stop`: on a GPU by the GPU, which runs behind the host."""
+
+    def __init__(self, device: torch.device):
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._started, self._ended = time.perf_counter(), 0.0
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+
+    def stop(self) -> None:
+        self._ended = time.perf_counter()
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """The time that was measured; on a GPU it waits until the step is done."""
+        if self._events is None:
+            return self._ended - self._started
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+@dataclass
+class Step:
+    """A step that the host is done with, and a GPU perhaps not yet."""
+
+    number: int  # steps done, this one included
+    tokens: int  # processed since the run began
+    batch_tokens: int
+    lr: float
+    sums: StepSums
+    timer: StepTimer
+    memory_bytes: int
+    source_metrics: dict[str, float]
+    more: dict[str, Any] = field(default_factory=dict)  # what else its line shall have
+
+    def record(self, sources: list[str], model: ModelConfig, mfu_per_rate: float | None) -> dict[str, Any]:
+        """Returns the step's line of metrics.jsonl; waits for the step. `mfu_per_rate` is MFU / (tokens/s).
+
+        Raises FloatingPointError if the gradient norm is not finite.
+        """
+        sums = self.sums
+        tokens_per_s = self.batch_tokens / self.timer.seconds()
+        record: dict[str, Any] = {
+            "step": self.number,
+            "tokens": self.tokens,
+            "loss": sums.mean_loss,
+            "grad_norm": sums.grad_norm,
+            "lr": self.lr,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "mfu": None if mfu_per_rate is None else round(tokens_per_s * mfu_per_rate, 4),
+            "memory_bytes": self.memory_bytes,
+        }
+        if len(sources) > 1:
+            pairs = zip(sources, sums.mean_losses, strict=True)
+            record["loss_by_source"] = {name: loss for name, loss in pairs if loss is not None}
+        return record | sums.metrics | expert_balance.described(sums.experts, model) | self.source_metrics | self.more
+
+
+class StepLog:
+    """Writes steps to metrics.jsonl and the progress line, each when the one after it is added.
+
+    All ranks add their steps, though only the main one has a `log` and a `progress`, which shows every `every`-th step
+    and the last one of `steps`: all count the trained tokens of each of the `sources` in `ledger`, and all find a
+    gradient that is not finite in the same step.
+    """
+
+    def __init__(
+        self,
+        log: MetricsLog | None,
+        progress: ProgressLine | None,
+        every: int,
+        steps: int,
+        model: ModelConfig,
+        sources: list[str],
+        ledger: dict[str, float],
+        mfu_per_rate: float | None,
+    ):
+        self.log, self.progress = log, progress
+        self._every, self._steps, self._model = every, steps, model
+        self._sources, self._ledger, self._mfu_per_rate = sources, ledger, mfu_per_rate
+        self._newest: Step | None = None
+
+    def add(self, step: Step) -> None:
+        """Takes a step, and writes the one before it.
+
+        Raises FloatingPointError if the gradient of the one before was not finite.
+        """
+        earlier, self._newest = self._newest, step
+        if earlier is not None:
+            self._write(earlier)
+
+    def flush(self) -> None:
+        """Waits for the newest step and writes it. Raises FloatingPointError if its gradient is not finite."""
+        newest, self._newest = self._newest, None
+        if newest is not None:
+            self._write(newest)
+
+    def close(self) -> None:
+        """Writes the newest step after an error, if it is done: a wait for it might never end."""
+        if self._newest is not None and self._newest.sums.is_there:
+            with contextlib.suppress(FloatingPointError):  # of two errors the first tells more
+                self.flush()
+
+    def _write(self, step: Step) -> None:
+        try:
+            record = step.record(self._sources, self._model, self._mfu_per_rate)
+        except FloatingPointError as error:
+            self._newest = None  # it went on from a step that failed
+            raise FloatingPointError(
+                f"step {step.number}: {error}; lower optimizer.lr and run the command again"
+            ) from None
+        for name, weight in zip(self._sources, step.sums.weights, strict=False):
+            self._ledger[name] += weight
+        if self.log:
+            self.log.write(record)
+        if self.progress and (step.number % self._every == 0 or step.number == self._steps):
+            self.progress.update(step.number, _summary(record))
+
+
+def _summary(record: dict[str, Any]) -> str:
+    text = f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tokens/s"
+    return f"reward {record['reward']:.3f}  {text}" if "reward" in record else text
