@@ -96,18 +96,18 @@ class Engine:
         mesh = self.mesh
         self.module.train()
         batches = own_parts(batches, mesh)
-        trained = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
-        tokens = torch.stack([(batch.segments >= 0).sum() for batch in batches]).sum().double()
+        weights = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
+        real = torch.stack([(batch.segments >= 0).sum() for batch in batches]).sum().double()
         # Batches are in host memory, and so gloo adds these numbers up, while a GPU is still at the step before.
-        totals = torch.stack([trained, tokens])
+        totals = torch.stack([weights, real])
         dist.all_reduce(totals, group=mesh.zero_group)
-        total, tokens = map(float, totals.numpy())
-        if total <= 0:
+        weight, tokens = map(float, totals.numpy())
+        if weight <= 0:
             raise ValueError("no token of the global batch is trained on (its loss mask is all zero); look at the data")
         num_sequences = sum(len(batch.tokens) for batch in batches) * mesh.layout.dp
         expert_balance.begin_step(self.module, LossDenominators(num_sequences, max(1, round(tokens)), self.loss_factor))
         zero.begin_step(self.zero, len(batches))
-        self._sums = self._run(batches, loss_fn, self.loss_factor / total, forward_only=False)
+        self._sums = self._run(batches, loss_fn, self.loss_factor / weight, forward_only=False)
         zero.finish_backward(self.zero)
         sum_partial(self.module, mesh)
         zero.average_gradients(self.zero)
