@@ -160,8 +160,10 @@ class Trainer:
             done = self._train_step()
             steps.add(done)
             last = self.step == config.train.steps
-            stopped_by = self.agreement.signal(self.step, check, watch)
-            saving = last or bool(stopped_by) or self.step % config.checkpoint.every == 0
+            saving, stopped_by = last or self.step % config.checkpoint.every == 0, 0
+            if saving or self.agreement.is_due(self.step):
+                stopped_by = self.agreement.signal(self.step, check, watch)
+            saving = saving or bool(stopped_by)
             evaluating = bool(self.evaluators) and (last or self.step % config.eval.every == 0)
             if saving:
                 done.more["save_copy_s"] = round(saver.copy(), 4)

@@ -1,14 +1,17 @@
 """Interrupted and resumed runs compared with uninterrupted ones, bit by bit."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pretrain.agreement import MAX_STEPS, steps_between
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 from tests.parallel.harness import RanksOf
+from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics, train
 
 
@@ -57,6 +60,27 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(ranks: RanksOf, tmp_p
     assert storage.steps(stopped) == [3]
     assert train(ranks(2), stopped, "dense", {}, every=100) == [{"status": 0}] * 2
     assert metrics(stopped) == metrics(straight)
+
+
+def test_ranks_ask_each_other_for_signals_every_few_steps(ranks: RanksOf, tmp_path: Path) -> None:
+    worker, options = "tests.parallel.workers.training:votes", {"model": MODELS["dense"], "steps": 90}
+    options |= {"run_dir": str(tmp_path), "slow_from": 40, "signal_at": 52}
+    one, other = ranks(2).run(worker, process_group=False, **options)
+    assert one == other and one["status"] == 75
+    asked = one["asked"]
+    assert asked[:5] == [0, 1, 2, 3, 4] and len([step for step in asked if step <= 40]) < 30
+    assert max(after - before for before, after in pairwise(asked)) <= MAX_STEPS
+    slow = [step for step in asked if step >= 40 + MAX_STEPS]  # by now all ranks know that steps take long
+    assert all(after - before <= 2 for before, after in pairwise(slow))
+    assert storage.steps(tmp_path) == [asked[-1]] and 53 <= asked[-1] <= 54
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "steps"),
+    [(0.001, 0, 1), (0.001, 9, 3), (0.001, 1000, MAX_STEPS), (0.3, 1000, 3), (7.0, 1000, 1), (0.0, 1000, MAX_STEPS)],
+)
+def test_signals_are_exchanged_within_a_step_or_about_a_second(seconds: float, done: int, steps: int) -> None:
+    assert steps_between(seconds, done) == steps
 
 
 def test_resume_in_another_layout_goes_on_the_same(ranks: RanksOf, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from configs.loader import ConfigError, validate
 from configs.train import CheckpointConfig, ModelConfig, ParallelConfig, TrainerConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
+from pretrain.agreement import Agreement
 from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import resume as resume_choice
 from pretrain.checkpoint import state, storage
@@ -77,6 +78,33 @@ def train(
         return {"status": make_trainer(run_dir, model, parallel, steps, at, **options).fit()}
     except (RuntimeError, ValueError) as error:
         return {"error": str(error), "kind": type(error).__name__}
+
+
+def votes(run_dir: str, model: dict[str, Any], steps: int, slow_from: int, signal_at: int) -> dict[str, Any]:
+    """Trains until one rank gets a signal; returns the steps after which this rank asked all others for theirs.
+
+    From step `slow_from` on, each step takes 0.4 seconds more on the last rank alone.
+    """
+    asked: list[int] = []
+    right = Agreement.signal
+
+    def noted(self: Agreement, step: int, *args: Any) -> int:
+        asked.append(step)
+        return right(self, step, *args)
+
+    def slow(engine: Engine) -> None:
+        if not engine.mesh.is_main:
+            time.sleep(0.4)
+
+    def stop(engine: Engine) -> None:
+        slow(engine)
+        if engine.mesh.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    at = {**dict.fromkeys(range(slow_from, steps), slow), signal_at: stop}
+    trainer = make_trainer(run_dir, model, {}, steps, at, every=steps, eval={"every": steps})
+    with mock.patch.object(Agreement, "signal", noted):
+        return {"status": trainer.fit(), "asked": asked}
 
 
 def chosen(run_dir: str, model: dict[str, Any], resume: str) -> dict[str, Any]:
