@@ -208,7 +208,7 @@ def _row(examples: Sequence[Example], seq_length: int, pad_id: int, source: int)
 class SFTSource(BatchSource):
     """Batch source of the packed rows of all sources; it never ends, as epochs follow one another."""
 
-    num_samples = None
+    num_samples, reads_ahead = None, True
 
     def __init__(self, examples: dict[str, DialogueExamples], seq_length: int, pad_id: int, seed: int) -> None:
         self.sources, self.seed = list(examples), seed

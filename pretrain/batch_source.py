@@ -66,6 +66,8 @@ class BatchSource(abc.ABC):
     first_sample: int = 0  # number in the run of this source's first sample; earlier samples came from `after`
     after: str | None = None  # fingerprint of the source that this one continues
     location: str | None = None  # folder of the plan, for tools that look up what a step was trained on
+    # Whether `rows` depends on its samples alone, and calls no collectives, so that a thread may call it ahead of time.
+    reads_ahead: bool = False
     # Fingerprints of other sources, with how many of the run's first samples are the same in them as in this one.
     common_samples: Mapping[str, int] = {}
 
@@ -106,6 +108,8 @@ class BatchSource(abc.ABC):
 
 class PlanSource(BatchSource):
     """Batch source that reads the rows of a mixture plan, see `data_pipeline.mixture.rows.Plan`."""
+
+    reads_ahead = True
 
     def __init__(self, plan: Plan, common_samples: Mapping[str, int] | None = None):
         self.plan, self.common_samples = plan, common_samples or {}

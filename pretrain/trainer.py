@@ -29,9 +29,11 @@ from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.heldout_loss import Evaluator
 from pretrain.metrics import MetricsLog, ProgressLine
+from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
+from pretrain.read_ahead import ReadAhead
 from pretrain.run_directory import RunDirectory
 from pretrain.schedule import learning_rate
 from pretrain.step_log import Step, StepLog, StepTimer
@@ -81,6 +83,7 @@ class Trainer:
             **self.lineage.identity,
         }
         self.agreement = Agreement()
+        self._ahead: ReadAhead | None = None
         self.engine = Engine(
             model_config, train, config.optimizer, mesh, config.run.seed, dtype, max(1, len(source.sources))
         )
@@ -119,6 +122,8 @@ class Trainer:
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             try:
                 self.agreement.signal(self.step, check, watch)
+                if self.source.reads_ahead:
+                    self._ahead = stack.enter_context(self._read_ahead())
                 stopped_by = self._loop(steps, saver, check, watch)
             except DamagedTrainingData as error:
                 say(f"error: {error}")
@@ -185,8 +190,7 @@ class Trainer:
         timer = StepTimer(mesh.device)
         lr = learning_rate(self.step, train.steps, self.config.optimizer.lr, self.config.schedule)
         self.source.prepare(self.engine, self.step)
-        share = share_of_rank(self.samples, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
-        batches = micro_batches(self.source.rows(share), train.micro_batch_size, share.start)
+        batches = self._ahead.next() if self._ahead else self._micro_batches(self.samples)
         sums = self.engine.train_step(batches, self.loss_fn, lr)
         timer.stop()
         self.step += 1
@@ -203,6 +207,18 @@ class Trainer:
             memory_bytes=_peak_memory(mesh.device),
             source_metrics=self._source_metrics(),
         )
+
+    def _micro_batches(self, first: int) -> list[Batch]:
+        """Reads this rank's micro-batches of the step whose first sample is `first`."""
+        train, mesh = self.config.train, self.mesh
+        share = share_of_rank(first, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
+        return micro_batches(self.source.rows(share), train.micro_batch_size, share.start)
+
+    def _read_ahead(self) -> ReadAhead:
+        train = self.config.train
+        end = self.samples + (train.steps - self.step) * train.global_batch_size
+        firsts = range(self.samples, end, train.global_batch_size)
+        return ReadAhead(self._micro_batches, firsts, self.mesh.device)
 
     def _source_metrics(self) -> dict[str, float]:
         """Returns the means over all ranks of what the source measured in this step's rows; collective."""

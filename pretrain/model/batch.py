@@ -32,6 +32,13 @@ class Batch:
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask), trained=self.trained[:0])
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {k: tensor.to(device, non_blocking=True) for k, tensor in self._tensors().items()}
         return replace(self, **moved, documents=self.documents.to(device))
+
+    def pin_memory(self) -> "Batch":
+        """Copies the batch into host memory that a GPU can read by itself, so that `to` does not wait."""
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        return replace(self, **pinned, documents=self.documents.pin_memory())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}

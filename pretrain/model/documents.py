@@ -63,6 +63,9 @@ class Documents:
         """Moves what kernels read; the blocks stay on the host."""
         return replace(self, ends=self.ends.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Documents":
+        return replace(self, ends=self.ends.pin_memory())
+
 
 def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
     """Computes causal attention within each document, [T, B, N, D], from q [T, B, N, D] and k and v [T, B, K, D]."""

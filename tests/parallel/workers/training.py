@@ -39,7 +39,7 @@ from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 class Rows(BatchSource):
     """Batch source that records the samples asked for; `at` has functions to call before steps, counted from 0."""
 
-    num_samples, sources = None, ["even", "odd"]
+    num_samples, sources, reads_ahead = None, ["even", "odd"], True
 
     def __init__(self, vocab_size: int, fingerprint: str, at: dict[int, Callable[[Engine], None]]):
         self.vocab_size, self.fingerprint, self.at = vocab_size, fingerprint, at
