@@ -116,7 +116,7 @@ class StepSums:
 
     @property
     def experts(self) -> torch.Tensor | None:
-        """What `expert_balance.counts` returned, on the host."""
+        """The result of `expert_balance.counts`, on the host."""
         return self._host.get("experts")
 
     @cached_property
