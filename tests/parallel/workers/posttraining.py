@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import ConfigError
+from data_pipeline.tokens.tokenizer import file_name
 from posttrain.policy_copy import PolicyCopy
-from pretrain.checkpoint.lineage import TOKENIZER, Lineage
+from pretrain.checkpoint.lineage import Lineage
 from tests.parallel.workers.layouts import make_engine
 from tests.parallel.workers.training import save_now
 
@@ -18,7 +19,7 @@ def save_untrained(run_dir: str, model: dict[str, Any], tokenizer: str) -> None:
     identity = Lineage(Path(tokenizer)).identity
     facts = {"config": {"model": model}, "identity": identity, "context": 128}
     save_now(make_engine(model, {}), run_dir, step=1, facts=facts)
-    shutil.copy(tokenizer, Path(run_dir) / TOKENIZER)
+    shutil.copy(tokenizer, Path(run_dir) / file_name(Path(tokenizer)))
 
 
 def precision_of_copy(model: dict[str, Any]) -> list[str]:
