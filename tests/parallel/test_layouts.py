@@ -203,7 +203,16 @@ def test_recomputing_activations_changes_nothing(run: RunLayout, model: str, lay
     assert all(torch.equal(tensors[name], reference[name]) for name in tensors)
 
 
-@pytest.mark.parametrize(("model", "layout"), [("moe_tied", "tp2sp"), ("moe_tied", "pp2vpp2"), ("deepseek", "cp2ep2")])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("moe_tied", "tp2sp"),
+        ("moe_tied", "pp2vpp2"),
+        ("deepseek", "cp2ep2"),
+        pytest.param("moe_tied", "zero2", marks=pytest.mark.full),
+        pytest.param("moe_tied", "zero3", marks=pytest.mark.full),
+    ],
+)
 def test_ranks_on_one_gpu_compute_the_same_through_the_host(run: RunLayout, model: str, layout: str) -> None:
     results, tensors = run(model, layout, worker="run_staged")
     expected, reference = run(model, layout)
