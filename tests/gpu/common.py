@@ -1,4 +1,4 @@
-"""Parts of the check share this: their command line, their result file, and an engine of one rank.
+"""Parts of the check share this: their command line, their result file, and an engine of one rank."""
 
 import argparse
 import gc
