@@ -82,11 +82,10 @@ python:
 demo: install
 	@$(BIN)/trivium demo --with-parent
 
-# Two files run at a time, so that a file that waits (for a cluster, for processes that end) leaves no core idle.
+# Two files run at a time, so that a file that waits (for a cluster, for processes that end) leaves no core idle. Long
+# files come first and the many short ones of tests/unit last, so that both workers end at the same time.
 test: install
-	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/unit
-	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/parallel
-	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile tests/e2e
+	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile --no-loadscope-reorder tests/parallel tests/e2e tests/unit
 
 # Tests another Python in an environment of its own; .venv stays as it is.
 test-python:
