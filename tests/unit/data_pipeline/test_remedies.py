@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from configs import config_command
 from configs.data import TokenizerConfig
 from configs.loader import ConfigError
 from data_pipeline import run
 from data_pipeline.core import progress
-from data_pipeline.provenance import recall, sample, trace, verify, what_if
+from data_pipeline.provenance import recall, sample, takedown, trace, verify, what_if
 from data_pipeline.report import ledger_tables
 from data_pipeline.tokens import training
 from tests.data_runs import ROOT
@@ -216,6 +217,66 @@ def test_a_trace_finds_its_plan_from_any_folder_and_when_all_has_moved(
         for step in steps.groups():
             assert not outcome(trace.main, ["--run", ".", "--step", step, "--plan", "../data/other"], capsys)
         shutil.rmtree(home)
+
+
+def test_arguments_are_right_once_they_are_as_the_message_says(finished: Path, tmp_path: Path, capsys) -> None:
+    config, folder = str(finished), tmp_path / "run"
+    said = outcome(recall.main, [config, "--similar", "80"], capsys)
+    assert not outcome(recall.main, [config, "--similar", found(r"such as ([\d.]+)$", said)[1], "--dry-run"], capsys)
+    show = [config, "--stage", "documents", "--kept"]
+    for option in ("-n", "--chars"):
+        said = outcome(sample.main, [*show, option, "0"], capsys)
+        assert not outcome(sample.main, [*show, option, found(r"give one, e\.g\. (\d+)$", said)[1]], capsys)
+    shutil.copytree(finished.parent / "run", folder)
+    said = outcome(verify.main, [str(folder), "run.workers=1"], capsys)
+    assert "overrides such as run.workers=1 belong to a config" in said and said.endswith("leave them out")
+    assert not outcome(verify.main, [str(folder)], capsys)
+    (folder / "tokens/notes.txt").write_text("mine")
+    stray = found(r"damaged: (\S+) is not a file of the stage tokens; move it elsewhere", outcome(
+        verify.main, [str(folder)], capsys
+    ))  # fmt: skip
+    shutil.move(stray[1], tmp_path / "elsewhere.txt")
+    assert not outcome(verify.main, [str(folder)], capsys)
+    said = outcome(run.main, [str(tmp_path)], capsys)
+    (tmp_path / "data.toml").write_text(finished.read_text())
+    assert found(r"config (\S+) is a directory; name a \.toml file in it$", said)[1] == str(tmp_path)
+    assert not outcome(run.main, [str(tmp_path / "data.toml"), "--dry-run"], capsys)
+    said = outcome(config_command.main, ["--new", "data", "run.dir"], capsys)
+    assert "so leave out 'run.dir'" in said and not outcome(config_command.main, ["--new", "data"], capsys)
+
+
+def test_a_list_of_documents_is_right_once_it_is_as_the_message_says(finished: Path, tmp_path: Path, capsys) -> None:
+    """An empty list, and an id that two records of the input share."""
+    file = tmp_path / "list.txt"
+    args = [str(finished), str(file), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert "give a file with a document id or an address on each line" in outcome(takedown.main, args, capsys)
+    file.write_text("# nothing yet\n")
+    assert "names no document; write an id or an address on each line" in outcome(takedown.main, args, capsys)
+    file.write_text("big/3\n")
+    assert not outcome(takedown.main, args, capsys)
+    out = tmp_path / "taken"
+    out.mkdir()
+    said = outcome(takedown.main, [*args[:3], str(out)], capsys)
+    assert "exists already; name a new folder" in said
+    assert not outcome(takedown.main, [*args[:3], str(tmp_path / "new")], capsys)
+
+    texts = tmp_path / "twice"
+    texts.mkdir()
+    config = write_config(
+        texts, {"big": 30}, MIXTURE.replace(", small = 1.0", "").replace("samples = 40", "samples = 5")
+    )
+    lines = (texts / "big.jsonl").read_text().replace('"big/4"', '"big/3"')
+    (texts / "big.jsonl").write_text(lines)
+    assert not outcome(run.main, [str(config)], capsys)
+    capsys.readouterr()
+    assert takedown.main([str(config), str(file), "--out", str(texts / "out"), "--dry-run"]) == 0
+    told = found(r"2 records share this id; list the documents to be removed by their own ids: (.+)$", " ".join(
+        capsys.readouterr().out.split()
+    ))[1].split(", ")  # fmt: skip
+    file.write_text("\n".join(told))
+    assert takedown.main([str(config), str(file), "--out", str(texts / "out"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"(?m)^{re.escape(one)}: (train|heldout)/big, ", shown) for one in told) and len(told) == 2
 
 
 def test_a_run_dir_that_another_run_holds_is_free_after_it_and_another_one_is_at_once(
