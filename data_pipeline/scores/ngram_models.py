@@ -2,7 +2,8 @@
 
 Both kinds of files are read into a hash table with open addressing, keyed by 64-bit hashes of n-grams; hash collisions
 are ignored, as in KenLM's probing model (Heafield 2011). Look-ups are compiled. KenLM's binary files and quantised
-models are not supported, and models are not estimated here: `lmplz --arpa` does that.
+models are not supported. Models of words are not estimated here: `lmplz --arpa` does that; `ngram_training` estimates
+models of token ids.
 """
 
 import gzip
@@ -186,9 +187,19 @@ class Arpa:
         hashes, firsts = words_of(text, self._splitter, self._lower)
         if not len(hashes):
             return 1.0
-        table = self._table
-        logprob = _sentences(hashes, firsts, self._marks, self._order, table.keys, table.logprobs, table.backoffs)
+        logprob = sentences_logprob(hashes, firsts, self._marks, self._order, self._table)
         return float(10 ** (-logprob / (len(hashes) + firsts.sum())))
+
+
+def sentences_logprob(
+    hashes: np.ndarray, firsts: np.ndarray, marks: np.ndarray, order: int, table: LogprobTable
+) -> float:
+    """Returns the log10 probability of all sentences, with a </s> after each, in a model of n-grams up to `order`.
+
+    `hashes`, uint64 [words], and `firsts`, bool [words], are as from `words_of`; `marks` are the hashes of <s>, </s>
+    and <unk>.
+    """
+    return _sentences(hashes, firsts, marks, order, table.keys, table.logprobs, table.backoffs)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -201,7 +212,7 @@ def _sentences(
     logprobs: np.ndarray,
     backoffs: np.ndarray,
 ) -> float:
-    """Returns the log10 probability of all sentences together; `marks` are the hashes of <s>, </s> and <unk>."""
+    """Does the work of `sentences_logprob`."""
     history = np.empty(order, np.uint64)  # words before the current one, the nearest first
     weights = np.zeros(order + 1)  # weights[n]: backoff of the n-gram that ends just before the current word
     total, known = 0.0, 0

@@ -1,0 +1,113 @@
+"""`trivium data baselines CONFIG`: bits per byte of a data run's held-out text without a neural network, by source.
+
+A language model's held-out bits per byte are read beside them: `xz -9` of the held-out text; `xz -9` with the source's
+training text before it (the difference in size); and a 5-gram model of the run's tokens (modified Kneser-Ney),
+estimated from the source's training text. Results are in baselines.json in the run directory, and are computed again
+only after the tokens have changed.
+"""
+
+import json
+import lzma
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from configs.cli import entrypoint, parse_args
+from configs.data import DataConfig
+from configs.files import file_sha256, write_atomic
+from data_pipeline.core.console import wide_console
+from data_pipeline.core.integrity import STAGE_MANIFEST
+from data_pipeline.core.shards import HELDOUT, TRAIN, read_records, shard_path, shards_under
+from data_pipeline.scores.ngram_training import estimate
+from data_pipeline.tokens.store import SourceStores
+from data_pipeline.tokens.tokenizer import Tokenizer
+
+FILE = "baselines.json"
+ORDER = 5
+TITLES = {"xz": "xz -9", "xz_after_training": "xz -9 after the training text", "ngram": f"{ORDER}-gram"}
+
+
+def baselines(run_dir: Path) -> dict[str, dict[str, float]]:
+    """Returns {source: {"bytes" of its held-out text, and bits per byte by each of TITLES}}, and writes baselines.json.
+
+    Sources without held-out text are left out. Raises ValueError if the run has no tokens yet.
+    """
+    manifest, path = run_dir / "tokens" / STAGE_MANIFEST, run_dir / FILE
+    if not manifest.is_file():
+        raise ValueError(f"{run_dir} has no tokens yet; run: trivium data run CONFIG")
+    made_from = file_sha256(manifest)
+    if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8"))).get("made_from") == made_from:
+        return dict(known["sources"])
+    sources = sorted({shard.split("/")[1] for shard in shards_under(run_dir / "tokens") if shard.startswith(HELDOUT)})
+    # xz -9 takes 700 MB of memory and the n-grams about as much, so each goes through the sources one by one.
+    with ThreadPoolExecutor(2) as pool:
+        compressed = pool.submit(lambda: {source: _xz(run_dir, source) for source in sources})
+        modelled = pool.submit(lambda: {source: _ngram(run_dir, source) for source in sources})
+        result = {source: compressed.result()[source] | modelled.result()[source] for source in sources}
+    write_atomic(path, (json.dumps({"made_from": made_from, "sources": result}, indent=1) + "\n").encode())
+    return result
+
+
+def _xz(run_dir: Path, source: str) -> dict[str, float]:
+    held_out, training = (_text(run_dir / "documents", split, source) for split in (HELDOUT, TRAIN))
+    sizes = [len(lzma.compress(text, preset=9)) for text in (held_out, training, training + held_out)]
+    bits = 8 / len(held_out)
+    return {"bytes": len(held_out), "xz": sizes[0] * bits, "xz_after_training": (sizes[2] - sizes[1]) * bits}
+
+
+def _text(documents: Path, split: str, source: str) -> bytes:
+    shards = [shard for shard in shards_under(documents) if shard.startswith(f"{split}/{source}/")]
+    return b"".join(record["text"].encode() for shard in shards for record in read_records(shard_path(documents, shard)))
+
+
+def _ngram(run_dir: Path, source: str) -> dict[str, float]:
+    tokenizer = Tokenizer.load(run_dir / "tokenizer")
+    held_out, training = (_tokens(run_dir / "tokens" / split / source) for split in (HELDOUT, TRAIN))
+    model = estimate(training, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, ORDER)
+    size = sum(int(tokenizer.token_bytes[document].sum()) for document in held_out)
+    return {"ngram": model.bits(held_out) / size}
+
+
+def _tokens(folder: Path) -> list[np.ndarray]:
+    return [store.tokens(index) for store in SourceStores.in_folder(folder).stores for index in range(len(store))]
+
+
+def show(sources: dict[str, dict[str, Any]], console: Console) -> None:
+    """Prints the table of all sources."""
+    table = Table(title="Bits per byte of the held-out text", title_justify="left")
+    for name in ("source", "bytes", *TITLES.values()):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for source, values in sources.items():
+        table.add_row(source, f"{values['bytes']:,}", *(f"{values[name]:.3f}" for name in TITLES))
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, args = parse_args(
+        DataConfig,
+        argv,
+        prog="trivium data baselines",
+        description="Measures bits per byte of the held-out text under xz and a 5-gram model, beside which a language "
+        "model's are read; writes baselines.json to run.dir.",
+        example="trivium data baselines configs/data/demo.toml",
+    )
+    run_dir, console = Path(config.run.dir), wide_console()
+    if args.dry_run:
+        console.print(f"would measure the held-out text of {run_dir}", highlight=False, soft_wrap=True)
+        return 0
+    try:
+        show(baselines(run_dir), console)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)
