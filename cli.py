@@ -15,6 +15,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("configs.config_command:main", "explain the keys of a config, or print a config to begin with"),
     "data run": ("data_pipeline.run:main", "filter, deduplicate, tokenize and mix documents into training rows"),
     "data report": ("data_pipeline.report.ledger_tables:main", "show what was dropped at which stage, and why"),
+    "data baselines": (
+        "data_pipeline.report.baselines:main",
+        "measure bits per byte of the held-out text under xz and a 5-gram model",
+    ),
     "data verify": (
         "data_pipeline.provenance.verify:main",
         "check every file of a data run against its checksum",

@@ -26,10 +26,12 @@ from launch import tee
 from launch.demo_report import (
     DemoStage,
     Specimen,
+    describe_baselines,
     describe_data,
     describe_export,
     describe_training,
     show,
+    show_comparison,
     show_specimens,
     write_html,
 )
@@ -59,12 +61,20 @@ _DATA = DemoStage(
     "plan/plan.json",
     describe_data,
 )
+_BASELINES = DemoStage(
+    "baselines",
+    "xz and 5-gram",
+    ("data_pipeline.report.baselines", "configs/data/demo.toml"),
+    DIRECTORY / "data",
+    "baselines.json",
+    describe_baselines,
+)
 _DENSE = _training("pretrain", "pretrain.train", "configs/pretrain/demo.toml", "pretrain, dense", _DATA)
 _MOE = _training("pretrain_moe", "pretrain.train", "configs/pretrain/demo_moe.toml", "pretrain, MoE", _DATA)
 _SFT = _training("sft", "posttrain.sft", "configs/posttrain/demo_sft.toml", "SFT", _DENSE)
 _GRPO = _training("grpo", "posttrain.grpo", "configs/posttrain/demo_grpo.toml", "GRPO", _SFT)
 STAGES = (
-    *(_DATA, _DENSE, _MOE, _SFT, _GRPO),
+    *(_DATA, _BASELINES, _DENSE, _MOE, _SFT, _GRPO),
     _export("pretrain", "dense"),
     _export("pretrain_moe", "MoE"),
     _export("sft", "SFT"),
@@ -134,6 +144,7 @@ def run_stages(stages: Sequence[DemoStage], specimens: Sequence[Specimen], direc
             console.print(f"\nInterrupted after stage {stage.title}. Run the same command again to continue.")
             return status_of(signal)
     show(stages, times, console)
+    show_comparison(stages, console)
     written = [write_specimen(specimen) for specimen in specimens]
     show_specimens(specimens, written, console)
     page = write_html(stages, times, zip(specimens, written, strict=True), directory)

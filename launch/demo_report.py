@@ -1,7 +1,7 @@
 """Results of the demo's stages, as a table on the screen and as one page, runs/demo/report.html.
 
-Reads only the files that stages write (ledger.json, plan.json, metrics.jsonl, trivium_export.json). Curves are in the
-stages' own reports, which the page embeds.
+Reads only the files that stages write (ledger.json, plan.json, baselines.json, metrics.jsonl, trivium_export.json).
+Curves are in the stages' own reports, which the page embeds.
 """
 
 import hashlib
@@ -103,6 +103,14 @@ def describe_data(output: Path) -> tuple[str, str]:
     )
 
 
+def describe_baselines(output: Path) -> tuple[str, str]:
+    """Returns (size of the held-out text, how it was measured) of a baselines stage, as texts."""
+    measured = _json(output / "baselines.json")
+    size = sum(values["bytes"] for values in measured.get("sources", {}).values())
+    titles = ", ".join(measured.get("titles", {}).values())
+    return (f"{size / 1e3:.0f} kB of held-out text", f"bits a byte, below: {titles}") if size else ("", "")
+
+
 def describe_training(output: Path) -> tuple[str, str]:
     """Returns (steps and tokens, first and last loss or reward and held-out results) of a training run, as texts."""
     records = _jsonl(output / "metrics.jsonl")
@@ -157,6 +165,56 @@ def show(stages: Sequence[DemoStage], times: Mapping[str, Mapping[str, Any]], co
     console.print(table)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Bits per byte of each source's held-out text: the trained models' beside those of xz and an n-gram model.
+
+    `rows` are [source, value of each of `columns`]; a value that was not measured is empty.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    title = "Bits per byte of the held-out text (lower is better)"
+
+
+def comparison(stages: Sequence[DemoStage]) -> Comparison:
+    """Returns the comparison, with a column for each stage that measured one of the sources, and then the baselines."""
+    measured = next((_json(stage.output / stage.mark) for stage in stages if stage.name == "baselines"), {})
+    sources, titles = measured.get("sources", {}), measured.get("titles", {})
+    models = {stage.title: _held_out(stage.output) for stage in stages}
+    models = {title: found for title, found in models.items() if found.keys() & sources.keys()}
+    rows = [
+        [
+            source,
+            *(f"{found[source]:.2f}" if source in found else "" for found in models.values()),
+            *(f"{values[name]:.2f}" for name in titles),
+        ]
+        for source, values in sources.items()
+    ]
+    return Comparison([*models, *titles.values()], rows)
+
+
+def _held_out(output: Path) -> dict[str, float]:
+    """Returns the bits per byte of each source at the end of a training run; empty for other stages."""
+    last = [record["eval"] for record in _jsonl(output / "metrics.jsonl") if "eval" in record][-1:]
+    return {name: got["bits_per_byte"] for one in last for name, got in one.items() if "bits_per_byte" in got}
+
+
+def show_comparison(stages: Sequence[DemoStage], console: Console) -> None:
+    """Prints the table of held-out bits per byte, nothing if none were measured."""
+    found = comparison(stages)
+    if not found.rows:
+        return
+    table = Table(title=Comparison.title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("source", no_wrap=True)
+    for name in found.columns:
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def show_specimens(specimens: Sequence[Specimen], written: Sequence[str], console: Console) -> None:
     """Prints each specimen's command and, indented below it, the text that the model wrote."""
     for specimen, text in zip(specimens, written, strict=True):
@@ -188,7 +246,7 @@ def write_html(
 ) -> Path:
     """Writes `directory`/report.html and returns its path.
 
-    The page holds the table, the texts that the models wrote, and the stages' own reports.
+    The page holds the tables, the texts that the models wrote, and the stages' own reports.
     """
     rows, frames = [], []
     for stage in stages:
@@ -208,12 +266,31 @@ def write_html(
     body = [
         "<h1>Trivium demo</h1>",
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>',
+        *_comparison_html(comparison(stages)),
         *(f"<pre>$ {html.escape(str(specimen))}\n{html.escape(text)}</pre>" for specimen, text in written),
         *frames,
     ]
     path = directory / "report.html"
     write_atomic(path, page("Trivium demo", body, STYLE).encode())
     return path
+
+
+def _comparison_html(found: Comparison) -> list[str]:
+    """Returns the table of held-out bits per byte and its heading, as HTML; an empty list if none were measured."""
+    if not found.rows:
+        return []
+    head = "".join(f'<th class="n">{html.escape(name)}</th>' for name in found.columns)
+    rows = "".join(
+        f"<tr><td>{html.escape(row[0])}</td>{''.join(f'<td class=n>{value}</td>' for value in row[1:])}</tr>"
+        for row in found.rows
+    )
+    return [
+        f"<h2>{Comparison.title}</h2>",
+        f'<div class="scroll"><table><tr><th>source</th>{head}</tr>{rows}</table></div>',
+        "<p>All columns are about the same held-out text. The trained models read it in rows and see nothing before "
+        "the row. The n-gram model, and xz after training text, have read the source's whole training text; the "
+        "trained models have read as much of it as their time allows.</p>",
+    ]
 
 
 def _json(path: Path) -> dict[str, Any]:

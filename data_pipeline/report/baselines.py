@@ -30,7 +30,7 @@ from data_pipeline.tokens.tokenizer import Tokenizer
 
 FILE = "baselines.json"
 ORDER = 5
-TITLES = {"xz": "xz -9", "xz_after_training": "xz -9 after the training text", "ngram": f"{ORDER}-gram"}
+TITLES = {"ngram": f"{ORDER}-gram", "xz_after_training": "xz -9 after training text", "xz": "xz -9"}
 
 
 def baselines(run_dir: Path) -> dict[str, dict[str, float]]:
@@ -44,13 +44,15 @@ def baselines(run_dir: Path) -> dict[str, dict[str, float]]:
     made_from = file_sha256(manifest)
     if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8"))).get("made_from") == made_from:
         return dict(known["sources"])
-    sources = sorted({shard.split("/")[1] for shard in shards_under(run_dir / "tokens") if shard.startswith(HELDOUT)})
+    sources = sorted({store.parent.name for store in (run_dir / "tokens" / HELDOUT).glob("*/*.idx")})
     # xz -9 takes 700 MB of memory and the n-grams about as much, so each goes through the sources one by one.
     with ThreadPoolExecutor(2) as pool:
         compressed = pool.submit(lambda: {source: _xz(run_dir, source) for source in sources})
         modelled = pool.submit(lambda: {source: _ngram(run_dir, source) for source in sources})
         result = {source: compressed.result()[source] | modelled.result()[source] for source in sources}
-    write_atomic(path, (json.dumps({"made_from": made_from, "sources": result}, indent=1) + "\n").encode())
+    write_atomic(
+        path, (json.dumps({"made_from": made_from, "titles": TITLES, "sources": result}, indent=1) + "\n").encode()
+    )
     return result
 
 
@@ -63,7 +65,9 @@ def _xz(run_dir: Path, source: str) -> dict[str, float]:
 
 def _text(documents: Path, split: str, source: str) -> bytes:
     shards = [shard for shard in shards_under(documents) if shard.startswith(f"{split}/{source}/")]
-    return b"".join(record["text"].encode() for shard in shards for record in read_records(shard_path(documents, shard)))
+    return b"".join(
+        record["text"].encode() for shard in shards for record in read_records(shard_path(documents, shard))
+    )
 
 
 def _ngram(run_dir: Path, source: str) -> dict[str, float]:

@@ -32,7 +32,9 @@ class TokenNgrams:
         firsts = np.zeros(sum(map(len, tokens)), np.bool_)
         firsts[np.cumsum([0, *map(len, tokens)])[:-1]] = True
         marks = self.hashes[[self.bos, self.eos, self.eos]]  # no id is unknown, so the third is never looked up
-        return -sentences_logprob(self.hashes[np.concatenate(tokens)], firsts, marks, self.order, self.table) / np.log10(2)
+        return -sentences_logprob(
+            self.hashes[np.concatenate(tokens)], firsts, marks, self.order, self.table
+        ) / np.log10(2)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def estimate(documents: Sequence[np.ndarray], vocab_size: int, bos: int, eos: in
 
 
 def _count(text: np.ndarray, place: np.ndarray, vocab_size: int, order: int) -> list[_Ngrams]:
-    """Counts the n-grams of every order up to `order`; all ids of the vocabulary are 1-grams, with their own numbers."""
+    """Counts the n-grams of every order up to `order`; the 1-grams are all ids of the vocabulary, seen or not."""
     zeros = np.zeros(vocab_size, np.int64)
     levels = [_Ngrams(zeros, np.bincount(text, minlength=vocab_size), zeros, zeros)]
     number = text  # of the n-gram that ends at each token of the text

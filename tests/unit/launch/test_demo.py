@@ -16,7 +16,17 @@ import pytest
 from rich.console import Console
 
 from launch.demo import STAGES, command_line, read_times, run_stages, updated, write_specimen
-from launch.demo_report import DemoStage, Specimen, describe_data, describe_export, describe_training, duration
+from launch.demo_report import (
+    DemoStage,
+    Specimen,
+    describe_baselines,
+    describe_data,
+    describe_export,
+    describe_training,
+    duration,
+    show_comparison,
+    write_html,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 # A stage that does its work once, records each call, and fails or hangs while a certain file exists.
@@ -216,9 +226,39 @@ def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
     assert describe_training(tmp_path / "nothing") == ("", "")
 
 
+def test_models_are_compared_with_xz_and_ngrams_on_each_source(tmp_path: Path) -> None:
+    for name in ("data", "dense", "sft"):
+        (tmp_path / name).mkdir()
+    values = {"code": {"bytes": 2000, "xz": 1.861, "ngram": 1.5}, "web": {"bytes": 3000, "xz": 2.868, "ngram": 1.291}}
+    (tmp_path / "data/baselines.json").write_text(
+        json.dumps({"titles": {"ngram": "5-gram", "xz": "xz -9"}, "sources": values})
+    )
+    evals = [
+        {"step": 1, "eval": {"code": {"bits_per_byte": 3.0}}},
+        {"step": 2, "eval": {"code": {"bits_per_byte": 2.5}}},
+    ]
+    (tmp_path / "dense/metrics.jsonl").write_text("\n".join(map(json.dumps, evals)))
+    (tmp_path / "sft/metrics.jsonl").write_text(json.dumps({"step": 1, "eval": {"sort": {"bits_per_byte": 0.5}}}))
+    stages = [
+        DemoStage("data", "data", (), tmp_path / "data", "plan/plan.json", describe_data),
+        DemoStage("baselines", "xz and 5-gram", (), tmp_path / "data", "baselines.json", describe_baselines),
+        DemoStage("pretrain", "dense", (), tmp_path / "dense", "metrics.jsonl", describe_training),
+        DemoStage("sft", "SFT", (), tmp_path / "sft", "metrics.jsonl", describe_training),
+    ]
+    assert describe_baselines(tmp_path / "data") == ("5 kB of held-out text", "bits a byte, below: 5-gram, xz -9")
+    text = io.StringIO()
+    show_comparison(stages, Console(file=text, width=100))
+    cells = [line.split() for line in text.getvalue().splitlines()]
+    assert ["source", "dense", "5-gram", "xz", "-9"] in cells
+    assert ["code", "2.50", "1.50", "1.86"] in cells and ["web", "1.29", "2.87"] in cells
+    times = {stage.name: {"seconds": 1.0} for stage in stages}
+    page = write_html(stages, times, [], tmp_path).read_text()
+    assert "<tr><td>code</td><td class=n>2.50</td><td class=n>1.50</td><td class=n>1.86</td></tr>" in page
+
+
 def test_the_list_of_stages_is_whole() -> None:
     assert [stage.name for stage in STAGES] == [
-        *("data", "pretrain", "pretrain_moe", "sft", "grpo"),
+        *("data", "baselines", "pretrain", "pretrain_moe", "sft", "grpo"),
         *(f"export_{name}" for name in ("pretrain", "pretrain_moe", "sft", "grpo")),
     ]
     configs = {word for stage in STAGES for word in stage.command if word.endswith(".toml")}

@@ -1,0 +1,50 @@
+"""Tests what `trivium data baselines` measures of a small run: xz by its own program, the 5-gram by its bounds."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.core.shards import read_records
+from data_pipeline.report import baselines
+
+
+def text(run_dir: Path, split: str, source: str) -> bytes:
+    files = sorted((run_dir / "documents" / split / source).glob("*.zst"))
+    return b"".join(record["text"].encode() for file in files for record in read_records(file))
+
+
+def test_measures_are_those_of_the_held_out_text(
+    config: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    assert baselines.main([str(config), f"run.dir={copy}"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((copy / baselines.FILE).read_text())["sources"]
+    assert set(found) == {"prose", "code"}
+    for source, values in found.items():
+        held_out, training = text(copy, "heldout", source), text(copy, "train", source)
+        assert f"{values['xz']:.3f}" in said and values["bytes"] == len(held_out) > 0
+        if shutil.which("xz"):
+            sizes = [
+                len(subprocess.run(["xz", "-9", "-c"], input=part, capture_output=True, check=True).stdout)
+                for part in (held_out, training, training + held_out)
+            ]
+            assert values["xz"] * len(held_out) / 8 == pytest.approx(sizes[0])
+            assert values["xz_after_training"] * len(held_out) / 8 == pytest.approx(sizes[2] - sizes[1])
+        assert 0.5 < values["ngram"] < 8
+
+    before = (copy / baselines.FILE).stat().st_mtime_ns
+    assert baselines.main([str(config), f"run.dir={copy}"]) == 0
+    assert (copy / baselines.FILE).stat().st_mtime_ns == before, "nothing has changed, so nothing is measured again"
+    (copy / baselines.FILE).write_text((copy / baselines.FILE).read_text().replace('"made_from": "', '"made_from": "0'))
+    assert baselines.main([str(config), f"run.dir={copy}"]) == 0
+    assert json.loads((copy / baselines.FILE).read_text())["sources"] == found
+
+
+def test_a_run_without_tokens_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert baselines.main([str(config), f"run.dir={tmp_path}"]) == 1
+    assert "has no tokens yet; run: trivium data run CONFIG" in capsys.readouterr().err
