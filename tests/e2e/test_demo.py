@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.store import SourceStores
 from data_pipeline.tokens.tokenizer import Tokenizer
 from launch.demo import PROMPT, STAGES
@@ -72,6 +74,17 @@ def entropy_of_frequencies(data: Path) -> float:
     return float(-(share * np.log(share)).sum())
 
 
+def check_held_out_text(runs: Path) -> None:
+    """Asserts that the dense model was measured on all held-out text, and needs fewer bits than xz but for code."""
+    config = tomllib.loads((ROOT / "configs/pretrain/demo.toml").read_text())
+    plan = Plan.open(runs / "data/plan")
+    assert max(plan.heldout_rows(source) for source in plan.sources) <= config["eval"]["rows"]
+    baselines = json.loads((runs / "data/baselines.json").read_text())["sources"]
+    evaluations = [record["eval"] for record in lines(runs / "pretrain/metrics.jsonl") if "eval" in record]
+    for source in ("english", "web", "chinese"):
+        assert evaluations[-1][source]["bits_per_byte"] < baselines[source]["xz"], source
+
+
 def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path) -> None:
     runs = workplace / "runs" / "demo"
     process = start(workplace)
@@ -86,6 +99,7 @@ def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path)
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output[-4000:]
     assert f"{PROMPT} " in output and (runs / "report.html").is_file()
+    assert "Bits per byte of the held-out text" in output
     frequencies = entropy_of_frequencies(runs / "data")
     for name in ("pretrain", "pretrain_moe", "sft", "grpo"):
         steps = [record for record in lines(runs / name / "metrics.jsonl") if "loss" in record]
@@ -94,7 +108,9 @@ def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path)
         assert "checks" in json.loads((runs / "export" / name / "trivium_export.json").read_text())
         if name.startswith("pretrain"):
             assert steps[-1]["loss"] < frequencies < steps[0]["loss"], name
+    check_held_out_text(runs)
     before, after = (sampled_accuracy(runs / name) for name in ("sft", "grpo"))
+    assert before >= 0.6
     assert after >= before + 0.10, "the same held-out prompts and draws, so the noise of 256 answers is partly shared"
 
     marks = {stage.name: (workplace / stage.output / stage.mark).read_bytes() for stage in STAGES}
