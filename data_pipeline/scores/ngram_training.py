@@ -13,7 +13,7 @@ import numpy as np
 from data_pipeline.scan.words import word_hash
 from data_pipeline.scores.ngram_models import LogprobTable, sentences_logprob
 
-_FEW = 0.5  # discount where the counts of counts are too few to estimate one
+_FALLBACK = (0.0, 0.5, 1.0, 1.5)  # discounts, as in `lmplz --discount_fallback`, where the text is too small for others
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,11 @@ def _adjusted(levels: list[_Ngrams], place: np.ndarray) -> list[_Ngrams]:
 
 def _discounts(count: np.ndarray) -> np.ndarray:
     """Returns the discount of each n-gram by its count: of 1, of 2, and of 3 and more (Chen and Goodman, eq. 26)."""
-    of = np.array([np.sum(count == c) for c in range(1, 5)], np.float64)  # n-grams that occur 1, 2, 3, 4 times
-    values = np.zeros(4)
-    for c in (1, 2, 3):
-        values[c] = _FEW
-        if of.all():
-            values[c] = min(max(c - (c + 1) * of[0] / (of[0] + 2 * of[1]) * of[c] / of[c - 1], 0.0), c)
+    of = [int(np.sum(count == c)) for c in range(5)]  # n-grams that occur so many times
+    values = np.array(_FALLBACK)
+    if all(of[1:]):
+        share = of[1] / (of[1] + 2 * of[2])
+        found = np.array([0.0, *(c - (c + 1) * share * of[c + 1] / of[c] for c in (1, 2, 3))])
+        if np.all(found[1:] > 0) and np.all(found[1:] <= (1, 2, 3)):
+            values = found
     return values[np.minimum(count, 3).astype(np.int64)]

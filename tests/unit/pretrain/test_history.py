@@ -11,7 +11,8 @@ PRESET = Path(__file__).resolve().parents[3] / "configs/pretrain/demo.toml"
 
 
 def config(*overrides: str) -> PretrainConfig:
-    return load(PretrainConfig, PRESET, ["train.steps=40", "optimizer.lr=1e-3", *overrides])
+    own = ["train.steps=40", "optimizer.lr=1e-3", "schedule.min_lr_ratio=0.1"]
+    return load(PretrainConfig, PRESET, [*own, *overrides])
 
 
 def data_span(step: int, *overrides: str, data: str = "a", **facts: Any) -> history.DataSpan:

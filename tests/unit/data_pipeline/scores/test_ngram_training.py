@@ -38,10 +38,12 @@ class Reference:
     @staticmethod
     def _discounts(counts: dict[tuple, int]) -> list[float]:
         of = [sum(number == c for number in counts.values()) for c in range(5)]
+        fallback = [0.0, 0.5, 1.0, 1.5]
         if not all(of[1:]):
-            return [0.0, 0.5, 0.5, 0.5]
+            return fallback
         y = of[1] / (of[1] + 2 * of[2])
-        return [0.0, *(c - (c + 1) * y * of[c + 1] / of[c] for c in (1, 2, 3))]
+        found = [0.0, *(c - (c + 1) * y * of[c + 1] / of[c] for c in (1, 2, 3))]
+        return found if all(0 < found[c] <= c for c in (1, 2, 3)) else fallback
 
     def probability(self, token: int, context: tuple[int, ...]) -> float:
         counts, discounts = self.counts[len(context)], self.discounts[len(context)]
