@@ -34,6 +34,7 @@ from data_pipeline.scores.ngram_models import words_of
 
 GOOD, BAD = "good", "bad"
 LABEL = "__label__"  # prefix of labels in fastText models
+_SHOWN = 40  # labels that a message lists
 MIN_EXAMPLES = 100  # least number per class, of which a tenth, held out, still gives a rough measure
 _FASTTEXT = (793712314).to_bytes(4, "little")  # first bytes of a fastText model
 _PAIR = np.uint64(0x9E3779B97F4A7C15)
@@ -114,9 +115,11 @@ class FastTextClassifier:
         self._label = LABEL + label
         known = [name for name, _ in zip(*self._model.predict("a", k=-1, threshold=-1.0), strict=True)]
         if self._label not in known:
-            names = ", ".join(sorted(name.removeprefix(LABEL) for name in known))
+            names = sorted(name.removeprefix(LABEL) for name in known)
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             raise ValueError(
-                f"scores.classifier_label = {label!r} is not a label of {path}; name one that it has: {names[:200]}"
+                f"scores.classifier_label = {label!r} is not a label of {path}; name one that it has: "
+                f"{', '.join(names[:_SHOWN])}{more}"
             )
 
     def __call__(self, text: str) -> float:

@@ -67,8 +67,14 @@ def test_models_of_fasttext_are_taken() -> None:
         > 0.1
         > model("It was the best of times.")
     )
-    with pytest.raises(ValueError, match="'hq' is not a label of"):
+    with pytest.raises(
+        ValueError, match=r"'hq' is not a label of .*; name one that it has: (.+) and 136 more$"
+    ) as refused:
         load(model_path(), "hq")
+    named = str(refused.value).partition("it has: ")[2].partition(" and ")[0].split(", ")
+    assert len(named) == 40
+    for label in (named[0], named[-1]):
+        load(model_path(), label)
 
 
 def test_too_few_and_contradictory_examples_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +94,11 @@ def test_records_that_cannot_be_used_are_counted(tmp_path: Path, capsys: pytest.
     bad.mkdir()
     for n in range(100):
         (bad / f"{n}.txt").write_text(f"rain {n}")
-    assert main([str(good), "--bad", str(bad), *SMALL, "--out", str(tmp_path / "m.model")]) == 0
+    argv = [str(good), "--bad", str(bad), *SMALL, "--out"]
+    with pytest.raises(ConfigError, match=r"is a folder; name a file in it, such as (\S+)$") as refused:
+        main([*argv, str(tmp_path)])
+    named = str(refused.value).split()[-1]
+    assert main([*argv, named]) == 0 and Path(named).parent == tmp_path
     said = capsys.readouterr().out
     assert "examples: 110 good, 100 bad; left out: 2 unusable, 2 repeated, 0 in both" in said
 
