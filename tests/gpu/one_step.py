@@ -30,7 +30,7 @@ def part(args: argparse.Namespace) -> dict[str, Any]:
                 with common.engine(model, train, dtype) as engine:
                     assert all(p.device.type == args.device for p in engine.module.parameters())
                     sums = engine.train_step(common.batches(model, train, 0), NextToken(), 1e-3)
-                    found[title] = [sums.mean_loss, sums.grad_norm]
+                    found[title] = [float(sums.mean_loss), float(sums.grad_norm or 0.0)]
     return found
 
 

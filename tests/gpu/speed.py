@@ -82,9 +82,10 @@ def _timed(engine: Engine, model: ModelConfig, train: TrainSection) -> tuple[flo
     if engine.mesh.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    losses = [engine.train_step(step, NextToken(), LR).mean_loss for step in steps]
+    results = [engine.train_step(step, NextToken(), LR) for step in steps]
     _settle(engine)
-    return time.perf_counter() - started, losses
+    seconds = time.perf_counter() - started
+    return seconds, [result.mean_loss for result in results]
 
 
 def _speed(
@@ -184,7 +185,7 @@ def next_step(engine: Engine, model: ModelConfig, train: TrainSection) -> dict[s
     digest = hashlib.sha256()
     for bucket in engine.zero.buckets:
         digest.update(bucket.master.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return {"loss": sums.mean_loss, "grad_norm": sums.grad_norm, "weights": digest.hexdigest()}
+    return {"loss": float(sums.mean_loss), "grad_norm": float(sums.grad_norm or 0.0), "weights": digest.hexdigest()}
 
 
 if __name__ == "__main__":
