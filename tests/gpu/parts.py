@@ -64,7 +64,7 @@ def all_parts(device: str, small: bool, out: Path) -> list[Part]:
         own("syncs", "waits for the device in a step", 120, "syncs"),
         own(
             "speed",
-            "a model of 1B parameters at 8,192 tokens",
+            "speed and memory of a small model" if small else "a model of 1B parameters at 8,192 tokens",
             420,
             "speed",
             CUBLAS_WORKSPACE_CONFIG=":4096:8",

@@ -1,7 +1,7 @@
 """Writes requirements.txt and constraints.txt for `run.sh`: the project's packages, beside a torch that is there.
 
-Usage: python requirements.py TORCH FOLDER, where TORCH is the version that is installed, or nothing. A torch other than
-the project's own wants its own versions of a few packages, which are left free then. Needs nothing but Python.
+Usage: python requirements.py TORCH FOLDER, where TORCH is the version that is installed, or "". It stays. A torch other
+than the project's own wants its own versions of a few packages, which are left free then. Needs nothing but Python.
 """
 
 import re
@@ -32,6 +32,7 @@ def write(torch: str, folder: Path) -> None:
         (own,) = (item for item in pinned if name_of(item) == "torch")
         if torch.partition("+")[0] != own.partition("==")[2]:
             pinned = [item for item in pinned if name_of(item) not in _TORCHS]
+            pinned.append(f"torch=={torch.partition('+')[0]}")
     (folder / "requirements.txt").write_text("\n".join(wanted) + "\n", encoding="utf-8")
     (folder / "constraints.txt").write_text("\n".join(pinned) + "\n", encoding="utf-8")
 

@@ -23,14 +23,20 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$wheels" ] || [ ! -d tests/gpu/wheels ] || wheels=tests/gpu/wheels
 
-python=${PYTHON:-}
-for name in python3.13 python3.12 python3.11 python3; do
-  [ -n "$python" ] || ! "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || python=$name
+# The one that PYTHON names, else the first suitable one that has torch, else the first suitable one.
+python=${PYTHON:-} first=
+suitable='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+for name in python3 python3.13 python3.12 python3.11; do
+  if [ -z "$python" ] && "$name" -c "$suitable" 2>/dev/null; then
+    first=${first:-$name}
+    ! "$name" -c 'import torch' 2>/dev/null || python=$name
+  fi
 done
+python=${python:-$first}
 [ -n "$python" ] || { echo "error: no Python 3.11 to 3.13 on PATH; name one: PYTHON=/path/to/python tests/gpu/run.sh" >&2; exit 1; }
 
 if [ -z "$install" ]; then
-  exec "$python" -m tests.gpu.check "${checks[@]}"
+  exec "$python" -m tests.gpu.check ${checks[@]+"${checks[@]}"}
 fi
 
 # DeepSpeed's setup looks for nvcc unless it is told that no kernel is to be built.
@@ -38,10 +44,18 @@ export DS_ACCELERATOR=cpu DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 own_torch=$("$python" -c 'import torch; print(torch.__version__)' 2>/dev/null || true)
+
+# Makes an environment that sees the packages of $python if torch is among them, also where $python is in one itself.
+environment() {
+  "$python" -m venv --clear "$1"
+  [ -z "$own_torch" ] || "$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+    >"$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
+}
+
 "$python" tests/gpu/requirements.py "$own_torch" "$scratch"
 
 if [ -n "$make_wheels" ]; then
-  "$python" -m venv "$scratch/venv" ${own_torch:+--system-site-packages}
+  environment "$scratch/venv"
   "$scratch/venv/bin/pip" install -q -c "$scratch/constraints.txt" setuptools wheel numpy
   [ -n "$own_torch" ] || "$scratch/venv/bin/pip" install -q -c "$scratch/constraints.txt" torch==2.13.0
   "$scratch/venv/bin/pip" wheel -w "$make_wheels" -c "$scratch/constraints.txt" pip setuptools wheel
@@ -53,14 +67,14 @@ fi
 venv=.venv-gpu
 if [ ! -e "$venv/installed" ]; then
   echo "installing into $venv${own_torch:+ beside torch $own_torch}"
-  "$python" -m venv --clear ${own_torch:+--system-site-packages} "$venv"
+  environment "$venv"
   from=()
   [ -z "$wheels" ] || from=(--no-index --find-links "$wheels")
-  pip=("$venv/bin/pip" install -q "${from[@]}" -c "$scratch/constraints.txt" --no-build-isolation)
+  pip=("$venv/bin/pip" install -q ${from[@]+"${from[@]}"} -c "$scratch/constraints.txt" --no-build-isolation)
   "${pip[@]}" setuptools wheel
   [ -n "$own_torch" ] || "${pip[@]}" torch==2.13.0 numpy
   "${pip[@]}" -r "$scratch/requirements.txt"
   touch "$venv/installed"
 fi
 unset DS_ACCELERATOR
-"$venv/bin/python" -m tests.gpu.check "${checks[@]}"
+"$venv/bin/python" -m tests.gpu.check ${checks[@]+"${checks[@]}"}
