@@ -81,7 +81,10 @@ STAGES = (
     _export("grpo", "GRPO"),
 )
 SPECIMENS = (
-    Specimen(("generate", str(_DENSE.output), "--prompt", PROMPT, "--max-new-tokens", "48", "--temperature", "0.8")),
+    Specimen(
+        ("generate", str(_DENSE.output), "--prompt", PROMPT, "--max-new-tokens", "48")
+        + ("--temperature", "0.7", "--top-p", "0.9")
+    ),
     Specimen(("chat", str(_GRPO.output), "--temperature", "0"), "Sort 5291"),
 )
 
