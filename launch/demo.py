@@ -80,11 +80,9 @@ STAGES = (
     _export("sft", "SFT"),
     _export("grpo", "GRPO"),
 )
+_SAMPLING = ("--max-new-tokens", "48", "--temperature", "0.7", "--top-p", "0.9")
 SPECIMENS = (
-    Specimen(
-        ("generate", str(_DENSE.output), "--prompt", PROMPT, "--max-new-tokens", "48")
-        + ("--temperature", "0.7", "--top-p", "0.9")
-    ),
+    Specimen(("generate", str(_DENSE.output), "--prompt", PROMPT, *_SAMPLING)),
     Specimen(("chat", str(_GRPO.output), "--temperature", "0"), "Sort 5291"),
 )
 
