@@ -28,13 +28,21 @@ SCHEMAS = {
     "export": "configs.export:ExportConfig",
 }
 
-# Option of every training command (name, default, help); pretrain/checkpoint/resume.py carries it out.
+# Options of every training command (name, default, help); pretrain/checkpoint/resume.py and pretrain/profiling.py carry
+# them out.
 RESUME = (
     "--resume",
     "auto",
     "auto: continue from the newest complete checkpoint of run.dir, or start new if it has none; no: start new, an "
     "error if run.dir has checkpoints; or the path of a checkpoint of this run, or of another one like it",
 )
+PROFILE = (
+    "--profile",
+    "",
+    "steps to profile, such as 10-12: traces of all ranks in run.dir/profile, and a table of the time that each rank "
+    "spends on computation, communication, data, the optimizer and nothing",
+)
+TRAINING_OPTIONS = (RESUME, PROFILE)
 
 
 def command_parser(
@@ -84,6 +92,28 @@ def parse_args(
     args = parser.parse_intermixed_args(argv)
     chosen = [f"{key}={getattr(args, key)}" for _, key, _ in keys if getattr(args, key) is not None]
     return load(schema, args.config, [*args.overrides, *chosen]), args
+
+
+def profiled_steps(chosen: str, steps: int) -> range:
+    """Returns the steps, counted from 1, that `--profile` names in a run of `steps` steps; empty for "".
+
+    Raises ConfigError if these are no steps of the run.
+    """
+    if not chosen:
+        return range(0)
+    first, dash, last = chosen.partition("-")
+    if not (chosen.isascii() and first.isdigit() and (last.isdigit() or not dash)):
+        raise ConfigError(
+            f"--profile {chosen} names no steps; give the first and the last one, such as --profile "
+            f"{max(1, steps - 2)}-{steps}, or one step, such as --profile {steps}"
+        )
+    begin, end = int(first), int(last or first)
+    if not 1 <= begin <= end <= steps:
+        raise ConfigError(
+            f"--profile {chosen} does not go from an earlier to a later step of 1 to train.steps = {steps}; give "
+            f"others, such as --profile {max(1, steps - 2)}-{steps}"
+        )
+    return range(begin, end + 1)
 
 
 def entrypoint(

@@ -214,6 +214,8 @@ class TrainSection(Section):
     """The number format of computation; auto is bf16 on a GPU or CPU that multiplies it, else fp32."""
     compile: bool = False
     """Whether blocks are compiled with torch.compile, for faster steps after a slower start."""
+    deterministic: bool = False
+    """Whether a GPU computes bit by bit the same each time, and so repeats numbers after a resume; it may be slower."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """The dropout rate after embedding, attention and MLP; the masks are the same in every layout."""
     recompute: Literal["none", "selective", "full"] = "none"

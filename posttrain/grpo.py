@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from configs.cli import RESUME, entrypoint, parse_args
+from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_writable
 from configs.layout import GROUP_SIZE, Layout
 from configs.posttrain import GRPOConfig
@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium grpo",
         description="Trains a model on a task's rewards; the same command again continues from its newest checkpoint.",
         example="trivium grpo configs/posttrain/demo_grpo.toml train.steps=50 grpo.advantage=rloo",
-        options=(RESUME,),
+        options=TRAINING_OPTIONS,
     )
+    profiled = profiled_steps(args.profile, config.train.steps)
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             initial.lineage,
             title=Path(config.run.dir).name,
             resume=args.resume,
+            profiled=profiled,
         ).fit()
 
 

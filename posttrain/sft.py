@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.cli import RESUME, entrypoint, parse_args
+from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_writable
 from configs.layout import Layout
 from configs.loader import ConfigError
@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium sft",
         description="Fine-tunes a model on dialogues; the same command again continues from its newest checkpoint.",
         example="trivium sft configs/posttrain/demo_sft.toml train.steps=50",
-        options=(RESUME,),
+        options=TRAINING_OPTIONS,
     )
+    profiled = profiled_steps(args.profile, config.train.steps)
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
@@ -78,7 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with groups.joined(env, layout, config.parallel.backend) as mesh:
         title, lineage = Path(config.run.dir).name, initial.lineage
         return Trainer(
-            config, initial.model, source, NextToken(), mesh, evaluators, lineage, title, resume=args.resume
+            config,
+            initial.model,
+            source,
+            NextToken(),
+            mesh,
+            evaluators,
+            lineage,
+            title,
+            resume=args.resume,
+            profiled=profiled,
         ).fit()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.cli import RESUME, TURN_SECONDS, entrypoint, parse_args
+from configs.cli import TRAINING_OPTIONS, TURN_SECONDS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_writable
 from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError
@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium train",
         description="Pretrains a decoder. Run again with the same command, it goes on from its newest checkpoint.",
         example="trivium train configs/pretrain/demo.toml train.steps=50 parallel.tp=1",
-        options=(RESUME,),
+        options=TRAINING_OPTIONS,
     )
+    profiled = profiled_steps(args.profile, config.train.steps)
     env = ClusterEnvironment.read()
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
     if not args.dry_run:
@@ -77,7 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             source, lineage = PlanSource(plan, choice.common_samples), Lineage.of_plan(plan, config.run.dir)
             return Trainer(
-                config, config.model, source, NextToken(), mesh, evaluators, lineage, name, resume=args.resume
+                config,
+                config.model,
+                source,
+                NextToken(),
+                mesh,
+                evaluators,
+                lineage,
+                name,
+                resume=args.resume,
+                profiled=profiled,
             ).fit()
         except DamagedTrainingData as error:  # the same on all ranks
             return _failed(error, prints=mesh.is_main)

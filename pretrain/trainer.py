@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from configs import loader, signals
 from configs.loader import ConfigError
 from configs.train import ModelConfig, Precision, TrainerConfig
-from pretrain import run_report
+from pretrain import determinism, run_report
 from pretrain.agreement import Agreement
 from pretrain.batch_source import BatchSource, micro_batches, share_of_rank
 from pretrain.checkpoint import resume as checkpoint_resume
@@ -33,6 +34,7 @@ from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
+from pretrain.profiling import DATA, Profiler
 from pretrain.read_ahead import ReadAhead
 from pretrain.run_directory import RunDirectory
 from pretrain.schedule import learning_rate
@@ -47,7 +49,7 @@ class Trainer:
 
     `lineage` has the tokenizer, and for SFT and RL the checkpoint whose weights the run starts from. `evaluators` are
     called every `eval.every` steps and after the last. `title` is the word before the progress bar. `resume` is the
-    value of `--resume`, see checkpoint/resume.py.
+    value of `--resume`, see checkpoint/resume.py. `profiled` are the steps, counted from 1, that `--profile` names.
     """
 
     def __init__(
@@ -61,13 +63,16 @@ class Trainer:
         lineage: Lineage | None = None,
         title: str = "train",
         resume: str = "auto",
+        profiled: range = range(0),
     ):
+        determinism.choose(config.train.deterministic)
         dtype = choose_dtype(config.train.precision, mesh.device)
         precision = Precision.BF16 if dtype == torch.bfloat16 else Precision.FP32
         train = config.train.model_copy(update={"precision": precision})
         self.config = config.model_copy(update={"train": train})
         self.model_config, self.source, self.loss_fn, self.mesh = model_config, source, loss_fn, mesh
         self.evaluators, self.lineage, self.title, self.resume = evaluators, lineage or Lineage(), title, resume
+        self.profiled = profiled
         self.run = RunDirectory(self.config, model_config, source, self.lineage, mesh)
         self.step, self.samples, self.tokens = 0, 0, 0
         self.tokens_by_source = dict.fromkeys(source.sources, 0.0)  # trained on, weighted by the loss mask
@@ -84,6 +89,7 @@ class Trainer:
         }
         self.agreement = Agreement()
         self._ahead: ReadAhead | None = None
+        self._profiler: Profiler  # made by `fit`
         self.engine = Engine(
             model_config, train, config.optimizer, mesh, config.run.seed, dtype, max(1, len(source.sources))
         )
@@ -120,6 +126,7 @@ class Trainer:
             say = partial(self._say, progress)
             saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say))
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
+            self._profiler = stack.enter_context(Profiler(self.profiled, self.run.path, self.mesh, say))
             try:
                 self.agreement.signal(self.step, check, watch)
                 if self.source.reads_ahead:
@@ -162,7 +169,9 @@ class Trainer:
         """
         config = self.config
         while self.step < config.train.steps:
-            done = self._train_step()
+            with self._profiler.step(self.step + 1):
+                done = self._train_step()
+            self._profiler.end_step(self.step)
             steps.add(done)
             last = self.step == config.train.steps
             saving, stopped_by = last or self.step % config.checkpoint.every == 0, 0
@@ -182,6 +191,7 @@ class Trainer:
             if saving:
                 saver.start(self.step, self._facts())
             if stopped_by and (not last or self.agreement.unchecked_from < self.step):
+                self._profiler.finish()
                 return stopped_by
         return 0
 
@@ -189,8 +199,9 @@ class Trainer:
         train, mesh = self.config.train, self.mesh
         timer = StepTimer(mesh.device)
         lr = learning_rate(self.step, train.steps, self.config.optimizer.lr, self.config.schedule)
-        self.source.prepare(self.engine, self.step)
-        batches = self._ahead.next() if self._ahead else self._micro_batches(self.samples)
+        with record_function(DATA):
+            self.source.prepare(self.engine, self.step)
+            batches = self._ahead.next() if self._ahead else self._micro_batches(self.samples)
         sums = self.engine.train_step(batches, self.loss_fn, lr)
         timer.stop()
         self.step += 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from configs.train import ModelConfig, OptimizerConfig, TrainSection
 from pretrain.megatron import ModelType, get_forward_backward_func, schedule_config
@@ -30,6 +31,8 @@ from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage, stage_specs
 from pretrain.parallel.step_sums import StepSums
+
+OPTIMIZER = "trivium optimizer"  # what the update of weights is called in traces
 
 
 class Engine:
@@ -114,7 +117,8 @@ class Engine:
 
     def update(self, lr: float) -> StepSums:
         """Clips the gradients and updates the weights with learning rate `lr`: part 4."""
-        grad_norm = zero.step(self.zero, lr)
+        with record_function(OPTIMIZER):
+            grad_norm = zero.step(self.zero, lr)
         expert_balance.finish_step(self.module, self.mesh, grad_norm.isfinite())
         experts = expert_balance.counts(self.module, self.mesh, self.model_config)
         return self._sums.of_step(grad_norm, experts)

@@ -1,5 +1,6 @@
 """Interrupted and resumed runs compared with uninterrupted ones, bit by bit."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from pretrain.agreement import MAX_STEPS, steps_between
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
+from pretrain.profiling import KINDS
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics, train
+from tests.parallel.workers.layouts import GLOBAL_BATCH, SEQ_LENGTH
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,26 @@ def test_resume_in_another_layout_goes_on_the_same(ranks: RanksOf, tmp_path: Pat
     train(ranks(2), moved, "dense_tied", {"tp": 2})
     losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (straight, moved)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-6)
+
+
+def test_profiled_and_deterministic_steps_have_the_same_numbers(ranks: RanksOf, tmp_path: Path) -> None:
+    plain, profiled = tmp_path / "plain", tmp_path / "profiled"
+    options: dict[str, Any] = {"model": "moe_tied", "parallel": {"tp": 2}, "steps": 4}
+    train(ranks(2), plain, **options)
+    options |= {"profiled": [2, 3], "train": {"deterministic": True}}
+    assert train(ranks(2), profiled, **options) == [{"status": 0}] * 2
+    assert metrics(profiled) == metrics(plain)
+    folder = profiled / "profile" / "steps_2_to_3"
+    assert sorted(path.name for path in folder.glob("rank_*")) == ["rank_0.json.gz", "rank_1.json.gz"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 2 and len(summary["ranks"]) == 2
+    logged = {line["step"]: line for line in map(json.loads, (profiled / "metrics.jsonl").read_text().splitlines())}
+    seconds = sum(GLOBAL_BATCH * SEQ_LENGTH / logged[step]["tokens_per_s"] for step in (2, 3) if "loss" in logged[step])
+    for found in summary["ranks"]:
+        assert found.keys() == set(KINDS) and min(found[kind] for kind in KINDS) > 0
+        assert 0.9 * seconds < sum(found.values()) / 1e6
+    lines = (folder / "summary.txt").read_text().splitlines()
+    assert lines[0].split()[-5:] == list(KINDS) and [line.split()[0] for line in lines[1:3]] == ["0", "1"]
 
 
 @pytest.mark.parametrize(

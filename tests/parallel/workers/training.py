@@ -147,9 +147,13 @@ def make_trainer(
     keep_every: int = 0,
     precision: str = "fp32",
     resume: str = "auto",
+    profiled: Sequence[int] = (),
     **sections: dict[str, Any],
 ) -> Trainer:
-    """Builds a trainer; `sections` has, by section, the keys of the config that differ from those below."""
+    """Builds a trainer; `sections` has, by section, the keys of the config that differ from those below.
+
+    `profiled` are the first and the last step to profile.
+    """
     tree: dict[str, Any] = {
         "run": {"dir": run_dir, "seed": seed},
         "train": {
@@ -171,8 +175,9 @@ def make_trainer(
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, config.parallel, model_config, config.train))
     source = Rows(model_config.vocab_size, fingerprint, at)
+    steps_profiled = range(profiled[0], profiled[1] + 1) if profiled else range(0)
     heldout = HeldoutLoss({"even": rows(900, 3, model_config.vocab_size)})
-    return Trainer(config, model_config, source, NextToken(), mesh, [heldout], resume=resume)
+    return Trainer(config, model_config, source, NextToken(), mesh, [heldout], resume=resume, profiled=steps_profiled)
 
 
 def train_on_slow_disk(
