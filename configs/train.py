@@ -333,6 +333,8 @@ class LogConfig(Section):
     """Whether TensorBoard files are written into run.dir."""
     every: int = Field(default=1, ge=1)
     """The number of steps from one printed line to the next."""
+    measure_peak: bool = False
+    """Whether mfu is a share of the ranks' own matrix-product rate, measured at the start in about a second."""
 
 
 class TrainerConfig(Section):

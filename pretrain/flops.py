@@ -1,4 +1,6 @@
-"""Floating-point operations that one token of training takes, and that a GPU can do in a second."""
+"""Floating-point operations that one token of training takes, and that a device can do in a second."""
+
+import time
 
 import torch
 
@@ -23,3 +25,25 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     name = torch.cuda.get_device_name(device)
     known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
     return next((flops for key, flops in known.items() if key in name), None)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the flop/s that large matrix products reach here now, the best of several; takes less than a second."""
+    size, deadline, best = 8192 if device.type == "cuda" else 1024, time.perf_counter() + 0.5, 0.0
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    for attempt in range(100):
+        _wait(device)
+        started = time.perf_counter()
+        a @ b
+        _wait(device)
+        ended = time.perf_counter()
+        if attempt:  # the first one starts threads and libraries
+            best = max(best, 2 * size**3 / (ended - started))
+        if attempt > 2 and ended > deadline:
+            break
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -27,7 +27,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
 from pretrain.data_check import DamagedTrainingData, DataCheck
-from pretrain.flops import flops_per_token, peak_flops
+from pretrain.flops import flops_per_token, measured_flops, peak_flops
 from pretrain.heldout_loss import Evaluator
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.batch import Batch
@@ -93,9 +93,7 @@ class Trainer:
         self.engine = Engine(
             model_config, train, config.optimizer, mesh, config.run.seed, dtype, max(1, len(source.sources))
         )
-        flops = peak_flops(mesh.device, dtype)
-        per_token = flops_per_token(model_config, train.seq_length)
-        self._mfu_per_rate = None if flops is None else per_token / (flops * mesh.layout.world_size)
+        self._mfu_per_rate = self._find_mfu_per_rate(dtype)
 
     def fit(self) -> int:
         """Trains until `train.steps` steps are done and returns the exit status.
@@ -149,6 +147,16 @@ class Trainer:
                 f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {run_report.write(self.run.path)}"
             )
         return 0
+
+    def _find_mfu_per_rate(self, dtype: torch.dtype) -> float | None:
+        """Returns MFU / (tokens/s); None where no peak is known. Collective if the peak is measured."""
+        mesh = self.mesh
+        if self.config.log.measure_peak:
+            mesh.gather_json(None)  # so that all ranks measure at once, as they compute at once
+            peak = float(mesh.sum_on_host(torch.tensor([measured_flops(mesh.device, dtype)]))[0])
+        else:
+            peak = (peak_flops(mesh.device, dtype) or 0) * mesh.layout.world_size
+        return flops_per_token(self.model_config, self.config.train.seq_length) / peak if peak else None
 
     def _step_log(self, log: MetricsLog | None, progress: ProgressLine | None) -> StepLog:
         return StepLog(
