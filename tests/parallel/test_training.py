@@ -56,6 +56,21 @@ def test_resumed_run_is_bit_identical(
     assert ledgers[0] == ledgers[1] and min(ledgers[0].values()) > 100  # tokens per source
 
 
+@pytest.mark.parametrize(("every", "begun"), [(100, 5), (2, 4)])
+def test_an_infinite_gradient_ends_the_run_before_it_is_saved(
+    ranks: RanksOf, tmp_path: Path, every: int, begun: int
+) -> None:
+    """It is known when the next step is under way, or at once where a checkpoint would be written."""
+    options = {"run_dir": str(tmp_path), "model": MODELS["moe"], "infinite": 4, "every": every}
+    worker = "tests.parallel.workers.training:train_with_an_infinite_step"
+    answers = ranks(2).run(worker, process_group=False, **options)
+    assert [answer["begun"] for answer in answers] == [begun] * 2
+    (error,) = {answer["error"] for answer in answers}
+    assert error.startswith("step 4: the gradient norm is not finite; no weight was changed by this step; lower optim")
+    assert storage.steps(tmp_path) == [step for step in (2,) if every == 2]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(ranks(2), straight, "dense", {})

@@ -34,6 +34,7 @@ from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.trainer import Trainer
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, make_engine, rows
+from tests.parallel.workers.sharing import Infinite
 
 
 class Rows(BatchSource):
@@ -105,6 +106,20 @@ def votes(run_dir: str, model: dict[str, Any], steps: int, slow_from: int, signa
     trainer = make_trainer(run_dir, model, {}, steps, at, every=steps, eval={"every": steps})
     with mock.patch.object(Agreement, "signal", noted):
         return {"status": trainer.fit(), "asked": asked}
+
+
+def train_with_an_infinite_step(run_dir: str, model: dict[str, Any], infinite: int, every: int) -> dict[str, Any]:
+    """Trains with an infinite loss on one rank in step `infinite` alone; returns the error and the steps begun."""
+
+    def choose(engine: Engine, loss_fn: Any) -> None:
+        trainer.loss_fn = loss_fn if engine.mesh.is_main else NextToken()
+
+    at = {infinite - 1: partial(choose, loss_fn=Infinite()), infinite: partial(choose, loss_fn=NextToken())}
+    trainer = make_trainer(run_dir, model, {}, 9, at, every=every, eval={"every": 100})
+    try:
+        return {"status": trainer.fit()}
+    except FloatingPointError as error:
+        return {"error": str(error), "begun": trainer.step}
 
 
 def chosen(run_dir: str, model: dict[str, Any], resume: str) -> dict[str, Any]:
