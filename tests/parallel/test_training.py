@@ -60,7 +60,7 @@ def test_resumed_run_is_bit_identical(
 def test_an_infinite_gradient_ends_the_run_before_it_is_saved(
     ranks: RanksOf, tmp_path: Path, every: int, begun: int
 ) -> None:
-    """It is known when the next step is under way, or at once where a checkpoint would be written."""
+    """Ranks find it when the next step is under way, or at once where a checkpoint would be written."""
     options = {"run_dir": str(tmp_path), "model": MODELS["moe"], "infinite": 4, "every": every}
     worker = "tests.parallel.workers.training:train_with_an_infinite_step"
     answers = ranks(2).run(worker, process_group=False, **options)
