@@ -125,6 +125,8 @@ class Trainer:
             saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say))
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             self._profiler = stack.enter_context(Profiler(self.profiled, self.run.path, self.mesh, say))
+            if self.profiled and self.step >= self.profiled.stop - 1:
+                self._print(f"step {self.step} is done, and so are the steps of --profile: nothing is profiled")
             try:
                 self.agreement.signal(self.step, check, watch)
                 if self.source.reads_ahead:

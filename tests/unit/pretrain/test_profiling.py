@@ -1,5 +1,7 @@
 """The table of `--profile`, from traces whose times are known, and the steps that the option names."""
 
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ from configs.cli import profiled_steps
 from configs.loader import ConfigError
 from pretrain.parallel.engine import OPTIMIZER
 from pretrain.profiling import DATA, KINDS, STEP, table, time_by_kind
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def event(cat: str, name: str, first: float, end: float, thread: int = 1) -> dict[str, Any]:
@@ -65,6 +69,19 @@ def test_a_table_has_a_line_for_each_rank() -> None:
 )
 def test_steps_to_profile(chosen: str, steps: range) -> None:
     assert profiled_steps(chosen, 12) == steps
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        ("pretrain.train", "pretrain/demo.toml"),
+        ("posttrain.sft", "posttrain/demo_sft.toml"),
+        ("posttrain.grpo", "posttrain/demo_grpo.toml"),
+    ],
+)
+def test_every_training_command_checks_the_option_first(command: str, config: str) -> None:
+    with pytest.raises(ConfigError, match="steps = 70; give others, such as --profile 68-70"):
+        import_module(command).main([str(CONFIGS / config), "train.steps=70", "--dry-run", "--profile", "60-80"])
 
 
 @pytest.mark.parametrize("chosen", ["x", "3-", "-3", "3-x", "0", "0-4", "5-3", "3-13", "13", "1,2", "3-4-5", "\u0663"])
