@@ -114,9 +114,10 @@ def time_by_kind(events: Iterable[dict[str, Any]]) -> dict[str, float]:
         return dict.fromkeys(KINDS, 0.0)
     data = _joined(_span(event) for event in marks if event["name"] == DATA)
     gloo = [event for event in marks if event["name"].startswith("gloo:")]
-    window = [(min(_span(event)[0] for event in steps), max(_span(event)[1] for event in steps))]
+    window = _joined(_span(event) for event in steps)
     if kernels := [event for event in timed if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]:
-        window = [(window[0][0], max(window[0][1], *(_span(event)[1] for event in kernels)))]
+        # A GPU works on a step after the host is done with it, so its steps have no ends that a trace shows.
+        window = [(window[0][0], max(window[-1][1], *(_span(event)[1] for event in kernels)))]
         found = _kinds_on_gpu(timed, kernels, gloo, data)
     else:
         found = _kinds_on_cpu(timed, steps[0]["tid"], gloo, data)

@@ -39,7 +39,7 @@ def test_the_time_of_a_cpu_is_divided_by_what_the_thread_of_the_steps_does() -> 
             event("cpu_op", "aten::mm", 300, 400),  # after the steps
         ]
     )
-    assert found == {"compute": 30 + 10, "communication": 20 + 10, "data": 7, "optimizer": 20, "idle": 113}
+    assert found == {"compute": 30 + 10, "communication": 20 + 10, "data": 7, "optimizer": 20, "idle": 103}
 
 
 def test_the_time_of_a_gpu_is_divided_by_its_kernels() -> None:
