@@ -10,6 +10,12 @@ norms of whole tensors, which average over elements. Two runs are compared, and 
 The number n is the *depth* of a tensor: all roundings on the longest path to it. A dot product of K terms counts as K
 in fp32 and fp64. In bf16 it counts as one, since products are added up in fp32 and only the result is rounded to bf16.
 
+The gradient of a norm's weight is a sum over all tokens, and with QK-norm over all heads, of few elements each. Each
+term has an error of its own, and where terms cancel, the sum is small and its error is not: it is to the sum as the
+root of the terms' sum of squares is to it. Terms of random signs cancel to just that, so the factor is about one. It is
+above one where terms pull against each other: up to 2.3 for the norm of the keys in a model with one key-value head.
+The reference measures the factor, and it multiplies the bound.
+
 Some models amplify rounding: a norm over few elements, or terms that cancel, up to a gradient that is zero in exact
 arithmetic. There the derived bound is too small for one rank's own rounding. So the reference computes its first step
 twice, in its own precision and in fp64 (in fp32 where its own is fp64), and a tensor's bound is at least MARGIN times

@@ -1,7 +1,8 @@
 """Names of layouts, such as `tp2sp_pp2`, and what they stand for."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.loader import ConfigError
@@ -31,6 +32,13 @@ class Candidate:
         dp = degrees.pop("dp", max(2 if "zero" in degrees else 1, -(-degrees.get("ep", 1) // cp)))
         world = degrees.get("tp", 1) * degrees.get("pp", 1) * cp * dp
         return cls(name, world, {**degrees, "sp": True} if "sp" in parts else dict(degrees))
+
+    def with_layers(self, per_stage: Sequence[int] | None) -> "Candidate":
+        """Returns the layout with `per_stage` layers in its pipeline's stages, or unchanged if it has not as many."""
+        stages = self.parallel.get("pp", 1) * self.parallel.get("vpp", 1)
+        if per_stage is None or stages == 1 or len(per_stage) != stages:
+            return self
+        return replace(self, parallel={**self.parallel, "layers_per_stage": list(per_stage)})
 
     @classmethod
     def named(cls, degrees: dict[str, int], sp: bool) -> "Candidate":

@@ -89,7 +89,8 @@ def _allowed(
     if kind == "state.balance":
         return 2 * UNIT_ROUNDOFF["fp32"]  # made of whole numbers of tokens, and fp32 in any precision
     (gradient,) = reference.copies(f"grad/{name}")
-    error = max(bounds.gradient(max(layer, 0)), _own_error(f"grad/{name}", gradient, companion, bounds.precision))
+    derived = bounds.gradient(max(layer, 0)) * _cancelled(name, gradient, companion)
+    error = max(derived, _own_error(f"grad/{name}", gradient, companion, bounds.precision))
     if kind == "grad":
         return error
     if kind != "state":  # moments are proportional to the clipped gradient, or to its square
@@ -106,6 +107,12 @@ def allowed_weight(
     """Returns the relative error that rounding explains in a weight after the first step."""
     (expected,) = reference.copies(f"state/{name}")
     return _allowed(f"state/{name}", expected, reference, companion, bounds, config)
+
+
+def _cancelled(name: str, gradient: torch.Tensor, companion: RecordedStep) -> float:
+    """Returns how much larger the error of a norm weight's gradient is than that of its terms, see `bounds`."""
+    size = float(gradient.norm())
+    return max(1.0, companion.facts["norm_terms"].get(name, 0.0) / size) if size else 1.0
 
 
 def _own_error(key: str, expected: torch.Tensor, companion: RecordedStep, precision: str) -> float:

@@ -17,6 +17,19 @@ from configs.loader import ConfigError, plain, validate
 from configs.train import PretrainConfig
 from pretrain.proof.candidate import Candidate
 
+# Keys and whole sections of a pretraining config that no draw varies, with the reason for each.
+NOT_DRAWN = {
+    "run.dir": "it is the folder of the results",
+    "data": "the rows of a proof do not come from a plan",
+    "train.steps": "a proof takes three steps",
+    "train.precision": "the proof's own --precision is drawn in its place",
+    "train.compile": "compiling takes longer than many draws; the layout tests hold compiled blocks against others",
+    "parallel.backend": "it changes nothing on CPUs, where all messages go over gloo",
+    "schedule": "a proof keeps one learning rate",
+    "checkpoint": "a proof saves nothing",
+    "eval": "the proof's evaluation is of one batch, always",
+    "log": "a proof logs nothing",
+}
 MOST_RANKS = 4
 MOST_SHRINKS = 80  # configs that are tried for one failure
 
@@ -36,6 +49,7 @@ class Draw:
     accum: int
     sp: bool = False
     offload: bool = False
+    layers_per_stage: tuple[int, ...] | None = None
     seed: int = 1234
 
     def config(self, run_dir: Path, parallel: bool) -> dict[str, Any]:
@@ -53,12 +67,13 @@ class Draw:
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate.named(self.degrees, self.sp)
+        return Candidate.named(self.degrees, self.sp).with_layers(self.layers_per_stage)
 
     @property
     def is_legal(self) -> bool:
         """Whether training would accept the config and, in fp64, the proof."""
-        if self.candidate.world_size > MOST_RANKS:
+        stages = self.degrees.get("pp", 1) * self.degrees.get("vpp", 1)
+        if self.candidate.world_size > MOST_RANKS or len(self.layers_per_stage or range(stages)) != stages:
             return False
         try:
             config = validate(PretrainConfig, self.config(Path("run"), parallel=True))
@@ -82,10 +97,10 @@ def draw(seed: int, index: int) -> Draw:
 
 
 def _draw(r: random.Random) -> Draw:
-    heads = r.choice((2, 4, 6, 8))
+    heads = r.choice((2, 3, 4, 6, 8))
     model: dict[str, Any] = {
-        "vocab_size": r.choice((16, 24, 64, 96)),
-        "num_layers": r.randint(1, 4),
+        "vocab_size": r.choice((9, 13, 16, 31, 61, 64, 96)),  # padded where tp does not divide it
+        "num_layers": r.choice((1, 2, 2, 3, 4, 5, 6)),
         "hidden_size": heads * r.choice((2, 4, 6, 8)),
         "ffn_hidden_size": r.choice((8, 12, 24, 48)),
         "num_heads": heads,
@@ -94,6 +109,7 @@ def _draw(r: random.Random) -> Draw:
         "tie_embeddings": r.random() < 0.4,
         "init_std": r.choice((0.02, 0.1)),
         "norm_eps": r.choice((1e-5, 1e-6)),
+        "rope_theta": r.choice((10000.0, 100.0)),
     }
     if r.random() < 0.3:
         model["head_dim"] = r.choice((2, 4, 8))
@@ -102,8 +118,8 @@ def _draw(r: random.Random) -> Draw:
     degrees = dict.fromkeys(("tp", "pp", "cp", "dp"), 1)
     for factor in r.choice(((2,), (3,), (4,), (2, 2), (2, 2), (2, 2))):
         degrees[r.choice(("tp", "tp", "pp", "cp", "dp"))] *= factor
-    degrees["vpp"] = r.choice((1, 2)) if degrees["pp"] > 1 else 1
-    degrees["ep"] = r.choice((1, 2, 4)) if "moe" in model else 1
+    degrees["vpp"] = r.choice((1, 1, 2, 3)) if degrees["pp"] > 1 else 1
+    degrees["ep"] = r.choice((1, 2, 3, 4)) if "moe" in model else 1
     degrees["zero"] = r.choice((1, 1, 2, 3)) if degrees["pp"] == 1 else 1
     train = {
         "micro_batch_size": r.choice((1, 2, 3)),
@@ -112,7 +128,8 @@ def _draw(r: random.Random) -> Draw:
         "dropout": r.choice((0.0, 0.0, 0.2)),
     }
     optimizer = {
-        "lr": 0.01,
+        "lr": r.choice((0.01, 0.001)),
+        "betas": r.choice(([0.9, 0.95], [0.8, 0.999], [0.0, 0.9])),
         "weight_decay": r.choice((0.0, 0.1)),
         "clip_grad": r.choice((0.0, 0.01, 1.0)),
         "eps": r.choice((1e-8, 1e-6)),
@@ -126,12 +143,21 @@ def _draw(r: random.Random) -> Draw:
         accum=r.randint(1, 4),
         sp=degrees["tp"] > 1 and r.random() < 0.5,
         offload=r.random() < 0.15,
+        layers_per_stage=_draw_stages(r, model["num_layers"], degrees["pp"] * degrees["vpp"]),
         seed=r.randrange(10_000),
     )
 
 
+def _draw_stages(r: random.Random, layers: int, stages: int) -> tuple[int, ...] | None:
+    """Returns a number of layers for each pipeline stage, or None for the balanced ones."""
+    if stages == 1 or stages > layers or r.random() < 0.5:
+        return None
+    cuts = sorted(r.sample(range(1, layers), stages - 1))
+    return tuple(end - first for first, end in zip((0, *cuts), (*cuts, layers), strict=True))
+
+
 def _draw_moe(r: random.Random) -> dict[str, Any]:
-    experts = r.choice((2, 4, 6, 8))
+    experts = r.choice((2, 3, 4, 6, 8))
     groups = r.choice([n for n in range(1, experts + 1) if experts % n == 0])
     moe: dict[str, Any] = {
         "num_experts": experts,
@@ -215,7 +241,8 @@ def simpler(drawn: Draw) -> Iterator[Draw]:
     sizes = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_heads": 2}
     small: dict[str, Any] = {**sizes, "num_kv_heads": 2, "init_std": model["init_std"]}
     short = {"micro_batch_size": 1, "seq_length": 4, "recompute": "none", "dropout": 0.0}
-    plain_ = replace(drawn, train=short, optimizer={"lr": 0.01}, accum=1, precision="fp32", offload=False)
+    balanced = replace(drawn, layers_per_stage=None)
+    plain_ = replace(balanced, train=short, optimizer={"lr": 0.01}, accum=1, precision="fp32", offload=False)
     moe = {key: value for key, value in model.get("moe", {}).items() if key in ("num_experts", "top_k")}
     yield replace(plain_, model=small)
     yield replace(plain_, model=small | {"qk_norm": True})
@@ -225,9 +252,10 @@ def simpler(drawn: Draw) -> Iterator[Draw]:
     for key, degree in drawn.degrees.items():
         if degree > 1:
             for smaller in sorted({1, degree // 2, 2} - {degree}):
-                yield replace(drawn, degrees={**drawn.degrees, key: smaller})
+                yield replace(balanced, degrees={**drawn.degrees, key: smaller})
     if drawn.degrees.get("ep", 1) > 1 and drawn.degrees["dp"] > 1:
         yield replace(drawn, degrees={**drawn.degrees, "ep": 1, "dp": 1})
+    yield balanced
     yield replace(drawn, sp=False)
     yield replace(drawn, offload=False)
     yield replace(drawn, precision="fp32")
@@ -241,8 +269,8 @@ def simpler(drawn: Draw) -> Iterator[Draw]:
         yield replace(drawn, model={**model, "moe": {**model["moe"], "top_k": 1}})
         yield replace(drawn, model={**model, "moe": {**model["moe"], "num_experts": 2}})
     for key, value in {**sizes, "num_kv_heads": model["num_heads"]}.items():
-        yield replace(drawn, model={**model, key: value})
-    for left_out in ("norm_eps", "head_dim", "qk_norm", "tie_embeddings"):
+        yield replace(balanced, model={**model, key: value})
+    for left_out in ("norm_eps", "rope_theta", "head_dim", "qk_norm", "tie_embeddings"):
         yield replace(drawn, model={key: value for key, value in model.items() if key != left_out})
     for key, value in short.items():
         yield replace(drawn, train={**train, key: value})
@@ -251,6 +279,8 @@ def simpler(drawn: Draw) -> Iterator[Draw]:
 
 def command_of(drawn: Draw, file: Path) -> tuple[dict[str, Any], str]:
     """Returns the config to write to `file`, and the command that proves it."""
-    config = validate(PretrainConfig, drawn.config(Path("runs/fuzz"), parallel=False))
+    settings = drawn.config(Path("runs/fuzz"), parallel=False)
+    settings["parallel"] |= {"layers_per_stage": drawn.layers_per_stage and list(drawn.layers_per_stage)}
+    config = validate(PretrainConfig, settings)
     command = f"trivium prove {file} --layouts {drawn.candidate.name} --precision {drawn.precision}"
     return plain(config), command

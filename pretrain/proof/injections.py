@@ -23,7 +23,7 @@ from pretrain.model.documents import Documents, attend_rows
 from pretrain.model.losses import NextToken
 from pretrain.model.moe import MoE
 from pretrain.model.norm import RMSNorm
-from pretrain.model.slices import is_expert
+from pretrain.model.slices import Slices, is_expert, tp_split
 from pretrain.parallel import distributed_optimizer, expert_balance
 from pretrain.parallel.context_parallel import own_parts
 from pretrain.parallel.distributed_optimizer import DistributedOptimizer
@@ -123,6 +123,15 @@ def chunks_initialised_alike() -> AbstractContextManager[Any]:
 def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
     """Each tensor-parallel rank keeps the gradient that its own heads give a QK-norm weight."""
     return mock.patch("pretrain.parallel.gradients._partial_norms", lambda stage, mesh: [])
+
+
+def key_value_gradients_not_summed() -> AbstractContextManager[Any]:
+    """Each of the tensor-parallel ranks that hold the same key-value head keeps its own query heads' gradient of it."""
+
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        sum_partial(stage, replace(mesh, kv_group=None))
+
+    return mock.patch(f"{ENGINE}.sum_partial", planted)
 
 
 def router_gradients_not_summed() -> AbstractContextManager[Any]:
@@ -244,7 +253,7 @@ def router_counts_not_summed_over_replicas() -> AbstractContextManager[Any]:
 
 
 def router_bias_multiplied_by_tp() -> AbstractContextManager[Any]:
-    """A bias that tensor-parallel ranks replicate, the router's, is summed over them (torchtitan issue 4245)."""
+    """The router's bias, which tensor-parallel ranks replicate, is summed over them after each step."""
     right = expert_balance.finish_step
 
     def planted(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None:
@@ -253,6 +262,36 @@ def router_bias_multiplied_by_tp() -> AbstractContextManager[Any]:
             dist.all_reduce(moe.balance.bias, group=mesh.tp_group)
 
     return mock.patch.object(expert_balance, "finish_step", planted)
+
+
+def replicated_weight_multiplied_by_tp() -> AbstractContextManager[Any]:
+    """A replicated weight takes effect tp times, as a bias in torchtitan 4245; there is none here: the MLP's norm's."""
+
+    def planted(stage: PipelineStage, mesh: Mesh) -> None:
+        spread_experts(stage, mesh)
+        for block in stage.blocks.values():
+            block.mlp_norm.register_forward_hook(lambda _, __, output: output * mesh.layout.tp)
+
+    return mock.patch(f"{ENGINE}.spread_experts", planted)
+
+
+def uneven_vocabulary_cut_without_padding() -> AbstractContextManager[Any]:
+    """A vocabulary that tp does not divide is loaded in slices of V // tp rows, without padding (torchtitan 1136)."""
+
+    def planted(chunk: Decoder, seed: int, slices: Slices, *args: Any) -> None:
+        init_weights(chunk, seed, SlicesWithoutPadding(**vars(slices)), *args)
+
+    return mock.patch(f"{ENGINE}.init_weights", planted)
+
+
+class SlicesWithoutPadding(Slices):
+    """Slices of which each begins where the ones before it would end if none of them were longer than V // tp."""
+
+    def offset(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        split, offset = tp_split(parameter), list(super().offset(parameter))
+        if split is not None and split.size % (self.tp // split.copies):
+            offset[split.dim] = self.tp_rank // split.copies * (split.size * split.copies // self.tp)
+        return tuple(offset)
 
 
 @contextmanager
@@ -324,6 +363,7 @@ INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         auxiliary_loss_times_micro_batches,
         chunks_initialised_alike,
         qk_norm_gradients_not_summed,
+        key_value_gradients_not_summed,
         router_gradients_not_summed,
         expert_gradients_doubled,
         document_mask_off_by_one,
@@ -333,6 +373,8 @@ INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         router_counts_not_summed_over_tp,
         router_counts_not_summed_over_replicas,
         router_bias_multiplied_by_tp,
+        replicated_weight_multiplied_by_tp,
+        uneven_vocabulary_cut_without_padding,
         evaluation_moves_router_bias,
         products_in_tf32,
         attention_across_documents,

@@ -67,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ProofRanks() as pool:
             return fuzz(args.fuzz, args.seed, args.out, pool.run, args.inject)
     config = load(PretrainConfig, args.config, args.overrides)
+    layers_per_stage = config.parallel.layers_per_stage
     # Names of layouts say all the rest.
     parallel = ParallelConfig(offload_optimizer=config.parallel.offload_optimizer, backend=config.parallel.backend)
     config = config.model_copy(update={"parallel": parallel})
-    candidates = [Candidate.parse(name) for name in args.layouts.split(",")]
+    candidates = [Candidate.parse(name).with_layers(layers_per_stage) for name in args.layouts.split(",")]
     for candidate in candidates:
         _check(candidate, config, precisions)
     check_writable(args.out, "--out")

@@ -24,6 +24,7 @@ from pretrain.parallel import groups
 from pretrain.parallel.deepspeed_import import deepspeed
 from pretrain.proof.device_rank import prove_device
 from pretrain.proof.recorded_step import prove_step
+from pretrain.proof.shared_groups import forget_groups, share_groups
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
     rank, answers = int(sys.argv[1]), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to standard output
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    share_groups()
     for line in sys.stdin:
         answer = {}
         try:
@@ -68,6 +70,7 @@ def _run(job: dict[str, Any], rank: int) -> None:
 def _forget_ranks() -> None:
     """Puts back what DeepSpeed remembers of a job's groups and modules: ranks compare some of it in the next job."""
     stage3 = deepspeed.runtime.zero.parameter_offload
+    forget_groups()
     importlib.reload(deepspeed.utils.groups)
     stage3.Init.param_id = 0
     stage3.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0

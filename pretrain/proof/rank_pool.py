@@ -15,7 +15,7 @@ from typing import IO, Any
 SECONDS = 1800.0  # that one job may take
 SETTLE_SECONDS = 5.0  # that the other ranks have after one failed
 TAIL = 3000  # characters of a rank's output in an error
-MOST_THREADS = 60  # of a rank, before all start anew: a few of gloo's threads stay after each job
+MOST_THREADS = 150  # of a rank, before all start anew: a few of gloo's threads stay after each job
 
 
 class ProofRanks:

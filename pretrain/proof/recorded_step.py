@@ -15,6 +15,7 @@ tensor is a slice of a whole one; the file's metadata holds its offset and the w
 import argparse
 import gc
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -45,7 +46,7 @@ from pretrain.proof.bounds import COMPANION, companion_of
 from pretrain.proof.exact import differing_replicas, gathered_norm, moment
 from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.step_reader import RecordedStep
-from pretrain.proof.trace import ExpertChoices, Recorder, Slice, Trace
+from pretrain.proof.trace import ExpertChoices, NormTerms, Recorder, Slice, Trace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 SOURCES = 2
@@ -53,6 +54,7 @@ STEPS = 3  # the first is compared with one rank's; after all three, replicas ar
 CLIP = 0.05  # a norm that initial gradients exceed, so that clipping takes part in every step
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ROWS_PERIOD = 8
+WHOLE_ROWS = (4, 5)  # of each period; attention of micro-batches of such rows takes another way
 
 RowsOf = Callable[[int, int, int, int], Sequence[Row]]  # (first, count, vocabulary size, length) to rows
 
@@ -83,17 +85,27 @@ def rows_a_step(global_batch_size: int) -> int:
     return -(-global_batch_size // ROWS_PERIOD) * ROWS_PERIOD
 
 
+def proof_rows(first: int, count: int, vocab_size: int, seq_length: int) -> list[Row]:
+    """Makes rows as `packed_rows` does, and two of eight that are one document without padding."""
+    rows = packed_rows(first, count, vocab_size, seq_length)
+    for i, row in enumerate(rows):
+        if (first + i) % ROWS_PERIOD in WHOLE_ROWS:
+            rows[i] = replace(row, segments=np.zeros(seq_length, int), positions=np.arange(seq_length))
+    return rows
+
+
 def run_steps(
     engine: Engine,
     config: PretrainConfig,
     precision: str,
     recorded: RecordedStep | None,
     steps: int,
-    rows_of: RowsOf = packed_rows,
+    rows_of: RowsOf = proof_rows,
 ) -> None:
     """Evaluates, takes `steps` steps, and writes the tensors of the first one into run.dir.
 
-    With 0 steps it stops after the gradients of the first. `recorded` is the run whose choices of experts are replayed.
+    With 0 steps it stops after the gradients of the first, and also records how much cancels in those of norm weights.
+    `recorded` is the run whose choices of experts are replayed.
     """
     mesh, train = engine.mesh, config.train
     recorder = Recorder(mesh)
@@ -112,6 +124,7 @@ def run_steps(
     facts: dict[str, Any] = {"precision": precision, "heldout": engine.evaluate(batches(STEPS), NextToken()).mean_loss}
     trace = Trace(engine, recorder, first_micro_batch, train.micro_batch_size)
     norms, gathered, losses = [], [], []
+    terms = NormTerms(engine) if not steps else None
     for step in range(max(1, steps)):
         choices.begin(f"step{step}", first_micro_batch)
         engine.accumulate(batches(step), NextToken())
@@ -129,6 +142,7 @@ def run_steps(
             _keep_state(engine, recorder)
             facts |= expert_balance.stats(engine.module, engine.mesh, engine.model_config)
     facts |= {"gathered_norms": gathered, "losses": losses, "clip_grad": config.optimizer.clip_grad}
+    facts["norm_terms"] = {name: math.sqrt(total) for name, total in terms.squares.items()} if terms else {}
     facts["norms"] = mesh.gather_json(norms)
     facts["differing_replicas"] = differing_replicas(engine)
     out = Path(config.run.dir)

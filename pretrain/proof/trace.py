@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from pretrain.model.moe import MoE
+from pretrain.model.norm import RMSNorm
 from pretrain.model.recompute import is_recomputing
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
@@ -91,6 +93,31 @@ class Trace:
 
     def _logits(self, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return output[2]
+
+
+class NormTerms:
+    """Sums up, by hooks, the squares of the terms whose sum is the gradient of a norm's weight: one for each token.
+
+    The terms of other weights need no count: their tensors are large, and terms cancel in none of them as a whole.
+    """
+
+    def __init__(self, engine: Engine):
+        self.squares = Counter[str]()
+        self._factor = engine.loss_factor
+        for chunk in engine.module.chunks:
+            for name, module in chunk.named_modules():
+                if isinstance(module, RMSNorm):
+                    module.register_forward_hook(partial(self._watch, name))
+
+    def _watch(self, name: str, norm: RMSNorm, _: Any, output: torch.Tensor) -> None:
+        if not output.requires_grad or is_recomputing():
+            return
+        normalized = output.detach() / norm.weight.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            self.squares[f"{name}.weight"] += float((gradient / self._factor * normalized).double().square().sum())
+
+        output.register_hook(add)
 
 
 class ExpertChoices:

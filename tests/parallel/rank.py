@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,16 +21,14 @@ import torch
 import torch.distributed as dist
 
 from launch.environment import ClusterEnvironment
-
-_new_group = dist.new_group
-_groups: dict[tuple[Any, ...], Any] = {}
+from pretrain.proof.shared_groups import forget_groups, share_groups
 
 
 def serve(descriptor: int) -> None:
     """Serves calls until the pool closes its end of the connection."""
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     torch.set_num_threads(1)
-    dist.new_group = one_group_for_the_same_ranks
+    share_groups()
     connection = Connection(descriptor)
     while True:
         try:
@@ -81,22 +78,10 @@ def run(message: dict[str, Any]) -> Any:
     return getattr(importlib.import_module(module), name)(**message["kwargs"])
 
 
-def one_group_for_the_same_ranks(ranks: Sequence[int] | None = None, *args: Any, **kwargs: Any) -> Any:
-    """Returns one and the same process group for the same ranks, made when a world first asks for it.
-
-    Each gloo group has three threads and its own connections, and megatron-core makes seventeen groups in any layout,
-    most of which have the same ranks.
-    """
-    key = (dist.group.WORLD, None if ranks is None else tuple(ranks), kwargs.get("backend"))
-    if key not in _groups:
-        _groups[key] = _new_group(ranks, *args, **kwargs)
-    return _groups[key]
-
-
 def leave_world() -> None:
     """Destroys every process group and resets the libraries' globals that refer to one."""
     _free_engines()
-    _groups.clear()
+    forget_groups()
     if parallel_state := sys.modules.get("megatron.core.parallel_state"):
         parallel_state.destroy_model_parallel()
     if comm := sys.modules.get("deepspeed.comm.comm"):

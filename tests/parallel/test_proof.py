@@ -4,16 +4,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from configs.loader import ConfigError, load, toml, validate
+from configs.section import Section
 from configs.train import PretrainConfig
 from pretrain.proof.candidate import Candidate
 from pretrain.proof.compare import compare
-from pretrain.proof.fuzz import Run
+from pretrain.proof.fuzz import NOT_DRAWN, Draw, Run, draw
 from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.prove import fuzz
 from pretrain.proof.prove import main as prove_main
@@ -93,6 +94,8 @@ def prove(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Prove:
         ("tp2", "micro_2", "fp32"),
         ("tp3sp", "small_heads", "fp32"),
         ("tp2sp_ep2", "deepseek", "bf16"),
+        # Terms of the gradient of the keys' norm cancel, and it has four elements.
+        pytest.param("tp2sp_cp2", "one_kv_head", "bf16", marks=pytest.mark.full),
     ],
 )
 def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: str) -> None:
@@ -149,6 +152,14 @@ CAUGHT = [
     ("auxiliary_loss_times_micro_batches", "pp2", "moe", "fp32", "backward/layers.3.attention/0", ""),
     ("chunks_initialised_alike", "pp2", "dense", "fp32", "forward/layers.2.attention/0", ""),
     ("qk_norm_gradients_not_summed", "tp2", "deepseek", "fp32", "grad/layers.3.attention.k_norm.weight", "replicas: "),
+    (
+        "key_value_gradients_not_summed",
+        "tp2",
+        "one_kv_head",
+        "fp32",
+        "grad/layers.3.attention.k_proj.weight",
+        "replicas: ",
+    ),
     ("router_gradients_not_summed", "tp2", "moe", "fp32", "backward/layers.3.attention/0", "replicas: "),
     ("expert_gradients_doubled", "ep2", "moe", "fp32", "grad/layers.3.moe.experts.down_proj", ""),
     ("document_mask_off_by_one", "cp2", "dense", "fp32", "forward/layers.0.attention/0", ""),
@@ -156,6 +167,8 @@ CAUGHT = [
     ("router_counts_not_summed_over_replicas", "dp2", "deepseek", "fp32", STATE, ""),
     ("router_counts_not_summed_over_replicas", "ep2", "deepseek", "fp32", STATE, ""),
     ("router_bias_multiplied_by_tp", "tp2", "deepseek", "fp32", STATE, ""),
+    ("replicated_weight_multiplied_by_tp", "tp2", "dense", "fp32", "forward/layers.0.mlp/0", ""),
+    ("uneven_vocabulary_cut_without_padding", "tp2", "one_kv_head", "fp32", "forward/embedding/0", ""),
     ("evaluation_moves_router_bias", "dp2", "deepseek", "fp32", STATE, ""),
 ]
 
@@ -237,6 +250,92 @@ def test_help_knows_every_bug_that_can_be_planted(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     for name, bug in INJECTIONS.items():
         assert re.search(rf"^  {name}\n    {re.escape((bug.__doc__ or '').splitlines()[0])}$", shown, re.MULTILINE)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("layout", "model"), [("tp2_ep2", "moe"), ("tp2_ep2", "deepseek"), ("cp2ep2", "moe")])
+def test_replicas_are_the_same_to_the_last_bit_after_twenty_steps_in_bf16(
+    ranks: RanksOf, tmp_path: Path, layout: str, model: str
+) -> None:
+    candidate = Candidate.parse(layout)
+    settings = config(model, tmp_path, candidate.parallel)
+
+    def trained(**kwargs: Any) -> list[dict[str, Any]]:
+        run = ranks(candidate.world_size).run
+        return run("tests.parallel.workers.proof:train", process_group=False, config=settings, **kwargs)
+
+    of_rank = trained(steps=20)
+    assert of_rank[0]["differing"] == []
+    assert all(rank["norms"] == of_rank[0]["norms"] for rank in of_rank)
+    assert min(of_rank[0]["norms"]) > settings["optimizer"]["clip_grad"]  # clipping took part in every step
+    if candidate.parallel.get("tp", 1) > 1:  # one step suffices to see a factor that differs
+        assert trained(steps=1, inject="expert_norm_not_summed_over_tp")[0]["differing"]
+
+
+def test_every_key_of_a_model_and_a_layout_is_drawn_or_has_a_reason_why_not() -> None:
+    values: dict[str, set[str]] = {key: set() for key in keys_of(PretrainConfig)}
+    for index in range(300):
+        drawn = validate(PretrainConfig, draw(5, index).config(Path("run"), parallel=True))
+        for key in values:
+            values[key].add(repr(value_of(drawn, key)))
+    varied = {key for key, seen in values.items() if len(seen) > 1}
+    listed = {key for key in values if not {key, key.partition(".")[0]}.isdisjoint(NOT_DRAWN)}
+    assert set(values) - varied - listed == set(), "neither drawn nor listed in NOT_DRAWN"
+    assert varied & listed == set()
+    assert {name for name in NOT_DRAWN if name not in values} <= set(PretrainConfig.model_fields)
+
+
+def keys_of(section: type[Section], prefix: str = "") -> list[str]:
+    """Lists the dotted keys of a section and of all sections within it."""
+    keys = []
+    for name, field in section.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        inner = [kind for kind in kinds if issubclass(kind, Section)]
+        keys += keys_of(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return keys
+
+
+def value_of(config: Any, key: str) -> Any:
+    """Returns the value of a dotted key; None where a section on the way is left out."""
+    for name in key.split("."):
+        config = None if config is None else getattr(config, name)
+    return config
+
+
+# What two or more keys together make of a layout.
+COMBINATIONS: dict[str, Callable[[Draw], bool]] = {
+    "a vocabulary that tp does not divide": lambda d: d.model["vocab_size"] % d.degrees["tp"] > 0,
+    "a rank with padding alone": lambda d: d.model["vocab_size"] == 9 and d.degrees["tp"] == 4,
+    "one kv head on several ranks": lambda d: d.model["num_kv_heads"] == 1 and d.degrees["tp"] > 1,
+    "fewer kv heads than tp * cp": lambda d: d.model["num_kv_heads"] < d.degrees["tp"] * d.degrees["cp"],
+    "kv heads not exchanged over cp": lambda d: d.model["num_kv_heads"] % (d.degrees["tp"] * d.degrees["cp"]) > 0,
+    "sequence parallel with cp": lambda d: d.sp and d.degrees["cp"] > 1,
+    "tied embeddings over a pipeline": lambda d: d.model["tie_embeddings"] and d.degrees["pp"] > 1,
+    "tied embeddings of an uneven vocabulary over a pipeline": lambda d: (
+        d.model["tie_embeddings"] and d.degrees["pp"] > 1 and d.model["vocab_size"] % d.degrees["tp"] > 0
+    ),
+    "uneven stages, interleaved": lambda d: d.layers_per_stage is not None and d.degrees["vpp"] > 1,
+    "experts over cp": lambda d: d.degrees["ep"] > 1 and d.degrees["cp"] > 1,
+    "experts over dp and tp": lambda d: d.degrees["ep"] > 1 and d.degrees["tp"] > 1,
+    "ZeRO-2 with experts spread": lambda d: d.degrees["zero"] == 2 and d.degrees["ep"] > 1,
+    "ZeRO-3 with tp": lambda d: d.degrees["zero"] == 3 and d.degrees["tp"] > 1,
+    "ZeRO-3, offloaded, in bf16": lambda d: d.degrees["zero"] == 3 and d.offload and d.precision == "bf16",
+    "offloaded pipeline": lambda d: d.offload and d.degrees["pp"] > 1,
+    "dropout that is recomputed": lambda d: d.train["dropout"] > 0 and d.train["recompute"] == "full",
+    "capacity with experts spread": lambda d: "capacity_factor" in d.model.get("moe", {}) and d.degrees["ep"] > 1,
+    "bias, shared experts and tp": lambda d: (
+        "moe" in d.model
+        and d.model["moe"]["bias_update_rate"] > 0
+        and d.model["moe"]["num_shared_experts"] > 0
+        and d.degrees["tp"] > 1
+    ),
+    "QK-norm in bf16 with tp": lambda d: d.model["qk_norm"] and d.precision == "bf16" and d.degrees["tp"] > 1,
+}
+
+
+def test_the_fuzzer_draws_what_only_combinations_of_keys_make() -> None:
+    draws = [draw(6, index) for index in range(1000)]
+    assert [name for name, is_so in COMBINATIONS.items() if not any(map(is_so, draws))] == []
 
 
 def test_the_fuzzer_draws_legal_layouts_that_all_pass(ranks: RanksOf, tmp_path: Path) -> None:

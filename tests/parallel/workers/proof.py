@@ -1,4 +1,4 @@
-"""Functions run in the ranks: the step of a proof, with a planted bug or with a record of the tensors it makes."""
+"""Functions run in the ranks: the steps of a proof or of training, with a planted bug or with records of tensors."""
 
 import itertools
 import sys
@@ -16,11 +16,14 @@ from configs.layout import Layout
 from configs.loader import validate
 from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment
+from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine, StepSums
 from pretrain.proof.device_rank import prove_device
+from pretrain.proof.exact import differing_replicas
 from pretrain.proof.injections import INJECTIONS
-from pretrain.proof.recorded_step import prove_step
+from pretrain.proof.recorded_step import SOURCES, packed_rows, prove_step
 from tests.parallel.forks import REPOSITORY
 
 
@@ -53,6 +56,24 @@ def _doubled_later() -> Iterator[None]:
 
     with mock.patch.object(Engine, "update", update):
         yield
+
+
+def train(config: dict[str, Any], steps: int, inject: str | None = None) -> dict[str, Any]:
+    """Trains in bf16; returns the gradient norm of each step, and the weights in which replicas differ at the end."""
+    checked = validate(PretrainConfig, config)
+    env = ClusterEnvironment.read()
+    mesh = groups.start(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train))
+    batch, micro, norms = checked.train.global_batch_size, checked.train.micro_batch_size, []
+    with INJECTIONS[inject]() if inject else nullcontext():
+        engine = Engine(checked.model, checked.train, checked.optimizer, mesh, 7, torch.bfloat16, SOURCES)
+        for step in range(steps):
+            share = share_of_rank(step * batch, batch, mesh.dp_rank, mesh.layout.dp)
+            rows = packed_rows(share.start, len(share), checked.model.vocab_size, checked.train.seq_length)
+            sums = engine.train_step(micro_batches(rows, micro, share.start), NextToken(), checked.optimizer.lr)
+            norms.append(sums.grad_norm)
+    differing = differing_replicas(engine)
+    groups.stop()
+    return {"norms": norms, "differing": differing}
 
 
 def functions_in_fp32(config: dict[str, Any]) -> list[str]:
