@@ -62,18 +62,20 @@ class Engine:
             dropout=train.dropout,
             seed=seed,
         )
-        chunks = [Decoder(model_config, spec, context) for spec in stage_specs(layout, mesh.pp_rank)]
+        building, drawing = zero.weights(mesh, dtype)
+        with building:
+            chunks = [Decoder(model_config, spec, context) for spec in stage_specs(layout, mesh.pp_rank)]
         config = schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):
-            init_weights(chunk, seed, mesh.slices)
+            init_weights(chunk, seed, mesh.slices, drawing)
             chunk.set_recompute(train.recompute)
             scheduled: Any = chunk  # the schedules read these attributes of the model
             scheduled.config, scheduled.model_type = config, ModelType.encoder_or_decoder
             scheduled.vp_stage = i
-        # This order is required: weights are drawn first, while each parameter is still one tensor (stage 3 splits
-        # them). Tied copies and experts are marked before ZeRO, which reads the marks when it groups parameters. The
-        # exchange is put around attention before blocks are compiled, so that it is compiled too. ZeRO comes last: it
-        # moves all parameters into the flat buffers of its optimizer.
+        # This order is required: weights are drawn first, and stage 3 splits each as soon as it is drawn. Tied copies
+        # and experts are marked before ZeRO, which reads the marks when it groups parameters. The exchange is put
+        # around attention before blocks are compiled, so that it is compiled too. ZeRO comes last: it moves all
+        # parameters into the flat buffers of its optimizer.
         self.module = PipelineStage(chunks)
         mark_copies(self.module, mesh)
         exchange_around_attention(self.module, mesh)

@@ -20,6 +20,7 @@ from torch import nn
 
 from configs.layout import Layout
 from configs.train import OptimizerConfig, TrainSection
+from pretrain.model.init import Drawing
 from pretrain.parallel import distributed_optimizer
 from pretrain.parallel.deepspeed_import import deepspeed, device_as_local_rank
 from pretrain.parallel.distributed_optimizer import DistributedOptimizer, Fragment
@@ -27,16 +28,24 @@ from pretrain.parallel.expert_parallel import optimizer_groups
 from pretrain.parallel.gathered import RebuiltViews
 from pretrain.parallel.groups import DeepSpeedMpu, Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
+from pretrain.parallel.split_weights import SplitAfterDrawing, WithoutMemory
 
 MAX_BUCKET = 2**26  # elements of gradients reduced at once; DeepSpeed reserves memory for so many
 # Stage 3 keeps a weight gathered if fewer elements of other weights are used before its next use; DeepSpeed's default.
 REUSE_DISTANCE = 1_000_000_000
 
 
+def weights(mesh: Mesh, dtype: torch.dtype) -> tuple[AbstractContextManager[Any], Drawing]:
+    """Returns contexts in which modules are built and in which each weight is drawn; stage 3 splits weights there."""
+    if mesh.layout.zero < 3:
+        return nullcontext(), nullcontext
+    return WithoutMemory(), SplitAfterDrawing(mesh, dtype)
+
+
 def wrap(module: PipelineStage, train: TrainSection, optimizer: OptimizerConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
     """Makes the optimizer of a pipeline stage: a `DistributedOptimizer`, or a DeepSpeed engine.
 
-    Stage 3 splits the module's weights from here on.
+    Stage 3 has split the module's weights before, see `weights`.
     """
     if mesh.layout.zero == 1 and not mesh.layout.offload_optimizer:
         return DistributedOptimizer(module, optimizer, mesh)
@@ -240,8 +249,8 @@ def set_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    decay = [p for p in module.parameters() if p.ndim > 1]
-    rest = [p for p in module.parameters() if p.ndim <= 1]
+    decay = [p for p in module.parameters() if outline(p).ndim > 1]
+    rest = [p for p in module.parameters() if outline(p).ndim <= 1]
     return [
         {"name": "decayed", "params": decay, "weight_decay": weight_decay},
         {"name": "not_decayed", "params": rest, "weight_decay": 0.0},
@@ -268,16 +277,17 @@ def _config(
 
 
 def _stage(module: nn.Module, layout: Layout) -> dict[str, Any]:
+    whole = [outline(parameter) for parameter in module.parameters()]
     stage: dict[str, Any] = {
         "stage": layout.zero,
         # Without this DeepSpeed would sum the gradients of different experts over all data-parallel ranks.
         "contiguous_gradients": True,
-        "reduce_bucket_size": min(MAX_BUCKET, sum(p.numel() for p in module.parameters())),
+        "reduce_bucket_size": min(MAX_BUCKET, sum(p.numel() for p in whole)),
     }
     if layout.zero == 3:
         # Norm weights stay whole: gathering one costs a round trip, and splitting it would save little memory.
         stage["stage3_max_reuse_distance"] = REUSE_DISTANCE
-        stage["stage3_param_persistence_threshold"] = max(p.numel() for p in module.parameters() if p.ndim == 1)
+        stage["stage3_param_persistence_threshold"] = max(p.numel() for p in whole if p.ndim == 1)
     if layout.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return stage

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -339,7 +340,7 @@ def test_the_fuzzer_draws_what_only_combinations_of_keys_make() -> None:
 
 
 def test_the_fuzzer_draws_legal_layouts_that_all_pass(ranks: RanksOf, tmp_path: Path) -> None:
-    assert fuzz(6, 14, tmp_path, fuzzed_on(ranks)) == 0
+    assert fuzz(6, 17, tmp_path, fuzzed_on(ranks)) == 0
 
 
 @pytest.mark.full
@@ -348,14 +349,18 @@ def test_a_hundred_draws_pass(ranks: RanksOf, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_fuzzer_shrinks_a_failure_to_a_command(
+def test_the_fuzzer_shrinks_a_failure_to_a_command_that_reproduces_it(
     ranks: RanksOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fuzz(12, 3, tmp_path, fuzzed_on(ranks), "qk_norm_gradients_not_summed") == 1
-    command = next(line for line in capsys.readouterr().out.splitlines() if "trivium prove" in line)
-    assert "--layouts tp2_dp1 --precision fp32 --inject qk_norm" in command
-    (file,) = list(tmp_path.glob("*.toml"))[:1]
-    assert load(PretrainConfig, file, []).model.qk_norm
+    assert draw(252, 0).candidate.name == "tp2_dp2_ep2" and draw(252, 0).precision == "bf16"
+    assert fuzz(1, 252, tmp_path, fuzzed_on(ranks), "qk_norm_gradients_not_summed") == 1
+    _, command = capsys.readouterr().out.split("trivium prove ")
+    arguments = shlex.split(command.splitlines()[0])
+    assert arguments[1:5] == ["--layouts", "tp2_dp1", "--precision", "fp32"]
+    model = load(PretrainConfig, arguments[0], []).model
+    assert model.qk_norm and model.moe is None and model.num_layers == 1
+    assert prove_main([*arguments, "--out", str(tmp_path / "again")]) == 1
+    assert ".q_norm.weight" in capsys.readouterr().out
 
 
 def fuzzed_on(ranks: RanksOf) -> Run:
