@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from configs.layout import Layout
+from configs.layout import Layout, LayoutRequest
 from configs.loader import ConfigError, plain, validate
+from configs.remedies import Misfit
 from configs.train import PretrainConfig
 from pretrain.proof.candidate import Candidate
 
@@ -77,8 +78,9 @@ class Draw:
             return False
         try:
             config = validate(PretrainConfig, self.config(Path("run"), parallel=True))
-            layout = Layout.of(self.candidate.world_size, config.parallel, config.model, config.train)
-        except ConfigError:
+            request = LayoutRequest(self.candidate.world_size, config.parallel, config.model, config.train)
+            layout = Layout.fit(request)  # makes no message with what would fit
+        except (ConfigError, Misfit):
             return False
         return self.precision != "fp64" or (layout.zero == 1 and not layout.offload_optimizer)
 

@@ -32,7 +32,8 @@ def main() -> None:
     rank, answers = int(sys.argv[1]), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to standard output
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    share_groups()
+    if not torch.cuda.is_available():  # NCCL's groups leave no threads, and each has a stream of its own
+        share_groups()
     for line in sys.stdin:
         answer = {}
         try:
