@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Row
 from pretrain.model import Decoder, LayerContext, Slices, init_weights
+from pretrain.model.init import Drawing
 from pretrain.model.slices import WHOLE
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
@@ -107,12 +108,13 @@ def _run(
 def _weights_from(start: Path, rounded: bool) -> AbstractContextManager[Any]:
     """Context manager in which engines get the weights of the file, which may be rounded to bf16 first."""
 
-    def read(chunk: Decoder, seed: int, slices: Slices = WHOLE) -> None:
+    def read(chunk: Decoder, seed: int, slices: Slices = WHOLE, drawing: Drawing = nullcontext) -> None:
         with safe_open(start, framework="pt") as file, torch.no_grad():
             for name, parameter in chunk.named_global_parameters():
                 weight = file.get_tensor(f"weight/{name}")
                 weight = weight.to(torch.bfloat16) if rounded else weight
-                parameter.copy_(slices.cut(weight, parameter))
+                with drawing(parameter):
+                    parameter.copy_(slices.cut(weight, parameter))
 
     return mock.patch("pretrain.parallel.engine.init_weights", read)
 

@@ -1,6 +1,6 @@
 """Hooks into an engine that record its activations, and that record or replay the experts its routers choose."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -102,7 +102,7 @@ class NormTerms:
     """
 
     def __init__(self, engine: Engine):
-        self.squares = Counter[str]()
+        self.squares: dict[str, float] = defaultdict(float)
         self._factor = engine.loss_factor
         for chunk in engine.module.chunks:
             for name, module in chunk.named_modules():
