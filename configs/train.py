@@ -213,7 +213,7 @@ class TrainSection(Section):
     precision: Precision = Precision.AUTO
     """The number format of computation; auto is bf16 on a GPU or CPU that multiplies it, else fp32."""
     compile: bool = False
-    """Whether blocks are compiled with torch.compile, for faster steps after a slower start."""
+    """Whether torch.compile compiles the blocks, for faster steps; the compiled code is kept in `run.dir`/compiled."""
     deterministic: bool = False
     """Whether a GPU computes bit by bit the same each time, and so repeats numbers after a resume; it may be slower."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -115,6 +115,8 @@ def schedule_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> T
         # once; batched, they would be taken for one another.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
+        batch_p2p_sync=False,  # it would wait for the whole device because of a race in old versions of torch
+        deallocate_pipeline_outputs=layout.pp > 1,  # the next stage has them; backward needs only how they were made
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
     )

@@ -4,6 +4,7 @@ A run is identified by its directory: the same command run again continues from 
 nothing if the run is finished. Checkpoints are written while training goes on, see checkpoint/saving.py.
 """
 
+import os
 import resource
 import signal
 from collections.abc import Callable, Sequence
@@ -90,6 +91,8 @@ class Trainer:
         self.agreement = Agreement()
         self._ahead: ReadAhead | None = None
         self._profiler: Profiler  # made by `fit`
+        if train.compile:  # torch's own place for compiled code is a temporary folder, which a restart may not find
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.dir, "compiled").absolute()))
         self.engine = Engine(
             model_config, train, config.optimizer, mesh, config.run.seed, dtype, max(1, len(source.sources))
         )

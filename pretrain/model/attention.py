@@ -18,7 +18,7 @@ from configs.train import ModelConfig
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents, attend_documents, attend_rows
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.linear import ColumnLinear, Region, RowLinear
+from pretrain.model.linear import ColumnLinear, Region, RowLinear, columns
 from pretrain.model.norm import RMSNorm
 from pretrain.model.recompute import recomputed
 from pretrain.model.rope import rotary_angles, rotate
@@ -50,21 +50,22 @@ Pattern = Documents | torch.Tensor | None
 class ForwardContext:
     """Everything that all layers share in the forward pass of one micro-batch, the chunks of a pipeline included.
 
-    `valid_SB` is False for padding; None means that there is none. `samples` are the numbers of the rows in the
-    training run, from which dropout draws its masks.
+    `valid_SB` is False for padding; None means that there is none. `samples` [B], on the host, are the numbers of
+    the rows in the training run, from which dropout draws its masks.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     pattern: Pattern
     valid_SB: torch.Tensor | None = None
-    samples: tuple[int, ...] | None = None
+    samples: torch.Tensor | None = None
 
     @classmethod
     def of_batch(cls, config: ModelConfig, batch: Batch) -> "ForwardContext":
         """Makes the context of a training batch; under context parallel its documents are those of whole rows."""
         cos, sin = rotary_angles(batch.positions, config.dim_per_head, config.rope_theta)
-        return cls(cos, sin, batch.documents, (batch.segments >= 0).t(), batch.samples)
+        samples = None if batch.samples is None else torch.tensor(batch.samples)
+        return cls(cos, sin, batch.documents, (batch.segments >= 0).t(), samples)
 
     @classmethod
     def of(
@@ -114,8 +115,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps, context.dtype, context.device)
 
     def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
-        x_SBH = self.region.enter(x_SBH)
-        q, k, v = self._heads(self.q_proj(x_SBH)), self._heads(self.k_proj(x_SBH)), self._heads(self.v_proj(x_SBH))
+        projected = columns(x_SBH, self.region, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (self._heads(x_SBH) for x_SBH in projected)
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)

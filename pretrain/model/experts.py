@@ -1,14 +1,20 @@
-"""SwiGLU experts as stacked weights [E, ...], computed as grouped matrix products over rows sorted by expert.
+"""SwiGLU experts as stacked weights [E, ...], computed over rows sorted by expert.
+
+On GPUs in bf16 the products of all experts are one grouped product; elsewhere experts are computed one by one.
 
 Tensor parallel splits each expert like a dense MLP, so that outputs are partial sums; expert parallel gives each rank
 its share of the experts.
 """
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pretrain.model.layer_context import LayerContext
+from pretrain.model.mlp import gated, gated_gradients, gated_values
 from pretrain.model.slices import TensorSplit, mark_expert, mark_split
 
 ROWS_ALIGNED = 8  # CUDA's grouped product wants groups of rows that start at 16 bytes: 8 numbers in bf16
@@ -37,17 +43,9 @@ class Experts(nn.Module):
 
         Rows past the last expert's are not computed, and their outputs are undefined.
         """
-        if x_RH.is_cuda and _has_grouped_product(x_RH):
+        if x_RH.device.type != "cpu" and x_RH.dtype == torch.bfloat16 and len(x_RH):
             return self._aligned(x_RH, counts)
-        return self._uncompiled(x_RH, counts)
-
-    # A loop over counts would be compiled again for each count, and a CPU's grouped product in fp32 is unknown to the
-    # compiler, which takes the product's dtypes to be CUDA's.
-    @torch.compiler.disable
-    def _uncompiled(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        if _has_grouped_product(x_RH):
-            return self._grouped(x_RH, counts)
-        return self._by_loop(x_RH, counts.tolist())
+        return _by_loop(x_RH, counts.cpu(), self.gate_proj, self.up_proj, self.down_proj)[0]
 
     def _grouped(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Uses the grouped product; pads H and F with zeros, which add nothing, to the multiples that it requires."""
@@ -57,7 +55,7 @@ class Experts(nn.Module):
         x_RH = _widened(x_RH, more_H)
         gate, up = (_widened(w, more_H, more_F).transpose(1, 2) for w in (self.gate_proj, self.up_proj))
         down = _widened(self.down_proj, more_F, more_H).transpose(1, 2)
-        inner = F.silu(F.grouped_mm(x_RH, gate, offs=ends)) * F.grouped_mm(x_RH, up, offs=ends)
+        inner = gated(F.grouped_mm(x_RH, gate, offs=ends), F.grouped_mm(x_RH, up, offs=ends))
         return F.grouped_mm(inner, down, offs=ends)[:, :hidden_size]
 
     def _aligned(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -69,21 +67,94 @@ class Experts(nn.Module):
         spread = x_RH.new_zeros(len(x_RH) + len(counts) * ROWS_ALIGNED, x_RH.shape[1]).index_copy(0, indices, x_RH)
         return self._grouped(spread, padded).index_select(0, indices)
 
-    def _by_loop(self, x_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        weights = zip(self.gate_proj.unbind(), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        outputs = [
-            F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-            for x, (gate, up, down) in zip(x_RH[: sum(counts)].split(counts), weights, strict=True)
-        ]
-        return F.pad(torch.cat(outputs), (0, 0, 0, len(x_RH) - sum(counts)))
-
 
 def _widened(matrices: torch.Tensor, columns: int, rows: int = 0) -> torch.Tensor:
     """Appends columns and rows of zeros to matrices; returns the same tensor, not a copy, where both numbers are 0."""
     return F.pad(matrices, (0, columns, 0, rows)) if columns or rows else matrices
 
 
-def _has_grouped_product(x: torch.Tensor) -> bool:
-    """Whether torch has a grouped product for `x`: in bf16, and on CPUs in fp32 too, but not for zero rows."""
-    kinds = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
-    return x.dtype in kinds and len(x) > 0
+# An operator of its own: the compiler would build a loop over counts anew for each count.
+@torch.library.custom_op("trivium::experts", mutates_args=())
+def _by_loop(
+    x_RH: torch.Tensor, counts: torch.Tensor, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes one expert after another; `counts` are on the host. Returns outputs and what backward needs."""
+    out, gate, up, inner = _empty_outputs(x_RH, counts, gate_proj, up_proj, down_proj)
+    for expert, own in _spans(counts):
+        torch.mm(x_RH[own], gate_proj[expert].t(), out=gate[own])
+        torch.mm(x_RH[own], up_proj[expert].t(), out=up[own])
+        inner[own] = gated_values(gate[own], up[own])
+        torch.mm(inner[own], down_proj[expert].t(), out=out[own])
+    return out, gate, up, inner
+
+
+@_by_loop.register_fake
+def _empty_outputs(
+    x_RH: torch.Tensor, counts: torch.Tensor, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, hidden_size = x_RH.shape
+    gate, up, inner = (x_RH.new_empty(rows, gate_proj.shape[1]) for _ in range(3))
+    return x_RH.new_empty(rows, hidden_size), gate, up, inner
+
+
+@torch.library.custom_op("trivium::experts_backward", mutates_args=())
+def _by_loop_backward(
+    grad: torch.Tensor,
+    x_RH: torch.Tensor,
+    counts: torch.Tensor,
+    gate_proj: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    inner: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes the gradients of x and of the three weights; those of rows past the last expert's are 0."""
+    gradients = _empty_gradients(grad, x_RH, counts, gate_proj, up_proj, down_proj, gate, up, inner)
+    grad_x, grad_gate_proj, grad_up_proj, grad_down_proj = gradients
+    grad_x[counts.numpy().sum() :] = 0
+    for expert, own in _spans(counts):
+        torch.mm(grad[own].t(), inner[own], out=grad_down_proj[expert])
+        grad_gate, grad_up = gated_gradients(grad[own] @ down_proj[expert], gate[own], up[own])
+        torch.mm(grad_gate.t(), x_RH[own], out=grad_gate_proj[expert])
+        torch.mm(grad_up.t(), x_RH[own], out=grad_up_proj[expert])
+        torch.mm(grad_gate, gate_proj[expert], out=grad_x[own])
+        grad_x[own].addmm_(grad_up, up_proj[expert])
+    return gradients
+
+
+@_by_loop_backward.register_fake
+def _empty_gradients(
+    grad: torch.Tensor,
+    x_RH: torch.Tensor,
+    counts: torch.Tensor,
+    gate_proj: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    inner: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_x, *weights = (x.new_empty(x.shape) for x in (x_RH, gate_proj, up_proj, down_proj))
+    return grad_x, weights[0], weights[1], weights[2]
+
+
+def _spans(counts: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yields (expert, its rows) for every expert; a product of no rows is zeros."""
+    start = 0
+    for expert, count in enumerate(counts.numpy().tolist()):
+        yield expert, slice(start, start + count)
+        start += count
+
+
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    backward: Callable[..., Any] = _by_loop_backward
+    grad_x, *weights = backward(grad, *ctx.saved_tensors)
+    return grad_x, None, *weights
+
+
+_by_loop.register_autograd(_backward, setup_context=_keep)

@@ -17,7 +17,8 @@ class LayerContext:
 
     `tp` splits weights, and with `sp` the sequence between split layers; `cp` splits the sequence everywhere; `ep`
     splits the experts. `sequence_part` is (index, count) of the part of a sequence that this process has between
-    layers; `dropout` and `seed` are for `model.dropout`.
+    layers; `dropout` and `seed` are for `model.dropout`. With `weights_come_by_call` a layer's weights are there only
+    while the layer itself is called (ZeRO-3).
     """
 
     dtype: torch.dtype = torch.float32
@@ -29,6 +30,7 @@ class LayerContext:
     sequence_part: tuple[int, int] = (0, 1)
     dropout: float = 0.0
     seed: int = 0
+    weights_come_by_call: bool = False
 
     @cached_property
     def tp_size(self) -> int:

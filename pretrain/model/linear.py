@@ -9,6 +9,7 @@ block as one graph.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from pretrain.megatron import (
@@ -66,6 +67,7 @@ class Region:
 
     def __init__(self, context: LayerContext):
         self.group, self.tp, self.sequence_parallel = context.tp, context.tp_size, context.sp
+        self.weights_come_by_call = context.weights_come_by_call
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Gives the whole sequence; the backward pass sums the ranks' partial gradients once for all layers."""
@@ -122,6 +124,76 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)[0] if self.is_split else F.linear(x, self.weight)
+
+
+def columns(x: torch.Tensor, region: Region, *layers: ColumnLinear) -> tuple[torch.Tensor, ...]:
+    """Enters the region and computes several column layers of the same input."""
+    if region.weights_come_by_call or (region.tp == 1 and torch.compiler.is_compiling()):
+        x = region.enter(x)
+        return tuple(layer(x) for layer in layers)
+    return _columns(x, region, *(layer.weight for layer in layers))
+
+
+@torch.compiler.disable  # the compiler does not know how to wait for the sums over ranks
+def _columns(x: torch.Tensor, region: Region, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return _Columns.apply(region, x, *weights)
+
+
+class _Columns(torch.autograd.Function):
+    """Computes x Wᵀ for several weights, and the gradient of x as one sum.
+
+    Over tensor-parallel ranks that sum is taken while the gradients of the weights are computed. With sequence parallel
+    x is stored as this rank's share, and is gathered again while its gradient is computed (Korthikanti et al. 2022).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, region: Region, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.region, x = region, x.contiguous()
+        ctx.save_for_backward(x, *weights)
+        if region.sequence_parallel:
+            x, gathering = _start_gather(x, region)
+            gathering.wait()
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        region: Region = ctx.region
+        gathering = summing = None
+        whole = x
+        if region.sequence_parallel:
+            whole, gathering = _start_gather(x, region)
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        total = flat[0] @ weights[0]
+        for grad, weight in zip(flat[1:], weights[1:], strict=True):
+            total.addmm_(grad, weight)
+        grad_x = total = total.view(whole.shape)
+        if region.sequence_parallel:
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            summing = _reduce_scatter(grad_x, total, group=region.group, async_op=True)
+        elif region.tp > 1:
+            summing = dist.all_reduce(total, group=region.group, async_op=True)
+        if gathering is not None:
+            gathering.wait()
+        rows = whole.reshape(-1, whole.shape[-1])
+        grad_weights = [grad.t() @ rows for grad in flat]
+        if summing is not None:
+            summing.wait()
+        return None, grad_x, *grad_weights
+
+
+# torch 2.13 renames both and warns of the old names; earlier versions have those alone.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def _start_gather(x: torch.Tensor, region: Region) -> tuple[torch.Tensor, dist.Work]:
+    """Begins to gather the ranks' shares; returns the tensor for them, too. The caller keeps `x` until they are there.
+
+    `x` is contiguous.
+    """
+    whole = x.new_empty(len(x) * region.tp, *x.shape[1:])
+    return whole, _all_gather(whole, x, group=region.group, async_op=True)
 
 
 class RowLinear(RowParallelLinear):

@@ -61,6 +61,7 @@ class Engine:
             sequence_part=mesh.sequence_part,
             dropout=train.dropout,
             seed=seed,
+            weights_come_by_call=layout.zero == 3,
         )
         building, drawing = zero.weights(mesh, dtype)
         with building:

@@ -1,0 +1,84 @@
+"""Functions with gradients of their own compute what the formulas that autograd derives do, forward and backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.model import LayerContext
+from pretrain.model import cache_parts as parts_module
+from pretrain.model.linear import ColumnLinear, Region, columns
+from pretrain.model.mlp import gated
+from pretrain.model.norm import RMSNorm
+from pretrain.model.rope import rotary_angles, rotate
+
+SHAPES = [(7, 2, 3, 8), (1, 1, 1, 2), (64, 3, 2, 16)]
+
+
+def differ(found: Callable[..., Any], right: Callable[..., Any], *inputs: torch.Tensor) -> float:
+    """Returns the largest difference of outputs and gradients of inputs, relative to the largest element of each."""
+    generator = torch.Generator().manual_seed(1)
+    results: list[list[torch.Tensor]] = []
+    for function in (found, right):
+        own = [x.detach().clone().requires_grad_() for x in inputs]
+        outputs = function(*own)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        generator.manual_seed(1)
+        loss = sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs)
+        results.append([*(y.detach() for y in outputs), *torch.autograd.grad(loss, own)])  # type: ignore[arg-type]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
+
+
+@pytest.fixture(params=[2**17, 1, 100], ids=["whole", "row_by_row", "parts"], autouse=True)
+def part_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "ELEMENTS", request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
+    norm = RMSNorm(shape[-1], 1e-5, dtype, torch.device("cpu"))
+
+    def found(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    def right(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5))
+
+    x, weight = torch.randn(shape, dtype=dtype) * scale, torch.randn(shape[-1], dtype=dtype)
+    assert differ(found, right, x, weight) < (3e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rotation(shape: tuple[int, ...]) -> None:
+    angles = rotary_angles(torch.arange(shape[0]).expand(shape[1], -1) * 37, shape[-1], 10_000.0)
+    cos, sin = (table.double() for table in angles)
+
+    def right(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    assert differ(lambda x: rotate(x, cos, sin), right, torch.randn(shape, dtype=torch.float64)) < 1e-14
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gate(shape: tuple[int, ...]) -> None:
+    gate, up = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    assert differ(gated, lambda g, u: F.silu(g) * u, gate, up) < 1e-14
+
+
+def test_columns() -> None:
+    context = LayerContext(dtype=torch.float64)
+    layers = [ColumnLinear(6, size, context) for size in (4, 10, 2)]
+    x, *weights = torch.randn(5, 3, 6).double(), *(torch.randn(layer.weight.shape).double() for layer in layers)
+
+    def found(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for layer, weight in zip(layers, weights, strict=True):
+            del layer.weight
+            vars(layer)["weight"] = weight
+        return columns(x, Region(context), *layers)
+
+    assert differ(found, lambda x, *ws: tuple(F.linear(x, w) for w in ws), x, *weights) < 1e-14
