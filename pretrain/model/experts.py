@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.mlp import gated, gated_gradients, gated_values
 from pretrain.model.slices import TensorSplit, mark_expert, mark_split
 
 ROWS_ALIGNED = 8  # CUDA's grouped product wants groups of rows that start at 16 bytes: 8 numbers in bf16
@@ -55,7 +54,7 @@ class Experts(nn.Module):
         x_RH = _widened(x_RH, more_H)
         gate, up = (_widened(w, more_H, more_F).transpose(1, 2) for w in (self.gate_proj, self.up_proj))
         down = _widened(self.down_proj, more_F, more_H).transpose(1, 2)
-        inner = gated(F.grouped_mm(x_RH, gate, offs=ends), F.grouped_mm(x_RH, up, offs=ends))
+        inner = F.silu(F.grouped_mm(x_RH, gate, offs=ends)) * F.grouped_mm(x_RH, up, offs=ends)
         return F.grouped_mm(inner, down, offs=ends)[:, :hidden_size]
 
     def _aligned(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -77,24 +76,25 @@ def _widened(matrices: torch.Tensor, columns: int, rows: int = 0) -> torch.Tenso
 @torch.library.custom_op("trivium::experts", mutates_args=())
 def _by_loop(
     x_RH: torch.Tensor, counts: torch.Tensor, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes one expert after another; `counts` are on the host. Returns outputs and what backward needs."""
-    out, gate, up, inner = _empty_outputs(x_RH, counts, gate_proj, up_proj, down_proj)
+    out, gate, up, silu, inner = _empty_outputs(x_RH, counts, gate_proj, up_proj, down_proj)
     for expert, own in _spans(counts):
         torch.mm(x_RH[own], gate_proj[expert].t(), out=gate[own])
         torch.mm(x_RH[own], up_proj[expert].t(), out=up[own])
-        inner[own] = gated_values(gate[own], up[own])
+        torch.ops.aten.silu.out(gate[own], out=silu[own])
+        torch.mul(silu[own], up[own], out=inner[own])
         torch.mm(inner[own], down_proj[expert].t(), out=out[own])
-    return out, gate, up, inner
+    return out, gate, up, silu, inner
 
 
 @_by_loop.register_fake
 def _empty_outputs(
     x_RH: torch.Tensor, counts: torch.Tensor, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, hidden_size = x_RH.shape
-    gate, up, inner = (x_RH.new_empty(rows, gate_proj.shape[1]) for _ in range(3))
-    return x_RH.new_empty(rows, hidden_size), gate, up, inner
+    gate, up, silu, inner = (x_RH.new_empty(rows, gate_proj.shape[1]) for _ in range(4))
+    return x_RH.new_empty(rows, hidden_size), gate, up, silu, inner
 
 
 @torch.library.custom_op("trivium::experts_backward", mutates_args=())
@@ -107,15 +107,18 @@ def _by_loop_backward(
     down_proj: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
+    silu: torch.Tensor,
     inner: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the gradients of x and of the three weights; those of rows past the last expert's are 0."""
-    gradients = _empty_gradients(grad, x_RH, counts, gate_proj, up_proj, down_proj, gate, up, inner)
+    gradients = _empty_gradients(grad, x_RH, counts, gate_proj, up_proj, down_proj, gate, up, silu, inner)
     grad_x, grad_gate_proj, grad_up_proj, grad_down_proj = gradients
     grad_x[counts.numpy().sum() :] = 0
     for expert, own in _spans(counts):
         torch.mm(grad[own].t(), inner[own], out=grad_down_proj[expert])
-        grad_gate, grad_up = gated_gradients(grad[own] @ down_proj[expert], gate[own], up[own])
+        grad_inner = grad[own] @ down_proj[expert]
+        grad_up = grad_inner * silu[own]
+        grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up[own]), gate[own])
         torch.mm(grad_gate.t(), x_RH[own], out=grad_gate_proj[expert])
         torch.mm(grad_up.t(), x_RH[own], out=grad_up_proj[expert])
         torch.mm(grad_gate, gate_proj[expert], out=grad_x[own])
@@ -133,6 +136,7 @@ def _empty_gradients(
     down_proj: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
+    silu: torch.Tensor,
     inner: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_x, *weights = (x.new_empty(x.shape) for x in (x_RH, gate_proj, up_proj, down_proj))

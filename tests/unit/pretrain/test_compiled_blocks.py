@@ -1,4 +1,4 @@
-"""Blocks are compiled as one graph each, once for all batches. What compiled code computes is tested with the layouts."""
+"""Blocks are compiled as one graph each, once for all batches; with the layouts is tested what they then compute."""
 
 from typing import Any
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from pretrain.model import LayerContext
 from pretrain.model import cache_parts as parts_module
 from pretrain.model.linear import ColumnLinear, Region, columns
-from pretrain.model.mlp import gated
 from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import rotary_angles, rotate
 
@@ -62,12 +61,6 @@ def test_rotation(shape: tuple[int, ...]) -> None:
         return x * cos + torch.cat((-second, first), -1) * sin
 
     assert differ(lambda x: rotate(x, cos, sin), right, torch.randn(shape, dtype=torch.float64)) < 1e-14
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gate(shape: tuple[int, ...]) -> None:
-    gate, up = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    assert differ(gated, lambda g, u: F.silu(g) * u, gate, up) < 1e-14
 
 
 def test_columns() -> None:
