@@ -115,8 +115,10 @@ def schedule_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> T
         # once; batched, they would be taken for one another.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
-        batch_p2p_sync=False,  # it would wait for the whole device because of a race in old versions of torch
-        deallocate_pipeline_outputs=layout.pp > 1,  # the next stage has them; backward needs only how they were made
+        batch_p2p_sync=False,  # it would wait for the whole device because of a fault of old versions of torch
+        # Backward does not need the values of an output that was sent. An interleaved schedule would empty outputs that
+        # gloo is still sending, and gloo does not keep their memory.
+        deallocate_pipeline_outputs=layout.pp > 1 and layout.vpp == 1,
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
     )

@@ -84,7 +84,8 @@ def accepted_config() -> None:
             assert config.pipeline_dtype == dtype and config.calculate_per_token_loss
             # megatron-core does nothing to gradients and losses, which Trivium sums itself.
             assert config.finalize_model_grads_func is None and config.grad_scale_func is None
-            assert config.no_sync_func is None and config.timers is None and not config.deallocate_pipeline_outputs
+            assert config.no_sync_func is None and config.timers is None
+            assert config.deallocate_pipeline_outputs == (shape.pp > 1 and shape.vpp == 1) and not config.batch_p2p_sync
 
 
 def cpu_redirections() -> None:
