@@ -71,7 +71,7 @@ def test_columns() -> None:
     def found(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for layer, weight in zip(layers, weights, strict=True):
             del layer.weight
-            vars(layer)["weight"] = weight
+            layer.__dict__["weight"] = weight
         return columns(x, Region(context), *layers)
 
     assert differ(found, lambda x, *ws: tuple(F.linear(x, w) for w in ws), x, *weights) < 1e-14
