@@ -10,9 +10,9 @@ import json
 import lzma
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -33,7 +33,7 @@ ORDER = 5
 TITLES = {"ngram": f"{ORDER}-gram", "xz_after_training": "xz -9 after training text", "xz": "xz -9"}
 
 
-def baselines(run_dir: Path) -> dict[str, dict[str, float]]:
+def baselines(run_dir: Path, workers: int = 2) -> dict[str, dict[str, float]]:
     """Returns {source: {"bytes" of its held-out text, and bits per byte by each of TITLES}}, and writes baselines.json.
 
     Sources without held-out text are left out. Raises ValueError if the run has no tokens yet.
@@ -45,22 +45,38 @@ def baselines(run_dir: Path) -> dict[str, dict[str, float]]:
     if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8"))).get("made_from") == made_from:
         return dict(known["sources"])
     sources = sorted({store.parent.name for store in (run_dir / "tokens" / HELDOUT).glob("*/*.idx")})
-    # xz -9 takes 700 MB of memory and the n-grams about as much, so each goes through the sources one by one.
-    with ThreadPoolExecutor(2) as pool:
-        compressed = pool.submit(lambda: {source: _xz(run_dir, source) for source in sources})
-        modelled = pool.submit(lambda: {source: _ngram(run_dir, source) for source in sources})
-        result = {source: compressed.result()[source] | modelled.result()[source] for source in sources}
-    write_atomic(
-        path, (json.dumps({"made_from": made_from, "titles": TITLES, "sources": result}, indent=1) + "\n").encode()
-    )
+    with ThreadPoolExecutor(workers) as pool:  # xz and numpy's sorting run beside each other
+        jobs = {source: (pool.submit(_ngram, run_dir, source), *_start_xz(run_dir, source, pool)) for source in sources}
+        result = {}
+        for source, (ngram, *sizes) in jobs.items():
+            held_out, training, both = (size.result() for size in sizes)
+            bits = 8 / held_out.before
+            result[source] = {
+                "bytes": held_out.before,
+                "xz": held_out.after * bits,
+                "xz_after_training": (both.after - training.after) * bits,
+                "ngram": ngram.result(),
+            }
+    content = {"made_from": made_from, "titles": TITLES, "sources": result}
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     return result
 
 
-def _xz(run_dir: Path, source: str) -> dict[str, float]:
+class Sizes(NamedTuple):
+    """Bytes of a text before and after compression."""
+
+    before: int
+    after: int
+
+
+def _start_xz(run_dir: Path, source: str, pool: ThreadPoolExecutor) -> list[Future[Sizes]]:
+    """Starts to compress a source's held-out text, its training text, and the one after the other."""
     held_out, training = (_text(run_dir / "documents", split, source) for split in (HELDOUT, TRAIN))
-    sizes = [len(lzma.compress(text, preset=9)) for text in (held_out, training, training + held_out)]
-    bits = 8 / len(held_out)
-    return {"bytes": len(held_out), "xz": sizes[0] * bits, "xz_after_training": (sizes[2] - sizes[1]) * bits}
+    return [pool.submit(_xz, text) for text in (held_out, training, training + held_out)]
+
+
+def _xz(text: bytes) -> Sizes:
+    return Sizes(len(text), len(lzma.compress(text, preset=9)))
 
 
 def _text(documents: Path, split: str, source: str) -> bytes:
@@ -70,12 +86,13 @@ def _text(documents: Path, split: str, source: str) -> bytes:
     )
 
 
-def _ngram(run_dir: Path, source: str) -> dict[str, float]:
+def _ngram(run_dir: Path, source: str) -> float:
+    """Returns the bits per byte of a source's held-out tokens in the n-gram model of its training tokens."""
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     held_out, training = (_tokens(run_dir / "tokens" / split / source) for split in (HELDOUT, TRAIN))
     model = estimate(training, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, ORDER)
     size = sum(int(tokenizer.token_bytes[document].sum()) for document in held_out)
-    return {"ngram": model.bits(held_out) / size}
+    return model.bits(held_out) / size
 
 
 def _tokens(folder: Path) -> list[np.ndarray]:
@@ -106,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"would measure the held-out text of {run_dir}", highlight=False, soft_wrap=True)
         return 0
     try:
-        show(baselines(run_dir), console)
+        show(baselines(run_dir, config.run.workers), console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
