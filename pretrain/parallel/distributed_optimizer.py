@@ -31,6 +31,7 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 BUCKET_SIZE = 2**23
 # Parts begin at multiples of so many elements, which vector instructions and fused kernels want.
 ALIGNMENT = 64
+NORM_PART = 2**16  # in elements
 
 # torch 2.13 renames both and warns of the old names; earlier versions have those alone.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -223,8 +224,11 @@ class DistributedOptimizer:
         """Norm of the whole gradient in fp64, bit by bit the same on every rank."""
         squares = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         for bucket in self.buckets:
+            # A CPU copies what it takes the norm of to fp64 first: a part at a time, which stays in its caches.
+            part = NORM_PART if squares.device.type == "cpu" else len(bucket.gradients)
             for first, end in bucket.counted:
-                squares += torch.linalg.vector_norm(bucket.own_gradients[first:end], dtype=torch.float64).square()
+                for own in bucket.own_gradients[first:end].split(part):
+                    squares += torch.linalg.vector_norm(own, dtype=torch.float64).square()
         # Gathered and added up in the order of ranks: the network's own sum may differ from rank to rank.
         everyone = [torch.empty_like(squares) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, squares)
