@@ -1,11 +1,12 @@
 """Each ZeRO stage keeps only its share of weights and gradients; a step with infinite gradients changes nothing."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.parallel.harness import RanksOf
-from tests.parallel.matrix import MODELS
+from tests.parallel.matrix import BASE, MODELS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -28,6 +29,20 @@ def test_ranks_keep_their_share_alone(ranks: RanksOf, stage: int, dtype: str) ->
     assert norms < everything / 50 and border < everything / 5
     copies = 1 if stage == 3 else 2
     assert copies * everything <= weights <= copies * everything + padding + 2 * norms  # norms twice: whole and split
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not count a process's memory")
+def test_stage_3_splits_weights_as_they_are_drawn(ranks: RanksOf) -> None:
+    many_layers = {**BASE, "num_layers": 16, "hidden_size": 256, "ffn_hidden_size": 704}
+
+    def drawn(stage: int) -> list[dict[str, Any]]:
+        worker = "tests.parallel.workers.sharing:memory_to_draw"
+        return ranks(2).run(worker, process_group=False, model=many_layers, parallel={"zero": stage})
+
+    for whole, split in zip(drawn(1), drawn(3), strict=True):
+        assert split["same"] and whole["same"]
+        assert whole["peak"] > 0.9 * whole["whole"]
+        assert split["peak"] < 0.5 * split["whole"] + 0.15 * split["whole"]  # its half, and a few weights on the way
 
 
 @pytest.mark.parametrize("parallel", [{"zero": 3}, {"tp": 2, "sp": True, "zero": 3}])

@@ -1,5 +1,6 @@
 """Functions run in the ranks: the weights and gradients that each rank keeps under ZeRO, and an infinite gradient."""
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from pretrain.batch_source import micro_batches, share_of_rank
-from pretrain.model import init
+from pretrain.model import Decoder, init
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
@@ -40,6 +41,37 @@ def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[st
     counts["weights"] = _elements(weights)
     groups.stop()
     return counts
+
+
+def memory_to_draw(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
+    """Measures by how many bytes this process grows at most until all weights are drawn, before there is an optimizer.
+
+    Also says how large the model is, and whether the weights are those of a model that is drawn whole.
+    """
+    right, peaks = zero.wrap, []
+
+    def measured(*args: Any) -> Any:
+        peaks.append(_memory("VmHWM") - before)
+        return right(*args)
+
+    Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted from here on
+    before = _memory("VmRSS")
+    with mock.patch.object(zero, "wrap", measured):
+        engine = make_engine(model, parallel)
+    whole = Decoder(engine.model_config)
+    init.init_weights(whole, seed=7)
+    names = engine.module.named_global_parameters()
+    weights = {name: zero.current_weight(parameter) for name, parameter in names}
+    expected = dict(whole.named_global_parameters())
+    same = weights.keys() == expected.keys() and all(torch.equal(w, expected[name]) for name, w in weights.items())
+    groups.stop()
+    return {"peak": peaks[0], "whole": 4 * sum(p.numel() for p in whole.parameters()), "same": same}
+
+
+def _memory(kind: str) -> int:
+    """Returns a line of the system's account of this process's memory, in bytes."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[kind].split()[0])
 
 
 def drawn_experts(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, list[str]]:
