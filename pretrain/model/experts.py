@@ -152,6 +152,7 @@ def _spans(counts: torch.Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient
     ctx.save_for_backward(*inputs, *output[1:])
 
 

@@ -55,8 +55,8 @@ _34M = _dense(8192, 8, 512, 1408, 8)
 _5M = _dense(4096, 4, 256, 704, 4)
 SIZES = {
     "34M": Size(_34M, 8, 512),
-    "120M": Size(_dense(24576, 12, 768, 2048, 12), 8, 512),
-    "MoE": Size(_mixture(_34M, 4), 8, 512),
+    "120M": Size(_dense(24576, 12, 768, 2048, 12), 2, 512),
+    "MoE": Size(_mixture(_34M, 4), 4, 512),
     # As many tokens a step to a parameter as in the others, since what a step costs whatever its batch would show.
     "5M": Size(_5M, 2, 512),
     "small MoE": Size(_mixture(_5M, 2), 2, 512),
