@@ -246,6 +246,11 @@ def simpler(drawn: Draw) -> Iterator[Draw]:
     balanced = replace(drawn, layers_per_stage=None)
     plain_ = replace(balanced, train=short, optimizer={"lr": 0.01}, accum=1, precision="fp32", offload=False)
     moe = {key: value for key, value in model.get("moe", {}).items() if key in ("num_experts", "top_k")}
+    for key in ("tp", "cp", "dp"):  # one kind of parallelism alone
+        if drawn.degrees.get(key, 1) > 1:
+            only = {**dict.fromkeys(drawn.degrees, 1), key: drawn.degrees[key]}
+            for model_ in (small, small | {"qk_norm": True}):
+                yield replace(plain_, model=model_, degrees=only)
     yield replace(plain_, model=small)
     yield replace(plain_, model=small | {"qk_norm": True})
     if moe:
