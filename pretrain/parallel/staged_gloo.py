@@ -71,7 +71,7 @@ class StagedWork:
         """Blocks until the results are there."""
         done = self._work.wait() if timeout is None else self._work.wait(timeout)
         for tensor, on_host in self._results:
-            tensor.copy_(on_host)
+            tensor.data.copy_(on_host)  # unseen by autograd, like the writes of NCCL: pipelines receive into leaves
         self._results, self._kept = [], None
         return bool(done)
 
