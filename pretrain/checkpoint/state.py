@@ -26,6 +26,7 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
     Each element of each parameter is written by exactly one rank. `host` keeps the memory from one save to the next: 12
     bytes for each parameter that the rank owns, touched and (on a GPU node) pinned once.
     """
+    zero.wait_for_weights(engine.zero)  # a run may end after this, and with it what other ranks still wait for
     pieces = {}
     for name, (piece, kinds) in _owned(engine):
         copies = {}

@@ -8,14 +8,16 @@ rank of the group owns an equal part of each bucket. A step, in any precision:
    backward goes on with the buckets after it.
 3. The gradient norm is taken over the parts that ranks own, and AdamW updates the fp32 master weights of these parts.
    It scales gradients down as clipping demands, and leaves everything as it was if the norm is not finite.
-4. The new weights are gathered in the model's precision.
+4. As soon as a bucket is updated, its new weights are gathered in the model's precision, while the buckets after it
+   are updated and the next step's rows are prepared. A layer waits for its weights before it computes.
 
-Left out: gathering a layer's weights during the next forward pass, and splitting gradients or weights between steps
-(stages 2 and 3, see `zero`).
+Everything else that reads the model's weights calls `wait_for_weights` first. Left out: splitting gradients or weights
+between steps (stages 2 and 3, see `zero`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import nn
 
 from configs.train import OptimizerConfig
 from pretrain.model.slices import is_expert
+from pretrain.parallel.collectives import Pending, own_part, start_all_gather, start_reduce_scatter
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
@@ -32,10 +35,6 @@ BUCKET_SIZE = 2**23
 # Parts begin at multiples of so many elements, which vector instructions and fused kernels want.
 ALIGNMENT = 64
 NORM_PART = 2**16  # in elements
-
-# torch 2.13 renames both and warns of the old names; earlier versions have those alone.
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,48 @@ class Bucket:
     master: torch.Tensor
     counted: list[tuple[int, int]]  # ranges of this rank's part that count in the gradient norm
     waits_for: int = 0  # number of gradients that the step's last backward pass has still to make
-    reduction: dist.Work | None = field(default=None, repr=False)
+    reduction: Pending | None = field(default=None, repr=False)
+    gathering: Pending | None = field(default=None, repr=False)
 
     @property
     def own(self) -> slice:
         """The part of `weights` and of `gradients` that this rank owns."""
-        numel = len(self.weights) // dist.get_world_size(self.group)
-        first = dist.get_rank(self.group) * numel
-        return slice(first, first + numel)
+        return own_part(self.weights, self.group)
 
     @property
     def own_gradients(self) -> torch.Tensor:
         """Gradients [size / ranks] of the part that this rank owns, summed over the group after `finish`."""
         return self.gradients[self.own]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks hold the same weights, so that gradients are summed and weights gathered."""
+        return dist.get_world_size(self.group) > 1
+
+    def start_reduction(self) -> None:
+        if self.is_shared:
+            self.reduction = start_reduce_scatter(self.gradients, self.group, tag=2 * self.index)
+
+    def wait_for_gradients(self) -> None:
+        """Waits until `own_gradients` are summed."""
+        if self.reduction is not None:
+            self.reduction.wait()
+            self.reduction = None
+
+    def start_gathering(self) -> None:
+        """Starts giving every rank the weights of all parts, from the master weights."""
+        self.wait_for_weights()
+        part = self.weights[self.own]
+        if part.data_ptr() != self.master.data_ptr():
+            part.copy_(self.master)
+        if self.is_shared:
+            self.gathering = start_all_gather(self.weights, self.group, tag=2 * self.index + 1)
+
+    def wait_for_weights(self) -> None:
+        """Waits until `weights` are those of the last update on every rank."""
+        if self.gathering is not None:
+            self.gathering.wait()
+            self.gathering = None
 
 
 class DistributedOptimizer:
@@ -106,10 +134,14 @@ class DistributedOptimizer:
             eps=config.eps,
             fused=True,
         )
+        for module, parameters in _in_order_of_use(stage):
+            used = {id(bucket): bucket for bucket, _ in map(_location, parameters)}
+            module.register_forward_pre_hook(partial(_wait, list(used.values())))
 
     def begin(self, num_microbatches: int) -> None:
         """Clears the gradients of the step before, and expects one backward pass for each micro-batch."""
         self._next_to_reduce = 0
+        self.wait_for_weights()
         for bucket in self.buckets:
             bucket.gradients.zero_()
             bucket.waits_for = num_microbatches * len(bucket.parameters)
@@ -121,12 +153,10 @@ class DistributedOptimizer:
         """
         self._reduce(everything=True)
         for bucket in self.buckets:
-            if bucket.reduction is not None:
-                bucket.reduction.wait()
-                bucket.reduction = None
+            bucket.wait_for_gradients()
 
     def step(self, lr: float) -> torch.Tensor:
-        """Clips, steps and gathers the new weights; returns the gradient norm before clipping, the same on every rank.
+        """Clips, steps and starts to gather the new weights; returns the norm before clipping, equal on every rank.
 
         If the norm is not finite, no weight and no moment is changed.
         """
@@ -134,27 +164,28 @@ class DistributedOptimizer:
         for group in self.adam.param_groups:
             group["lr"] = lr
         too_large = ((norm + 1e-6) / self._clip_grad).clamp(min=1.0) if self._clip_grad else None
-        for bucket in self.buckets:
-            bucket.master.grad = bucket.own_gradients
-            if too_large is not None:
-                bucket.own_gradients.div_(too_large)
         adam: Any = self.adam
         adam.found_inf = (~norm.isfinite()).float()  # fused kernels do nothing where it is 1
-        adam.step()
-        self.gather_weights()
+        for bucket in reversed(self.buckets):  # about in the order in which the next forward pass uses them
+            gradients = bucket.own_gradients
+            if too_large is not None:
+                gradients.div_(too_large)
+            bucket.master.grad = gradients
+            adam.step()  # of this bucket alone: no other has a gradient
+            bucket.master.grad = None
+            bucket.start_gathering()
         return norm
 
     def gather_weights(self) -> None:
         """Gives every rank the weights of all parts; collective. Called after master weights changed."""
-        works = []
         for bucket in self.buckets:
-            part = bucket.weights[bucket.own]
-            if part.data_ptr() != bucket.master.data_ptr():
-                part.copy_(bucket.master)
-            if dist.get_world_size(bucket.group) > 1:
-                works.append(_all_gather(bucket.weights, part, group=bucket.group, async_op=True))
-        for work in works:
-            work.wait()
+            bucket.start_gathering()
+        self.wait_for_weights()
+
+    def wait_for_weights(self) -> None:
+        """Waits until the model's weights are those of the last update; called before anything reads or writes them."""
+        for bucket in self.buckets:
+            bucket.wait_for_weights()
 
     def fragment(self, parameter: nn.Parameter) -> Fragment | None:
         """Returns the range of `parameter` that this rank owns; None if it owns nothing of it."""
@@ -215,10 +246,7 @@ class DistributedOptimizer:
             if bucket.waits_for and not everything:
                 return
             self._next_to_reduce += 1
-            if dist.get_world_size(bucket.group) > 1:
-                bucket.reduction = _reduce_scatter(
-                    bucket.own_gradients, bucket.gradients, group=bucket.group, async_op=True
-                )
+            bucket.start_reduction()
 
     def _norm(self) -> torch.Tensor:
         """Norm of the whole gradient in fp64, bit by bit the same on every rank."""
@@ -244,6 +272,11 @@ def counts_in_norm(parameter: nn.Parameter, mesh: Mesh) -> bool:
 def is_in_bucket(parameter: nn.Parameter) -> bool:
     """Whether a `DistributedOptimizer` updates `parameter`."""
     return hasattr(parameter, "_location")
+
+
+def wait_for_weight(parameter: nn.Parameter) -> None:
+    """Waits until the elements of `parameter` are those of the last update."""
+    _location(parameter)[0].wait_for_weights()
 
 
 def own_gradient(parameter: nn.Parameter) -> torch.Tensor:
@@ -295,6 +328,22 @@ def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter]
         if sum(p.numel() for p in bucket) >= BUCKET_SIZE:
             done.append((filling.pop(kind), kind[1]))
     return done + [(bucket, decayed) for (_, decayed), bucket in filling.items()]
+
+
+def _in_order_of_use(stage: PipelineStage) -> Iterator[tuple[nn.Module, Iterable[nn.Parameter]]]:
+    """Yields modules whose forward passes follow one another, each with parameters that no module before it uses."""
+    for chunk in stage.chunks:
+        if chunk.stage.is_first:
+            yield chunk.embedding, chunk.embedding.parameters()
+        for block in chunk.blocks.values():
+            yield block, block.parameters()
+        if chunk.stage.is_last:  # the output head is used as a weight, its module is not called
+            yield chunk.final_norm, chunk.parameters()
+
+
+def _wait(buckets: list[Bucket], *_: Any) -> None:
+    for bucket in buckets:
+        bucket.wait_for_weights()
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -83,7 +83,8 @@ class Engine:
         spread_experts(self.module, mesh)
         if train.compile:
             for block in self.module.blocks.values():
-                block.compile()
+                # Not `block.compile()`, which compiles hooks too: one waits for the block's weights.
+                vars(block)["forward"] = torch.compile(block.forward)
         self.zero = zero.wrap(self.module, train, optimizer, mesh, dtype)
         self.loss_factor = zero.loss_factor(self.zero, mesh)
         self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)

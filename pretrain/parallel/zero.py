@@ -183,6 +183,15 @@ def update_weights(engine: Any) -> None:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
+def wait_for_weights(engine: Any) -> None:
+    """Waits until the weights of the last step have arrived from all ranks.
+
+    Layers wait for theirs. All else that reads a parameter itself calls this first, or `current_weight`.
+    """
+    if isinstance(engine, DistributedOptimizer):
+        engine.wait_for_weights()
+
+
 def outline(parameter: nn.Parameter) -> nn.Parameter:
     """Returns the parameter; where stage 3 has split it, a meta tensor of its whole shape with the same marks."""
     known: Any = parameter
@@ -195,6 +204,8 @@ def outline(parameter: nn.Parameter) -> nn.Parameter:
 
 def current_weight(parameter: nn.Parameter) -> torch.Tensor:
     """Returns the model's weight, whole over data parallel; in stage 3 a copy, gathered collectively."""
+    if distributed_optimizer.is_in_bucket(parameter):
+        distributed_optimizer.wait_for_weight(parameter)
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     with deepspeed.zero.GatheredParameters([parameter]):
