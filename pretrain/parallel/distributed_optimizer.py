@@ -135,7 +135,7 @@ class DistributedOptimizer:
             fused=True,
         )
         for module, parameters in _in_order_of_use(stage):
-            used = {id(bucket): bucket for bucket, _ in map(_location, parameters)}
+            used = {id(bucket): bucket for bucket, _ in map(_location, filter(is_in_bucket, parameters))}
             module.register_forward_pre_hook(partial(_wait, list(used.values())))
 
     def begin(self, num_microbatches: int) -> None:
