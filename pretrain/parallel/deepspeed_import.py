@@ -21,6 +21,11 @@ with warnings.catch_warnings():
     import deepspeed
     import deepspeed.comm.comm
 
+    # With its first ZeRO optimizer of any kind DeepSpeed imports Muon, whose functions are under torch.compile. That
+    # would load the whole compiler, which takes each rank seconds, for functions that Trivium does not use.
+    with mock.patch.object(torch, "compile", lambda function: function):
+        import deepspeed.runtime.zero.muon.muon_optimizer
+
 __all__ = ["deepspeed", "device_as_local_rank", "redirect_to_cpu"]
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

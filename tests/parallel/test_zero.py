@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.harness import RanksOf
+from tests.parallel.harness import RankPool, RanksOf
 from tests.parallel.matrix import BASE, MODELS
 
 
@@ -43,6 +43,19 @@ def test_stage_3_splits_weights_as_they_are_drawn(ranks: RanksOf) -> None:
         assert split["same"] and whole["same"]
         assert whole["peak"] > 0.9 * whole["whole"]
         assert split["peak"] < 0.5 * split["whole"] + 0.15 * split["whole"]  # its half, and a few weights on the way
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_do_not_load_the_compiler(ranks: RanksOf, rank_pool: RankPool, stage: int) -> None:
+    """torch.compile takes seconds to import, and is used only if the config asks for it."""
+    rank_pool.close()  # ranks that have run a test with compiled layers would have it
+    for loaded in ranks(2).run(
+        "tests.parallel.workers.sharing:compiler_modules",
+        process_group=False,
+        model=MODELS["dense"],
+        parallel={"zero": stage},
+    ):
+        assert "torch._inductor.compile_fx" not in loaded, loaded
 
 
 @pytest.mark.parametrize("parallel", [{"zero": 3}, {"tp": 2, "sp": True, "zero": 3}])

@@ -1,5 +1,6 @@
 """Functions run in the ranks: the weights and gradients that each rank keeps under ZeRO, and an infinite gradient."""
 
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,6 +73,14 @@ def _memory(kind: str) -> int:
     """Returns a line of the system's account of this process's memory, in bytes."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines[kind].split()[0])
+
+
+def compiler_modules(model: dict[str, Any], parallel: dict[str, Any]) -> list[str]:
+    """Returns the modules of torch's compiler that this process has imported after a training step."""
+    engine = make_engine(model, parallel)
+    engine.train_step(batches_of(engine), NextToken(), lr=1e-2)
+    groups.stop()
+    return [name for name in sys.modules if name.startswith("torch._inductor.")]
 
 
 def drawn_experts(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, list[str]]:
