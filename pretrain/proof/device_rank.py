@@ -124,7 +124,10 @@ def _rows_from(start: Path) -> RowsOf:
         arrays = {name: file.get_tensor(f"row/{name}").numpy() for name in (*_ARRAYS, "source")}
 
     def rows(first: int, count: int, vocab_size: int, seq_length: int) -> list[Row]:
-        taken = zip(*(arrays[name][first : first + count] for name in (*_ARRAYS, "source")), strict=True)
-        return [Row(*of_row, int(source)) for *of_row, source in taken]
+        taken = (arrays[name][first : first + count] for name in (*_ARRAYS, "source"))
+        return [
+            Row(tokens, labels, loss_mask, positions, segments, int(source))
+            for tokens, labels, loss_mask, positions, segments, source in zip(*taken, strict=True)
+        ]
 
     return rows
