@@ -46,9 +46,9 @@ def baselines(run_dir: Path, workers: int = 2) -> dict[str, dict[str, float]]:
         return dict(known["sources"])
     sources = sorted({store.parent.name for store in (run_dir / "tokens" / HELDOUT).glob("*/*.idx")})
     with ThreadPoolExecutor(workers) as pool:  # xz and numpy's sorting run beside each other
-        jobs = {source: (pool.submit(_ngram, run_dir, source), *_start_xz(run_dir, source, pool)) for source in sources}
+        jobs = {source: (pool.submit(_ngram, run_dir, source), _start_xz(run_dir, source, pool)) for source in sources}
         result = {}
-        for source, (ngram, *sizes) in jobs.items():
+        for source, (ngram, sizes) in jobs.items():
             held_out, training, both = (size.result() for size in sizes)
             bits = 8 / held_out.before
             result[source] = {

@@ -134,8 +134,8 @@ class DistributedOptimizer:
             eps=config.eps,
             fused=True,
         )
-        for module, parameters in _in_order_of_use(stage):
-            used = {id(bucket): bucket for bucket, _ in map(_location, filter(is_in_bucket, parameters))}
+        for module, needed in _in_order_of_use(stage):
+            used = {id(bucket): bucket for bucket, _ in map(_location, filter(is_in_bucket, needed))}
             module.register_forward_pre_hook(partial(_wait, list(used.values())))
 
     def begin(self, num_microbatches: int) -> None:
