@@ -33,6 +33,7 @@ def differ(found: Callable[..., Any], right: Callable[..., Any], *inputs: torch.
 @pytest.fixture(params=[2**17, 1, 100], ids=["whole", "row_by_row", "parts"], autouse=True)
 def part_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts_module, "ELEMENTS", request.param)
+    torch.manual_seed(0)  # with two elements a gradient can cancel almost wholly, and then has no precise bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
