@@ -112,7 +112,7 @@ def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
     settings = config("deepseek", tmp_path, {"tp": 2, "sp": True})
     meant = {
         *("batch_source.py:collate", "batch_source.py:stack"),  # the loss mask
-        *("init.py:_draw", "init.py:init_weights", "slices.py:cut"),
+        *("init.py:_draw", "init.py:_fill", "slices.py:cut"),
         "rope.py:rotary_angles",
         "batch.py:weightless",  # the loss mask of an evaluation's batches that fill up a pipeline
         *("recorded_step.py:_unbalance", "trace.py:keep"),  # the balance of experts, which is fp32
