@@ -25,6 +25,7 @@ NOT_DRAWN = {
     "train.steps": "a proof takes three steps",
     "train.precision": "the proof's own --precision is drawn in its place",
     "train.compile": "compiling takes longer than many draws; the layout tests hold compiled blocks against others",
+    "train.deterministic": "it chooses kernels of GPUs",
     "parallel.backend": "it changes nothing on CPUs, where all messages go over gloo",
     "schedule": "a proof keeps one learning rate",
     "checkpoint": "a proof saves nothing",

@@ -1,12 +1,14 @@
 """Functions run in the ranks: a few steps of the real engine in a layout; what it computed, as whole tensors."""
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from configs.layout import Layout
@@ -15,7 +17,7 @@ from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSec
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank
-from pretrain.model import head_loss
+from pretrain.model import head_loss, linear
 from pretrain.model.losses import NextToken
 from pretrain.parallel import expert_balance, groups, staged_gloo, zero
 from pretrain.parallel.engine import Engine
@@ -44,6 +46,12 @@ def rows(first: int, count: int, vocab_size: int) -> list[Row]:
     return packed_rows(first, count, vocab_size, SEQ_LENGTH)
 
 
+def _columns_apart(x: torch.Tensor, region: linear.Region, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Computes column layers one by one, as with ZeRO stage 3, which rounds the gradient of x once for each."""
+    x = region.enter(x)
+    return tuple(F.linear(x, weight) for weight in weights)
+
+
 # The head takes a micro-batch in chunks of seven tokens, the last of which is short.
 @mock.patch.multiple(head_loss, CHUNK_CPU=1, LEAST_TOKENS=7)
 def run_layout(
@@ -55,6 +63,7 @@ def run_layout(
     compile_blocks: bool = False,
     recompute: str = "none",
     dropout: float = 0.0,
+    columns_apart: bool = False,
 ) -> dict[str, Any]:
     """Trains `steps` steps; the first rank of each stage writes the first step's gradients and the final weights."""
     engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute, dropout=dropout)
@@ -65,7 +74,8 @@ def run_layout(
         share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, mesh.dp_rank, layout.dp)
         numbered = rows(share.start, len(share), engine.model_config.vocab_size)
         batches = micro_batches(numbered, MICRO_BATCH, share.start)
-        engine.accumulate(batches, NextToken())
+        with mock.patch.object(linear, "_columns", _columns_apart) if columns_apart else nullcontext():
+            engine.accumulate(batches, NextToken())
         if step == 0:
             for name, parameter in named:
                 tensors[f"grad/{name}"] = mesh.gather_whole(zero.full_gradient(parameter), parameter).clone()
