@@ -51,7 +51,8 @@ def expected(model: ModelConfig, train: TrainSection, batch: Batch, dtype: torch
 
 def _saved(model: ModelConfig, train: TrainSection, batch: Batch, dtype: torch.dtype) -> int:
     """Counts the bytes of the tensors that autograd saves in the forward pass of a micro-batch, without weights."""
-    with mock.patch("torch.cuda.current_device", lambda: META):  # where megatron-core's layers put their weights
+    # megatron-core's layers put their weights there; its `torch` may be what `redirect_to_cpu` put in its place.
+    with mock.patch("megatron.core.tensor_parallel.layers.torch.cuda.current_device", lambda: META):
         decoder = Decoder(model, context=LayerContext(dtype=dtype, device=META))
     assert all(parameter.device == META for parameter in decoder.parameters())
     decoder.set_recompute(train.recompute)

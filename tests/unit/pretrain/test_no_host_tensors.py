@@ -29,7 +29,10 @@ CUDA = pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.backends.cuda.i
 @contextmanager
 def without_values(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("torch.cuda.current_device", lambda: device))
+        # megatron-core's layers ask for it, perhaps through what `redirect_to_cpu` put in torch's place.
+        stack.enter_context(
+            mock.patch("megatron.core.tensor_parallel.layers.torch.cuda.current_device", lambda: device)
+        )
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)))
         if device.type == "cuda":
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
