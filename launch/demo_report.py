@@ -188,7 +188,7 @@ def comparison(stages: Sequence[DemoStage]) -> Comparison:
         [
             source,
             *(f"{found[source]:.2f}" if source in found else "" for found in models.values()),
-            *(f"{values[name]:.2f}" for name in titles),
+            *(f"{values[name]:.2f}" if name in values else "" for name in titles),
         ]
         for source, values in sources.items()
     ]

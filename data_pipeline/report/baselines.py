@@ -2,8 +2,8 @@
 
 A language model's held-out bits per byte are read beside them: `xz -9` of the held-out text; `xz -9` with the source's
 training text before it (the difference in size); and a 5-gram model of the run's tokens (modified Kneser-Ney),
-estimated from the source's training text. Results are in baselines.json in the run directory, and are computed again
-only after the tokens have changed.
+estimated from the source's training text, unless tokens have no bytes, as those of WordPiece. Results are in
+baselines.json in the run directory, and are computed again only after the tokens have changed.
 """
 
 import json
@@ -36,7 +36,8 @@ TITLES = {"ngram": f"{ORDER}-gram", "xz_after_training": "xz -9 after training t
 def baselines(run_dir: Path, workers: int = 2) -> dict[str, dict[str, float]]:
     """Returns {source: {"bytes" of its held-out text, and bits per byte by each of TITLES}}, and writes baselines.json.
 
-    Sources without held-out text are left out. Raises ValueError if the run has no tokens yet.
+    Sources without held-out text are left out, and so is the 5-gram model if the tokenizer is not lossless. Raises
+    ValueError if the run has no tokens yet.
     """
     manifest, path = run_dir / "tokens" / STAGE_MANIFEST, run_dir / FILE
     if not manifest.is_file():
@@ -50,13 +51,16 @@ def baselines(run_dir: Path, workers: int = 2) -> dict[str, dict[str, float]]:
         result = {}
         for source, (ngram, sizes) in jobs.items():
             held_out, training, both = (size.result() for size in sizes)
+            if not held_out.before:
+                continue
             bits = 8 / held_out.before
             result[source] = {
                 "bytes": held_out.before,
                 "xz": held_out.after * bits,
                 "xz_after_training": (both.after - training.after) * bits,
-                "ngram": ngram.result(),
             }
+            if (bits_per_byte := ngram.result()) is not None:
+                result[source]["ngram"] = bits_per_byte
     content = {"made_from": made_from, "titles": TITLES, "sources": result}
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     return result
@@ -86,13 +90,18 @@ def _text(documents: Path, split: str, source: str) -> bytes:
     )
 
 
-def _ngram(run_dir: Path, source: str) -> float:
-    """Returns the bits per byte of a source's held-out tokens in the n-gram model of its training tokens."""
+def _ngram(run_dir: Path, source: str) -> float | None:
+    """Returns the bits per byte of a source's held-out tokens in the n-gram model of its training tokens.
+
+    None if that cannot be told: the tokens have no bytes, or there are none.
+    """
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
+    if not tokenizer.lossless:
+        return None
     held_out, training = (_tokens(run_dir / "tokens" / split / source) for split in (HELDOUT, TRAIN))
     model = estimate(training, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, ORDER)
     size = sum(int(tokenizer.token_bytes[document].sum()) for document in held_out)
-    return model.bits(held_out) / size
+    return model.bits(held_out) / size if size else None
 
 
 def _tokens(folder: Path) -> list[np.ndarray]:
@@ -105,7 +114,9 @@ def show(sources: dict[str, dict[str, Any]], console: Console) -> None:
     for name in ("source", "bytes", *TITLES.values()):
         table.add_column(name, justify="left" if name == "source" else "right")
     for source, values in sources.items():
-        table.add_row(source, f"{values['bytes']:,}", *(f"{values[name]:.3f}" for name in TITLES))
+        table.add_row(
+            source, f"{values['bytes']:,}", *(f"{values[name]:.3f}" if name in values else "" for name in TITLES)
+        )
     console.print(table)
 
 

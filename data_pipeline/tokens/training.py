@@ -63,8 +63,7 @@ def train(
     for a vocabulary that is too small for the symbols or too large for the text.
     """
     specials = (*SPECIALS, *controls)
-    letters = 1 if settings.kind == TokenizerKind.WORDPIECE else 256 + 1
-    if settings.vocab_size < (least := len(specials) + letters):
+    if settings.vocab_size < (least := len(specials) + 256 + 1):
         raise ValueError(
             f"tokenizer.vocab_size = {settings.vocab_size} is too small: {len(specials)} control symbols, 256 "
             f"bytes and one piece take {least}"
@@ -230,10 +229,13 @@ def _file_of(fast: tokenizers.Tokenizer, wanted: int, used: int) -> bytes:
     `used` is the number of bytes of text that it was trained on.
     """
     if (size := fast.get_vocab_size()) != wanted:
-        remedy = f"raise tokenizer.vocab_size to {size}" if size > wanted else f"lower tokenizer.vocab_size to {size}"
+        remedy = f"raise tokenizer.vocab_size to {size}"
+        if size < wanted:  # no config allows a size below the least
+            remedy = f"lower tokenizer.vocab_size to {size}, or " if size >= _LEAST_SIZE else ""
+            remedy += "give it more text"
         raise ValueError(
             f"tokenizer.vocab_size = {wanted} cannot be met with {used:,} bytes of text, which give {size} pieces; "
-            f"{remedy}{', or give it more text' if size < wanted else ''}"
+            f"{remedy}"
         )
     return (fast.to_str(pretty=True) + "\n").encode()
 

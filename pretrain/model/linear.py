@@ -21,6 +21,7 @@ from pretrain.megatron import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from pretrain.model import flat_collectives
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.slices import TensorSplit, mark_split
 
@@ -170,7 +171,7 @@ class _Columns(torch.autograd.Function):
         grad_x = total = total.view(whole.shape)
         if region.sequence_parallel:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            summing = _reduce_scatter(grad_x, total, group=region.group, async_op=True)
+            summing = flat_collectives.reduce_scatter(grad_x, total, group=region.group, async_op=True)
         elif region.tp > 1:
             summing = dist.all_reduce(total, group=region.group, async_op=True)
         if gathering is not None:
@@ -182,18 +183,13 @@ class _Columns(torch.autograd.Function):
         return None, grad_x, *grad_weights
 
 
-# torch 2.13 renames both and warns of the old names; earlier versions have those alone.
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
 def _start_gather(x: torch.Tensor, region: Region) -> tuple[torch.Tensor, dist.Work]:
     """Begins to gather the ranks' shares; returns the tensor for them, too. The caller keeps `x` until they are there.
 
     `x` is contiguous.
     """
     whole = x.new_empty(len(x) * region.tp, *x.shape[1:])
-    return whole, _all_gather(whole, x, group=region.group, async_op=True)
+    return whole, flat_collectives.all_gather(whole, x, group=region.group, async_op=True)
 
 
 class RowLinear(RowParallelLinear):

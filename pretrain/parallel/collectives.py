@@ -11,9 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-# torch 2.13 renames both and warns of the old names; earlier versions have those alone.
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+from pretrain.model import flat_collectives
 
 
 class Pending(Protocol):
@@ -50,7 +48,7 @@ def start_reduce_scatter(flat: torch.Tensor, group: dist.ProcessGroup, tag: int)
     """
     own = flat[own_part(flat, group)]
     if not flat.is_cpu:
-        return _reduce_scatter(own, flat, group=group, async_op=True)
+        return flat_collectives.reduce_scatter(own, flat, group=group, async_op=True)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     parts[dist.get_rank(group)] = own
     works = _exchange(list(flat.view(len(parts), -1)), parts, group, tag)
@@ -61,7 +59,7 @@ def start_all_gather(flat: torch.Tensor, group: dist.ProcessGroup, tag: int) -> 
     """Starts filling `flat` with the parts that the other ranks own; see `start_reduce_scatter`."""
     own = flat[own_part(flat, group)]
     if not flat.is_cpu:
-        return _all_gather(flat, own, group=group, async_op=True)
+        return flat_collectives.all_gather(flat, own, group=group, async_op=True)
     parts = list(flat.view(dist.get_world_size(group), -1))
     return _Messages(_exchange([own] * len(parts), parts, group, tag))
 

@@ -270,7 +270,7 @@ def counts_in_norm(parameter: nn.Parameter, mesh: Mesh) -> bool:
 
 
 def is_in_bucket(parameter: nn.Parameter) -> bool:
-    """Whether a `DistributedOptimizer` updates `parameter`."""
+    """Returns whether a `DistributedOptimizer` updates `parameter`."""
     return hasattr(parameter, "_location")
 
 

@@ -100,7 +100,7 @@ class Mesh:
 
     @property
     def counts_in_sums(self) -> bool:
-        """Whether this rank's loss counts in sums over all ranks: true on one rank for each part of a sequence."""
+        """True if this rank's loss counts in sums over all ranks, as on one rank for each part of a sequence."""
         return self.is_last_stage and self.tp_rank == 0
 
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:

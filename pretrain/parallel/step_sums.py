@@ -30,7 +30,7 @@ class HostCopy:
 
     @property
     def is_there(self) -> bool:
-        """Whether `tensors` would return without waiting."""
+        """True if `tensors` would return without waiting."""
         return self._copied is None or self._copied.query()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ class StepSums:
 
     @property
     def is_there(self) -> bool:
-        """Whether results can be asked for without waiting."""
+        """True if results can be asked for without waiting."""
         return self._copy is not None and self._copy.is_there
 
     @property

@@ -73,7 +73,7 @@ class Draw:
 
     @property
     def is_legal(self) -> bool:
-        """Whether training would accept the config and, in fp64, the proof."""
+        """Returns whether training would accept the config and, in fp64, the proof."""
         stages = self.degrees.get("pp", 1) * self.degrees.get("vpp", 1)
         if self.candidate.world_size > MOST_RANKS or len(self.layers_per_stage or range(stages)) != stages:
             return False

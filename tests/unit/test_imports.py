@@ -22,7 +22,6 @@ TOKEN_STORE = (
     "data_pipeline.core.integrity",
     "data_pipeline.mixture.earlier",
     "data_pipeline.mixture.rows",
-    "data_pipeline.mixture.earlier",
     "data_pipeline.mixture.packing",
     "data_pipeline.tokens.tokenizer",
 )

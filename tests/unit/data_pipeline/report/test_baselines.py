@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from configs.data import TokenizerConfig, TokenizerKind
 from data_pipeline.core.shards import read_records
 from data_pipeline.report import baselines
+from data_pipeline.tokens.store import build
+from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.training import train
 
 
 def text(run_dir: Path, split: str, source: str) -> bytes:
@@ -43,6 +47,20 @@ def test_measures_are_those_of_the_held_out_text(
     (copy / baselines.FILE).write_text((copy / baselines.FILE).read_text().replace('"made_from": "', '"made_from": "0'))
     assert baselines.main([str(config), f"run.dir={copy}"]) == 0
     assert json.loads((copy / baselines.FILE).read_text())["sources"] == found
+
+
+def test_tokens_without_bytes_give_no_n_gram_model(config: Path, run_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    files = sorted((copy / "documents").glob("*/*/*.zst"))
+    shutil.rmtree(copy / "tokenizer")
+    train(files, copy / "tokenizer", TokenizerConfig(kind=TokenizerKind.WORDPIECE, vocab_size=400))
+    for file in files:
+        split, source, name = file.relative_to(copy / "documents").with_suffix("").with_suffix("").parts
+        build(file, copy / "tokens" / split / source / name, Tokenizer.load(copy / "tokenizer"))
+    assert baselines.main([str(config), f"run.dir={copy}"]) == 0
+    found = json.loads((copy / baselines.FILE).read_text())["sources"]
+    assert [set(values) for values in found.values()] == [{"bytes", "xz", "xz_after_training"}] * 2
 
 
 def test_a_run_without_tokens_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
