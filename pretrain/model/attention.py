@@ -17,29 +17,12 @@ from torch import nn
 from configs.train import ModelConfig
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents, attend_documents, attend_rows
+from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.linear import ColumnLinear, Region, RowLinear, columns
 from pretrain.model.norm import RMSNorm
 from pretrain.model.recompute import recomputed
 from pretrain.model.rope import rotary_angles, rotate
-
-
-class KVCache:
-    """Keys and values of all positions so far, for generation: per layer [max_length, B, K, D]."""
-
-    def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_layers, 2, max_length, batch, config.num_kv_heads, config.dim_per_head)
-        self.store = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-        # Which of the positions so far hold a real token; left padding does not.
-        self.valid_BT = torch.zeros(batch, max_length, dtype=torch.bool, device=device)
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.length + len(k)
-        self.store[layer, 0, self.length : end] = k
-        self.store[layer, 1, self.length : end] = v
-        return self.store[layer, 0, :end], self.store[layer, 1, :end]
-
 
 # What a query may attend to: earlier tokens of its document, or with a tensor [B, 1, queries, keys] of bool the keys
 # where it is True. None stands for all earlier tokens.
@@ -75,18 +58,16 @@ class ForwardContext:
         segments_BS: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> "ForwardContext":
-        """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row."""
+        """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row.
+
+        With a cache, which says itself what a query may attend to, `segments_BS` only tells padding.
+        """
         cos, sin = rotary_angles(positions_BS, config.dim_per_head, config.rope_theta)
         valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
-        if cache is None:
-            return cls(cos, sin, None if segments_BS is None else Documents.of(segments_BS), valid_SB)
-        start, end = cache.length, cache.length + positions_BS.shape[1]
-        cache.valid_BT[:, start:end] = True if segments_BS is None else segments_BS >= 0
-        steps = torch.arange(end, device=positions_BS.device)
-        causal = steps[start:, None] >= steps[None, :]
-        # A padding query may see itself, since a softmax over no key at all would be NaN.
-        own = steps[start:, None] == steps[None, :]
-        return cls(cos, sin, ((causal & cache.valid_BT[:, None, :end]) | own)[:, None], valid_SB)
+        if cache is not None:
+            cache.begin(positions_BS)
+            return cls(cos, sin, None, valid_SB)
+        return cls(cos, sin, None if segments_BS is None else Documents.of(segments_BS), valid_SB)
 
 
 # (q [T, B, N, D], k and v [T, B, K, D], pattern) to [T, B, N, D]
@@ -120,9 +101,8 @@ class Attention(nn.Module):
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        return self.o_proj(self.attend(q, k, v, context.pattern).flatten(2))
+        attended = self.attend(q, k, v, context.pattern) if cache is None else cache.attend(self.layer, q, k, v)
+        return self.o_proj(attended.flatten(2))
 
     def attend_here(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """Computes attention of this rank's heads over whole sequences; outputs are [T, B, N, D]."""

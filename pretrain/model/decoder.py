@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.train import ModelConfig
-from pretrain.model.attention import Attention, ForwardContext, KVCache
+from pretrain.model.attention import Attention, ForwardContext
 from pretrain.model.dropout import Dropout
 from pretrain.model.head_loss import HeadLoss
+from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.linear import ColumnLinear, Embedding, Region
 from pretrain.model.mlp import MLP
@@ -160,8 +161,6 @@ class Decoder(nn.Module):
                 x_SBH = recomputed(block, x_SBH, context)
             else:
                 x_SBH = block(x_SBH, context, cache)
-        if cache is not None:
-            cache.length += tokens_BS.shape[1]
         if not self.stage.is_last:
             return x_SBH
         x = self.region.enter(self.final_norm(x_SBH)).transpose(0, 1)
@@ -172,7 +171,7 @@ class Decoder(nn.Module):
             return loss(x, weight, self.model_config.vocab_size, self.region.group)
         return F.linear(x, self.embedding.weight) if self.tied_here else self.lm_head(x)
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
+    def new_cache(self, rows: int, max_length: int) -> KVCache:
         """Makes an empty cache for generation by one rank that holds the whole model."""
         weight = self.embedding.weight
-        return KVCache(self.model_config, batch, max_length, weight.dtype, weight.device)
+        return KVCache(self.model_config, rows, max_length, weight.dtype, weight.device)

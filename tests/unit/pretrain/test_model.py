@@ -1,11 +1,13 @@
 """The decoder on one rank: document masks, parameter counts, initial weights, sampling."""
 
+import random
+
 import pytest
 import torch
 
 from configs.train import ModelConfig, MoEConfig
 from pretrain.model import Decoder, build_single, init_weights
-from pretrain.sampling import generate
+from pretrain.sampling import Completion, generate
 
 DENSE = ModelConfig(
     vocab_size=96, num_layers=3, hidden_size=48, ffn_hidden_size=64, num_heads=6, num_kv_heads=2, init_std=0.2
@@ -131,6 +133,28 @@ def test_sampling_with_a_cache_is_sampling_without(config: ModelConfig) -> None:
                 row = logprobs[len(prompt) - 1 + i]
                 assert row[token].item() == pytest.approx(logprob, abs=1e-4)
                 assert temperature or token == int(row.argmax())
+
+
+def test_a_text_does_not_depend_on_the_texts_beside_it() -> None:
+    decoder = model(DENSE)
+    draw = random.Random(0)
+    prompts: list[list[int]] = []
+    for length in (1, 2, 9, 16, 17, 30):
+        prompts += [[draw.randrange(90) for _ in range(length)]] * draw.choice((1, 4, 7))
+    keys = [f"text {i}" for i in range(len(prompts))]
+
+    def sample(numbers: list[int], max_rows: int = 256) -> list[Completion]:
+        of = [prompts[i] for i in numbers], [keys[i] for i in numbers]
+        return generate(decoder, of[0], 20, seed=3, stop_ids=range(6), keys=of[1], max_rows=max_rows)
+
+    numbers = list(range(len(prompts)))
+    whole = sample(numbers)
+    assert any(c.stopped for c in whole) and len({len(c.tokens) for c in whole}) > 3  # rows are dropped on the way
+    shuffled = draw.sample(numbers, len(numbers))
+    for own, max_rows in ((numbers, 3), (numbers[5:9], 256), (shuffled, 8), ([numbers[-1]], 256)):
+        for i, completion in zip(own, sample(own, max_rows), strict=True):
+            assert completion.tokens == whole[i].tokens and completion.stopped == whole[i].stopped
+            assert completion.logprobs == pytest.approx(whole[i].logprobs, abs=1e-5)
 
 
 def test_sampling_follows_the_distribution_and_stops() -> None:
