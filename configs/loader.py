@@ -41,6 +41,14 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     return validate(schema, tree, origin=str(path))
 
 
+def from_overrides(schema: type[T], overrides: Sequence[str]) -> T:
+    """Validates `key.sub=value` overrides by `schema`, without a file. Raises ConfigError for any mistake."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply(tree, override)
+    return validate(schema, tree, origin="the command line")
+
+
 def validate(schema: type[T], tree: dict[str, Any], origin: str = "config") -> T:
     """Validates a plain dict by `schema`. Raises one ConfigError that names all mistakes, after `origin`."""
     try:

@@ -1,17 +1,21 @@
-"""`trivium chat`: a conversation on the terminal with a model trained on dialogues, with Trivium's own decoder."""
+"""`trivium chat`: a conversation on the terminal with a model trained on dialogues, with Trivium's own decoder.
 
-import argparse
+torchrun --nproc-per-node 2 -m export.chat runs/demo/sft parallel.tp=2
+"""
+
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from configs.cli import entrypoint
 from configs.loader import ConfigError
-from export.generate import beyond, check_sampling, command_line, load, note_if_cut
+from configs.sampling import split_keys
+from export.generate import note_if_cut
+from export.sampling_options import check_options, command_line, options_of
+from launch.environment import is_main, report_to_torchrun
 
 if TYPE_CHECKING:
-    from export.chat_codec import TextCodec
-    from pretrain.model import Decoder
+    from export.text_model import TextModel, TextOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,67 +26,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trivium chat runs/demo/sft --temperature 0.7",
     )
     parser.add_argument("--system", help="the system message")
-    args = parser.parse_args(argv)
-    check_sampling(args)
-    decoder, codec, context = load(args.source, args.step)
-    if codec.chat_template is None:
-        raise ConfigError(f"{args.source} has no chat template; chat needs a run of `trivium sft` or later")
+    args = parser.parse_intermixed_args(argv)
+    check_options(args)
+    parallel = split_keys(args.overrides)
 
-    opening = [{"role": "system", "content": args.system}] if args.system else []
+    from export.text_model import loaded
+
+    with loaded(args.source, args.step, parallel, args.precision) as model:
+        if model.codec.chat_template is None:
+            raise ConfigError(f"{args.source} has no chat template; chat needs a run of `trivium sft` or later")
+        _converse(model, options_of(args), args.system)
+    return 0
+
+
+def _converse(model: "TextModel", options: "TextOptions", system: str | None) -> None:
+    opening = [{"role": "system", "content": system}] if system else []
     messages, turn = list(opening), 0
-    while True:
-        try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return 0
-        if text == "/exit":
-            return 0
+    while (text := model.of_main(_read() if model.is_main else None)) not in (None, "/exit"):
         if text == "/reset":
             messages = list(opening)
-            continue
-        if not text:
+        if text in ("", "/reset"):
             continue
         messages.append({"role": "user", "content": text})
-        prompt = codec.encode_chat(messages)
-        if len(prompt) >= context:
+        prompt = model.codec.encode_chat(messages)
+        try:
+            model.room(prompt)
+        except ValueError as error:
             messages.pop()
-            said = f"the dialogue is too long: {beyond(len(prompt), context)}"
-            print(f"{said}; start over with /reset, or write a shorter message", file=sys.stderr, flush=True)
+            if model.is_main:
+                said = f"the dialogue is too long: {error}"
+                print(f"{said}; start over with /reset, or write a shorter message", file=sys.stderr, flush=True)
             continue
-        reply = answer(decoder, codec, prompt, args, context, key=str(turn))
-        messages.append({"role": "assistant", "content": reply})
+        messages.append({"role": "assistant", "content": _answer(model, prompt, options, key=str(turn))})
         turn += 1
-        print(reply, flush=True)
 
 
-def answer(
-    decoder: "Decoder",
-    codec: "TextCodec",
-    prompt: list[int],
-    args: argparse.Namespace,
-    context: int,
-    key: str = "0",
-) -> str:
-    """Samples the model's answer to a `prompt` shorter than its context.
+def _read() -> str | None:
+    """Returns the next line of input without spaces around it; None at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _answer(model: "TextModel", prompt: list[int], options: "TextOptions", key: str) -> str:
+    """Prints the model's answer to a prompt as it comes, and returns it.
 
     `key` gives each turn random numbers of its own, all from the one seed.
     """
-    from pretrain.sampling import generate
 
-    room = context - len(prompt)
-    completion = generate(
-        decoder,
-        [prompt],
-        min(args.max_new_tokens, room),
-        temperature=args.temperature,
-        seed=args.seed,
-        stop_ids=codec.stop_ids,
-        top_p=args.top_p,
-        keys=[key],
-    )[0]
-    note_if_cut(completion, room, args.max_new_tokens, context)
-    return codec.decode(completion.tokens)
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    (answer,) = model.continue_texts([prompt], options, [key], show if model.is_main else None)
+    if model.is_main:
+        print(flush=True)
+        note_if_cut(answer, options.max_new_tokens, len(prompt))
+    return answer.text
 
 
 if __name__ == "__main__":
-    entrypoint(main)
+    entrypoint(main, prints_errors=is_main(), on_error=report_to_torchrun)

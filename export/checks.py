@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from configs.export import VerifyConfig
+from configs.sampling import GREEDY
 from configs.train import ModelConfig
 from export.chat_codec import TextCodec
 from export.families import from_hf
@@ -211,7 +212,7 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
     )
     name, wanted, ties = "greedy tokens", f"{count} identical", 0
     for prompt in reference.prompts:
-        mine = generate(reference.decoder, [prompt], count, temperature=0.0)[0].tokens
+        mine = generate(reference.decoder, [prompt], count, GREEDY)[0].tokens
         tokens = torch.tensor([prompt])
         output = hf.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
         theirs = output[0, len(prompt) :].tolist()

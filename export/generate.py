@@ -1,117 +1,125 @@
 """`trivium generate`: continues prompts with the model of a run or checkpoint, with Trivium's own decoder.
 
-Runs in one process on the CPU, in fp32, with a key-value cache. It is no server.
+torchrun --nproc-per-node 2 -m export.generate runs/demo/pretrain parallel.tp=2 --prompt "Call me"
+
+A single prompt's text is printed as it comes; the texts of a file are written as JSONL. It is no server.
 """
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.cli import command_parser, entrypoint
+from configs.cli import entrypoint
+from configs.files import write_atomic
+from configs.folders import check_writable
 from configs.loader import ConfigError
+from configs.sampling import split_keys
+from export.prompt_file import read_prompts
+from export.sampling_options import check_options, command_line, options_of
+from launch.environment import is_main, report_to_torchrun
 
 if TYPE_CHECKING:
-    from export.chat_codec import TextCodec
-    from pretrain.model import Decoder
-    from pretrain.sampling import Completion
+    from export.text_model import Continuation, TextModel, TextOptions
 
-RUN_HELP = "a run directory (its newest checkpoint), a checkpoint, or an imported model"
+BLOCKS = 8  # batches of a file that are continued between two writes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints each --prompt with its continuation and returns 0."""
+    """Prints each prompt with its continuation and returns 0."""
     parser = command_line(
         "trivium generate",
         "Continues prompts with a trained model.",
         'trivium generate runs/demo/pretrain --prompt "Call me" --max-new-tokens 64 --temperature 0.8',
     )
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given many times")
-    args = parser.parse_args(argv)
-    check_sampling(args)
-
-    from pretrain.sampling import generate
-
-    decoder, codec, context = load(args.source, args.step)
-    prompts = [codec.encode_prompt(text) for text in args.prompt]
-    rooms = [context - len(prompt) for prompt in prompts]
-    for text, prompt in zip(args.prompt, prompts, strict=True):
-        if len(prompt) >= context:
-            raise ConfigError(f"--prompt {text[:20]!r}...: {beyond(len(prompt), context)}; give a shorter one")
-    completions = generate(
-        decoder,
-        prompts,
-        min(args.max_new_tokens, max(rooms)),
-        temperature=args.temperature,
-        seed=args.seed,
-        stop_ids=codec.stop_ids,
-        top_p=args.top_p,
-        pad_id=codec.pad_id,
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", help="text to continue; may be given many times")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", type=Path, help='JSONL with {"prompt": ...} or {"messages": [...]} in each line'
     )
-    for text, completion, room in zip(args.prompt, completions, rooms, strict=True):
-        print(text + codec.decode(completion.tokens[:room]), flush=True)
-        note_if_cut(completion, room, args.max_new_tokens, context)
-        if len(args.prompt) > 1:
-            print("-" * 40)
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="JSONL for the texts of --prompts (default: print them)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="texts continued at once (default: 32)")
+    args = parser.parse_intermixed_args(argv)
+    check_options(args)
+    parallel = split_keys(args.overrides)
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size} is less than 1; give 1 or more")
+    if args.output is not None:
+        if args.prompts is None:
+            raise ConfigError("--output is for the texts of --prompts FILE; redirect the output of --prompt")
+        check_writable(args.output.parent, "--output's folder")
+
+    from export.text_model import loaded
+
+    options = options_of(args, args.batch_size)
+    with loaded(args.source, args.step, parallel, args.precision) as model:
+        if args.prompts is not None:
+            _continue_file(model, args, options)
+        else:
+            _continue_prompts(model, args.prompt, options)
     return 0
 
 
-def beyond(tokens: int, context: int) -> str:
-    """Part of a message for a text that fills the model's whole context."""
-    return f"its {tokens} tokens fill the model's context of {context} tokens"
+def _continue_prompts(model: "TextModel", texts: Sequence[str], options: "TextOptions") -> None:
+    """Prints prompts and their continuations, a single one as it comes."""
+    from export.text_model import keys_of
+
+    prompts = []
+    for text in texts:
+        try:
+            prompts.append(model.codec.encode_prompt(text))
+            model.room(prompts[-1])
+        except ValueError as error:
+            raise ConfigError(f"--prompt {text[:20]!r}...: {error}; give a shorter one") from None
+    keys, single = keys_of(prompts, Counter()), len(prompts) == 1
+    if single and model.is_main:
+        print(texts[0], end="", flush=True)
+    show = _show if single and model.is_main else None
+    found = model.continue_texts(prompts, options, keys, show)
+    if not model.is_main:
+        return
+    for text, prompt, continuation in zip(texts, prompts, found, strict=True):
+        print("" if single else text + continuation.text, flush=True)
+        note_if_cut(continuation, options.max_new_tokens, len(prompt))
+        if not single:
+            print("-" * 40)
 
 
-def note_if_cut(completion: "Completion", room: int, wanted: int, context: int) -> None:
+def _continue_file(model: "TextModel", args: argparse.Namespace, options: "TextOptions") -> None:
+    """Writes the record of each line, some batches at a time; with --output all at the end."""
+    from export.text_model import keys_of
+
+    prompts, seen = read_prompts(args.prompts, model), Counter[str]()
+    records: list[str] = []
+    for first in range(0, len(prompts), BLOCKS * options.max_rows):
+        block = prompts[first : first + BLOCKS * options.max_rows]
+        ids = [prompt.ids for prompt in block]
+        found = model.continue_texts(ids, options, keys_of(ids, seen))
+        lines = [prompt.record(continuation) for prompt, continuation in zip(block, found, strict=True)]
+        if args.output is not None:
+            records += lines
+        elif model.is_main:
+            print(*lines, sep="\n", flush=True)
+    if args.output is not None and model.is_main:
+        write_atomic(args.output, "".join(f"{record}\n" for record in records).encode())
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def note_if_cut(continuation: "Continuation", wanted: int, prompt_tokens: int) -> None:
     """Prints a note to stderr if a text was cut at the end of the model's context."""
-    stopped = completion.stopped and len(completion.tokens) <= room
-    if wanted > room and not stopped:
-        said = f"stopped after {room} of {wanted} new tokens, at the end of the model's context of {context} tokens"
+    count = len(continuation.tokens)
+    if continuation.ending == "context":
+        context = prompt_tokens + count
+        said = f"stopped after {count} of {wanted} new tokens, at the end of the model's context of {context} tokens"
         print(f"note: {said}", file=sys.stderr, flush=True)
 
 
-def load(source: str, step: str) -> tuple["Decoder", "TextCodec", int]:
-    """Loads a model in fp32 on the CPU and returns (decoder, text codec, context length in tokens)."""
-    from export.model_source import open_source
-    from pretrain.model import build_single
-
-    try:
-        opened = open_source(source, step)
-        codec = opened.codec()
-        return build_single(opened.model, opened.read()), codec, opened.context
-    except ValueError as error:  # a damaged checkpoint or another model's weights; the message names the file
-        raise ConfigError(str(error)) from None
-
-
-def command_line(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Returns a parser with the arguments that `trivium generate` and `trivium chat` share: the model and sampling."""
-    parser = command_parser(
-        prog=prog,
-        description=description,
-        example=example,
-    )
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
-    parser.add_argument("--step", default="latest", help="step of the run's checkpoint (default: latest)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum; the model's context may end sooner")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample from the likeliest tokens of this total share",
-    )
-    parser.add_argument("--seed", type=int, default=1234)
-    return parser
-
-
-def check_sampling(args: argparse.Namespace) -> None:
-    """Raises ConfigError for sampling settings out of range."""
-    if args.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {args.max_new_tokens} is less than 1; give 1 or more")
-    if args.temperature < 0:
-        raise ConfigError(f"--temperature {args.temperature:g} is negative; give 0 (greedy) or more")
-    if not 0 < args.top_p <= 1:
-        raise ConfigError(f"--top-p {args.top_p:g} is not in (0, 1]; 1 samples from all tokens")
-
-
 if __name__ == "__main__":
-    entrypoint(main)
+    entrypoint(main, prints_errors=is_main(), on_error=report_to_torchrun)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from configs.posttrain import GRPOSection
+from configs.sampling import SamplingConfig
 from data_pipeline.mixture.rows import Row
 from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
 from posttrain.algorithms.aggregation import Aggregation, token_weight
@@ -82,7 +83,7 @@ def sample_rollout(
         decoder,
         prompts,
         task.max_new_tokens,
-        settings.temperature,
+        SamplingConfig(temperature=settings.temperature),
         seed,
         stop_ids=[chat.end_id],
         keys=[f"rollout/{i}" for i in samples],

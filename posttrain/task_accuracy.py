@@ -2,6 +2,7 @@
 
 import torch
 
+from configs.sampling import SamplingConfig
 from posttrain.chat_format import ChatFormat
 from posttrain.policy_copy import PolicyCopy
 from posttrain.rollout import judge
@@ -52,7 +53,7 @@ class TaskAccuracy:
                 decoder,
                 [self.chat.render_prompt([{"role": "user", "content": text}]) for text in texts],
                 self.task.max_new_tokens,
-                temperature,
+                SamplingConfig(temperature=temperature),
                 self.seed,
                 stop_ids=[self.chat.end_id],
                 keys=[f"heldout/{i}" for i in batch],

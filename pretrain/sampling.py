@@ -1,34 +1,58 @@
-"""Autoregressive sampling with a key-value cache, on one rank that holds the whole model.
+"""Autoregressive sampling with a key-value cache, on one rank, or on all ranks that split a model.
 
 Each prompt has its own random generator, seeded by (seed, its index or the given key). Its text does not depend on the
 prompts beside it: see `pretrain.model.kv_cache`, and `LEAST_ROWS` here. (Exactly so for a dense model in fp32; where
 kernels choose another order of summation for other shapes, a draw may fall on the other side of a rounding.) Prompts
-that stand next to one another and are equal are computed once. Beam search and serving are left out.
+that stand next to one another and are equal are computed once. Ranks that split a model all call `generate` with the
+same arguments, see `pretrain.parallel.split_decoder`. Beam search and serving are left out.
 """
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pretrain.model.decoder import Decoder
+from configs.sampling import SamplingConfig
+from pretrain.logits_filters import processed
 from pretrain.model.kv_cache import KVCache, whole_slots
 
 ROWS = 256  # texts continued at once, which limits the key-value cache
 LEAST_ROWS = 8  # a matrix product with fewer rows takes a kernel that sums in another order
 BLOCK = 64  # neighbouring tokens whose probabilities are summed before they are looked at one by one
 
+# Called with the number of a text and its newest token, unless that is a stop token; True ends the text.
+Watcher = Callable[[int, int], bool]
+
+
+class SampledModel(Protocol):
+    """A decoder that gives logits of the whole vocabulary: `pretrain.model.Decoder`, or a `SplitDecoder`."""
+
+    def __call__(
+        self,
+        tokens_BS: torch.Tensor,
+        positions_BS: torch.Tensor,
+        segments_BS: torch.Tensor | None,
+        cache: KVCache | None,
+        wanted: torch.Tensor | None,
+        /,
+    ) -> torch.Tensor: ...
+
+    def new_cache(self, rows: int, max_length: int) -> KVCache: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
 
 @dataclass
 class Completion:
     """Sampled continuation of a prompt: its tokens and the log-probability of each.
 
-    `stopped` is whether a stop token came, which is then the last of `tokens`.
+    `stopped` is whether a stop token came, which is then the last of `tokens`, or a watcher ended the text.
     """
 
     tokens: list[int]
@@ -37,27 +61,28 @@ class Completion:
 
 
 def generate(
-    decoder: Decoder,
+    decoder: SampledModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float = 1.0,
+    max_new_tokens: int | Sequence[int],
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
     stop_ids: Sequence[int] = (),
-    top_p: float = 1.0,
     keys: Sequence[str] | None = None,
     pad_id: int = 0,
     max_rows: int = ROWS,
+    watch: Watcher | None = None,
 ) -> list[Completion]:
-    """Samples a continuation of every prompt; temperature 0 takes the most probable token.
+    """Samples a continuation of every prompt; `max_new_tokens` is one limit, at least 1, or one for each prompt.
 
-    Log-probabilities are those after the temperature and before `top_p` is applied. At most `max_rows` texts are
-    continued at a time; when some end, others begin. Raises ValueError if a prompt is empty.
+    Log-probabilities are those of the distribution that a token was drawn from, or at temperature 0 of that at
+    temperature 1. At most `max_rows` texts are continued at a time; when some end, others begin. Raises ValueError if a
+    prompt is empty.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no tokens; give at least the beginning-of-text token")
-    texts = _Texts(prompts, max_new_tokens, seed, stop_ids, keys)
+    texts = _Texts(prompts, max_new_tokens, seed, stop_ids, keys, watch)
     waiting = texts.groups(max_rows)
-    return _Sampler(decoder, texts, temperature, top_p, pad_id, min(max_rows, len(prompts))).run(waiting)
+    return _Sampler(decoder, texts, sampling, pad_id, min(max_rows, len(prompts))).run(waiting)
 
 
 class _Texts:
@@ -66,18 +91,25 @@ class _Texts:
     def __init__(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         seed: int,
         stop_ids: Sequence[int],
         keys: Sequence[str] | None,
+        watch: Watcher | None,
     ):
         count = len(prompts)
-        self.prompts, self.stop_ids = prompts, np.array(list(stop_ids), dtype=np.int64)
+        self.prompts, self.stop_ids, self._watch = prompts, np.array(list(stop_ids), dtype=np.int64), watch
         self.lengths = np.array([len(prompt) for prompt in prompts])  # of the prompts
+        self._limits = np.broadcast_to(np.asarray(max_new_tokens), (count,))
+        self.longest = int((self.lengths + self._limits).max())
+        most = int(self._limits.max())
         self._names = [f"{seed}/{keys[i] if keys else i}" for i in range(count)]
-        self._uniforms = np.empty((count, max_new_tokens))
-        self._tokens = np.empty((count, max_new_tokens), dtype=np.int64)
-        self._logprobs = np.empty((count, max_new_tokens))
+        self._uniforms = np.empty((count, most))
+        # Each row is a prompt and what was drawn; the rest of it repeats the prompt's first token.
+        self._tokens = np.empty((count, self.longest), dtype=np.int64)
+        for row, prompt in zip(self._tokens, prompts, strict=True):
+            row[: len(prompt)], row[len(prompt) :] = prompt, prompt[0]
+        self._logprobs = np.empty((count, most))
         self._drawn = np.zeros(count, dtype=np.int64)
         self._stopped = np.zeros(count, dtype=bool)
 
@@ -102,21 +134,30 @@ class _Texts:
 
     def newest(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the newest tokens [B] of texts and their positions [B]."""
-        last = self._drawn[numbers] - 1
-        return self._tokens[numbers, last], self.lengths[numbers] + last
+        last = self.lengths[numbers] + self._drawn[numbers] - 1
+        return self._tokens[numbers, last], last
+
+    def so_far(self, numbers: np.ndarray) -> torch.Tensor:
+        """Returns prompts and drawn tokens [B, L] of texts; shorter ones are filled up with their first token."""
+        length = int((self.lengths[numbers] + self._drawn[numbers]).max())
+        return torch.from_numpy(self._tokens[numbers, :length])
 
     def add(self, numbers: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """Adds a token to each text; returns which of the texts go on [B]."""
         at = self._drawn[numbers]
-        self._tokens[numbers, at], self._logprobs[numbers, at] = tokens, logprobs
+        self._tokens[numbers, self.lengths[numbers] + at], self._logprobs[numbers, at] = tokens, logprobs
         self._drawn[numbers] += 1
-        stopped = self._stopped[numbers] = np.isin(tokens, self.stop_ids)
-        return ~stopped & (at + 1 < self._tokens.shape[1])
+        stopped = np.isin(tokens, self.stop_ids)
+        if self._watch is not None:
+            for i in np.flatnonzero(~stopped):
+                stopped[i] = self._watch(int(numbers[i]), int(tokens[i]))
+        self._stopped[numbers] = stopped
+        return ~stopped & (at + 1 < self._limits[numbers])
 
     def completions(self) -> list[Completion]:
         return [
-            Completion(self._tokens[i, :n].tolist(), self._logprobs[i, :n].tolist(), bool(self._stopped[i]))
-            for i, n in enumerate(self._drawn)
+            Completion(self._tokens[i, p : p + n].tolist(), self._logprobs[i, :n].tolist(), bool(self._stopped[i]))
+            for i, (p, n) in enumerate(zip(self.lengths, self._drawn, strict=True))
         ]
 
 
@@ -124,9 +165,9 @@ class _Sampler:
     """Continues texts, each in a row of the cache. `_numbers` has the text of each row in use, which are the first."""
 
     def __init__(
-        self, decoder: Decoder, texts: _Texts, temperature: float, top_p: float, pad_id: int, max_rows: int
+        self, decoder: SampledModel, texts: _Texts, sampling: SamplingConfig, pad_id: int, max_rows: int
     ) -> None:
-        self.decoder, self.texts, self.temperature, self.top_p, self.pad_id = decoder, texts, temperature, top_p, pad_id
+        self.decoder, self.texts, self.sampling, self.pad_id = decoder, texts, sampling, pad_id
         self.max_rows = max_rows
         self.device = next(decoder.parameters()).device
         self._numbers = np.zeros(0, dtype=np.int64)
@@ -134,8 +175,7 @@ class _Sampler:
     @torch.inference_mode()
     def run(self, waiting: deque[range]) -> list[Completion]:
         """Samples all texts, in the order of `waiting`."""
-        longest = int(self.texts.lengths.max()) + self.texts._tokens.shape[1]
-        self._cache = self.decoder.new_cache(max(self.max_rows, LEAST_ROWS), longest)
+        self._cache = self.decoder.new_cache(max(self.max_rows, LEAST_ROWS), self.texts.longest)
         while waiting or len(self._numbers):
             free = self.max_rows - len(self._numbers)
             if waiting and free >= max(len(waiting[0]), self.max_rows // 4):
@@ -201,36 +241,36 @@ class _Sampler:
 
     def _draw(self, numbers: np.ndarray, logits_GV: torch.Tensor, group_B: torch.Tensor) -> np.ndarray:
         """Adds a token to each text, drawn from the logits of its group; returns which of the texts go on."""
-        token, logprob = draw(
-            logits_GV,
-            group_B.to(self.device),
-            self.temperature,
-            self.top_p,
-            self.texts.uniforms(numbers).to(self.device),
-        )
+        ids_GL = None
+        if self.sampling.repetition_penalty != 1:
+            heads = numbers[np.unique(group_B.numpy(), return_index=True)[1]]  # the texts of a group are the same yet
+            ids_GL = self.texts.so_far(heads).to(self.device)
+        uniform_B = self.texts.uniforms(numbers).to(self.device)
+        token, logprob = draw(logits_GV, group_B.to(self.device), self.sampling, uniform_B, ids_GL)
         both = torch.stack((token.double(), logprob.double())).cpu().numpy()  # one transfer
         return self.texts.add(numbers, both[0].astype(np.int64), both[1])
 
 
 def draw(
-    logits_GV: torch.Tensor, group_B: torch.Tensor, temperature: float, top_p: float, uniform_B: torch.Tensor
+    logits_GV: torch.Tensor,
+    group_B: torch.Tensor,
+    sampling: SamplingConfig,
+    uniform_B: torch.Tensor,
+    ids_GL: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws tokens, the b-th from row `group_B[b]` of the logits, by inverting their cumulative distribution.
 
     The point `uniform_B` is found among the sums over blocks of tokens first, and then within its block. Temperature 0
-    takes the most probable token. Returns the tokens [B] and their log-probabilities [B].
+    takes the most probable token. `ids_GL` are the texts so far, for a repetition penalty. Returns the tokens [B] and
+    their log-probabilities [B].
     """
-    greatest_G = logits_GV.amax(-1, keepdim=True)
-    weights_GV = logits_GV - greatest_G
-    weights_GV = (weights_GV.div_(temperature) if temperature else weights_GV).exp_()
+    scores_GV = processed(logits_GV, sampling, ids_GL)
+    greatest_G = scores_GV.amax(-1, keepdim=True)
+    weights_GV = (scores_GV - greatest_G).exp_()
     total_G = weights_GV.sum(-1, dtype=torch.float64)
-    if temperature == 0:
-        token_B = logits_GV.argmax(-1)[group_B]
-    else:
-        kept_GV = _nucleus(weights_GV, top_p) if top_p < 1.0 else weights_GV
-        token_B = _invert(kept_GV, group_B, uniform_B)
-    chosen_B = logits_GV[group_B, token_B] - greatest_G[group_B, 0]
-    return token_B, chosen_B.double() / (temperature or 1.0) - total_G.log()[group_B]
+    token_B = scores_GV.argmax(-1)[group_B] if sampling.temperature == 0 else _invert(weights_GV, group_B, uniform_B)
+    chosen_B = scores_GV[group_B, token_B] - greatest_G[group_B, 0]
+    return token_B, chosen_B.double() - total_G.log()[group_B]
 
 
 def _invert(weights_GV: torch.Tensor, group_B: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
@@ -248,11 +288,3 @@ def _first_beyond(ends: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
     """Returns the index of the first of the rising `ends` above the point; a point past the last is just below it."""
     below_last = ends[:, -1:] * (1 - 1e-12)
     return torch.searchsorted(ends, torch.minimum(point, below_last), right=True)
-
-
-def _nucleus(weights_GV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Sets the weights to 0 of all but the likeliest tokens that together reach the share `top_p`."""
-    ordered, index = weights_GV.double().sort(-1, descending=True)
-    sums = ordered.cumsum(-1)
-    beyond = sums - ordered >= top_p * sums[:, -1:]  # the first token past the threshold stays
-    return weights_GV.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), 0.0)

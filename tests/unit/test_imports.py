@@ -96,7 +96,7 @@ RULES = (
     ImportRule("pages", ours=(), only=("nothing",)),
     ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=LIBRARIES),
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
-    ImportRule("export", ours=("configs", "pretrain", "export", *TOKEN_STORE), never=LIBRARIES),
+    ImportRule("export", ours=("configs", "pretrain", "export", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
     ImportRule("launch", ours=("configs", "launch", *PAGES), only=("rich",)),
     ImportRule("configs.signals", ours=(), only=("nothing",)),  # imported before everything else, so it must load fast
     ImportRule("cli", ours=("configs.cli", "configs.signals", *LAUNCH), only=("nothing",)),

@@ -118,7 +118,7 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
     with pytest.raises(ConfigError, match="has no checkpoints folder"):
         (tmp_path / "empty").mkdir()
         generate.main([str(tmp_path / "empty"), "--prompt", "a"])
-    with pytest.raises(ConfigError, match=r"--temperature -1 is negative"):
+    with pytest.raises(ConfigError, match=r"--temperature -1 is out of range; give 0"):
         generate.main([str(model), "--prompt", "a", "--temperature", "-1"])
     with pytest.raises(ConfigError, match="has no chat template"):
         chat.main([str(model)])

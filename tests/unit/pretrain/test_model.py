@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from configs.sampling import GREEDY, SamplingConfig
 from configs.train import ModelConfig, MoEConfig
 from pretrain.model import Decoder, build_single, init_weights
 from pretrain.sampling import Completion, generate
@@ -121,10 +122,10 @@ def test_moe_is_the_weighted_sum_of_its_chosen_experts() -> None:
 def test_sampling_with_a_cache_is_sampling_without(config: ModelConfig) -> None:
     decoder = model(config)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
-    for temperature in (0.0, 1.0):
-        completions = generate(decoder, prompts, 12, temperature, seed=5, keys=["a", "b", "c"])
+    for sampling in (GREEDY, SamplingConfig()):
+        completions = generate(decoder, prompts, 12, sampling, seed=5, keys=["a", "b", "c"])
         for prompt, key, completion in zip(prompts, "abc", completions, strict=True):
-            alone = generate(decoder, [prompt], 12, temperature, seed=5, keys=[key])[0]
+            alone = generate(decoder, [prompt], 12, sampling, seed=5, keys=[key])[0]
             assert alone.tokens == completion.tokens and not completion.stopped
             tokens = torch.tensor([prompt + completion.tokens])
             with torch.inference_mode():
@@ -132,7 +133,7 @@ def test_sampling_with_a_cache_is_sampling_without(config: ModelConfig) -> None:
             for i, (token, logprob) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
                 row = logprobs[len(prompt) - 1 + i]
                 assert row[token].item() == pytest.approx(logprob, abs=1e-4)
-                assert temperature or token == int(row.argmax())
+                assert sampling != GREEDY or token == int(row.argmax())
 
 
 def test_a_text_does_not_depend_on_the_texts_beside_it() -> None:
@@ -159,7 +160,7 @@ def test_a_text_does_not_depend_on_the_texts_beside_it() -> None:
 
 def test_sampling_follows_the_distribution_and_stops() -> None:
     decoder = model(DENSE)
-    completions = generate(decoder, [[1, 2]] * 4000, 1, 1.0, seed=0)
+    completions = generate(decoder, [[1, 2]] * 4000, 1, seed=0)
     with torch.inference_mode():
         probs = decoder(torch.tensor([[1, 2]]), torch.arange(2)[None])[0, -1].softmax(-1)
     counts = torch.bincount(torch.tensor([c.tokens[0] for c in completions]), minlength=96) / 4000
@@ -167,9 +168,9 @@ def test_sampling_follows_the_distribution_and_stops() -> None:
     assert 0.5 * (counts - probs).abs().sum() < 0.12
     ordered = probs.sort(descending=True)
     nucleus = set(ordered.indices[: int((ordered.values.cumsum(0) < 0.3).sum()) + 1].tolist())
-    assert {c.tokens[0] for c in generate(decoder, [[1, 2]] * 500, 1, 1.0, seed=1, top_p=0.3)} <= nucleus
+    assert {c.tokens[0] for c in generate(decoder, [[1, 2]] * 500, 1, SamplingConfig(top_p=0.3), seed=1)} <= nucleus
     stop = completions[0].tokens[0]
-    (stopped,) = generate(decoder, [[1, 2]], 8, 1.0, seed=0, stop_ids=[stop])
+    (stopped,) = generate(decoder, [[1, 2]], 8, seed=0, stop_ids=[stop])
     assert stopped.stopped and stopped.tokens == [stop]
     with pytest.raises(ValueError, match="no tokens"):
         generate(decoder, [[]], 3)
