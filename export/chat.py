@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from configs.cli import entrypoint
 from configs.loader import ConfigError
 from configs.sampling import split_keys
+from configs.sampling_options import command_line, sampling_of
 from export.generate import note_if_cut
-from export.sampling_options import check_options, command_line, options_of
 from launch.environment import is_main, report_to_torchrun
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--system", help="the system message")
     args = parser.parse_intermixed_args(argv)
-    check_options(args)
+    sampling_of(args)  # a mistake is told before torch is imported
     parallel = split_keys(args.overrides)
 
-    from export.text_model import loaded
+    from export.text_model import TextOptions, loaded
 
     with loaded(args.source, args.step, parallel, args.precision) as model:
         if model.codec.chat_template is None:
             raise ConfigError(f"{args.source} has no chat template; chat needs a run of `trivium sft` or later")
-        _converse(model, options_of(args), args.system)
+        _converse(model, TextOptions.of(args), args.system)
     return 0
 
 

@@ -52,5 +52,5 @@ class TextCodec:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of the ids, without control symbols."""
-        return self.tokenizer.decode(ids)
+        """Returns the text of the ids, without control symbols, and without ids that only fill up the vocabulary."""
+        return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size])

@@ -17,8 +17,8 @@ from configs.files import write_atomic
 from configs.folders import check_writable
 from configs.loader import ConfigError
 from configs.sampling import split_keys
+from configs.sampling_options import command_line, sampling_of
 from export.prompt_file import read_prompts
-from export.sampling_options import check_options, command_line, options_of
 from launch.environment import is_main, report_to_torchrun
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="texts continued at once (default: 32)")
     args = parser.parse_intermixed_args(argv)
-    check_options(args)
+    sampling_of(args)  # a mistake is told before torch is imported
     parallel = split_keys(args.overrides)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size} is less than 1; give 1 or more")
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--output is for the texts of --prompts FILE; redirect the output of --prompt")
         check_writable(args.output.parent, "--output's folder")
 
-    from export.text_model import loaded
+    from export.text_model import TextOptions, loaded
 
-    options = options_of(args, args.batch_size)
+    options = TextOptions.of(args, args.batch_size)
     with loaded(args.source, args.step, parallel, args.precision) as model:
         if args.prompts is not None:
             _continue_file(model, args, options)

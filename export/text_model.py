@@ -4,6 +4,7 @@ It uses a GPU where there is one. Weights of a checkpoint of any layout are read
 its part. `trivium generate` and `trivium chat` are its command lines.
 """
 
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ import torch
 from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.sampling import SamplingConfig
+from configs.sampling_options import sampling_of
 from configs.train import ParallelConfig, TrainSection
 from export.chat_codec import TextCodec
 from export.model_source import ModelSource, open_source
@@ -42,7 +44,7 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How texts are continued. `stops` are strings that end a text and are not part of it.
+    """Options of continuing texts. `stops` are strings that end a text and are not part of it.
 
     At most `max_rows` texts are continued at once, which limits the memory that the cache takes.
     """
@@ -52,6 +54,11 @@ class TextOptions:
     seed: int = 0
     stops: tuple[str, ...] = ()
     max_rows: int = 32
+
+    @classmethod
+    def of(cls, args: Namespace, max_rows: int = 1) -> "TextOptions":
+        """Returns the options of a command line."""
+        return cls(sampling_of(args), args.max_new_tokens, args.seed, tuple(args.stop), max_rows)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,13 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Endings of dotted names in backticks that are files, not config keys.
 FILE_ENDINGS = ("json", "jsonl", "toml", "html", "model", "jinja", "parquet", "safetensors", "zst", "idx", "py", "md")
 FOREIGN = ("torch", "megatron", "deepspeed")  # packages whose dotted names are not config keys
-LAUNCHERS = {"pretrain.train": "train", "posttrain.sft": "sft", "posttrain.grpo": "grpo"}
+LAUNCHERS = {
+    "pretrain.train": "train",
+    "posttrain.sft": "sft",
+    "posttrain.grpo": "grpo",
+    "export.generate": "generate",
+    "export.chat": "chat",
+}
 PLACEHOLDERS = ("CONFIG", "RUN", "LIST", "FOLDER")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -169,7 +175,7 @@ def _check(words: list[str], where: str) -> None:
         return
     if name == "launch":
         return
-    kind = {"train": "pretrain", "prove": "pretrain"}.get(name, name.split()[0])
+    kind = dict.fromkeys(("train", "prove", "generate", "chat"), "pretrain").get(name, name.split()[0])
     for word in rest:
         if match := re.fullmatch(r"([a-z_]+(?:\.\w+)*)=.*", word):
             keys = [match[1], f"rules.{match[1]}"] if name == "data what-if" else [match[1]]

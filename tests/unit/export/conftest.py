@@ -3,18 +3,23 @@
 import argparse
 import os
 import random
+import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import tomli_w
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from configs.files import file_sha256
+from configs.loader import plain
 from configs.train import ModelConfig, MoEConfig
 from export.families import entries
 from export.model_source import ModelSource
+from export.tensors import write_tensors
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
@@ -77,6 +82,17 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(seed)
     weights = {entry.ours: torch.randn(entry.shape, generator=generator) * 0.3 for entry in entries(config)}
     return {name: tensor + 1.0 if "norm" in name else tensor for name, tensor in weights.items()}
+
+
+def write_imported(folder: Path, config: ModelConfig, tokenizer: Path, template: str | None = None) -> Path:
+    """Writes a model with random weights as `trivium import` would, with a context of 128 tokens."""
+    write_tensors(folder, random_weights(config).items(), max_bytes=10**9)
+    facts = {"max_positions": 128, "tokenizer_sha256": file_sha256(tokenizer)}
+    (folder / "model.toml").write_text(tomli_w.dumps({"model": plain(config), "import": facts}))
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
 
 
 def make_source(

@@ -1,29 +1,20 @@
 """`trivium generate` and `trivium chat` on the command line, over an imported model."""
 
 import io
-import shutil
+import json
 
 import pytest
-import tomli_w
 
-from configs.files import file_sha256
-from configs.loader import ConfigError, plain
+from configs.loader import ConfigError
 from export import chat, generate
 from export.chat_codec import TextCodec
-from export.tensors import write_tensors
 from posttrain.chat_format import ChatFormat, jinja_template
-from tests.unit.export.conftest import random_weights, tiny
+from tests.unit.export.conftest import ENGLISH, tiny, write_imported
 
 
 @pytest.fixture
 def model(tmp_path, tokenizer_path):
-    config = tiny()
-    write_tensors(tmp_path, random_weights(config).items(), max_bytes=10**9)
-    facts = {"max_positions": 128, "tokenizer_sha256": file_sha256(tokenizer_path)}
-    tree = {"model": plain(config), "import": facts}
-    (tmp_path / "model.toml").write_text(tomli_w.dumps(tree))
-    shutil.copyfile(tokenizer_path, tmp_path / "tokenizer.model")
-    return tmp_path
+    return write_imported(tmp_path, tiny(), tokenizer_path)
 
 
 def test_a_seed_fixes_what_is_written(model, capsys):
@@ -43,6 +34,119 @@ def test_several_prompts_are_continued_as_if_alone(model, capsys):
     alone = capsys.readouterr().out.rstrip("\n")
     generate.main([str(model), "--prompt", "春眠不觉晓，处处", "--prompt", "It was the worst of", *common])
     assert capsys.readouterr().out.startswith(alone + "\n---")
+
+
+def test_a_prompts_text_depends_on_the_seed_and_not_on_its_batch(model, capsys, tmp_path):
+    """Each of eight prompts alone, in two orders, and in batches of other sizes."""
+    prompts = [ENGLISH[n : n + 3 * n + 1] for n in range(8)]
+
+    def texts(prompts: list[str], *more: str) -> list[str]:
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        options = ["--max-new-tokens", "10", "--top-k", "50", "--min-p", "0.01", "--repetition-penalty", "1.1", *more]
+        assert generate.main([str(model), "--prompts", str(file), *options]) == 0
+        return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+    whole = texts(prompts)
+    assert len(set(whole)) == 8
+    assert texts(prompts[::-1], "--batch-size", "3")[::-1] == whole
+    assert [texts([prompt])[0] for prompt in prompts[:3]] == whole[:3]
+    assert texts(prompts, "--seed", "7") != whole
+    twice = texts([prompts[4], prompts[1], prompts[4]])
+    assert twice[:2] == [whole[4], whole[1]] and twice[2] != twice[0], "the same prompt again gets another text"
+
+
+def test_a_file_of_prompts_becomes_a_file_of_texts(model, capsys, tmp_path):
+    (model / "chat_template.jinja").write_text(jinja_template())
+    dialogue = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
+    lines = [{"id": 1, "prompt": "It was"}, {"messages": dialogue, "note": "é"}, {"prompt": ""}]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n\n".join(json.dumps(line) for line in lines))
+    options = ["--max-new-tokens", "9", "--temperature", "0"]
+    assert generate.main([str(model), "--prompts", str(source), "--output", str(out), *options]) == 0
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert capsys.readouterr().out == "" and len(records) == 3
+    for line, record in zip(lines, records, strict=True):
+        assert record.items() >= line.items() and record.keys() - line.keys() == {"text", "tokens", "ending"}
+        assert 1 <= record["tokens"] <= 9 and record["ending"] in ("length", "stop_token")
+    generate.main([str(model), "--prompt", "It was", *options])
+    assert capsys.readouterr().out == "It was" + records[0]["text"] + "\n"
+    answered = TextCodec(model / "tokenizer.model", jinja_template()).encode_chat(dialogue)
+    assert answered[-1] != 2 and records[1]["text"] != records[2]["text"]
+
+    source.write_text(json.dumps({"prompt": "It was"}))
+    generate.main([str(model), "--prompts", str(source), "--max-new-tokens", "4000", "--temperature", "0"])
+    assert json.loads(capsys.readouterr().out)["ending"] in ("context", "stop_token")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: not an object"),
+        ('{"text": "a"}', r"line 2: has the keys \['text'\], and needs either prompt or messages"),
+        ('{"prompt": "a", "messages": []}', "needs either"),
+        ('{"prompt": 3}', "prompt is int, not a text"),
+        ('{"prompt": "a", "ending": 3}', "has the key 'ending', which is written"),
+        ('{"prompt": "\\ud800"}', "half a surrogate pair"),
+        ('{"prompt": "' + "It was the age of wisdom, " * 20 + '"}', "fill the model's context of 128 tokens"),
+        ('{"messages": [{"role": "nobody", "content": "a"}]}', "messages is not a list of objects with role"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "has no chat template"),
+    ],
+)
+def test_a_wrong_line_of_a_file_is_named(model, tmp_path, capsys, line, said):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "It was"}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=said):
+        generate.main([str(model), "--prompts", str(file)])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stop_string_ends_a_text_and_is_not_part_of_it(model, capsys):
+    common = [str(model), "--prompt", "It was", "--max-new-tokens", "40", "--temperature", "0"]
+    generate.main(common)
+    whole = capsys.readouterr().out.removeprefix("It was").rstrip("\n")
+    ids = TextCodec(model / "tokenizer.model").tokenizer.encode(whole)
+    assert len(whole) > 20 and len(ids) > 10
+    for first in (3, 7, 12):
+        stop = whole[first : first + 4]
+        generate.main([*common, "--stop", "never there", "--stop", stop])
+        assert capsys.readouterr().out == "It was" + whole[: whole.index(stop)] + "\n"
+
+
+class Writes(io.RawIOBase):
+    """A file that keeps what each write wrote."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.written.append(bytes(data))
+        return len(data)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_text_is_printed_as_it_comes(model, capsys, monkeypatch, command):
+    (model / "chat_template.jinja").write_text(jinja_template())
+    module, more = (generate, ["--prompt", "春眠"]) if command == "generate" else (chat, [])
+    argv = [str(model), *more, "--max-new-tokens", "40", "--temperature", "2", "--top-p", "0.98"]
+
+    def run(file) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.stdin", io.StringIO("春眠\n"))
+            patched.setattr("sys.stdout", file)
+            assert module.main(argv) == 0
+            file.flush()
+
+    writes, together = Writes(), io.StringIO()
+    run(io.TextIOWrapper(io.BufferedWriter(writes), encoding="utf-8", write_through=True))
+    run(together)
+    assert b"".join(writes.written).decode() == together.getvalue()
+    pieces = [data.decode() for data in writes.written]  # fails at half a character
+    assert len(pieces) > 10 and "\ufffd" not in pieces[0]
 
 
 def test_chat_keeps_the_dialogue(model, capsys, monkeypatch):
@@ -120,6 +224,22 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
         generate.main([str(tmp_path / "empty"), "--prompt", "a"])
     with pytest.raises(ConfigError, match=r"--temperature -1 is out of range; give 0"):
         generate.main([str(model), "--prompt", "a", "--temperature", "-1"])
+    for option, value in (("--top-p", "0"), ("--min-p", "1.5"), ("--top-k", "-1"), ("--repetition-penalty", "0")):
+        for command, more in ((generate, ["--prompt", "a"]), (chat, [])):
+            with pytest.raises(ConfigError, match=rf"^{option} {value} is out of range; give "):
+                command.main([str(model), *more, option, value])
+    with pytest.raises(ConfigError, match=r"--stop '' is found everywhere"):
+        chat.main([str(model), "--stop", ""])
+    with pytest.raises(ConfigError, match=r"--batch-size 0 is less than 1"):
+        generate.main([str(model), "--prompt", "a", "--batch-size", "0"])
+    with pytest.raises(ConfigError, match=r"--output is for the texts of --prompts"):
+        generate.main([str(model), "--prompt", "a", "--output", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match=r"no\.jsonl: No such file or directory; name a JSONL file"):
+        generate.main([str(model), "--prompts", str(tmp_path / "no.jsonl")])
+    with pytest.raises(ConfigError, match=r"parallel\.pp = 2 is for training; .* leave the key out"):
+        generate.main([str(model), "--prompt", "a", "parallel.pp=2"])
+    with pytest.raises(ConfigError, match=r"parallel\.tp .* does not divide the 1 ranks started"):
+        generate.main([str(model), "--prompt", "a", "parallel.tp=2"])
     with pytest.raises(ConfigError, match="has no chat template"):
         chat.main([str(model)])
     (model / "tokenizer.model").unlink()

@@ -2,20 +2,16 @@
 
 import argparse
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from configs.cli import command_parser
 from configs.loader import ConfigError
 from configs.sampling import SamplingConfig, check
 
-if TYPE_CHECKING:
-    from export.text_model import TextOptions
-
 RUN_HELP = "a run directory (its newest checkpoint), a checkpoint, or an imported model"
 
 
 def command_line(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Returns a parser with the shared options; `options_of` reads them."""
+    """Returns a parser with the shared options; `sampling_of` checks them."""
     parser = command_parser(prog=prog, description=description, example=example)
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
     parser.add_argument(
@@ -56,7 +52,7 @@ def command_line(prog: str, description: str, example: str) -> argparse.Argument
     return parser
 
 
-def check_options(args: argparse.Namespace) -> SamplingConfig:
+def sampling_of(args: argparse.Namespace) -> SamplingConfig:
     """Returns the sampling options, before torch is imported. Raises ConfigError for a value out of range."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens} is less than 1; give 1 or more")
@@ -66,10 +62,3 @@ def check_options(args: argparse.Namespace) -> SamplingConfig:
     for name, value in given.items():
         check(name, value, "--" + name.replace("_", "-"))
     return SamplingConfig(**given)
-
-
-def options_of(args: argparse.Namespace, max_rows: int = 1) -> "TextOptions":
-    """Returns all options. Raises ConfigError for a value out of range."""
-    from export.text_model import TextOptions
-
-    return TextOptions(check_options(args), args.max_new_tokens, args.seed, tuple(args.stop), max_rows)
