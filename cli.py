@@ -37,6 +37,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data trace": ("data_pipeline.provenance.trace:main", "list the documents in one training step's batch"),
     "data replan": ("data_pipeline.provenance.replan:main", "make other data plans for the rest of a training run"),
     "data takedown": ("data_pipeline.provenance.takedown:main", "find listed documents, and make a plan without them"),
+    "tokenizer train": (
+        "data_pipeline.tokens.train_command:main",
+        "train a tokenizer on files, or on the documents of a data run",
+    ),
     "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a data plan"),
     "sft": ("posttrain.sft:main", "fine-tune on dialogues (SFT), with loss on answers only"),
     "grpo": ("posttrain.grpo:main", "fine-tune by reinforcement learning from verifiable rewards"),

@@ -26,6 +26,7 @@ SCHEMAS = {
     "sft": "configs.posttrain:SFTConfig",
     "grpo": "configs.posttrain:GRPOConfig",
     "export": "configs.export:ExportConfig",
+    "tokenizer": "configs.tokenizer:TokenizerTrainConfig",
 }
 
 # Options of every training command (name, default, help); pretrain/checkpoint/resume.py and pretrain/profiling.py carry

@@ -4,8 +4,6 @@ One TOML file describes everything from raw files to a mixture plan. A document 
 dropped with `<score>_min` or `<score>_max` as its reason.
 """
 
-from enum import StrEnum
-
 from pydantic import Field, model_validator
 
 from configs.alarms import AlarmsConfig
@@ -20,6 +18,7 @@ from configs.rules import RuleSet
 from configs.scores import ScoresConfig
 from configs.section import Section, check_name
 from configs.sources import RESERVED, ExtractConfig, LanguageConfig, SourceConfig
+from configs.tokenizer import TokenizerConfig
 
 
 class HeldoutConfig(Section):
@@ -32,33 +31,6 @@ class HeldoutConfig(Section):
     """The share of each source's documents that is held out; with 0, nothing is held out or evaluated."""
     seed: int = Field(default=0, ge=0)
     """The seed of the hash; another seed holds out other documents."""
-
-
-class TokenizerKind(StrEnum):
-    """The algorithm of a tokenizer."""
-
-    BPE = "bpe"
-    UNIGRAM = "unigram"
-    BYTE_BPE = "byte_bpe"
-    WORDPIECE = "wordpiece"
-
-
-class TokenizerConfig(Section):
-    """A tokenizer that is trained on a sample of all sources together."""
-
-    kind: TokenizerKind = TokenizerKind.BPE
-    """The algorithm: BPE or Unigram of sentencepiece, both with byte fallback, byte-level BPE as in GPT-2, or WordPiece
-    as in BERT, which keeps neither white space nor unknown characters."""
-    vocab_size: int = Field(default=8192, ge=300)
-    """The number of tokens, including control symbols and bytes."""
-    train_bytes: int = Field(default=8_000_000, ge=1)
-    """The maximum number of bytes of text that it is trained on."""
-    character_coverage: float = Field(default=0.9995, ge=0.98, le=1)
-    """The share of the text's characters that get a token of their own; others become bytes, or <unk>."""
-    max_piece_length: int = Field(default=16, ge=1)
-    """The maximum length of a token, in characters, or in bytes if it is byte-level BPE; WordPiece has no maximum."""
-    seed: int = Field(default=0, ge=0)
-    """The seed that draws the sample of text."""
 
 
 class DataConfig(Section):

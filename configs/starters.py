@@ -11,6 +11,7 @@ from configs.section import Section, section_in
 
 _TITLES = {
     "data": ("A data run: raw files to a tokenizer and a mixture plan.", "trivium data run"),
+    "tokenizer": ("A tokenizer, trained on the demo's texts.", "trivium tokenizer train"),
     "pretrain": ("A pretraining run of 3 million parameters, on the demo's plan (make demo).", "trivium train"),
     "sft": ("Fine-tuning of the demo's pretrained model (make demo).", "trivium sft"),
     "grpo": ("Reinforcement learning on the demo's fine-tuned model (make demo).", "trivium grpo"),
@@ -38,6 +39,16 @@ _VALUES: dict[str, dict[str, Any]] = {
         "mixture.seq_length": 256,
         "mixture.samples": 4000,
         "mixture.weights": {"english": 1.0},
+    },
+    "tokenizer": {
+        "out": "runs/mine/tokenizer",
+        "text.files": ["data/demo/english.jsonl.gz", "data/demo/code.jsonl.gz"],
+        "tokenizer.kind": "byte_bpe",
+        "tokenizer.vocab_size": 8000,
+        "tokenizer.vocab_multiple": 64,
+        "tokenizer.special_tokens": ["<|tool|>"],
+        "tokenizer.reserved_tokens": 8,
+        "tokenizer.whitespace_runs": 16,
     },
     "pretrain": {
         "run.dir": "runs/mine/pretrain",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from configs.data import TokenizerConfig
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.training import train

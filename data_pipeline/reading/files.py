@@ -41,11 +41,14 @@ _HTTP = ("http://", "https://")
 _HTTP_GONE = (404, 410)
 
 
-def find_files(name: str, source: SourceConfig) -> list[FoundFile]:
-    """Returns the files of source `name`, sorted by path. Raises ConfigError if a pattern matches no file."""
+def find_files(name: str, source: SourceConfig, section: str = "") -> list[FoundFile]:
+    """Returns the files of source `name`, sorted by path. Raises ConfigError if a pattern matches no file.
+
+    `section` is the config section of the source, for messages; by default it is sources.NAME.
+    """
     found: dict[str, FoundFile] = {}
     for pattern in source.files:
-        key = f"sources.{name}.files"
+        key = f"{section or f'sources.{name}'}.files"
         files = list(_found(pattern, source, key))
         if not files:
             raise ConfigError(

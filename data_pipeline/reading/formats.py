@@ -4,6 +4,8 @@ Extensions and languages follow GitHub's linguist (languages.yml, vendor.yml, ge
 apply to files found by searching a folder; a file that a pattern names is read whatever its extension.
 """
 
+from typing import Literal
+
 from configs.sources import SourceConfig
 
 LANGUAGES = {
@@ -57,6 +59,8 @@ _EXTENSIONS = {
     "code": tuple(_LANGUAGE_OF),
 }
 _COMPRESSED = (".gz", ".zst")
+Format = Literal["jsonl", "parquet", "text", "code"]
+_KNOWN: tuple[Format, ...] = ("jsonl", "parquet", "text", "code")
 # Folders (in lower case) that hold other people's code, and folders whose content was written by tools.
 _VENDORED = frozenset(
     {
@@ -104,3 +108,9 @@ def skip_reason(folder: str, source: SourceConfig) -> str:
     if source.skip_generated and name in _GENERATED:
         return "generated_folder"
     return ""
+
+
+def format_of(name: str) -> Format | None:
+    """Returns the format that the extension of a file's name or pattern tells, None if it tells none."""
+    ending = extension(name.rstrip("*"))
+    return next((kind for kind in _KNOWN if ending in _EXTENSIONS[kind]), None)

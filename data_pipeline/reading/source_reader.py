@@ -37,20 +37,22 @@ _READERS = {
 _ONE_DOCUMENT_A_FILE = ("text", "html", "code")
 
 
-def find_units(name: str, source: SourceConfig, unit_bytes: int) -> list[InputUnit]:
+def find_units(name: str, source: SourceConfig, unit_bytes: int, section: str = "") -> list[InputUnit]:
     """Finds the files of a source and groups them into units of work.
 
     Files that are one document each share units of at most `unit_bytes` with their neighbours; every other file is a
-    unit of its own. Raises ConfigError for a pattern that matches no file, or an unknown encoding.
+    unit of its own. Raises ConfigError for a pattern that matches no file, or an unknown encoding; it names the
+    source's config section, by default sources.NAME.
     """
+    section = section or f"sources.{name}"
     if not charset_of(source.encoding):
         raise ConfigError(
-            f"sources.{name}.encoding = {source.encoding!r} is not a known encoding; give its name in the WHATWG "
+            f"{section}.encoding = {source.encoding!r} is not a known encoding; give its name in the WHATWG "
             "Encoding Standard, such as windows-1251, shift_jis or utf-16le"
         )
     groups: list[list[FoundFile]] = []
     size = 0
-    found = find_files(name, source)
+    found = find_files(name, source, section)
     roots = roots_of(source.files, [file.path for file in found])
     for file in (replace(file, name=name_of(file.path, roots)) for file in found):
         if not groups or not _is_one_document(source) or size + file.size > unit_bytes:

@@ -11,9 +11,9 @@ from pathlib import Path
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from configs.data import TokenizerConfig
 from configs.loader import plain
 from configs.mixture import MixtureConfig
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.run_context import RunContext

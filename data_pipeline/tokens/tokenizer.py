@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.tokenizer import CONTROLS
+
 SENTENCEPIECE_FILE, HUGGINGFACE_FILE, INFO_FILE = "tokenizer.model", "tokenizer.json", "info.json"
-UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
-CHAT_CONTROLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-SPECIALS = (UNK, BOS, EOS, PAD, *CHAT_CONTROLS)  # ids 0..7
+SPECIALS = CONTROLS  # ids 0..7
+UNK, BOS, EOS, PAD = SPECIALS[:4]
+CHAT_CONTROLS = SPECIALS[4:]
 FIM_CONTROLS = (
     "<|fim_prefix|>",
     "<|fim_suffix|>",

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import tomli_w
 
-from configs.data import TokenizerConfig
 from configs.loader import ConfigError
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT, PLAN
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.training import train

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.data import TokenizerConfig
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.training import train as train_tokenizer
 from posttrain.chat_format import jinja_template
 from pretrain.checkpoint import storage

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from configs.data import TokenizerConfig
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.training import train

@@ -26,12 +26,13 @@ ADDED: dict[str, dict[str, Any]] = {
         "canaries": {"one": {"source": "english", "text": "x", "reason": "kept"}},
         "alarms": {"stages": {"filter": {}}},
     },
+    "tokenizer": {},
     "pretrain": {"model": {"moe": {"num_experts": 4}}},
     "sft": {},
     "grpo": {},
     "export": {},
 }
-KINDS = {"train": "pretrain", "sft": "sft", "grpo": "grpo", "export": "export"}
+KINDS = {"train": "pretrain", "sft": "sft", "grpo": "grpo", "export": "export", "tokenizer train": "tokenizer"}
 NO_CONFIG = ("data trace", "data train-classifier", "data verify")
 NAMES = {"sources": "english", "rules": "prose", "canaries": "one", "alarms.stages": "filter"}
 
@@ -89,7 +90,7 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
             with pytest.raises(ConfigError, match=rf"key '{path}' is missing"):
                 validate(schema, put(base, parents, without))
             continue
-        if key.name in ("mixture.weights.NAME", "init.run"):  # a mixture or a model requires it
+        if key.name in ("mixture.weights.NAME", "init.run", "text.files"):  # one key of several is required
             continue
         value = {} if key.default == LEFT_OUT else tomllib.loads(f"{leaf} = {key.default}")
         assert validate(schema, put(base, parents, without)) == validate(schema, put(base, parents, without | value))

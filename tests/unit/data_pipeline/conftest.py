@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from configs.data import TokenizerConfig
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens import store, tokenizer, training
 from tests.shards import write_shard
 

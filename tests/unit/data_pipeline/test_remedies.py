@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from configs import config_command
-from configs.data import TokenizerConfig
 from configs.loader import ConfigError
+from configs.tokenizer import TokenizerConfig
 from data_pipeline import run
 from data_pipeline.core import progress
 from data_pipeline.provenance import recall, sample, takedown, trace, verify, what_if

@@ -10,7 +10,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import Tokenizer as PlainTokenizer
 from transformers import AutoTokenizer
 
-from configs.data import TokenizerConfig, TokenizerKind
+from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 from data_pipeline.tokens.training import train
 from export.checks import ODD_TEXTS

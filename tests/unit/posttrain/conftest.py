@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.data import TokenizerConfig
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from data_pipeline.tokens.training import train
 from posttrain.chat_format import ChatFormat

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.data import TokenizerConfig
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens import store
 from data_pipeline.tokens.training import train

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.data import TokenizerConfig
 from configs.mixture import PlanConfig
+from configs.tokenizer import TokenizerConfig
 from data_pipeline.mixture.draft import Gone
 from data_pipeline.mixture.earlier import first_difference
 from data_pipeline.mixture.fim import PLAIN, PSM, SPM, FimSymbols, cuts, draw, rearranged

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.data import TokenizerConfig, TokenizerKind
+from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.core.shards import read_records
 from data_pipeline.report import baselines
 from data_pipeline.tokens.store import build

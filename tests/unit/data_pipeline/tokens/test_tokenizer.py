@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.data import TokenizerConfig, TokenizerKind
+from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens import bpe_cache
 from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer
 from data_pipeline.tokens.training import train
