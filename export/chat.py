@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 -m export.chat runs/demo/sft parallel.tp=2
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     sampling_of(args)  # a mistake is told before torch is imported
     parallel = split_keys(args.overrides)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is typed in another encoding becomes U+FFFD
 
     from export.text_model import TextOptions, loaded
 

@@ -71,7 +71,11 @@ def _continue_prompts(model: "TextModel", texts: Sequence[str], options: "TextOp
     prompts = []
     for text in texts:
         try:
-            prompts.append(model.codec.encode_prompt(text))
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"--prompt {text[:20]!r}... is not valid Unicode; give it in UTF-8") from None
+        prompts.append(model.codec.encode_prompt(text))
+        try:
             model.room(prompts[-1])
         except ValueError as error:
             raise ConfigError(f"--prompt {text[:20]!r}...: {error}; give a shorter one") from None

@@ -196,12 +196,19 @@ def _built(
 
 def _layout(world_size: int, parallel: ParallelConfig, opened: ModelSource) -> Layout:
     """Returns the layout of generation. Raises ConfigError if it does not fit the model or leaves ranks idle."""
+    wanted = parallel.tp * parallel.ep
+    if world_size == 1 < wanted:
+        raise ConfigError(
+            f"parallel.tp * parallel.ep = {parallel.tp} * {parallel.ep} splits the model over {wanted} ranks, and this "
+            f"is one process; start `torchrun --nproc-per-node {wanted} -m export.generate` (or export.chat) with the "
+            "same arguments, or leave the keys out"
+        )
     train = TrainSection(steps=1, global_batch_size=world_size, micro_batch_size=1, seq_length=max(2, opened.context))
     given = ("train.global_batch_size", "train.micro_batch_size", "train.seq_length", "parallel.cp", "parallel.pp")
     layout = Layout.of(world_size, parallel, opened.model, train, given=given)
     if layout.dp != layout.ep:
         raise ConfigError(
             f"parallel.tp * parallel.ep = {layout.tp} * {layout.ep} is not the {world_size} ranks that were started; "
-            f"start {layout.tp * layout.ep}, or set parallel.tp={world_size // layout.ep}"
+            f"start {wanted}, or set parallel.tp={world_size // layout.ep}"
         )
     return layout

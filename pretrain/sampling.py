@@ -194,8 +194,9 @@ class _Sampler:
         tokens = torch.full((len(groups), whole_slots(int(lengths.max()))), self.pad_id)
         for row, group in enumerate(groups):
             tokens[row, : lengths[row]] = torch.tensor(self.texts.prompts[group[0]])
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        segments = torch.where(positions < lengths[:, None], 0, -1)
+        slots = torch.arange(tokens.shape[1]).expand_as(tokens)
+        positions = torch.minimum(slots, lengths[:, None] - 1)  # padding has none past the model's context
+        segments = torch.where(slots < lengths[:, None], 0, -1)
         last = torch.arange(len(groups)) * tokens.shape[1] + lengths - 1
         last = torch.cat((last, last[:1].expand(max(0, LEAST_ROWS - len(last)))))
         prompts = self.decoder.new_cache(*tokens.shape)

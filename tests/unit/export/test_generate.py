@@ -238,8 +238,10 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
         generate.main([str(model), "--prompts", str(tmp_path / "no.jsonl")])
     with pytest.raises(ConfigError, match=r"parallel\.pp = 2 is for training; .* leave the key out"):
         generate.main([str(model), "--prompt", "a", "parallel.pp=2"])
-    with pytest.raises(ConfigError, match=r"parallel\.tp .* does not divide the 1 ranks started"):
+    with pytest.raises(ConfigError, match=r"over 2 ranks, and this is one process; start `torchrun --nproc-per-node 2"):
         generate.main([str(model), "--prompt", "a", "parallel.tp=2"])
+    with pytest.raises(ConfigError, match=r"--prompt 'a\\udcff'\.\.\. is not valid Unicode; give it in UTF-8"):
+        generate.main([str(model), "--prompt", "a\udcff"])
     with pytest.raises(ConfigError, match="has no chat template"):
         chat.main([str(model)])
     (model / "tokenizer.model").unlink()

@@ -1,14 +1,26 @@
 """Generation against transformers' own `generate`, on tiny models that transformers made and Trivium imported."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from configs.sampling import SamplingConfig
+from configs.sampling import GREEDY, SamplingConfig
 from export import import_hf
 from export.model_source import open_source
+from export.text_stream import TextStream
 from pretrain.logits_filters import processed
 from pretrain.model import Decoder, build_single
 from pretrain.sampling import generate
@@ -113,3 +125,40 @@ def test_sampled_tokens_are_those_that_transformers_may_sample(pair) -> None:
     assert set(shares.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
     # Each share has a standard deviation of at most sqrt(0.25 / 3000) = 0.009.
     assert (shares - expected).abs().max() < 0.04
+
+
+def test_stop_strings_end_texts_at_the_same_tokens(pair) -> None:
+    """Takes stop strings of 1 to 6 characters from a greedy text, wherever its tokens begin and end."""
+    letters = ["".join(some) for n in (1, 2, 3) for some in itertools.product("abcdef", repeat=n)]
+    pieces = ["<pad>", "<s>", "</s>", *letters[: VOCABULARY - 3]]
+    backend = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    backend.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    prompt = PROMPTS[0]
+
+    def decode(ids: list[int]) -> str:
+        return "".join(pieces[i] for i in ids if i > 2)
+
+    def ours(*stops: str) -> list[int]:
+        stream = TextStream(decode, stops, prompt)
+
+        def watch(_: int, token: int) -> bool:
+            stream.push(token)
+            return stream.stopped
+
+        return generate(pair[1], [prompt], 30, GREEDY, stop_ids=[2], watch=watch)[0].tokens
+
+    def theirs(*stops: str) -> list[int]:
+        settings = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=2, pad_token_id=PAD)
+        tokens = torch.tensor([prompt])
+        out = pair[0].generate(tokens, generation_config=settings, stop_strings=list(stops), tokenizer=tokenizer)
+        return out[0, len(prompt) :].tolist()
+
+    whole = decode(ours("never"))
+    assert len(whole) > 30
+    lengths = set()
+    for first, length in ((4, 1), (9, 2), (13, 3), (20, 6), (len(whole) - 5, 4)):
+        stop = whole[first : first + length]
+        assert ours(stop, "never") == theirs(stop, "never")
+        lengths.add(len(ours(stop)))
+    assert len(lengths) > 2

@@ -121,3 +121,12 @@ def test_draws_follow_the_filtered_distribution() -> None:
     torch.testing.assert_close(logprobs, probs[tokens].log().double(), rtol=0, atol=1e-5)
     first = draw(logits, torch.zeros(1, dtype=torch.int64), GREEDY, points[:1])[0]
     assert first.item() == logits.argmax()
+
+
+def test_draws_stay_on_their_device() -> None:
+    """A tensor made on the host fails beside meta tensors."""
+    logits, at = torch.empty(3, 200, device="meta"), {"device": "meta", "dtype": torch.int64}
+    sampling = SamplingConfig(1.5, 0.8, 40, 0.9, 0.05)
+    points = torch.empty(5, device="meta", dtype=torch.float64)
+    drawn = draw(logits, torch.empty(5, **at), sampling, points, torch.empty(3, 7, **at))
+    assert [tensor.device.type for tensor in drawn] == ["meta", "meta"]
