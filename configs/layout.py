@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.loader import ConfigError
+from configs.model import ModelConfig
 from configs.remedies import Misfit, divisors, multiples, remedies
-from configs.train import ModelConfig, ParallelConfig, TrainSection
+from configs.train import ParallelConfig, TrainSection
 
 RANKS = "the number of ranks"
 GROUP_SIZE = "grpo.group_size"

@@ -3,13 +3,12 @@
 `configs.layout` checks that degrees of parallelism, model and batch fit each other and the world size.
 """
 
-from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.remedies import could_be, divisors
+from configs.model import ModelConfig
 from configs.section import Section
 
 
@@ -20,175 +19,6 @@ class TrainRunConfig(Section):
     """The folder for checkpoints, metrics and reports, relative to the working directory."""
     seed: int = Field(default=1234, ge=0)
     """The seed of initial weights, dropout, the order of data and sampled completions."""
-
-
-class MoEConfig(Section):
-    """Top-k routing over `num_experts`; the defaults are Mixtral's.
-
-    Gating turns router logits into scores; the top_k scores weigh the experts' outputs. With groups (DeepSeek-V2 and
-    V3), a token uses only experts of its best groups. The load of experts is balanced by an auxiliary loss or by a bias
-    on the scores that choose experts (DeepSeek-V3); the z-loss keeps the router's logits small.
-    """
-
-    num_experts: int = Field(ge=2)
-    """The number of routed experts in each layer."""
-    top_k: int = Field(default=2, ge=1)
-    """The number of routed experts that each token uses."""
-    ffn_hidden_size: int | None = Field(default=None, ge=8)
-    """The inner size of one expert's MLP; left out, it is model.ffn_hidden_size."""
-    num_shared_experts: int = Field(default=0, ge=0)
-    """The number of experts that every token uses in addition to the routed ones; 0 for none."""
-    gating: Literal["softmax", "sigmoid"] = "softmax"
-    """The function from logits to scores: over all experts (softmax), or for each expert by itself (sigmoid)."""
-    renormalize: bool = True
-    """Whether the top_k scores are divided by their sum before they weigh the outputs."""
-    routed_scaling: float = Field(default=1.0, gt=0)
-    """A factor on the weights of the routed experts' outputs."""
-    num_groups: int = Field(default=1, ge=1)
-    """The number of groups of equal size that the experts are divided into; 1 for no groups."""
-    top_groups: int = Field(default=1, ge=1)
-    """The number of groups whose experts a token may use, those with the highest group_score."""
-    group_score: Literal["max", "top2"] = "max"
-    """The score of a group: the score of its best expert (max) or the sum of its best two (top2)."""
-    aux_loss: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
-    """The tokens over which the auxiliary loss balances the use of experts."""
-    aux_loss_coef: float = Field(default=0.01, ge=0)
-    """The factor on the auxiliary loss; 0 turns it off."""
-    z_loss_coef: float = Field(default=0.0, ge=0)
-    """The factor on the z-loss, which keeps the router's logits small; 0 turns it off."""
-    bias_update_rate: float = Field(default=0.0, ge=0)
-    """The change of each expert's bias after an optimizer step, upward for under-used experts; 0: no bias."""
-    capacity_factor: float | None = Field(default=None, gt=0)
-    """The limit of an expert's tokens in training, as a multiple of an even share; left out, no token is dropped."""
-
-    @model_validator(mode="after")
-    def _numbers_fit(self) -> "MoEConfig":
-        if problem := self._problem():
-            raise ValueError(problem)
-        return self
-
-    def _problem(self) -> str:
-        """Returns what does not fit together and how to correct it, or ""."""
-        experts, groups, top_groups = self.num_experts, self.num_groups, self.top_groups
-        if experts % groups:
-            return (
-                f"model.moe.num_experts = {experts} is not a multiple of model.moe.num_groups = {groups}, and groups "
-                f"are of equal size; {self._could_be('num_groups', divisors(experts))}"
-            )
-        if top_groups > groups:
-            return (
-                f"model.moe.top_groups = {top_groups} is more than model.moe.num_groups = {groups}; set "
-                f"model.moe.top_groups={groups} or less"
-            )
-        reachable = experts // groups * top_groups
-        if self.top_k > reachable:
-            among = f"the {reachable} of {top_groups} groups" if groups > 1 else f"model.moe.num_experts = {experts}"
-            return f"model.moe.top_k = {self.top_k} is more than {among}; set model.moe.top_k={reachable} or less"
-        if self.group_score == "top2" and experts // groups < 2:
-            return (
-                f"model.moe.group_score = 'top2' needs two experts in a group, and {experts} experts in {groups} "
-                "groups have one; set model.moe.group_score=max"
-            )
-        return ""
-
-    def _could_be(self, key: str, tried: Sequence[int]) -> str:
-        """Returns a clause that names values of a key that fit the rest, or says that none does."""
-        said = could_be(
-            f"model.moe.{key}",
-            getattr(self, key),
-            tried,
-            lambda value: not self.model_copy(update={key: value})._problem(),
-        )
-        return said or f"no other value of model.moe.{key} alone fits the rest, so change more than one key"
-
-    def state(self) -> tuple[str, ...]:
-        """Names of the balancing state that is kept from step to step and saved in checkpoints."""
-        bias = ("bias",) if self.bias_update_rate else ()
-        return (*bias, "load") if self.aux_loss == "global_batch" and self.aux_loss_coef else bias
-
-
-class ModelConfig(Section):
-    """A LLaMA-shaped decoder; with `moe`, every MLP is a mixture of experts of `expert_size` each."""
-
-    vocab_size: int = Field(ge=8)
-    """The number of tokens of the tokenizer, and of rows of the embedding."""
-    num_layers: int = Field(ge=1)
-    """The number of decoder blocks."""
-    hidden_size: int = Field(ge=8)
-    """The width of the hidden states."""
-    ffn_hidden_size: int = Field(ge=8)
-    """The inner size of each block's SwiGLU MLP."""
-    num_heads: int = Field(ge=1)
-    """The number of query heads in attention."""
-    num_kv_heads: int = Field(ge=1)
-    """The number of key-value heads, a divisor of num_heads; equal to it for multi-head attention."""
-    head_dim: int | None = Field(default=None, ge=2)
-    """The width of one head, an even number; left out, it is hidden_size / num_heads."""
-    qk_norm: bool = False
-    """Whether queries and keys are RMS-normalized per head before the rotary embedding."""
-    norm_eps: float = Field(default=1e-5, gt=0)
-    """The epsilon of RMSNorm, added to the mean square under the root."""
-    rope_theta: float = Field(default=10000.0, gt=0)
-    """The base of the rotary embedding's wavelengths; larger for longer contexts."""
-    tie_embeddings: bool = False
-    """Whether the output head and the embedding are one matrix."""
-    init_std: float = Field(default=0.02, gt=0)
-    """The standard deviation of initial weights; output projections of blocks get it / sqrt(2 * num_layers)."""
-    moe: MoEConfig | None = None
-    """The mixture of experts in place of every MLP; left out, the model is dense."""
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> "ModelConfig":
-        if problem := self._problem():
-            raise ValueError(problem)
-        return self
-
-    def _problem(self) -> str:
-        """Returns what does not fit together and how to correct it, or ""."""
-        heads, width = self.num_heads, self.hidden_size
-        if heads % self.num_kv_heads:
-            kv_heads = could_be("model.num_kv_heads", self.num_kv_heads, divisors(heads), lambda _: True)
-            return (
-                f"model.num_heads = {heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}, and every "
-                f"key-value head serves the same number of query heads; {kv_heads}"
-            )
-        if self.head_dim is None and width % heads:
-            even = max(2, round(width / heads / 2) * 2)
-            return (
-                f"model.hidden_size = {width} is not a multiple of model.num_heads = {heads}; set model.head_dim={even}"
-                f" or another even number, or set model.hidden_size={even * heads}"
-            )
-        if self.dim_per_head % 2:
-            odd = self.dim_per_head
-            said = f"model.head_dim = {odd}" if self.head_dim else f"model.hidden_size / model.num_heads = {odd}"
-            return f"{said} is odd, and rotary embedding turns pairs; set model.head_dim={odd + 1}"
-        return ""
-
-    @property
-    def dim_per_head(self) -> int:
-        """The width of one attention head."""
-        return self.head_dim or self.hidden_size // self.num_heads
-
-    @property
-    def expert_size(self) -> int:
-        """The inner size of one expert's MLP."""
-        return (self.moe and self.moe.ffn_hidden_size) or self.ffn_hidden_size
-
-    def num_parameters(self, active: bool = False) -> int:
-        """Number of parameters; with `active`, only those that one token uses, with the whole embedding among them."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * self.parameters_per_layer(active) + embeddings + self.hidden_size
-
-    def parameters_per_layer(self, active: bool = False) -> int:
-        """Number of parameters of one block; with `active`, only those of the experts that one token uses."""
-        attention = 2 * self.hidden_size * self.dim_per_head * (self.num_heads + self.num_kv_heads)
-        if self.qk_norm:
-            attention += 2 * self.dim_per_head
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
-        if self.moe:
-            used = self.moe.num_shared_experts + (self.moe.top_k if active else self.moe.num_experts)
-            mlp = used * 3 * self.hidden_size * self.expert_size + self.hidden_size * self.moe.num_experts
-        return attention + mlp + 2 * self.hidden_size
 
 
 class Precision(StrEnum):

@@ -12,7 +12,7 @@ import torch
 
 from configs.export import VerifyConfig
 from configs.sampling import GREEDY
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from export.chat_codec import TextCodec
 from export.families import from_hf
 from export.hf_tokenizer import first_difference, first_mismatch

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ quantized weights) are errors that name the key.
 from typing import Any
 
 from configs.loader import validate
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from export.families import FAMILIES, LLAMA, MIXTRAL, family_of
 
 

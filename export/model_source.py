@@ -15,7 +15,7 @@ import torch
 
 from configs.files import file_sha256
 from configs.loader import ConfigError, validate
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from data_pipeline.tokens.tokenizer import SENTENCEPIECE_FILE, tokenizer_file
 from export.tensors import open_tensors, tensor_files
 

@@ -11,8 +11,8 @@ from typing import Any
 from configs.files import file_sha256
 from configs.layout import CAPACITY_FACTOR, SEQ_LENGTH
 from configs.loader import ConfigError, validate
+from configs.model import ModelConfig
 from configs.posttrain import InitConfig
-from configs.train import ModelConfig
 from data_pipeline.tokens.tokenizer import Tokenizer, tokenizer_file
 from posttrain.chat_format import ChatFormat, jinja_template
 from pretrain.checkpoint import storage

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:

@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from configs import files, loader
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError
-from configs.train import ModelConfig, TrainerConfig
+from configs.model import ModelConfig
+from configs.train import TrainerConfig
 from pretrain.schedule import learning_rate
 
 FILE = "history.json"

@@ -39,7 +39,7 @@ from unittest import mock
 import torch
 
 from configs.layout import Layout
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 
 
 def _unchanged(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:

@@ -20,8 +20,9 @@ import torch
 
 from configs import files, loader, signals
 from configs.loader import ConfigError
+from configs.model import ModelConfig
 from configs.run_lock import locked
-from configs.train import ModelConfig, TrainerConfig
+from configs.train import TrainerConfig
 from launch.environment import ClusterEnvironment
 from pretrain import history
 from pretrain.batch_source import BatchSource

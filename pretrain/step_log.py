@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.parallel import expert_balance
 from pretrain.parallel.step_sums import StepSums

@@ -18,7 +18,8 @@ from torch.profiler import record_function
 
 from configs import loader, signals
 from configs.loader import ConfigError
-from configs.train import ModelConfig, Precision, TrainerConfig
+from configs.model import ModelConfig
+from configs.train import Precision, TrainerConfig
 from pretrain import determinism, run_report
 from pretrain.agreement import Agreement
 from pretrain.batch_source import BatchSource, micro_batches, share_of_rank

@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError, plain, validate
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin, text_sha256

@@ -2,7 +2,7 @@
 
 import torch
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.model.decoder import Decoder, StageSpec
 from pretrain.model.init import init_weights
 from pretrain.model.layer_context import LayerContext

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents, attend_documents, attend_rows
 from pretrain.model.kv_cache import KVCache

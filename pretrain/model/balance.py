@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from configs.train import MoEConfig
+from configs.moe import MoEConfig
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.recompute import is_recomputing
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.model.attention import Attention, ForwardContext
 from pretrain.model.dropout import Dropout
 from pretrain.model.head_loss import HeadLoss

@@ -8,7 +8,7 @@ whatever the longest row is.
 import torch
 import torch.nn.functional as F
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.model.documents import attend_rows
 
 SLOTS = 16  # fp32 numbers in the widest vector register of a CPU

@@ -7,7 +7,7 @@ Shared experts, if there are any, are one MLP that every token goes through. `ro
 import torch
 from torch import nn
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.model.balance import Balance
 from pretrain.model.dispatch import Dispatch
 from pretrain.model.experts import Experts

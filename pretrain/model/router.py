@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs.train import MoEConfig
+from configs.moe import MoEConfig
 from pretrain.model.layer_context import LayerContext
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from configs.train import ModelConfig, OptimizerConfig, TrainSection
+from configs.model import ModelConfig
+from configs.train import OptimizerConfig, TrainSection
 from pretrain.megatron import ModelType, get_forward_backward_func, schedule_config
 from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.attention import ForwardContext

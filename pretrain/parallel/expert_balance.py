@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.model.balance import LossDenominators
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage

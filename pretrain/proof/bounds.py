@@ -25,7 +25,8 @@ the error that this shows.
 import math
 from typing import TYPE_CHECKING
 
-from configs.train import ModelConfig, OptimizerConfig, PretrainConfig
+from configs.model import ModelConfig
+from configs.train import OptimizerConfig, PretrainConfig
 
 if TYPE_CHECKING:
     import torch

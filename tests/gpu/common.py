@@ -14,7 +14,8 @@ import torch
 
 from configs.files import write_atomic
 from configs.layout import Layout
-from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSection
+from configs.model import ModelConfig
+from configs.train import OptimizerConfig, ParallelConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches

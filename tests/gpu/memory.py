@@ -11,7 +11,8 @@ from unittest import mock
 
 import torch
 
-from configs.train import ModelConfig, TrainSection
+from configs.model import ModelConfig
+from configs.train import TrainSection
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.attention import ForwardContext
 from pretrain.model.batch import Batch

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from configs.loader import validate
-from configs.train import ModelConfig, TrainSection
+from configs.model import ModelConfig
+from configs.train import TrainSection
 from pretrain.model.losses import NextToken
 from pretrain.proof.devices import CASES
 from tests.gpu import common

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from configs.train import CheckpointConfig, ModelConfig, TrainSection
+from configs.model import ModelConfig
+from configs.train import CheckpointConfig, TrainSection
 from pretrain.checkpoint.saving import Saver
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.model.losses import NextToken

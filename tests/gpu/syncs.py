@@ -17,7 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.loader import validate
-from configs.train import ModelConfig, TrainSection
+from configs.model import ModelConfig
+from configs.train import TrainSection
 from pretrain.model.losses import NextToken
 from pretrain.proof.devices import CASES
 from tests.gpu import common

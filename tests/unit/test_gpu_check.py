@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.loader import validate
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from tests.gpu import check, page, parts, requirements
 from tests.gpu.parts import Part
 

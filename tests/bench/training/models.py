@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.loader import validate
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from data_pipeline.mixture.rows import Row
 from pretrain.model import Decoder, init_weights
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from configs.layout import Layout
 from configs.loader import validate
-from configs.train import ModelConfig, OptimizerConfig, ParallelConfig, TrainSection
+from configs.model import ModelConfig
+from configs.train import OptimizerConfig, ParallelConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank

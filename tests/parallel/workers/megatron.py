@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.layout import Layout
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain import megatron
 from pretrain.megatron import parallel_state
 

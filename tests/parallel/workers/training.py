@@ -18,7 +18,8 @@ import torch
 
 from configs.layout import Layout
 from configs.loader import ConfigError, validate
-from configs.train import CheckpointConfig, ModelConfig, ParallelConfig, TrainerConfig, TrainSection
+from configs.model import ModelConfig
+from configs.train import CheckpointConfig, ParallelConfig, TrainerConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.agreement import Agreement

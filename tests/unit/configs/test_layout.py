@@ -9,7 +9,9 @@ import pytest
 
 from configs.layout import Layout, balanced_layers
 from configs.loader import ConfigError
-from configs.train import ModelConfig, MoEConfig, ParallelConfig, TrainSection
+from configs.model import ModelConfig
+from configs.moe import MoEConfig
+from configs.train import ParallelConfig, TrainSection
 
 MODEL = ModelConfig(
     vocab_size=64, num_layers=6, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2, tie_embeddings=True

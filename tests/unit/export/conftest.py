@@ -16,7 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from configs.files import file_sha256
 from configs.loader import plain
-from configs.train import ModelConfig, MoEConfig
+from configs.model import ModelConfig
+from configs.moe import MoEConfig
 from export.families import entries
 from export.model_source import ModelSource
 from export.tensors import write_tensors

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from export.families import check_weights, entries, from_hf, to_hf
 from export.hf_config import to_hf_config
 from export.tensors import open_tensors

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from configs.files import file_sha256
 from configs.loader import ConfigError, load
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from export.families import to_hf
 from export.hf_config import from_hf_config, to_hf_config
 from export.hf_tokenizer import write_tokenizer

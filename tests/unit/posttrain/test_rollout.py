@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from configs.model import ModelConfig
 from configs.posttrain import GRPOSection
-from configs.train import ModelConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat_format import ChatFormat
 from posttrain.grpo_source import GRPOLoss, RolloutSource

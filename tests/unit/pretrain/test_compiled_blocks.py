@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from configs.loader import validate
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.batch_source import collate
 from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.attention import ForwardContext

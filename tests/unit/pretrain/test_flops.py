@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.flops import flops_per_token, measured_flops, peak_flops
 
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from configs.sampling import GREEDY, SamplingConfig
-from configs.train import ModelConfig, MoEConfig
+from configs.model import ModelConfig
+from configs.moe import MoEConfig
 from pretrain.model import Decoder, build_single, init_weights
 from pretrain.sampling import Completion, generate
 

@@ -14,7 +14,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from configs.loader import ConfigError, validate
-from configs.train import ModelConfig, MoEConfig
+from configs.model import ModelConfig
+from configs.moe import MoEConfig
 from pretrain.model import Decoder, LayerContext, build_single, init_weights
 from pretrain.model.balance import Balance, LossDenominators
 from pretrain.model.dispatch import Dispatch

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs.loader import validate
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.batch_source import collate
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.attention import ForwardContext

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from configs.loader import ConfigError, load, validate
-from configs.train import ModelConfig, MoEConfig, PretrainConfig
+from configs.model import ModelConfig
+from configs.moe import MoEConfig
+from configs.train import PretrainConfig
 from pretrain.proof import proof_page, prove
 from pretrain.proof.bounds import Bounds
 from pretrain.proof.candidate import DEGREES
