@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.loader import ConfigError
 from configs.model import ModelConfig
+from configs.model_size import mean_layer_parameters
 from configs.remedies import Misfit, divisors, multiples, remedies
 from configs.train import ParallelConfig, TrainSection
 
@@ -176,11 +177,14 @@ class Layout:
 def _check_tensor_parallel(request: LayoutRequest) -> None:
     parallel, model = request.parallel, request.model
     tp = parallel.tp
-    expert_size = "model.moe.ffn_hidden_size" if model.moe and model.moe.ffn_hidden_size else "model.ffn_hidden_size"
-    for name, size in (
-        ("model.num_heads", model.num_heads),
-        (expert_size, model.expert_size),
-    ):
+    sizes = {"model.num_heads": model.num_heads}
+    if any(layer.moe is None or not layer.moe.ffn_hidden_size for layer in model.layers):
+        sizes["model.ffn_hidden_size"] = model.ffn_hidden_size
+    if model.moe and model.moe.ffn_hidden_size:
+        sizes["model.moe.ffn_hidden_size"] = model.moe.ffn_hidden_size
+    if model.moe and model.moe.shared_ffn_hidden_size:
+        sizes["model.moe.shared_ffn_hidden_size"] = model.moe.shared_ffn_hidden_size
+    for name, size in sizes.items():
         if size % tp:
             raise _LayoutMisfit(request, f"{name} = {size} is not a multiple of parallel.tp = {tp}", tp=None)
     kv_heads = model.num_kv_heads
@@ -204,6 +208,14 @@ def _check_sequence(request: LayoutRequest) -> None:
     """Checks cp and sp, which split the sequence everywhere but in attention; there cp splits the heads instead."""
     parallel, model, train = request.parallel, request.model, request.train
     tp, cp, parts = parallel.tp, parallel.cp, parallel.sequence_parts
+    longest = model.position.max_positions
+    if longest is not None and train.seq_length > longest:
+        raise _LayoutMisfit(
+            request,
+            f"train.seq_length = {train.seq_length} is more than model.position.max_positions = {longest}, and later "
+            "positions have no vector",
+            seq_length=[n for n in multiples(parts, longest) if n <= longest][-1:],
+        )
     if train.seq_length % parts:
         factors = [f"parallel.cp = {cp}"] * (cp > 1) + [f"parallel.tp = {tp} (parallel.sp = true)"] * parallel.sp
         raise _LayoutMisfit(
@@ -222,6 +234,17 @@ def _check_sequence(request: LayoutRequest) -> None:
             cp=None,
             tp=None,
         )
+    scaling = model.position.scaling
+    for what, is_there in {
+        "model.position.kind = 'alibi' has a slope": model.position.kind == "alibi",
+        "model.attention.sinks = true has a sink": model.attention.sinks,
+        "model.position.scaling depends on the largest position": scaling and scaling.kind in ("dynamic", "longrope"),
+    }.items():
+        if is_there:
+            unit = "of whole rows" if "largest" in what else "for each head"
+            raise _LayoutMisfit(
+                request, f"{what} {unit}, which parallel.cp = {cp} has on no rank; context parallel cannot", cp=(1,)
+            )
     if model.moe and model.moe.capacity_factor is not None:
         raise _LayoutMisfit(
             request,
@@ -296,7 +319,7 @@ def _split_layers(request: LayoutRequest) -> tuple[int, ...]:
         )
     given = parallel.layers_per_stage
     if given is None:
-        head = model.vocab_size * model.hidden_size / model.parameters_per_layer(active=True)
+        head = model.vocab_size * model.hidden_size / mean_layer_parameters(model, active=True)
         return balanced_layers(layers, stages, head)
     if len(given) != stages or sum(given) != layers or min(given) < 1:
         raise _LayoutMisfit(

@@ -5,6 +5,7 @@ other family is a choice of parts. Where layers differ from each other, `layer_p
 and `kinds` says what a kind changes; `ModelConfig.layer` gives everything that one block has to know.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,6 +48,16 @@ class LayerConfig:
     norm: NormConfig
     residual: ResidualConfig
     moe: MoEConfig | None
+
+    @property
+    def inner_std_factor(self) -> float:
+        """The factor on init_std of the values' and the MLP's weights: DeepNorm's beta (Wang et al. 2022), else one."""
+        return (2 * self.num_layers) ** -0.5 if self.residual.kind == "deepnorm" else 1.0
+
+    @property
+    def output_std_factor(self) -> float:
+        """The factor on init_std of weights whose outputs are added to the hidden states (GPT-2)."""
+        return 1 / math.sqrt(2 * self.num_layers)
 
     @property
     def expert_size(self) -> int:
@@ -226,6 +237,11 @@ class ModelConfig(Section):
     def layers(self) -> tuple[LayerConfig, ...]:
         """The configs of all layers, by number."""
         return tuple(self._layer(index) for index in range(self.num_layers))
+
+    def __copy__(self) -> "ModelConfig":
+        copied = super().__copy__()
+        vars(copied).pop("layers", None)  # a copy may get other values
+        return copied
 
     def layer(self, index: int) -> LayerConfig:
         """Returns everything that block number `index` has to know."""

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from configs.section import Section
 
-AttentionPattern = Literal["causal", "sliding", "chunked", "banded"]
+AttentionPattern = Literal["causal", "sliding", "chunked"]
 PositionKind = Literal["rotary", "learned", "alibi", "none"]
 
 
@@ -58,9 +58,9 @@ class AttentionConfig(Section):
     sinks: bool = False
     """Whether each head has a learned score that takes a share of the softmax and adds nothing (gpt-oss)."""
     pattern: AttentionPattern = "causal"
-    """The earlier tokens of its document that a token sees: all, a sliding window, its chunk, or a banded half."""
+    """The earlier tokens of its document that a token sees: all, those in a sliding window, or those in its chunk."""
     window: int | None = Field(default=None, ge=1)
-    """The length of the sliding window (with the token itself), of a chunk, or of a band, in tokens."""
+    """The length of the sliding window, with the token itself, or of a chunk, in tokens."""
     temperature: TemperatureConfig | None = None
     """The growth of queries with their position; left out, there is none."""
     latent: LatentConfig | None = None
@@ -159,12 +159,12 @@ class HeadConfig(Section):
 
 
 class LayerKind(Section):
-    """What layers of a kind change; a key that is left out is the model's own."""
+    """Changes that layers of a kind make; a key that is left out is the model's own."""
 
     pattern: AttentionPattern | None = None
     """The attention pattern, in place of attention.pattern."""
     window: int | None = Field(default=None, ge=1)
-    """The length of the window, chunk or band, in place of attention.window."""
+    """The length of the window or chunk, in place of attention.window."""
     position: PositionKind | None = None
     """rotary or none, in place of position.kind."""
     theta: float | None = Field(default=None, gt=0)

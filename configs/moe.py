@@ -71,6 +71,11 @@ class MoEConfig(Section):
     def _problem(self) -> str:
         """Returns what does not fit together and how to correct it, or ""."""
         experts, groups, top_groups = self.num_experts, self.num_groups, self.top_groups
+        if self.weigh == "input" and self.top_k > 1:
+            return (
+                f"model.moe.weigh = 'input' multiplies the input of one expert a token, and model.moe.top_k = "
+                f"{self.top_k}; set model.moe.top_k=1 or model.moe.weigh=output"
+            )
         if self.shared_gate and not self.num_shared_experts:
             return "model.moe.shared_gate needs shared experts; set model.moe.num_shared_experts=1 or leave it out"
         if self.shared_ffn_hidden_size and not self.num_shared_experts:

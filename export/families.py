@@ -92,7 +92,7 @@ _MIXTRAL_ROUTER = {
 def family_of(config: ModelConfig) -> Family:
     """Returns the family of a model. Raises ValueError naming a config key that the family cannot express."""
     family = MIXTRAL if config.moe else LLAMA
-    keys: list[tuple[str, Any, Any]] = [("qk_norm", config.qk_norm, False)]
+    keys: list[tuple[str, Any, Any]] = [("attention.qk_norm", config.attention.qk_norm, "none")]
     if config.moe:
         keys += [(f"moe.{name}", getattr(config.moe, name), only) for name, only in _MIXTRAL_ROUTER.items()]
     for key, ours, theirs in keys:

@@ -128,7 +128,7 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
     said = []
     for key, (before, now) in differing.items():
         if key == "model":
-            said += words(_model_changes(path, before, now, ("rope_theta",) if passes_on else ()))
+            said += words(_model_changes(path, before, now, ("position.theta",) if passes_on else ()))
         elif key == "data":
             said.append(f"its data differ: {source.difference(_facts(manifest))}")
         elif key in _WORDS:

@@ -1,121 +1,226 @@
-"""Causal attention with grouped key-value heads (GQA, Ainslie et al. 2023), rotary positions and packed documents.
+"""Attention: grouped key-value heads (GQA, Ainslie et al. 2023), and multi-head latent attention (DeepSeek-V2, 2024).
 
-With `qk_norm` the queries and keys of each head are normalized before the rotary embedding rotates them (Qwen3;
-Henry et al. 2020).
-
-Shape letters here and in the rest of `model/`: S sequence, B batch, H hidden, N query heads, K key-value heads,
-D head dimension. Under tensor parallel N and K are this rank's heads. Activations between layers are [S, B, H], the
-layout of megatron-core's pipeline. Under context parallel S is this rank's share of the sequence, and T is all of it.
+Both make queries, keys and values, rotate them, and leave the rest to `attend`, which computes scores and their softmax
+within documents by the layer's `ScoreRule`. Shape letters: see `decoder.py`. Under tensor parallel N and K are this
+rank's heads; under context parallel S is this rank's share of the sequence, and T is all of it.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed import ProcessGroup
 
-from configs.model import ModelConfig
-from pretrain.model.batch import Batch
-from pretrain.model.documents import Documents, attend_documents, attend_rows
+from configs.model import LayerConfig
+from pretrain.model import scores
+from pretrain.model.context import ForwardContext
+from pretrain.model.documents import Documents
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.linear import ColumnLinear, Region, RowLinear, columns
-from pretrain.model.norm import RMSNorm
-from pretrain.model.recompute import recomputed
-from pretrain.model.rope import rotary_angles, rotate
+from pretrain.model.layers import Norm, RMSNorm, norm_of, normalized, recomputed
+from pretrain.model.rotary import rotate, yarn_mscale
+from pretrain.model.scores import ScoreRule, alibi_slopes
+from pretrain.model.slices import Marks, TensorSplit, mark
+from pretrain.model.tensor_parallel import ColumnLinear, Region, RowLinear, WholeLinear, columns
 
-# What a query may attend to: earlier tokens of its document, or with a tensor [B, 1, queries, keys] of bool the keys
-# where it is True. None stands for all earlier tokens.
-Pattern = Documents | torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class ForwardContext:
-    """Everything that all layers share in the forward pass of one micro-batch, the chunks of a pipeline included.
-
-    `valid_SB` is False for padding; None means that there is none. `samples` [B], on the host, are the numbers of
-    the rows in the training run, from which dropout draws its masks.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    pattern: Pattern
-    valid_SB: torch.Tensor | None = None
-    samples: torch.Tensor | None = None
-
-    @classmethod
-    def of_batch(cls, config: ModelConfig, batch: Batch) -> "ForwardContext":
-        """Makes the context of a training batch; under context parallel its documents are those of whole rows."""
-        cos, sin = rotary_angles(batch.positions, config.dim_per_head, config.rope_theta)
-        samples = None if batch.samples is None else torch.tensor(batch.samples)
-        return cls(cos, sin, batch.documents, (batch.segments >= 0).t(), samples)
-
-    @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        positions_BS: torch.Tensor,
-        segments_BS: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> "ForwardContext":
-        """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row.
-
-        With a cache, which says itself what a query may attend to, `segments_BS` only tells padding.
-        """
-        cos, sin = rotary_angles(positions_BS, config.dim_per_head, config.rope_theta)
-        valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
-        if cache is not None:
-            cache.begin(positions_BS)
-            return cls(cos, sin, None, valid_SB)
-        return cls(cos, sin, None if segments_BS is None else Documents.of(segments_BS), valid_SB)
-
-
-# (q [T, B, N, D], k and v [T, B, K, D], pattern) to [T, B, N, D]
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Pattern], torch.Tensor]
+# (q [T, B, N, D], k and v [T, B, K, D], documents) to [T, B, N, D]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents | None], torch.Tensor]
 
 
 class Attention(nn.Module):
-    """The attention of one layer; takes and gives hidden states [S, B, H]."""
+    """The common part of both kinds of attention: applies the rule of scores to queries, keys and values."""
 
-    def __init__(self, config: ModelConfig, layer: int, context: LayerContext):
+    def __init__(self, config: LayerConfig, context: LayerContext):
         super().__init__()
-        self.layer, self.head_dim = layer, config.dim_per_head
+        self.config, self.layer, self.kind = config.attention, config.index, config.kind
+        self.pairs = config.position.layout == "pairs"
         self.recompute = False  # True: the backward pass computes scores and softmax again, and none are stored
         # Context parallel puts its exchange of sequence for heads around this.
         self.attend: Attend = self.attend_here
         self.region = Region(context)
-        size_q, size_kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        self.q_proj = ColumnLinear(config.hidden_size, size_q, context)
-        copies = max(1, context.tp_size // config.num_kv_heads)  # ranks with the same key-value head
-        self.k_proj = ColumnLinear(config.hidden_size, size_kv, context, copies)
-        self.v_proj = ColumnLinear(config.hidden_size, size_kv, context, copies)
-        self.o_proj = RowLinear(size_q, config.hidden_size, context)
-        self.has_qk_norm = config.qk_norm
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps, context.dtype, context.device)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps, context.dtype, context.device)
+        self.query_factor = _query_factor(config)
+        own = slice(*(config.num_heads // context.tp_size * (context.tp_rank + i) for i in (0, 1)))
+        self.register_buffer("slopes", None, persistent=False)
+        if config.position.kind == "alibi":
+            self.slopes = alibi_slopes(config.num_heads)[own].to(context.device)
+        self.register_parameter("sinks", None)
+        if config.attention.sinks:
+            self.sinks = nn.Parameter(torch.empty(own.stop - own.start, dtype=context.dtype, device=context.device))
+            split = TensorSplit(0, config.num_heads) if context.tp_size > 1 else None
+            mark(self.sinks, Marks(split=split, decays=False))
 
-    def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
-        projected = columns(x_SBH, self.region, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (self._heads(x_SBH) for x_SBH in projected)
-        if self.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        attended = self.attend(q, k, v, context.pattern) if cache is None else cache.attend(self.layer, q, k, v)
-        return self.o_proj(attended.flatten(2))
+    @property
+    def rule(self) -> ScoreRule:
+        """The way in which scores become weights here."""
+        return ScoreRule.of(self.config, self.slopes, self.sinks)
 
-    def attend_here(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    def attend_here(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None
+    ) -> torch.Tensor:
         """Computes attention of this rank's heads over whole sequences; outputs are [T, B, N, D]."""
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(_attend, q, k, v, pattern)
-        return _attend(q, k, v, pattern)
+            return recomputed(scores.attend, q, k, v, documents, self.rule)
+        return scores.attend(q, k, v, documents, self.rule)
+
+    def scored(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext, cache: KVCache | None
+    ) -> torch.Tensor:
+        """Computes attention of rotated queries to rotated keys, [S, B, N, D], over the cache if there is one."""
+        if self.query_factor != 1.0:
+            q = q * self.query_factor
+        if cache is not None:
+            return cache.attend(self.layer, q, k, v, self.rule)
+        return self.attend(q, k, v, context.documents)
+
+    def rotated(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """Rotates the heads [S, B, N, D] by their positions, where this kind of layer does."""
+        if self.kind not in context.rotary:
+            return x
+        return rotate(x, *context.rotary[self.kind], self.pairs)
+
+
+class GroupedAttention(Attention):
+    """Attention in which query heads share key-value heads; takes and gives hidden states [S, B, H]."""
+
+    def __init__(self, config: LayerConfig, context: LayerContext):
+        super().__init__(config, context)
+        attention, hidden, self.head_dim = config.attention, config.hidden_size, config.head_dim
+        size_q, size_kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        copies = max(1, context.tp_size // config.num_kv_heads)  # ranks with the same key-value head
+        bias = attention.qkv_bias
+        self.q_proj = ColumnLinear(hidden, size_q, context, bias=bias)
+        self.k_proj = ColumnLinear(hidden, size_kv, context, copies, bias)
+        self.v_proj = ColumnLinear(hidden, size_kv, context, copies, bias, config.inner_std_factor)
+        self.o_proj = RowLinear(size_q, hidden, context, attention.output_bias, config.output_std_factor)
+        if attention.qk_norm == "head":
+            self.q_norm: Norm = norm_of(config.norm, self.head_dim, context, partial="heads")
+            self.k_norm: Norm = norm_of(config.norm, self.head_dim, context, partial="heads")
+        elif attention.qk_norm == "projection":
+            self.q_norm = SplitRMSNorm(size_q, 1, config.norm.eps, context)
+            self.k_norm = SplitRMSNorm(size_kv, copies, config.norm.eps, context)
+        self.eps = config.norm.eps
+
+    def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
+        q, k, v = columns(x_SBH, self.region, self.q_proj, self.k_proj, self.v_proj)
+        if self.config.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (self._heads(x) for x in (q, k, v))
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotated(q, context), self.rotated(k, context)
+        if self.config.qk_norm == "unweighted":
+            q, k = normalized(q, self.eps).to(q.dtype), normalized(k, self.eps).to(k.dtype)
+        if self.config.temperature is not None:
+            q = q * self._temperature(context.positions_SB).to(q.dtype)
+        return self.o_proj(self.scored(q, k, v, context, cache).flatten(2))
 
     def _heads(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Splits the last dimension into heads: [S, B, heads * D] to [S, B, heads, D]."""
         return x_SBH.unflatten(-1, (-1, self.head_dim))
 
+    def _temperature(self, positions_SB: torch.Tensor) -> torch.Tensor:
+        """Returns the factors on queries [S, B, 1, 1], which grow with the logarithm of the position (Llama 4)."""
+        temperature = self.config.temperature
+        assert temperature is not None
+        steps = torch.floor((positions_SB.float() + 1) / temperature.floor)
+        return (torch.log1p(steps) * temperature.scale + 1)[..., None, None]
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    if isinstance(pattern, Documents):
-        return attend_documents(q, k, v, pattern)
-    return attend_rows(q, k, v, pattern)
+
+class LatentAttention(Attention):
+    """Multi-head latent attention: keys and values of all heads are made from one small vector a token.
+
+    The projections to the small vectors are whole on every tensor-parallel rank; those from them to heads are split.
+    """
+
+    def __init__(self, config: LayerConfig, context: LayerContext):
+        super().__init__(config, context)
+        latent, hidden = config.attention.latent, config.hidden_size
+        assert latent is not None
+        self.latent, self.head_dim = latent, config.head_dim
+        size_q, size_v = config.num_heads * config.head_dim, config.num_heads * latent.v_head_dim
+        size_kv = config.num_heads * (latent.nope_head_dim + latent.v_head_dim)
+        if latent.q_rank is None:
+            self.q_proj = ColumnLinear(hidden, size_q, context)
+        else:
+            self.q_down_proj = WholeLinear(hidden, latent.q_rank, context)
+            self.q_latent_norm = RMSNorm(latent.q_rank, latent.norm_eps, context)
+            self.q_up_proj = ColumnLinear(latent.q_rank, size_q, context)
+        self.kv_down_proj = WholeLinear(hidden, latent.kv_rank + latent.rope_head_dim, context)
+        self.kv_latent_norm = RMSNorm(latent.kv_rank, latent.norm_eps, context)
+        self.kv_up_proj = ColumnLinear(latent.kv_rank, size_kv, context)
+        self.o_proj = RowLinear(size_v, hidden, context, config.attention.output_bias, config.output_std_factor)
+
+    def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
+        latent, rope = self.latent, self.latent.rope_head_dim
+        if latent.q_rank is None:
+            (q,) = columns(x_SBH, self.region, self.q_proj)
+        else:
+            (q,) = columns(self.q_latent_norm(self.q_down_proj(x_SBH)), self.region, self.q_up_proj)
+        down, k_rope = self.kv_down_proj(x_SBH).split((latent.kv_rank, rope), dim=-1)
+        (kv,) = columns(self.kv_latent_norm(down), self.region, self.kv_up_proj)
+        q, kv = q.unflatten(-1, (-1, self.head_dim)), kv.unflatten(-1, (-1, latent.nope_head_dim + latent.v_head_dim))
+        q_nope, q_rope = q.split((latent.nope_head_dim, rope), dim=-1)
+        k_nope, v = kv.split((latent.nope_head_dim, latent.v_head_dim), dim=-1)
+        k_rope = self.rotated(self.region.enter(k_rope)[:, :, None], context)  # one head, which all heads share
+        q = torch.cat((q_nope, self.rotated(q_rope, context)), dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)), dim=-1)
+        # Kernels take keys and values of one size: the values get zeros, and their outputs lose them again.
+        v = F.pad(v, (0, self.head_dim - latent.v_head_dim))
+        out = self.scored(q, k, v, context, cache)[..., : latent.v_head_dim]
+        return self.o_proj(out.flatten(2))
+
+
+def attention_of(config: LayerConfig, context: LayerContext) -> Attention:
+    """Makes the attention of one layer."""
+    return (LatentAttention if config.attention.latent else GroupedAttention)(config, context)
+
+
+def _query_factor(config: LayerConfig) -> float:
+    """Returns what queries are multiplied by, beside the 1 / sqrt(head dimension) of every score."""
+    attention, scaling = config.attention, config.position.scaling
+    factor = 1.0 if attention.scale is None else attention.scale * math.sqrt(config.head_dim)
+    if attention.scale_by_layer:
+        factor /= config.index + 1
+    if attention.latent and scaling and scaling.kind == "yarn" and scaling.mscale_all_dim:
+        factor *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return factor
+
+
+class SplitRMSNorm(Norm):
+    """RMSNorm over the heads of all tensor-parallel ranks together, of `size` elements in all (OLMo 2).
+
+    The weight is split as the projection is. With `copies` every head is on so many neighbouring ranks.
+    """
+
+    def __init__(self, size: int, copies: int, eps: float, context: LayerContext):
+        super().__init__(size * copies // context.tp_size, eps, context, partial="never")
+        self.group, self.size, self.copies = context.tp, size, copies
+        split = TensorSplit(0, size, copies) if context.tp_size > 1 else None
+        mark(self.weight, Marks(split=split, constant=self.initial, decays=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
+        if self.group is not None:
+            squares = _SumOverRanks.apply(squares, self.group) / self.copies
+        return self.weight * (wide * torch.rsqrt(squares / self.size + self.eps)).to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sums over ranks forward and backward: every rank's output depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

@@ -1,10 +1,17 @@
-"""The decoder: embedding, pre-norm blocks of attention and MLP (or MoE), final norm, output head (LLaMA, Mixtral).
+"""The decoder: embedding, blocks of attention and MLP (or MoE), final norm, output head.
 
-A `Decoder` holds the layers of one pipeline stage and knows them by their global index, so parameter names are the
-same with and without pipeline. Its arguments say which layers it holds (`StageSpec`) and over which process groups
-the work of a layer is split (`LayerContext`); it knows no ranks. Shape letters: see `attention.py`.
+A family is a choice of parts, which `configs.model` lists and `config.layer(i)` gives to block i. A `Decoder` holds the
+layers of one pipeline stage and knows them by their global index, so parameter names are the same with and without
+pipeline. Its arguments say which layers it holds (`StageSpec`) and over which process groups the work of a layer is
+split (`LayerContext`); it knows no ranks.
+
+Shape letters here and in the rest of `model/`: S sequence, B batch, H hidden, V vocabulary, N query heads, K key-value
+heads, D head dimension, T the whole sequence where S is a part of it, E experts. Activations between layers are
+[S, B, H], the layout of megatron-core's pipeline.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -12,17 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs.model import ModelConfig
-from pretrain.model.attention import Attention, ForwardContext
-from pretrain.model.dropout import Dropout
+from configs.model import LayerConfig, ModelConfig
+from pretrain.model.attention import attention_of
+from pretrain.model.context import ForwardContext
 from pretrain.model.head_loss import HeadLoss
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.linear import ColumnLinear, Embedding, Region
-from pretrain.model.mlp import MLP
+from pretrain.model.layers import MLP, Dropout, norm_of, recomputed
 from pretrain.model.moe import MoE
-from pretrain.model.norm import RMSNorm
-from pretrain.model.recompute import recomputed
+from pretrain.model.slices import Marks, mark
+from pretrain.model.tensor_parallel import ColumnLinear, Embedding, Region
 
 
 @dataclass(frozen=True)
@@ -36,30 +42,6 @@ class StageSpec:
     @classmethod
     def whole(cls, config: ModelConfig) -> "StageSpec":
         return cls(range(config.num_layers))
-
-
-class Block(nn.Module):
-    """One layer: attention and then an MLP or MoE, each after a norm and inside a residual connection."""
-
-    def __init__(self, config: ModelConfig, layer: int, context: LayerContext):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, context.dtype, context.device)
-        self.attention = Attention(config, layer, context)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, context.dtype, context.device)
-        if config.moe:
-            self.moe = MoE(config, context)
-        else:
-            self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, context)
-        self.is_moe = config.moe is not None
-        self.attention_dropout = Dropout(f"layers.{layer}.attention", context)
-        self.mlp_dropout = Dropout(f"layers.{layer}.mlp", context)
-
-    def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
-        attended = self.attention(self.attention_norm(x_SBH), context, cache)
-        x_SBH = x_SBH + self.attention_dropout(attended, context.samples)
-        normed = self.mlp_norm(x_SBH)
-        y_SBH = self.moe(normed, context.valid_SB) if self.is_moe else self.mlp(normed)
-        return x_SBH + self.mlp_dropout(y_SBH, context.samples)
 
 
 class Decoder(nn.Module):
@@ -85,53 +67,20 @@ class Decoder(nn.Module):
         if self.stage.is_first:
             self.embedding = Embedding(config.vocab_size, config.hidden_size, context)
             self.embedding_dropout = Dropout("embedding", context)
-        self.layers = nn.ModuleDict({str(i): Block(config, i, context) for i in self.stage.layers})  # global index
+            if config.position.max_positions:
+                self.position_embedding = PositionEmbedding(config.position.max_positions, config.hidden_size, context)
+            if config.norm.embedding:
+                self.embedding_norm = norm_of(config.norm, config.hidden_size, context)
+        layers = {str(i): Block(config.layer(i), context) for i in self.stage.layers}
+        self.layers = nn.ModuleDict(layers)  # by global index
         if self.stage.is_last:
-            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, context.dtype, context.device)
+            norm = norm_of(config.norm, config.hidden_size, context) if config.norm.final else nn.Identity()
+            self.final_norm: nn.Module = norm
             if not self.tied_here:
                 # With tied embeddings over several stages this is the last stage's copy of `embedding.weight`.
                 self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, context)
         self.input_tensor: torch.Tensor | None = None
         self.recompute_blocks = False
-
-    def set_recompute(self, recompute: Literal["none", "selective", "full"]) -> None:
-        """Chooses which activations the backward pass computes again and does not store (Korthikanti et al. 2022)."""
-        self.recompute_blocks = recompute == "full"
-        for block in self.blocks.values():
-            block.attention.recompute = recompute == "selective"
-
-    @property
-    def tied_here(self) -> bool:
-        """Whether the output head uses the embedding weight of this same stage."""
-        return self.model_config.tie_embeddings and self.stage.is_first and self.stage.is_last
-
-    @property
-    def blocks(self) -> dict[int, Block]:
-        """The blocks of this stage by global layer index."""
-        return {int(name): cast(Block, block) for name, block in self.layers.items()}
-
-    @property
-    def moe_layers(self) -> dict[int, MoE]:
-        return {layer: block.moe for layer, block in self.blocks.items() if block.is_moe}
-
-    def global_name(self, name: str) -> str:
-        """Returns a parameter's name in checkpoints and init; a tied head goes by the name of the embedding."""
-        return "embedding.weight" if name == "lm_head.weight" and self.model_config.tie_embeddings else name
-
-    def named_global_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(self.global_name(name), parameter) for name, parameter in self.named_parameters()]
-
-    def named_balance(self) -> dict[str, torch.Tensor]:
-        """Tensors by global name that are saved with the weights but are no parameters (`Balance.state`)."""
-        return {
-            f"layers.{layer}.moe.balance.{name}": tensor
-            for layer, moe in self.moe_layers.items()
-            for name, tensor in moe.balance.state().items()
-        }
-
-    def set_input_tensor(self, tensor: Any) -> None:
-        """Takes the previous stage's output; the pipeline schedules call this before `forward`."""
-        self.input_tensor = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(
         self,
@@ -151,11 +100,7 @@ class Decoder(nn.Module):
         """
         if context is None:
             context = ForwardContext.of(self.model_config, positions_BS, segments_BS, cache)
-        if self.stage.is_first:
-            x_SBH = self.embedding_dropout(self.embedding(tokens_BS), context.samples)
-        else:
-            assert self.input_tensor is not None, "a later pipeline stage got no input"
-            x_SBH = self.input_tensor
+        x_SBH = self._embedded(tokens_BS, context) if self.stage.is_first else self._received()
         for block in self.blocks.values():
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_SBH = recomputed(block, x_SBH, context)
@@ -166,12 +111,197 @@ class Decoder(nn.Module):
         x = self.region.enter(self.final_norm(x_SBH)).transpose(0, 1)
         if wanted is not None:
             x = x.flatten(0, 1).index_select(0, wanted)
-        if loss is not None:
-            weight = self.embedding.weight if self.tied_here else self.lm_head.weight
-            return loss(x, weight, self.model_config.vocab_size, self.region.group)
-        return F.linear(x, self.embedding.weight) if self.tied_here else self.lm_head(x)
+        return self._loss(x, loss) if loss is not None else self._logits(x)
+
+    def _embedded(self, tokens_BS: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        config = self.model_config
+        x_SBH = self.embedding(tokens_BS)
+        if config.scale_embedding:  # the factor is rounded to the model's precision, as Gemma was trained
+            x_SBH = x_SBH * torch.tensor(math.sqrt(config.hidden_size), dtype=x_SBH.dtype)
+        if config.position.max_positions:
+            x_SBH = x_SBH + self.position_embedding(context.positions_SB)
+        if config.norm.embedding:
+            x_SBH = self.embedding_norm(x_SBH)
+        return self.embedding_dropout(x_SBH, context.samples)
+
+    def _received(self) -> torch.Tensor:
+        assert self.input_tensor is not None, "a later pipeline stage got no input"
+        return self.input_tensor
+
+    def _loss(self, x: torch.Tensor, loss: HeadLoss) -> torch.Tensor:
+        config = self.model_config
+        if self.tied_here or config.head.normalized:
+            weight = self._head_weight()
+        else:
+            weight = self.lm_head.weight
+        return loss(x, weight, config.vocab_size, self.region.group, config.head.softcap)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        head, tied = self.model_config.head, self.tied_here
+        logits = F.linear(x, self._head_weight()) if tied or head.normalized else self.lm_head(x)
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    def _head_weight(self) -> torch.Tensor:
+        weight = self.embedding.weight if self.tied_here else self.lm_head.weight
+        return F.normalize(weight) if self.model_config.head.normalized else weight
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Takes the previous stage's output; the pipeline schedules call this before `forward`."""
+        self.input_tensor = tensor[0] if isinstance(tensor, list) else tensor
+
+    def set_recompute(self, recompute: Literal["none", "selective", "full"]) -> None:
+        """Chooses which activations the backward pass computes again and does not store (Korthikanti et al. 2022)."""
+        self.recompute_blocks = recompute == "full"
+        for block in self.blocks.values():
+            block.attention.recompute = recompute == "selective"
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
         """Makes an empty cache for generation by one rank that holds the whole model."""
         weight = self.embedding.weight
         return KVCache(self.model_config, rows, max_length, weight.dtype, weight.device)
+
+    @property
+    def tied_here(self) -> bool:
+        """Whether the output head uses the embedding weight of this same stage."""
+        return self.model_config.tie_embeddings and self.stage.is_first and self.stage.is_last
+
+    @property
+    def blocks(self) -> dict[int, "Block"]:
+        """The blocks of this stage by global layer index."""
+        return {int(name): cast(Block, block) for name, block in self.layers.items()}
+
+    @property
+    def moe_layers(self) -> dict[int, MoE]:
+        return {layer: block.moe for layer, block in self.blocks.items() if block.is_moe}
+
+    @property
+    def input_modules(self) -> list[nn.Module]:
+        """The modules before the first block, in the order of their use; none but on the first stage."""
+        names = ("embedding", "position_embedding", "embedding_norm")
+        return [getattr(self, name) for name in names if hasattr(self, name)]
+
+    def global_name(self, name: str) -> str:
+        """Returns a parameter's name in checkpoints and init; a tied head goes by the name of the embedding."""
+        return "embedding.weight" if name == "lm_head.weight" and self.model_config.tie_embeddings else name
+
+    def named_global_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(self.global_name(name), parameter) for name, parameter in self.named_parameters()]
+
+    def named_balance(self) -> dict[str, torch.Tensor]:
+        """Tensors by global name that are saved with the weights but are no parameters (`Balance.state`)."""
+        return {
+            f"layers.{layer}.moe.balance.{name}": tensor
+            for layer, moe in self.moe_layers.items()
+            for name, tensor in moe.balance.state().items()
+        }
+
+
+class Block(nn.Module):
+    """One layer: attention and an MLP or MoE, with norms and residual connections in the places of its kind."""
+
+    def __init__(self, config: LayerConfig, context: LayerContext):
+        super().__init__()
+        self.config, self.residual = config, RESIDUALS[config.residual.kind]
+        self.is_moe = config.moe is not None
+
+        def norm() -> nn.Module:
+            return norm_of(config.norm, config.hidden_size, context)
+
+        has_outputs = config.residual.kind in ("sandwich", "outputs")
+        if config.residual.kind != "outputs":
+            self.attention_norm = norm()
+        self.attention = attention_of(config, context)
+        if has_outputs:
+            self.attention_output_norm = norm()
+        if config.residual.kind != "outputs":
+            self.mlp_norm = norm()
+        if self.is_moe:
+            self.moe = MoE(config, context)
+        else:
+            self.mlp = MLP(config, config.ffn_hidden_size, context)
+        if has_outputs:
+            self.mlp_output_norm = norm()
+        self.attention_dropout = Dropout(f"layers.{config.index}.attention", context)
+        self.mlp_dropout = Dropout(f"layers.{config.index}.mlp", context)
+
+    def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, context, cache)
+
+        def feed_forward(x: torch.Tensor) -> torch.Tensor:
+            return self.moe(x, context.valid_SB) if self.is_moe else self.mlp(x)
+
+        def drop_attention(x: torch.Tensor) -> torch.Tensor:
+            return self.attention_dropout(x, context.samples)
+
+        def drop_mlp(x: torch.Tensor) -> torch.Tensor:
+            return self.mlp_dropout(x, context.samples)
+
+        return self.residual(self, x_SBH, attend, feed_forward, drop_attention, drop_mlp)
+
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _pre(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
+    """Norms before attention and MLP (GPT-2); with `from_norm` the residual connection starts after them (BLOOM)."""
+    normed = block.attention_norm(x)
+    x = (normed if block.config.residual.from_norm else x) + drop_1(attend(normed))
+    normed = block.mlp_norm(x)
+    return (normed if block.config.residual.from_norm else x) + drop_2(feed_forward(normed))
+
+
+def _post(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
+    """Norms after each sum (Vaswani et al. 2017; GPT-1)."""
+    x = block.attention_norm(x + drop_1(attend(x)))
+    return block.mlp_norm(x + drop_2(feed_forward(x)))
+
+
+def _sandwich(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
+    """Norms before and after attention and MLP (Gemma 2, GLM-4-0414)."""
+    x = x + drop_1(block.attention_output_norm(attend(block.attention_norm(x))))
+    return x + drop_2(block.mlp_output_norm(feed_forward(block.mlp_norm(x))))
+
+
+def _outputs(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
+    """Norms of what attention and MLP add, and of nothing else (OLMo 2)."""
+    x = x + drop_1(block.attention_output_norm(attend(x)))
+    return x + drop_2(block.mlp_output_norm(feed_forward(x)))
+
+
+def _deepnorm(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
+    """Norms first, and the normed states enlarged in the sums (DeepNorm, Wang et al. 2022, as GLM-130B has it)."""
+    alpha = math.sqrt(2 * block.config.num_layers)
+    normed = block.attention_norm(x)
+    normed = block.mlp_norm(alpha * normed + drop_1(attend(normed)))
+    return alpha * normed + drop_2(feed_forward(normed))
+
+
+def _parallel(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
+    """Attention and MLP of the same states, each after its own norm (GPT-NeoX)."""
+    return x + drop_1(attend(block.attention_norm(x))) + drop_2(feed_forward(block.mlp_norm(x)))
+
+
+RESIDUALS: dict[str, Callable[..., torch.Tensor]] = {
+    "pre": _pre,
+    "post": _post,
+    "sandwich": _sandwich,
+    "outputs": _outputs,
+    "deepnorm": _deepnorm,
+    "parallel": _parallel,
+}
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each of the first positions of a document (GPT); every rank holds all of them."""
+
+    def __init__(self, max_positions: int, hidden_size: int, context: LayerContext):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_positions, hidden_size, dtype=context.dtype, device=context.device))
+        mark(self.weight, Marks(partial="sequence"))
+        self.tp_part = (context.tp_rank, context.tp_size) if context.sp else (0, 1)
+
+    def forward(self, positions_SB: torch.Tensor) -> torch.Tensor:
+        """Looks up vectors [S, B, H], with sequence parallel of this rank's part of the sequence."""
+        rank, parts = self.tp_part
+        return F.embedding(positions_SB.chunk(parts)[rank], self.weight)

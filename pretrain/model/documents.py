@@ -3,12 +3,13 @@
 `Documents` says where documents lie in the rows of a micro-batch. It is made once, on the host, when the batch is
 prepared, and every layer uses it. On a GPU in half precision all documents go through one call of flash attention,
 `torch.nn.attention.varlen`; on a CPU each goes through SDPA's flash kernel; anything else, such as fp32 on a GPU,
-takes SDPA document by document. Shape letters: see `attention.py`.
+takes SDPA document by document. Shape letters: see `decoder.py`.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,20 +76,20 @@ def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document
         return _by_varlen(q, k, v, documents)
     if q.device.type == "cpu":
         return _on_cpu(q, k, v, documents.blocks)[0]
-    return _by_document(q, k, v, documents)
+    return by_document(q, k, v, documents, partial(attend_rows, mask=None))
 
 
 def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Computes attention of whole rows, causal where there is no mask [B, 1, queries, keys]."""
+    """Computes attention of whole rows, causal where there is no mask; one is [queries, keys] or has [B, 1] before."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     if q.is_cuda and q.dtype == torch.float32:  # the kernel that keeps no scores has no grouped heads in fp32
-        k, v = (_shared(x, q.shape[1], dim=1) for x in (k, v))
+        k, v = (shared_heads(x, q.shape[1], dim=1) for x in (k, v))
     gqa = q.shape[1] != k.shape[1]
     out_BNSD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     return out_BNSD.permute(2, 0, 1, 3)
 
 
-def _shared(x: torch.Tensor, num_heads: int, dim: int) -> torch.Tensor:
+def shared_heads(x: torch.Tensor, num_heads: int, dim: int) -> torch.Tensor:
     """Repeats key-value heads, which are in dimension `dim`, until each query head has its own."""
     sharing = num_heads // x.shape[dim]
     return x if sharing == 1 else x.repeat_interleave(sharing, dim)
@@ -117,7 +118,7 @@ def _by_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Doc
     if "enable_gqa" in _VARLEN_ARGUMENTS:
         causal["enable_gqa"] = q.shape[2] != k.shape[2]
     else:
-        packed_k, packed_v = (_shared(x, q.shape[2], dim=1) for x in (packed_k, packed_v))
+        packed_k, packed_v = (shared_heads(x, q.shape[2], dim=1) for x in (packed_k, packed_v))
     out = varlen_attn(
         packed_q,
         packed_k,
@@ -132,10 +133,12 @@ def _by_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Doc
     return out.unflatten(0, (rows, length)).transpose(0, 1)
 
 
-def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """Computes one document after another on any device. Splits rows instead of slicing them: it is cheaper backward.
+def by_document(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, attend: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """Calls `attend` for one document after another, on any device, and puts the outputs together.
 
-    The gradient of a slice is as long as what it was cut from.
+    It splits rows instead of slicing them: the gradient of a slice is as long as what it was cut from.
     """
     spans: list[list[tuple[int, int]]] = [[] for _ in range(q.shape[1])]
     for first, last, start, end in documents.blocks.numpy():
@@ -145,7 +148,7 @@ def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: D
     for row, own in enumerate(spans):
         lengths = [end - start for start, end in sorted(own)]
         parts = [x[:, row : row + 1].split(lengths) for x in (q, k, v)]
-        outputs.append(torch.cat([attend_rows(qi, ki, vi, None) for qi, ki, vi in zip(*parts, strict=True)]))
+        outputs.append(torch.cat([attend(qi, ki, vi) for qi, ki, vi in zip(*parts, strict=True)]))
     return torch.cat(outputs, dim=1)
 
 

@@ -43,14 +43,20 @@ class HeadLoss:
         self.batch, self.loss_fn, self.scale, self.num_sources = batch, loss_fn, scale, num_sources
 
     def __call__(
-        self, x_NH: torch.Tensor, weight_VH: torch.Tensor, vocab_size: int, group: ProcessGroup | None
+        self,
+        x_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        vocab_size: int,
+        group: ProcessGroup | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Computes the scaled loss from the hidden states at `batch.trained` and this rank's rows of the head.
 
         Under tensor parallel the gradient of `x_NH` is this rank's part of it. Rows past `vocab_size` are padding.
+        With a `softcap` c logits become c * tanh(logit / c).
         """
         labels_N = self.batch.labels.flatten().index_select(0, self.batch.trained)
-        head = _Head(x_NH.detach(), weight_VH.detach(), labels_N, self.loss_fn.temperature, vocab_size, group)
+        head = _Head(x_NH.detach(), weight_VH.detach(), labels_N, self.loss_fn.temperature, vocab_size, group, softcap)
         if not torch.is_grad_enabled():
             loss, self.sums = self._loss(head.logprobs())
             return loss
@@ -99,8 +105,9 @@ class _Head:
         temperature: float,
         vocab_size: int,
         group: ProcessGroup | None,
+        softcap: float | None,
     ):
-        self.x, self.weight, self.temperature = x_NH, weight_VH, temperature
+        self.x, self.weight, self.temperature, self.softcap = x_NH, weight_VH, temperature, softcap
         self.group = group if get_pg_size(group) > 1 else None
         first = len(weight_VH) * group.rank() if self.group and group else 0  # token of this rank's first row
         self.labels, self.own_vocab = labels_N - first, min(len(weight_VH), max(0, vocab_size - first))
@@ -136,6 +143,11 @@ class _Head:
         """Returns log-probabilities, and with a slope the loss's gradient by the logits, which takes their memory."""
         x_nH = self.x[part]
         probs_nV = torch.mm(x_nH, self.weight.t(), out=self._logits[: len(x_nH)]).to(self.wide)
+        bent_nV = None  # the derivative of capped logits by logits
+        if self.softcap is not None:
+            tanh_nV = torch.tanh_(probs_nV.div_(self.softcap))
+            bent_nV = 1 - tanh_nV.square() if slope_n is not None else None
+            probs_nV = tanh_nV.mul_(self.softcap)
         if self.temperature != 1.0:
             probs_nV.div_(self.temperature)
         probs_nV[:, self.own_vocab :] = float("-inf")
@@ -156,6 +168,8 @@ class _Head:
         slope_n = slope_n / self.temperature
         probs_nV.mul_((-slope_n / sums[0])[:, None])
         probs_nV.scatter_add_(1, index_n1, (slope_n * is_here_n)[:, None])
+        if bent_nV is not None:
+            probs_nV.mul_(bent_nV)
         return logprobs_n, probs_nV.to(self.weight.dtype)
 
 

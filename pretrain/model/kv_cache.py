@@ -1,4 +1,4 @@
-"""The key-value cache of generation, and attention over it. Shape letters: see `attention.py`.
+"""The key-value cache of generation, and attention over it. Shape letters: see `decoder.py`.
 
 What a row gets does not depend on the rows beside it: a row's token at position p is in slot p whatever the others'
 lengths, and attention reads a multiple of `SLOTS` slots, so that the sums over a row's keys are taken in the same order
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.model import ModelConfig
-from pretrain.model.documents import attend_rows
+from pretrain.model.scores import ScoreRule, attend, attend_cached
 
 SLOTS = 16  # fp32 numbers in the widest vector register of a CPU
 
@@ -43,17 +43,19 @@ class KVCache:
         mask = torch.zeros(len(positions_BS), len(slots), dtype=self.store.dtype, device=self.store.device)
         self._mask = mask.masked_fill_(slots > positions_BS, float("-inf"))[:, None, None]
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores keys and values [S, B, K, D], and computes attention [S, B, N, D] of q to all of its row so far."""
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+        """Stores keys and values [S, B, K, D], and computes attention [S, B, N, D] of q to its row so far."""
         tokens, rows = q.shape[:2]
         if self._positions_B is None:
             self.store[layer, 0, :rows, :, :tokens] = k.permute(1, 2, 0, 3)
             self.store[layer, 1, :rows, :, :tokens] = v.permute(1, 2, 0, 3)
-            return attend_rows(q, k, v, None)
+            return attend(q, k, v, None, rule)
         own = torch.arange(rows, device=q.device)
         keys, values = self.store[layer, :, :rows].unbind()
         keys[own, :, self._positions_B], values[own, :, self._positions_B] = k[0], v[0]
         slots = self._mask.shape[-1]
+        if not rule.is_plain(slots):
+            return attend_cached(q[0], keys[:, :, :slots], values[:, :, :slots], self._positions_B, rule)[None]
         # The query heads that share a key-value head see the same keys, so they go where several tokens would.
         heads = q[0].unflatten(1, (k.shape[2], -1))
         out = F.scaled_dot_product_attention(heads, keys[:, :, :slots], values[:, :, :slots], attn_mask=self._mask)

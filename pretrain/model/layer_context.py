@@ -37,6 +37,10 @@ class LayerContext:
         return get_pg_size(self.tp)
 
     @cached_property
+    def tp_rank(self) -> int:
+        return 0 if self.tp is None else self.tp.rank()
+
+    @cached_property
     def cp_size(self) -> int:
         return get_pg_size(self.cp)
 

@@ -6,6 +6,7 @@ checkpoints, and not in exports.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -85,23 +86,45 @@ def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return F.pad(tensor, [n for pair in reversed(missing) for n in pair])
 
 
-def tp_split(parameter: nn.Parameter) -> TensorSplit | None:
-    """Returns how tensor parallel splits a parameter, or None where each of its ranks holds the whole parameter."""
-    return getattr(parameter, "split_over_tp", None)
+Partial = Literal["never", "sequence", "heads"]
 
 
-def mark_split(parameter: nn.Parameter, split: TensorSplit | None) -> None:
-    """Records how tensor parallel splits the parameter.
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """Facts of a parameter, said once, where it is made, and read by init, ZeRO, gradient sums and checkpoints.
+
+    `partial` says when tensor-parallel ranks that hold the same weight have different parts of its gradient: "never",
+    under "sequence" parallel, since each sees its part of the sequence, or always, since each sees its own "heads".
+    The initial weight is `constant`, or where that is None normal with `std_factor` times the model's init_std.
+    """
+
+    split: TensorSplit | None = None
+    is_expert: bool = False  # the first dimension counts experts
+    partial: Partial = "never"
+    constant: float | None = None
+    std_factor: float = 1.0
+    decays: bool = True  # whether weight decay applies
+
+
+def mark(parameter: nn.Parameter, marks: Marks) -> None:
+    """Records what a parameter is.
 
     DeepSpeed looks for `tensor_model_parallel` when it takes the grad norm; megatron-core's layers have set it.
     """
-    vars(parameter).update(split_over_tp=split, tensor_model_parallel=split is not None)
+    vars(parameter).update(marks=marks, tensor_model_parallel=marks.split is not None)
 
 
-def mark_expert(parameter: nn.Parameter) -> None:
-    """Marks a parameter whose first dimension counts experts."""
-    vars(parameter)["counts_experts"] = True
+def marks_of(parameter: nn.Parameter) -> Marks:
+    """Returns what was recorded of a parameter. Raises AttributeError if nothing was, which is a bug."""
+    known: Any = parameter
+    return known.marks
+
+
+def tp_split(parameter: nn.Parameter) -> TensorSplit | None:
+    """Returns how tensor parallel splits a parameter, or None where each of its ranks holds the whole parameter."""
+    return marks_of(parameter).split
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "counts_experts", False)
+    """Whether the parameter's first dimension counts experts."""
+    return marks_of(parameter).is_expert

@@ -16,8 +16,9 @@ import torch
 from deepspeed.sequence.layer import DistributedAttention, _SeqAllToAll
 
 from pretrain.megatron import gather_from_sequence_parallel_region
-from pretrain.model.attention import Attend, Pattern
+from pretrain.model.attention import Attend
 from pretrain.model.batch import Batch
+from pretrain.model.documents import Documents
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
@@ -35,15 +36,15 @@ def exchange_around_attention(stage: PipelineStage, mesh: Mesh) -> None:
 def _exchanging(attend: Attend, mesh: Mesh) -> Attend:
     distributed = DistributedAttention(attend, mesh.cp_group, scatter_idx=HEADS, gather_idx=SEQUENCE)
 
-    def attend_across(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    def attend_across(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None) -> torch.Tensor:
         num_heads, num_kv_heads = q.shape[HEADS], k.shape[HEADS]
         if num_kv_heads % mesh.layout.cp == 0:
-            return distributed(q, k, v, BATCH, None, pattern)
+            return distributed(q, k, v, BATCH, None, documents)
         # The gradient is this rank's part of each token's; it is summed and given to the rank that has the token.
         both = gather_from_sequence_parallel_region(torch.cat((k, v), HEADS), True, mesh.cp_group)
         k, v = (needed_heads(x, num_heads, mesh.layout.cp, mesh.cp_rank) for x in both.chunk(2, HEADS))
         q = _exchange(q, HEADS, SEQUENCE, num_heads, mesh)
-        return _exchange(attend(q, k, v, pattern), SEQUENCE, HEADS, num_heads, mesh)
+        return _exchange(attend(q, k, v, documents), SEQUENCE, HEADS, num_heads, mesh)
 
     return attend_across
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.train import OptimizerConfig
-from pretrain.model.slices import is_expert
+from pretrain.model.slices import is_expert, marks_of
 from pretrain.parallel.collectives import Pending, own_part, start_all_gather, start_reduce_scatter
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
@@ -319,7 +319,7 @@ def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter]
     filling: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     vocabulary = {id(parameter) for parameter in stage.vocabulary}
     for parameter in reversed([p for p in stage.parameters() if p.requires_grad]):
-        kind = is_expert(parameter), parameter.ndim > 1
+        kind = is_expert(parameter), marks_of(parameter).decays
         if id(parameter) in vocabulary:
             done.append(([parameter], True))
             continue
@@ -333,8 +333,8 @@ def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter]
 def _in_order_of_use(stage: PipelineStage) -> Iterator[tuple[nn.Module, Iterable[nn.Parameter]]]:
     """Yields modules whose forward passes follow one another, each with parameters that no module before it uses."""
     for chunk in stage.chunks:
-        if chunk.stage.is_first:
-            yield chunk.embedding, chunk.embedding.parameters()
+        for module in chunk.input_modules:
+            yield module, module.parameters()
         for block in chunk.blocks.values():
             yield block, block.parameters()
         if chunk.stage.is_last:  # the output head is used as a weight, its module is not called

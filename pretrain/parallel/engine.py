@@ -20,11 +20,11 @@ from configs.model import ModelConfig
 from configs.train import OptimizerConfig, TrainSection
 from pretrain.megatron import ModelType, get_forward_backward_func, schedule_config
 from pretrain.model import Decoder, LayerContext, init_weights
-from pretrain.model.attention import ForwardContext
-from pretrain.model.balance import LossDenominators
 from pretrain.model.batch import Batch
+from pretrain.model.context import ForwardContext
 from pretrain.model.head_loss import HeadLoss
 from pretrain.model.losses import LossFunction
+from pretrain.model.moe.balance import LossDenominators
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
 from pretrain.parallel.expert_parallel import spread_experts

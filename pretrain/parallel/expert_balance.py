@@ -1,6 +1,6 @@
 """Load balancing of all MoE layers over all ranks: resets, sums, saves and reports each layer's expert counts.
 
-The balancing losses and the router bias of a single layer are in `pretrain.model.balance`.
+The balancing losses and the router bias of a single layer are in `pretrain.model.moe.balance`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from configs.model import ModelConfig
-from pretrain.model.balance import LossDenominators
+from pretrain.model.moe.balance import LossDenominators
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 

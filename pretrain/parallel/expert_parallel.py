@@ -2,7 +2,7 @@
 
 Each data-parallel rank of an expert-parallel group holds a part of every layer's experts. ZeRO must average and split
 an expert's gradients over the ranks that hold this expert, and not over all data-parallel ranks. Tokens are sent to
-their experts in `pretrain.model.dispatch`.
+their experts in `pretrain.model.moe.dispatch`.
 """
 
 from typing import Any

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.megatron import parallel_state
-from pretrain.model.norm import RMSNorm
+from pretrain.model.slices import marks_of
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 from pretrain.parallel.zero import gradient, set_gradient
@@ -34,12 +34,12 @@ def mark_copies(stage: PipelineStage, mesh: Mesh) -> None:
 
 def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
     """Sums partial gradients over tensor-parallel ranks, and those of tied embeddings over the first and last stage."""
-    partial = _partial_norms(stage, mesh)
-    if partial:
-        _sum([norm.weight for norm in partial], mesh.tp_group)
+    whole = list(stage.parameters())
+    always = ("sequence", "heads") if mesh.layout.sp else ("heads",) if mesh.layout.tp > 1 else ()
+    _sum([p for p in whole if marks_of(p).partial in always], mesh.tp_group)
     if mesh.kv_group is not None:
-        attentions = [block.attention for block in stage.blocks.values()]
-        _sum([part.weight for own in attentions for part in (own.k_proj, own.v_proj)], mesh.kv_group)
+        splits = {id(p): marks_of(p).split for p in whole}
+        _sum([p for p in whole if (split := splits[id(p)]) and split.copies > 1], mesh.kv_group)
     first, last = stage.chunks[0], stage.chunks[-1]
     if first.model_config.tie_embeddings and not last.tied_here:
         if first.stage.is_first:
@@ -48,16 +48,10 @@ def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
             _sum([last.lm_head.weight], parallel_state.get_embedding_group())
 
 
-def _partial_norms(stage: PipelineStage, mesh: Mesh) -> list[RMSNorm]:
-    """Lists the norms whose gradient is partial on each tensor-parallel rank."""
-    if mesh.layout.sp:
-        return [module for module in stage.modules() if isinstance(module, RMSNorm)]
-    attentions = [block.attention for block in stage.blocks.values()] if mesh.layout.tp > 1 else []
-    return [norm for attention in attentions if attention.has_qk_norm for norm in (attention.q_norm, attention.k_norm)]
-
-
 def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sums the gradients of `parameters` over `group` in one all-reduce."""
+    """Sums the gradients of `parameters`, if there are any, over `group` in one all-reduce."""
+    if not parameters:
+        return
     gradients = [gradient(parameter) for parameter in parameters]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat, group=group)

@@ -20,7 +20,8 @@ from torch import nn
 
 from configs.layout import Layout
 from configs.train import OptimizerConfig, TrainSection
-from pretrain.model.init import Drawing
+from pretrain.model.slices import marks_of
+from pretrain.model.weights import Drawing
 from pretrain.parallel import distributed_optimizer
 from pretrain.parallel.deepspeed_import import deepspeed, device_as_local_rank
 from pretrain.parallel.distributed_optimizer import DistributedOptimizer, Fragment
@@ -260,8 +261,8 @@ def set_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    decay = [p for p in module.parameters() if outline(p).ndim > 1]
-    rest = [p for p in module.parameters() if outline(p).ndim <= 1]
+    decay = [p for p in module.parameters() if marks_of(p).decays]
+    rest = [p for p in module.parameters() if not marks_of(p).decays]
     return [
         {"name": "decayed", "params": decay, "weight_decay": weight_decay},
         {"name": "not_decayed", "params": rest, "weight_decay": 0.0},

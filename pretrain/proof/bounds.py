@@ -51,7 +51,7 @@ class Bounds:
         attention = [hidden, hidden, 2, model.dim_per_head, seq_length, seq_length, heads, 1]
         # Norm, gate or up, activation, product of the two, down, residual.
         mlp = [hidden, hidden, 1, 1, ffn, 1]
-        if model.qk_norm:
+        if model.attention.qk_norm != "none":
             attention += [model.dim_per_head]
         if model.moe:  # the router and its softmax, then the weights and the sum of a token's experts
             mlp += [hidden, model.moe.num_experts, 1, model.moe.top_k]

@@ -45,7 +45,7 @@ _DENSE: dict[str, Any] = {
 _DEEPSEEK: dict[str, Any] = {
     **_DENSE,
     "tie_embeddings": True,
-    "qk_norm": True,
+    "attention": {"qk_norm": "head"},
     "moe": {
         "num_experts": 8,
         "top_k": 2,

@@ -20,6 +20,8 @@ from pretrain.proof.candidate import Candidate
 
 # Keys and whole sections of a pretraining config that no draw varies, with the reason for each.
 NOT_DRAWN = {
+    "model.layer_pattern": "kinds of layers are not drawn yet",
+    "model.kinds": "kinds of layers are not drawn yet",
     "run.dir": "it is the folder of the results",
     "data": "the rows of a proof do not come from a plan",
     "train.steps": "a proof takes three steps",
@@ -108,11 +110,11 @@ def _draw(r: random.Random) -> Draw:
         "ffn_hidden_size": r.choice((8, 12, 24, 48)),
         "num_heads": heads,
         "num_kv_heads": r.choice([kv for kv in range(1, heads + 1) if heads % kv == 0]),
-        "qk_norm": r.random() < 0.4,
+        "attention": {"qk_norm": r.choice(("head", "head", "none", "none", "none"))},
         "tie_embeddings": r.random() < 0.4,
         "init_std": r.choice((0.02, 0.1)),
-        "norm_eps": r.choice((1e-5, 1e-6)),
-        "rope_theta": r.choice((10000.0, 100.0)),
+        "norm": {"eps": r.choice((1e-5, 1e-6))},
+        "position": {"theta": r.choice((10000.0, 100.0))},
     }
     if r.random() < 0.3:
         model["head_dim"] = r.choice((2, 4, 8))
@@ -250,10 +252,10 @@ def simpler(drawn: Draw) -> Iterator[Draw]:
     for key in ("tp", "cp", "dp"):  # one kind of parallelism alone
         if drawn.degrees.get(key, 1) > 1:
             only = {**dict.fromkeys(drawn.degrees, 1), key: drawn.degrees[key]}
-            for model_ in (small, small | {"qk_norm": True}):
+            for model_ in (small, small | {"attention": {"qk_norm": "head"}}):
                 yield replace(plain_, model=model_, degrees=only)
     yield replace(plain_, model=small)
-    yield replace(plain_, model=small | {"qk_norm": True})
+    yield replace(plain_, model=small | {"attention": {"qk_norm": "head"}})
     if moe:
         yield replace(plain_, model=small | {"moe": moe})
         yield replace(plain_, model=small | {"moe": model["moe"]})
@@ -278,7 +280,7 @@ def simpler(drawn: Draw) -> Iterator[Draw]:
         yield replace(drawn, model={**model, "moe": {**model["moe"], "num_experts": 2}})
     for key, value in {**sizes, "num_kv_heads": model["num_heads"]}.items():
         yield replace(balanced, model={**model, key: value})
-    for left_out in ("norm_eps", "rope_theta", "head_dim", "qk_norm", "tie_embeddings"):
+    for left_out in ("norm", "position", "head_dim", "attention", "tie_embeddings"):
         yield replace(drawn, model={key: value for key, value in model.items() if key != left_out})
     for key, value in short.items():
         yield replace(drawn, train={**train, key: value})

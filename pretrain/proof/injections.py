@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretrain.model import Decoder, init_weights
-from pretrain.model.balance import Balance
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents, attend_rows
+from pretrain.model.layers import RMSNorm
 from pretrain.model.losses import NextToken
 from pretrain.model.moe import MoE
-from pretrain.model.norm import RMSNorm
-from pretrain.model.slices import Slices, is_expert, tp_split
+from pretrain.model.moe.balance import Balance
+from pretrain.model.slices import Slices, is_expert, marks_of, tp_split
 from pretrain.parallel import distributed_optimizer, expert_balance
 from pretrain.parallel.context_parallel import own_parts
 from pretrain.parallel.distributed_optimizer import DistributedOptimizer
@@ -122,7 +122,7 @@ def chunks_initialised_alike() -> AbstractContextManager[Any]:
 
 def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
     """Each tensor-parallel rank keeps the gradient that its own heads give a QK-norm weight."""
-    return mock.patch("pretrain.parallel.gradients._partial_norms", lambda stage, mesh: [])
+    return mock.patch("pretrain.parallel.gradients.marks_of", lambda p: replace(marks_of(p), partial="never"))
 
 
 def key_value_gradients_not_summed() -> AbstractContextManager[Any]:
@@ -350,7 +350,7 @@ def attention_across_documents() -> AbstractContextManager[Any]:
     def planted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Documents) -> torch.Tensor:
         return attend_rows(q, k, v, None)
 
-    return mock.patch("pretrain.model.attention.attend_documents", planted)
+    return mock.patch("pretrain.model.scores.attend_documents", planted)
 
 
 INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from pretrain.model.layers import Norm, is_recomputing
 from pretrain.model.moe import MoE
-from pretrain.model.norm import RMSNorm
-from pretrain.model.recompute import is_recomputing
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.proof.step_reader import RecordedStep
@@ -106,16 +105,20 @@ class NormTerms:
         self._factor = engine.loss_factor
         for chunk in engine.module.chunks:
             for name, module in chunk.named_modules():
-                if isinstance(module, RMSNorm):
+                if isinstance(module, Norm):
                     module.register_forward_hook(partial(self._watch, name))
 
-    def _watch(self, name: str, norm: RMSNorm, _: Any, output: torch.Tensor) -> None:
+    def _watch(self, name: str, norm: Norm, _: Any, output: torch.Tensor) -> None:
         if not output.requires_grad or is_recomputing():
             return
-        normalized = output.detach() / norm.weight.detach()
+        bias = getattr(norm, "bias", None)
+        normalized = (output.detach() - (0 if bias is None else bias.detach())) / norm.factor.detach()
 
         def add(gradient: torch.Tensor) -> None:
-            self.squares[f"{name}.weight"] += float((gradient / self._factor * normalized).double().square().sum())
+            scaled = gradient / self._factor
+            self.squares[f"{name}.weight"] += float((scaled * normalized).double().square().sum())
+            if bias is not None:
+                self.squares[f"{name}.bias"] += float(scaled.double().square().sum())
 
         output.register_hook(add)
 

@@ -313,7 +313,7 @@ def test_an_export_is_known_by_content(tuned: Path, tmp_path: Path, capsys: pyte
         assert exported_anew(tmp_path / "elsewhere", override), override
         assert not exported_anew(tmp_path / "elsewhere", override), override
     toml = tmp_path / "elsewhere/model.toml"
-    toml.write_text(toml.read_text().replace("rope_theta = 10000.0", "rope_theta = 20000.0"))
+    toml.write_text(toml.read_text().replace("theta = 10000.0", "theta = 20000.0"))
     assert exported_anew(tmp_path / "elsewhere")
 
 

@@ -14,8 +14,8 @@ import torch
 from configs.model import ModelConfig
 from configs.train import TrainSection
 from pretrain.model import Decoder, LayerContext
-from pretrain.model.attention import ForwardContext
 from pretrain.model.batch import Batch
+from pretrain.model.context import ForwardContext
 from pretrain.model.head_loss import CHUNK_GPU, HeadLoss
 from pretrain.model.losses import NextToken
 
@@ -69,7 +69,7 @@ def _saved(model: ModelConfig, train: TrainSection, batch: Batch, dtype: torch.d
 
     moved = batch.to(META)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, mock.patch("pretrain.model.attention.attend_documents", _attend):
+    with hooks, mock.patch("pretrain.model.scores.attend_documents", _attend):
         context = ForwardContext.of_batch(model, moved)
         loss = HeadLoss(moved, NextToken(), 1.0, 1)
         decoder(moved.tokens, moved.positions, moved.segments, wanted=moved.trained, context=context, loss=loss)

@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek": {
         **BASE,
         "tie_embeddings": True,
-        "qk_norm": True,
+        "attention": {"qk_norm": "head"},
         "moe": {
             "num_experts": 8,
             "top_k": 2,
@@ -51,7 +51,13 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     # tp divides no odd vocabulary, and splits no single key-value head.
-    "one_kv_head": {**BASE, "vocab_size": 61, "num_kv_heads": 1, "tie_embeddings": True, "qk_norm": True},
+    "one_kv_head": {
+        **BASE,
+        "vocab_size": 61,
+        "num_kv_heads": 1,
+        "tie_embeddings": True,
+        "attention": {"qk_norm": "head"},
+    },
     # At tp=4 two ranks hold the same key-value head, and the last rank's part of the vocabulary is padding alone.
     "two_kv_heads": {**BASE, "vocab_size": 9, "num_kv_heads": 2, "moe": {"num_experts": 4, "top_k": 2}},
 }

@@ -114,7 +114,11 @@ def test_what_cannot_change_is_refused_in_words(ranks: RanksOf, runs: tuple[str,
     name, folder = runs
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = {
         "dense": [
-            ({"qk_norm": True, "norm_eps": 1e-3}, {}, "model.qk_norm false -> true; model.norm_eps 1e-05 -> 0.001"),
+            (
+                {"attention": {"qk_norm": "head"}, "norm": {"eps": 1e-3}},
+                {},
+                "model.attention.qk_norm none -> head; model.norm.eps 1e-05 -> 0.001",
+            ),
             ({}, {"seed": 5, "train": {"seq_length": 48}}, "run.seed 3 -> 5; train.seq_length 24 -> 48"),
         ],
         # The checkpoint lacks the state of a new balancing, and its state of the old one would be lost.
@@ -137,7 +141,7 @@ def test_a_run_of_before_a_key_was_there_goes_on(ranks: RanksOf, tmp_path: Path)
     file = storage.directory(run, 2) / "manifest.json"
     manifest = json.loads(file.read_text())
     for model in (manifest["config"]["model"], manifest["identity"]["model"]):
-        for key in ("qk_norm", "norm_eps", "tie_embeddings"):
+        for key in ("attention", "norm", "tie_embeddings"):
             del model[key]
         for key in ("gating", "renormalize", "num_shared_experts"):
             del model["moe"][key]

@@ -31,7 +31,14 @@ KINDS: dict[str, dict[str, Any]] = {
     # The gradient of this balancing loss is zero in micro-batches that are not trained on and give experts even loads.
     "micro_2": {**BASE, "moe": {"num_experts": 2, "top_k": 2, "aux_loss": "global_batch", "aux_loss_coef": 0.5}},
     # A norm over two elements amplifies rounding.
-    "small_heads": {**BASE, "num_heads": 6, "num_kv_heads": 6, "head_dim": 2, "qk_norm": True, "vocab_size": 66},
+    "small_heads": {
+        **BASE,
+        "num_heads": 6,
+        "num_kv_heads": 6,
+        "head_dim": 2,
+        "attention": {"qk_norm": "head"},
+        "vocab_size": 66,
+    },
 }
 
 
@@ -337,7 +344,9 @@ COMBINATIONS: dict[str, Callable[[Draw], bool]] = {
         and d.model["moe"]["num_shared_experts"] > 0
         and d.degrees["tp"] > 1
     ),
-    "QK-norm in bf16 with tp": lambda d: d.model["qk_norm"] and d.precision == "bf16" and d.degrees["tp"] > 1,
+    "QK-norm in bf16 with tp": lambda d: (
+        d.model["attention"]["qk_norm"] == "head" and d.precision == "bf16" and d.degrees["tp"] > 1
+    ),
 }
 
 
@@ -364,7 +373,7 @@ def test_the_fuzzer_shrinks_a_failure_to_a_command_that_reproduces_it(
     arguments = shlex.split(command.splitlines()[0])
     assert arguments[1:5] == ["--layouts", "tp2_dp1", "--precision", "fp32"]
     model = load(PretrainConfig, arguments[0], []).model
-    assert model.qk_norm and model.moe is None and model.num_layers == 1
+    assert model.attention.qk_norm == "head" and model.moe is None and model.num_layers == 1
     assert prove_main([*arguments, "--out", str(tmp_path / "again")]) == 1
     assert ".q_norm.weight" in capsys.readouterr().out
 

@@ -31,7 +31,7 @@ MIXTURE: dict[str, Any] = {
     },
 }
 # By stage: (step at which it ends, global batch size, other keys of its model).
-STAGES = {"general": (3, 8, {}), "annealing": (6, 4, {}), "long_context": (8, 4, {"rope_theta": 50_000.0})}
+STAGES = {"general": (3, 8, {}), "annealing": (6, 4, {}), "long_context": (8, 4, {"position": {"theta": 50_000.0}})}
 SCHEDULE = {"kind": "cosine", "warmup_steps": 2, "steps": 9}  # it ends after the last stage
 ONE: tuple[int, dict[str, Any]] = (1, {})
 

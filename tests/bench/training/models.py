@@ -90,8 +90,8 @@ class PlainBlock(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
-        self.heads, self.eps = config.num_heads, config.norm_eps
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden, config.norm_eps), nn.RMSNorm(hidden, config.norm_eps)
+        self.heads, self.eps = config.num_heads, config.norm.eps
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden, config.norm.eps), nn.RMSNorm(hidden, config.norm.eps)
         self.qkv, self.out = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
         self.gate_up, self.down = nn.Linear(hidden, 2 * ffn, bias=False), nn.Linear(ffn, hidden, bias=False)
 
@@ -117,7 +117,7 @@ class Plain(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm.eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
@@ -142,7 +142,7 @@ class Plain(nn.Module):
         self, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         dim = self.config.dim_per_head
-        frequencies = self.config.rope_theta ** (-torch.arange(0, dim, 2, device=tokens.device) / dim)
+        frequencies = self.config.position.theta ** (-torch.arange(0, dim, 2, device=tokens.device) / dim)
         angles = positions[:, None, :, None].float() * frequencies
         x, cos, sin = self.embedding(tokens), angles.cos(), angles.sin()
         for block in self.blocks:

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from pretrain.batch_source import micro_batches
-from pretrain.model import attention
+from pretrain.model import context
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.parallel.step_sums import HostCopy
@@ -91,7 +91,7 @@ def rotary_tables(model: dict[str, Any], parallel: dict[str, Any], num_batches: 
     """Returns how often this rank computes rotary tables in a training step."""
     engine = make_engine(model, parallel)
     batches = micro_batches(rows(0, num_batches * MICRO_BATCH, engine.model_config.vocab_size), MICRO_BATCH, 0)
-    with mock.patch.object(attention, "rotary_angles", wraps=attention.rotary_angles) as computed:
+    with mock.patch.object(context, "rotary_angles", wraps=context.rotary_angles) as computed:
         engine.train_step(batches, NextToken(), lr=1e-3)
     assert not engine._contexts  # all are left to autograd, which frees them
     groups.stop()

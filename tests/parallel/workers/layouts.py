@@ -18,7 +18,7 @@ from configs.train import OptimizerConfig, ParallelConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank
-from pretrain.model import head_loss, linear
+from pretrain.model import head_loss, tensor_parallel
 from pretrain.model.losses import NextToken
 from pretrain.parallel import expert_balance, groups, staged_gloo, zero
 from pretrain.parallel.engine import Engine
@@ -47,7 +47,7 @@ def rows(first: int, count: int, vocab_size: int) -> list[Row]:
     return packed_rows(first, count, vocab_size, SEQ_LENGTH)
 
 
-def _columns_apart(x: torch.Tensor, region: linear.Region, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _columns_apart(x: torch.Tensor, region: tensor_parallel.Region, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Computes column layers one by one, as with ZeRO stage 3, which rounds the gradient of x once for each."""
     x = region.enter(x)
     return tuple(F.linear(x, weight) for weight in weights)
@@ -75,7 +75,7 @@ def run_layout(
         share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, mesh.dp_rank, layout.dp)
         numbered = rows(share.start, len(share), engine.model_config.vocab_size)
         batches = micro_batches(numbered, MICRO_BATCH, share.start)
-        with mock.patch.object(linear, "_columns", _columns_apart) if columns_apart else nullcontext():
+        with mock.patch.object(tensor_parallel, "_columns", _columns_apart) if columns_apart else nullcontext():
             engine.accumulate(batches, NextToken())
         if step == 0:
             for name, parameter in named:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pretrain.batch_source import micro_batches, share_of_rank
-from pretrain.model import Decoder, init
+from pretrain.model import Decoder
+from pretrain.model import weights as drawing
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
@@ -60,7 +61,7 @@ def memory_to_draw(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str,
     with mock.patch.object(zero, "wrap", measured):
         engine = make_engine(model, parallel)
     whole = Decoder(engine.model_config)
-    init.init_weights(whole, seed=7)
+    drawing.init_weights(whole, seed=7)
     names = engine.module.named_global_parameters()
     weights = {name: zero.current_weight(parameter) for name, parameter in names}
     expected = dict(whole.named_global_parameters())
@@ -86,13 +87,13 @@ def compiler_modules(model: dict[str, Any], parallel: dict[str, Any]) -> list[st
 def drawn_experts(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, list[str]]:
     """Numbers of the experts of the first layer whose initial weights this rank draws, by weight."""
     keys: list[str] = []
-    right = init._draw
+    right = drawing._draw
 
     def noted(seed: int, key: str, *rest: Any) -> torch.Tensor:
         keys.append(key)
         return right(seed, key, *rest)
 
-    with mock.patch.object(init, "_draw", noted):
+    with mock.patch.object(drawing, "_draw", noted):
         make_engine(model, parallel)
     groups.stop()
     experts: dict[str, list[str]] = {}

@@ -27,14 +27,22 @@ ADDED: dict[str, dict[str, Any]] = {
         "alarms": {"stages": {"filter": {}}},
     },
     "tokenizer": {},
-    "pretrain": {"model": {"moe": {"num_experts": 4}}},
+    "pretrain": {
+        "model": {
+            "moe": {"num_experts": 4},
+            "position": {"scaling": {"kind": "linear"}},
+            "layer_pattern": ["local"],
+            "kinds": {"local": {}},
+        }
+    },
     "sft": {},
     "grpo": {},
     "export": {},
 }
 KINDS = {"train": "pretrain", "sft": "sft", "grpo": "grpo", "export": "export", "tokenizer train": "tokenizer"}
 NO_CONFIG = ("data trace", "data train-classifier", "data verify")
-NAMES = {"sources": "english", "rules": "prose", "canaries": "one", "alarms.stages": "filter"}
+NAMES = {"sources": "english", "rules": "prose", "canaries": "one", "alarms.stages": "filter", "model.kinds": "local"}
+LATENT = {"kv_rank": 8, "nope_head_dim": 8, "rope_head_dim": 8, "v_head_dim": 8}
 
 
 def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +81,9 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
     """A config without a key equals one with the key set to the default that the reference shows."""
     schema = schema_of(kind)
     base = merged(tomllib.loads(starter(kind)), ADDED[kind])
-    base |= {"rules": {"prose": {}}} if kind == "data" else {}  # a rule set that is used adds values of its own
+    whole = base | (
+        {"rules": {"prose": {}}} if kind == "data" else {}
+    )  # a rule set that is used adds values of its own
     checked = 0
     for key in keys_of(schema):
         path = key.name.removesuffix(f".{NAME}")
@@ -82,6 +92,9 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
         if not key.kind or NAME in path or key.default.startswith(AS):
             continue
         *parents, leaf = path.split(".")
+        base = whole
+        if "latent" in parents:
+            base = merged(whole, {"model": {"num_kv_heads": 6, "attention": {"latent": LATENT}}})
         tree = merged({}, base)
         for parent in parents:
             tree = tree.get(parent, {})
@@ -90,7 +103,8 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
             with pytest.raises(ConfigError, match=rf"key '{path}' is missing"):
                 validate(schema, put(base, parents, without))
             continue
-        if key.name in ("mixture.weights.NAME", "init.run", "text.files"):  # one key of several is required
+        # One key of several is required, or others require it.
+        if key.name in ("mixture.weights.NAME", "init.run", "text.files", "model.layer_pattern"):
             continue
         value = {} if key.default == LEFT_OUT else tomllib.loads(f"{leaf} = {key.default}")
         assert validate(schema, put(base, parents, without)) == validate(schema, put(base, parents, without | value))

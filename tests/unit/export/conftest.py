@@ -71,8 +71,8 @@ def tiny(moe: bool = False, tie: bool = False, vocab_size: int = 800) -> ModelCo
         num_heads=4,
         num_kv_heads=2,
         head_dim=12,
-        norm_eps=3e-5,
-        rope_theta=5000.0,
+        norm={"eps": 3e-5},
+        position={"theta": 5000.0},
         tie_embeddings=tie,
         moe=MoEConfig(num_experts=4, top_k=2) if moe else None,
     )

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.model import ModelConfig
+from configs.model_parts import AttentionConfig
 from export.families import check_weights, entries, from_hf, to_hf
 from export.hf_config import to_hf_config
 from export.tensors import open_tensors
@@ -104,7 +105,9 @@ def test_foreign_checkpoints_are_refused_by_tensor_name():
 
 @pytest.mark.parametrize(
     ("changes", "key"),
-    [({"qk_norm": True}, "model.qk_norm = True"), ({"moe": {"gating": "sigmoid"}}, "model.moe.gating = 'sigmoid'"),
+    [
+        ({"attention": AttentionConfig(qk_norm="head")}, "model.attention.qk_norm = 'head'"),
+        ({"moe": {"gating": "sigmoid"}}, "model.moe.gating = 'sigmoid'"),
      ({"moe": {"num_shared_experts": 1}}, "num_shared_experts = 1"), ({"moe": {"bias_update_rate": 0.1}}, "0.1")],
 )  # fmt: skip
 def test_what_neither_family_computes_is_not_exported(changes, key):
@@ -112,8 +115,12 @@ def test_what_neither_family_computes_is_not_exported(changes, key):
     moe = model.moe.model_copy(update=changes["moe"]) if model.moe else None
     with pytest.raises(ValueError, match=key) as raised:
         entries(model.model_copy(update={**changes, "moe": moe}))
-    told = re.search(r"model\.(?:moe\.)?(\w+) = .* has (\S+); train the model with that value", str(raised.value))
+    told = re.search(
+        r"model\.(?:moe\.|attention\.)?(\w+) = .* has (\S+); train the model with that value", str(raised.value)
+    )
     assert told
     value = {told[1]: ast.literal_eval(told[2])}
+    if "attention" in changes:
+        value = {"attention": AttentionConfig(**value)}
     moe = moe and moe.model_copy(update=value)
     assert entries(model.model_copy(update={**changes, "moe": moe} if moe else value))

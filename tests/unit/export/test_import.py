@@ -51,7 +51,7 @@ def test_transformers_models_come_in_and_go_out_bit_identical(tmp_path, moe, dty
     model = saved(tmp_path, moe, dtype, rope_parameters={"rope_type": "default", "rope_theta": 1234.0})
     assert "written to" in import_directory(tmp_path / "hf", tmp_path / "out")
     source = open_source(tmp_path / "out")
-    assert source.model.rope_theta == 1234.0
+    assert source.model.position.theta == 1234.0
     tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         ours = build_single(source.model, source.read())(tokens, torch.arange(20)[None].expand(2, 20))
@@ -77,7 +77,7 @@ def test_model_section_is_read_by_the_config_loader(tmp_path):
     text = (tmp_path / "out/model.toml").read_text()
     (tmp_path / "train.toml").write_text(text.split("[import]")[0])
     config = load(Section_, tmp_path / "train.toml").model
-    assert (config.tie_embeddings, config.moe.num_experts, config.norm_eps) == (True, 4, 1e-6)
+    assert (config.tie_embeddings, config.moe.num_experts, config.norm.eps) == (True, 4, 1e-6)
 
 
 @pytest.mark.parametrize(("moe", "tie"), [(False, False), (True, True)])

@@ -10,9 +10,9 @@ from configs.loader import validate
 from configs.model import ModelConfig
 from pretrain.batch_source import collate
 from pretrain.model import Decoder, LayerContext, init_weights
-from pretrain.model.attention import ForwardContext
-from pretrain.model.balance import LossDenominators
+from pretrain.model.context import ForwardContext
 from pretrain.model.decoder import Block
+from pretrain.model.moe.balance import LossDenominators
 from tests.parallel.matrix import MODELS
 from tests.parallel.workers.layouts import rows
 
@@ -43,7 +43,7 @@ def context_of(config: ModelConfig, first_sample: int) -> ForwardContext:
 
 
 def step(block: nn.Module, context: ForwardContext) -> torch.Tensor:
-    length, batch = context.cos.shape[:2]
+    length, batch = context.positions_SB.shape
     x = torch.randn(length, batch, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = block(x, context)
     y.sum().backward()

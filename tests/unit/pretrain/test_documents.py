@@ -1,5 +1,6 @@
 """Attention within documents against a mask of tokens by tokens, over boundaries that are drawn at random."""
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -33,6 +34,10 @@ def drawn_rows(seed: int, rows: int = 3, length: int = 37) -> torch.Tensor:
     return torch.stack(made)
 
 
+def one_after_another(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Documents) -> torch.Tensor:
+    return documents.by_document(q, k, v, found, partial(documents.attend_rows, mask=None))
+
+
 def by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments_BT: torch.Tensor) -> torch.Tensor:
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
@@ -55,7 +60,7 @@ def check_same(attend: Any, segments_BT: torch.Tensor, kv_heads: int, dtype: tor
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("attend", [attend_documents, documents._by_document])
+@pytest.mark.parametrize("attend", [attend_documents, one_after_another])
 def test_documents_are_attended_to_as_by_a_mask(attend: Any, seed: int) -> None:
     """Values are around 1: fp32 rounds sums of 37 of them by some 1e-7; in fp64 only an error would show."""
     segments_BT = drawn_rows(seed)

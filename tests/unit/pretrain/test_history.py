@@ -73,7 +73,7 @@ def test_a_config_of_before_a_key_was_there_is_completed() -> None:
     for section, key in (
         ("optimizer", "weight_decay"),
         ("train", "dropout"),
-        ("model", "qk_norm"),
+        ("model", "attention"),
         ("schedule", "kind"),
     ):
         del old[section][key]

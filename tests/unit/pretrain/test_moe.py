@@ -1,6 +1,7 @@
 """Mixtures of experts: routers compared with transformers' models, balancing losses, capacity, grouped products."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from configs.loader import ConfigError, validate
-from configs.model import ModelConfig
+from configs.model import LayerConfig, ModelConfig
 from configs.moe import MoEConfig
 from pretrain.model import Decoder, LayerContext, build_single, init_weights
-from pretrain.model.balance import Balance, LossDenominators
-from pretrain.model.dispatch import Dispatch
-from pretrain.model.experts import Experts
 from pretrain.model.moe import MoE
+from pretrain.model.moe.balance import Balance, LossDenominators
+from pretrain.model.moe.dispatch import Dispatch
+from pretrain.model.moe.experts import Experts
 
 HIDDEN, EXPERT, EXPERTS = 16, 24, 8
 TRANSFORMERS = {
@@ -51,8 +52,14 @@ def model_config(**moe: Any) -> ModelConfig:
     return validate(ModelConfig, {**shape, "num_heads": 2, "num_kv_heads": 2, "moe": {"num_experts": EXPERTS, **moe}})
 
 
+def layer_config(experts: int, hidden: int, ffn: int) -> LayerConfig:
+    shape = {"vocab_size": 32, "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "head_dim": 2}
+    whole = {**shape, "num_heads": 2, "num_kv_heads": 2, "moe": {"num_experts": experts}}
+    return replace(validate(ModelConfig, whole).layer(0), hidden_size=hidden, ffn_hidden_size=ffn)
+
+
 def ours(**moe: Any) -> MoE:
-    layer = MoE(model_config(**moe), LayerContext())
+    layer = MoE(model_config(**moe).layer(0), LayerContext())
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     return layer
@@ -208,7 +215,7 @@ def test_no_token_is_dropped_outside_of_training() -> None:
 def test_grouped_products_are_a_loop_over_experts(way: str, dtype: torch.dtype, hidden: int) -> None:
     """Products of any size are right, although torch's grouped product needs multiples of 4 in fp32 and 8 in bf16."""
     for ffn in (EXPERT, *range(1, 21)):
-        experts = Experts(5, hidden, ffn, LayerContext(dtype=dtype))
+        experts = Experts(layer_config(5, hidden, ffn), LayerContext(dtype=dtype))
         for parameter in experts.parameters():
             nn.init.normal_(parameter, std=0.3)
         counts = torch.tensor([3, 0, 9, 1, 0])

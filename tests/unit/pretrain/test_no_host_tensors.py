@@ -17,7 +17,7 @@ from configs.loader import validate
 from configs.model import ModelConfig
 from pretrain.batch_source import collate
 from pretrain.model import Decoder, LayerContext
-from pretrain.model.attention import ForwardContext
+from pretrain.model.context import ForwardContext
 from pretrain.model.head_loss import HeadLoss
 from pretrain.model.losses import NextToken
 from pretrain.proof.device_rank import ROWS

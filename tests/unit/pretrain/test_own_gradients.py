@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from configs.model_parts import PositionConfig
 from pretrain.model import LayerContext
 from pretrain.model import cache_parts as parts_module
-from pretrain.model.linear import ColumnLinear, Region, columns
-from pretrain.model.norm import RMSNorm
-from pretrain.model.rope import rotary_angles, rotate
+from pretrain.model.layers import RMSNorm
+from pretrain.model.rotary import rotary_angles, rotate
+from pretrain.model.tensor_parallel import ColumnLinear, Region, columns
 
 SHAPES = [(7, 2, 3, 8), (1, 1, 1, 2), (64, 3, 2, 16)]
 
@@ -40,7 +41,7 @@ def part_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
-    norm = RMSNorm(shape[-1], 1e-5, dtype, torch.device("cpu"))
+    norm = RMSNorm(shape[-1], 1e-5, LayerContext(dtype=dtype))
 
     def found(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(norm, {"weight": weight}, (x,))
@@ -54,7 +55,7 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rotation(shape: tuple[int, ...]) -> None:
-    angles = rotary_angles(torch.arange(shape[0]).expand(shape[1], -1) * 37, shape[-1], 10_000.0)
+    angles = rotary_angles(torch.arange(shape[0]).expand(shape[1], -1) * 37, PositionConfig(), shape[-1])
     cos, sin = (table.double() for table in angles)
 
     def right(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from pretrain.megatron import (
     ColumnParallelLinear,
@@ -23,7 +24,7 @@ from pretrain.megatron import (
 )
 from pretrain.model import flat_collectives
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.slices import TensorSplit, mark_split
+from pretrain.model.slices import Marks, Partial, TensorSplit, mark
 
 
 class _Whole:
@@ -105,7 +106,15 @@ class ColumnLinear(ColumnParallelLinear):
     `Region.enter` sums it over ranks.
     """
 
-    def __init__(self, size_in: int, size_out: int, context: LayerContext, copies: int = 1):
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        context: LayerContext,
+        copies: int = 1,
+        bias: bool = False,
+        std_factor: float = 1.0,
+    ):
         super().__init__(
             size_in,
             padded_to_multiple(size_out * copies, context.tp_size),
@@ -117,14 +126,18 @@ class ColumnLinear(ColumnParallelLinear):
             disable_grad_reduce=True,
         )
         self.sequence_parallel = False  # x is the whole sequence already
-        mark_split(self.weight, TensorSplit(0, size_out, copies) if self.is_split else None)
+        split = TensorSplit(0, size_out, copies) if self.is_split else None
+        mark(self.weight, Marks(split=split, std_factor=std_factor))
+        if bias:
+            self.bias = nn.Parameter(self.weight.new_empty(len(self.weight)))
+            mark(self.bias, Marks(split=split, constant=0.0, decays=False))
 
     @property
     def is_split(self) -> bool:
         return self.output_size_per_partition != self.output_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0] if self.is_split else F.linear(x, self.weight)
+        return super().forward(x)[0] if self.is_split else F.linear(x, self.weight, self.bias)
 
 
 def columns(x: torch.Tensor, region: Region, *layers: ColumnLinear) -> tuple[torch.Tensor, ...]:
@@ -132,7 +145,8 @@ def columns(x: torch.Tensor, region: Region, *layers: ColumnLinear) -> tuple[tor
     if region.weights_come_by_call or (region.tp == 1 and torch.compiler.is_compiling()):
         x = region.enter(x)
         return tuple(layer(x) for layer in layers)
-    return _columns(x, region, *(layer.weight for layer in layers))
+    outputs = _columns(x, region, *(layer.weight for layer in layers))
+    return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(outputs, layers, strict=True))
 
 
 @torch.compiler.disable  # the compiler does not know how to wait for the sums over ranks
@@ -195,12 +209,11 @@ def _start_gather(x: torch.Tensor, region: Region) -> tuple[torch.Tensor, dist.W
 class RowLinear(RowParallelLinear):
     """Computes y = x Wᵀ with W [out, in] split over its columns: every rank has in/tp of the inputs.
 
-    The ranks' outputs are partial and summed.
-
-    With sequence parallel each rank keeps its share of the sum.
+    The ranks' outputs are partial and summed, and the bias is added to the sum. With sequence parallel each rank keeps
+    its share of the sum.
     """
 
-    def __init__(self, size_in: int, size_out: int, context: LayerContext):
+    def __init__(self, size_in: int, size_out: int, context: LayerContext, bias: bool = False, std_factor: float = 1.0):
         super().__init__(
             size_in,
             size_out,
@@ -211,14 +224,30 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=context.tp or _WHOLE,
         )
-        mark_split(self.weight, TensorSplit(1, size_in) if self.is_split else None)
+        split = TensorSplit(1, size_in) if self.is_split else None
+        mark(self.weight, Marks(split=split, std_factor=std_factor))
+        if bias:
+            self.bias = nn.Parameter(self.weight.new_empty(size_out))
+            mark(self.bias, Marks(partial="sequence", constant=0.0, decays=False))
 
     @property
     def is_split(self) -> bool:
         return self.input_size_per_partition != self.input_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0] if self.is_split else F.linear(x, self.weight)
+        return super().forward(x)[0] if self.is_split else F.linear(x, self.weight, self.bias)
+
+
+class WholeLinear(nn.Module):
+    """Computes y = x Wᵀ with a weight [out, in] that every tensor-parallel rank holds whole."""
+
+    def __init__(self, size_in: int, size_out: int, context: LayerContext, partial: Partial = "sequence"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=context.dtype, device=context.device))
+        mark(self.weight, Marks(partial=partial))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
 
 
 class Embedding(VocabParallelEmbedding):
@@ -238,7 +267,7 @@ class Embedding(VocabParallelEmbedding):
             tp_group=context.tp or _WHOLE,
         )
         self.is_split = context.tp_size > 1
-        mark_split(self.weight, TensorSplit(0, vocab_size) if self.is_split else None)
+        mark(self.weight, Marks(split=TensorSplit(0, vocab_size) if self.is_split else None))
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         if self.reduce_scatter_embeddings:

@@ -22,7 +22,7 @@ from torch import nn
 
 from configs.moe import MoEConfig
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.recompute import is_recomputing
+from pretrain.model.layers import is_recomputing
 
 
 class AttachLoss(torch.autograd.Function):

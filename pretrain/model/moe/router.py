@@ -9,6 +9,7 @@ from torch import nn
 
 from configs.moe import MoEConfig
 from pretrain.model.layer_context import LayerContext
+from pretrain.model.slices import Marks, mark
 
 
 class Router(nn.Module):
@@ -20,13 +21,19 @@ class Router(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(moe.num_experts, hidden_size, dtype=context.dtype, device=context.device)
         )
+        mark(self.weight, Marks())
+        self.register_parameter("bias", None)
+        if moe.router_bias:
+            self.bias = nn.Parameter(torch.empty(moe.num_experts, dtype=context.dtype, device=context.device))
+            mark(self.bias, Marks(constant=0.0, decays=False))
 
     def forward(
         self, x_TH: torch.Tensor, bias_E: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns weights [T, k], chosen experts [T, k] and logits [T, E]; the bias changes choices but no weights."""
         precision = torch.promote_types(x_TH.dtype, torch.float32)
-        logits_TE = F.linear(x_TH.to(precision), self.weight.to(precision))
+        bias = None if self.bias is None else self.bias.to(precision)
+        logits_TE = F.linear(x_TH.to(precision), self.weight.to(precision), bias)
         scores_TE = logits_TE.sigmoid() if self.moe.gating == "sigmoid" else logits_TE.softmax(-1)
         experts_TK = self._choose(scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E)
         weights_TK = scores_TE.gather(1, experts_TK)

@@ -1,4 +1,4 @@
-"""SwiGLU experts as stacked weights [E, ...], computed over rows sorted by expert.
+"""Experts as stacked weights [E, ...], computed over rows sorted by expert.
 
 On GPUs in bf16 the products of all experts are one grouped product; elsewhere experts are computed one by one.
 
@@ -7,14 +7,18 @@ its share of the experts.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configs.model import LayerConfig
+from configs.model_size import is_gated
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.slices import TensorSplit, mark_expert, mark_split
+from pretrain.model.layers import ACTIVATIONS
+from pretrain.model.slices import Marks, TensorSplit, mark
 
 ROWS_ALIGNED = 8  # CUDA's grouped product wants groups of rows that start at 16 bytes: 8 numbers in bf16
 STRIDE_BYTES = 16  # the grouped product wants rows of matrices that are a multiple of this long
@@ -23,28 +27,61 @@ STRIDE_BYTES = 16  # the grouped product wants rows of matrices that are a multi
 class Experts(nn.Module):
     """This rank's experts of one layer."""
 
-    def __init__(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, context: LayerContext):
+    def __init__(self, config: LayerConfig, context: LayerContext):
         super().__init__()
-        local, ffn, tp = num_experts // context.ep_size, ffn_hidden_size // context.tp_size, context.tp_size
+        moe, hidden, size, tp = config.moe, config.hidden_size, config.expert_size, context.tp_size
+        assert moe is not None
+        local, ffn, self.kind = moe.num_experts // context.ep_size, size // tp, config.mlp.kind
+        inner, output = config.inner_std_factor, config.output_std_factor
 
-        def weight(rows: int, columns: int, split: int) -> nn.Parameter:
-            parameter = nn.Parameter(torch.empty(local, rows, columns, dtype=context.dtype, device=context.device))
-            mark_split(parameter, TensorSplit(split, ffn_hidden_size) if tp > 1 else None)
-            mark_expert(parameter)
+        def weight(*shape: int, marks: Marks) -> nn.Parameter:
+            parameter = nn.Parameter(torch.empty(local, *shape, dtype=context.dtype, device=context.device))
+            split = marks.split if tp > 1 else None
+            mark(parameter, replace(marks, split=split, is_expert=True))
             return parameter
 
-        self.gate_proj = weight(ffn, hidden_size, split=1)
-        self.up_proj = weight(ffn, hidden_size, split=1)
-        self.down_proj = weight(hidden_size, ffn, split=2)
+        is_split_1, is_split_2 = TensorSplit(1, size), TensorSplit(2, size)
+        if is_gated(self.kind):
+            self.gate_proj = weight(ffn, hidden, marks=Marks(split=is_split_1, std_factor=inner))
+        self.up_proj = weight(ffn, hidden, marks=Marks(split=is_split_1, std_factor=inner))
+        self.down_proj = weight(hidden, ffn, marks=Marks(split=is_split_2, std_factor=output))
+        self.has_bias, self.down_bias_parts = config.mlp.bias, tp
+        if self.has_bias:
+            zeros = Marks(split=is_split_1, constant=0.0, decays=False)
+            if is_gated(self.kind):
+                self.gate_bias = weight(ffn, marks=zeros)
+            self.up_bias = weight(ffn, marks=zeros)
+            # Outputs of tensor-parallel ranks are summed, so each adds its share of this bias and has a part of its
+            # gradient.
+            self.down_bias = weight(hidden, marks=Marks(partial="heads", constant=0.0, decays=False))
 
     def forward(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Computes outputs [R, H] of rows sorted by expert; the first `counts[0]` rows are the first expert's.
 
         Rows past the last expert's are not computed, and their outputs are undefined.
         """
+        if self.kind != "swiglu" or self.has_bias:
+            return self._one_by_one(x_RH, counts)
         if x_RH.device.type != "cpu" and x_RH.dtype == torch.bfloat16 and len(x_RH):
             return self._aligned(x_RH, counts)
         return _by_loop(x_RH, counts.cpu(), self.gate_proj, self.up_proj, self.down_proj)[0]
+
+    @torch.compiler.disable  # the loop over counts would be built anew for each count
+    def _one_by_one(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Computes one expert after another by autograd: any activation, with or without biases."""
+        sizes = counts.cpu().numpy().tolist()
+        outputs = []
+        rows = x_RH.split([*sizes, len(x_RH) - sum(sizes)])
+        for expert, own in enumerate(rows[:-1]):
+            names = ("gate", "up") if is_gated(self.kind) else ("up",)
+            inner = ACTIVATIONS[self.kind](*(self._projected(own, name, expert) for name in names))
+            output = inner @ self.down_proj[expert].t()
+            outputs.append(output + self.down_bias[expert] / self.down_bias_parts if self.has_bias else output)
+        return torch.cat([*outputs, torch.zeros_like(rows[-1])])
+
+    def _projected(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+        return F.linear(rows, getattr(self, f"{name}_proj")[expert], bias)
 
     def _grouped(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Uses the grouped product; pads H and F with zeros, which add nothing, to the multiples that it requires."""

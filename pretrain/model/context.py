@@ -1,0 +1,77 @@
+"""What all layers share in the forward pass of one micro-batch; made once, before the model runs, and never changed."""
+
+from dataclasses import dataclass
+
+import torch
+
+from configs.model import LayerConfig, ModelConfig
+from pretrain.model.batch import Batch
+from pretrain.model.documents import Documents
+from pretrain.model.kv_cache import KVCache
+from pretrain.model.rotary import rotary_angles
+
+Tables = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """Everything that all layers share in the forward pass of one micro-batch, the chunks of a pipeline included.
+
+    `rotary` has cos and sin [S, B, 1, rotated elements] by the kind of a layer, of the kinds that rotate. `documents`
+    are the parts of rows that attention stays in, None where every row is one document; under context parallel they
+    are those of whole rows. `valid_SB` is False for padding; None means that there is none. `samples` [B], on the
+    host, are the numbers of the rows in the training run, from which dropout draws its masks.
+    """
+
+    positions_SB: torch.Tensor
+    rotary: Tables
+    documents: Documents | None = None
+    valid_SB: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
+
+    @classmethod
+    def of_batch(cls, config: ModelConfig, batch: Batch) -> "ForwardContext":
+        """Makes the context of a training batch; under context parallel its documents are those of whole rows."""
+        samples = None if batch.samples is None else torch.tensor(batch.samples)
+        tables = _tables(config, batch.positions)
+        return cls(batch.positions.t(), tables, batch.documents, (batch.segments >= 0).t(), samples)
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        positions_BS: torch.Tensor,
+        segments_BS: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> "ForwardContext":
+        """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row."""
+        tables = _tables(config, positions_BS)
+        valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
+        if cache is not None:
+            cache.begin(positions_BS)
+            return cls(positions_BS.t(), tables, None, valid_SB)
+        documents = None if segments_BS is None else Documents.of(segments_BS)
+        return cls(positions_BS.t(), tables, documents, valid_SB)
+
+
+def _tables(config: ModelConfig, positions_BS: torch.Tensor) -> Tables:
+    """Computes the rotary tables of every kind of layer; kinds that rotate alike share theirs."""
+    tables: Tables = {}
+    made: dict[str, str] = {}  # by what a kind's table depends on, the first kind that has it
+    for layer in {layer.kind: layer for layer in config.layers}.values():
+        if layer.position.kind != "rotary":
+            continue
+        key = layer.position.model_dump_json()
+        if key in made:
+            tables[layer.kind] = tables[made[key]]
+        else:
+            tables[layer.kind] = rotary_angles(positions_BS, layer.position, rotated_size(layer))
+            made[key] = layer.kind
+    return tables
+
+
+def rotated_size(layer: LayerConfig) -> int:
+    """Number of elements of a head that positions rotate."""
+    if latent := layer.attention.latent:
+        return latent.rope_head_dim
+    return round(layer.head_dim * layer.position.fraction)

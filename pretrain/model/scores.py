@@ -1,0 +1,146 @@
+"""Attention whose scores are more than causal products: windows and chunks, ALiBi, soft caps, sinks.
+
+A pattern is one predicate, `ScoreRule.sees`. Everything here is computed document by document and for some queries at a
+time, so that a score of every token with every other never exists; queries of long documents are computed again in the
+backward pass. Plain causal attention is in `documents.py`, which has faster kernels. Shape letters: see `decoder.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from configs.model_parts import AttentionConfig, AttentionPattern
+from pretrain.model.documents import Documents, attend_documents, attend_rows, by_document, shared_heads
+from pretrain.model.layers import recomputed
+
+QUERIES = 512  # computed at a time
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How scores become weights: which keys a query sees, the bound on scores, ALiBi's slopes [N], and the sinks [N].
+
+    A slope times the distance is taken from a score (Press et al. 2022). A sink is one more score in the softmax,
+    whose weight goes to nothing.
+    """
+
+    pattern: AttentionPattern = "causal"
+    window: int | None = None
+    softcap: float | None = None
+    slopes_N: torch.Tensor | None = None
+    sinks_N: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, config: AttentionConfig, slopes_N: torch.Tensor | None, sinks_N: torch.Tensor | None) -> "ScoreRule":
+        return cls(config.pattern, config.window, config.softcap, slopes_N, sinks_N)
+
+    @property
+    def is_masked_only(self) -> bool:
+        """Whether the rule chooses keys and leaves scores as they are."""
+        return self.softcap is None and self.slopes_N is None and self.sinks_N is None
+
+    def is_plain(self, length: int) -> bool:
+        """Whether in rows of this length the rule is plain causal attention."""
+        short = self.pattern == "causal" or (self.window or 0) >= length
+        return short and self.is_masked_only
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether a token at position `query` of its document sees the one at position `key`; any shapes that match."""
+        seen = key <= query
+        if self.pattern == "sliding":
+            seen = seen & (key > query - (self.window or 0))
+        elif self.pattern == "chunked":
+            seen = seen & (key // (self.window or 1) == query // (self.window or 1))
+        return seen
+
+    def first_key(self, query: int) -> int:
+        """Returns the first position that a token at position `query` may see."""
+        if self.pattern == "sliding":
+            return max(0, query - (self.window or 0) + 1)
+        if self.pattern == "chunked":
+            return query // (self.window or 1) * (self.window or 1)
+        return 0
+
+
+def alibi_slopes(num_heads: int) -> torch.Tensor:
+    """Returns ALiBi's slopes [N]: a geometric series, with every other number of the next one for N no power of two."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (head + 1) / power) for head in range(power)]
+    slopes += [2.0 ** (-4.0 * (2 * head + 1) / power) for head in range(num_heads - power)]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None, rule: ScoreRule
+) -> torch.Tensor:
+    """Computes attention within each document, [T, B, N, D], from q [T, B, N, D] and k and v [T, B, K, D]."""
+    if rule.is_plain(len(q)):
+        return attend_rows(q, k, v, None) if documents is None else attend_documents(q, k, v, documents)
+    return _attend_by_rule(q, k, v, documents, rule)
+
+
+@torch.compiler.disable  # it would be compiled anew for every length of a document
+def _attend_by_rule(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None, rule: ScoreRule
+) -> torch.Tensor:
+    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if rule.is_plain(len(q)):
+            return attend_rows(q, k, v, None)
+        outputs = []
+        again = len(q) > QUERIES and torch.is_grad_enabled()
+        for start in range(0, len(q), QUERIES):
+            end = min(len(q), start + QUERIES)
+            first = rule.first_key(start)
+            inputs = q[start:end], k[first:end], v[first:end], start, first, rule
+            outputs.append(recomputed(_some_queries, *inputs) if again else _some_queries(*inputs))
+        return torch.cat(outputs)
+
+    return one(q, k, v) if documents is None or documents.is_whole else by_document(q, k, v, documents, one)
+
+
+def _some_queries(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_query: int, first_key: int, rule: ScoreRule
+) -> torch.Tensor:
+    """Computes consecutive queries of a document over consecutive keys of it."""
+    query = torch.arange(first_query, first_query + len(q), device=q.device)[:, None]
+    key = torch.arange(first_key, first_key + len(k), device=q.device)
+    if rule.is_masked_only:
+        return attend_rows(q, k, v, rule.sees(query, key))
+    heads = q.shape[2]
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, shared_heads(k, heads, dim=2), shared_heads(v, heads, dim=2)))
+    return weighted(q, k, v, query, key, rule).permute(2, 0, 1, 3)
+
+
+def weighted(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query: torch.Tensor, key: torch.Tensor, rule: ScoreRule
+) -> torch.Tensor:
+    """Computes attention [B, N, S, D] of q [B, N, S, D] over k and v [B, N, T, D], softmax in fp32 or better.
+
+    `query` and `key` are positions whose difference broadcasts to [B, N, S, T].
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(2, 3)).to(wide) / math.sqrt(q.shape[-1])
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    if rule.slopes_N is not None:
+        scores = scores + rule.slopes_N.to(wide)[:, None, None] * (key - query)
+    scores = scores.masked_fill(~rule.sees(query, key), float("-inf"))
+    if rule.sinks_N is None:
+        return scores.softmax(-1).to(v.dtype) @ v
+    sinks = rule.sinks_N.to(wide)[:, None, None].expand(len(scores), -1, scores.shape[2], 1)
+    return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+
+def attend_cached(
+    q_BND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions_B: torch.Tensor, rule: ScoreRule
+) -> torch.Tensor:
+    """Computes attention [B, N, D] of one token a row, at `positions_B`, over slots [B, K, T, D] of a cache."""
+    slots = torch.arange(keys.shape[2], device=keys.device)
+    query = positions_B[:, None, None, None]
+    heads = q_BND.shape[1]
+    k, v = shared_heads(keys, heads, dim=1), shared_heads(values, heads, dim=1)
+    if rule.is_masked_only:
+        return F.scaled_dot_product_attention(q_BND[:, :, None], k, v, attn_mask=rule.sees(query, slots))[:, :, 0]
+    return weighted(q_BND[:, :, None], k, v, query, slots, rule)[:, :, 0]
