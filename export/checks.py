@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from configs.export import VerifyConfig
-from configs.sampling import GREEDY
 from configs.model import ModelConfig
+from configs.sampling import GREEDY
 from export.chat_codec import TextCodec
 from export.families import from_hf
 from export.hf_tokenizer import first_difference, first_mismatch

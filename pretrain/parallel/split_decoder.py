@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.kv_cache import KVCache
 from pretrain.parallel.groups import Mesh

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.train import ModelConfig
+from configs.model import ModelConfig
 from export import chat, generate
 from posttrain.chat_format import jinja_template
 from tests.parallel.harness import RanksOf

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from configs.sampling import GREEDY, SamplingConfig
 from configs.model import ModelConfig
 from configs.moe import MoEConfig
+from configs.sampling import GREEDY, SamplingConfig
 from pretrain.model import Decoder, build_single, init_weights
 from pretrain.sampling import Completion, generate
 
