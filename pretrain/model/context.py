@@ -1,4 +1,4 @@
-"""What all layers share in the forward pass of one micro-batch; made once, before the model runs, and never changed."""
+"""The facts that all layers share in the forward pass of one micro-batch; made once, and never changed."""
 
 from dataclasses import dataclass
 
