@@ -20,7 +20,7 @@ QUERIES = 512  # computed at a time
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """The way in which scores become weights: which keys a query sees, the bound on scores, ALiBi's slopes [N], and the sinks [N].
+    """The way in which scores become weights: the keys that a query sees, the bound on scores, slopes [N], sinks [N].
 
     A slope times the distance is taken from a score (Press et al. 2022). A sink is one more score in the softmax,
     whose weight goes to nothing.
