@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "grpo": ("posttrain.grpo:main", "fine-tune by reinforcement learning from verifiable rewards"),
     "export": ("export.huggingface:main", "write a checkpoint as a Hugging Face directory, and verify it"),
     "import": ("export.import_hf:main", "convert a Hugging Face directory to Trivium's weights"),
+    "eval": ("export.evaluate:main", "measure held-out perplexity, and run tasks of lm-evaluation-harness"),
     "generate": ("export.generate:main", "continue a prompt with a checkpoint"),
     "chat": ("export.chat:main", "talk to a fine-tuned checkpoint"),
     "prove": ("pretrain.proof.prove:main", "compare parallel layouts with one rank, tensor by tensor"),

@@ -35,14 +35,25 @@ class TextCodec:
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Returns the ids of a dialogue and an opened assistant turn. Raises ValueError without a chat template."""
+        return self.encode_rendered(self.render_chat(messages))
+
+    def render_chat(self, messages: list[dict[str, str]], open_answer: bool = True) -> str:
+        """Returns a dialogue as the template renders it, with an assistant turn opened at its end.
+
+        Without `open_answer` the last message, the beginning of an answer, is left open instead. Raises ValueError
+        without a chat template.
+        """
         if self.chat_template is None:
             raise ValueError("this model has no chat template; it was not trained on dialogues")
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
-            conversations=[messages], chat_template=self.chat_template, add_generation_prompt=True
+            conversations=[messages],
+            chat_template=self.chat_template,
+            add_generation_prompt=open_answer,
+            continue_final_message=not open_answer,
         )
-        return self.encode_rendered(rendered[0][0])
+        return rendered[0][0]
 
     def encode_rendered(self, text: str) -> list[int]:
         """Encodes a rendered template: control symbols become their ids, text between them is plain text."""

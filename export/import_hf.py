@@ -8,13 +8,18 @@ in place of a run. Nothing is downloaded, no tokenizer is converted, and pickled
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.cli import command_parser, entrypoint
 from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError, plain
 from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE, Tokenizer
 from export.publishing import RECORD, partly_written
+
+if TYPE_CHECKING:
+    from configs.train import ModelConfig
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -54,21 +59,14 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
     import tomli_w
 
     from export.families import family_of, from_hf
-    from export.hf_config import from_hf_config
     from export.model_source import IMPORTED
     from export.tensors import open_tensors, write_tensors
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
-    try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{directory} has no config.json; name a Hugging Face model directory") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{directory / 'config.json'} is not valid JSON: {error}") from None
-    model = from_hf_config(raw)
+    facts = read_facts(directory)
+    model = facts.model
     names, read = open_tensors(directory)
-    tokenizer = _tokenizer(directory)
     what = f"{family_of(model).architecture}, {model.num_parameters():,} parameters"
     if dry_run:
         for _ in from_hf(read, names, model):
@@ -85,13 +83,36 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
             "import": {
                 "source": str(directory),
                 "architecture": family_of(model).architecture,
-                "max_positions": int(raw.get("max_position_embeddings") or 2048),
-                "tokenizer_sha256": tokenizer,
+                "max_positions": facts.max_positions,
+                "tokenizer_sha256": facts.tokenizer_sha256,
             },
         }
         write_atomic(partial / IMPORTED, tomli_w.dumps(tree).encode())
         partial.rename(out)
     return f"{what}: written to {out}; its [model] section is in {out / IMPORTED}"
+
+
+@dataclass(frozen=True)
+class HuggingFaceFacts:
+    """The model config of a Hugging Face directory, its context, and its tokenizer's SHA-256, "" for none of ours."""
+
+    model: "ModelConfig"
+    max_positions: int
+    tokenizer_sha256: str
+
+
+def read_facts(directory: Path) -> HuggingFaceFacts:
+    """Reads a directory without its tensors; raises ValueError (ConfigError among them) naming what is wrong."""
+    from export.hf_config import from_hf_config
+
+    try:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{directory} has no config.json; name a Hugging Face model directory") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{directory / 'config.json'} is not valid JSON: {error}") from None
+    model = from_hf_config(raw)
+    return HuggingFaceFacts(model, int(raw.get("max_position_embeddings") or 2048), _tokenizer(directory))
 
 
 def _tokenizer(directory: Path) -> str:

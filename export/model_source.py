@@ -1,4 +1,4 @@
-"""Opens a trained model from a run directory, one of its checkpoints, or an imported folder.
+"""Opens a trained model from a run directory, one of its checkpoints, an imported folder or a Hugging Face folder.
 
 The model's config, weights, tokenizer, chat template and data plan are found through the run itself, also after it was
 moved (pretrain/checkpoint/lineage.py).
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from export.chat_codec import TextCodec
 
 CHAT_TEMPLATE = "chat_template.jinja"
-IMPORTED = "model.toml"
+IMPORTED, HF_CONFIG = "model.toml", "config.json"
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
         raise ConfigError(f"{path} {found}; name a run directory, a checkpoint or an imported model")
     if (path / IMPORTED).is_file():
         return _imported(path)
+    if (path / HF_CONFIG).is_file():
+        return _hugging_face(path)
     if (path / "manifest.json").is_file():
         return _checkpoint(path)
     if not (path / "checkpoints").is_dir():
@@ -129,6 +131,26 @@ def _imported(path: Path) -> ModelSource:
         identify=lambda: _hash_of_files([path / IMPORTED, *tensor_files(path)]),
         context=int(tree["import"]["max_positions"]),
         tokenizer=_imported_tokenizer(path, tree["import"]),
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+    )
+
+
+def _hugging_face(path: Path) -> ModelSource:
+    """Opens a Hugging Face folder as `trivium import` would convert it, such as an export of Trivium."""
+    from export.families import from_hf
+    from export.import_hf import read_facts
+
+    facts = read_facts(path)
+    names, read = open_tensors(path)
+    template = path / CHAT_TEMPLATE
+    return ModelSource(
+        path=path,
+        step=0,
+        model=facts.model,
+        read=lambda: {name: tensor.float() for name, tensor in from_hf(read, names, facts.model)},
+        identify=lambda: _hash_of_files([path / HF_CONFIG, *tensor_files(path)]),
+        context=facts.max_positions,
+        tokenizer=tokenizer_file(path) if facts.tokenizer_sha256 else None,
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
     )
 

@@ -1,5 +1,6 @@
 """Held-out loss and bits per byte of each source, computed in the layout of the training run."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -50,9 +51,7 @@ class HeldoutLoss:
         for index, name in enumerate(self.names):
             loss, weight = float(sums.loss[index]), float(sums.weight[index])
             if weight:
-                result[name] = {"loss": loss / weight}
-                if self.token_bytes is not None:
-                    result[name]["bits_per_byte"] = loss / np.log(2) / max(1, num_bytes[name])
+                result[name] = means(loss, weight, num_bytes.get(name))
         return result
 
     def _batches_of_rank(self, engine: Engine) -> list[Any]:
@@ -76,6 +75,14 @@ class HeldoutLoss:
             name: int(sum(self.token_bytes[row.labels[row.loss_mask]].sum() for row in self.rows[name]))
             for name in self.names
         }
+
+
+def means(loss: float, weight: float, num_bytes: int | None) -> dict[str, float]:
+    """Returns the mean of a total loss over predicted tokens, and over their bytes in bits if these are known."""
+    result = {"loss": loss / weight}
+    if num_bytes is not None:
+        result["bits_per_byte"] = loss / math.log(2) / max(1, num_bytes)
+    return result
 
 
 def _with(row: Row, **changes: Any) -> Row:

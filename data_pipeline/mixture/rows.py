@@ -185,6 +185,15 @@ class Plan:
             raise ValueError(f"held-out row {i} of {source} does not exist; it has {len(rows)}")
         return self._row(rows, i, number)
 
+    def heldout_segments(self, source: str, i: int) -> list[tuple[str, bool]]:
+        """Returns, for each segment of held-out row i, its document's language ("": unknown) and whether it begins."""
+        rows = self._heldout[self._source(source)]
+        span = range(int(rows.offsets[i]), int(rows.offsets[i + 1]))
+        found = (rows.shards.locate(int(rows.document[segment])) for segment in span)
+        return [
+            (store.language(document), not rows.start[at]) for at, (store, document) in zip(span, found, strict=True)
+        ]
+
     def provenance(self, i: int) -> list[dict[str, Any]]:
         """Returns source, shard, document (index in the shard), document_id, start and length of sample i's segments.
 

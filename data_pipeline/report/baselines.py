@@ -24,13 +24,10 @@ from configs.files import file_sha256, write_atomic
 from data_pipeline.core.console import wide_console
 from data_pipeline.core.integrity import STAGE_MANIFEST
 from data_pipeline.core.shards import HELDOUT, TRAIN, read_records, shard_path, shards_under
+from data_pipeline.report.baselines_file import FILE, ORDER, TITLES, kept
 from data_pipeline.scores.ngram_training import estimate
 from data_pipeline.tokens.store import SourceStores
 from data_pipeline.tokens.tokenizer import Tokenizer
-
-FILE = "baselines.json"
-ORDER = 5
-TITLES = {"ngram": f"{ORDER}-gram", "xz_after_training": "xz -9 after training text", "xz": "xz -9"}
 
 
 def baselines(run_dir: Path, workers: int = 2) -> dict[str, dict[str, float]]:
@@ -39,12 +36,12 @@ def baselines(run_dir: Path, workers: int = 2) -> dict[str, dict[str, float]]:
     Sources without held-out text are left out, and so is the 5-gram model if the tokenizer is not lossless. Raises
     ValueError if the run has no tokens yet.
     """
-    manifest, path = run_dir / "tokens" / STAGE_MANIFEST, run_dir / FILE
+    manifest = run_dir / "tokens" / STAGE_MANIFEST
     if not manifest.is_file():
         raise ValueError(f"{run_dir} has no tokens yet; run: trivium data run CONFIG")
     made_from = file_sha256(manifest)
-    if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8"))).get("made_from") == made_from:
-        return dict(known["sources"])
+    if known := kept(run_dir):
+        return known
     sources = sorted({store.parent.name for store in (run_dir / "tokens" / HELDOUT).glob("*/*.idx")})
     with ThreadPoolExecutor(workers) as pool:  # xz and numpy's sorting run beside each other
         jobs = {source: (pool.submit(_ngram, run_dir, source), _start_xz(run_dir, source, pool)) for source in sources}
@@ -62,7 +59,7 @@ def baselines(run_dir: Path, workers: int = 2) -> dict[str, dict[str, float]]:
             if (bits_per_byte := ngram.result()) is not None:
                 result[source]["ngram"] = bits_per_byte
     content = {"made_from": made_from, "titles": TITLES, "sources": result}
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomic(run_dir / FILE, (json.dumps(content, indent=1) + "\n").encode())
     return result
 
 

@@ -233,6 +233,7 @@ class Store:
         mapped = np.memmap(self.file(".bin"), self.dtype, "r") if found else np.zeros(0, self.dtype)
         self._tokens = np.asarray(mapped)  # slicing a plain array is several times as fast
         self._ids: list[str] | None = None
+        self._languages: list[str] | None = None
 
     def file(self, suffix: str) -> Path:
         """Path of the store's file with this suffix."""
@@ -262,6 +263,13 @@ class Store:
         if self._ids is None:
             self._ids = read_parquet(self.file(".parquet"), ["id"])["id"].to_pylist()
         return self._ids[document]
+
+    def language(self, document: int) -> str:
+        """Returns the identified language of a document, "" if it is not known; reads the table at the first call."""
+        if self._languages is None:
+            column = read_parquet(self.file(".parquet"), ["metadata"])["metadata"]
+            self._languages = [str(json.loads(text).get("language") or "") for text in column.to_pylist()]
+        return self._languages[document]
 
     def check_index(self) -> None:
         """Raises DamagedData if the SHA-256 of the index is not the one in the manifest."""

@@ -96,7 +96,12 @@ RULES = (
     ImportRule("pages", ours=(), only=("nothing",)),
     ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=LIBRARIES),
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
-    ImportRule("export", ours=("configs", "pretrain", "export", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
+    ImportRule(
+        "export",
+        ours=("configs", "pretrain", "export", "data_pipeline.report.baselines_file", *LAUNCH, *TOKEN_STORE),
+        never=LIBRARIES,
+    ),
+    ImportRule("pretrain.evaluation.sandbox_child", ours=(), only=("nothing",)),  # runs alone, beside a model's program
     ImportRule("launch", ours=("configs", "launch", *PAGES), only=("rich",)),
     ImportRule("configs.signals", ours=(), only=("nothing",)),  # imported before everything else, so it must load fast
     ImportRule("cli", ours=("configs.cli", "configs.signals", *LAUNCH), only=("nothing",)),

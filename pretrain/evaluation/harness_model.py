@@ -1,0 +1,202 @@
+"""Trivium's decoder and sampler as a model of lm-evaluation-harness (`lm_eval`), in one process.
+
+Log-likelihoods equal those of the harness's own `HFLM` on the exported model, with one difference: the perplexity of a
+whole text (`loglikelihood_rolling`) conditions on one beginning-of-text token, where HFLM predicts a second one after
+it if the tokenizer adds one. Importing this module imports `lm_eval`, which takes seconds.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from configs.loader import ConfigError
+from pretrain.evaluation.likelihood import BATCH_TOKENS, Ids, likelihoods
+from pretrain.evaluation.progress import ProgressCount
+from pretrain.model import Decoder
+from pretrain.sampling import generate
+
+MAX_NEW_TOKENS = 256  # of tasks that do not say how many
+CACHED = 4  # tokens in the key-value cache of generation for each token of `batch_tokens`
+# Settings of a task's generation that are carried out; others are refused, so that no score is of another sampling.
+SETTINGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+
+
+class Codec(Protocol):
+    """What the harness needs of a model's tokenizer; `export.chat_codec.TextCodec` is one."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    chat_template: str | None
+
+    @property
+    def stop_ids(self) -> list[int]: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def encode_rendered(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def render_chat(self, messages: list[dict[str, str]], open_answer: bool) -> str: ...
+
+
+@register_model("trivium")
+class TriviumLM(TemplateLM):
+    """A decoder with its tokenizer, as the harness asks for one.
+
+    `context` is the number of tokens that the model reads at once. With `add_bos`, every text begins with the
+    beginning-of-text token, as every document did in training. With `chat`, texts come from the chat template, and its
+    control symbols become their ids; else they are plain text. `cut` counts, by task, the prompts that lost their
+    beginning because they were longer than the context.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        codec: Codec,
+        context: int,
+        add_bos: bool = True,
+        chat: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        self.decoder, self.codec, self.max_length = decoder, codec, context
+        self.add_bos, self.chat, self.batch_tokens, self.seed = add_bos and codec.bos_id >= 0, chat, batch_tokens, seed
+        self.cut: Counter[str] = Counter()
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.codec.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without context."""
+        return self.codec.bos_id if self.codec.bos_id >= 0 else self.codec.eos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.codec.tokenizer.sha256)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return (self.codec.chat_template or "") if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.codec.render_chat(chat_history, add_generation_prompt)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        ids = self.codec.encode_rendered(string) if self.chat else list(self.codec.tokenizer.encode(string))
+        wanted = self.add_bos if add_special_tokens is None else add_special_tokens
+        return [self.codec.bos_id, *ids] if wanted and ids[:1] != [self.codec.bos_id] else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encodes context and continuation as one text and divides its ids.
+
+        A tokenizer may join both in one token. Where that would leave the continuation without any token, it is encoded
+        by itself.
+        """
+        before, after = super()._encode_pair(context, continuation)
+        before = before or [self.prefix_token_id]  # the context was all spaces, which go to the continuation
+        return before, after or self.tok_encode(continuation, add_special_tokens=False)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = []
+        for request in requests:
+            context, continuation = request.args
+            if context:
+                before, after = self._encode_pair(context, continuation)
+            else:
+                after = self.tok_encode(continuation, add_special_tokens=False)
+                before = [self.prefix_token_id] if after[:1] != [self.prefix_token_id] else []
+                before, after = (before, after) if before else (after[:1], after[1:])
+            self._note(request, len(before) + len(after) - 1)
+            pairs.append((before, after))
+        return self._score("likelihoods", pairs)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        return self._score("likelihoods", [(before, after) for _, before, after in requests])
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-likelihood of each whole text, which is divided into windows if it is long."""
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        return [total for total, _ in self._score("texts", [([self.prefix_token_id], ids) for ids in texts])]
+
+    def _score(self, what: str, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+        with ProgressCount(what, len(pairs)) as progress:
+            found = likelihoods(self.decoder, pairs, self.max_length, self.batch_tokens, progress)
+        return [(one.logprob, one.is_greedy) for one in found]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Returns the continuation of each prompt, up to the first of its task's stop strings and without it."""
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}  # numbers of the requests with the same settings
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)
+        with ProgressCount("answers", len(requests)) as progress:
+            for numbers in groups.values():
+                texts = self._continue([requests[number] for number in numbers], progress)
+                for number, text in zip(numbers, texts, strict=True):
+                    answers[number] = text
+        return answers
+
+    def _continue(self, requests: list[Any], progress: Callable[[int], None]) -> list[str]:
+        """Continues prompts that have the same settings; each draws by its own place among its task's documents."""
+        task, settings = str(requests[0].task_name), self._settings(requests[0])
+        room = self.max_length - settings["max_gen_toks"]
+        if room < 1:
+            raise ConfigError(
+                f"task {task} generates {settings['max_gen_toks']} tokens, and the model's context has "
+                f"{self.max_length}; set generation_kwargs.max_gen_toks below {self.max_length} in its file"
+            )
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        for request, prompt in zip(requests, prompts, strict=True):
+            self._note(request, len(prompt) + settings["max_gen_toks"])
+        drawn: Counter[str] = Counter()  # a task may ask for several answers to one document
+        keys = []
+        for request in requests:
+            name = f"{request.task_name}/{request.doc_id}"
+            keys.append(f"{name}/{drawn[name]}")
+            drawn[name] += 1
+        prompts = [prompt[-room:] for prompt in prompts]
+        longest = max(map(len, prompts)) + settings["max_gen_toks"]
+        completions = generate(
+            self.decoder,
+            prompts,
+            settings["max_gen_toks"],
+            temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+            seed=self.seed,
+            stop_ids=self.codec.stop_ids,
+            top_p=settings.get("top_p", 1.0),
+            keys=keys,
+            pad_id=self.codec.pad_id,
+            max_rows=max(1, CACHED * self.batch_tokens // longest),
+        )
+        progress(len(requests))
+        return [before_stop(self.codec.decode(one.tokens), settings["until"]) for one in completions]
+
+    def _settings(self, request: Any) -> dict[str, Any]:
+        """Returns how to generate; raises ConfigError for a setting that the sampler does not have."""
+        given = dict(normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS))
+        unknown = [f"{key} = {value!r}" for key, value in given.items() if key not in SETTINGS]
+        if unknown:
+            raise ConfigError(
+                f"task {request.task_name} sets generation_kwargs.{unknown[0]}, which Trivium's sampler does not have; "
+                f"remove it from the task's file, or use {', '.join(SETTINGS)}"
+            )
+        return given
+
+    def _note(self, request: Any, tokens: int) -> None:
+        if tokens > self.max_length:
+            self.cut[str(request.task_name)] += 1
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """Returns the text up to the first of the stop strings in it."""
+    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text

@@ -1,0 +1,236 @@
+"""Finds tasks of lm-evaluation-harness on disk, and runs them with a `TriviumLM`.
+
+A task is named by its name, by its YAML file, or by a folder, which stands for all tasks in the YAML files of that
+folder. Names are looked up in the folders that the user gives and then among the harness's own tasks, whose data must
+be in the cache of `datasets`: nothing is downloaded. Importing this module imports `lm_eval`, which takes seconds.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from configs.loader import ConfigError
+from pretrain.evaluation import humaneval, text_metrics
+from pretrain.evaluation.harness_model import TriviumLM
+
+# Errors of `datasets` and `huggingface_hub` about data that are not on this machine.
+NOT_HERE = ("ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
+SEED = 1234  # of the choice of n-shot examples
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Loaded tasks by name, with their data, and what the harness needs to run them."""
+
+    manager: TaskManager
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+
+    def documents(self, limit: int | None) -> dict[str, int]:
+        """Returns the number of documents of each task that are evaluated, at most `limit` of each."""
+        counts = {name: len(task.eval_docs) for name, task in self.tasks.items()}
+        return {name: count if limit is None else min(limit, count) for name, count in counts.items()}
+
+
+def load_tasks(
+    names: Sequence[str], folders: Sequence[str | Path] = (), humaneval_file: str | None = None, unsafe: bool = False
+) -> Tasks:
+    """Loads tasks by names, files or folders. Raises ConfigError naming the one that cannot be loaded, and why.
+
+    Without `unsafe`, a task is refused that runs programs outside of the sandbox.
+    """
+    text_metrics.register()
+    paths = [Path(folder) for folder in folders]
+    for folder in paths:
+        if not folder.is_dir():
+            raise ConfigError(f"--task-folder {folder} is no folder; name one with YAML files of tasks")
+    with _quiet():
+        manager, specs = _specs(names, paths, humaneval_file)
+        tasks, groups = {}, {}
+        for name, spec in specs:
+            try:
+                loaded = _load(manager, spec)
+            except ConfigError:
+                raise
+            except Exception as error:  # whatever a task's file, functions or data raise
+                raise ConfigError(f"task {name} cannot be loaded: {_reason(error)}") from error
+            tasks |= loaded["tasks"]
+            groups |= loaded.get("groups", {})
+    for name, task in tasks.items():
+        _check(name, task, unsafe)
+    return Tasks(manager, tasks, groups)
+
+
+def run_tasks(
+    model: TriviumLM, tasks: Tasks, num_fewshot: int | None = None, limit: int | None = None, keep_samples: bool = False
+) -> dict[str, Any]:
+    """Returns {"scores": {task: {measure: value}}, "groups": the same, "samples": {task: [record]}} of loaded tasks.
+
+    `num_fewshot` is the number of solved examples in each prompt, instead of what the task says, unless that is 0. The
+    random numbers are seeded as in the harness, so that the same examples are chosen.
+    """
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    for task in tasks.tasks.values():
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=SEED)
+    with _quiet():
+        found: Any = evaluate(
+            lm=model,
+            task_dict={"tasks": tasks.tasks, "groups": tasks.groups},
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=keep_samples,
+            apply_chat_template=model.chat,
+            fewshot_as_multiturn=True,
+            confirm_run_unsafe_code=True,  # `load_tasks` has refused what was not allowed
+        )
+    shots, sizes = found["n-shot"], found["n-samples"]
+    scores = {
+        name: {**_measures(values), "num_fewshot": shots[name], "documents": sizes[name]["effective"]}
+        for name, values in found["results"].items()
+        if name in tasks.tasks
+    }
+    groups = {name: _measures(values) for name, values in found.get("groups", {}).items()}
+    return {"scores": scores, "groups": groups, "samples": found.get("samples") or {}}
+
+
+def _specs(
+    names: Sequence[str], folders: Sequence[Path], humaneval_file: str | None
+) -> tuple[TaskManager, list[tuple[str, Any]]]:
+    """Returns the harness's index of tasks, and what it loads for each name."""
+    own = TaskManager(include_path=list(folders) or None, include_defaults=False)
+    known, found, missing = own, [], []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found += [(task, str(file)) for task, file in _tasks_in(path)]
+        elif path.is_file():
+            found.append((name, str(path)))
+        elif name == humaneval.NAME and name not in own.all_tasks:
+            found.append((name, humaneval.task(humaneval_file)))
+        elif name in own.all_tasks:
+            found.append((name, name))
+        else:
+            missing.append(name)
+    if missing:
+        known = TaskManager(include_path=list(folders) or None)  # with the harness's own tasks, which takes seconds
+        for name in missing:
+            if name not in known.all_tasks:
+                close = get_close_matches(name, [*known.all_tasks, humaneval.NAME], n=3)
+                hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+                raise ConfigError(
+                    f"--tasks {name} is no folder, no file and no task's name{hint}; name a folder with YAML files of "
+                    "tasks, or give their folder by --task-folder"
+                )
+            found.append((name, name))
+    return known, found
+
+
+def _load(manager: TaskManager, spec: Any) -> Any:
+    """Loads a task or group; relative paths in its file begin at its folder, or else at the working directory."""
+    entry = manager.task_index.get(spec) if isinstance(spec, str) else None
+    file = entry.yaml_path if entry else Path(spec) if isinstance(spec, str) else None
+    if file is not None:
+        try:
+            with chdir(Path(file).parent):
+                return manager.load([str(Path(file).absolute()) if entry is None else spec])
+        except FileNotFoundError:
+            pass
+    return manager.load([spec])
+
+
+def _tasks_in(folder: Path) -> list[tuple[str, Path]]:
+    """Returns the names and files of the tasks in a folder; raises ConfigError if there is none."""
+    for file in sorted(folder.rglob("*.yaml")):  # the harness passes over what it cannot read
+        try:
+            load_yaml(file, resolve_func=False, recursive=False)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}; correct it") from None
+    index = TaskManager(include_path=folder, include_defaults=False).task_index
+    found = [(name, entry.yaml_path) for name, entry in sorted(index.items()) if entry.kind.name in ("TASK", "PY_TASK")]
+    if not found:
+        raise ConfigError(
+            f"--tasks {folder} has no task in it; put YAML files with a `task:` key there, such as docs/evaluation.md "
+            "shows"
+        )
+    return found
+
+
+def _check(name: str, task: Any, unsafe: bool) -> None:
+    """Raises ConfigError for a task that cannot be run."""
+    if getattr(task, "UNSAFE_CODE", False) and not unsafe:
+        raise ConfigError(
+            f"task {name} runs programs that the model writes, without limits; add --run-unsafe-code to allow that, or "
+            f"use {humaneval.NAME}, which runs them in a sandbox"
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise ConfigError(f"task {name} shows images, and Trivium's models read text alone; leave it out of --tasks")
+    functions = getattr(task, "_metric_fn_list", {})
+    if task.config.process_results is None:
+        unknown = [metric for metric, function in functions.items() if function is None]
+        if unknown:
+            raise ConfigError(
+                f"task {name} has the metric {unknown[0]}, which is neither one of lm_eval's nor of Trivium's "
+                f"({', '.join(text_metrics.NAMES)}); correct metric_list in its file"
+            )
+        if task.multiple_target and (both := sorted(functions.keys() & set(text_metrics.GRADED))):
+            raise ConfigError(
+                f"task {name} has several references for a document, and the harness then makes {both[0]} 0 or 1; give "
+                "one reference by doc_to_target, or compute the metric in process_results"
+            )
+    if not len(task.eval_docs):
+        raise ConfigError(f"task {name} has no documents in its test_split or validation_split; correct its file")
+
+
+def _measures(values: dict[str, Any]) -> dict[str, float]:
+    """Returns {"measure" or "measure, filter": value} of a task's result, without errors of measurement."""
+    found = {}
+    for key, value in values.items():
+        measure, _, filtered = key.partition(",")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not measure.endswith("_stderr") and filtered:
+            name = measure if filtered == "none" else f"{measure}, {filtered}"
+            found[name] = float(value) if math.isfinite(value) else None
+    return found  # type: ignore[return-value]
+
+
+def _reason(error: Exception) -> str:
+    """Returns why a task cannot be loaded, and what to do."""
+    text = " ".join(str(error).split())
+    if type(error).__name__ in NOT_HERE:
+        return (
+            f"its data are not on this machine ({text[:200]}); put them into files and name these in dataset_kwargs."
+            "data_files of a copy of the task's file, or run once with HF_HUB_OFFLINE=0, which downloads them"
+        )
+    return f"{type(error).__name__}: {text[:400]}; correct its file"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the harness's log, which repeats what the command line says, below errors."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
