@@ -43,15 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from export.evaluation_report import collected, show
 
-    result: dict[str, Any] = {"model": _facts(opened)}
+    new: dict[str, Any] = {"model": _facts(opened)}
     decoder = _build(opened)
     if plan is not None:
-        result["held_out"] = _held_out(args, decoder, plan)
+        new["held_out"] = _held_out(args, decoder, plan)
     if tasks is not None and codec is not None:
-        result |= _task_scores(args, decoder, codec, opened, tasks)
-    result = collected(out, result)
-    write_atomic(out, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-    show(result, plan is not None, list(tasks.tasks) if tasks else [])
+        new |= _task_scores(args, decoder, codec, opened, tasks)
+    write_atomic(out, (json.dumps(collected(out, new), indent=1, ensure_ascii=False) + "\n").encode())
+    show(new)
     print(f"written to {out}")
     return 0
 

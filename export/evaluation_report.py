@@ -13,7 +13,6 @@ from pretrain.evaluation.heldout_text import Tallies, TextLoss
 
 COUNTS = ("documents", "tokens", "bytes")
 MEANS = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits a byte"}
-NOT_MEASURES = ("num_fewshot", "documents", "cut_prompts", "settings")
 
 
 def grouped(tallies: Tallies, plan: Plan) -> dict[str, Any]:
@@ -63,14 +62,14 @@ def collected(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def show(result: dict[str, Any], held_out: bool, tasks: list[str]) -> None:
-    """Prints the tables of what was measured just now."""
+def show(result: dict[str, Any]) -> None:
+    """Prints a result as tables."""
     console = Console()
     console = console if console.is_terminal else Console(width=140)
-    if held_out:
+    if "held_out" in result:
         console.print(_held_out_table(result["held_out"]))
-    if tasks:
-        console.print(_task_table({name: result["tasks"][name] for name in tasks}, result.get("groups", {})))
+    if "tasks" in result:
+        console.print(_task_table(result["tasks"], result["groups"]))
 
 
 def _held_out_table(found: dict[str, Any]) -> Table:
@@ -102,17 +101,15 @@ def _held_out_table(found: dict[str, Any]) -> Table:
 
 def _task_table(tasks: dict[str, Any], groups: dict[str, Any]) -> Table:
     table = Table(title="Tasks", title_justify="left")
-    for title, justify in (("task", "left"), ("shots", "right"), ("documents", "right"), ("measure", "left")):
-        table.add_column(title, justify="right" if justify == "right" else "left")
-    table.add_column("value", justify="right")
+    for title in ("task", "shots", "documents", "measure", "value"):
+        table.add_column(title, justify="left" if title in ("task", "measure") else "right")
     for name, values in tasks.items():
         first = (name, str(values["num_fewshot"]), f"{values['documents']:,}")
-        for measure, value in values.items():
-            if measure not in NOT_MEASURES:
-                table.add_row(*first, measure, _number(value))
-                first = ("", "", "")
+        for measure, value in values["measures"].items():
+            table.add_row(*first, measure, _number(value))
+            first = ("", "", "")
     for name, values in groups.items():
-        for measure, value in values.items():
+        for measure, value in values["measures"].items():
             table.add_row(f"{name} (group)", "", "", measure, _number(value))
     return table
 

@@ -14,13 +14,17 @@ CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少
 
 
 def make_tokens(folder: Path) -> tuple[Path, Path]:
-    """Returns the folders of token stores and tokenizer."""
+    """Returns the folders of token stores and tokenizer. Documents of prose alone have a language."""
     lines = (ROOT / "pretrain/trainer.py").read_text(encoding="utf-8").splitlines(keepends=True)
     code = ["".join(lines[i : i + 12]) for i in range(0, len(lines), 12)]
     prose = [f"{CHINESE}\n{(ROOT / 'LICENSE').read_text()[i : i + 400]}" for i in range(0, 8000, 400)]
     for source, texts in (("code", code), ("prose", prose)):
         for split, part in (("train", texts[:-3]), ("heldout", texts[-3:])):
-            records = ({"text": t, "id": f"{source}{i}", "metadata": {}} for i, t in enumerate(part))
+            languages = ({"language": ("zh", "en")[i % 2]} if source == "prose" else {} for i in range(len(part)))
+            records = (
+                {"text": text, "id": f"{source}{i}", "metadata": metadata}
+                for i, (text, metadata) in enumerate(zip(part, languages, strict=True))
+            )
             write_shard(folder / f"{split}.{source}.jsonl.zst", records)
     train(
         [folder / "train.code.jsonl.zst", folder / "train.prose.jsonl.zst"],

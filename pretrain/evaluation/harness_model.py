@@ -147,28 +147,26 @@ class TriviumLM(TemplateLM):
 
     def _continue(self, requests: list[Any], progress: Callable[[int], None]) -> list[str]:
         """Continues prompts that have the same settings; each draws by its own place among its task's documents."""
-        task, settings = str(requests[0].task_name), self._settings(requests[0])
-        room = self.max_length - settings["max_gen_toks"]
-        if room < 1:
-            raise ConfigError(
-                f"task {task} generates {settings['max_gen_toks']} tokens, and the model's context has "
-                f"{self.max_length}; set generation_kwargs.max_gen_toks below {self.max_length} in its file"
-            )
+        settings = self._settings(requests[0])
+        wanted = settings["max_gen_toks"]
+        # A prompt gives way to the answer, but never more than half of the context.
+        most = self.max_length - min(wanted, self.max_length // 2)
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         for request, prompt in zip(requests, prompts, strict=True):
-            self._note(request, len(prompt) + settings["max_gen_toks"])
+            self._note(request, len(prompt) - most + self.max_length)
+        prompts = [prompt[-most:] for prompt in prompts]
+        limits = [min(wanted, self.max_length - len(prompt)) for prompt in prompts]
         drawn: Counter[str] = Counter()  # a task may ask for several answers to one document
         keys = []
         for request in requests:
             name = f"{request.task_name}/{request.doc_id}"
             keys.append(f"{name}/{drawn[name]}")
             drawn[name] += 1
-        prompts = [prompt[-room:] for prompt in prompts]
-        longest = max(map(len, prompts)) + settings["max_gen_toks"]
+        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         completions = generate(
             self.decoder,
             prompts,
-            settings["max_gen_toks"],
+            max(limits),
             temperature=settings["temperature"] if settings["do_sample"] else 0.0,
             seed=self.seed,
             stop_ids=self.codec.stop_ids,
@@ -178,7 +176,8 @@ class TriviumLM(TemplateLM):
             max_rows=max(1, CACHED * self.batch_tokens // longest),
         )
         progress(len(requests))
-        return [before_stop(self.codec.decode(one.tokens), settings["until"]) for one in completions]
+        texts = [self.codec.decode(one.tokens[:limit]) for one, limit in zip(completions, limits, strict=True)]
+        return [before_stop(text, settings["until"]) for text in texts]
 
     def _settings(self, request: Any) -> dict[str, Any]:
         """Returns how to generate; raises ConfigError for a setting that the sampler does not have."""

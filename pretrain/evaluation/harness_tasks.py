@@ -77,10 +77,11 @@ def load_tasks(
 def run_tasks(
     model: TriviumLM, tasks: Tasks, num_fewshot: int | None = None, limit: int | None = None, keep_samples: bool = False
 ) -> dict[str, Any]:
-    """Returns {"scores": {task: {measure: value}}, "groups": the same, "samples": {task: [record]}} of loaded tasks.
+    """Returns {"scores": {task: scores}, "groups": {group: scores}, "samples": {task: [record]}} of loaded tasks.
 
-    `num_fewshot` is the number of solved examples in each prompt, instead of what the task says, unless that is 0. The
-    random numbers are seeded as in the harness, so that the same examples are chosen.
+    Scores have {measure: value} in "measures", None for what is no finite number. `num_fewshot` is the number of solved
+    examples in each prompt, instead of what the task says, unless that is 0. The random numbers are seeded as in the
+    harness, so that the same examples are chosen.
     """
     random.seed(0)
     np.random.seed(SEED)
@@ -103,11 +104,11 @@ def run_tasks(
         )
     shots, sizes = found["n-shot"], found["n-samples"]
     scores = {
-        name: {**_measures(values), "num_fewshot": shots[name], "documents": sizes[name]["effective"]}
+        name: {"measures": _measures(values), "num_fewshot": shots[name], "documents": sizes[name]["effective"]}
         for name, values in found["results"].items()
         if name in tasks.tasks
     }
-    groups = {name: _measures(values) for name, values in found.get("groups", {}).items()}
+    groups = {name: {"measures": _measures(values)} for name, values in found.get("groups", {}).items()}
     return {"scores": scores, "groups": groups, "samples": found.get("samples") or {}}
 
 
@@ -199,16 +200,16 @@ def _check(name: str, task: Any, unsafe: bool) -> None:
         raise ConfigError(f"task {name} has no documents in its test_split or validation_split; correct its file")
 
 
-def _measures(values: dict[str, Any]) -> dict[str, float]:
+def _measures(values: dict[str, Any]) -> dict[str, float | None]:
     """Returns {"measure" or "measure, filter": value} of a task's result, without errors of measurement."""
-    found = {}
+    found: dict[str, float | None] = {}
     for key, value in values.items():
         measure, _, filtered = key.partition(",")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not measure.endswith("_stderr") and filtered:
             name = measure if filtered == "none" else f"{measure}, {filtered}"
             found[name] = float(value) if math.isfinite(value) else None
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _reason(error: Exception) -> str:

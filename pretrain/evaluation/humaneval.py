@@ -82,7 +82,7 @@ def task(path: str | Path | None = None, limits: Limits = LIMITS) -> dict[str, A
         "num_fewshot": 0,
         "target_delimiter": "",
         "generation_kwargs": {"until": list(STOPS), "max_gen_toks": MAX_NEW_TOKENS, "do_sample": False},
-        "filter_list": [{"name": "tests", "filter": [{"function": "custom", "filter_fn": outcomes}]}],
+        "filter_list": [{"name": "none", "filter": [{"function": "custom", "filter_fn": outcomes}]}],
         "process_results": lambda doc, results: {METRIC: float(results[0][0])},
         "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},

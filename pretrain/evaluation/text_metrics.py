@@ -49,11 +49,15 @@ def register() -> None:
 
 def _rouge(name: str) -> Callable[..., float]:
     """Returns the function of one ROUGE measure."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer([name], tokenizer=AnyScript())
 
     def score(references: Sequence[Any], predictions: Sequence[str]) -> float:
-        return 100.0 * scorer.score(str(references[0]), predictions[0])[name].fmeasure
+        return 100.0 * _scorer(name).score(str(references[0]), predictions[0])[name].fmeasure
 
     return score
+
+
+@cache
+def _scorer(name: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # takes seconds, so only when a task needs it
+
+    return RougeScorer([name], tokenizer=AnyScript())
