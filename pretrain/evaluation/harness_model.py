@@ -7,6 +7,7 @@ it if the tokenizer adds one. Importing this module imports `lm_eval`, which tak
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, Protocol
 
 from lm_eval.api.model import TemplateLM
@@ -14,6 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from configs.loader import ConfigError
+from configs.sampling import SamplingConfig
 from pretrain.evaluation.likelihood import BATCH_TOKENS, Ids, likelihoods
 from pretrain.evaluation.progress import ProgressCount
 from pretrain.model import Decoder
@@ -22,7 +24,8 @@ from pretrain.sampling import generate
 MAX_NEW_TOKENS = 256  # of tasks that do not say how many
 CACHED = 4  # tokens in the key-value cache of generation for each token of `batch_tokens`
 # Settings of a task's generation that are carried out; others are refused, so that no score is of another sampling.
-SETTINGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+SAMPLING = tuple(field.name for field in fields(SamplingConfig))
+SETTINGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
 
 
 class Codec(Protocol):
@@ -163,24 +166,24 @@ class TriviumLM(TemplateLM):
             keys.append(f"{name}/{drawn[name]}")
             drawn[name] += 1
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        stops = [stop for stop in settings["until"] if stop]
         completions = generate(
             self.decoder,
             prompts,
-            max(limits),
-            temperature=settings["temperature"] if settings["do_sample"] else 0.0,
-            seed=self.seed,
+            limits,
+            settings["sampling"],
+            self.seed,
             stop_ids=self.codec.stop_ids,
-            top_p=settings.get("top_p", 1.0),
             keys=keys,
             pad_id=self.codec.pad_id,
             max_rows=max(1, CACHED * self.batch_tokens // longest),
+            watch=StopWatch(self.codec.decode, stops, len(requests)) if stops else None,
         )
         progress(len(requests))
-        texts = [self.codec.decode(one.tokens[:limit]) for one, limit in zip(completions, limits, strict=True)]
-        return [before_stop(text, settings["until"]) for text in texts]
+        return [before_stop(self.codec.decode(one.tokens), stops) for one in completions]
 
     def _settings(self, request: Any) -> dict[str, Any]:
-        """Returns how to generate; raises ConfigError for a setting that the sampler does not have."""
+        """Returns how to generate; raises ConfigError for a setting that the sampler does not have or cannot take."""
         given = dict(normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS))
         unknown = [f"{key} = {value!r}" for key, value in given.items() if key not in SETTINGS]
         if unknown:
@@ -188,7 +191,15 @@ class TriviumLM(TemplateLM):
                 f"task {request.task_name} sets generation_kwargs.{unknown[0]}, which Trivium's sampler does not have; "
                 f"remove it from the task's file, or use {', '.join(SETTINGS)}"
             )
-        return given
+        try:
+            chosen = {key: given[key] for key in SAMPLING if given.get(key) is not None}
+            sampling = SamplingConfig(**chosen if given["do_sample"] else {**chosen, "temperature": 0.0})
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"task {request.task_name}, generation_kwargs: {error}") from None
+        most = given["max_gen_toks"]
+        if most < 1:
+            raise ConfigError(f"task {request.task_name} sets generation_kwargs.max_gen_toks = {most}; give 1 or more")
+        return {"sampling": sampling, "max_gen_toks": most, "until": given["until"]}
 
     def _note(self, request: Any, tokens: int) -> None:
         if tokens > self.max_length:
@@ -199,3 +210,20 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
     """Returns the text up to the first of the stop strings in it."""
     ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
+
+
+class StopWatch:
+    """Ends each of several texts once one of the stop strings is in it; called by the sampler with every token.
+
+    Only the newest tokens are decoded, as many as a stop string may be spread over: each has at least one byte.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str], texts: int) -> None:
+        self._decode, self._stops = decode, stops
+        self._newest = max(len(stop.encode()) for stop in stops) + 1
+        self._tokens: list[list[int]] = [[] for _ in range(texts)]
+
+    def __call__(self, number: int, token: int) -> bool:
+        self._tokens[number].append(token)
+        text = self._decode(self._tokens[number][-self._newest :])
+        return any(stop in text for stop in self._stops)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from configs.loader import validate
+from configs.sampling import GREEDY
 from configs.train import ModelConfig
 from pretrain.evaluation.likelihood import likelihoods, windows
 from pretrain.model import Decoder, init_weights
@@ -49,7 +50,7 @@ def test_batches_of_all_sizes_give_what_each_text_gives_alone(decoder: Decoder, 
 
 
 def test_what_greedy_decoding_writes_is_greedy(decoder: Decoder) -> None:
-    (written,) = generate(decoder, [[1, 2, 3]], 6, temperature=0.0)
+    (written,) = generate(decoder, [[1, 2, 3]], 6, GREEDY)
     other = [*written.tokens[:3], (written.tokens[3] + 1) % 64, *written.tokens[4:]]
     found = likelihoods(decoder, [([1, 2, 3], written.tokens), ([1, 2, 3], other)], MAX)
     assert [one.is_greedy for one in found] == [True, False]

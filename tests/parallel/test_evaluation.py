@@ -1,0 +1,129 @@
+"""`trivium eval` of a trained run: its held-out numbers are those of training, and its baselines stand beside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configs.files import file_sha256
+from configs.loader import ConfigError
+from data_pipeline.core.integrity import STAGE_MANIFEST
+from data_pipeline.mixture.rows import Plan
+from data_pipeline.report.baselines_file import FILE
+from export import evaluate
+from export.model_source import open_source
+from pretrain.model import build_single
+from tests.parallel.forks import Forks
+from tests.small_training import write_config
+
+ROWS = 4  # of each source, as in the config
+
+
+@pytest.fixture(scope="module")
+def folder(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a data plan over tokens, and `run`, which was trained on it for two steps."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    config = write_config(folder, steps=2, run_dir=folder / "run", rows=40)
+    log = folder / "log"
+    assert forks.start("pretrain.train:main", log, argv=[str(config)]).wait() == 0, log.read_text()
+    return folder
+
+
+def evaluated(folder: Path, *argv: str) -> dict[str, Any]:
+    """Runs the command and returns what it wrote."""
+    out = folder / "out.json"
+    assert evaluate.main([str(folder / "run"), "--out", str(out), *argv]) == 0
+    return json.loads(out.read_text())
+
+
+def test_held_out_numbers_are_those_of_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    trained = lines[-1]["eval"]
+    found = evaluated(folder, "--rows", str(ROWS), "--batch-tokens", "70")["held_out"]["sources"]
+    assert found.keys() == trained.keys() == {"code", "prose"}
+    for source, values in trained.items():
+        for measure, value in values.items():
+            assert found[source][measure] == pytest.approx(value, rel=1e-5)
+    table = capsys.readouterr().out
+    assert f"{trained['code']['bits_per_byte']:.4f}" in table and "xz -9" not in table
+
+
+def test_languages_are_told_apart_within_rows(folder: Path) -> None:
+    """Each document's loss is computed alone, from all logits, and added up by the language in its metadata."""
+    found = evaluated(folder)
+    run, plan = open_source(folder / "run"), Plan.open(folder / "plan")
+    decoder = build_single(run.model, run.read())
+    wanted: dict[tuple[str, str], np.ndarray] = {}
+    for source in plan.sources:
+        for i in range(plan.heldout_rows(source)):
+            row, begun = plan.heldout_row(source, i), plan.heldout_segments(source, i)
+            for segment, (language, begins) in enumerate(begun):
+                at = row.segments == segment
+                tokens, labels, mask = (torch.from_numpy(x[at]) for x in (row.tokens, row.labels, row.loss_mask))
+                with torch.inference_mode():
+                    logits = decoder(tokens[None], torch.arange(len(tokens))[None])[0]
+                loss = F.cross_entropy(logits[mask].double(), labels[mask], reduction="sum").item()
+                size = int(plan.token_bytes[labels[mask].numpy()].sum())
+                key = (source, language or "unknown")
+                wanted[key] = wanted.get(key, np.zeros(4)) + np.array([loss, int(mask.sum()), size, begins])
+    assert set(wanted) == {("code", "unknown"), ("prose", "zh"), ("prose", "en")}
+    sources = found["held_out"]["sources"]
+    for (source, language), (loss, tokens, size, documents) in wanted.items():
+        values = sources[source]["languages"][language]
+        assert (values["tokens"], values["bytes"], values["documents"]) == (tokens, size, documents)
+        assert values["loss"] == pytest.approx(loss / tokens, rel=1e-5)
+        assert values["bits_per_byte"] == pytest.approx(loss / np.log(2) / size, rel=1e-5)
+        assert values["perplexity"] == pytest.approx(np.exp(loss / tokens), rel=1e-4)
+    assert [sources[name]["documents"] for name in ("code", "prose")] == [3, 3], "each document counts once"
+    everything = sum(wanted.values())
+    assert found["held_out"]["all"]["loss"] == pytest.approx(everything[0] / everything[1], rel=1e-5)
+    assert found["held_out"]["languages"].keys() == {"unknown", "zh", "en"}
+    assert found["model"]["step"] == 2 and "tasks" not in found
+
+
+def test_baselines_stand_beside_the_sources_while_they_are_current(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = folder / "tokens" / STAGE_MANIFEST
+    manifest.write_text("{}")
+    kept = {"made_from": file_sha256(manifest), "sources": {"code": {"bytes": 9, "xz": 1.25, "ngram": 2.5}}}
+    (folder / FILE).write_text(json.dumps(kept))
+    found = evaluated(folder, "--rows", "1")
+    assert found["held_out"]["sources"]["code"]["baselines"] == {"ngram": 2.5, "xz": 1.25}
+    assert "5-gram" in capsys.readouterr().out
+    manifest.write_text('{"tokens": "others"}')
+    assert "baselines" not in evaluated(folder, "--rows", "1")["held_out"]["sources"]["code"]
+
+
+def test_results_are_kept_in_the_run_unless_told_otherwise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(folder / "run"), "--dry-run", "--rows", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out rows of 32 tokens: code 2, prose 2" in printed and "parameters, context 32 tokens" in printed
+    assert not (folder / "run/eval").exists()
+    assert evaluate.main([str(folder / "run/checkpoints/step_2"), "--rows", "1"]) == 0
+    assert json.loads((folder / "run/eval/step_2.json").read_text())["held_out"]["rows"] == {"code": 1, "prose": 1}
+
+
+def test_mistakes_are_told_in_a_sentence(folder: Path) -> None:
+    run = str(folder / "run")
+    for argv, message in (
+        (["--rows", "-1"], r"--rows -1 is less than 0; give 0 or more"),
+        (["--rows", "0"], r"--rows 0 measures no held-out text, and there are no --tasks; give one of the two"),
+        (["--limit", "0"], r"--limit 0 is less than 1"),
+        (["--plan", str(folder)], r"there is no plan at .*plan\.json"),
+        (["--step", "7"], r"step = 7 has no checkpoint .*saved steps are \[2\]"),
+        (["--out", "/proc/none/out.json"], r"--out = '/proc/none/out\.json'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate.main([run, *argv])
+    (folder / "plan").rename(folder / "gone")
+    try:
+        with pytest.raises(ConfigError, match=r"has no held-out text: its data plan is no longer at .*plan; name a"):
+            evaluate.main([run])
+        assert evaluated(folder, "--plan", str(folder / "gone"), "--rows", "1")["held_out"]["rows"]["code"] == 1
+    finally:
+        (folder / "gone").rename(folder / "plan")

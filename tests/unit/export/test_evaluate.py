@@ -1,0 +1,344 @@
+"""Tasks of lm-evaluation-harness with Trivium's decoder: the numbers of the harness's own model, and what is refused.
+
+Skipped where `lm_eval` is not installed.
+"""
+
+import importlib.util
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from rich.console import Console
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from configs.export import ExportConfig
+from configs.files import file_sha256
+from configs.loader import ConfigError, plain
+from export import evaluate, huggingface
+from export.chat_codec import TextCodec
+from export.tensors import write_tensors
+from posttrain.chat_format import jinja_template
+from pretrain.evaluation import humaneval, text_metrics
+from pretrain.model import build_single
+from tests.unit.export.conftest import CHINESE, ENGLISH, make_source, random_weights, tiny
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None,
+    reason="lm_eval is not installed; it is one of the packages of: pip install '.[eval]'",
+)
+CONTEXT = 128
+QUESTIONS = [
+    {
+        "q": f"{ENGLISH[i * 20 : i * 20 + 30 + 40 * i]}",
+        "choices": [" the best", " wisdom of it", " a", "春眠"],
+        "label": i % 4,
+    }
+    for i in range(6)
+]
+CHOICE = """
+task: choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl, train: solved.jsonl}}
+output_type: multiple_choice
+training_split: train
+test_split: test
+doc_to_text: "Question: {{q}}\\nAnswer:"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+TEXTS = """
+task: texts
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{q}}"
+metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
+"""
+WRITE = """
+task: write
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl, train: solved.jsonl}}
+output_type: generate_until
+training_split: train
+test_split: test
+doc_to_text: "{{q}}"
+doc_to_target: "{{choices[1]}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 12}
+metric_list: [{metric: bleu}, {metric: bleu_zh}, {metric: chrf}, {metric: rouge1}, {metric: rougeL}]
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with three tasks and, beside them, their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, text in (("choice", CHOICE), ("texts", TEXTS), ("write", WRITE)):
+        (folder / f"{name}.yaml").write_text(text)
+    for name, rows in (("questions", QUESTIONS), ("solved", QUESTIONS[::-1])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Any:
+    return build_single(tiny(), random_weights(tiny()))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
+    """Hugging Face folder of the same model, without a chat template."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    config = ExportConfig(run="unused", out=str(out), prompts=["It was"], chat_prompts=["a"], sample_tokens=1)
+    source, console = make_source(tiny(), random_weights(tiny()), tokenizer_path), Console(file=io.StringIO())
+    texts = huggingface.read_texts(source, config, console)
+    assert huggingface.export(source, texts, config, out, {}, console) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def harness(exported: Path) -> Any:
+    """The harness's own model, made of the exported folder."""
+    pytest.importorskip("accelerate", reason="the harness's own model needs accelerate: pip install '.[dev]'")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=3)
+
+
+def make_lm(*args: Any, **kwargs: Any) -> Any:
+    from pretrain.evaluation.harness_model import TriviumLM  # imports lm_eval, which no other worker should wait for
+
+    return TriviumLM(*args, **kwargs)
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, args, 0, ("test", i, 1)) for i, args in enumerate(arguments)]  # type: ignore[arg-type]
+
+
+PAIRS = [
+    ("It was the age of", " wisdom"),
+    ("It was the age of ", "wisdom"),
+    ("It was the age of", " foolishness, it was the epoch of belief"),
+    ("", "It was"),
+    ("   ", " was"),
+    ("春眠不觉晓，", "处处闻啼鸟"),
+    ("Is it <s> or </s>?", " <|end|>"),
+    *[(ENGLISH, choice) for choice in (" A", " B", " C")],
+    (ENGLISH * 2, " the end of it"),  # longer than the context
+    (CHINESE * 3, CHINESE[:20]),
+]
+
+
+def test_loglikelihoods_are_those_of_the_harness_on_the_exported_model(
+    decoder: Any, harness: Any, tokenizer_path: Path
+) -> None:
+    codec = TextCodec(tokenizer_path)
+    ours = make_lm(decoder, codec, CONTEXT, batch_tokens=300)
+    # The harness takes a special token that is spelled out in a text for that token; in Trivium it is plain text.
+    pairs = [pair for pair in PAIRS if "<" not in "".join(pair)]
+    mine = ours.loglikelihood(instances("loglikelihood", pairs))
+    theirs = harness.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    assert len({round(logprob, 3) for logprob, _ in theirs}) == len(pairs), "the cases are different"
+    for pair, (logprob, is_greedy), (expected, expected_greedy) in zip(pairs, mine, theirs, strict=True):
+        assert logprob == pytest.approx(expected, abs=1e-4), pair
+        assert is_greedy == expected_greedy, pair
+    assert ours.cut == {"test": 2}
+
+
+def test_without_a_beginning_token_they_agree_too(
+    decoder: Any, harness: Any, tokenizer_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(harness, "add_bos_token", False)
+    ours = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT, add_bos=False)
+    pairs = [pair for pair in PAIRS if "<" not in "".join(pair) and pair[0].strip()]
+    mine = ours.loglikelihood(instances("loglikelihood", pairs))
+    theirs = harness.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    assert [logprob for logprob, _ in mine] == pytest.approx([logprob for logprob, _ in theirs], abs=1e-4)
+    texts = [(ENGLISH,), (ENGLISH * 3,), (CHINESE,), ("a",)]
+    mine = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT).loglikelihood_rolling(
+        instances("loglikelihood_rolling", texts)
+    )
+    theirs = harness.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+    assert mine == pytest.approx(theirs, abs=1e-3)
+
+
+def test_answers_are_those_of_the_harness(decoder: Any, harness: Any, tokenizer_path: Path) -> None:
+    settings = {"until": ["\n", "the"], "max_gen_toks": 24, "do_sample": False}
+    prompts = [(ENGLISH[:60], settings), ("春眠", settings), (ENGLISH * 2, settings), ("It", {**settings, "until": []})]
+    requests = instances("generate_until", prompts)
+    ours = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT)
+    assert ours.generate_until(requests) == harness.generate_until(requests, disable_tqdm=True)
+
+
+def test_a_text_ends_at_the_first_stop_string_wherever_tokens_end() -> None:
+    from pretrain.evaluation.harness_model import StopWatch, before_stop
+
+    assert before_stop("one\n\ntwo STOP", ["STOP", "\n\n"]) == "one"
+    assert before_stop("one", ["STOP", ""]) == "one"
+    watch = StopWatch(lambda ids: "".join(map(chr, ids)), ["STOP"], 2)
+    told = [watch(1, ord(letter)) for letter in "xxxSTxSTOP"]
+    assert told == [False] * 9 + [True] and not watch(0, ord("P"))
+
+
+def test_special_tokens_are_plain_text_unless_the_chat_template_wrote_them(decoder: Any, tokenizer_path: Path) -> None:
+    codec = TextCodec(tokenizer_path, jinja_template())
+    plain_text, chat = make_lm(decoder, codec, CONTEXT), make_lm(decoder, codec, CONTEXT, chat=True)
+    assert plain_text.tok_encode("<|end|>") == [1, *codec.tokenizer.encode("<|end|>")]
+    messages = [{"role": "user", "content": "It <|end|> was"}]
+    assert chat.tok_encode(chat.apply_chat_template(messages)) == codec.encode_chat(messages)
+    begun = [*messages, {"role": "assistant", "content": "of"}]
+    opened = codec.encode_chat(messages) + codec.tokenizer.encode("of")
+    assert chat.tok_encode(chat.apply_chat_template(begun, add_generation_prompt=False)) == opened
+
+
+def test_tasks_run_from_the_command_line_and_their_results_collect(
+    exported: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Metrics are computed again here, from what the samples say that the model answered."""
+    out, samples = tmp_path / "out.json", tmp_path / "samples.jsonl"
+    common = [str(exported), "--out", str(out), "--samples", str(samples), "--limit", "4", "--num-fewshot", "1"]
+    assert evaluate.main([*common, "--tasks", f"{tasks}"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(out.read_text())["tasks"]
+    assert {name: values["documents"] for name, values in found.items()} == {"choice": 4, "texts": 4, "write": 4}
+    assert found["choice"]["num_fewshot"] == 1 and "choice" in printed.out and "bits_per_byte" in printed.out
+    records = [json.loads(line) for line in samples.read_text().splitlines()]
+    chosen = [record for record in records if record["task"] == "choice"]
+    assert all(record["arguments"][0][0].count("Question: ") == 2 for record in chosen), "one solved example"
+    right = 0
+    for record in chosen:
+        logprobs = [response[0][0] for response in record["resps"]]
+        right += max(range(4), key=logprobs.__getitem__) == record["doc"]["label"]
+    assert found["choice"]["measures"]["acc"] == right / 4
+    bits = -sum(record["resps"][0][0] for record in records if record["task"] == "texts") / 0.6931471805599453
+    size = sum(len(record["doc"]["q"].encode()) for record in records if record["task"] == "texts")
+    assert found["texts"]["measures"]["bits_per_byte"] == pytest.approx(bits / size)
+    assert found["write"]["measures"].keys() == {"bleu", "bleu_zh", "chrf", "rouge1", "rougeL"}
+
+    assert evaluate.main([str(exported), "--out", str(out), "--task-folder", str(tasks), "--tasks", "choice"]) == 0
+    again = json.loads(out.read_text())["tasks"]
+    assert again["texts"] == found["texts"] and again["choice"]["documents"] == 6
+
+
+def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, monkeypatch) -> None:
+    """The answers are put in the model's mouth: a right one, a wrong one, and one that does not end."""
+    from pretrain.evaluation.harness_tasks import load_tasks, run_tasks
+
+    problems = humaneval.read_problems()[:3]
+    answers = [problems[0]["canonical_solution"], "    return 1\n", "    while True: pass\n"]
+    model = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT)
+    monkeypatch.setattr(model, "generate_until", lambda requests: answers)
+    loaded = load_tasks(["humaneval"])
+    assert loaded.documents(None) == {"humaneval": 164}
+    found = run_tasks(model, loaded, num_fewshot=5, limit=3)
+    assert found["scores"] == {"humaneval": {"measures": {"pass@1": 1 / 3}, "num_fewshot": 0, "documents": 3}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            WRITE.replace("metric: bleu}", "metric: blue}"),
+            r"task write has the metric blue, which is neither one of lm_",
+        ),
+        (
+            WRITE.replace("choices[1]", "choices").replace('"{{choices}}"', "choices"),
+            r"has several references .* bleu 0 or 1",
+        ),
+        (
+            CHOICE.replace("questions.jsonl", "none.jsonl"),
+            r"task choice cannot be loaded: FileNotFoundError: .*none\.js",
+        ),
+        (
+            CHOICE.replace("dataset_path: json", "dataset_path: some/where").replace("dataset_kwargs", "metadata"),
+            r"task choice cannot be loaded: its data are not on this machine .*HF_HUB_OFFLINE=0",
+        ),
+        (
+            CHOICE + "unsafe_code: true\n",
+            r"task choice runs programs .* add --run-unsafe-code to allow that, or use human",
+        ),
+        ("task: [choice", r"wrong\.yaml is not valid YAML: .*; correct it"),
+        ("test_split: a", r"has no task in it; put YAML files with a `task:` key there"),
+    ],
+)
+def test_tasks_that_cannot_be_run_are_told(text: str, message: str, tasks: Path, tmp_path: Path) -> None:
+    from pretrain.evaluation.harness_tasks import load_tasks
+
+    (tmp_path / "wrong.yaml").write_text(text)
+    for name in ("questions", "solved"):
+        (tmp_path / f"{name}.jsonl").write_bytes((tasks / f"{name}.jsonl").read_bytes())
+    with pytest.raises(ConfigError, match=message):
+        load_tasks([str(tmp_path)])
+
+
+def test_settings_that_the_sampler_lacks_are_told(decoder: Any, tokenizer_path: Path) -> None:
+    model = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT)
+    for settings, message in (
+        ({"num_beams": 4}, r"task test sets generation_kwargs\.num_beams = 4, which Trivium's sampler does not have"),
+        ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, r"task test, generation_kwargs: top_p = 2 is out of"),
+        ({"max_gen_toks": 0}, r"max_gen_toks = 0; give 1 or more"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.generate_until(instances("generate_until", [("It was", settings)]))
+
+
+def test_mistakes_on_the_command_line_are_told(
+    exported: Path, tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for argv, message in (
+        (["--tasks", "humanevil"], r"humanevil is no folder, no file and no task's name \(did you mean humaneval"),
+        (["--tasks", "humaneval", "--chat"], r"has no chat template; leave out --chat, or name a run of `trivium sft`"),
+        (["--tasks", "humaneval", "--humaneval", str(tmp_path)], r"HumanEval's problems are not at"),
+        (["--tasks", "x", "--task-folder", str(tmp_path / "no")], r"--task-folder .*no is no folder"),
+        ([], r"has no held-out text: it knows no data plan; name a plan by --plan, or give --tasks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate.main([str(exported), *argv])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"--tasks needs the package lm_eval, which is not installed; run: pip install"
+    ):
+        evaluate.main([str(exported), "--tasks", "humaneval"])
+
+
+def test_rouge_knows_words_of_every_script() -> None:
+    """By hand: of 4 characters 2 are shared in order, of 5 words 4; the package's own tokenizer sees no Chinese."""
+    assert text_metrics._rouge("rouge1")(["春眠不觉"], ["春晓不知"]) == pytest.approx(50.0)
+    assert text_metrics._rouge("rougeL")(["It was the best of"], ["it was a best of"]) == pytest.approx(80.0)
+    assert text_metrics.AnyScript().tokenize("Ein Über-Maß 42, ぱん 한국") == [
+        "ein",
+        "über",
+        "maß",
+        "42",
+        "ぱ",
+        "ん",
+        "한",
+        "국",
+    ]
+
+
+def test_an_imported_folder_gives_what_its_export_gives(
+    exported: Path, tasks: Path, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    imported, results = tmp_path / "imported", []
+    imported.mkdir()
+    write_tensors(imported, random_weights(tiny()).items(), max_bytes=10**9)
+    facts = {"max_positions": CONTEXT, "tokenizer_sha256": file_sha256(tokenizer_path)}
+    (imported / "model.toml").write_text(tomli_w.dumps({"model": plain(tiny()), "import": facts}))
+    (imported / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    for folder in (imported, exported):
+        assert evaluate.main([str(folder), "--tasks", str(tasks / "texts.yaml")]) == 0
+        file = folder / "eval.json"
+        results.append(json.loads(file.read_text())["tasks"]["texts"]["measures"])
+        file.unlink()
+    assert results[0] == pytest.approx(results[1])
+    assert torch.isfinite(torch.tensor(list(results[0].values()))).all()
