@@ -156,6 +156,17 @@ class EvalConfig(Section):
     """The maximum number of held-out rows of each source; 0 turns evaluation off."""
 
 
+class PretrainEvalConfig(EvalConfig):
+    """Held-out loss by source, and scores of tasks."""
+
+    tasks: tuple[str, ...] = ()
+    """The tasks of lm-evaluation-harness that are scored at each evaluation: names, YAML files or folders."""
+    task_documents: int = Field(default=100, ge=1)
+    """The maximum number of documents of each task."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """The number of solved examples in each prompt; left out, it is what the task says."""
+
+
 class LogConfig(Section):
     """The output of a run while it trains; metrics.jsonl has every step in any case."""
 
@@ -213,3 +224,5 @@ class PretrainConfig(TrainerConfig):
     """The shape of the decoder."""
     data: DataSection
     """The data plan to train on."""
+    eval: PretrainEvalConfig = PretrainEvalConfig()
+    """Held-out loss by source, and scores of tasks."""

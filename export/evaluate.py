@@ -5,7 +5,6 @@ kept as JSON beside the model, in which the scores of one model's tasks collect.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -22,11 +21,10 @@ if TYPE_CHECKING:
     from data_pipeline.mixture.rows import Plan
     from export.chat_codec import TextCodec
     from export.model_source import ModelSource
-    from pretrain.evaluation.harness_tasks import Tasks
+    from pretrain.evaluation.harness_tasks import LoadedTasks
     from pretrain.model import Decoder
 
 SOURCE_HELP = "a run directory (its newest checkpoint), a checkpoint, an imported model, or a Hugging Face folder"
-PACKAGES = ("lm_eval", "sacrebleu", "rouge_score")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,19 +140,18 @@ def _plan(args: argparse.Namespace, opened: "ModelSource") -> "Plan | None":
     return plan
 
 
-def _tasks(args: argparse.Namespace) -> "Tasks":
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"--tasks needs the package {missing[0]}, which is not installed; run: pip install 'trivium[eval]' (in the "
-            "repository: pip install --constraint constraints.txt '.[eval]')"
-        )
+def _tasks(args: argparse.Namespace) -> "LoadedTasks":
+    from pretrain.evaluation.packages import need_packages
+
+    need_packages("--tasks")
     from pretrain.evaluation.harness_tasks import load_tasks
 
     return load_tasks(args.tasks, args.task_folder, args.humaneval, args.run_unsafe_code)
 
 
-def _say_what(args: argparse.Namespace, opened: "ModelSource", plan: "Plan | None", tasks: "Tasks | None") -> None:
+def _say_what(
+    args: argparse.Namespace, opened: "ModelSource", plan: "Plan | None", tasks: "LoadedTasks | None"
+) -> None:
     """Prints what would be measured."""
     from pretrain.evaluation.heldout_text import count_rows
 
@@ -190,7 +187,7 @@ def _held_out(args: argparse.Namespace, decoder: "Decoder", plan: "Plan") -> dic
 
 
 def _task_scores(
-    args: argparse.Namespace, decoder: "Decoder", codec: "TextCodec", opened: "ModelSource", tasks: "Tasks"
+    args: argparse.Namespace, decoder: "Decoder", codec: "TextCodec", opened: "ModelSource", tasks: "LoadedTasks"
 ) -> dict[str, Any]:
     """Runs the tasks; returns the scores of tasks and groups, and writes the samples if asked to."""
     from pretrain.evaluation.harness_model import TriviumLM

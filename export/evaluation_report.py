@@ -29,13 +29,13 @@ def grouped(tallies: Tallies, plan: Plan) -> dict[str, Any]:
             sources[source] = {**sum(own.values(), TextLoss()).measures(), "languages": languages}
             if source in baselines:
                 sources[source]["baselines"] = baselines[source]
-    languages = {
+    by_language = {
         language: sum((t for (_, name), t in tallies.items() if name == language), TextLoss())
         for language in sorted({language for _, language in tallies})
     }
     return {
         "sources": sources,
-        "languages": {name: tally.measures() for name, tally in languages.items() if tally.tokens},
+        "languages": {name: tally.measures() for name, tally in by_language.items() if tally.tokens},
         "all": sum(tallies.values(), TextLoss()).measures(),
     }
 

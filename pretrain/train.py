@@ -25,7 +25,8 @@ from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.plan_choice import PlanChoice, choose_plan
 
 if TYPE_CHECKING:
-    from pretrain.heldout_loss import HeldoutLoss
+    from pretrain.evaluation.task_scores import TaskScores
+    from pretrain.heldout_loss import Evaluator, HeldoutLoss
     from pretrain.parallel.groups import Mesh
 
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # torch takes seconds to import, so mistakes in the config are reported before.
+    scored = _task_scores(config, choice.plan)
     from pretrain.batch_source import PlanSource
     from pretrain.checkpoint.lineage import Lineage
     from pretrain.data_check import DamagedTrainingData
@@ -69,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with groups.joined(env, layout, config.parallel.backend) as mesh:
         try:
             name, plan = Path(config.run.dir).name, choice.plan
-            evaluators = _heldout(plan, config.eval.rows, mesh)
-            if evaluators and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
+            heldout = _heldout(plan, config.eval.rows, mesh)
+            evaluators: list[Evaluator] = [*heldout, *scored]
+            if heldout and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
                 print(
                     f"{name}: {plan.path} has no held-out documents of {', '.join(bare)}, so the held-out loss of "
                     "these sources is not measured",
@@ -121,6 +124,18 @@ def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
     if said := list(dict.fromkeys(filter(None, mesh.gather_json(found)))):
         raise DamagedTrainingData("; ".join(said))
     return evaluators
+
+
+def _task_scores(config: PretrainConfig, plan: Plan) -> "list[TaskScores]":
+    """Returns the evaluator of the tasks in `eval.tasks`, an empty list if there are none.
+
+    Raises ConfigError for a task that cannot be run.
+    """
+    if not config.eval.tasks:
+        return []
+    from pretrain.evaluation.task_scores import TaskScores
+
+    return [TaskScores(config.eval, plan.tokenizer_path, config.train.seq_length, config.run.seed)]
 
 
 def _choose_plan(config: PretrainConfig, resume: str) -> PlanChoice:

@@ -29,7 +29,7 @@ SETTINGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
 
 
 class Codec(Protocol):
-    """What the harness needs of a model's tokenizer; `export.chat_codec.TextCodec` is one."""
+    """A model's tokenizer as the harness needs it, such as `export.chat_codec.TextCodec`."""
 
     bos_id: int
     eos_id: int
@@ -150,7 +150,7 @@ class TriviumLM(TemplateLM):
 
     def _continue(self, requests: list[Any], progress: Callable[[int], None]) -> list[str]:
         """Continues prompts that have the same settings; each draws by its own place among its task's documents."""
-        settings = self._settings(requests[0])
+        settings = generation_settings(str(requests[0].task_name), requests[0].args[1])
         wanted = settings["max_gen_toks"]
         # A prompt gives way to the answer, but never more than half of the context.
         most = self.max_length - min(wanted, self.max_length // 2)
@@ -182,28 +182,32 @@ class TriviumLM(TemplateLM):
         progress(len(requests))
         return [before_stop(self.codec.decode(one.tokens), stops) for one in completions]
 
-    def _settings(self, request: Any) -> dict[str, Any]:
-        """Returns how to generate; raises ConfigError for a setting that the sampler does not have or cannot take."""
-        given = dict(normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS))
-        unknown = [f"{key} = {value!r}" for key, value in given.items() if key not in SETTINGS]
-        if unknown:
-            raise ConfigError(
-                f"task {request.task_name} sets generation_kwargs.{unknown[0]}, which Trivium's sampler does not have; "
-                f"remove it from the task's file, or use {', '.join(SETTINGS)}"
-            )
-        try:
-            chosen = {key: given[key] for key in SAMPLING if given.get(key) is not None}
-            sampling = SamplingConfig(**chosen if given["do_sample"] else {**chosen, "temperature": 0.0})
-        except (ConfigError, TypeError) as error:
-            raise ConfigError(f"task {request.task_name}, generation_kwargs: {error}") from None
-        most = given["max_gen_toks"]
-        if most < 1:
-            raise ConfigError(f"task {request.task_name} sets generation_kwargs.max_gen_toks = {most}; give 1 or more")
-        return {"sampling": sampling, "max_gen_toks": most, "until": given["until"]}
-
     def _note(self, request: Any, tokens: int) -> None:
         if tokens > self.max_length:
             self.cut[str(request.task_name)] += 1
+
+
+def generation_settings(task: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns {"sampling", "max_gen_toks", "until"} of a task's generation_kwargs.
+
+    Raises ConfigError for a setting that the sampler does not have or cannot take.
+    """
+    settings: dict[str, Any] = dict(normalize_gen_kwargs(given, MAX_NEW_TOKENS))
+    unknown = [f"{key} = {value!r}" for key, value in settings.items() if key not in SETTINGS]
+    if unknown:
+        raise ConfigError(
+            f"task {task} sets generation_kwargs.{unknown[0]}, which Trivium's sampler does not have; remove it from "
+            f"the task's file, or use {', '.join(SETTINGS)}"
+        )
+    try:
+        chosen = {key: settings[key] for key in SAMPLING if settings.get(key) is not None}
+        sampling = SamplingConfig(**chosen if settings["do_sample"] else {**chosen, "temperature": 0.0})
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"task {task}, generation_kwargs: {error}") from None
+    most = settings["max_gen_toks"]
+    if most < 1:
+        raise ConfigError(f"task {task} sets generation_kwargs.max_gen_toks = {most}; give 1 or more")
+    return {"sampling": sampling, "max_gen_toks": most, "until": settings["until"]}
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from lm_eval.api import metrics  # noqa: F401  (registers the harness's metrics)
+from lm_eval.api.registry import metric_registry
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from configs.loader import ConfigError
 from pretrain.evaluation import humaneval, text_metrics
-from pretrain.evaluation.harness_model import TriviumLM
+from pretrain.evaluation.harness_model import TriviumLM, generation_settings
 
 # Errors of `datasets` and `huggingface_hub` about data that are not on this machine.
 NOT_HERE = ("ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
@@ -32,7 +34,7 @@ SEED = 1234  # of the choice of n-shot examples
 
 
 @dataclass(frozen=True)
-class Tasks:
+class LoadedTasks:
     """Loaded tasks by name, with their data, and what the harness needs to run them."""
 
     manager: TaskManager
@@ -46,11 +48,16 @@ class Tasks:
 
 
 def load_tasks(
-    names: Sequence[str], folders: Sequence[str | Path] = (), humaneval_file: str | None = None, unsafe: bool = False
-) -> Tasks:
+    names: Sequence[str],
+    folders: Sequence[str | Path] = (),
+    humaneval_file: str | None = None,
+    unsafe: bool = False,
+    key: str = "--tasks",
+) -> LoadedTasks:
     """Loads tasks by names, files or folders. Raises ConfigError naming the one that cannot be loaded, and why.
 
-    Without `unsafe`, a task is refused that runs programs outside of the sandbox.
+    Without `unsafe`, a task is refused that runs programs outside of the sandbox. `key` is the option or config key
+    that names the tasks.
     """
     text_metrics.register()
     paths = [Path(folder) for folder in folders]
@@ -58,11 +65,12 @@ def load_tasks(
         if not folder.is_dir():
             raise ConfigError(f"--task-folder {folder} is no folder; name one with YAML files of tasks")
     with _quiet():
-        manager, specs = _specs(names, paths, humaneval_file)
-        tasks, groups = {}, {}
+        manager, specs = _specs(names, paths, humaneval_file, key)
+        tasks: dict[str, Any] = {}
+        groups: dict[str, Any] = {}
         for name, spec in specs:
             try:
-                loaded = _load(manager, spec)
+                loaded = _load(manager, name, spec)
             except ConfigError:
                 raise
             except Exception as error:  # whatever a task's file, functions or data raise
@@ -71,11 +79,15 @@ def load_tasks(
             groups |= loaded.get("groups", {})
     for name, task in tasks.items():
         _check(name, task, unsafe)
-    return Tasks(manager, tasks, groups)
+    return LoadedTasks(manager, tasks, groups)
 
 
 def run_tasks(
-    model: TriviumLM, tasks: Tasks, num_fewshot: int | None = None, limit: int | None = None, keep_samples: bool = False
+    model: TriviumLM,
+    tasks: LoadedTasks,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    keep_samples: bool = False,
 ) -> dict[str, Any]:
     """Returns {"scores": {task: scores}, "groups": {group: scores}, "samples": {task: [record]}} of loaded tasks.
 
@@ -83,15 +95,12 @@ def run_tasks(
     examples in each prompt, instead of what the task says, unless that is 0. The random numbers are seeded as in the
     harness, so that the same examples are chosen.
     """
-    random.seed(0)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
     for task in tasks.tasks.values():
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=SEED)
-    with _quiet():
+    with _quiet(), _seeded():
         found: Any = evaluate(
             lm=model,
             task_dict={"tasks": tasks.tasks, "groups": tasks.groups},
@@ -113,15 +122,17 @@ def run_tasks(
 
 
 def _specs(
-    names: Sequence[str], folders: Sequence[Path], humaneval_file: str | None
+    names: Sequence[str], folders: Sequence[Path], humaneval_file: str | None, key: str
 ) -> tuple[TaskManager, list[tuple[str, Any]]]:
     """Returns the harness's index of tasks, and what it loads for each name."""
     own = TaskManager(include_path=list(folders) or None, include_defaults=False)
-    known, found, missing = own, [], []
+    known = own
+    found: list[tuple[str, Any]] = []
+    missing: list[str] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found += [(task, str(file)) for task, file in _tasks_in(path)]
+            found += [(task, str(file)) for task, file in _tasks_in(path, key)]
         elif path.is_file():
             found.append((name, str(path)))
         elif name == humaneval.NAME and name not in own.all_tasks:
@@ -137,27 +148,43 @@ def _specs(
                 close = get_close_matches(name, [*known.all_tasks, humaneval.NAME], n=3)
                 hint = f" (did you mean {' or '.join(close)}?)" if close else ""
                 raise ConfigError(
-                    f"--tasks {name} is no folder, no file and no task's name{hint}; name a folder with YAML files of "
+                    f"{key} {name} is no folder, no file and no task's name{hint}; name a folder with YAML files of "
                     "tasks, or give their folder by --task-folder"
                 )
             found.append((name, name))
     return known, found
 
 
-def _load(manager: TaskManager, spec: Any) -> Any:
+def _load(manager: TaskManager, name: str, spec: Any) -> Any:
     """Loads a task or group; relative paths in its file begin at its folder, or else at the working directory."""
-    entry = manager.task_index.get(spec) if isinstance(spec, str) else None
-    file = entry.yaml_path if entry else Path(spec) if isinstance(spec, str) else None
-    if file is not None:
-        try:
-            with chdir(Path(file).parent):
-                return manager.load([str(Path(file).absolute()) if entry is None else spec])
-        except FileNotFoundError:
-            pass
-    return manager.load([spec])
+    if not isinstance(spec, str):
+        return manager.load([spec])
+    entry = manager.task_index.get(spec)
+    file = entry.yaml_path if entry else Path(spec).absolute()
+    if file is None:  # a tag, which stands for several tasks
+        return manager.load([spec])
+    _check_metrics(name, load_yaml(file, resolve_func=False, recursive=True))
+    try:
+        with chdir(file.parent):
+            return manager.load([spec if entry else str(file)])
+    except FileNotFoundError:
+        return manager.load([spec])
 
 
-def _tasks_in(folder: Path) -> list[tuple[str, Path]]:
+def _check_metrics(name: str, config: dict[str, Any]) -> None:
+    """Raises ConfigError for a metric that nobody registered, for which the harness would ask the network."""
+    for entry in config.get("metric_list") or ():
+        metric = entry.get("metric") if isinstance(entry, dict) else None
+        is_function = isinstance(metric, str) and "/" in metric  # written `!function file.name`
+        if config.get("process_results") or is_function or (isinstance(entry, dict) and entry.get("hf_evaluate")):
+            continue
+        if metric not in metric_registry:
+            close = get_close_matches(str(metric), [*metric_registry], n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"Trivium's are {', '.join(text_metrics.NAMES)}"
+            raise ConfigError(f"task {name} has the metric {metric!r}, which does not exist; {hint}")
+
+
+def _tasks_in(folder: Path, key: str) -> list[tuple[str, Path]]:
     """Returns the names and files of the tasks in a folder; raises ConfigError if there is none."""
     for file in sorted(folder.rglob("*.yaml")):  # the harness passes over what it cannot read
         try:
@@ -168,7 +195,7 @@ def _tasks_in(folder: Path) -> list[tuple[str, Path]]:
     found = [(name, entry.yaml_path) for name, entry in sorted(index.items()) if entry.kind.name in ("TASK", "PY_TASK")]
     if not found:
         raise ConfigError(
-            f"--tasks {folder} has no task in it; put YAML files with a `task:` key there, such as docs/evaluation.md "
+            f"{key} {folder} has no task in it; put YAML files with a `task:` key there, such as docs/evaluation.md "
             "shows"
         )
     return found
@@ -182,20 +209,21 @@ def _check(name: str, task: Any, unsafe: bool) -> None:
             f"use {humaneval.NAME}, which runs them in a sandbox"
         )
     if getattr(task, "MULTIMODAL", False):
-        raise ConfigError(f"task {name} shows images, and Trivium's models read text alone; leave it out of --tasks")
+        raise ConfigError(f"task {name} shows images, and Trivium's models read text alone; leave it out")
     functions = getattr(task, "_metric_fn_list", {})
     if task.config.process_results is None:
-        unknown = [metric for metric, function in functions.items() if function is None]
-        if unknown:
+        if gone := [metric for metric, function in functions.items() if function is None]:
             raise ConfigError(
-                f"task {name} has the metric {unknown[0]}, which is neither one of lm_eval's nor of Trivium's "
-                f"({', '.join(text_metrics.NAMES)}); correct metric_list in its file"
+                f"task {name} has the metric {gone[0]} of the package evaluate, which is not on this machine; use "
+                f"another in its file, such as {', '.join(text_metrics.NAMES)}"
             )
         if task.multiple_target and (both := sorted(functions.keys() & set(text_metrics.GRADED))):
             raise ConfigError(
                 f"task {name} has several references for a document, and the harness then makes {both[0]} 0 or 1; give "
                 "one reference by doc_to_target, or compute the metric in process_results"
             )
+    if task.OUTPUT_TYPE == "generate_until":
+        generation_settings(name, task.config.generation_kwargs or {})
     if not len(task.eval_docs):
         raise ConfigError(f"task {name} has no documents in its test_split or validation_split; correct its file")
 
@@ -221,6 +249,21 @@ def _reason(error: Exception) -> str:
             "data_files of a copy of the task's file, or run once with HF_HUB_OFFLINE=0, which downloads them"
         )
     return f"{type(error).__name__}: {text[:400]}; correct its file"
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seeds all random numbers as the harness does, and puts them back as they were at the end."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(0)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 @contextmanager

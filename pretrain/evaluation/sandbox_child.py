@@ -23,8 +23,10 @@ REFUSED = (
     *("os.kill", "os.killpg", "signal.pthread_kill", "pty.spawn", "ctypes.", "webbrowser.", "resource.setrlimit"),
 )
 # Audit events whose first arguments are paths that must lie in the program's folder.
-PATHS = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
-PATHS += ("os.chown", "os.utime", "os.chdir", "os.setxattr", "os.removexattr", "shutil.rmtree", "shutil.move")
+PATHS = (
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"),
+    *("os.utime", "os.chdir", "os.setxattr", "os.removexattr", "shutil.rmtree", "shutil.move"),
+)
 
 
 def isolate() -> None:

@@ -120,10 +120,11 @@ def test_mistakes_are_told_in_a_sentence(folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate.main([run, *argv])
-    (folder / "plan").rename(folder / "gone")
+    (folder / "elsewhere").mkdir()
+    (folder / "plan").rename(folder / "elsewhere/plan")
     try:
         with pytest.raises(ConfigError, match=r"has no held-out text: its data plan is no longer at .*plan; name a"):
             evaluate.main([run])
-        assert evaluated(folder, "--plan", str(folder / "gone"), "--rows", "1")["held_out"]["rows"]["code"] == 1
     finally:
-        (folder / "gone").rename(folder / "plan")
+        (folder / "elsewhere/plan").rename(folder / "plan")
+    assert evaluated(folder, "--plan", str(folder / "plan"), "--rows", "1")["held_out"]["rows"]["code"] == 1
