@@ -8,18 +8,18 @@ from configs.loader import ConfigError, from_overrides
 from configs.section import Section
 from configs.train import ParallelConfig
 
-LEAST_TEMPERATURE = 1e-6  # above 0: logits divided by less may leave the range of fp32
+LEAST, MOST = 1e-6, 1e6  # logits divided or multiplied by numbers outside may leave the range of fp32
 
 
 # What each option may be, and what to give instead of something else.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "repetition_penalty": (
-        lambda value: 0 < value < math.inf,
-        "give more than 0: 1 changes nothing, and 1.1 makes repeated tokens a little rarer",
+        lambda value: LEAST <= value <= MOST,
+        f"give {LEAST:g} to {MOST:g}: 1 changes nothing, and 1.1 makes repeated tokens a little rarer",
     ),
     "temperature": (
-        lambda value: value == 0 or LEAST_TEMPERATURE <= value < math.inf,
-        f"give 0, which always takes the likeliest token, or {LEAST_TEMPERATURE:g} or more",
+        lambda value: value == 0 or LEAST <= value < math.inf,
+        f"give 0, which always takes the likeliest token, or {LEAST:g} or more",
     ),
     "top_k": (lambda value: value >= 0, "give 1 or more, or 0 to keep all tokens"),
     "top_p": (lambda value: 0 < value <= 1, "give more than 0 and at most 1, which keeps all tokens"),

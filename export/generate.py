@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output is not None:
         if args.prompts is None:
             raise ConfigError("--output is for the texts of --prompts FILE; redirect the output of --prompt")
+        if args.output.is_dir():
+            raise ConfigError(f"--output {args.output} is a folder; name a file in it")
         check_writable(args.output.parent, "--output's folder")
 
     from export.text_model import TextOptions, loaded

@@ -36,7 +36,7 @@ class FilePrompt:
 def read_prompts(path: Path, model: "TextModel") -> list[FilePrompt]:
     """Returns the prompts of a file. Raises ConfigError with the line that is wrong, or that fills the context."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
         raise ConfigError(f"--prompts {path}: {said}; name a JSONL file with a prompt in each line") from None

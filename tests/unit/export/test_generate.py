@@ -74,7 +74,7 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(model, capsys, tmp_path):
     answered = TextCodec(model / "tokenizer.model", jinja_template()).encode_chat(dialogue)
     assert answered[-1] != 2 and records[1]["text"] != records[2]["text"]
 
-    source.write_text(json.dumps({"prompt": "It was"}))
+    source.write_text(json.dumps({"prompt": "It was"}), encoding="utf-8-sig")  # some editors begin a file so
     generate.main([str(model), "--prompts", str(source), "--max-new-tokens", "4000", "--temperature", "0"])
     assert json.loads(capsys.readouterr().out)["ending"] in ("context", "stop_token")
 
@@ -234,6 +234,8 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
         generate.main([str(model), "--prompt", "a", "--batch-size", "0"])
     with pytest.raises(ConfigError, match=r"--output is for the texts of --prompts"):
         generate.main([str(model), "--prompt", "a", "--output", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match=r"--output .* is a folder; name a file in it"):
+        generate.main([str(model), "--prompts", str(tmp_path / "no.jsonl"), "--output", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"no\.jsonl: No such file or directory; name a JSONL file"):
         generate.main([str(model), "--prompts", str(tmp_path / "no.jsonl")])
     with pytest.raises(ConfigError, match=r"parallel\.pp = 2 is for training; .* leave the key out"):
