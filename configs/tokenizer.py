@@ -77,8 +77,41 @@ class TokenizerTraining(Section):
         return (*self.special_tokens, *(RESERVED_NAME.format(number) for number in range(self.reserved_tokens)))
 
 
+_ROLES = ("end_of_document", "begin_of_document", "padding")
+
+
 class TokenizerConfig(TokenizerTraining):
-    """A tokenizer that is trained on a sample of all sources together."""
+    """A tokenizer that is trained on a sample of all sources together, or one that exists already."""
+
+    file: str | None = None
+    """The folder or file of a tokenizer to use as it is: a tokenizer.json of Hugging Face's, or one that Trivium
+    trained; left out, one is trained."""
+    end_of_document: str | None = None
+    """The token that ends a document, if the tokenizer was trained elsewhere; left out, the end that the files beside
+    it name."""
+    begin_of_document: str | None = None
+    """The token that begins a document, if the tokenizer was trained elsewhere, "" for none; left out, the one that the
+    tokenizer itself puts before a text."""
+    padding: str | None = None
+    """The token that fills rows, if the tokenizer was trained elsewhere; left out, its own, or the end of a
+    document."""
+
+    @model_validator(mode="after")
+    def _trained_or_taken(self) -> "TokenizerConfig":
+        if self.file is None:
+            if given := [key for key in _ROLES if getattr(self, key) is not None]:
+                raise ValueError(
+                    f"{given[0]} = {getattr(self, given[0])!r} is for a tokenizer that was trained elsewhere; set "
+                    "tokenizer.file as well, or leave it out"
+                )
+            return self
+        for key, field in TokenizerTraining.model_fields.items():
+            if getattr(self, key) != field.default:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)!r} is for training, and tokenizer.file = {self.file!r} is taken as "
+                    f"it is; leave out {key}, or tokenizer.file"
+                )
+        return self
 
 
 class TextConfig(Section):

@@ -114,7 +114,7 @@ def draft_plan(
     sources = []
     opened = _open_sources(tokens / TRAIN, named, gone, key)
     if settings.fim:
-        fill.FimSymbols.of(model.special_ids)
+        fill.FimSymbols.of(model.special_ids, model.bos_id, model.eos_id)
     for name, shards in opened.items():
         check_stores(shards.stores, model)
         forms = _fim_forms(settings, name, len(shards.lengths))

@@ -43,15 +43,19 @@ class FimSymbols:
     eos: int
 
     @classmethod
-    def of(cls, special_ids: dict[str, int]) -> "FimSymbols":
-        """Takes the ids from a tokenizer's; raises ValueError if it was trained without these symbols."""
+    def of(cls, special_ids: dict[str, int], bos: int, eos: int) -> "FimSymbols":
+        """Takes the ids from a tokenizer's; raises ValueError if it was trained without these symbols.
+
+        `bos` and `eos` begin and end a document; -1 if nothing begins one.
+        """
         missing = [name for name in FIM_CONTROLS if name not in special_ids]
         if missing:
             raise ValueError(
                 f"mixture.fim needs a tokenizer with {', '.join(missing)}; run all of `trivium data run` with "
                 "mixture.fim set, so that it is trained with them, or leave mixture.fim out"
             )
-        return cls(*(special_ids[name] for name in (*FIM_CONTROLS, "<s>", "</s>")))
+        prefix, suffix, middle = (special_ids[name] for name in FIM_CONTROLS)
+        return cls(prefix, suffix, middle, bos, eos)
 
 
 def draw(seed: int, source: str, documents: int, rate: float, spm: float) -> np.ndarray:

@@ -79,6 +79,8 @@ def build_plan(
             "sha256": model.sha256,
             "vocab_size": model.vocab_size,
             "special_ids": model.special_ids,
+            "bos_id": model.bos_id,
+            "eos_id": model.eos_id,
             "pad_id": model.pad_id,
         },
         "sources": described,

@@ -68,6 +68,9 @@ class Segments:
         return len(self.offsets) - 1
 
 
+_ROLES = (("bos", "<s>"), ("eos", "</s>"))
+
+
 class Plan:
     """An opened plan; training rows are read by sample, held-out rows by source and number.
 
@@ -91,7 +94,9 @@ class Plan:
         self.sample_sources: np.ndarray = self._array("sample_sources.npy")
         self._sample_rows = self._array("sample_rows.npy")
         self._seed: int = plan["seed"]
-        self._fim_symbols = fim.FimSymbols.of(self.special_ids) if plan.get("fim") else None
+        facts = plan["tokenizer"]  # earlier versions wrote no bos_id and eos_id
+        bos, eos = (facts.get(f"{role}_id", self.special_ids.get(name, -1)) for role, name in _ROLES)
+        self._fim_symbols = fim.FimSymbols.of(self.special_ids, bos, eos) if plan.get("fim") else None
         after = plan["after"] or {"plan": None, "first_sample": 0}
         self.after: str | None = after["plan"]
         self.first_sample: int = after["first_sample"]

@@ -93,10 +93,16 @@ def _ngram(run_dir: Path, source: str) -> float | None:
     None if that cannot be told: the tokens have no bytes, or there are none.
     """
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
-    if not tokenizer.lossless:
+    if not tokenizer.token_bytes.any():
         return None
-    held_out, training = (_tokens(run_dir / "tokens" / split / source) for split in (HELDOUT, TRAIN))
-    model = estimate(training, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, ORDER)
+    # The model needs a mark before each document; without one of its own, the end of the document before is one.
+    begin = np.array([tokenizer.eos_id] * (tokenizer.bos_id < 0), np.int32)
+    held_out, training = (
+        [np.concatenate([begin, ids]) for ids in _tokens(run_dir / "tokens" / split / source)]
+        for split in (HELDOUT, TRAIN)
+    )
+    mark = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+    model = estimate(training, tokenizer.vocab_size, mark, tokenizer.eos_id, ORDER)
     size = sum(int(tokenizer.token_bytes[document].sum()) for document in held_out)
     return model.bits(held_out) / size if size else None
 

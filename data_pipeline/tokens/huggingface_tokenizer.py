@@ -1,53 +1,73 @@
-"""Tokenizer of a tokenizer.json of Hugging Face's tokenizers library: byte-level BPE, or WordPiece.
+"""Tokenizer of a tokenizer.json of Hugging Face's tokenizers library, trained here or elsewhere.
 
 Byte-level BPE (GPT-2) merges bytes, which its pieces spell as printable characters, so it keeps every text. WordPiece
 (BERT) splits words at white space, which it forgets, and words with an unknown character become <unk>; what it decodes
-is a text with single spaces, and bits per byte do not follow from its tokens.
+is a text with single spaces, and bits per byte do not follow from its tokens. A tokenizer that was trained elsewhere
+may be of any kind; its ids are those that the library gives, and `foreign` finds the roles of its special tokens.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from data_pipeline.tokens.foreign import Named, NoRoles, Roles, find_roles
 from data_pipeline.tokens.tokenizer import PROBE, SPECIALS, Tokenizer, check_unicode
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json as a Tokenizer; RAYON_NUM_THREADS, and not `threads`, is the number of its threads.
 
-    Raises ValueError for a file that is no tokenizer, that lacks a control symbol, or that changes text although it is
-    a byte-level one.
+    `named` are roles of tokens that a config gives. If the end of a document is not known, it is an error only if
+    `complete`. Raises ValueError for a file that is no tokenizer, and for one trained here that changes text although
+    it is a byte-level one.
     """
 
-    def __init__(self, content: bytes, origin: str, threads: int = 1) -> None:
+    def __init__(
+        self, content: bytes, origin: str, threads: int = 1, named: Named | None = None, complete: bool = True
+    ) -> None:
         try:
             self._fast = fast = tokenizers.Tokenizer.from_buffer(content)
             described = json.loads(content)
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(
-                f"tokenizer {origin} is not a tokenizer.json that can be read ({error}); train it again with "
-                "`trivium data run`"
+                f"tokenizer {origin} is not a tokenizer.json that can be read ({error}); restore it, or train one with "
+                "`trivium tokenizer train`"
             ) from None
-        fast.encode_special_tokens = True  # text that spells a control symbol stays text
-        vocabulary = fast.get_vocab()
-        pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+        # A text is never cut, filled up, or turned into a control symbol that it spells.
+        fast.no_truncation()
+        fast.no_padding()
+        fast.encode_special_tokens = True
+        pieces = [""] * (max(fast.get_vocab().values(), default=-1) + 1)  # an id without a piece stays empty
+        for piece, number in fast.get_vocab().items():
+            pieces[number] = piece
+        added = {token["content"]: token["id"] for token in described["added_tokens"]}
         special_ids = {token["content"]: token["id"] for token in described["added_tokens"] if token["special"]}
-        if missing := [name for name in SPECIALS if name not in special_ids]:
-            raise ValueError(
-                f"tokenizer {origin} has no {', '.join(missing)}; tokenizers trained elsewhere are not "
-                "supported, train one with `trivium data run`"
-            )
-        self.lossless = "ByteLevel" in _types(described["decoder"])
-        alphabet = byte_alphabet()
-        own_bytes = [
-            b"" if piece in special_ids or not self.lossless else bytes(alphabet[one] for one in piece)
-            for piece in pieces
-        ]
-        super().__init__(content, origin, pieces, special_ids, own_bytes)
-        if self.lossless and self.decode(self.encode(PROBE)) != PROBE:
+        roles: Roles | None = None
+        self.foreign = not special_ids.keys() >= set(SPECIALS)
+        if self.foreign:
+            try:
+                roles = find_roles(Path(origin).parent, fast, described, list(special_ids), named or Named())
+            except NoRoles:
+                if complete:
+                    raise
+            else:
+                taken = {pieces[one]: one for one in (roles.bos, roles.eos, roles.pad) if one >= 0}
+                special_ids = dict(sorted((special_ids | taken).items(), key=lambda item: item[1]))
+        own_bytes = _bytes_of(pieces, described, added, special_ids)
+        super().__init__(content, origin, pieces, special_ids, own_bytes or [b""] * len(pieces))
+        if roles is not None:
+            self.unk_id, self.bos_id, self.eos_id, self.pad_id = roles.unk, roles.bos, roles.eos, roles.pad
+            self.chat_template = roles.chat_template
+        made = [name for name, one in special_ids.items() if one != self.unk_id and one in self._plain([name])[0]]
+        self._made = re.compile("|".join(map(re.escape, made))) if made else None
+        self.lossless = own_bytes is not None and self._keeps(PROBE)
+        if own_bytes is not None and not self.lossless and not self.foreign:
             raise ValueError(
                 f"tokenizer {origin} does not keep text as it is; token stores need one trained with `trivium data run`"
             )
@@ -56,13 +76,60 @@ class HuggingFaceTokenizer(Tokenizer):
         """Returns a list of ids for each text; raises ValueError for a text that is not valid Unicode."""
         for text in texts:
             check_unicode(text)
-        return [found.ids for found in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self._made is None or not any(map(self.spells_symbol, texts)):
+            return self._plain(texts)
+        return [self._around_symbols(text) if self.spells_symbol(text) else self._plain([text])[0] for text in texts]
+
+    def spells_symbol(self, text: str) -> bool:
+        """Whether a text spells a control symbol that the model itself would make of it, and so is encoded in parts."""
+        return self._made is not None and self._made.search(text) is not None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; that of WordPiece has a space between words, whatever was there before."""
         if self.lossless:
             return super().decode(ids)
         return self._fast.decode(self._checked(ids), skip_special_tokens=True)
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _around_symbols(self, text: str) -> list[int]:
+        """Encodes a text that spells control symbols, each of which is divided after its first character."""
+        assert self._made is not None
+        cuts = [0, *(found.start() + 1 for found in self._made.finditer(text)), len(text)]
+        return [one for part in self._plain([text[i:j] for i, j in pairwise(cuts)]) for one in part]
+
+    def _keeps(self, text: str) -> bool:
+        return b"".join(self._bytes[one] for one in self.encode(text)) == text.encode()
+
+
+def _bytes_of(
+    pieces: Sequence[str], described: Mapping[str, Any], added: Mapping[str, int], special_ids: Mapping[str, int]
+) -> list[bytes] | None:
+    """Returns the bytes that each id stands for in a text, None if the kind of tokenizer has no such bytes.
+
+    Control symbols stand for none. `added` are the tokens that are not pieces of the model, and spell themselves.
+    """
+    types, known = _types(described["decoder"]), set(pieces)
+    if "ByteLevel" in types:
+        alphabet = byte_alphabet()
+
+        def spelled(piece: str) -> bytes:
+            return bytes(alphabet[one] for one in piece) if all(one in alphabet for one in piece) else piece.encode()
+
+    elif "ByteFallback" in types and all(f"<0x{byte:02X}>" in known for byte in range(256)):
+        spaces = [part for part in _parts(described["decoder"]) if part.get("type") == "Replace"]
+
+        def spelled(piece: str) -> bytes:
+            if len(piece) == 6 and piece.startswith("<0x"):
+                return bytes([int(piece[3:5], 16)])
+            for part in spaces:
+                piece = piece.replace(part["pattern"].get("String", "\0"), part["content"])
+            return piece.encode()
+
+    else:
+        return None
+    return [b"" if piece in special_ids else piece.encode() if piece in added else spelled(piece) for piece in pieces]
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -77,9 +144,14 @@ def byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def _types(part: dict[str, Any] | None) -> set[str]:
+def _types(part: Mapping[str, Any] | None) -> set[str]:
     """Returns the types of a tokenizer's part and of the parts in it."""
+    return {one.get("type", "") for one in _parts(part)}
+
+
+def _parts(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Returns a tokenizer's part and the parts in it, in their order."""
     if part is None:
-        return set()
+        return []
     inner = [one for value in part.values() if isinstance(value, list) for one in value if isinstance(one, dict)]
-    return {part.get("type", "")}.union(*(_types(one) for one in inner))
+    return [part, *(found for one in inner for found in _parts(one))]

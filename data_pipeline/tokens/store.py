@@ -1,6 +1,7 @@
 """Token stores: Megatron's `.bin` and `.idx`, a parquet table and a manifest; one store per shard of documents.
 
-`.bin` holds the ids of all documents, each as <s> text </s>. `.idx` (magic MMIDIDX, version 1) holds their lengths and
+`.bin` holds the ids of all documents, each as <s> text </s>, or without <s> if
+the tokenizer begins no document so. `.idx` (magic MMIDIDX, version 1) holds their lengths and
 byte offsets, so that megatron-core's IndexedDataset can read the store. `.parquet` holds, for each document index, the
 document's id, file, position, bytes and scores. `.json` holds the checksums of the other three files and of the
 tokenizer, counts, and a checksum of these values. A store is written under temporary names and renamed when it is
@@ -47,7 +48,7 @@ SCHEMA = pa.schema(
         ("file", pa.string()),  # name of its input file
         ("position", pa.int64()),  # its line or byte offset there
         ("start", pa.int64()),  # index of its first token in the .bin
-        ("length", pa.int32()),  # in tokens, with <s> and </s>
+        ("length", pa.int32()),  # in tokens, with those that begin and end it
         ("bytes", pa.int64()),  # of its text in UTF-8
         ("scores", pa.map_(pa.string(), pa.float64())),
         ("metadata", pa.string()),  # its other metadata, as JSON
@@ -76,7 +77,7 @@ def store_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class WrittenStore:
-    """Counts of a new store; `text_bytes` are UTF-8 bytes, `tokens` include <s> and </s>."""
+    """Counts of a new store; `text_bytes` are UTF-8 bytes, `tokens` include those that begin and end documents."""
 
     documents: int
     tokens: int
@@ -89,11 +90,11 @@ def build(
     """Tokenizes one file of documents into the store `<out>.bin`, `<out>.idx`, `<out>.parquet` and `<out>.json`.
 
     `progress` is called with the bytes of text encoded since its last call. Raises ValueError for a damaged file, for
-    text that cannot be encoded, and for a tokenizer without <s> or </s>.
+    text that cannot be encoded, and for a tokenizer without a token that ends a document.
     """
     out = Path(out)
-    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise ValueError(f"tokenizer {tokenizer.origin} has no <s> or </s>; a store puts one around each document")
+    if tokenizer.eos_id < 0:
+        raise ValueError(f"tokenizer {tokenizer.origin} has no token that ends a document; a store puts one after each")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = {suffix: out.with_name(f".{out.name}{suffix}.{os.getpid()}.tmp") for suffix in SUFFIXES}
     try:
@@ -119,7 +120,7 @@ def _write(
 ) -> tuple[WrittenStore, dict[str, str]]:
     """Writes a store to `paths`, by suffix; returns its counts and the SHA-256 of each file but the manifest."""
     dtype = store_dtype(tokenizer.vocab_size)
-    bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
+    bos, eos = np.array([tokenizer.bos_id] * (tokenizer.bos_id >= 0), np.int64), np.array([tokenizer.eos_id])
     lengths: list[int] = []
     start = text_bytes = 0
     checksum = hashlib.sha256()
@@ -133,9 +134,10 @@ def _write(
                 content = np.concatenate([bos, ids, eos], dtype=dtype, casting="unsafe").tobytes()
                 tokens.write(content)
                 checksum.update(content)
-                rows.append(_table_row(record, len(lengths), start, len(ids) + 2))
-                lengths.append(len(ids) + 2)
-                start += len(ids) + 2
+                length = len(bos) + len(ids) + 1
+                rows.append(_table_row(record, len(lengths), start, length))
+                lengths.append(length)
+                start += length
             table.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
             size = sum(row["bytes"] for row in rows)
             text_bytes += size

@@ -18,22 +18,30 @@ from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shards import TRAIN, shard_path, shards_under
-from data_pipeline.core.stage import KeepEarlier, Stage, read_manifest
+from data_pipeline.core.stage import KeepEarlier, Stage, file_hashes, read_manifest
+from data_pipeline.tokens.foreign import adopt, files_beside, load_named
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, Tokenizer
 from data_pipeline.tokens.training import train
 
 
 def tokenizer_stage(context: RunContext, documents: Stage, keep: KeepEarlier) -> Stage:
-    """Returns the stage that trains a tokenizer on the training split of all sources; for `keep` see `Stage`."""
-    config = context.config
+    """Returns the stage that trains a tokenizer on the training split of all sources, or takes one that exists.
+
+    Raises ConfigError if `tokenizer.file` names one that cannot be used. For `keep` see `Stage`.
+    """
+    config, taken = context.config, ""
+    if config.tokenizer.file is not None:
+        file = Path(load_named(config.tokenizer, _controls(config.mixture)).origin)
+        taken = file_hashes(files_beside(file), context.run_dir / "logs" / "tokenizer.json")
     return Stage(
         "tokenizer",
         partial(_tokenizer, context),
         plain(config.tokenizer) | ({"controls": controls} if (controls := _controls(config.mixture)) else {}),
-        ("tokens.training",),
+        ("tokens.training", "tokens.foreign"),
         needs=(documents,),
         counted_against=documents,
+        inputs=taken,
         packages=("sentencepiece", "tokenizers"),
         keep=keep,
     )
@@ -54,7 +62,7 @@ def tokens_stage(context: RunContext, documents: Stage, tokenizer: Stage, keep: 
 
 
 class TrainTokenizer(PipelineStep):
-    """datatrove step of a single task that trains the tokenizer on the files `inputs`."""
+    """datatrove step of a single task that trains the tokenizer on the files `inputs`, or takes the one it is given."""
 
     name = "Train tokenizer"
     type = "🔤 - TOKENIZER"
@@ -71,13 +79,11 @@ class TrainTokenizer(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         progress = ProgressFile(self.progress, rank)
-        train(
-            [Path(path) for path in self.inputs],
-            Path(self.out),
-            self.settings,
-            controls=self.controls,
-            progress=progress.advance,
-        )
+        if self.settings.file is not None:
+            adopt(self.settings, Path(self.out))
+        else:
+            inputs = [Path(path) for path in self.inputs]
+            train(inputs, Path(self.out), self.settings, controls=self.controls, progress=progress.advance)
         progress.close()
         yield from ()
 
@@ -127,7 +133,10 @@ def _document_shards(context: RunContext) -> list[str]:
 
 
 def _tokenizer(context: RunContext, folder: Path, logs: Path) -> Tally:
-    """Runs the tokenizer stage; held-out documents are counted as dropped, since training does not read them."""
+    """Runs the tokenizer stage; held-out documents are counted as dropped, since training does not read them.
+
+    A tokenizer that exists is trained on none, and all documents are counted as kept for the tokens stage.
+    """
     tally = Tally()
     for source, counts in (read_manifest(context.run_dir / "documents") or {})["sources"].items():
         notes, kept = counts["notes"], counts["passed_on"]

@@ -4,7 +4,8 @@ A tokenizer is one file. `tokenizer.model` holds a sentencepiece model (BPE or U
 `sentencepiece_tokenizer`), `tokenizer.json` one of Hugging Face's tokenizers library (byte-level BPE or WordPiece, see
 `huggingface_tokenizer`). All but WordPiece are lossless: decode(encode(text)) == text, and each id stands for a fixed
 number of bytes, from which bits per byte are computed. Text that spells a control symbol (<s>, <|user|>, ...) is never
-encoded as one; callers insert control symbols by id. Tokenizers trained elsewhere are not supported.
+encoded as one; callers insert control symbols by id. A tokenizer.json that was trained elsewhere has control symbols of
+its own, whose roles tokenizer_config.json or another file beside it says (`foreign`).
 """
 
 import hashlib
@@ -12,12 +13,18 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from configs.files import write_atomic
 from configs.tokenizer import CONTROLS
 
+if TYPE_CHECKING:
+    from data_pipeline.tokens.foreign import Named
+
 SENTENCEPIECE_FILE, HUGGINGFACE_FILE, INFO_FILE = "tokenizer.model", "tokenizer.json", "info.json"
+ROLES_FILE = "tokenizer_config.json"  # beside a tokenizer.json that was trained elsewhere
 SPECIALS = CONTROLS  # ids 0..7
 UNK, BOS, EOS, PAD = SPECIALS[:4]
 CHAT_CONTROLS = SPECIALS[4:]
@@ -34,11 +41,15 @@ class Tokenizer(ABC):
     """A trained tokenizer.
 
     `special_ids` are the ids of control symbols by name, in order; `token_bytes`, int64 [vocab_size], are the UTF-8
-    bytes of each id, 0 for control symbols, and 0 for all ids unless the tokenizer is `lossless`. `sha256` is the
-    checksum of its file `origin`. `pieces` are the spellings of all ids.
+    bytes of each id, 0 for control symbols, and 0 for all ids of a tokenizer whose ids stand for no bytes. It is
+    `lossless` if it keeps every text as it is. `bos_id`, which begins a document, is -1 if nothing does; `eos_id` ends
+    one. `sha256` is the checksum of its file `origin`. `pieces` are the spellings of all ids. A `foreign` tokenizer was
+    trained elsewhere, and may have a chat template.
     """
 
     lossless = True
+    foreign = False
+    chat_template: str | None = None
 
     def __init__(
         self, content: bytes, origin: str, pieces: Sequence[str], special_ids: dict[str, int], own_bytes: list[bytes]
@@ -51,11 +62,13 @@ class Tokenizer(ABC):
         self._ids = {piece: i for i, piece in enumerate(self.pieces)}
 
     @staticmethod
-    def load(path: str | Path, threads: int = 1) -> "Tokenizer":
+    def load(path: str | Path, threads: int = 1, named: "Named | None" = None, complete: bool = True) -> "Tokenizer":
         """Loads a tokenizer from its folder or its file; verifies the checksum in the folder's info.json, if any.
 
         `threads` is the number of threads that encode a batch; 1 by default, since the pipeline runs several processes.
-        Raises ValueError if the file is missing, damaged, or a tokenizer that Trivium cannot use.
+        `named` are roles of a foreign tokenizer's tokens that a config gives; with `complete` the end of a document
+        must be among the known ones. Raises ValueError if the file is missing, damaged, or a tokenizer that Trivium
+        cannot use.
         """
         # Imported here, since both modules import this one.
         from data_pipeline.tokens.huggingface_tokenizer import HuggingFaceTokenizer
@@ -64,8 +77,11 @@ class Tokenizer(ABC):
         path = tokenizer_file(path)
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist; make it with `trivium data run`")
-        kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-        tokenizer = kind(path.read_bytes(), str(path), threads)
+        tokenizer: Tokenizer
+        if path.suffix == ".json":
+            tokenizer = HuggingFaceTokenizer(path.read_bytes(), str(path), threads, named, complete)
+        else:
+            tokenizer = SentencePieceTokenizer(path.read_bytes(), str(path), threads)
         info_path = path.with_name(INFO_FILE)
         info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
         if info.get("sha256", tokenizer.sha256) != tokenizer.sha256:
@@ -93,6 +109,10 @@ class Tokenizer(ABC):
         Raises ValueError for an id outside the vocabulary.
         """
         return b"".join([self._bytes[i] for i in self._checked(ids)]).decode("utf-8", errors="replace")
+
+    def spells_symbol(self, text: str) -> bool:
+        """Whether a text spells a control symbol that the model itself would make of it, and so is encoded in parts."""
+        return False
 
     def piece_to_id(self, piece: str) -> int:
         """Returns the id of a piece or control symbol by its spelling; the id of <unk> if there is none."""
@@ -127,6 +147,13 @@ def tokenizer_file(path: str | Path) -> Path:
 def file_name(tokenizer: Path) -> str:
     """Returns the name under which a copy of a tokenizer's file is found by `tokenizer_file`."""
     return HUGGINGFACE_FILE if tokenizer.suffix == ".json" else SENTENCEPIECE_FILE
+
+
+def copy_roles(tokenizer: Path, folder: Path) -> None:
+    """Copies the file with the roles of a foreign tokenizer's tokens to a folder that has a copy of the tokenizer."""
+    file = tokenizer.with_name(ROLES_FILE)
+    if tokenizer.suffix == ".json" and file.is_file():
+        write_atomic(folder / ROLES_FILE, file.read_bytes())
 
 
 def check_unicode(text: str) -> None:

@@ -18,7 +18,7 @@ from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError
 from data_pipeline.mixture.earlier import where
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.tokens.tokenizer import file_name, tokenizer_file
+from data_pipeline.tokens.tokenizer import copy_roles, file_name, tokenizer_file
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 
@@ -113,6 +113,7 @@ class Lineage:
             if hashlib.sha256(content).hexdigest() != identity["tokenizer"]:
                 raise ConfigError(f"{self.tokenizer} was replaced while the run started; start it again")
             write_atomic(run_dir / file_name(self.tokenizer), content)
+            copy_roles(self.tokenizer, run_dir)
         if self.chat_template is not None:
             write_atomic(run_dir / CHAT_TEMPLATE, self.chat_template.encode())
 
