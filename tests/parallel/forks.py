@@ -17,8 +17,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launch.processes import die_with_parent
 
@@ -155,7 +156,7 @@ def main() -> None:
             answer: int | None = os.fork()
             if not answer:
                 requests.close()
-                _run(request, descriptors[1:])
+                run_and_exit(request, descriptors[1:])
             for descriptor in descriptors:  # else the first, the `alive` pipe, would stay open after the fork has ended
                 os.close(descriptor)
         else:
@@ -172,8 +173,8 @@ def _status(pid: int, statuses: dict[int, int]) -> int | None:
     return statuses[pid]
 
 
-def _run(request: dict[str, Any], descriptors: list[int]) -> None:
-    """Runs the request's function in the forked process and exits."""
+def run_and_exit(request: dict[str, Any], descriptors: Sequence[int] = ()) -> NoReturn:
+    """Runs the request's function in this process, which was just forked, and exits."""
     status = FAILED
     try:
         die_with_parent()

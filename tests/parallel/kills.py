@@ -1,5 +1,7 @@
-"""Training runs whose ranks are killed at random moments, until the run is finished."""
+"""Training runs whose ranks are killed at random moments until the run is finished, or have a small disk of their own.
+"""
 
+import ctypes
 import os
 import random
 import signal
@@ -11,7 +13,7 @@ from typing import Any
 from launch.environment import ClusterEnvironment
 from launch.processes import SETTLE_SECONDS
 from launch.ranks import free_port
-from tests.parallel.forks import Forks
+from tests.parallel.forks import Forks, run_and_exit
 
 PATIENCE = 60.0  # seconds that ranks get to end after one of them was killed
 LOG_TAIL = 4000  # characters
@@ -119,3 +121,38 @@ def train(rank: int, size: int, port: int, options: dict[str, Any]) -> int:
     answer = getattr(training, options.pop("function", "train"))(**options)
     print(answer, flush=True)
     return int(answer.get("status", 1))
+
+
+def train_on_own_disk(disk: str, mebibytes: int, size: int, options: dict[str, Any], log: str) -> int:
+    """Runs in a forked process: trains on `size` ranks, for which a new file system is mounted at `disk`.
+
+    Returns 0 if all ranks end with status 0, else the status of the first that did not.
+    """
+    _mount(disk, mebibytes)
+    Path(options["run_dir"]).mkdir()
+    port, ranks = free_port(), []
+    for rank in range(size):
+        kwargs = {"rank": rank, "size": size, "port": port, "options": options}
+        ranks.append(os.fork())
+        if not ranks[-1]:
+            run_and_exit({"function": "tests.parallel.kills:train", "kwargs": kwargs, "output": log})
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    return next(filter(None, statuses), 0)
+
+
+def _mount(directory: str, mebibytes: int) -> None:
+    """Mounts an empty file system in memory that this process and its children alone see, as the command unshare."""
+    new_user, new_mounts, private, recursive = 0x10000000, 0x20000, 1 << 18, 1 << 14  # from sched.h and sys/mount.h
+    user, group = os.getuid(), os.getgid()
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def check(result: int) -> None:
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    check(libc.unshare(new_user | new_mounts))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    check(libc.mount(b"none", b"/", None, ctypes.c_ulong(private | recursive), None))
+    check(libc.mount(b"none", directory.encode(), b"tmpfs", ctypes.c_ulong(0), f"size={mebibytes}m".encode()))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint import storage
 from pretrain.proof.recorded_step import packed_rows
-from tests.parallel.forks import REPOSITORY
+from tests.parallel.forks import REPOSITORY, Forks
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import assert_same_state, metrics, train
@@ -97,17 +97,17 @@ def test_a_rank_that_cannot_write_costs_one_checkpoint(ranks: RanksOf, tmp_path:
     subprocess.run([*IN_OWN_NAMESPACE, "true"], capture_output=True).returncode != 0,
     reason="this system lets no user mount a file system of his own",
 )
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(forks: Forks, tmp_path: Path) -> None:
     """Two ranks train on a file system of 3 MB that is full, has room again, and is full at the end."""
-    options = {"run_dir": str(tmp_path / "disk/run"), "model": MODELS["dense"], "steps": 6, "every": 1, "keep": 1}
-    (tmp_path / "disk").mkdir()
-    mount = f'mount -t tmpfs -o size=3m none {tmp_path / "disk"} && mkdir {tmp_path / "disk/run"} && exec "$@"'
-    done = subprocess.run(
-        [*IN_OWN_NAMESPACE, "sh", "-c", mount, "sh", *launched({**options, "disk": True})],
-        cwd=REPOSITORY, env=environment(), text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    said = done.stdout
-    assert done.returncode == 1, said + done.stderr
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    options = {"function": "train_on_full_disk", "run_dir": str(disk / "run"), "model": MODELS["dense"]}
+    alone = "tests.parallel.kills:train_on_own_disk"
+    ranks = forks.start(alone, log, disk=str(disk), mebibytes=3, size=2, options=options, log=str(log))
+    status = ranks.wait(150)
+    ranks.kill()
+    said = log.read_text()
+    assert status == 1, said
     seen = [json.loads(line.partition("seen: ")[2]) for line in said.splitlines() if line.startswith("seen: ")]
     for step in (3, 4, 6):
         assert f"no checkpoint of step {step}: rank " in said and f"/.step_{step}: No space left on device" in said
@@ -115,7 +115,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert seen[0] == {"checkpoints": ["step_2"], "steps": [1, 2, 3, 4]}
     assert "/step_5 in" in said, "with room again, the next save succeeds"
     assert seen[1] == {"checkpoints": ["step_5"], "steps": [1, 2, 3, 4, 5, 6]}
-    assert "error: the checkpoint of step 6 could not be written" in said and "Traceback" not in done.stderr
+    assert "error: the checkpoint of step 6 could not be written" in said and "Traceback" not in said
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import resource
 import signal
@@ -247,6 +248,44 @@ def train_on_small_disk(run_dir: str, model: dict[str, Any], rank: int, limits: 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     return {"status": status, "said": said.getvalue()}
+
+
+def train_on_full_disk(run_dir: str, model: dict[str, Any]) -> dict[str, Any]:
+    """Trains six steps and saves after each, while the main rank fills and empties the run's file system.
+
+    It is full before step 3, has room again before step 5, and is full before step 6; the main rank prints what it saw.
+    """
+    ballast, left = Path(run_dir) / "ballast", 60_000  # bytes left free: enough for the log, too few for a checkpoint
+
+    def fill(engine: Engine) -> None:
+        settle(engine)
+        if engine.mesh.is_main:
+            with open(ballast, "wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    file.truncate(file.tell() - left)
+
+    def empty(engine: Engine) -> None:
+        settle(engine)
+        if engine.mesh.is_main:
+            look()
+            ballast.unlink()
+
+    def look() -> None:
+        names = sorted(path.name for path in (Path(run_dir) / "checkpoints").iterdir())
+        lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines if "loss" in line]
+        print(f"seen: {json.dumps({'checkpoints': names, 'steps': steps})}\n", end="")  # one write, so one line
+        for step in storage.steps(run_dir):
+            storage.verify(storage.directory(run_dir, step))
+
+    trainer = make_trainer(run_dir, model, {}, 6, {2: fill, 4: empty, 5: fill}, every=1, keep=1)
+    status = trainer.fit()
+    if trainer.mesh.is_main:
+        look()
+    return {"status": status}
 
 
 def saving() -> bool:
