@@ -336,16 +336,17 @@ class Trainer:
         if source.num_samples is None:
             return
         left = source.first_sample + source.num_samples - self.samples
-        if (self.config.train.steps - self.step) * batch <= left:
+        lacking = (self.config.train.steps - self.step) * batch - left
+        if lacking <= 0:
             return
-        replan = f", or: trivium data replan CONFIG --after {checkpoint} --out FOLDER" if checkpoint else ""
+        replan = f", or then run `trivium data replan CONFIG --after {checkpoint} --out FOLDER`" if checkpoint else ""
         most = self.step + left // batch
         fewer = f"set train.steps={most}, or " if most else ""
         raise ConfigError(
-            f"train.steps = {self.config.train.steps} needs {(self.config.train.steps - self.step) * batch - left:,} "
-            f"samples more than {source.location or 'the data'} has, which are {source.num_samples:,}; {fewer}"
-            f"raise mixture.samples in the data config (of its last mixture stage, if it has stages) and "
-            f"run `trivium data run` again{replan}"
+            f"train.steps = {self.config.train.steps} needs {lacking:,} samples more than "
+            f"{source.location or 'the data'} has, which are {source.num_samples:,}; {fewer}"
+            f"raise mixture.samples in the data config (of its last mixture stage, if it has stages) by {lacking:,} "
+            f"and run `trivium data run` again{replan}"
         )
 
     def _check_finished(self, saved: Path, watch: signals.Watch) -> int:

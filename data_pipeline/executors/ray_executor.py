@@ -5,7 +5,9 @@ task wrote to a file, is raised. Ray is an optional dependency, loaded only if a
 directory. A task that Ray starts again after it lost a worker ends the stage with an error.
 """
 
+import math
 import os
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +18,27 @@ from configs.loader import ConfigError
 from data_pipeline.core.progress import Say
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import Tasks
+
+
+def too_small(nodes: Sequence[Mapping[str, float]], options: RayConfig) -> str:
+    """Returns why none of the nodes has room for a task and what to set instead; "" if one of them has.
+
+    Each node is a map of Ray's names of resources to their amounts: cores for CPU, bytes for memory.
+    """
+    cores, gb = options.cpus_per_task, options.mem_per_cpu_gb
+    most_cores = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    if cores > most_cores:
+        remedy = f"set run.ray.cpus_per_task={most_cores}" if most_cores else "start nodes with cores"
+        return f"run.ray.cpus_per_task = {cores}, and no node of Ray has more than {most_cores} cores; {remedy}"
+    memory = max(node.get("memory", 0) for node in nodes if node.get("CPU", 0) >= cores) / 2**30
+    if gb * cores <= memory:
+        return ""
+    fits = math.floor(1000 * memory / cores) / 1000
+    remedy = f"set run.ray.mem_per_cpu_gb={fits}" if fits else "free memory on a node"
+    return (
+        f"run.ray.mem_per_cpu_gb = {gb:g} is {gb * cores:,.1f} GiB for the {cores} cores of a task, and no node of the "
+        f"Ray cluster with so many cores has more than {memory:,.1f}; {remedy}"
+    )
 
 
 class RayTasks(Tasks, RayPipelineExecutor):
@@ -58,19 +81,10 @@ class RayExecutor(Executor):
 
     def _require_room(self) -> None:
         """Raises ConfigError if no node is large enough for a task; Ray would wait for the cluster to grow."""
-        needs = {"CPU": self._options.cpus_per_task, "memory": self._memory()}
-        for name, amount in needs.items():
-            most = max((node["Resources"].get(name, 0) for node in self._ray.nodes() if node["Alive"]), default=0)
-            if amount > most:
-                self._ray.shutdown()
-                raise ConfigError(
-                    f"run.ray needs {amount:,.0f} of {name} per task, and no node of the Ray cluster has more than "
-                    f"{most:,.0f}; lower run.ray.cpus_per_task or run.ray.mem_per_cpu_gb"
-                )
-
-    def _memory(self) -> float:
-        """Memory that a task needs, in bytes."""
-        return self._options.mem_per_cpu_gb * self._options.cpus_per_task * 2**30
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if reason := too_small(nodes, self._options):
+            self._ray.shutdown()
+            raise ConfigError(reason)
 
     def run(self, job: PipelineJob, say: Say) -> None:
         RayTasks(

@@ -100,7 +100,8 @@ class SlurmExecutor(Executor):
     def run(self, job: PipelineJob, say: Say) -> None:
         if re.search(r"\s", str(job.logs.absolute())):
             raise ConfigError(
-                f"run.dir: a Slurm script cannot hold a path with spaces, and {job.logs} has some; rename it"
+                f"run.dir: a Slurm script cannot hold a path with spaces, and {job.logs.absolute()} has some; set "
+                "run.dir to a path without spaces"
             )
         title = re.sub(r"\W+", "-", job.title)  # a script's directives end at a space
         name = f"trivium-{title}-{secrets.token_hex(4)}"

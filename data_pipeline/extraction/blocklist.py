@@ -75,7 +75,10 @@ def _entries(paths: Sequence[str], kind: str) -> Iterator[str]:
                     if entry := line.split("#")[0].strip():
                         yield _entry(entry, kind, f"extract.blocklist.{kind}: {path}, line {number}")
         except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ConfigError(f"extract.blocklist.{kind}: {path} cannot be read ({error}); correct the path") from None
+            raise ConfigError(
+                f"extract.blocklist.{kind}: {path} cannot be read ({error}); name a file of UTF-8 text, compressed by "
+                "gzip if its name ends in .gz"
+            ) from None
 
 
 def _entry(entry: str, kind: str, where: str) -> str:

@@ -30,6 +30,7 @@ from configs.sources import ANY_LANGUAGE, ExtractConfig, SourceConfig
 from data_pipeline.core.hashing import draw
 from data_pipeline.reading.source_reader import find_units, read_file
 from data_pipeline.scan.words import Splitter, mix
+from data_pipeline.scores.fasttext_file import is_whole
 from data_pipeline.scores.ngram_models import words_of
 
 GOOD, BAD = "good", "bad"
@@ -106,6 +107,8 @@ class FastTextClassifier:
     """
 
     def __init__(self, path: Path, label: str) -> None:
+        if not is_whole(path):
+            raise ValueError(f"scores.classifier = {str(path)!r} is a fastText model cut short; name another file")
         try:
             self._model = fasttext.load_model(str(path))
         except (ValueError, RuntimeError, MemoryError) as error:

@@ -30,7 +30,10 @@ def definition_of(rules: RuleSet) -> Definition:
         path = Path(rules.bad_words_file)
         if not path.is_file():
             raise ValueError(f"bad_words_file {path} does not exist, seen from {Path.cwd()}; correct the path")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"bad_words_file {path} is not UTF-8 ({error}); convert it to UTF-8") from None
         words = tuple(sorted({line.strip().lower() for line in lines} - {""}))
     return Definition(Splitter[rules.splitter], rules.stop_words, rules.c4, words)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from configs.files import file_sha256
 from configs.loader import ConfigError
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT, PLAN
@@ -122,7 +123,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(call: Call, tuned: Path, 
 
 
 def test_no_command_reads_a_run_with_another_tokenizer(
-    call: Call, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(tuned / "sft", run)
@@ -138,8 +139,11 @@ def test_no_command_reads_a_run_with_another_tokenizer(
     shutil.copy(tuned / "data/tokenizer/tokenizer.model", run)
     assert generate.main([str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
     (run / "chat_template.jinja").write_text(jinja_template() + " ")
-    with pytest.raises(ConfigError, match=r"chat_template\.jinja is not the one"):
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja is not the one .*; restore the original"):
         chat.main([str(run)])
+    shutil.copy(tuned / "sft/chat_template.jinja", run)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert chat.main([str(run)]) == 0
 
 
 def test_a_held_out_plan_and_an_import_with_another_tokenizer_are_refused(
@@ -152,8 +156,9 @@ def test_a_held_out_plan_and_an_import_with_another_tokenizer_are_refused(
     plan["tokenizer"]["sha256"] = Tokenizer.load(tuned / "other").sha256
     file.write_bytes(PLAN.write(plan))  # undamaged, but of tokens of the other tokenizer
     assert export(tuned / "pretrain", tmp_path / "hf", f"plan={tmp_path / 'data/plan'}") == 1
-    assert "made with another tokenizer than the model's" in capsys.readouterr().out
-    assert export(tuned / "pretrain", tmp_path / "hf") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "made with another tokenizer than the model's" in said and "name the model's own plan" in said
+    assert export(tuned / "pretrain", tmp_path / "hf", f"plan={tuned / 'data/plan'}") == 0
     shutil.copy(tuned / "other/tokenizer.model", tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"is not the one that .*hf was exported with"):
         import_hf.main([str(tmp_path / "hf"), str(tmp_path / "back")])
@@ -353,8 +358,13 @@ def test_a_changed_plan_is_not_taken_for_that_of_training(
     source = open_source(tmp_path / "pretrain")
     assert source.plan is None and source.lost_plan == str(tmp_path / "data/plan")
     (tmp_path / "pretrain/tokenizer.model").unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer\.model, with which the model was trained, is missing; restore"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.model, with which the model was trained, is missing") as refused:
         generate.main([str(tmp_path / "pretrain"), "--prompt", "a"])
+    begins = re.findall(r"restore it \(its SHA-256 begins with (\w+)\)", str(refused.value))[0]
+    files = {file_sha256(file): file for file in tuned.rglob("tokenizer.model")}
+    (right,) = (file for digest, file in files.items() if digest.startswith(begins))
+    shutil.copy(right, tmp_path / "pretrain")
+    assert generate.main([str(tmp_path / "pretrain"), "--prompt", "a", "--max-new-tokens", "2"]) == 0
 
 
 def test_a_run_of_another_version_is_told(call: Call, trained: Path, tmp_path: Path) -> None:

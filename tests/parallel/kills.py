@@ -1,5 +1,4 @@
-"""Training runs whose ranks are killed at random moments until the run is finished, or have a small disk of their own.
-"""
+"""Training runs whose ranks are killed at random moments until the run is finished, or have a disk of their own."""
 
 import ctypes
 import os

@@ -89,8 +89,9 @@ def test_a_longer_plan_goes_on_as_the_same_data(ranks: RanksOf, data: Path, tmp_
     assert "needs 8 samples more than" in said and "which are 12" in said
     # The message's remedies: fewer steps, or a new data run with more samples.
     assert train(ranks, run, data / "plan", int(re.findall(r"train\.steps=(\d+)", said)[0]))["status"] == 0
-    assert storage.steps(run)[-1] == 3 and "mixture.samples in the data config" in said
-    longer = publish(data, samples=20)
+    assert storage.steps(run)[-1] == 3
+    more = re.findall(r"raise mixture\.samples in the data config .* by (\d+) and run `trivium data run` again", said)
+    longer = publish(data, samples=12 + int(more[0]))
     assert train(ranks, run, data / "plan", 5)["status"] == 0
     assert list(dict.fromkeys(one["data"] for one in history.read(run))) == [first, longer]
     assert train(ranks, tmp_path / "straight", data / "plan", 5)["status"] == 0
@@ -157,6 +158,11 @@ def test_a_run_goes_on_with_its_own_plan(ranks: RanksOf, data: Path, tmp_path: P
     )
     assert replan.main([str(config), "--after", checkpoint, "--out", str(tmp_path / "rest")]) == 0
     shutil.copytree(run, tmp_path / "other")
+    new = tmp_path / "new"
+    said = train(ranks, new, tmp_path / "rest", 5)["error"]
+    assert "train on that plan first, or name a checkpoint of such a run with --resume" in said
+    tree = tree_of(new, tmp_path / "rest", 5)
+    assert ranks(1).run(TRAIN, process_group=False, tree=tree, resume=checkpoint) == [{"status": 0}]
     assert train(ranks, run, tmp_path / "rest", 5)["status"] == 0
     publish(data, samples=20)
     assert train(ranks, tmp_path / "other", data / "plan", 5)["status"] == 0

@@ -99,6 +99,10 @@ def test_a_failure_stops_and_says_how_to_go_on(stages: list[DemoStage], tmp_path
     assert str(tmp_path / "logs" / "two.log") in text
     assert command_line(stages[1]) in text
     (tmp_path / "fail_two").unlink()
+    (tmp_path / "demo.json").write_text('{"stages": ')  # torn, as by a full disk
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it and run the demo again") as refused:
+        run(stages, tmp_path)
+    Path(str(refused.value).split(" is damaged")[0]).unlink()
     assert run(stages, tmp_path)[0] == 0
 
 

@@ -249,6 +249,38 @@ def test_logs_of_ranks_are_where_there_is_room(tmp_path: Path, monkeypatch: pyte
     assert ranks.main(["--nproc-per-node", "1", "this"]) == 0
 
 
+IN_OWN_NETWORK = ("unshare", "--user", "--map-root-user", "--net")
+NO_PORT = """
+import contextlib, io, socket, sys
+from pathlib import Path
+from launch import ranks
+Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("10001 10001")
+held = [socket.socket() for _ in range(2)]
+for port, one in zip((10_000, 10_001), held):
+    one.bind(("", port))
+try:
+    ranks.main(["this"])
+except ValueError as error:
+    print(error)
+assert ranks.main(["--master-port", "12345", "this"]) == 0
+for one in held:
+    one.close()
+assert ranks.main(["this"]) == 0
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run([*IN_OWN_NETWORK, "true"], capture_output=True).returncode != 0,
+    reason="this system lets no user make a network of his own",
+)
+def test_without_a_free_port_one_that_is_named_is_used() -> None:
+    done = subprocess.run(
+        [*IN_OWN_NETWORK, sys.executable, "-c", NO_PORT], cwd=ROOT, text=True, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no TCP port is free" in done.stdout and "give --master-port" in done.stdout
+
+
 def test_a_free_port_is_none_that_the_system_hands_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "PORTS_HANDED_OUT", tmp_path / "range")
     (tmp_path / "range").write_text("12000\t60999\n")

@@ -186,9 +186,28 @@ def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     path.write_text('{"text": "cut\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: .*; repair it"):
         index_of([str(path)])
-    path.write_text('{"text": "too short"}\n')
-    with pytest.raises(ValueError, match="none of its 1 items has enough words"):
-        require_ngrams(index_of([str(path)]).summary())
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [("too short", r"or lower decontaminate\.min_words to (\d+)$"), ("short", "or leave the file out$")],
+)
+def test_items_that_are_too_short_are_searched_for_once_all_is_as_the_message_says(
+    tmp_path: Path, text: str, remedy: str
+) -> None:
+    other = jsonl(tmp_path / "other.jsonl", [{"text": "eight words are enough for this, if asked", "id": 1}])
+    short = jsonl(tmp_path / "short.jsonl", [{"text": text, "more": "a much longer text of eight words or more"}])
+    with pytest.raises(
+        ValueError, match=r"none of its 1 items has enough words .*; check decontaminate\.text_keys"
+    ) as told:
+        require_ngrams(index_of([other, short]).summary())
+    found = re.search(remedy, str(told.value))
+    assert found, told.value
+    if found.groups():
+        require_ngrams(index_of([other, short], min_words=int(found[1])).summary())
+    else:
+        require_ngrams(index_of([other]).summary())
+    require_ngrams(index_of([short], text_keys=("text", "more")).summary())
 
 
 QUESTIONS = [

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, validate, write
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import RunContext
-from data_pipeline.core.stage import perform, sole_user
+from data_pipeline.core.stage import Stage, perform, sole_user
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.dedup.greedy import jaccard
 from data_pipeline.executors.local_executor import LocalExecutor
@@ -40,12 +41,7 @@ def records() -> list[dict[str, Any]]:
     return found
 
 
-def verdicts(
-    folder: Path, records: list[dict[str, Any]], shard_bytes: int = 4_000, **dedup: Any
-) -> dict[str, dict[str, Any]]:
-    """Runs the pipeline up to dedup in `folder`/run; maps each id to its row of the dedup stage's table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+def config_of(folder: Path, shard_bytes: int = 4_000, **dedup: Any) -> DataConfig:
     tree = {
         "run": {"dir": str(folder / "run"), "workers": 1, "shard_bytes": shard_bytes},
         "sources": {"s": {"files": [str(folder / "in.jsonl")], "format": "jsonl", "rules": {"any": "none"}}},
@@ -53,11 +49,23 @@ def verdicts(
         "dedup": dedup,
         "mixture": {"weights": {"s": 1.0}},
     }
-    config = validate(DataConfig, tree)
-    run_dir = folder / "run"
+    return validate(DataConfig, tree)
+
+
+def stages_of(config: DataConfig) -> list[Stage]:
+    """Describes the stages up to dedup; raises ConfigError as a run does before it starts."""
+    return recipe(RunContext(config, Path(config.run.dir), Console(file=io.StringIO()), LocalExecutor(1)))[:6]
+
+
+def verdicts(
+    folder: Path, records: list[dict[str, Any]], shard_bytes: int = 4_000, **dedup: Any
+) -> dict[str, dict[str, Any]]:
+    """Runs the pipeline up to dedup in `folder`/run; maps each id to its row of the dedup stage's table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config, run_dir = config_of(folder, shard_bytes, **dedup), folder / "run"
     with sole_user(run_dir):
-        context = RunContext(config, run_dir, Console(file=io.StringIO()), LocalExecutor(1))
-        stages = recipe(context)[:6]  # up to dedup
+        stages = stages_of(config)
         write(config, run_dir / "config.toml")
         tallies: dict[str, Tally] = {}
         for stage in stages:
@@ -191,10 +199,31 @@ def test_texts_without_words_are_like_no_other_but_their_copies(tmp_path: Path) 
     assert {name[:-2] for name in gone} == WORDY.keys() and len(gone) == len(WORDY)
 
 
-def test_an_index_of_other_signatures_is_refused(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    verdicts(tmp_path / "old", records[:6])
-    index = [str(tmp_path / "old/run")]
-    with pytest.raises(ConfigError, match=r"dedup\.bands = 20 here, and dedup\.bands = 14 in the index .*old/run"):
-        verdicts(tmp_path / "new", records, index=index, bands=20)
-    with pytest.raises(ConfigError, match="holds no finished signatures"):
-        verdicts(tmp_path / "new", records, index=[str(tmp_path / "none")])
+def test_an_index_that_cannot_be_compared_is_refused_and_its_remedies_work(
+    records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    old, few, new = tmp_path / "old", records[:6], tmp_path / "new"
+    verdicts(old, few)
+    new.mkdir()
+    (new / "in.jsonl").write_text("")
+
+    def refused(folder: Path = old, **dedup: Any) -> str:
+        """Returns why a run with the index `folder`/run is refused, "" if it is not."""
+        try:
+            stages_of(config_of(new, index=[str(folder / "run")], **dedup))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    assert "name the run.dir of a finished data run" in refused(tmp_path / "none")
+    said = refused(bands=20, ngram=6)
+    assert f"dedup.bands = 20, dedup.ngram = 6 here, and dedup.bands = 14, dedup.ngram = 5 in the index {old}" in said
+    (there,) = re.findall(r"set (.+) here, or run that one again$", said)
+    assert not refused(**{name: int(value) for name, value in re.findall(r"dedup\.(\w+) = (\d+)", there)})
+    verdicts(old, few, bands=20, ngram=6)
+    assert not refused(bands=20, ngram=6)
+    (old / "run/language").rename(old / "elsewhere")
+    assert "restore that folder, or set dedup.verify = false" in refused(bands=20, ngram=6)
+    assert not refused(bands=20, ngram=6, verify=False)
+    (old / "elsewhere").rename(old / "run/language")
+    assert not refused(bands=20, ngram=6)

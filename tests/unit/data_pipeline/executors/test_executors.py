@@ -22,6 +22,7 @@ from configs.loader import ConfigError, load
 from data_pipeline.executors.base import PipelineJob
 from data_pipeline.executors.choose import choose, output_of_rank_0_only
 from data_pipeline.executors.local_executor import LocalExecutor
+from data_pipeline.executors.ray_executor import too_small
 from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
 from tests.data_runs import command, environment
@@ -51,6 +52,13 @@ class Mark(PipelineStep):
                 raise KeyError("column")
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "crowded":  # as the kernel does where memory is enough for one task alone
+                try:
+                    Path(self.out, "at work").mkdir()
+                except FileExistsError:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.3)
+                Path(self.out, "at work").rmdir()
         Path(self.out, str(rank)).write_text(f"{rank} of {world_size}, {self.seen}, {os.getpid()}, {len(text)}")
         yield from ()
 
@@ -105,6 +113,15 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
     again.mkdir()
     with LocalExecutor(1) as executor:
         assert len(list(perform(executor, again, 6).iterdir())) == 6
+
+
+def test_fewer_workers_help_where_too_many_were_killed_for_their_memory(tmp_path: Path) -> None:
+    crowded = dict.fromkeys(range(4), "crowded")
+    with LocalExecutor(2) as executor, pytest.raises(TaskError, match=r"signal 9 .*: lower run\.workers"):
+        perform(executor, tmp_path, 4, crowded)
+    (tmp_path / "less").mkdir()
+    with LocalExecutor(1) as executor:
+        assert len(list(perform(executor, tmp_path / "less", 4, crowded).iterdir())) == 4
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
@@ -185,8 +202,9 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
 
 def test_executors_that_are_not_here_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="needs the command sbatch, which is not on PATH"):
+    with pytest.raises(ConfigError, match=r"sbatch, which is not on PATH; run where .*, or use --executor local"):
         choose(DataRunConfig(dir="x", executor="slurm"))
+    assert isinstance(choose(DataRunConfig(dir="x", executor="local")), LocalExecutor)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"needs the package ray; run: pip install -c constraints\.txt '\.\[ray\]'"):
         choose(DataRunConfig(dir="x", executor="ray", ray=RayConfig()))
@@ -195,6 +213,41 @@ def test_executors_that_are_not_here_are_refused(tmp_path: Path, monkeypatch: py
     record.write_text("trivium-score-1")
     cancel_leftovers(tmp_path)  # there is no scancel here: nothing is done or printed
     assert not record.exists()
+
+
+def test_slurm_is_used_where_its_commands_are_and_paths_have_no_spaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "squeue", "scancel", "scontrol"):  # a Slurm that refuses every job
+        (tmp_path / name).write_text("#!/bin/sh\necho no such partition >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    executor = choose(DataRunConfig(dir="x", executor="slurm"))
+    for folder, said in (("my run", "set run.dir to a path without spaces"), ("run", "sbatch refused a stage")):
+        prepare(tmp_path / folder)
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            executor.run(PipelineJob("s", [Mark(str(tmp_path))], 2, tmp_path / folder), print)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "messages"),
+    [
+        ([{"CPU": 4, "memory": 9 * 2**30}], {"cpus_per_task": 2, "mem_per_cpu_gb": 4.5}, 0),
+        ([{"CPU": 4, "memory": 7 * 2**30}], {"cpus_per_task": 2, "mem_per_cpu_gb": 9}, 1),
+        ([{"CPU": 4.0, "memory": 7e9}, {"CPU": 2.0, "memory": 9e9}], {"cpus_per_task": 6, "mem_per_cpu_gb": 3}, 2),
+        ([{"CPU": 8, "memory": 7e9}, {"CPU": 2, "memory": 90e9}], {"cpus_per_task": 4, "mem_per_cpu_gb": 8}, 1),
+    ],
+)
+def test_a_task_of_the_size_that_the_message_says_fits_a_node_of_ray(
+    nodes: list[dict[str, float]], wanted: dict[str, float], messages: int
+) -> None:
+    said = 0
+    while message := too_small(nodes, RayConfig.model_validate(wanted)):
+        name, value = re.findall(r"set run\.ray\.(\w+)=([\d.]+)$", message)[0]
+        assert float(value) < wanted[name]
+        wanted, said = wanted | {name: json.loads(value)}, said + 1
+    assert said == messages
+    assert any(node["CPU"] >= wanted["cpus_per_task"] for node in nodes)
 
 
 def test_the_flag_and_the_key_say_who_does_the_tasks(tmp_path: Path) -> None:
@@ -212,6 +265,10 @@ def test_one_of_many_ranks_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setenv("PMI_RANK", "0")
     with pytest.raises(ConfigError, match=r"run\.executor = local runs from one process, and 3 ranks were started"):
         choose(DataRunConfig(dir="x", executor="local"))
+    with monkeypatch.context() as one:
+        for name in ("PMI_SIZE", "MPI_LOCALRANKID", "PMI_RANK"):
+            one.delenv(name)
+        assert isinstance(choose(DataRunConfig(dir="x", executor="local")), LocalExecutor)
     with pytest.raises(ConfigError, match="said once"), output_of_rank_0_only():
         raise ConfigError("said once")
     monkeypatch.setenv("PMI_RANK", "2")
@@ -242,7 +299,7 @@ def test_an_mpi_library_of_the_cluster_is_loaded_once_the_library_path_names_its
     assert done.stdout.startswith("MPICH"), done.stderr
 
 
-def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path) -> None:
+def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If mpirun and mpi4py use different MPI libraries, each rank sees a world of one rank."""
     ours = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     done = data_run("configs/data/demo.toml", f"run.dir={tmp_path}", env=ours)
@@ -252,7 +309,13 @@ def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path) -> None:
     assert len(said) == 1 and said[0].startswith("error: 2 ranks were started, but MPI sees 1")
     assert not list(tmp_path.iterdir())
     assert "use that library's mpirun" in said[0]
-    beside = command(Path("configs/data/demo.toml"), "--dry-run", f"run.dir={tmp_path}", ranks=2)
+    # Under its own mpirun, ranks that were told to use another executor are told of the one that works.
+    with monkeypatch.context() as patch, pytest.raises(ConfigError) as refused:
+        for name, value in (("PMI_SIZE", "2"), ("PMI_RANK", "0"), ("MPI_LOCALRANKID", "0")):
+            patch.setenv(name, value)
+        choose(DataRunConfig(dir="x", executor="local"))
+    option = str(refused.value).rpartition("use ")[2].split()
+    beside = command(Path("configs/data/demo.toml"), *option, "--dry-run", f"run.dir={tmp_path}", ranks=2)
     done = subprocess.run(beside, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,7 @@
 """Tests which URLs a blocklist blocks, and which lists are refused."""
 
 import gzip
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,43 @@ def test_a_wrong_entry_is_named(tmp_path: Path, kind: str, line: str, message: s
         Blocklist.load(BlocklistConfig(**{kind: (str(path),)}))
     with pytest.raises(ConfigError, match=f"extract.blocklist.{kind}: .* cannot be read"):
         Blocklist.load(BlocklistConfig(**{kind: (str(tmp_path / "none"),)}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "words", "right"),
+    [
+        ("hosts", "0.0.0.0 example.com", "names no host; write one entry per line", ("hosts", "0.0.0.0\nexample.com")),
+        ("hosts", "http://[::1", "or remove the line", ("hosts", "")),
+        ("hosts", "example.com/path", "belongs in extract.blocklist.prefixes", ("prefixes", "example.com/path")),
+        ("prefixes", "example.com", "belongs in extract.blocklist.hosts", ("hosts", "example.com")),
+    ],
+)
+def test_a_list_is_right_once_it_is_as_the_message_says(
+    tmp_path: Path, kind: str, line: str, words: str, right: tuple[str, str]
+) -> None:
+    (tmp_path / "list").write_text(line)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Blocklist.load(BlocklistConfig(**{kind: (str(tmp_path / "list"),)}))
+    (tmp_path / "list").write_text(right[1])
+    Blocklist.load(BlocklistConfig(**{right[0]: (str(tmp_path / "list"),)}))
+
+
+def test_a_file_that_cannot_be_read_is_right_once_it_is_as_the_message_says(tmp_path: Path) -> None:
+    text = "bücher.example\n"
+    broken = {
+        "none": None,
+        "latin": text.encode("latin-1"),
+        "text.gz": text.encode(),
+        "cut.gz": gzip.compress(b"x")[:9],
+    }
+    for name, content in broken.items():
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"name a file of UTF-8 .*compressed by gzip if its name ends in \.gz$"):
+            Blocklist.load(BlocklistConfig(hosts=(str(path),)))
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        assert Blocklist.load(BlocklistConfig(hosts=(str(path),))).blocks("http://bücher.example/")
 
 
 def test_blocked_pages_are_not_extracted(config: BlocklistConfig) -> None:

@@ -1,5 +1,6 @@
 """Tests that chains of plans, by stages or after a change in mid-run, use every token exactly once per epoch."""
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -273,3 +274,35 @@ def test_a_checkpoint_must_be_of_the_plan(staged: dict[str, Plan], tmp_path: Pat
     (tmp_path / "manifest.json").write_bytes(CHECKPOINT.write(manifest))
     with pytest.raises(ConfigError, match=r"neither .* nor a plan kept beside it is the one that it was trained on"):
         replan.used(tmp_path)
+
+
+def test_a_checkpoint_is_found_as_the_message_says(staged: dict[str, Plan], tmp_path: Path) -> None:
+    plan, run = staged["annealing"], tmp_path / "run"
+    manifest: dict[str, Any] = {
+        "samples": 1000,
+        "identity": {"data": plan.fingerprint},
+        "config": {"data": {"plan": str(plan.path)}},
+    }
+    for step in (1, 2):
+        (run / f"checkpoints/step_{step}").mkdir(parents=True)
+        (run / f"checkpoints/step_{step}/manifest.json").write_bytes(CHECKPOINT.write(manifest))
+    with pytest.raises(ConfigError) as refused:
+        replan.used(run)
+    named = Path(str(refused.value).rpartition("e.g. ")[2].replace("RUN", str(run)).replace("_N", "_2"))
+    assert replan.used(named)[1] == 100
+    (named / "manifest.json").write_bytes(CHECKPOINT.write(manifest)[:-9])
+    with pytest.raises(ConfigError, match=r"name an earlier checkpoint$"):
+        replan.used(named)
+    assert replan.used(named.with_name("step_1"))[1] == 100
+    lost = manifest | {"config": {"data": {"plan": str(tmp_path / "moved")}}}
+    (named / "manifest.json").write_bytes(CHECKPOINT.write(lost))
+    with pytest.raises(ConfigError, match=r"name that by --plan$"):
+        replan.used(named)
+    assert replan.used(named, plan.path)[1] == 100
+    shutil.copytree(plan.path, tmp_path / "moved")
+    for file in (tmp_path / "moved").iterdir():
+        if file.name != "plan.json":
+            file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"or say where its plan is by --plan$"):
+        replan.used(named)
+    assert replan.used(named, plan.path)[1] == 100

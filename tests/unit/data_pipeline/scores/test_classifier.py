@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -81,11 +82,18 @@ def test_too_few_and_contradictory_examples_are_refused(tmp_path: Path, capsys: 
     good = write_jsonl(tmp_path / "good.jsonl.gz", [{"text": f"good {n}"} for n in range(120)])
     bad = write_jsonl(tmp_path / "bad.jsonl.gz", [{"text": f"{'good' if n < 30 else 'bad'} {n}"} for n in range(150)])
     argv = [str(good), "--bad", str(bad), *SMALL, "--out", str(tmp_path / "m.model")]
-    with pytest.raises(ConfigError, match=r"90 good examples are too few; give at least 100 .* 30 in both"):
+    with pytest.raises(ConfigError, match=r"90 good examples are too few; give at least 100 .* 30 in both") as refused:
         main(argv)
     assert not (tmp_path / "m.model").exists()
-    with pytest.raises(ConfigError, match=re.escape("--heldout 0.9 is out of range")):
-        main([*argv, "--heldout", "0.9"])
+    for key in ("max-chars", "heldout", "epochs", "rate", "word-ngrams", "slots", "seed"):
+        for wrong in ("-1", str(10**12)):
+            with pytest.raises(ConfigError, match=rf"--{key} -?[\d.e+]+ is out of range; give a number") as beyond:
+                classifier.parse([*argv, f"--{key}", wrong])
+            for bound in re.findall(r"from (\S+) to (\S+)$", str(beyond.value))[0]:
+                classifier.parse([*argv, f"--{key}", bound])
+    least = int(re.findall(r"give at least (\d+)", str(refused.value))[0])
+    write_jsonl(good, [{"text": f"good {n}"} for n in range(30, 30 + least)])
+    assert main(argv) == 0
 
 
 def test_records_that_cannot_be_used_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,13 +111,52 @@ def test_records_that_cannot_be_used_are_counted(tmp_path: Path, capsys: pytest.
     assert "examples: 110 good, 100 bad; left out: 2 unusable, 2 repeated, 0 in both" in said
 
 
+def unquantised() -> bytes:
+    """Returns a fastText model of the word `a` and the label `good`, whose numbers are not quantised."""
+    settings = struct.pack("<2i12id", 793712314, 12, 2, 5, 1, 1, 5, 1, 3, 3, 0, 0, 0, 100, 1e-4)
+    words = b"".join(
+        name + struct.pack("<Bqb", 0, 1, kind) for name, kind in ((b"</s>", 0), (b"a", 0), (b"__label__good", 1))
+    )
+    vectors = (struct.pack(f"<?2q{2 * rows}f", False, rows, 2, *([0.5] * 2 * rows)) for rows in (2, 1))
+    return settings + struct.pack("<3i2q", 3, 2, 1, 3, -1) + words + b"".join(vectors)
+
+
 def test_models_that_cannot_be_used_are_named(trained: Path, tmp_path: Path) -> None:
     other = tmp_path / "m.model"
-    other.write_bytes(b"no model")
-    with pytest.raises(ValueError, match="is neither a model of"):
-        load(other)
-    with pytest.raises(ValueError, match=r"'hq' is not a label of"):
+    whole = model_path().read_bytes()
+    wrong = {
+        "is neither a model of": [b"no model"],
+        # fastText would read the first two without end, and take numbers that are not there for the others.
+        "is a fastText model cut short": [whole[:200], whole[:20_000], whole[:-1000], whole[:-1], whole[:60]],
+        "is not a fastText model": [whole[:4] + b"\x0d" + whole[5:]],  # of a version that does not exist
+    }
+    for said, contents in wrong.items():
+        for content in contents:
+            other.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{said}.*; name another file$"):
+                load(other)
+    plain = tmp_path / "plain.model"
+    plain.write_bytes(unquantised())
+    for right, label in ((trained / "one.model", "good"), (model_path(), "zh"), (plain, "good")):
+        assert 0 <= load(right, label)("a") <= 1
+    plain.write_bytes(unquantised()[:-1])
+    with pytest.raises(ValueError, match="cut short"):
+        load(plain)
+    with pytest.raises(ValueError, match=r"'hq' is not a label of .*; set it to '(\w+)'$") as refused:
         load(trained / "one.model", "hq")
-    (tmp_path / "m.model.json").write_text((trained / "one.model.json").read_text())
-    with pytest.raises(ValueError, match="describes another file than"):
-        load(other)
+    load(trained / "one.model", str(refused.value).rpartition(" ")[2].strip("'"))
+
+
+def test_a_manifest_of_another_model_is_mended_in_each_way(trained: Path, tmp_path: Path) -> None:
+    model, beside = tmp_path / "m.model", tmp_path / "m.model.json"
+    model.write_bytes(model_path().read_bytes())
+    beside.write_text((trained / "one.model.json").read_text())
+    with pytest.raises(ValueError, match=r"train the classifier again, or remove (\S+)$") as refused:
+        load(model, "zh")
+    (tmp_path / str(refused.value).rpartition(" ")[2]).unlink()
+    load(model, "zh")
+    beside.write_text((trained / "one.model.json").read_text())
+    assert (
+        main([str(DEMO / "english.jsonl.gz"), "--bad", str(DEMO / "code.jsonl.gz"), *SMALL, "--out", str(model)]) == 0
+    )
+    load(model)

@@ -133,7 +133,9 @@ def test_short_paragraphs_follow_the_document() -> None:
     assert language_parts(" \n ", "en", identify, 50) == {"en": 1.0}
 
 
-def test_models_are_read_once_a_process_and_anew_when_a_file_is_another(tmp_path: Path) -> None:
+def test_models_are_read_once_a_process_and_anew_when_a_file_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "words.tsv").write_text("the\t60\nof\t40\n")
     (tmp_path / "small.arpa").write_text(SMALL)
     config = ScoresConfig(unigrams=str(tmp_path / "words.tsv"), arpa=str(tmp_path / "small.arpa"))
@@ -144,7 +146,9 @@ def test_models_are_read_once_a_process_and_anew_when_a_file_is_another(tmp_path
     (tmp_path / "other.arpa").replace(tmp_path / "small.arpa")
     assert kept_model_scores(config)("a b", "en")["perplexity"] > before["perplexity"]
     assert kept_model_scores(config.model_copy(update={"arpa": ""}))("a", "en").keys() == {"unigram_logprob"}
-    (tmp_path / "small.arpa").unlink()
-    with pytest.raises(ConfigError, match="is not a file"):
-        kept_model_scores(config)
+    here = config.model_copy(update={"arpa": "small.arpa"})
+    with pytest.raises(ConfigError, match=r"scores\.arpa = 'small\.arpa' is not a file, seen .*; correct the path"):
+        kept_model_scores(here)
+    monkeypatch.chdir(tmp_path)
+    kept_model_scores(here)
     assert kept_identifier(500) is kept_identifier(500) is not kept_identifier(600)
