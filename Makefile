@@ -36,6 +36,8 @@ SUITABLE = [ -n "$(VERSION)" ] || { echo "$(REFUSAL)" >&2; exit 1; }
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Hundreds of processes share the modules that one of them has compiled, also where the shell says not to keep them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-full test-python lint bench bench-data bench-train python clean

@@ -98,7 +98,7 @@ def prove(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Prove:
         ("tp2sp_ep2", "deepseek", "fp64"),
         ("cp2ep2", "moe_tied", "fp64"),
         ("tp4", "two_kv_heads", "fp64"),
-        ("tp2sp_cp2", "one_kv_head", "fp64"),
+        pytest.param("tp2sp_cp2", "one_kv_head", "fp64", marks=pytest.mark.full),
         ("tp2", "moe", "bf16"),  # where rounding changes the choice of some experts
         ("tp2", "micro_2", "fp32"),
         ("tp3sp", "small_heads", "fp32"),
@@ -355,7 +355,7 @@ def test_the_fuzzer_draws_what_only_combinations_of_keys_make() -> None:
 
 
 def test_the_fuzzer_draws_legal_layouts_that_all_pass(ranks: RanksOf, tmp_path: Path) -> None:
-    assert fuzz(6, 17, tmp_path, fuzzed_on(ranks)) == 0
+    assert fuzz(3, 38, tmp_path, fuzzed_on(ranks)) == 0
 
 
 @pytest.mark.full
