@@ -16,6 +16,10 @@ class VerifyConfig(Section):
     """The maximum length of a passage, in tokens; longer ones are cut."""
     tolerance: float = Field(default=1e-4, gt=0)
     """The largest absolute difference of a logit that passes: fp32 rounding stays under 1e-4, wrong weights do not."""
+    far_tokens: int = Field(default=1024, ge=0)
+    """The length of one longer text, at whose last tokens logits are compared too; the model's context cuts it."""
+    layers: int | None = Field(default=None, ge=1)
+    """The first layers whose outputs are compared, for models that do not fit into memory twice; left out, all."""
     greedy_tokens: int = Field(default=64, ge=1)
     """The number of tokens in which greedy continuations must agree."""
 
@@ -29,8 +33,8 @@ class ExportConfig(Section):
     """The folder to write; it appears there only once all checks have passed."""
     step: int | str = "latest"
     """The step whose checkpoint is exported, or "latest"."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of the written weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The dtype of the written weights; auto is float32 for a run, and that of its files for an imported model."""
     max_shard_gb: float = Field(default=5.0, gt=0)
     """The maximum size of one file of weights, in gigabytes (10^9 bytes)."""
     plan: str | None = None

@@ -4,6 +4,11 @@ The tensors on disk are compared first, then the outputs of the reloaded model, 
 tensor, or the first layer whose output differs.
 """
 
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +19,14 @@ from configs.export import VerifyConfig
 from configs.model import ModelConfig
 from configs.sampling import GREEDY
 from export.chat_codec import TextCodec
-from export.families import from_hf
+from export.conversion.table import Family, longest_row
+from export.conversion.walk import KEPT, convert, embedding_name, entries, fit
 from export.hf_tokenizer import first_difference, first_mismatch
-from export.tensors import open_tensors
+from export.tensors import scan_tensors
 from pretrain.model import Decoder
 from pretrain.sampling import generate
+
+FAR_LOGITS = 64  # tokens at the end of the long text
 
 # Texts on which tokenizers often differ: spaces, control characters, scripts without spaces, joined emoji, special
 # tokens spelled out.
@@ -50,43 +58,69 @@ class Check:
 
 @dataclass(frozen=True)
 class Reference:
-    """Model that the exported folder must equal: `weights` as written (bf16 or fp32), and the decoder made of them.
+    """Model that the exported folder must equal, as the `family` that it is written as.
 
-    `passages` are token ids on which logits are compared: held-out text, or the prompts if there is none. `context` is
-    the context length, in tokens, that the folder must state; nothing longer is compared.
+    `read` returns a tensor by Trivium's name in the dtype in which it is written. The decoder is made of these, and
+    computes in fp32; it has the first layers of the model alone if no more are compared. `passages` are token ids on
+    which logits are compared: held-out text, or the prompts if there is none. `context` is the context length, in
+    tokens, that the folder must state; nothing longer is compared.
     """
 
     config: ModelConfig
-    weights: dict[str, torch.Tensor]
+    family: Family
+    read: Callable[[str], torch.Tensor]
     decoder: Decoder
-    codec: TextCodec
+    codec: TextCodec | None
     context: int
     passages: list[list[int]]
     held_out: bool
     prompts: list[list[int]]
 
+    @property
+    def compared(self) -> ModelConfig:
+        """The model whose outputs are compared: all of it, or its first layers."""
+        return self.decoder.model_config
+
 
 @dataclass(frozen=True)
 class Reloaded:
-    """Model and tokenizer of the folder as transformers loads them; `loading` is its report on keys."""
+    """Model and tokenizer of the folder as transformers loads them; `loading` is its report on keys.
+
+    The tokenizer is None if Trivium has none to compare it with.
+    """
 
     model: Any
     tokenizer: Any
     loading: dict[str, Any]
 
 
-def reload(folder: Path) -> Reloaded:
-    """Loads model (fp32, on the CPU) and tokenizer from the folder with the Auto classes, without network."""
+def reload(folder: Path, reference: Reference) -> Reloaded:
+    """Loads model (fp32, on the CPU) and tokenizer from the folder with the Auto classes, without network.
+
+    If only the first layers are compared, no others are loaded: from a folder of links with a config.json of fewer.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
+    with tempfile.TemporaryDirectory() as shorter:
+        place = folder
+        if reference.compared.num_layers < reference.config.num_layers:
+            place = Path(shorter)
+            for file in folder.iterdir():
+                (place / file.name).symlink_to(file.resolve())
+            (place / "config.json").unlink()
+            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            raw |= reference.family.write(reference.compared, reference.context)
+            (place / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
     model, loading = loaded
-    return Reloaded(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True), loading)
+    has_one = reference.codec is not None
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
+    return Reloaded(model.eval(), tokenizer, loading)
 
 
 @torch.inference_mode()
@@ -94,83 +128,119 @@ def verify(folder: Path, reference: Reference, hf: Reloaded, options: VerifyConf
     """Returns all checks, ordered so that the first failure is the cause of the others."""
     return [
         check_tensors(folder, reference),
-        check_loading(hf),
-        check_parameters(hf, reference.config),
+        check_loading(hf, reference),
+        check_parameters(hf, reference),
         check_context(hf, reference, options.greedy_tokens),
-        check_logits(hf, reference, options.tolerance),
+        check_logits(hf, reference, options),
         check_greedy(hf, reference, options.greedy_tokens, options.tolerance),
         check_tokenizer(hf, reference),
     ]
 
 
 def check_tensors(folder: Path, reference: Reference) -> Check:
-    """Checks that the files hold the weights of the checkpoint bit for bit."""
-    names, read = open_tensors(folder)
+    """Checks that the files hold the weights of the checkpoint bit for bit, one tensor after another."""
+    name, wanted = "tensors on disk", "bit-identical"
+    found = scan_tensors(folder)
+    fitted = fit(reference.family, reference.config, found.shapes)
+    if found.problems or fitted.problems:
+        return Check(name, False, "; ".join(found.problems + fitted.problems), wanted)
     count = 0
-    try:
-        for name, tensor in from_hf(read, names, reference.config):
-            mine = reference.weights[name]
-            if tensor.dtype != mine.dtype or not torch.equal(tensor, mine):
-                off = (tensor.float() - mine.float()).abs().max().item()
-                return Check("tensors on disk", False, f"{name} differs by up to {off:.3g}", "bit-identical")
-            count += 1
-    except ValueError as error:
-        return Check("tensors on disk", False, str(error), "bit-identical")
-    return Check("tensors on disk", True, f"{count} tensors bit-identical", "bit-identical")
+    for ours, tensor in convert(fitted.walked, lambda name: found.read(fitted.names[name]), reference.config, "ours"):
+        if ours.startswith(KEPT):
+            continue
+        mine = reference.read(ours)
+        if tensor.dtype != mine.dtype or not torch.equal(tensor, mine):
+            off = (tensor.float() - mine.float()).abs().max().item()
+            return Check(name, False, f"{ours} differs by up to {off:.3g}", wanted)
+        count += 1
+    return Check(name, True, f"{count} tensors bit-identical", wanted)
 
 
-def check_loading(hf: Reloaded) -> Check:
-    """Checks that transformers found a tensor for every parameter and no others."""
-    wrong = [
-        f"{kind.removesuffix('_keys')} {sorted(map(str, hf.loading[kind]))[0]}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        if hf.loading.get(kind)
-    ]
+def check_loading(hf: Reloaded, reference: Reference) -> Check:
+    """Checks that transformers found a tensor for every parameter and no others, but for layers that are left out."""
+    kept = [re.compile(pattern) for pattern in reference.family.kept]
+    first = reference.compared.num_layers
+    beyond = {f".{layer}." for layer in range(first, reference.config.num_layers)}
+
+    def expected(kind: str, name: str) -> bool:
+        later = first < reference.config.num_layers and any(part in name for part in beyond)
+        return kind == "unexpected_keys" and (later or any(pattern.fullmatch(name) for pattern in kept))
+
+    wrong = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        names = [name for name in sorted(map(str, hf.loading.get(kind) or ())) if not expected(kind, name)]
+        if names:
+            wrong.append(f"{kind.removesuffix('_keys')} {names[0]}")
     return Check("transformers loads it", not wrong, "; ".join(wrong) or type(hf.model).__name__, "no key left over")
 
 
-def check_parameters(hf: Reloaded, config: ModelConfig) -> Check:
-    """Checks the number of parameters."""
-    count, expected = sum(p.numel() for p in hf.model.parameters()), config.num_parameters()
+def check_parameters(hf: Reloaded, reference: Reference) -> Check:
+    """Checks the number of elements of all tensors that transformers has in memory."""
+    walked = entries(reference.family, reference.compared)
+    expected = sum(math.prod(shape) for entry in walked for shape in entry.theirs.values())
+    tensors = {tensor.data_ptr(): tensor.numel() for tensor in hf.model.state_dict().values()}
+    count = sum(tensors.values())
     return Check("parameters", count == expected, f"{count:,}", f"{expected:,}")
 
 
 def check_context(hf: Reloaded, reference: Reference, greedy_tokens: int) -> Check:
     """Checks that config and tokenizer state the model's context length, and that nothing longer is compared."""
-    claimed, longest = hf.model.config.max_position_embeddings, max(map(len, reference.passages))
+    stated, longest = longest_row(reference.config, reference.context), max(map(len, reference.passages))
+    claimed = getattr(hf.model.config, reference.family.positions[0]) if reference.family.positions[0] else stated
     longest = max(longest, *(len(prompt) + greedy_tokens for prompt in reference.prompts))
-    wanted = f"{reference.context:,}, and nothing compared beyond it"
+    wanted = f"{stated:,}, and nothing compared beyond it"
     measured = f"{claimed:,}, compared up to {longest:,}"
-    if hf.tokenizer.model_max_length != claimed:
-        measured += f", but the tokenizer's model_max_length is {hf.tokenizer.model_max_length:,}"
-    right = claimed == hf.tokenizer.model_max_length == reference.context and longest <= claimed
+    of_tokenizer = hf.tokenizer.model_max_length if hf.tokenizer else reference.context
+    if of_tokenizer != reference.context:
+        measured += f", but the tokenizer's model_max_length is {of_tokenizer:,}"
+    right = claimed == stated and of_tokenizer == reference.context >= longest
     return Check("context", right, measured, wanted)
 
 
-def check_logits(hf: Reloaded, reference: Reference, tolerance: float) -> Check:
-    """Checks the largest difference of a logit over all passages; a failure names the first layer that differs."""
+def check_logits(hf: Reloaded, reference: Reference, options: VerifyConfig) -> Check:
+    """Checks the largest difference of a logit over all passages, and at the end of one long text made of them.
+
+    A failure names the first layer that differs.
+    """
     worst, culprit = 0.0, ""
-    for passage in reference.passages:
+    far = _far_text(reference, options.far_tokens)
+    for passage in [*reference.passages, *far]:
         tokens = torch.tensor([passage])
-        difference = (_ours(reference.decoder, tokens) - hf.model(tokens).logits).abs().max().item()
+        # The last tokens of a long text see the farthest positions, and their logits alone fit into memory.
+        last = min(len(passage), FAR_LOGITS) if passage in far else len(passage)
+        wanted = torch.arange(len(passage) - last, len(passage))
+        ours = _ours(reference.decoder, tokens, wanted)
+        difference = (ours - hf.model(tokens, logits_to_keep=last).logits[0]).abs().max().item()
         if not difference <= worst:  # also true for NaN
             worst, culprit = difference, ""
-        if not difference < tolerance:
-            culprit = first_layer(hf, reference, tokens, tolerance)
+        if not difference < options.tolerance:
+            culprit = first_layer(hf, reference, tokens, options.tolerance)
             break
     count = sum(map(len, reference.passages))
     kind = "held-out passages" if reference.held_out else "prompts (no held-out documents)"
     measured = f"{worst:.2e} over {count:,} tokens of {len(reference.passages)} {kind}"
-    return Check("logits, max difference", not culprit, culprit or measured, f"< {tolerance:g}")
+    measured += f", and at the end of {len(far[0]):,} tokens" if far else ""
+    if (first := reference.compared.num_layers) < reference.config.num_layers:
+        measured += f", through the first {first} of {reference.config.num_layers} layers"
+    return Check("logits, max difference", not culprit, culprit or measured, f"< {options.tolerance:g}")
+
+
+def _far_text(reference: Reference, length: int) -> list[list[int]]:
+    """Returns one text of up to `length` tokens, all passages one after another and again; none if it is no longer."""
+    length = min(length, reference.context)
+    if length <= max(map(len, reference.passages)):
+        return []
+    joined = [token for passage in reference.passages for token in passage]
+    return [(joined * (length // len(joined) + 1))[:length]]
 
 
 def first_layer(hf: Reloaded, reference: Reference, tokens: torch.Tensor, tolerance: float) -> str:
     """Returns the first module whose output differs by more than `tolerance`, and by how much, as text."""
-    backbone = hf.model.model
     decoder = reference.decoder
-    pairs: list[tuple[str, Any, Any]] = [("embedding", decoder.embedding, backbone.embed_tokens)]
-    pairs += [(f"layers.{i}", decoder.layers[str(i)], layer) for i, layer in enumerate(backbone.layers)]
-    pairs.append(("final_norm", decoder.final_norm, backbone.norm))
+    pairs: list[tuple[str, Any, Any]] = []
+    for name, theirs in module_names(reference.family, reference.compared).items():
+        ours = decoder.layers[name.removeprefix("layers.")] if name.startswith("layers.") else getattr(decoder, name)
+        pairs.append((name, ours, hf.model.get_submodule(theirs)))
     seen: dict[str, list[torch.Tensor]] = {name: [] for name, *_ in pairs}
 
     def record(name: str, sequence_first: bool) -> Any:
@@ -197,6 +267,15 @@ def first_layer(hf: Reloaded, reference: Reference, tokens: torch.Tensor, tolera
     return "lm_head, all layers before it agree"
 
 
+def module_names(family: Family, config: ModelConfig) -> dict[str, str]:
+    """Returns the names in transformers of the modules whose outputs can be compared, by Trivium's names, in order."""
+    found = {} if config.scale_embedding else {"embedding": embedding_name(family).removesuffix(".weight")}
+    layers = next(name for rule in family.rules for name in rule.their_names if "{layer}" in name).partition(".{layer}")
+    found |= {f"layers.{layer}": f"{layers[0]}.{layer}" for layer in range(config.num_layers)}
+    final = [rule.their_names[0] for rule in family.rules if "final_norm.weight" in rule.our_names]
+    return found | ({"final_norm": final[0].removesuffix(".weight")} if config.norm.final and final else {})
+
+
 def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: float) -> Check:
     """Checks that both models continue every prompt with the same `count` tokens under greedy decoding.
 
@@ -205,10 +284,13 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
     """
     from transformers import GenerationConfig
 
+    codec = reference.codec
+    # What is not set here would be taken from the model's own config, and change which tokens are greedy.
+    hf.model.generation_config = GenerationConfig()
     # All `count` tokens are compared, so generation must not stop at the end token. None would mean the end token of
     # the model's own generation config, so an id that does not exist takes its place.
     settings = GenerationConfig(
-        max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=reference.codec.pad_id
+        max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=codec.pad_id if codec else 0
     )
     name, wanted, ties = "greedy tokens", f"{count} identical", 0
     for prompt in reference.prompts:
@@ -219,7 +301,7 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
         if mine == theirs:
             continue
         at = first_mismatch(mine, theirs)
-        text = reference.codec.decode(prompt)[:30]
+        text = codec.decode(prompt)[:30] if codec else str(prompt[:8])
         if at == min(len(mine), len(theirs)):
             return Check(name, False, f"prompt {text!r}: {len(theirs)} tokens, ours {len(mine)}", wanted)
         logits = hf.model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
@@ -234,6 +316,8 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
 def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
     """Checks special ids, sentencepiece's ids on held-out and unusual text, and the ids of the chat template."""
     codec, tokenizer = reference.codec, hf.tokenizer
+    if codec is None:
+        return Check("tokenizer", True, "copied as it came", "the imported files")
     texts = [codec.decode(passage) for passage in reference.passages] + ODD_TEXTS
     wanted = "sentencepiece's ids"
     for name in ("bos", "eos"):
@@ -261,5 +345,5 @@ def _chat_difference(tokenizer: Any, codec: TextCodec) -> str | None:
     return next((f"{way}: {ids}, ours {ours}" for way, ids in ways.items() if ids != ours), None)
 
 
-def _ours(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    return decoder(tokens, torch.arange(tokens.shape[1])[None].expand_as(tokens))
+def _ours(decoder: Decoder, tokens: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    return decoder(tokens, torch.arange(tokens.shape[1])[None].expand_as(tokens), wanted=wanted)

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 # Its classes are generated at import from a serialized description, so type checkers do not know them.
 proto: Any = sentencepiece_model_pb2
 PIECE = proto.ModelProto.SentencePiece
+# Types of models for which transformers ignores tokenizer_class and builds a tokenizer of its own from tokenizer.json,
+# with other ids. With a class beside it, AutoTokenizer keeps to tokenizer.json, also without trust_remote_code.
+REBUILT = ("qwen2",)
+TOKENIZER_CLASS = '''from transformers import PreTrainedTokenizerFast
+
+
+class TriviumTokenizer(PreTrainedTokenizerFast):
+    """The tokenizer in tokenizer.json, as it is."""
+'''
 _NEVER = 128  # times the lowest score
 
 
@@ -131,9 +140,15 @@ def _add_bos(fast: "tokenizers.Tokenizer", bos: str, bos_id: int) -> None:
 
 
 def write_tokenizer(
-    folder: str | Path, model_path: str | Path, max_length: int, chat_template: str | None = None
+    folder: str | Path,
+    model_path: str | Path,
+    max_length: int,
+    chat_template: str | None = None,
+    model_type: str | None = None,
 ) -> None:
     """Writes the tokenizer's files into `folder`; `max_length` is the model's context length in tokens.
+
+    For some values of `model_type`, which config.json says, AutoTokenizer needs a file more.
 
     With a chat template, only the template has <s> and the tokenizer adds none, so that there is exactly one whether a
     rendered dialogue is tokenized with `add_special_tokens` or without.
@@ -164,6 +179,9 @@ def write_tokenizer(
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
     }
+    if model_type in REBUILT:
+        config["auto_map"] = {"AutoTokenizer": [None, "tokenization_trivium.TriviumTokenizer"]}
+        write_atomic(folder / "tokenization_trivium.py", TOKENIZER_CLASS.encode())
     if chat_template is not None:
         # Written to both: transformers 5 reads the file, older versions the key.
         config["chat_template"] = chat_template

@@ -7,6 +7,7 @@ The folder is written beside `out`, reloaded with transformers and compared with
 import hashlib
 import importlib.metadata
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Texts:
     """Texts, as token ids, on which the exported model is checked: `passages` for logits, `prompts` to continue.
 
-    The passages are held-out text if `held_out`, else the prompts.
+    The passages are held-out text if `held_out`, else the prompts. Without a codec, which an imported model may lack,
+    both are tokens drawn at random.
     """
 
-    codec: "TextCodec"
+    codec: "TextCodec | None"
     passages: list[list[int]]
     held_out: bool
     prompts: list[list[int]]
@@ -84,6 +86,8 @@ def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Tex
     """
     from export.heldout_text import heldout_passages
 
+    if source.tokenizer is None and source.architecture is not None:
+        return _drawn_texts(source, config, console)
     codec, options = source.codec(), config.verify
     if codec.chat_template is None:
         prompts = [codec.encode_prompt(text) for text in config.prompts]
@@ -116,8 +120,32 @@ def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Tex
     return Texts(codec, passages or prompts, bool(passages), prompts + openings)
 
 
-def _check_lengths(context: int, prompts: list[list[int]], openings: list[list[int]], config: ExportConfig) -> None:
-    """Raises ConfigError if a prompt and its continuation are longer than the context that the folder will state."""
+def _drawn_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Texts:
+    """Returns random tokens for an imported model whose tokenizer Trivium cannot use.
+
+    Raises ConfigError as `read_texts`.
+    """
+    console.print(
+        f"note: {source.path} has no tokenizer that Trivium can use; outputs are compared on random tokens, and the "
+        "files of its tokenizer are copied as they are",
+        markup=False,
+        soft_wrap=True,
+    )
+    draw = random.Random(config.seed)
+    room = source.context - config.verify.greedy_tokens
+    lengths = [min(config.verify.max_tokens, source.context), max(1, min(HELDOUT_PROMPT, room))]
+    passage, prompt = ([draw.randrange(source.model.vocab_size) for _ in range(length)] for length in lengths)
+    _check_lengths(source.context, [prompt], [], config, sampled=False)
+    return Texts(None, [passage], False, [prompt])
+
+
+def _check_lengths(
+    context: int, prompts: list[list[int]], openings: list[list[int]], config: ExportConfig, sampled: bool = True
+) -> None:
+    """Raises ConfigError if a prompt and its continuation are longer than the context that the folder will state.
+
+    Without `sampled`, no continuations are sampled.
+    """
     longest = max(map(len, prompts))
     if longest >= context:
         raise ConfigError(
@@ -126,8 +154,9 @@ def _check_lengths(context: int, prompts: list[list[int]], openings: list[list[i
         )
     wanted = {
         "verify.greedy_tokens": (config.verify.greedy_tokens, context - max(map(len, prompts + openings))),
-        "sample_tokens": (config.sample_tokens, context - longest),
     }
+    if sampled:
+        wanted["sample_tokens"] = (config.sample_tokens, context - longest)
     over = {key: room for key, (asked_for, room) in wanted.items() if asked_for > room}
     if over:
         said = " and ".join(f"{key} = {wanted[key][0]}" for key in over)
@@ -144,19 +173,24 @@ def export(
     """Writes, verifies and publishes the folder; returns 0. Raises ValueError if a check fails, leaving no folder."""
     from export import publishing
     from export.checks import reload, verify
+    from export.hf_writer import write_model
+    from export.model_card import model_card
 
-    with publishing.partly_written(out, "out") as partial:
+    with publishing.partly_written(out, "out") as partial, source.weights() as weights:
         with console.status("writing"):
-            reference = write_model(source, texts, config, partial)
+            reference = write_model(source, weights, texts, config, partial)
         with console.status("reloading with transformers"):
-            hf = reload(partial)
+            hf = reload(partial, reference)
         with console.status("comparing with Trivium's decoder"):
             checks = verify(partial, reference, hf, config.verify)
         show(checks, console)
         failed = next((check for check in checks if not check.passed), None)
         if failed is not None:
             raise ValueError(f"{failed.name}: {failed.measured} (wanted: {failed.wanted})")
-        sample(hf, reference, config, console)
+        if reference.codec is not None and reference.compared == reference.config:
+            sample(hf, reference, config, console)
+        card = model_card(source, reference.family, config.dtype, checks)
+        write_atomic(partial / "README.md", card.encode())
         measured = {check.name: check.measured for check in checks}
         record = {"checkpoint": str(source.path), "made_from": made_from, "checks": measured}
         publishing.publish(partial, out, record)
@@ -166,7 +200,7 @@ def export(
 
 def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> dict[str, Any]:
     """Returns everything that decides the folder's content and its checks, as hashes of contents and not as paths."""
-    code = sorted(Path(__file__).parent.glob("*.py"))
+    code = sorted(Path(__file__).parent.rglob("*.py"))
     return {
         "trivium": importlib.metadata.version("trivium") if _installed() else "source tree",
         "code_sha256": _digest([[file.name, file_sha256(file)] for file in code]),
@@ -175,7 +209,7 @@ def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> di
         "weights_sha256": source.identify(),
         "model": plain(source.model),
         "context": source.context,
-        "tokenizer_sha256": file_sha256(source.need_tokenizer()),
+        "tokenizer_sha256": {file.name: file_sha256(file) for file in source.tokenizer_files()},
         "chat_template_sha256": _digest(source.chat_template),
         "texts_sha256": _digest([texts.passages, texts.held_out, texts.prompts]),
         "sample": [config.sample_tokens, config.sample_temperature, config.seed],
@@ -187,39 +221,6 @@ def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> di
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def write_model(source: "ModelSource", texts: Texts, config: ExportConfig, folder: Path) -> "Reference":
-    """Writes weights, configs and tokenizer into `folder` and returns what the reloaded folder must equal."""
-    import torch
-
-    from export.checks import Reference
-    from export.families import to_hf
-    from export.hf_config import to_hf_config
-    from export.hf_tokenizer import write_tokenizer
-    from export.tensors import write_tensors
-    from pretrain.model import build_single
-
-    model, codec = source.model, texts.codec
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    weights = {name: tensor.to(dtype) for name, tensor in source.read().items()}
-    write_tensors(folder, to_hf(weights, model), int(config.max_shard_gb * 1e9))
-
-    hf_config = to_hf_config(model, source.context, config.dtype, codec.bos_id, codec.eos_id, codec.pad_id)
-    generation = {"bos_token_id": codec.bos_id, "eos_token_id": codec.stop_ids, "pad_token_id": codec.pad_id}
-    for name, content in (("config.json", hf_config), ("generation_config.json", generation)):
-        write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
-    write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template)
-    return Reference(
-        config=model,
-        weights=weights,
-        decoder=build_single(model, {name: tensor.float() for name, tensor in weights.items()}),
-        codec=codec,
-        context=source.context,
-        passages=texts.passages,
-        held_out=texts.held_out,
-        prompts=texts.prompts,
-    )
 
 
 def show(checks: list["Check"], console: Any) -> None:
@@ -241,6 +242,8 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
     from rich.table import Table
     from transformers import GenerationConfig
 
+    codec = reference.codec
+    assert codec is not None
     table = Table(title=f"written by transformers, temperature {config.sample_temperature:g}", show_lines=True)
     table.add_column("prompt", overflow="fold")
     table.add_column("continuation", overflow="fold")
@@ -248,10 +251,10 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
         max_new_tokens=config.sample_tokens,
         do_sample=config.sample_temperature > 0,
         temperature=config.sample_temperature or None,
-        eos_token_id=reference.codec.stop_ids,
-        pad_token_id=reference.codec.pad_id,
+        eos_token_id=codec.stop_ids,
+        pad_token_id=codec.pad_id,
     )
-    chat = reference.codec.chat_template is not None
+    chat = codec.chat_template is not None
     for prompt in config.chat_prompts if chat else config.prompts:
         if chat:
             ids = hf.tokenizer.apply_chat_template(asked(prompt), add_generation_prompt=True, return_dict=False)

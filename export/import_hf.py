@@ -1,4 +1,4 @@
-"""`trivium import`: converts a Hugging Face Llama or Mixtral directory to Trivium's weights.
+"""`trivium import`: converts a Hugging Face directory of one of the known families to Trivium's weights.
 
 OUT gets `model.safetensors` with Trivium's names (bit-identical, in the dtype of the files), `model.toml` with the
 `[model]` section for a training config, and the tokenizer's files. `trivium generate`, `chat` and `export` accept OUT
@@ -8,9 +8,7 @@ in place of a run. Nothing is downloaded, no tokenizer is converted, and pickled
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from configs.cli import command_parser, entrypoint
 from configs.files import file_sha256, write_atomic
@@ -18,23 +16,12 @@ from configs.loader import ConfigError, plain
 from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE, Tokenizer
 from export.publishing import RECORD, partly_written
 
-if TYPE_CHECKING:
-    from configs.train import ModelConfig
-
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts the directory that the command line names and returns 0."""
     parser = command_parser(
         prog="trivium import",
-        description="Turns a Hugging Face directory (Llama or Mixtral, safetensors) into Trivium weights.",
+        description="Turns a Hugging Face directory with safetensors, of a family in docs/families.md, into weights.",
         example="trivium import ~/models/tinyllama runs/imported/tinyllama",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
@@ -54,37 +41,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_run: bool = False) -> str:
     """Converts `directory` into `out` and returns a sentence that says so.
 
-    Raises ValueError (ConfigError among them) naming the file, key or tensor that is wrong.
+    Raises ValueError (ConfigError among them) that names every file, key and tensor that is wrong.
     """
     import tomli_w
 
-    from export.families import family_of, from_hf
-    from export.model_source import IMPORTED
-    from export.tensors import open_tensors, write_tensors
+    from export.hf_folder import open_hf_folder, read_json
+    from export.model_source import GENERATION, IMPORTED, TOKEN_IDS, TOKENIZER_FILES
+    from export.tensors import write_tensors
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
-    facts = read_facts(directory)
-    model = facts.model
-    names, read = open_tensors(directory)
-    what = f"{family_of(model).architecture}, {model.num_parameters():,} parameters"
+    opened = open_hf_folder(directory)
+    family, model = opened.family, opened.model
+    tokenizer = tokenizer_sha256(directory)
+    stated = read_json(directory / GENERATION) if (directory / GENERATION).is_file() else {}
+    # An empty generation_config.json says nothing, and does not take back what config.json says.
+    ids = opened.raw | {name: value for name, value in stated.items() if value is not None}
+    what = f"{family.architecture}, {model.num_parameters():,} parameters"
     if dry_run:
-        for _ in from_hf(read, names, model):
-            pass
         return f"{what}: every tensor is there; nothing was written"
 
     with partly_written(out, "OUT") as partial:
-        write_tensors(partial, from_hf(read, names, model), int(max_shard_gb * 1e9))
-        for name in TOKENIZER_FILES:
+        write_tensors(partial, opened.converted(), int(max_shard_gb * 1e9))
+        for name in (*TOKENIZER_FILES, GENERATION):
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, partial / name)
         tree = {
             "model": plain(model),
             "import": {
                 "source": str(directory),
-                "architecture": family_of(model).architecture,
-                "max_positions": facts.max_positions,
-                "tokenizer_sha256": facts.tokenizer_sha256,
+                "architecture": family.architecture,
+                "max_positions": family.longest_row(opened.raw),
+                "tokenizer_sha256": tokenizer,
+                "token_ids": {name: ids[name] for name in TOKEN_IDS if ids.get(name) is not None},
+                "kept": {key: opened.raw[key] for key in family.kept_keys if opened.raw.get(key) is not None},
             },
         }
         write_atomic(partial / IMPORTED, tomli_w.dumps(tree).encode())
@@ -92,30 +82,7 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
     return f"{what}: written to {out}; its [model] section is in {out / IMPORTED}"
 
 
-@dataclass(frozen=True)
-class HuggingFaceFacts:
-    """The model config of a Hugging Face directory, its context, and its tokenizer's SHA-256, "" for none of ours."""
-
-    model: "ModelConfig"
-    max_positions: int
-    tokenizer_sha256: str
-
-
-def read_facts(directory: Path) -> HuggingFaceFacts:
-    """Reads a directory without its tensors; raises ValueError (ConfigError among them) naming what is wrong."""
-    from export.hf_config import from_hf_config
-
-    try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{directory} has no config.json; name a Hugging Face model directory") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{directory / 'config.json'} is not valid JSON: {error}") from None
-    model = from_hf_config(raw)
-    return HuggingFaceFacts(model, int(raw.get("max_position_embeddings") or 2048), _tokenizer(directory))
-
-
-def _tokenizer(directory: Path) -> str:
+def tokenizer_sha256(directory: Path) -> str:
     """Returns the SHA-256 of the folder's tokenizer that Trivium can use, or "" if it has none.
 
     Raises ConfigError if it cannot be the model's: the folder is an export of Trivium with another one, or its

@@ -7,6 +7,7 @@ The files are named as in transformers: `model.safetensors`, or `model-00001-of-
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,25 +20,37 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> int:
-    """Writes the tensors in order, into files of at most `max_bytes` or one tensor; returns the total size in bytes."""
+    """Writes the tensors in order, into files of at most `max_bytes` or one tensor; returns the total size in bytes.
+
+    A file is written as soon as it is full, so that no more than its tensors are in memory.
+    """
     folder = Path(folder)
-    shards: list[dict[str, torch.Tensor]] = [{}]
+    shard: dict[str, torch.Tensor] = {}
+    shards: list[list[str]] = []
     size = total = 0
+
+    def write() -> None:
+        shards.append(list(shard))
+        _save(shard, folder / _unnamed(len(shards)))
+        shard.clear()
+
     for name, tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append({})
+        if shard and size + tensor.nbytes > max_bytes:
+            write()
             size = 0
-        shards[-1][name] = tensor
+        # A view of a larger tensor would keep the whole of it.
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format) if tensor._is_view() else tensor.contiguous()
         size += tensor.nbytes
         total += tensor.nbytes
+    write()
     if len(shards) == 1:
-        _save(shards[0], folder / SINGLE)
+        (folder / _unnamed(1)).rename(folder / SINGLE)
         return total
     where: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
+    for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, folder / file)
-        where |= dict.fromkeys(shard, file)
+        (folder / _unnamed(number)).rename(folder / file)
+        where |= dict.fromkeys(names, file)
     write_atomic(
         folder / INDEX,
         json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode(),
@@ -45,28 +58,60 @@ def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]
     return total
 
 
-def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Tensor]]:
-    """Returns (names, function that reads one tensor by name). Raises ValueError naming a missing or damaged file."""
-    folder = Path(folder)
-    if (folder / INDEX).is_file():
-        where = json.loads((folder / INDEX).read_text())["weight_map"]
-    elif (folder / SINGLE).is_file():
-        where = dict.fromkeys(_names(folder / SINGLE), SINGLE)
-    elif list(folder.glob("*.bin")):
-        raise ValueError(f"{folder} holds pickled weights (.bin), which are never loaded; convert them to safetensors")
-    else:
-        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}; name a folder with safetensors files")
-    for file in sorted(set(where.values())):
-        inside = set(_names(folder / file))
-        lost = sorted(name for name, named in where.items() if named == file and name not in inside)
-        if lost:
-            raise ValueError(f"{folder / file} lacks tensor {lost[0]}, which is there by {INDEX}; fetch the file again")
+@dataclass
+class TensorFolder:
+    """The tensors of a folder: `shapes` by name, None in a file that cannot be read, and `problems`, as sentences."""
 
-    def read(name: str) -> torch.Tensor:
-        with safe_open(folder / where[name], framework="pt") as file:
+    folder: Path
+    shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor by its name."""
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    return set(where), read
+
+def scan_tensors(folder: str | Path) -> TensorFolder:
+    """Looks at all files of a folder and returns what is in them, with everything that is wrong; reads no tensor."""
+    folder = Path(folder)
+    found = TensorFolder(folder)
+    if (folder / INDEX).is_file():
+        try:
+            found.files = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError):
+            found.problems.append(f"{folder / INDEX} is not a complete index; fetch it again")
+            return found
+    elif (folder / SINGLE).is_file():
+        found.shapes |= _shapes(folder / SINGLE, found.problems) or {}
+        found.files = dict.fromkeys(found.shapes, SINGLE)
+        return found
+    elif list(folder.glob("*.bin")):
+        found.problems.append(
+            f"{folder} holds pickled weights (.bin), which are never loaded; convert them to safetensors"
+        )
+    else:
+        found.problems.append(f"{folder} has no {SINGLE} and no {INDEX}; name a folder with safetensors files")
+    for file in sorted(set(found.files.values())):
+        named = [name for name, place in found.files.items() if place == file]
+        inside = _shapes(folder / file, found.problems)
+        found.shapes |= {name: inside.get(name) if inside is not None else None for name in named}
+        lost = sorted(name for name in named if inside is not None and name not in inside)
+        if lost:
+            found.problems.append(
+                f"{folder / file} lacks {', '.join(lost[:20])}{' and more' * (len(lost) > 20)}, there by {INDEX}; "
+                "fetch the file again"
+            )
+    return found
+
+
+def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Tensor]]:
+    """Returns (names, function that reads one tensor by name). Raises ValueError naming missing or damaged files."""
+    found = scan_tensors(folder)
+    if found.problems:
+        raise ValueError("; ".join(found.problems))
+    return set(found.files), found.read
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -77,23 +122,25 @@ def tensor_files(folder: Path) -> list[Path]:
     return [folder / SINGLE]
 
 
-def _names(path: Path) -> list[str]:
+def _unnamed(number: int) -> str:
+    """Returns the name of a file of weights while the number of all files is not known."""
+    return f"model-{number:05d}.safetensors"
+
+
+def _shapes(path: Path, problems: list[str]) -> dict[str, tuple[int, ...]] | None:
+    """Returns the shapes of a file's tensors by name, or None and a problem more if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, but {INDEX} names it; fetch it again") from None
+        problems.append(f"{path} is missing, but {INDEX} names it; fetch it again")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}); fetch it again") from None
+        problems.append(f"{path} is not a complete safetensors file ({error}); fetch it again")
+    return None
 
 
 def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
-    # Experts are slices of one stacked tensor; safetensors requires separate memory for each.
-    own = {
-        name: tensor.clone() if tensor.storage_offset() or tensor._is_view() else tensor.contiguous()
-        for name, tensor in shard.items()
-    }
-    save_file(own, path, metadata={"format": "pt"})
+    save_file(shard, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors creates files that only their owner may read
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """Fixtures of the export tests: a small real tokenizer, and tiny random models as a ModelSource."""
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -17,9 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from configs.files import file_sha256
 from configs.loader import plain
 from configs.model import ModelConfig
+from configs.model_parts import NormConfig, PositionConfig
 from configs.moe import MoEConfig
-from export.families import entries
-from export.model_source import ModelSource
+from export.conversion.parameters import parameters
+from export.model_source import ModelSource, Weights
 from export.tensors import write_tensors
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -71,8 +73,8 @@ def tiny(moe: bool = False, tie: bool = False, vocab_size: int = 800) -> ModelCo
         num_heads=4,
         num_kv_heads=2,
         head_dim=12,
-        norm={"eps": 3e-5},
-        position={"theta": 5000.0},
+        norm=NormConfig(eps=3e-5),
+        position=PositionConfig(theta=5000.0),
         tie_embeddings=tie,
         moe=MoEConfig(num_experts=4, top_k=2) if moe else None,
     )
@@ -81,7 +83,7 @@ def tiny(moe: bool = False, tie: bool = False, vocab_size: int = 800) -> ModelCo
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Draws weights large enough that a change of any one changes the logits."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {entry.ours: torch.randn(entry.shape, generator=generator) * 0.3 for entry in entries(config)}
+    weights = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in parameters(config).items()}
     return {name: tensor + 1.0 if "norm" in name else tensor for name, tensor in weights.items()}
 
 
@@ -103,7 +105,9 @@ def make_source(
         path=Path("runs/test/checkpoints/step_3"),
         step=3,
         model=config,
-        read=lambda: dict(weights),
+        weights=lambda: contextlib.nullcontext(
+            Weights({name: tuple(tensor.shape) for name, tensor in weights.items()}, weights.__getitem__)
+        ),
         identify=lambda: "0" * 64,
         context=128,
         tokenizer=tokenizer,

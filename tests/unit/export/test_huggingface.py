@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import export.families
 import export.hf_tokenizer
+import export.hf_writer
 import export.tensors
 from configs.export import ExportConfig
+from configs.loader import plain, validate
+from configs.model import ModelConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import huggingface, publishing
 from posttrain.chat_format import ChatFormat, jinja_template
@@ -42,10 +45,66 @@ def test_export_loads_in_transformers_and_agrees(tmp_path, tokenizer_path, moe, 
     assert "written by transformers" in printed
     model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+    assert "and at the end of 128 tokens" in printed
+    card = (out / "README.md").read_text()
+    assert f"{type(model).__name__}, {config.num_parameters():,} parameters" in card
+    assert re.search(r"\| logits, max difference \| \d\.\d\de-\d\d over ", card)
     assert model.generation_config.eos_token_id == [2]
     assert AutoTokenizer.from_pretrained(out, local_files_only=True)("It").input_ids[0] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
+
+
+def test_qwen2_keeps_the_tokenizer_that_the_model_was_trained_with(tmp_path, tokenizer_path):
+    # AutoTokenizer builds one of its own for model_type qwen2, unless the folder has a class for it.
+    tree = plain(tiny())
+    config = validate(ModelConfig, tree | {"attention": {**tree["attention"], "qkv_bias": True}})
+    status, printed = run(make_source(config, random_weights(config), tokenizer_path), tmp_path / "out")
+    assert status == 0
+    assert "FAILED" not in printed
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen2"
+    text = "  def f(x):\n\n\treturn 春眠  # 12345"
+    for trusted in (False, True):
+        fast = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True, trust_remote_code=trusted)
+        assert fast(text).input_ids == [1, *Tokenizer.load(tokenizer_path).encode(text)]
+
+
+def test_only_the_first_layers_are_compared_and_the_rest_bit_by_bit(tmp_path, tokenizer_path, monkeypatch):
+    config = tiny()
+    source = make_source(config, random_weights(config), tokenizer_path)
+    status, printed = run(source, tmp_path / "out", verify={"layers": 2})
+    assert status == 0
+    assert "through the first 2 of 3 layers" in printed
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True).config.num_hidden_layers == 3
+    norm = "model.layers.2.mlp.gate_proj.weight"
+    _change_written(monkeypatch, lambda tensors: tensors | {norm: tensors[norm] + 1})
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.gate_proj\.weight differs by up to 1"):
+        run(source, tmp_path / "other", verify={"layers": 2})
+
+
+def test_a_vocabulary_larger_than_the_tokenizers_stays_whole(tmp_path, tokenizer_path):
+    config = tiny(vocab_size=832)
+    weights = random_weights(config)
+    assert run(make_source(config, weights, tokenizer_path), tmp_path / "out")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == 832
+
+
+def test_everything_wrong_with_weights_is_told_at_once(tmp_path, tokenizer_path):
+    config = tiny()
+    weights = random_weights(config)
+    del weights["layers.1.mlp_norm.weight"], weights["final_norm.weight"]
+    weights["embedding.weight"] = weights["embedding.weight"].t()
+    weights["value_head"] = torch.zeros(1)
+    with pytest.raises(ValueError) as raised:
+        run(make_source(config, weights, tokenizer_path), tmp_path / "out")
+    for said in (
+        "2 tensors are missing that the model of the config has: layers.1.mlp_norm.weight, final_norm.weight",
+        "embedding.weight (32, 800) instead of (800, 32)",
+        "1 tensor is not part of the model of the config: value_head",
+    ):
+        assert said in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bf16_and_shards(tmp_path, tokenizer_path):
@@ -78,34 +137,30 @@ def test_chat_template_gives_the_ids_of_training(tmp_path, tokenizer_path):
     assert model.generation_config.eos_token_id == [2, 7]
 
 
+def _change_written(monkeypatch, change):
+    """Lets `change` alter the tensors of the file, as a wrong rule of a table would."""
+    original = export.hf_writer.convert
+
+    def changed(walked, read, config, to, *kept):
+        return change(dict(original(walked, read, config, to, *kept))).items()
+
+    monkeypatch.setattr(export.hf_writer, "convert", changed)
+
+
 def _swap_gate_and_up(monkeypatch):
-    original = export.families.to_hf
-
-    def swapped(weights, config):
-        tensors = dict(original(weights, config))
-        gate, up = (f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("gate", "up"))
-        tensors[gate], tensors[up] = tensors[up], tensors[gate]
-        return tensors.items()
-
-    monkeypatch.setattr(export.families, "to_hf", swapped)
+    gate, up = (f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("gate", "up"))
+    _change_written(monkeypatch, lambda tensors: tensors | {gate: tensors[up], up: tensors[gate]})
 
 
 def _drop_a_tensor(monkeypatch):
-    original = export.families.to_hf
-    monkeypatch.setattr(
-        export.families,
-        "to_hf",
-        lambda weights, config: [p for p in original(weights, config) if p[0] != "model.norm.weight"],
-    )
+    _change_written(monkeypatch, lambda tensors: {k: v for k, v in tensors.items() if k != "model.norm.weight"})
 
 
 def _config_key(key, value):
     def change(monkeypatch):
-        import export.hf_config
-
-        original = export.hf_config.to_hf_config
+        original = export.hf_writer.to_hf_config
         monkeypatch.setattr(
-            export.hf_config, "to_hf_config", lambda *args: original(*args) | {key: value, "rope_theta": None}
+            export.hf_writer, "to_hf_config", lambda *args: original(*args) | {key: value, "rope_theta": None}
         )
 
     return change
@@ -120,7 +175,7 @@ def _reverse_merges(monkeypatch):
     ("fault", "named"),
     [
         (_swap_gate_and_up, r"tensors on disk: layers\.1\.mlp\.gate_proj\.weight differs"),
-        (_drop_a_tensor, r"tensor model\.norm\.weight is missing"),
+        (_drop_a_tensor, r"tensors on disk: 1 tensor is missing that LlamaForCausalLM has: model\.norm\.weight"),
         (
             _config_key("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
             r"logits, max difference: first at the output of layers\.0",

@@ -49,7 +49,7 @@ def test_the_preset_is_valid():
     [
         ("step=-1", "-1 is not a step"),
         ("step=newest", "'newest' is not a step"),
-        ("dtype=float16", "dtype = 'float16'"),
+        ("dtype=float64", "dtype = 'float64'"),
         ("verify.rows=0", r"verify\.rows = 0"),
         ("verfy.rows=1", "did you mean 'verify'"),
         ("chat_prompts=[]", r"chat_prompts = \[\]"),

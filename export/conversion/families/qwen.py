@@ -1,0 +1,204 @@
+"""Qwen2 and 2.5, Qwen2-MoE, Qwen3 and Qwen3-MoE; Qwen1's weights become Qwen2's by their names alone."""
+
+from typing import Any
+
+from configs.model import ModelConfig
+from export.conversion.families.llama import (
+    ATTENTION,
+    AUXILIARY,
+    ENDS,
+    FFN,
+    MLP,
+    NORMS,
+    OLD_ROTARY,
+    QK_NORM,
+    experts,
+    head_dim,
+    named,
+    sizes,
+)
+from export.conversion.keys import ConfigKey, Custom, Draft, Key, shortest_pattern
+from export.conversion.rope_keys import Rope
+from export.conversion.table import Family
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+ROPE = Rope(positions=32768)
+POSITIONS = ("max_position_embeddings", 32768)
+MOE = (*named("moe.router", "mlp.gate"), *experts("mlp"))
+SHARED = (
+    *(
+        rule
+        for kind in ("gate", "up", "down")
+        for rule in named(f"moe.shared.{kind}_proj", f"mlp.shared_expert.{kind}_proj")
+    ),
+    *named("moe.shared_gate", "mlp.shared_expert_gate"),
+)
+
+
+def _put_window(draft: Draft, types: list[str], width: Any) -> None:
+    """Puts the pattern of layers with a sliding window and of those that see everything."""
+    if SLIDING not in types:
+        return
+    if set(types) != {SLIDING}:
+        kinds = shortest_pattern(["sliding" if kind == SLIDING else "full" for kind in types])
+        draft.put("layer_pattern", kinds)
+        draft.put("kinds", {"full": {}, "sliding": {"pattern": "sliding", "window": width}})
+        return
+    draft.put("attention.pattern", "sliding")
+    draft.put("attention.window", width)
+
+
+def _read_windows(draft: Draft, types_by_default: Any) -> None:
+    raw = draft.raw
+    count = raw.get("num_hidden_layers")
+    if not isinstance(count, int):
+        return
+    used, width = bool(raw.get("use_sliding_window", False)), raw.get("sliding_window", 4096)
+    types = raw.get("layer_types")
+    if types is None:
+        first = draft.value("max_window_layers", 28)
+        types = [SLIDING if used and width is not None and types_by_default(i, first) else FULL for i in range(count)]
+    if not isinstance(types, list) or len(types) != count or not set(types) <= {SLIDING, FULL}:
+        return draft.refuse("layer_types", types, f"{count} values, each {FULL!r} or {SLIDING!r}")
+    if SLIDING in types and (not used or not width):
+        return draft.refuse("layer_types", types, f"{FULL!r} alone, or use_sliding_window = true with a sliding_window")
+    _put_window(draft, types, width)
+
+
+def _write_windows(config: ModelConfig) -> dict[str, Any]:
+    sliding = [layer.attention.pattern == "sliding" for layer in config.layers]
+    first = next((i for i, slides in enumerate(sliding) if slides), config.num_layers)
+    return {
+        "use_sliding_window": any(sliding),
+        "sliding_window": config.layer(first).attention.window if any(sliding) else None,
+        "max_window_layers": first,
+        "layer_types": [SLIDING if slides else FULL for slides in sliding],
+    }
+
+
+WINDOWS = Custom(lambda draft: _read_windows(draft, lambda i, first: i >= first), _write_windows)
+# Qwen2-MoE's class takes every other layer before max_window_layers where layer_types is absent.
+MOE_WINDOWS = Custom(lambda draft: _read_windows(draft, lambda i, first: i % 2 == 0 and i < first), _write_windows)
+
+
+def _read_one_window(draft: Draft) -> None:
+    width = draft.raw.get("sliding_window", 4096)
+    if draft.raw.get("use_sliding_window", False) and width is not None:
+        draft.put("attention.pattern", "sliding")
+        draft.put("attention.window", width)
+
+
+def _write_one_window(config: ModelConfig) -> dict[str, Any]:
+    first = config.layer(0).attention
+    slides = first.pattern == "sliding"
+    return {"use_sliding_window": slides, "sliding_window": first.window if slides else None}
+
+
+def _read_sparse_layers(draft: Draft) -> None:
+    """Reads which layers have experts: each `decoder_sparse_step`th, counted from 1, but for `mlp_only_layers`."""
+    count, step = draft.raw.get("num_hidden_layers"), draft.value("decoder_sparse_step", 1)
+    only = draft.value("mlp_only_layers", [])
+    if not isinstance(count, int) or not isinstance(step, int) or step < 1 or not isinstance(only, list):
+        return draft.refuse("decoder_sparse_step", step, "a whole number from 1 on, and a list in mlp_only_layers")
+    sparse = range(step - 1, count, step)
+    first = next((i for i in sparse if i not in only), None)
+    if first is None:
+        return draft.refuse("mlp_only_layers", only, "at least one layer with experts")
+    draft.put("moe.first_layer", first)
+    draft.put("moe.every", step)
+    draft.put("moe.dense_layers", [i for i in sparse if i > first and i in only])
+
+
+def _write_sparse_layers(config: ModelConfig) -> dict[str, Any]:
+    moe = config.moe
+    step = moe.every if moe and (moe.first_layer + 1) % moe.every == 0 else 1
+    dense = [layer.index for layer in config.layers if layer.moe is None and (layer.index + 1) % step == 0]
+    return {"decoder_sparse_step": step, "mlp_only_layers": dense}
+
+
+SPARSE_LAYERS = Custom(_read_sparse_layers, _write_sparse_layers)
+
+
+def _mixture(top_k: int, size: int) -> tuple[ConfigKey, ...]:
+    """Returns the keys of a mixture of experts; the arguments are what transformers takes where they are absent."""
+    return (
+        Key("num_experts_per_tok", "moe.top_k", absent=top_k),
+        Key("moe_intermediate_size", "moe.ffn_hidden_size", absent=size, get=lambda config: config.expert_size),
+        Key("norm_topk_prob", "moe.renormalize", absent=False),
+        SPARSE_LAYERS,
+        *AUXILIARY,
+    )
+
+
+QWEN2 = Family(
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    rules=(*ENDS, *NORMS, *ATTENTION, *MLP),
+    keys=(*sizes(kv_heads=32), FFN, head_dim(always=False), WINDOWS, ROPE),
+    fixed={"attention.qkv_bias": True},
+    ignored=OLD_ROTARY,
+    converted=("position.layout",),
+    positions=POSITIONS,
+)
+
+QWEN2_MOE = Family(
+    architecture="Qwen2MoeForCausalLM",
+    model_type="qwen2_moe",
+    rules=(*ENDS, *NORMS, *ATTENTION, *MLP, *MOE, *SHARED),
+    keys=(
+        *sizes(kv_heads=16),
+        FFN,
+        head_dim(always=False),
+        Key("qkv_bias", "attention.qkv_bias", absent=True),
+        MOE_WINDOWS,
+        ROPE,
+        Key("num_experts", "moe.num_experts", absent=60),
+        *_mixture(top_k=4, size=1408),
+        Key(
+            "shared_expert_intermediate_size",
+            "moe.shared_ffn_hidden_size",
+            absent=5632,
+            get=lambda config: next((layer.shared_size for layer in config.layers if layer.moe), 0) or None,
+        ),
+    ),
+    fixed={"moe.num_shared_experts": 1, "moe.shared_gate": True},
+    ignored=OLD_ROTARY,
+    converted=("position.layout",),
+    positions=POSITIONS,
+    moe=True,
+)
+
+BIAS = Key("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False)
+
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    rules=(*ENDS, *NORMS, *ATTENTION, *QK_NORM, *MLP),
+    keys=(*sizes(kv_heads=32), FFN, head_dim(absent=128), BIAS, WINDOWS, ROPE),
+    fixed={"attention.qk_norm": "head"},
+    converted=("position.layout",),
+    positions=POSITIONS,
+)
+
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    rules=(*ENDS, *NORMS, *ATTENTION, *QK_NORM, *MLP, *MOE),
+    keys=(
+        *sizes(kv_heads=4),
+        FFN,
+        head_dim(),
+        BIAS,
+        Custom(_read_one_window, _write_one_window),
+        ROPE,
+        # Version 4 of transformers and vLLM read num_experts, version 5 writes num_local_experts.
+        Key("num_experts", "moe.num_experts", absent=128, also=("num_local_experts",)),
+        *_mixture(top_k=8, size=768),
+    ),
+    fixed={"attention.qk_norm": "head"},
+    converted=("position.layout",),
+    positions=POSITIONS,
+    moe=True,
+)
+
+FAMILIES = (QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE)

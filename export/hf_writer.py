@@ -1,0 +1,124 @@
+"""Writes the files of an exported folder, tensor by tensor, and builds the decoder that they are compared with."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.export import ExportConfig
+from configs.files import write_atomic
+from configs.loader import plain, validate
+from configs.model import ModelConfig
+from export.checks import Reference
+from export.conversion.parameters import parameters
+from export.conversion.registry import family_of
+from export.conversion.table import Family
+from export.conversion.walk import ConversionError, convert, entries, problems
+from export.hf_config import to_hf_config
+from export.hf_tokenizer import write_tokenizer
+from export.model_source import TOKEN_IDS, ModelSource, Weights
+from export.tensors import write_tensors
+from pretrain.model import Decoder, LayerContext
+
+if TYPE_CHECKING:
+    from export.huggingface import Texts
+
+
+def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: ExportConfig, folder: Path) -> Reference:
+    """Writes weights, configs and tokenizer into `folder` and returns what the reloaded folder must equal."""
+    model, codec = source.model, texts.codec
+    family = family_of(model, source.architecture)
+    read = reader_as(config.dtype, family, model, weights)
+    write_weights(family, model, weights, read, config.max_shard_gb, folder)
+
+    dtype = str(read("embedding.weight").dtype).removeprefix("torch.")
+    if codec is None:
+        bos, eos, pad = (source.token_ids.get(name) for name in TOKEN_IDS)
+        generation = source.generation | dict(zip(TOKEN_IDS, (bos, eos, pad), strict=True))
+        for file in source.tokenizer_files():
+            shutil.copyfile(file, folder / file.name)
+    else:
+        bos, eos, pad = codec.bos_id, codec.eos_id, codec.pad_id
+        generation = dict(zip(TOKEN_IDS, (bos, codec.stop_ids, pad), strict=True))
+        write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template, family.model_type)
+    hf_config = to_hf_config(model, source.context, dtype, bos, eos, pad, family.architecture)
+    for name, content in (("config.json", hf_config | weights.kept_keys), ("generation_config.json", generation)):
+        write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+    return Reference(
+        config=model,
+        family=family,
+        read=read,
+        decoder=build_decoder(model, read, config.verify.layers),
+        codec=codec,
+        context=source.context,
+        passages=texts.passages,
+        held_out=texts.held_out,
+        prompts=texts.prompts,
+    )
+
+
+def reader_as(dtype: str, family: Family, model: ModelConfig, weights: Weights) -> Callable[[str], torch.Tensor]:
+    """Returns a function that reads a tensor, by Trivium's name, in the dtype in which it is written.
+
+    With "auto" that is its own; otherwise it is `dtype`, but fp32 for tensors that the family keeps so.
+    """
+    fp32 = {name for entry in entries(family, model) if entry.keep_fp32 for name in entry.ours}
+
+    def read(name: str) -> torch.Tensor:
+        tensor = weights.read(name)
+        return tensor if dtype == "auto" else tensor.to(torch.float32 if name in fp32 else getattr(torch, dtype))
+
+    return read
+
+
+def write_weights(
+    family: Family,
+    model: ModelConfig,
+    weights: Weights,
+    read: Callable[[str], torch.Tensor],
+    max_shard_gb: float,
+    folder: Path,
+) -> None:
+    """Writes all tensors as `read` returns them, layer by layer.
+
+    Raises ConversionError naming all tensors of the checkpoint that are missing, extra or misshapen.
+    """
+    # The load of experts is a state of training.
+    found = {name: shape for name, shape in weights.shapes.items() if not name.endswith(".moe.balance.load")}
+    if said := problems(parameters(model), found, "the model of the config"):
+        raise ConversionError(said)
+    walked = entries(family, model)
+
+    def kept(name: str) -> torch.Tensor | None:
+        return weights.read(name) if name in weights.kept else None
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from convert(walked, read, model, "theirs", kept)
+        written = {name for entry in walked for name in entry.theirs}
+        yield from ((name, weights.read(name)) for name in weights.kept if name not in written)
+
+    write_tensors(folder, tensors(), int(max_shard_gb * 1e9))
+
+
+def build_decoder(model: ModelConfig, read: Callable[[str], torch.Tensor], layers: int | None) -> Decoder:
+    """Builds Trivium's decoder in fp32 from tensors read one by one; of its first `layers` alone if that is given."""
+    compared = model if layers is None or layers >= model.num_layers else first_layers(model, layers)
+    decoder = Decoder(compared, context=LayerContext(dtype=torch.float32)).eval()
+    with torch.no_grad():
+        for name, tensor in {**dict(decoder.named_global_parameters()), **decoder.named_balance()}.items():
+            if not name.endswith(".moe.balance.load"):
+                tensor.copy_(read(name))
+    return decoder
+
+
+def first_layers(model: ModelConfig, count: int) -> ModelConfig:
+    """Returns the config of a model that ends after its first `count` layers. Raises ConfigError if there is none."""
+    tree = plain(model) | {"num_layers": count}
+    tree["layer_pattern"] = tree["layer_pattern"][:count]
+    tree["kinds"] = {name: kind for name, kind in tree["kinds"].items() if name in tree["layer_pattern"]}
+    if model.moe:
+        tree["moe"]["dense_layers"] = [layer for layer in model.moe.dense_layers if layer < count]
+    return validate(ModelConfig, tree, origin=f"verify.layers = {count}")
