@@ -66,7 +66,7 @@ class ConfigKey(Protocol):
 
 
 @dataclass(frozen=True)
-class Key:
+class MappedKey:
     """A key of config.json that means the same as keys of `[model]`.
 
     `absent` is what transformers takes where the key is absent, a value or a function of config.json, and `null` the

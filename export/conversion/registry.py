@@ -59,7 +59,8 @@ def differences(config: ModelConfig, family: Family) -> dict[str, tuple[str, str
         if mine != other and key not in family.converted:
             at = next((i for i, pair in enumerate(zip(mine, other, strict=False)) if pair[0] != pair[1]), 0)
             where = "" if len(set(mine)) <= 1 and len(set(other)) <= 1 else f" in layer {at}"
-            found[f"model.{key}{where}"] = tuple(repr(side[at]) if side else "absent" for side in (mine, other))
+            said = [repr(side[at]) if side else "absent" for side in (mine, other)]
+            found[f"model.{key}{where}"] = (said[0], said[1])
     return found
 
 
@@ -80,7 +81,7 @@ def computation(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
         **{f"norm.{key}": value for key, value in config.norm},
         **{f"head.{key}": value for key, value in config.head},
     }
-    result = {key: (value,) for key, value in whole.items()}
+    result: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in whole.items()}
     layers = [dict(_layer(layer)) for layer in config.layers]
     for key in dict.fromkeys(key for layer in layers for key in layer):
         result[key] = tuple(layer.get(key) for layer in layers)

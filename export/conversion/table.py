@@ -1,4 +1,4 @@
-"""What a family is: rules for its tensors and keys for its config.json, in one table that is read both ways."""
+"""A family: rules for its tensors and keys for its config.json, in one table that is read both ways."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

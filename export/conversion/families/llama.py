@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.model import ModelConfig
-from export.conversion.keys import REQUIRED, ConfigKey, Custom, Draft, Fixed, Key
+from export.conversion.keys import REQUIRED, ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.operations import Rotary, SplitExperts
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family, Rule
@@ -74,21 +74,21 @@ def sizes(
     The arguments are what transformers takes where the keys are absent.
     """
     return (
-        Key("vocab_size", "vocab_size"),
-        Key("hidden_size", "hidden_size"),
-        Key("num_hidden_layers", "num_layers"),
-        Key("num_attention_heads", "num_heads"),
-        Key("num_key_value_heads", "num_kv_heads", absent=kv_heads, null=heads),
-        Key("hidden_act", "mlp.kind", absent=activation, values=GATED),
-        Key("rms_norm_eps", "norm.eps", absent=eps, number=float),
-        Key("tie_word_embeddings", "tie_embeddings", absent=tied),
-        Key("initializer_range", "init_std", absent=0.02, number=float),
+        MappedKey("vocab_size", "vocab_size"),
+        MappedKey("hidden_size", "hidden_size"),
+        MappedKey("num_hidden_layers", "num_layers"),
+        MappedKey("num_attention_heads", "num_heads"),
+        MappedKey("num_key_value_heads", "num_kv_heads", absent=kv_heads, null=heads),
+        MappedKey("hidden_act", "mlp.kind", absent=activation, values=GATED),
+        MappedKey("rms_norm_eps", "norm.eps", absent=eps, number=float),
+        MappedKey("tie_word_embeddings", "tie_embeddings", absent=tied),
+        MappedKey("initializer_range", "init_std", absent=0.02, number=float),
         Fixed("attention_dropout", 0.0, free=True),
         Fixed("use_cache", True, free=True),
     )
 
 
-FFN = Key("intermediate_size", "ffn_hidden_size")
+FFN = MappedKey("intermediate_size", "ffn_hidden_size")
 
 
 def head_dim(absent: int | None = None, always: bool = True) -> Custom:
@@ -137,7 +137,7 @@ def window(absent: int | None) -> Custom:
 
 
 AUXILIARY = (
-    Key("router_aux_loss_coef", "moe.aux_loss_coef", absent=0.001, number=float),
+    MappedKey("router_aux_loss_coef", "moe.aux_loss_coef", absent=0.001, number=float),
     Fixed("output_router_logits", False, free=True),
 )
 OLD_ROTARY = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # written before version 4.31
@@ -151,8 +151,8 @@ LLAMA = Family(
         FFN,
         head_dim(),
         Custom(_even_heads, lambda config: {}),
-        Key("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False),
-        Key("mlp_bias", "mlp.bias", absent=False),
+        MappedKey("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False),
+        MappedKey("mlp_bias", "mlp.bias", absent=False),
         Rope(),
     ),
     ignored=OLD_ROTARY,
@@ -175,12 +175,12 @@ MIXTRAL = Family(
     rules=(*ENDS, *NORMS, *ATTENTION, *MIXTRAL_MOE),
     keys=(
         *sizes(kv_heads=8, eps=1e-5),
-        Key("intermediate_size", "ffn_hidden_size", get=lambda config: config.expert_size),
+        MappedKey("intermediate_size", "ffn_hidden_size", get=lambda config: config.expert_size),
         head_dim(),
         window(absent=None),
         Rope(theta=1e6, positions=131072),
-        Key("num_local_experts", "moe.num_experts", absent=8),
-        Key("num_experts_per_tok", "moe.top_k", absent=2),
+        MappedKey("num_local_experts", "moe.num_experts", absent=8),
+        MappedKey("num_experts_per_tok", "moe.top_k", absent=2),
         Fixed("router_jitter_noise", 0.0, free=True),
         *AUXILIARY,
     ),

@@ -17,7 +17,7 @@ from export.conversion.families.llama import (
     named,
     sizes,
 )
-from export.conversion.keys import ConfigKey, Custom, Draft, Key, shortest_pattern
+from export.conversion.keys import ConfigKey, Custom, Draft, MappedKey, shortest_pattern
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family
 
@@ -122,9 +122,9 @@ SPARSE_LAYERS = Custom(_read_sparse_layers, _write_sparse_layers)
 def _mixture(top_k: int, size: int) -> tuple[ConfigKey, ...]:
     """Returns the keys of a mixture of experts; the arguments are what transformers takes where they are absent."""
     return (
-        Key("num_experts_per_tok", "moe.top_k", absent=top_k),
-        Key("moe_intermediate_size", "moe.ffn_hidden_size", absent=size, get=lambda config: config.expert_size),
-        Key("norm_topk_prob", "moe.renormalize", absent=False),
+        MappedKey("num_experts_per_tok", "moe.top_k", absent=top_k),
+        MappedKey("moe_intermediate_size", "moe.ffn_hidden_size", absent=size, get=lambda config: config.expert_size),
+        MappedKey("norm_topk_prob", "moe.renormalize", absent=False),
         SPARSE_LAYERS,
         *AUXILIARY,
     )
@@ -149,12 +149,12 @@ QWEN2_MOE = Family(
         *sizes(kv_heads=16),
         FFN,
         head_dim(always=False),
-        Key("qkv_bias", "attention.qkv_bias", absent=True),
+        MappedKey("qkv_bias", "attention.qkv_bias", absent=True),
         MOE_WINDOWS,
         ROPE,
-        Key("num_experts", "moe.num_experts", absent=60),
+        MappedKey("num_experts", "moe.num_experts", absent=60),
         *_mixture(top_k=4, size=1408),
-        Key(
+        MappedKey(
             "shared_expert_intermediate_size",
             "moe.shared_ffn_hidden_size",
             absent=5632,
@@ -168,7 +168,7 @@ QWEN2_MOE = Family(
     moe=True,
 )
 
-BIAS = Key("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False)
+BIAS = MappedKey("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False)
 
 QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
@@ -192,7 +192,7 @@ QWEN3_MOE = Family(
         Custom(_read_one_window, _write_one_window),
         ROPE,
         # Version 4 of transformers and vLLM read num_experts, version 5 writes num_local_experts.
-        Key("num_experts", "moe.num_experts", absent=128, also=("num_local_experts",)),
+        MappedKey("num_experts", "moe.num_experts", absent=128, also=("num_local_experts",)),
         *_mixture(top_k=8, size=768),
     ),
     fixed={"attention.qk_norm": "head"},
