@@ -238,9 +238,9 @@ def first_layer(hf: Reloaded, reference: Reference, tokens: torch.Tensor, tolera
     """Returns the first module whose output differs by more than `tolerance`, and by how much, as text."""
     decoder = reference.decoder
     pairs: list[tuple[str, Any, Any]] = []
-    for name, theirs in module_names(reference.family, reference.compared).items():
-        ours = decoder.layers[name.removeprefix("layers.")] if name.startswith("layers.") else getattr(decoder, name)
-        pairs.append((name, ours, hf.model.get_submodule(theirs)))
+    for name, place in module_names(reference.family, reference.compared).items():
+        own = decoder.layers[name.removeprefix("layers.")] if name.startswith("layers.") else getattr(decoder, name)
+        pairs.append((name, own, hf.model.get_submodule(place)))
     seen: dict[str, list[torch.Tensor]] = {name: [] for name, *_ in pairs}
 
     def record(name: str, sequence_first: bool) -> Any:

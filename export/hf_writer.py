@@ -41,7 +41,7 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
         for file in source.tokenizer_files():
             shutil.copyfile(file, folder / file.name)
     else:
-        bos, eos, pad = codec.bos_id, codec.eos_id, codec.pad_id
+        bos, eos, pad = (codec.bos_id if codec.bos_id >= 0 else None), codec.eos_id, codec.pad_id
         generation = dict(zip(TOKEN_IDS, (bos, codec.stop_ids, pad), strict=True))
         write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template, family.model_type)
     hf_config = to_hf_config(model, source.context, dtype, bos, eos, pad, family.architecture)
