@@ -1,8 +1,9 @@
 """Loads and validates configs; every mistake becomes one sentence that says what to change.
 
 A config is a TOML file plus dotted overrides (`train.steps=50`). Values of overrides are TOML values; a bare word is
-a string. An unknown key, a wrong type or a value out of range raises a `ConfigError` that names the key, the value and
-what to change. Entrypoints turn it into exit status 2.
+a string. A published model's name may stand for `[model]` (see `configs.presets`). An unknown key, a wrong type or a
+value out of range raises a `ConfigError` that names the key, the value and what to change. Entrypoints turn it into
+exit status 2.
 """
 
 import difflib
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from configs import presets
 from configs.files import write_atomic
 from configs.section import section_in
 
@@ -26,7 +28,10 @@ class ConfigError(ValueError):
 
 
 def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Reads `path`, applies `key.sub=value` overrides and validates by `schema`. Raises ConfigError for any mistake."""
+    """Reads `path`, applies `key.sub=value` overrides, fills in the published model that it names, and validates it.
+
+    Raises ConfigError for any mistake.
+    """
     path = Path(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -36,8 +41,14 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
         raise ConfigError(f"config {path} is a directory; name a .toml file in it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+    presets.with_preset_key(tree)
     for override in overrides:
         _apply(tree, override)
+        presets.with_preset_key(tree)
+    try:
+        tree = presets.filled_in(tree)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return validate(schema, tree, origin=str(path))
 
 
@@ -181,3 +192,5 @@ def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[st
         current, in_dict = section_in(field.annotation) if field else (None, False)
     if current and not in_dict:
         yield from current.model_fields
+    if current is presets.ModelConfig:
+        yield "preset"

@@ -110,7 +110,7 @@ class ModelConfig(Section):
     moe: MoEConfig | None = None
     """The mixture of experts in place of MLPs; left out, the model is dense."""
     layer_pattern: tuple[str, ...] = ()
-    """The kinds of the layers, names of `kinds`, repeated over all layers; left out, all are of no kind."""
+    """The kinds of the first layers, names of `kinds`, repeated over the others; left out, all are of no kind."""
     kinds: dict[str, LayerKind] = Field(default_factory=dict)
     """What each kind of layer in layer_pattern changes."""
 
@@ -184,11 +184,6 @@ class ModelConfig(Section):
             )
         if unused := [name for name in self.kinds if name not in self.layer_pattern]:
             return f"model.kinds.{unused[0]} is in no place of model.layer_pattern; name it there or remove it"
-        if len(self.layer_pattern) > self.num_layers:
-            return (
-                f"model.layer_pattern has {len(self.layer_pattern)} names, and the model has model.num_layers = "
-                f"{self.num_layers}; leave out those at its end"
-            )
         for kind in ("", *self.kinds):
             if kind == "" and self.layer_pattern:
                 continue

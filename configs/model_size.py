@@ -19,7 +19,7 @@ def mean_layer_parameters(model: ModelConfig, active: bool = False) -> float:
 
 def layer_parameters(layer: LayerConfig, active: bool = False) -> int:
     """Number of parameters of one block; with `active`, only those of the experts that one token uses."""
-    norms = {"parallel": 2, "sandwich": 4}.get(layer.residual.kind, 2)
+    norms = 4 if layer.residual.kind == "sandwich" else 2
     mlp = _mixture(layer, active) if layer.moe else mlp_parameters(layer, layer.ffn_hidden_size)
     return _attention(layer) + mlp + norms * norm_size(layer.norm.kind, layer.hidden_size)
 
@@ -37,7 +37,7 @@ def is_gated(kind: str) -> bool:
 
 
 def norm_size(kind: str, width: int) -> int:
-    """Number of parameters of a norm of hidden states."""
+    """Number of parameters of a norm of vectors of this width."""
     return width * (2 if kind == "layer" else 1)
 
 
@@ -60,6 +60,7 @@ def _attention(layer: LayerConfig) -> int:
         output = layer.num_heads * latent.v_head_dim * width
         return from_hidden + down + keys_values + output + width * attention.output_bias
     queries, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    norms = {"head": 2 * layer.head_dim, "projection": queries + keys}.get(attention.qk_norm, 0)
+    head_norm = norm_size(layer.norm.kind, layer.head_dim)
+    norms = {"head": 2 * head_norm, "projection": queries + keys}.get(attention.qk_norm, 0)
     biases = (queries + 2 * keys) * attention.qkv_bias + width * attention.output_bias
     return 2 * width * (queries + keys) + norms + biases + layer.num_heads * attention.sinks

@@ -221,7 +221,7 @@ class PretrainConfig(TrainerConfig):
     """The root of a pretraining run's config."""
 
     model: ModelConfig
-    """The shape of the decoder."""
+    """The decoder; a published one by its name in place of the section, or by `preset` and keys that differ in it."""
     data: DataSection
     """The data plan to train on."""
     eval: PretrainEvalConfig = PretrainEvalConfig()

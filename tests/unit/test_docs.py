@@ -20,7 +20,9 @@ import cli
 from configs.cli import SCHEMAS
 from configs.data import DataConfig
 from configs.loader import ConfigError, validate
+from configs.presets import filled_in
 from configs.reference import explain
+from configs.train import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -169,7 +171,7 @@ def _check(words: list[str], where: str) -> None:
     for option in options:
         assert option in _source_of(name), f"{where}: {name} has no option {option}"
     if name == "config":
-        if len(rest) > 1:  # else the command is only mentioned
+        if len(rest) > 1 and rest[0] != "--models":  # else the command is only mentioned
             assert rest[1] in SCHEMAS, f"{where}: there is no config {rest[1]}"
             assert all(_is_key(key, rest[1]) for key in rest[2:3] if key != ">"), f"{where}: {rest[1]} has no such key"
         return
@@ -217,11 +219,16 @@ def test_keys_and_sections_exist(page: Path) -> None:
 
 
 @each_page
-def test_pieces_of_data_configs_fit_the_demos(page: Path) -> None:
-    demo = tomllib.loads((ROOT / "configs/data/demo.toml").read_text(encoding="utf-8"))
+def test_pieces_of_configs_fit_the_demos(page: Path) -> None:
+    demo, pretrain = (
+        tomllib.loads((ROOT / f"configs/{kind}/demo.toml").read_text(encoding="utf-8")) for kind in ("data", "pretrain")
+    )
     for language, text in read(page).blocks:
-        if language == "toml":
-            validate(DataConfig, _merged(demo, tomllib.loads(text)), origin=page.name)
+        piece = tomllib.loads(text) if language == "toml" else {}
+        if "model" in piece:
+            validate(PretrainConfig, filled_in({**pretrain, **piece}), origin=page.name)
+        elif piece:
+            validate(DataConfig, _merged(demo, piece), origin=page.name)
 
 
 def _merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
