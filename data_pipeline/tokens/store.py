@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 from configs.sealed import STORE
 from data_pipeline.core.checked_parquet import read_parquet, readable
 from data_pipeline.core.integrity import DamagedData, file_sha256, read_sealed, remedy, seal
-from data_pipeline.core.shards import read_records
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -119,6 +118,8 @@ def _write(
     progress: Callable[[int], None] | None,
 ) -> tuple[WrittenStore, dict[str, str]]:
     """Writes a store to `paths`, by suffix; returns its counts and the SHA-256 of each file but the manifest."""
+    from data_pipeline.core.shards import read_records  # here, since a rank reads stores and need not load datatrove
+
     dtype = store_dtype(tokenizer.vocab_size)
     bos, eos = np.array([tokenizer.bos_id] * (tokenizer.bos_id >= 0), np.int64), np.array([tokenizer.eos_id])
     lengths: list[int] = []
