@@ -58,6 +58,8 @@ def open_hf_folder(directory: Path) -> HFFolder:
         raise ConversionError([str(error), *tensors.problems]) from None
     model, problems = family.read(raw)
     problems += tensors.problems
+    if model is not None:
+        problems += _vocabulary_problems(directory, model)
     fitted = None
     if model is not None and tensors.files:
         fitted = fit(family, model, tensors.shapes)
@@ -80,6 +82,24 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConversionError([f"{file} holds no JSON object; fetch it again"])
     return found
+
+
+def _vocabulary_problems(directory: Path, model: ModelConfig) -> list[str]:
+    """Returns a problem if tokenizer.json has tokens that the model has no rows for."""
+    file = directory / "tokenizer.json"
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = described["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        last = max([*ids, *(int(token["id"]) for token in described.get("added_tokens") or [])])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # whether Trivium can use the tokenizer is another question
+    if last < model.vocab_size:
+        return []
+    return [
+        f"{file} has tokens up to id {last}, and config.json says vocab_size = {model.vocab_size}; put the model's own "
+        "tokenizer there"
+    ]
 
 
 def _head_problems(family: Family, tensors: TensorFolder, fitted: Fit) -> list[str]:

@@ -37,7 +37,7 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
     dtype = str(read("embedding.weight").dtype).removeprefix("torch.")
     if codec is None:
         bos, eos, pad = (source.token_ids.get(name) for name in TOKEN_IDS)
-        generation = source.generation | dict(zip(TOKEN_IDS, (bos, eos, pad), strict=True))
+        generation = source.generation | {name: value for name, value in source.token_ids.items() if value is not None}
         for file in source.tokenizer_files():
             shutil.copyfile(file, folder / file.name)
     else:
@@ -45,6 +45,8 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
         generation = dict(zip(TOKEN_IDS, (bos, codec.stop_ids, pad), strict=True))
         write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template, family.model_type)
     hf_config = to_hf_config(model, source.context, dtype, bos, eos, pad, family.architecture)
+    if codec is None:  # what the imported config.json left to transformers stays so
+        hf_config = {key: value for key, value in hf_config.items() if key not in TOKEN_IDS or key in source.token_ids}
     for name, content in (("config.json", hf_config | weights.kept_keys), ("generation_config.json", generation)):
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     return Reference(

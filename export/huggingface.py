@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from export import publishing
+    from export.memory import check_memory, free_memory
     from export.model_source import open_source
 
     console, out = Console(), Path(config.out)
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{source.path}, {source.model.num_parameters():,} parameters, as {config.dtype} to {out}",
             soft_wrap=True,
         )
+        check_memory(source.model, config.verify.layers, free_memory())
         if args.dry_run:
             return 0
         return export(source, texts, config, out, made_from, console)

@@ -74,12 +74,16 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
                 "max_positions": family.longest_row(opened.raw),
                 "tokenizer_sha256": tokenizer,
                 "token_ids": {name: ids[name] for name in TOKEN_IDS if ids.get(name) is not None},
+                "no_token_ids": [name for name in TOKEN_IDS if name in ids and ids[name] is None],
                 "kept": {key: opened.raw[key] for key in family.kept_keys if opened.raw.get(key) is not None},
             },
         }
         write_atomic(partial / IMPORTED, tomli_w.dumps(tree).encode())
         partial.rename(out)
-    return f"{what}: written to {out}; its [model] section is in {out / IMPORTED}"
+    said = f"{what}: written to {out}; its [model] section is in {out / IMPORTED}"
+    if ids.get("eos_token_id") is None:
+        said += f"; no file of {directory} names an eos_token_id, so that nothing says where its texts end"
+    return said
 
 
 def tokenizer_sha256(directory: Path) -> str:

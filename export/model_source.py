@@ -196,7 +196,7 @@ def _imported(path: Path) -> ModelSource:
         tokenizer=_imported_tokenizer(path, tree["import"]),
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
         architecture=tree["import"].get("architecture"),
-        token_ids=tree["import"].get("token_ids", {}),
+        token_ids=tree["import"].get("token_ids", {}) | dict.fromkeys(tree["import"].get("no_token_ids", [])),
         generation=json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {},
     )
 

@@ -140,6 +140,13 @@ def test_a_head_that_is_tied_without_a_key_is_told_with_the_remedy(tmp_path):
     assert main(args) == 0
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_is_told_with_the_rest(tmp_path, tokenizer_path):
+    saved(tmp_path, moe=False, hidden_act="relu2")
+    write_tokenizer(tmp_path / "hf", tokenizer_path, max_length=64)
+    with pytest.raises(ConfigError, match=r"(?s)relu2.* has tokens up to id 799, and .* says vocab_size = 96"):
+        main([str(tmp_path / "hf"), str(tmp_path / "out")])
+
+
 def test_a_missing_bias_is_not_taken_for_zeros(tmp_path):
     saved(tmp_path, moe=False)
     path = tmp_path / "hf/config.json"
@@ -243,6 +250,21 @@ def test_shards_hold_every_tensor_once(tmp_path):
     assert sum(size > 24_000 for size in sizes) == sum(tensor.nbytes > 20_000 for tensor in tensors.values())
 
 
+def test_a_model_that_names_no_end_is_told_and_stays_so(tmp_path, capsys):
+    saved(tmp_path, moe=False)
+    path = tmp_path / "hf/config.json"
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token_id"}
+    path.write_text(json.dumps(raw | {"bos_token_id": None}))
+    (tmp_path / "hf/generation_config.json").unlink()
+    assert main([str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    assert "names an eos_token_id, so that nothing says where its texts end" in capsys.readouterr().out
+    (tmp_path / "export.toml").write_text(f'run = "{tmp_path / "ours"}"\nout = "{tmp_path / "back"}"\n')
+    assert huggingface.main([str(tmp_path / "export.toml"), "verify.greedy_tokens=8"]) == 0
+    again = json.loads((tmp_path / "back/config.json").read_text())
+    assert "eos_token_id" not in again  # transformers' own of the class is taken then, before as after
+    assert again["bos_token_id"] is None
+
+
 @pytest.mark.parametrize("moe", [False, True])
 def test_a_model_without_a_tokenizer_of_ours_goes_through_both_commands(tmp_path, capsys, moe):
     saved(tmp_path, moe, torch.bfloat16, bos_token_id=5, eos_token_id=[6, 7])
@@ -260,4 +282,7 @@ def test_a_model_without_a_tokenizer_of_ours_goes_through_both_commands(tmp_path
     for name in ("config.json", "generation_config.json"):
         content = json.loads((tmp_path / "back" / name).read_text())
         assert (content["bos_token_id"], content["eos_token_id"]) == (5, [6, 7])
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    again = json.loads((tmp_path / "back/config.json").read_text())
+    assert raw["pad_token_id"] is None is again["pad_token_id"]
     assert (tmp_path / "back/tokenizer_config.json").read_bytes() == b'{"tokenizer_class": "Other"}'

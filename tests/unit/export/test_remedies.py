@@ -1,4 +1,4 @@
-"""Remedies in the export's messages about lengths: each is applied and works."""
+"""Remedies in the export's messages about lengths and memory: each is applied and works."""
 
 import random
 
@@ -6,7 +6,9 @@ import pytest
 
 from configs.export import ExportConfig
 from configs.loader import ConfigError, validate
+from configs.model import ModelConfig
 from export.huggingface import _check_lengths
+from export.memory import check_memory
 from tests.remedies import remedies
 
 
@@ -35,3 +37,22 @@ def test_lengths_that_a_message_names_are_legal_and_the_longest() -> None:
                 check(**{**numbers, **suggested, key: suggested[key] + 1})
         followed += 1
     assert followed > 100
+
+
+def test_layers_that_a_message_names_fit_into_memory_and_are_the_most() -> None:
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "ffn_hidden_size": 128, "num_heads": 4, "num_kv_heads": 4}
+    model = validate(ModelConfig, {**sizes, "num_layers": 12})
+    whole = 8 * model.num_parameters()
+    check_memory(model, None, int(whole / 0.8) + 1)
+    check_memory(model, None, None)
+    for share in (0.95, 0.8, 0.6, 0.4):
+        free = int(whole * share)
+        with pytest.raises(ConfigError, match=r"takes 0\.0 GB, twice the model in fp32") as raised:
+            check_memory(model, None, free)
+        ((key, value),) = remedies(str(raised.value))
+        assert key == "verify.layers"
+        check_memory(model, int(value), free)
+        with pytest.raises(ConfigError):
+            check_memory(model, int(value) + 1, free)
+    with pytest.raises(ConfigError, match="even for one layer; export on a machine with more memory"):
+        check_memory(model, None, 1000)
