@@ -37,7 +37,7 @@ MIXTRAL = LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_wi
 
 def saved(tmp_path, moe: bool, dtype=torch.float32, **keys):
     """Saves a random transformers model with transformers and returns it."""
-    config = transformers.MixtralConfig(**MIXTRAL, **keys) if moe else transformers.LlamaConfig(**LLAMA, **keys)
+    config = transformers.MixtralConfig(**MIXTRAL | keys) if moe else transformers.LlamaConfig(**LLAMA | keys)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
@@ -214,7 +214,7 @@ def test_bad_places_and_files(tmp_path):
 
 
 def test_a_tokenizer_file_is_restored_or_removed_as_the_message_says(tmp_path, tokenizer_path):
-    saved(tmp_path, moe=False)
+    saved(tmp_path, moe=False, vocab_size=800)
     write_tokenizer(tmp_path / "hf", tokenizer_path, max_length=64)
     file, args = tmp_path / "hf/tokenizer.model", [str(tmp_path / "hf"), str(tmp_path / "out"), "--dry-run"]
     file.write_bytes(b"no tokenizer")
