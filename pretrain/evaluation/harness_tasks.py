@@ -9,7 +9,7 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +22,7 @@ from lm_eval.api import metrics  # noqa: F401  (registers the harness's metrics)
 from lm_eval.api.registry import metric_registry
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from configs.loader import ConfigError
@@ -52,12 +53,14 @@ def load_tasks(
     folders: Sequence[str | Path] = (),
     humaneval_file: str | None = None,
     unsafe: bool = False,
+    num_fewshot: int | None = None,
     key: str = "--tasks",
 ) -> LoadedTasks:
     """Loads tasks by names, files or folders. Raises ConfigError naming the one that cannot be loaded, and why.
 
-    Without `unsafe`, a task is refused that runs programs outside of the sandbox. `key` is the option or config key
-    that names the tasks.
+    Without `unsafe`, a task is refused that runs programs outside of the sandbox. `num_fewshot` is the number of solved
+    examples in each prompt, instead of what the task says, unless that is 0. `key` is the option or config key that
+    names the tasks.
     """
     text_metrics.register()
     paths = [Path(folder) for folder in folders]
@@ -70,7 +73,7 @@ def load_tasks(
         groups: dict[str, Any] = {}
         for name, spec in specs:
             try:
-                loaded = _load(manager, name, spec)
+                loaded = manager.load([spec])
             except ConfigError:
                 raise
             except Exception as error:  # whatever a task's file, functions or data raise
@@ -79,26 +82,19 @@ def load_tasks(
             groups |= loaded.get("groups", {})
     for name, task in tasks.items():
         _check(name, task, unsafe)
+        _choose_shots(name, task, num_fewshot, "--num-fewshot" if key == "--tasks" else "eval.num_fewshot")
     return LoadedTasks(manager, tasks, groups)
 
 
 def run_tasks(
-    model: TriviumLM,
-    tasks: LoadedTasks,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    keep_samples: bool = False,
+    model: TriviumLM, tasks: LoadedTasks, limit: int | None = None, keep_samples: bool = False
 ) -> dict[str, Any]:
     """Returns {"scores": {task: scores}, "groups": {group: scores}, "samples": {task: [record]}} of loaded tasks.
 
-    Scores have {measure: value} in "measures", None for what is no finite number. `num_fewshot` is the number of solved
-    examples in each prompt, instead of what the task says, unless that is 0. The random numbers are seeded as in the
-    harness, so that the same examples are chosen.
+    Scores have {measure: value} in "measures", None for what is no finite number. The random numbers are seeded as in
+    the harness, so that the same examples are chosen.
     """
     for task in tasks.tasks.values():
-        own = task.get_config("num_fewshot")
-        if own is None or (num_fewshot is not None and own != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=SEED)
     with _quiet(), _seeded():
         found: Any = evaluate(
@@ -125,7 +121,7 @@ def _specs(
     names: Sequence[str], folders: Sequence[Path], humaneval_file: str | None, key: str
 ) -> tuple[TaskManager, list[tuple[str, Any]]]:
     """Returns the harness's index of tasks, and what it loads for each name."""
-    own = TaskManager(include_path=list(folders) or None, include_defaults=False)
+    own = _manager(folders, include_defaults=False)
     known = own
     found: list[tuple[str, Any]] = []
     missing: list[str] = []
@@ -142,41 +138,59 @@ def _specs(
         else:
             missing.append(name)
     if missing:
-        known = TaskManager(include_path=list(folders) or None)  # with the harness's own tasks, which takes seconds
+        known = _manager(folders, include_defaults=True)  # takes seconds
         for name in missing:
             if name not in known.all_tasks:
                 close = get_close_matches(name, [*known.all_tasks, humaneval.NAME], n=3)
                 hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+                other = ", or give their folder by --task-folder" if key == "--tasks" else ""
                 raise ConfigError(
                     f"{key} {name} is no folder, no file and no task's name{hint}; name a folder with YAML files of "
-                    "tasks, or give their folder by --task-folder"
+                    f"tasks{other}"
                 )
             found.append((name, name))
     return known, found
 
 
-def _load(manager: TaskManager, name: str, spec: Any) -> Any:
-    """Loads a task or group; relative paths in its file begin at its folder, or else at the working directory."""
-    if not isinstance(spec, str):
-        return manager.load([spec])
-    entry = manager.task_index.get(spec)
-    file = entry.yaml_path if entry else Path(spec).absolute()
-    if file is None:  # a tag, which stands for several tasks
-        return manager.load([spec])
-    _check_metrics(name, load_yaml(file, resolve_func=False, recursive=True))
-    try:
-        with chdir(file.parent):
-            return manager.load([spec if entry else str(file)])
-    except FileNotFoundError:
-        return manager.load([spec])
+def _manager(folders: Sequence[Path], include_defaults: bool) -> TaskManager:
+    """Returns the index of the tasks in folders, with the harness's own tasks if asked to."""
+    manager = TaskManager(include_path=list(folders) or None, include_defaults=include_defaults)
+    manager._factory = _FilesBesideTasks()
+    return manager
+
+
+class _FilesBesideTasks(TaskFactory):
+    """Maker of tasks for which relative paths of data begin at the task's folder, where there is such a file.
+
+    To the harness itself they begin at the working directory.
+    """
+
+    def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        config = super()._load_full_config(entry, overrides)
+        if entry.yaml_path:
+            folder = Path(entry.yaml_path).absolute().parent
+            _check_metrics(entry.name, config)
+            for key in ("data_files", "data_dir"):
+                if key in (config.get("dataset_kwargs") or {}):
+                    config["dataset_kwargs"][key] = _beside(config["dataset_kwargs"][key], folder)
+        return config
+
+
+def _beside(value: Any, folder: Path) -> Any:
+    """Returns paths, in lists and dicts too, as paths in `folder` if they exist there; they may have wildcards."""
+    if isinstance(value, dict):
+        return {key: _beside(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_beside(inner, folder) for inner in value]
+    is_there = isinstance(value, str) and not Path(value).is_absolute() and "://" not in value
+    return str(folder / value) if is_there and any(folder.glob(value)) else value
 
 
 def _check_metrics(name: str, config: dict[str, Any]) -> None:
     """Raises ConfigError for a metric that nobody registered, for which the harness would ask the network."""
     for entry in config.get("metric_list") or ():
         metric = entry.get("metric") if isinstance(entry, dict) else None
-        is_function = isinstance(metric, str) and "/" in metric  # written `!function file.name`
-        if config.get("process_results") or is_function or (isinstance(entry, dict) and entry.get("hf_evaluate")):
+        if config.get("process_results") or callable(metric) or (isinstance(entry, dict) and entry.get("hf_evaluate")):
             continue
         if metric not in metric_registry:
             close = get_close_matches(str(metric), [*metric_registry], n=2)
@@ -226,6 +240,34 @@ def _check(name: str, task: Any, unsafe: bool) -> None:
         generation_settings(name, task.config.generation_kwargs or {})
     if not len(task.eval_docs):
         raise ConfigError(f"task {name} has no documents in its test_split or validation_split; correct its file")
+
+
+def _choose_shots(name: str, task: Any, wanted: int | None, option: str) -> None:
+    """Sets the number of solved examples in a prompt; raises ConfigError if the task has fewer."""
+    own = task.get_config("num_fewshot")
+    chosen = own if own == 0 or (wanted is None and own is not None) else wanted or 0
+    task.set_config(key="num_fewshot", value=chosen)
+    if not chosen or task.OUTPUT_TYPE == "loglikelihood_rolling" or not hasattr(task, "sampler"):
+        return
+    have = len(task.sampler.fewshot_docs())
+    if _shows_evaluated_documents(task):
+        have -= 1
+        # The harness leaves a document out of its own examples if this is so, and not if a task has one split alone.
+        task.fewshot_cfg.split = task.config.test_split
+    if chosen > have:
+        raise ConfigError(
+            f"task {name} has {max(0, have)} solved examples to show, and each prompt is to have {chosen}; set "
+            f"{option} to {max(0, have)} or less, or name a larger fewshot_split in its file"
+        )
+
+
+def _shows_evaluated_documents(task: Any) -> bool:
+    """Whether the solved examples come from the documents that are evaluated."""
+    config, given = task.config, task.fewshot_cfg
+    if given.split is None and given.samples is not None:
+        return False
+    shown = given.split or config.training_split or config.validation_split or config.test_split
+    return bool(shown == (config.test_split or config.validation_split))
 
 
 def _measures(values: dict[str, Any]) -> dict[str, float | None]:

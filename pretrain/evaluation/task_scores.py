@@ -48,7 +48,7 @@ class TaskScores:
 
         self._config, self._context, self._seed = config, context, seed
         self._codec = PlainCodec(tokenizer)
-        self._tasks: LoadedTasks = load_tasks(config.tasks, key="eval.tasks")
+        self._tasks: LoadedTasks = load_tasks(config.tasks, num_fewshot=config.num_fewshot, key="eval.tasks")
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
         """Returns the measures of each task. Collective: all ranks call it."""
@@ -61,7 +61,7 @@ class TaskScores:
             dtype = next(engine.module.parameters()).dtype
             decoder = build_single(engine.model_config, weights, dtype).to(engine.mesh.device)
             model = TriviumLM(decoder, self._codec, self._context, seed=self._seed)
-            scores = run_tasks(model, self._tasks, self._config.num_fewshot, self._config.task_documents)["scores"]
+            scores = run_tasks(model, self._tasks, self._config.task_documents)["scores"]
             for name, values in scores.items():
                 known = {measure: value for measure, value in values["measures"].items() if value is not None}
                 found[f"task {name}"] = known

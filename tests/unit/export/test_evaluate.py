@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.skipif(
     reason="lm_eval is not installed; it is one of the packages of: pip install '.[eval]'",
 )
 CONTEXT = 128
+MANUAL = Path(__file__).resolve().parents[3] / "docs/evaluation.md"
 QUESTIONS = [
     {
         "q": f"{ENGLISH[i * 20 : i * 20 + 30 + 40 * i]}",
@@ -249,6 +251,53 @@ def test_tasks_run_from_the_command_line_and_their_results_collect(
     assert again["texts"] == found["texts"] and again["choice"]["documents"] == 6
 
 
+def test_groups_and_tags_find_the_data_beside_their_tasks(tasks: Path, tmp_path: Path, decoder, tokenizer_path) -> None:
+    """The members of a group are in folders of their own, and so are their data."""
+    from pretrain.evaluation.harness_tasks import load_tasks, run_tasks
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.yaml").write_text(CHOICE.replace("task: choice", f"task: {name}\ntag: [tagged]"))
+        for data in ("questions", "solved"):
+            (tmp_path / name / f"{data}.jsonl").write_bytes((tasks / f"{data}.jsonl").read_bytes())
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [first, second]\naggregate_metric_list: [{metric: acc}]\n")
+    model = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT)
+    found = run_tasks(model, load_tasks(["both"], [tmp_path]), limit=3)
+    accuracy = found["scores"]["first"]["measures"]["acc"]
+    assert found["groups"] == {"both": {"measures": {"acc": pytest.approx(accuracy)}}}
+    assert load_tasks(["tagged"], [tmp_path]).documents(4) == {"first": 4, "second": 4}
+    with pytest.raises(ConfigError, match=r"task choice has 6 solved examples to show, .*; set --num-fewshot to 6 or"):
+        load_tasks(["choice"], [tasks], num_fewshot=7)
+    assert (
+        run_tasks(model, load_tasks(["choice"], [tasks], num_fewshot=6), limit=1)["scores"]["choice"]["num_fewshot"]
+        == 6
+    )
+
+
+@pytest.mark.parametrize("splits", ["test_split: test", "validation_split: test\nfewshot_split: test"])
+def test_the_manuals_task_shows_no_document_before_itself(tmp_path: Path, decoder, tokenizer_path, splits: str) -> None:
+    """Its YAML and its data are taken from docs/evaluation.md."""
+    from pretrain.evaluation.harness_tasks import load_tasks, run_tasks
+
+    blocks = dict(
+        re.findall(r"^```(yaml|json)\n(.*?)^```", MANUAL.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    )
+    (tmp_path / "capitals.yaml").write_text(blocks["yaml"].replace("test_split: test", splits))
+    (tmp_path / "capitals.jsonl").write_text(blocks["json"])
+    model = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT)
+    found = run_tasks(model, load_tasks([str(tmp_path)], num_fewshot=2), keep_samples=True)
+    scores = found["scores"]["capitals"]
+    assert scores["measures"].keys() == {"exact_match", "bleu", "rougeL"} and scores["documents"] == 3
+    records = found["samples"]["capitals"]
+    prompts = [record["arguments"][0][0] for record in records]
+    assert all(prompt.count("The capital of") == 3 for prompt in prompts)
+    capitals = [record["doc"]["capital"] for record in records]
+    assert [[capital in prompt for capital in capitals].count(True) for prompt in prompts] == [2, 2, 2]
+    assert not any(capital in prompt for capital, prompt in zip(capitals, prompts, strict=True))
+    with pytest.raises(ConfigError, match=r"has 2 solved examples to show, .*; set --num-fewshot to 2 or less"):
+        load_tasks([str(tmp_path)], num_fewshot=3)
+
+
 def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, monkeypatch) -> None:
     """The answers are put in the model's mouth: a right one, a wrong one, and one that ends the program."""
     from pretrain.evaluation.harness_tasks import load_tasks, run_tasks
@@ -257,9 +306,9 @@ def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, 
     answers = [problems[0]["canonical_solution"], "    return 1\n", "    exit(0)\n"]
     model = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT)
     monkeypatch.setattr(model, "generate_until", lambda requests: answers)
-    loaded = load_tasks(["humaneval"])
+    loaded = load_tasks(["humaneval"], num_fewshot=5)  # which its own 0 wins over
     assert loaded.documents(None) == {"humaneval": 164}
-    found = run_tasks(model, loaded, num_fewshot=5, limit=3)
+    found = run_tasks(model, loaded, limit=3)
     assert found["scores"] == {"humaneval": {"measures": {"pass@1": 1 / 3}, "num_fewshot": 0, "documents": 3}}
 
 
