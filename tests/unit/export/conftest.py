@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import random
 import shutil
@@ -12,17 +13,21 @@ import pytest
 import sentencepiece
 import tomli_w
 import torch
+from rich.console import Console
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from configs.export import ExportConfig
 from configs.files import file_sha256
 from configs.loader import plain
 from configs.model import ModelConfig
 from configs.model_parts import NormConfig, PositionConfig
 from configs.moe import MoEConfig
+from export import huggingface
 from export.conversion.parameters import parameters
 from export.model_source import ModelSource, Weights
 from export.tensors import write_tensors
+from pretrain.model import Decoder, build_single
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
@@ -133,3 +138,20 @@ def odd_strings(count: int, pieces: list[str], seed: int = 0) -> list[str]:
         else:
             strings.append("".join(code_point() for _ in range(draw.randrange(1, 40))))
     return strings
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Decoder:
+    """Decoder of the tiny dense model with random weights."""
+    return build_single(tiny(), random_weights(tiny()))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
+    """Hugging Face folder of the same model, without a chat template."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    config = ExportConfig(run="unused", out=str(out), prompts=["It was"], chat_prompts=["a"], sample_tokens=1)
+    source, console = make_source(tiny(), random_weights(tiny()), tokenizer_path), Console(file=io.StringIO())
+    texts = huggingface.read_texts(source, config, console)
+    assert huggingface.export(source, texts, config, out, {}, console) == 0
+    return out

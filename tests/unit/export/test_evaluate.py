@@ -3,8 +3,6 @@
 Skipped where `lm_eval` is not installed.
 """
 
-import importlib.util
-import io
 import json
 import os
 import re
@@ -12,27 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
-from rich.console import Console
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-from configs.export import ExportConfig
-from configs.files import file_sha256
-from configs.loader import ConfigError, plain
-from export import evaluate, huggingface
+from configs.loader import ConfigError
+from export import evaluate
 from export.chat_codec import TextCodec
-from export.tensors import write_tensors
-from posttrain.chat_format import jinja_template
 from pretrain.evaluation import humaneval, text_metrics
-from pretrain.model import build_single
-from tests.unit.export.conftest import CHINESE, ENGLISH, make_source, random_weights, tiny
+from tests.unit.export.conftest import ENGLISH, tiny, write_imported
+from tests.unit.export.harness_lm import CONTEXT, NEEDS_LM_EVAL, make_lm
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None,
-    reason="lm_eval is not installed; it is one of the packages of: pip install '.[eval]'",
-)
-CONTEXT = 128
+pytestmark = NEEDS_LM_EVAL
 MANUAL = Path(__file__).resolve().parents[3] / "docs/evaluation.md"
 QUESTIONS = [
     {
@@ -87,139 +75,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rows in (("questions", QUESTIONS), ("solved", QUESTIONS[::-1])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture(scope="module")
-def decoder() -> Any:
-    return build_single(tiny(), random_weights(tiny()))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
-    """Hugging Face folder of the same model, without a chat template."""
-    out = tmp_path_factory.mktemp("exported") / "model"
-    config = ExportConfig(run="unused", out=str(out), prompts=["It was"], chat_prompts=["a"], sample_tokens=1)
-    source, console = make_source(tiny(), random_weights(tiny()), tokenizer_path), Console(file=io.StringIO())
-    texts = huggingface.read_texts(source, config, console)
-    assert huggingface.export(source, texts, config, out, {}, console) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def harness(exported: Path) -> Any:
-    """The harness's own model, made of the exported folder."""
-    pytest.importorskip("accelerate", reason="the harness's own model needs accelerate: pip install '.[dev]'")
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=3)
-
-
-def make_lm(*args: Any, **kwargs: Any) -> Any:
-    from pretrain.evaluation.harness_model import TriviumLM  # imports lm_eval, which no other worker should wait for
-
-    return TriviumLM(*args, **kwargs)
-
-
-def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance(kind, {}, args, 0, ("test", i, 1)) for i, args in enumerate(arguments)]  # type: ignore[arg-type]
-
-
-PAIRS = [
-    ("It was the age of", " wisdom"),
-    ("It was the age of ", "wisdom"),
-    ("It was the age of", " foolishness, it was the epoch of belief"),
-    ("", "It was"),
-    ("   ", " was"),
-    ("春眠不觉晓，", "处处闻啼鸟"),
-    ("Is it <s> or </s>?", " <|end|>"),
-    *[(ENGLISH, choice) for choice in (" A", " B", " C")],
-    (ENGLISH * 2, " the end of it"),  # longer than the context
-    (CHINESE * 3, CHINESE[:20]),
-]
-
-
-def test_loglikelihoods_are_those_of_the_harness_on_the_exported_model(
-    decoder: Any, harness: Any, tokenizer_path: Path
-) -> None:
-    codec = TextCodec(tokenizer_path)
-    ours = make_lm(decoder, codec, CONTEXT, batch_tokens=300)
-    # The harness takes a special token that is spelled out in a text for that token; in Trivium it is plain text.
-    pairs = [pair for pair in PAIRS if "<" not in "".join(pair)]
-    mine = ours.loglikelihood(instances("loglikelihood", pairs))
-    theirs = harness.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
-    assert len({round(logprob, 3) for logprob, _ in theirs}) == len(pairs) - 1, "all but the first two are different"
-    for pair, (logprob, is_greedy), (expected, expected_greedy) in zip(pairs, mine, theirs, strict=True):
-        assert logprob == pytest.approx(expected, abs=1e-4), pair
-        assert is_greedy == expected_greedy, pair
-    assert ours.cut == {"test": sum(len(codec.encode_prompt("".join(pair))) > CONTEXT + 1 for pair in pairs)} != {}
-
-
-def test_without_a_beginning_token_they_agree_too(
-    decoder: Any, harness: Any, tokenizer_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(harness, "add_bos_token", False)
-    ours = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT, add_bos=False)
-    pairs = [pair for pair in PAIRS if "<" not in "".join(pair) and pair[0].strip()]
-    mine = ours.loglikelihood(instances("loglikelihood", pairs))
-    theirs = harness.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
-    assert [logprob for logprob, _ in mine] == pytest.approx([logprob for logprob, _ in theirs], abs=1e-4)
-    texts = [(ENGLISH,), (ENGLISH * 3,), (CHINESE,), ("a",)]
-    mine = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT).loglikelihood_rolling(
-        instances("loglikelihood_rolling", texts)
-    )
-    theirs = harness.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
-    assert mine == pytest.approx(theirs, abs=1e-3)
-
-
-def test_answers_are_those_of_the_harness(decoder: Any, harness: Any, tokenizer_path: Path, monkeypatch) -> None:
-    """Texts are compared where both could decode them: the exported tokenizer spells broken UTF-8 in another way."""
-    settings = {"until": ["\n", "the"], "max_gen_toks": 5, "do_sample": False}
-    prompts = [(ENGLISH[i * 9 : i * 9 + 60], settings) for i in range(8)]
-    prompts += [("春眠", settings), (ENGLISH * 2, settings), ("It", {**settings, "until": []})]
-    requests = instances("generate_until", prompts)
-    codec = TextCodec(tokenizer_path)
-    both = zip(
-        make_lm(decoder, codec, CONTEXT).generate_until(requests),
-        harness.generate_until(requests, disable_tqdm=True),
-        strict=True,
-    )
-    sound = [(mine, theirs) for mine, theirs in both if "\ufffd" not in mine + theirs]
-    assert len(sound) > 2 and all(mine == theirs for mine, theirs in sound)
-
-    def spelled(ids: Any, **_: Any) -> str:
-        # Without control symbols; the harness asks for the text of one id as well.
-        return "</s>" if isinstance(ids, int) else " ".join(str(int(i)) for i in ids if i > 7)
-
-    monkeypatch.setattr(codec, "decode", spelled)
-    monkeypatch.setattr(harness, "tok_decode", spelled)
-    whole = instances(
-        "generate_until", [(prompt, {**settings, "until": [], "max_gen_toks": 24}) for prompt, _ in prompts]
-    )
-    mine = make_lm(decoder, codec, CONTEXT).generate_until(whole)
-    assert mine == harness.generate_until(whole, disable_tqdm=True) and len(set(mine)) > 5
-
-
-def test_a_text_ends_at_the_first_stop_string_wherever_tokens_end() -> None:
-    from pretrain.evaluation.harness_model import StopWatch, before_stop
-
-    assert before_stop("one\n\ntwo STOP", ["STOP", "\n\n"]) == "one"
-    assert before_stop("one", ["STOP", ""]) == "one"
-    watch = StopWatch(lambda ids: "".join(map(chr, ids)), ["STOP"], 2)
-    told = [watch(1, ord(letter)) for letter in "xxxSTxSTOP"]
-    assert told == [False] * 9 + [True] and not watch(0, ord("P"))
-
-
-def test_special_tokens_are_plain_text_unless_the_chat_template_wrote_them(decoder: Any, tokenizer_path: Path) -> None:
-    codec = TextCodec(tokenizer_path, jinja_template())
-    plain_text, chat = make_lm(decoder, codec, CONTEXT), make_lm(decoder, codec, CONTEXT, chat=True)
-    assert plain_text.tok_encode("<|end|>") == [1, *codec.tokenizer.encode("<|end|>")]
-    messages = [{"role": "user", "content": "It <|end|> was"}]
-    assert chat.tok_encode(chat.apply_chat_template(messages)) == codec.encode_chat(messages)
-    begun = [*messages, {"role": "assistant", "content": "of"}]
-    opened = codec.encode_chat(messages) + codec.tokenizer.encode("of")
-    assert chat.tok_encode(chat.apply_chat_template(begun, add_generation_prompt=False)) == opened
 
 
 def test_tasks_run_from_the_command_line_and_their_results_collect(
@@ -353,17 +208,6 @@ def test_tasks_that_cannot_be_run_are_told(text: str, message: str, tasks: Path,
         load_tasks([str(tmp_path)])
 
 
-def test_settings_that_the_sampler_lacks_are_told(decoder: Any, tokenizer_path: Path) -> None:
-    model = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT)
-    for settings, message in (
-        ({"num_beams": 4}, r"task test sets generation_kwargs\.num_beams = 4, which Trivium's sampler does not have"),
-        ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, r"task test, generation_kwargs: top_p = 2 is out of"),
-        ({"max_gen_toks": 0}, r"max_gen_toks = 0; give 1 or more"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            model.generate_until(instances("generate_until", [("It was", settings)]))
-
-
 def test_mistakes_on_the_command_line_are_told(
     exported: Path, tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,10 +260,7 @@ def test_an_imported_folder_gives_what_its_export_gives(
 ) -> None:
     imported, results = tmp_path / "imported", []
     imported.mkdir()
-    write_tensors(imported, random_weights(tiny()).items(), max_bytes=10**9)
-    facts = {"max_positions": CONTEXT, "tokenizer_sha256": file_sha256(tokenizer_path)}
-    (imported / "model.toml").write_text(tomli_w.dumps({"model": plain(tiny()), "import": facts}))
-    (imported / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    write_imported(imported, tiny(), tokenizer_path)
     for folder in (imported, exported):
         assert evaluate.main([str(folder), "--tasks", str(tasks / "texts.yaml")]) == 0
         file = folder / "eval.json"
