@@ -4,6 +4,9 @@ Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and, if th
 `AutoTokenizer.from_pretrained(folder)` works without network. Sentencepiece models with a normalization other than
 identity or an added leading space are refused, since a fast tokenizer would not give the same ids.
 
+AutoTokenizer gives these ids beside the config.json of any family, also where it would make a tokenizer of the family's
+own class.
+
 One difference is Hugging Face's convention: text that spells a special token (`<|user|>`) becomes that token unless the
 caller passes `split_special_tokens=True`, whereas sentencepiece never makes a control symbol from text.
 """
@@ -148,31 +151,25 @@ def write_tokenizer(
 ) -> None:
     """Writes the tokenizer's files into `folder`; `max_length` is the model's context length in tokens.
 
-    For some values of `model_type`, which config.json says, AutoTokenizer needs a file more.
-
-    With a chat template, only the template has <s> and the tokenizer adds none, so that there is exactly one whether a
-    rendered dialogue is tokenized with `add_special_tokens` or without.
+    With a chat template of Trivium's, only the template has <s> and the tokenizer adds none, so that there is exactly
+    one whether a rendered dialogue is tokenized with `add_special_tokens` or without. A tokenizer that was trained
+    elsewhere keeps its file and its template. For some values of `model_type`, which config.json says, AutoTokenizer
+    needs a file more.
     """
-    import tokenizers
-
     folder, model_path = Path(folder), Path(model_path)
-    if model_path.suffix == ".json":
-        fast = tokenizers.Tokenizer.from_buffer(model_path.read_bytes())
-    else:
-        fast = convert(read_model(model_path))
     own = Tokenizer.load(model_path)
+    chat_template = own.chat_template if chat_template is None else chat_template
+    adds_bos = own.bos_id >= 0 and (own.foreign or chat_template is None)
     ids = {"unk_token": own.unk_id, "bos_token": own.bos_id, "eos_token": own.eos_id, "pad_token": own.pad_id}
     names = {name: own.pieces[number] for name, number in ids.items() if number >= 0}
-    _add_bos(fast, names["bos_token"] if chat_template is None else "", own.bos_id)
-    specials = own.special_ids
-    others = [name for name in specials if name not in names.values()]
+    others = [name for name in own.special_ids if name not in names.values()]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
         "additional_special_tokens": others,
         "clean_up_tokenization_spaces": False,
         # llama.cpp's converter reads these and not tokenizer.json.
-        "add_bos_token": chat_template is None,
+        "add_bos_token": adds_bos,
         "add_eos_token": False,
         "add_prefix_space": False,
         "model_max_length": max_length,
@@ -188,20 +185,46 @@ def write_tokenizer(
         write_atomic(folder / "chat_template.jinja", chat_template.encode())
     if model_path.suffix != ".json":
         write_atomic(folder / "tokenizer.model", model_path.read_bytes())
-    write_atomic(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
+    write_atomic(folder / "tokenizer.json", _fast_file(own, names["bos_token"] if adds_bos else ""))
     write_atomic(folder / "tokenizer_config.json", _json(config))
     write_atomic(folder / "special_tokens_map.json", _json({**names, "additional_special_tokens": others}))
 
 
+def _fast_file(own: Tokenizer, bos: str) -> bytes:
+    """Returns the content of tokenizer.json, which puts `bos` before a text unless it is empty.
+
+    The file of a tokenizer that was trained elsewhere stays as it is if it does that already.
+    """
+    import tokenizers
+
+    content = Path(own.origin).read_bytes()
+    if not own.origin.endswith(".json"):
+        fast = convert(read_model(own.origin))
+    else:
+        fast = tokenizers.Tokenizer.from_buffer(content)
+        if own.foreign and fast.truncation is None and fast.padding is None:
+            plain, whole = (fast.encode("a", add_special_tokens=add).ids for add in (False, True))
+            if whole == [own.bos_id] * bool(bos) + plain:
+                return content
+        fast.no_truncation()
+        fast.no_padding()
+    _add_bos(fast, bos, own.bos_id)
+    return fast.to_str(pretty=True).encode()
+
+
 def first_difference(fast: Any, tokenizer: Tokenizer, texts: list[str]) -> str | None:
     """Describes the first difference of `fast`, transformers' tokenizer, from `tokenizer`; None if there is none."""
-    if len(fast) != tokenizer.vocab_size:
-        return f"vocabulary: {len(fast)} entries, ours has {tokenizer.vocab_size}"
+    entries = max(fast.get_vocab().values()) + 1
+    if entries != tokenizer.vocab_size:
+        return f"vocabulary: {entries} entries, ours has {tokenizer.vocab_size}"
     for i in range(tokenizer.vocab_size):
         piece = tokenizer.id_to_piece(i)
-        if fast.convert_ids_to_tokens(i) not in (piece, _spelled(piece)):  # the latter for a sentencepiece model's
+        known = ("", piece, _spelled(piece)) if piece else (None, "")  # the last for a sentencepiece model's
+        if fast.convert_ids_to_tokens(i) not in known:
             return f"id {i} is {fast.convert_ids_to_tokens(i)!r}, ours {piece!r}"
     for text in texts:
+        if tokenizer.spells_symbol(text):  # it makes text of what the library makes a symbol of
+            continue
         ours = tokenizer.encode(text)
         theirs = fast.encode(text, add_special_tokens=False, split_special_tokens=True)
         if ours != theirs:

@@ -1,0 +1,90 @@
+"""AutoTokenizer gives our ids beside the config.json of every family, for tokenizers of every kind and origin."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, dynamic_module_utils
+
+from configs.tokenizer import TokenizerConfig, TokenizerKind
+from data_pipeline.tokens.foreign import adopt
+from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.training import train_on_texts
+from export.checks import ODD_TEXTS
+from export.hf_tokenizer import first_difference, write_tokenizer
+from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, qwen, write
+
+MODEL_TYPES = (
+    *("bloom", "deepseek_v2", "deepseek_v3", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox"),
+    *("gpt_oss", "llama", "llama4_text", "mistral", "mixtral", "olmo2", "olmo3", "openai-gpt", "opt", "phi3", "qwen2"),
+    *("qwen2_moe", "qwen3", "qwen3_moe", "kimi_k2", "baichuan", "qwen", "chatglm"),
+)
+RUNS = [f"a{sign * size}b" for sign in (" ", "\n", "\t") for size in (1, 2, 3, 6, 7, 31, 400)]
+ODD = [*ODD_TEXTS, *RUNS, *TEXTS[::7]]
+
+
+@pytest.fixture(scope="module", params=list(TokenizerKind))
+def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp(request.param)
+    runs = 0 if request.param == TokenizerKind.WORDPIECE else 12
+    settings = TokenizerConfig(
+        kind=request.param, vocab_size=700, whitespace_runs=runs, special_tokens=("<|tool|>",), vocab_multiple=64
+    )
+    train_on_texts(TEXTS, folder, settings)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_modules_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keeps transformers' copies of modules within the test."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    yield
+
+
+def load(folder: Path, trust: bool = False):
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_our_ids_beside_any_family_s_config(own: Tokenizer, model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    write_tokenizer(tmp_path, own.origin, 4096, model_type=model_type)
+    fast = load(tmp_path)
+    assert first_difference(fast, own, ODD if model_type in ("qwen2", "llama", "gpt2") else ODD_TEXTS) is None
+    assert fast("of wisdom").input_ids == [1, *own.encode("of wisdom")]
+    assert (tmp_path / "tokenization_trivium.py").is_file() == (model_type == "qwen2"), "code only where it is needed"
+
+
+def test_qwen2_needs_the_hint_and_gives_our_ids_with_and_without_trust(own: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    write_tokenizer(tmp_path, own.origin, 4096, model_type="qwen2")
+    for trust in (False, True):
+        fast = load(tmp_path, trust)
+        assert first_difference(fast, own, ODD) is None
+        assert type(fast).__name__ == "TriviumTokenizer" or not trust
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert told.pop("auto_map") and told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    with pytest.raises(Exception, match=""):  # what goes wrong depends on the kind of tokenizer
+        assert first_difference(load(tmp_path), own, ODD) is None
+
+
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2"])
+def test_a_tokenizer_trained_elsewhere_keeps_ids_roles_and_template(maker, model_type: str, tmp_path: Path) -> None:
+    end = "[SEP]" if maker is bert else None
+    folder = write(tmp_path / "hub", *maker())
+    adopt(TokenizerConfig(file=str(folder), end_of_document=end), tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text(json.dumps({"model_type": model_type}))
+    ours = Tokenizer.load(tmp_path / "run")
+    write_tokenizer(tmp_path / "out", ours.origin, 4096, model_type=model_type)
+    fast = load(tmp_path / "out")
+    assert first_difference(fast, ours, ODD) is None
+    assert fast("of wisdom").input_ids == [ours.bos_id] * (ours.bos_id >= 0) + ours.encode("of wisdom")
+    assert (fast.eos_token_id, fast.pad_token_id) == (ours.eos_id, ours.pad_id)
+    assert fast.chat_template == (TEMPLATE if maker is qwen else None)
+    same = (tmp_path / "out/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert same == (maker is not bert), "a file stays as it is unless it cuts, fills up or frames texts"
