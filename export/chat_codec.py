@@ -1,4 +1,4 @@
-"""Encodes text and dialogues for generation, with the model's sentencepiece tokenizer and chat template.
+"""Encodes text and dialogues for generation, with the model's tokenizer and chat template.
 
 The chat template is the run's chat_template.jinja, rendered by transformers' own renderer. No tools and no images.
 """
@@ -30,8 +30,12 @@ class TextCodec:
         return [self.eos_id, *ends]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Returns the ids of <s> and the text; control symbols spelled out in it stay plain text."""
-        return [self.bos_id, *self.tokenizer.encode(text)]
+        """Returns the ids of a text after the symbol that begins a document; control symbols in it stay plain text.
+
+        An empty text without such a symbol begins after the end of a document.
+        """
+        begin = [self.bos_id] if self.bos_id >= 0 else []
+        return [*begin, *self.tokenizer.encode(text)] or [self.eos_id]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Returns the ids of a dialogue and an opened assistant turn. Raises ValueError without a chat template."""

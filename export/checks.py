@@ -314,15 +314,16 @@ def check_greedy(hf: Reloaded, reference: Reference, count: int, tolerance: floa
 
 
 def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
-    """Checks special ids, sentencepiece's ids on held-out and unusual text, and the ids of the chat template."""
+    """Checks special ids, ids on held-out and unusual text, and the ids of the chat template."""
     codec, tokenizer = reference.codec, hf.tokenizer
     if codec is None:
         return Check("tokenizer", True, "copied as it came", "the imported files")
     texts = [codec.decode(passage) for passage in reference.passages] + ODD_TEXTS
-    wanted = "sentencepiece's ids"
+    wanted = "Trivium's ids"
     for name in ("bos", "eos"):
-        if getattr(tokenizer, f"{name}_token_id") != getattr(codec, f"{name}_id"):
-            return Check("tokenizer", False, f"{name}_token_id is {getattr(tokenizer, f'{name}_token_id')}", wanted)
+        theirs, ours = getattr(tokenizer, f"{name}_token_id"), getattr(codec, f"{name}_id")
+        if theirs != (ours if ours >= 0 else None):
+            return Check("tokenizer", False, f"{name}_token_id is {theirs}", wanted)
     difference = first_difference(tokenizer, codec.tokenizer, texts)
     if difference is None and codec.chat_template is None and tokenizer("a").input_ids != codec.encode_prompt("a"):
         difference = f"'a' becomes {tokenizer('a').input_ids}, in training {codec.encode_prompt('a')}"

@@ -219,7 +219,7 @@ def first_difference(fast: Any, tokenizer: Tokenizer, texts: list[str]) -> str |
         return f"vocabulary: {entries} entries, ours has {tokenizer.vocab_size}"
     for i in range(tokenizer.vocab_size):
         piece = tokenizer.id_to_piece(i)
-        known = ("", piece, _spelled(piece)) if piece else (None, "")  # the last for a sentencepiece model's
+        known = (piece, _spelled(piece)) if piece else (None, "")  # spelled as in a sentencepiece model
         if fast.convert_ids_to_tokens(i) not in known:
             return f"id {i} is {fast.convert_ids_to_tokens(i)!r}, ours {piece!r}"
     for text in texts:

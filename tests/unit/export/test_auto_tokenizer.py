@@ -1,19 +1,24 @@
 """AutoTokenizer gives our ids beside the config.json of every family, for tokenizers of every kind and origin."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer, dynamic_module_utils
 
+from configs.export import ExportConfig
 from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens.foreign import adopt
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.training import train_on_texts
+from export import huggingface
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import first_difference, write_tokenizer
-from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, qwen, write
+from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, gpt2, llama3, qwen, t5, write
+from tests.unit.export.conftest import make_source, random_weights, tiny
 
 MODEL_TYPES = (
     *("bloom", "deepseek_v2", "deepseek_v3", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox"),
@@ -88,3 +93,20 @@ def test_a_tokenizer_trained_elsewhere_keeps_ids_roles_and_template(maker, model
     assert fast.chat_template == (TEMPLATE if maker is qwen else None)
     same = (tmp_path / "out/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert same == (maker is not bert), "a file stays as it is unless it cuts, fills up or frames texts"
+
+
+@pytest.mark.parametrize("maker", [gpt2, llama3, t5])
+def test_a_model_with_a_tokenizer_trained_elsewhere_is_exported_and_verified(maker, tmp_path: Path) -> None:
+    """The checks of an export pass, whether anything begins a document, and the folder names its own end."""
+    ours = Tokenizer.load(write(tmp_path / "hub", *maker()))
+    config = tiny(vocab_size=ours.vocab_size)
+    source = make_source(config, random_weights(config), Path(ours.origin))
+    settings = ExportConfig(run="unused", out=str(tmp_path / "out"), prompts=["def f", "中"], sample_tokens=4)
+    console = Console(width=200, file=io.StringIO())
+    texts = huggingface.read_texts(source, settings, console)
+    assert huggingface.export(source, texts, settings, tmp_path / "out", {"key": "value"}, console) == 0
+    begin = ours.bos_id if ours.bos_id >= 0 else None
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((tmp_path / "out" / name).read_text())
+        ends = told["eos_token_id"]
+        assert told["bos_token_id"] == begin and ours.eos_id in (ends if isinstance(ends, list) else [ends])

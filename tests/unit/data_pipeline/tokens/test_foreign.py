@@ -165,7 +165,7 @@ def test_keys_of_training_are_refused_beside_a_file() -> None:
 
 @pytest.mark.parametrize("maker", [qwen, t5])
 def test_a_data_run_takes_it(maker: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From raw files to rows: documents end with its own token, rows are filled with its own, its template is there."""
+    """Raw files become rows: documents end with its own token, rows are filled with its own, its template is there."""
     folder = write(tmp_path / "hub", *maker())
     lines = [{"text": f"Number {n}. " + TEXTS[n % 40][:200], "id": str(n)} for n in range(60)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
