@@ -122,20 +122,22 @@ def train(rank: int, size: int, port: int, options: dict[str, Any]) -> int:
     return int(answer.get("status", 1))
 
 
-def train_on_own_disk(disk: str, mebibytes: int, size: int, options: dict[str, Any], log: str) -> int:
+def train_on_own_disk(disk: str, mebibytes: int, size: int, runs: list[dict[str, Any]], log: str) -> int:
     """Runs in a forked process: trains on `size` ranks, for which a new file system is mounted at `disk`.
 
-    Returns 0 if all ranks end with status 0, else the status of the first that did not.
+    `runs` are the options of the trainings, one after another. Returns 0 if all ranks of the last end with status 0,
+    else the status of the first that did not.
     """
     _mount(disk, mebibytes)
-    Path(options["run_dir"]).mkdir()
-    port, ranks = free_port(), []
-    for rank in range(size):
-        kwargs = {"rank": rank, "size": size, "port": port, "options": options}
-        ranks.append(os.fork())
-        if not ranks[-1]:
-            run_and_exit({"function": "tests.parallel.kills:train", "kwargs": kwargs, "output": log})
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    for options in runs:
+        Path(options["run_dir"]).mkdir(exist_ok=True)
+        port, ranks = free_port(), []
+        for rank in range(size):
+            kwargs = {"rank": rank, "size": size, "port": port, "options": options}
+            ranks.append(os.fork())
+            if not ranks[-1]:
+                run_and_exit({"function": "tests.parallel.kills:train", "kwargs": kwargs, "output": log})
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
     return next(filter(None, statuses), 0)
 
 

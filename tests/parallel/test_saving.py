@@ -98,16 +98,21 @@ def test_a_rank_that_cannot_write_costs_one_checkpoint(ranks: RanksOf, tmp_path:
     reason="this system lets no user mount a file system of his own",
 )
 def test_a_full_disk(forks: Forks, tmp_path: Path) -> None:
-    """Two ranks train on a file system of 3 MB that is full, has room again, and is full at the end."""
+    """Two ranks train on a file system of 3 MB that is full, has room again, and is full at the end; then once more."""
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
-    options = {"function": "train_on_full_disk", "run_dir": str(disk / "run"), "model": MODELS["dense"]}
+    options = {"run_dir": str(disk / "run"), "model": MODELS["dense"]}
+    again = {**options, "parallel": {}, "steps": 6, "every": 1, "keep": 1}
+    runs = [{**options, "function": "train_on_full_disk"}, again]
     alone = "tests.parallel.kills:train_on_own_disk"
-    ranks = forks.start(alone, log, disk=str(disk), mebibytes=3, size=2, options=options, log=str(log))
+    ranks = forks.start(alone, log, disk=str(disk), mebibytes=3, size=2, runs=runs, log=str(log))
     status = ranks.wait(150)
     ranks.kill()
     said = log.read_text()
-    assert status == 1, said
+    assert [line for line in said.splitlines() if line.startswith("{'status': ")] == [
+        *["{'status': 1}"] * 2,
+        *["{'status': 0}"] * 2,
+    ], said
     seen = [json.loads(line.partition("seen: ")[2]) for line in said.splitlines() if line.startswith("seen: ")]
     for step in (3, 4, 6):
         assert f"no checkpoint of step {step}: rank " in said and f"/.step_{step}: No space left on device" in said
@@ -116,6 +121,9 @@ def test_a_full_disk(forks: Forks, tmp_path: Path) -> None:
     assert "/step_5 in" in said, "with room again, the next save succeeds"
     assert seen[1] == {"checkpoints": ["step_5"], "steps": [1, 2, 3, 4, 5, 6]}
     assert "error: the checkpoint of step 6 could not be written" in said and "Traceback" not in said
+    # The remedy: with room again, the same command saves it.
+    assert "free disk space and run the same command again" in said
+    assert status == 0 and "/step_6 in" in said.partition("run the same command again")[2]
 
 
 @pytest.mark.full

@@ -253,7 +253,8 @@ def train_on_small_disk(run_dir: str, model: dict[str, Any], rank: int, limits: 
 def train_on_full_disk(run_dir: str, model: dict[str, Any]) -> dict[str, Any]:
     """Trains six steps and saves after each, while the main rank fills and empties the run's file system.
 
-    It is full before step 3, has room again before step 5, and is full before step 6; the main rank prints what it saw.
+    It is full before step 3, has room again before step 5, and is full before step 6; the main rank prints what it saw,
+    and makes room at last.
     """
     ballast, left = Path(run_dir) / "ballast", 60_000  # bytes left free: enough for the log, too few for a checkpoint
 
@@ -285,6 +286,7 @@ def train_on_full_disk(run_dir: str, model: dict[str, Any]) -> dict[str, Any]:
     status = trainer.fit()
     if trainer.mesh.is_main:
         look()
+        ballast.unlink()
     return {"status": status}
 
 
