@@ -16,6 +16,8 @@ from configs.cli import command_parser, entrypoint
 from configs.files import write_atomic
 from configs.folders import check_writable
 from configs.loader import ConfigError
+from data_pipeline.core.integrity import DamagedData
+from launch.environment import ClusterEnvironment
 
 if TYPE_CHECKING:
     from data_pipeline.mixture.rows import Plan
@@ -30,6 +32,10 @@ SOURCE_HELP = "a run directory (its newest checkpoint), a checkpoint, an importe
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates the model that the command line names and returns 0."""
     args = _parse(argv)
+    if (ranks := ClusterEnvironment.read().world_size) > 1:
+        raise ConfigError(
+            f"trivium eval runs in one process, and {ranks} ranks were started; start it without a launcher"
+        )
     _stay_offline()
     opened, plan, codec = _open(args)
     tasks = _tasks(args) if args.tasks else None
@@ -38,13 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     out = Path(args.out) if args.out else _default_out(opened)
     check_writable(out.parent, "--out", out)
+    if args.samples:
+        check_writable(Path(args.samples).parent, "--samples", args.samples)
 
     from export.evaluation_report import collected, show
 
     new: dict[str, Any] = {"model": {**_facts(opened), "precision": args.precision}}
     decoder = _build(opened, args.precision)
     if plan is not None:
-        new["held_out"] = _held_out(args, decoder, plan)
+        try:
+            new["held_out"] = _held_out(args, decoder, plan)
+        except DamagedData as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     if tasks is not None and codec is not None:
         new |= _task_scores(args, decoder, codec, opened, tasks)
     write_atomic(out, (json.dumps(collected(out, new), indent=1, ensure_ascii=False) + "\n").encode())

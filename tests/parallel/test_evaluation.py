@@ -108,6 +108,26 @@ def test_results_are_kept_in_the_run_unless_told_otherwise(folder: Path, capsys:
     assert json.loads((folder / "run/eval/step_2.json").read_text())["held_out"]["rows"] == {"code": 1, "prose": 1}
 
 
+def test_damaged_held_out_tokens_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = folder / "tokens/heldout/code/00000.bin"
+    content = store.read_bytes()
+    store.write_bytes(content[:20] + b"\xff\xff" + content[22:])
+    try:
+        assert evaluate.main([str(folder / "run"), "--out", str(folder / "none.json")]) == 1
+    finally:
+        store.write_bytes(content)
+    said = capsys.readouterr().err
+    assert said.startswith("error: source code, shard") and "is the id 65535" in said
+    assert not (folder / "none.json").exists()
+
+
+def test_several_ranks_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="runs in one process, and 2 ranks were started; start it without a launcher"):
+        evaluate.main([str(folder / "run")])
+
+
 def test_mistakes_are_told_in_a_sentence(folder: Path) -> None:
     run = str(folder / "run")
     for argv, message in (
@@ -117,6 +137,7 @@ def test_mistakes_are_told_in_a_sentence(folder: Path) -> None:
         (["--plan", str(folder)], r"there is no plan at .*plan\.json"),
         (["--step", "7"], r"step = 7 has no checkpoint .*saved steps are \[2\]"),
         (["--out", "/proc/none/out.json"], r"--out = '/proc/none/out\.json'"),
+        (["--out", f"{folder}/out.json", "--samples", "/proc/none/s"], r"--samples = '/proc/none/s'"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate.main([run, *argv])

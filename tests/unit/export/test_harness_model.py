@@ -119,6 +119,19 @@ def test_special_tokens_are_plain_text_unless_the_chat_template_wrote_them(decod
     assert chat.tok_encode(chat.apply_chat_template(begun, add_generation_prompt=False)) == opened
 
 
+def test_a_tokenizer_without_a_beginning_token(
+    decoder: Any, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end-of-text token then stands before a text without context, as in the harness's own model."""
+    codec = TextCodec(tokenizer_path)
+    monkeypatch.setattr(codec, "bos_id", -1)
+    lm = make_lm(decoder, codec, CONTEXT)
+    assert lm.tok_encode("It was") == codec.tokenizer.encode("It was") and lm.prefix_token_id == codec.eos_id
+    (found,) = lm.loglikelihood(instances("loglikelihood", [("", "It was")]))
+    monkeypatch.setattr(codec, "bos_id", codec.eos_id)
+    assert make_lm(decoder, codec, CONTEXT).loglikelihood(instances("loglikelihood", [("", "It was")])) == [found]
+
+
 def test_settings_that_the_sampler_lacks_are_told(decoder: Any, tokenizer_path: Path) -> None:
     model = make_lm(decoder, TextCodec(tokenizer_path), CONTEXT)
     for settings, message in (
