@@ -4,6 +4,7 @@ The chat template is the run's chat_template.jinja, rendered by transformers' ow
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,24 @@ END = "<|end|>"  # closes a chat turn
 
 
 class TextCodec:
-    """Encodes prompts and dialogues to ids, and decodes ids, for one model."""
+    """Encodes prompts and dialogues to ids, and decodes ids, for one model.
 
-    def __init__(self, tokenizer: Path, chat_template: str | None = None):
+    `ends` are further ids that end an answer, as the config of an imported model names them.
+    """
+
+    def __init__(self, tokenizer: Path, chat_template: str | None = None, ends: Sequence[int] = ()):
         self.tokenizer = Tokenizer.load(tokenizer)
         self.specials = self.tokenizer.special_ids
         self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
         self.pad_id = max(self.tokenizer.pad_id, 0)
-        self.chat_template = chat_template
+        self.chat_template, self._ends = chat_template, ends
         self._split = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
 
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: </s>, and with a chat template the end of a turn."""
         ends = [self.specials[END]] if self.chat_template is not None and END in self.specials else []
-        return [self.eos_id, *ends]
+        return list(dict.fromkeys([self.eos_id, *ends, *self._ends]))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids of a text after the symbol that begins a document; control symbols in it stay plain text.

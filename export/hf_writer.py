@@ -36,17 +36,19 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
 
     dtype = str(read("embedding.weight").dtype).removeprefix("torch.")
     if codec is None:
-        bos, eos, pad = (source.token_ids.get(name) for name in TOKEN_IDS)
-        generation = source.generation | {name: value for name, value in source.token_ids.items() if value is not None}
         for file in source.tokenizer_files():
             shutil.copyfile(file, folder / file.name)
     else:
-        bos, eos, pad = (codec.bos_id if codec.bos_id >= 0 else None), codec.eos_id, codec.pad_id
-        generation = dict(zip(TOKEN_IDS, (bos, codec.stop_ids, pad), strict=True))
         write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template, family.model_type)
+    if codec is None or source.token_ids:
+        bos, eos, pad = (source.token_ids.get(name) for name in TOKEN_IDS)
+        generation = source.generation | {name: value for name, value in source.token_ids.items() if value is not None}
+        left_out = {name for name in TOKEN_IDS if name not in source.token_ids}  # transformers' own are taken
+    else:
+        bos, eos, pad = (codec.bos_id if codec.bos_id >= 0 else None), codec.eos_id, codec.pad_id
+        generation, left_out = dict(zip(TOKEN_IDS, (bos, codec.stop_ids, pad), strict=True)), set()
     hf_config = to_hf_config(model, source.context, dtype, bos, eos, pad, family.architecture)
-    if codec is None:  # what the imported config.json left to transformers stays so
-        hf_config = {key: value for key, value in hf_config.items() if key not in TOKEN_IDS or key in source.token_ids}
+    hf_config = {key: value for key, value in hf_config.items() if key not in left_out}
     for name, content in (("config.json", hf_config | weights.kept_keys), ("generation_config.json", generation)):
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     return Reference(

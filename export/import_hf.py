@@ -94,7 +94,7 @@ def tokenizer_sha256(directory: Path) -> str:
     """
     file, record, fast = (directory / name for name in (SENTENCEPIECE_FILE, RECORD, HUGGINGFACE_FILE))
     if not file.is_file():
-        if not _is_own(fast):
+        if not _is_usable(fast):
             return ""
         file = fast
     found = file_sha256(file)
@@ -121,11 +121,13 @@ def tokenizer_sha256(directory: Path) -> str:
                     f"{file} and {fast} have different vocabularies (token {number} is {piece!r} and "
                     f"{theirs[number]!r}), so one of them is another model's; put the right one there"
                 )
+    if not _is_usable(file):  # it puts a space before a text, for example, as LLaMA's does
+        return file_sha256(fast) if _is_usable(fast) else ""
     return found
 
 
-def _is_own(file: Path) -> bool:
-    """Whether a tokenizer.json is one that Trivium trained and can use without a sentencepiece model beside it."""
+def _is_usable(file: Path) -> bool:
+    """Whether Trivium can use a tokenizer: it has the file, which keeps texts as they are and says what ends one."""
     try:
         Tokenizer.load(file)
     except ValueError:

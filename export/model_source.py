@@ -18,7 +18,7 @@ import torch
 from configs.files import file_sha256
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
-from data_pipeline.tokens.tokenizer import SENTENCEPIECE_FILE, tokenizer_file
+from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, tokenizer_file
 from export.conversion.walk import KEPT, ConversionError
 from export.tensors import scan_tensors, tensor_files
 
@@ -107,7 +107,8 @@ class ModelSource:
         """Returns the codec of the model's tokenizer. Raises ValueError if it has more tokens than the model."""
         from export.chat_codec import TextCodec
 
-        codec = TextCodec(self.need_tokenizer(), self.chat_template)
+        ends = self.token_ids.get("eos_token_id")
+        codec = TextCodec(self.need_tokenizer(), self.chat_template, ends if isinstance(ends, list) else ())
         if codec.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"{self.tokenizer} has {codec.tokenizer.vocab_size} tokens and the model in {self.path} "
@@ -241,6 +242,11 @@ def _imported_tokenizer(path: Path, facts: dict[str, Any]) -> Path | None:
     """Returns the path of the tokenizer that came with the weights. Raises ConfigError if another one is there."""
     expected = facts.get("tokenizer_sha256")
     file = tokenizer_file(path) if expected else path / SENTENCEPIECE_FILE
+    other = path / HUGGINGFACE_FILE
+    if expected and other.is_file() and file_sha256(other) == expected:
+        return other
+    if expected == "":  # what there is came with the weights, and Trivium cannot use it
+        return None
     found = file_sha256(file) if file.is_file() else ""
     if expected is None:
         raise ConfigError(f"{path} was imported by another version of Trivium; import its Hugging Face folder again")

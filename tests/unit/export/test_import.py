@@ -286,3 +286,30 @@ def test_a_model_without_a_tokenizer_of_ours_goes_through_both_commands(tmp_path
     again = json.loads((tmp_path / "back/config.json").read_text())
     assert raw["pad_token_id"] is None is again["pad_token_id"]
     assert (tmp_path / "back/tokenizer_config.json").read_bytes() == b'{"tokenizer_class": "Other"}'
+
+
+def test_a_tokenizer_that_adds_a_space_is_kept_as_a_file_and_never_used(tmp_path, tokenizer_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(tokenizer_path.read_bytes())
+    model.normalizer_spec.add_dummy_prefix = True  # as LLaMA's does
+    saved(tmp_path, moe=False, vocab_size=800)
+    (tmp_path / "hf/tokenizer.model").write_bytes(model.SerializeToString())
+    assert main([str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    assert open_source(tmp_path / "ours").tokenizer is None
+    (tmp_path / "export.toml").write_text(f'run = "{tmp_path / "ours"}"\nout = "{tmp_path / "back"}"\n')
+    assert huggingface.main([str(tmp_path / "export.toml"), "verify.greedy_tokens=8"]) == 0
+    assert (tmp_path / "back/tokenizer.model").read_bytes() == model.SerializeToString()
+
+
+def test_all_ids_that_end_an_answer_are_kept(tmp_path, tokenizer_path):
+    saved(tmp_path, moe=False, vocab_size=800, eos_token_id=[2, 7, 9])
+    write_tokenizer(tmp_path / "hf", tokenizer_path, max_length=64)
+    assert main([str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    assert open_source(tmp_path / "ours").codec().stop_ids == [2, 7, 9]
+    (tmp_path / "export.toml").write_text(f'run = "{tmp_path / "ours"}"\nout = "{tmp_path / "back"}"\n')
+    keys = ["verify.greedy_tokens=8", "sample_tokens=4", 'prompts=["It was"]']
+    assert huggingface.main([str(tmp_path / "export.toml"), *keys]) == 0
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [2, 7, 9]
