@@ -153,7 +153,7 @@ class EvalConfig(Section):
     every: int = Field(default=100, ge=1)
     """The number of steps from one evaluation to the next; there is always one at the end."""
     rows: int = Field(default=32, ge=0)
-    """The maximum number of held-out rows of each source; 0 turns evaluation off."""
+    """The maximum number of held-out rows of each source; 0 measures no held-out loss."""
 
 
 class PretrainEvalConfig(EvalConfig):

@@ -115,10 +115,10 @@ class TriviumLM(TemplateLM):
             if context:
                 before, after = self._encode_pair(context, continuation)
             else:
-                after = self.tok_encode(continuation, add_special_tokens=False)
-                before = [self.prefix_token_id] if after[:1] != [self.prefix_token_id] else []
-                before, after = (before, after) if before else (after[:1], after[1:])
-            self._note(request, len(before) + len(after) - 1)
+                before, after = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+                if after[:1] == before:
+                    after = after[1:]
+            self._note_if_cut(request, len(before) + len(after) - 1, self.max_length)
             pairs.append((before, after))
         return self._score("likelihoods", pairs)
 
@@ -156,7 +156,7 @@ class TriviumLM(TemplateLM):
         most = self.max_length - min(wanted, self.max_length // 2)
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         for request, prompt in zip(requests, prompts, strict=True):
-            self._note(request, len(prompt) - most + self.max_length)
+            self._note_if_cut(request, len(prompt), most)
         prompts = [prompt[-most:] for prompt in prompts]
         limits = [min(wanted, self.max_length - len(prompt)) for prompt in prompts]
         drawn: Counter[str] = Counter()  # a task may ask for several answers to one document
@@ -182,8 +182,8 @@ class TriviumLM(TemplateLM):
         progress(len(requests))
         return [before_stop(self.codec.decode(one.tokens), stops) for one in completions]
 
-    def _note(self, request: Any, tokens: int) -> None:
-        if tokens > self.max_length:
+    def _note_if_cut(self, request: Any, tokens: int, most: int) -> None:
+        if tokens > most:
             self.cut[str(request.task_name)] += 1
 
 
