@@ -79,7 +79,7 @@ PUBLISHED = {
 MISSING = {"qwen3-next-80b-a3b": "three of four layers are gated delta nets, which are no attention"}
 # The table of learned positions in files of OPT begins with two rows that no token of a whole text uses.
 UNUSED_ROWS = {"opt-125m": 2, "opt-1.3b": 2}
-# Models with neither biases in attention nor other parts of their own are LLaMA's in transformers.
+# Families with as many parameters as LLaMA's class has; ALiBi and normalised heads have none of their own.
 LLAMAS = ("LLaMA", "Llama 2", "Llama 3", "Baichuan", "Baichuan 2")
 
 
@@ -233,12 +233,20 @@ def test_a_preset_has_as_many_parameters_as_in_transformers(name: str) -> None:
 def shrunk(name: str) -> ModelConfig:
     """Returns a published model with its sizes made small by overrides alone."""
     published = preset(name)
-    changes = {"vocab_size": 96, "num_layers": 5, "hidden_size": 48, "ffn_hidden_size": 40, "num_heads": 4}
+    changes: dict[str, Any] = {
+        "vocab_size": 96,
+        "num_layers": 5,
+        "hidden_size": 48,
+        "ffn_hidden_size": 40,
+        "num_heads": 4,
+    }
     changes |= {"num_kv_heads": 2, "head_dim": 16}
     if published.position.max_positions:
         changes["position.max_positions"] = 64
-    if published.attention.latent:
+    if latent := published.attention.latent:
         del changes["head_dim"]
+        if latent.q_rank:
+            changes["attention.latent.q_rank"] = 20
         changes["num_kv_heads"] = 4
         sizes = {"kv_rank": 12, "nope_head_dim": 8, "rope_head_dim": 4, "v_head_dim": 6}
         changes |= {f"attention.latent.{key}": value for key, value in sizes.items()}
