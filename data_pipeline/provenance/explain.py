@@ -53,7 +53,8 @@ def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
                 f"it; name one of them: {', '.join(map(repr, alike[:_SHOWN]))}{more}"
             )
         raise ConfigError(
-            f"--id {document!r} is not a document of {run_dir}; give a record's own id, or SOURCE/FILE/POSITION"
+            f"--id {document!r} is not a document of {run_dir}; give a record's own id, or SOURCE/FILE/POSITION of "
+            "one that has none"
         )
     stores = stored(run_dir, {document}) if (run_dir / "tokens").is_dir() else []
     for location in found:

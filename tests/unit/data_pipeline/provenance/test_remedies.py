@@ -1,0 +1,79 @@
+"""Takes the remedies out of messages about documents, sources and plans, follows them, and tests that they work."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from configs.loader import ConfigError
+from configs.mixture import PlanConfig
+from data_pipeline import run
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.mixture.rows import Plan
+from data_pipeline.provenance import explain, sample
+from data_pipeline.provenance.lookup import DataSpan, plans
+from data_pipeline.provenance.replan import rest
+from tests.small_sources import write_config
+
+MIXTURE = "[mixture]\nseq_length = 32\nsamples = 10\nweights = { big = 1.0 }\n"
+
+
+def test_a_document_and_a_source_are_found_as_the_messages_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every second record has no id of its own."""
+    config = write_config(tmp_path, {"big": 6}, MIXTURE)
+    records = [json.loads(line) for line in (tmp_path / "big.jsonl").read_text().splitlines()]
+    for record in records[1::2]:
+        del record["id"]
+    records[3]["text"] = records[4]["text"] = "too few words"
+    (tmp_path / "big.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run.main([str(config), "--until", "filter"]) == 0
+    args = [str(config)]
+    with pytest.raises(
+        ConfigError,
+        match="give a record's own id, or SOURCE/FILE/POSITION of one that has none",
+    ) as said:
+        explain.main([*args, "--id", "big/99"])
+    place = re.findall(r"or (SOURCE\S+)", str(said.value))[0]
+    for name in ("big/4", place.replace("SOURCE", "big").replace("FILE", "big.jsonl").replace("POSITION", "4")):
+        assert explain.main([*args, "--id", name]) == 0
+        assert "dropped: word_count_min" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--source 'small' is no source; known: big$") as said:
+        sample.main([*args, "--stage", "filter", "--source", "small"])
+    assert sample.main([*args, "--stage", "filter", "--source", str(said.value).rpartition(" ")[2]]) == 0
+
+
+@pytest.mark.parametrize("names", [("",), ("general", "late")])
+def test_a_mixture_that_a_run_has_used_up_is_raised_as_the_message_says(names: tuple[str, ...]) -> None:
+    stages = {name: PlanConfig(seq_length=8, samples=100 + 50 * n, weights={"a": 1.0}) for n, name in enumerate(names)}
+    for used in (250, 400):
+        with pytest.raises(ConfigError) as said:
+            rest(stages, used)
+        key, above = re.findall(r"raise (mixture\S+) above ([\d,]+)$", str(said.value))[0]
+        name = names[-1]
+        assert key == (f"mixture.stages.{name}.samples" if name else "mixture.samples")
+        most = int(above.replace(",", ""))
+        with pytest.raises(ConfigError):
+            rest({**stages, name: stages[name].model_copy(update={"samples": most})}, used)
+        left = rest({**stages, name: stages[name].model_copy(update={"samples": most + 1})}, used)
+        assert {stage: one.samples for stage, one in left.items()} == {name: 1}
+
+
+def test_a_plan_that_was_moved_away_is_found_once_it_is_back(
+    tokens: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    for seed, folder in ((1, "run/plan"), (2, "other/plan")):
+        settings = PlanConfig(seq_length=64, samples=40, seed=seed, weights={"code": 1.0})
+        build_plan(tokens, tokenizer_folder, tmp_path / folder, settings)
+    own, other = tmp_path / "run", tmp_path / "other/plan"
+    span = DataSpan(5, 20, 4, Plan.open(other).fingerprint, str(other))
+    other.rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"steps from 5 on .* is no longer at (\S+), nor .*; move it back there$"
+    ) as said:
+        plans(own, [span])
+    back = re.findall(r"no longer at ([^\s,]+)", str(said.value))[0]
+    (tmp_path / "elsewhere").rename(back)
+    assert len(plans(own, [span])) == 2
