@@ -41,6 +41,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "data_pipeline.tokens.train_command:main",
         "train a tokenizer on files, or on the documents of a data run",
     ),
+    "tokenizer report": (
+        "data_pipeline.tokens.report_command:main",
+        "measure bytes per token of tokenizers on a data run's held-out text",
+    ),
     "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a data plan"),
     "sft": ("posttrain.sft:main", "fine-tune on dialogues (SFT), with loss on answers only"),
     "grpo": ("posttrain.grpo:main", "fine-tune by reinforcement learning from verifiable rewards"),

@@ -118,6 +118,10 @@ class Tokenizer(ABC):
         """Returns the id of a piece or control symbol by its spelling; the id of <unk> if there is none."""
         return self._ids.get(piece, self.unk_id)
 
+    def bytes_of(self, token: int) -> bytes:
+        """Returns the bytes that an id stands for; none for a control symbol, or if ids stand for no bytes."""
+        return self._bytes[token]
+
     def id_to_piece(self, token: int) -> str:
         """Returns the spelling of an id's piece."""
         return self.pieces[token]
