@@ -53,7 +53,7 @@ def test_local_workers(config: Path, alone: Path, tmp_path: Path) -> None:
     assert published(tmp_path) == published(alone)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_mpi_ranks(config: Path, alone: Path, tmp_path: Path, ranks: int) -> None:
     done = start(command(config, f"run.dir={tmp_path}", ranks=ranks))
     assert (done.returncode, done.stderr) == (0, "")
