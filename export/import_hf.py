@@ -6,6 +6,7 @@ in place of a run. Nothing is downloaded, no tokenizer is converted, and pickled
 """
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
     stated = read_json(directory / GENERATION) if (directory / GENERATION).is_file() else {}
     # An empty generation_config.json says nothing, and does not take back what config.json says.
     ids = opened.raw | {name: value for name, value in stated.items() if value is not None}
-    what = f"{family.architecture}, {model.num_parameters():,} parameters"
+    what = f"{family.architecture}, {model.num_parameters():,} parameters{_said_of_kept(opened.fit.kept)}"
     if dry_run:
         return f"{what}: every tensor is there; nothing was written"
 
@@ -84,6 +85,15 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
     if ids.get("eos_token_id") is None:
         said += f"; no file of {directory} names an eos_token_id, so that nothing says where its texts end"
     return said
+
+
+def _said_of_kept(names: Sequence[str]) -> str:
+    """Returns a clause about tensors that take no part in what Trivium computes; "" if there are none."""
+    if not names:
+        return ""
+    layers = sorted({match[0] for name in names if (match := re.search(r"layers\.\d+", name))})
+    where = ", ".join(layers) if layers else names[0]
+    return f" (and {len(names)} tensors of {where}, which are not used, and are kept for an export)"
 
 
 def tokenizer_sha256(directory: Path) -> str:

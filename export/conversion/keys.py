@@ -37,9 +37,9 @@ class Draft:
     def value(self, name: str, absent: Any = None, null: Any = SAME) -> Any:
         """Returns a value of config.json, or what transformers takes where it is absent or null."""
         found = self.raw.get(name, SAME)
-        if found is None and null is not SAME:
+        if found is None:
             found = null
-        if found is None or found is SAME:
+        if found is SAME:
             found = absent
         return found(self.raw) if callable(found) else found
 

@@ -5,11 +5,17 @@ from typing import Any
 
 from configs.model import LayerConfig, ModelConfig
 from configs.model_parts import RopeScalingConfig
-from export.conversion.families import llama, qwen
+from export.conversion.families import deepseek, glm, llama, llama4, qwen
 from export.conversion.table import Family
 
 # The first family that can express a model is taken, so simple ones come first.
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *qwen.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *llama.FAMILIES,
+    *qwen.FAMILIES,
+    *deepseek.FAMILIES,
+    *glm.FAMILIES,
+    *llama4.FAMILIES,
+)
 
 
 def family_of(config: ModelConfig, preferred: str | None = None) -> Family:

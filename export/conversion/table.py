@@ -44,7 +44,8 @@ class Family:
     import keeps them so that an export gives them back. `prefix` is a beginning of names that files may leave out.
     `converted` are keys of `[model]` that the operations of the rules bring into the family's own form. `positions` is
     the key of the longest row, with what transformers takes where it is absent; "" if there is none. `kept_keys` are
-    the keys of config.json that say what the kept tensors are.
+    the keys of config.json that say what the kept tensors are. With `further_layers` a file may have layers after the
+    last one, of multi-token prediction, and they are kept.
     """
 
     architecture: str
@@ -55,6 +56,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     kept_keys: tuple[str, ...] = ()
+    further_layers: bool = False
     prefix: str = "model."
     converted: tuple[str, ...] = ()
     positions: tuple[str, int] = ("max_position_embeddings", 2048)

@@ -6,7 +6,7 @@ yields the tensors of the other side: it holds those of one rule at a time, so t
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,7 +124,8 @@ def fit(family: Family, config: ModelConfig, found: Mapping[str, Shape | None]) 
     names = {name.removeprefix(family.prefix) if bare else name: name for name in wanted}
     present = {names.get(name, name): shape for name, shape in found.items()}
     head = head_name(family)
-    aside = [re.compile(pattern) for pattern in (*family.ignored, *family.kept)]
+    kept = [*family.kept, *(_further_layers(found, config) if family.further_layers else [])]
+    aside = [re.compile(pattern) for pattern in (*family.ignored, *kept)]
     rest = {
         name: shape
         for name, shape in present.items()
@@ -140,8 +141,14 @@ def fit(family: Family, config: ModelConfig, found: Mapping[str, Shape | None]) 
             f"the embedding has {rows} rows and config.json says vocab_size = {config.vocab_size}; set vocab_size = "
             f"{rows} if the tokenizer has no more tokens"
         )
-    kept = [name for name in found if name not in wanted and any(re.fullmatch(p, name) for p in family.kept)]
-    return Fit(walked, {theirs: mine for mine, theirs in names.items()}, kept, said)
+    names_kept = [name for name in found if name not in wanted and any(re.fullmatch(p, name) for p in kept)]
+    return Fit(walked, {theirs: mine for mine, theirs in names.items()}, names_kept, said)
+
+
+def _further_layers(found: Iterable[str], config: ModelConfig) -> list[str]:
+    """Returns patterns of the names in layers after the last one, which predict tokens that are further ahead."""
+    matches = (re.fullmatch(r"(.*layers\.(\d+)\.)eh_proj\.weight", name) for name in found)
+    return [re.escape(match[1]) + ".*" for match in matches if match and int(match[2]) >= config.num_layers]
 
 
 def head_name(family: Family) -> str:

@@ -159,18 +159,45 @@ class LatentAttention(Attention):
             (q,) = columns(x_SBH, self.region, self.q_proj)
         else:
             (q,) = columns(self.q_latent_norm(self.q_down_proj(x_SBH)), self.region, self.q_up_proj)
+        q_nope, q_rope = q.unflatten(-1, (-1, self.head_dim)).split((latent.nope_head_dim, rope), dim=-1)
+        q_rope = self.rotated(q_rope, context)
         down, k_rope = self.kv_down_proj(x_SBH).split((latent.kv_rank, rope), dim=-1)
-        (kv,) = columns(self.kv_latent_norm(down), self.region, self.kv_up_proj)
-        q, kv = q.unflatten(-1, (-1, self.head_dim)), kv.unflatten(-1, (-1, latent.nope_head_dim + latent.v_head_dim))
-        q_nope, q_rope = q.split((latent.nope_head_dim, rope), dim=-1)
-        k_nope, v = kv.split((latent.nope_head_dim, latent.v_head_dim), dim=-1)
+        down = self.kv_latent_norm(down)
         k_rope = self.rotated(self.region.enter(k_rope)[:, :, None], context)  # one head, which all heads share
-        q = torch.cat((q_nope, self.rotated(q_rope, context)), dim=-1)
+        if cache is not None:
+            cache.put(self.layer, torch.cat((down[:, :, None], k_rope), dim=-1))
+            if cache.continues:
+                return self.o_proj(self._attend_stored(q_nope, q_rope, cache).flatten(2))
+        (kv,) = columns(down, self.region, self.kv_up_proj)
+        k_nope, v = kv.unflatten(-1, (-1, latent.nope_head_dim + latent.v_head_dim)).split(
+            (latent.nope_head_dim, latent.v_head_dim), dim=-1
+        )
         k = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)), dim=-1)
-        # Kernels take keys and values of one size: the values get zeros, and their outputs lose them again.
-        v = F.pad(v, (0, self.head_dim - latent.v_head_dim))
-        out = self.scored(q, k, v, context, cache)[..., : latent.v_head_dim]
+        # Kernels take keys and values of one size: the smaller ones get zeros, and outputs lose them again.
+        wide = max(self.head_dim, latent.v_head_dim)
+        q = self._scaled(torch.cat((q_nope, q_rope), dim=-1), wide)
+        q, k, v = (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x for x in (q, k, v))
+        out = self.attend(q, k, v, context.documents)[..., : latent.v_head_dim]
         return self.o_proj(out.flatten(2))
+
+    def _attend_stored(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Computes attention of one token a row to stored latent vectors, from which no keys or values are made.
+
+        A query times the weights that would make its head's keys meets the latent vectors themselves, and the weights
+        that would make its values come after the sum (DeepSeek-V2, section 2.1.2).
+        """
+        latent = self.latent
+        weight = self.kv_up_proj.weight.unflatten(0, (-1, latent.nope_head_dim + latent.v_head_dim))
+        to_keys, to_values = weight.split((latent.nope_head_dim, latent.v_head_dim), dim=1)  # [N, D, latent]
+        q = torch.cat((torch.einsum("sbnd,ndc->sbnc", q_nope, to_keys), q_rope), dim=-1)
+        q = self._scaled(q, q.shape[-1])
+        found = cache.attend_stored(self.layer, q, self.rule)[..., : latent.kv_rank]
+        return torch.einsum("sbnc,ndc->sbnd", found, to_values)
+
+    def _scaled(self, q: torch.Tensor, width: int) -> torch.Tensor:
+        """Returns the queries for a product over `width` elements, whose 1 / sqrt(width) is not that of a head."""
+        factor = self.query_factor * math.sqrt(width / self.head_dim)
+        return q if factor == 1.0 else q * factor
 
 
 def attention_of(config: LayerConfig, context: LayerContext) -> Attention:

@@ -22,12 +22,18 @@ def whole_slots(length: int) -> int:
 class KVCache:
     """Keys and values of earlier tokens: slot p of a row holds those of its token at position p.
 
+    Of latent attention it holds the latent vectors and the rotated keys that all heads share, in place of both.
+
     A forward pass with several tokens a row starts rows, each with its first token first and padding last. A forward
     pass with one token a row continues rows, each at its own position; before it the caller sets `longest`.
     """
 
     def __init__(self, config: ModelConfig, rows: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_layers, 2, rows, config.num_kv_heads, whole_slots(max_length), config.dim_per_head)
+        slots = whole_slots(max_length)
+        if latent := config.attention.latent:
+            shape = (config.num_layers, 1, rows, 1, slots, latent.kv_rank + latent.rope_head_dim)
+        else:
+            shape = (config.num_layers, 2, rows, config.num_kv_heads, slots, config.dim_per_head)
         self.store = torch.zeros(shape, dtype=dtype, device=device)
         self.longest = 0  # tokens in the longest row that the next forward pass continues
         self._positions_B: torch.Tensor | None = None  # of the tokens that continue rows; None while rows are started
@@ -43,22 +49,36 @@ class KVCache:
         mask = torch.zeros(len(positions_BS), len(slots), dtype=self.store.dtype, device=self.store.device)
         self._mask = mask.masked_fill_(slots > positions_BS, float("-inf"))[:, None, None]
 
+    @property
+    def continues(self) -> bool:
+        """Whether the forward pass continues rows, so that its tokens attend to what is stored."""
+        return self._positions_B is not None
+
+    def put(self, layer: int, *stored: torch.Tensor) -> None:
+        """Stores the keys and values [S, B, K, D] of this forward pass, or latent vectors in place of both."""
+        tokens, rows = stored[0].shape[:2]
+        own = torch.arange(rows, device=self.store.device)
+        for store, x in zip(self.store[layer, :, :rows], stored, strict=True):
+            if self._positions_B is None:
+                store[:, :, :tokens] = x.permute(1, 2, 0, 3)
+            else:
+                store[own, :, self._positions_B] = x[0]
+
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
         """Stores keys and values [S, B, K, D], and computes attention [S, B, N, D] of q to its row so far."""
-        tokens, rows = q.shape[:2]
-        if self._positions_B is None:
-            self.store[layer, 0, :rows, :, :tokens] = k.permute(1, 2, 0, 3)
-            self.store[layer, 1, :rows, :, :tokens] = v.permute(1, 2, 0, 3)
-            return attend(q, k, v, None, rule)
-        own = torch.arange(rows, device=q.device)
-        keys, values = self.store[layer, :, :rows].unbind()
-        keys[own, :, self._positions_B], values[own, :, self._positions_B] = k[0], v[0]
-        slots = self._mask.shape[-1]
-        if not rule.is_plain(slots):
-            return attend_cached(q[0], keys[:, :, :slots], values[:, :, :slots], self._positions_B, rule)[None]
+        self.put(layer, k, v)
+        return self.attend_stored(layer, q, rule) if self.continues else attend(q, k, v, None, rule)
+
+    def attend_stored(self, layer: int, q: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+        """Computes attention of the tokens [1, B, N, D] that continue rows; latent vectors are keys and values both."""
+        assert self._positions_B is not None
+        stored = self.store[layer, :, : q.shape[1], :, : self._mask.shape[-1]]
+        keys, values = stored[0], stored[-1]
+        if not rule.is_plain(self._mask.shape[-1]):
+            return attend_cached(q[0], keys, values, self._positions_B, rule)[None]
         # The query heads that share a key-value head see the same keys, so they go where several tokens would.
-        heads = q[0].unflatten(1, (k.shape[2], -1))
-        out = F.scaled_dot_product_attention(heads, keys[:, :, :slots], values[:, :, :slots], attn_mask=self._mask)
+        heads = q[0].unflatten(1, (keys.shape[1], -1))
+        out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=self._mask)
         return out.flatten(1, 2)[None]
 
     def copy_rows(self, first: int, other: "KVCache", rows: torch.Tensor) -> None:

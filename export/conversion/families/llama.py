@@ -110,7 +110,7 @@ def head_dim(absent: int | None = None, always: bool = True) -> Custom:
     return Custom(read, write)
 
 
-def _even_heads(draft: Draft) -> None:
+def even_heads(draft: Draft) -> None:
     """Refuses what transformers' LlamaConfig refuses."""
     hidden, count = draft.raw.get("hidden_size"), draft.raw.get("num_attention_heads")
     if isinstance(hidden, int) and isinstance(count, int) and count > 0 and hidden % count:
@@ -150,7 +150,7 @@ LLAMA = Family(
         *sizes(),
         FFN,
         head_dim(),
-        Custom(_even_heads, lambda config: {}),
+        Custom(even_heads, lambda config: {}),
         MappedKey("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False),
         MappedKey("mlp_bias", "mlp.bias", absent=False),
         Rope(),

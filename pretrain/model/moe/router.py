@@ -35,7 +35,10 @@ class Router(nn.Module):
         bias = None if self.bias is None else self.bias.to(precision)
         logits_TE = F.linear(x_TH.to(precision), self.weight.to(precision), bias)
         scores_TE = logits_TE.sigmoid() if self.moe.gating == "sigmoid" else logits_TE.softmax(-1)
-        experts_TK = self._choose(scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E)
+        if bias_E is None and self.moe.num_groups == 1:
+            experts_TK = self._choose(logits_TE.detach())  # scores grow with logits, and large ones are rounded to 1
+        else:
+            experts_TK = self._choose(scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.moe.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)  # sigmoids may all be 0

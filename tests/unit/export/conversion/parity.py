@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from configs.model import ModelConfig
+from configs.sampling import GREEDY
 from export.conversion.walk import convert
 from export.hf_config import to_hf_config
 from export.hf_folder import HFFolder, open_hf_folder
@@ -20,6 +21,7 @@ from export.import_hf import import_directory
 from export.model_source import ModelSource, open_source
 from export.tensors import TensorFolder, scan_tensors
 from pretrain.model import Decoder, build_single
+from pretrain.sampling import generate
 
 LENGTH = 40
 TOKENS = torch.randint(0, 96, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -119,3 +121,16 @@ def _compare_gradients(
             continue
         other = theirs.read(name)
         assert (ours - other).norm() < GRADIENTS * (other.norm() + 1e-3), name
+
+
+PROMPTS = [[7, 3, 9, 11, 5], [2], list(range(20, 43))]
+
+
+def check_greedy(model: Any, source: ModelSource, count: int = 20) -> None:
+    """Compares greedy tokens, by our cache in one batch of prompts and by transformers prompt by prompt."""
+    settings = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0, eos_token_id=None)
+    model.generation_config = settings
+    theirs = [model.generate(torch.tensor([prompt]))[0, len(prompt) :].tolist() for prompt in PROMPTS]
+    ours = generate(build_single(source.model, source.read(), torch.float32), PROMPTS, count, GREEDY, stop_ids=[])
+    assert [completion.tokens for completion in ours] == theirs
+    assert len({token for text in theirs for token in text}) > 10
