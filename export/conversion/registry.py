@@ -29,7 +29,9 @@ def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
         found = differences(config, family)
         if not found:
             return family
-        lacking.append((len(found) + 100 * (family.moe != (config.moe is not None)), family, found))
+        # A config.json that cannot even be read back is far from the model, however many keys are right.
+        far = family.moe != (config.moe is not None) or "model" in found
+        lacking.append((len(found) + 100 * far, family, found))
     _, family, found = min(lacking, key=lambda entry: entry[0])
     said = " and ".join(f"{key} = {theirs}, not {ours}" for key, (ours, theirs) in found.items())
     raise ValueError(

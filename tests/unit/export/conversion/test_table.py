@@ -130,6 +130,10 @@ def test_a_family_is_taken_by_what_the_config_says():
         ),
         ({"attention": {"softcap": 5.0}, "mlp": {"kind": "relu"}}, r"softcap = None, not 5\.0 and model\.mlp\.kind = "),
         (
+            {"moe": {"num_experts": 4, "router_bias": True}, "attention": {"sinks": True}},
+            r"MixtralForCausalLM, .* has model\.attention\.sinks = False, not True and model\.moe\.router_bias = ",
+        ),
+        (
             {"layer_pattern": ["a", "b"], "kinds": {"a": {}, "b": {"position": "none"}}},
             r"model\.position\.kind in layer 1 = 'rotary', not 'none'",
         ),
