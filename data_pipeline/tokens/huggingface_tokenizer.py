@@ -43,8 +43,9 @@ class HuggingFaceTokenizer(Tokenizer):
         fast.no_truncation()
         fast.no_padding()
         fast.encode_special_tokens = True
-        pieces = [""] * (max(fast.get_vocab().values(), default=-1) + 1)  # an id without a piece stays empty
-        for piece, number in fast.get_vocab().items():
+        vocabulary = fast.get_vocab()
+        pieces = [""] * (max(vocabulary.values(), default=-1) + 1)  # an id without a piece stays empty
+        for piece, number in vocabulary.items():
             pieces[number] = piece
         added = {token["content"]: token["id"] for token in described["added_tokens"]}
         special_ids = {token["content"]: token["id"] for token in described["added_tokens"] if token["special"]}
@@ -64,7 +65,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if roles is not None:
             self.unk_id, self.bos_id, self.eos_id, self.pad_id = roles.unk, roles.bos, roles.eos, roles.pad
             self.chat_template = roles.chat_template
-        made = [name for name, one in special_ids.items() if one != self.unk_id and one in self._plain([name])[0]]
+        spelled = zip(special_ids.items(), self._plain(list(special_ids)), strict=True)
+        made = [name for (name, one), ids in spelled if one != self.unk_id and one in ids]
         self._made = re.compile("|".join(map(re.escape, made))) if made else None
         self.lossless = own_bytes is not None and self._keeps(PROBE)
         if own_bytes is not None and not self.lossless and not self.foreign:

@@ -17,6 +17,7 @@ from data_pipeline.tokens.training import train_on_texts
 from export import huggingface
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import first_difference, write_tokenizer
+from pretrain.checkpoint.lineage import Lineage
 from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, gpt2, llama3, qwen, t5, write
 from tests.unit.export.conftest import make_source, random_weights, tiny
 
@@ -110,3 +111,12 @@ def test_a_model_with_a_tokenizer_trained_elsewhere_is_exported_and_verified(mak
         told = json.loads((tmp_path / "out" / name).read_text())
         ends = told["eos_token_id"]
         assert told["bos_token_id"] == begin and ours.eos_id in (ends if isinstance(ends, list) else [ends])
+
+
+def test_a_training_run_keeps_the_roles_of_a_tokenizer_trained_elsewhere(tmp_path: Path) -> None:
+    ours = Tokenizer.load(write(tmp_path / "hub", *qwen()))
+    lineage = Lineage(Path(ours.origin))
+    lineage.keep(tmp_path / "run", lineage.identity)
+    kept = Tokenizer.load(tmp_path / "run")
+    assert (kept.eos_id, kept.pad_id, kept.chat_template) == (ours.eos_id, ours.pad_id, TEMPLATE)
+    assert kept.encode(ODD[0]) == ours.encode(ODD[0]) and kept.sha256 == ours.sha256
