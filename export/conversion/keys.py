@@ -13,6 +13,20 @@ REQUIRED: Any = object()  # in place of a value: config.json must have the key
 SAME: Any = object()  # in place of a value: null means the same as a key that is absent
 
 
+class Watched(dict[str, Any]):
+    """A config.json that remembers which key was read last, for the message about a value of a wrong kind."""
+
+    last = ""
+
+    def __getitem__(self, key: str) -> Any:
+        self.last = key
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.last = key
+        return super().get(key, default)
+
+
 @dataclass
 class Draft:
     """A config.json while it is read.

@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
-from export.conversion.keys import ConfigKey, Draft
+from export.conversion.keys import ConfigKey, Draft, Watched
 from export.conversion.operations import Copy, Operation
 
 COPY = Copy()
@@ -74,7 +74,8 @@ class Family:
 
     def read(self, raw: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
         """Returns the model that config.json describes, None if that is unclear, and everything that is wrong."""
-        draft = Draft(raw, self.architecture)
+        watched = Watched(raw)
+        draft = Draft(watched, self.architecture)
         if raw.get("quantization_config") is not None:
             draft.problems.append(
                 f"config.json: quantization_config = {raw['quantization_config']!r} is not supported; import the "
@@ -82,8 +83,16 @@ class Family:
             )
         for key, value in self.fixed.items():
             draft.put(key, value)
+        key = self.positions[0]
+        if key and raw.get(key) is not None and not (isinstance(raw[key], int) and raw[key] > 0):
+            draft.refuse(key, raw[key], "a whole number from 1 on")
+            draft.incomplete = True
         for entry in self.keys:
-            entry.read(draft)
+            try:
+                entry.read(draft)
+            except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+                draft.refuse(watched.last, raw.get(watched.last), "a value as transformers writes it")
+                draft.incomplete = True
         if draft.incomplete:
             return None, draft.problems
         try:

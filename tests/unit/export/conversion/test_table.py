@@ -239,3 +239,18 @@ def test_everything_wrong_in_a_config_is_told_at_once():
     ):
         assert said in str(raised.value)
     assert len(raised.value.problems) == 6
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_value_of_a_wrong_kind_is_told_by_its_key_whatever_it_is(name):
+    raw = facts(name)["config"]
+    family = family_of_config(raw)
+    told = set()
+    for key in [*raw, "rope_scaling", "layer_types", "partial_rotary_factor"]:
+        for value in ("x", {"rope_type": [1]}):
+            config, problems = family.read(raw | {key: value})
+            assert config is not None or problems
+            if any(key in problem and "is missing" not in problem for problem in problems):
+                told.add(key)
+    assert family.positions[0] in ("", *told)
+    assert "rope_scaling" in told or "rope_parameters" not in raw
