@@ -5,7 +5,7 @@ from typing import Any
 
 from configs.model import LayerConfig, ModelConfig
 from configs.model_parts import RopeScalingConfig
-from export.conversion.families import deepseek, glm, llama, llama4, qwen
+from export.conversion.families import deepseek, gemma, glm, gpt_oss, llama, llama4, olmo, phi, qwen
 from export.conversion.table import Family
 
 # The first family that can express a model is taken, so simple ones come first.
@@ -15,6 +15,10 @@ FAMILIES: tuple[Family, ...] = (
     *deepseek.FAMILIES,
     *glm.FAMILIES,
     *llama4.FAMILIES,
+    *gemma.FAMILIES,
+    *olmo.FAMILIES,
+    *phi.FAMILIES,
+    *gpt_oss.FAMILIES,
 )
 
 
