@@ -43,7 +43,7 @@ def _keys(attention_cap: float | None, logit_cap: float | None) -> tuple[ConfigK
         MappedKey("attn_logit_softcapping", "attention.softcap", absent=attention_cap, null=None),
         MappedKey("final_logit_softcapping", "head.softcap", absent=logit_cap, null=None),
         Custom(_read_scale, _write_scale),
-        Fixed("use_bidirectional_attention", False, accepted=(None,)),
+        Fixed("use_bidirectional_attention", False, accepted=(None,), written=False),
     )
 
 
@@ -55,6 +55,8 @@ def _read_two_ropes(draft: Draft) -> None:
     local = ropes.get(SLIDING, {}) if by_type else {}
     if not isinstance(full, dict) or not isinstance(local, dict):
         return draft.refuse("rope_parameters", ropes, "a section for each type of layer")
+    if not isinstance(scaling := raw.get("rope_scaling") or {}, dict):
+        return draft.refuse("rope_scaling", scaling, "a section or null")
     theta = full.get("rope_theta") or raw.get("rope_theta") or GLOBAL_THETA
     draft.put("position.theta", float(theta))
     read_scaling(draft, "rope_parameters", full, "position.scaling", 131072)

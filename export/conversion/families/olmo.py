@@ -34,8 +34,11 @@ def _read_ropes(draft: Draft) -> None:
     local = ropes.get(SLIDING, full) if by_type else full
     if not isinstance(full, dict) or not isinstance(local, dict):
         return draft.refuse("rope_parameters", ropes, "a section for each type of layer")
+    if not isinstance(scaling := raw.get("rope_scaling") or {}, dict):
+        return draft.refuse("rope_scaling", scaling, "a section or null")
     theta = full.get("rope_theta") or raw.get("rope_theta") or THETA
-    if (own := local.get("rope_theta", theta)) != theta and "sliding" in draft.fields.get("kinds", {}):
+    own = local.get("rope_theta") or theta
+    if own != theta and "sliding" in draft.fields.get("kinds", {}):
         draft.put("kinds.sliding.theta", float(own))
     draft.put("position.theta", float(theta))
     read_scaling(draft, "rope_parameters", full, "position.scaling", 2048)

@@ -58,7 +58,8 @@ def test_gemma_3_of_version_4_has_its_bases_in_keys_of_their_own():
 def test_olmo_2(tmp_path, keys):
     model = random_model("olmo2", **SIZES | keys)
     source = check_both_ways(tmp_path, model)
-    check_greedy(model, source)
+    if not keys:  # with such biases the random model writes few different tokens
+        check_greedy(model, source)
 
 
 def test_olmo_3_scales_positions_in_layers_without_a_window_alone(tmp_path):
