@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.model import ModelConfig
+from configs.model_parts import AttentionConfig, LatentConfig
 from export import chat, generate
 from posttrain.chat_format import jinja_template
 from tests.parallel.harness import RanksOf
@@ -17,13 +18,21 @@ __all__ = ["tokenizer_path"]  # the fixture
 DENSE = tiny(vocab_size=803)
 TIED = tiny(tie=True).model_copy(update={"num_kv_heads": 1})
 MOE = tiny(moe=True, vocab_size=801)
+LATENT = tiny(vocab_size=803).model_copy(
+    update={
+        **{"num_kv_heads": 4, "head_dim": None},
+        "attention": AttentionConfig(
+            latent=LatentConfig(q_rank=14, kv_rank=10, nope_head_dim=6, rope_head_dim=8, v_head_dim=5)
+        ),
+    }
+)
 SAMPLED = ["--top-k", "200", "--top-p", "0.95", "--min-p", "0.001", "--repetition-penalty", "1.1", "--stop", "q"]
 
 
 @pytest.mark.parametrize(
     ("config", "degree"),
-    [(DENSE, "tp"), (TIED, "tp"), (MOE, "tp"), (MOE, "ep")],
-    ids=["dense", "tied", "moe-tp", "moe-ep"],
+    [(DENSE, "tp"), (TIED, "tp"), (LATENT, "tp"), (MOE, "tp"), (MOE, "ep")],
+    ids=["dense", "tied", "latent", "moe-tp", "moe-ep"],
 )
 def test_a_split_model_writes_what_a_whole_one_writes(
     ranks: RanksOf, tmp_path: Path, tokenizer_path: Path, config: ModelConfig, degree: str
