@@ -162,9 +162,15 @@ def check_loading(hf: Reloaded, reference: Reference) -> Check:
     first = reference.compared.num_layers
     beyond = {f".{layer}." for layer in range(first, reference.config.num_layers)}
 
+    def is_further_layer(name: str) -> bool:
+        layer = re.search(r"layers\.(\d+)\.", name)
+        return reference.family.further_layers and bool(layer) and int(layer[1]) >= reference.config.num_layers
+
     def expected(kind: str, name: str) -> bool:
         later = first < reference.config.num_layers and any(part in name for part in beyond)
-        return kind == "unexpected_keys" and (later or any(pattern.fullmatch(name) for pattern in kept))
+        return kind == "unexpected_keys" and (
+            later or any(pattern.fullmatch(name) for pattern in kept) or is_further_layer(name)
+        )
 
     wrong = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.loader import validate
+from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
+from export import huggingface
 from export.conversion.registry import differences, family_of
 from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config, to_hf_config
@@ -125,6 +126,16 @@ def test_layers_of_multi_token_prediction_are_kept_and_said(tmp_path):
     assert all(torch.equal(written.read(name), tensor) for name, tensor in extra.items())
     raw = json.loads((tmp_path / "back/config.json").read_text())
     assert raw["num_nextn_predict_layers"] == 1
+    # The command, which verifies what it wrote with and without the last layer, publishes them too.
+    for layers in (3, 2):
+        (tmp_path / "export.toml").write_text(f'run = "{tmp_path / "ours"}"\nout = "{tmp_path / f"out{layers}"}"\n')
+        keys = ["verify.greedy_tokens=8", f"verify.layers={layers}"]
+        assert huggingface.main([str(tmp_path / "export.toml"), *keys]) == 0
+        assert extra.keys() <= load_file(tmp_path / f"out{layers}/model.safetensors").keys()
+    with pytest.raises(ConfigError, match=r"verify\.layers = 1 .* set verify\.layers=2"):
+        huggingface.main(
+            [str(tmp_path / "export.toml"), "verify.layers=1", "verify.greedy_tokens=8", f"out={tmp_path / 'out1'}"]
+        )
     assert to_hf_config(source.model, 64, "float32", 0, 1, None)["num_nextn_predict_layers"] == 0
 
 

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from export import huggingface
 from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config
+from export.import_hf import import_directory
 from pretrain.model import build_single
 from tests.unit.export.conftest import random_weights
 from tests.unit.export.conversion.parity import check_both_ways, check_greedy, random_model
@@ -43,6 +45,13 @@ def test_llama_4(tmp_path, keys):
     rotated = [int(layer.position.kind == "rotary") for layer in source.model.layers]
     assert rotated == model.config.no_rope_layers
     check_greedy(model, source)
+
+
+def test_the_command_verifies_some_layers(tmp_path):
+    random_model("llama4_text", **SIZES).save_pretrained(tmp_path / "hf")
+    import_directory(tmp_path / "hf", tmp_path / "ours")
+    (tmp_path / "export.toml").write_text(f'run = "{tmp_path / "ours"}"\nout = "{tmp_path / "back"}"\n')
+    assert huggingface.main([str(tmp_path / "export.toml"), "verify.greedy_tokens=8", "verify.layers=2"]) == 0
 
 
 def test_an_expert_is_chosen_by_its_logit_where_sigmoids_are_rounded_to_one():
