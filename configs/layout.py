@@ -234,17 +234,6 @@ def _check_sequence(request: LayoutRequest) -> None:
             cp=None,
             tp=None,
         )
-    scaling = model.position.scaling
-    for what, is_there in {
-        "model.position.kind = 'alibi' has a slope": model.position.kind == "alibi",
-        "model.attention.sinks = true has a sink": model.attention.sinks,
-        "model.position.scaling depends on the largest position": scaling and scaling.kind in ("dynamic", "longrope"),
-    }.items():
-        if is_there:
-            unit = "of whole rows" if "largest" in what else "for each head"
-            raise _LayoutMisfit(
-                request, f"{what} {unit}, which parallel.cp = {cp} has on no rank; context parallel cannot", cp=(1,)
-            )
     if model.moe and model.moe.capacity_factor is not None:
         raise _LayoutMisfit(
             request,

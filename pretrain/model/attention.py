@@ -42,6 +42,7 @@ class Attention(nn.Module):
         self.attend: Attend = self.attend_here
         self.region = Region(context)
         self.query_factor = _query_factor(config)
+        self.head_part = context.cp_rank, context.cp_size  # of this rank's heads, those that it has in `attend_here`
         own = slice(*(config.num_heads // context.tp_size * (context.tp_rank + i) for i in (0, 1)))
         self.register_buffer("slopes", None, persistent=False)
         if config.position.kind == "alibi":
@@ -54,8 +55,12 @@ class Attention(nn.Module):
 
     @property
     def rule(self) -> ScoreRule:
-        """The way in which scores become weights here."""
-        return ScoreRule.of(self.config, self.slopes, self.sinks)
+        """The way in which scores become weights in `attend_here`, which sees a part of the heads under cp."""
+        return ScoreRule.of(self.config, self._part(self.slopes), self._part(self.sinks))
+
+    def _part(self, of_heads: torch.Tensor | None) -> torch.Tensor | None:
+        part, parts = self.head_part
+        return of_heads if of_heads is None or parts == 1 else of_heads.chunk(parts)[part]
 
     def attend_here(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None

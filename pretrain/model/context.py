@@ -30,10 +30,13 @@ class ForwardContext:
     samples: torch.Tensor | None = None
 
     @classmethod
-    def of_batch(cls, config: ModelConfig, batch: Batch) -> "ForwardContext":
-        """Makes the context of a training batch; under context parallel its documents are those of whole rows."""
+    def of_batch(cls, config: ModelConfig, batch: Batch, parts: int = 1) -> "ForwardContext":
+        """Makes the context of a training batch, which has one of `parts` equal parts of every row.
+
+        Its documents are those of whole rows.
+        """
         samples = None if batch.samples is None else torch.tensor(batch.samples)
-        tables = _tables(config, batch.positions)
+        tables = _tables(config, batch.positions, length=batch.positions.shape[1] * parts)
         return cls(batch.positions.t(), tables, batch.documents, (batch.segments >= 0).t(), samples)
 
     @classmethod
@@ -54,8 +57,8 @@ class ForwardContext:
         return cls(positions_BS.t(), tables, documents, valid_SB)
 
 
-def _tables(config: ModelConfig, positions_BS: torch.Tensor) -> Tables:
-    """Computes the rotary tables of every kind of layer; kinds that rotate alike share theirs."""
+def _tables(config: ModelConfig, positions_BS: torch.Tensor, length: int | None = None) -> Tables:
+    """Computes the rotary tables of every kind of layer, in rows of `length`; kinds that rotate alike share theirs."""
     tables: Tables = {}
     made: dict[str, str] = {}  # by what a kind's table depends on, the first kind that has it
     for layer in {layer.kind: layer for layer in config.layers}.values():
@@ -65,7 +68,7 @@ def _tables(config: ModelConfig, positions_BS: torch.Tensor) -> Tables:
         if key in made:
             tables[layer.kind] = tables[made[key]]
         else:
-            tables[layer.kind] = rotary_angles(positions_BS, layer.position, rotated_size(layer))
+            tables[layer.kind] = rotary_angles(positions_BS, layer.position, rotated_size(layer), length)
             made[key] = layer.kind
     return tables
 

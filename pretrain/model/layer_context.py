@@ -45,6 +45,10 @@ class LayerContext:
         return get_pg_size(self.cp)
 
     @cached_property
+    def cp_rank(self) -> int:
+        return 0 if self.cp is None else self.cp.rank()
+
+    @cached_property
     def ep_size(self) -> int:
         return get_pg_size(self.ep)
 

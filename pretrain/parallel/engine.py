@@ -179,7 +179,9 @@ class Engine:
         The first chunk makes it, and the last one leaves it to autograd.
         """
         chunks = self.module.chunks
-        context = self._contexts.pop(id(batch), None) or ForwardContext.of_batch(self.model_config, batch)
+        context = self._contexts.pop(id(batch), None)
+        if context is None:
+            context = ForwardContext.of_batch(self.model_config, batch, parts=self.mesh.layout.cp)
         if len(chunks) > 1 and model is not chunks[-1]:
             self._contexts[id(batch)] = context
         return context

@@ -70,17 +70,20 @@ def described(counts: torch.Tensor | None, config: ModelConfig) -> dict[str, Any
     """Computes expert metrics, over all layers and by layer, from `counts` in host memory; {} for a dense model.
 
     `moe_aux_loss` is the auxiliary loss (mean over layers), `moe_max_load` the busiest expert's token count divided by
-    the mean count (maximum over layers), and `moe_dropped`, with a capacity limit, the share of choices dropped.
+    the mean count (maximum over layers), and `moe_dropped`, with a capacity limit, the share of choices dropped. Layers
+    without experts count in none of them.
     """
     if counts is None or config.moe is None:
         return {}
+    with_experts = [layer.index for layer in config.layers if layer.moe]
+    counts = counts[with_experts]
     aux_loss, dropped, tokens = counts[:, 0], counts[:, 1], counts[:, 2:]
     load, chosen = tokens.max(1).values / tokens.mean(1), tokens.sum(1)
     stats = {"moe_aux_loss": (aux_loss, aux_loss.mean()), "moe_max_load": (load, load.max())}
     if config.moe.capacity_factor is not None:
         stats["moe_dropped"] = dropped / chosen, dropped.sum() / chosen.sum()
     by_layer = {
-        f"{name}_by_layer": {f"layer {i}": float(value) for i, value in enumerate(layers)}
+        f"{name}_by_layer": {f"layer {i}": float(value) for i, value in zip(with_experts, layers, strict=True)}
         for name, (layers, _) in stats.items()
     }
     return {name: float(whole) for name, (_, whole) in stats.items()} | by_layer

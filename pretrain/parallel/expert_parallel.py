@@ -19,9 +19,12 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 
 
 def spread_experts(stage: PipelineStage, mesh: Mesh) -> None:
-    """Registers the expert groups with DeepSpeed and marks expert parameters as theirs; does nothing at ep=1."""
+    """Registers the expert groups with DeepSpeed and marks expert parameters as theirs; does nothing at ep=1.
+
+    Nothing is to be done either on a pipeline stage all of whose layers have plain MLPs.
+    """
     ep = mesh.layout.ep
-    if ep == 1:
+    if ep == 1 or not stage.moe_layers:
         return
     name = f"ep_size_{ep}"
     deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group

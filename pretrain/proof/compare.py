@@ -12,6 +12,7 @@ from pretrain.proof.bounds import COMPANION, MARGIN, UNIT_ROUNDOFF, Bounds, adam
 from pretrain.proof.step_reader import RecordedStep
 from pretrain.proof.verdict import RelativeError, Verdict
 
+FIRST = ("embedding", "position_embedding")  # what the names of things before the first layer begin with
 NORM_ERROR = 1e-6  # relative, between the reported norm and that of the gathered gradients
 
 
@@ -127,7 +128,7 @@ def _layer(name: str, num_layers: int) -> int:
     """Returns the layer that a tensor belongs to: -1 for the embedding, the last layer for what follows the layers."""
     if name.startswith("layers."):
         return int(re.split(r"[./]", name)[1])
-    return -1 if name.startswith("embedding") else num_layers - 1
+    return -1 if name.startswith(FIRST) else num_layers - 1
 
 
 def in_order(keys: set[str], num_layers: int) -> Iterator[str]:
@@ -135,7 +136,7 @@ def in_order(keys: set[str], num_layers: int) -> Iterator[str]:
 
     def order(key: str) -> tuple[int, float, int, str]:
         kind, _, name = key.partition("/")
-        layer: float = _layer(name, num_layers) + (0.5 if not name.startswith(("layers.", "embedding")) else 0.0)
+        layer: float = _layer(name, num_layers) + (0.5 if not name.startswith(("layers.", *FIRST)) else 0.0)
         inside = next((i for i, part in enumerate((".attention", ".router", ".mlp", ".moe")) if part in name), 4)
         passes = ("forward", "backward", "grad", "state").index(kind.partition(".")[0])
         if kind in ("backward", "grad"):

@@ -17,11 +17,10 @@ from configs.loader import ConfigError, plain, validate
 from configs.remedies import Misfit
 from configs.train import PretrainConfig
 from pretrain.proof.candidate import Candidate
+from pretrain.proof.draw_model import draw_model, simpler_models
 
 # Keys and whole sections of a pretraining config that no draw varies, with the reason for each.
 NOT_DRAWN = {
-    "model.layer_pattern": "kinds of layers are not drawn yet",
-    "model.kinds": "kinds of layers are not drawn yet",
     "run.dir": "it is the folder of the results",
     "data": "the rows of a proof do not come from a plan",
     "train.steps": "a proof takes three steps",
@@ -102,36 +101,19 @@ def draw(seed: int, index: int) -> Draw:
 
 
 def _draw(r: random.Random) -> Draw:
-    heads = r.choice((2, 3, 4, 6, 8))
-    model: dict[str, Any] = {
-        "vocab_size": r.choice((9, 13, 16, 31, 61, 64, 96)),  # padded where tp does not divide it
-        "num_layers": r.choice((1, 2, 2, 3, 4, 5, 6)),
-        "hidden_size": heads * r.choice((2, 4, 6, 8)),
-        "ffn_hidden_size": r.choice((8, 12, 24, 48)),
-        "num_heads": heads,
-        "num_kv_heads": r.choice([kv for kv in range(1, heads + 1) if heads % kv == 0]),
-        "attention": {"qk_norm": r.choice(("head", "head", "none", "none", "none"))},
-        "tie_embeddings": r.random() < 0.4,
-        "init_std": r.choice((0.02, 0.1)),
-        "norm": {"eps": r.choice((1e-5, 1e-6))},
-        "position": {"theta": r.choice((10000.0, 100.0))},
-    }
-    if r.random() < 0.3:
-        model["head_dim"] = r.choice((2, 4, 8))
-    if r.random() < 0.8:
-        model["moe"] = _draw_moe(r)
-    degrees = dict.fromkeys(("tp", "pp", "cp", "dp"), 1)
-    for factor in r.choice(((2,), (3,), (4,), (2, 2), (2, 2), (2, 2))):
-        degrees[r.choice(("tp", "tp", "pp", "cp", "dp"))] *= factor
-    degrees["vpp"] = r.choice((1, 1, 2, 3)) if degrees["pp"] > 1 else 1
-    degrees["ep"] = r.choice((1, 2, 3, 4)) if "moe" in model else 1
-    degrees["zero"] = r.choice((1, 1, 2, 3)) if degrees["pp"] == 1 else 1
     train = {
         "micro_batch_size": r.choice((1, 2, 3)),
         "seq_length": r.choice((4, 8, 12, 24)),
         "recompute": r.choice(("none", "none", "selective", "full")),
         "dropout": r.choice((0.0, 0.0, 0.2)),
     }
+    model = draw_model(r, train["seq_length"])
+    degrees = dict.fromkeys(("tp", "pp", "cp", "dp"), 1)
+    for factor in r.choice(((2,), (3,), (4,), (2, 2), (2, 2), (2, 2))):
+        degrees[r.choice(("tp", "tp", "pp", "cp", "dp"))] *= factor
+    degrees["vpp"] = r.choice((1, 1, 2, 3)) if degrees["pp"] > 1 else 1
+    degrees["ep"] = r.choice((1, 2, 3, 4)) if "moe" in model else 1
+    degrees["zero"] = r.choice((1, 1, 2, 3)) if degrees["pp"] == 1 else 1
     optimizer = {
         "lr": r.choice((0.01, 0.001)),
         "betas": r.choice(([0.9, 0.95], [0.8, 0.999], [0.0, 0.9])),
@@ -159,31 +141,6 @@ def _draw_stages(r: random.Random, layers: int, stages: int) -> tuple[int, ...] 
         return None
     cuts = sorted(r.sample(range(1, layers), stages - 1))
     return tuple(end - first for first, end in zip((0, *cuts), (*cuts, layers), strict=True))
-
-
-def _draw_moe(r: random.Random) -> dict[str, Any]:
-    experts = r.choice((2, 3, 4, 6, 8))
-    groups = r.choice([n for n in range(1, experts + 1) if experts % n == 0])
-    moe: dict[str, Any] = {
-        "num_experts": experts,
-        "top_k": r.randint(1, min(4, experts)),
-        "num_shared_experts": r.choice((0, 0, 1, 2)),
-        "gating": r.choice(("softmax", "sigmoid")),
-        "renormalize": r.random() < 0.5,
-        "routed_scaling": r.choice((1.0, 2.5)),
-        "num_groups": groups,
-        "top_groups": r.randint(1, groups),
-        "group_score": r.choice(("max", "top2")),
-        "aux_loss": r.choice(("sequence", "micro_batch", "global_batch")),
-        "aux_loss_coef": r.choice((0.0, 0.01, 0.5)),
-        "z_loss_coef": r.choice((0.0, 0.1)),
-        "bias_update_rate": r.choice((0.0, 0.05)),
-    }
-    if r.random() < 0.5:
-        moe["ffn_hidden_size"] = r.choice((8, 12, 22))
-    if r.random() < 0.25:
-        moe["capacity_factor"] = r.choice((0.5, 1.0, 1.5))
-    return moe
 
 
 @dataclass
@@ -270,18 +227,10 @@ def simpler(drawn: Draw) -> Iterator[Draw]:
     yield replace(drawn, offload=False)
     yield replace(drawn, precision="fp32")
     yield replace(drawn, accum=1)
-    if "moe" in model:
-        yield replace(drawn, model={key: value for key, value in model.items() if key != "moe"})
-        for key in model["moe"]:
-            if key not in ("num_experts", "top_k"):
-                moe = {other: value for other, value in model["moe"].items() if other != key}
-                yield replace(drawn, model={**model, "moe": moe})
-        yield replace(drawn, model={**model, "moe": {**model["moe"], "top_k": 1}})
-        yield replace(drawn, model={**model, "moe": {**model["moe"], "num_experts": 2}})
+    for smaller_model in simpler_models(model):
+        yield replace(drawn, model=smaller_model)
     for key, value in {**sizes, "num_kv_heads": model["num_heads"]}.items():
         yield replace(balanced, model={**model, key: value})
-    for left_out in ("norm", "position", "head_dim", "attention", "tie_embeddings"):
-        yield replace(drawn, model={key: value for key, value in model.items() if key != left_out})
     for key, value in short.items():
         yield replace(drawn, train={**train, key: value})
     yield replace(drawn, optimizer={"lr": 0.01})

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tests.parallel.part_models import MORE_PART_PAIRS, PART_MODELS, PART_PAIRS
+
 BASE: dict[str, Any] = {
     "vocab_size": 64,
     "num_layers": 4,
@@ -158,8 +160,10 @@ def is_first(model: str, layout: str) -> bool:
 
 
 ALLOWED = [(model, layout) for model in MODELS for layout in LAYOUTS if is_allowed(model, layout)]
-PAIRS = [pair for pair in ALLOWED if is_first(*pair)] + UNEVEN_PAIRS
-MORE_PAIRS = [pair for pair in ALLOWED if not is_first(*pair)] + MORE_UNEVEN_PAIRS  # with make test-full
+MODELS |= PART_MODELS
+PAIRS = [pair for pair in ALLOWED if is_first(*pair)] + UNEVEN_PAIRS + PART_PAIRS
+# With `make test-full`.
+MORE_PAIRS = [pair for pair in ALLOWED if not is_first(*pair)] + MORE_UNEVEN_PAIRS + MORE_PART_PAIRS
 
 # (model, layout that saves, layout that restores).
 RESUMES = [

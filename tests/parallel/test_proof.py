@@ -6,13 +6,13 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 
 from configs.loader import ConfigError, load, toml, validate
-from configs.section import Section
+from configs.section import Section, section_in
 from configs.train import PretrainConfig
 from pretrain.proof.candidate import Candidate
 from pretrain.proof.compare import compare
@@ -119,8 +119,8 @@ def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
     settings = config("deepseek", tmp_path, {"tp": 2, "sp": True})
     meant = {
         *("batch_source.py:collate", "batch_source.py:stack"),  # the loss mask
-        *("init.py:_draw", "init.py:_fill", "slices.py:cut"),
-        "rope.py:rotary_angles",
+        *("weights.py:_draw", "weights.py:_fill", "slices.py:cut"),
+        *("rotary.py:rotary_angles", "rotary.py:rotary_frequencies"),
         "batch.py:weightless",  # the loss mask of an evaluation's batches that fill up a pipeline
         *("recorded_step.py:_unbalance", "trace.py:keep"),  # the balance of experts, which is fp32
         *("balance.py:__init__", "balance.py:finish"),  # the bias on the choice of experts
@@ -128,7 +128,7 @@ def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
     for functions in ranks(2).run(
         "tests.parallel.workers.proof:functions_in_fp32", process_group=False, config=settings
     ):
-        assert "rope.py:rotary_angles" in functions  # so the recording works
+        assert "rotary.py:rotary_angles" in functions  # so the recording works
         assert set(functions) <= meant
     norm = json.loads((tmp_path / "step.json").read_text())["grad_norm"]
     assert norm != float(np.float32(norm))
@@ -304,17 +304,18 @@ def keys_of(section: type[Section], prefix: str = "") -> list[str]:
     """Lists the dotted keys of a section and of all sections within it."""
     keys = []
     for name, field in section.model_fields.items():
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
-        inner = [kind for kind in kinds if issubclass(kind, Section)]
-        keys += keys_of(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+        inner, _ = section_in(field.annotation)
+        keys += keys_of(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return keys
 
 
 def value_of(config: Any, key: str) -> Any:
-    """Returns the value of a dotted key; None where a section on the way is left out."""
-    for name in key.split("."):
-        config = None if config is None else getattr(config, name)
-    return config
+    """Returns the value of a dotted key; None where a section on the way is left out, a list for several."""
+    name, _, rest = key.partition(".")
+    if isinstance(config, dict):
+        return [value_of(section, key) for section in config.values()]
+    value = None if config is None else getattr(config, name)
+    return value_of(value, rest) if rest else value
 
 
 # What two or more keys together make of a layout.
@@ -345,7 +346,7 @@ COMBINATIONS: dict[str, Callable[[Draw], bool]] = {
         and d.degrees["tp"] > 1
     ),
     "QK-norm in bf16 with tp": lambda d: (
-        d.model["attention"]["qk_norm"] == "head" and d.precision == "bf16" and d.degrees["tp"] > 1
+        d.model["attention"].get("qk_norm") == "head" and d.precision == "bf16" and d.degrees["tp"] > 1
     ),
 }
 
