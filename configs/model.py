@@ -165,12 +165,6 @@ class ModelConfig(Section):
                 f"model.attention.latent.rope_head_dim = {latent.rope_head_dim} is odd, and rotary embedding turns "
                 f"pairs; set model.attention.latent.rope_head_dim={latent.rope_head_dim + 1}"
             )
-        if latent.v_head_dim > self.dim_per_head:
-            return (
-                f"model.attention.latent.v_head_dim = {latent.v_head_dim} is more than nope_head_dim + rope_head_dim = "
-                f"{self.dim_per_head}, and kernels take values that are no wider than keys; set "
-                f"model.attention.latent.v_head_dim={self.dim_per_head} or less"
-            )
         attention, position = self.attention, self.position
         if attention.qkv_bias or attention.qk_norm != "none" or attention.sinks or attention.temperature:
             return (

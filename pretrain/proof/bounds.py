@@ -45,19 +45,13 @@ class Bounds:
     """Bounds of a model's activations and gradients, for batches of `tokens` tokens in rows of `seq_length`."""
 
     def __init__(self, model: ModelConfig, seq_length: int, tokens: int, precision: str):
-        hidden, heads = model.hidden_size, model.num_heads * model.dim_per_head
-        ffn = model.expert_size * max(1, model.moe.num_shared_experts if model.moe else 0)  # shared experts are one MLP
-        # Norm, projections, rotation, scores, their softmax, their average over the sequence, output, residual.
-        attention = [hidden, hidden, 2, model.dim_per_head, seq_length, seq_length, heads, 1]
-        # Norm, gate or up, activation, product of the two, down, residual.
-        mlp = [hidden, hidden, 1, 1, ffn, 1]
-        if model.attention.qk_norm != "none":
-            attention += [model.dim_per_head]
-        if model.moe:  # the router and its softmax, then the weights and the sum of a token's experts
-            mlp += [hidden, model.moe.num_experts, 1, model.moe.top_k]
+        hidden = model.hidden_size
         head = [hidden, hidden, model.vocab_size]  # final norm, logits, softmax
+        head += [1, 1, 1] * (model.head.softcap is not None) + [hidden] * model.head.normalized
+        start = [1] * model.scale_embedding + [1] * (model.position.kind == "learned") + [hidden] * model.norm.embedding
         self.precision, self._num_layers = precision, model.num_layers
-        self._layer, self._head = (len(part) if precision == "bf16" else sum(part) for part in (attention + mlp, head))
+        parts = (_attention(model, seq_length) + _feed_forward(model), head, start)
+        self._layer, self._head, self._start = (len(part) if precision == "bf16" else sum(part) for part in parts)
         self._tokens = 1 if precision == "bf16" else tokens  # in bf16 gradients are accumulated in fp32 too
 
     @classmethod
@@ -67,7 +61,7 @@ class Bounds:
 
     def forward(self, layer: int) -> float:
         """Bound of the output of layer `layer`; -1 is the embedding."""
-        return self._of(1 + (layer + 1) * self._layer)
+        return self._of(1 + (layer >= 0) * self._start + (layer + 1) * self._layer)
 
     def loss(self) -> float:
         return self._of(self._loss_depth())
@@ -90,17 +84,55 @@ class Bounds:
         )
 
     def _loss_depth(self) -> int:
-        return 1 + self._num_layers * self._layer + self._head + self._tokens
+        return 1 + self._start + self._num_layers * self._layer + self._head + self._tokens
 
     def _gradient_depth(self, layer: int) -> int:
         return self._backward_depth(layer - 1) + self._tokens
 
     def _backward_depth(self, layer: int) -> int:
         """Counts every product of the forward pass twice, since it has two products in the backward pass."""
-        return self._loss_depth() + 2 * self._head + 2 * (self._num_layers - 1 - layer) * self._layer
+        after = 2 * self._head + 2 * (self._num_layers - 1 - layer) * self._layer + 2 * (layer < 0) * self._start
+        return self._loss_depth() + after
 
     def _of(self, depth: int) -> float:
         return 2 * UNIT_ROUNDOFF[self.precision] * math.sqrt(depth)
+
+
+def _attention(model: ModelConfig, seq_length: int) -> list[int]:
+    """Lists the roundings of attention in a layer that has all of the model's parts, a number of terms for each."""
+    hidden, heads, attention = model.hidden_size, model.num_heads * model.dim_per_head, model.attention
+    # Norm, projections, rotation, scores, their softmax, their average over the sequence, output, residual.
+    terms = [hidden, hidden, 2, model.dim_per_head, seq_length, seq_length, heads, 1]
+    if attention.qk_norm != "none":
+        terms += [heads if attention.qk_norm == "projection" else model.dim_per_head]
+    if latent := attention.latent:  # norms of the small vectors, and projections from them to heads
+        terms += [max(latent.q_rank or 0, latent.kv_rank)] * 2
+    ones = (
+        attention.qkv_bias,
+        attention.output_bias,
+        attention.scale is not None or attention.scale_by_layer,
+        attention.temperature is not None,
+        attention.sinks,
+        model.position.kind == "alibi",
+        model.residual.kind == "deepnorm",
+    )
+    terms += [1] * sum(ones) + [1, 1, 1] * (attention.softcap is not None)  # of a cap: quotient, tangent, product
+    return terms + [hidden] * (model.residual.kind == "sandwich")
+
+
+def _feed_forward(model: ModelConfig) -> list[int]:
+    """Lists the roundings of an MLP or mixture of experts in the same way."""
+    hidden, moe = model.hidden_size, model.moe
+    ffn = max(
+        max(layer.expert_size, layer.shared_size) if layer.moe else layer.ffn_hidden_size for layer in model.layers
+    )
+    # Norm, gate or up, activation, product of the two, down, residual.
+    terms = [hidden, hidden, 1, 1, ffn, 1]
+    terms += [1, 1] * model.mlp.bias + [1] * (model.residual.kind == "deepnorm")
+    terms += [hidden] * (model.residual.kind == "sandwich")
+    if moe:  # the router and its softmax, then the weights and the sum of a token's experts
+        terms += [hidden, moe.num_experts, 1, moe.top_k] + [1] * moe.router_bias + [hidden, 1] * moe.shared_gate
+    return terms
 
 
 def adam_step_bound(gradient: "torch.Tensor", error: float, optimizer: OptimizerConfig, lr: float) -> "torch.Tensor":
