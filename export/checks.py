@@ -164,7 +164,7 @@ def check_loading(hf: Reloaded, reference: Reference) -> Check:
 
     def is_further_layer(name: str) -> bool:
         layer = re.search(r"layers\.(\d+)\.", name)
-        return reference.family.further_layers and bool(layer) and int(layer[1]) >= reference.config.num_layers
+        return reference.family.further_layers and layer is not None and int(layer[1]) >= reference.config.num_layers
 
     def expected(kind: str, name: str) -> bool:
         later = first < reference.config.num_layers and any(part in name for part in beyond)

@@ -19,7 +19,7 @@ from export.conversion.families.llama import (
 )
 from export.conversion.keys import REQUIRED, ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.operations import Operation, Rotary
-from export.conversion.rope_keys import Rope
+from export.conversion.rope_keys import Rope, rope_type
 from export.conversion.table import COPY, Family, Rule
 
 FURTHER_LAYERS = ("num_nextn_predict_layers",)
@@ -53,6 +53,14 @@ CHOOSING_BIAS = Rule(
     f"{OURS}moe.balance.bias", f"{THEIRS}mlp.gate.e_score_correction_bias", keep_fp32=True
 )  # fmt: skip
 
+
+def _refuse_other_scales(draft: Draft) -> None:
+    """Refuses a factor on scores that belongs to yarn and that transformers takes with any kind of scaling."""
+    rope = draft.raw.get("rope_scaling") or draft.raw.get("rope_parameters") or {}
+    if rope.get("mscale_all_dim") and rope_type(rope) not in ("default", "yarn"):
+        draft.refuse("mscale_all_dim", rope["mscale_all_dim"], "none where rope_type is not 'yarn'")
+
+
 LATENT_KEYS = (
     MappedKey("q_lora_rank", "attention.latent.q_rank", absent=1536, null=None),
     MappedKey("kv_lora_rank", "attention.latent.kv_rank", absent=512),
@@ -60,6 +68,7 @@ LATENT_KEYS = (
     MappedKey("qk_rope_head_dim", "attention.latent.rope_head_dim", absent=64),
     MappedKey("v_head_dim", "attention.latent.v_head_dim", absent=128),
     Fixed("attention_bias", False),
+    Custom(_refuse_other_scales, lambda config: {}),
 )
 
 

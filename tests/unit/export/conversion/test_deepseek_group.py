@@ -192,6 +192,10 @@ def test_published_configs_are_read():
         ({"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
         ({"n_shared_experts": 0}, "n_shared_experts = 0 is not supported.* expected a whole number from 1 on"),
         ({"first_k_dense_replace": 3}, "first_k_dense_replace = 3 is not supported.* below num_hidden_layers = 3"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0, "mscale_all_dim": 1.0}},
+            "mscale_all_dim = 1.0 is not supported.* expected none where rope_type is not 'yarn'",
+        ),
         ({"num_key_value_heads": 2}, "num_kv_heads = 2, and latent attention makes keys and values for every head"),
     ],
 )
