@@ -34,8 +34,8 @@ def draw_model(r: random.Random, seq_length: int) -> dict[str, Any]:
         kinds = ("pre", "post", "sandwich", "outputs", "deepnorm", "parallel")
         model["residual"] = {"kind": r.choice(kinds), "from_norm": r.random() < 0.2}
     if r.random() < 0.4:
-        kinds = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu", "gelu_tanh", "relu")
-        model["mlp"] = {"kind": r.choice(kinds), "bias": r.random() < 0.5}
+        mlps = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu", "gelu_tanh", "relu")
+        model["mlp"] = {"kind": r.choice(mlps), "bias": r.random() < 0.5}
     if r.random() < 0.3:
         model["head"] = {"softcap": r.choice((None, 2.0)), "normalized": r.random() < 0.5}
     if r.random() < 0.3:

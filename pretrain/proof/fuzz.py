@@ -101,7 +101,7 @@ def draw(seed: int, index: int) -> Draw:
 
 
 def _draw(r: random.Random) -> Draw:
-    train = {
+    train: dict[str, Any] = {
         "micro_batch_size": r.choice((1, 2, 3)),
         "seq_length": r.choice((4, 8, 12, 24)),
         "recompute": r.choice(("none", "none", "selective", "full")),
