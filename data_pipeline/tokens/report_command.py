@@ -38,7 +38,7 @@ EXAMPLE = (
 
 
 @dataclass
-class Measured:
+class TokenizerMeasures:
     """Documents and bytes of the text of one source in one language, and how many tokens each tokenizer makes of it."""
 
     source: str
@@ -67,12 +67,12 @@ def report(
 
     `own` is the name of the run's own tokenizer among them. Raises ConfigError if the run has no such documents.
     """
-    rows: dict[tuple[str, str], Measured] = {}
+    rows: dict[tuple[str, str], TokenizerMeasures] = {}
     counts = {name: np.zeros(one.vocab_size, np.int64) for name, one in tokenizers.items()}
     for (source, language), texts in _batches(run_dir, split, max_bytes):
         size = sum(len(text.encode()) for text in texts)
         keys = dict.fromkeys([(source, language), (source, ALL), (ALL, language), (ALL, ALL)])
-        row_of = [rows.setdefault(key, Measured(*key)) for key in keys]
+        row_of = [rows.setdefault(key, TokenizerMeasures(*key)) for key in keys]
         for row in row_of:
             row.documents += len(texts)
             row.bytes += size
