@@ -3,10 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from configs.export import ExportConfig
 from configs.files import write_atomic
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: ExportConfig, folder: Path) -> Reference:
     """Writes weights, configs and tokenizer into `folder` and returns what the reloaded folder must equal."""
-    model, codec = source.model, texts.codec
+    model, weights = with_plain_head(source.model, weights)
+    codec = texts.codec
     family = family_of(model, source.architecture)
     read = reader_as(config.dtype, family, model, weights)
     write_weights(family, model, weights, read, config.max_shard_gb, folder)
@@ -62,6 +65,27 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
         held_out=texts.held_out,
         prompts=texts.prompts,
     )
+
+
+def with_plain_head(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """Returns a model that computes the same with a plain head, its rows divided by their lengths once (Baichuan 2).
+
+    A head that was the embedding becomes one of its own. Models with a plain head are returned as they are.
+    """
+    if not model.head.normalized:
+        return model, weights
+    head = "lm_head.weight"
+    origin = "embedding.weight" if model.tie_embeddings else head
+
+    def read(name: str) -> torch.Tensor:
+        if name != head:
+            return weights.read(name)
+        tensor = weights.read(origin)
+        return F.normalize(tensor.float()).to(tensor.dtype)
+
+    plain_head = {"tie_embeddings": False, "head": model.head.model_copy(update={"normalized": False})}
+    shapes = {**weights.shapes, head: weights.shapes[origin]}
+    return model.model_copy(update=plain_head), replace(weights, shapes=shapes, read=read)
 
 
 def reader_as(dtype: str, family: Family, model: ModelConfig, weights: Weights) -> Callable[[str], torch.Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from configs.model import LayerConfig, ModelConfig
 from configs.model_parts import RopeScalingConfig
-from export.conversion.families import deepseek, gemma, glm, gpt_oss, llama, llama4, olmo, phi, qwen
+from export.conversion.families import baichuan, deepseek, gemma, glm, gpt, gpt_oss, llama, llama4, olmo, phi, qwen
 from export.conversion.table import Family
 
 # The first family that can express a model is taken, so simple ones come first.
@@ -19,7 +19,10 @@ FAMILIES: tuple[Family, ...] = (
     *olmo.FAMILIES,
     *phi.FAMILIES,
     *gpt_oss.FAMILIES,
+    *gpt.FAMILIES,
 )
+# Families without a class in transformers: their files can be imported, and exported only as another family.
+WITHOUT_CLASS: tuple[Family, ...] = (baichuan.BAICHUAN,)
 
 
 def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
@@ -36,6 +39,12 @@ def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
         # A config.json that cannot even be read back is far from the model, however many keys are right.
         far = family.moe != (config.moe is not None) or "model" in found
         lacking.append((len(found) + 100 * far, family, found))
+    for family in WITHOUT_CLASS:
+        if not differences(config, family):
+            raise ValueError(
+                f"the model cannot be exported: it computes what {family.architecture} does, for which transformers has"
+                " no class; use it with trivium generate, chat or eval"
+            )
     _, family, found = min(lacking, key=lambda entry: entry[0])
     said = " and ".join(f"{key} = {theirs}, not {ours}" for key, (ours, theirs) in found.items())
     raise ValueError(
@@ -47,10 +56,10 @@ def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
 def family_of_config(raw: Mapping[str, Any]) -> Family:
     """Returns the family of a config.json by model_type, or by architectures where that is absent; else ValueError."""
     kind, named = raw.get("model_type"), (raw.get("architectures") or [None])[0]
-    for family in FAMILIES:
+    for family in (*FAMILIES, *WITHOUT_CLASS):
         if kind in (family.model_type, *family.other_types) or (kind is None and named == family.architecture):
             return family
-    known = ", ".join(family.model_type for family in FAMILIES)
+    known = ", ".join(family.model_type for family in (*FAMILIES, *WITHOUT_CLASS))
     raise ValueError(f"config.json: model_type = {kind!r} is not supported; supported are {known}")
 
 

@@ -44,8 +44,8 @@ class Family:
     import keeps them so that an export gives them back. `prefix` is a beginning of names that files may leave out.
     `converted` are keys of `[model]` that the operations of the rules bring into the family's own form. `positions` is
     the key of the longest row, with what transformers takes where it is absent; "" if there is none. `kept_keys` are
-    the keys of config.json that say what the kept tensors are. With `further_layers` a file may have layers after the
-    last one, of multi-token prediction, and they are kept.
+    keys of config.json that an import keeps, too: they say what the kept tensors are, or are of training alone. With
+    `further_layers` a file may have layers after the last one, of multi-token prediction, and they are kept.
     """
 
     architecture: str

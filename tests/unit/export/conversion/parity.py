@@ -116,11 +116,13 @@ def _compare_gradients(
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
     theirs = scan_tensors(folder)
+    # Some gradients are nothing but rounding, as that of a bias of keys: they are compared with the norm of all.
+    least = 1e-3 * torch.stack([theirs.read(name).norm() for name in theirs.files]).norm()
     for name, ours in convert(opened.fit.walked, lambda name: mine[name], opened.model, "theirs"):
         if any("balance" in part for entry in opened.fit.walked if name in entry.theirs for part in entry.ours):
             continue
         other = theirs.read(name)
-        assert (ours - other).norm() < GRADIENTS * (other.norm() + 1e-3), name
+        assert (ours - other).norm() < GRADIENTS * (other.norm() + least), name
 
 
 PROMPTS = [[7, 3, 9, 11, 5], [2], list(range(20, 43))]
