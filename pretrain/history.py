@@ -23,7 +23,8 @@ from configs import files, loader
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError
 from configs.model import ModelConfig
-from configs.train import TrainerConfig
+from configs.section import Section
+from configs.train import OptimizerConfig, ScheduleConfig, TrainerConfig, TrainSection
 from pretrain.schedule import learning_rate
 
 FILE = "history.json"
@@ -51,6 +52,17 @@ def completed(schema: type[BaseModel], config: Mapping[str, Any]) -> dict[str, A
         return dict(config)
 
 
+class _RateConfig(Section):
+    """The sections that the learning rate depends on; those of pretraining, SFT and GRPO are the same."""
+
+    train: TrainSection
+    """The number of steps."""
+    optimizer: OptimizerConfig
+    """The peak of the rate."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The rate over the steps."""
+
+
 def describe_changes(last: DataSpan, config: TrainerConfig, now: DataSpan) -> list[str]:
     """Describes what changes between the data spans `last` and `now`, and whether the learning rate jumps there.
 
@@ -61,7 +73,7 @@ def describe_changes(last: DataSpan, config: TrainerConfig, now: DataSpan) -> li
     lines = [f"{line} from step {step} on" for line in words(changed(before, now["config"]))]
     lines += [f"{line} from step {step} on" for line in _data_changes(last, now)]
     try:
-        old = loader.validate(TrainerConfig, {key: before[key] for key in TrainerConfig.model_fields if key in before})
+        old = loader.validate(_RateConfig, {key: before[key] for key in _RateConfig.model_fields if key in before})
     except ConfigError:  # written by another version of Trivium
         return lines
     end = old.schedule.steps or old.train.steps
