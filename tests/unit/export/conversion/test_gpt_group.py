@@ -81,6 +81,23 @@ def test_in_and_out_and_greedy_tokens(tmp_path, case):
         assert list(completion.tokens) == greedy(model, prompt, 20)
 
 
+@pytest.mark.parametrize("case", MODELS)
+@torch.no_grad()
+def test_the_cache_gives_the_logits_of_whole_rows(tmp_path, case):
+    # Random models soon repeat a token, so that greedy tokens alone would not tell a cache that is a little wrong.
+    model, folder = saved(tmp_path, case)
+    import_directory(folder, tmp_path / "ours")
+    source = open_source(tmp_path / "ours")
+    decoder = build_single(source.model, source.read())
+    cache = decoder.new_cache(len(TOKENS), LENGTH)
+    parts = [decoder(TOKENS[:, :7], torch.arange(7)[None].expand(len(TOKENS), -1), cache=cache)]
+    for position in range(7, LENGTH):
+        cache.longest = position
+        here = torch.full((len(TOKENS), 1), position)
+        parts.append(decoder(TOKENS[:, position : position + 1], here, cache=cache))
+    assert (torch.cat(parts, dim=1) - model(TOKENS).logits).abs().max() < 1e-4
+
+
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """Returns the tokens with which transformers continues a prompt; none of them ends the text."""
