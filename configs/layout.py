@@ -62,7 +62,7 @@ class LayoutRequest:
         return replace(self, **{{RANKS: "world_size", GROUP_SIZE: "group_size"}[key]: value})
 
     def fits(self, key: str, value: Any) -> bool:
-        """Whether the layout would be legal with one key changed."""
+        """Returns whether the layout would be legal with one key changed."""
         try:
             Layout.fit(self.changed(key, value))
         except Misfit:

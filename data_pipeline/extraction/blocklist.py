@@ -34,7 +34,7 @@ class Blocklist:
         )
 
     def blocks(self, url: str) -> bool:
-        """Whether a list covers `url`; False for a URL that cannot be parsed."""
+        """Returns whether a list covers `url`; False for a URL that cannot be parsed."""
         host, path = normal_url(url)
         if not host:
             return False

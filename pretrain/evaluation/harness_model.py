@@ -20,6 +20,7 @@ from pretrain.evaluation.likelihood import BATCH_TOKENS, Ids, likelihoods
 from pretrain.evaluation.progress import ProgressCount
 from pretrain.model import Decoder
 from pretrain.sampling import generate
+from pretrain.text_stream import TextStream
 
 MAX_NEW_TOKENS = 256  # of tasks that do not say how many
 CACHED = 4  # tokens in the key-value cache of generation for each token of `batch_tokens`
@@ -167,7 +168,13 @@ class TriviumLM(TemplateLM):
             drawn[name] += 1
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         stops = [stop for stop in settings["until"] if stop]
-        completions = generate(
+        texts = [TextStream(self.codec.decode, stops) for _ in requests]
+
+        def watch(number: int, token: int) -> bool:
+            texts[number].push(token)
+            return texts[number].stopped
+
+        generate(
             self.decoder,
             prompts,
             limits,
@@ -177,10 +184,12 @@ class TriviumLM(TemplateLM):
             keys=keys,
             pad_id=self.codec.pad_id,
             max_rows=max(1, CACHED * self.batch_tokens // longest),
-            watch=StopWatch(self.codec.decode, stops, len(requests)) if stops else None,
+            watch=watch,
         )
         progress(len(requests))
-        return [before_stop(self.codec.decode(one.tokens), stops) for one in completions]
+        for text in texts:
+            text.finish()
+        return [text.text for text in texts]
 
     def _note_if_cut(self, request: Any, tokens: int, most: int) -> None:
         if tokens > most:
@@ -208,26 +217,3 @@ def generation_settings(task: str, given: dict[str, Any]) -> dict[str, Any]:
     if most < 1:
         raise ConfigError(f"task {task} sets generation_kwargs.max_gen_toks = {most}; give 1 or more")
     return {"sampling": sampling, "max_gen_toks": most, "until": settings["until"]}
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """Returns the text up to the first of the stop strings in it."""
-    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    return text[: min(ends)] if ends else text
-
-
-class StopWatch:
-    """Ends each of several texts once one of the stop strings is in it; called by the sampler with every token.
-
-    Only the newest tokens are decoded, as many as a stop string may be spread over: each has at least one byte.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str], texts: int) -> None:
-        self._decode, self._stops = decode, stops
-        self._newest = max(len(stop.encode()) for stop in stops) + 1
-        self._tokens: list[list[int]] = [[] for _ in range(texts)]
-
-    def __call__(self, number: int, token: int) -> bool:
-        self._tokens[number].append(token)
-        text = self._decode(self._tokens[number][-self._newest :])
-        return any(stop in text for stop in self._stops)

@@ -39,7 +39,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program ran to its end without an exception, and what happened, in words."""
+    """The outcome of a program: whether it ran to its end without an exception, and what happened, in words."""
 
     passed: bool
     result: str

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from configs.model import LayerConfig, ModelConfig
+from configs.model_parts import PositionConfig
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents
 from pretrain.model.kv_cache import KVCache
@@ -60,16 +61,13 @@ class ForwardContext:
 def _tables(config: ModelConfig, positions_BS: torch.Tensor, length: int | None = None) -> Tables:
     """Computes the rotary tables of every kind of layer, in rows of `length`; kinds that rotate alike share theirs."""
     tables: Tables = {}
-    made: dict[str, str] = {}  # by what a kind's table depends on, the first kind that has it
+    made: dict[PositionConfig, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer in {layer.kind: layer for layer in config.layers}.values():
         if layer.position.kind != "rotary":
             continue
-        key = layer.position.model_dump_json()
-        if key in made:
-            tables[layer.kind] = tables[made[key]]
-        else:
-            tables[layer.kind] = rotary_angles(positions_BS, layer.position, rotated_size(layer), length)
-            made[key] = layer.kind
+        if layer.position not in made:
+            made[layer.position] = rotary_angles(positions_BS, layer.position, rotated_size(layer), length)
+        tables[layer.kind] = made[layer.position]
     return tables
 
 

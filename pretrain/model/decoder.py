@@ -130,11 +130,7 @@ class Decoder(nn.Module):
 
     def _loss(self, x: torch.Tensor, loss: HeadLoss) -> torch.Tensor:
         config = self.model_config
-        if self.tied_here or config.head.normalized:
-            weight = self._head_weight()
-        else:
-            weight = self.lm_head.weight
-        return loss(x, weight, config.vocab_size, self.region.group, config.head.softcap)
+        return loss(x, self._head_weight(), config.vocab_size, self.region.group, config.head.softcap)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         head, tied = self.model_config.head, self.tied_here
@@ -162,7 +158,7 @@ class Decoder(nn.Module):
 
     @property
     def tied_here(self) -> bool:
-        """Whether the output head uses the embedding weight of this same stage."""
+        """Tells whether the output head uses the embedding weight of this same stage."""
         return self.model_config.tie_embeddings and self.stage.is_first and self.stage.is_last
 
     @property

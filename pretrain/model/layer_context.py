@@ -17,7 +17,7 @@ class LayerContext:
 
     `tp` splits weights, and with `sp` the sequence between split layers; `cp` splits the sequence everywhere; `ep`
     splits the experts. `sequence_part` is (index, count) of the part of a sequence that this process has between
-    layers; `dropout` and `seed` are for `model.dropout`. With `weights_come_by_call` a layer's weights are there only
+    layers; `dropout` and `seed` are for `layers.Dropout`. With `weights_come_by_call` a layer's weights are there only
     while the layer itself is called (ZeRO-3).
     """
 
@@ -54,7 +54,7 @@ class LayerContext:
 
     @cached_property
     def megatron(self) -> ModelParallelConfig:
-        """The config that megatron-core's layers take. They leave weights unset; `model.init` draws them."""
+        """The config that megatron-core's layers take. They leave weights unset; `model.weights` draws them."""
         return ModelParallelConfig(
             tensor_model_parallel_size=self.tp_size,
             sequence_parallel=self.sp,

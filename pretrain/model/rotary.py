@@ -21,9 +21,10 @@ def rotary_angles(
 
     `length` is that of the rows; the largest position + 1 if left out. Dynamic and long scaling depend on it.
     """
-    frequencies, factor = rotary_frequencies(position, size, length or 1, positions_BS.device)
-    if position.scaling and position.scaling.kind in ("dynamic", "longrope") and length is None:
-        frequencies, factor = rotary_frequencies(position, size, int(positions_BS.max()) + 1, positions_BS.device)
+    if length is None:  # only these kinds ask for it, since a GPU would have to be waited for
+        by_length = position.scaling and position.scaling.kind in ("dynamic", "longrope")
+        length = int(positions_BS.max()) + 1 if by_length else 1
+    frequencies, factor = rotary_frequencies(position, size, length, positions_BS.device)
     angles = positions_BS.t()[:, :, None, None].float() * frequencies
     if position.layout == "pairs":
         angles = angles.repeat_interleave(2, dim=-1)

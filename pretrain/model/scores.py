@@ -47,7 +47,7 @@ class ScoreRule:
         return short and self.is_masked_only
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Whether a token at position `query` of its document sees the one at position `key`; any shapes that match."""
+        """Returns whether a token at position `query` of its document sees that at `key`; any shapes that match."""
         seen = key <= query
         if self.pattern == "sliding":
             seen = seen & (key > query - (self.window or 0))

@@ -126,5 +126,5 @@ def tp_split(parameter: nn.Parameter) -> TensorSplit | None:
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
-    """Whether the parameter's first dimension counts experts."""
+    """Returns whether the parameter's first dimension counts experts."""
     return marks_of(parameter).is_expert

@@ -98,16 +98,6 @@ def test_answers_are_those_of_the_harness(decoder: Any, harness: Any, tokenizer_
     assert mine == harness.generate_until(whole, disable_tqdm=True) and len(set(mine)) > 5
 
 
-def test_a_text_ends_at_the_first_stop_string_wherever_tokens_end() -> None:
-    from pretrain.evaluation.harness_model import StopWatch, before_stop
-
-    assert before_stop("one\n\ntwo STOP", ["STOP", "\n\n"]) == "one"
-    assert before_stop("one", ["STOP", ""]) == "one"
-    watch = StopWatch(lambda ids: "".join(map(chr, ids)), ["STOP"], 2)
-    told = [watch(1, ord(letter)) for letter in "xxxSTxSTOP"]
-    assert told == [False] * 9 + [True] and not watch(0, ord("P"))
-
-
 def test_special_tokens_are_plain_text_unless_the_chat_template_wrote_them(decoder: Any, tokenizer_path: Path) -> None:
     codec = TextCodec(tokenizer_path, jinja_template())
     plain_text, chat = make_lm(decoder, codec, CONTEXT), make_lm(decoder, codec, CONTEXT, chat=True)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from export.chat_codec import TextCodec
-from export.text_stream import CharacterStream, TextStream
+from pretrain.text_stream import CharacterStream, TextStream
 from tests.unit.export.conftest import CHINESE, odd_strings
 
 

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[list[int]], str]
 
 UNFINISHED = "\ufffd"  # a decoder writes this for bytes that are not, or not yet, a character
-PROMPT_TAIL = (
-    6  # tokens of the prompt that are decoded with the first new ones, since a token's text may depend on them
-)
+# Tokens of the prompt that are decoded with the first new ones, since a token's text may depend on those before it.
+PROMPT_TAIL = 6
 
 
 class CharacterStream:
