@@ -23,8 +23,8 @@ TURN_SECONDS = 1.0
 SCHEMAS = {
     "data": "configs.data:DataConfig",
     "pretrain": "configs.train:PretrainConfig",
-    "sft": "configs.posttrain:SFTConfig",
-    "grpo": "configs.posttrain:GRPOConfig",
+    "sft": "configs.sft:SFTConfig",
+    "grpo": "configs.rl:GRPOConfig",
     "export": "configs.export:ExportConfig",
     "tokenizer": "configs.tokenizer:TokenizerTrainConfig",
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_writable
 from configs.layout import GROUP_SIZE, Layout
-from configs.posttrain import GRPOConfig
+from configs.rl import GRPOConfig
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 
@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
-    from posttrain.grpo_source import GRPOLoss, RolloutSource
     from posttrain.initial_model import InitialModel
-    from posttrain.lengths import check_answers, check_rows, longest_answer
-    from posttrain.task_accuracy import TaskAccuracy
-    from posttrain.verifiable_tasks import make_task
+    from posttrain.rl.grpo_source import GRPOLoss, RolloutSource
+    from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
+    from posttrain.tasks.task_accuracy import TaskAccuracy
+    from posttrain.tasks.verifiable_tasks import make_task
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 

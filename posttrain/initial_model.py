@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import file_sha256
+from configs.initial import InitConfig
 from configs.layout import CAPACITY_FACTOR, SEQ_LENGTH
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
-from configs.posttrain import InitConfig
 from data_pipeline.tokens.tokenizer import Tokenizer, tokenizer_file
-from posttrain.chat_format import ChatFormat, jinja_template
+from posttrain.chat.chat_format import ChatFormat, jinja_template
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage, Pin, PlanLocation, plan_of, text_sha256, tokenizer_of
 from pretrain.checkpoint.storage import CheckpointError

@@ -17,7 +17,7 @@ from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_writable
 from configs.layout import Layout
 from configs.loader import ConfigError
-from configs.posttrain import SFTConfig
+from configs.sft import SFTConfig
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
+    from posttrain.chat.sft_data import SFTSource, read_data, read_demonstrations
     from posttrain.initial_model import InitialModel
-    from posttrain.lengths import check_answers
-    from posttrain.sft_data import SFTSource, read_data, read_demonstrations
-    from posttrain.task_accuracy import TaskAccuracy
-    from posttrain.verifiable_tasks import make_task
+    from posttrain.tasks.lengths import check_answers
+    from posttrain.tasks.task_accuracy import TaskAccuracy
+    from posttrain.tasks.verifiable_tasks import make_task
     from pretrain.heldout_loss import Evaluator, HeldoutLoss
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups

@@ -16,7 +16,7 @@ from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import generate, huggingface, import_hf
-from posttrain.chat_format import jinja_template
+from posttrain.chat.chat_format import jinja_template
 from tests.parallel.harness import RanksOf
 from tests.small_data import CHINESE, VOCAB, make_tokens
 

@@ -23,7 +23,7 @@ from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.training import train
 from export import chat, generate, huggingface, import_hf
 from export.model_source import open_source
-from posttrain.chat_format import jinja_template
+from posttrain.chat.chat_format import jinja_template
 from pretrain.checkpoint import inspection, storage
 from tests.e2e.small_lineage import LONGER, SEQ_LENGTH, SHORTER, pretraining, rewarding, tuning
 from tests.parallel.harness import RanksOf

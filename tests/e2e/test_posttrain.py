@@ -9,7 +9,7 @@ import torch
 
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.training import train as train_tokenizer
-from posttrain.chat_format import jinja_template
+from posttrain.chat.chat_format import jinja_template
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RankError, Ranks, RanksOf
 from tests.parallel.runs import metrics

@@ -34,10 +34,10 @@ IMPORTED = (
     "tests.parallel.workers.sharing",
     "tests.parallel.workers.posttraining",
     "posttrain.grpo",
-    "posttrain.grpo_source",
-    "posttrain.task_accuracy",
+    "posttrain.rl.grpo_source",
+    "posttrain.tasks.task_accuracy",
     "posttrain.sft",
-    "posttrain.sft_data",
+    "posttrain.chat.sft_data",
     "pretrain.train",
 )
 

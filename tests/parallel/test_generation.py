@@ -9,7 +9,7 @@ import pytest
 from configs.model import ModelConfig
 from configs.model_parts import AttentionConfig, LatentConfig
 from export import chat, generate
-from posttrain.chat_format import jinja_template
+from posttrain.chat.chat_format import jinja_template
 from tests.parallel.harness import RanksOf
 from tests.unit.export.conftest import ENGLISH, tiny, tokenizer_path, write_imported
 

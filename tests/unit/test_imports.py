@@ -189,7 +189,7 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
         ("pretrain.trainer", "from data_pipeline import dedup", "data_pipeline.dedup"),
         ("pretrain.trainer", "import posttrain", "posttrain"),
         ("pretrain.run_report", "from pretrain.model.losses import loss", "pretrain.model.losses.loss"),
-        ("export.huggingface", "from posttrain.chat_format import TEMPLATE", "posttrain.chat_format.TEMPLATE"),
+        ("export.huggingface", "from posttrain.chat.chat_format import X", "posttrain.chat.chat_format.X"),
         (
             "posttrain.sft",
             "if TYPE_CHECKING:\n    from export.model_source import X",

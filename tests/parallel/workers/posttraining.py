@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.loader import ConfigError
 from data_pipeline.tokens.tokenizer import file_name
-from posttrain.policy_copy import PolicyCopy
+from posttrain.rl.policy_copy import PolicyCopy
 from pretrain.checkpoint.lineage import Lineage
 from tests.parallel.workers.layouts import make_engine
 from tests.parallel.workers.training import save_now

@@ -6,8 +6,9 @@ import pytest
 
 from configs.data import DataConfig
 from configs.export import ExportConfig
-from configs.posttrain import GRPOConfig, SFTConfig
+from configs.rl import GRPOConfig
 from configs.section import Section
+from configs.sft import SFTConfig
 from configs.train import PretrainConfig
 
 

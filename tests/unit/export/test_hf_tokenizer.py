@@ -15,7 +15,7 @@ from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 from data_pipeline.tokens.training import train
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import PIECE, first_difference, read_model, write_tokenizer
-from posttrain.chat_format import ChatFormat, jinja_template
+from posttrain.chat.chat_format import ChatFormat, jinja_template
 from tests.shards import write_shard
 from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings
 

@@ -18,7 +18,7 @@ from configs.loader import plain, validate
 from configs.model import ModelConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import huggingface, publishing
-from posttrain.chat_format import ChatFormat, jinja_template
+from posttrain.chat.chat_format import ChatFormat, jinja_template
 from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tiny
 
 

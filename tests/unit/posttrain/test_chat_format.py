@@ -6,7 +6,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS
-from posttrain.chat_format import ChatFormat, Message, jinja_template, neutralise
+from posttrain.chat.chat_format import ChatFormat, Message, jinja_template, neutralise
 
 DIALOGUES: list[list[Message]] = [
     [{"role": "user", "content": "Sort 529143"}, {"role": "assistant", "content": "123459"}],

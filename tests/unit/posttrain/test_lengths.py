@@ -6,10 +6,10 @@ import pytest
 
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
-from posttrain.chat_format import ChatFormat
-from posttrain.lengths import check_answers, check_rows
-from posttrain.rollout import _row
-from posttrain.verifiable_tasks import SortTask
+from posttrain.chat.chat_format import ChatFormat
+from posttrain.rl.rollout import _row
+from posttrain.tasks.lengths import check_answers, check_rows
+from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.sampling import Completion
 
 PARALLEL = ParallelConfig()

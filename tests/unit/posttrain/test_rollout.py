@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from configs.model import ModelConfig
-from configs.posttrain import GRPOSection
+from configs.rl import GRPOSection
 from data_pipeline.tokens.tokenizer import Tokenizer
-from posttrain.chat_format import ChatFormat
-from posttrain.grpo_source import GRPOLoss, RolloutSource
-from posttrain.rollout import Rollout, judge, sample_rollout, training_rows
-from posttrain.verifiable_tasks import SortTask, TaskScore
+from posttrain.chat.chat_format import ChatFormat
+from posttrain.rl.grpo_source import GRPOLoss, RolloutSource
+from posttrain.rl.rollout import Rollout, judge, sample_rollout, training_rows
+from posttrain.tasks.verifiable_tasks import SortTask, TaskScore
 from pretrain.batch_source import collate
 from pretrain.model import Decoder, init_weights
 from pretrain.sampling import Completion

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain.chat_format import ChatFormat
-from posttrain.sft_data import (
+from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.sft_data import (
     DialogueExamples,
     Example,
     SFTSource,
@@ -19,7 +19,7 @@ from posttrain.sft_data import (
     pack,
     read_dialogues,
 )
-from posttrain.verifiable_tasks import SortTask
+from posttrain.tasks.verifiable_tasks import SortTask
 
 LENGTH = 64
 

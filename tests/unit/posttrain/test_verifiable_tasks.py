@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.verifiable_tasks import SortTask, split_of
+from posttrain.tasks.verifiable_tasks import SortTask, split_of
 
 
 def test_scores() -> None:

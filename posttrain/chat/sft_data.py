@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.posttrain import DemonstrationConfig, DialogueConfig
+from configs.sft import DialogueConfig
+from configs.tasks import DemonstrationConfig
 from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
-from posttrain.chat_format import BrokenDialogue, ChatFormat, Message
-from posttrain.verifiable_tasks import Split, Task, make_task
+from posttrain.chat.chat_format import BrokenDialogue, ChatFormat, Message
+from posttrain.tasks.verifiable_tasks import Split, Task, make_task
 from pretrain.batch_source import BatchSource
 
 SHOWN = 160  # characters of the details of a broken dialogue in messages

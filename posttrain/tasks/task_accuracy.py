@@ -3,10 +3,10 @@
 import torch
 
 from configs.sampling import SamplingConfig
-from posttrain.chat_format import ChatFormat
-from posttrain.policy_copy import PolicyCopy
-from posttrain.rollout import judge
-from posttrain.verifiable_tasks import Task
+from posttrain.chat.chat_format import ChatFormat
+from posttrain.rl.policy_copy import PolicyCopy
+from posttrain.rl.rollout import judge
+from posttrain.tasks.verifiable_tasks import Task
 from pretrain.model import Decoder
 from pretrain.parallel.engine import Engine
 from pretrain.sampling import generate

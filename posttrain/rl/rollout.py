@@ -2,7 +2,7 @@
 
 Sample i of the run is completion i % group_size of prompt i // group_size. Prompt and random numbers are keyed by i, so
 a step's prompts are a pure function of (seed, step), and a resumed run repeats none. The sampled tokens are trained on
-as they are, never decoded and tokenized again. `posttrain.grpo_source` decides which rank samples.
+as they are, never decoded and tokenized again. `posttrain.rl.grpo_source` decides which rank samples.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configs.posttrain import GRPOSection
+from configs.rl import GRPOSection
 from configs.sampling import SamplingConfig
 from data_pipeline.mixture.rows import Row
 from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
 from posttrain.algorithms.aggregation import Aggregation, token_weight
-from posttrain.chat_format import ChatFormat
-from posttrain.verifiable_tasks import Task, TaskScore
+from posttrain.chat.chat_format import ChatFormat
+from posttrain.tasks.verifiable_tasks import Task, TaskScore
 from pretrain.model import Decoder
 from pretrain.sampling import Completion, generate
 

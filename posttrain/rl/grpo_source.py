@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.posttrain import GRPOSection
+from configs.rl import GRPOSection
 from posttrain.algorithms.aggregation import Aggregation, step_factor
 from posttrain.algorithms.policy import KLEstimator, clipped_policy_loss, clipped_share, kl_estimate
-from posttrain.chat_format import ChatFormat
-from posttrain.policy_copy import PolicyCopy
-from posttrain.rollout import METRICS, RolloutRow, sample_rollout, training_rows
-from posttrain.verifiable_tasks import Task
+from posttrain.chat.chat_format import ChatFormat
+from posttrain.rl.policy_copy import PolicyCopy
+from posttrain.rl.rollout import METRICS, RolloutRow, sample_rollout, training_rows
+from posttrain.tasks.verifiable_tasks import Task
 from pretrain.batch_source import BatchSource
 from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from configs.posttrain import TaskConfig
+from configs.tasks import TaskConfig
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1  # of all prompts

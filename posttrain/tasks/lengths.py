@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
-from posttrain.chat_format import ChatFormat
-from posttrain.verifiable_tasks import Split, Task
+from posttrain.chat.chat_format import ChatFormat
+from posttrain.tasks.verifiable_tasks import Split, Task
 
 DRAWN = 10_000  # the maximum number of prompts of each split whose lengths are measured
 

@@ -1,0 +1,36 @@
+"""Configs of fine-tuning runs (SFT): the sections of all training runs, and dialogues."""
+
+from pydantic import Field, model_validator
+
+from configs.initial import InitConfig
+from configs.section import Section
+from configs.tasks import DemonstrationConfig
+from configs.train import TrainerConfig
+
+
+class DialogueConfig(Section):
+    """Dialogues to train on. One that is broken or longer than train.seq_length is set aside and counted."""
+
+    dialogues: tuple[str, ...] = ()
+    """The files, with a JSON object {"id", "messages": [{"role", "content"}]} on each line, gzipped or not."""
+    heldout_share: float = Field(default=0.05, ge=0, lt=1)
+    """The share of the dialogues, by hash of their first message, that is never trained on."""
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """The share of the dialogues that may be broken or too long; above it the run stops with an error."""
+
+
+class SFTConfig(TrainerConfig):
+    """The root of a fine-tuning run's config."""
+
+    init: InitConfig
+    """The model to start from."""
+    data: DialogueConfig
+    """The dialogues to train on."""
+    task: DemonstrationConfig | None = None
+    """A verifiable task whose solved prompts are trained on too; left out, there is none."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "SFTConfig":
+        if not self.data.dialogues and (self.task is None or self.task.demonstrations == 0):
+            raise ValueError("nothing to train on: set data.dialogues, or task.demonstrations above 0")
+        return self

@@ -1,0 +1,1 @@
+"""Dialogues: the chat format, and fine-tuning rows that are made of them."""

@@ -1,0 +1,1 @@
+"""Tasks with rewards: prompts, verifiers, and the accuracy of a model on held-out prompts."""
