@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 # command -> (module:function, its line in `trivium --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("launch.demo:main", "every stage from raw text to verified Hugging Face models"),
+    "demo": ("launch.recipe:demo", "every stage from raw text to verified Hugging Face models"),
+    "recipe run": ("launch.recipe:main", "run the stages that a recipe lists, in order, each with its gates"),
     "config": ("configs.config_command:main", "explain the keys of a config, or print a config to begin with"),
     "data run": ("data_pipeline.run:main", "filter, deduplicate, tokenize and mix documents into training rows"),
     "data report": ("data_pipeline.report.ledger_tables:main", "show what was dropped at which stage, and why"),

@@ -26,6 +26,7 @@ SCHEMAS = {
     "sft": "configs.sft:SFTConfig",
     "grpo": "configs.rl:GRPOConfig",
     "export": "configs.export:ExportConfig",
+    "recipe": "configs.recipe:RecipeConfig",
     "tokenizer": "configs.tokenizer:TokenizerTrainConfig",
 }
 

@@ -15,6 +15,7 @@ _TITLES = {
     "pretrain": ("A pretraining run of 3 million parameters, on the demo's plan (make demo).", "trivium train"),
     "sft": ("Fine-tuning of the demo's pretrained model (make demo).", "trivium sft"),
     "grpo": ("Reinforcement learning on the demo's fine-tuned model (make demo).", "trivium grpo"),
+    "recipe": ("A recipe: fine-tuning of the demo's pretrained model (make demo), then GRPO.", "trivium recipe run"),
     "export": ("The demo's pretrained model (make demo) as a Hugging Face directory.", "trivium export"),
 }
 _TRAINING: dict[str, Any] = {
@@ -83,6 +84,17 @@ _VALUES: dict[str, dict[str, Any]] = {
         "train.global_batch_size": 128,
         **_TRAINING,
         "train.seq_length": 32,
+    },
+    "recipe": {
+        "dir": "runs/mine/recipe",
+        "ranks": 2,
+        "stages.sft.command": "sft",
+        "stages.sft.config": "configs/posttrain/demo_sft.toml",
+        "stages.sft.set": ["init.run=runs/demo/pretrain"],
+        "stages.sft.gates": [{"metric": "sort answers.sampled", "at_least": 0.5}],
+        "stages.grpo.command": "grpo",
+        "stages.grpo.config": "configs/posttrain/demo_grpo.toml",
+        "stages.grpo.set": ["init.run={sft}"],
     },
     "export": {"run": "runs/demo/pretrain", "out": "runs/mine/export", "step": "latest", "dtype": "float32"},
 }

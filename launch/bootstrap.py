@@ -1,7 +1,7 @@
 """`python -m launch.bootstrap MODULE ARGS...`: runs `python -m MODULE ARGS...` with signal handlers set first.
 
-Importing a module can take seconds, in which a signal would kill the process. `trivium launch` and `trivium demo` start
-their processes through this module, which imports next to nothing before it sets the handlers.
+Importing a module can take seconds, in which a signal would kill the process. `trivium launch` and `trivium recipe`
+start their processes through this module, which imports next to nothing before it sets the handlers.
 """
 
 import runpy

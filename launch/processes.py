@@ -1,6 +1,6 @@
 """Groups of child processes that are started, signalled, waited for and ended together.
 
-Used for the ranks of one machine (launch/ranks.py) and the stages of the demo (launch/demo.py).
+Used for the ranks of one machine (launch/ranks.py) and the stages of a recipe (launch/recipe.py).
 
 - The first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP is passed on once to every child, so that each can save, and the
   children's exit status is returned.

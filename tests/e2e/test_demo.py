@@ -16,10 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.loader import load
+from configs.recipe import RecipeConfig
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.store import SourceStores
 from data_pipeline.tokens.tokenizer import Tokenizer
-from launch.demo import PROMPT, STAGES
+from launch.recipe import DEMO
+from launch.recipe_stages import stages_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 45 * 60
@@ -36,7 +39,7 @@ def workplace(tmp_path: Path) -> Path:
 
 def start(workplace: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.demo"],
+        [sys.executable, "-m", "cli", "demo"],
         cwd=workplace,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -98,7 +101,7 @@ def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path)
     process = start(workplace)
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output[-4000:]
-    assert f"{PROMPT} " in output and (runs / "report.html").is_file()
+    assert f"{load(RecipeConfig, ROOT / DEMO).specimens[0].command[3]} " in output and (runs / "report.html").is_file()
     assert "Bits per byte of the held-out text" in output
     frequencies = entropy_of_frequencies(runs / "data")
     for name in ("pretrain", "pretrain_moe", "sft", "grpo"):
@@ -113,15 +116,21 @@ def test_the_demo_survives_a_kill_and_ends_with_verified_models(workplace: Path)
     assert before >= 0.6
     assert after >= before + 0.10, "the same held-out prompts and draws, so the noise of 256 answers is partly shared"
 
-    marks = {stage.name: (workplace / stage.output / stage.mark).read_bytes() for stage in STAGES}
+    marks = {
+        stage.name: (workplace / stage.output / stage.mark).read_bytes()
+        for stage in stages_of(load(RecipeConfig, ROOT / DEMO))
+    }
     for kind, command in (("data", "data run"), *((name, name) for name in ("train", "sft", "grpo", "export"))):
         printed = trivium(workplace, "config", "--new", "pretrain" if kind == "train" else kind)
         (workplace / "mine.toml").write_text(printed)
         assert "runs/mine" in trivium(workplace, *command.split(), "mine.toml", "--dry-run")
 
-    times = (runs / "demo.json").read_bytes()
+    times = (runs / "recipe.json").read_bytes()
     process = start(workplace)
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output[-4000:]
-    assert marks == {stage.name: (workplace / stage.output / stage.mark).read_bytes() for stage in STAGES}
-    assert (runs / "demo.json").read_bytes() == times
+    assert marks == {
+        stage.name: (workplace / stage.output / stage.mark).read_bytes()
+        for stage in stages_of(load(RecipeConfig, ROOT / DEMO))
+    }
+    assert (runs / "recipe.json").read_bytes() == times

@@ -195,8 +195,8 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
             "if TYPE_CHECKING:\n    from export.model_source import X",
             "export.model_source.X",
         ),
-        ("launch.demo", "import_module('pretrain.train')", "pretrain.train"),
-        ("launch.demo", "import pydantic", "pydantic"),
+        ("launch.recipe", "import_module('pretrain.train')", "pretrain.train"),
+        ("launch.recipe", "import pydantic", "pydantic"),
         ("cli", "from launch import ranks", "launch.ranks"),
     ],
 )

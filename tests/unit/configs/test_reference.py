@@ -37,11 +37,20 @@ ADDED: dict[str, dict[str, Any]] = {
     },
     "sft": {},
     "grpo": {},
+    "recipe": {},
     "export": {},
 }
-KINDS = {"train": "pretrain", "sft": "sft", "grpo": "grpo", "export": "export", "tokenizer train": "tokenizer"}
+KINDS = {"train": "pretrain", "sft": "sft", "grpo": "grpo", "export": "export", "tokenizer train": "tokenizer"} | {
+    "recipe run": "recipe"
+}
 NO_CONFIG = ("data trace", "data train-classifier", "data verify")
-NAMES = {"sources": "english", "rules": "prose", "canaries": "one", "alarms.stages": "filter", "model.kinds": "local"}
+NAMES = {
+    "sources": "english",
+    "rules": "prose",
+    "canaries": "one",
+    "alarms.stages": "filter",
+    "model.kinds": "local",
+} | {"stages": "sft"}
 LATENT = {"kv_rank": 8, "nope_head_dim": 8, "rope_head_dim": 8, "v_head_dim": 8}
 
 

@@ -1,9 +1,9 @@
-"""`trivium demo`, which `make demo` runs: every stage from raw text to verified Hugging Face models, in order.
+"""`trivium recipe run`: runs every stage of a recipe in order, from raw text to an aligned model, and checks its gates.
 
-`STAGES` lists the commands; each runs as a subprocess and could be started by hand. Each command decides itself whether
-it is finished, so an interrupted demo continues when it is run again. At the end it prints a table, lets the trained
-models write (`SPECIMENS`), and writes runs/demo/report.html; table and page are made in launch/demo_report.py from the
-files that the stages wrote.
+A recipe is a TOML file that lists the stages; `trivium demo`, which `make demo` runs, is configs/recipes/demo.toml.
+Each stage runs as a subprocess and could be started by hand. Each command decides itself whether it is finished, so an
+interrupted recipe continues when it is run again. At the end it prints a table, lets the trained models write, and
+writes report.html; table and page are made in launch/recipe_report.py from the files that the stages wrote.
 """
 
 import json
@@ -17,78 +17,38 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs.cli import command_parser, entrypoint
+from configs.cli import command_parser, entrypoint, parse_args
 from configs.files import write_atomic
 from configs.folders import check_writable
-from configs.loader import ConfigError
+from configs.loader import ConfigError, load
+from configs.recipe import RecipeConfig
 from configs.signals import STOPPED, status_of
 from launch import tee
-from launch.demo_report import (
-    DemoStage,
-    Specimen,
-    describe_baselines,
-    describe_data,
-    describe_export,
-    describe_training,
-    show,
-    show_comparison,
-    show_specimens,
-    write_html,
-)
 from launch.processes import die_with_parent
+from launch.recipe_report import show, show_comparison, show_specimens, write_html
+from launch.recipe_stages import RecipeStage, Specimen, specimens_of, stages_of
 
-DIRECTORY = Path("runs/demo")
-RANKS = 2
-PROMPT = "It was a quiet morning, and the"
-
-
-def _training(name: str, module: str, config: str, title: str, begins_with: DemoStage) -> DemoStage:
-    command = ("launch.ranks", "--nproc-per-node", str(RANKS), module, config)
-    return DemoStage(name, title, command, DIRECTORY / name, "metrics.jsonl", describe_training, (begins_with,))
-
-
-def _export(name: str, title: str) -> DemoStage:
-    run, out = DIRECTORY / name, DIRECTORY / "export" / name
-    command = ("export.huggingface", "configs/export/demo.toml", f"run={run}", f"out={out}")
-    return DemoStage(f"export_{name}", f"export {title}", command, out, "trivium_export.json", describe_export)
-
-
-_DATA = DemoStage(
-    "data",
-    "data",
-    ("data_pipeline.run", "configs/data/demo.toml"),
-    DIRECTORY / "data",
-    "plan/plan.json",
-    describe_data,
-)
-_BASELINES = DemoStage(
-    "baselines",
-    "xz and 5-gram",
-    ("data_pipeline.report.baselines", "configs/data/demo.toml"),
-    DIRECTORY / "data",
-    "baselines.json",
-    describe_baselines,
-)
-_DENSE = _training("pretrain", "pretrain.train", "configs/pretrain/demo.toml", "pretrain, dense", _DATA)
-_MOE = _training("pretrain_moe", "pretrain.train", "configs/pretrain/demo_moe.toml", "pretrain, MoE", _DATA)
-_SFT = _training("sft", "posttrain.sft", "configs/posttrain/demo_sft.toml", "SFT", _DENSE)
-_GRPO = _training("grpo", "posttrain.grpo", "configs/posttrain/demo_grpo.toml", "GRPO", _SFT)
-STAGES = (
-    *(_DATA, _BASELINES, _DENSE, _MOE, _SFT, _GRPO),
-    _export("pretrain", "dense"),
-    _export("pretrain_moe", "MoE"),
-    _export("sft", "SFT"),
-    _export("grpo", "GRPO"),
-)
-_SAMPLING = ("--max-new-tokens", "48", "--temperature", "0.7", "--top-p", "0.9")
-SPECIMENS = (
-    Specimen(("generate", str(_DENSE.output), "--prompt", PROMPT, *_SAMPLING)),
-    Specimen(("chat", str(_GRPO.output), "--temperature", "0"), "Sort 5291"),
-)
+DEMO = Path("configs/recipes/demo.toml")
+RECORD = "recipe.json"  # what is known of each stage: its time, what it was made from, and its result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo from the repository's root. Returns the exit status of the stage that failed, else 0."""
+    """Runs the recipe that the command line names and returns the exit status."""
+    config, args = parse_args(
+        RecipeConfig,
+        argv,
+        prog="trivium recipe run",
+        description="Runs the stages of a recipe in order; the same command again continues with what is left.",
+        example="trivium recipe run configs/recipes/demo.toml --dry-run",
+        options=(("--until", "", "the last stage to run"),),
+    )
+    if args.until and args.until not in config.stages:
+        raise ConfigError(f"--until {args.until} names no stage; the stages are {', '.join(config.stages)}")
+    return run_recipe(config, args.dry_run, args.until)
+
+
+def demo(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo's recipe from the repository's root and returns the exit status."""
     parser = command_parser(
         prog="trivium demo",
         description="Runs every stage from raw text to verified Hugging Face models; run again, it continues.",
@@ -101,22 +61,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.with_parent:
         die_with_parent()
-    if args.dry_run:
-        for stage in STAGES:
-            print(f"{stage.title:<18}{command_line(stage)}")
+    if not DEMO.is_file():
+        raise ConfigError(f"there is no {DEMO} here; run the demo from the root of the repository")
+    return run_recipe(load(RecipeConfig, DEMO), args.dry_run)
+
+
+def run_recipe(config: RecipeConfig, dry_run: bool = False, until: str = "") -> int:
+    """Runs a recipe's stages, up to `until` if it is given, and returns the exit status."""
+    stages = stages_of(config)
+    for stage in stages:
+        if missing := [word for word in stage.command if word.endswith(".toml") and not Path(word).is_file()]:
+            raise ConfigError(f"stages.{stage.name}.config = {missing[0]!r} does not exist; name the stage's config")
+    if dry_run:
+        width = max(len(stage.title) for stage in stages) + 2
+        for stage in stages:
+            print(f"{stage.title:<{width}}{command_line(stage)}")
         return 0
-    if not Path("configs/data/demo.toml").is_file():
-        raise ConfigError("there is no configs/data/demo.toml here; run the demo from the root of the repository")
-    check_writable(DIRECTORY, "the demo's folder")
-    return run_stages(STAGES, SPECIMENS, DIRECTORY, Console())
+    directory = Path(config.dir)
+    check_writable(directory, "dir")
+    if until:
+        return run_stages(stages[: list(config.stages).index(until) + 1], [], directory, Console(), config.title)
+    return run_stages(stages, specimens_of(config, stages), directory, Console(), config.title)
 
 
-def run_stages(stages: Sequence[DemoStage], specimens: Sequence[Specimen], directory: Path, console: Console) -> int:
-    """Runs `stages` in order, up to the first failure, and writes their times to `directory`/demo.json.
+def run_stages(
+    stages: Sequence[RecipeStage],
+    specimens: Sequence[Specimen],
+    directory: Path,
+    console: Console,
+    title: str = "Trivium recipe",
+) -> int:
+    """Runs `stages` in order, up to the first failure or missed gate, and writes their record to recipe.json.
 
     After the last stage, shows the table and the models' `specimens`, and writes the page.
 
-    Returns the exit status of the stage that failed or was interrupted, else 0.
+    Returns the exit status of the stage that failed or was interrupted, 1 after a missed gate, else 0.
     """
     began = time.monotonic()
     times = read_times(directory)
@@ -135,20 +114,23 @@ def run_stages(stages: Sequence[DemoStage], specimens: Sequence[Specimen], direc
             _print_stale(stage, changed, console)
             return 1
         times[stage.name] = updated(times.get(stage.name), seconds, status, wrote)
-        if status == 0 and made_from:
-            times[stage.name]["made_from"] = made_from
-        write_atomic(directory / "demo.json", json.dumps({"stages": times}, indent=1).encode())
+        if status == 0:
+            times[stage.name] |= {"result": stage.result()} | ({"made_from": made_from} if made_from else {})
+        write_atomic(directory / RECORD, json.dumps({"stages": times}, indent=1).encode())
         if status:
             _print_failure(stage, status, log, console)
             return status
+        if missed := stage.missed_gates():
+            _print_missed(stage, missed, console)
+            return 1
         if signal and number < len(stages):
             console.print(f"\nInterrupted after stage {stage.title}. Run the same command again to continue.")
             return status_of(signal)
-    show(stages, times, console)
+    show(title, stages, times, console)
     show_comparison(stages, console)
     written = [write_specimen(specimen) for specimen in specimens]
     show_specimens(specimens, written, console)
-    page = write_html(stages, times, zip(specimens, written, strict=True), directory)
+    page = write_html(title, stages, times, zip(specimens, written, strict=True), directory)
     console.print(f"{time.monotonic() - began:.0f} s this time. The report, with curves: {page}", highlight=False)
     return 0
 
@@ -165,7 +147,7 @@ def write_specimen(specimen: Specimen) -> str:
 
 
 def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> dict:
-    """Returns a stage's entry in demo.json: whether it is done, and the seconds it took, interrupted attempts included.
+    """Returns a stage's entry in recipe.json: whether it is done, and its seconds, interrupted attempts included.
 
     `before` is its earlier entry, `wrote` whether it wrote anything this time. A failed attempt adds no time, since its
     work is repeated. A stage that was finished already and wrote nothing keeps its entry.
@@ -181,17 +163,19 @@ def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> di
 
 
 def read_times(directory: Path) -> dict[str, dict]:
-    """Returns the entries of demo.json, none if there is no file. Raises ValueError if the file is damaged."""
-    path = directory / "demo.json"
+    """Returns the entries of recipe.json, none if there is no file. Raises ValueError if the file is damaged."""
+    path = directory / RECORD
     if not path.is_file():
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["stages"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged (it holds the stages' times); delete it and run the demo again") from None
+        raise ValueError(
+            f"{path} is damaged (it holds the stages' times); delete it and run the recipe again"
+        ) from None
 
 
-def command_line(stage: DemoStage) -> str:
+def command_line(stage: RecipeStage) -> str:
     """Shell command that runs the stage alone."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, "-m", *stage.command])
@@ -200,20 +184,31 @@ def command_line(stage: DemoStage) -> str:
 def _changed(before: dict | None, made_from: Mapping[str, str | None]) -> list[str]:
     """Names of the inputs of a finished stage that have changed since it ran."""
     known = (before or {}).get("made_from", made_from)
-    return [name for name, value in made_from.items() if known.get(name) != value]
+    return [name for name in {**known, **made_from} if known.get(name) != made_from.get(name)]
 
 
-def _print_stale(stage: DemoStage, changed: Sequence[str], console: Console) -> None:
+def _print_stale(stage: RecipeStage, changed: Sequence[str], console: Console) -> None:
     console.print(
         f"\nStage {stage.title} was finished before and did not run again, but {' and '.join(changed)} changed since. "
-        f"Remove {stage.output} and run the demo again to repeat the stage, or undo the change.",
+        f"Remove {stage.output} and run the same command again to repeat the stage, or undo the change.",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-def _print_failure(stage: DemoStage, status: int, log: Path, console: Console) -> None:
+def _print_missed(stage: RecipeStage, missed: Sequence[str], console: Console) -> None:
+    console.print(
+        f"\nStage {stage.title} is finished, but misses its gates: {'; '.join(missed)}. Its result stays in "
+        f"{stage.output}. Change its config or overrides, remove that folder and run the same command again to repeat "
+        f"the stage; or lower the bounds of stages.{stage.name}.gates and run the same command again to go on with it.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _print_failure(stage: RecipeStage, status: int, log: Path, console: Console) -> None:
     if status in (STOPPED, 129, 130, 143):  # the last three: SIGHUP, SIGINT, SIGTERM
         console.print(
             f"\nInterrupted in stage {stage.title}. Run the same command again: finished stages are skipped, and "
@@ -223,7 +218,8 @@ def _print_failure(stage: DemoStage, status: int, log: Path, console: Console) -
         return
     console.print(
         f"\nStage {stage.title} failed with exit status {status}.\n  its output: {log}\n"
-        f"  to run it alone: {command_line(stage)}\nAfter fixing it, run the demo again: it continues with this stage.",
+        f"  to run it alone: {command_line(stage)}\nAfter fixing it, run the same command again: it continues with "
+        "this stage.",
         highlight=False,
         markup=False,
         soft_wrap=True,

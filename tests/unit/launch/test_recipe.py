@@ -1,4 +1,4 @@
-"""The demo's runner with three small stages: their order, failures, interruptions, times, and the closing table."""
+"""The recipe's runner with three small stages: order, failures, interruptions, times, gates, and the closing table."""
 
 import dataclasses
 import io
@@ -15,18 +15,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.demo import STAGES, command_line, read_times, run_stages, updated, write_specimen
-from launch.demo_report import (
-    DemoStage,
-    Specimen,
-    describe_baselines,
-    describe_data,
-    describe_export,
-    describe_training,
-    duration,
-    show_comparison,
-    write_html,
-)
+from configs.loader import ConfigError, load, validate
+from configs.recipe import GateConfig, RecipeConfig
+from launch import recipe
+from launch.recipe import DEMO, command_line, read_times, run_stages, updated, write_specimen
+from launch.recipe_report import duration, show_comparison, write_html
+from launch.recipe_results import describe_baselines, describe_data, describe_export, describe_training
+from launch.recipe_stages import KINDS, RecipeStage, Specimen, specimens_of, stages_of
 
 ROOT = Path(__file__).resolve().parents[3]
 # A stage that does its work once, records each call, and fails or hangs while a certain file exists.
@@ -52,21 +47,21 @@ if not mark.exists():
 
 
 @pytest.fixture
-def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[DemoStage]:
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RecipeStage]:
     (tmp_path / "small_stage.py").write_text(SCRIPT)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     return [
-        DemoStage(name, name, ("small_stage", str(tmp_path), name), tmp_path / name, "mark", lambda _: ("in", "out"))
+        RecipeStage(name, name, ("small_stage", str(tmp_path), name), tmp_path / name, "mark", lambda _: ("in", "out"))
         for name in ("one", "two", "three")
     ]
 
 
-def run(stages: list[DemoStage], folder: Path) -> tuple[int, str]:
+def run(stages: list[RecipeStage], folder: Path) -> tuple[int, str]:
     text = io.StringIO()
     return run_stages(stages, [], folder, Console(file=text, width=160)), text.getvalue()
 
 
-def test_stages_run_in_order_and_end_in_a_table(stages: list[DemoStage], tmp_path: Path) -> None:
+def test_stages_run_in_order_and_end_in_a_table(stages: list[RecipeStage], tmp_path: Path) -> None:
     status, text = run(stages, tmp_path)
     assert status == 0
     assert (tmp_path / "calls").read_text() == "one two three "
@@ -83,7 +78,7 @@ def test_a_specimen_is_what_its_command_prints(tmp_path: Path) -> None:
         write_specimen(Specimen(refused, "Hello"))
 
 
-def test_a_rerun_keeps_the_times_of_the_work(stages: list[DemoStage], tmp_path: Path) -> None:
+def test_a_rerun_keeps_the_times_of_the_work(stages: list[RecipeStage], tmp_path: Path) -> None:
     run(stages, tmp_path)
     first = read_times(tmp_path)
     assert all(entry["done"] and entry["seconds"] >= 0.3 for entry in first.values())
@@ -91,7 +86,7 @@ def test_a_rerun_keeps_the_times_of_the_work(stages: list[DemoStage], tmp_path: 
     assert read_times(tmp_path) == first
 
 
-def test_a_failure_stops_and_says_how_to_go_on(stages: list[DemoStage], tmp_path: Path) -> None:
+def test_a_failure_stops_and_says_how_to_go_on(stages: list[RecipeStage], tmp_path: Path) -> None:
     (tmp_path / "fail_two").touch()
     status, text = run(stages, tmp_path)
     assert status == 3
@@ -100,8 +95,8 @@ def test_a_failure_stops_and_says_how_to_go_on(stages: list[DemoStage], tmp_path
     assert str(tmp_path / "logs" / "two.log") in text
     assert command_line(stages[1]) in text
     (tmp_path / "fail_two").unlink()
-    (tmp_path / "demo.json").write_text('{"stages": ')  # torn, as by a full disk
-    with pytest.raises(ValueError, match=r"is damaged .*; delete it and run the demo again") as refused:
+    (tmp_path / "recipe.json").write_text('{"stages": ')  # torn, as by a full disk
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it and run the recipe again") as refused:
         run(stages, tmp_path)
     Path(str(refused.value).split(" is damaged")[0]).unlink()
     assert run(stages, tmp_path)[0] == 0
@@ -112,9 +107,9 @@ def interrupted_in(name: str, line: str, folder: Path) -> tuple[int, str]:
     (folder / f"hang_{name}").touch()
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from launch.demo import run_stages; from launch.demo_report import DemoStage\n"
+        "from launch.recipe import run_stages; from launch.recipe_stages import RecipeStage\n"
         "f = Path(sys.argv[1])\n"
-        "s = [DemoStage(n, n, ('small_stage', str(f), n), f / n, 'mark', lambda _: ('', ''))\n"
+        "s = [RecipeStage(n, n, ('small_stage', str(f), n), f / n, 'mark', lambda _: ('', ''))\n"
         "     for n in ('one', 'two', 'three')]\n"
         "sys.exit(run_stages(s, [], f, Console()))"
     )
@@ -128,7 +123,7 @@ def interrupted_in(name: str, line: str, folder: Path) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_an_interrupted_stage_is_called_again(stages: list[DemoStage], tmp_path: Path) -> None:
+def test_an_interrupted_stage_is_called_again(stages: list[RecipeStage], tmp_path: Path) -> None:
     status, output = interrupted_in("two", "two", tmp_path)
     assert status == 130
     assert "Interrupted in stage two" in output
@@ -138,7 +133,7 @@ def test_an_interrupted_stage_is_called_again(stages: list[DemoStage], tmp_path:
     assert read_times(tmp_path)["two"]["done"]
 
 
-def test_an_interruption_at_the_end_of_a_stage_needs_no_second_one(stages: list[DemoStage], tmp_path: Path) -> None:
+def test_an_interruption_at_the_end_of_a_stage_needs_no_second_one(stages: list[RecipeStage], tmp_path: Path) -> None:
     """The interrupted stage finishes its work, and no other stage is started."""
     (tmp_path / "busy_two").touch()
     status, output = interrupted_in("two", "may be interrupted", tmp_path)
@@ -147,7 +142,7 @@ def test_an_interruption_at_the_end_of_a_stage_needs_no_second_one(stages: list[
     assert read_times(tmp_path)["two"]["done"]
 
 
-def test_a_stage_finds_a_terminal_where_the_demo_has_one(tmp_path: Path) -> None:
+def test_a_stage_finds_a_terminal_where_the_recipe_has_one(tmp_path: Path) -> None:
     try:
         ours, theirs = pty.openpty()
     except OSError as error:
@@ -167,7 +162,7 @@ def test_a_stage_finds_a_terminal_where_the_demo_has_one(tmp_path: Path) -> None
 
 
 def test_a_stage_is_not_taken_for_done_once_what_it_was_made_from_has_changed(
-    stages: list[DemoStage], tmp_path: Path
+    stages: list[RecipeStage], tmp_path: Path
 ) -> None:
     config = tmp_path / "two.toml"
     config.write_text("[optimizer]\nlr = 1.0\n[log]\nevery = 1\n")
@@ -245,10 +240,10 @@ def test_models_are_compared_with_xz_and_ngrams_on_each_source(tmp_path: Path) -
     (tmp_path / "dense/metrics.jsonl").write_text("\n".join(map(json.dumps, evals)))
     (tmp_path / "sft/metrics.jsonl").write_text(json.dumps({"step": 1, "eval": {"sort": {"bits_per_byte": 0.5}}}))
     stages = [
-        DemoStage("data", "data", (), tmp_path / "data", "plan/plan.json", describe_data),
-        DemoStage("baselines", "xz and 5-gram", (), tmp_path / "data", "baselines.json", describe_baselines),
-        DemoStage("pretrain", "dense", (), tmp_path / "dense", "metrics.jsonl", describe_training),
-        DemoStage("sft", "SFT", (), tmp_path / "sft", "metrics.jsonl", describe_training),
+        RecipeStage("data", "data", (), tmp_path / "data", "plan/plan.json", describe_data),
+        RecipeStage("baselines", "xz and 5-gram", (), tmp_path / "data", "baselines.json", describe_baselines),
+        RecipeStage("pretrain", "dense", (), tmp_path / "dense", "metrics.jsonl", describe_training),
+        RecipeStage("sft", "SFT", (), tmp_path / "sft", "metrics.jsonl", describe_training),
     ]
     assert describe_baselines(tmp_path / "data") == ("5 kB of held-out text", "bits a byte, below: 5-gram, xz -9")
     text = io.StringIO()
@@ -257,15 +252,92 @@ def test_models_are_compared_with_xz_and_ngrams_on_each_source(tmp_path: Path) -
     assert ["source", "dense", "5-gram", "xz", "-9"] in cells
     assert ["code", "2.50", "1.50", "1.86"] in cells and ["web", "1.29", "2.87"] in cells
     times = {stage.name: {"seconds": 1.0} for stage in stages}
-    page = write_html(stages, times, [], tmp_path).read_text()
+    page = write_html("Recipe", stages, times, [], tmp_path).read_text()
     assert "<tr><td>code</td><td class=n>2.50</td><td class=n>1.50</td><td class=n>1.86</td></tr>" in page
 
 
-def test_the_list_of_stages_is_whole() -> None:
-    assert [stage.name for stage in STAGES] == [
+def test_the_demo_is_a_recipe() -> None:
+    config = load(RecipeConfig, DEMO)
+    stages = stages_of(config)
+    assert [stage.name for stage in stages] == [
         *("data", "baselines", "pretrain", "pretrain_moe", "sft", "grpo"),
         *(f"export_{name}" for name in ("pretrain", "pretrain_moe", "sft", "grpo")),
     ]
-    configs = {word for stage in STAGES for word in stage.command if word.endswith(".toml")}
-    assert len(configs) == 6
+    assert command_line(stages[4]).split(" -m ")[1] == (
+        "launch.ranks --nproc-per-node 2 posttrain.sft configs/posttrain/demo_sft.toml init.run=runs/demo/pretrain "
+        "run.dir=runs/demo/sft"
+    )
+    assert [stage.name for stage in stages[5].needs] == ["sft"] and not stages[6].needs
+    assert specimens_of(config, stages)[1].command == ("chat", "runs/demo/grpo", "--temperature", "0")
     assert duration(125.4) == "2 min 05 s"
+
+
+def test_stages_run_the_modules_of_their_commands() -> None:
+    from cli import COMMANDS
+
+    assert {name: f"{kind.module}:main" for name, kind in KINDS.items()} == {name: COMMANDS[name][0] for name in KINDS}
+
+
+def test_a_missed_gate_stops_the_recipe_and_says_what_to_do(stages: list[RecipeStage], tmp_path: Path) -> None:
+    """Each remedy of the message is followed: a lower bound, and the stage repeated."""
+    metrics = {"step": 1, "loss": 2.0}, {"step": 1, "eval": {"sort answers": {"sampled": 0.4}}}
+    assert run(stages[:1], tmp_path)[0] == 0
+    (stages[0].output / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+
+    def gated(**bounds: float) -> list[RecipeStage]:
+        gate = GateConfig(metric="sort answers.sampled", **bounds)
+        return [dataclasses.replace(stages[0], gates=(gate,)), *stages[1:]]
+
+    status, text = run(gated(at_least=0.5), tmp_path)
+    assert status == 1
+    assert "misses its gates: sort answers.sampled is 0.4, and at least 0.5 is asked." in text
+    assert "stages.one.gates" in text and (tmp_path / "calls").read_text() == "one one "  # two was not started
+    assert run(gated(at_least=0.3, at_most=0.4), tmp_path)[0] == 0
+    assert run(gated(at_most=0.3), tmp_path)[0] == 1
+    loss = dataclasses.replace(stages[0], gates=(GateConfig(metric="loss", at_most=2.0),))
+    assert run([loss], tmp_path)[0] == 0
+    wrong = dataclasses.replace(stages[0], gates=(GateConfig(metric="sort.sampled", at_least=0.5),))
+    with pytest.raises(
+        ConfigError, match=r"'sort.sampled', which .*one did not measure; .* loss, sort answers.sampled"
+    ):
+        run([wrong], tmp_path)
+
+
+def test_the_record_says_what_each_result_was_made_from(stages: list[RecipeStage], tmp_path: Path) -> None:
+    one = stages[0]
+    two = dataclasses.replace(stages[1], command=(*stages[1].command, "train.steps=5"), needs=(one,))
+    assert run([one, two], tmp_path)[0] == 0
+    record = read_times(tmp_path)
+    made_from = record["two"]["made_from"]
+    assert made_from == {"the result of stage one": record["one"]["result"], "the override of train.steps": "5"}
+    other = dataclasses.replace(two, command=(*stages[1].command, "train.steps=6", "parallel.tp=2"))
+    status, text = run([one, other], tmp_path)
+    assert status == 1 and "but the override of train.steps changed since" in text
+    fewer = dataclasses.replace(two, command=stages[1].command)
+    assert "but the override of train.steps changed since" in run([one, fewer], tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    {
+        "no such command": ({"command": "sfft"}, r"stages.b.command = 'sfft' is none of data run, .*sft, grpo"),
+        "unknown stage": ({"set": ["init.run={c}"]}, r"'c', which does not exist; stages before it: a"),
+        "itself": ({"set": ["init.run={b}"]}, r"'b', which comes later in the file; stages before it: a"),
+        "no override": ({"set": ["steps"]}, r"'steps' is no override; write it as"),
+        "no bound": ({"gates": [{"metric": "loss"}]}, r"'loss' has no bound; set at_least, at_most, or both"),
+        "no config": ({"config": "none.toml"}, r"stages.b.config = 'none.toml' does not exist; name the stage's"),
+    }.values(),
+)
+def test_mistakes_in_a_recipe_are_found_before_it_runs(changes: dict, message: str, tmp_path: Path) -> None:
+    stage = {"command": "sft", "config": "configs/posttrain/demo_sft.toml"}
+    tree = {"dir": str(tmp_path), "stages": {"a": stage, "b": stage | changes}}
+    with pytest.raises(ConfigError, match=message):
+        recipe.run_recipe(validate(RecipeConfig, tree))
+    assert not list(tmp_path.iterdir())
+
+
+def test_until_names_the_last_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--until last names no stage; the stages are data, baselines"):
+        recipe.main([str(DEMO), "--until", "last"])
+    assert recipe.main([str(DEMO), "--dry-run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 10

@@ -1,0 +1,95 @@
+"""What a stage of a recipe wrote, read from its files: texts for the table, and measurements for gates."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def describe_data(output: Path) -> tuple[str, str]:
+    """Returns (documents read, documents kept with training tokens and rows) of a data run, as texts."""
+    stages = {stage["name"]: stage["total"] for stage in read_json(output / "ledger.json").get("stages", [])}
+    plan = read_json(output / "plan" / "plan.json")
+    if not stages or not plan:
+        return "", ""
+    came_in, kept = next(iter(stages.values()))["in"], stages["documents"]["kept"]
+    tokens = sum(source["tokens"] for source in plan["sources"])
+    return (
+        f"{came_in['documents']:,} documents, {came_in['bytes'] / 1e6:.1f} MB",
+        f"{kept['documents']:,} documents kept, {tokens / 1e6:.2f}M tokens\n"
+        f"{plan['samples']:,} rows of {plan['seq_length']}",
+    )
+
+
+def describe_baselines(output: Path) -> tuple[str, str]:
+    """Returns (size of the held-out text, how it was measured) of a baselines stage, as texts."""
+    measured = read_json(output / "baselines.json")
+    size = sum(values["bytes"] for values in measured.get("sources", {}).values())
+    titles = ", ".join(measured.get("titles", {}).values())
+    return (f"{size / 1e3:.0f} kB of held-out text", f"bits a byte, below: {titles}") if size else ("", "")
+
+
+def describe_training(output: Path) -> tuple[str, str]:
+    """Returns (steps and tokens, first and last loss or reward and held-out results) of a training run, as texts."""
+    records = read_jsonl(output / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    evals = [record for record in records if "eval" in record]
+    if not steps:
+        return "", ""
+    first, last = steps[0], steps[-1]
+    out = [f"loss {first['loss']:.2f} → {last['loss']:.2f}"]
+    if "reward" in last:  # of GRPO's loss, only its gradient means anything
+        out = [f"reward {first['reward']:.2f} → {last['reward']:.2f}"]
+    results, before = evals[-1]["eval"] if evals else {}, evals[0]["eval"] if len(evals) > 1 else {}
+    for measure, title in (
+        ("bits_per_byte", "held-out bits a byte"),
+        ("greedy", "answered right, greedy"),
+        ("sampled", "answered right, sampled"),
+    ):
+        changes = [
+            f"{source} "
+            + (f"{before[source][measure]:.2f} → " if measure in before.get(source, {}) else "")
+            + f"{measures[measure]:.2f}"
+            for source, measures in results.items()
+            if measure in measures
+        ]
+        if changes:
+            out.append(f"{title}: {', '.join(changes)}")
+    return f"{last['step']:,} steps, {last['tokens'] / 1e6:.2f}M tokens", "\n".join(out)
+
+
+def describe_export(output: Path) -> tuple[str, str]:
+    """Returns (checkpoint, results of the comparison with transformers) of an export, as texts."""
+    record = read_json(output / "trivium_export.json")
+    checks = [
+        f"{name}: {measured}"
+        for name, measured in record.get("checks", {}).items()
+        if name.startswith(("logits", "greedy"))
+    ]
+    checkpoint = record.get("checkpoint")
+    return Path(checkpoint).name if checkpoint else "", "\n".join(checks)
+
+
+def measurement(output: Path, metric: str) -> float:
+    """Returns a value that a training run measured: NAME.MEASURE of its last evaluation, or a value of its last step.
+
+    Raises KeyError, with the metrics that there are, if it measured no such thing.
+    """
+    records = read_jsonl(output / "metrics.jsonl")
+    evaluations = [record["eval"] for record in records if "eval" in record]
+    steps = [record for record in records if "loss" in record]
+    known = {f"{name}.{key}": value for name, got in (evaluations or [{}])[-1].items() for key, value in got.items()}
+    known |= {key: value for key, value in (steps or [{}])[-1].items() if isinstance(value, int | float)}
+    if metric not in known:
+        raise KeyError(", ".join(sorted(known)) or "nothing")
+    return float(known[metric])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file, an empty one if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file with one on each line; a last line that is not whole is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
