@@ -1,13 +1,19 @@
-"""Advantages of a group of completions of one prompt, by the formula of one of several code bases.
+"""Advantages of completions from their rewards: compared within the group of one prompt, or within the whole step.
 
-"GRPO" means several formulas in the field; each has the name of the code base that uses it. There are no critics (GAE)
-and no reward shaping.
+"GRPO" means several formulas in the field; each has the name of the code base that uses it. `critic` has the
+advantages that need a critic (GAE), `rewards` what is done to rewards beforehand.
 """
 
 from enum import StrEnum
 
 import torch
 from torch import Tensor
+
+from posttrain.algorithms.critic import discounted_returns
+from posttrain.algorithms.normalisation import Moments, whiten
+from posttrain.algorithms.token_batch import TokenBatch
+
+GDPO_EPSILON = 1e-4  # added to standard deviations, as the authors' code for TRL does
 
 
 class AdvantageDialect(StrEnum):
@@ -60,10 +66,54 @@ def group_advantages(rewards_PG: Tensor, scored_PG: Tensor, dialect: AdvantageDi
 
 
 def equal_groups(rewards_PG: Tensor, scored_PG: Tensor) -> Tensor:
-    """Returns bool [P], True for groups whose scored rewards are all equal; they contribute no gradient."""
+    """Returns bool [P], True for groups whose scored rewards are all equal; they contribute no gradient.
+
+    These are the groups that DAPO's dynamic sampling drops and samples others for (arXiv 2503.14476, eq. 11). A group
+    with no scored reward, or one, counts among them.
+    """
     highest_P = torch.where(scored_PG, rewards_PG, -torch.inf).amax(1)
     lowest_P = torch.where(scored_PG, rewards_PG, torch.inf).amin(1)
     return highest_P <= lowest_P
+
+
+def decoupled_sums(rewards_PGK: Tensor, scored_PGK: Tensor, weights_K: Tensor) -> Tensor:
+    """Returns [P, G]: K rewards, each normalised in its group, summed with weights; GDPO's first step.
+
+    Liu et al. 2026 (arXiv 2601.05242, eq. 4 and 5), with `GDPO_EPSILON`. A reward that is not scored adds 0, and so
+    does one that is equal in the whole group. The second step is `batch_normalised`.
+    """
+    if rewards_PGK.ndim != 3 or rewards_PGK.shape != scored_PGK.shape or weights_K.shape != rewards_PGK.shape[2:]:
+        raise ValueError(
+            f"rewards {list(rewards_PGK.shape)} and scored {list(scored_PGK.shape)} must both be [groups, group size, "
+            f"number of rewards], with one weight for each reward, not {list(weights_K.shape)}"
+        )
+    parts = [
+        weight * group_advantages(rewards_PGK[..., k], scored_PGK[..., k], AdvantageDialect.GRPO_TRL)
+        for k, weight in enumerate(weights_K)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+def batch_normalised(sums_PG: Tensor, scored_PG: Tensor, moments: Moments | None = None) -> Tensor:
+    """Returns (sum - mean) / (standard deviation + epsilon) over all scored samples of the step; GDPO's second step.
+
+    Liu et al. 2026 (arXiv 2601.05242, eq. 6). `moments` are those of the whole step where this is a part of it.
+    """
+    moments = moments or Moments.of(sums_PG, scored_PG)
+    deviation = moments.variance() ** 0.5
+    if deviation <= 1e-6 * abs(moments.mean):
+        return torch.zeros_like(sums_PG)
+    return torch.where(scored_PG, (sums_PG - moments.mean) / (deviation + GDPO_EPSILON), 0.0)
+
+
+def reinforce_pp(batch: TokenBatch, moments: Moments | None = None, ddof: int = 0) -> Tensor:
+    """Returns REINFORCE++'s advantages of tokens: the rewards still to come, normalised over all tokens of the step.
+
+    Hu 2025 (arXiv 2501.03262). `rewards` hold the KL already (see `kl.rewards_with_kl`); for the variant with a
+    baseline they are less the group's mean. `moments` are those of `discounted_returns` over the whole step. OpenRLHF
+    takes ddof 0, verl 1.
+    """
+    return whiten(discounted_returns(batch, batch.need("rewards")), batch.mask, moments, ddof)
 
 
 def _deviation_of_others(r_PG: Tensor, scored_PG: Tensor) -> Tensor:

@@ -6,6 +6,11 @@ averages. An aggregation is therefore each token's weight and one factor for the
 
 from enum import StrEnum
 
+import torch
+from torch import Tensor
+
+from posttrain.algorithms.token_batch import TokenBatch
+
 
 class Aggregation(StrEnum):
     """Way of averaging the losses of completions."""
@@ -28,3 +33,18 @@ def step_factor(tokens: int, completions: int, max_length: int, aggregation: Agg
     if aggregation != Aggregation.FIXED_LENGTH or completions == 0:
         return 1.0
     return tokens / (completions * max_length)
+
+
+def aggregate(loss: Tensor, batch: TokenBatch, aggregation: Aggregation, max_length: int) -> Tensor:
+    """Returns the loss of a step that is all in one batch, from the losses of its tokens [B, S].
+
+    It is what the trainer computes from `token_weight` and `step_factor` over micro-batches and ranks.
+    """
+    loss = torch.where(batch.mask, loss, 0.0)
+    match Aggregation(aggregation):
+        case Aggregation.TOKEN_MEAN:
+            return loss.sum() / batch.mask.sum().clamp(min=1)
+        case Aggregation.SEQUENCE_MEAN:
+            return (loss / batch.lengths().clamp(min=1)).sum() / batch.num_sequences().clamp(min=1)
+        case Aggregation.FIXED_LENGTH:
+            return loss.sum() / (batch.num_sequences().clamp(min=1) * max_length)

@@ -13,7 +13,9 @@ import torch
 
 from configs.rl import GRPOSection
 from posttrain.algorithms.aggregation import Aggregation, step_factor
-from posttrain.algorithms.policy import KLEstimator, clipped_policy_loss, clipped_share, kl_estimate
+from posttrain.algorithms.kl import KLEstimator, kl_estimate
+from posttrain.algorithms.policy import ppo_clip
+from posttrain.algorithms.token_batch import TokenBatch, sequences_of
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import METRICS, RolloutRow, sample_rollout, training_rows
@@ -100,9 +102,16 @@ class GRPOLoss:
         """
         s = self.settings
         assert batch.logprobs is not None and batch.advantages is not None, "GRPO trains on rollouts alone"
-        old_BS, advantages_BS = torch.where(batch.loss_mask > 0, batch.logprobs, 0.0), batch.advantages
-        loss_BS = clipped_policy_loss(logprobs_BS, old_BS, advantages_BS, s.clip_low, s.clip_high, s.dual_clip)
+        tokens = TokenBatch(
+            logprobs_BS,
+            mask=batch.loss_mask > 0,
+            sequences=sequences_of(batch.segments),
+            old_logprobs=batch.logprobs,
+            advantages=batch.advantages,
+        )
+        loss_BS, clipped_BS = ppo_clip(tokens, s.clip_low, s.clip_high, s.dual_clip)
         with torch.no_grad():
+            old_BS = torch.where(tokens.mask, batch.logprobs, 0.0)
             difference_BS = (logprobs_BS - old_BS).abs()
             if not self._checked:
                 self._check(difference_BS, batch.loss_mask)
@@ -110,7 +119,7 @@ class GRPOLoss:
             metrics = {
                 "logprob_difference": difference_BS,
                 "kl_rollout": kl_estimate(old_BS, logprobs_BS, KLEstimator.K3),
-                "clipped": clipped_share(logprobs_BS, old_BS, advantages_BS, s.clip_low, s.clip_high).float(),
+                "clipped": clipped_BS.float(),
             }
         return loss_BS, metrics
 

@@ -1,38 +1,35 @@
-"""Policy optimization compared with published test vectors and with numbers computed by hand."""
+"""Properties of the losses and advantages that no single number shows: gradients, packing, ranks, unusable values."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
-from posttrain.algorithms.aggregation import Aggregation, step_factor, token_weight
-from posttrain.algorithms.policy import KLEstimator, clipped_policy_loss, clipped_share, kl_estimate
+from posttrain.algorithms.advantages import (
+    AdvantageDialect,
+    batch_normalised,
+    decoupled_sums,
+    equal_groups,
+    group_advantages,
+)
+from posttrain.algorithms.aggregation import aggregate
+from posttrain.algorithms.critic import discounted_returns, gae
+from posttrain.algorithms.dialects import DIALECTS
+from posttrain.algorithms.kl import KLEstimator, Sampling, kl_estimate, kl_penalty, rewards_with_kl
+from posttrain.algorithms.normalisation import Moments, whiten
+from posttrain.algorithms.policy import cispo, gspo, ppo_clip, reinforce
+from posttrain.algorithms.rewards import overlong_penalty, reward_at_last_token
+from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
+from posttrain.algorithms.token_batch import TokenBatch, sequences_of
 
-OLD = torch.tensor([-1.0, -1.0, -1.0])
+LENGTHS = (5, 3, 4, 2)  # of the completions of two prompts
 
 
-def logprobs_at(*ratios: float) -> torch.Tensor:
-    return OLD + torch.tensor(ratios).log()
-
-
-def advantages_of(rewards: list[list[float]], dialect: str, scored: list[list[bool]] | None = None) -> torch.Tensor:
+def advantages_of(rewards: list[list[float]], dialect: str, scored: list[list[bool]] | None = None) -> Tensor:
     rewards_PG = torch.tensor(rewards)
     known = torch.ones_like(rewards_PG, dtype=torch.bool) if scored is None else torch.tensor(scored)
     return group_advantages(rewards_PG, known, AdvantageDialect(dialect))
-
-
-@pytest.mark.parametrize(
-    ("dialect", "winner", "loser"),
-    [
-        ("grpo@verl", 1.499997, -0.499999),
-        ("grpo@trl", 1.4997, -0.4999),
-        ("grpo@nemo", 1.0, -0.577349),
-        ("dr_grpo", 0.75, -0.25),
-        ("rloo", 1.0, -0.333333),
-    ],
-)
-def test_advantages_of_one_winner_in_four(dialect: str, winner: float, loser: float) -> None:
-    advantages = advantages_of([[1.0, 0.0, 0.0, 0.0]], dialect)
-    torch.testing.assert_close(advantages, torch.tensor([[winner, loser, loser, loser]]), atol=2e-6, rtol=0)
 
 
 def test_advantages_by_hand() -> None:
@@ -81,56 +78,264 @@ def test_shapes_of_advantages_are_checked() -> None:
         group_advantages(torch.zeros(4), torch.ones(4, dtype=torch.bool), AdvantageDialect.RLOO)
 
 
-def test_ppo_clip() -> None:
-    ratios, advantages = (0.5, 1.0, 1.5), torch.tensor([1.0, -1.0, 2.0])
-    loss = clipped_policy_loss(logprobs_at(*ratios), OLD, advantages)
-    # token by token: min(.5, .8) = .5; -1; min(3, 1.2 * 2) = 2.4
-    torch.testing.assert_close(loss, torch.tensor([-0.5, 1.0, -2.4]), atol=1e-6, rtol=0)
-    assert loss.mean().item() == pytest.approx(-0.6333, abs=5e-5)
-    higher = clipped_policy_loss(logprobs_at(*ratios), OLD, advantages, clip_high=0.28)
-    assert higher.mean().item() == pytest.approx(-0.686667, abs=1e-6)
-    clipped = clipped_share(logprobs_at(*ratios), OLD, advantages, 0.2, 0.2)
-    assert clipped.tolist() == [False, False, True]
+def tokens(**values: list[float]) -> TokenBatch:
+    """Returns one sequence with these tensors."""
+    found = {name: torch.tensor([row]) for name, row in values.items()}
+    mask = torch.ones_like(next(iter(found.values())), dtype=torch.bool)
+    return TokenBatch(mask=mask, sequences=torch.zeros(mask.shape, dtype=torch.int64), **found)
 
 
-def test_dual_clip() -> None:
-    lp, advantages = logprobs_at(0.5, 1.0, 10.0), torch.tensor([1.0, -1.0, -4.0])
-    assert clipped_policy_loss(lp, OLD, advantages, dual_clip=3.0).mean().item() == pytest.approx(4.1667, abs=5e-5)
-    assert clipped_policy_loss(lp, OLD, advantages).mean().item() == pytest.approx((-0.5 + 1 + 40) / 3, abs=1e-4)
+def random_batch(layout: list[list[int]], length: int) -> TokenBatch:
+    """Returns the same completions whatever the layout, which lists the completions of each row.
+
+    Each completion has a prompt of one token before it and, if it is long enough, a gap at its third token.
+    """
+    names = ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "rewards", "old_values", "returns")
+    found = {name: torch.full((len(layout), length), torch.nan) for name in names}
+    mask = torch.zeros(len(layout), length, dtype=torch.bool)
+    segments, groups = torch.full((2, len(layout), length), -1)
+    for row, completions in enumerate(layout):
+        start = 0
+        for segment, number in enumerate(completions):
+            end = start + 1 + LENGTHS[number]
+            noise = torch.Generator().manual_seed(number)
+            for name in names:
+                found[name][row, start + 1 : end] = torch.randn(LENGTHS[number], generator=noise) - 1
+            mask[row, start + 1 : end] = True
+            mask[row, start + 3] &= LENGTHS[number] < 4
+            found["rewards"][row, start + 1 : end - 1] = 0
+            segments[row, start:end], groups[row, start:end] = segment, number // 2
+            start = end
+    found["values"] = found["old_values"] + 0.3
+    return TokenBatch(mask=mask, sequences=sequences_of(segments), groups=groups, **found)
 
 
-def test_policy_gradient_on_policy_is_minus_advantage() -> None:
-    # At ratio 1, d loss / d logprob = -A: the plain policy gradient. Past the clip it is 0.
-    advantages = torch.tensor([1.0, -2.0, 3.0])
-    lp = OLD.clone().requires_grad_()
-    clipped_policy_loss(lp, OLD, advantages).sum().backward()
-    torch.testing.assert_close(lp.grad, -advantages)
-    far = logprobs_at(1.5, 0.5, 1.5).requires_grad_()
-    clipped_policy_loss(far, OLD, advantages).sum().backward()
-    assert far.grad is not None and far.grad.eq(0).all()
+@pytest.mark.parametrize("name", DIALECTS)
+def test_packing_rows_changes_no_dialect(name: str) -> None:
+    """Loss and gradients of four completions are the same in one row, in two and in four, whatever padding holds."""
+    results = []
+    for layout, length in (([[0], [1], [2], [3]], 6), ([[3, 1], [2, 0]], 13), ([[2, 0, 3, 1]], 20)):
+        found = random_batch(layout, length)
+        found = found.but(logprobs=found.logprobs.requires_grad_())
+        loss, parts = DIALECTS[name].loss(found, max_length=8)
+        loss.backward()
+        grad = found.logprobs.grad
+        assert grad is not None and not grad[~found.mask].any(), "no gradient outside the mask"
+        assert not parts.loss[~found.mask].any() and not parts.clipped[~found.mask].any()
+        results.append((loss.detach(), grad.square().sum(), parts.clipped.sum()))
+    assert results[0][1] > 0
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-6)
 
 
-def test_kl_estimators() -> None:
-    lp, reference = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([0.0, -15.0, -30.0])
-    expected = {"k1": [-1, 14, 29], "k2": [0.5, 98, 420.5], "k3": [0.7183, 13, 28]}
-    for name, values in expected.items():
-        kl = kl_estimate(lp, reference, KLEstimator(name))
-        torch.testing.assert_close(kl, torch.tensor(values, dtype=torch.float32), atol=5e-5, rtol=0)
-    clamped = kl_estimate(lp, reference, KLEstimator.K3, clamp=10.0)
-    torch.testing.assert_close(clamped, torch.tensor([0.7183, 10.0, 10.0]), atol=5e-5, rtol=0)
-    k3 = kl_estimate(torch.tensor([0.0, -1.0, -2.0]), torch.full((3,), -1.0), KLEstimator.K3)
-    assert 0.1 * k3.mean().item() == pytest.approx(0.0362, abs=5e-5)
+@pytest.mark.parametrize("name", DIALECTS)
+def test_on_policy_the_gradient_is_minus_the_advantage(name: str) -> None:
+    """The sign convention: a token's loss falls with its log-probability exactly where its advantage is positive."""
+    found = random_batch([[0, 1], [2, 3]], 12)
+    dialect = DIALECTS[name]
+    lp = torch.where(found.mask, found.logprobs, -1.0).requires_grad_()
+    found = found.but(logprobs=lp, old_logprobs=lp.detach())
+    advantages = dialect.advantages(found)
+    loss = dialect.policy(found.but(advantages=advantages)).loss
+    loss.sum().backward()
+    torch.testing.assert_close(lp.grad, torch.where(found.mask, -advantages, 0.0))
 
 
-ROWS = [[1.0, 3.0], [4.0, 4.0, 4.0, 4.0]]
+def test_past_the_bound_ppo_has_no_gradient_and_cispo_has() -> None:
+    found = tokens(logprobs=[-0.5, -2.0, -1.0], old_logprobs=[-1.0, -1.0, -1.0], advantages=[1.0, -2.0, 3.0])
+    for method, expected in ((ppo_clip, [0.0, 0.0, -3.0]), (cispo, [-1.2, 1.6, -3.0]), (reinforce, [-1.0, 2.0, -3.0])):
+        lp = found.logprobs.clone().requires_grad_()
+        options = (0.8, 1.2) if method is cispo else ()
+        parts = method(found.but(logprobs=lp), *options)
+        parts.loss.sum().backward()
+        torch.testing.assert_close(lp.grad, torch.tensor([expected]))
+        assert parts.clipped.tolist() == [[method is not reinforce] * 2 + [False]]
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("token_mean", 10 / 3), ("sequence_mean", 3.0), ("fixed_length", 2.5)])
-def test_aggregation(mode: str, expected: float) -> None:
-    aggregation = Aggregation(mode)
-    # As in the trainer, numerator and denominator are summed over all rows before the division.
-    weights = [token_weight(len(row), aggregation) for row in ROWS]
-    weighted = sum(weight * sum(row) for weight, row in zip(weights, ROWS, strict=True))
-    mean = weighted / sum(weight * len(row) for weight, row in zip(weights, ROWS, strict=True))
-    factor = step_factor(tokens=6, completions=2, max_length=4, aggregation=aggregation)
-    assert mean * factor == pytest.approx(expected, abs=1e-6)
+def test_a_token_that_became_impossible_makes_no_nan() -> None:
+    found = tokens(logprobs=[-200.0, -0.1], old_logprobs=[-0.1, -200.0], advantages=[1.0, 1.0])
+    for method in (ppo_clip, gspo, cispo):
+        lp = found.logprobs.clone().requires_grad_()
+        loss = method(found.but(logprobs=lp)).loss
+        loss.sum().backward()
+        assert loss.isfinite().all() and lp.grad is not None and lp.grad.isfinite().all(), method
+
+
+def test_gspo_of_two_sequences() -> None:
+    """Both sequences have the same probabilities; the second one's were lower before (NeMo-RL's test of batch 2)."""
+    lp = torch.tensor([[0.5, 1.0, 1.5]] * 2).log() - 1
+    found = TokenBatch(
+        lp,
+        torch.ones(2, 3, dtype=torch.bool),
+        torch.tensor([[0] * 3, [1] * 3]),
+        old_logprobs=torch.tensor([[-1.0] * 3, [-2.0] * 3]),
+        advantages=torch.tensor([[1.0, -1.0, 2.0]] * 2),
+    )
+    parts = gspo(found, 0.2, 0.2)
+    s = 0.75 ** (1 / 3)
+    expected = [[-s, s, -2 * s], [-1.2, 2.4697, -2.4]]
+    torch.testing.assert_close(parts.loss, torch.tensor(expected), atol=1e-4, rtol=0)
+    assert parts.loss.mean().item() == pytest.approx(-0.4912, abs=1e-4)
+    assert parts.clipped.tolist() == [[False] * 3, [True, False, True]]
+
+
+def test_without_old_logprobs_the_ratio_is_one() -> None:
+    found = tokens(logprobs=[-0.3, -2.0], advantages=[1.0, -3.0])
+    assert ppo_clip(found).loss.tolist() == [[-1.0, 3.0]]
+
+
+def test_an_empty_mask_has_loss_zero() -> None:
+    found = random_batch([[0, 1]], 12)
+    found = found.but(mask=torch.zeros_like(found.mask), advantages=torch.ones_like(found.logprobs))
+    for name, dialect in DIALECTS.items():
+        assert aggregate(dialect.policy(found).loss, found, dialect.aggregation, 8) == 0, name
+
+
+def test_the_gradient_of_the_kl_with_and_without_the_sampling_term() -> None:
+    """By hand: with x = log policy - log reference, d k3 = 1 - exp(-x), and the sampled one adds k3 itself."""
+    lp = torch.tensor([[-1.2, -0.7]])
+    found = tokens(
+        logprobs=[-1.2, -0.7], old_logprobs=[-1.0, -0.8], rollout_logprobs=[-1.5, -0.4], ref_logprobs=[-0.9, -1.1]
+    )
+    x = lp - found.need("ref_logprobs")
+    k3, slope = torch.exp(-x) + x - 1, 1 - torch.exp(-x)
+    factor = {"none": 1.0, "score": 1.0}
+    factor |= {name: torch.exp(lp - found.need(f"{name}_logprobs")) for name in ("old", "rollout")}
+    for sampling in Sampling:
+        free = lp.clone().requires_grad_()
+        kl = kl_penalty(found.but(logprobs=free), sampling=sampling)
+        kl.sum().backward()
+        torch.testing.assert_close(kl.detach(), k3 * factor[sampling])
+        expected = factor[sampling] * (slope + (0 if sampling == Sampling.NONE else k3))
+        torch.testing.assert_close(free.grad, expected)
+
+
+def test_as_losses_k1_averages_to_nothing_and_k2_to_the_kl() -> None:
+    """Over all tokens of a distribution: E[d k1] = 0, E[d k2] = d KL, and E[k3] = KL."""
+    logits, reference = torch.tensor([0.3, -0.2, 1.0]), torch.tensor([0.1, 0.4, -0.5]).log_softmax(0)
+    grads = {}
+    for name in ("kl", *KLEstimator):
+        free = logits.clone().requires_grad_()
+        lp = free.log_softmax(0)
+        p = lp.exp() if name == "kl" else lp.exp().detach()
+        value = (p * (lp - reference if name == "kl" else kl_estimate(lp, reference, KLEstimator(name)))).sum()
+        value.backward()
+        grads[name] = free.grad
+        if name == "k3":
+            torch.testing.assert_close(value, (lp.exp() * (lp - reference)).sum())
+    torch.testing.assert_close(grads["k1"], torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(grads["k2"], grads["kl"])
+
+
+def test_rewards_with_kl_and_returns_by_hand() -> None:
+    found = tokens(
+        logprobs=[0.0] * 3, old_logprobs=[-1.0, -2.0, -1.0], ref_logprobs=[-2.0, -1.0, -1.5], rewards=[0.0, 0.0, 1.0]
+    )
+    shaped = rewards_with_kl(found, beta=0.1)  # k1 is 1, -1, .5
+    torch.testing.assert_close(shaped, torch.tensor([[-0.1, 0.1, 0.95]]))
+    torch.testing.assert_close(discounted_returns(found, shaped), torch.tensor([[0.95, 1.05, 0.95]]))
+    torch.testing.assert_close(discounted_returns(found, shaped, 0.5), torch.tensor([[0.1875, 0.575, 0.95]]))
+
+
+def test_sequences_in_one_row_do_not_bootstrap_from_each_other() -> None:
+    packed, apart = random_batch([[0, 1]], 12), random_batch([[0], [1]], 12)
+    for together, alone in zip(gae(packed, 0.9, 0.8), gae(apart, 0.9, 0.8), strict=True):
+        torch.testing.assert_close(together[packed.mask], alone[apart.mask])
+
+
+def test_rollout_weights_out_of_bounds() -> None:
+    """IcePop drops a token (weights .61, 12.2, .82 within .5 to 5), a geometric band drops or keeps whole sequences."""
+    found = tokens(logprobs=[-1.0] * 3, rollout_logprobs=[-0.5, -3.5, -0.8])
+    weights = torch.exp(torch.tensor([[-0.5, 2.5, -0.2]]))
+    masked = rollout_weights(found, Correction.MASK, low=0.5, high=5.0)
+    torch.testing.assert_close(masked.factor, weights * torch.tensor([[1.0, 0.0, 1.0]]))
+    torch.testing.assert_close(masked.measured, weights)
+    assert masked.out_of_bounds.tolist() == [[False, True, False]]
+    band = rollout_weights(found, Correction.MASK, low=0.5, high=2.0, bounds_of=Level.GEOMETRIC)  # exp(.6) = 1.82
+    torch.testing.assert_close(band.factor, weights)
+    assert not rollout_weights(found, Correction.MASK, low=0.5, high=1.8, bounds_of=Level.GEOMETRIC).factor.any()
+    reported = rollout_weights(found, Correction.REPORT, high=5.0)
+    assert reported.factor.eq(1).all() and reported.out_of_bounds.sum() == 1
+    low = rollout_weights(found, Correction.TRUNCATE, low=0.7, high=2.0).factor
+    torch.testing.assert_close(low, torch.tensor([[0.7, 2.0, 0.8187308]]))
+    impossible = found.but(rollout_logprobs=torch.tensor([[-0.5, -torch.inf, -0.8]]))
+    for level in Level:
+        assert rollout_weights(impossible, Correction.TRUNCATE, level).factor.isfinite().all()
+    with pytest.raises(ValueError, match=r"5.0, is above the upper one, 0.5; swap"):
+        rollout_weights(found, low=5.0, high=0.5)
+
+
+def test_moments_of_parts_are_those_of_the_whole() -> None:
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 1e-2 + 1e3
+    mask = torch.rand(4, 50, generator=torch.Generator().manual_seed(1)) > 0.3
+    none = torch.zeros(1, 50, dtype=torch.bool)
+    parts = [Moments.of(x[:1], mask[:1]), Moments.of(x[:1], none), Moments.of(x[1:], mask[1:])]
+    whole = Moments.of(x, mask)
+    assert Moments.together(parts).variance() == pytest.approx(whole.variance(), rel=1e-9)
+    assert whole.variance() == pytest.approx(float(x.double()[mask].var()), rel=1e-9)
+    white = whiten(x, mask, Moments.together(parts))
+    assert white[mask].std().item() == pytest.approx(1.0, abs=0.01) and not white[~mask].any()
+    assert not whiten(torch.full((1, 9), 0.1), torch.ones(1, 9, dtype=torch.bool)).any(), "equal numbers stay 0"
+
+
+def test_gdpo_keeps_apart_what_a_sum_of_rewards_mixes() -> None:
+    """The paper's example: rewards (0, 1) and (0, 2) have equal GRPO advantages, and different ones in GDPO."""
+    both = torch.tensor([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]])
+    known, weights = torch.ones_like(both, dtype=torch.bool), torch.ones(2)
+    summed = group_advantages(both.sum(2), known[..., 0], AdvantageDialect.GRPO_TRL)
+    torch.testing.assert_close(summed[0], summed[1], atol=1e-3, rtol=0)
+    sums = decoupled_sums(both, known, weights)
+    half = 0.5**0.5
+    torch.testing.assert_close(sums, torch.tensor([[-half, half], [-2 * half, 2 * half]]), atol=1e-3, rtol=0)
+    weighted = decoupled_sums(both, known, torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(weighted[1], torch.tensor([-1.5 * half, 1.5 * half]), atol=1e-3, rtol=0)
+    everything = torch.ones(2, 2, dtype=torch.bool)
+    normal = batch_normalised(sums, everything)
+    assert normal.std().item() == pytest.approx(1.0, abs=1e-3) and normal.mean().abs() < 1e-6
+    parts = [Moments.of(sums[:1], everything[:1]), Moments.of(sums[1:], everything[1:])]
+    split = batch_normalised(sums[1:], everything[1:], Moments.together(parts))
+    torch.testing.assert_close(split, normal[1:])
+    unknown = known.clone()
+    unknown[0, 0, 0] = False  # alone in its group, the other one's reward teaches nothing
+    assert not decoupled_sums(both, unknown, weights)[0].any()
+    with pytest.raises(ValueError, match=r"not \[3\]"):
+        decoupled_sums(both, known, torch.ones(3))
+
+
+def test_overlong_penalty_needs_a_buffer_within_the_length() -> None:
+    for buffer in (0, 30):
+        with pytest.raises(ValueError, match=f"buffer of {buffer} tokens"):
+            overlong_penalty(torch.tensor([1]), longest=25, buffer=buffer, penalty=1.0)
+
+
+def test_rewards_are_put_at_last_tokens() -> None:
+    placed = reward_at_last_token(torch.tensor([2.0, 3.0]), torch.tensor([1, 3]), 3)
+    assert placed.tolist() == [[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]
+
+
+def test_a_batch_comes_back_from_its_file(tmp_path: Path) -> None:
+    found = random_batch([[0, 1], [2, 3]], 12)
+    found.save(tmp_path / "batch.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["batch.safetensors"]
+    again = TokenBatch.load(tmp_path / "batch.safetensors")
+    assert again.tensors().keys() == found.tensors().keys()
+    for name, tensor in found.tensors().items():
+        assert torch.equal(again.tensors()[name].nan_to_num(), tensor.nan_to_num()), name
+
+
+def test_bad_batches_are_refused_in_words(tmp_path: Path) -> None:
+    found = random_batch([[0]], 6)
+    with pytest.raises(ValueError, match=r"advantages \[1, 3\] must be"):
+        found.but(advantages=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"mask is torch.float32, not bool"):
+        found.but(mask=torch.ones(1, 6))
+    with pytest.raises(ValueError, match=r"has no advantages, which this formula needs"):
+        ppo_clip(found)
+    (tmp_path / "torn").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match=r"torn cannot be read as a recorded batch"):
+        TokenBatch.load(tmp_path / "torn")
+    with pytest.raises(ValueError, match=r"none cannot be read"):
+        TokenBatch.load(tmp_path / "none")
+    found.but(sequences=found.sequences + 100).save(tmp_path / "far")
+    with pytest.raises(ValueError, match=r"sequence numbers outside 0 to 5"):
+        TokenBatch.load(tmp_path / "far")
