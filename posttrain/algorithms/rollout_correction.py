@@ -15,7 +15,7 @@ from posttrain.algorithms.token_batch import TokenBatch
 
 
 class Correction(StrEnum):
-    """What is done with weights."""
+    """Use that is made of weights."""
 
     REPORT = "report"  # measured, and the loss stays as it is
     TRUNCATE = "truncate"  # limited to the bounds (truncated importance sampling, Yao et al. 2025)
@@ -23,7 +23,7 @@ class Correction(StrEnum):
 
 
 class Level(StrEnum):
-    """What one weight is computed of."""
+    """Tokens that one weight is computed of."""
 
     TOKEN = "token"
     SEQUENCE = "sequence"  # the product over the tokens of a sequence, for losses with a ratio per sequence

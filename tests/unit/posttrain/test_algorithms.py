@@ -192,7 +192,7 @@ def test_an_empty_mask_has_loss_zero() -> None:
 
 
 def test_the_gradient_of_the_kl_with_and_without_the_sampling_term() -> None:
-    """By hand: with x = log policy - log reference, d k3 = 1 - exp(-x), and the sampled one adds k3 itself."""
+    """The slope of k3 by x = log policy - log reference is 1 - exp(-x), and the sampling term adds k3 itself."""
     lp = torch.tensor([[-1.2, -0.7]])
     found = tokens(
         logprobs=[-1.2, -0.7], old_logprobs=[-1.0, -0.8], rollout_logprobs=[-1.5, -0.4], ref_logprobs=[-0.9, -1.1]
