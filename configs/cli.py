@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
@@ -73,12 +73,13 @@ def parse_args(
     flags: Sequence[tuple[str, str]] = (),
     options: Sequence[tuple[str, str, str]] = (),
     keys: Sequence[tuple[str, str, str]] = (),
+    complete: Callable[[dict[str, Any], argparse.Namespace], dict[str, Any]] = lambda tree, args: tree,
 ) -> tuple[T, argparse.Namespace]:
     """Parses `CONFIG [key=value ...] [--flag ...]` and returns (validated config, parsed options).
 
     `flags` are (name, help) of boolean switches; `--dry-run` is always there. `options` are (name, default, help) of
     options with a value. `keys` are (name, key, help) of options that override a config key and win over key=value.
-    Raises ConfigError if the config is wrong.
+    `complete` may add keys to the config's tree that follow from others. Raises ConfigError if the config is wrong.
     """
     parser = command_parser(prog, description, example, schema)
     parser.add_argument("config", metavar="CONFIG", help="a TOML file; configs/ has examples")
@@ -93,7 +94,7 @@ def parse_args(
         parser.add_argument(name, dest=key, metavar="WHICH", help=f"{text} (the same as {key}=WHICH)")
     args = parser.parse_intermixed_args(argv)
     chosen = [f"{key}={getattr(args, key)}" for _, key, _ in keys if getattr(args, key) is not None]
-    return load(schema, args.config, [*args.overrides, *chosen]), args
+    return load(schema, args.config, [*args.overrides, *chosen], lambda tree: complete(tree, args)), args
 
 
 def profiled_steps(chosen: str, steps: int) -> range:

@@ -1,19 +1,24 @@
-"""The model that a post-training run starts from."""
+"""The model that a training run starts from."""
 
 from pydantic import field_validator, model_validator
 
 from configs.section import Section
 
+MODELS = ("run", "checkpoint", "hf")  # the keys that name a model
+
 
 class InitConfig(Section):
-    """The model to start from: a run, or one of its checkpoints."""
+    """The model to start from: a run, one of its checkpoints, or a Hugging Face folder."""
 
     run: str | None = None
-    """The folder of the run whose newest checkpoint is used; a run that continues keeps the one it started from."""
+    """The folder of the run, or of the imported model, whose newest checkpoint is used; a run that continues keeps the
+    one it started from."""
     checkpoint: str | None = None
     """The checkpoint to use in place of a run's newest, e.g. RUN/checkpoints/step_100."""
+    hf: str | None = None
+    """The Hugging Face folder to use in place of a run, with config.json and safetensors; nothing is downloaded."""
     tokenizer: str | None = None
-    """The folder of the tokenizer that the model was trained with; left out, the one stored in its run."""
+    """The folder of the tokenizer that the model was trained with; left out, the one stored in its run or folder."""
 
     @field_validator("*")
     @classmethod
@@ -23,14 +28,21 @@ class InitConfig(Section):
 
     @model_validator(mode="after")
     def _one_model(self) -> "InitConfig":
-        if self.run and self.checkpoint:
+        named = [key for key in MODELS if getattr(self, key)]
+        if len(named) > 1:
+            said = " and ".join(f"init.{key} = {getattr(self, key)!r}" for key in named)
             raise ValueError(
-                f"init.run = {self.run!r} and init.checkpoint = {self.checkpoint!r} both name the model to start from; "
-                "leave one out (as an override: init.run= or init.checkpoint=)"
+                f"{said} name the model to start from; leave only one of them (as an override: "
+                f"{' or '.join(f'init.{key}=' for key in named)})"
             )
-        if not self.run and not self.checkpoint:
+        if not named:
             raise ValueError(
-                "neither init.run nor init.checkpoint names the model to start from; set init.run=RUN for the newest "
-                "checkpoint of a run, or init.checkpoint=RUN/checkpoints/step_N"
+                "none of init.run, init.checkpoint and init.hf names the model to start from; set init.run=RUN for the "
+                "newest checkpoint of a run, init.checkpoint=RUN/checkpoints/step_N, or init.hf=FOLDER"
             )
         return self
+
+    @property
+    def said(self) -> str:
+        """The key that names the model, with its value."""
+        return next(f"init.{key} = {getattr(self, key)!r}" for key in MODELS if getattr(self, key))

@@ -9,7 +9,7 @@ exit status 2.
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +27,15 @@ class ConfigError(ValueError):
     """A mistake in the config or the command line, as one sentence that says what to change."""
 
 
-def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load(
+    schema: type[T],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree,
+) -> T:
     """Reads `path`, applies `key.sub=value` overrides, fills in the published model that it names, and validates it.
 
-    Raises ConfigError for any mistake.
+    Before it is validated, `complete` may add keys that follow from others. Raises ConfigError for any mistake.
     """
     path = Path(path)
     try:
@@ -49,7 +54,7 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
         tree = presets.filled_in(tree)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return validate(schema, tree, origin=str(path))
+    return validate(schema, complete(tree), origin=str(path))
 
 
 def from_overrides(schema: type[T], overrides: Sequence[str]) -> T:

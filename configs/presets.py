@@ -49,7 +49,7 @@ def filled_in(tree: dict[str, Any]) -> dict[str, Any]:
     if "layer_pattern" in own:  # kinds that it no longer names would be a mistake
         kept = {kind: keys for kind, keys in published.get("kinds", {}).items() if kind in own["layer_pattern"]}
         published = {**published, "kinds": kept}
-    return {**tree, "model": _merged(published, own)}
+    return {**tree, "model": merged(published, own)}
 
 
 def _section(name: Any) -> dict[str, Any]:
@@ -62,9 +62,10 @@ def _section(name: Any) -> dict[str, Any]:
     return section
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Returns a nested dict with the values of both, those of `above` where both have one."""
     both = {
-        key: _merged(below[key], value)
+        key: merged(below[key], value)
         for key, value in above.items()
         if isinstance(value, dict) and isinstance(below.get(key), dict)
     }

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.initial import InitConfig
 from configs.model import ModelConfig
 from configs.section import Section
 
@@ -221,7 +222,10 @@ class PretrainConfig(TrainerConfig):
     """The root of a pretraining run's config."""
 
     model: ModelConfig
-    """The decoder; a published one by its name in place of the section, or by `preset` and keys that differ in it."""
+    """The decoder; a published one by its name in place of the section, or by `preset` and keys that differ in it; left
+    out with `init`, whose model it is."""
+    init: InitConfig | None = None
+    """The model whose weights training goes on from, with a new optimizer; left out, weights are drawn at random."""
     data: DataSection
     """The data plan to train on."""
     eval: PretrainEvalConfig = PretrainEvalConfig()

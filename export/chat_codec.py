@@ -20,26 +20,32 @@ class TextCodec:
     """
 
     def __init__(self, tokenizer: Path, chat_template: str | None = None, ends: Sequence[int] = ()):
-        self.tokenizer = Tokenizer.load(tokenizer)
+        self.tokenizer = Tokenizer.load(tokenizer, complete=False)
         self.specials = self.tokenizer.special_ids
         self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
         self.pad_id = max(self.tokenizer.pad_id, 0)
         self.chat_template, self._ends = chat_template, ends
-        self._split = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
+        # The longest first, as one may begin with another; without any, a pattern that is nowhere in a text.
+        spelled = sorted(self.specials, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, spelled))})" if spelled else "(?!)")
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: </s>, and with a chat template the end of a turn."""
+        """Ids that end an answer: the end of a document if there is one, and with a chat template the end of a turn."""
         ends = [self.specials[END]] if self.chat_template is not None and END in self.specials else []
-        return list(dict.fromkeys([self.eos_id, *ends, *self._ends]))
+        return list(dict.fromkeys([*([self.eos_id] if self.eos_id >= 0 else []), *ends, *self._ends]))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids of a text after the symbol that begins a document; control symbols in it stay plain text.
 
-        An empty text without such a symbol begins after the end of a document.
+        An empty text without such a symbol begins after the end of a document. Raises ValueError if that has none
+        either.
         """
         begin = [self.bos_id] if self.bos_id >= 0 else []
-        return [*begin, *self.tokenizer.encode(text)] or [self.eos_id]
+        ids = [*begin, *self.tokenizer.encode(text)] or [self.eos_id]
+        if ids[0] < 0:
+            raise ValueError("the prompt is empty, and no token of the model begins or ends a text; write a prompt")
+        return ids
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Returns the ids of a dialogue and an opened assistant turn. Raises ValueError without a chat template."""

@@ -327,9 +327,9 @@ def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
     texts = [codec.decode(passage) for passage in reference.passages] + ODD_TEXTS
     wanted = "Trivium's ids"
     for name in ("bos", "eos"):
-        theirs, ours = getattr(tokenizer, f"{name}_token_id"), getattr(codec, f"{name}_id")
-        if theirs != (ours if ours >= 0 else None):
-            return Check("tokenizer", False, f"{name}_token_id is {theirs}", wanted)
+        theirs = getattr(tokenizer, f"{name}_token")
+        if theirs != codec.tokenizer.symbols.get(f"{name}_token"):
+            return Check("tokenizer", False, f"{name}_token is {theirs}", wanted)
     difference = first_difference(tokenizer, codec.tokenizer, texts)
     if difference is None and codec.chat_template is None and tokenizer("a").input_ids != codec.encode_prompt("a"):
         difference = f"'a' becomes {tokenizer('a').input_ids}, in training {codec.encode_prompt('a')}"

@@ -76,7 +76,10 @@ def _continue_prompts(model: "TextModel", texts: Sequence[str], options: "TextOp
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"--prompt {text[:20]!r}... is not valid Unicode; give it in UTF-8") from None
-        prompts.append(model.codec.encode_prompt(text))
+        try:
+            prompts.append(model.codec.encode_prompt(text))
+        except ValueError as error:
+            raise ConfigError(f"--prompt {text[:20]!r}: {error}") from None
         try:
             model.room(prompts[-1])
         except ValueError as error:

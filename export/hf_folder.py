@@ -1,5 +1,9 @@
-"""Opens a Hugging Face model directory, and finds everything that is wrong with it before a tensor is converted."""
+"""Opens a Hugging Face model directory, and finds everything that is wrong with it before a tensor is converted.
 
+Training reads such a directory as well (`init.hf`), so this module and what it imports need nothing of the trainer.
+"""
+
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,11 +12,18 @@ from typing import Any
 
 import torch
 
+from configs.files import file_sha256
+from configs.loader import ConfigError
 from configs.model import ModelConfig
+from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE, Tokenizer
 from export.conversion.registry import family_of_config
 from export.conversion.table import Family
 from export.conversion.walk import KEPT, ConversionError, Fit, convert, embedding_name, fit, head_name
-from export.tensors import TensorFolder, scan_tensors
+from export.publishing import RECORD
+from export.tensors import TensorFolder, scan_tensors, tensor_files
+
+HF_CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,19 @@ class HFFolder:
         return self.tensors.read(self.fit.names[name])
 
 
+class FolderTensors:
+    """The weights of a Hugging Face directory by Trivium's names; `balance` is the router bias of its MoE layers."""
+
+    def __init__(self, opened: HFFolder):
+        self.path = opened.tensors.folder
+        self.shapes = {name: shape for entry in opened.fit.walked for name, shape in entry.ours.items()}
+        self.read = opened.reader()
+        self.balance = {name: self.read(name) for name in self.shapes if ".moe.balance." in name}
+
+
 def open_hf_folder(directory: Path) -> HFFolder:
     """Opens a directory. Raises one ConversionError that names everything wrong with config.json, files and tensors."""
-    raw = read_json(directory / "config.json")
+    raw = read_json(directory / HF_CONFIG)
     tensors = scan_tensors(directory)
     try:
         family = family_of_config(raw)
@@ -111,3 +132,72 @@ def _head_problems(family: Family, tensors: TensorFolder, fitted: Fit) -> list[s
         f"tie_word_embeddings = true, but {head} differs from {embedding}; set tie_word_embeddings = false in "
         "config.json if the head is its own"
     ]
+
+
+def facts_of(directory: Path, opened: HFFolder) -> dict[str, Any]:
+    """Returns what an export of the model, or of one trained from it, has to know: architecture and special ids.
+
+    `token_ids` has the ids that the directory states, None where it states that there is none.
+    """
+    generation = read_json(directory / GENERATION) if (directory / GENERATION).is_file() else {}
+    # An empty generation_config.json says nothing, and does not take back what config.json says.
+    ids = opened.raw | {name: value for name, value in generation.items() if value is not None}
+    return {
+        "source": str(directory),
+        "architecture": opened.family.architecture,
+        "token_ids": {name: ids[name] for name in TOKEN_IDS if name in ids},
+        "generation": generation,
+    }
+
+
+def content_sha256(directory: Path) -> str:
+    """Returns a SHA-256 of config.json and of all files of weights; it reads all of them."""
+    files = [directory / HF_CONFIG, *tensor_files(directory)]
+    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()
+
+
+def tokenizer_of_folder(directory: Path) -> Tokenizer | None:
+    """Returns the directory's tokenizer, None if it has none that Trivium can use; tokenizer.model comes first.
+
+    Raises ConfigError if it cannot be the model's: the directory is an export of Trivium with another one, or its
+    tokenizer.json has another vocabulary.
+    """
+    file, record, fast = (directory / name for name in (SENTENCEPIECE_FILE, RECORD, HUGGINGFACE_FILE))
+    exported = json.loads(record.read_text(encoding="utf-8")).get("files", {}) if record.is_file() else {}
+    for one in (file, fast):
+        if one.is_file() and exported.get(one.name) not in (None, file_sha256(one)):
+            raise ConfigError(
+                f"{one} is not the one that {directory} was exported with; restore that one, or export the model again"
+            )
+    if not file.is_file():
+        return _usable(fast)
+    vocabulary = json.loads(fast.read_text(encoding="utf-8"))["model"]["vocab"] if fast.is_file() else None
+    if isinstance(vocabulary, dict):
+        _check_same_pieces(file, fast, vocabulary)
+    return _usable(file) or _usable(fast)  # the first puts a space before a text, for example, as LLaMA's does
+
+
+def _check_same_pieces(file: Path, fast: Path, vocabulary: dict[str, int]) -> None:
+    """Raises ConfigError if a sentencepiece model and the vocabulary of tokenizer.json have ids of different pieces."""
+    import sentencepiece
+
+    theirs = {number: piece for piece, number in vocabulary.items()}
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except RuntimeError:
+        raise ConfigError(f"{file} is not a sentencepiece model; fetch it again, or remove it") from None
+    for number in range(pieces.vocab_size()):
+        piece = pieces.id_to_piece(number)
+        if theirs.get(number, piece) not in (piece, piece.replace(SPACE, " ")):
+            raise ConfigError(
+                f"{file} and {fast} have different vocabularies (token {number} is {piece!r} and "
+                f"{theirs[number]!r}), so one of them is another model's; put the right one there"
+            )
+
+
+def _usable(file: Path) -> Tokenizer | None:
+    """Returns the tokenizer in a file, None if there is no file or Trivium cannot use it."""
+    try:
+        return Tokenizer.load(file, complete=False)
+    except ValueError:
+        return None

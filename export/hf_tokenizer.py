@@ -160,8 +160,7 @@ def write_tokenizer(
     own = Tokenizer.load(model_path)
     chat_template = own.chat_template if chat_template is None else chat_template
     adds_bos = own.bos_id >= 0 and (own.foreign or chat_template is None)
-    ids = {"unk_token": own.unk_id, "bos_token": own.bos_id, "eos_token": own.eos_id, "pad_token": own.pad_id}
-    names = {name: own.pieces[number] for name, number in ids.items() if number >= 0}
+    names = own.symbols
     others = [name for name in own.special_ids if name not in names.values()]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -20,8 +20,9 @@ from export.conversion.registry import family_of
 from export.conversion.table import Family
 from export.conversion.walk import ConversionError, convert, entries, problems
 from export.hf_config import to_hf_config
+from export.hf_folder import TOKEN_IDS
 from export.hf_tokenizer import write_tokenizer
-from export.model_source import TOKEN_IDS, ModelSource, Weights
+from export.model_source import ModelSource, Weights
 from export.tensors import write_tensors
 from pretrain.model import Decoder, LayerContext
 
@@ -44,12 +45,16 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
     else:
         write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template, family.model_type)
     if codec is None or source.token_ids:
-        bos, eos, pad = (source.token_ids.get(name) for name in TOKEN_IDS)
-        generation = source.generation | {name: value for name, value in source.token_ids.items() if value is not None}
-        left_out = {name for name in TOKEN_IDS if name not in source.token_ids}  # transformers' own are taken
+        ids = dict(source.token_ids)
+        if codec is not None and "train" in source.run_config:  # it may have learnt to end its turns with another token
+            ids["eos_token_id"] = codec.stop_ids or None
+        bos, eos, pad = (ids.get(name) for name in TOKEN_IDS)
+        generation = source.generation | {name: value for name, value in ids.items() if value is not None}
+        left_out = {name for name in TOKEN_IDS if name not in ids}  # transformers' own are taken
     else:
-        bos, eos, pad = (codec.bos_id if codec.bos_id >= 0 else None), codec.eos_id, codec.pad_id
-        generation, left_out = dict(zip(TOKEN_IDS, (bos, codec.stop_ids, pad), strict=True)), set()
+        bos, eos = (number if number >= 0 else None for number in (codec.bos_id, codec.eos_id))
+        pad, left_out = codec.pad_id, set()
+        generation = dict(zip(TOKEN_IDS, (bos, codec.stop_ids, pad), strict=True))
     hf_config = to_hf_config(model, source.context, dtype, bos, eos, pad, family.architecture)
     hf_config = {key: value for key, value in hf_config.items() if key not in left_out}
     for name, content in (("config.json", hf_config | weights.kept_keys), ("generation_config.json", generation)):

@@ -1,28 +1,35 @@
-"""`trivium import`: converts a Hugging Face directory of one of the known families to Trivium's weights.
+"""`trivium import`: converts a Hugging Face directory of one of the known families to a model to start from.
 
-OUT gets `model.safetensors` with Trivium's names (bit-identical, in the dtype of the files), `model.toml` with the
-`[model]` section for a training config, and the tokenizer's files. `trivium generate`, `chat` and `export` accept OUT
-in place of a run. Nothing is downloaded, no tokenizer is converted, and pickled weights are not loaded.
+OUT is laid out as a run with one checkpoint, `checkpoints/step_0`, whose weights are bit-identical and in the dtype of
+the files, and so are tensors that Trivium computes nothing with, which an export gives back. Beside it are the model's
+tokenizer and chat template, and `config.toml` with its `[model]` section. `trivium train`, `sft` and `grpo` start from
+OUT by `init.run`, and `trivium generate`, `chat`, `eval` and `export` take it as they take a run. Nothing is
+downloaded, and pickled weights are not loaded.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from configs.cli import command_parser, entrypoint
-from configs.files import file_sha256, write_atomic
-from configs.loader import ConfigError, plain
-from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE, Tokenizer
-from export.publishing import RECORD, partly_written
+from configs.files import write_atomic
+from configs.loader import ConfigError, plain, toml
+from export.publishing import partly_written
+
+if TYPE_CHECKING:
+    import torch
+
+    from data_pipeline.tokens.tokenizer import Tokenizer
+    from export.hf_folder import HFFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts the directory that the command line names and returns 0."""
     parser = command_parser(
         prog="trivium import",
-        description="Turns a Hugging Face directory with safetensors, of a family in docs/families.md, into weights.",
+        description="Turns a Hugging Face directory with safetensors, of a family in docs/families.md, into a run.",
         example="trivium import ~/models/tinyllama runs/imported/tinyllama",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
@@ -44,47 +51,96 @@ def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_
 
     Raises ValueError (ConfigError among them) that names every file, key and tensor that is wrong.
     """
-    import tomli_w
-
-    from export.hf_folder import open_hf_folder, read_json
-    from export.model_source import GENERATION, IMPORTED, TOKEN_IDS, TOKENIZER_FILES
-    from export.tensors import write_tensors
+    from export.hf_folder import open_hf_folder, tokenizer_of_folder
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
     opened = open_hf_folder(directory)
-    family, model = opened.family, opened.model
-    tokenizer = tokenizer_sha256(directory)
-    stated = read_json(directory / GENERATION) if (directory / GENERATION).is_file() else {}
-    # An empty generation_config.json says nothing, and does not take back what config.json says.
-    ids = opened.raw | {name: value for name, value in stated.items() if value is not None}
-    what = f"{family.architecture}, {model.num_parameters():,} parameters{_said_of_kept(opened.fit.kept)}"
+    tokenizer = tokenizer_of_folder(directory)
+    kept = _said_of_kept(opened.fit.kept)
+    what = f"{opened.family.architecture}, {opened.model.num_parameters():,} parameters{kept}"
     if dry_run:
         return f"{what}: every tensor is there; nothing was written"
-
     with partly_written(out, "OUT") as partial:
-        write_tensors(partial, opened.converted(), int(max_shard_gb * 1e9))
-        for name in (*TOKENIZER_FILES, GENERATION):
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, partial / name)
-        tree = {
-            "model": plain(model),
-            "import": {
-                "source": str(directory),
-                "architecture": family.architecture,
-                "max_positions": family.longest_row(opened.raw),
-                "tokenizer_sha256": tokenizer,
-                "token_ids": {name: ids[name] for name in TOKEN_IDS if ids.get(name) is not None},
-                "no_token_ids": [name for name in TOKEN_IDS if name in ids and ids[name] is None],
-                "kept": {key: opened.raw[key] for key in family.kept_keys if opened.raw.get(key) is not None},
-            },
-        }
-        write_atomic(partial / IMPORTED, tomli_w.dumps(tree).encode())
+        ends = _write(directory, opened, tokenizer, partial, int(max_shard_gb * 1e9))
         partial.rename(out)
-    said = f"{what}: written to {out}; its [model] section is in {out / IMPORTED}"
-    if ids.get("eos_token_id") is None:
+    said = f"{what}: written to {out}; train from it with init.run={out}"
+    if not ends:
         said += f"; no file of {directory} names an eos_token_id, so that nothing says where its texts end"
     return said
+
+
+def _write(directory: Path, opened: "HFFolder", tokenizer: "Tokenizer | None", out: Path, max_bytes: int) -> bool:
+    """Writes the checkpoint and the files beside it; returns whether a file names a token that ends a text."""
+    from data_pipeline.tokens.foreign import roles_file, template_in
+    from export.hf_folder import facts_of
+    from export.model_source import TOKENIZER_FILES
+    from pretrain.checkpoint import storage
+    from pretrain.checkpoint.lineage import Lineage
+
+    facts, template = facts_of(directory, opened), template_in(directory)
+    lineage = Lineage(None, template, opened.family.longest_row(opened.raw), imported=facts)
+    if tokenizer is not None:
+        roles = roles_file(tokenizer) if tokenizer.foreign else None
+        lineage = Lineage(Path(tokenizer.origin), template, lineage.context, roles=roles, imported=facts)
+    final = storage.directory(out, 0)
+    temporary = storage.temporary_name(final)
+    temporary.mkdir(parents=True)
+    balance: dict[str, torch.Tensor] = {}
+    parts = list(_write_tensors(temporary, opened, max_bytes, balance))
+    state = {
+        "step": 0,
+        "samples": 0,
+        "tokens": 0,
+        "identity": lineage.identity,
+        "context": lineage.context,
+        **lineage.facts,
+        "layout": "trivium import",
+        "optimizer_steps": 0,
+        "balance": {name: tensor.tolist() for name, tensor in balance.items()},
+        "balance_dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in balance.items()},
+        "kept_keys": {key: opened.raw[key] for key in opened.family.kept_keys if opened.raw.get(key) is not None},
+        "config": {"model": plain(opened.model)},
+    }
+    storage.publish(temporary, final, parts, state, kinds=("weight",))
+    if tokenizer is None:  # an export gives them back as they are
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, out / name)
+    lineage.keep(out, lineage.identity)
+    write_atomic(out / "config.toml", toml({"model": plain(opened.model)}))
+    return facts["token_ids"].get("eos_token_id") is not None or (tokenizer is not None and tokenizer.eos_id >= 0)
+
+
+def _write_tensors(
+    folder: Path, opened: "HFFolder", max_bytes: int, balance: "dict[str, torch.Tensor]"
+) -> "Iterator[dict[str, Any]]":
+    """Writes the model's tensors as they come, and yields each file's part of the manifest.
+
+    A file has at most `max_bytes`, or one tensor. The router biases of MoE layers, which belong into the manifest, are
+    put into `balance`.
+    """
+    from export.conversion.walk import KEPT
+    from pretrain.checkpoint import storage
+
+    pieces: dict[str, tuple[storage.Piece, dict[str, torch.Tensor]]] = {}
+    size = number = 0
+    for named, tensor in opened.converted():
+        kind = storage.KEPT if named.startswith(KEPT) else "weight"
+        name = named.removeprefix(KEPT)
+        if ".moe.balance." in name and kind == "weight":
+            balance[name] = tensor
+            continue
+        if pieces and size + tensor.nbytes > max_bytes:
+            number += 1
+            yield storage.write_pieces(folder, f"weights_{number:05d}.safetensors", pieces)
+            pieces, size = {}, 0
+        shape = tuple(tensor.shape)
+        piece = storage.Piece(name, shape, (0,) * len(shape), shape, 0, tensor.numel())
+        # A view of a larger tensor would keep the whole of it.
+        pieces[named] = (piece, {kind: tensor.flatten().clone() if tensor._is_view() else tensor.flatten()})
+        size += tensor.nbytes
+    yield storage.write_pieces(folder, f"weights_{number + 1:05d}.safetensors", pieces)
 
 
 def _said_of_kept(names: Sequence[str]) -> str:
@@ -94,55 +150,6 @@ def _said_of_kept(names: Sequence[str]) -> str:
     layers = sorted({match[0] for name in names if (match := re.search(r"layers\.\d+", name))})
     where = ", ".join(layers) if layers else names[0]
     return f" (and {len(names)} tensors of {where}, which are not used, and are kept for an export)"
-
-
-def tokenizer_sha256(directory: Path) -> str:
-    """Returns the SHA-256 of the folder's tokenizer that Trivium can use, or "" if it has none.
-
-    Raises ConfigError if it cannot be the model's: the folder is an export of Trivium with another one, or its
-    tokenizer.json has another vocabulary.
-    """
-    file, record, fast = (directory / name for name in (SENTENCEPIECE_FILE, RECORD, HUGGINGFACE_FILE))
-    if not file.is_file():
-        if not _is_usable(fast):
-            return ""
-        file = fast
-    found = file_sha256(file)
-    exported = json.loads(record.read_text(encoding="utf-8")).get("files", {}) if record.is_file() else {}
-    if exported.get(file.name, found) != found:
-        raise ConfigError(
-            f"{file} is not the one that {directory} was exported with; restore that one, or export the model again"
-        )
-    if file == fast:
-        return found
-    vocabulary = json.loads(fast.read_text(encoding="utf-8"))["model"]["vocab"] if fast.is_file() else None
-    if isinstance(vocabulary, dict):
-        import sentencepiece
-
-        theirs = {number: piece for piece, number in vocabulary.items()}
-        try:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except RuntimeError:
-            raise ConfigError(f"{file} is not a sentencepiece model; fetch it again, or remove it") from None
-        for number in range(pieces.vocab_size()):
-            piece = pieces.id_to_piece(number)
-            if theirs.get(number, piece) not in (piece, piece.replace(SPACE, " ")):
-                raise ConfigError(
-                    f"{file} and {fast} have different vocabularies (token {number} is {piece!r} and "
-                    f"{theirs[number]!r}), so one of them is another model's; put the right one there"
-                )
-    if not _is_usable(file):  # it puts a space before a text, for example, as LLaMA's does
-        return file_sha256(fast) if _is_usable(fast) else ""
-    return found
-
-
-def _is_usable(file: Path) -> bool:
-    """Whether Trivium can use a tokenizer: it has the file, which keeps texts as they are and says what ends one."""
-    try:
-        Tokenizer.load(file)
-    except ValueError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     bootstrap.begin("pretrain.train")
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.cli import TRAINING_OPTIONS, TURN_SECONDS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_writable
@@ -25,13 +27,27 @@ from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.plan_choice import PlanChoice, choose_plan
 
 if TYPE_CHECKING:
+    from pretrain.checkpoint.lineage import Lineage
     from pretrain.evaluation.task_scores import TaskScores
     from pretrain.heldout_loss import Evaluator, HeldoutLoss
+    from pretrain.initial_model import InitialModel
     from pretrain.parallel.groups import Mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `trivium train` on one rank and returns the exit status, see `Trainer.fit`."""
+    begun: list[InitialModel] = []
+
+    def complete(tree: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+        """Gives a config with [init] the keys of that model."""
+        if not tree.get("init"):
+            return tree
+        from pretrain.initial_model import with_model
+
+        tree, found = with_model(tree, args.resume)
+        begun.extend(found)
+        return tree
+
     config, args = parse_args(
         PretrainConfig,
         argv,
@@ -39,30 +55,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Pretrains a decoder. Run again with the same command, it goes on from its newest checkpoint.",
         example="trivium train configs/pretrain/demo.toml train.steps=50 parallel.tp=1",
         options=TRAINING_OPTIONS,
+        complete=complete,
     )
+    initial = begun[0] if begun else None
     profiled = profiled_steps(args.profile, config.train.steps)
     env = ClusterEnvironment.read()
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     try:
-        choice = _choose_plan(config, args.resume)
+        choice = _choose_plan(config, args.resume, initial)
     except DamagedData as error:  # all ranks read the same plan and find the same damage
         return _failed(error, prints=env.is_main)
     if choice.reason and env.is_main:
         print(f"data.plan: {choice.reason}", flush=True)
+    if initial and initial.note and env.is_main:
+        print(f"note: {initial.note}", flush=True)
     if args.dry_run:
         print(
             f"{config.model.num_parameters():,} parameters ({config.model.num_parameters(active=True):,} active), "
             f"layout {layout}, {layout.grad_accum_steps} micro-batches a step, {config.train.steps} steps of "
-            f"{config.train.global_batch_size * config.train.seq_length:,} tokens into {config.run.dir}"
+            f"{config.train.global_batch_size * config.train.seq_length:,} tokens"
+            f"{f', from {initial.pin.checkpoint},' if initial else ''} into {config.run.dir}"
         )
         return 0
 
     # torch takes seconds to import, so mistakes in the config are reported before.
     scored = _task_scores(config, choice.plan)
     from pretrain.batch_source import PlanSource
-    from pretrain.checkpoint.lineage import Lineage
     from pretrain.data_check import DamagedTrainingData
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
@@ -79,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "these sources is not measured",
                     flush=True,
                 )
-            source, lineage = PlanSource(plan, choice.common_samples), Lineage.of_plan(plan, config.run.dir)
+            source, lineage = PlanSource(plan, choice.common_samples), _lineage(plan, config, initial)
             return Trainer(
                 config,
                 config.model,
@@ -138,13 +158,33 @@ def _task_scores(config: PretrainConfig, plan: Plan) -> "list[TaskScores]":
     return [TaskScores(config.eval, plan.tokenizer_path, config.train.seq_length, config.run.seed)]
 
 
-def _choose_plan(config: PretrainConfig, resume: str) -> PlanChoice:
-    """Returns the plan to train on. Raises ConfigError if its row length or vocabulary size is not the config's."""
+def _lineage(plan: Plan, config: PretrainConfig, initial: "InitialModel | None") -> "Lineage":
+    """Returns the lineage of the run's model: the plan's, with what the initial model adds to it if there is one."""
+    from pretrain.checkpoint.lineage import Lineage
+
+    lineage = Lineage.of_plan(plan, config.run.dir)
+    if initial is None:
+        return lineage
+    before = initial.lineage
+    return replace(
+        lineage,
+        init=initial.pin,
+        context=before.context,
+        chat_template=before.chat_template,
+        imported=before.imported,
+    )
+
+
+def _choose_plan(config: PretrainConfig, resume: str, initial: "InitialModel | None") -> PlanChoice:
+    """Returns the plan to train on. Raises ConfigError if its rows or its tokenizer are not those of the model."""
     choice = choose_plan(config.data.plan, Path(config.run.dir), resume)
-    for key, configured, planned in (
-        ("train.seq_length", config.train.seq_length, choice.plan.seq_length),
-        ("model.vocab_size", config.model.vocab_size, choice.plan.vocab_size),
-    ):
+    expected = [("train.seq_length", config.train.seq_length, choice.plan.seq_length)]
+    if initial is None:
+        expected.append(("model.vocab_size", config.model.vocab_size, choice.plan.vocab_size))
+    else:
+        initial.check_plan(config.data.plan, choice.plan)
+        initial.check_model(config.model)
+    for key, configured, planned in expected:
         if configured != planned:
             raise ConfigError(
                 f"{key} = {configured}, but the plan {choice.plan.path} was built for {planned}; set {key}={planned}"

@@ -31,6 +31,7 @@ from pretrain.checkpoint.saving import Saver
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.flops import flops_per_token, measured_flops, peak_flops
 from pretrain.heldout_loss import Evaluator
+from pretrain.initial_model import initial_weights
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
@@ -313,7 +314,8 @@ class Trainer:
                 )
             self._check_samples()
             if self.lineage.init:
-                checkpoint_state.restore(self.engine, self.lineage.init.checkpoint, optimizer=False)
+                with initial_weights(self.lineage.init) as tensors:
+                    checkpoint_state.begin_from(self.engine, tensors)
             return None
         manifest = storage.read_manifest(path)
         checkpoint_resume.check_identity(path, manifest, self.identity, self.source)

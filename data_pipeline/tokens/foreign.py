@@ -40,12 +40,16 @@ class NoRoles(ValueError):
 
 @dataclass(frozen=True)
 class Roles:
-    """Ids of the tokens of each role, -1 for none: unknown text, begin and end of a document, padding; a template."""
+    """Ids of the tokens of each role, -1 for none: unknown text, begin and end of a document, padding; a template.
+
+    `bos` is what the tokenizer puts before a text, and `bos_token` the token that the files call so, added or not.
+    """
 
     unk: int
     bos: int
     eos: int
     pad: int
+    bos_token: str | None = None
     chat_template: str | None = None
 
 
@@ -59,12 +63,17 @@ class Named:
 
 
 def find_roles(
-    folder: Path, fast: "tokenizers.Tokenizer", described: Mapping[str, Any], special: Sequence[str], named: Named
+    folder: Path,
+    fast: "tokenizers.Tokenizer",
+    described: Mapping[str, Any],
+    special: Sequence[str],
+    named: Named,
+    complete: bool = True,
 ) -> Roles:
     """Returns the roles of a tokenizer in `folder`; `described` is its tokenizer.json, `special` its special tokens.
 
-    Raises NoRoles if no file says which token ends a document, or several say so, ValueError for a token that the
-    vocabulary lacks.
+    If no file says which token ends a document, or one names several, then none does, and with `complete` that raises
+    NoRoles. Raises ValueError for a token that the vocabulary lacks.
     """
     config = _json(folder / ROLES_FILE)
     told = _json(folder / "special_tokens_map.json") | {
@@ -88,14 +97,22 @@ def find_roles(
 
     eos = role("eos", named.end, "tokenizer.end_of_document")
     if eos < 0:
-        eos = _eos_of_model(folder, fast, special)
+        try:
+            eos = _eos_of_model(folder, fast, special)
+        except NoRoles:
+            if complete:
+                raise
     pad = role("pad", named.padding, "tokenizer.padding")
     bos = _begin(fast, config, told, id_of) if named.begin is None else -1
     if named.begin:
         bos = id_of(named.begin, "tokenizer.begin_of_document")
     model = described["model"]
     unk = fast.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
-    return Roles(-1 if unk is None else int(unk), bos, eos, pad if pad >= 0 else eos, _template(folder, config))
+    bos_token = named.begin or _content(told.get("bos_token"))
+    if bos_token is not None and fast.token_to_id(bos_token) is None:
+        bos_token = None
+    unk = -1 if unk is None else int(unk)
+    return Roles(unk, bos, eos, pad if pad >= 0 else eos, bos_token, template_in(folder, config))
 
 
 def _begin(
@@ -130,12 +147,18 @@ def _eos_of_model(folder: Path, fast: "tokenizers.Tokenizer", special: Sequence[
     )
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Returns the chat template in a folder; of several named ones, the one named default."""
-    file, found = folder / TEMPLATE_FILE, config.get("chat_template")
+def template_in(folder: Path, config: Mapping[str, Any] | None = None) -> str | None:
+    """Returns the chat template in a folder, whose tokenizer_config.json is `config`; None if there is none.
+
+    A file of its own comes before a key, as in transformers; of several named ones, the one named default is taken.
+    """
+    file = folder / TEMPLATE_FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = (_json(folder / ROLES_FILE) if config is None else config).get("chat_template")
     if isinstance(found, list):
         found = next((one.get("template") for one in found if one.get("name") == "default"), None)
-    return file.read_text(encoding="utf-8") if found is None and file.is_file() else found
+    return found if isinstance(found, str) else None
 
 
 def locate(path: str, key: str = "tokenizer.file") -> Path:
@@ -216,10 +239,9 @@ def adopt(settings: "TokenizerConfig", out: Path) -> dict[str, Any]:
 
 def roles_file(tokenizer: Tokenizer) -> bytes:
     """Returns the content of a tokenizer_config.json that holds a foreign tokenizer's roles and chat template."""
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
     content: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{role}_token": tokenizer.pieces[number] for role, number in ids.items() if number >= 0},
+        **tokenizer.symbols,
         "add_bos_token": tokenizer.bos_id >= 0,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,

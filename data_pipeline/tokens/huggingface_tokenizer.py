@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from data_pipeline.tokens.foreign import Named, NoRoles, Roles, find_roles
+from data_pipeline.tokens.foreign import Named, Roles, find_roles
 from data_pipeline.tokens.tokenizer import PROBE, SPECIALS, Tokenizer, check_unicode
 
 
@@ -52,19 +52,16 @@ class HuggingFaceTokenizer(Tokenizer):
         roles: Roles | None = None
         self.foreign = not special_ids.keys() >= set(SPECIALS)
         if self.foreign:
-            try:
-                roles = find_roles(Path(origin).parent, fast, described, list(special_ids), named or Named())
-            except NoRoles:
-                if complete:
-                    raise
-            else:
-                taken = {pieces[one]: one for one in (roles.bos, roles.eos, roles.pad) if one >= 0}
-                special_ids = dict(sorted((special_ids | taken).items(), key=lambda item: item[1]))
+            roles = find_roles(Path(origin).parent, fast, described, list(special_ids), named or Named(), complete)
+            taken = {pieces[one]: one for one in (roles.bos, roles.eos, roles.pad) if one >= 0}
+            special_ids = dict(sorted((special_ids | taken).items(), key=lambda item: item[1]))
         own_bytes = _bytes_of(pieces, described, added, special_ids)
         super().__init__(content, origin, pieces, special_ids, own_bytes or [b""] * len(pieces))
         if roles is not None:
             self.unk_id, self.bos_id, self.eos_id, self.pad_id = roles.unk, roles.bos, roles.eos, roles.pad
-            self.chat_template = roles.chat_template
+            self.chat_template, bos_token = roles.chat_template, roles.bos_token
+            self.symbols = self._symbols_of_roles() | ({"bos_token": bos_token} if bos_token else {})
+            self.pad_id = max(self.pad_id, 0)  # without a role for it, any token can fill rows: none of them is trained
         spelled = zip(special_ids.items(), self._plain(list(special_ids)), strict=True)
         made = [name for (name, one), ids in spelled if one != self.unk_id and one in ids]
         self._made = re.compile("|".join(map(re.escape, made))) if made else None

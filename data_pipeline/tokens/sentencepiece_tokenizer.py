@@ -41,6 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         ]
         super().__init__(model, origin, pieces, special_ids, own_bytes)
         self.unk_id, self.bos_id, self.eos_id, self.pad_id = sp.unk_id(), sp.bos_id(), sp.eos_id(), sp.pad_id()
+        self.symbols = self._symbols_of_roles()
         self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if self.unk_id in self._space_ids or self.decode(self.encode(PROBE)) != PROBE:
             raise ValueError(

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from configs.files import write_atomic
 from configs.tokenizer import CONTROLS
 
 if TYPE_CHECKING:
@@ -43,8 +42,10 @@ class Tokenizer(ABC):
     `special_ids` are the ids of control symbols by name, in order; `token_bytes`, int64 [vocab_size], are the UTF-8
     bytes of each id, 0 for control symbols, and 0 for all ids of a tokenizer whose ids stand for no bytes. It is
     `lossless` if it keeps every text as it is. `bos_id`, which begins a document, is -1 if nothing does; `eos_id` ends
-    one. `sha256` is the checksum of its file `origin`. `pieces` are the spellings of all ids. A `foreign` tokenizer was
-    trained elsewhere, and may have a chat template.
+    one, and is -1 for a tokenizer loaded without `complete` whose files name no end. `symbols` are the
+    tokens by transformers' names of their roles, such as bos_token, which is there even if nothing puts it before a
+    text. `sha256` is the checksum of its file `origin`. `pieces` are the spellings of all ids. A `foreign` tokenizer
+    was trained elsewhere, and may have a chat template.
     """
 
     lossless = True
@@ -58,6 +59,7 @@ class Tokenizer(ABC):
         self.pieces, self.special_ids, self._bytes = list(pieces), special_ids, own_bytes
         self.vocab_size = len(self.pieces)
         self.unk_id, self.bos_id, self.eos_id, self.pad_id = (special_ids.get(name, -1) for name in SPECIALS[:4])
+        self.symbols = self._symbols_of_roles()
         self.token_bytes = np.array([len(piece) for piece in own_bytes], dtype=np.int64)
         self._ids = {piece: i for i, piece in enumerate(self.pieces)}
 
@@ -90,6 +92,10 @@ class Tokenizer(ABC):
                 f"{info['sha256'][:12]}...: the file was changed or damaged; run its stage again"
             )
         return tokenizer
+
+    def _symbols_of_roles(self) -> dict[str, str]:
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
+        return {f"{role}_token": self.pieces[number] for role, number in ids.items() if number >= 0}
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of plain text, which are never control symbols."""
@@ -153,11 +159,10 @@ def file_name(tokenizer: Path) -> str:
     return HUGGINGFACE_FILE if tokenizer.suffix == ".json" else SENTENCEPIECE_FILE
 
 
-def copy_roles(tokenizer: Path, folder: Path) -> None:
-    """Copies the file with the roles of a foreign tokenizer's tokens to a folder that has a copy of the tokenizer."""
+def roles_beside(tokenizer: Path) -> bytes | None:
+    """Returns the content of the file with the roles of a foreign tokenizer's tokens, None if it has none."""
     file = tokenizer.with_name(ROLES_FILE)
-    if tokenizer.suffix == ".json" and file.is_file():
-        write_atomic(folder / ROLES_FILE, file.read_bytes())
+    return file.read_bytes() if tokenizer.suffix == ".json" and file.is_file() else None
 
 
 def check_unicode(text: str) -> None:

@@ -23,7 +23,7 @@ from pretrain.checkpoint import storage
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """Statistics of one parameter: of its fp32 master weight and of Adam's moments.
+    """Statistics of one parameter: of its master weight and of Adam's moments, None for those of an imported model.
 
     `norm` is the weight's Frobenius norm, `largest` its greatest absolute value. `exp_avg` is the root mean square of
     the first moment, `exp_avg_sq` the root of the second one's mean: both in units of the gradient. `not_finite` counts
@@ -34,24 +34,26 @@ class TensorFacts:
     shape: tuple[int, ...]
     norm: float
     largest: float
-    exp_avg: float
-    exp_avg_sq: float
+    exp_avg: float | None
+    exp_avg_sq: float | None
     not_finite: int
 
 
 def tensor_facts(path: Path) -> Iterator[TensorFacts]:
     """Yields the statistics of all parameters, in the checkpoint's order."""
     with storage.Reader(path) as reader:
-        for name in reader.names:
-            weight, first, second = (reader.read(name, kind).double() for kind in storage.KINDS)
+        has_moments = "exp_avg" in reader.manifest["kinds"]
+        for name in reader.shapes:
+            weight = reader.read(name).double()
+            moments = [reader.read(name, kind).double() for kind in storage.KINDS[1:]] if has_moments else []
             yield TensorFacts(
                 name,
                 tuple(weight.shape),
                 norm=float(weight.norm()),
                 largest=float(weight.abs().max()),
-                exp_avg=math.sqrt(float(first.square().mean())),
-                exp_avg_sq=math.sqrt(float(second.mean())),
-                not_finite=sum(int((~tensor.isfinite()).sum()) for tensor in (weight, first, second)),
+                exp_avg=math.sqrt(float(moments[0].square().mean())) if moments else None,
+                exp_avg_sq=math.sqrt(float(moments[1].mean())) if moments else None,
+                not_finite=sum(int((~tensor.isfinite()).sum()) for tensor in (weight, *moments)),
             )
 
 
@@ -115,7 +117,8 @@ def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFac
     for column in table.columns[2:]:
         column.justify = "right"
     for f in facts:
-        numbers = (f"{value:.4g}" for value in (f.norm, f.largest, f.exp_avg, f.exp_avg_sq))
+        values = (f.norm, f.largest, f.exp_avg, f.exp_avg_sq)
+        numbers = ("none" if value is None else f"{value:.4g}" for value in values)
         table.add_row(f.name, "×".join(map(str, f.shape)), *numbers, style="bold red" if f.not_finite else None)
     console.print(table)
     console.print(

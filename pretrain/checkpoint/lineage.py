@@ -1,8 +1,9 @@
 """A model's tokenizer, chat template and origin, all of which every run keeps in its own directory.
 
-A run directory has `tokenizer.model` or `tokenizer.json`, and after post-training `chat_template.jinja`. The identity
-in each checkpoint's manifest holds their SHA-256, so that weights are never used with another tokenizer or template
-than in training. The manifest also holds the model's `context`, the checkpoint that the run began from (`init`), and
+A run directory has `tokenizer.model` or `tokenizer.json`, beside a tokenizer.json that was trained elsewhere
+`tokenizer_config.json` with the roles of its tokens, and after post-training `chat_template.jinja`. The identity in
+each checkpoint's manifest holds their SHA-256, so that weights are never used with another tokenizer or template than
+in training. The manifest also holds the model's `context`, the checkpoint that the run began from (`init`), and
 its data plan, whose held-out part evaluations use. So a run may be moved, and the run that it began from may continue,
 be moved or be deleted.
 """
@@ -18,7 +19,7 @@ from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError
 from data_pipeline.mixture.earlier import where
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.tokens.tokenizer import copy_roles, file_name, tokenizer_file
+from data_pipeline.tokens.tokenizer import ROLES_FILE, file_name, roles_beside, tokenizer_file
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 
@@ -68,7 +69,9 @@ class Lineage:
     """The tokenizer, chat template and origin of the model that a run trains or a checkpoint holds.
 
     `context` is the length, in tokens, of the longest rows that the weights were trained on so far. `tokenizer` is a
-    file whose content has been checked.
+    file whose content has been checked, and `roles` the content of the file with the roles of its tokens, which only
+    one that was trained elsewhere has. `imported` is what an export has to know of a model that descends from an
+    imported one: its `architecture` in transformers, its `token_ids`, and its `generation` config.
     """
 
     tokenizer: Path | None = None
@@ -76,21 +79,33 @@ class Lineage:
     context: int = 0
     plan: PlanLocation | None = None
     init: Pin | None = None
+    roles: bytes | None = None
+    imported: dict[str, Any] | None = None
 
     @classmethod
     def of_plan(cls, plan: Plan, run_dir: str | Path) -> "Lineage":
         """Makes the lineage of a model with random initial weights that is trained on `plan`."""
-        return cls(plan.tokenizer_path, plan=PlanLocation.of(plan.path, plan.fingerprint, Path(run_dir)))
+        location = PlanLocation.of(plan.path, plan.fingerprint, Path(run_dir))
+        return cls(plan.tokenizer_path, plan=location, roles=roles_beside(plan.tokenizer_path))
 
     @classmethod
-    def of_checkpoint(cls, path: Path, manifest: dict[str, Any]) -> "Lineage":
-        """Reads a checkpoint's lineage. Raises CheckpointError if tokenizer or template is missing or replaced."""
-        run, template = storage.run_of(path), None
-        plan = plan_of(manifest)
-        if sha256 := manifest.get("identity", {}).get("chat_template"):
+    def of_checkpoint(cls, path: Path, manifest: dict[str, Any], tokenizer: Path | None = None) -> "Lineage":
+        """Reads a checkpoint's lineage, with the `tokenizer` that is given or else the one that its run keeps.
+
+        Raises CheckpointError if tokenizer or template is missing or replaced.
+        """
+        run, template, roles = storage.run_of(path), None, None
+        identity = manifest.get("identity", {})
+        tokenizer = tokenizer or tokenizer_of(path, manifest)
+        if sha256 := identity.get("chat_template"):
             template = _kept(run / CHAT_TEMPLATE, sha256).read_text(encoding="utf-8")
+        if tokenizer is not None and identity.get("roles"):
+            roles = _kept(tokenizer.with_name(ROLES_FILE), identity["roles"]).read_bytes()
+        elif tokenizer is not None and "roles" not in identity:  # a checkpoint from before it was recorded
+            roles = roles_beside(tokenizer)
         init = Pin(**manifest["init"]) if manifest.get("init") else None
-        return cls(tokenizer_of(path, manifest), template, manifest.get("context", 0), plan, init)
+        context, imported = manifest.get("context", 0), manifest.get("import")
+        return cls(tokenizer, template, context, plan_of(manifest), init, roles, imported)
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -98,13 +113,15 @@ class Lineage:
         return {
             "init": self.init.sha256 if self.init else None,
             "tokenizer": file_sha256(self.tokenizer) if self.tokenizer else None,
+            "roles": hashlib.sha256(self.roles).hexdigest() if self.roles is not None else None,
             "chat_template": text_sha256(self.chat_template) if self.chat_template is not None else None,
         }
 
     @property
     def facts(self) -> dict[str, Any]:
         """The facts that a checkpoint's manifest holds beside the identity."""
-        return {"init": self.init and asdict(self.init), "plan": self.plan and asdict(self.plan)}
+        facts: dict[str, Any] = {"init": self.init and asdict(self.init), "plan": self.plan and asdict(self.plan)}
+        return facts | ({"import": self.imported} if self.imported else {})
 
     def keep(self, run_dir: Path, identity: dict[str, Any]) -> None:
         """Copies tokenizer and template into the run. Raises ConfigError if the tokenizer has changed since."""
@@ -113,7 +130,8 @@ class Lineage:
             if hashlib.sha256(content).hexdigest() != identity["tokenizer"]:
                 raise ConfigError(f"{self.tokenizer} was replaced while the run started; start it again")
             write_atomic(run_dir / file_name(self.tokenizer), content)
-            copy_roles(self.tokenizer, run_dir)
+        if self.roles is not None:
+            write_atomic(run_dir / ROLES_FILE, self.roles)
         if self.chat_template is not None:
             write_atomic(run_dir / CHAT_TEMPLATE, self.chat_template.encode())
 

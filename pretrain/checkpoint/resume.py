@@ -104,6 +104,11 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
     where the checkpoint's own plan ended, the length of rows and the base of the rotary embedding may change as well,
     as training on longer context needs.
     """
+    if "train" not in manifest["config"]:
+        raise ConfigError(
+            f"{path} is an imported model, not a checkpoint of a run; set init.run={storage.run_of(path)} and another "
+            "run.dir"
+        )
     found = manifest.get("identity", {})
     data, samples = found.get("data"), manifest["samples"]
     passes_on = source.after is not None and data == source.after
@@ -128,7 +133,8 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
     said = []
     for key, (before, now) in differing.items():
         if key == "model":
-            said += words(_model_changes(path, before, now, ("position.theta",) if passes_on else ()))
+            free = ("position.theta",) if passes_on else ()
+            said += words(model_changes(f"the model of {path}", before, now, free))
         elif key == "data":
             said.append(f"its data differ: {source.difference(_facts(manifest))}")
         elif key in _WORDS:
@@ -150,18 +156,27 @@ _TRAINING_ONLY = ("aux_loss", "aux_loss_coef", "z_loss_coef", "bias_update_rate"
 _WORDS = {
     "init": "the checkpoint that it begins from",
     "tokenizer": "the tokenizer",
+    "roles": "the roles of the tokenizer's tokens",
     "chat_template": "the chat format",
 }
 _CONFIG_KEYS = {"seed": "run.seed", "seq_length": "train.seq_length"}
 
 
-def _model_changes(path: Path, before: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> Changes:
-    """Returns each key `model.KEY` that has changed but may not; a key that `before` lacks had its default."""
-    old = validate(ModelConfig, before, origin=f"the model of {path}")
+def model_changes(
+    origin: str, before: dict[str, Any], now: dict[str, Any], free: Sequence[str], starts: bool = False
+) -> Changes:
+    """Returns each key `model.KEY` that has changed but may not; a key that `before` lacks had its default.
+
+    The keys in `free` may change, and so may those of training alone, unless a run that goes on would need other
+    balancing state than `before` has, or a run that `starts` from that model would lose its router bias.
+    """
+    old = validate(ModelConfig, before, origin=origin)
     new = validate(ModelConfig, now)
     found = changes(plain(old), plain(new))
-    if old.moe and new.moe and old.moe.state() == new.moe.state():
-        free = [*free, *(f"moe.{key}" for key in _TRAINING_ONLY)]
+    if old.moe and new.moe:
+        kept = ("bias" in old.moe.state()) == ("bias" in new.moe.state())
+        if kept if starts else old.moe.state() == new.moe.state():
+            free = [*free, *(f"moe.{key}" for key in _TRAINING_ONLY)]
     return {f"model.{key}": pair for key, pair in found.items() if key not in free}
 
 

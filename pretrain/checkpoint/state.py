@@ -4,10 +4,11 @@ Under ZeRO each rank owns a range (`Fragment`) of the fp32 master weight and of 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,20 +47,44 @@ def manifest_facts(engine: Engine) -> dict[str, Any]:
     return {"optimizer_steps": _optimizer_steps(engine), "balance": expert_balance.state(engine.module, engine.mesh)}
 
 
-def restore(engine: Engine, path: str | Path, optimizer: bool = True) -> None:
-    """Fills master weights, model weights and (with `optimizer`) moments from a checkpoint of any layout."""
+class WholeTensors(Protocol):
+    """Weights by global name, whole, from a checkpoint or from another folder; `balance` belongs to MoE layers."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    balance: dict[str, torch.Tensor]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a whole tensor."""
+        ...
+
+
+def restore(engine: Engine, path: str | Path) -> None:
+    """Fills master weights, model weights, moments and expert balance from a checkpoint of any layout."""
     with Reader(path) as reader:
-        _check_shapes(engine, reader)
-        kinds = storage.KINDS if optimizer else ("weight",)
-        if optimizer:
-            _make_moments(engine, reader.manifest["optimizer_steps"])
-        for name, parameter, own in _fragments(engine):
-            for kind in kinds:
-                whole = reader.read(name, kind)
-                local = engine.mesh.slices.cut(whole, parameter).flatten()
-                _flat(engine, own, kind).copy_(local[own.start : own.start + own.numel])
-    expert_balance.restore(engine.module, reader.manifest.get("balance", {}))
+        _check_shapes(engine, reader, required=list(engine.module.named_balance()))
+        _make_moments(engine, reader.manifest["optimizer_steps"])
+        for kind in storage.KINDS:
+            _fill(engine, partial(reader.read, kind=kind), kind)
+    expert_balance.restore(engine.module, reader.balance)
     zero.update_weights(engine.zero)
+
+
+def begin_from(engine: Engine, tensors: WholeTensors) -> None:
+    """Fills master weights and model weights with those of another model, with which a new run begins.
+
+    The router bias of MoE layers is taken over. Their load, a statistic of the last step, is taken if there is one.
+    """
+    _check_shapes(engine, tensors, required=[])
+    _fill(engine, tensors.read, "weight")
+    expert_balance.restore(engine.module, tensors.balance)
+    zero.update_weights(engine.zero)
+
+
+def _fill(engine: Engine, read: Callable[[str], torch.Tensor], kind: str) -> None:
+    for name, parameter, own in _fragments(engine):
+        local = engine.mesh.slices.cut(read(name), parameter).flatten()
+        _flat(engine, own, kind).copy_(local[own.start : own.start + own.numel])
 
 
 def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -145,18 +170,21 @@ def _make_moments(engine: Engine, optimizer_steps: int) -> None:
         state["step"].fill_(optimizer_steps)
 
 
-def _check_shapes(engine: Engine, reader: Reader) -> None:
-    """Raises CheckpointError if the model's parameters are not those of the checkpoint, whose config it has by now."""
-    saved, balance = reader.manifest["parameters"], reader.manifest.get("balance", {})
+def _check_shapes(engine: Engine, tensors: WholeTensors, required: Sequence[str]) -> None:
+    """Raises CheckpointError if the model's parameters are not those of the checkpoint, whose config it has by now.
+
+    `required` are names of the balance of MoE layers that must be there.
+    """
+    saved, balance = tensors.shapes, tensors.balance
     other = "in this version of Trivium; use the version that trained it, or train it again in another run.dir"
-    for name in engine.module.named_balance():
+    for name in required:
         if name not in balance:
-            raise CheckpointError(f"{reader.path} has no {name}, which its model has {other}")
+            raise CheckpointError(f"{tensors.path} has no {name}, which its model has {other}")
     for name, parameter in engine.module.named_global_parameters():
-        shape = list(engine.mesh.slices.global_shape(zero.outline(parameter)))
+        shape = tuple(engine.mesh.slices.global_shape(zero.outline(parameter)))
         if name not in saved:
-            raise CheckpointError(f"{reader.path} has no {name}, which its model has {other}")
-        if saved[name]["shape"] != shape:
+            raise CheckpointError(f"{tensors.path} has no {name}, which its model has {other}")
+        if saved[name] != shape:
             raise CheckpointError(
-                f"{name} is {saved[name]['shape']} in {reader.path}, and its model has {shape} {other}"
+                f"{name} is {list(saved[name])} in {tensors.path}, and its model has {list(shape)} {other}"
             )

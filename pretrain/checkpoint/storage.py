@@ -1,5 +1,8 @@
 """Files of checkpoints: a directory `checkpoints/step_N/` of safetensors files and one `manifest.json`.
 
+An imported model is a run directory with the single checkpoint `step_0`. It has weights in the dtype that they came in
+and no moments, and may hold tensors that Trivium computes nothing with (`kept`), so that an export gives them back.
+
 A parameter is known by its global name. Each rank writes the pieces it owns: a piece is the flat range [start,
 start + length) of a box (offset, shape) of the global tensor, so tensor parallel cuts boxes and ZeRO cuts ranges, and
 any reader can assemble the whole tensor. The manifest names every piece, every file's size and SHA-256, and the run's
@@ -33,6 +36,22 @@ MANIFEST = "manifest.json"
 # been checked and found whole. The manifest itself is never changed, since other files hold its checksum.
 CHECKED = "data_checked"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weights and Adam's two moments
+KEPT = "kept"  # the kind of a tensor that Trivium computes nothing with
+# The dtypes of safetensors files by torch's; the names are the format's own.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointError(ValueError):
@@ -79,22 +98,36 @@ def rank_file(rank: int) -> str:
 def write_rank(
     temporary: Path, rank: int, pieces: Mapping[str, tuple[Piece, dict[str, torch.Tensor]]]
 ) -> dict[str, Any]:
-    """Writes one rank's pieces, {name: (piece, {kind: flat fp32 tensor in host memory})}.
+    """Writes one rank's pieces into its file, see `write_pieces`."""
+    return write_pieces(temporary, rank_file(rank), pieces)
 
-    Returns the rank's part of the manifest. Raises OSError, and may then leave an incomplete file.
+
+def write_pieces(
+    temporary: Path, file: str, pieces: Mapping[str, tuple[Piece, dict[str, torch.Tensor]]]
+) -> dict[str, Any]:
+    """Writes pieces, {name: (piece, {kind: flat tensor in host memory})}, to a file.
+
+    Returns the file's part of the manifest. Raises OSError, and may then leave an incomplete file.
     """
-    tensors = {f"{kind}/{name}": tensor for name, (_, kinds) in pieces.items() for kind, tensor in kinds.items()}
-    size, digest = _write_tensors(temporary / rank_file(rank), tensors)
+    tensors = {f"{kind}/{one.name}": tensor for one, kinds in pieces.values() for kind, tensor in kinds.items()}
+    size, digest = _write_tensors(temporary / file, tensors)
     return {
-        "file": rank_file(rank),
+        "file": file,
         "bytes": size,
         "sha256": digest,
-        "pieces": [asdict(piece) for piece, _ in pieces.values()],
+        "pieces": [asdict(piece) for piece, kinds in pieces.values() if KEPT not in kinds],
+        "kept": [asdict(piece) for piece, kinds in pieces.values() if KEPT in kinds],
     }
 
 
-def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Writes the manifest from all ranks' parts and renames the directory to its final name. One rank calls it.
+def publish(
+    temporary: Path,
+    final: Path,
+    parts: list[dict[str, Any]],
+    state: dict[str, Any],
+    kinds: tuple[str, ...] = KINDS,
+) -> None:
+    """Writes the manifest from the parts of all files and renames the directory to its final name. One rank calls it.
 
     Raises OSError, and CheckpointError if the parts do not cover every parameter.
     """
@@ -103,14 +136,8 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
         if not file.is_file() or file.stat().st_size != part["bytes"]:
             why = "missing or incomplete after its rank wrote it; put run.dir on a file system that all machines share"
             raise FileNotFoundError(errno.ENOENT, why, str(file))
-    parameters: dict[str, Any] = {}
-    for part in parts:
-        for piece in part["pieces"]:
-            entry = parameters.setdefault(piece["name"], {"shape": piece["global_shape"], "pieces": []})
-            entry["pieces"].append(
-                {"file": part["file"], **{k: piece[k] for k in ("offset", "shape", "start", "length")}}
-            )
-    for name, entry in parameters.items():
+    parameters, kept = _places(parts, "pieces"), _places(parts, "kept")
+    for name, entry in (parameters | kept).items():
         covered = sum(piece["length"] for piece in entry["pieces"])
         if covered != math.prod(entry["shape"]):
             raise CheckpointError(
@@ -118,9 +145,10 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
             )
     manifest = {
         **state,
-        "kinds": list(KINDS),
+        "kinds": list(kinds),
         "files": {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts},
         "parameters": parameters,
+        **({"kept": kept} if kept else {}),
     }
     _write_synced(temporary / MANIFEST, CHECKPOINT.write(manifest))
     sync(temporary)
@@ -130,6 +158,18 @@ def publish(temporary: Path, final: Path, parts: list[dict[str, Any]], state: di
     os.rename(temporary, final)
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _places(parts: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Returns the shape of each tensor that the parts list under `key`, and the places of its pieces."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for piece in part[key]:
+            entry = found.setdefault(piece["name"], {"shape": piece["global_shape"], "pieces": []})
+            entry["pieces"].append(
+                {"file": part["file"], **{k: piece[k] for k in ("offset", "shape", "start", "length")}}
+            )
+    return found
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -201,11 +241,20 @@ def latest(run_dir: str | Path) -> Path:
 
 
 class Reader:
-    """Reader that assembles whole tensors from a checkpoint's pieces, one at a time."""
+    """Reader that assembles whole tensors from a checkpoint's pieces, one at a time.
+
+    `shapes` has the shape of each parameter by its global name, and `balance` the load and router bias of MoE layers.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest = read_manifest(path)
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self.manifest["parameters"].items()}
+        dtypes = self.manifest.get("balance_dtypes", {})
+        self.balance = {
+            name: torch.tensor(values, dtype=getattr(torch, dtypes.get(name, "float32")))
+            for name, values in self.manifest.get("balance", {}).items()
+        }
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> "Reader":
@@ -217,24 +266,36 @@ class Reader:
         self._files.clear()
 
     @property
-    def names(self) -> list[str]:
-        return list(self.manifest["parameters"])
+    def kept(self) -> list[str]:
+        """Names of the tensors that are only kept, see the module's docstring."""
+        return list(self.manifest.get("kept", {}))
 
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
-        """Reads a whole fp32 tensor. Raises CheckpointError for a name or kind that the checkpoint lacks."""
-        if name not in self.manifest["parameters"] or kind not in self.manifest["kinds"]:
+        """Reads a whole tensor, in fp32, or of an imported model in the dtype that it came in.
+
+        Raises CheckpointError for a name or kind that the checkpoint lacks.
+        """
+        if name not in self.shapes or kind not in self.manifest["kinds"]:
             raise CheckpointError(f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model")
-        entry = self.manifest["parameters"][name]
-        whole = torch.empty(entry["shape"], dtype=torch.float32)
+        return self._assembled(self.manifest["parameters"][name], f"{kind}/{name}")
+
+    def read_kept(self, name: str) -> torch.Tensor:
+        """Reads a tensor that is only kept, by its name in the file that it came from."""
+        return self._assembled(self.manifest["kept"][name], f"{KEPT}/{name}")
+
+    def _assembled(self, entry: dict[str, Any], key: str) -> torch.Tensor:
         boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[dict[str, Any]]] = {}
         for piece in entry["pieces"]:
             boxes.setdefault((tuple(piece["offset"]), tuple(piece["shape"])), []).append(piece)
+        whole = None
         for (offset, shape), pieces in boxes.items():
-            box = torch.empty(math.prod(shape), dtype=torch.float32)
-            for piece in pieces:
-                flat = self._open(piece["file"]).get_tensor(f"{kind}/{name}")
-                box[piece["start"] : piece["start"] + piece["length"]] = flat
+            flat = [(piece["start"], self._open(piece["file"]).get_tensor(key)) for piece in pieces]
+            box = flat[0][1] if len(flat) == 1 else torch.cat([part for _, part in sorted(flat, key=lambda p: p[0])])
+            if len(boxes) == 1:
+                return box.view(entry["shape"])
+            whole = torch.empty(entry["shape"], dtype=box.dtype) if whole is None else whole
             whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))] = box.view(shape)
+        assert whole is not None
         return whole
 
     def _open(self, file: str) -> Any:
@@ -248,10 +309,10 @@ def read_full(path: str | Path, kind: str = "weight") -> dict[str, torch.Tensor]
 
     Weights come with the load and router bias of MoE layers. Raises CheckpointError.
     """
-    balance = verify(path).get("balance", {}) if kind == "weight" else {}
+    verify(path)
     with Reader(path) as reader:
-        whole = {name: reader.read(name, kind) for name in reader.names}
-    return whole | {name: torch.tensor(values) for name, values in balance.items()}
+        whole = {name: reader.read(name, kind).float() for name in reader.shapes}
+        return whole | (reader.balance if kind == "weight" else {})
 
 
 def prune(run_dir: str | Path, step: int, keep: int, keep_every: int = 0) -> None:
@@ -277,7 +338,7 @@ def remove_leftovers(run_dir: str | Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
-    """Writes fp32 tensors as a safetensors file. Returns its size and SHA-256.
+    """Writes tensors as a safetensors file. Returns its size and SHA-256.
 
     The library's `save_file` is not used: the file would have to be read again for its checksum, and a full disk would
     raise an error without errno. Here one pass hashes and writes, and a full disk raises OSError.
@@ -285,15 +346,15 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu", name
+        assert tensor.is_contiguous() and tensor.device.type == "cpu", name
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the format's alignment
     digest = hashlib.sha256()
-    parts: list[Any] = [struct.pack("<Q", len(head)), head, *(tensor.numpy() for tensor in tensors.values())]
+    begin: Any = struct.pack("<Q", len(head)) + head
     with open(path, "wb") as file:
-        for part in parts:
+        for part in (begin, *(tensor.flatten().view(torch.uint8).numpy() for tensor in tensors.values())):
             digest.update(part)
             file.write(part)
         file.flush()

@@ -3,7 +3,7 @@
 The balancing losses and the router bias of a single layer are in `pretrain.model.moe.balance`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,10 +42,11 @@ def state(stage: PipelineStage, mesh: Mesh) -> dict[str, list[float]]:
     return {name: values for part in mesh.gather_json(own) for name, values in part.items()}
 
 
-def restore(stage: PipelineStage, saved: Mapping[str, Sequence[float]]) -> None:
-    """Copies values that `state` returned into this rank's layers."""
+def restore(stage: PipelineStage, saved: Mapping[str, torch.Tensor]) -> None:
+    """Copies the values of `state` that are saved into this rank's layers; the others stay as they are."""
     for name, tensor in stage.named_balance().items():
-        tensor.copy_(torch.tensor(saved[name]))
+        if name in saved:
+            tensor.copy_(saved[name])
 
 
 def counts(stage: PipelineStage, mesh: Mesh, config: ModelConfig) -> torch.Tensor | None:

@@ -168,7 +168,7 @@ def test_a_held_out_plan_and_an_import_with_another_tokenizer_are_refused(
     shutil.copy(tuned / "data/tokenizer/tokenizer.model", tmp_path / "hf")
     assert import_hf.main([str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
     shutil.copy(tuned / "other/tokenizer.model", tmp_path / "back")
-    with pytest.raises(ConfigError, match=r"came with a tokenizer of SHA-256 .*import"):
+    with pytest.raises(ConfigError, match=r"is not the one that the model was trained with"):
         generate.main([str(tmp_path / "back"), "--prompt", "a"])
 
 
@@ -252,8 +252,8 @@ def test_init_names_a_run_or_a_checkpoint(call: Call, trained: Path, tmp_path: P
     assert (manifest["init"]["step"], manifest["init"]["checkpoint"]) == (2, str(two))
     other = f"init.checkpoint={run / 'checkpoints/step_4'}"
     cases: list[tuple[list[str], str]] = [
-        ([f"init.run={run}"], r"both name the model to start from; leave one out"),
-        (["init.checkpoint="], r"neither init.run nor init.checkpoint"),
+        ([f"init.run={run}"], r"name the model to start from; leave only one of them"),
+        (["init.checkpoint="], r"none of init.run, init.checkpoint and init.hf names the model"),
         ([f"init.run={two}", "init.checkpoint="], "is a checkpoint, not a run; set init.checkpoint="),
         ([f"init.checkpoint={run}"], "is a run, not a checkpoint; set init.checkpoint="),
         ([f"init.checkpoint={run}/checkpoints/step_9"], "does not exist; checkpoints in .* are step_2, step_4"),
@@ -305,21 +305,35 @@ def test_an_export_is_known_by_content(tuned: Path, tmp_path: Path, capsys: pyte
     assert export(tuned / "pretrain", tmp_path / "first") == 0
     import_hf.main([str(tmp_path / "first"), str(tmp_path / "model")])
     assert exported_anew(tmp_path / "model") and not exported_anew(tmp_path / "model")
-    weights = tmp_path / "model/model.safetensors"
-    content, times = bytearray(weights.read_bytes()), (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
-    content[-3] ^= 1
-    weights.write_bytes(content)
+    weights = tmp_path / "model/checkpoints/step_0/weights_00001.safetensors"
+    content, times = weights.read_bytes(), (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
+    weights.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     os.utime(weights, ns=times)  # with the same name, size and time
-    assert exported_anew(tmp_path / "model") and not exported_anew(tmp_path / "model")
-    assert (tmp_path / "hf/model.safetensors").read_bytes() != (tmp_path / "first/model.safetensors").read_bytes()
+    assert export(tmp_path / "model", tmp_path / "hf") == 1
+    assert "does not match its SHA-256" in capsys.readouterr().out.replace("\n", " ")
+    weights.write_bytes(content)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     assert not exported_anew(tmp_path / "elsewhere")
     for override in ('prompts=["other"]', "sample_tokens=5", f"plan={tuned / 'data/plan'}", "verify.rows=1"):
         assert exported_anew(tmp_path / "elsewhere", override), override
         assert not exported_anew(tmp_path / "elsewhere", override), override
-    toml = tmp_path / "elsewhere/model.toml"
-    toml.write_text(toml.read_text().replace("theta = 10000.0", "theta = 20000.0"))
-    assert exported_anew(tmp_path / "elsewhere")
+
+
+def test_tuning_starts_from_an_export_and_its_import_as_from_the_run_itself(
+    call: Call, trained: Path, tmp_path: Path
+) -> None:
+    """Weights, tokenizer and context come back from Hugging Face's form, directly and through an import."""
+    assert export(trained / "pretrain", tmp_path / "hf") == 0
+    import_hf.main([str(tmp_path / "hf"), str(tmp_path / "back")])
+    starts = {"run": trained / "pretrain", "hf": tmp_path / "hf", "back": tmp_path / "back"}
+    found = {}
+    for name, start in starts.items():
+        init = {"hf" if name == "hf" else "run": str(start)}
+        assert call("posttrain.sft", tuning(trained, tmp_path / f"sft_{name}", **init))["status"] == 0
+        found[name] = losses(tmp_path / f"sft_{name}")
+    assert found["run"] == found["hf"] == found["back"] and len(found["run"]) == 2
+    answer = call("posttrain.grpo", rewarding(tmp_path / "sft_hf", tmp_path / "grpo"))
+    assert answer["status"] == 0, answer
 
 
 def test_a_moved_run_is_used_from_anywhere(

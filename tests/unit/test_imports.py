@@ -23,6 +23,7 @@ TOKEN_STORE = (
     "data_pipeline.mixture.earlier",
     "data_pipeline.mixture.rows",
     "data_pipeline.mixture.packing",
+    "data_pipeline.tokens.foreign",
     "data_pipeline.tokens.tokenizer",
 )
 LAUNCH = ("launch.environment", "launch.bootstrap")  # ranks and rendezvous; start of a process
@@ -60,6 +61,8 @@ MEGATRON_LAYERS = tuple(
         "reduce_scatter_to_sequence_parallel_region",
     )
 )
+# How a Hugging Face folder is read: by export and import, and by a training run that starts from one (init.hf).
+FOLDERS = ("export.conversion", "export.hf_folder", "export.publishing", "export.tensors")
 LIBRARIES = ("deepspeed", "megatron", "pretrain.megatron")  # of parallel training, used only through pretrain.parallel
 RULES = (
     ImportRule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
@@ -95,12 +98,16 @@ RULES = (
     ImportRule("pretrain.line_charts", ours=PAGES, never=TORCH),
     ImportRule("pages", ours=(), only=("nothing",)),
     ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=LIBRARIES),
+    ImportRule(
+        "pretrain.initial_model", ours=("configs", "pretrain", "export.hf_folder", *TOKEN_STORE), never=LIBRARIES
+    ),
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
     ImportRule(
         "export",
         ours=("configs", "pretrain", "export", "data_pipeline.report.baselines_file", *LAUNCH, *TOKEN_STORE),
         never=LIBRARIES,
     ),
+    *(ImportRule(part, ours=("configs", *FOLDERS, *TOKEN_STORE), never=LIBRARIES) for part in FOLDERS),
     ImportRule("pretrain.evaluation.sandbox_child", ours=(), only=("nothing",)),  # runs alone, beside a model's program
     ImportRule("launch", ours=("configs", "launch", *PAGES), only=("rich",)),
     ImportRule("configs.signals", ours=(), only=("nothing",)),  # imported before everything else, so it must load fast
@@ -189,6 +196,8 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
         ("pretrain.trainer", "from data_pipeline import dedup", "data_pipeline.dedup"),
         ("pretrain.trainer", "import posttrain", "posttrain"),
         ("pretrain.run_report", "from pretrain.model.losses import loss", "pretrain.model.losses.loss"),
+        ("export.hf_folder", "from pretrain.checkpoint import storage", "pretrain.checkpoint.storage"),
+        ("pretrain.trainer", "from export.hf_folder import open_hf_folder", "export.hf_folder.open_hf_folder"),
         ("export.huggingface", "from posttrain.chat.chat_format import X", "posttrain.chat.chat_format.X"),
         (
             "posttrain.sft",

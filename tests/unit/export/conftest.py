@@ -5,20 +5,17 @@ import contextlib
 import io
 import os
 import random
-import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
 import sentencepiece
-import tomli_w
 import torch
 from rich.console import Console
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from configs.export import ExportConfig
-from configs.files import file_sha256
 from configs.loader import plain
 from configs.model import ModelConfig
 from configs.model_parts import NormConfig, PositionConfig
@@ -26,7 +23,8 @@ from configs.moe import MoEConfig
 from export import huggingface
 from export.conversion.parameters import parameters
 from export.model_source import ModelSource, Weights
-from export.tensors import write_tensors
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.lineage import Lineage
 from pretrain.model import Decoder, build_single
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -94,12 +92,18 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
 
 def write_imported(folder: Path, config: ModelConfig, tokenizer: Path, template: str | None = None) -> Path:
     """Writes a model with random weights as `trivium import` would, with a context of 128 tokens."""
-    write_tensors(folder, random_weights(config).items(), max_bytes=10**9)
-    facts = {"max_positions": 128, "tokenizer_sha256": file_sha256(tokenizer)}
-    (folder / "model.toml").write_text(tomli_w.dumps({"model": plain(config), "import": facts}))
-    shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    if template:
-        (folder / "chat_template.jinja").write_text(template)
+    lineage = Lineage(tokenizer, template, 128, imported={"source": "a test"})
+    final, pieces = storage.directory(folder, 0), {}
+    for name, tensor in random_weights(config).items():
+        shape = tuple(tensor.shape)
+        piece = storage.Piece(name, shape, (0,) * len(shape), shape, 0, tensor.numel())
+        pieces[name] = (piece, {"weight": tensor.flatten()})
+    temporary = storage.temporary_name(final)
+    temporary.mkdir(parents=True)
+    part = storage.write_pieces(temporary, "weights_00001.safetensors", pieces)
+    state = {"step": 0, "identity": lineage.identity, "context": 128, **lineage.facts}
+    storage.publish(temporary, final, [part], state | {"config": {"model": plain(config)}}, kinds=("weight",))
+    lineage.keep(folder, lineage.identity)
     return folder
 
 
