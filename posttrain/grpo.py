@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
-    from posttrain.initial_model import InitialModel
+    from posttrain.initial_model import InitialChatModel
     from posttrain.rl.grpo_source import GRPOLoss, RolloutSource
     from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
     from posttrain.tasks.task_accuracy import TaskAccuracy
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
-    initial = InitialModel.open(config.init, config.run.dir, args.resume)
+    initial = InitialChatModel.open(config.init, config.run.dir, args.resume)
     initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")

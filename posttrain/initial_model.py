@@ -10,11 +10,11 @@ from pretrain import initial_model
 
 
 @dataclass(frozen=True)
-class InitialModel(initial_model.InitialModel):
+class InitialChatModel(initial_model.InitialModel):
     """The model that a post-training run starts from; `chat` is its chat format."""
 
     @classmethod
-    def open(cls, init: InitConfig, run_dir: str, resume: str) -> "InitialModel":
+    def open(cls, init: InitConfig, run_dir: str, resume: str) -> "InitialChatModel":
         """Opens the initial model of the run in `run_dir`, as pretraining does, and its chat format.
 
         Raises ConfigError as pretraining does, and if the model has no tokenizer, or none that the format can use.

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.chat.sft_data import SFTSource, read_data, read_demonstrations
-    from posttrain.initial_model import InitialModel
+    from posttrain.initial_model import InitialChatModel
     from posttrain.tasks.lengths import check_answers
     from posttrain.tasks.task_accuracy import TaskAccuracy
     from posttrain.tasks.verifiable_tasks import make_task
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
-    initial = InitialModel.open(config.init, config.run.dir, args.resume)
+    initial = InitialChatModel.open(config.init, config.run.dir, args.resume)
     initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")

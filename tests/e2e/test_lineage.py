@@ -325,15 +325,13 @@ def test_tuning_starts_from_an_export_and_its_import_as_from_the_run_itself(
     """Weights, tokenizer and context come back from Hugging Face's form, directly and through an import."""
     assert export(trained / "pretrain", tmp_path / "hf") == 0
     import_hf.main([str(tmp_path / "hf"), str(tmp_path / "back")])
-    starts = {"run": trained / "pretrain", "hf": tmp_path / "hf", "back": tmp_path / "back"}
-    found = {}
-    for name, start in starts.items():
-        init = {"hf" if name == "hf" else "run": str(start)}
-        assert call("posttrain.sft", tuning(trained, tmp_path / f"sft_{name}", **init))["status"] == 0
-        found[name] = losses(tmp_path / f"sft_{name}")
-    assert found["run"] == found["hf"] == found["back"] and len(found["run"]) == 2
-    answer = call("posttrain.grpo", rewarding(tmp_path / "sft_hf", tmp_path / "grpo"))
-    assert answer["status"] == 0, answer
+    found = []
+    for key, start in (("run", trained / "pretrain"), ("hf", tmp_path / "hf"), ("run", tmp_path / "back")):
+        out = tmp_path / f"sft_{start.name}"
+        assert call("posttrain.sft", tuning(trained, out, **{key: str(start)}))["status"] == 0
+        found.append(losses(out))
+    assert found == [found[0]] * 3 and len(found[0]) == 2
+    assert call("posttrain.grpo", rewarding(tmp_path / "sft_hf", tmp_path / "grpo"))["status"] == 0
 
 
 def test_a_moved_run_is_used_from_anywhere(

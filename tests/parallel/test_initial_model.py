@@ -194,7 +194,7 @@ def test_an_imported_model_is_no_run_to_train_in(
 ) -> None:
     shutil.copytree(base / "ours", tmp_path / "ours")
     path = str(config(base, tmp_path / "new", run=str(base / "ours")))
-    with pytest.raises(ConfigError, match="of an imported model; choose another run.dir"):
+    with pytest.raises(ConfigError, match=r"of an imported model; choose another run\.dir"):
         train.main([path, "--dry-run", f"run.dir={tmp_path / 'ours'}"])
     assert inspection.main([str(base / "ours")]) == 0
     assert "step 0" in capsys.readouterr().out

@@ -225,7 +225,7 @@ def test_pieces_of_configs_fit_the_demos(page: Path) -> None:
     )
     for language, text in read(page).blocks:
         piece = tomllib.loads(text) if language == "toml" else {}
-        if "model" in piece:
+        if piece.keys() & {"model", "init"}:
             validate(PretrainConfig, filled_in({**pretrain, **piece}), origin=page.name)
         elif piece:
             validate(DataConfig, _merged(demo, piece), origin=page.name)

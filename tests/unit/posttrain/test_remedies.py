@@ -140,7 +140,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
         (["init.run={empty}"], "has no whole checkpoint; train first", None),
         (["init.run=", "init.checkpoint={empty}"], "it has none yet, so train first", None),
         (["init.run="], "set init.run=RUN for the newest checkpoint", None),
-        (["init.checkpoint={dense}/checkpoints/step_1"], "both name the model", ["init.run="]),
+        (["init.checkpoint={dense}/checkpoints/step_1"], "name the model to start from; leave only one", ["init.run="]),
         (["init.tokenizer={empty}"], "leave the key out", None),
         (["init.tokenizer={other}"], "is not the tokenizer that", None),
     ],
