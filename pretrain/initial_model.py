@@ -167,7 +167,7 @@ def _of_folder(cls: type[Opened], init: InitConfig, folder: Path) -> Opened:
         )
     opened, tokenizer = open_hf_folder(folder), tokenizer_of_folder(folder)
     if init.tokenizer is not None:
-        named = Tokenizer.load(locate(init.tokenizer, "init.tokenizer"), complete=False)
+        named = Tokenizer.load(_located(init.tokenizer), complete=False)
         _check_same(init, str(folder), tokenizer.sha256 if tokenizer else None, named.sha256)
         tokenizer = named
     pin = Pin(str(folder.resolve()), 0, content_sha256(folder))
@@ -215,9 +215,17 @@ def _named_tokenizer(init: InitConfig, checkpoint: Path, manifest: dict[str, Any
     identity = manifest.get("identity", {})
     if init.tokenizer is None or (not new and not tokenizer_file(init.tokenizer).is_file()):
         return None  # a run that continues has a copy
-    file = locate(init.tokenizer, "init.tokenizer")
+    file = _located(init.tokenizer)
     _check_same(init, str(checkpoint), identity.get("tokenizer"), file_sha256(file))
     return None if identity.get("roles") else file
+
+
+def _located(folder: str) -> Path:
+    """Returns the file of the tokenizer that init.tokenizer names. Raises ConfigError if there is none."""
+    try:
+        return locate(folder, "init.tokenizer")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or leave the key out to take the model's own") from None
 
 
 def _check_same(init: InitConfig, model: str, trained: str | None, found: str) -> None:
@@ -225,7 +233,7 @@ def _check_same(init: InitConfig, model: str, trained: str | None, found: str) -
     if trained is not None and trained != found:
         raise ConfigError(
             f"init.tokenizer = {init.tokenizer!r} is not the tokenizer that {model} was trained with (its SHA-256 "
-            f"is {found[:12]}..., that one's {(trained or '')[:12]}...); leave the key out to take what the run keeps"
+            f"is {found[:12]}..., that one's {(trained or '')[:12]}...); leave the key out to take the model's own"
         )
 
 

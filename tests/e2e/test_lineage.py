@@ -322,7 +322,6 @@ def test_an_export_is_known_by_content(tuned: Path, tmp_path: Path, capsys: pyte
 def test_tuning_starts_from_an_export_and_its_import_as_from_the_run_itself(
     call: Call, trained: Path, tmp_path: Path
 ) -> None:
-    """Weights, tokenizer and context come back from Hugging Face's form, directly and through an import."""
     assert export(trained / "pretrain", tmp_path / "hf") == 0
     import_hf.main([str(tmp_path / "hf"), str(tmp_path / "back")])
     found = []

@@ -28,12 +28,13 @@ ADDED: dict[str, dict[str, Any]] = {
     },
     "tokenizer": {},
     "pretrain": {
+        "init": {"run": "x"},
         "model": {
             "moe": {"num_experts": 4},
             "position": {"scaling": {"kind": "linear"}},
             "layer_pattern": ["local"],
             "kinds": {"local": {}},
-        }
+        },
     },
     "sft": {},
     "grpo": {},

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 
 from configs.export import ExportConfig
 from configs.tokenizer import TokenizerConfig, TokenizerKind
-from data_pipeline.tokens.foreign import adopt
+from data_pipeline.tokens.foreign import adopt, roles_file
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.training import train_on_texts
 from export import huggingface
@@ -115,7 +115,7 @@ def test_a_model_with_a_tokenizer_trained_elsewhere_is_exported_and_verified(mak
 
 def test_a_training_run_keeps_the_roles_of_a_tokenizer_trained_elsewhere(tmp_path: Path) -> None:
     ours = Tokenizer.load(write(tmp_path / "hub", *qwen()))
-    lineage = Lineage(Path(ours.origin))
+    lineage = Lineage(Path(ours.origin), roles=roles_file(ours))
     lineage.keep(tmp_path / "run", lineage.identity)
     kept = Tokenizer.load(tmp_path / "run")
     assert (kept.eos_id, kept.pad_id, kept.chat_template) == (ours.eos_id, ours.pad_id, TEMPLATE)

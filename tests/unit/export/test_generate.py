@@ -17,6 +17,11 @@ def model(tmp_path, tokenizer_path):
     return write_imported(tmp_path, tiny(), tokenizer_path)
 
 
+@pytest.fixture
+def chat_model(tmp_path, tokenizer_path):
+    return write_imported(tmp_path, tiny(), tokenizer_path, jinja_template())
+
+
 def test_a_seed_fixes_what_is_written(model, capsys):
     def text(*more: str) -> str:
         assert generate.main([str(model), "--prompt", "It was", "--max-new-tokens", "12", *more]) == 0
@@ -56,26 +61,25 @@ def test_a_prompts_text_depends_on_the_seed_and_not_on_its_batch(model, capsys, 
     assert twice[:2] == [whole[4], whole[1]] and twice[2] != twice[0], "the same prompt again gets another text"
 
 
-def test_a_file_of_prompts_becomes_a_file_of_texts(model, capsys, tmp_path):
-    (model / "chat_template.jinja").write_text(jinja_template())
+def test_a_file_of_prompts_becomes_a_file_of_texts(chat_model, capsys, tmp_path):
     dialogue = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
     lines = [{"id": 1, "prompt": "It was"}, {"messages": dialogue, "note": "é"}, {"prompt": ""}]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n\n".join(json.dumps(line) for line in lines))
     options = ["--max-new-tokens", "9", "--temperature", "0"]
-    assert generate.main([str(model), "--prompts", str(source), "--output", str(out), *options]) == 0
+    assert generate.main([str(chat_model), "--prompts", str(source), "--output", str(out), *options]) == 0
     records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert capsys.readouterr().out == "" and len(records) == 3
     for line, record in zip(lines, records, strict=True):
         assert record.items() >= line.items() and record.keys() - line.keys() == {"text", "tokens", "ending"}
         assert 1 <= record["tokens"] <= 9 and record["ending"] in ("length", "stop_token")
-    generate.main([str(model), "--prompt", "It was", *options])
+    generate.main([str(chat_model), "--prompt", "It was", *options])
     assert capsys.readouterr().out == "It was" + records[0]["text"] + "\n"
-    answered = TextCodec(model / "tokenizer.model", jinja_template()).encode_chat(dialogue)
+    answered = TextCodec(chat_model / "tokenizer.chat_model", jinja_template()).encode_chat(dialogue)
     assert answered[-1] != 2 and records[1]["text"] != records[2]["text"]
 
     source.write_text(json.dumps({"prompt": "It was"}), encoding="utf-8-sig")  # some editors begin a file so
-    generate.main([str(model), "--prompts", str(source), "--max-new-tokens", "4000", "--temperature", "0"])
+    generate.main([str(chat_model), "--prompts", str(source), "--max-new-tokens", "4000", "--temperature", "0"])
     assert json.loads(capsys.readouterr().out)["ending"] in ("context", "stop_token")
 
 
@@ -129,10 +133,9 @@ class Writes(io.RawIOBase):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_a_text_is_printed_as_it_comes(model, capsys, monkeypatch, command):
-    (model / "chat_template.jinja").write_text(jinja_template())
+def test_a_text_is_printed_as_it_comes(chat_model, capsys, monkeypatch, command):
     module, more = (generate, ["--prompt", "春眠"]) if command == "generate" else (chat, [])
-    argv = [str(model), *more, "--max-new-tokens", "40", "--temperature", "2", "--top-p", "0.98"]
+    argv = [str(chat_model), *more, "--max-new-tokens", "40", "--temperature", "2", "--top-p", "0.98"]
 
     def run(file) -> None:
         with monkeypatch.context() as patched:
@@ -149,8 +152,7 @@ def test_a_text_is_printed_as_it_comes(model, capsys, monkeypatch, command):
     assert len(pieces) > 10 and "\ufffd" not in pieces[0]
 
 
-def test_chat_keeps_the_dialogue(model, capsys, monkeypatch):
-    (model / "chat_template.jinja").write_text(jinja_template())
+def test_chat_keeps_the_dialogue(chat_model, capsys, monkeypatch):
     seen = []
     original = TextCodec.encode_chat
     monkeypatch.setattr(
@@ -159,7 +161,7 @@ def test_chat_keeps_the_dialogue(model, capsys, monkeypatch):
         lambda self, messages: seen.append(list(messages)) or original(self, messages),
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nand <|end|> again\n/reset\nanew\n/exit\nnot read\n"))
-    assert chat.main([str(model), "--max-new-tokens", "4", "--system", "Be brief."]) == 0
+    assert chat.main([str(chat_model), "--max-new-tokens", "4", "--system", "Be brief."]) == 0
     assert [[m["role"] for m in messages] for messages in seen] == [
         ["system", "user"],
         ["system", "user", "assistant", "user"],
@@ -201,18 +203,17 @@ def test_texts_end_at_the_context(model, capsys):
         texts(short, long * 2, count=1)
 
 
-def test_a_dialogue_ends_at_the_context(model, capsys, monkeypatch):
-    (model / "chat_template.jinja").write_text(jinja_template())
+def test_a_dialogue_ends_at_the_context(chat_model, capsys, monkeypatch):
     fills = "It was the age of wisdom, " * 20
     monkeypatch.setattr("sys.stdin", io.StringIO(f"hello\n{fills}\nand\n/reset\nhello\n"))
-    assert chat.main([str(model), "--max-new-tokens", "4"]) == 0
+    assert chat.main([str(chat_model), "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr()
     assert said.err.count("fill the model's context of 128 tokens; start over with /reset") == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    chat.main([str(model), "--max-new-tokens", "4"])
+    chat.main([str(chat_model), "--max-new-tokens", "4"])
     assert said.out.startswith(capsys.readouterr().out), "what is too long is not kept, and the dialogue goes on"
     monkeypatch.setattr("sys.stdin", io.StringIO("It was the age of wisdom, " * 14))
-    chat.main([str(model), "--max-new-tokens", "4000"])
+    chat.main([str(chat_model), "--max-new-tokens", "4000"])
     assert "of 4000 new tokens, at the end of the model's context of 128" in capsys.readouterr().err
 
 
@@ -247,5 +248,7 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
     with pytest.raises(ConfigError, match="has no chat template"):
         chat.main([str(model)])
     (model / "tokenizer.model").unlink()
-    with pytest.raises(ConfigError, match=r"came with a tokenizer of SHA-256 .*tokenizer\.model is gone"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer\.model, with which the model was trained, is missing; restore it"
+    ):
         generate.main([str(model), "--prompt", "a"])
