@@ -261,9 +261,9 @@ def test_an_imported_folder_gives_what_its_export_gives(
     imported, results = tmp_path / "imported", []
     imported.mkdir()
     write_imported(imported, tiny(), tokenizer_path)
-    for folder in (imported, exported):
+    for folder, name in ((imported, "eval/step_0.json"), (exported, "eval.json")):
         assert evaluate.main([str(folder), "--tasks", str(tasks / "texts.yaml")]) == 0
-        file = folder / "eval.json"
+        file = folder / name
         results.append(json.loads(file.read_text())["tasks"]["texts"]["measures"])
         file.unlink()
     assert results[0] == pytest.approx(results[1])
