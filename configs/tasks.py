@@ -1,27 +1,100 @@
-"""Verifiable tasks, whose answers are scored by a rule."""
+"""Tasks, whose completions are scored by rewards: generated ones, those read from files, and mixtures of tasks."""
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from configs.section import Section
+from configs.rewards import RewardConfig
+from configs.section import Section, check_name
+
+_GENERATED = ("sort", "countdown")
+_OF_FILES = (
+    *("files", "heldout_files", "heldout_share", "prompt_key", "answer_key", "answer_pattern", "solution_key"),
+    *("answer_format", "system_prompt", "max_bad_share", "rewards"),
+)
 
 
-class TaskConfig(Section):
-    """A verifiable task. Prompts are divided by hash into training and held-out ones, which never overlap."""
+class TaskPartConfig(Section):
+    """Where problems and rewards of a task come from."""
 
-    name: Literal["sort"] = "sort"
-    """Which task it is; sort asks for the digits of a number in ascending order."""
-    digits: int = Field(default=6, ge=3, le=32)
-    """The number of digits to sort."""
+    kind: Literal["sort", "countdown", "file"] = "sort"
+    """Where problems come from: sort asks for the digits of a number in ascending order, countdown for an expression
+    of digits that makes a number, and file reads prompts and answers."""
+    digits: int | None = Field(default=None, ge=3, le=32)
+    """The number of digits to sort, by default 6, or to make the number of, by default 3 (sort, countdown)."""
+    files: tuple[str, ...] = ()
+    """Files or globs of JSON lines, gzipped or not, or parquet, with one problem a line or row (file)."""
+    heldout_files: tuple[str, ...] = ()
+    """Files of the problems that are held out; left out, a share of `files` is (file)."""
+    heldout_share: float = Field(default=0.1, gt=0, lt=1)
+    """The share of problems, by hash of their prompt, that is never trained on (file)."""
+    prompt_key: str = "prompt"
+    """The key of the prompt, a text or a list of messages; if it is nested, a path such as "a.b" (file)."""
+    answer_key: str = "answer"
+    """The key of the answer that rewards compare with, or a path; "" if problems have none (file)."""
+    answer_pattern: str | None = None
+    """A pattern whose first group is the answer within the text at answer_key, such as "#### (.+)" (file)."""
+    solution_key: str = ""
+    """The key of a right completion, to demonstrate and to try the rewards on; "" if there is none (file)."""
+    answer_format: str = "{answer}"
+    """A right completion, with {answer} for the answer, such as "<answer>{answer}</answer>" (file)."""
+    system_prompt: str = ""
+    """A system message before every prompt (file)."""
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """The share of the problems that may be set aside as broken, too long, or with an answer that their own rewards
+    refuse; above it the run stops (file)."""
+    rewards: dict[str, RewardConfig] = Field(default={})
+    """The rewards by a name for logs, whose weighted sum is the score; left out, it is exact (file)."""
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> "TaskPartConfig":
+        if self.kind != "file":
+            self._refuse(_OF_FILES)
+        if self.kind not in _GENERATED:
+            self._refuse(("digits",))
+        if self.kind == "file":
+            if not self.files:
+                raise ValueError("kind = 'file' needs files; name JSON lines or parquet files of prompts and answers")
+            if "{answer}" not in self.answer_format:
+                raise ValueError(
+                    f"answer_format = {self.answer_format!r} lacks {{answer}}; put it where answers belong"
+                )
+            self._check_pattern()
+        for name in self.rewards:
+            check_name("reward", name, "a part of the names of metrics")
+        return self
+
+    def _check_pattern(self) -> None:
+        if self.answer_pattern is None:
+            return
+        try:
+            groups = re.compile(self.answer_pattern).groups
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"answer_pattern = {self.answer_pattern!r} is no regular expression: {error}") from None
+        if not groups:
+            raise ValueError(f"answer_pattern = {self.answer_pattern!r} has no group; put the answer in parentheses")
+
+    def _refuse(self, keys: tuple[str, ...]) -> None:
+        """Raises ValueError if a key is set that says nothing of this kind of task."""
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of kind {self.kind!r}; leave it out")
+
+
+class TaskConfig(TaskPartConfig):
+    """A task. Problems are divided by hash into training and held-out ones, which never overlap."""
+
+    name: str = ""
+    """The name of the task in logs; left out, it is that of its kind (file)."""
     max_new_tokens: int = Field(default=16, ge=1)
-    """The maximum length of an answer, in tokens; one that is longer is cut and counts as wrong."""
+    """The maximum length of a completion, in tokens; one that is longer is cut and counts as wrong."""
     eval_prompts: int = Field(default=256, ge=1)
     """The number of held-out prompts on which the model is scored at the end, once greedily and once sampled."""
 
 
 class DemonstrationConfig(TaskConfig):
-    """A verifiable task, and the number of solved prompts to train on."""
+    """A task, and the number of its demonstrations to train on."""
 
     demonstrations: int = Field(default=20000, ge=0)
-    """The number of solved training prompts among the dialogues."""
+    """The number of training problems whose demonstrations are among the dialogues."""

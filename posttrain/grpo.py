@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.initial_model import InitialChatModel
     from posttrain.rl.grpo_source import GRPOLoss, RolloutSource
     from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
+    from posttrain.tasks.preflight import check_task
     from posttrain.tasks.task_accuracy import TaskAccuracy
     from posttrain.tasks.verifiable_tasks import make_task
     from pretrain.parallel import groups
@@ -49,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
     task, prompts = make_task(config.task), config.train.global_batch_size // config.grpo.group_size
+    row = min(config.train.seq_length, initial.lineage.context or config.train.seq_length)
+    lines = check_task(task, initial.chat, row)
+    if env.is_main and lines:
+        print("\n".join(lines))
     drawn = config.train.steps * prompts, config.task.eval_prompts
     longest = check_answers(task, initial.chat, config.run.seed, *drawn, initial.lineage.context or None)
     answer = partial(longest_answer, task, initial.chat, config.run.seed, *drawn) if initial.continues else None

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.chat.sft_data import SFTSource, read_data, read_demonstrations
     from posttrain.initial_model import InitialChatModel
     from posttrain.tasks.lengths import check_answers
+    from posttrain.tasks.preflight import check_task
     from posttrain.tasks.task_accuracy import TaskAccuracy
     from posttrain.tasks.verifiable_tasks import make_task
     from pretrain.heldout_loss import Evaluator, HeldoutLoss
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = make_task(config.task) if config.task else None
     if config.task and task:
         context = max(initial.lineage.context, length)
+        for line in check_task(task, chat, length):
+            if env.is_main:
+                print(line)
         check_answers(task, chat, seed, config.task.demonstrations, config.task.eval_prompts, context)
     parts = 0 if initial.continues else config.parallel.sequence_parts
     try:

@@ -60,7 +60,7 @@ class ChatFormat:
         The mask is True on the tokens that the model must produce: the text of assistant turns and the <|end|> that
         closes each. Raises BrokenDialogue if the messages are not a dialogue.
         """
-        _check_order(messages)
+        check_order(messages)
         tokens, answer = [self.ids[BOS]], [False]
         for message in messages:
             text = self.encode_text(message["content"])
@@ -137,7 +137,7 @@ def _broken(token: str) -> str:
     return token[0] + " " + token[1:]
 
 
-def _check_order(messages: Sequence[Message]) -> None:
+def check_order(messages: Sequence[Message]) -> None:
     """Raises BrokenDialogue for the first fault in the order: an optional system message, then user and assistant."""
     if not isinstance(messages, list | tuple):
         raise BrokenDialogue("no list of messages", f"'messages' is {type(messages).__name__}, not a list")

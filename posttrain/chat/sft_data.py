@@ -22,7 +22,8 @@ from configs.tasks import DemonstrationConfig
 from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
 from posttrain.chat.chat_format import BrokenDialogue, ChatFormat, Message
-from posttrain.tasks.verifiable_tasks import Split, Task, make_task
+from posttrain.tasks.task import Split, Task, available
+from posttrain.tasks.verifiable_tasks import make_task
 from pretrain.batch_source import BatchSource
 
 SHOWN = 160  # characters of the details of a broken dialogue in messages
@@ -77,8 +78,12 @@ def read_demonstrations(
     if settings is None or not settings.demonstrations:
         return {}
     task = make_task(settings)
-    train = demonstrations(task, chat, seed, "train", settings.demonstrations, seq_length, parts)
-    heldout = demonstrations(task, chat, seed, "heldout", settings.eval_prompts, seq_length, parts)
+    counts = {
+        split: available(task, split, wanted)
+        for split, wanted in (("train", settings.demonstrations), ("heldout", settings.eval_prompts))
+    }
+    train = demonstrations(task, chat, seed, "train", counts["train"], seq_length, parts)
+    heldout = demonstrations(task, chat, seed, "heldout", counts["heldout"], seq_length, parts)
     return {task.name: DialogueExamples(train, heldout)}
 
 
@@ -147,11 +152,10 @@ def demonstrations(
     """
     examples: list[Example] = []
     for index in range(count):
-        prompt = task.prompt(seed, split, index)
-        messages: list[Message] = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": task.answer(prompt)},
-        ]
+        problem = task.problem(seed, split, index)
+        if problem.demonstration is None:
+            continue
+        messages: list[Message] = [*problem.messages, {"role": "assistant", "content": problem.demonstration}]
         tokens, answer = chat.render(messages)
         check_supervision(tokens, answer, chat)
         examples.append(Example(f"{task.name}/{split}/{index}", tokens, answer))

@@ -19,7 +19,7 @@ from posttrain.algorithms.token_batch import TokenBatch, sequences_of
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import METRICS, RolloutRow, sample_rollout, training_rows
-from posttrain.tasks.verifiable_tasks import Task
+from posttrain.tasks.task import Task
 from pretrain.batch_source import BatchSource
 from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine
@@ -43,7 +43,7 @@ class RolloutSource(BatchSource):
     @property
     def facts(self) -> dict[str, Any]:
         """Settings that decide which prompt each sample has."""
-        return {"task": vars(self.task), "grpo": {"group_size": self.settings.group_size}}
+        return {"task": self.task.facts, "grpo": {"group_size": self.settings.group_size}}
 
     def prepare(self, engine: Engine, step: int) -> None:
         """Gathers a copy of the model's current weights for sampling. Collective: all ranks call it."""

@@ -5,6 +5,7 @@ a step's prompts are a pure function of (seed, step), and a resumed run repeats 
 as they are, never decoded and tokenized again. `posttrain.rl.grpo_source` decides which rank samples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from data_pipeline.mixture.rows import Row
 from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
 from posttrain.algorithms.aggregation import Aggregation, token_weight
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.tasks.verifiable_tasks import Task, TaskScore
+from posttrain.tasks.task import Attempt, Problem, Task, TaskScore
 from pretrain.model import Decoder
 from pretrain.sampling import Completion, generate
 
@@ -77,8 +78,8 @@ def sample_rollout(
         raise ValueError(
             f"samples {samples.start} to {samples.stop} are not whole groups of grpo.group_size = {settings.group_size}"
         )
-    texts = [task.prompt(seed, "train", i // settings.group_size) for i in samples]
-    prompts = [chat.render_prompt([{"role": "user", "content": text}]) for text in texts]
+    problems = [task.problem(seed, "train", i // settings.group_size) for i in samples]
+    prompts = [chat.render_prompt(problem.messages) for problem in problems]
     completions = generate(
         decoder,
         prompts,
@@ -88,15 +89,20 @@ def sample_rollout(
         stop_ids=[chat.end_id],
         keys=[f"rollout/{i}" for i in samples],
     )
-    scores = [judge(task, chat, text, c) for text, c in zip(texts, completions, strict=True)]
+    scores = judge(task, chat, problems, completions)
     return Rollout(prompts, completions, scores, settings.group_size)
 
 
-def judge(task: Task, chat: ChatFormat, prompt: str, completion: Completion) -> TaskScore:
-    """Returns the task's score of a completion, or 0 if it was cut before it closed its turn."""
-    if not completion.stopped:
-        return TaskScore(0.0, "truncated")
-    return task.score(prompt, chat.decode_answer(completion.tokens))
+def judge(
+    task: Task, chat: ChatFormat, problems: Sequence[Problem], completions: Sequence[Completion]
+) -> list[TaskScore]:
+    """Returns the task's score of each completion, or 0 if it was cut before it closed its turn."""
+    closed = [i for i, completion in enumerate(completions) if completion.stopped]
+    attempts = [Attempt(problems[i], chat.decode_answer(completions[i].tokens)) for i in closed]
+    scores = [TaskScore(0.0, "truncated")] * len(completions)
+    for i, score in zip(closed, task.score(attempts), strict=True):
+        scores[i] = score
+    return scores
 
 
 def training_rows(

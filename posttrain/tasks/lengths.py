@@ -8,7 +8,7 @@ from collections.abc import Callable
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.tasks.verifiable_tasks import Split, Task
+from posttrain.tasks.task import Problem, Split, Task, available
 
 DRAWN = 10_000  # the maximum number of prompts of each split whose lengths are measured
 
@@ -44,11 +44,28 @@ def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: 
 
 
 def _longest(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int) -> tuple[int, int]:
-    """Returns (tokens of the longest prompt, tokens of the longest right answer with its closing <|end|>)."""
+    """Returns (tokens of the longest prompt, tokens of the longest right answer with its closing <|end|>).
+
+    Problems without a known solution count as answered by nothing but <|end|>.
+    """
+    problems = _drawn(task, seed, train, heldout)
+    prompt = max(len(chat.render_prompt(problem.messages)) for problem in problems)
+    return prompt, max(_answer_length(problem, chat) for problem in problems)
+
+
+def _drawn(task: Task, seed: int, train: int, heldout: int) -> list[Problem]:
+    """Returns the problems whose lengths are measured: those that the run will draw, each once."""
     splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
-    texts = [task.prompt(seed, split, i) for split, count in splits for i in range(min(count, DRAWN))]
-    prompt = max(len(chat.render_prompt([{"role": "user", "content": text}])) for text in texts)
-    return prompt, max(len(chat.encode_text(task.answer(text))) for text in texts) + 1
+    return [
+        task.problem(seed, split, i)
+        for split, count in splits
+        for i in range(min(available(task, split, count), DRAWN))
+    ]
+
+
+def _answer_length(problem: Problem, chat: ChatFormat) -> int:
+    texts = {text for text in (problem.solution, problem.demonstration) if text is not None}
+    return max((len(chat.encode_text(text)) for text in texts), default=0) + 1
 
 
 def _smaller(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, context: int | None) -> str:
@@ -57,6 +74,8 @@ def _smaller(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, 
     for digits, smaller in task.smaller():
         if sum(_longest(smaller, chat, seed, train, heldout)) - 1 <= context:
             return f"set task.digits={digits} or less"
+    if task.size("train") is not None:
+        return "leave the longest problems out, or start from a model that was trained on longer rows"
     return "no smaller task.digits fits either, so start from a model that was trained on longer rows"
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of the model in training on held-out prompts of a verifiable task, by greedy decoding and by sampling."""
+"""Accuracy of the model in training on held-out prompts of a task, by greedy decoding and by sampling."""
 
 import torch
 
@@ -6,7 +6,7 @@ from configs.sampling import SamplingConfig
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import judge
-from posttrain.tasks.verifiable_tasks import Task
+from posttrain.tasks.task import Task, available
 from pretrain.model import Decoder
 from pretrain.parallel.engine import Engine
 from pretrain.sampling import generate
@@ -16,13 +16,14 @@ DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature
 
 
 class TaskAccuracy:
-    """Mean score in [0, 1] on the first `prompts` held-out prompts; see `pretrain.heldout_loss.Evaluator`.
+    """Mean score on the first `prompts` held-out prompts; see `pretrain.heldout_loss.Evaluator`.
 
     Prompts and random numbers depend on `seed` alone, so models with the same seed answer the same prompts.
     """
 
     def __init__(self, task: Task, chat: ChatFormat, seed: int, prompts: int) -> None:
-        self.task, self.chat, self.seed, self.prompts = task, chat, seed, prompts
+        self.task, self.chat, self.seed = task, chat, seed
+        self.prompts = available(task, "heldout", prompts)
         self._policy: PolicyCopy | None = None
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
@@ -48,16 +49,16 @@ class TaskAccuracy:
         known: list[float] = []
         for start in range(0, len(indices), BATCH):
             batch = indices[start : start + BATCH]
-            texts = [self.task.prompt(self.seed, "heldout", i) for i in batch]
+            problems = [self.task.problem(self.seed, "heldout", i) for i in batch]
             completions = generate(
                 decoder,
-                [self.chat.render_prompt([{"role": "user", "content": text}]) for text in texts],
+                [self.chat.render_prompt(problem.messages) for problem in problems],
                 self.task.max_new_tokens,
                 SamplingConfig(temperature=temperature),
                 self.seed,
                 stop_ids=[self.chat.end_id],
                 keys=[f"heldout/{i}" for i in batch],
             )
-            scores = [judge(self.task, self.chat, t, c) for t, c in zip(texts, completions, strict=True)]
+            scores = judge(self.task, self.chat, problems, completions)
             known += [score.value for score in scores if score.value is not None]
         return sum(known), float(len(known))

@@ -1,62 +1,19 @@
-"""Verifiable tasks, whose prompts are generated and whose answers are checked by a rule.
+"""The task that a config names, and the task of sorting digits, whose problems are generated without end."""
 
-A prompt belongs to the training or the held-out split by the hash of its content, so the splits never share a prompt.
-A verifier that cannot judge an answer returns `TaskScore.unscorable`, which is not a reward of 0.
-"""
-
-import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any
 
-from configs.tasks import TaskConfig
+from configs.loader import ConfigError
+from configs.tasks import TaskConfig, TaskPartConfig
+from posttrain.rewards.registry import make_rewards
+from posttrain.tasks.countdown import CountdownTask
+from posttrain.tasks.file_task import FileTask
+from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, split_of
 
-Split = Literal["train", "heldout"]
-HELDOUT_SHARE = 0.1  # of all prompts
 LEAST_DIGITS, MOST_DIGITS = 3, 32
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """A reward in [0, 1], or None if the verifier could not judge; reports count by `reason`."""
-
-    value: float | None
-    reason: str
-
-    @classmethod
-    def unscorable(cls, reason: str) -> "TaskScore":
-        """Returns the score of an answer that the verifier cannot judge."""
-        return cls(None, reason)
-
-
-class Task(Protocol):
-    """A task with generated prompts; `prompt` is a pure function of (seed, split, index)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Maximum length of an answer, in tokens; a longer one is cut and counts as wrong."""
-        ...
-
-    def prompt(self, seed: int, split: Split, index: int) -> str:
-        """Returns prompt number `index` of a split."""
-        ...
-
-    def answer(self, prompt: str) -> str:
-        """Returns the right answer to a prompt."""
-        ...
-
-    def score(self, prompt: str, completion: str) -> TaskScore:
-        """Returns the reward of a completion."""
-        ...
-
-    def smaller(self) -> "Iterator[tuple[int, Task]]":
-        """Yields (digits, the same task with so many digits) for every lower task.digits, highest first."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,49 +31,62 @@ class SortTask:
                 "learn"
             )
 
-    def prompt(self, seed: int, split: Split, index: int) -> str:
-        return f"Sort {_draw_digits(self.name, self.digits, seed, split, index)}"
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dict(vars(self))
 
-    def answer(self, prompt: str) -> str:
-        """Returns the only right completion. Raises ValueError if `prompt` is not one of this task."""
-        match = re.fullmatch(r"Sort ([0-9]+)", prompt)
+    def size(self, split: Split) -> None:
+        return None
+
+    def problem(self, seed: int, split: Split, index: int) -> Problem:
+        drawn = self._draw_digits(seed, split, index)
+        answer = "".join(sorted(drawn))
+        return Problem(f"{self.name}/{drawn}", f"Sort {drawn}", answer, answer, answer, task=self.name)
+
+    def score(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
+        """Returns 1 for each exact answer, else 0; unscorable if the prompt is not one of this task."""
+        return [self._score(attempt.problem, attempt.completion) for attempt in attempts]
+
+    def smaller(self) -> Iterator[tuple[int, Task]]:
+        for digits in range(self.digits - 1, LEAST_DIGITS - 1, -1):
+            yield digits, replace(self, digits=digits)
+
+    def _score(self, problem: Problem, completion: str) -> TaskScore:
+        match = re.fullmatch(r"Sort ([0-9]+)", str(problem.prompt))
         if match is None:
-            raise ValueError(f"prompt {prompt!r} is not of the form 'Sort DIGITS'")
-        return "".join(sorted(match[1]))
-
-    def score(self, prompt: str, completion: str) -> TaskScore:
-        """Returns 1 for the exact answer, else 0; unscorable if the prompt is not one of this task."""
-        try:
-            answer = self.answer(prompt)
-        except ValueError as error:
-            return TaskScore.unscorable(str(error))
+            return TaskScore.unscorable("not a prompt of this task", f"{problem.prompt!r} is not 'Sort DIGITS'")
+        answer = "".join(sorted(match[1]))
         if completion == answer:
             return TaskScore(1.0, "right")
         if not re.fullmatch(r"[0-9]+", completion):
             return TaskScore(0.0, "not a number")
         return TaskScore(0.0, "wrong digits" if sorted(completion) != list(answer) else "wrong order")
 
-    def smaller(self) -> Iterator[tuple[int, Task]]:
-        for digits in range(self.digits - 1, LEAST_DIGITS - 1, -1):
-            yield digits, replace(self, digits=digits)
+    def _draw_digits(self, seed: int, split: Split, index: int) -> str:
+        # A string seed is hashed the same way everywhere.
+        generator = random.Random(f"{self.name}/{seed}/{split}/{index}")
+        while True:
+            drawn = "".join(generator.choices("0123456789", k=self.digits))
+            if split_of(f"{self.name}/{drawn}") == split:
+                return drawn
 
 
 def make_task(settings: TaskConfig) -> Task:
-    """Returns the task that a config names."""
-    match settings.name:
-        case "sort":
-            return SortTask(settings.digits, settings.max_new_tokens)
+    """Returns the task that a config names. Raises ConfigError if its files or rewards cannot be used."""
+    return _make(settings, settings.name, settings.max_new_tokens, "task")
 
 
-def split_of(content: str) -> Split:
-    """Returns the split of a prompt's content, by its SHA-256: the same on every machine and for every seed."""
-    draw = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
-    return "heldout" if draw < HELDOUT_SHARE else "train"
-
-
-def _draw_digits(name: str, digits: int, seed: int, split: Split, index: int) -> str:
-    generator = random.Random(f"{name}/{seed}/{split}/{index}")  # a string seed is hashed the same way everywhere
-    while True:
-        drawn = "".join(generator.choices("0123456789", k=digits))
-        if split_of(f"{name}/{drawn}") == split:
-            return drawn
+def _make(settings: TaskPartConfig, name: str, max_new_tokens: int, key: str) -> Task:
+    try:
+        match settings.kind:
+            case "sort":
+                return SortTask(settings.digits or SortTask.digits, max_new_tokens)
+            case "countdown":
+                return CountdownTask(settings.digits or CountdownTask.digits, max_new_tokens)
+            case "file":
+                rewards = make_rewards(settings.rewards)
+                return FileTask(name or settings.kind, settings, rewards, max_new_tokens, key)
+            case kind:
+                raise ConfigError(f"{key}.kind = {kind!r} is no task")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -12,7 +12,8 @@ from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl.grpo_source import GRPOLoss, RolloutSource
 from posttrain.rl.rollout import Rollout, judge, sample_rollout, training_rows
-from posttrain.tasks.verifiable_tasks import SortTask, TaskScore
+from posttrain.tasks.task import Problem, TaskScore
+from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.batch_source import collate
 from pretrain.model import Decoder, init_weights
 from pretrain.sampling import Completion
@@ -112,10 +113,11 @@ def test_advantages_weights_and_metrics(rollout: Rollout) -> None:
 def test_a_completion_that_never_stops_is_wrong(chat: ChatFormat) -> None:
     digits = chat.tokenizer.encode("123")
     stopped = Completion([*digits, chat.end_id], [0.0] * 4, True)
-    assert judge(TASK, chat, "Sort 321", stopped) == TaskScore(1.0, "right")
-    assert judge(TASK, chat, "Sort 321", Completion(digits, [0.0] * 3, False)) == TaskScore(0.0, "truncated")
+    cut = Completion(digits, [0.0] * 3, False)
     hidden = Completion([*digits, chat.ids["<|user|>"], chat.end_id], [0.0] * 5, True)
-    assert judge(TASK, chat, "Sort 321", hidden).value == 0.0  # an answer with a control token is wrong
+    right, truncated, wrong = judge(TASK, chat, [Problem("one", "Sort 321")] * 3, [stopped, cut, hidden])
+    assert right == TaskScore(1.0, "right") and truncated == TaskScore(0.0, "truncated")
+    assert wrong.value == 0.0  # an answer with a control token is wrong
 
 
 def test_a_row_that_is_too_short_is_named(rollout: Rollout) -> None:

@@ -1,0 +1,69 @@
+"""What a reward is, and the weighted sum of several, which is the score of a task that is read from files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from posttrain.rewards.unscorable import Unscorable
+from posttrain.tasks.task import Attempt, TaskScore
+
+
+class Reward(Protocol):
+    """Scores attempts, in batches; it never raises for what a model wrote, and never waits without end."""
+
+    compares: bool  # whether it accepts a problem's own solution, with 1
+    quick: bool  # whether it scores a whole file of solutions in seconds
+
+    def check(self, key: str) -> None:
+        """Raises ConfigError, naming keys below `key`, if it cannot be used: without its package, for example."""
+        ...
+
+    def __call__(self, attempts: Sequence[Attempt]) -> list[TaskScore]: ...
+
+
+class RuleReward:
+    """A reward whose function is one of Trivium's own, fast enough to be called in this process."""
+
+    quick = True
+
+    def __init__(self, function: Callable[..., float], compares: bool = True, **options: Any) -> None:
+        self.function, self.compares, self.options = function, compares, options
+
+    def check(self, key: str) -> None:
+        """Does nothing: a rule can always be used."""
+
+    def __call__(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
+        return [self._score(attempt) for attempt in attempts]
+
+    def _score(self, attempt: Attempt) -> TaskScore:
+        problem = attempt.problem
+        try:
+            value = self.function(problem.prompt, attempt.completion, problem.answer, problem.metadata, **self.options)
+        except Unscorable as error:
+            return TaskScore.unscorable(str(error))
+        return TaskScore.of(value)
+
+
+class WeightedRewards:
+    """The weighted sum of rewards by name. An attempt that one of them cannot judge is unscorable as a whole."""
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
+        self.rewards, self.weights = dict(rewards), dict(weights)
+
+    def __call__(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
+        columns = [reward(attempts) for reward in self.rewards.values()]
+        return [self._sum(scores) for scores in zip(*columns, strict=True)] if attempts else []
+
+    def check(self, key: str) -> None:
+        """Raises ConfigError if a reward cannot be used."""
+        for name, reward in self.rewards.items():
+            reward.check(f"{key}.{name}")
+
+    def _sum(self, scores: Sequence[TaskScore]) -> TaskScore:
+        named = dict(zip(self.rewards, scores, strict=True))
+        parts = {name: score.value for name, score in named.items() if score.value is not None}
+        for name, score in named.items():
+            if score.value is None:
+                return TaskScore(None, f"{name}: {score.reason}", parts, score.detail)
+        total = sum(self.weights[name] * value for name, value in parts.items())
+        only = next(iter(named.values()))
+        return TaskScore(total, only.reason if len(named) == 1 else "scored", parts)

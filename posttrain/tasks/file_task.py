@@ -1,0 +1,207 @@
+"""A task whose problems are read from files: a prompt, and mostly an answer, a record.
+
+All problems are held in memory. Records that cannot be used are set aside and counted by reason; above
+task.max_bad_share of them the run does not start. Of equal prompts the first is kept, which is no fault.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from configs.loader import ConfigError
+from configs.tasks import TaskPartConfig
+from posttrain.chat.chat_format import BrokenDialogue, Message, check_order
+from posttrain.rewards.reward import WeightedRewards
+from posttrain.tasks.records import BrokenRecord, find_files, read_records, value_at
+from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, fraction
+
+SHOWN = 160  # characters of the details of a record in messages
+
+
+@dataclass
+class SetAside:
+    """Records that are not used: counts by reason, and where the first of each reason is, with details."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, where: str, details: str = "") -> None:
+        """Counts one record."""
+        self.counts[reason] += 1
+        self.first.setdefault(reason, f"{where}{details and ', ' + details[:SHOWN]}")
+
+    def __str__(self) -> str:
+        parts = [f"{count} {reason} (first: {self.first[reason]})" for reason, count in sorted(self.counts.items())]
+        return ", ".join(parts)
+
+
+class FileTask:
+    """A task of the problems in files, scored by `rewards`."""
+
+    def __init__(
+        self, name: str, settings: TaskPartConfig, rewards: WeightedRewards, max_new_tokens: int, key: str = "task"
+    ) -> None:
+        """Reads the files. Raises ConfigError, naming keys below `key`, if too many records cannot be used."""
+        self.name, self.max_new_tokens = name, max_new_tokens
+        self.settings, self.rewards, self.key = settings, rewards, key
+        self.set_aside, self.duplicates = SetAside(), 0
+        self.problems: dict[Split, list[Problem]] = {"train": [], "heldout": []}
+        self._read()
+        self.check_share()
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for problem in self.problems["train"]:
+            digest.update(f"{problem.id}/{_canonical(problem.messages)}/{_canonical(problem.answer)}".encode())
+        return {"name": self.name, "max_new_tokens": self.max_new_tokens, "problems": digest.hexdigest()}
+
+    def size(self, split: Split) -> int:
+        return len(self.problems[split])
+
+    def problem(self, seed: int, split: Split, index: int) -> Problem:
+        """Returns a problem: training ones in a new random order each epoch, held-out ones always in the same order."""
+        problems = self.problems[split]
+        epoch, place = divmod(index, len(problems))
+        return problems[place if split == "heldout" else self._order(seed, epoch)[place]]
+
+    def score(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
+        return self.rewards(attempts)
+
+    def smaller(self) -> Iterator[tuple[int, Task]]:
+        return iter(())
+
+    def keep(self, usable: Callable[[Problem], tuple[str, str] | None]) -> None:
+        """Sets aside the problems for which `usable` returns (reason, details). Raises ConfigError as the reading does.
+
+        Which problems are left must be the same on all ranks.
+        """
+        for split, problems in self.problems.items():
+            kept = []
+            for problem in problems:
+                if fault := usable(problem):
+                    self.set_aside.add(fault[0], problem.id, fault[1])
+                else:
+                    kept.append(problem)
+            self.problems[split] = kept
+        self._order.cache_clear()
+
+    def check_share(self, remedy: str = "") -> None:
+        """Raises ConfigError if too many records are set aside, or a split has no problem left."""
+        key, bad = self.key, self.set_aside.counts.total()
+        left = {split: len(problems) for split, problems in self.problems.items()}
+        total, names = bad + sum(left.values()), ", ".join(self.settings.files)
+        if not total:
+            raise ConfigError(f"{key}.files: {names} has no problem; name files with a problem on each line")
+        if bad > self.settings.max_bad_share * total or not sum(left.values()):
+            raise ConfigError(
+                f"{bad} of {total} problems of {names} are set aside, more than {key}.max_bad_share = "
+                f"{self.settings.max_bad_share}: {self.set_aside}; correct or remove them{remedy and ', or ' + remedy}"
+            )
+        if not left["train"]:
+            raise ConfigError(
+                f"all {left['heldout']} problems of {names} are held out; add problems"
+                + ("" if self.settings.heldout_files else f", or lower {key}.heldout_share")
+            )
+        if not left["heldout"]:
+            raise ConfigError(
+                f"none of the {left['train']} problems of {names} is held out, by the hash of their prompts, so "
+                f"nothing could be measured; raise {key}.heldout_share = {self.settings.heldout_share}, or name "
+                f"{key}.heldout_files"
+            )
+
+    def __str__(self) -> str:
+        train, heldout = self.size("train"), self.size("heldout")
+        duplicates = f", {self.duplicates} repeated prompts left out" if self.duplicates else ""
+        return f"{train} problems to train on, {heldout} held out, set aside: {self.reasons or 'none'}{duplicates}"
+
+    @property
+    def reasons(self) -> str:
+        """The counts of problems set aside by reason, as text."""
+        return str(self.set_aside)
+
+    def _read(self) -> None:
+        settings, seen = self.settings, set[str]()
+        # Held-out files first: a prompt that is in both is held out.
+        for paths, key in ((settings.heldout_files, "heldout_files"), (settings.files, "files")):
+            for where, record in read_records(find_files(paths, f"{self.key}.{key}"), f"{self.key}.{key}"):
+                try:
+                    if isinstance(record, BrokenRecord):
+                        raise record
+                    problem = self._problem(where, record)
+                except BrokenRecord as broken:
+                    self.set_aside.add(broken.reason, where, broken.details)
+                    continue
+                content = _canonical(problem.prompt)
+                if content in seen:
+                    self.duplicates += 1
+                    continue
+                seen.add(content)
+                self.problems[self._split(content, key)].append(problem)
+        if not settings.heldout_files:  # by hash, so that the first ones are a fair choice whatever the files' order
+            self.problems["heldout"].sort(key=lambda problem: fraction(_canonical(problem.prompt)))
+
+    def _split(self, content: str, key: str) -> Split:
+        if key == "heldout_files":
+            return "heldout"
+        share = 0.0 if self.settings.heldout_files else self.settings.heldout_share
+        return "heldout" if fraction(content) < share else "train"
+
+    def _problem(self, where: str, record: Mapping[str, Any]) -> Problem:
+        settings = self.settings
+        prompt = value_at(record, settings.prompt_key)
+        _check_prompt(prompt, bool(settings.system_prompt), settings.prompt_key)
+        answer = value_at(record, settings.answer_key) if settings.answer_key else None
+        if settings.answer_key and (answer is None or answer == ""):
+            raise BrokenRecord(f"{settings.answer_key!r} is empty")
+        if settings.answer_pattern is not None:
+            match = re.search(settings.answer_pattern, str(answer))
+            if match is None or match[1] is None:
+                raise BrokenRecord("no match of answer_pattern in the answer", str(answer))
+            answer = match[1].strip()
+        solution = None
+        if settings.solution_key:
+            solution = value_at(record, settings.solution_key)
+            if not isinstance(solution, str):
+                raise BrokenRecord(f"{settings.solution_key!r} is no text", f"it is {type(solution).__name__}")
+        elif isinstance(answer, str | int | float) and not isinstance(answer, bool):
+            solution = settings.answer_format.replace("{answer}", str(answer))
+        used = (settings.prompt_key, settings.answer_key, settings.solution_key)
+        metadata = {key: value for key, value in record.items() if key not in used}
+        system = settings.system_prompt
+        return Problem(where, prompt, answer, solution, solution, metadata, self.name, system)
+
+    def _shuffled(self, seed: int, epoch: int) -> list[int]:
+        order = list(range(len(self.problems["train"])))
+        random.Random(f"{self.name}/{seed}/{epoch}").shuffle(order)  # a string seed is hashed the same everywhere
+        return order
+
+
+def _check_prompt(prompt: Any, has_system: bool, key: str) -> None:
+    """Raises BrokenRecord if a prompt is neither a text nor messages that end with the user's."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise BrokenRecord(f"{key!r} is empty")
+        return
+    if not isinstance(prompt, list):
+        raise BrokenRecord(f"{key!r} is neither a text nor a list of messages", f"it is {type(prompt).__name__}")
+    messages: list[Message] = prompt
+    try:
+        check_order(messages)
+    except BrokenDialogue as broken:
+        raise BrokenRecord(broken.rule, str(broken)) from None
+    if messages[-1]["role"] != "user":
+        raise BrokenRecord("the last message is not the user's", f"it is the {messages[-1]['role']}'s")
+    if has_system and messages[0]["role"] == "system":
+        raise BrokenRecord("the prompt has a system message, and so has the task", "leave system_prompt out")
+
+
+def _canonical(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
