@@ -16,7 +16,7 @@ _OF_FILES = (
 
 
 class TaskPartConfig(Section):
-    """Where problems and rewards of a task come from."""
+    """The source of a task's problems, and its rewards."""
 
     kind: Literal["sort", "countdown", "file"] = "sort"
     """Where problems come from: sort asks for the digits of a number in ascending order, countdown for an expression

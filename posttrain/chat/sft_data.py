@@ -78,12 +78,9 @@ def read_demonstrations(
     if settings is None or not settings.demonstrations:
         return {}
     task = make_task(settings)
-    counts = {
-        split: available(task, split, wanted)
-        for split, wanted in (("train", settings.demonstrations), ("heldout", settings.eval_prompts))
-    }
-    train = demonstrations(task, chat, seed, "train", counts["train"], seq_length, parts)
-    heldout = demonstrations(task, chat, seed, "heldout", counts["heldout"], seq_length, parts)
+    counts = available(task, "train", settings.demonstrations), available(task, "heldout", settings.eval_prompts)
+    train = demonstrations(task, chat, seed, "train", counts[0], seq_length, parts)
+    heldout = demonstrations(task, chat, seed, "heldout", counts[1], seq_length, parts)
     return {task.name: DialogueExamples(train, heldout)}
 
 

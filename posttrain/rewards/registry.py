@@ -1,6 +1,7 @@
 """All rewards by name, and the rewards that a config names."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from configs.rewards import RewardConfig
 from posttrain.rewards.exact import exact
@@ -10,7 +11,7 @@ from posttrain.rewards.worker import Call, WorkerReward
 MIB = 2**20
 
 
-def _in_worker(target: str, settings: RewardConfig, compares: bool = True, **options: object) -> Reward:
+def _in_worker(target: str, settings: RewardConfig, options: dict[str, Any], compares: bool = True) -> Reward:
     call = Call(target, options, settings.seconds, settings.memory_mb * MIB)
     return WorkerReward(call, compares)
 
@@ -21,11 +22,11 @@ def _exact(settings: RewardConfig) -> Reward:
 
 def _regex(settings: RewardConfig) -> Reward:  # in a worker, since a pattern may take time without end
     options = {"pattern": settings.pattern, "ignore_case": settings.ignore_case}
-    return _in_worker("posttrain.rewards.regex:regex", settings, **options)
+    return _in_worker("posttrain.rewards.regex:regex", settings, options)
 
 
 def _function(settings: RewardConfig) -> Reward:
-    return _in_worker(str(settings.function), settings, compares=False)
+    return _in_worker(str(settings.function), settings, {}, compares=False)
 
 
 REWARDS: Mapping[str, Callable[[RewardConfig], Reward]] = {

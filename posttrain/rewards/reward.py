@@ -1,4 +1,4 @@
-"""What a reward is, and the weighted sum of several, which is the score of a task that is read from files."""
+"""The protocol of rewards, and the weighted sum of several, which is the score of a task that is read from files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
