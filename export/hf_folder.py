@@ -86,7 +86,7 @@ def open_hf_folder(directory: Path) -> HFFolder:
         fitted = fit(family, model, tensors.shapes)
         problems += fitted.problems
         if model.tie_embeddings and not problems:
-            problems += _head_problems(family, tensors, fitted)
+            problems += head_problems(family, tensors, fitted)
     if problems or model is None or fitted is None:
         raise ConversionError(problems)
     return HFFolder(raw, family, model, tensors, fitted)
@@ -123,7 +123,7 @@ def _vocabulary_problems(directory: Path, model: ModelConfig) -> list[str]:
     ]
 
 
-def _head_problems(family: Family, tensors: TensorFolder, fitted: Fit) -> list[str]:
+def head_problems(family: Family, tensors: TensorFolder, fitted: Fit) -> list[str]:
     """Returns a problem if a tied model's file has a head of its own that differs from the embedding."""
     head, embedding = head_name(family), embedding_name(family)
     if head not in tensors.files or torch.equal(tensors.read(head), tensors.read(fitted.names[embedding])):

@@ -1,4 +1,4 @@
-"""`trivium import`: converts a Hugging Face directory of one of the known families to a model to start from.
+"""`trivium import`: converts a Hugging Face directory, or another trainer's checkpoint, to a model to start from.
 
 OUT is laid out as a run with one checkpoint, `checkpoints/step_0`, whose weights are bit-identical and in the dtype of
 the files, and so are tensors that Trivium computes nothing with, which an export gives back. Beside it are the model's
@@ -33,12 +33,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="trivium import ~/models/tinyllama runs/imported/tinyllama",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument(
+        "--from",
+        dest="kind",
+        choices=("hf", "dcp", "megatron"),
+        default="hf",
+        help="what DIR is: Hugging Face's, torch.distributed.checkpoint's or megatron-core's torch_dist (default hf)",
+    )
+    parser.add_argument(
+        "--config", metavar="FOLDER", type=Path, help="with dcp and megatron: config.json and tokenizer of the model"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="maximum size of a file of weights (default 5)")
     parser.add_argument("--dry-run", action="store_true", help="check the config and the tensors, write nothing")
     args = parser.parse_args(argv)
+    if args.config is not None and args.kind == "hf":
+        raise ConfigError(
+            f"--config {args.config} is for a checkpoint of another trainer, and {args.directory} has a config.json of "
+            "its own; leave --config out, or give --from dcp or --from megatron"
+        )
     try:
-        print(import_directory(args.directory, args.out, args.max_shard_gb, args.dry_run))
+        print(import_directory(args.directory, args.out, args.max_shard_gb, args.dry_run, args.kind, args.config))
     except ConfigError:
         raise
     except ValueError as error:
@@ -46,27 +61,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def import_directory(directory: Path, out: Path, max_shard_gb: float = 5.0, dry_run: bool = False) -> str:
-    """Converts `directory` into `out` and returns a sentence that says so.
+def import_directory(
+    directory: Path,
+    out: Path,
+    max_shard_gb: float = 5.0,
+    dry_run: bool = False,
+    kind: str = "hf",
+    described: Path | None = None,
+) -> str:
+    """Converts `directory`, a folder of Hugging Face's or of another `kind`, into `out`; returns a sentence about it.
 
-    Raises ValueError (ConfigError among them) that names every file, key and tensor that is wrong.
+    Of another kind, `described` is the folder with config.json and tokenizer, `directory` by default. Raises ValueError
+    (ConfigError among them) that names every file, key and tensor that is wrong.
     """
     from export.hf_folder import open_hf_folder, tokenizer_of_folder
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
-    opened = open_hf_folder(directory)
-    tokenizer = tokenizer_of_folder(directory)
+    if kind == "hf":
+        opened, described = open_hf_folder(directory), directory
+    else:
+        from export.training_checkpoint import open_checkpoint
+
+        described = described or directory
+        opened = open_checkpoint(directory, "megatron" if kind == "megatron" else "dcp", described)
+    tokenizer = tokenizer_of_folder(described)
     kept = _said_of_kept(opened.fit.kept)
     what = f"{opened.family.architecture}, {opened.model.num_parameters():,} parameters{kept}"
     if dry_run:
         return f"{what}: every tensor is there; nothing was written"
     with partly_written(out, "OUT") as partial:
-        ends = _write(directory, opened, tokenizer, partial, int(max_shard_gb * 1e9))
+        ends = _write(described, opened, tokenizer, partial, int(max_shard_gb * 1e9))
         partial.rename(out)
     said = f"{what}: written to {out}; train from it with init.run={out}"
     if not ends:
-        said += f"; no file of {directory} names an eos_token_id, so that nothing says where its texts end"
+        said += f"; no file of {described} names an eos_token_id, so that nothing says where its texts end"
     return said
 
 

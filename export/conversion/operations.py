@@ -131,6 +131,20 @@ class HeadByHead(Operation):
 
 
 @dataclass(frozen=True)
+class ByGroup(Operation):
+    """Queries, keys and values in one: of each key-value head first the queries that share it, its key, its value."""
+
+    def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
+        groups = [tensor.unflatten(0, (config.num_kv_heads, -1)) for tensor in ours]
+        return [torch.cat(groups, 1).flatten(0, 1)]
+
+    def to_ours(self, theirs: Sequence[torch.Tensor], shapes: Sequence[Shape], config: ModelConfig) -> Tensors:
+        groups = theirs[0].unflatten(0, (config.num_kv_heads, -1))
+        sizes = [shape[0] // config.num_kv_heads for shape in shapes]
+        return [part.flatten(0, 1) for part in groups.split(sizes, 1)]
+
+
+@dataclass(frozen=True)
 class SplitExperts(Operation):
     """Experts that Trivium stacks and the file keeps one by one; the file's names say `{expert}`."""
 

@@ -1,0 +1,97 @@
+"""Folders of torch.distributed.checkpoint are read whole or by row, and nothing in them is ever run."""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from export.dcp_folder import DcpFolder
+
+
+class Command:
+    """An object whose pickle runs a command when it is loaded."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.made_of = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.made_of
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    tensors = {
+        "model.a": torch.arange(12.0).view(3, 4),
+        "model.b": torch.randn(5).bfloat16(),
+        "model.scalar": torch.tensor(7),
+    }
+    dcp.save({**tensors, "step": 3, "note": "text"}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    return tmp_path / "dcp", tensors
+
+
+def test_tensors_are_read_whole_and_by_row(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, tensors = saved
+    found = DcpFolder(folder)
+    assert found.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors.items())
+    assert found.read("model.b").dtype == torch.bfloat16
+    assert torch.equal(found.read("model.a", 2), tensors["model.a"][2])
+
+
+@pytest.mark.parametrize(
+    ("function", "named"), [(os.system, "system"), (eval, "eval"), (getattr, "getattr"), (torch.load, "load")]
+)
+def test_metadata_that_names_anything_else_is_refused_unrun(
+    saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, function: Any, named: str
+) -> None:
+    folder, _ = saved
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    trace = tmp_path / "ran"
+    metadata.planner_data = Command(function, f"touch {trace}")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        ValueError, match=rf"is not read: it names \w+(\.\w+)*\.{named}, which no checkpoint"
+    ):
+        DcpFolder(folder)
+    assert not trace.exists()
+
+
+def test_a_part_that_is_more_than_a_tensor_is_refused_unrun(
+    saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder, _ = saved
+    metadata, trace, file = pickle.loads((folder / ".metadata").read_bytes()), tmp_path / "ran", io.BytesIO()
+    torch.save(Command(os.system, f"touch {trace}"), file)
+    assert zipfile.is_zipfile(file)
+    (folder / "evil.distcp").write_bytes(file.getvalue())
+    for info in metadata.storage_data.values():
+        info.relative_path, info.offset, info.length = "evil.distcp", 0, len(file.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"evil\.distcp in .*: the part of model\.a cannot be read"):
+        DcpFolder(folder).read("model.a")
+    assert not trace.exists()
+    for info in metadata.storage_data.values():
+        info.relative_path = "../evil.distcp"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"names the file \.\./evil\.distcp, which is outside of the folder"):
+        DcpFolder(folder).read("model.a")
+
+
+def test_what_is_no_checkpoint_is_told(saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, _ = saved
+    with pytest.raises(ValueError, match=r"has no \.metadata; name a folder that torch\.distributed\.checkpoint wrote"):
+        DcpFolder(tmp_path)
+    content = (folder / ".metadata").read_bytes()
+    for wrong, said in (
+        (content[:100], "is not a whole file of torch.distributed.checkpoint"),
+        (pickle.dumps({"a": 1}), "holds dict, not the metadata"),
+    ):
+        (folder / ".metadata").write_bytes(wrong)
+        with pytest.raises(ValueError, match=said):
+            DcpFolder(folder)
