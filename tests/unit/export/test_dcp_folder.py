@@ -55,9 +55,7 @@ def test_metadata_that_names_anything_else_is_refused_unrun(
     trace = tmp_path / "ran"
     metadata.planner_data = Command(function, f"touch {trace}")
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(
-        ValueError, match=rf"is not read: it names \w+(\.\w+)*\.{named}, which no checkpoint"
-    ):
+    with pytest.raises(ValueError, match=rf"is not read: it names \w+(\.\w+)*\.{named}, which no checkpoint"):
         DcpFolder(folder)
     assert not trace.exists()
 
