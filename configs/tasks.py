@@ -82,15 +82,37 @@ class TaskPartConfig(Section):
                 raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of kind {self.kind!r}; leave it out")
 
 
+class WeightedTaskConfig(TaskPartConfig):
+    """A task of a mixture, and its weight."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """The share of this task among the problems, relative to the other tasks' weights."""
+
+
 class TaskConfig(TaskPartConfig):
     """A task. Problems are divided by hash into training and held-out ones, which never overlap."""
 
+    kind: Literal["sort", "countdown", "file", "mixture"] = "sort"  # type: ignore[assignment]
+    """Where problems come from: sort asks for the digits of a number in ascending order, countdown for an expression
+    of digits that makes a number, file reads prompts and answers, and mixture draws from several tasks."""
+    tasks: dict[str, WeightedTaskConfig] = Field(default={})
+    """The tasks of a mixture, by a name for logs (mixture)."""
     name: str = ""
-    """The name of the task in logs; left out, it is that of its kind (file)."""
+    """The name of the task in logs; left out, it is that of its kind (file, mixture)."""
     max_new_tokens: int = Field(default=16, ge=1)
     """The maximum length of a completion, in tokens; one that is longer is cut and counts as wrong."""
     eval_prompts: int = Field(default=256, ge=1)
     """The number of held-out prompts on which the model is scored at the end, once greedily and once sampled."""
+
+    @model_validator(mode="after")
+    def _a_mixture_has_tasks(self) -> "TaskConfig":
+        if self.kind != "mixture":
+            self._refuse(("tasks",))
+        elif not self.tasks:
+            raise ValueError("kind = 'mixture' needs tasks; set [task.tasks.NAME] with kind and weight for each")
+        for name in self.tasks:
+            check_name("task", name, "a part of the names of metrics")
+        return self
 
 
 class DemonstrationConfig(TaskConfig):

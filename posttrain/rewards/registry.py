@@ -3,17 +3,25 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from configs.loader import ConfigError
 from configs.rewards import RewardConfig
 from posttrain.rewards.exact import exact
+from posttrain.rewards.instructions import instructions
+from posttrain.rewards.judge_model import ModelReward, Scorer
+from posttrain.rewards.program_tests import ProgramTests
 from posttrain.rewards.reward import Reward, RuleReward, WeightedRewards
 from posttrain.rewards.worker import Call, WorkerReward
+from pretrain.evaluation.sandbox import Limits
 
 MIB = 2**20
+OpenScorer = Callable[[str], Scorer]  # from a run or folder of a reward model to its scores
 
 
-def _in_worker(target: str, settings: RewardConfig, options: dict[str, Any], compares: bool = True) -> Reward:
-    call = Call(target, options, settings.seconds, settings.memory_mb * MIB)
-    return WorkerReward(call, compares)
+def _in_worker(
+    target: str, settings: RewardConfig, compares: bool = True, package: str = "", options: dict[str, Any] | None = None
+) -> Reward:
+    call = Call(target, options or {}, settings.seconds, settings.memory_mb * MIB)
+    return WorkerReward(call, compares, package)
 
 
 def _exact(settings: RewardConfig) -> Reward:
@@ -22,22 +30,52 @@ def _exact(settings: RewardConfig) -> Reward:
 
 def _regex(settings: RewardConfig) -> Reward:  # in a worker, since a pattern may take time without end
     options = {"pattern": settings.pattern, "ignore_case": settings.ignore_case}
-    return _in_worker("posttrain.rewards.regex:regex", settings, options)
+    return _in_worker("posttrain.rewards.regex:regex", settings, options=options)
+
+
+def _math_verify(settings: RewardConfig) -> Reward:  # in a worker, since simplifying may take time without end
+    return _in_worker("posttrain.rewards.mathematics:mathematics", settings, package="math-verify")
+
+
+def _instructions(settings: RewardConfig) -> Reward:
+    return RuleReward(instructions, answer_is_text=False, partial=settings.partial)
+
+
+def _reasoning_gym(settings: RewardConfig) -> Reward:
+    return _in_worker("posttrain.rewards.gym:gym", settings, package="reasoning-gym")
+
+
+def _tests(settings: RewardConfig) -> Reward:
+    return ProgramTests(Limits(settings.seconds, settings.memory_mb * MIB), settings.partial)
 
 
 def _function(settings: RewardConfig) -> Reward:
-    return _in_worker(str(settings.function), settings, {}, compares=False)
+    return _in_worker(str(settings.function), settings, compares=False)
 
 
 REWARDS: Mapping[str, Callable[[RewardConfig], Reward]] = {
     "exact": _exact,
     "regex": _regex,
+    "math_verify": _math_verify,
+    "instructions": _instructions,
+    "reasoning_gym": _reasoning_gym,
+    "tests": _tests,
     "function": _function,
 }
 
 
-def make_rewards(settings: Mapping[str, RewardConfig]) -> WeightedRewards:
-    """Returns the rewards of a task; exact, if the config names none."""
+def make_rewards(settings: Mapping[str, RewardConfig], key: str, scorer: OpenScorer | None = None) -> WeightedRewards:
+    """Returns the rewards of a task, below `key` in its config; exact, if the config names none.
+
+    `scorer` opens a reward model. Raises ConfigError if a reward needs one and there is none.
+    """
     named = dict(settings) or {"exact": RewardConfig()}
-    rewards = {name: REWARDS[one.kind](one) for name, one in named.items()}
+    rewards: dict[str, Reward] = {}
+    for name, one in named.items():
+        if one.kind != "reward_model":
+            rewards[name] = REWARDS[one.kind](one)
+        elif scorer is None:
+            raise ConfigError(f"{key}.{name}.kind = 'reward_model' cannot be used by this command; name another kind")
+        else:
+            rewards[name] = ModelReward(scorer(str(one.model)))
     return WeightedRewards(rewards, {name: one.weight for name, one in named.items()})

@@ -11,7 +11,8 @@ class Reward(Protocol):
     """Scores attempts, in batches; it never raises for what a model wrote, and never waits without end."""
 
     compares: bool  # whether it accepts a problem's own solution, with 1
-    quick: bool  # whether it scores a whole file of solutions in seconds
+    quick: bool  # whether it scores a whole file of solutions in seconds, the same on all ranks
+    answer_is_text: bool  # whether a completion may say a problem's answer; it cannot say unit tests, for example
 
     def check(self, key: str) -> None:
         """Raises ConfigError, naming keys below `key`, if it cannot be used: without its package, for example."""
@@ -23,10 +24,10 @@ class Reward(Protocol):
 class RuleReward:
     """A reward whose function is one of Trivium's own, fast enough to be called in this process."""
 
-    quick = True
+    quick, compares = True, True
 
-    def __init__(self, function: Callable[..., float], compares: bool = True, **options: Any) -> None:
-        self.function, self.compares, self.options = function, compares, options
+    def __init__(self, function: Callable[..., float], answer_is_text: bool = True, **options: Any) -> None:
+        self.function, self.answer_is_text, self.options = function, answer_is_text, options
 
     def check(self, key: str) -> None:
         """Does nothing: a rule can always be used."""
@@ -48,6 +49,11 @@ class WeightedRewards:
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
         self.rewards, self.weights = dict(rewards), dict(weights)
+
+    @property
+    def answer_is_text(self) -> bool:
+        """Whether a completion may say a problem's answer."""
+        return all(reward.answer_is_text for reward in self.rewards.values())
 
     def __call__(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
         columns = [reward(attempts) for reward in self.rewards.values()]

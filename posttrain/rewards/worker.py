@@ -6,6 +6,7 @@ trainer: its attempt is unscorable, with the reason, and a new process takes the
 """
 
 import atexit
+import importlib.util
 import json
 import os
 import queue
@@ -152,9 +153,11 @@ class Worker:
 class WorkerReward:
     """A reward whose function is called in worker processes."""
 
-    def __init__(self, call: Call, compares: bool, workers: int = WORKERS) -> None:
-        """`compares` says whether a problem's solution must get 1."""
-        self.call, self.compares, self.quick = call, compares, False
+    quick, answer_is_text = False, True
+
+    def __init__(self, call: Call, compares: bool, package: str = "", workers: int = WORKERS) -> None:
+        """`compares` says whether a problem's solution must get 1; `package` is the one that the function imports."""
+        self.call, self.compares, self.package = call, compares, package
         self._count = max(1, min(workers, os.cpu_count() or 1))
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._all = [Worker(call) for _ in range(self._count)]
@@ -162,14 +165,26 @@ class WorkerReward:
             self._idle.put(worker)
         atexit.register(self.close)
 
+    @property
+    def seconds(self) -> float:
+        """The time for one attempt, in seconds."""
+        return self.call.seconds
+
     def check(self, key: str) -> None:
         """Raises ConfigError if the function cannot be imported or called with four arguments."""
+        if self.package and importlib.util.find_spec(self.package.replace("-", "_")) is None:
+            raise ConfigError(
+                f"{key} needs the package {self.package}, which is not installed; run: pip install 'trivium[rl]' (in "
+                "the repository: pip install --constraint constraints.txt '.[rl]')"
+            )
         worker = self._idle.get()
         try:
             fault = worker.start()
         finally:
             self._idle.put(worker)
         if fault:
+            if self.package:
+                raise ConfigError(f"{key} cannot use the package {self.package}: {fault}; raise {key}.memory_mb")
             raise ConfigError(
                 f"{key}.function = {self.call.target!r} cannot be called: {fault}; the module is looked for in the "
                 "working directory and among installed packages, and the function takes (prompt, completion, answer, "

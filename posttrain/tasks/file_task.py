@@ -25,7 +25,7 @@ SHOWN = 160  # characters of the details of a record in messages
 
 
 @dataclass
-class SetAside:
+class UnusedProblems:
     """Records that are not used: counts by reason, and where the first of each reason is, with details."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -50,7 +50,7 @@ class FileTask:
         """Reads the files. Raises ConfigError, naming keys below `key`, if too many records cannot be used."""
         self.name, self.max_new_tokens = name, max_new_tokens
         self.settings, self.rewards, self.key = settings, rewards, key
-        self.set_aside, self.duplicates = SetAside(), 0
+        self.set_aside, self.duplicates = UnusedProblems(), 0
         self.problems: dict[Split, list[Problem]] = {"train": [], "heldout": []}
         self._read()
         self.check_share()
@@ -97,7 +97,7 @@ class FileTask:
         """Raises ConfigError if too many records are set aside, or a split has no problem left."""
         key, bad = self.key, self.set_aside.counts.total()
         left = {split: len(problems) for split, problems in self.problems.items()}
-        total, names = bad + sum(left.values()), ", ".join(self.settings.files)
+        total, names = bad + sum(left.values()), ", ".join((*self.settings.files, *self.settings.heldout_files))
         if not total:
             raise ConfigError(f"{key}.files: {names} has no problem; name files with a problem on each line")
         if bad > self.settings.max_bad_share * total or not sum(left.values()):
@@ -171,7 +171,7 @@ class FileTask:
             solution = value_at(record, settings.solution_key)
             if not isinstance(solution, str):
                 raise BrokenRecord(f"{settings.solution_key!r} is no text", f"it is {type(solution).__name__}")
-        elif isinstance(answer, str | int | float) and not isinstance(answer, bool):
+        elif self.rewards.answer_is_text and isinstance(answer, str | int | float):
             solution = settings.answer_format.replace("{answer}", str(answer))
         used = (settings.prompt_key, settings.answer_key, settings.solution_key)
         metadata = {key: value for key, value in record.items() if key not in used}

@@ -1,0 +1,26 @@
+"""The reward of a trained reward model, which scores a batch of dialogues at once."""
+
+from collections.abc import Callable, Sequence
+
+from posttrain.chat.chat_format import Message
+from posttrain.tasks.task import Attempt, TaskScore
+
+Scorer = Callable[[Sequence[list[Message]]], Sequence[float]]  # dialogues that end with the answer, to scores
+
+
+class ModelReward:
+    """Scores attempts by `scorer`, all of them in one call. A score that is no finite number is unscorable."""
+
+    compares, quick, answer_is_text = False, False, True
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def check(self, key: str) -> None:
+        """Does nothing: the model was opened when the reward was made."""
+
+    def __call__(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
+        dialogues: list[list[Message]] = [
+            [*attempt.problem.messages, {"role": "assistant", "content": attempt.completion}] for attempt in attempts
+        ]
+        return [TaskScore.of(float(score), "scored") for score in self.scorer(dialogues)] if dialogues else []

@@ -1,0 +1,398 @@
+"""Rewards: what each accepts, and that no function of a user can stop the trainer or be counted as 0."""
+
+import json
+import os
+import select
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loader import ConfigError
+from configs.rewards import RewardConfig
+from posttrain.rewards.instructions import INSTRUCTIONS, instructions
+from posttrain.rewards.registry import make_rewards
+from posttrain.rewards.unscorable import Unscorable
+from posttrain.rewards.worker import Call, WorkerReward
+from posttrain.tasks.task import Attempt, Problem, TaskScore, count_reasons, part_means
+
+MODULE = """
+import os, subprocess, sys, time
+import numpy
+
+def right(prompt, completion, answer, metadata): return float(completion == answer) * metadata["worth"]
+def truth(prompt, completion, answer, metadata): return completion == answer
+def scalar(prompt, completion, answer, metadata): return numpy.float32(0.5)
+def messages(prompt, completion, answer, metadata): return len(prompt)
+def defaults(prompt, completion, answer, metadata, more=3): return more
+def unsure(prompt, completion, answer, metadata): return None
+def text(prompt, completion, answer, metadata): return "1.0"
+def array(prompt, completion, answer, metadata): return numpy.zeros(2)
+def nan(prompt, completion, answer, metadata): return float("nan")
+def infinite(prompt, completion, answer, metadata): return float("-inf")
+def raises(prompt, completion, answer, metadata): return 1 / 0
+def hangs(prompt, completion, answer, metadata): time.sleep(1000)
+def loops(prompt, completion, answer, metadata):
+    while True: pass
+def stubborn(prompt, completion, answer, metadata):
+    while True:
+        try: time.sleep(1000)
+        except BaseException: pass
+def allocates(prompt, completion, answer, metadata):
+    kept = []
+    while True: kept.append(bytearray(2**24))
+def leaves(prompt, completion, answer, metadata): sys.exit(0)
+def dies(prompt, completion, answer, metadata): os._exit(0)
+def aborts(prompt, completion, answer, metadata): os.abort()
+def prints(prompt, completion, answer, metadata):
+    print("x" * 100000); sys.stderr.write("y" * 100000); return 1
+def closes(prompt, completion, answer, metadata):
+    sys.stdin.close(); os.dup2(2, 1); os.close(1); return 1
+def closes_all(prompt, completion, answer, metadata):
+    os.closerange(0, 100); return 1
+def forks(prompt, completion, answer, metadata):
+    return os.fork() or time.sleep(1000)
+def returns_twice(prompt, completion, answer, metadata):
+    os.fork(); return 1
+def sleeper(prompt, completion, answer, metadata):
+    return subprocess.Popen(["sleep", "1000"]).pid
+def orphan(prompt, completion, answer, metadata):
+    if os.fork() == 0: time.sleep(1000)
+    os._exit(0)
+
+def two(prompt, completion): return 1
+def five(prompt, completion, answer, metadata, more): return 1
+async def later(prompt, completion, answer, metadata): return 1
+number = 3
+"""
+BROKEN = "import there_is_no_such_module\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "my_rewards.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def attempt(completion: str, answer: Any = "yes", prompt: Any = "Is it?", **metadata: Any) -> Attempt:
+    return Attempt(Problem("one", prompt, answer, metadata=metadata), completion)
+
+
+def score(attempts: list[Attempt], **settings: Any) -> list[TaskScore]:
+    rewards = make_rewards({"mine": RewardConfig(**settings)}, "task.rewards")
+    rewards.check("task.rewards")
+    return rewards(attempts)
+
+
+def function(name: str, seconds: float = 5.0, memory_mb: int = 1024) -> WorkerReward:
+    return WorkerReward(Call(f"my_rewards:{name}", {}, seconds, memory_mb * 2**20), compares=False, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("right", 0.25),
+        ("truth", 1),
+        ("scalar", 0.5),
+        ("messages", 6),
+        ("defaults", 3),
+        ("prints", 1),
+        ("closes", 1),
+        ("returns_twice", 1),
+    ],
+)
+def test_a_function_of_the_user_gives_any_number(here: Path, name: str, value: float) -> None:
+    assert [one.value for one in function(name)([attempt("yes", worth=0.25)] * 2)] == [value, value]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("unsure", "returned None"),
+        ("text", "returned str, which is no number"),
+        ("array", "returned ndarray, which is no number"),
+        ("nan", "returned nan"),
+        ("infinite", "returned -inf"),
+        ("raises", "raised ZeroDivisionError"),
+        ("leaves", "raised SystemExit"),
+        ("dies", "ended its process"),
+        ("aborts", "ended its process"),
+        ("closes_all", "ended its process"),
+        ("orphan", "ended its process"),
+        ("allocates", "out of memory"),
+    ],
+)
+def test_what_is_no_number_is_unscorable_and_counted_by_its_reason(here: Path, name: str, reason: str) -> None:
+    reward = function(name)
+    scores = reward([attempt("yes")] * 2)  # the second attempt too: a new process takes the place of one that ended
+    assert [one.value for one in scores] == [None, None]
+    assert count_reasons(scores) == {reason: 2}
+    reward.close()
+
+
+@pytest.mark.parametrize("name", ["hangs", "loops", "stubborn"])
+def test_a_function_that_never_returns_is_ended(here: Path, name: str) -> None:
+    reward = function(name, seconds=0.3)
+    begun = time.monotonic()
+    assert reward([attempt("yes")])[0] == TaskScore(None, "took more than 0.3 s")
+    assert time.monotonic() - begun < 60
+    reward.close()
+
+
+@pytest.mark.parametrize("name", ["forks", "sleeper"])
+def test_processes_that_a_function_starts_end_with_its_own(here: Path, name: str) -> None:
+    reward = function(name)
+    started = [os.pidfd_open(int(score.value or 0)) for score in reward([attempt("yes")] * 2)]
+    reward.close()
+    for process in started:
+        ended, _, _ = select.select([process], [], [], 30)
+        os.close(process)
+        assert ended
+
+
+def test_many_attempts_keep_their_order_and_one_that_hangs_harms_no_other(here: Path) -> None:
+    (here / "mixed.py").write_text(
+        "import time\ndef f(prompt, completion, answer, metadata):\n"
+        "    if completion == '7': time.sleep(1000)\n    return float(completion)\n"
+    )
+    attempts = [attempt(str(i), answer="x" * 300_000) for i in range(12)]  # more than a pipe holds
+    scores = score(attempts, kind="function", function="mixed:f", seconds=1.0)
+    assert [one.value for one in scores] == [None if i == 7 else float(i) for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my_rewards:two", r"two\(prompt, completion\) does not take four arguments"),
+        ("my_rewards:five", r"five\(.*more\) does not take four arguments"),
+        ("my_rewards:later", "later is async"),
+        ("my_rewards:number", "is int, not a function"),
+        ("my_rewards:missing", "no attribute 'missing'"),
+        ("no_such:right", "No module named 'no_such'"),
+        ("broken:right", "No module named 'there_is_no_such_module'"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_before_the_first_step(here: Path, name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"task\.rewards\.mine\.function = '{name}' cannot be called: .*{words}"):
+        score([], kind="function", function=name)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "settings", "value"),
+    [
+        (" 12\n", 12, {}, 1),
+        ("12.", "12", {}, 0),
+        ("Yes", "yes", {}, 0),
+        ("Yes", "yes", {"ignore_case": True}, 1),
+        ("<think>a\nb</think> <answer>c</answer>\n", "d", {"pattern": "<think>.*</think>\\s*<answer>.*</answer>"}, 1),
+        ("well <think>a</think><answer>c</answer>", "d", {"pattern": "<think>.*</think>\\s*<answer>.*</answer>"}, 0),
+        ("#### 3 no, #### 4", "4", {"pattern": r"#### (\d+)"}, 1),
+        ("#### 3 no, #### 4", "3", {"pattern": r"#### (\d+)"}, 0),
+        ("nothing", "3", {"pattern": r"#### (\d+)"}, 0),
+        ("ANSWER: B", "b", {"pattern": "answer: (.)", "ignore_case": True}, 1),
+    ],
+)
+def test_exact_and_regex(completion: str, answer: Any, settings: dict[str, Any], value: float) -> None:
+    kind = "regex" if "pattern" in settings else "exact"
+    assert score([attempt(completion, answer)], kind=kind, **settings)[0].value == value
+
+
+def test_a_pattern_that_takes_time_without_end_is_unscorable() -> None:
+    assert score([attempt("a" * 40 + "b")], kind="regex", pattern="(?:a+)+", seconds=0.5)[0].reason == (
+        "mine: took more than 0.5 s"
+    )
+
+
+def test_a_weighted_sum_keeps_each_rewards_value_and_is_unscorable_if_one_is(here: Path) -> None:
+    rewards = make_rewards(
+        {
+            "right": RewardConfig(kind="regex", pattern="<a>(.*)</a>"),
+            "form": RewardConfig(kind="regex", pattern="<a>.*</a>", weight=0.2),
+            "mine": RewardConfig(kind="function", function="my_rewards:right", weight=-0.5),
+        },
+        "task.rewards",
+    )
+    attempts = [attempt("<a>yes</a>", worth=1.0), attempt("<a>no</a>", worth=1.0), attempt("no")]
+    scores = rewards(attempts)
+    assert [one.value for one in scores[:2]] == [pytest.approx(1.2), pytest.approx(0.2)]
+    assert scores[0].parts == {"right": 1.0, "form": 1.0, "mine": 0.0}
+    assert scores[2].value is None and scores[2].reason == "mine: raised KeyError"  # it has no "worth"
+    assert part_means(scores) == {"right": (1.0, 3), "form": (2.0, 3), "mine": (0.0, 2)}
+    assert rewards([]) == []
+
+
+PROGRAM = "def double(x):\n    return 2 * x\n"
+
+
+@pytest.mark.parametrize(
+    ("completion", "partial", "value"),
+    [
+        (PROGRAM, False, 1.0),
+        (f"It is:\n```python\n{PROGRAM}```\nDone.", False, 1.0),
+        ("def double(x):\n    return x + 2\n", False, 0.0),
+        ("def double(x):\n    return x + 2\n", True, 0.5),
+        ("def double(x:", False, 0.0),
+        ("import os\nos._exit(0)", False, 0.0),
+        ("import socket\nsocket.socket()\n" + PROGRAM, False, 0.0),
+        ("while True: pass", False, 0.0),
+        ("raise SystemExit(0)", False, 0.0),
+    ],
+)
+def test_code_is_run_with_its_tests(completion: str, partial: bool, value: float) -> None:
+    tests = ["assert double(2) == 4", "assert double(5) == 10"]
+    found = score([attempt(completion, tests)], kind="tests", seconds=1.0, memory_mb=1024, partial=partial)
+    assert found[0].value == value
+
+
+def test_a_problem_without_tests_is_unscorable() -> None:
+    assert score([attempt(PROGRAM, 3)], kind="tests")[0].reason == "mine: the answer holds no tests"
+
+
+def follows(name: str, completion: str, **arguments: Any) -> bool:
+    return bool(instructions("", completion, None, {"instruction_id_list": [name], "kwargs": [arguments]}))
+
+
+EXAMPLES: list[tuple[str, dict[str, Any], str, str]] = [  # arguments, a text that follows, a text that does not
+    ("keywords:existence", {"keywords": ["sun", "c++"]}, "Sunny C++ days", "Sunny C days"),
+    ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "at least"}, "A a", "a"),
+    ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "less than"}, "a", "A a"),
+    ("keywords:forbidden_words", {"forbidden_words": ["art"]}, "party", "Art!"),
+    ("keywords:letter_frequency", {"letter": "x", "let_frequency": 2, "let_relation": "at least"}, "xX", "x"),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "it's so", "so, so"),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "so, so", "one two three"),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***\na\n***\nb\n***", "a\n***\n***\nb"),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+        "First.\n\n'Then, more",
+        "Then\n\nnow",
+    ),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] at [place]", "[name]"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Yours. p. s. more", "Yours."),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "P.P.S more", "P.S. more"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n - b", "* a\n** b"),
+    ("detectable_format:constrained_response", {}, "So: My answer is no.", "My answer is none."),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b*", "*a* and * *"),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "Section", "num_sections": 2},
+        "Section 1 a Section 2 b",
+        "Section 1",
+    ),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "{'a': 1}"),
+    ("detectable_format:title", {}, "<<Title>>\ntext", "<< >>\ntext"),
+    ("combination:two_responses", {}, "one******two", "one******one"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say it"}, "say it. It.", "It. Say it."),
+    ("startend:end_checker", {"end_phrase": "Is that all?"}, 'Well, "is that all?"', "Is that all? Yes"),
+    ("startend:quotation", {}, '"so"', '"'),
+    ("change_case:english_capital", {}, "SO, 2!", "SO, so"),
+    ("change_case:english_lowercase", {}, "so, 2!", "So"),
+    ("punctuation:no_comma", {}, "so; so", "so, so"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "good", "bad"), EXAMPLES)
+def test_instructions_follow_the_papers_definitions(name: str, arguments: dict[str, Any], good: str, bad: str) -> None:
+    assert follows(name, good, **arguments) and not follows(name, bad, **arguments)
+    assert not follows(name, "  ", **arguments)
+
+
+def test_instructions_agree_with_the_harness() -> None:
+    registry = pytest.importorskip("lm_eval.tasks.ifeval.instructions_registry", exc_type=ImportError)
+    texts = [text for *_, good, bad in EXAMPLES for text in (good, bad)]
+    assert {name for name, *_ in EXAMPLES} == set(INSTRUCTIONS)
+    compared = 0
+    for name, arguments, *_ in EXAMPLES:
+        if name.startswith("change_case") or "c++" in str(arguments):  # a language too there; a keyword is a pattern
+            continue
+        rule = registry.INSTRUCTION_DICT[name](name)
+        rule.build_description(**arguments)
+        for text in texts:
+            assert follows(name, text, **arguments) == bool(rule.check_following(text)), (name, text)
+            compared += 1
+    assert compared > 900
+
+
+def test_instructions_that_cannot_be_checked_are_unscorable() -> None:
+    two = {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}, {"unused": None}]}
+    assert instructions("", "no comma", None, two, partial=True) == 0.5
+    assert instructions("", "no comma", None, two) == 0
+    for record, words in (
+        ({}, "no list instruction_id_list"),
+        ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "not one object for each"),
+        ({"instruction_id_list": ["language:response_language"], "kwargs": [{}]}, "none of those"),
+        ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": None}]}, "without keywords"),
+        ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": 3}]}, "wrong arguments"),
+    ):
+        with pytest.raises(Unscorable, match=words):
+            instructions("", "text", None, record)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "value"),
+    [
+        (r"so it is $\frac{1}{2}$", "0.5", 1),
+        ("The answer is 0.5", r"\frac{1}{2}", 1),
+        (r"\boxed{x^2+2x+1}", "$(x+1)^2$", 1),
+        (r"\boxed{\{2,1\}}", r"\{1,2\}", 1),
+        ("It is 41", 42, 0),
+        ("no idea", 42, 0),
+    ],
+)
+def test_mathematics(completion: str, answer: Any, value: float) -> None:
+    pytest.importorskip("math_verify")
+    assert score([attempt(completion, answer)], kind="math_verify", seconds=30.0)[0].value == value
+
+
+def test_the_scorers_of_reasoning_gym() -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    attempts, expected = [], []
+    for name in ("leg_counting", "countdown"):
+        for entry in gym.create_dataset(name, size=2, seed=3):
+            record = json.loads(json.dumps(entry))
+            for text in (record["answer"] or "1", f"I say <answer>{record['answer']}</answer>", "7"):
+                attempts.append(attempt(text, record["answer"], record["question"], metadata=record["metadata"]))
+                said = record["answer"] if "<answer>" in text else text
+                expected.append(gym.get_score_answer_fn(name)(answer=said, entry=record))
+    assert [one.value for one in score(attempts, kind="reasoning_gym", seconds=60.0)] == expected
+    assert score([attempt("1")], kind="reasoning_gym", seconds=60.0)[0].value is None
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for kind, package in (("math_verify", "math-verify"), ("reasoning_gym", "reasoning-gym")):
+        with pytest.raises(ConfigError, match=rf"task\.rewards\.mine needs the package {package}.*pip install"):
+            score([], kind=kind)
+
+
+def test_a_reward_model_scores_a_batch_at_once() -> None:
+    batches = []
+
+    def scorer(dialogues: Any) -> list[float]:
+        batches.append(len(dialogues))
+        return [float("nan") if "bad" in one[-1]["content"] else -3.5 for one in dialogues]
+
+    settings = {"model": RewardConfig(kind="reward_model", model="runs/rm")}
+    with pytest.raises(ConfigError, match=r"task\.rewards\.model\.kind = 'reward_model' cannot be used"):
+        make_rewards(settings, "task.rewards")
+    scores = make_rewards(settings, "task.rewards", lambda path: scorer)([attempt("good"), attempt("bad")])
+    assert [one.value for one in scores] == [-3.5, None] and batches == [2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "regex"}, "needs pattern"),
+        ({"kind": "regex", "pattern": "("}, "no regular expression"),
+        ({"kind": "exact", "pattern": "a"}, "says nothing of kind 'exact'"),
+        ({"kind": "function", "function": "a.b"}, "not of the form module:function"),
+        ({"weight": 0.0}, "without effect"),
+        ({"kind": "exact", "seconds": 3.0}, "says nothing of kind"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RewardConfig(**settings)
