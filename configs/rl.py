@@ -1,8 +1,8 @@
-"""Configs of reinforcement-learning runs (GRPO): the sections of all training runs, sampling and loss."""
+"""Configs of reinforcement-learning runs: the sections of all training runs, rollouts, and the sections of methods."""
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.initial import InitConfig
 from configs.section import Section
@@ -10,26 +10,99 @@ from configs.tasks import TaskConfig
 from configs.train import TrainerConfig
 
 
-class GRPOSection(Section):
-    """Sampling and loss: each step samples group_size completions of train.global_batch_size / group_size prompts."""
+class RLSection(Section):
+    """Rollouts and what is done with them, in every method: updates, corrections, the reference policy, records."""
 
-    group_size: int = Field(default=16, ge=2)
-    """The number of completions of each prompt, whose rewards are compared; a divisor of train.global_batch_size."""
+    rollout_batch: int = Field(default=1, ge=1)
+    """The number of global batches in a rollout; each is a minibatch with an update of its own."""
+    epochs: int = Field(default=1, ge=1)
+    """The number of passes over a rollout; with rollout_batch it says how many updates a rollout has."""
+    correction: Literal["report", "truncate", "mask"] = "report"
+    """What happens where sampler and trainer disagree on a token's probability: nothing but the report, a weight on its
+    loss that is limited to the bounds below (truncate), or a weight of 0 outside of them (mask)."""
+    correction_level: Literal["token", "sequence", "geometric"] = "token"
+    """Whether a weight is of a token, or of a sequence by the product or the geometric mean of its tokens' weights."""
+    correction_low: float = Field(default=0.0, ge=0)
+    """The lower bound of the weights."""
+    correction_high: float = Field(default=2.0, gt=0)
+    """The upper bound of the weights."""
+    kl: Literal["none", "reward", "loss"] = "none"
+    """Where the divergence from the initial model is charged: nowhere, in the reward of each token, or in the loss."""
+    kl_coef: float = Field(default=0.001, gt=0)
+    """The factor on the divergence, called beta in papers."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """The estimator of the divergence; left out, it is k1 in the reward and k3 in the loss."""
+    max_draws: int = Field(default=1, ge=1)
+    """How often the prompts of a rollout may be drawn to replace groups of equal rewards (dynamic sampling); 1: off."""
+    overlong_buffer: int = Field(default=0, ge=0)
+    """The number of tokens before task.max_new_tokens over which overlong_penalty rises from 0; 0: no penalty."""
+    overlong_penalty: float = Field(default=1.0, gt=0)
+    """What a completion of the maximum length loses of its reward."""
+    sampler: Literal["whole", "split"] = "whole"
+    """How weights come to sampling: each rank gathers a whole copy, or ranks of tp and ep sample with their slices."""
+    record: str | None = None
+    """The folder in which every rollout is kept; left out, those that a resume may need are, in run.dir/rollouts."""
+    replay: str | None = None
+    """The folder of recorded rollouts to train on in place of new ones."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "RLSection":
+        if self.correction_low > self.correction_high:
+            raise ValueError(
+                f"rl.correction_low = {self.correction_low} is above rl.correction_high = {self.correction_high}; "
+                "swap them"
+            )
+        if self.record and self.record == self.replay:
+            raise ValueError(f"rl.record and rl.replay are both {self.record!r}; leave out rl.record to replay it")
+        return self
+
+    @property
+    def estimator(self) -> str:
+        """The estimator of the divergence where one is charged."""
+        return self.kl_estimator or ("k3" if self.kl == "loss" else "k1")
+
+
+class PolicySection(Section):
+    """Sampling and the policy's loss, as far as GRPO and PPO share them."""
+
     temperature: float = Field(default=1.0, gt=0)
     """The temperature at which completions are sampled."""
-    advantage: Literal["grpo@trl", "grpo@verl", "grpo@nemo", "dr_grpo", "rloo"] = "grpo@trl"
-    """The formula from rewards to advantages; posttrain/algorithms/advantages.py has each of them."""
-    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
-    """The average of token losses: over all tokens, over completions' own means, or over task.max_new_tokens each."""
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """The lower bound of the probability ratio to the sampling policy is 1 - clip_low."""
-    clip_high: float = Field(default=0.2, gt=0)
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] | None = None
+    """The average of token losses: over all tokens, over completions' own means, or over task.max_new_tokens each; left
+    out, it is the dialect's."""
+    clip_low: float | None = Field(default=None, gt=0, lt=1)
+    """The lower bound of the probability ratio to the policy before the updates is 1 - clip_low; left out, it is the
+    dialect's, mostly 0.2."""
+    clip_high: float | None = Field(default=None, gt=0)
     """The upper bound of the probability ratio is 1 + clip_high; more than clip_low is DAPO's clip-higher."""
     dual_clip: float | None = Field(default=None, gt=1)
-    """The bound on a token's loss where its advantage A is negative, as -dual_clip * A; left out, there is none."""
+    """The bound on a token's loss where its advantage A is negative, as -dual_clip * A; left out, the dialect's."""
     max_logprob_difference: float = Field(default=0.05, gt=0)
     """The maximum mean difference, in nats a token, between the log-probabilities that sampler and trainer compute, by
     different code, before the first step; fp32 gives about 1e-6, bf16 about 0.01."""
+
+
+class GRPOSection(PolicySection):
+    """Sampling and loss of methods that compare the completions of one prompt, or of the whole rollout."""
+
+    group_size: int = Field(default=16, ge=2)
+    """The number of completions of each prompt, whose rewards are compared; a divisor of train.global_batch_size."""
+    dialect: Literal[
+        "grpo@trl",
+        "grpo@verl",
+        "grpo@nemo",
+        "dr_grpo",
+        "dapo",
+        "rloo",
+        "reinforce_pp",
+        "reinforce_pp@verl",
+        "reinforce_pp_baseline",
+        "gspo",
+        "cispo@minimax",
+        "cispo@verl",
+        "gdpo",
+    ] = "grpo@trl"
+    """The method, as a paper or code base defines it: advantages, loss and aggregation; see algorithms/dialects.py."""
 
 
 class GRPOConfig(TrainerConfig):
@@ -40,4 +113,6 @@ class GRPOConfig(TrainerConfig):
     task: TaskConfig
     """The task whose answers are rewarded."""
     grpo: GRPOSection = GRPOSection()
-    """Sampling and loss."""
+    """Sampling and loss of methods that compare the completions of one prompt, or of the whole rollout."""
+    rl: RLSection = RLSection()
+    """Rollouts and what is done with them, in every method: updates, corrections, the reference policy, records."""

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m posttrain.grpo configs/posttrain/demo_grpo.toml
 
-The trainer is pretraining's. The rows are sampled from the current model, and the loss is PPO's clipped surrogate.
+The trainer is pretraining's. The rows are sampled from the current model; `grpo.dialect` names advantages and loss.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog="trivium grpo",
         description="Trains a model on a task's rewards; the same command again continues from its newest checkpoint.",
-        example="trivium grpo configs/posttrain/demo_grpo.toml train.steps=50 grpo.advantage=rloo",
+        example="trivium grpo configs/posttrain/demo_grpo.toml train.steps=50 grpo.dialect=rloo",
         options=TRAINING_OPTIONS,
     )
     profiled = profiled_steps(args.profile, config.train.steps)
@@ -36,7 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.initial_model import InitialChatModel
-    from posttrain.rl.grpo_source import GRPOLoss, RolloutSource
+    from posttrain.rl.group_credit import GroupCredit
+    from posttrain.rl.logprob_check import LogprobCheck
+    from posttrain.rl.method import chosen_dialect
+    from posttrain.rl.policy_copy import PolicyCopy, check_way
+    from posttrain.rl.policy_loss import PolicyLoss
+    from posttrain.rl.reference import check_reference
+    from posttrain.rl.rollout_source import RolloutSource, Sampling
     from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
     from posttrain.tasks.preflight import check_task
     from posttrain.tasks.task_accuracy import TaskAccuracy
@@ -61,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = (*initial.given, GROUP_SIZE) if initial.continues else initial.given
     group = config.grpo.group_size
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)
+    check_way(config.rl.sampler, layout)
+    if config.rl.kl != "none":
+        check_reference(initial.pin)
+    dialect = chosen_dialect(config.grpo.dialect, config.grpo, "grpo")
     if args.dry_run:
         print(
             f"{config.train.steps} steps of {prompts} prompts x {group} samples of {task}, "
@@ -69,13 +79,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     with groups.joined(env, layout, config.parallel.backend) as mesh:
+        policy, check = PolicyCopy(config.rl.sampler), LogprobCheck(config.grpo.max_logprob_difference)
+        source = RolloutSource(
+            Sampling(task, initial.chat, group, config.grpo.temperature, config.run.seed),
+            config.rl,
+            config.train,
+            config.run.dir,
+            GroupCredit(dialect, config.rl, task.max_new_tokens),
+            dialect.aggregation,
+            policy,
+            check,
+            initial.pin,
+        )
         return Trainer(
             config,
             initial.model,
-            RolloutSource(config.grpo, task, initial.chat, config.run.seed, config.train.seq_length),
-            GRPOLoss(config.grpo),
+            source,
+            PolicyLoss(dialect.policy, config.rl, config.grpo.temperature, check),
             mesh,
-            [TaskAccuracy(task, initial.chat, config.run.seed, config.task.eval_prompts)],
+            [TaskAccuracy(task, initial.chat, config.run.seed, config.task.eval_prompts, policy)],
             initial.lineage,
             title=Path(config.run.dir).name,
             resume=args.resume,

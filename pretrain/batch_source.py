@@ -21,8 +21,11 @@ from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents
 
 
-def collate(rows: Sequence[Row], first: int | None = None) -> Batch:
-    """Stacks rows of equal length into one micro-batch. `first` is the number of the first row's sample in the run."""
+def collate(rows: Sequence[Any], first: int | None = None) -> Batch:
+    """Stacks rows of equal length into one micro-batch. `first` is the number of the first row's sample in the run.
+
+    Rows may also have `extra`, arrays [L] by name, the same names in every row.
+    """
 
     def stack(name: str, dtype: Any) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(dtype))
@@ -38,8 +41,10 @@ def collate(rows: Sequence[Row], first: int | None = None) -> Batch:
         trained=loss_mask.flatten().nonzero()[:, 0],
         documents=Documents.of(segments),
         samples=None if first is None else tuple(range(first, first + len(rows))),
-        advantages=stack("advantages", np.float32) if hasattr(rows[0], "advantages") else None,
-        logprobs=stack("logprobs", np.float32) if hasattr(rows[0], "logprobs") else None,
+        extra={
+            name: torch.from_numpy(np.stack([row.extra[name] for row in rows]).astype(np.float32))
+            for name in getattr(rows[0], "extra", ())
+        },
     )
 
 
@@ -88,7 +93,14 @@ class BatchSource(abc.ABC):
         """
 
     def prepare(self, engine: Any, step: int) -> None:  # noqa: B027  most sources need nothing
-        """Prepares the rows of step `step`; all ranks call it before `rows`. RL copies the current weights here."""
+        """Prepares the rows of step `step`; all ranks call it before `rows`. RL samples its rollouts here."""
+
+    def state(self) -> dict[str, Any]:
+        """Returns JSON values that a checkpoint keeps, for sources whose rows depend on more than their number."""
+        return {}
+
+    def go_on(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:  # noqa: B027  most sources need nothing
+        """Prepares to go on from a checkpoint with this manifest, whose `source` is what `state` returned then."""
 
     def files(self) -> list[Expected]:
         """Returns the files that rows are read from, with their checksums; empty if no checksums are known."""

@@ -269,6 +269,7 @@ class Trainer:
         return {
             "samples": self.samples,
             "tokens": self.tokens,
+            "source": self.source.state(),
             "ledger": dict(self.tokens_by_source),  # a copy: the manifest is written while training goes on
             "stretches": self.run.data_spans,
             "identity": self.identity,
@@ -330,6 +331,8 @@ class Trainer:
         self.context = max(self.context, manifest.get("context", 0))
         self.origin = checkpoint_resume.origin_of(path, self.run.path)
         self._check_samples(path)
+        if self.step < self.config.train.steps:
+            self.source.go_on(path, manifest)
         return path
 
     def _check_samples(self, checkpoint: Path | None = None) -> None:

@@ -1,44 +1,118 @@
-"""A whole copy of the model in training, gathered from all ranks into one decoder for sampling.
+"""The weights that completions are sampled with: those of the model in training, in a decoder that can continue texts.
 
-The model must fit on one device; a larger one would need an inference engine.
+Where a rank's training module holds whole weights (no tensor, expert or pipeline parallel, ZeRO below 3), the decoder
+uses the same memory, and nothing is copied. Else there are two ways:
+
+whole:  every rank gathers a whole copy, one tensor at a time, and samples its own share of the completions. The model
+        must fit on one device beside its training state.
+split:  ranks of tensor and expert parallel keep their slices, whose memory the decoder uses, and sample the same
+        completions together; nothing is gathered. There is no pipeline or context parallel in it.
 """
 
-from pretrain.checkpoint.state import gather_weights
-from pretrain.model import Decoder, build_single, load_weights
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from configs.layout import Layout
+from configs.loader import ConfigError
+from pretrain.checkpoint.state import gathered_weights
+from pretrain.model import Decoder, LayerContext
+from pretrain.parallel import zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
+from pretrain.parallel.split_decoder import SplitDecoder
+from pretrain.sampling import SampledModel
+
+Way = Literal["whole", "split"]
+
+
+def check_way(way: Way, layout: Layout) -> None:
+    """Raises ConfigError if completions cannot be sampled in this way at this layout."""
+    if way == "split" and (layout.pp > 1 or layout.cp > 1 or layout.sp or layout.zero == 3):
+        raise ConfigError(
+            f"rl.sampler = 'split' samples with the slices of tensor and expert parallel alone, and the layout is "
+            f"{layout}; set rl.sampler=whole, or parallel.pp=1, parallel.cp=1, parallel.sp=false and parallel.zero=1"
+        )
 
 
 class PolicyCopy:
-    """A decoder with the engine's weights as of the last `refresh`, in its precision, on its device."""
+    """A decoder with the engine's weights as of the last `refresh`, in their precision, on their device.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._decoder: Decoder | None = None
+    Completions are divided among groups of ranks that sample together, of which there are `samplers`; this rank is in
+    group number `sampler`, and speaks for it if `leads` is True.
+    """
+
+    def __init__(self, way: Way = "whole") -> None:
+        self.way = way
+        self._decoder: SampledModel | None = None
+        self._mesh: Mesh | None = None
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of the engine's ranks."""
-        return self._engine.mesh
+        """The mesh of the engine's ranks, after the first `refresh`."""
+        assert self._mesh is not None, "call refresh first"
+        return self._mesh
 
     @property
-    def samples_here(self) -> bool:
-        """Whether this is the rank of its data-parallel replica that holds the copy and samples."""
-        return self.mesh.leads_replica
+    def samplers(self) -> int:
+        layout = self.mesh.layout
+        return layout.world_size // (layout.tp * layout.ep if self.way == "split" else 1)
 
     @property
-    def decoder(self) -> Decoder:
-        """The copy, on ranks where `samples_here` is True, after the first `refresh`."""
-        assert self._decoder is not None, "call refresh first, and sample on the rank that holds the copy"
+    def sampler(self) -> int:
+        layout = self.mesh.layout
+        return self.mesh.dp_rank // layout.ep if self.way == "split" else self.mesh.rank
+
+    @property
+    def leads(self) -> bool:
+        return self.way == "whole" or (self.mesh.tp_rank == 0 and self.mesh.ep_rank == 0)
+
+    def share(self, count: int) -> range:
+        """Returns which of `count` completions this rank samples: consecutive ones, an equal share or one more."""
+        return range(count * self.sampler // self.samplers, count * (self.sampler + 1) // self.samplers)
+
+    @property
+    def decoder(self) -> SampledModel:
+        """The decoder, after the first `refresh`."""
+        assert self._decoder is not None, "call refresh first"
         return self._decoder
 
-    def refresh(self) -> None:
-        """Copies the current weights. Collective: all ranks call it."""
-        weights = gather_weights(self._engine)
-        if not self.samples_here:
+    @torch.no_grad()
+    def refresh(self, engine: Engine) -> None:
+        """Takes the engine's current weights. Collective: all ranks call it."""
+        self._mesh, layout = engine.mesh, engine.mesh.layout
+        zero.wait_for_weights(engine.zero)
+        if self.way == "split":
+            if not isinstance(self._decoder, SplitDecoder):
+                self._decoder = SplitDecoder(engine.model_config, None, self.mesh, _dtype(engine))
+            _use_memory(self._decoder.decoder, engine)
             return
-        if self._decoder is None:
-            dtype = next(self._engine.module.parameters()).dtype  # the balance of experts, also a weight, is fp32
-            self._decoder = build_single(self._engine.model_config, weights, dtype).to(self.mesh.device)
+        if not isinstance(self._decoder, Decoder):
+            context = LayerContext(dtype=_dtype(engine), device=self.mesh.device)
+            self._decoder = Decoder(engine.model_config, context=context).eval()
+        if layout.tp == layout.ep == layout.pp == 1 and layout.zero < 3:
+            _use_memory(self._decoder, engine)
         else:
-            load_weights(self._decoder, weights)
+            _copy(self._decoder, gathered_weights(engine))
+
+
+def _dtype(engine: Engine) -> torch.dtype:
+    return next(engine.module.parameters()).dtype  # the balance of experts, also a weight, is fp32
+
+
+def _use_memory(decoder: Decoder, engine: Engine) -> None:
+    """Lets the decoder's parameters use the memory of the engine's, which are the same slices."""
+    own = dict(engine.module.named_global_parameters())
+    for name, parameter in decoder.named_global_parameters():
+        parameter.data = own[name].data
+    balance = engine.module.named_balance()
+    for name, tensor in decoder.named_balance().items():
+        tensor.copy_(balance[name])
+
+
+def _copy(decoder: Decoder, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    own: dict[str, torch.Tensor] = {**dict(decoder.named_global_parameters()), **decoder.named_balance()}
+    for name, tensor in weights:
+        own.pop(name).copy_(tensor)
+    assert not own, f"no weights came for {sorted(own)[:3]}"

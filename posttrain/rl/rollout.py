@@ -1,96 +1,130 @@
-"""Rollouts: groups of completions sampled from the current model, scored, and made into training rows.
+"""Rollouts: groups of completions sampled from the current model, with their scores and log-probabilities.
 
-Sample i of the run is completion i % group_size of prompt i // group_size. Prompt and random numbers are keyed by i, so
-a step's prompts are a pure function of (seed, step), and a resumed run repeats none. The sampled tokens are trained on
-as they are, never decoded and tokenized again. `posttrain.rl.grpo_source` decides which rank samples.
+Sample i of a run is completion i % group_size of prompt i // group_size. Prompt and random numbers are keyed by i, so
+what is sampled does not depend on ranks or batches. The sampled tokens are trained on as they are, never decoded and
+tokenized again. `posttrain.rl.rollout_source` decides which rank samples what.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from configs.rl import GRPOSection
 from configs.sampling import SamplingConfig
-from data_pipeline.mixture.rows import Row
-from posttrain.algorithms.advantages import AdvantageDialect, equal_groups, group_advantages
-from posttrain.algorithms.aggregation import Aggregation, token_weight
+from posttrain.algorithms.advantages import equal_groups
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore
-from pretrain.model import Decoder
-from pretrain.sampling import Completion, generate
+from pretrain.sampling import Completion, SampledModel, generate
 
 METRICS = ("reward", "equal_reward_groups", "completion_tokens", "truncated", "unscorable")
 
 
 @dataclass(frozen=True)
-class RolloutRow(Row):
-    """Training row of a prompt and its completion. `loss_mask` is float32: the weight of each completion token.
+class Rollout:
+    """Completions of whole groups, in host arrays whose first dimension N is the sample.
 
-    `advantages` and `logprobs` (of the sampling policy, at its temperature) are float32 [L], aligned with labels and 0
-    outside the completion.
+    tokens            int32 [N, S], prompt and completion without its last token; padding last
+    labels            int32 [N, S], the next token at positions that predict one of the completion, else 0
+    mask              bool [N, S], whether the label was sampled, and so is trained on
+    lengths           int32 [N], tokens that are no padding
+    prompts           int64 [N], numbers of the prompts in the run
+    scores            float32 [N], the rewards of the task; NaN where it could not judge
+    stopped           bool [N], whether the completion ended by itself
+    rollout_logprobs  float32 [N, S], of the labels, by the sampler at its temperature; 0 outside the mask
+
+    Further arrays, such as `old_logprobs` by the trainer's code, are added under their names in `TokenBatch`.
     """
 
-    advantages: np.ndarray
-    logprobs: np.ndarray
-
-
-@dataclass
-class Rollout:
-    """Scored completions of whole groups, in sample order."""
-
-    prompts: list[list[int]]
-    completions: list[Completion]
-    scores: list[TaskScore]
+    arrays: Mapping[str, np.ndarray]
     group_size: int
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name.startswith("_") or name not in self.arrays:
+            raise AttributeError(f"the rollout has no {name}; it has {', '.join(self.arrays)}")
+        return self.arrays[name]
+
+    def __len__(self) -> int:
+        return len(self.arrays["tokens"])
+
+    def plus(self, **arrays: np.ndarray) -> "Rollout":
+        """Returns the rollout with more arrays, or with other ones in place of its own."""
+        return Rollout({**self.arrays, **arrays}, self.group_size)
+
+    def of_groups(self, groups: Sequence[int]) -> "Rollout":
+        """Returns the samples of some groups alone, in the order of `groups`."""
+        index = (np.array(groups, dtype=np.int64)[:, None] * self.group_size + np.arange(self.group_size)).flatten()
+        return Rollout({name: array[index] for name, array in self.arrays.items()}, self.group_size)
+
+    def followed_by(self, other: "Rollout") -> "Rollout":
+        """Returns this rollout's samples and then another's."""
+        both = {name: np.concatenate((array, other.arrays[name])) for name, array in self.arrays.items()}
+        return Rollout(both, self.group_size)
 
     def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (rewards, scored), both [groups, group size]; an unscorable sample has reward 0 and scored False."""
-        values = torch.tensor([score.value or 0.0 for score in self.scores])
-        scored = torch.tensor([score.value is not None for score in self.scores])
-        return values.view(-1, self.group_size), scored.view(-1, self.group_size)
+        values = torch.from_numpy(self.scores).view(-1, self.group_size)
+        scored = ~values.isnan()
+        return torch.where(scored, values, 0.0), scored
 
-    def trained(self) -> tuple[int, int]:
-        """Returns the numbers of (tokens, completions) that are trained on, which are all but the unscorable."""
-        known = self.rewards()[1].flatten().tolist()
-        lengths = [len(c.tokens) for c, k in zip(self.completions, known, strict=True) if k]
-        return sum(lengths), len(lengths)
+    def equal_groups(self) -> np.ndarray:
+        """Returns bool [groups], True for those that no advantage can be drawn from, as their rewards are all equal."""
+        return equal_groups(*self.rewards()).numpy()
+
+    def completion_lengths(self) -> np.ndarray:
+        """Returns the number of sampled tokens of each completion [N]."""
+        return self.mask.sum(1)
 
     def metrics(self) -> dict[str, tuple[float, float]]:
         """Returns (sum, count) of each of `METRICS`."""
         rewards, scored = self.rewards()
-        samples, known = len(self.scores), int(scored.sum())
+        samples, known = len(self), int(scored.sum())
         return {
-            "reward": (float(rewards.sum()), known),
-            "equal_reward_groups": (int(equal_groups(rewards, scored).sum()), len(rewards)),  # contribute no gradient
-            "completion_tokens": (sum(len(c.tokens) for c in self.completions), samples),
-            "truncated": (sum(not c.stopped for c in self.completions), samples),
+            "reward": (float(rewards.double().sum()), known),
+            "equal_reward_groups": (int(self.equal_groups().sum()), len(rewards)),  # contribute no gradient
+            "completion_tokens": (int(self.mask.sum()), samples),
+            "truncated": (int((~self.stopped).sum()), samples),
             "unscorable": (samples - known, samples),
         }
 
 
-def sample_rollout(
-    decoder: Decoder, task: Task, chat: ChatFormat, settings: GRPOSection, seed: int, samples: range
+def sample(
+    decoder: SampledModel,
+    task: Task,
+    chat: ChatFormat,
+    temperature: float,
+    seed: int,
+    samples: Sequence[int],
+    group_size: int,
+    seq_length: int,
+    scores: bool = True,
 ) -> Rollout:
-    """Samples and scores completions for `samples`. Raises ValueError if these are not whole groups."""
-    if samples.start % settings.group_size or len(samples) % settings.group_size:
-        raise ValueError(
-            f"samples {samples.start} to {samples.stop} are not whole groups of grpo.group_size = {settings.group_size}"
-        )
-    problems = [task.problem(seed, "train", i // settings.group_size) for i in samples]
+    """Samples completions for `samples`, numbers of the run, and scores them unless `scores` is False.
+
+    Raises ValueError if a prompt and its completion do not fit into `seq_length`.
+    """
+    arrays = _empty(len(samples), seq_length, chat.ids["<pad>"])
+    arrays["prompts"][:] = [i // group_size for i in samples]
+    if not len(samples):
+        return Rollout(arrays, group_size)
+    problems = [task.problem(seed, "train", i // group_size) for i in samples]
     prompts = [chat.render_prompt(problem.messages) for problem in problems]
     completions = generate(
         decoder,
         prompts,
         task.max_new_tokens,
-        SamplingConfig(temperature=settings.temperature),
+        SamplingConfig(temperature=temperature),
         seed,
         stop_ids=[chat.end_id],
         keys=[f"rollout/{i}" for i in samples],
     )
-    scores = judge(task, chat, problems, completions)
-    return Rollout(prompts, completions, scores, settings.group_size)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        _fill(arrays, i, prompt, completion, seq_length)
+    if scores:
+        judged = judge(task, chat, problems, completions)
+        arrays["scores"][:] = [np.nan if score.value is None else score.value for score in judged]
+    return Rollout(arrays, group_size)
 
 
 def judge(
@@ -105,40 +139,29 @@ def judge(
     return scores
 
 
-def training_rows(
-    rollout: Rollout, settings: GRPOSection, seq_length: int, pad_id: int, factor: float
-) -> list[RolloutRow]:
-    """Returns one row for each completion; an unscorable one has weight 0.
-
-    Advantages, and with them the loss, are multiplied by `factor` (see `aggregation.step_factor`).
-    """
-    rewards, scored = rollout.rewards()
-    advantages = factor * group_advantages(rewards, scored, AdvantageDialect(settings.advantage))
-    aggregation = Aggregation(settings.aggregation)
-    weights = [
-        token_weight(len(completion.tokens), aggregation) if known else 0.0
-        for completion, known in zip(rollout.completions, scored.flatten().tolist(), strict=True)
-    ]
-    parts = zip(rollout.prompts, rollout.completions, weights, advantages.flatten().tolist(), strict=True)
-    return [_row(*part, seq_length=seq_length, pad_id=pad_id) for part in parts]
+def _empty(samples: int, seq_length: int, pad_id: int) -> dict[str, np.ndarray]:
+    shape = (samples, seq_length)
+    return {
+        "tokens": np.full(shape, pad_id, np.int32),
+        "labels": np.zeros(shape, np.int32),
+        "mask": np.zeros(shape, bool),
+        "lengths": np.zeros(samples, np.int32),
+        "prompts": np.zeros(samples, np.int64),
+        "scores": np.full(samples, np.nan, np.float32),
+        "stopped": np.zeros(samples, bool),
+        "rollout_logprobs": np.zeros(shape, np.float32),
+    }
 
 
-def _row(
-    prompt: list[int], completion: Completion, weight: float, advantage: float, seq_length: int, pad_id: int
-) -> RolloutRow:
-    whole = np.array(prompt + completion.tokens, dtype=np.int64)
+def _fill(arrays: dict[str, Any], i: int, prompt: Sequence[int], completion: Completion, seq_length: int) -> None:
+    whole = [*prompt, *completion.tokens]
     inputs = len(whole) - 1  # the last token is a label and never an input
     if inputs > seq_length:
         raise ValueError(
             f"a prompt of {len(prompt)} and a completion of {len(completion.tokens)} tokens do not fit into "
             f"train.seq_length = {seq_length}; raise it, or lower task.max_new_tokens"
         )
-    tokens = np.full(seq_length, pad_id, dtype=np.int64)
-    labels, positions = np.zeros_like(tokens), np.zeros_like(tokens)
-    segments = np.full(seq_length, -1, dtype=np.int64)
-    loss_mask, advantages, logprobs = np.zeros((3, seq_length), dtype=np.float32)
-    tokens[:inputs], positions[:inputs], segments[:inputs] = whole[:-1], np.arange(inputs), 0
     answer = slice(len(prompt) - 1, inputs)  # position t predicts token t + 1
-    labels[answer] = completion.tokens
-    loss_mask[answer], advantages[answer], logprobs[answer] = weight, advantage, completion.logprobs
-    return RolloutRow(tokens, labels, loss_mask, positions, segments, 0, advantages, logprobs)
+    arrays["tokens"][i, :inputs], arrays["lengths"][i], arrays["stopped"][i] = whole[:-1], inputs, completion.stopped
+    arrays["labels"][i, answer], arrays["mask"][i, answer] = completion.tokens, True
+    arrays["rollout_logprobs"][i, answer] = completion.logprobs

@@ -7,9 +7,8 @@ from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import judge
 from posttrain.tasks.task import Task, available
-from pretrain.model import Decoder
 from pretrain.parallel.engine import Engine
-from pretrain.sampling import generate
+from pretrain.sampling import SampledModel, generate
 
 BATCH = 256  # prompts decoded at once, which limits the key-value cache
 DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature
@@ -21,30 +20,26 @@ class TaskAccuracy:
     Prompts and random numbers depend on `seed` alone, so models with the same seed answer the same prompts.
     """
 
-    def __init__(self, task: Task, chat: ChatFormat, seed: int, prompts: int) -> None:
+    def __init__(self, task: Task, chat: ChatFormat, seed: int, prompts: int, policy: PolicyCopy | None = None) -> None:
         self.task, self.chat, self.seed = task, chat, seed
         self.prompts = available(task, "heldout", prompts)
-        self._policy: PolicyCopy | None = None
+        self._policy = policy or PolicyCopy()
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
-        """Returns the mean score for each way of decoding. Collective: each data-parallel replica scores a share.
+        """Returns the mean score for each way of decoding. Collective: each rank scores a share.
 
         Raises ValueError if the verifier could score no answer.
         """
-        if self._policy is None:
-            self._policy = PolicyCopy(engine)
-        self._policy.refresh()
-        mesh = engine.mesh
-        sums = torch.zeros(len(DECODING), 2)
-        if self._policy.samples_here:
-            share = range(mesh.dp_rank, self.prompts, mesh.layout.dp)
-            sums = torch.tensor([self._sums(self._policy.decoder, share, t) for t in DECODING.values()])
-        totals = mesh.sum_over_world(sums).tolist()
+        policy = self._policy
+        policy.refresh(engine)
+        share = range(policy.sampler, self.prompts, policy.samplers)
+        sums = torch.tensor([self._sums(policy.decoder, share, t) for t in DECODING.values()])
+        totals = engine.mesh.sum_over_world(sums if policy.leads else torch.zeros_like(sums)).tolist()
         if any(count == 0 for _, count in totals):
             raise ValueError(f"task {self.task.name!r} could score none of {self.prompts} held-out prompts")
         return {f"{self.task.name} answers": {name: s / n for name, (s, n) in zip(DECODING, totals, strict=True)}}
 
-    def _sums(self, decoder: Decoder, indices: range, temperature: float) -> tuple[float, float]:
+    def _sums(self, decoder: SampledModel, indices: range, temperature: float) -> tuple[float, float]:
         """Returns (sum of scores, number of answers scored) on the prompts `indices`."""
         known: list[float] = []
         for start in range(0, len(indices), BATCH):

@@ -5,7 +5,7 @@ Under ZeRO each rank owns a range (`Fragment`) of the fp32 master weight and of 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,24 +87,54 @@ def _fill(engine: Engine, read: Callable[[str], torch.Tensor], kind: str) -> Non
         _flat(engine, own, kind).copy_(local[own.start : own.start + own.numel])
 
 
+@dataclass(frozen=True)
+class Masters:
+    """A copy, in host memory, of the master weights that this rank owns, and of the balance of its experts."""
+
+    weights: dict[str, torch.Tensor]
+    balance: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, engine: Engine) -> "Masters":
+        """Copies the engine's present weights. Collective."""
+        zero.wait_for_weights(engine.zero)
+        own = {name: _flat(engine, own, "weight").cpu().clone() for name, _, own in _fragments(engine)}
+        balance = {name: tensor.clone() for name, tensor in engine.module.named_balance().items()}
+        return cls(own, balance)
+
+    def put(self, engine: Engine) -> None:
+        """Gives the engine these weights, and leaves its moments as they are. Collective."""
+        for name, _, own in _fragments(engine):
+            _flat(engine, own, "weight").copy_(self.weights[name])
+        expert_balance.restore(engine.module, self.balance)
+        zero.update_weights(engine.zero)
+
+
 def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Gathers the whole model's weights in its own precision on every rank, by global name, for rollouts.
 
     Each rank needs memory for a whole copy.
     """
+    return dict(gathered_weights(engine))
+
+
+def gathered_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (global name, whole tensor) of all that `gather_weights` returns, one after another. Collective."""
     mesh = engine.mesh
-    weights = {name: torch.tensor(values) for name, values in expert_balance.state(engine.module, engine.mesh).items()}
+    balance = expert_balance.state(engine.module, engine.mesh)
+    yield from ((name, torch.tensor(values)) for name, values in balance.items())
+    done: set[str] = set()
     local = dict(engine.module.named_global_parameters())
     shapes = mesh.gather_json({name: list(zero.outline(p).shape) for name, p in local.items()})
     for stage_rank in dist.get_process_group_ranks(mesh.pp_group):
         for name, shape in shapes[stage_rank].items():
-            if name in weights:
+            if name in done:
                 continue
+            done.add(name)
             whole = None
             if stage_rank == mesh.rank:
                 whole = mesh.gather_whole(zero.current_weight(local[name]), local[name])
-            weights[name] = _from_stage(whole, len(shape), stage_rank, engine)
-    return weights
+            yield name, _from_stage(whole, len(shape), stage_rank, engine)
 
 
 def _from_stage(whole: torch.Tensor | None, ndim: int, stage_rank: int, engine: Engine) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The input of one forward pass: tokens, labels, and the weights of their losses."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from pretrain.model.documents import Documents
 class Batch:
     """One micro-batch, [B, S] where nothing else is said; `data_pipeline.mixture.rows.Row` explains the values.
 
-    `loss_mask` is float: RL weighs tokens with it. `advantages` and `logprobs` are RL's, else None.
+    `loss_mask` is float: RL weighs tokens with it. `extra` has what a loss function needs beside labels, by name, such
+    as the advantages of RL; each is [B, S].
     """
 
     tokens: torch.Tensor
@@ -24,21 +26,22 @@ class Batch:
     trained: torch.Tensor  # [N] indices b * S + s where loss_mask is not 0: logits are computed there alone
     documents: Documents  # of whole rows, also where S is only a part of them (context parallel)
     samples: tuple[int, ...] | None = None  # the rows' numbers in the run
-    advantages: torch.Tensor | None = None
-    logprobs: torch.Tensor | None = None
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def weightless(self) -> "Batch":
         """Returns a batch of the same tokens whose losses all have weight zero."""
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask), trained=self.trained[:0])
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[str, Any] = {k: tensor.to(device, non_blocking=True) for k, tensor in self._tensors().items()}
+        moved = self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(self, **moved, documents=self.documents.to(device))
 
     def pin_memory(self) -> "Batch":
         """Copies the batch into host memory that a GPU can read by itself, so that `to` does not wait."""
-        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
-        return replace(self, **pinned, documents=self.documents.pin_memory())
+        return replace(self, **self._mapped(torch.Tensor.pin_memory), documents=self.documents.pin_memory())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
+    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        """Returns the fields that are or hold tensors, with `change` applied to each tensor."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in own.items() if torch.is_tensor(value)}
+        return changed | {"extra": {name: change(tensor) for name, tensor in self.extra.items()}}

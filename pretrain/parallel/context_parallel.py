@@ -11,6 +11,7 @@ exchanged.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from deepspeed.sequence.layer import DistributedAttention, _SeqAllToAll
@@ -75,10 +76,12 @@ def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
         return list(batches)
 
     def part(batch: Batch) -> Batch:
-        names = ("tokens", "labels", "loss_mask", "positions", "segments", "advantages", "logprobs")
-        tensors = {name: getattr(batch, name) for name in names}
-        own = {name: t.chunk(cp, dim=1)[rank].contiguous() for name, t in tensors.items() if t is not None}
+        names = ("tokens", "labels", "loss_mask", "positions", "segments")
+        own: dict[str, Any] = {name: cut(getattr(batch, name)) for name in names}
         trained = own["loss_mask"].flatten().nonzero()[:, 0]
-        return replace(batch, **own, trained=trained)
+        return replace(batch, **own, trained=trained, extra={name: cut(t) for name, t in batch.extra.items()})
+
+    def cut(tensor_BS: torch.Tensor) -> torch.Tensor:
+        return tensor_BS.chunk(cp, dim=1)[rank].contiguous()
 
     return [part(batch) for batch in batches]

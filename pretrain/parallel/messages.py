@@ -1,11 +1,13 @@
-"""Sends JSON values between ranks over gloo: in a given group of all ranks, or in the default one by CPU tensors.
+"""Sends JSON values and arrays between ranks over gloo: in a given group of all ranks, or in the default one.
 
 Nothing is unpickled. Tensors are sent by torch.distributed itself.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,6 +27,28 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None, everywhere: 
     else:
         dist.gather(padded, parts or None, dst=0, group=group)
     return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, lengths, strict=here)]
+
+
+def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns, on every rank, all ranks' rows of each array in rank order.
+
+    The arrays have the same names, types and shapes on all ranks but for their first dimension, which may be 0.
+    """
+    counts = gather_json({name: len(array) for name, array in arrays.items()})
+    found = {}
+    for name, array in arrays.items():
+        lengths = [count[name] for count in counts]
+        padded = np.zeros((max(lengths), *array.shape[1:]), array.dtype)
+        padded[: len(array)] = array
+        own = torch.from_numpy(padded.reshape(-1).view(np.uint8))
+        parts = [torch.empty_like(own) for _ in counts]
+        if own.numel():
+            dist.all_gather(parts, own)
+        rows = [
+            part.numpy().view(array.dtype).reshape(padded.shape)[:n] for part, n in zip(parts, lengths, strict=True)
+        ]
+        found[name] = np.concatenate(rows)
+    return found
 
 
 def broadcast_json(value: Any, group: dist.ProcessGroup) -> Any:

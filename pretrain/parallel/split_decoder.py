@@ -17,14 +17,18 @@ from pretrain.parallel.groups import Mesh
 class SplitDecoder(nn.Module):
     """One rank's part of a whole model; called like a `Decoder`, it gives the logits of the whole vocabulary."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], mesh: Mesh, dtype: torch.dtype):
-        """Builds this rank's part from whole tensors by global name. Raises ValueError if they do not fit the model."""
+    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor] | None, mesh: Mesh, dtype: torch.dtype):
+        """Builds this rank's part from whole tensors by global name; None leaves the caller to fill its parameters.
+
+        Raises ValueError if the tensors do not fit the model.
+        """
         super().__init__()
         layout = mesh.layout
         assert layout.pp == layout.cp == 1 and not layout.sp, "generation splits weights alone"
         context = LayerContext(dtype=dtype, device=mesh.device, tp=mesh.tp_group, ep=mesh.ep_group)
         self.decoder, self.config, self.mesh = Decoder(config, context=context).eval(), config, mesh
-        self._load(weights)
+        if weights is not None:
+            self._load(weights)
 
     @torch.no_grad()
     def _load(self, weights: dict[str, torch.Tensor]) -> None:
@@ -54,9 +58,9 @@ class SplitDecoder(nn.Module):
         parts = [torch.empty_like(part) for _ in range(self.mesh.layout.tp)]
         dist.all_gather(parts, part, group=self.mesh.tp_group)
         logits = torch.cat(parts, -1)[..., : self.config.vocab_size]
-        if self.mesh.zero_size > 1:  # ranks with other experts may have added the same numbers in another order
+        if self.mesh.layout.ep > 1:  # ranks with other experts may have added the same numbers in another order
             logits = logits.contiguous()
-            dist.broadcast(logits, group=self.mesh.zero_group, group_src=0)
+            dist.broadcast(logits, group=self.mesh.ep_group, group_src=0)
         return logits
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:

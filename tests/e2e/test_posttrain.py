@@ -211,7 +211,7 @@ def test_a_stopped_grpo_run_goes_on_bit_identically(ranks: RanksOf, rewarded: Pa
             r"60 over 2 data-parallel ranks is 30 samples each.*global_batch_size could be .*64",
         ),
         ("grpo", ["grpo.max_logprob_difference=1e-12"], r"differ by .* nats a token.*max_logprob_difference = 1e-12"),
-        ("grpo", ["grpo.advantage=ppo"], r"grpo\.advantage = 'ppo'"),
+        ("grpo", ["grpo.dialect=ppo"], r"grpo\.dialect = 'ppo'"),
         ("grpo", ["init.run=nowhere"], r"init\.run = 'nowhere'"),
         ("sft", ["init.tokenizer=nowhere"], r"init\.tokenizer = 'nowhere'"),
         ("sft", ["data.dialogues=[]", "task.demonstrations=0"], "nothing to train on"),

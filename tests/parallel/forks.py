@@ -34,7 +34,7 @@ IMPORTED = (
     "tests.parallel.workers.sharing",
     "tests.parallel.workers.posttraining",
     "posttrain.grpo",
-    "posttrain.rl.grpo_source",
+    "posttrain.rl.rollout_source",
     "posttrain.tasks.task_accuracy",
     "posttrain.sft",
     "posttrain.chat.sft_data",

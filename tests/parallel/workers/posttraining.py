@@ -25,8 +25,8 @@ def save_untrained(run_dir: str, model: dict[str, Any], tokenizer: str) -> None:
 def precision_of_copy(model: dict[str, Any]) -> list[str]:
     """Returns the dtypes of a bf16 engine's weights and of those that are sampled from."""
     engine = make_engine(model, {}, "bfloat16")
-    copy = PolicyCopy(engine)
-    copy.refresh()
+    copy = PolicyCopy()
+    copy.refresh(engine)
     return sorted({str(p.dtype) for module in (engine.module, copy.decoder) for p in module.parameters()})
 
 

@@ -7,7 +7,7 @@ import pytest
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.rl.rollout import _row
+from posttrain.rl.rollout import _empty, _fill
 from posttrain.tasks.lengths import check_answers, check_rows
 from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.sampling import Completion
@@ -46,7 +46,7 @@ def test_a_row_takes_the_longest_prompt_and_its_completion(
     completion = Completion([5] * task.max_new_tokens, [0.0] * task.max_new_tokens, stopped=False)
 
     def row(length: int) -> None:
-        _row([1] * longest, completion, 1.0, 1.0, length, 0)
+        _fill(_empty(1, length, 0), 0, [1] * longest, completion, length)
 
     try:
         row(seq_length)

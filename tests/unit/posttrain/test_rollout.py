@@ -1,17 +1,31 @@
-"""Rollouts: reproducible draws, rows aligned with the trainer's log-probabilities, unusable completions."""
+"""Rollouts: reproducible draws, rows aligned with the trainer's log-probabilities, records, unusable completions."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from configs.loader import ConfigError
 from configs.model import ModelConfig
-from configs.rl import GRPOSection
+from configs.rl import GRPOSection, RLSection
+from configs.train import TrainSection
 from data_pipeline.tokens.tokenizer import Tokenizer
+from posttrain.algorithms.aggregation import Aggregation
+from posttrain.algorithms.dialects import DIALECTS
+from posttrain.algorithms.token_batch import TokenBatch
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.rl.grpo_source import GRPOLoss, RolloutSource
-from posttrain.rl.rollout import Rollout, judge, sample_rollout, training_rows
+from posttrain.rl import rollout_file
+from posttrain.rl.group_credit import GroupCredit, token_batch
+from posttrain.rl.logprob_check import LogprobCheck
+from posttrain.rl.method import chosen_dialect
+from posttrain.rl.phases import Phases
+from posttrain.rl.policy_copy import PolicyCopy
+from posttrain.rl.policy_loss import PolicyLoss
+from posttrain.rl.rollout import Rollout, judge, sample
+from posttrain.rl.rollout_source import RolloutSource, Sampling
+from posttrain.rl.rows import rollout_rows
 from posttrain.tasks.task import Problem, TaskScore
 from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.batch_source import collate
@@ -19,8 +33,9 @@ from pretrain.model import Decoder, init_weights
 from pretrain.sampling import Completion
 
 TASK = SortTask(3, max_new_tokens=6)
-SETTINGS = GRPOSection(group_size=4, temperature=0.7)
+TEMPERATURE = 0.7
 LENGTH = 32
+RL = RLSection()
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +54,26 @@ def decoder(tokenizer: Tokenizer) -> Decoder:
     return model.eval()
 
 
+def sampled(decoder: Decoder, chat: ChatFormat, samples: range, seed: int = 9, length: int = LENGTH) -> Rollout:
+    return sample(decoder, TASK, chat, TEMPERATURE, seed, samples, 4, length)
+
+
 @pytest.fixture(scope="module")
 def rollout(decoder: Decoder, chat: ChatFormat) -> Rollout:
-    return sample_rollout(decoder, TASK, chat, SETTINGS, 9, range(8, 16))
+    return sampled(decoder, chat, range(8, 16))
 
 
 def test_what_is_sampled_depends_on_seed_and_number_alone(rollout: Rollout, decoder: Decoder, chat: ChatFormat) -> None:
-    second = sample_rollout(decoder, TASK, chat, SETTINGS, 9, range(12, 16))
-    assert second.prompts == rollout.prompts[4:]
-    assert [c.tokens for c in second.completions] == [c.tokens for c in rollout.completions[4:]]
-    assert rollout.prompts[0] == rollout.prompts[3] != rollout.prompts[4]  # groups of four share a prompt
-    assert len({tuple(c.tokens) for c in rollout.completions[:4]}) > 1  # and have different random numbers
-    other = sample_rollout(decoder, TASK, chat, SETTINGS, 10, range(8, 16))
-    assert other.prompts != rollout.prompts
-    with pytest.raises(ValueError, match=r"8 to 14 are not whole groups of grpo\.group_size = 4"):
-        sample_rollout(decoder, TASK, chat, SETTINGS, 9, range(8, 14))
+    parts = [sampled(decoder, chat, part) for part in (range(8, 9), range(9, 14), range(14, 14), range(14, 16))]
+    for part in parts[1:]:
+        parts[0] = parts[0].followed_by(part)
+    for name, array in rollout.arrays.items():
+        np.testing.assert_array_equal(parts[0].arrays[name], array) if array.dtype != np.float32 else (
+            np.testing.assert_allclose(parts[0].arrays[name], array, atol=1e-6)
+        )
+    assert rollout.prompts.tolist() == [2] * 4 + [3] * 4  # groups of four share a prompt
+    assert len({tuple(labels) for labels in rollout.labels[:4].tolist()}) > 1  # and have different random numbers
+    assert not np.array_equal(sampled(decoder, chat, range(8, 16), seed=10).tokens, rollout.tokens)
 
 
 def trainer_logprobs(decoder: Decoder, batch: Any, temperature: float) -> torch.Tensor:
@@ -64,50 +84,61 @@ def trainer_logprobs(decoder: Decoder, batch: Any, temperature: float) -> torch.
     return logprobs
 
 
-def test_rows_line_up_with_the_trainers_logprobs(rollout: Rollout, decoder: Decoder, chat: ChatFormat) -> None:
-    rows = training_rows(rollout, SETTINGS, LENGTH, chat.ids["<pad>"], factor=1.0)
-    for row, completion in zip(rows, rollout.completions, strict=True):
-        assert row.labels[row.loss_mask > 0].tolist() == completion.tokens
-    batch = collate(rows)
-    assert batch.logprobs is not None and batch.advantages is not None
-    new = trainer_logprobs(decoder, batch, SETTINGS.temperature)
-    trained = batch.loss_mask > 0
-    torch.testing.assert_close(new[trained], batch.logprobs[trained], atol=2e-5, rtol=0)
-    assert int(trained.sum()) == sum(len(c.tokens) for c in rollout.completions)
+def loss(most: float = 0.05, rl: RLSection = RL) -> PolicyLoss:
+    return PolicyLoss(DIALECTS["grpo@trl"].policy, rl, TEMPERATURE, LogprobCheck(most))
 
-    GRPOLoss(SETTINGS)(new, batch)  # the log-probabilities agree, so no error
-    tight = SETTINGS.model_copy(update={"max_logprob_difference": 1e-3})
-    GRPOLoss(tight)(new, batch)
+
+def with_scores(rollout: Rollout, values: list[float]) -> Rollout:
+    return rollout.plus(scores=np.array(values, np.float32))
+
+
+def credited(rollout: Rollout, name: str = "grpo@trl", rl: RLSection = RL) -> Rollout:
+    return GroupCredit(DIALECTS[name], rl, TASK.max_new_tokens)(rollout, None)  # type: ignore[arg-type]
+
+
+def batch_of(rollout: Rollout, *names: str) -> Any:
+    return collate(rollout_rows(rollout, range(len(rollout)), None, ["rollout_logprobs", "advantages", *names]))
+
+
+def test_rows_line_up_with_the_trainers_logprobs(rollout: Rollout, decoder: Decoder) -> None:
+    batch = batch_of(credited(rollout))
+    new = trainer_logprobs(decoder, batch, TEMPERATURE)
+    trained = batch.loss_mask > 0
+    torch.testing.assert_close(new[trained], batch.extra["rollout_logprobs"][trained], atol=1e-5, rtol=0)
+    assert trained.sum(1).tolist() == rollout.completion_lengths().tolist()
+
+    loss()(new, batch)  # the log-probabilities agree, so no error
+    loss(1e-3)(new, batch)
     untempered = trainer_logprobs(decoder, batch, temperature=1.0)  # as of a trainer that ignores the temperature
     with pytest.raises(ValueError, match=r"differ by 0\.\d+ nats a token .* = 0\.001"):
-        GRPOLoss(tight)(untempered, batch)
+        loss(1e-3)(untempered, batch)
 
 
-def with_scores(rollout: Rollout, values: list[float | None]) -> Rollout:
-    return Rollout(rollout.prompts, rollout.completions, [TaskScore(v, "given") for v in values], 4)
-
-
-def test_advantages_weights_and_metrics(rollout: Rollout) -> None:
-    scored = with_scores(rollout, [1.0, 0.0, None, 0.0, 1.0, 1.0, 1.0, 1.0])
-    rows = training_rows(scored, SETTINGS, LENGTH, 3, factor=2.0)
-    # Rewards 1, 0, 0 have mean 1/3 and sigma sqrt(1/3); the factor doubles the advantages.
-    expected = 2 * (2 / 3) / ((1 / 3) ** 0.5 + 1e-4)
-    on = rows[0].loss_mask > 0
-    assert rows[0].advantages[on].tolist() == pytest.approx([expected] * int(on.sum()), rel=1e-6)
-    assert rows[1].advantages[rows[1].loss_mask > 0][0] == pytest.approx(-expected / 2, rel=1e-6)
-    assert not rows[2].loss_mask.any() and not rows[2].advantages.any()  # unscorable, which is not a reward of 0
-    assert all(not row.advantages.any() for row in rows[4:])  # equal rewards
-    assert not rows[0].advantages[~on].any() and not rows[0].logprobs[~on].any()
-    metrics = scored.metrics()
+def test_advantages_and_metrics(rollout: Rollout) -> None:
+    scored = with_scores(rollout, [1.0, 0.0, np.nan, 0.0, 1.0, 1.0, 1.0, 1.0])
+    found = credited(scored).advantages
+    expected = (2 / 3) / ((1 / 3) ** 0.5 + 1e-4)  # rewards 1, 0, 0 have mean 1/3 and sigma sqrt(1/3)
+    on = scored.mask
+    assert found[0][on[0]].tolist() == pytest.approx([expected] * int(on[0].sum()), rel=1e-6)
+    assert found[1][on[1]][0] == pytest.approx(-expected / 2, rel=1e-6)
+    assert not found[2].any()  # unscorable, which is not a reward of 0
+    assert not found[4:].any() and not found[~on].any()  # equal rewards; prompts and padding
+    metrics, lengths = scored.metrics(), rollout.completion_lengths()
     assert metrics["reward"] == (5.0, 7) and metrics["unscorable"] == (1, 8)
-    assert metrics["equal_reward_groups"] == (1, 2)
-    lengths = [len(c.tokens) for c in rollout.completions]
-    assert metrics["completion_tokens"] == (sum(lengths), 8)
-    assert scored.trained() == (sum(lengths) - lengths[2], 7)
+    assert metrics["equal_reward_groups"] == (1, 2) and metrics["completion_tokens"] == (lengths.sum(), 8)
 
-    by_sequence = SETTINGS.model_copy(update={"aggregation": "sequence_mean"})
-    for row in training_rows(scored, by_sequence, LENGTH, 3, factor=1.0)[3:]:
-        assert row.loss_mask.sum() == pytest.approx(1.0, abs=1e-6)
+
+def test_length_and_divergence_cost_reward(rollout: Rollout) -> None:
+    scored = with_scores(rollout, [1.0] * 7 + [np.nan])
+    rl = RLSection(overlong_buffer=2, overlong_penalty=0.5, kl="reward", kl_coef=0.1)
+    with pytest.raises(ValueError, match="no ref_logprobs"):
+        token_batch(scored, rl, TASK.max_new_tokens)
+    apart = scored.plus(ref_logprobs=np.where(scored.mask, scored.rollout_logprobs - 2.0, 0.0).astype(np.float32))
+    rewards = token_batch(apart, rl, TASK.max_new_tokens).need("rewards").sum(1)
+    for i, length in enumerate(rollout.completion_lengths()[:7].tolist()):
+        overlong = {5: -0.25, 6: -0.5}.get(length, 0.0)
+        assert float(rewards[i]) == pytest.approx(1.0 + overlong - 0.1 * 2.0 * length, abs=1e-5)
+    assert float(rewards[7]) == 0.0
 
 
 def test_a_completion_that_never_stops_is_wrong(chat: ChatFormat) -> None:
@@ -120,35 +151,112 @@ def test_a_completion_that_never_stops_is_wrong(chat: ChatFormat) -> None:
     assert wrong.value == 0.0  # an answer with a control token is wrong
 
 
-def test_a_row_that_is_too_short_is_named(rollout: Rollout) -> None:
+def test_a_row_that_is_too_short_is_named(decoder: Decoder, chat: ChatFormat) -> None:
     with pytest.raises(ValueError, match=r"do not fit into train\.seq_length = 9"):
-        training_rows(rollout, SETTINGS, 9, 3, factor=1.0)
+        sampled(decoder, chat, range(4), length=9)
 
 
-def test_the_loss_ignores_what_is_outside_completions(rollout: Rollout, chat: ChatFormat) -> None:
-    rows = training_rows(with_scores(rollout, [1.0, 0, 0, 0, 1, 0, 1, 0]), SETTINGS, LENGTH, 3, factor=1.0)
-    batch = collate(rows)
-    assert batch.logprobs is not None and batch.advantages is not None
-    noise = torch.where(batch.loss_mask > 0, batch.logprobs, torch.full_like(batch.logprobs, -1e4))
-    loss, metrics = GRPOLoss(SETTINGS)(noise.requires_grad_(), batch)
-    (loss * batch.loss_mask).sum().backward()
-    assert noise.grad is not None and torch.isfinite(loss).all()
+def test_the_loss_ignores_what_is_outside_completions(rollout: Rollout) -> None:
+    batch = batch_of(credited(with_scores(rollout, [1.0, 0, 0, 0, 1, 0, 1, 0])))
+    on = batch.loss_mask > 0
+    noise = torch.where(on, batch.extra["rollout_logprobs"], -1e4)
+    function = loss()
+    token_losses, metrics = function(noise.requires_grad_(), batch)
+    (token_losses * batch.loss_mask).sum().backward()
+    assert noise.grad is not None and torch.isfinite(token_losses).all()
     # On policy the gradient by a token's log-probability is minus its advantage, and 0 at other tokens.
-    torch.testing.assert_close(noise.grad, -batch.advantages * (batch.loss_mask > 0))
-    assert sorted(metrics) == sorted(GRPOLoss.metrics)
-    assert all(not np.isnan(value.detach().numpy()).any() for value in metrics.values())
+    torch.testing.assert_close(noise.grad, -batch.extra["advantages"] * on)
+    assert sorted(metrics) == sorted(function.metrics)
+    assert all(value.isfinite().all() for value in metrics.values())
 
 
-def test_a_run_may_change_how_it_learns_but_not_what(chat: ChatFormat) -> None:
-    def source(task: SortTask = TASK, **changes: Any) -> RolloutSource:
-        return RolloutSource(SETTINGS.model_copy(update=changes), task, chat, 3, LENGTH)
+def test_a_sampler_that_differs_is_corrected_and_the_divergence_charged(rollout: Rollout) -> None:
+    rollout = credited(with_scores(rollout, [1.0, 0, 0, 0, 1, 0, 1, 0]))
+    old = np.where(rollout.mask, rollout.rollout_logprobs + np.float32(np.log(3.0)), 0.0).astype(np.float32)
+    batch = batch_of(rollout.plus(old_logprobs=old, ref_logprobs=old - np.float32(1.0)), "old_logprobs", "ref_logprobs")
+    plain, metrics = loss()(batch.extra["old_logprobs"], batch)  # far apart, and only reported
+    assert float(metrics["logprob_difference"][batch.loss_mask > 0].mean()) == pytest.approx(np.log(3.0), rel=1e-5)
+    truncated, metrics = loss(rl=RLSection(correction="truncate"))(batch.extra["old_logprobs"], batch)
+    torch.testing.assert_close(truncated, 2.0 * plain)
+    masked, _ = loss(rl=RLSection(correction="mask"))(batch.extra["old_logprobs"], batch)
+    assert not masked.any() and plain.any() and metrics["corrected"][batch.loss_mask > 0].all()
+    charged, _ = loss(rl=RLSection(kl="loss", kl_coef=0.5))(batch.extra["old_logprobs"], batch)
+    expected = 0.5 * (np.exp(-1.0) + 1.0 - 1.0)  # k3 at x = 1
+    torch.testing.assert_close(charged, plain + expected * (batch.loss_mask > 0))
 
-    first = source()
-    learning = {"temperature": 1.0, "clip_low": 0.1, "advantage": "rloo", "aggregation": "fixed_length"}
-    assert source(**learning).fingerprint == first.fingerprint
+
+def test_a_record_is_read_as_it_was_written_and_damage_is_found(rollout: Rollout, tmp_path: Path) -> None:
+    recorded = rollout_file.Recorded(credited(rollout), 3, 4, {"reward": (1.5, 8)})
+    recorded.write(tmp_path)
+    found = rollout_file.read(tmp_path, 3)
+    assert found.sha256 == recorded.sha256 and found.next_prompt == 4 and found.metrics == {"reward": (1.5, 8)}
+    assert found.rollout.arrays.keys() == recorded.rollout.arrays.keys()
+    batch = TokenBatch.load(rollout_file.path_of(tmp_path, 3))  # what `trivium rl compare` reads
+    assert torch.equal(batch.mask, torch.from_numpy(rollout.mask)) and batch.groups is not None
+    assert batch.sequence_sum(batch.need("rewards"))[batch.first_and_last()[1]].tolist() == rollout.scores.tolist()
+
+    content = bytearray(rollout_file.path_of(tmp_path, 3).read_bytes())
+    content[-5] ^= 1
+    rollout_file.path_of(tmp_path, 3).write_bytes(content)
+    with pytest.raises(ConfigError, match="does not match its own SHA-256"):
+        rollout_file.read(tmp_path, 3)
+    rollout_file.path_of(tmp_path, 3).write_bytes(content[:99])
+    with pytest.raises(ConfigError, match="cannot be read as a recorded rollout"):
+        rollout_file.read(tmp_path, 3)
+    with pytest.raises(ConfigError, match="rollout 7 is needed; it has rollouts 3 to 3"):
+        rollout_file.read(tmp_path, 7)
+
+
+def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own() -> None:
+    phases = Phases(batches=3, epochs=2, batch_size=4, seed=5)
+    epochs = [[phases.minibatch(step) for step in range(first, first + 3)] for first in (12, 15, 18)]
+    assert [phases.rollout_of(step) for step in (12, 17, 18)] == [2, 2, 3] and phases.begins(12)
+    flat = [[i for minibatch in epoch for i in minibatch] for epoch in epochs]
+    assert all(sorted(order) == list(range(12)) for order in flat) and flat[0] != flat[1] != flat[2]
+    assert phases.minibatch(13) == Phases(3, 2, 4, 5).minibatch(13) != Phases(3, 2, 4, 6).minibatch(13)
+    assert Phases(1, 1, 4, 5).minibatch(9) == [0, 1, 2, 3]  # one update keeps the order of the samples
+
+
+def source(chat: ChatFormat, run_dir: Path, task: SortTask = TASK, group_size: int = 4, **rl: Any) -> RolloutSource:
+    train = TrainSection(steps=2, global_batch_size=8, micro_batch_size=4, seq_length=LENGTH)
+    sampling = Sampling(task, chat, group_size, TEMPERATURE, 3)
+    credit = GroupCredit(DIALECTS["grpo@trl"], RL, 6)
+    settings, mean = RLSection(**rl), Aggregation.TOKEN_MEAN
+    return RolloutSource(sampling, settings, train, run_dir, credit, mean, PolicyCopy(), LogprobCheck(1.0))
+
+
+def test_a_run_may_change_how_it_learns_but_not_what(chat: ChatFormat, tmp_path: Path) -> None:
+    first = source(chat, tmp_path)
+    assert source(chat, tmp_path, kl="loss", correction="mask").fingerprint == first.fingerprint
     for other, words in (
-        (source(SortTask(4, max_new_tokens=6)), "task.digits 3 -> 4"),
-        (source(SortTask(3, max_new_tokens=9)), "task.max_new_tokens 6 -> 9"),
-        (source(group_size=8), "grpo.group_size 4 -> 8"),
+        (source(chat, tmp_path, SortTask(4, max_new_tokens=6)), "task.digits 3 -> 4"),
+        (source(chat, tmp_path, SortTask(3, max_new_tokens=9)), "task.max_new_tokens 6 -> 9"),
+        (source(chat, tmp_path, group_size=8), "grpo.group_size 4 -> 8"),
     ):
         assert other.fingerprint != first.fingerprint and other.difference(first.facts) == words
+    assert source(chat, tmp_path, epochs=2).fingerprint != first.fingerprint
+
+
+def test_a_checkpoint_in_a_rollout_needs_that_very_rollout(chat: ChatFormat, rollout: Rollout, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step_3"
+    own = source(chat, tmp_path, epochs=2)
+    state = {"next_prompt": 4, "rollout": "0" * 64, "batch": 8}
+    with pytest.raises(ConfigError, match=r"rollout_000001\.safetensors does not exist, and rollout 1 is needed"):
+        own.go_on(checkpoint, {"step": 3, "samples": 24, "source": state})
+    rollout_file.Recorded(rollout, 1, 4, {}).write(tmp_path / "rollouts")
+    with pytest.raises(ConfigError, match="is not the rollout that"):
+        own.go_on(checkpoint, {"step": 3, "samples": 24, "source": state})
+    with pytest.raises(ConfigError, match=r"set it back to 16, at least until step 4"):
+        own.go_on(checkpoint, {"step": 3, "samples": 24, "source": {**state, "batch": 16}})
+    own.go_on(checkpoint, {"step": 4, "samples": 32, "source": state})  # the rollout is used up
+    assert own.state()["next_prompt"] == 4
+
+
+def test_settings_that_a_dialect_does_not_have_are_refused() -> None:
+    chosen = chosen_dialect("dapo", GRPOSection(clip_low=0.1, aggregation="fixed_length"), "grpo")
+    assert chosen.aggregation == Aggregation.FIXED_LENGTH
+    with pytest.raises(ConfigError, match=r"grpo\.clip_low = 0\.1 has no meaning in grpo\.dialect = 'cispo@minimax'"):
+        chosen_dialect("cispo@minimax", GRPOSection(clip_low=0.1), "grpo")
+    names = GRPOSection.model_fields["dialect"].annotation.__args__  # type: ignore[union-attr]
+    assert {name for name in DIALECTS if not name.startswith("ppo")} == set(names)
+    assert all(chosen_dialect(name, GRPOSection(), "grpo") for name in names)

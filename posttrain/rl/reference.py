@@ -1,0 +1,50 @@
+"""The reference policy: the weights that a run began from, put into the engine for a moment.
+
+A second copy of the model on the device would cost its whole memory. Here each rank keeps in host memory the part of
+the reference's fp32 master weights that ZeRO gives it of the weights in training, and exchanges the two around an
+evaluation. That costs two gathers of the weights for each rollout.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from configs.files import file_sha256
+from configs.loader import ConfigError
+from pretrain.checkpoint import state, storage
+from pretrain.checkpoint.lineage import Pin
+from pretrain.initial_model import initial_weights
+from pretrain.parallel.engine import Engine
+
+
+class Reference:
+    """The weights of a model, ready to be exchanged with an engine's. All ranks make one and use it together."""
+
+    def __init__(self, engine: Engine, pin: Pin) -> None:
+        self._engine = engine
+        own = state.Masters.of(engine)
+        with initial_weights(pin) as tensors:
+            state.begin_from(engine, tensors)
+        self._weights = state.Masters.of(engine)
+        own.put(engine)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Context manager in which the engine has the reference's weights; collective. It must not train in it."""
+        own = state.Masters.of(self._engine)
+        self._weights.put(self._engine)
+        try:
+            yield
+        finally:
+            own.put(self._engine)
+
+
+def check_reference(pin: Pin) -> None:
+    """Raises ConfigError if the model that a run began from is not there any more, which is its reference."""
+    path = Path(pin.checkpoint)
+    manifest = path / storage.MANIFEST
+    if not path.is_dir() or (manifest.is_file() and file_sha256(manifest) != pin.sha256):
+        raise ConfigError(
+            f"rl.kl measures the divergence from {path}, with which the run began, and that is gone or was replaced; "
+            "restore it (checkpoint.keep_every keeps checkpoints of the run that made it), or set rl.kl=none"
+        )

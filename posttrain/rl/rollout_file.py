@@ -1,0 +1,122 @@
+"""Recorded rollouts: one safetensors file for each, which holds its own checksum and is whole or not there.
+
+A run that makes several updates on a rollout records it before the first one, and so goes on in the middle of it after
+any interruption. With `rl.record` all rollouts of a run are kept, and `rl.replay` trains on them again. The file is
+also a batch of `posttrain.algorithms.token_batch.TokenBatch`, for `trivium rl compare`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from configs.files import write_atomic
+from configs.loader import ConfigError
+from posttrain.rl.rollout import Rollout
+
+FORMAT = "trivium rollout 1"
+
+
+def path_of(folder: Path, number: int) -> Path:
+    """Returns the path of the file of a rollout."""
+    return folder / f"rollout_{number:06d}.safetensors"
+
+
+def numbers(folder: Path) -> list[int]:
+    """Returns the numbers of the rollouts recorded in a folder, ascending."""
+    names = [path.name.removeprefix("rollout_").removesuffix(".safetensors") for path in folder.glob("rollout_*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A rollout with its number, the number of the first prompt after it, and the (sum, count) of its metrics."""
+
+    rollout: Rollout
+    number: int
+    next_prompt: int
+    metrics: Mapping[str, tuple[float, float]]
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of all that is recorded."""
+        found = hashlib.sha256(json.dumps(self._facts()).encode())
+        for name in sorted(self.rollout.arrays):
+            array = np.ascontiguousarray(self.rollout.arrays[name])
+            found.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            found.update(array.data)
+        return found.hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Writes the file of the rollout into a folder, whole or not at all."""
+        arrays = {**_token_batch(self.rollout), **self.rollout.arrays}
+        metadata = {"format": FORMAT, "sha256": self.sha256, "facts": json.dumps(self._facts())}
+        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=metadata)
+        write_atomic(path_of(folder, self.number), content)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "next_prompt": self.next_prompt,
+            "group_size": self.rollout.group_size,
+            "metrics": {name: list(values) for name, values in sorted(self.metrics.items())},
+        }
+
+
+def read(folder: Path, number: int) -> Recorded:
+    """Reads a rollout.
+
+    Raises ConfigError if the file is missing, damaged or of another format.
+    """
+    path = path_of(folder, number)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except FileNotFoundError:
+        found = numbers(folder)
+        has = f"it has rollouts {found[0]} to {found[-1]}" if found else "it has no rollouts"
+        raise ConfigError(f"{path} does not exist, and rollout {number} is needed; {has}") from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as a recorded rollout ({error}); restore it or sample again"
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(f"{path} is no rollout of this version of Trivium; record it again with rl.record")
+    kept = {name: array for name, array in arrays.items() if name not in _DERIVED}
+    facts = json.loads(metadata["facts"])
+    rollout = Rollout(kept, facts["group_size"])
+    metrics = {name: (total, count) for name, (total, count) in facts["metrics"].items()}
+    recorded = Recorded(rollout, facts["number"], facts["next_prompt"], metrics)
+    if recorded.sha256 != metadata["sha256"] or recorded.number != number:
+        raise ConfigError(f"{path} does not match its own SHA-256, so it is damaged; restore it or sample again")
+    return recorded
+
+
+def remove_before(folder: Path, number: int) -> None:
+    """Removes the files of all rollouts before `number`."""
+    for old in numbers(folder):
+        if old < number:
+            path_of(folder, old).unlink(missing_ok=True)
+
+
+_DERIVED = ("logprobs", "sequences", "groups", "rewards")
+
+
+def _token_batch(rollout: Rollout) -> dict[str, np.ndarray]:
+    """Returns the arrays of `TokenBatch` that are not in the rollout under their own names."""
+    rows, length = rollout.tokens.shape
+    groups = np.broadcast_to(rollout.prompts[:, None], (rows, length))
+    real = np.arange(length) < rollout.lengths[:, None]
+    sequences = np.where(real, np.arange(rows)[:, None] * length, -1)
+    last = rollout.mask & (np.cumsum(rollout.mask, 1) == rollout.mask.sum(1, keepdims=True))
+    rewards = np.where(last, np.nan_to_num(rollout.scores)[:, None], 0.0).astype(np.float32)
+    logprobs = rollout.arrays.get("old_logprobs", rollout.rollout_logprobs)
+    return {"logprobs": logprobs, "sequences": sequences, "groups": np.array(groups), "rewards": rewards}

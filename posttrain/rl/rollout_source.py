@@ -1,0 +1,298 @@
+"""Batch source of reinforcement learning: samples rollouts with the current weights, and gives their rows to steps.
+
+Each rollout is sampled by all ranks, which exchange it whole, so that every rank knows all rewards. What the trainer
+says of it is then computed once: log-probabilities by the trainer's code if there is more than one update, those of the
+reference if the divergence from it is charged, and advantages. A rollout that has several updates is recorded before
+the first one (`rollout_file`), and a run that goes on in the middle of it reads it. Sampling and training take turns:
+there is no separate inference engine, and no rollout is older than the weights before its first update.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from configs.loader import ConfigError
+from configs.rl import RLSection
+from configs.train import TrainSection
+from posttrain.algorithms.aggregation import Aggregation, step_factor, token_weight
+from posttrain.chat.chat_format import ChatFormat
+from posttrain.rl import rollout_file
+from posttrain.rl.logprob_check import LogprobCheck
+from posttrain.rl.phases import Phases
+from posttrain.rl.policy_copy import PolicyCopy
+from posttrain.rl.reference import Reference
+from posttrain.rl.rollout import Rollout, sample
+from posttrain.rl.rollout_file import Recorded
+from posttrain.rl.rows import RolloutRow, rollout_rows
+from posttrain.rl.token_values import token_values
+from posttrain.tasks.task import Task
+from pretrain.batch_source import BatchSource
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.lineage import Pin
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.groups import Mesh
+from pretrain.parallel.messages import gather_rows
+
+DRAWN = ("equal_reward_groups", "drawn_groups")  # metrics of all that was drawn, also of what was replaced
+ROLLOUTS = "rollouts"  # folder in run.dir of the rollouts that a resume may need
+
+
+class Credit(Protocol):
+    """A way to give the tokens of a rollout advantages; `names` are the arrays that it adds to it."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def __call__(self, rollout: Rollout, engine: Engine) -> Rollout: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The task whose prompts are sampled, and how; `seed` and the number of a sample fix its prompt and its draws."""
+
+    task: Task
+    chat: ChatFormat
+    group_size: int
+    temperature: float
+    seed: int
+
+
+class RolloutSource(BatchSource):
+    """Batch source whose rows are completions sampled from the model in training.
+
+    `recomputed` says that the trainer's own log-probabilities are needed whatever the number of updates; `reference` is
+    the model from which divergence is measured.
+    """
+
+    num_samples = None
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        settings: RLSection,
+        train: TrainSection,
+        run_dir: str | Path,
+        credit: Credit,
+        aggregation: Aggregation,
+        policy: PolicyCopy,
+        check: LogprobCheck,
+        reference: Pin | None = None,
+    ) -> None:
+        self.sampling, self.settings, self.credit, self.aggregation = sampling, settings, credit, aggregation
+        self.policy, self.seq_length, self.folder = policy, train.seq_length, Path(run_dir, ROLLOUTS)
+        self.phases = Phases(settings.rollout_batch, settings.epochs, train.global_batch_size, sampling.seed)
+        self.sources = [sampling.task.name]
+        # Covers what decides the prompts; other settings may change when a run continues, as the optimizer's may.
+        self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+        self._check, self._initial = check, reference
+        self._reference: Reference | None = None
+        self._rollout: Rollout | None = None
+        self._mesh: Mesh | None = None
+        self._next_prompt, self._sha256, self._step, self._metrics = 0, "", 0, dict[str, tuple[float, float]]()
+        self._recomputes = self.phases.steps > 1 or settings.correction != "report"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings that decide which prompt each sample has, and which step trains on which rollout."""
+        found = {"task": self.sampling.task.facts, "grpo": {"group_size": self.sampling.group_size}}
+        if self.phases.steps > 1:
+            found["rl"] = {"rollout_batch": self.settings.rollout_batch, "epochs": self.settings.epochs}
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return {"next_prompt": self._next_prompt, "rollout": self._sha256, "batch": self.phases.batch_size}
+
+    def go_on(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+        """Takes up the prompts where a checkpoint left them, and its rollout if that is not used up."""
+        step, state = manifest["step"], manifest.get("source", {})
+        self._next_prompt = state.get("next_prompt", manifest["samples"] // self.sampling.group_size)
+        if self.phases.begins(step):
+            return
+        number = self.phases.rollout_of(step)
+        if state.get("batch") != self.phases.batch_size:
+            raise ConfigError(
+                f"{checkpoint} is in the middle of rollout {number}, whose minibatches have {state.get('batch')} "
+                f"samples, and train.global_batch_size = {self.phases.batch_size}; set it back to "
+                f"{state.get('batch')}, at least until step {(number + 1) * self.phases.steps}"
+            )
+        folder = storage.run_of(checkpoint) / ROLLOUTS
+        recorded = rollout_file.read(folder, number)
+        if recorded.sha256 != state.get("rollout"):
+            raise ConfigError(
+                f"{rollout_file.path_of(folder, number)} is not the rollout that {checkpoint} was trained on, since "
+                "the run went on from an earlier checkpoint after it; remove that checkpoint to go on from one before"
+            )
+        self._rollout, self._metrics, self._sha256 = recorded.rollout, dict(recorded.metrics), recorded.sha256
+
+    def prepare(self, engine: Engine, step: int) -> None:
+        """Samples a rollout if step `step` begins one. Collective: all ranks call it."""
+        self._step, self._mesh = step, engine.mesh
+        number = self.phases.rollout_of(step)
+        if self._rollout is None or self.phases.begins(step):
+            self._rollout = None  # frees its memory
+            self._begin(engine, number)
+        elif engine.mesh.is_main and not rollout_file.path_of(self.folder, number).exists():
+            self._recorded(number).write(self.folder)  # the run goes on from a checkpoint of another one
+
+    def sample_only(self, engine: Engine, number: int) -> Rollout:
+        """Samples, scores and returns rollout `number`, and goes on to the next prompts. Collective."""
+        self.policy.refresh(engine)
+        rollout, drawn = self._sampled()
+        self._metrics = drawn
+        return rollout
+
+    def _begin(self, engine: Engine, number: int) -> None:
+        if self.settings.replay:
+            rollout = self._replayed(number)
+        else:
+            rollout = self.sample_only(engine, number)
+        self._metrics = rollout.metrics() | self._metrics
+        mesh = engine.mesh
+        if mesh.is_main and bool(rollout.equal_groups().all()):
+            print(
+                f"warning: all groups of rollout {number} have equal rewards, from which nothing can be learned; if it "
+                "stays so, choose an easier task, a better model to start from, or a higher temperature",
+                flush=True,
+            )
+        rows = rollout_rows(rollout, range(len(rollout)))
+        if self._recomputes:
+            old = token_values(engine, rows, self.sampling.temperature)
+            difference, mask = (old - torch.from_numpy(rollout.rollout_logprobs)).abs(), torch.from_numpy(rollout.mask)
+            self._check(difference, mask.float())
+            rollout = rollout.plus(old_logprobs=old.numpy())
+        if self.settings.kl != "none":
+            if self._reference is None:
+                assert self._initial is not None, "the divergence is measured from the run's initial model"
+                self._reference = Reference(engine, self._initial)
+            with self._reference.in_place():
+                reference = token_values(engine, rows, self.sampling.temperature)
+            self._metrics["kl_to_reference"] = _kl(rollout, reference)
+            rollout = rollout.plus(ref_logprobs=reference.numpy())
+        self._rollout = self.credit(rollout, engine)
+        self._record(number, mesh.is_main)
+
+    def _sampled(self) -> tuple[Rollout, dict[str, tuple[float, float]]]:
+        """Samples the groups of a rollout from the next prompts: (rollout, what was drawn for it).
+
+        Groups of equal rewards are replaced by those of further prompts, up to `rl.max_draws` times their number; if
+        there are not enough by then, the first of them fill the rollout.
+        """
+        wanted = self.phases.samples // self.sampling.group_size
+        budget = wanted * self.settings.max_draws
+        useful: Rollout | None = None
+        rest: Rollout | None = None
+        drawn = equal = 0
+        while (missing := wanted - _groups(useful)) and drawn < budget:
+            part = self._sampled_groups(min(missing, budget - drawn))
+            is_equal = part.equal_groups()
+            drawn, equal = drawn + len(is_equal), equal + int(is_equal.sum())
+            if self.settings.max_draws == 1:
+                useful = part
+                break
+            kept, others = (part.of_groups(np.flatnonzero(which).tolist()) for which in (~is_equal, is_equal))
+            useful = kept if useful is None else useful.followed_by(kept)
+            rest = others if rest is None else rest.followed_by(others)
+        assert useful is not None
+        if missing := wanted - _groups(useful):
+            assert rest is not None
+            useful = useful.followed_by(rest.of_groups(range(missing)))
+        metrics = {"equal_reward_groups": (float(equal), float(drawn))}
+        if self.settings.max_draws > 1:
+            metrics["drawn_groups"] = (float(drawn), 1.0)
+        return useful, metrics
+
+    def _sampled_groups(self, count: int) -> Rollout:
+        """Samples the groups of the next `count` prompts; each rank samples a share, and all get all."""
+        sampling, first = self.sampling, self._next_prompt * self.sampling.group_size
+        self._next_prompt += count
+        numbers = range(first, first + count * sampling.group_size)
+        own = self.policy.share(len(numbers))
+        rollout = sample(
+            self.policy.decoder,
+            sampling.task,
+            sampling.chat,
+            sampling.temperature,
+            sampling.seed,
+            numbers[own.start : own.stop],
+            sampling.group_size,
+            self.seq_length,
+            scores=self.policy.leads,
+        )
+        spoken = rollout.arrays if self.policy.leads else {name: array[:0] for name, array in rollout.arrays.items()}
+        whole = Rollout(gather_rows(spoken), sampling.group_size)
+        if np.isnan(whole.scores).all():
+            raise ValueError(
+                f"task {sampling.task.name!r} could score none of the {len(whole)} completions of prompts "
+                f"{numbers.start // sampling.group_size} to {self._next_prompt - 1}; mend its reward before training"
+            )
+        return whole
+
+    def _replayed(self, number: int) -> Rollout:
+        assert self.settings.replay is not None
+        recorded = rollout_file.read(Path(self.settings.replay), number)
+        rollout, self._next_prompt = recorded.rollout, recorded.next_prompt
+        if len(rollout) != self.phases.samples or rollout.tokens.shape[1] != self.seq_length:
+            raise ConfigError(
+                f"rl.replay: rollout {number} has {len(rollout)} samples in rows of {rollout.tokens.shape[1]} tokens, "
+                f"and this run takes {self.phases.samples} in rows of {self.seq_length}; set train.global_batch_size, "
+                "rl.rollout_batch and train.seq_length as they were when it was recorded"
+            )
+        own = ("tokens", "labels", "mask", "lengths", "prompts", "scores", "stopped", "rollout_logprobs")
+        rollout = Rollout({name: rollout.arrays[name] for name in own}, rollout.group_size)
+        self._metrics = {name: recorded.metrics[name] for name in DRAWN if name in recorded.metrics}
+        return rollout
+
+    def _record(self, number: int, writes: bool) -> None:
+        """Writes the rollout where a resume finds it if it has several updates, and into `rl.record`."""
+        recorded = self._recorded(number)
+        self._sha256 = recorded.sha256 if self.phases.steps > 1 else ""
+        if not writes:
+            return
+        folders = [self.folder] if self.phases.steps > 1 else []
+        folders += [Path(self.settings.record)] if self.settings.record else []
+        for folder in folders:
+            recorded.write(folder)
+        saved = storage.steps(self.folder.parent)
+        rollout_file.remove_before(self.folder, self.phases.rollout_of(saved[0]) if saved else number)
+
+    def _recorded(self, number: int) -> Recorded:
+        assert self._rollout is not None
+        return Recorded(self._rollout, number, self._next_prompt, self._metrics)
+
+    def rows(self, samples: range) -> list[RolloutRow]:
+        """Returns the rows of this data-parallel rank's share of the step that `prepare` was called for."""
+        rollout = self._rollout
+        assert rollout is not None and self._mesh is not None, "the trainer calls prepare before it asks for rows"
+        chosen = self.phases.minibatch(self._step)
+        lengths, scored = rollout.completion_lengths(), ~np.isnan(rollout.scores)
+        weights = np.array([token_weight(int(n), self.aggregation) for n in np.maximum(lengths, 1)]) * scored
+        trained = [i for i in chosen if scored[i]]
+        most = self.sampling.task.max_new_tokens
+        factor = step_factor(int(lengths[trained].sum()), len(trained), most, self.aggregation)
+        if factor != 1.0:
+            everywhere = np.full(rollout.mask.shape, factor, np.float32)
+            rollout = rollout.plus(factor=everywhere, share=np.ones_like(everywhere))
+        own = chosen[self._mesh.dp_rank * len(samples) :][: len(samples)]
+        optional = [n for n in ("old_logprobs", "ref_logprobs", "factor", "share") if n in rollout.arrays]
+        return rollout_rows(rollout, own, weights, ["rollout_logprobs", *optional, *self.credit.names])
+
+    def step_metrics(self) -> dict[str, tuple[float, float]]:
+        """Returns (sum, count) of each metric of the rollout of the last rows; every rank has those of the whole."""
+        return self._metrics
+
+
+def _groups(rollout: Rollout | None) -> int:
+    return 0 if rollout is None else len(rollout) // rollout.group_size
+
+
+def _kl(rollout: Rollout, reference: torch.Tensor) -> tuple[float, float]:
+    """Returns (sum, count) of the k1 estimate of the divergence from the reference, over sampled tokens."""
+    policy = torch.from_numpy(rollout.arrays.get("old_logprobs", rollout.rollout_logprobs))
+    mask = torch.from_numpy(rollout.mask)
+    return float((policy - reference)[mask].double().sum()), float(mask.sum())
