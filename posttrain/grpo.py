@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.policy_copy import PolicyCopy, check_way
     from posttrain.rl.policy_loss import PolicyLoss
     from posttrain.rl.reference import check_reference
-    from posttrain.rl.rollout_source import RolloutSource, Sampling
+    from posttrain.rl.rollout_source import RolloutSource, SamplingPlan
     from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
     from posttrain.tasks.preflight import check_task
     from posttrain.tasks.task_accuracy import TaskAccuracy
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with groups.joined(env, layout, config.parallel.backend) as mesh:
         policy, check = PolicyCopy(config.rl.sampler), LogprobCheck(config.grpo.max_logprob_difference)
         source = RolloutSource(
-            Sampling(task, initial.chat, group, config.grpo.temperature, config.run.seed),
+            SamplingPlan(task, initial.chat, group, config.grpo.temperature, config.run.seed),
             config.rl,
             config.train,
             config.run.dir,

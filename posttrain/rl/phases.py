@@ -1,4 +1,4 @@
-"""Which rollout, and which of its samples, each step of a run trains on.
+"""The division of a run's steps among rollouts, and of a rollout's samples among minibatches.
 
 A rollout has samples for `batches` global batches, and is trained on for `epochs` passes. So step s, counted from 0,
 belongs to rollout s // (batches * epochs). The order of samples is a pure function of (seed, rollout, epoch): a run

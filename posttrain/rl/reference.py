@@ -17,7 +17,7 @@ from pretrain.initial_model import initial_weights
 from pretrain.parallel.engine import Engine
 
 
-class Reference:
+class ReferencePolicy:
     """The weights of a model, ready to be exchanged with an engine's. All ranks make one and use it together."""
 
     def __init__(self, engine: Engine, pin: Pin) -> None:

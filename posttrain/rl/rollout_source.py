@@ -26,7 +26,7 @@ from posttrain.rl import rollout_file
 from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
-from posttrain.rl.reference import Reference
+from posttrain.rl.reference import ReferencePolicy
 from posttrain.rl.rollout import Rollout, sample
 from posttrain.rl.rollout_file import Recorded
 from posttrain.rl.rows import RolloutRow, rollout_rows
@@ -53,7 +53,7 @@ class Credit(Protocol):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingPlan:
     """The task whose prompts are sampled, and how; `seed` and the number of a sample fix its prompt and its draws."""
 
     task: Task
@@ -74,7 +74,7 @@ class RolloutSource(BatchSource):
 
     def __init__(
         self,
-        sampling: Sampling,
+        sampling: SamplingPlan,
         settings: RLSection,
         train: TrainSection,
         run_dir: str | Path,
@@ -91,7 +91,7 @@ class RolloutSource(BatchSource):
         # Covers what decides the prompts; other settings may change when a run continues, as the optimizer's may.
         self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self._check, self._initial = check, reference
-        self._reference: Reference | None = None
+        self._reference: ReferencePolicy | None = None
         self._rollout: Rollout | None = None
         self._mesh: Mesh | None = None
         self._next_prompt, self._sha256, self._step, self._metrics = 0, "", 0, dict[str, tuple[float, float]]()
@@ -169,7 +169,7 @@ class RolloutSource(BatchSource):
         if self.settings.kl != "none":
             if self._reference is None:
                 assert self._initial is not None, "the divergence is measured from the run's initial model"
-                self._reference = Reference(engine, self._initial)
+                self._reference = ReferencePolicy(engine, self._initial)
             with self._reference.in_place():
                 reference = token_values(engine, rows, self.sampling.temperature)
             self._metrics["kl_to_reference"] = _kl(rollout, reference)

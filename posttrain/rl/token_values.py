@@ -1,4 +1,4 @@
-"""What a model in training says of each trained token of many rows, computed in its layout, without gradients."""
+"""Log-probabilities, or values, that a model in training gives to the tokens of many rows, computed in its layout."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine
 
 
-class Recorded:
+class KeptValues:
     """A loss function that keeps the values per token that it is called with; see `pretrain.model.losses`."""
 
     metrics: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ def token_values(engine: Engine, rows: Sequence[Any], temperature: float = 1.0) 
     They are 0 where the loss mask is. Each data-parallel rank computes a share of the rows, whose number must be a
     multiple of the data-parallel ranks times the micro-batch size. Collective: all ranks pass the same rows.
     """
-    mesh, recorded = engine.mesh, Recorded(temperature)
+    mesh, recorded = engine.mesh, KeptValues(temperature)
     share, size = len(rows) // mesh.layout.dp, engine.train_config.micro_batch_size
     first = mesh.dp_rank * share
     batches = micro_batches(rows[first : first + share], size)

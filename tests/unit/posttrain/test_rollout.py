@@ -24,7 +24,7 @@ from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.policy_loss import PolicyLoss
 from posttrain.rl.rollout import Rollout, judge, sample
-from posttrain.rl.rollout_source import RolloutSource, Sampling
+from posttrain.rl.rollout_source import RolloutSource, SamplingPlan
 from posttrain.rl.rows import rollout_rows
 from posttrain.tasks.task import Problem, TaskScore
 from posttrain.tasks.verifiable_tasks import SortTask
@@ -219,7 +219,7 @@ def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own() -> None:
 
 def source(chat: ChatFormat, run_dir: Path, task: SortTask = TASK, group_size: int = 4, **rl: Any) -> RolloutSource:
     train = TrainSection(steps=2, global_batch_size=8, micro_batch_size=4, seq_length=LENGTH)
-    sampling = Sampling(task, chat, group_size, TEMPERATURE, 3)
+    sampling = SamplingPlan(task, chat, group_size, TEMPERATURE, 3)
     credit = GroupCredit(DIALECTS["grpo@trl"], RL, 6)
     settings, mean = RLSection(**rl), Aggregation.TOKEN_MEAN
     return RolloutSource(sampling, settings, train, run_dir, credit, mean, PolicyCopy(), LogprobCheck(1.0))
