@@ -22,7 +22,7 @@ from pathlib import Path
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 START_SECONDS = 20.0  # for the interpreter to start on a busy machine; the program's own time begins after that
-MOST_OUTPUT = 10_000  # bytes of the child's report that are read
+MOST_REPORT = 100_000  # bytes of the child's report that are read
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,14 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a program: whether it ran to its end without an exception, and what happened, in words."""
+    """The outcome of a program: whether it ran to its end without an exception, what happened, and what it printed.
+
+    `output` is the beginning of what the program printed; "" if the program ended its process.
+    """
 
     passed: bool
     result: str
+    output: str = ""
 
 
 def run_program(program: str, limits: Limits = LIMITS) -> Outcome:
@@ -67,7 +71,7 @@ def run_program(program: str, limits: Limits = LIMITS) -> Outcome:
             finally:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
-    return _outcome(answer[-MOST_OUTPUT:], token, process.returncode)
+    return _outcome(answer[-MOST_REPORT:], token, process.returncode)
 
 
 def run_programs(programs: Sequence[str], limits: Limits = LIMITS, workers: int | None = None) -> list[Outcome]:
@@ -83,4 +87,5 @@ def _outcome(answer: bytes, token: str, status: int) -> Outcome:
         ended = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended itself with status {status}"
         return Outcome(False, f"failed: the program {ended}")
     result = lines[-1].removeprefix(token).strip()
-    return Outcome(result == "passed", result)
+    printed = lines[-2].removeprefix(token) if len(lines) > 1 and lines[-2].startswith(token) else ""
+    return Outcome(result == "passed", result, bytes.fromhex(printed).decode("utf-8", errors="replace"))

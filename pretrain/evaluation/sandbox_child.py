@@ -6,6 +6,7 @@ Run by path and with `python -I`, it imports nothing but Python's own modules.
 import builtins
 import contextlib
 import ctypes
+import io
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import sys
 from typing import Any, NoReturn
 
 NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000  # CLONE_NEWUSER and so on of linux/sched.h
+MOST_KEPT = 8000  # bytes of what a program prints that are told
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Audit events of Python that are refused, by the beginning of their names.
@@ -115,6 +117,21 @@ class _TimeIsOver(BaseException):
     pass
 
 
+class Printed(io.RawIOBase):
+    """The standard output of the program, of which the beginning is kept."""
+
+    def __init__(self) -> None:
+        self.kept = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        part = bytes(data)
+        self.kept += part[: MOST_KEPT - len(self.kept)]
+        return len(part)
+
+
 def main() -> None:
     request = json.loads(sys.stdin.buffer.read())
     report = os.dup(1)
@@ -127,8 +144,11 @@ def main() -> None:
     limit(limits)
     write, leave = os.write, os._exit
     guard(os.getcwd())
+    printed = Printed()
+    sys.stdout = io.TextIOWrapper(printed, "utf-8", errors="replace", write_through=True)
     result = run(program, float(limits["seconds"]))
-    write(report, f"\n{token} {result}\n".encode("utf-8", errors="replace"))
+    # In digits, so that nothing that the program printed can look like a result.
+    write(report, f"\n{token} {printed.kept.hex()}\n{token} {result}\n".encode("utf-8", errors="replace"))
     leave(0)
 
 
