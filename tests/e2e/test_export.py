@@ -132,6 +132,7 @@ def test_a_second_export_is_skipped_until_something_changes(tmp_path, dense, cap
     assert "published" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_moe_run_to_hugging_face(tmp_path, plan, ranks: RanksOf, capsys):
     """Its two ranks pad the odd vocabulary and hold the same key-value head, of which the export shows nothing."""
     train = {"module": "pretrain.train", "argv": [str(pretraining(tmp_path, plan, moe=True)), "parallel.tp=2"]}

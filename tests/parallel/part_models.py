@@ -188,17 +188,15 @@ PART_MODELS: dict[str, dict[str, Any]] = {
 # `make test` runs these. A part is wrong where its weights are split or summed in a wrong way, which one of them shows.
 PART_PAIRS = [
     ("learned", "tp2sp"),
-    ("learned", "zero3"),
     ("alibi", "tp2sp_cp2"),
     ("capped", "tp2sp_pp2vpp2"),
     ("outputs", "tp4sp"),
     ("sinks", "tp2sp_ep2"),
-    ("sinks", "cp2zero3"),
     ("chunked", "tp2_ep2"),
     ("latent", "tp2sp_cp2"),
-    ("side_by_side", "tp2sp_zero3"),
+    ("side_by_side", "tp2sp"),
     ("deepnorm", "tp2sp_pp2vpp2"),
-    ("post", "tp2sp_zero3"),
+    ("post", "tp2sp"),
 ]
 EVERYWHERE = (
     "tp2",

@@ -65,6 +65,7 @@ def run_layout(
     recompute: str = "none",
     dropout: float = 0.0,
     columns_apart: bool = False,
+    lr: float = 1e-2,
 ) -> dict[str, Any]:
     """Trains `steps` steps; the first rank of each stage writes the first step's gradients and the final weights."""
     engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute, dropout=dropout)
@@ -80,7 +81,7 @@ def run_layout(
         if step == 0:
             for name, parameter in named:
                 tensors[f"grad/{name}"] = mesh.gather_whole(zero.full_gradient(parameter), parameter).clone()
-        sums = engine.update(lr=1e-2)
+        sums = engine.update(lr)
         losses.append(sums.mean_loss)
         norms.append(sums.grad_norm)
         by_source.append((sums.loss / sums.weight).tolist())
