@@ -2,14 +2,18 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.training import train as train_tokenizer
 from posttrain.chat.chat_format import jinja_template
+from posttrain.rl import rollout_file
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RankError, Ranks, RanksOf
 from tests.parallel.runs import metrics
@@ -195,6 +199,82 @@ def test_a_stopped_grpo_run_goes_on_bit_identically(ranks: RanksOf, rewarded: Pa
     assert losses[0] == losses[1] and len(losses[0]) == 4
     weights = [storage.read_full(storage.latest(run)) for run in (straight, stopped)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+SEVERAL = ["rl.rollout_batch=2", "rl.epochs=2", "rl.kl=loss", "rl.correction=truncate", "rl.max_draws=3"]
+
+
+@pytest.fixture(scope="module")
+def several(ranks: RanksOf, rewarded: Path) -> Path:
+    """Folder of a run of seven steps with four updates a rollout, and the reference, on two ranks."""
+    run = rewarded / "several"
+    options = ["checkpoint.every=3", "checkpoint.keep=9", f"rl.record={rewarded}/record", "train.steps=7"]
+    call(ranks(2), "grpo", rewarded, f"run.dir={run}", *options, *SEVERAL)
+    return run
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    timed = ("tokens_per_s", "memory_bytes", "save_copy_s", "mfu")
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(run) if "loss" in line]
+
+
+def test_several_updates_move_the_policy_away_from_its_rollout(several: Path) -> None:
+    steps = steps_of(several)
+    assert len({line["reward"] for line in steps[:4]}) == 1 != len({line["reward"] for line in steps})  # two rollouts
+    moved = [line["kl_rollout"] for line in steps]
+    assert moved[0] < 1e-9 < 1e-6 < moved[3] and moved[4] < 1e-9 < moved[6]
+    assert all(line["logprob_difference"] < 1e-5 for line in steps)  # sampler and trainer, whatever the updates
+    assert steps[0]["kl_reference"] < 1e-9 < steps[4]["kl_reference"]
+    assert steps[0]["drawn_groups"] >= 16 and steps[0]["equal_reward_groups"] > 0
+
+
+@pytest.mark.parametrize("gone", [(6, 7), pytest.param((7,), marks=pytest.mark.full)])
+def test_a_run_killed_in_the_middle_of_a_rollout_goes_on_bit_identically(
+    ranks: RanksOf, rewarded: Path, several: Path, tmp_path: Path, gone: tuple[int, ...]
+) -> None:
+    """The state after a kill: checkpoints up to some step in a rollout, and rollouts that the run had gone on to."""
+    run = shutil.copytree(several, tmp_path / "killed")
+    for step in gone:
+        shutil.rmtree(storage.directory(run, step))
+    call(ranks(2), "grpo", rewarded, f"run.dir={run}", "checkpoint.every=3", "train.steps=7", *SEVERAL)
+    assert steps_of(run) == steps_of(several)
+    weights = [storage.read_full(storage.directory(r, 7)) for r in (run, several)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.full
+def test_recorded_rollouts_are_trained_on_without_sampling(
+    ranks: RanksOf, rewarded: Path, several: Path, tmp_path: Path
+) -> None:
+    options = [*SEVERAL, f"rl.replay={rewarded}/record", "train.steps=7"]
+    call(ranks(2), "grpo", rewarded, f"run.dir={tmp_path}", *options)
+    assert steps_of(tmp_path) == steps_of(several)
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        pytest.param(2, ["parallel.tp=2", "rl.sampler=split"], id="tp2_split"),
+        pytest.param(2, ["parallel.pp=2"], id="pp2"),
+        pytest.param(1, [], id="one", marks=pytest.mark.full),
+        pytest.param(2, ["parallel.tp=2"], id="tp2", marks=pytest.mark.full),
+    ],
+)
+def test_rollouts_are_the_same_in_any_layout(
+    ranks: RanksOf, rewarded: Path, several: Path, tmp_path: Path, world: int, options: list[str]
+) -> None:
+    call(ranks(world), "grpo", rewarded, f"run.dir={tmp_path}", *options, *SEVERAL, "train.steps=4")
+    ours, theirs = (rollout_file.read(folder, 0).rollout for folder in (tmp_path / "rollouts", rewarded / "record"))
+    for name, array in theirs.arrays.items():
+        if array.dtype == np.float32:
+            np.testing.assert_allclose(ours.arrays[name], array, atol=1e-5, rtol=0)
+        else:
+            np.testing.assert_array_equal(ours.arrays[name], array)
+    difference = np.abs(ours.old_logprobs - ours.rollout_logprobs)[ours.mask]
+    assert difference.max() < 1e-5
+    for line, other in zip(steps_of(tmp_path), steps_of(several)[:4], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
