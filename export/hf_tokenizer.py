@@ -157,7 +157,7 @@ def write_tokenizer(
     needs a file more.
     """
     folder, model_path = Path(folder), Path(model_path)
-    own = Tokenizer.load(model_path)
+    own = Tokenizer.load(model_path, complete=False)
     chat_template = own.chat_template if chat_template is None else chat_template
     adds_bos = own.bos_id >= 0 and (own.foreign or chat_template is None)
     names = own.symbols

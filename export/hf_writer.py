@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from export.tensors import write_tensors
 from pretrain.model import Decoder, LayerContext
 
 if TYPE_CHECKING:
+    from export.chat_codec import TextCodec
     from export.huggingface import Texts
 
 
@@ -44,19 +45,11 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
             shutil.copyfile(file, folder / file.name)
     else:
         write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template, family.model_type)
-    if codec is None or source.token_ids:
-        ids = dict(source.token_ids)
-        if codec is not None and "train" in source.run_config:  # it may have learnt to end its turns with another token
-            ids["eos_token_id"] = codec.stop_ids or None
-        bos, eos, pad = (ids.get(name) for name in TOKEN_IDS)
-        generation = source.generation | {name: value for name, value in ids.items() if value is not None}
-        left_out = {name for name in TOKEN_IDS if name not in ids}  # transformers' own are taken
-    else:
-        bos, eos = (number if number >= 0 else None for number in (codec.bos_id, codec.eos_id))
-        pad, left_out = codec.pad_id, set()
-        generation = dict(zip(TOKEN_IDS, (bos, codec.stop_ids, pad), strict=True))
+    ids, generation = special_ids(source, codec)
+    bos, eos, pad = (ids.get(name) for name in TOKEN_IDS)
     hf_config = to_hf_config(model, source.context, dtype, bos, eos, pad, family.architecture)
-    hf_config = {key: value for key, value in hf_config.items() if key not in left_out}
+    # Of ids that an imported folder did not state, transformers' own are taken, before as after.
+    hf_config = {key: value for key, value in hf_config.items() if key not in TOKEN_IDS or key in ids}
     for name, content in (("config.json", hf_config | weights.kept_keys), ("generation_config.json", generation)):
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     return Reference(
@@ -70,6 +63,24 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
         held_out=texts.held_out,
         prompts=texts.prompts,
     )
+
+
+def special_ids(source: ModelSource, codec: "TextCodec | None") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the ids of special tokens for config.json, and the content of generation_config.json.
+
+    Those of an imported model are as they came; one that was trained since may end its answers with other tokens.
+    """
+    told = source.token_ids
+    if codec is None or (source.architecture is not None and "train" not in source.run_config):
+        return dict(told), source.generation | {name: value for name, value in told.items() if value is not None}
+    bos, eos = (number if number >= 0 else None for number in (codec.bos_id, codec.eos_id))
+    ids: dict[str, Any] = dict(zip(TOKEN_IDS, (bos, eos, codec.pad_id), strict=True)) | told
+    if source.architecture is None:
+        return ids, ids | {"eos_token_id": codec.stop_ids}
+    ends = ids["eos_token_id"]
+    if codec.stop_ids != (ends if isinstance(ends, list) else [ends]):
+        ids["eos_token_id"] = codec.stop_ids or None
+    return ids, source.generation | {name: value for name, value in ids.items() if value is not None}
 
 
 def with_plain_head(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:

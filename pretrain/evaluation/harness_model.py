@@ -77,12 +77,12 @@ class TriviumLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.codec.eos_id
+        return self.codec.eos_id if self.codec.eos_id >= 0 else self.codec.pad_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context."""
-        return self.codec.bos_id if self.codec.bos_id >= 0 else self.codec.eos_id
+        """The token that stands before a text without context: what begins or ends texts, else what fills rows."""
+        return self.codec.bos_id if self.codec.bos_id >= 0 else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
