@@ -308,7 +308,7 @@ def _split_layers(request: LayoutRequest) -> tuple[int, ...]:
         )
     given = parallel.layers_per_stage
     if given is None:
-        head = model.vocab_size * model.hidden_size / mean_layer_parameters(model, active=True)
+        head = model.head_size * model.hidden_size / mean_layer_parameters(model, active=True)
         return balanced_layers(layers, stages, head)
     if len(given) != stages or sum(given) != layers or min(given) < 1:
         raise _LayoutMisfit(

@@ -122,7 +122,7 @@ class ModelConfig(Section):
 
     def _problem(self) -> str:
         """Returns what does not fit together and how to correct it, or ""."""
-        return self._heads_problem() or self._kinds_problem() or self._parts_problem()
+        return self._heads_problem() or self._kinds_problem() or self._head_problem() or self._parts_problem()
 
     def _heads_problem(self) -> str:
         heads, width = self.num_heads, self.hidden_size
@@ -197,6 +197,18 @@ class ModelConfig(Section):
                     f"{key}.position = {position!r}, and layers can only leave out the rotation of "
                     f"model.position.kind = 'rotary'; set {key}.position=none or leave it out"
                 )
+        return ""
+
+    def _head_problem(self) -> str:
+        head = self.head
+        if head.kind == "language_model":
+            if head.outputs != 1:
+                return f"model.head.outputs = {head.outputs} is for model.head.kind = 'scalar'; leave it out"
+            return ""
+        if self.tie_embeddings:
+            return "model.head.kind = 'scalar' has no logits to tie; set model.tie_embeddings=false"
+        if head.softcap is not None or head.normalized:
+            return "model.head.kind = 'scalar' has no logits; leave model.head.softcap and model.head.normalized out"
         return ""
 
     def _parts_problem(self) -> str:
@@ -280,6 +292,21 @@ class ModelConfig(Section):
         if latent := self.attention.latent:
             return latent.nope_head_dim + latent.rope_head_dim
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the output head gives logits of the vocabulary, and not a few values of each token."""
+        return self.head.kind == "language_model"
+
+    @property
+    def head_size(self) -> int:
+        """The number of outputs of the head, which are rows of its weight."""
+        return self.vocab_size if self.has_logits else self.head.outputs
+
+    def with_values(self, outputs: int = 1) -> "ModelConfig":
+        """Returns the same model with a scalar head, of so many values a token, in place of its own head."""
+        head = HeadConfig(kind="scalar", outputs=outputs)
+        return self.model_copy(update={"head": head, "tie_embeddings": False})
 
     @property
     def expert_size(self) -> int:

@@ -150,8 +150,12 @@ class ResidualConfig(Section):
 
 
 class HeadConfig(Section):
-    """The output head, from hidden states to logits."""
+    """The output head, from hidden states to logits, or to a few values of each token."""
 
+    kind: Literal["language_model", "scalar"] = "language_model"
+    """Logits of the vocabulary, or a few values of each token: a reward, a value estimate, or logits of classes."""
+    outputs: int = Field(default=1, ge=1)
+    """scalar: the number of values of each token."""
     softcap: float | None = Field(default=None, gt=0)
     """The bound c of logits, which become c * tanh(logit / c) (Gemma 2); left out, there is none."""
     normalized: bool = False

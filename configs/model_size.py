@@ -6,7 +6,7 @@ from configs.model import LayerConfig, ModelConfig
 def num_parameters(model: ModelConfig, active: bool = False) -> int:
     """Number of parameters; with `active`, only those that one token uses, with the whole embedding among them."""
     width, norm = model.hidden_size, norm_size(model.norm.kind, model.hidden_size)
-    embeddings = model.vocab_size * width * (1 if model.tie_embeddings else 2)
+    embeddings = (model.vocab_size + (0 if model.tie_embeddings else model.head_size)) * width
     positions = (model.position.max_positions or 0) * width
     norms = norm * (model.norm.final + model.norm.embedding)
     return embeddings + positions + norms + sum(layer_parameters(layer, active) for layer in model.layers)

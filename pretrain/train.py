@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     initial = begun[0] if begun else None
     profiled = profiled_steps(args.profile, config.train.steps)
+    if not config.model.has_logits:
+        raise ConfigError(
+            "model.head.kind = 'scalar' has no logits to pretrain; set model.head.kind=language_model, and train a "
+            "reward model from the result with `trivium rm`"
+        )
     env = ClusterEnvironment.read()
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
     if not args.dry_run:

@@ -316,7 +316,8 @@ class Trainer:
             self._check_samples()
             if self.lineage.init:
                 with initial_weights(self.lineage.init) as tensors:
-                    checkpoint_state.begin_from(self.engine, tensors)
+                    for name in checkpoint_state.begin_from(self.engine, tensors):
+                        self._print(f"{name} is not in {tensors.path} and begins with random values")
             return None
         manifest = storage.read_manifest(path)
         checkpoint_resume.check_identity(path, manifest, self.identity, self.source)

@@ -1,9 +1,9 @@
 """Names and shapes of a decoder's tensors from its config alone, in the order embedding, layers, head.
 
-Shape letters: V vocabulary, P learned positions, H hidden, F inner size of an MLP or expert, S of the shared experts, E
-experts, N query heads, D elements of a head, Q query heads x D, K key-value heads x D. For latent attention: A query
-rank, C key-value rank, R that and the rotated elements, U query heads x (elements without position + those of a value),
-W query heads x the elements of a value.
+Shape letters: V vocabulary, O outputs of a scalar head, P learned positions, H hidden, F inner size of an MLP or
+expert, S of the shared experts, E experts, N query heads, D elements of a head, Q query heads x D, K key-value heads x
+D. For latent attention: A query rank, C key-value rank, R that and the rotated elements, U query heads x (elements
+without position + those of a value), W query heads x the elements of a value.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,12 @@ Shape = tuple[int, ...]
 
 def parameters(config: ModelConfig) -> dict[str, Shape]:
     """Returns the shape of every tensor of the model by name, with the bias that balances experts among them."""
-    sizes = {"V": config.vocab_size, "H": config.hidden_size, "P": config.position.max_positions or 0}
+    sizes = {
+        "V": config.vocab_size,
+        "H": config.hidden_size,
+        "P": config.position.max_positions or 0,
+        "O": config.head.outputs,
+    }
     found = {"embedding.weight": "VH"}
     if config.position.kind == "learned":
         found["position_embedding.weight"] = "PH"
@@ -26,7 +31,9 @@ def parameters(config: ModelConfig) -> dict[str, Shape]:
     for layer in config.layers:
         result |= {f"layers.{layer.index}.{name}": shape for name, shape in layer_parameters(layer).items()}
     found = _norm("final_norm", config.norm.kind) if config.norm.final else {}
-    if not config.tie_embeddings:
+    if not config.has_logits:
+        found["value_head.weight"] = "OH"
+    elif not config.tie_embeddings:
         found["lm_head.weight"] = "VH"
     return result | _sized(found, sizes)
 

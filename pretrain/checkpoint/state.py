@@ -16,6 +16,7 @@ from torch import nn
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
+from pretrain.model import value_head
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.zero import Fragment, master_partitions
@@ -70,19 +71,26 @@ def restore(engine: Engine, path: str | Path) -> None:
     zero.update_weights(engine.zero)
 
 
-def begin_from(engine: Engine, tensors: WholeTensors) -> None:
+def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
     """Fills master weights and model weights with those of another model, with which a new run begins.
 
-    The router bias of MoE layers is taken over. Their load, a statistic of the last step, is taken if there is one.
+    The router bias of MoE layers is taken over. Their load, a statistic of the last step, is taken if there is one. A
+    scalar head that the other model, a language model, lacks keeps its initial weights; no other parameter may be
+    lacking. Returns the names of the parameters that are new, the same on all ranks.
     """
-    _check_shapes(engine, tensors, required=[])
-    _fill(engine, tensors.read, "weight")
+    head = [] if engine.model_config.has_logits else [value_head.NAME]
+    new = [name for name in head if name not in tensors.shapes]
+    _check_shapes(engine, tensors, required=[], new=new)
+    _fill(engine, tensors.read, "weight", new)
     expert_balance.restore(engine.module, tensors.balance)
     zero.update_weights(engine.zero)
+    return new
 
 
-def _fill(engine: Engine, read: Callable[[str], torch.Tensor], kind: str) -> None:
+def _fill(engine: Engine, read: Callable[[str], torch.Tensor], kind: str, new: Sequence[str] = ()) -> None:
     for name, parameter, own in _fragments(engine):
+        if name in new:
+            continue
         local = engine.mesh.slices.cut(read(name), parameter).flatten()
         _flat(engine, own, kind).copy_(local[own.start : own.start + own.numel])
 
@@ -200,10 +208,10 @@ def _make_moments(engine: Engine, optimizer_steps: int) -> None:
         state["step"].fill_(optimizer_steps)
 
 
-def _check_shapes(engine: Engine, tensors: WholeTensors, required: Sequence[str]) -> None:
+def _check_shapes(engine: Engine, tensors: WholeTensors, required: Sequence[str], new: Sequence[str] = ()) -> None:
     """Raises CheckpointError if the model's parameters are not those of the checkpoint, whose config it has by now.
 
-    `required` are names of the balance of MoE layers that must be there.
+    `required` are names of the balance of MoE layers that must be there, `new` those of parameters that need not.
     """
     saved, balance = tensors.shapes, tensors.balance
     other = "in this version of Trivium; use the version that trained it, or train it again in another run.dir"
@@ -211,6 +219,8 @@ def _check_shapes(engine: Engine, tensors: WholeTensors, required: Sequence[str]
         if name not in balance:
             raise CheckpointError(f"{tensors.path} has no {name}, which its model has {other}")
     for name, parameter in engine.module.named_global_parameters():
+        if name in new:
+            continue
         shape = tuple(engine.mesh.slices.global_shape(zero.outline(parameter)))
         if name not in saved:
             raise CheckpointError(f"{tensors.path} has no {name}, which its model has {other}")

@@ -29,6 +29,7 @@ from pretrain.model.layers import MLP, Dropout, norm_of, recomputed
 from pretrain.model.moe import MoE
 from pretrain.model.slices import Marks, mark
 from pretrain.model.tensor_parallel import ColumnLinear, Embedding, Region
+from pretrain.model.value_head import ValueHead
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Decoder(nn.Module):
     """One pipeline stage of the model. `forward` takes [B, S] tokens; the last stage gives logits [B, S, V/tp].
 
     The head is the widest product of the model. A caller who needs logits at some positions only passes `wanted` [N],
-    indices b * S + s, and gets logits [N, V/tp].
+    indices b * S + s, and gets logits [N, V/tp]. A scalar head gives K values in place of V/tp logits.
 
     Between stages hidden states are [S, B, H], or with sequence parallel [S/tp, B, H]; a stage gets them through
     `set_input_tensor`, the interface of megatron-core's schedules.
@@ -76,7 +77,9 @@ class Decoder(nn.Module):
         if self.stage.is_last:
             norm = norm_of(config.norm, config.hidden_size, context) if config.norm.final else nn.Identity()
             self.final_norm: nn.Module = norm
-            if not self.tied_here:
+            if not config.has_logits:
+                self.value_head = ValueHead(config.hidden_size, config.head.outputs, context)
+            elif not self.tied_here:
                 # With tied embeddings over several stages this is the last stage's copy of `embedding.weight`.
                 self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, context)
         self.input_tensor: torch.Tensor | None = None
@@ -94,6 +97,8 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Computes hidden states [S, B, H], or on the last stage logits, or with `loss` the loss of the micro-batch.
 
+        A model with a scalar head gives values in place of logits.
+
         `segments_BS` numbers the documents of a row, and attention stays within a document; -1 marks padding, and None
         means one document a row. A `context` made before says both, and what else layers share; training passes one, so
         that the chunks of a pipeline rank use the same. Under context parallel S is this rank's part of a row.
@@ -108,10 +113,14 @@ class Decoder(nn.Module):
                 x_SBH = block(x_SBH, context, cache)
         if not self.stage.is_last:
             return x_SBH
-        x = self.region.enter(self.final_norm(x_SBH)).transpose(0, 1)
+        x, has_logits = self.final_norm(x_SBH), self.model_config.has_logits
+        x = (self.region.enter(x) if has_logits else self.region.gather(x)).transpose(0, 1)
         if wanted is not None:
             x = x.flatten(0, 1).index_select(0, wanted)
-        return self._loss(x, loss) if loss is not None else self._logits(x)
+        if has_logits:
+            return self._loss(x, loss) if loss is not None else self._logits(x)
+        values = self.value_head(x)
+        return loss.of_values(values) if loss is not None else values
 
     def _embedded(self, tokens_BS: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         config = self.model_config

@@ -33,6 +33,8 @@ LossOfLogprobs = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # 
 class HeadLoss:
     """The loss of one micro-batch, called once with the final hidden states. `sums` are there after the call.
 
+    Of a scalar head `of_values` takes the values. They are few, so that autograd computes its gradients.
+
     `sums` holds the masked loss per source, the mask's weight per source and the masked sum of each metric. `scale`
     multiplies the loss that is returned, for the backward pass.
     """
@@ -68,6 +70,14 @@ class HeadLoss:
             head.logprobs(slope_N)
         return _WithGradients.apply(loss.detach(), x_NH, weight_VH, head.grad_x, head.grad_weight)
 
+    def of_values(self, values_NK: torch.Tensor) -> torch.Tensor:
+        """Computes the scaled loss from a scalar head's values at `batch.trained`.
+
+        The loss function gets values [B, S, K], or [B, S] where K is one.
+        """
+        loss, self.sums = self._loss(values_NK[:, 0] if values_NK.shape[1] == 1 else values_NK)
+        return loss
+
     def _slope(self, logprobs_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the derivative of the scaled loss by each log-probability, the scaled loss, and the sums."""
         with torch.enable_grad():
@@ -76,11 +86,12 @@ class HeadLoss:
         (slope_N,) = torch.autograd.grad(loss, logprobs_N)
         return slope_N, loss.detach(), sums
 
-    def _loss(self, logprobs_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, of_trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes the loss and the sums from log-probabilities [N] or values [N, K] at `batch.trained`."""
         batch, loss_fn = self.batch, self.loss_fn
-        nowhere = torch.zeros(batch.labels.numel(), dtype=logprobs_N.dtype, device=logprobs_N.device)
-        logprobs_BS = nowhere.index_copy(0, batch.trained, logprobs_N).view_as(batch.labels)
-        loss_BS, metrics = loss_fn(logprobs_BS, batch)
+        nowhere = of_trained.new_zeros(batch.labels.numel(), *of_trained.shape[1:])
+        outputs = nowhere.index_copy(0, batch.trained, of_trained).unflatten(0, batch.labels.shape)
+        loss_BS, metrics = loss_fn(outputs, batch)
         loss_B = (loss_BS * batch.loss_mask).sum(1)
         with torch.no_grad():
             per_source = torch.zeros(2, self.num_sources, dtype=torch.float64, device=loss_B.device)

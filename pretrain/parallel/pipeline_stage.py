@@ -48,7 +48,7 @@ class PipelineStage(nn.Module):
         """The embedding and the output head, as far as this rank holds them."""
         first, last = self.chunks[0], self.chunks[-1]
         weights = [first.embedding.weight] if first.stage.is_first else []
-        return weights + ([last.lm_head.weight] if last.stage.is_last and not last.tied_here else [])
+        return weights + ([last.lm_head.weight] if hasattr(last, "lm_head") else [])
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the only chunk; a pipeline's schedule calls the chunks itself."""

@@ -46,7 +46,7 @@ class Bounds:
 
     def __init__(self, model: ModelConfig, seq_length: int, tokens: int, precision: str):
         hidden = model.hidden_size
-        head = [hidden, hidden, model.vocab_size]  # final norm, logits, softmax
+        head = [hidden, hidden, model.head_size]  # final norm, logits, softmax
         head += [1, 1, 1] * (model.head.softcap is not None) + [hidden] * model.head.normalized
         start = [1] * model.scale_embedding + [1] * (model.position.kind == "learned") + [hidden] * model.norm.embedding
         self.precision, self._num_layers = precision, model.num_layers

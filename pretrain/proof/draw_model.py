@@ -38,6 +38,9 @@ def draw_model(r: random.Random, seq_length: int) -> dict[str, Any]:
         model["mlp"] = {"kind": r.choice(mlps), "bias": r.random() < 0.5}
     if r.random() < 0.3:
         model["head"] = {"softcap": r.choice((None, 2.0)), "normalized": r.random() < 0.5}
+        if model["head"] == {"softcap": None, "normalized": False}:  # a head without logits in place of the plain one
+            model["head"] = {"kind": "scalar", "outputs": r.choice((1, 3))}
+            model["tie_embeddings"] = False
     if r.random() < 0.3:
         model["head_dim"] = r.choice((2, 4, 8))
     if r.random() < 0.15:

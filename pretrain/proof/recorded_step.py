@@ -39,7 +39,7 @@ from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model import Decoder, init_weights
 from pretrain.model.batch import Batch
-from pretrain.model.losses import NextToken
+from pretrain.model.losses import NextToken, SquaredValues
 from pretrain.parallel import expert_balance, groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.bounds import COMPANION, companion_of
@@ -108,6 +108,7 @@ def run_steps(
     `recorded` is the run whose choices of experts are replayed.
     """
     mesh, train = engine.mesh, config.train
+    loss_fn = NextToken() if config.model.has_logits else SquaredValues()
     recorder = Recorder(mesh)
     choices = ExpertChoices(engine, recorder, train.micro_batch_size, recorded)
     stride = rows_a_step(train.global_batch_size)
@@ -121,13 +122,13 @@ def run_steps(
 
     _unbalance(engine)
     choices.begin("heldout", first_micro_batch)
-    facts: dict[str, Any] = {"precision": precision, "heldout": engine.evaluate(batches(STEPS), NextToken()).mean_loss}
+    facts: dict[str, Any] = {"precision": precision, "heldout": engine.evaluate(batches(STEPS), loss_fn).mean_loss}
     trace = Trace(engine, recorder, first_micro_batch, train.micro_batch_size)
     norms, gathered, losses = [], [], []
     terms = NormTerms(engine) if not steps else None
     for step in range(max(1, steps)):
         choices.begin(f"step{step}", first_micro_batch)
-        engine.accumulate(batches(step), NextToken())
+        engine.accumulate(batches(step), loss_fn)
         trace.stop()
         if step == 0:
             _keep_parameters(engine, recorder, "grad", zero.full_gradient)

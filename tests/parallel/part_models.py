@@ -174,6 +174,14 @@ PART_MODELS: dict[str, dict[str, Any]] = {
         "mlp": {"kind": "gelu"},
         "head": {"normalized": True},
     },
+    # A reward model: three values of each token in place of logits.
+    "scalar": {
+        **SIZES,
+        "vocab_size": 61,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "head": {"kind": "scalar", "outputs": 3},
+    },
     # GPT-1's norms after each sum, without positions.
     "post": {
         **SIZES,
@@ -197,6 +205,7 @@ PART_PAIRS = [
     ("side_by_side", "tp2sp"),
     ("deepnorm", "tp2sp_pp2vpp2"),
     ("post", "tp2sp"),
+    ("scalar", "tp2sp_pp2vpp2"),
 ]
 EVERYWHERE = (
     "tp2",

@@ -19,7 +19,7 @@ from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model import head_loss, tensor_parallel
-from pretrain.model.losses import NextToken
+from pretrain.model.losses import NextToken, SquaredValues
 from pretrain.parallel import expert_balance, groups, staged_gloo, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.recorded_step import packed_rows
@@ -70,6 +70,7 @@ def run_layout(
     """Trains `steps` steps; the first rank of each stage writes the first step's gradients and the final weights."""
     engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute, dropout=dropout)
     mesh, layout = engine.mesh, engine.mesh.layout
+    loss_fn = NextToken() if engine.model_config.has_logits else SquaredValues()
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
     named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
     for step in range(steps):
@@ -77,7 +78,7 @@ def run_layout(
         numbered = rows(share.start, len(share), engine.model_config.vocab_size)
         batches = micro_batches(numbered, MICRO_BATCH, share.start)
         with mock.patch.object(tensor_parallel, "_columns", _columns_apart) if columns_apart else nullcontext():
-            engine.accumulate(batches, NextToken())
+            engine.accumulate(batches, loss_fn)
         if step == 0:
             for name, parameter in named:
                 tensors[f"grad/{name}"] = mesh.gather_whole(zero.full_gradient(parameter), parameter).clone()
@@ -89,7 +90,7 @@ def run_layout(
         stats = expert_balance.stats(engine.module, engine.mesh, engine.model_config)
     share = share_of_rank(900, 12, mesh.dp_rank, layout.dp)
     heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), 4 // layout.dp)
-    evaluated = engine.evaluate(heldout, NextToken())  # three micro-batches, which an interleaved schedule pads
+    evaluated = engine.evaluate(heldout, loss_fn)  # three micro-batches, which an interleaved schedule pads
     slices = {}
     for (name, parameter), (global_name, _) in zip(named, engine.module.named_global_parameters(), strict=True):
         own, outline = zero.full_weight(parameter), zero.outline(parameter)

@@ -11,7 +11,7 @@ from pretrain.model import head_loss
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents
 from pretrain.model.head_loss import HeadLoss
-from pretrain.model.losses import LossFunction, NextToken
+from pretrain.model.losses import LossFunction, NextToken, SquaredValues
 
 ROWS, LENGTH, HIDDEN, VOCAB = 3, 11, 8, 29
 
@@ -93,6 +93,19 @@ def test_gradients_of_the_head_are_summed_over_chunks_in_fp32() -> None:
         HeadLoss(micro_batch, NextToken(), 1.0, 1)(x, weight, 2, None).backward()
     assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
     assert weight.grad[0, 0].item() == pytest.approx(-20_000, rel=2**-8)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_values_of_a_scalar_head_get_the_loss_function_s_gradient_where_the_mask_is(outputs: int) -> None:
+    micro_batch = batch()
+    values = torch.randn(len(micro_batch.trained), outputs, requires_grad=True)
+    loss = HeadLoss(micro_batch, SquaredValues(), scale=0.25, num_sources=2)
+    found = loss.of_values(values)
+    weights = micro_batch.loss_mask.flatten()[micro_batch.trained]
+    right = 0.25 * ((values - 1).square().sum(1) * weights).sum()
+    torch.testing.assert_close(found, right)
+    assert float(loss.sums[:2].sum()) == pytest.approx(4 * float(right.detach()), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(found, values)[0], 0.5 * (values.detach() - 1) * weights[:, None])
 
 
 def test_nothing_as_large_as_all_logits_is_made() -> None:

@@ -90,6 +90,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "outputs": {"residual": {"kind": "outputs"}},
     "parallel": {"residual": {"kind": "parallel"}, "norm": {"kind": "layer"}},
     "latent": {"num_kv_heads": 4, "attention": {"latent": {**LATENT, "q_rank": 12}}},
+    "scalar": {"head": {"kind": "scalar", "outputs": 3}},
     "latent, queries whole": {"num_kv_heads": 4, "attention": {"latent": LATENT}},
 }
 
@@ -100,6 +101,7 @@ def test_names_and_shapes_of_the_decoder_follow_from_its_config(case):
     decoder = Decoder(config)
     tensors = [*decoder.named_global_parameters(), *decoder.named_balance().items()]
     assert parameters(config) == {name: tuple(tensor.shape) for name, tensor in tensors}
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == config.num_parameters()
 
 
 def test_a_family_is_taken_by_what_the_config_says():
