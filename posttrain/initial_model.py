@@ -14,12 +14,18 @@ class InitialChatModel(initial_model.InitialModel):
     """The model that a post-training run starts from; `chat` is its chat format."""
 
     @classmethod
-    def open(cls, init: InitConfig, run_dir: str, resume: str) -> "InitialChatModel":
+    def open(cls, init: InitConfig, run_dir: str, resume: str, takes_values: bool = False) -> "InitialChatModel":
         """Opens the initial model of the run in `run_dir`, as pretraining does, and its chat format.
 
-        Raises ConfigError as pretraining does, and if the model has no tokenizer, or none that the format can use.
+        Raises ConfigError as pretraining does, if the model has no tokenizer, or none that the format can use, and if
+        it is a reward model, unless the run `takes_values`.
         """
         found, template = super().open(init, run_dir, resume), jinja_template()
+        if not (found.model.has_logits or takes_values):
+            raise ConfigError(
+                f"{found.said}: {found.own or found.pin.checkpoint} is a reward model, which writes no text; start from "
+                "a language model, such as the one that it was trained from"
+            )
         if found.tokenizer is None:
             raise ConfigError(
                 f"{found.said}: nothing says which tokenizer the model was trained with; set init.tokenizer to its "

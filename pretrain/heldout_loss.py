@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
 from data_pipeline.mixture.rows import Plan, Row
 from pretrain.batch_source import micro_batches
+from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel.engine import Engine
 
@@ -42,7 +44,8 @@ class HeldoutLoss:
         return cls(rows, np.asarray(plan.token_bytes))
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
-        batches = self._batches_of_rank(engine)
+        rows = [replace(row, source=index) for index, name in enumerate(self.names) for row in self.rows[name]]
+        batches = batches_of_rank(rows, engine)
         if not batches:
             return {}
         sums = engine.evaluate(batches, NextToken())
@@ -54,20 +57,6 @@ class HeldoutLoss:
                 result[name] = means(loss, weight, num_bytes.get(name))
         return result
 
-    def _batches_of_rank(self, engine: Engine) -> list[Any]:
-        """Returns this rank's micro-batches, as many as every other data-parallel rank's.
-
-        The last micro-batches are filled with rows whose loss mask is all zero.
-        """
-        rows = [_with(row, source=index) for index, name in enumerate(self.names) for row in self.rows[name]]
-        if not rows:
-            return []
-        layout, size = engine.mesh.layout, engine.train_config.micro_batch_size
-        blank = _with(rows[0], loss_mask=np.zeros_like(rows[0].loss_mask))
-        rows += [blank] * (-len(rows) % (layout.dp * size))
-        share = len(rows) // layout.dp
-        return micro_batches(rows[engine.mesh.dp_rank * share :][:share], size)
-
     def _num_bytes(self) -> dict[str, int]:
         if self.token_bytes is None:
             return {}
@@ -77,15 +66,23 @@ class HeldoutLoss:
         }
 
 
+def batches_of_rank(rows: Sequence[Row], engine: Engine) -> list[Batch]:
+    """Returns this rank's micro-batches of held-out rows, as many as every other data-parallel rank's.
+
+    The last micro-batches are filled with rows whose loss mask is all zero.
+    """
+    if not rows:
+        return []
+    layout, size = engine.mesh.layout, engine.train_config.micro_batch_size
+    blank = replace(rows[0], loss_mask=np.zeros_like(rows[0].loss_mask))
+    filled = [*rows, *[blank] * (-len(rows) % (layout.dp * size))]
+    share = len(filled) // layout.dp
+    return micro_batches(filled[engine.mesh.dp_rank * share :][:share], size)
+
+
 def means(loss: float, weight: float, num_bytes: int | None) -> dict[str, float]:
     """Returns the mean of a total loss over predicted tokens, and over their bytes in bits if these are known."""
     result = {"loss": loss / weight}
     if num_bytes is not None:
         result["bits_per_byte"] = loss / math.log(2) / max(1, num_bytes)
     return result
-
-
-def _with(row: Row, **changes: Any) -> Row:
-    """Returns a copy of a row with some of its attributes changed."""
-    values = {name: getattr(row, name) for name in ("tokens", "labels", "loss_mask", "positions", "segments", "source")}
-    return Row(**{**values, **changes})

@@ -1,0 +1,1 @@
+"""Preferences: pairs of answers, of which one was chosen."""

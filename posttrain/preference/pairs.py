@@ -1,0 +1,148 @@
+"""Reads pairs of answers to one prompt, of which one was chosen, and renders both by the chat format.
+
+A record has `prompt`, `chosen` and `rejected`, each a text or a list of messages, and may have a `margin`. Where both
+sides are lists that begin with the prompt's messages, `prompt` may be left out. Equal sides, sides that answer
+different prompts, broken dialogues and pairs that do not fit a row are set aside.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from posttrain.chat.chat_format import BrokenDialogue, ChatFormat, Message
+from posttrain.preference.records import TOO_LONG, Records, SetAside, needed, read_records
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Tokens int64 [T] of a rendered dialogue; `answer` bool [T] is True on what follows the prompt in its answers."""
+
+    tokens: np.ndarray
+    answer: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two dialogues of one prompt, of which `chosen` is to get the higher reward; `margin` is None if none is given."""
+
+    id: str
+    chosen: Dialogue
+    rejected: Dialogue
+    margin: float | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of both sides, which are in one row."""
+        return len(self.chosen.tokens) + len(self.rejected.tokens)
+
+
+def read_pairs(
+    paths: Sequence[str],
+    chat: ChatFormat,
+    seq_length: int,
+    heldout_share: float,
+    max_bad_share: float,
+    parts: int = 1,
+    key: str = "data.pairs",
+) -> Records[Pair]:
+    """Reads the pairs of the files that config key `key` names; see `read_records` for the rest and the errors."""
+
+    def parse(place: str, record: dict[str, Any]) -> tuple[Pair, str]:
+        prompt, chosen, rejected = turns_of(record)
+        pair = Pair(
+            str(record.get("id", place)),
+            _rendered(chat, prompt, chosen),
+            _rendered(chat, prompt, rejected),
+            _margin(record),
+        )
+        if np.array_equal(pair.chosen.tokens, pair.rejected.tokens):
+            raise SetAside("equal_sides")
+        if pair.length > seq_length:
+            raise SetAside(TOO_LONG, f"{pair.length} tokens in both sides", pair.length)
+        return pair, first_question(prompt)
+
+    return read_records(paths, key, "pairs", parse, heldout_share, max_bad_share, parts)
+
+
+def turns_of(record: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Returns the messages of a record's prompt and of both answers to it. Raises SetAside."""
+    chosen, rejected = (as_messages(needed(record, side), "assistant", side) for side in SIDES)
+    if _begins_with_prompt(chosen) != _begins_with_prompt(rejected):
+        raise SetAside("different_prompts", "only one side begins with the prompt's messages")
+    if _begins_with_prompt(chosen):
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        if shared == len(chosen) == len(rejected):
+            raise SetAside("equal_sides")
+        while shared and _role(chosen, shared - 1) == "assistant":
+            shared -= 1  # one side goes on after a shared answer
+        if {_role(side, shared) for side in (chosen, rejected)} != {"assistant"}:
+            raise SetAside("different_prompts", f"the sides differ in message {shared}, which is not the assistant's")
+        return chosen[:shared], chosen[shared:], rejected[shared:]
+    prompt = as_messages(needed(record, "prompt"), "user", "prompt")
+    if chosen == rejected:
+        raise SetAside("equal_sides")
+    return prompt, chosen, rejected
+
+
+def as_messages(value: Any, role: Any, key: str) -> list[Message]:
+    """Returns a list of messages as it is, and a text as one message of `role`. Raises SetAside for other values."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return [{name: part for name, part in message.items() if part is not None} for message in value]  # type: ignore[misc]
+    found = "an empty list" if value == [] else f"{type(value).__name__}"
+    raise SetAside(f"bad_{key}", f"{key!r} is {found}, neither a text nor a list of messages")
+
+
+def rendered(chat: ChatFormat, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+    """Renders a dialogue, see `ChatFormat.render`. Raises SetAside if it is broken."""
+    try:
+        return chat.render(messages)
+    except BrokenDialogue as broken:
+        raise SetAside(f"bad_messages: {broken.rule}", str(broken)) from None
+    except ValueError as error:  # half a surrogate pair, say
+        raise SetAside("bad_messages: text that cannot be encoded", str(error)) from None
+
+
+def first_question(messages: Sequence[Any]) -> str:
+    """Returns the first user message, by which records are split into training and held-out ones."""
+    return next((str(message.get("content")) for message in messages if message.get("role") == "user"), "")
+
+
+def _rendered(chat: ChatFormat, prompt: Sequence[Message], answer: Sequence[Message]) -> Dialogue:
+    tokens, mask = rendered(chat, [*prompt, *answer])
+    if not mask.any():
+        raise SetAside("no_answer", "a side has no assistant's turn")
+    return Dialogue(tokens, _after(mask, sum(message.get("role") == "assistant" for message in prompt)))
+
+
+def _after(mask: np.ndarray, turns: int) -> np.ndarray:
+    """Returns the mask without its first `turns` runs, which are answers within the prompt."""
+    begins = np.flatnonzero(mask & ~np.concatenate(([False], mask[:-1])))
+    if turns >= len(begins):
+        raise SetAside("no_answer", "a side has no assistant's turn after the prompt")
+    return mask & (np.arange(len(mask)) >= begins[turns])
+
+
+def _begins_with_prompt(side: Sequence[Message]) -> bool:
+    return _role(side, 0) != "assistant"
+
+
+def _role(messages: Sequence[Any], index: int) -> str | None:
+    return messages[index].get("role") if index < len(messages) else None
+
+
+def _margin(record: dict[str, Any]) -> float | None:
+    margin = record.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise SetAside("bad_margin", f"'margin' is {margin!r}, not a number")
+    return float(margin)
