@@ -23,8 +23,8 @@ class InitialChatModel(initial_model.InitialModel):
         found, template = super().open(init, run_dir, resume), jinja_template()
         if not (found.model.has_logits or takes_values):
             raise ConfigError(
-                f"{found.said}: {found.own or found.pin.checkpoint} is a reward model, which writes no text; start from "
-                "a language model, such as the one that it was trained from"
+                f"{found.said}: {found.own or found.pin.checkpoint} is a reward model, which writes no text; start "
+                "from a language model, such as the one that it was trained from"
             )
         if found.tokenizer is None:
             raise ConfigError(

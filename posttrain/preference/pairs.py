@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.chat.chat_format import BrokenDialogue, ChatFormat, Message
-from posttrain.preference.records import TOO_LONG, Records, SetAside, needed, read_records
+from posttrain.preference.records import TOO_LONG, Records, Unusable, needed, read_records
 
 SIDES = ("chosen", "rejected")
 
@@ -61,54 +61,54 @@ def read_pairs(
             _margin(record),
         )
         if np.array_equal(pair.chosen.tokens, pair.rejected.tokens):
-            raise SetAside("equal_sides")
+            raise Unusable("equal_sides")
         if pair.length > seq_length:
-            raise SetAside(TOO_LONG, f"{pair.length} tokens in both sides", pair.length)
+            raise Unusable(TOO_LONG, f"{pair.length} tokens in both sides", pair.length)
         return pair, first_question(prompt)
 
     return read_records(paths, key, "pairs", parse, heldout_share, max_bad_share, parts)
 
 
 def turns_of(record: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Returns the messages of a record's prompt and of both answers to it. Raises SetAside."""
+    """Returns the messages of a record's prompt and of both answers to it. Raises Unusable."""
     chosen, rejected = (as_messages(needed(record, side), "assistant", side) for side in SIDES)
     if _begins_with_prompt(chosen) != _begins_with_prompt(rejected):
-        raise SetAside("different_prompts", "only one side begins with the prompt's messages")
+        raise Unusable("different_prompts", "only one side begins with the prompt's messages")
     if _begins_with_prompt(chosen):
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
         if shared == len(chosen) == len(rejected):
-            raise SetAside("equal_sides")
+            raise Unusable("equal_sides")
         while shared and _role(chosen, shared - 1) == "assistant":
             shared -= 1  # one side goes on after a shared answer
         if {_role(side, shared) for side in (chosen, rejected)} != {"assistant"}:
-            raise SetAside("different_prompts", f"the sides differ in message {shared}, which is not the assistant's")
+            raise Unusable("different_prompts", f"the sides differ in message {shared}, which is not the assistant's")
         return chosen[:shared], chosen[shared:], rejected[shared:]
     prompt = as_messages(needed(record, "prompt"), "user", "prompt")
     if chosen == rejected:
-        raise SetAside("equal_sides")
+        raise Unusable("equal_sides")
     return prompt, chosen, rejected
 
 
 def as_messages(value: Any, role: Any, key: str) -> list[Message]:
-    """Returns a list of messages as it is, and a text as one message of `role`. Raises SetAside for other values."""
+    """Returns a list of messages as it is, and a text as one message of `role`. Raises Unusable for other values."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         return [{name: part for name, part in message.items() if part is not None} for message in value]  # type: ignore[misc]
     found = "an empty list" if value == [] else f"{type(value).__name__}"
-    raise SetAside(f"bad_{key}", f"{key!r} is {found}, neither a text nor a list of messages")
+    raise Unusable(f"bad_{key}", f"{key!r} is {found}, neither a text nor a list of messages")
 
 
 def rendered(chat: ChatFormat, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    """Renders a dialogue, see `ChatFormat.render`. Raises SetAside if it is broken."""
+    """Renders a dialogue, see `ChatFormat.render`. Raises Unusable if it is broken."""
     try:
         return chat.render(messages)
     except BrokenDialogue as broken:
-        raise SetAside(f"bad_messages: {broken.rule}", str(broken)) from None
+        raise Unusable(f"bad_messages: {broken.rule}", str(broken)) from None
     except ValueError as error:  # half a surrogate pair, say
-        raise SetAside("bad_messages: text that cannot be encoded", str(error)) from None
+        raise Unusable("bad_messages: text that cannot be encoded", str(error)) from None
 
 
 def first_question(messages: Sequence[Any]) -> str:
@@ -119,7 +119,7 @@ def first_question(messages: Sequence[Any]) -> str:
 def _rendered(chat: ChatFormat, prompt: Sequence[Message], answer: Sequence[Message]) -> Dialogue:
     tokens, mask = rendered(chat, [*prompt, *answer])
     if not mask.any():
-        raise SetAside("no_answer", "a side has no assistant's turn")
+        raise Unusable("no_answer", "a side has no assistant's turn")
     return Dialogue(tokens, _after(mask, sum(message.get("role") == "assistant" for message in prompt)))
 
 
@@ -127,7 +127,7 @@ def _after(mask: np.ndarray, turns: int) -> np.ndarray:
     """Returns the mask without its first `turns` runs, which are answers within the prompt."""
     begins = np.flatnonzero(mask & ~np.concatenate(([False], mask[:-1])))
     if turns >= len(begins):
-        raise SetAside("no_answer", "a side has no assistant's turn after the prompt")
+        raise Unusable("no_answer", "a side has no assistant's turn after the prompt")
     return mask & (np.arange(len(mask)) >= begins[turns])
 
 
@@ -144,5 +144,5 @@ def _margin(record: dict[str, Any]) -> float | None:
     if margin is None:
         return None
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise SetAside("bad_margin", f"'margin' is {margin!r}, not a number")
+        raise Unusable("bad_margin", f"'margin' is {margin!r}, not a number")
     return float(margin)

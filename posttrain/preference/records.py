@@ -21,7 +21,7 @@ SHOWN = 160  # characters of a broken record's details in messages
 TOO_LONG = "too_long"
 
 
-class SetAside(Exception):
+class Unusable(Exception):
     """A record that is not used: the reason, details of this one, and its number of tokens if it has too many."""
 
     def __init__(self, reason: str, details: str = "", tokens: int = 0) -> None:
@@ -72,7 +72,7 @@ def read_records(
 ) -> Records[T]:
     """Reads all records of the files that config key `key` names, and splits them.
 
-    `parse` gets a record's place and its values, and returns what is kept of it and its prompt, or raises SetAside.
+    `parse` gets a record's place and its values, and returns what is kept of it and its prompt, or raises Unusable.
     Messages suggest values of train.seq_length that are multiples of `parts`; where that is 0, the run continues and
     keeps the length of its rows. Raises ValueError if a file is missing or damaged, if more than `max_bad_share` of the
     records are set aside, or if none is left to train on.
@@ -81,7 +81,7 @@ def read_records(
     for place, raw in _raw_records(paths, key):
         try:
             kept, prompt = parse(place, _parsed(raw))
-        except SetAside as broken:
+        except Unusable as broken:
             found.set_aside[broken.reason] += 1
             details = broken.details and f", {broken.details[:SHOWN]}"
             found.first_of_reason.setdefault(broken.reason, f"{place}{details}")
@@ -157,9 +157,9 @@ def _parsed(raw: bytes | dict[str, Any]) -> dict[str, Any]:
         try:
             record = json.loads(raw)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise SetAside("bad_json", str(error)) from None
+            raise Unusable("bad_json", str(error)) from None
     if not isinstance(record, dict):
-        raise SetAside("no_object", f"it is {type(record).__name__}")
+        raise Unusable("no_object", f"it is {type(record).__name__}")
     return {name: value for name, value in record.items() if value is not None}
 
 
@@ -167,7 +167,7 @@ def needed(record: dict[str, Any], key: str) -> Any:
     """Returns the value of a key that a record must have."""
     if key not in record:
         keys = ", ".join(map(repr, list(record)[:8]))
-        raise SetAside(f"no_{key}", f"its keys are {keys}" if keys else "it has no keys")
+        raise Unusable(f"no_{key}", f"its keys are {keys}" if keys else "it has no keys")
     return record[key]
 
 

@@ -13,7 +13,7 @@ from configs.reward_model import ExamplesConfig, RewardSection
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.preference.packing import Segment
 from posttrain.preference.pairs import Pair, as_messages, first_question, read_pairs, rendered
-from posttrain.preference.records import TOO_LONG, Records, SetAside, needed, read_records
+from posttrain.preference.records import TOO_LONG, Records, Unusable, needed, read_records
 from posttrain.reward_model.losses import MARGIN
 
 Unit = list[Segment]  # the documents of one example, which stay in one row
@@ -32,7 +32,7 @@ def read_examples(
     def parse(place: str, record: dict[str, Any]) -> tuple[Unit, str]:
         segment, prompt = parse_one(record, model, chat)
         if len(segment.tokens) > seq_length:
-            raise SetAside(TOO_LONG, f"{len(segment.tokens)} tokens", len(segment.tokens))
+            raise Unusable(TOO_LONG, f"{len(segment.tokens)} tokens", len(segment.tokens))
         return [segment], prompt
 
     return read_records(data.files, FILES, kind, parse, *shares, parts)
@@ -60,14 +60,14 @@ def _steps(record: dict[str, Any], model: RewardSection, chat: ChatFormat) -> tu
     steps, labels = needed(record, "completions" if "completions" in record else "steps"), needed(record, "labels")
     for key, value in (("steps", steps), ("labels", labels)):
         if not isinstance(value, list) or not value:
-            raise SetAside(f"bad_{key}", f"{key!r} is {value!r}, not a list with something in it")
+            raise Unusable(f"bad_{key}", f"{key!r} is {value!r}, not a list with something in it")
     if len(steps) != len(labels):
-        raise SetAside("a_step_without_label", f"{len(steps)} steps and {len(labels)} labels")
+        raise Unusable("a_step_without_label", f"{len(steps)} steps and {len(labels)} labels")
     tokens: list[int] = _encoded(lambda: chat.render_prompt(prompt))
     ends = []
     for step in steps:
         if not isinstance(step, str):
-            raise SetAside("bad_steps", f"a step is {type(step).__name__}, not a text")
+            raise Unusable("bad_steps", f"a step is {type(step).__name__}, not a text")
         tokens += _encoded(lambda text=step: chat.encode_text(text + model.separator))  # type: ignore[misc]
         ends.append(len(tokens) - 1)
     classes = [_class(label, model.classes) for label in labels]
@@ -82,7 +82,7 @@ def _text(record: dict[str, Any], model: RewardSection, chat: ChatFormat) -> tup
     else:
         text = needed(record, "text")
         if not isinstance(text, str) or not text:
-            raise SetAside("bad_text", f"'text' is {text!r}"[:80])
+            raise Unusable("bad_text", f"'text' is {text!r}"[:80])
         tokens, prompt = text_tokens(text, chat), text
     return _judged(tokens, [len(tokens) - 1], [label]), prompt
 
@@ -99,7 +99,7 @@ def _encoded(encode: Callable[[], list[int]]) -> list[int]:
     try:
         return encode()
     except ValueError as error:  # a broken dialogue, half a surrogate pair, or a control token
-        raise SetAside("bad_text", str(error)) from None
+        raise Unusable("bad_text", str(error)) from None
 
 
 def _class(label: Any, classes: Sequence[str]) -> int:
@@ -108,4 +108,4 @@ def _class(label: Any, classes: Sequence[str]) -> int:
         return classes.index(label)
     if isinstance(label, int) and 0 <= label < len(classes):
         return int(label)
-    raise SetAside("unknown_label", f"label {label!r} is none of {list(classes)}, nor a number from 0")
+    raise Unusable("unknown_label", f"label {label!r} is none of {list(classes)}, nor a number from 0")
