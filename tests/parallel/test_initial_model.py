@@ -97,9 +97,9 @@ def start(ranks: RanksOf, base: Path, tmp_path: Path) -> Start:
     return start
 
 
-def transformers_loss(base: Path) -> float:
-    """Returns the mean loss of transformers' model over the documents in the rows of the first step."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base / "hub", local_files_only=True).eval()
+def transformers_loss(base: Path, hub: Path) -> float:
+    """Returns the mean loss of transformers' model in `hub` over the documents in the rows of the first step."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(hub, local_files_only=True).eval()
     plan, total, count = Plan.open(base / "plan"), 0.0, 0
     for row in map(plan.row, range(BATCH)):
         for segment in range(int(row.segments.max()) + 1):
@@ -114,7 +114,7 @@ def transformers_loss(base: Path) -> float:
 
 def test_training_goes_on_from_the_loss_of_transformers_at_any_layout(base: Path, start: Start, tmp_path: Path) -> None:
     one = start("one", 1, hf=str(base / "hub"))["losses"]
-    assert abs(one[1] - transformers_loss(base)) < 1e-5
+    assert abs(one[1] - transformers_loss(base, base / "hub")) < 1e-5
     assert abs(one[2] - one[1]) > 1e-3, "a step changes the weights"
     split = start("split", 2, "parallel.tp=2", run=str(base / "ours"))["losses"]
     staged = start("staged", 2, "parallel.pp=2", checkpoint=str(base / "ours/checkpoints/step_0"))["losses"]
@@ -134,6 +134,31 @@ def test_training_goes_on_from_the_loss_of_transformers_at_any_layout(base: Path
     roles.write_text(roles.read_text().replace("<|end_of_text|>", "<|begin_of_text|>"))
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not the one that the model was trained with"):
         open_source(tmp_path / "split")
+
+
+def test_experts_and_the_bias_that_chooses_them_are_a_start_too(base: Path, start: Start, tmp_path: Path) -> None:
+    """Keys of training alone may be others, also those that add state which the model did not have."""
+    plain = transformers.AutoConfig.from_pretrained(base / "hub", local_files_only=True).to_dict()
+    sizes = {key: plain[key] for key in ("vocab_size", "eos_token_id", "max_position_embeddings")}
+    config = transformers.DeepseekV3Config(
+        **sizes, hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, kv_lora_rank=10, q_lora_rank=14, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
+        n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, n_shared_experts=1, n_group=1,
+        topk_group=1, first_k_dense_replace=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(config)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.randn(6) * 0.3)
+    model.save_pretrained(tmp_path / "hub")
+    shutil.copy(base / "hub/tokenizer.json", tmp_path / "hub")
+    trained = ["model.moe.aux_loss=global_batch", "model.moe.aux_loss_coef=0.01", "model.moe.bias_update_rate=0.002"]
+    one = start("one", 1, *trained, hf=str(tmp_path / "hub"))["losses"]
+    split = start("split", 2, "parallel.ep=2", *trained, hf=str(tmp_path / "hub"))["losses"]
+    assert abs(one[1] - transformers_loss(base, tmp_path / "hub")) < 1e-5
+    assert all(abs(split[step] - one[step]) < 1e-5 for step in one), (one, split)
+    saved = storage.Reader(tmp_path / "one/checkpoints/step_2").balance["layers.1.moe.balance.bias"]
+    assert (saved - model.model.layers[1].mlp.gate.e_score_correction_bias).abs().max() < 0.005, "two small updates"
 
 
 def test_a_run_goes_on_without_the_folder_that_it_began_from(base: Path, start: Start, tmp_path: Path) -> None:
