@@ -15,10 +15,11 @@ import torch
 from configs.sampling import SamplingConfig
 from posttrain.algorithms.advantages import equal_groups
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.tasks.task import Attempt, Problem, Task, TaskScore
+from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
 from pretrain.sampling import Completion, SampledModel, generate
 
 METRICS = ("reward", "equal_reward_groups", "completion_tokens", "truncated", "unscorable")
+PART = "reward/"  # before the name of a reward, in arrays and metrics
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,15 @@ class Rollout:
         return self.mask.sum(1)
 
     def metrics(self) -> dict[str, tuple[float, float]]:
-        """Returns (sum, count) of each of `METRICS`."""
+        """Returns (sum, count) of each of `METRICS`, and of each reward by its name, if the task has several."""
         rewards, scored = self.rewards()
         samples, known = len(self), int(scored.sum())
+        parts = {name: array for name, array in self.arrays.items() if name.startswith(PART)}
         return {
+            **{
+                name: (float(np.nansum(part, dtype=float)), int((~np.isnan(part)).sum()))
+                for name, part in parts.items()
+            },
             "reward": (float(rewards.double().sum()), known),
             "equal_reward_groups": (int(self.equal_groups().sum()), len(rewards)),  # contribute no gradient
             "completion_tokens": (int(self.mask.sum()), samples),
@@ -106,6 +112,7 @@ def sample(
     """
     arrays = _empty(len(samples), seq_length, chat.ids["<pad>"])
     arrays["prompts"][:] = [i // group_size for i in samples]
+    arrays |= {PART + name: np.full(len(samples), np.nan, np.float32) for name in task.reward_names}
     if not len(samples):
         return Rollout(arrays, group_size)
     problems = [task.problem(seed, "train", i // group_size) for i in samples]
@@ -124,6 +131,8 @@ def sample(
     if scores:
         judged = judge(task, chat, problems, completions)
         arrays["scores"][:] = [np.nan if score.value is None else score.value for score in judged]
+        for name in task.reward_names:
+            arrays[PART + name][:] = [score.parts.get(name, np.nan) for score in judged]
     return Rollout(arrays, group_size)
 
 
@@ -133,7 +142,7 @@ def judge(
     """Returns the task's score of each completion, or 0 if it was cut before it closed its turn."""
     closed = [i for i, completion in enumerate(completions) if completion.stopped]
     attempts = [Attempt(problems[i], chat.decode_answer(completions[i].tokens)) for i in closed]
-    scores = [TaskScore(0.0, "truncated")] * len(completions)
+    scores = [truncated(task, problem) for problem in problems]
     for i, score in zip(closed, task.score(attempts), strict=True):
         scores[i] = score
     return scores

@@ -27,7 +27,7 @@ from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference import ReferencePolicy
-from posttrain.rl.rollout import Rollout, sample
+from posttrain.rl.rollout import PART, Rollout, sample
 from posttrain.rl.rollout_file import Recorded
 from posttrain.rl.rows import RolloutRow, rollout_rows
 from posttrain.rl.token_values import token_values
@@ -244,7 +244,8 @@ class RolloutSource(BatchSource):
                 "rl.rollout_batch and train.seq_length as they were when it was recorded"
             )
         own = ("tokens", "labels", "mask", "lengths", "prompts", "scores", "stopped", "rollout_logprobs")
-        rollout = Rollout({name: rollout.arrays[name] for name in own}, rollout.group_size)
+        parts = [name for name in rollout.arrays if name.startswith(PART)]
+        rollout = Rollout({name: rollout.arrays[name] for name in (*own, *parts)}, rollout.group_size)
         self._metrics = {name: recorded.metrics[name] for name in DRAWN if name in recorded.metrics}
         return rollout
 

@@ -42,6 +42,10 @@ class CountdownTask:
     def facts(self) -> dict[str, Any]:
         return dict(vars(self))
 
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        return ()
+
     def size(self, split: Split) -> None:
         return None
 

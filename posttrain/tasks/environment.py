@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from posttrain.chat.chat_format import ChatFormat, Message
-from posttrain.tasks.task import Attempt, Problem, Task, TaskScore
+from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
 from posttrain.tasks.tools import TOOLS, call_in
 from pretrain.sampling import Completion
 
@@ -19,7 +19,7 @@ Sample = Callable[[Sequence[list[int]], Sequence[str]], Sequence[Completion]]  #
 
 
 @dataclass(frozen=True)
-class Step:
+class Reply:
     """The environment's reply to one answer.
 
     `observation` are messages for the model. If `done`, the episode is over, and `score` is its reward; None means that
@@ -38,7 +38,7 @@ class Environment(Protocol):
         """Begins the episode and returns the messages that the model answers first."""
         ...
 
-    def step(self, answer: str) -> Step:
+    def step(self, answer: str) -> Reply:
         """Returns the reply to the model's answer, the text of its turn."""
         ...
 
@@ -61,15 +61,15 @@ class ToolEnvironment:
         self._calls = 0
         return problem.messages
 
-    def step(self, answer: str) -> Step:
+    def step(self, answer: str) -> Reply:
         call = call_in(answer, self.tools)
         if call is None:
-            return Step(done=True)
+            return Reply(done=True)
         if self._calls == self.max_calls:
-            return Step(score=TaskScore(0.0, "too many calls of tools"), done=True)
+            return Reply(score=TaskScore(0.0, "too many calls of tools"), done=True)
         self._calls += 1
         name, argument = call
-        return Step([{"role": "user", "content": f"<result>{self.tools[name](argument)}</result>"}])
+        return Reply([{"role": "user", "content": f"<result>{self.tools[name](argument)}</result>"}])
 
 
 @dataclass
@@ -168,7 +168,7 @@ def reply_tokens(chat: ChatFormat, messages: Sequence[Message], observation: Seq
     return whole[whole.index(chat.end_id, len(before)) + 1 :]
 
 
-def _steps(environments: Sequence[Environment], answers: Sequence[str]) -> list[Step]:
+def _steps(environments: Sequence[Environment], answers: Sequence[str]) -> list[Reply]:
     with ThreadPoolExecutor(WORKERS) as pool:
         return list(pool.map(lambda pair: pair[0].step(pair[1]), zip(environments, answers, strict=True)))
 
@@ -177,7 +177,7 @@ def _score(task: Task, episodes: Sequence[Transcript]) -> None:
     """Scores the episodes that have no score of their environment's: by the task, or as truncated."""
     for episode in episodes:
         if not episode.stopped:
-            episode.score = TaskScore(0.0, "truncated")
+            episode.score = truncated(task, episode.problem)
     open_ones = [episode for episode in episodes if episode.score is None]
     scores = task.score([Attempt(episode.problem, episode.answer) for episode in open_ones])
     for episode, score in zip(open_ones, scores, strict=True):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class FileTask:
         self.name, self.max_new_tokens = name, max_new_tokens
         self.settings, self.rewards, self.key = settings, rewards, key
         self.set_aside, self.duplicates = UnusedProblems(), 0
+        self.unscorable = Counter[str]()  # attempts of this process that could not be judged, by reason
         self.problems: dict[Split, list[Problem]] = {"train": [], "heldout": []}
         self._read()
         self.check_share()
@@ -63,6 +65,10 @@ class FileTask:
             digest.update(f"{problem.id}/{_canonical(problem.messages)}/{_canonical(problem.answer)}".encode())
         return {"name": self.name, "max_new_tokens": self.max_new_tokens, "problems": digest.hexdigest()}
 
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        return tuple(self.rewards.rewards)
+
     def size(self, split: Split) -> int:
         return len(self.problems[split])
 
@@ -73,7 +79,16 @@ class FileTask:
         return problems[place if split == "heldout" else self._order(seed, epoch)[place]]
 
     def score(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
-        return self.rewards(attempts)
+        """Returns the weighted sum of the rewards of each attempt, and says on stderr why some cannot be judged."""
+        scores = self.rewards(attempts)
+        for score in scores:
+            if score.value is None:
+                self.unscorable[score.reason] += 1
+                count = self.unscorable[score.reason]
+                if str(count).strip("0") == "1":  # 1, 10, 100 and so on
+                    said = f"{score.reason}{score.detail and ', ' + score.detail}"
+                    print(f"note: {count} completions for {self.name} were unscorable so far: {said}", file=sys.stderr)
+        return scores
 
     def smaller(self) -> Iterator[tuple[int, Task]]:
         return iter(())

@@ -94,6 +94,11 @@ class Task(Protocol):
         """JSON values that decide which problems there are; a run that continues must have the same."""
         ...
 
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """The names that `TaskScore.parts` may have, for logs; () if there is but one reward."""
+        ...
+
     def size(self, split: Split) -> int | None:
         """Returns the number of problems of a split, or None if they are drawn without end."""
         ...
@@ -125,6 +130,12 @@ def available(task: Task, split: Split, wanted: int) -> int:
     """Returns `wanted`, or the number of problems that the split has, if these are fewer."""
     size = task.size(split)
     return wanted if size is None else min(wanted, size)
+
+
+def truncated(task: Task, problem: Problem) -> TaskScore:
+    """Returns the score of a completion that was cut before it closed its turn: 0 by every reward of its task."""
+    own = [name for name in task.reward_names if problem.task in (task.name, name.split("/")[0])]
+    return TaskScore(0.0, "truncated", dict.fromkeys(own, 0.0))
 
 
 def count_reasons(scores: Iterable[TaskScore]) -> Counter[str]:

@@ -28,6 +28,12 @@ class MixtureTask:
         parts = {part: {"share": shares[part], **task.facts} for part, task in self.parts.items()}
         return {"name": self.name, "max_new_tokens": self.max_new_tokens, "parts": parts}
 
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """The tasks' names, whose part of a score is the score itself, and the names of their rewards."""
+        rewards = (f"{part}/{name}" for part, task in self.parts.items() for name in task.reward_names)
+        return (*self.parts, *rewards)
+
     def size(self, split: Split) -> int | None:
         """Returns the number of problems after which one of the parts would repeat its own."""
         sizes = [task.size(split) for task in self.parts.values()]

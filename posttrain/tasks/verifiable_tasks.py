@@ -36,6 +36,10 @@ class SortTask:
     def facts(self) -> dict[str, Any]:
         return dict(vars(self))
 
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        return ()
+
     def size(self, split: Split) -> None:
         return None
 

@@ -22,6 +22,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, validate
 from configs.presets import filled_in
 from configs.reference import explain
+from configs.sft import SFTConfig
 from configs.train import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,13 +221,16 @@ def test_keys_and_sections_exist(page: Path) -> None:
 
 @each_page
 def test_pieces_of_configs_fit_the_demos(page: Path) -> None:
-    demo, pretrain = (
-        tomllib.loads((ROOT / f"configs/{kind}/demo.toml").read_text(encoding="utf-8")) for kind in ("data", "pretrain")
+    demo, pretrain, tuning = (
+        tomllib.loads((ROOT / f"configs/{name}.toml").read_text(encoding="utf-8"))
+        for name in ("data/demo", "pretrain/demo", "posttrain/demo_sft")
     )
     for language, text in read(page).blocks:
         piece = tomllib.loads(text) if language == "toml" else {}
         if piece.keys() & {"model", "init"}:
             validate(PretrainConfig, filled_in({**pretrain, **piece}), origin=page.name)
+        elif "task" in piece:
+            validate(SFTConfig, {**tuning, **piece}, origin=page.name)
         elif piece:
             validate(DataConfig, _merged(demo, piece), origin=page.name)
 

@@ -15,11 +15,13 @@ from configs.loader import ConfigError, validate
 from configs.tasks import TaskConfig
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.chat.sft_data import demonstrations
+from posttrain.rl.rollout import judge
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.preflight import check_task
 from posttrain.tasks.task import Attempt, available, fraction
 from posttrain.tasks.task_mixture import MixtureTask
 from posttrain.tasks.verifiable_tasks import make_task
+from pretrain.sampling import Completion
 
 ROW = 64
 GOOD = [{"prompt": f"Say {i}", "answer": str(i), "level": i % 3} for i in range(60)]
@@ -259,3 +261,31 @@ def test_a_mixture_draws_by_weight_and_scores_by_each_tasks_own_rewards(tmp_path
 def test_bad_settings_are_named(tree: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_task(validate(TaskConfig, tree))
+
+
+def test_rollouts_have_each_reward_by_its_name_and_say_why_some_have_none(
+    tmp_path: Path, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("picky.py").write_text(
+        "def f(prompt, completion, answer, metadata): return 0.25 if completion == 'a' else None"
+    )
+    rewards = {
+        "form": {"kind": "regex", "pattern": "[ab]", "weight": 2.0},
+        "own": {"kind": "function", "function": "picky:f"},
+    }
+    task = task_of(written(tmp_path / "a.jsonl", GOOD), rewards=rewards)
+    texts = ["a", "b", "c", "cut"]
+    completions = [
+        Completion([*chat.encode_text(text), *[chat.end_id] * (text != "cut")], [], text != "cut") for text in texts
+    ]
+    scores = judge(task, chat, [task.problem(1, "train", 0)] * 4, completions)
+    assert [score.value for score in scores] == [2.25, None, None, 0.0]
+    assert [score.parts for score in scores] == [
+        {"form": 1.0, "own": 0.25},
+        {"form": 1.0},
+        {"form": 0.0},
+        {"form": 0.0, "own": 0.0},
+    ]
+    assert task.reward_names == ("form", "own") and task.unscorable == {"own: returned None": 2}
+    assert capsys.readouterr().err == "note: 1 completions for file were unscorable so far: own: returned None\n"
