@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(args.out, "--out")
         with ProofRanks() as pool:
             return fuzz(args.fuzz, args.seed, args.out, pool.run, args.inject)
-    config = load(PretrainConfig, args.config, args.overrides)
+    config = load(PretrainConfig, args.config, args.overrides, _with_model_of_init)
     layers_per_stage = config.parallel.layers_per_stage
     # Names of layouts say all the rest.
     parallel = ParallelConfig(offload_optimizer=config.parallel.offload_optimizer, backend=config.parallel.backend)
@@ -76,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(candidate, config, precisions)
     check_writable(args.out, "--out")
     return _prove(config, candidates, precisions, args)
+
+
+def _with_model_of_init(tree: dict[str, Any]) -> dict[str, Any]:
+    """Gives a config with [init] the keys of that model; its weights are drawn at random, as those of others are."""
+    if not tree.get("init"):
+        return tree
+    from pretrain.initial_model import with_model
+
+    return with_model(tree, "auto")[0]
 
 
 def _parser(bugs: dict[str, str]) -> argparse.ArgumentParser:
