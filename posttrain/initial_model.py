@@ -21,11 +21,8 @@ class InitialChatModel(initial_model.InitialModel):
         it is a reward model, unless the run `takes_values`.
         """
         found, template = super().open(init, run_dir, resume), jinja_template()
-        if not (found.model.has_logits or takes_values):
-            raise ConfigError(
-                f"{found.said}: {found.own or found.pin.checkpoint} is a reward model, which writes no text; start "
-                "from a language model, such as the one that it was trained from"
-            )
+        if not takes_values:
+            found.check_writes_text()
         if found.tokenizer is None:
             raise ConfigError(
                 f"{found.said}: nothing says which tokenizer the model was trained with; set init.tokenizer to its "

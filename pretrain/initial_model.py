@@ -71,8 +71,17 @@ class InitialModel:
                 f"train.seq_length={self.row}, or choose another run.dir"
             )
 
+    def check_writes_text(self) -> None:
+        """Raises ConfigError for a reward model, whose head gives values in place of logits."""
+        if not self.model.has_logits:
+            raise ConfigError(
+                f"{self.said}: {self.own or self.pin.checkpoint} is a reward model, which writes no text; start "
+                "from a language model, such as the one that it was trained from"
+            )
+
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError if `model`, the config's, is another model; what only training uses may differ."""
+        self.check_writes_text()
         found = model_changes(self.said, plain(self.model), plain(model), _FREE, starts=True)
         if found:
             remedy = " ".join(f"{key}={toml_value(before)}" for key, (before, _) in found.items() if before is not None)

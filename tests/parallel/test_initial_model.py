@@ -13,6 +13,7 @@ import transformers
 
 from configs.loader import ConfigError, toml
 from configs.mixture import PlanConfig
+from configs.sealed import CHECKPOINT
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
@@ -221,5 +222,11 @@ def test_an_imported_model_is_no_run_to_train_in(
     path = str(config(base, tmp_path / "new", run=str(base / "ours")))
     with pytest.raises(ConfigError, match=r"of an imported model; choose another run\.dir"):
         train.main([path, "--dry-run", f"run.dir={tmp_path / 'ours'}"])
+    reward = tmp_path / "ours/checkpoints/step_0/manifest.json"
+    manifest = storage.read_manifest(reward.parent)
+    manifest["config"]["model"]["head"] = {"kind": "scalar"}
+    reward.write_bytes(CHECKPOINT.write(manifest))
+    with pytest.raises(ConfigError, match="is a reward model, which writes no text; start from a language model"):
+        train.main([path, "--dry-run", f"init.run={tmp_path / 'ours'}"])
     assert inspection.main([str(base / "ours")]) == 0
     assert "step 0" in capsys.readouterr().out
