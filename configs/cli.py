@@ -24,6 +24,7 @@ SCHEMAS = {
     "data": "configs.data:DataConfig",
     "pretrain": "configs.train:PretrainConfig",
     "sft": "configs.sft:SFTConfig",
+    "rm": "configs.reward_model:RewardModelConfig",
     "grpo": "configs.rl:GRPOConfig",
     "export": "configs.export:ExportConfig",
     "recipe": "configs.recipe:RecipeConfig",

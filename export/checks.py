@@ -99,7 +99,7 @@ def reload(folder: Path, reference: Reference) -> Reloaded:
 
     If only the first layers are compared, no others are loaded: from a folder of links with a config.json of fewer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -114,9 +114,8 @@ def reload(folder: Path, reference: Reference) -> Reloaded:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             raw |= reference.family.write(reference.compared, reference.context)
             (place / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        auto: Any = AutoModelForCausalLM if reference.config.has_logits else AutoModelForSequenceClassification
+        loaded: Any = auto.from_pretrained(place, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     model, loading = loaded
     has_one = reference.codec is not None
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
@@ -126,13 +125,19 @@ def reload(folder: Path, reference: Reference) -> Reloaded:
 @torch.inference_mode()
 def verify(folder: Path, reference: Reference, hf: Reloaded, options: VerifyConfig) -> list[Check]:
     """Returns all checks, ordered so that the first failure is the cause of the others."""
+
+    def outputs() -> list[Check]:
+        if not reference.config.has_logits:
+            return [check_scores(hf, reference, options.tolerance)]
+        greedy = check_greedy(hf, reference, options.greedy_tokens, options.tolerance)
+        return [check_logits(hf, reference, options), greedy]
+
     return [
         check_tensors(folder, reference),
         check_loading(hf, reference),
         check_parameters(hf, reference),
         check_context(hf, reference, options.greedy_tokens),
-        check_logits(hf, reference, options),
-        check_greedy(hf, reference, options.greedy_tokens, options.tolerance),
+        *outputs(),
         check_tokenizer(hf, reference),
     ]
 
@@ -231,6 +236,32 @@ def check_logits(hf: Reloaded, reference: Reference, options: VerifyConfig) -> C
     return Check("logits, max difference", not culprit, culprit or measured, f"< {options.tolerance:g}")
 
 
+def check_scores(hf: Reloaded, reference: Reference, tolerance: float) -> Check:
+    """Checks a reward model's values on the last token of each text: text by text, and of all in one padded batch.
+
+    A failure names the first layer that differs.
+    """
+    name, wanted = "scores, max difference", f"< {tolerance:g}"
+    texts = [*reference.passages, *reference.prompts]
+    rows = [torch.tensor([text]) for text in texts]
+    ours = torch.cat([_ours(reference.decoder, row, torch.tensor([row.shape[1] - 1])) for row in rows])
+    apart = (ours - torch.cat([hf.model(row).logits for row in rows])).abs().amax(-1)
+    worst = apart.max().item()
+    if not worst < tolerance:
+        return Check(name, False, first_layer(hf, reference, rows[int(apart.argmax())], tolerance), wanted)
+    pad = hf.model.config.pad_token_id
+    if pad is None:
+        return Check(name, True, f"{worst:.2e} over {len(texts)} texts, one at a time (no token for padding)", wanted)
+    batch = torch.full((len(texts), max(map(len, texts))), pad)
+    for row, text in zip(batch, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    mask = torch.arange(batch.shape[1]) < torch.tensor([[len(text)] for text in texts])
+    padded = (ours - hf.model(batch, attention_mask=mask.long()).logits).abs().max().item()
+    if not padded < tolerance:
+        return Check(name, False, f"{padded:.2e} in a batch padded with token {pad}, {worst:.2e} one by one", wanted)
+    return Check(name, True, f"{max(worst, padded):.2e} over {len(texts)} texts, one by one and in a batch", wanted)
+
+
 def _far_text(reference: Reference, length: int) -> list[list[int]]:
     """Returns one text of up to `length` tokens, all passages one after another and again; none if it is no longer."""
     length = min(length, reference.context)
@@ -270,7 +301,7 @@ def first_layer(hf: Reloaded, reference: Reference, tokens: torch.Tensor, tolera
         difference = (mine - theirs).abs().max().item()
         if not difference < tolerance:
             return f"first at the output of {name}, by {difference:.3g}"
-    return "lm_head, all layers before it agree"
+    return f"{'lm_head' if reference.config.has_logits else 'value_head'}, all layers before it agree"
 
 
 def module_names(family: Family, config: ModelConfig) -> dict[str, str]:

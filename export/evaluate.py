@@ -116,6 +116,7 @@ def _open(args: argparse.Namespace) -> "tuple[ModelSource, Plan | None, TextCode
 
     try:
         opened = open_source(args.source, args.step)
+        opened.need_logits()
         codec = opened.codec() if args.tasks else None
         plan = _plan(args, opened)
     except ValueError as error:  # a damaged file, or another model's; the message names it

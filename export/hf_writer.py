@@ -14,10 +14,12 @@ from configs.export import ExportConfig
 from configs.files import write_atomic
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
+from configs.reward_model import RewardSection
 from export.checks import Reference
 from export.conversion.parameters import parameters
 from export.conversion.registry import family_of
 from export.conversion.table import Family
+from export.conversion.values import labelled
 from export.conversion.walk import ConversionError, convert, entries, problems
 from export.hf_config import to_hf_config
 from export.hf_folder import TOKEN_IDS
@@ -50,7 +52,10 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
     hf_config = to_hf_config(model, source.context, dtype, bos, eos, pad, family.architecture)
     # Of ids that an imported folder did not state, transformers' own are taken, before as after.
     hf_config = {key: value for key, value in hf_config.items() if key not in TOKEN_IDS or key in ids}
-    for name, content in (("config.json", hf_config | weights.kept_keys), ("generation_config.json", generation)):
+    files = {"config.json": hf_config | weights.kept_keys, "generation_config.json": generation}
+    if not model.has_logits:
+        files = {"config.json": hf_config | _of_classifier(source, bos, pad) | weights.kept_keys}
+    for name, content in files.items():
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     return Reference(
         config=model,
@@ -81,6 +86,18 @@ def special_ids(source: ModelSource, codec: "TextCodec | None") -> tuple[dict[st
     if codec.stop_ids != (ends if isinstance(ends, list) else [ends]):
         ids["eos_token_id"] = codec.stop_ids or None
     return ids, source.generation | {name: value for name, value in ids.items() if value is not None}
+
+
+def _of_classifier(source: ModelSource, bos: int | None, pad: int | None) -> dict[str, Any]:
+    """Returns the keys of config.json with which transformers reads a score from the last token and names it.
+
+    transformers takes for padding what comes after the last token that is not `pad_token_id`. A model without a token
+    for padding is given the one that begins a document, which no text ends with.
+    """
+    keys: dict[str, Any] = {} if pad is not None or bos is None else {"pad_token_id": bos}
+    if trained := source.run_config.get("reward_model"):
+        keys |= labelled(validate(RewardSection, trained).classes or ("reward",))
+    return keys
 
 
 def with_plain_head(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:

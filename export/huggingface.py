@@ -189,14 +189,15 @@ def export(
         failed = next((check for check in checks if not check.passed), None)
         if failed is not None:
             raise ValueError(f"{failed.name}: {failed.measured} (wanted: {failed.wanted})")
-        if reference.codec is not None and reference.compared == reference.config:
+        if reference.codec is not None and reference.compared == reference.config and reference.config.has_logits:
             sample(hf, reference, config, console)
         card = model_card(source, reference.family, config.dtype, checks)
         write_atomic(partial / "README.md", card.encode())
         measured = {check.name: check.measured for check in checks}
         record = {"checkpoint": str(source.path), "made_from": made_from, "checks": measured}
         publishing.publish(partial, out, record)
-    console.print(f'published {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
+    auto = "AutoModelForCausalLM" if source.model.has_logits else "AutoModelForSequenceClassification"
+    console.print(f'published {out}; load it with {auto}.from_pretrained("{out}")', soft_wrap=True)
     return 0
 
 

@@ -16,8 +16,9 @@ def model_card(source: "ModelSource", family: "Family", dtype: str, checks: list
     model = source.model
     total, active = model.num_parameters(), model.num_parameters(active=True)
     size = f"{total:,} parameters" + (f", of which a token uses {active:,}" if active != total else "")
+    task = "text-generation" if model.has_logits else "text-classification"
     lines = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---",
         f"# {family.architecture}, {size}",
         "Written and checked by `trivium export`. It loads with transformers' Auto classes, without code of its own.",
         "## Model",

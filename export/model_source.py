@@ -96,6 +96,11 @@ class ModelSource:
             )
         return self.tokenizer
 
+    def need_logits(self) -> None:
+        """Raises ConfigError if it is a reward model."""
+        if not self.model.has_logits:
+            raise ConfigError(f"{self.path} is a reward model, which writes no text; name a language model")
+
     def codec(self) -> "TextCodec":
         """Returns the codec of the model's tokenizer. Raises ValueError if it has more tokens than the model."""
         from export.chat_codec import TextCodec

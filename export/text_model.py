@@ -168,6 +168,7 @@ def loaded(source: str, step: str, parallel: ParallelConfig, precision: str) -> 
     with ExitStack() as stack:
         try:
             opened = open_source(source, step)
+            opened.need_logits()
             codec = opened.codec()
             decoder, mesh = stack.enter_context(_built(opened, parallel, DTYPES[precision]))
         except ConfigError:

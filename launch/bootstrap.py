@@ -12,7 +12,12 @@ from configs import signals
 from launch.environment import is_main, was_launched
 
 # Module of each `trivium` command that trains.
-TRAINING = {"train": "pretrain.train", "sft": "posttrain.sft", "grpo": "posttrain.grpo"}
+TRAINING = {
+    "train": "pretrain.train",
+    "sft": "posttrain.sft",
+    "rm": "posttrain.rm",
+    "grpo": "posttrain.grpo",
+}
 OURS = ("data_pipeline", "pretrain", "posttrain", "export", "launch")
 
 

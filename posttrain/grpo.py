@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.initial_model import InitialChatModel
+    from posttrain.reward_model.score import open_scorer
     from posttrain.rl.group_credit import GroupCredit
     from posttrain.rl.logprob_check import LogprobCheck
     from posttrain.rl.method import chosen_dialect
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
-    task, prompts = make_task(config.task), config.train.global_batch_size // config.grpo.group_size
+    task, prompts = make_task(config.task, open_scorer), config.train.global_batch_size // config.grpo.group_size
     row = min(config.train.seq_length, initial.lineage.context or config.train.seq_length)
     lines = check_task(task, initial.chat, row)
     if env.is_main and lines:

@@ -15,8 +15,10 @@ import argparse
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -55,6 +57,7 @@ PLAYS = (
     "tragedies/romeo-and-juliet",
 )
 LARGEST_PAGE = 200_000  # bytes; larger pages are cross-reference tables and inlined SVG diagrams
+PAIRS = 3000  # of sorted and unsorted digits
 PAGE_DATE = "2022-12-28T14:26:00Z"  # of SQLite 3.40.1
 TOPICS = {  # of the dialogues: gossip, humour and politics are left out
     "english": "ai botprofile coding computers conversations emotion food greetings health history "
@@ -221,6 +224,17 @@ def pages(cache: Path) -> bytes:
     return out.getvalue()
 
 
+def sorting_pairs() -> Iterator[dict]:
+    """Yields pairs of answers to "Sort DIGITS", of which the chosen one is sorted; they come from no package."""
+    draw = random.Random("sorting pairs")
+    while True:
+        digits = "".join(draw.choices("0123456789", k=4))
+        other = "".join(draw.sample(digits, 4))
+        right = "".join(sorted(digits))
+        if other != right:
+            yield {"prompt": f"Sort {digits}", "chosen": right, "rejected": other}
+
+
 def packed(records: Iterable[dict]) -> bytes:
     lines = "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in records)
     return gzip.compress(lines.encode("utf-8"), compresslevel=9, mtime=0)
@@ -244,6 +258,7 @@ def main() -> int:
             "web.warc.gz": pages(cache),
             "dialogues.jsonl.gz": packed(dialogues(cache)),
             "humaneval.jsonl.gz": packed(problems(cache)),
+            "sorting_pairs.jsonl.gz": packed(itertools.islice(sorting_pairs(), PAIRS)),
         }
 
     manifest = {}

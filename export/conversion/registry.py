@@ -7,6 +7,7 @@ from configs.model import LayerConfig, ModelConfig
 from configs.model_parts import RopeScalingConfig
 from export.conversion.families import baichuan, deepseek, gemma, glm, gpt, gpt_oss, llama, llama4, olmo, phi, qwen
 from export.conversion.table import Family
+from export.conversion.values import WITH_CLASSIFIER, is_classifier, with_values
 
 # The first family that can express a model is taken, so simple ones come first.
 FAMILIES: tuple[Family, ...] = (
@@ -21,6 +22,8 @@ FAMILIES: tuple[Family, ...] = (
     *gpt_oss.FAMILIES,
     *gpt.FAMILIES,
 )
+# The same with a scalar head in place of the output head, of reward models.
+CLASSIFIERS: tuple[Family, ...] = tuple(with_values(one) for one in FAMILIES if one.model_type in WITH_CLASSIFIER)
 # Families without a class in transformers: their files can be imported, and exported only as another family.
 WITHOUT_CLASS: tuple[Family, ...] = (baichuan.BAICHUAN,)
 
@@ -30,9 +33,12 @@ def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
 
     Raises ValueError that says for the nearest family which keys it cannot express.
     """
-    first = [family for family in FAMILIES if family.architecture == preferred]
+    families = FAMILIES if config.has_logits else CLASSIFIERS
+    first = [
+        family for family in families if preferred and family.architecture.split("For")[0] == preferred.split("For")[0]
+    ]
     lacking: list[tuple[int, Family, dict[str, tuple[str, str]]]] = []
-    for family in (*first, *FAMILIES):
+    for family in (*first, *families):
         found = differences(config, family)
         if not found:
             return family
@@ -56,10 +62,12 @@ def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
 def family_of_config(raw: Mapping[str, Any]) -> Family:
     """Returns the family of a config.json by model_type, or by architectures where that is absent; else ValueError."""
     kind, named = raw.get("model_type"), (raw.get("architectures") or [None])[0]
-    for family in (*FAMILIES, *WITHOUT_CLASS):
+    for family in CLASSIFIERS if is_classifier(raw) else (*FAMILIES, *WITHOUT_CLASS):
         if kind in (family.model_type, *family.other_types) or (kind is None and named == family.architecture):
             return family
     known = ", ".join(family.model_type for family in (*FAMILIES, *WITHOUT_CLASS))
+    if is_classifier(raw):
+        known = f"with the class {named} {', '.join(WITH_CLASSIFIER)}"
     raise ValueError(f"config.json: model_type = {kind!r} is not supported; supported are {known}")
 
 

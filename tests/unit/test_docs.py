@@ -36,6 +36,7 @@ FOREIGN = ("torch", "megatron", "deepspeed")  # packages whose dotted names are 
 LAUNCHERS = {
     "pretrain.train": "train",
     "posttrain.sft": "sft",
+    "posttrain.rm": "rm",
     "posttrain.grpo": "grpo",
     "export.generate": "generate",
     "export.chat": "chat",

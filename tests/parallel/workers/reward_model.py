@@ -4,12 +4,19 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 
 from configs.loader import plain, validate
 from configs.model import ModelConfig
+from posttrain.preference.packing import Segment, pack
+from posttrain.reward_model.losses import MARGIN, PreferenceLoss
+from pretrain.batch_source import micro_batches
 from pretrain.checkpoint import state, storage
-from pretrain.parallel import zero
+from pretrain.parallel import groups, zero
+from tests.parallel.matrix import MODELS
 from tests.parallel.workers.layouts import make_engine
 from tests.parallel.workers.training import save_now
 
@@ -41,3 +48,40 @@ def _digests(engine: Any) -> dict[str, str]:
         name: hashlib.sha256(zero.full_weight(parameter).contiguous().numpy().tobytes()).hexdigest()
         for name, parameter in engine.module.named_global_parameters()
     }
+
+
+def pair_gradients(
+    parallel: dict[str, Any], micro_batch_size: int, seq_length: int, out: str, dtype: str = "float32"
+) -> dict[str, float]:
+    """Computes one step's loss and gradients of eight pairs, packed into rows of `seq_length` tokens, into `out`."""
+    model = plain(validate(ModelConfig, MODELS["moe"] | {"moe": None}).with_values())
+    engine = make_engine(model, parallel, dtype)
+    mesh = engine.mesh
+    rows = pack(_pairs(), seq_length, 0)
+    share = len(rows) // mesh.layout.dp
+    own = rows[mesh.dp_rank * share :][:share]
+    engine.accumulate(micro_batches(own, micro_batch_size), PreferenceLoss(centring=0.05))
+    tensors = {}
+    for chunk in engine.module.chunks:
+        for name, parameter in chunk.named_parameters():
+            tensors[name] = mesh.gather_whole(zero.full_gradient(parameter), parameter).clone()
+    if dist.get_rank(mesh.zero_group) == 0 and mesh.tp_rank == 0:
+        save_file(tensors, str(Path(out) / f"stage_{mesh.pp_rank}.safetensors"))
+    sums = engine.update(lr=1e-2)
+    groups.stop()
+    return {"loss": sums.mean_loss, "norm": sums.grad_norm, **sums.metrics}
+
+
+def _pairs() -> list[list[Segment]]:
+    """Makes eight pairs of 24 tokens each, in sides of uneven lengths, with margins."""
+    units = []
+    for number in range(8):
+        draw = np.random.default_rng(number)
+        length = int(draw.integers(3, 21))
+        unit = []
+        for size in (length, 24 - length):
+            mask = np.arange(size) == size - 1
+            extra = {MARGIN: np.full(size, 0.1 * number)}
+            unit.append(Segment(draw.integers(0, 64, size), np.zeros(size, dtype=np.int64), mask, extra))
+        units.append(unit)
+    return units

@@ -12,7 +12,7 @@ import pytest
 from configs.folders import check_writable
 from configs.loader import ConfigError
 from export import publishing
-from posttrain import grpo, sft
+from posttrain import grpo, rm, sft
 from pretrain import train
 from pretrain.proof import prove as prove
 
@@ -21,6 +21,7 @@ HAS_NAMESPACES = subprocess.run([*IN_OWN_NAMESPACE, "true"], capture_output=True
 COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], list[str]]] = {
     "run.dir": (train.main, ["configs/pretrain/demo.toml", "run.dir={folder}"]),
     "run.dir of sft": (sft.main, ["configs/posttrain/demo_sft.toml", "run.dir={folder}"]),
+    "run.dir of rm": (rm.main, ["configs/posttrain/demo_rm.toml", "run.dir={folder}"]),
     "run.dir of grpo": (grpo.main, ["configs/posttrain/demo_grpo.toml", "run.dir={folder}"]),
     "--out": (prove.main, ["configs/pretrain/demo.toml", "--layouts", "tp2", "--out", "{folder}"]),
 }

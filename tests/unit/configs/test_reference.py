@@ -37,13 +37,19 @@ ADDED: dict[str, dict[str, Any]] = {
         },
     },
     "sft": {},
+    "rm": {},
     "grpo": {},
     "recipe": {},
     "export": {},
 }
-KINDS = {"train": "pretrain", "sft": "sft", "grpo": "grpo", "export": "export", "tokenizer train": "tokenizer"} | {
-    "recipe run": "recipe"
-}
+KINDS = {
+    "train": "pretrain",
+    "sft": "sft",
+    "rm": "rm",
+    "grpo": "grpo",
+    "export": "export",
+    "tokenizer train": "tokenizer",
+} | {"recipe run": "recipe"}
 NO_CONFIG = ("data trace", "data train-classifier", "data verify")
 NAMES = {
     "sources": "english",
@@ -162,7 +168,7 @@ def test_one_key_can_be_asked_for(kind: str, asked: str, line: str) -> None:
     ("arguments", "words"),
     [
         (["--explain", "pretrian"], "there is no config 'pretrian'; choose one of: data, pretrain"),
-        (["--new", "rm"], "choose one of: data"),
+        (["--new", "rewards"], "choose one of: data"),
         (["--explain", "pretrain", "lr"], "did you mean optimizer.lr?"),
         (["--explain", "pretrain", "optimiser.lr"], "did you mean optimizer.lr?"),
         (["--explain", "export", "xyzzy"], "begin with: run, out"),

@@ -20,6 +20,7 @@ from posttrain.algorithms.policy import TokenLoss, cispo, gspo, ppo_clip
 from posttrain.algorithms.rewards import overlong_penalty
 from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
 from posttrain.algorithms.token_batch import TokenBatch
+from posttrain.reward_model.losses import bradley_terry
 
 
 def batch(ratios: list[float], advantages: list[float], **more: list[float]) -> TokenBatch:
@@ -135,6 +136,8 @@ VECTORS: list[tuple[str, Callable[[], Any], Any]] = [
     ("fixed length at micro-batch 1", lambda: averaged_by_the_trainer("fixed_length"), 2.5),
     ("value loss, clip .5", lambda: critic(0.5), 1.25),
     ("value loss, clip .2", lambda: critic(0.2), 1.5725),
+    ("Bradley-Terry", lambda: bradley_terry(torch.tensor(1.0), torch.tensor(-0.5)), 0.201413),
+    ("Bradley-Terry, margin .3", lambda: bradley_terry(torch.tensor(1.0), torch.tensor(-0.5), 0.3), 0.263282),
 ]
 
 

@@ -76,6 +76,7 @@ def test_steps_to_profile(chosen: str, steps: range) -> None:
     [
         ("pretrain.train", "pretrain/demo.toml"),
         ("posttrain.sft", "posttrain/demo_sft.toml"),
+        ("posttrain.rm", "posttrain/demo_rm.toml"),
         ("posttrain.grpo", "posttrain/demo_grpo.toml"),
     ],
 )
