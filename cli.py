@@ -57,7 +57,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("export.chat:main", "talk to a fine-tuned checkpoint"),
     "prove": ("pretrain.proof.prove:main", "compare parallel layouts with one rank, tensor by tensor"),
     "inspect": ("pretrain.checkpoint.inspection:main", "print a checkpoint's step, config, shapes and norms"),
-    "launch": ("launch.ranks:main", "start train, sft or grpo as several ranks on this machine"),
+    "launch": ("launch.ranks:main", "start train, sft, rm or grpo as several ranks on this machine"),
     "report": ("pretrain.run_report:main", "write a training run's report.html again"),
 }
 

@@ -41,7 +41,7 @@ def pack(units: Sequence[Sequence[Segment]], seq_length: int, pad_id: int, sourc
 
 def _row(segments: Sequence[Segment], seq_length: int, pad_id: int, source: int) -> PackedRow:
     def joined(parts: Sequence[np.ndarray], fill: int, dtype: type) -> np.ndarray:
-        whole = np.full(seq_length, fill, dtype)
+        whole: np.ndarray = np.full(seq_length, fill, dtype)
         used = np.concatenate(parts)
         whole[: len(used)] = used
         return whole

@@ -36,9 +36,10 @@ class BinnedLoss:
         bin_N = ((confidence_N - least) / (1 - least) * BINS).long().clamp(0, BINS - 1)
         for number in range(BINS):
             inside_N = (bin_N == number).to(confidence_N.dtype)
-            for name, of_decision in zip(SUMS, (1.0, confidence_N, right_N), strict=True):
+            of_bin = {"share": inside_N, "confidence": inside_N * confidence_N, "accuracy": inside_N * right_N}
+            for name in SUMS:
                 nowhere = confidence_N.new_zeros(batch.labels.numel())
-                spread = nowhere.index_copy(0, batch.trained, inside_N * of_decision)
+                spread = nowhere.index_copy(0, batch.trained, of_bin[name])
                 metrics[f"{name}_{number}"] = spread.view_as(batch.labels)
         return loss_BS, metrics
 
