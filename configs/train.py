@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from configs.initial import InitConfig
+from configs.adapters import AdapterConfig
 from configs.model import ModelConfig
 from configs.section import Section
 
@@ -51,6 +52,8 @@ class TrainSection(Section):
     """The dropout rate after embedding, attention and MLP; the masks are the same in every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """The recomputation in backward that saves memory: of attention scores (selective) or of whole blocks (full)."""
+    freeze: tuple[str, ...] = ()
+    """The weights that are not trained: names as `trivium inspect` lists them, * for any text, e.g. "layers.0.*"."""
 
 
 class OptimizerConfig(Section):
@@ -198,6 +201,26 @@ class TrainerConfig(Section):
     """Held-out loss by source."""
     log: LogConfig = LogConfig()
     """The output of a run while it trains."""
+    adapter: AdapterConfig | None = None
+    """Low-rank adapters that are trained in place of the model's own weights; left out, there are none."""
+
+    @model_validator(mode="after")
+    def _frozen_weights_fit(self) -> "TrainerConfig":
+        parallel = self.parallel
+        if (self.adapter or self.train.freeze) and (parallel.zero > 1 or parallel.offload_optimizer):
+            key = "[adapter]" if self.adapter else f"train.freeze = {list(self.train.freeze)}"
+            other = f"zero = {parallel.zero}" if parallel.zero > 1 else "offload_optimizer = true"
+            remedy = "zero=1" if parallel.zero > 1 else "offload_optimizer=false"
+            raise ValueError(
+                f"{key} leaves weights untrained, which parallel.{other} does not support; set parallel.{remedy}, "
+                "where weights that are not trained need no gradients and no optimizer state"
+            )
+        if self.adapter and self.train.freeze:
+            raise ValueError(
+                f"train.freeze = {list(self.train.freeze)} with [adapter]: beside adapters no weight is trained anyway; "
+                "leave train.freeze out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainerConfig":

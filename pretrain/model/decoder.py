@@ -84,6 +84,7 @@ class Decoder(nn.Module):
                 self.lm_head = ColumnLinear(config.hidden_size, config.vocab_size, context)
         self.input_tensor: torch.Tensor | None = None
         self.recompute_blocks = False
+        self.is_partly_frozen = False
 
     def forward(
         self,
@@ -131,7 +132,10 @@ class Decoder(nn.Module):
             x_SBH = x_SBH + self.position_embedding(context.positions_SB)
         if config.norm.embedding:
             x_SBH = self.embedding_norm(x_SBH)
-        return self.embedding_dropout(x_SBH, context.samples)
+        x_SBH = self.embedding_dropout(x_SBH, context.samples)
+        if self.is_partly_frozen and torch.is_grad_enabled() and not x_SBH.requires_grad:
+            x_SBH.requires_grad_()  # a pipeline passes gradients through every stage, also where nothing is trained
+        return x_SBH
 
     def _received(self) -> torch.Tensor:
         assert self.input_tensor is not None, "a later pipeline stage got no input"
@@ -228,8 +232,12 @@ class Block(nn.Module):
             self.mlp_output_norm = norm()
         self.attention_dropout = Dropout(f"layers.{config.index}.attention", context)
         self.mlp_dropout = Dropout(f"layers.{config.index}.mlp", context)
+        self.adapter_dropouts: list[Any] = []  # they get the numbers of the rows that this block is called with
 
     def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
+        for dropout in self.adapter_dropouts:
+            dropout.samples = context.samples
+
         def attend(x: torch.Tensor) -> torch.Tensor:
             return self.attention(x, context, cache)
 

@@ -181,13 +181,13 @@ class Dropout(nn.Module):
             return x_SBH
         assert samples is not None, "dropout is keyed by sample"
         key = f"{self.seed}/{self.name}"
-        kept = _kept(x_SBH.detach(), samples, key, self.rate, self.part, self.parts)
-        return x_SBH * kept.to(x_SBH.dtype) / (1 - self.rate)
+        mask = kept(x_SBH.detach(), samples, key, self.rate, self.part, self.parts)
+        return x_SBH * mask.to(x_SBH.dtype) / (1 - self.rate)
 
 
 # An operator of its own, so that compiled code sees numbers of samples as a tensor and is not built anew for others.
 @torch.library.custom_op("trivium::dropout_kept", mutates_args=())
-def _kept(like: torch.Tensor, samples: torch.Tensor, key: str, rate: float, part: int, parts: int) -> torch.Tensor:
+def kept(like: torch.Tensor, samples: torch.Tensor, key: str, rate: float, part: int, parts: int) -> torch.Tensor:
     """Draws which elements of `like` [S, B, H] are kept; `samples` [B] is on the host."""
     length, _, hidden = like.shape
     masks = []
@@ -199,7 +199,7 @@ def _kept(like: torch.Tensor, samples: torch.Tensor, key: str, rate: float, part
     return torch.stack(masks, dim=1)
 
 
-@_kept.register_fake
+@kept.register_fake
 def _all_kept(like: torch.Tensor, samples: torch.Tensor, key: str, rate: float, part: int, parts: int) -> torch.Tensor:
     return torch.empty_like(like, dtype=torch.bool, memory_format=torch.contiguous_format)
 

@@ -95,7 +95,8 @@ class Marks:
 
     `partial` says when tensor-parallel ranks that hold the same weight have different parts of its gradient: "never",
     under "sequence" parallel, since each sees its part of the sequence, or always, since each sees its own "heads".
-    The initial weight is `constant`, or where that is None normal with `std_factor` times the model's init_std.
+    The initial weight is `constant`, or where that is None normal with the deviation `std`, or where that is None too
+    `std_factor` times the model's init_std.
     """
 
     split: TensorSplit | None = None
@@ -103,6 +104,7 @@ class Marks:
     partial: Partial = "never"
     constant: float | None = None
     std_factor: float = 1.0
+    std: float | None = None
     decays: bool = True  # whether weight decay applies
 
 

@@ -6,7 +6,7 @@ leave it through a row layer. At tp=1 a weight goes through a plain `F.linear`, 
 block as one graph.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,18 @@ class Region:
         return reduce_from_tensor_model_parallel_region(y.contiguous(), self.group)
 
 
+class Adapter(Protocol):
+    """The adapter of a linear layer, if it has one; see `pretrain.model.adapters.low_rank`."""
+
+    rank: int
+
+    def reduced(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes [..., rank] from the layer's inputs, outside of split layers."""
+
+    def added(self, y: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Returns the adapted output."""
+
+
 class ColumnLinear(ColumnParallelLinear):
     """Computes y = x Wᵀ with W [out, in] split over its rows: every rank computes out/tp of the outputs.
 
@@ -125,6 +137,7 @@ class ColumnLinear(ColumnParallelLinear):
             gather_output=False,
             disable_grad_reduce=True,
         )
+        self.adapter: Adapter | None = None
         self.sequence_parallel = False  # x is the whole sequence already
         split = TensorSplit(0, size_out, copies) if self.is_split else None
         mark(self.weight, Marks(split=split, std_factor=std_factor))
@@ -143,10 +156,20 @@ class ColumnLinear(ColumnParallelLinear):
 def columns(x: torch.Tensor, region: Region, *layers: ColumnLinear) -> tuple[torch.Tensor, ...]:
     """Enters the region and computes several column layers of the same input."""
     if region.weights_come_by_call or (region.tp == 1 and torch.compiler.is_compiling()):
-        x = region.enter(x)
-        return tuple(layer(x) for layer in layers)
-    outputs = _columns(x, region, *(layer.weight for layer in layers))
-    return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(outputs, layers, strict=True))
+        entered = region.enter(x)
+        outputs = tuple(layer(entered) for layer in layers)
+    else:
+        outputs = _columns(x, region, *(layer.weight for layer in layers))
+        outputs = tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(outputs, layers, strict=True))
+    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    if not adapters:
+        return outputs
+    reduced = torch.cat([adapter.reduced(x) for adapter in adapters], -1)
+    parts = iter(region.enter(reduced).split([adapter.rank for adapter in adapters], -1))
+    return tuple(
+        y if layer.adapter is None else layer.adapter.added(y, next(parts), layer.bias)
+        for y, layer in zip(outputs, layers, strict=True)
+    )
 
 
 @torch.compiler.disable  # the compiler does not know how to wait for the sums over ranks
@@ -175,14 +198,14 @@ class _Columns(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         region: Region = ctx.region
         gathering = summing = None
-        whole = x
-        if region.sequence_parallel:
+        whole, is_trained = x, ctx.needs_input_grad[2:]
+        if region.sequence_parallel and any(is_trained):
             whole, gathering = _start_gather(x, region)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         total = flat[0] @ weights[0]
         for grad, weight in zip(flat[1:], weights[1:], strict=True):
             total.addmm_(grad, weight)
-        grad_x = total = total.view(whole.shape)
+        grad_x = total = total.view(*grads[0].shape[:-1], x.shape[-1])
         if region.sequence_parallel:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             summing = flat_collectives.reduce_scatter(grad_x, total, group=region.group, async_op=True)
@@ -191,7 +214,7 @@ class _Columns(torch.autograd.Function):
         if gathering is not None:
             gathering.wait()
         rows = whole.reshape(-1, whole.shape[-1])
-        grad_weights = [grad.t() @ rows for grad in flat]
+        grad_weights = [grad.t() @ rows if trained else None for grad, trained in zip(flat, is_trained, strict=True)]
         if summing is not None:
             summing.wait()
         return None, grad_x, *grad_weights
@@ -224,6 +247,7 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=context.tp or _WHOLE,
         )
+        self.adapter: Adapter | None = None
         split = TensorSplit(1, size_in) if self.is_split else None
         mark(self.weight, Marks(split=split, std_factor=std_factor))
         if bias:
@@ -235,7 +259,8 @@ class RowLinear(RowParallelLinear):
         return self.input_size_per_partition != self.input_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0] if self.is_split else F.linear(x, self.weight, self.bias)
+        y = super().forward(x)[0] if self.is_split else F.linear(x, self.weight, self.bias)
+        return y if self.adapter is None else self.adapter.added(y, self.adapter.reduced(x), self.bias)
 
 
 class WholeLinear(nn.Module):
@@ -245,9 +270,11 @@ class WholeLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=context.dtype, device=context.device))
         mark(self.weight, Marks(partial=partial))
+        self.adapter: Adapter | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        y = F.linear(x, self.weight)
+        return y if self.adapter is None else self.adapter.added(y, self.adapter.reduced(x), None)
 
 
 class Embedding(VocabParallelEmbedding):

@@ -38,7 +38,7 @@ def _fill(model: Decoder, name: str, parameter: nn.Parameter, seed: int, slices:
     if marks.constant is not None:
         parameter.fill_(marks.constant)
         return
-    std = model.model_config.init_std * marks.std_factor
+    std = model.model_config.init_std * marks.std_factor if marks.std is None else marks.std
     shape = slices.global_shape(parameter)
     if not marks.is_expert:
         parameter.copy_(slices.cut(_draw(seed, name, shape, std), parameter))

@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from configs.adapters import AdapterConfig
 from configs.model import ModelConfig
 from configs.train import OptimizerConfig, TrainSection
 from pretrain.megatron import ModelType, get_forward_backward_func, schedule_config
 from pretrain.model import Decoder, LayerContext, init_weights
+from pretrain.model.adapters import add_adapters
 from pretrain.model.batch import Batch
 from pretrain.model.context import ForwardContext
 from pretrain.model.head_loss import HeadLoss
@@ -28,6 +30,7 @@ from pretrain.model.moe.balance import LossDenominators
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
 from pretrain.parallel.expert_parallel import spread_experts
+from pretrain.parallel.frozen import freeze
 from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage, stage_specs
@@ -48,8 +51,14 @@ class Engine:
         seed: int,
         dtype: torch.dtype,
         num_sources: int = 1,
+        adapter: AdapterConfig | None = None,
+        adapter_std: float = 0.0,
     ):
-        self.mesh, self.model_config, self.train_config = mesh, model_config, train
+        """Builds and draws the model; `adapter_std` is the deviation of what adapters add, which training begins at 0.
+
+        A proof begins elsewhere, since gradients behind a factor of zero would be zero.
+        """
+        self.mesh, self.model_config, self.train_config, self.adapter = mesh, model_config, train, adapter
         self.num_sources = num_sources
         layout = mesh.layout
         context = LayerContext(
@@ -67,6 +76,9 @@ class Engine:
         building, drawing = zero.weights(mesh, dtype)
         with building:
             chunks = [Decoder(model_config, spec, context) for spec in stage_specs(layout, mesh.pp_rank)]
+            for chunk in chunks if adapter else []:
+                assert adapter is not None
+                add_adapters(chunk, adapter, context, adapter_std)
         config = schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):
             init_weights(chunk, seed, mesh.slices, drawing)
@@ -79,6 +91,7 @@ class Engine:
         # around attention before blocks are compiled, so that it is compiled too. ZeRO comes last: it moves all
         # parameters into the flat buffers of its optimizer.
         self.module = PipelineStage(chunks)
+        freeze(self.module, train.freeze, mesh)
         mark_copies(self.module, mesh)
         exchange_around_attention(self.module, mesh)
         spread_experts(self.module, mesh)

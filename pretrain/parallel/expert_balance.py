@@ -25,7 +25,7 @@ def begin_step(stage: PipelineStage, denominators: LossDenominators) -> None:
 def finish_step(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None:
     """Sums the experts' token counts over the global batch and updates load and router bias of every MoE layer.
 
-    These stay as they are where `changes`, a boolean on the device, is false.
+    These stay as they are where `changes`, a boolean on the device, is false, and where the router is frozen.
     """
     layers = stage.moe_layers
     if not layers:
@@ -33,7 +33,8 @@ def finish_step(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None
     tokens = torch.stack([moe.balance.tokens for moe in layers.values()])
     dist.all_reduce(tokens, group=mesh.zero_group)
     for moe, tokens_E in zip(layers.values(), tokens, strict=True):
-        moe.balance.finish(tokens_E, changes)
+        if moe.router.weight.requires_grad:  # what chooses experts of a frozen router is frozen too
+            moe.balance.finish(tokens_E, changes)
 
 
 def state(stage: PipelineStage, mesh: Mesh) -> dict[str, list[float]]:

@@ -34,7 +34,7 @@ def mark_copies(stage: PipelineStage, mesh: Mesh) -> None:
 
 def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
     """Sums partial gradients over tensor-parallel ranks, and those of tied embeddings over the first and last stage."""
-    whole = list(stage.parameters())
+    whole = [parameter for parameter in stage.parameters() if parameter.requires_grad]
     always = ("sequence", "heads") if mesh.layout.sp else ("heads",) if mesh.layout.tp > 1 else ()
     _sum([p for p in whole if marks_of(p).partial in always], mesh.tp_group)
     if mesh.kv_group is not None:
@@ -42,9 +42,9 @@ def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
         _sum([p for p in whole if (split := splits[id(p)]) and split.copies > 1], mesh.kv_group)
     first, last = stage.chunks[0], stage.chunks[-1]
     if first.model_config.tie_embeddings and not last.tied_here:
-        if first.stage.is_first:
+        if first.stage.is_first and first.embedding.weight.requires_grad:
             _sum([first.embedding.weight], parallel_state.get_embedding_group())
-        if last.stage.is_last:
+        if last.stage.is_last and last.lm_head.weight.requires_grad:
             _sum([last.lm_head.weight], parallel_state.get_embedding_group())
 
 

@@ -151,7 +151,9 @@ def master_partitions(engine: Any) -> list[torch.Tensor]:
 
 
 def fragment(engine: Any, parameter: nn.Parameter) -> Fragment | None:
-    """Returns the range of a parameter that this rank owns, or None if it owns none of it."""
+    """Returns the range of a parameter that this rank owns, or None if it owns none of it or it is frozen."""
+    if not parameter.requires_grad:
+        return None
     if isinstance(engine, DistributedOptimizer):
         return engine.fragment(parameter)
     known: Any = parameter
@@ -221,7 +223,9 @@ def full_gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def full_weight(parameter: nn.Parameter) -> torch.Tensor:
-    """Gathers the master weight in fp32 (or fp64); collective over data parallel."""
+    """Gathers the master weight in fp32 (or fp64); collective over data parallel. A frozen weight has no other."""
+    if not parameter.requires_grad:
+        return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
     if distributed_optimizer.is_in_bucket(parameter):
         return distributed_optimizer.full(parameter, gradient=False)
     return deepspeed.utils.safe_get_full_fp32_param(parameter)

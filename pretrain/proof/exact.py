@@ -18,6 +18,8 @@ def gathered_norm(engine: Engine) -> float:
     total = torch.zeros((), dtype=torch.float64)
     for chunk in engine.module.chunks:
         for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                continue
             gradient = zero.full_gradient(parameter)
             # Marks that DeepSpeed reads are not trusted: a bug may lie in them.
             split = tp_split(zero.outline(parameter))

@@ -53,6 +53,7 @@ SOURCES = 2
 STEPS = 3  # the first is compared with one rank's; after all three, replicas are compared with each other
 CLIP = 0.05  # a norm that initial gradients exceed, so that clipping takes part in every step
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAPTER_STD = 0.02  # of what adapters add: at zero, where training begins, most of their gradients would be zero
 ROWS_PERIOD = 8
 WHOLE_ROWS = (4, 5)  # of each period; attention of micro-batches of such rows takes another way
 
@@ -165,6 +166,8 @@ def _keep_parameters(engine: Engine, recorder: Recorder, kind: str, value: Calla
     mesh = engine.mesh
     for chunk in engine.module.chunks:
         for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                continue  # it has no gradient, and its weights are those that were drawn
             tensor = value(parameter)  # collective
             outline = zero.outline(parameter)
             if mesh.is_first_holder(parameter) and 0 not in mesh.slices.shape(outline):
@@ -214,7 +217,10 @@ def with_clipping(config: PretrainConfig) -> PretrainConfig:
 
 def _run(config: PretrainConfig, mesh: groups.Mesh, precision: str, recorded: RecordedStep | None, steps: int) -> None:
     dtype = DTYPES[precision]
-    engine = Engine(config.model, config.train, config.optimizer, mesh, config.run.seed, dtype, SOURCES)
+    run = config.run
+    engine = Engine(
+        config.model, config.train, config.optimizer, mesh, run.seed, dtype, SOURCES, config.adapter, ADAPTER_STD
+    )
     run_steps(engine, config, precision, recorded, steps)
     if hasattr(engine.zero, "destroy"):  # DeepSpeed's engines hook into autograd, where no garbage collector looks
         engine.zero.destroy()

@@ -84,7 +84,8 @@ class Trace:
 
             if output_of is None:
                 self._recorder.keep_part(f"forward/{key}", tensor, part)
-                tensor.register_hook(backward)
+                if tensor.requires_grad:  # a frozen embedding's output does not
+                    tensor.register_hook(backward)
             else:  # ZeRO-3 copies a module's outputs, so that the gradient of one does not stand for the whole
                 self._recorder.keep_part(f"forward/{key}", tensor.view(-1, self._batch, tensor.shape[-1]), part)
 

@@ -54,13 +54,14 @@ class Experts(nn.Module):
             # Outputs of tensor-parallel ranks are summed, so each adds its share of this bias and has a part of its
             # gradient.
             self.down_bias = weight(hidden, marks=Marks(partial="heads", constant=0.0, decays=False))
+        self.adapter = nn.ModuleDict()  # by the name of the matrix that is adapted: rows and an expert to an addition
 
     def forward(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Computes outputs [R, H] of rows sorted by expert; the first `counts[0]` rows are the first expert's.
 
         Rows past the last expert's are not computed, and their outputs are undefined.
         """
-        if self.kind != "swiglu" or self.has_bias:
+        if self.kind != "swiglu" or self.has_bias or len(self.adapter):
             return self._one_by_one(x_RH, counts)
         if x_RH.device.type != "cpu" and x_RH.dtype == torch.bfloat16 and len(x_RH):
             return self._aligned(x_RH, counts)
@@ -76,12 +77,16 @@ class Experts(nn.Module):
             names = ("gate", "up") if is_gated(self.kind) else ("up",)
             inner = ACTIVATIONS[self.kind](*(self._projected(own, name, expert) for name in names))
             output = inner @ self.down_proj[expert].t()
+            if "down_proj" in self.adapter:
+                output = output + self.adapter["down_proj"](inner, expert)
             outputs.append(output + self.down_bias[expert] / self.down_bias_parts if self.has_bias else output)
         return torch.cat([*outputs, torch.zeros_like(rows[-1])])
 
     def _projected(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
         bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        return F.linear(rows, getattr(self, f"{name}_proj")[expert], bias)
+        output = F.linear(rows, getattr(self, f"{name}_proj")[expert], bias)
+        adapter = f"{name}_proj"
+        return output + self.adapter[adapter](rows, expert) if adapter in self.adapter else output
 
     def _grouped(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Uses the grouped product; pads H and F with zeros, which add nothing, to the multiples that it requires."""

@@ -1,6 +1,7 @@
 """Functions run in the ranks: a few steps of the real engine in a layout; what it computed, as whole tensors."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from configs.adapters import AdapterConfig
 from configs.layout import Layout
 from configs.loader import validate
 from configs.model import ModelConfig
@@ -27,8 +29,14 @@ from pretrain.proof.recorded_step import packed_rows
 SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
 
 
-def make_engine(model: dict[str, Any], parallel: dict[str, Any], dtype: str = "float32", **train: Any) -> Engine:
-    """Builds an engine over all ranks of the call."""
+def make_engine(
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    dtype: str = "float32",
+    adapter: dict[str, Any] | None = None,
+    **train: Any,
+) -> Engine:
+    """Builds an engine over all ranks of the call; adapters begin with something to add, so that all of them learn."""
     model_config, parallel_config = validate(ModelConfig, model), validate(ParallelConfig, parallel)
     section = TrainSection(
         steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, seq_length=SEQ_LENGTH, **train
@@ -40,7 +48,8 @@ def make_engine(model: dict[str, Any], parallel: dict[str, Any], dtype: str = "f
     # of 1e-6 a single weight's noise came to 1e-5 of the tensor that it is in.
     optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.1, eps=1e-5)
     with mock.patch.object(zero, "REUSE_DISTANCE", 0):  # else stage 3 would keep so small a model gathered
-        return Engine(model_config, section, optimizer, mesh, seed=7, dtype=getattr(torch, dtype), num_sources=2)
+        tuned = None if adapter is None else validate(AdapterConfig, adapter)
+        return Engine(model_config, section, optimizer, mesh, 7, getattr(torch, dtype), 2, tuned, adapter_std=0.1)
 
 
 def rows(first: int, count: int, vocab_size: int) -> list[Row]:
@@ -66,9 +75,15 @@ def run_layout(
     dropout: float = 0.0,
     columns_apart: bool = False,
     lr: float = 1e-2,
+    adapter: dict[str, Any] | None = None,
+    freeze: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Trains `steps` steps; the first rank of each stage writes the first step's gradients and the final weights."""
-    engine = make_engine(model, parallel, dtype, compile=compile_blocks, recompute=recompute, dropout=dropout)
+    """Trains `steps` steps; the first rank of each stage writes the first step's gradients and the final weights.
+
+    Frozen weights have no gradient, but are among the final weights.
+    """
+    train: dict[str, Any] = {"compile": compile_blocks, "recompute": recompute, "dropout": dropout, "freeze": tuple(freeze)}
+    engine = make_engine(model, parallel, dtype, adapter, **train)
     mesh, layout = engine.mesh, engine.mesh.layout
     loss_fn = NextToken() if engine.model_config.has_logits else SquaredValues()
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
@@ -81,6 +96,8 @@ def run_layout(
             engine.accumulate(batches, loss_fn)
         if step == 0:
             for name, parameter in named:
+                if not parameter.requires_grad:
+                    continue
                 tensors[f"grad/{name}"] = mesh.gather_whole(zero.full_gradient(parameter), parameter).clone()
         sums = engine.update(lr)
         losses.append(sums.mean_loss)

@@ -1,0 +1,27 @@
+"""Adds the adapters of a config to the layers of a decoder, before its weights are drawn."""
+
+from configs.adapters import AdapterConfig
+from pretrain.model.adapters.low_rank import ExpertLowRank, LowRank
+from pretrain.model.decoder import Decoder
+from pretrain.model.layer_context import LayerContext
+from pretrain.model.moe.experts import Experts
+from pretrain.model.tensor_parallel import ColumnLinear, RowLinear, WholeLinear
+
+
+def add_adapters(decoder: Decoder, config: AdapterConfig, context: LayerContext, std: float = 0.0) -> None:
+    """Gives every layer that the config names its adapter. The adapters' parameters are not drawn yet.
+
+    With a `std` above 0 they will change what the model computes from the start. Raises ConfigError if the model lacks
+    such layers.
+    """
+    targets = config.targets_in(decoder.model_config)
+    for index, block in decoder.blocks.items():
+        for name, module in list(block.named_modules(prefix=f"layers.{index}")):
+            if isinstance(module, Experts) and "experts" in targets:
+                matrices = [each for each in ("gate_proj", "up_proj", "down_proj") if hasattr(module, each)]
+                for each in matrices:
+                    module.adapter[each] = ExpertLowRank(getattr(module, each), config, std)
+            elif isinstance(module, ColumnLinear | RowLinear | WholeLinear) and name.rpartition(".")[2] in targets:
+                adapter = LowRank(module, name, config, context, std)
+                module.adapter = adapter
+                block.adapter_dropouts.append(adapter.dropout)

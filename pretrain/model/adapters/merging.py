@@ -1,0 +1,64 @@
+"""Merges adapters into the weights that they adapt, as whole tensors by global name.
+
+The base's tensors are not changed, so that they are the unmerged model, bit for bit.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from configs.adapters import AdapterConfig
+
+MARK = ".adapter."
+PARTS = ("a", "b", "magnitude")
+
+
+def is_adapter(name: str) -> bool:
+    """Returns whether a global name is a parameter of an adapter."""
+    return MARK in name
+
+
+def target_of(name: str) -> str:
+    """Returns the global name of the weight that the adapter's parameter `name` belongs to.
+
+    `layers.0.attention.q_proj.adapter.a` belongs to `layers.0.attention.q_proj.weight`, and
+    `layers.0.moe.experts.adapter.up_proj.a` to `layers.0.moe.experts.up_proj`.
+    """
+    module, _, rest = name.partition(MARK)
+    inner, _, _ = rest.rpartition(".")
+    return f"{module}.{inner}" if inner else f"{module}.weight"
+
+
+def parts_of(target: str, names: list[str]) -> dict[str, str]:
+    """Returns the names, out of `names`, of the parameters that adapt the weight `target`, by part."""
+    return {name.rpartition(".")[2]: name for name in names if is_adapter(name) and target_of(name) == target}
+
+
+def merged(
+    names: list[str], read: Callable[[str], torch.Tensor], config: AdapterConfig
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Returns a function for each adapted weight that reads and merges it, in fp32 and then in the weight's precision.
+
+    `names` are those of the adapters' parameters; `read` reads a whole tensor by its global name.
+    """
+    by_target: dict[str, dict[str, str]] = {}
+    for name in filter(is_adapter, names):
+        by_target.setdefault(target_of(name), {})[name.rpartition(".")[2]] = name
+
+    def merge(target: str) -> torch.Tensor:
+        weight = read(target)
+        parts = {part: read(name) for part, name in by_target[target].items()}
+        return merged_weight(weight, parts, config.scale)
+
+    return {target: (lambda target=target: merge(target)) for target in by_target}
+
+
+def merged_weight(weight: torch.Tensor, parts: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    """Returns W + s B A, with rows of DoRA's lengths if there is a magnitude; experts are stacked [E, out, in]."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    base, a, b = (tensor.to(wide) for tensor in (weight, parts["a"], parts["b"]))
+    whole = base + scale * (b @ a)
+    if "magnitude" in parts:
+        ratio = (base.square().sum(1) / whole.square().sum(1)).sqrt()
+        whole = whole * (parts["magnitude"].to(wide) * ratio)[:, None]
+    return whole.to(weight.dtype)
