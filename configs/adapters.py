@@ -1,4 +1,4 @@
-"""Config of parameter-efficient tuning: small trained parts beside frozen weights. Every training config may have it."""
+"""Config of parameter-efficient tuning: small trained parts beside frozen weights, in any training config."""
 
 from typing import Literal, get_args
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.initial import InitConfig
 from configs.adapters import AdapterConfig
+from configs.initial import InitConfig
 from configs.model import ModelConfig
 from configs.section import Section
 
@@ -217,7 +217,7 @@ class TrainerConfig(Section):
             )
         if self.adapter and self.train.freeze:
             raise ValueError(
-                f"train.freeze = {list(self.train.freeze)} with [adapter]: beside adapters no weight is trained anyway; "
+                f"train.freeze = {list(self.train.freeze)} with [adapter], which freezes every other weight anyway; "
                 "leave train.freeze out"
             )
         return self

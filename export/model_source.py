@@ -171,11 +171,11 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
 
 @contextmanager
 def _checkpoint_weights(checkpoint: Path) -> Iterator[Weights]:
-    """Opens the tensors of a checkpoint of any layout, after checking every file's checksum."""
-    from pretrain.checkpoint.storage import Reader, verify
+    """Opens the tensors of a checkpoint of any layout, adapters merged, after checking every file's checksum."""
+    from pretrain.checkpoint.whole_model import ModelReader, verify
 
     kept_keys = verify(checkpoint).get("kept_keys", {})
-    with Reader(checkpoint) as reader:
+    with ModelReader(checkpoint) as reader:
         kept = tuple(reader.kept)
 
         def read(name: str) -> torch.Tensor:

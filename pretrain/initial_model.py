@@ -26,8 +26,8 @@ from data_pipeline.tokens.tokenizer import Tokenizer, tokenizer_file
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage, Pin, PlanLocation, plan_of
 from pretrain.checkpoint.resume import model_changes
-from pretrain.checkpoint.state import WholeTensors
 from pretrain.checkpoint.storage import CheckpointError
+from pretrain.checkpoint.whole_model import WholeTensors, open_model
 
 Opened = TypeVar("Opened", bound="InitialModel")
 # Keys of [model] in which a run may differ from the model that it starts from: the base of the rotary embedding for
@@ -135,14 +135,8 @@ class InitialModel:
 @contextmanager
 def initial_weights(pin: Pin) -> Iterator[WholeTensors]:
     """Context manager that opens the weights of the model that `pin` identifies, by their global names."""
-    path = Path(pin.checkpoint)
-    if (path / storage.MANIFEST).is_file():
-        with storage.Reader(path) as reader:
-            yield reader
-    else:
-        from export.hf_folder import FolderTensors, open_hf_folder
-
-        yield FolderTensors(open_hf_folder(path))
+    with open_model(Path(pin.checkpoint)) as tensors:
+        yield tensors
 
 
 def with_model(tree: dict[str, Any], resume: str) -> tuple[dict[str, Any], list[InitialModel]]:

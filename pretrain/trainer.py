@@ -28,6 +28,7 @@ from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
+from pretrain.checkpoint.whole_model import base_facts
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.flops import flops_per_token, measured_flops, peak_flops
 from pretrain.heldout_loss import Evaluator
@@ -88,6 +89,8 @@ class Trainer:
             "seed": config.run.seed,
             "seq_length": train.seq_length,
             "data": source.fingerprint,
+            "freeze": list(train.freeze),
+            "adapter": config.adapter and loader.plain(config.adapter),
             **self.lineage.identity,
         }
         self.agreement = Agreement()
@@ -95,9 +98,9 @@ class Trainer:
         self._profiler: Profiler  # made by `fit`
         if train.compile:  # torch's own place for compiled code is a temporary folder, which a restart may not find
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.dir, "compiled").absolute()))
-        self.engine = Engine(
-            model_config, train, config.optimizer, mesh, config.run.seed, dtype, max(1, len(source.sources))
-        )
+        sources, adapter = max(1, len(source.sources)), config.adapter
+        self.engine = Engine(model_config, train, config.optimizer, mesh, config.run.seed, dtype, sources, adapter)
+        self.engine.saves_frozen = self.lineage.init is None
         self._mfu_per_rate = self._find_mfu_per_rate(dtype)
 
     def fit(self) -> int:
@@ -275,6 +278,7 @@ class Trainer:
             "identity": self.identity,
             "context": self.context,
             **self.lineage.facts,
+            **base_facts(self.config, self.lineage.init),
             # Dropout is keyed by seed and sample number, so the seed and `samples` are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.mesh.layout),

@@ -1,7 +1,7 @@
 """The weights that completions are sampled with: those of the model in training, in a decoder that can continue texts.
 
-Where a rank's training module holds whole weights (no tensor, expert or pipeline parallel, ZeRO below 3), the decoder
-uses the same memory, and nothing is copied. Else there are two ways:
+Where a rank's training module holds whole weights (no tensor, expert or pipeline parallel, ZeRO below 3, no adapters,
+which are merged into a copy), the decoder uses the same memory, and nothing is copied. Else there are two ways:
 
 whole:  every rank gathers a whole copy, one tensor at a time, and samples its own share of the completions. The model
         must fit on one device beside its training state.
@@ -84,6 +84,11 @@ class PolicyCopy:
         self._mesh, layout = engine.mesh, engine.mesh.layout
         zero.wait_for_weights(engine.zero)
         if self.way == "split":
+            if engine.adapter is not None:
+                raise ConfigError(
+                    "rl.sampler = 'split' samples with the slices that are trained, into which [adapter] is not "
+                    "merged; set rl.sampler=whole"
+                )
             if not isinstance(self._decoder, SplitDecoder):
                 self._decoder = SplitDecoder(engine.model_config, None, self.mesh, _dtype(engine))
             _use_memory(self._decoder.decoder, engine)
@@ -91,7 +96,7 @@ class PolicyCopy:
         if not isinstance(self._decoder, Decoder):
             context = LayerContext(dtype=_dtype(engine), device=self.mesh.device)
             self._decoder = Decoder(engine.model_config, context=context).eval()
-        if layout.tp == layout.ep == layout.pp == 1 and layout.zero < 3:
+        if layout.tp == layout.ep == layout.pp == 1 and layout.zero < 3 and engine.adapter is None:
             _use_memory(self._decoder, engine)
         else:
             _copy(self._decoder, gathered_weights(engine))

@@ -42,10 +42,13 @@ class TensorFacts:
 def tensor_facts(path: Path) -> Iterator[TensorFacts]:
     """Yields the statistics of all parameters, in the checkpoint's order."""
     with storage.Reader(path) as reader:
-        has_moments = "exp_avg" in reader.manifest["kinds"]
         for name in reader.shapes:
             weight = reader.read(name).double()
-            moments = [reader.read(name, kind).double() for kind in storage.KINDS[1:]] if has_moments else []
+            moments = (
+                [reader.read(name, kind).double() for kind in storage.KINDS[1:]]
+                if "exp_avg" in reader.kinds_of(name)
+                else []
+            )
             yield TensorFacts(
                 name,
                 tuple(weight.shape),

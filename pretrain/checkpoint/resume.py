@@ -124,23 +124,26 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
             f"{source.first_sample:,}; train to there first, or make a plan that goes on from it: "
             f"trivium data replan CONFIG --after {path} --out FOLDER"
         )
-    # A key that the checkpoint does not have is newer than it.
-    differing = {key: (found[key], ours) for key, ours in identity.items() if key in found and found[key] != ours}
+    # A key that the checkpoint does not have is newer than it, and was not set.
+    before = {"adapter": None, "freeze": [], **found}
+    differing = {key: (before[key], ours) for key, ours in identity.items() if key in before and before[key] != ours}
     if passes_on or known:
         differing.pop("data", None)
     if passes_on:
         differing.pop("seq_length", None)
     said = []
-    for key, (before, now) in differing.items():
+    for key, (then, now) in differing.items():
         if key == "model":
             free = ("position.theta",) if passes_on else ()
-            said += words(model_changes(f"the model of {path}", before, now, free))
+            said += words(model_changes(f"the model of {path}", then, now, free))
         elif key == "data":
             said.append(f"its data differ: {source.difference(_facts(manifest))}")
+        elif key == "adapter":
+            said += words({f"adapter.{name}": pair for name, pair in changes(then or {}, now or {}).items()})
         elif key in _WORDS:
             said.append(f"{_WORDS[key]} differs")
         else:
-            said += words({_CONFIG_KEYS.get(key, key): (before, now)})
+            said += words({_CONFIG_KEYS.get(key, key): (then, now)})
     if said:
         go_on = ""
         if "data" in differing and source.location:
@@ -159,7 +162,7 @@ _WORDS = {
     "roles": "the roles of the tokenizer's tokens",
     "chat_template": "the chat format",
 }
-_CONFIG_KEYS = {"seed": "run.seed", "seq_length": "train.seq_length"}
+_CONFIG_KEYS = {"seed": "run.seed", "seq_length": "train.seq_length", "freeze": "train.freeze"}
 
 
 def model_changes(

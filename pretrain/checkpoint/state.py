@@ -5,10 +5,12 @@ Under ZeRO each rank owns a range (`Fragment`) of the fp32 master weight and of 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,9 @@ from torch import nn
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
+from pretrain.checkpoint.whole_model import WholeTensors, base_of, open_model
 from pretrain.model import value_head
+from pretrain.model.adapters import is_adapter, merged
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.zero import Fragment, master_partitions
@@ -25,12 +29,13 @@ from pretrain.parallel.zero import Fragment, master_partitions
 def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple[Piece, dict[str, torch.Tensor]]]:
     """Copies the pieces that this rank writes to host memory, after which the engine may take its next step.
 
-    Each element of each parameter is written by exactly one rank. `host` keeps the memory from one save to the next: 12
+    Each element of each parameter is written by exactly one rank; frozen weights only where no other checkpoint has
+    them. `host` keeps the memory from one save to the next: 12
     bytes for each parameter that the rank owns, touched and (on a GPU node) pinned once.
     """
     zero.wait_for_weights(engine.zero)  # a run may end after this, and with it what other ranks still wait for
     pieces = {}
-    for name, (piece, kinds) in _owned(engine):
+    for name, (piece, kinds) in chain(_owned(engine), _frozen(engine) if engine.saves_frozen else ()):
         copies = {}
         for kind, tensor in kinds.items():
             key = f"{kind}/{name}"
@@ -45,28 +50,24 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
 
 def manifest_facts(engine: Engine) -> dict[str, Any]:
     """Returns the engine's state that goes into the manifest: Adam's step count and expert balance. Collective."""
-    return {"optimizer_steps": _optimizer_steps(engine), "balance": expert_balance.state(engine.module, engine.mesh)}
-
-
-class WholeTensors(Protocol):
-    """Weights by global name, whole, from a checkpoint or from another folder; `balance` belongs to MoE layers."""
-
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
-    balance: dict[str, torch.Tensor]
-
-    def read(self, name: str) -> torch.Tensor:
-        """Reads a whole tensor."""
-        ...
+    steps = max(engine.mesh.gather_json(_optimizer_steps(engine)))  # a rank may have nothing to train
+    return {"optimizer_steps": steps, "balance": expert_balance.state(engine.module, engine.mesh)}
 
 
 def restore(engine: Engine, path: str | Path) -> None:
-    """Fills master weights, model weights, moments and expert balance from a checkpoint of any layout."""
+    """Fills master weights, model weights, moments and expert balance from a checkpoint of any layout.
+
+    Frozen weights that it does not hold come from its base.
+    """
     with Reader(path) as reader:
-        _check_shapes(engine, reader, required=list(engine.module.named_balance()))
+        base = base_of(Path(path), reader.manifest)
+        frozen = [name for name, p in engine.module.named_global_parameters() if not p.requires_grad]
+        _check_shapes(engine, reader, required=list(engine.module.named_balance()), new=frozen if base else ())
         _make_moments(engine, reader.manifest["optimizer_steps"])
         for kind in storage.KINDS:
             _fill(engine, partial(reader.read, kind=kind), kind)
+        with nullcontext(reader) if base is None else open_model(base) as holder:
+            _fill_frozen(engine, holder.read)
     expert_balance.restore(engine.module, reader.balance)
     zero.update_weights(engine.zero)
 
@@ -76,12 +77,15 @@ def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
 
     The router bias of MoE layers is taken over. Their load, a statistic of the last step, is taken if there is one. A
     scalar head that the other model, a language model, lacks keeps its initial weights; no other parameter may be
-    lacking. Returns the names of the parameters that are new, the same on all ranks.
+    lacking, but those of adapters, which are always new. Returns the names of the other parameters that are new, the
+    same on all ranks.
     """
     head = [] if engine.model_config.has_logits else [value_head.NAME]
     new = [name for name in head if name not in tensors.shapes]
-    _check_shapes(engine, tensors, required=[], new=new)
-    _fill(engine, tensors.read, "weight", new)
+    adapters = [name for name, _ in engine.module.named_global_parameters() if is_adapter(name)]
+    _check_shapes(engine, tensors, required=[], new=[*new, *adapters])
+    _fill(engine, tensors.read, "weight", [*new, *adapters])
+    _fill_frozen(engine, tensors.read, new)
     expert_balance.restore(engine.module, tensors.balance)
     zero.update_weights(engine.zero)
     return new
@@ -93,6 +97,13 @@ def _fill(engine: Engine, read: Callable[[str], torch.Tensor], kind: str, new: S
             continue
         local = engine.mesh.slices.cut(read(name), parameter).flatten()
         _flat(engine, own, kind).copy_(local[own.start : own.start + own.numel])
+
+
+@torch.no_grad()
+def _fill_frozen(engine: Engine, read: Callable[[str], torch.Tensor], new: Sequence[str] = ()) -> None:
+    for name, parameter in engine.module.named_global_parameters():
+        if not parameter.requires_grad and name not in new:
+            parameter.copy_(engine.mesh.slices.cut(read(name), parameter))
 
 
 @dataclass(frozen=True)
@@ -121,13 +132,24 @@ class Masters:
 def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Gathers the whole model's weights in its own precision on every rank, by global name, for rollouts.
 
-    Each rank needs memory for a whole copy.
+    Adapters are merged into them. Each rank needs memory for a whole copy.
     """
     return dict(gathered_weights(engine))
 
 
 def gathered_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (global name, whole tensor) of all that `gather_weights` returns, one after another. Collective."""
+    if engine.adapter is None:
+        yield from _gathered(engine)
+        return
+    parts = dict(_gathered(engine))
+    whole = merged(list(parts), parts.__getitem__, engine.adapter)
+    for name, tensor in parts.items():
+        if not is_adapter(name):
+            yield name, whole[name]() if name in whole else tensor
+
+
+def _gathered(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     mesh = engine.mesh
     balance = expert_balance.state(engine.module, engine.mesh)
     yield from ((name, torch.tensor(values)) for name, values in balance.items())
@@ -177,6 +199,19 @@ def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.T
         yield name, (piece, {kind: _flat(engine, own, kind) for kind in storage.KINDS})
 
 
+def _frozen(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.Tensor]]]]:
+    """Yields the frozen weights that this rank writes: whole slices, by their first holder."""
+    mesh = engine.mesh
+    for name, parameter in engine.module.named_global_parameters():
+        is_copy = getattr(parameter, "ds_pipe_replicated", False) or not mesh.is_first_copy(parameter)
+        shape = mesh.slices.shape(parameter)
+        if parameter.requires_grad or is_copy or not mesh.is_first_holder(parameter) or not math.prod(shape):
+            continue
+        whole, offset = mesh.slices.global_shape(parameter), mesh.slices.offset(parameter)
+        weight = mesh.slices.without_padding(parameter.detach(), parameter).flatten()
+        yield name, (Piece(name, whole, offset, shape, 0, len(weight)), {"weight": weight})
+
+
 def _fragments(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
     """Yields (global name, outline, fragment) of every parameter of which this rank owns a range."""
     for name, parameter in engine.module.named_global_parameters():
@@ -193,8 +228,9 @@ def _flat(engine: Engine, own: Fragment, kind: str) -> torch.Tensor:
 
 
 def _optimizer_steps(engine: Engine) -> int:
-    state = zero.adam(engine.zero).state.get(master_partitions(engine.zero)[0], {})
-    return int(state["step"]) if "step" in state else 0
+    """Returns Adam's step count, 0 where this rank trains nothing."""
+    states = (zero.adam(engine.zero).state.get(part, {}) for part in master_partitions(engine.zero))
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def _make_moments(engine: Engine, optimizer_steps: int) -> None:

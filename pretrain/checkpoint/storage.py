@@ -117,6 +117,7 @@ def write_pieces(
         "sha256": digest,
         "pieces": [asdict(piece) for piece, kinds in pieces.values() if KEPT not in kinds],
         "kept": [asdict(piece) for piece, kinds in pieces.values() if KEPT in kinds],
+        "frozen": [piece.name for piece, kinds in pieces.values() if list(kinds) == ["weight"]],
     }
 
 
@@ -137,6 +138,7 @@ def publish(
             why = "missing or incomplete after its rank wrote it; put run.dir on a file system that all machines share"
             raise FileNotFoundError(errno.ENOENT, why, str(file))
     parameters, kept = _places(parts, "pieces"), _places(parts, "kept")
+    frozen = sorted({name for part in parts for name in part["frozen"]})
     for name, entry in (parameters | kept).items():
         covered = sum(piece["length"] for piece in entry["pieces"])
         if covered != math.prod(entry["shape"]):
@@ -149,6 +151,7 @@ def publish(
         "files": {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts},
         "parameters": parameters,
         **({"kept": kept} if kept else {}),
+        **({"frozen": frozen} if frozen and len(kinds) > 1 else {}),  # names of weights without moments
     }
     _write_synced(temporary / MANIFEST, CHECKPOINT.write(manifest))
     sync(temporary)
@@ -270,12 +273,16 @@ class Reader:
         """Names of the tensors that are only kept, see the module's docstring."""
         return list(self.manifest.get("kept", {}))
 
+    def kinds_of(self, name: str) -> list[str]:
+        """Returns the kinds of tensors that the checkpoint holds of a parameter; of a frozen one its weight alone."""
+        return ["weight"] if name in self.manifest.get("frozen", ()) else list(self.manifest["kinds"])
+
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
         """Reads a whole tensor, in fp32, or of an imported model in the dtype that it came in.
 
         Raises CheckpointError for a name or kind that the checkpoint lacks.
         """
-        if name not in self.shapes or kind not in self.manifest["kinds"]:
+        if name not in self.shapes or kind not in self.kinds_of(name):
             raise CheckpointError(f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model")
         return self._assembled(self.manifest["parameters"][name], f"{kind}/{name}")
 
@@ -307,11 +314,12 @@ class Reader:
 def read_full(path: str | Path, kind: str = "weight") -> dict[str, torch.Tensor]:
     """Reads one kind of tensor of all parameters, whole and in fp32, after checking every file's checksum.
 
-    Weights come with the load and router bias of MoE layers. Raises CheckpointError.
+    Weights come with the load and router bias of MoE layers; frozen ones have no moments. What the checkpoint's base
+    holds is not read (see `whole_model`). Raises CheckpointError.
     """
     verify(path)
     with Reader(path) as reader:
-        whole = {name: reader.read(name, kind).float() for name in reader.shapes}
+        whole = {name: reader.read(name, kind).float() for name in reader.shapes if kind in reader.kinds_of(name)}
         return whole | (reader.balance if kind == "weight" else {})
 
 

@@ -60,6 +60,7 @@ class Engine:
         """
         self.mesh, self.model_config, self.train_config, self.adapter = mesh, model_config, train, adapter
         self.num_sources = num_sources
+        self.saves_frozen = True  # False where another checkpoint, the run's base, has the weights that are frozen
         layout = mesh.layout
         context = LayerContext(
             dtype=dtype,

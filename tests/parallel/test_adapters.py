@@ -7,16 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.whole_model import ModelReader
 from tests.parallel.harness import RanksOf
+from tests.parallel.layout_results import Results, check_same
 from tests.parallel.matrix import MODELS, world_of
-from tests.parallel.test_layouts import Results, check_same
+from tests.parallel.runs import assert_same_state, metrics, train
 
 LORA = {"rank": 4, "alpha": 2.0, "rank_stabilized": True}
 DROPPED = {**LORA, "dropout": 0.3}
 DORA = {"rank": 3, "alpha": 3.0, "kind": "dora"}
 SHARED = {**DORA, "targets": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
 MORE = [
-    *(("moe_tied", layout, {"adapter": LORA}) for layout in ("tp2", "pp2", "ep2", "zero1", "tp2sp_ep2", "cp2ep2", "tp4")),
+    *(
+        ("moe_tied", layout, {"adapter": LORA})
+        for layout in ("tp2", "pp2", "ep2", "zero1", "tp2sp_ep2", "cp2ep2", "tp4")
+    ),
     *(("two_kv_heads", layout, {"adapter": LORA}) for layout in ("tp4", "tp4sp")),
     *(("dense", layout, {"adapter": DROPPED, "recompute": "full"}) for layout in ("tp2sp_cp2", "pp2vpp2", "tp2dp2")),
     *(("dense_tied", layout, {"adapter": DORA}) for layout in ("tp2", "tp2sp", "pp2dp2")),
@@ -60,3 +66,36 @@ def test_adapters_train_alike_in_every_layout(
     if "adapter" in options:
         assert all(".adapter." in name for name in gradients)
     check_same(results(ranks, tmp_path, model, layout, options), reference)
+
+
+def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, tmp_path: Path) -> None:
+    """Two ranks tune a model, and one that stops goes on bit by bit; a moved, changed or lost base is found out."""
+    base, straight, broken = (tmp_path / name for name in ("base", "straight", "broken"))
+    assert train(ranks(1), base, "moe_tied", {}, steps=2) == [{"status": 0}]
+    begun = storage.directory(base, 2)
+    options: dict[str, Any] = {"adapter": LORA, "init": str(begun)}
+    assert train(ranks(2), straight, "moe_tied", {"tp": 2}, **options) == [{"status": 0}] * 2
+    train(ranks(2), broken, "moe_tied", {"tp": 2}, fail_at=5, **options)
+    assert train(ranks(2), broken, "moe_tied", {"tp": 2}, **options) == [{"status": 0}] * 2
+    assert metrics(broken) == metrics(straight)
+    own = storage.directory(straight, 6)
+    assert_same_state(own, storage.directory(broken, 6))
+
+    names = storage.read_manifest(own)["parameters"]
+    assert names and all(".adapter." in name for name in names)
+    with storage.Reader(begun) as first, ModelReader(own) as whole:
+        assert whole.shapes == first.shapes
+        frozen = "embedding.weight", "final_norm.weight", "layers.1.moe.router.weight"
+        assert all(torch.equal(whole.read(name), first.read(name)) for name in frozen)
+        assert not torch.equal(whole.read("layers.1.moe.experts.up_proj"), first.read("layers.1.moe.experts.up_proj"))
+
+    answers = train(ranks(2), broken, "moe_tied", {"tp": 2}, steps=8, **{**options, "adapter": {**LORA, "rank": 5}})
+    assert "adapter.rank 4 -> 5" in answers[0]["error"]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    base.rename(moved / "base")
+    with pytest.raises(storage.CheckpointError, match=r"trained on top of .*step_2, which is gone; put the model back"):
+        ModelReader(own)
+    straight.rename(moved / "straight")
+    with ModelReader(storage.directory(moved / "straight", 6)) as whole:
+        assert len(whole.read("embedding.weight")) == MODELS["moe_tied"]["vocab_size"]

@@ -101,6 +101,7 @@ RULES = (
     ImportRule(
         "pretrain.initial_model", ours=("configs", "pretrain", "export.hf_folder", *TOKEN_STORE), never=LIBRARIES
     ),
+    ImportRule("pretrain.checkpoint.whole_model", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
     ImportRule(
         "export",

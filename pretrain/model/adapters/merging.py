@@ -4,13 +4,13 @@ The base's tensors are not changed, so that they are the unmerged model, bit for
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from configs.adapters import AdapterConfig
 
 MARK = ".adapter."
-PARTS = ("a", "b", "magnitude")
 
 
 def is_adapter(name: str) -> bool:
@@ -29,11 +29,6 @@ def target_of(name: str) -> str:
     return f"{module}.{inner}" if inner else f"{module}.weight"
 
 
-def parts_of(target: str, names: list[str]) -> dict[str, str]:
-    """Returns the names, out of `names`, of the parameters that adapt the weight `target`, by part."""
-    return {name.rpartition(".")[2]: name for name in names if is_adapter(name) and target_of(name) == target}
-
-
 def merged(
     names: list[str], read: Callable[[str], torch.Tensor], config: AdapterConfig
 ) -> dict[str, Callable[[], torch.Tensor]]:
@@ -50,7 +45,7 @@ def merged(
         parts = {part: read(name) for part, name in by_target[target].items()}
         return merged_weight(weight, parts, config.scale)
 
-    return {target: (lambda target=target: merge(target)) for target in by_target}
+    return {target: partial(merge, target) for target in by_target}
 
 
 def merged_weight(weight: torch.Tensor, parts: dict[str, torch.Tensor], scale: float) -> torch.Tensor:

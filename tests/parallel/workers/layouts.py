@@ -82,7 +82,12 @@ def run_layout(
 
     Frozen weights have no gradient, but are among the final weights.
     """
-    train: dict[str, Any] = {"compile": compile_blocks, "recompute": recompute, "dropout": dropout, "freeze": tuple(freeze)}
+    train: dict[str, Any] = {
+        "compile": compile_blocks,
+        "recompute": recompute,
+        "dropout": dropout,
+        "freeze": tuple(freeze),
+    }
     engine = make_engine(model, parallel, dtype, adapter, **train)
     mesh, layout = engine.mesh, engine.mesh.layout
     loss_fn = NextToken() if engine.model_config.has_logits else SquaredValues()

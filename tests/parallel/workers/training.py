@@ -27,6 +27,7 @@ from pretrain.agreement import Agreement
 from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import resume as resume_choice
 from pretrain.checkpoint import state, storage
+from pretrain.checkpoint.lineage import Lineage, Pin
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.storage import Reader, read_full, read_manifest
 from pretrain.heldout_loss import HeldoutLoss
@@ -165,11 +166,13 @@ def make_trainer(
     precision: str = "fp32",
     resume: str = "auto",
     profiled: Sequence[int] = (),
+    init: str | None = None,
+    adapter: dict[str, Any] | None = None,
     **sections: dict[str, Any],
 ) -> Trainer:
     """Builds a trainer; `sections` has, by section, the keys of the config that differ from those below.
 
-    `profiled` are the first and the last step to profile.
+    `profiled` are the first and the last step to profile, and `init` is the checkpoint to start from.
     """
     tree: dict[str, Any] = {
         "run": {"dir": run_dir, "seed": seed},
@@ -187,14 +190,17 @@ def make_trainer(
         "eval": {"every": 3},
         "log": {"tensorboard": False},
     }
-    config = validate(TrainerConfig, {name: {**section, **sections.get(name, {})} for name, section in tree.items()})
+    tree = {name: {**section, **sections.get(name, {})} for name, section in tree.items()}
+    config = validate(TrainerConfig, tree | ({"adapter": adapter} if adapter else {}))
     model_config = validate(ModelConfig, model)
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, config.parallel, model_config, config.train))
     source = Rows(model_config.vocab_size, fingerprint, at)
     steps_profiled = range(profiled[0], profiled[1] + 1) if profiled else range(0)
     heldout = HeldoutLoss({"even": rows(900, 3, model_config.vocab_size)})
-    return Trainer(config, model_config, source, NextToken(), mesh, [heldout], resume=resume, profiled=steps_profiled)
+    lineage = Lineage(init=Pin.of(Path(init)) if init else None)
+    loss = NextToken()
+    return Trainer(config, model_config, source, loss, mesh, [heldout], lineage, resume=resume, profiled=steps_profiled)
 
 
 def train_on_slow_disk(

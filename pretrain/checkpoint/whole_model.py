@@ -1,0 +1,133 @@
+"""Reads the whole model of a checkpoint that holds a part of it: adapters, or the weights that were not frozen.
+
+Such a checkpoint names its base, the checkpoint that its run began from, which holds the rest and may have a base of
+its own. A base is known by its manifest's SHA-256, and is found where it was, or where it lies beside a run that was
+moved together with it. Adapters are merged into the weights that are read; the base stays as it is.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from configs.adapters import AdapterConfig
+from configs.files import file_sha256
+from configs.loader import validate
+from configs.train import TrainerConfig
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.lineage import Pin
+from pretrain.checkpoint.storage import CheckpointError, Reader
+from pretrain.model.adapters import is_adapter, merged
+
+
+def base_facts(config: TrainerConfig, init: Pin | None) -> dict[str, Any]:
+    """Returns the entry of a manifest that names the base, where frozen weights are left out of a run's checkpoints."""
+    if init is None or not (config.adapter or config.train.freeze):
+        return {}
+    relative = os.path.relpath(Path(init.checkpoint).resolve(), Path(config.run.dir).resolve())
+    return {"base": {**asdict(init), "relative": relative}}
+
+
+def base_of(path: Path, manifest: dict[str, Any]) -> Path | None:
+    """Returns the base of the checkpoint at `path`, or None if it holds the whole model by itself.
+
+    Raises CheckpointError if the base is gone or has changed.
+    """
+    base = manifest.get("base")
+    if not base:
+        return None
+    places = Path(base["checkpoint"]), Path(os.path.normpath(storage.run_of(path) / base["relative"]))
+    for place in places:
+        if _sha256(place) == base["sha256"]:
+            return place
+    said = "is another model now" if _sha256(places[0]) else "is gone"
+    raise CheckpointError(
+        f"{path} holds only what was trained on top of {places[0]}, which {said}; put the model back there, whose "
+        f"SHA-256 begins with {base['sha256'][:12]}"
+    )
+
+
+def _sha256(model: Path) -> str | None:
+    """Returns what identifies a checkpoint, its manifest's SHA-256, or a Hugging Face folder; None if none is there."""
+    if (model / storage.MANIFEST).is_file():
+        return file_sha256(model / storage.MANIFEST)
+    if not (model / "config.json").is_file():
+        return None
+    from export.hf_folder import content_sha256
+
+    return content_sha256(model)
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Checks the files of a checkpoint, and of its base, against their checksums; returns the checkpoint's manifest."""
+    manifest = storage.verify(path)
+    base = base_of(Path(path), manifest)
+    if base is not None and (base / storage.MANIFEST).is_file():
+        verify(base)
+    return manifest
+
+
+class WholeTensors(Protocol):
+    """Weights by global name, whole, from a checkpoint or from another folder; `balance` belongs to MoE layers."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    balance: dict[str, torch.Tensor]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a whole tensor."""
+        ...
+
+
+@contextmanager
+def open_model(path: Path) -> Iterator[WholeTensors]:
+    """Context manager that opens the weights of a checkpoint, or of a Hugging Face folder, by their global names."""
+    if (path / storage.MANIFEST).is_file():
+        with ModelReader(path) as reader:
+            yield reader
+    else:
+        from export.hf_folder import FolderTensors, open_hf_folder
+
+        yield FolderTensors(open_hf_folder(path))
+
+
+class ModelReader:
+    """Reader of whole weights, one at a time, with adapters merged into them; otherwise like a `storage.Reader`."""
+
+    def __init__(self, path: str | Path):
+        self.path, self._own = Path(path), Reader(path)
+        manifest = self._own.manifest
+        base = base_of(Path(path), manifest)
+        self._stack = ExitStack()
+        self._base = None if base is None else self._stack.enter_context(open_model(base))
+        held = self._own.shapes
+        self._held = {name for name in held if not is_adapter(name)}
+        self.shapes = dict(self._base.shapes) if self._base else {}
+        self.shapes |= {name: held[name] for name in held if name in self._held}
+        self.balance, self.kept, self.read_kept = self._own.balance, self._own.kept, self._own.read_kept
+        adapter = manifest.get("config", {}).get("adapter")
+        self._merged = {}
+        if adapter is not None:
+            config = validate(AdapterConfig, adapter, origin=f"{path}, [adapter]")
+            self._merged = merged(list(held), self._read_part, config)
+
+    def __enter__(self) -> "ModelReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._own.__exit__()
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a whole weight. Raises CheckpointError for a name that the model does not have."""
+        return self._merged[name]() if name in self._merged else self._read_part(name)
+
+    def _read_part(self, name: str) -> torch.Tensor:
+        """Reads a weight without what adapters add to it, or a parameter of an adapter."""
+        if self._base is None or name in self._held or is_adapter(name):
+            return self._own.read(name)
+        return self._base.read(name)
