@@ -5,7 +5,8 @@ from functools import cached_property
 
 from configs.initial import InitConfig
 from configs.loader import ConfigError
-from posttrain.chat.chat_format import ChatFormat, jinja_template
+from posttrain.chat.chat import Chat
+from posttrain.chat.template_format import open_chat
 from pretrain import initial_model
 
 
@@ -20,7 +21,7 @@ class InitialChatModel(initial_model.InitialModel):
         Raises ConfigError as pretraining does, if the model has no tokenizer, or none that the format can use, and if
         it is a reward model, unless the run `takes_values`.
         """
-        found, template = super().open(init, run_dir, resume), jinja_template()
+        found = super().open(init, run_dir, resume)
         if not takes_values:
             found.check_writes_text()
         if found.tokenizer is None:
@@ -28,20 +29,14 @@ class InitialChatModel(initial_model.InitialModel):
                 f"{found.said}: nothing says which tokenizer the model was trained with; set init.tokenizer to its "
                 "folder"
             )
-        if found.lineage.chat_template not in (None, template):
-            raise ConfigError(
-                f"{found.said}: {found.own or found.pin.checkpoint} was trained on another chat format than this "
-                "version of Trivium has; use the version that trained it, or start from a pretraining run"
-            )
-        found = replace(found, lineage=replace(found.lineage, chat_template=template))
         try:
-            found.chat  # made here, so that its error is told with the rest  # noqa: B018
+            template = found.chat.template  # made here, so that its error is told with the rest
         except ValueError as error:
             raise ConfigError(str(error) if found.own else f"{found.said}: {error}") from None
-        return found
+        return replace(found, lineage=replace(found.lineage, chat_template=template))
 
     @cached_property
-    def chat(self) -> ChatFormat:
-        """The chat format with the model's tokenizer. Raises ValueError if it lacks a control token."""
+    def chat(self) -> Chat:
+        """The model's chat format. Raises ValueError as `open_chat`."""
         assert self.tokenizer is not None
-        return ChatFormat(self.tokenizer)
+        return open_chat(self.tokenizer, self.lineage.chat_template)

@@ -23,7 +23,7 @@ TEXTS = [_CODE[i : i + 800] for i in range(0, len(_CODE), 800)] + ["春眠不觉
 
 def gpt2() -> tuple[Tokenizer, dict[str, Any]]:
     """Byte-level BPE whose one special token ends documents and, by name, begins them; the tokenizer adds none."""
-    made = _byte_level(["<|endoftext|>"])
+    made = byte_level(["<|endoftext|>"])
     made.post_processor = processors.ByteLevel(trim_offsets=False)
     names = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
     return made, {"tokenizer_config.json": names}
@@ -31,7 +31,7 @@ def gpt2() -> tuple[Tokenizer, dict[str, Any]]:
 
 def llama3() -> tuple[Tokenizer, dict[str, Any]]:
     """Byte-level BPE that puts <|begin_of_text|> before a text; only generation_config.json names an end."""
-    made = _byte_level(["<|begin_of_text|>", "<|end_of_text|>"])
+    made = byte_level(["<|begin_of_text|>", "<|end_of_text|>"])
     begin = [("<|begin_of_text|>", made.token_to_id("<|begin_of_text|>"))]
     template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=begin)
     made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
@@ -40,7 +40,7 @@ def llama3() -> tuple[Tokenizer, dict[str, Any]]:
 
 def qwen() -> tuple[Tokenizer, dict[str, Any]]:
     """Byte-level BPE after NFC, with a chat template, a token that is plain text, and ids that no token has."""
-    made = _byte_level([])
+    made = byte_level([])
     made.normalizer = normalizers.NFC()
     described = json.loads(made.to_str())
     size = len(described["model"]["vocab"])
@@ -110,7 +110,8 @@ def write(folder: Path, made: Tokenizer, files: dict[str, Any]) -> Path:
     return folder
 
 
-def _byte_level(specials: list[str]) -> Tokenizer:
+def byte_level(specials: list[str]) -> Tokenizer:
+    """Returns a byte-level BPE of some code and other text, with these special tokens."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

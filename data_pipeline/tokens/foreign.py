@@ -9,7 +9,7 @@ need no other file.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +42,16 @@ class NoRoles(ValueError):
 class Roles:
     """Ids of the tokens of each role, -1 for none: unknown text, begin and end of a document, padding; a template.
 
-    `bos` is what the tokenizer puts before a text, and `bos_token` the token that the files call so, added or not.
+    `bos` is what the tokenizer puts before a text. `named` are the tokens that the files name, such as `bos_token`,
+    even one that the tokenizer puts before no text.
     """
 
     unk: int
     bos: int
     eos: int
     pad: int
-    bos_token: str | None = None
     chat_template: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,12 @@ def find_roles(
         bos = id_of(named.begin, "tokenizer.begin_of_document")
     model = described["model"]
     unk = fast.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
-    bos_token = named.begin or _content(told.get("bos_token"))
-    if bos_token is not None and fast.token_to_id(bos_token) is None:
-        bos_token = None
+    called = {key: _content(value) for key, value in told.items() if key.endswith("_token")}
+    tokens = {key: token for key, token in called.items() if token is not None and fast.token_to_id(token) is not None}
+    if named.begin:
+        tokens["bos_token"] = named.begin
     unk = -1 if unk is None else int(unk)
-    return Roles(unk, bos, eos, pad if pad >= 0 else eos, bos_token, template_in(folder, config))
+    return Roles(unk, bos, eos, pad if pad >= 0 else eos, template_in(folder, config), tokens)
 
 
 def _begin(

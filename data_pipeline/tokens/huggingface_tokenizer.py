@@ -59,9 +59,11 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(content, origin, pieces, special_ids, own_bytes or [b""] * len(pieces))
         if roles is not None:
             self.unk_id, self.bos_id, self.eos_id, self.pad_id = roles.unk, roles.bos, roles.eos, roles.pad
-            self.chat_template, bos_token = roles.chat_template, roles.bos_token
-            self.symbols = self._symbols_of_roles() | ({"bos_token": bos_token} if bos_token else {})
+            self.chat_template = roles.chat_template
+            self.symbols = self._symbols_of_roles() | dict(roles.named)
             self.pad_id = max(self.pad_id, 0)  # without a role for it, any token can fill rows: none of them is trained
+        self.added_ids = dict(sorted((added | special_ids).items(), key=lambda item: item[1]))
+        self._marked: tokenizers.Tokenizer | None = None
         spelled = zip(special_ids.items(), self._plain(list(special_ids)), strict=True)
         made = [name for (name, one), ids in spelled if one != self.unk_id and one in ids]
         self._made = re.compile("|".join(map(re.escape, made))) if made else None
@@ -78,6 +80,21 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._made is None or not any(map(self.spells_symbol, texts)):
             return self._plain(texts)
         return [self._around_symbols(text) if self.spells_symbol(text) else self._plain([text])[0] for text in texts]
+
+    def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes a text whose control symbols count as such, as the library does for a rendered chat template."""
+        check_unicode(text)
+        if self._marked is None:  # a second one, since the first never makes control symbols of a text
+            self._marked = tokenizers.Tokenizer.from_str(self._fast.to_str())
+            self._marked.encode_special_tokens = False
+            plain = [
+                name
+                for name in self.special_ids
+                if self._marked.encode(name, add_special_tokens=False).ids != [self.special_ids[name]]
+            ]
+            self._marked.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in plain])
+        found = self._marked.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def spells_symbol(self, text: str) -> bool:
         """Whether a text spells a control symbol that the model itself would make of it, and so is encoded in parts."""

@@ -10,6 +10,7 @@ its own, whose roles tokenizer_config.json or another file beside it says (`fore
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,8 +45,10 @@ class Tokenizer(ABC):
     `lossless` if it keeps every text as it is. `bos_id`, which begins a document, is -1 if nothing does; `eos_id` ends
     one, and is -1 for a tokenizer loaded without `complete` whose files name no end. `symbols` are the
     tokens by transformers' names of their roles, such as bos_token, which is there even if nothing puts it before a
-    text. `sha256` is the checksum of its file `origin`. `pieces` are the spellings of all ids. A `foreign` tokenizer
-    was trained elsewhere, and may have a chat template.
+    text; they are the variables of a chat template. `added_ids` are the ids of tokens that are looked for in a text
+    before it is encoded, by name: those of `special_ids`, and others that stand for their own text. `sha256` is the
+    checksum of its file `origin`. `pieces` are the spellings of all ids. A `foreign` tokenizer was trained elsewhere,
+    and may have a chat template.
     """
 
     lossless = True
@@ -62,6 +65,7 @@ class Tokenizer(ABC):
         self.symbols = self._symbols_of_roles()
         self.token_bytes = np.array([len(piece) for piece in own_bytes], dtype=np.int64)
         self._ids = {piece: i for i, piece in enumerate(self.pieces)}
+        self.added_ids = dict(special_ids)
 
     @staticmethod
     def load(path: str | Path, threads: int = 1, named: "Named | None" = None, complete: bool = True) -> "Tokenizer":
@@ -108,6 +112,32 @@ class Tokenizer(ABC):
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns int32 ids of each text, the same as `encode_batch`, but faster for some tokenizers."""
         return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
+
+    def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes a text whose control symbols count as such, as in a rendered chat template.
+
+        Returns ids and the span [start, end) in characters of each. Raises ValueError as `encode_batch`.
+        """
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at, symbol = 0, re.compile("(" + "|".join(map(re.escape, self.special_ids)) + ")")
+        for part in filter(None, symbol.split(text)):
+            if part in self.special_ids:
+                ids.append(self.special_ids[part])
+                spans.append((at, at + len(part)))
+            else:
+                found = self.encode(part)
+                ids += found
+                spans += [(at + begin, at + end) for begin, end in self._spans(part, found)]
+            at += len(part)
+        return ids, spans
+
+    def _spans(self, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns the span of each id in the text that was encoded to `ids`; a character in several ids is in each."""
+        character = np.repeat(np.arange(len(text)), [len(one.encode()) for one in text])
+        ends = np.cumsum(self.token_bytes[list(ids)])
+        begins = ends - self.token_bytes[list(ids)]
+        return [(int(character[i]), int(character[j - 1]) + 1) for i, j in zip(begins, ends, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids: control symbols give no text, and bytes that are not UTF-8 give U+FFFD.

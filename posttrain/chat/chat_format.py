@@ -1,4 +1,4 @@
-"""Chat format: messages to token ids with a mask of the tokens to learn, and as a Jinja template for transformers.
+"""Trivium's own chat format: messages to token ids with a mask of the tokens to learn, and as a Jinja template.
 
     <s><|system|>TEXT<|end|><|user|>TEXT<|end|><|assistant|>TEXT<|end|><|user|>...
 
@@ -12,34 +12,21 @@ Only this file makes control tokens. A control token spelled out in a message ge
 tool calls and no images.
 """
 
-from collections.abc import Sequence
-from typing import Literal, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
+from posttrain.chat.chat import Chat, Sample, UntrainedEnd
+from posttrain.chat.messages import BrokenDialogue, Message, check_order, is_trained
 
-Role = Literal["system", "user", "assistant"]
 BOS, END = "<s>", "<|end|>"
+ROLES = ("system", "user", "assistant")
 _NEVER_PLAIN = (*SPECIALS, *FIM_CONTROLS)  # the latter also if the tokenizer lacks them
 
 
-class Message(TypedDict):
-    """One turn of a dialogue."""
-
-    role: Role
-    content: str
-
-
-class BrokenDialogue(ValueError):
-    """Messages that are not a valid dialogue: `rule` names the broken rule, for counts; the message gives details."""
-
-    def __init__(self, rule: str, by: str) -> None:
-        super().__init__(by)
-        self.rule = rule
-
-
-class ChatFormat:
+class ChatFormat(Chat):
     """Converts messages to tokens and back, with one tokenizer. Raises ValueError if it lacks a control token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -52,7 +39,17 @@ class ChatFormat:
                 "train it with `trivium data run`"
             )
         self.end_id, self.assistant_id = self.ids[END], self.ids["<|assistant|>"]
+        self.template, self.stop_ids = jinja_template(), (self.end_id,)
         self._control_ids = frozenset(self.ids.values())
+
+    def samples(self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Sample]:
+        """Returns the dialogue as one sample; see `Chat.samples`."""
+        if tools:
+            raise BrokenDialogue("tools", "Trivium's own chat format has no tools; name a template that has")
+        tokens, answer = self.render(messages)
+        if answer.any():
+            check_supervision(tokens, answer, self)
+        return [Sample(tokens, answer)]
 
     def render(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """Returns (tokens int64 [T], answer mask bool [T]).
@@ -62,10 +59,16 @@ class ChatFormat:
         """
         check_order(messages)
         tokens, answer = [self.ids[BOS]], [False]
-        for message in messages:
+        for i, message in enumerate(messages):
+            if message["role"] not in ROLES or not isinstance(message["content"], str):
+                raise BrokenDialogue(
+                    "a role that the format lacks",
+                    f"message {i} has the role {message['role']!r} or calls tools; Trivium's own format has neither",
+                )
             text = self.encode_text(message["content"])
             tokens += [self.ids[f"<|{message['role']}|>"], *text, self.end_id]
-            answer += [False] + [message["role"] == "assistant"] * (len(text) + 1)
+            learnt = is_trained(message) and message["role"] == "assistant"
+            answer += [False] + [learnt] * (len(text) + 1)
         return np.array(tokens, dtype=np.int64), np.array(answer, dtype=bool)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -83,21 +86,23 @@ class ChatFormat:
             )
         return ids
 
-    def decode_answer(self, tokens: Sequence[int]) -> str:
-        """Returns the text of a sampled answer, up to its <|end|>; other control tokens in it are spelled out."""
-        tokens = list(tokens)
-        if self.end_id in tokens:
-            tokens = tokens[: tokens.index(self.end_id)]
-        # A model may sample any id. Control tokens inside an answer stay visible, so that a verifier sees them.
-        names = {token_id: name for name, token_id in self.ids.items()}
-        pieces: list[str] = []
-        start = 0
-        for i, token in enumerate([*tokens, self.end_id]):
-            if token in names:
-                pieces.append(self.tokenizer.decode(tokens[start:i]) if i > start else "")
-                pieces.append(names[token] if i < len(tokens) else "")
-                start = i + 1
-        return "".join(pieces)
+
+def check_supervision(tokens: np.ndarray, answer: np.ndarray, chat: ChatFormat) -> None:
+    """Raises UntrainedEnd if no token is learnt, or if the <|end|> that closes a learnt answer is not."""
+    if not answer.any():
+        raise UntrainedEnd("the loss mask is all zero: no assistant token would be learnt")
+    opened = learnt = False
+    for position, token in enumerate(tokens.tolist()):
+        learnt = opened and (learnt or bool(answer[position]))
+        if token == chat.end_id and opened and learnt and not answer[position]:
+            raise UntrainedEnd(
+                f"the <|end|> at position {position} that closes an assistant turn is not in the loss mask; "
+                "the model would never learn to stop"
+            )
+        if token in (chat.assistant_id, chat.end_id):
+            opened = token == chat.assistant_id
+    if opened:
+        raise UntrainedEnd("the last assistant turn is not closed by <|end|>; the model would never learn to stop")
 
 
 def neutralise(text: str) -> str:
@@ -135,23 +140,3 @@ def jinja_template() -> str:
 
 def _broken(token: str) -> str:
     return token[0] + " " + token[1:]
-
-
-def check_order(messages: Sequence[Message]) -> None:
-    """Raises BrokenDialogue for the first fault in the order: an optional system message, then user and assistant."""
-    if not isinstance(messages, list | tuple):
-        raise BrokenDialogue("no list of messages", f"'messages' is {type(messages).__name__}, not a list")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BrokenDialogue("a message is no object", f"message {i} is {type(message).__name__}")
-    first = 1 if messages and messages[0].get("role") == "system" else 0
-    if len(messages) == first:
-        raise BrokenDialogue("no user message", "a dialogue needs at least one user message")
-    for i, message in enumerate(messages):
-        expected = ("user", "assistant")[(i - first) % 2] if i >= first else "system"
-        if message.get("role") != expected:
-            role = f"role {message.get('role')!r}" if "role" in message else "no role"
-            raise BrokenDialogue("roles out of turn", f"message {i} has {role} where {expected!r} was expected")
-        if "content" not in message or not isinstance(message["content"], str):
-            found = type(message["content"]).__name__ if "content" in message else "missing"
-            raise BrokenDialogue("no text in content", f"message {i} has no text in 'content', which is {found}")

@@ -21,7 +21,8 @@ from configs.sft import DialogueConfig
 from configs.tasks import DemonstrationConfig
 from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
-from posttrain.chat.chat_format import BrokenDialogue, ChatFormat, Message
+from posttrain.chat.chat import Chat, UntrainedEnd
+from posttrain.chat.messages import BrokenDialogue, Message
 from posttrain.tasks.task import Split, Task, available
 from posttrain.tasks.verifiable_tasks import make_task
 from pretrain.batch_source import BatchSource
@@ -32,7 +33,7 @@ _ANEW = "choose another run.dir for a run with train.seq_length={}"
 
 @dataclass(frozen=True)
 class Example:
-    """One rendered dialogue; `answer` is True on the tokens to learn, see `ChatFormat.render`."""
+    """One rendered dialogue; `answer` is True on the tokens to learn, see `Chat.render`."""
 
     id: str
     tokens: np.ndarray
@@ -63,7 +64,7 @@ class DialogueExamples:
         )
 
 
-def read_data(data: DialogueConfig, chat: ChatFormat, seq_length: int, parts: int = 1) -> dict[str, DialogueExamples]:
+def read_data(data: DialogueConfig, chat: Chat, seq_length: int, parts: int = 1) -> dict[str, DialogueExamples]:
     """Returns the dialogues of the config by the name "dialogues", or {} if it has none. Raises as `read_dialogues`."""
     if not data.dialogues:
         return {}
@@ -72,7 +73,7 @@ def read_data(data: DialogueConfig, chat: ChatFormat, seq_length: int, parts: in
 
 
 def read_demonstrations(
-    settings: DemonstrationConfig | None, chat: ChatFormat, seed: int, seq_length: int, parts: int = 1
+    settings: DemonstrationConfig | None, chat: Chat, seed: int, seq_length: int, parts: int = 1
 ) -> dict[str, DialogueExamples]:
     """Returns solved prompts by the task's name, or {} without a task. Raises as `demonstrations`."""
     if settings is None or not settings.demonstrations:
@@ -86,7 +87,7 @@ def read_demonstrations(
 
 def read_dialogues(
     paths: Sequence[str],
-    chat: ChatFormat,
+    chat: Chat,
     seq_length: int,
     heldout_share: float,
     max_bad_share: float,
@@ -102,13 +103,13 @@ def read_dialogues(
     for name, line in _lines(paths):
         total += 1
         try:
-            example, key = _example(name, line, chat, seq_length)
+            made, key = _examples(name, line, chat, seq_length)
         except _SetAside as broken:
             found.set_aside[broken.reason] += 1
             found.first_of_reason.setdefault(broken.reason, f"{name}{broken.what and ', ' + broken.what[:SHOWN]}")
             longest = max(longest, broken.tokens)
             continue
-        (found.heldout if _fraction(key) < heldout_share else found.train).append(example)
+        (found.heldout if _fraction(key) < heldout_share else found.train).extend(made)
     bad, unit = found.set_aside.total(), math.lcm(8, parts or 1)
     fits = f"set train.seq_length={-(-longest // unit) * unit}, which takes the longest" if longest else ""
     if longest and not parts:
@@ -141,7 +142,7 @@ def _nothing_left(
 
 
 def demonstrations(
-    task: Task, chat: ChatFormat, seed: int, split: Split, count: int, seq_length: int, parts: int = 1
+    task: Task, chat: Chat, seed: int, split: Split, count: int, seq_length: int, parts: int = 1
 ) -> list[Example]:
     """Returns the first `count` prompts of a split with their right answers; `parts` is as in `read_dialogues`.
 
@@ -154,7 +155,6 @@ def demonstrations(
             continue
         messages: list[Message] = [*problem.messages, {"role": "assistant", "content": problem.demonstration}]
         tokens, answer = chat.render(messages)
-        check_supervision(tokens, answer, chat)
         examples.append(Example(f"{task.name}/{split}/{index}", tokens, answer))
     longest = max((len(example.tokens) for example in examples), default=0)
     if longest > seq_length:
@@ -164,23 +164,6 @@ def demonstrations(
             f"train.seq_length = {seq_length}; {fits} or more"
         )
     return examples
-
-
-def check_supervision(tokens: np.ndarray, answer: np.ndarray, chat: ChatFormat) -> None:
-    """Raises ValueError if no token is learnt, or if the <|end|> that closes an answer is not."""
-    if not answer.any():
-        raise ValueError("the loss mask is all zero: no assistant token would be learnt")
-    opened = False
-    for position, token in enumerate(tokens.tolist()):
-        if token == chat.end_id and opened and not answer[position]:
-            raise ValueError(
-                f"the <|end|> at position {position} that closes an assistant turn is not in the loss mask; "
-                "the model would never learn to stop"
-            )
-        if token in (chat.assistant_id, chat.end_id):
-            opened = token == chat.assistant_id
-    if opened:
-        raise ValueError("the last assistant turn is not closed by <|end|>; the model would never learn to stop")
 
 
 def pack(examples: Sequence[Example], seq_length: int, pad_id: int, source: int) -> list[Row]:
@@ -255,7 +238,8 @@ class _SetAside(Exception):
         self.reason, self.what, self.tokens = reason, what, tokens
 
 
-def _example(name: str, line: bytes, chat: ChatFormat, seq_length: int) -> tuple[Example, str]:
+def _examples(name: str, line: bytes, chat: Chat, seq_length: int) -> tuple[list[Example], str]:
+    """Returns the examples of a dialogue, and the text by whose hash they are trained on or held out."""
     try:
         record = json.loads(line)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -267,18 +251,21 @@ def _example(name: str, line: bytes, chat: ChatFormat, seq_length: int) -> tuple
         raise _SetAside("bad_messages: no key 'messages'", f"its keys are {keys}" if keys else "it has no keys")
     messages = record["messages"]
     try:
-        tokens, answer = chat.render(messages)
+        samples = chat.samples(messages, record.get("tools"))
     except BrokenDialogue as broken:
         raise _SetAside(f"bad_messages: {broken.rule}", str(broken)) from None
+    except UntrainedEnd:
+        raise
     except ValueError as error:  # half a surrogate pair, say
         raise _SetAside("bad_messages: text that cannot be encoded", str(error)) from None
-    if not answer.any():
+    if not any(sample.answer.any() for sample in samples):
         raise _SetAside("no_assistant_turn")
-    if len(tokens) > seq_length:
-        raise _SetAside("too_long", f"{len(tokens)} tokens", len(tokens))
-    check_supervision(tokens, answer, chat)
+    if (longest := max(len(sample.tokens) for sample in samples)) > seq_length:
+        raise _SetAside("too_long", f"{longest} tokens", longest)
     first = next(message["content"] for message in messages if message["role"] == "user")
-    return Example(str(record.get("id", name)), tokens, answer), first
+    number = str(record.get("id", name))
+    ids = [number] if len(samples) == 1 else [f"{number}/{i}" for i in range(len(samples))]
+    return [Example(one, s.tokens, s.answer) for one, s in zip(ids, samples, strict=True)], first
 
 
 def _lines(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:

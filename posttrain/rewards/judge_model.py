@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from posttrain.chat.chat_format import Message
+from posttrain.chat.messages import Message
 from posttrain.tasks.task import Attempt, TaskScore
 
 Scorer = Callable[[Sequence[list[Message]]], Sequence[float]]  # dialogues that end with the answer, to scores

@@ -14,7 +14,7 @@ import torch
 
 from configs.sampling import SamplingConfig
 from posttrain.algorithms.advantages import equal_groups
-from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.chat import Chat
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
 from pretrain.sampling import Completion, SampledModel, generate
 
@@ -98,7 +98,7 @@ class Rollout:
 def sample(
     decoder: SampledModel,
     task: Task,
-    chat: ChatFormat,
+    chat: Chat,
     temperature: float,
     seed: int,
     samples: Sequence[int],
@@ -110,7 +110,7 @@ def sample(
 
     Raises ValueError if a prompt and its completion do not fit into `seq_length`.
     """
-    arrays = _empty(len(samples), seq_length, chat.ids["<pad>"])
+    arrays = _empty(len(samples), seq_length, chat.tokenizer.pad_id)
     arrays["prompts"][:] = [i // group_size for i in samples]
     arrays |= {PART + name: np.full(len(samples), np.nan, np.float32) for name in task.reward_names}
     if not len(samples):
@@ -123,7 +123,7 @@ def sample(
         task.max_new_tokens,
         SamplingConfig(temperature=temperature),
         seed,
-        stop_ids=[chat.end_id],
+        stop_ids=chat.stop_ids,
         keys=[f"rollout/{i}" for i in samples],
     )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -136,9 +136,7 @@ def sample(
     return Rollout(arrays, group_size)
 
 
-def judge(
-    task: Task, chat: ChatFormat, problems: Sequence[Problem], completions: Sequence[Completion]
-) -> list[TaskScore]:
+def judge(task: Task, chat: Chat, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[TaskScore]:
     """Returns the task's score of each completion, or 0 if it was cut before it closed its turn."""
     closed = [i for i, completion in enumerate(completions) if completion.stopped]
     attempts = [Attempt(problems[i], chat.decode_answer(completions[i].tokens)) for i in closed]

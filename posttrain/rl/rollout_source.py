@@ -21,7 +21,7 @@ from configs.loader import ConfigError
 from configs.rl import RLSection
 from configs.train import TrainSection
 from posttrain.algorithms.aggregation import Aggregation, step_factor, token_weight
-from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.chat import Chat
 from posttrain.rl import rollout_file
 from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
@@ -57,7 +57,7 @@ class SamplingPlan:
     """The task whose prompts are sampled, and how; `seed` and the number of a sample fix its prompt and its draws."""
 
     task: Task
-    chat: ChatFormat
+    chat: Chat
     group_size: int
     temperature: float
     seed: int

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from posttrain.chat.chat_format import ChatFormat, Message
+from posttrain.chat.chat import Chat
+from posttrain.chat.messages import Message
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
 from posttrain.tasks.tools import TOOLS, call_in
 from pretrain.sampling import Completion
@@ -110,7 +111,7 @@ def play(
     problems: Sequence[Problem],
     keys: Sequence[str],
     make: Callable[[], Environment],
-    chat: ChatFormat,
+    chat: Chat,
     sample: Sample,
     room: int,
 ) -> list[Transcript]:
@@ -152,7 +153,7 @@ def play(
     return episodes
 
 
-def reply_tokens(chat: ChatFormat, messages: Sequence[Message], observation: Sequence[Message]) -> list[int]:
+def reply_tokens(chat: Chat, messages: Sequence[Message], observation: Sequence[Message]) -> list[int]:
     """Returns the tokens between the end of the model's turn and its next turn: the observation, and an opened turn.
 
     The model's own tokens stay as they were sampled: they are never decoded and tokenized again.
@@ -165,7 +166,8 @@ def reply_tokens(chat: ChatFormat, messages: Sequence[Message], observation: Seq
             "the chat template writes a dialogue otherwise once it goes on, so replies cannot follow what was sampled; "
             "use a template whose earlier turns stay as they are"
         )
-    return whole[whole.index(chat.end_id, len(before)) + 1 :]
+    end = next(i for i in range(len(before), len(whole)) if whole[i] in chat.stop_ids)
+    return whole[end + 1 :]
 
 
 def _steps(environments: Sequence[Environment], answers: Sequence[str]) -> list[Reply]:

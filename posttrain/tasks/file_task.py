@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.loader import ConfigError
 from configs.tasks import TaskPartConfig
-from posttrain.chat.chat_format import BrokenDialogue, Message, check_order
+from posttrain.chat.messages import BrokenDialogue, Message, check_order
 from posttrain.rewards.reward import WeightedRewards
 from posttrain.tasks.records import BrokenRecord, find_files, read_records, value_at
 from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, fraction

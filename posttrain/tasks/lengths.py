@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
-from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.chat import Chat
 from posttrain.tasks.task import Problem, Split, Task, available
 
 DRAWN = 10_000  # the maximum number of prompts of each split whose lengths are measured
 
 
-def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, context: int | None) -> int:
+def check_answers(task: Task, chat: Chat, seed: int, train: int, heldout: int, context: int | None) -> int:
     """Returns the length, in tokens, of the longest of the first `train` training and `heldout` held-out prompts.
 
     Raises ConfigError if task.max_new_tokens would cut right answers, or if a prompt with its answer is longer than
@@ -31,8 +31,8 @@ def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: 
     if limit < answer:
         more = "or more" if most is None else f"or any number up to {most}" if most > answer else "exactly"
         raise ConfigError(
-            f"task.max_new_tokens = {limit} cuts right answers, which have up to {answer} tokens with the <|end|> that "
-            f"closes them, so they would count as wrong; set task.max_new_tokens={answer} {more}"
+            f"task.max_new_tokens = {limit} cuts right answers, which have up to {answer} tokens with the end of "
+            f"their turn, so they would count as wrong; set task.max_new_tokens={answer} {more}"
         )
     if most is not None and limit > most:
         raise ConfigError(
@@ -43,7 +43,7 @@ def check_answers(task: Task, chat: ChatFormat, seed: int, train: int, heldout: 
     return longest
 
 
-def _longest(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int) -> tuple[int, int]:
+def _longest(task: Task, chat: Chat, seed: int, train: int, heldout: int) -> tuple[int, int]:
     """Returns (tokens of the longest prompt, tokens of the longest right answer with its closing <|end|>).
 
     Problems without a known solution count as answered by nothing but <|end|>.
@@ -63,12 +63,12 @@ def _drawn(task: Task, seed: int, train: int, heldout: int) -> list[Problem]:
     ]
 
 
-def _answer_length(problem: Problem, chat: ChatFormat) -> int:
+def _answer_length(problem: Problem, chat: Chat) -> int:
     texts = {text for text in (problem.solution, problem.demonstration) if text is not None}
-    return max((len(chat.encode_text(text)) for text in texts), default=0) + 1
+    return max((chat.answer_length(problem.messages, text) for text in texts), default=1)
 
 
-def _smaller(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, context: int | None) -> str:
+def _smaller(task: Task, chat: Chat, seed: int, train: int, heldout: int, context: int | None) -> str:
     """Returns the remedy for a task whose prompts and answers are too long for the model."""
     assert context is not None
     for digits, smaller in task.smaller():
@@ -79,8 +79,8 @@ def _smaller(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int, 
     return "no smaller task.digits fits either, so start from a model that was trained on longer rows"
 
 
-def longest_answer(task: Task, chat: ChatFormat, seed: int, train: int, heldout: int) -> int:
-    """Returns the tokens of the longest right answer to the prompts of `check_answers`, with its closing <|end|>."""
+def longest_answer(task: Task, chat: Chat, seed: int, train: int, heldout: int) -> int:
+    """Returns the tokens of the longest right answer to the prompts of `check_answers`, with the end of its turn."""
     return _longest(task, chat, seed, train, heldout)[1]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from configs.loader import ConfigError
-from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.chat import Chat
 from posttrain.rewards.reward import Reward
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore
@@ -15,7 +15,7 @@ FEW = 4  # problems on which a function of the user is tried
 NO_SOLUTION = "no answer"  # what a reward is tried on where there is no solution
 
 
-def check_task(task: Task, chat: ChatFormat, row: int) -> list[str]:
+def check_task(task: Task, chat: Chat, row: int) -> list[str]:
     """Tries the rewards of a task and sets aside what cannot be used; returns lines about its problems to print.
 
     `row` is the number of tokens that a prompt and its completion may have together. Which problems are set aside is
@@ -31,7 +31,7 @@ def check_task(task: Task, chat: ChatFormat, row: int) -> list[str]:
     return [f"{task.name}: {task}"]
 
 
-def _leave_out_long_ones(task: FileTask, chat: ChatFormat, row: int) -> None:
+def _leave_out_long_ones(task: FileTask, chat: Chat, row: int) -> None:
     longest = 0
 
     def usable(problem: Problem) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from posttrain.chat.chat_format import Message
+from posttrain.chat.messages import Message
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1  # of all problems of a generated task

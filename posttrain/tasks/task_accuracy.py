@@ -3,7 +3,7 @@
 import torch
 
 from configs.sampling import SamplingConfig
-from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.chat import Chat
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import judge
 from posttrain.tasks.task import Task, available
@@ -20,7 +20,7 @@ class TaskAccuracy:
     Prompts and random numbers depend on `seed` alone, so models with the same seed answer the same prompts.
     """
 
-    def __init__(self, task: Task, chat: ChatFormat, seed: int, prompts: int, policy: PolicyCopy | None = None) -> None:
+    def __init__(self, task: Task, chat: Chat, seed: int, prompts: int, policy: PolicyCopy | None = None) -> None:
         self.task, self.chat, self.seed = task, chat, seed
         self.prompts = available(task, "heldout", prompts)
         self._policy = policy or PolicyCopy()
@@ -51,7 +51,7 @@ class TaskAccuracy:
                 self.task.max_new_tokens,
                 SamplingConfig(temperature=temperature),
                 self.seed,
-                stop_ids=[self.chat.end_id],
+                stop_ids=self.chat.stop_ids,
                 keys=[f"heldout/{i}" for i in batch],
             )
             scores = judge(self.task, self.chat, problems, completions)

@@ -94,11 +94,9 @@ class Lineage:
 
         Raises CheckpointError if tokenizer or template is missing or replaced.
         """
-        run, template, roles = storage.run_of(path), None, None
+        template, roles = template_of(path, manifest), None
         identity = manifest.get("identity", {})
         tokenizer = tokenizer or tokenizer_of(path, manifest)
-        if sha256 := identity.get("chat_template"):
-            template = _kept(run / CHAT_TEMPLATE, sha256).read_text(encoding="utf-8")
         if tokenizer is not None and identity.get("roles"):
             roles = _kept(tokenizer.with_name(ROLES_FILE), identity["roles"]).read_bytes()
         elif tokenizer is not None and "roles" not in identity:  # a checkpoint from before it was recorded
@@ -144,6 +142,15 @@ def text_sha256(text: str) -> str:
 def plan_of(manifest: dict[str, Any]) -> PlanLocation | None:
     """Returns the data plan that a checkpoint's model was pretrained on, or None if there was none."""
     return PlanLocation(**manifest["plan"]) if manifest.get("plan") else None
+
+
+def template_of(path: Path, manifest: dict[str, Any]) -> str | None:
+    """Returns the chat template that a checkpoint's run keeps, or None for a model that was not trained on dialogues.
+
+    Raises CheckpointError if it is missing or was replaced.
+    """
+    sha256 = manifest.get("identity", {}).get("chat_template")
+    return _kept(storage.run_of(path) / CHAT_TEMPLATE, sha256).read_text(encoding="utf-8") if sha256 else None
 
 
 def tokenizer_of(path: Path, manifest: dict[str, Any]) -> Path | None:

@@ -24,6 +24,8 @@ TOKEN_STORE = (
     "data_pipeline.mixture.rows",
     "data_pipeline.mixture.packing",
     "data_pipeline.tokens.foreign",
+    "data_pipeline.tokens.chat_encoder",
+    "data_pipeline.tokens.chat_template",
     "data_pipeline.tokens.tokenizer",
 )
 LAUNCH = ("launch.environment", "launch.bootstrap")  # ranks and rendezvous; start of a process

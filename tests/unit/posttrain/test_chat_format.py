@@ -6,7 +6,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS
-from posttrain.chat.chat_format import ChatFormat, Message, jinja_template, neutralise
+from posttrain.chat.chat_format import ChatFormat, jinja_template, neutralise
+from posttrain.chat.messages import Message
 
 DIALOGUES: list[list[Message]] = [
     [{"role": "user", "content": "Sort 529143"}, {"role": "assistant", "content": "123459"}],

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.chat_format import ChatFormat, check_supervision
 from posttrain.chat.sft_data import (
     DialogueExamples,
     Example,
     SFTSource,
-    check_supervision,
     demonstrations,
     pack,
     read_dialogues,

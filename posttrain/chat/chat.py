@@ -1,0 +1,77 @@
+"""What training and sampling need of a chat format: Trivium's own, or any Jinja template."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.tokens.tokenizer import Tokenizer
+
+
+class UntrainedEnd(ValueError):
+    """An answer whose end would not be learnt, so that the model would never learn to stop."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The tokens of a dialogue, int64 [T], and which of them the model learns to write, bool [T].
+
+    `unstable` says how the dialogue differs from its beginnings, None if it does not: with a template that writes
+    earlier turns otherwise than the last one, each answer has a sample of its own.
+    """
+
+    tokens: np.ndarray
+    answer: np.ndarray
+    unstable: str | None = None
+
+
+class Chat(abc.ABC):
+    """Base class of the chat formats.
+
+    `template` is the format as a Jinja template, and `stop_ids` are the ids that end an answer.
+    """
+
+    tokenizer: Tokenizer
+    template: str
+    stop_ids: tuple[int, ...]
+
+    @abc.abstractmethod
+    def samples(self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Sample]:
+        """Returns the samples of a dialogue: one, unless earlier answers look different in a longer dialogue.
+
+        Raises BrokenDialogue if the messages are not a dialogue, or the template does not take them; UntrainedEnd if
+        the end of an answer would not be learnt.
+        """
+
+    def render(self, messages: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (tokens int64 [T], answer mask bool [T]) of the dialogue up to its last answer.
+
+        The mask is True on the tokens that the model must produce, the end of its turn included. Raises as `samples`.
+        """
+        last = self.samples(messages)[-1]
+        return last.tokens, last.answer
+
+    @abc.abstractmethod
+    def render_prompt(self, messages: Sequence[Any]) -> list[int]:
+        """Returns the ids of the dialogue so far and of an opened assistant turn, for the model to continue."""
+
+    def answer_length(self, prompt: Sequence[Any], answer: str) -> int:
+        """Returns the number of tokens that the model writes to give this answer, the end of its turn included."""
+        read = [{**message, "train": False} if message["role"] == "assistant" else message for message in prompt]
+        return int(self.render([*read, {"role": "assistant", "content": answer}])[1].sum())
+
+    def decode_answer(self, tokens: Sequence[int]) -> str:
+        """Returns the text of a sampled answer, up to the end of its turn; other control tokens are spelled out."""
+        tokens = list(tokens)
+        stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        # A model may sample any id. Control tokens inside an answer stay visible, so that a verifier sees them.
+        names = {number: name for name, number in self.tokenizer.special_ids.items()}
+        pieces: list[str] = []
+        start = 0
+        for i in [i for i in range(stop) if tokens[i] in names] + [stop]:
+            pieces.append(self.tokenizer.decode(tokens[start:i]) if i > start else "")
+            pieces.append(names[tokens[i]] if i < stop else "")
+            start = i + 1
+        return "".join(pieces)

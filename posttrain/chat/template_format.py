@@ -1,0 +1,226 @@
+"""Chat format of any Jinja template: the model's own, or one that a config names.
+
+The mask comes from the template's generation blocks, if it has them. Otherwise an answer is what the template writes
+after the prompt for it, up to the control token that ends the turn; so the model learns to write just what it must when
+it is prompted. Each dialogue is compared with its own beginnings. Some templates write an earlier answer otherwise than
+the last one, without its reasoning, say; a dialogue in which that happens becomes one sample for each answer, which
+ends with it, as the model will see it. A dialogue of which the template leaves anything out is refused.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.tokens.chat_encoder import ANSWER, USER, ChatEncoder, ForgedToken
+from data_pipeline.tokens.chat_template import REASONING_KEYS, Span, TemplateRefusal
+from data_pipeline.tokens.tokenizer import Tokenizer
+from posttrain.chat.chat import Chat, Sample, UntrainedEnd
+from posttrain.chat.messages import BrokenDialogue, check_order, is_trained
+
+TODAY = date(2024, 7, 26)  # that a template is told, so that the same data give the same tokens on every day
+END_OF_REASONING = "</think>"
+DROPPED = "text that the template drops"
+_SHOWN = 60  # characters of a message in error messages
+
+
+class TemplateFormat(Chat):
+    """Converts messages to tokens and back by a Jinja template.
+
+    Raises ValueError if it is not valid Jinja. `ends` are further ids that end an answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, ends: Sequence[int] = ()) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        self.encoder = ChatEncoder(tokenizer, template, TODAY)
+        stops = [tokenizer.added_ids[name] for name in self.encoder.ends]
+        self.stop_ids = tuple(dict.fromkeys([*stops, *ends, *([tokenizer.eos_id] if tokenizer.eos_id >= 0 else [])]))
+        self._around = self._written_around()
+        self._complete: dict[tuple[str, ...], str | None] = {}  # by roles: what the template leaves out
+
+    def samples(self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Sample]:
+        """Returns the samples of a dialogue; see `Chat.samples`. What follows its last answer is left out."""
+        check_order(messages)
+        learnt = [i for i, one in enumerate(messages) if is_trained(one) and one["role"] == "assistant"]
+        if not learnt:
+            return []
+        messages = messages[: learnt[-1] + 1]
+        try:
+            turns = {i: _Turn(self.encoder, messages, i, tools) for i in learnt}
+            whole = turns[learnt[-1]]
+            unstable = next(filter(None, (turn.differs(whole) for turn in turns.values())), None)
+            self._check_complete(messages, turns, divided=unstable is not None, tools=tools)
+            if unstable is None:
+                return [self._sample(whole.text, [span for turn in turns.values() for span in turn.spans(whole)])]
+            return [self._sample(turn.text, turn.spans(turn), unstable) for turn in turns.values()]
+        except TemplateRefusal as error:
+            raise BrokenDialogue("refused by the chat template", str(error)) from None
+        except ForgedToken as error:
+            raise BrokenDialogue("text that spells a control token", str(error)) from None
+
+    def render_prompt(self, messages: Sequence[Any]) -> list[int]:
+        """Returns the ids of the dialogue so far and of an opened assistant turn, for the model to continue."""
+        check_order(messages)
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("a prompt ends with a user message, but the last message is the assistant's")
+        return self.encoder.prompt(messages)
+
+    def decode_answer(self, tokens: Sequence[int]) -> str:
+        """Returns the text of a sampled answer without what the template writes before and after every answer."""
+        text, (before, after) = super().decode_answer(tokens), self._around
+        return text.removeprefix(before).removesuffix(after) if text.startswith(before) else text.strip()
+
+    def _sample(self, text: str, spans: Sequence[Span], unstable: str | None = None) -> Sample:
+        """Returns a sample that learns the tokens that have any character in the spans."""
+        ids, places = self.encoder.encode(text)
+        answer = np.zeros(len(ids), dtype=bool)
+        begins, ends = (np.array([place[side] for place in places], dtype=np.int64) for side in (0, 1))
+        for start, end in spans:
+            first = int(np.argmax(ends > start))
+            last = len(ids) - int(np.argmax(begins[::-1] < end))
+            answer[first:last] = True
+        if answer.all():
+            raise UntrainedEnd(
+                "the loss mask is all ones: the chat template marks the whole dialogue as the model's; "
+                "let its generation blocks hold answers alone"
+            )
+        return Sample(np.array(ids, dtype=np.int64), answer, unstable)
+
+    def _check_complete(self, messages: Sequence[Any], turns: Mapping[int, "_Turn"], divided: bool, tools: Any) -> None:
+        """Raises BrokenDialogue if the template leaves out a part of a message.
+
+        In a divided dialogue, a learnt answer is looked for in its own sample. Reasoning of answers that are not learnt
+        may be left out.
+        """
+        texts = {i: _squeezed(turn.text) for i, turn in turns.items()}
+        whole = texts[len(messages) - 1]
+        for i, message in enumerate(self.encoder.neutral(messages)):
+            text = texts.get(i, whole) if divided else whole
+            for name, part in _parts(message, message["role"] != "assistant" or i in turns):
+                spelled = _squeezed(part)
+                if spelled not in text and _squeezed(json.dumps(part, ensure_ascii=False)[1:-1]) not in text:
+                    raise BrokenDialogue(DROPPED, f"{name} of message {i} ({message['role']}): {part[:_SHOWN]!r}")
+        if tools and not all(_squeezed(name) in whole for name in _names(tools)):
+            raise BrokenDialogue(DROPPED, "the tools of the dialogue")
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._complete:
+            self._complete[roles] = self._left_out(roles)
+        if dropped := self._complete[roles]:
+            raise BrokenDialogue(DROPPED, dropped)
+
+    def _written_around(self) -> tuple[str, str]:
+        """Returns what the template writes in an answer before and after its content."""
+        turns = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
+        try:
+            prompt, text = self.encoder.text(turns[:1], open_answer=True)[0], self.encoder.text(turns)[0]
+        except TemplateRefusal:
+            return "", ""
+        end = self.encoder.last_end(text)
+        before, _, after = text[_shared(prompt, text) : end].partition(ANSWER)
+        closing = next((name for name in self.encoder.controls if after.endswith(name)), "")
+        return before, after.removesuffix(closing)
+
+    def _left_out(self, roles: Sequence[str]) -> str | None:
+        """Returns which message of a dialogue with these roles the template leaves out, whatever it says."""
+        contents = [f"qz{i}zq" for i in range(len(roles))]
+        try:
+            text, _ = self.encoder.text([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)])
+        except TemplateRefusal:  # it takes these roles only with what the real messages have besides
+            return None
+        missing = next((i for i, content in enumerate(contents) if content not in text), None)
+        return None if missing is None else f"message {missing} ({roles[missing]}), whatever it says"
+
+
+class _Turn:
+    """One answer: the text of the dialogue up to it, and the spans of that text that the model learns to write.
+
+    Raises UntrainedEnd if the template writes no end of the turn, or its generation blocks leave the end out.
+    """
+
+    def __init__(self, encoder: ChatEncoder, messages: Sequence[Any], number: int, tools: Any) -> None:
+        self.number = number
+        prompt, _ = encoder.text(messages[:number], open_answer=True, tools=tools)
+        self.text, blocks = encoder.text(messages[: number + 1], tools=tools)
+        self.start = _shared(prompt, self.text)
+        self.end = encoder.last_end(self.text) or 0
+        if self.end <= self.start:
+            raise UntrainedEnd(
+                "the chat template writes no control token after an answer, so the model would never learn to stop; "
+                "let it write one, such as {{ eos_token }}"
+            )
+        self.blocks = [block for block in blocks if block[1] > block[0]] if encoder.template.marks_answers else None
+        if self.blocks is not None:
+            self._check_blocks()
+
+    def spans(self, longer: "_Turn") -> list[Span]:
+        """Returns the spans of this answer in the text of a longer dialogue."""
+        if longer.blocks is None:
+            return [(self.start, self.end)]
+        return [(begin, end) for begin, end in longer.blocks if end > self.start and begin < self.end]
+
+    def _check_blocks(self) -> None:
+        spans = self.spans(self)
+        if not spans:
+            raise UntrainedEnd(
+                "the loss mask is all zero: the chat template has generation blocks, and none around this answer"
+            )
+        if spans[-1][1] < self.end:
+            raise UntrainedEnd(
+                f"the chat template writes {self.text[spans[-1][1] : self.end].strip()!r} at the end of an answer, "
+                "behind {% endgeneration %}, so the model would never learn to stop; move {% endgeneration %} behind it"
+            )
+
+    def differs(self, longer: "_Turn") -> str | None:
+        """Returns how a longer dialogue's text departs from this one's, up to the end of the turn; None if nowhere."""
+        mine = self.text[: self.end]
+        if longer.text.startswith(mine):
+            return None
+        at = _shared(mine, longer.text)
+        return (
+            f"after {mine[max(0, at - 20) : at]!r} there is {mine[at : at + 20]!r} at the end of a dialogue, and "
+            f"{longer.text[at : at + 20]!r} in a longer one"
+        )
+
+
+def _parts(message: Mapping[str, Any], with_reasoning: bool) -> list[tuple[str, str]]:
+    """Returns the texts that a rendered message must have, with their names: content, reasoning, names of tools."""
+    reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
+    content = message.get("content") or ""
+    return [
+        ("content", content if with_reasoning else content.rpartition(END_OF_REASONING)[2]),
+        ("reasoning", reasoning if with_reasoning else ""),
+        *(("a tool call", name) for name in _names(message.get("tool_calls") or ())),
+    ]
+
+
+def _names(tools: Any) -> list[str]:
+    """Returns the names of tools, or of the tools that are called."""
+    inner = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
+    return [one["name"] for one in inner if isinstance(one, Mapping) and isinstance(one.get("name"), str)]
+
+
+def _shared(one: str, other: str) -> int:
+    """Returns how many characters two texts have in common at their beginning."""
+    if other.startswith(one):
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def open_chat(tokenizer: Tokenizer, template: str | None = None, ends: Sequence[int] = ()) -> Chat:
+    """Returns the chat format of a template; without one, the tokenizer's own, or else Trivium's.
+
+    Raises ValueError if the template is not valid Jinja, or if there is none and the tokenizer lacks Trivium's control
+    tokens.
+    """
+    from posttrain.chat.chat_format import ChatFormat, jinja_template
+
+    template = tokenizer.chat_template if template is None else template
+    if template is None or template == jinja_template():
+        return ChatFormat(tokenizer)
+    return TemplateFormat(tokenizer, template, ends)
