@@ -57,6 +57,10 @@ class Chat(abc.ABC):
     def render_prompt(self, messages: Sequence[Any]) -> list[int]:
         """Returns the ids of the dialogue so far and of an opened assistant turn, for the model to continue."""
 
+    def encode_text(self, text: str) -> list[int]:
+        """Encodes plain text, in which no control token is one."""
+        return list(self.tokenizer.encode(text))
+
     def answer_length(self, prompt: Sequence[Any], answer: str) -> int:
         """Returns the number of tokens that the model writes to give this answer, the end of its turn included."""
         read = [{**message, "train": False} if message["role"] == "assistant" else message for message in prompt]

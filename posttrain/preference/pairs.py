@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.chat.chat_format import BrokenDialogue, ChatFormat, Message
+from posttrain.chat.chat import Chat
+from posttrain.chat.messages import BrokenDialogue, Message
 from posttrain.preference.records import TOO_LONG, Records, Unusable, needed, read_records
 
 SIDES = ("chosen", "rejected")
@@ -43,7 +44,7 @@ class Pair:
 
 def read_pairs(
     paths: Sequence[str],
-    chat: ChatFormat,
+    chat: Chat,
     seq_length: int,
     heldout_share: float,
     max_bad_share: float,
@@ -101,8 +102,8 @@ def as_messages(value: Any, role: Any, key: str) -> list[Message]:
     raise Unusable(f"bad_{key}", f"{key!r} is {found}, neither a text nor a list of messages")
 
 
-def rendered(chat: ChatFormat, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    """Renders a dialogue, see `ChatFormat.render`. Raises Unusable if it is broken."""
+def rendered(chat: Chat, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+    """Renders a dialogue, see `Chat.render`. Raises Unusable if it is broken."""
     try:
         return chat.render(messages)
     except BrokenDialogue as broken:
@@ -116,7 +117,7 @@ def first_question(messages: Sequence[Any]) -> str:
     return next((str(message.get("content")) for message in messages if message.get("role") == "user"), "")
 
 
-def _rendered(chat: ChatFormat, prompt: Sequence[Message], answer: Sequence[Message]) -> Dialogue:
+def _rendered(chat: Chat, prompt: Sequence[Message], answer: Sequence[Message]) -> Dialogue:
     tokens, mask = rendered(chat, [*prompt, *answer])
     if not mask.any():
         raise Unusable("no_answer", "a side has no assistant's turn")

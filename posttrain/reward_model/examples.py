@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from configs.reward_model import ExamplesConfig, RewardSection
-from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.chat import Chat
 from posttrain.preference.packing import Segment
 from posttrain.preference.pairs import Pair, as_messages, first_question, read_pairs, rendered
 from posttrain.preference.records import TOO_LONG, Records, Unusable, needed, read_records
@@ -21,7 +21,7 @@ FILES = "data.files"
 
 
 def read_examples(
-    data: ExamplesConfig, model: RewardSection, chat: ChatFormat, seq_length: int, parts: int = 1
+    data: ExamplesConfig, model: RewardSection, chat: Chat, seq_length: int, parts: int = 1
 ) -> Records[Unit]:
     """Reads the examples of a config. Raises ValueError as `read_records` does."""
     shares = data.heldout_share, data.max_bad_share
@@ -55,7 +55,7 @@ def _judged(tokens: np.ndarray, positions: Sequence[int], labels: Sequence[int],
     return Segment(tokens, classes, mask, {MARGIN: np.full(len(tokens), margin, dtype=np.float32)})
 
 
-def _steps(record: dict[str, Any], model: RewardSection, chat: ChatFormat) -> tuple[Segment, str]:
+def _steps(record: dict[str, Any], model: RewardSection, chat: Chat) -> tuple[Segment, str]:
     prompt = as_messages(needed(record, "prompt"), "user", "prompt")
     steps, labels = needed(record, "completions" if "completions" in record else "steps"), needed(record, "labels")
     for key, value in (("steps", steps), ("labels", labels)):
@@ -74,7 +74,7 @@ def _steps(record: dict[str, Any], model: RewardSection, chat: ChatFormat) -> tu
     return _judged(np.array(tokens, dtype=np.int64), ends, classes), first_question(prompt)
 
 
-def _text(record: dict[str, Any], model: RewardSection, chat: ChatFormat) -> tuple[Segment, str]:
+def _text(record: dict[str, Any], model: RewardSection, chat: Chat) -> tuple[Segment, str]:
     label = _class(needed(record, "label"), model.classes)
     if "messages" in record:
         messages = as_messages(record["messages"], "user", "messages")
@@ -87,7 +87,7 @@ def _text(record: dict[str, Any], model: RewardSection, chat: ChatFormat) -> tup
     return _judged(tokens, [len(tokens) - 1], [label]), prompt
 
 
-def text_tokens(text: str, chat: ChatFormat) -> np.ndarray:
+def text_tokens(text: str, chat: Chat) -> np.ndarray:
     """Returns the tokens int64 [T] of a text that is no dialogue: as a document of pretraining, with its end."""
     tokenizer = chat.tokenizer
     ids = _encoded(lambda: chat.encode_text(text))
