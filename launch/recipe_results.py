@@ -1,4 +1,4 @@
-"""What a stage of a recipe wrote, read from its files: texts for the table, and measurements for gates."""
+"""Results of a recipe stage, read from its files: texts for the table, and measurements for gates."""
 
 import json
 from pathlib import Path

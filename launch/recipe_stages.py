@@ -20,7 +20,7 @@ UNIMPORTANT = ("checkpoint", "eval", "log", "parallel")  # sections of a trainin
 
 @dataclass(frozen=True)
 class StageKind:
-    """What a recipe knows of a command: its module, the key of its output folder, and its result.
+    """Facts about a command that a recipe runs: its module, the key of its output folder, and its result.
 
     `mark` is the file in the folder that the command writes last, and `describe` tells what went in and came out.
     """

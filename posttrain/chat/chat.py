@@ -1,4 +1,4 @@
-"""What training and sampling need of a chat format: Trivium's own, or any Jinja template."""
+"""Interface of a chat format, as training and sampling use it: Trivium's own, or any Jinja template."""
 
 import abc
 from collections.abc import Mapping, Sequence

@@ -125,7 +125,7 @@ def test_tools_are_rendered_and_only_the_assistants_words_are_learnt(
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"a": "é<'"}}}]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     dialogue: Dialogue = [
-        {"role": "user", "content": "add"},
+        {"role": "user", "content": "How much is it?"},
         {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "so"},
         {"role": "tool", "content": "2"},
         {"role": "tool", "content": "3"},
