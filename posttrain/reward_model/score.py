@@ -7,7 +7,7 @@ import torch
 
 from configs.initial import InitConfig
 from configs.loader import ConfigError
-from posttrain.chat.chat_format import ChatFormat, Message
+from posttrain.chat.chat import Chat, Message
 from posttrain.initial_model import InitialChatModel
 from pretrain.checkpoint import storage
 from pretrain.initial_model import initial_weights
@@ -22,7 +22,7 @@ Dialogues = Sequence[Sequence[Message]]
 class RewardModel:
     """A reward model in memory, with the chat format that it was trained on."""
 
-    def __init__(self, decoder: Decoder, chat: ChatFormat):
+    def __init__(self, decoder: Decoder, chat: Chat):
         self.decoder, self.chat = decoder, chat
 
     @classmethod
