@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a data plan"),
     "sft": ("posttrain.sft:main", "fine-tune on dialogues (SFT), with loss on answers only"),
     "rm": ("posttrain.rm:main", "train a reward model on pairs, judged reasoning steps or labelled texts"),
+    "ppo": ("posttrain.ppo:main", "reinforcement learning with a critic (PPO)"),
     "grpo": ("posttrain.grpo:main", "fine-tune by reinforcement learning from verifiable rewards"),
     "export": ("export.huggingface:main", "write a checkpoint as a Hugging Face directory, and verify it"),
     "import": ("export.import_hf:main", "convert a Hugging Face directory to Trivium's weights"),

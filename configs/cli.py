@@ -25,6 +25,7 @@ SCHEMAS = {
     "pretrain": "configs.train:PretrainConfig",
     "sft": "configs.sft:SFTConfig",
     "rm": "configs.reward_model:RewardModelConfig",
+    "ppo": "configs.rl:PPOConfig",
     "grpo": "configs.rl:GRPOConfig",
     "export": "configs.export:ExportConfig",
     "recipe": "configs.recipe:RecipeConfig",

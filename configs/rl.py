@@ -116,3 +116,65 @@ class GRPOConfig(TrainerConfig):
     """Sampling and loss of methods that compare the completions of one prompt, or of the whole rollout."""
     rl: RLSection = RLSection()
     """Rollouts and what is done with them, in every method: updates, corrections, the reference policy, records."""
+
+
+class PPORollouts(RLSection):
+    """Rollouts and what is done with them, with the defaults of PPO."""
+
+    epochs: int = Field(default=4, ge=1)
+    """The number of passes over a rollout; with rollout_batch it says how many updates a rollout has."""
+    kl: Literal["none", "reward", "loss"] = "reward"
+    """Where the divergence from the initial model is charged: nowhere, in the reward of each token, or in the loss."""
+    kl_coef: float = Field(default=0.02, gt=0)
+    """The factor on the divergence, called beta in papers."""
+
+
+class PPOSection(PolicySection):
+    """Sampling, the policy's loss, the critic, and the text of pretraining that is trained on beside them."""
+
+    group_size: int = Field(default=1, ge=1)
+    """The number of completions of each prompt; a divisor of train.global_batch_size."""
+    dialect: Literal["ppo", "ppo@verl"] = "ppo"
+    """The method, as a paper or code base defines it; verl's also has a dual clip."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """The factor on a reward for each token that it lies ahead."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """The factor on each later step of generalized advantage estimation: 0 trusts the critic, 1 the rewards."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """The maximum change of a value by the updates on one rollout; left out, there is none."""
+    critic: str | None = None
+    """The checkpoint, such as that of a reward model, that the critic starts from; left out, the policy's."""
+    critic_lr: float | None = Field(default=None, gt=0)
+    """The peak learning rate of the critic; left out, it is optimizer.lr."""
+    text_plan: str | None = None
+    """The data plan whose rows are trained on in the same steps (PPO-ptx), as long as train.seq_length."""
+    text_rows: int = Field(default=0, ge=0)
+    """The number of rows of text_plan in each step."""
+    text_coef: float = Field(default=1.0, gt=0)
+    """The factor on the loss of text; InstructGPT's was 27.8."""
+
+    @model_validator(mode="after")
+    def _text_has_rows(self) -> "PPOSection":
+        if (self.text_plan is None) != (self.text_rows == 0):
+            raise ValueError(
+                f"ppo.text_plan = {self.text_plan!r} and ppo.text_rows = {self.text_rows} belong together; set "
+                "both, or leave out both"
+            )
+        if self.text_plan is not None and self.temperature != 1.0:
+            raise ValueError(
+                f"ppo.text_plan needs ppo.temperature = 1, which is that of text, not {self.temperature}; set it to 1"
+            )
+        return self
+
+
+class PPOConfig(TrainerConfig):
+    """The root of a PPO run's config."""
+
+    init: InitConfig
+    """The model to start from."""
+    task: TaskConfig
+    """The task whose answers are rewarded."""
+    ppo: PPOSection = PPOSection()
+    """Sampling, the policy's loss, the critic, and the text of pretraining that is trained on beside them."""
+    rl: PPORollouts = PPORollouts()
+    """Rollouts and what is done with them, with the defaults of PPO."""

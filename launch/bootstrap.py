@@ -16,6 +16,7 @@ TRAINING = {
     "train": "pretrain.train",
     "sft": "posttrain.sft",
     "rm": "posttrain.rm",
+    "ppo": "posttrain.ppo",
     "grpo": "posttrain.grpo",
 }
 OURS = ("data_pipeline", "pretrain", "posttrain", "export", "launch")

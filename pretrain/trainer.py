@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import record_function
@@ -48,12 +48,26 @@ FAILED = 1
 FIRST_WITH_BF16 = (8, 0)  # capability of the first GPUs that multiply bf16: Ampere; older ones emulate it
 
 
+class Companion(Protocol):
+    """A second model that is trained beside the first, on the same batches, and saved in the same checkpoints."""
+
+    name: str
+    engine: Engine
+
+    def begin(self) -> None:
+        """Gives the model its first weights, in a new run. Collective."""
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, Any]:
+        """Trains on this rank's micro-batches of step `step`, counted from 0; returns values for the log."""
+
+
 class Trainer:
     """Trains a model on the samples of `source` with `loss_fn` in the layout of `mesh`; writes to `config.run.dir`.
 
     `lineage` has the tokenizer, and for SFT and RL the checkpoint whose weights the run starts from. `evaluators` are
     called every `eval.every` steps and after the last. `title` is the word before the progress bar. `resume` is the
-    value of `--resume`, see checkpoint/resume.py. `profiled` are the steps, counted from 1, that `--profile` names.
+    value of `--resume`, see checkpoint/resume.py. `companion` makes a second model that is trained on the same batches,
+    such as a critic. `profiled` are the steps, counted from 1, that `--profile` names.
     """
 
     def __init__(
@@ -68,6 +82,7 @@ class Trainer:
         title: str = "train",
         resume: str = "auto",
         profiled: range = range(0),
+        companion: Callable[["Trainer"], Companion] | None = None,
     ):
         determinism.choose(config.train.deterministic)
         dtype = choose_dtype(config.train.precision, mesh.device)
@@ -101,6 +116,7 @@ class Trainer:
         sources, adapter = max(1, len(source.sources)), config.adapter
         self.engine = Engine(model_config, train, config.optimizer, mesh, config.run.seed, dtype, sources, adapter)
         self.engine.saves_frozen = self.lineage.init is None
+        self.companion = companion(self) if companion else None
         self._mfu_per_rate = self._find_mfu_per_rate(dtype)
 
     def fit(self) -> int:
@@ -130,7 +146,9 @@ class Trainer:
             steps = self._step_log(log, progress)
             stack.callback(steps.close)
             say = partial(self._say, progress)
-            saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say))
+            saver = stack.enter_context(
+                Saver(self.engine, self.run.path, self.config.checkpoint, say, self._companions())
+            )
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             self._profiler = stack.enter_context(Profiler(self.profiled, self.run.path, self.mesh, say))
             if self.profiled and self.step >= self.profiled.stop - 1:
@@ -221,6 +239,7 @@ class Trainer:
             self.source.prepare(self.engine, self.step)
             batches = self._ahead.next() if self._ahead else self._micro_batches(self.samples)
         sums = self.engine.train_step(batches, self.loss_fn, lr)
+        more = self.companion.train_step(batches, self.step) if self.companion else {}
         timer.stop()
         self.step += 1
         self.samples += train.global_batch_size
@@ -235,6 +254,7 @@ class Trainer:
             timer=timer,
             memory_bytes=_peak_memory(mesh.device),
             source_metrics=self._source_metrics(),
+            more=more,
         )
 
     def _micro_batches(self, first: int) -> list[Batch]:
@@ -322,11 +342,15 @@ class Trainer:
                 with initial_weights(self.lineage.init) as tensors:
                     for name in checkpoint_state.begin_from(self.engine, tensors):
                         self._print(f"{name} is not in {tensors.path} and begins with random values")
+            if self.companion:
+                self.companion.begin()
             return None
         manifest = storage.read_manifest(path)
         checkpoint_resume.check_identity(path, manifest, self.identity, self.source)
         if manifest["step"] < self.config.train.steps:
             checkpoint_state.restore(self.engine, path)
+            for name, engine in self._companions().items():
+                checkpoint_state.restore(engine, path / name)
             self._print(f"going on from {path}")
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
         checked = self.mesh.gather_json((path / storage.CHECKED).exists())[0]
@@ -339,6 +363,9 @@ class Trainer:
         if self.step < self.config.train.steps:
             self.source.go_on(path, manifest)
         return path
+
+    def _companions(self) -> dict[str, Engine]:
+        return {self.companion.name: self.companion.engine} if self.companion else {}
 
     def _check_samples(self, checkpoint: Path | None = None) -> None:
         """Raises ConfigError if the steps that are left need more samples than the source has."""

@@ -30,6 +30,7 @@ from posttrain.rl.reference import ReferencePolicy
 from posttrain.rl.rollout import PART, Rollout, sample
 from posttrain.rl.rollout_file import Recorded
 from posttrain.rl.rows import RolloutRow, rollout_rows
+from posttrain.rl.text_rows import TextRows
 from posttrain.rl.token_values import token_values
 from posttrain.tasks.task import Task
 from pretrain.batch_source import BatchSource
@@ -83,11 +84,12 @@ class RolloutSource(BatchSource):
         policy: PolicyCopy,
         check: LogprobCheck,
         reference: Pin | None = None,
+        text: TextRows | None = None,
     ) -> None:
         self.sampling, self.settings, self.credit, self.aggregation = sampling, settings, credit, aggregation
         self.policy, self.seq_length, self.folder = policy, train.seq_length, Path(run_dir, ROLLOUTS)
         self.phases = Phases(settings.rollout_batch, settings.epochs, train.global_batch_size, sampling.seed)
-        self.sources = [sampling.task.name]
+        self._text, self.sources = text, [sampling.task.name, *(["text"] if text else [])]
         # Covers what decides the prompts; other settings may change when a run continues, as the optimizer's may.
         self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self._check, self._initial = check, reference
@@ -276,12 +278,22 @@ class RolloutSource(BatchSource):
         trained = [i for i in chosen if scored[i]]
         most = self.sampling.task.max_new_tokens
         factor = step_factor(int(lengths[trained].sum()), len(trained), most, self.aggregation)
-        if factor != 1.0:
-            everywhere = np.full(rollout.mask.shape, factor, np.float32)
-            rollout = rollout.plus(factor=everywhere, share=np.ones_like(everywhere))
-        own = chosen[self._mesh.dp_rank * len(samples) :][: len(samples)]
-        optional = [n for n in ("old_logprobs", "ref_logprobs", "factor", "share") if n in rollout.arrays]
-        return rollout_rows(rollout, own, weights, ["rollout_logprobs", *optional, *self.credit.names])
+        text = self._text.of_step(self._step) if self._text else []
+        weight = float((weights * lengths)[trained].sum())
+        whole = weight + sum(float(row.loss_mask.sum()) for row in text)
+        share = whole / weight if text and weight else 1.0
+        if text or factor != 1.0:
+            everywhere = np.ones(rollout.mask.shape, np.float32)
+            of_rollout = {"factor": factor * share * everywhere, "share": share * everywhere}
+            rollout = rollout.plus(**of_rollout, **({"text_factor": 0 * everywhere} if text else {}))
+        optional = ("old_logprobs", "ref_logprobs", "factor", "share", "text_factor")
+        names = ["rollout_logprobs", *(name for name in optional if name in rollout.arrays), *self.credit.names]
+        dp, dp_rank = self._mesh.layout.dp, self._mesh.dp_rank
+        rows = rollout_rows(rollout, chosen[dp_rank * len(samples) :][: len(samples)], weights, names)
+        if self._text:
+            part = len(text) // dp
+            rows += self._text.rows(text, names, whole)[dp_rank * part : (dp_rank + 1) * part]
+        return rows
 
     def step_metrics(self) -> dict[str, tuple[float, float]]:
         """Returns (sum, count) of each metric of the rollout of the last rows; every rank has those of the whole."""

@@ -10,13 +10,14 @@ import datetime
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from configs.loader import plain
 from configs.train import CheckpointConfig
 from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.storage import CheckpointError, Piece
@@ -30,16 +31,26 @@ AGREEMENT_MINUTES = 60
 class Saver:
     """Writes `checkpoints/step_N` of a run. All ranks make one and call its methods in the same order.
 
-    On the main rank `say` is called with one line at the end of each save, from the thread that saves.
+    `companions` are the engines of other models that are trained beside the first, by name; each is saved as a
+    checkpoint in a folder of the run's. On the main rank `say` is called with one line at the end of each save, from
+    the thread that saves.
     """
 
-    def __init__(self, engine: Engine, run_dir: str | Path, config: CheckpointConfig, say: Callable[[str], None]):
+    def __init__(
+        self,
+        engine: Engine,
+        run_dir: str | Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None],
+        companions: Mapping[str, Engine] | None = None,
+    ):
+        self._engines = {"": engine, **(companions or {})}  # by folder in the checkpoint
         self.engine, self.run_dir, self.config, self.say = engine, run_dir, config, say
         self.failure: str | None = None  # why the last save was given up, if it was; the same on every rank
         self._error: BaseException | None = None
-        self._host: dict[str, torch.Tensor] = {}
-        self._pieces: dict[str, tuple[Piece, dict[str, torch.Tensor]]] = {}
-        self._facts: dict[str, Any] = {}
+        self._host: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self._engines}
+        self._pieces: dict[str, dict[str, tuple[Piece, dict[str, torch.Tensor]]]] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
         self._copy_seconds = 0.0
         self._thread: threading.Thread | None = None
         timeout = datetime.timedelta(minutes=AGREEMENT_MINUTES)
@@ -55,14 +66,15 @@ class Saver:
         """
         self._wait_for_earlier()
         started = time.perf_counter()
-        self._pieces = state.copy_owned(self.engine, self._host)
-        self._facts = state.manifest_facts(self.engine)
+        engines = self._engines.items()
+        self._pieces = {name: state.copy_owned(engine, self._host[name]) for name, engine in engines}
+        self._facts = {name: state.manifest_facts(engine) for name, engine in engines}
         self._copy_seconds = time.perf_counter() - started
         return self._copy_seconds
 
     def start(self, step: int, facts: dict[str, Any]) -> None:
         """Starts the thread that writes the pieces copied by `copy`; `facts` go into the manifest."""
-        facts = {"step": step, **facts, **self._facts}
+        facts = {"step": step, **facts, **self._facts[""]}
         self._thread = threading.Thread(target=self._run, args=(step, facts), name=f"save of step {step}")
         self._thread.start()
 
@@ -104,10 +116,11 @@ class Saver:
         started = time.perf_counter()
         mesh, final = self.engine.mesh, storage.directory(self.run_dir, step)
         temporary = storage.temporary_name(final)
-        answer: dict[str, Any] = {"part": None, "failure": None}
+        answer: dict[str, Any] = {"parts": {}, "failure": None}
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            answer["part"] = storage.write_rank(temporary, mesh.rank, self._pieces)
+            for name, pieces in self._pieces.items():
+                (temporary / name).mkdir(parents=True, exist_ok=True)
+                answer["parts"][name] = storage.write_rank(temporary / name, mesh.rank, pieces)
         except OSError as error:
             answer["failure"] = f"rank {mesh.rank} could not write {temporary}: {error.strerror}"
         answers = gather_json(answer, self._group, everywhere=False)
@@ -129,7 +142,13 @@ class Saver:
         mistake = None
         if failure is None:
             try:
-                storage.publish(temporary, final, [answer["part"] for answer in answers], facts)
+                parts = {name: [answer["parts"][name] for answer in answers] for name in self._engines}
+                sealed = {
+                    name: storage.complete(temporary / name, parts[name], self._companion_facts(name, facts))
+                    for name in self._engines
+                    if name
+                }
+                storage.publish(temporary, final, parts[""], {**facts, **({"companions": sealed} if sealed else {})})
             except OSError as error:
                 failure = f"rank 0 could not publish {final}: {error.filename or temporary}: {error.strerror}"
             except CheckpointError as error:
@@ -137,6 +156,13 @@ class Saver:
         if failure or mistake:
             shutil.rmtree(temporary, ignore_errors=True)
         return {"failure": failure, "mistake": mistake}
+
+    def _companion_facts(self, name: str, facts: dict[str, Any]) -> dict[str, Any]:
+        """Returns the facts of a companion's manifest: those of the run, with its own model and optimizer state."""
+        model = plain(self._engines[name].model_config)
+        identity = {**facts.get("identity", {}), "model": model}
+        config = {**facts.get("config", {}), "model": model}
+        return {**facts, "identity": identity, "config": config, **self._facts[name]}
 
     def _report(self, step: int, final: Path, failure: str | None, seconds: float) -> None:
         if failure is not None:

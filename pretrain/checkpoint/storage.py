@@ -6,8 +6,9 @@ and no moments, and may hold tensors that Trivium computes nothing with (`kept`)
 A parameter is known by its global name. Each rank writes the pieces it owns: a piece is the flat range [start,
 start + length) of a box (offset, shape) of the global tensor, so tensor parallel cuts boxes and ZeRO cuts ranges, and
 any reader can assemble the whole tensor. The manifest names every piece, every file's size and SHA-256, and the run's
-state; it has a checksum of its own values. All files are written in a directory with a temporary name, synced, and the
-directory is renamed: one called `step_N` is whole.
+state; it has a checksum of its own values. A second model that is trained beside the first, such as a critic, is a
+checkpoint in a folder of its own in there (`companions` in the manifest). All files are written in a directory with a
+temporary name, synced, and the directory is renamed: one called `step_N` is whole.
 
 When to save is decided in `saving`. Readers assemble whole parameters, not only the pieces that a rank needs.
 """
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from configs.files import sync
+from configs.files import file_sha256, sync
 from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT, VersionError
 
@@ -132,8 +133,22 @@ def publish(
 
     Raises OSError, and CheckpointError if the parts do not cover every parameter.
     """
+    complete(temporary, parts, state, kinds)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():  # a damaged checkpoint of this very step
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def complete(folder: Path, parts: list[dict[str, Any]], state: dict[str, Any], kinds: tuple[str, ...] = KINDS) -> str:
+    """Writes the manifest of a checkpoint whose files are in `folder`, and returns the manifest's SHA-256.
+
+    Raises as `publish` does.
+    """
     for part in parts:
-        file = temporary / part["file"]
+        file = folder / part["file"]
         if not file.is_file() or file.stat().st_size != part["bytes"]:
             why = "missing or incomplete after its rank wrote it; put run.dir on a file system that all machines share"
             raise FileNotFoundError(errno.ENOENT, why, str(file))
@@ -153,14 +168,10 @@ def publish(
         **({"kept": kept} if kept else {}),
         **({"frozen": frozen} if frozen and len(kinds) > 1 else {}),  # names of weights without moments
     }
-    _write_synced(temporary / MANIFEST, CHECKPOINT.write(manifest))
-    sync(temporary)
-    replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():  # a damaged checkpoint of this very step
-        os.rename(final, replaced)
-    os.rename(temporary, final)
-    sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    content = CHECKPOINT.write(manifest)
+    _write_synced(folder / MANIFEST, content)
+    sync(folder)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _places(parts: list[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -197,6 +208,10 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """
     path, (index, count) = Path(path), share
     manifest = read_manifest(path)
+    for name, sha256 in manifest.get("companions", {}).items():
+        verify(path / name, share)
+        if file_sha256(path / name / MANIFEST) != sha256:
+            raise CheckpointError(f"{path / name} is not the {name} of {path}; use an earlier checkpoint")
     by_size = sorted(manifest["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))
     for name, facts in by_size[index::count]:
         file = path / name

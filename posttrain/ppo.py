@@ -1,0 +1,99 @@
+"""`trivium ppo`: reinforcement learning by proximal policy optimization, with a critic (PPO).
+
+    torchrun --nproc-per-node 2 -m posttrain.ppo CONFIG
+
+The trainer is pretraining's. Rows are sampled from the current model; the critic is trained beside it on the same ones.
+"""
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from launch import bootstrap
+
+    bootstrap.begin("posttrain.ppo")
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
+from configs.folders import check_writable
+from configs.loader import ConfigError
+from configs.rl import PPOConfig
+from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains on the rewards of a task and returns the exit status."""
+    config, args = parse_args(
+        PPOConfig,
+        argv,
+        prog="trivium ppo",
+        description="Trains a model and a critic on a task's rewards; the same command again continues the run.",
+        example="trivium ppo my_ppo.toml train.steps=50 ppo.gae_lambda=1",
+        options=TRAINING_OPTIONS,
+    )
+    profiled = profiled_steps(args.profile, config.train.steps)
+    if not args.dry_run:
+        check_writable(config.run.dir, "run.dir")
+    if config.parallel.zero > 1:
+        raise ConfigError(
+            f"parallel.zero = {config.parallel.zero}: policy and critic are two models in one process, which train at "
+            "ZeRO stage 1; set parallel.zero=1"
+        )
+    # torch takes seconds to import, so it is imported after the config has been checked.
+    from data_pipeline.mixture.rows import Plan
+    from posttrain.rl.critic import Critic
+    from posttrain.rl.logprob_check import LogprobCheck
+    from posttrain.rl.opening import opened
+    from posttrain.rl.policy_copy import PolicyCopy
+    from posttrain.rl.policy_loss import PolicyLoss
+    from posttrain.rl.rollout_source import RolloutSource
+    from posttrain.rl.text_rows import TextRows
+    from posttrain.tasks.task_accuracy import TaskAccuracy
+    from pretrain.checkpoint.lineage import Pin
+    from pretrain.parallel import groups
+    from pretrain.trainer import Trainer
+
+    env, ppo = ClusterEnvironment.read(), config.ppo
+    run = opened(config, ppo, "ppo", args.resume, env)
+    initial, task = run.initial, run.sampling.task
+    text = TextRows(Plan.open(Path(ppo.text_plan)), ppo.text_rows, ppo.text_coef) if ppo.text_plan else None
+    if text:
+        initial.check_plan(str(ppo.text_plan), text.plan)
+        text.check(config.train.seq_length, run.layout.dp * config.train.micro_batch_size)
+    if args.dry_run:
+        print(run.said)
+        return 0
+
+    with groups.joined(env, run.layout, config.parallel.backend) as mesh:
+        policy = PolicyCopy(config.rl.sampler)
+        check = LogprobCheck(ppo.max_logprob_difference, "ppo.max_logprob_difference")
+        begins = Pin.of(Path(ppo.critic)) if ppo.critic else initial.pin
+        critic = Critic(initial.model.with_values(), begins, ppo, config.rl, task.max_new_tokens)
+        source = RolloutSource(
+            run.sampling,
+            config.rl,
+            config.train,
+            config.run.dir,
+            critic,
+            run.dialect.aggregation,
+            policy,
+            check,
+            initial.pin,
+            text,
+        )
+        return Trainer(
+            config,
+            initial.model,
+            source,
+            PolicyLoss(run.dialect.policy, config.rl, ppo.temperature, check, has_ptx=text is not None),
+            mesh,
+            [TaskAccuracy(task, initial.chat, config.run.seed, config.task.eval_prompts, policy)],
+            initial.lineage,
+            title=Path(config.run.dir).name,
+            resume=args.resume,
+            profiled=profiled,
+            companion=critic.beside,
+        ).fit()
+
+
+if __name__ == "__main__":
+    entrypoint(main, prints_errors=is_main(), on_error=report_to_torchrun)

@@ -1,0 +1,105 @@
+"""The critic of PPO: a model with a scalar head that estimates, before each token, the reward still to come.
+
+It has an engine of its own, in the layout of the policy's, and is trained on the same minibatches. Its values give the
+advantages of a rollout by generalized advantage estimation, whitened over the rollout.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from configs.model import ModelConfig
+from configs.rl import PPOSection, RLSection
+from posttrain.algorithms.critic import gae, value_loss
+from posttrain.algorithms.normalisation import whiten
+from posttrain.algorithms.token_batch import TokenBatch, sequences_of
+from posttrain.rl.group_credit import token_batch
+from posttrain.rl.rollout import Rollout
+from posttrain.rl.rows import rollout_rows
+from posttrain.rl.token_values import token_values
+from pretrain.checkpoint import state
+from pretrain.checkpoint.lineage import Pin
+from pretrain.initial_model import initial_weights
+from pretrain.model.batch import Batch
+from pretrain.parallel.engine import Engine
+from pretrain.schedule import learning_rate
+from pretrain.trainer import Trainer, choose_dtype
+
+
+class ValueLoss:
+    """PPO's value loss per token; see `pretrain.model.losses.LossFunction`, which gets values here."""
+
+    metrics: tuple[str, ...] = ("value_clipped", "value_error")
+    temperature = 1.0
+    is_linear = False
+
+    def __init__(self, clip: float | None) -> None:
+        self._clip = clip
+
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns the loss of the values [B, S] that take the place of log-probabilities, and metrics."""
+        values_BS, extra = logprobs_BS, batch.extra
+        tokens = TokenBatch(
+            values_BS.detach(),
+            mask=batch.loss_mask > 0,
+            sequences=sequences_of(batch.segments),
+            values=values_BS,
+            old_values=extra["old_values"],
+            returns=extra["returns"],
+        )
+        loss_BS, clipped_BS = value_loss(tokens, self._clip)
+        share = extra.get("share", torch.ones_like(values_BS))
+        error_BS = (values_BS.detach() - extra["returns"]).abs()
+        return loss_BS * share, {"value_clipped": clipped_BS.float() * share, "value_error": error_BS * share}
+
+
+class Critic:
+    """The critic, as a companion of the policy in the train loop, and as what gives its rollouts advantages."""
+
+    name = "critic"
+    names = ("advantages", "returns", "old_values")
+    engine: Engine
+
+    def __init__(self, model: ModelConfig, pin: Pin, section: PPOSection, settings: RLSection, max_length: int) -> None:
+        self._model, self._pin, self._section, self._settings = model, pin, section, settings
+        self._max_length, self._loss = max_length, ValueLoss(section.value_clip)
+
+    def beside(self, trainer: Trainer) -> "Critic":
+        """Builds the engine, beside that of the policy."""
+        config, mesh = trainer.config, trainer.mesh
+        dtype = choose_dtype(config.train.precision, mesh.device)
+        self._config = config
+        self.engine = Engine(
+            self._model,
+            config.train,
+            config.optimizer,
+            mesh,
+            config.run.seed,
+            dtype,
+            max(1, len(trainer.source.sources)),
+        )
+        return self
+
+    def begin(self) -> None:
+        """Gives the critic the weights that it starts from; its head is new unless they are a reward model's."""
+        with initial_weights(self._pin) as tensors:
+            state.begin_from(self.engine, tensors)
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, Any]:
+        """Trains on this rank's micro-batches; returns the critic's loss, gradient norm and metrics."""
+        config = self._config
+        peak = self._section.critic_lr or config.optimizer.lr
+        sums = self.engine.train_step(
+            batches, self._loss, learning_rate(step, config.train.steps, peak, config.schedule)
+        )
+        return {"value_loss": sums.mean_loss, "value_grad_norm": sums.grad_norm, **sums.metrics}
+
+    def __call__(self, rollout: Rollout, engine: Engine) -> Rollout:
+        """Returns the rollout with the critic's values, and the advantages and returns that follow from them."""
+        values = token_values(self.engine, rollout_rows(rollout, range(len(rollout))))
+        rollout = rollout.plus(old_values=values.numpy())
+        batch = token_batch(rollout, self._settings, self._max_length)
+        advantages, returns = gae(batch, self._section.gamma, self._section.gae_lambda)
+        whitened = whiten(advantages, batch.mask).float().numpy()
+        return rollout.plus(advantages=whitened, returns=returns.float().numpy())

@@ -1,0 +1,62 @@
+"""The start of GRPO and PPO, before the ranks join: opens the initial model and the task, and checks that they fit."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from configs.layout import GROUP_SIZE, Layout
+from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
+from launch.environment import ClusterEnvironment
+from posttrain.algorithms.dialects import Dialect
+from posttrain.initial_model import InitialChatModel
+from posttrain.reward_model.score import open_scorer
+from posttrain.rl.method import chosen_dialect
+from posttrain.rl.policy_copy import check_way
+from posttrain.rl.reference import check_reference
+from posttrain.rl.rollout_source import SamplingPlan
+from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
+from posttrain.tasks.preflight import check_task
+from posttrain.tasks.verifiable_tasks import make_task
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """The parts of a run that are known before ranks join; `said` describes it in one line."""
+
+    initial: InitialChatModel
+    sampling: SamplingPlan
+    dialect: Dialect
+    layout: Layout
+    said: str
+
+
+def opened(
+    config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSection, name: str, resume: str, env: ClusterEnvironment
+) -> OpenedRun:
+    """Opens a run whose method has the config section `name`. Raises ConfigError for what does not fit together."""
+    initial = InitialChatModel.open(config.init, config.run.dir, resume)
+    initial.check_rows(config.train.seq_length)
+    if initial.note and env.is_main:
+        print(f"note: {initial.note}")
+    group = section.group_size
+    task, prompts = make_task(config.task, open_scorer), config.train.global_batch_size // group
+    row = min(config.train.seq_length, initial.lineage.context or config.train.seq_length)
+    lines = check_task(task, initial.chat, row)
+    if env.is_main and lines:
+        print("\n".join(lines))
+    drawn: Any = (config.train.steps * prompts, config.task.eval_prompts)
+    longest = check_answers(task, initial.chat, config.run.seed, *drawn, initial.lineage.context or None)
+    answer = partial(longest_answer, task, initial.chat, config.run.seed, *drawn) if initial.continues else None
+    check_rows(task, longest, config.train.seq_length, config.parallel, answer)
+    given = (*initial.given, GROUP_SIZE) if initial.continues else initial.given
+    layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)
+    check_way(config.rl.sampler, layout)
+    if config.rl.kl != "none":
+        check_reference(initial.pin)
+    dialect = chosen_dialect(section.dialect, section, name)
+    said = (
+        f"{config.train.steps} steps of {prompts} prompts x {group} samples of {task}, layout {layout}, from "
+        f"{initial.pin.checkpoint} into {config.run.dir}"
+    )
+    sampling = SamplingPlan(task, initial.chat, group, section.temperature, config.run.seed)
+    return OpenedRun(initial, sampling, dialect, layout, said)

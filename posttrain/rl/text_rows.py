@@ -1,0 +1,58 @@
+"""Rows of pretraining text that are trained on in the same steps as rollouts (PPO-ptx, Ouyang et al. 2022, eq. 2).
+
+The trainer divides the weighted sum of all losses of a step by the sum of all weights. So that the loss of rollouts and
+that of text are each a mean over their own tokens, rows have factors: the whole weight over that of their kind.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.loader import ConfigError
+from data_pipeline.mixture.rows import Plan, Row
+from posttrain.rl.policy_loss import PTX
+from posttrain.rl.rows import RolloutRow
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """The text of each step: `count` rows of a plan, which comes round again when all were used."""
+
+    plan: Plan
+    count: int
+    coef: float
+
+    def check(self, seq_length: int, parts: int) -> None:
+        """Raises ConfigError if rows have another length, or do not fill micro-batches on each of `parts` shares."""
+        if self.plan.seq_length != seq_length:
+            raise ConfigError(
+                f"ppo.text_plan has rows of {self.plan.seq_length} tokens, and train.seq_length = {seq_length}; make a "
+                f"plan with mixture.seq_length={seq_length}, or set train.seq_length={self.plan.seq_length}"
+            )
+        if self.count % parts:
+            raise ConfigError(
+                f"ppo.text_rows = {self.count} do not fill micro-batches on every data-parallel rank; set a multiple "
+                f"of {parts}, such as ppo.text_rows={-(-self.count // parts) * parts}"
+            )
+
+    def of_step(self, step: int) -> list[Row]:
+        """Returns the rows of a step, counted from 0."""
+        return [self.plan.row(i % self.plan.num_samples) for i in range(step * self.count, (step + 1) * self.count)]
+
+    def rows(self, text: Sequence[Row], names: Sequence[str], whole: float) -> list[RolloutRow]:
+        """Returns rows with the arrays `names` that rollouts have; `whole` is the step's whole weight."""
+        own = sum(float(row.loss_mask.sum()) for row in text)
+        factors = {"factor": self.coef * whole / max(own, 1.0), "text_factor": whole / max(own, 1.0)}
+        return [
+            RolloutRow(
+                row.tokens,
+                row.labels,
+                row.loss_mask.astype(np.float32),
+                row.positions,
+                row.segments,
+                PTX,
+                {name: np.full(len(row.tokens), factors.get(name, 0.0), np.float32) for name in names},
+            )
+            for row in text
+        ]
