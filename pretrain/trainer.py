@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -29,6 +29,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.whole_model import base_facts
+from pretrain.companion import Companion
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.flops import flops_per_token, measured_flops, peak_flops
 from pretrain.heldout_loss import Evaluator
@@ -38,6 +39,7 @@ from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
+from pretrain.precision import choose_dtype
 from pretrain.profiling import DATA, Profiler
 from pretrain.read_ahead import ReadAhead
 from pretrain.run_directory import RunDirectory
@@ -45,20 +47,6 @@ from pretrain.schedule import learning_rate
 from pretrain.step_log import Step, StepLog, StepTimer
 
 FAILED = 1
-FIRST_WITH_BF16 = (8, 0)  # capability of the first GPUs that multiply bf16: Ampere; older ones emulate it
-
-
-class Companion(Protocol):
-    """A second model that is trained beside the first, on the same batches, and saved in the same checkpoints."""
-
-    name: str
-    engine: Engine
-
-    def begin(self) -> None:
-        """Gives the model its first weights, in a new run. Collective."""
-
-    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, Any]:
-        """Trains on this rank's micro-batches of step `step`, counted from 0; returns values for the log."""
 
 
 class Trainer:
@@ -406,18 +394,6 @@ class Trainer:
             (saved / storage.CHECKED).touch()
             self._print(f"the training data matches its checksums, report in {run_report.write(self.run.path)}")
         return 0
-
-
-def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Returns the dtype of weights in the forward pass: for `auto` bf16 where the device multiplies it, else fp32."""
-    if precision == Precision.AUTO:
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
-        else:
-            cpu = torch.cpu.get_capabilities()
-            fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if precision == Precision.BF16 else torch.float32
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -23,8 +23,9 @@ from pretrain.checkpoint.lineage import Pin
 from pretrain.initial_model import initial_weights
 from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine
+from pretrain.precision import choose_dtype
 from pretrain.schedule import learning_rate
-from pretrain.trainer import Trainer, choose_dtype
+from pretrain.trainer import Trainer
 
 
 class ValueLoss:

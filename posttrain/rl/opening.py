@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from configs.layout import GROUP_SIZE, Layout
 from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
@@ -44,7 +43,7 @@ def opened(
     lines = check_task(task, initial.chat, row)
     if env.is_main and lines:
         print("\n".join(lines))
-    drawn: Any = (config.train.steps * prompts, config.task.eval_prompts)
+    drawn = config.train.steps * prompts, config.task.eval_prompts
     longest = check_answers(task, initial.chat, config.run.seed, *drawn, initial.lineage.context or None)
     answer = partial(longest_answer, task, initial.chat, config.run.seed, *drawn) if initial.continues else None
     check_rows(task, longest, config.train.seq_length, config.parallel, answer)

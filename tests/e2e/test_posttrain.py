@@ -277,6 +277,52 @@ def test_rollouts_are_the_same_in_any_layout(
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def criticized(ranks: RanksOf, tuned: Path) -> Path:
+    """Folder of a PPO run of five steps with two updates a rollout, on two ranks."""
+    (tuned / "ppo.toml").write_text(GRPO.format(dir=tuned).replace("[grpo]\ngroup_size = 8", "[rl]\nepochs = 2"))
+    run = tuned / "ppo"
+    call(ranks(2), "ppo", tuned, f"run.dir={run}", "checkpoint.every=3", "checkpoint.keep=9", "train.steps=5")
+    return run
+
+
+def test_ppo_trains_a_critic_beside_the_policy(criticized: Path) -> None:
+    steps = steps_of(criticized)
+    assert all(line["value_grad_norm"] > 0 and line["logprob_difference"] < 1e-5 for line in steps)
+    assert steps[-1]["value_loss"] < steps[0]["value_loss"]
+    assert abs(steps[0]["kl_to_reference"]) < 1e-5 < abs(steps[4]["kl_to_reference"])
+    critic = storage.read_full(storage.directory(criticized, 5) / "critic")
+    assert critic["value_head.weight"].shape == (1, 64)
+    assert set(storage.read_full(storage.directory(criticized, 5))) == {*critic, "lm_head.weight"} - {
+        "value_head.weight"
+    }
+
+
+def test_a_killed_ppo_run_goes_on_bit_identically(
+    ranks: RanksOf, tuned: Path, criticized: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(criticized, tmp_path / "killed")
+    shutil.rmtree(storage.directory(run, 5))
+    call(ranks(2), "ppo", tuned, f"run.dir={run}", "checkpoint.every=3", "train.steps=5")
+    assert steps_of(run) == steps_of(criticized)
+    for part in ("", "critic"):
+        weights = [storage.read_full(storage.directory(r, 5) / part) for r in (run, criticized)]
+        assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(2, "tp=2"), *(pytest.param(*p, marks=pytest.mark.full) for p in ((1, "tp=1"), (2, "pp=2"), (2, "cp=2")))],
+)
+def test_ppo_is_the_same_in_any_layout(
+    ranks: RanksOf, tuned: Path, criticized: Path, tmp_path: Path, world: int, parallel: str
+) -> None:
+    call(ranks(world), "ppo", tuned, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=2")
+    for line, other in zip(steps_of(tmp_path), steps_of(criticized), strict=False):
+        for name in ("loss", "grad_norm", "value_loss", "value_grad_norm"):
+            assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+
+
 @pytest.mark.parametrize(
     ("command", "overrides", "words"),
     [
