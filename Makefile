@@ -40,7 +40,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full test-python lint bench bench-data bench-train python clean
+.PHONY: help install demo test test-full test-python lint bench bench-data bench-train bench-rl python clean
 
 help:
 	@echo "make demo       raw text to exported models in runs/demo (interrupt it, run it again)"
@@ -48,7 +48,7 @@ help:
 	@echo "make test-full  run all tests"
 	@echo "make test-python PYTHON=python3.13   make test with another Python, in its own .venv-3.13"
 	@echo "make lint       run ruff and mypy"
-	@echo "make bench      run the benchmarks; make bench-data: those of the data pipeline, make bench-train: of training"
+	@echo "make bench      run the benchmarks; make bench-data: those of the data pipeline, make bench-train: of training; bench-rl: of RL"
 	@echo "make install    only make the environment, .venv"
 	@echo "make python     print which Python is used; PYTHON=/path/to/python names another"
 	@echo "make clean      remove environments and caches; runs/ stays"
@@ -105,7 +105,7 @@ lint: install
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: bench-data bench-train
+bench: bench-data bench-train bench-rl
 
 # The benchmarks run unmodified datatrove, which needs packages that Trivium does not: spaCy, jieba.
 bench-data: install
@@ -115,6 +115,10 @@ bench-data: install
 # Training steps beside transformers and plain PyTorch take both cores: nothing else should run.
 bench-train: install
 	@$(BIN)/python -m tests.bench.training
+
+# Rollouts beside transformers, and what GRPO and PPO learn from the demo's fine-tuned model.
+bench-rl: install
+	@$(BIN)/python -m tests.bench.rl
 
 clean:
 	rm -rf .venv .venv-3.* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

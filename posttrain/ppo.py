@@ -1,6 +1,6 @@
 """`trivium ppo`: reinforcement learning by proximal policy optimization, with a critic (PPO).
 
-    torchrun --nproc-per-node 2 -m posttrain.ppo CONFIG
+    torchrun --nproc-per-node 2 -m posttrain.ppo configs/posttrain/demo_ppo.toml
 
 The trainer is pretraining's. Rows are sampled from the current model; the critic is trained beside it on the same ones.
 """
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog="trivium ppo",
         description="Trains a model and a critic on a task's rewards; the same command again continues the run.",
-        example="trivium ppo my_ppo.toml train.steps=50 ppo.gae_lambda=1",
+        example="trivium ppo configs/posttrain/demo_ppo.toml train.steps=50 ppo.gae_lambda=1",
         options=TRAINING_OPTIONS,
     )
     profiled = profiled_steps(args.profile, config.train.steps)
