@@ -289,7 +289,8 @@ def criticized(ranks: RanksOf, tuned: Path) -> Path:
 def test_ppo_trains_a_critic_beside_the_policy(criticized: Path) -> None:
     steps = steps_of(criticized)
     assert all(line["value_grad_norm"] > 0 and line["logprob_difference"] < 1e-5 for line in steps)
-    assert steps[-1]["value_loss"] < steps[0]["value_loss"]
+    losses = [line["value_loss"] for line in steps]
+    assert losses[1] < losses[0] and losses[3] < losses[2]  # the second pass over the same rollout
     assert abs(steps[0]["kl_to_reference"]) < 1e-5 < abs(steps[4]["kl_to_reference"])
     critic = storage.read_full(storage.directory(criticized, 5) / "critic")
     assert critic["value_head.weight"].shape == (1, 64)

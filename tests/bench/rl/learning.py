@@ -12,7 +12,7 @@ STEPS = {"sort": 150, "ppo": 150}
 
 
 def learned(task: str, seed: int, base: Path, folder: Path) -> dict[str, Any]:
-    """Trains by GRPO ("sort") or PPO ("ppo") from the fine-tuned run `base`; returns sampled accuracy before and after."""
+    """Trains by GRPO ("sort") or PPO ("ppo") from the run `base`; returns sampled accuracy before and after."""
     command, name = "ppo" if task == "ppo" else "grpo", "sort"
     run = folder / f"{task}_{seed}"
     keys = {
