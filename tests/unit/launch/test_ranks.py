@@ -168,12 +168,12 @@ def test_a_command_stands_for_its_module() -> None:
     ("name", "hint"),
     [
         ("trian", "did you mean train?"),
-        ("posttrain", "did you mean sft or ppo or grpo?"),
+        ("posttrain", "did you mean sft or rm or ppo or grpo?"),
         ("pretrain/train.py", "did you mean pretrain.train?"),
         ("posttrain.grop", "did you mean posttrain.grpo?"),
-        ("generate", "give train, sft, ppo, grpo, or a module"),
-        ("no.such.module", "give train, sft, ppo, grpo, or a module"),
-        ("", "give train, sft, ppo, grpo, or a module"),
+        ("generate", "give train, sft, rm, ppo, grpo, or a module"),
+        ("no.such.module", "give train, sft, rm, ppo, grpo, or a module"),
+        ("", "give train, sft, rm, ppo, grpo, or a module"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
