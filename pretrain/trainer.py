@@ -105,6 +105,7 @@ class Trainer:
         self.engine = Engine(model_config, train, config.optimizer, mesh, config.run.seed, dtype, sources, adapter)
         self.engine.saves_frozen = self.lineage.init is None
         self.companion = companion(self) if companion else None
+        self._beside = {self.companion.name: self.companion.engine} if self.companion else {}
         self._mfu_per_rate = self._find_mfu_per_rate(dtype)
 
     def fit(self) -> int:
@@ -134,9 +135,7 @@ class Trainer:
             steps = self._step_log(log, progress)
             stack.callback(steps.close)
             say = partial(self._say, progress)
-            saver = stack.enter_context(
-                Saver(self.engine, self.run.path, self.config.checkpoint, say, self._companions())
-            )
+            saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say, self._beside))
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             self._profiler = stack.enter_context(Profiler(self.profiled, self.run.path, self.mesh, say))
             if self.profiled and self.step >= self.profiled.stop - 1:
@@ -337,7 +336,7 @@ class Trainer:
         checkpoint_resume.check_identity(path, manifest, self.identity, self.source)
         if manifest["step"] < self.config.train.steps:
             checkpoint_state.restore(self.engine, path)
-            for name, engine in self._companions().items():
+            for name, engine in self._beside.items():
                 checkpoint_state.restore(engine, path / name)
             self._print(f"going on from {path}")
         self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
@@ -351,9 +350,6 @@ class Trainer:
         if self.step < self.config.train.steps:
             self.source.go_on(path, manifest)
         return path
-
-    def _companions(self) -> dict[str, Engine]:
-        return {self.companion.name: self.companion.engine} if self.companion else {}
 
     def _check_samples(self, checkpoint: Path | None = None) -> None:
         """Raises ConfigError if the steps that are left need more samples than the source has."""

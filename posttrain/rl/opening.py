@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from configs.layout import GROUP_SIZE, Layout
+from configs.loader import ConfigError
 from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
 from launch.environment import ClusterEnvironment
 from posttrain.algorithms.dialects import Dialect
@@ -50,6 +51,11 @@ def opened(
     given = (*initial.given, GROUP_SIZE) if initial.continues else initial.given
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)
     check_way(config.rl.sampler, layout)
+    if config.rl.kl != "none" and config.adapter:
+        raise ConfigError(
+            f"rl.kl = {config.rl.kl!r} needs the model without its adapters as reference, which [adapter] does not "
+            "give yet; set rl.kl=none, or leave [adapter] out"
+        )
     if config.rl.kl != "none":
         check_reference(initial.pin)
     dialect = chosen_dialect(section.dialect, section, name)
