@@ -54,7 +54,7 @@ def unpublished(run_dir: Path) -> set[str]:
     return {path.name for path in run_dir.glob(".*.tmp")}
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.full)])
 def test_killed_runs_publish_what_an_undisturbed_one_does(tmp_path: Path, kills: int) -> None:
     config, draw = write_inputs(tmp_path), random.Random(kills)
     for name in ("compiled", "calm"):  # only the first run compiles, so the second is timed

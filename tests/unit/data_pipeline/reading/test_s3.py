@@ -151,6 +151,7 @@ def test_a_connection_that_breaks_is_an_error(s3: Any, monkeypatch: pytest.Monke
     (unit,) = find_units("s", source("s3://corpus/a.jsonl"), 1)
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # else each request is tried again for many seconds
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(ConnectionError, match=r"s3://corpus/a.jsonl could not be read \(\w+\); run the same command"):
         list(read_file(unit.files[0], unit.config, ExtractConfig(), lambda size: None))
