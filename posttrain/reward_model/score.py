@@ -7,7 +7,8 @@ import torch
 
 from configs.initial import InitConfig
 from configs.loader import ConfigError
-from posttrain.chat.chat import Chat, Message
+from posttrain.chat.chat import Chat
+from posttrain.chat.messages import Message
 from posttrain.initial_model import InitialChatModel
 from pretrain.checkpoint import storage
 from pretrain.initial_model import initial_weights
