@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pretrain.train:main", "pretrain a dense or MoE decoder on a data plan"),
     "sft": ("posttrain.sft:main", "fine-tune on dialogues (SFT), with loss on answers only"),
     "rm": ("posttrain.rm:main", "train a reward model on pairs, judged reasoning steps or labelled texts"),
+    "dpo": ("posttrain.dpo:main", "learn from preferences (DPO and kin: IPO, ORPO, SimPO, KTO)"),
     "ppo": ("posttrain.ppo:main", "reinforcement learning with a critic (PPO)"),
     "grpo": ("posttrain.grpo:main", "fine-tune by reinforcement learning from verifiable rewards"),
     "export": ("export.huggingface:main", "write a checkpoint as a Hugging Face directory, and verify it"),
@@ -58,7 +59,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("export.chat:main", "talk to a fine-tuned checkpoint"),
     "prove": ("pretrain.proof.prove:main", "compare parallel layouts with one rank, tensor by tensor"),
     "inspect": ("pretrain.checkpoint.inspection:main", "print a checkpoint's step, config, shapes and norms"),
-    "launch": ("launch.ranks:main", "start train, sft, rm or grpo as several ranks on this machine"),
+    "launch": ("launch.ranks:main", "start train, sft, rm, dpo or grpo as several ranks on this machine"),
     "report": ("pretrain.run_report:main", "write a training run's report.html again"),
 }
 

@@ -25,6 +25,7 @@ SCHEMAS = {
     "pretrain": "configs.train:PretrainConfig",
     "sft": "configs.sft:SFTConfig",
     "rm": "configs.reward_model:RewardModelConfig",
+    "dpo": "configs.preference:PreferenceConfig",
     "ppo": "configs.rl:PPOConfig",
     "grpo": "configs.rl:GRPOConfig",
     "export": "configs.export:ExportConfig",

@@ -16,6 +16,7 @@ TRAINING = {
     "train": "pretrain.train",
     "sft": "posttrain.sft",
     "rm": "posttrain.rm",
+    "dpo": "posttrain.dpo",
     "ppo": "posttrain.ppo",
     "grpo": "posttrain.grpo",
 }

@@ -1,11 +1,11 @@
 """`trivium launch`: starts the ranks of one machine, each a process with torchrun's variables set.
 
-It starts `python -m MODULE ARGS...` (train, sft and grpo stand for their modules) once for each rank, divides the cores
-among them, shows the first rank's output, keeps the others' in files, and passes Ctrl-C, SIGTERM and SIGUSR1 on. Its
-exit status is that of the rank that failed first (2 for a bad config), or, after a signal, the one that all ranks
-have: 75 means that nothing is lost and the same command continues the run. On several machines it is started on each,
-by srun or with --node-rank and --master-address. Restarts and elastic worlds are left to torchrun: every entrypoint
-also runs as `torchrun --nproc-per-node N -m MODULE CONFIG`, and under srun or mpirun.
+It starts `python -m MODULE ARGS...` (train, sft, rm, dpo and grpo stand for their modules) once for each rank, divides
+the cores among them, shows the first rank's output, keeps the others' in files, and passes Ctrl-C, SIGTERM and SIGUSR1
+on. Its exit status is that of the rank that failed first (2 for a bad config), or, after a signal, the one that all
+ranks have: 75 means that nothing is lost and the same command continues the run. On several machines it is started on
+each, by srun or with --node-rank and --master-address. Restarts and elastic worlds are left to torchrun: every
+entrypoint also runs as `torchrun --nproc-per-node N -m MODULE CONFIG`, and under srun or mpirun.
 """
 
 import argparse

@@ -77,7 +77,8 @@ def batches_of_rank(rows: Sequence[Row], engine: Engine) -> list[Batch]:
     blank = replace(rows[0], loss_mask=np.zeros_like(rows[0].loss_mask))
     filled = [*rows, *[blank] * (-len(rows) % (layout.dp * size))]
     share = len(filled) // layout.dp
-    return micro_batches(filled[engine.mesh.dp_rank * share :][:share], size)
+    first = engine.mesh.dp_rank * share
+    return micro_batches(filled[first : first + share], size, first)
 
 
 def means(loss: float, weight: float, num_bytes: int | None) -> dict[str, float]:

@@ -37,6 +37,7 @@ LAUNCHERS = {
     "pretrain.train": "train",
     "posttrain.sft": "sft",
     "posttrain.rm": "rm",
+    "posttrain.dpo": "dpo",
     "posttrain.grpo": "grpo",
     "export.generate": "generate",
     "export.chat": "chat",

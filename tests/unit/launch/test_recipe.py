@@ -320,7 +320,7 @@ def test_the_record_says_what_each_result_was_made_from(stages: list[RecipeStage
 @pytest.mark.parametrize(
     "changes, message",
     {
-        "no such command": ({"command": "sfft"}, r"stages.b.command = 'sfft' is none of data run, .*sft, grpo"),
+        "no such command": ({"command": "sfft"}, r"stages.b.command = 'sfft' is none of data run, .*sft, .*grpo"),
         "unknown stage": ({"set": ["init.run={c}"]}, r"'c', which does not exist; stages before it: a"),
         "itself": ({"set": ["init.run={b}"]}, r"'b', which comes later in the file; stages before it: a"),
         "no override": ({"set": ["steps"]}, r"'steps' is no override; write it as"),

@@ -20,6 +20,7 @@ from posttrain.algorithms.policy import TokenLoss, cispo, gspo, ppo_clip
 from posttrain.algorithms.rewards import overlong_penalty
 from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
 from posttrain.algorithms.token_batch import TokenBatch
+from posttrain.preference.losses import Pairs, kl_reference_point, kto, pair_loss
 from posttrain.reward_model.losses import bradley_terry
 
 
@@ -88,6 +89,17 @@ def critic(clip: float) -> Tensor:
     return mean(value_loss(found, clip))
 
 
+def preference(name: str, **numbers: float) -> Tensor:
+    """Returns the loss of one pair: log-ratios +1 and -.5, log-probabilities -2 of 4 tokens and -6 of 6."""
+    chosen, rejected = torch.tensor([-2.0]), torch.tensor([-6.0])
+    pairs = Pairs(chosen, rejected, chosen - 1.0, rejected + 0.5, torch.tensor([4.0]), torch.tensor([6.0]))
+    return pair_loss(name, **numbers)(pairs)[0]
+
+
+def kto_losses(z0: float, **weights: float) -> Tensor:
+    return kto(torch.tensor([1.0, -0.5]), torch.tensor([True, False]), z0, 0.1, **weights)
+
+
 VECTORS: list[tuple[str, Callable[[], Any], Any]] = [
     ("PPO clip, token by token", lambda: ppo_clip(BASE).loss[0], [-0.5, 1.0, -2.4]),
     ("PPO clip", lambda: mean(ppo_clip(BASE)), -0.633333),
@@ -138,6 +150,20 @@ VECTORS: list[tuple[str, Callable[[], Any], Any]] = [
     ("value loss, clip .2", lambda: critic(0.2), 1.5725),
     ("Bradley-Terry", lambda: bradley_terry(torch.tensor(1.0), torch.tensor(-0.5)), 0.201413),
     ("Bradley-Terry, margin .3", lambda: bradley_terry(torch.tensor(1.0), torch.tensor(-0.5), 0.3), 0.263282),
+    ("DPO", lambda: preference("dpo", beta=0.1), 0.620957),
+    ("conservative DPO", lambda: preference("conservative", beta=0.1, smoothing=0.1), 0.635957),
+    ("robust DPO", lambda: preference("robust", beta=0.1, smoothing=0.1), 0.602207),
+    ("hinge", lambda: preference("hinge", beta=0.1), 0.85),
+    ("IPO, summed", lambda: preference("ipo", beta=0.1), 12.25),  # (1.5 - 5)^2
+    ("IPO, per token", lambda: preference("ipo_mean", beta=0.1), 21.777778),  # (1/4 + 1/12 - 5)^2
+    # Per token the log-probabilities are -.5 and -1, the log-odds .432752 and -.541325.
+    ("ORPO", lambda: preference("orpo", beta=0.1), 0.532030),
+    ("SimPO", lambda: preference("simpo", beta=2.0, margin=1.0), 0.693147),  # 2 (-.5 + 1) - 1 = 0
+    ("DPO with SFT", lambda: preference("dpo", beta=0.1, sft_weight=0.5), 0.870957),  # + .5 * 2 / 4
+    ("KTO at z0 = 0", lambda: kto_losses(0.0), [0.475021, 0.487503]),
+    ("KTO at z0 = 2", lambda: kto_losses(2.0, undesirable_weight=1.5), [0.524979, 0.656734]),
+    ("KTO's reference point", lambda: kl_reference_point(torch.tensor([3.0, -1.0])), 1.0),
+    ("KTO's reference point is not negative", lambda: kl_reference_point(torch.tensor([-3.0, -1.0])), 0.0),
 ]
 
 
