@@ -13,9 +13,9 @@ import numpy as np
 
 from configs.preference import PreferenceConfig
 from data_pipeline.mixture.packing import best_fit
-from posttrain.chat.chat_format import ChatFormat
+from posttrain.chat.chat import Chat
 from posttrain.preference.packing import PackedRow, Segment, pack
-from posttrain.preference.pairs import Pair, as_messages, first_question, read_pairs, rendered
+from posttrain.preference.pairs import Pair, as_messages, first_question, read_pairs, rendered_answer
 from posttrain.preference.records import TOO_LONG, Records, Unusable, needed, read_records
 
 WEIGHT, DESIRABLE = "weight", "desirable"  # names in `PackedRow.extra`
@@ -45,7 +45,7 @@ class PreferenceRows:
     said: str  # what was read and set aside, for the user
 
 
-def read_rows(config: PreferenceConfig, chat: ChatFormat, parts: int) -> PreferenceRows:
+def read_rows(config: PreferenceConfig, chat: Chat, parts: int) -> PreferenceRows:
     """Reads and packs the data of a config. Raises ValueError, with a remedy, as `read_records` does."""
     data, length, pad = config.data, config.train.seq_length, chat.tokenizer.pad_id
     shares = data.heldout_share, data.max_bad_share
@@ -90,7 +90,7 @@ def rows_of_answers(answers: Sequence[Answer], seq_length: int, pad_id: int) -> 
 
 
 def read_answers(
-    paths: Sequence[str], chat: ChatFormat, seq_length: int, heldout_share: float, max_bad_share: float, parts: int = 1
+    paths: Sequence[str], chat: Chat, seq_length: int, heldout_share: float, max_bad_share: float, parts: int = 1
 ) -> Records[Answer]:
     """Reads records with `prompt`, `completion` and `label`; see `read_records` for the rest and the errors."""
 
@@ -100,13 +100,8 @@ def read_answers(
         label = needed(record, "label")
         if not isinstance(label, bool):
             raise Unusable("bad_label", f"'label' is {label!r}, not true or false")
-        tokens, answer = rendered(chat, [*prompt, *completion])
-        begin = rendered(chat, prompt)[0] if prompt else tokens[:0]
-        if not np.array_equal(tokens[: len(begin)], begin):
-            raise Unusable("unstable_prompt", "the prompt is written differently when an answer follows")
-        answer = answer & (np.arange(len(tokens)) >= len(begin))
-        if not answer.any():
-            raise Unusable("no_answer", "the completion has no assistant's turn")
+        dialogue = rendered_answer(chat, prompt, completion)
+        tokens, answer = dialogue.tokens, dialogue.answer
         if len(tokens) > seq_length:
             raise Unusable(TOO_LONG, f"{len(tokens)} tokens", len(tokens))
         first = int(answer.argmax())

@@ -57,8 +57,8 @@ def read_pairs(
         prompt, chosen, rejected = turns_of(record)
         pair = Pair(
             str(record.get("id", place)),
-            _rendered(chat, prompt, chosen),
-            _rendered(chat, prompt, rejected),
+            rendered_answer(chat, prompt, chosen),
+            rendered_answer(chat, prompt, rejected),
             _margin(record),
         )
         if np.array_equal(pair.chosen.tokens, pair.rejected.tokens):
@@ -117,7 +117,8 @@ def first_question(messages: Sequence[Any]) -> str:
     return next((str(message.get("content")) for message in messages if message.get("role") == "user"), "")
 
 
-def _rendered(chat: Chat, prompt: Sequence[Message], answer: Sequence[Message]) -> Dialogue:
+def rendered_answer(chat: Chat, prompt: Sequence[Message], answer: Sequence[Message]) -> Dialogue:
+    """Renders a prompt and the answer to it, which alone is marked. Raises Unusable if they are no dialogue."""
     tokens, mask = rendered(chat, [*prompt, *answer])
     if not mask.any():
         raise Unusable("no_answer", "a side has no assistant's turn")
