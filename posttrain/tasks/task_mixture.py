@@ -67,6 +67,9 @@ class MixtureTask:
     def smaller(self) -> Iterator[tuple[int, Task]]:
         return iter(())
 
+    def __str__(self) -> str:
+        return f"{self.name} of {', '.join(f'{s:.0%} {p}' for p, s in zip(self.parts, self._shares, strict=True))}"
+
     def _place(self, index: int) -> tuple[int, int]:
         while len(self._places) <= index:
             total = len(self._places) + 1
