@@ -3,18 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from configs.loader import ConfigError
 from configs.rewards import RewardConfig
 from posttrain.rewards.exact import exact
 from posttrain.rewards.instructions import instructions
-from posttrain.rewards.judge_model import ModelReward, Scorer
+from posttrain.rewards.judge_model import ModelReward
 from posttrain.rewards.program_tests import ProgramTests
 from posttrain.rewards.reward import Reward, RuleReward, WeightedRewards
 from posttrain.rewards.worker import Call, WorkerReward
 from pretrain.evaluation.sandbox import Limits
 
 MIB = 2**20
-OpenScorer = Callable[[str], Scorer]  # from a run or folder of a reward model to its scores
 
 
 def _in_worker(
@@ -53,6 +51,12 @@ def _function(settings: RewardConfig) -> Reward:
     return _in_worker(str(settings.function), settings, compares=False)
 
 
+def _reward_model(settings: RewardConfig) -> Reward:
+    from posttrain.reward_model import score  # it loads the model's code, which other rewards do without
+
+    return ModelReward(score.open_scorer(str(settings.model)))
+
+
 REWARDS: Mapping[str, Callable[[RewardConfig], Reward]] = {
     "exact": _exact,
     "regex": _regex,
@@ -61,21 +65,12 @@ REWARDS: Mapping[str, Callable[[RewardConfig], Reward]] = {
     "reasoning_gym": _reasoning_gym,
     "tests": _tests,
     "function": _function,
+    "reward_model": _reward_model,
 }
 
 
-def make_rewards(settings: Mapping[str, RewardConfig], key: str, scorer: OpenScorer | None = None) -> WeightedRewards:
-    """Returns the rewards of a task, below `key` in its config; exact, if the config names none.
-
-    `scorer` opens a reward model. Raises ConfigError if a reward needs one and there is none.
-    """
+def make_rewards(settings: Mapping[str, RewardConfig]) -> WeightedRewards:
+    """Returns the rewards of a task; exact, if the config names none. Raises ConfigError if a reward model is none."""
     named = dict(settings) or {"exact": RewardConfig()}
-    rewards: dict[str, Reward] = {}
-    for name, one in named.items():
-        if one.kind != "reward_model":
-            rewards[name] = REWARDS[one.kind](one)
-        elif scorer is None:
-            raise ConfigError(f"{key}.{name}.kind = 'reward_model' cannot be used by this command; name another kind")
-        else:
-            rewards[name] = ModelReward(scorer(str(one.model)))
+    rewards = {name: REWARDS[one.kind](one) for name, one in named.items()}
     return WeightedRewards(rewards, {name: one.weight for name, one in named.items()})

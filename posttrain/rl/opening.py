@@ -9,7 +9,6 @@ from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
 from launch.environment import ClusterEnvironment
 from posttrain.algorithms.dialects import Dialect
 from posttrain.initial_model import InitialChatModel
-from posttrain.reward_model.score import open_scorer
 from posttrain.rl.method import chosen_dialect
 from posttrain.rl.policy_copy import check_way
 from posttrain.rl.reference import check_reference
@@ -39,7 +38,7 @@ def opened(
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
     group = section.group_size
-    task, prompts = make_task(config.task, open_scorer), config.train.global_batch_size // group
+    task, prompts = make_task(config.task), config.train.global_batch_size // group
     row = min(config.train.seq_length, initial.lineage.context or config.train.seq_length)
     lines = check_task(task, initial.chat, row)
     if env.is_main and lines:

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.loader import ConfigError
 from configs.tasks import TaskConfig, TaskPartConfig
-from posttrain.rewards.registry import OpenScorer, make_rewards
+from posttrain.rewards.registry import make_rewards
 from posttrain.tasks.countdown import CountdownTask
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, split_of
@@ -76,22 +76,18 @@ class SortTask:
                 return drawn
 
 
-def make_task(settings: TaskConfig, scorer: OpenScorer | None = None) -> Task:
-    """Returns the task that a config names; `scorer` opens the reward models that it names.
-
-    Raises ConfigError if its files or rewards cannot be used.
-    """
+def make_task(settings: TaskConfig) -> Task:
+    """Returns the task that a config names. Raises ConfigError if its files or rewards cannot be used."""
     most = settings.max_new_tokens
     if settings.kind != "mixture":
-        return _make(settings, settings.name, most, "task", scorer)
+        return _make(settings, settings.name, most, "task")
     parts = {
-        name: (part.weight, _make(part, name, most, f"task.tasks.{name}", scorer))
-        for name, part in settings.tasks.items()
+        name: (part.weight, _make(part, name, most, f"task.tasks.{name}")) for name, part in settings.tasks.items()
     }
     return MixtureTask(settings.name or settings.kind, parts, most)
 
 
-def _make(settings: TaskPartConfig, name: str, max_new_tokens: int, key: str, scorer: OpenScorer | None) -> Task:
+def _make(settings: TaskPartConfig, name: str, max_new_tokens: int, key: str) -> Task:
     try:
         match settings.kind:
             case "sort":
@@ -99,7 +95,7 @@ def _make(settings: TaskPartConfig, name: str, max_new_tokens: int, key: str, sc
             case "countdown":
                 return CountdownTask(settings.digits or CountdownTask.digits, max_new_tokens)
             case "file":
-                rewards = make_rewards(settings.rewards, f"{key}.rewards", scorer)
+                rewards = make_rewards(settings.rewards)
                 return FileTask(name or settings.kind, settings, rewards, max_new_tokens, key)
             case kind:
                 raise ConfigError(f"{key}.kind = {kind!r} is no task")

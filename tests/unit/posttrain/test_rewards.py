@@ -82,7 +82,7 @@ def attempt(completion: str, answer: Any = "yes", prompt: Any = "Is it?", **meta
 
 
 def score(attempts: list[Attempt], **settings: Any) -> list[TaskScore]:
-    rewards = make_rewards({"mine": RewardConfig(**settings)}, "task.rewards")
+    rewards = make_rewards({"mine": RewardConfig(**settings)})
     rewards.check("task.rewards")
     return rewards(attempts)
 
@@ -212,8 +212,7 @@ def test_a_weighted_sum_keeps_each_rewards_value_and_is_unscorable_if_one_is(her
             "right": RewardConfig(kind="regex", pattern="<a>(.*)</a>"),
             "form": RewardConfig(kind="regex", pattern="<a>.*</a>", weight=0.2),
             "mine": RewardConfig(kind="function", function="my_rewards:right", weight=-0.5),
-        },
-        "task.rewards",
+        }
     )
     attempts = [attempt("<a>yes</a>", worth=1.0), attempt("<a>no</a>", worth=1.0), attempt("no")]
     scores = rewards(attempts)
@@ -368,7 +367,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             score([], kind=kind)
 
 
-def test_a_reward_model_scores_a_batch_at_once() -> None:
+def test_a_reward_model_scores_a_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
 
     def scorer(dialogues: Any) -> list[float]:
@@ -376,9 +375,10 @@ def test_a_reward_model_scores_a_batch_at_once() -> None:
         return [float("nan") if "bad" in one[-1]["content"] else -3.5 for one in dialogues]
 
     settings = {"model": RewardConfig(kind="reward_model", model="runs/rm")}
-    with pytest.raises(ConfigError, match=r"task\.rewards\.model\.kind = 'reward_model' cannot be used"):
-        make_rewards(settings, "task.rewards")
-    scores = make_rewards(settings, "task.rewards", lambda path: scorer)([attempt("good"), attempt("bad")])
+    with pytest.raises(ConfigError, match="runs/rm"):
+        make_rewards(settings)  # there is no such run
+    monkeypatch.setattr("posttrain.reward_model.score.open_scorer", lambda path: scorer)
+    scores = make_rewards(settings)([attempt("good"), attempt("bad")])
     assert [one.value for one in scores] == [-3.5, None] and batches == [2]
 
 
