@@ -12,7 +12,10 @@ class DialogueConfig(Section):
     """Dialogues to train on. One that is broken or longer than train.seq_length is set aside and counted."""
 
     dialogues: tuple[str, ...] = ()
-    """The files, with a JSON object {"id", "messages": [{"role", "content"}]} on each line, gzipped or not."""
+    """The files, JSON lines (gzipped or not) or parquet, whose records have "messages", a list of {"role", "content"},
+    or "prompt" and "completion", each a text or such a list."""
+    chat_template: str | None = None
+    """A file with the Jinja template to write dialogues with; left out, the model's own, or else Trivium's."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
     """The share of the dialogues, by hash of their first message, that is never trained on."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

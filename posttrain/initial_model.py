@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from configs.initial import InitConfig
 from configs.loader import ConfigError
@@ -15,11 +16,14 @@ class InitialChatModel(initial_model.InitialModel):
     """The model that a post-training run starts from; `chat` is its chat format."""
 
     @classmethod
-    def open(cls, init: InitConfig, run_dir: str, resume: str, takes_values: bool = False) -> "InitialChatModel":
+    def open(
+        cls, init: InitConfig, run_dir: str, resume: str, takes_values: bool = False, template: str | None = None
+    ) -> "InitialChatModel":
         """Opens the initial model of the run in `run_dir`, as pretraining does, and its chat format.
 
-        Raises ConfigError as pretraining does, if the model has no tokenizer, or none that the format can use, and if
-        it is a reward model, unless the run `takes_values`.
+        `template` is a file with a chat template that takes the place of the model's. Raises ConfigError as pretraining
+        does, if the model has no tokenizer, or none that the format can use, and if it is a reward model, unless the
+        run `takes_values`.
         """
         found = super().open(init, run_dir, resume)
         if not takes_values:
@@ -29,14 +33,25 @@ class InitialChatModel(initial_model.InitialModel):
                 f"{found.said}: nothing says which tokenizer the model was trained with; set init.tokenizer to its "
                 "folder"
             )
+        if template is not None:
+            found = replace(found, lineage=replace(found.lineage, chat_template=_read_template(template)))
         try:
-            template = found.chat.template  # made here, so that its error is told with the rest
+            written = found.chat.template  # made here, so that its error is told with the rest
         except ValueError as error:
             raise ConfigError(str(error) if found.own else f"{found.said}: {error}") from None
-        return replace(found, lineage=replace(found.lineage, chat_template=template))
+        return replace(found, lineage=replace(found.lineage, chat_template=written))
 
     @cached_property
     def chat(self) -> Chat:
         """The model's chat format. Raises ValueError as `open_chat`."""
         assert self.tokenizer is not None
         return open_chat(self.tokenizer, self.lineage.chat_template)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.chat_template = {path!r} cannot be read ({error}); name a Jinja template's file, or leave it out"
+        ) from None

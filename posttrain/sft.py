@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
-    initial = InitialChatModel.open(config.init, config.run.dir, args.resume)
+    initial = InitialChatModel.open(config.init, config.run.dir, args.resume, template=config.data.chat_template)
     initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")

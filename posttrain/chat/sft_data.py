@@ -5,15 +5,13 @@ new random order each epoch, so sample i is a pure function of (data, seed, i). 
 are no sampling weights (give a source more examples instead) and no preference pairs.
 """
 
-import gzip
 import hashlib
 import json
 import math
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +21,8 @@ from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
 from posttrain.chat.chat import Chat, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message
+from posttrain.preference.pairs import as_messages
+from posttrain.preference.records import Unusable, raw_records
 from posttrain.tasks.task import Split, Task, available
 from posttrain.tasks.verifiable_tasks import make_task
 from pretrain.batch_source import BatchSource
@@ -100,10 +100,10 @@ def read_dialogues(
     a file is missing, no dialogue is left to train on, or more than `max_bad_share` of them were set aside.
     """
     found, longest, total = DialogueExamples(), 0, 0
-    for name, line in _lines(paths):
+    for name, raw in raw_records(paths, "data.dialogues"):
         total += 1
         try:
-            made, key = _examples(name, line, chat, seq_length)
+            made, key = _examples(name, raw, chat, seq_length)
         except _SetAside as broken:
             found.set_aside[broken.reason] += 1
             found.first_of_reason.setdefault(broken.reason, f"{name}{broken.what and ', ' + broken.what[:SHOWN]}")
@@ -238,18 +238,15 @@ class _SetAside(Exception):
         self.reason, self.what, self.tokens = reason, what, tokens
 
 
-def _examples(name: str, line: bytes, chat: Chat, seq_length: int) -> tuple[list[Example], str]:
+def _examples(name: str, raw: bytes | dict[str, Any], chat: Chat, seq_length: int) -> tuple[list[Example], str]:
     """Returns the examples of a dialogue, and the text by whose hash they are trained on or held out."""
     try:
-        record = json.loads(line)
+        record = json.loads(raw) if isinstance(raw, bytes) else raw
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise _SetAside("bad_json", str(error)) from None
     if not isinstance(record, dict):
         raise _SetAside("bad_messages: the line is no object", f"it is {type(record).__name__}")
-    if "messages" not in record:
-        keys = ", ".join(map(repr, list(record)[:8]))
-        raise _SetAside("bad_messages: no key 'messages'", f"its keys are {keys}" if keys else "it has no keys")
-    messages = record["messages"]
+    messages = _messages(record)
     try:
         samples = chat.samples(messages, record.get("tools"))
     except BrokenDialogue as broken:
@@ -268,19 +265,24 @@ def _examples(name: str, line: bytes, chat: Chat, seq_length: int) -> tuple[list
     return [Example(one, s.tokens, s.answer) for one, s in zip(ids, samples, strict=True)], first
 
 
-def _lines(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(
-                f"data.dialogues names {path}, which is no file; `ls {Path(path).parent}` shows what is there"
-            )
-        try:
-            with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield f"{path}:{number}", line
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} in data.dialogues cannot be read to its end ({error}); restore it") from None
+def _messages(record: dict[str, Any]) -> Any:
+    """Returns a record's messages, or those that its prompt and completion are; answers in a prompt are not learnt."""
+    if "messages" in record and (record["messages"] is not None or "prompt" not in record):
+        given = record["messages"]
+        if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+            return given
+        # In a table every message has every key, and no value where it says nothing of it.
+        return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in given]
+    if "prompt" not in record or "completion" not in record:
+        keys = ", ".join(map(repr, list(record)[:8]))
+        raise _SetAside("bad_messages: no key 'messages'", f"its keys are {keys}" if keys else "it has no keys")
+    try:
+        prompt = as_messages(record["prompt"], "user", "prompt")
+        completion = as_messages(record["completion"], "assistant", "completion")
+    except Unusable as unusable:
+        raise _SetAside(unusable.reason, unusable.details) from None
+    read = [{**one, "train": False} if one.get("role") == "assistant" else one for one in prompt]
+    return [*read, *completion]
 
 
 def _fraction(key: str) -> float:

@@ -78,7 +78,7 @@ def read_records(
     records are set aside, or if none is left to train on.
     """
     found: Records[T] = Records(kind)
-    for place, raw in _raw_records(paths, key):
+    for place, raw in raw_records(paths, key):
         try:
             kept, prompt = parse(place, _parsed(raw))
         except Unusable as broken:
@@ -117,7 +117,7 @@ def _check(found: Records[Any], where: str, key: str, heldout_share: float, max_
         )
 
 
-def _raw_records(paths: Sequence[str], key: str) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
+def raw_records(paths: Sequence[str], key: str) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
     """Yields the place of each record, and its line or, from parquet, its values."""
     for path in paths:
         if not Path(path).is_file():

@@ -210,3 +210,35 @@ def test_demonstrations_are_right_and_their_splits_disjoint(chat: ChatFormat) ->
     assert not prompts[0] & prompts[1]
     with pytest.raises(ValueError, match=r"train\.seq_length = 8"):
         demonstrations(task, chat, 5, "train", 1, 8)
+
+
+def test_prompts_and_completions_and_tables_are_the_same_dialogues(chat: ChatFormat, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    said = [("What is it?", "A tree."), ("And that?", "A bird.")]
+    records = [{"id": str(i), "prompt": q, "completion": a} for i, (q, a) in enumerate(said)]
+    dialogues = [
+        {"id": str(i), "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for i, (q, a) in enumerate(said)
+    ]
+    for name, lines in (("pairs", records), ("dialogues", dialogues)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / f"{name}.parquet")
+    found = [
+        read_dialogues([str(file)], chat, 64, heldout_share=0.0, max_bad_share=0.0).train
+        for file in sorted(tmp_path.iterdir())
+    ]
+    assert len(found) == 4 and all(len(examples) == 2 for examples in found)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert one.id == other.id
+            assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.answer, other.answer)
+
+
+def test_answers_in_a_prompt_are_not_learnt(chat: ChatFormat, tmp_path: Path) -> None:
+    turns = [("user", "One?"), ("assistant", "Yes."), ("user", "Two?")]
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": prompt, "completion": "No."}))
+    (example,) = read_dialogues([str(tmp_path / "a.jsonl")], chat, 64, heldout_share=0.0, max_bad_share=0.0).train
+    assert example.tokens[example.answer].tolist() == [*chat.encode_text("No."), chat.end_id]
