@@ -52,6 +52,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dpo": ("posttrain.dpo:main", "learn from preferences (DPO and kin: IPO, ORPO, SimPO, KTO)"),
     "ppo": ("posttrain.ppo:main", "reinforcement learning with a critic (PPO)"),
     "grpo": ("posttrain.grpo:main", "fine-tune by reinforcement learning from verifiable rewards"),
+    "rl compare": (
+        "posttrain.algorithms.compare:main",
+        "compare loss, gradient and clipping of a recorded batch under every dialect",
+    ),
     "export": ("export.huggingface:main", "write a checkpoint as a Hugging Face directory, and verify it"),
     "import": ("export.import_hf:main", "convert a Hugging Face directory to Trivium's weights"),
     "eval": ("export.evaluate:main", "measure held-out perplexity, and run tasks of lm-evaluation-harness"),

@@ -100,7 +100,8 @@ class TokenBatch:
         """Writes the batch to a safetensors file, whole or not at all."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        # Copies, as the file format takes no two tensors of the same memory.
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors().items()}
         save_file(tensors, temporary, metadata={"format": "trivium token batch"})
         os.replace(temporary, path)
 

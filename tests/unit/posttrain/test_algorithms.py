@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.loader import ConfigError
+from posttrain.algorithms import compare
 from posttrain.algorithms.advantages import (
     AdvantageDialect,
     batch_normalised,
@@ -339,3 +341,33 @@ def test_bad_batches_are_refused_in_words(tmp_path: Path) -> None:
     found.but(sequences=found.sequences + 100).save(tmp_path / "far")
     with pytest.raises(ValueError, match=r"sequence numbers outside 0 to 5"):
         TokenBatch.load(tmp_path / "far")
+
+
+def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two completions of one prompt, 2 and 4 tokens long, with rewards 1 and 0, before the first update."""
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    groups, sequences = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0] * 4, [1] * 4])
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0] * 4])
+    lp = torch.full((2, 4), -1.0)
+    batch = TokenBatch(lp, mask, sequences, old_logprobs=lp, rewards=rewards, groups=groups)
+    found = {one.dialect: one for one in compare.compare(batch, max_length=4)}
+    assert found.keys() == DIALECTS.keys()
+    # Advantages of Dr.GRPO are +.5 and -.5: (-.5 * 2 + .5 * 4) / (2 * 4), a slope of .5 / 8 for each of 6 tokens.
+    assert found["dr_grpo"].loss == pytest.approx(0.125)
+    assert found["dr_grpo"].grad_norm == pytest.approx(0.5 / 8 * 6**0.5)
+    assert (found["dr_grpo"].clipped, found["dr_grpo"].live) == (0.0, 1.0)
+    assert found["rloo"].loss == pytest.approx((-2 + 4) / 6)
+    assert "has no values" in found["ppo"].lacks
+    batch.save(tmp_path / "batch.safetensors")
+    assert compare.main([str(tmp_path / "batch.safetensors"), "--drift", "1"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in DIALECTS) and "6 sampled tokens in 2 completions" in said
+    moved = {one.dialect: one for one in compare.compare(compare.drifted(batch, 1.0))}
+    assert moved["grpo@trl"].clipped > 0 and moved["cispo@minimax"].live == 1 > moved["grpo@trl"].live
+    for argv, message in (
+        ([str(tmp_path / "none")], "cannot be read as a recorded batch"),
+        ([str(tmp_path / "batch.safetensors"), "--drift", "-1"], "--drift -1.0 is no distance"),
+        ([str(tmp_path / "batch.safetensors"), "--max-length", "0"], "--max-length 0 is no number of tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare.main(argv)
