@@ -99,3 +99,12 @@ def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, 
     straight.rename(moved / "straight")
     with ModelReader(storage.directory(moved / "straight", 6)) as whole:
         assert len(whole.read("embedding.weight")) == MODELS["moe_tied"]["vocab_size"]
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}])
+def test_completions_are_sampled_with_adapters_merged(ranks: RanksOf, parallel: dict[str, int]) -> None:
+    """The copy of the base alone would differ by more than 1: adapters begin with something to add here."""
+    worker = "tests.parallel.workers.posttraining:copy_has_adapters"
+    options = {"model": MODELS["moe_tied"], "parallel": parallel, "adapter": LORA}
+    found = ranks(parallel.get("tp", 1)).run(worker, process_group=False, **options)
+    assert max(found) < 1e-4

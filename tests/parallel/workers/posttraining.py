@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.loader import ConfigError
 from data_pipeline.tokens.tokenizer import file_name
 from posttrain.rl.policy_copy import PolicyCopy
@@ -39,3 +41,17 @@ def command(module: str, argv: list[str]) -> dict[str, Any]:
         except ConfigError as error:
             return {"status": 2, "said": said.getvalue(), "error": str(error)}
     return {"status": status, "said": said.getvalue(), "error": ""}
+
+
+def copy_has_adapters(model: dict[str, Any], parallel: dict[str, Any], adapter: dict[str, Any]) -> float:
+    """Returns the largest difference between logits of the trained module and of what completions are sampled with."""
+    engine = make_engine(model, parallel, adapter=adapter)
+    copy = PolicyCopy()
+    copy.refresh(engine)
+    tokens = torch.arange(20).view(2, 10) % engine.model_config.vocab_size
+    positions = torch.arange(10).expand(2, 10)
+    with torch.no_grad():
+        trained = engine.module.eval()(tokens, positions)
+        sampled = copy.decoder(tokens, positions)
+        part = sampled.chunk(parallel.get("tp", 1), -1)[engine.mesh.tp_rank]
+    return float((trained - part).abs().max())
