@@ -42,6 +42,7 @@ def measured(size: str, rounds: int) -> list[dict[str, Any]]:
         out = peer.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
+            use_cache=True,
             do_sample=True,
             temperature=1.0,
             top_k=0,
