@@ -57,6 +57,11 @@ def opened(
         )
     if config.rl.kl != "none":
         check_reference(initial.pin)
+    if section.dialect == "gspo" and config.parallel.cp > 1:
+        raise ConfigError(
+            f"parallel.cp = {config.parallel.cp} divides sequences, whose whole probability ratio {name}.dialect = "
+            "'gspo' takes; set parallel.cp=1, or another dialect"
+        )
     dialect = chosen_dialect(section.dialect, section, name)
     said = (
         f"{config.train.steps} steps of {prompts} prompts x {group} samples of {task}, layout {layout}, from "

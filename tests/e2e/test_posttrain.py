@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from configs.mixture import PlanConfig
 from configs.tokenizer import TokenizerConfig
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.tokens.store import build
+from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.training import train as train_tokenizer
 from posttrain.chat.chat_format import jinja_template
 from posttrain.rl import rollout_file
@@ -311,6 +315,28 @@ def test_a_killed_ppo_run_goes_on_bit_identically(
         assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+def test_text_of_pretraining_is_learnt_in_the_same_steps(ranks: RanksOf, tuned: Path, criticized: Path) -> None:
+    """PPO-ptx (Ouyang et al. 2022): on one rank and on two, and with a coefficient that drowns the rewards."""
+    shard = [{"text": "I am fine, thank you. " * 30, "id": str(i), "metadata": {}} for i in range(8)]
+    write_shard(tuned / "prose.jsonl.zst", shard)
+    for split in ("train", "heldout"):
+        store = tuned / "tokens" / split / "prose" / "00000"
+        build(tuned / "prose.jsonl.zst", store, Tokenizer.load(tuned / "tokenizer"))
+    plan = PlanConfig(seq_length=24, samples=40, seed=1, weights={"prose": 1.0}, max_epochs=9)
+    build_plan(tuned / "tokens", tuned / "tokenizer", tuned / "plan", plan)
+    text = (f"ppo.text_plan={tuned}/plan", "ppo.text_rows=64", "train.steps=6")
+    runs = {}
+    for name, world, coef in (("one", 1, 1.0), ("two", 2, 1.0), ("text", 2, 100.0)):
+        call(ranks(world), "ppo", tuned, f"run.dir={tuned}/ptx_{name}", f"ppo.text_coef={coef}", *text)
+        runs[name] = steps_of(tuned / f"ptx_{name}")
+    first = {name: lines[0] for name, lines in runs.items()}
+    assert first["one"]["ptx_loss"] == pytest.approx(first["text"]["ptx_loss"], rel=1e-5)
+    assert first["one"]["value_loss"] == pytest.approx(steps_of(criticized)[0]["value_loss"], rel=1e-4)
+    for name in ("loss", "grad_norm", "ptx_loss"):
+        assert first["one"][name] == pytest.approx(first["two"][name], rel=1e-4)
+    assert runs["text"][-1]["ptx_loss"] < first["text"]["ptx_loss"] - 0.05
+
+
 @pytest.mark.parametrize(
     ("world", "parallel"),
     [(2, "tp=2"), *(pytest.param(*p, marks=pytest.mark.full) for p in ((1, "tp=1"), (2, "pp=2"), (2, "cp=2")))],
@@ -339,6 +365,7 @@ def test_ppo_is_the_same_in_any_layout(
         ),
         ("grpo", ["grpo.max_logprob_difference=1e-12"], r"differ by .* nats a token.*max_logprob_difference = 1e-12"),
         ("grpo", ["grpo.dialect=ppo"], r"grpo\.dialect = 'ppo'"),
+        ("grpo", ["grpo.dialect=gspo", "parallel.cp=2"], r"parallel\.cp = 2 divides sequences.*set parallel\.cp=1"),
         ("grpo", ["init.run=nowhere"], r"init\.run = 'nowhere'"),
         ("sft", ["init.tokenizer=nowhere"], r"init\.tokenizer = 'nowhere'"),
         ("sft", ["data.dialogues=[]", "task.demonstrations=0"], "nothing to train on"),
