@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 -m export.chat runs/demo/sft parallel.tp=2
 """
 
+import argparse
 import io
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trivium chat runs/demo/sft --temperature 0.7",
     )
     parser.add_argument("--system", help="the system message")
+    parser.add_argument(
+        "--think",
+        action=argparse.BooleanOptionalAction,
+        help="ask for an answer with or without reasoning, if the chat template knows of both",
+    )
     args = parser.parse_intermixed_args(argv)
     sampling_of(args)  # a mistake is told before torch is imported
     parallel = split_keys(args.overrides)
@@ -38,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with loaded(args.source, args.step, parallel, args.precision) as model:
         if model.codec.chat_template is None:
             raise ConfigError(f"{args.source} has no chat template; chat needs a run of `trivium sft` or later")
+        model.codec.check_thinking(args.think)
         _converse(model, TextOptions.of(args), args.system)
     return 0
 

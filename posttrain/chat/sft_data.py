@@ -247,6 +247,8 @@ def _examples(name: str, raw: bytes | dict[str, Any], chat: Chat, seq_length: in
     if not isinstance(record, dict):
         raise _SetAside("bad_messages: the line is no object", f"it is {type(record).__name__}")
     messages = _messages(record)
+    if not isinstance(record.get("tools") or [], list):
+        raise _SetAside("bad_tools", f"'tools' is {type(record['tools']).__name__}, not a list")
     try:
         samples = chat.samples(messages, record.get("tools"))
     except BrokenDialogue as broken:

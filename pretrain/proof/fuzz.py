@@ -22,6 +22,9 @@ from pretrain.proof.draw_model import draw_model, simpler_models
 # Keys and whole sections of a pretraining config that no draw varies, with the reason for each.
 NOT_DRAWN = {
     "run.dir": "it is the folder of the results",
+    "init": "a draw begins with random weights, and draws the keys of the model itself",
+    "adapter": "tests/parallel/test_adapters.py holds adapters in each layout against one rank",
+    "train.freeze": "tests/parallel/test_adapters.py freezes weights in each layout",
     "data": "the rows of a proof do not come from a plan",
     "train.steps": "a proof takes three steps",
     "train.precision": "the proof's own --precision is drawn in its place",

@@ -250,3 +250,21 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
     (model / "tokenizer.model").unlink()
     with pytest.raises(ConfigError, match=r"tokenizer\.model, with which the model was trained, is missing"):
         generate.main([str(model), "--prompt", "a"])
+
+
+def test_answers_are_asked_for_with_or_without_reasoning_where_the_template_knows_of_both(chat_model, tmp_path):
+    tokenizer, dialogue = chat_model / "tokenizer.model", [{"role": "user", "content": "hello"}]
+    with pytest.raises(ConfigError, match=r"--no-think: the model's chat template does not use enable_thinking"):
+        chat.main([str(chat_model), "--no-think"])
+    codec = TextCodec(
+        tokenizer,
+        "{% for m in messages %}{{ '<|user|>' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% if enable_thinking is false %}{{ 'no ' }}{% endif %}"
+        "{% endif %}",
+    )
+    thought = codec.encode_chat(dialogue)
+    codec.check_thinking(False)
+    silent = codec.encode_chat(dialogue)
+    assert silent[: len(thought)] == thought and codec.tokenizer.decode(silent[len(thought) :]).strip() == "no"
+    codec.check_thinking(True)
+    assert codec.encode_chat(dialogue) == thought

@@ -242,3 +242,9 @@ def test_answers_in_a_prompt_are_not_learnt(chat: ChatFormat, tmp_path: Path) ->
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": prompt, "completion": "No."}))
     (example,) = read_dialogues([str(tmp_path / "a.jsonl")], chat, 64, heldout_share=0.0, max_bad_share=0.0).train
     assert example.tokens[example.answer].tolist() == [*chat.encode_text("No."), chat.end_id]
+
+
+def test_tools_that_are_no_list_set_a_dialogue_aside(chat: ChatFormat, tmp_path: Path) -> None:
+    good = [dialogue(f"question {i}", f"answer {i}") for i in range(5)]
+    path = write(tmp_path / "d.jsonl.gz", [*good, {**dialogue("q", "a"), "tools": 5}])
+    assert dict(read_dialogues([path], chat, LENGTH, 0.0, 1.0).set_aside) == {"bad_tools": 1}
