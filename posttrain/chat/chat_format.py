@@ -77,6 +77,10 @@ class ChatFormat(Chat):
             raise ValueError("a prompt ends with a user message, but the last message is the assistant's")
         return [*self.render(messages)[0].tolist(), self.assistant_id]
 
+    def answer_length(self, prompt: Sequence[Any], answer: str) -> int:
+        """Returns the number of tokens of an answer and the <|end|> that closes it, whatever the prompt."""
+        return len(self.encode_text(answer)) + 1
+
     def encode_text(self, text: str) -> list[int]:
         """Encodes plain text, with control tokens neutralized. Raises ValueError if the ids still contain one."""
         ids = list(self.tokenizer.encode(neutralise(text)))

@@ -76,6 +76,7 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.mark.full
 def test_a_run_continues_in_another_layout_and_gives_scores_alone(ranks: RanksOf, base: Path) -> None:
     argv, options = [str(base / "rm.toml")], {"process_group": False, "timeout": 120}
     command = "tests.parallel.workers.posttraining:command"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import ranks
+from launch.bootstrap import TRAINING
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -164,16 +165,19 @@ def test_a_command_stands_for_its_module() -> None:
     assert (launched.returncode, launched.stderr) == (2, error)
 
 
+COMMANDS = list(TRAINING)  # pretraining's first
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
         ("trian", "did you mean train?"),
-        ("posttrain", "did you mean sft or rm or ppo or grpo?"),
+        ("posttrain", f"did you mean {' or '.join(COMMANDS[1:])}?"),
         ("pretrain/train.py", "did you mean pretrain.train?"),
         ("posttrain.grop", "did you mean posttrain.grpo?"),
-        ("generate", "give train, sft, rm, ppo, grpo, or a module"),
-        ("no.such.module", "give train, sft, rm, ppo, grpo, or a module"),
-        ("", "give train, sft, rm, ppo, grpo, or a module"),
+        ("generate", f"give {', '.join(COMMANDS)}, or a module"),
+        ("no.such.module", f"give {', '.join(COMMANDS)}, or a module"),
+        ("", f"give {', '.join(COMMANDS)}, or a module"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
