@@ -8,7 +8,7 @@ trains on the same samples whatever the number of ranks and the micro-batch size
 import abc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from data_pipeline.mixture import earlier
 from data_pipeline.mixture.rows import Plan, Row
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents
+
+T = TypeVar("T")
 
 
 def collate(rows: Sequence[Any], first: int | None = None) -> Batch:
@@ -60,6 +62,18 @@ def share_of_rank(first: int, count: int, dp_rank: int, dp: int) -> range:
     """Returns which of the samples [first, first + count) data-parallel rank `dp_rank` of `dp` trains on."""
     share = count // dp
     return range(first + dp_rank * share, first + (dp_rank + 1) * share)
+
+
+def in_random_order(rows: Sequence[T], samples: range, seed: int) -> list[T]:
+    """Returns the rows of `samples`, which count through all epochs; each epoch has a random order of its own."""
+    picked: list[T] = []
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    for i in samples:
+        if i // len(rows) != epoch:
+            epoch = i // len(rows)
+            order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        picked.append(rows[order[i % len(rows)]])
+    return picked
 
 
 class BatchSource(abc.ABC):

@@ -25,7 +25,7 @@ from posttrain.preference.pairs import as_messages
 from posttrain.preference.records import Unusable, raw_records
 from posttrain.tasks.task import Split, Task, available
 from posttrain.tasks.verifiable_tasks import make_task
-from pretrain.batch_source import BatchSource
+from pretrain.batch_source import BatchSource, in_random_order
 
 SHOWN = 160  # characters of the details of a broken dialogue in messages
 _ANEW = "choose another run.dir for a run with train.seq_length={}"
@@ -220,14 +220,7 @@ class SFTSource(BatchSource):
 
     def rows(self, samples: range) -> list[Row]:
         """Returns the rows of `samples`, which count through all epochs."""
-        picked = []
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        for i in samples:
-            if i // len(self._rows) != epoch:
-                epoch = i // len(self._rows)
-                order = np.random.default_rng([self.seed, epoch]).permutation(len(self._rows))
-            picked.append(self._rows[order[i % len(self._rows)]])
-        return picked
+        return in_random_order(self._rows, samples, self.seed)
 
 
 class _SetAside(Exception):

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
-from pretrain.batch_source import BatchSource
+from pretrain.batch_source import BatchSource, in_random_order
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,7 @@ class PackedSource(BatchSource):
 
     def rows(self, samples: range) -> list[PackedRow]:
         """Returns the rows of `samples`, which count through all epochs."""
-        picked = []
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        for i in samples:
-            if i // len(self._rows) != epoch:
-                epoch = i // len(self._rows)
-                order = np.random.default_rng([self.seed, epoch]).permutation(len(self._rows))
-            picked.append(self._rows[order[i % len(self._rows)]])
-        return picked
+        return in_random_order(self._rows, samples, self.seed)
 
 
 def fingerprint(rows: Sequence[PackedRow], seed: int) -> str:

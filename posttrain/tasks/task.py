@@ -6,8 +6,7 @@ reward that cannot judge an attempt returns `TaskScore.unscorable`, which is not
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -136,18 +135,3 @@ def truncated(task: Task, problem: Problem) -> TaskScore:
     """Returns the score of a completion that was cut before it closed its turn: 0 by every reward of its task."""
     own = [name for name in task.reward_names if problem.task in (task.name, name.split("/")[0])]
     return TaskScore(0.0, "truncated", dict.fromkeys(own, 0.0))
-
-
-def count_reasons(scores: Iterable[TaskScore]) -> Counter[str]:
-    """Returns how many scores are unscorable, by reason."""
-    return Counter(score.reason for score in scores if score.value is None)
-
-
-def part_means(scores: Iterable[TaskScore]) -> dict[str, tuple[float, int]]:
-    """Returns (sum, count) of each reward by its name, over the scores that have it."""
-    found: dict[str, tuple[float, int]] = {}
-    for score in scores:
-        for name, value in score.parts.items():
-            total, count = found.get(name, (0.0, 0))
-            found[name] = (total + value, count + 1)
-    return found
