@@ -152,23 +152,20 @@ class DataSection(Section):
 
 
 class EvalConfig(Section):
-    """Held-out loss by source."""
+    """Held-out loss by source, and scores of tasks."""
 
     every: int = Field(default=100, ge=1)
     """The number of steps from one evaluation to the next; there is always one at the end."""
     rows: int = Field(default=32, ge=0)
     """The maximum number of held-out rows of each source; 0 measures no held-out loss."""
-
-
-class PretrainEvalConfig(EvalConfig):
-    """Held-out loss by source, and scores of tasks."""
-
     tasks: tuple[str, ...] = ()
     """The tasks of lm-evaluation-harness that are scored at each evaluation: names, YAML files or folders."""
     task_documents: int = Field(default=100, ge=1)
     """The maximum number of documents of each task."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """The number of solved examples in each prompt; left out, it is what the task says."""
+    chat: bool = False
+    """Whether the prompts of tasks are put into the model's chat template."""
 
 
 class LogConfig(Section):
@@ -198,7 +195,7 @@ class TrainerConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Steps at which checkpoints are written, and which of them are kept."""
     eval: EvalConfig = EvalConfig()
-    """Held-out loss by source."""
+    """Held-out loss by source, and scores of tasks."""
     log: LogConfig = LogConfig()
     """The output of a run while it trains."""
     adapter: AdapterConfig | None = None
@@ -251,5 +248,3 @@ class PretrainConfig(TrainerConfig):
     """The model whose weights training goes on from, with a new optimizer; left out, weights are drawn at random."""
     data: DataSection
     """The data plan to train on."""
-    eval: PretrainEvalConfig = PretrainEvalConfig()
-    """Held-out loss by source, and scores of tasks."""

@@ -18,13 +18,13 @@ import torch
 from configs.export import VerifyConfig
 from configs.model import ModelConfig
 from configs.sampling import GREEDY
-from export.chat_codec import TextCodec
 from export.conversion.table import Family, longest_row
 from export.conversion.walk import KEPT, convert, embedding_name, entries, fit
 from export.hf_tokenizer import first_difference, first_mismatch
 from export.tensors import scan_tensors
 from pretrain.model import Decoder
 from pretrain.sampling import generate
+from pretrain.text_codec import TextCodec
 
 FAR_LOGITS = 64  # tokens at the end of the long text
 

@@ -6,7 +6,6 @@ kept as JSON beside the model, in which the scores of one model's tasks collect.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +20,10 @@ from launch.environment import ClusterEnvironment
 
 if TYPE_CHECKING:
     from data_pipeline.mixture.rows import Plan
-    from export.chat_codec import TextCodec
     from export.model_source import ModelSource
     from pretrain.evaluation.harness_tasks import LoadedTasks
     from pretrain.model import Decoder
+    from pretrain.text_codec import TextCodec
 
 SOURCE_HELP = "a run directory (its newest checkpoint), a checkpoint, an imported model, or a Hugging Face folder"
 
@@ -36,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"trivium eval runs in one process, and {ranks} ranks were started; start it without a launcher"
         )
-    _stay_offline()
+    from pretrain.evaluation.packages import stay_offline
+
+    stay_offline()
     opened, plan, codec = _open(args)
     tasks = _tasks(args) if args.tasks else None
     if args.dry_run:
@@ -100,14 +101,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.tasks and args.rows == 0:
         raise ConfigError("--rows 0 measures no held-out text, and there are no --tasks; give one of the two")
     return args
-
-
-def _stay_offline() -> None:
-    """Keeps Hugging Face's libraries from the network, and their progress bars from a log; set before their import."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _open(args: argparse.Namespace) -> "tuple[ModelSource, Plan | None, TextCodec | None]":

@@ -29,8 +29,8 @@ from export.tensors import write_tensors
 from pretrain.model import Decoder, LayerContext
 
 if TYPE_CHECKING:
-    from export.chat_codec import TextCodec
     from export.huggingface import Texts
+    from pretrain.text_codec import TextCodec
 
 
 def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: ExportConfig, folder: Path) -> Reference:

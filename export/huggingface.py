@@ -19,9 +19,9 @@ from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError, plain
 
 if TYPE_CHECKING:
-    from export.chat_codec import TextCodec
     from export.checks import Check, Reference, Reloaded
     from export.model_source import ModelSource
+    from pretrain.text_codec import TextCodec
 
 HELDOUT_PROMPT = 16  # tokens at the start of a held-out passage that serve as a prompt
 EXAMPLE = "trivium export configs/export/demo.toml run=runs/demo/sft out=runs/demo/export/sft"

@@ -20,13 +20,13 @@ from configs.loader import ConfigError
 from configs.sampling import SamplingConfig
 from configs.sampling_options import sampling_of
 from configs.train import ParallelConfig, TrainSection
-from export.chat_codec import TextCodec
 from export.model_source import ModelSource, open_source
 from launch.environment import ClusterEnvironment
 from pretrain.model import build_single
 from pretrain.parallel import groups
 from pretrain.parallel.split_decoder import SplitDecoder
 from pretrain.sampling import SampledModel, generate
+from pretrain.text_codec import TextCodec
 from pretrain.text_stream import TextStream
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -28,8 +28,7 @@ from pretrain.plan_choice import PlanChoice, choose_plan
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.lineage import Lineage
-    from pretrain.evaluation.task_scores import TaskScores
-    from pretrain.heldout_loss import Evaluator, HeldoutLoss
+    from pretrain.heldout_loss import HeldoutLoss
     from pretrain.initial_model import InitialModel
     from pretrain.parallel.groups import Mesh
 
@@ -86,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # torch takes seconds to import, so mistakes in the config are reported before.
-    scored = _task_scores(config, choice.plan)
     from pretrain.batch_source import PlanSource
     from pretrain.data_check import DamagedTrainingData
     from pretrain.model.losses import NextToken
@@ -97,7 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             name, plan = Path(config.run.dir).name, choice.plan
             heldout = _heldout(plan, config.eval.rows, mesh)
-            evaluators: list[Evaluator] = [*heldout, *scored]
             if heldout and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
                 print(
                     f"{name}: {plan.path} has no held-out documents of {', '.join(bare)}, so the held-out loss of "
@@ -111,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 source,
                 NextToken(),
                 mesh,
-                evaluators,
+                heldout,
                 lineage,
                 name,
                 resume=args.resume,
@@ -149,18 +146,6 @@ def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
     if said := list(dict.fromkeys(filter(None, mesh.gather_json(found)))):
         raise DamagedTrainingData("; ".join(said))
     return evaluators
-
-
-def _task_scores(config: PretrainConfig, plan: Plan) -> "list[TaskScores]":
-    """Returns the evaluator of the tasks in `eval.tasks`, an empty list if there are none.
-
-    Raises ConfigError for a task that cannot be run.
-    """
-    if not config.eval.tasks:
-        return []
-    from pretrain.evaluation.task_scores import TaskScores
-
-    return [TaskScores(config.eval, plan.tokenizer_path, config.train.seq_length, config.run.seed)]
 
 
 def _lineage(plan: Plan, config: PretrainConfig, initial: "InitialModel | None") -> "Lineage":

@@ -31,6 +31,7 @@ from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.whole_model import base_facts
 from pretrain.companion import Companion
 from pretrain.data_check import DamagedTrainingData, DataCheck
+from pretrain.evaluation.task_scores import task_scores
 from pretrain.flops import flops_per_token, measured_flops, peak_flops
 from pretrain.heldout_loss import Evaluator
 from pretrain.initial_model import initial_weights
@@ -78,15 +79,15 @@ class Trainer:
         train = config.train.model_copy(update={"precision": precision})
         self.config = config.model_copy(update={"train": train})
         self.model_config, self.source, self.loss_fn, self.mesh = model_config, source, loss_fn, mesh
-        self.evaluators, self.lineage, self.title, self.resume = evaluators, lineage or Lineage(), title, resume
+        self.lineage, self.title, self.resume = lineage or Lineage(), title, resume
+        self.evaluators = [*evaluators, *task_scores(config, model_config, self.lineage)]
         self.profiled = profiled
         self.run = RunDirectory(self.config, model_config, source, self.lineage, mesh)
         self.step, self.samples, self.tokens = 0, 0, 0
         self.tokens_by_source = dict.fromkeys(source.sources, 0.0)  # trained on, weighted by the loss mask
         self.origin: str | None = None
-        self.context = max(
-            self.lineage.context, train.seq_length
-        )  # context length of the model, in tokens; never shrinks
+        # Context length of the model, in tokens; never shrinks.
+        self.context = max(self.lineage.context, train.seq_length)
         self.identity = {
             "model": loader.plain(model_config),
             "seed": config.run.seed,

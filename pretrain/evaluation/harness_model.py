@@ -8,7 +8,7 @@ it if the tokenizer adds one. Importing this module imports `lm_eval`, which tak
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -20,6 +20,7 @@ from pretrain.evaluation.likelihood import BATCH_TOKENS, Ids, likelihoods
 from pretrain.evaluation.progress import ProgressCount
 from pretrain.model import Decoder
 from pretrain.sampling import generate
+from pretrain.text_codec import TextCodec
 from pretrain.text_stream import TextStream
 
 MAX_NEW_TOKENS = 256  # of tasks that do not say how many
@@ -27,27 +28,6 @@ CACHED = 4  # tokens in the key-value cache of generation for each token of `bat
 # Settings of a task's generation that are carried out; others are refused, so that no score is of another sampling.
 SAMPLING = tuple(field.name for field in fields(SamplingConfig))
 SETTINGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
-
-
-class Codec(Protocol):
-    """A model's tokenizer as the harness needs it, such as `export.chat_codec.TextCodec`."""
-
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    chat_template: str | None
-
-    @property
-    def stop_ids(self) -> list[int]: ...
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-    def encode_rendered(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-    def render_chat(self, messages: list[dict[str, str]], open_answer: bool) -> str: ...
 
 
 @register_model("trivium")
@@ -63,7 +43,7 @@ class TriviumLM(TemplateLM):
     def __init__(
         self,
         decoder: Decoder,
-        codec: Codec,
+        codec: TextCodec,
         context: int,
         add_bos: bool = True,
         chat: bool = False,

@@ -1,6 +1,8 @@
-"""The packages of the extra `eval`, without which tasks cannot be run."""
+"""The packages of the extra `eval`, without which tasks cannot be run, and their settings."""
 
 import importlib.util
+import os
+import sys
 
 from configs.loader import ConfigError
 
@@ -15,3 +17,14 @@ def need_packages(key: str) -> None:
             f"{key} needs the package {missing[0]}, which is not installed; run: pip install 'trivium[eval]' (in the "
             "repository: pip install --constraint constraints.txt '.[eval]')"
         )
+
+
+def stay_offline() -> None:
+    """Keeps Hugging Face's libraries from the network, and their progress bars from a log; called before their import.
+
+    What is set in the environment already stays.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")

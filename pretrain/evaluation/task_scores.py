@@ -1,38 +1,21 @@
-"""Scores of tasks of lm-evaluation-harness during pretraining, at every evaluation of the train loop."""
+"""Scores of tasks of lm-evaluation-harness in training, at every evaluation of the train loop."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from configs.train import PretrainEvalConfig
-from data_pipeline.tokens.tokenizer import Tokenizer
+from configs.loader import ConfigError
+from configs.model import ModelConfig
+from configs.train import EvalConfig, TrainerConfig
+from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.state import gather_weights
-from pretrain.evaluation.packages import need_packages
+from pretrain.evaluation.packages import need_packages, stay_offline
+from pretrain.heldout_loss import Evaluator
 from pretrain.model import build_single
 from pretrain.parallel.engine import Engine
+from pretrain.text_codec import TextCodec
 
 if TYPE_CHECKING:
     from pretrain.evaluation.harness_tasks import LoadedTasks
-
-
-class PlainCodec:
-    """A model's tokenizer without a chat template, see `pretrain.evaluation.harness_model.Codec`."""
-
-    chat_template: str | None = None
-
-    def __init__(self, tokenizer: Path):
-        self.tokenizer = Tokenizer.load(tokenizer)
-        self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
-        self.pad_id = max(self.tokenizer.pad_id, 0)
-        self.stop_ids = [self.eos_id]
-
-    def encode_rendered(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size])
-
-    def render_chat(self, messages: list[dict[str, str]], open_answer: bool) -> str:
-        raise ValueError("a model in pretraining has no chat template")
 
 
 class TaskScores:
@@ -42,12 +25,12 @@ class TaskScores:
     it. All ranks load the tasks, so that a mistake in them ends all ranks before the first step, with a ConfigError.
     """
 
-    def __init__(self, config: PretrainEvalConfig, tokenizer: Path, context: int, seed: int) -> None:
+    def __init__(self, config: EvalConfig, codec: TextCodec, context: int, seed: int) -> None:
         need_packages("eval.tasks")
+        stay_offline()
         from pretrain.evaluation.harness_tasks import load_tasks  # takes seconds, so only if there are tasks
 
-        self._config, self._context, self._seed = config, context, seed
-        self._codec = PlainCodec(tokenizer)
+        self._config, self._codec, self._context, self._seed = config, codec, context, seed
         self._tasks: LoadedTasks = load_tasks(config.tasks, num_fewshot=config.num_fewshot, key="eval.tasks")
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
@@ -60,9 +43,27 @@ class TaskScores:
 
             dtype = next(engine.module.parameters()).dtype
             decoder = build_single(engine.model_config, weights, dtype).to(engine.mesh.device)
-            model = TriviumLM(decoder, self._codec, self._context, seed=self._seed)
+            model = TriviumLM(decoder, self._codec, self._context, chat=self._config.chat, seed=self._seed)
             scores = run_tasks(model, self._tasks, self._config.task_documents)["scores"]
             for name, values in scores.items():
                 known = {measure: value for measure, value in values["measures"].items() if value is not None}
                 found[f"task {name}"] = known
         return engine.mesh.gather_json(found)[0]
+
+
+def task_scores(config: TrainerConfig, model: ModelConfig, lineage: Lineage) -> Sequence[Evaluator]:
+    """Returns the evaluator of the tasks in `eval.tasks`, none if there are no tasks.
+
+    Raises ConfigError for a task that cannot be run, and if the model cannot read or write its texts.
+    """
+    if not config.eval.tasks:
+        return []
+    if not model.has_logits:
+        raise ConfigError("eval.tasks has tasks for a model that writes text, not for a reward model; leave it out")
+    if lineage.tokenizer is None:
+        raise ConfigError("eval.tasks needs the model's tokenizer, which is unknown; leave it out")
+    if config.eval.chat and lineage.chat_template is None:
+        raise ConfigError("eval.chat = true, and the model has no chat template; set eval.chat=false")
+    ends = (lineage.imported or {}).get("token_ids", {}).get("eos_token_id")
+    codec = TextCodec(lineage.tokenizer, lineage.chat_template, [ends] if isinstance(ends, int) else ends or [])
+    return [TaskScores(config.eval, codec, max(lineage.context, config.train.seq_length), config.run.seed)]

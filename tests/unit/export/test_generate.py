@@ -7,8 +7,8 @@ import pytest
 
 from configs.loader import ConfigError
 from export import chat, generate
-from export.chat_codec import TextCodec
 from posttrain.chat.chat_format import ChatFormat, jinja_template
+from pretrain.text_codec import TextCodec
 from tests.unit.export.conftest import ENGLISH, tiny, write_imported
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from configs.loader import ConfigError
-from export.chat_codec import TextCodec
 from posttrain.chat.chat_format import jinja_template
+from pretrain.text_codec import TextCodec
 from tests.unit.export.conftest import CHINESE, ENGLISH
 from tests.unit.export.harness_lm import CONTEXT, NEEDS_LM_EVAL, instances, make_lm
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from export.chat_codec import TextCodec
+from pretrain.text_codec import TextCodec
 from pretrain.text_stream import CharacterStream, TextStream
 from tests.unit.export.conftest import CHINESE, odd_strings
 
