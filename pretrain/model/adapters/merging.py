@@ -3,7 +3,7 @@
 The base's tensors are not changed, so that they are the unmerged model, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -27,6 +27,20 @@ def target_of(name: str) -> str:
     module, _, rest = name.partition(MARK)
     inner, _, _ = rest.rpartition(".")
     return f"{module}.{inner}" if inner else f"{module}.weight"
+
+
+def adapter_name(target: str, part: str) -> str:
+    """Returns the global name of a part, such as "a", of the adapter of a weight; the inverse of `target_of`."""
+    module, _, leaf = target.rpartition(".")
+    return f"{module}{MARK}{part}" if leaf == "weight" else f"{module}{MARK}{leaf}.{part}"
+
+
+def parts_by_target(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the tensors of adapters by the name of the weight that they adapt, and the name of the part."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name in filter(is_adapter, tensors):
+        found.setdefault(target_of(name), {})[name.rpartition(".")[2]] = tensors[name]
+    return found
 
 
 def merged(

@@ -1,0 +1,27 @@
+"""The methods of tuning that are written and read in PEFT's format."""
+
+from typing import Any
+
+from export.peft.adapter import Form, PeftError
+from export.peft.low_rank import LowRankForm
+
+FORMS: tuple[Form, ...] = (LowRankForm(),)
+
+
+def form_of_kind(kind: str) -> Form:
+    """Returns the form of an `adapter.kind`. Raises PeftError if PEFT has no such method."""
+    for form in FORMS:
+        if kind in form.kinds:
+            return form
+    known = ", ".join(kind for form in FORMS for kind in form.kinds)
+    raise PeftError(f"adapter.kind = {kind!r} has no place in PEFT's format, which is written for {known}")
+
+
+def form_of_config(config: dict[str, Any]) -> Form:
+    """Returns the form of an adapter_config.json. Raises PeftError if Trivium has no such method."""
+    named = config.get("peft_type")
+    for form in FORMS:
+        if named == form.peft_type:
+            return form
+    known = ", ".join(form.peft_type for form in FORMS)
+    raise PeftError(f"adapter_config.json: peft_type = {named!r} is not supported; supported are {known}")
