@@ -266,18 +266,26 @@ def draw(
     their log-probabilities [B].
     """
     scores_GV = processed(logits_GV, sampling, ids_GL)
-    greatest_G = scores_GV.amax(-1, keepdim=True)
-    weights_GV = (scores_GV - greatest_G).exp_()
-    total_G = weights_GV.sum(-1, dtype=torch.float64)
-    token_B = scores_GV.argmax(-1)[group_B] if sampling.temperature == 0 else _invert(weights_GV, group_B, uniform_B)
-    chosen_B = scores_GV[group_B, token_B] - greatest_G[group_B, 0]
-    return token_B, chosen_B.double() - total_G.log()[group_B]
+    weights_GV = scores_GV.softmax(-1)  # in one pass; what its sum misses, as all is fp32, is made good by `ends_GC`
+    padding = -weights_GV.shape[1] % BLOCK
+    blocks_GCW = (F.pad(weights_GV, (0, padding)) if padding else weights_GV).unflatten(1, (-1, BLOCK))
+    ends_GC = blocks_GCW.sum(-1).double().cumsum(-1)
+    if sampling.temperature == 0:
+        token_B = scores_GV.argmax(-1)[group_B]
+    else:
+        token_B = _invert(blocks_GCW, ends_GC, group_B, uniform_B)
+    chosen_B = weights_GV[group_B, token_B].double()
+    return token_B, (chosen_B / ends_GC[group_B, -1]).log_()
 
 
-def _invert(weights_GV: torch.Tensor, group_B: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """Returns for each point the first token [B] up to which the weights exceed that share of their sum."""
-    blocks_GCW = F.pad(weights_GV, (0, -weights_GV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    ends_BC = blocks_GCW.sum(-1).double().cumsum(-1)[group_B]
+def _invert(
+    blocks_GCW: torch.Tensor, ends_GC: torch.Tensor, group_B: torch.Tensor, uniform_B: torch.Tensor
+) -> torch.Tensor:
+    """Returns for each point the first token [B] up to which the weights exceed that share of their sum.
+
+    The weights are in blocks, and `ends_GC` are their sums up to the end of each.
+    """
+    ends_BC = ends_GC[group_B]
     point_B1 = uniform_B[:, None] * ends_BC[:, -1:]
     block_B1 = _first_beyond(ends_BC, point_B1)
     within_BW = blocks_GCW[group_B, block_B1[:, 0]].double().cumsum(-1)

@@ -8,10 +8,8 @@ from configs.model import LayerConfig, ModelConfig
 from configs.model_parts import PositionConfig
 from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents
-from pretrain.model.kv_cache import KVCache
-from pretrain.model.rotary import rotary_angles
-
-Tables = dict[str, tuple[torch.Tensor, torch.Tensor]]
+from pretrain.model.kv_cache import KVCache, Tables
+from pretrain.model.rotary import depends_on_length, rotary_angles
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,12 @@ class ForwardContext:
         cache: KVCache | None = None,
     ) -> "ForwardContext":
         """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row."""
-        tables = _tables(config, positions_BS)
         valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
         if cache is not None:
             cache.begin(positions_BS)
-            return cls(positions_BS.t(), tables, None, valid_SB)
+            return cls(positions_BS.t(), _cached_tables(config, positions_BS, cache), None, valid_SB)
         documents = None if segments_BS is None else Documents.of(segments_BS)
-        return cls(positions_BS.t(), tables, documents, valid_SB)
+        return cls(positions_BS.t(), _tables(config, positions_BS), documents, valid_SB)
 
 
 def _tables(config: ModelConfig, positions_BS: torch.Tensor, length: int | None = None) -> Tables:
@@ -69,6 +66,20 @@ def _tables(config: ModelConfig, positions_BS: torch.Tensor, length: int | None 
             made[layer.position] = rotary_angles(positions_BS, layer.position, rotated_size(layer), length)
         tables[layer.kind] = made[layer.position]
     return tables
+
+
+def _cached_tables(config: ModelConfig, positions_BS: torch.Tensor, cache: KVCache) -> Tables:
+    """Looks rotary tables up among those of all slots, where one token continues each row; else computes them."""
+    if not cache.continues or any(depends_on_length(layer.position) for layer in config.layers):
+        return _tables(config, positions_BS)
+    if not cache.tables:
+        cache.tables = _tables(config, torch.arange(cache.slots, device=positions_BS.device)[None])
+    own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # kinds of layers that rotate alike share theirs
+    for tables in cache.tables.values():
+        if id(tables) not in own:
+            cos, sin = (table.index_select(0, positions_BS[:, 0]).transpose(0, 1) for table in tables)
+            own[id(tables)] = cos, sin
+    return {kind: own[id(tables)] for kind, tables in cache.tables.items()}
 
 
 def rotated_size(layer: LayerConfig) -> int:

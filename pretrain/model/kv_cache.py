@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from configs.model import ModelConfig
 from pretrain.model.scores import ScoreRule, attend, attend_cached
 
+Tables = dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos and sin [S, B, 1, rotated elements] by the kind of a layer
 SLOTS = 16  # fp32 numbers in the widest vector register of a CPU
 
 
@@ -36,8 +37,18 @@ class KVCache:
             shape = (config.num_layers, 2, rows, config.num_kv_heads, slots, config.dim_per_head)
         self.store = torch.zeros(shape, dtype=dtype, device=device)
         self.longest = 0  # tokens in the longest row that the next forward pass continues
+        self.tables = Tables()  # rotary tables of every slot, which whoever makes the first of them puts here
+        # Views are made once: for a small model on a CPU making them takes longer than what they are made for.
+        self._stored = [layer.unbind(0) for layer in self.store.unbind(0)]
+        self._flat = [[part.view(-1, shape[-1]) for part in layer] for layer in self._stored]
+        self._heads = torch.arange(rows * shape[3], device=device).view(rows, shape[3]) * slots
         self._positions_B: torch.Tensor | None = None  # of the tokens that continue rows; None while rows are started
-        self._mask = self.store
+        self._mask = self._new = self.store
+
+    @property
+    def slots(self) -> int:
+        """The number of tokens that a row has room for."""
+        return self.store.shape[4]
 
     def begin(self, positions_BS: torch.Tensor) -> None:
         """Prepares for a forward pass of tokens at these positions."""
@@ -45,6 +56,7 @@ class KVCache:
         if positions_BS.shape[1] > 1:
             return
         self._positions_B = positions_BS[:, 0]
+        self._new = (self._heads[: len(positions_BS)] + positions_BS).flatten()  # in `_flat`
         slots = torch.arange(whole_slots(self.longest + 1), device=positions_BS.device)
         mask = torch.zeros(len(positions_BS), len(slots), dtype=self.store.dtype, device=self.store.device)
         self._mask = mask.masked_fill_(slots > positions_BS, float("-inf"))[:, None, None]
@@ -56,13 +68,13 @@ class KVCache:
 
     def put(self, layer: int, *stored: torch.Tensor) -> None:
         """Stores the keys and values [S, B, K, D] of this forward pass, or latent vectors in place of both."""
+        if self._positions_B is not None:
+            for flat, x in zip(self._flat[layer], stored, strict=True):
+                flat.index_copy_(0, self._new, x.flatten(0, 2))
+            return
         tokens, rows = stored[0].shape[:2]
-        own = torch.arange(rows, device=self.store.device)
-        for store, x in zip(self.store[layer, :, :rows], stored, strict=True):
-            if self._positions_B is None:
-                store[:, :, :tokens] = x.permute(1, 2, 0, 3)
-            else:
-                store[own, :, self._positions_B] = x[0]
+        for store, x in zip(self._stored[layer], stored, strict=True):
+            store[:rows, :, :tokens] = x.permute(1, 2, 0, 3)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
         """Stores keys and values [S, B, K, D], and computes attention [S, B, N, D] of q to its row so far."""
@@ -72,9 +84,9 @@ class KVCache:
     def attend_stored(self, layer: int, q: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
         """Computes attention of the tokens [1, B, N, D] that continue rows; latent vectors are keys and values both."""
         assert self._positions_B is not None
-        stored = self.store[layer, :, : q.shape[1], :, : self._mask.shape[-1]]
-        keys, values = stored[0], stored[-1]
-        if not rule.is_plain(self._mask.shape[-1]):
+        rows, slots = q.shape[1], self._mask.shape[-1]
+        keys, values = (self._stored[layer][part][:rows, :, :slots] for part in (0, -1))
+        if not rule.is_plain(slots):
             return attend_cached(q[0], keys, values, self._positions_B, rule)[None]
         # The query heads that share a key-value head see the same keys, so they go where several tokens would.
         heads = q[0].unflatten(1, (keys.shape[1], -1))

@@ -48,6 +48,8 @@ class RMSNorm(Norm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         if x.dtype == self.weight.dtype == wide and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return _scaled(x, self.weight, self.eps)[0]
             return _Normalized.apply(x, self.weight, self.eps)
         return self.weight * normalized(x, self.eps).to(x.dtype)
 
@@ -92,18 +94,24 @@ def normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
+def _scaled(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the normalized elements times the weight, and the factor [..., 1] that normalized each vector."""
+    y = torch.empty_like(x)
+    factor = torch.empty_like(x[..., :1])
+    for x_part, y_part, factor_part in in_parts(x, y, factor):
+        torch.linalg.vector_norm(x_part, dim=-1, keepdim=True, out=factor_part)
+        factor_part.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        torch.mul(x_part, factor_part, out=y_part)
+        y_part.mul_(weight)
+    return y, factor
+
+
 class _Normalized(torch.autograd.Function):
     """Computes in fp32 or fp64 what `RMSNorm` does; stores of each vector its input and one number."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y = torch.empty_like(x)
-        factor = torch.empty_like(x[..., :1])
-        for x_part, y_part, factor_part in in_parts(x, y, factor):
-            torch.linalg.vector_norm(x_part, dim=-1, keepdim=True, out=factor_part)
-            factor_part.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            torch.mul(x_part, factor_part, out=y_part)
-            y_part.mul_(weight)
+        y, factor = _scaled(x, weight, eps)
         ctx.save_for_backward(x, weight, factor)
         return y
 

@@ -21,9 +21,8 @@ def rotary_angles(
 
     `length` is that of the rows; the largest position + 1 if left out. Dynamic and long scaling depend on it.
     """
-    if length is None:  # only these kinds ask for it, since a GPU would have to be waited for
-        by_length = position.scaling and position.scaling.kind in ("dynamic", "longrope")
-        length = int(positions_BS.max()) + 1 if by_length else 1
+    if length is None:  # only some kinds ask for it, since a GPU would have to be waited for
+        length = int(positions_BS.max()) + 1 if depends_on_length(position) else 1
     frequencies, factor = rotary_frequencies(position, size, length, positions_BS.device)
     angles = positions_BS.t()[:, :, None, None].float() * frequencies
     if position.layout == "pairs":
@@ -32,6 +31,11 @@ def rotary_angles(
         angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return (cos * factor, sin * factor) if factor != 1.0 else (cos, sin)
+
+
+def depends_on_length(position: PositionConfig) -> bool:
+    """Whether the frequencies depend on the length of the rows."""
+    return position.scaling is not None and position.scaling.kind in ("dynamic", "longrope")
 
 
 def rotary_frequencies(
@@ -123,7 +127,7 @@ def rotate(x_SBND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: bo
         even, odd = x_SBND.unflatten(-1, (-1, 2)).unbind(-1)
         return x_SBND * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
     if not torch.compiler.is_compiling():
-        return _Rotated.apply(x_SBND, cos, sin)
+        return _Rotated.apply(x_SBND, cos, sin) if torch.is_grad_enabled() else _turned(x_SBND, cos, sin, 1.0)
     first, second = x_SBND.chunk(2, dim=-1)
     return x_SBND * cos + torch.cat((-second, first), dim=-1) * sin
 

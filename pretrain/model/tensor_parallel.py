@@ -155,7 +155,8 @@ class ColumnLinear(ColumnParallelLinear):
 
 def columns(x: torch.Tensor, region: Region, *layers: ColumnLinear) -> tuple[torch.Tensor, ...]:
     """Enters the region and computes several column layers of the same input."""
-    if region.weights_come_by_call or (region.tp == 1 and torch.compiler.is_compiling()):
+    plain = region.tp == 1 and (torch.compiler.is_compiling() or not torch.is_grad_enabled())
+    if plain or region.weights_come_by_call:
         entered = region.enter(x)
         outputs = tuple(layer(entered) for layer in layers)
     else:
