@@ -52,6 +52,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dpo": ("posttrain.dpo:main", "learn from preferences (DPO and kin: IPO, ORPO, SimPO, KTO)"),
     "ppo": ("posttrain.ppo:main", "reinforcement learning with a critic (PPO)"),
     "grpo": ("posttrain.grpo:main", "fine-tune by reinforcement learning from verifiable rewards"),
+    "distill": ("posttrain.distill:main", "train a student on a teacher's next-token distributions"),
+    "sample": ("posttrain.sample:main", "sample completions and keep the good ones as dialogues (rejection sampling)"),
     "rl compare": (
         "posttrain.algorithms.compare:main",
         "compare loss, gradient and clipping of a recorded batch under every dialect",
@@ -63,7 +65,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("export.chat:main", "talk to a fine-tuned checkpoint"),
     "prove": ("pretrain.proof.prove:main", "compare parallel layouts with one rank, tensor by tensor"),
     "inspect": ("pretrain.checkpoint.inspection:main", "print a checkpoint's step, config, shapes and norms"),
-    "launch": ("launch.ranks:main", "start train, sft, rm, dpo or grpo as several ranks on this machine"),
+    "launch": ("launch.ranks:main", "start a command that trains or samples as several ranks on this machine"),
     "report": ("pretrain.run_report:main", "write a training run's report.html again"),
 }
 

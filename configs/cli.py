@@ -28,6 +28,8 @@ SCHEMAS = {
     "dpo": "configs.preference:PreferenceConfig",
     "ppo": "configs.rl:PPOConfig",
     "grpo": "configs.rl:GRPOConfig",
+    "distill": "configs.distill:DistillConfig",
+    "sample": "configs.sample:SampleConfig",
     "export": "configs.export:ExportConfig",
     "recipe": "configs.recipe:RecipeConfig",
     "tokenizer": "configs.tokenizer:TokenizerTrainConfig",

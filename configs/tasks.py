@@ -47,6 +47,11 @@ class TaskPartConfig(Section):
     rewards: dict[str, RewardConfig] = Field(default={})
     """The rewards by a name for logs, whose weighted sum is the score; left out, it is exact (file)."""
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether completions get scores: not if files have neither answers nor rewards, but prompts alone."""
+        return self.kind != "file" or self.answer_key != "" or bool(self.rewards)
+
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> "TaskPartConfig":
         if self.kind != "file":

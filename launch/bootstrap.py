@@ -11,7 +11,7 @@ import sys
 from configs import signals
 from launch.environment import is_main, was_launched
 
-# Module of each `trivium` command that trains.
+# Module of each `trivium` command that runs on ranks and saves its work: those that train, and sampling.
 TRAINING = {
     "train": "pretrain.train",
     "sft": "posttrain.sft",
@@ -19,6 +19,8 @@ TRAINING = {
     "dpo": "posttrain.dpo",
     "ppo": "posttrain.ppo",
     "grpo": "posttrain.grpo",
+    "distill": "posttrain.distill",
+    "sample": "posttrain.sample",
 }
 OURS = ("data_pipeline", "pretrain", "posttrain", "export", "launch")
 

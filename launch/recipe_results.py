@@ -57,6 +57,17 @@ def describe_training(output: Path) -> tuple[str, str]:
     return f"{last['step']:,} steps, {last['tokens'] / 1e6:.2f}M tokens", "\n".join(out)
 
 
+def describe_samples(output: Path) -> tuple[str, str]:
+    """Returns (samples and prompts, dialogues kept and mean score) of a stage of rejection sampling, as texts."""
+    record = read_json(output / "sample.json")
+    if not record:
+        return "", ""
+    measured = record["measures"]
+    out = f"{measured['kept']:,} kept, of {measured['prompts_kept']:,} prompts"
+    score = f"\nmean score {measured['score']:.2f}" if "score" in measured else ""
+    return f"{measured['samples']:,} samples of {measured['prompts']:,} prompts", out + score
+
+
 def describe_export(output: Path) -> tuple[str, str]:
     """Returns (checkpoint, results of the comparison with transformers) of an export, as texts."""
     record = read_json(output / "trivium_export.json")
@@ -70,7 +81,10 @@ def describe_export(output: Path) -> tuple[str, str]:
 
 
 def measurement(output: Path, metric: str) -> float:
-    """Returns a value that a training run measured: NAME.MEASURE of its last evaluation, or a value of its last step.
+    """Returns a value that a stage measured.
+
+    Of a training run it is NAME.MEASURE of its last evaluation, or a value of its last step; of rejection sampling, a
+    value of "measures" in sample.json.
 
     Raises KeyError, with the metrics that there are, if it measured no such thing.
     """
@@ -78,6 +92,7 @@ def measurement(output: Path, metric: str) -> float:
     evaluations = [record["eval"] for record in records if "eval" in record]
     steps = [record for record in records if "loss" in record]
     known = {f"{name}.{key}": value for name, got in (evaluations or [{}])[-1].items() for key, value in got.items()}
+    known |= read_json(output / "sample.json").get("measures", {})
     known |= {key: value for key, value in (steps or [{}])[-1].items() if isinstance(value, int | float)}
     if metric not in known:
         raise KeyError(", ".join(sorted(known)) or "nothing")

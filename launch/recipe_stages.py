@@ -12,7 +12,14 @@ from configs.files import file_sha256
 from configs.loader import ConfigError
 from configs.recipe import REFERENCE, GateConfig, RecipeConfig, RecipeStageConfig, SpecimenConfig
 from launch.bootstrap import TRAINING
-from launch.recipe_results import describe_baselines, describe_data, describe_export, describe_training, measurement
+from launch.recipe_results import (
+    describe_baselines,
+    describe_data,
+    describe_export,
+    describe_samples,
+    describe_training,
+    measurement,
+)
 
 BASELINES = "baselines.json"
 UNIMPORTANT = ("checkpoint", "eval", "log", "parallel")  # sections of a training config that leave the result as it is
@@ -35,6 +42,7 @@ KINDS = {
     "data run": StageKind("data_pipeline.run", "run.dir", "plan/plan.json", describe_data),
     "data baselines": StageKind("data_pipeline.report.baselines", "run.dir", BASELINES, describe_baselines),
     **{name: StageKind(module, "run.dir", "metrics.jsonl", describe_training) for name, module in TRAINING.items()},
+    "sample": StageKind("posttrain.sample", "run.dir", "sample.json", describe_samples),
     "export": StageKind("export.huggingface", "out", "trivium_export.json", describe_export),
 }
 

@@ -108,18 +108,23 @@ class FileTask:
             self.problems[split] = kept
         self._order.cache_clear()
 
-    def check_share(self, remedy: str = "") -> None:
-        """Raises ConfigError if too many records are set aside, or a split has no problem left."""
+    def check_bad_share(self, remedy: str = "") -> None:
+        """Raises ConfigError if there are no records, or too many of them are set aside."""
         key, bad = self.key, self.set_aside.counts.total()
-        left = {split: len(problems) for split, problems in self.problems.items()}
-        total, names = bad + sum(left.values()), ", ".join((*self.settings.files, *self.settings.heldout_files))
-        if not total:
-            raise ConfigError(f"{key}.files: {names} has no problem; name files with a problem on each line")
-        if bad > self.settings.max_bad_share * total or not sum(left.values()):
+        left = sum(len(problems) for problems in self.problems.values())
+        if not bad + left:
+            raise ConfigError(f"{key}.files: {self._names} has no problem; name files with a problem on each line")
+        if bad > self.settings.max_bad_share * (bad + left) or not left:
             raise ConfigError(
-                f"{bad} of {total} problems of {names} are set aside, more than {key}.max_bad_share = "
+                f"{bad} of {bad + left} problems of {self._names} are set aside, more than {key}.max_bad_share = "
                 f"{self.settings.max_bad_share}: {self.set_aside}; correct or remove them{remedy and ', or ' + remedy}"
             )
+
+    def check_share(self, remedy: str = "") -> None:
+        """Raises ConfigError if too many records are set aside, or a split has no problem left."""
+        self.check_bad_share(remedy)
+        key, names = self.key, self._names
+        left = {split: len(problems) for split, problems in self.problems.items()}
         if not left["train"]:
             raise ConfigError(
                 f"all {left['heldout']} problems of {names} are held out; add problems"
@@ -131,6 +136,10 @@ class FileTask:
                 f"nothing could be measured; raise {key}.heldout_share = {self.settings.heldout_share}, or name "
                 f"{key}.heldout_files"
             )
+
+    @property
+    def _names(self) -> str:
+        return ", ".join((*self.settings.files, *self.settings.heldout_files))
 
     def __str__(self) -> str:
         train, heldout = self.size("train"), self.size("heldout")

@@ -39,6 +39,8 @@ LAUNCHERS = {
     "posttrain.rm": "rm",
     "posttrain.dpo": "dpo",
     "posttrain.grpo": "grpo",
+    "posttrain.distill": "distill",
+    "posttrain.sample": "sample",
     "export.generate": "generate",
     "export.chat": "chat",
 }

@@ -105,6 +105,9 @@ RULES = (
     ),
     ImportRule("pretrain.checkpoint.whole_model", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
+    ImportRule(  # near-duplicates among completions are found as among documents
+        "posttrain.rejection.text_measures", ours=("posttrain", "data_pipeline.scan.minhash"), never=LIBRARIES
+    ),
     ImportRule(
         "export",
         ours=("configs", "pretrain", "export", "data_pipeline.report.baselines_file", *LAUNCH, *TOKEN_STORE),

@@ -41,6 +41,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "dpo": {},
     "ppo": {},
     "grpo": {},
+    "distill": {},
+    "sample": {},
     "recipe": {},
     "export": {},
 }
@@ -51,6 +53,8 @@ KINDS = {
     "dpo": "dpo",
     "ppo": "ppo",
     "grpo": "grpo",
+    "distill": "distill",
+    "sample": "sample",
     "export": "export",
     "tokenizer train": "tokenizer",
 } | {"recipe run": "recipe"}
@@ -124,7 +128,7 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
                 validate(schema, put(base, parents, without))
             continue
         # One key of several is required, or others require it.
-        if key.name in ("mixture.weights.NAME", "init.run", "text.files", "model.layer_pattern"):
+        if key.name in ("mixture.weights.NAME", "init.run", "teacher.run", "text.files", "model.layer_pattern"):
             continue
         value = {} if key.default == LEFT_OUT else tomllib.loads(f"{leaf} = {key.default}")
         assert validate(schema, put(base, parents, without)) == validate(schema, put(base, parents, without | value))
