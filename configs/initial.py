@@ -1,5 +1,7 @@
 """The model that a training run starts from."""
 
+from typing import ClassVar
+
 from pydantic import field_validator, model_validator
 
 from configs.section import Section
@@ -9,6 +11,9 @@ MODELS = ("run", "checkpoint", "hf")  # the keys that name a model
 
 class InitConfig(Section):
     """The model to start from: a run, one of its checkpoints, or a Hugging Face folder."""
+
+    section: ClassVar[str] = "init"  # for messages, as is what it names
+    names: ClassVar[str] = "the model to start from"
 
     run: str | None = None
     """The folder of the run, or of the imported model, whose newest checkpoint is used; a run that continues keeps the
@@ -30,19 +35,20 @@ class InitConfig(Section):
     def _one_model(self) -> "InitConfig":
         named = [key for key in MODELS if getattr(self, key)]
         if len(named) > 1:
-            said = " and ".join(f"init.{key} = {getattr(self, key)!r}" for key in named)
+            said = " and ".join(f"{self.section}.{key} = {getattr(self, key)!r}" for key in named)
             raise ValueError(
-                f"{said} name the model to start from; leave only one of them (as an override: "
-                f"{' or '.join(f'init.{key}=' for key in named)})"
+                f"{said} name {self.names}; leave only one of them (as an override: "
+                f"{' or '.join(f'{self.section}.{key}=' for key in named)})"
             )
         if not named:
+            one = self.section
             raise ValueError(
-                "none of init.run, init.checkpoint and init.hf names the model to start from; set init.run=RUN for the "
-                "newest checkpoint of a run, init.checkpoint=RUN/checkpoints/step_N, or init.hf=FOLDER"
+                f"none of {one}.run, {one}.checkpoint and {one}.hf names {self.names}; set {one}.run=RUN for the "
+                f"newest checkpoint of a run, {one}.checkpoint=RUN/checkpoints/step_N, or {one}.hf=FOLDER"
             )
         return self
 
     @property
     def said(self) -> str:
         """The key that names the model, with its value."""
-        return next(f"init.{key} = {getattr(self, key)!r}" for key in MODELS if getattr(self, key))
+        return next(f"{self.section}.{key} = {getattr(self, key)!r}" for key in MODELS if getattr(self, key))

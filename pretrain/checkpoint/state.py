@@ -91,6 +91,13 @@ def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
     return new
 
 
+def fill_evaluated(engine: Engine, tensors: WholeTensors) -> None:
+    """Fills an engine without an optimizer. Raises CheckpointError if the tensors are of another model."""
+    _check_shapes(engine, tensors, required=[])
+    _fill_frozen(engine, tensors.read)
+    expert_balance.restore(engine.module, tensors.balance)
+
+
 def _fill(engine: Engine, read: Callable[[str], torch.Tensor], kind: str, new: Sequence[str] = ()) -> None:
     for name, parameter, own in _fragments(engine):
         if name in new:

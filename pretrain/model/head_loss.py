@@ -10,6 +10,7 @@ With a vocabulary split over tensor-parallel ranks a chunk takes two small all-r
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class HeadLoss:
         else:
             slope_N, loss, self.sums = self._slope(head.logprobs())
             head.logprobs(slope_N)
-        return _WithGradients.apply(loss.detach(), x_NH, weight_VH, head.grad_x, head.grad_weight)
+        return WithGradients.apply(loss.detach(), x_NH, weight_VH, head.grad_x, head.grad_weight)
 
     def of_values(self, values_NK: torch.Tensor) -> torch.Tensor:
         """Computes the scaled loss from a scalar head's values at `batch.trained`.
@@ -100,6 +101,12 @@ class HeadLoss:
             named = [(metrics[name] * batch.loss_mask).sum(dtype=torch.float64) for name in loss_fn.metrics]
             sums = torch.cat([per_source.flatten(), *(value.view(1) for value in named)])
         return loss_B.sum() * self.scale, sums
+
+
+def head_loss(batch: Batch, loss_fn: LossFunction, scale: float, num_sources: int) -> HeadLoss:
+    """Returns the loss of a micro-batch: a `HeadLoss`, or the kind that the loss function makes by its `head_loss`."""
+    make = getattr(loss_fn, "head_loss", partial(HeadLoss, loss_fn=loss_fn))
+    return make(batch=batch, scale=scale, num_sources=num_sources)
 
 
 class _Head:
@@ -184,7 +191,7 @@ class _Head:
         return logprobs_n, probs_nV.to(self.weight.dtype)
 
 
-class _WithGradients(torch.autograd.Function):
+class WithGradients(torch.autograd.Function):
     """Returns a loss; in the backward pass its inputs get gradients that are there already."""
 
     @staticmethod

@@ -24,7 +24,7 @@ from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.adapters import add_adapters
 from pretrain.model.batch import Batch
 from pretrain.model.context import ForwardContext
-from pretrain.model.head_loss import HeadLoss
+from pretrain.model.head_loss import head_loss
 from pretrain.model.losses import LossFunction
 from pretrain.model.moe.balance import LossDenominators
 from pretrain.parallel import expert_balance, zero
@@ -46,7 +46,7 @@ class Engine:
         self,
         model_config: ModelConfig,
         train: TrainSection,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         mesh: Mesh,
         seed: int,
         dtype: torch.dtype,
@@ -56,7 +56,8 @@ class Engine:
     ):
         """Builds and draws the model; `adapter_std` is the deviation of what adapters add, which training begins at 0.
 
-        A proof begins elsewhere, since gradients behind a factor of zero would be zero.
+        A proof begins elsewhere, since gradients behind a factor of zero would be zero. Without an optimizer the model
+        is frozen and only evaluates; its layout has ZeRO stage 1, and no memory is taken for training it.
         """
         self.mesh, self.model_config, self.train_config, self.adapter = mesh, model_config, train, adapter
         self.num_sources = num_sources
@@ -100,6 +101,10 @@ class Engine:
             for block in self.module.blocks.values():
                 # Not `block.compile()`, which compiles hooks too: one waits for the block's weights.
                 vars(block)["forward"] = torch.compile(block.forward)
+        if optimizer is None:
+            self.module.requires_grad_(False)
+            self.zero, self._schedule = None, get_forward_backward_func()
+            return
         self.zero = zero.wrap(self.module, train, optimizer, mesh, dtype)
         self.loss_factor = zero.loss_factor(self.zero, mesh)
         self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)
@@ -177,7 +182,7 @@ class Engine:
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
         context = self._context(batch, model)
-        loss = HeadLoss(batch, loss_fn, scale, self.num_sources)
+        loss = head_loss(batch, loss_fn, scale, self.num_sources)
         output = model(batch.tokens, batch.positions, batch.segments, wanted=batch.trained, context=context, loss=loss)
 
         def results(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

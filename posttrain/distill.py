@@ -1,0 +1,78 @@
+"""`trivium distill`: a student learns the next-token distributions of a teacher with the same tokenizer.
+
+    torchrun --nproc-per-node 2 -m posttrain.distill configs/posttrain/demo_distill.toml
+
+The trainer is pretraining's, and data are those of SFT or a data plan. With `distill.on_policy` a share of the steps
+learns from completions that the student samples (GKD). Teachers with other tokenizers are left to `trivium sample`.
+"""
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from launch import bootstrap
+
+    bootstrap.begin("posttrain.distill")
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
+from configs.distill import DistillConfig
+from configs.folders import check_writable
+from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains the student and returns the exit status."""
+    config, args = parse_args(
+        DistillConfig,
+        argv,
+        prog="trivium distill",
+        description="Trains a student on a teacher's distributions; the same command again continues from its newest "
+        "checkpoint.",
+        example="trivium distill configs/posttrain/demo_distill.toml train.steps=50 distill.loss=jsd",
+        options=TRAINING_OPTIONS,
+    )
+    profiled = profiled_steps(args.profile, config.train.steps)
+    if not args.dry_run:
+        check_writable(config.run.dir, "run.dir")
+    # torch takes seconds to import, so it is imported after the config has been checked.
+    from posttrain.distillation.distill_loss import DistillLoss
+    from posttrain.distillation.distill_source import DistillSource, HeldoutDivergence
+    from posttrain.distillation.opening import opened
+    from posttrain.distillation.teacher import Teacher
+    from posttrain.rl.policy_copy import PolicyCopy
+    from posttrain.tasks.task_accuracy import TaskAccuracy
+    from pretrain.heldout_loss import Evaluator
+    from pretrain.parallel import groups
+    from pretrain.trainer import Trainer
+
+    env = ClusterEnvironment.read()
+    run = opened(config, args.resume, env)
+    if env.is_main:
+        print("\n".join(run.said))
+    if args.dry_run:
+        return 0
+
+    student, policy = run.student, PolicyCopy(config.distill.sampler)
+    with groups.joined(env, run.layout, config.parallel.backend) as mesh:
+        teacher = Teacher(run.teacher, config.train, mesh)
+        source = DistillSource(run.data, run.sampling, run.teacher.pin.sha256, config.train, policy, teacher)
+        loss = DistillLoss(config.distill, teacher, student.model.vocab_size)
+        evaluators: list[Evaluator] = [HeldoutDivergence(run.heldout, loss, teacher)]
+        if config.task is not None and run.task is not None and config.task.is_scored:
+            evaluators.append(TaskAccuracy(run.task, student.chat, config.run.seed, config.task.eval_prompts, policy))
+        return Trainer(
+            config,
+            student.model,
+            source,
+            loss,
+            mesh,
+            evaluators,
+            student.lineage,
+            title=Path(config.run.dir).name,
+            resume=args.resume,
+            profiled=profiled,
+        ).fit()
+
+
+if __name__ == "__main__":
+    entrypoint(main, prints_errors=is_main(), on_error=report_to_torchrun)

@@ -1,0 +1,155 @@
+"""Batch source of distillation: rows of data, and in some steps completions that the student samples.
+
+The teacher sees the rows of a step when they are asked for, which all ranks do together. What a step learns from
+depends on its number alone: with a share lambda of steps on the student's own samples, step s, counted from 0, is one
+of them if floor((s + 1) lambda) is above floor(s lambda).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.train import TrainSection
+from data_pipeline.core.integrity import Expected
+from posttrain.chat.chat import Chat
+from posttrain.distillation.distill_loss import DistillLoss
+from posttrain.distillation.teacher import Teacher
+from posttrain.rl.policy_copy import PolicyCopy
+from posttrain.rl.rollout import Rollout, sample
+from posttrain.rl.rows import rollout_rows
+from posttrain.tasks.task import Task
+from pretrain.batch_source import BatchSource, micro_batches
+from pretrain.heldout_loss import batches_of_rank
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.messages import gather_rows
+
+
+@dataclass(frozen=True)
+class StudentSampling:
+    """What the student answers in steps on its own samples: `share` of all steps."""
+
+    task: Task
+    chat: Chat
+    share: float
+    temperature: float
+    seed: int
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step, counted from 0, learns from samples."""
+        return math.floor((step + 1) * self.share) > math.floor(step * self.share)
+
+
+class DistillSource(BatchSource):
+    """Batch source that lets the teacher see every row. `data` is None if all steps learn from samples."""
+
+    reads_ahead = False  # the teacher sees rows in the main thread, on all ranks together
+
+    def __init__(
+        self,
+        data: BatchSource | None,
+        sampling: StudentSampling | None,
+        teacher_sha256: str,
+        train: TrainSection,
+        policy: PolicyCopy,
+        teacher: Teacher,
+    ) -> None:
+        assert data is not None or (sampling is not None and sampling.share == 1)
+        self._data, self._sampling, self._train, self._policy = data, sampling, train, policy
+        self.sources = [*(data.sources if data else []), *([sampling.task.name] if sampling else [])]
+        self.num_samples = data.num_samples if data else None
+        self.location = data.location if data else None
+        self._teacher_sha256 = teacher_sha256
+        self.fingerprint = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+        self._teacher = teacher
+        self._rollout: Rollout | None = None
+        self._dp_rank = 0
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        sampling = self._sampling
+        return {
+            "data": self._data.fingerprint if self._data else None,
+            "teacher": self._teacher_sha256,
+            "samples": sampling and {"task": sampling.task.facts, "share": sampling.share},
+        }
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The teacher's checksum, the share of steps on samples, and the facts of the data."""
+        share = self._sampling.share if self._sampling else 0.0
+        return {
+            "teacher": self._teacher_sha256[:12],
+            "on_policy": share,
+            "data": self._data.facts if self._data else {},
+            "task": self._sampling.task.facts if self._sampling else {},
+        }
+
+    def files(self) -> list[Expected]:
+        return self._data.files() if self._data else []
+
+    def note_use(self, run_dir: Path) -> None:
+        if self._data:
+            self._data.note_use(run_dir)
+
+    def go_on(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+        if self._data:
+            self._data.go_on(checkpoint, manifest)
+
+    def prepare(self, engine: Engine, step: int) -> None:
+        """Samples the completions of a step that learns from them. Collective."""
+        self._rollout, self._dp_rank = None, engine.mesh.dp_rank
+        sampling = self._sampling
+        if sampling is None or not sampling.is_due(step):
+            return
+        self._policy.refresh(engine)
+        size = self._train.global_batch_size
+        numbers = range(step * size, (step + 1) * size)
+        own = self._policy.share(size)
+        found = sample(
+            self._policy.decoder,
+            sampling.task,
+            sampling.chat,
+            sampling.temperature,
+            sampling.seed,
+            numbers[own.start : own.stop],
+            1,
+            self._train.seq_length,
+            scores=False,
+        )
+        leads = self._policy.leads
+        arrays = {name: array if leads else array[:0] for name, array in found.arrays.items()}
+        self._rollout = Rollout(gather_rows(arrays), 1)
+
+    def rows(self, samples: range) -> Sequence[Any]:
+        """Returns this data-parallel rank's rows of a step, after the teacher has seen them. Collective."""
+        if self._rollout is None:
+            assert self._data is not None
+            rows = self._data.rows(samples)
+        else:
+            first = self._dp_rank * len(samples)
+            source = len(self.sources) - 1
+            found = rollout_rows(self._rollout, range(first, first + len(samples)))
+            rows = [replace(row, source=source) for row in found]
+        self._teacher.see(micro_batches(rows, self._train.micro_batch_size, samples.start))
+        return rows
+
+
+class HeldoutDivergence:
+    """Evaluator of the divergence from the teacher on held-out rows of each source."""
+
+    def __init__(self, rows: Mapping[str, Sequence[Any]], loss: DistillLoss, teacher: Teacher) -> None:
+        self._rows, self._loss, self._teacher = {name: found for name, found in rows.items() if found}, loss, teacher
+
+    def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
+        """Returns, by source, the mean divergence, both models' losses at the loss's temperature, and the agreement."""
+        found = {}
+        for name, rows in self._rows.items():
+            batches = batches_of_rank(rows, engine)
+            self._teacher.see(batches)
+            sums = engine.evaluate(batches, self._loss)
+            found[f"{name} against the teacher"] = {"divergence": sums.mean_loss, **sums.metrics}
+        return found

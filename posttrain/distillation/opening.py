@@ -1,0 +1,146 @@
+"""The start of a distillation run, before the ranks join: student, teacher, data and prompts, and whether they fit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from configs.distill import DistillConfig
+from configs.layout import Layout
+from configs.loader import ConfigError
+from configs.tasks import DemonstrationConfig
+from data_pipeline.mixture.rows import Plan
+from launch.environment import ClusterEnvironment
+from posttrain.chat.sft_data import DialogueExamples, SFTSource, read_data, read_demonstrations
+from posttrain.distillation.distill_source import StudentSampling
+from posttrain.distillation.teacher import OpenedTeacher, check_length, check_template, open_teacher
+from posttrain.initial_model import InitialChatModel
+from posttrain.rejection.prompts import open_task
+from posttrain.rl.policy_copy import check_way
+from posttrain.tasks.lengths import check_answers, check_rows
+from posttrain.tasks.preflight import check_task
+from posttrain.tasks.task import Task
+from pretrain.batch_source import BatchSource, PlanSource
+
+
+@dataclass(frozen=True)
+class OpenedDistillation:
+    """The parts of a run that are known before ranks join; `said` are lines about them.
+
+    `data` is None if all steps learn from the student's own samples, `task` if there is neither task nor prompts.
+    `heldout` has held-out rows by source.
+    """
+
+    student: InitialChatModel
+    teacher: OpenedTeacher
+    layout: Layout
+    data: BatchSource | None
+    heldout: Mapping[str, Sequence[Any]]
+    task: Task | None
+    sampling: StudentSampling | None
+    said: list[str]
+
+
+def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> OpenedDistillation:
+    """Opens a run. Raises ConfigError for what does not fit together."""
+    student = InitialChatModel.open(config.init, config.run.dir, resume, template=config.data.chat_template)
+    student.check_rows(config.train.seq_length)
+    layout = Layout.of(env.world_size, config.parallel, student.model, config.train, given=student.given)
+    teacher = open_teacher(config, student, env.world_size)
+    said = [f"note: {student.note}"] if student.note else []
+    task = open_task(config.task) if config.task else None
+    if task is not None:
+        said += _check_task(config, student, teacher, task)
+    data: BatchSource | None = None
+    heldout: Mapping[str, Sequence[Any]] = {}
+    if config.data.plan is not None:
+        data, heldout = _plan(config, student, teacher)
+    elif config.data.dialogues or _demonstrated(config):
+        data, heldout, lines = _dialogues(config, student, teacher)
+        said += lines
+    if config.data.plan is None or task is not None:
+        check_template(config, teacher, student.chat.template)
+    sampling = None
+    if config.distill.on_policy and task is not None:
+        check_way(config.distill.sampler, layout)
+        settings = config.distill
+        sampling = StudentSampling(
+            task, student.chat, settings.on_policy, settings.sampling_temperature, config.run.seed
+        )
+    said.append(
+        f"{config.train.steps} steps, {config.distill.loss} from the teacher {teacher.pin.checkpoint}, "
+        f"{config.distill.on_policy:.0%} of them on the student's own samples, layout {layout}, from "
+        f"{student.pin.checkpoint} into {config.run.dir}"
+    )
+    return OpenedDistillation(student, teacher, layout, data, heldout, task, sampling, said)
+
+
+def _demonstrated(config: DistillConfig) -> DemonstrationConfig | None:
+    """Returns the task that has demonstrations to learn, None if there is none."""
+    task = config.task
+    return task if task is not None and task.is_scored and task.demonstrations else None
+
+
+def _plan(
+    config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher
+) -> tuple[BatchSource, Mapping[str, Sequence[Any]]]:
+    location, length = str(config.data.plan), config.train.seq_length
+    try:
+        plan = Plan.open(location)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data.plan = {location!r}: {error}") from None
+    student.check_plan(location, plan)
+    if plan.seq_length != length:
+        raise ConfigError(
+            f"train.seq_length = {length}, but the plan {plan.path} was built for {plan.seq_length}; set "
+            f"train.seq_length={plan.seq_length}"
+        )
+    if plan.first_sample:
+        raise ConfigError(
+            f"data.plan = {location!r} continues another plan after its first {plan.first_sample:,} samples; name a "
+            "plan that begins at the first sample"
+        )
+    check_length(config, teacher, length, f"rows of data.plan = {location!r}")
+    rows = config.eval.rows
+    heldout = {s: [plan.heldout_row(s, i) for i in range(min(rows, plan.heldout_rows(s)))] for s in plan.sources}
+    return PlanSource(plan), heldout
+
+
+def _dialogues(
+    config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher
+) -> tuple[BatchSource, Mapping[str, Sequence[Any]], list[str]]:
+    chat, seed, length = student.chat, config.run.seed, config.train.seq_length
+    parts = 0 if student.continues else config.parallel.sequence_parts
+    try:
+        solved = read_demonstrations(_demonstrated(config), chat, seed, length, parts)
+        examples: dict[str, DialogueExamples] = {**read_data(config.data, chat, length, parts), **solved}
+        source = SFTSource(examples, length, chat.tokenizer.pad_id, seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    longest = max(len(one.tokens) for found in examples.values() for one in [*found.train, *found.heldout])
+    check_length(config, teacher, longest, "dialogues")
+    steps, batch = config.train.steps, config.train.global_batch_size
+    lines = [f"{name}: {found}" for name, found in examples.items()]
+    lines.append(
+        f"{source.rows_per_epoch} rows of {length} tokens; {steps} steps are "
+        f"{steps * batch / source.rows_per_epoch:.2f} epochs"
+    )
+    heldout = {name: rows[: config.eval.rows] for name, rows in source.heldout_rows.items()}
+    return source, heldout, lines
+
+
+def _check_task(config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher, task: Task) -> list[str]:
+    """Checks the prompts that the student answers, and returns lines about them."""
+    chat, length = student.chat, config.train.seq_length
+    context = student.lineage.context or None
+    samples = config.distill.on_policy > 0
+    lines = check_task(task, chat, min(length, context or length) if samples else max(length, context or length))
+    demonstrated = _demonstrated(config)
+    drawn = demonstrated.demonstrations if demonstrated else 0
+    if samples:
+        drawn = max(drawn, config.train.steps * config.train.global_batch_size)
+    heldout = config.task.eval_prompts if config.task and config.task.is_scored else 0
+    longest = check_answers(task, chat, config.run.seed, drawn, heldout, context)
+    if samples:
+        check_rows(task, longest, length, config.parallel)
+        check_length(config, teacher, longest + task.max_new_tokens - 1, f"prompts of {task.name!r} with completions")
+    return lines

@@ -1,0 +1,149 @@
+"""Divergences of distillation: vectors by hand, the chunked computation against autograd, schedule of samples, keys."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs.distill import DistillConfig
+from configs.loader import ConfigError, validate
+from data_pipeline.mixture.rows import Row
+from posttrain.distillation import divergence_head
+from posttrain.distillation.distill_loss import DistillLoss
+from posttrain.distillation.distill_source import StudentSampling
+from posttrain.distillation.divergence_head import Head, TeacherStates
+from posttrain.distillation.divergences import Kind, divergence
+from pretrain.batch_source import collate
+from pretrain.model.batch import Batch
+
+KINDS: tuple[Kind, ...] = ("forward_kl", "reverse_kl", "jsd")
+Q, P = [0.5, 0.5], [0.9, 0.1]  # student and teacher
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "expected"),
+    [
+        ("forward_kl", 0.5, 0.368064),  # .9 ln(.9/.5) + .1 ln(.1/.5)
+        ("reverse_kl", 0.5, 0.510826),  # .5 ln(.5/.9) + .5 ln(.5/.1)
+        ("jsd", 0.5, 0.101749),  # of both against the mixture .7, .3
+        ("jsd", 0.1, 0.033603),  # .1 KL(p || m) + .9 KL(q || m), m = .54, .46
+    ],
+)
+def test_vectors_by_hand(kind: Kind, beta: float, expected: float) -> None:
+    student, teacher = torch.tensor([Q]).log() + 3, torch.tensor([P]).log() - 1  # a constant changes nothing
+    assert float(divergence(student, teacher, kind, beta)) == pytest.approx(expected, abs=1e-6)
+    assert float(divergence(teacher, teacher, kind, beta)) == pytest.approx(0, abs=1e-7)
+    # At temperature 2 probabilities are as the square roots: .5, .5 and .75, .25.
+    warm = float(divergence(student, teacher, kind, beta, temperature=2.0))
+    roots = torch.tensor([[0.75, 0.25]]).log()
+    assert warm == pytest.approx(float(divergence(student, roots, kind, beta)), abs=1e-6)
+
+
+def test_jsd_is_between_the_two_kls() -> None:
+    """Divided by beta it tends to the forward one for small beta, and by 1 - beta to the reverse one for large beta."""
+    student, teacher = torch.tensor([Q]).double().log(), torch.tensor([P]).double().log()
+    small = float(divergence(student, teacher, "jsd", 1e-6)) / 1e-6
+    large = float(divergence(student, teacher, "jsd", 1 - 1e-6)) / 1e-6
+    assert small == pytest.approx(0.368064, abs=1e-4) and large == pytest.approx(0.510826, abs=1e-4)
+
+
+def written_out(student: torch.Tensor, teacher: torch.Tensor, kind: Kind, beta: float, t: float) -> torch.Tensor:
+    """Returns the divergence with sums written out over probabilities, independently of `divergences`."""
+    q, p = (student / t).softmax(-1), (teacher / t).softmax(-1)
+    if kind == "forward_kl":
+        return (p * (p / q).log()).sum(-1)
+    if kind == "reverse_kl":
+        return (q * (q / p).log()).sum(-1)
+    m = beta * p + (1 - beta) * q
+    return beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
+
+
+class FixedTeacher:
+    """A teacher that says the same of every batch."""
+
+    def __init__(self, states: TeacherStates, vocab_size: int) -> None:
+        self._states, self.vocab_size = states, vocab_size
+
+    def states(self, batch: Batch) -> TeacherStates:
+        return self._states
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("softcap", "vocab", "temperature"), [(None, 50, 1.0), (5.0, 47, 0.7)])
+def test_chunks_give_the_values_and_gradients_of_whole_logits(
+    kind: Kind, softcap: float | None, vocab: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is padded to 50 rows; the teacher has 52, another hidden size and a softcap of its own."""
+    monkeypatch.setattr(divergence_head, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(divergence_head, "CHUNK_CPU", 4 * 50)
+    torch.manual_seed(0)
+    mask = [[0.0, 1.0, 0.5, 0.0, 1.0, 1.0], [1.0, 0.25, 0.0, 1.0, 0.0, 1.0]]
+    rows = np.arange(6), np.arange(6) + 20, np.zeros(6, np.int64), np.zeros(6, np.int64)
+    batch = collate([Row(rows[0], rows[1], np.array(weights), rows[2], rows[3], 0) for weights in mask], 0)
+    count = len(batch.trained)
+    x, weight = torch.randn(count, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
+    head = Head(torch.randn(52, 12, dtype=torch.float64), 9.0)
+    states = TeacherStates(torch.randn(count, 12, dtype=torch.float64), head)
+    tree = {"loss": kind, "beta": 0.3, "temperature": temperature}
+    section = validate(DistillConfig, small(distill=tree)).distill
+    loss_fn = DistillLoss(section, FixedTeacher(states, 52), vocab)  # type: ignore[arg-type]
+
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = loss_fn.head_loss(batch, 0.5, 1)
+    got = loss(*leaves, vocab, None, softcap)
+    got.backward()
+
+    plain = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = plain[0] @ plain[1].t()
+    logits = (softcap * (logits / softcap).tanh() if softcap else logits)[:, :vocab]
+    teacher = (9 * (states.x @ head.weight.t() / 9).tanh())[:, :vocab]
+    weights = batch.loss_mask.flatten()[batch.trained].double()
+    per_token = written_out(logits, teacher, kind, 0.3, temperature)
+    expected = 0.5 * (per_token * weights).sum()
+    expected.backward()
+    assert float(got) == pytest.approx(float(expected), rel=1e-12)
+    for one, other in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+    labels = batch.labels.flatten()[batch.trained]
+    nll = [-(t / temperature).log_softmax(-1)[range(count), labels] for t in (logits.detach(), teacher)]
+    agreement = (logits.argmax(-1) == teacher.argmax(-1)).double()
+    named = [float((value * weights).sum()) for value in (per_token.detach(), *nll, agreement)]
+    sums = loss.sums.tolist()
+    assert [sums[0], *sums[2:]] == pytest.approx(named) and sums[1] == pytest.approx(float(weights.sum()))
+    with torch.no_grad():
+        again = loss_fn.head_loss(batch, 0.5, 1)
+        assert float(again(x, weight, vocab, None, softcap)) == pytest.approx(float(expected))
+        assert again.sums.tolist() == pytest.approx(sums)
+
+
+def test_steps_on_samples_are_spread_evenly() -> None:
+    for share, due in ((0.25, 3), (0.5, 6), (1.0, 12), (0.1, 1)):
+        sampling = StudentSampling(None, None, share, 1.0, 0)  # type: ignore[arg-type]
+        assert sum(sampling.is_due(step) for step in range(12)) == math.floor(12 * share) == due
+    quarter = StudentSampling(None, None, 0.25, 1.0, 0)  # type: ignore[arg-type]
+    assert [step for step in range(12) if quarter.is_due(step)] == [3, 7, 11]
+
+
+def small(**more: Any) -> dict[str, Any]:
+    batch = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "seq_length": 8}
+    tree: dict[str, Any] = {"run": {"dir": "x"}, "init": {"run": "s"}, "teacher": {"run": "t"}, "train": batch}
+    return tree | {"optimizer": {"lr": 1.0}, "data": {"dialogues": ["d"]}} | more
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"data": {}}, r"distill\.on_policy = 0 leaves steps that need data"),
+        ({"data": {"plan": "p", "dialogues": ["d"]}}, r"data\.plan has rows of its own"),
+        ({"distill": {"on_policy": 0.5}}, r"distill\.on_policy = 0\.5 needs prompts"),
+        ({"teacher": {}}, r"none of teacher\.run, teacher\.checkpoint and teacher\.hf names the teacher"),
+        ({"teacher": {"run": "a", "hf": "b"}}, r"teacher\.run = 'a' and teacher\.hf = 'b' name the teacher"),
+        ({"distill": {"loss": "jsd", "beta": 1.0}}, r"distill\.beta = 1\.0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        validate(DistillConfig, small(**more))
