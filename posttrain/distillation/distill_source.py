@@ -27,6 +27,8 @@ from pretrain.heldout_loss import batches_of_rank
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.messages import gather_rows
 
+OWN = "own samples"  # the source of what the student wrote
+
 
 @dataclass(frozen=True)
 class StudentSampling:
@@ -59,7 +61,7 @@ class DistillSource(BatchSource):
     ) -> None:
         assert data is not None or (sampling is not None and sampling.share == 1)
         self._data, self._sampling, self._train, self._policy = data, sampling, train, policy
-        self.sources = [*(data.sources if data else []), *([sampling.task.name] if sampling else [])]
+        self.sources = [*(data.sources if data else []), *([OWN] if sampling else [])]
         self.num_samples = data.num_samples if data else None
         self.location = data.location if data else None
         self._teacher_sha256 = teacher_sha256

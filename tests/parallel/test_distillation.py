@@ -82,3 +82,120 @@ def test_tensor_parallel_and_micro_batches(gradients: Gradients, expected: Found
 )
 def test_other_layouts(gradients: Gradients, expected: Found, world: int, parallel: dict[str, Any], micro: int) -> None:
     assert_same(gradients(world, parallel, micro), expected)
+
+
+CONFIG = """
+[run]
+dir = "{dir}/run"
+[init]
+run = "{dir}/student"
+[teacher]
+run = "{dir}/teacher"
+[task]
+digits = 3
+max_new_tokens = 6
+eval_prompts = 8
+demonstrations = 60
+[distill]
+loss = "jsd"
+on_policy = 0.5
+[train]
+steps = 4
+global_batch_size = 4
+micro_batch_size = 2
+seq_length = 48
+precision = "fp32"
+[optimizer]
+lr = 1e-2
+[schedule]
+kind = "constant"
+[checkpoint]
+every = 2
+keep = 9
+[eval]
+rows = 4
+[log]
+tensorboard = false
+"""
+
+
+@pytest.fixture(scope="module")
+def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with an untrained student and teacher, and a config."""
+    base = tmp_path_factory.mktemp("distillation")
+    _, tokenizer = make_tokens(base)
+    (base / "distill.toml").write_text(CONFIG.format(dir=base))
+    for name, model in (("student", BASE), ("teacher", TEACHER)):
+        ranks(1).run(
+            "tests.parallel.workers.posttraining:save_untrained",
+            process_group=False,
+            run_dir=str(base / name),
+            model={**model, "vocab_size": VOCAB},
+            tokenizer=str(tokenizer / "tokenizer.model"),
+        )
+    return base
+
+
+def distill(ranks: RanksOf, base: Path, world: int, *overrides: str) -> dict[str, Any]:
+    argv = [str(base / "distill.toml"), *overrides]
+    worker = "tests.parallel.workers.posttraining:command"
+    return ranks(world).run(worker, process_group=False, module="posttrain.distill", argv=argv)[0]
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: RanksOf, base: Path) -> Path:
+    """Folder of a run of four steps on two ranks, the second and the fourth on the student's own samples."""
+    done = distill(ranks, base, 2)
+    assert done["status"] == 0, done
+    return base / "run"
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    timed = ("tokens_per_s", "memory_bytes", "save_copy_s", "mfu")
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(run) if "loss" in line]
+
+
+def test_a_killed_run_goes_on_bit_by_bit(ranks: RanksOf, base: Path, trained: Path, tmp_path: Path) -> None:
+    """The state after a kill between two checkpoints: the newest is that of the second step."""
+    run = shutil.copytree(trained, tmp_path / "killed")
+    shutil.rmtree(storage.directory(run, 4))
+    assert distill(ranks, base, 2, f"run.dir={run}")["status"] == 0
+    assert steps_of(run) == steps_of(trained)
+    weights = [storage.read_full(storage.directory(one, 4)) for one in (run, trained)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    steps = steps_of(run)
+    assert [len(line["loss_by_source"]) for line in steps] == [1, 1, 1, 1]
+    assert [list(line["loss_by_source"]) for line in steps[:2]] == [["sort"], ["own samples"]]
+    held_out = metrics(run)[-1]["eval"]["sort against the teacher"]
+    assert 0 < held_out["divergence"] < 1 and set(held_out) >= {"agreement", "student_nll", "teacher_nll"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("world", "parallel"), [(1, "tp=1"), (2, "tp=2"), (2, "pp=2"), (2, "zero=3")])
+def test_a_run_is_the_same_in_any_layout(
+    ranks: RanksOf, base: Path, trained: Path, tmp_path: Path, world: int, parallel: str
+) -> None:
+    assert distill(ranks, base, world, f"run.dir={tmp_path}", f"parallel.{parallel}")["status"] == 0
+    losses = [[line["loss"] for line in steps_of(run)] for run in (tmp_path, trained)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(ranks: RanksOf, base: Path, tmp_path: Path) -> None:
+    other = TokenizerConfig(vocab_size=VOCAB - 30)
+    train_tokenizer([base / "train.prose.jsonl.zst"], tmp_path / "tokenizer", other)
+    ranks(1).run(
+        "tests.parallel.workers.posttraining:save_untrained",
+        process_group=False,
+        run_dir=str(tmp_path / "other"),
+        model={**BASE, "vocab_size": VOCAB},
+        tokenizer=str(tmp_path / "tokenizer/tokenizer.model"),
+    )
+    none = f"run.dir={tmp_path}/none"
+    for overrides, words in (
+        ([f"teacher.run={tmp_path}/other"], ("their tokens cannot be compared", "`trivium sample`", "trivium sft")),
+        (["teacher.run=nowhere"], ("teacher.run = 'nowhere'",)),
+        (["train.seq_length=160", "task.max_new_tokens=140"], ("teacher.run", "trained on 128")),
+    ):
+        refused = distill(ranks, base, 1, none, *overrides)
+        assert refused["status"] == 2 and all(word in refused["error"] for word in words), refused
+    assert not (tmp_path / "none").exists()

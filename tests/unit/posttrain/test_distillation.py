@@ -1,6 +1,7 @@
 """Divergences of distillation: vectors by hand, the chunked computation against autograd, schedule of samples, keys."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from posttrain.distillation.distill_loss import DistillLoss
 from posttrain.distillation.distill_source import StudentSampling
 from posttrain.distillation.divergence_head import Head, TeacherStates
 from posttrain.distillation.divergences import Kind, divergence
+from posttrain.distillation.teacher import OpenedTeacher, check_length, check_template
 from pretrain.batch_source import collate
+from pretrain.checkpoint.lineage import Lineage, Pin
+from pretrain.initial_model import InitialModel
 from pretrain.model.batch import Batch
 
 KINDS: tuple[Kind, ...] = ("forward_kl", "reverse_kl", "jsd")
@@ -147,3 +151,28 @@ def small(**more: Any) -> dict[str, Any]:
 def test_settings_that_contradict_each_other_are_refused(more: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         validate(DistillConfig, small(**more))
+
+
+def test_a_teacher_of_another_template_is_refused(tmp_path: Path) -> None:
+    settings = validate(DistillConfig, small())
+    pin = Pin(str(tmp_path / "run/checkpoints/step_1"), 1, "abc")
+    for template, fits in (("mine", True), (None, True), ("theirs", False)):
+        initial = InitialModel("teacher", pin, None, None, Lineage(chat_template=template))  # type: ignore[arg-type]
+        teacher = OpenedTeacher(initial, None)  # type: ignore[arg-type]
+        if fits:
+            check_template(settings, teacher, "mine")
+            continue
+        with pytest.raises(ConfigError, match=r"teacher\.run = 't' was trained .* name the teacher's template"):
+            check_template(settings, teacher, "mine")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/chat_template.jinja").write_text("theirs")
+        with pytest.raises(ConfigError, match=r"set data\.chat_template=.*run/chat_template\.jinja"):
+            check_template(settings, teacher, "mine")
+
+
+def test_a_teacher_that_saw_shorter_texts_is_refused() -> None:
+    initial = InitialModel("teacher", None, None, None, Lineage(context=64))  # type: ignore[arg-type]
+    teacher = OpenedTeacher(initial, None)  # type: ignore[arg-type]
+    check_length(validate(DistillConfig, small()), teacher, 64, "dialogues")
+    with pytest.raises(ConfigError, match=r"dialogues have up to 65 tokens.* set train\.seq_length=64"):
+        check_length(validate(DistillConfig, small()), teacher, 65, "dialogues")
