@@ -1,14 +1,21 @@
 """Distillation by logits has the same gradient in any layout, goes on bit by bit, and refuses what does not fit."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.tokenizer import TokenizerConfig
+from data_pipeline.tokens.training import train as train_tokenizer
+from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import BASE
+from tests.parallel.runs import metrics
+from tests.small_data import VOCAB, make_tokens
 
 LOSSES = ["forward_kl", "reverse_kl", "jsd"]
 # Another width, depth and number of heads, and tied embeddings; the student's sizes are BASE's.
