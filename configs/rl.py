@@ -5,9 +5,17 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from configs.initial import InitConfig
+from configs.loader import ConfigError
 from configs.section import Section
 from configs.tasks import TaskConfig
 from configs.train import TrainerConfig
+
+ROLLOUTS_ONLY = (  # an option of commands that sample: name, default, help
+    "--rollouts-only",
+    "",
+    "sample so many rollouts from the weights that training would go on with, write them into rl.record, and do not "
+    "train; rl.replay then trains on them",
+)
 
 
 class RLSection(Section):
@@ -60,6 +68,19 @@ class RLSection(Section):
     def estimator(self) -> str:
         """The estimator of the divergence where one is charged."""
         return self.kl_estimator or ("k3" if self.kl == "loss" else "k1")
+
+
+def checked_rollouts(chosen: str, settings: RLSection) -> int:
+    """Returns the number of rollouts that `--rollouts-only` asks for, 0 for "". Raises ConfigError if it cannot be."""
+    if not chosen:
+        return 0
+    if not (chosen.isascii() and chosen.isdigit() and int(chosen)):
+        raise ConfigError(f"--rollouts-only {chosen} is no number of rollouts; give 1 or more")
+    if settings.record is None or settings.replay is not None:
+        key = "rl.record is left out" if settings.record is None else f"rl.replay = {settings.replay!r}"
+        remedy = "set rl.record=FOLDER" if settings.record is None else "leave rl.replay out"
+        raise ConfigError(f"--rollouts-only samples rollouts and writes them into rl.record, and {key}; {remedy}")
+    return int(chosen)
 
 
 class PolicySection(Section):

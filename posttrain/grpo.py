@@ -15,7 +15,7 @@ from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_writable
-from configs.rl import GRPOConfig
+from configs.rl import ROLLOUTS_ONLY, GRPOConfig, checked_rollouts
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 
@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium grpo",
         description="Trains a model on a task's rewards; the same command again continues from its newest checkpoint.",
         example="trivium grpo configs/posttrain/demo_grpo.toml train.steps=50 grpo.dialect=rloo",
-        options=TRAINING_OPTIONS,
+        options=(*TRAINING_OPTIONS, ROLLOUTS_ONLY),
     )
     profiled = profiled_steps(args.profile, config.train.steps)
+    rollouts = checked_rollouts(args.rollouts_only, config.rl)
     if not args.dry_run:
         check_writable(config.run.dir, "run.dir")
     # torch takes seconds to import, so it is imported after the config has been checked.
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.opening import opened
     from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.rl.policy_loss import PolicyLoss
+    from posttrain.rl.record_rollouts import record_rollouts
     from posttrain.rl.rollout_source import RolloutSource
     from posttrain.tasks.task_accuracy import TaskAccuracy
     from pretrain.parallel import groups
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check,
             initial.pin,
         )
-        return Trainer(
+        trainer = Trainer(
             config,
             initial.model,
             source,
@@ -74,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             title=Path(config.run.dir).name,
             resume=args.resume,
             profiled=profiled,
-        ).fit()
+        )
+        if rollouts:
+            return record_rollouts(trainer, source, rollouts)
+        return trainer.fit()
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Trainer:
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
             stack.enter_context(self.run.hold(watch))
-            saved = self._resume()
+            saved = self.load_weights()
             if self.step >= self.config.train.steps:
                 if saved and self.agreement.unchecked_from < self.step:
                     return self._check_finished(saved, watch)
@@ -311,7 +311,7 @@ class Trainer:
         say(f"stopped by {signal.Signals(number).name} at step {self.step}; the same command {next_time}")
         return signals.status_of(number)
 
-    def _resume(self) -> Path | None:
+    def load_weights(self) -> Path | None:
         """Loads the checkpoint that the run continues from and returns its folder; None for a new run.
 
         A new run loads the weights of `lineage.init` if there are any, else it keeps its random weights.

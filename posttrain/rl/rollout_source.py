@@ -149,6 +149,14 @@ class RolloutSource(BatchSource):
         self._metrics = drawn
         return rollout
 
+    def record_only(self, engine: Engine, number: int, folder: Path) -> Rollout:
+        """Samples rollout `number` as `sample_only`, writes it into a folder, and returns it. Collective."""
+        self._rollout = self.sample_only(engine, number)
+        self._metrics = self._rollout.metrics() | self._metrics
+        if engine.mesh.is_main:
+            self._recorded(number).write(folder)
+        return self._rollout
+
     def _begin(self, engine: Engine, number: int) -> None:
         if self.settings.replay:
             rollout = self._replayed(number)

@@ -255,6 +255,21 @@ def test_recorded_rollouts_are_trained_on_without_sampling(
     assert steps_of(tmp_path) == steps_of(several)
 
 
+@pytest.mark.full
+def test_sampling_and_training_that_take_turns_have_the_numbers_of_one_run(
+    ranks: RanksOf, rewarded: Path, several: Path, tmp_path: Path
+) -> None:
+    """Each command samples one rollout, on one rank, or trains on it, on two ranks."""
+    run, record = f"run.dir={tmp_path}/run", tmp_path / "record"
+    for steps in (4, 7):
+        call(ranks(1), "grpo", rewarded, run, *SEVERAL, f"rl.record={record}", "train.steps=7", "--rollouts-only=1")
+        call(ranks(2), "grpo", rewarded, run, *SEVERAL, f"rl.replay={record}", f"train.steps={steps}")
+    assert rollout_file.numbers(record) == [0, 1]
+    assert [step["reward"] for step in steps_of(tmp_path / "run")] == [step["reward"] for step in steps_of(several)]
+    for line, other in zip(steps_of(tmp_path / "run"), steps_of(several), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("world", "options"),
     [
