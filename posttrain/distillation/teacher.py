@@ -17,6 +17,7 @@ from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.train import ParallelConfig, TrainSection
+from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.distillation.divergence_head import Head, TeacherStates
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.state import fill_evaluated
@@ -63,7 +64,7 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
     except ConfigError as error:  # which names the keys of [init]
         raise ConfigError(re.sub(r"\binit\.(run|checkpoint|hf|tokenizer)\b", r"teacher.\1", str(error))) from None
     assert student.tokenizer is not None
-    if found.tokenizer.sha256 != student.tokenizer.sha256:
+    if not _same_tokens(found.tokenizer, student.tokenizer):
         raise ConfigError(
             f"{said} has the tokenizer {found.tokenizer.origin} (SHA-256 {found.tokenizer.sha256[:12]}...), and the "
             f"student of {student.said} has {student.tokenizer.origin} ({student.tokenizer.sha256[:12]}...), so their "
@@ -79,6 +80,13 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
         return OpenedTeacher(found, layout_of(found.model, config.parallel, config.train, world_size))
     except ConfigError as error:
         raise ConfigError(f"{said} does not fit the layout: {error}") from None
+
+
+def _same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers are one file, or files of two formats whose ids have the same spellings and roles."""
+    if one.sha256 == other.sha256:
+        return True
+    return one.pieces == other.pieces and one.special_ids == other.special_ids
 
 
 def layout_of(model: ModelConfig, parallel: ParallelConfig, train: TrainSection, world_size: int) -> Layout:

@@ -9,6 +9,7 @@ import pytest
 
 from configs.loader import ConfigError, validate
 from configs.sample import KeepSection, SampleConfig
+from launch.recipe_results import describe_samples, measurement
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rejection.dialogues import publish
 from posttrain.rejection.keeping import SetAside, kept_of_prompt
@@ -111,6 +112,8 @@ def test_what_is_published_is_a_function_of_samples_and_filters(tmp_path: Path, 
     counts, _ = publish(settings, files, prompts, chat, FACTS, 64)
     written = {path.name: path.read_bytes() for path in files.folder.parent.glob("*.json*")}
     record = json.loads(written["sample.json"])
+    assert measurement(tmp_path / "run", "kept_share") == 0.5
+    assert describe_samples(tmp_path / "run") == ("12 samples of 6 prompts", "6 kept, of 6 prompts\nmean score 0.50")
     lines = [json.loads(line) for line in written["dialogues.jsonl"].splitlines()]
     assert counts.kept == len(lines) == record["measures"]["kept"] == record["dialogues"]["number"] == 6
     assert record["measures"]["score"] == 0.5 and record["measures"]["best_score"] == 1

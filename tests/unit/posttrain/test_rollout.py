@@ -9,7 +9,7 @@ import torch
 
 from configs.loader import ConfigError
 from configs.model import ModelConfig
-from configs.rl import GRPOSection, RLSection
+from configs.rl import GRPOSection, RLSection, checked_rollouts
 from configs.train import TrainSection
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.algorithms.aggregation import Aggregation
@@ -61,6 +61,21 @@ def sampled(decoder: Decoder, chat: ChatFormat, samples: range, seed: int = 9, l
 @pytest.fixture(scope="module")
 def rollout(decoder: Decoder, chat: ChatFormat) -> Rollout:
     return sampled(decoder, chat, range(8, 16))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rl", "words"),
+    [
+        ("1", {}, r"rl\.record is left out; set rl\.record=FOLDER"),
+        ("none", {"record": "x"}, "--rollouts-only none is no number"),
+        ("0", {"record": "x"}, "--rollouts-only 0 is no number"),
+        ("1", {"record": "x", "replay": "y"}, r"rl\.replay = 'y'; leave rl\.replay out"),
+    ],
+)
+def test_rollouts_alone_need_a_place(chosen: str, rl: dict[str, Any], words: str) -> None:
+    assert checked_rollouts("", RL) == 0 and checked_rollouts("2", RLSection(record="x")) == 2
+    with pytest.raises(ConfigError, match=words):
+        checked_rollouts(chosen, RLSection(**rl))
 
 
 def test_what_is_sampled_depends_on_seed_and_number_alone(rollout: Rollout, decoder: Decoder, chat: ChatFormat) -> None:
