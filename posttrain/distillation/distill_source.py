@@ -32,7 +32,7 @@ OWN = "own samples"  # the source of what the student wrote
 
 @dataclass(frozen=True)
 class StudentSampling:
-    """What the student answers in steps on its own samples: `share` of all steps."""
+    """The prompts that the student answers in steps on its own samples, which are `share` of all steps."""
 
     task: Task
     chat: Chat

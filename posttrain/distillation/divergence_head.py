@@ -87,7 +87,8 @@ class DivergenceHead(HeadLoss):
         """Computes the scaled loss; the gradient of `x_NH` under tensor parallel is this rank's part of it."""
         batch, student = self.batch, Head(weight_VH.detach(), softcap)
         labels_N, weights_N = (t.flatten().index_select(0, batch.trained) for t in (batch.labels, batch.loss_mask))
-        slope_N = weights_N * self.scale if torch.is_grad_enabled() else None
+        wide = torch.promote_types(x_NH.dtype, torch.float32)
+        slope_N = weights_N.to(wide) * self.scale if torch.is_grad_enabled() else None
         teacher = self.loss_fn.states(batch)
         chunks = _Chunks(x_NH.detach(), student, teacher, labels_N, self.loss_fn.settings, group)
         loss, self.sums = self._loss(chunks.measured(slope_N))

@@ -185,5 +185,5 @@ class _KeptHead(HeadLoss):
         assert self.batch.samples is not None
         states = TeacherStates(x_NH.detach(), Head(weight_VH.detach(), softcap))
         self.loss_fn.found.setdefault(self.batch.samples, states)
-        loss, self.sums = self._loss(x_NH.new_zeros(len(x_NH)))
-        return loss
+        self.sums = torch.zeros(2 * self.num_sources, dtype=torch.float64, device=x_NH.device)
+        return x_NH.new_zeros(())

@@ -15,9 +15,9 @@ from configs.files import write_atomic
 from configs.sample import SampleConfig
 from posttrain.chat.chat import Chat, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message
-from posttrain.rejection.keeping import SetAside, kept_of_prompt
+from posttrain.rejection.keeping import NotKept, kept_of_prompt
 from posttrain.rejection.prompts import Prompt, Prompts
-from posttrain.rejection.samples import Sample, SampleFiles
+from posttrain.rejection.samples import DrawnSample, SampleFiles
 
 DIALOGUES, RECORD = "dialogues.jsonl", "sample.json"
 
@@ -36,7 +36,7 @@ class Counts:
     prompts: int = 0
     solved: Counter[int] = field(default_factory=Counter)
 
-    def add(self, samples: list[Sample], kept: list[Sample]) -> None:
+    def add(self, samples: list[DrawnSample], kept: list[DrawnSample]) -> None:
         """Adds the samples of one prompt."""
         scores = [sample.score for sample in samples if sample.score is not None]
         self.prompts, self.samples = self.prompts + 1, self.samples + len(samples)
@@ -65,9 +65,9 @@ class Counts:
 
 def publish(
     config: SampleConfig, files: SampleFiles, prompts: Prompts, chat: Chat, facts: dict[str, Any], context: int | None
-) -> tuple[Counts, SetAside]:
+) -> tuple[Counts, NotKept]:
     """Writes the dialogues and the record, and returns what is counted. Nothing is written if nothing is kept."""
-    counts, set_aside, lines = Counts(), SetAside(), list[str]()
+    counts, set_aside, lines = Counts(), NotKept(), list[str]()
     scored = config.task.is_scored
     for prompt, samples in zip(prompts.items, files.by_prompt(), strict=True):
         kept = kept_of_prompt(samples, config.keep, scored, _Check(chat, prompt, context), set_aside)
@@ -94,7 +94,7 @@ def publish(
     return counts, set_aside
 
 
-def _dialogue(prompt: Prompt, sample: Sample, config: SampleConfig, facts: dict[str, Any]) -> dict[str, Any]:
+def _dialogue(prompt: Prompt, sample: DrawnSample, config: SampleConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """Returns a record of the set, as `trivium sft` reads it."""
     return {
         "id": sample.name,
@@ -121,7 +121,7 @@ class _Check:
     prompt: Prompt
     context: int | None
 
-    def __call__(self, sample: Sample) -> str | None:
+    def __call__(self, sample: DrawnSample) -> str | None:
         answer: Message = {"role": "assistant", "content": sample.text}
         try:
             tokens, _ = self.chat.render([*_read(self.prompt), answer])

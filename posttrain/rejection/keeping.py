@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from configs.sample import KeepSection
-from posttrain.rejection.samples import Sample
+from posttrain.rejection.samples import DrawnSample
 from posttrain.rejection.text_measures import jaccard, longest_paragraph, script_share, word_ngrams
 
 SHOWN = 80  # characters of a completion in messages
 
 
 @dataclass
-class SetAside:
+class NotKept:
     """Completions that are not kept: counts by reason, and the first of each reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
-    def add(self, reason: str, sample: Sample) -> None:
+    def add(self, reason: str, sample: DrawnSample) -> None:
         """Counts one completion."""
         self.counts[reason] += 1
         self.first.setdefault(reason, f"{sample.name}: {sample.text[:SHOWN]!r}")
@@ -36,12 +36,12 @@ class SetAside:
 
 
 # Returns why a completion cannot be a dialogue, or None.
-Check = Callable[[Sample], str | None]
+Check = Callable[[DrawnSample], str | None]
 
 
 def kept_of_prompt(
-    samples: Sequence[Sample], keep: KeepSection, scored: bool, check: Check, set_aside: SetAside
-) -> list[Sample]:
+    samples: Sequence[DrawnSample], keep: KeepSection, scored: bool, check: Check, set_aside: NotKept
+) -> list[DrawnSample]:
     """Returns the completions of one prompt that are kept, the best first; counts the others in `set_aside`.
 
     `scored` says whether completions have scores. Of equal scores the lower sample number comes first.
@@ -54,7 +54,7 @@ def kept_of_prompt(
         else:
             set_aside.add(reason, sample)
     usable.sort(key=lambda sample: (-(sample.score or 0.0), sample.number))
-    kept: list[Sample] = []
+    kept: list[DrawnSample] = []
     texts, ngrams = set[str](), list[np.ndarray]()
     for sample in usable:
         own = word_ngrams(sample.text) if keep.near_duplicates is not None else np.zeros(0, np.uint64)
@@ -73,7 +73,7 @@ def kept_of_prompt(
     return kept
 
 
-def fault(sample: Sample, keep: KeepSection, scored: bool) -> str | None:
+def fault(sample: DrawnSample, keep: KeepSection, scored: bool) -> str | None:
     """Returns why a completion is not kept, whatever the others of its prompt are, or None."""
     text = sample.text
     if not sample.stopped:

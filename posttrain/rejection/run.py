@@ -19,9 +19,9 @@ from configs.sample import SampleConfig
 from launch.environment import ClusterEnvironment
 from posttrain.initial_model import InitialChatModel
 from posttrain.rejection.dialogues import DIALOGUES, Counts, publish
-from posttrain.rejection.keeping import SetAside
+from posttrain.rejection.keeping import NotKept
 from posttrain.rejection.prompts import Prompts, open_prompts
-from posttrain.rejection.samples import Sample, SampleFiles, check_facts, recorded_facts, write_facts
+from posttrain.rejection.samples import DrawnSample, SampleFiles, check_facts, recorded_facts, write_facts
 from posttrain.rejection.writer import Writer, layout_of, opened_writer, said_of
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import text_sha256
@@ -169,12 +169,12 @@ def _take(lock: IO[str]) -> bool:
     return True
 
 
-def _mean(samples: list[Sample]) -> str:
+def _mean(samples: list[DrawnSample]) -> str:
     scores = [sample.score for sample in samples if sample.score is not None]
     return f", mean score of the last ones {sum(scores) / len(scores):.3f}" if scores else ""
 
 
-def _lines(counts: Counts, set_aside: SetAside, config: SampleConfig, folder: Path) -> list[str]:
+def _lines(counts: Counts, set_aside: NotKept, config: SampleConfig, folder: Path) -> list[str]:
     """Returns what is printed at the end."""
     lines = [f"set aside: {line}" for line in set_aside.lines()]
     if not counts.kept:

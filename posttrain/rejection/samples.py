@@ -19,7 +19,7 @@ FOLDER, FACTS = "samples", "samples.json"
 
 
 @dataclass(frozen=True)
-class Sample:
+class DrawnSample:
     """Completion `number` of problem `prompt` (its number in the task), which has the id `problem`.
 
     `tokens` counts the end of its turn, without which `stopped` is False. `repeated` is the share of its runs of tokens
@@ -73,13 +73,13 @@ class SampleFiles:
         except (ValueError, KeyError, TypeError):  # `read` says so
             return len(self.parts[part]) * self.completions
 
-    def write(self, part: int, samples: Sequence[Sample]) -> None:
+    def write(self, part: int, samples: Sequence[DrawnSample]) -> None:
         """Writes the samples of a part, whole or not at all."""
         lines = "".join(json.dumps(asdict(sample), ensure_ascii=True) + "\n" for sample in samples).encode()
         head = json.dumps({"sha256": hashlib.sha256(lines).hexdigest(), "samples": len(samples)}) + "\n"
         write_atomic(self.path(part), head.encode() + lines)
 
-    def read(self, part: int) -> list[Sample]:
+    def read(self, part: int) -> list[DrawnSample]:
         """Reads the samples of a part. Raises ConfigError if the file is damaged."""
         path = self.path(part)
         head, _, lines = path.read_bytes().partition(b"\n")
@@ -92,9 +92,9 @@ class SampleFiles:
                 f"{path} does not match its own SHA-256, so it is damaged; remove it and run the same command again, "
                 "which samples its prompts anew, to the same texts"
             )
-        return [Sample(**json.loads(line)) for line in lines.splitlines()]
+        return [DrawnSample(**json.loads(line)) for line in lines.splitlines()]
 
-    def by_prompt(self) -> Iterator[list[Sample]]:
+    def by_prompt(self) -> Iterator[list[DrawnSample]]:
         """Yields the samples of each prompt, in order."""
         for part in range(len(self.parts)):
             found = self.read(part)

@@ -20,7 +20,7 @@ from launch.environment import ClusterEnvironment
 from posttrain.chat.chat import Chat
 from posttrain.initial_model import InitialChatModel
 from posttrain.rejection.prompts import Prompt, Prompts
-from posttrain.rejection.samples import Sample
+from posttrain.rejection.samples import DrawnSample
 from posttrain.rejection.text_measures import repeated_share
 from posttrain.rl.rollout import judge
 from pretrain.initial_model import initial_weights
@@ -50,7 +50,7 @@ class Writer:
     chat: Chat
     mesh: Mesh
 
-    def samples(self, config: SampleConfig, prompts: Prompts, part: range) -> list[Sample]:
+    def samples(self, config: SampleConfig, prompts: Prompts, part: range) -> list[DrawnSample]:
         """Samples and scores the completions of the prompts `part`. The main rank gets all, the others an empty list.
 
         Collective.
@@ -62,10 +62,10 @@ class Writer:
         own = numbers[len(numbers) * writer // writers : len(numbers) * (writer + 1) // writers]
         found = self._written(config, prompts, own, scores=leads)
         gathered = gather_json([vars(sample) for sample in found] if leads else [], everywhere=False)
-        everything = [Sample(**sample) for samples in gathered for sample in samples]
+        everything = [DrawnSample(**sample) for samples in gathered for sample in samples]
         return sorted(everything, key=lambda sample: (sample.prompt, sample.number))
 
-    def _written(self, config: SampleConfig, prompts: Prompts, numbers: range, scores: bool) -> list[Sample]:
+    def _written(self, config: SampleConfig, prompts: Prompts, numbers: range, scores: bool) -> list[DrawnSample]:
         """Returns the samples `numbers`: completion i % completions of prompt i // completions."""
         if not numbers:
             return []
@@ -87,7 +87,7 @@ class Writer:
             return []
         judged = judge(task, chat, [prompt.problem for prompt, _ in chosen], completions)
         return [
-            Sample(
+            DrawnSample(
                 prompt.number,
                 prompt.problem.id,
                 number,

@@ -201,7 +201,6 @@ def test_what_does_not_fit_is_refused_before_the_first_step(ranks: RanksOf, base
     for overrides, words in (
         ([f"teacher.run={tmp_path}/other"], ("their tokens cannot be compared", "`trivium sample`", "trivium sft")),
         (["teacher.run=nowhere"], ("teacher.run = 'nowhere'",)),
-        (["train.seq_length=160", "task.max_new_tokens=140"], ("teacher.run", "trained on 128")),
     ):
         refused = distill(ranks, base, 1, none, *overrides)
         assert refused["status"] == 2 and all(word in refused["error"] for word in words), refused

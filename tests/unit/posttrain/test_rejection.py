@@ -12,14 +12,14 @@ from configs.sample import KeepSection, SampleConfig
 from launch.recipe_results import describe_samples, measurement
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rejection.dialogues import publish
-from posttrain.rejection.keeping import SetAside, kept_of_prompt
+from posttrain.rejection.keeping import NotKept, kept_of_prompt
 from posttrain.rejection.prompts import open_prompts
-from posttrain.rejection.samples import Sample, SampleFiles, check_facts
+from posttrain.rejection.samples import DrawnSample, SampleFiles, check_facts
 from posttrain.rejection.text_measures import longest_paragraph, repeated_share, script_share
 
 LONG = "the quick brown fox jumps over the lazy dog while seven wizards brew a potion"
 PROMPTS: dict[str, Any] = {"kind": "file", "files": ["x"], "answer_key": ""}
-ONE = Sample(0, "sort/21", 0, "12", 3, True, 0.0, 1.0, "right")
+ONE = DrawnSample(0, "sort/21", 0, "12", 3, True, 0.0, 1.0, "right")
 
 
 def config(tmp_path: Path, **more: Any) -> SampleConfig:
@@ -32,9 +32,9 @@ def config(tmp_path: Path, **more: Any) -> SampleConfig:
     return validate(SampleConfig, tree | more)
 
 
-def chosen(samples: list[Sample], **keep: Any) -> tuple[list[int], dict[str, int]]:
+def chosen(samples: list[DrawnSample], **keep: Any) -> tuple[list[int], dict[str, int]]:
     """Returns the numbers of the samples that are kept, and the counts of the others."""
-    set_aside = SetAside()
+    set_aside = NotKept()
     kept = kept_of_prompt(samples, KeepSection(**keep), True, lambda sample: None, set_aside)
     assert len(kept) + set_aside.counts.total() == len(samples)
     assert set_aside.first.keys() == set_aside.counts.keys()
@@ -97,7 +97,7 @@ def sampled(settings: SampleConfig, chat: ChatFormat) -> tuple[Any, SampleFiles]
     for part, numbers in enumerate(files.parts):
         for_part = []
         for prompt in prompts.items[numbers.start : numbers.stop]:
-            right = Sample(prompt.number, prompt.problem.id, 0, str(prompt.problem.answer), 4, True, 0.0, 1.0)
+            right = DrawnSample(prompt.number, prompt.problem.id, 0, str(prompt.problem.answer), 4, True, 0.0, 1.0)
             for_part += [right, replace(right, number=1, text="\ud800<|end|>", score=0.0, reason="wrong")]
         files.write(part, for_part)
     return prompts, files
