@@ -116,9 +116,9 @@ bench-data: install
 bench-train: install
 	@$(BIN)/python -m tests.bench.training
 
-# Rollouts beside transformers, and what GRPO and PPO learn from the demo's fine-tuned model.
+# Rollouts beside transformers, what methods learn from the demo's models, and TRL. PART="sort dpo" runs some parts.
 bench-rl: install
-	@$(BIN)/python -m tests.bench.rl
+	@$(BIN)/python -m tests.bench.rl $(if $(PART),--parts $(PART))
 
 clean:
 	rm -rf .venv .venv-3.* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -138,6 +138,15 @@ class GRPOConfig(TrainerConfig):
     rl: RLSection = RLSection()
     """Rollouts and what is done with them, in every method: updates, corrections, the reference policy, records."""
 
+    @model_validator(mode="after")
+    def _divergence_has_a_place(self) -> "GRPOConfig":
+        if self.grpo.dialect == "gdpo" and self.rl.kl == "reward":
+            raise ValueError(
+                "grpo.dialect = 'gdpo' normalises each reward by itself, and rl.kl = 'reward' would charge the "
+                "divergence in none of them; set rl.kl=loss"
+            )
+        return self
+
 
 class PPORollouts(RLSection):
     """Rollouts and what is done with them, with the defaults of PPO."""

@@ -156,6 +156,8 @@ class EvalConfig(Section):
 
     every: int = Field(default=100, ge=1)
     """The number of steps from one evaluation to the next; there is always one at the end."""
+    at_start: bool = False
+    """Whether there is an evaluation before the first step, too, of what the run begins from."""
     rows: int = Field(default=32, ge=0)
     """The maximum number of held-out rows of each source; 0 measures no held-out loss."""
     tasks: tuple[str, ...] = ()

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config.rl,
             config.train,
             config.run.dir,
-            GroupCredit(dialect, config.rl, task.max_new_tokens),
+            GroupCredit(dialect, config.rl, task.max_new_tokens, task.reward_weights),
             dialect.aggregation,
             policy,
             check,

@@ -191,6 +191,8 @@ class Trainer:
 
         The last checkpoint may still be being written when it returns.
         """
+        if self.step == 0 and self.config.eval.at_start:
+            self._evaluate(steps)
         config = self.config
         while self.step < config.train.steps:
             with self._profiler.step(self.step + 1):
@@ -372,10 +374,7 @@ class Trainer:
         )
 
     def _check_finished(self, saved: Path, watch: signals.Watch) -> int:
-        """Checks the data of a finished run, whose checkpoint is `saved`, against its checksums.
-
-        Returns the exit status.
-        """
+        """Checks the data of a finished run, saved at `saved`, against its checksums; returns the exit status."""
         self._print(
             f"{self.run.path} is finished at step {self.step}, but its training data was not checked to the end; "
             "checking it against its checksums"

@@ -35,6 +35,7 @@ class Dialect:
     advantages: Callable[[TokenBatch], Tensor]  # [B, S]
     policy: Callable[[TokenBatch], TokenLoss]
     aggregation: Aggregation
+    by_reward: bool = False  # several rewards are compared each by itself, so that equal sums may have a gradient
 
     def loss(self, batch: TokenBatch, max_length: int) -> tuple[Tensor, TokenLoss]:
         """Returns the loss of a step that is all in one batch with rewards, and its parts per token.
@@ -55,9 +56,15 @@ def from_groups(batch: TokenBatch, dialect: AdvantageDialect) -> Tensor:
 
 
 def from_decoupled_groups(batch: TokenBatch) -> Tensor:
-    """Returns GDPO's advantages [B, S] where there is one reward: normalised in its group, then over the batch."""
-    rewards, place, last = _matrix(batch)
-    sums = group_advantages(rewards, place >= 0, AdvantageDialect.GRPO_TRL)
+    """Returns GDPO's advantages [B, S]: rewards, each normalised in its group, and their sum again over the batch.
+
+    The sums are `decoupled`; a batch without them has one reward.
+    """
+    if batch.decoupled is not None:
+        sums, place, last = _matrix(batch, "decoupled")
+    else:
+        rewards, place, last = _matrix(batch)
+        sums = group_advantages(rewards, place >= 0, AdvantageDialect.GRPO_TRL)
     return _to_tokens(batch, batch_normalised(sums, place >= 0), place, last)
 
 
@@ -74,13 +81,13 @@ def from_critic(batch: TokenBatch) -> Tensor:
     return whiten(gae(batch)[0], batch.mask)
 
 
-def _matrix(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+def _matrix(batch: TokenBatch, name: str = "rewards") -> tuple[Tensor, Tensor, Tensor]:
     """Returns rewards [P, G] of completions by group, their numbers [P, G] in the batch, and their last tokens.
 
-    A group that is smaller than the largest has number -1 at its end.
+    Rewards are those of the tensor `name`. A group that is smaller than the largest has number -1 at its end.
     """
     _, last = batch.first_and_last()
-    rewards = batch.sequence_sum(batch.need("rewards"))[last]
+    rewards = batch.sequence_sum(batch.need(name))[last]
     _, group = batch.need("groups")[last].unique(return_inverse=True)
     counts = group.bincount(minlength=1)
     place = torch.full((len(counts), int(counts.max())), -1)
@@ -130,5 +137,5 @@ DIALECTS: dict[str, Dialect] = {
     "gspo": Dialect("Zheng et al. 2025, arXiv 2507.18071", _TRL, gspo, _SEQUENCE),
     "cispo@minimax": Dialect("MiniMax-M1, arXiv 2506.13585", _TRL, cispo, _MEAN),
     "cispo@verl": Dialect("verl, both bounds", _VERL, partial(cispo, lowest=0.8, highest=1.2), _MEAN),
-    "gdpo": Dialect("Liu et al. 2026, arXiv 2601.05242", from_decoupled_groups, ppo_clip, _MEAN),
+    "gdpo": Dialect("Liu et al. 2026, arXiv 2601.05242", from_decoupled_groups, ppo_clip, _MEAN, by_reward=True),
 }

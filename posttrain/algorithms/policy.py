@@ -4,8 +4,8 @@ Every function returns the loss of each token and where clipping acted. The trai
 `aggregation`); a loss never divides by the number of tokens, so micro-batches and layouts cannot change it.
 
 The sign is that of a loss: less is better. A token with a positive advantage has a negative PPO loss, and a positive
-CISPO or REINFORCE loss, as those multiply the advantage by a log-probability, which is negative. Gradients have the
-same sign in all of them: on policy, the derivative by the token's log-probability is minus its advantage.
+CISPO loss, as CISPO multiplies the advantage by a log-probability, which is negative. Gradients have the same sign in
+all of them: on policy, the derivative by the token's log-probability is minus its advantage.
 """
 
 from typing import NamedTuple
@@ -55,12 +55,6 @@ def cispo(batch: TokenBatch, lowest: float = 0.0, highest: float = 5.0) -> Token
     ratio = torch.exp(log_ratio(batch)).detach()
     loss = -ratio.clamp(lowest, highest) * batch.need("advantages") * batch.inside(batch.logprobs)
     return TokenLoss(loss, batch.mask & ((ratio < lowest) | (ratio > highest)))
-
-
-def reinforce(batch: TokenBatch) -> TokenLoss:
-    """Computes REINFORCE's loss, -A log policy (Williams 1992); right only for tokens sampled by this very policy."""
-    loss = -batch.need("advantages") * batch.inside(batch.logprobs)
-    return TokenLoss(loss, torch.zeros_like(batch.mask))
 
 
 def log_ratio(batch: TokenBatch) -> Tensor:

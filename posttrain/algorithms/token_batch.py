@@ -33,6 +33,7 @@ class TokenBatch:
     ref_logprobs: Tensor | None = None  # of the reference policy
     advantages: Tensor | None = None
     rewards: Tensor | None = None  # of each token; a completion's one reward is at its last token
+    decoupled: Tensor | None = None  # at the last token, several rewards, each normalised in its group, and summed
     groups: Tensor | None = None  # int64, the number of the prompt; completions of one prompt are compared
     values: Tensor | None = None  # of the critic that is trained
     old_values: Tensor | None = None  # of the critic before the first update on this rollout

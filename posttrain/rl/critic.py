@@ -7,6 +7,7 @@ advantages of a rollout by generalized advantage estimation, whitened over the r
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from configs.model import ModelConfig
@@ -95,6 +96,10 @@ class Critic:
             batches, self._loss, learning_rate(step, config.train.steps, peak, config.schedule)
         )
         return {"value_loss": sums.mean_loss, "value_grad_norm": sums.grad_norm, **sums.metrics}
+
+    def equal_groups(self, rollout: Rollout) -> np.ndarray:
+        """Returns bool [groups], True for those whose rewards are all equal."""
+        return rollout.equal_groups()
 
     def __call__(self, rollout: Rollout, engine: Engine) -> Rollout:
         """Returns the rollout with the critic's values, and the advantages and returns that follow from them."""

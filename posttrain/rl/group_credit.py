@@ -1,16 +1,18 @@
 """Advantages without a critic: the rewards of a rollout's completions compared with one another, by a dialect."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from configs.rl import RLSection
+from posttrain.algorithms.advantages import decoupled_sums, equal_groups
 from posttrain.algorithms.dialects import Dialect
 from posttrain.algorithms.kl import KLEstimator, rewards_with_kl
 from posttrain.algorithms.rewards import overlong_penalty, reward_at_last_token
 from posttrain.algorithms.token_batch import TokenBatch
-from posttrain.rl.rollout import Rollout
+from posttrain.rl.rollout import PART, Rollout
 from pretrain.parallel.engine import Engine
 
 
@@ -21,13 +23,43 @@ class GroupCredit:
     dialect: Dialect
     settings: RLSection
     max_length: int  # tokens of the longest completion
+    weights: Mapping[str, float] = field(default_factory=dict)  # of the task's rewards, if it has several
 
     names = ("advantages",)
 
     def __call__(self, rollout: Rollout, engine: Engine) -> Rollout:
-        """Returns the rollout with `advantages` [N, S]."""
+        """Returns the rollout with `advantages` [N, S]; `decoupled` [N, S] says what several rewards come to."""
+        if len(self.weights) > 1:
+            sums_PG = decoupled_sums(*self._by_reward(rollout))
+            at_last = reward_at_last_token(sums_PG.flatten(), _ends(rollout), rollout.mask.shape[1])
+            rollout = rollout.plus(decoupled=at_last.float().numpy())
         batch = token_batch(rollout, self.settings, self.max_length)
         return rollout.plus(advantages=self.dialect.advantages(batch).float().numpy())
+
+    def equal_groups(self, rollout: Rollout) -> np.ndarray:
+        """Returns bool [groups], True for those that the dialect learns nothing from, as their rewards are all equal.
+
+        A dialect that compares several rewards each by itself learns from groups whose sums alone are equal.
+        """
+        if len(self.weights) < 2 or not self.dialect.by_reward:
+            return rollout.equal_groups()
+        rewards_PGK, scored_PGK, _ = self._by_reward(rollout)
+        equal = [equal_groups(rewards_PGK[..., k], scored_PGK[..., k]) for k in range(rewards_PGK.shape[2])]
+        return torch.stack(equal).all(0).numpy()
+
+    def _by_reward(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the rewards [P, G, K] of each name, which of them are scored, and their weights [K].
+
+        What is taken for length is a reward of its own.
+        """
+        parts, weights = [rollout.arrays[PART + name] for name in self.weights], list(self.weights.values())
+        if self.settings.overlong_buffer:
+            parts.append(_overlong(rollout, self.settings, self.max_length).numpy())
+            weights.append(1.0)
+        rewards_NK = torch.from_numpy(np.stack(parts, -1))
+        scored_NK = ~rewards_NK.isnan() & ~torch.from_numpy(np.isnan(rollout.scores))[:, None]
+        shape = (-1, rollout.group_size, len(weights))
+        return rewards_NK.nan_to_num().view(shape), scored_NK.view(shape), torch.tensor(weights)
 
 
 def token_batch(rollout: Rollout, settings: RLSection, max_length: int) -> TokenBatch:
@@ -39,13 +71,11 @@ def token_batch(rollout: Rollout, settings: RLSection, max_length: int) -> Token
     rewards = torch.where(scored, torch.from_numpy(rollout.scores), 0.0)
     sampled = torch.from_numpy(rollout.mask)
     if settings.overlong_buffer:
-        lengths = sampled.sum(1)
-        rewards = rewards + overlong_penalty(lengths, max_length, settings.overlong_buffer, settings.overlong_penalty)
+        rewards = rewards + _overlong(rollout, settings, max_length)
     length = sampled.shape[1]
-    last = (sampled * torch.arange(length)).amax(1)
     optional = {
         name: torch.from_numpy(rollout.arrays[name])
-        for name in ("old_logprobs", "ref_logprobs", "old_values")
+        for name in ("old_logprobs", "ref_logprobs", "old_values", "decoupled")
         if name in rollout.arrays
     }
     rows = torch.arange(len(rollout))[:, None]
@@ -55,9 +85,20 @@ def token_batch(rollout: Rollout, settings: RLSection, max_length: int) -> Token
         sequences=(rows * length).expand(-1, length),
         rollout_logprobs=torch.from_numpy(rollout.rollout_logprobs),
         groups=torch.from_numpy(rollout.prompts)[:, None].expand(-1, length),
-        rewards=reward_at_last_token(rewards, last + 1, length),
+        rewards=reward_at_last_token(rewards, _ends(rollout), length),
         **optional,
     )
     if settings.kl == "reward":
         batch = batch.but(rewards=rewards_with_kl(batch, settings.kl_coef, KLEstimator(settings.estimator)))
     return batch
+
+
+def _ends(rollout: Rollout) -> torch.Tensor:
+    """Returns for each completion [N] the position after its last token."""
+    sampled = torch.from_numpy(rollout.mask)
+    return (sampled * torch.arange(sampled.shape[1])).amax(1) + 1
+
+
+def _overlong(rollout: Rollout, settings: RLSection, max_length: int) -> torch.Tensor:
+    lengths = torch.from_numpy(rollout.completion_lengths())
+    return overlong_penalty(lengths, max_length, settings.overlong_buffer, settings.overlong_penalty)

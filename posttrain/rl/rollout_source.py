@@ -52,6 +52,10 @@ class Credit(Protocol):
 
     def __call__(self, rollout: Rollout, engine: Engine) -> Rollout: ...
 
+    def equal_groups(self, rollout: Rollout) -> np.ndarray:
+        """Returns bool [groups], True for those that nothing can be learned from, as their rewards are all equal."""
+        ...
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -164,7 +168,7 @@ class RolloutSource(BatchSource):
             rollout = self.sample_only(engine, number)
         self._metrics = rollout.metrics() | self._metrics
         mesh = engine.mesh
-        if mesh.is_main and bool(rollout.equal_groups().all()):
+        if mesh.is_main and bool(self.credit.equal_groups(rollout).all()):
             print(
                 f"warning: all groups of rollout {number} have equal rewards, from which nothing can be learned; if it "
                 "stays so, choose an easier task, a better model to start from, or a higher temperature",
@@ -200,7 +204,7 @@ class RolloutSource(BatchSource):
         drawn = equal = 0
         while (missing := wanted - _groups(useful)) and drawn < budget:
             part = self._sampled_groups(min(missing, budget - drawn))
-            is_equal = part.equal_groups()
+            is_equal = self.credit.equal_groups(part)
             drawn, equal = drawn + len(is_equal), equal + int(is_equal.sum())
             if self.settings.max_draws == 1:
                 useful = part

@@ -46,6 +46,10 @@ class CountdownTask:
     def reward_names(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        return {}
+
     def size(self, split: Split) -> None:
         return None
 

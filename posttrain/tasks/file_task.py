@@ -69,6 +69,10 @@ class FileTask:
     def reward_names(self) -> tuple[str, ...]:
         return tuple(self.rewards.rewards)
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        return self.rewards.weights
+
     def size(self, split: Split) -> int:
         return len(self.problems[split])
 

@@ -98,6 +98,11 @@ class Task(Protocol):
         """The names that `TaskScore.parts` may have, for logs; () if there is but one reward."""
         ...
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weights, by name, of the rewards whose weighted sum is a score; {} if there is but one reward."""
+        ...
+
     def size(self, split: Split) -> int | None:
         """Returns the number of problems of a split, or None if they are drawn without end."""
         ...

@@ -34,6 +34,15 @@ class MixtureTask:
         rewards = (f"{part}/{name}" for part, task in self.parts.items() for name in task.reward_names)
         return (*self.parts, *rewards)
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weights of the rewards of all tasks; the score of a task with but one reward has weight 1."""
+        found: dict[str, float] = {}
+        for part, task in self.parts.items():
+            own = {f"{part}/{name}": weight for name, weight in task.reward_weights.items()}
+            found |= own or {part: 1.0}
+        return found
+
     def size(self, split: Split) -> int | None:
         """Returns the number of problems after which one of the parts would repeat its own."""
         sizes = [task.size(split) for task in self.parts.values()]

@@ -40,6 +40,10 @@ class SortTask:
     def reward_names(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        return {}
+
     def size(self, split: Split) -> None:
         return None
 

@@ -78,9 +78,10 @@ def test_tasks_are_scored_in_training_in_any_layout(ranks: RanksOf, tmp_path: Pa
     call("posttrain.sft", later, "parallel.tp=2", "eval.chat=true", world=2)
     assert score_afterwards(sft, task, "--chat") == pytest.approx(scores(sft)[2], rel=1e-5)
     later.write_text(tomli_w.dumps(rewarding(one, grpo)))
-    call("posttrain.grpo", later, world=1)
+    call("posttrain.grpo", later, "eval.at_start=true", world=1)
     assert score_afterwards(grpo, task) == pytest.approx(scores(grpo)[2], rel=1e-5)
     assert scores(grpo)[2] != found["one"][4] != scores(sft)[2]
+    assert scores(grpo)[0] == pytest.approx(found["one"][4], rel=1e-5), "before the first step it is what it began from"
 
 
 def test_a_wrong_task_is_told_before_the_first_step(ranks: RanksOf, tmp_path: Path) -> None:

@@ -1,43 +1,85 @@
-"""`make bench-rl`: tokens a second of rollouts beside transformers, and what GRPO and PPO learn on tiny tasks.
+"""`make bench-rl`: rollouts beside transformers, what methods learn on tiny tasks, and steps beside TRL.
 
-Learning starts from the demo's fine-tuned model (`make demo` first); `--rollouts` measures sampling alone.
+It starts from the demo's models (`make demo` first) and takes some 40 minutes on two cores, of which countdown takes
+half. `make bench-rl PART="sort dpo"` runs some parts; the JSON keeps what other parts found before.
 """
 
 import argparse
 import json
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from configs.files import write_atomic
-from tests.bench.rl.learning import SEEDS, STEPS, learned
-from tests.bench.rl.rollouts import measured
+from tests.bench.rl import learning, peer, rollouts
 from tests.bench.training.__main__ import machine
+
+# Minutes that each part takes on two cores, for whoever waits.
+MINUTES = {"rollouts": 2, "sort": 7, "countdown": 20, "ppo": 3, "dpo": 1, "rm": 2, "lora": 3, "trl": 4}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", action="store_true", help="measure sampling alone")
-    parser.add_argument("--size", default="5M", help="the model of the rollouts (5M)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed batches of each side (3)")
-    parser.add_argument("--base", type=Path, default=Path("runs/demo/sft"), help="the fine-tuned run to start from")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/rl.json"))
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(MINUTES), default=list(MINUTES), help="the parts to run (all)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed batches of each side in rollouts (5)")
+    parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="the demo's runs (runs/demo)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/rl.json"), help="the file for all results")
     args = parser.parse_args()
-    found = {"machine": machine(), "rollouts": measured(args.size, args.rounds), "learning": []}
+    base = args.base.absolute()
+    folder = (args.out.parent / "rl").absolute()
+    runs = learning.Runs(folder, base / "pretrain", base / "sft")
+    if args.parts != ["rollouts"] and not (runs.pretrained.exists() and runs.fine_tuned.exists()):
+        sys.exit(
+            f"{base} has no runs pretrain and sft to start from; run `make demo` first, or name another with --base"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     console = Console()
-    table = Table("who", "tokens/s", "ratio", title="sampling 64 texts in groups of 8", title_justify="left")
-    for one in found["rollouts"]:
-        table.add_row(one["who"], f"{one['tokens_per_second']:,.0f}", f"{one['ratio']:.2f}")
-    console.print(table)
-    if not args.rollouts:
-        found["learning"] = [learned(t, seed, args.base, args.out.parent / "rl") for t in STEPS for seed in SEEDS]
-        table = Table("task", "seed", "before", "after", "seconds", title="answered right, sampled")
-        for one in found["learning"]:
-            table.add_row(one["task"], str(one["seed"]), f"{one['before']}", f"{one['after']}", f"{one['seconds']}")
-        console.print(table)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.out, json.dumps(found, indent=1).encode())
+    console.print(f"parts: {', '.join(args.parts)}; some {sum(MINUTES[part] for part in args.parts)} minutes")
+    for part in args.parts:
+        started = time.perf_counter()
+
+        def said(what: str, part: str = part, started: float = started) -> None:
+            console.print(f"[{time.strftime('%H:%M:%S')}] {part}: {what} ({time.perf_counter() - started:.0f} s)")
+
+        said(f"begins, some {MINUTES[part]} minutes")
+        records = _records(part, runs, args.rounds, said)
+        found[part] = {"machine": machine(), "seconds": round(time.perf_counter() - started, 1), "records": records}
+        write_atomic(args.out, json.dumps(found, indent=1).encode())
+        console.print(_table(part, records))
+    wanted = [one for part in args.parts for one in found[part]["records"] if one.get("wanted")]
+    console.print(f"{sum(one['met'] for one in wanted)} of {len(wanted)} targets met; all results are in {args.out}")
+
+
+def _records(part: str, runs: learning.Runs, rounds: int, said: Callable[[str], None]) -> list[dict[str, Any]]:
+    if part == "rollouts":
+        return rollouts.measured(rounds, said)
+    records = []
+    try:
+        for record in peer.contest(runs) if part == "trl" else learning.PARTS[part](runs):
+            said(", ".join(f"{name} {value}" for name, value in record.items()))
+            records.append(record)
+    except peer.NoPeer as error:
+        said(str(error))
+        records.append({"what": str(error), "wanted": "", "met": True})
+    return records
+
+
+def _table(part: str, records: list[dict[str, Any]]) -> Table:
+    columns = [name for name in records[0] if name not in ("met", "wanted")]
+    table = Table(*columns, "wanted", title=part, title_justify="left")
+    for one in records:
+        goal = one.get("wanted", "")
+        cells = [str(one.get(name, "")) for name in columns]
+        table.add_row(*cells, goal and f"{goal}: {'met' if one['met'] else 'not met'}")
+    return table
 
 
 if __name__ == "__main__":

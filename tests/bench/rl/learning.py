@@ -1,37 +1,150 @@
-"""Held-out accuracy on sort before and after GRPO and PPO, which start from the demo's fine-tuned model."""
+"""Parts of the benchmark in which a model learns: what it could before and after, on problems that it has not seen.
+
+Every part runs `trivium`'s own commands on two ranks, with a config of `configs/posttrain` and the keys below. Before
+and after are measured on the same held-out problems; `seconds` is the wall time of the whole command that is judged.
+"""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "configs" / "posttrain"
 SEEDS = (1, 2, 3)
-STEPS = {"sort": 150, "ppo": 150}
+RANKS = 2
+
+# Fine-tuning on the task alone, for models that start from pretraining.
+ON_TASK = {"data.dialogues": "[]", "eval.rows": 4, "checkpoint.every": 1000}
+COUNTDOWN = {"task.kind": "countdown", "task.digits": 3, "task.max_new_tokens": 8}
 
 
-def learned(task: str, seed: int, base: Path, folder: Path) -> dict[str, Any]:
-    """Trains by GRPO ("sort") or PPO ("ppo") from the run `base`; returns sampled accuracy before and after."""
-    command, name = "ppo" if task == "ppo" else "grpo", "sort"
-    run = folder / f"{task}_{seed}"
-    keys = {
-        "run.dir": run,
-        "run.seed": seed,
-        "init.run": base,
-        "train.steps": STEPS[task],
-    }
-    config = ROOT / "configs" / "posttrain" / ("demo_ppo.toml" if command == "ppo" else "demo_grpo.toml")
-    argv = [sys.executable, "-m", "cli", command, str(config), *(f"{key}={value}" for key, value in keys.items())]
-    subprocess.run(argv, check=True, cwd=ROOT)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = [line["eval"][f"{name} answers"]["sampled"] for line in lines if "eval" in line]
-    before = _last_score(base, name)
-    seconds = sum(line["tokens"] / line["step"] / line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
-    return {"task": task, "seed": seed, "before": before, "after": scores[-1], "seconds": round(seconds, 1)}
+@dataclass(frozen=True)
+class Runs:
+    """A folder to write runs to, and the demo's runs that they start from."""
+
+    folder: Path
+    pretrained: Path
+    fine_tuned: Path
+
+    def train(self, name: str, command: str, config: str, **keys: Any) -> "Trained":
+        """Runs a command anew, with config keys spelt with two underscores for a dot."""
+        run = self.folder / name
+        shutil.rmtree(run, ignore_errors=True)
+        settings = {"run.dir": run, **{key.replace("__", "."): value for key, value in keys.items()}}
+        argv = [sys.executable, "-m", "launch.ranks", "--nproc-per-node", str(RANKS), command, str(CONFIGS / config)]
+        started = time.perf_counter()
+        with open(self.folder / f"{name}.log", "wb") as log:
+            done = subprocess.run(
+                [*argv, *(f"{key}={value}" for key, value in settings.items())], cwd=ROOT, stdout=log, stderr=log
+            )
+        if done.returncode:
+            raise RuntimeError(f"trivium {command} ended with status {done.returncode}; see {log.name}")
+        return Trained(run, time.perf_counter() - started)
 
 
-def _last_score(run: Path, name: str) -> float | None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = [line["eval"].get(f"{name} answers", {}).get("sampled") for line in lines if "eval" in line]
-    return scores[-1] if scores else None
+@dataclass(frozen=True)
+class Trained:
+    """A finished run and its wall time."""
+
+    run: Path
+    seconds: float
+
+    def evaluated(self, part: str, metric: str, number: int = -1) -> float:
+        """Returns a metric of an evaluation, the last one if no other number is given."""
+        found = [line["eval"] for line in self._lines() if "eval" in line]
+        return float(found[number][part][metric])
+
+    def curve(self, metric: str) -> list[float]:
+        """Returns a metric of every step."""
+        return [float(line[metric]) for line in self._lines() if metric in line]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _record(what: str, before: float, after: float, wanted: str, met: bool, seconds: float) -> dict[str, Any]:
+    numbers = {"before": round(before, 3), "after": round(after, 3)}
+    return {"what": what, **numbers, "wanted": wanted, "met": met, "seconds": round(seconds, 1)}
+
+
+def _answers(trained: Trained, task: str, number: int = -1) -> float:
+    """Returns the share of held-out problems that are answered right when sampled, at evaluation `number`."""
+    return trained.evaluated(f"{task} answers", "sampled", number)
+
+
+def sort(runs: Runs) -> Iterator[dict[str, Any]]:
+    """GRPO on sorting four digits, three seeds."""
+    for seed in SEEDS:
+        keys = {"init__run": runs.fine_tuned, "run__seed": seed}
+        run = runs.train(f"sort_{seed}", "grpo", "demo_grpo.toml", **keys)
+        before, after = _answers(run, "sort", 0), _answers(run, "sort")
+        met = after >= before + 0.1 and run.seconds <= 180
+        yield _record(f"seed {seed}", before, after, "sampled +.10 in 3 minutes", met, run.seconds)
+
+
+def countdown(runs: Runs) -> Iterator[dict[str, Any]]:
+    """GRPO on countdown after fine-tuning on the form alone, with dynamic sampling, three seeds."""
+    task = {key.replace(".", "__"): value for key, value in COUNTDOWN.items()}
+    for seed in SEEDS:
+        keys = {"init__run": runs.pretrained, "run__seed": seed, "train__steps": 150, **task}
+        form = runs.train(f"countdown_{seed}_sft", "sft", "demo_sft.toml", **keys, **_plain(ON_TASK))
+        keys = {"init__run": form.run, "run__seed": seed, **task, **_plain(COUNTDOWN_GRPO)}
+        run = runs.train(f"countdown_{seed}", "grpo", "demo_grpo.toml", **keys)
+        before, after = _answers(run, "countdown", 0), _answers(run, "countdown")
+        yield _record(f"seed {seed}", before, after, "twice, two seeds of three", after >= 2 * before, run.seconds)
+
+
+COUNTDOWN_GRPO = {
+    "train.steps": 250,
+    "train.seq_length": 32,
+    "rl.max_draws": 4,
+    "eval.every": 1000,
+    "checkpoint.every": 1000,
+}
+
+
+def ppo(runs: Runs) -> Iterator[dict[str, Any]]:
+    """PPO with a critic on sorting."""
+    run = runs.train("ppo", "ppo", "demo_ppo.toml", init__run=runs.fine_tuned, run__seed=1)
+    before, after = _answers(run, "sort", 0), _answers(run, "sort")
+    yield _record("seed 1", before, after, "sampled +.05", after >= before + 0.05, run.seconds)
+
+
+def dpo(runs: Runs) -> Iterator[dict[str, Any]]:
+    """DPO on pairs of a right and a wrong answer to sorting."""
+    after = runs.train("dpo", "dpo", "demo_dpo.toml", init__run=runs.fine_tuned)
+    score = after.evaluated("preferences", "accuracy")
+    yield _record("held-out pairs", 0.5, score, "over .9", score > 0.9, after.seconds)
+
+
+def rm(runs: Runs) -> Iterator[dict[str, Any]]:
+    """A reward model on the same pairs."""
+    after = runs.train("rm", "rm", "demo_rm.toml", init__run=runs.fine_tuned)
+    score = after.evaluated("preference", "accuracy")
+    yield _record("held-out pairs", 0.5, score, "over .9", score > 0.9, after.seconds)
+
+
+def lora(runs: Runs) -> Iterator[dict[str, Any]]:
+    """Fine-tuning on sorting, of all weights and by LoRA, for as many steps."""
+    keys = {"init__run": runs.pretrained, **_plain(ON_TASK)}
+    full = runs.train("lora_full", "sft", "demo_sft.toml", **keys)
+    low = runs.train("lora", "sft", "demo_sft.toml", **keys, **_plain(LORA))
+    all_weights, adapted = _answers(full, "sort"), _answers(low, "sort")
+    yield _record("all weights", 0.0, all_weights, "", True, full.seconds)
+    yield _record("LoRA", 0.0, adapted, ".9 of all weights'", adapted >= 0.9 * all_weights, low.seconds)
+
+
+LORA = {"adapter.kind": "lora", "adapter.rank": 32, "adapter.alpha": 64.0, "optimizer.lr": 8e-3}
+
+
+def _plain(keys: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace(".", "__"): value for key, value in keys.items()}
+
+
+PARTS = {"sort": sort, "countdown": countdown, "ppo": ppo, "dpo": dpo, "rm": rm, "lora": lora}

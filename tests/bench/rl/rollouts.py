@@ -1,40 +1,86 @@
-"""Tokens a second of sampling: Trivium's beside transformers' `generate`, with the same weights and prompts.
+"""Tokens a second of sampling: Trivium's beside transformers' `generate`, with the same weights, prompts and cores.
 
 Both sample at temperature 1 without other filters, in fp32, from groups of equal prompts as GRPO has them, and end a
-text at the same tokens. They take turns, one batch each, so that a slower moment of the machine meets both alike.
+text at the same tokens. Trivium has a process on each core, as ranks of data parallel are, and transformers one process
+with a thread on each core. They take turns, one batch each, so that a slower moment of the machine meets both alike.
 """
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from configs.loader import validate
+from configs.model import ModelConfig
 from configs.sampling import SamplingConfig
+from launch.processes import cores
 from pretrain.model import Decoder, init_weights
 from pretrain.sampling import generate
 from tests.bench.training.models import SEED, SIZES, transformers_model
 
-BATCH, GROUP, PROMPT, LONGEST = 64, 8, 32, 128
+BATCH = 64
+DEMO = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 352, "num_heads": 4, "num_kv_heads": 2}
+MODELS: dict[str, ModelConfig] = {
+    "demo": validate(ModelConfig, {"vocab_size": 4096, **DEMO}),  # 1.8M parameters
+    "5M": SIZES["5M"].config,
+}
 
 
-def measured(size: str, rounds: int) -> list[dict[str, Any]]:
-    """Returns a record for each side: the median tokens a second over `rounds` batches."""
-    shape = SIZES[size]
-    decoder = Decoder(shape.config)
-    init_weights(decoder, SEED)
-    decoder.eval()
-    peer = transformers_model(shape.config, shape.length).eval()
-    generator = torch.Generator().manual_seed(SEED)
-    different = torch.randint(4, shape.config.vocab_size, (BATCH // GROUP, PROMPT), generator=generator)
-    prompts = different.repeat_interleave(GROUP, 0)
-    # An untrained model draws each token about as often, so these end texts after a hundred tokens on average.
-    stops = list(range(4, 4 + shape.config.vocab_size // 100))
+@dataclass(frozen=True)
+class Load:
+    """Texts to sample: groups of `group` equal prompts of `prompt` tokens, up to `longest` more tokens each.
 
-    def ours(number: int) -> int:
-        keys = [f"{number}/{i}" for i in range(BATCH)]
-        found = generate(decoder, prompts.tolist(), LONGEST, SamplingConfig(temperature=1.0), SEED, stops, keys)
-        return sum(len(completion.tokens) for completion in found)
+    A text ends at each token with probability `ends`.
+    """
+
+    name: str
+    group: int
+    prompt: int
+    longest: int
+    ends: float
+
+    def stops(self, config: ModelConfig) -> list[int]:
+        """Returns the tokens that end a text: an untrained model draws every token about as often."""
+        return list(range(4, 4 + round(config.vocab_size * self.ends)))
+
+    def prompts(self, config: ModelConfig) -> torch.Tensor:
+        """Returns the prompts [BATCH, prompt], none of which has a token that ends a text."""
+        generator = torch.Generator().manual_seed(SEED)
+        different = torch.randint(
+            config.vocab_size // 2, config.vocab_size, (BATCH // self.group, self.prompt), generator=generator
+        )
+        return different.repeat_interleave(self.group, 0)
+
+
+LOADS = (
+    Load("short answers", group=16, prompt=11, longest=6, ends=0.0),  # the demo's task, sorting
+    Load("answers of 1 to 128 tokens", group=16, prompt=64, longest=128, ends=0.02),
+    Load("answers of 128 tokens", group=16, prompt=64, longest=128, ends=0.0),
+)
+
+
+def measured(rounds: int, said: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Returns a record for each model and load: both sides' median tokens a second over `rounds` batches."""
+    records = []
+    for model in MODELS:
+        for load in LOADS:
+            said(f"{model}, {load.name}")
+            records.append(_contest(model, load, rounds))
+    return records
+
+
+def _contest(model: str, load: Load, rounds: int) -> dict[str, Any]:
+    config = MODELS[model]
+    torch.set_num_threads(cores())
+    peer = transformers_model(config, load.prompt + load.longest).eval()
+    prompts, stops = load.prompts(config), load.stops(config)
 
     @torch.inference_mode()
     def theirs(number: int) -> int:
@@ -46,22 +92,72 @@ def measured(size: str, rounds: int) -> list[dict[str, Any]]:
             do_sample=True,
             temperature=1.0,
             top_k=0,
-            max_new_tokens=LONGEST,
-            eos_token_id=stops,
+            max_new_tokens=load.longest,
+            eos_token_id=stops or None,
             pad_token_id=0,
         )
-        return int((out[:, PROMPT:] != 0).sum())
+        answers = out[:, load.prompt :]
+        return int((answers != 0).sum()) if stops else answers.numel()
 
     rates: dict[str, list[float]] = {"trivium": [], "transformers": []}
-    for number in range(rounds + 1):
-        for who, side in (("trivium", ours), ("transformers", theirs)):
-            started = time.perf_counter()
-            tokens = side(number)
-            if number:  # the first round warms up
-                rates[who].append(tokens / (time.perf_counter() - started))
-    medians = {who: statistics.median(found) for who, found in rates.items()}
-    ratio = medians["trivium"] / medians["transformers"]
-    return [
-        {"size": size, "who": who, "batch": BATCH, "group": GROUP, "tokens_per_second": rate, "ratio": ratio}
-        for who, rate in medians.items()
-    ]
+    with _Samplers(model, load, cores()) as samplers:
+        for number in range(rounds + 1):
+            for who, side in (("trivium", samplers.sample), ("transformers", theirs)):
+                started = time.perf_counter()
+                tokens = side(number)
+                if number:  # the first round warms up
+                    rates[who].append(tokens / (time.perf_counter() - started))
+    ours, other = (statistics.median(rates[who]) for who in rates)
+    found = {"trivium": round(ours), "transformers": round(other), "ratio": round(ours / other, 2)}
+    return {"model": model, "batch": BATCH, **asdict(load), "processes": cores(), "threads": cores(), **found}
+
+
+class _Samplers:
+    """Context manager of processes, a thread each, that sample their shares of a batch each time they are told to."""
+
+    def __init__(self, model: str, load: Load, count: int) -> None:
+        self._argv = [sys.executable, "-m", "tests.bench.rl.rollouts", model, load.name, str(count)]
+        self._count = count
+
+    def __enter__(self) -> "_Samplers":
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._processes = [
+            subprocess.Popen([*self._argv, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+            for i in range(self._count)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()  # which ends it
+            process.wait()
+
+    def sample(self, number: int) -> int:
+        """Samples batch `number`; returns its tokens."""
+        for process in self._processes:
+            assert process.stdin is not None
+            print(number, file=process.stdin, flush=True)
+        answers = []
+        for process in self._processes:
+            assert process.stdout is not None
+            answers.append(int(json.loads(process.stdout.readline())))
+        return sum(answers)
+
+
+def _worker(model: str, load: Load, count: int, index: int) -> None:
+    torch.set_num_threads(1)
+    config = MODELS[model]
+    decoder = Decoder(config)
+    init_weights(decoder, SEED)
+    decoder.eval()
+    own = slice(BATCH * index // count, BATCH * (index + 1) // count)
+    prompts, stops = load.prompts(config)[own].tolist(), load.stops(config)
+    for line in sys.stdin:
+        keys = [f"{int(line)}/{i}" for i in range(own.start, own.stop)]
+        found = generate(decoder, prompts, load.longest, SamplingConfig(temperature=1.0), SEED, stops, keys)
+        print(json.dumps(sum(len(completion.tokens) for completion in found)), flush=True)
+
+
+if __name__ == "__main__":
+    _worker(sys.argv[1], next(load for load in LOADS if load.name == sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

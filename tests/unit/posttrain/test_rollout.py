@@ -12,8 +12,10 @@ from configs.model import ModelConfig
 from configs.rl import GRPOSection, RLSection, checked_rollouts
 from configs.train import TrainSection
 from data_pipeline.tokens.tokenizer import Tokenizer
+from posttrain.algorithms.advantages import batch_normalised, decoupled_sums
 from posttrain.algorithms.aggregation import Aggregation
 from posttrain.algorithms.dialects import DIALECTS
+from posttrain.algorithms.rewards import overlong_penalty
 from posttrain.algorithms.token_batch import TokenBatch
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl import rollout_file
@@ -141,6 +143,49 @@ def test_advantages_and_metrics(rollout: Rollout) -> None:
     metrics, lengths = scored.metrics(), rollout.completion_lengths()
     assert metrics["reward"] == (5.0, 7) and metrics["unscorable"] == (1, 8)
     assert metrics["equal_reward_groups"] == (1, 2) and metrics["completion_tokens"] == (lengths.sum(), 8)
+
+
+def test_gdpo_compares_each_reward_by_itself(rollout: Rollout) -> None:
+    """Two groups of four: the first differs in reward a alone, in the second b, of half the weight, is the other way.
+
+    Half of a group have 1 and half 0, so each is +-.5 / sqrt(1/3) = +-.866 after its own normalisation. The sums are
+    +-.866 and +-.433, and their deviation over the rollout is sqrt((4 * .75 + 4 * .1875) / 7) = .7319.
+    """
+    a, b = [1.0, 0.0, 1.0, 0.0] * 2, [1.0] * 4 + [0.0, 1.0, 0.0, 1.0]
+    parts = {"reward/a": np.array(a, np.float32), "reward/b": np.array(b, np.float32)}
+
+    def by(dialect: str, weight: float, rl: RLSection = RL, scores: list[float] | None = None) -> tuple[Rollout, Any]:
+        sums = [x + weight * y for x, y in zip(a, b, strict=True)]
+        credit = GroupCredit(DIALECTS[dialect], rl, TASK.max_new_tokens, {"a": 1.0, "b": weight})
+        scored = with_scores(rollout, scores or sums).plus(**parts)
+        return credit(scored, None), credit.equal_groups(scored).tolist()  # type: ignore[arg-type]
+
+    def per_sample(found: Rollout) -> list[float]:
+        assert not found.advantages[~found.mask].any()
+        assert all(len(set(row[on])) == 1 for row, on in zip(found.advantages, found.mask, strict=True))
+        return [float(row[on][0]) for row, on in zip(found.advantages, found.mask, strict=True)]
+
+    found, equal = by("gdpo", 0.5)
+    assert per_sample(found) == pytest.approx([1.1832, -1.1832] * 2 + [0.5916, -0.5916] * 2, abs=1e-3)
+    assert equal == [False, False]
+    of_sums, equal = by("grpo@trl", 0.5)
+    assert per_sample(of_sums) == pytest.approx([0.866, -0.866] * 4, abs=1e-3) and equal == [False, False]
+    assert by("grpo@trl", 1.0)[1] == [False, True] and by("gdpo", 1.0)[1] == [False, False]  # the sums are equal
+    # Without its second sample the first group's a is 1, 1, 0, normalised .577, .577, -1.155; over the seven samples
+    # the deviation is sqrt((2 * .3333 + 1.3333 + 4 * .1875) / 6) = .677.
+    gap = [1.5, float("nan"), 1.5, 0.5, 1.0, 0.5, 1.0, 0.5]
+    expected = [0.8528, 0.0, 0.8528, -1.7056, 0.6396, -0.6396, 0.6396, -0.6396]
+    assert per_sample(by("gdpo", 0.5, scores=gap)[0]) == pytest.approx(expected, abs=1e-3)
+    # What a long completion loses is a third reward, of weight 1.
+    buffer = TASK.max_new_tokens - 1
+    rewards = torch.tensor(
+        [a, b, overlong_penalty(torch.from_numpy(rollout.completion_lengths()), 6, buffer, 1.0).tolist()]
+    )
+    rewards_PGK = rewards.t().reshape(2, 4, 3)
+    known = torch.ones_like(rewards_PGK, dtype=torch.bool)
+    third = batch_normalised(decoupled_sums(rewards_PGK, known, torch.tensor([1.0, 0.5, 1.0])), known[..., 0])
+    shortened = per_sample(by("gdpo", 0.5, RLSection(overlong_buffer=buffer))[0])
+    assert shortened == pytest.approx(third.flatten().tolist(), abs=1e-5)
 
 
 def test_length_and_divergence_cost_reward(rollout: Rollout) -> None:
