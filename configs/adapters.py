@@ -26,11 +26,21 @@ Target = Literal[
 TARGETS: tuple[str, ...] = get_args(Target)
 
 
-class AdapterConfig(Section):
-    """Low-rank adapters of linear layers; the model's own weights stay as they are."""
+Kind = Literal["lora", "dora", "bottleneck"]
+# The keys that say something for each kind; the others must be left out.
+_LOW_RANK = ("rank", "alpha", "rank_stabilized", "dropout", "targets")
+KEYS: dict[Kind, tuple[str, ...]] = {
+    "lora": _LOW_RANK,
+    "dora": _LOW_RANK,
+    "bottleneck": ("bottleneck_size", "activation", "after"),
+}
 
-    kind: Literal["lora", "dora"] = "lora"
-    """The form of the adapter: LoRA, or DoRA, which also trains the length of each row of a weight."""
+
+class AdapterConfig(Section):
+    """Small trained modules beside the model's own weights, which stay as they are."""
+
+    kind: Kind = "lora"
+    """The form of the adapter: LoRA; DoRA, which also trains the length of each row of a weight; bottleneck."""
     rank: int = Field(default=8, ge=1)
     """The rank of the product that is added to each weight."""
     alpha: float = Field(default=16.0, gt=0)
@@ -41,6 +51,24 @@ class AdapterConfig(Section):
     """The dropout rate of the inputs of LoRA's product; the masks are the same in every layout."""
     targets: tuple[Target, ...] = ()
     """The linear layers that get an adapter, in every block; left out, all, with those of experts."""
+    bottleneck_size: int = Field(default=64, ge=1)
+    """The inner size of a bottleneck adapter."""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    """The activation within a bottleneck adapter."""
+    after: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+    """The parts of a block that bottleneck adapters follow: both (Houlsby), or the MLP alone (Pfeiffer)."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> "AdapterConfig":
+        """Refuses keys that have no meaning for the kind; one with its default is as if it were left out."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if value != field.default and name not in ("kind", *KEYS[self.kind]):
+                raise ValueError(
+                    f"adapter.{name} = {value!r} has no meaning for adapter.kind = {self.kind!r}, whose keys are "
+                    f"{', '.join(KEYS[self.kind])}; leave adapter.{name} out"
+                )
+        return self
 
     @field_validator("targets")
     @classmethod
@@ -48,6 +76,13 @@ class AdapterConfig(Section):
         if len(set(targets)) < len(targets):
             raise ValueError(f"{list(targets)} names a layer twice; name each once")
         return targets
+
+    @field_validator("after")
+    @classmethod
+    def _some_place(cls, after: tuple[str, ...]) -> tuple[str, ...]:
+        if not after or len(set(after)) < len(after):
+            raise ValueError(f"{list(after)} must name attention, mlp, or each of them once")
+        return after
 
     @model_validator(mode="after")
     def _dora_without_dropout(self) -> "AdapterConfig":
@@ -57,6 +92,11 @@ class AdapterConfig(Section):
                 "dropout would change too; set adapter.dropout=0"
             )
         return self
+
+    @property
+    def merges(self) -> bool:
+        """Whether a trained adapter can be merged into the weights, after which the model is one without adapters."""
+        return self.kind in ("lora", "dora")
 
     @property
     def scale(self) -> float:

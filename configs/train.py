@@ -201,7 +201,7 @@ class TrainerConfig(Section):
     log: LogConfig = LogConfig()
     """The output of a run while it trains."""
     adapter: AdapterConfig | None = None
-    """Low-rank adapters that are trained in place of the model's own weights; left out, there are none."""
+    """Adapters that are trained in place of the model's own weights; left out, there are none."""
 
     @model_validator(mode="after")
     def _frozen_weights_fit(self) -> "TrainerConfig":

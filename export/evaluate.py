@@ -177,7 +177,7 @@ def _build(opened: "ModelSource", precision: str) -> "Decoder":
     from pretrain.model import build_single
 
     try:
-        decoder = build_single(opened.model, opened.read(), DTYPES[precision])
+        decoder = build_single(opened.model, opened.read(), DTYPES[precision], opened.adapter)
     except ValueError as error:  # a damaged checkpoint or another model's weights; the message names the file
         raise ConfigError(str(error)) from None
     return decoder.to("cuda" if torch.cuda.is_available() else "cpu")

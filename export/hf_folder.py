@@ -62,6 +62,8 @@ class HFFolder:
 class FolderTensors:
     """The weights of a Hugging Face directory by Trivium's names; `balance` is the router bias of its MoE layers."""
 
+    adapter = None
+
     def __init__(self, opened: HFFolder):
         self.path = opened.tensors.folder
         self.shapes = {name: shape for entry in opened.fit.walked for name, shape in entry.ours.items()}

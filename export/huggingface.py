@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, out = Console(), Path(config.out)
     try:
         source = open_source(config.run, config.step)
+        check_merged(source)
         texts = read_texts(source, config, console)
         publishing.check_target(out, mend=not args.dry_run)
         made_from = fingerprint(source, texts, config)
@@ -65,6 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"error: {error}; nothing was published", style="red", markup=False, soft_wrap=True)
         return 1
+
+
+def check_merged(source: "ModelSource") -> None:
+    """Raises ConfigError if the model has adapters that no class of transformers computes."""
+    if source.adapter is not None:
+        raise ConfigError(
+            f"{source.path} has adapters of kind {source.adapter.kind!r}, which cannot be merged into its weights, and "
+            "no class of transformers computes them; export the model that they were trained on, or tune it with "
+            "adapter.kind=lora"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from configs.adapters import AdapterConfig
 from configs.files import file_sha256
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
@@ -56,7 +57,7 @@ class ModelSource:
     plan that it was trained on; if that is gone or has changed, `plan` is None and `lost_plan` is its former path.
     `architecture` is transformers' class that it, or the model it was trained from, was imported as, `token_ids` and
     `generation` the ids and the generation_config.json that came with that, and `run_config` the config of the run that
-    trained it.
+    trained it. `adapter` describes adapters among its weights that cannot be merged into the others.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class ModelSource:
     token_ids: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     run_config: dict[str, Any] = field(default_factory=dict)
+    adapter: AdapterConfig | None = None
 
     def read(self) -> dict[str, torch.Tensor]:
         """Reads all weights in fp32, by Trivium's names."""
@@ -146,6 +148,7 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
     from pretrain.checkpoint import read_manifest
     from pretrain.checkpoint.lineage import Lineage
     from pretrain.checkpoint.storage import run_of
+    from pretrain.checkpoint.whole_model import separate_adapter
 
     manifest = read_manifest(checkpoint)
     lineage = Lineage.of_checkpoint(checkpoint, manifest)
@@ -166,6 +169,7 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
         token_ids=imported.get("token_ids", {}),
         generation=imported.get("generation", {}),
         run_config=manifest["config"],
+        adapter=separate_adapter(manifest, checkpoint),
     )
 
 

@@ -186,11 +186,11 @@ def _built(
     layout = _layout(env.world_size, parallel, opened)
     if layout.world_size == 1:
         device = groups.device_of(env.local_rank, torch.cuda.device_count())
-        yield build_single(opened.model, opened.read(), dtype).to(device), None
+        yield build_single(opened.model, opened.read(), dtype, opened.adapter).to(device), None
         return
     mesh = groups.start(env, layout, parallel.backend, timeout_minutes=WAIT_MINUTES)
     try:
-        yield SplitDecoder(opened.model, opened.read(), mesh, dtype), mesh
+        yield SplitDecoder(opened.model, opened.read(), mesh, dtype, opened.adapter), mesh
     finally:
         groups.stop()
 

@@ -1,7 +1,7 @@
 """The weights that completions are sampled with: those of the model in training, in a decoder that can continue texts.
 
-Where a rank's training module holds whole weights (no tensor, expert or pipeline parallel, ZeRO below 3, no adapters,
-which are merged into a copy), the decoder uses the same memory, and nothing is copied. Else there are two ways:
+Where a rank's training module holds whole weights (no tensor, expert or pipeline parallel, ZeRO below 3, no adapters
+that are merged into a copy), the decoder uses the same memory, and nothing is copied. Else there are two ways:
 
 whole:  every rank gathers a whole copy, one tensor at a time, and samples its own share of the completions. The model
         must fit on one device beside its training state.
@@ -18,6 +18,7 @@ from configs.layout import Layout
 from configs.loader import ConfigError
 from pretrain.checkpoint.state import gathered_weights
 from pretrain.model import Decoder, LayerContext
+from pretrain.model.adapters import add_adapters
 from pretrain.parallel import zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
@@ -84,19 +85,24 @@ class PolicyCopy:
         self._mesh, layout = engine.mesh, engine.mesh.layout
         zero.wait_for_weights(engine.zero)
         if self.way == "split":
-            if engine.adapter is not None:
+            if engine.adapter is not None and engine.adapter.merges:
                 raise ConfigError(
                     "rl.sampler = 'split' samples with the slices that are trained, into which [adapter] is not "
                     "merged; set rl.sampler=whole"
                 )
             if not isinstance(self._decoder, SplitDecoder):
-                self._decoder = SplitDecoder(engine.model_config, None, self.mesh, _dtype(engine))
+                self._decoder = SplitDecoder(
+                    engine.model_config, None, self.mesh, _dtype(engine), engine.separate_adapter
+                )
             _use_memory(self._decoder.decoder, engine)
             return
         if not isinstance(self._decoder, Decoder):
             context = LayerContext(dtype=_dtype(engine), device=self.mesh.device)
             self._decoder = Decoder(engine.model_config, context=context).eval()
-        if layout.tp == layout.ep == layout.pp == 1 and layout.zero < 3 and engine.adapter is None:
+            if engine.separate_adapter is not None:
+                add_adapters(self._decoder, engine.separate_adapter, context)
+        is_merged = engine.adapter is not None and engine.adapter.merges
+        if layout.tp == layout.ep == layout.pp == 1 and layout.zero < 3 and not is_merged:
             _use_memory(self._decoder, engine)
         else:
             _copy(self._decoder, gathered_weights(engine))

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from configs.adapters import AdapterConfig
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
@@ -125,7 +126,7 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
             f"trivium data replan CONFIG --after {path} --out FOLDER"
         )
     # A key that the checkpoint does not have is newer than it, and was not set.
-    before = {"adapter": None, "freeze": [], **found}
+    before = {"freeze": [], **found, "adapter": _whole_adapter(path, found)}
     differing = {key: (before[key], ours) for key, ours in identity.items() if key in before and before[key] != ours}
     if passes_on or known:
         differing.pop("data", None)
@@ -152,6 +153,12 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
             f"{path} was trained with other settings than this config: {'; '.join(said)}; set it back{go_on}, or "
             "choose another run.dir to start from the beginning"
         )
+
+
+def _whole_adapter(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the [adapter] section of a checkpoint, with the defaults of keys that are newer than it."""
+    adapter = identity.get("adapter")
+    return adapter and plain(validate(AdapterConfig, adapter, origin=f"{path}, [adapter]"))
 
 
 # Keys of model.moe that training alone uses: the model's output does not depend on them.

@@ -16,6 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from configs.adapters import AdapterConfig
+from configs.differences import changes
+from configs.loader import ConfigError, plain
+from configs.reference import toml_value
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
 from pretrain.checkpoint.whole_model import WholeTensors, base_of, open_model
@@ -77,12 +81,21 @@ def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
 
     The router bias of MoE layers is taken over. Their load, a statistic of the last step, is taken if there is one. A
     scalar head that the other model, a language model, lacks keeps its initial weights; no other parameter may be
-    lacking, but those of adapters, which are always new. Returns the names of the other parameters that are new, the
-    same on all ranks.
+    lacking, but those of adapters, which are new unless the other model has such adapters itself. Returns the names of
+    the other parameters that are new, the same on all ranks. Raises ConfigError if the model has adapters that can
+    neither be merged nor be trained on.
     """
+    if tensors.adapter is not None and tensors.adapter != engine.adapter:
+        keys = {"kind": tensors.adapter.kind, **changes(plain(AdapterConfig()), plain(tensors.adapter))}
+        written = ", ".join(f"adapter.{key}={toml_value(getattr(tensors.adapter, key))}" for key in keys)
+        raise ConfigError(
+            f"{tensors.path} has adapters of kind {tensors.adapter.kind!r}, which cannot be merged into its weights; "
+            f"set {written} to train them further, or begin from the model that they were trained on"
+        )
     head = [] if engine.model_config.has_logits else [value_head.NAME]
     new = [name for name in head if name not in tensors.shapes]
-    adapters = [name for name, _ in engine.module.named_global_parameters() if is_adapter(name)]
+    named = engine.module.named_global_parameters()
+    adapters = [name for name, _ in named if is_adapter(name) and tensors.adapter is None]
     _check_shapes(engine, tensors, required=[], new=[*new, *adapters])
     _fill(engine, tensors.read, "weight", [*new, *adapters])
     _fill_frozen(engine, tensors.read, new)
@@ -139,14 +152,14 @@ class Masters:
 def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Gathers the whole model's weights in its own precision on every rank, by global name, for rollouts.
 
-    Adapters are merged into them. Each rank needs memory for a whole copy.
+    Adapters are merged into them, or are among them if they cannot be merged. Each rank needs memory for a whole copy.
     """
     return dict(gathered_weights(engine))
 
 
 def gathered_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (global name, whole tensor) of all that `gather_weights` returns, one after another. Collective."""
-    if engine.adapter is None:
+    if engine.separate_adapter is not None or engine.adapter is None:
         yield from _gathered(engine)
         return
     parts = dict(_gathered(engine))

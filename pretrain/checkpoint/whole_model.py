@@ -71,12 +71,28 @@ def verify(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def adapter_of(manifest: dict[str, Any], path: str | Path) -> AdapterConfig | None:
+    """Returns the config of the adapters in the checkpoint at `path`, None if it has none."""
+    adapter = manifest.get("config", {}).get("adapter")
+    return None if adapter is None else validate(AdapterConfig, adapter, origin=f"{path}, [adapter]")
+
+
+def separate_adapter(manifest: dict[str, Any], path: str | Path) -> AdapterConfig | None:
+    """Returns the config of the adapters in the checkpoint at `path` if they cannot be merged into its weights."""
+    adapter = adapter_of(manifest, path)
+    return None if adapter is None or adapter.merges else adapter
+
+
 class WholeTensors(Protocol):
-    """Weights by global name, whole, from a checkpoint or from another folder; `balance` belongs to MoE layers."""
+    """Weights by global name, whole, from a checkpoint or from another folder; `balance` belongs to MoE layers.
+
+    `adapter` describes the adapters that are among the weights because they cannot be merged; None if there are none.
+    """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     balance: dict[str, torch.Tensor]
+    adapter: AdapterConfig | None
 
     def read(self, name: str) -> torch.Tensor:
         """Reads a whole tensor."""
@@ -96,7 +112,10 @@ def open_model(path: Path) -> Iterator[WholeTensors]:
 
 
 class ModelReader:
-    """Reader of whole weights, one at a time, with adapters merged into them; otherwise like a `storage.Reader`."""
+    """Reader of whole weights, one at a time, with adapters merged into them; otherwise like a `storage.Reader`.
+
+    Adapters that cannot be merged are among the weights, and `adapter` describes them.
+    """
 
     def __init__(self, path: str | Path):
         self.path, self._own = Path(path), Reader(path)
@@ -105,15 +124,13 @@ class ModelReader:
         self._stack = ExitStack()
         self._base = None if base is None else self._stack.enter_context(open_model(base))
         held = self._own.shapes
-        self._held = {name for name in held if not is_adapter(name)}
+        self.adapter = separate_adapter(manifest, path)
+        self._held = {name for name in held if self.adapter is not None or not is_adapter(name)}
         self.shapes = dict(self._base.shapes) if self._base else {}
         self.shapes |= {name: held[name] for name in held if name in self._held}
         self.balance, self.kept, self.read_kept = self._own.balance, self._own.kept, self._own.read_kept
-        adapter = manifest.get("config", {}).get("adapter")
-        self._merged = {}
-        if adapter is not None:
-            config = validate(AdapterConfig, adapter, origin=f"{path}, [adapter]")
-            self._merged = merged(list(held), self._read_part, config)
+        config = adapter_of(manifest, path)
+        self._merged = {} if config is None else merged(list(held), self._read_part, config)
 
     def __enter__(self) -> "ModelReader":
         return self

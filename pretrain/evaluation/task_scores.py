@@ -42,7 +42,8 @@ class TaskScores:
             from pretrain.evaluation.harness_tasks import run_tasks
 
             dtype = next(engine.module.parameters()).dtype
-            decoder = build_single(engine.model_config, weights, dtype).to(engine.mesh.device)
+            decoder = build_single(engine.model_config, weights, dtype, engine.separate_adapter)
+            decoder = decoder.to(engine.mesh.device)
             model = TriviumLM(decoder, self._codec, self._context, chat=self._config.chat, seed=self._seed)
             scores = run_tasks(model, self._tasks, self._config.task_documents)["scores"]
             for name, values in scores.items():

@@ -233,16 +233,19 @@ class Block(nn.Module):
         self.attention_dropout = Dropout(f"layers.{config.index}.attention", context)
         self.mlp_dropout = Dropout(f"layers.{config.index}.mlp", context)
         self.adapter_dropouts: list[Any] = []  # they get the numbers of the rows that this block is called with
+        self.adapter = nn.ModuleDict()  # bottleneck adapters by what they follow, "attention" or "mlp"
 
     def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
         for dropout in self.adapter_dropouts:
             dropout.samples = context.samples
 
         def attend(x: torch.Tensor) -> torch.Tensor:
-            return self.attention(x, context, cache)
+            y = self.attention(x, context, cache)
+            return self.adapter["attention"](y) if "attention" in self.adapter else y
 
         def feed_forward(x: torch.Tensor) -> torch.Tensor:
-            return self.moe(x, context.valid_SB) if self.is_moe else self.mlp(x)
+            y = self.moe(x, context.valid_SB) if self.is_moe else self.mlp(x)
+            return self.adapter["mlp"](y) if "mlp" in self.adapter else y
 
         def drop_attention(x: torch.Tensor) -> torch.Tensor:
             return self.attention_dropout(x, context.samples)

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.adapters import AdapterConfig
 from configs.model import ModelConfig
+from pretrain.model.adapters import add_adapters
 from pretrain.model.decoder import Decoder
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.slices import WHOLE, Slices, marks_of
@@ -55,12 +57,21 @@ def _draw(seed: int, key: str, shape: tuple[int, ...], std: float) -> torch.Tens
     return torch.randn(shape, generator=generator) * std
 
 
-def build_single(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Decoder:
+def build_single(
+    config: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    adapter: AdapterConfig | None = None,
+) -> Decoder:
     """Builds the whole model in one process, in eval mode and without process groups.
 
-    `weights` maps global names to whole tensors. Raises ValueError where a name is missing, unknown or misshapen.
+    `weights` maps global names to whole tensors, those of adapters that are not merged among them. Raises ValueError
+    where a name is missing, unknown or misshapen.
     """
-    model = Decoder(config, context=LayerContext(dtype=dtype))
+    context = LayerContext(dtype=dtype)
+    model = Decoder(config, context=context)
+    if adapter is not None:
+        add_adapters(model, adapter, context)
     load_weights(model, weights)
     return model.eval()
 

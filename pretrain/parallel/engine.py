@@ -109,6 +109,11 @@ class Engine:
         self.loss_factor = zero.loss_factor(self.zero, mesh)
         self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)
 
+    @property
+    def separate_adapter(self) -> AdapterConfig | None:
+        """The config of the adapters if they cannot be merged into the weights."""
+        return None if self.adapter is None or self.adapter.merges else self.adapter
+
     def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> StepSums:
         """Trains on this rank's micro-batches of one global batch, and returns without waiting for a GPU.
 

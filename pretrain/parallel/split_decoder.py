@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from configs.adapters import AdapterConfig
 from configs.model import ModelConfig
 from pretrain.model import Decoder, LayerContext
+from pretrain.model.adapters import add_adapters
 from pretrain.model.kv_cache import KVCache
 from pretrain.parallel.groups import Mesh
 
@@ -17,16 +19,25 @@ from pretrain.parallel.groups import Mesh
 class SplitDecoder(nn.Module):
     """One rank's part of a whole model; called like a `Decoder`, it gives the logits of the whole vocabulary."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor] | None, mesh: Mesh, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, torch.Tensor] | None,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        adapter: AdapterConfig | None = None,
+    ):
         """Builds this rank's part from whole tensors by global name; None leaves the caller to fill its parameters.
 
-        Raises ValueError if the tensors do not fit the model.
+        `adapter` describes adapters that are not merged. Raises ValueError if the tensors do not fit the model.
         """
         super().__init__()
         layout = mesh.layout
         assert layout.pp == layout.cp == 1 and not layout.sp, "generation splits weights alone"
         context = LayerContext(dtype=dtype, device=mesh.device, tp=mesh.tp_group, ep=mesh.ep_group)
         self.decoder, self.config, self.mesh = Decoder(config, context=context).eval(), config, mesh
+        if adapter is not None:
+            add_adapters(self.decoder, adapter, context)
         if weights is not None:
             self._load(weights)
 

@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.loader import validate
+from configs.model import ModelConfig
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.whole_model import ModelReader
+from pretrain.model import build_single
+from pretrain.model.adapters import is_adapter
 from tests.parallel.harness import RanksOf
 from tests.parallel.layout_results import Results, check_same
 from tests.parallel.matrix import MODELS, world_of
@@ -18,6 +22,7 @@ LORA = {"rank": 4, "alpha": 2.0, "rank_stabilized": True}
 DROPPED = {**LORA, "dropout": 0.3}
 DORA = {"rank": 3, "alpha": 3.0, "kind": "dora"}
 SHARED = {**DORA, "targets": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
+BOTTLENECK = {"kind": "bottleneck", "bottleneck_size": 5}
 MORE = [
     *(
         ("moe_tied", layout, {"adapter": LORA})
@@ -27,6 +32,8 @@ MORE = [
     *(("dense", layout, {"adapter": DROPPED, "recompute": "full"}) for layout in ("tp2sp_cp2", "pp2vpp2", "tp2dp2")),
     *(("dense_tied", layout, {"adapter": DORA}) for layout in ("tp2", "tp2sp", "pp2dp2")),
     *(("deepseek", layout, {"adapter": SHARED}) for layout in ("tp2sp_ep2", "pp2")),
+    *(("dense_tied", layout, {"adapter": BOTTLENECK}) for layout in ("tp2", "pp2vpp2", "cp2")),
+    ("moe_tied", "tp2sp_ep2", {"adapter": BOTTLENECK}),
     *(("dense_tied", layout, {"freeze": ["embedding*", "layers.[01].*"]}) for layout in ("pp2", "tp2", "pp4")),
 ]
 
@@ -53,6 +60,7 @@ def results(ranks: RanksOf, folder: Path, model: str, layout: str, options: dict
     ("model", "layout", "options"),
     [
         ("moe_tied", "tp2_ep2", {"adapter": LORA}),
+        ("dense_tied", "tp2sp", {"adapter": BOTTLENECK}),
         *(pytest.param(*each, marks=pytest.mark.full) for each in MORE),
     ],
 )
@@ -101,10 +109,47 @@ def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, 
         assert len(whole.read("embedding.weight")) == MODELS["moe_tied"]["vocab_size"]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tp": 2}])
-def test_completions_are_sampled_with_adapters_merged(ranks: RanksOf, parallel: dict[str, int]) -> None:
+@pytest.mark.parametrize("adapter", [BOTTLENECK], ids=lambda adapter: adapter["kind"])
+def test_adapters_that_cannot_be_merged_are_kept_beside_the_weights(
+    ranks: RanksOf, tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    """A run resumes bit by bit; its checkpoint is a model with adapters; a later run trains the same or is refused."""
+    base, straight, broken, later = (tmp_path / name for name in ("base", "straight", "broken", "later"))
+    assert train(ranks(1), base, "dense_tied", {}, steps=1) == [{"status": 0}]
+    options: dict[str, Any] = {"adapter": adapter, "init": str(storage.directory(base, 1)), "steps": 3}
+    assert train(ranks(1), straight, "dense_tied", {}, **options) == [{"status": 0}]
+    train(ranks(1), broken, "dense_tied", {}, fail_at=2, **options)
+    assert train(ranks(1), broken, "dense_tied", {}, **options) == [{"status": 0}]
+    assert metrics(broken) == metrics(straight)
+    own = storage.directory(straight, 3)
+    assert_same_state(own, storage.directory(broken, 3))
+
+    tokens, positions = torch.arange(20).view(2, 10), torch.arange(10).expand(2, 10)
+    model = validate(ModelConfig, MODELS["dense_tied"])
+    with ModelReader(own) as whole:
+        assert whole.adapter is not None and whole.adapter.kind == adapter["kind"]
+        weights = {name: whole.read(name) for name in whole.shapes}
+        logits = build_single(model, weights, adapter=whole.adapter)(tokens, positions)
+        plain = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
+        assert not torch.allclose(logits, build_single(model, plain)(tokens, positions), atol=1e-3)
+
+    options["init"] = str(own)
+    assert train(ranks(1), later, "dense_tied", {}, **options) == [{"status": 0}]
+    with ModelReader(storage.directory(later, 3)) as more:
+        assert any(not torch.equal(more.read(name), whole) for name, whole in weights.items())
+    refused = train(ranks(1), tmp_path / "other", "dense_tied", {}, **{**options, "adapter": None})
+    assert f'set adapter.kind="{adapter["kind"]}", ' in refused[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "adapter"),
+    [({}, LORA), ({"tp": 2}, LORA), pytest.param({"tp": 2}, BOTTLENECK, marks=pytest.mark.full)],
+)
+def test_completions_are_sampled_with_adapters(
+    ranks: RanksOf, parallel: dict[str, int], adapter: dict[str, Any]
+) -> None:
     """The copy of the base alone would differ by more than 1: adapters begin with something to add here."""
     worker = "tests.parallel.workers.posttraining:copy_has_adapters"
-    options = {"model": MODELS["moe_tied"], "parallel": parallel, "adapter": LORA}
+    options = {"model": MODELS["moe_tied"], "parallel": parallel, "adapter": adapter}
     found = ranks(parallel.get("tp", 1)).run(worker, process_group=False, **options)
     assert max(found) < 1e-4

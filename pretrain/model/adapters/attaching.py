@@ -1,6 +1,9 @@
 """Adds the adapters of a config to the layers of a decoder, before its weights are drawn."""
 
+from collections.abc import Callable
+
 from configs.adapters import AdapterConfig
+from pretrain.model.adapters.bottleneck import Bottleneck
 from pretrain.model.adapters.low_rank import ExpertLowRank, LowRank
 from pretrain.model.decoder import Decoder
 from pretrain.model.layer_context import LayerContext
@@ -14,6 +17,10 @@ def add_adapters(decoder: Decoder, config: AdapterConfig, context: LayerContext,
     With a `std` above 0 they will change what the model computes from the start. Raises ConfigError if the model lacks
     such layers.
     """
+    _ADD[config.kind](decoder, config, context, std)
+
+
+def _add_low_rank(decoder: Decoder, config: AdapterConfig, context: LayerContext, std: float) -> None:
     targets = config.targets_in(decoder.model_config)
     for index, block in decoder.blocks.items():
         for name, module in list(block.named_modules(prefix=f"layers.{index}")):
@@ -25,3 +32,16 @@ def add_adapters(decoder: Decoder, config: AdapterConfig, context: LayerContext,
                 adapter = LowRank(module, name, config, context, std)
                 module.adapter = adapter
                 block.adapter_dropouts.append(adapter.dropout)
+
+
+def _add_bottlenecks(decoder: Decoder, config: AdapterConfig, context: LayerContext, std: float) -> None:
+    for block in decoder.blocks.values():
+        for place in config.after:
+            block.adapter[place] = Bottleneck(decoder.model_config.hidden_size, config, context, std)
+
+
+_ADD: dict[str, Callable[[Decoder, AdapterConfig, LayerContext, float], None]] = {
+    "lora": _add_low_rank,
+    "dora": _add_low_rank,
+    "bottleneck": _add_bottlenecks,
+}

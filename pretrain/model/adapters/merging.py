@@ -15,7 +15,7 @@ MARK = ".adapter."
 
 def is_adapter(name: str) -> bool:
     """Returns whether a global name is a parameter of an adapter."""
-    return MARK in name
+    return MARK in f".{name}"
 
 
 def target_of(name: str) -> str:
@@ -48,8 +48,11 @@ def merged(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Returns a function for each adapted weight that reads and merges it, in fp32 and then in the weight's precision.
 
-    `names` are those of the adapters' parameters; `read` reads a whole tensor by its global name.
+    There are none where this kind of adapter stays beside the weights. `names` are those of the adapters' parameters;
+    `read` reads a whole tensor by its global name.
     """
+    if not config.merges:
+        return {}
     by_target: dict[str, dict[str, str]] = {}
     for name in filter(is_adapter, names):
         by_target.setdefault(target_of(name), {})[name.rpartition(".")[2]] = name

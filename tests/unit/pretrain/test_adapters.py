@@ -1,0 +1,67 @@
+"""Config and modules of parameter-efficient tuning on one rank."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configs.adapters import AdapterConfig
+from configs.loader import ConfigError, plain, validate
+from configs.model import ModelConfig
+from pretrain.model import Decoder, LayerContext, init_weights
+from pretrain.model.adapters import add_adapters, is_adapter
+from pretrain.model.adapters.bottleneck import Bottleneck
+
+TINY = {"vocab_size": 32, "num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 24, "num_heads": 4, "num_kv_heads": 2}
+TOKENS, POSITIONS = torch.arange(10)[None] % 32, torch.arange(10)[None]
+
+
+def decoder(adapter: dict[str, Any] | None = None, std: float = 0.0, **model: Any) -> Decoder:
+    """Builds a decoder with drawn weights; equal names have equal weights, with and without adapters."""
+    built = Decoder(validate(ModelConfig, {**TINY, **model}))
+    if adapter is not None:
+        add_adapters(built, validate(AdapterConfig, adapter), LayerContext(), std)
+    init_weights(built, seed=3)
+    return built.eval()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"kind": "bottleneck", "rank": 4}, "adapter.rank = 4 has no meaning for adapter.kind = 'bottleneck', whose"),
+        ({"bottleneck_size": 8}, "adapter.bottleneck_size = 8 has no meaning for adapter.kind = 'lora'"),
+        ({"kind": "bottleneck", "after": []}, "must name attention, mlp, or each of them once"),
+    ],
+)
+def test_a_key_without_meaning_for_the_kind_is_refused(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        validate(AdapterConfig, keys)
+
+
+@pytest.mark.parametrize("keys", [{"kind": "bottleneck", "after": ["mlp"]}, {"kind": "dora", "targets": ["q_proj"]}])
+def test_a_written_config_reads_as_itself(keys: dict[str, Any]) -> None:
+    config = validate(AdapterConfig, keys)
+    assert validate(AdapterConfig, plain(config)) == config
+
+
+@pytest.mark.parametrize("kind", ["pre", "sandwich", "parallel"])
+def test_bottlenecks_begin_as_the_base_and_then_add_what_the_paper_says(kind: str) -> None:
+    """The first logits are the base's bit by bit; a trained adapter is the formula of the paper's figure 2."""
+    base = decoder(residual={"kind": kind})(TOKENS, POSITIONS)
+    tuned = decoder({"kind": "bottleneck", "bottleneck_size": 4}, residual={"kind": kind})
+    assert torch.equal(tuned(TOKENS, POSITIONS), base)
+    names = [name for name, _ in tuned.named_global_parameters() if is_adapter(name)]
+    assert len(names) == 2 * 2 * 4 and "layers.1.adapter.mlp.down" in names
+
+    trained = decoder({"kind": "bottleneck", "bottleneck_size": 4}, std=0.5, residual={"kind": kind})
+    assert not torch.allclose(trained(TOKENS, POSITIONS), base, atol=1e-2)
+    adapter, y = trained.blocks[0].adapter["mlp"], torch.randn(3, 2, 16)
+    assert isinstance(adapter, Bottleneck)
+    added = F.gelu(y @ adapter.down.T + adapter.down_bias) @ adapter.up.T + adapter.up_bias
+    assert torch.allclose(adapter(y), y + added)
+
+
+def test_pfeiffers_adapter_follows_the_mlp_alone() -> None:
+    tuned = decoder({"kind": "bottleneck", "after": ["mlp"], "activation": "relu"})
+    assert [list(block.adapter) for block in tuned.blocks.values()] == [["mlp"]] * 2
