@@ -26,13 +26,17 @@ Target = Literal[
 TARGETS: tuple[str, ...] = get_args(Target)
 
 
-Kind = Literal["lora", "dora", "bottleneck"]
+Kind = Literal["lora", "dora", "bottleneck", "prompt", "p_tuning", "prefix", "p_tuning_v2"]
 # The keys that say something for each kind; the others must be left out.
 _LOW_RANK = ("rank", "alpha", "rank_stabilized", "dropout", "targets")
 KEYS: dict[Kind, tuple[str, ...]] = {
     "lora": _LOW_RANK,
     "dora": _LOW_RANK,
     "bottleneck": ("bottleneck_size", "activation", "after"),
+    "prompt": ("virtual_tokens",),
+    "p_tuning": ("virtual_tokens", "encoder", "encoder_size"),
+    "prefix": ("virtual_tokens", "encoder_size"),
+    "p_tuning_v2": ("virtual_tokens",),
 }
 
 
@@ -40,7 +44,7 @@ class AdapterConfig(Section):
     """Small trained modules beside the model's own weights, which stay as they are."""
 
     kind: Kind = "lora"
-    """The form of the adapter: LoRA; DoRA, which also trains the length of each row of a weight; bottleneck."""
+    """The method: lora, dora, bottleneck, prompt (prompt tuning), p_tuning, prefix (prefix tuning) or p_tuning_v2."""
     rank: int = Field(default=8, ge=1)
     """The rank of the product that is added to each weight."""
     alpha: float = Field(default=16.0, gt=0)
@@ -57,6 +61,12 @@ class AdapterConfig(Section):
     """The activation within a bottleneck adapter."""
     after: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
     """The parts of a block that bottleneck adapters follow: both (Houlsby), or the MLP alone (Pfeiffer)."""
+    virtual_tokens: int = Field(default=20, ge=1)
+    """The number of virtual tokens before every document, whose vectors, or keys and values, are trained."""
+    encoder: Literal["mlp", "lstm"] = "lstm"
+    """The network that makes the vectors of virtual tokens in P-tuning."""
+    encoder_size: int = Field(default=128, ge=1)
+    """The inner size of that network, and of the MLP of prefix tuning."""
 
     @model_validator(mode="after")
     def _keys_of_the_kind(self) -> "AdapterConfig":
@@ -97,6 +107,56 @@ class AdapterConfig(Section):
     def merges(self) -> bool:
         """Whether a trained adapter can be merged into the weights, after which the model is one without adapters."""
         return self.kind in ("lora", "dora")
+
+    @property
+    def prepends(self) -> bool:
+        """Whether virtual tokens pass through the layers like others, in front of them."""
+        return self.kind in ("prompt", "p_tuning")
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """The number of virtual tokens, 0 for methods that have none."""
+        return self.virtual_tokens if "virtual_tokens" in KEYS[self.kind] else 0
+
+    def check_layout(self, cp: int, sp: bool) -> None:
+        """Raises ValueError where ranks split a sequence that has virtual tokens in front."""
+        if self.num_virtual_tokens and cp > 1:
+            raise ValueError(
+                f"parallel.cp = {cp} splits sequences, which the virtual tokens of adapter.kind = "
+                f"{self.kind!r} do not support; set parallel.cp=1"
+            )
+        if self.prepends and sp:
+            raise ValueError(
+                f"parallel.sp = true splits sequences, which the virtual tokens of adapter.kind = {self.kind!r} do not "
+                "support; set parallel.sp=false"
+            )
+
+    def check_model(self, model: ModelConfig, seq_length: int) -> None:
+        """Raises ConfigError if the model cannot have this method's virtual tokens before rows of this length."""
+        if not (count := self.num_virtual_tokens):
+            return
+        if self.prepends and any(layer.moe for layer in model.layers):
+            raise ConfigError(
+                f"adapter.kind = {self.kind!r} is for dense models: virtual tokens would take part in the balance of "
+                "experts; set adapter.kind=prefix, whose virtual tokens are keys and values alone"
+            )
+        if not self.prepends and model.attention.latent:
+            raise ConfigError(
+                f"adapter.kind = {self.kind!r} has keys and values of its own, and the model makes both from latent "
+                "vectors (model.attention.latent); set adapter.kind=prompt or lora"
+            )
+        most = model.position.max_positions
+        if most and seq_length + count > most:
+            fewer = f"adapter.virtual_tokens={most - seq_length}" if seq_length < most else ""
+            raise ConfigError(
+                f"adapter.virtual_tokens = {count} and train.seq_length = {seq_length} exceed model.position."
+                f"max_positions = {most}; set {fewer or f'train.seq_length={max(2, most - count)}'} or lower"
+            )
+
+    def longest_row(self, model: ModelConfig, context: int) -> int:
+        """Returns the longest sequence, in tokens, that fits behind virtual tokens into a context of this length."""
+        most = model.position.max_positions
+        return min(context, most - self.num_virtual_tokens) if most else context
 
     @property
     def scale(self) -> float:

@@ -214,6 +214,8 @@ class TrainerConfig(Section):
                 f"{key} leaves weights untrained, which parallel.{other} does not support; set parallel.{remedy}, "
                 "where weights that are not trained need no gradients and no optimizer state"
             )
+        if self.adapter:
+            self.adapter.check_layout(parallel.cp, parallel.sp)
         if self.adapter and self.train.freeze:
             raise ValueError(
                 f"train.freeze = {list(self.train.freeze)} with [adapter], which freezes every other weight anyway; "

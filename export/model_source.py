@@ -153,14 +153,15 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
     manifest = read_manifest(checkpoint)
     lineage = Lineage.of_checkpoint(checkpoint, manifest)
     plan = lineage.plan.find(run_of(checkpoint)) if lineage.plan else None
-    imported = lineage.imported or {}
+    imported, adapter = lineage.imported or {}, separate_adapter(manifest, checkpoint)
+    model = validate(ModelConfig, manifest["config"]["model"], origin=f"{checkpoint}, [model]")
     return ModelSource(
         path=checkpoint,
         step=int(manifest["step"]),
-        model=validate(ModelConfig, manifest["config"]["model"], origin=f"{checkpoint}, [model]"),
+        model=model,
         weights=lambda: _checkpoint_weights(checkpoint),
         identify=lambda: file_sha256(checkpoint / "manifest.json"),  # the manifest has the checksums of all files
-        context=lineage.context,
+        context=lineage.context if adapter is None else adapter.longest_row(model, lineage.context),
         tokenizer=lineage.tokenizer,
         plan=plan,
         chat_template=lineage.chat_template,
@@ -169,7 +170,7 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
         token_ids=imported.get("token_ids", {}),
         generation=imported.get("generation", {}),
         run_config=manifest["config"],
-        adapter=separate_adapter(manifest, checkpoint),
+        adapter=adapter,
     )
 
 

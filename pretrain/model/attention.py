@@ -40,6 +40,7 @@ class Attention(nn.Module):
         self.recompute = False  # True: the backward pass computes scores and softmax again, and none are stored
         # Context parallel puts its exchange of sequence for heads around this.
         self.attend: Attend = self.attend_here
+        self.adapter = nn.ModuleDict()  # "prefix": keys and values before every document's, if there are any
         self.region = Region(context)
         self.query_factor = _query_factor(config)
         self.head_part = context.cp_rank, context.cp_size  # of this rank's heads, those that it has in `attend_here`
@@ -63,12 +64,20 @@ class Attention(nn.Module):
         return of_heads if of_heads is None or parts == 1 else of_heads.chunk(parts)[part]
 
     def attend_here(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None, virtual: int = 0
     ) -> torch.Tensor:
         """Computes attention of this rank's heads over whole sequences; outputs are [T, B, N, D]."""
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(scores.attend, q, k, v, documents, self.rule)
-        return scores.attend(q, k, v, documents, self.rule)
+            return recomputed(scores.attend, q, k, v, documents, self.rule, virtual)
+        return scores.attend(q, k, v, documents, self.rule, virtual)
+
+    def over_documents(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """Computes attention within documents and to virtual tokens, which there are none of where ranks exchange."""
+        if context.virtual.count:
+            return self.attend_here(q, k, v, context.documents, context.virtual.count)
+        return self.attend(q, k, v, context.documents)
 
     def scored(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext, cache: KVCache | None
@@ -76,9 +85,11 @@ class Attention(nn.Module):
         """Computes attention of rotated queries to rotated keys, [S, B, N, D], over the cache if there is one."""
         if self.query_factor != 1.0:
             q = q * self.query_factor
+        if "prefix" in self.adapter and not (cache is not None and cache.continues):
+            k, v = self.adapter["prefix"](k, v)
         if cache is not None:
             return cache.attend(self.layer, q, k, v, self.rule)
-        return self.attend(q, k, v, context.documents)
+        return self.over_documents(q, k, v, context)
 
     def rotated(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Rotates the heads [S, B, N, D] by their positions, where this kind of layer does."""
@@ -182,7 +193,7 @@ class LatentAttention(Attention):
         wide = max(self.head_dim, latent.v_head_dim)
         q = self._scaled(torch.cat((q_nope, q_rope), dim=-1), wide)
         q, k, v = (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x for x in (q, k, v))
-        out = self.attend(q, k, v, context.documents)[..., : latent.v_head_dim]
+        out = self.over_documents(q, k, v, context)[..., : latent.v_head_dim]
         return self.o_proj(out.flatten(2))
 
     def _attend_stored(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: KVCache) -> torch.Tensor:

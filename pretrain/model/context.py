@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from configs.model import LayerConfig, ModelConfig
 from configs.model_parts import PositionConfig
@@ -13,13 +14,37 @@ from pretrain.model.rotary import depends_on_length, rotary_angles
 
 
 @dataclass(frozen=True)
+class VirtualTokens:
+    """Trained virtual tokens before every document, which have positions 0 to `count` - 1.
+
+    They are keys and values of each layer, or with `in_rows` vectors that pass through the layers in front of the rows.
+    Since attention is causal, what the layers make of them is the same for every document of a row.
+    """
+
+    count: int = 0
+    in_rows: bool = False
+
+    def positions(self, positions_BS: torch.Tensor, begins: bool) -> torch.Tensor:
+        """Returns the positions of a pass over tokens at `positions_BS`, with virtual tokens where it `begins` rows."""
+        if not self.count:
+            return positions_BS
+        own = torch.arange(self.count, device=positions_BS.device).expand(len(positions_BS), -1)
+        shifted = positions_BS + self.count
+        return torch.cat((own, shifted), 1) if self.in_rows and begins else shifted
+
+
+NO_TOKENS = VirtualTokens()
+
+
+@dataclass(frozen=True)
 class ForwardContext:
     """Everything that all layers share in the forward pass of one micro-batch, the chunks of a pipeline included.
 
     `rotary` has cos and sin [S, B, 1, rotated elements] by the kind of a layer, of the kinds that rotate. `documents`
     are the parts of rows that attention stays in, None where every row is one document; under context parallel they
     are those of whole rows. `valid_SB` is False for padding; None means that there is none. `samples` [B], on the
-    host, are the numbers of the rows in the training run, from which dropout draws its masks.
+    host, are the numbers of the rows in the training run, from which dropout draws its masks. `virtual` are virtual
+    tokens, and `prepended` is how many of them are in front of the rows of this pass.
     """
 
     positions_SB: torch.Tensor
@@ -27,16 +52,23 @@ class ForwardContext:
     documents: Documents | None = None
     valid_SB: torch.Tensor | None = None
     samples: torch.Tensor | None = None
+    virtual: VirtualTokens = NO_TOKENS
+    prepended: int = 0
 
     @classmethod
-    def of_batch(cls, config: ModelConfig, batch: Batch, parts: int = 1) -> "ForwardContext":
+    def of_batch(
+        cls, config: ModelConfig, batch: Batch, parts: int = 1, virtual: VirtualTokens = NO_TOKENS
+    ) -> "ForwardContext":
         """Makes the context of a training batch, which has one of `parts` equal parts of every row.
 
         Its documents are those of whole rows.
         """
         samples = None if batch.samples is None else torch.tensor(batch.samples)
-        tables = _tables(config, batch.positions, length=batch.positions.shape[1] * parts)
-        return cls(batch.positions.t(), tables, batch.documents, (batch.segments >= 0).t(), samples)
+        positions = virtual.positions(batch.positions, begins=True)
+        tables = _tables(config, positions, length=batch.positions.shape[1] * parts + virtual.count)
+        valid, prepended = batch.segments >= 0, virtual.count if virtual.in_rows else 0
+        valid_SB = F.pad(valid, (prepended, 0), value=True).t()
+        return cls(positions.t(), tables, batch.documents, valid_SB, samples, virtual, prepended)
 
     @classmethod
     def of(
@@ -45,14 +77,20 @@ class ForwardContext:
         positions_BS: torch.Tensor,
         segments_BS: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        virtual: VirtualTokens = NO_TOKENS,
     ) -> "ForwardContext":
         """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row."""
-        valid_SB = None if segments_BS is None else (segments_BS >= 0).t()
+        begins = cache is None or positions_BS.shape[1] > 1
+        positions_BS, prepended = virtual.positions(positions_BS, begins), virtual.count * (virtual.in_rows and begins)
+        valid_SB = None if segments_BS is None else F.pad(segments_BS >= 0, (prepended, 0), value=True).t()
+        documents = None
         if cache is not None:
             cache.begin(positions_BS)
-            return cls(positions_BS.t(), _cached_tables(config, positions_BS, cache), None, valid_SB)
-        documents = None if segments_BS is None else Documents.of(segments_BS)
-        return cls(positions_BS.t(), _tables(config, positions_BS), documents, valid_SB)
+            tables = _cached_tables(config, positions_BS, cache)
+        else:
+            documents = None if segments_BS is None else Documents.of(segments_BS)
+            tables = _tables(config, positions_BS)
+        return cls(positions_BS.t(), tables, documents, valid_SB, None, virtual, prepended)
 
 
 def _tables(config: ModelConfig, positions_BS: torch.Tensor, length: int | None = None) -> Tables:

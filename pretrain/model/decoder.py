@@ -21,7 +21,7 @@ from torch import nn
 
 from configs.model import LayerConfig, ModelConfig
 from pretrain.model.attention import attention_of
-from pretrain.model.context import ForwardContext
+from pretrain.model.context import NO_TOKENS, ForwardContext
 from pretrain.model.head_loss import HeadLoss
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
@@ -85,6 +85,8 @@ class Decoder(nn.Module):
         self.input_tensor: torch.Tensor | None = None
         self.recompute_blocks = False
         self.is_partly_frozen = False
+        self.virtual = NO_TOKENS
+        self.adapter = nn.ModuleDict()  # "prompt": vectors of virtual tokens; "prefix": what all layers' prefixes share
 
     def forward(
         self,
@@ -105,7 +107,7 @@ class Decoder(nn.Module):
         that the chunks of a pipeline rank use the same. Under context parallel S is this rank's part of a row.
         """
         if context is None:
-            context = ForwardContext.of(self.model_config, positions_BS, segments_BS, cache)
+            context = ForwardContext.of(self.model_config, positions_BS, segments_BS, cache, self.virtual)
         x_SBH = self._embedded(tokens_BS, context) if self.stage.is_first else self._received()
         for block in self.blocks.values():
             if self.recompute_blocks and torch.is_grad_enabled():
@@ -114,6 +116,8 @@ class Decoder(nn.Module):
                 x_SBH = block(x_SBH, context, cache)
         if not self.stage.is_last:
             return x_SBH
+        if context.prepended:
+            x_SBH = x_SBH[context.prepended :]
         x, has_logits = self.final_norm(x_SBH), self.model_config.has_logits
         x = (self.region.enter(x) if has_logits else self.region.gather(x)).transpose(0, 1)
         if wanted is not None:
@@ -126,6 +130,8 @@ class Decoder(nn.Module):
     def _embedded(self, tokens_BS: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         config = self.model_config
         x_SBH = self.embedding(tokens_BS)
+        if context.prepended:
+            x_SBH = torch.cat((self.adapter["prompt"](x_SBH.shape[1]), x_SBH))
         if config.scale_embedding:  # the factor is rounded to the model's precision, as Gemma was trained
             x_SBH = x_SBH * torch.tensor(math.sqrt(config.hidden_size), dtype=x_SBH.dtype)
         if config.position.max_positions:
@@ -167,7 +173,7 @@ class Decoder(nn.Module):
     def new_cache(self, rows: int, max_length: int) -> KVCache:
         """Makes an empty cache for generation by one rank that holds the whole model."""
         weight = self.embedding.weight
-        return KVCache(self.model_config, rows, max_length, weight.dtype, weight.device)
+        return KVCache(self.model_config, rows, max_length, weight.dtype, weight.device, self.virtual.count)
 
     @property
     def tied_here(self) -> bool:
@@ -185,9 +191,9 @@ class Decoder(nn.Module):
 
     @property
     def input_modules(self) -> list[nn.Module]:
-        """The modules before the first block, in the order of their use; none but on the first stage."""
+        """The modules before the first block, in the order of their use; most are on the first stage alone."""
         names = ("embedding", "position_embedding", "embedding_norm")
-        return [getattr(self, name) for name in names if hasattr(self, name)]
+        return [*(getattr(self, name) for name in names if hasattr(self, name)), *self.adapter.values()]
 
     def global_name(self, name: str) -> str:
         """Returns a parameter's name in checkpoints and init; a tied head goes by the name of the embedding."""

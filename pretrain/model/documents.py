@@ -134,11 +134,17 @@ def _by_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Doc
 
 
 def by_document(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, attend: Callable[..., torch.Tensor]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Documents,
+    attend: Callable[..., torch.Tensor],
+    with_row: bool = False,
 ) -> torch.Tensor:
     """Calls `attend` for one document after another, on any device, and puts the outputs together.
 
-    It splits rows instead of slicing them: the gradient of a slice is as long as what it was cut from.
+    With `with_row` it passes the number of the document's row, too. It splits rows instead of slicing them: the
+    gradient of a slice is as long as what it was cut from.
     """
     spans: list[list[tuple[int, int]]] = [[] for _ in range(q.shape[1])]
     for first, last, start, end in documents.blocks.numpy():
@@ -148,7 +154,8 @@ def by_document(
     for row, own in enumerate(spans):
         lengths = [end - start for start, end in sorted(own)]
         parts = [x[:, row : row + 1].split(lengths) for x in (q, k, v)]
-        outputs.append(torch.cat([attend(qi, ki, vi) for qi, ki, vi in zip(*parts, strict=True)]))
+        more = (row,) if with_row else ()
+        outputs.append(torch.cat([attend(*own, *more) for own in zip(*parts, strict=True)]))
     return torch.cat(outputs, dim=1)
 
 

@@ -23,14 +23,23 @@ def whole_slots(length: int) -> int:
 class KVCache:
     """Keys and values of earlier tokens: slot p of a row holds those of its token at position p.
 
-    Of latent attention it holds the latent vectors and the rotated keys that all heads share, in place of both.
+    Virtual tokens, `virtual` of them, come before a row's first token and have the first positions. Of latent attention
+    it holds the latent vectors and the rotated keys that all heads share, in place of both.
 
     A forward pass with several tokens a row starts rows, each with its first token first and padding last. A forward
     pass with one token a row continues rows, each at its own position; before it the caller sets `longest`.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        slots = whole_slots(max_length)
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        virtual: int = 0,
+    ):
+        self.virtual, slots = virtual, whole_slots(max_length + virtual)
         if latent := config.attention.latent:
             shape = (config.num_layers, 1, rows, 1, slots, latent.kv_rank + latent.rope_head_dim)
         else:
@@ -51,13 +60,13 @@ class KVCache:
         return self.store.shape[4]
 
     def begin(self, positions_BS: torch.Tensor) -> None:
-        """Prepares for a forward pass of tokens at these positions."""
+        """Prepares for a forward pass of tokens at these positions, which count virtual tokens."""
         self._positions_B = None
         if positions_BS.shape[1] > 1:
             return
         self._positions_B = positions_BS[:, 0]
         self._new = (self._heads[: len(positions_BS)] + positions_BS).flatten()  # in `_flat`
-        slots = torch.arange(whole_slots(self.longest + 1), device=positions_BS.device)
+        slots = torch.arange(whole_slots(self.virtual + self.longest + 1), device=positions_BS.device)
         mask = torch.zeros(len(positions_BS), len(slots), dtype=self.store.dtype, device=self.store.device)
         self._mask = mask.masked_fill_(slots > positions_BS, float("-inf"))[:, None, None]
 

@@ -7,6 +7,7 @@ backward pass. Plain causal attention is in `documents.py`, which has faster ker
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,31 +74,60 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None, rule: ScoreRule
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Documents | None,
+    rule: ScoreRule,
+    virtual: int = 0,
 ) -> torch.Tensor:
-    """Computes attention within each document, [T, B, N, D], from q [T, B, N, D] and k and v [T, B, K, D]."""
+    """Computes attention within each document, [T, B, N, D], from q [T, B, N, D] and k and v [T, B, K, D].
+
+    The first `virtual` keys of a row belong to virtual tokens, which stand before each of its documents; there are so
+    many keys more than queries where virtual tokens have no queries.
+    """
+    if documents is None or documents.is_whole:
+        if len(q) == len(k) and rule.is_plain(len(q)):
+            return attend_rows(q, k, v, None)
+        return _one_document(q, k, v, rule)
+    if virtual:
+        return _after_virtual_tokens(q, k, v, documents, rule, virtual)
     if rule.is_plain(len(q)):
-        return attend_rows(q, k, v, None) if documents is None else attend_documents(q, k, v, documents)
-    return _attend_by_rule(q, k, v, documents, rule)
+        return attend_documents(q, k, v, documents)
+    return by_document(q, k, v, documents, partial(_one_document, rule=rule))
 
 
 @torch.compiler.disable  # it would be compiled anew for every length of a document
-def _attend_by_rule(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None, rule: ScoreRule
-) -> torch.Tensor:
-    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if rule.is_plain(len(q)):
-            return attend_rows(q, k, v, None)
-        outputs = []
-        again = len(q) > QUERIES and torch.is_grad_enabled()
-        for start in range(0, len(q), QUERIES):
-            end = min(len(q), start + QUERIES)
-            first = rule.first_key(start)
-            inputs = q[start:end], k[first:end], v[first:end], start, first, rule
-            outputs.append(recomputed(_some_queries, *inputs) if again else _some_queries(*inputs))
-        return torch.cat(outputs)
+def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+    """Computes attention of a document's tokens; the last of its keys are theirs, and others come before them."""
+    before = len(k) - len(q)
+    if not before and rule.is_plain(len(q)):
+        return attend_rows(q, k, v, None)
+    outputs = []
+    again = len(q) > QUERIES and torch.is_grad_enabled()
+    for start in range(0, len(q), QUERIES):
+        end = min(len(q), start + QUERIES)
+        first = rule.first_key(start + before)
+        inputs = q[start:end], k[first : end + before], v[first : end + before], start + before, first, rule
+        outputs.append(recomputed(_some_queries, *inputs) if again else _some_queries(*inputs))
+    return torch.cat(outputs)
 
-    return one(q, k, v) if documents is None or documents.is_whole else by_document(q, k, v, documents, one)
+
+@torch.compiler.disable  # as above
+def _after_virtual_tokens(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, rule: ScoreRule, count: int
+) -> torch.Tensor:
+    """Computes attention of virtual tokens, if they have queries, and of each document to them and to itself."""
+    first_q, q = q.split((len(q) - len(k) + count, len(k) - count))
+    first_k, k = k.split((count, len(k) - count))
+    first_v, v = v.split((count, len(v) - count))
+
+    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: int) -> torch.Tensor:
+        own_k, own_v = (torch.cat((x[:, row : row + 1], own)) for x, own in ((first_k, k), (first_v, v)))
+        return _one_document(q, own_k, own_v, rule)
+
+    own = by_document(q, k, v, documents, one, with_row=True)
+    return own if not len(first_q) else torch.cat((_one_document(first_q, first_k, first_v, rule), own))
 
 
 def _some_queries(

@@ -95,8 +95,9 @@ class Marks:
 
     `partial` says when tensor-parallel ranks that hold the same weight have different parts of its gradient: "never",
     under "sequence" parallel, since each sees its part of the sequence, or always, since each sees its own "heads".
-    The initial weight is `constant`, or where that is None normal with the deviation `std`, or where that is None too
-    `std_factor` times the model's init_std.
+    `on_every_stage` says that every pipeline stage holds the weight and uses it for its own layers, so that each has a
+    part of its gradient. The initial weight is `constant`, or where that is None normal with the deviation `std`, or
+    where that is None too `std_factor` times the model's init_std.
     """
 
     split: TensorSplit | None = None
@@ -106,6 +107,7 @@ class Marks:
     std_factor: float = 1.0
     std: float | None = None
     decays: bool = True  # whether weight decay applies
+    on_every_stage: bool = False
 
 
 def mark(parameter: nn.Parameter, marks: Marks) -> None:

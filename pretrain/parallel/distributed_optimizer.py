@@ -313,7 +313,8 @@ def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter]
     """Divides parameters into buckets; returns each with whether its weights decay, which a bucket's parameters share.
 
     Backward finishes parameters about in the reverse of the order in which modules list them. An embedding or head has
-    a bucket of its own: where both are one tied weight on two pipeline stages, the stages add up their parts of it.
+    a bucket of its own: where both are one tied weight on two pipeline stages, the stages add up their parts of it. So
+    has a weight that every stage holds.
     """
     done: list[tuple[list[nn.Parameter], bool]] = []
     filling: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -322,6 +323,9 @@ def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter]
         kind = is_expert(parameter), marks_of(parameter).decays
         if id(parameter) in vocabulary:
             done.append(([parameter], True))
+            continue
+        if marks_of(parameter).on_every_stage:
+            done.append(([parameter], kind[1]))
             continue
         bucket = filling.setdefault(kind, [])
         bucket.append(parameter)

@@ -78,9 +78,10 @@ class Engine:
         building, drawing = zero.weights(mesh, dtype)
         with building:
             chunks = [Decoder(model_config, spec, context) for spec in stage_specs(layout, mesh.pp_rank)]
-            for chunk in chunks if adapter else []:
-                assert adapter is not None
-                add_adapters(chunk, adapter, context, adapter_std)
+            if adapter is not None:
+                adapter.check_model(model_config, train.seq_length)
+                for chunk in chunks:
+                    add_adapters(chunk, adapter, context, adapter_std)
         config = schedule_config(model_config, layout, dtype)
         for i, chunk in enumerate(chunks):
             init_weights(chunk, seed, mesh.slices, drawing)
@@ -163,6 +164,7 @@ class Engine:
 
     def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> StepSums:
         chunks = self.module.chunks
+        prepended = chunks[0].virtual.count if chunks[0].virtual.in_rows else 0
         on_device = [batch.to(self.mesh.device) for batch in batches]
         iterators = [iter(on_device) for _ in chunks]
         self._contexts: dict[int, ForwardContext] = {}  # by the identity of a batch that later chunks still have to see
@@ -171,7 +173,7 @@ class Engine:
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1] * self.mesh.layout.cp,
+            seq_length=batches[0].tokens.shape[1] * self.mesh.layout.cp + prepended,
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
@@ -205,7 +207,8 @@ class Engine:
         chunks = self.module.chunks
         context = self._contexts.pop(id(batch), None)
         if context is None:
-            context = ForwardContext.of_batch(self.model_config, batch, parts=self.mesh.layout.cp)
+            parts, virtual = self.mesh.layout.cp, model.virtual
+            context = ForwardContext.of_batch(self.model_config, batch, parts, virtual)
         if len(chunks) > 1 and model is not chunks[-1]:
             self._contexts[id(batch)] = context
         return context

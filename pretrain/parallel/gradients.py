@@ -7,6 +7,8 @@
   such weights on the first tensor-parallel rank alone, so the sum is all that is needed.
 - Keys' and values' weights where there are fewer key-value heads than tensor-parallel ranks: each head is on several of
   them, and each sees only its own query heads. All get the sum, and the grad norm counts the first one's alone.
+- Weights that every pipeline stage holds: each uses its copy for its own layers. All copies get the sum, and the grad
+  norm counts the first one's alone.
 """
 
 from collections.abc import Sequence
@@ -27,6 +29,9 @@ def mark_copies(stage: PipelineStage, mesh: Mesh) -> None:
     for parameter in stage.parameters():
         if not mesh.is_first_copy(parameter):
             vars(parameter)["tensor_model_parallel"] = False  # counted then on the first tensor-parallel rank alone
+    for copies in stage.on_every_stage:
+        for parameter in copies[1 if mesh.pp_rank == 0 else 0 :]:
+            vars(parameter)["ds_pipe_replicated"] = True
     last = stage.chunks[-1]
     if last.model_config.tie_embeddings and last.stage.is_last and not last.stage.is_first:
         last.lm_head.weight.ds_pipe_replicated = True
@@ -40,12 +45,23 @@ def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
     if mesh.kv_group is not None:
         splits = {id(p): marks_of(p).split for p in whole}
         _sum([p for p in whole if (split := splits[id(p)]) and split.copies > 1], mesh.kv_group)
+    for copies in stage.on_every_stage:
+        if copies[0].requires_grad and mesh.layout.pp > 1:
+            _sum_copies(copies, mesh.pp_group)
     first, last = stage.chunks[0], stage.chunks[-1]
     if first.model_config.tie_embeddings and not last.tied_here:
         if first.stage.is_first and first.embedding.weight.requires_grad:
             _sum([first.embedding.weight], parallel_state.get_embedding_group())
         if last.stage.is_last and last.lm_head.weight.requires_grad:
             _sum([last.lm_head.weight], parallel_state.get_embedding_group())
+
+
+def _sum_copies(copies: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Sums the gradients of this rank's copies of a weight, and of all stages' copies; each copy gets the sum."""
+    total = torch.stack([gradient(parameter).flatten() for parameter in copies]).sum(0)
+    dist.all_reduce(total, group=group)
+    for parameter in copies:
+        set_gradient(parameter, total)
 
 
 def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -14,6 +14,7 @@ from configs.layout import Layout
 from pretrain.model import Decoder, StageSpec
 from pretrain.model.decoder import Block
 from pretrain.model.moe import MoE
+from pretrain.model.slices import marks_of
 
 
 def stage_specs(layout: Layout, pp_rank: int) -> list[StageSpec]:
@@ -49,6 +50,15 @@ class PipelineStage(nn.Module):
         first, last = self.chunks[0], self.chunks[-1]
         weights = [first.embedding.weight] if first.stage.is_first else []
         return weights + ([last.lm_head.weight] if hasattr(last, "lm_head") else [])
+
+    @property
+    def on_every_stage(self) -> list[list[nn.Parameter]]:
+        """The copies, one in each chunk, of every weight that all pipeline stages hold."""
+        copies: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_global_parameters():
+            if marks_of(parameter).on_every_stage:
+                copies.setdefault(name, []).append(parameter)
+        return list(copies.values())
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the only chunk; a pipeline's schedule calls the chunks itself."""

@@ -79,4 +79,4 @@ class SplitDecoder(nn.Module):
         heads = max(1, self.config.num_kv_heads // self.mesh.layout.tp)
         config = self.config.model_copy(update={"num_kv_heads": heads})
         weight = self.decoder.embedding.weight
-        return KVCache(config, rows, max_length, weight.dtype, weight.device)
+        return KVCache(config, rows, max_length, weight.dtype, weight.device, self.decoder.virtual.count)

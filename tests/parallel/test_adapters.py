@@ -23,6 +23,10 @@ DROPPED = {**LORA, "dropout": 0.3}
 DORA = {"rank": 3, "alpha": 3.0, "kind": "dora"}
 SHARED = {**DORA, "targets": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
 BOTTLENECK = {"kind": "bottleneck", "bottleneck_size": 5}
+PROMPT: dict[str, Any] = {"kind": "prompt", "virtual_tokens": 3}
+P_TUNING = {"kind": "p_tuning", "virtual_tokens": 3, "encoder": "lstm", "encoder_size": 5}
+PREFIX: dict[str, Any] = {"kind": "prefix", "virtual_tokens": 3, "encoder_size": 6}
+P_TUNING_V2: dict[str, Any] = {"kind": "p_tuning_v2", "virtual_tokens": 3}
 MORE = [
     *(
         ("moe_tied", layout, {"adapter": LORA})
@@ -34,6 +38,12 @@ MORE = [
     *(("deepseek", layout, {"adapter": SHARED}) for layout in ("tp2sp_ep2", "pp2")),
     *(("dense_tied", layout, {"adapter": BOTTLENECK}) for layout in ("tp2", "pp2vpp2", "cp2")),
     ("moe_tied", "tp2sp_ep2", {"adapter": BOTTLENECK}),
+    *(("dense_tied", layout, {"adapter": PROMPT}) for layout in ("tp2", "pp2vpp2", "tp2dp2")),
+    *(("dense", layout, {"adapter": P_TUNING, "recompute": "full"}) for layout in ("pp2", "zero1")),
+    *(("dense_tied", layout, {"adapter": PREFIX}) for layout in ("pp2vpp2", "tp2sp", "pp2dp2")),
+    *(("moe_tied", layout, {"adapter": PREFIX}) for layout in ("tp2sp_ep2", "pp2")),
+    *(("two_kv_heads", layout, {"adapter": PREFIX, "recompute": "selective"}) for layout in ("tp4", "tp4sp")),
+    *(("two_kv_heads", layout, {"adapter": P_TUNING_V2}) for layout in ("tp4", "pp2")),
     *(("dense_tied", layout, {"freeze": ["embedding*", "layers.[01].*"]}) for layout in ("pp2", "tp2", "pp4")),
 ]
 
@@ -61,6 +71,8 @@ def results(ranks: RanksOf, folder: Path, model: str, layout: str, options: dict
     [
         ("moe_tied", "tp2_ep2", {"adapter": LORA}),
         ("dense_tied", "tp2sp", {"adapter": BOTTLENECK}),
+        ("dense", "tp2", {"adapter": P_TUNING}),
+        ("dense_tied", "pp2", {"adapter": PREFIX}),
         *(pytest.param(*each, marks=pytest.mark.full) for each in MORE),
     ],
 )
@@ -109,7 +121,14 @@ def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, 
         assert len(whole.read("embedding.weight")) == MODELS["moe_tied"]["vocab_size"]
 
 
-@pytest.mark.parametrize("adapter", [BOTTLENECK], ids=lambda adapter: adapter["kind"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        PROMPT,
+        *(pytest.param(each, marks=pytest.mark.full) for each in (BOTTLENECK, P_TUNING, PREFIX, P_TUNING_V2)),
+    ],
+    ids=lambda adapter: adapter["kind"],
+)
 def test_adapters_that_cannot_be_merged_are_kept_beside_the_weights(
     ranks: RanksOf, tmp_path: Path, adapter: dict[str, Any]
 ) -> None:
@@ -143,7 +162,7 @@ def test_adapters_that_cannot_be_merged_are_kept_beside_the_weights(
 
 @pytest.mark.parametrize(
     ("parallel", "adapter"),
-    [({}, LORA), ({"tp": 2}, LORA), pytest.param({"tp": 2}, BOTTLENECK, marks=pytest.mark.full)],
+    [({}, LORA), ({"tp": 2}, LORA), pytest.param({"tp": 2}, PREFIX, marks=pytest.mark.full)],
 )
 def test_completions_are_sampled_with_adapters(
     ranks: RanksOf, parallel: dict[str, int], adapter: dict[str, Any]

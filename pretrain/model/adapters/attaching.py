@@ -5,6 +5,10 @@ from collections.abc import Callable
 from configs.adapters import AdapterConfig
 from pretrain.model.adapters.bottleneck import Bottleneck
 from pretrain.model.adapters.low_rank import ExpertLowRank, LowRank
+from pretrain.model.adapters.prefix import Prefix, PrefixEncoder
+from pretrain.model.adapters.prompt import Prompt
+from pretrain.model.attention import GroupedAttention
+from pretrain.model.context import VirtualTokens
 from pretrain.model.decoder import Decoder
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.moe.experts import Experts
@@ -40,8 +44,30 @@ def _add_bottlenecks(decoder: Decoder, config: AdapterConfig, context: LayerCont
             block.adapter[place] = Bottleneck(decoder.model_config.hidden_size, config, context, std)
 
 
+def _add_prompt(decoder: Decoder, config: AdapterConfig, context: LayerContext, _: float) -> None:
+    decoder.virtual = VirtualTokens(config.virtual_tokens, in_rows=True)
+    if decoder.stage.is_first:
+        decoder.adapter["prompt"] = Prompt(decoder.model_config.hidden_size, config, context)
+
+
+def _add_prefixes(decoder: Decoder, config: AdapterConfig, context: LayerContext, _: float) -> None:
+    decoder.virtual, model = VirtualTokens(config.virtual_tokens), decoder.model_config
+    encoder = None
+    if config.kind == "prefix":
+        encoder = PrefixEncoder(model.num_kv_heads * model.dim_per_head, config, context)
+        decoder.adapter["prefix"] = encoder
+    for block in decoder.blocks.values():
+        attention = block.attention
+        assert isinstance(attention, GroupedAttention)
+        attention.adapter["prefix"] = Prefix(attention, block.config.num_kv_heads, config, context, encoder)
+
+
 _ADD: dict[str, Callable[[Decoder, AdapterConfig, LayerContext, float], None]] = {
     "lora": _add_low_rank,
     "dora": _add_low_rank,
     "bottleneck": _add_bottlenecks,
+    "prompt": _add_prompt,
+    "p_tuning": _add_prompt,
+    "prefix": _add_prefixes,
+    "p_tuning_v2": _add_prefixes,
 }
