@@ -26,12 +26,13 @@ Target = Literal[
 TARGETS: tuple[str, ...] = get_args(Target)
 
 
-Kind = Literal["lora", "dora", "bottleneck", "prompt", "p_tuning", "prefix", "p_tuning_v2"]
+Kind = Literal["lora", "dora", "adalora", "bottleneck", "prompt", "p_tuning", "prefix", "p_tuning_v2"]
 # The keys that say something for each kind; the others must be left out.
 _LOW_RANK = ("rank", "alpha", "rank_stabilized", "dropout", "targets")
 KEYS: dict[Kind, tuple[str, ...]] = {
-    "lora": _LOW_RANK,
+    "lora": (*_LOW_RANK, "base"),
     "dora": _LOW_RANK,
+    "adalora": (*_LOW_RANK, "target_rank", "warmup_steps", "budget_steps", "prune_every", "orthogonality", "beta"),
     "bottleneck": ("bottleneck_size", "activation", "after"),
     "prompt": ("virtual_tokens",),
     "p_tuning": ("virtual_tokens", "encoder", "encoder_size"),
@@ -44,7 +45,7 @@ class AdapterConfig(Section):
     """Small trained modules beside the model's own weights, which stay as they are."""
 
     kind: Kind = "lora"
-    """The method: lora, dora, bottleneck, prompt (prompt tuning), p_tuning, prefix (prefix tuning) or p_tuning_v2."""
+    """The method, by its name in the table of docs/posttraining.md, under Adapters."""
     rank: int = Field(default=8, ge=1)
     """The rank of the product that is added to each weight."""
     alpha: float = Field(default=16.0, gt=0)
@@ -55,6 +56,20 @@ class AdapterConfig(Section):
     """The dropout rate of the inputs of LoRA's product; the masks are the same in every layout."""
     targets: tuple[Target, ...] = ()
     """The linear layers that get an adapter, in every block; left out, all, with those of experts."""
+    base: Literal["full", "nf4"] = "full"
+    """The form in which adapted weights are kept: in the model's precision, or in 4 bits (QLoRA)."""
+    target_rank: int = Field(default=4, ge=1)
+    """The mean rank that AdaLoRA leaves at the end, of `rank` at the beginning."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """The number of steps before AdaLoRA begins to lower the mean rank."""
+    budget_steps: int = Field(default=0, ge=0)
+    """The step at which AdaLoRA has lowered it to target_rank; steps after that train what is left."""
+    prune_every: int = Field(default=10, ge=1)
+    """The number of steps from one choice of AdaLoRA's most important triplets to the next."""
+    orthogonality: float = Field(default=0.1, ge=0)
+    """The factor on AdaLoRA's penalty for singular vectors that are not orthonormal."""
+    beta: float = Field(default=0.85, ge=0, lt=1)
+    """The share of the earlier steps in AdaLoRA's smoothed sensitivity and uncertainty."""
     bottleneck_size: int = Field(default=64, ge=1)
     """The inner size of a bottleneck adapter."""
     activation: Literal["gelu", "relu", "silu"] = "gelu"
@@ -103,10 +118,34 @@ class AdapterConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _budget_falls(self) -> "AdapterConfig":
+        if self.kind != "adalora":
+            return self
+        if self.budget_steps <= self.warmup_steps:
+            raise ValueError(
+                f"adapter.budget_steps = {self.budget_steps} is not after adapter.warmup_steps = {self.warmup_steps}, "
+                f"and there is no step to lower ranks in; set adapter.budget_steps={self.warmup_steps + 1} or more"
+            )
+        if self.target_rank > self.rank:
+            raise ValueError(
+                f"adapter.target_rank = {self.target_rank} is more than adapter.rank = {self.rank}, with which AdaLoRA "
+                f"begins; set adapter.target_rank={self.rank} or less, or adapter.rank={self.target_rank} or more"
+            )
+        return self
+
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError if the run ends before its ranks have fallen."""
+        if self.kind == "adalora" and self.budget_steps > steps:
+            raise ValueError(
+                f"adapter.budget_steps = {self.budget_steps} is after the run's last step {steps}, and ranks would not "
+                f"fall to adapter.target_rank; set adapter.budget_steps={steps} or less"
+            )
+
     @property
     def merges(self) -> bool:
         """Whether a trained adapter can be merged into the weights, after which the model is one without adapters."""
-        return self.kind in ("lora", "dora")
+        return self.kind in ("lora", "dora", "adalora")
 
     @property
     def prepends(self) -> bool:
@@ -153,6 +192,14 @@ class AdapterConfig(Section):
                 f"max_positions = {most}; set {fewer or f'train.seq_length={max(2, most - count)}'} or lower"
             )
 
+    def check_init(self, is_trained: bool) -> None:
+        """Raises ConfigError if the base is to be kept in 4 bits and is no trained model, which could be read again."""
+        if self.base != "full" and not is_trained:
+            raise ConfigError(
+                f"adapter.base = {self.base!r} keeps the weights of a trained model in 4 bits, and this run begins "
+                "with random ones; name a model in [init], or set adapter.base=full"
+            )
+
     def longest_row(self, model: ModelConfig, context: int) -> int:
         """Returns the longest sequence, in tokens, that fits behind virtual tokens into a context of this length."""
         most = model.position.max_positions
@@ -175,9 +222,10 @@ class AdapterConfig(Section):
                 f"its linear layers are {', '.join(known)}"
             )
         chosen = self.targets or known
-        if "experts" in chosen and (self.kind == "dora" or self.dropout):
+        if "experts" in chosen and (self.kind != "lora" or self.dropout or self.base != "full"):
             rest = [name for name in chosen if name != "experts"]
-            key = "adapter.kind = 'dora'" if self.kind == "dora" else f"adapter.dropout = {self.dropout}"
+            key = f"adapter.base = {self.base!r}" if self.base != "full" else f"adapter.dropout = {self.dropout}"
+            key = f"adapter.kind = {self.kind!r}" if self.kind != "lora" else key
             raise ConfigError(
                 f"{key} does not serve experts, which adapter.targets {'names' if self.targets else 'left out means'}; "
                 f"set adapter.targets={rest}"

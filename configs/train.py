@@ -216,6 +216,12 @@ class TrainerConfig(Section):
             )
         if self.adapter:
             self.adapter.check_layout(parallel.cp, parallel.sp)
+            if self.adapter.base != "full" and self.train.compile:
+                raise ValueError(
+                    f"adapter.base = {self.adapter.base!r} makes weights while layers are computed, which compiled "
+                    "blocks do not support; set train.compile=false"
+                )
+            self.adapter.check_steps(self.schedule.steps or self.train.steps)
         if self.adapter and self.train.freeze:
             raise ValueError(
                 f"train.freeze = {list(self.train.freeze)} with [adapter], which freezes every other weight anyway; "

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from configs.adapters import AdapterConfig
 from configs.files import file_sha256
 from configs.loader import ConfigError
 from configs.model import ModelConfig
@@ -62,7 +63,7 @@ class HFFolder:
 class FolderTensors:
     """The weights of a Hugging Face directory by Trivium's names; `balance` is the router bias of its MoE layers."""
 
-    adapter = None
+    adapter: AdapterConfig | None = None
 
     def __init__(self, opened: HFFolder):
         self.path = opened.tensors.folder

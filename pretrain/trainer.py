@@ -97,6 +97,8 @@ class Trainer:
             "adapter": config.adapter and loader.plain(config.adapter),
             **self.lineage.identity,
         }
+        if config.adapter:
+            config.adapter.check_init(self.lineage.init is not None)
         self.agreement = Agreement()
         self._ahead: ReadAhead | None = None
         self._profiler: Profiler  # made by `fit`

@@ -24,7 +24,8 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
 from pretrain.checkpoint.whole_model import WholeTensors, base_of, open_model
 from pretrain.model import value_head
-from pretrain.model.adapters import is_adapter, merged
+from pretrain.model.adapters import is_adapter, is_state, merged
+from pretrain.model.adapters.quantized_base import quantized_weights
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.zero import Fragment, master_partitions
@@ -39,7 +40,7 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
     """
     zero.wait_for_weights(engine.zero)  # a run may end after this, and with it what other ranks still wait for
     pieces = {}
-    for name, (piece, kinds) in chain(_owned(engine), _frozen(engine) if engine.saves_frozen else ()):
+    for name, (piece, kinds) in chain(_owned(engine), _frozen(engine)):
         copies = {}
         for kind, tensor in kinds.items():
             key = f"{kind}/{name}"
@@ -54,7 +55,7 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
 
 def manifest_facts(engine: Engine) -> dict[str, Any]:
     """Returns the engine's state that goes into the manifest: Adam's step count and expert balance. Collective."""
-    steps = max(engine.mesh.gather_json(_optimizer_steps(engine)))  # a rank may have nothing to train
+    steps = max(engine.mesh.gather_json(zero.steps_done(engine.zero)))  # a rank may have nothing to train
     return {"optimizer_steps": steps, "balance": expert_balance.state(engine.module, engine.mesh)}
 
 
@@ -65,13 +66,14 @@ def restore(engine: Engine, path: str | Path) -> None:
     """
     with Reader(path) as reader:
         base = base_of(Path(path), reader.manifest)
-        frozen = [name for name, p in engine.module.named_global_parameters() if not p.requires_grad]
+        named = engine.module.named_global_parameters()
+        frozen = [name for name, p in named if not (p.requires_grad or is_state(name))]
         _check_shapes(engine, reader, required=list(engine.module.named_balance()), new=frozen if base else ())
         _make_moments(engine, reader.manifest["optimizer_steps"])
         for kind in storage.KINDS:
             _fill(engine, partial(reader.read, kind=kind), kind)
         with nullcontext(reader) if base is None else open_model(base) as holder:
-            _fill_frozen(engine, holder.read)
+            _fill_frozen(engine, lambda name: (reader if is_state(name) else holder).read(name))
     expert_balance.restore(engine.module, reader.balance)
     zero.update_weights(engine.zero)
 
@@ -98,7 +100,7 @@ def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
     adapters = [name for name, _ in named if is_adapter(name) and tensors.adapter is None]
     _check_shapes(engine, tensors, required=[], new=[*new, *adapters])
     _fill(engine, tensors.read, "weight", [*new, *adapters])
-    _fill_frozen(engine, tensors.read, new)
+    _fill_frozen(engine, tensors.read, [*new, *adapters])
     expert_balance.restore(engine.module, tensors.balance)
     zero.update_weights(engine.zero)
     return new
@@ -124,6 +126,9 @@ def _fill_frozen(engine: Engine, read: Callable[[str], torch.Tensor], new: Seque
     for name, parameter in engine.module.named_global_parameters():
         if not parameter.requires_grad and name not in new:
             parameter.copy_(engine.mesh.slices.cut(read(name), parameter))
+    for chunk in engine.module.chunks:
+        for name, quantized in quantized_weights(chunk):
+            quantized.fill(read(name), engine.mesh.slices)
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,10 @@ def _gathered(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     balance = expert_balance.state(engine.module, engine.mesh)
     yield from ((name, torch.tensor(values)) for name, values in balance.items())
     done: set[str] = set()
-    local = dict(engine.module.named_global_parameters())
-    shapes = mesh.gather_json({name: list(zero.outline(p).shape) for name, p in local.items()})
+    local = {name: p for name, p in engine.module.named_global_parameters() if not is_state(name)}
+    made = {name: own for chunk in engine.module.chunks for name, own in quantized_weights(chunk)}
+    outlines = {name: zero.outline(p) for name, p in local.items()} | {name: q.outline for name, q in made.items()}
+    shapes = mesh.gather_json({name: list(outline.shape) for name, outline in outlines.items()})
     for stage_rank in dist.get_process_group_ranks(mesh.pp_group):
         for name, shape in shapes[stage_rank].items():
             if name in done:
@@ -183,7 +190,8 @@ def _gathered(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
             done.add(name)
             whole = None
             if stage_rank == mesh.rank:
-                whole = mesh.gather_whole(zero.current_weight(local[name]), local[name])
+                own = made[name].weight() if name in made else zero.current_weight(local[name])
+                whole = mesh.gather_whole(own, outlines[name] if name in made else local[name])
             yield name, _from_stage(whole, len(shape), stage_rank, engine)
 
 
@@ -208,7 +216,7 @@ def _from_stage(whole: torch.Tensor | None, ndim: int, stage_rank: int, engine: 
 def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.Tensor]]]]:
     """Yields the pieces that this rank writes, as views into ZeRO's partitions."""
     mesh = engine.mesh
-    _make_moments(engine, _optimizer_steps(engine))
+    _make_moments(engine, zero.steps_done(engine.zero))
     for name, parameter, own in _fragments(engine):
         shape = mesh.slices.shape(parameter)
         own = replace(own, numel=min(own.numel, math.prod(shape) - own.start))  # the last rows may be padding
@@ -220,11 +228,16 @@ def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.T
 
 
 def _frozen(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.Tensor]]]]:
-    """Yields the frozen weights that this rank writes: whole slices, by their first holder."""
+    """Yields the frozen weights that this rank writes: whole slices, by their first holder.
+
+    Where the run's base has them they are the numbers of AdaLoRA's schedule alone.
+    """
     mesh = engine.mesh
     for name, parameter in engine.module.named_global_parameters():
         is_copy = getattr(parameter, "ds_pipe_replicated", False) or not mesh.is_first_copy(parameter)
         shape = mesh.slices.shape(parameter)
+        if not (engine.saves_frozen or is_state(name)):
+            continue
         if parameter.requires_grad or is_copy or not mesh.is_first_holder(parameter) or not math.prod(shape):
             continue
         whole, offset = mesh.slices.global_shape(parameter), mesh.slices.offset(parameter)
@@ -245,12 +258,6 @@ def _flat(engine: Engine, own: Fragment, kind: str) -> torch.Tensor:
     partition = master_partitions(engine.zero)[own.partition]
     flat = partition if kind == "weight" else zero.adam(engine.zero).state[partition][kind]
     return flat.data.narrow(0, own.offset, own.numel)
-
-
-def _optimizer_steps(engine: Engine) -> int:
-    """Returns Adam's step count, 0 where this rank trains nothing."""
-    states = (zero.adam(engine.zero).state.get(part, {}) for part in master_partitions(engine.zero))
-    return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def _make_moments(engine: Engine, optimizer_steps: int) -> None:

@@ -21,7 +21,7 @@ from configs.train import TrainerConfig
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.storage import CheckpointError, Reader
-from pretrain.model.adapters import is_adapter, merged
+from pretrain.model.adapters import is_adapter, merged, nf4
 
 
 def base_facts(config: TrainerConfig, init: Pin | None) -> dict[str, Any]:
@@ -130,7 +130,8 @@ class ModelReader:
         self.shapes |= {name: held[name] for name in held if name in self._held}
         self.balance, self.kept, self.read_kept = self._own.balance, self._own.kept, self._own.read_kept
         config = adapter_of(manifest, path)
-        self._merged = {} if config is None else merged(list(held), self._read_part, config)
+        read = self._read_part if config is None or config.base == "full" else self._read_rounded
+        self._merged = {} if config is None else merged(list(held), read, config)
 
     def __enter__(self) -> "ModelReader":
         return self
@@ -142,6 +143,11 @@ class ModelReader:
     def read(self, name: str) -> torch.Tensor:
         """Reads a whole weight. Raises CheckpointError for a name that the model does not have."""
         return self._merged[name]() if name in self._merged else self._read_part(name)
+
+    def _read_rounded(self, name: str) -> torch.Tensor:
+        """Reads a weight with the values that the adapters were trained on, or a parameter of an adapter."""
+        tensor = self._read_part(name)
+        return tensor if is_adapter(name) else nf4.rounded(tensor)
 
     def _read_part(self, name: str) -> torch.Tensor:
         """Reads a weight without what adapters add to it, or a parameter of an adapter."""

@@ -17,6 +17,7 @@ from torch import nn
 from configs.adapters import AdapterConfig
 from configs.model import ModelConfig
 from pretrain.model.adapters import add_adapters
+from pretrain.model.adapters.quantized_base import quantized_weights
 from pretrain.model.decoder import Decoder
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.slices import WHOLE, Slices, marks_of
@@ -33,6 +34,9 @@ def init_weights(model: Decoder, seed: int, slices: Slices = WHOLE, drawing: Dra
         for name, parameter in model.named_global_parameters():
             with drawing(parameter):
                 _fill(model, name, parameter, seed, slices)
+        for name, quantized in quantized_weights(model):
+            std = model.model_config.init_std * quantized.marks.std_factor
+            quantized.fill(_draw(seed, name, slices.global_shape(quantized.outline), std), slices)
 
 
 def _fill(model: Decoder, name: str, parameter: nn.Parameter, seed: int, slices: Slices) -> None:

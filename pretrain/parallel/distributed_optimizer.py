@@ -281,20 +281,20 @@ def wait_for_weight(parameter: nn.Parameter) -> None:
 
 def own_gradient(parameter: nn.Parameter) -> torch.Tensor:
     """Gradient of the elements of `parameter` that this rank owns, flat, a view; it may be empty."""
-    return _own(parameter, gradient=True)[1]
+    return own_elements(parameter, gradient=True)[1]
 
 
 def full(parameter: nn.Parameter, gradient: bool) -> torch.Tensor:
     """Returns the gradient or else the master weight, whole over data parallel; collective over it."""
     bucket, _ = _location(parameter)
-    first, own = _own(parameter, gradient)
+    first, own = own_elements(parameter, gradient)
     result = torch.zeros_like(parameter, dtype=bucket.gradients.dtype)
     result.view(-1)[first : first + len(own)] = own
     dist.all_reduce(result, group=bucket.group)
     return result
 
 
-def _own(parameter: nn.Parameter, gradient: bool) -> tuple[int, torch.Tensor]:
+def own_elements(parameter: nn.Parameter, gradient: bool) -> tuple[int, torch.Tensor]:
     """Returns (first element of `parameter` that this rank owns, view of the gradient or weight from there on)."""
     bucket, offset = _location(parameter)
     own = bucket.own

@@ -34,6 +34,7 @@ from pretrain.parallel.frozen import freeze
 from pretrain.parallel.gradients import mark_copies, sum_partial
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage, stage_specs
+from pretrain.parallel.rank_budget import RankBudget
 from pretrain.parallel.step_sums import StepSums
 
 OPTIMIZER = "trivium optimizer"  # what the update of weights is called in traces
@@ -107,6 +108,8 @@ class Engine:
             self.zero, self._schedule = None, get_forward_backward_func()
             return
         self.zero = zero.wrap(self.module, train, optimizer, mesh, dtype)
+        has_budget = adapter is not None and adapter.kind == "adalora"
+        self.budget = RankBudget(self.module, self.zero, mesh, adapter) if adapter and has_budget else None
         self.loss_factor = zero.loss_factor(self.zero, mesh)
         self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)
 
@@ -144,11 +147,17 @@ class Engine:
         zero.finish_backward(self.zero)
         sum_partial(self.module, mesh)
         zero.average_gradients(self.zero)
+        if self.budget is not None:
+            self.budget.add_penalty()
 
     def update(self, lr: float) -> StepSums:
         """Clips the gradients and updates the weights with learning rate `lr`: part 4."""
         with record_function(OPTIMIZER):
+            if self.budget is not None:
+                self.budget.observe()
             grad_norm = zero.step(self.zero, lr)
+            if self.budget is not None:
+                self.budget.prune()
         expert_balance.finish_step(self.module, self.mesh, grad_norm.isfinite())
         experts = expert_balance.counts(self.module, self.mesh, self.model_config)
         return self._sums.of_step(grad_norm, experts)

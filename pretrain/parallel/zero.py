@@ -264,6 +264,26 @@ def set_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:
         zero.norm_for_param_grads[zero.get_param_id(parameter)] = value.double().norm()
 
 
+def add_to_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Adds to the gradient of this rank's elements their part of `value`; for ZeRO stage 1 without offloading."""
+    first, own = distributed_optimizer.own_elements(parameter, gradient=True)
+    own += value.flatten()[first : first + len(own)]
+
+
+def multiply_weight(parameter: nn.Parameter, factor: torch.Tensor) -> None:
+    """Multiplies a weight of ZeRO stage 1 by 0 or 1, element by element, in all of the places that hold it."""
+    distributed_optimizer.wait_for_weight(parameter)
+    first, own = distributed_optimizer.own_elements(parameter, gradient=False)
+    own *= factor.flatten()[first : first + len(own)]
+    parameter.data.mul_(factor)
+
+
+def steps_done(engine: Any) -> int:
+    """Returns the number of the optimizer's steps, those before a checkpoint among them."""
+    states = (adam(engine).state.get(part, {}) for part in master_partitions(engine))
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decay = [p for p in module.parameters() if marks_of(p).decays]
     rest = [p for p in module.parameters() if not marks_of(p).decays]

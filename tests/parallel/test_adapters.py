@@ -22,11 +22,14 @@ LORA = {"rank": 4, "alpha": 2.0, "rank_stabilized": True}
 DROPPED = {**LORA, "dropout": 0.3}
 DORA = {"rank": 3, "alpha": 3.0, "kind": "dora"}
 SHARED = {**DORA, "targets": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
+QLORA = {"rank": 4, "alpha": 2.0, "base": "nf4"}
 BOTTLENECK = {"kind": "bottleneck", "bottleneck_size": 5}
 PROMPT: dict[str, Any] = {"kind": "prompt", "virtual_tokens": 3}
 P_TUNING = {"kind": "p_tuning", "virtual_tokens": 3, "encoder": "lstm", "encoder_size": 5}
 PREFIX: dict[str, Any] = {"kind": "prefix", "virtual_tokens": 3, "encoder_size": 6}
 P_TUNING_V2: dict[str, Any] = {"kind": "p_tuning_v2", "virtual_tokens": 3}
+ADALORA: dict[str, Any] = {"kind": "adalora", "rank": 4, "alpha": 4.0, "target_rank": 2, "prune_every": 1}
+SOON = {**ADALORA, "budget_steps": 2}
 MORE = [
     *(
         ("moe_tied", layout, {"adapter": LORA})
@@ -38,6 +41,10 @@ MORE = [
     *(("deepseek", layout, {"adapter": SHARED}) for layout in ("tp2sp_ep2", "pp2")),
     *(("dense_tied", layout, {"adapter": BOTTLENECK}) for layout in ("tp2", "pp2vpp2", "cp2")),
     ("moe_tied", "tp2sp_ep2", {"adapter": BOTTLENECK}),
+    *(("dense_tied", layout, {"adapter": QLORA}) for layout in ("tp2sp", "pp2", "zero1")),
+    ("two_kv_heads", "tp4", {"adapter": QLORA, "recompute": "full"}),
+    *(("dense_tied", layout, {"adapter": SOON}) for layout in ("tp2", "tp2sp", "pp2dp2", "cp2")),
+    ("two_kv_heads", "tp4", {"adapter": SOON}),
     *(("dense_tied", layout, {"adapter": PROMPT}) for layout in ("tp2", "pp2vpp2", "tp2dp2")),
     *(("dense", layout, {"adapter": P_TUNING, "recompute": "full"}) for layout in ("pp2", "zero1")),
     *(("dense_tied", layout, {"adapter": PREFIX}) for layout in ("pp2vpp2", "tp2sp", "pp2dp2")),
@@ -71,6 +78,8 @@ def results(ranks: RanksOf, folder: Path, model: str, layout: str, options: dict
     [
         ("moe_tied", "tp2_ep2", {"adapter": LORA}),
         ("dense_tied", "tp2sp", {"adapter": BOTTLENECK}),
+        ("dense_tied", "tp2dp2", {"adapter": SOON}),
+        ("dense_tied", "tp2", {"adapter": QLORA}),
         ("dense", "tp2", {"adapter": P_TUNING}),
         ("dense_tied", "pp2", {"adapter": PREFIX}),
         *(pytest.param(*each, marks=pytest.mark.full) for each in MORE),
@@ -84,7 +93,7 @@ def test_adapters_train_alike_in_every_layout(
     assert all(bool(tensor.any()) for tensor in gradients.values()), "a gradient of zero compares nothing"
     assert len(gradients) < len(reference[1]) / 2
     if "adapter" in options:
-        assert all(".adapter." in name for name in gradients)
+        assert all(is_adapter(name.removeprefix("grad/")) for name in gradients)
     check_same(results(ranks, tmp_path, model, layout, options), reference)
 
 
@@ -121,6 +130,33 @@ def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, 
         assert len(whole.read("embedding.weight")) == MODELS["moe_tied"]["vocab_size"]
 
 
+def test_adalora_shares_a_budget_and_goes_on_bit_by_bit(ranks: RanksOf, tmp_path: Path) -> None:
+    """A run that stops while its ranks fall goes on as if it had not; what it has pruned at the end is zero."""
+    base, straight, broken = (tmp_path / name for name in ("base", "straight", "broken"))
+    assert train(ranks(1), base, "dense_tied", {}, steps=2) == [{"status": 0}]
+    adapter = {**ADALORA, "warmup_steps": 1, "budget_steps": 4, "targets": ["q_proj", "o_proj", "down_proj"]}
+    options: dict[str, Any] = {"adapter": adapter, "init": str(storage.directory(base, 2)), "steps": 5}
+    assert train(ranks(2), straight, "dense_tied", {"pp": 2}, **options) == [{"status": 0}] * 2
+    train(ranks(2), broken, "dense_tied", {"pp": 2}, fail_at=3, **options)
+    assert train(ranks(2), broken, "dense_tied", {"pp": 2}, **options) == [{"status": 0}] * 2
+    assert metrics(broken) == metrics(straight)
+    own = storage.directory(straight, 5)
+    assert_same_state(own, storage.directory(broken, 5))
+
+    values = storage.read_full(own)
+    kept = [name for name in values if name.endswith(".kept")]
+    ranks_left = [int(values[name].sum()) for name in kept]
+    assert sum(ranks_left) == 2 * len(kept) and len(kept) == 3 * 4
+    for name in kept:
+        lambdas = values[name.replace(".kept", ".lambdas")]
+        assert bool((lambdas[values[name] == 0] == 0).all()) and bool((lambdas[values[name] == 1] != 0).all())
+    name, reader = "layers.0.attention.q_proj", storage.Reader(own)
+    with ModelReader(own) as whole, storage.Reader(storage.directory(base, 2)) as first, reader:
+        a, b, lambdas = (reader.read(f"{name}.adapter.{part}") for part in ("a", "b", "lambdas"))
+        assert torch.allclose(whole.read(f"{name}.weight") - first.read(f"{name}.weight"), b * lambdas @ a, atol=1e-6)
+        assert not any(is_adapter(name) for name in whole.shapes)
+
+
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -134,8 +170,8 @@ def test_adapters_that_cannot_be_merged_are_kept_beside_the_weights(
 ) -> None:
     """A run resumes bit by bit; its checkpoint is a model with adapters; a later run trains the same or is refused."""
     base, straight, broken, later = (tmp_path / name for name in ("base", "straight", "broken", "later"))
-    assert train(ranks(1), base, "dense_tied", {}, steps=1) == [{"status": 0}]
-    options: dict[str, Any] = {"adapter": adapter, "init": str(storage.directory(base, 1)), "steps": 3}
+    assert train(ranks(1), base, "dense_tied", {}, steps=2) == [{"status": 0}]
+    options: dict[str, Any] = {"adapter": adapter, "init": str(storage.directory(base, 2)), "steps": 3}
     assert train(ranks(1), straight, "dense_tied", {}, **options) == [{"status": 0}]
     train(ranks(1), broken, "dense_tied", {}, fail_at=2, **options)
     assert train(ranks(1), broken, "dense_tied", {}, **options) == [{"status": 0}]

@@ -1,6 +1,6 @@
 """Parameter-efficient tuning: small trained modules beside frozen weights, and their merging into whole weights."""
 
 from pretrain.model.adapters.attaching import add_adapters
-from pretrain.model.adapters.merging import is_adapter, merged
+from pretrain.model.adapters.merging import is_adapter, is_state, merged
 
-__all__ = ["add_adapters", "is_adapter", "merged"]
+__all__ = ["add_adapters", "is_adapter", "is_state", "merged"]

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 
 from configs.adapters import AdapterConfig
+from pretrain.model.adapters.adalora import SVDLowRank
 from pretrain.model.adapters.bottleneck import Bottleneck
 from pretrain.model.adapters.low_rank import ExpertLowRank, LowRank
 from pretrain.model.adapters.prefix import Prefix, PrefixEncoder
-from pretrain.model.adapters.prompt import Prompt
+from pretrain.model.adapters.prompt import PromptVectors
+from pretrain.model.adapters.quantized_base import quantize, save_codes
 from pretrain.model.attention import GroupedAttention
 from pretrain.model.context import VirtualTokens
 from pretrain.model.decoder import Decoder
@@ -33,9 +35,14 @@ def _add_low_rank(decoder: Decoder, config: AdapterConfig, context: LayerContext
                 for each in matrices:
                     module.adapter[each] = ExpertLowRank(getattr(module, each), config, std)
             elif isinstance(module, ColumnLinear | RowLinear | WholeLinear) and name.rpartition(".")[2] in targets:
-                adapter = LowRank(module, name, config, context, std)
+                form = SVDLowRank if config.kind == "adalora" else LowRank
+                adapter = form(module, name, config, context, std)
                 module.adapter = adapter
                 block.adapter_dropouts.append(adapter.dropout)
+                if config.base == "nf4":
+                    quantize(module)
+        if config.base == "nf4":
+            save_codes(block)
 
 
 def _add_bottlenecks(decoder: Decoder, config: AdapterConfig, context: LayerContext, std: float) -> None:
@@ -47,7 +54,7 @@ def _add_bottlenecks(decoder: Decoder, config: AdapterConfig, context: LayerCont
 def _add_prompt(decoder: Decoder, config: AdapterConfig, context: LayerContext, _: float) -> None:
     decoder.virtual = VirtualTokens(config.virtual_tokens, in_rows=True)
     if decoder.stage.is_first:
-        decoder.adapter["prompt"] = Prompt(decoder.model_config.hidden_size, config, context)
+        decoder.adapter["prompt"] = PromptVectors(decoder.model_config.hidden_size, config, context)
 
 
 def _add_prefixes(decoder: Decoder, config: AdapterConfig, context: LayerContext, _: float) -> None:
@@ -65,6 +72,7 @@ def _add_prefixes(decoder: Decoder, config: AdapterConfig, context: LayerContext
 _ADD: dict[str, Callable[[Decoder, AdapterConfig, LayerContext, float], None]] = {
     "lora": _add_low_rank,
     "dora": _add_low_rank,
+    "adalora": _add_low_rank,
     "bottleneck": _add_bottlenecks,
     "prompt": _add_prompt,
     "p_tuning": _add_prompt,

@@ -40,7 +40,8 @@ class LowRank(nn.Module):
     ):
         super().__init__()
         weight, self.scale, self.rank, self.region = layer.weight, config.scale, config.rank, Region(context)
-        self._weight = [weight]  # in a list, so that it is not a parameter of this module too
+        # In a list, so that it is not a parameter of this module too; LoRA's weight may be in 4 bits later.
+        self._weight = [weight] if config.kind == "dora" else []
         split = marks_of(weight).split
         is_row = isinstance(layer, RowLinear)
         size_in = split.size if is_row and split else weight.shape[1]
@@ -48,12 +49,12 @@ class LowRank(nn.Module):
         in_split, out_split = (split, None) if is_row else (None, split)
         of_inputs = Marks(split=in_split, partial="never" if in_split else "sequence", std=_std_of_a(size_in))
         of_outputs = Marks(split=out_split, partial="never" if out_split else "sequence", constant=0.0)
-        self.a = _parameter(weight, (config.rank, weight.shape[1]), of_inputs)
-        self.b = _parameter(weight, (weight.shape[0], config.rank), _drawn(of_outputs, std))
+        self.a = parameter_like(weight, (config.rank, weight.shape[1]), of_inputs)
+        self.b = parameter_like(weight, (weight.shape[0], config.rank), _drawn(of_outputs, std))
         self.sums_over_ranks = is_row and split is not None
         self.register_parameter("magnitude", None)
         if config.kind == "dora":
-            self.magnitude = _parameter(weight, (weight.shape[0],), replace(of_outputs, constant=1.0, decays=False))
+            self.magnitude = parameter_like(weight, (weight.shape[0],), replace(of_outputs, constant=1.0, decays=False))
         part = (context.cp_rank, context.cp_size) if is_row else context.sequence_part
         columns = (context.tp_rank, context.tp_size) if self.sums_over_ranks else (0, 1)
         self.dropout = InputDropout(name, config.dropout, context.seed, part, columns)
@@ -101,8 +102,8 @@ class ExpertLowRank(nn.Module):
         of_inputs = Marks(split=in_split, partial="never" if in_split else "heads", std=_std_of_a(size_in))
         of_outputs = Marks(split=out_split, partial="never" if out_split else "heads", constant=0.0)
         of_inputs, of_outputs = (replace(each, is_expert=True) for each in (of_inputs, _drawn(of_outputs, std)))
-        self.a = _parameter(weight, (len(weight), config.rank, weight.shape[2]), of_inputs)
-        self.b = _parameter(weight, (len(weight), weight.shape[1], config.rank), of_outputs)
+        self.a = parameter_like(weight, (len(weight), config.rank, weight.shape[2]), of_inputs)
+        self.b = parameter_like(weight, (len(weight), weight.shape[1], config.rank), of_outputs)
 
     def forward(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Computes what is added to the product of these rows with the weight of one of this rank's experts."""
@@ -131,7 +132,7 @@ class InputDropout(Dropout):
         return x_SBH * mask.chunk(count, -1)[own].to(x_SBH.dtype) / (1 - self.rate)
 
 
-def _parameter(like: torch.Tensor, shape: tuple[int, ...], marks: Marks) -> nn.Parameter:
+def parameter_like(like: torch.Tensor, shape: tuple[int, ...], marks: Marks) -> nn.Parameter:
     """Makes a parameter of the precision and device of `like`, with its marks."""
     parameter = nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
     mark(parameter, marks)

@@ -18,6 +18,19 @@ def is_adapter(name: str) -> bool:
     return MARK in f".{name}"
 
 
+STATE = ("_sensitivity", "_uncertainty", ".kept")  # end the names of AdaLoRA's numbers
+
+
+def is_state(name: str) -> bool:
+    """Returns whether a global name is a number of AdaLoRA's schedule, which the model's output does not depend on."""
+    return is_adapter(name) and name.endswith(STATE)
+
+
+def is_part(name: str) -> bool:
+    """Returns whether a global name is a weight of an adapter, which the model's output depends on."""
+    return is_adapter(name) and not is_state(name)
+
+
 def target_of(name: str) -> str:
     """Returns the global name of the weight that the adapter's parameter `name` belongs to.
 
@@ -38,7 +51,7 @@ def adapter_name(target: str, part: str) -> str:
 def parts_by_target(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Returns the tensors of adapters by the name of the weight that they adapt, and the name of the part."""
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for name in filter(is_adapter, tensors):
+    for name in filter(is_part, tensors):
         found.setdefault(target_of(name), {})[name.rpartition(".")[2]] = tensors[name]
     return found
 
@@ -54,7 +67,7 @@ def merged(
     if not config.merges:
         return {}
     by_target: dict[str, dict[str, str]] = {}
-    for name in filter(is_adapter, names):
+    for name in filter(is_part, names):
         by_target.setdefault(target_of(name), {})[name.rpartition(".")[2]] = name
 
     def merge(target: str) -> torch.Tensor:
@@ -66,9 +79,14 @@ def merged(
 
 
 def merged_weight(weight: torch.Tensor, parts: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
-    """Returns W + s B A, with rows of DoRA's lengths if there is a magnitude; experts are stacked [E, out, in]."""
+    """Returns W + s B A, or W + s P diag(l) Q; with rows of DoRA's lengths if there is a magnitude.
+
+    Experts are stacked [E, out, in].
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     base, a, b = (tensor.to(wide) for tensor in (weight, parts["a"], parts["b"]))
+    if "lambdas" in parts:
+        b = b * parts["lambdas"].to(wide)
     whole = base + scale * (b @ a)
     if "magnitude" in parts:
         ratio = (base.square().sum(1) / whole.square().sum(1)).sqrt()

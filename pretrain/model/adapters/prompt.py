@@ -18,7 +18,7 @@ from pretrain.model.slices import Marks, mark
 LSTM_LAYERS = 2
 
 
-class Prompt(nn.Module):
+class PromptVectors(nn.Module):
     """The vectors of virtual tokens [n, H], which begin with the deviation of the model's own initial weights."""
 
     def __init__(self, hidden_size: int, config: AdapterConfig, context: LayerContext):
@@ -71,8 +71,9 @@ class LSTMEncoder(nn.Module):
 def linear(size_in: int, size_out: int, context: LayerContext, on_every_stage: bool = False) -> nn.Linear:
     """Makes a linear layer that every rank has whole, with weights of the deviation that PyTorch gives them."""
     layer = nn.Linear(size_in, size_out, dtype=context.dtype, device=context.device)
-    mark(layer.weight, Marks(std=_std(size_in), on_every_stage=on_every_stage))
-    mark(layer.bias, Marks(constant=0.0, decays=False, on_every_stage=on_every_stage))
+    weight, bias = layer.parameters()
+    mark(weight, Marks(std=_std(size_in), on_every_stage=on_every_stage))
+    mark(bias, Marks(constant=0.0, decays=False, on_every_stage=on_every_stage))
     return layer
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from configs.adapters import AdapterConfig
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
-from pretrain.model import Decoder, LayerContext, init_weights
-from pretrain.model.adapters import add_adapters, is_adapter
+from pretrain.model import Decoder, LayerContext, build_single, init_weights
+from pretrain.model.adapters import add_adapters, is_adapter, merged
+from pretrain.model.adapters.adalora import budget, penalty_gradient
 from pretrain.model.adapters.bottleneck import Bottleneck
 
 TINY = {"vocab_size": 32, "num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 24, "num_heads": 4, "num_kv_heads": 2}
@@ -31,6 +32,14 @@ def decoder(adapter: dict[str, Any] | None = None, std: float = 0.0, **model: An
     [
         ({"kind": "bottleneck", "rank": 4}, "adapter.rank = 4 has no meaning for adapter.kind = 'bottleneck', whose"),
         ({"bottleneck_size": 8}, "adapter.bottleneck_size = 8 has no meaning for adapter.kind = 'lora'"),
+        (
+            {"kind": "adalora"},
+            "budget_steps = 0 is not after adapter.warmup_steps = 0, .* set adapter.budget_steps=1",
+        ),
+        (
+            {"kind": "adalora", "budget_steps": 9, "target_rank": 9},
+            "target_rank = 9 is more than adapter.rank = 8",
+        ),
         ({"kind": "bottleneck", "after": []}, "must name attention, mlp, or each of them once"),
     ],
 )
@@ -114,3 +123,30 @@ def test_ranks_that_split_sequences_have_no_virtual_tokens() -> None:
     with pytest.raises(ValueError, match=r"parallel.sp = true splits sequences, .*; set parallel.sp=false"):
         AdapterConfig(kind="p_tuning").check_layout(cp=1, sp=True)
     AdapterConfig(kind="prefix").check_layout(cp=1, sp=True)
+
+
+def test_the_budget_of_adalora_falls_with_the_cube_of_time() -> None:
+    config = validate(AdapterConfig, {"kind": "adalora", "rank": 8, "warmup_steps": 2, "budget_steps": 6})
+    assert [budget(step, config) for step in (1, 2, 4, 6, 9)] == [8, 8, 4 + 4 / 8, 4, 4]
+    with pytest.raises(ValueError, match=r"adapter.budget_steps = 6 is after the run's last step 5, .*=5 or less"):
+        config.check_steps(5)
+
+
+def test_the_penalty_of_adalora_is_that_of_the_paper() -> None:
+    vectors = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    (vectors @ vectors.t() - torch.eye(3)).square().sum().backward()
+    with torch.no_grad():
+        assert torch.allclose(penalty_gradient(vectors, vectors @ vectors.t()), vectors.grad)
+
+
+def test_adalora_begins_as_the_base_and_merges_into_what_it_computes() -> None:
+    base = decoder()
+    adapter = {"kind": "adalora", "rank": 3, "target_rank": 2, "budget_steps": 9}
+    assert torch.equal(decoder(adapter)(TOKENS, POSITIONS), base(TOKENS, POSITIONS))
+    tuned = decoder(adapter, std=0.5)
+    tensors = {name: p.detach() for name, p in tuned.named_global_parameters()}
+    whole = merged(list(tensors), tensors.__getitem__, validate(AdapterConfig, adapter))
+    weights = {name: whole[name]() if name in whole else tensors[name] for name in tensors if not is_adapter(name)}
+    logits = build_single(tuned.model_config, weights)(TOKENS, POSITIONS)
+    assert torch.allclose(tuned(TOKENS, POSITIONS), logits, atol=1e-5)
+    assert not torch.allclose(base(TOKENS, POSITIONS), logits, atol=1e-3)

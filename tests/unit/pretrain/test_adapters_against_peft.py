@@ -14,6 +14,7 @@ from configs.loader import validate
 from export.hf_folder import FolderTensors, open_hf_folder
 from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.adapters import add_adapters
+from pretrain.model.adapters.adalora import most_important, smooth
 
 peft = pytest.importorskip("peft")
 
@@ -134,3 +135,61 @@ def test_virtual_tokens_before_packed_documents_are_pefts_before_single_ones(
         theirs = wrapped(ids, attention_mask=torch.ones_like(ids)).logits[0, -len(document) :]
         assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+@torch.no_grad()
+def test_adalora_computes_and_prunes_as_peft(base: Path) -> None:
+    """Two steps of gradients; PEFT divides by r + 1e-5 where Trivium divides by r."""
+    rank, beta = 4, 0.7
+    keys = {
+        "kind": "adalora",
+        "rank": rank,
+        "alpha": 8.0,
+        "budget_steps": 5,
+        "beta": beta,
+        "targets": ["q_proj", "v_proj"],
+    }
+    decoder = tuned(base, keys)
+    config = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        init_r=rank,
+        target_r=2,
+        lora_alpha=8,
+        total_step=10,
+        beta1=beta,
+        beta2=beta,
+        target_modules=["q_proj", "v_proj"],
+    )
+    wrapped = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
+    pairs: list[tuple[Any, Any]] = []
+    for index, block in decoder.blocks.items():
+        for name in ("q_proj", "v_proj"):
+            ours: Any = getattr(block.attention, name).adapter
+            theirs: Any = getattr(wrapped.base_model.model.model.layers[index].self_attn, name)
+            pairs += [
+                (ours.a, theirs.lora_A["default"]),
+                (ours.b, theirs.lora_B["default"]),
+                (ours.lambdas, theirs.lora_E["default"]),
+            ]
+            ours.lambdas.normal_()
+    for own, other in pairs:
+        other.copy_(own.view_as(other))
+    ids = torch.tensor([SECOND])
+    assert torch.allclose(decoder(ids, torch.arange(len(SECOND))[None]), wrapped(ids).logits, atol=1e-4)
+
+    allocator = wrapped.base_model.rankallocator
+    smoothed = [(torch.zeros_like(own), torch.zeros_like(own)) for own, _ in pairs]
+    for _ in range(2):
+        for (own, other), both in zip(pairs, smoothed, strict=True):
+            other.grad = torch.randn_like(other)
+            smooth(*both, own, other.grad.view_as(own), beta)
+        allocator.update_ipt(wrapped.base_model)
+    elements = [sensitivity * uncertainty for sensitivity, uncertainty in smoothed]
+    scores = [
+        q.mean(1) + p.mean(0) + own for q, p, own in zip(elements[::3], elements[1::3], elements[2::3], strict=True)
+    ]
+    kept = most_important(torch.cat(scores), 7)
+    pattern = allocator.mask_to_budget(wrapped.base_model, 7)
+    theirs_kept = torch.tensor([value for values in pattern.values() for value in values])
+    assert int(kept.sum()) == 7
+    assert torch.equal(kept, theirs_kept)

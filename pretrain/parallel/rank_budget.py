@@ -1,0 +1,100 @@
+"""AdaLoRA's budget of ranks in a model that is split over ranks; the formulas are in `pretrain.model.adapters.adalora`.
+
+In each step the penalty's gradient is added once to that of the loss, before the gradient norm is taken. The importance
+of triplets is measured on the gradients that the optimizer gets, before it clips them. After the optimizer's step the
+triplets of all pipeline stages are compared with one another, from the main rank's numbers, so that all ranks keep the
+same ones. A triplet that has lost its l still has its vectors and may come back until the budget is at its end.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from configs.adapters import AdapterConfig
+from pretrain.model.adapters.adalora import STATE, TRIPLET, SVDLowRank, budget, most_important, penalty_gradient, smooth
+from pretrain.model.slices import marks_of
+from pretrain.parallel import zero
+from pretrain.parallel.groups import Mesh
+from pretrain.parallel.pipeline_stage import PipelineStage
+
+
+class RankBudget:
+    """The adapters of this rank's stage, and the number of triplets that all stages may keep."""
+
+    def __init__(self, stage: PipelineStage, zero_engine: Any, mesh: Mesh, config: AdapterConfig):
+        self._zero, self._mesh, self._config = zero_engine, mesh, config
+        self._adapters = {
+            name: module
+            for chunk in stage.chunks
+            for name, module in chunk.named_modules()
+            if isinstance(module, SVDLowRank)
+        }
+
+    @torch.no_grad()
+    def add_penalty(self) -> None:
+        """Adds the gradient of the penalty on vectors that are not orthonormal. Collective over tensor parallel."""
+        for adapter in self._adapters.values():
+            for parameter, is_turned in ((adapter.a, False), (adapter.b, True)):
+                weight = zero.current_weight(parameter)
+                vectors = (weight.t() if is_turned else weight).to(torch.promote_types(weight.dtype, torch.float32))
+                gradient = penalty_gradient(vectors, self._over_ranks(vectors @ vectors.t(), parameter))
+                zero.add_to_gradient(parameter, self._config.orthogonality * (gradient.t() if is_turned else gradient))
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Takes this step's gradients into the smoothed importance of every element. Collective over data parallel."""
+        if zero.steps_done(self._zero) >= self._config.budget_steps:
+            return
+        for adapter in self._adapters.values():
+            for name in TRIPLET:
+                parameter = getattr(adapter, name)
+                smoothed = (getattr(adapter, f"{name}_{state}") for state in STATE)
+                smooth(*smoothed, zero.full_weight(parameter), zero.full_gradient(parameter), self._config.beta)
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Takes their l from the triplets beyond the budget, after the optimizer's step. Collective."""
+        step, config = zero.steps_done(self._zero), self._config
+        due = config.warmup_steps < step <= config.budget_steps
+        if due and (step % config.prune_every == 0 or step == config.budget_steps):
+            self._choose(step)
+        elif step <= config.budget_steps:
+            return
+        for adapter in self._adapters.values():
+            zero.multiply_weight(adapter.lambdas, adapter.kept)
+
+    def _choose(self, step: int) -> None:
+        """Sets which triplets are kept, on all ranks from the same numbers."""
+        own = {name: self._scores(adapter).tolist() for name, adapter in self._adapters.items()}
+        tells = self._mesh.tp_rank == 0 and dist.get_rank(self._mesh.zero_group) == 0  # one rank of each stage
+        scores: dict[str, list[float]] = {}
+        for told in self._mesh.gather_json(own if tells else {}):
+            scores |= told
+        names = sorted(scores)
+        everything = torch.tensor([score for name in names for score in scores[name]], dtype=torch.float64)
+        kept = most_important(everything, round(budget(step, self._config) * len(names)))
+        for name, part in zip(names, kept.split(self._config.rank), strict=True):
+            if name in self._adapters:
+                self._adapters[name].kept.copy_(part)
+
+    def _scores(self, adapter: SVDLowRank) -> torch.Tensor:
+        """Returns the importance of an adapter's triplets [r] (equation 7)."""
+        total = torch.zeros_like(adapter.kept)
+        for name, dim in (("a", 1), ("b", 0)):
+            parameter = getattr(adapter, name)
+            elements = getattr(adapter, f"{name}_sensitivity") * getattr(adapter, f"{name}_uncertainty")
+            split = marks_of(parameter).split
+            count = parameter.shape[dim] if split is None else split.size
+            total += self._over_ranks(elements.sum(dim), parameter) / count
+        return total + adapter.lambdas_sensitivity * adapter.lambdas_uncertainty
+
+    def _over_ranks(self, part: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """Sums what each tensor-parallel rank found in its slice of a parameter."""
+        split = marks_of(parameter).split
+        if split is not None:
+            part = part.contiguous()
+            dist.all_reduce(part, group=self._mesh.tp_group)
+            part = part / split.copies
+        return part
