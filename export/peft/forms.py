@@ -2,10 +2,18 @@
 
 from typing import Any
 
+from export.peft.adalora import AdaLoraForm
 from export.peft.adapter import Form, PeftError
 from export.peft.low_rank import LowRankForm
+from export.peft.virtual_tokens import VirtualTokenForm
 
-FORMS: tuple[Form, ...] = (LowRankForm(),)
+FORMS: tuple[Form, ...] = (
+    LowRankForm(),
+    AdaLoraForm(),
+    VirtualTokenForm(("prompt",), "PROMPT_TUNING"),
+    VirtualTokenForm(("p_tuning",), "P_TUNING"),
+    VirtualTokenForm(("p_tuning_v2", "prefix"), "PREFIX_TUNING"),
+)
 
 
 def form_of_kind(kind: str) -> Form:
@@ -23,5 +31,5 @@ def form_of_config(config: dict[str, Any]) -> Form:
     for form in FORMS:
         if named == form.peft_type:
             return form
-    known = ", ".join(form.peft_type for form in FORMS)
+    known = ", ".join(dict.fromkeys(form.peft_type for form in FORMS))
     raise PeftError(f"adapter_config.json: peft_type = {named!r} is not supported; supported are {known}")

@@ -47,6 +47,11 @@ class LowRankForm:
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
         """See `Form.write`."""
         config, parts = adapter.config, parts_by_target(adapter.tensors)
+        if config.base != "full":
+            raise PeftError(
+                f"the adapter was trained on weights in 4 bits (adapter.base = {config.base!r}), and PEFT's format "
+                "does not say so; export the merged model (adapter=merge)"
+            )
         everywhere = places(base.family, base.model)
         chosen = [place for place in everywhere if any(name in parts for name in place.ours)]
         if lacking := sorted(set(parts) - {name for place in chosen for name in place.ours}):

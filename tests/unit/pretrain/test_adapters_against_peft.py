@@ -1,22 +1,25 @@
 """Methods of parameter-efficient tuning against PEFT, with the same weights on the same base."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.adapters import AdapterConfig
 from configs.loader import validate
 from export.hf_folder import FolderTensors, open_hf_folder
+from export.peft.adapter import Base, OwnAdapter, PeftAdapter, PeftError
+from export.peft.forms import form_of_config, form_of_kind
 from pretrain.model import Decoder, LayerContext, init_weights
-from pretrain.model.adapters import add_adapters
+from pretrain.model.adapters import add_adapters, is_adapter
 from pretrain.model.adapters.adalora import most_important, smooth
-
-peft = pytest.importorskip("peft")
 
 TOKENS, VIRTUAL, SIZE, LAYERS = 3, 4, 6, 2
 FIRST, SECOND = [5, 9, 2, 30], [7, 1, 1, 28, 11, 3]  # the documents of a row
@@ -68,6 +71,17 @@ def packed(decoder: Decoder) -> list[torch.Tensor]:
 def put(ours: Any, theirs: nn.Linear) -> None:
     theirs.weight.copy_(ours.weight)
     theirs.bias.copy_(ours.bias)
+
+
+def written(decoder: Decoder, adapter: AdapterConfig, base: Path, folder: Path) -> Path:
+    """Writes the adapters in PEFT's format."""
+    opened = open_hf_folder(base)
+    tensors = {name: p.detach() for name, p in decoder.named_global_parameters() if is_adapter(name)}
+    form = form_of_kind(adapter.kind)
+    theirs = form.write(OwnAdapter(adapter, tensors), Base(opened.family, opened.model, FolderTensors(opened).read))
+    (folder / "adapter_config.json").write_text(json.dumps(theirs.config))
+    save_file(dict(theirs.tensors), folder / "adapter_model.safetensors")
+    return folder
 
 
 def fill_prompt(decoder: Decoder, theirs: Any) -> None:
@@ -123,8 +137,14 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any], Callable[[Decoder, Any], 
 )
 @torch.no_grad()
 def test_virtual_tokens_before_packed_documents_are_pefts_before_single_ones(
-    base: Path, adapter: dict[str, Any], config: str, keys: dict[str, Any], fill: Callable[[Decoder, Any], None]
+    base: Path,
+    tmp_path: Path,
+    adapter: dict[str, Any],
+    config: str,
+    keys: dict[str, Any],
+    fill: Callable[[Decoder, Any], None],
 ) -> None:
+    """They are PEFT's with the same modules and with the folder that it loads; what is read again computes the same."""
     decoder = tuned(base, {"virtual_tokens": VIRTUAL, **adapter})
     model = LlamaForCausalLM.from_pretrained(base)
     plain = model(torch.tensor([SECOND])).logits[0]
@@ -136,9 +156,28 @@ def test_virtual_tokens_before_packed_documents_are_pefts_before_single_ones(
         assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-2)
 
+    own = validate(AdapterConfig, {"virtual_tokens": VIRTUAL, **adapter})
+    folder = written(decoder, own, base, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(folder)).eval()
+    again = loaded(ids, attention_mask=torch.ones_like(ids)).logits[0, -len(SECOND) :]
+    assert torch.allclose(ours, again, atol=1e-5)
+
+    found, opened = json.loads((folder / "adapter_config.json").read_text()), open_hf_folder(base)
+    theirs = PeftAdapter(found, load_file(folder / "adapter_model.safetensors"))
+    whole = Base(opened.family, opened.model, FolderTensors(opened).read)
+    read = form_of_config(found).read(theirs, whole)
+    same = Decoder(opened.model)
+    add_adapters(same, read.config, LayerContext())
+    for name, parameter in same.named_global_parameters():
+        parameter.copy_(read.tensors[name] if is_adapter(name) else whole.read(name))
+    assert torch.allclose(packed(same.eval())[1], ours, atol=1e-5)
+    narrow = PeftAdapter(found, {"prompt_embeddings": theirs.tensors["prompt_embeddings"][:, 1:]})
+    with pytest.raises(PeftError, match="it is an adapter of another base"):
+        form_of_config(found).read(narrow, whole)
+
 
 @torch.no_grad()
-def test_adalora_computes_and_prunes_as_peft(base: Path) -> None:
+def test_adalora_computes_and_prunes_as_peft(base: Path, tmp_path: Path) -> None:
     """Two steps of gradients; PEFT divides by r + 1e-5 where Trivium divides by r."""
     rank, beta = 4, 0.7
     keys = {
@@ -175,7 +214,11 @@ def test_adalora_computes_and_prunes_as_peft(base: Path) -> None:
     for own, other in pairs:
         other.copy_(own.view_as(other))
     ids = torch.tensor([SECOND])
-    assert torch.allclose(decoder(ids, torch.arange(len(SECOND))[None]), wrapped(ids).logits, atol=1e-4)
+    logits = decoder(ids, torch.arange(len(SECOND))[None])
+    assert torch.allclose(logits, wrapped(ids).logits, atol=1e-4)
+    folder = written(decoder, validate(AdapterConfig, keys), base, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(folder)).eval()
+    assert torch.allclose(logits, loaded(ids).logits, atol=1e-5)
 
     allocator = wrapped.base_model.rankallocator
     smoothed = [(torch.zeros_like(own), torch.zeros_like(own)) for own, _ in pairs]
