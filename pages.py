@@ -88,6 +88,15 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
+def duration(seconds: float) -> str:
+    """Formats seconds for people: `8.3 s`, from a minute on `2 min 05 s`, from an hour on `3 h 02 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
+
+
 def short(value: float) -> str:
     """Formats a number for an axis: 12k, 3.5M, 0.0003, 2e-06."""
     size = abs(value)

@@ -32,6 +32,9 @@ from typing import Any, NoReturn
 # The exit status of a run that was stopped by a signal and lost nothing: running the same command again continues it.
 # It is EX_TEMPFAIL of sysexits.h; no shell and no signal uses this status.
 STOPPED = 75
+# The exit status of a run that its watchdog ended because no rank made progress: running the same command again
+# continues it from the last checkpoint. It is EX_PROTOCOL of sysexits.h.
+HUNG = 76
 INTERRUPTED = 130
 SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the signals on which a training run saves
 AGAIN = "run the same command again to go on"

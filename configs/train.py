@@ -181,6 +181,19 @@ class LogConfig(Section):
     """Whether mfu is a share of the ranks' own matrix-product rate, measured at the start in about a second."""
 
 
+class WatchdogConfig(Section):
+    """The watchdog, which ends a run that makes no progress and says which rank holds up the others."""
+
+    enabled: bool = True
+    """Whether a run that makes no progress is ended, with status 76; else ranks wait half an hour for each other."""
+    factor: float = Field(default=10.0, gt=1)
+    """How many times as long as the longest of the last 20 a step, a rollout or an evaluation may take."""
+    least_seconds: float = Field(default=120.0, gt=0)
+    """The time that any of them may take in any case, in seconds."""
+    first_seconds: float = Field(default=1500.0, gt=0)
+    """The time that the first of each may take, and the start of the run, in seconds; the first step may compile."""
+
+
 class TrainerConfig(Section):
     """Sections that all training runs share."""
 
@@ -200,6 +213,8 @@ class TrainerConfig(Section):
     """Held-out loss by source, and scores of tasks."""
     log: LogConfig = LogConfig()
     """The output of a run while it trains."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """The watchdog, which ends a run that makes no progress and says which rank holds up the others."""
     adapter: AdapterConfig | None = None
     """Adapters that are trained in place of the model's own weights; left out, there are none."""
 

@@ -20,7 +20,7 @@ from rich.text import Text
 from configs.files import write_atomic
 from launch.recipe_results import read_json, read_jsonl
 from launch.recipe_stages import BASELINES, RecipeStage, Specimen
-from pages import page
+from pages import duration, page
 
 
 def show(title: str, stages: Sequence[RecipeStage], times: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -91,13 +91,6 @@ def show_specimens(specimens: Sequence[Specimen], written: Sequence[str], consol
     for specimen, text in zip(specimens, written, strict=True):
         console.print(f"$ {specimen}", style="dim", highlight=False, markup=False, soft_wrap=True)
         console.print(Padding(Text(text), (0, 0, 1, 2)))
-
-
-def duration(seconds: float) -> str:
-    """Formats seconds for the table: `8.3 s`, or from a minute on `2 min 05 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
 STYLE = """

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from configs.differences import changes, words
+from configs.loader import ConfigError
+from configs.train import TrainSection
 from data_pipeline.core.integrity import Expected
 from data_pipeline.mixture import earlier
 from data_pipeline.mixture.rows import Plan, Row
@@ -157,3 +159,26 @@ class PlanSource(BatchSource):
 
     def rows(self, samples: range) -> list[Row]:
         return [self.plan.row(i - self.first_sample) for i in samples]
+
+
+def check_samples(
+    source: BatchSource, train: TrainSection, step: int, samples: int, checkpoint: Path | None = None
+) -> None:
+    """Raises ConfigError if the steps after `step`, when `samples` were used, need more samples than `source` has.
+
+    `checkpoint` is the one that the run goes on from, if any.
+    """
+    if source.num_samples is None:
+        return
+    left = source.first_sample + source.num_samples - samples
+    lacking = (train.steps - step) * train.global_batch_size - left
+    if lacking <= 0:
+        return
+    replan = f", or then run `trivium data replan CONFIG --after {checkpoint} --out FOLDER`" if checkpoint else ""
+    most = step + left // train.global_batch_size
+    fewer = f"set train.steps={most}, or " if most else ""
+    raise ConfigError(
+        f"train.steps = {train.steps} needs {lacking:,} samples more than {source.location or 'the data'} has, which "
+        f"are {source.num_samples:,}; {fewer}raise mixture.samples in the data config (of its last mixture stage, if "
+        f"it has stages) by {lacking:,} and run `trivium data run` again{replan}"
+    )

@@ -5,6 +5,7 @@ import time
 import torch
 
 from configs.model import ModelConfig
+from pretrain.parallel.groups import Mesh
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
@@ -42,6 +43,18 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         if attempt > 2 and ended > deadline:
             break
     return best
+
+
+def mfu_per_rate(
+    model: ModelConfig, seq_length: int, mesh: Mesh, dtype: torch.dtype, measures_peak: bool
+) -> float | None:
+    """Returns MFU / (tokens/s) of a run; None where no peak is known. Collective if the peak is measured."""
+    if measures_peak:
+        mesh.gather_json(None)  # so that all ranks measure at once, as they compute at once
+        peak = float(mesh.sum_on_host(torch.tensor([measured_flops(mesh.device, dtype)]))[0])
+    else:
+        peak = (peak_flops(mesh.device, dtype) or 0) * mesh.layout.world_size
+    return flops_per_token(model, seq_length) / peak if peak else None
 
 
 def _wait(device: torch.device) -> None:

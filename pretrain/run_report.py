@@ -15,8 +15,8 @@ from configs.cli import command_parser, entrypoint
 from configs.differences import flat
 from configs.files import write_atomic
 from configs.loader import ConfigError
-from pages import page, short
-from pretrain import history
+from pages import duration, page, short
+from pretrain import goodput, history
 from pretrain.line_charts import Points, line_chart
 from pretrain.metrics_file import read_metrics
 
@@ -70,7 +70,7 @@ def write(run_dir: str | Path) -> Path:
         _section("Held out", eval_charts(evals)),
         _eval_table(evals),
     ]
-    body.append(_history(history.read(run_dir)))
+    body += [_time(goodput.read(run_dir)), _history(history.read(run_dir))]
     if config.is_file():
         text = html.escape(config.read_text(encoding="utf-8"))
         body.append(f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>")
@@ -169,6 +169,22 @@ def _eval_table(evals: list[dict[str, Any]]) -> str:
         rows.append(f"<tr><td>{html.escape(source)}</td>{''.join(cells)}</tr>")
     when = f"step {first['step']} → step {last['step']}" if first is not last else f"step {last['step']}"
     return f'<p>{when}</p><div class="scroll"><table><tr><th>source</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _time(starts: Sequence[goodput.StartRecord]) -> str:
+    """Returns a table of where the time of all starts went."""
+    if not starts:
+        return ""
+    rows = "".join(
+        f'<tr><td>{html.escape(kind)}</td><td class="n">{duration(seconds)}</td><td class="n">{share:.1%}</td></tr>'
+        for kind, seconds, share in goodput.table(starts)
+    )
+    said = "1 start" if len(starts) == 1 else f"{len(starts)} starts"
+    return (
+        f"<h2>Where the time went</h2><p>{said}; goodput is the share of steps that count.</p>"
+        '<div class="scroll"><table><tr><th></th><th class="n">time</th><th class="n">share</th></tr>'
+        f"{rows}</table></div>"
+    )
 
 
 def _history(data_spans: Sequence[history.DataSpan]) -> str:

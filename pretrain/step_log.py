@@ -4,6 +4,7 @@ Until then nobody asks for its results, so that a GPU always has work waiting (s
 """
 
 import contextlib
+import resource
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,13 @@ class StepTimer:
             return self._ended - self._started
         self._events[1].synchronize()
         return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the most bytes that this process has had: allocated by torch on a GPU, else resident in host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass

@@ -5,7 +5,6 @@ nothing if the run is finished. Checkpoints are written while training goes on, 
 """
 
 import os
-import resource
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,8 +20,9 @@ from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.train import Precision, TrainerConfig
 from pretrain import determinism, run_report
+from pretrain.activities import END, EVALUATION, PREPARATION, SAVING, TRAINING, Activities
 from pretrain.agreement import Agreement
-from pretrain.batch_source import BatchSource, micro_batches, share_of_rank
+from pretrain.batch_source import BatchSource, check_samples, micro_batches, share_of_rank
 from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
@@ -32,7 +32,7 @@ from pretrain.checkpoint.whole_model import base_facts
 from pretrain.companion import Companion
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.evaluation.task_scores import task_scores
-from pretrain.flops import flops_per_token, measured_flops, peak_flops
+from pretrain.flops import mfu_per_rate
 from pretrain.heldout_loss import Evaluator
 from pretrain.initial_model import initial_weights
 from pretrain.metrics import MetricsLog, ProgressLine
@@ -45,7 +45,9 @@ from pretrain.profiling import DATA, Profiler
 from pretrain.read_ahead import ReadAhead
 from pretrain.run_directory import RunDirectory
 from pretrain.schedule import learning_rate
-from pretrain.step_log import Step, StepLog, StepTimer
+from pretrain.step_log import Step, StepLog, StepTimer, peak_memory
+from pretrain.time_ledger import TimeLedger
+from pretrain.watchdog.watchdog import Watchdog
 
 FAILED = 1
 
@@ -102,6 +104,8 @@ class Trainer:
         self.agreement = Agreement()
         self._ahead: ReadAhead | None = None
         self._profiler: Profiler  # made by `fit`
+        self._activities = Activities()
+        self._ledger = TimeLedger(self.run.path, self._activities, mesh.is_main)
         if train.compile:  # torch's own place for compiled code is a temporary folder, which a restart may not find
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.dir, "compiled").absolute()))
         sources, adapter = max(1, len(source.sources)), config.adapter
@@ -109,7 +113,7 @@ class Trainer:
         self.engine.saves_frozen = self.lineage.init is None
         self.companion = companion(self) if companion else None
         self._beside = {self.companion.name: self.companion.engine} if self.companion else {}
-        self._mfu_per_rate = self._find_mfu_per_rate(dtype)
+        self._mfu_per_rate = mfu_per_rate(model_config, train.seq_length, mesh, dtype, config.log.measure_peak)
 
     def fit(self) -> int:
         """Trains until `train.steps` steps are done and returns the exit status.
@@ -120,6 +124,8 @@ class Trainer:
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
             stack.enter_context(self.run.hold(watch))
+            watchdog = Watchdog(self.config.watchdog, self.engine, self.run.path, self._activities, self._ledger.hang)
+            stack.enter_context(watchdog)
             saved = self.load_weights()
             if self.step >= self.config.train.steps:
                 if saved and self.agreement.unchecked_from < self.step:
@@ -128,6 +134,7 @@ class Trainer:
                 return 0
             self.run.begin_data_span(self.step, self.samples, self._print)
             self.agreement.first_step = self.step
+            stack.enter_context(self._ledger.of_start(self.step))
             log = progress = None
             if self.mesh.is_main:
                 self.run.write_facts(self.identity)
@@ -151,6 +158,7 @@ class Trainer:
             except DamagedTrainingData as error:
                 say(f"error: {error}")
                 return FAILED
+            self._activities.begin(END, self.step)
             saver.wait()
             if saver.failure is not None:
                 say(
@@ -165,16 +173,6 @@ class Trainer:
                 f"{self.title}: step {self.step}, {self.tokens:,} tokens, report in {run_report.write(self.run.path)}"
             )
         return 0
-
-    def _find_mfu_per_rate(self, dtype: torch.dtype) -> float | None:
-        """Returns MFU / (tokens/s); None where no peak is known. Collective if the peak is measured."""
-        mesh = self.mesh
-        if self.config.log.measure_peak:
-            mesh.gather_json(None)  # so that all ranks measure at once, as they compute at once
-            peak = float(mesh.sum_on_host(torch.tensor([measured_flops(mesh.device, dtype)]))[0])
-        else:
-            peak = (peak_flops(mesh.device, dtype) or 0) * mesh.layout.world_size
-        return flops_per_token(self.model_config, self.config.train.seq_length) / peak if peak else None
 
     def _step_log(self, log: MetricsLog | None, progress: ProgressLine | None) -> StepLog:
         return StepLog(
@@ -201,6 +199,7 @@ class Trainer:
                 done = self._train_step()
             self._profiler.end_step(self.step)
             steps.add(done)
+            self._ledger.update(self.step)
             last = self.step == config.train.steps
             saving, stopped_by = last or self.step % config.checkpoint.every == 0, 0
             if saving or self.agreement.is_due(self.step):
@@ -208,15 +207,19 @@ class Trainer:
             saving = saving or bool(stopped_by)
             evaluating = bool(self.evaluators) and (last or self.step % config.eval.every == 0)
             if saving:
+                self._activities.begin(SAVING, self.step)
                 done.more["save_copy_s"] = round(saver.copy(), 4)
             if saving or evaluating:  # so that the log has all steps of a checkpoint that is whole
                 steps.flush()
             if evaluating:
+                self._activities.begin(EVALUATION, self.step)
                 self._evaluate(steps)
             if last:
+                self._activities.begin(END, self.step)
                 say = partial(self._say, steps.progress)
                 stopped_by = stopped_by or self.agreement.wait_for_check(self.step, check, watch, say)
             if saving:
+                self._activities.begin(SAVING, self.step)
                 saver.start(self.step, self._facts())
             if stopped_by and (not last or self.agreement.unchecked_from < self.step):
                 self._profiler.finish()
@@ -227,9 +230,11 @@ class Trainer:
         train, mesh = self.config.train, self.mesh
         timer = StepTimer(mesh.device)
         lr = learning_rate(self.step, train.steps, self.config.optimizer.lr, self.config.schedule)
+        self._activities.begin(PREPARATION, self.step + 1)
         with record_function(DATA):
             self.source.prepare(self.engine, self.step)
             batches = self._ahead.next() if self._ahead else self._micro_batches(self.samples)
+        self._activities.begin(TRAINING, self.step + 1)
         sums = self.engine.train_step(batches, self.loss_fn, lr)
         more = self.companion.train_step(batches, self.step) if self.companion else {}
         timer.stop()
@@ -244,7 +249,7 @@ class Trainer:
             lr=lr,
             sums=sums,
             timer=timer,
-            memory_bytes=_peak_memory(mesh.device),
+            memory_bytes=peak_memory(mesh.device),
             source_metrics=self._source_metrics(),
             more=more,
         )
@@ -320,6 +325,7 @@ class Trainer:
 
         A new run loads the weights of `lineage.init` if there are any, else it keeps its random weights.
         """
+        train = self.config.train
         checkpoint_resume.check_ranks(self.mesh, self.run.full_config, self.identity, self.lineage.init)
         path = checkpoint_resume.choose(self.mesh, self.run.path, self.resume)
         if path is None:
@@ -329,7 +335,7 @@ class Trainer:
                     f"{self.source.first_sample:,} samples, but this run is new: train on that plan first, or name a "
                     "checkpoint of such a run with --resume"
                 )
-            self._check_samples()
+            check_samples(self.source, train, self.step, self.samples)
             if self.lineage.init:
                 with initial_weights(self.lineage.init) as tensors:
                     for name in checkpoint_state.begin_from(self.engine, tensors):
@@ -339,7 +345,7 @@ class Trainer:
             return None
         manifest = storage.read_manifest(path)
         checkpoint_resume.check_identity(path, manifest, self.identity, self.source)
-        if manifest["step"] < self.config.train.steps:
+        if manifest["step"] < train.steps:
             checkpoint_state.restore(self.engine, path)
             for name, engine in self._beside.items():
                 checkpoint_state.restore(engine, path / name)
@@ -351,29 +357,10 @@ class Trainer:
         self.run.take_data_spans(manifest)
         self.context = max(self.context, manifest.get("context", 0))
         self.origin = checkpoint_resume.origin_of(path, self.run.path)
-        self._check_samples(path)
-        if self.step < self.config.train.steps:
+        check_samples(self.source, train, self.step, self.samples, path)
+        if self.step < train.steps:
             self.source.go_on(path, manifest)
         return path
-
-    def _check_samples(self, checkpoint: Path | None = None) -> None:
-        """Raises ConfigError if the steps that are left need more samples than the source has."""
-        batch, source = self.config.train.global_batch_size, self.source
-        if source.num_samples is None:
-            return
-        left = source.first_sample + source.num_samples - self.samples
-        lacking = (self.config.train.steps - self.step) * batch - left
-        if lacking <= 0:
-            return
-        replan = f", or then run `trivium data replan CONFIG --after {checkpoint} --out FOLDER`" if checkpoint else ""
-        most = self.step + left // batch
-        fewer = f"set train.steps={most}, or " if most else ""
-        raise ConfigError(
-            f"train.steps = {self.config.train.steps} needs {lacking:,} samples more than "
-            f"{source.location or 'the data'} has, which are {source.num_samples:,}; {fewer}"
-            f"raise mixture.samples in the data config (of its last mixture stage, if it has stages) by {lacking:,} "
-            f"and run `trivium data run` again{replan}"
-        )
 
     def _check_finished(self, saved: Path, watch: signals.Watch) -> int:
         """Checks the data of a finished run, saved at `saved`, against its checksums; returns the exit status."""
@@ -381,6 +368,7 @@ class Trainer:
             f"{self.run.path} is finished at step {self.step}, but its training data was not checked to the end; "
             "checking it against its checksums"
         )
+        self._activities.begin(END, self.step)
         with DataCheck(self.source.files(), self.mesh) as check:
             try:
                 if stopped_by := self.agreement.wait_for_check(self.step, check, watch, self._print):
@@ -392,9 +380,3 @@ class Trainer:
             (saved / storage.CHECKED).touch()
             self._print(f"the training data matches its checksums, report in {run_report.write(self.run.path)}")
         return 0
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

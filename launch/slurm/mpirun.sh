@@ -26,5 +26,5 @@ if [ "$told" ]; then
   number=$(kill -l "$told")
   [ $status -ge 128 ] || [ $status -eq $number ] || [ $status -eq $((number | 9)) ] && status=75
 fi
-[ $status -eq 75 ] && [ "$told" != TERM ] && scontrol requeue "$SLURM_JOB_ID"
+{ [ $status -eq 75 ] || [ $status -eq 76 ]; } && [ "$told" != TERM ] && scontrol requeue "$SLURM_JOB_ID"
 exit $status

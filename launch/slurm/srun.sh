@@ -26,5 +26,5 @@ wait $srun
 status=$?
 # A signal before srun has started its ranks ends srun with another status; nothing is lost then either.
 [ "$told" ] && [ $status -ge 128 ] && status=75
-[ $status -eq 75 ] && [ "$told" != TERM ] && scontrol requeue "$SLURM_JOB_ID"
+{ [ $status -eq 75 ] || [ $status -eq 76 ]; } && [ "$told" != TERM ] && scontrol requeue "$SLURM_JOB_ID"
 exit $status

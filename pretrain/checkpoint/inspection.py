@@ -17,7 +17,8 @@ from rich.table import Table
 
 from configs.cli import command_parser, entrypoint
 from configs.loader import ConfigError, toml
-from pretrain import history
+from pages import duration
+from pretrain import goodput, history
 from pretrain.checkpoint import storage
 
 
@@ -133,6 +134,8 @@ def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFac
     if summary["ledger"]:
         used = (f"{source} {tokens:,.0f}" for source, tokens in summary["ledger"].items())
         console.print(f"trained on, in tokens with a loss: {', '.join(used)}", markup=False, highlight=False)
+    for kind, seconds, share in goodput.table(goodput.read(storage.run_of(Path(summary["path"])))):
+        console.print(f"time: {share:6.1%}  {duration(seconds):>12}  {kind}", markup=False, highlight=False)
     for line in history.describe_spans(summary["stretches"]):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if summary["not_finite"]:

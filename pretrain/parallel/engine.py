@@ -62,6 +62,7 @@ class Engine:
         """
         self.mesh, self.model_config, self.train_config, self.adapter = mesh, model_config, train, adapter
         self.num_sources = num_sources
+        self.micro_batches = 0  # forward passes that the step has begun on this rank, of all of its chunks
         self.saves_frozen = True  # False where another checkpoint, the run's base, has the weights that are frozen
         layout = mesh.layout
         context = LayerContext(
@@ -176,6 +177,7 @@ class Engine:
         prepended = chunks[0].virtual.count if chunks[0].virtual.in_rows else 0
         on_device = [batch.to(self.mesh.device) for batch in batches]
         iterators = [iter(on_device) for _ in chunks]
+        self.micro_batches = 0
         self._contexts: dict[int, ForwardContext] = {}  # by the identity of a batch that later chunks still have to see
         stored = self._schedule(
             forward_step_func=partial(self._forward_step, loss_fn=loss_fn, scale=scale),
@@ -197,6 +199,7 @@ class Engine:
         self, batches: Iterator[Batch], model: Decoder, loss_fn: LossFunction, scale: float
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
+        self.micro_batches += 1
         context = self._context(batch, model)
         loss = head_loss(batch, loss_fn, scale, self.num_sources)
         output = model(batch.tokens, batch.positions, batch.segments, wanted=batch.trained, context=context, loss=loss)

@@ -26,6 +26,8 @@ from pretrain.parallel import staged_gloo
 from pretrain.parallel.deepspeed_import import deepspeed, redirect_to_cpu
 from pretrain.parallel.messages import gather_json
 
+RECORDED = "2000"  # the last collectives that torch's flight recorder keeps on each rank; the watchdog reads them
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -182,6 +184,7 @@ def start(env: ClusterEnvironment, layout: Layout, backend: str = "auto", timeou
     """
     redirect_to_cpu()
     staged_gloo.register()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED)
     device = device_of(env.local_rank, torch.cuda.device_count())
     if device.type == "cuda":
         _use_gpu(device)
@@ -243,21 +246,21 @@ def _replica_group(layout: Layout, rank: int) -> dist.ProcessGroup:
     if layout.cp == 1:
         return parallel_state.get_model_parallel_group()
     order = {"tp": layout.tp, "ep": 1, "dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "order": "tp-cp-ep-dp-pp"}
-    return _own_group(parallel_state.RankGenerator(**order).get_ranks("tp-cp-pp"), rank)
+    return _own_group(parallel_state.RankGenerator(**order).get_ranks("tp-cp-pp"), rank, "replica group")
 
 
 def _kv_group(layout: Layout, rank: int) -> dist.ProcessGroup | None:
     if layout.kv_copies == 1:
         return None
     firsts = range(0, layout.world_size, layout.kv_copies)  # ranks of a tensor-parallel group are neighbours
-    return _own_group([range(first, first + layout.kv_copies) for first in firsts], rank)
+    return _own_group([range(first, first + layout.kv_copies) for first in firsts], rank, "key-value head group")
 
 
-def _own_group(groups: Sequence[Sequence[int]], rank: int) -> dist.ProcessGroup:
+def _own_group(groups: Sequence[Sequence[int]], rank: int, purpose: str) -> dist.ProcessGroup:
     """Makes all groups, as every rank must, and returns the one with this rank."""
     own = None
     for ranks in groups:
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), group_desc=purpose)
         own = group if rank in ranks else own
     assert own is not None
     return own

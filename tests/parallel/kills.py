@@ -1,6 +1,7 @@
 """Training runs whose ranks are killed at random moments until the run is finished, or have a disk of their own."""
 
 import ctypes
+import importlib
 import os
 import random
 import signal
@@ -110,14 +111,17 @@ def _newest(checkpoints: Path) -> int:
 
 
 def train(rank: int, size: int, port: int, options: dict[str, Any]) -> int:
-    """Runs in a forked rank: calls `train` of tests/parallel/workers/training.py, or the function that options name."""
-    import torch
+    """Runs in a forked rank: calls `train` of tests/parallel/workers/training.py, or the function that options name.
 
-    from tests.parallel.workers import training
+    `function` is one of that module, or of another in its folder, as in "hanging:hang".
+    """
+    import torch
 
     torch.set_num_threads(1)
     os.environ.update(ClusterEnvironment("torchrun", rank, size, rank, size, 0, "127.0.0.1", port).as_variables())
-    answer = getattr(training, options.pop("function", "train"))(**options)
+    module, _, name = options.pop("function", "train").rpartition(":")
+    worker = importlib.import_module(f"tests.parallel.workers.{module or 'training'}")
+    answer = getattr(worker, name)(**options)
     print(answer, flush=True)
     return int(answer.get("status", 1))
 

@@ -65,6 +65,7 @@ MEGATRON_LAYERS = tuple(
 )
 # How a Hugging Face folder is read: by export and import, and by a training run that starts from one (init.hf).
 FOLDERS = ("export.conversion", "export.hf_folder", "export.publishing", "export.tensors")
+REPORTED = ("goodput", "history", "line_charts", "metrics_file")  # modules that the report of a run reads
 LIBRARIES = ("deepspeed", "megatron", "pretrain.megatron")  # of parallel training, used only through pretrain.parallel
 RULES = (
     ImportRule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
@@ -91,10 +92,15 @@ RULES = (
     ),
     ImportRule(
         "pretrain.run_report",
-        ours=("configs", "pretrain.line_charts", "pretrain.history", "pretrain.metrics_file", *PAGES),
+        ours=(
+            "configs",
+            *(f"pretrain.{name}" for name in ("goodput", "line_charts", "history", "metrics_file")),
+            *PAGES,
+        ),
         never=TORCH,
     ),
     ImportRule("pretrain.metrics_file", ours=(), only=("nothing",)),
+    ImportRule("pretrain.goodput", ours=(), only=("nothing",)),
     ImportRule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),
     ImportRule("pretrain.schedule", ours=("configs",), never=TORCH),
     ImportRule("pretrain.line_charts", ours=PAGES, never=TORCH),

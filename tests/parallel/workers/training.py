@@ -190,6 +190,7 @@ def make_trainer(
         "eval": {"every": 3},
         "log": {"tensorboard": False},
     }
+    tree |= {name: {} for name in sections if name not in tree}
     tree = {name: {**section, **sections.get(name, {})} for name, section in tree.items()}
     config = validate(TrainerConfig, tree | ({"adapter": adapter} if adapter else {}))
     model_config = validate(ModelConfig, model)

@@ -19,9 +19,10 @@ from configs.loader import ConfigError, load, validate
 from configs.recipe import GateConfig, RecipeConfig
 from launch import recipe
 from launch.recipe import DEMO, command_line, read_times, run_stages, updated, write_specimen
-from launch.recipe_report import duration, show_comparison, write_html
+from launch.recipe_report import show_comparison, write_html
 from launch.recipe_results import describe_baselines, describe_data, describe_export, describe_training
 from launch.recipe_stages import KINDS, RecipeStage, Specimen, specimens_of, stages_of
+from pages import duration
 
 ROOT = Path(__file__).resolve().parents[3]
 # A stage that does its work once, records each call, and fails or hangs while a certain file exists.
@@ -269,7 +270,7 @@ def test_the_demo_is_a_recipe() -> None:
     )
     assert [stage.name for stage in stages[5].needs] == ["sft"] and not stages[6].needs
     assert specimens_of(config, stages)[1].command == ("chat", "runs/demo/grpo", "--temperature", "0")
-    assert duration(125.4) == "2 min 05 s"
+    assert duration(125.4) == "2 min 05 s" and duration(7385.0) == "2 h 03 min"
 
 
 def test_stages_run_the_modules_of_their_commands() -> None:

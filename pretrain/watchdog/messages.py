@@ -1,0 +1,78 @@
+"""Point-to-point messages that this rank has sent and received, counted for the watchdog.
+
+torch's flight recorder keeps the collectives of gloo and NCCL, but not gloo's messages between two ranks, such as those
+of a pipeline. So `count_messages` wraps the methods of torch's process groups that start one, and the wait for it.
+"""
+
+import functools
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+KEPT = 256  # started messages that are remembered, so that a wait can be told which one it waits for
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message between this rank and the global rank `peer`; `number` counts those of its kind with that peer."""
+
+    kind: str  # "send" or "recv"
+    peer: int
+    number: int
+
+
+class MessageCounts:
+    """Counts of messages by kind and peer, and the message that this rank waits for at the moment, if any."""
+
+    def __init__(self) -> None:
+        self.started: Counter[tuple[str, int]] = Counter()
+        self.waiting: Message | None = None
+        self._works: deque[tuple[int, Message]] = deque(maxlen=KEPT)
+
+    def start(self, kind: str, group: dist.ProcessGroup, peer: int, work: Any) -> None:
+        """Counts a message to or from member `peer` of `group`, which `work` waits for."""
+        rank = dist.get_global_rank(group, peer)
+        self.started[kind, rank] += 1
+        # By identity, since a reference would keep the message's tensor; an identity used again is that of the newest.
+        self._works.append((id(work), Message(kind, rank, self.started[kind, rank])))
+
+    def of_work(self, work: Any) -> Message | None:
+        """Returns the message that `work` waits for; None if it is none, or one long ago."""
+        return next((message for key, message in reversed(self._works) if key == id(work)), None)
+
+
+COUNTS = MessageCounts()
+
+
+@functools.cache
+def count_messages() -> MessageCounts:
+    """Counts, from now on, the messages of all process groups of this process; wraps torch's methods only once."""
+
+    def counting(method: Any, kind: str) -> Any:
+        @functools.wraps(method)
+        def start(group: Any, tensors: Any, peer: int, *args: Any, **options: Any) -> Any:
+            work = method(group, tensors, peer, *args, **options)
+            COUNTS.start(kind, group, peer, work)
+            return work
+
+        return start
+
+    for kind in ("send", "recv"):
+        setattr(dist.ProcessGroup, kind, counting(getattr(dist.ProcessGroup, kind), kind))
+    wait = dist.Work.wait
+
+    @functools.wraps(wait)
+    def watched(work: Any, *args: Any, **options: Any) -> Any:
+        message = COUNTS.of_work(work)
+        if message is None:  # a collective, perhaps in another thread
+            return wait(work, *args, **options)
+        COUNTS.waiting = message
+        try:
+            return wait(work, *args, **options)
+        finally:
+            COUNTS.waiting = None
+
+    setattr(dist.Work, "wait", watched)  # noqa: B010 - mypy knows the attribute as a method
+    return COUNTS

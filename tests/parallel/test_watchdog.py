@@ -1,0 +1,75 @@
+"""A run in which one rank makes no progress is ended by its watchdog, in a sentence that names the rank and why."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.signals import HUNG
+from pretrain import goodput
+from tests.parallel.forks import Forks
+from tests.parallel.kills import World
+from tests.parallel.matrix import MODELS
+
+LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "dp2": ("dense", {}),
+    "tp2": ("dense", {"tp": 2}),
+    "pp2": ("dense", {"pp": 2}),
+    "ep2": ("moe", {"ep": 2}),
+}
+FIRST = [("is stopped", "tp2"), ("sleeps", "pp2"), ("enters another", "dp2")]
+REST = [
+    (fault, layout)
+    for fault in ("sleeps", "dies", "is stopped", "enters another")
+    for layout in LAYOUTS
+    if (fault, layout) not in FIRST
+]
+SECONDS = {"least_seconds": 2.0, "first_seconds": 20.0}  # of the watchdog; a step takes some 20 ms
+
+
+@pytest.mark.parametrize(("fault", "layout"), [*FIRST, *(pytest.param(*pair, marks=pytest.mark.full) for pair in REST)])
+def test_the_rank_that_holds_up_the_others_is_named(forks: Forks, tmp_path: Path, fault: str, layout: str) -> None:
+    model, parallel = LAYOUTS[layout]
+    world = _world(forks, tmp_path, fault, model, parallel, at=4)
+    victim, other = world.ranks[1], world.ranks[0]
+    if fault == "dies":
+        assert other.wait(30) is not None, "gloo tells the other rank at once that its peer is gone"
+        assert victim.poll() == -signal.SIGKILL
+        return
+    assert other.wait(60) == HUNG
+    if fault == "is stopped":
+        os.kill(victim.pid, signal.SIGKILL)  # as its launcher does, after SIGTERM has no effect
+    assert victim.wait(20) is not None
+    world.end("after the hang")
+    said = next(line for line in world.log.read_text().splitlines() if line.startswith("error: no progress"))
+    place = tmp_path / "run" / "hang" / "1"
+    if fault == "sleeps":
+        assert "rank 1 is late: it is in step 5, the forward pass of pipeline stage" in said
+        assert "in _fail" in said and "rank 0 waits for it in " in said
+        assert "time.sleep" in (place / "rank_1.txt").read_text()
+    elif fault == "is stopped":
+        assert f"rank 1 gives no sign of life: process {victim.pid} on " in said and "is stopped by a signal" in said
+        assert not (place / "rank_1.json").exists()
+    else:
+        assert "rank 1" in said and "all_gather" in said and "in _fail" in said
+    told = json.loads((place / "verdict.json").read_text())
+    assert told["text"] in said and told["step"] == 5
+    # What is left is a run that goes on.
+    again = _world(forks, tmp_path, "none", model, parallel, at=4)
+    assert again.wait(60) is False and again.statuses == [0, 0]
+    # Every second of both starts is accounted for, that of the hang too.
+    starts = goodput.read(tmp_path / "run")
+    spent = goodput.goodput(starts)
+    assert [(start.first_step, start.last_step) for start in starts] == [(0, 4), (4, 8)]
+    assert sum(spent.values()) == pytest.approx(starts[1].updated - starts[0].began, abs=0.05)
+    assert spent["training"] > 0 and spent["restart"] > 0 and spent["lost"] == 0
+    assert spent["hang"] >= SECONDS["least_seconds"] and spent["idle"] < spent["hang"] + 20
+
+
+def _world(forks: Forks, tmp_path: Path, fault: str, model: str, parallel: dict[str, int], at: int) -> World:
+    options: dict[str, Any] = {"fault": fault, "at": at, "victim": 1, "run_dir": str(tmp_path / "run"), "steps": 8}
+    options |= {"model": MODELS[model], "parallel": parallel, "watchdog": SECONDS}
+    return World(forks, 2, {"function": "hanging:hang", **options}, tmp_path / "log")
