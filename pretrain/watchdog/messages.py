@@ -15,7 +15,7 @@ KEPT = 256  # started messages that are remembered, so that a wait can be told w
 
 
 @dataclass(frozen=True)
-class Message:
+class PeerMessage:
     """A message between this rank and the global rank `peer`; `number` counts those of its kind with that peer."""
 
     kind: str  # "send" or "recv"
@@ -28,17 +28,17 @@ class MessageCounts:
 
     def __init__(self) -> None:
         self.started: Counter[tuple[str, int]] = Counter()
-        self.waiting: Message | None = None
-        self._works: deque[tuple[int, Message]] = deque(maxlen=KEPT)
+        self.waiting: PeerMessage | None = None
+        self._works: deque[tuple[int, PeerMessage]] = deque(maxlen=KEPT)
 
     def start(self, kind: str, group: dist.ProcessGroup, peer: int, work: Any) -> None:
         """Counts a message to or from member `peer` of `group`, which `work` waits for."""
         rank = dist.get_global_rank(group, peer)
         self.started[kind, rank] += 1
         # By identity, since a reference would keep the message's tensor; an identity used again is that of the newest.
-        self._works.append((id(work), Message(kind, rank, self.started[kind, rank])))
+        self._works.append((id(work), PeerMessage(kind, rank, self.started[kind, rank])))
 
-    def of_work(self, work: Any) -> Message | None:
+    def of_work(self, work: Any) -> PeerMessage | None:
         """Returns the message that `work` waits for; None if it is none, or one long ago."""
         return next((message for key, message in reversed(self._works) if key == id(work)), None)
 

@@ -1,4 +1,4 @@
-"""What a rank does at the moment, for the verdict of the watchdog: its activity, its stacks and its collectives.
+"""Report of what a rank does at the moment, for the watchdog: its activity, its stacks and its collectives.
 
 Collectives are those of torch's flight recorder, which `groups.start` turns on. NCCL's kernels are in it as gloo's
 calls are, but not gloo's messages between two ranks (see `messages`).
@@ -53,7 +53,7 @@ class RankReport:
     innermost: str  # the innermost line of all
     collectives: list[Collective] = field(default_factory=list)
     groups: dict[str, tuple[str, list[int]]] = field(default_factory=dict)  # name: (what it is for, ranks)
-    waiting: dict[str, Any] | None = None  # fields of the Message that it waits for
+    waiting: dict[str, Any] | None = None  # fields of the PeerMessage that it waits for
     messages: dict[str, int] = field(default_factory=dict)  # number started, by "kind peer"
 
     def as_json(self) -> str:

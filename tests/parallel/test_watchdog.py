@@ -63,9 +63,10 @@ def test_the_rank_that_holds_up_the_others_is_named(forks: Forks, tmp_path: Path
     # Every second of both starts is accounted for, that of the hang too.
     starts = goodput.read(tmp_path / "run")
     spent = goodput.goodput(starts)
-    assert [(start.first_step, start.last_step) for start in starts] == [(0, 4), (4, 8)]
+    assert [(start.first_step, start.last_step) for start in starts] in ([(0, 4), (2, 8)], [(0, 4), (4, 8)])
     assert sum(spent.values()) == pytest.approx(starts[1].updated - starts[0].began, abs=0.05)
-    assert spent["training"] > 0 and spent["restart"] > 0 and spent["lost"] == 0
+    assert spent["training"] > 0 and spent["restart"] > 0
+    assert (spent["lost"] > 0) == (starts[1].first_step == 2), "the save after step 4 may be cut short by the hang"
     assert spent["hang"] >= SECONDS["least_seconds"] and spent["idle"] < spent["hang"] + 20
 
 

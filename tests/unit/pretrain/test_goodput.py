@@ -1,4 +1,4 @@
-"""Where the time of a run's starts went: every second belongs to one kind, and lost steps are no goodput."""
+"""Goodput: every second of the starts of a run belongs to one kind of time, and lost steps are none that count."""
 
 import json
 import time
