@@ -59,7 +59,7 @@ def test_the_ledger_keeps_all_starts(tmp_path: Path) -> None:
     assert first == before and (second.first_step, second.last_step) == (3, 6)
     assert second.seconds[TRAINING] == pytest.approx(3.0, abs=0.1), "the first step's extra time is apart"
     assert second.seconds["first_step"] == pytest.approx(3.0, abs=0.1)
-    assert sum(second.seconds.values()) >= second.updated - second.began
+    assert sum(second.seconds.values()) >= second.updated - second.began - 0.01  # rounded to milliseconds
 
 
 def test_only_one_rank_writes_and_a_broken_file_is_no_error(tmp_path: Path) -> None:
