@@ -219,16 +219,18 @@ class AdapterConfig(Section):
         if unknown := [name for name in self.targets if name not in known]:
             raise ConfigError(
                 f"adapter.targets = {list(self.targets)} names {', '.join(unknown)}, which no block of the model has; "
-                f"its linear layers are {', '.join(known)}"
+                f"choose among its linear layers, {', '.join(known)}"
             )
         chosen = self.targets or known
         if "experts" in chosen and (self.kind != "lora" or self.dropout or self.base != "full"):
             rest = [name for name in chosen if name != "experts"]
             key = f"adapter.base = {self.base!r}" if self.base != "full" else f"adapter.dropout = {self.dropout}"
             key = f"adapter.kind = {self.kind!r}" if self.kind != "lora" else key
+            mend = "set adapter.kind=lora, adapter.base=full and adapter.dropout=0"
+            remedy = f"set adapter.targets={rest}" if rest else mend
             raise ConfigError(
                 f"{key} does not serve experts, which adapter.targets {'names' if self.targets else 'left out means'}; "
-                f"set adapter.targets={rest}"
+                f"{remedy}"
             )
         return chosen
 

@@ -11,12 +11,12 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from configs import signals
-from configs.loader import ConfigError, load
+from configs.loader import ConfigError, Failure, load
 
 T = TypeVar("T", bound=BaseModel)
 
-# How long other ranks wait, after a mistake in the config, for rank 0 to print it: when one rank ends, a launcher may
-# end all of them at once.
+# How long other ranks wait, after a mistake in the config or a fault of files, for rank 0 to print it: when one rank
+# ends, a launcher may end all of them at once.
 TURN_SECONDS = 1.0
 
 # The schema of each kind of config, by its name in `trivium config`.
@@ -132,8 +132,9 @@ def entrypoint(
 ) -> NoReturn:
     """Runs `main` and exits: 0 done, 1 failed, 2 bad arguments or config, 130 interrupted, or what `main` returns.
 
-    Of many ranks that all find the same mistake in a config, only the one with `prints_errors` prints it. `on_error`
-    is called with the message of a ConfigError on every rank.
+    Of many ranks that all find the same mistake in a config, only the one with `prints_errors` prints it; a fault of
+    files, which one rank alone may find, is printed by it first, and by the others if they still run. `on_error` is
+    called with the message of a ConfigError or Failure on every rank.
     """
     if argv is None:  # called for the process's own command line, not by a test
         signals.begin(prints_errors=prints_errors)
@@ -148,6 +149,13 @@ def entrypoint(
         if on_error is not None:
             on_error(f"error: {error}")
         status = 2
+    except Failure as error:
+        if not prints_errors:
+            time.sleep(TURN_SECONDS)
+        print(f"error: {error}", file=sys.stderr)
+        if on_error is not None:
+            on_error(f"error: {error}")
+        status = 1
     except KeyboardInterrupt:
         if prints_errors:
             print(f"interrupted; {signals.AGAIN}", file=sys.stderr)

@@ -16,6 +16,9 @@ REASONS = {
     errno.EDQUOT: "the disk quota is used up; make room, or name a place on another file system",
 }
 _PROBE_BYTES = 4096
+# Names in the folder of a training run.
+RUN_FOLDERS = ("checkpoints", "rollouts", "reference", "tensorboard", "compiled")
+RUN_FILES = ("metrics.jsonl", "config.toml", "env.json", "history.json", "report.html", ".lock")
 
 
 def check_writable(folder: str | Path, key: str, value: str | Path | None = None) -> None:
@@ -32,6 +35,20 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
     except OSError as error:
         asked = str(folder if value is None else value)
         raise ConfigError(f"{key} = {asked!r}: {_reason(folder, error)}") from None
+
+
+def check_run_dir(run_dir: str | Path) -> None:
+    """Checks that a training run can write to its folder and to what is in it already. Raises ConfigError naming it.
+
+    A file in place of a folder, or the other way round, would else be found at the first save, hours later.
+    """
+    check_writable(run_dir, "run.dir")
+    for name in RUN_FOLDERS:
+        if (folder := Path(run_dir, name)).exists():
+            check_writable(folder, "run.dir", run_dir)
+    for name in RUN_FILES:
+        if (file := Path(run_dir, name)).is_dir():
+            raise ConfigError(f"run.dir = {str(run_dir)!r}: {file} is a folder; name another run.dir, or remove it")
 
 
 def _reason(folder: Path, error: OSError) -> str:

@@ -27,6 +27,10 @@ class ConfigError(ValueError):
     """A mistake in the config or the command line, as one sentence that says what to change."""
 
 
+class Failure(ValueError):
+    """A fault of files that a command needs, as one sentence that names the file and says what to do."""
+
+
 def load(
     schema: type[T],
     path: str | Path,
@@ -37,15 +41,7 @@ def load(
 
     Before it is validated, `complete` may add keys that follow from others. Raises ConfigError for any mistake.
     """
-    path = Path(path)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; presets are under configs/") from None
-    except IsADirectoryError:
-        raise ConfigError(f"config {path} is a directory; name a .toml file in it") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+    tree = read_tree(path)
     presets.with_preset_key(tree)
     for override in overrides:
         _apply(tree, override)
@@ -55,6 +51,23 @@ def load(
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     return validate(schema, complete(tree), origin=str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """Reads a config file as a plain dict, without checking its keys. Raises ConfigError if it is no TOML file."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist; presets are under configs/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config {path} is a directory; name a .toml file in it") from None
+    except OSError as error:
+        raise ConfigError(
+            f"config file {path} cannot be read ({error.strerror}); name a .toml file that this user may read"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}; correct it") from None
 
 
 def from_overrides(schema: type[T], overrides: Sequence[str]) -> T:

@@ -49,7 +49,9 @@ class RewardSection(Section):
                 'reward_model.kind = \'classification\' needs reward_model.labels, for example ["bad", "good"]'
             )
         if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
-            raise ValueError(f"reward_model.labels = {list(self.labels)} are not two or more different names")
+            raise ValueError(
+                f"reward_model.labels = {list(self.labels)} are not two or more different names; correct them"
+            )
         return self
 
     @property

@@ -57,14 +57,18 @@ class RewardConfig(Section):
                 raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of kind {self.kind!r}; leave it out")
         needed = NEEDED.get(self.kind)
         if needed and not getattr(self, needed):
-            raise ValueError(f"kind = {self.kind!r} needs {needed}; set it")
+            raise ValueError(f"kind = {self.kind!r} needs {needed}; set {needed} as well")
         if self.weight == 0 or not math.isfinite(self.weight):
             raise ValueError(f"weight = {self.weight} would leave the reward without effect; leave the reward out")
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"pattern = {self.pattern!r} is no regular expression of Python: {error}") from None
+                raise ValueError(
+                    f"pattern = {self.pattern!r} is no regular expression of Python: {error}; correct it"
+                ) from None
         if self.function is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.function):
-            raise ValueError(f"function = {self.function!r} is not of the form module:function")
+            raise ValueError(
+                f"function = {self.function!r} is not of the form module:function; write it so, as in my_rewards:judge"
+            )
         return self

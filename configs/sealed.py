@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.loader import Failure
+
 SEAL = "sha256"  # key of the checksum, beside the values that it covers
 
 
-class SealError(ValueError):
+class SealError(Failure):
     """A file that is damaged, or has another format or version."""
 
 

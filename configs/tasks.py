@@ -76,7 +76,9 @@ class TaskPartConfig(Section):
         try:
             groups = re.compile(self.answer_pattern).groups
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"answer_pattern = {self.answer_pattern!r} is no regular expression: {error}") from None
+            raise ValueError(
+                f"answer_pattern = {self.answer_pattern!r} is no regular expression: {error}; correct it"
+            ) from None
         if not groups:
             raise ValueError(f"answer_pattern = {self.answer_pattern!r} has no group; put the answer in parentheses")
 

@@ -6,22 +6,25 @@ interrupted recipe continues when it is run again. At the end it prints a table,
 writes report.html; table and page are made in launch/recipe_report.py from the files that the stages wrote.
 """
 
+import fcntl
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 
 from configs.cli import command_parser, entrypoint, parse_args
 from configs.files import write_atomic
 from configs.folders import check_writable
-from configs.loader import ConfigError, load
+from configs.loader import ConfigError, Failure, load
 from configs.recipe import RecipeConfig
+from configs.run_lock import locked
 from configs.signals import STOPPED, status_of
 from launch import tee
 from launch.processes import die_with_parent
@@ -79,9 +82,23 @@ def run_recipe(config: RecipeConfig, dry_run: bool = False, until: str = "") -> 
         return 0
     directory = Path(config.dir)
     check_writable(directory, "dir")
-    if until:
-        return run_stages(stages[: list(config.stages).index(until) + 1], [], directory, Console(), config.title)
-    return run_stages(stages, specimens_of(config, stages), directory, Console(), config.title)
+    with locked(directory, take) as lock:
+        if lock is None:
+            raise ConfigError(
+                f"another recipe is running in dir = {config.dir!r}; wait for it, stop it, or set another dir"
+            )
+        if until:
+            return run_stages(stages[: list(config.stages).index(until) + 1], [], directory, Console(), config.title)
+        return run_stages(stages, specimens_of(config, stages), directory, Console(), config.title)
+
+
+def take(lock: IO[str]) -> bool:
+    """Locks the file of a recipe's folder; returns whether it succeeded."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def run_stages(
@@ -110,7 +127,7 @@ def run_stages(
         )
         seconds = time.monotonic() - started
         wrote = stage.fingerprint() != mark
-        if status == 0 and not wrote and (changed := _changed(times.get(stage.name), made_from)):
+        if status == 0 and not wrote and (changed := stage.changed_since(times.get(stage.name))):
             _print_stale(stage, changed, console)
             return 1
         times[stage.name] = updated(times.get(stage.name), seconds, status, wrote)
@@ -136,13 +153,16 @@ def run_stages(
 
 
 def write_specimen(specimen: Specimen) -> str:
-    """Runs the specimen's command and returns what it prints. Raises ChildProcessError if the command fails."""
+    """Runs the specimen's command and returns what it prints. Raises Failure if the command fails."""
     command = [sys.executable, "-m", "cli", *specimen.command]
     done = subprocess.run(
         command, input=specimen.typed, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )
     if done.returncode:
-        raise ChildProcessError(f"`{specimen}` ended with status {done.returncode}: {done.stderr.strip()}")
+        raise Failure(
+            f"all stages are finished, but the specimen `{specimen}` ended with status {done.returncode}: "
+            f"{done.stderr.strip()}; correct it in the recipe and run the same command again for table and page"
+        )
     return done.stdout.strip()
 
 
@@ -163,28 +183,28 @@ def updated(before: dict | None, seconds: float, status: int, wrote: bool) -> di
 
 
 def read_times(directory: Path) -> dict[str, dict]:
-    """Returns the entries of recipe.json, none if there is no file. Raises ValueError if the file is damaged."""
+    """Returns the entries of recipe.json, none if there is no file. Raises Failure if the file is damaged."""
     path = directory / RECORD
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["stages"])
+        stages = dict(json.loads(path.read_text(encoding="utf-8"))["stages"])
+        if not all(isinstance(one["done"], bool) and one["seconds"] >= 0 for one in stages.values()):
+            raise ValueError
+        if not all(isinstance(one.get("made_from", {}), dict) for one in stages.values()):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path} is damaged (it holds the stages' times); delete it and run the recipe again"
+        raise Failure(
+            f"{path} is damaged (it holds the stages' times, and what each was made from); restore it, or delete it "
+            "and run the recipe again, which then takes finished stages as they are"
         ) from None
+    return stages
 
 
 def command_line(stage: RecipeStage) -> str:
     """Shell command that runs the stage alone."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, "-m", *stage.command])
-
-
-def _changed(before: dict | None, made_from: Mapping[str, str | None]) -> list[str]:
-    """Names of the inputs of a finished stage that have changed since it ran."""
-    known = (before or {}).get("made_from", made_from)
-    return [name for name in {**known, **made_from} if known.get(name) != made_from.get(name)]
 
 
 def _print_stale(stage: RecipeStage, changed: Sequence[str], console: Console) -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from configs.loader import Failure
+
 
 def describe_data(output: Path) -> tuple[str, str]:
     """Returns (documents read, documents kept with training tokens and rows) of a data run, as texts."""
@@ -100,11 +102,26 @@ def measurement(output: Path, metric: str) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, an empty one if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Returns the object in a JSON file, an empty one if there is no file. Raises Failure if the file is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+    except ValueError:
+        pass
+    raise Failure(f"{path} is damaged; remove {path.parent} and run the recipe again to repeat its stage")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file with one on each line; a last line that is not whole is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """Returns the objects of a file with one on each line; lines that are damaged or not whole are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import shlex
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.files import file_sha256
-from configs.loader import ConfigError
+from configs.loader import ConfigError, read_tree
 from configs.recipe import REFERENCE, GateConfig, RecipeConfig, RecipeStageConfig, SpecimenConfig
 from launch.bootstrap import TRAINING
 from launch.recipe_results import (
@@ -22,6 +22,8 @@ from launch.recipe_results import (
 )
 
 BASELINES = "baselines.json"
+MANIFESTS = "checkpoints/step_*/manifest.json"
+MOVED = "the override of run.dir"  # in records of earlier versions; a recipe's folder may be moved
 UNIMPORTANT = ("checkpoint", "eval", "log", "parallel")  # sections of a training config that leave the result as it is
 
 
@@ -53,8 +55,9 @@ class RecipeStage:
 
     `command` follows `python -m`. `output` is the directory it writes; the file `mark` in it changes if and only if the
     stage did something. `describe(output)` returns what went in and what came out, as texts for the table. `needs` are
-    the stages whose results a training stage starts from: training does not notice by itself that one of them was made
-    again, so the recipe compares their hashes (`made_from`). A stage that notices, such as an export, has none.
+    the stages whose results a training stage starts from. A finished run does not notice by itself that one of them was
+    made again or that its own config has changed, so the recipe compares hashes (`made_from`) of stages that `train`. A
+    stage that notices, such as an export, has none.
     """
 
     name: str
@@ -65,29 +68,47 @@ class RecipeStage:
     describe: Callable[[Path], tuple[str, str]]
     needs: tuple["RecipeStage", ...] = ()
     gates: tuple[GateConfig, ...] = ()
+    trains: bool = False
 
     def made_from(self) -> dict[str, str | None]:
-        """Hashes of the results that the stage starts from and of its config, and its overrides; {} without `needs`.
+        """Hashes of the results that a training stage starts from and of its config, and its overrides; else {}.
 
-        Sections of the config that do not change the result are left out.
+        Sections of the config that do not change the result are left out. Raises ConfigError for a config that is no
+        TOML file.
         """
-        if not self.needs:
+        if not self.trains:
             return {}
         found = {f"the result of stage {stage.title}": stage.result() for stage in self.needs}
         for word in self.command:
             if word.endswith(".toml"):
-                tree = tomllib.loads(Path(word).read_text(encoding="utf-8"))
-                kept = {key: value for key, value in tree.items() if key not in UNIMPORTANT}
+                kept = {key: value for key, value in read_tree(word).items() if key not in UNIMPORTANT}
                 found[word] = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
-            elif "=" in word and word.split(".")[0] not in UNIMPORTANT:
+            elif "=" in word and word.split(".")[0] not in UNIMPORTANT and not word.startswith("run.dir="):
                 key, _, value = word.partition("=")
                 found[f"the override of {key}"] = value
         return found
 
+    def changed_since(self, before: Mapping[str, Any] | None) -> list[str]:
+        """Names of the inputs that have changed since the stage was finished; `before` is its entry in the record.
+
+        The folder of a stage that it needs may have been moved, together with the record.
+        """
+        now = self.made_from()
+        then = {name: value for name, value in (before or {}).get("made_from", now).items() if name != MOVED}
+        ends = [(str(need.output), str(need.output.parent)) for need in self.needs]
+
+        def is_same(old: str | None, new: str | None) -> bool:
+            moved = new and old and any(new.startswith(at) and old.endswith(new[len(above) :]) for at, above in ends)
+            return old == new or bool(moved)
+
+        return [name for name in {**then, **now} if not is_same(then.get(name), now.get(name))]
+
     def result(self) -> str | None:
         """Hash of what other stages start from: the newest checkpoint's manifest, or without checkpoints the mark."""
-        manifests = list(self.output.glob("checkpoints/step_*/manifest.json"))
-        newest = max(manifests, key=lambda path: int(path.parent.name.removeprefix("step_")), default=None)
+        steps = {path: path.parent.name.removeprefix("step_") for path in self.output.glob(MANIFESTS)}
+        newest = max(
+            (path for path, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]), default=None
+        )
         return file_sha256(newest) if newest else self.fingerprint()
 
     def missed_gates(self) -> list[str]:
@@ -143,6 +164,19 @@ def stages_of(config: RecipeConfig) -> list[RecipeStage]:
 def _stage(name: str, stage: RecipeStageConfig, config: RecipeConfig, made: dict[str, RecipeStage]) -> RecipeStage:
     kind, folder = KINDS[stage.command], Path(config.dir, stage.folder or name)
     trains = stage.command in TRAINING
+    if other := next((one for one in made.values() if (one.output, one.mark) == (folder, kind.mark)), None):
+        raise ConfigError(
+            f"stages.{name} writes into {folder}, as stages.{other.name} does; set stages.{name}.folder to another name"
+        )
+    if given := [override for override in stage.set if override.startswith(f"{kind.folder_key}=")]:
+        raise ConfigError(
+            f"stages.{name}.set has {given[0]}, and a recipe's stage writes into a folder of the recipe; leave it out, "
+            f"and set stages.{name}.folder to choose its name"
+        )
+    if stage.gates and not trains:
+        raise ConfigError(
+            f"stages.{name}.gates: `trivium {stage.command}` measures nothing that a gate could be on; leave them out"
+        )
     ranks = ("launch.ranks", "--nproc-per-node", str(stage.ranks or config.ranks)) if trains else ()
     overrides = [_filled_in(override, made) for override in stage.set]
     needed = dict.fromkeys(name for override in stage.set for name in REFERENCE.findall(override))
@@ -155,6 +189,7 @@ def _stage(name: str, stage: RecipeStageConfig, config: RecipeConfig, made: dict
         kind.describe,
         tuple(made[name] for name in needed) if trains else (),
         stage.gates,
+        trains,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.distill import DistillConfig
-from configs.folders import check_writable
+from configs.folders import check_run_dir
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     profiled = profiled_steps(args.profile, config.train.steps)
     if not args.dry_run:
-        check_writable(config.run.dir, "run.dir")
+        check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.distillation.distill_loss import DistillLoss
     from posttrain.distillation.distill_source import DistillSource, HeldoutDivergence

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
-from configs.folders import check_writable
+from configs.folders import check_run_dir, check_writable
 from configs.rl import ROLLOUTS_ONLY, GRPOConfig, checked_rollouts
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     profiled = profiled_steps(args.profile, config.train.steps)
     rollouts = checked_rollouts(args.rollouts_only, config.rl)
     if not args.dry_run:
-        check_writable(config.run.dir, "run.dir")
+        check_run_dir(config.run.dir)
+        if config.rl.record:
+            check_writable(config.rl.record, "rl.record")
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.rl.group_credit import GroupCredit
     from posttrain.rl.logprob_check import LogprobCheck

@@ -9,6 +9,7 @@ from configs.loader import ConfigError
 from posttrain.chat.chat import Chat
 from posttrain.chat.template_format import open_chat
 from pretrain import initial_model
+from pretrain.checkpoint import storage
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,23 @@ class InitialChatModel(initial_model.InitialModel):
         """The model's chat format. Raises ValueError as `open_chat`."""
         assert self.tokenizer is not None
         return open_chat(self.tokenizer, self.lineage.chat_template)
+
+
+class NamedModel(InitConfig):
+    """A model that another config key than those of [init] names, such as a reward model or a critic."""
+
+    key: str
+    """The key that names it, for messages."""
+
+    @classmethod
+    def at(cls, path: Path, key: str) -> "NamedModel":
+        """Returns the model at `path`: a checkpoint, a Hugging Face folder, or a run, whose newest checkpoint it is."""
+        kind = "hf" if (path / "config.json").is_file() else "run"
+        return cls(key=key, **{"checkpoint" if (path / storage.MANIFEST).is_file() else kind: str(path)})
+
+    @property
+    def said(self) -> str:
+        return f"{self.key} = {self.checkpoint or self.hf or self.run!r}"
 
 
 def _read_template(path: str) -> str:

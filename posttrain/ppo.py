@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
-from configs.folders import check_writable
+from configs.folders import check_run_dir, check_writable
 from configs.loader import ConfigError
 from configs.rl import PPOConfig
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     profiled = profiled_steps(args.profile, config.train.steps)
     if not args.dry_run:
-        check_writable(config.run.dir, "run.dir")
+        check_run_dir(config.run.dir)
+        if config.rl.record:
+            check_writable(config.rl.record, "rl.record")
     if config.parallel.zero > 1:
         raise ConfigError(
             f"parallel.zero = {config.parallel.zero}: policy and critic are two models in one process, which train at "
@@ -41,25 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.adapter:
         raise ConfigError("[adapter] trains in SFT and GRPO, not in PPO, whose critic has none; leave [adapter] out")
     # torch takes seconds to import, so it is imported after the config has been checked.
-    from data_pipeline.mixture.rows import Plan
-    from posttrain.rl.critic import Critic
+    from posttrain.rl.critic import Critic, critic_start
     from posttrain.rl.logprob_check import LogprobCheck
-    from posttrain.rl.opening import opened
+    from posttrain.rl.opening import opened, source_state
     from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.rl.policy_loss import PolicyLoss
     from posttrain.rl.rollout_source import RolloutSource
     from posttrain.rl.text_rows import TextRows
     from posttrain.tasks.task_accuracy import TaskAccuracy
-    from pretrain.checkpoint.lineage import Pin
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 
     env, ppo = ClusterEnvironment.read(), config.ppo
     run = opened(config, ppo, "ppo", args.resume, env)
     initial, task = run.initial, run.sampling.task
-    text = TextRows(Plan.open(Path(ppo.text_plan)), ppo.text_rows, ppo.text_coef) if ppo.text_plan else None
+    begins, known = critic_start(ppo.critic, initial), source_state(initial).get("text_plan")
+    text = TextRows.open(ppo.text_plan, ppo.text_rows, ppo.text_coef, known) if ppo.text_plan else None
     if text:
-        initial.check_plan(str(ppo.text_plan), text.plan)
+        initial.check_plan(str(ppo.text_plan), text.plan, "ppo.text_plan")
         text.check(config.train.seq_length, run.layout.dp * config.train.micro_batch_size)
     if args.dry_run:
         print(run.said)
@@ -68,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with groups.joined(env, run.layout, config.parallel.backend) as mesh:
         policy = PolicyCopy(config.rl.sampler)
         check = LogprobCheck(ppo.max_logprob_difference, "ppo.max_logprob_difference")
-        begins = Pin.of(Path(ppo.critic)) if ppo.critic else initial.pin
         critic = Critic(initial.model.with_values(), begins, ppo, config.rl, task.max_new_tokens)
         source = RolloutSource(
             run.sampling,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
-from configs.folders import check_writable
+from configs.folders import check_run_dir
 from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.model import ModelConfig
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     profiled = profiled_steps(args.profile, config.train.steps)
     if not args.dry_run:
-        check_writable(config.run.dir, "run.dir")
+        check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.initial_model import InitialChatModel
     from posttrain.preference.packing import PackedSource, pack

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from collections.abc import Sequence
 
 from configs.cli import entrypoint, parse_args
-from configs.folders import check_writable
+from configs.folders import check_run_dir
 from configs.sample import SampleConfig
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="trivium sample configs/posttrain/demo_sample.toml sample.problems=64",
     )
     if not args.dry_run:
-        check_writable(config.run.dir, "run.dir")
+        check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.rejection.run import SampleRunner
 

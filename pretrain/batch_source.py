@@ -102,6 +102,11 @@ class BatchSource(abc.ABC):
         described = words(changes(before, self.facts)) if before else []
         return "; ".join(described) or "the checkpoint does not say what is different about them"
 
+    @property
+    def checkpoints(self) -> list[str]:
+        """Folders of other runs' checkpoints that the source needs as long as the run goes on."""
+        return []
+
     def note_use(self, run_dir: Path) -> None:  # noqa: B027  most sources need nothing
         """Leaves a note beside the data that run `run_dir` uses them; the main rank calls it before training.
 

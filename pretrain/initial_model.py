@@ -27,7 +27,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage, Pin, PlanLocation, plan_of
 from pretrain.checkpoint.resume import model_changes
 from pretrain.checkpoint.storage import CheckpointError
-from pretrain.checkpoint.whole_model import WholeTensors, open_model
+from pretrain.checkpoint.whole_model import WholeTensors, open_model, verify
 
 Opened = TypeVar("Opened", bound="InitialModel")
 # Keys of [model] in which a run may differ from the model that it starts from: the base of the rotary embedding for
@@ -91,8 +91,8 @@ class InitialModel:
                 + (f", or set {remedy}" if remedy else "")
             )
 
-    def check_plan(self, location: str, plan: Plan) -> None:
-        """Raises ConfigError if the data plan at `location` was made with another tokenizer than the model's."""
+    def check_plan(self, location: str, plan: Plan, key: str = "data.plan") -> None:
+        """Raises ConfigError if the data plan that `key` names was made with another tokenizer than the model's."""
         theirs = plan.tokenizer_path
         if self.tokenizer is None:
             raise ConfigError(
@@ -101,7 +101,7 @@ class InitialModel:
             )
         if (found := file_sha256(theirs)) != self.tokenizer.sha256:
             raise ConfigError(
-                f"data.plan = {location!r} was made with the tokenizer {theirs} (SHA-256 {found[:12]}...), and the "
+                f"{key} = {location!r} was made with the tokenizer {theirs} (SHA-256 {found[:12]}...), and the "
                 f"model of {self.said} has {self.tokenizer.origin} ({self.tokenizer.sha256[:12]}...); set "
                 f"tokenizer.file={Path(self.tokenizer.origin).parent} in the data config and run `trivium data run` "
                 "again, or start from a model with that tokenizer"
@@ -189,7 +189,7 @@ def _with_tokenizer(lineage: Lineage, tokenizer: Tokenizer | None) -> Lineage:
 def _of_checkpoint(cls: type[Opened], init: InitConfig, own: Path | None, run_dir: str) -> Opened:
     """Opens the checkpoint that `init` names, or the run's own one and the model from which that began."""
     if own is None:
-        checkpoint, note = _chosen(init), None
+        checkpoint, note = _chosen(init)
         pin = Pin.of(checkpoint)
     else:
         checkpoint = own
@@ -252,8 +252,11 @@ def _own_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return None
 
 
-def _chosen(init: InitConfig) -> Path:
-    """Returns the checkpoint that `init` names. Raises ConfigError if it does not exist or is damaged."""
+def _chosen(init: InitConfig) -> tuple[Path, str | None]:
+    """Returns the checkpoint that `init` names, and a note for the user if a newer one is damaged.
+
+    Raises ConfigError if it does not exist, or it or what it was trained on top of is damaged.
+    """
     path = Path(init.checkpoint or init.run or "")
     try:
         if init.checkpoint is None:
@@ -267,7 +270,7 @@ def _chosen(init: InitConfig) -> Path:
                     f"init.run = {init.run!r} is a Hugging Face folder, not a run; set init.hf={init.run} and leave "
                     "init.run out (as an override: init.run=)"
                 )
-            return storage.latest(path)
+            return _newest(path)
         if (path / "checkpoints").is_dir():
             own = [str(storage.directory(path, step)) for step in storage.steps(path)[-1:]]
             remedy = f"set init.checkpoint={own[0]}" if own else "it has none yet, so train first"
@@ -278,10 +281,19 @@ def _chosen(init: InitConfig) -> Path:
                 f"init.checkpoint = {init.checkpoint!r} does not exist; checkpoints in {path.parent} are "
                 f"{saved or 'none'}"
             )
-        storage.verify(path)
+        verify(path)
     except CheckpointError as error:
         raise ConfigError(f"{init.said}: {error}") from None
-    return path
+    return path, None
+
+
+def _newest(run: Path) -> tuple[Path, str | None]:
+    """Returns a run's newest whole checkpoint, and a note if there is a newer damaged one."""
+    found, problems = storage.find_newest(run, verify)
+    if found is None:
+        said = f"no checkpoint of {run} is whole: {'; '.join(problems)}" if problems else f"{run} has no checkpoint"
+        raise CheckpointError(f"{said}; {'restore one' if problems else 'train first'}, or name another run")
+    return found, f"{'; '.join(problems)}: so the run begins from {found}" if problems else None
 
 
 def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]:
@@ -301,7 +313,7 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
     if init.checkpoint is not None:
         named = Path(init.checkpoint)
         if _is(named, pin):
-            return pin, None
+            return replace(pin, checkpoint=str(named.resolve())), None  # both may have been moved
         if (named / storage.MANIFEST).is_file():
             raise ConfigError(
                 f"{begun}, and init.checkpoint = {init.checkpoint!r} is another; name the first, or choose another "
@@ -309,7 +321,8 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
             )
         return pin, f"{begun} and continues from its own weights; init.checkpoint = {init.checkpoint!r} is gone"
     if init.hf is not None:
-        return pin, _pinned_folder(Path(init.hf), pin, begun)
+        note = _pinned_folder(Path(init.hf), pin, begun)
+        return (pin if note else replace(pin, checkpoint=str(Path(init.hf).resolve()))), note
     assert init.run is not None
     run = Path(init.run)
     same, steps = storage.directory(run, pin.step), storage.steps(run)
@@ -320,7 +333,9 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
             f"{begun}, which init.run = {init.run!r} does not hold; name the run that does, or choose another run.dir "
             "to start a new one"
         )
-    if (same / storage.MANIFEST).is_file() and not _is(same, pin):
+    if _is(same, pin):
+        pin = replace(pin, checkpoint=str(same.resolve()))
+    elif (same / storage.MANIFEST).is_file():
         return pin, f"{begun} and continues from its own weights; {same} was written again since, and is ignored"
     if steps[-1] > pin.step:
         ignored = storage.directory(run, steps[-1])

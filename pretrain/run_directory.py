@@ -26,7 +26,9 @@ from configs.train import TrainerConfig
 from launch.environment import ClusterEnvironment
 from pretrain import history
 from pretrain.batch_source import BatchSource
+from pretrain.checkpoint import pruning
 from pretrain.checkpoint.lineage import Lineage
+from pretrain.checkpoint.whole_model import base_facts
 from pretrain.parallel.groups import Mesh
 
 ENDING = "ending"  # content of the lock file of a run that has got a signal to stop
@@ -94,7 +96,10 @@ class RunDirectory:
         self.data_spans = history.append_span(self.data_spans, now)
 
     def write_facts(self, identity: dict[str, Any]) -> None:
-        """Writes the tokenizer, config.toml, env.json and history.json, and notes in the plan that this run uses it."""
+        """Writes the tokenizer, config.toml, env.json and history.json, and notes in what this run needs that it does.
+
+        These are its plan and checkpoints of other runs.
+        """
         self._lineage.keep(self.path, identity)
         files.write_atomic(self.path / "config.toml", loader.toml(self.full_config))
         device = self._mesh.device
@@ -117,6 +122,16 @@ class RunDirectory:
                 "and may replace them",
                 flush=True,
             )
+        base = base_facts(self._config, self._lineage.init)
+        for checkpoint in {*self._source.checkpoints, *([base["base"]["checkpoint"]] if base else [])}:
+            try:
+                pruning.note_use(Path(checkpoint), self.path)
+            except OSError as error:
+                print(
+                    f"warning: {error}; the run that made {checkpoint}, which this one needs, cannot know that, and "
+                    "may remove it; checkpoint.keep_every keeps checkpoints there",
+                    flush=True,
+                )
 
 
 def _take(lock: IO[str], run_dir: Path) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.cli import TRAINING_OPTIONS, TURN_SECONDS, entrypoint, parse_args, profiled_steps
-from configs.folders import check_writable
+from configs.folders import check_run_dir
 from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError
 from configs.train import PretrainConfig
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = ClusterEnvironment.read()
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
     if not args.dry_run:
-        check_writable(config.run.dir, "run.dir")
+        check_run_dir(config.run.dir)
     try:
         choice = _choose_plan(config, args.resume, initial)
     except DamagedData as error:  # all ranks read the same plan and find the same damage

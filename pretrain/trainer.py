@@ -161,10 +161,7 @@ class Trainer:
             self._activities.begin(END, self.step)
             saver.wait()
             if saver.failure is not None:
-                say(
-                    f"error: the checkpoint of step {self.step} could not be written, and the run ends here; free disk "
-                    "space and run the same command again"
-                )
+                say(f"error: the checkpoint of step {self.step} could not be written; the run ends here: {saver.why}")
                 return FAILED
             if stopped_by:
                 return self._stopped(stopped_by, say)

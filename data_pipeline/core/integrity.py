@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.loader import Failure
 from configs.sealed import Format, SealError
 
 STAGE_MANIFEST = "stage.json"
 _CHUNK = 1 << 20
 
 
-class DamagedData(ValueError):
+class DamagedData(Failure):
     """Raised if a published file is missing or changed; its message names the file and what to do, in one sentence."""
 
 

@@ -66,7 +66,10 @@ def _items(path: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]
 def _content(file: BinaryIO, name: str) -> Iterator[bytes]:
     for member in members(file, ExtractConfig(), lambda size: None, claimed_compression(name)):
         if isinstance(member, Fault):
-            raise ValueError(f"evaluation file {name} is damaged at byte {member.offset} ({member.reason}); repair it")
+            raise ValueError(
+                f"evaluation file {name} is damaged at byte {member.offset} ({member.reason}); replace it by a whole "
+                "copy, or leave it out of decontaminate.files"
+            )
         yield from member.blocks()
 
 
@@ -76,7 +79,7 @@ def _text(file: BinaryIO, name: str) -> str:
         return decode_whole(content, marked_charset(content) or "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"evaluation file {name} is not valid {error.encoding} at byte {error.start}; convert it"
+            f"evaluation file {name} is not valid {error.encoding} at byte {error.start}; convert it to UTF-8"
         ) from None
 
 
@@ -90,7 +93,8 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
 def _fields(line: Line, name: str) -> Any:
     if line.too_long:
         raise ValueError(
-            f"evaluation file {name}, line {line.number}: it has {line.size:,} bytes, which is too long; split it up"
+            f"evaluation file {name}, line {line.number}: it has {line.size:,} bytes, which is too long; split its "
+            "text into several lines"
         )
     try:
         return orjson.loads(line.content.removeprefix("\ufeff".encode()))
@@ -114,7 +118,10 @@ def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Evalu
                 number += 1
                 yield _item(name, f"row {number}", number, fields, settings)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"evaluation file {name} cannot be read after row {number} ({error}); repair it") from None
+        raise ValueError(
+            f"evaluation file {name} cannot be read after row {number} ({error}); replace it by a whole copy, or leave "
+            "it out of decontaminate.files"
+        ) from None
 
 
 def _item(name: str, where: str, number: int, fields: Any, settings: DecontaminateConfig) -> EvaluationItem:

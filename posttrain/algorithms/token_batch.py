@@ -5,15 +5,21 @@ several sequences (packed rows), so sequences are told apart by number, not by r
 read again, which is how `trivium rl compare` gets one.
 """
 
-import os
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as as_file
 from torch import Tensor
+
+from configs.files import write_atomic
+
+CHECKSUM = "all_sha256"  # the checksum, in a file's metadata, of all its arrays; safetensors itself has none
 
 
 @dataclass(frozen=True)
@@ -99,22 +105,21 @@ class TokenBatch:
 
     def save(self, path: str | Path) -> None:
         """Writes the batch to a safetensors file, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        # Copies, as the file format takes no two tensors of the same memory.
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors().items()}
-        save_file(tensors, temporary, metadata={"format": "trivium token batch"})
-        os.replace(temporary, path)
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in self.tensors().items()}
+        write_atomic(path, file_of(arrays, {"format": "trivium token batch"}))
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenBatch":
         """Reads a batch. Raises ValueError, which says what to do, if `path` is no file with one."""
         try:
-            tensors: dict[str, Any] = load_file(path)
+            arrays, metadata = arrays_of(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{path} cannot be read as a recorded batch ({error}); name a safetensors file of one"
             ) from None
+        if CHECKSUM in metadata and metadata[CHECKSUM] != arrays_sha256(arrays):
+            raise ValueError(f"{path} does not match its own SHA-256, so it is damaged; restore it or name another")
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         known = {f.name for f in fields(cls)}
         if missing := [name for name in ("logprobs", "mask", "sequences") if name not in tensors]:
             raise ValueError(f"{path} has no {', '.join(missing)}, so it is no recorded batch; record one again")
@@ -126,6 +131,28 @@ class TokenBatch:
         if numbers.numel() and (int(numbers.min()) < 0 or int(numbers.max()) >= batch.mask.numel()):
             raise ValueError(f"{path} has sequence numbers outside 0 to {batch.mask.numel() - 1}; record it again")
         return batch
+
+
+def arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the SHA-256, in hex, of arrays with their names, types and shapes."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        found.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        found.update(array.data)
+    return found.hexdigest()
+
+
+def file_of(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Returns a safetensors file of arrays and metadata, with a checksum of all arrays in the metadata."""
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return as_file(whole, metadata={**metadata, CHECKSUM: arrays_sha256(whole)})
+
+
+def arrays_of(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads the arrays and the metadata of a safetensors file. Raises OSError or SafetensorError."""
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
 
 
 def sequences_of(segments_BS: Tensor) -> Tensor:

@@ -90,6 +90,10 @@ class DistillSource(BatchSource):
             "task": self._sampling.task.facts if self._sampling else {},
         }
 
+    @property
+    def checkpoints(self) -> list[str]:
+        return [self._teacher.checkpoint]
+
     def files(self) -> list[Expected]:
         return self._data.files() if self._data else []
 

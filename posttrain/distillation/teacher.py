@@ -125,7 +125,7 @@ class Teacher:
 
     def __init__(self, opened: OpenedTeacher, train: TrainSection, mesh: Mesh) -> None:
         """Builds the model and reads its weights; `train` is the student's section, `mesh` its mesh."""
-        self.vocab_size = opened.initial.model.vocab_size
+        self.vocab_size, self.checkpoint = opened.initial.model.vocab_size, opened.pin.checkpoint
         mesh = replace(mesh, layout=opened.layout, kv_group=None)  # which only gradients need
         train = train.model_copy(update={"freeze": (), "dropout": 0.0, "recompute": "none"})
         dtype = choose_dtype(train.precision, mesh.device)

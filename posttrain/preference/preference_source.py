@@ -50,9 +50,9 @@ class PreferenceSource(PackedSource):
     def _check(self, known: np.ndarray | None) -> None:
         if known is None:
             raise ConfigError(
-                f"{self.file} does not hold the reference's log-probabilities of these preferences, which the run "
-                "computed before its first step and cannot compute again from its own weights; restore the file, and "
-                "the data and data.heldout_share that the run began with, or choose another run.dir"
+                f"{self.file} is missing or damaged, in which the run keeps the log-probabilities of its reference on "
+                "these preferences, and which it cannot compute again from its own weights; restore the file, set "
+                "preference.loss, [data] and train.seq_length back if they were changed, or choose another run.dir"
             )
 
     def prepare(self, engine: Engine, step: int) -> None:

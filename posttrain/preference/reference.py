@@ -6,17 +6,17 @@ by then the engine has other weights.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as as_file
 from torch import Tensor
 
+from configs.files import write_atomic
 from posttrain.preference.packing import PackedRow
 from posttrain.preference.trained_loss import REFERENCE
 from pretrain.heldout_loss import batches_of_rank
@@ -33,22 +33,23 @@ def file_of(run_dir: str, model_sha256: str, data: str) -> Path:
 
 
 def load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Returns log-probabilities [rows, tokens] from a file, None if there is no whole one of this shape."""
+    """Returns log-probabilities [rows, tokens] from a file, None if there is no whole and undamaged one of this shape.
+
+    The file has a checksum of the numbers, as safetensors itself has none.
+    """
     try:
-        found = load_file(path)["logprobs"]
-    except (OSError, SafetensorError, KeyError):
+        with safe_open(path, framework="numpy") as file:
+            found, sha256 = file.get_tensor("logprobs"), (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
         return None
-    return found if found.shape == shape else None
+    return found if found.shape == shape and sha256 == hashlib.sha256(found.tobytes()).hexdigest() else None
 
 
 def save(path: Path, logprobs: np.ndarray) -> None:
-    """Writes log-probabilities to a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"logprobs": logprobs}, temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes log-probabilities and their checksum to a file, whole or not at all."""
+    logprobs = np.ascontiguousarray(logprobs)
+    metadata = {"sha256": hashlib.sha256(logprobs.tobytes()).hexdigest()}
+    write_atomic(path, as_file({"logprobs": logprobs}, metadata=metadata))
 
 
 def with_reference(rows: Sequence[PackedRow], logprobs: np.ndarray) -> list[PackedRow]:

@@ -14,7 +14,7 @@ from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.lengths import check_answers
 from posttrain.tasks.preflight import check_task
 from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore
-from posttrain.tasks.verifiable_tasks import make_task
+from posttrain.tasks.verifiable_tasks import MadeFrom, make_task
 
 
 class PromptFiles(FileTask):
@@ -43,9 +43,12 @@ class PromptFiles(FileTask):
         return "train"
 
 
-def open_task(settings: TaskConfig) -> Task:
-    """Returns the task that a config names; of files without answers and rewards, their prompts. Raises ConfigError."""
-    return make_task(settings) if settings.is_scored else PromptFiles(settings)
+def open_task(settings: TaskConfig, begun: MadeFrom | None = None) -> Task:
+    """Returns the task that a config names; of files without answers and rewards, their prompts.
+
+    `begun` is as in `make_task`. Raises ConfigError.
+    """
+    return make_task(settings, begun) if settings.is_scored else PromptFiles(settings)
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,13 @@ class Prompts:
     notes: list[str]
 
 
-def open_prompts(config: SampleConfig, chat: Chat, context: int | None) -> Prompts:
-    """Opens the prompts of a run and tries the rewards of their task.
+def open_prompts(config: SampleConfig, chat: Chat, context: int | None, begun: MadeFrom | None = None) -> Prompts:
+    """Opens the prompts of a run and tries the rewards of their task; `begun` is as in `make_task`.
 
     Raises ConfigError if a reward cannot be used, prompts and completions do not fit the model's context, or the number
     of problems is left out for a task that has no end.
     """
-    task = open_task(config.task)
+    task = open_task(config.task, begun)
     notes = check_task(task, chat, context if context is not None else 2**31)
     size, wanted = task.size("train"), config.sample.problems
     if wanted is None and size is None:

@@ -23,6 +23,7 @@ from posttrain.rejection.keeping import NotKept
 from posttrain.rejection.prompts import Prompts, open_prompts
 from posttrain.rejection.samples import DrawnSample, SampleFiles, check_facts, recorded_facts, write_facts
 from posttrain.rejection.writer import Writer, layout_of, opened_writer, said_of
+from posttrain.tasks.verifiable_tasks import made_from
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import text_sha256
 from pretrain.checkpoint.storage import CheckpointError
@@ -47,7 +48,7 @@ class SampleRunner:
         self.initial = InitialChatModel.open(self._init(before), config.run.dir, "auto")
         self.layout = layout_of(config, self.initial.model, env.world_size)
         self.context = self.initial.lineage.context or None
-        self.prompts = open_prompts(config, self.initial.chat, self.context)
+        self.prompts = open_prompts(config, self.initial.chat, self.context, before.get("rewards"))
         self._check_names(self.prompts)
         self.facts = self._facts()
         check_facts(self.folder, before, self.facts)
@@ -139,6 +140,7 @@ class SampleRunner:
             "problems": problems,
             "sample": drawn,
             "task": {**self.prompts.task.facts, "config": settings},
+            **({"rewards": rewards} if (rewards := made_from(self.prompts.task)) else {}),
         }
 
     def _say(self, text: str) -> None:

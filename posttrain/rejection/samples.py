@@ -114,12 +114,17 @@ def recorded_facts(run_dir: Path) -> dict[str, Any]:
 def check_facts(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if the samples of a run were decided by other facts than `now`."""
     found = changes(before, now) if before else {}
-    found = {key: change for key, change in found.items() if key not in ("problems", "model.path")}
+    moved = ("model.path", "checkpoint")  # places of what is known by its SHA-256
+    found = {key: change for key, change in found.items() if key != "problems" and not _ends(key, moved)}
     if found:
         raise ConfigError(
             f"run.dir = {str(run_dir)!r} has samples that were drawn otherwise: {'; '.join(words(found))}; undo the "
             "change, or choose another run.dir (the filters of [keep] alone may change)"
         )
+
+
+def _ends(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.endswith(f".{name}") for name in names)
 
 
 def write_facts(run_dir: Path, facts: Mapping[str, Any]) -> None:

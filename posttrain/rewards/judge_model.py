@@ -1,6 +1,6 @@
 """The reward of a trained reward model, which scores a batch of dialogues at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from posttrain.chat.messages import Message
 from posttrain.tasks.task import Attempt, TaskScore
@@ -9,12 +9,15 @@ Scorer = Callable[[Sequence[list[Message]]], Sequence[float]]  # dialogues that 
 
 
 class ModelReward:
-    """Scores attempts by `scorer`, all of them in one call. A score that is no finite number is unscorable."""
+    """Scores attempts by `scorer`, all of them in one call. A score that is no finite number is unscorable.
+
+    `made_from` identifies the model.
+    """
 
     compares, quick, answer_is_text = False, False, True
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
+    def __init__(self, scorer: Scorer, made_from: Mapping[str, str]) -> None:
+        self.scorer, self.made_from = scorer, made_from
 
     def check(self, key: str) -> None:
         """Does nothing: the model was opened when the reward was made."""

@@ -1,7 +1,7 @@
 """The reward for code that passes unit tests, run in the sandbox of the evaluation of programs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.loader import ConfigError
@@ -20,6 +20,7 @@ class ProgramTests:
     """
 
     compares, quick, answer_is_text = True, False, False
+    made_from: Mapping[str, str] = {}
 
     def __init__(self, limits: Limits, partial: bool = False) -> None:
         self.limits, self.partial = limits, partial

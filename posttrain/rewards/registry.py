@@ -51,13 +51,16 @@ def _function(settings: RewardConfig) -> Reward:
     return _in_worker(str(settings.function), settings, compares=False)
 
 
-def _reward_model(settings: RewardConfig) -> Reward:
+def _judge(settings: RewardConfig, key: str, begun: Mapping[str, str]) -> Reward:
+    """Returns the reward of a reward model; `begun` is what it was made from when a run that goes on began."""
     from posttrain.reward_model import score  # it loads the model's code, which other rewards do without
 
-    return ModelReward(score.open_scorer(str(settings.model)))
+    named = str(settings.model)
+    scorer = score.open_scorer(score.found_again(named, f"{key}.model", begun) if begun else named, f"{key}.model")
+    return ModelReward(scorer, {"model": named, "checkpoint": scorer.pin.checkpoint, "sha256": scorer.pin.sha256})
 
 
-REWARDS: Mapping[str, Callable[[RewardConfig], Reward]] = {
+RULES: Mapping[str, Callable[[RewardConfig], Reward]] = {
     "exact": _exact,
     "regex": _regex,
     "math_verify": _math_verify,
@@ -65,12 +68,23 @@ REWARDS: Mapping[str, Callable[[RewardConfig], Reward]] = {
     "reasoning_gym": _reasoning_gym,
     "tests": _tests,
     "function": _function,
-    "reward_model": _reward_model,
 }
 
 
-def make_rewards(settings: Mapping[str, RewardConfig]) -> WeightedRewards:
-    """Returns the rewards of a task; exact, if the config names none. Raises ConfigError if a reward model is none."""
+def make_rewards(
+    settings: Mapping[str, RewardConfig], key: str = "rewards", begun: Mapping[str, Mapping[str, str]] | None = None
+) -> WeightedRewards:
+    """Returns the rewards of a task; exact, if the config names none.
+
+    `begun` says what rewards were made from when a run that goes on began, by config key: a reward model stays the same
+    checkpoint, whatever its run has trained since. Raises ConfigError, naming keys below `key`, if a reward model is
+    none, or is gone.
+    """
     named = dict(settings) or {"exact": RewardConfig()}
-    rewards = {name: REWARDS[one.kind](one) for name, one in named.items()}
+    rewards = {
+        name: _judge(one, f"{key}.{name}", (begun or {}).get(f"{key}.{name}", {}))
+        if one.kind == "reward_model"
+        else RULES[one.kind](one)
+        for name, one in named.items()
+    }
     return WeightedRewards(rewards, {name: one.weight for name, one in named.items()})

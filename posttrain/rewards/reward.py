@@ -13,6 +13,7 @@ class Reward(Protocol):
     compares: bool  # whether it accepts a problem's own solution, with 1
     quick: bool  # whether it scores a whole file of solutions in seconds, the same on all ranks
     answer_is_text: bool  # whether a completion may say a problem's answer; it cannot say unit tests, for example
+    made_from: Mapping[str, str]  # files outside the config that decide its values, with their SHA-256
 
     def check(self, key: str) -> None:
         """Raises ConfigError, naming keys below `key`, if it cannot be used: without its package, for example."""
@@ -25,6 +26,7 @@ class RuleReward:
     """A reward whose function is one of Trivium's own, fast enough to be called in this process."""
 
     quick, compares = True, True
+    made_from: Mapping[str, str] = {}
 
     def __init__(self, function: Callable[..., float], answer_is_text: bool = True, **options: Any) -> None:
         self.function, self.answer_is_text, self.options = function, answer_is_text, options
@@ -49,6 +51,11 @@ class WeightedRewards:
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
         self.rewards, self.weights = dict(rewards), dict(weights)
+
+    @property
+    def made_from(self) -> dict[str, Mapping[str, str]]:
+        """Files outside the config, by reward, that decide values; only rewards that have such files."""
+        return {name: reward.made_from for name, reward in self.rewards.items() if reward.made_from}
 
     @property
     def answer_is_text(self) -> bool:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.files import file_sha256
 from configs.loader import ConfigError
 from posttrain.tasks.task import Attempt, TaskScore
 
@@ -158,6 +159,8 @@ class WorkerReward:
     def __init__(self, call: Call, compares: bool, package: str = "", workers: int = WORKERS) -> None:
         """`compares` says whether a problem's solution must get 1; `package` is the one that the function imports."""
         self.call, self.compares, self.package = call, compares, package
+        file = None if compares else _file_of(call.target)  # only functions of the user may change
+        self.made_from: Mapping[str, str] = {"function": call.target, "sha256": file_sha256(file)} if file else {}
         self._count = max(1, min(workers, os.cpu_count() or 1))
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._all = [Worker(call) for _ in range(self._count)]
@@ -213,3 +216,12 @@ class WorkerReward:
         """Ends all workers."""
         for worker in self._all:
             worker.close()
+
+
+def _file_of(target: str) -> Path | None:
+    """Returns the file of a function's module, as a worker finds it; None if there is no such file."""
+    name = target.partition(":")[0].replace(".", "/")
+    places = (
+        Path(folder, file) for folder in (os.getcwd(), *sys.path) for file in (f"{name}.py", f"{name}/__init__.py")
+    )
+    return next((place for place in places if place.is_file()), None)

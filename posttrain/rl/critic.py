@@ -5,28 +5,65 @@ advantages of a rollout by generalized advantage estimation, whitened over the r
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from configs.differences import words
+from configs.loader import ConfigError, plain
 from configs.model import ModelConfig
 from configs.rl import PPOSection, RLSection
 from posttrain.algorithms.critic import gae, value_loss
 from posttrain.algorithms.normalisation import whiten
 from posttrain.algorithms.token_batch import TokenBatch, sequences_of
+from posttrain.initial_model import NamedModel
 from posttrain.rl.group_credit import token_batch
 from posttrain.rl.rollout import Rollout
 from posttrain.rl.rows import rollout_rows
 from posttrain.rl.token_values import token_values
-from pretrain.checkpoint import state
+from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.lineage import Pin
-from pretrain.initial_model import initial_weights
+from pretrain.checkpoint.resume import model_changes
+from pretrain.initial_model import InitialModel, initial_weights
 from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine
 from pretrain.precision import choose_dtype
 from pretrain.schedule import learning_rate
 from pretrain.trainer import Trainer
+
+
+def critic_start(named: str | None, policy: InitialModel) -> Pin:
+    """Returns the model that the critic begins from: the one that ppo.critic names, or the policy's.
+
+    Raises ConfigError if it has another shape or tokenizer than the policy, or the run's critic began from another.
+    """
+    if policy.own is not None:  # the critic goes on from the run's own checkpoint
+        began = storage.read_manifest(policy.own)["config"].get("ppo", {}).get("critic")
+        if began != named:
+            raise ConfigError(
+                f"ppo.critic = {named!r}, and the run's critic began from {began or 'the model of the policy'}; "
+                f"{f'set ppo.critic={began}' if began else 'leave it out'}, or choose another run.dir"
+            )
+        return policy.pin
+    if named is None:
+        return policy.pin
+    critic = InitialModel.open(NamedModel.at(Path(named), "ppo.critic"), run_dir=f"{named}/none", resume="no")
+    shape, own = policy.model.with_values(), critic.model
+    if critic.tokenizer and policy.tokenizer and critic.tokenizer.sha256 != policy.tokenizer.sha256:
+        raise ConfigError(
+            f"ppo.critic = {named!r} has another tokenizer than the policy, so token ids stand for other text; name a "
+            "reward model that was trained from the policy's model, or leave ppo.critic out"
+        )
+    if own.has_logits:
+        own = own.with_values()
+    if found := model_changes("ppo.critic", plain(shape), plain(own), ("init_std",), starts=True):
+        raise ConfigError(
+            f"ppo.critic = {named!r} is of another shape than the policy: {'; '.join(words(found))}; name a reward "
+            "model that was trained from the policy's model, or leave ppo.critic out"
+        )
+    return critic.pin
 
 
 class ValueLoss:

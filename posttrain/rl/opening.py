@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from configs.layout import GROUP_SIZE, Layout
 from configs.loader import ConfigError
@@ -9,13 +11,15 @@ from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
 from launch.environment import ClusterEnvironment
 from posttrain.algorithms.dialects import Dialect
 from posttrain.initial_model import InitialChatModel
+from posttrain.rl import rollout_file
 from posttrain.rl.method import chosen_dialect
 from posttrain.rl.policy_copy import check_way
 from posttrain.rl.reference import check_reference
 from posttrain.rl.rollout_source import SamplingPlan
 from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
 from posttrain.tasks.preflight import check_task
-from posttrain.tasks.verifiable_tasks import make_task
+from posttrain.tasks.verifiable_tasks import made_from, make_task
+from pretrain.checkpoint import storage
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,15 @@ def opened(
     initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
-    group = section.group_size
-    task, prompts = make_task(config.task), config.train.global_batch_size // group
+    if not initial.continues:
+        rollout_file.check_owner(config.rl.record, config.run.dir)
+    group, begun = section.group_size, source_state(initial).get("rewards", {})
+    task, prompts = make_task(config.task, begun), config.train.global_batch_size // group
+    if env.is_main:
+        for key, facts in made_from(task).items():
+            then = begun.get(key, {})
+            if facts.get("function") == then.get("function") and facts["sha256"] != then.get("sha256", facts["sha256"]):
+                print(f"note: {key}: the module of {facts['function']} has changed since the run began")
     row = min(config.train.seq_length, initial.lineage.context or config.train.seq_length)
     lines = check_task(task, initial.chat, row)
     if env.is_main and lines:
@@ -67,5 +78,15 @@ def opened(
         f"{config.train.steps} steps of {prompts} prompts x {group} samples of {task}, layout {layout}, from "
         f"{initial.pin.checkpoint} into {config.run.dir}"
     )
+    if config.rl.replay and not rollout_file.numbers(Path(config.rl.replay)):
+        raise ConfigError(
+            f"rl.replay = {config.rl.replay!r} has no recorded rollouts; name the folder that a run had as rl.record, "
+            "or leave it out"
+        )
     sampling = SamplingPlan(task, initial.chat, group, section.temperature, config.run.seed)
     return OpenedRun(initial, sampling, dialect, layout, said)
+
+
+def source_state(initial: InitialChatModel) -> dict[str, Any]:
+    """Returns the state of the batch source in a checkpoint of a run that goes on; nothing for a new one."""
+    return {} if initial.own is None else dict(storage.read_manifest(initial.own).get("source", {}))

@@ -7,12 +7,12 @@ evaluation. That costs two gathers of the weights for each rollout.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from configs.files import file_sha256
 from configs.loader import ConfigError
-from pretrain.checkpoint import state, storage
+from pretrain.checkpoint import state
 from pretrain.checkpoint.lineage import Pin
+from pretrain.checkpoint.storage import CheckpointError
+from pretrain.checkpoint.whole_model import check_unchanged
 from pretrain.initial_model import initial_weights
 from pretrain.parallel.engine import Engine
 
@@ -40,11 +40,11 @@ class ReferencePolicy:
 
 
 def check_reference(pin: Pin) -> None:
-    """Raises ConfigError if the model that a run began from is not there any more, which is its reference."""
-    path = Path(pin.checkpoint)
-    manifest = path / storage.MANIFEST
-    if not path.is_dir() or (manifest.is_file() and file_sha256(manifest) != pin.sha256):
+    """Raises ConfigError if the model that a run began from, which is its reference, is not there as it was."""
+    try:
+        check_unchanged(pin)
+    except CheckpointError as error:
         raise ConfigError(
-            f"rl.kl measures the divergence from {path}, with which the run began, and that is gone or was replaced; "
-            "restore it (checkpoint.keep_every keeps checkpoints of the run that made it), or set rl.kl=none"
-        )
+            f"rl.kl measures the divergence from {pin.checkpoint}, with which the run began: {error}; restore what "
+            "was there, or set rl.kl=none"
+        ) from None

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
 
 from configs.files import write_atomic
 from configs.loader import ConfigError
+from posttrain.algorithms.token_batch import CHECKSUM, arrays_of, arrays_sha256, file_of
 from posttrain.rl.rollout import Rollout
 
-FORMAT = "trivium rollout 1"
+FORMAT = "trivium rollout 2"
+RECORDED_BY = "recorded_by"  # file in the folder of rl.record: the directory of the run that records there
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -37,29 +38,28 @@ def numbers(folder: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A rollout with its number, the number of the first prompt after it, and the (sum, count) of its metrics."""
+    """A rollout with its number, the number of the first prompt after it, and the (sum, count) of its metrics.
+
+    `tokenizer` is the SHA-256 of the tokenizer whose ids it has.
+    """
 
     rollout: Rollout
     number: int
     next_prompt: int
     metrics: Mapping[str, tuple[float, float]]
+    tokenizer: str
 
     @cached_property
     def sha256(self) -> str:
         """The SHA-256 of all that is recorded."""
-        found = hashlib.sha256(json.dumps(self._facts()).encode())
-        for name in sorted(self.rollout.arrays):
-            array = np.ascontiguousarray(self.rollout.arrays[name])
-            found.update(f"{name} {array.dtype.str} {array.shape}".encode())
-            found.update(array.data)
-        return found.hexdigest()
+        facts = json.dumps(self._facts())
+        return hashlib.sha256(f"{facts} {arrays_sha256(self.rollout.arrays)}".encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Writes the file of the rollout into a folder, whole or not at all."""
         arrays = {**_token_batch(self.rollout), **self.rollout.arrays}
         metadata = {"format": FORMAT, "sha256": self.sha256, "facts": json.dumps(self._facts())}
-        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=metadata)
-        write_atomic(path_of(folder, self.number), content)
+        write_atomic(path_of(folder, self.number), file_of(arrays, metadata))
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -67,37 +67,62 @@ class Recorded:
             "next_prompt": self.next_prompt,
             "group_size": self.rollout.group_size,
             "metrics": {name: list(values) for name, values in sorted(self.metrics.items())},
+            "tokenizer": self.tokenizer,
         }
 
 
-def read(folder: Path, number: int) -> Recorded:
-    """Reads a rollout.
+def read(folder: Path, number: int, otherwise: str) -> Recorded:
+    """Reads a rollout. `otherwise` says, for messages, what else to do than to restore its file.
 
     Raises ConfigError if the file is missing, damaged or of another format.
     """
     path = path_of(folder, number)
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        arrays, metadata = arrays_of(path)
     except FileNotFoundError:
         found = numbers(folder)
-        has = f"it has rollouts {found[0]} to {found[-1]}" if found else "it has no rollouts"
-        raise ConfigError(f"{path} does not exist, and rollout {number} is needed; {has}") from None
+        has = f"{folder} has rollouts {found[0]} to {found[-1]}" if found else f"{folder} has no rollouts"
+        raise ConfigError(
+            f"{path} does not exist, and rollout {number} is needed ({has}); restore it, or {otherwise}"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"{path} cannot be read as a recorded rollout ({error}); restore it or sample again"
+            f"{path} cannot be read as a recorded rollout ({error}); restore it, or {otherwise}"
         ) from None
     if metadata.get("format") != FORMAT:
-        raise ConfigError(f"{path} is no rollout of this version of Trivium; record it again with rl.record")
+        raise ConfigError(f"{path} is no rollout of this version of Trivium; {otherwise}")
+    damaged = ConfigError(f"{path} does not match its own SHA-256, so it is damaged; restore it, or {otherwise}")
+    if metadata.get(CHECKSUM) != arrays_sha256(arrays):
+        raise damaged
     kept = {name: array for name, array in arrays.items() if name not in _DERIVED}
-    facts = json.loads(metadata["facts"])
-    rollout = Rollout(kept, facts["group_size"])
-    metrics = {name: (total, count) for name, (total, count) in facts["metrics"].items()}
-    recorded = Recorded(rollout, facts["number"], facts["next_prompt"], metrics)
-    if recorded.sha256 != metadata["sha256"] or recorded.number != number:
-        raise ConfigError(f"{path} does not match its own SHA-256, so it is damaged; restore it or sample again")
+    try:
+        facts = json.loads(metadata["facts"])
+        metrics = {name: (total, count) for name, (total, count) in facts["metrics"].items()}
+        rollout = Rollout(kept, facts["group_size"])
+        recorded = Recorded(rollout, facts["number"], facts["next_prompt"], metrics, facts["tokenizer"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise damaged from None
+    if recorded.sha256 != metadata.get("sha256") or recorded.number != number:
+        raise damaged
     return recorded
+
+
+def check_owner(folder: str | None, run_dir: str | Path) -> None:
+    """Raises ConfigError if rl.record, `folder`, has rollouts of another run than the one in `run_dir`."""
+    if folder is None or not numbers(Path(folder)):
+        return
+    file = Path(folder, RECORDED_BY)
+    owner = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if owner != str(Path(run_dir).resolve()):
+        raise ConfigError(
+            f"rl.record = {folder!r} has rollouts of {owner or 'another run'} already; name another folder, or remove "
+            "it"
+        )
+
+
+def note_owner(folder: Path, run_dir: Path) -> None:
+    """Notes in a folder of rollouts which run records there."""
+    write_atomic(folder / RECORDED_BY, str(run_dir.resolve()).encode())
 
 
 def remove_before(folder: Path, number: int) -> None:

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from configs.loader import ConfigError
+from configs.loader import ConfigError, Failure
 from configs.rl import RLSection
 from configs.train import TrainSection
+from data_pipeline.core.integrity import Expected
+from data_pipeline.mixture import earlier
 from posttrain.algorithms.aggregation import Aggregation, step_factor, token_weight
 from posttrain.chat.chat import Chat
 from posttrain.rl import rollout_file
@@ -33,6 +35,7 @@ from posttrain.rl.rows import RolloutRow, rollout_rows
 from posttrain.rl.text_rows import TextRows
 from posttrain.rl.token_values import token_values
 from posttrain.tasks.task import Task
+from posttrain.tasks.verifiable_tasks import made_from
 from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin
@@ -109,10 +112,24 @@ class RolloutSource(BatchSource):
         found = {"task": self.sampling.task.facts, "grpo": {"group_size": self.sampling.group_size}}
         if self.phases.steps > 1:
             found["rl"] = {"rollout_batch": self.settings.rollout_batch, "epochs": self.settings.epochs}
-        return found
+        return found | ({"text": {"plan": self._text.plan.fingerprint}} if self._text else {})
+
+    def files(self) -> list[Expected]:
+        return self._text.plan.store_files() if self._text else []
+
+    def note_use(self, run_dir: Path) -> None:
+        if self._text:
+            earlier.note_use(self._text.plan.path, run_dir)
 
     def state(self) -> dict[str, Any]:
-        return {"next_prompt": self._next_prompt, "rollout": self._sha256, "batch": self.phases.batch_size}
+        found = {"next_prompt": self._next_prompt, "rollout": self._sha256, "batch": self.phases.batch_size}
+        found |= {"text_plan": self._text.plan.fingerprint} if self._text else {}
+        return found | ({"rewards": rewards} if (rewards := made_from(self.sampling.task)) else {})
+
+    @property
+    def checkpoints(self) -> list[str]:
+        judges = [facts["checkpoint"] for facts in made_from(self.sampling.task).values() if "checkpoint" in facts]
+        return judges + ([self._initial.checkpoint] if self._initial and self.settings.kl != "none" else [])
 
     def go_on(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
         """Takes up the prompts where a checkpoint left them, and its rollout if that is not used up."""
@@ -128,11 +145,14 @@ class RolloutSource(BatchSource):
                 f"{state.get('batch')}, at least until step {(number + 1) * self.phases.steps}"
             )
         folder = storage.run_of(checkpoint) / ROLLOUTS
-        recorded = rollout_file.read(folder, number)
+        before = number * self.phases.steps
+        earlier_ones = "to begin again" if before == 0 else "to go on from before this rollout"
+        otherwise = f"remove the checkpoints after step {before} in {checkpoint.parent} {earlier_ones}"
+        recorded = rollout_file.read(folder, number, otherwise)
         if recorded.sha256 != state.get("rollout"):
             raise ConfigError(
                 f"{rollout_file.path_of(folder, number)} is not the rollout that {checkpoint} was trained on, since "
-                "the run went on from an earlier checkpoint after it; remove that checkpoint to go on from one before"
+                f"the run went on from an earlier checkpoint after it; restore the file, or {otherwise}"
             )
         self._rollout, self._metrics, self._sha256 = recorded.rollout, dict(recorded.metrics), recorded.sha256
 
@@ -241,7 +261,7 @@ class RolloutSource(BatchSource):
         spoken = rollout.arrays if self.policy.leads else {name: array[:0] for name, array in rollout.arrays.items()}
         whole = Rollout(gather_rows(spoken), sampling.group_size)
         if np.isnan(whole.scores).all():
-            raise ValueError(
+            raise Failure(
                 f"task {sampling.task.name!r} could score none of the {len(whole)} completions of prompts "
                 f"{numbers.start // sampling.group_size} to {self._next_prompt - 1}; mend its reward before training"
             )
@@ -249,13 +269,20 @@ class RolloutSource(BatchSource):
 
     def _replayed(self, number: int) -> Rollout:
         assert self.settings.replay is not None
-        recorded = rollout_file.read(Path(self.settings.replay), number)
-        rollout, self._next_prompt = recorded.rollout, recorded.next_prompt
-        if len(rollout) != self.phases.samples or rollout.tokens.shape[1] != self.seq_length:
+        recorded = rollout_file.read(Path(self.settings.replay), number, "leave out rl.replay to sample new ones")
+        rollout, self._next_prompt, group_size = recorded.rollout, recorded.next_prompt, self.sampling.group_size
+        if recorded.tokenizer != self.sampling.chat.tokenizer.sha256:
             raise ConfigError(
-                f"rl.replay: rollout {number} has {len(rollout)} samples in rows of {rollout.tokens.shape[1]} tokens, "
-                f"and this run takes {self.phases.samples} in rows of {self.seq_length}; set train.global_batch_size, "
-                "rl.rollout_batch and train.seq_length as they were when it was recorded"
+                f"rl.replay: rollout {number} of {self.settings.replay} was recorded with another tokenizer than the "
+                "model's, so its token ids stand for other text; replay rollouts of a model with the same tokenizer"
+            )
+        have = len(rollout), rollout.group_size, rollout.tokens.shape[1]
+        if have != (self.phases.samples, group_size, self.seq_length):
+            raise ConfigError(
+                f"rl.replay: rollout {number} has {have[0]} samples in groups of {have[1]} and rows of {have[2]} "
+                f"tokens, and this run takes {self.phases.samples} in groups of {group_size} and rows of "
+                f"{self.seq_length}; set train.global_batch_size, rl.rollout_batch, group_size and train.seq_length as "
+                "they were when it was recorded"
             )
         own = ("tokens", "labels", "mask", "lengths", "prompts", "scores", "stopped", "rollout_logprobs")
         parts = [name for name in rollout.arrays if name.startswith(PART)]
@@ -273,12 +300,14 @@ class RolloutSource(BatchSource):
         folders += [Path(self.settings.record)] if self.settings.record else []
         for folder in folders:
             recorded.write(folder)
+            if folder != self.folder:
+                rollout_file.note_owner(folder, self.folder.parent)
         saved = storage.steps(self.folder.parent)
         rollout_file.remove_before(self.folder, self.phases.rollout_of(saved[0]) if saved else number)
 
     def _recorded(self, number: int) -> Recorded:
         assert self._rollout is not None
-        return Recorded(self._rollout, number, self._next_prompt, self._metrics)
+        return Recorded(self._rollout, number, self._next_prompt, self._metrics, self.sampling.chat.tokenizer.sha256)
 
     def rows(self, samples: range) -> list[RolloutRow]:
         """Returns the rows of this data-parallel rank's share of the step that `prepare` was called for."""

@@ -6,10 +6,13 @@ that of text are each a mean over their own tokens, rows have factors: the whole
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from configs.loader import ConfigError
+from data_pipeline.core.integrity import DamagedData
+from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, Row
 from posttrain.rl.policy_loss import PTX
 from posttrain.rl.rows import RolloutRow
@@ -22,6 +25,20 @@ class TextRows:
     plan: Plan
     count: int
     coef: float
+
+    @classmethod
+    def open(cls, location: str, count: int, coef: float, wanted: str | None) -> "TextRows":
+        """Opens the plan at `location`, or the one with the fingerprint `wanted` that a later data run moved aside.
+
+        Raises ConfigError if there is none.
+        """
+        try:
+            plan = (find(location, wanted) if wanted else None) or Plan.open(Path(location))
+        except DamagedData:
+            raise
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"ppo.text_plan = {location!r}: {error}") from None
+        return cls(plan, count, coef)
 
     def check(self, seq_length: int, parts: int) -> None:
         """Raises ConfigError if rows have another length, or do not fill micro-batches on each of `parts` shares."""

@@ -60,9 +60,11 @@ class FileTask:
 
     @property
     def facts(self) -> dict[str, Any]:
+        """Name, limit and hash of the problems: of all that a reward sees, and not of the place of a record."""
         digest = hashlib.sha256()
         for problem in self.problems["train"]:
-            digest.update(f"{problem.id}/{_canonical(problem.messages)}/{_canonical(problem.answer)}".encode())
+            seen = (problem.messages, problem.answer, problem.metadata)
+            digest.update("/".join(map(_canonical, seen)).encode(errors="surrogatepass"))
         return {"name": self.name, "max_new_tokens": self.max_new_tokens, "problems": digest.hexdigest()}
 
     @property

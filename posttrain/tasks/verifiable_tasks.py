@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, split_of
 from posttrain.tasks.task_mixture import MixtureTask
 
+MadeFrom = Mapping[str, Mapping[str, str]]
 LEAST_DIGITS, MOST_DIGITS = 3, 32
 
 
@@ -80,18 +81,31 @@ class SortTask:
                 return drawn
 
 
-def make_task(settings: TaskConfig) -> Task:
-    """Returns the task that a config names. Raises ConfigError if its files or rewards cannot be used."""
+def make_task(settings: TaskConfig, begun: MadeFrom | None = None) -> Task:
+    """Returns the task that a config names. Raises ConfigError if its files or rewards cannot be used.
+
+    `begun` is what `made_from` returned when a run that goes on began.
+    """
     most = settings.max_new_tokens
     if settings.kind != "mixture":
-        return _make(settings, settings.name, most, "task")
+        return _make(settings, settings.name, most, "task", begun)
     parts = {
-        name: (part.weight, _make(part, name, most, f"task.tasks.{name}")) for name, part in settings.tasks.items()
+        name: (part.weight, _make(part, name, most, f"task.tasks.{name}", begun))
+        for name, part in settings.tasks.items()
     }
     return MixtureTask(settings.name or settings.kind, parts, most)
 
 
-def _make(settings: TaskPartConfig, name: str, max_new_tokens: int, key: str) -> Task:
+def made_from(task: Task) -> MadeFrom:
+    """Returns what the rewards of a task are made from outside the config, by config key: reward models, functions."""
+    if isinstance(task, MixtureTask):
+        return {key: facts for part in task.parts.values() for key, facts in made_from(part).items()}
+    if not isinstance(task, FileTask):
+        return {}
+    return {f"{task.key}.rewards.{name}": facts for name, facts in task.rewards.made_from.items()}
+
+
+def _make(settings: TaskPartConfig, name: str, max_new_tokens: int, key: str, begun: MadeFrom | None) -> Task:
     try:
         match settings.kind:
             case "sort":
@@ -99,7 +113,7 @@ def _make(settings: TaskPartConfig, name: str, max_new_tokens: int, key: str) ->
             case "countdown":
                 return CountdownTask(settings.digits or CountdownTask.digits, max_new_tokens)
             case "file":
-                rewards = make_rewards(settings.rewards)
+                rewards = make_rewards(settings.rewards, f"{key}.rewards", begun)
                 return FileTask(name or settings.kind, settings, rewards, max_new_tokens, key)
             case kind:
                 raise ConfigError(f"{key}.kind = {kind!r} is no task")

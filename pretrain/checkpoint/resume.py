@@ -23,6 +23,7 @@ from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin, text_sha256
 from pretrain.checkpoint.storage import CheckpointError
+from pretrain.checkpoint.whole_model import verify
 from pretrain.parallel.groups import Mesh
 
 
@@ -90,7 +91,7 @@ def _check_together(mesh: Mesh, path: Path) -> None:
 def _fault_in_share(mesh: Mesh, path: Path) -> str | None:
     """Checks this rank's share of a checkpoint's files; returns the first fault found, if any."""
     try:
-        storage.verify(path, (mesh.rank, mesh.layout.world_size))
+        verify(path, (mesh.rank, mesh.layout.world_size))
     except (CheckpointError, ConfigError) as error:
         return str(error)
     except OSError as error:

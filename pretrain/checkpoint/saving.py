@@ -7,6 +7,8 @@ does not survive the death of a rank (the other ranks' threads fail with it).
 """
 
 import datetime
+import errno
+import os
 import shutil
 import threading
 import time
@@ -19,7 +21,7 @@ import torch.distributed as dist
 
 from configs.loader import plain
 from configs.train import CheckpointConfig
-from pretrain.checkpoint import state, storage
+from pretrain.checkpoint import pruning, state, storage
 from pretrain.checkpoint.storage import CheckpointError, Piece
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.messages import broadcast_json, gather_json
@@ -56,7 +58,7 @@ class Saver:
         timeout = datetime.timedelta(minutes=AGREEMENT_MINUTES)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         if engine.mesh.is_main:
-            storage.remove_leftovers(run_dir)
+            pruning.remove_leftovers(run_dir)
         dist.barrier(self._group)  # no rank may write its first file before leftovers are removed
 
     def copy(self) -> float:
@@ -86,6 +88,12 @@ class Saver:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    @property
+    def why(self) -> str:
+        """Why the last save was given up, and what to do."""
+        full = any(os.strerror(number) in str(self.failure) for number in (errno.ENOSPC, errno.EDQUOT))
+        return f"{self.failure}; {'free disk space' if full else 'see to that'} and run the same command again"
 
     def __enter__(self) -> "Saver":
         return self
@@ -170,6 +178,6 @@ class Saver:
             return
         self.say(f"copied in {self._copy_seconds:.2f} s; saved {final} in {seconds:.1f} s")
         try:
-            storage.prune(self.run_dir, step, self.config.keep, self.config.keep_every)
+            pruning.prune(self.run_dir, step, self.config.keep, self.config.keep_every)
         except OSError as error:
             self.say(f"warning: old checkpoints of {self.run_dir} could not be removed: {error}")

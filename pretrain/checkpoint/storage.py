@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 
 from configs.files import file_sha256, sync
-from configs.loader import ConfigError
+from configs.loader import ConfigError, Failure
 from configs.sealed import CHECKPOINT, VersionError
 
 MANIFEST = "manifest.json"
@@ -55,7 +55,7 @@ DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Failure):
     """Error for a checkpoint that is missing, incomplete, damaged or of another model; names file and remedy."""
 
 
@@ -336,28 +336,6 @@ def read_full(path: str | Path, kind: str = "weight") -> dict[str, torch.Tensor]
     with Reader(path) as reader:
         whole = {name: reader.read(name, kind).float() for name in reader.shapes if kind in reader.kinds_of(name)}
         return whole | (reader.balance if kind == "weight" else {})
-
-
-def prune(run_dir: str | Path, step: int, keep: int, keep_every: int = 0) -> None:
-    """Removes old checkpoints: of those up to and with `step`, the newest `keep` stay, and multiples of `keep_every`.
-
-    Steps after `step` are neither counted nor removed: a run that resumed from before a damaged checkpoint will
-    overwrite it when it gets there.
-    """
-    done = [s for s in steps(run_dir) if s <= step]
-    for old in done[:-keep]:
-        if keep_every and old % keep_every == 0:
-            continue
-        path = directory(run_dir, old)
-        # The manifest is removed first, so that the rest is not taken for a checkpoint if the process is killed here.
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path)
-
-
-def remove_leftovers(run_dir: str | Path) -> None:
-    """Removes temporary directories that killed saves left. No save may be in flight."""
-    for path in (Path(run_dir) / "checkpoints").glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:

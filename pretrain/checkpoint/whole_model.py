@@ -42,16 +42,16 @@ def base_of(path: Path, manifest: dict[str, Any]) -> Path | None:
         return None
     places = Path(base["checkpoint"]), Path(os.path.normpath(storage.run_of(path) / base["relative"]))
     for place in places:
-        if _sha256(place) == base["sha256"]:
+        if content_of(place) == base["sha256"]:
             return place
-    said = "is another model now" if _sha256(places[0]) else "is gone"
+    said = "is another model now" if content_of(places[0]) else "is gone"
     raise CheckpointError(
         f"{path} holds only what was trained on top of {places[0]}, which {said}; put the model back there, whose "
         f"SHA-256 begins with {base['sha256'][:12]}"
     )
 
 
-def _sha256(model: Path) -> str | None:
+def content_of(model: Path) -> str | None:
     """Returns what identifies a checkpoint, its manifest's SHA-256, or a Hugging Face folder; None if none is there."""
     if (model / storage.MANIFEST).is_file():
         return file_sha256(model / storage.MANIFEST)
@@ -62,12 +62,15 @@ def _sha256(model: Path) -> str | None:
     return content_sha256(model)
 
 
-def verify(path: str | Path) -> dict[str, Any]:
-    """Checks the files of a checkpoint, and of its base, against their checksums; returns the checkpoint's manifest."""
-    manifest = storage.verify(path)
+def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """Checks the files of a checkpoint, and of its base, against their checksums; returns the checkpoint's manifest.
+
+    `share` is that of `storage.verify`. Raises CheckpointError, also if the base is gone.
+    """
+    manifest = storage.verify(path, share)
     base = base_of(Path(path), manifest)
     if base is not None and (base / storage.MANIFEST).is_file():
-        verify(base)
+        verify(base, share)
     return manifest
 
 
@@ -81,6 +84,15 @@ def separate_adapter(manifest: dict[str, Any], path: str | Path) -> AdapterConfi
     """Returns the config of the adapters in the checkpoint at `path` if they cannot be merged into its weights."""
     adapter = adapter_of(manifest, path)
     return None if adapter is None or adapter.merges else adapter
+
+
+def check_unchanged(pin: Pin) -> None:
+    """Raises CheckpointError if the model that `pin` identifies is gone, was replaced, or is damaged."""
+    path = Path(pin.checkpoint)
+    if (found := content_of(path)) != pin.sha256:
+        raise CheckpointError(f"{path} {'is another model now' if found else 'is gone'}")
+    if (path / storage.MANIFEST).is_file():
+        verify(path)
 
 
 class WholeTensors(Protocol):

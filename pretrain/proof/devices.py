@@ -118,10 +118,10 @@ def read_reference(folder: Path, precisions: Sequence[str]) -> dict[str, Any]:
     """Reads reference.json and checks every file against its checksum; raises ConfigError if anything is amiss."""
     again = "record it again: trivium prove --record FOLDER"
     try:
-        facts = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = dict(json.loads((folder / REFERENCE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise ConfigError(f"--against {folder}: it has no {REFERENCE} that can be read; {again}") from None
-    if facts.get("format") != FORMAT:
+    if facts.get("format") != FORMAT or not facts.keys() >= {"files", "precisions", "cases"}:
         raise ConfigError(f"--against {folder}: another version of Trivium recorded it; {again}")
     for name, digest in facts["files"].items():
         if not (folder / name).is_file() or file_sha256(folder / name) != digest:

@@ -283,7 +283,7 @@ def test_rollouts_are_the_same_in_any_layout(
     ranks: RanksOf, rewarded: Path, several: Path, tmp_path: Path, world: int, options: list[str]
 ) -> None:
     call(ranks(world), "grpo", rewarded, f"run.dir={tmp_path}", *options, *SEVERAL, "train.steps=4")
-    ours, theirs = (rollout_file.read(folder, 0).rollout for folder in (tmp_path / "rollouts", rewarded / "record"))
+    ours, theirs = (rollout_file.read(folder, 0, "").rollout for folder in (tmp_path / "rollouts", rewarded / "record"))
     for name, array in theirs.arrays.items():
         if array.dtype == np.float32:
             np.testing.assert_allclose(ours.arrays[name], array, atol=1e-5, rtol=0)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.folders import check_writable
+from configs.folders import check_run_dir, check_writable
 from configs.loader import ConfigError
 from export import publishing
-from posttrain import grpo, rm, sft
+from posttrain import dpo, grpo, ppo, rm, sft
 from pretrain import train
 from pretrain.proof import prove as prove
 
@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], list[str]]] = {
     "run.dir": (train.main, ["configs/pretrain/demo.toml", "run.dir={folder}"]),
     "run.dir of sft": (sft.main, ["configs/posttrain/demo_sft.toml", "run.dir={folder}"]),
     "run.dir of rm": (rm.main, ["configs/posttrain/demo_rm.toml", "run.dir={folder}"]),
+    "run.dir of dpo": (dpo.main, ["configs/posttrain/demo_dpo.toml", "run.dir={folder}"]),
+    "run.dir of ppo": (ppo.main, ["configs/posttrain/demo_ppo.toml", "run.dir={folder}"]),
     "run.dir of grpo": (grpo.main, ["configs/posttrain/demo_grpo.toml", "run.dir={folder}"]),
     "--out": (prove.main, ["configs/pretrain/demo.toml", "--layouts", "tp2", "--out", "{folder}"]),
 }
@@ -36,6 +38,26 @@ def test_a_file_is_no_folder_and_has_none(tmp_path: Path, key: str) -> None:
             main([word.format(folder=out) for word in argv])
         words = f"{key.split()[0]} = {str(out)!r}: {tmp_path / 'file'} is a file; name a folder, or a place in one"
         assert str(refused.value) == words
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "rollouts", "reference"])
+def test_a_file_in_place_of_a_runs_folder_is_found_at_the_start(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    for command in ("run.dir", "run.dir of sft", "run.dir of grpo"):
+        main, argv = COMMANDS[command]
+        with pytest.raises(ConfigError, match=rf"^run\.dir = '{tmp_path}': {tmp_path / name} is a file; name a folder"):
+            main([word.format(folder=tmp_path) for word in argv])
+    (tmp_path / name).unlink()
+    check_run_dir(tmp_path)
+
+
+def test_a_folder_in_place_of_a_runs_file_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is a folder; name another run\.dir, or remove it"):
+        check_run_dir(tmp_path)
+    check_run_dir(tmp_path / "another")
+    (tmp_path / "metrics.jsonl").rmdir()
+    check_run_dir(tmp_path)
 
 
 def test_the_folder_of_an_exported_or_imported_model(tmp_path: Path) -> None:

@@ -168,44 +168,67 @@ def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "message", "mended"),
     [
         (
             WRITE.replace("metric: bleu}", "metric: blue}"),
             r"has the metric 'blue', which does not exist; did you mean bl",
+            WRITE,
         ),
         (
             WRITE.replace("12}", "12, num_beams: 4}"),
             r"task write sets generation_kwargs\.num_beams = 4, which Trivium's",
+            WRITE,
         ),
         (
             WRITE.replace("choices[1]", "choices").replace('"{{choices}}"', "choices"),
-            r"has several references .* bleu 0 or 1",
+            r"has several references .* bleu 0 or 1; give one reference by doc_to_target",
+            WRITE,
+        ),
+        (
+            WRITE.replace(
+                "metric: bleu}", "metric: sacrebleu, hf_evaluate: true, aggregation: mean, higher_is_better: true}"
+            ),
+            r"has the metric sacrebleu of the package evaluate, .*; use another in its file, such as .*bleu",
+            WRITE,
         ),
         (
             CHOICE.replace("questions.jsonl", "none.jsonl"),
             r"task choice cannot be loaded: FileNotFoundError: .*none\.js",
+            CHOICE,
         ),
         (
             CHOICE.replace("dataset_path: json", "dataset_path: some/where").replace("dataset_kwargs", "metadata"),
             r"task choice cannot be loaded: its data are not on this machine .*HF_HUB_OFFLINE=0",
+            None,
         ),
         (
             CHOICE + "unsafe_code: true\n",
             r"task choice runs programs .* add --run-unsafe-code to allow that, or use human",
+            {"unsafe": True},
         ),
-        ("task: [choice", r"wrong\.yaml is not valid YAML: .*; correct it"),
-        ("test_split: a", r"has no task in it; put YAML files with a `task:` key there"),
+        ("task: [choice", r"wrong\.yaml is not valid YAML: .*; correct it", CHOICE),
+        ("test_split: a", r"has no task in it; put YAML files with a `task:` key there", CHOICE),
     ],
 )
-def test_tasks_that_cannot_be_run_are_told(text: str, message: str, tasks: Path, tmp_path: Path) -> None:
+def test_tasks_that_cannot_be_run_are_told_and_run_as_the_message_says(
+    text: str, message: str, mended: str | dict[str, Any] | None, tasks: Path, tmp_path: Path
+) -> None:
+    """`mended` is the file or the options as the message asks for them; None where that needs a network."""
     from pretrain.evaluation.harness_tasks import load_tasks
 
-    (tmp_path / "wrong.yaml").write_text(text)
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
     for name in ("questions", "solved"):
         (tmp_path / f"{name}.jsonl").write_bytes((tasks / f"{name}.jsonl").read_bytes())
     with pytest.raises(ConfigError, match=message):
         load_tasks([str(tmp_path)])
+    if isinstance(mended, str):
+        file.write_text(mended)
+    if mended is not None:
+        assert len(load_tasks([str(tmp_path)], **(mended if isinstance(mended, dict) else {})).tasks) == 1
+    if isinstance(mended, dict):
+        assert load_tasks(["humaneval"]).tasks.keys() == {"humaneval"}
 
 
 def test_mistakes_on_the_command_line_are_told(
@@ -214,7 +237,7 @@ def test_mistakes_on_the_command_line_are_told(
     for argv, message in (
         (["--tasks", "humaneval", "--chat"], r"has no chat template; leave out --chat, or name a run of `trivium sft`"),
         (["--tasks", "humaneval", "--humaneval", str(tmp_path)], r"HumanEval's problems are not at"),
-        (["--tasks", "x", "--task-folder", str(tmp_path / "no")], r"--task-folder .*no is no folder"),
+        (["--tasks", "x", "--task-folder", str(tmp_path / "no")], r"--task-folder .*no is no folder; name one with"),
         ([], r"has no held-out text: it knows no data plan; name a plan by --plan, or give --tasks"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -2,11 +2,16 @@
 
 import io
 import json
+import re
+from collections.abc import Iterator
 
 import pytest
 
 from configs.loader import ConfigError
+from configs.train import ParallelConfig
 from export import chat, generate
+from export.prompt_file import read_prompts
+from export.text_model import TextModel, loaded
 from posttrain.chat.chat_format import ChatFormat, jinja_template
 from pretrain.text_codec import TextCodec
 from tests.unit.export.conftest import ENGLISH, tiny, write_imported
@@ -83,27 +88,67 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(chat_model, capsys, tmp_path)
     assert json.loads(capsys.readouterr().out)["ending"] in ("context", "stop_token")
 
 
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory, tokenizer_path) -> Iterator[TextModel]:
+    folder = write_imported(tmp_path_factory.mktemp("opened"), tiny(), tokenizer_path)
+    with loaded(str(folder), "latest", ParallelConfig(), "fp32") as found:
+        yield found
+
+
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "said", "corrected"),
     [
-        ("{", "line 2: not JSON"),
-        ("[1]", "line 2: not an object"),
-        ('{"text": "a"}', r"line 2: has the keys \['text'\], and needs either prompt or messages"),
-        ('{"prompt": "a", "messages": []}', "needs either"),
-        ('{"prompt": 3}', "prompt is int, not a text"),
-        ('{"prompt": "a", "ending": 3}', "has the key 'ending', which is written"),
-        ('{"prompt": "\\ud800"}', "half a surrogate pair"),
-        ('{"prompt": "' + "It was the age of wisdom, " * 20 + '"}', "fill the model's context of 128 tokens"),
-        ('{"messages": [{"role": "nobody", "content": "a"}]}', "messages is not a list of objects with role"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "has no chat template"),
+        ("{", "line 2: not JSON", "{}"),
+        ("[1]", r"line 2: not an object such as (\{.*?\})", None),
+        ('{"text": "a"}', r"line 2: has the keys \['text'\], and needs either prompt or messages", '{"prompt": "a"}'),
+        ('{"prompt": "a", "messages": []}', "needs either", '{"prompt": "a"}'),
+        ('{"prompt": 3}', "prompt is int, not a text", '{"prompt": "3"}'),
+        ('{"prompt": "a", "ending": 3}', "has the key 'ending', which is written", '{"prompt": "a"}'),
+        ('{"prompt": "\\ud800"}', "half a surrogate pair", '{"prompt": "\\ud83d\\ude00"}'),
+        (
+            '{"prompt": "' + "It was the age of wisdom, " * 20 + '"}',
+            "fill the model's context of 128 tokens",
+            '{"prompt": "It was the age of wisdom, "}',
+        ),
+        ('{"messages": [{"role": "nobody", "content": "a"}]}', "messages is not a list of objects with role", ""),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "has no chat template", '{"prompt": "a"}'),
     ],
 )
-def test_a_wrong_line_of_a_file_is_named(model, tmp_path, capsys, line, said):
+def test_a_wrong_line_of_a_file_is_named_and_can_be_corrected_or_dropped(opened, tmp_path, line, said, corrected):
+    """`corrected` is the line as the message asks for it, None if the message itself has one."""
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "It was"}\n' + line + "\n")
-    with pytest.raises(ConfigError, match=said):
-        generate.main([str(model), "--prompts", str(file)])
-    assert capsys.readouterr().out == ""
+
+    def read(*lines: str) -> int:
+        file.write_text("\n".join(lines) + "\n")
+        return len(read_prompts(file, opened))
+
+    with pytest.raises(ConfigError, match=rf"--prompts .*{said}.*; correct the line, or drop it") as raised:
+        read('{"prompt": "It was"}', line)
+    assert read('{"prompt": "It was"}') == 1
+    if corrected is None:
+        corrected = re.search(said, str(raised.value))[1]
+    if corrected == "{}":  # JSON, and so the next fault is told
+        with pytest.raises(ConfigError, match=r"has the keys \[\], and needs either prompt or messages"):
+            read(corrected)
+    else:
+        assert read('{"prompt": "It was"}', corrected) == 1 + bool(corrected)
+
+
+def test_a_file_without_prompts_is_told_what_a_line_looks_like(opened, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n \n")
+    with pytest.raises(ConfigError, match=r"has no prompt; write lines such as (.*)$") as raised:
+        read_prompts(file, opened)
+    file.write_text(str(raised.value).split("such as ")[1])
+    assert len(read_prompts(file, opened)) == 1
+    for wrong, said in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none", "No such file"),
+        (file, "not UTF-8 at byte 0"),
+    ):
+        file.write_bytes(b"\xff")
+        with pytest.raises(ConfigError, match=f"{said}.*; name a JSONL file with a prompt in each line"):
+            read_prompts(wrong, opened)
 
 
 def test_a_stop_string_ends_a_text_and_is_not_part_of_it(model, capsys):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from configs.loader import ConfigError, load, validate
+from configs.loader import ConfigError, Failure, load, validate
 from configs.recipe import GateConfig, RecipeConfig
 from launch import recipe
 from launch.recipe import DEMO, command_line, read_times, run_stages, updated, write_specimen
@@ -75,7 +75,7 @@ def test_stages_run_in_order_and_end_in_a_table(stages: list[RecipeStage], tmp_p
 def test_a_specimen_is_what_its_command_prints(tmp_path: Path) -> None:
     assert write_specimen(Specimen(("config", "--new", "sft"))).startswith("#")
     refused = ("chat", str(tmp_path / "none"), "--temperature", "warm")  # before torch is imported
-    with pytest.raises(ChildProcessError, match=r"`echo Hello \| trivium chat .*/none .*` ended with status 2: "):
+    with pytest.raises(Failure, match=r"specimen `echo Hello \| trivium chat .*/none .*` ended with status 2: "):
         write_specimen(Specimen(refused, "Hello"))
 
 
@@ -96,9 +96,18 @@ def test_a_failure_stops_and_says_how_to_go_on(stages: list[RecipeStage], tmp_pa
     assert str(tmp_path / "logs" / "two.log") in text
     assert command_line(stages[1]) in text
     (tmp_path / "fail_two").unlink()
-    (tmp_path / "recipe.json").write_text('{"stages": ')  # torn, as by a full disk
-    with pytest.raises(ValueError, match=r"is damaged .*; delete it and run the recipe again") as refused:
-        run(stages, tmp_path)
+    record = (tmp_path / "recipe.json").read_text()
+    damaged = (
+        '{"stages": ',
+        "[]",
+        '{"stages": {"one": {}}}',
+        record.replace("done", "dome"),
+        record.replace("0.", '"'),
+    )
+    for content in damaged:  # the first is torn, as by a full disk
+        (tmp_path / "recipe.json").write_text(content)
+        with pytest.raises(Failure, match=r"is damaged .*; restore it, or delete it and run the recipe") as refused:
+            run(stages, tmp_path)
     Path(str(refused.value).split(" is damaged")[0]).unlink()
     assert run(stages, tmp_path)[0] == 0
 
@@ -168,14 +177,15 @@ def test_a_stage_is_not_taken_for_done_once_what_it_was_made_from_has_changed(
     config = tmp_path / "two.toml"
     config.write_text("[optimizer]\nlr = 1.0\n[log]\nevery = 1\n")
     one = stages[0]
-    two = dataclasses.replace(stages[1], command=(*stages[1].command, str(config)), needs=(one,))
+    two = dataclasses.replace(stages[1], command=(*stages[1].command, str(config)), needs=(one,), trains=True)
     assert run([one, two], tmp_path)[0] == 0
     config.write_text("# the same\n[optimizer]\nlr = 1.0\n[log]\nevery = 2\n")
     assert run([one, two], tmp_path)[0] == 0
     config.write_text("[optimizer]\nlr = 2.0\n")
     (one.output / "checkpoints/step_10").mkdir(parents=True)
     (one.output / "checkpoints/step_9").mkdir(parents=True)
-    for step in (9, 10):
+    (one.output / "checkpoints/step_10.bak").mkdir()  # a copy that someone keeps there
+    for step in (9, 10, "10.bak"):
         (one.output / f"checkpoints/step_{step}/manifest.json").write_text(str(step))
     for _ in range(2):  # it is refused again
         status, text = run([one, two], tmp_path)
@@ -306,16 +316,28 @@ def test_a_missed_gate_stops_the_recipe_and_says_what_to_do(stages: list[RecipeS
 
 def test_the_record_says_what_each_result_was_made_from(stages: list[RecipeStage], tmp_path: Path) -> None:
     one = stages[0]
-    two = dataclasses.replace(stages[1], command=(*stages[1].command, "train.steps=5"), needs=(one,))
+    words = "train.steps=5", f"run.dir={tmp_path}", f"init.run={one.output}"
+    two = dataclasses.replace(stages[1], command=(*stages[1].command, *words), needs=(one,), trains=True)
     assert run([one, two], tmp_path)[0] == 0
     record = read_times(tmp_path)
     made_from = record["two"]["made_from"]
-    assert made_from == {"the result of stage one": record["one"]["result"], "the override of train.steps": "5"}
-    other = dataclasses.replace(two, command=(*stages[1].command, "train.steps=6", "parallel.tp=2"))
+    steps, begins = "the override of train.steps", "the override of init.run"
+    assert made_from == {"the result of stage one": record["one"]["result"], steps: "5", begins: str(one.output)}
+    other = dataclasses.replace(two, command=(*stages[1].command, "train.steps=6", *words[1:], "parallel.tp=2"))
     status, text = run([one, other], tmp_path)
-    assert status == 1 and "but the override of train.steps changed since" in text
-    fewer = dataclasses.replace(two, command=stages[1].command)
-    assert "but the override of train.steps changed since" in run([one, fewer], tmp_path)[1]
+    assert status == 1 and f"but {steps} changed since" in text
+    fewer = dataclasses.replace(two, command=(*stages[1].command, *words[1:]))
+    assert f"but {steps} changed since" in run([one, fewer], tmp_path)[1]
+    alone = dataclasses.replace(fewer, needs=())  # a stage that needs no other has a config too
+    assert f"but the result of stage one and {steps} changed since" in run([one, alone], tmp_path)[1]
+    moved = tmp_path / "elsewhere/one"
+    there = dataclasses.replace(one, output=moved), (words[0], "run.dir=elsewhere", f"init.run={moved}")
+    again = dataclasses.replace(two, command=(*stages[1].command, *there[1]), needs=(there[0],))
+    entry = record["two"] | {
+        "made_from": {**made_from, "the result of stage one": None, "the override of run.dir": "x"}
+    }
+    assert again.changed_since(entry) == [], "the recipe's folder was moved as a whole"
+    assert again.changed_since(entry | {"made_from": {**made_from, begins: "another/two"}})[-1] == begins
 
 
 @pytest.mark.parametrize(
@@ -326,6 +348,11 @@ def test_the_record_says_what_each_result_was_made_from(stages: list[RecipeStage
         "itself": ({"set": ["init.run={b}"]}, r"'b', which comes later in the file; stages before it: a"),
         "no override": ({"set": ["steps"]}, r"'steps' is no override; write it as"),
         "no bound": ({"gates": [{"metric": "loss"}]}, r"'loss' has no bound; set at_least, at_most, or both"),
+        "a folder twice": ({"folder": "a"}, r"stages.b writes into .*/a, as stages.a does; set stages.b.folder to"),
+        "a folder of its own": (
+            {"set": ["run.dir=x"]},
+            r"stages.b.set has run.dir=x, .* set stages.b.folder to choose",
+        ),
         "no config": ({"config": "none.toml"}, r"stages.b.config = 'none.toml' does not exist; name the stage's"),
     }.values(),
 )
@@ -335,6 +362,19 @@ def test_mistakes_in_a_recipe_are_found_before_it_runs(changes: dict, message: s
     with pytest.raises(ConfigError, match=message):
         recipe.run_recipe(validate(RecipeConfig, tree))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_is_no_toml_is_one_sentence_before_anything_runs(
+    stages: list[RecipeStage], tmp_path: Path
+) -> None:
+    config = tmp_path / "two.toml"
+    for content in (b"[optimizer\n", b"\xff"):
+        config.write_bytes(content)
+        two = dataclasses.replace(stages[1], command=(*stages[1].command, str(config)), trains=True)
+        with pytest.raises(ConfigError, match=rf"config file {config} is not valid TOML: .*; correct it"):
+            run([two], tmp_path)
+    config.write_bytes(b"[optimizer]\n")
+    assert run([two], tmp_path)[0] == 0
 
 
 def test_until_names_the_last_stage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,15 @@ def task_of(*files: Path, **more: Any) -> FileTask:
     return task
 
 
+def test_problems_are_known_by_what_a_reward_sees_and_not_by_where_they_are(tmp_path: Path) -> None:
+    """A run may not go on with other tests of its programs, and may with a file that was moved."""
+    first = task_of(written(tmp_path / "a.jsonl", GOOD)).facts
+    assert task_of(written(tmp_path / "moved.jsonl.gz", GOOD)).facts == first
+    for key, value in (("level", 9), ("answer", "x"), ("prompt", "Say so")):
+        changed = [record | {key: value} if i == 7 else record for i, record in enumerate(GOOD)]
+        assert task_of(written(tmp_path / "b.jsonl", changed)).facts != first, key
+
+
 def refused(chat: ChatFormat, *files: Path, **more: Any) -> str:
     with pytest.raises(ConfigError) as raised:
         check_task(task_of(*files, **more), chat, ROW)

@@ -137,7 +137,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
         (["init.run={dense}/checkpoints/step_1"], "is a checkpoint, not a run", ["init.run="]),
         (["init.run=", "init.checkpoint={dense}"], "is a run, not a checkpoint", ["init.run="]),
         (["init.run=", "init.checkpoint={dense}/checkpoints/step_9"], "are step_1", None),
-        (["init.run={empty}"], "has no whole checkpoint; train first", None),
+        (["init.run={empty}"], "has no checkpoint; train first, or name another run", None),
         (["init.run=", "init.checkpoint={empty}"], "it has none yet, so train first", None),
         (["init.run="], "set init.run=RUN for the newest checkpoint", None),
         (["init.checkpoint={dense}/checkpoints/step_1"], "name the model to start from; leave only one", ["init.run="]),

@@ -246,25 +246,35 @@ def test_a_sampler_that_differs_is_corrected_and_the_divergence_charged(rollout:
 
 
 def test_a_record_is_read_as_it_was_written_and_damage_is_found(rollout: Rollout, tmp_path: Path) -> None:
-    recorded = rollout_file.Recorded(credited(rollout), 3, 4, {"reward": (1.5, 8)})
+    recorded = rollout_file.Recorded(credited(rollout), 3, 4, {"reward": (1.5, 8)}, "b00c")
     recorded.write(tmp_path)
-    found = rollout_file.read(tmp_path, 3)
+    found = rollout_file.read(tmp_path, 3, "give up")
     assert found.sha256 == recorded.sha256 and found.next_prompt == 4 and found.metrics == {"reward": (1.5, 8)}
     assert found.rollout.arrays.keys() == recorded.rollout.arrays.keys()
     batch = TokenBatch.load(rollout_file.path_of(tmp_path, 3))  # what `trivium rl compare` reads
     assert torch.equal(batch.mask, torch.from_numpy(rollout.mask)) and batch.groups is not None
     assert batch.sequence_sum(batch.need("rewards"))[batch.first_and_last()[1]].tolist() == rollout.scores.tolist()
 
-    content = bytearray(rollout_file.path_of(tmp_path, 3).read_bytes())
-    content[-5] ^= 1
-    rollout_file.path_of(tmp_path, 3).write_bytes(content)
-    with pytest.raises(ConfigError, match="does not match its own SHA-256"):
-        rollout_file.read(tmp_path, 3)
-    rollout_file.path_of(tmp_path, 3).write_bytes(content[:99])
+    whole = rollout_file.path_of(tmp_path, 3).read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(begin, len(whole), 97):  # in all arrays, also those that only `trivium rl compare` reads
+        content = bytearray(whole)
+        content[at] ^= 1
+        rollout_file.path_of(tmp_path, 3).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"does not match its own SHA-256.*restore it, or give up"):
+            rollout_file.read(tmp_path, 3, "give up")
+        with pytest.raises(ValueError, match="does not match its own SHA-256"):
+            TokenBatch.load(rollout_file.path_of(tmp_path, 3))
+    for part in (b'"facts"', b'"all_sha256"', b'\\"number\\"', b'\\"metrics\\"'):  # names in the header
+        assert part in whole
+        rollout_file.path_of(tmp_path, 3).write_bytes(whole.replace(part, part.swapcase()))
+        with pytest.raises(ConfigError, match=r"damaged; restore it, or give up|no rollout of this version"):
+            rollout_file.read(tmp_path, 3, "give up")
+    rollout_file.path_of(tmp_path, 3).write_bytes(whole[:99])
     with pytest.raises(ConfigError, match="cannot be read as a recorded rollout"):
-        rollout_file.read(tmp_path, 3)
-    with pytest.raises(ConfigError, match="rollout 7 is needed; it has rollouts 3 to 3"):
-        rollout_file.read(tmp_path, 7)
+        rollout_file.read(tmp_path, 3, "give up")
+    with pytest.raises(ConfigError, match=r"rollout 7 is needed \(.* has rollouts 3 to 3\); restore it, or give up"):
+        rollout_file.read(tmp_path, 7, "give up")
 
 
 def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own() -> None:
@@ -303,13 +313,48 @@ def test_a_checkpoint_in_a_rollout_needs_that_very_rollout(chat: ChatFormat, rol
     state = {"next_prompt": 4, "rollout": "0" * 64, "batch": 8}
     with pytest.raises(ConfigError, match=r"rollout_000001\.safetensors does not exist, and rollout 1 is needed"):
         own.go_on(checkpoint, {"step": 3, "samples": 24, "source": state})
-    rollout_file.Recorded(rollout, 1, 4, {}).write(tmp_path / "rollouts")
-    with pytest.raises(ConfigError, match="is not the rollout that"):
+    rollout_file.Recorded(rollout, 1, 4, {}, "").write(tmp_path / "rollouts")
+    words = (
+        r"is not the rollout that .*; restore the file, or remove the checkpoints after step 2 in .*checkpoints to go"
+    )
+    with pytest.raises(ConfigError, match=words):
         own.go_on(checkpoint, {"step": 3, "samples": 24, "source": state})
     with pytest.raises(ConfigError, match=r"set it back to 16, at least until step 4"):
         own.go_on(checkpoint, {"step": 3, "samples": 24, "source": {**state, "batch": 16}})
     own.go_on(checkpoint, {"step": 4, "samples": 32, "source": state})  # the rollout is used up
     assert own.state()["next_prompt"] == 4
+
+
+def test_rollouts_of_another_tokenizer_or_of_other_groups_are_not_replayed(
+    chat: ChatFormat, rollout: Rollout, tmp_path: Path
+) -> None:
+    """Its ids would stand for other text, and rewards would be compared between other prompts."""
+    record, sha256 = tmp_path / "record", chat.tokenizer.sha256
+    for number, tokenizer in enumerate([sha256, "b00c"]):
+        rollout_file.Recorded(rollout, number, 4, {}, tokenizer).write(record)
+    own = source(chat, tmp_path, replay=str(record))
+    assert np.array_equal(own._replayed(0).tokens, rollout.tokens)
+    with pytest.raises(ConfigError, match="recorded with another tokenizer than the model's"):
+        own._replayed(1)
+    words = "8 samples in groups of 4 and rows of 32 tokens, and this run takes 8 in groups of 8 and rows of 32"
+    with pytest.raises(ConfigError, match=words):
+        source(chat, tmp_path, group_size=8, replay=str(record))._replayed(0)
+    with pytest.raises(ConfigError, match=r"rollout 2 is needed .*or leave out rl\.replay to sample new ones"):
+        own._replayed(2)
+
+
+def test_rollouts_are_recorded_over_no_others(rollout: Rollout, tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    rollout_file.check_owner(None, tmp_path / "run")
+    rollout_file.check_owner(str(record), tmp_path / "run")  # not there yet
+    rollout_file.Recorded(rollout, 0, 4, {}, "").write(record)
+    with pytest.raises(ConfigError, match="has rollouts of another run already"):
+        rollout_file.check_owner(str(record), tmp_path / "run")
+    rollout_file.note_owner(record, tmp_path / "run")
+    rollout_file.check_owner(str(record), tmp_path / "run")  # the same run, killed before its first checkpoint
+    with pytest.raises(ConfigError, match=r"has rollouts of .*/run already; name another folder, or remove it"):
+        rollout_file.check_owner(str(record), tmp_path / "other")
+    rollout_file.check_owner(str(tmp_path / "another"), tmp_path / "other")
 
 
 def test_settings_that_a_dialect_does_not_have_are_refused() -> None:

@@ -18,6 +18,7 @@ from datatrove.data import Document
 
 from configs.cuts import DecontaminateConfig
 from data_pipeline.core.tables import as_table, read_table, write_table
+from data_pipeline.cutting import evaluation_items
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.decontamination import Decontaminate
 from data_pipeline.cutting.evaluation_items import read_items
@@ -271,30 +272,64 @@ def test_evaluation_files_in_every_form_hold_the_same_items(tmp_path: Path) -> N
     }
 
 
+LINE = b'{"text": "x"}\n'
+ZIPPED = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(999)), mtime=0)
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "settings", "message"),
+    ("name", "content", "settings", "message", "mended"),
     [
+        ("a.jsonl.gz", ZIPPED[:999], {}, r"a.jsonl.gz is damaged at byte 0 \(cut_gzip\); replace it", ZIPPED),
         (
-            "a.jsonl.gz",
-            gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(999)), mtime=0)[:999],
+            "a.jsonl.zst",
+            b"no frame",
             {},
-            r"a.jsonl.gz is damaged at byte 0 \(cut_gzip\)",
+            r"damaged at byte 0 \(corrupt_zstd\); replace it by a whole copy",
+            zstandard.compress(LINE),
         ),
-        ("a.jsonl.zst", b"no frame", {}, r"a.jsonl.zst is damaged at byte 0 \(corrupt_zstd\)"),
-        ("a.jsonl", b'{"text": "x"}\n{', {}, "a.jsonl, line 2: "),
-        ("a.jsonl", b'{"text": "x"}\n\n{"texts": "x"}', {}, "a.jsonl, line 3: expected a string"),
-        ("a.jsonl", b"{}", {"format": "parquet"}, 'a.jsonl is no Parquet file; set decontaminate.format to "jsonl"'),
-        ("a.parquet", b"PAR1 and no more", {}, "a.parquet cannot be read after row 0"),
-        ("a.txt", b"caf\xe9", {"format": "text"}, "a.txt is not valid utf-8 at byte 3"),
+        ("a.jsonl", LINE + b"{", {}, "a.jsonl, line 2: .*; repair it, or set decontaminate.format", LINE + LINE),
+        ("a.jsonl", LINE + b"{", {}, 'or set decontaminate.format to "(text)" if the file holds one text', None),
+        ("a.jsonl", LINE + b'\n{"texts": "x"}', {}, "a.jsonl, line 3: expected a string", LINE),
+        ("a.jsonl", b'{"texts": "x"}', {}, "set decontaminate.text_keys to .*: this one has texts$", ("texts",)),
+        ("a.jsonl", b'{"a": 1}', {}, "text_keys to the keys that hold its texts: this one has none$", LINE),
+        ("a.jsonl", b"[1]", {}, "hold its texts, in a file with an object on each line$", LINE),
+        ("a.jsonl", LINE, {"format": "parquet"}, 'is no Parquet file; set decontaminate.format to "(jsonl)"', None),
+        ("a.txt", b"x y", {"format": "parquet"}, 'or to "(text)" if all of a file is one text', None),
+        ("a.parquet", b"PAR1 and no more", {}, "a.parquet cannot be read after row 0 .*; replace it by a whole", LINE),
+        ("a.txt", b"caf\xe9", {"format": "text"}, "a.txt is not valid utf-8 at byte 3; convert it to UTF-8", "café"),
     ],
-    ids=range(7),
+    ids=range(12),
 )
-def test_an_evaluation_file_that_cannot_be_read_ends_the_run(
-    tmp_path: Path, name: str, content: bytes, settings: dict[str, Any], message: str
+def test_an_evaluation_file_that_cannot_be_read_ends_the_run_and_what_is_said_helps(
+    tmp_path: Path, name: str, content: bytes, settings: dict[str, Any], message: str, mended: Any
 ) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        index_of([str(tmp_path / name)], **settings)
+    """`mended` is the file's content or the keys that the message asks for; None if it names a format."""
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        index_of([str(file)], **settings)
+    if mended is None:
+        found = re.search(message, str(raised.value))
+        assert found
+        settings = {**settings, "format": found[1]}
+    elif isinstance(mended, tuple):
+        settings = {**settings, "text_keys": mended}
+    else:
+        file.write_bytes(mended.encode() if isinstance(mended, str) else mended)
+    index_of([str(file)], **settings)
+
+
+def test_a_line_that_is_too_long_is_split(tmp_path: Path) -> None:
+    words = "word " * 600
+    file = jsonl(tmp_path / "a.jsonl", [{"text": words}])
+    whole, most = evaluation_items.ExtractConfig, len(words) // 2 + 40
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_items, "ExtractConfig", lambda: whole(max_record_bytes=most))
+        with pytest.raises(
+            ValueError, match=r"line 1: it has .* bytes, which is too long; split its text into several"
+        ):
+            index_of([file])
+        index_of([jsonl(tmp_path / "b.jsonl", [{"text": half} for half in (words[:1500], words[1500:])])])
 
 
 def test_a_parquet_row_without_text_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""Recipes that cannot run, or whose results are damaged: each is told in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.loader import ConfigError, Failure, validate
+from configs.recipe import RecipeConfig
+from configs.run_lock import locked
+from launch import recipe
+from launch.recipe_results import describe_export, describe_training
+
+
+def test_gates_are_on_what_training_measures(tmp_path: Path) -> None:
+    gate = {"metric": "loss", "at_most": 1.0}
+    stage = {"command": "data run", "config": "configs/data/demo.toml", "gates": [gate]}
+    with pytest.raises(ConfigError, match=r"stages.a.gates: `trivium data run` measures nothing .*; leave them out"):
+        recipe.run_recipe(validate(RecipeConfig, {"dir": str(tmp_path), "stages": {"a": stage}}))
+
+
+def test_two_recipes_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    stages = {"a": {"command": "data baselines", "config": str(config)}}  # the empty config is refused by the stage
+    tree = validate(RecipeConfig, {"dir": str(tmp_path / "recipe"), "stages": stages})
+    with locked(tmp_path / "recipe", recipe.take), pytest.raises(ConfigError, match="another recipe is running in"):
+        recipe.run_recipe(tree)
+    assert recipe.run_recipe(tree) == 2
+
+
+def test_damaged_results_are_left_out_or_told(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": 3.0, "tokens": 5}',
+        '{"step": 2, "lo',
+        '{"a": }',
+        "[1]",
+        '{"step": 3, "loss": 2.0, "tokens": 9}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\n")
+    assert describe_training(tmp_path) == ("3 steps, 0.00M tokens", "loss 3.00 → 2.00")
+    (tmp_path / "trivium_export.json").write_text('{"checks": ')
+    with pytest.raises(Failure, match=rf"json is damaged; remove {tmp_path} and run the recipe again"):
+        describe_export(tmp_path)
