@@ -382,3 +382,40 @@ def test_until_names_the_last_stage(capsys: pytest.CaptureFixture[str]) -> None:
         recipe.main([str(DEMO), "--until", "last"])
     assert recipe.main([str(DEMO), "--dry-run"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 10
+
+
+def test_stages_may_sample_and_distil(tmp_path: Path) -> None:
+    """A stage of rejection sampling starts ranks, and its result is its record, which has the dialogues' checksum."""
+    tree = {
+        "dir": str(tmp_path),
+        "ranks": 2,
+        "stages": {
+            "rl": {"command": "grpo", "config": "configs/posttrain/demo_grpo.toml"},
+            "chosen": {"command": "sample", "config": "configs/posttrain/demo_sample.toml", "set": ["init.run={rl}"]},
+            "tuned": {
+                "command": "sft",
+                "config": "configs/posttrain/demo_sft.toml",
+                "set": ["data.dialogues=['{chosen}/dialogues.jsonl']"],
+            },
+            "student": {
+                "command": "distill",
+                "config": "configs/posttrain/demo_distill.toml",
+                "set": ["teacher.run={tuned}"],
+            },
+        },
+    }
+    _, chosen, tuned, student = stages_of(validate(RecipeConfig, tree))
+    assert chosen.command[:4] == ("launch.ranks", "--nproc-per-node", "2", "posttrain.sample")
+    assert f"data.dialogues=['{tmp_path}/chosen/dialogues.jsonl']" in tuned.command
+    assert "posttrain.distill" in student.command and f"teacher.run={tmp_path}/tuned" in student.command
+    chosen.output.mkdir()
+    assert chosen.result() is None and chosen.describe(chosen.output) == ("", "")
+    measures = {"samples": 40, "prompts": 10, "kept": 9, "prompts_kept": 8, "kept_share": 0.225}
+    (chosen.output / "sample.json").write_text(json.dumps({"measures": measures}))
+    before = tuned.made_from()["the result of stage chosen"]
+    assert before == chosen.result() is not None
+    assert chosen.describe(chosen.output) == ("40 samples of 10 prompts", "9 kept, of 8 prompts")
+    gate = GateConfig(metric="kept_share", at_least=0.5)
+    assert dataclasses.replace(chosen, gates=(gate,)).missed_gates() == [
+        "kept_share is 0.225, and at least 0.5 is asked"
+    ]
