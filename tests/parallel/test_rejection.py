@@ -4,11 +4,15 @@ The model is untrained: one token in 150 ends an answer, so that some completion
 """
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from configs import signals
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.chat.sft_data import read_dialogues
@@ -89,6 +93,26 @@ def test_tensor_parallel_ranks_write_the_same(
 ) -> None:
     assert sample(ranks, base, 2, f"run.dir={tmp_path}", "parallel.tp=2")["status"] == 0
     assert written(tmp_path) == expected
+
+
+@pytest.mark.full
+def test_signals_and_kills_lose_at_most_a_part(ranks: RanksOf, base: Path, tmp_path: Path) -> None:
+    """The first process is killed, the second gets SIGTERM, after the first part that each has written."""
+    options = ["sample.problems=150", "sample.part=2"]
+    assert sample(ranks, base, 1, f"run.dir={tmp_path}/straight", *options)["status"] == 0
+    command = [sys.executable, "-m", "cli", "sample", str(base / "sample.toml"), f"run.dir={tmp_path}/run", *options]
+    statuses = []
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            next(line for line in process.stdout if " of 150 prompts" in line)
+            process.send_signal(number)
+            said = process.stdout.read()
+        statuses.append(process.returncode)
+    assert statuses == [-signal.SIGKILL, signals.STOPPED] and "stopped by SIGTERM; the same command goes on" in said
+    assert 2 <= len(list((tmp_path / "run/samples").glob("part_*"))) < 75
+    assert sample(ranks, base, 1, f"run.dir={tmp_path}/run", *options)["status"] == 0
+    assert written(tmp_path / "run") == written(tmp_path / "straight")
 
 
 def test_the_dialogues_are_what_fine_tuning_reads(base: Path, expected: dict[str, bytes]) -> None:
