@@ -129,8 +129,8 @@ class Teacher:
         mesh = replace(mesh, layout=opened.layout, kv_group=None)  # which only gradients need
         train = train.model_copy(update={"freeze": (), "dropout": 0.0, "recompute": "none"})
         dtype = choose_dtype(train.precision, mesh.device)
-        self._engine = Engine(opened.initial.model, train, None, mesh, 0, dtype)
         with initial_weights(opened.pin) as tensors:
+            self._engine = Engine(opened.initial.model, train, None, mesh, 0, dtype, adapter=tensors.adapter)
             fill_evaluated(self._engine, tensors)
         self._states: dict[tuple[int, ...], TeacherStates] = {}
 

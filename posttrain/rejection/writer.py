@@ -25,6 +25,7 @@ from posttrain.rejection.text_measures import repeated_share
 from posttrain.rl.rollout import judge
 from pretrain.initial_model import initial_weights
 from pretrain.model import Decoder, LayerContext
+from pretrain.model.adapters import add_adapters
 from pretrain.model.weights import load_weights
 from pretrain.parallel import groups
 from pretrain.parallel.groups import Mesh
@@ -122,9 +123,13 @@ def opened_writer(
 def _decoder(initial: InitialChatModel, mesh: Mesh, dtype: torch.dtype) -> SampledModel:
     with initial_weights(initial.pin) as tensors:
         weights = {name: tensors.read(name).float() for name in tensors.shapes} | tensors.balance
+        adapter = tensors.adapter
     if mesh.layout.tp * mesh.layout.ep > 1:
-        return SplitDecoder(initial.model, weights, mesh, dtype)
-    decoder = Decoder(initial.model, context=LayerContext(dtype=dtype, device=mesh.device))
+        return SplitDecoder(initial.model, weights, mesh, dtype, adapter)
+    context = LayerContext(dtype=dtype, device=mesh.device)
+    decoder = Decoder(initial.model, context=context)
+    if adapter is not None:  # of a kind that cannot be merged into the weights
+        add_adapters(decoder, adapter, context)
     # The load of experts, which has no part in what a model computes, is in checkpoints alone.
     load_weights(decoder, {**decoder.named_balance(), **weights})
     return decoder.eval()

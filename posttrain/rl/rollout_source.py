@@ -179,6 +179,7 @@ class RolloutSource(BatchSource):
         self._metrics = self._rollout.metrics() | self._metrics
         if engine.mesh.is_main:
             self._recorded(number).write(folder)
+            rollout_file.note_owner(folder, self.folder.parent)
         return self._rollout
 
     def _begin(self, engine: Engine, number: int) -> None:
