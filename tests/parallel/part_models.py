@@ -6,7 +6,7 @@ documents of uneven lengths, and windows, chunks and stretched positions are sho
 
 from typing import Any
 
-SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 40, "ffn_hidden_size": 44, "num_heads": 8, "init_std": 0.1}
+SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 40, "ffn_hidden_size": 44, "num_heads": 8, "init_std": 0.1}
 
 PART_MODELS: dict[str, dict[str, Any]] = {
     # GPT-2: learned positions, LayerNorm, biases, a tied head; tp divides no vocabulary of 61.
@@ -37,6 +37,7 @@ PART_MODELS: dict[str, dict[str, Any]] = {
     # Gemma 2 and 3: caps, windows in most layers, other wavelengths in the rest, norms on both sides.
     "capped": {
         **SIZES,
+        "num_layers": 3,
         "vocab_size": 61,
         "head_dim": 6,
         "num_kv_heads": 1,
@@ -86,6 +87,7 @@ PART_MODELS: dict[str, dict[str, Any]] = {
     # Llama 4: chunks, layers without positions whose queries grow, one expert a token, in every other layer.
     "chunked": {
         **SIZES,
+        "num_layers": 3,
         "vocab_size": 64,
         "num_kv_heads": 4,
         "head_dim": 6,
@@ -134,7 +136,7 @@ PART_MODELS: dict[str, dict[str, Any]] = {
             "ffn_hidden_size": 12,
             "num_shared_experts": 2,
             "shared_gate": True,
-            "dense_layers": [0, 2],
+            "dense_layers": [0],
             "aux_loss_coef": 0.5,
         },
     },

@@ -11,18 +11,23 @@ from data_pipeline.provenance import trace
 from data_pipeline.provenance.lookup import data_spans, steps
 from pretrain.checkpoint import storage
 from tests.parallel.harness import Ranks
-from tests.parallel.matrix import MODELS
+from tests.parallel.matrix import MODELS, parts_of
 
 TRAIN = "tests.parallel.workers.training:train"
 
 
-def train(ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], **options: Any) -> list[dict[str, Any]]:
-    """Trains six steps and returns each rank's answer; `options` are those of `workers.training.train`."""
+def train(
+    ranks: Ranks, run_dir: Path, model: str, parallel: dict[str, int], layers: int = 2, **options: Any
+) -> list[dict[str, Any]]:
+    """Trains six steps and returns each rank's answer; `options` are those of `workers.training.train`.
+
+    The model has `layers` layers, or as many as the pipeline has parts.
+    """
     return ranks.run(
         TRAIN,
         process_group=False,
         run_dir=str(run_dir),
-        model=MODELS[model],
+        model={**MODELS[model], "num_layers": max(layers, parts_of(parallel))},
         parallel=parallel,
         **{"steps": 6, **options},
     )

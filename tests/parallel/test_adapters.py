@@ -15,7 +15,7 @@ from pretrain.model import build_single
 from pretrain.model.adapters import is_adapter
 from tests.parallel.harness import RanksOf
 from tests.parallel.layout_results import Results, check_same
-from tests.parallel.matrix import MODELS, world_of
+from tests.parallel.matrix import MODELS, model_of, world_of
 from tests.parallel.runs import assert_same_state, metrics, train
 
 LORA = {"rank": 4, "alpha": 2.0, "rank_stabilized": True}
@@ -55,8 +55,13 @@ MORE = [
 ]
 
 
-def results(ranks: RanksOf, folder: Path, model: str, layout: str, options: dict[str, Any]) -> Results:
-    """Trains a few steps in a layout; returns what each rank found, and whole tensors by name."""
+def results(
+    ranks: RanksOf, folder: Path, model: str, layout: str, options: dict[str, Any], like: str = "one"
+) -> Results:
+    """Trains a few steps in a layout; returns what each rank found, and whole tensors by name.
+
+    `like` is the layout that the result is compared with, for which the model must have layers enough.
+    """
     world, parallel = world_of(layout)
     out = folder / layout
     out.mkdir()
@@ -64,7 +69,7 @@ def results(ranks: RanksOf, folder: Path, model: str, layout: str, options: dict
         "tests.parallel.workers.layouts:run_layout",
         timeout=60 + 30 * world,
         process_group=False,
-        model=MODELS[model],
+        model=model_of(model, layout, like),
         parallel=parallel,
         out=str(out),
         steps=2,
@@ -88,7 +93,7 @@ def results(ranks: RanksOf, folder: Path, model: str, layout: str, options: dict
 def test_adapters_train_alike_in_every_layout(
     ranks: RanksOf, tmp_path: Path, model: str, layout: str, options: dict[str, Any]
 ) -> None:
-    reference = results(ranks, tmp_path, model, "one", options)
+    reference = results(ranks, tmp_path, model, "one", options, like=layout)
     gradients = {name: tensor for name, tensor in reference[1].items() if name.startswith("grad/")}
     assert all(bool(tensor.any()) for tensor in gradients.values()), "a gradient of zero compares nothing"
     assert len(gradients) < len(reference[1]) / 2

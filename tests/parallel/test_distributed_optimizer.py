@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.harness import RanksOf
-from tests.parallel.matrix import MODELS
+from tests.parallel.matrix import MODELS, parts_of
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -35,7 +35,7 @@ def test_a_step_sends_no_more_than_it_must(
     for result in ranks(world).run(
         "tests.parallel.workers.reductions:sent",
         process_group=False,
-        model=MODELS[model],
+        model={**MODELS[model], "num_layers": 4},  # for several buckets
         parallel=parallel,
         dtype=dtype,
     ):
@@ -70,7 +70,7 @@ def test_whatever_reads_weights_waits_until_they_have_arrived(
         ranks(world).run(
             "tests.parallel.workers.reductions:read",
             process_group=False,
-            model=MODELS[model],
+            model={**MODELS[model], "num_layers": max(2, parts_of(parallel))},
             parallel=parallel,
             dtype=dtype,
             late=late,

@@ -41,7 +41,7 @@ def test_a_split_model_writes_what_a_whole_one_writes(
     prompts, whole, split = (tmp_path / name for name in ("prompts.jsonl", "whole.jsonl", "split.jsonl"))
     prompts.write_text("".join(json.dumps({"prompt": ENGLISH[: 20 * n]}) + "\n" for n in range(5)))
     for options in (["--temperature", "0"], SAMPLED):
-        common = [model, "--prompts", str(prompts), "--max-new-tokens", "20", "--batch-size", "3", *options]
+        common = [model, "--prompts", str(prompts), "--max-new-tokens", "10", "--batch-size", "3", *options]
         assert generate.main([*common, "--output", str(whole)]) == 0
         argv = [*common, "--output", str(split), f"parallel.{degree}=2"]
         answers = ranks(2).run(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.harness import RanksOf
-from tests.parallel.matrix import MODELS
+from tests.parallel.matrix import MODELS, model_of
 
 
 @pytest.mark.parametrize("model", ["dense_tied", "deepseek", "capacity"])
@@ -42,6 +42,6 @@ def test_the_loop_reads_one_copy_a_step_when_the_next_step_is_under_way(
 
 
 def test_rotary_tables_are_computed_once_a_micro_batch_for_all_chunks(ranks: RanksOf) -> None:
-    options = {"model": MODELS["dense"], "parallel": {"pp": 2, "vpp": 2}, "num_batches": 4}
+    options = {"model": model_of("dense", "pp2vpp2"), "parallel": {"pp": 2, "vpp": 2}, "num_batches": 4}
     found = ranks(2).run("tests.parallel.workers.host_reads:rotary_tables", process_group=False, **options)
     assert found == [4, 4]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from tests.parallel.harness import RanksOf
 from tests.parallel.layout_results import Results, check_replicas, check_same
-from tests.parallel.matrix import ALLOWED, MODELS, MORE_PAIRS, PAIRS, world_of
+from tests.parallel.matrix import ALLOWED, MODELS, MORE_PAIRS, PAIRS, model_of, world_of
+from tests.parallel.workers.layouts import MICRO_BATCH
 
 # Experts are split beside every other thing that is; the other layouts are run in this precision by the full test.
 BF16_LAYOUTS = ("tp2sp_ep2", "ep2pp2", "cp2ep2")
@@ -24,13 +25,22 @@ RunLayout = Callable[..., Results]
 
 @pytest.fixture(scope="module")
 def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
-    """Runner of (model, layout, options of `run_layout`), which runs each of them once."""
+    """Runner of (model, layout, options of `run_layout`), which runs each of them once.
+
+    `like` is the layout that the result is compared with, for which the model must have layers enough.
+    """
     done: dict[str, Results] = {}
 
     def run(
-        model: str, layout: str, timeout: float | None = None, worker: str = "run_layout", **options: Any
+        model: str,
+        layout: str,
+        like: str = "one",
+        timeout: float | None = None,
+        worker: str = "run_layout",
+        **options: Any,
     ) -> Results:
-        key = f"{worker} {model} {layout} {options}"
+        shape = model_of(model, layout, like)
+        key = f"{worker} {model} {shape['num_layers']} {layout} {options}"
         if key not in done:
             out: Path = tmp_path_factory.mktemp(f"{model}_{layout}")
             world, parallel = world_of(layout)
@@ -38,7 +48,7 @@ def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
                 f"tests.parallel.workers.layouts:{worker}",
                 timeout=timeout or 60 + 30 * world,
                 process_group=False,
-                model=MODELS[model],
+                model=shape,
                 parallel=parallel,
                 out=str(out),
                 **options,
@@ -56,7 +66,7 @@ def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
     ("model", "layout"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.full) for pair in MORE_PAIRS)]
 )
 def test_layout_computes_what_one_rank_computes(run: RunLayout, model: str, layout: str) -> None:
-    check_same(run(model, layout), run(model, "one"))
+    check_same(run(model, layout), run(model, "one", like=layout))
 
 
 @pytest.mark.parametrize(
@@ -69,8 +79,8 @@ def test_layout_computes_what_one_rank_computes(run: RunLayout, model: str, layo
     ],
 )
 def test_every_layout_drops_the_same(run: RunLayout, layout: str, recompute: str) -> None:
-    (without, *_), _ = run("moe_tied", "one")
-    reference = run("moe_tied", "one", dropout=0.3)
+    (without, *_), _ = run("moe_tied", "one", like=layout)
+    reference = run("moe_tied", "one", like=layout, dropout=0.3)
     assert reference[0][0]["losses"][0] != pytest.approx(without["losses"][0], rel=1e-3)
     check_same(run("moe_tied", layout, dropout=0.3, recompute=recompute), reference)
 
@@ -104,7 +114,7 @@ def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
 )
 def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
     """Relative errors are a few times 0.4 %, the rounding of bf16 (2^-8), since gradients are accumulated in fp32."""
-    (expected, *_), reference = run("moe_tied", "one")
+    (expected, *_), reference = run("moe_tied", "one", like=layout)
     (result, *_), tensors = found = run("moe_tied", layout, dtype="bfloat16")
     check_replicas(found)
     assert result["losses"] == pytest.approx(expected["losses"], rel=0.01)
@@ -127,7 +137,7 @@ def test_bf16_ranks_clip_by_one_norm_and_stay_together(run: RunLayout, layout: s
 
     The losses are near one rank's, but not as near as in fp32: a rounding lets some tokens choose other experts.
     """
-    (expected, *_), _ = run("deepseek", "one", dtype="bfloat16")
+    (expected, *_), _ = run("deepseek", "one", like=layout, dtype="bfloat16")
     found = run("deepseek", layout, dtype="bfloat16")
     check_replicas(found)
     assert found[0][0]["losses"] == pytest.approx(expected["losses"], rel=0.01)
@@ -141,10 +151,10 @@ def test_bf16_gradients_are_accumulated_and_averaged_in_fp32(run: RunLayout, sta
     Sums in fp32 differ by a few times fp32's rounding (6e-8), a sum in bf16 would differ by 2e-3. For stage 3 the one
     rank, too, computes column layers one by one, which rounds the gradient of their input otherwise.
     """
-    _, expected = run("moe_tied", "one", dtype="bfloat16", columns_apart=stage == 3)
+    _, expected = run("moe_tied", "one", dtype="bfloat16", columns_apart=stage == 3, micro_batch=MICRO_BATCH)
     _, found = run("moe_tied", f"zero{stage}{'_offload' if offload else ''}", dtype="bfloat16")
     names = [name for name in expected if name.startswith("grad/")]
-    assert len(names) > 30
+    assert len(names) > 20
     for name in names:
         error = torch.linalg.vector_norm(found[name] - expected[name]) / torch.linalg.vector_norm(expected[name])
         assert error < 1e-6, f"{name} differs by {error:.1e}"
@@ -204,4 +214,4 @@ def test_ranks_on_one_gpu_compute_the_same_through_the_host(run: RunLayout, mode
     ],
 )
 def test_compiled_blocks_compute_the_same(run: RunLayout, model: str, layout: str) -> None:
-    check_same(run(model, layout, compile_blocks=True, timeout=1200), run(model, "one"))
+    check_same(run(model, layout, compile_blocks=True, timeout=1200), run(model, "one", like=layout))

@@ -22,7 +22,7 @@ from pretrain.proof.prove import fuzz
 from pretrain.proof.prove import main as prove_main
 from pretrain.proof.verdict import Verdict
 from tests.parallel.harness import RanksOf
-from tests.parallel.matrix import BASE, MODELS
+from tests.parallel.matrix import BASE, MODELS, parts_of
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 
 Prove = Callable[..., Verdict]
@@ -42,11 +42,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(model: str, run_dir: Path, parallel: dict[str, Any]) -> dict[str, Any]:
+def config(model: str, run_dir: Path, parallel: dict[str, Any], layers: int = 2) -> dict[str, Any]:
     return {
         "run": {"dir": str(run_dir)},
         "data": {"plan": "not read"},
-        "model": KINDS[model],
+        "model": {**KINDS[model], "num_layers": layers},
         "train": {
             "steps": 10,
             "global_batch_size": GLOBAL_BATCH,
@@ -61,24 +61,24 @@ def config(model: str, run_dir: Path, parallel: dict[str, Any]) -> dict[str, Any
 @pytest.fixture(scope="module")
 def prove(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Prove:
     """Runner of proofs, which returns the verdict on a layout; the reference of each model is run once."""
-    ones: dict[tuple[str, str], Path] = {}
+    ones: dict[tuple[str, str, int], Path] = {}
 
-    def run(
-        world: int, model: str, parallel: dict[str, Any], precision: str, inject: str | None, reference: Path | None
-    ) -> Path:
-        out = tmp_path_factory.mktemp("proof")
-        settings = {"config": config(model, out, parallel), "precision": precision}
-        settings |= {"inject": inject, "reference": reference}
+    def run(world: int, settings: dict[str, Any], precision: str, inject: str | None, reference: Path | None) -> Path:
+        settings = {"config": settings, "precision": precision, "inject": inject, "reference": reference}
         ranks(world).run("tests.parallel.workers.proof:prove", process_group=False, **settings)
-        return out
+        return Path(settings["config"]["run"]["dir"])
 
     def prove(layout: str, model: str, inject: str | None = None, precision: str = "fp32") -> Verdict:
-        if (model, precision) not in ones:
-            ones[model, precision] = run(1, model, {}, precision, None, None)
         candidate = Candidate.parse(layout)
-        out = run(candidate.world_size, model, candidate.parallel, precision, inject, ones[model, precision])
-        checked = validate(PretrainConfig, config(model, out, {}))
-        return compare(ones[model, precision], out, candidate.name, candidate.world_size, checked, 0.0)
+        layers = max(2, parts_of(candidate.parallel))
+        folder, of_one = tmp_path_factory.mktemp("proof"), (model, precision, layers)
+        alone = config(model, folder / "one", {}, layers)
+        if of_one not in ones:
+            ones[of_one] = run(1, alone, precision, None, None)
+        split = config(model, folder / "split", candidate.parallel, layers)
+        out = run(candidate.world_size, split, precision, inject, ones[of_one])
+        checked = validate(PretrainConfig, alone)
+        return compare(ones[of_one], out, candidate.name, candidate.world_size, checked, 0.0)
 
     return prove
 
@@ -158,19 +158,19 @@ CAUGHT = [
         "grad_norm of step 1",
     ),
     ("mean_of_means", "dp2", "dense", "fp32", "backward/final_norm/0", ""),
-    ("auxiliary_loss_times_micro_batches", "pp2", "moe", "fp32", "backward/layers.3.attention/0", ""),
-    ("chunks_initialised_alike", "pp2", "dense", "fp32", "forward/layers.2.attention/0", ""),
-    ("qk_norm_gradients_not_summed", "tp2", "deepseek", "fp32", "grad/layers.3.attention.k_norm.weight", "replicas: "),
+    ("auxiliary_loss_times_micro_batches", "pp2", "moe", "fp32", "backward/layers.1.attention/0", ""),
+    ("chunks_initialised_alike", "pp2", "dense", "fp32", "forward/layers.1.attention/0", ""),
+    ("qk_norm_gradients_not_summed", "tp2", "deepseek", "fp32", "grad/layers.1.attention.k_norm.weight", "replicas: "),
     (
         "key_value_gradients_not_summed",
         "tp2",
         "one_kv_head",
         "fp32",
-        "grad/layers.3.attention.k_proj.weight",
+        "grad/layers.1.attention.k_proj.weight",
         "replicas: ",
     ),
-    ("router_gradients_not_summed", "tp2", "moe", "fp32", "backward/layers.3.attention/0", "replicas: "),
-    ("expert_gradients_doubled", "ep2", "moe", "fp32", "grad/layers.3.moe.experts.down_proj", ""),
+    ("router_gradients_not_summed", "tp2", "moe", "fp32", "backward/layers.1.attention/0", "replicas: "),
+    ("expert_gradients_doubled", "ep2", "moe", "fp32", "grad/layers.1.moe.experts.down_proj", ""),
     ("document_mask_off_by_one", "cp2", "dense", "fp32", "forward/layers.0.attention/0", ""),
     ("router_counts_not_summed_over_tp", "tp2", "deepseek", "fp32", STATE, ""),
     ("router_counts_not_summed_over_replicas", "ep2", "deepseek", "fp32", STATE, ""),
@@ -355,7 +355,7 @@ def test_the_fuzzer_draws_what_only_combinations_of_keys_make() -> None:
 
 
 def test_the_fuzzer_draws_legal_layouts_that_all_pass(ranks: RanksOf, tmp_path: Path) -> None:
-    assert fuzz(3, 38, tmp_path, fuzzed_on(ranks)) == 0
+    assert fuzz(3, 53, tmp_path, fuzzed_on(ranks)) == 0
 
 
 @pytest.mark.full

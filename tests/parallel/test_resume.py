@@ -9,27 +9,33 @@ import pytest
 
 from pretrain.checkpoint import storage
 from tests.parallel.harness import Ranks, RanksOf
-from tests.parallel.matrix import MODELS, MORE_RESUMES, RESUMES, world_of
+from tests.parallel.matrix import MODELS, MORE_RESUMES, RESUMES, model_of, world_of
 from tests.parallel.runs import assert_same_state, metrics, train
 from tests.parallel.workers.layouts import GLOBAL_BATCH
 
 STEP = 2  # number of steps in the checkpoints that the matrix restores
 
-Saved = Callable[[str, str], Path]
+Saved = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Runner of (model, layout), which trains each once for STEP + 1 steps, with a checkpoint of STEP."""
-    done: dict[tuple[str, str], Path] = {}
+    """Runner of (model, layout), which trains each once for STEP + 1 steps, with a checkpoint of STEP.
 
-    def saved(model: str, layout: str) -> Path:
-        if (model, layout) not in done:
+    A third argument is the layout that restores it, for which the model must have layers enough.
+    """
+    done: dict[tuple[str, str, int], Path] = {}
+
+    def saved(model: str, layout: str, restores: str = "one") -> Path:
+        layers = model_of(model, layout, restores)["num_layers"]
+        key = model, layout, layers
+        if key not in done:
             world, parallel = world_of(layout)
             run_dir = tmp_path_factory.mktemp(f"{model}_{layout}")
-            assert train(ranks(world), run_dir, model, parallel, steps=STEP + 1) == [{"status": 0}] * world
-            done[model, layout] = run_dir
-        return done[model, layout]
+            answers = train(ranks(world), run_dir, model, parallel, layers=layers, steps=STEP + 1)
+            assert answers == [{"status": 0}] * world
+            done[key] = run_dir
+        return done[key]
 
     return saved
 
@@ -41,7 +47,7 @@ def saved(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Saved:
 def test_any_layout_resumes_any_layout(
     ranks: RanksOf, saved: Saved, tmp_path: Path, model: str, saves: str, restores: str
 ) -> None:
-    run = saved(model, saves)
+    run = saved(model, saves, restores)
     checkpoint, (world, parallel) = storage.directory(run, STEP), world_of(restores)
     answers = ranks(world).run(
         "tests.parallel.workers.training:go_on",
@@ -49,7 +55,7 @@ def test_any_layout_resumes_any_layout(
         checkpoint=str(checkpoint),
         run_dir=str(tmp_path / "run"),
         out=str(tmp_path / "restored"),
-        model=MODELS[model],
+        model=model_of(model, saves, restores),
         parallel=parallel,
     )
     restored = storage.directory(tmp_path / "restored", STEP)
@@ -76,8 +82,8 @@ def test_any_layout_resumes_any_layout(
 def test_gathered_weights_are_the_checkpoints(ranks: RanksOf, saved: Saved, model: str, layout: str) -> None:
     world, parallel = world_of(layout)
     saves = {"moe_tied": "zero1", "deepseek": "ep2", "two_kv_heads": "tp4"}[model]
-    checkpoint = storage.directory(saved(model, saves), STEP)
-    options = {"model": MODELS[model], "parallel": parallel, "checkpoint": str(checkpoint)}
+    checkpoint = storage.directory(saved(model, saves, layout), STEP)
+    options = {"model": model_of(model, saves, layout), "parallel": parallel, "checkpoint": str(checkpoint)}
     assert (
         ranks(world).run("tests.parallel.workers.training:gathered", process_group=False, **options) == [True] * world
     )

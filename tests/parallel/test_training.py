@@ -113,7 +113,7 @@ def test_resume_in_another_layout_goes_on_the_same(ranks: RanksOf, tmp_path: Pat
 
 def test_profiled_and_deterministic_steps_have_the_same_numbers(ranks: RanksOf, tmp_path: Path) -> None:
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
-    options: dict[str, Any] = {"model": "moe_tied", "parallel": {"tp": 2}, "steps": 4}
+    options: dict[str, Any] = {"model": "moe_tied", "parallel": {"tp": 2}, "steps": 3}
     train(ranks(2), plain, **options)
     options |= {"profiled": [2, 3], "train": {"deterministic": True}, "log": {"measure_peak": True}}
     assert train(ranks(2), profiled, **options) == [{"status": 0}] * 2

@@ -15,7 +15,7 @@ def test_ranks_keep_their_share_alone(ranks: RanksOf, stage: int, dtype: str) ->
     results = ranks(2).run(
         "tests.parallel.workers.sharing:kept",
         process_group=False,
-        model=MODELS["moe"],
+        model={**MODELS["moe"], "num_layers": 4},
         parallel={"zero": stage},
         dtype=dtype,
     )
@@ -63,7 +63,7 @@ def test_no_gathered_weight_is_kept_from_forward_to_backward(ranks: RanksOf, par
     for result in ranks(2 * parallel.get("tp", 1)).run(
         "tests.parallel.workers.sharing:kept_for_backward",
         process_group=False,
-        model=MODELS["moe_tied"],
+        model={**MODELS["moe_tied"], "num_layers": 4},
         parallel=parallel,
     ):
         assert result["saved"] > 100 and result["gathered"] > 30 and result["held"] == 0

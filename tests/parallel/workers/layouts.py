@@ -34,12 +34,13 @@ def make_engine(
     parallel: dict[str, Any],
     dtype: str = "float32",
     adapter: dict[str, Any] | None = None,
+    micro_batch: int = MICRO_BATCH,
     **train: Any,
 ) -> Engine:
     """Builds an engine over all ranks of the call; adapters begin with something to add, so that all of them learn."""
     model_config, parallel_config = validate(ModelConfig, model), validate(ParallelConfig, parallel)
     section = TrainSection(
-        steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, seq_length=SEQ_LENGTH, **train
+        steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro_batch, seq_length=SEQ_LENGTH, **train
     )
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
@@ -77,18 +78,23 @@ def run_layout(
     lr: float = 1e-2,
     adapter: dict[str, Any] | None = None,
     freeze: Sequence[str] = (),
+    micro_batch: int | None = None,
 ) -> dict[str, Any]:
     """Trains `steps` steps; the first rank of each stage writes the first step's gradients and the final weights.
 
-    Frozen weights have no gradient, but are among the final weights.
+    Frozen weights have no gradient, but are among the final weights. Unless `micro_batch` is given, a rank without a
+    pipeline has two micro-batches a step and one in an evaluation, where only their sums count; others have more.
     """
+    of_sums = parallel.get("pp", 1) == 1 and (model.get("moe") or {}).get("aux_loss") != "micro_batch"
+    dp = ClusterEnvironment.read().world_size // (parallel.get("tp", 1) * parallel.get("cp", 1) * parallel.get("pp", 1))
+    micro_batch = micro_batch or (max(GLOBAL_BATCH // (2 * dp), MICRO_BATCH) if of_sums else MICRO_BATCH)
     train: dict[str, Any] = {
         "compile": compile_blocks,
         "recompute": recompute,
         "dropout": dropout,
         "freeze": tuple(freeze),
     }
-    engine = make_engine(model, parallel, dtype, adapter, **train)
+    engine = make_engine(model, parallel, dtype, adapter, micro_batch, **train)
     mesh, layout = engine.mesh, engine.mesh.layout
     loss_fn = NextToken() if engine.model_config.has_logits else SquaredValues()
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
@@ -96,7 +102,7 @@ def run_layout(
     for step in range(steps):
         share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, mesh.dp_rank, layout.dp)
         numbered = rows(share.start, len(share), engine.model_config.vocab_size)
-        batches = micro_batches(numbered, MICRO_BATCH, share.start)
+        batches = micro_batches(numbered, micro_batch, share.start)
         with mock.patch.object(tensor_parallel, "_columns", _columns_apart) if columns_apart else nullcontext():
             engine.accumulate(batches, loss_fn)
         if step == 0:
@@ -111,8 +117,9 @@ def run_layout(
         assert all(torch.equal(zero.current_weight(p), zero.full_weight(p).to(p.dtype)) for _, p in named)
         stats = expert_balance.stats(engine.module, engine.mesh, engine.model_config)
     share = share_of_rank(900, 12, mesh.dp_rank, layout.dp)
-    heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), 4 // layout.dp)
-    evaluated = engine.evaluate(heldout, loss_fn)  # three micro-batches, which an interleaved schedule pads
+    of_heldout = len(share) if of_sums else len(share) // 3  # three micro-batches, which an interleaved schedule pads
+    heldout = micro_batches(rows(share.start, len(share), engine.model_config.vocab_size), of_heldout)
+    evaluated = engine.evaluate(heldout, loss_fn)
     slices = {}
     for (name, parameter), (global_name, _) in zip(named, engine.module.named_global_parameters(), strict=True):
         own, outline = zero.full_weight(parameter), zero.outline(parameter)

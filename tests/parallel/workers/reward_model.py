@@ -54,7 +54,7 @@ def pair_gradients(
     parallel: dict[str, Any], micro_batch_size: int, seq_length: int, out: str, dtype: str = "float32"
 ) -> dict[str, float]:
     """Computes one step's loss and gradients of eight pairs, packed into rows of `seq_length` tokens, into `out`."""
-    model = plain(validate(ModelConfig, MODELS["moe"] | {"moe": None}).with_values())
+    model = plain(validate(ModelConfig, MODELS["moe"] | {"moe": None, "num_layers": 4}).with_values())
     engine = make_engine(model, parallel, dtype)
     mesh = engine.mesh
     rows = pack(_pairs(), seq_length, 0)

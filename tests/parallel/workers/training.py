@@ -106,7 +106,8 @@ def votes(run_dir: str, model: dict[str, Any], steps: int, slow_from: int, signa
             os.kill(os.getpid(), signal.SIGTERM)
 
     at = {**dict.fromkeys(range(slow_from, steps), slow), signal_at: stop}
-    trainer = make_trainer(run_dir, model, {}, steps, at, every=steps, eval={"every": steps})
+    few = {"micro_batch_size": GLOBAL_BATCH // 2}
+    trainer = make_trainer(run_dir, model, {}, steps, at, every=steps, eval={"every": steps}, train=few)
     with mock.patch.object(Agreement, "signal", noted):
         return {"status": trainer.fit(), "asked": asked}
 

@@ -51,7 +51,7 @@ def prints(prompt, completion, answer, metadata):
 def closes(prompt, completion, answer, metadata):
     sys.stdin.close(); os.dup2(2, 1); os.close(1); return 1
 def closes_all(prompt, completion, answer, metadata):
-    os.closerange(0, 100); return 1
+    os.closerange(0, 100_000); return 1
 def forks(prompt, completion, answer, metadata):
     return os.fork() or time.sleep(1000)
 def returns_twice(prompt, completion, answer, metadata):
