@@ -159,7 +159,7 @@ class ModelReader:
     def _read_rounded(self, name: str) -> torch.Tensor:
         """Reads a weight with the values that the adapters were trained on, or a parameter of an adapter."""
         tensor = self._read_part(name)
-        return tensor if is_adapter(name) else nf4.rounded(tensor)
+        return tensor if is_adapter(name) else nf4.quantized(tensor).tensor()
 
     def _read_part(self, name: str) -> torch.Tensor:
         """Reads a weight without what adapters add to it, or a parameter of an adapter."""

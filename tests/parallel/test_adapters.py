@@ -12,7 +12,7 @@ from configs.model import ModelConfig
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.whole_model import ModelReader
 from pretrain.model import build_single
-from pretrain.model.adapters import is_adapter
+from pretrain.model.adapters import is_adapter, nf4
 from tests.parallel.harness import RanksOf
 from tests.parallel.layout_results import Results, check_same
 from tests.parallel.matrix import MODELS, model_of, world_of
@@ -22,7 +22,8 @@ LORA = {"rank": 4, "alpha": 2.0, "rank_stabilized": True}
 DROPPED = {**LORA, "dropout": 0.3}
 DORA = {"rank": 3, "alpha": 3.0, "kind": "dora"}
 SHARED = {**DORA, "targets": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
-QLORA = {"rank": 4, "alpha": 2.0, "base": "nf4"}
+QLORA: dict[str, Any] = {"rank": 4, "alpha": 2.0, "base": "nf4"}
+SAMPLED_QLORA = {**QLORA, "targets": ["q_proj", "o_proj"]}
 BOTTLENECK = {"kind": "bottleneck", "bottleneck_size": 5}
 PROMPT: dict[str, Any] = {"kind": "prompt", "virtual_tokens": 3}
 P_TUNING = {"kind": "p_tuning", "virtual_tokens": 3, "encoder": "lstm", "encoder_size": 5}
@@ -162,6 +163,35 @@ def test_adalora_shares_a_budget_and_goes_on_bit_by_bit(ranks: RanksOf, tmp_path
         assert not any(is_adapter(name) for name in whole.shapes)
 
 
+@pytest.mark.full
+def test_qlora_saves_adapters_alone_and_is_read_with_the_values_it_was_trained_on(
+    ranks: RanksOf, tmp_path: Path
+) -> None:
+    """Without a trained base it is refused; it goes on bit by bit; held-out loss is the merged model's."""
+    base, straight, broken = (tmp_path / name for name in ("base", "straight", "broken"))
+    refused = train(ranks(1), base, "dense_tied", {}, adapter=QLORA)
+    assert "name a model in [init], or set adapter.base=full" in refused[0]["error"]
+    assert train(ranks(1), base, "dense_tied", {}, steps=2) == [{"status": 0}]
+    begun = storage.directory(base, 2)
+    options: dict[str, Any] = {"adapter": QLORA, "init": str(begun), "steps": 4}
+    assert train(ranks(2), straight, "dense_tied", {"tp": 2}, **options) == [{"status": 0}] * 2
+    train(ranks(2), broken, "dense_tied", {"tp": 2}, fail_at=3, **options)
+    assert train(ranks(2), broken, "dense_tied", {"tp": 2}, **options) == [{"status": 0}] * 2
+    assert metrics(broken) == metrics(straight)
+    own = storage.directory(straight, 4)
+    assert_same_state(own, storage.directory(broken, 4))
+    values = storage.read_full(own)
+    assert values and all(is_adapter(name) for name in values)
+
+    name, scale = "layers.0.attention.q_proj", QLORA["alpha"] / QLORA["rank"]
+    with ModelReader(own) as whole, storage.Reader(begun) as first:
+        added = scale * values[f"{name}.adapter.b"] @ values[f"{name}.adapter.a"]
+        assert torch.allclose(
+            whole.read(f"{name}.weight"), nf4.rounded(first.read(f"{name}.weight")) + added, atol=1e-6
+        )
+        assert torch.equal(whole.read("embedding.weight"), first.read("embedding.weight"))
+
+
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -203,7 +233,11 @@ def test_adapters_that_cannot_be_merged_are_kept_beside_the_weights(
 
 @pytest.mark.parametrize(
     ("parallel", "adapter"),
-    [({}, LORA), ({"tp": 2}, LORA), pytest.param({"tp": 2}, PREFIX, marks=pytest.mark.full)],
+    [
+        ({}, LORA),
+        ({"tp": 2}, LORA),
+        *(pytest.param({"tp": 2}, adapter, marks=pytest.mark.full) for adapter in (PREFIX, SAMPLED_QLORA)),
+    ],
 )
 def test_completions_are_sampled_with_adapters(
     ranks: RanksOf, parallel: dict[str, int], adapter: dict[str, Any]
