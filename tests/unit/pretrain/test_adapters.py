@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from configs.adapters import AdapterConfig
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
+from configs.train import TrainerConfig
 from pretrain.model import Decoder, LayerContext, build_single, init_weights
 from pretrain.model.adapters import add_adapters, is_adapter, merged
 from pretrain.model.adapters.adalora import budget, penalty_gradient
@@ -150,3 +151,26 @@ def test_adalora_begins_as_the_base_and_merges_into_what_it_computes() -> None:
     logits = build_single(tuned.model_config, weights)(TOKENS, POSITIONS)
     assert torch.allclose(tuned(TOKENS, POSITIONS), logits, atol=1e-5)
     assert not torch.allclose(base(TOKENS, POSITIONS), logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sections", "said"),
+    [
+        ({"base": "nf4"}, {"train": {"compile": True}}, "set train.compile=false"),
+        ({"kind": "prefix"}, {"parallel": {"cp": 2}}, "set parallel.cp=1"),
+        ({"kind": "prompt"}, {"parallel": {"tp": 2, "sp": True}}, "set parallel.sp=false"),
+        ({"kind": "adalora", "budget_steps": 8}, {}, "set adapter.budget_steps=6 or less"),
+    ],
+)
+def test_a_run_that_an_adapter_does_not_fit_is_refused(
+    adapter: dict[str, Any], sections: dict[str, dict[str, Any]], said: str
+) -> None:
+    tree: dict[str, Any] = {
+        "run": {"dir": "runs/x"},
+        "train": {"steps": 6, "global_batch_size": 2, "micro_batch_size": 1, "seq_length": 8},
+        "optimizer": {"lr": 1e-3},
+    }
+    whole = {name: {**tree.get(name, {}), **sections.get(name, {})} for name in {**tree, **sections}}
+    validate(TrainerConfig, whole)
+    with pytest.raises(ConfigError, match=said):
+        validate(TrainerConfig, {**whole, "adapter": adapter})
