@@ -174,6 +174,13 @@ class AdapterConfig(Section):
         """Raises ConfigError if the model cannot have this method's virtual tokens before rows of this length."""
         if not (count := self.num_virtual_tokens):
             return
+        if model.has_contexts or model.head.mtp_depth:
+            modules = model.head.mtp_depth > 0
+            what = "modules of multi-token prediction" if modules else "contexts (the attention pattern 'prefix')"
+            raise ConfigError(
+                f"adapter.kind = {self.kind!r} puts virtual tokens before each document, and the model has {what}, "
+                f"which do not go with them; set {'model.head.mtp_depth=0 or ' * modules}adapter.kind=lora"
+            )
         if self.prepends and any(layer.moe for layer in model.layers):
             raise ConfigError(
                 f"adapter.kind = {self.kind!r} is for dense models: virtual tokens would take part in the balance of "

@@ -37,11 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def models() -> str:
-    """Returns a table of the published models: name, family, parameters, and those that one token uses."""
+    """Returns a table of the published models: name, family, parameters, and those that one token uses.
+
+    Modules of multi-token prediction are not counted, as where the models are published.
+    """
     rows = [("name", "family", "parameters", "active")]
     for name in presets.names():
         preset = load(presets.Preset, presets.FOLDER / f"{name}.toml")
-        total, active = preset.model.num_parameters(), preset.model.num_parameters(active=True)
+        model = preset.model.without_mtp()
+        total, active = model.num_parameters(), model.num_parameters(active=True)
         rows.append((name, preset.family, f"{total:,}", f"{active:,}" if active != total else ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.loader import ConfigError
 from configs.model import ModelConfig
-from configs.model_size import mean_layer_parameters
+from configs.model_size import mean_layer_parameters, mtp_parameters
 from configs.remedies import Misfit, divisors, multiples, remedies
 from configs.train import ParallelConfig, TrainSection
 
@@ -308,7 +308,8 @@ def _split_layers(request: LayoutRequest) -> tuple[int, ...]:
         )
     given = parallel.layers_per_stage
     if given is None:
-        head = model.head_size * model.hidden_size / mean_layer_parameters(model, active=True)
+        heads = (1 + model.head.mtp_depth) * model.head_size * model.hidden_size + mtp_parameters(model, active=True)
+        head = heads / mean_layer_parameters(model, active=True)
         return balanced_layers(layers, stages, head)
     if len(given) != stages or sum(given) != layers or min(given) < 1:
         raise _LayoutMisfit(

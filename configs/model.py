@@ -6,12 +6,13 @@ and `kinds` says what a kind changes; `ModelConfig.layer` gives everything that 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pydantic import Field, model_validator
 
 from configs.model_parts import (
+    WITHOUT_WINDOW,
     AttentionConfig,
     AttentionPattern,
     HeadConfig,
@@ -189,7 +190,7 @@ class ModelConfig(Section):
                 continue
             key = f"model.kinds.{kind}" if kind else "model.attention"
             pattern, window = self._pattern(kind)
-            if pattern != "causal" and window is None:
+            if pattern not in WITHOUT_WINDOW and window is None:
                 return f"{key}.pattern = {pattern!r} needs a length; set {key}.window, for example to 4096"
             position = self.kinds[kind].position if kind else None
             if position not in (None, self.position.kind) and (position, self.position.kind) != ("none", "rotary"):
@@ -201,6 +202,15 @@ class ModelConfig(Section):
 
     def _head_problem(self) -> str:
         head = self.head
+        if head.mtp_depth and head.kind != "language_model":
+            return (
+                f"model.head.mtp_depth = {head.mtp_depth} predicts tokens, which a scalar head does not; leave it out"
+            )
+        if head.mtp_depth and any(self._pattern(kind)[0] == "prefix" for kind in set(self.layer_pattern or [""])):
+            return (
+                f"model.head.mtp_depth = {head.mtp_depth} with the attention pattern 'prefix', where the context sees "
+                "tokens ahead that are to be predicted; set model.head.mtp_depth=0 or model.attention.pattern=causal"
+            )
         if head.kind == "language_model":
             if head.outputs != 1:
                 return f"model.head.outputs = {head.outputs} is for model.head.kind = 'scalar'; leave it out"
@@ -245,9 +255,16 @@ class ModelConfig(Section):
         """The configs of all layers, by number."""
         return tuple(self._layer(index) for index in range(self.num_layers))
 
+    @cached_property
+    def mtp_layers(self) -> tuple[LayerConfig, ...]:
+        """The configs of the blocks of multi-token prediction: the last layer's, with the numbers that follow it."""
+        last = self.layers[-1]
+        return tuple(replace(last, index=self.num_layers + i) for i in range(self.head.mtp_depth))
+
     def __copy__(self) -> "ModelConfig":
         copied = super().__copy__()
-        vars(copied).pop("layers", None)  # a copy may get other values
+        for name in ("layers", "mtp_layers"):
+            vars(copied).pop(name, None)  # a copy may get other values
         return copied
 
     def layer(self, index: int) -> LayerConfig:
@@ -260,7 +277,7 @@ class ModelConfig(Section):
         pattern, window = self._pattern(kind)
         attention = {
             "pattern": pattern,
-            "window": None if pattern == "causal" else window,
+            "window": None if pattern in WITHOUT_WINDOW else window,
             "qk_norm": self.attention.qk_norm if own.qk_norm else "none",
             "temperature": self.attention.temperature if own.temperature else None,
         }
@@ -299,6 +316,11 @@ class ModelConfig(Section):
         return self.head.kind == "language_model"
 
     @property
+    def has_contexts(self) -> bool:
+        """Whether some layers see a context both ways, the tokens in front of those to predict."""
+        return any(layer.attention.pattern == "prefix" for layer in self.layers)
+
+    @property
     def head_size(self) -> int:
         """The number of outputs of the head, which are rows of its weight."""
         return self.vocab_size if self.has_logits else self.head.outputs
@@ -308,13 +330,20 @@ class ModelConfig(Section):
         head = HeadConfig(kind="scalar", outputs=outputs)
         return self.model_copy(update={"head": head, "tie_embeddings": False})
 
+    def without_mtp(self) -> "ModelConfig":
+        """Returns the same model without modules of multi-token prediction."""
+        return self.model_copy(update={"head": self.head.model_copy(update={"mtp_depth": 0})})
+
     @property
     def expert_size(self) -> int:
         """The inner size of one expert's MLP."""
         return (self.moe and self.moe.ffn_hidden_size) or self.ffn_hidden_size
 
     def num_parameters(self, active: bool = False) -> int:
-        """Number of parameters; with `active`, only those that one token uses, with the whole embedding among them."""
+        """Number of parameters; with `active`, only those that one token uses when the model writes.
+
+        The whole embedding is among them, and modules of multi-token prediction are not.
+        """
         from configs.model_size import num_parameters
 
         return num_parameters(self, active)

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from configs.section import Section
 
-AttentionPattern = Literal["causal", "sliding", "chunked"]
+AttentionPattern = Literal["causal", "prefix", "sliding", "chunked"]
+WITHOUT_WINDOW = ("causal", "prefix")  # patterns that have no length
 PositionKind = Literal["rotary", "learned", "alibi", "none"]
 
 
@@ -58,7 +59,8 @@ class AttentionConfig(Section):
     sinks: bool = False
     """Whether each head has a learned score that takes a share of the softmax and adds nothing (gpt-oss)."""
     pattern: AttentionPattern = "causal"
-    """The earlier tokens of its document that a token sees: all, those in a sliding window, or those in its chunk."""
+    """The tokens of its document that a token sees: all earlier ones (causal), also all of the context in front of the
+    tokens to predict (prefix, GLM-130B), or the earlier ones in a sliding window or in its chunk."""
     window: int | None = Field(default=None, ge=1)
     """The length of the sliding window, with the token itself, or of a chunk, in tokens."""
     temperature: TemperatureConfig | None = None
@@ -160,6 +162,11 @@ class HeadConfig(Section):
     """The bound c of logits, which become c * tanh(logit / c) (Gemma 2); left out, there is none."""
     normalized: bool = False
     """Whether each row of the head's weight is divided by its length (Baichuan 2)."""
+    mtp_depth: int = Field(default=0, ge=0)
+    """The number of modules of multi-token prediction (DeepSeek-V3, section 2.2), each of which predicts one token
+    further ahead; they train beside the model and are not used after it."""
+    mtp_weight: float = Field(default=0.3, gt=0)
+    """The factor on the mean of these modules' losses, which is added to the loss."""
 
 
 class LayerKind(Section):

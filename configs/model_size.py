@@ -4,12 +4,22 @@ from configs.model import LayerConfig, ModelConfig
 
 
 def num_parameters(model: ModelConfig, active: bool = False) -> int:
-    """Number of parameters; with `active`, only those that one token uses, with the whole embedding among them."""
+    """Number of parameters; with `active`, only those that one token uses when the model writes.
+
+    The whole embedding is among them, and modules of multi-token prediction are not.
+    """
     width, norm = model.hidden_size, norm_size(model.norm.kind, model.hidden_size)
     embeddings = (model.vocab_size + (0 if model.tie_embeddings else model.head_size)) * width
     positions = (model.position.max_positions or 0) * width
     norms = norm * (model.norm.final + model.norm.embedding)
-    return embeddings + positions + norms + sum(layer_parameters(layer, active) for layer in model.layers)
+    layers = sum(layer_parameters(layer, active) for layer in model.layers)
+    return embeddings + positions + norms + layers + (0 if active else mtp_parameters(model))
+
+
+def mtp_parameters(model: ModelConfig, active: bool = False) -> int:
+    """Number of parameters of the modules of multi-token prediction; with `active`, those that one token trains."""
+    joint = 2 * model.hidden_size**2 + 3 * norm_size(model.norm.kind, model.hidden_size)
+    return sum(layer_parameters(layer, active) + joint for layer in model.mtp_layers)
 
 
 def mean_layer_parameters(model: ModelConfig, active: bool = False) -> float:

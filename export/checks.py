@@ -117,9 +117,16 @@ def reload(folder: Path, reference: Reference) -> Reloaded:
         auto: Any = AutoModelForCausalLM if reference.config.has_logits else AutoModelForSequenceClassification
         loaded: Any = auto.from_pretrained(place, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     model, loading = loaded
+    if has_odd_experts(reference.config) and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     has_one = reference.codec is not None
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
     return Reloaded(model.eval(), tokenizer, loading)
+
+
+def has_odd_experts(config: ModelConfig) -> bool:
+    """Whether experts have sizes that the kernel which transformers takes for them refuses, in fp32 or in bf16."""
+    return config.moe is not None and any(size % 8 for size in (config.hidden_size, config.expert_size))
 
 
 @torch.inference_mode()

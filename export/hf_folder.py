@@ -4,6 +4,7 @@ Training reads such a directory as well (`init.hf`), so this module and what it 
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from configs.model import ModelConfig
 from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE, Tokenizer
 from export.conversion.registry import family_of_config
 from export.conversion.table import Family
-from export.conversion.walk import KEPT, ConversionError, Fit, convert, embedding_name, fit, head_name
+from export.conversion.walk import KEPT, ConversionError, Fit, convert, embedding_name, fit, head_name, modules_in
 from export.publishing import RECORD
 from export.tensors import TensorFolder, scan_tensors, tensor_files
 
@@ -84,10 +85,15 @@ def open_hf_folder(directory: Path) -> HFFolder:
     problems += tensors.problems
     if model is not None:
         problems += _vocabulary_problems(directory, model)
+        if family.further_layers:
+            depth = modules_in(tensors.files, model.num_layers)
+            model = model.model_copy(update={"head": model.head.model_copy(update={"mtp_depth": depth})})
     fitted = None
     if model is not None and tensors.files:
         fitted = fit(family, model, tensors.shapes)
         problems += fitted.problems
+        if not problems:
+            problems += _copy_problems(model, tensors, fitted)
         if model.tie_embeddings and not problems:
             problems += head_problems(family, tensors, fitted)
     if problems or model is None or fitted is None:
@@ -135,6 +141,21 @@ def head_problems(family: Family, tensors: TensorFolder, fitted: Fit) -> list[st
         f"tie_word_embeddings = true, but {head} differs from {embedding}; set tie_word_embeddings = false in "
         "config.json if the head is its own"
     ]
+
+
+def _copy_problems(model: ModelConfig, tensors: TensorFolder, fitted: Fit) -> list[str]:
+    """Returns a problem for each embedding or head of a module of multi-token prediction that is not the model's."""
+    names = {ours: theirs for entry in fitted.walked for ours, theirs in zip(entry.ours, entry.theirs, strict=False)}
+    embedding = names["embedding.weight"]
+    shared, found = {"embed_tokens": embedding, "shared_head.head": names.get("lm_head.weight", embedding)}, []
+    for layer, (kind, name) in itertools.product(model.mtp_layers, shared.items()):
+        for copy in (kept for kept in fitted.kept if kept.endswith(f"layers.{layer.index}.{kind}.weight")):
+            if not torch.equal(tensors.read(copy), tensors.read(fitted.names[name])):
+                found.append(
+                    f"{copy} differs from {name}, which modules of multi-token prediction share with the model; "
+                    f"remove all tensors of layers.{layer.index} from the files to import the model without its module"
+                )
+    return found
 
 
 def facts_of(directory: Path, opened: HFFolder) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
     model, weights = with_plain_head(source.model, weights)
     codec = texts.codec
     family = family_of(model, source.architecture)
+    if not family.further_layers:
+        model, weights = without_modules(model, weights)
     read = reader_as(config.dtype, family, model, weights)
     write_weights(family, model, weights, read, config.max_shard_gb, folder)
 
@@ -121,6 +123,15 @@ def with_plain_head(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, 
     return model.model_copy(update=plain_head), replace(weights, shapes=shapes, read=read)
 
 
+def without_modules(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """Returns a model without its modules of multi-token prediction, which most families have no place for."""
+    modules = tuple(f"layers.{layer.index}." for layer in model.mtp_layers)
+    if not modules:
+        return model, weights
+    shapes = {name: shape for name, shape in weights.shapes.items() if not name.startswith(modules)}
+    return model.without_mtp(), replace(weights, shapes=shapes)
+
+
 def reader_as(dtype: str, family: Family, model: ModelConfig, weights: Weights) -> Callable[[str], torch.Tensor]:
     """Returns a function that reads a tensor, by Trivium's name, in the dtype in which it is written.
 
@@ -166,6 +177,7 @@ def write_weights(
 
 def build_decoder(model: ModelConfig, read: Callable[[str], torch.Tensor], layers: int | None) -> Decoder:
     """Builds Trivium's decoder in fp32 from tensors read one by one; of its first `layers` alone if that is given."""
+    model = model.without_mtp()  # outputs are those of the model itself
     compared = model if layers is None or layers >= model.num_layers else first_layers(model, layers)
     decoder = Decoder(compared, context=LayerContext(dtype=torch.float32)).eval()
     with torch.no_grad():

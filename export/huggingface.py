@@ -185,7 +185,7 @@ def export(
 ) -> int:
     """Writes, verifies and publishes the folder; returns 0. Raises ValueError if a check fails, leaving no folder."""
     from export import publishing
-    from export.checks import reload, verify
+    from export.checks import has_odd_experts, reload, verify
     from export.hf_writer import write_model
     from export.model_card import model_card
 
@@ -200,7 +200,14 @@ def export(
         failed = next((check for check in checks if not check.passed), None)
         if failed is not None:
             raise ValueError(f"{failed.name}: {failed.measured} (wanted: {failed.wanted})")
-        if reference.codec is not None and reference.compared == reference.config and reference.config.has_logits:
+        if reference.config.head.mtp_depth < source.model.head.mtp_depth:
+            said = f"{reference.family.architecture} has no modules of multi-token prediction, which are left out"
+            console.print(f"note: {said}", markup=False, soft_wrap=True)
+        if has_odd_experts(reference.config):
+            said = 'experts of these sizes need from_pretrained(..., experts_implementation="eager") in transformers 5'
+            console.print(f"note: {said}", markup=False, soft_wrap=True)
+        whole = reference.compared.num_layers == reference.config.num_layers
+        if reference.codec is not None and whole and reference.config.has_logits:
             sample(hf, reference, config, console)
         card = model_card(source, reference.family, config.dtype, checks)
         write_atomic(partial / "README.md", card.encode())

@@ -39,6 +39,7 @@ def free_memory() -> int | None:
 
 
 def _bytes(model: ModelConfig, layers: int) -> int:
+    model = model.without_mtp()  # modules of multi-token prediction are not compared
     within = sum(layer_parameters(layer) for layer in model.layers)
     compared = sum(layer_parameters(layer) for layer in model.layers[:layers])
     return COPIES * BYTES * (model.num_parameters() - within + compared)

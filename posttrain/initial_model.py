@@ -18,15 +18,26 @@ class InitialChatModel(initial_model.InitialModel):
 
     @classmethod
     def open(
-        cls, init: InitConfig, run_dir: str, resume: str, takes_values: bool = False, template: str | None = None
+        cls,
+        init: InitConfig,
+        run_dir: str,
+        resume: str,
+        takes_values: bool = False,
+        template: str | None = None,
+        keeps_modules: bool = False,
     ) -> "InitialChatModel":
         """Opens the initial model of the run in `run_dir`, as pretraining does, and its chat format.
 
-        `template` is a file with a chat template that takes the place of the model's. Raises ConfigError as pretraining
-        does, if the model has no tokenizer, or none that the format can use, and if it is a reward model, unless the
-        run `takes_values`.
+        `template` is a file with a chat template that takes the place of the model's. Modules of multi-token prediction
+        are left out unless the run `keeps_modules`, because it trains them by next-token losses. Raises ConfigError as
+        pretraining does, if the model has no tokenizer, or none that the format can use, and if it is a reward model,
+        unless the run `takes_values`.
         """
         found = super().open(init, run_dir, resume)
+        if found.model.head.mtp_depth and not keeps_modules:
+            said = "its modules of multi-token prediction are left out; pretraining and SFT without adapters train them"
+            note = f"{found.note}; {said}" if found.note else f"{found.said}: {said}"
+            found = replace(found, model=found.model.without_mtp(), note=note)
         if not takes_values:
             found.check_writes_text()
         if found.tokenizer is None:

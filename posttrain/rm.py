@@ -88,8 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def model_with_values(initial: "InitialChatModel", section: RewardSection) -> ModelConfig:
-    """Returns the initial model with a scalar head. Raises ConfigError if it has one with other outputs."""
+    """Returns the initial model with a scalar head.
+
+    Raises ConfigError if it has one with other outputs, or layers that see a context both ways: a text that is judged
+    has none.
+    """
     model = initial.model
+    if model.has_contexts:
+        raise ConfigError(
+            f"{initial.said}: the attention pattern 'prefix' sees a context both ways, and a reward model judges whole "
+            "texts; start from a model with another pattern"
+        )
     if model.has_logits:
         return model.with_values(section.outputs)
     if model.head.outputs != section.outputs:

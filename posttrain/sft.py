@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
-    initial = InitialChatModel.open(config.init, config.run.dir, args.resume, template=config.data.chat_template)
+    template, has_adapters = config.data.chat_template, config.adapter is not None
+    initial = InitialChatModel.open(
+        config.init, config.run.dir, args.resume, template=template, keeps_modules=not has_adapters
+    )
     initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")

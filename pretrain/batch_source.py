@@ -7,6 +7,7 @@ trains on the same samples whatever the number of ranks and the micro-batch size
 
 import abc
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,6 +79,20 @@ def in_random_order(rows: Sequence[T], samples: range, seed: int) -> list[T]:
     return picked
 
 
+def with_contexts(row: Row, seed: int, sample: int) -> Row:
+    """Takes the loss from the first tokens of each segment, a number drawn evenly from all that leave one to train on.
+
+    So models learn to see a context both ways (prefix language models: Raffel et al. 2020, section 3.3.1). The numbers
+    depend on seed and sample alone.
+    """
+    draw, loss_mask = np.random.default_rng([seed, sample]), row.loss_mask.copy()
+    for segment in range(int(row.segments.max()) + 1):
+        (trained,) = np.nonzero((row.segments == segment) & row.loss_mask)
+        if len(trained):
+            loss_mask[trained[: draw.integers(len(trained))]] = False
+    return replace(row, loss_mask=loss_mask)
+
+
 class BatchSource(abc.ABC):
     """Base class of the origins of samples: pretraining reads a plan, SFT its dialogues, RL samples from the model."""
 
@@ -144,8 +159,9 @@ class PlanSource(BatchSource):
 
     reads_ahead = True
 
-    def __init__(self, plan: Plan, common_samples: Mapping[str, int] | None = None):
-        self.plan, self.common_samples = plan, common_samples or {}
+    def __init__(self, plan: Plan, common_samples: Mapping[str, int] | None = None, context_seed: int | None = None):
+        """Reads `plan`; with `context_seed` a part of each document, drawn by it, is a context and not trained on."""
+        self.plan, self.common_samples, self._context_seed = plan, common_samples or {}, context_seed
         self.fingerprint, self.num_samples, self.sources = plan.fingerprint, plan.num_samples, list(plan.sources)
         self.first_sample, self.after, self.location = plan.first_sample, plan.after, str(plan.path)
 
@@ -163,7 +179,8 @@ class PlanSource(BatchSource):
         earlier.note_use(self.plan.path, run_dir)
 
     def rows(self, samples: range) -> list[Row]:
-        return [self.plan.row(i - self.first_sample) for i in samples]
+        rows = ((i, self.plan.row(i - self.first_sample)) for i in samples)
+        return [row if self._context_seed is None else with_contexts(row, self._context_seed, i) for i, row in rows]
 
 
 def check_samples(

@@ -5,18 +5,22 @@ import time
 import torch
 
 from configs.model import ModelConfig
+from configs.model_size import mtp_parameters
 from pretrain.parallel.groups import Mesh
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """Returns the operations of forward and backward pass per token, for rows of `seq_length` tokens (S).
 
-    They are 6 per active weight that is multiplied, and 12 * layers * heads * dim * S/2 for causal attention.
-    Embedding lookups multiply nothing, and recomputation is not counted.
+    They are 6 per active weight that is multiplied, and 12 * layers * heads * dim * S/2 for causal attention. Modules
+    of multi-token prediction are layers, and each multiplies the head again. Embedding lookups multiply nothing, and
+    recomputation is not counted.
     """
     lookups = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
-    attention = 6 * model.num_layers * model.num_heads * model.dim_per_head * seq_length
-    return 6 * (model.num_parameters(active=True) - lookups) + attention
+    layers, depth = model.num_layers + model.head.mtp_depth, model.head.mtp_depth
+    attention = 6 * layers * model.num_heads * model.dim_per_head * seq_length
+    further = mtp_parameters(model, active=True) + depth * model.head_size * model.hidden_size
+    return 6 * (model.num_parameters(active=True) - lookups + further) + attention
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -31,8 +31,9 @@ from pretrain.checkpoint.whole_model import WholeTensors, open_model, verify
 
 Opened = TypeVar("Opened", bound="InitialModel")
 # Keys of [model] in which a run may differ from the model that it starts from: the base of the rotary embedding for
-# longer rows, and the deviation of initial weights, which are not drawn.
-_FREE = ("position.theta", "init_std")
+# longer rows, the deviation of initial weights, which are not drawn, and modules of multi-token prediction, which may
+# be left out, or be new.
+_FREE = ("position.theta", "init_std", "head.mtp_depth", "head.mtp_weight")
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "these sources is not measured",
                     flush=True,
                 )
-            source, lineage = PlanSource(plan, choice.common_samples), _lineage(plan, config, initial)
+            context_seed = config.run.seed if config.model.has_contexts else None
+            source = PlanSource(plan, choice.common_samples, context_seed)
+            lineage = _lineage(plan, config, initial)
             return Trainer(
                 config,
                 config.model,

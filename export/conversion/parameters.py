@@ -30,6 +30,9 @@ def parameters(config: ModelConfig) -> dict[str, Shape]:
     result = _sized(found, sizes)
     for layer in config.layers:
         result |= {f"layers.{layer.index}.{name}": shape for name, shape in layer_parameters(layer).items()}
+    for layer in config.mtp_layers:
+        own = _sized(_module(layer), {"H": config.hidden_size, "2": 2 * config.hidden_size})
+        result |= {f"layers.{layer.index}.{name}": shape for name, shape in (own | layer_parameters(layer)).items()}
     found = _norm("final_norm", config.norm.kind) if config.norm.final else {}
     if not config.has_logits:
         found["value_head.weight"] = "OH"
@@ -53,6 +56,12 @@ def layer_parameters(layer: LayerConfig) -> dict[str, Shape]:
     if outputs:
         found |= _norm("mlp_output_norm", layer.norm.kind)
     return _sized(found, _sizes(layer))
+
+
+def _module(layer: LayerConfig) -> dict[str, str]:
+    """Returns what a module of multi-token prediction has beside a block."""
+    norms = (_norm(f"{name}_norm", layer.norm.kind) for name in ("embedding", "hidden", "output"))
+    return {name: shape for norm in norms for name, shape in norm.items()} | {"joint_proj.weight": "H2"}
 
 
 def _sizes(layer: LayerConfig) -> dict[str, int]:

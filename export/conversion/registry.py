@@ -27,6 +27,11 @@ CLASSIFIERS: tuple[Family, ...] = tuple(with_values(one) for one in FAMILIES if 
 # Families without a class in transformers: their files can be imported, and exported only as another family.
 WITHOUT_CLASS: tuple[Family, ...] = (baichuan.BAICHUAN,)
 
+# Model types that people ask for, and what they have that no part of the decoder computes.
+LACKING = {
+    "qwen3_next": "three of four layers of Qwen3-Next are gated delta nets, which are no attention",
+}
+
 
 def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
     """Returns the family that a model is exported as: the `preferred` architecture, or the first that can express it.
@@ -68,7 +73,8 @@ def family_of_config(raw: Mapping[str, Any]) -> Family:
     known = ", ".join(family.model_type for family in (*FAMILIES, *WITHOUT_CLASS))
     if is_classifier(raw):
         known = f"with the class {named} {', '.join(WITH_CLASSIFIER)}"
-    raise ValueError(f"config.json: model_type = {kind!r} is not supported; supported are {known}")
+    why = f" ({LACKING[kind]})" if kind in LACKING else ""
+    raise ValueError(f"config.json: model_type = {kind!r} is not supported{why}; supported are {known}")
 
 
 def differences(config: ModelConfig, family: Family) -> dict[str, tuple[str, str]]:
@@ -108,7 +114,8 @@ def computation(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
         "scale_embedding": config.scale_embedding,
         "position.max_positions": config.position.max_positions,
         **{f"norm.{key}": value for key, value in config.norm},
-        **{f"head.{key}": value for key, value in config.head},
+        # Modules of multi-token prediction change nothing that the model computes itself.
+        **{f"head.{key}": value for key, value in config.head if not key.startswith("mtp_")},
     }
     result: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in whole.items()}
     layers = [dict(_layer(layer)) for layer in config.layers]

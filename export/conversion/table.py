@@ -45,7 +45,7 @@ class Family:
     `converted` are keys of `[model]` that the operations of the rules bring into the family's own form. `positions` is
     the key of the longest row, with what transformers takes where it is absent; "" if there is none. `kept_keys` are
     keys of config.json that an import keeps, too: they say what the kept tensors are, or are of training alone. With
-    `further_layers` a file may have layers after the last one, of multi-token prediction, and they are kept.
+    `further_layers` a file may have modules of multi-token prediction, as layers after the last one.
     """
 
     architecture: str

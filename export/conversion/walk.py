@@ -124,7 +124,7 @@ def fit(family: Family, config: ModelConfig, found: Mapping[str, Shape | None]) 
     names = {name.removeprefix(family.prefix) if bare else name: name for name in wanted}
     present = {names.get(name, name): shape for name, shape in found.items()}
     head = head_name(family)
-    kept = [*family.kept, *(_further_layers(found, config) if family.further_layers else [])]
+    kept = [*family.kept, *(_copies(layer.index) for layer in config.mtp_layers)]
     aside = [re.compile(pattern) for pattern in (*family.ignored, *kept)]
     rest = {
         name: shape
@@ -145,10 +145,16 @@ def fit(family: Family, config: ModelConfig, found: Mapping[str, Shape | None]) 
     return Fit(walked, {theirs: mine for mine, theirs in names.items()}, names_kept, said)
 
 
-def _further_layers(found: Iterable[str], config: ModelConfig) -> list[str]:
-    """Returns patterns of the names in layers after the last one, which predict tokens that are further ahead."""
-    matches = (re.fullmatch(r"(.*layers\.(\d+)\.)eh_proj\.weight", name) for name in found)
-    return [re.escape(match[1]) + ".*" for match in matches if match and int(match[2]) >= config.num_layers]
+def _copies(layer: int) -> str:
+    """Returns the pattern of the copies of embedding and head that a file may have for a module of prediction."""
+    return rf"(?:.*\.)?layers\.{layer}\.(?:embed_tokens|shared_head\.head)\.weight"
+
+
+def modules_in(found: Iterable[str], num_layers: int) -> int:
+    """Returns the number of modules of multi-token prediction that a folder with these tensors has."""
+    own = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:enorm|hnorm|eh_proj|shared_head\.norm)\.weight")
+    layers = [int(match[1]) for name in found if (match := own.fullmatch(name))]
+    return max(0, max(layers, default=0) + 1 - num_layers)
 
 
 def head_name(family: Family) -> str:

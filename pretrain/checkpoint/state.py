@@ -82,10 +82,10 @@ def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
     """Fills master weights and model weights with those of another model, with which a new run begins.
 
     The router bias of MoE layers is taken over. Their load, a statistic of the last step, is taken if there is one. A
-    scalar head that the other model, a language model, lacks keeps its initial weights; no other parameter may be
-    lacking, but those of adapters, which are new unless the other model has such adapters itself. Returns the names of
-    the other parameters that are new, the same on all ranks. Raises ConfigError if the model has adapters that can
-    neither be merged nor be trained on.
+    scalar head that the other model, a language model, lacks keeps its initial weights, and so do modules of
+    multi-token prediction; no other parameter may be lacking, but those of adapters, which are new unless the other
+    model has such adapters itself. Returns the names of the other parameters and modules that are new, the same on all
+    ranks. Raises ConfigError if the model has adapters that can neither be merged nor be trained on.
     """
     if tensors.adapter is not None and tensors.adapter != engine.adapter:
         keys = {"kind": tensors.adapter.kind, **changes(plain(AdapterConfig()), plain(tensors.adapter))}
@@ -94,16 +94,19 @@ def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
             f"{tensors.path} has adapters of kind {tensors.adapter.kind!r}, which cannot be merged into its weights; "
             f"set {written} to train them further, or begin from the model that they were trained on"
         )
-    head = [] if engine.model_config.has_logits else [value_head.NAME]
-    new = [name for name in head if name not in tensors.shapes]
-    named = engine.module.named_global_parameters()
-    adapters = [name for name, _ in named if is_adapter(name) and tensors.adapter is None]
+    config, own = engine.model_config, [name for name, _ in engine.module.named_global_parameters()]
+    head = [] if config.has_logits else [value_head.NAME]
+    modules = [f"layers.{layer.index}" for layer in config.mtp_layers]
+    said = [name for name in head if name not in tensors.shapes]
+    said += [name for name in modules if f"{name}.joint_proj.weight" not in tensors.shapes]
+    new = [name for name in own if name in said or name.startswith(tuple(f"{each}." for each in said))]
+    adapters = [name for name in own if is_adapter(name) and tensors.adapter is None]
     _check_shapes(engine, tensors, required=[], new=[*new, *adapters])
     _fill(engine, tensors.read, "weight", [*new, *adapters])
     _fill_frozen(engine, tensors.read, [*new, *adapters])
     expert_balance.restore(engine.module, tensors.balance)
     zero.update_weights(engine.zero)
-    return new
+    return said
 
 
 def fill_evaluated(engine: Engine, tensors: WholeTensors) -> None:

@@ -17,6 +17,7 @@ import torch
 from configs.adapters import AdapterConfig
 from configs.files import file_sha256
 from configs.loader import validate
+from configs.model import ModelConfig
 from configs.train import TrainerConfig
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin
@@ -123,6 +124,21 @@ def open_model(path: Path) -> Iterator[WholeTensors]:
         yield FolderTensors(open_hf_folder(path))
 
 
+def _without_modules(shapes: dict[str, tuple[int, ...]], manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the base's weights without modules of multi-token prediction that the run has left out."""
+    config = manifest.get("config", {})
+    if "model" not in config:
+        return dict(shapes)
+    model = validate(ModelConfig, config["model"])
+    layers = model.num_layers + model.head.mtp_depth
+
+    def is_left_out(name: str) -> bool:
+        first, _, rest = name.partition(".")
+        return first == "layers" and int(rest.partition(".")[0]) >= layers
+
+    return {name: shape for name, shape in shapes.items() if not is_left_out(name)}
+
+
 class ModelReader:
     """Reader of whole weights, one at a time, with adapters merged into them; otherwise like a `storage.Reader`.
 
@@ -138,7 +154,7 @@ class ModelReader:
         held = self._own.shapes
         self.adapter = separate_adapter(manifest, path)
         self._held = {name for name in held if self.adapter is not None or not is_adapter(name)}
-        self.shapes = dict(self._base.shapes) if self._base else {}
+        self.shapes = _without_modules(self._base.shapes, manifest) if self._base else {}
         self.shapes |= {name: held[name] for name in held if name in self._held}
         self.balance, self.kept, self.read_kept = self._own.balance, self._own.kept, self._own.read_kept
         config = adapter_of(manifest, path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pretrain.model import Decoder
+from pretrain.model.context import ForwardContext
 
 BATCH_TOKENS = 4096  # tokens computed at once, padding included
 MOST_LOGITS = 2**28  # in one batch, which is 1 GiB of fp32 numbers
@@ -29,10 +30,11 @@ class _Row:
     """A sequence that the model reads once, and the continuations that are scored on it as (number, token ids).
 
     A continuation is predicted by the last positions of the row. Several share a row if they differ in nothing that the
-    model reads, as the answers A, B, C and D to a question do.
+    model reads, as the answers A, B, C and D to a question do. The first `context` tokens are not predicted.
     """
 
     inputs: tuple[int, ...]
+    context: int
     scored: list[tuple[int, Ids]] = field(default_factory=list)
 
     @property
@@ -71,10 +73,12 @@ def likelihoods(
     """
     if any(not context for context, _ in pairs):
         raise ValueError("a context has no tokens; begin it with the beginning-of-text or end-of-text token")
-    rows: dict[tuple[int, ...], _Row] = {}
+    rows: dict[tuple[int, tuple[int, ...]], _Row] = {}
     for number, (context, continuation) in enumerate(pairs):
         for inputs, predicted in windows(context, continuation, max_length) if continuation else ():
-            row = rows.setdefault(tuple(inputs), _Row(tuple(inputs)))
+            own = len(inputs) - len(predicted) + 1
+            key = own if decoder.model_config.has_contexts else 0, tuple(inputs)
+            row = rows.setdefault(key, _Row(tuple(inputs), own))
             row.scored.append((number, predicted))
     logprobs, greedy = [0.0] * len(pairs), [True] * len(pairs)
     for batch in _batches(list(rows.values()), batch_tokens, decoder.model_config.vocab_size):
@@ -121,5 +125,7 @@ def _logits(decoder: Decoder, batch: list[_Row]) -> list[torch.Tensor]:
     ]
     moved = (x.to(device) for x in (tokens_BS, positions_BS, segments_BS, torch.cat(wanted)))
     tokens, positions, segments, chosen = moved
-    logits = decoder(tokens, positions, segments, wanted=chosen).float()
+    contexts = torch.tensor([row.context for row in batch])
+    context = ForwardContext.of(decoder.model_config, positions, segments, contexts_B=contexts)
+    logits = decoder(tokens, positions, segments, wanted=chosen, context=context).float()
     return list(logits.split([row.longest for row in batch]))

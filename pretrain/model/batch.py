@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pretrain.model.documents import Documents
+from pretrain.model.multi_token import Ahead
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Batch:
     """One micro-batch, [B, S] where nothing else is said; `data_pipeline.mixture.rows.Row` explains the values.
 
     `loss_mask` is float: RL weighs tokens with it. `extra` has what a loss function needs beside labels, by name, such
-    as the advantages of RL; each is [B, S].
+    as the advantages of RL; each is [B, S]. `ahead` is for modules of multi-token prediction, where they are trained.
     """
 
     tokens: torch.Tensor
@@ -27,10 +28,25 @@ class Batch:
     documents: Documents  # of whole rows, also where S is only a part of them (context parallel)
     samples: tuple[int, ...] | None = None  # the rows' numbers in the run
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    ahead: tuple[Ahead, ...] = ()
 
     def weightless(self) -> "Batch":
         """Returns a batch of the same tokens whose losses all have weight zero."""
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask), trained=self.trained[:0])
+
+    def with_contexts(self) -> "Batch":
+        """Returns a batch of whole rows whose documents know their contexts, by the loss mask."""
+        return replace(self, documents=self.documents.with_contexts(self.loss_mask))
+
+    def with_ahead(self, depth: int) -> "Batch":
+        """Returns a batch of whole rows with what so many modules of multi-token prediction read and predict."""
+        rows = self.tokens, self.labels, self.loss_mask, self.segments
+        return replace(self, ahead=tuple(Ahead.of(*rows, places=i + 1) for i in range(depth)))
+
+    def of_module(self, index: int) -> "Batch":
+        """Returns the batch with the labels of a module of multi-token prediction in place of the model's."""
+        own = self.ahead[index]
+        return replace(self, labels=own.labels, loss_mask=own.loss_mask, trained=own.trained, extra={}, ahead=())
 
     def to(self, device: torch.device) -> "Batch":
         moved = self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
@@ -44,4 +60,5 @@ class Batch:
         """Returns the fields that are or hold tensors, with `change` applied to each tensor."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in own.items() if torch.is_tensor(value)}
+        changed["ahead"] = tuple(part.mapped(change) for part in self.ahead)
         return changed | {"extra": {name: change(tensor) for name, tensor in self.extra.items()}}

@@ -78,17 +78,28 @@ class ForwardContext:
         segments_BS: torch.Tensor | None = None,
         cache: KVCache | None = None,
         virtual: VirtualTokens = NO_TOKENS,
+        contexts_B: torch.Tensor | None = None,
     ) -> "ForwardContext":
-        """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row."""
+        """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row.
+
+        `contexts_B` are numbers of first tokens of the rows that layers with the pattern `prefix` see both ways: of all
+        tokens where rows of a cache are started, else of none by default.
+        """
         begins = cache is None or positions_BS.shape[1] > 1
         positions_BS, prepended = virtual.positions(positions_BS, begins), virtual.count * (virtual.in_rows and begins)
         valid_SB = None if segments_BS is None else F.pad(segments_BS >= 0, (prepended, 0), value=True).t()
         documents = None
+        if segments_BS is not None and (cache is None or config.has_contexts):
+            documents = Documents.of(segments_BS)
+            if config.has_contexts and cache is not None:
+                contexts_B = (segments_BS >= 0).sum(1)
+            if config.has_contexts and contexts_B is not None:
+                slots = torch.arange(segments_BS.shape[1])
+                documents = documents.with_contexts(slots >= contexts_B.cpu()[:, None] - 1)
         if cache is not None:
-            cache.begin(positions_BS)
+            cache.begin(positions_BS, documents)
             tables = _cached_tables(config, positions_BS, cache)
         else:
-            documents = None if segments_BS is None else Documents.of(segments_BS)
             tables = _tables(config, positions_BS)
         return cls(positions_BS.t(), tables, documents, valid_SB, None, virtual, prepended)
 

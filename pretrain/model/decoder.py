@@ -12,7 +12,7 @@ heads, D head dimension, T the whole sequence where S is a part of it, E experts
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -28,7 +28,7 @@ from pretrain.model.layer_context import LayerContext
 from pretrain.model.layers import MLP, Dropout, norm_of, recomputed
 from pretrain.model.moe import MoE
 from pretrain.model.slices import Marks, mark
-from pretrain.model.tensor_parallel import ColumnLinear, Embedding, Region
+from pretrain.model.tensor_parallel import ColumnLinear, Embedding, Region, WholeLinear
 from pretrain.model.value_head import ValueHead
 
 
@@ -65,14 +65,17 @@ class Decoder(nn.Module):
         context = context or LayerContext()
         self.model_config, self.stage = config, stage or StageSpec.whole(config)
         self.region = Region(context)
-        if self.stage.is_first:
+        if self.stage.is_first or (self.stage.is_last and config.head.mtp_depth):
             self.embedding = Embedding(config.vocab_size, config.hidden_size, context)
+        if self.stage.is_first:
             self.embedding_dropout = Dropout("embedding", context)
             if config.position.max_positions:
                 self.position_embedding = PositionEmbedding(config.position.max_positions, config.hidden_size, context)
             if config.norm.embedding:
                 self.embedding_norm = norm_of(config.norm, config.hidden_size, context)
         layers = {str(i): Block(config.layer(i), context) for i in self.stage.layers}
+        if self.stage.is_last:
+            layers |= {str(layer.index): MTPBlock(layer, context) for layer in config.mtp_layers}
         self.layers = nn.ModuleDict(layers)  # by global index
         if self.stage.is_last:
             norm = norm_of(config.norm, config.hidden_size, context) if config.norm.final else nn.Identity()
@@ -109,7 +112,8 @@ class Decoder(nn.Module):
         if context is None:
             context = ForwardContext.of(self.model_config, positions_BS, segments_BS, cache, self.virtual)
         x_SBH = self._embedded(tokens_BS, context) if self.stage.is_first else self._received()
-        for block in self.blocks.values():
+        blocks = self.blocks
+        for block in map(blocks.__getitem__, self.stage.layers):
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_SBH = recomputed(block, x_SBH, context)
             else:
@@ -118,22 +122,41 @@ class Decoder(nn.Module):
             return x_SBH
         if context.prepended:
             x_SBH = x_SBH[context.prepended :]
-        x, has_logits = self.final_norm(x_SBH), self.model_config.has_logits
-        x = (self.region.enter(x) if has_logits else self.region.gather(x)).transpose(0, 1)
+        x_SBH, has_logits = self.final_norm(x_SBH), self.model_config.has_logits
+        x = (self.region.enter(x_SBH) if has_logits else self.region.gather(x_SBH)).transpose(0, 1)
         if wanted is not None:
             x = x.flatten(0, 1).index_select(0, wanted)
         if has_logits:
-            return self._loss(x, loss) if loss is not None else self._logits(x)
+            return self._logits(x) if loss is None else self._with_modules(self._loss(x, loss), x_SBH, loss, context)
         values = self.value_head(x)
         return loss.of_values(values) if loss is not None else values
 
+    def _with_modules(
+        self, total: torch.Tensor, x_SBH: torch.Tensor, loss: HeadLoss, context: ForwardContext
+    ) -> torch.Tensor:
+        """Adds the losses of the modules of multi-token prediction, the first of which sees the final hidden states."""
+        for config, ahead, own in zip(self.model_config.mtp_layers, loss.batch.ahead, loss.modules, strict=False):
+            block, e_SBH = self.blocks[config.index], self._scaled(self.embedding(ahead.tokens))
+            context = replace(context, valid_SB=ahead.valid.t())
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x_SBH = recomputed(block, x_SBH, context, None, e_SBH)
+            else:
+                x_SBH = block(x_SBH, context, None, e_SBH)
+            x = self.region.enter(x_SBH).transpose(0, 1).flatten(0, 1).index_select(0, ahead.trained)
+            total = total + self._loss(x, own)
+        return total
+
+    def _scaled(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        if not self.model_config.scale_embedding:
+            return x_SBH
+        # The factor is rounded to the model's precision, as Gemma was trained.
+        return x_SBH * torch.tensor(math.sqrt(self.model_config.hidden_size), dtype=x_SBH.dtype)
+
     def _embedded(self, tokens_BS: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        config = self.model_config
-        x_SBH = self.embedding(tokens_BS)
+        config, x_SBH = self.model_config, self.embedding(tokens_BS)
         if context.prepended:
             x_SBH = torch.cat((self.adapter["prompt"](x_SBH.shape[1]), x_SBH))
-        if config.scale_embedding:  # the factor is rounded to the model's precision, as Gemma was trained
-            x_SBH = x_SBH * torch.tensor(math.sqrt(config.hidden_size), dtype=x_SBH.dtype)
+        x_SBH = self._scaled(x_SBH)
         if config.position.max_positions:
             x_SBH = x_SBH + self.position_embedding(context.positions_SB)
         if config.norm.embedding:
@@ -178,7 +201,19 @@ class Decoder(nn.Module):
     @property
     def tied_here(self) -> bool:
         """Tells whether the output head uses the embedding weight of this same stage."""
-        return self.model_config.tie_embeddings and self.stage.is_first and self.stage.is_last
+        return self.model_config.tie_embeddings and self.stage.is_last and hasattr(self, "embedding")
+
+    @property
+    def has_embedding_copy(self) -> bool:
+        """Tells whether the last of several stages has a copy of the embedding."""
+        return self.model_config.tie_embeddings or self.model_config.head.mtp_depth > 0
+
+    @property
+    def embedding_copy(self) -> nn.Parameter | None:
+        """The copy of the embedding on the last of several stages: for multi-token prediction, or as a tied head."""
+        if self.stage.is_first or not self.stage.is_last or not self.has_embedding_copy:
+            return None
+        return self.embedding.weight if hasattr(self, "embedding") else self.lm_head.weight
 
     @property
     def blocks(self) -> dict[int, "Block"]:
@@ -192,7 +227,7 @@ class Decoder(nn.Module):
     @property
     def input_modules(self) -> list[nn.Module]:
         """The modules before the first block, in the order of their use; most are on the first stage alone."""
-        names = ("embedding", "position_embedding", "embedding_norm")
+        names = ("embedding", "position_embedding", "embedding_norm") if self.stage.is_first else ()
         return [*(getattr(self, name) for name in names if hasattr(self, name)), *self.adapter.values()]
 
     def global_name(self, name: str) -> str:
@@ -260,6 +295,32 @@ class Block(nn.Module):
             return self.mlp_dropout(x, context.samples)
 
         return self.residual(self, x_SBH, attend, feed_forward, drop_attention, drop_mlp)
+
+
+class MTPBlock(Block):
+    """A module of multi-token prediction (DeepSeek-V3, section 2.2): a block over hidden states and later tokens.
+
+    Takes hidden states and the embeddings of the tokens to come, both [S, B, H], and gives normed hidden states, which
+    the output head and the next module see.
+    """
+
+    def __init__(self, config: LayerConfig, context: LayerContext):
+        super().__init__(config, context)
+        self.embedding_norm, self.hidden_norm, self.output_norm = (
+            norm_of(config.norm, config.hidden_size, context) for _ in range(3)
+        )
+        self.joint_proj = WholeLinear(2 * config.hidden_size, config.hidden_size, context)
+
+    def forward(
+        self,
+        x_SBH: torch.Tensor,
+        context: ForwardContext,
+        cache: KVCache | None = None,
+        embedded_SBH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert embedded_SBH is not None, "a module of multi-token prediction sees later tokens"
+        both = torch.cat((self.embedding_norm(embedded_SBH), self.hidden_norm(x_SBH)), dim=-1)
+        return self.output_norm(super().forward(self.joint_proj(both), context, cache))
 
 
 Map = Callable[[torch.Tensor], torch.Tensor]

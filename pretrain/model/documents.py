@@ -37,6 +37,9 @@ class Documents:
     # [number of documents + 1] int32, on the device: the index at which each document ends, rows one after another.
     ends: torch.Tensor
     is_whole: bool  # every row is one document
+    # [B, T] on the host: at the first token of a document the number of its tokens that are its context, which the
+    # pattern `prefix` sees both ways; None where there are none.
+    contexts: torch.Tensor | None = None
 
     @classmethod
     def of(cls, segments_BT: torch.Tensor) -> "Documents":
@@ -59,6 +62,14 @@ class Documents:
                 blocks.append(newest[span])
         moved = ends.to(segments_BT.device, torch.int32)
         return cls(torch.tensor(blocks, dtype=torch.int64).view(-1, 4), moved, is_whole=len(starts) == count)
+
+    def with_contexts(self, loss_mask_BT: torch.Tensor) -> "Documents":
+        """Returns the same with contexts: a document's tokens up to the first one whose next token is trained on."""
+        trained, contexts = loss_mask_BT.detach().cpu() != 0, torch.zeros(loss_mask_BT.shape, dtype=torch.int64)
+        for first, last, start, end in self.blocks.tolist():
+            own = trained[first:last, start:end]
+            contexts[first:last, start] = (own.int().argmax(1) + 1) * own.any(1)
+        return replace(self, contexts=contexts)
 
     def to(self, device: torch.device) -> "Documents":
         """Moves what kernels read; the blocks stay on the host."""
@@ -140,11 +151,12 @@ def by_document(
     documents: Documents,
     attend: Callable[..., torch.Tensor],
     with_row: bool = False,
+    with_context: bool = False,
 ) -> torch.Tensor:
     """Calls `attend` for one document after another, on any device, and puts the outputs together.
 
-    With `with_row` it passes the number of the document's row, too. It splits rows instead of slicing them: the
-    gradient of a slice is as long as what it was cut from.
+    With `with_row` it passes the number of the document's row, too, and with `with_context` the length of its context.
+    It splits rows instead of slicing them: the gradient of a slice is as long as what it was cut from.
     """
     spans: list[list[tuple[int, int]]] = [[] for _ in range(q.shape[1])]
     for first, last, start, end in documents.blocks.numpy():
@@ -152,10 +164,16 @@ def by_document(
             spans[row].append((int(start), int(end)))
     outputs = []
     for row, own in enumerate(spans):
-        lengths = [end - start for start, end in sorted(own)]
-        parts = [x[:, row : row + 1].split(lengths) for x in (q, k, v)]
+        own = sorted(own)
+        lengths = [end - start for start, end in own]
+        parts = zip(*(x[:, row : row + 1].split(lengths) for x in (q, k, v)), strict=True)
         more = (row,) if with_row else ()
-        outputs.append(torch.cat([attend(*own, *more) for own in zip(*parts, strict=True)]))
+        if with_context and documents.contexts is not None:
+            contexts = documents.contexts[row].tolist()
+            found = [attend(*part, *more, context=contexts[at]) for part, (at, _) in zip(parts, own, strict=True)]
+        else:
+            found = [attend(*part, *more) for part in parts]
+        outputs.append(torch.cat(found))
     return torch.cat(outputs, dim=1)
 
 

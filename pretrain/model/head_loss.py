@@ -9,7 +9,7 @@ the logits again. Both happen in the forward pass; the backward pass hands out w
 With a vocabulary split over tensor-parallel ranks a chunk takes two small all-reduces, of maxima and of sums.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from pretrain.megatron import get_pg_size
 from pretrain.model.batch import Batch
-from pretrain.model.losses import LossFunction
+from pretrain.model.losses import LossFunction, NextToken
 
 # Number of logits in a chunk: on a CPU some megabytes, which its caches hold, and on a GPU enough to keep it busy.
 CHUNK_CPU, CHUNK_GPU = 2**21, 2**26
@@ -37,13 +37,23 @@ class HeadLoss:
     Of a scalar head `of_values` takes the values. They are few, so that autograd computes its gradients.
 
     `sums` holds the masked loss per source, the mask's weight per source and the masked sum of each metric. `scale`
-    multiplies the loss that is returned, for the backward pass.
+    multiplies the loss that is returned, for the backward pass. `modules` are the losses of multi-token prediction,
+    each with its part `of_modules` of the scale.
     """
 
     sums: torch.Tensor
+    modules: Sequence["HeadLoss"] = ()
 
-    def __init__(self, batch: Batch, loss_fn: LossFunction, scale: float, num_sources: int):
+    def __init__(self, batch: Batch, loss_fn: LossFunction, scale: float, num_sources: int, of_modules: float = 0.0):
         self.batch, self.loss_fn, self.scale, self.num_sources = batch, loss_fn, scale, num_sources
+        self.modules = [
+            HeadLoss(batch.of_module(i), NextToken(), scale * of_modules, num_sources) for i in range(len(batch.ahead))
+        ]
+
+    @property
+    def all_sums(self) -> torch.Tensor:
+        """The sums, and after them the masked loss of each module of multi-token prediction."""
+        return torch.cat([self.sums, *(own.sums[: self.num_sources].sum().view(1) for own in self.modules)])
 
     def __call__(
         self,
@@ -103,9 +113,9 @@ class HeadLoss:
         return loss_B.sum() * self.scale, sums
 
 
-def head_loss(batch: Batch, loss_fn: LossFunction, scale: float, num_sources: int) -> HeadLoss:
+def head_loss(batch: Batch, loss_fn: LossFunction, scale: float, num_sources: int, of_modules: float = 0.0) -> HeadLoss:
     """Returns the loss of a micro-batch: a `HeadLoss`, or the kind that the loss function makes by its `head_loss`."""
-    make = getattr(loss_fn, "head_loss", partial(HeadLoss, loss_fn=loss_fn))
+    make = getattr(loss_fn, "head_loss", partial(HeadLoss, loss_fn=loss_fn, of_modules=of_modules))
     return make(batch=batch, scale=scale, num_sources=num_sources)
 
 

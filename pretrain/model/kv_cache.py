@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.model import ModelConfig
+from pretrain.model.documents import Documents
 from pretrain.model.scores import ScoreRule, attend, attend_cached
 
 Tables = dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos and sin [S, B, 1, rotated elements] by the kind of a layer
@@ -53,15 +54,19 @@ class KVCache:
         self._heads = torch.arange(rows * shape[3], device=device).view(rows, shape[3]) * slots
         self._positions_B: torch.Tensor | None = None  # of the tokens that continue rows; None while rows are started
         self._mask = self._new = self.store
+        self._documents: Documents | None = None
 
     @property
     def slots(self) -> int:
         """The number of tokens that a row has room for."""
         return self.store.shape[4]
 
-    def begin(self, positions_BS: torch.Tensor) -> None:
-        """Prepares for a forward pass of tokens at these positions, which count virtual tokens."""
-        self._positions_B = None
+    def begin(self, positions_BS: torch.Tensor, documents: Documents | None = None) -> None:
+        """Prepares for a forward pass of tokens at these positions, which count virtual tokens.
+
+        `documents` have contexts, if layers see any.
+        """
+        self._positions_B, self._documents = None, documents
         if positions_BS.shape[1] > 1:
             return
         self._positions_B = positions_BS[:, 0]
@@ -88,7 +93,7 @@ class KVCache:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
         """Stores keys and values [S, B, K, D], and computes attention [S, B, N, D] of q to its row so far."""
         self.put(layer, k, v)
-        return self.attend_stored(layer, q, rule) if self.continues else attend(q, k, v, None, rule)
+        return self.attend_stored(layer, q, rule) if self.continues else attend(q, k, v, self._documents, rule)
 
     def attend_stored(self, layer: int, q: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
         """Computes attention of the tokens [1, B, N, D] that continue rows; latent vectors are keys and values both."""

@@ -1,4 +1,4 @@
-"""Attention whose scores are more than causal products: windows and chunks, ALiBi, soft caps, sinks.
+"""Attention whose scores are more than causal products: contexts, windows and chunks, ALiBi, soft caps, sinks.
 
 A pattern is one predicate, `ScoreRule.sees`. Everything here is computed document by document and for some queries at a
 time, so that a score of every token with every other never exists; queries of long documents are computed again in the
@@ -6,13 +6,13 @@ backward pass. Plain causal attention is in `documents.py`, which has faster ker
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from configs.model_parts import AttentionConfig, AttentionPattern
+from configs.model_parts import WITHOUT_WINDOW, AttentionConfig, AttentionPattern
 from pretrain.model.documents import Documents, attend_documents, attend_rows, by_document, shared_heads
 from pretrain.model.layers import recomputed
 
@@ -24,7 +24,7 @@ class ScoreRule:
     """The way in which scores become weights: the keys that a query sees, the bound on scores, slopes [N], sinks [N].
 
     A slope times the distance is taken from a score (Press et al. 2022). A sink is one more score in the softmax,
-    whose weight goes to nothing.
+    whose weight goes to nothing. With the pattern `prefix` all tokens see the first `context` tokens of the document.
     """
 
     pattern: AttentionPattern = "causal"
@@ -32,6 +32,7 @@ class ScoreRule:
     softcap: float | None = None
     slopes_N: torch.Tensor | None = None
     sinks_N: torch.Tensor | None = None
+    context: int = 0
 
     @classmethod
     def of(cls, config: AttentionConfig, slopes_N: torch.Tensor | None, sinks_N: torch.Tensor | None) -> "ScoreRule":
@@ -44,12 +45,15 @@ class ScoreRule:
 
     def is_plain(self, length: int) -> bool:
         """Whether in rows of this length the rule is plain causal attention."""
-        short = self.pattern == "causal" or (self.window or 0) >= length
-        return short and self.is_masked_only
+        if self.pattern in WITHOUT_WINDOW:
+            return self.context <= 1 and self.is_masked_only
+        return (self.window or 0) >= length and self.is_masked_only
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Returns whether a token at position `query` of its document sees that at `key`; any shapes that match."""
         seen = key <= query
+        if self.context:
+            seen = seen | (key < self.context)
         if self.pattern == "sliding":
             seen = seen & (key > query - (self.window or 0))
         elif self.pattern == "chunked":
@@ -86,29 +90,33 @@ def attend(
     The first `virtual` keys of a row belong to virtual tokens, which stand before each of its documents; there are so
     many keys more than queries where virtual tokens have no queries.
     """
-    if documents is None or documents.is_whole:
+    has_contexts = rule.pattern == "prefix" and documents is not None and documents.contexts is not None
+    if documents is None or (documents.is_whole and not has_contexts):
         if len(q) == len(k) and rule.is_plain(len(q)):
             return attend_rows(q, k, v, None)
         return _one_document(q, k, v, rule)
     if virtual:
         return _after_virtual_tokens(q, k, v, documents, rule, virtual)
-    if rule.is_plain(len(q)):
+    if rule.is_plain(len(q)) and not has_contexts:
         return attend_documents(q, k, v, documents)
-    return by_document(q, k, v, documents, partial(_one_document, rule=rule))
+    return by_document(q, k, v, documents, partial(_one_document, rule=rule), with_context=has_contexts)
 
 
 @torch.compiler.disable  # it would be compiled anew for every length of a document
-def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
-    """Computes attention of a document's tokens; the last of its keys are theirs, and others come before them."""
-    before = len(k) - len(q)
+def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule, context: int = 0) -> torch.Tensor:
+    """Computes attention of a document's tokens; the last of its keys are theirs, and others come before them.
+
+    The first `context` tokens are its context.
+    """
+    before, rule = len(k) - len(q), replace(rule, context=context)
     if not before and rule.is_plain(len(q)):
         return attend_rows(q, k, v, None)
     outputs = []
     again = len(q) > QUERIES and torch.is_grad_enabled()
     for start in range(0, len(q), QUERIES):
         end = min(len(q), start + QUERIES)
-        first = rule.first_key(start + before)
-        inputs = q[start:end], k[first : end + before], v[first : end + before], start + before, first, rule
+        first, last = rule.first_key(start + before), max(end + before, context)
+        inputs = q[start:end], k[first:last], v[first:last], start + before, first, rule
         outputs.append(recomputed(_some_queries, *inputs) if again else _some_queries(*inputs))
     return torch.cat(outputs)
 
@@ -155,7 +163,7 @@ def weighted(
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     if rule.slopes_N is not None:
-        scores = scores + rule.slopes_N.to(wide)[:, None, None] * (key - query)
+        scores = scores - rule.slopes_N.to(wide)[:, None, None] * (key - query).abs()
     scores = scores.masked_fill(~rule.sees(query, key), float("-inf"))
     if rule.sinks_N is None:
         return scores.softmax(-1).to(v.dtype) @ v

@@ -79,7 +79,8 @@ def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
         names = ("tokens", "labels", "loss_mask", "positions", "segments")
         own: dict[str, Any] = {name: cut(getattr(batch, name)) for name in names}
         trained = own["loss_mask"].flatten().nonzero()[:, 0]
-        return replace(batch, **own, trained=trained, extra={name: cut(t) for name, t in batch.extra.items()})
+        own |= {"trained": trained, "extra": {name: cut(t) for name, t in batch.extra.items()}}
+        return replace(batch, **own, ahead=tuple(ahead.part(cut) for ahead in batch.ahead))
 
     def cut(tensor_BS: torch.Tensor) -> torch.Tensor:
         return tensor_BS.chunk(cp, dim=1)[rank].contiguous()

@@ -25,7 +25,7 @@ from pretrain.model.adapters import add_adapters
 from pretrain.model.batch import Batch
 from pretrain.model.context import ForwardContext
 from pretrain.model.head_loss import head_loss
-from pretrain.model.losses import LossFunction
+from pretrain.model.losses import LossFunction, NextToken
 from pretrain.model.moe.balance import LossDenominators
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
@@ -61,6 +61,7 @@ class Engine:
         is frozen and only evaluates; its layout has ZeRO stage 1, and no memory is taken for training it.
         """
         self.mesh, self.model_config, self.train_config, self.adapter = mesh, model_config, train, adapter
+        self._mtp_depth = model_config.head.mtp_depth
         self.num_sources = num_sources
         self.micro_batches = 0  # forward passes that the step has begun on this rank, of all of its chunks
         self.saves_frozen = True  # False where another checkpoint, the run's base, has the weights that are frozen
@@ -133,7 +134,10 @@ class Engine:
         """Computes the global batch's gradients, averaged over data parallel and not yet clipped: parts 1 to 3."""
         mesh = self.mesh
         self.module.train()
-        batches = own_parts(batches, mesh)
+        if self._mtp_depth:
+            assert isinstance(loss_fn, NextToken), "only next-token losses train modules of multi-token prediction"
+            batches = [batch.with_ahead(self._mtp_depth) for batch in batches]
+        batches = self._parts(batches)
         weights = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
         real = torch.stack([(batch.segments >= 0).sum() for batch in batches]).sum().double()
         # Batches are in host memory, and so gloo adds these numbers up, while a GPU is still at the step before.
@@ -171,7 +175,13 @@ class Engine:
         # The interleaved schedule needs a multiple of pp micro-batches: copies of weight zero fill the last group.
         missing = -len(batches) % self.mesh.layout.pp if self.mesh.layout.vpp > 1 else 0
         filled = [*batches, *[batches[0].weightless()] * missing]
-        return self._run(own_parts(filled, self.mesh), loss_fn, 1.0, forward_only=True)
+        return self._run(self._parts(filled), loss_fn, 1.0, forward_only=True)
+
+    def _parts(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Returns this rank's parts of whole rows."""
+        if self.model_config.has_contexts:
+            batches = [batch.with_contexts() for batch in batches]
+        return own_parts(batches, self.mesh)
 
     def _run(self, batches: Sequence[Batch], loss_fn: LossFunction, scale: float, forward_only: bool) -> StepSums:
         chunks = self.module.chunks
@@ -189,12 +199,13 @@ class Engine:
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
+        metrics = (*loss_fn.metrics, *(f"mtp_loss_{i + 1}" for i in range(len(batches[0].ahead))))
         if self.mesh.counts_in_sums:
             sums = torch.stack(stored).sum(0)
         else:
-            length = 2 * self.num_sources + len(loss_fn.metrics)
+            length = 2 * self.num_sources + len(metrics)
             sums = torch.zeros(length, dtype=torch.float64, device=self.mesh.device)
-        return StepSums(self.mesh.sum_over_world(sums), self.num_sources, loss_fn.metrics)
+        return StepSums(self.mesh.sum_over_world(sums), self.num_sources, metrics)
 
     def _forward_step(
         self, batches: Iterator[Batch], model: Decoder, loss_fn: LossFunction, scale: float
@@ -202,13 +213,14 @@ class Engine:
         batch = next(batches)
         self.micro_batches += 1
         context = self._context(batch, model)
-        loss = head_loss(batch, loss_fn, scale, self.num_sources)
+        of_modules = self.model_config.head.mtp_weight / max(1, self._mtp_depth)
+        loss = head_loss(batch, loss_fn, scale, self.num_sources, of_modules)
         output = model(batch.tokens, batch.positions, batch.segments, wanted=batch.trained, context=context, loss=loss)
 
         def results(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             # Given three values the schedule does not divide the loss by the number of micro-batches; here it is
             # already divided by the token count of the global batch.
-            return output, torch.zeros((), dtype=torch.int, device=output.device), loss.sums
+            return output, torch.zeros((), dtype=torch.int, device=output.device), loss.all_sums
 
         return output, results
 

@@ -59,7 +59,8 @@ def counts(stage: PipelineStage, mesh: Mesh, config: ModelConfig) -> torch.Tenso
     moe = config.moe
     if moe is None:
         return None
-    values = torch.zeros(config.num_layers, 2 + moe.num_experts, dtype=torch.float64, device=mesh.device)
+    layers = config.num_layers + config.head.mtp_depth
+    values = torch.zeros(layers, 2 + moe.num_experts, dtype=torch.float64, device=mesh.device)
     if mesh.tp_rank == 0:
         for layer, block in stage.moe_layers.items():
             balance = block.balance
@@ -77,7 +78,7 @@ def described(counts: torch.Tensor | None, config: ModelConfig) -> dict[str, Any
     """
     if counts is None or config.moe is None:
         return {}
-    with_experts = [layer.index for layer in config.layers if layer.moe]
+    with_experts = [layer.index for layer in (*config.layers, *config.mtp_layers) if layer.moe]
     counts = counts[with_experts]
     aux_loss, dropped, tokens = counts[:, 0], counts[:, 1], counts[:, 2:]
     load, chosen = tokens.max(1).values / tokens.mean(1), tokens.sum(1)

@@ -1,7 +1,8 @@
 """Sums gradients of which several ranks hold a part and which ZeRO does not sum: after backward, before ZeRO's step.
 
-- Tied embeddings: the first and the last pipeline stage each hold a copy. Both copies get the sum and so stay equal;
-  the last stage's is marked, so that the grad norm counts it once.
+- Embeddings that the last pipeline stage uses too, since they are tied to its head, or for multi-token prediction: the
+  first and the last stage each hold a copy. Both copies get the sum and so stay equal; the last stage's is marked, so
+  that the grad norm counts it once.
 - Norm weights under sequence parallel: every tensor-parallel rank holds the whole weight but sees only its part of the
   sequence (Korthikanti et al. 2022). QK-norm weights at tp>1: every rank sees only its own heads. The grad norm counts
   such weights on the first tensor-parallel rank alone, so the sum is all that is needed.
@@ -32,13 +33,12 @@ def mark_copies(stage: PipelineStage, mesh: Mesh) -> None:
     for copies in stage.on_every_stage:
         for parameter in copies[1 if mesh.pp_rank == 0 else 0 :]:
             vars(parameter)["ds_pipe_replicated"] = True
-    last = stage.chunks[-1]
-    if last.model_config.tie_embeddings and last.stage.is_last and not last.stage.is_first:
-        last.lm_head.weight.ds_pipe_replicated = True
+    if (copy := stage.chunks[-1].embedding_copy) is not None:
+        vars(copy)["ds_pipe_replicated"] = True
 
 
 def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
-    """Sums partial gradients over tensor-parallel ranks, and those of tied embeddings over the first and last stage."""
+    """Sums partial gradients over tensor-parallel ranks, and those of shared embeddings over first and last stage."""
     whole = [parameter for parameter in stage.parameters() if parameter.requires_grad]
     always = ("sequence", "heads") if mesh.layout.sp else ("heads",) if mesh.layout.tp > 1 else ()
     _sum([p for p in whole if marks_of(p).partial in always], mesh.tp_group)
@@ -49,11 +49,11 @@ def sum_partial(stage: PipelineStage, mesh: Mesh) -> None:
         if copies[0].requires_grad and mesh.layout.pp > 1:
             _sum_copies(copies, mesh.pp_group)
     first, last = stage.chunks[0], stage.chunks[-1]
-    if first.model_config.tie_embeddings and not last.tied_here:
+    if mesh.layout.pp > 1 and first.has_embedding_copy:
         if first.stage.is_first and first.embedding.weight.requires_grad:
             _sum([first.embedding.weight], parallel_state.get_embedding_group())
-        if last.stage.is_last and last.lm_head.weight.requires_grad:
-            _sum([last.lm_head.weight], parallel_state.get_embedding_group())
+        if last.embedding_copy is not None and last.embedding_copy.requires_grad:
+            _sum([last.embedding_copy], parallel_state.get_embedding_group())
 
 
 def _sum_copies(copies: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

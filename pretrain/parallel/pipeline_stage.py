@@ -49,7 +49,10 @@ class PipelineStage(nn.Module):
         """The embedding and the output head, as far as this rank holds them."""
         first, last = self.chunks[0], self.chunks[-1]
         weights = [first.embedding.weight] if first.stage.is_first else []
-        return weights + ([last.lm_head.weight] if hasattr(last, "lm_head") else [])
+        if last.embedding_copy is not None:
+            weights.append(last.embedding_copy)
+        own_head = hasattr(last, "lm_head") and last.lm_head.weight is not last.embedding_copy
+        return weights + ([last.lm_head.weight] if own_head else [])
 
     @property
     def on_every_stage(self) -> list[list[nn.Parameter]]:

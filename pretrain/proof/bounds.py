@@ -49,7 +49,7 @@ class Bounds:
         head = [hidden, hidden, model.head_size]  # final norm, logits, softmax
         head += [1, 1, 1] * (model.head.softcap is not None) + [hidden] * model.head.normalized
         start = [1] * model.scale_embedding + [1] * (model.position.kind == "learned") + [hidden] * model.norm.embedding
-        self.precision, self._num_layers = precision, model.num_layers
+        self.precision, self._num_layers = precision, model.num_layers + model.head.mtp_depth
         parts = (_attention(model, seq_length) + _feed_forward(model), head, start)
         self._layer, self._head, self._start = (len(part) if precision == "bf16" else sum(part) for part in parts)
         self._tokens = 1 if precision == "bf16" else tokens  # in bf16 gradients are accumulated in fp32 too

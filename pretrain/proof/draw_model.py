@@ -49,7 +49,17 @@ def draw_model(r: random.Random, seq_length: int) -> dict[str, Any]:
         _draw_kinds(r, model)
     if r.random() < 0.8:
         model["moe"] = _moe(r, model["num_layers"])
+    _draw_later_parts(random.Random(repr(model)), model)
     return model
+
+
+def _draw_later_parts(r: random.Random, model: dict[str, Any]) -> None:
+    """Gives a model parts with random numbers of their own, so that the rest of a draw is what it was before them."""
+    if r.random() < 0.25 and model.get("head", {}).get("kind") != "scalar":
+        further = {"mtp_depth": r.choice((1, 1, 2)), "mtp_weight": r.choice((0.3, 1.0))}
+        model["head"] = {**model.get("head", {}), **further}
+    elif r.random() < 0.2:
+        model["attention"]["pattern"] = "prefix"
 
 
 def _attention(r: random.Random) -> dict[str, Any]:

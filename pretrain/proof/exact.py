@@ -17,14 +17,15 @@ def gathered_norm(engine: Engine) -> float:
     mesh = engine.mesh
     total = torch.zeros((), dtype=torch.float64)
     for chunk in engine.module.chunks:
-        for name, parameter in chunk.named_parameters():
+        for parameter in chunk.parameters():
             if not parameter.requires_grad:
                 continue
             gradient = zero.full_gradient(parameter)
             # Marks that DeepSpeed reads are not trusted: a bug may lie in them.
             split = tp_split(zero.outline(parameter))
             is_copy = mesh.tp_rank > 0 if split is None else mesh.tp_rank % split.copies > 0
-            if mesh.is_first_holder(parameter) and not is_copy and chunk.global_name(name) == name:
+            is_copy = is_copy or parameter is chunk.embedding_copy
+            if mesh.is_first_holder(parameter) and not is_copy:
                 total += gradient.double().square().sum().cpu()
     return float(mesh.sum_over_world(total).sqrt())
 

@@ -51,7 +51,9 @@ class Trace:
         self._hooks: list[Any] = []
         for chunk in engine.module.chunks:
             if chunk.stage.is_first:
-                self._watch("embedding", chunk.embedding)
+                # Modules of multi-token prediction on the same stage look up tokens after the model has done so.
+                modules = chunk.model_config.head.mtp_depth if chunk.stage.is_last else 0
+                self._watch("embedding", chunk.embedding, every=1 + modules)
             for layer, block in chunk.blocks.items():
                 self._watch(f"layers.{layer}.attention", block.attention)
                 kind = "moe" if block.is_moe else "mlp"
@@ -67,15 +69,25 @@ class Trace:
         for hook in self._hooks:
             hook.remove()
 
-    def _watch(self, name: str, module: nn.Module, output_of: Callable[[Any], torch.Tensor] | None = None) -> None:
+    def _watch(
+        self,
+        name: str,
+        module: nn.Module,
+        output_of: Callable[[Any], torch.Tensor] | None = None,
+        every: int = 1,
+    ) -> None:
+        """Records the first of `every` calls, the number in a micro-batch."""
         # A router sees the whole sequence of its context-parallel rank also where sequence parallel splits it.
         part = self._mesh.sequence_part if output_of is None else (self._mesh.cp_rank, self._mesh.layout.cp)
 
         def forward(_: nn.Module, __: Any, output: Any) -> None:
             if is_recomputing():
                 return
-            key = f"{name}/{self._first + self._calls[name]}"
+            batch, call = divmod(self._calls[name], every)
             self._calls[name] += 1
+            if call:
+                return
+            key = f"{name}/{self._first + batch}"
             tensor = output if output_of is None else output_of(output)
 
             def backward(gradient: torch.Tensor) -> None:

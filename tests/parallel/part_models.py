@@ -158,14 +158,15 @@ PART_MODELS: dict[str, dict[str, Any]] = {
         "residual": {"kind": "parallel"},
         "mlp": {"kind": "relu", "bias": True},
     },
-    # GLM-130B: DeepNorm and rotation of a half of each head; no norm at the end, and rows of the head of one length.
+    # GLM-130B: contexts seen both ways, DeepNorm, and rotation of a half of each head; no norm at the end, and rows of
+    # the head of one length.
     "deepnorm": {
         **SIZES,
         "vocab_size": 61,
         "num_kv_heads": 1,
         "head_dim": 8,
         "tie_embeddings": True,
-        "attention": {"qk_norm": "projection", "qkv_bias": True},
+        "attention": {"qk_norm": "projection", "qkv_bias": True, "pattern": "prefix"},
         "position": {
             "fraction": 0.5,
             "layout": "pairs",
@@ -175,6 +176,16 @@ PART_MODELS: dict[str, dict[str, Any]] = {
         "residual": {"kind": "deepnorm"},
         "mlp": {"kind": "gelu"},
         "head": {"normalized": True},
+    },
+    # DeepSeek-V3's multi-token prediction, twice: the last stage looks up tokens too.
+    "ahead": {
+        **SIZES,
+        "vocab_size": 61,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "scale_embedding": True,
+        "head": {"mtp_depth": 2, "mtp_weight": 2.0},
+        "moe": {"num_experts": 4, "ffn_hidden_size": 28, "first_layer": 1, "bias_update_rate": 0.05},
     },
     # A reward model: three values of each token in place of logits.
     "scalar": {
@@ -208,6 +219,7 @@ PART_PAIRS = [
     ("deepnorm", "tp2sp_pp2vpp2"),
     ("post", "tp2sp"),
     ("scalar", "tp2sp_pp2vpp2"),
+    ("ahead", "tp2sp_pp2vpp2"),
 ]
 EVERYWHERE = (
     "tp2",

@@ -23,6 +23,15 @@ from export.conversion.rope_keys import Rope, rope_type
 from export.conversion.table import COPY, Family, Rule
 
 FURTHER_LAYERS = ("num_nextn_predict_layers",)
+# transformers writes the number also where there are no such layers, so the tensors of a folder say it instead.
+COUNT_OF_MODULES = Custom(lambda draft: None, lambda config: {FURTHER_LAYERS[0]: config.head.mtp_depth})
+# The modules of multi-token prediction, as layers after the last one. They share embedding and head with the model.
+MODULES = (
+    *named("embedding_norm", "enorm"),
+    *named("hidden_norm", "hnorm"),
+    *named("joint_proj", "eh_proj"),
+    *named("output_norm", "shared_head.norm"),
+)
 
 
 def latent(heads: Operation = COPY, shared: Operation = COPY) -> tuple[Rule, ...]:
@@ -131,7 +140,7 @@ def sigmoid_router(groups: int, top_groups: int) -> tuple[ConfigKey, ...]:
         MappedKey("norm_topk_prob", "moe.renormalize", absent=True),
         Fixed("scoring_func", "sigmoid"),
         Fixed("topk_method", "noaux_tc"),
-        Fixed(*FURTHER_LAYERS, 0, free=True),
+        COUNT_OF_MODULES,
     )
 
 
@@ -187,7 +196,7 @@ DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     model_type="deepseek_v3",
     other_types=("kimi_k2",),
-    rules=(*ENDS, *NORMS, *latent(), *MLP, *MOE, CHOOSING_BIAS),
+    rules=(*ENDS, *NORMS, *latent(), *MLP, *MOE, CHOOSING_BIAS, *MODULES),
     keys=(
         *sizes(kv_heads=heads),
         FFN,

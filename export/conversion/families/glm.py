@@ -3,6 +3,7 @@
 from export.conversion.families.deepseek import (
     CHOOSING_BIAS,
     FURTHER_LAYERS,
+    MODULES,
     MOE,
     SIGMOID_ROUTER,
     mixture,
@@ -77,7 +78,7 @@ GLM_4_0414 = Family(
 GLM_4_5 = Family(
     architecture="Glm4MoeForCausalLM",
     model_type="glm4_moe",
-    rules=(*ENDS, *NORMS, *ATTENTION, *QK_NORM, *MLP, *MOE, CHOOSING_BIAS),
+    rules=(*ENDS, *NORMS, *ATTENTION, *QK_NORM, *MLP, *MOE, CHOOSING_BIAS, *MODULES),
     keys=(
         *sizes(kv_heads=8, eps=1e-5),
         FFN,

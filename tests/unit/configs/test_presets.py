@@ -210,7 +210,7 @@ def test_there_is_a_preset_for_each_published_size() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
-    model = load(presets.Preset, presets.FOLDER / f"{name}.toml").model
+    model = load(presets.Preset, presets.FOLDER / f"{name}.toml").model.without_mtp()
     unused = UNUSED_ROWS.get(name, 0) * model.hidden_size
     total, active = PUBLISHED[name]
     assert (model.num_parameters() + unused, model.num_parameters(active=True) + unused) == (total, active)
@@ -261,7 +261,7 @@ def shrunk(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_shrunk_by_overrides_has_a_loss_and_gradients(name: str) -> None:
-    model = shrunk(name)
+    model = shrunk(name).without_mtp()  # test_multi_token.py trains such modules
     decoder = Decoder(model)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -348,4 +348,8 @@ def test_a_preset_cites_its_sources_and_its_number_of_parameters(name: str) -> N
     comment = " ".join(line.removeprefix("# ") for line in lines)
     assert all(line.startswith("# ") for line in lines)
     assert "Sizes: " in comment and "Parts: " in comment
-    assert f"{preset(name).num_parameters():,} parameters" in comment
+    model = preset(name)
+    assert f"{model.without_mtp().num_parameters():,} parameters" in comment
+    if model.head.mtp_depth:
+        further = model.num_parameters() - model.without_mtp().num_parameters()
+        assert f"multi-token prediction, which has {further:,} more parameters" in comment

@@ -55,6 +55,21 @@ def test_export_loads_in_transformers_and_agrees(tmp_path, tokenizer_path, moe, 
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
 
 
+def test_experts_of_odd_sizes_are_exported_and_modules_left_out_where_the_family_has_none(tmp_path, tokenizer_path):
+    tree = plain(tiny(moe=True))
+    changes = {"moe": {**tree["moe"], "ffn_hidden_size": 45}, "head": {"mtp_depth": 1}}
+    config = validate(ModelConfig, tree | changes)
+    status, printed = run(make_source(config, random_weights(config), tokenizer_path), tmp_path / "out")
+    assert status == 0
+    assert "FAILED" not in printed
+    assert "MixtralForCausalLM has no modules of multi-token prediction, which are left out" in printed
+    assert 'experts of these sizes need from_pretrained(..., experts_implementation="eager")' in printed
+    options = {"local_files_only": True, "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    assert sum(p.numel() for p in model.parameters()) == config.without_mtp().num_parameters()
+    assert model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
+
+
 def test_qwen2_keeps_the_tokenizer_that_the_model_was_trained_with(tmp_path, tokenizer_path):
     # AutoTokenizer builds one of its own for model_type qwen2, unless the folder has a class for it.
     tree = plain(tiny())

@@ -66,6 +66,10 @@ def test_config_both_ways(moe, tie):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
+        (
+            {"model_type": "qwen3_next"},
+            r"'qwen3_next' is not supported \(three of four layers of .* gated delta",
+        ),
         ({"model_type": "mamba"}, "model_type = 'mamba' is not supported; supported are llama, mistral, mixtral, "),
         ({"hidden_act": "relu2"}, "hidden_act = 'relu2' is not supported .* expected 'silu' or"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),

@@ -1,22 +1,32 @@
 """DeepSeek-V2 and V3 and Kimi-K2: models that transformers makes, in and out, with everything equal."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import MtpModel
 
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
+from configs.model_parts import HeadConfig
 from export import huggingface
+from export.conversion.parameters import parameters
 from export.conversion.registry import differences, family_of
 from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config, to_hf_config
+from export.hf_writer import without_modules
 from export.import_hf import import_directory
-from export.model_source import open_source
+from export.model_source import ModelSource, open_source
 from pretrain.model import build_single
-from tests.unit.export.conftest import random_weights
+from pretrain.model.batch import Batch
+from pretrain.model.documents import Documents
+from pretrain.model.head_loss import HeadLoss
+from pretrain.model.losses import NextToken
+from tests.unit.export.conftest import make_source, random_weights
 from tests.unit.export.conversion.parity import (
     LENGTH,
     TOKENS,
@@ -111,21 +121,96 @@ def v3_config(**keys: Any) -> dict[str, Any]:
     return {"model_type": "deepseek_v3", **SIZES, **GROUPS, **keys}
 
 
-def test_layers_of_multi_token_prediction_are_kept_and_said(tmp_path):
-    """Adds a layer after the last one, at an index that is not 61, and gets it back from an export."""
-    model = random_model("deepseek_v3", **SIZES | GROUPS, num_mtp_layers=1)
-    model.save_pretrained(tmp_path / "hf")
-    file = tmp_path / "hf/model.safetensors"
-    extra = {f"model.layers.3.{name}.weight": torch.randn(40) for name in ("enorm", "hnorm", "shared_head.norm")}
-    extra["model.layers.3.eh_proj.weight"] = torch.randn(40, 80)
-    save_file(load_file(file) | extra, file)
-    said = import_directory(tmp_path / "hf", tmp_path / "ours")
-    assert "4 tensors of layers.3, which are not used, and are kept for an export" in said
+def with_modules(folder: Path, model: Any, count: int = 1) -> dict[str, torch.Tensor]:
+    """Saves a model with random modules of multi-token prediction after its last layer; returns their tensors.
+
+    The index is not 61. Like DeepSeek's files, these have copies of embedding and head, which the modules share.
+    """
+    model.save_pretrained(folder)
+    file, last = folder / "model.safetensors", model.config.num_hidden_layers - 1
+    whole, extra = load_file(file), {}
+    for layer in range(last + 1, last + 1 + count):
+        block = {name: tensor for name, tensor in whole.items() if f"layers.{last}." in name}
+        hidden = model.config.hidden_size
+        extra |= {name.replace(f".{last}.", f".{layer}.", 1): torch.randn(x.shape) * 0.2 for name, x in block.items()}
+        extra |= {
+            f"model.layers.{layer}.{name}.weight": torch.rand(hidden) + 0.5
+            for name in ("enorm", "hnorm", "shared_head.norm")
+        }
+        extra[f"model.layers.{layer}.eh_proj.weight"] = torch.randn(hidden, 2 * hidden) * 0.2
+        extra[f"model.layers.{layer}.embed_tokens.weight"] = whole["model.embed_tokens.weight"].clone()
+        extra[f"model.layers.{layer}.shared_head.head.weight"] = whole["lm_head.weight"].clone()
+    save_file(whole | extra, file, {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"num_nextn_predict_layers": count}))
+    return extra
+
+
+def loss_of_modules(source: ModelSource, tokens: torch.Tensor) -> list[float]:
+    """Returns the mean loss of each module on one text in a row."""
+    decoder = build_single(source.model, source.read())
+    row = torch.arange(tokens.shape[1])[None]
+    mask = (row < tokens.shape[1] - 1).float()
+    batch = Batch(
+        tokens=tokens,
+        labels=torch.roll(tokens, -1, 1),
+        loss_mask=mask,
+        positions=row,
+        segments=torch.zeros_like(row),
+        sources=torch.zeros(1, dtype=torch.int64),
+        trained=mask.flatten().nonzero()[:, 0],
+        documents=Documents.of(torch.zeros_like(row)),
+    ).with_ahead(source.model.head.mtp_depth)
+    loss = HeadLoss(batch, NextToken(), 1.0, 1, 1.0)
+    decoder(tokens, row, wanted=batch.trained, loss=loss)
+    return [float(own.sums[0] / own.sums[1]) for own in loss.modules]
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_modules_of_multi_token_prediction_are_those_of_transformers(tmp_path, kind):
+    """transformers reads the same files and predicts from them; its module restarts at each text."""
+    latent = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    sizes = {key: size for key, size in (SIZES | GROUPS).items() if kind == "deepseek_v3" or key not in latent}
+    sizes |= {} if kind == "deepseek_v3" else {"head_dim": 12, "num_key_value_heads": 2, "pad_token_id": None}
+    model = random_model(kind, **sizes, num_mtp_layers=1)
+    with_modules(tmp_path / "hf", model)
+    import_directory(tmp_path / "hf", tmp_path / "ours")
     source = open_source(tmp_path / "ours")
+    assert source.model.head.mtp_depth == 1
+    main = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, local_files_only=True).eval()
+    main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3.*"]  # where it looks for modules; else at 61
+    modules = MtpModel.from_pretrained(main).float().eval()
+    tokens = TOKENS[:1]
+    with torch.no_grad():
+        hidden = main(tokens, output_hidden_states=True).hidden_states[-1]
+        module, positions = modules.layers[0], torch.arange(tokens.shape[1] - 1)[None]
+        embedded = main.get_input_embeddings()(tokens[:, 1:])
+        rope = modules.rotary_emb(embedded, position_ids=positions)
+        causal = torch.full((1, 1, tokens.shape[1] - 1, tokens.shape[1] - 1), float("-inf")).triu(1)
+        logits = main.lm_head(
+            module(
+                inputs_embeds=embedded,
+                previous_hidden_state=hidden[:, :-1],
+                position_embeddings=rope,
+                attention_mask=causal,
+                position_ids=positions,
+                past_key_values=None,
+            )
+        )
+        theirs = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 2:])
+    assert loss_of_modules(source, tokens) == pytest.approx([float(theirs)], rel=1e-4)
+
+
+def test_modules_of_multi_token_prediction_come_back_from_an_export_bit_for_bit(tmp_path):
+    extra = with_modules(tmp_path / "hf", random_model("deepseek_v3", **SIZES | GROUPS), count=2)
+    said = import_directory(tmp_path / "hf", tmp_path / "ours")
+    assert "4 tensors of layers.3, layers.4, which are not used, and are kept for an export" in said  # the copies
+    source = open_source(tmp_path / "ours")
+    assert source.model.head.mtp_depth == 2
     written = export_again(source, tmp_path / "back")
     assert all(torch.equal(written.read(name), tensor) for name, tensor in extra.items())
     raw = json.loads((tmp_path / "back/config.json").read_text())
-    assert raw["num_nextn_predict_layers"] == 1
+    assert raw["num_nextn_predict_layers"] == 2
     # The command, which verifies what it wrote with and without the last layer, publishes them too.
     for layers in (3, 2):
         (tmp_path / "export.toml").write_text(f'run = "{tmp_path / "ours"}"\nout = "{tmp_path / f"out{layers}"}"\n')
@@ -136,7 +221,35 @@ def test_layers_of_multi_token_prediction_are_kept_and_said(tmp_path):
         huggingface.main(
             [str(tmp_path / "export.toml"), "verify.layers=1", "verify.greedy_tokens=8", f"out={tmp_path / 'out1'}"]
         )
-    assert to_hf_config(source.model, 64, "float32", 0, 1, None)["num_nextn_predict_layers"] == 0
+    for depth in (0, 1):  # a model that was trained with fewer modules, or none
+        fewer = source.model.model_copy(update={"head": source.model.head.model_copy(update={"mtp_depth": depth})})
+        assert to_hf_config(fewer, 64, "float32", 0, 1, None)["num_nextn_predict_layers"] == depth
+
+
+def test_a_module_whose_tensors_are_wrong_is_refused(tmp_path):
+    extra = with_modules(tmp_path / "hf", random_model("deepseek_v3", **SIZES | GROUPS))
+    file = tmp_path / "hf/model.safetensors"
+    whole = load_file(file)
+
+    def refused(tensors: dict[str, torch.Tensor], said: str) -> None:
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ConversionError, match=said):
+            import_directory(tmp_path / "hf", tmp_path / "ours")
+
+    lost = "model.layers.3.eh_proj.weight"
+    refused({name: x for name, x in whole.items() if name != lost}, rf"1 tensor is missing.*{lost}")
+    copy = "model.layers.3.shared_head.head.weight"
+    refused(whole | {copy: extra[copy] + 1}, rf"{copy} differs from lm_head\.weight.*remove all tensors of layers\.3")
+
+
+def test_a_family_without_place_for_modules_is_exported_without_them():
+    raw = {"model_type": "llama", "vocab_size": 96, "hidden_size": 40, "intermediate_size": 44, "num_hidden_layers": 2}
+    plain = from_hf_config(raw | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10})
+    ours = plain.model_copy(update={"head": HeadConfig(mtp_depth=1)})
+    assert family_of(ours).model_type == "llama"
+    with make_source(ours, random_weights(ours), Path("no tokenizer")).weights() as weights:
+        alone, kept = without_modules(ours, weights)
+    assert alone == plain and kept.shapes.keys() == parameters(plain).keys() != weights.shapes.keys()
 
 
 def test_a_config_that_counts_too_few_layers_is_refused(tmp_path):
