@@ -160,6 +160,16 @@ def test_experts_and_the_bias_that_chooses_them_are_a_start_too(base: Path, star
     assert all(abs(split[step] - one[step]) < 1e-5 for step in one), (one, split)
     saved = storage.Reader(tmp_path / "one/checkpoints/step_2").balance["layers.1.moe.balance.bias"]
     assert (saved - model.model.layers[1].mlp.gate.e_score_correction_bias).abs().max() < 0.005, "two small updates"
+    # The same model with a module of multi-token prediction that is new, and what it has learnt without the module.
+    more = start("more", 2, "parallel.pp=2", "model.head.mtp_depth=1", run=str(tmp_path / "one"))
+    assert "layers.2 is not in" in more["said"] and "begins with random values" in more["said"]
+    lines = map(json.loads, (tmp_path / "more/metrics.jsonl").read_text().splitlines())
+    assert next(lines)["mtp_loss_1"] > more["losses"][1], "it knows nothing yet"
+    bare = start("bare", 1, "model.head.mtp_depth=0", run=str(tmp_path / "more"))["losses"]
+    assert abs(bare[1] - more["losses"][2]) < 1
+    assert (
+        open_source(tmp_path / "more").model.head.mtp_depth == 1 > open_source(tmp_path / "bare").model.head.mtp_depth
+    )
 
 
 def test_a_run_goes_on_without_the_folder_that_it_began_from(base: Path, start: Start, tmp_path: Path) -> None:
