@@ -9,6 +9,7 @@ Whole tensors are quantised, and a rank keeps its slice of the codes, so that a 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -36,6 +37,7 @@ LEVELS = (
 EXPONENTS = 7
 
 
+@cache
 def dynamic_levels() -> torch.Tensor:
     """Returns the 256 levels of the dynamic data type, in order: zero, one, and midpoints below each power of 10."""
     found = [0.0, 1.0]

@@ -53,11 +53,22 @@ class QuantizedWeight(nn.Module):
         (rows, columns), (own_rows, own_columns) = self.whole.shape, self.outline.shape
         levels = torch.tensor(nf4.LEVELS, device=self.codes.device)
         values = levels[nf4.unpacked(self.codes, own_rows * own_columns).int()].view(own_rows, own_columns)
-        row = (self.offset[0] + torch.arange(own_rows, device=self.codes.device)).clamp(max=rows - 1)
-        column = (self.offset[1] + torch.arange(own_columns, device=self.codes.device)).clamp(max=columns - 1)
-        made = (values * self.whole.whole_scales()[(row[:, None] * columns + column) // nf4.BLOCK]).to(self.dtype)
+        made = (values * self._scales(rows, columns)).to(self.dtype)
         vars(made)[NAME] = self  # for `_pack`
         return made
+
+    def _scales(self, rows: int, columns: int) -> torch.Tensor:
+        """Returns the scale of every element of the slice, [out, in]."""
+        assert self.whole is not None
+        scales, (own_rows, own_columns) = self.whole.whole_scales(), self.outline.shape
+        (first_row, first_column), device = self.offset, self.codes.device
+        if columns % nf4.BLOCK == own_columns % nf4.BLOCK == 0 and first_row + own_rows <= rows:  # as in most models
+            blocks = slice(first_column // nf4.BLOCK, (first_column + own_columns) // nf4.BLOCK)
+            own = scales.view(rows, -1)[first_row : first_row + own_rows, blocks]
+            return own.repeat_interleave(nf4.BLOCK, 1)
+        row = (first_row + torch.arange(own_rows, device=device)).clamp(max=rows - 1)
+        column = (first_column + torch.arange(own_columns, device=device)).clamp(max=columns - 1)
+        return scales[(row[:, None] * columns + column) // nf4.BLOCK]
 
 
 class _Quantized:

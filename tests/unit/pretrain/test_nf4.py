@@ -55,6 +55,18 @@ def test_rounding_moves_no_value_by_more_than_half_a_step() -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
+def test_slices_of_whole_blocks_have_the_values_of_the_whole(dim: int) -> None:
+    whole, parts = torch.randn(8, 256), []
+    for rank in range(4):
+        weight = nn.Parameter(torch.empty((2, 256) if dim == 0 else (8, 64)))
+        mark(weight, Marks(split=TensorSplit(dim, whole.shape[dim])))
+        own = QuantizedWeight(weight)
+        own.fill(whole, Slices(tp=4, tp_rank=rank))
+        parts.append(own.weight())
+    assert torch.equal(torch.cat(parts, dim), nf4.rounded(whole))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
 def test_slices_have_the_values_of_the_whole(dim: int) -> None:
     """Blocks of 64 begin and end within the rows of a rank's slice, and the last slice is padded with zeros."""
     whole = torch.randn(22, 30)
