@@ -29,6 +29,7 @@ def main() -> None:
         "--parts", nargs="+", choices=list(MINUTES), default=list(MINUTES), help="the parts to run (all)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed batches of each side in rollouts (5)")
+    parser.add_argument("--quick", action="store_true", help="rollouts by processor time, one thread a side")
     parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="the demo's runs (runs/demo)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/rl.json"), help="the file for all results")
     args = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> None:
             console.print(f"[{time.strftime('%H:%M:%S')}] {part}: {what} ({time.perf_counter() - started:.0f} s)")
 
         said(f"begins, some {MINUTES[part]} minutes")
-        records = _records(part, runs, args.rounds, said)
+        records = _records(part, runs, args, said)
         found[part] = {"machine": machine(), "seconds": round(time.perf_counter() - started, 1), "records": records}
         write_atomic(args.out, json.dumps(found, indent=1).encode())
         console.print(_table(part, records))
@@ -58,12 +59,16 @@ def main() -> None:
     console.print(f"{sum(one['met'] for one in wanted)} of {len(wanted)} targets met; all results are in {args.out}")
 
 
-def _records(part: str, runs: learning.Runs, rounds: int, said: Callable[[str], None]) -> list[dict[str, Any]]:
-    if part == "rollouts":
-        return rollouts.measured(rounds, said)
+def _records(
+    part: str, runs: learning.Runs, args: argparse.Namespace, said: Callable[[str], None]
+) -> list[dict[str, Any]]:
     records = []
     try:
-        for record in peer.contest(runs) if part == "trl" else learning.PARTS[part](runs):
+        if part == "rollouts":
+            found = rollouts.measured(args.rounds, args.quick)
+        else:
+            found = peer.contest(runs) if part == "trl" else learning.PARTS[part](runs)
+        for record in found:
             said(", ".join(f"{name} {value}" for name, value in record.items()))
             records.append(record)
     except peer.NoPeer as error:
