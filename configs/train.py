@@ -181,6 +181,20 @@ class LogConfig(Section):
     """Whether mfu is a share of the ranks' own matrix-product rate, measured at the start in about a second."""
 
 
+class SpikesConfig(Section):
+    """Steps whose loss or gradient norm is far above that of the steps before, and what is done about them."""
+
+    action: Literal["log", "skip"] = "log"
+    """What is done about a spike of the gradient norm, or a norm that is not finite: log tells the spike, and a norm
+    that is not finite ends the run; skip leaves the weights of such a step as they were and goes on."""
+    z_score: float = Field(default=8.0, gt=0)
+    """How many robust standard deviations above the median of the window a loss or a norm is a spike."""
+    window: int = Field(default=100, ge=20)
+    """The number of last steps that a step is compared with; after 20 steps the comparison begins."""
+    most_skipped: int = Field(default=10, ge=1)
+    """The number of steps, of the last 1,000, that may be skipped; one more ends the run."""
+
+
 class WatchdogConfig(Section):
     """The watchdog, which ends a run that makes no progress and says which rank holds up the others."""
 
@@ -213,6 +227,8 @@ class TrainerConfig(Section):
     """Held-out loss by source, and scores of tasks."""
     log: LogConfig = LogConfig()
     """The output of a run while it trains."""
+    spikes: SpikesConfig = SpikesConfig()
+    """Steps whose loss or gradient norm is far above that of the steps before, and what is done about them."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """The watchdog, which ends a run that makes no progress and says which rank holds up the others."""
     adapter: AdapterConfig | None = None
@@ -241,6 +257,24 @@ class TrainerConfig(Section):
             raise ValueError(
                 f"train.freeze = {list(self.train.freeze)} with [adapter], which freezes every other weight anyway; "
                 "leave train.freeze out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_can_be_skipped(self) -> "TrainerConfig":
+        parallel = self.parallel
+        if self.spikes.action != "skip":
+            return self
+        if parallel.zero > 1 or parallel.offload_optimizer:
+            other = f"zero = {parallel.zero}" if parallel.zero > 1 else "offload_optimizer = true"
+            raise ValueError(
+                f'spikes.action = "skip" needs an optimizer that can leave a step out, which DeepSpeed\'s for '
+                f"parallel.{other} cannot; set spikes.action=log, or parallel.zero=1 without offload_optimizer"
+            )
+        if self.adapter and self.adapter.kind == "adalora":
+            raise ValueError(
+                'spikes.action = "skip" does not go with adapter.kind = "adalora", whose ranks are chosen from the '
+                "gradients of all steps; set spikes.action=log"
             )
         return self
 

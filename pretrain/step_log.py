@@ -4,6 +4,7 @@ Until then nobody asks for its results, so that a GPU always has work waiting (s
 """
 
 import contextlib
+import math
 import resource
 import time
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from configs.model import ModelConfig
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.parallel import expert_balance
 from pretrain.parallel.step_sums import StepSums
+from pretrain.spikes import SpikeGuard
 
 
 class StepTimer:
@@ -71,8 +73,8 @@ class Step:
         record: dict[str, Any] = {
             "step": self.number,
             "tokens": self.tokens,
-            "loss": sums.mean_loss,
-            "grad_norm": sums.grad_norm,
+            "loss": _finite(sums.mean_loss),
+            "grad_norm": _finite(sums.grad_norm),
             "lr": self.lr,
             "tokens_per_s": round(tokens_per_s, 1),
             "mfu": None if mfu_per_rate is None else round(tokens_per_s * mfu_per_rate, 4),
@@ -80,8 +82,9 @@ class Step:
         }
         if len(sources) > 1:
             pairs = zip(sources, sums.mean_losses, strict=True)
-            record["loss_by_source"] = {name: loss for name, loss in pairs if loss is not None}
-        return record | sums.metrics | expert_balance.described(sums.experts, model) | self.source_metrics | self.more
+            record["loss_by_source"] = {name: _finite(loss) for name, loss in pairs if loss is not None}
+        metrics = {name: _finite(value) for name, value in sums.metrics.items()}
+        return record | metrics | expert_balance.described(sums.experts, model) | self.source_metrics | self.more
 
 
 class StepLog:
@@ -102,8 +105,9 @@ class StepLog:
         sources: list[str],
         ledger: dict[str, float],
         mfu_per_rate: float | None,
+        spikes: SpikeGuard,
     ):
-        self.log, self.progress = log, progress
+        self.log, self.progress, self._spikes = log, progress, spikes
         self._every, self._steps, self._model = every, steps, model
         self._sources, self._ledger, self._mfu_per_rate = sources, ledger, mfu_per_rate
         self._newest: Step | None = None
@@ -111,7 +115,7 @@ class StepLog:
     def add(self, step: Step) -> None:
         """Takes a step, and writes the one before it.
 
-        Raises FloatingPointError if the gradient of the one before was not finite.
+        Raises FloatingPointError if the gradient of the one before was not finite, or too many steps were skipped.
         """
         earlier, self._newest = self._newest, step
         if earlier is not None:
@@ -137,14 +141,38 @@ class StepLog:
             raise FloatingPointError(
                 f"step {step.number}: {error}; lower optimizer.lr and run the command again"
             ) from None
-        for name, weight in zip(self._sources, step.sums.weights, strict=False):
+        sums = step.sums
+        found = self._spikes.note(step.number, sums.mean_loss, sums.grad_norm, sums.applied)
+        for name, weight in zip(self._sources, sums.weights if sums.applied else [], strict=False):
             self._ledger[name] += weight
         if self.log:
-            self.log.write(record)
+            self.log.write(record | found)
+        if found and self.progress:
+            self.progress.say(f"step {step.number} is a spike: {_spike(record | found)}")
         if self.progress and (step.number % self._every == 0 or step.number == self._steps):
             self.progress.update(step.number, _summary(record))
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no other numbers
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _spike(record: dict[str, Any]) -> str:
+    """Describes a step far above those before it, for the screen."""
+    parts = [
+        f"{words} {_shown(record[name], '.4g')}"
+        + (f", {record[f'{name}_spike']} deviations above the median" if record.get(f"{name}_spike") else "")
+        for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"))
+        if f"{name}_spike" in record
+    ]
+    return "; ".join(parts) + ("; it changed no weight" if "skipped" in record else "")
+
+
 def _summary(record: dict[str, Any]) -> str:
-    text = f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tokens/s"
+    loss, norm = _shown(record["loss"], ".4f"), _shown(record["grad_norm"], ".2f")
+    text = f"loss {loss}  grad {norm}  {record['tokens_per_s']:,.0f} tokens/s"
     return f"reward {record['reward']:.3f}  {text}" if "reward" in record else text

@@ -45,6 +45,7 @@ from pretrain.profiling import DATA, Profiler
 from pretrain.read_ahead import ReadAhead
 from pretrain.run_directory import RunDirectory
 from pretrain.schedule import learning_rate
+from pretrain.spikes import SpikeGuard
 from pretrain.step_log import Step, StepLog, StepTimer, peak_memory
 from pretrain.time_ledger import TimeLedger
 from pretrain.watchdog.watchdog import Watchdog
@@ -104,7 +105,7 @@ class Trainer:
         self.agreement = Agreement()
         self._ahead: ReadAhead | None = None
         self._profiler: Profiler  # made by `fit`
-        self._activities = Activities()
+        self._activities, self._spikes = Activities(), SpikeGuard(config.spikes)
         self._ledger = TimeLedger(self.run.path, self._activities, mesh.is_main)
         if train.compile:  # torch's own place for compiled code is a temporary folder, which a restart may not find
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.dir, "compiled").absolute()))
@@ -181,6 +182,7 @@ class Trainer:
             self.source.sources,
             self.tokens_by_source,
             self._mfu_per_rate,
+            self._spikes,
         )
 
     def _loop(self, steps: StepLog, saver: Saver, check: DataCheck, watch: signals.Watch) -> int:
@@ -232,7 +234,7 @@ class Trainer:
             self.source.prepare(self.engine, self.step)
             batches = self._ahead.next() if self._ahead else self._micro_batches(self.samples)
         self._activities.begin(TRAINING, self.step + 1)
-        sums = self.engine.train_step(batches, self.loss_fn, lr)
+        sums = self.engine.train_step(batches, self.loss_fn, lr, self._spikes.largest_norm(self.step + 1))
         more = self.companion.train_step(batches, self.step) if self.companion else {}
         timer.stop()
         self.step += 1
@@ -298,6 +300,7 @@ class Trainer:
             "layout": str(self.mesh.layout),
             "origin": self.origin,
             "unchecked_from": self.agreement.unchecked_from,
+            "spikes": self._spikes.state(),
             "config": self.run.full_config,
         }
 
@@ -351,6 +354,7 @@ class Trainer:
         checked = self.mesh.gather_json((path / storage.CHECKED).exists())[0]
         self.agreement.unchecked_from = self.step if checked else manifest.get("unchecked_from", self.step)
         self.tokens_by_source |= manifest.get("ledger", {})
+        self._spikes.restore(manifest.get("spikes", {}))
         self.run.take_data_spans(manifest)
         self.context = max(self.context, manifest.get("context", 0))
         self.origin = checkpoint_resume.origin_of(path, self.run.path)

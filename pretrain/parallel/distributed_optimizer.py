@@ -15,6 +15,7 @@ Everything else that reads the model's weights calls `wait_for_weights` first. L
 between steps (stages 2 and 3, see `zero`).
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,6 +110,11 @@ class Bucket:
             self.gathering = None
 
 
+def changes_weights(norm: torch.Tensor, largest_norm: float) -> torch.Tensor:
+    """Returns, as a boolean on the device, whether a step whose gradient has this norm changes weights."""
+    return norm.isfinite() & (norm <= largest_norm)
+
+
 class DistributedOptimizer:
     """AdamW for a pipeline rank's parameters, with fp32 master weights and moments split over data parallel.
 
@@ -155,17 +161,17 @@ class DistributedOptimizer:
         for bucket in self.buckets:
             bucket.wait_for_gradients()
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, largest_norm: float = math.inf) -> torch.Tensor:
         """Clips, steps and starts to gather the new weights; returns the norm before clipping, equal on every rank.
 
-        If the norm is not finite, no weight and no moment is changed.
+        If the norm is not finite, or above `largest_norm`, no weight and no moment is changed.
         """
         norm = self._norm()
         for group in self.adam.param_groups:
             group["lr"] = lr
         too_large = ((norm + 1e-6) / self._clip_grad).clamp(min=1.0) if self._clip_grad else None
         adam: Any = self.adam
-        adam.found_inf = (~norm.isfinite()).float()  # fused kernels do nothing where it is 1
+        adam.found_inf = (~changes_weights(norm, largest_norm)).float()  # fused kernels do nothing where it is 1
         for bucket in reversed(self.buckets):  # about in the order in which the next forward pass uses them
             gradients = bucket.own_gradients
             if too_large is not None:

@@ -8,6 +8,7 @@ a part (see `gradients`); (4) clip gradients by the global norm and update the f
 for it the loss is multiplied by the number of averaged ranks first; its offloaded stage 1 averages only after (3).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from pretrain.model.losses import LossFunction, NextToken
 from pretrain.model.moe.balance import LossDenominators
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
+from pretrain.parallel.distributed_optimizer import changes_weights
 from pretrain.parallel.expert_parallel import spread_experts
 from pretrain.parallel.frozen import freeze
 from pretrain.parallel.gradients import mark_copies, sum_partial
@@ -121,14 +123,17 @@ class Engine:
         """The config of the adapters if they cannot be merged into the weights."""
         return None if self.adapter is None or self.adapter.merges else self.adapter
 
-    def train_step(self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float) -> StepSums:
+    def train_step(
+        self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float, largest_norm: float | None = None
+    ) -> StepSums:
         """Trains on this rank's micro-batches of one global batch, and returns without waiting for a GPU.
 
         Raises ValueError if no token of the global batch is trained on. If the gradient norm is not finite, no weight
-        changes, and the results raise FloatingPointError once they are asked for.
+        changes, and the results raise FloatingPointError once they are asked for. With a `largest_norm` they do not,
+        and no weight changes where the norm is above it either.
         """
         self.accumulate(batches, loss_fn)
-        return self.update(lr)
+        return self.update(lr, largest_norm)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> None:
         """Computes the global batch's gradients, averaged over data parallel and not yet clipped: parts 1 to 3."""
@@ -156,17 +161,19 @@ class Engine:
         if self.budget is not None:
             self.budget.add_penalty()
 
-    def update(self, lr: float) -> StepSums:
-        """Clips the gradients and updates the weights with learning rate `lr`: part 4."""
+    def update(self, lr: float, largest_norm: float | None = None) -> StepSums:
+        """Clips the gradients and updates the weights with learning rate `lr`: part 4; see `train_step`."""
+        most = math.inf if largest_norm is None else largest_norm
         with record_function(OPTIMIZER):
             if self.budget is not None:
                 self.budget.observe()
-            grad_norm = zero.step(self.zero, lr)
+            grad_norm = zero.step(self.zero, lr, most)
             if self.budget is not None:
                 self.budget.prune()
-        expert_balance.finish_step(self.module, self.mesh, grad_norm.isfinite())
+        applied = changes_weights(grad_norm, most)
+        expert_balance.finish_step(self.module, self.mesh, applied)
         experts = expert_balance.counts(self.module, self.mesh, self.model_config)
-        return self._sums.of_step(grad_norm, experts)
+        return self._sums.of_step(grad_norm, experts, None if largest_norm is None else applied)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> StepSums:

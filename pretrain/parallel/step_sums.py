@@ -48,7 +48,8 @@ class StepSums:
     and the sum of the loss mask, then the sums of the loss function's metrics `names`. `grad_norm` is the global norm
     before clipping, and `experts` the result of `expert_balance.counts`; an evaluation has neither.
 
-    Asking for any result raises FloatingPointError if the norm is not finite: the step then changed no weight.
+    Asking for any result raises FloatingPointError if the norm is not finite: the step then changed no weight. Results
+    with `applied` raise no error; it says whether the step changed weights.
     """
 
     def __init__(
@@ -58,15 +59,18 @@ class StepSums:
         names: Sequence[str],
         grad_norm: torch.Tensor | None = None,
         experts: torch.Tensor | None = None,
+        applied: torch.Tensor | None = None,
     ):
         self._num_sources, self._names = num_sources, names
-        parts = {"sums": sums, "grad_norm": grad_norm, "experts": experts}
+        parts = {"sums": sums, "grad_norm": grad_norm, "experts": experts, "applied": applied}
         self._on_device = {name: part for name, part in parts.items() if part is not None}
         self._copy: HostCopy | None = None
 
-    def of_step(self, grad_norm: torch.Tensor, experts: torch.Tensor | None) -> "StepSums":
+    def of_step(
+        self, grad_norm: torch.Tensor, experts: torch.Tensor | None, applied: torch.Tensor | None = None
+    ) -> "StepSums":
         """Returns these sums with the other results of a training step, on their way to the host already."""
-        made = StepSums(self._on_device["sums"], self._num_sources, self._names, grad_norm, experts)
+        made = StepSums(self._on_device["sums"], self._num_sources, self._names, grad_norm, experts, applied)
         made._copy = HostCopy(made._on_device)
         made._on_device = {}
         return made
@@ -115,6 +119,11 @@ class StepSums:
         return float(self._host["grad_norm"])
 
     @property
+    def applied(self) -> bool:
+        """Whether the step changed weights."""
+        return bool(self._host["applied"]) if "applied" in self._host else True
+
+    @property
     def experts(self) -> torch.Tensor | None:
         """The result of `expert_balance.counts`, on the host."""
         return self._host.get("experts")
@@ -123,6 +132,6 @@ class StepSums:
     def _host(self) -> dict[str, torch.Tensor]:
         found = (self._copy or HostCopy(self._on_device)).tensors()
         norm = found.get("grad_norm")
-        if norm is not None and not bool(norm.isfinite()):
+        if norm is not None and "applied" not in found and not bool(norm.isfinite()):
             raise FloatingPointError(NOT_FINITE)
         return found

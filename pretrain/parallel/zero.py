@@ -10,6 +10,7 @@ DeepSpeed has two optimizer classes for this: one for stage 3 and one for the re
 differently, and so does `distributed_optimizer`; only this file depends on the names.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -122,13 +123,13 @@ def average_gradients(engine: Any) -> None:
         engine.allreduce_gradients()
 
 
-def step(engine: Any, lr: float) -> torch.Tensor:
+def step(engine: Any, lr: float, largest_norm: float = math.inf) -> torch.Tensor:
     """Clips gradients and updates the weights; returns the gradient norm before clipping, on the device.
 
-    Where the norm is not finite, no weight changes.
+    Where the norm is not finite, or above `largest_norm`, which DeepSpeed's optimizers do not know, no weight changes.
     """
     if isinstance(engine, DistributedOptimizer):
-        return engine.step(lr)
+        return engine.step(lr, largest_norm)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     engine.step()

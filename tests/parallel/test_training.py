@@ -1,6 +1,7 @@
 """Interrupted and resumed runs compared with uninterrupted ones, bit by bit."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 
 from pretrain.agreement import MAX_STEPS, steps_between
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.storage import CheckpointError
+from pretrain.checkpoint.storage import CheckpointError, read_full, read_manifest
 from pretrain.profiling import KINDS
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
-from tests.parallel.runs import metrics, train
+from tests.parallel.runs import assert_same_state, metrics, train
 from tests.parallel.workers.layouts import GLOBAL_BATCH, SEQ_LENGTH
 
 
@@ -70,6 +71,28 @@ def test_an_infinite_gradient_ends_the_run_before_it_is_saved(
     assert error.startswith("step 4: the gradient norm is not finite; no weight was changed by this step; lower optim")
     assert storage.steps(tmp_path) == [step for step in (2,) if every == 2]
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_step_with_an_infinite_gradient_can_be_skipped(ranks: RanksOf, tmp_path: Path) -> None:
+    """The step changes no weight, moment or balance, and its tokens do not count; later steps go on, also resumed."""
+    worker = "tests.parallel.workers.training:train_with_an_infinite_step"
+    options = {"model": MODELS["moe"], "infinite": 4, "every": 1, "keep": 9, "spikes": {"action": "skip"}}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    answers = ranks(2).run(worker, process_group=False, run_dir=str(straight), **options)
+    assert [answer["status"] for answer in answers] == [0, 0]
+    before, skipped, after = (read_full(storage.directory(straight, step)) for step in (3, 4, 5))
+    assert all(torch.equal(tensor, skipped[name]) for name, tensor in before.items())
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in skipped.items())
+    lines = metrics(straight)
+    assert [line["step"] for line in lines if "skipped" in line] == [4] and lines[3]["loss"] is None
+    ledgers = [sum(read_manifest(storage.directory(straight, step))["ledger"].values()) for step in range(1, 10)]
+    assert ledgers[3] == ledgers[2] and ledgers[8] > ledgers[3] > 0
+    shutil.copytree(straight, resumed)
+    for step in range(5, 10):
+        shutil.rmtree(storage.directory(resumed, step))
+    assert ranks(2).run(worker, process_group=False, run_dir=str(resumed), **options)[0]["status"] == 0
+    assert metrics(resumed) == lines
+    assert_same_state(storage.directory(straight, 9), storage.directory(resumed, 9))
 
 
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:

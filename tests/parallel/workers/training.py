@@ -112,16 +112,18 @@ def votes(run_dir: str, model: dict[str, Any], steps: int, slow_from: int, signa
         return {"status": trainer.fit(), "asked": asked}
 
 
-def train_with_an_infinite_step(run_dir: str, model: dict[str, Any], infinite: int, every: int) -> dict[str, Any]:
+def train_with_an_infinite_step(
+    run_dir: str, model: dict[str, Any], infinite: int, every: int, **options: Any
+) -> dict[str, Any]:
     """Trains with an infinite loss on one rank in step `infinite` alone; returns the error and the steps begun."""
 
     def choose(engine: Engine, loss_fn: Any) -> None:
         trainer.loss_fn = loss_fn if engine.mesh.is_main else NextToken()
 
     at = {infinite - 1: partial(choose, loss_fn=Infinite()), infinite: partial(choose, loss_fn=NextToken())}
-    trainer = make_trainer(run_dir, model, {}, 9, at, every=every, eval={"every": 100})
+    trainer = make_trainer(run_dir, model, {}, 9, at, every=every, eval={"every": 100}, **options)
     try:
-        return {"status": trainer.fit()}
+        return {"status": trainer.fit(), "ledger": trainer.tokens_by_source}
     except FloatingPointError as error:
         return {"error": str(error), "begun": trainer.step}
 

@@ -1,0 +1,98 @@
+"""Which steps are spikes, by numbers worked out by hand, and what is done about them."""
+
+import math
+from itertools import count
+
+import pytest
+
+from configs.loader import ConfigError, validate
+from configs.train import SpikesConfig, TrainerConfig
+from pretrain.spikes import SpikeGuard
+
+# 20 norms with median 1.0 and median absolute deviation 0.1, so one robust standard deviation is 0.14826.
+NORMS = [0.9, 1.1] * 9 + [1.0, 1.0]
+
+
+def _guard(action: str = "skip", **keys: float) -> SpikeGuard:
+    return SpikeGuard(SpikesConfig.model_validate({"action": action, "z_score": 4.0, **keys}))
+
+
+def _after(guard: SpikeGuard, norms: list[float]) -> int:
+    """Notes norms from step 1 on; returns the number of the next step."""
+    for step, norm in enumerate(norms, 1):
+        assert guard.note(step, 2.0, norm, applied=True) == {}
+    return len(norms) + 1
+
+
+def test_the_bound_comes_from_the_steps_up_to_the_one_before_the_last() -> None:
+    guard = _guard()
+    step = _after(guard, NORMS)
+    assert guard.largest_norm(step) == math.inf, "only 19 steps count for it"
+    guard.note(step, 2.0, 50.0, applied=False)
+    assert guard.largest_norm(step + 1) == pytest.approx(1.0 + 4.0 * 0.14826)
+    assert _guard("log").largest_norm(99) is None
+
+
+def test_a_loss_or_norm_far_above_the_median_is_a_spike() -> None:
+    guard = _guard("log")
+    step = _after(guard, NORMS)
+    guard.note(step, 2.0, 1.0, applied=True)
+    # The losses are all 2.0: then 5% of the median stands for their spread, which is 0.1.
+    assert guard.note(step + 1, 2.3, 1.2, applied=True) == {}
+    assert guard.note(step + 2, 2.6, 1.2, applied=True) == {"loss_spike": 6.0}
+    found = guard.note(step + 3, 2.0, 1.0 + 10 * 0.14826, applied=True)
+    assert list(found) == ["grad_norm_spike"] and found["grad_norm_spike"] == pytest.approx(10.0, abs=0.4)
+
+
+def test_what_is_not_finite_is_a_spike_from_the_first_step_on() -> None:
+    found = _guard().note(1, math.nan, math.inf, applied=False)
+    assert found == {"loss_spike": None, "grad_norm_spike": None, "skipped": 1}
+
+
+def test_skipped_steps_do_not_move_the_bound_and_are_counted() -> None:
+    guard = _guard(most_skipped=2)
+    step = _after(guard, [*NORMS, 1.0])
+    bound = guard.largest_norm(step + 1)
+    numbers = count(step)
+    for _ in range(2):
+        assert guard.note(next(numbers), 2.0, 99.0, applied=False)["skipped"] == 1
+    assert guard.largest_norm(step + 2) == bound
+    with pytest.raises(FloatingPointError, match=r"3 of the last 1000 steps were skipped .* steps 22, 23, 24 "):
+        guard.note(next(numbers), 2.0, 99.0, applied=False)
+
+
+def test_old_skips_are_forgiven() -> None:
+    guard = _guard(most_skipped=1)
+    for step in (1, 1001, 2001):
+        assert guard.note(step, 1.0, 9.0, applied=False)["skipped"] == 1
+
+
+def test_a_guard_goes_on_as_one_that_never_stopped() -> None:
+    guard, again = _guard(), _guard()
+    step = _after(guard, [*NORMS, 1.3])
+    guard.note(step, 2.0, 9.0, applied=False)
+    again.restore(guard.state())
+    again.restore({})  # of a version without
+    assert again.largest_norm(step + 1) == guard.largest_norm(step + 1) < math.inf
+    assert again.state() == guard.state()
+
+
+@pytest.mark.parametrize(
+    ("section", "remedy"),
+    [
+        ({"parallel": {"zero": 2}}, {"parallel": {"zero": 1}}),
+        ({"parallel": {"offload_optimizer": True}}, {"parallel": {}}),
+        ({"adapter": {"kind": "adalora", "rank": 8, "budget_steps": 5}}, {"spikes": {}}),
+    ],
+)
+def test_a_step_cannot_be_skipped_everywhere(section: dict[str, object], remedy: dict[str, object]) -> None:
+    tree = {
+        "run": {"dir": "run"},
+        "train": {"steps": 8, "global_batch_size": 2, "micro_batch_size": 1, "seq_length": 8},
+        "optimizer": {"lr": 1e-3},
+        "spikes": {"action": "skip"},
+        **section,
+    }
+    with pytest.raises(ConfigError, match="skip"):
+        validate(TrainerConfig, tree)
+    validate(TrainerConfig, tree | remedy)
