@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +120,62 @@ def test_a_small_model_learns_which_digits_are_sorted(ranks: RanksOf, base: Path
     assert status == 0 and found["accuracy"] > 0.9 and found["calibration_error"] < 0.1
     assert not torch.isnan(torch.tensor(list(found.values()))).any()
     assert storage.steps(base / "long")[-1] == 400
+
+
+GRPO = """
+[run]
+dir = "{dir}/grpo"
+[init]
+run = "{dir}/init"
+[task]
+kind = "file"
+files = ["{dir}/prompts.jsonl"]
+max_new_tokens = 6
+eval_prompts = 2
+[task.rewards.judge]
+kind = "reward_model"
+model = "{dir}/judge"
+[grpo]
+group_size = 4
+[train]
+steps = 1
+global_batch_size = 8
+micro_batch_size = 8
+seq_length = 64
+precision = "fp32"
+[optimizer]
+lr = 1e-3
+[log]
+tensorboard = false
+"""
+
+
+@pytest.mark.full
+def test_rewards_stay_those_of_the_checkpoint_that_a_run_began_with(ranks: RanksOf, base: Path) -> None:
+    """Whatever its run trains since: it is kept there, used again, and named if it is gone."""
+    prompts = [{"prompt": pair["prompt"], "answer": pair["chosen"]} for pair in pairs(60)]
+    (base / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (base / "grpo.toml").write_text(GRPO.format(dir=base))
+    judge, key = base / "judge", "task.rewards.judge.model"
+
+    def call(module: str, *argv: str) -> dict[str, Any]:
+        command = "tests.parallel.workers.posttraining:command"
+        return dict(*ranks(1).run(command, process_group=False, timeout=120, module=f"posttrain.{module}", argv=argv))
+
+    trained = [str(base / "rm.toml"), f"run.dir={judge}", "checkpoint.keep=1", "data.heldout_share=0.01"]
+    assert call("rm", *trained, "train.steps=2")["status"] == 0
+    config = str(base / "grpo.toml")
+    assert call("grpo", config)["status"] == 0
+    assert call("rm", *trained, "train.steps=4")["status"] == 0
+    assert storage.steps(judge) == [2, 4], "the first is needed, so it is not pruned"
+    assert call("grpo", config, "train.steps=2")["status"] == 0
+    manifests = [storage.read_manifest(storage.directory(base / "grpo", step)) for step in (1, 2)]
+    used = [manifest["source"]["rewards"]["task.rewards.judge"] for manifest in manifests]
+    assert used[0] == used[1] and used[0]["checkpoint"] == str(storage.directory(judge, 2))
+
+    shutil.rmtree(storage.directory(judge, 2))
+    refused = call("grpo", config, "train.steps=3")
+    assert refused["status"] == 2 and f"{key} = '{judge}' was {judge}/checkpoints/step_2 when" in refused["error"]
+    named = refused["error"].split("such as ")[1].replace("step_N", "step_4")
+    done = call("grpo", config, "train.steps=3", named)
+    assert done["status"] == 0 and f"{key} {judge} -> {judge}/checkpoints/step_4 from step 2 on" in done["said"]
