@@ -124,7 +124,7 @@ class Plan:
         if not file.is_file():
             stages = sorted(path.parent.as_posix() for path in folder.glob(f"*/{PLAN_FILE}"))
             which = f"name one of its stages: {', '.join(stages)}" if stages else "make it with `trivium data run`"
-            raise ValueError(f"there is no plan at {file}; {which}, or correct data.plan")
+            raise ValueError(f"there is no plan at {file}; {which}, or correct the path")
         content = file.read_bytes()
         try:
             return cls(folder, content, PLAN.read(content, file))

@@ -2,9 +2,11 @@
 
 import torch
 
+from configs.loader import Failure
+
 
 class LogprobCheck:
-    """Raises ValueError if log-probabilities differ by more than `most` nats a token on average, the value of `key`.
+    """Raises Failure if log-probabilities differ by more than `most` nats a token on average, the value of `key`.
 
     Only the first call of a process checks: if the two differ before the first update, the probability ratio would
     measure a difference in code, not in policy.
@@ -20,7 +22,7 @@ class LogprobCheck:
         self._done = True
         mean = float((difference * weights).sum() / weights.sum().clamp(min=1e-12))
         if not mean <= self._most:
-            raise ValueError(
+            raise Failure(
                 f"before the first update, log-probabilities of sampler and trainer differ by {mean:.4g} nats a token "
                 f"(at most {float(difference.max()):.4g}), above {self._key} = {self._most}; try "
                 "train.precision=fp32: if it does not help, the cause is not rounding but other weights, positions or "

@@ -28,8 +28,8 @@ def find_files(paths: Sequence[str], key: str) -> list[str]:
     """Returns the files of paths and globs, in order. Raises ConfigError, naming `key`, if one is missing."""
     found: list[str] = []
     for path in paths:
-        files = sorted(one for one in glob.glob(path) if Path(one).is_file()) if glob.has_magic(path) else [path]
-        if not files or not all(Path(one).is_file() for one in files):
+        files = [path] if Path(path).is_file() else sorted(one for one in glob.glob(path) if Path(one).is_file())
+        if not files:
             raise ConfigError(f"{key} names {path}, which is no file; `ls {Path(path).parent}` shows what is there")
         found += files
     return found

@@ -12,7 +12,8 @@ import pytest
 
 from configs.loader import toml
 from configs.sealed import CHECKPOINT
-from posttrain import grpo, sft
+from posttrain import dpo, grpo, ppo, rm, sft
+from posttrain.rl import rollout_file
 from pretrain.checkpoint.lineage import Lineage, Pin
 from tests.remedies import Run, drawn, follow, refused, remedies, torchrun_environment
 
@@ -28,6 +29,7 @@ CONTEXT = 64
 SHORT = 7  # tokens of the rows of a model whose rows are too short for any prompt and its answer
 ROW = 48  # tokens of a row of the run that has begun
 COMMANDS = {"sft": sft.main, "grpo": grpo.main}
+OTHERS = {"dpo": dpo.main, "rm": rm.main, "ppo": ppo.main}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,17 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     trees = {
         "sft": {**common, "init": init, "data": data, "task": {**task, "demonstrations": 8}},
         "grpo": {**common, "init": init, "task": task, "grpo": {"group_size": 4}},
+        "ppo": {**common, "init": init, "task": task},
+        "dpo": {**common, "init": init, "data": {"pairs": [str(folder / "pairs.jsonl")]}},
+        "rm": {**common, "init": init, "data": {"files": [str(folder / "pairs.jsonl")]}},
     }
+    pairs = [{"prompt": f"Say {i}", "chosen": "I am fine", "rejected": "I"} for i in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    judged = [{"prompt": f"Say {i}", "completion": "I am fine", "label": i % 2 == 0} for i in range(40)]
+    for name, records in (("judged", judged), ("same", judged[::2])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "rollouts").mkdir()
+    rollout_file.path_of(folder / "rollouts", 0).touch()
     for name, tree in trees.items():
         (folder / f"{name}.toml").write_bytes(toml(tree))
     return folder
@@ -83,11 +95,11 @@ def run(base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
     def of(name: str) -> Run:
         def call(ranks: int, overrides: Sequence[str]) -> None:
             torchrun_environment(monkeypatch, ranks)
-            assert COMMANDS[name]([str(base / f"{name}.toml"), "--dry-run", *overrides]) == 0
+            assert (COMMANDS | OTHERS)[name]([str(base / f"{name}.toml"), "--dry-run", *overrides]) == 0
 
         return call
 
-    return {name: of(name) for name in COMMANDS}
+    return {name: of(name) for name in (*COMMANDS, *OTHERS)}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -213,3 +225,82 @@ def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
         else:
             raise AssertionError(f"no end of messages: {message}")
     assert anew and fewer
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "words", "right"),
+    [
+        ("ppo", ["parallel.zero=2"], r"set parallel\.zero=1$", []),
+        ("ppo", ["adapter.rank=4"], r"leave \[adapter\] out$", []),
+        (
+            "ppo",
+            ["ppo.text_plan=none", "ppo.text_rows=2"],
+            r"ppo\.text_plan = 'none': there is no plan at .*plan.json;",
+            [],
+        ),
+        ("ppo", ["ppo.critic=none"], "has no checkpoint; train first, or name another run", ["ppo.critic={dense}"]),
+        ("ppo", ["ppo.critic={moe}"], r"name a reward model .*, or leave ppo\.critic out$", []),
+        ("ppo", ["ppo.dialect=ppo@verl", "rl.correction_low=3"], "is above rl.correction_high = 2.0; swap them", None),
+        ("grpo", ["rl.kl=loss", "adapter.rank=4"], r"set rl\.kl=none", ["adapter.rank=4"]),
+        ("grpo", ["rl.kl=loss", "adapter.rank=4"], r"or leave \[adapter\] out", ["rl.kl=loss"]),
+        ("grpo", ["grpo.dialect=gspo", "parallel.cp=2"], r"set parallel\.cp=1", ["grpo.dialect=gspo"]),
+        ("grpo", ["grpo.dialect=gspo", "parallel.cp=2"], "or another dialect", ["grpo.dialect=dapo", "parallel.cp=2"]),
+        (
+            "grpo",
+            ["grpo.dialect=cispo@minimax", "grpo.clip_low=0.1"],
+            "leave it out, or",
+            ["grpo.dialect=cispo@minimax"],
+        ),
+        ("grpo", ["rl.sampler=split", "parallel.pp=2"], r"set rl\.sampler=whole, or", ["parallel.pp=2"]),
+        ("grpo", ["rl.sampler=split", "parallel.pp=2"], r"or parallel\.pp=1", ["rl.sampler=split"]),
+        ("grpo", ["rl.replay=none"], "has no recorded rollouts; name .*, or leave it out$", []),
+        ("grpo", ["rl.replay=none"], "name the folder that a run had as rl.record", ["rl.replay={rollouts}"]),
+        (
+            "grpo",
+            ["rl.record={rollouts}"],
+            "has rollouts of another run already; name another",
+            ["rl.record={dense}/r"],
+        ),
+        ("dpo", ["data.pairs=['none']"], r"data\.pairs names none, which is no file; `ls \.` shows", []),
+        ("dpo", ["data.heldout_share=0.9999"], r"are held out; lower data\.heldout_share", ["data.heldout_share=0.5"]),
+        ("dpo", ["train.seq_length=16"], r"or set train\.seq_length=(\d+), which takes the longest", None),
+        (
+            "dpo",
+            ["data.pairs=['{same}']", "preference.loss=kto"],
+            "add records of the other label",
+            ["data.pairs=['{judged}']", "preference.loss=kto"],
+        ),
+        ("dpo", ["data.pairs=['{judged}']"], "correct or remove them$|were set aside.*correct them", []),
+        ("rm", ["train.seq_length=16"], r"or set train\.seq_length=(\d+), which takes the longest", None),
+        ("rm", ["data.files=['none']"], r"data\.files names none, which is no file", []),
+        (
+            "rm",
+            ["init.run={values}", "reward_model.kind=process"],
+            "with 1 values of each token, .*start from a language",
+            [],
+        ),
+        ("rm", ["init.run={values}", "reward_model.kind=process"], r"or set reward_model\.kind", ["init.run={values}"]),
+        ("dpo", ["init.run={values}"], "writes no text; start from a language model", []),
+    ],
+)
+def test_other_commands_start_as_their_messages_say(
+    base: Path, run: dict[str, Run], tmp_path: Path, command: str, wrong: list[str], words: str, right: list[str] | None
+) -> None:
+    """`right` are the overrides that a message asks for; None if it names a value itself, or to swap two."""
+    values = base / "values/checkpoints/step_1"
+    if not values.exists():
+        shutil.copytree(base / "dense", base / "values")
+        facts = json.loads((values / "manifest.json").read_text())
+        facts["config"]["model"] |= {"head": {"kind": "scalar"}}
+        (values / "manifest.json").write_bytes(CHECKPOINT.write(facts))
+    names = ("dense", "moe", "values", "rollouts")
+    places = {name: base / name for name in names} | {name: base / f"{name}.jsonl" for name in ("judged", "same")}
+    wrong = [one.format(**places) for one in wrong]
+    ranks = 2 if any(one.startswith("parallel.") for one in wrong) else 1
+    message = refused(run[command], ranks, wrong)
+    found = re.search(words, message)
+    assert found, message
+    if right is None:
+        value = f"train.seq_length={found[1]}" if found.groups() else "rl.correction_low=1"
+        right = [*wrong[:-1], value]
+    assert not refused(run[command], ranks, [one.format(**places) for one in right])
