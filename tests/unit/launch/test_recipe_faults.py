@@ -41,3 +41,27 @@ def test_damaged_results_are_left_out_or_told(tmp_path: Path) -> None:
     (tmp_path / "trivium_export.json").write_text('{"checks": ')
     with pytest.raises(Failure, match=rf"json is damaged; remove {tmp_path} and run the recipe again"):
         describe_export(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    {
+        "no such command": ({"command": "sfft"}, r"stages.b.command = 'sfft' is none of data run, .*sft, .*grpo"),
+        "unknown stage": ({"set": ["init.run={c}"]}, r"'c', which does not exist; stages before it: a"),
+        "itself": ({"set": ["init.run={b}"]}, r"'b', which comes later in the file; stages before it: a"),
+        "no override": ({"set": ["steps"]}, r"'steps' is no override; write it as"),
+        "no bound": ({"gates": [{"metric": "loss"}]}, r"'loss' has no bound; set at_least, at_most, or both"),
+        "a folder twice": ({"folder": "a"}, r"stages.b writes into .*/a, as stages.a does; set stages.b.folder to"),
+        "a folder of its own": (
+            {"set": ["run.dir=x"]},
+            r"stages.b.set has run.dir=x, .* set stages.b.folder to choose",
+        ),
+        "no config": ({"config": "none.toml"}, r"stages.b.config = 'none.toml' does not exist; name the stage's"),
+    }.values(),
+)
+def test_mistakes_in_a_recipe_are_found_before_it_runs(changes: dict, message: str, tmp_path: Path) -> None:
+    stage = {"command": "sft", "config": "configs/posttrain/demo_sft.toml"}
+    tree = {"dir": str(tmp_path), "stages": {"a": stage, "b": stage | changes}}
+    with pytest.raises(ConfigError, match=message):
+        recipe.run_recipe(validate(RecipeConfig, tree))
+    assert not list(tmp_path.iterdir())
