@@ -45,8 +45,11 @@ class PeftAdapter:
 class Form(Protocol):
     """A method of tuning that both formats have: `kinds` of `[adapter]`, and `peft_type` of adapter_config.json."""
 
-    kinds: tuple[str, ...]
-    peft_type: str
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+
+    @property
+    def peft_type(self) -> str: ...
 
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
         """Returns the adapter in PEFT's format. Raises PeftError for what that cannot say."""

@@ -274,7 +274,9 @@ def _make_moments(engine: Engine, optimizer_steps: int) -> None:
         state["step"].fill_(optimizer_steps)
 
 
-def _check_shapes(engine: Engine, tensors: WholeTensors, required: Sequence[str], new: Sequence[str] = ()) -> None:
+def _check_shapes(
+    engine: Engine, tensors: WholeTensors | Reader, required: Sequence[str], new: Sequence[str] = ()
+) -> None:
     """Raises CheckpointError if the model's parameters are not those of the checkpoint, whose config it has by now.
 
     `required` are names of the balance of MoE layers that must be there, `new` those of parameters that need not.

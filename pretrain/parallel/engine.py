@@ -109,7 +109,7 @@ class Engine:
                 vars(block)["forward"] = torch.compile(block.forward)
         if optimizer is None:
             self.module.requires_grad_(False)
-            self.zero = None
+            self.zero: Any = None
             self._schedule = get_forward_backward_func(layout.pp, layout.vpp if layout.vpp > 1 else None)
             return
         self.zero = zero.wrap(self.module, train, optimizer, mesh, dtype)

@@ -50,8 +50,14 @@ class RankBudget:
         for adapter in self._adapters.values():
             for name in TRIPLET:
                 parameter = getattr(adapter, name)
-                smoothed = (getattr(adapter, f"{name}_{state}") for state in STATE)
-                smooth(*smoothed, zero.full_weight(parameter), zero.full_gradient(parameter), self._config.beta)
+                sensitivity, uncertainty = (getattr(adapter, f"{name}_{state}") for state in STATE)
+                smooth(
+                    sensitivity,
+                    uncertainty,
+                    zero.full_weight(parameter),
+                    zero.full_gradient(parameter),
+                    self._config.beta,
+                )
 
     @torch.no_grad()
     def prune(self) -> None:
@@ -88,7 +94,8 @@ class RankBudget:
             split = marks_of(parameter).split
             count = parameter.shape[dim] if split is None else split.size
             total += self._over_ranks(elements.sum(dim), parameter) / count
-        return total + adapter.lambdas_sensitivity * adapter.lambdas_uncertainty
+        sensitivity, uncertainty = (getattr(adapter, f"lambdas_{state}") for state in STATE)
+        return total + sensitivity * uncertainty
 
     def _over_ranks(self, part: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """Sums what each tensor-parallel rank found in its slice of a parameter."""

@@ -100,10 +100,10 @@ def head_dim(absent: int | None = None, always: bool = True) -> Custom:
     def read(draft: Draft) -> None:
         width = draft.value("head_dim", absent if "head_dim" not in draft.raw else None)
         hidden, count = draft.raw.get("hidden_size"), draft.raw.get("num_attention_heads")
-        known = isinstance(hidden, int) and isinstance(count, int) and count > 0
-        if width is None and known and hidden % count:
-            width = hidden // count
-        if width is not None and not (known and width * count == hidden):
+        size, heads = (hidden, count) if isinstance(hidden, int) and isinstance(count, int) and count > 0 else (0, 0)
+        if width is None and heads and size % heads:
+            width = size // heads
+        if width is not None and not (heads and width * heads == size):
             draft.put("head_dim", width)
 
     def write(config: ModelConfig) -> dict[str, Any]:

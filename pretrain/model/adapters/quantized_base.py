@@ -31,7 +31,7 @@ class QuantizedWeight(nn.Module):
         mark(self.outline, self.marks)
         self.codes = torch.empty(0, dtype=torch.uint8)
         self.whole: nf4.NF4 | None = None
-        self.offset = (0, 0)
+        self.offset: tuple[int, ...] = (0, 0)
 
     @property
     def outline(self) -> nn.Parameter:
