@@ -82,14 +82,15 @@ class SampleRunner:
             found = writer.samples(self.config, self.prompts, self.files.parts[part])
             if mesh.is_main:
                 self.files.write(part, found)
-                prompts, samples = prompts + len(self.files.parts[part]), samples + len(found)
-                tokens += sum(sample.tokens for sample in found)
-                speed = tokens / (time.monotonic() - began)
-                self._say(f"{prompts:,} of {len(self.prompts.items):,} prompts{_mean(found)}, {speed:,.0f} tokens/s")
             watch.agree()
             number = torch.tensor([watch.number])
             dist.all_reduce(number, op=dist.ReduceOp.MAX)  # on the host
             watch.work()
+            if mesh.is_main:
+                prompts, samples = prompts + len(self.files.parts[part]), samples + len(found)
+                tokens += sum(sample.tokens for sample in found)
+                speed = tokens / (time.monotonic() - began)
+                self._say(f"{prompts:,} of {len(self.prompts.items):,} prompts{_mean(found)}, {speed:,.0f} tokens/s")
             if int(number) and part != missing[-1]:
                 return int(number)
         return 0
