@@ -7,6 +7,7 @@ directory. A task that Ray starts again after it lost a worker ends the stage wi
 
 import math
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,8 @@ from configs.loader import ConfigError
 from data_pipeline.core.progress import Say
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import Tasks
+
+ANSWER_SECONDS = 10.0  # in which a cluster's port must answer
 
 
 def too_small(nodes: Sequence[Mapping[str, float]], options: RayConfig) -> str:
@@ -39,6 +42,13 @@ def too_small(nodes: Sequence[Mapping[str, float]], options: RayConfig) -> str:
         f"run.ray.mem_per_cpu_gb = {gb:g} is {gb * cores:,.1f} GiB for the {cores} cores of a task, and no node of the "
         f"Ray cluster with so many cores has more than {memory:,.1f}; {remedy}"
     )
+
+
+def check_answers(address: str) -> None:
+    """Raises OSError unless something answers at an address of the form host:port; Ray itself tries for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
 
 
 class RayTasks(Tasks, RayPipelineExecutor):
@@ -64,8 +74,16 @@ class RayExecutor(Executor):
 
     def __enter__(self) -> "RayExecutor":
         common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
-        if self._options.address:
-            self._ray.init(address=self._options.address, **common)
+        if address := self._options.address:
+            try:
+                check_answers(address)
+                self._ray.init(address=address, **common)
+            except (OSError, RuntimeError, ValueError) as error:  # Ray's, for a cluster that is not there
+                why = str(error).partition(". ")[0]
+                raise ConfigError(
+                    f"run.ray.address = {address!r}: no Ray cluster answers ({why}); start one with `ray "
+                    "start --head`, correct the address, or leave run.ray.address out to use Ray on this machine alone"
+                ) from None
         else:
             cpus = self.workers * self._options.cpus_per_task
             self._ray.init(

@@ -27,7 +27,8 @@ class SentencePieceTokenizer(Tokenizer):
             sp.LoadFromSerializedProto(model)
         except RuntimeError:
             raise ValueError(
-                f"tokenizer {origin} is not a sentencepiece model; train it again with `trivium data run`"
+                f"tokenizer {origin} is not a sentencepiece model; restore it, or train one with "
+                "`trivium tokenizer train`"
             ) from None
         pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
         special_ids = {piece: i for i, piece in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}

@@ -82,7 +82,9 @@ class Tokenizer(ABC):
 
         path = tokenizer_file(path)
         if not path.is_file():
-            raise ValueError(f"tokenizer {path} does not exist; make it with `trivium data run`")
+            raise ValueError(
+                f"tokenizer {path} does not exist; make it with `trivium data run` or `trivium tokenizer train`"
+            )
         tokenizer: Tokenizer
         if path.suffix == ".json":
             tokenizer = HuggingFaceTokenizer(path.read_bytes(), str(path), threads, named, complete)

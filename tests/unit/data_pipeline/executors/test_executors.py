@@ -22,7 +22,6 @@ from configs.loader import ConfigError, load
 from data_pipeline.executors.base import PipelineJob
 from data_pipeline.executors.choose import choose, output_of_rank_0_only
 from data_pipeline.executors.local_executor import LocalExecutor
-from data_pipeline.executors.ray_executor import too_small
 from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
 from tests.data_runs import command, environment
@@ -227,27 +226,6 @@ def test_slurm_is_used_where_its_commands_are_and_paths_have_no_spaces(
         prepare(tmp_path / folder)
         with pytest.raises(ConfigError, match=re.escape(said)):
             executor.run(PipelineJob("s", [Mark(str(tmp_path))], 2, tmp_path / folder), print)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "wanted", "messages"),
-    [
-        ([{"CPU": 4, "memory": 9 * 2**30}], {"cpus_per_task": 2, "mem_per_cpu_gb": 4.5}, 0),
-        ([{"CPU": 4, "memory": 7 * 2**30}], {"cpus_per_task": 2, "mem_per_cpu_gb": 9}, 1),
-        ([{"CPU": 4.0, "memory": 7e9}, {"CPU": 2.0, "memory": 9e9}], {"cpus_per_task": 6, "mem_per_cpu_gb": 3}, 2),
-        ([{"CPU": 8, "memory": 7e9}, {"CPU": 2, "memory": 90e9}], {"cpus_per_task": 4, "mem_per_cpu_gb": 8}, 1),
-    ],
-)
-def test_a_task_of_the_size_that_the_message_says_fits_a_node_of_ray(
-    nodes: list[dict[str, float]], wanted: dict[str, float], messages: int
-) -> None:
-    said = 0
-    while message := too_small(nodes, RayConfig.model_validate(wanted)):
-        name, value = re.findall(r"set run\.ray\.(\w+)=([\d.]+)$", message)[0]
-        assert float(value) < wanted[name]
-        wanted, said = wanted | {name: json.loads(value)}, said + 1
-    assert said == messages
-    assert any(node["CPU"] >= wanted["cpus_per_task"] for node in nodes)
 
 
 def test_the_flag_and_the_key_say_who_does_the_tasks(tmp_path: Path) -> None:

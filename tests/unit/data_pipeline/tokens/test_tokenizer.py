@@ -101,7 +101,7 @@ def test_kinds_refuse_impossible_vocabularies_with_a_remedy(tmp_path: Path, kind
 def test_what_is_no_tokenizer_is_refused(of_kind: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / Path(of_kind.origin).name
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"train it again with `trivium data run`|train one with `trivium tokenizer"):
+    with pytest.raises(ValueError, match="restore it, or train one with `trivium tokenizer"):
         Tokenizer.load(file)
     if file.suffix == ".json":
         file.write_text(Path(of_kind.origin).read_text().replace("<|user|>", "<|human|>"))
