@@ -7,6 +7,7 @@ directory. A task that Ray starts again after it lost a worker ends the stage wi
 
 import math
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -79,7 +80,7 @@ class RayExecutor(Executor):
                 check_answers(address)
                 self._ray.init(address=address, **common)
             except (OSError, RuntimeError, ValueError) as error:  # Ray's, for a cluster that is not there
-                why = str(error).partition(". ")[0]
+                why = re.split(r"\.\s", str(error))[0]
                 raise ConfigError(
                     f"run.ray.address = {address!r}: no Ray cluster answers ({why}); start one with `ray "
                     "start --head`, correct the address, or leave run.ray.address out to use Ray on this machine alone"
