@@ -4,6 +4,7 @@ The model's config, weights, tokenizer, chat template and data plan are found th
 moved (pretrain/checkpoint/lineage.py).
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from configs.adapters import AdapterConfig
 from configs.files import file_sha256
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
+from launch.environment import is_main
 
 if TYPE_CHECKING:
     from pretrain.text_codec import TextCodec
@@ -134,14 +136,20 @@ def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
     if not (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} has no checkpoints folder and no config.json; train first, or name another run")
     if step == "latest":
-        from pretrain.checkpoint import latest
+        from pretrain.checkpoint.storage import latest
+        from pretrain.checkpoint.whole_model import verify
 
-        return _checkpoint(latest(path))
+        return _checkpoint(latest(path, verify, _warn))
     checkpoint = path / "checkpoints" / f"step_{step}"
     if not checkpoint.is_dir():
         saved = sorted(int(p.name[5:]) for p in (path / "checkpoints").glob("step_*") if p.name[5:].isdigit())
         raise ConfigError(f"step = {step} has no checkpoint in {path}; saved steps are {saved or 'none'}")
     return _checkpoint(checkpoint)
+
+
+def _warn(said: str) -> None:
+    if is_main():
+        print(f"warning: {said}", file=sys.stderr, flush=True)
 
 
 def _checkpoint(checkpoint: Path) -> ModelSource:

@@ -271,7 +271,9 @@ def _chosen(init: InitConfig) -> tuple[Path, str | None]:
                     f"init.run = {init.run!r} is a Hugging Face folder, not a run; set init.hf={init.run} and leave "
                     "init.run out (as an override: init.run=)"
                 )
-            return _newest(path)
+            warnings: list[str] = []
+            newest = storage.latest(path, verify, warnings.append)
+            return newest, "; ".join(warnings) or None
         if (path / "checkpoints").is_dir():
             own = [str(storage.directory(path, step)) for step in storage.steps(path)[-1:]]
             remedy = f"set init.checkpoint={own[0]}" if own else "it has none yet, so train first"
@@ -286,15 +288,6 @@ def _chosen(init: InitConfig) -> tuple[Path, str | None]:
     except CheckpointError as error:
         raise ConfigError(f"{init.said}: {error}") from None
     return path, None
-
-
-def _newest(run: Path) -> tuple[Path, str | None]:
-    """Returns a run's newest whole checkpoint, and a note if there is a newer damaged one."""
-    found, problems = storage.find_newest(run, verify)
-    if found is None:
-        said = f"no checkpoint of {run} is whole: {'; '.join(problems)}" if problems else f"{run} has no checkpoint"
-        raise CheckpointError(f"{said}; {'restore one' if problems else 'train first'}, or name another run")
-    return found, f"{'; '.join(problems)}: so the run begins from {found}" if problems else None
 
 
 def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from configs.loader import ConfigError
+from launch.environment import is_main
 from posttrain.chat.chat import Chat
 from posttrain.chat.messages import Message
 from posttrain.initial_model import InitialChatModel, NamedModel
@@ -36,6 +37,8 @@ class RewardModel:
         initial = InitialChatModel.open(
             NamedModel.at(Path(path), key), run_dir=f"{path}/none", resume="no", takes_values=True
         )
+        if initial.note and is_main():
+            print(f"note: {key} = {str(path)!r}: {initial.note}", flush=True)
         model = initial.model
         if model.has_logits:
             raise ConfigError(

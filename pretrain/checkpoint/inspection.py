@@ -90,7 +90,7 @@ def _checkpoint(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     if (path / "checkpoints").is_dir():
-        return storage.latest(path)
+        return storage.latest(path, warn=lambda said: print(f"warning: {said}", file=sys.stderr))
     raise ConfigError(
         f"{path} is neither a checkpoint (it has no manifest.json) nor a run (it has no checkpoints/); name one, "
         "e.g. runs/demo/pretrain"

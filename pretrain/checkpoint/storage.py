@@ -248,13 +248,21 @@ def find_newest(run_dir: str | Path, check: Callable[[Path], object] = verify) -
     return None, problems
 
 
-def latest(run_dir: str | Path) -> Path:
-    """Returns the newest whole checkpoint of a run. Raises CheckpointError if there is none."""
-    path, problems = find_newest(run_dir)
+def latest(
+    run_dir: str | Path, check: Callable[[Path], object] = verify, warn: Callable[[str], object] = lambda _: None
+) -> Path:
+    """Returns the newest whole checkpoint of a run; `warn` is called with a sentence if newer ones are damaged.
+
+    `check` is as in `find_newest`. Raises CheckpointError if no checkpoint is whole.
+    """
+    path, problems = find_newest(run_dir, check)
     if path is None:
-        raise CheckpointError(
-            f"{run_dir} has no whole checkpoint{': ' + '; '.join(problems) if problems else ''}; train first"
-        )
+        if problems:
+            said = f"no checkpoint of {run_dir} is whole: {'; '.join(problems)}; restore one, or name another run"
+            raise CheckpointError(said)
+        raise CheckpointError(f"{run_dir} has no checkpoint; train first, or name another run")
+    if problems:
+        warn(f"{'; '.join(problems)}: {path} is taken")
     return path
 
 

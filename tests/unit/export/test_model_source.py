@@ -1,12 +1,13 @@
 """Opening models: from a run directory, a checkpoint or an imported folder, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from configs.export import ExportConfig
-from configs.loader import ConfigError, load, plain
+from configs.loader import ConfigError, Failure, load, plain
 from export.model_source import open_source
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
@@ -72,6 +73,23 @@ def test_latest_step_checkpoint_and_tokenizer(tmp_path: Path, tokenizer_path: Pa
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     with pytest.raises(ConfigError, match=r"step = 3 has no checkpoint.*saved steps are \[2, 10\]"):
         open_source(run, 3)
+
+
+def test_an_older_checkpoint_than_the_newest_is_taken_with_a_warning(tmp_path: Path, tokenizer_path: Path, capsys):
+    run = make_run(tmp_path / "run", tokenizer_path, [2, 10])
+    (file,) = (run / "checkpoints/step_10").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert open_source(run).step == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"warning: .*step_10/.* does not match its SHA-256.*: .*/checkpoints/step_2 is taken\n", said)
+    open_source(run, 2)
+    assert capsys.readouterr().err == ""
+    file = next((run / "checkpoints/step_2").glob("*.safetensors"))
+    file.unlink()
+    with pytest.raises(Failure, match=r"no checkpoint of .*/run is whole: .*step_2/.* is missing.*; restore one, or"):
+        open_source(run)
 
 
 def test_what_is_no_run_is_told(tmp_path: Path):

@@ -163,7 +163,7 @@ def test_a_start_from_an_older_checkpoint_than_the_newest_is_told(tokenizer_file
     assert opened(run).note is None and opened(run).pin == Pin.of(new)
     (new / "manifest.json").write_text("{}")
     found = opened(run)
-    assert found.pin == Pin.of(old) and found.note and f"so the run begins from {old}" in found.note
+    assert found.pin == Pin.of(old) and found.note and f"{old} is taken" in found.note
     assert str(new) in found.note
 
 
