@@ -1,0 +1,99 @@
+"""The end of a run, read from its folder: how far it came, why it ended, and what to do."""
+
+import fcntl
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pages import duration
+from pretrain import goodput
+from pretrain.checkpoint import storage
+from pretrain.doctor.findings import Finding, failure, ok, warning
+from pretrain.metrics_file import read_metrics
+
+
+def after_run(run_dir: Path) -> Iterator[Finding]:
+    """Yields what the folder of a training run tells of its end."""
+    config = _config(run_dir)
+    steps = config.get("train", {}).get("steps", 0)
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    logged = [record for record in metrics.records if "loss" in record]
+    last = logged[-1]["step"] if logged else 0
+    if metrics.warning:
+        yield warning(metrics.warning, "the run sets them aside when it goes on")
+    saved = storage.steps(run_dir)
+    yield from _checkpoints(run_dir, saved, last)
+    skipped = [record["step"] for record in logged if "skipped" in record]
+    if skipped:
+        yield warning(
+            f"{len(skipped)} steps were skipped, the last at step {skipped[-1]}", "see their loss in report.html"
+        )
+    if starts := goodput.read(run_dir):
+        whole = {kind: share for kind, _, share in goodput.table(starts)}
+        used = whole.get(goodput.KINDS["training"], 0.0)
+        spent = duration(starts[-1].updated - starts[0].began)
+        yield ok(f"{len(starts)} start{'s' * (len(starts) > 1)} in {spent}, of which steps that count took {used:.0%}")
+    yield _end(run_dir, last, steps)
+
+
+def _checkpoints(run_dir: Path, saved: list[int], last: int) -> Iterator[Finding]:
+    if not saved:
+        yield warning("there is no checkpoint", "the run would begin again at step 0")
+        return
+    newest = storage.directory(run_dir, saved[-1])
+    try:
+        storage.verify(newest)
+    except storage.CheckpointError as error:
+        yield failure(str(error), "the run goes on from the newest checkpoint that is whole, if there is one")
+        return
+    lost = last - saved[-1]
+    said = f"{newest} is whole"
+    yield ok(said) if lost <= 0 else warning(said, f"{lost} steps after it are done again")
+
+
+def _end(run_dir: Path, last: int, steps: int) -> Finding:
+    """Says whether the run is finished, runs, hung, or ended before its last step."""
+    if _is_held(run_dir):
+        return ok(f"it is running, at step {last} of {steps}")
+    if steps and last >= steps and storage.steps(run_dir)[-1:] == [steps]:
+        return ok(f"it is finished, at step {steps}")
+    again = "run the same command again to go on"
+    hang = _last_hang(run_dir)
+    if hang is not None and hang["step"] > last:
+        return failure(f"it hung in step {hang['step']}: {hang['text']}", again)
+    return warning(
+        f"it ended at step {last} of {steps}, by a signal, an error or the end of its machine",
+        f"what it printed says which; {again}",
+    )
+
+
+def _is_held(run_dir: Path) -> bool:
+    """Whether a process has the lock of the run."""
+    try:
+        with open(run_dir / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _last_hang(run_dir: Path) -> dict[str, Any] | None:
+    found = []
+    for path in (run_dir / "hang").glob("*/verdict.json"):
+        try:
+            found.append((int(path.parent.name), json.loads(path.read_text())))
+        except (OSError, ValueError):
+            continue
+    hangs = [told for _, told in sorted(found, key=lambda pair: pair[0]) if told.get("hangs")]
+    return hangs[-1] if hangs else None
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

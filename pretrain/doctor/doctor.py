@@ -1,0 +1,95 @@
+"""`trivium doctor`: one line for each thing that may end a training run, with what to do about it.
+
+trivium doctor --ranks 2 train configs/pretrain/demo.toml parallel.tp=2
+trivium doctor runs/demo/pretrain
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.cli import command_parser, entrypoint
+from configs.loader import ConfigError, load
+from configs.reference import schema_of
+from configs.train import PretrainConfig, TrainerConfig
+from launch.bootstrap import TRAINING
+from pretrain.doctor.after_run import after_run
+from pretrain.doctor.before_run import disk, dry_run, trial
+from pretrain.doctor.findings import Finding, Level, worst
+from pretrain.doctor.machine import machine
+
+COMMANDS = tuple(name for name in TRAINING if name != "sample")  # which trains nothing
+FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the findings and returns 1 if one of them would end the run, else 0."""
+    args = _parser().parse_args(argv)
+    if args.ranks < 1:
+        raise ConfigError(f"--ranks {args.ranks} is no number of ranks; give 1 or more")
+    found = []
+    for finding in _findings(args):
+        print(finding, flush=True)
+        found.append(finding)
+    return FAILED if worst(found) is Level.FAILURE else 0
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    words = args.words
+    if len(words) == 1 and Path(words[0], "config.toml").is_file():
+        yield from after_run(Path(words[0]))
+        return
+    if words and (words[0] not in COMMANDS or len(words) == 1):
+        raise ConfigError(
+            f"{' '.join(words)!r} is neither the folder of a run nor a training command with its config; give one, "
+            "such as runs/demo/pretrain, or train CONFIG"
+        )
+    yield from machine(args.ranks)
+    if not words:
+        return
+    command, words = words[0], words[1:]
+    first = dry_run(command, words, args.ranks)
+    yield first
+    if first.level is Level.FAILURE:
+        return
+    config = _config(command, words)
+    parameters = config.model.num_parameters() if isinstance(config, PretrainConfig) else None
+    yield from disk(config, parameters)
+    if args.trial:
+        yield trial(command, words, args.ranks, config)
+
+
+def _config(command: str, words: Sequence[str]) -> TrainerConfig:
+    """Reads the config of a training command, which its dry run has found right."""
+
+    def complete(tree: dict[str, Any]) -> dict[str, Any]:
+        if command != "train" or not tree.get("init"):
+            return tree
+        from pretrain.initial_model import with_model
+
+        return with_model(tree, "auto")[0]
+
+    schema = schema_of("pretrain" if command == "train" else command)
+    assert issubclass(schema, TrainerConfig)
+    return load(schema, words[0], words[1:], complete)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        prog="trivium doctor",
+        description="Looks for what would end a training run before it begins, or says why a run has ended. Each line "
+        "is ok, a warning or a failure, with what to do.",
+        example="trivium doctor --ranks 2 --trial train configs/pretrain/demo.toml parallel.tp=2\n"
+        "of a run that has ended:\n  trivium doctor runs/demo/pretrain\nof this machine alone:\n  trivium doctor",
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that the run is for (default 1)")
+    parser.add_argument("--trial", action="store_true", help="also train two steps here, into a temporary folder")
+    parser.add_argument(
+        "words", metavar="WHAT", nargs=argparse.REMAINDER, help="COMMAND CONFIG [key=value ...], or the folder of a run"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    entrypoint(main)

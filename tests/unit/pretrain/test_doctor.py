@@ -1,0 +1,93 @@
+"""The doctor's lines: what it finds on a machine, in a config and in the folder of a run, and what it says to do."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loader import ConfigError, validate
+from configs.train import TrainerConfig
+from launch.processes import cores
+from pretrain.doctor import doctor
+from pretrain.doctor.after_run import after_run
+from pretrain.doctor.before_run import checkpoints_kept, disk
+from pretrain.doctor.findings import Level, failure, ok, warning, worst
+from pretrain.doctor.machine import machine
+
+DEMO = "configs/pretrain/demo.toml"
+
+
+def _config(folder: Path, steps: int = 100, **checkpoint: int) -> TrainerConfig:
+    tree: dict[str, Any] = {"run": {"dir": str(folder)}, "optimizer": {"lr": 1e-3}, "checkpoint": checkpoint}
+    tree["train"] = {"steps": steps, "global_batch_size": 2, "micro_batch_size": 1, "seq_length": 8}
+    return validate(TrainerConfig, tree)
+
+
+def test_a_finding_is_one_line_and_the_gravest_counts() -> None:
+    assert str(ok("all is well")) == "ok       all is well"
+    assert str(failure("the disk is full", "make room")) == "failure  the disk is full; make room"
+    assert worst([ok("a"), failure("b", ""), warning("c", "")]) is Level.FAILURE and worst([]) is Level.OK
+
+
+def test_more_ranks_than_cores_are_told() -> None:
+    assert next(str(found) for found in machine(cores()) if "core" in str(found)).startswith("ok ")
+    (told,) = [str(found) for found in machine(cores() + 1) if "take turns" in str(found)]
+    assert told.endswith(f"start at most {cores()}") and told.startswith("warning")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"),
+    [({"every": 10}, 2), ({"every": 10, "keep": 5, "keep_every": 20}, 10), ({"every": 100, "keep": 5}, 1)],
+)
+def test_checkpoints_on_disk_are_counted(tmp_path: Path, checkpoint: dict[str, int], kept: int) -> None:
+    assert checkpoints_kept(_config(tmp_path, **checkpoint)) == kept
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_a_failure(tmp_path: Path) -> None:
+    (found,) = disk(_config(tmp_path / "run" / "here", every=10), parameters=1000)
+    assert found.level is Level.OK and "3 checkpoints of 0.00 GB" in found.found
+    assert not (tmp_path / "run").exists() and not list(tmp_path.iterdir()), "looking leaves nothing behind"
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    (found,) = disk(_config(tmp_path, every=10, keep=4), parameters=free // 12 // 3 + 1000)
+    assert found.level is not Level.OK and "set checkpoint.keep=1" in found.remedy
+    (found,) = disk(_config(tmp_path, every=10), parameters=10**15)
+    assert found.level is Level.FAILURE and found.remedy.startswith("not even two fit")
+
+
+def test_a_run_dir_that_cannot_be_used_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (found,) = disk(_config(tmp_path / "file"), None)
+    assert (
+        found.level is Level.FAILURE and found.found.endswith("is a file") and found.remedy.startswith("name a folder")
+    )
+
+
+def test_what_the_command_would_refuse_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    """The real command is asked, as one of three ranks: it names the first thing that is wrong."""
+    assert doctor.main(["--ranks", "3", "train", DEMO, "parallel.tp=2", "data.plan=no/plan"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        last.startswith("failure ")
+        and "does not divide the 3 ranks started; the number of ranks could be 2 or 4" in last
+    )
+    assert doctor.main(["train", DEMO, "data.plan=no/plan"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("failure ") and "no/plan" in last and "trivium data run" in last
+
+
+@pytest.mark.parametrize("words", [["train"], ["sample", "CONFIG"], ["no/folder"], ["--ranks", "0"]])
+def test_other_words_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        doctor.main(words)
+
+
+def test_a_run_without_a_checkpoint_would_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[train]\nsteps = 9\n")
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "skipped": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [str(finding) for finding in after_run(tmp_path)]
+    assert found[0] == "warning  there is no checkpoint; the run would begin again at step 0"
+    assert "1 steps were skipped, the last at step 2" in found[1]
+    assert "it ended at step 2 of 9" in found[-1]
