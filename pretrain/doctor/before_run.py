@@ -43,7 +43,7 @@ def dry_run(command: str, words: Sequence[str], ranks: int) -> Finding:
 
 
 def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:
-    """Looks at the file system of run.dir: whether it can be written to, its clock, and room and time for checkpoints."""
+    """Looks at the file system of run.dir: whether it can be written to, its clock, its room for checkpoints."""
     folder = Path(config.run.dir)
     try:
         check_run_dir(folder)
@@ -116,6 +116,6 @@ def trial(command: str, words: Sequence[str], ranks: int, config: TrainerConfig)
 def _described(last: dict[str, Any], config: TrainerConfig) -> str:
     left = config.train.steps * config.train.global_batch_size * config.train.seq_length / last["tokens_per_s"]
     return (
-        f"two steps ran: {last['tokens_per_s']:,.0f} tokens/s, {last['memory_bytes'] / 2**30:.2f} GiB of the first rank; "
-        f"at this speed {config.train.steps:,} steps take {duration(left)}"
+        f"two steps ran: {last['tokens_per_s']:,.0f} tokens/s, {last['memory_bytes'] / 2**30:.2f} GiB of the first "
+        f"rank; at this speed {config.train.steps:,} steps take {duration(left)}"
     )

@@ -168,7 +168,7 @@ def _check(words: list[str], where: str) -> None:
     assert name, f"{where}: there is no such command"
     rest = arguments[len(name.split()) :]
     options = [word for word in rest if re.fullmatch(r"-{1,2}[a-z][\w-]*", word)]
-    if name == "launch":
+    if name in ("launch", "doctor"):
         started = next((n for n, word in enumerate(rest) if word in SCHEMAS or word == "train"), len(rest))
         options = [word for word in rest[:started] if word.startswith("--")]
         if rest[started:]:
@@ -180,7 +180,7 @@ def _check(words: list[str], where: str) -> None:
             assert rest[1] in SCHEMAS, f"{where}: there is no config {rest[1]}"
             assert all(_is_key(key, rest[1]) for key in rest[2:3] if key != ">"), f"{where}: {rest[1]} has no such key"
         return
-    if name == "launch":
+    if name in ("launch", "doctor"):
         return
     kind = dict.fromkeys(("train", "prove", "generate", "chat"), "pretrain").get(name, name.split()[0])
     for word in rest:
