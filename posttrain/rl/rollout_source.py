@@ -112,7 +112,11 @@ class RolloutSource(BatchSource):
         found = {"task": self.sampling.task.facts, "grpo": {"group_size": self.sampling.group_size}}
         if self.phases.steps > 1:
             found["rl"] = {"rollout_batch": self.settings.rollout_batch, "epochs": self.settings.epochs}
-        return found | ({"text": {"plan": self._text.plan.fingerprint}} if self._text else {})
+        return found | (
+            {"text": {"plan": f"{self._text.plan.num_samples:,} rows ({self._text.plan.fingerprint[:12]})"}}
+            if self._text
+            else {}
+        )
 
     def files(self) -> list[Expected]:
         return self._text.plan.store_files() if self._text else []

@@ -65,7 +65,8 @@ class FileTask:
         for problem in self.problems["train"]:
             seen = (problem.messages, problem.answer, problem.metadata)
             digest.update("/".join(map(_canonical, seen)).encode(errors="surrogatepass"))
-        return {"name": self.name, "max_new_tokens": self.max_new_tokens, "problems": digest.hexdigest()}
+        problems = f"{self.size('train'):,} to train on ({digest.hexdigest()[:12]})"
+        return {"name": self.name, "max_new_tokens": self.max_new_tokens, "problems": problems}
 
     @property
     def reward_names(self) -> tuple[str, ...]:
