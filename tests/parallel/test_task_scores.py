@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 import tomli_w
 
+from configs.loader import ConfigError, load
+from configs.train import PretrainConfig
 from export import evaluate
+from pretrain.checkpoint.lineage import Lineage
+from pretrain.evaluation.task_scores import task_scores
 from tests.e2e.small_lineage import rewarding, tuning
 from tests.parallel.harness import RanksOf
 from tests.small_training import write_config
@@ -98,3 +102,13 @@ def test_a_wrong_task_is_told_before_the_first_step(ranks: RanksOf, tmp_path: Pa
         (answer,) = ranks(1).run(worker, process_group=False, module="pretrain.train", argv=argv)
         assert answer["status"] == 2 and re.search(said, answer["error"]), answer
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_reward_model_scores_no_tasks(tmp_path: Path) -> None:
+    config = load(PretrainConfig, write_config(tmp_path, steps=4, run_dir=tmp_path / "run", rows=40))
+    assert task_scores(config, config.model.with_values(), Lineage()) == []
+    asked = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": ("lines",)})})
+    with pytest.raises(ConfigError, match=r"eval\.tasks has tasks for a model that writes text.*leave it out"):
+        task_scores(asked, config.model.with_values(), Lineage())
+    with pytest.raises(ConfigError, match=r"eval\.tasks needs the model's tokenizer"):
+        task_scores(asked, config.model, Lineage())

@@ -108,7 +108,9 @@ def test_scores_of_continuations_see_what_comes_before_them_both_ways() -> None:
 
 def test_rows_of_a_plan_get_contexts_by_seed_and_number() -> None:
     row = Row(
-        **dict.fromkeys(("tokens", "labels", "positions"), np.arange(20)),
+        tokens=np.arange(20),
+        labels=np.arange(20),
+        positions=np.arange(20),
         loss_mask=np.array([True] * 8 + [False] + [True] * 8 + [False] * 3),
         segments=np.array([0] * 9 + [1] * 9 + [-1] * 2),
         source=0,
