@@ -77,7 +77,7 @@ class SampleRunner:
         if missing and mesh.is_main:
             write_facts(self.folder, self.facts)
         prompts = len(self.prompts.items) - sum(len(self.files.parts[part]) for part in missing)
-        samples, tokens, began = prompts * self.config.sample.completions, 0, time.monotonic()
+        tokens, began = 0, time.monotonic()
         for part in missing:
             found = writer.samples(self.config, self.prompts, self.files.parts[part])
             if mesh.is_main:
@@ -87,7 +87,7 @@ class SampleRunner:
             dist.all_reduce(number, op=dist.ReduceOp.MAX)  # on the host
             watch.work()
             if mesh.is_main:
-                prompts, samples = prompts + len(self.files.parts[part]), samples + len(found)
+                prompts += len(self.files.parts[part])
                 tokens += sum(sample.tokens for sample in found)
                 speed = tokens / (time.monotonic() - began)
                 self._say(f"{prompts:,} of {len(self.prompts.items):,} prompts{_mean(found)}, {speed:,.0f} tokens/s")
