@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.section import Section
 
@@ -33,6 +33,11 @@ class ExportConfig(Section):
     """The folder to write; it appears there only once all checks have passed."""
     step: int | str = "latest"
     """The step whose checkpoint is exported, or "latest"."""
+    adapter: Literal["merge", "peft", "both"] = "merge"
+    """What is written of a run with adapters: the merged model, the adapters in PEFT's format, or the merged model with
+    the adapters in its folder `adapter`."""
+    base: str | None = None
+    """The Hugging Face folder that PEFT's adapters name as their base; left out, what the run began from."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The dtype of the written weights; auto is float32 for a run, and that of its files for an imported model."""
     max_shard_gb: float = Field(default=5.0, gt=0)
@@ -53,6 +58,15 @@ class ExportConfig(Section):
     """The seed of the printed sample."""
     verify: VerifyConfig = VerifyConfig()
     """Checks on the result before it is published."""
+
+    @model_validator(mode="after")
+    def _base_is_of_an_adapter(self) -> "ExportConfig":
+        if self.base is not None and self.adapter == "merge":
+            raise ValueError(
+                f"base = {self.base!r} is what adapters in PEFT's format are loaded onto, and adapter = 'merge' writes "
+                "none; set adapter=peft, or leave base out"
+            )
+        return self
 
     @field_validator("step")
     @classmethod

@@ -94,8 +94,10 @@ class Reloaded:
     loading: dict[str, Any]
 
 
-def reload(folder: Path, reference: Reference) -> Reloaded:
+def reload(folder: Path, reference: Reference, tokenizer: Path | None = None) -> Reloaded:
     """Loads model (fp32, on the CPU) and tokenizer from the folder with the Auto classes, without network.
+
+    The tokenizer may be in a folder of its own.
 
     If only the first layers are compared, no others are loaded: from a folder of links with a config.json of fewer.
     """
@@ -120,8 +122,10 @@ def reload(folder: Path, reference: Reference) -> Reloaded:
     if has_odd_experts(reference.config) and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     has_one = reference.codec is not None
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
-    return Reloaded(model.eval(), tokenizer, loading)
+    place = tokenizer or folder
+    return Reloaded(
+        model.eval(), AutoTokenizer.from_pretrained(place, local_files_only=True) if has_one else None, loading
+    )
 
 
 def has_odd_experts(config: ModelConfig) -> bool:

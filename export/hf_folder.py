@@ -75,6 +75,13 @@ class FolderTensors:
 
 def open_hf_folder(directory: Path) -> HFFolder:
     """Opens a directory. Raises one ConversionError that names everything wrong with config.json, files and tensors."""
+    if (directory / "adapter_config.json").is_file() and not (directory / HF_CONFIG).is_file():
+        raise ConversionError(
+            [
+                f"{directory} is an adapter in PEFT's format; make a run of it with its base, and name that: trivium "
+                f"import {directory} OUT --base FOLDER"
+            ]
+        )
     raw = read_json(directory / HF_CONFIG)
     tensors = scan_tensors(directory)
     try:
@@ -174,9 +181,14 @@ def facts_of(directory: Path, opened: HFFolder) -> dict[str, Any]:
     }
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Returns the paths of config.json and of all files of weights."""
+    return [directory / HF_CONFIG, *tensor_files(directory)]
+
+
 def content_sha256(directory: Path) -> str:
     """Returns a SHA-256 of config.json and of all files of weights; it reads all of them."""
-    files = [directory / HF_CONFIG, *tensor_files(directory)]
+    files = weight_files(directory)
     return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from configs.adapters import AdapterConfig
 from configs.export import ExportConfig
 from configs.files import write_atomic
 from configs.loader import ConfigError, plain, validate
@@ -27,6 +28,7 @@ from export.hf_tokenizer import write_tokenizer
 from export.model_source import ModelSource, Weights
 from export.tensors import write_tensors
 from pretrain.model import Decoder, LayerContext
+from pretrain.model.adapters import add_adapters
 
 if TYPE_CHECKING:
     from export.huggingface import Texts
@@ -175,11 +177,22 @@ def write_weights(
     write_tensors(folder, tensors(), int(max_shard_gb * 1e9))
 
 
-def build_decoder(model: ModelConfig, read: Callable[[str], torch.Tensor], layers: int | None) -> Decoder:
-    """Builds Trivium's decoder in fp32 from tensors read one by one; of its first `layers` alone if that is given."""
+def build_decoder(
+    model: ModelConfig,
+    read: Callable[[str], torch.Tensor],
+    layers: int | None,
+    adapter: AdapterConfig | None = None,
+) -> Decoder:
+    """Builds Trivium's decoder in fp32 from tensors read one by one, those of an adapter among them if there is one.
+
+    It has the first `layers` alone if that is given.
+    """
     model = model.without_mtp()  # outputs are those of the model itself
     compared = model if layers is None or layers >= model.num_layers else first_layers(model, layers)
-    decoder = Decoder(compared, context=LayerContext(dtype=torch.float32)).eval()
+    context = LayerContext(dtype=torch.float32)
+    decoder = Decoder(compared, context=context).eval()
+    if adapter is not None:
+        add_adapters(decoder, adapter, context)
     with torch.no_grad():
         for name, tensor in {**dict(decoder.named_global_parameters()), **decoder.named_balance()}.items():
             if not name.endswith(".moe.balance.load"):

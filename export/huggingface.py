@@ -46,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, out = Console(), Path(config.out)
     try:
         source = open_source(config.run, config.step)
-        check_merged(source)
+        if config.adapter != "peft":
+            check_merged(source)
+        if config.adapter != "merge":
+            from export.peft.exporting import open_adapter
+
+            open_adapter(source, config.adapter)  # a mistake is told before texts are read
         texts = read_texts(source, config, console)
         publishing.check_target(out, mend=not args.dry_run)
         made_from = fingerprint(source, texts, config)
@@ -73,7 +78,7 @@ def check_merged(source: "ModelSource") -> None:
     if source.adapter is not None:
         raise ConfigError(
             f"{source.path} has adapters of kind {source.adapter.kind!r}, which cannot be merged into its weights, and "
-            "no class of transformers computes them; export the model that they were trained on, or tune it with "
+            "no class of transformers computes them; set adapter=peft, which writes them alone, or tune the model with "
             "adapter.kind=lora"
         )
 
@@ -185,21 +190,52 @@ def export(
 ) -> int:
     """Writes, verifies and publishes the folder; returns 0. Raises ValueError if a check fails, leaving no folder."""
     from export import publishing
+
+    with publishing.partly_written(out, "out") as partial:
+        checks = _write_adapter(source, texts, config, partial, console) if config.adapter != "merge" else []
+        if config.adapter != "peft":
+            checks = [*_write_model(source, texts, config, partial, console), *checks]
+        measured = {check.name: check.measured for check in checks}
+        record = {"checkpoint": str(source.path), "made_from": made_from, "checks": measured}
+        publishing.publish(partial, out, record)
+    if config.adapter == "peft":
+        console.print(f'published {out}; load it with PeftModel.from_pretrained(base, "{out}")', soft_wrap=True)
+        return 0
+    auto = "AutoModelForCausalLM" if source.model.has_logits else "AutoModelForSequenceClassification"
+    console.print(f'published {out}; load it with {auto}.from_pretrained("{out}")', soft_wrap=True)
+    return 0
+
+
+def _write_adapter(
+    source: "ModelSource", texts: Texts, config: ExportConfig, partial: Path, console: Any
+) -> list["Check"]:
+    """Writes and checks the adapters in PEFT's format: into the folder, or beside the merged model into one in it."""
+    from export.peft.exporting import open_adapter, write_adapter
+
+    folder = partial / "adapter" if config.adapter == "both" else partial
+    folder.mkdir(exist_ok=True)
+    with console.status("writing the adapters, and loading them with peft"):
+        checks = write_adapter(source, open_adapter(source, config.adapter), texts, config, folder)
+    _show(checks, "peft against Trivium, fp32", console)
+    return checks
+
+
+def _write_model(
+    source: "ModelSource", texts: Texts, config: ExportConfig, partial: Path, console: Any
+) -> list["Check"]:
+    """Writes and checks the model; what the checks found is in the model card, too."""
     from export.checks import has_odd_experts, reload, verify
     from export.hf_writer import write_model
     from export.model_card import model_card
 
-    with publishing.partly_written(out, "out") as partial, source.weights() as weights:
+    with source.weights() as weights:
         with console.status("writing"):
             reference = write_model(source, weights, texts, config, partial)
         with console.status("reloading with transformers"):
             hf = reload(partial, reference)
         with console.status("comparing with Trivium's decoder"):
             checks = verify(partial, reference, hf, config.verify)
-        show(checks, console)
-        failed = next((check for check in checks if not check.passed), None)
-        if failed is not None:
-            raise ValueError(f"{failed.name}: {failed.measured} (wanted: {failed.wanted})")
+        _show(checks, "transformers against Trivium, fp32", console)
         if reference.config.head.mtp_depth < source.model.head.mtp_depth:
             said = f"{reference.family.architecture} has no modules of multi-token prediction, which are left out"
             console.print(f"note: {said}", markup=False, soft_wrap=True)
@@ -211,12 +247,7 @@ def export(
             sample(hf, reference, config, console)
         card = model_card(source, reference.family, config.dtype, checks)
         write_atomic(partial / "README.md", card.encode())
-        measured = {check.name: check.measured for check in checks}
-        record = {"checkpoint": str(source.path), "made_from": made_from, "checks": measured}
-        publishing.publish(partial, out, record)
-    auto = "AutoModelForCausalLM" if source.model.has_logits else "AutoModelForSequenceClassification"
-    console.print(f'published {out}; load it with {auto}.from_pretrained("{out}")', soft_wrap=True)
-    return 0
+    return checks
 
 
 def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> dict[str, Any]:
@@ -234,6 +265,8 @@ def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> di
         "chat_template_sha256": _digest(source.chat_template),
         "texts_sha256": _digest([texts.passages, texts.held_out, texts.prompts]),
         "sample": [config.sample_tokens, config.sample_temperature, config.seed],
+        "adapter": config.adapter,
+        "base": config.base,
         "dtype": config.dtype,
         "max_shard_gb": config.max_shard_gb,
         "verify": config.verify.model_dump(mode="json"),
@@ -244,17 +277,20 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def show(checks: list["Check"], console: Any) -> None:
-    """Prints the checks as a table."""
+def _show(checks: list["Check"], title: str, console: Any) -> None:
+    """Prints the checks as a table. Raises ValueError for the first that failed."""
     from rich.table import Table
 
-    table = Table(title="transformers against Trivium, fp32")
+    table = Table(title=title)
     for column in ("check", "", "measured", "wanted"):
         table.add_column(column, overflow="fold")
     for check in checks:
         mark = "[green]ok[/]" if check.passed else "[red]FAILED[/]"
         table.add_row(check.name, mark, _plain(check.measured), _plain(check.wanted))
     console.print(table)
+    failed = next((check for check in checks if not check.passed), None)
+    if failed is not None:
+        raise ValueError(f"{failed.name}: {failed.measured} (wanted: {failed.wanted})")
 
 
 def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console: Any) -> None:

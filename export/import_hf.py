@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Turns a Hugging Face directory with safetensors, of a family in docs/families.md, into a run.",
         example="trivium import ~/models/tinyllama runs/imported/tinyllama",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument(
+        "directory", metavar="DIR", type=Path, help="a folder with config.json and safetensors, or an adapter of PEFT"
+    )
     parser.add_argument(
         "--from",
         dest="kind",
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config", metavar="FOLDER", type=Path, help="with dcp and megatron: config.json and tokenizer of the model"
     )
+    parser.add_argument("--base", metavar="FOLDER", type=Path, help="with an adapter of PEFT in DIR: its base")
+    parser.add_argument("--any-base", action="store_true", help="take that base though hash or name are another's")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="maximum size of a file of weights (default 5)")
     parser.add_argument("--dry-run", action="store_true", help="check the config and the tensors, write nothing")
@@ -52,7 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--config {args.config} is for a checkpoint of another trainer, and {args.directory} has a config.json of "
             "its own; leave --config out, or give --from dcp or --from megatron"
         )
+    is_adapter = (args.directory / "adapter_config.json").is_file() and args.kind == "hf"
+    if (args.base is not None or args.any_base) and not is_adapter:
+        raise ConfigError(
+            f"--base and --any-base are for an adapter in PEFT's format, and {args.directory} has no "
+            "adapter_config.json; leave them out"
+        )
     try:
+        if is_adapter:
+            from export.peft.importing import import_adapter
+
+            print(import_adapter(args.directory, args.out, args.base, args.any_base, args.dry_run))
+            return 0
         print(import_directory(args.directory, args.out, args.max_shard_gb, args.dry_run, args.kind, args.config))
     except ConfigError:
         raise

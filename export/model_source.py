@@ -59,7 +59,8 @@ class ModelSource:
     plan that it was trained on; if that is gone or has changed, `plan` is None and `lost_plan` is its former path.
     `architecture` is transformers' class that it, or the model it was trained from, was imported as, `token_ids` and
     `generation` the ids and the generation_config.json that came with that, and `run_config` the config of the run that
-    trained it. `adapter` describes adapters among its weights that cannot be merged into the others.
+    trained it. `imported_from` is the folder that it was imported from and not trained since. `adapter` describes
+    adapters among its weights that cannot be merged into the others.
     """
 
     path: Path
@@ -75,6 +76,7 @@ class ModelSource:
     architecture: str | None = None
     token_ids: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    imported_from: str | None = None
     run_config: dict[str, Any] = field(default_factory=dict)
     adapter: AdapterConfig | None = None
 
@@ -133,6 +135,11 @@ def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
         return _hugging_face(path)
     if (path / "manifest.json").is_file():
         return _checkpoint(path)
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{path} is an adapter in PEFT's format; make a run of it with its base: trivium import {path} OUT --base "
+            "FOLDER"
+        )
     if not (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} has no checkpoints folder and no config.json; train first, or name another run")
     if step == "latest":
@@ -177,6 +184,7 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
         architecture=imported.get("architecture"),
         token_ids=imported.get("token_ids", {}),
         generation=imported.get("generation", {}),
+        imported_from=imported.get("source") if "train" not in manifest["config"] else None,
         run_config=manifest["config"],
         adapter=adapter,
     )

@@ -57,11 +57,11 @@ def discard(partial: Path) -> None:
 
 def publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
     """Writes `record` with checksums into `partial` and renames it to `out`, replacing an older export."""
-    files = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
+    written = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+    files = {file.relative_to(partial).as_posix(): file_sha256(file) for file in written}
     write_atomic(partial / RECORD, (json.dumps(record | {"files": files}, indent=2) + "\n").encode())
-    for file in partial.iterdir():
+    for file in (*partial.rglob("*"), partial):
         sync(file)
-    sync(partial)
     previous = _previous(out)
     discard(previous)
     if out.exists():
@@ -79,6 +79,15 @@ def is_current(out: Path, made_from: dict[str, Any]) -> bool:
         return record["made_from"] == made_from and all(file_sha256(out / name) == files[name] for name in files)
     except (OSError, ValueError, KeyError):
         return False
+
+
+def exported_weights(folder: Path) -> str | None:
+    """Returns the hash of the model that a folder was exported from, None if it is no export of Trivium."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return str(record["made_from"]["weights_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _previous(out: Path) -> Path:

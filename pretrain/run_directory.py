@@ -27,8 +27,8 @@ from launch.environment import ClusterEnvironment
 from pretrain import history
 from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import pruning
+from pretrain.checkpoint.base import base_facts
 from pretrain.checkpoint.lineage import Lineage
-from pretrain.checkpoint.whole_model import base_facts
 from pretrain.parallel.groups import Mesh
 
 ENDING = "ending"  # content of the lock file of a run that has got a signal to stop
@@ -123,7 +123,7 @@ class RunDirectory:
                 flush=True,
             )
         base = base_facts(self._config, self._lineage.init)
-        for checkpoint in {*self._source.checkpoints, *([base["base"]["checkpoint"]] if base else [])}:
+        for checkpoint in {*self._source.checkpoints, *([base["checkpoint"]] if base else [])}:
             try:
                 pruning.note_use(Path(checkpoint), self.path)
             except OSError as error:

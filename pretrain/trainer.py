@@ -26,9 +26,9 @@ from pretrain.batch_source import BatchSource, check_samples, micro_batches, sha
 from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.base import base_facts
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
-from pretrain.checkpoint.whole_model import base_facts
 from pretrain.companion import Companion
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.evaluation.task_scores import task_scores
@@ -294,7 +294,7 @@ class Trainer:
             "identity": self.identity,
             "context": self.context,
             **self.lineage.facts,
-            **base_facts(self.config, self.lineage.init),
+            **({"base": base} if (base := base_facts(self.config, self.lineage.init)) else {}),
             # Dropout is keyed by seed and sample number, so the seed and `samples` are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.mesh.layout),

@@ -11,8 +11,8 @@ from launch.environment import is_main
 from posttrain.chat.chat import Chat
 from posttrain.chat.messages import Message
 from posttrain.initial_model import InitialChatModel, NamedModel
+from pretrain.checkpoint.base import content_of
 from pretrain.checkpoint.lineage import Pin
-from pretrain.checkpoint.whole_model import content_of
 from pretrain.initial_model import initial_weights
 from pretrain.model import Decoder
 from pretrain.model.weights import load_weights

@@ -1,66 +1,25 @@
 """Reads the whole model of a checkpoint that holds a part of it: adapters, or the weights that were not frozen.
 
 Such a checkpoint names its base, the checkpoint that its run began from, which holds the rest and may have a base of
-its own. A base is known by its manifest's SHA-256, and is found where it was, or where it lies beside a run that was
-moved together with it. Adapters are merged into the weights that are read; the base stays as it is.
+its own, see `base`. Adapters are merged into the weights that are read; the base stays as it is.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from configs.adapters import AdapterConfig
-from configs.files import file_sha256
 from configs.loader import validate
 from configs.model import ModelConfig
-from configs.train import TrainerConfig
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.base import base_of, content_of
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.storage import CheckpointError, Reader
+from pretrain.model import value_head
 from pretrain.model.adapters import is_adapter, merged, nf4
-
-
-def base_facts(config: TrainerConfig, init: Pin | None) -> dict[str, Any]:
-    """Returns the entry of a manifest that names the base, where frozen weights are left out of a run's checkpoints."""
-    if init is None or not (config.adapter or config.train.freeze):
-        return {}
-    relative = os.path.relpath(Path(init.checkpoint).resolve(), Path(config.run.dir).resolve())
-    return {"base": {**asdict(init), "relative": relative}}
-
-
-def base_of(path: Path, manifest: dict[str, Any]) -> Path | None:
-    """Returns the base of the checkpoint at `path`, or None if it holds the whole model by itself.
-
-    Raises CheckpointError if the base is gone or has changed.
-    """
-    base = manifest.get("base")
-    if not base:
-        return None
-    places = Path(base["checkpoint"]), Path(os.path.normpath(storage.run_of(path) / base["relative"]))
-    for place in places:
-        if content_of(place) == base["sha256"]:
-            return place
-    said = "is another model now" if content_of(places[0]) else "is gone"
-    raise CheckpointError(
-        f"{path} holds only what was trained on top of {places[0]}, which {said}; put the model back there, whose "
-        f"SHA-256 begins with {base['sha256'][:12]}"
-    )
-
-
-def content_of(model: Path) -> str | None:
-    """Returns what identifies a checkpoint, its manifest's SHA-256, or a Hugging Face folder; None if none is there."""
-    if (model / storage.MANIFEST).is_file():
-        return file_sha256(model / storage.MANIFEST)
-    if not (model / "config.json").is_file():
-        return None
-    from export.hf_folder import content_sha256
-
-    return content_sha256(model)
 
 
 def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -155,6 +114,8 @@ class ModelReader:
         self.adapter = separate_adapter(manifest, path)
         self._held = {name for name in held if self.adapter is not None or not is_adapter(name)}
         self.shapes = _without_modules(self._base.shapes, manifest) if self._base else {}
+        if value_head.NAME in self._held:  # it has taken the place of the base's output head
+            self.shapes.pop("lm_head.weight", None)
         self.shapes |= {name: held[name] for name in held if name in self._held}
         self.balance, self.kept, self.read_kept = self._own.balance, self._own.kept, self._own.read_kept
         config = adapter_of(manifest, path)

@@ -111,6 +111,7 @@ RULES = (
         "pretrain.initial_model", ours=("configs", "pretrain", "export.hf_folder", *TOKEN_STORE), never=LIBRARIES
     ),
     ImportRule("pretrain.checkpoint.whole_model", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
+    ImportRule("pretrain.checkpoint.base", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
     ImportRule(  # near-duplicates among completions are found as among documents
         "posttrain.rejection.text_measures", ours=("posttrain", "data_pipeline.scan.minhash"), never=LIBRARIES

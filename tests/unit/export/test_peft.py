@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, with the package peft itself as the judge: its logits, its merge and its gradients."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,28 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from configs.adapters import AdapterConfig
+from configs.initial import InitConfig
+from configs.loader import ConfigError
+from export import huggingface
+from export.conversion.registry import family_of
 from export.hf_folder import FolderTensors, open_hf_folder
+from export.import_hf import main
+from export.model_source import open_source
 from export.peft.adapter import PREFIX, Base, OwnAdapter, PeftAdapter, PeftError
+from export.peft.folder import BaseRecord
+from export.peft.folder import write as write_folder
+from export.peft.forms import form_of_config
 from export.peft.low_rank import LowRankForm
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.whole_model import ModelReader
+from pretrain.initial_model import InitialModel
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.adapters import add_adapters, is_adapter
 from pretrain.model.adapters.merging import merged
+from tests.unit.export.conftest import tiny, write_imported
 from tests.unit.export.conversion.parity import TOKENS, random_model
 
 LLAMA: dict[str, Any] = {
@@ -251,8 +266,6 @@ def test_experts_one_by_one_as_older_versions_wrote_them(tmp_path):
     ],
 )
 def test_what_is_not_understood_is_refused(tmp_path, change, said):
-    from export.peft.forms import form_of_config
-
     _, base = saved(tmp_path, "llama", LLAMA)
     written = LowRankForm().write(own_adapter(with_adapters(base, LORA), LORA), base)
     with pytest.raises(PeftError, match=said or r"peft_type = 'LOHA' is not supported; supported are LORA"):
@@ -271,3 +284,115 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     deeper = {**written.tensors, f"{PREFIX}model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(3, 32)}
     with pytest.raises(PeftError, match=r"1 tensors that belong to no layer .*layers.7.mlp.up_proj.lora_A"):
         LowRankForm().read(PeftAdapter(written.config, deeper), base)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer_path) -> Path:
+    """A model with a tokenizer, as `trivium import` writes it."""
+    return write_imported(tmp_path_factory.mktemp("runs") / "base", tiny(), tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory) -> Path:
+    """What `trivium import` makes of an adapter on that model: a run with one checkpoint."""
+    folder = tmp_path_factory.mktemp("adapter")
+    source = open_source(base)
+    with source.weights() as weights:
+        of_base = Base(family_of(source.model), source.model, weights.read)
+        own = own_adapter(with_adapters(of_base, STABLE), STABLE)
+        record = BaseRecord(str(base), (source.identify(),))
+        (folder / "peft").mkdir()
+        write_folder(folder / "peft", LowRankForm().write(own, of_base), record)
+    assert main([str(folder / "peft"), str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def export(run: Path, out: Path, *more: str) -> int:
+    config = out.with_suffix(".toml")
+    config.write_text(f'run = "{run}"\nout = "{out}"\nsample_tokens = 1\nprompts = ["It was"]\n[verify]\nrows = 1\n')
+    return huggingface.main([str(config), "verify.greedy_tokens=8", *more])
+
+
+def merged_weights(run: Path) -> dict[str, torch.Tensor]:
+    return open_source(run).read()
+
+
+def test_an_adapter_becomes_a_run_and_is_exported_again(base, run, exported, tmp_path):
+    """The first stage of a user's round trip: peft's adapter in, a model to start from, and an adapter for peft out."""
+    with ModelReader(storage.directory(run, 0)) as reader, ModelReader(storage.directory(base, 0)) as first:
+        names = [name for name in reader.shapes if not torch.equal(reader.read(name), first.read(name))]
+        assert len(names) == 7 * 3 and reader.shapes == first.shapes
+    initial = InitialModel.open(InitConfig(run=str(run)), str(tmp_path / "later"), "auto")
+    assert initial.tokenizer is not None and initial.model == open_source(base).model
+
+    assert export(run, tmp_path / "out", "adapter=both") == 0
+    assert export(run, tmp_path / "alone", "adapter=peft", f"base={exported}") == 0
+    beside, alone = (read(tmp_path / name) for name in ("out/adapter", "alone"))
+    assert all(torch.equal(beside.tensors[name], tensor) for name, tensor in alone.tensors.items())
+    assert alone.config["base_model_name_or_path"] == str(exported)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    shutil.rmtree(tmp_path / "out/adapter")
+    plain = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    with torch.no_grad():
+        untuned = plain(TOKENS).logits.clone()
+        tuned = PeftModel.from_pretrained(plain, str(tmp_path / "alone")).eval()(TOKENS).logits
+        assert (tuned - whole(TOKENS).logits).abs().max() < 1e-4 < (tuned - untuned).abs().max() / 100
+
+    assert main([str(tmp_path / "alone"), str(tmp_path / "again")]) == 0, "the base is where the config says"
+    ours, again = merged_weights(run), merged_weights(tmp_path / "again")
+    assert all(torch.allclose(ours[name], tensor, atol=1e-6) for name, tensor in again.items())
+
+
+def test_the_base_is_known_by_its_hash_or_its_name(base, run, tmp_path, tokenizer_path):
+    assert export(run, tmp_path / "alone", "adapter=peft") == 0
+    same = write_imported(tmp_path / "same", tiny(), tokenizer_path, template="{{ messages }}")
+    assert main([str(tmp_path / "alone"), str(tmp_path / "on_same"), "--base", str(same)]) == 0
+    other = write_imported(tmp_path / "other", tiny(tie=True), tokenizer_path)
+    arguments = [str(tmp_path / "alone"), str(tmp_path / "out"), "--base", str(other)]
+    with pytest.raises(ConfigError, match=r"on top of .*/base.*, and .*/other.* is another model .* with --any-base"):
+        main(arguments)
+    assert main([*arguments, "--any-base"]) == 0, "the remedy works"
+
+    (tmp_path / "alone/trivium_adapter.json").unlink()  # as if peft had saved it
+    written = json.loads((tmp_path / "alone/adapter_config.json").read_text())
+    for name, fits in (("hub/tiny-other", False), ("hub/other", True), (None, True)):
+        (tmp_path / "alone/adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": name}))
+        if fits:
+            assert main([arguments[0], str(tmp_path / "new"), *arguments[2:], "--dry-run"]) == 0
+            continue
+        with pytest.raises(ConfigError, match=r"an adapter of 'hub/tiny-other', and nothing says that .*/other"):
+            main([arguments[0], str(tmp_path / "new"), *arguments[2:]])
+    with pytest.raises(ConfigError, match=r"is an adapter of None, which is no folder here; .*--base FOLDER"):
+        main([arguments[0], str(tmp_path / "new")])
+    with pytest.raises(ConfigError, match=r"adapter in PEFT's format; .*trivium import .*alone OUT --base FOLDER"):
+        open_source(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["adapter=peft", "base={base}"], "is not the model that the run was trained on top of"),
+        (["base={base}"], "adapter = 'merge' writes none; set adapter=peft"),
+        (["adapter=peft", "run={plain}"], "is of none; set adapter=merge"),
+    ],
+)
+def test_exports_that_cannot_be_are_refused(base, run, tmp_path, more, said):
+    saved(tmp_path, "llama", LLAMA)
+    with pytest.raises(ConfigError, match=said):
+        export(run, tmp_path / "out", *(one.format(base=tmp_path / "base", plain=base) for one in more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_rows_in_an_order_of_its_own(tokenizer_path, tmp_path):
+    """LLaMA's files pair rotated rows otherwise than this model does: DoRA's lengths and B are put in their order."""
+    config = tiny()
+    config = config.model_copy(update={"position": config.position.model_copy(update={"layout": "pairs"})})
+    base = write_imported(tmp_path / "base", config, tokenizer_path)
+    source = open_source(base)
+    with source.weights() as weights:
+        of_base = Base(family_of(source.model), source.model, weights.read)
+        own = own_adapter(with_adapters(of_base, ATTENTION), ATTENTION)
+        (tmp_path / "adapter").mkdir()
+        write_folder(tmp_path / "adapter", LowRankForm().write(own, of_base), BaseRecord(str(base)))
+    assert main([str(tmp_path / "adapter"), str(tmp_path / "run")]) == 0
+    assert export(tmp_path / "run", tmp_path / "out", "adapter=peft") == 0

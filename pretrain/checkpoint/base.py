@@ -1,0 +1,111 @@
+"""The base of a checkpoint that holds only what was trained: the model with the weights that it leaves out.
+
+It is a checkpoint, an imported model or a Hugging Face folder, known by its SHA-256. The run keeps its files, as hard
+links, which take no space, so that the base may be moved, pruned or deleted. Where they cannot be linked, it is found
+where it was, or where it lies beside a run that was moved together with it.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.files import file_sha256
+from configs.train import TrainerConfig
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.lineage import Pin
+from pretrain.checkpoint.storage import CheckpointError
+
+FOLDER = "base"  # where a run keeps the files of its bases
+
+
+def base_facts(config: TrainerConfig, init: Pin | None) -> dict[str, Any] | None:
+    """Returns what names the base in manifests, where frozen weights are left out of a run's checkpoints, else None."""
+    if init is None or not (config.adapter or config.train.freeze):
+        return None
+    return named_base(init, Path(config.run.dir))
+
+
+def named_base(pin: Pin, run_dir: Path) -> dict[str, Any]:
+    """Returns what names the model of `pin` as the base in manifests of a run."""
+    return {**asdict(pin), "relative": os.path.relpath(Path(pin.checkpoint).resolve(), run_dir.resolve())}
+
+
+def base_of(path: Path, manifest: dict[str, Any]) -> Path | None:
+    """Returns the base of the checkpoint at `path`, or None if it holds the whole model by itself.
+
+    Raises CheckpointError if the base is gone or has changed.
+    """
+    base = manifest.get("base")
+    if not base:
+        return None
+    first = Path(base["checkpoint"])
+    places = [first]
+    for run in (storage.run_of(path), storage.run_of(path.resolve().parent)):  # a critic is in a checkpoint's folder
+        places += [Path(os.path.normpath(run / base["relative"])), _kept(run, base)]
+    for place in places:
+        if content_of(place) == base["sha256"]:
+            return place
+    said = "is another model now" if content_of(first) else "is gone"
+    raise CheckpointError(
+        f"{path} holds only what was trained on top of {first}, which {said}; put the model back there, whose "
+        f"SHA-256 begins with {base['sha256'][:12]}"
+    )
+
+
+def keep_bases(run_dir: Path, bases: Iterable[dict[str, Any] | None], say: Callable[[str], None]) -> None:
+    """Keeps the files of bases in the run, with those of their own bases; says so where that is not possible."""
+    for base in filter(None, bases):
+        try:
+            _keep(run_dir, base, base_of(run_dir / "checkpoints" / "next", {"base": base}))
+        except OSError as error:
+            say(
+                f"note: the weights that are not trained stay in {base['checkpoint']}, which has to be kept: its files "
+                f"cannot be linked into {run_dir} ({error.strerror})"
+            )
+
+
+def _keep(run_dir: Path, base: dict[str, Any], place: Path | None) -> None:
+    """Links the files of the model in `place` into the run. Raises OSError if they cannot be linked."""
+    kept = _kept(run_dir, base)
+    if place is None or kept.is_dir():
+        return
+    temporary = kept.with_name(f".{kept.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for file in _files_of(place):
+            os.link(file.resolve(), temporary / file.name)
+        if (place / storage.MANIFEST).is_file() and (further := storage.read_manifest(place).get("base")):
+            _keep(storage.run_of(kept), further, base_of(place, {"base": further}))
+        os.rename(temporary, kept)
+    except OSError:
+        shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+        raise
+
+
+def _kept(run_dir: Path, base: dict[str, Any]) -> Path:
+    """Returns where a run keeps the files of a base: in a folder that is laid out as a run."""
+    return run_dir / FOLDER / base["sha256"][:12] / "checkpoints" / f"step_{base['step']}"
+
+
+def _files_of(model: Path) -> list[Path]:
+    """Returns the files of a checkpoint, or of a Hugging Face folder, that hold its weights or describe them."""
+    if (model / storage.MANIFEST).is_file():
+        return [model / storage.MANIFEST, *(model / name for name in storage.read_manifest(model)["files"])]
+    from export.hf_folder import weight_files
+
+    return weight_files(model)
+
+
+def content_of(model: Path) -> str | None:
+    """Returns what identifies a checkpoint, its manifest's SHA-256, or a Hugging Face folder; None if none is there."""
+    if (model / storage.MANIFEST).is_file():
+        return file_sha256(model / storage.MANIFEST)
+    if not (model / "config.json").is_file():
+        return None
+    from export.hf_folder import content_sha256
+
+    return content_sha256(model)
