@@ -63,7 +63,8 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
             )
     except ConfigError as error:  # which names the keys of [init]
         raise ConfigError(re.sub(r"\binit\.(run|checkpoint|hf|tokenizer)\b", r"teacher.\1", str(error))) from None
-    assert student.tokenizer is not None
+    found = replace(found, model=found.model.without_mtp())  # of which nothing is compared
+    assert student.tokenizer is not None and found.tokenizer is not None
     if not _same_tokens(found.tokenizer, student.tokenizer):
         raise ConfigError(
             f"{said} has the tokenizer {found.tokenizer.origin} (SHA-256 {found.tokenizer.sha256[:12]}...), and the "

@@ -45,7 +45,7 @@ class SampleRunner:
                 "samples"
             )
         before = recorded_facts(self.folder)
-        self.initial = InitialChatModel.open(self._init(before), config.run.dir, "auto")
+        self.initial = InitialChatModel.open(self._init(before), config.run.dir, "auto", keeps_modules=True)
         self.layout = layout_of(config, self.initial.model, env.world_size)
         self.context = self.initial.lineage.context or None
         self.prompts = open_prompts(config, self.initial.chat, self.context, before.get("rewards"))
