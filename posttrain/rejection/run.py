@@ -59,7 +59,8 @@ class SampleRunner:
         """Samples and publishes; returns the exit status."""
         said = said_of(self.prompts.items, self.config.sample.completions)
         repeated = f", {self.prompts.repeated:,} repeated prompts left out" if self.prompts.repeated else ""
-        self._say("\n".join([*self.prompts.notes, f"{said}{repeated}, by {self.initial.pin.checkpoint}"]))
+        notes = [f"note: {self.initial.note}"] if self.initial.note else []
+        self._say("\n".join([*notes, *self.prompts.notes, f"{said}{repeated}, by {self.initial.pin.checkpoint}"]))
         if dry_run:
             return 0
         with ExitStack() as stack:
