@@ -7,7 +7,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.cli import entrypoint
 from configs.loader import ConfigError
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _converse(model: "TextModel", options: "TextOptions", system: str | None) -> None:
     opening = [{"role": "system", "content": system}] if system else []
-    messages, turn = list(opening), 0
+    messages: list[dict[str, Any]] = list(opening)
+    turn = 0
     while (text := model.of_main(_read() if model.is_main else None)) not in (None, "/exit"):
         if text == "/reset":
             messages = list(opening)
@@ -67,7 +68,10 @@ def _converse(model: "TextModel", options: "TextOptions", system: str | None) ->
                 said = f"the dialogue is too long: {error}"
                 print(f"{said}; start over with /reset, or write a shorter message", file=sys.stderr, flush=True)
             continue
-        messages.append({"role": "assistant", "content": _answer(model, prompt, options, key=str(turn))})
+        answer: dict[str, Any] = {"role": "assistant", "content": _answer(model, prompt, options, key=str(turn))}
+        if model.codec.thinking is False:  # as the prompt says, and as such answers are trained on
+            answer["reasoning_content"] = ""
+        messages.append(answer)
         turn += 1
 
 

@@ -43,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.adapter:
         raise ConfigError("[adapter] trains in SFT and GRPO, not in PPO, whose critic has none; leave [adapter] out")
     # torch takes seconds to import, so it is imported after the config has been checked.
+    from posttrain.pretraining_text import PretrainingText
     from posttrain.rl.critic import Critic, critic_start
     from posttrain.rl.logprob_check import LogprobCheck
-    from posttrain.rl.opening import opened, source_state
+    from posttrain.rl.opening import opened
     from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.rl.policy_loss import PolicyLoss
     from posttrain.rl.rollout_source import RolloutSource
@@ -57,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     env, ppo = ClusterEnvironment.read(), config.ppo
     run = opened(config, ppo, "ppo", args.resume, env)
     initial, task = run.initial, run.sampling.task
-    begins, known = critic_start(ppo.critic, initial), source_state(initial).get("text_plan")
-    text = TextRows.open(ppo.text_plan, ppo.text_rows, ppo.text_coef, known) if ppo.text_plan else None
-    if text:
-        initial.check_plan(str(ppo.text_plan), text.plan, "ppo.text_plan")
-        text.check(config.train.seq_length, run.layout.dp * config.train.micro_batch_size)
+    begins = critic_start(ppo.critic, initial)
+    text = None
+    if ppo.text_plan:
+        rows = PretrainingText.open(ppo.text_plan, "ppo.text_plan", initial, config.train.seq_length)
+        text = TextRows(rows, ppo.text_rows, ppo.text_coef)
+        text.check(run.layout.dp * config.train.micro_batch_size)
     if args.dry_run:
         print(run.said)
         return 0

@@ -123,9 +123,9 @@ class BatchSource(abc.ABC):
         return []
 
     def note_use(self, run_dir: Path) -> None:  # noqa: B027  most sources need nothing
-        """Leaves a note beside the data that run `run_dir` uses them; the main rank calls it before training.
+        """Leaves a note beside the data that run `run_dir` uses them, or one on the data in the run's folder.
 
-        Raises OSError if the note cannot be written.
+        The main rank calls it before training. Raises OSError if the note cannot be written.
         """
 
     def prepare(self, engine: Any, step: int) -> None:  # noqa: B027  most sources need nothing

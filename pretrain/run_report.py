@@ -16,7 +16,7 @@ from configs.differences import flat
 from configs.files import write_atomic
 from configs.loader import ConfigError
 from pages import duration, page, short
-from pretrain import goodput, history
+from pretrain import goodput, history, mask_page
 from pretrain.line_charts import Points, line_chart
 from pretrain.metrics_file import read_metrics
 
@@ -70,12 +70,12 @@ def write(run_dir: str | Path) -> Path:
         _section("Held out", eval_charts(evals)),
         _eval_table(evals),
     ]
-    body += [_time(goodput.read(run_dir)), _history(history.read(run_dir))]
+    body += [mask_page.section(run_dir), _time(goodput.read(run_dir)), _history(history.read(run_dir))]
     if config.is_file():
         text = html.escape(config.read_text(encoding="utf-8"))
         body.append(f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>")
     path = run_dir / "report.html"
-    write_atomic(path, page(f"{run_dir.name}: Trivium run", body).encode())
+    write_atomic(path, page(f"{run_dir.name}: Trivium run", body, mask_page.STYLE).encode())
     return path
 
 

@@ -10,10 +10,6 @@ import numpy as np
 from data_pipeline.tokens.tokenizer import Tokenizer
 
 
-class UntrainedEnd(ValueError):
-    """An answer whose end would not be learnt, so that the model would never learn to stop."""
-
-
 @dataclass(frozen=True)
 class Sample:
     """The tokens of a dialogue, int64 [T], and which of them the model learns to write, bool [T].
@@ -25,6 +21,22 @@ class Sample:
     tokens: np.ndarray
     answer: np.ndarray
     unstable: str | None = None
+
+
+class UntrainedEnd(ValueError):
+    """A loss mask that is all zero or all ones, or that leaves out the end of an answer.
+
+    A model trained with it would never learn to stop. `sample` is the dialogue with this mask, if one was made, and
+    `place` the record that it comes from, if that is known.
+    """
+
+    def __init__(self, text: str, sample: Sample | None = None, place: str = "") -> None:
+        super().__init__(text)
+        self.sample, self.place = sample, place
+
+    def at(self, key: str, place: str) -> "UntrainedEnd":
+        """Returns the same error with the record's place, a file and line that config key `key` names."""
+        return UntrainedEnd(f"{key}: {place}: {self}", self.sample, place)
 
 
 class Chat(abc.ABC):

@@ -7,6 +7,11 @@ tokens and text, and no </s> after the last turn: <|end|> is the stop token, and
 exact prefix of a longer one, so sampled tokens are never tokenized again. A prompt for an answer ends with
 <|assistant|>.
 
+Reasoning of an answer, its `reasoning_content`, is written as a block. So is reasoning that is empty, which says that
+none was wanted:
+
+    <|assistant|><think>\nREASONING\n</think>\nTEXT<|end|>
+
 Only this file makes control tokens. A control token spelled out in a message gets a space after its first character
 ("<|end|>" becomes "< |end|>"), here and in the Jinja template, and the resulting ids are checked as well. There are no
 tool calls and no images.
@@ -17,11 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.tokens.chat_template import REASONING_KEYS
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
 from posttrain.chat.chat import Chat, Sample, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message, check_order, is_trained
 
 BOS, END = "<s>", "<|end|>"
+# Around the reasoning of an answer. It ends with one line break, since tokenizers may encode two of them in one way at
+# the end of a prompt, and in another before text.
+THINK = ("<think>\n", "\n</think>\n")
 ROLES = ("system", "user", "assistant")
 _NEVER_PLAIN = (*SPECIALS, *FIM_CONTROLS)  # the latter also if the tokenizer lacks them
 
@@ -65,7 +74,7 @@ class ChatFormat(Chat):
                     "a role that the format lacks",
                     f"message {i} has the role {message['role']!r} or calls tools; Trivium's own format has neither",
                 )
-            text = self.encode_text(message["content"])
+            text = self.encode_text(_written(message))
             tokens += [self.ids[f"<|{message['role']}|>"], *text, self.end_id]
             learnt = is_trained(message) and message["role"] == "assistant"
             answer += [False] + [learnt] * (len(text) + 1)
@@ -76,6 +85,10 @@ class ChatFormat(Chat):
         if messages and messages[-1]["role"] == "assistant":
             raise ValueError("a prompt ends with a user message, but the last message is the assistant's")
         return [*self.render(messages)[0].tolist(), self.assistant_id]
+
+    def decode_answer(self, tokens: Sequence[int]) -> str:
+        """Returns the text of a sampled answer, without an empty thinking block at its beginning."""
+        return super().decode_answer(tokens).removeprefix("".join(THINK))
 
     def answer_length(self, prompt: Sequence[Any], answer: str) -> int:
         """Returns the number of tokens of an answer and the <|end|> that closes it, whatever the prompt."""
@@ -109,6 +122,16 @@ def check_supervision(tokens: np.ndarray, answer: np.ndarray, chat: ChatFormat) 
         raise UntrainedEnd("the last assistant turn is not closed by <|end|>; the model would never learn to stop")
 
 
+def _written(message: Message) -> str:
+    """Returns the text of a message, with the reasoning of an answer before it."""
+    given = (message[key] for key in REASONING_KEYS if message.get(key) is not None)  # type: ignore[literal-required]
+    reasoning = next(given, None) if message["role"] == "assistant" else None
+    if reasoning is None:
+        return message["content"]
+    # For the same reason the text after it begins without white space.
+    return reasoning.strip("\n").join(THINK) + message["content"].lstrip()
+
+
 def neutralise(text: str) -> str:
     """Returns the text with a space after the first character of every control token spelled out in it."""
     for token in _NEVER_PLAIN:
@@ -122,7 +145,10 @@ def jinja_template() -> str:
     Its rendered text, tokenized with special tokens, gives the ids of `ChatFormat.render`, or of `render_prompt` with
     add_generation_prompt. Its `generation` blocks mark the answer mask.
     """
-    content = "m['content']" + "".join(f" | replace('{token}', '{_broken(token)}')" for token in _NEVER_PLAIN)
+    neutral = "".join(f" | replace('{token}', '{_broken(token)}')" for token in _NEVER_PLAIN)
+    content, answer = f"m['content']{neutral}", f"m['content'].lstrip(){neutral}"
+    reasoning = f"m['reasoning_content'].strip('\\n'){neutral}"
+    begin, end, empty = (repr(mark) for mark in (*THINK, "".join(THINK)))
     return (
         "{{ '<s>' }}"
         "{% set first = 1 if messages[0]['role'] == 'system' else 0 %}"
@@ -132,13 +158,19 @@ def jinja_template() -> str:
         "{{ raise_exception('an optional system message, then user and assistant in turn') }}{% endif %}"
         "{% if m['role'] == 'assistant' %}"
         "{{ '<|assistant|>' }}{% generation %}"
-        f"{{{{ {content} }}}}{{{{ '<|end|>' }}}}"
-        "{% endgeneration %}"
+        "{% if m['reasoning_content'] is string %}"
+        f"{{{{ {begin} }}}}{{{{ {reasoning} }}}}{{{{ {end} }}}}{{{{ {answer} }}}}"
+        "{% else %}"
+        f"{{{{ {content} }}}}"
+        "{% endif %}"
+        "{{ '<|end|>' }}{% endgeneration %}"
         "{% else %}"
         f"{{{{ '<|' + m['role'] + '|>' }}}}{{{{ {content} }}}}{{{{ '<|end|>' }}}}"
         "{% endif %}"
         "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+        f"{{% if enable_thinking is defined and enable_thinking is false %}}{{{{ {empty} }}}}{{% endif %}}"
+        "{% endif %}"
     )
 
 

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
+from data_pipeline.tokens.chat_template import REASONING_KEYS
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 OPENING = ("system", "developer")  # roles of the message that may come first
+ASKING = (*OPENING, "user")  # roles of the messages to which answers are given
 # Which roles may follow a message; a user's question may also come first.
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "system": ("user",),
@@ -20,6 +23,7 @@ class Message(TypedDict):
 
     role: Role
     content: str
+    reasoning_content: NotRequired[str]
     train: NotRequired[bool]
     weight: NotRequired[float]
 
@@ -75,3 +79,7 @@ def check_order(messages: Sequence[Any]) -> None:
         if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
             found = type(message["content"]).__name__ if "content" in message else "missing"
             raise BrokenDialogue("no text in content", f"message {i} has no text in 'content', which is {found}")
+        for key in REASONING_KEYS:
+            if not isinstance(message.get(key, ""), str | None):
+                found = type(message[key]).__name__
+                raise BrokenDialogue("no text in reasoning", f"message {i} has no text in {key!r}, which is {found}")

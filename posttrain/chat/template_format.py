@@ -7,7 +7,6 @@ the last one, without its reasoning, say; a dialogue in which that happens becom
 ends with it, as the model will see it. A dialogue of which the template leaves anything out is refused.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
@@ -15,15 +14,14 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.tokens.chat_encoder import ANSWER, USER, ChatEncoder, ForgedToken
-from data_pipeline.tokens.chat_template import REASONING_KEYS, Span, TemplateRefusal
+from data_pipeline.tokens.chat_template import Span, TemplateRefusal
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat import Chat, Sample, UntrainedEnd
+from posttrain.chat.completeness import dropped
 from posttrain.chat.messages import BrokenDialogue, check_order, is_trained
 
 TODAY = date(2024, 7, 26)  # that a template is told, so that the same data give the same tokens on every day
-END_OF_REASONING = "</think>"
 DROPPED = "text that the template drops"
-_SHOWN = 60  # characters of a message in error messages
 
 
 class TemplateFormat(Chat):
@@ -38,7 +36,6 @@ class TemplateFormat(Chat):
         stops = [tokenizer.added_ids[name] for name in self.encoder.ends]
         self.stop_ids = tuple(dict.fromkeys([*stops, *ends, *([tokenizer.eos_id] if tokenizer.eos_id >= 0 else [])]))
         self._around = self._written_around()
-        self._complete: dict[tuple[str, ...], str | None] = {}  # by roles: what the template leaves out
 
     def samples(self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Sample]:
         """Returns the samples of a dialogue; see `Chat.samples`. What follows its last answer is left out."""
@@ -49,16 +46,27 @@ class TemplateFormat(Chat):
         messages = messages[: learnt[-1] + 1]
         try:
             turns = {i: _Turn(self.encoder, messages, i, tools) for i in learnt}
+            for turn in turns.values():
+                if turn.fault:
+                    raise UntrainedEnd(turn.fault, self._sample(turn.text, turn.spans(turn)))
             whole = turns[learnt[-1]]
             unstable = next(filter(None, (turn.differs(whole) for turn in turns.values())), None)
             self._check_complete(messages, turns, divided=unstable is not None, tools=tools)
             if unstable is None:
-                return [self._sample(whole.text, [span for turn in turns.values() for span in turn.spans(whole)])]
-            return [self._sample(turn.text, turn.spans(turn), unstable) for turn in turns.values()]
+                samples = [self._sample(whole.text, [span for turn in turns.values() for span in turn.spans(whole)])]
+            else:
+                samples = [self._sample(turn.text, turn.spans(turn), unstable) for turn in turns.values()]
         except TemplateRefusal as error:
             raise BrokenDialogue("refused by the chat template", str(error)) from None
         except ForgedToken as error:
             raise BrokenDialogue("text that spells a control token", str(error)) from None
+        if whole_marked := next((sample for sample in samples if sample.answer.all()), None):
+            raise UntrainedEnd(
+                "the loss mask is all ones: the chat template marks the whole dialogue as the model's; let its "
+                "generation blocks hold answers alone",
+                whole_marked,
+            )
+        return samples
 
     def render_prompt(self, messages: Sequence[Any]) -> list[int]:
         """Returns the ids of the dialogue so far and of an opened assistant turn, for the model to continue."""
@@ -81,11 +89,6 @@ class TemplateFormat(Chat):
             first = int(np.argmax(ends > start))
             last = len(ids) - int(np.argmax(begins[::-1] < end))
             answer[first:last] = True
-        if answer.all():
-            raise UntrainedEnd(
-                "the loss mask is all ones: the chat template marks the whole dialogue as the model's; "
-                "let its generation blocks hold answers alone"
-            )
         return Sample(np.array(ids, dtype=np.int64), answer, unstable)
 
     def _check_complete(self, messages: Sequence[Any], turns: Mapping[int, "_Turn"], divided: bool, tools: Any) -> None:
@@ -94,21 +97,14 @@ class TemplateFormat(Chat):
         In a divided dialogue, a learnt answer is looked for in its own sample. Reasoning of answers that are not learnt
         may be left out.
         """
-        texts = {i: _squeezed(turn.text) for i, turn in turns.items()}
-        whole = texts[len(messages) - 1]
-        for i, message in enumerate(self.encoder.neutral(messages)):
-            text = texts.get(i, whole) if divided else whole
-            for name, part in _parts(message, message["role"] != "assistant" or i in turns):
-                spelled = _squeezed(part)
-                if spelled not in text and _squeezed(json.dumps(part, ensure_ascii=False)[1:-1]) not in text:
-                    raise BrokenDialogue(DROPPED, f"{name} of message {i} ({message['role']}): {part[:_SHOWN]!r}")
-        if tools and not all(_squeezed(name) in whole for name in _names(tools)):
-            raise BrokenDialogue(DROPPED, "the tools of the dialogue")
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._complete:
-            self._complete[roles] = self._left_out(roles)
-        if dropped := self._complete[roles]:
-            raise BrokenDialogue(DROPPED, dropped)
+        last = len(messages) - 1
+        asked = [i for i, one in enumerate(messages) if one["role"] != "assistant" or i in turns]
+        own = [i for i in turns if divided and i != last]
+        shared = [i for i in range(len(messages)) if i not in own]
+        for upto, numbers in ((last, shared), *((i, [i]) for i in own)):
+            missing = dropped(self.encoder, messages[: upto + 1], tools, turns[upto].text, numbers, asked)
+            if missing:
+                raise BrokenDialogue(DROPPED, missing)
 
     def _written_around(self) -> tuple[str, str]:
         """Returns what the template writes in an answer before and after its content."""
@@ -122,21 +118,12 @@ class TemplateFormat(Chat):
         closing = next((name for name in self.encoder.controls if after.endswith(name)), "")
         return before, after.removesuffix(closing)
 
-    def _left_out(self, roles: Sequence[str]) -> str | None:
-        """Returns which message of a dialogue with these roles the template leaves out, whatever it says."""
-        contents = [f"qz{i}zq" for i in range(len(roles))]
-        try:
-            text, _ = self.encoder.text([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)])
-        except TemplateRefusal:  # it takes these roles only with what the real messages have besides
-            return None
-        missing = next((i for i, content in enumerate(contents) if content not in text), None)
-        return None if missing is None else f"message {missing} ({roles[missing]}), whatever it says"
-
 
 class _Turn:
     """One answer: the text of the dialogue up to it, and the spans of that text that the model learns to write.
 
-    Raises UntrainedEnd if the template writes no end of the turn, or its generation blocks leave the end out.
+    `fault` says why the model would not learn to stop: the template writes no end of the turn, or its generation blocks
+    leave the end out. It is None if the model would.
     """
 
     def __init__(self, encoder: ChatEncoder, messages: Sequence[Any], number: int, tools: Any) -> None:
@@ -145,14 +132,8 @@ class _Turn:
         self.text, blocks = encoder.text(messages[: number + 1], tools=tools)
         self.start = _shared(prompt, self.text)
         self.end = encoder.last_end(self.text) or 0
-        if self.end <= self.start:
-            raise UntrainedEnd(
-                "the chat template writes no control token after an answer, so the model would never learn to stop; "
-                "let it write one, such as {{ eos_token }}"
-            )
         self.blocks = [block for block in blocks if block[1] > block[0]] if encoder.template.marks_answers else None
-        if self.blocks is not None:
-            self._check_blocks()
+        self.fault = self._find_fault()
 
     def spans(self, longer: "_Turn") -> list[Span]:
         """Returns the spans of this answer in the text of a longer dialogue."""
@@ -160,17 +141,27 @@ class _Turn:
             return [(self.start, self.end)]
         return [(begin, end) for begin, end in longer.blocks if end > self.start and begin < self.end]
 
-    def _check_blocks(self) -> None:
+    def _find_fault(self) -> str | None:
+        if self.end <= self.start:
+            self.end = len(self.text)
+            return (
+                "the chat template writes no control token after an answer, so the model would never learn to stop; "
+                "let it write one, such as {{ eos_token }}"
+            )
+        if self.blocks is None:
+            return None
         spans = self.spans(self)
         if not spans:
-            raise UntrainedEnd(
-                "the loss mask is all zero: the chat template has generation blocks, and none around this answer"
+            return (
+                "the loss mask is all zero: the chat template has generation blocks, and none around this answer; "
+                "put {% generation %} and {% endgeneration %} around what the assistant says"
             )
         if spans[-1][1] < self.end:
-            raise UntrainedEnd(
+            return (
                 f"the chat template writes {self.text[spans[-1][1] : self.end].strip()!r} at the end of an answer, "
                 "behind {% endgeneration %}, so the model would never learn to stop; move {% endgeneration %} behind it"
             )
+        return None
 
     def differs(self, longer: "_Turn") -> str | None:
         """Returns how a longer dialogue's text departs from this one's, up to the end of the turn; None if nowhere."""
@@ -184,32 +175,11 @@ class _Turn:
         )
 
 
-def _parts(message: Mapping[str, Any], with_reasoning: bool) -> list[tuple[str, str]]:
-    """Returns the texts that a rendered message must have, with their names: content, reasoning, names of tools."""
-    reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
-    content = message.get("content") or ""
-    return [
-        ("content", content if with_reasoning else content.rpartition(END_OF_REASONING)[2]),
-        ("reasoning", reasoning if with_reasoning else ""),
-        *(("a tool call", name) for name in _names(message.get("tool_calls") or ())),
-    ]
-
-
-def _names(tools: Any) -> list[str]:
-    """Returns the names of tools, or of the tools that are called."""
-    inner = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
-    return [one["name"] for one in inner if isinstance(one, Mapping) and isinstance(one.get("name"), str)]
-
-
 def _shared(one: str, other: str) -> int:
     """Returns how many characters two texts have in common at their beginning."""
     if other.startswith(one):
         return len(one)
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
 
 
 def open_chat(tokenizer: Tokenizer, template: str | None = None, ends: Sequence[int] = ()) -> Chat:

@@ -10,10 +10,13 @@ from configs.loader import ConfigError
 from configs.tasks import DemonstrationConfig
 from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment
-from posttrain.chat.sft_data import DialogueExamples, SFTSource, read_data, read_demonstrations
+from posttrain.chat import mask_xray
+from posttrain.chat.dialogues import Example, read_data, read_demonstrations
+from posttrain.chat.sft_data import SFTSource
 from posttrain.distillation.distill_source import StudentSampling
 from posttrain.distillation.teacher import OpenedTeacher, check_length, check_template, open_teacher
 from posttrain.initial_model import InitialChatModel
+from posttrain.records import Records
 from posttrain.rejection.prompts import open_task
 from posttrain.rl.policy_copy import check_way
 from posttrain.tasks.lengths import check_answers, check_rows
@@ -55,7 +58,7 @@ def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> Opene
     if config.data.plan is not None:
         data, heldout = _plan(config, student, teacher)
     elif config.data.dialogues or _demonstrated(config):
-        data, heldout, lines = _dialogues(config, student, teacher)
+        data, heldout, lines = _dialogues(config, student, teacher, task)
         said += lines
     if config.data.plan is None or task is not None:
         check_template(config, teacher, student.chat.template)
@@ -106,26 +109,23 @@ def _plan(
 
 
 def _dialogues(
-    config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher
+    config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher, task: Task | None
 ) -> tuple[BatchSource, Mapping[str, Sequence[Any]], list[str]]:
     chat, seed, length = student.chat, config.run.seed, config.train.seq_length
     parts = 0 if student.continues else config.parallel.sequence_parts
     try:
-        solved = read_demonstrations(_demonstrated(config), chat, seed, length, parts)
-        examples: dict[str, DialogueExamples] = {**read_data(config.data, chat, length, parts), **solved}
-        source = SFTSource(examples, length, chat.tokenizer.pad_id, seed)
+        solved = read_demonstrations(task, _demonstrated(config), chat, seed, length, parts)
+        examples: dict[str, Records[Example]] = {**read_data(config.data, chat, length, parts), **solved}
+        masks = mask_xray.describe(examples, chat, mask_xray.IN_REPORT)
+        source = SFTSource(examples, length, chat.tokenizer.pad_id, seed, masks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     longest = max(len(one.tokens) for found in examples.values() for one in [*found.train, *found.heldout])
     check_length(config, teacher, longest, "dialogues")
     steps, batch = config.train.steps, config.train.global_batch_size
     lines = [f"{name}: {found}" for name, found in examples.items()]
-    lines.append(
-        f"{source.rows_per_epoch} rows of {length} tokens; {steps} steps are "
-        f"{steps * batch / source.rows_per_epoch:.2f} epochs"
-    )
-    heldout = {name: rows[: config.eval.rows] for name, rows in source.heldout_rows.items()}
-    return source, heldout, lines
+    lines.append(f"{source.rows_per_epoch} rows of {length} tokens; {steps} steps are {source.epochs(steps * batch)}")
+    return source, source.heldout(config.eval.rows), lines
 
 
 def _check_task(config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher, task: Task) -> list[str]:

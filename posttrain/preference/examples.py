@@ -16,7 +16,7 @@ from data_pipeline.mixture.packing import best_fit
 from posttrain.chat.chat import Chat
 from posttrain.preference.packing import PackedRow, Segment, pack
 from posttrain.preference.pairs import Pair, as_messages, first_question, read_pairs, rendered_answer
-from posttrain.preference.records import TOO_LONG, Records, Unusable, needed, read_records
+from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 
 WEIGHT, DESIRABLE = "weight", "desirable"  # names in `PackedRow.extra`
 
@@ -46,7 +46,7 @@ class PreferenceRows:
 
 
 def read_rows(config: PreferenceConfig, chat: Chat, parts: int) -> PreferenceRows:
-    """Reads and packs the data of a config. Raises ValueError, with a remedy, as `read_records` does."""
+    """Reads and packs the data of a config. Raises ValueError, with a remedy, as `read_split` does."""
     data, length, pad = config.data, config.train.seq_length, chat.tokenizer.pad_id
     shares = data.heldout_share, data.max_bad_share
     if config.preference.loss == "kto":
@@ -92,9 +92,9 @@ def rows_of_answers(answers: Sequence[Answer], seq_length: int, pad_id: int) -> 
 def read_answers(
     paths: Sequence[str], chat: Chat, seq_length: int, heldout_share: float, max_bad_share: float, parts: int = 1
 ) -> Records[Answer]:
-    """Reads records with `prompt`, `completion` and `label`; see `read_records` for the rest and the errors."""
+    """Reads records with `prompt`, `completion` and `label`; see `read_split` for the rest and the errors."""
 
-    def parse(place: str, record: dict[str, Any]) -> tuple[Answer, str]:
+    def parse(place: str, record: dict[str, Any]) -> tuple[list[Answer], str]:
         prompt = as_messages(needed(record, "prompt"), "user", "prompt")
         completion = as_messages(needed(record, "completion"), "assistant", "completion")
         label = needed(record, "label")
@@ -105,9 +105,9 @@ def read_answers(
         if len(tokens) > seq_length:
             raise Unusable(TOO_LONG, f"{len(tokens)} tokens", len(tokens))
         first = int(answer.argmax())
-        return Answer(str(record.get("id", place)), tokens, answer, first, label), first_question(prompt)
+        return [Answer(str(record.get("id", place)), tokens, answer, first, label)], first_question(prompt)
 
-    return read_records(paths, "data.pairs", "completions", parse, heldout_share, max_bad_share, parts)
+    return read_split(paths, "data.pairs", "completions", parse, heldout_share, max_bad_share, parts)
 
 
 def _that_fits(answers: Sequence[Answer], i: int, seq_length: int) -> Answer | None:

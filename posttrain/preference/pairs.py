@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.chat.chat import Chat
+from posttrain.chat.chat import Chat, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message
-from posttrain.preference.records import TOO_LONG, Records, Unusable, needed, read_records
+from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 
 SIDES = ("chosen", "rejected")
 
@@ -51,9 +51,9 @@ def read_pairs(
     parts: int = 1,
     key: str = "data.pairs",
 ) -> Records[Pair]:
-    """Reads the pairs of the files that config key `key` names; see `read_records` for the rest and the errors."""
+    """Reads the pairs of the files that config key `key` names; see `read_split` for the rest and the errors."""
 
-    def parse(place: str, record: dict[str, Any]) -> tuple[Pair, str]:
+    def parse(place: str, record: dict[str, Any]) -> tuple[list[Pair], str]:
         prompt, chosen, rejected = turns_of(record)
         pair = Pair(
             str(record.get("id", place)),
@@ -65,9 +65,9 @@ def read_pairs(
             raise Unusable("equal_sides")
         if pair.length > seq_length:
             raise Unusable(TOO_LONG, f"{pair.length} tokens in both sides", pair.length)
-        return pair, first_question(prompt)
+        return [pair], first_question(prompt)
 
-    return read_records(paths, key, "pairs", parse, heldout_share, max_bad_share, parts)
+    return read_split(paths, key, "pairs", parse, heldout_share, max_bad_share, parts)
 
 
 def turns_of(record: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
@@ -103,9 +103,11 @@ def as_messages(value: Any, role: Any, key: str) -> list[Message]:
 
 
 def rendered(chat: Chat, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    """Renders a dialogue, see `Chat.render`. Raises Unusable if it is broken."""
+    """Renders a dialogue, see `Chat.render`. Raises Unusable if it is broken, and UntrainedEnd."""
     try:
         return chat.render(messages)
+    except UntrainedEnd:
+        raise
     except BrokenDialogue as broken:
         raise Unusable(f"bad_messages: {broken.rule}", str(broken)) from None
     except ValueError as error:  # half a surrogate pair, say

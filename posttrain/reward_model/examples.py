@@ -13,7 +13,7 @@ from configs.reward_model import ExamplesConfig, RewardSection
 from posttrain.chat.chat import Chat
 from posttrain.preference.packing import Segment
 from posttrain.preference.pairs import Pair, as_messages, first_question, read_pairs, rendered
-from posttrain.preference.records import TOO_LONG, Records, Unusable, needed, read_records
+from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 from posttrain.reward_model.losses import MARGIN
 
 Unit = list[Segment]  # the documents of one example, which stay in one row
@@ -23,19 +23,19 @@ FILES = "data.files"
 def read_examples(
     data: ExamplesConfig, model: RewardSection, chat: Chat, seq_length: int, parts: int = 1
 ) -> Records[Unit]:
-    """Reads the examples of a config. Raises ValueError as `read_records` does."""
+    """Reads the examples of a config. Raises ValueError as `read_split` does."""
     shares = data.heldout_share, data.max_bad_share
     if model.kind == "preference":
         return _units(read_pairs(data.files, chat, seq_length, *shares, parts, FILES), model)
     kind, parse_one = ("steps", _steps) if model.kind == "process" else ("texts", _text)
 
-    def parse(place: str, record: dict[str, Any]) -> tuple[Unit, str]:
+    def parse(place: str, record: dict[str, Any]) -> tuple[list[Unit], str]:
         segment, prompt = parse_one(record, model, chat)
         if len(segment.tokens) > seq_length:
             raise Unusable(TOO_LONG, f"{len(segment.tokens)} tokens", len(segment.tokens))
-        return [segment], prompt
+        return [[segment]], prompt
 
-    return read_records(data.files, FILES, kind, parse, *shares, parts)
+    return read_split(data.files, FILES, kind, parse, *shares, parts)
 
 
 def _units(pairs: Records[Pair], model: RewardSection) -> Records[Unit]:
@@ -44,7 +44,7 @@ def _units(pairs: Records[Pair], model: RewardSection) -> Records[Unit]:
         return [_judged(side.tokens, [len(side.tokens) - 1], [0], margin) for side in (pair.chosen, pair.rejected)]
 
     train, heldout = [unit(pair) for pair in pairs.train], [unit(pair) for pair in pairs.heldout]
-    return Records(pairs.kind, train, heldout, pairs.set_aside, pairs.first_of_reason, pairs.longest)
+    return Records(pairs.kind, train, heldout, pairs.set_aside, pairs.longest, pairs.total)
 
 
 def _judged(tokens: np.ndarray, positions: Sequence[int], labels: Sequence[int], margin: float = 0.0) -> Segment:

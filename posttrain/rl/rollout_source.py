@@ -112,22 +112,21 @@ class RolloutSource(BatchSource):
         found = {"task": self.sampling.task.facts, "grpo": {"group_size": self.sampling.group_size}}
         if self.phases.steps > 1:
             found["rl"] = {"rollout_batch": self.settings.rollout_batch, "epochs": self.settings.epochs}
-        return found | (
-            {"text": {"plan": f"{self._text.plan.num_samples:,} rows ({self._text.plan.fingerprint[:12]})"}}
-            if self._text
-            else {}
-        )
+        if self._text:
+            plan = self._text.text.plan
+            found["text"] = {"plan": f"{plan.num_samples:,} rows ({plan.fingerprint[:12]})"}
+        return found
 
     def files(self) -> list[Expected]:
-        return self._text.plan.store_files() if self._text else []
+        return self._text.text.plan.store_files() if self._text else []
 
     def note_use(self, run_dir: Path) -> None:
         if self._text:
-            earlier.note_use(self._text.plan.path, run_dir)
+            earlier.note_use(self._text.text.plan.path, run_dir)
 
     def state(self) -> dict[str, Any]:
         found = {"next_prompt": self._next_prompt, "rollout": self._sha256, "batch": self.phases.batch_size}
-        found |= {"text_plan": self._text.plan.fingerprint} if self._text else {}
+        found |= {"text_plan": self._text.text.plan.fingerprint} if self._text else {}
         return found | ({"rewards": rewards} if (rewards := made_from(self.sampling.task)) else {})
 
     @property

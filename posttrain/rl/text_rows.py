@@ -6,47 +6,26 @@ that of text are each a mean over their own tokens, rows have factors: the whole
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from configs.loader import ConfigError
-from data_pipeline.core.integrity import DamagedData
-from data_pipeline.mixture.earlier import find
-from data_pipeline.mixture.rows import Plan, Row
+from data_pipeline.mixture.rows import Row
+from posttrain.pretraining_text import PretrainingText
 from posttrain.rl.policy_loss import PTX
 from posttrain.rl.rows import RolloutRow
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """The text of each step: `count` rows of a plan, which comes round again when all were used."""
+    """The text of each step: `count` rows of a plan."""
 
-    plan: Plan
+    text: PretrainingText
     count: int
     coef: float
 
-    @classmethod
-    def open(cls, location: str, count: int, coef: float, wanted: str | None) -> "TextRows":
-        """Opens the plan at `location`, or the one with the fingerprint `wanted` that a later data run moved aside.
-
-        Raises ConfigError if there is none.
-        """
-        try:
-            plan = (find(location, wanted) if wanted else None) or Plan.open(Path(location))
-        except DamagedData:
-            raise
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"ppo.text_plan = {location!r}: {error}") from None
-        return cls(plan, count, coef)
-
-    def check(self, seq_length: int, parts: int) -> None:
-        """Raises ConfigError if rows have another length, or do not fill micro-batches on each of `parts` shares."""
-        if self.plan.seq_length != seq_length:
-            raise ConfigError(
-                f"ppo.text_plan has rows of {self.plan.seq_length} tokens, and train.seq_length = {seq_length}; make a "
-                f"plan with mixture.seq_length={seq_length}, or set train.seq_length={self.plan.seq_length}"
-            )
+    def check(self, parts: int) -> None:
+        """Raises ConfigError if rows do not fill micro-batches on each of `parts` shares of a step."""
         if self.count % parts:
             raise ConfigError(
                 f"ppo.text_rows = {self.count} do not fill micro-batches on every data-parallel rank; set a multiple "
@@ -55,7 +34,7 @@ class TextRows:
 
     def of_step(self, step: int) -> list[Row]:
         """Returns the rows of a step, counted from 0."""
-        return [self.plan.row(i % self.plan.num_samples) for i in range(step * self.count, (step + 1) * self.count)]
+        return [self.text.row(i) for i in range(step * self.count, (step + 1) * self.count)]
 
     def rows(self, text: Sequence[Row], names: Sequence[str], whole: float) -> list[RolloutRow]:
         """Returns rows with the arrays `names` that rollouts have; `whole` is the step's whole weight."""

@@ -11,35 +11,15 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from configs.loader import ConfigError
 from configs.tasks import TaskPartConfig
 from posttrain.chat.messages import BrokenDialogue, Message, check_order
+from posttrain.records import Unusable, UnusedRecords, find_files, read_records, value_at
 from posttrain.rewards.reward import WeightedRewards
-from posttrain.tasks.records import BrokenRecord, find_files, read_records, value_at
 from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, fraction
-
-SHOWN = 160  # characters of the details of a record in messages
-
-
-@dataclass
-class UnusedProblems:
-    """Records that are not used: counts by reason, and where the first of each reason is, with details."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, reason: str, where: str, details: str = "") -> None:
-        """Counts one record."""
-        self.counts[reason] += 1
-        self.first.setdefault(reason, f"{where}{details and ', ' + details[:SHOWN]}")
-
-    def __str__(self) -> str:
-        parts = [f"{count} {reason} (first: {self.first[reason]})" for reason, count in sorted(self.counts.items())]
-        return ", ".join(parts)
 
 
 class FileTask:
@@ -51,7 +31,7 @@ class FileTask:
         """Reads the files. Raises ConfigError, naming keys below `key`, if too many records cannot be used."""
         self.name, self.max_new_tokens = name, max_new_tokens
         self.settings, self.rewards, self.key = settings, rewards, key
-        self.set_aside, self.duplicates = UnusedProblems(), 0
+        self.set_aside, self.duplicates = UnusedRecords(), 0
         self.unscorable = Counter[str]()  # attempts of this process that could not be judged, by reason
         self.problems: dict[Split, list[Problem]] = {"train": [], "heldout": []}
         self._read()
@@ -164,10 +144,10 @@ class FileTask:
         for paths, key in ((settings.heldout_files, "heldout_files"), (settings.files, "files")):
             for where, record in read_records(find_files(paths, f"{self.key}.{key}"), f"{self.key}.{key}"):
                 try:
-                    if isinstance(record, BrokenRecord):
+                    if isinstance(record, Unusable):
                         raise record
                     problem = self._problem(where, record)
-                except BrokenRecord as broken:
+                except Unusable as broken:
                     self.set_aside.add(broken.reason, where, broken.details)
                     continue
                 content = _canonical(problem.prompt)
@@ -191,17 +171,17 @@ class FileTask:
         _check_prompt(prompt, bool(settings.system_prompt), settings.prompt_key)
         answer = value_at(record, settings.answer_key) if settings.answer_key else None
         if settings.answer_key and (answer is None or answer == ""):
-            raise BrokenRecord(f"{settings.answer_key!r} is empty")
+            raise Unusable(f"{settings.answer_key!r} is empty")
         if settings.answer_pattern is not None:
             match = re.search(settings.answer_pattern, str(answer))
             if match is None or match[1] is None:
-                raise BrokenRecord("no match of answer_pattern in the answer", str(answer))
+                raise Unusable("no match of answer_pattern in the answer", str(answer))
             answer = match[1].strip()
         solution = None
         if settings.solution_key:
             solution = value_at(record, settings.solution_key)
             if not isinstance(solution, str):
-                raise BrokenRecord(f"{settings.solution_key!r} is no text", f"it is {type(solution).__name__}")
+                raise Unusable(f"{settings.solution_key!r} is no text", f"it is {type(solution).__name__}")
         elif self.rewards.answer_is_text and isinstance(answer, str | int | float):
             solution = settings.answer_format.replace("{answer}", str(answer))
         used = (settings.prompt_key, settings.answer_key, settings.solution_key)
@@ -216,22 +196,22 @@ class FileTask:
 
 
 def _check_prompt(prompt: Any, has_system: bool, key: str) -> None:
-    """Raises BrokenRecord if a prompt is neither a text nor messages that end with the user's."""
+    """Raises Unusable if a prompt is neither a text nor messages that end with the user's."""
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise BrokenRecord(f"{key!r} is empty")
+            raise Unusable(f"{key!r} is empty")
         return
     if not isinstance(prompt, list):
-        raise BrokenRecord(f"{key!r} is neither a text nor a list of messages", f"it is {type(prompt).__name__}")
+        raise Unusable(f"{key!r} is neither a text nor a list of messages", f"it is {type(prompt).__name__}")
     messages: list[Message] = prompt
     try:
         check_order(messages)
     except BrokenDialogue as broken:
-        raise BrokenRecord(broken.rule, str(broken)) from None
+        raise Unusable(broken.rule, str(broken)) from None
     if messages[-1]["role"] != "user":
-        raise BrokenRecord("the last message is not the user's", f"it is the {messages[-1]['role']}'s")
+        raise Unusable("the last message is not the user's", f"it is the {messages[-1]['role']}'s")
     if has_system and messages[0]["role"] == "system":
-        raise BrokenRecord("the prompt has a system message, and so has the task", "leave system_prompt out")
+        raise Unusable("the prompt has a system message, and so has the task", "leave system_prompt out")
 
 
 def _canonical(value: Any) -> str:

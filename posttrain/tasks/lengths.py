@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
-from posttrain.chat.chat import Chat
+from posttrain.chat.chat import Chat, UntrainedEnd
 from posttrain.tasks.task import Problem, Split, Task, available
 
 DRAWN = 10_000  # the maximum number of prompts of each split whose lengths are measured
@@ -65,7 +65,10 @@ def _drawn(task: Task, seed: int, train: int, heldout: int) -> list[Problem]:
 
 def _answer_length(problem: Problem, chat: Chat) -> int:
     texts = {text for text in (problem.solution, problem.demonstration) if text is not None}
-    return max((chat.answer_length(problem.messages, text) for text in texts), default=1)
+    try:
+        return max((chat.answer_length(problem.messages, text) for text in texts), default=1)
+    except UntrainedEnd as error:
+        raise ConfigError(str(error.at("task", problem.id))) from None
 
 
 def _smaller(task: Task, chat: Chat, seed: int, train: int, heldout: int, context: int | None) -> str:

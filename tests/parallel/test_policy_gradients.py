@@ -1,6 +1,7 @@
-"""Losses of reinforcement learning have the same gradient however their samples are packed, divided and computed."""
+"""Losses of RL and SFT have the same gradient however their samples are packed, divided and computed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,43 @@ def test_micro_batches_packing_and_data_parallel(gradients: Gradients, expected:
     assert_same(gradients(2, {}, 1, True), expected)
     norms = {name: float(expected[f"{name}/layers.0.attention.q_proj.weight"].norm()) for name in NAMES}
     assert all(norms.values()) and norms["gspo"] != norms["grpo@trl"] != norms["cispo@minimax"]
+
+
+OTHERS = [
+    (2, {"tp": 2}, 2, True),
+    (2, {"tp": 2, "sp": True}, 4, False),
+    (2, {"pp": 2}, 1, True),
+    (2, {"cp": 2}, 2, True),
+    (2, {"zero": 3}, 1, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "micro", "packed"),
+    [(1, {}, 1, True), *(pytest.param(*case, marks=pytest.mark.full) for case in ((2, {}, 2, True), *OTHERS))],
+)
+def test_dialogues_of_fine_tuning(
+    ranks: RanksOf, tmp_path: Path, world: int, parallel: dict[str, Any], micro: int, packed: bool
+) -> None:
+    """Answers of uneven lengths: a mean of means over micro-batches, rows or ranks would differ."""
+
+    def gradients(name: str, world: int, parallel: dict[str, Any], micro: int, packed: bool) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        out.mkdir()
+        ranks(world).run(
+            "tests.parallel.workers.policy_gradients:dialogue_gradients",
+            process_group=False,
+            model=MODELS["dense"],
+            parallel=parallel,
+            out=str(out),
+            micro=micro,
+            seq_length=48 if packed else 24,
+        )
+        return {name: tensor for file in sorted(out.iterdir()) for name, tensor in load_file(file).items()}
+
+    expected = gradients("one", 1, {}, 8, False)
+    assert all(float(tensor.norm()) > 0 for tensor in expected.values())
+    assert_same(gradients("other", world, parallel, micro, packed), expected)
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ import pytest
 from configs import signals
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.chat.sft_data import read_dialogues
+from posttrain.chat.dialogues import read_dialogues
 from tests.parallel.harness import RanksOf
 from tests.small_data import VOCAB, make_tokens
 

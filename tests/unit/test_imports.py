@@ -94,7 +94,7 @@ RULES = (
         "pretrain.run_report",
         ours=(
             "configs",
-            *(f"pretrain.{name}" for name in ("goodput", "line_charts", "history", "metrics_file")),
+            *(f"pretrain.{name}" for name in ("goodput", "line_charts", "history", "mask_page", "metrics_file")),
             *PAGES,
         ),
         never=TORCH,
@@ -104,6 +104,7 @@ RULES = (
     ImportRule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),
     ImportRule("pretrain.schedule", ours=("configs",), never=TORCH),
     ImportRule("pretrain.line_charts", ours=PAGES, never=TORCH),
+    ImportRule("pretrain.mask_page", ours=(), never=TORCH),
     ImportRule("pages", ours=(), only=("nothing",)),
     ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=LIBRARIES),
     ImportRule("pretrain.doctor", ours=("configs", "pretrain", "launch", *PAGES), never=LIBRARIES),

@@ -1,19 +1,24 @@
-"""Functions run in the ranks: gradients of the losses of RL on the same samples, however these are divided."""
+"""Functions run in the ranks: gradients of the losses of RL and SFT on the same samples, however these are divided."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from configs.rl import RLSection
 from posttrain.algorithms.dialects import DIALECTS
+from posttrain.chat.dialogues import Example
+from posttrain.chat.sft_data import pack
 from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.policy_loss import PolicyLoss
 from posttrain.rl.rows import RolloutRow
 from pretrain.batch_source import micro_batches
+from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
+from pretrain.parallel.engine import Engine
 from tests.parallel.workers.layouts import GLOBAL_BATCH, SEQ_LENGTH, make_engine
 
 EXTRA = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")
@@ -33,9 +38,38 @@ def gradients(
     tensors = {}
     for name in dialects:
         engine.accumulate(batches, PolicyLoss(DIALECTS[name].policy, settings, 0.9, LogprobCheck(float("inf"))))
-        for chunk in engine.module.chunks:
-            for parameter, value in chunk.named_global_parameters():
-                tensors[f"{name}/{parameter}"] = mesh.gather_whole(zero.full_gradient(value), value).clone()
+        tensors |= _whole_gradients(engine, f"{name}/")
+    _save(engine, tensors, out)
+
+
+def dialogue_gradients(model: dict[str, Any], parallel: dict[str, Any], out: str, micro: int, seq_length: int) -> None:
+    """Writes the whole gradient of each parameter for the loss of SFT on eight dialogues."""
+    engine = make_engine(model, parallel)
+    mesh, vocab = engine.mesh, engine.model_config.vocab_size
+    examples = []
+    for number in range(GLOBAL_BATCH):
+        draw = np.random.default_rng(number)
+        length = 17 + number % 8  # one in a row of 24 tokens, two in a row of 48
+        answer = np.arange(length) % 9 >= draw.integers(2, 7, length)
+        examples.append(Example(str(number), draw.integers(3, vocab, length), answer))
+    rows = pack(examples, seq_length, 0, source=0)
+    share = len(rows) // mesh.layout.dp
+    engine.accumulate(micro_batches(rows[mesh.dp_rank * share :][:share], micro), NextToken())
+    _save(engine, _whole_gradients(engine), out)
+
+
+def _whole_gradients(engine: Engine, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Gathers the gradient of each parameter of this rank's stage. Collective."""
+    return {
+        prefix + name: engine.mesh.gather_whole(zero.full_gradient(value), value).clone()
+        for chunk in engine.module.chunks
+        for name, value in chunk.named_global_parameters()
+    }
+
+
+def _save(engine: Engine, tensors: dict[str, torch.Tensor], out: str) -> None:
+    """Writes the tensors of a stage, on the first of its ranks, and leaves the process groups."""
+    mesh = engine.mesh
     if dist.get_rank(mesh.zero_group) == 0 and mesh.tp_rank == 0:
         save_file(tensors, str(Path(out) / f"stage_{mesh.pp_rank}.safetensors"))
     groups.stop()

@@ -299,8 +299,9 @@ def test_mistakes_are_told_in_a_sentence(model, tmp_path):
 
 def test_answers_are_asked_for_with_or_without_reasoning_where_the_template_knows_of_both(chat_model, tmp_path):
     tokenizer, dialogue = chat_model / "tokenizer.model", [{"role": "user", "content": "hello"}]
+    bare = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}<|assistant|>"
     with pytest.raises(ConfigError, match=r"--no-think: the model's chat template does not use enable_thinking"):
-        chat.main([str(chat_model), "--no-think"])
+        TextCodec(tokenizer, bare).check_thinking(False)
     codec = TextCodec(
         tokenizer,
         "{% for m in messages %}{{ '<|user|>' + m['content'] + '<|end|>' }}{% endfor %}"

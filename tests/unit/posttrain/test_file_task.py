@@ -14,7 +14,7 @@ import pytest
 from configs.loader import ConfigError, validate
 from configs.tasks import TaskConfig
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.chat.sft_data import demonstrations
+from posttrain.chat.dialogues import demonstrations
 from posttrain.rl.rollout import judge
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.preflight import check_task
@@ -119,8 +119,8 @@ def test_prompts_may_be_messages_and_keys_may_be_paths(tmp_path: Path, chat: Cha
 
 
 BAD: list[tuple[Any, str]] = [
-    ('{"prompt": "cut', "no JSON"),
-    ("[1]", "the line is no object"),
+    ('{"prompt": "cut', "bad_json"),
+    ("[1]", "no_object"),
     ({"question": "Say it", "answer": "it"}, r"no key 'prompt' \(first: [^,]*:61, its keys are 'question', 'answer'\)"),
     ({"prompt": "Say it", "solution": "it"}, r"no key 'answer' \(first: .*its keys are 'prompt', 'solution'\)"),
     ({"prompt": "  ", "answer": "it"}, "'prompt' is empty"),

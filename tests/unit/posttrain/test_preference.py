@@ -16,8 +16,8 @@ from posttrain.preference import reference
 from posttrain.preference.examples import Answer, read_answers, read_rows, rows_of_answers, rows_of_pairs
 from posttrain.preference.losses import LOSSES
 from posttrain.preference.pairs import Pair, read_pairs
-from posttrain.preference.records import Records
 from posttrain.preference.trained_loss import REFERENCE, AnswerPreference, PairPreference
+from posttrain.records import Records
 from pretrain.batch_source import collate
 from pretrain.model.batch import Batch
 
@@ -66,7 +66,7 @@ def test_bad_pairs_are_set_aside_by_reason(tmp_path: Path, chat: ChatFormat) -> 
         "different_prompts": {"chosen": [USER, said("1")], "rejected": [{**USER, "content": "x"}, said("2")]},
     }
     found = pairs_of(tmp_path, chat, [good, *bad.values()], length=40)
-    assert set(found.set_aside) == bad.keys() and len(found.train) == 1, str(found)
+    assert set(found.set_aside.counts) == bad.keys() and len(found.train) == 1, str(found)
     with pytest.raises(ValueError, match=r"7 of 8 pairs were set aside, more than data.max_bad_share = 0.5"):
         read_pairs(write(tmp_path, [good, *bad.values()]), chat, 40, heldout_share=0.0, max_bad_share=0.5)
 
@@ -80,7 +80,7 @@ def test_bad_completions_are_set_aside_and_one_label_alone_is_refused(tmp_path: 
         {"prompt": "a", "completion": "b" * 60, "label": True},
     ]
     found = read_answers(write(tmp_path, records), chat, 40, heldout_share=0.0, max_bad_share=1.0)
-    assert set(found.set_aside) == {"bad_label", "no_completion", "too_long"}
+    assert set(found.set_aside.counts) == {"bad_label", "no_completion", "too_long"}
     first, second = found.train
     assert chat.decode_answer(second.tokens[second.answer]) == "123" and (first.desirable, second.desirable) == (1, 0)
     config = make_config(tmp_path, records[:1], loss="kto")

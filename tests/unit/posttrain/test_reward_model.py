@@ -81,8 +81,8 @@ def test_pairs_that_cannot_be_used_are_counted_by_reason_with_the_first_of_each(
     path = write(tmp_path / "pairs.jsonl", [good, *BROKEN.values(), BROKEN["equal_sides"]])
     found = read_pairs([path], chat, 64, 0.0, 1.0)
     assert len(found.train) == 1
-    assert found.set_aside == {**dict.fromkeys(BROKEN, 1), "equal_sides": 2}
-    assert found.first_of_reason["equal_sides"] == f"{path}:2" and "how many" not in found.reasons
+    assert found.set_aside.counts == {**dict.fromkeys(BROKEN, 1), "equal_sides": 2}
+    assert found.set_aside.first["equal_sides"] == f"{path}:2" and "how many" not in str(found.set_aside)
     with pytest.raises(
         ValueError, match=r"11 of 12 pairs were set aside, more than data.max_bad_share = 0.5: .*correct"
     ):
@@ -121,7 +121,7 @@ def test_each_step_is_judged_where_its_separator_ends(chat: ChatFormat, tmp_path
     assert segment.tokens[: first + 1].tolist() == prompt + chat.encode_text("first 1\n")
     assert second == len(segment.tokens) - 1
     assert segment.labels[[first, second]].tolist() == [1, 0]
-    assert found.set_aside == {"a_step_without_label": 1, "unknown_label": 1}
+    assert found.set_aside.counts == {"a_step_without_label": 1, "unknown_label": 1}
 
 
 def test_texts_and_dialogues_have_a_class_on_their_last_token(chat: ChatFormat, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_texts_and_dialogues_have_a_class_on_their_last_token(chat: ChatFormat, 
     units = found.train + found.heldout
     assert sorted(int(unit[0].labels[-1]) for unit in units) == [0, 1]
     assert all(unit[0].loss_mask.sum() == 1 and unit[0].loss_mask[-1] for unit in units)
-    assert found.set_aside == {"unknown_label": 1, "no_label": 1, "bad_text": 1}
+    assert found.set_aside.counts == {"unknown_label": 1, "no_label": 1, "bad_text": 1}
 
 
 def rows(values: Sequence[float], seq_length: int) -> list[Row]:

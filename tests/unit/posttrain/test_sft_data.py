@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.loader import ConfigError, validate
+from configs.mixture import PlanConfig
+from configs.sft import FineTuningData
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.mixture.rows import Plan
+from data_pipeline.tokens.store import build
+from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat_format import ChatFormat, check_supervision
-from posttrain.chat.sft_data import (
-    DialogueExamples,
-    Example,
-    SFTSource,
-    demonstrations,
-    pack,
-    read_dialogues,
-)
+from posttrain.chat.dialogues import Example, demonstrations, read_dialogues
+from posttrain.chat.sft_data import SFTSource, TextShare, pack
+from posttrain.pretraining_text import PretrainingText
+from posttrain.records import Records
 from posttrain.tasks.verifiable_tasks import SortTask
+from tests.shards import write_shard
 
 LENGTH = 64
 
@@ -67,7 +71,7 @@ def test_packed_rows_hold_every_example_once_behind_its_own_mask(chat: ChatForma
 
 def test_sample_i_is_a_function_of_data_seed_and_i(chat: ChatFormat) -> None:
     def source(seed: int) -> SFTSource:
-        found = {"a": DialogueExamples(examples(chat)), "b": DialogueExamples(examples(chat, 9))}
+        found = {"a": Records("dialogues", examples(chat)), "b": Records("dialogues", examples(chat, 9))}
         return SFTSource(found, LENGTH, chat.ids["<pad>"], seed)
 
     first, again, other = source(1), source(1), source(2)
@@ -85,6 +89,53 @@ def test_sample_i_is_a_function_of_data_seed_and_i(chat: ChatFormat) -> None:
     assert {row.source for row in whole} == {0, 1}
 
 
+@pytest.fixture(scope="module")
+def plan(tokenizer_file: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan of two sources of pretraining text with rows of LENGTH tokens."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("prose", "code"):
+        documents = [{"text": f"{name}: how are you today? " * 9, "id": str(i), "metadata": {}} for i in range(6)]
+        shard = write_shard(folder / f"{name}.jsonl.zst", documents)
+        for split in ("train", "heldout"):
+            build(shard, folder / "tokens" / split / name / "00000", tokenizer)
+    settings = PlanConfig(seq_length=LENGTH, samples=7, seed=1, weights={"prose": 2.0, "code": 1.0}, max_epochs=9)
+    build_plan(folder / "tokens", tokenizer_file.parent, folder / "plan", settings)
+    return Plan.open(folder / "plan")
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.25, 0.9])
+def test_rows_of_text_have_their_share_wherever_the_samples_are_cut(
+    chat: ChatFormat, plan: Plan, weight: float
+) -> None:
+    found = {"dialogues": Records("dialogues", examples(chat))}
+    text = TextShare(PretrainingText(plan, "data.text_plan"), weight)
+    source = SFTSource(found, LENGTH, chat.ids["<pad>"], 1, text=text)
+    assert source.sources == ["dialogues", "text prose", "text code"]
+    whole = source.rows(range(400))
+    is_text = [row.source > 0 for row in whole]
+    for step in range(0, 400, 20):  # evenly spread: every global batch has the share
+        assert abs(sum(is_text[step : step + 20]) - 20 * weight) < 1
+    for cut in (1, 7, 50):
+        parts = [row for first in range(0, 400, cut) for row in source.rows(range(first, min(400, first + cut)))]
+        assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in zip(parts, whole, strict=True))
+    texts = [row for row in whole if row.source]
+    for number, row in enumerate(texts):  # the plan's rows in order, again and again
+        expected = plan.row(number % plan.num_samples)
+        assert row.tokens.tolist() == expected.tokens.tolist() and row.source == 1 + expected.source
+        assert row.loss_mask.tolist() == expected.loss_mask.tolist()
+    bare = SFTSource(found, LENGTH, chat.ids["<pad>"], 1)
+    dialogues = [row.tokens.tolist() for row in whole if not row.source]
+    assert dialogues == [row.tokens.tolist() for row in bare.rows(range(len(dialogues)))]
+    other = SFTSource(found, LENGTH, chat.ids["<pad>"], 1, text=TextShare(text.text, weight / 2))
+    assert len({bare.fingerprint, source.fingerprint, other.fingerprint}) == 3
+    assert "weight" in other.difference(source.facts)
+    assert [len(rows) > 0 for rows in source.heldout(3).values()] == [False, True, True]
+    assert source.files() and not bare.files()
+    for half in ({"text_plan": "plan"}, {"text_weight": 0.1}):
+        with pytest.raises(ConfigError, match=r"data\.text_plan = .* and data\.text_weight = .* belong together"):
+            validate(FineTuningData, half)
+
+
 def test_broken_and_long_dialogues_are_set_aside_and_counted(chat: ChatFormat, tmp_path: Path) -> None:
     records = [dialogue(f"question {i}", f"answer {i}") for i in range(60)]
     records += [
@@ -94,21 +145,23 @@ def test_broken_and_long_dialogues_are_set_aside_and_counted(chat: ChatFormat, t
         ["not", "an", "object"],
         "[" * 100_000,
         dialogue("nobody answers"),
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]},
         dialogue("why? " * 100, "because"),
     ]
     path = write(tmp_path / "d.jsonl.gz", records)
     found = read_dialogues([path], chat, LENGTH, heldout_share=0.2, max_bad_share=0.2)
-    assert dict(found.set_aside) == {
+    assert dict(found.set_aside.counts) == {
         "bad_json": 2,
         "bad_messages: roles out of turn": 1,
         "bad_messages: no key 'messages'": 1,
-        "bad_messages: the line is no object": 1,
+        "no_object": 1,
         "no_assistant_turn": 1,
+        "no_turn_to_train": 1,
         "too_long": 1,
     }
     assert len(found.train) + len(found.heldout) == 60
-    assert ":67, " in found.first_of_reason["too_long"]
-    with pytest.raises(ValueError, match=r"7 of 67 dialogues .* 0\.05.*too_long \(first: .*:67, \d+ tokens\)"):
+    assert ":68, " in found.set_aside.first["too_long"]
+    with pytest.raises(ValueError, match=r"8 of 68 dialogues .* 0\.05.*too_long \(first: .*:68, \d+ tokens\)"):
         read_dialogues([path], chat, LENGTH, heldout_share=0.2, max_bad_share=0.05)
     with pytest.raises(ValueError, match=r"absent\.jsonl, which is no file"):
         read_dialogues([str(tmp_path / "absent.jsonl")], chat, LENGTH, 0.1, 0.1)
@@ -119,7 +172,7 @@ def test_broken_and_long_dialogues_are_set_aside_and_counted(chat: ChatFormat, t
     [
         ("hello", "no list of messages", "'messages' is str, not a list"),
         ({"role": "user"}, "no list of messages", "'messages' is dict, not a list"),
-        (None, "no list of messages", "'messages' is NoneType"),
+        (None, "no key 'messages'", "its keys are 'id'"),
         ([], "no user message", "at least one user message"),
         ([{"role": "system", "content": "be kind"}], "no user message", "at least one user message"),
         (["hello"], "a message is no object", "message 0 is str"),
@@ -138,7 +191,7 @@ def test_a_broken_dialogue_says_which_rule_it_broke(
     good, bad = [dialogue(f"question {i}", f"answer {i}") for i in range(5)], {"id": "x", "messages": messages}
     path = write(tmp_path / "d.jsonl.gz", [*good, bad, bad])
     found = read_dialogues([path], chat, LENGTH, 0.0, 1.0)
-    assert dict(found.set_aside) == {f"bad_messages: {rule}": 2}
+    assert dict(found.set_aside.counts) == {f"bad_messages: {rule}": 2}
     assert f"2 bad_messages: {rule} (first: {path}:6, " in str(found) and what in str(found)
     with pytest.raises(ValueError) as raised:
         read_dialogues([path], chat, LENGTH, 0.0, 0.1)
@@ -147,7 +200,7 @@ def test_a_broken_dialogue_says_which_rule_it_broke(
 
 def test_when_nothing_is_left_the_reason_is_told_and_its_remedy_works(chat: ChatFormat, tmp_path: Path) -> None:
     long = write(tmp_path / "long.gz", [dialogue("why? " * i, "because") for i in range(90, 100)])
-    with pytest.raises(ValueError, match=r"all 10 dialogues of .* are longer than train\.seq_length = 64") as raised:
+    with pytest.raises(ValueError, match=r"all 10 dialogues of .* were set aside: 10 too_long") as raised:
         read_dialogues([long], chat, LENGTH, 0.0, 1.0)
     fitting = int(str(raised.value).partition("set train.seq_length=")[2].partition(",")[0])
     assert len(read_dialogues([long], chat, fitting, 0.0, 0.0).train) == 10
@@ -247,4 +300,4 @@ def test_answers_in_a_prompt_are_not_learnt(chat: ChatFormat, tmp_path: Path) ->
 def test_tools_that_are_no_list_set_a_dialogue_aside(chat: ChatFormat, tmp_path: Path) -> None:
     good = [dialogue(f"question {i}", f"answer {i}") for i in range(5)]
     path = write(tmp_path / "d.jsonl.gz", [*good, {**dialogue("q", "a"), "tools": 5}])
-    assert dict(read_dialogues([path], chat, LENGTH, 0.0, 1.0).set_aside) == {"bad_tools": 1}
+    assert dict(read_dialogues([path], chat, LENGTH, 0.0, 1.0).set_aside.counts) == {"bad_tools": 1}

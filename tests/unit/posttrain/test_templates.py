@@ -148,6 +148,36 @@ def test_tools_are_rendered_and_only_the_assistants_words_are_learnt(
         chat_of(CHATML).samples(PLAIN, tools)
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"to": "two", "count": 2}}}
+CALLING: Dialogue = [
+    {"role": "user", "content": "May you add two and 2? Say add, two, count 2, because."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "because"},
+    {"role": "tool", "content": "add two"},
+    {"role": "assistant", "content": "two"},
+]
+
+
+@pytest.mark.parametrize(
+    ("left", "out", "said"),
+    [
+        ("{%- if message.tool_calls %}", "{%- if false %}", "a tool call of message 1 (assistant): 'add'"),
+        ("{{- tool_call.name }}", "{{- 'add' }}", "a tool call of message 1 (assistant): 'add'"),
+        ("{{- tool_call.arguments | tojson }}", "{}", "an argument of a tool call of message 1 (assistant): 'two'"),
+        ("tool_call.arguments |", "{'to': tool_call.arguments.to} |", "an argument of a tool call of message 1"),
+        ("reasoning_content.strip('\\n') +", "'because' +", "reasoning of message 1 (assistant): 'because'"),
+        ("        {{- content }}\n", "        {{- 'add two' }}\n", "content of message 2 (tool): 'add two'"),
+        ("content.lstrip('\\n') }}", "'two' }}", "content of message 3 (assistant): 'two'"),
+    ],
+)
+def test_what_a_template_drops_is_told_though_the_dialogue_spells_it_elsewhere(
+    chat_of: Callable[[str], TemplateFormat], left: str, out: str, said: str
+) -> None:
+    assert len(chat_of(QWEN3).samples(CALLING)) == 1 and QWEN3.count(left) == 1
+    with pytest.raises(BrokenDialogue) as raised:
+        chat_of(QWEN3.replace(left, out)).samples(CALLING)
+    assert raised.value.rule == "text that the template drops" and said in str(raised.value)
+
+
 def test_the_end_of_a_turn_is_learnt_and_not_what_follows_it(chat_of: Callable[[str], TemplateFormat]) -> None:
     for template in (PHI3, unmarked(CHATML), QWEN3, unmarked(GEMMA)):
         chat = chat_of(template)
@@ -223,7 +253,7 @@ def test_a_template_that_would_teach_no_end_is_refused(
         (CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"),
          SYSTEM, "drops", "content of message 0 (system): 'You are terse.'"),
         (CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"),
-         [{"role": "system", "content": "user"}, *PLAIN], "drops", "message 0 (system), whatever it says"),
+         [{"role": "system", "content": "user"}, *PLAIN], "drops", "content of message 0 (system): 'user'"),
         (CHATML.replace("message['content']", "message['content'][:5]"), PLAIN, "drops", "content of message 0"),
         (CHATML, [PLAIN[0], {**PLAIN[1], "reasoning_content": "because"}], "drops", "reasoning of message 1"),
         (GEMMA, SYSTEM, "refused by the chat template", "System role not supported"),

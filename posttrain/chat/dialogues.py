@@ -1,0 +1,164 @@
+"""Reads dialogues and solved prompts of tasks as examples for fine-tuning: rendered, checked, and split.
+
+All data is held in memory. Dialogues that are broken or too long are set aside and counted, never cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from configs.sft import DialogueConfig
+from configs.tasks import DemonstrationConfig
+from posttrain.chat.chat import Chat, Sample, UntrainedEnd
+from posttrain.chat.messages import BrokenDialogue, Message, check_order
+from posttrain.chat.thinking import with_switches
+from posttrain.preference.pairs import as_messages
+from posttrain.records import TOO_LONG, Records, Unusable, read_split, said_keys
+from posttrain.tasks.task import Split, Task, available
+
+KEY = "data.dialogues"
+ANOTHER_TEMPLATE = "in a copy of the model's chat template, and name its file as data.chat_template"
+_ANEW = "choose another run.dir for a run with train.seq_length={}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One rendered dialogue; `answer` is True on the tokens to learn, see `Chat.render`.
+
+    `place` is the file and line that it comes from, or the prompt of a task. `unstable` is that of the `Sample`.
+    """
+
+    id: str
+    tokens: np.ndarray
+    answer: np.ndarray
+    place: str = ""
+    unstable: str | None = None
+
+    @classmethod
+    def of(cls, name: str, place: str, sample: Sample) -> "Example":
+        """Makes the example of a sample."""
+        return cls(name, sample.tokens, sample.answer, place, sample.unstable)
+
+
+def read_data(data: DialogueConfig, chat: Chat, seq_length: int, parts: int = 1) -> dict[str, Records[Example]]:
+    """Returns the dialogues of the config by the name "dialogues", or {} if it has none. Raises as `read_dialogues`."""
+    if not data.dialogues:
+        return {}
+    shares = data.heldout_share, data.max_bad_share
+    try:
+        found = read_dialogues(data.dialogues, chat, seq_length, *shares, parts, data.thinking_switches)
+        return {"dialogues": found}
+    except UntrainedEnd as error:
+        where = f"in {data.chat_template}" if data.chat_template else ANOTHER_TEMPLATE
+        raise UntrainedEnd(f"{error} {where}", error.sample, error.place) from None
+
+
+def read_demonstrations(
+    task: Task | None, settings: DemonstrationConfig | None, chat: Chat, seed: int, seq_length: int, parts: int = 1
+) -> dict[str, Records[Example]]:
+    """Returns solved prompts by the task's name, or {} without a task. Raises as `demonstrations`."""
+    if task is None or settings is None or not settings.demonstrations:
+        return {}
+    counts = available(task, "train", settings.demonstrations), available(task, "heldout", settings.eval_prompts)
+    train = demonstrations(task, chat, seed, "train", counts[0], seq_length, parts)
+    heldout = demonstrations(task, chat, seed, "heldout", counts[1], seq_length, parts)
+    return {task.name: Records("demonstrations", train, heldout)}
+
+
+def read_dialogues(
+    paths: Sequence[str],
+    chat: Chat,
+    seq_length: int,
+    heldout_share: float,
+    max_bad_share: float,
+    parts: int = 1,
+    switches: bool = False,
+) -> Records[Example]:
+    """Reads and renders dialogues and splits them into training and held-out ones. Raises as `read_split`.
+
+    Dialogues with the same first user message are in the same split. With `switches`, those that have none get /think
+    or /no_think.
+    """
+
+    def parse(place: str, record: dict[str, Any]) -> tuple[list[Example], str]:
+        messages = _messages(record)
+        samples = _samples(chat, messages, record.get("tools"), switches)
+        if (longest := max(len(sample.tokens) for sample in samples)) > seq_length:
+            raise Unusable(TOO_LONG, f"{longest} tokens", longest)
+        first = next(message["content"] for message in messages if message["role"] == "user")
+        number = str(record.get("id", place))
+        names = [number] if len(samples) == 1 else [f"{number}/{i}" for i in range(len(samples))]
+        return [Example.of(name, place, sample) for name, sample in zip(names, samples, strict=True)], first
+
+    return read_split(paths, KEY, "dialogues", parse, heldout_share, max_bad_share, parts)
+
+
+def demonstrations(
+    task: Task, chat: Chat, seed: int, split: Split, count: int, seq_length: int, parts: int = 1
+) -> list[Example]:
+    """Returns the first `count` prompts of a split with their right answers; `parts` is as in `read_split`.
+
+    Answers within a prompt are not learnt. Raises ValueError if one is longer than `seq_length` tokens.
+    """
+    examples: list[Example] = []
+    for index in range(count):
+        problem = task.problem(seed, split, index)
+        if problem.demonstration is None:
+            continue
+        place = f"{task.name}/{split}/{index}"
+        answer: Message = {"role": "assistant", "content": problem.demonstration}
+        try:
+            samples = chat.samples([*_read(problem.messages), answer])
+        except UntrainedEnd as error:
+            raise error.at("task", place) from None
+        examples += [Example.of(place, place, sample) for sample in samples]
+    longest = max((len(example.tokens) for example in examples), default=0)
+    if longest > seq_length:
+        fits = f"set train.seq_length={-(-longest // parts) * parts}" if parts else _ANEW.format(longest)
+        raise ValueError(
+            f"prompts of the task {task.name!r} have up to {longest} tokens with their answers, more than "
+            f"train.seq_length = {seq_length}; {fits} or more"
+        )
+    return examples
+
+
+def _samples(chat: Chat, messages: Any, tools: Any, switches: bool) -> list[Sample]:
+    """Returns the samples of a dialogue, at least one. Raises Unusable, and UntrainedEnd."""
+    if not isinstance(tools or [], list):
+        raise Unusable("bad_tools", f"'tools' is {type(tools).__name__}, not a list")
+    try:
+        check_order(messages)
+        given = with_switches(messages, switches)
+        samples = [sample for sample in chat.samples(given, tools) if sample.answer.any()]
+    except BrokenDialogue as broken:
+        raise Unusable(f"bad_messages: {broken.rule}", str(broken)) from None
+    except UntrainedEnd:
+        raise
+    except ValueError as error:  # half a surrogate pair, say
+        raise Unusable("bad_messages: text that cannot be encoded", str(error)) from None
+    if samples:
+        return samples
+    if any(message["role"] == "assistant" for message in messages):
+        raise Unusable("no_turn_to_train", "'train' or 'weight' leaves out every turn of the assistant")
+    raise Unusable("no_assistant_turn")
+
+
+def _messages(record: dict[str, Any]) -> Any:
+    """Returns a record's messages, or those that its prompt and completion are; answers in a prompt are not learnt."""
+    if "messages" in record:
+        given = record["messages"]
+        if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+            return given
+        # In a table every message has every key, and no value where it says nothing of it.
+        return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in given]
+    if "prompt" not in record or "completion" not in record:
+        raise Unusable("bad_messages: no key 'messages'", said_keys(record))
+    prompt = as_messages(record["prompt"], "user", "prompt")
+    return [*_read(prompt), *as_messages(record["completion"], "assistant", "completion")]
+
+
+def _read(messages: Sequence[Message]) -> list[Message]:
+    """Returns messages of which none is learnt."""
+    return [{**one, "train": False} if one.get("role") == "assistant" else one for one in messages]
