@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     source = PreferenceSource(rows, config.preference, config.run.seed, config.run.dir, initial.pin.sha256)
-    if initial.continues:
-        source.check_goes_on()
+    if initial.own is not None:
+        source.check_goes_on(initial.own)
     if env.is_main:
         length, epochs = config.train.seq_length, config.train.steps * config.train.global_batch_size
         print(f"preferences: {rows.said}")

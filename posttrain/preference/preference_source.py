@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from posttrain.preference.examples import PreferenceRows
 from posttrain.preference.packing import PackedRow, PackedSource
 from posttrain.preference.trained_loss import AnswerPreference, LogRatio, PairPreference
 from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.checkpoint import storage
 from pretrain.heldout_loss import batches_of_rank
 from pretrain.parallel.engine import Engine
 
@@ -40,12 +42,20 @@ class PreferenceSource(PackedSource):
         self.loss: PreferenceLoss = (AnswerPreference if section.loss == "kto" else PairPreference)(section)
         held = hashlib.sha256(b"".join(row.tokens.tobytes() for row in rows.heldout)).hexdigest()
         self.file = reference.file_of(run_dir, model_sha256, f"{self.fingerprint} {held}")
-        self._has_reference = not section.has_reference
+        self.has_reference = not section.has_reference
+        self._found: np.ndarray | None = None
 
-    def check_goes_on(self) -> None:
-        """Raises ConfigError if a run that goes on has lost the log-probabilities of its reference."""
-        if not self._has_reference:
-            self._check(reference.load(self.file, self._shape))
+    def check_goes_on(self, checkpoint: Path) -> None:
+        """Raises ConfigError if a run that goes on has lost the log-probabilities of its reference.
+
+        A run that goes on from a checkpoint of another one, by --resume PATH, takes them from that one.
+        """
+        if not self.has_reference:
+            beside = storage.run_of(checkpoint) / self.file.parent.name / self.file.name
+            self._found = reference.load(self.file, self._shape)
+            if self._found is None:
+                self._found = reference.load(beside, self._shape)
+            self._check(self._found)
 
     def _check(self, known: np.ndarray | None) -> None:
         if known is None:
@@ -57,9 +67,9 @@ class PreferenceSource(PackedSource):
 
     def prepare(self, engine: Engine, step: int) -> None:
         """Sees to it that rows have reference log-probabilities and, for KTO, that the loss has its reference point."""
-        if not self._has_reference:
+        if not self.has_reference:
             self._take_reference(engine, step)
-            self._has_reference = True
+            self.has_reference = True
         if isinstance(self.loss, AnswerPreference):
             self.loss.reference_point = self._reference_point(engine, step)
 
@@ -72,6 +82,9 @@ class PreferenceSource(PackedSource):
         rows = [*self._rows, *self._mismatched, *self.heldout]
         known = reference.load(self.file, self._shape)
         if step > 0:
+            if known is None and self._found is not None and engine.mesh.is_main:
+                reference.save(self.file, self._found)
+            known = self._found if known is None else known
             self._check(known)
         elif not all(engine.mesh.gather_json(known is not None)):
             known = reference.compute(engine, rows)
@@ -99,6 +112,8 @@ class HeldoutPreference:
         self.source, self.limit = source, limit
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
+        if not self.source.has_reference:  # eval.at_start, before the first step
+            self.source.prepare(engine, 0)
         rows: Sequence[PackedRow] = self.source.heldout[: self.limit]
         if not rows:
             return {}

@@ -148,7 +148,8 @@ def test_more_layouts_and_losses(ranks: RanksOf, base: Path, loss: str) -> None:
 def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(ranks: RanksOf, base: Path) -> None:
     """The reference is that of the first step, not of the weights that the run goes on with."""
     own = [f"data.pairs=['{base}/judged.jsonl']", "preference.loss=kto"]
-    assert dpo(ranks, base, "whole", "train.steps=4", *own)["status"] == 0
+    assert dpo(ranks, base, "whole", "train.steps=4", "eval.at_start=true", *own)["status"] == 0
+    assert "eval" in metrics(base / "whole")[0]
     assert dpo(ranks, base, "parts", "train.steps=2", *own)["status"] == 0
     kept = list((base / "parts/reference").iterdir())
     assert len(kept) == 1 and [p.name for p in (base / "whole/reference").iterdir()] == [kept[0].name]
@@ -159,12 +160,18 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(ranks: RanksOf, ba
     assert_same_state(base / "whole/checkpoints/step_4", base / "parts/checkpoints/step_4")
     assert logged(base / "whole") == logged(base / "parts")
 
-    (base / "lost/reference" / kept[0].name).unlink()
+    damaged = bytearray(kept[0].read_bytes())
+    damaged[-1] ^= 1
+    (base / "lost/reference" / kept[0].name).write_bytes(damaged)
     refused = dpo(ranks, base, "lost", "train.steps=4", *own)
     assert refused["status"] == 2 and "restore the file" in refused["error"]
     shutil.copy(kept[0], base / "lost/reference")
     assert dpo(ranks, base, "lost", "train.steps=4", *own)["status"] == 0, "the remedy works"
     assert logged(base / "lost") == logged(base / "whole")
+
+    resume = "--resume", str(base / "parts/checkpoints/step_2")
+    assert dpo(ranks, base, "branch", "train.steps=4", "checkpoint.keep=9", *own, *resume)["status"] == 0
+    assert (base / "branch/reference" / kept[0].name).read_bytes() == kept[0].read_bytes()
 
 
 @pytest.mark.full
