@@ -168,9 +168,9 @@ class Engine:
             if self.budget is not None:
                 self.budget.observe()
             grad_norm = zero.step(self.zero, lr, most)
-            if self.budget is not None:
-                self.budget.prune()
         applied = changes_weights(grad_norm, most)
+        if self.budget is not None and applied:
+            self.budget.finish_step()
         expert_balance.finish_step(self.module, self.mesh, applied)
         experts = expert_balance.counts(self.module, self.mesh, self.model_config)
         return self._sums.of_step(grad_norm, experts, None if largest_norm is None else applied)

@@ -25,6 +25,7 @@ class RankBudget:
 
     def __init__(self, stage: PipelineStage, zero_engine: Any, mesh: Mesh, config: AdapterConfig):
         self._zero, self._mesh, self._config = zero_engine, mesh, config
+        self._seen: dict[tuple[str, str], torch.Tensor] = {}  # this step's sensitivities by adapter and part
         self._adapters = {
             name: module
             for chunk in stage.chunks
@@ -44,24 +45,28 @@ class RankBudget:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Takes this step's gradients into the smoothed importance of every element. Collective over data parallel."""
+        """Measures the sensitivity of every element before the optimizer changes weights and clips gradients.
+
+        Collective over data parallel.
+        """
+        self._seen = {}
         if zero.steps_done(self._zero) >= self._config.budget_steps:
             return
-        for adapter in self._adapters.values():
-            for name in TRIPLET:
-                parameter = getattr(adapter, name)
-                sensitivity, uncertainty = (getattr(adapter, f"{name}_{state}") for state in STATE)
-                smooth(
-                    sensitivity,
-                    uncertainty,
-                    zero.full_weight(parameter),
-                    zero.full_gradient(parameter),
-                    self._config.beta,
-                )
+        for name, adapter in self._adapters.items():
+            for part in TRIPLET:
+                parameter = getattr(adapter, part)
+                product = zero.full_weight(parameter) * zero.full_gradient(parameter)
+                self._seen[name, part] = product.abs().float()
 
     @torch.no_grad()
-    def prune(self) -> None:
-        """Takes their l from the triplets beyond the budget, after the optimizer's step. Collective."""
+    def finish_step(self) -> None:
+        """Takes what was measured into the importance, and their l from the triplets beyond the budget. Collective.
+
+        It is not called after a step that changed no weight because its gradient was too large or not finite.
+        """
+        for (name, part), now in self._seen.items():
+            smoothed = (getattr(self._adapters[name], f"{part}_{state}") for state in STATE)
+            smooth(*smoothed, now, self._config.beta)
         step, config = zero.steps_done(self._zero), self._config
         due = config.warmup_steps < step <= config.budget_steps
         if due and (step % config.prune_every == 0 or step == config.budget_steps):

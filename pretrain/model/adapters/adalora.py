@@ -61,11 +61,11 @@ def _state(like: nn.Parameter, value: float) -> nn.Parameter:
     return parameter
 
 
-def smooth(
-    sensitivity: torch.Tensor, uncertainty: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, beta: float
-) -> None:
-    """Updates both smoothed numbers of every element of a weight in place (equations 8 to 10)."""
-    now = (weight * gradient).abs().to(sensitivity.dtype)
+def smooth(sensitivity: torch.Tensor, uncertainty: torch.Tensor, now: torch.Tensor, beta: float) -> None:
+    """Updates both smoothed numbers of every element of a weight in place (equations 9 and 10).
+
+    `now` is the sensitivity of a single step, the absolute product of weight and gradient (equation 8).
+    """
     sensitivity.lerp_(now, 1 - beta)
     uncertainty.lerp_((now - sensitivity).abs(), 1 - beta)
 

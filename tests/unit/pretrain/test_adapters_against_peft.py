@@ -225,7 +225,7 @@ def test_adalora_computes_and_prunes_as_peft(base: Path, tmp_path: Path) -> None
     for _ in range(2):
         for (own, other), both in zip(pairs, smoothed, strict=True):
             other.grad = torch.randn_like(other)
-            smooth(*both, own, other.grad.view_as(own), beta)
+            smooth(*both, (own * other.grad.view_as(own)).abs(), beta)
         allocator.update_ipt(wrapped.base_model)
     elements = [sensitivity * uncertainty for sensitivity, uncertainty in smoothed]
     scores = [
