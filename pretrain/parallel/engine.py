@@ -99,7 +99,7 @@ class Engine:
         # around attention before blocks are compiled, so that it is compiled too. ZeRO comes last: it moves all
         # parameters into the flat buffers of its optimizer.
         self.module = PipelineStage(chunks)
-        freeze(self.module, train.freeze, mesh)
+        freeze(self.module, train.freeze, mesh, adapter is not None)
         mark_copies(self.module, mesh)
         exchange_around_attention(self.module, mesh)
         spread_experts(self.module, mesh)

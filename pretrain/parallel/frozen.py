@@ -9,14 +9,14 @@ from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
 
-def freeze(stage: PipelineStage, patterns: Sequence[str], mesh: Mesh) -> None:
-    """Freezes the weights whose global names match one of `patterns`, and all others too where there are adapters.
+def freeze(stage: PipelineStage, patterns: Sequence[str], mesh: Mesh, has_adapters: bool) -> None:
+    """Freezes the weights whose global names match one of `patterns`; with adapters all others that are not theirs too.
 
-    In a pattern * stands for any text. Raises ConfigError, on all ranks, if a pattern matches no weight of the model or
-    nothing is left to train; collective if there are patterns.
+    The model may have adapters on other stages than this one. In a pattern * stands for any text. Raises ConfigError,
+    on all ranks, if a pattern matches no weight of the model or nothing is left to train; collective if there are
+    patterns.
     """
     named = list(stage.named_global_parameters())
-    has_adapters = any(is_adapter(name) for name, _ in named)
     if not patterns and not has_adapters:
         return
     if patterns:

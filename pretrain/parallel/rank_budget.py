@@ -67,7 +67,7 @@ class RankBudget:
         for (name, part), now in self._seen.items():
             smoothed = (getattr(self._adapters[name], f"{part}_{state}") for state in STATE)
             smooth(*smoothed, now, self._config.beta)
-        step, config = zero.steps_done(self._zero), self._config
+        step, config = max(self._mesh.gather_json(zero.steps_done(self._zero))), self._config
         due = config.warmup_steps < step <= config.budget_steps
         if due and (step % config.prune_every == 0 or step == config.budget_steps):
             self._choose(step)
