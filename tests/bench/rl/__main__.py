@@ -1,6 +1,6 @@
 """`make bench-rl`: rollouts beside transformers, what methods learn on tiny tasks, and steps beside TRL.
 
-It starts from the demo's models (`make demo` first) and takes some 45 minutes on two cores, of which countdown takes
+It starts from the demo's models (`make demo` first) and takes some 50 minutes on two cores, of which countdown takes
 half. `make bench-rl PART="sort dpo"` runs some parts; the JSON keeps what other parts found before.
 """
 
@@ -20,7 +20,7 @@ from tests.bench.rl import learning, peer, rollouts
 from tests.bench.training.__main__ import machine
 
 # Minutes that each part takes on two cores, for whoever waits.
-MINUTES = {"rollouts": 4, "sort": 6, "countdown": 20, "ppo": 3, "dpo": 1, "rm": 2, "lora": 4, "trl": 5}
+MINUTES = {"rollouts": 4, "sort": 6, "countdown": 25, "ppo": 3, "dpo": 1, "rm": 2, "lora": 4, "trl": 5}
 
 
 def main() -> None:
