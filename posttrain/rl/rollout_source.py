@@ -29,7 +29,7 @@ from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference import ReferencePolicy
-from posttrain.rl.rollout import PART, Rollout, sample
+from posttrain.rl.rollout import METRICS, PART, Rollout, sample
 from posttrain.rl.rollout_file import Recorded
 from posttrain.rl.rows import RolloutRow, rollout_rows
 from posttrain.rl.text_rows import TextRows
@@ -43,7 +43,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.messages import gather_rows
 
-DRAWN = ("equal_reward_groups", "drawn_groups")  # metrics of all that was drawn, also of what was replaced
+DRAWN = (*METRICS, "drawn_groups")  # metrics of all that was drawn, also of what was replaced
 ROLLOUTS = "rollouts"  # folder in run.dir of the rollouts that a resume may need
 
 
@@ -226,9 +226,13 @@ class RolloutSource(BatchSource):
         useful: Rollout | None = None
         rest: Rollout | None = None
         drawn = equal = 0
+        metrics: dict[str, tuple[float, float]] = {}
         while (missing := wanted - _groups(useful)) and drawn < budget:
             part = self._sampled_groups(min(missing, budget - drawn))
             is_equal = self.credit.equal_groups(part)
+            for name, (total, count) in part.metrics().items():
+                so_far = metrics.get(name, (0.0, 0.0))
+                metrics[name] = so_far[0] + total, so_far[1] + count
             drawn, equal = drawn + len(is_equal), equal + int(is_equal.sum())
             if self.settings.max_draws == 1:
                 useful = part
@@ -240,7 +244,7 @@ class RolloutSource(BatchSource):
         if missing := wanted - _groups(useful):
             assert rest is not None
             useful = useful.followed_by(rest.of_groups(range(missing)))
-        metrics = {"equal_reward_groups": (float(equal), float(drawn))}
+        metrics["equal_reward_groups"] = float(equal), float(drawn)
         if self.settings.max_draws > 1:
             metrics["drawn_groups"] = (float(drawn), 1.0)
         return useful, metrics
@@ -291,7 +295,7 @@ class RolloutSource(BatchSource):
         own = ("tokens", "labels", "mask", "lengths", "prompts", "scores", "stopped", "rollout_logprobs")
         parts = [name for name in rollout.arrays if name.startswith(PART)]
         rollout = Rollout({name: rollout.arrays[name] for name in (*own, *parts)}, rollout.group_size)
-        self._metrics = {name: recorded.metrics[name] for name in DRAWN if name in recorded.metrics}
+        self._metrics = {name: m for name, m in recorded.metrics.items() if name in DRAWN or name.startswith(PART)}
         return rollout
 
     def _record(self, number: int, writes: bool) -> None:

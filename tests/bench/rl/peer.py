@@ -30,7 +30,9 @@ def contest(runs: Runs) -> Iterator[dict[str, Any]]:
     """Steps a minute and the reward of both sides' steps."""
     python = _environment(runs.folder / "trl_environment")
     exported = _exported(runs)
-    ours = runs.train("peer_trivium", "grpo", "demo_grpo.toml", init__run=runs.fine_tuned, train__steps=STEPS)
+    ours = runs.train(
+        "peer_trivium", "grpo", "demo_grpo.toml", init__run=runs.fine_tuned, train__steps=STEPS, rl__max_draws=1
+    )
     seconds = [tokens / rate for tokens, rate in zip(_tokens(ours.run), ours.curve("tokens_per_s"), strict=True)]
     theirs = _trl(python, exported, runs.folder)
     minutes = {"Trivium": sum(seconds[WARM:]) / 60, "TRL": sum(theirs["seconds"][WARM:]) / 60}
