@@ -65,8 +65,8 @@ class RankBudget:
         It is not called after a step that changed no weight because its gradient was too large or not finite.
         """
         for (name, part), now in self._seen.items():
-            smoothed = (getattr(self._adapters[name], f"{part}_{state}") for state in STATE)
-            smooth(*smoothed, now, self._config.beta)
+            sensitivity, uncertainty = (getattr(self._adapters[name], f"{part}_{state}") for state in STATE)
+            smooth(sensitivity, uncertainty, now, self._config.beta)
         step, config = max(self._mesh.gather_json(zero.steps_done(self._zero))), self._config
         due = config.warmup_steps < step <= config.budget_steps
         if due and (step % config.prune_every == 0 or step == config.budget_steps):
