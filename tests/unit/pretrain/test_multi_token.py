@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.loader import validate
+from configs.loader import plain, validate
 from configs.model import ModelConfig
+from export.conversion.parameters import parameters
 from pretrain.batch_source import micro_batches
+from pretrain.checkpoint.whole_model import _without_modules
 from pretrain.flops import flops_per_token
 from pretrain.model import Decoder, init_weights
 from pretrain.model.batch import Batch
@@ -148,3 +150,15 @@ def test_parameters_and_operations_of_modules_are_counted() -> None:
     block = inside + 4 * 40 + 2 * 3 * 12 * 40
     further = flops_per_token(config, LENGTH) - flops_per_token(config.without_mtp(), LENGTH)
     assert further == 2 * (6 * (joint + block + VOCAB * 40) + 6 * 4 * 6 * LENGTH)
+
+
+def test_a_run_that_left_modules_out_reads_the_rest_of_its_base() -> None:
+    """Adapters and frozen weights are read on top of a base, which may have modules that the run does not have."""
+    config = model_of().model_config
+    shapes = {name: (1,) for name in parameters(config)}
+    for depth in (0, 1, 2):
+        head = config.head.model_copy(update={"mtp_depth": depth})
+        own = plain(config.model_copy(update={"head": head}))
+        found = _without_modules(shapes, {"config": {"model": own}})
+        assert found.keys() == parameters(validate(ModelConfig, own)).keys()
+    assert _without_modules(shapes, {}) == shapes
