@@ -48,7 +48,8 @@ def opened(
     if env.is_main:
         for key, facts in made_from(task).items():
             then = begun.get(key, {})
-            if facts.get("function") == then.get("function") and facts["sha256"] != then.get("sha256", facts["sha256"]):
+            same = "function" in facts and facts["function"] == then.get("function")
+            if same and facts["sha256"] != then["sha256"]:
                 print(f"note: {key}: the module of {facts['function']} has changed since the run began")
     row = min(config.train.seq_length, initial.lineage.context or config.train.seq_length)
     lines = check_task(task, initial.chat, row)

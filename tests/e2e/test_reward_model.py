@@ -162,10 +162,17 @@ def test_rewards_stay_those_of_the_checkpoint_that_a_run_began_with(ranks: Ranks
         command = "tests.parallel.workers.posttraining:command"
         return dict(*ranks(1).run(command, process_group=False, timeout=120, module=f"posttrain.{module}", argv=argv))
 
-    trained = [str(base / "rm.toml"), f"run.dir={judge}", "checkpoint.keep=1", "data.heldout_share=0.01"]
+    trained = [
+        str(base / "rm.toml"),
+        f"run.dir={judge}",
+        "checkpoint.keep=1",
+        "data.heldout_share=0.01",
+        "schedule.warmup_steps=0",
+    ]
     assert call("rm", *trained, "train.steps=2")["status"] == 0
     config = str(base / "grpo.toml")
-    assert call("grpo", config)["status"] == 0
+    begun = call("grpo", config)
+    assert begun["status"] == 0, begun["error"]
     assert call("rm", *trained, "train.steps=4")["status"] == 0
     assert storage.steps(judge) == [2, 4], "the first is needed, so it is not pruned"
     assert call("grpo", config, "train.steps=2")["status"] == 0
