@@ -19,6 +19,7 @@ TEMPORARY = ("ledger.json", "inputs.json", "config.toml", "stage.json", ".lock")
 CONFIG = """
 [run]
 dir = "{run}"
+workers = 1
 shard_bytes = 20000
 
 [sources.prose]

@@ -45,7 +45,7 @@ heldout_share = 0.2
 [task]
 digits = 3
 max_new_tokens = 6
-eval_prompts = 100
+eval_prompts = 8
 demonstrations = 1500
 [train]
 steps = 75
@@ -73,7 +73,7 @@ tokenizer = "{dir}/tokenizer"
 [task]
 digits = 3
 max_new_tokens = 6
-eval_prompts = 100
+eval_prompts = 8
 [grpo]
 group_size = 8
 [train]
@@ -145,7 +145,7 @@ def held_out(run_dir: Path) -> dict[str, dict[str, float]]:
 @pytest.fixture(scope="module")
 def tuned(ranks: RanksOf, base: Path) -> Path:
     """Folder `base` after SFT on one rank."""
-    call(ranks(1), "sft", base)
+    call(ranks(1), "sft", base, "task.eval_prompts=100")
     return base
 
 
@@ -159,7 +159,10 @@ def test_sft_learns_answers_and_not_questions(tuned: Path) -> None:
     assert (tuned / "sft" / "chat_template.jinja").read_text() == jinja_template()
 
 
-@pytest.mark.parametrize("parallel", ["tp=1", "tp=2", "pp=2", "cp=2", "zero=3"])
+@pytest.mark.parametrize(
+    "parallel",
+    ["tp=1", "pp=2", *(pytest.param(parallel, marks=pytest.mark.full) for parallel in ("tp=2", "cp=2", "zero=3"))],
+)
 def test_sft_is_the_same_in_any_layout(ranks: RanksOf, tuned: Path, tmp_path: Path, parallel: str) -> None:
     call(ranks(2), "sft", tuned, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=3")
     expected = [line["loss"] for line in metrics(tuned / "sft")[:3]]
@@ -170,7 +173,7 @@ def test_sft_is_the_same_in_any_layout(ranks: RanksOf, tuned: Path, tmp_path: Pa
 @pytest.fixture(scope="module")
 def rewarded(ranks: RanksOf, tuned: Path) -> Path:
     """Folder `base` after GRPO on one rank."""
-    call(ranks(1), "grpo", tuned)
+    call(ranks(1), "grpo", tuned, "task.eval_prompts=100")
     return tuned
 
 
