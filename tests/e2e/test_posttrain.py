@@ -340,8 +340,7 @@ def test_text_of_pretraining_is_learnt_in_the_same_steps(ranks: RanksOf, tuned: 
         build(tuned / "prose.jsonl.zst", store, Tokenizer.load(tuned / "tokenizer"))
     plan = PlanConfig(seq_length=24, samples=40, seed=1, weights={"prose": 1.0}, max_epochs=9)
     build_plan(tuned / "tokens", tuned / "tokenizer", tuned / "plan", plan)
-    text = (f"ppo.text_plan={tuned}/plan", "ppo.text_rows=64")
-    runs = {}
+    runs, text = {}, (f"ppo.text_plan={tuned}/plan", "ppo.text_rows=64")
     for name, world, coef, steps in (("one", 1, 1.0, 2), ("two", 2, 1.0, 2), ("text", 2, 100.0, 6)):
         own = (f"run.dir={tuned}/ptx_{name}", f"ppo.text_coef={coef}", f"train.steps={steps}")
         call(ranks(world), "ppo", tuned, *own, *text)
