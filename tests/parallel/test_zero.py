@@ -58,7 +58,9 @@ def test_ranks_do_not_load_the_compiler(ranks: RanksOf, rank_pool: RankPool, sta
         assert "torch._inductor.compile_fx" not in loaded, loaded
 
 
-@pytest.mark.parametrize("parallel", [{"zero": 3}, {"tp": 2, "sp": True, "zero": 3}])
+@pytest.mark.parametrize(
+    "parallel", [{"zero": 3}, pytest.param({"tp": 2, "sp": True, "zero": 3}, marks=pytest.mark.full)]
+)
 def test_no_gathered_weight_is_kept_from_forward_to_backward(ranks: RanksOf, parallel: dict[str, Any]) -> None:
     for result in ranks(2 * parallel.get("tp", 1)).run(
         "tests.parallel.workers.sharing:kept_for_backward",

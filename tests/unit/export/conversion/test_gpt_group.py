@@ -76,9 +76,9 @@ def test_in_and_out_and_greedy_tokens(tmp_path, case):
     assert source.architecture == type(model).__name__
     decoder = build_single(source.model, source.read())
     prompts = [TOKENS[0, :7].tolist(), TOKENS[1, :2].tolist()]
-    ours = generate(decoder, prompts, 20, GREEDY)
+    ours = generate(decoder, prompts, 12, GREEDY)
     for prompt, completion in zip(prompts, ours, strict=True):
-        assert list(completion.tokens) == greedy(model, prompt, 20)
+        assert list(completion.tokens) == greedy(model, prompt, 12)
 
 
 @pytest.mark.parametrize("case", MODELS)
