@@ -37,7 +37,7 @@ PART_MODELS: dict[str, dict[str, Any]] = {
     # Gemma 2 and 3: caps, windows in most layers, other wavelengths in the rest, norms on both sides.
     "capped": {
         **SIZES,
-        "num_layers": 3,
+        "num_layers": 4,
         "vocab_size": 61,
         "head_dim": 6,
         "num_kv_heads": 1,
@@ -87,7 +87,7 @@ PART_MODELS: dict[str, dict[str, Any]] = {
     # Llama 4: chunks, layers without positions whose queries grow, one expert a token, in every other layer.
     "chunked": {
         **SIZES,
-        "num_layers": 3,
+        "num_layers": 4,
         "vocab_size": 64,
         "num_kv_heads": 4,
         "head_dim": 6,

@@ -52,7 +52,7 @@ MORE = [
     *(("moe_tied", layout, {"adapter": PREFIX}) for layout in ("tp2sp_ep2", "pp2")),
     *(("two_kv_heads", layout, {"adapter": PREFIX, "recompute": "selective"}) for layout in ("tp4", "tp4sp")),
     *(("two_kv_heads", layout, {"adapter": P_TUNING_V2}) for layout in ("tp4", "pp2")),
-    *(("dense_tied", layout, {"freeze": ["embedding*", "layers.[01].*"]}) for layout in ("pp2", "tp2", "pp4")),
+    *(("dense_tied", layout, {"freeze": ["embedding*", "layers.0.*"]}) for layout in ("pp2", "tp2", "pp4")),
 ]
 
 
