@@ -144,8 +144,8 @@ def held_out(run_dir: Path) -> dict[str, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def tuned(ranks: RanksOf, base: Path) -> Path:
-    """Folder `base` after SFT on one rank."""
-    call(ranks(1), "sft", base, "task.eval_prompts=100")
+    """Folder `base` after SFT on two ranks."""
+    call(ranks(2), "sft", base, "task.eval_prompts=100")
     return base
 
 
@@ -160,11 +160,11 @@ def test_sft_learns_answers_and_not_questions(tuned: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    ["tp=1", "pp=2", *(pytest.param(parallel, marks=pytest.mark.full) for parallel in ("tp=2", "cp=2", "zero=3"))],
+    ("world", "parallel"),
+    [(1, "tp=1"), (2, "pp=2"), *(pytest.param(2, p, marks=pytest.mark.full) for p in ("tp=2", "cp=2", "zero=3"))],
 )
-def test_sft_is_the_same_in_any_layout(ranks: RanksOf, tuned: Path, tmp_path: Path, parallel: str) -> None:
-    call(ranks(2), "sft", tuned, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=3")
+def test_sft_is_the_same_in_any_layout(ranks: RanksOf, tuned: Path, tmp_path: Path, world: int, parallel: str) -> None:
+    call(ranks(world), "sft", tuned, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=3")
     expected = [line["loss"] for line in metrics(tuned / "sft")[:3]]
     losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -172,8 +172,8 @@ def test_sft_is_the_same_in_any_layout(ranks: RanksOf, tuned: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def rewarded(ranks: RanksOf, tuned: Path) -> Path:
-    """Folder `base` after GRPO on one rank."""
-    call(ranks(1), "grpo", tuned, "task.eval_prompts=100")
+    """Folder `base` after GRPO on two ranks."""
+    call(ranks(2), "grpo", tuned, "task.eval_prompts=100")
     return tuned
 
 
@@ -186,9 +186,11 @@ def test_grpo_raises_held_out_accuracy(rewarded: Path) -> None:
     assert all(0 <= line["equal_reward_groups"] < 1 and line["unscorable"] == 0 for line in steps)
 
 
-@pytest.mark.parametrize("parallel", ["tp=1", "tp=2", "pp=2", "cp=2", "zero=3"])
-def test_grpo_is_the_same_in_any_layout(ranks: RanksOf, rewarded: Path, tmp_path: Path, parallel: str) -> None:
-    call(ranks(2), "grpo", rewarded, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=3")
+@pytest.mark.parametrize(("world", "parallel"), [(1, "tp=1"), (2, "tp=2"), (2, "pp=2"), (2, "cp=2"), (2, "zero=3")])
+def test_grpo_is_the_same_in_any_layout(
+    ranks: RanksOf, rewarded: Path, tmp_path: Path, world: int, parallel: str
+) -> None:
+    call(ranks(world), "grpo", rewarded, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=3")
     ours, expected = ([line for line in metrics(run) if "loss" in line] for run in (tmp_path, rewarded / "grpo"))
     for line, other in zip(ours, expected[:3], strict=True):
         assert line["reward"] == other["reward"] and line["completion_tokens"] == other["completion_tokens"]
