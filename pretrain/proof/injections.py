@@ -200,14 +200,14 @@ def clip_factor_for_each_group() -> AbstractContextManager[Any]:
     """Each group of parameters is clipped by its own norm, not by the norm of all (Automodel issue 3816)."""
     right = DistributedOptimizer.step
 
-    def planted(self: DistributedOptimizer, lr: float) -> torch.Tensor:
+    def planted(self: DistributedOptimizer, lr: float, *rest: float) -> torch.Tensor:
         norm = self._norm()
         for bucket in self.buckets:
             own = bucket.own_gradients.square().sum()
             dist.all_reduce(own, group=bucket.group)
             bucket.own_gradients.mul_(norm / own.sqrt())
         with mock.patch.object(self, "_norm", lambda: norm):
-            return right(self, lr)
+            return right(self, lr, *rest)
 
     return mock.patch.object(DistributedOptimizer, "step", planted)
 
