@@ -1,6 +1,5 @@
 """Tests executors with a pipeline of one step: failures, lost workers, refusals. Whole runs are in tests/e2e."""
 
-import json
 import os
 import re
 import signal
