@@ -16,7 +16,7 @@ from configs.train import PretrainConfig, TrainerConfig
 from launch.bootstrap import TRAINING
 from pretrain.doctor.after_run import after_run
 from pretrain.doctor.before_run import disk, dry_run, trial
-from pretrain.doctor.findings import Finding, Level, worst
+from pretrain.doctor.findings import Finding, Severity, worst
 from pretrain.doctor.machine import machine
 
 COMMANDS = tuple(name for name in TRAINING if name != "sample")  # which trains nothing
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for finding in _findings(args):
         print(finding, flush=True)
         found.append(finding)
-    return FAILED if worst(found) is Level.FAILURE else 0
+    return FAILED if worst(found) is Severity.FAILURE else 0
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     command, words = words[0], words[1:]
     first = dry_run(command, words, args.ranks)
     yield first
-    if first.level is Level.FAILURE:
+    if first.level is Severity.FAILURE:
         return
     config = _config(command, words)
     parameters = config.model.num_parameters() if isinstance(config, PretrainConfig) else None

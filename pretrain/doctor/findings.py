@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Level(StrEnum):
+class Severity(StrEnum):
     """Weight of a finding; a failure would end the run."""
 
     OK = "ok"
@@ -15,9 +15,9 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at and found, and, unless all is well, what to do."""
+    """One thing that was looked at, what was found, and, unless all is well, what to do."""
 
-    level: Level
+    level: Severity
     found: str
     remedy: str = ""
 
@@ -27,20 +27,20 @@ class Finding:
 
 def ok(found: str) -> Finding:
     """Returns a finding that asks for nothing."""
-    return Finding(Level.OK, found)
+    return Finding(Severity.OK, found)
 
 
 def warning(found: str, remedy: str) -> Finding:
     """Returns a finding that costs time or may end the run later."""
-    return Finding(Level.WARNING, found, remedy)
+    return Finding(Severity.WARNING, found, remedy)
 
 
 def failure(found: str, remedy: str) -> Finding:
     """Returns a finding that would end the run."""
-    return Finding(Level.FAILURE, found, remedy)
+    return Finding(Severity.FAILURE, found, remedy)
 
 
-def worst(findings: Iterable[Finding]) -> Level:
+def worst(findings: Iterable[Finding]) -> Severity:
     """Returns the gravest level of the findings, `ok` for none."""
-    levels = list(Level)
-    return max((finding.level for finding in findings), key=levels.index, default=Level.OK)
+    levels = list(Severity)
+    return max((finding.level for finding in findings), key=levels.index, default=Severity.OK)

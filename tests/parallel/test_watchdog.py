@@ -11,7 +11,7 @@ import pytest
 from configs.signals import HUNG
 from pretrain import goodput
 from pretrain.doctor.after_run import after_run
-from pretrain.doctor.findings import Level
+from pretrain.doctor.findings import Severity
 from tests.parallel.forks import Forks
 from tests.parallel.kills import World
 from tests.parallel.matrix import MODELS
@@ -60,7 +60,7 @@ def test_the_rank_that_holds_up_the_others_is_named(forks: Forks, tmp_path: Path
     told = json.loads((place / "verdict.json").read_text())
     assert told["text"] in said and told["step"] == 5
     end = list(after_run(tmp_path / "run"))[-1]
-    assert end.level is Level.FAILURE and end.found.startswith("it hung in step 5: no progress for ")
+    assert end.level is Severity.FAILURE and end.found.startswith("it hung in step 5: no progress for ")
     # What is left is a run that goes on.
     again = _world(forks, tmp_path, "none", model, parallel, at=4)
     assert again.wait(60) is False and again.statuses == [0, 0]

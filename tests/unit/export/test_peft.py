@@ -294,7 +294,7 @@ def base(tmp_path_factory, tokenizer_path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory) -> Path:
-    """What `trivium import` makes of an adapter on that model: a run with one checkpoint."""
+    """Run with one checkpoint that `trivium import` makes of an adapter on that model."""
     folder = tmp_path_factory.mktemp("adapter")
     source = open_source(base)
     with source.weights() as weights:

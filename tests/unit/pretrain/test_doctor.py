@@ -13,7 +13,7 @@ from launch.processes import cores
 from pretrain.doctor import doctor
 from pretrain.doctor.after_run import after_run
 from pretrain.doctor.before_run import checkpoints_kept, disk
-from pretrain.doctor.findings import Level, failure, ok, warning, worst
+from pretrain.doctor.findings import Severity, failure, ok, warning, worst
 from pretrain.doctor.machine import machine
 
 DEMO = "configs/pretrain/demo.toml"
@@ -28,7 +28,7 @@ def _config(folder: Path, steps: int = 100, **checkpoint: int) -> TrainerConfig:
 def test_a_finding_is_one_line_and_the_gravest_counts() -> None:
     assert str(ok("all is well")) == "ok       all is well"
     assert str(failure("the disk is full", "make room")) == "failure  the disk is full; make room"
-    assert worst([ok("a"), failure("b", ""), warning("c", "")]) is Level.FAILURE and worst([]) is Level.OK
+    assert worst([ok("a"), failure("b", ""), warning("c", "")]) is Severity.FAILURE and worst([]) is Severity.OK
 
 
 def test_more_ranks_than_cores_are_told() -> None:
@@ -47,20 +47,22 @@ def test_checkpoints_on_disk_are_counted(tmp_path: Path, checkpoint: dict[str, i
 
 def test_a_disk_without_room_for_the_checkpoints_is_a_failure(tmp_path: Path) -> None:
     (found,) = disk(_config(tmp_path / "run" / "here", every=10), parameters=1000)
-    assert found.level is Level.OK and "3 checkpoints of 0.00 GB" in found.found
+    assert found.level is Severity.OK and "3 checkpoints of 0.00 GB" in found.found
     assert not (tmp_path / "run").exists() and not list(tmp_path.iterdir()), "looking leaves nothing behind"
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     (found,) = disk(_config(tmp_path, every=10, keep=4), parameters=free // 12 // 3 + 1000)
-    assert found.level is not Level.OK and "set checkpoint.keep=1" in found.remedy
+    assert found.level is not Severity.OK and "set checkpoint.keep=1" in found.remedy
     (found,) = disk(_config(tmp_path, every=10), parameters=10**15)
-    assert found.level is Level.FAILURE and found.remedy.startswith("not even two fit")
+    assert found.level is Severity.FAILURE and found.remedy.startswith("not even two fit")
 
 
 def test_a_run_dir_that_cannot_be_used_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (found,) = disk(_config(tmp_path / "file"), None)
     assert (
-        found.level is Level.FAILURE and found.found.endswith("is a file") and found.remedy.startswith("name a folder")
+        found.level is Severity.FAILURE
+        and found.found.endswith("is a file")
+        and found.remedy.startswith("name a folder")
     )
 
 
