@@ -178,7 +178,7 @@ def test_a_run_goes_on_without_the_folder_that_it_began_from(base: Path, start: 
     assert start("stopped", 1, steps=1, hf=str(tmp_path / "hub"))["losses"][1] == straight[1]
     (tmp_path / "hub").rename(tmp_path / "moved")
     moved = start("stopped", 1, "--dry-run", hf=str(tmp_path / "moved"))
-    assert f"from {tmp_path / 'hub'}" in moved["said"] and "note" not in moved["said"]
+    assert f"from {tmp_path / 'moved'}" in moved["said"] and "note" not in moved["said"]
     gone = start("stopped", 1, hf=str(tmp_path / "hub"))
     assert "hub' is gone" in gone["said"] and gone["losses"] == straight
     file = tmp_path / "moved/model.safetensors"

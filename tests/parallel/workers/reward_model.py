@@ -15,6 +15,7 @@ from posttrain.preference.packing import Segment, pack
 from posttrain.reward_model.losses import MARGIN, PreferenceLoss
 from pretrain.batch_source import micro_batches
 from pretrain.checkpoint import state, storage
+from pretrain.checkpoint.whole_model import open_model
 from pretrain.parallel import groups, zero
 from tests.parallel.matrix import MODELS
 from tests.parallel.workers.layouts import make_engine
@@ -37,8 +38,8 @@ def with_value_head(model: dict[str, Any], parallel: dict[str, Any], folder: str
         return {"weights": _digests(engine)}
     engine = make_engine(plain(validate(ModelConfig, model).with_values()), parallel)
     drawn = _digests(engine).get("value_head.weight")
-    with storage.Reader(checkpoint) as reader:
-        new = state.begin_from(engine, reader)
+    with open_model(checkpoint) as tensors:
+        new = state.begin_from(engine, tensors)
     return {"new": new, "drawn": drawn, "weights": _digests(engine)}
 
 
