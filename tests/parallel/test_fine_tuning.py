@@ -93,7 +93,7 @@ def test_text_has_its_share_at_any_layout_and_after_an_interruption(ranks: Ranks
     ledgers = [storage.read_manifest(storage.directory(base / name, 4))["ledger"] for name in ("one", "two")]
     assert ledgers[0] == ledgers[1]
     text = ledgers[0]["text prose"] + ledgers[0]["text code"]
-    assert 0.9 * 16 * ROW < text <= 16 * ROW  # half of 32 rows, and nearly all of their tokens
+    assert 0.7 * 16 * ROW < text <= 16 * ROW  # half of 32 rows, and most of their tokens
     assert 0 < ledgers[0]["dialogues"] < 16 * ROW
     heldout = metrics(base / "one")[-1]["eval"]
     assert {"dialogues", "text prose", "text code"} <= set(heldout)
