@@ -40,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"parallel.zero = {config.parallel.zero}: policy and critic are two models in one process, which train at "
             "ZeRO stage 1; set parallel.zero=1"
         )
-    if config.adapter:
-        raise ConfigError("[adapter] trains in SFT and GRPO, not in PPO, whose critic has none; leave [adapter] out")
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.pretraining_text import PretrainingText
     from posttrain.rl.critic import Critic, critic_start

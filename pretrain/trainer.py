@@ -26,7 +26,7 @@ from pretrain.batch_source import BatchSource, check_samples, micro_batches, sha
 from pretrain.checkpoint import resume as checkpoint_resume
 from pretrain.checkpoint import state as checkpoint_state
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.base import base_facts
+from pretrain.checkpoint.base import base_facts, keep_bases
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
 from pretrain.companion import Companion
@@ -111,7 +111,7 @@ class Trainer:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.dir, "compiled").absolute()))
         sources, adapter = max(1, len(source.sources)), config.adapter
         self.engine = Engine(model_config, train, config.optimizer, mesh, config.run.seed, dtype, sources, adapter)
-        self.engine.saves_frozen = self.lineage.init is None
+        self.engine.base = base_facts(self.config, self.lineage.init)
         self.companion = companion(self) if companion else None
         self._beside = {self.companion.name: self.companion.engine} if self.companion else {}
         self._mfu_per_rate = mfu_per_rate(model_config, train.seq_length, mesh, dtype, config.log.measure_peak)
@@ -139,6 +139,7 @@ class Trainer:
             log = progress = None
             if self.mesh.is_main:
                 self.run.write_facts(self.identity)
+                keep_bases(self.run.path, [each.base for each in (self.engine, *self._beside.values())], self._print)
                 log = MetricsLog(self.run.path, self.step, self.config.log.tensorboard)
                 progress = ProgressLine(self.title, self.step, self.config.train.steps)
                 stack.callback(log.close)
@@ -294,7 +295,6 @@ class Trainer:
             "identity": self.identity,
             "context": self.context,
             **self.lineage.facts,
-            **({"base": base} if (base := base_facts(self.config, self.lineage.init)) else {}),
             # Dropout is keyed by seed and sample number, so the seed and `samples` are the whole RNG state.
             "rng": {"seed": self.config.run.seed},
             "layout": str(self.mesh.layout),

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,8 @@ class PreferenceSource(PackedSource):
             known = self._found if known is None else known
             self._check(known)
         elif not all(engine.mesh.gather_json(known is not None)):
-            known = reference.compute(engine, rows)
+            with engine.without_adapters() if engine.adapters_are_new else nullcontext():
+                known = reference.compute(engine, rows)
             if engine.mesh.is_main:
                 reference.save(self.file, known)
             engine.mesh.gather_json(None)  # no rank goes on before the file is there

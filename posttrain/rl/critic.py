@@ -24,6 +24,7 @@ from posttrain.rl.rollout import Rollout
 from posttrain.rl.rows import rollout_rows
 from posttrain.rl.token_values import token_values
 from pretrain.checkpoint import state, storage
+from pretrain.checkpoint.base import base_facts
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.resume import model_changes
 from pretrain.initial_model import InitialModel, initial_weights
@@ -105,7 +106,7 @@ class Critic:
         self._max_length, self._loss = max_length, ValueLoss(section.value_clip)
 
     def beside(self, trainer: Trainer) -> "Critic":
-        """Builds the engine, beside that of the policy."""
+        """Builds the engine, beside that of the policy, with adapters of its own if that has some."""
         config, mesh = trainer.config, trainer.mesh
         dtype = choose_dtype(config.train.precision, mesh.device)
         self._config = config
@@ -117,7 +118,9 @@ class Critic:
             config.run.seed,
             dtype,
             max(1, len(trainer.source.sources)),
+            config.adapter,
         )
+        self.engine.base = base_facts(config, self._pin)
         return self
 
     def begin(self) -> None:

@@ -62,12 +62,7 @@ def opened(
     given = (*initial.given, GROUP_SIZE) if initial.continues else initial.given
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)
     check_way(config.rl.sampler, layout)
-    if config.rl.kl != "none" and config.adapter:
-        raise ConfigError(
-            f"rl.kl = {config.rl.kl!r} needs the model without its adapters as reference, which [adapter] does not "
-            "give yet; set rl.kl=none, or leave [adapter] out"
-        )
-    if config.rl.kl != "none":
+    if config.rl.kl != "none" and not (config.adapter and config.adapter.merges):
         check_reference(initial.pin)
     if section.dialect == "gspo" and config.parallel.cp > 1:
         raise ConfigError(

@@ -5,8 +5,8 @@ that are merged into a copy), the decoder uses the same memory, and nothing is c
 
 whole:  every rank gathers a whole copy, one tensor at a time, and samples its own share of the completions. The model
         must fit on one device beside its training state.
-split:  ranks of tensor and expert parallel keep their slices, whose memory the decoder uses, and sample the same
-        completions together; nothing is gathered. There is no pipeline or context parallel in it.
+split:  ranks of tensor and expert parallel keep their slices, whose memory the decoder uses, adapters too, and sample
+        the same completions together; nothing is gathered. There is no pipeline or context parallel in it.
 """
 
 from collections.abc import Iterator
@@ -85,15 +85,13 @@ class PolicyCopy:
         self._mesh, layout = engine.mesh, engine.mesh.layout
         zero.wait_for_weights(engine.zero)
         if self.way == "split":
-            if engine.adapter is not None and engine.adapter.merges:
+            if engine.adapter is not None and engine.adapter.base != "full":
                 raise ConfigError(
-                    "rl.sampler = 'split' samples with the slices that are trained, into which [adapter] is not "
-                    "merged; set rl.sampler=whole"
+                    f"rl.sampler = 'split' samples with the slices that are trained, and those of adapter.base = "
+                    f"{engine.adapter.base!r} are in 4 bits; set rl.sampler=whole"
                 )
             if not isinstance(self._decoder, SplitDecoder):
-                self._decoder = SplitDecoder(
-                    engine.model_config, None, self.mesh, _dtype(engine), engine.separate_adapter
-                )
+                self._decoder = SplitDecoder(engine.model_config, None, self.mesh, _dtype(engine), engine.adapter)
             _use_memory(self._decoder.decoder, engine)
             return
         if not isinstance(self._decoder, Decoder):

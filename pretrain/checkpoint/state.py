@@ -55,9 +55,10 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
 
 
 def manifest_facts(engine: Engine) -> dict[str, Any]:
-    """Returns the engine's state that goes into the manifest: Adam's step count and expert balance. Collective."""
+    """Returns what a manifest says of the engine: Adam's step count, expert balance, and its base. Collective."""
     steps = max(engine.mesh.gather_json(zero.steps_done(engine.zero)))  # a rank may have nothing to train
-    return {"optimizer_steps": steps, "balance": expert_balance.state(engine.module, engine.mesh)}
+    facts = {"optimizer_steps": steps, "balance": expert_balance.state(engine.module, engine.mesh)}
+    return facts | ({"base": engine.base} if engine.base else {})
 
 
 def restore(engine: Engine, path: str | Path) -> None:
@@ -95,6 +96,7 @@ def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
             f"{tensors.path} has adapters of kind {tensors.adapter.kind!r}, which cannot be merged into its weights; "
             f"set {written} to train them further, or begin from the model that they were trained on"
         )
+    engine.adapters_are_new = tensors.adapter is None
     config, own = engine.model_config, [name for name, _ in engine.module.named_global_parameters()]
     head = [] if config.has_logits else [value_head.NAME]
     modules = [f"layers.{layer.index}" for layer in config.mtp_layers]
@@ -240,7 +242,7 @@ def _frozen(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.
     for name, parameter in engine.module.named_global_parameters():
         is_copy = getattr(parameter, "ds_pipe_replicated", False) or not mesh.is_first_copy(parameter)
         shape = mesh.slices.shape(parameter)
-        if not (engine.saves_frozen or is_state(name)):
+        if engine.base and not is_state(name):
             continue
         if parameter.requires_grad or is_copy or not mesh.is_first_holder(parameter) or not math.prod(shape):
             continue

@@ -10,6 +10,7 @@ for it the loss is multiplied by the number of averaged ranks first; its offload
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from configs.model import ModelConfig
 from configs.train import OptimizerConfig, TrainSection
 from pretrain.megatron import ModelType, get_forward_backward_func, schedule_config
 from pretrain.model import Decoder, LayerContext, init_weights
-from pretrain.model.adapters import add_adapters
+from pretrain.model.adapters import adapters_off, add_adapters
 from pretrain.model.batch import Batch
 from pretrain.model.context import ForwardContext
 from pretrain.model.head_loss import head_loss
@@ -66,7 +67,9 @@ class Engine:
         self._mtp_depth = model_config.head.mtp_depth
         self.num_sources = num_sources
         self.micro_batches = 0  # forward passes that the step has begun on this rank, of all of its chunks
-        self.saves_frozen = True  # False where another checkpoint, the run's base, has the weights that are frozen
+        # What names the base in checkpoints, where they leave frozen weights out: another one that has them.
+        self.base: dict[str, Any] | None = None
+        self.adapters_are_new = True  # False where the model that the run began from had them itself
         layout = mesh.layout
         context = LayerContext(
             dtype=dtype,
@@ -122,6 +125,10 @@ class Engine:
     def separate_adapter(self) -> AdapterConfig | None:
         """The config of the adapters if they cannot be merged into the weights."""
         return None if self.adapter is None or self.adapter.merges else self.adapter
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Returns a context in which the engine evaluates the base of its adapters, with the same weights in place."""
+        return adapters_off(self.module.chunks)
 
     def train_step(
         self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float, largest_norm: float | None = None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from configs.loader import ConfigError
+from pretrain.model import value_head
 from pretrain.model.adapters import is_adapter
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
@@ -11,6 +12,8 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 
 def freeze(stage: PipelineStage, patterns: Sequence[str], mesh: Mesh, has_adapters: bool) -> None:
     """Freezes the weights whose global names match one of `patterns`; with adapters all others that are not theirs too.
+
+    A scalar head is trained beside adapters: it has no pretrained values.
 
     The model may have adapters on other stages than this one. In a pattern * stands for any text. Raises ConfigError,
     on all ranks, if a pattern matches no weight of the model or nothing is left to train; collective if there are
@@ -22,7 +25,8 @@ def freeze(stage: PipelineStage, patterns: Sequence[str], mesh: Mesh, has_adapte
     if patterns:
         _check({name: None for own in mesh.gather_json([name for name, _ in named]) for name in own}, patterns)
     for name, parameter in named:
-        if (has_adapters and not is_adapter(name)) or any(fnmatchcase(name, pattern) for pattern in patterns):
+        is_base = has_adapters and not is_adapter(name) and name != value_head.NAME
+        if is_base or any(fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
     for chunk in stage.chunks:
         chunk.is_partly_frozen = True

@@ -29,7 +29,7 @@ class SplitDecoder(nn.Module):
     ):
         """Builds this rank's part from whole tensors by global name; None leaves the caller to fill its parameters.
 
-        `adapter` describes adapters that are not merged. Raises ValueError if the tensors do not fit the model.
+        With an `adapter` it has the adapters' parameters, too. Raises ValueError if the tensors do not fit the model.
         """
         super().__init__()
         layout = mesh.layout

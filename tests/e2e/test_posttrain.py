@@ -19,6 +19,7 @@ from data_pipeline.tokens.training import train as train_tokenizer
 from posttrain.chat.chat_format import jinja_template
 from posttrain.rl import rollout_file
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.whole_model import ModelReader
 from tests.parallel.harness import RankError, Ranks, RanksOf
 from tests.parallel.runs import metrics
 from tests.shards import write_shard
@@ -363,6 +364,46 @@ def test_ppo_is_the_same_in_any_layout(
     for line, other in zip(steps_of(tmp_path), steps_of(criticized), strict=False):
         for name in ("loss", "grad_norm", "value_loss", "value_grad_norm"):
             assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("grpo", ["rl.kl=loss", "rl.sampler=split", "adapter.rank=4"]),
+        ("grpo", ["rl.kl=reward", "adapter.kind=p_tuning_v2", "adapter.virtual_tokens=4"]),
+        ("ppo", ["adapter.kind=dora", "adapter.rank=4"]),
+    ],
+)
+def test_adapters_are_rewarded_and_measured_against_their_base(
+    ranks: RanksOf, tuned: Path, tmp_path: Path, command: str, options: list[str]
+) -> None:
+    """Two ranks of tp compute what one does; a run that goes on is the run that was never stopped."""
+    config = GRPO.format(dir=tuned)
+    config = config if command == "grpo" else config.replace("[grpo]\ngroup_size = 8", "")
+    (tmp_path / f"{command}.toml").write_text(config)
+    own = ["optimizer.lr=5e-3", "rl.epochs=2", "rl.kl_coef=0.1", *options]
+    layouts = {"one": (1, ["rl.sampler=whole"]), "two": (2, ["parallel.tp=2"])}
+    for name, (world, layout) in layouts.items():
+        more = ["train.steps=3", *(one for one in own if world > 1 or "sampler" not in one), *layout]
+        call(ranks(world), command, tmp_path, f"run.dir={tmp_path / name}", *more)
+    one, two = (steps_of(tmp_path / name) for name in layouts)
+    for line, other in zip(one, two, strict=True):
+        for key in ("loss", "grad_norm", *(["value_loss"] if command == "ppo" else [])):
+            assert line[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
+    assert all(line["logprob_difference"] < 1e-5 for line in two)
+    starts_as_base = "p_tuning_v2" not in " ".join(options)
+    assert (abs(two[0]["kl_to_reference"]) < 1e-5) == starts_as_base and abs(two[2]["kl_to_reference"]) > 1e-5
+    call(ranks(2), command, tmp_path, f"run.dir={tmp_path / 'two'}", "train.steps=4", *own, "parallel.tp=2")
+    call(ranks(2), command, tmp_path, f"run.dir={tmp_path / 'straight'}", "train.steps=4", *own, "parallel.tp=2")
+    assert steps_of(tmp_path / "two") == steps_of(tmp_path / "straight")
+    final = storage.directory(tmp_path / "two", 4)
+    names = set(storage.read_manifest(final)["parameters"])
+    assert names and all(".adapter." in name for name in names)
+    if command == "ppo":
+        assert set(storage.read_manifest(final / "critic")["parameters"]) == names | {"value_head.weight"}
+        with ModelReader(final / "critic") as critic:
+            assert critic.read("value_head.weight").shape == (1, 64) and "lm_head.weight" not in critic.shapes
 
 
 @pytest.mark.parametrize(

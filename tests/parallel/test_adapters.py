@@ -1,5 +1,6 @@
 """Adapters and frozen weights in every kind of layout against one rank: losses, gradients, norm, and weights after."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_adapters_train_alike_in_every_layout(
 
 
 def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, tmp_path: Path) -> None:
-    """Two ranks tune a model, and one that stops goes on bit by bit; a moved, changed or lost base is found out."""
+    """Two ranks tune a model, and one that stops goes on bit by bit; the run reads its base also after that is gone."""
     base, straight, broken = (tmp_path / name for name in ("base", "straight", "broken"))
     assert train(ranks(1), base, "moe_tied", {}, steps=2) == [{"status": 0}]
     begun = storage.directory(base, 2)
@@ -123,17 +124,23 @@ def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, 
         frozen = "embedding.weight", "final_norm.weight", "layers.1.moe.router.weight"
         assert all(torch.equal(whole.read(name), first.read(name)) for name in frozen)
         assert not torch.equal(whole.read("layers.1.moe.experts.up_proj"), first.read("layers.1.moe.experts.up_proj"))
+        first_embedding = first.read(frozen[0])
 
     answers = train(ranks(2), broken, "moe_tied", {"tp": 2}, steps=8, **{**options, "adapter": {**LORA, "rank": 5}})
     assert "adapter.rank 4 -> 5" in answers[0]["error"]
     moved = tmp_path / "moved"
     moved.mkdir()
-    base.rename(moved / "base")
+    base.rename(moved / "base")  # for the run the same as if it were deleted or pruned
+    straight = straight.rename(moved / "elsewhere")
+    own = storage.directory(straight, 6)
+    with ModelReader(own) as whole:
+        assert torch.equal(whole.read(frozen[0]), first_embedding), "the run keeps its base's files"
+    shutil.rmtree(straight / "base")
     with pytest.raises(storage.CheckpointError, match=r"trained on top of .*step_2, which is gone; put the model back"):
         ModelReader(own)
-    straight.rename(moved / "straight")
-    with ModelReader(storage.directory(moved / "straight", 6)) as whole:
-        assert len(whole.read("embedding.weight")) == MODELS["moe_tied"]["vocab_size"]
+    (moved / "base").rename(base)
+    with ModelReader(own) as whole:
+        assert torch.equal(whole.read(frozen[0]), first_embedding), "the remedy works"
 
 
 def test_adalora_shares_a_budget_and_goes_on_bit_by_bit(ranks: RanksOf, tmp_path: Path) -> None:
@@ -232,18 +239,42 @@ def test_adapters_that_cannot_be_merged_are_kept_beside_the_weights(
 
 
 @pytest.mark.parametrize(
-    ("parallel", "adapter"),
+    ("parallel", "adapter", "way"),
     [
-        ({}, LORA),
-        ({"tp": 2}, LORA),
-        *(pytest.param({"tp": 2}, adapter, marks=pytest.mark.full) for adapter in (PREFIX, {**QLORA, **IN_ATTENTION})),
+        ({}, LORA, "whole"),
+        ({"tp": 2}, LORA, "whole"),
+        ({"tp": 2}, LORA, "split"),
+        pytest.param({"tp": 2}, PREFIX, "split", marks=pytest.mark.full),
+        *(
+            pytest.param({"tp": 2}, adapter, "whole", marks=pytest.mark.full)
+            for adapter in (PREFIX, {**QLORA, **IN_ATTENTION})
+        ),
     ],
 )
 def test_completions_are_sampled_with_adapters(
-    ranks: RanksOf, parallel: dict[str, int], adapter: dict[str, Any]
+    ranks: RanksOf, parallel: dict[str, int], adapter: dict[str, Any], way: str
 ) -> None:
     """The copy of the base alone would differ by more than 1: adapters begin with something to add here."""
     worker = "tests.parallel.workers.posttraining:copy_has_adapters"
-    options = {"model": MODELS["moe_tied"], "parallel": parallel, "adapter": adapter}
+    options = {"model": MODELS["moe_tied"], "parallel": parallel, "adapter": adapter, "way": way}
     found = ranks(parallel.get("tp", 1)).run(worker, process_group=False, **options)
     assert max(found) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "adapter"),
+    [
+        ("moe_tied", {"tp": 2}, LORA),
+        *(pytest.param("dense_tied", {"pp": 2}, each, marks=pytest.mark.full) for each in (DORA, PROMPT, BOTTLENECK)),
+        pytest.param("dense_tied", {"tp": 2}, PREFIX, marks=pytest.mark.full),
+    ],
+)
+def test_with_adapters_off_a_model_is_its_base_bit_by_bit(
+    ranks: RanksOf, model: str, parallel: dict[str, int], adapter: dict[str, Any]
+) -> None:
+    def digests(adapter: dict[str, Any] | None) -> list[dict[str, str]]:
+        worker, options = "tests.parallel.workers.posttraining:logprobs_on_and_off", {"model": MODELS[model]}
+        return ranks(2).run(worker, process_group=False, parallel=parallel, adapter=adapter, **options)
+
+    for base, tuned in zip(digests(None), digests(adapter), strict=True):
+        assert tuned["off"] == base["on"] != tuned["on"] == tuned["on again"]

@@ -10,6 +10,7 @@ import pytest
 
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.training import train as train_tokenizer
+from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.runs import assert_same_state, metrics
 from tests.shards import write_shard
@@ -172,6 +173,30 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(ranks: RanksOf, ba
     resume = "--resume", str(base / "parts/checkpoints/step_2")
     assert dpo(ranks, base, "branch", "train.steps=4", "checkpoint.keep=9", *own, *resume)["status"] == 0
     assert (base / "branch/reference" / kept[0].name).read_bytes() == kept[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "adapter"),
+    [
+        (1, [], ["adapter.kind=p_tuning_v2", "adapter.virtual_tokens=4"]),
+        pytest.param(2, ["parallel.tp=2"], ["adapter.rank=4"], marks=pytest.mark.full),
+        pytest.param(2, ["parallel.pp=2", "train.micro_batch_size=2"], ["adapter.kind=dora"], marks=pytest.mark.full),
+    ],
+)
+def test_with_adapters_the_reference_is_the_model_without_them(
+    ranks: RanksOf, base: Path, tmp_path: Path, world: int, layout: list[str], adapter: list[str]
+) -> None:
+    """Its log-probabilities are those that a run without adapters computes before its first step."""
+    plain, tuned = tmp_path / "plain", tmp_path / "tuned"
+    own = ["optimizer.lr=1e-2", "train.steps=3"]
+    assert dpo(ranks, base, str(plain), *layout, "train.steps=1", world=world)["status"] == 0
+    assert dpo(ranks, base, str(tuned), *layout, *own, *adapter, world=world)["status"] == 0
+    (of_plain,), (of_tuned,) = (list((run / "reference").iterdir()) for run in (plain, tuned))
+    assert of_plain.name == of_tuned.name and of_plain.read_bytes() == of_tuned.read_bytes()
+    steps = logged(tuned)
+    assert steps[2][0] != steps[0][0]
+    held = storage.read_manifest(storage.directory(tuned, 3))["parameters"]
+    assert held and all(".adapter." in name for name in held)
 
 
 @pytest.mark.full

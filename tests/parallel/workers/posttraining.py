@@ -1,6 +1,7 @@
 """Functions run in the ranks: saving an untrained model, from which post-training starts, and whole commands."""
 
 import contextlib
+import hashlib
 import importlib
 import io
 import shutil
@@ -11,9 +12,11 @@ import torch
 
 from configs.loader import ConfigError
 from data_pipeline.tokens.tokenizer import file_name
-from posttrain.rl.policy_copy import PolicyCopy
+from posttrain.preference import reference
+from posttrain.preference.packing import PackedRow
+from posttrain.rl.policy_copy import PolicyCopy, Way
 from pretrain.checkpoint.lineage import Lineage
-from tests.parallel.workers.layouts import make_engine
+from tests.parallel.workers.layouts import make_engine, rows
 from tests.parallel.workers.training import save_now
 
 
@@ -43,10 +46,10 @@ def command(module: str, argv: list[str]) -> dict[str, Any]:
     return {"status": status, "said": said.getvalue(), "error": ""}
 
 
-def copy_has_adapters(model: dict[str, Any], parallel: dict[str, Any], adapter: dict[str, Any]) -> float:
+def copy_has_adapters(model: dict[str, Any], parallel: dict[str, Any], adapter: dict[str, Any], way: Way) -> float:
     """Returns the largest difference between logits of the trained module and of what completions are sampled with."""
     engine = make_engine(model, parallel, adapter=adapter)
-    copy = PolicyCopy()
+    copy = PolicyCopy(way)
     copy.refresh(engine)
     tokens = torch.arange(20).view(2, 10) % engine.model_config.vocab_size
     positions = torch.arange(10).expand(2, 10)
@@ -55,3 +58,22 @@ def copy_has_adapters(model: dict[str, Any], parallel: dict[str, Any], adapter: 
         sampled = copy.decoder(tokens, positions)
         part = sampled.chunk(parallel.get("tp", 1), -1)[engine.mesh.tp_rank]
     return float((trained - part).abs().max())
+
+
+def logprobs_on_and_off(
+    model: dict[str, Any], parallel: dict[str, Any], adapter: dict[str, Any] | None
+) -> dict[str, str]:
+    """Returns digests of the log-probabilities of a model with its adapters, with these off, and with them again."""
+
+    def digest() -> str:
+        return hashlib.sha256(reference.compute(engine, packed).tobytes()).hexdigest()
+
+    engine = make_engine(model, parallel, adapter=adapter)
+    packed = [
+        PackedRow(row.tokens, row.labels, row.loss_mask, row.positions, row.segments, row.source, {})
+        for row in rows(0, 4, model["vocab_size"])
+    ]
+    found = {"on": digest()}
+    with engine.without_adapters():
+        found["off"] = digest()
+    return found | {"on again": digest()}

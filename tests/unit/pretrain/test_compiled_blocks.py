@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from configs.adapters import AdapterConfig
 from configs.loader import validate
 from configs.model import ModelConfig
 from pretrain.batch_source import collate
 from pretrain.model import Decoder, LayerContext, init_weights
+from pretrain.model.adapters import adapters_off, add_adapters
 from pretrain.model.context import ForwardContext
 from pretrain.model.decoder import Block
 from pretrain.model.moe.balance import LossDenominators
@@ -26,6 +28,43 @@ class Graphs:
     def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Any:
         self.count += 1
         return graph.forward
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 3, "dropout": 0.3},
+    "dora": {"kind": "dora", "rank": 3},
+    "nf4": {"rank": 3, "base": "nf4"},
+    "bottleneck": {"kind": "bottleneck", "bottleneck_size": 5},
+    "p_tuning_v2": {"kind": "p_tuning_v2", "virtual_tokens": 3},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(name, marks=pytest.mark.full) for name in ADAPTERS if name != "dora"), "dora"]
+)
+def test_a_block_with_an_adapter_computes_compiled_what_it_does_otherwise(kind: str) -> None:
+    """Gradients of the adapter too, and what the base computes while adapters are off."""
+    torch._dynamo.reset()
+    config, context = validate(ModelConfig, MODELS["dense"]), LayerContext()
+    decoder = Decoder(config, context=context).train()
+    add_adapters(decoder, validate(AdapterConfig, ADAPTERS[kind]), context, std=0.1)
+    init_weights(decoder, 0)
+    block, compiler = decoder.blocks[0], Graphs()
+    batch = collate(rows(0, 2, config.vocab_size), 0)
+    context_of_block = ForwardContext.of_batch(config, batch, virtual=decoder.virtual)
+
+    def found() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        block.zero_grad()
+        output = step(block, context_of_block)
+        gradients = {name: p.grad for name, p in block.named_parameters() if ".adapter." in f".{name}"}
+        with adapters_off([decoder]):
+            return output, step(block, ForwardContext.of_batch(config, batch)), gradients
+
+    expected = found()
+    assert not torch.equal(expected[0], expected[1]) and all(p is not None for p in expected[2].values())
+    vars(block)["forward"] = torch.compile(block.forward, backend=compiler)
+    torch.testing.assert_close(found(), expected)
+    assert compiler.count >= 1
 
 
 def block_and_context(model: str, first_sample: int, dropout: float) -> tuple[Block, ForwardContext]:
