@@ -130,7 +130,7 @@ def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, 
     assert "adapter.rank 4 -> 5" in answers[0]["error"]
     moved = tmp_path / "moved"
     moved.mkdir()
-    base.rename(moved / "base")  # for the run the same as if it were deleted or pruned
+    base.rename(moved / "away")  # for the run the same as if it were deleted or pruned
     straight = straight.rename(moved / "elsewhere")
     own = storage.directory(straight, 6)
     with ModelReader(own) as whole:
@@ -138,7 +138,7 @@ def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, 
     shutil.rmtree(straight / "base")
     with pytest.raises(storage.CheckpointError, match=r"trained on top of .*step_2, which is gone; put the model back"):
         ModelReader(own)
-    (moved / "base").rename(base)
+    (moved / "away").rename(base)
     with ModelReader(own) as whole:
         assert torch.equal(whole.read(frozen[0]), first_embedding), "the remedy works"
 

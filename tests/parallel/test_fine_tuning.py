@@ -106,4 +106,4 @@ def test_text_that_does_not_fit_is_refused(ranks: RanksOf, base: Path) -> None:
     assert "data.text_plan has rows of 64 tokens, and train.seq_length = 32; make a plan with" in refused["error"]
     gone = sft(ranks, base, "refused", "data.text_plan=gone")
     assert gone["status"] == 2 and gone["error"].startswith("data.text_plan = 'gone': there is no plan at ")
-    assert "or correct data.text_plan" in gone["error"]
+    assert gone["error"].endswith("make it with `trivium data run`, or correct the path")

@@ -33,7 +33,6 @@ class Graphs:
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3, "dropout": 0.3},
     "dora": {"kind": "dora", "rank": 3},
-    "nf4": {"rank": 3, "base": "nf4"},
     "bottleneck": {"kind": "bottleneck", "bottleneck_size": 5},
     "p_tuning_v2": {"kind": "p_tuning_v2", "virtual_tokens": 3},
 }
