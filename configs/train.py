@@ -205,7 +205,7 @@ class WatchdogConfig(Section):
     least_seconds: float = Field(default=120.0, gt=0)
     """The time that any of them may take in any case, in seconds."""
     first_seconds: float = Field(default=1500.0, gt=0)
-    """The time that the first of each may take, and the start of the run, in seconds; the first step may compile."""
+    """The time that the start of the run, its first step and its first rollout may take, in seconds."""
 
 
 class TrainerConfig(Section):

@@ -22,7 +22,7 @@ from types import TracebackType
 from configs import files
 from configs.signals import HUNG
 from configs.train import WatchdogConfig
-from pretrain.activities import END, Activities
+from pretrain.activities import END, EVALUATION, Activities
 from pretrain.parallel.engine import Engine
 from pretrain.watchdog.messages import count_messages
 from pretrain.watchdog.rank_report import RankReport, report_of, stacks
@@ -75,9 +75,9 @@ class Watchdog:
 
     def _limit(self, activity: str) -> float:
         """Returns the seconds after which `activity` counts as a hang; infinite for none."""
-        if activity == END:
-            return float("inf")  # the check of much data may take any time
         known = self._activities.recent.get(activity)
+        if activity == END or (activity == EVALUATION and not known):
+            return float("inf")  # the check of much data may take any time, and so may tasks that are scored
         if not known:
             return self._settings.first_seconds
         return max(self._settings.least_seconds, self._settings.factor * max(known))
