@@ -29,7 +29,7 @@ REST = [
     for layout in LAYOUTS
     if (fault, layout) not in FIRST
 ]
-SECONDS = {"least_seconds": 2.0, "first_seconds": 20.0}  # of the watchdog; a step takes some 20 ms
+SECONDS = {"least_seconds": 1.0, "first_seconds": 20.0}  # of the watchdog; a step takes some 20 ms
 
 
 @pytest.mark.parametrize(("fault", "layout"), [*FIRST, *(pytest.param(*pair, marks=pytest.mark.full) for pair in REST)])

@@ -231,7 +231,6 @@ def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
     ("command", "wrong", "words", "right"),
     [
         ("ppo", ["parallel.zero=2"], r"set parallel\.zero=1$", []),
-        ("ppo", ["adapter.rank=4"], r"leave \[adapter\] out$", []),
         (
             "ppo",
             ["ppo.text_plan=none", "ppo.text_rows=2"],
@@ -241,8 +240,6 @@ def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
         ("ppo", ["ppo.critic=none"], "has no checkpoint; train first, or name another run", ["ppo.critic={dense}"]),
         ("ppo", ["ppo.critic={moe}"], r"name a reward model .*, or leave ppo\.critic out$", []),
         ("ppo", ["ppo.dialect=ppo@verl", "rl.correction_low=3"], "is above rl.correction_high = 2.0; swap them", None),
-        ("grpo", ["rl.kl=loss", "adapter.rank=4"], r"set rl\.kl=none", ["adapter.rank=4"]),
-        ("grpo", ["rl.kl=loss", "adapter.rank=4"], r"or leave \[adapter\] out", ["rl.kl=loss"]),
         ("grpo", ["grpo.dialect=gspo", "parallel.cp=2"], r"set parallel\.cp=1", ["grpo.dialect=gspo"]),
         ("grpo", ["grpo.dialect=gspo", "parallel.cp=2"], "or another dialect", ["grpo.dialect=dapo", "parallel.cp=2"]),
         (
