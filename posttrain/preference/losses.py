@@ -119,9 +119,9 @@ def kto(
     return weight * (1 - torch.sigmoid(beta * value))
 
 
-def kl_reference_point(mismatched_logratio: Tensor) -> Tensor:
-    """Returns KTO's z0: the mean log-ratio of answers to other prompts' questions over the step, at least 0."""
-    return mismatched_logratio.detach().mean().clamp(min=0)
+def kl_reference_point(mismatched_logratio: float) -> float:
+    """Returns KTO's z0 from the mean log-ratio of answers to other prompts' questions over the step: at least 0."""
+    return max(0.0, mismatched_logratio)
 
 
 def with_sft(loss: PairLoss, weight: float) -> PairLoss:

@@ -11,6 +11,7 @@ from configs.loader import ConfigError
 from configs.preference import PreferenceSection
 from posttrain.preference import reference
 from posttrain.preference.examples import PreferenceRows
+from posttrain.preference.losses import kl_reference_point
 from posttrain.preference.packing import PackedRow, PackedSource
 from posttrain.preference.trained_loss import AnswerPreference, LogRatio, PairPreference
 from pretrain.batch_source import micro_batches, share_of_rank
@@ -104,7 +105,7 @@ class PreferenceSource(PackedSource):
         share = share_of_rank(step * train.global_batch_size, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
         rows = PackedSource(NAME, self._mismatched, self.seed).rows(share)  # in the order of the rows themselves
         sums = engine.evaluate(micro_batches(rows, train.micro_batch_size), LogRatio())
-        return max(0.0, sums.metrics["logratio"])
+        return kl_reference_point(sums.metrics["logratio"])
 
 
 class HeldoutPreference:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ def dry_run(command: str, words: Sequence[str], ranks: int) -> Finding:
     first = ClusterEnvironment("torchrun", 0, ranks, 0, ranks, 0, "127.0.0.1", free_port())
     env = {**os.environ, **(first.as_variables() if ranks > 1 else {})}
     argv = [sys.executable, "-m", TRAINING[command], *words, "--dry-run"]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+    done = _run(argv, env)
+    if done is None:
+        return failure(f"the dry run has not ended in {duration(PATIENCE)}", "look at the disk that holds the data")
     if done.returncode == 0:
         return ok(done.stdout.strip().replace("\n", "; "))
     said = done.stderr.strip().splitlines()
@@ -104,13 +106,23 @@ def trial(command: str, words: Sequence[str], ranks: int, config: TrainerConfig)
         steps = {"train.steps": 2, "schedule.steps": config.schedule.steps or config.train.steps, "run.dir": folder}
         changes = [*(f"{key}={value}" for key, value in steps.items()), "log.tensorboard=false", "eval.rows=0"]
         launch = [sys.executable, "-m", "launch.ranks", "--nproc-per-node", str(ranks), command, *words, *changes]
-        done = subprocess.run(launch, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+        done = _run(launch, None)
         steps_done = [record for record in read_metrics(Path(folder, "metrics.jsonl")).records if "loss" in record]
+    if done is None:
+        return failure(f"two steps have not ended in {duration(PATIENCE)}", "start the run, whose watchdog says why")
     if done.returncode or not steps_done:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         what = next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "no output")
         return failure(f"two steps on {ranks} ranks ended with status {done.returncode}: {what}", "mend it first")
     return ok(_described(steps_done[-1], config))
+
+
+def _run(argv: Sequence[str], env: Mapping[str, str] | None) -> "subprocess.CompletedProcess[str] | None":
+    """Runs a command without a terminal; None if it does not end within PATIENCE and is killed."""
+    try:
+        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _described(last: dict[str, Any], config: TrainerConfig) -> str:

@@ -47,7 +47,6 @@ class Mesh:
     pp_group: dist.ProcessGroup
     zero_group: dist.ProcessGroup  # dp and cp: ranks with the same weights, experts aside, and different tokens
     expert_dp_group: dist.ProcessGroup  # the ranks of zero_group that hold the same experts
-    replica_group: dist.ProcessGroup  # the tp * cp * pp ranks that train on the same sequences
     kv_group: dist.ProcessGroup | None = None  # the ranks of tp_group that hold the same key-value head, if several do
 
     @property
@@ -92,11 +91,6 @@ class Mesh:
         return self.rank == 0
 
     @property
-    def leads_replica(self) -> bool:
-        """Whether this is the first rank of its replica (the ranks that train on the same sequences)."""
-        return dist.get_rank(self.replica_group) == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.layout.pp - 1
 
@@ -120,21 +114,6 @@ class Mesh:
     def gather_json(self, value: Any) -> list[Any]:
         """Returns every rank's value on every rank, in rank order. Values are sent as JSON: nothing is unpickled."""
         return gather_json(value)
-
-    def broadcast_arrays(self, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        """Gives every rank of a replica the arrays of its first rank (the others pass None)."""
-        if dist.get_world_size(self.replica_group) == 1:
-            assert arrays is not None
-            return arrays
-        header = None if arrays is None else [(k, v.shape, v.dtype.str) for k, v in arrays.items()]
-        source = dist.get_global_rank(self.replica_group, 0)
-        result = {}
-        for name, shape, dtype in self.gather_json(header)[source]:
-            array = np.empty(shape, dtype) if arrays is None else np.ascontiguousarray(arrays[name])
-            tensor = torch.from_numpy(array).to(self.device)
-            dist.broadcast(tensor, source, group=self.replica_group)
-            result[name] = tensor.cpu().numpy()
-        return result
 
 
 def _gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
@@ -227,7 +206,6 @@ def start(env: ClusterEnvironment, layout: Layout, backend: str = "auto", timeou
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         zero_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         expert_dp_group=parallel_state.get_expert_data_parallel_group(),
-        replica_group=_replica_group(layout, env.rank),
         kv_group=_kv_group(layout, env.rank),
     )
 
@@ -240,13 +218,6 @@ def joined(env: ClusterEnvironment, layout: Layout, backend: str = "auto") -> It
         yield mesh
     finally:
         stop()
-
-
-def _replica_group(layout: Layout, rank: int) -> dist.ProcessGroup:
-    if layout.cp == 1:
-        return parallel_state.get_model_parallel_group()
-    order = {"tp": layout.tp, "ep": 1, "dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "order": "tp-cp-ep-dp-pp"}
-    return _own_group(parallel_state.RankGenerator(**order).get_ranks("tp-cp-pp"), rank, "replica group")
 
 
 def _kv_group(layout: Layout, rank: int) -> dist.ProcessGroup | None:

@@ -48,6 +48,7 @@ class RankReport:
     activity: str
     micro_batches: int  # forward passes that the step has begun
     stage: int  # pipeline stage, from 0
+    overdue: bool  # whether the activity takes longer than this rank allows it
     phase: str
     location: str  # the innermost line of this project that the main thread is in: file:line in function
     innermost: str  # the innermost line of all
@@ -67,7 +68,7 @@ class RankReport:
         return cls(**fields)
 
 
-def report_of(rank: int, step: int, activity: str, micro_batches: int, stage: int) -> RankReport:
+def report_of(rank: int, step: int, activity: str, micro_batches: int, stage: int, overdue: bool) -> RankReport:
     """Returns the report of this process, from another thread than its main thread."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
     frames = [frame for frame in stack if not Path(frame.filename).is_relative_to(Path(__file__).parent)]
@@ -80,6 +81,7 @@ def report_of(rank: int, step: int, activity: str, micro_batches: int, stage: in
         activity,
         micro_batches,
         stage,
+        overdue,
         next((phase for name, phase in _PHASES.items() if name in names), ""),
         _line(own[-1]) if own else "",
         _line(frames[-1]) if frames else "",

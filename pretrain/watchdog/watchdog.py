@@ -2,9 +2,10 @@
 
 The loop says what it begins (`Activities`). An activity that takes `watchdog.factor` times as long as the longest of
 its last ones is a hang. Every rank then writes what it does into `run.dir`/hang, since ranks that wait for each other
-in a collective share nothing but files; the lowest rank that answers compares them (`verdict`), and all ranks exit with
-`HUNG`, which tells a launcher to start the run again. A process that was stopped as a whole, by Ctrl-Z for example, is
-not taken for one that hangs once it goes on.
+in a collective share nothing but files, and the lowest rank that answers compares them. If some rank is still within
+the time of what it does, such as the main rank in an evaluation for which others wait, the run goes on. Else it hangs:
+all ranks say why (`verdict`) and exit with `HUNG`, which tells a launcher to start the run again. A process that was
+stopped as a whole, by Ctrl-Z for example, is not taken for one that hangs once it goes on.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from pretrain.watchdog.verdict import verdict
 
 FOLDER = "hang"  # in run.dir, with a numbered folder for each hang
 LONGEST_GRACE = 30.0  # seconds that ranks wait for each other's reports
+PATIENCE = 1.5  # times as long as now until a rank asks again whether the run hangs, if it went on
 SAME_STEP = 3  # hangs at one step after which the run is not to be started again
 GAVE_UP = 1
 _STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "Z": "dead", "D": "waiting for a disk or network"}
@@ -85,33 +87,34 @@ class Watchdog:
     def _watch(self) -> None:
         interval = min(1.0, self._settings.least_seconds / 10)
         last = looked = time.monotonic()
-        mark, stopped = 0.0, 0.0
+        mark, stopped, waited = 0.0, 0.0, 0.0
         while not self._stop.wait(interval):
             now, activities = time.monotonic(), self._activities
             with activities.lock:
                 if activities.began != mark:
-                    mark, stopped = activities.began, 0.0
+                    mark, stopped, waited = activities.began, 0.0, 0.0
                 limit = self._limit(activities.name)
             stopped += max(0.0, now - last - 2 * interval - 1.0)  # if this thread did not run, nor did the process
             elapsed = now - mark - stopped
             last = now
-            is_late = elapsed > limit
-            if not is_late and now - looked > max(5.0, self._settings.least_seconds / 5):
+            overdue = elapsed > limit
+            is_late = overdue and elapsed > waited
+            if not is_late and now - looked > self._settings.least_seconds / 5:
                 looked = now
                 is_late = self._place.exists()  # another rank reports, whose activity has a shorter limit
             if is_late:
-                self._settle(elapsed, min(limit, self._settings.first_seconds), mark)
-                last = time.monotonic()
+                self._settle(elapsed, min(limit, self._settings.first_seconds), mark, overdue)
+                last, waited = time.monotonic(), PATIENCE * elapsed  # the run goes on
 
     @property
     def _place(self) -> Path:
         return self._folder / str(self._number)
 
-    def _settle(self, elapsed: float, limit: float, mark: float) -> None:
+    def _settle(self, elapsed: float, limit: float, mark: float, overdue: bool) -> None:
         """Compares what all ranks do, and ends the process if the run hangs: if nothing was begun since time `mark`."""
         place, rank = self._place, self._mesh.rank
         with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
-            self._write_report(place)
+            self._write_report(place, overdue)
         grace = min(LONGEST_GRACE, max(2.0, limit / 2))
         _wait(grace, lambda: len(_read(place)) == len(self._processes))
         reports, file = _read(place), place / "verdict.json"
@@ -129,17 +132,18 @@ class Watchdog:
             self._on_hang()
             os._exit(decision.status)
 
-    def _write_report(self, place: Path) -> None:
+    def _write_report(self, place: Path, overdue: bool) -> None:
         rank = self._mesh.rank
         place.mkdir(parents=True, exist_ok=True)
         files.write_atomic(place / f"rank_{rank}.txt", stacks().encode())
         activities, stage = self._activities, self._mesh.pp_rank
-        own = report_of(rank, activities.step, activities.name, self._engine.micro_batches, stage)
+        own = report_of(rank, activities.step, activities.name, self._engine.micro_batches, stage, overdue)
         files.write_atomic(place / f"rank_{rank}.json", own.as_json().encode())
 
     def _decide(self, reports: dict[int, RankReport], elapsed: float, limit: float, mark: float) -> "Decision":
         step = max((report.step for report in reports.values()), default=self._activities.step)
-        if self._activities.began > mark:  # the train loop has begun something else meanwhile
+        # Ranks may wait for one whose activity is allowed more time, such as the main rank's evaluation.
+        if self._activities.began > mark or not all(report.overdue for report in reports.values()):
             return Decision(False, step, "", 0)
         absent = {rank: _state(host, pid) for rank, (host, pid) in enumerate(self._processes) if rank not in reports}
         text = (

@@ -47,7 +47,7 @@ def test_the_rank_that_holds_up_the_others_is_named(forks: Forks, tmp_path: Path
     assert victim.wait(20) is not None
     world.end("after the hang")
     said = next(line for line in world.log.read_text().splitlines() if line.startswith("error: no progress"))
-    place = tmp_path / "run" / "hang" / "1"
+    place = max((tmp_path / "run" / "hang").iterdir(), key=lambda path: int(path.name))
     if fault == "sleeps":
         assert "rank 1 is late: it is in step 5, the forward pass of pipeline stage" in said
         assert "in _fail" in said and "rank 0 waits for it in " in said
@@ -75,7 +75,30 @@ def test_the_rank_that_holds_up_the_others_is_named(forks: Forks, tmp_path: Path
     assert spent["hang"] >= SECONDS["least_seconds"] and spent["idle"] < spent["hang"] + 20
 
 
-def _world(forks: Forks, tmp_path: Path, fault: str, model: str, parallel: dict[str, int], at: int) -> World:
-    options: dict[str, Any] = {"fault": fault, "at": at, "victim": 1, "run_dir": str(tmp_path / "run"), "steps": 8}
+def test_a_rank_that_may_take_longer_is_waited_for(forks: Forks, tmp_path: Path) -> None:
+    """The main rank evaluates for longer than the other, which waits for it in a step, allows a step."""
+    world = _world(forks, tmp_path, "evaluates longer", "dense", {}, at=4, victim=0, steps=4)
+    assert world.wait(60) is False and world.statuses == [0, 0], world.log.read_text()[-2000:]
+    told = [json.loads(path.read_text()) for path in (tmp_path / "run" / "hang").glob("*/verdict.json")]
+    assert told and not any(decision["hangs"] for decision in told)
+
+
+def _world(
+    forks: Forks,
+    tmp_path: Path,
+    fault: str,
+    model: str,
+    parallel: dict[str, int],
+    at: int,
+    victim: int = 1,
+    steps: int = 8,
+) -> World:
+    options: dict[str, Any] = {
+        "fault": fault,
+        "at": at,
+        "victim": victim,
+        "run_dir": str(tmp_path / "run"),
+        "steps": steps,
+    }
     options |= {"model": MODELS[model], "parallel": parallel, "watchdog": SECONDS}
     return World(forks, 2, {"function": "hanging:hang", **options}, tmp_path / "log")

@@ -8,21 +8,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.heldout_loss import HeldoutLoss
 from pretrain.parallel.engine import Engine
 from tests.parallel.workers.training import make_trainer
 
 SLEEPING = 3600.0  # seconds; the watchdog ends the rank long before
+LONGER = 4.0  # seconds that the first evaluation may take, and no step
 
 
 def hang(fault: str, at: int, victim: int, **options: Any) -> dict[str, Any]:
     """Trains; in the step after step `at`, rank `victim` has the fault in the forward pass of its first micro-batch."""
-    right = Engine._context
+    right, measure = Engine._context, HeldoutLoss.__call__
+
+    def slow(heldout: HeldoutLoss, engine: Engine) -> Any:
+        found = measure(heldout, engine)
+        if fault == "evaluates longer" and engine.mesh.rank == victim:
+            time.sleep(LONGER)
+        return found
 
     def faulty(engine: Engine, *args: Any, **kwargs: Any) -> Any:
         if trainer.step == at and engine.mesh.rank == victim and engine.micro_batches == 1:
             _fail(fault, engine)
         return right(engine, *args, **kwargs)
 
+    setattr(HeldoutLoss, "__call__", slow)  # noqa: B010
     setattr(Engine, "_context", faulty)  # noqa: B010 - the rank's process ends after this run
     trainer = make_trainer(at={}, **options)
     return {"status": trainer.fit()}

@@ -162,8 +162,8 @@ VECTORS: list[tuple[str, Callable[[], Any], Any]] = [
     ("DPO with SFT", lambda: preference("dpo", beta=0.1, sft_weight=0.5), 0.870957),  # + .5 * 2 / 4
     ("KTO at z0 = 0", lambda: kto_losses(0.0), [0.475021, 0.487503]),
     ("KTO at z0 = 2", lambda: kto_losses(2.0, undesirable_weight=1.5), [0.524979, 0.656734]),
-    ("KTO's reference point", lambda: kl_reference_point(torch.tensor([3.0, -1.0])), 1.0),
-    ("KTO's reference point is not negative", lambda: kl_reference_point(torch.tensor([-3.0, -1.0])), 0.0),
+    ("KTO's reference point", lambda: kl_reference_point((3.0 - 1.0) / 2), 1.0),
+    ("KTO's reference point is not negative", lambda: kl_reference_point((-3.0 - 1.0) / 2), 0.0),
 ]
 
 

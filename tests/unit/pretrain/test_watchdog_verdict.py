@@ -19,7 +19,16 @@ def _reduce(group: str, number: int, pending: bool = False, size: int = 8) -> Co
 
 def _report(rank: int, *collectives: Collective) -> RankReport:
     return RankReport(
-        rank, 7, "training", 2, 0, "forward pass", f"pretrain/model/layers.py:{rank} in forward", "", list(collectives)
+        rank,
+        7,
+        "training",
+        2,
+        0,
+        True,
+        "forward pass",
+        f"pretrain/model/layers.py:{rank} in forward",
+        "",
+        list(collectives),
     )
 
 
