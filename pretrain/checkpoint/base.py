@@ -82,7 +82,7 @@ def _keep(run_dir: Path, base: dict[str, Any], place: Path | None) -> None:
             _keep(storage.run_of(kept), further, base_of(place, {"base": further}))
         os.rename(temporary, kept)
     except OSError:
-        shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
