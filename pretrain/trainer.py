@@ -192,6 +192,7 @@ class Trainer:
         The last checkpoint may still be being written when it returns.
         """
         if self.step == 0 and self.config.eval.at_start:
+            self._activities.begin(EVALUATION, self.step)
             self._evaluate(steps)
         config = self.config
         while self.step < config.train.steps:
