@@ -12,6 +12,7 @@ from configs.adapters import AdapterConfig
 from configs.initial import InitConfig
 from configs.model import ModelConfig
 from configs.section import Section
+from configs.tracking import TrackingConfig
 
 
 class TrainRunConfig(Section):
@@ -227,6 +228,8 @@ class TrainerConfig(Section):
     """Held-out loss by source, and scores of tasks."""
     log: LogConfig = LogConfig()
     """The output of a run while it trains."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Services and files, besides metrics.jsonl, that get the numbers of a run. Training never waits for them."""
     spikes: SpikesConfig = SpikesConfig()
     """Steps whose loss or gradient norm is far above that of the steps before, and what is done about them."""
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -31,7 +31,7 @@ FILE = "history.json"
 DataSpan = dict[str, Any]
 
 # Beginnings of keys that change no number of the training, or whose change shows in the data's fingerprint.
-NEUTRAL = ("run.dir", "log.", "checkpoint.", "eval.", "task.eval_prompts", "data.plan")
+NEUTRAL = ("run.dir", "log.", "tracking.", "checkpoint.", "eval.", "task.eval_prompts", "data.plan")
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Changes:

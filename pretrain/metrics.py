@@ -11,20 +11,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.files import write_atomic
-from pretrain.metrics_file import read_metrics
+from pretrain.metrics_file import numbers, read_metrics
+from pretrain.tracking.trackers import Trackers
 
 PLAIN_EVERY_SECONDS = 10.0  # time between progress lines if stdout is no terminal
 
 
 class MetricsLog:
-    """Log of a run: appends one JSON object per step to metrics.jsonl, and writes TensorBoard files if asked to.
+    """Log of a run: one JSON object per step in metrics.jsonl, and TensorBoard files and trackers if asked for.
 
     When a run is resumed, lines after the checkpoint's step `first_step` are removed first, and broken lines are moved
     to metrics.broken. A full disk does not stop training: lines wait in memory until there is room, and no more
     TensorBoard files are written.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool):
+    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool, trackers: Trackers | None = None):
         self.path = run_dir / "metrics.jsonl"
         known = read_metrics(self.path)
         if known.broken:
@@ -36,6 +37,7 @@ class MetricsLog:
         write_atomic(self.path, b"".join(_encode(line) for line in kept))
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._waiting = b""
+        self._trackers = trackers
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -55,9 +57,11 @@ class MetricsLog:
                     "is room",
                     flush=True,
                 )
+        if self._trackers:
+            self._trackers.write(record)
         if self._board:
             try:
-                for name, value in _flatten(record):
+                for name, value in numbers(record).items():
                     self._board.add_scalar(name, value, record["step"])
             except OSError as error:
                 print(f"warning: TensorBoard files are no longer written in this run ({error.strerror})", flush=True)
@@ -113,14 +117,3 @@ class ProgressLine:
 
 def _encode(record: dict[str, Any]) -> bytes:
     return json.dumps(record).encode() + b"\n"
-
-
-def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Returns the record's numbers by name; those of nested dicts are named `outer/inner`."""
-    scalars: list[tuple[str, float]] = []
-    for key, value in record.items():
-        if isinstance(value, dict):
-            scalars += _flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and key != "step":
-            scalars.append((prefix + key, float(value)))
-    return scalars

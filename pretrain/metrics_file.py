@@ -24,6 +24,17 @@ class MetricsFile:
         return f"{lines} {numbers}{more} of metrics.jsonl {be} no JSON object with a step and left out"
 
 
+def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Returns a record's numbers by name, without its step; those of nested dicts are named `outer/inner`."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found |= numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and (prefix or key != "step"):
+            found[prefix + key] = float(value)
+    return found
+
+
 def read_metrics(path: Path) -> MetricsFile:
     """Reads a metrics.jsonl; a missing file has no records. A last line that a kill cut short counts as not written."""
     records, broken = [], {}

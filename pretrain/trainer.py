@@ -48,6 +48,7 @@ from pretrain.schedule import learning_rate
 from pretrain.spikes import SpikeGuard
 from pretrain.step_log import Step, StepLog, StepTimer, peak_memory
 from pretrain.time_ledger import TimeLedger
+from pretrain.tracking.trackers import Trackers, check_installed
 from pretrain.watchdog.watchdog import Watchdog
 
 FAILED = 1
@@ -77,6 +78,7 @@ class Trainer:
         companion: Callable[["Trainer"], Companion] | None = None,
     ):
         determinism.choose(config.train.deterministic)
+        check_installed(config.tracking)
         dtype = choose_dtype(config.train.precision, mesh.device)
         precision = Precision.BF16 if dtype == torch.bfloat16 else Precision.FP32
         train = config.train.model_copy(update={"precision": precision})
@@ -140,9 +142,11 @@ class Trainer:
             if self.mesh.is_main:
                 self.run.write_facts(self.identity)
                 keep_bases(self.run.path, [each.base for each in (self.engine, *self._beside.values())], self._print)
-                log = MetricsLog(self.run.path, self.step, self.config.log.tensorboard)
+                trackers = Trackers(self.config.tracking, self.run.path, self.run.full_config)
+                log = MetricsLog(self.run.path, self.step, self.config.log.tensorboard, trackers)
                 progress = ProgressLine(self.title, self.step, self.config.train.steps)
                 stack.callback(log.close)
+                stack.callback(lambda: trackers.close(finished=self.step >= self.config.train.steps))
                 stack.callback(progress.close)
             steps = self._step_log(log, progress)
             stack.callback(steps.close)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,13 @@ def test_a_step_with_an_infinite_gradient_can_be_skipped(ranks: RanksOf, tmp_pat
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(ranks(2), straight, "dense", {})
-    assert train(ranks(2), stopped, "dense", {}, signal_at=2, every=100) == [{"status": 75}] * 2
+    tracked: dict[str, Any] = {"tracking": {"prometheus": {}} if find_spec("prometheus_client") else {}}
+    assert train(ranks(2), stopped, "dense", {}, signal_at=2, every=100, **tracked) == [{"status": 75}] * 2
     assert storage.steps(stopped) == [3]
-    assert train(ranks(2), stopped, "dense", {}, every=100) == [{"status": 0}] * 2
+    assert train(ranks(2), stopped, "dense", {}, every=100, **tracked) == [{"status": 0}] * 2
     assert metrics(stopped) == metrics(straight)
+    if tracked["tracking"]:
+        assert 'trivium_step{part="",run="stopped"} 6.0' in (stopped / "metrics.prom").read_text()
 
 
 def test_ranks_ask_each_other_for_signals_every_few_steps(ranks: RanksOf, tmp_path: Path) -> None:
