@@ -62,7 +62,7 @@ def _checked_address(address: str, key: str, section: str, schemes: tuple[str, .
 class WandbConfig(_Tracker):
     """Weights & Biases; its key is read from WANDB_API_KEY."""
 
-    project: str = Field(min_length=1)
+    project: str = Field(default="trivium", min_length=1)
     """The project that the run belongs to."""
     entity: str | None = None
     """The user or team that the project belongs to; left out, that of the key."""
@@ -73,15 +73,15 @@ class WandbConfig(_Tracker):
 class MlflowConfig(_Tracker):
     """MLflow; name and password of its server are read from the environment."""
 
-    uri: str = Field(min_length=1)
-    """The address of a tracking server (http or https), or a folder on this machine."""
-    experiment: str = Field(min_length=1)
+    uri: str | None = Field(default=None, min_length=1)
+    """The address of a tracking server (http or https), or a folder; left out, it is `run.dir`/mlflow."""
+    experiment: str = Field(default="trivium", min_length=1)
     """The experiment that the run belongs to."""
 
     @field_validator("uri")
     @classmethod
-    def _uri_is_safe(cls, uri: str) -> str:
-        return _checked_address(uri, "uri", "mlflow", ("http", "https")) if "://" in uri else uri
+    def _uri_is_safe(cls, uri: str | None) -> str | None:
+        return _checked_address(uri, "uri", "mlflow", ("http", "https")) if uri and "://" in uri else uri
 
 
 class PrometheusConfig(_Tracker):

@@ -56,7 +56,7 @@ class Mlflow:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        uri = settings["uri"]
+        uri = settings["uri"] or str(Path(settings["run_dir"], "mlflow"))
         if "://" not in uri:
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a folder is what the config asks for
             uri = Path(uri).absolute().as_uri()
