@@ -231,7 +231,7 @@ def test_pieces_of_configs_fit_the_demos(page: Path) -> None:
     )
     for language, text in read(page).blocks:
         piece = tomllib.loads(text) if language == "toml" else {}
-        if piece.keys() & {"model", "init"}:
+        if piece.keys() & {"model", "init", "tracking"}:
             validate(PretrainConfig, filled_in({**pretrain, **piece}), origin=page.name)
         elif "task" in piece:
             validate(SFTConfig, {**tuning, **piece}, origin=page.name)
