@@ -13,15 +13,18 @@ SERIES = 6  # colours --s0 to --s5
 LEFT, RIGHT, TOP = 68, 14, 12  # margins of a chart with an axis at its left
 
 STYLE = """
-:root { --page: #fcfcfb; --ink: #1c1c1a; --soft: #6b6b66; --grid: #e6e5e1; --card: #ffffff;
+:root { --alarm: #c8322b; --page: #fcfcfb; --ink: #1c1c1a; --soft: #6b6b66; --grid: #e6e5e1; --card: #ffffff;
   --s0: #2a78d6; --s1: #d95926; --s2: #17936a; --s3: #8a5fd1; --s4: #b07a00; --s5: #c2417f; }
-@media (prefers-color-scheme: dark) { :root { --page: #191918; --ink: #ecebe7; --soft: #a3a29b; --grid: #33332f;
-  --card: #21211f; --s0: #5b9ff0; --s1: #f0824f; --s2: #3cbd8e; --s3: #ad8cf0; --s4: #d9a632; --s5: #e87aae; } }
+@media (prefers-color-scheme: dark) { :root { --alarm: #ff6b5e; --page: #191918; --ink: #ecebe7; --soft: #a3a29b;
+  --grid: #33332f; --card: #21211f;
+  --s0: #5b9ff0; --s1: #f0824f; --s2: #3cbd8e; --s3: #ad8cf0; --s4: #d9a632; --s5: #e87aae; } }
 figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--grid); border-radius: 8px; }
 figcaption { font-weight: 600; margin-bottom: 4px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--grid); stroke-width: 1; }
+svg .mark { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 4 3; } svg .spike { stroke: var(--alarm);
+  opacity: 0.55; }
 svg path { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 svg path.raw { stroke-width: 1; opacity: 0.35; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--soft); }
@@ -36,6 +39,7 @@ p { margin: 4px 0 12px; color: var(--soft); }
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: 4px 12px 4px 0; text-align: left;
   vertical-align: top; border-bottom: 1px solid var(--grid); } td.n, th.n { text-align: right;
   font-variant-numeric: tabular-nums; } td pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.share { height: 8px; min-width: 1px; margin-top: 6px; background: var(--s0); }
 details > pre { overflow-x: auto; font-size: 12px; background: var(--card); padding: 12px; border-radius: 8px; }
 """
 

@@ -178,6 +178,9 @@ class LogConfig(Section):
     """Whether TensorBoard files are written into run.dir."""
     every: int = Field(default=1, ge=1)
     """The number of steps from one printed line to the next."""
+    detail_every: int = Field(default=100, ge=0)
+    """The number of steps from one with norms of activations, weights and update, and attention logits, to the next;
+    0: none."""
     measure_peak: bool = False
     """Whether mfu is a share of the ranks' own matrix-product rate, measured at the start in about a second."""
 

@@ -6,6 +6,7 @@ Other kinds of charts are left out, and so is interaction beyond the browser's o
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from pages import LEFT, RIGHT, SERIES, TOP, figure, grid_line, short, ticks
 
@@ -17,11 +18,27 @@ MAX_POINTS = 400  # about one per pixel of the chart's width
 SMOOTH_FROM = 60  # points from which on a noisy line gets a running mean
 
 
-def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: str, noisy: bool = True) -> str:
+@dataclass(frozen=True)
+class Mark:
+    """A dashed line at `x`: of a `kind` that CSS colours, "spike" or "restart", with a note that the pointer shows."""
+
+    x: float
+    kind: str
+    note: str
+
+
+def line_chart(
+    title: str,
+    series: Mapping[str, Points],
+    x_label: str,
+    y_label: str,
+    noisy: bool = True,
+    marks: Sequence[Mark] = (),
+) -> str:
     """Returns a <figure> with a title, a legend if there are several series, and the curves; "" without any point.
 
     Points that are not finite are left out. Long series are thinned such that every peak stays; if `noisy`, a running
-    mean is drawn on top.
+    mean is drawn on top. Marks beyond the points are left out.
     """
     kept = {name: finite for name, points in series.items() if (finite := _finite(points))}
     if not kept:
@@ -52,6 +69,13 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x_label)}</text>'
         f'<text transform="translate(11 {middle}) rotate(-90)" text-anchor="middle">{html.escape(y_label)}</text>'
     )
+    for mark in marks:
+        if x_low <= mark.x <= x_high:
+            x, _ = to_svg(mark.x, y_low)
+            parts.append(
+                f'<line class="mark {mark.kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
+                f"<title>{html.escape(mark.note)}</title></line>"
+            )
     for index, (name, points) in enumerate(kept.items()):
         color = f"stroke: var(--s{index % SERIES})"
         note = f"<title>{html.escape(name)}: last {short(points[-1][1])} at {short(points[-1][0])}</title>"

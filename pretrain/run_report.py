@@ -1,11 +1,13 @@
 """`trivium report RUN_DIR`: draws a run's metrics.jsonl as one report.html that needs neither network nor server.
 
-The page has curves of all numbers that were logged, a table of held-out numbers by source, and the run's history and
-config. The trainer calls `write` at the end of every run. Comparing runs is left out (TensorBoard does it). The module
+The page has curves of all numbers that were logged, with spikes and restarts marked, a table of held-out numbers by
+source, what the run was trained on and by which ranks, where its time went, its history and its config. Several runs
+are compared on one page, see `pretrain.run_comparison`. The trainer calls `write` at the end of every run. The module
 imports no torch.
 """
 
 import html
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from configs.files import write_atomic
 from configs.loader import ConfigError
 from pages import duration, page, short
 from pretrain import goodput, history, mask_page
-from pretrain.line_charts import Points, line_chart
+from pretrain.line_charts import Mark, Points, line_chart
 from pretrain.metrics_file import read_metrics
 
 # Order, titles and units of charts; charts of other numbers follow, titled by their keys.
@@ -30,24 +32,34 @@ CHARTS = {
     "tokens_per_s": ("Speed", "tokens per second"),
     "memory_bytes": ("Memory of one rank", "bytes"),
 }
-NOT_DRAWN = {"step", "tokens", "eval"}
+NOT_DRAWN = {"step", "tokens", "eval", "loss_spike", "grad_norm_spike", "skipped"}
+SPIKY = ("loss", "grad_norm")  # charts on which spikes are marked
+SPIKES = ("loss_spike", "grad_norm_spike", "skipped")
 WITHOUT_NOISE = {"lr", "memory_bytes"}  # drawn without a running mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes RUN_DIR/report.html and prints its path."""
+    """Writes RUN_DIR/report.html, or for several runs comparison.html in the first one's folder; prints its path."""
     parser = command_parser(
         prog="trivium report",
-        description="Draws a training run's report.html from its metrics.jsonl.",
+        description="Draws a training run's report.html from its metrics.jsonl; several runs are compared on one page.",
         example="trivium report runs/demo/pretrain",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a directory with metrics.jsonl")
-    args = parser.parse_args(argv)
-    if not (args.run_dir / "metrics.jsonl").is_file():
-        raise ConfigError(f"{args.run_dir} has no metrics.jsonl; name a training run's directory, e.g. runs/demo/sft")
-    if broken := read_metrics(args.run_dir / "metrics.jsonl").warning:
-        print(f"warning: {broken}", file=sys.stderr)
-    print(write(args.run_dir))
+    parser.add_argument(
+        "run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="a directory with metrics.jsonl, or several"
+    )
+    run_dirs = parser.parse_args(argv).run_dirs
+    for run_dir in run_dirs:
+        if not (run_dir / "metrics.jsonl").is_file():
+            raise ConfigError(f"{run_dir} has no metrics.jsonl; name a training run's directory, e.g. runs/demo/sft")
+        if broken := read_metrics(run_dir / "metrics.jsonl").warning:
+            print(f"warning: {run_dir}: {broken}", file=sys.stderr)
+    if len(run_dirs) == 1:
+        print(write(run_dirs[0]))
+        return 0
+    from pretrain import run_comparison  # it uses this module
+
+    print(run_comparison.write(run_dirs))
     return 0
 
 
@@ -61,14 +73,17 @@ def write(run_dir: str | Path) -> Path:
     records = metrics.records
     steps = last_of_each_step(records)
     evals = last_of_each_step(record for record in records if "eval" in record)
+    marked = marks(steps, goodput.read(run_dir))
     config = run_dir / "config.toml"
     body = [
         f"<h1>{html.escape(str(run_dir))}</h1>",
         f"<p>{html.escape(summary(steps))}</p>",
         f"<p>Warning: {html.escape(metrics.warning)}.</p>" if metrics.broken else "",
-        _section("While training", charts(steps)),
+        _section("While training", charts(steps, marked), _legend(marked)),
         _section("Held out", eval_charts(evals)),
         _eval_table(evals),
+        _ranks(run_dir),
+        _composition(run_dir),
     ]
     body += [mask_page.section(run_dir), _time(goodput.read(run_dir)), _history(history.read(run_dir))]
     if config.is_file():
@@ -104,13 +119,32 @@ def summary(steps: list[dict[str, Any]]) -> str:
     return ", ".join(parts) + "."
 
 
-def charts(steps: list[dict[str, Any]]) -> list[str]:
+def marks(steps: list[dict[str, Any]], starts: Sequence[goodput.StartRecord]) -> list[Mark]:
+    """Returns a mark for each spike, and for each start that went on from a checkpoint."""
+    found = [Mark(one.first_step, "restart", f"went on from step {one.first_step}") for one in starts[1:]]
+    for record in steps:
+        if any(key in record for key in SPIKES):
+            skipped = ", skipped" if "skipped" in record else ""
+            found.append(Mark(record["step"], "spike", f"spike at step {record['step']}{skipped}"))
+    return found
+
+
+def _legend(marked: Sequence[Mark]) -> str:
+    """Returns a sentence on the marks that there are."""
+    counts = {kind: sum(mark.kind == kind for mark in marked) for kind in ("spike", "restart")}
+    words = {"spike": "red where there was a spike", "restart": "grey where the run went on from a checkpoint"}
+    said = " and ".join(f"{words[kind]} ({count})" for kind, count in counts.items() if count)
+    return f"<p>Dashed lines: {said}.</p>" if said else ""
+
+
+def charts(steps: list[dict[str, Any]], marked: Sequence[Mark] = ()) -> list[str]:
     """Draws a chart for every key of the records; a dict of numbers (loss by source) becomes one chart."""
     keys = dict.fromkeys(key for record in steps for key in record if key not in NOT_DRAWN)
     drawn = []
     for key in sorted(keys, key=lambda key: (list(CHARTS).index(key) if key in CHARTS else len(CHARTS), key)):
         title, unit = CHARTS.get(key, (key.replace("_", " ").capitalize(), key.replace("_", " ")))
-        drawn.append(line_chart(title, _series(steps, key), "step", unit, key not in WITHOUT_NOISE))
+        own = [mark for mark in marked if mark.kind != "spike" or key in SPIKY]
+        drawn.append(line_chart(title, _series(steps, key), "step", unit, key not in WITHOUT_NOISE, own))
     return drawn
 
 
@@ -148,9 +182,9 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _section(title: str, figures: Sequence[str]) -> str:
+def _section(title: str, figures: Sequence[str], words: str = "") -> str:
     figures = [figure for figure in figures if figure]
-    return f'<h2>{title}</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
+    return f'<h2>{title}</h2>{words}<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
 def _eval_table(evals: list[dict[str, Any]]) -> str:
@@ -183,6 +217,51 @@ def _time(starts: Sequence[goodput.StartRecord]) -> str:
     return (
         f"<h2>Where the time went</h2><p>{said}; goodput is the share of steps that count.</p>"
         '<div class="scroll"><table><tr><th></th><th class="n">time</th><th class="n">share</th></tr>'
+        f"{rows}</table></div>"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an empty one if the file is missing or broken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _ranks(run_dir: Path) -> str:
+    """Returns a table of what computed the run: layout, device, versions."""
+    facts = read_json(run_dir / "env.json")
+    rows: dict[str, Any] = {key: facts[key] for key in ("layout", "device", "platform", "python") if key in facts}
+    rows |= {"parameters": f"{facts['parameters']:,}"} if isinstance(facts.get("parameters"), int) else {}
+    rows |= facts.get("packages", {})
+    cells = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(v))}</td></tr>" for key, v in rows.items())
+    return f'<h2>Layout and machine</h2><div class="scroll"><table>{cells}</table></div>' if rows else ""
+
+
+def composition(run_dir: Path) -> dict[str, float]:
+    """Returns the trained tokens of each source, as the newest checkpoint's manifest has them."""
+    folders = (run_dir / "checkpoints").glob("step_*/manifest.json")
+    newest = max(folders, key=lambda path: int(path.parent.name.split("_")[1]), default=None)
+    ledger = read_json(newest).get("ledger", {}) if newest else {}
+    return {name: tokens for name, tokens in ledger.items() if _is_number(tokens)}
+
+
+def _composition(run_dir: Path) -> str:
+    """Returns a table of the sources that the run was trained on."""
+    found = composition(run_dir)
+    whole = sum(found.values())
+    if len(found) < 2 or not whole:
+        return ""
+    rows = "".join(
+        f'<tr><td>{html.escape(name)}</td><td class="n">{tokens:,.0f}</td><td class="n">{tokens / whole:.2%}</td>'
+        f'<td><div class="share" style="width: {120 * tokens / whole:.0f}px"></div></td></tr>'
+        for name, tokens in found.items()
+    )
+    return (
+        "<h2>What it was trained on</h2><p>Tokens that counted in the loss, up to the newest checkpoint.</p>"
+        '<div class="scroll"><table><tr><th>source</th><th class="n">tokens</th><th class="n">share</th><th></th></tr>'
         f"{rows}</table></div>"
     )
 

@@ -14,7 +14,7 @@ import torch
 
 from configs.model import ModelConfig
 from pretrain.metrics import MetricsLog, ProgressLine
-from pretrain.parallel import expert_balance
+from pretrain.parallel import details, expert_balance
 from pretrain.parallel.step_sums import StepSums
 from pretrain.spikes import SpikeGuard
 
@@ -84,7 +84,8 @@ class Step:
             pairs = zip(sources, sums.mean_losses, strict=True)
             record["loss_by_source"] = {name: _finite(loss) for name, loss in pairs if loss is not None}
         metrics = {name: _finite(value) for name, value in sums.metrics.items()}
-        return record | metrics | expert_balance.described(sums.experts, model) | self.source_metrics | self.more
+        experts = expert_balance.described(sums.experts, model)
+        return record | metrics | experts | details.described(sums.details) | self.source_metrics | self.more
 
 
 class StepLog:

@@ -240,7 +240,9 @@ class Trainer:
             self.source.prepare(self.engine, self.step)
             batches = self._ahead.next() if self._ahead else self._micro_batches(self.samples)
         self._activities.begin(TRAINING, self.step + 1)
-        sums = self.engine.train_step(batches, self.loss_fn, lr, self._spikes.largest_norm(self.step + 1))
+        every = self.config.log.detail_every
+        detailed = every > 0 and (self.step + 1) % every == 0
+        sums = self.engine.train_step(batches, self.loss_fn, lr, self._spikes.largest_norm(self.step + 1), detailed)
         more = self.companion.train_step(batches, self.step) if self.companion else {}
         timer.stop()
         self.step += 1

@@ -20,7 +20,7 @@ from pretrain.model.context import ForwardContext
 from pretrain.model.documents import Documents
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.layers import Norm, RMSNorm, norm_of, normalized, recomputed
+from pretrain.model.layers import Norm, RMSNorm, is_recomputing, norm_of, normalized, recomputed
 from pretrain.model.rotary import rotate, yarn_mscale
 from pretrain.model.scores import ScoreRule, alibi_slopes
 from pretrain.model.slices import Marks, TensorSplit, mark
@@ -40,6 +40,7 @@ class Attention(nn.Module):
         self.recompute = False  # True: the backward pass computes scores and softmax again, and none are stored
         # Context parallel puts its exchange of sequence for heads around this.
         self.attend: Attend = self.attend_here
+        self.largest_logit: torch.Tensor | None = None  # the largest so far, in a step that measures it
         self.adapter = nn.ModuleDict()  # "prefix": keys and values before every document's, if there are any
         self.region = Region(context)
         self.query_factor = _query_factor(config)
@@ -67,6 +68,9 @@ class Attention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None, virtual: int = 0
     ) -> torch.Tensor:
         """Computes attention of this rank's heads over whole sequences; outputs are [T, B, N, D]."""
+        if self.largest_logit is not None and not is_recomputing():
+            found = scores.largest_logit(q, k, documents, self.rule, virtual)
+            self.largest_logit = torch.maximum(self.largest_logit, found)
         if self.recompute and torch.is_grad_enabled():
             return recomputed(scores.attend, q, k, v, documents, self.rule, virtual)
         return scores.attend(q, k, v, documents, self.rule, virtual)

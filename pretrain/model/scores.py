@@ -171,6 +171,40 @@ def weighted(
     return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1].to(v.dtype) @ v
 
 
+@torch.no_grad()
+def largest_logit(
+    q: torch.Tensor, k: torch.Tensor, documents: Documents | None, rule: ScoreRule, virtual: int = 0
+) -> torch.Tensor:
+    """Returns the largest scaled product of a query and a key that it sees, in fp32 or better, as a scalar.
+
+    Arguments are those of `attend`. Keys of virtual tokens do not count, and soft cap and slopes are left out.
+    """
+    k = k[virtual:]
+    q = q[len(q) - len(k) :]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    largest = torch.full((), -torch.inf, dtype=wide, device=q.device)
+
+    def one(q: torch.Tensor, k: torch.Tensor, _: torch.Tensor, context: int = 0) -> torch.Tensor:
+        nonlocal largest
+        own = replace(rule, context=context)
+        for start in range(0, len(q), QUERIES):
+            end = min(len(q), start + QUERIES)
+            first, last = own.first_key(start), max(end, context)
+            query = torch.arange(start, end, device=q.device)[:, None]
+            seen = own.sees(query, torch.arange(first, last, device=q.device))
+            keys = shared_heads(k[first:last], q.shape[2], dim=2)
+            products = (q[start:end].permute(1, 2, 0, 3) @ keys.permute(1, 2, 3, 0)).to(wide) / math.sqrt(q.shape[-1])
+            largest = torch.maximum(largest, products.masked_fill(~seen, -torch.inf).amax())
+        return q
+
+    if documents is None:
+        one(q, k, k)
+    else:
+        has_contexts = rule.pattern == "prefix" and documents.contexts is not None
+        by_document(q, k, k, documents, one, with_context=has_contexts)
+    return largest
+
+
 def attend_cached(
     q_BND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions_B: torch.Tensor, rule: ScoreRule
 ) -> torch.Tensor:

@@ -125,6 +125,8 @@ class DistributedOptimizer:
         self._mesh, self._clip_grad = mesh, config.clip_grad
         self.buckets: list[Bucket] = []
         self._next_to_reduce = 0
+        # [2] if the next step shall measure it: squares of the update and of the weights before, of this rank's parts.
+        self.squares_of_update: torch.Tensor | None = None
         for parameters, decayed in _in_order_of_backward(stage):
             self._add(parameters, decayed)
         self.adam = torch.optim.AdamW(
@@ -177,10 +179,21 @@ class DistributedOptimizer:
             if too_large is not None:
                 gradients.div_(too_large)
             bucket.master.grad = gradients
+            before = bucket.master.clone() if self.squares_of_update is not None else None
             adam.step()  # of this bucket alone: no other has a gradient
+            if before is not None:
+                self._measure(bucket, before)
             bucket.master.grad = None
             bucket.start_gathering()
         return norm
+
+    def _measure(self, bucket: Bucket, before: torch.Tensor) -> None:
+        """Adds to `squares_of_update` what changed in a bucket whose master weights were `before`."""
+        assert self.squares_of_update is not None
+        for first, end in bucket.counted:
+            old = before[first:end]
+            for i, part in enumerate((bucket.master[first:end] - old, old)):
+                self.squares_of_update[i] += torch.linalg.vector_norm(part, dtype=torch.float64).square()
 
     def gather_weights(self) -> None:
         """Gives every rank the weights of all parts; collective. Called after master weights changed."""

@@ -31,6 +31,7 @@ from pretrain.model.losses import LossFunction, NextToken
 from pretrain.model.moe.balance import LossDenominators
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
+from pretrain.parallel.details import StepDetails
 from pretrain.parallel.distributed_optimizer import changes_weights
 from pretrain.parallel.expert_parallel import spread_experts
 from pretrain.parallel.frozen import freeze
@@ -118,6 +119,7 @@ class Engine:
         self.zero = zero.wrap(self.module, train, optimizer, mesh, dtype)
         has_budget = adapter is not None and adapter.kind == "adalora"
         self.budget = RankBudget(self.module, self.zero, mesh, adapter) if adapter and has_budget else None
+        self.details = StepDetails(self.module, mesh, self.zero, train.compile)
         self.loss_factor = zero.loss_factor(self.zero, mesh)
         self._schedule = get_forward_backward_func() if layout.zero == 1 else zero.schedule(self.zero)
 
@@ -131,16 +133,23 @@ class Engine:
         return adapters_off(self.module.chunks)
 
     def train_step(
-        self, batches: Sequence[Batch], loss_fn: LossFunction, lr: float, largest_norm: float | None = None
+        self,
+        batches: Sequence[Batch],
+        loss_fn: LossFunction,
+        lr: float,
+        largest_norm: float | None = None,
+        detailed: bool = False,
     ) -> StepSums:
         """Trains on this rank's micro-batches of one global batch, and returns without waiting for a GPU.
 
         Raises ValueError if no token of the global batch is trained on. If the gradient norm is not finite, no weight
         changes, and the results raise FloatingPointError once they are asked for. With a `largest_norm` they do not,
-        and no weight changes where the norm is above it either.
+        and no weight changes where the norm is above it either. A `detailed` step takes the measures of `details`, too.
         """
+        if detailed:
+            self.details.begin()
         self.accumulate(batches, loss_fn)
-        return self.update(lr, largest_norm)
+        return self.update(lr, largest_norm, detailed)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> None:
         """Computes the global batch's gradients, averaged over data parallel and not yet clipped: parts 1 to 3."""
@@ -168,7 +177,7 @@ class Engine:
         if self.budget is not None:
             self.budget.add_penalty()
 
-    def update(self, lr: float, largest_norm: float | None = None) -> StepSums:
+    def update(self, lr: float, largest_norm: float | None = None, detailed: bool = False) -> StepSums:
         """Clips the gradients and updates the weights with learning rate `lr`: part 4; see `train_step`."""
         most = math.inf if largest_norm is None else largest_norm
         with record_function(OPTIMIZER):
@@ -180,7 +189,8 @@ class Engine:
             self.budget.finish_step()
         expert_balance.finish_step(self.module, self.mesh, applied)
         experts = expert_balance.counts(self.module, self.mesh, self.model_config)
-        return self._sums.of_step(grad_norm, experts, None if largest_norm is None else applied)
+        details = self.details.finish(self.model_config) if detailed else {}
+        return self._sums.of_step(grad_norm, experts, None if largest_norm is None else applied, details)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> StepSums:

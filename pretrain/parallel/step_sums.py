@@ -46,7 +46,8 @@ class StepSums:
 
     Every rank has the same. `sums` [2 * sources + metrics] holds, for each source, the loss summed over trained tokens
     and the sum of the loss mask, then the sums of the loss function's metrics `names`. `grad_norm` is the global norm
-    before clipping, and `experts` the result of `expert_balance.counts`; an evaluation has neither.
+    before clipping, `experts` the result of `expert_balance.counts`, and `details` that of
+    `StepDetails.finish`; an evaluation has none of them.
 
     Asking for any result raises FloatingPointError if the norm is not finite: the step then changed no weight. Results
     with `applied` raise no error; it says whether the step changed weights.
@@ -60,17 +61,22 @@ class StepSums:
         grad_norm: torch.Tensor | None = None,
         experts: torch.Tensor | None = None,
         applied: torch.Tensor | None = None,
+        details: Mapping[str, torch.Tensor] | None = None,
     ):
-        self._num_sources, self._names = num_sources, names
-        parts = {"sums": sums, "grad_norm": grad_norm, "experts": experts, "applied": applied}
+        self._num_sources, self._names, self._detail_names = num_sources, names, tuple(details or ())
+        parts = {"sums": sums, "grad_norm": grad_norm, "experts": experts, "applied": applied, **(details or {})}
         self._on_device = {name: part for name, part in parts.items() if part is not None}
         self._copy: HostCopy | None = None
 
     def of_step(
-        self, grad_norm: torch.Tensor, experts: torch.Tensor | None, applied: torch.Tensor | None = None
+        self,
+        grad_norm: torch.Tensor,
+        experts: torch.Tensor | None,
+        applied: torch.Tensor | None = None,
+        details: Mapping[str, torch.Tensor] | None = None,
     ) -> "StepSums":
         """Returns these sums with the other results of a training step, on their way to the host already."""
-        made = StepSums(self._on_device["sums"], self._num_sources, self._names, grad_norm, experts, applied)
+        made = StepSums(self._on_device["sums"], self._num_sources, self._names, grad_norm, experts, applied, details)
         made._copy = HostCopy(made._on_device)
         made._on_device = {}
         return made
@@ -127,6 +133,11 @@ class StepSums:
     def experts(self) -> torch.Tensor | None:
         """The result of `expert_balance.counts`, on the host."""
         return self._host.get("experts")
+
+    @property
+    def details(self) -> dict[str, torch.Tensor]:
+        """The result of `StepDetails.finish`, on the host; empty for a step that was not detailed."""
+        return {name: self._host[name] for name in self._detail_names}
 
     @cached_property
     def _host(self) -> dict[str, torch.Tensor]:

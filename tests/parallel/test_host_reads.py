@@ -36,7 +36,7 @@ def test_the_loop_reads_one_copy_a_step_when_the_next_step_is_under_way(
         # All of these read host memory: the rows before they are sent to the device, and what was fetched from there.
         copied = {"loss", "weights", "mean_loss", "mean_losses", "metrics", "grad_norm", "_host", "<dictcomp>"}
         rows = {"batch_source.py collate", "documents.py of"}
-        described = {"expert_balance.py described", "expert_balance.py <dictcomp>"}
+        described = {"expert_balance.py described", "expert_balance.py <dictcomp>", "details.py described"}
         assert more <= {f"step_sums.py {name}" for name in copied} | described | rows
         assert "step_sums.py mean_loss" in more
 

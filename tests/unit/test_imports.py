@@ -94,7 +94,19 @@ RULES = (
         "pretrain.run_report",
         ours=(
             "configs",
-            *(f"pretrain.{name}" for name in ("goodput", "line_charts", "history", "mask_page", "metrics_file")),
+            *(
+                f"pretrain.{name}"
+                for name in ("goodput", "line_charts", "history", "mask_page", "metrics_file", "run_comparison")
+            ),
+            *PAGES,
+        ),
+        never=TORCH,
+    ),
+    ImportRule(
+        "pretrain.run_comparison",
+        ours=(
+            "configs",
+            *(f"pretrain.{name}" for name in ("goodput", "line_charts", "metrics_file", "run_report")),
             *PAGES,
         ),
         never=TORCH,
@@ -270,7 +282,7 @@ def test_torch_free_parts_load_no_torch() -> None:
         name
         for name, file in modules()
         if name.split(".")[0] in ("configs", "launch", "cli", "pages", "data_pipeline")
-        or name in ("pretrain.run_report", "pretrain.line_charts")
+        or name in ("pretrain.run_report", "pretrain.run_comparison", "pretrain.line_charts")
     ]
     script = "import importlib, sys\n" + "\n".join(
         f"importlib.import_module({name!r}); assert not {{'torch', 'mpi4py', 'ray'}} & set(sys.modules), {name!r}"

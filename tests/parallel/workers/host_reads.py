@@ -60,7 +60,7 @@ def reads(model: dict[str, Any], num_batches: int, train: bool) -> dict[str, int
 def loop(run_dir: str, model: dict[str, Any], parallel: dict[str, Any], steps: int) -> dict[str, Any]:
     """Trains in a run of its own; returns the reads of steps, and in order when steps begin and results are fetched."""
     events: list[str] = []
-    trainer = make_trainer(run_dir, model, parallel, steps, {}, every=100, eval={"every": 100})
+    trainer = make_trainer(run_dir, model, parallel, steps, {}, every=100, eval={"every": 100}, log={"detail_every": 1})
     step, fetch, loop = trainer.engine.train_step, HostCopy.tensors, trainer._loop
 
     def noted(event: str, right: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.model import head_loss, tensor_parallel
 from pretrain.model.losses import NextToken, SquaredValues
-from pretrain.parallel import expert_balance, groups, staged_gloo, zero
+from pretrain.parallel import details, expert_balance, groups, staged_gloo, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.recorded_step import packed_rows
 
@@ -98,19 +98,29 @@ def run_layout(
     mesh, layout = engine.mesh, engine.mesh.layout
     loss_fn = NextToken() if engine.model_config.has_logits else SquaredValues()
     losses, norms, by_source, tensors, stats = [], [], [], {}, {}
+    measured: dict[str, Any] = {}
     named = [pair for chunk in engine.module.chunks for pair in chunk.named_parameters()]
     for step in range(steps):
         share = share_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, mesh.dp_rank, layout.dp)
         numbered = rows(share.start, len(share), engine.model_config.vocab_size)
         batches = micro_batches(numbered, micro_batch, share.start)
         with mock.patch.object(tensor_parallel, "_columns", _columns_apart) if columns_apart else nullcontext():
+            if step == 0:
+                engine.details.begin()
             engine.accumulate(batches, loss_fn)
         if step == 0:
             for name, parameter in named:
                 if not parameter.requires_grad:
                     continue
                 tensors[f"grad/{name}"] = mesh.gather_whole(zero.full_gradient(parameter), parameter).clone()
-        sums = engine.update(lr)
+        before = [zero.full_weight(p).clone() for _, p in named] if dist.get_world_size() == 1 and step == 0 else []
+        sums = engine.update(lr, detailed=step == 0)
+        measured |= details.described(sums.details)
+        if before:
+            apart = [zero.full_weight(p) - old for (_, p), old in zip(named, before, strict=True)]
+            for name, tensors_of in (("update_norm", apart), ("weight_norm", before)):
+                norm = torch.stack([tensor.double().square().sum() for tensor in tensors_of]).sum().sqrt()
+                assert abs(measured[name] / float(norm) - 1) < 1e-9 or freeze or adapter, name
         losses.append(sums.mean_loss)
         norms.append(sums.grad_norm)
         by_source.append((sums.loss / sums.weight).tolist())
@@ -134,6 +144,7 @@ def run_layout(
         "norms": norms,
         "by_source": by_source,
         "moe": stats,
+        "details": measured,
         "heldout": evaluated.mean_loss,
         "slices": slices,
     }

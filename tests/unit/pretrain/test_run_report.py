@@ -61,6 +61,47 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     assert "nan" not in page.lower()
 
 
+def test_spikes_and_restarts_are_marked_and_sources_counted(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 2.0, "grad_norm": 1.0, "lr": 0.1} for step in range(1, 21)]
+    lines[6] |= {"loss_spike": 9.5, "skipped": True}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    start = {"began": 0.0, "updated": 10.0, "last_step": 20, "seconds": {"training": 8.0}}
+    starts = [{**start, "first_step": 0, "last_step": 12}, {**start, "began": 20.0, "updated": 30.0, "first_step": 10}]
+    (tmp_path / "time.json").write_text(json.dumps({"starts": starts}))
+    (tmp_path / "env.json").write_text(json.dumps({"layout": "tp1 pp1 dp2 zero1", "parameters": 12345}))
+    for step, ledger in ((10, {"a": 1, "b": 1}), (9, {"a": 9}), (20, {"<a>": 30.0, "b": 10.0})):
+        manifest = tmp_path / "checkpoints" / f"step_{step}" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text(json.dumps({"ledger": ledger}))
+    page = write(tmp_path).read_text(encoding="utf-8")
+    assert page.count("spike at step 7, skipped") == 2 and page.count("went on from step 10<") == 3
+    assert "red where there was a spike (1) and grey where the run went on from a checkpoint (1)" in page
+    assert "tp1 pp1 dp2 zero1" in page and "12,345" in page and "loss_spike" not in page and "Loss spike" not in page
+    assert '&lt;a&gt;</td><td class="n">30</td><td class="n">75.00%</td>' in page
+
+
+def test_runs_are_compared_by_settings_and_last_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [tmp_path / "one" / "run", tmp_path / "two" / "run", tmp_path / "three" / "run"]
+    for number, run in enumerate(runs, 1):
+        run.mkdir(parents=True)
+        metrics(run, 10 * number)
+        (run / "config.toml").write_text(f'[run]\ndir = "{run}"\n[optimizer]\nlr = 0.{number}\neps = 1e-8\n')
+    assert main(list(map(str, runs))) == 0
+    path = Path(capsys.readouterr().out.strip())
+    page = path.read_text(encoding="utf-8")
+    assert path == runs[0] / "comparison.html"
+    tags = OpenTags()
+    tags.feed(page)
+    assert not tags.open and not tags.links and "<script" not in page
+    differing = "<tr><td>optimizer.lr</td><td>0.1</td><td>0.2</td><td>0.3</td></tr>"
+    assert differing in page and "optimizer.eps" not in page and "run.dir" not in page
+    assert "<td>two/run</td><td class=n>20</td><td class=n>2,000</td><td class=n>0.4500</td>" in page
+    assert "Training loss by tokens" not in page  # all have as many tokens a step
+    assert page.count("two/run</span>") == page.count("<figure>") == 8
+    with pytest.raises(ConfigError, match=r"no_run has no metrics\.jsonl"):
+        main([str(runs[0]), str(tmp_path / "no_run")])
+
+
 def test_a_run_without_a_step_still_has_a_page(tmp_path: Path) -> None:
     assert "No step has been logged yet." in write(tmp_path).read_text()
 
