@@ -33,6 +33,7 @@ SCHEMAS = {
     "export": "configs.export:ExportConfig",
     "recipe": "configs.recipe:RecipeConfig",
     "tokenizer": "configs.tokenizer:TokenizerTrainConfig",
+    "launch": "configs.launch:LaunchConfig",
 }
 
 # Options of every training command (name, default, help); pretrain/checkpoint/resume.py and pretrain/profiling.py carry

@@ -1,24 +1,16 @@
 """Config section [run] of a data run: its folder, and the executor of its tasks (this machine, Slurm, Ray or MPI)."""
 
-import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from configs.section import Section
+from configs.slurm import SlurmAccountConfig
 
 
-class SlurmConfig(Section):
+class SlurmConfig(SlurmAccountConfig):
     """Resources of the array jobs of executor = "slurm". Up to `run.workers` elements of a job run at a time."""
 
-    partition: str | None = None
-    """The partition, as in sbatch --partition; left out, the cluster's default."""
-    account: str | None = None
-    """The account that is charged, as in sbatch --account; left out, the cluster's default."""
-    qos: str | None = None
-    """The quality of service, as in sbatch --qos; left out, the cluster's default."""
-    time: str = "24:00:00"
-    """The time limit of one element of a job, as sbatch takes it: HH:MM:SS or D-HH:MM:SS."""
     cpus_per_task: int = Field(default=1, ge=1)
     """The cores of one element."""
     mem_per_cpu_gb: int = Field(default=2, ge=1)
@@ -29,13 +21,6 @@ class SlurmConfig(Section):
     """The maximum number of elements of one job, not above MaxArraySize of slurm.conf."""
     setup: str = ""
     """Shell commands before a task's Python starts, such as "module load python"; empty for none."""
-
-    @field_validator("time")
-    @classmethod
-    def _is_a_time(cls, time: str) -> str:
-        if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", time):
-            raise ValueError(f'{time!r} is no time limit of sbatch; write hours as "24:00:00" or days as "2-12:00:00"')
-        return time
 
 
 class RayConfig(Section):

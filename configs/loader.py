@@ -41,16 +41,20 @@ def load(
 
     Before it is validated, `complete` may add keys that follow from others. Raises ConfigError for any mistake.
     """
+    return validate(schema, complete(filled_tree(path, overrides)), origin=str(path))
+
+
+def filled_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a config file, with overrides and the published model that it names, without checking its keys."""
     tree = read_tree(path)
     presets.with_preset_key(tree)
     for override in overrides:
         _apply(tree, override)
         presets.with_preset_key(tree)
     try:
-        tree = presets.filled_in(tree)
+        return presets.filled_in(tree)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return validate(schema, complete(tree), origin=str(path))
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:

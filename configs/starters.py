@@ -22,6 +22,7 @@ _TITLES = {
     "sample": ("Rejection sampling from the demo's GRPO model (make demo).", "trivium sample"),
     "recipe": ("A recipe: fine-tuning of the demo's pretrained model (make demo), then GRPO.", "trivium recipe run"),
     "export": ("The demo's pretrained model (make demo) as a Hugging Face directory.", "trivium export"),
+    "launch": ("Two nodes of 8 GPUs.", "trivium launch --on slurm --cluster"),
 }
 _TRAINING: dict[str, Any] = {
     "train.micro_batch_size": 8,
@@ -157,6 +158,14 @@ _VALUES: dict[str, dict[str, Any]] = {
         "stages.grpo.set": ["init.run={sft}"],
     },
     "export": {"run": "runs/demo/pretrain", "out": "runs/mine/export", "step": "latest", "dtype": "float32"},
+    "launch": {
+        "nnodes": 2,
+        "nproc_per_node": 8,
+        "environment": ["NCCL_SOCKET_IFNAME"],
+        "slurm.time": "24:00:00",
+        "slurm.gpus_per_node": 8,
+        "slurm.options": ["--exclusive"],
+    },
 }
 
 

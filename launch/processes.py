@@ -74,6 +74,7 @@ class ProcessGroup:
         env: Mapping[str, str] | None = None,
         output: IO[bytes] | int | None = None,
         signals_blocked: bool = False,
+        stdin: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
         """Starts one process whose stdout and stderr go to `output`, by default to this process's own.
 
@@ -84,7 +85,7 @@ class ProcessGroup:
         process = subprocess.Popen(
             list(argv),
             env=None if env is None else dict(env),
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -148,8 +149,12 @@ class ProcessGroup:
                 continue
             if number == signal.SIGKILL:
                 os.killpg(process.pid, number)
-            else:  # the process itself decides whether to pass these on to its children
-                process.send_signal(number)
+            else:
+                self._pass_on(process, number)
+
+    def _pass_on(self, process: subprocess.Popen[bytes], number: int) -> None:
+        """Sends one process a signal; the process itself decides whether to pass it on to its children."""
+        process.send_signal(number)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and signal.SIGINT in self._signals:

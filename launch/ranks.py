@@ -1,19 +1,18 @@
-"""`trivium launch`: starts the ranks of one machine, each a process with torchrun's variables set.
+"""`trivium launch`: starts the ranks of a command, on this machine or, with --on, by torchrun, Slurm or mpirun.
 
-It starts `python -m MODULE ARGS...` (train, sft, rm, dpo and grpo stand for their modules) once for each rank, divides
-the cores among them, shows the first rank's output, keeps the others' in files, and passes Ctrl-C, SIGTERM and SIGUSR1
-on. Its exit status is that of the rank that failed first (2 for a bad config), or, after a signal, the one that all
-ranks have: 75 means that nothing is lost and the same command continues the run. On several machines it is started on
-each, by srun or with --node-rank and --master-address. Restarts and elastic worlds are left to torchrun: every
-entrypoint also runs as `torchrun --nproc-per-node N -m MODULE CONFIG`, and under srun or mpirun.
+--on local, the default, starts `python -m MODULE ARGS...` once for each rank of this machine, divides the cores among
+them, shows the first rank's output, keeps the others' in files, and passes Ctrl-C, SIGTERM and SIGUSR1 on. Its exit
+status is that of the rank that failed first (2 for a bad config), or, after a signal, the one that all ranks have: 75
+means that nothing is lost and the same command continues the run. On several machines it is started on each, by srun,
+as in the jobs of --on slurm, or with --node-rank and --master-address. Every entrypoint also runs as
+`torchrun --nproc-per-node N -m MODULE CONFIG`, and under srun or mpirun.
 """
 
 import argparse
 import contextlib
-import difflib
-import importlib.util
 import os
 import random
+import shlex
 import shutil
 import socket
 import sys
@@ -21,21 +20,82 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs import presets
 from configs.cli import command_parser, entrypoint
-from configs.loader import ConfigError
+from configs.launch import LaunchConfig
+from configs.loader import ConfigError, from_overrides, load
 from configs.signals import INTERRUPTED, STOPPED
-from launch.bootstrap import TRAINING
+from launch import on_mpi, on_torchrun, slurm_submit
+from launch.command import SINGLE, module_of, read_command
 from launch.environment import DEFAULT_PORT, ClusterEnvironment
 from launch.processes import ProcessGroup, cores
+from launch.slurm_submit import Submission
 
+CLUSTERS = Path(presets.__file__).parent / "launch"
 TAIL_LINES = 30
 PORTS_HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")  # Linux: "first last"
 LOWEST_PORT, TRIES = 10_000, 50  # of free_port
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the ranks that the command line asks for and returns their exit status."""
+    """Starts what the command line asks for and returns its exit status."""
     args = _parser().parse_args(argv)
+    _check_options(args)
+    config = _config(args)
+    if args.on == "local":
+        return _on_this_machine(args, config)
+    command = read_command([args.module, *args.args], config.world_size)
+    if args.on == "slurm":
+        return slurm_submit.submit(Submission(command, config, tuple(args.after), args.job_dir, args.dry_run))
+    if args.on == "mpi":
+        return on_mpi.start(command, config, args.dry_run)
+    return on_torchrun.start(command, config, args.master_address, args.dry_run)
+
+
+# Options that not every way of starting has, and those that have it.
+ONLY_ON = {
+    "node_rank": ("local",),
+    "master_address": ("local", "torchrun"),
+    "master_port": ("local",),
+    "after": ("slurm",),
+    "job_dir": ("slurm",),
+}
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that is given and that this way of starting ranks does not have."""
+    for option, ways in ONLY_ON.items():
+        if getattr(args, option) not in (None, "", []) and args.on not in ways:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is for --on {' or '.join(ways)}; leave it out of --on {args.on}"
+            )
+
+
+def _config(args: argparse.Namespace) -> LaunchConfig:
+    """Reads the launch config, with the options of the command line in it. Raises ConfigError if it is wrong."""
+    for name, number in (("nproc-per-node", args.nproc_per_node), ("nnodes", args.nnodes)):
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name} {number} starts no rank; give 1 or more")
+    overrides = list(args.set)
+    overrides += [f"nproc_per_node={args.nproc_per_node}"] if args.nproc_per_node else []
+    overrides += [f"nnodes={args.nnodes}"] if args.nnodes else []
+    if not args.cluster:
+        return from_overrides(LaunchConfig, overrides)
+    known = sorted(path.stem for path in CLUSTERS.glob("*.toml"))
+    if "/" not in args.cluster and not args.cluster.endswith(".toml") and args.cluster not in known:
+        raise ConfigError(f"--cluster {args.cluster} is none of {', '.join(known)}, and no file; name a .toml file")
+    return load(LaunchConfig, CLUSTERS / f"{args.cluster}.toml" if args.cluster in known else args.cluster, overrides)
+
+
+def _on_this_machine(args: argparse.Namespace, config: LaunchConfig) -> int:
+    """Runs the ranks of this machine and returns their exit status."""
+    if config.hosts:
+        raise ConfigError("hosts names other machines, and --on local starts ranks here alone; use --on torchrun")
+    if next((one for one in SINGLE if one.split()[0] == args.module), None):
+        words = " ".join([args.module, *args.args])
+        raise ConfigError(f"`{args.module}` is one process on one machine; start it as `trivium {words}`")
+    module = module_of(args.module)
+    args.nproc_per_node, args.nnodes = config.nproc_per_node, config.nnodes
     nnodes, node_rank, address, port = _nodes(args)
     ranks = [
         ClusterEnvironment(
@@ -50,8 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for local_rank in range(args.nproc_per_node)
     ]
-    module = _module(args.module)
-    return run_ranks([sys.executable, "-m", "launch.bootstrap", module, *args.args], ranks)
+    command = [sys.executable, "-m", "launch.bootstrap", module, *args.args]
+    if args.dry_run:
+        print(
+            f"{len(ranks)} of {ranks[0].world_size} ranks here, {max(1, cores() // len(ranks))} threads each: ", end=""
+        )
+        print(shlex.join(command))
+        return 0
+    return run_ranks(command, ranks)
 
 
 def _nodes(args: argparse.Namespace) -> tuple[int, int, str, int]:
@@ -62,13 +128,10 @@ def _nodes(args: argparse.Namespace) -> tuple[int, int, str, int]:
         raise ConfigError(
             f"srun started `trivium launch` {step.local_world_size} times on this node; give srun --ntasks-per-node=1, "
             f"or leave `trivium launch` out: srun --ntasks-per-node={args.nproc_per_node} python "
-            f"-m {_module(args.module)} CONFIG"
+            f"-m {module_of(args.module)} CONFIG"
         )
     nnodes = args.nnodes if args.nnodes is not None else step.world_size if step else 1
     node_rank = args.node_rank if args.node_rank is not None else step.rank if step else 0
-    for name, number, least in (("nproc-per-node", args.nproc_per_node, 1), ("nnodes", nnodes, 1)):
-        if number < least:
-            raise ConfigError(f"--{name} {number} starts no rank; give 1 or more")
     if not 0 <= node_rank < nnodes:
         raise ConfigError(
             f"--node-rank {node_rank} is not one of --nnodes {nnodes} nodes; they count from 0 to {nnodes - 1}"
@@ -79,24 +142,6 @@ def _nodes(args: argparse.Namespace) -> tuple[int, int, str, int]:
     if address is None:
         raise ConfigError(f"--nnodes {nnodes} needs --master-address, the host name of node 0 as other nodes reach it")
     return nnodes, node_rank, address, args.master_port or (step.master_port if step else DEFAULT_PORT)
-
-
-def _module(name: str) -> str:
-    """Module to run: that of a command that trains (train, sft, grpo), or `name` itself. Raises ConfigError if none."""
-    if name in TRAINING:
-        return TRAINING[name]
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # the parent is no package; the name is not valid
-        found = None
-    if found is not None and found.submodule_search_locations is None:
-        return name
-    inside = [command for command, module in TRAINING.items() if module.startswith(f"{name}.")]
-    close = inside or difflib.get_close_matches(name, [*TRAINING, *TRAINING.values()], n=1)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise ConfigError(
-        f"{name!r} cannot be started as ranks: give {', '.join(TRAINING)}, or a module as for `python -m`{hint}"
-    )
 
 
 def run_ranks(command: Sequence[str], ranks: Sequence[ClusterEnvironment]) -> int:
@@ -160,23 +205,52 @@ def free_port() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         prog="trivium launch",
-        description="Runs an entrypoint as several ranks on this machine.",
+        description="Starts a command as ranks: on this machine, by torchrun or mpirun, or as a job of Slurm.",
         example="trivium launch --nproc-per-node 2 train configs/pretrain/demo.toml parallel.tp=2\n"
-        "on two machines, the second one:\n  trivium launch --nproc-per-node 8 --nnodes 2 --node-rank 1 "
-        "--master-address gpu0 train CONFIG\n"
-        "on those of a Slurm job:\n  srun --ntasks-per-node=1 trivium launch --nproc-per-node 8 train CONFIG",
+        "a job of Slurm on two nodes of 8 GPUs, printed and then submitted:\n"
+        "  trivium launch --on slurm --cluster h100 --nnodes 2 --dry-run train CONFIG\n"
+        "  trivium launch --on slurm --cluster h100 --nnodes 2 train CONFIG\n"
+        "a job after another one, and a recipe as a chain of jobs:\n"
+        "  trivium launch --on slurm --cluster h100 --after 4711 sft CONFIG\n"
+        "  trivium launch --on slurm --cluster h100 recipe run RECIPE\n"
+        "the command of torchrun for each of two machines, or started there over ssh:\n"
+        "  trivium launch --on torchrun --nnodes 2 --nproc-per-node 8 --master-address gpu0 train CONFIG\n"
+        '  trivium launch --on torchrun --set \'hosts=["gpu0", "gpu1"]\' --nproc-per-node 8 train CONFIG\n'
+        "eight ranks of mpirun:\n"
+        "  trivium launch --on mpi --nproc-per-node 8 train CONFIG\n"
+        "by hand on two machines, the second one:\n  trivium launch --nproc-per-node 8 --nnodes 2 --node-rank 1 "
+        "--master-address gpu0 train CONFIG\n\n"
+        "every key of a launch config: trivium config --explain launch",
     )
-    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks to start here (default 1)")
-    parser.add_argument("--nnodes", type=int, metavar="N", help="machines in all (default: srun's tasks, else 1)")
-    parser.add_argument("--node-rank", type=int, metavar="R", help="rank of this machine, from 0")
-    parser.add_argument("--master-address", metavar="HOST", help="host of node 0; needed if --nnodes > 1")
     parser.add_argument(
-        "--master-port",
-        type=int,
-        metavar="PORT",
-        help="a free port on node 0 (default: chosen)",
+        "--on",
+        choices=("local", "torchrun", "slurm", "mpi"),
+        default="local",
+        help="who starts the ranks (default local)",
     )
-    parser.add_argument("module", metavar="COMMAND", help="train, sft, grpo, or a module, e.g. pretrain.train")
+    parser.add_argument(
+        "--cluster", metavar="FILE", default="", help="a launch config: cpu, h100 or a100 of configs/launch, or a file"
+    )
+    parser.add_argument(
+        "--set", metavar="key=value", action="append", default=[], help="an override of the launch config"
+    )
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each machine (default 1)")
+    parser.add_argument("--nnodes", type=int, metavar="N", help="machines in all (default: srun's tasks, else 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the script or the commands, and start nothing")
+    parser.add_argument(
+        "--after", metavar="JOB", action="append", default=[], help="slurm: a job that has to succeed before"
+    )
+    parser.add_argument(
+        "--job-dir", metavar="DIR", default="", help="slurm: the folder of script and output (default run.dir/launch)"
+    )
+    parser.add_argument("--node-rank", type=int, metavar="R", help="local: rank of this machine, from 0")
+    parser.add_argument("--master-address", metavar="HOST", help="local, torchrun: host of node 0, if --nnodes > 1")
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="local: a free port on node 0")
+    parser.add_argument(
+        "module",
+        metavar="COMMAND",
+        help="train, sft and so on, or a module; on slurm also data run, export and recipe run",
+    )
     parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="its CONFIG and key=value overrides")
     return parser
 

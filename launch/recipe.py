@@ -43,11 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="trivium recipe run",
         description="Runs the stages of a recipe in order; the same command again continues with what is left.",
         example="trivium recipe run configs/recipes/demo.toml --dry-run",
-        options=(("--until", "", "the last stage to run"),),
+        options=(
+            ("--until", "", "the last stage to run"),
+            ("--only", "", "the one stage to run, after those before it; a job of `trivium launch --on slurm` does"),
+        ),
     )
-    if args.until and args.until not in config.stages:
-        raise ConfigError(f"--until {args.until} names no stage; the stages are {', '.join(config.stages)}")
-    return run_recipe(config, args.dry_run, args.until)
+    for option, name in (("--until", args.until), ("--only", args.only)):
+        if name and name not in config.stages:
+            raise ConfigError(f"{option} {name} names no stage; the stages are {', '.join(config.stages)}")
+    return run_recipe(config, args.dry_run, args.until, args.only)
 
 
 def demo(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +73,8 @@ def demo(argv: Sequence[str] | None = None) -> int:
     return run_recipe(load(RecipeConfig, DEMO), args.dry_run)
 
 
-def run_recipe(config: RecipeConfig, dry_run: bool = False, until: str = "") -> int:
-    """Runs a recipe's stages, up to `until` if it is given, and returns the exit status."""
+def run_recipe(config: RecipeConfig, dry_run: bool = False, until: str = "", only: str = "") -> int:
+    """Runs a recipe's stages, up to `until` or the one stage `only` if given, and returns the exit status."""
     stages = stages_of(config)
     for stage in stages:
         if missing := [word for word in stage.command if word.endswith(".toml") and not Path(word).is_file()]:
@@ -89,7 +93,7 @@ def run_recipe(config: RecipeConfig, dry_run: bool = False, until: str = "") -> 
             )
         if until:
             return run_stages(stages[: list(config.stages).index(until) + 1], [], directory, Console(), config.title)
-        return run_stages(stages, specimens_of(config, stages), directory, Console(), config.title)
+        return run_stages(stages, specimens_of(config, stages), directory, Console(), config.title, only)
 
 
 def take(lock: IO[str]) -> bool:
@@ -107,16 +111,22 @@ def run_stages(
     directory: Path,
     console: Console,
     title: str = "Trivium recipe",
+    only: str = "",
 ) -> int:
     """Runs `stages` in order, up to the first failure or missed gate, and writes their record to recipe.json.
 
-    After the last stage, shows the table and the models' `specimens`, and writes the page.
+    With `only`, it runs the stage of that name alone, for which those before it must be finished. After the last stage,
+    shows the table and the models' `specimens`, and writes the page.
 
     Returns the exit status of the stage that failed or was interrupted, 1 after a missed gate, else 0.
     """
     began = time.monotonic()
     times = read_times(directory)
     for number, stage in enumerate(stages, 1):
+        if only and stage.name != only:
+            if not times.get(stage.name, {}).get("done"):
+                raise ConfigError(f"--only {only}: stage {stage.name} before it is not finished; run that one first")
+            continue
         console.rule(f"{number} of {len(stages)}: {stage.title}", align="left")
         log = directory / "logs" / f"{stage.name}.log"
         mark, made_from, started = stage.fingerprint(), stage.made_from(), time.monotonic()
@@ -140,6 +150,8 @@ def run_stages(
         if missed := stage.missed_gates():
             _print_missed(stage, missed, console)
             return 1
+        if only and number < len(stages):
+            return 0
         if signal and number < len(stages):
             console.print(f"\nInterrupted after stage {stage.title}. Run the same command again to continue.")
             return status_of(signal)

@@ -1,31 +1,24 @@
-"""Scripts of launch/slurm in a real Slurm cluster of two nodes: jobs are warned, save, are requeued and finish."""
+"""`trivium launch --on slurm` in a real Slurm cluster of two nodes: jobs are warned, save, are requeued and finish."""
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pretrain.checkpoint import storage
 from tests.e2e import slurm_cluster
+from tests.e2e.slurm_jobs import ENVIRONMENT, Job, launch
 from tests.small_training import last_step, write_config
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, ROWS = 120, 100_000  # more rows than any test trains on
-# On one core each: two launchers share this machine, while on two machines each would have all cores.
-LAUNCHER = ["taskset", "-c", "0", "python", "-m", "cli", "launch", "--nproc-per-node", "1", "train"]
-SCRIPTS = {
-    "ranks by srun": ("srun.sh", ["python", "-m", "cli", "train"]),
-    "launchers by srun": ("srun.sh", LAUNCHER),
-    "mpirun": ("mpirun.sh", ["python", "-m", "cli", "train"]),
-    "torchrun": ("torchrun.sh", ["--nproc-per-node", "1", "-m", "pretrain.train"]),
-}
+SLEEP = "tests.e2e.steps_of_sleep"
+SECRET = "planted-7a2c-secret"
 
 pytestmark = pytest.mark.skipif(bool(slurm_cluster.WHY_NOT), reason=slurm_cluster.WHY_NOT)
 
@@ -34,10 +27,8 @@ pytestmark = pytest.mark.skipif(bool(slurm_cluster.WHY_NOT), reason=slurm_cluste
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as conf:
         patch.setenv("SLURM_CONF", str(conf))
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names cannot be resolved
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
         yield
 
 
@@ -47,71 +38,53 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder, STEPS, folder / "run", rows=ROWS)
 
 
-class Job:
-    """Batch job with one task per node, and its output."""
-
-    def __init__(self, folder: Path, script: str, *command: str, options: tuple[str, ...] = ()):
-        self.output = folder / "output"
-        form = ("--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={self.output}", f"--chdir={ROOT}")
-        command = ("sbatch", *form, *options, str(ROOT / "launch/slurm" / script), *command)
-        self.number = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        self.in_script = "--signal=B:" in (ROOT / "launch/slurm" / script).read_text()
-
-    def cancel(self, *options: str) -> None:
-        subprocess.run(["scancel", *options, self.number], check=True)
-
-    def warn(self) -> None:
-        """Sends the signal that the script's `--signal` option sends before the time limit."""
-        self.cancel("--signal=USR1", *(["--batch"] if self.in_script else []))
-
-    def shows(self, key: str) -> str:
-        done = subprocess.run(["scontrol", "show", "job", self.number], capture_output=True, text=True, check=True)
-        found = re.search(rf"\b{key}=(\S+)", done.stdout)
-        assert found is not None, done.stdout
-        return found[1]
-
-    def said(self) -> str:
-        return self.output.read_text(errors="replace") if self.output.exists() else ""
-
-    def wait_for(self, what: Callable[[], bool], seconds: float = 300) -> None:
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline, f"{self.shows('JobState')}\n{self.said()[-5000:]}"
-            time.sleep(0.1)
-
-    def wait_for_state(self, state: str) -> None:
-        self.wait_for(lambda: self.shows("JobState") == state)
+@pytest.fixture(scope="module")
+def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What a run of the config that nothing interrupts writes of each step."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    (job,) = train(config, run)
+    job.wait_for_state("COMPLETED")
+    return steps_of(run)
 
 
-def shown(*command: str) -> str:
-    """Returns the output of a Slurm command."""
-    return subprocess.run(command, capture_output=True, text=True).stdout
+def train(config: Path, run: Path, *overrides: str, options: tuple[str, ...] = ()) -> list[Job]:
+    return Job.submitted("train", str(config), f"run.dir={run}", *overrides, options=options)
 
 
-def steps_of(run: Path) -> list[int]:
+def steps_of(run: Path) -> list[dict]:
+    """Returns the numbers of each step that do not depend on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if "loss" in line]
+    return [
+        {key: line[key] for key in ("step", "tokens", "loss", "grad_norm", "lr")} for line in lines if "loss" in line
+    ]
+
+
+def sleeping(folder: Path, env: dict[str, str] | None = None, *options: str) -> Job:
+    """Submits ranks that sleep in place of training; script, code and output go into a folder of their own."""
+    options = ("--job-dir", str(folder / "job"), "--set", "slurm.check_nodes=false", *options)
+    (job,) = Job.submitted(SLEEP, str(folder), options=options, env=env)
+    return job
 
 
 def test_a_warned_job_saves_on_every_rank_and_is_requeued(tmp_path: Path) -> None:
-    job = Job(tmp_path, "srun.sh", "python", "-m", "tests.e2e.steps_of_sleep", str(tmp_path))
-    job.wait_for(lambda: (tmp_path / "up_0").exists() and (tmp_path / "up_1").exists())
+    """Paths of the job have a space, a quote, a percent sign and letters beyond ASCII, and no secret is written."""
+    folder = tmp_path / "l'été 50%j #1"
+    folder.mkdir()
+    job = sleeping(folder, {"SECRET_TOKEN": SECRET})
+    job.wait_for(lambda: (folder / "up_0").exists() and (folder / "up_1").exists())
     job.warn()
     job.wait_for(lambda: job.shows("Restarts") == "1")
     job.cancel()
-    assert [(tmp_path / f"saved_{rank}").read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2
-
-
-SLEEP = {
-    "ranks by srun": ("srun.sh", ["python", "-m", "tests.e2e.steps_of_sleep"]),
-    "mpirun": ("mpirun.sh", ["python", "-m", "tests.e2e.steps_of_sleep"]),
-    "torchrun": ("torchrun.sh", ["--nproc-per-node", "1", "-m", "tests.e2e.steps_of_sleep"]),
-}
+    assert [(folder / f"saved_{rank}").read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2
+    assert [(folder / f"secret_{rank}").read_text() for rank in range(2)] == ["not there"] * 2
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert job.output in written and folder / "job/1/job.sh" in written
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+    assert "job/code/" in (folder / "code_0").read_text()  # where the rank's own code was
 
 
 def test_a_job_that_is_warned_as_its_ranks_start_is_requeued(tmp_path: Path) -> None:
-    script, command = SLEEP["ranks by srun"]
-    job = Job(tmp_path, script, *command, str(tmp_path))
+    job = sleeping(tmp_path)
     job.wait_for(lambda: f"{job.number}.0" in shown("squeue", "--steps", "--noheader"))
     job.warn()
     job.wait_for(lambda: job.shows("Restarts") == "1", 60)
@@ -121,15 +94,22 @@ def test_a_job_that_is_warned_as_its_ranks_start_is_requeued(tmp_path: Path) -> 
     job.cancel()
 
 
+def test_what_slurm_refuses_is_said_in_one_sentence(tmp_path: Path) -> None:
+    done = launch(SLEEP, str(tmp_path), options=("--job-dir", str(tmp_path), "--set", "slurm.partition=gpus"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "invalid partition specified: gpus" in done.stderr and "correct the launch config" in done.stderr
+
+
+def shown(*command: str) -> str:
+    """Returns the output of a Slurm command."""
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("way", SLEEP)
 @pytest.mark.parametrize("milliseconds", [0, 20, 50, 100, 200, 400, 1000, 3000])
-def test_a_job_that_is_warned_at_any_moment_of_its_start_is_requeued(
-    tmp_path: Path, way: str, milliseconds: int
-) -> None:
+def test_a_job_that_is_warned_at_any_moment_of_its_start_is_requeued(tmp_path: Path, milliseconds: int) -> None:
     """A signal before the first line of the script kills the job, which has not started any rank yet."""
-    script, command = SLEEP[way]
-    job = Job(tmp_path, script, *command, str(tmp_path))
+    job = sleeping(tmp_path)
     job.wait_for_state("RUNNING")
     time.sleep(milliseconds / 1000)
     job.warn()
@@ -141,80 +121,101 @@ def test_a_job_that_is_warned_at_any_moment_of_its_start_is_requeued(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("way", SCRIPTS)
-def test_a_warned_run_goes_on_where_it_was(config: Path, tmp_path: Path, way: str) -> None:
-    script, command = SCRIPTS[way]
+@pytest.mark.parametrize("by", ["warning", "scontrol requeue", "both"])
+def test_an_interrupted_run_ends_with_the_numbers_of_an_uninterrupted_one(
+    config: Path, uninterrupted: list[dict], tmp_path: Path, by: str
+) -> None:
     run = tmp_path / "run"
-    job = Job(tmp_path, script, *command, str(config), f"run.dir={run}")
-    job.wait_for(lambda: last_step(run) >= 3)
-    job.warn()
-    job.wait_for(lambda: job.shows("Restarts") == "1")
-    (saved,) = storage.steps(run)
-    assert 3 <= saved < STEPS
+    (job,) = train(config, run)
+    (chained,) = Job.submitted(
+        SLEEP, str(tmp_path), options=("--job-dir", str(tmp_path / "after"), "--after", job.number)
+    )
+    ways = {"warning": [job.warn], "scontrol requeue": [lambda: requeue(job)]}
+    for number, interrupt in enumerate(ways.get(by) or [*ways["warning"], *ways["scontrol requeue"]], 1):
+        job.wait_for(lambda step=20 * number: last_step(run) >= step)
+        interrupt()
+        job.wait_for(lambda times=str(number): job.shows("Restarts") == times)
+        assert chained.shows("JobState") == "PENDING"
+    saved = storage.steps(run)
+    assert saved and saved[0] < STEPS
     job.wait_for_state("COMPLETED")
-    assert f"going on from {storage.directory(run, saved)}" in job.said()
-    assert steps_of(run) == list(range(1, STEPS + 1)) and storage.steps(run)[-1] == STEPS
+    assert f"going on from {storage.directory(run, saved[0])}" in job.said()
+    assert [line["step"] for line in uninterrupted] == list(range(1, STEPS + 1))
+    assert steps_of(run) == uninterrupted
+    chained.wait_for_state("RUNNING")
+    chained.cancel()
+
+
+def requeue(job: Job) -> None:
+    subprocess.run(["scontrol", "requeue", job.number], check=True)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("way", SCRIPTS)
-def test_a_job_that_is_warned_while_it_starts_is_requeued(config: Path, tmp_path: Path, way: str) -> None:
-    script, command = SCRIPTS[way]
-    job = Job(tmp_path, script, *command, str(config), f"run.dir={tmp_path / 'run'}", "train.steps=20")
-    job.wait_for_state("RUNNING")
-    time.sleep(4)  # ranks are importing
+def test_a_job_that_is_warned_while_it_starts_is_requeued(config: Path, tmp_path: Path) -> None:
+    (job,) = train(config, tmp_path / "run", "train.steps=20")
+    job.wait_for(lambda: f"{job.number}.1" in shown("squeue", "--steps", "--noheader"))  # step 0 looks at the nodes
+    time.sleep(2)  # ranks are importing
     assert not (tmp_path / "run/metrics.jsonl").exists()
     job.warn()
     job.wait_for(lambda: job.shows("Restarts") == "1")
     job.wait_for_state("COMPLETED")
-    assert steps_of(tmp_path / "run") == list(range(1, 21))
+    assert [line["step"] for line in steps_of(tmp_path / "run")] == list(range(1, 21))
 
 
 @pytest.mark.full
-def test_the_time_limit_is_what_warns(config: Path, tmp_path: Path) -> None:
+def test_the_time_limit_is_what_warns_and_requeues_are_counted(config: Path, tmp_path: Path) -> None:
     """Slurm's own warning before the time limit makes the run save; the limit is never reached.
 
     Slurm counts in minutes and warns up to one minute early, so here after half a minute or later, when there is
     something to save.
     """
     run = tmp_path / "run"
-    command = ("python", "-m", "cli", "train", str(config), f"run.dir={run}", "train.steps=20000")
-    job = Job(tmp_path, "srun.sh", *command, options=("--time=2", "--signal=USR1@30"))
-    job.wait_for(lambda: job.shows("Restarts") == "1")
+    limits = ("slurm.time=2", "slurm.warn_seconds=30", "slurm.most_requeues=0")
+    (job,) = train(config, run, "train.steps=20000", options=tuple(w for limit in limits for w in ("--set", limit)))
+    job.wait_for(lambda: job.shows("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
     assert storage.steps(run) and "stopped by SIGUSR1" in job.said() and "TIME LIMIT" not in job.said()
-    job.cancel()
+    assert job.shows("ExitCode") == "75:0" and "slurm.most_requeues = 0 is reached" in job.said()
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("way", SCRIPTS)
-def test_a_cancelled_run_has_saved_and_a_new_job_goes_on(config: Path, tmp_path: Path, way: str) -> None:
+def test_a_cancelled_run_has_saved_and_a_new_job_goes_on(
+    config: Path, uninterrupted: list[dict], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    script, command = SCRIPTS[way]
-    job = Job(tmp_path, script, *command, str(config), f"run.dir={run}")
+    (job,) = train(config, run)
     job.wait_for(lambda: last_step(run) >= 3)
     job.cancel()
     job.wait_for_state("CANCELLED")
     job.wait_for(lambda: bool(storage.steps(run)), seconds=15)
     assert job.shows("Restarts") == "0"
-    again = Job(tmp_path, script, *command, str(config), f"run.dir={run}")
+    (again,) = train(config, run)
     again.wait_for_state("COMPLETED")
-    assert steps_of(run) == list(range(1, STEPS + 1))
+    assert steps_of(run) == uninterrupted and again.output.parent.name == "2"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("way", [way for way in SCRIPTS if SCRIPTS[way][0] == "srun.sh"])
-def test_a_ranks_death_ends_the_job_and_a_new_one_goes_on(config: Path, tmp_path: Path, way: str) -> None:
-    script, command = SCRIPTS[way]
+def test_a_ranks_death_ends_the_job_and_its_chain_and_a_new_one_goes_on(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = (*command, str(config), f"run.dir={run}", "checkpoint.every=2")
-    job = Job(tmp_path, script, *arguments)
+    (job,) = train(config, run, "checkpoint.every=2")
+    (chained,) = train(config, tmp_path / "chained", options=("--after", job.number))
     job.wait_for(lambda: last_step(run) >= 5)
-    found = subprocess.run(
-        ["pgrep", "-f", f"(cli train|pretrain.train).*run.dir={run}"], capture_output=True, text=True
-    )
+    found = subprocess.run(["pgrep", "-f", f"pretrain.train .*run.dir={run}"], capture_output=True, text=True)
     os.kill(max(int(pid) for pid in found.stdout.split()), signal.SIGKILL)
     job.wait_for_state("FAILED")
     assert job.shows("Restarts") == "0"
-    again = Job(tmp_path, script, *arguments)
+    chained.wait_for_state("CANCELLED")
+    (again,) = train(config, run, "checkpoint.every=2")
     again.wait_for_state("COMPLETED")
-    assert steps_of(run) == list(range(1, STEPS + 1))
+    assert [line["step"] for line in steps_of(run)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.full
+def test_an_unfit_node_ends_the_job_before_the_command_starts(config: Path, tmp_path: Path) -> None:
+    """A doctor that fails on one node: a Python that says so stands for one without torch."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[ "$SLURM_NODEID" = 1 ] && exit 1\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (job,) = train(config, tmp_path / "run", options=("--set", f"python={python}"))
+    job.wait_for_state("FAILED")
+    assert "A node is not fit to start on" in job.said() and "--exclude=NODE" in job.said()
+    assert "0: ok       Python" in job.said() and not (tmp_path / "run/metrics.jsonl").exists()

@@ -137,6 +137,7 @@ RULES = (
     *(ImportRule(part, ours=("configs", *FOLDERS, *TOKEN_STORE), never=LIBRARIES) for part in FOLDERS),
     ImportRule("pretrain.evaluation.sandbox_child", ours=(), only=("nothing",)),  # runs alone, beside a model's program
     ImportRule("launch", ours=("configs", "launch", *PAGES), only=("rich",)),
+    ImportRule("launch.mpi_rank", ours=("configs", "launch"), only=("mpi4py",)),
     ImportRule("configs.signals", ours=(), only=("nothing",)),  # imported before everything else, so it must load fast
     ImportRule("cli", ours=("configs.cli", "configs.signals", *LAUNCH), only=("nothing",)),
 )

@@ -45,6 +45,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "sample": {},
     "recipe": {},
     "export": {},
+    "launch": {},
 }
 KINDS = {
     "train": "pretrain",

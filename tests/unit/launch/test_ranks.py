@@ -15,6 +15,7 @@ import pytest
 
 from launch import ranks
 from launch.bootstrap import TRAINING
+from launch.command import module_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -154,7 +155,7 @@ def test_children_that_ranks_leave_behind_are_ended_too(tmp_path: Path) -> None:
 
 
 def test_a_command_stands_for_its_module() -> None:
-    assert [ranks._module(name) for name in ("sft", "grpo", "posttrain.sft")] == [
+    assert [module_of(name) for name in ("sft", "grpo", "posttrain.sft")] == [
         "posttrain.sft",
         "posttrain.grpo",
         "posttrain.sft",
@@ -184,7 +185,7 @@ def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be started as ranks.*" + re.escape(hint)) as raised:
         ranks.main([name, "configs/pretrain/demo.toml"])
     for told in re.findall(r"(?:give|mean|or) ([a-z.]+)(?=[,? ]|$)", str(raised.value)):
-        assert told == "a" or ranks._module(told) in ranks.TRAINING.values()  # "or a module"
+        assert told == "a" or module_of(told) in TRAINING.values()  # "or a module"
 
 
 STEP = {

@@ -1,0 +1,100 @@
+"""What is launched: a command of `trivium` with its config, which is checked before anything is started or submitted.
+
+Knows which commands run on ranks, which go on where they were when they are started again, and the folder that a
+command writes. Imports no torch, so that a mistake is found on a login node and not in a job hours later.
+"""
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.layout import SEQ_LENGTH, Layout
+from configs.loader import ConfigError, filled_tree, validate
+from configs.reference import schema_of
+from configs.train import PretrainConfig
+from launch.bootstrap import TRAINING
+
+# Modules of the commands that are one process and no ranks, and the key of the folder that each writes.
+SINGLE = {"data run": "data_pipeline.run", "export": "export.huggingface", "recipe run": "launch.recipe"}
+FOLDER_KEYS = {"export": "run", "recipe run": "dir"}  # an export's own folder appears only once it is whole
+
+
+@dataclass(frozen=True)
+class LaunchedCommand:
+    """A command to start: the name and module, the arguments after it, and what the launcher must know of it.
+
+    `folder` is the one that the command writes, None for a module that is not a command. `trains` is whether it runs on
+    ranks, and `resumes` whether the same command started again goes on where it was.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    folder: Path | None
+    trains: bool
+    resumes: bool
+
+    @property
+    def config(self) -> Path | None:
+        """The config file; None for a module that is not a command."""
+        return Path(self.arguments[0]) if self.folder is not None else None
+
+
+def module_of(name: str) -> str:
+    """Module to run: that of a command that trains (train, sft, grpo), or `name` itself. Raises ConfigError if none."""
+    if name in TRAINING:
+        return TRAINING[name]
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # the parent is no package; the name is not valid
+        found = None
+    if found is not None and found.submodule_search_locations is None:
+        return name
+    inside = [command for command, module in TRAINING.items() if module.startswith(f"{name}.")]
+    close = inside or difflib.get_close_matches(name, [*TRAINING, *TRAINING.values()], n=1)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise ConfigError(
+        f"{name!r} cannot be started as ranks: give {', '.join(TRAINING)}, or a module as for `python -m`{hint}"
+    )
+
+
+def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
+    """Reads the words after `trivium launch` and its options: a command, its config, overrides and options.
+
+    The config is checked by its schema and, where a data plan, another model or a checkpoint need not be read for it,
+    its layout by the number of ranks. Raises ConfigError for a mistake.
+    """
+    name = next((one for one in (" ".join(words[:2]), words[0]) if one in SINGLE or one in TRAINING), "")
+    if not name:
+        if words[0].endswith(".toml"):
+            raise ConfigError(
+                f"{words[0]} is a config; name its command first, as in `trivium launch train {words[0]}`"
+            )
+        return LaunchedCommand(words[0], module_of(words[0]), tuple(words[1:]), None, trains=True, resumes=True)
+    arguments = tuple(words[len(name.split()) :])
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(f"the config comes first after `{name}`, as in `trivium launch {name} CONFIG`")
+    folder = _folder(name, arguments, world_size)
+    module = SINGLE.get(name) or TRAINING[name]
+    return LaunchedCommand(name, module, arguments, folder, name in TRAINING, name != "export")
+
+
+def _folder(name: str, arguments: Sequence[str], world_size: int) -> Path:
+    """Returns the folder that a command writes, after its config has been checked."""
+    overrides = [word for word in arguments[1:] if re.match(r"[\w.]+=", word)]
+    tree = filled_tree(arguments[0], overrides)
+    if not (name == "train" and tree.get("init")):  # such a config takes its model from files of another run
+        kind = {"train": "pretrain"}.get(name, name.split()[0])
+        config = validate(schema_of(kind), tree, origin=arguments[0])
+        if isinstance(config, PretrainConfig):
+            Layout.of(world_size, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
+    value: Any = tree
+    for key in (folder_key := FOLDER_KEYS.get(name, "run.dir")).split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        raise ConfigError(f"{arguments[0]}: key {folder_key!r} is missing; set it in the file or as {folder_key}=VALUE")
+    return Path(value)
