@@ -86,7 +86,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
         self._thread.start()
         # Whoever started this process may have blocked these signals, so that none kills it before the handlers are
-        # set: `trivium launch`, launch/slurm, or a user with `env --block-signal=INT,TERM,HUP,USR1`.
+        # set: `trivium launch`, its Slurm jobs, or a user with `env --block-signal=INT,TERM,HUP,USR1`.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SAVING)
 
     def on_first_signal(self, listener: Callable[[], None]) -> None:

@@ -24,7 +24,7 @@ from launch.snapshot import snapshot
 
 @dataclass(frozen=True)
 class Submission:
-    """What the user asks for: the command, the cluster, jobs to wait for, and whether to print the scripts alone."""
+    """Request of a user: the command, the cluster, jobs to wait for, and whether to print the scripts alone."""
 
     command: LaunchedCommand
     config: LaunchConfig

@@ -16,7 +16,7 @@ from tests.small_training import last_step, write_config
 ROOT = Path(__file__).resolve().parents[2]
 CLI = (sys.executable, "-m", "cli")
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "pretrain.train")
-# As in launch/slurm: signals stay pending in a process until it has set its handlers.
+# As in jobs of Slurm: signals stay pending in a process until it has set its handlers.
 HELD_BACK = ("env", "--block-signal=INT,TERM,HUP,USR1")
 # A shell ignores SIGINT in a command that it starts in the background, which the tests would hand on.
 NOT_IGNORED = ("env", "--default-signal=INT,HUP")
@@ -113,7 +113,7 @@ def test_any_moment_of_the_start(
 ) -> None:
     """If signals are not blocked, one may kill the process before its handlers are set, when nothing can be lost.
 
-    mpirun itself forgets a signal of its first moments, for which launch/slurm/mpirun.sh repeats it; here it gets none
+    mpirun itself forgets a signal of its first moments, so a script would repeat it; here it gets none
     before both ranks are there.
     """
     run = tmp_path / "run"

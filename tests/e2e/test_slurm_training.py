@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What a run of the config that nothing interrupts writes of each step."""
+    """The numbers of each step of a run that nothing interrupts."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     (job,) = train(config, run)
     job.wait_for_state("COMPLETED")
