@@ -1,4 +1,4 @@
-"""The command that is launched: one of `trivium`, with its config, which is checked before anything is started or submitted.
+"""The command that is launched: one of `trivium`, with its config, which is checked before anything is started.
 
 Knows which commands run on ranks, which go on where they were when they are started again, and the folder that a
 command writes. Imports no torch, so that a mistake is found on a login node and not in a job hours later.
