@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from configs import signals
 
@@ -51,7 +51,7 @@ class ProcessGroup:
         self._previous: dict[int, Any] = {}
         self._suspended = signals.suspended()
 
-    def __enter__(self) -> "ProcessGroup":
+    def __enter__(self) -> Self:
         for number in signals.SAVING:
             self._previous[number] = signal.signal(number, self._on_signal)
         self._suspended.__enter__()

@@ -22,7 +22,7 @@ trap told=TERM TERM # sent by `scancel` and `scontrol requeue`; Slurm signals th
 
 # One task on each node. When the tasks of one node have ended, --wait ends those of the others a minute later, which
 # may wait for them forever.
-on_each_node=(srun --export=ALL --cpu-bind=none --wait=60)
+on_each_node=(srun --export=ALL --wait=60)
 
 [ -z "$setup" ] || . "$setup" || exit 1
 export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
