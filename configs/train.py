@@ -188,15 +188,30 @@ class LogConfig(Section):
 class SpikesConfig(Section):
     """Steps whose loss or gradient norm is far above that of the steps before, and what is done about them."""
 
-    action: Literal["log", "skip"] = "log"
-    """What is done about a spike of the gradient norm, or a norm that is not finite: log tells the spike, and a norm
-    that is not finite ends the run; skip leaves the weights of such a step as they were and goes on."""
+    action: Literal["log", "skip", "rewind"] = "log"
+    """What is done about a spike, or a gradient norm that is not finite: log tells the spike, and a norm that is not
+    finite ends the run; skip leaves the weights as they were in a step with such a norm; rewind goes back to the newest
+    checkpoint before the step, and passes over the step's samples."""
     z_score: float = Field(default=8.0, gt=0)
     """How many robust standard deviations above the median of the window a loss or a norm is a spike."""
     window: int = Field(default=100, ge=20)
     """The number of last steps that a step is compared with; after 20 steps the comparison begins."""
     most_skipped: int = Field(default=10, ge=1)
     """The number of steps, of the last 1,000, that may be skipped; one more ends the run."""
+    most_rewinds: int = Field(default=10, ge=1)
+    """How often, in 1,000 steps, the run may go back to a checkpoint; one time more ends the run."""
+    pass_over: tuple[tuple[int, int], ...] = ()
+    """The samples that are not trained on: pairs of the first one and the one after the last, e.g. [[640, 648]]; a step
+    that would use any of them begins after them."""
+
+    @field_validator("pass_over")
+    @classmethod
+    def _ranges_are_not_empty(cls, ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        if wrong := [list(pair) for pair in ranges if not 0 <= pair[0] < pair[1]]:
+            raise ValueError(
+                f"{wrong[0]} is no range of samples; give the first one and the one after the last, e.g. [640, 648]"
+            )
+        return ranges
 
 
 class WatchdogConfig(Section):
@@ -269,18 +284,19 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _steps_can_be_skipped(self) -> "TrainerConfig":
         parallel = self.parallel
-        if self.spikes.action != "skip":
+        action = self.spikes.action
+        if action == "log":
             return self
         if parallel.zero > 1 or parallel.offload_optimizer:
             other = f"zero = {parallel.zero}" if parallel.zero > 1 else "offload_optimizer = true"
             raise ValueError(
-                f'spikes.action = "skip" needs an optimizer that can leave a step out, which DeepSpeed\'s for '
+                f'spikes.action = "{action}" needs an optimizer that can leave a step out, which DeepSpeed\'s for '
                 f"parallel.{other} cannot; set spikes.action=log, or parallel.zero=1 without offload_optimizer"
             )
         if self.adapter and self.adapter.kind == "adalora":
             raise ValueError(
-                'spikes.action = "skip" does not go with adapter.kind = "adalora", whose ranks are chosen from the '
-                "gradients of all steps; set spikes.action=log"
+                f'spikes.action = "{action}" does not go with adapter.kind = "adalora", whose ranks are chosen from '
+                "the gradients of all steps; set spikes.action=log"
             )
         return self
 

@@ -22,6 +22,8 @@ TRAINING = {
     "distill": "posttrain.distill",
     "sample": "posttrain.sample",
 }
+# Module of each command that `trivium launch` starts as ranks.
+ON_RANKS = {**TRAINING, "replay": "pretrain.replay"}
 OURS = ("data_pipeline", "pretrain", "posttrain", "export", "launch")
 
 

@@ -16,7 +16,7 @@ from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError, filled_tree, validate
 from configs.reference import schema_of
 from configs.train import PretrainConfig
-from launch.bootstrap import TRAINING
+from launch.bootstrap import ON_RANKS, TRAINING
 
 # Modules of the commands that are one process and no ranks, and the key of the folder that each writes.
 SINGLE = {"data run": "data_pipeline.run", "export": "export.huggingface", "recipe run": "launch.recipe"}
@@ -46,19 +46,19 @@ class LaunchedCommand:
 
 def module_of(name: str) -> str:
     """Module to run: that of a command that trains (train, sft, grpo), or `name` itself. Raises ConfigError if none."""
-    if name in TRAINING:
-        return TRAINING[name]
+    if name in ON_RANKS:
+        return ON_RANKS[name]
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):  # the parent is no package; the name is not valid
         found = None
     if found is not None and found.submodule_search_locations is None:
         return name
-    inside = [command for command, module in TRAINING.items() if module.startswith(f"{name}.")]
-    close = inside or difflib.get_close_matches(name, [*TRAINING, *TRAINING.values()], n=1)
+    inside = [command for command, module in ON_RANKS.items() if module.startswith(f"{name}.")]
+    close = inside or difflib.get_close_matches(name, [*ON_RANKS, *ON_RANKS.values()], n=1)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ConfigError(
-        f"{name!r} cannot be started as ranks: give {', '.join(TRAINING)}, or a module as for `python -m`{hint}"
+        f"{name!r} cannot be started as ranks: give {', '.join(ON_RANKS)}, or a module as for `python -m`{hint}"
     )
 
 

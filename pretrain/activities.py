@@ -11,6 +11,8 @@ PREPARATION = "preparation"  # of a step's rows: reading ahead, or sampling roll
 TRAINING = "training"
 EVALUATION = "evaluation"
 SAVING = "saving"
+CHECKING = "checking"  # a step that is computed again
+REWINDING = "rewinding"  # going back to a checkpoint, after a spike
 END = "end"  # after the last step: the last checkpoint is written, and the data check is waited for
 HANG = "hang"
 

@@ -30,6 +30,12 @@ class Agreement:
         self._next = self._last = 0  # steps done at the next exchange and at the last one
         self._time = time.monotonic()
 
+    def go_back(self, step: int) -> None:
+        """Says that the run has gone back to step `step`; the next exchange is after the next step."""
+        self._next = self._last = step
+        self._time = time.monotonic()
+        self.unchecked_from = min(self.unchecked_from, step)
+
     def is_due(self, step: int) -> bool:
         """Whether all ranks shall call `signal` when `step` steps are done; the same on all ranks."""
         return step >= self._next

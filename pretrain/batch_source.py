@@ -16,7 +16,7 @@ import torch
 
 from configs.differences import changes, words
 from configs.loader import ConfigError
-from configs.train import TrainSection
+from configs.train import SpikesConfig, TrainSection
 from data_pipeline.core.integrity import Expected
 from data_pipeline.mixture import earlier
 from data_pipeline.mixture.rows import Plan, Row
@@ -24,6 +24,8 @@ from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents
 
 T = TypeVar("T")
+_FIM_SYMBOLS = 3  # positions of the symbols of a document that is rearranged for fill-in-the-middle
+_SHOWN = 3  # documents of a row that are named
 
 
 def collate(rows: Sequence[Any], first: int | None = None) -> Batch:
@@ -149,6 +151,10 @@ class BatchSource(abc.ABC):
         All ranks of a model replica ask for the same samples.
         """
 
+    def describe(self, sample: int, position: int | None = None) -> str:
+        """Says which sample that is, and what is known of its origin, at `position` of its row if that is given."""
+        return f"sample {sample:,}"
+
     def step_metrics(self) -> dict[str, tuple[float, float]]:
         """Returns {name: (sum, count)} of this rank's rows since the last call, with the same names on every rank."""
         return {}
@@ -178,29 +184,55 @@ class PlanSource(BatchSource):
     def note_use(self, run_dir: Path) -> None:
         earlier.note_use(self.plan.path, run_dir)
 
+    def describe(self, sample: int, position: int | None = None) -> str:
+        segments = self.plan.provenance(sample - self.first_sample)
+        end = 0
+        for segment in segments:
+            end += segment["length"] + (_FIM_SYMBOLS if "fim" in segment else 0)
+            if position is not None and position < end:
+                segments = [segment]
+                break
+        shown = ", ".join(segment["document_id"] for segment in segments[:_SHOWN])
+        more = f" and {len(segments) - _SHOWN} more" if len(segments) > _SHOWN else ""
+        return f"sample {sample:,} (source {segments[0]['source']}, {shown}{more})"
+
     def rows(self, samples: range) -> list[Row]:
         rows = ((i, self.plan.row(i - self.first_sample)) for i in samples)
         return [row if self._context_seed is None else with_contexts(row, self._context_seed, i) for i, row in rows]
 
 
+def check_source(source: BatchSource, spikes: SpikesConfig) -> None:
+    """Raises ConfigError if samples cannot be passed over, since the source makes them one step after another."""
+    if source.reads_ahead or not (spikes.action == "rewind" or spikes.pass_over):
+        return
+    key = (
+        'action = "rewind"' if spikes.action == "rewind" else f"pass_over = {[list(pair) for pair in spikes.pass_over]}"
+    )
+    raise ConfigError(
+        f"spikes.{key} passes over samples, which a run that makes its samples while it trains cannot; set "
+        "spikes.action=skip, and leave spikes.pass_over out"
+    )
+
+
 def check_samples(
-    source: BatchSource, train: TrainSection, step: int, samples: int, checkpoint: Path | None = None
+    source: BatchSource, train: TrainSection, step: int, samples: int, checkpoint: Path | None = None, passed: int = 0
 ) -> None:
     """Raises ConfigError if the steps after `step`, when `samples` were used, need more samples than `source` has.
 
-    `checkpoint` is the one that the run goes on from, if any.
+    `passed` are samples that these steps pass over, and `checkpoint` is the one that the run goes on from, if any.
     """
     if source.num_samples is None:
         return
-    left = source.first_sample + source.num_samples - samples
+    left = source.first_sample + source.num_samples - samples - passed
     lacking = (train.steps - step) * train.global_batch_size - left
     if lacking <= 0:
         return
     replan = f", or then run `trivium data replan CONFIG --after {checkpoint} --out FOLDER`" if checkpoint else ""
     most = step + left // train.global_batch_size
+    without = f", of which {passed:,} are passed over" if passed else ""
     fewer = f"set train.steps={most}, or " if most else ""
     raise ConfigError(
         f"train.steps = {train.steps} needs {lacking:,} samples more than {source.location or 'the data'} has, which "
-        f"are {source.num_samples:,}; {fewer}raise mixture.samples in the data config (of its last mixture stage, if "
-        f"it has stages) by {lacking:,} and run `trivium data run` again{replan}"
+        f"are {source.num_samples:,}{without}; {fewer}raise mixture.samples in the data config (of its last mixture "
+        f"stage, if it has stages) by {lacking:,} and run `trivium data run` again{replan}"
     )

@@ -18,6 +18,8 @@ KINDS = {
     "first_step": "first step's extra time",
     "evaluation": "evaluation",
     "saving": "wait for checkpoints",
+    "checking": "steps computed again",
+    "rewinding": "rewinds",
     "end": "last checkpoint and data check",
     "start": "first start",
     "restart": "restarts",

@@ -1,7 +1,7 @@
 """History of a run: a list of data spans, which are ranges of steps with the same data and settings.
 
-A new data span begins where a run is resumed with other data or settings. The list is in every checkpoint's manifest
-and in history.json in the run's folder. Each data span has these keys:
+A new data span begins where a run is resumed with other data or settings, or passes over samples. The list is in every
+checkpoint's manifest and in history.json in the run's folder. Each data span has these keys:
 
 first_step, first_sample    its first step and that step's first sample; both count from 0
 global_batch_size           rows per step
@@ -95,12 +95,26 @@ def describe_changes(last: DataSpan, config: TrainerConfig, now: DataSpan) -> li
 
 
 def append_span(data_spans: Sequence[DataSpan], now: DataSpan) -> list[DataSpan]:
-    """Returns the history with the data span `now` at its end, if its data or settings differ from the last one's."""
+    """Returns the history with the data span `now` at its end, if it does not go on just like the last one.
+
+    Its data or settings may differ, or samples may be passed over before it.
+    """
     # A data span that begins at or after this step was never trained on in this run.
     earlier = [one for one in data_spans if one["first_step"] < now["first_step"]]
-    if earlier and earlier[-1]["data"] == now["data"] and not changed(earlier[-1].get("config", {}), now["config"]):
+    if (
+        earlier
+        and earlier[-1]["data"] == now["data"]
+        and not passed_over(earlier[-1], now)
+        and not changed(earlier[-1].get("config", {}), now["config"])
+    ):
         return earlier
     return [*earlier, now]
+
+
+def passed_over(before: DataSpan, after: DataSpan) -> range:
+    """Returns the samples between two data spans that were not trained on."""
+    steps = after["first_step"] - before["first_step"]
+    return range(before["first_sample"] + steps * before["global_batch_size"], after["first_sample"])
 
 
 def describe_spans(data_spans: Sequence[DataSpan]) -> list[str]:
@@ -113,6 +127,8 @@ def describe_spans(data_spans: Sequence[DataSpan]) -> list[str]:
             parts += words(changed(data_spans[i - 1]["config"], one["config"]))
         if i:
             parts += _data_changes(data_spans[i - 1], one)
+        if i and (passed := passed_over(data_spans[i - 1], one)):
+            parts.append(f"samples {passed.start:,} to {passed.stop - 1:,} were passed over")
         sentences.append("; ".join(parts))
     return sentences
 

@@ -26,7 +26,16 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool, trackers: Trackers | None = None):
-        self.path = run_dir / "metrics.jsonl"
+        self.path, self._tensorboard, self._trackers = run_dir / "metrics.jsonl", tensorboard, trackers
+        self._open(first_step)
+
+    def go_back(self, step: int) -> None:
+        """Removes the lines after step `step`, from which the run goes on; trackers keep theirs."""
+        self.close()
+        self._open(step)
+
+    def _open(self, first_step: int) -> None:
+        run_dir = self.path.parent
         known = read_metrics(self.path)
         if known.broken:
             aside = run_dir / "metrics.broken"
@@ -37,9 +46,8 @@ class MetricsLog:
         write_atomic(self.path, b"".join(_encode(line) for line in kept))
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._waiting = b""
-        self._trackers = trackers
         self._board: Any = None
-        if tensorboard:
+        if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)

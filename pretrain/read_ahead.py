@@ -5,7 +5,7 @@ What a step is trained on does not change: steps are prepared in order, each fro
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import torch
@@ -19,20 +19,31 @@ _LEAVE_SECONDS = 10.0  # longest wait for the thread at the end, since a read ma
 class ReadAhead:
     """Context that prepares steps in a thread, up to STEPS_AHEAD before `next` is called for them.
 
-    `prepare` is called with each step's number in `firsts`, that of its first sample. For a GPU `device` the batches
-    are in pinned memory, from where they are sent without a wait. An error of `prepare` is raised by `next` when the
-    turn of its step comes; nothing is prepared after it.
+    `prepare` is called with each step's number in `firsts`, that of its first sample; `restart` takes others. For a
+    GPU `device` the batches are in pinned memory, from where they are sent without a wait. An error of `prepare` is
+    raised by `next` when the turn of its step comes; nothing is prepared after it.
     """
 
-    def __init__(self, prepare: Callable[[int], list[Batch]], firsts: range, device: torch.device) -> None:
-        self._prepare, self._firsts, self._device = prepare, firsts, device
+    def __init__(self, prepare: Callable[[int], list[Batch]], firsts: Iterable[int], device: torch.device) -> None:
+        self._prepare, self._device = prepare, device
+        self._make_thread(firsts)
+
+    def _make_thread(self, firsts: Iterable[int]) -> None:
+        # Each thread has its own, since one that hangs in a read may still be there after the next has begun.
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(STEPS_AHEAD)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="read ahead", daemon=True)
+        own = firsts, self._ready, self._stop
+        self._thread = threading.Thread(target=self._run, args=own, name="read ahead", daemon=True)
 
     def __enter__(self) -> "ReadAhead":
         self._thread.start()
         return self
+
+    def restart(self, firsts: Iterable[int]) -> None:
+        """Prepares the steps of `firsts` from now on, and drops what is ready."""
+        self.__exit__(None, None, None)
+        self._make_thread(firsts)
+        self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -49,16 +60,18 @@ class ReadAhead:
             raise ready
         return ready
 
-    def _run(self) -> None:
+    def _run(
+        self, firsts: Iterable[int], ready: "queue.Queue[list[Batch] | BaseException]", stop: threading.Event
+    ) -> None:
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # else pinning would start a context on the first GPU
-            for first in self._firsts:
+            for first in firsts:
                 batches = self._prepare(first)
                 if self._device.type == "cuda":
                     batches = [batch.pin_memory() for batch in batches]
-                self._ready.put(batches)
-                if self._stop.is_set():
+                ready.put(batches)
+                if stop.is_set():
                     return
         except BaseException as error:
-            self._ready.put(error)
+            ready.put(error)

@@ -95,6 +95,16 @@ class RunDirectory:
                 say(line)
         self.data_spans = history.append_span(self.data_spans, now)
 
+    def pass_over(self, step: int, samples: int, say: Callable[[str], None]) -> None:
+        """Begins a data span at `step` whose first sample is `samples`, after others that are not trained on."""
+        self.begin_data_span(step, samples, say)
+        self.write_history()
+
+    def write_history(self) -> None:
+        """Writes history.json again, if this is the main rank."""
+        if self._mesh.is_main:
+            history.write(self.path, self.data_spans)
+
     def write_facts(self, identity: dict[str, Any]) -> None:
         """Writes the tokenizer, config.toml, env.json and history.json, and notes in what this run needs that it does.
 

@@ -7,16 +7,19 @@ import contextlib
 import math
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from configs.model import ModelConfig
+from pretrain.health.rewinds import BadStep, SampleRange
+from pretrain.health.spikes import SpikeGuard
 from pretrain.metrics import MetricsLog, ProgressLine
+from pretrain.model.batch import Batch
 from pretrain.parallel import details, expert_balance
 from pretrain.parallel.step_sums import StepSums
-from pretrain.spikes import SpikeGuard
 
 
 class StepTimer:
@@ -56,11 +59,13 @@ class Step:
     number: int  # steps done, this one included
     tokens: int  # processed since the run began
     batch_tokens: int
+    samples: SampleRange  # of the global batch
     lr: float
     sums: StepSums
     timer: StepTimer
     memory_bytes: int
     source_metrics: dict[str, float]
+    batches: Sequence[Batch]  # this rank's micro-batches
     more: dict[str, Any] = field(default_factory=dict)  # what else its line shall have
 
     def record(self, sources: list[str], model: ModelConfig, mfu_per_rate: float | None) -> dict[str, Any]:
@@ -86,6 +91,14 @@ class Step:
         metrics = {name: _finite(value) for name, value in sums.metrics.items()}
         experts = expert_balance.described(sums.experts, model)
         return record | metrics | experts | details.described(sums.details) | self.source_metrics | self.more
+
+
+class NonFiniteStep(FloatingPointError):
+    """Error for a step that ends the run, since its gradient norm is not finite."""
+
+    def __init__(self, step: Step, why: str):
+        super().__init__(f"step {step.number}: {why}")
+        self.step = step
 
 
 class StepLog:
@@ -116,22 +129,34 @@ class StepLog:
     def add(self, step: Step) -> None:
         """Takes a step, and writes the one before it.
 
-        Raises FloatingPointError if the gradient of the one before was not finite, or too many steps were skipped.
+        Raises NonFiniteStep if the gradient of the one before was not finite, FloatingPointError if too many steps were
+        skipped, and BadStep if the run shall go back before it.
         """
         earlier, self._newest = self._newest, step
         if earlier is not None:
             self._write(earlier)
 
     def flush(self) -> None:
-        """Waits for the newest step and writes it. Raises FloatingPointError if its gradient is not finite."""
+        """Waits for the newest step and writes it. Raises as `add` does, for the newest step."""
         newest, self._newest = self._newest, None
         if newest is not None:
             self._write(newest)
 
+    def go_back(self, step: int) -> None:
+        """Forgets the steps after step `step`, from which the run goes on."""
+        self._newest = None
+        if self.log:
+            self.log.go_back(step)
+
+    def say(self, text: str) -> None:
+        """Prints a line, on the main rank."""
+        if self.progress:
+            self.progress.say(f"{self.progress.title}: {text}")
+
     def close(self) -> None:
         """Writes the newest step after an error, if it is done: a wait for it might never end."""
         if self._newest is not None and self._newest.sums.is_there:
-            with contextlib.suppress(FloatingPointError):  # of two errors the first tells more
+            with contextlib.suppress(FloatingPointError, BadStep):  # of two errors the first tells more
                 self.flush()
 
     def _write(self, step: Step) -> None:
@@ -139,17 +164,18 @@ class StepLog:
             record = step.record(self._sources, self._model, self._mfu_per_rate)
         except FloatingPointError as error:
             self._newest = None  # it went on from a step that failed
-            raise FloatingPointError(
-                f"step {step.number}: {error}; lower optimizer.lr and run the command again"
-            ) from None
+            raise NonFiniteStep(step, str(error)) from None
         sums = step.sums
         found = self._spikes.note(step.number, sums.mean_loss, sums.grad_norm, sums.applied)
+        if found and self._spikes.rewinds:
+            self._newest = None
+            raise BadStep(step.number, step.samples, record | found, step.batches)
         for name, weight in zip(self._sources, sums.weights if sums.applied else [], strict=False):
             self._ledger[name] += weight
         if self.log:
             self.log.write(record | found)
         if found and self.progress:
-            self.progress.say(f"step {step.number} is a spike: {_spike(record | found)}")
+            self.progress.say(f"step {step.number} is a spike: {spike(record | found)}")
         if self.progress and (step.number % self._every == 0 or step.number == self._steps):
             self.progress.update(step.number, _summary(record))
 
@@ -162,7 +188,7 @@ def _shown(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
 
-def _spike(record: dict[str, Any]) -> str:
+def spike(record: dict[str, Any]) -> str:
     """Describes a step far above those before it, for the screen."""
     parts = [
         f"{words} {_shown(record[name], '.4g')}"

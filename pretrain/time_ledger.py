@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configs.files import write_atomic
-from pretrain.activities import START, TRAINING, Activities
+from pretrain.activities import PREPARATION, START, TRAINING, Activities
 from pretrain.goodput import FILE, StartRecord, read
 
 EVERY = 5.0  # seconds
@@ -32,6 +32,7 @@ class TimeLedger:
         self._earlier: list[StartRecord] = []
         self._record: StartRecord | None = None
         self._written = 0.0
+        self._undone = 0  # steps of this start that a rewind undid
 
     @contextmanager
     def of_start(self, first_step: int) -> Iterator["TimeLedger"]:
@@ -51,6 +52,10 @@ class TimeLedger:
         if time.monotonic() - self._written > EVERY:
             self._write()
 
+    def rewind(self, steps: int) -> None:
+        """Says that the last `steps` steps were done in vain."""
+        self._undone += steps
+
     def hang(self) -> None:
         """Writes the record with the activity of the moment as a hang."""
         self._activities.hang()
@@ -69,6 +74,10 @@ class TimeLedger:
             extra = max(0.0, first - (training - first) / (steps - 1))
             seconds[TRAINING] -= extra
             seconds["first_step"] = extra
+        for name in (TRAINING, PREPARATION):
+            lost = seconds[name] * min(1.0, self._undone / max(1, steps))
+            seconds[name] -= lost
+            seconds["lost"] += lost
         now = time.time()
         began = self._record.began
         seconds[START] += max(0.0, now - began - sum(seconds.values()))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pretrain.heldout_loss import HeldoutLoss
     from pretrain.initial_model import InitialModel
     from pretrain.parallel.groups import Mesh
+    from pretrain.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,11 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # torch takes seconds to import, so mistakes in the config are reported before.
-    from pretrain.batch_source import PlanSource
     from pretrain.data_check import DamagedTrainingData
-    from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
-    from pretrain.trainer import Trainer
 
     with groups.joined(env, layout, config.parallel.backend) as mesh:
         try:
@@ -101,25 +99,39 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "these sources is not measured",
                     flush=True,
                 )
-            context_seed = config.run.seed if config.model.has_contexts else None
-            source = PlanSource(plan, choice.common_samples, context_seed)
-            lineage = _lineage(plan, config, initial)
-            return Trainer(
-                config,
-                config.model,
-                source,
-                NextToken(),
-                mesh,
-                heldout,
-                lineage,
-                name,
-                resume=args.resume,
-                profiled=profiled,
-            ).fit()
+            return make_trainer(config, choice, initial, mesh, args.resume, heldout, profiled).fit()
         except DamagedTrainingData as error:  # the same on all ranks
             return _failed(error, prints=mesh.is_main)
         except DamagedData as error:  # found in a row, by the ranks that read that row alone
             return _failed(error, prints=mesh.counts_in_sums)
+
+
+def make_trainer(
+    config: PretrainConfig,
+    choice: PlanChoice,
+    initial: "InitialModel | None",
+    mesh: "Mesh",
+    resume: str,
+    heldout: "Sequence[HeldoutLoss]" = (),
+    profiled: range = range(0),
+) -> "Trainer":
+    """Returns the trainer of a pretraining run, on the plan that was chosen."""
+    from pretrain.batch_source import PlanSource
+    from pretrain.model.losses import NextToken
+    from pretrain.trainer import Trainer
+
+    return Trainer(
+        config,
+        config.model,
+        PlanSource(choice.plan, choice.common_samples, config.run.seed if config.model.has_contexts else None),
+        NextToken(),
+        mesh,
+        heldout,
+        _lineage(choice.plan, config, initial),
+        Path(config.run.dir).name,
+        resume=resume,
+        profiled=profiled,
+    )
 
 
 def _failed(error: DamagedData, prints: bool) -> int:

@@ -16,15 +16,12 @@ import torch
 from torch.profiler import record_function
 
 from configs import loader, signals
-from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.train import Precision, TrainerConfig
 from pretrain import determinism, run_report
-from pretrain.activities import END, EVALUATION, PREPARATION, SAVING, TRAINING, Activities
+from pretrain.activities import CHECKING, END, EVALUATION, PREPARATION, SAVING, TRAINING, Activities
 from pretrain.agreement import Agreement
-from pretrain.batch_source import BatchSource, check_samples, micro_batches, share_of_rank
-from pretrain.checkpoint import resume as checkpoint_resume
-from pretrain.checkpoint import state as checkpoint_state
+from pretrain.batch_source import BatchSource, check_source
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.base import base_facts, keep_bases
 from pretrain.checkpoint.lineage import Lineage
@@ -33,8 +30,12 @@ from pretrain.companion import Companion
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.evaluation.task_scores import task_scores
 from pretrain.flops import mfu_per_rate
+from pretrain.health.not_finite import first_not_finite
+from pretrain.health.recording import Recorder
+from pretrain.health.rewinding import go_back
+from pretrain.health.rewinds import BadStep, Rewinds
+from pretrain.health.spikes import SpikeGuard
 from pretrain.heldout_loss import Evaluator
-from pretrain.initial_model import initial_weights
 from pretrain.metrics import MetricsLog, ProgressLine
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
@@ -42,11 +43,11 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.precision import choose_dtype
 from pretrain.profiling import DATA, Profiler
-from pretrain.read_ahead import ReadAhead
 from pretrain.run_directory import RunDirectory
 from pretrain.schedule import learning_rate
-from pretrain.spikes import SpikeGuard
-from pretrain.step_log import Step, StepLog, StepTimer, peak_memory
+from pretrain.step_log import NonFiniteStep, Step, StepLog, StepTimer, peak_memory
+from pretrain.step_rows import StepRows
+from pretrain.taking_up import load_weights
 from pretrain.time_ledger import TimeLedger
 from pretrain.tracking.trackers import Trackers, check_installed
 from pretrain.watchdog.watchdog import Watchdog
@@ -105,17 +106,19 @@ class Trainer:
         if config.adapter:
             config.adapter.check_init(self.lineage.init is not None)
         self.agreement = Agreement()
-        self._ahead: ReadAhead | None = None
         self._profiler: Profiler  # made by `fit`
-        self._activities, self._spikes = Activities(), SpikeGuard(config.spikes)
-        self._ledger = TimeLedger(self.run.path, self._activities, mesh.is_main)
+        self.activities, self.spikes = Activities(), SpikeGuard(config.spikes)
+        self.ledger = TimeLedger(self.run.path, self.activities, mesh.is_main)
+        self.rewinds = Rewinds(config.spikes, self.run.path, mesh, source.fingerprint)
+        self.rows = StepRows(source, train, mesh, self.rewinds)
+        check_source(source, config.spikes)
         if train.compile:  # torch's own place for compiled code is a temporary folder, which a restart may not find
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.dir, "compiled").absolute()))
         sources, adapter = max(1, len(source.sources)), config.adapter
         self.engine = Engine(model_config, train, config.optimizer, mesh, config.run.seed, dtype, sources, adapter)
         self.engine.base = base_facts(self.config, self.lineage.init)
         self.companion = companion(self) if companion else None
-        self._beside = {self.companion.name: self.companion.engine} if self.companion else {}
+        self.beside = {self.companion.name: self.companion.engine} if self.companion else {}
         self._mfu_per_rate = mfu_per_rate(model_config, train.seq_length, mesh, dtype, config.log.measure_peak)
 
     def fit(self) -> int:
@@ -127,21 +130,21 @@ class Trainer:
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
             stack.enter_context(self.run.hold(watch))
-            watchdog = Watchdog(self.config.watchdog, self.engine, self.run.path, self._activities, self._ledger.hang)
+            watchdog = Watchdog(self.config.watchdog, self.engine, self.run.path, self.activities, self.ledger.hang)
             stack.enter_context(watchdog)
-            saved = self.load_weights()
+            saved = load_weights(self)
             if self.step >= self.config.train.steps:
                 if saved and self.agreement.unchecked_from < self.step:
                     return self._check_finished(saved, watch)
-                self._print(f"{self.run.path} is finished at step {self.step}; nothing to do")
+                self.print(f"{self.run.path} is finished at step {self.step}; nothing to do")
                 return 0
-            self.run.begin_data_span(self.step, self.samples, self._print)
+            self.run.begin_data_span(self.step, self.samples, self.print)
             self.agreement.first_step = self.step
-            stack.enter_context(self._ledger.of_start(self.step))
+            stack.enter_context(self.ledger.of_start(self.step))
             log = progress = None
             if self.mesh.is_main:
                 self.run.write_facts(self.identity)
-                keep_bases(self.run.path, [each.base for each in (self.engine, *self._beside.values())], self._print)
+                keep_bases(self.run.path, [each.base for each in (self.engine, *self.beside.values())], self.print)
                 trackers = Trackers(self.config.tracking, self.run.path, self.run.full_config)
                 log = MetricsLog(self.run.path, self.step, self.config.log.tensorboard, trackers)
                 progress = ProgressLine(self.title, self.step, self.config.train.steps)
@@ -151,20 +154,21 @@ class Trainer:
             steps = self._step_log(log, progress)
             stack.callback(steps.close)
             say = partial(self._say, progress)
-            saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say, self._beside))
+            saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say, self.beside))
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             self._profiler = stack.enter_context(Profiler(self.profiled, self.run.path, self.mesh, say))
             if self.profiled and self.step >= self.profiled.stop - 1:
-                self._print(f"step {self.step} is done, and so are the steps of --profile: nothing is profiled")
+                self.print(f"step {self.step} is done, and so are the steps of --profile: nothing is profiled")
             try:
                 self.agreement.signal(self.step, check, watch)
-                if self.source.reads_ahead:
-                    self._ahead = stack.enter_context(self._read_ahead())
+                if self.spikes.rewinds and not self.mesh.gather_json(storage.steps(self.run.path))[0]:
+                    saver.save_now(self.step, self._facts())  # so that there is one to go back to
+                self.rows.start(stack, self.samples, self.config.train.steps - self.step)
                 stopped_by = self._loop(steps, saver, check, watch)
             except DamagedTrainingData as error:
                 say(f"error: {error}")
                 return FAILED
-            self._activities.begin(END, self.step)
+            self.activities.begin(END, self.step)
             saver.wait()
             if saver.failure is not None:
                 say(f"error: the checkpoint of step {self.step} could not be written; the run ends here: {saver.why}")
@@ -177,6 +181,25 @@ class Trainer:
             )
         return 0
 
+    def replay(self, step: int, recorder: Recorder) -> dict[str, Any]:
+        """Takes the steps up to `step` as `fit` does, but writes nothing; returns the line of the last for the log.
+
+        The last is taken with `recorder`. Raises FloatingPointError if its gradient norm is not finite, or that of a
+        step before it.
+        """
+        load_weights(self)
+        before = self._step_log(None, None)
+        while self.step < step - 1:
+            before.add(self._train_step())
+        before.flush()
+        self.loss_fn = recorder.loss
+        with recorder:
+            last = self._train_step()
+        try:
+            return last.record(self.source.sources, self.model_config, self._mfu_per_rate)
+        except FloatingPointError as error:
+            raise NonFiniteStep(last, str(error)) from None
+
     def _step_log(self, log: MetricsLog | None, progress: ProgressLine | None) -> StepLog:
         return StepLog(
             log,
@@ -187,7 +210,7 @@ class Trainer:
             self.source.sources,
             self.tokens_by_source,
             self._mfu_per_rate,
-            self._spikes,
+            self.spikes,
         )
 
     def _loop(self, steps: StepLog, saver: Saver, check: DataCheck, watch: signals.Watch) -> int:
@@ -196,35 +219,42 @@ class Trainer:
         The last checkpoint may still be being written when it returns.
         """
         if self.step == 0 and self.config.eval.at_start:
-            self._activities.begin(EVALUATION, self.step)
+            self.activities.begin(EVALUATION, self.step)
             self._evaluate(steps)
         config = self.config
         while self.step < config.train.steps:
-            with self._profiler.step(self.step + 1):
-                done = self._train_step()
-            self._profiler.end_step(self.step)
-            steps.add(done)
-            self._ledger.update(self.step)
-            last = self.step == config.train.steps
-            saving, stopped_by = last or self.step % config.checkpoint.every == 0, 0
-            if saving or self.agreement.is_due(self.step):
-                stopped_by = self.agreement.signal(self.step, check, watch)
-            saving = saving or bool(stopped_by)
-            evaluating = bool(self.evaluators) and (last or self.step % config.eval.every == 0)
-            if saving:
-                self._activities.begin(SAVING, self.step)
-                done.more["save_copy_s"] = round(saver.copy(), 4)
-            if saving or evaluating:  # so that the log has all steps of a checkpoint that is whole
-                steps.flush()
+            try:
+                with self._profiler.step(self.step + 1):
+                    done = self._train_step()
+                self._profiler.end_step(self.step)
+                steps.add(done)
+                self.ledger.update(self.step)
+                last = self.step == config.train.steps
+                saving, stopped_by = last or self.step % config.checkpoint.every == 0, 0
+                if saving or self.agreement.is_due(self.step):
+                    stopped_by = self.agreement.signal(self.step, check, watch)
+                saving = saving or bool(stopped_by)
+                evaluating = bool(self.evaluators) and (last or self.step % config.eval.every == 0)
+                if saving:
+                    self.activities.begin(SAVING, self.step)
+                    done.more["save_copy_s"] = round(saver.copy(), 4)
+                if saving or evaluating:  # so that the log has all steps of a checkpoint that is whole
+                    steps.flush()
+            except NonFiniteStep as failed:
+                more = self.first_not_finite(failed.step.batches)
+                raise FloatingPointError(f"{failed}{more}; lower optimizer.lr and run the command again") from None
+            except BadStep as bad:
+                go_back(self, bad, steps, saver)
+                continue
             if evaluating:
-                self._activities.begin(EVALUATION, self.step)
+                self.activities.begin(EVALUATION, self.step)
                 self._evaluate(steps)
             if last:
-                self._activities.begin(END, self.step)
+                self.activities.begin(END, self.step)
                 say = partial(self._say, steps.progress)
                 stopped_by = stopped_by or self.agreement.wait_for_check(self.step, check, watch, say)
             if saving:
-                self._activities.begin(SAVING, self.step)
+                self.activities.begin(SAVING, self.step)
                 saver.start(self.step, self._facts())
             if stopped_by and (not last or self.agreement.unchecked_from < self.step):
                 self._profiler.finish()
@@ -235,14 +265,18 @@ class Trainer:
         train, mesh = self.config.train, self.mesh
         timer = StepTimer(mesh.device)
         lr = learning_rate(self.step, train.steps, self.config.optimizer.lr, self.config.schedule)
-        self._activities.begin(PREPARATION, self.step + 1)
+        self.activities.begin(PREPARATION, self.step + 1)
         with record_function(DATA):
+            if (first := self.rewinds.first_of(self.samples, train.global_batch_size)) != self.samples:
+                self.samples = first
+                self.run.pass_over(self.step, first, self.print)
             self.source.prepare(self.engine, self.step)
-            batches = self._ahead.next() if self._ahead else self._micro_batches(self.samples)
-        self._activities.begin(TRAINING, self.step + 1)
-        every = self.config.log.detail_every
+            batches = self.rows.next(self.samples)
+        self.activities.begin(TRAINING, self.step + 1)
+        every, norm = self.config.log.detail_every, self.spikes.largest_norm(self.step + 1)
         detailed = every > 0 and (self.step + 1) % every == 0
-        sums = self.engine.train_step(batches, self.loss_fn, lr, self._spikes.largest_norm(self.step + 1), detailed)
+        ends = not self.spikes.skips
+        sums = self.engine.train_step(batches, self.loss_fn, lr, norm, detailed, failure_ends=ends)
         more = self.companion.train_step(batches, self.step) if self.companion else {}
         timer.stop()
         self.step += 1
@@ -253,34 +287,21 @@ class Trainer:
             number=self.step,
             tokens=self.tokens,
             batch_tokens=batch_tokens,
+            samples=(self.samples - train.global_batch_size, self.samples),
             lr=lr,
             sums=sums,
             timer=timer,
             memory_bytes=peak_memory(mesh.device),
-            source_metrics=self._source_metrics(),
+            source_metrics=self.rows.metrics(),
+            batches=batches,
             more=more,
         )
 
-    def _micro_batches(self, first: int) -> list[Batch]:
-        """Reads this rank's micro-batches of the step whose first sample is `first`."""
-        train, mesh = self.config.train, self.mesh
-        share = share_of_rank(first, train.global_batch_size, mesh.dp_rank, mesh.layout.dp)
-        return micro_batches(self.source.rows(share), train.micro_batch_size, share.start)
-
-    def _read_ahead(self) -> ReadAhead:
-        train = self.config.train
-        end = self.samples + (train.steps - self.step) * train.global_batch_size
-        firsts = range(self.samples, end, train.global_batch_size)
-        return ReadAhead(self._micro_batches, firsts, self.mesh.device)
-
-    def _source_metrics(self) -> dict[str, float]:
-        """Returns the means over all ranks of what the source measured in this step's rows; collective."""
-        own = self.source.step_metrics()
-        if not own:
-            return {}
-        counted = self.mesh.counts_in_sums
-        totals = self.mesh.sum_on_host(torch.tensor([v if counted else (0.0, 0.0) for v in own.values()]))
-        return {name: float(total / max(count, 1e-12)) for name, (total, count) in zip(own, totals, strict=True)}
+    def first_not_finite(self, batches: Sequence[Batch]) -> str:
+        """Computes the last step on these micro-batches again, and says what was first not finite; collective."""
+        self.activities.begin(CHECKING, self.step)
+        found = first_not_finite(self.engine, batches, self.loss_fn, self.source.describe)
+        return f"; {found}" if found else ""
 
     def _evaluate(self, steps: StepLog) -> None:
         results: dict[str, dict[str, float]] = {}
@@ -299,6 +320,7 @@ class Trainer:
             "source": self.source.state(),
             "ledger": dict(self.tokens_by_source),  # a copy: the manifest is written while training goes on
             "stretches": self.run.data_spans,
+            "passed_over": self.rewinds.ranges,
             "identity": self.identity,
             "context": self.context,
             **self.lineage.facts,
@@ -307,7 +329,7 @@ class Trainer:
             "layout": str(self.mesh.layout),
             "origin": self.origin,
             "unchecked_from": self.agreement.unchecked_from,
-            "spikes": self._spikes.state(),
+            "spikes": self.spikes.state(),
             "config": self.run.full_config,
         }
 
@@ -315,7 +337,7 @@ class Trainer:
         if progress:
             progress.say(f"{self.title} {self.step}: {text}")
 
-    def _print(self, text: str) -> None:
+    def print(self, text: str) -> None:
         if self.mesh.is_main:
             print(f"{self.title}: {text}", flush=True)
 
@@ -327,64 +349,21 @@ class Trainer:
         say(f"stopped by {signal.Signals(number).name} at step {self.step}; the same command {next_time}")
         return signals.status_of(number)
 
-    def load_weights(self) -> Path | None:
-        """Loads the checkpoint that the run continues from and returns its folder; None for a new run.
-
-        A new run loads the weights of `lineage.init` if there are any, else it keeps its random weights.
-        """
-        train = self.config.train
-        checkpoint_resume.check_ranks(self.mesh, self.run.full_config, self.identity, self.lineage.init)
-        path = checkpoint_resume.choose(self.mesh, self.run.path, self.resume)
-        if path is None:
-            if self.source.after:
-                raise ConfigError(
-                    f"data.plan = {self.source.location!r} continues another plan after its first "
-                    f"{self.source.first_sample:,} samples, but this run is new: train on that plan first, or name a "
-                    "checkpoint of such a run with --resume"
-                )
-            check_samples(self.source, train, self.step, self.samples)
-            if self.lineage.init:
-                with initial_weights(self.lineage.init) as tensors:
-                    for name in checkpoint_state.begin_from(self.engine, tensors):
-                        self._print(f"{name} is not in {tensors.path} and begins with random values")
-            if self.companion:
-                self.companion.begin()
-            return None
-        manifest = storage.read_manifest(path)
-        checkpoint_resume.check_identity(path, manifest, self.identity, self.source)
-        if manifest["step"] < train.steps:
-            checkpoint_state.restore(self.engine, path)
-            for name, engine in self._beside.items():
-                checkpoint_state.restore(engine, path / name)
-            self._print(f"going on from {path}")
-        self.step, self.samples, self.tokens = manifest["step"], manifest["samples"], manifest["tokens"]
-        checked = self.mesh.gather_json((path / storage.CHECKED).exists())[0]
-        self.agreement.unchecked_from = self.step if checked else manifest.get("unchecked_from", self.step)
-        self.tokens_by_source |= manifest.get("ledger", {})
-        self._spikes.restore(manifest.get("spikes", {}))
-        self.run.take_data_spans(manifest)
-        self.context = max(self.context, manifest.get("context", 0))
-        self.origin = checkpoint_resume.origin_of(path, self.run.path)
-        check_samples(self.source, train, self.step, self.samples, path)
-        if self.step < train.steps:
-            self.source.go_on(path, manifest)
-        return path
-
     def _check_finished(self, saved: Path, watch: signals.Watch) -> int:
         """Checks the data of a finished run, saved at `saved`, against its checksums; returns the exit status."""
-        self._print(
+        self.print(
             f"{self.run.path} is finished at step {self.step}, but its training data was not checked to the end; "
             "checking it against its checksums"
         )
-        self._activities.begin(END, self.step)
+        self.activities.begin(END, self.step)
         with DataCheck(self.source.files(), self.mesh) as check:
             try:
-                if stopped_by := self.agreement.wait_for_check(self.step, check, watch, self._print):
-                    return self._stopped(stopped_by, self._print)
+                if stopped_by := self.agreement.wait_for_check(self.step, check, watch, self.print):
+                    return self._stopped(stopped_by, self.print)
             except DamagedTrainingData as error:
-                self._print(f"error: {error}")
+                self.print(f"error: {error}")
                 return FAILED
         if self.mesh.is_main:
             (saved / storage.CHECKED).touch()
-            self._print(f"the training data matches its checksums, report in {run_report.write(self.run.path)}")
+            self.print(f"the training data matches its checksums, report in {run_report.write(self.run.path)}")
         return 0

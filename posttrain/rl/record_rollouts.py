@@ -9,6 +9,7 @@ from pathlib import Path
 
 from configs.loader import ConfigError
 from posttrain.rl.rollout_source import RolloutSource
+from pretrain.taking_up import load_weights
 from pretrain.trainer import Trainer
 
 
@@ -18,7 +19,7 @@ def record_rollouts(trainer: Trainer, source: RolloutSource, count: int) -> int:
     Raises ConfigError if the run is finished. Collective.
     """
     steps, folder = trainer.config.train.steps, Path(str(source.settings.record))
-    trainer.load_weights()
+    load_weights(trainer)
     done = trainer.step
     if done >= steps:
         raise ConfigError(f"the run is finished at step {done}, so it has no rollout left; raise train.steps = {steps}")

@@ -52,8 +52,10 @@ def check_ranks(
         )
 
 
-def choose(mesh: Mesh, run_dir: Path, resume: str) -> Path | None:
+def choose(mesh: Mesh, run_dir: Path, resume: str, before: int | None = None) -> Path | None:
     """Returns the checkpoint to start from, the same on every rank, or None for a new start.
+
+    With `before` it is one of an earlier step than that, to which a run goes back.
 
     The main rank looks for it and prints a warning for each damaged checkpoint that it skips. To check a checkpoint it
     asks all ranks, each of which reads its share of the files. Raises ConfigError or CheckpointError, on all ranks, if
@@ -62,7 +64,7 @@ def choose(mesh: Mesh, run_dir: Path, resume: str) -> Path | None:
     if mesh.is_main:
         answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
         try:
-            path = _choose(run_dir, resume, partial(_check_together, mesh))
+            path = _choose(run_dir, resume, partial(_check_together, mesh), before)
             answer["path"] = str(path) if path else None
         except ConfigError as error:
             answer["refused"] = str(error)
@@ -197,7 +199,7 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return dict(data_spans[-1].get("facts", {}))
 
 
-def _choose(run_dir: Path, resume: str, check: Callable[[Path], None]) -> Path | None:
+def _choose(run_dir: Path, resume: str, check: Callable[[Path], None], before: int | None) -> Path | None:
     if resume == "no":
         if steps := storage.steps(run_dir):
             raise ConfigError(
@@ -205,7 +207,7 @@ def _choose(run_dir: Path, resume: str, check: Callable[[Path], None]) -> Path |
                 f"choose another run.dir, remove {run_dir / 'checkpoints'}, or leave --resume out to go on"
             )
         return None
-    own, problems = storage.find_newest(run_dir, check)
+    own, problems = storage.find_newest(run_dir, check, before)
     for problem in problems:
         print(f"warning: {problem}", flush=True)
     if own is None and problems:

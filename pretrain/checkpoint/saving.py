@@ -80,6 +80,12 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(step, facts), name=f"save of step {step}")
         self._thread.start()
 
+    def save_now(self, step: int, facts: dict[str, Any]) -> None:
+        """Saves a checkpoint of the present state, and waits until it is written or given up."""
+        self.copy()
+        self.start(step, facts)
+        self.wait()
+
     def wait(self) -> None:
         """Blocks until no save is in flight. Raises the error that ended its thread, unless the file system failed."""
         if self._thread is not None:

@@ -233,13 +233,15 @@ def steps(run_dir: str | Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in found if p.name[5:].isdecimal())
 
 
-def find_newest(run_dir: str | Path, check: Callable[[Path], object] = verify) -> tuple[Path | None, list[str]]:
+def find_newest(
+    run_dir: str | Path, check: Callable[[Path], object] = verify, before: int | None = None
+) -> tuple[Path | None, list[str]]:
     """Returns the newest checkpoint whose files match their checksums (or None), and the faults of newer ones.
 
-    `check` raises CheckpointError for a damaged checkpoint.
+    With `before` only steps before that one count. `check` raises CheckpointError for a damaged checkpoint.
     """
     problems: list[str] = []
-    for step in reversed(steps(run_dir)):
+    for step in reversed([one for one in steps(run_dir) if before is None or one < before]):
         try:
             check(directory(run_dir, step))
             return directory(run_dir, step), problems

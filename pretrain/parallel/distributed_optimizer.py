@@ -110,7 +110,7 @@ class Bucket:
             self.gathering = None
 
 
-def changes_weights(norm: torch.Tensor, largest_norm: float) -> torch.Tensor:
+def changes_weights(norm: torch.Tensor, largest_norm: torch.Tensor | float) -> torch.Tensor:
     """Returns, as a boolean on the device, whether a step whose gradient has this norm changes weights."""
     return norm.isfinite() & (norm <= largest_norm)
 
@@ -163,7 +163,7 @@ class DistributedOptimizer:
         for bucket in self.buckets:
             bucket.wait_for_gradients()
 
-    def step(self, lr: float, largest_norm: float = math.inf) -> torch.Tensor:
+    def step(self, lr: float, largest_norm: torch.Tensor | float = math.inf) -> torch.Tensor:
         """Clips, steps and starts to gather the new weights; returns the norm before clipping, equal on every rank.
 
         If the norm is not finite, or above `largest_norm`, no weight and no moment is changed.

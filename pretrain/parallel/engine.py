@@ -9,7 +9,7 @@ for it the loss is multiplied by the number of averaged ranks first; its offload
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -67,6 +67,8 @@ class Engine:
         self.mesh, self.model_config, self.train_config, self.adapter = mesh, model_config, train, adapter
         self._mtp_depth = model_config.head.mtp_depth
         self.num_sources = num_sources
+        self._sound = torch.ones((), dtype=torch.bool, device=mesh.device)  # false once a step that ends the run failed
+        self.after_backward: Callable[[], None] | None = None  # called when the gradients of a step are whole
         self.micro_batches = 0  # forward passes that the step has begun on this rank, of all of its chunks
         # What names the base in checkpoints, where they leave frozen weights out: another one that has them.
         self.base: dict[str, Any] | None = None
@@ -139,17 +141,24 @@ class Engine:
         lr: float,
         largest_norm: float | None = None,
         detailed: bool = False,
+        failure_ends: bool = True,
     ) -> StepSums:
         """Trains on this rank's micro-batches of one global batch, and returns without waiting for a GPU.
 
         Raises ValueError if no token of the global batch is trained on. If the gradient norm is not finite, no weight
         changes, and the results raise FloatingPointError once they are asked for. With a `largest_norm` they do not,
         and no weight changes where the norm is above it either. A `detailed` step takes the measures of `details`, too.
+        If a norm that is not finite ends the run (`failure_ends`), later steps change no weight either, so that the
+        failed step can be computed again.
         """
         if detailed:
             self.details.begin()
         self.accumulate(batches, loss_fn)
-        return self.update(lr, largest_norm, detailed)
+        return self.update(lr, largest_norm, detailed, failure_ends)
+
+    def go_on_from_restored(self) -> None:
+        """Lets steps change weights again, after the state of a checkpoint was restored."""
+        self._sound.fill_(True)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> None:
         """Computes the global batch's gradients, averaged over data parallel and not yet clipped: parts 1 to 3."""
@@ -176,15 +185,21 @@ class Engine:
         zero.average_gradients(self.zero)
         if self.budget is not None:
             self.budget.add_penalty()
+        if self.after_backward is not None:
+            self.after_backward()
 
-    def update(self, lr: float, largest_norm: float | None = None, detailed: bool = False) -> StepSums:
+    def update(
+        self, lr: float, largest_norm: float | None = None, detailed: bool = False, failure_ends: bool = True
+    ) -> StepSums:
         """Clips the gradients and updates the weights with learning rate `lr`: part 4; see `train_step`."""
-        most = math.inf if largest_norm is None else largest_norm
+        most = torch.where(self._sound, math.inf if largest_norm is None else largest_norm, -math.inf)
         with record_function(OPTIMIZER):
             if self.budget is not None:
                 self.budget.observe()
             grad_norm = zero.step(self.zero, lr, most)
         applied = changes_weights(grad_norm, most)
+        if failure_ends:
+            self._sound = applied
         if self.budget is not None and applied:
             self.budget.finish_step()
         expert_balance.finish_step(self.module, self.mesh, applied)

@@ -123,7 +123,7 @@ def average_gradients(engine: Any) -> None:
         engine.allreduce_gradients()
 
 
-def step(engine: Any, lr: float, largest_norm: float = math.inf) -> torch.Tensor:
+def step(engine: Any, lr: float, largest_norm: torch.Tensor | float = math.inf) -> torch.Tensor:
     """Clips gradients and updates the weights; returns the gradient norm before clipping, on the device.
 
     Where the norm is not finite, or above `largest_norm`, which DeepSpeed's optimizers do not know, no weight changes.
@@ -249,6 +249,11 @@ def gradient(parameter: nn.Parameter) -> torch.Tensor:
     if known._hp_mapping is None:
         return torch.empty(0, device=parameter.device)
     return known._hp_mapping.get_lp_grad_fragment(known._index_in_param_group)
+
+
+def own_weight(parameter: nn.Parameter) -> torch.Tensor:
+    """Returns this rank's elements of the master weight, flat, a view; for ZeRO stage 1 without offloading."""
+    return distributed_optimizer.own_elements(parameter, gradient=False)[1]
 
 
 def set_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:

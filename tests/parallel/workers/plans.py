@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.layout import Layout
-from configs.loader import validate
+from configs.loader import ConfigError, validate
 from configs.train import PretrainConfig
 from data_pipeline.core.integrity import Expected
 from launch.environment import ClusterEnvironment
-from pretrain import data_check, train
+from pretrain import data_check, replay, train
 from pretrain.batch_source import PlanSource
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.resume import check_ranks
@@ -78,6 +78,16 @@ def train_command(args: list[str]) -> dict[str, Any]:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = train.main(args)
     return {"status": status, "said": said.getvalue()}
+
+
+def replay_command(args: list[str]) -> dict[str, Any]:
+    """Runs `trivium replay` itself. Returns its exit status and all that it prints, or the error."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            return {"status": replay.main(args), "said": said.getvalue()}
+    except ConfigError as error:
+        return {"error": str(error)}
 
 
 def settings_of_ranks(

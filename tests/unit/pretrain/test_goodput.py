@@ -26,6 +26,8 @@ def test_the_kinds_of_time_sum_to_the_whole() -> None:
             "first_step": 10.0,
             "evaluation": 0.0,
             "saving": 20.0,
+            "checking": 0.0,
+            "rewinding": 0.0,
             "end": 0.0,
             "start": 30.0,
             "restart": 60.0,

@@ -1,0 +1,113 @@
+"""Functions run in the ranks: training in which some samples have an infinite loss."""
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pretrain.health.rewinds import Rewinds
+from pretrain.model.batch import Batch
+from pretrain.model.losses import NextToken
+from pretrain.parallel.engine import Engine
+from tests.parallel.workers.training import Rows, make_trainer
+
+
+class BadSamples(NextToken):
+    """Next-token loss that is infinite on the samples `bad`."""
+
+    def __init__(self, bad: Sequence[int]):
+        super().__init__()
+        self.bad = set(bad)
+
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss_BS, metrics = super().__call__(logprobs_BS, batch)
+        factor = torch.tensor([float("inf") if i in self.bad else 1.0 for i in batch.samples or ()])
+        return loss_BS * factor[:, None], metrics
+
+
+def train_with_bad_samples(
+    run_dir: str,
+    model: dict[str, Any],
+    steps: int,
+    bad: Sequence[int],
+    parallel: dict[str, Any] | None = None,
+    fail_after_rewind: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains; returns the status or the error, what was printed, and the samples that this rank asked for.
+
+    With `fail_after_rewind` the run fails before that step, counted from 0, once it has gone back.
+    """
+    said, went_back = io.StringIO(), []
+    right = Rewinds.add
+
+    def add(self: Rewinds, *args: Any) -> None:
+        right(self, *args)
+        went_back.append(1)
+
+    def fail(_: Engine) -> None:
+        if went_back:
+            raise RuntimeError("the node went away")
+
+    at: dict[int, Callable[[Engine], None]] = {fail_after_rewind: fail} if fail_after_rewind is not None else {}
+    trainer = make_trainer(run_dir, model, parallel or {}, steps, at, **options)
+    trainer.loss_fn = BadSamples(bad)
+    setattr(Rewinds, "add", add)  # noqa: B010
+    answer: dict[str, Any] = {}
+    try:
+        with contextlib.redirect_stdout(said):
+            answer["status"] = trainer.fit()
+    except (RuntimeError, FloatingPointError) as error:
+        answer["error"] = str(error)
+    finally:
+        setattr(Rewinds, "add", right)  # noqa: B010
+    assert isinstance(trainer.source, Rows)
+    return {**answer, "said": said.getvalue(), "asked": [i for part in trainer.source.asked for i in part]}
+
+
+def train_with_a_fault(
+    run_dir: str,
+    model: dict[str, Any],
+    parallel: dict[str, Any] | None = None,
+    weight: str = "",
+    module: str = "",
+    on_rank: int = 1,
+    backward: bool = False,
+    once: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains; from step 4 on, one element of a weight, or of a module's output or its gradient, is infinite on a rank.
+
+    Of an output it is an element of the second row in the second micro-batch, of `once` that step's first pass alone.
+    """
+    spoilt: list[int] = []
+
+    def spoil(engine: Engine) -> None:
+        if engine.mesh.rank != on_rank:
+            return
+        if weight:
+            dict(engine.module.named_global_parameters())[weight].data.flatten()[7] = float("inf")
+        for chunk in engine.module.chunks:
+            found = dict(chunk.named_modules()).get(module)
+            if module and found is not None:
+                found.register_forward_hook(lambda _, __, output: change(engine, output))
+
+    def change(engine: Engine, output: torch.Tensor) -> torch.Tensor:
+        if engine.micro_batches != 2 or (once and spoilt):
+            return output
+        spoilt.append(1)
+        one = torch.zeros_like(output)
+        one[5, 1, 3] = float("inf")
+        if backward:
+            output = output.clone()
+            output.register_hook(lambda gradient: gradient + one)
+            return output
+        return output + one
+
+    trainer = make_trainer(run_dir, model, parallel or {}, 9, {3: spoil}, **options)
+    try:
+        return {"status": trainer.fit()}
+    except FloatingPointError as error:
+        return {"error": str(error)}
