@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = ClusterEnvironment.read()
     layout = _layout(config, env.world_size, run, step)
 
-    from pretrain.health.recording import Recorder
+    from pretrain.health.recording import StepRecorder
     from pretrain.parallel import groups
     from pretrain.step_log import NonFiniteStep
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if choice.plan.fingerprint != spans[-1]["data"]:
             raise ConfigError(f"{choice.plan.path} is not the plan that step {step} of {run} was trained on")
         trainer = make_trainer(config, choice, None, mesh, str(checkpoint) if checkpoint else "no")
-        recorder, failure, found = Recorder(trainer.engine), "", {}
+        recorder, failure, found = StepRecorder(trainer.engine), "", {}
         try:
             found = trainer.replay(step, recorder)
         except NonFiniteStep as failed:

@@ -30,8 +30,8 @@ from pretrain.companion import Companion
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.evaluation.task_scores import task_scores
 from pretrain.flops import mfu_per_rate
-from pretrain.health.not_finite import first_not_finite
-from pretrain.health.recording import Recorder
+from pretrain.health.not_finite import NOTHING, first_not_finite
+from pretrain.health.recording import StepRecorder
 from pretrain.health.rewinding import go_back
 from pretrain.health.rewinds import BadStep, Rewinds
 from pretrain.health.spikes import SpikeGuard
@@ -181,7 +181,7 @@ class Trainer:
             )
         return 0
 
-    def replay(self, step: int, recorder: Recorder) -> dict[str, Any]:
+    def replay(self, step: int, recorder: StepRecorder) -> dict[str, Any]:
         """Takes the steps up to `step` as `fit` does, but writes nothing; returns the line of the last for the log.
 
         The last is taken with `recorder`. Raises FloatingPointError if its gradient norm is not finite, or that of a
@@ -242,7 +242,8 @@ class Trainer:
                     steps.flush()
             except NonFiniteStep as failed:
                 more = self.first_not_finite(failed.step.batches)
-                raise FloatingPointError(f"{failed}{more}; lower optimizer.lr and run the command again") from None
+                remedy = "" if more.endswith(NOTHING) else "; lower optimizer.lr and run the command again"
+                raise FloatingPointError(f"{failed}{more}{remedy}") from None
             except BadStep as bad:
                 go_back(self, bad, steps, saver)
                 continue

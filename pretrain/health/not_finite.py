@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pretrain.health.observing import INPUT, OUTPUT, OUTPUT_GRADIENT, WEIGHT_GRADIENT, Place, observed
+from pretrain.health.observing import INPUT, OUTPUT, OUTPUT_GRADIENT, WEIGHT_GRADIENT, TensorPlace, observed
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel import zero
@@ -22,7 +22,7 @@ WEIGHT = "weight"
 _PHASES = {WEIGHT: 0, INPUT: 1, OUTPUT: 1, OUTPUT_GRADIENT: 2, WEIGHT_GRADIENT: 2}
 NOTHING = (
     "computed again, all of the step's tensors are finite: a processor or its memory gave a wrong number once; look at "
-    "the machine before the run goes on"
+    "the machines, and run the command again"
 )
 
 Describe = Callable[[int, int | None], str]  # sample and position in its row, if it is known, to words
@@ -33,7 +33,7 @@ class Found:
     """The first tensor on a rank that is not finite."""
 
     kind: str
-    place: Place
+    place: TensorPlace
     shape: tuple[int, ...]
     count: int  # of its elements that are not finite
     index: tuple[int, ...]  # of the first of them
@@ -51,7 +51,7 @@ class Finder:
     def __init__(self) -> None:
         self.found: Found | None = None
 
-    def see(self, kind: str, place: Place, tensor: torch.Tensor) -> None:
+    def see(self, kind: str, place: TensorPlace, tensor: torch.Tensor) -> None:
         wrong = ~tensor.detach().isfinite()
         if not bool(wrong.any()):
             return
@@ -72,7 +72,7 @@ def first_not_finite(engine: Engine, batches: Sequence[Batch], loss_fn: LossFunc
     zero.wait_for_weights(engine.zero)
     finder = Finder()
     for order, (name, parameter) in enumerate(engine.module.named_global_parameters()):
-        finder.see(WEIGHT, Place(0, engine.mesh.pp_rank, order, name), parameter)
+        finder.see(WEIGHT, TensorPlace(0, engine.mesh.pp_rank, order, name), parameter)
     with observed(engine, finder.see):
         engine.accumulate(batches, loss_fn)
     own: dict[str, Any] = {}

@@ -20,7 +20,7 @@ INPUT, OUTPUT, OUTPUT_GRADIENT, WEIGHT_GRADIENT = "input", "output", "gradient o
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class TensorPlace:
     """The place of a tensor in a step. Ranks of a tensor or context parallel group see the same places.
 
     `micro_batch` counts those of this rank from 0. `stage` is the virtual pipeline stage. `order` counts the tensors of
@@ -34,7 +34,7 @@ class Place:
     module: str
 
 
-See = Callable[[str, Place, torch.Tensor], None]
+See = Callable[[str, TensorPlace, torch.Tensor], None]
 
 
 @contextmanager
@@ -65,7 +65,7 @@ class _Backward:
         self._note(WEIGHT_GRADIENT, stage, name, gradient)
 
     def _note(self, kind: str, stage: int, module: str, gradient: torch.Tensor) -> None:
-        self._see(kind, Place(self._micro_batch, stage, self._order, module), gradient)
+        self._see(kind, TensorPlace(self._micro_batch, stage, self._order, module), gradient)
         self._order += 1
 
 
@@ -90,7 +90,7 @@ class _Forward:
                 tensor.register_hook(partial(self.backward.output, self.stage, self._micro_batch, path))
 
     def _note(self, kind: str, path: str, tensor: torch.Tensor) -> None:
-        self._see(kind, Place(self._micro_batch, self.stage, self._order, path), tensor.detach())
+        self._see(kind, TensorPlace(self._micro_batch, self.stage, self._order, path), tensor.detach())
         self._order += 1
 
 

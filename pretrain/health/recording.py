@@ -12,6 +12,7 @@ import torch
 
 from pretrain.model.batch import Batch
 from pretrain.model.decoder import Decoder
+from pretrain.model.layers import is_recomputing
 from pretrain.model.losses import NextToken
 from pretrain.parallel import zero
 from pretrain.parallel.distributed_optimizer import counts_in_norm
@@ -37,7 +38,7 @@ class RecordedLoss(NextToken):
         return loss_BS, metrics
 
 
-class Recorder:
+class StepRecorder:
     """Context in which a training step of `engine` is recorded. `loss` is the loss function to take the step with.
 
     Hooks see what the modules compute, and change no number. After the context `gathered` has the record.
@@ -52,16 +53,14 @@ class Recorder:
         self._weights: dict[str, float] = defaultdict(float)
         self._logits: dict[int, float] = {}
         self._rows: tuple[int, ...] = ()  # the samples of the micro-batch
-        self._open: set[str] = set()  # what its forward pass has still to compute
         self._stack = ExitStack()
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "StepRecorder":
         for chunk in self._engine.module.chunks:
             named: list[tuple[str, torch.nn.Module]] = [(f"layer {i}", block) for i, block in chunk.blocks.items()]
             named += [(EMBEDDING, chunk.embedding)] if chunk.stage.is_first else []
             named += [(FINAL, chunk.final_norm)] if chunk.stage.is_last else []
-            begin = partial(self._begin, [name for name, _ in named])
-            self._stack.callback(chunk.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            self._stack.callback(chunk.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             for name, module in named:
                 self._hook(module, partial(self._note, name))
             if chunk.stage.is_last:
@@ -108,18 +107,16 @@ class Recorder:
 
     def _hook(self, module: torch.nn.Module, see: Callable[[torch.Tensor], None]) -> None:
         def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-            see(output.detach())
+            if not is_recomputing():
+                see(output.detach())
 
         self._stack.callback(module.register_forward_hook(hook).remove)
 
-    def _begin(self, names: list[str], _: Any, __: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, _: Any, __: Any, kwargs: dict[str, Any]) -> None:
         samples = kwargs["context"].samples
-        self._open, self._rows = set(names), () if samples is None else tuple(samples.tolist())
+        self._rows = () if samples is None else tuple(samples.tolist())
 
     def _note(self, name: str, x_SBH: torch.Tensor) -> None:
-        if name not in self._open:
-            return  # a block that the backward pass computes again
-        self._open.discard(name)
         self._largest[name] = max(self._largest[name], float(x_SBH.abs().max()))
         if self._mesh.tp_rank == 0 or self._mesh.layout.sp:  # else all tensor-parallel ranks have the same
             self._squares[name] += float(x_SBH.double().square().sum())

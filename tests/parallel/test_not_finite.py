@@ -74,3 +74,4 @@ def test_a_fault_that_does_not_come_again_is_said_to_be_one(ranks: RanksOf, tmp_
     options: dict[str, Any] = {"model": MODELS["dense"], "module": "layers.0.mlp", "on_rank": 0, "once": True}
     (answer,) = ranks(1).run(WORKER, process_group=False, run_dir=str(tmp_path), **options)
     assert "computed again, all of the step's tensors are finite" in answer["error"]
+    assert answer["error"].endswith("look at the machines, and run the command again")

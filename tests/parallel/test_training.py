@@ -69,7 +69,9 @@ def test_an_infinite_gradient_ends_the_run_before_it_is_saved(
     answers = ranks(2).run(worker, process_group=False, **options)
     assert [answer["begun"] for answer in answers] == [begun] * 2
     (error,) = {answer["error"] for answer in answers}
-    assert error.startswith("step 4: the gradient norm is not finite; no weight was changed by this step; lower optim")
+    assert error.startswith("step 4: the gradient norm is not finite; no weight was changed by this step; ")
+    # The loss function is another one by the time that the step is computed again.
+    assert ("all of the step's tensors are finite" if every == 100 else "is the loss on rank 0 (dp 0)") in error
     assert storage.steps(tmp_path) == [step for step in (2,) if every == 2]
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
 
