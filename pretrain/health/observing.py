@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pretrain.model.decoder import Decoder
+from pretrain.model.moe.experts import Experts
 from pretrain.parallel.engine import Engine
 
 INPUT, OUTPUT, OUTPUT_GRADIENT, WEIGHT_GRADIENT = "input", "output", "gradient of the output", "gradient"
@@ -41,7 +42,8 @@ See = Callable[[str, TensorPlace, torch.Tensor], None]
 def observed(engine: Engine, see: See) -> Iterator[None]:
     """Context in which `see` gets kind, place and tensor of all floating-point tensors of forward and backward passes.
 
-    The output of a chunk itself has the path "": on the last stage it is the loss. `see` must not change the tensors.
+    The output of a chunk itself has the path "": on the last stage it is the loss. Rows of experts are left out, since
+    those of tokens that no expert takes are undefined. `see` must not change the tensors.
     """
     with ExitStack() as stack:
         backward = _Backward(see)
@@ -100,7 +102,7 @@ def _observe(chunk: Decoder, forward: _Forward, stack: ExitStack) -> None:
             stack.callback(vars(block).__setitem__, "forward", compiled)
     stack.callback(chunk.register_forward_pre_hook(forward.begin).remove)
     for path, module in chunk.named_modules():
-        if isinstance(module, nn.ModuleDict | nn.ModuleList):
+        if isinstance(module, nn.ModuleDict | nn.ModuleList | Experts):
             continue
         stack.callback(module.register_forward_pre_hook(partial(forward.inputs, path)).remove)
         stack.callback(module.register_forward_hook(partial(forward.outputs, path)).remove)
