@@ -32,13 +32,14 @@ svg path.raw { stroke-width: 1; opacity: 0.35; }
   vertical-align: middle; }
 body { margin: 0 auto; padding: 24px; max-width: 1040px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 28px 0 8px; }
+h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 28px 0 8px; }
 p { margin: 4px 0 12px; color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 14px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: 4px 12px 4px 0; text-align: left;
   vertical-align: top; border-bottom: 1px solid var(--grid); } td.n, th.n { text-align: right;
   font-variant-numeric: tabular-nums; } td pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 760px) { body { padding: 12px; } svg text { font-size: 14px; } }
 .share { height: 8px; min-width: 1px; margin-top: 6px; background: var(--s0); }
 details > pre { overflow-x: auto; font-size: 12px; background: var(--card); padding: 12px; border-radius: 8px; }
 """

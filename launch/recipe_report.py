@@ -96,7 +96,8 @@ def show_specimens(specimens: Sequence[Specimen], written: Sequence[str], consol
 STYLE = """
 body { max-width: 1100px; } table { font-size: 14px; } a { color: inherit; }
 pre { white-space: pre-wrap; }
-th, td { padding: 6px 18px 6px 0; } td { white-space: pre-line; } td.n { white-space: nowrap; }
+th, td { padding: 6px 18px 6px 0; } td { white-space: pre-line; } td.n { white-space: nowrap;
+  min-width: 140px; }
 summary { cursor: pointer; margin: 14px 0 6px; font-weight: 600; }
 iframe { width: 100%; height: 70vh; border: 1px solid var(--grid); border-radius: 8px; }
 """
@@ -114,14 +115,18 @@ def write_html(
     The page holds the tables, the texts that the models wrote, and the stages' own reports.
     """
     rows, frames = [], []
+    whole, begun = sum(times[stage.name]["seconds"] for stage in stages) or 1.0, 0.0
     for stage in stages:
+        seconds = times[stage.name]["seconds"]
         came_in, out = stage.describe(stage.output)
         link = os.path.relpath(stage.where_to_look, directory)
         cells = "".join(f"<td>{html.escape(text)}</td>" for text in (stage.title, came_in, out))
         rows.append(
-            f'<tr>{cells}<td class="n">{duration(times[stage.name]["seconds"])}</td>'
+            f'<tr>{cells}<td class="n">{duration(seconds)}<div class="share" '
+            f'style="margin-left: {100 * begun / whole:.1f}%; width: {100 * seconds / whole:.1f}%"></div></td>'
             f'<td><a href="{html.escape(link)}">{html.escape(link)}</a></td></tr>'
         )
+        begun += seconds
         if stage.where_to_look.suffix == ".html":
             frames.append(
                 f'<details><summary>{html.escape(stage.title)}</summary><iframe src="{html.escape(link)}" '

@@ -28,9 +28,15 @@ CHARTS = {
     "loss": ("Training loss", "nats per token"),
     "loss_by_source": ("Training loss by source", "nats per token"),
     "grad_norm": ("Gradient norm, before clipping", "norm"),
-    "lr": ("Learning rate", "lr"),
+    "lr": ("Learning rate", "rate"),
     "tokens_per_s": ("Speed", "tokens per second"),
+    "mfu": ("Model FLOPs utilisation", "share of the peak"),
     "memory_bytes": ("Memory of one rank", "bytes"),
+    "save_copy_s": ("Wait for a checkpoint's copy", "seconds"),
+    "update_ratio": ("Update to weight norm", "ratio"),
+    "activation_rms_by_layer": ("Outputs of layers, root mean square", "size"),
+    "attention_logit": ("Largest attention logit", "logit"),
+    "attention_logit_by_layer": ("Largest attention logit by layer", "logit"),
 }
 NOT_DRAWN = {"step", "tokens", "eval", "loss_spike", "grad_norm_spike", "skipped"}
 SPIKY = ("loss", "grad_norm")  # charts on which spikes are marked
@@ -142,7 +148,7 @@ def charts(steps: list[dict[str, Any]], marked: Sequence[Mark] = ()) -> list[str
     keys = dict.fromkeys(key for record in steps for key in record if key not in NOT_DRAWN)
     drawn = []
     for key in sorted(keys, key=lambda key: (list(CHARTS).index(key) if key in CHARTS else len(CHARTS), key)):
-        title, unit = CHARTS.get(key, (key.replace("_", " ").capitalize(), key.replace("_", " ")))
+        title, unit = CHARTS.get(key, (key.replace("_", " ").capitalize(), ""))
         own = [mark for mark in marked if mark.kind != "spike" or key in SPIKY]
         drawn.append(line_chart(title, _series(steps, key), "step", unit, key not in WITHOUT_NOISE, own))
     return drawn

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import Browser, executable
 from tests.parallel.forks import Forks
 from tests.parallel.harness import RankPool, RanksOf
 
@@ -29,6 +30,15 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium, see tests/browser.py; tests that need it are skipped where there is none."""
+    if executable() is None:
+        pytest.skip("neither Chromium nor Chrome is installed")
+    with Browser() as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

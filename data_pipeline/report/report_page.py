@@ -28,7 +28,7 @@ svg path.lost { stroke: var(--out); stroke-linecap: butt; opacity: 0.7; } svg te
   font-weight: 600; } svg .bars { fill: var(--s0); stroke: none; } svg .out { fill: var(--out); }
 svg line.bound { stroke: var(--s1); stroke-width: 1.5; stroke-dasharray: 4 2; } svg.cell { width: 120px;
   display: inline-block; vertical-align: middle; margin-right: 8px; }
-.charts.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); }
+.charts.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); }
 .charts.small figcaption { font-size: 12px; } .wide { margin: 12px 0; overflow-x: auto; }
 .alarms { border: 2px solid var(--out); border-radius: 8px; padding: 8px 16px; margin: 12px 0; }
 del { color: var(--out); } .missed { color: var(--out); }
@@ -38,8 +38,8 @@ del { color: var(--out); } .missed { color: var(--out); }
 .narrow { display: none; margin: 12px 0; } .narrow ol { list-style: none; margin: 0; padding: 0; font-size: 13px; }
 .narrow li { margin: 8px 0; } .narrow i { display: block; height: 8px; background: var(--s0); min-width: 1px; }
 .narrow .lost { color: var(--out); overflow-wrap: anywhere; }
-@media (max-width: 760px) { .wide { display: none; } .narrow { display: block; } body { padding: 12px; }
-  h1, summary { overflow-wrap: anywhere; } .sample { margin-left: 4px; }
+@media (max-width: 760px) { .wide { display: none; } .narrow { display: block; } summary svg.cell { width: 50px; }
+  summary { overflow-wrap: anywhere; } .sample { margin-left: 4px; }
   th, td { padding-right: 8px; white-space: nowrap; } }
 """
 

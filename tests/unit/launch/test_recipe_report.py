@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from launch.recipe_report import show_comparison, write_html
 from launch.recipe_results import describe_baselines, describe_data, describe_export, describe_training
 from launch.recipe_stages import RecipeStage
+from tests.browser import Browser
 
 
 def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
@@ -38,7 +40,7 @@ def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
     assert describe_training(tmp_path / "nothing") == ("", "")
 
 
-def test_models_are_compared_with_xz_and_ngrams_on_each_source(tmp_path: Path) -> None:
+def test_models_are_compared_with_xz_and_ngrams_on_each_source(browser: Browser, tmp_path: Path) -> None:
     for name in ("data", "dense", "sft"):
         (tmp_path / name).mkdir()
     values = {"code": {"bytes": 2000, "xz": 1.861, "ngram": 1.5}, "web": {"bytes": 3000, "xz": 2.868, "ngram": 1.291}}
@@ -66,3 +68,7 @@ def test_models_are_compared_with_xz_and_ngrams_on_each_source(tmp_path: Path) -
     times = {stage.name: {"seconds": 1.0} for stage in stages}
     page = write_html("Recipe", stages, times, [], tmp_path).read_text()
     assert "<tr><td>code</td><td class=n>2.50</td><td class=n>1.50</td><td class=n>1.86</td></tr>" in page
+    assert [float(part) for part in re.findall(r"margin-left: ([\d.]+)%", page)] == [0, 25, 50, 75]
+    for stage in ("dense", "sft"):
+        (tmp_path / stage / "report.html").write_text("<p>Curves.</p>")
+    assert not browser.all_faults(tmp_path / "report.html")

@@ -13,6 +13,7 @@ from pretrain.line_charts import line_chart, running_mean, thin
 from pretrain.metrics import MetricsLog
 from pretrain.metrics_file import read_metrics
 from pretrain.run_report import last_of_each_step, main, write
+from tests.browser import Browser
 
 
 class OpenTags(HTMLParser):
@@ -61,7 +62,7 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     assert "nan" not in page.lower()
 
 
-def test_spikes_and_restarts_are_marked_and_sources_counted(tmp_path: Path) -> None:
+def test_spikes_and_restarts_are_marked_and_sources_counted(browser: Browser, tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 2.0, "grad_norm": 1.0, "lr": 0.1} for step in range(1, 21)]
     lines[6] |= {"loss_spike": 9.5, "skipped": True}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -77,10 +78,13 @@ def test_spikes_and_restarts_are_marked_and_sources_counted(tmp_path: Path) -> N
     assert page.count("spike at step 7, skipped") == 2 and page.count("went on from step 10<") == 3
     assert "red where there was a spike (1) and grey where the run went on from a checkpoint (1)" in page
     assert "tp1 pp1 dp2 zero1" in page and "12,345" in page and "loss_spike" not in page and "Loss spike" not in page
+    assert not browser.all_faults(tmp_path / "report.html")
     assert '&lt;a&gt;</td><td class="n">30</td><td class="n">75.00%</td>' in page
 
 
-def test_runs_are_compared_by_settings_and_last_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_compared_by_settings_and_last_values(
+    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [tmp_path / "one" / "run", tmp_path / "two" / "run", tmp_path / "three" / "run"]
     for number, run in enumerate(runs, 1):
         run.mkdir(parents=True)
@@ -98,6 +102,7 @@ def test_runs_are_compared_by_settings_and_last_values(tmp_path: Path, capsys: p
     assert "<td>two/run</td><td class=n>20</td><td class=n>2,000</td><td class=n>0.4500</td>" in page
     assert "Training loss by tokens" not in page  # all have as many tokens a step
     assert page.count("two/run</span>") == page.count("<figure>") == 8
+    assert not browser.all_faults(path)
     with pytest.raises(ConfigError, match=r"no_run has no metrics\.jsonl"):
         main([str(runs[0]), str(tmp_path / "no_run")])
 

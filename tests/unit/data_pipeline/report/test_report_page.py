@@ -12,6 +12,7 @@ import pytest
 from data_pipeline import run
 from data_pipeline.report import ledger_tables as report
 from data_pipeline.report.report_page import chain_of
+from tests.browser import Browser
 from tests.unit.data_pipeline.report.conftest import MAIL
 
 _DROPPING = ("extract", "language", "filter", "dedup", "decontaminate", "documents")
@@ -67,6 +68,10 @@ def test_the_page_is_whole_and_fetches_nothing(page: str) -> None:
                 assert "nan" not in value and "inf" not in value, (name, value)
                 if name in ("width", "height"):
                     assert float(value) >= 0
+
+
+def test_the_page_is_legible_on_a_phone_and_a_desktop(browser: Browser, run_dir: Path, page: str) -> None:
+    assert not browser.all_faults(run_dir / "report.html")
 
 
 def test_text_of_documents_is_masked_and_escaped(page: str) -> None:
