@@ -263,12 +263,15 @@ def measure(
     dup_lines, dup_line_chars, pieces = gopher_duplicates(codes, line_starts, line_ends)
     para_starts, para_ends = paragraphs_of(codes, kinds)
     dup_paras, dup_para_chars = repeated(codes, para_starts, para_ends)
+    # Written as loops, since assigning to a slice compiles numba's formatting of strings, which takes seconds.
+    tops, grams = len(sizes) - len(DUP_NGRAMS), np.empty(len(sizes))
+    covered = ngram_scores(hashes, starts, ends, sizes[:tops] if joined else sizes, tops, separator)
+    for number in range(len(covered)):
+        grams[number] = covered[number] / chars
     if joined:
-        grams = np.zeros(len(sizes))
-        grams[:3] = ngram_scores(hashes, starts, ends, sizes[:3], 3, separator) / chars
-        grams[3:] = joined_duplicates(codes, starts, ends, sizes[3:]) / chars
-    else:
-        grams = ngram_scores(hashes, starts, ends, sizes, 3, separator) / chars
+        covered = joined_duplicates(codes, starts, ends, sizes[tops:])
+        for number in range(len(covered)):
+            grams[tops + number] = covered[number] / chars
     count, terminal, short, dup_chars, total, longest = fineweb_lines(codes, kinds, line_starts, line_ends)
     _, sentences, lorem, curly = c4_lines(
         codes, kinds, all_starts, all_ends, hits, marks, min_words, max_word_length, policy, citations
