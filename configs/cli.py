@@ -89,7 +89,12 @@ def parse_args(
     """
     parser = command_parser(prog, description, example, schema)
     parser.add_argument("config", metavar="CONFIG", help="a TOML file; configs/ has examples")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of its keys, e.g. train.steps=50")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="overrides of its keys, e.g. train.steps=50; none leaves a key out",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and stop")
     for name, text in flags:
         parser.add_argument(name, action="store_true", help=text)

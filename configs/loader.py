@@ -1,9 +1,9 @@
 """Loads and validates configs; every mistake becomes one sentence that says what to change.
 
 A config is a TOML file plus dotted overrides (`train.steps=50`). Values of overrides are TOML values; a bare word is
-a string. A published model's name may stand for `[model]` (see `configs.presets`). An unknown key, a wrong type or a
-value out of range raises a `ConfigError` that names the key, the value and what to change. Entrypoints turn it into
-exit status 2.
+a string. A published model's name may stand for `[model]` (see `configs.presets`), and none leaves out a key that need
+not be there (see `configs.left_out`). An unknown key, a wrong type or a value out of range raises a `ConfigError` that
+names the key, the value and what to change. Entrypoints turn it into exit status 2.
 """
 
 import difflib
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs import presets
 from configs.files import write_atomic
+from configs.left_out import NONE, may_be_none, without_none
 from configs.section import section_in
 
 T = TypeVar("T", bound=BaseModel)
@@ -41,7 +42,8 @@ def load(
 
     Before it is validated, `complete` may add keys that follow from others. Raises ConfigError for any mistake.
     """
-    return validate(schema, complete(filled_tree(path, overrides)), origin=str(path))
+    tree = without_none(schema, filled_tree(path, overrides))
+    return validate(schema, complete(tree), origin=str(path))
 
 
 def filled_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def from_overrides(schema: type[T], overrides: Sequence[str]) -> T:
     tree: dict[str, Any] = {}
     for override in overrides:
         _apply(tree, override)
-    return validate(schema, tree, origin="the command line")
+    return validate(schema, without_none(schema, tree), origin="the command line")
 
 
 def validate(schema: type[T], tree: dict[str, Any], origin: str = "config") -> T:
@@ -186,7 +188,9 @@ def _sentence(schema: type[BaseModel], tries: Sequence[Any]) -> str:
         known = list(_known_keys(schema, location))
         shown, first = ", ".join(known[:6]) + "..." * (len(known) > 6), known[0] if known else "NAME"
         keys = f"its keys ({shown})" if known else "names below it"
-        return f"{key} = {item['input']!r}: this is a section, not a value; set {keys}, as in {key}.{first}=VALUE"
+        without = f", or leave it out by {key}={NONE}" if _may_be_none(schema, location) else ""
+        said = f"{key} = {item['input']!r}: this is a section, not a value; set {keys}, as in {key}.{first}=VALUE"
+        return said + without
     if item["type"] == "too_short":
         least, present = item["ctx"]["min_length"], item["ctx"]["actual_length"]
         return f"{key} = {item['input']!r} has {present} values; give it {least} or more"
@@ -200,6 +204,16 @@ def _way(item: Any) -> str:
         return f"write {item['ctx']['expected'].replace('False', 'false').replace('True', 'true')}"
     kind, _, wrong = item["type"].partition("_")
     return _EXAMPLES.get(kind, "") if wrong in ("type", "parsing", "from_float") else ""
+
+
+def _may_be_none(schema: type[BaseModel], location: Sequence[str]) -> bool:
+    """Whether the section at `location` may be left out by the value none."""
+    current: type[BaseModel] | None = schema
+    for part in location[:-1]:
+        field = current.model_fields.get(part) if current else None
+        current = section_in(field.annotation)[0] if field else current  # a name in a dict of sections is no field
+    field = current.model_fields.get(location[-1]) if current else None
+    return field is None or may_be_none(field.annotation)
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[str]:

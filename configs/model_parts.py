@@ -98,9 +98,9 @@ class RopeScalingConfig(Section):
     attention_factor: float | None = Field(default=None, gt=0)
     """yarn, longrope: the factor on cosines and sines; left out, it follows from factor."""
     short_factor: tuple[float, ...] | None = None
-    """longrope: the divisor of each frequency in rows of up to original_length tokens."""
+    """longrope: the divisor of each frequency in documents of up to original_length tokens."""
     long_factor: tuple[float, ...] | None = None
-    """longrope: the divisor of each frequency in longer rows."""
+    """longrope: the divisor of each frequency in longer documents."""
 
 
 class PositionConfig(Section):

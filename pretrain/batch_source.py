@@ -38,6 +38,7 @@ def collate(rows: Sequence[Any], first: int | None = None) -> Batch:
         return torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(dtype))
 
     loss_mask, segments = stack("loss_mask", np.float32), stack("segments", np.int64)
+    documents = Documents.of(segments)
     return Batch(
         tokens=stack("tokens", np.int64),
         labels=stack("labels", np.int64),
@@ -46,7 +47,8 @@ def collate(rows: Sequence[Any], first: int | None = None) -> Batch:
         segments=segments,
         sources=torch.tensor([row.source for row in rows]),
         trained=loss_mask.flatten().nonzero()[:, 0],
-        documents=Documents.of(segments),
+        documents=documents,
+        lengths=documents.lengths().view_as(segments),
         samples=None if first is None else tuple(range(first, first + len(rows))),
         extra={
             name: torch.from_numpy(np.stack([row.extra[name] for row in rows]).astype(np.float32))

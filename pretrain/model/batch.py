@@ -26,6 +26,7 @@ class Batch:
     sources: torch.Tensor  # [B]
     trained: torch.Tensor  # [N] indices b * S + s where loss_mask is not 0: logits are computed there alone
     documents: Documents  # of whole rows, also where S is only a part of them (context parallel)
+    lengths: torch.Tensor  # of the whole document that each token is in
     samples: tuple[int, ...] | None = None  # the rows' numbers in the run
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
     ahead: tuple[Ahead, ...] = ()

@@ -1,6 +1,8 @@
 """The facts that all layers share in the forward pass of one micro-batch; made once, and never changed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,17 +58,14 @@ class ForwardContext:
     prepended: int = 0
 
     @classmethod
-    def of_batch(
-        cls, config: ModelConfig, batch: Batch, parts: int = 1, virtual: VirtualTokens = NO_TOKENS
-    ) -> "ForwardContext":
-        """Makes the context of a training batch, which has one of `parts` equal parts of every row.
-
-        Its documents are those of whole rows.
-        """
+    def of_batch(cls, config: ModelConfig, batch: Batch, virtual: VirtualTokens = NO_TOKENS) -> "ForwardContext":
+        """Makes the context of a training batch; its documents are those of whole rows, also of a part of them."""
         samples = None if batch.samples is None else torch.tensor(batch.samples)
         positions = virtual.positions(batch.positions, begins=True)
-        tables = _tables(config, positions, length=batch.positions.shape[1] * parts + virtual.count)
         valid, prepended = batch.segments >= 0, virtual.count if virtual.in_rows else 0
+        # All documents of a row share its virtual tokens, which count as a document of their own.
+        lengths = F.pad(batch.lengths + virtual.count, (prepended, 0), value=virtual.count)
+        tables = _tables(config, positions, lengths)
         valid_SB = F.pad(valid, (prepended, 0), value=True).t()
         return cls(positions.t(), tables, batch.documents, valid_SB, samples, virtual, prepended)
 
@@ -96,33 +95,52 @@ class ForwardContext:
             if config.has_contexts and contexts_B is not None:
                 slots = torch.arange(segments_BS.shape[1])
                 documents = documents.with_contexts(slots >= contexts_B.cpu()[:, None] - 1)
+        lengths = partial(_lengths, positions_BS, documents, valid_SB, virtual.count, prepended)
         if cache is not None:
             cache.begin(positions_BS, documents)
-            tables = _cached_tables(config, positions_BS, cache)
+            tables = _cached_tables(config, positions_BS, cache, lengths)
         else:
-            tables = _tables(config, positions_BS)
+            tables = _tables(config, positions_BS, lengths())
         return cls(positions_BS.t(), tables, documents, valid_SB, None, virtual, prepended)
 
 
-def _tables(config: ModelConfig, positions_BS: torch.Tensor, length: int | None = None) -> Tables:
-    """Computes the rotary tables of every kind of layer, in rows of `length`; kinds that rotate alike share theirs."""
+def _lengths(
+    positions_BS: torch.Tensor, documents: Documents | None, valid_SB: torch.Tensor | None, count: int, prepended: int
+) -> torch.Tensor:
+    """Returns [B, S], the length of the document that each token is in, with `count` virtual tokens before it.
+
+    Where `documents` is None, a row is one document, which may go on in it, and padding.
+    """
+    if documents is not None:
+        lengths_BS = documents.lengths().view(len(positions_BS), -1) + count
+    else:
+        ends = positions_BS + 1 if valid_SB is None else (positions_BS + 1) * valid_SB.t()
+        lengths_BS = ends.amax(1, keepdim=True).expand(-1, positions_BS.shape[1] - prepended)
+    return F.pad(lengths_BS, (prepended, 0), value=count)
+
+
+def _tables(config: ModelConfig, positions_BS: torch.Tensor, lengths_BS: torch.Tensor) -> Tables:
+    """Computes the rotary tables of every kind of layer; kinds that rotate alike share theirs."""
     tables: Tables = {}
     made: dict[PositionConfig, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer in {layer.kind: layer for layer in config.layers}.values():
         if layer.position.kind != "rotary":
             continue
         if layer.position not in made:
-            made[layer.position] = rotary_angles(positions_BS, layer.position, rotated_size(layer), length)
+            made[layer.position] = rotary_angles(positions_BS, layer.position, rotated_size(layer), lengths_BS)
         tables[layer.kind] = made[layer.position]
     return tables
 
 
-def _cached_tables(config: ModelConfig, positions_BS: torch.Tensor, cache: KVCache) -> Tables:
+def _cached_tables(
+    config: ModelConfig, positions_BS: torch.Tensor, cache: KVCache, lengths: Callable[[], torch.Tensor]
+) -> Tables:
     """Looks rotary tables up among those of all slots, where one token continues each row; else computes them."""
     if not cache.continues or any(depends_on_length(layer.position) for layer in config.layers):
-        return _tables(config, positions_BS)
+        return _tables(config, positions_BS, lengths())
     if not cache.tables:
-        cache.tables = _tables(config, torch.arange(cache.slots, device=positions_BS.device)[None])
+        slots = torch.arange(cache.slots, device=positions_BS.device)[None]
+        cache.tables = _tables(config, slots, slots)
     own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # kinds of layers that rotate alike share theirs
     for tables in cache.tables.values():
         if id(tables) not in own:

@@ -63,6 +63,11 @@ class Documents:
         moved = ends.to(segments_BT.device, torch.int32)
         return cls(torch.tensor(blocks, dtype=torch.int64).view(-1, 4), moved, is_whole=len(starts) == count)
 
+    def lengths(self) -> torch.Tensor:
+        """Returns the length of the document that each token is in, of all rows one after another."""
+        sizes = self.ends.diff()
+        return sizes.repeat_interleave(sizes)
+
     def with_contexts(self, loss_mask_BT: torch.Tensor) -> "Documents":
         """Returns the same with contexts: a document's tokens up to the first one whose next token is trained on."""
         trained, contexts = loss_mask_BT.detach().cpu() != 0, torch.zeros(loss_mask_BT.shape, dtype=torch.int64)

@@ -15,15 +15,14 @@ from pretrain.model.cache_parts import in_parts
 
 
 def rotary_angles(
-    positions_BS: torch.Tensor, position: PositionConfig, size: int, length: int | None = None
+    positions_BS: torch.Tensor, position: PositionConfig, size: int, lengths_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes cos and sin [S, B, 1, size] in fp32 at the given positions, for `size` rotated elements.
 
-    `length` is that of the rows; the largest position + 1 if left out. Dynamic and long scaling depend on it.
+    `lengths_BS` is the length of the document that each token is in, on which dynamic and long scaling depend. So a
+    document has the same frequencies in a packed row as alone. (transformers takes the longest document of the batch.)
     """
-    if length is None:  # only some kinds ask for it, since a GPU would have to be waited for
-        length = int(positions_BS.max()) + 1 if depends_on_length(position) else 1
-    frequencies, factor = rotary_frequencies(position, size, length, positions_BS.device)
+    frequencies, factor = rotary_frequencies(position, size, lengths_BS.t()[:, :, None, None])
     angles = positions_BS.t()[:, :, None, None].float() * frequencies
     if position.layout == "pairs":
         angles = angles.repeat_interleave(2, dim=-1)
@@ -34,21 +33,22 @@ def rotary_angles(
 
 
 def depends_on_length(position: PositionConfig) -> bool:
-    """Whether the frequencies depend on the length of the rows."""
+    """Whether the frequencies depend on the length of documents."""
     return position.scaling is not None and position.scaling.kind in ("dynamic", "longrope")
 
 
-def rotary_frequencies(
-    position: PositionConfig, size: int, length: int, device: torch.device
-) -> tuple[torch.Tensor, float]:
-    """Returns the frequencies [size/2] in fp32, in radians a position, and the factor on cosines and sines."""
-    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
+def rotary_frequencies(position: PositionConfig, size: int, lengths_SB11: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Returns the frequencies in fp32, in radians a position, and the factor on cosines and sines.
+
+    They are [size/2], or [S, B, 1, size/2] where they depend on the lengths of documents.
+    """
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=lengths_SB11.device) / size
     scaling = position.scaling
     if scaling is None:
         return 1.0 / position.theta**exponents, 1.0
     if scaling.kind == "dynamic":
-        original = scaling.original_length or length
-        stretch = scaling.factor * max(length, original) / original - (scaling.factor - 1)
+        original = scaling.original_length or lengths_SB11
+        stretch = scaling.factor * (lengths_SB11 / original).clamp(min=1) - (scaling.factor - 1)
         return 1.0 / (position.theta * stretch ** (size / (size - 2))) ** exponents, 1.0
     frequencies = 1.0 / position.theta**exponents
     if scaling.kind == "linear":
@@ -57,7 +57,7 @@ def rotary_frequencies(
         return _llama3(frequencies, scaling), 1.0
     if scaling.kind == "yarn":
         return _yarn(frequencies, scaling, position.theta, size), _yarn_factor(scaling)
-    return _longrope(frequencies, scaling, length)
+    return _longrope(frequencies, scaling, lengths_SB11)
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tensor:
@@ -102,15 +102,20 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _longrope(frequencies: torch.Tensor, scaling: RopeScalingConfig, length: int) -> tuple[torch.Tensor, float]:
-    """Divides each frequency by its own number, another one in rows longer than the original context."""
+def _longrope(
+    frequencies: torch.Tensor, scaling: RopeScalingConfig, lengths_SB11: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Divides each frequency by its own number, another one in documents longer than the original context."""
     original = scaling.original_length
     assert original
-    divisors = scaling.long_factor if length > original else scaling.short_factor
     factor = scaling.attention_factor
     if factor is None:
         factor = 1.0 if scaling.factor <= 1 else math.sqrt(1 + math.log(scaling.factor) / math.log(original))
-    return frequencies / torch.tensor(divisors, dtype=torch.float32, device=frequencies.device), factor
+    short, long = (
+        frequencies / torch.tensor(divisors, dtype=torch.float32, device=frequencies.device)
+        for divisors in (scaling.short_factor, scaling.long_factor)
+    )
+    return torch.where(lengths_SB11 > original, long, short), factor
 
 
 def rotate(x_SBND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: bool = False) -> torch.Tensor:

@@ -76,7 +76,7 @@ def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
         return list(batches)
 
     def part(batch: Batch) -> Batch:
-        names = ("tokens", "labels", "loss_mask", "positions", "segments")
+        names = ("tokens", "labels", "loss_mask", "positions", "segments", "lengths")
         own: dict[str, Any] = {name: cut(getattr(batch, name)) for name in names}
         trained = own["loss_mask"].flatten().nonzero()[:, 0]
         own |= {"trained": trained, "extra": {name: cut(t) for name, t in batch.extra.items()}}

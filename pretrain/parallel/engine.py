@@ -271,8 +271,8 @@ class Engine:
         chunks = self.module.chunks
         context = self._contexts.pop(id(batch), None)
         if context is None:
-            parts, virtual = self.mesh.layout.cp, chunks[0].virtual  # with ZeRO 2 and 3 `model` is DeepSpeed's
-            context = ForwardContext.of_batch(self.model_config, batch, parts, virtual)
+            virtual = chunks[0].virtual  # with ZeRO 2 and 3 `model` is DeepSpeed's
+            context = ForwardContext.of_batch(self.model_config, batch, virtual)
         if len(chunks) > 1 and model is not chunks[-1]:
             self._contexts[id(batch)] = context
         return context

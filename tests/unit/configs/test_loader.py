@@ -6,10 +6,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from configs import files, loader
 from configs.data import DataConfig
 from configs.loader import ConfigError
+from configs.rl import GRPOConfig
 from configs.train import Precision, PretrainConfig
 
 PRESETS = Path(__file__).resolve().parents[3] / "configs"
@@ -128,3 +130,37 @@ def test_training_refuses_a_bad_config_with_status_2(arguments: list[str], words
     done = subprocess.run(command, capture_output=True, text=True, cwd=PRESETS.parent)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("schema", "file", "overrides", "key"),
+    [
+        (PretrainConfig, "pretrain/demo.toml", ["model=mixtral-8x7b", "model.moe=none"], "model.moe"),
+        (PretrainConfig, "pretrain/demo_moe.toml", ["model.moe=none"], "model.moe"),
+        (PretrainConfig, "pretrain/demo.toml", ["model=qwen3-0.6b", "model.head_dim=none"], "model.head_dim"),
+        (DataConfig, "data/demo.toml", ["lines=none"], "lines"),
+        (DataConfig, "data/demo.toml", ["canaries.mail=none"], "canaries.mail"),
+        (GRPOConfig, "posttrain/demo_grpo.toml", ["adapter.kind=lora", "adapter=none"], "adapter"),
+    ],
+)  # fmt: skip
+def test_none_leaves_out_what_a_file_or_a_published_model_has(
+    schema: type[BaseModel], file: str, overrides: list[str], key: str
+) -> None:
+    *sections, last = key.split(".")
+    before = loader.plain(loader.load(schema, PRESETS / file, overrides[:-1]))
+    after = loader.plain(loader.load(schema, PRESETS / file, overrides))
+    for section in sections:
+        before, after = before[section], after[section]
+    assert last not in after and last in before
+
+
+def test_none_stays_where_it_is_a_value_and_is_refused_where_a_key_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(DEMO.read_text().replace("[model]", '[model]\nmoe = "none"'))
+    assert loader.load(PretrainConfig, tmp_path / "a.toml").model.moe is None
+    overrides = ["model.position.kind=none", "train.recompute=none", "init.run=none"]
+    config = loader.load(PretrainConfig, DEMO, overrides)
+    assert (config.model.position.kind, config.train.recompute, config.init and config.init.run) == ("none",) * 3
+    with pytest.raises(ConfigError, match=r"train = 'none': this is a section, .* as in train\.steps=VALUE$"):
+        loader.load(PretrainConfig, DEMO, ["train=none"])
+    with pytest.raises(ConfigError, match=r"or leave it out by model\.moe=none$"):
+        loader.load(PretrainConfig, DEMO, ["model.moe=dense"])

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.model import documents
+from configs.loader import validate
+from configs.model import ModelConfig
+from pretrain.model import Decoder, documents, init_weights
 from pretrain.model.documents import Documents, attend_documents
 
 HEADS, DIM = 4, 10
@@ -135,3 +137,30 @@ def test_flash_attention_is_handed_the_documents_one_after_another(
 
 def test_the_kernel_on_gpus_takes_these_arguments() -> None:
     assert {"window_size", "enable_gqa"} <= documents._VARLEN_ARGUMENTS
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_document_has_the_frequencies_of_its_own_length_in_any_row(kind: str) -> None:
+    """A short document that is packed into a row with a long one is read as it is read alone."""
+    scaling: dict[str, Any] = {"kind": kind, "factor": 2.0, "original_length": 9}
+    if kind == "longrope":
+        scaling |= {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 9.0]}
+    sizes = {"vocab_size": 61, "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 32, "num_heads": 4}
+    config = validate(ModelConfig, {**sizes, "num_kv_heads": 2, "init_std": 0.4, "position": {"scaling": scaling}})
+    decoder = Decoder(config).eval()
+    init_weights(decoder, seed=2)
+    lengths = (5, 14, 9)
+    texts = [torch.randint(0, 61, (1, length)) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    segments = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None]
+    with torch.no_grad():
+        packed = decoder(torch.cat(texts, 1), positions, segments).split(lengths, 1)
+        for text, found in zip(texts, packed, strict=True):
+            alone = decoder(text, torch.arange(text.shape[1])[None])
+            assert (found - alone).abs().max() < 1e-5
+        # In a batch with a longer row, a padded row is read as alone, too.
+        rows = torch.cat((F.pad(texts[0], (0, 9), value=3), texts[1]))
+        valid = torch.tensor([[0] * 5 + [-1] * 9, [0] * 14])
+        cache = decoder.new_cache(2, 14)
+        padded = decoder(rows, torch.arange(14).expand(2, -1), valid, cache=cache)[:1, :5]
+        assert (padded - packed[0]).abs().max() < 1e-5

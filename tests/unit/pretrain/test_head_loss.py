@@ -44,6 +44,7 @@ def batch(trained: float = 0.6) -> Batch:
         sources=torch.tensor([0, 1, 0]),
         trained=mask.flatten().nonzero()[:, 0],
         documents=Documents.of(segments),
+        lengths=torch.full_like(tokens, LENGTH),
     )
 
 
@@ -87,6 +88,7 @@ def test_gradients_of_the_head_are_summed_over_chunks_in_fp32() -> None:
         *(tokens, tokens, torch.ones(1, 40_000), tokens, tokens, torch.zeros(1, dtype=torch.int64)),
         trained=torch.arange(40_000),
         documents=Documents.of(tokens),
+        lengths=tokens + 40_000,
     )
     x, weight = torch.ones(40_000, 8, dtype=torch.bfloat16), torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)
     with mock.patch.multiple(head_loss, CHUNK_CPU=1, LEAST_TOKENS=1000):

@@ -55,7 +55,8 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rotation(shape: tuple[int, ...]) -> None:
-    angles = rotary_angles(torch.arange(shape[0]).expand(shape[1], -1) * 37, PositionConfig(), shape[-1])
+    positions = torch.arange(shape[0]).expand(shape[1], -1) * 37
+    angles = rotary_angles(positions, PositionConfig(), shape[-1], positions)
     cos, sin = (table.double() for table in angles)
 
     def right(x: torch.Tensor) -> torch.Tensor:

@@ -160,6 +160,7 @@ def loss_of_modules(source: ModelSource, tokens: torch.Tensor) -> list[float]:
         sources=torch.zeros(1, dtype=torch.int64),
         trained=mask.flatten().nonzero()[:, 0],
         documents=Documents.of(torch.zeros_like(row)),
+        lengths=torch.full_like(row, tokens.shape[1]),
     ).with_ahead(source.model.head.mtp_depth)
     loss = HeadLoss(batch, NextToken(), 1.0, 1, 1.0)
     decoder(tokens, row, wanted=batch.trained, loss=loss)
