@@ -1,7 +1,7 @@
 """The value none, which leaves out a key that another part of the config sets, since TOML has no null.
 
-`model.moe=none` makes a published mixture of experts dense, and `lines=none` takes back a section of the file. Keys that
-may be any text, or have a choice named none, keep it as their value.
+`model.moe=none` makes a published mixture of experts dense, and `lines=none` takes back a section of the file. Keys
+that may be any text, or have a choice named none, keep it as their value.
 """
 
 import types

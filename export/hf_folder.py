@@ -25,6 +25,7 @@ from export.publishing import RECORD
 from export.tensors import TensorFolder, scan_tensors, tensor_files
 
 HF_CONFIG, GENERATION = "config.json", "generation_config.json"
+FLOATS = ("F32", "BF16", "F16", "F64")  # of safetensors
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -99,6 +100,7 @@ def open_hf_folder(directory: Path) -> HFFolder:
     if model is not None and tensors.files:
         fitted = fit(family, model, tensors.shapes)
         problems += fitted.problems
+        problems += _dtype_problems(tensors, fitted)
         if not problems:
             problems += _copy_problems(model, tensors, fitted)
         if model.tie_embeddings and not problems:
@@ -136,6 +138,19 @@ def _vocabulary_problems(directory: Path, model: ModelConfig) -> list[str]:
     return [
         f"{file} has tokens up to id {last}, and config.json says vocab_size = {model.vocab_size}; put the model's own "
         "tokenizer there"
+    ]
+
+
+def _dtype_problems(tensors: TensorFolder, fitted: Fit) -> list[str]:
+    """Returns a problem if the model's tensors are not floating-point numbers of a type that checkpoints have."""
+    used = {fitted.names[name] for entry in fitted.walked for name in entry.theirs if name in fitted.names}
+    other = sorted(name for name in used if tensors.dtypes.get(name, FLOATS[0]) not in FLOATS)
+    if not other:
+        return []
+    more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+    return [
+        f"{other[0]} is {tensors.dtypes[other[0]]}{more}, and weights are {', '.join(FLOATS[:-1])} or {FLOATS[-1]}; "
+        "name a folder of the model that is not quantized"
     ]
 
 

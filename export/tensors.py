@@ -60,11 +60,15 @@ def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]
 
 @dataclass
 class TensorFolder:
-    """The tensors of a folder: `shapes` by name, None in a file that cannot be read, and `problems`, as sentences."""
+    """The tensors of a folder: `shapes` by name, None in a file that cannot be read, and `problems`, as sentences.
+
+    `dtypes` has the names that the format gives them, such as BF16.
+    """
 
     folder: Path
     shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def read(self, name: str) -> torch.Tensor:
@@ -84,7 +88,7 @@ def scan_tensors(folder: str | Path) -> TensorFolder:
             found.problems.append(f"{folder / INDEX} is not a complete index; fetch it again")
             return found
     elif (folder / SINGLE).is_file():
-        found.shapes |= _shapes(folder / SINGLE, found.problems) or {}
+        found.shapes |= _shapes(folder / SINGLE, found) or {}
         found.files = dict.fromkeys(found.shapes, SINGLE)
         return found
     elif list(folder.glob("*.bin")):
@@ -95,7 +99,7 @@ def scan_tensors(folder: str | Path) -> TensorFolder:
         found.problems.append(f"{folder} has no {SINGLE} and no {INDEX}; name a folder with safetensors files")
     for file in sorted(set(found.files.values())):
         named = [name for name, place in found.files.items() if place == file]
-        inside = _shapes(folder / file, found.problems)
+        inside = _shapes(folder / file, found)
         found.shapes |= {name: inside.get(name) if inside is not None else None for name in named}
         lost = sorted(name for name in named if inside is not None and name not in inside)
         if lost:
@@ -127,11 +131,14 @@ def _unnamed(number: int) -> str:
     return f"model-{number:05d}.safetensors"
 
 
-def _shapes(path: Path, problems: list[str]) -> dict[str, tuple[int, ...]] | None:
-    """Returns the shapes of a file's tensors by name, or None and a problem more if it cannot be read."""
+def _shapes(path: Path, found: TensorFolder) -> dict[str, tuple[int, ...]] | None:
+    """Returns the shapes of a file's tensors by name and adds their dtypes, or None and a problem if it is damaged."""
+    problems = found.problems
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found.dtypes |= {name: part.get_dtype() for name, part in parts.items()}
+            return {name: tuple(part.get_shape()) for name, part in parts.items()}
     except FileNotFoundError:
         problems.append(f"{path} is missing, but {INDEX} names it; fetch it again")
     except SafetensorError as error:

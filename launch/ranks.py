@@ -95,6 +95,11 @@ def _on_this_machine(args: argparse.Namespace, config: LaunchConfig) -> int:
         words = " ".join([args.module, *args.args])
         raise ConfigError(f"`{args.module}` is one process on one machine; start it as `trivium {words}`")
     module = module_of(args.module)
+    if module == "export.chat":
+        raise ConfigError(
+            "export.chat reads what is typed, and the ranks of `trivium launch` have no input; start it as torchrun "
+            f"--nproc-per-node {config.nproc_per_node} -m {' '.join([module, *args.args])}"
+        )
     args.nproc_per_node, args.nnodes = config.nproc_per_node, config.nnodes
     nnodes, node_rank, address, port = _nodes(args)
     ranks = [

@@ -132,8 +132,11 @@ def fit(family: Family, config: ModelConfig, found: Mapping[str, Shape | None]) 
         if name in wanted or not (any(p.fullmatch(name) for p in aside) or (config.tie_embeddings and name == head))
     }
     said = problems(wanted, rest, family.architecture)
-    if head in wanted and head not in rest and said:
+    lacking = [name for name in wanted if name not in rest]
+    if lacking == [head]:
         said[0] += "; if the output head is the embedding, set tie_word_embeddings = true in config.json"
+    elif lacking:
+        said[0] += "; fetch the files again, or the config.json that belongs to them"
     tables = [shape for name in (embedding_name(family), head) if (shape := present.get(name))]
     if tables and tables[0][0] != config.vocab_size:
         rows = tables[0][0]

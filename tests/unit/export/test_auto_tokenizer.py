@@ -91,6 +91,7 @@ def test_a_tokenizer_trained_elsewhere_keeps_ids_roles_and_template(maker, model
     assert first_difference(fast, ours, ODD) is None
     assert fast("of wisdom").input_ids == [ours.bos_id] * (ours.bos_id >= 0) + ours.encode("of wisdom")
     assert (fast.eos_token_id, fast.pad_token_id) == (ours.eos_id, ours.pad_id)
+    assert fast.unk_token == ("<|endoftext|>" if maker is gpt2 else ours.symbols.get("unk_token")), "as its files say"
     assert fast.chat_template == (TEMPLATE if maker is qwen else None)
     same = (tmp_path / "out/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert same == (maker is not bert), "a file stays as it is unless it cuts, fills up or frames texts"
