@@ -6,7 +6,7 @@ trained further or is gone. The trainer reads the weights, through `initial_weig
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +22,9 @@ from configs.reference import toml_value
 from configs.section import Section
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.foreign import locate, roles_file, template_in
-from data_pipeline.tokens.tokenizer import Tokenizer, tokenizer_file
+from data_pipeline.tokens.tokenizer import Tokenizer, difference_of_files, tokenizer_file
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.lineage import Lineage, Pin, PlanLocation, plan_of
+from pretrain.checkpoint.lineage import Lineage, Pin, PlanLocation, plan_of, tokenizer_of
 from pretrain.checkpoint.resume import model_changes
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.checkpoint.whole_model import WholeTensors, open_model, verify
@@ -100,10 +100,10 @@ class InitialModel:
                 f"{self.said}: nothing says which tokenizer the model was trained with; if it is the plan's, set "
                 f"init.tokenizer={theirs.parent}"
             )
-        if (found := file_sha256(theirs)) != self.tokenizer.sha256:
+        if file_sha256(theirs) != self.tokenizer.sha256:
             raise ConfigError(
-                f"{key} = {location!r} was made with the tokenizer {theirs} (SHA-256 {found[:12]}...), and the "
-                f"model of {self.said} has {self.tokenizer.origin} ({self.tokenizer.sha256[:12]}...); set "
+                f"{key} = {location!r} was made with the tokenizer {theirs}, and the model of {self.said} has "
+                f"{self.tokenizer.origin}: {difference_of_files(theirs, self.tokenizer.origin)}; set "
                 f"tokenizer.file={Path(self.tokenizer.origin).parent} in the data config and run `trivium data run` "
                 "again, or start from a model with that tokenizer"
             )
@@ -172,7 +172,8 @@ def _of_folder(cls: type[Opened], init: InitConfig, folder: Path) -> Opened:
     opened, tokenizer = open_hf_folder(folder), tokenizer_of_folder(folder)
     if init.tokenizer is not None:
         named = Tokenizer.load(_located(init.tokenizer), complete=False)
-        _check_same(init, str(folder), tokenizer.sha256 if tokenizer else None, named.sha256)
+        if tokenizer is not None and tokenizer.sha256 != named.sha256:
+            raise _other_tokenizer(init, str(folder), difference_of_files(named.origin, tokenizer.origin))
         tokenizer = named
     pin = Pin(str(folder.resolve()), 0, content_sha256(folder))
     context = opened.family.longest_row(opened.raw)
@@ -220,7 +221,12 @@ def _named_tokenizer(init: InitConfig, checkpoint: Path, manifest: dict[str, Any
     if init.tokenizer is None or (not new and not tokenizer_file(init.tokenizer).is_file()):
         return None  # a run that continues has a copy
     file = _located(init.tokenizer)
-    _check_same(init, str(checkpoint), identity.get("tokenizer"), file_sha256(file))
+    if identity.get("tokenizer") not in (None, file_sha256(file)):
+        said = "the file is another one"
+        with suppress(CheckpointError):
+            if (trained := tokenizer_of(checkpoint, manifest)) is not None:
+                said = difference_of_files(file, trained)
+        raise _other_tokenizer(init, str(checkpoint), said)
     return None if identity.get("roles") else file
 
 
@@ -232,13 +238,12 @@ def _located(folder: str) -> Path:
         raise ConfigError(f"{error}; or leave the key out to take the model's own") from None
 
 
-def _check_same(init: InitConfig, model: str, trained: str | None, found: str) -> None:
-    """Raises ConfigError if init.tokenizer has the SHA-256 `found` and the model the tokenizer `trained`, if any."""
-    if trained is not None and trained != found:
-        raise ConfigError(
-            f"init.tokenizer = {init.tokenizer!r} is not the tokenizer that {model} was trained with (its SHA-256 "
-            f"is {found[:12]}..., that one's {(trained or '')[:12]}...); leave the key out to take the model's own"
-        )
+def _other_tokenizer(init: InitConfig, model: str, difference: str) -> ConfigError:
+    """Returns the error for an init.tokenizer that is not the model's."""
+    return ConfigError(
+        f"init.tokenizer = {init.tokenizer!r} is not the tokenizer that {model} was trained with: {difference}; leave "
+        "the key out to take the model's own"
+    )
 
 
 def _own_checkpoint(run_dir: Path, resume: str) -> Path | None:

@@ -207,3 +207,32 @@ def check_unicode(text: str) -> None:
             f"text has half a surrogate pair at character {error.start} ({around!r}) and is no valid Unicode; "
             "repair or drop the document"
         ) from None
+
+
+def difference(first: Tokenizer, second: Tokenizer) -> str:
+    """Returns the first token in which two tokenizers differ, in words; "" if their ids mean the same.
+
+    Two tokenizers of the same tokens may still divide a text otherwise.
+    """
+    if first.vocab_size != second.vocab_size:
+        return f"the first has {first.vocab_size:,} tokens and the second {second.vocab_size:,}"
+    for number, pieces in enumerate(zip(first.pieces, second.pieces, strict=True)):
+        if pieces[0] != pieces[1]:
+            return f"token {number} is {pieces[0]!r} in the first and {pieces[1]!r} in the second"
+    other = first.special_ids.keys() ^ second.special_ids.keys()
+    return f"{min(other)!r} is a control symbol in one of them alone" if other else ""
+
+
+def difference_of_files(first: str | Path, second: str | Path) -> str:
+    """Returns in words how the tokenizers of two files that are not equal differ."""
+    try:
+        one, other = (Tokenizer.load(path, complete=False) for path in (first, second))
+    except ValueError as error:
+        return str(error)
+    if found := difference(one, other):
+        return found
+    for role in (*one.symbols, *other.symbols):
+        tokens = one.symbols.get(role), other.symbols.get(role)
+        if tokens[0] != tokens[1]:
+            return f"{role} is {tokens[0]!r} in the first and {tokens[1]!r} in the second"
+    return "their tokens are the same, and their rules for dividing a text into them differ"

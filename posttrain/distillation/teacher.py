@@ -17,7 +17,7 @@ from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.train import ParallelConfig, TrainSection
-from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.tokenizer import difference
 from posttrain.distillation.divergence_head import Head, TeacherStates
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.state import fill_evaluated
@@ -65,11 +65,11 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
         raise ConfigError(re.sub(r"\binit\.(run|checkpoint|hf|tokenizer)\b", r"teacher.\1", str(error))) from None
     found = replace(found, model=found.model.without_mtp())  # of which nothing is compared
     assert student.tokenizer is not None and found.tokenizer is not None
-    if not _same_tokens(found.tokenizer, student.tokenizer):
+    # Two files may be of one tokenizer in two formats.
+    if found.tokenizer.sha256 != student.tokenizer.sha256 and (what := difference(found.tokenizer, student.tokenizer)):
         raise ConfigError(
-            f"{said} has the tokenizer {found.tokenizer.origin} (SHA-256 {found.tokenizer.sha256[:12]}...), and the "
-            f"student of {student.said} has {student.tokenizer.origin} ({student.tokenizer.sha256[:12]}...), so their "
-            f"tokens cannot be compared; {BY_SEQUENCES}"
+            f"{said} has the tokenizer {found.tokenizer.origin}, and the student of {student.said} has "
+            f"{student.tokenizer.origin}: {what}, so their tokens cannot be compared; {BY_SEQUENCES}"
         )
     if config.parallel.tp > 1 and found.model.vocab_size != student.model.vocab_size:
         raise ConfigError(
@@ -81,13 +81,6 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
         return OpenedTeacher(found, layout_of(found.model, config.parallel, config.train, world_size))
     except ConfigError as error:
         raise ConfigError(f"{said} does not fit the layout: {error}") from None
-
-
-def _same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers are one file, or files of two formats whose ids have the same spellings and roles."""
-    if one.sha256 == other.sha256:
-        return True
-    return one.pieces == other.pieces and one.special_ids == other.special_ids
 
 
 def layout_of(model: ModelConfig, parallel: ParallelConfig, train: TrainSection, world_size: int) -> Layout:

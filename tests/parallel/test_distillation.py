@@ -199,8 +199,12 @@ def test_what_does_not_fit_is_refused_before_the_first_step(ranks: RanksOf, base
         tokenizer=str(tmp_path / "tokenizer/tokenizer.model"),
     )
     none = f"run.dir={tmp_path}/none"
+    sizes = f"the first has {VOCAB - 30} tokens and the second {VOCAB}, so their tokens cannot be compared"
     for overrides, words in (
-        ([f"teacher.run={tmp_path}/other"], ("their tokens cannot be compared", "`trivium sample`", "trivium sft")),
+        (
+            [f"teacher.run={tmp_path}/other"],
+            (sizes, "`trivium sample`", "trivium sft"),
+        ),
         (["teacher.run=nowhere"], ("teacher.run = 'nowhere'",)),
     ):
         refused = distill(ranks, base, 1, none, *overrides)

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from data_pipeline.mixture.rows import Plan
 from data_pipeline.run import main as data_run
 from data_pipeline.tokens.foreign import adopt, load_named
 from data_pipeline.tokens.store import SourceStores
-from data_pipeline.tokens.tokenizer import Tokenizer
+from data_pipeline.tokens.tokenizer import Tokenizer, difference_of_files
 from tests.data_runs import data_config
 from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, gpt2, llama2, llama3, qwen, t5, write
 
@@ -199,3 +200,27 @@ def test_a_data_run_takes_it(maker: Maker, tmp_path: Path, capsys: pytest.Captur
     )
     assert data_run([str(config), "--dry-run"]) == 0
     assert re.search(r"tokenizer +would run", capsys.readouterr().out), "another end of a document, other tokens"
+
+
+def test_two_tokenizers_are_told_apart_in_words(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", *gpt2())
+    described = json.loads((first / "tokenizer.json").read_text())
+    roles = json.loads((first / "tokenizer_config.json").read_text())
+    vocab, merges = described["model"]["vocab"], described["model"]["merges"]
+    piece = "".join(merges[-1])
+
+    def told(config: dict[str, Any] = roles, vocab: dict[str, int] = vocab, **more: Any) -> str:
+        model = described["model"] | {"vocab": vocab, "merges": merges[:-1] if piece not in vocab else merges}
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b/tokenizer.json").write_text(json.dumps(described | more | {"model": model}))
+        (tmp_path / "b/tokenizer_config.json").write_text(json.dumps(config))
+        return difference_of_files(first, tmp_path / "b")
+
+    size, number = Tokenizer.load(first).vocab_size, vocab[piece]
+    assert told(vocab=vocab | {"new": size}) == f"the first has {size} tokens and the second {size + 1}"
+    renamed = {"new" if name == piece else name: one for name, one in vocab.items()}
+    assert told(vocab=renamed) == f"token {number} is {piece!r} in the first and 'new' in the second"
+    assert told(roles | {"bos_token": "a"}) == "bos_token is '<|endoftext|>' in the first and 'a' in the second"
+    assert told(normalizer={"type": "NFC"}).startswith("their tokens are the same, and their rules")
+    (tmp_path / "b/tokenizer.json").write_text("{}")
+    assert "b/tokenizer.json" in difference_of_files(first, tmp_path / "b")
