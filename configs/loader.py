@@ -42,11 +42,10 @@ def load(
 
     Before it is validated, `complete` may add keys that follow from others. Raises ConfigError for any mistake.
     """
-    tree = without_none(schema, filled_tree(path, overrides))
-    return validate(schema, complete(tree), origin=str(path))
+    return validate(schema, complete(filled_tree(schema, path, overrides)), origin=str(path))
 
 
-def filled_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def filled_tree(schema: type[BaseModel], path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a config file, with overrides and the published model that it names, without checking its keys."""
     tree = read_tree(path)
     presets.with_preset_key(tree)
@@ -54,7 +53,7 @@ def filled_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         _apply(tree, override)
         presets.with_preset_key(tree)
     try:
-        return presets.filled_in(tree)
+        return without_none(schema, presets.filled_in(tree))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -86,10 +86,11 @@ def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
 def _folder(name: str, arguments: Sequence[str], world_size: int) -> Path:
     """Returns the folder that a command writes, after its config has been checked."""
     overrides = [word for word in arguments[1:] if re.match(r"[\w.]+=", word)]
-    tree = filled_tree(arguments[0], overrides)
+    kind = {"train": "pretrain"}.get(name, name.split()[0])
+    schema = schema_of(kind)
+    tree = filled_tree(schema, arguments[0], overrides)
     if not (name == "train" and tree.get("init")):  # such a config takes its model from files of another run
-        kind = {"train": "pretrain"}.get(name, name.split()[0])
-        config = validate(schema_of(kind), tree, origin=arguments[0])
+        config = validate(schema, tree, origin=arguments[0])
         if isinstance(config, PretrainConfig):
             Layout.of(world_size, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
     value: Any = tree
