@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from configs.loader import ConfigError
 from export.import_hf import main
-from tests.unit.export.conversion.test_gpt_group import made
+from tests.unit.export.conversion.parity import random_model
 
+GPT = {"vocab_size": 97, "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 64}
+SIZES = {"vocab_size": 97, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 72}
 # The family, its name for a norm of the second layer, and the head's name.
 FAMILIES = {
     "gpt2": ("transformer.h.1.ln_1.weight", "lm_head.weight"),
@@ -40,7 +42,8 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_fault_is_one_clear_error(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     norm, head = FAMILIES[family]
-    model, folder = made(family, tie_word_embeddings=False), tmp_path / "hf"
+    sizes = GPT if family in ("gpt2", "openai-gpt") else SIZES
+    model, folder = random_model(family, **sizes, tie_word_embeddings=False), tmp_path / "hf"
     model.save_pretrained(folder, max_shard_size="40KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
