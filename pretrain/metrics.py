@@ -1,20 +1,13 @@
-"""Output of a run while it trains, written by the main rank: metrics.jsonl, TensorBoard files and a progress line."""
+"""Output of a run while it trains, written by the main rank: metrics.jsonl, TensorBoard files and trackers."""
 
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.files import write_atomic
 from pretrain.metrics_file import numbers, read_metrics
 from pretrain.tracking.trackers import Trackers
-
-PLAIN_EVERY_SECONDS = 10.0  # time between progress lines if stdout is no terminal
 
 
 class MetricsLog:
@@ -87,40 +80,6 @@ class MetricsLog:
     def _flush(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._file, self._waiting) :]
-
-
-class ProgressLine:
-    """Progress bar on a terminal; if stdout is no terminal, a line every PLAIN_EVERY_SECONDS seconds."""
-
-    def __init__(self, title: str, first_step: int, steps: int):
-        self.title, self.steps = title, steps
-        self._printed = time.monotonic()
-        self._bar = None
-        if sys.stdout.isatty():
-            self._bar = Progress(
-                TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(), console=Console(),
-            )  # fmt: skip
-            self._task = self._bar.add_task(title, total=steps, completed=first_step, text="")
-            self._bar.start()
-
-    def update(self, step: int, text: str) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=step, text=text)
-        elif time.monotonic() - self._printed > PLAIN_EVERY_SECONDS or step == self.steps:
-            self._printed = time.monotonic()
-            print(f"{self.title} {step}/{self.steps} {text}", flush=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
-        if self._bar:
-            self._bar.console.print(text, highlight=False)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
 
 
 def _encode(record: dict[str, Any]) -> bytes:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from configs.model import ModelConfig
+from pretrain.display import Display, shown
 from pretrain.health.rewinds import BadStep, SampleRange
 from pretrain.health.spikes import SpikeGuard
-from pretrain.metrics import MetricsLog, ProgressLine
+from pretrain.metrics import MetricsLog
 from pretrain.model.batch import Batch
 from pretrain.parallel import details, expert_balance
 from pretrain.parallel.step_sums import StepSums
@@ -102,9 +103,9 @@ class NonFiniteStep(FloatingPointError):
 
 
 class StepLog:
-    """Writes steps to metrics.jsonl and the progress line, each when the one after it is added.
+    """Writes steps to metrics.jsonl and the display, each when the one after it is added.
 
-    All ranks add their steps, though only the main one has a `log` and a `progress`, which shows every `every`-th step
+    All ranks add their steps, though only the main one has a `log` and a `display`, which shows every `every`-th step
     and the last one of `steps`: all count the trained tokens of each of the `sources` in `ledger`, and all find a
     gradient that is not finite in the same step.
     """
@@ -112,7 +113,7 @@ class StepLog:
     def __init__(
         self,
         log: MetricsLog | None,
-        progress: ProgressLine | None,
+        display: Display | None,
         every: int,
         steps: int,
         model: ModelConfig,
@@ -121,7 +122,7 @@ class StepLog:
         mfu_per_rate: float | None,
         spikes: SpikeGuard,
     ):
-        self.log, self.progress, self._spikes = log, progress, spikes
+        self.log, self.display, self._spikes = log, display, spikes
         self._every, self._steps, self._model = every, steps, model
         self._sources, self._ledger, self._mfu_per_rate = sources, ledger, mfu_per_rate
         self._newest: Step | None = None
@@ -150,8 +151,8 @@ class StepLog:
 
     def say(self, text: str) -> None:
         """Prints a line, on the main rank."""
-        if self.progress:
-            self.progress.say(f"{self.progress.title}: {text}")
+        if self.display:
+            self.display.say(f"{self.display.title}: {text}")
 
     def close(self) -> None:
         """Writes the newest step after an error, if it is done: a wait for it might never end."""
@@ -174,32 +175,22 @@ class StepLog:
             self._ledger[name] += weight
         if self.log:
             self.log.write(record | found)
-        if found and self.progress:
-            self.progress.say(f"step {step.number} is a spike: {spike(record | found)}")
-        if self.progress and (step.number % self._every == 0 or step.number == self._steps):
-            self.progress.update(step.number, _summary(record))
+        if found and self.display:
+            self.display.say(f"step {step.number} is a spike: {spike(record | found)}")
+        if self.display and (step.number % self._every == 0 or step.number == self._steps):
+            self.display.update(record, self._ledger)
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no other numbers
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
-
-
 def spike(record: dict[str, Any]) -> str:
     """Describes a step far above those before it, for the screen."""
     parts = [
-        f"{words} {_shown(record[name], '.4g')}"
+        f"{words} {shown(record[name], '.4g')}"
         + (f", {record[f'{name}_spike']} deviations above the median" if record.get(f"{name}_spike") else "")
         for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"))
         if f"{name}_spike" in record
     ]
     return "; ".join(parts) + ("; it changed no weight" if "skipped" in record else "")
-
-
-def _summary(record: dict[str, Any]) -> str:
-    loss, norm = _shown(record["loss"], ".4f"), _shown(record["grad_norm"], ".2f")
-    text = f"loss {loss}  grad {norm}  {record['tokens_per_s']:,.0f} tokens/s"
-    return f"reward {record['reward']:.3f}  {text}" if "reward" in record else text

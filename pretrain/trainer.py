@@ -28,6 +28,7 @@ from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
 from pretrain.companion import Companion
 from pretrain.data_check import DamagedTrainingData, DataCheck
+from pretrain.display import Display
 from pretrain.evaluation.task_scores import task_scores
 from pretrain.flops import mfu_per_rate
 from pretrain.health.not_finite import NOTHING, first_not_finite
@@ -36,7 +37,7 @@ from pretrain.health.rewinding import go_back
 from pretrain.health.rewinds import BadStep, Rewinds
 from pretrain.health.spikes import SpikeGuard
 from pretrain.heldout_loss import Evaluator
-from pretrain.metrics import MetricsLog, ProgressLine
+from pretrain.metrics import MetricsLog
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel.engine import Engine
@@ -59,7 +60,7 @@ class Trainer:
     """Trains a model on the samples of `source` with `loss_fn` in the layout of `mesh`; writes to `config.run.dir`.
 
     `lineage` has the tokenizer, and for SFT and RL the checkpoint whose weights the run starts from. `evaluators` are
-    called every `eval.every` steps and after the last. `title` is the word before the progress bar. `resume` is the
+    called every `eval.every` steps and after the last. `title` is the word before the display. `resume` is the
     value of `--resume`, see checkpoint/resume.py. `companion` makes a second model that is trained on the same batches,
     such as a critic. `profiled` are the steps, counted from 1, that `--profile` names.
     """
@@ -141,19 +142,19 @@ class Trainer:
             self.run.begin_data_span(self.step, self.samples, self.print)
             self.agreement.first_step = self.step
             stack.enter_context(self.ledger.of_start(self.step))
-            log = progress = None
+            log = display = None
             if self.mesh.is_main:
                 self.run.write_facts(self.identity)
                 keep_bases(self.run.path, [each.base for each in (self.engine, *self.beside.values())], self.print)
                 trackers = Trackers(self.config.tracking, self.run.path, self.run.full_config)
                 log = MetricsLog(self.run.path, self.step, self.config.log.tensorboard, trackers)
-                progress = ProgressLine(self.title, self.step, self.config.train.steps)
+                display = Display(self.title, self.step, self.config.train.steps)
                 stack.callback(log.close)
                 stack.callback(lambda: trackers.close(finished=self.step >= self.config.train.steps))
-                stack.callback(progress.close)
-            steps = self._step_log(log, progress)
+                stack.callback(display.close)
+            steps = self._step_log(log, display)
             stack.callback(steps.close)
-            say = partial(self._say, progress)
+            say = partial(self._say, display)
             saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say, self.beside))
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             self._profiler = stack.enter_context(Profiler(self.profiled, self.run.path, self.mesh, say))
@@ -200,10 +201,10 @@ class Trainer:
         except FloatingPointError as error:
             raise NonFiniteStep(last, str(error)) from None
 
-    def _step_log(self, log: MetricsLog | None, progress: ProgressLine | None) -> StepLog:
+    def _step_log(self, log: MetricsLog | None, display: Display | None) -> StepLog:
         return StepLog(
             log,
-            progress,
+            display,
             self.config.log.every,
             self.config.train.steps,
             self.model_config,
@@ -252,7 +253,7 @@ class Trainer:
                 self._evaluate(steps)
             if last:
                 self.activities.begin(END, self.step)
-                say = partial(self._say, steps.progress)
+                say = partial(self._say, steps.display)
                 stopped_by = stopped_by or self.agreement.wait_for_check(self.step, check, watch, say)
             if saving:
                 self.activities.begin(SAVING, self.step)
@@ -308,10 +309,10 @@ class Trainer:
         results: dict[str, dict[str, float]] = {}
         for evaluator in self.evaluators:
             results |= evaluator(self.engine)
-        if steps.log and steps.progress and results:
+        if steps.log and steps.display and results:
             steps.log.write({"step": self.step, "eval": results})
             text = "; ".join(f"{name} " + " ".join(f"{k} {v:.4g}" for k, v in r.items()) for name, r in results.items())
-            steps.progress.say(f"{self.title} {self.step}: held out: {text}")
+            steps.display.say(f"{self.title} {self.step}: held out: {text}")
 
     def _facts(self) -> dict[str, Any]:
         """Returns the run's values for a checkpoint's manifest: counts, data spans, identity, config and layout."""
@@ -334,9 +335,9 @@ class Trainer:
             "config": self.run.full_config,
         }
 
-    def _say(self, progress: ProgressLine | None, text: str) -> None:
-        if progress:
-            progress.say(f"{self.title} {self.step}: {text}")
+    def _say(self, display: Display | None, text: str) -> None:
+        if display:
+            display.say(f"{self.title} {self.step}: {text}")
 
     def print(self, text: str) -> None:
         if self.mesh.is_main:
