@@ -15,7 +15,7 @@ from export.import_hf import main
 from tests.unit.export.conversion.parity import random_model
 
 GPT = {"vocab_size": 97, "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 64}
-SIZES = {"vocab_size": 97, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 72}
+SIZES = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 72}
 # The family, its name for a norm of the second layer, and the head's name.
 FAMILIES = {
     "gpt2": ("transformer.h.1.ln_1.weight", "lm_head.weight"),
