@@ -82,6 +82,7 @@ __all__ = [
     "get_forward_backward_func",
     "get_pg_size",
     "parallel_state",
+    "redirect_to",
     "redirect_to_cpu",
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
@@ -138,13 +139,16 @@ class _Redirected(types.ModuleType):
 
 def redirect_to_cpu() -> None:
     """Gives megatron-core a `torch` whose current CUDA device is the CPU; does nothing on machines with CUDA."""
-    if torch.cuda.is_available():
-        return
+    if not torch.cuda.is_available():
+        redirect_to(torch.device("cpu"))
+
+
+def redirect_to(chosen: torch.device) -> None:
+    """Gives megatron-core a `torch` whose current CUDA device is `chosen`, such as one without memory."""
 
     def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
-        return torch.zeros(*size, device="cpu" if device == "cuda" else device, **options)
+        return torch.zeros(*size, device=chosen if device == "cuda" else device, **options)
 
-    cuda = _Redirected(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_: None)
+    cuda = _Redirected(torch.cuda, current_device=lambda: chosen, synchronize=lambda *_: None)
     for module in REDIRECTED:
-        if not isinstance(module.torch, _Redirected):
-            module.torch = _Redirected(torch, cuda=cuda, zeros=zeros)  # type: ignore[attr-defined]
+        module.torch = _Redirected(torch, cuda=cuda, zeros=zeros)  # type: ignore[attr-defined]

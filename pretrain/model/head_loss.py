@@ -140,7 +140,7 @@ class _Head:
         first = len(weight_VH) * group.rank() if self.group and group else 0  # token of this rank's first row
         self.labels, self.own_vocab = labels_N - first, min(len(weight_VH), max(0, vocab_size - first))
         self.wide = torch.promote_types(x_NH.dtype, torch.float32)
-        chunk = CHUNK_GPU if x_NH.is_cuda else CHUNK_CPU
+        chunk = CHUNK_CPU if x_NH.is_cpu else CHUNK_GPU
         self.tokens = max(LEAST_TOKENS, chunk // len(weight_VH))
         # All chunks' logits are computed in the same memory.
         rows, columns = min(self.tokens, len(x_NH)), len(weight_VH)

@@ -28,10 +28,13 @@ Drawing = Callable[[nn.Parameter], AbstractContextManager[Any]]
 def init_weights(model: Decoder, seed: int, slices: Slices = WHOLE, drawing: Drawing = nullcontext) -> None:
     """Fills every parameter in place with the slice that this rank holds, each within a context `drawing(parameter)`.
 
-    ZeRO stage 3 passes a context that splits the parameter at its end.
+    ZeRO stage 3 passes a context that splits the parameter at its end. Parameters on the meta device have no values and
+    are left as they are.
     """
     with torch.no_grad():
         for name, parameter in model.named_global_parameters():
+            if parameter.is_meta:
+                continue
             with drawing(parameter):
                 _fill(model, name, parameter, seed, slices)
         for name, quantized in quantized_weights(model):

@@ -41,13 +41,18 @@ def own_part(flat: torch.Tensor, group: dist.ProcessGroup) -> slice:
     return slice(first, first + numel)
 
 
+def sends_parts(flat: torch.Tensor) -> bool:
+    """Returns whether ranks send each other their parts of `flat` directly, as on a CPU."""
+    return flat.is_cpu
+
+
 def start_reduce_scatter(flat: torch.Tensor, group: dist.ProcessGroup, tag: int) -> Pending:
     """Starts summing `flat` over the group; this rank's own part of it becomes the sum, and the rest is scratch.
 
     Ranks start the collectives of a group in the same order. Those under way at once need different tags.
     """
     own = flat[own_part(flat, group)]
-    if not flat.is_cpu:
+    if not sends_parts(flat):
         return flat_collectives.reduce_scatter(own, flat, group=group, async_op=True)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     parts[dist.get_rank(group)] = own
@@ -58,7 +63,7 @@ def start_reduce_scatter(flat: torch.Tensor, group: dist.ProcessGroup, tag: int)
 def start_all_gather(flat: torch.Tensor, group: dist.ProcessGroup, tag: int) -> Pending:
     """Starts filling `flat` with the parts that the other ranks own; see `start_reduce_scatter`."""
     own = flat[own_part(flat, group)]
-    if not flat.is_cpu:
+    if not sends_parts(flat):
         return flat_collectives.all_gather(flat, own, group=group, async_op=True)
     parts = list(flat.view(dist.get_world_size(group), -1))
     return _Messages(_exchange([own] * len(parts), parts, group, tag))

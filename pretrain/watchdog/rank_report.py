@@ -19,7 +19,7 @@ from pretrain.watchdog.messages import COUNTS
 
 _PROJECT = Path(__file__).parents[2]
 # Names of functions on the main thread's stack, by what they say of the step; the first that is on it counts.
-_PHASES = {
+PHASES = {
     "backward_step": "backward pass",
     "run_backward": "backward pass",
     "_forward_step": "forward pass",
@@ -82,7 +82,7 @@ def report_of(rank: int, step: int, activity: str, micro_batches: int, stage: in
         micro_batches,
         stage,
         overdue,
-        next((phase for name, phase in _PHASES.items() if name in names), ""),
+        next((phase for name, phase in PHASES.items() if name in names), ""),
         _line(own[-1]) if own else "",
         _line(frames[-1]) if frames else "",
         _collectives(),

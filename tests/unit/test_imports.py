@@ -119,6 +119,7 @@ RULES = (
     ImportRule("pretrain.mask_page", ours=(), never=TORCH),
     ImportRule("pages", ours=(), only=("nothing",)),
     ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=LIBRARIES),
+    ImportRule("pretrain.rehearsal", ours=("configs", "pretrain", "launch", *TOKEN_STORE, *PAGES), never=LIBRARIES),
     ImportRule("pretrain.doctor", ours=("configs", "pretrain", "launch", *PAGES), never=LIBRARIES),
     ImportRule(
         "pretrain.initial_model", ours=("configs", "pretrain", "export.hf_folder", *TOKEN_STORE), never=LIBRARIES

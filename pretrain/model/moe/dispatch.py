@@ -76,7 +76,7 @@ class Dispatch:
         sent = self.counts.view(ep, -1)  # [ranks, experts of a rank]
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent.contiguous(), group=group)
-        out_rows, in_rows = torch.stack((sent.sum(1), received.sum(1))).tolist()
+        out_rows, in_rows = exchanged_rows(sent, received, rows)
         arrived = all_to_all(group, rows[: sum(out_rows)], in_rows, out_rows)
         # Rows arrive sorted by sender, then by expert; the computation needs the rows of an expert side by side.
         local = torch.arange(received.shape[1], device=rows.device).repeat(ep)
@@ -85,6 +85,15 @@ class Dispatch:
         outputs = compute(_Permute.apply(arrived, by_expert, back), received.sum(0))
         outputs = all_to_all(group, _Permute.apply(outputs, back, by_expert), out_rows, in_rows)
         return F.pad(outputs, (0, 0, 0, len(rows) - len(outputs))) if len(outputs) < len(rows) else outputs
+
+
+def exchanged_rows(sent: torch.Tensor, received: torch.Tensor, rows: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Asks the device how many of `rows` go to each rank, and how many come from it.
+
+    `sent` and `received` count them by rank and by the expert of the receiving rank [ranks, experts].
+    """
+    out_rows, in_rows = torch.stack((sent.sum(1), received.sum(1))).tolist()
+    return out_rows, in_rows
 
 
 def _counts(sorted_R: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -65,12 +65,12 @@ class Experts(nn.Module):
             return self._one_by_one(x_RH, counts)
         if x_RH.device.type != "cpu" and x_RH.dtype == torch.bfloat16 and len(x_RH):
             return self._aligned(x_RH, counts)
-        return _by_loop(x_RH, counts.cpu(), self.gate_proj, self.up_proj, self.down_proj)[0]
+        return _by_loop(x_RH, on_host(counts, x_RH), self.gate_proj, self.up_proj, self.down_proj)[0]
 
     @torch.compiler.disable  # the loop over counts would be built anew for each count
     def _one_by_one(self, x_RH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Computes one expert after another by autograd: any activation, with or without biases."""
-        sizes = counts.cpu().numpy().tolist()
+        sizes = on_host(counts, x_RH).numpy().tolist()
         outputs = []
         rows = x_RH.split([*sizes, len(x_RH) - sum(sizes)])
         for expert, own in enumerate(rows[:-1]):
@@ -107,6 +107,11 @@ class Experts(nn.Module):
         indices = rows + shift[torch.searchsorted(counts.cumsum(0), rows, right=True)]
         spread = x_RH.new_zeros(len(x_RH) + len(counts) * ROWS_ALIGNED, x_RH.shape[1]).index_copy(0, indices, x_RH)
         return self._grouped(spread, padded).index_select(0, indices)
+
+
+def on_host(counts: torch.Tensor, x_RH: torch.Tensor) -> torch.Tensor:
+    """Asks the device how many of the rows `x_RH` each expert has."""
+    return counts.cpu()
 
 
 def _widened(matrices: torch.Tensor, columns: int, rows: int = 0) -> torch.Tensor:

@@ -1,0 +1,175 @@
+"""`trivium rehearse CONFIG [--world N]`: runs a training step of every distinct rank of a large job, on this machine.
+
+It needs no GPU, no data and no other machine. Every rank runs the real engine, without values; what ranks ask of the
+process groups that they share is compared, and counted. Out of scope are values, time, what training does beside its
+steps (checkpoints, evaluation), and the order of collectives of different groups.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+from configs.cli import entrypoint, parse_args
+from configs.layout import Layout
+from configs.loader import ConfigError, Failure
+from configs.train import PretrainConfig
+from launch.processes import cores
+from pages import duration
+from pretrain.rehearsal.distinct_ranks import distinct_ranks, place_of, smallest_world
+
+if TYPE_CHECKING:
+    from pretrain.rehearsal.rank import RehearsedRank
+
+DEVICES = ("gpu", "cpu")
+FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rehearses a step, prints what it found, and returns 1 if ranks differ or one of them fails, else 0."""
+    config, args = parse_args(
+        PretrainConfig,
+        argv,
+        prog="trivium rehearse",
+        description="Runs one training step of every distinct rank on this machine, and compares their collectives.",
+        example="trivium rehearse CONFIG --world 512 model=llama-3-70b parallel.tp=8 parallel.pp=8",
+        flags=[("--all", "run every rank, not only the distinct ones")],
+        options=[
+            ("--world", "", "number of ranks of the job (default: the fewest that the degrees in [parallel] allow)"),
+            ("--device", "gpu", "what the job runs on, gpu or cpu: they use different collectives"),
+            ("--processes", "", "number of processes that run ranks (default: one a core)"),
+        ],
+        complete=_with_initial_model,
+    )
+    if args.device not in DEVICES:
+        raise ConfigError(f"--device {args.device} is neither gpu nor cpu; set --device gpu or --device cpu")
+    world = _number("--world", args.world, smallest_world(config.parallel))
+    processes = _number("--processes", args.processes, cores())
+    layout = Layout.of(world, config.parallel, config.model, config.train)
+    refuse(config)
+    ranks = list(range(world)) if args.all else distinct_ranks(layout)
+    device = "GPUs over NCCL" if args.device == "gpu" else "CPUs over gloo"
+    print(
+        f"{config.model.num_parameters():,} parameters on {world:,} ranks as {layout}, {layout.grad_accum_steps} "
+        f"micro-batches a step, as on {device}"
+    )
+    print(_chosen(ranks, layout))
+    if args.dry_run:
+        return 0
+    began = time.monotonic()
+    done = list(_rehearsed(config, layout, ranks, args.device == "cpu", processes))
+    return _report(done, layout, time.monotonic() - began)
+
+
+def refuse(config: PretrainConfig) -> None:
+    """Raises ConfigError for what needs values, and so cannot be rehearsed."""
+    parallel = config.parallel
+    if parallel.zero > 1 or parallel.offload_optimizer:
+        key = f"zero = {parallel.zero}" if parallel.zero > 1 else "offload_optimizer = true"
+        remedy = "zero=1" if parallel.zero > 1 else "offload_optimizer=false"
+        raise ConfigError(
+            f"parallel.{key} cannot be rehearsed: DeepSpeed's optimizer, which it uses, reads the values of tensors; "
+            f"set parallel.{remedy}, or try the layout in small with `trivium prove`"
+        )
+    if config.adapter is not None and config.adapter.base != "full":
+        raise ConfigError(
+            f"adapter.base = {config.adapter.base!r} cannot be rehearsed, since weights are quantized by their values; "
+            "set adapter.base=full"
+        )
+    if config.adapter is not None and config.adapter.kind == "adalora":
+        raise ConfigError(
+            'adapter.kind = "adalora" cannot be rehearsed, since it chooses ranks by the values of weights; set '
+            "adapter.kind=lora, whose collectives are the same but for that choice"
+        )
+
+
+def _with_initial_model(tree: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Gives a config with [init] the keys of that model."""
+    if not tree.get("init"):
+        return tree
+    from pretrain.initial_model import with_model
+
+    return with_model(tree, "auto")[0]
+
+
+def _number(option: str, given: str, default: int) -> int:
+    if not given:
+        return default
+    if not (given.isascii() and given.isdigit() and int(given) > 0):
+        raise ConfigError(f"{option} {given} is no number; give 1 or more, such as {option} {default}")
+    return int(given)
+
+
+def _chosen(ranks: Sequence[int], layout: Layout) -> str:
+    if len(ranks) == layout.world_size:
+        return f"Runs every rank: 0 to {layout.world_size - 1}."
+    of_stage = [str(rank) for rank in ranks if place_of(rank, layout).stage == 0]
+    stages = f" and their like in each of the {layout.pp} stages" if layout.pp > 1 else ""
+    return (
+        f"Runs {len(ranks):,} of {layout.world_size:,} ranks, {', '.join(of_stage)}{stages}: every stage, and the "
+        "first and last rank of every group. The others differ only in who their peers are; --all runs them, too."
+    )
+
+
+def _rehearsed(
+    config: PretrainConfig, layout: Layout, ranks: Sequence[int], on_cpu: bool, processes: int
+) -> "Iterator[RehearsedRank]":
+    """Yields what each rank did; with one process, in this one. Raises Failure if a process dies."""
+    # Before torch is imported: it sees no GPU then, and its C++ parts print no warnings.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCH_CPP_LOG_LEVEL="ERROR")
+    from pretrain.rehearsal.rank import rehearse
+
+    one = partial(rehearse, config, config.model, layout, on_cpu=on_cpu)
+    if processes == 1 or len(ranks) == 1:
+        yield from map(one, ranks)
+        return
+    # Forked, so that libraries are imported once.
+    with ProcessPoolExecutor(min(processes, len(ranks)), get_context("fork")) as pool:
+        try:
+            yield from pool.map(one, ranks)
+        except BrokenProcessPool:
+            raise Failure("a process has died, most likely for lack of memory; give --processes 1") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _report(done: "Sequence[RehearsedRank]", layout: Layout, seconds: float) -> int:
+    """Prints the tables and the verdict; returns the exit status."""
+    from rich.console import Console
+
+    from pretrain.rehearsal import tables
+    from pretrain.rehearsal.comparison import mismatch
+
+    if failed := next((rank for rank in done if rank.failure), None):
+        place = place_of(failed.rank, layout)
+        print(
+            f"error: rank {failed.rank} (stage {place.stage}, tensor-parallel rank {place.tensor}) fails: "
+            f"{failed.failure}",
+            file=sys.stderr,
+        )
+        return FAILED
+    console = Console()
+    print(
+        "Stand-ins for data: every row is one document of train.seq_length trained tokens, and routers spread tokens "
+        "evenly over experts.\n"
+    )
+    console.print(tables.traffic(done))
+    print()
+    console.print(tables.memory(done))
+    print("\nWithout activations, and without buffers of NCCL and of kernels.")
+    if found := mismatch({rank.rank: rank.calls for rank in done}):
+        print(f"error: {found}", file=sys.stderr)
+        return FAILED
+    calls = sum(len(rank.calls) for rank in done)
+    print(f"All {calls:,} calls of {len(done):,} ranks fit together ({duration(seconds)}).")
+    return 0
+
+
+if __name__ == "__main__":
+    entrypoint(main)

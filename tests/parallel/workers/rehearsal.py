@@ -1,0 +1,116 @@
+"""Functions run in the ranks: a training step over gloo, and the same step rehearsed rank by rank in one process."""
+
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+
+from configs.layout import Layout
+from configs.loader import validate
+from configs.train import PretrainConfig
+from launch.environment import ClusterEnvironment
+from pretrain.model import head_loss
+from pretrain.model.moe.router import Router
+from pretrain.parallel import collectives, gradients, groups
+from pretrain.parallel.groups import Mesh
+from pretrain.proof.shared_groups import forget_groups
+from pretrain.rehearsal import rank as rehearsal
+from pretrain.rehearsal.collective_calls import Call, recorded
+from pretrain.rehearsal.comparison import mismatch
+
+
+def config_of(model: dict[str, Any], parallel: dict[str, Any]) -> PretrainConfig:
+    """Returns the config of a small run, of four micro-batches of 48 tokens or more on each rank."""
+    tree = {
+        "run": {"dir": "unused"},
+        "model": model,
+        "data": {"plan": "unused"},
+        "train": {
+            "steps": 1,
+            "global_batch_size": 16,
+            "micro_batch_size": 2,
+            "seq_length": 48,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 0.001},
+        "parallel": parallel,
+    }
+    return validate(PretrainConfig, tree)
+
+
+def described(call: Call) -> list[Any]:
+    """Returns what a call asks for, without what differs between a rehearsal and the test's ranks.
+
+    The test's ranks share one process group between all groups of the same ranks, and have one kind of memory.
+    """
+    exchanged = list(call.sent), list(call.received)
+    return [list(call.group.ranks), call.operation, call.dtype, call.numel, call.peer, *exchanged, call.phase]
+
+
+def step(model: dict[str, Any], parallel: dict[str, Any], on_cpu: bool) -> list[list[Any]]:
+    """Takes the step in this rank of the world and returns its calls."""
+    env, config = ClusterEnvironment.read(), config_of(model, parallel)
+    layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
+    mesh = groups.start(env, layout)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Router, "_choose", _evenly))
+        if not on_cpu:  # over gloo, but by the collectives that GPUs use
+            stack.enter_context(mock.patch.object(collectives, "sends_parts", lambda flat: False))
+            stack.enter_context(mock.patch.object(head_loss, "CHUNK_CPU", head_loss.CHUNK_GPU))
+        engine = rehearsal.make_engine(config, config.model, mesh, on_cpu=True)
+        with recorded(rehearsal.group_names(mesh)) as calls:
+            rehearsal.take_step(engine, config.model)
+    groups.stop()
+    return [described(call) for call in calls]
+
+
+def _evenly(router: Router, scores_TE: torch.Tensor) -> torch.Tensor:
+    """Chooses experts in turn, each of them equally often."""
+    tokens, experts = scores_TE.shape
+    return torch.arange(tokens * router.moe.top_k).view(tokens, -1) % experts
+
+
+def rehearsed(
+    model: dict[str, Any], parallel: dict[str, Any], world: int, on_cpu: bool, fault: str = ""
+) -> dict[str, Any]:
+    """Rehearses all ranks of a world in this process; returns their calls and what the comparison says.
+
+    The rank of tensor-parallel number 1 has a `fault`: "missing" leaves out sums of gradients, "smaller" sums a part.
+    """
+    config = config_of(model, parallel)
+    layout = Layout.of(world, config.parallel, config.model, config.train)
+    found = {}
+    for number in range(world):
+        with ExitStack() as stack:
+            if fault and number % layout.tp == 1:
+                stack.enter_context(mock.patch.object(gradients, "_sum", FAULTS[fault]))
+            done = rehearsal.rehearse(config, config.model, layout, number, on_cpu)
+        assert not done.failure, done.failure
+        found[number] = done.calls
+        forget_groups()
+    return {
+        "calls": [[described(call) for call in calls] for calls in found.values()],
+        "mismatch": mismatch(found),
+    }
+
+
+_SUM = gradients._sum
+FAULTS: dict[str, Any] = {
+    "missing": lambda parameters, group: None,
+    "smaller": lambda parameters, group: _SUM(parameters[1:], group),
+}
+
+
+def memory(model: dict[str, Any], parallel: dict[str, Any]) -> list[Any]:
+    """Returns the bytes of weights, gradients and optimizer state of this rank, after a real step and rehearsed."""
+    env, config = ClusterEnvironment.read(), config_of(model, parallel)
+    layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
+    mesh: Mesh = groups.start(env, layout)
+    engine = rehearsal.make_engine(config, config.model, mesh, on_cpu=True)
+    rehearsal.take_step(engine, config.model)
+    real = rehearsal.memory_of(engine)
+    groups.stop()
+    forget_groups()
+    done = rehearsal.rehearse(config, config.model, layout, env.rank, on_cpu=True)
+    return [real, (done.parameters, done.memory)]
