@@ -15,21 +15,31 @@ def _model(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
     return {**MODELS[name], "num_layers": max(2, parts_of(parallel))}
 
 
-@pytest.mark.parametrize("on_cpu", [True, False], ids=["as_on_cpu", "as_on_gpu"])
+FEW: list[tuple[str, int, dict[str, Any]]] = [
+    ("dense_tied", 2, {}),
+    ("dense", 2, {"tp": 2}),
+    ("dense_tied", 2, {"pp": 2}),
+    ("moe", 2, {"ep": 2}),
+    ("dense", 2, {"cp": 2}),
+]
+MORE: list[tuple[str, int, dict[str, Any]]] = [
+    ("deepseek", 2, {"tp": 2, "sp": True}),
+    ("one_kv_head", 2, {"tp": 2}),
+    ("dense", 2, {"pp": 2, "vpp": 2}),
+    ("capacity", 2, {"ep": 2}),
+    ("deepseek", 4, {"ep": 2, "pp": 2}),
+    ("moe_tied", 4, {"tp": 2, "sp": True, "ep": 2}),
+    ("two_kv_heads", 4, {"tp": 4}),
+]
+
+
 @pytest.mark.parametrize(
-    ("model", "world", "parallel"),
+    ("model", "world", "parallel", "on_cpu"),
     [
-        ("dense_tied", 2, {}),
-        ("dense", 2, {"tp": 2}),
-        ("dense_tied", 2, {"pp": 2}),
-        ("moe", 2, {"ep": 2}),
-        ("dense", 2, {"cp": 2}),
-        pytest.param("deepseek", 2, {"tp": 2, "sp": True}, marks=pytest.mark.full),
-        pytest.param("one_kv_head", 2, {"tp": 2}, marks=pytest.mark.full),
-        pytest.param("dense", 2, {"pp": 2, "vpp": 2}, marks=pytest.mark.full),
-        pytest.param("deepseek", 4, {"ep": 2, "pp": 2}, marks=pytest.mark.full),
-        pytest.param("moe_tied", 4, {"tp": 2, "sp": True, "ep": 2}, marks=pytest.mark.full),
-        pytest.param("two_kv_heads", 4, {"tp": 4}, marks=pytest.mark.full),
+        *((*case, False) for case in FEW),
+        (*FEW[0], True),
+        *(pytest.param(*case, True, marks=pytest.mark.full) for case in [*FEW[1:], *MORE]),
+        *(pytest.param(*case, False, marks=pytest.mark.full) for case in MORE),
     ],
 )
 def test_rehearsed_calls_are_those_of_the_step(
