@@ -39,7 +39,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Call:
+class GroupCall:
     """A call of a process group. `numel` is the number of elements that this rank puts in, or gets from a peer.
 
     `peer` is the rank in the world of the other end of a message, or the root of a broadcast. `sent` and `received` are
@@ -89,21 +89,21 @@ class Call:
         return f"{self.operation} of {self.numel:,} {self.dtype}{peer}"
 
 
-def _index(call: Call) -> int:
+def _index(call: GroupCall) -> int:
     """Returns the index that an all-to-all's own rank has in its group, which the recorder has put into `peer`."""
     assert call.peer is not None
     return call.group.ranks.index(call.peer)
 
 
 @contextlib.contextmanager
-def recorded(names: dict[int, str]) -> Iterator[list[Call]]:
+def recorded(names: dict[int, str]) -> Iterator[list[GroupCall]]:
     """Context manager that yields the list of calls of this process from here on.
 
     `names` are names of process groups by their identity; others go by torch's description. Equal calls are one object,
     since the micro-batches of a step make the same ones.
     """
-    calls: list[Call] = []
-    known: dict[Call, Call] = {}
+    calls: list[GroupCall] = []
+    known: dict[GroupCall, GroupCall] = {}
     groups: dict[int, tuple[dist.ProcessGroup, Group]] = {}
 
     def group_of(group: dist.ProcessGroup) -> Group:
@@ -117,7 +117,7 @@ def recorded(names: dict[int, str]) -> Iterator[list[Call]]:
         def call(group: Any, *args: Any, **options: Any) -> Any:
             if not inside:
                 phase, place = _position()
-                made = Call(group_of(group), operation, **describe(group, args), phase=phase, place=place)
+                made = GroupCall(group_of(group), operation, **describe(group, args), phase=phase, place=place)
                 calls.append(known.setdefault(made, made))
             inside.append(True)
             try:

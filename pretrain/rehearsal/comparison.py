@@ -9,23 +9,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise, zip_longest
 
-from pretrain.rehearsal.collective_calls import Call, Group
+from pretrain.rehearsal.collective_calls import GroupCall, Group
 
 MOST_PAIRED = 16  # members of a group whose ranks are all compared with each other; of others neighbours are
-Calls = Sequence[tuple[int, Call]]  # (number of the call in its rank's step, call)
+Calls = Sequence[tuple[int, GroupCall]]  # (number of the call in its rank's step, call)
 
 
-def mismatch(ranks: Mapping[int, Sequence[Call]]) -> str:
+def mismatch(ranks: Mapping[int, Sequence[GroupCall]]) -> str:
     """Returns one sentence on the first call that two ranks do not agree on; "" if they agree on all of them."""
     found = [*_different_collectives(ranks), *_different_messages(ranks)]
     return min(found)[1] if found else ""
 
 
-def _different_collectives(ranks: Mapping[int, Sequence[Call]]) -> Iterator[tuple[int, str]]:
+def _different_collectives(ranks: Mapping[int, Sequence[GroupCall]]) -> Iterator[tuple[int, str]]:
     """Yields (number of the call in the step, sentence) for the first difference in each group and pair of ranks."""
     by_group: dict[Group, dict[int, Calls]] = defaultdict(dict)
     for rank, calls in ranks.items():
-        own: dict[Group, list[tuple[int, Call]]] = defaultdict(list)
+        own: dict[Group, list[tuple[int, GroupCall]]] = defaultdict(list)
         for number, call in enumerate(calls):
             if not call.is_message:
                 own[call.group].append((number, call))
@@ -44,9 +44,9 @@ def _different_collectives(ranks: Mapping[int, Sequence[Call]]) -> Iterator[tupl
                 break
 
 
-def _different_messages(ranks: Mapping[int, Sequence[Call]]) -> Iterator[tuple[int, str]]:
+def _different_messages(ranks: Mapping[int, Sequence[GroupCall]]) -> Iterator[tuple[int, str]]:
     """Yields (number of the call in the step, sentence) for the first difference of each direction of two ranks."""
-    messages: dict[tuple[Group, int, int], tuple[list[tuple[int, Call]], list[tuple[int, Call]]]]
+    messages: dict[tuple[Group, int, int], tuple[list[tuple[int, GroupCall]], list[tuple[int, GroupCall]]]]
     messages = defaultdict(lambda: ([], []))
     for rank, calls in ranks.items():
         for number, call in enumerate(calls):
@@ -64,7 +64,7 @@ def _different_messages(ranks: Mapping[int, Sequence[Call]]) -> Iterator[tuple[i
             break
 
 
-def _agree(a: Call, b: Call) -> bool:
+def _agree(a: GroupCall, b: GroupCall) -> bool:
     """Returns whether calls of two ranks of a group are the two ends of one collective."""
     if (a.operation, a.dtype, a.on_host) != (b.operation, b.dtype, b.on_host):
         return False
@@ -74,7 +74,7 @@ def _agree(a: Call, b: Call) -> bool:
     return (a.numel, a.peer) == (b.numel, b.peer)
 
 
-def _told(found: tuple[int, Call] | None) -> str:
+def _told(found: tuple[int, GroupCall] | None) -> str:
     if found is None:
         return "enters none"
     call = found[1]

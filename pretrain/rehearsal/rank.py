@@ -33,7 +33,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.lone_rank import alone
 from pretrain.precision import choose_dtype
-from pretrain.rehearsal.collective_calls import Call, recorded
+from pretrain.rehearsal.collective_calls import GroupCall, recorded
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RehearsedRank:
 
     rank: int
     stage: int
-    calls: list[Call]
+    calls: list[GroupCall]
     parameters: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     failure: str = ""
@@ -53,7 +53,7 @@ class RehearsedRank:
 
 def rehearse(config: TrainerConfig, model: ModelConfig, layout: Layout, rank: int, on_cpu: bool) -> RehearsedRank:
     """Runs one training step of `rank` and returns what it did; `on_cpu` does what ranks do on CPUs over gloo."""
-    calls: list[Call] = []
+    calls: list[GroupCall] = []
     torch.set_num_threads(1)
     with alone(layout, rank) as mesh, stand_ins(mesh, model, on_cpu):
         try:

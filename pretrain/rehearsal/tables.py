@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from pretrain.rehearsal.collective_calls import Call
+from pretrain.rehearsal.collective_calls import GroupCall
 from pretrain.rehearsal.rank import RehearsedRank
 
 GB = 1e9
@@ -15,7 +15,7 @@ ORDER = ("tp", "key-value head", "cp", "ep", "pp", "embedding", "dp", "dp x cp",
 
 def traffic(ranks: Sequence[RehearsedRank]) -> Table:
     """Returns the table of calls and bytes a step by group; each row shows the rank that sends most in this group."""
-    by_rank: dict[str, dict[int, list[Call]]] = defaultdict(lambda: defaultdict(list))
+    by_rank: dict[str, dict[int, list[GroupCall]]] = defaultdict(lambda: defaultdict(list))
     for rank in ranks:
         for call in rank.calls:
             by_rank[call.group.name][rank.rank].append(call)
@@ -25,7 +25,7 @@ def traffic(ranks: Sequence[RehearsedRank]) -> Table:
     for name in sorted(by_rank, key=lambda name: ([*ORDER, name].index(name), name)):
         found = by_rank[name]
         most = max(found, key=lambda rank: (sum(call.bytes_sent for call in found[rank]), -rank))
-        operations: dict[str, list[Call]] = defaultdict(list)
+        operations: dict[str, list[GroupCall]] = defaultdict(list)
         for call in found[most]:
             operations[call.operation + (" (host)" if call.on_host else "")].append(call)
         shown = name, str(len(found[most][0].group.ranks))

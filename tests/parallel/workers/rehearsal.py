@@ -16,7 +16,7 @@ from pretrain.parallel import collectives, gradients, groups
 from pretrain.parallel.groups import Mesh
 from pretrain.proof.shared_groups import forget_groups
 from pretrain.rehearsal import rank as rehearsal
-from pretrain.rehearsal.collective_calls import Call, recorded
+from pretrain.rehearsal.collective_calls import GroupCall, recorded
 from pretrain.rehearsal.comparison import mismatch
 
 
@@ -39,7 +39,7 @@ def config_of(model: dict[str, Any], parallel: dict[str, Any]) -> PretrainConfig
     return validate(PretrainConfig, tree)
 
 
-def described(call: Call) -> list[Any]:
+def described(call: GroupCall) -> list[Any]:
     """Returns what a call asks for, without what differs between a rehearsal and the test's ranks.
 
     The test's ranks share one process group between all groups of the same ranks, and have one kind of memory.

@@ -10,14 +10,14 @@ from configs.loader import ConfigError, load, validate
 from configs.model import ModelConfig
 from configs.train import ParallelConfig, PretrainConfig, TrainSection
 from pretrain.rehearsal import rehearse
-from pretrain.rehearsal.collective_calls import Call, Group
+from pretrain.rehearsal.collective_calls import GroupCall, Group
 from pretrain.rehearsal.comparison import mismatch
 from pretrain.rehearsal.distinct_ranks import distinct_ranks, place_of, smallest_world
 
 DEMO = "configs/pretrain/demo.toml"
 DEMO_MOE = "configs/pretrain/demo_moe.toml"
 TP = Group("tp", (0, 1))
-SUM = Call(TP, "all_reduce", "float32", 8, 32, on_host=False, phase="backward pass", place="pretrain/x.py:1")
+SUM = GroupCall(TP, "all_reduce", "float32", 8, 32, on_host=False, phase="backward pass", place="pretrain/x.py:1")
 
 
 def _layout(world: int, **parallel: int) -> Layout:
@@ -106,7 +106,7 @@ def test_a_rank_that_enters_nothing_is_named() -> None:
 
 
 def test_the_parts_of_an_exchange_must_meet() -> None:
-    def exchange(own: int, sent: tuple[int, int], received: tuple[int, int]) -> Call:
+    def exchange(own: int, sent: tuple[int, int], received: tuple[int, int]) -> GroupCall:
         return replace(SUM, operation="all_to_all", numel=sum(sent), peer=own, sent=sent, received=received)
 
     assert mismatch({0: [exchange(0, (1, 2), (1, 3))], 1: [exchange(1, (3, 4), (2, 4))]}) == ""
