@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise, zip_longest
 
-from pretrain.rehearsal.collective_calls import GroupCall, Group
+from pretrain.rehearsal.collective_calls import Group, GroupCall
 
 MOST_PAIRED = 16  # members of a group whose ranks are all compared with each other; of others neighbours are
 Calls = Sequence[tuple[int, GroupCall]]  # (number of the call in its rank's step, call)

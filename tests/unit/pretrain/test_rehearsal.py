@@ -10,7 +10,7 @@ from configs.loader import ConfigError, load, validate
 from configs.model import ModelConfig
 from configs.train import ParallelConfig, PretrainConfig, TrainSection
 from pretrain.rehearsal import rehearse
-from pretrain.rehearsal.collective_calls import GroupCall, Group
+from pretrain.rehearsal.collective_calls import Group, GroupCall
 from pretrain.rehearsal.comparison import mismatch
 from pretrain.rehearsal.distinct_ranks import distinct_ranks, place_of, smallest_world
 
