@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from pretrain.watchdog.rank_report import PHASES
 
+PASSES = ("forward pass", "backward pass")
 _PROJECT = Path(__file__).parents[2]
 _OWN = tuple(str(_PROJECT / folder) for folder in ("pretrain", "posttrain"))
 Describe = Callable[[dist.ProcessGroup, Sequence[Any]], dict[str, Any]]
@@ -61,6 +62,13 @@ class GroupCall:
     @property
     def is_message(self) -> bool:
         return self.operation in ("send", "recv")
+
+    @property
+    def is_of_micro_batch(self) -> bool:
+        """Whether every micro-batch makes the call again, unlike those that a step makes once."""
+        if self.is_message and self.group.name == "pp":
+            return True
+        return self.phase in PASSES and not self.group.name.startswith(("dp", "expert-dp"))
 
     @property
     def bytes_sent(self) -> int:

@@ -1,4 +1,4 @@
-"""The ranks of a layout that a rehearsal runs: enough that every group has two that can be compared. No torch."""
+"""The part of a job that a rehearsal runs: ranks and micro-batches that stand for all others. Imports no torch."""
 
 import math
 from dataclasses import dataclass
@@ -30,6 +30,16 @@ def place_of(rank: int, layout: Layout) -> RankPlace:
 def smallest_world(parallel: ParallelConfig) -> int:
     """Returns the number of ranks of the smallest world that has these degrees of parallelism."""
     return parallel.tp * parallel.pp * math.lcm(parallel.cp, parallel.ep)
+
+
+def distinct_micro_batches(layout: Layout) -> int:
+    """Returns how many micro-batches of a step have every part of the pipeline's schedule: start, middle and end.
+
+    A stage begins with as many forward passes as stages follow it, then takes forward and backward in turn. An
+    interleaved schedule goes by groups of pp micro-batches, and two of them are more than its start.
+    """
+    enough = 2 * layout.pp if layout.vpp > 1 else layout.pp + 1
+    return min(layout.grad_accum_steps, enough)
 
 
 def distinct_ranks(layout: Layout) -> list[int]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from configs.loader import ConfigError, Failure
 from configs.train import PretrainConfig
 from launch.processes import cores
 from pages import duration
-from pretrain.rehearsal.distinct_ranks import distinct_ranks, place_of, smallest_world
+from pretrain.rehearsal.distinct_ranks import distinct_micro_batches, distinct_ranks, place_of, smallest_world
 
 if TYPE_CHECKING:
     from pretrain.rehearsal.rank import RehearsedRank
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=[
             ("--world", "", "number of ranks of the job (default: the fewest that the degrees in [parallel] allow)"),
             ("--device", "gpu", "what the job runs on, gpu or cpu: they use different collectives"),
+            (
+                "--micro-batches",
+                "",
+                "number of micro-batches that are run (default: as many as show all of the schedule)",
+            ),
             ("--processes", "", "number of processes that run ranks (default: one a core)"),
         ],
         complete=_with_initial_model,
@@ -53,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = _number("--processes", args.processes, cores())
     layout = Layout.of(world, config.parallel, config.model, config.train)
     refuse(config)
+    run, config = _shortened(
+        config, layout, _number("--micro-batches", args.micro_batches, distinct_micro_batches(layout))
+    )
     ranks = list(range(world)) if args.all else distinct_ranks(layout)
     device = "GPUs over NCCL" if args.device == "gpu" else "CPUs over gloo"
     print(
@@ -60,11 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"micro-batches a step, as on {device}"
     )
     print(_chosen(ranks, layout))
+    if run.grad_accum_steps < layout.grad_accum_steps:
+        print(
+            f"Runs {run.grad_accum_steps} of {layout.grad_accum_steps} micro-batches, which show all of the pipeline's "
+            "schedule; calls and bytes of the others are added to the table."
+        )
     if args.dry_run:
         return 0
     began = time.monotonic()
-    done = list(_rehearsed(config, layout, ranks, args.device == "cpu", processes))
-    return _report(done, layout, time.monotonic() - began)
+    done = list(_rehearsed(config, run, ranks, args.device == "cpu", processes))
+    repeated = Fraction(layout.grad_accum_steps, run.grad_accum_steps)
+    return _report(done, layout, repeated, time.monotonic() - began)
 
 
 def refuse(config: PretrainConfig) -> None:
@@ -87,6 +102,19 @@ def refuse(config: PretrainConfig) -> None:
             'adapter.kind = "adalora" cannot be rehearsed, since it chooses ranks by the values of weights; set '
             "adapter.kind=lora, whose collectives are the same but for that choice"
         )
+
+
+def _shortened(config: PretrainConfig, layout: Layout, micro_batches: int) -> tuple[Layout, PretrainConfig]:
+    """Returns layout and config of a step of so many micro-batches on each rank."""
+    if micro_batches > layout.grad_accum_steps:
+        raise ConfigError(
+            f"--micro-batches {micro_batches} is more than the {layout.grad_accum_steps} of a step; set "
+            f"--micro-batches {layout.grad_accum_steps}, or leave it out"
+        )
+    batch = micro_batches * layout.dp * config.train.micro_batch_size
+    train = config.train.model_copy(update={"global_batch_size": batch})
+    run = Layout.of(layout.world_size, config.parallel, config.model, train)
+    return run, config.model_copy(update={"train": train})
 
 
 def _with_initial_model(tree: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -126,10 +154,7 @@ def _rehearsed(
     from pretrain.rehearsal.rank import rehearse
 
     one = partial(rehearse, config, config.model, layout, on_cpu=on_cpu)
-    if processes == 1 or len(ranks) == 1:
-        yield from map(one, ranks)
-        return
-    # Forked, so that libraries are imported once.
+    # Forked, so that libraries are imported once, and this process joins no group.
     with ProcessPoolExecutor(min(processes, len(ranks)), get_context("fork")) as pool:
         try:
             yield from pool.map(one, ranks)
@@ -139,7 +164,7 @@ def _rehearsed(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _report(done: "Sequence[RehearsedRank]", layout: Layout, seconds: float) -> int:
+def _report(done: "Sequence[RehearsedRank]", layout: Layout, repeated: Fraction, seconds: float) -> int:
     """Prints the tables and the verdict; returns the exit status."""
     from rich.console import Console
 
@@ -159,7 +184,7 @@ def _report(done: "Sequence[RehearsedRank]", layout: Layout, seconds: float) -> 
         "Stand-ins for data: every row is one document of train.seq_length trained tokens, and routers spread tokens "
         "evenly over experts.\n"
     )
-    console.print(tables.traffic(done))
+    console.print(tables.traffic(done, repeated))
     print()
     console.print(tables.memory(done))
     print("\nWithout activations, and without buffers of NCCL and of kernels.")

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from rich.table import Table
 
@@ -9,12 +10,20 @@ from pretrain.rehearsal.collective_calls import GroupCall
 from pretrain.rehearsal.rank import RehearsedRank
 
 GB = 1e9
+ONCE = Fraction(1)
 # Groups in the order of rows; others come after.
 ORDER = ("tp", "key-value head", "cp", "ep", "pp", "embedding", "dp", "dp x cp", "expert-dp", "world")
 
 
-def traffic(ranks: Sequence[RehearsedRank]) -> Table:
-    """Returns the table of calls and bytes a step by group; each row shows the rank that sends most in this group."""
+def traffic(ranks: Sequence[RehearsedRank], repeated: Fraction = ONCE) -> Table:
+    """Returns the table of calls and bytes a step by group; each row shows the rank that sends most in this group.
+
+    The step has `repeated` times as many micro-batches as were run.
+    """
+
+    def times(call: GroupCall) -> Fraction:
+        return repeated if call.is_of_micro_batch else ONCE
+
     by_rank: dict[str, dict[int, list[GroupCall]]] = defaultdict(lambda: defaultdict(list))
     for rank in ranks:
         for call in rank.calls:
@@ -24,14 +33,15 @@ def traffic(ranks: Sequence[RehearsedRank]) -> Table:
         table.columns[column].justify = "right"
     for name in sorted(by_rank, key=lambda name: ([*ORDER, name].index(name), name)):
         found = by_rank[name]
-        most = max(found, key=lambda rank: (sum(call.bytes_sent for call in found[rank]), -rank))
+        most = max(found, key=lambda rank: (sum(times(call) * call.bytes_sent for call in found[rank]), -rank))
         operations: dict[str, list[GroupCall]] = defaultdict(list)
         for call in found[most]:
             operations[call.operation + (" (host)" if call.on_host else "")].append(call)
         shown = name, str(len(found[most][0].group.ranks))
         for operation, calls in operations.items():
-            sent = sum(call.bytes_sent for call in calls)
-            table.add_row(*shown, operation, f"{len(calls):,}", _megabytes(sent), str(most))
+            number = round(sum(map(times, calls)))
+            sent = round(sum(times(call) * call.bytes_sent for call in calls))
+            table.add_row(*shown, operation, f"{number:,}", _megabytes(sent), str(most))
             shown = "", ""
     return table
 

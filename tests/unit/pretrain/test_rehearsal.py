@@ -12,7 +12,7 @@ from configs.train import ParallelConfig, PretrainConfig, TrainSection
 from pretrain.rehearsal import rehearse
 from pretrain.rehearsal.collective_calls import Group, GroupCall
 from pretrain.rehearsal.comparison import mismatch
-from pretrain.rehearsal.distinct_ranks import distinct_ranks, place_of, smallest_world
+from pretrain.rehearsal.distinct_ranks import distinct_micro_batches, distinct_ranks, place_of, smallest_world
 
 DEMO = "configs/pretrain/demo.toml"
 DEMO_MOE = "configs/pretrain/demo_moe.toml"
@@ -76,6 +76,13 @@ def test_512_ranks_take_four_on_each_stage() -> None:
 def test_the_smallest_world_has_room_for_all_degrees() -> None:
     assert smallest_world(ParallelConfig(tp=2, pp=4, cp=2, ep=8)) == 64
     assert smallest_world(ParallelConfig(cp=4, ep=2)) == 4
+
+
+def test_micro_batches_that_show_the_schedule() -> None:
+    assert distinct_micro_batches(_layout(16, tp=4)) == 2
+    assert distinct_micro_batches(_layout(16, pp=4)) == 5
+    assert distinct_micro_batches(_layout(16, pp=4, vpp=2)) == 8
+    assert distinct_micro_batches(_layout(64)) == 1
 
 
 def test_equal_calls_fit_together() -> None:
@@ -142,6 +149,7 @@ def test_bytes_are_those_of_rings_and_direct_messages() -> None:
         (("parallel.zero=3",), "parallel.zero = 3 cannot be rehearsed"),
         (("parallel.offload_optimizer=true",), "set parallel.offload_optimizer=false"),
         (("--world", "many"), "--world many is no number"),
+        (("--micro-batches", "9"), "--micro-batches 9 is more than the 2 of a step"),
         (("--device", "tpu"), "--device tpu is neither gpu nor cpu"),
     ],
 )
@@ -168,3 +176,21 @@ def test_the_command_tells_which_ranks_it_runs(capsys: pytest.CaptureFixture[str
     assert "Runs 10 of 128 ranks, 0, 1, 3, 60, 63 and their like in each of the 2 stages" in out
     assert rehearse.main([DEMO, *options, "--all"]) == 0
     assert "Runs every rank: 0 to 127." in capsys.readouterr().out
+
+
+def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+    def printed(*options: str) -> list[str]:
+        parallel = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2")
+        assert rehearse.main([DEMO, *parallel, "train.global_batch_size=5", "train.seq_length=64", *options]) == 0
+        return capfd.readouterr().out.splitlines()
+
+    whole, part = printed("--micro-batches", "5"), printed()
+    assert "Runs 3 of 5 micro-batches" in "\n".join(part) and "Runs 3 of 5" not in "\n".join(whole)
+    tables = [[line for line in lines if line.startswith(" ")] for lines in (whole, part)]
+    assert tables[0] == tables[1] and len(tables[0]) > 10
+    assert whole[-1].startswith("All ") and "fit together" in whole[-1]
