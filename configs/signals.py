@@ -35,6 +35,8 @@ STOPPED = 75
 # The exit status of a run that its watchdog ended because no rank made progress: running the same command again
 # continues it from the last checkpoint. It is EX_PROTOCOL of sysexits.h.
 HUNG = 76
+# The exit status of a run whose ranks disagree on what they have computed: not to be started again on these machines.
+CORRUPTED = 78
 INTERRUPTED = 130
 SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the signals on which a training run saves
 AGAIN = "run the same command again to go on"

@@ -214,6 +214,21 @@ class SpikesConfig(Section):
         return ranges
 
 
+class ChecksConfig(Section):
+    """Checks for silent corruption: machines that compute wrong numbers without an error."""
+
+    every: int | None = Field(default=None, ge=0)
+    """The number of steps from one check to the next, in which weights that ranks share are compared and a micro-batch
+    is computed twice, which takes as long as two more; left out, 500, or 0 with ZeRO stages 2, 3 or offloading; 0:
+    none."""
+
+    def interval(self, parallel: ParallelConfig) -> int:
+        """Returns the steps from one check to the next, 0 for none."""
+        if self.every is None:
+            return 0 if parallel.zero > 1 or parallel.offload_optimizer else 500
+        return self.every
+
+
 class WatchdogConfig(Section):
     """The watchdog, which ends a run that makes no progress and says which rank holds up the others."""
 
@@ -250,6 +265,8 @@ class TrainerConfig(Section):
     """Services and files, besides metrics.jsonl, that get the numbers of a run. Training never waits for them."""
     spikes: SpikesConfig = SpikesConfig()
     """Steps whose loss or gradient norm is far above that of the steps before, and what is done about them."""
+    checks: ChecksConfig = ChecksConfig()
+    """Checks for silent corruption: machines that compute wrong numbers without an error."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """The watchdog, which ends a run that makes no progress and says which rank holds up the others."""
     adapter: AdapterConfig | None = None
@@ -297,6 +314,18 @@ class TrainerConfig(Section):
             raise ValueError(
                 f'spikes.action = "{action}" does not go with adapter.kind = "adalora", whose ranks are chosen from '
                 "the gradients of all steps; set spikes.action=log"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checks_fit(self) -> "TrainerConfig":
+        parallel = self.parallel
+        if self.checks.every and (parallel.zero > 1 or parallel.offload_optimizer):
+            other = f"zero = {parallel.zero}" if parallel.zero > 1 else "offload_optimizer = true"
+            raise ValueError(
+                f"checks.every = {self.checks.every} looks at gradients before ranks exchange them, which DeepSpeed's "
+                f"optimizers for parallel.{other} do not show; set checks.every=0, or parallel.zero=1 without "
+                "offload_optimizer"
             )
         return self
 

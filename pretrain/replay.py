@@ -135,6 +135,7 @@ def _config(run: Path, spans: "Sequence[DataSpan]") -> PretrainConfig:
     ranges = [*spikes.get("pass_over", []), *([one.start, one.stop] for one in passed if one)]
     tree |= {
         "run": {**tree["run"], "dir": str(run / FOLDER)},
+        "checks": {"every": 0},
         "spikes": {**spikes, "action": "log" if spikes.get("action") == "rewind" else spikes.get("action", "log")}
         | {"pass_over": ranges},
     }

@@ -31,6 +31,7 @@ from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.display import Display
 from pretrain.evaluation.task_scores import task_scores
 from pretrain.flops import mfu_per_rate
+from pretrain.health.corruption import CorruptionCheck, SilentCorruption
 from pretrain.health.not_finite import NOTHING, first_not_finite
 from pretrain.health.recording import StepRecorder
 from pretrain.health.rewinding import go_back
@@ -118,6 +119,7 @@ class Trainer:
         sources, adapter = max(1, len(source.sources)), config.adapter
         self.engine = Engine(model_config, train, config.optimizer, mesh, config.run.seed, dtype, sources, adapter)
         self.engine.base = base_facts(self.config, self.lineage.init)
+        self.corruption = CorruptionCheck(self.engine, mesh.device.type == "cpu" or train.deterministic)
         self.companion = companion(self) if companion else None
         self.beside = {self.companion.name: self.companion.engine} if self.companion else {}
         self._mfu_per_rate = mfu_per_rate(model_config, train.seq_length, mesh, dtype, config.log.measure_peak)
@@ -169,6 +171,9 @@ class Trainer:
             except DamagedTrainingData as error:
                 say(f"error: {error}")
                 return FAILED
+            except SilentCorruption as error:
+                say(f"error: {error}")
+                return signals.CORRUPTED
             self.activities.begin(END, self.step)
             saver.wait()
             if saver.failure is not None:
@@ -274,11 +279,17 @@ class Trainer:
                 self.run.pass_over(self.step, first, self.print)
             self.source.prepare(self.engine, self.step)
             batches = self.rows.next(self.samples)
+        if (checks := self.config.checks.interval(self.config.parallel)) and (self.step + 1) % checks == 0:
+            self.activities.begin(CHECKING, self.step + 1)
+            self.corruption.compute_twice(self.step, batches, self.loss_fn)
+            self.engine.after_backward = partial(self.corruption.compare_weights, self.step)
         self.activities.begin(TRAINING, self.step + 1)
         every, norm = self.config.log.detail_every, self.spikes.largest_norm(self.step + 1)
         detailed = every > 0 and (self.step + 1) % every == 0
         ends = not self.spikes.skips
         sums = self.engine.train_step(batches, self.loss_fn, lr, norm, detailed, failure_ends=ends)
+        if checks:
+            self.engine.after_backward = None
         more = self.companion.train_step(batches, self.step) if self.companion else {}
         timer.stop()
         self.step += 1

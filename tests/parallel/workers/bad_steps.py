@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,3 +112,50 @@ def train_with_a_fault(
         return {"status": trainer.fit()}
     except FloatingPointError as error:
         return {"error": str(error)}
+
+
+def train_with_a_flipped_bit(
+    run_dir: str,
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    weight: str = "",
+    module: str = "",
+    backward: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains with checks every second step; before step 4 the lowest bit of one number flips on rank 1.
+
+    It is of a weight, or of a module's output, or its gradient, in the second of the step's forward passes.
+    """
+    passes: list[int] = []
+
+    def flip(engine: Engine) -> None:
+        if engine.mesh.rank != 1:
+            return
+        if weight:
+            _flip(dict(engine.module.named_global_parameters())[weight].data)
+        for chunk in engine.module.chunks:
+            found = dict(chunk.named_modules()).get(module)
+            if module and found is not None:
+                found.register_forward_hook(lambda _, __, output: changed(output))
+
+    def changed(output: torch.Tensor) -> torch.Tensor:
+        passes.append(1)
+        output = output.clone()
+        if len(passes) == 2 and backward:
+            output.register_hook(lambda gradient: _flip(gradient.clone()))
+        elif len(passes) == 2:
+            _flip(output.detach())
+        return output
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = make_trainer(run_dir, model, parallel, 9, {3: flip}, checks={"every": 2}, **options).fit()
+    return {"status": status, "said": said.getvalue(), "host": platform.node()}
+
+
+def _flip(tensor: torch.Tensor) -> torch.Tensor:
+    """Flips the lowest bit of a tensor's 20th element, in place."""
+    bits = tensor.view(torch.int32).view(-1)
+    bits[19] ^= 1
+    return tensor
