@@ -199,8 +199,13 @@ def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, 
         ),
         (
             CHOICE.replace("dataset_path: json", "dataset_path: some/where").replace("dataset_kwargs", "metadata"),
-            r"task choice cannot be loaded: its data are not on this machine .*HF_HUB_OFFLINE=0",
-            None,
+            r"task choice cannot be loaded: its data are not on this machine .*data_files of a copy .*HF_HUB_OFFLINE=0",
+            CHOICE,
+        ),
+        (
+            CHOICE + "doc_to_image: [picture]\n",
+            r"task choice shows images, and Trivium's models read text alone; leave it out",
+            CHOICE,
         ),
         (
             CHOICE + "unsafe_code: true\n",
@@ -212,9 +217,9 @@ def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, 
     ],
 )
 def test_tasks_that_cannot_be_run_are_told_and_run_as_the_message_says(
-    text: str, message: str, mended: str | dict[str, Any] | None, tasks: Path, tmp_path: Path
+    text: str, message: str, mended: str | dict[str, Any], tasks: Path, tmp_path: Path
 ) -> None:
-    """`mended` is the file or the options as the message asks for them; None where that needs a network."""
+    """`mended` is the file or the options as the message asks for them."""
     from pretrain.evaluation.harness_tasks import load_tasks
 
     file = tmp_path / "wrong.yaml"
@@ -225,8 +230,7 @@ def test_tasks_that_cannot_be_run_are_told_and_run_as_the_message_says(
         load_tasks([str(tmp_path)])
     if isinstance(mended, str):
         file.write_text(mended)
-    if mended is not None:
-        assert len(load_tasks([str(tmp_path)], **(mended if isinstance(mended, dict) else {})).tasks) == 1
+    assert len(load_tasks([str(tmp_path)], **(mended if isinstance(mended, dict) else {})).tasks) == 1
     if isinstance(mended, dict):
         assert load_tasks(["humaneval"]).tasks.keys() == {"humaneval"}
 

@@ -135,6 +135,10 @@ def test_steps_on_samples_are_spread_evenly() -> None:
     assert [step for step in range(12) if quarter.is_due(step)] == [3, 7, 11]
 
 
+PROMPTS = {"kind": "file", "files": ["a.jsonl"], "answer_key": ""}
+ALL_OWN = {"distill": {"on_policy": 1}}
+
+
 def small(**more: Any) -> dict[str, Any]:
     batch = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "seq_length": 8}
     tree: dict[str, Any] = {"run": {"dir": "x"}, "init": {"run": "s"}, "teacher": {"run": "t"}, "train": batch}
@@ -142,19 +146,51 @@ def small(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "words", "right"),
     [
-        ({"data": {}}, r"distill\.on_policy = 0 leaves steps that need data"),
-        ({"data": {"plan": "p", "dialogues": ["d"]}}, r"data\.plan has rows of its own"),
-        ({"distill": {"on_policy": 0.5}}, r"distill\.on_policy = 0\.5 needs prompts"),
-        ({"teacher": {}}, r"none of teacher\.run, teacher\.checkpoint and teacher\.hf names the teacher"),
-        ({"teacher": {"run": "a", "hf": "b"}}, r"teacher\.run = 'a' and teacher\.hf = 'b' name the teacher"),
-        ({"distill": {"loss": "jsd", "beta": 1.0}}, r"distill\.beta = 1\.0"),
+        ({"data": {}}, r"distill\.on_policy = 0 leaves steps that need data", [{"data": {"dialogues": ["d"]}}]),
+        ({"data": {}}, r"set data\.dialogues, data\.plan or ", [{"data": {"plan": "p"}}]),
+        ({"data": {}}, r"or task\.demonstrations above 0, or", [{"data": {}, "task": {"demonstrations": 1}}]),
+        ({"data": {}, "task": PROMPTS}, r"or distill\.on_policy=1$", [{**ALL_OWN, "data": {}, "task": PROMPTS}]),
+        (
+            {"data": {"plan": "p"}, "task": {"demonstrations": 9}},
+            r"leave out data\.plan, or leave out data\.dialogues and set task\.demonstrations=0$",
+            [{"data": {}, "task": {"demonstrations": 9}}, {"data": {"plan": "p"}, "task": {"demonstrations": 0}}],
+        ),
+        (
+            {"data": {"plan": "p", "dialogues": ["d"]}},
+            r"data\.plan has rows of its own",
+            [{"data": {"dialogues": ["d"]}}, {"data": {"plan": "p"}}],
+        ),
+        (
+            {"distill": {"on_policy": 0.5}},
+            r"distill\.on_policy = 0\.5 needs prompts.* of kind 'file' with .*, or distill\.on_policy=0$",
+            [{"distill": {"on_policy": 0.5}, "task": PROMPTS}, {"distill": {"on_policy": 0}}],
+        ),
+        (
+            {"teacher": {}},
+            r"none of teacher\.run, teacher\.checkpoint and teacher\.hf names the teacher",
+            [{"teacher": {"run": "a"}}, {"teacher": {"checkpoint": "a/checkpoints/step_1"}}, {"teacher": {"hf": "b"}}],
+        ),
+        (
+            {"teacher": {"run": "a", "hf": "b"}},
+            r"teacher\.run = 'a' and teacher\.hf = 'b' name the teacher",
+            [{"teacher": {"run": "a"}}, {"teacher": {"hf": "b"}}],
+        ),
+        (
+            {"distill": {"loss": "jsd", "beta": 1.0}},
+            r"distill\.beta = 1\.0: .* less than 1$",
+            [{"distill": {"loss": "jsd", "beta": 0.9}}],
+        ),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(more: dict[str, Any], words: str) -> None:
+def test_settings_that_contradict_each_other_are_legal_once_they_are_as_the_message_says(
+    more: dict[str, Any], words: str, right: list[dict[str, Any]]
+) -> None:
     with pytest.raises(ConfigError, match=words):
         validate(DistillConfig, small(**more))
+    for each in right:
+        validate(DistillConfig, small(**each))
 
 
 def test_a_teacher_of_another_template_is_refused(tmp_path: Path) -> None:

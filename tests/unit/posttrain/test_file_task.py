@@ -163,6 +163,21 @@ def test_answers_that_the_rewards_refuse_are_told_before_the_first_step(tmp_path
     (line,) = check_task(task_of(path, solution_key="solution"), chat, ROW)
     assert f"1 whose answer task.rewards.exact refuses (first: {path}:8, 'no' gets 0)" in line
     assert "cannot judge: the problem has no answer" in refused(chat, path, answer_key="")
+    # The other remedy: a key that holds what a right completion says.
+    said = [{**record, "solution": f"<a>{record['answer']}</a>"} for record in GOOD]
+    assert "or task.solution_key to a key that holds one" in message
+    check_task(task_of(written(path, said), rewards=form, solution_key="solution"), chat, ROW)
+
+
+def test_prompts_have_room_once_rows_are_as_long_as_the_message_says(tmp_path: Path, chat: ChatFormat) -> None:
+    path = written(tmp_path / "a.jsonl", [{**record, "prompt": "so " * (9 + i)} for i, record in enumerate(GOOD)])
+    message = refused(chat, path)
+    longest = re.search(rf"give prompt and completion more room than {ROW} tokens: (\d+) take the longest", message)
+    assert longest, message
+    (line,) = check_task(task_of(path), chat, int(longest[1]))
+    assert "too long" not in line
+    (line,) = check_task(task_of(path, max_bad_share=0.1), chat, int(longest[1]) - 1)
+    assert "too long" in line
 
 
 def test_own_functions_are_tried_before_the_first_step(

@@ -183,15 +183,35 @@ def test_repeated_problems_are_asked_once(tmp_path: Path, chat: ChatFormat) -> N
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "words", "right"),
     [
-        ({"task": PROMPTS, "keep": {"min_score": 1}}, r"keep\.min_score = 1\.0 needs scores"),
-        ({"task": PROMPTS, "keep": {"min_rewards": {"a": 1}}}, r"keep\.min_rewards = .*needs scores"),
-        ({"sample": {"temperature": 0}}, r"sample\.temperature = 0 are all the same; set sample\.completions=1"),
-        ({"parallel": {"pp": 2}}, r"parallel\.pp = 2 is for training"),
-        ({"keep": {"min_tokens": 9, "max_tokens": 8}}, r"keep\.min_tokens = 9 is above keep\.max_tokens = 8"),
+        (
+            {"task": PROMPTS, "keep": {"min_score": 1}},
+            r"keep\.min_score = 1\.0 needs scores.* leave the bound out",
+            {"task": PROMPTS},
+        ),
+        (
+            {"task": PROMPTS, "keep": {"min_rewards": {"a": 1}}},
+            r"keep\.min_rewards = .*needs scores.*, or name rewards$",
+            {"task": PROMPTS | {"rewards": {"a": {}}, "answer_key": "answer"}, "keep": {"min_rewards": {"a": 1}}},
+        ),
+        (
+            {"sample": {"temperature": 0}},
+            r"sample\.temperature = 0 are all the same; set sample\.completions=1",
+            {"sample": {"temperature": 0, "completions": 1}},
+        ),
+        ({"sample": {"temperature": 0}}, r"or a temperature such as 1\.0$", {"sample": {"temperature": 1.0}}),
+        ({"parallel": {"pp": 2}}, r"parallel\.pp = 2 is for training.*: leave the key out$", {"parallel": {}}),
+        (
+            {"keep": {"min_tokens": 9, "max_tokens": 8}},
+            r"keep\.min_tokens = 9 is above keep\.max_tokens = 8.*swap them$",
+            {"keep": {"min_tokens": 8, "max_tokens": 9}},
+        ),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, more: dict[str, Any], words: str) -> None:
+def test_settings_that_contradict_each_other_are_legal_once_they_are_as_the_message_says(
+    tmp_path: Path, more: dict[str, Any], words: str, right: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **more)
+    config(tmp_path, **right)
