@@ -4,6 +4,7 @@ Knows which commands run on ranks, which go on where they were when they are sta
 command writes. Imports no torch, so that a mistake is found on a login node and not in a job hours later.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import re
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.layout import SEQ_LENGTH, Layout
-from configs.loader import ConfigError, filled_tree, validate
+from configs.loader import ConfigError, filled_tree, read_tree, validate
 from configs.reference import schema_of
 from configs.train import PretrainConfig
 from launch.bootstrap import ON_RANKS, TRAINING
 
 # Modules of the commands that are one process and no ranks, and the key of the folder that each writes.
 SINGLE = {"data run": "data_pipeline.run", "export": "export.huggingface", "recipe run": "launch.recipe"}
+_OVERRIDE = re.compile(r"[\w.]+=")
 FOLDER_KEYS = {"export": "run", "recipe run": "dir"}  # an export's own folder appears only once it is whole
 
 
@@ -62,6 +64,31 @@ def module_of(name: str) -> str:
     )
 
 
+def is_command(word: str) -> bool:
+    """Whether a word begins a command that can be launched, or is a config, which says by its keys what command."""
+    return word in TRAINING or word in (name.split()[0] for name in SINGLE) or word.endswith(".toml")
+
+
+def command_of(config: str, arguments: Sequence[str]) -> str:
+    """Returns the command that a config is for, by its keys. Raises ConfigError if it is for none or for several."""
+    overrides, found = [word for word in arguments if _OVERRIDE.match(word)], []
+    for name in (*TRAINING, *SINGLE):
+        schema = schema_of(_kind(name))
+        with contextlib.suppress(ConfigError):
+            validate(schema, filled_tree(schema, config, overrides))
+            found.append(name)
+    if len(found) != 1:
+        read_tree(config)  # which says it if the file itself is the mistake
+        which = f"those of {' and '.join(found)}" if found else "those of no command that can be launched"
+        raise ConfigError(f"the keys of {config} are {which}; name the command before it, as in `train {config}`")
+    return found[0]
+
+
+def _kind(name: str) -> str:
+    """Returns the kind of a command's config, as `trivium config` names it."""
+    return "pretrain" if name == "train" else name.split()[0]
+
+
 def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
     """Reads the words after `trivium launch` and its options: a command, its config, overrides and options.
 
@@ -70,10 +97,6 @@ def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
     """
     name = next((one for one in (" ".join(words[:2]), words[0]) if one in SINGLE or one in TRAINING), "")
     if not name:
-        if words[0].endswith(".toml"):
-            raise ConfigError(
-                f"{words[0]} is a config; name its command first, as in `trivium launch train {words[0]}`"
-            )
         return LaunchedCommand(words[0], module_of(words[0]), tuple(words[1:]), None, trains=True, resumes=True)
     arguments = tuple(words[len(name.split()) :])
     if not arguments or arguments[0].startswith("-"):
@@ -85,10 +108,8 @@ def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
 
 def _folder(name: str, arguments: Sequence[str], world_size: int) -> Path:
     """Returns the folder that a command writes, after its config has been checked."""
-    overrides = [word for word in arguments[1:] if re.match(r"[\w.]+=", word)]
-    kind = {"train": "pretrain"}.get(name, name.split()[0])
-    schema = schema_of(kind)
-    tree = filled_tree(schema, arguments[0], overrides)
+    schema = schema_of(_kind(name))
+    tree = filled_tree(schema, arguments[0], [word for word in arguments[1:] if _OVERRIDE.match(word)])
     if not (name == "train" and tree.get("init")):  # such a config takes its model from files of another run
         config = validate(schema, tree, origin=arguments[0])
         if isinstance(config, PretrainConfig):

@@ -10,6 +10,7 @@ as in the jobs of --on slurm, or with --node-rank and --master-address. Every en
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import shlex
@@ -26,7 +27,7 @@ from configs.launch import LaunchConfig
 from configs.loader import ConfigError, from_overrides, load
 from configs.signals import INTERRUPTED, STOPPED
 from launch import on_mpi, on_torchrun, slurm_submit
-from launch.command import SINGLE, module_of, read_command
+from launch.command import SINGLE, command_of, is_command, module_of, read_command
 from launch.environment import DEFAULT_PORT, ClusterEnvironment
 from launch.processes import ProcessGroup, cores
 from launch.slurm_submit import Submission
@@ -39,7 +40,9 @@ LOWEST_PORT, TRIES = 10_000, 50  # of free_port
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Starts what the command line asks for and returns its exit status."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_options_first(sys.argv[1:] if argv is None else list(argv)))
+    if args.module.endswith(".toml"):
+        args.module, *args.args = [*command_of(args.module, args.args).split(), args.module, *args.args]
     _check_options(args)
     config = _config(args)
     if args.on == "local":
@@ -52,6 +55,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return on_torchrun.start(command, config, args.master_address, args.dry_run)
 
 
+def _options_first(argv: list[str]) -> list[str]:
+    """Returns the words with the launcher's options before the command, wherever between its words they were.
+
+    The words after a module that is no command are its own. `--dry-run` after a command is the command's for ranks of
+    this machine, which do no work then, and the launcher's for what would be submitted or started elsewhere.
+    """
+    before, after = [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name in WITH_VALUE:
+            before += [word] if equals else [word, *itertools.islice(words, 1)]
+        elif not after and word.startswith("-"):
+            before.append(word)
+        elif after or is_command(word):
+            after.append(word)
+        else:
+            return [*before, word, *words]
+    if "--dry-run" in after and not {"local", "--on=local"} & set(before) and any(w.startswith("--on") for w in before):
+        before.append(after.pop(after.index("--dry-run")))
+    return [*before, *after]
+
+
+# Options that take a value. No command has one of the same name.
+WITH_VALUE = (
+    *("--on", "--cluster", "--set", "--nproc-per-node", "--nnodes", "--after", "--job-dir"),
+    *("--node-rank", "--master-address", "--master-port"),
+)
 # Options that not every way of starting has, and those that have it.
 ONLY_ON = {
     "node_rank": ("local",),
@@ -212,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="trivium launch",
         description="Starts a command as ranks: on this machine, by torchrun or mpirun, or as a job of Slurm.",
         example="trivium launch --nproc-per-node 2 train configs/pretrain/demo.toml parallel.tp=2\n"
+        "the options may come last, and a config alone says what its command is:\n"
+        "  trivium launch configs/pretrain/demo.toml --nproc-per-node 2\n"
         "a job of Slurm on two nodes of 8 GPUs, printed and then submitted:\n"
         "  trivium launch --on slurm --cluster h100 --nnodes 2 --dry-run train CONFIG\n"
         "  trivium launch --on slurm --cluster h100 --nnodes 2 train CONFIG\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.loader import toml
 from pretrain.checkpoint import storage
 from tests.e2e import slurm_cluster
 from tests.e2e.slurm_jobs import ENVIRONMENT, Job, launch
@@ -135,9 +136,10 @@ def test_an_interrupted_run_ends_with_the_numbers_of_an_uninterrupted_one(
         job.wait_for(lambda step=20 * number: last_step(run) >= step)
         interrupt()
         job.wait_for(lambda times=str(number): job.shows("Restarts") == times)
+        job.wait_for(lambda: bool(storage.steps(run)), seconds=15)  # Slurm counts a requeue before ranks have ended
         assert chained.shows("JobState") == "PENDING"
     saved = storage.steps(run)
-    assert saved and saved[0] < STEPS
+    assert saved[0] < STEPS
     job.wait_for_state("COMPLETED")
     assert f"going on from {storage.directory(run, saved[0])}" in job.said()
     assert [line["step"] for line in uninterrupted] == list(range(1, STEPS + 1))
@@ -219,3 +221,22 @@ def test_an_unfit_node_ends_the_job_before_the_command_starts(config: Path, tmp_
     job.wait_for_state("FAILED")
     assert "A node is not fit to start on" in job.said() and "--exclude=NODE" in job.said()
     assert "0: ok       Python" in job.said() and not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bound", [100.0, 0.0])
+def test_a_recipe_is_a_chain_of_jobs_that_a_missed_gate_ends(config: Path, tmp_path: Path, bound: float) -> None:
+    """The recipe's record and page are those of a recipe that runs in one process."""
+    stage = {"command": "train", "config": str(config), "set": ["train.steps=10"]}
+    gate = {"metric": "loss", "at_most": bound}
+    tree = {"dir": str(tmp_path / "a recipe"), "stages": {"first": {**stage, "gates": [gate]}, "second": stage}}
+    (tmp_path / "recipe.toml").write_bytes(toml(tree))
+    first, second = Job.submitted("recipe", "run", str(tmp_path / "recipe.toml"))
+    done = bound > 0
+    first.wait_for_state("COMPLETED" if done else "FAILED")
+    second.wait_for_state("COMPLETED" if done else "CANCELLED")
+    record = json.loads((tmp_path / "a recipe/recipe.json").read_text())["stages"]
+    assert list(record) == ["first", "second"][: 1 + done] and all(one["done"] for one in record.values())
+    assert (tmp_path / "a recipe/report.html").exists() == done
+    assert len(steps_of(tmp_path / "a recipe/first")) == 10
+    assert done or "misses its gates" in first.said()

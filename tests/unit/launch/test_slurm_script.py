@@ -128,7 +128,7 @@ def test_names_of_variables_are_written_and_no_values(
         (["--node-rank", "1", *TRAIN], "--node-rank is for --on local; leave it out of --on slurm"),
         (["--nproc-per-node", "3", *TRAIN, "parallel.tp=2"], "does not divide the 3 ranks"),
         ([*TRAIN, "train.stpes=3"], "did you mean 'steps'?"),
-        (TRAIN[1:], "is a config; name its command first"),
+        ([str(ROOT / "configs/launch/cpu.toml")], "those of no command that can be launched; name the command before"),
         (["train"], "the config comes first after `train`"),
         (["tests.e2e.steps_of_sleep", "x"], "is a module and names no folder for its job"),
         (["generate", "x"], "'generate' cannot be started as ranks"),
@@ -160,6 +160,19 @@ def test_the_copy_of_the_code_is_named_after_its_content(tmp_path: Path, monkeyp
     (tmp_path / "root/launch/a.py").write_text("2")
     other = snapshot.snapshot(tmp_path / "code")
     assert one != other and [(path / "launch/a.py").read_text() for path in (one, other)] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "config", ["pretrain/demo", "posttrain/demo_grpo", "posttrain/demo_sft", "data/demo", "export/demo"]
+)
+def test_a_config_alone_says_what_its_command_is(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    """Options of the launcher may also come last, as in `trivium launch CONFIG --on slurm --dry-run`."""
+    name = {"pretrain/demo": "train", "data/demo": "data run"}.get(config, config.rpartition("_")[2].split("/")[0])
+    path = str(ROOT / f"configs/{config}.toml")
+    start = ["init.run=runs/x"] if name in ("grpo", "sft") else []
+    assert ranks.main([path, *start, "--on", "slurm", "--dry-run"]) == 0
+    alone = capsys.readouterr().out
+    assert alone == printed(capsys, *name.split(), path, *start) and "--dry-run" not in alone
 
 
 @pytest.mark.parametrize("cluster", ["h100", "a100"])
