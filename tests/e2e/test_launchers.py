@@ -205,18 +205,31 @@ def test_a_node_that_is_cut_off_in_mid_step_ends_the_run_in_time_and_a_restart_g
     wait_for(lambda: last_step(run) >= 30, first[0])
     ip("-n", nodes[1], "link", "set", LINK, "down")
     cut = time.monotonic()
-    said = [process.communicate(timeout=120)[0] for process in first]
+    said, _ = first[0].communicate(timeout=120)
     seconds = time.monotonic() - cut
-    assert all(process.returncode != 0 for process in first)
-    # Late after 5 s, told within twice that, five more for the other ranks' last words, and torchrun's own end.
+    # Late after 5 s, told within twice that, and 30 s for torchrun and a machine that does other things.
     assert seconds < 60, f"{seconds:.0f} s\n{said}"
-    assert re.search(r"exitcode *: 76", said[0]), said[0][-3000:]
-    assert (run / "hang").is_dir() and "rank 1" in said[0]
+    assert first[0].returncode == 1 and re.search(r"exitcode *: 76", said), said[-3000:]
+    assert (run / "hang").is_dir() and "rank 1" in said
+    # No rank is left on the node that was cut off; its torchrun asks for the other one's for minutes, without ranks.
+    while "pretrain.train" in "".join(commands_on(nodes[1])):
+        assert time.monotonic() - cut < 60, commands_on(nodes[1])
+        time.sleep(0.2)
+    first[1].kill()
+    first[1].communicate()
     ip("-n", nodes[1], "link", "set", LINK, "up")
     again = start_on(nodes, commands)
-    said = [process.communicate(timeout=200)[0] for process in again]
-    assert [process.returncode for process in again] == [0, 0], said
-    assert "going on from" in said[0] and steps_of(run) == uninterrupted
+    both = [process.communicate(timeout=200)[0] for process in again]
+    assert [process.returncode for process in again] == [0, 0], both
+    assert "going on from" in both[0] and steps_of(run) == uninterrupted
+
+
+def commands_on(node: str) -> list[str]:
+    """Returns the command lines of a namespace's processes but torchrun's own."""
+    pids = subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True, check=True).stdout.split()
+    files = [Path(f"/proc/{pid}/cmdline") for pid in pids]
+    found = [file.read_bytes().replace(b"\0", b" ").decode() for file in files if file.exists()]
+    return [words for words in found if "torch.distributed.run" not in words]
 
 
 def start_on(nodes: tuple[str, str], commands: list[list[str]]) -> "list[subprocess.Popen[str]]":
