@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Starts what the command line asks for and returns its exit status."""
     args = _parser().parse_args(_options_first(sys.argv[1:] if argv is None else list(argv)))
     if args.module.endswith(".toml"):
-        args.module, *args.args = [*command_of(args.module, args.args).split(), args.module, *args.args]
+        words = [*command_of(args.module, args.args).split(), args.module, *args.args]
+        args.module, args.args = words[0], words[1:]
     _check_options(args)
     config = _config(args)
     if args.on == "local":
@@ -61,7 +62,8 @@ def _options_first(argv: list[str]) -> list[str]:
     The words after a module that is no command are its own. `--dry-run` after a command is the command's for ranks of
     this machine, which do no work then, and the launcher's for what would be submitted or started elsewhere.
     """
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     words = iter(argv)
     for word in words:
         name, equals, _ = word.partition("=")
