@@ -187,6 +187,9 @@ def nodes() -> Iterator[tuple[str, str]]:
         yield names
     finally:
         for name in made:
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+            for pid in pids:  # a failed test's
+                os.kill(int(pid), signal.SIGKILL)
             ip("netns", "delete", name)
 
 
