@@ -168,7 +168,11 @@ class EvalConfig(Section):
     num_fewshot: int | None = Field(default=None, ge=0)
     """The number of solved examples in each prompt; left out, it is what the task says."""
     chat: bool = False
-    """Whether the prompts of tasks are put into the model's chat template."""
+    """Whether prompts, and those of tasks, are put into the model's chat template."""
+    prompts: tuple[str, ...] = ()
+    """The texts that the model continues at each evaluation, into `run.dir`/samples.jsonl and the report."""
+    prompt_tokens: int = Field(default=48, ge=1)
+    """The maximum number of tokens of each continuation."""
 
 
 class LogConfig(Section):

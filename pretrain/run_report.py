@@ -9,7 +9,7 @@ imports no torch.
 import html
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,7 +18,7 @@ from configs.differences import flat
 from configs.files import write_atomic
 from configs.loader import ConfigError
 from pages import duration, page, short
-from pretrain import goodput, history, mask_page
+from pretrain import goodput, history, mask_page, text_samples_file
 from pretrain.line_charts import Mark, Points, line_chart
 from pretrain.metrics_file import read_metrics
 
@@ -38,6 +38,7 @@ CHARTS = {
     "attention_logit": ("Largest attention logit", "logit"),
     "attention_logit_by_layer": ("Largest attention logit by layer", "logit"),
 }
+SHOWN_SAMPLES = 6  # evaluations from which the report shows texts
 NOT_DRAWN = {"step", "tokens", "eval", "loss_spike", "grad_norm_spike", "skipped"}
 SPIKY = ("loss", "grad_norm")  # charts on which spikes are marked
 SPIKES = ("loss_spike", "grad_norm_spike", "skipped")
@@ -79,7 +80,7 @@ def write(run_dir: str | Path) -> Path:
     records = metrics.records
     steps = last_of_each_step(records)
     evals = last_of_each_step(record for record in records if "eval" in record)
-    marked = marks(steps, goodput.read(run_dir))
+    marked = marks(steps, goodput.read(run_dir), _rewinds(run_dir))
     config = run_dir / "config.toml"
     body = [
         f"<h1>{html.escape(str(run_dir))}</h1>",
@@ -88,6 +89,7 @@ def write(run_dir: str | Path) -> Path:
         _section("While training", charts(steps, marked), _legend(marked)),
         _section("Held out", eval_charts(evals)),
         _eval_table(evals),
+        _samples(text_samples_file.read(run_dir)),
         _ranks(run_dir),
         _composition(run_dir),
     ]
@@ -125,9 +127,21 @@ def summary(steps: list[dict[str, Any]]) -> str:
     return ", ".join(parts) + "."
 
 
-def marks(steps: list[dict[str, Any]], starts: Sequence[goodput.StartRecord]) -> list[Mark]:
-    """Returns a mark for each spike, and for each start that went on from a checkpoint."""
-    found = [Mark(one.first_step, "restart", f"went on from step {one.first_step}") for one in starts[1:]]
+def _rewinds(run_dir: Path) -> list[tuple[int, int]]:
+    """Returns (step, step that training went back to) of each rewind, as the run keeps them in rewinds.json."""
+    try:
+        found = json.loads((run_dir / "rewinds.json").read_text(encoding="utf-8"))
+        return [(int(one["step"]), int(one["to_step"])) for one in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def marks(
+    steps: list[dict[str, Any]], starts: Sequence[goodput.StartRecord], rewinds: Sequence[tuple[int, int]] = ()
+) -> list[Mark]:
+    """Returns a mark for each spike, each rewind, and each start that went on from a checkpoint."""
+    found = [Mark(step, "spike", f"went back from step {step} to step {to_step}") for step, to_step in rewinds]
+    found += [Mark(one.first_step, "restart", f"went on from step {one.first_step}") for one in starts[1:]]
     for record in steps:
         if any(key in record for key in SPIKES):
             skipped = ", skipped" if "skipped" in record else ""
@@ -138,7 +152,10 @@ def marks(steps: list[dict[str, Any]], starts: Sequence[goodput.StartRecord]) ->
 def _legend(marked: Sequence[Mark]) -> str:
     """Returns a sentence on the marks that there are."""
     counts = {kind: sum(mark.kind == kind for mark in marked) for kind in ("spike", "restart")}
-    words = {"spike": "red where there was a spike", "restart": "grey where the run went on from a checkpoint"}
+    words = {
+        "spike": "red where there was a spike or a rewind",
+        "restart": "grey where the run went on from a checkpoint",
+    }
     said = " and ".join(f"{words[kind]} ({count})" for kind, count in counts.items() if count)
     return f"<p>Dashed lines: {said}.</p>" if said else ""
 
@@ -225,6 +242,23 @@ def _time(starts: Sequence[goodput.StartRecord]) -> str:
         '<div class="scroll"><table><tr><th></th><th class="n">time</th><th class="n">share</th></tr>'
         f"{rows}</table></div>"
     )
+
+
+def _samples(found: Mapping[str, Sequence[tuple[int, str]]]) -> str:
+    """Returns what the model wrote after each prompt, at up to SHOWN_SAMPLES evaluations from first to last."""
+    parts = []
+    for prompt, texts in found.items():
+        last = len(texts) - 1
+        chosen = sorted({round(last * at / (SHOWN_SAMPLES - 1)) for at in range(SHOWN_SAMPLES)})
+        rows = "".join(
+            f'<tr><td class="n">{step:,}</td><td><pre>{html.escape(text)}</pre></td></tr>'
+            for step, text in (texts[at] for at in chosen)
+        )
+        parts.append(
+            f"<p><b>{html.escape(prompt)}</b></p>"
+            f'<div class="scroll"><table><tr><th class="n">step</th><th>continuation</th></tr>{rows}</table></div>'
+        )
+    return "<h2>What it wrote</h2>" + "".join(parts) if parts else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pretrain.companion import Companion
 from pretrain.data_check import DamagedTrainingData, DataCheck
 from pretrain.display import Display
 from pretrain.evaluation.task_scores import task_scores
+from pretrain.evaluation.text_samples import text_samples
 from pretrain.flops import mfu_per_rate
 from pretrain.health.corruption import CorruptionCheck, SilentCorruption
 from pretrain.health.not_finite import NOTHING, first_not_finite
@@ -89,6 +90,7 @@ class Trainer:
         self.model_config, self.source, self.loss_fn, self.mesh = model_config, source, loss_fn, mesh
         self.lineage, self.title, self.resume = lineage or Lineage(), title, resume
         self.evaluators = [*evaluators, *task_scores(config, model_config, self.lineage)]
+        self.evaluators += text_samples(config, model_config, self.lineage, lambda: self.step)
         self.profiled = profiled
         self.run = RunDirectory(self.config, model_config, source, self.lineage, mesh)
         self.step, self.samples, self.tokens = 0, 0, 0

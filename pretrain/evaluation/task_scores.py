@@ -59,12 +59,17 @@ def task_scores(config: TrainerConfig, model: ModelConfig, lineage: Lineage) -> 
     """
     if not config.eval.tasks:
         return []
+    codec = codec_of("eval.tasks", config.eval, model, lineage)
+    return [TaskScores(config.eval, codec, max(lineage.context, config.train.seq_length), config.run.seed)]
+
+
+def codec_of(key: str, config: EvalConfig, model: ModelConfig, lineage: Lineage) -> TextCodec:
+    """Returns the codec of the model's texts. Raises ConfigError, naming the `key` that asks, if it writes none."""
     if not model.has_logits:
-        raise ConfigError("eval.tasks has tasks for a model that writes text, not for a reward model; leave it out")
+        raise ConfigError(f"{key} is for a model that writes text, not for a reward model; leave it out")
     if lineage.tokenizer is None:
-        raise ConfigError("eval.tasks needs the model's tokenizer, which is unknown; leave it out")
-    if config.eval.chat and lineage.chat_template is None:
+        raise ConfigError(f"{key} needs the model's tokenizer, which is unknown; leave it out")
+    if config.chat and lineage.chat_template is None:
         raise ConfigError("eval.chat = true, and the model has no chat template; set eval.chat=false")
     ends = (lineage.imported or {}).get("token_ids", {}).get("eos_token_id")
-    codec = TextCodec(lineage.tokenizer, lineage.chat_template, [ends] if isinstance(ends, int) else ends or [])
-    return [TaskScores(config.eval, codec, max(lineage.context, config.train.seq_length), config.run.seed)]
+    return TextCodec(lineage.tokenizer, lineage.chat_template, [ends] if isinstance(ends, int) else ends or [])

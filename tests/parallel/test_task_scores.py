@@ -15,6 +15,7 @@ import tomli_w
 from configs.loader import ConfigError, load
 from configs.train import PretrainConfig
 from export import evaluate
+from pretrain import text_samples_file
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.evaluation.task_scores import task_scores
 from tests.e2e.small_lineage import rewarding, tuning
@@ -57,9 +58,10 @@ def test_tasks_are_scored_in_training_in_any_layout(ranks: RanksOf, tmp_path: Pa
     (tmp_path / "lines.yaml").write_text(TASK)
     lines = ["def f(x):", "return x + 1", "春眠不觉晓", "Licensed under the Apache License"]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
-    task, found = str(tmp_path / "lines.yaml"), {}
+    task, found, written = str(tmp_path / "lines.yaml"), {}, {}
     config = write_config(tmp_path, steps=4, run_dir=tmp_path / "one", rows=40)
-    tasks = f"eval.tasks=['{task}']", "eval.every=2", "eval.task_documents=3"
+    tasks = [f"eval.tasks=['{task}']", "eval.every=2", "eval.task_documents=3"]
+    tasks += ["eval.prompts=['def f(', '春眠']", "eval.prompt_tokens=6"]
 
     def call(module: str, config: Path, *overrides: str, world: int) -> None:
         worker = "tests.parallel.workers.posttraining:command"
@@ -71,6 +73,9 @@ def test_tasks_are_scored_in_training_in_any_layout(ranks: RanksOf, tmp_path: Pa
         overrides = f"run.dir={tmp_path / name}", f"parallel.{layout}"
         call("pretrain.train", config, *overrides, world=1 if name == "one" else 2)
         found[name] = scores(tmp_path / name)
+        written[name] = text_samples_file.read(tmp_path / name)
+    assert written["two"] == written["stages"] == written["one"] and written["one"].keys() == {"def f(", "春眠"}
+    assert [step for step, text in written["one"]["def f("] if text] == [2, 4]
     assert found["one"].keys() == {2, 4} and len(set(found["one"].values())) == 2, "the weights of the moment"
     for name in ("two", "stages"):
         assert found[name] == pytest.approx(found["one"], rel=1e-4)
@@ -108,7 +113,7 @@ def test_a_reward_model_scores_no_tasks(tmp_path: Path) -> None:
     config = load(PretrainConfig, write_config(tmp_path, steps=4, run_dir=tmp_path / "run", rows=40))
     assert task_scores(config, config.model.with_values(), Lineage()) == []
     asked = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": ("lines",)})})
-    with pytest.raises(ConfigError, match=r"eval\.tasks has tasks for a model that writes text.*leave it out"):
+    with pytest.raises(ConfigError, match=r"eval\.tasks is for a model that writes text.*leave it out"):
         task_scores(asked, config.model.with_values(), Lineage())
     with pytest.raises(ConfigError, match=r"eval\.tasks needs the model's tokenizer"):
         task_scores(asked, config.model, Lineage())

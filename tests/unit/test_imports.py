@@ -65,7 +65,8 @@ MEGATRON_LAYERS = tuple(
 )
 # How a Hugging Face folder is read: by export and import, and by a training run that starts from one (init.hf).
 FOLDERS = ("export.conversion", "export.hf_folder", "export.publishing", "export.tensors")
-REPORTED = ("goodput", "history", "line_charts", "metrics_file")  # modules that the report of a run reads
+# Modules that the report of a run uses, beside those below pages.
+REPORTED = ("goodput", "history", "line_charts", "mask_page", "metrics_file", "run_comparison", "text_samples_file")
 LIBRARIES = ("deepspeed", "megatron", "pretrain.megatron")  # of parallel training, used only through pretrain.parallel
 RULES = (
     ImportRule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
@@ -94,10 +95,7 @@ RULES = (
         "pretrain.run_report",
         ours=(
             "configs",
-            *(
-                f"pretrain.{name}"
-                for name in ("goodput", "line_charts", "history", "mask_page", "metrics_file", "run_comparison")
-            ),
+            *(f"pretrain.{name}" for name in REPORTED),
             *PAGES,
         ),
         never=TORCH,
@@ -111,6 +109,7 @@ RULES = (
         ),
         never=TORCH,
     ),
+    ImportRule("pretrain.text_samples_file", ours=(), only=("nothing",)),
     ImportRule("pretrain.metrics_file", ours=(), only=("nothing",)),
     ImportRule("pretrain.goodput", ours=(), only=("nothing",)),
     ImportRule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),

@@ -69,6 +69,9 @@ def test_spikes_and_restarts_are_marked_and_sources_counted(browser: Browser, tm
     start = {"began": 0.0, "updated": 10.0, "last_step": 20, "seconds": {"training": 8.0}}
     starts = [{**start, "first_step": 0, "last_step": 12}, {**start, "began": 20.0, "updated": 30.0, "first_step": 10}]
     (tmp_path / "time.json").write_text(json.dumps({"starts": starts}))
+    lines = [{"step": step, "samples": [{"prompt": "<b>", "text": f"text {step}\n<i>"}]} for step in range(0, 30, 2)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{")
+    (tmp_path / "rewinds.json").write_text(json.dumps([{"step": 15, "to_step": 10, "samples": [1, 2]}]))
     (tmp_path / "env.json").write_text(json.dumps({"layout": "tp1 pp1 dp2 zero1", "parameters": 12345}))
     for step, ledger in ((10, {"a": 1, "b": 1}), (9, {"a": 9}), (20, {"<a>": 30.0, "b": 10.0})):
         manifest = tmp_path / "checkpoints" / f"step_{step}" / "manifest.json"
@@ -76,9 +79,12 @@ def test_spikes_and_restarts_are_marked_and_sources_counted(browser: Browser, tm
         manifest.write_text(json.dumps({"ledger": ledger}))
     page = write(tmp_path).read_text(encoding="utf-8")
     assert page.count("spike at step 7, skipped") == 2 and page.count("went on from step 10<") == 3
-    assert "red where there was a spike (1) and grey where the run went on from a checkpoint (1)" in page
+    assert page.count("went back from step 15 to step 10") == 2
+    assert "red where there was a spike or a rewind (2) and grey where the run went on from a checkpoint (1)" in page
     assert "tp1 pp1 dp2 zero1" in page and "12,345" in page and "loss_spike" not in page and "Loss spike" not in page
     assert not browser.all_faults(tmp_path / "report.html")
+    assert "<b>&lt;b&gt;</b>" in page and page.count("&lt;i&gt;</pre>") == 6
+    assert "<pre>text 0\n" in page and "<pre>text 28\n" in page
     assert '&lt;a&gt;</td><td class="n">30</td><td class="n">75.00%</td>' in page
 
 
