@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +28,6 @@ from launch.environment import ClusterEnvironment
 from pretrain import history
 from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import pruning
-from pretrain.checkpoint.base import base_facts
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.parallel.groups import Mesh
 
@@ -132,16 +132,8 @@ class RunDirectory:
                 "and may replace them",
                 flush=True,
             )
-        base = base_facts(self._config, self._lineage.init)
-        for checkpoint in {*self._source.checkpoints, *([base["checkpoint"]] if base else [])}:
-            try:
-                pruning.note_use(Path(checkpoint), self.path)
-            except OSError as error:
-                print(
-                    f"warning: {error}; the run that made {checkpoint}, which this one needs, cannot know that, and "
-                    "may remove it; checkpoint.keep_every keeps checkpoints there",
-                    flush=True,
-                )
+        for checkpoint in self._source.checkpoints:
+            pruning.tell_use(Path(checkpoint), self.path, partial(print, flush=True))
 
 
 def _take(lock: IO[str], run_dir: Path) -> bool:

@@ -2,7 +2,8 @@
 
 It is a checkpoint, an imported model or a Hugging Face folder, known by its SHA-256. The run keeps its files, as hard
 links, which take no space, so that the base may be moved, pruned or deleted. Where they cannot be linked, it is found
-where it was, or where it lies beside a run that was moved together with it.
+where it was, or where it lies beside a run that was moved together with it, and the run that made it is told to keep
+it.
 """
 
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 from configs.files import file_sha256
 from configs.train import TrainerConfig
-from pretrain.checkpoint import storage
+from pretrain.checkpoint import pruning, storage
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.storage import CheckpointError
 
@@ -58,13 +59,17 @@ def base_of(path: Path, manifest: dict[str, Any]) -> Path | None:
 def keep_bases(run_dir: Path, bases: Iterable[dict[str, Any] | None], say: Callable[[str], None]) -> None:
     """Keeps the files of bases in the run, with those of their own bases; says so where that is not possible."""
     for base in filter(None, bases):
+        place = base_of(run_dir / "checkpoints" / "next", {"base": base})
         try:
-            _keep(run_dir, base, base_of(run_dir / "checkpoints" / "next", {"base": base}))
+            _keep(run_dir, base, place)
         except OSError as error:
             say(
                 f"note: the weights that are not trained stay in {base['checkpoint']}, which has to be kept: its files "
                 f"cannot be linked into {run_dir} ({error.strerror})"
             )
+            while place is not None:
+                pruning.tell_use(place, run_dir, say)
+                place = base_of(place, storage.read_manifest(place)) if (place / storage.MANIFEST).is_file() else None
 
 
 def _keep(run_dir: Path, base: dict[str, Any], place: Path | None) -> None:

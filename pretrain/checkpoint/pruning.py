@@ -1,10 +1,11 @@
 """Removal of old checkpoints, and notes in those that other runs need, which stay.
 
-A run may need another one's checkpoint as long as it trains or is read: as the base of its adapters, as the reference
-of a divergence, or as a reward model.
+A run may need another one's checkpoint as long as it trains or is read: as the reference of a divergence, as a reward
+model, or as the base of its adapters where it cannot keep the base's files itself.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.checkpoint import storage
@@ -37,6 +38,17 @@ def note_use(path: Path, run_dir: Path) -> None:
     if (path / storage.MANIFEST).is_file() and line not in _users(path):
         with file.open("a", encoding="utf-8") as lines:
             lines.write(f"{line}\n")
+
+
+def tell_use(path: Path, run_dir: Path, say: Callable[[str], None]) -> None:
+    """Notes that the run in `run_dir` needs a checkpoint, and says so where that cannot be written."""
+    try:
+        note_use(path, run_dir)
+    except OSError as error:
+        say(
+            f"warning: {error}; the run that made {path}, which this one needs, cannot know that, and may remove it; "
+            "checkpoint.keep_every keeps checkpoints there"
+        )
 
 
 def _users(path: Path) -> list[str]:

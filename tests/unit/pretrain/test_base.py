@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from configs.sealed import CHECKPOINT
 from pretrain.checkpoint import base as bases
+from pretrain.checkpoint import pruning, storage
 from pretrain.checkpoint.base import base_of, content_of, keep_bases
+from pretrain.checkpoint.lineage import Pin
 
 
 def _imported(folder: Path, name: str) -> dict[str, Any]:
@@ -21,7 +24,8 @@ def _imported(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_a_base_that_cannot_be_linked_leaves_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, said = tmp_path / "run", []
+    run = tmp_path / "run"
+    said: list[str] = []
     first, second = _imported(tmp_path, "first"), _imported(tmp_path, "second")
     keep_bases(run, [first], said.append)
     assert not said
@@ -40,3 +44,30 @@ def test_a_base_that_cannot_be_linked_leaves_the_others_kept(tmp_path: Path, mon
     found = base_of(run / "checkpoints" / "step_1", {"base": first})
     assert found is not None and found.is_relative_to(run)
     assert not list(run.rglob(".step_*"))
+
+
+def test_a_base_is_kept_by_links_or_by_its_own_run_never_by_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base whose run prunes it lives on in the run that linked it; one that cannot be linked is not pruned."""
+    runs = {name: tmp_path / name for name in ("base", "linked", "elsewhere")}
+    for run in runs.values():
+        run.mkdir()
+    for step in (1, 2, 3):
+        (checkpoint := runs["base"] / f"checkpoints/step_{step}").mkdir(parents=True)
+        (checkpoint / storage.MANIFEST).write_bytes(CHECKPOINT.write({"step": step, "files": {"a": {}}}))
+        (checkpoint / "a").write_bytes(bytes([step]))
+    pins = [Pin.of(runs["base"] / f"checkpoints/step_{step}") for step in (1, 2)]
+    linked, stays = (bases.named_base(pin, run) for pin, run in zip(pins, list(runs.values())[1:], strict=True))
+    said: list[str] = []
+    keep_bases(runs["linked"], [linked], said.append)
+    monkeypatch.setattr(
+        bases.os, "link", lambda *paths: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link"))
+    )
+    keep_bases(runs["elsewhere"], [stays], said.append)
+    assert len(said) == 1 and "Invalid cross-device link" in said[0]
+    pruning.prune(runs["base"], 3, keep=1)
+    assert storage.steps(runs["base"]) == [2, 3]
+    found = [base_of(run / "checkpoints/step_9", {"base": base}) for run, base in
+             ((runs["linked"], linked), (runs["elsewhere"], stays))]  # fmt: skip
+    assert [place and (place / "a").read_bytes() for place in found] == [b"\x01", b"\x02"]
