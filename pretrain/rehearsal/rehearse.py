@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from configs.cli import entrypoint, parse_args
 from configs.layout import Layout
 from configs.loader import ConfigError, Failure
-from configs.train import PretrainConfig
+from configs.train import Precision, PretrainConfig
 from launch.processes import cores
 from pages import duration
 from pretrain.rehearsal.distinct_ranks import distinct_micro_batches, distinct_ranks, place_of, smallest_world
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = list(range(world)) if args.all else distinct_ranks(layout)
     device = "GPUs over NCCL" if args.device == "gpu" else "CPUs over gloo"
     print(
-        f"{config.model.num_parameters():,} parameters on {world:,} ranks as {layout}, {layout.grad_accum_steps} "
-        f"micro-batches a step, as on {device}"
+        f"{config.model.num_parameters():,} parameters in {_precision(config, args.device)} on {world:,} ranks as "
+        f"{layout}, {layout.grad_accum_steps} micro-batches a step, as on {device}"
     )
     print(_chosen(ranks, layout))
     if run.grad_accum_steps < layout.grad_accum_steps:
@@ -102,6 +102,11 @@ def refuse(config: PretrainConfig) -> None:
             'adapter.kind = "adalora" cannot be rehearsed, since it chooses ranks by the values of weights; set '
             "adapter.kind=lora, whose collectives are the same but for that choice"
         )
+
+
+def _precision(config: PretrainConfig, device: str) -> str:
+    chosen = config.train.precision
+    return ("bf16" if device == "gpu" else "auto") if chosen == Precision.AUTO else str(chosen)
 
 
 def _shortened(config: PretrainConfig, layout: Layout, micro_batches: int) -> tuple[Layout, PretrainConfig]:

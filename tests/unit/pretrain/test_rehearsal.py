@@ -1,5 +1,8 @@
 """Rehearsals: which ranks are run, how their calls are compared, and the command. Real steps are in tests/parallel."""
 
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,3 +197,17 @@ def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(
     tables = [[line for line in lines if line.startswith(" ")] for lines in (whole, part)]
     assert tables[0] == tables[1] and len(tables[0]) > 10
     assert whole[-1].startswith("All ") and "fit together" in whole[-1]
+
+
+@pytest.mark.full
+def test_512_ranks_of_a_model_of_70_billion_take_less_than_two_minutes_of_two_cores() -> None:
+    argv = [sys.executable, "-m", "pretrain.rehearsal.rehearse", "configs/pretrain/llama3_8b.toml", "model=llama-3-70b"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [*argv, "--world", "512", "parallel.tp=8", "parallel.pp=8"], capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "Runs 32 of 512 ranks, 0, 7, 56, 63 and their like in each of the 8 stages" in done.stdout
+    assert "calls of 32 ranks fit together" in done.stdout
+    # Of processors and not by the clock, since other programs may use the cores.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 120
