@@ -49,10 +49,8 @@ class StepDetails:
         self._handles = []
         squares = torch.zeros(layers, 2, dtype=torch.float64, device=mesh.device)
         logits = torch.full((layers,), -torch.inf, device=mesh.device)
-        holds_part = mesh.layout.sp or mesh.tp_rank == 0  # else every tp rank has the same outputs
         for layer, block in self._blocks.items():
-            if holds_part:
-                squares[layer] = self._squares[layer]
+            squares[layer] = self._squares[layer]  # ranks that hold the same outputs change no mean
             if block.attention.largest_logit is not None:
                 logits[layer] = block.attention.largest_logit
                 block.attention.largest_logit = None

@@ -56,6 +56,8 @@ class Mlflow:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # or it takes minutes to say that it failed
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         uri = settings["uri"] or str(Path(settings["run_dir"], "mlflow"))
         if "://" not in uri:
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a folder is what the config asks for

@@ -33,6 +33,7 @@ CHILD = Path(__file__).with_name("child.py")
 FILE = "tracking.json"
 WAITING = 1000  # records of one tracker
 CLOSE_SECONDS = 20.0  # of all trackers together
+SILENT_SECONDS = 60.0  # after which one that has taken nothing is told to be silent
 FAILED_CLOSE_SECONDS = 3.0  # of one that did not take the last record that it was given
 # What must be importable, and the distribution package that has it.
 LIBRARIES = {
@@ -67,6 +68,7 @@ class Tracker:
         self._records: queue.Queue[dict[str, Any]] = queue.Queue(WAITING)
         self._offered = self._taken = 0
         self._dropping = False
+        self._heard = time.monotonic()
         self._error, self._fails = "", False
         self._process: subprocess.Popen[bytes] | None = None
         self._over = threading.Event()
@@ -75,7 +77,11 @@ class Tracker:
 
     def write(self, record: dict[str, Any]) -> None:
         """Hands over a record, which nobody may change from now on; returns at once."""
+        if self._offered == self._taken:  # nothing waits for an answer, so the silence begins now
+            self._heard = time.monotonic()
         self._offered += 1
+        if not self._error and time.monotonic() - self._heard > SILENT_SECONDS:
+            self._fail(f"it has not answered for {SILENT_SECONDS:g} seconds")
         try:
             self._records.put_nowait(record)
         except queue.Full:
@@ -132,6 +138,7 @@ class Tracker:
         assert process.stdout is not None
         for line in process.stdout:
             reply = json.loads(line)
+            self._heard = time.monotonic()
             if "run" in reply:
                 self._begun(reply["run"])
             if "done" in reply:

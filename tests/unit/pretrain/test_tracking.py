@@ -173,13 +173,37 @@ def test_one_that_hangs_costs_training_nothing_and_is_ended(
             before = time.perf_counter()
             hanging.write(record(step))
             slowest = max(slowest, time.perf_counter() - before)
-        assert time.monotonic() - began < 5 and slowest < 0.5, slowest
+            assert time.monotonic() - began < 5 and slowest < 0.5, slowest
         began = time.monotonic()
         hanging.close(finished=True)
         assert time.monotonic() - began < 3 and process.poll() == -signal.SIGKILL
     told = capfd.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in told] == ["tracking.otel"] * 2, told
     assert "5 steps wait already" in told[0] and "5,001 of 5,001 records did not get there" in told[1]
+
+
+@needs["otel"]
+def test_one_that_does_not_answer_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trackers, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(trackers, "FAILED_CLOSE_SECONDS", 0.1)
+    with collector() as (endpoint, _):
+        idle = opened(tmp_path / "idle", otel={"endpoint": endpoint, "every_seconds": 0})
+        for step, pause in ((1, 1.5), (2, 0.0), (3, 0.0)):  # the pause is that of a long step
+            idle.write(record(step))
+            time.sleep(pause)
+        idle.close(finished=True)
+    assert "warning" not in capfd.readouterr().out
+    with collector(answers=False) as (endpoint, _):
+        silent = opened(tmp_path / "run", otel={"endpoint": endpoint, "every_seconds": 0})
+        for step in range(1, 5):
+            silent.write(record(step))
+            time.sleep(0.5)
+        silent.close(finished=True)
+    told = capfd.readouterr().out.splitlines()
+    assert len(told) == 2 and "tracking.otel: it has not answered for 1 seconds; training goes on" in told[0]
+    assert "4 of 4 records did not get there (it has not answered" in told[1]
 
 
 @needs["prometheus"]
