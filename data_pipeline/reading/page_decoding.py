@@ -42,6 +42,8 @@ _TOLERATED = 3
 _TOLERATED_SHARE = 0.1
 # C1 controls do not occur in text: a byte that decodes to one belongs to another encoding.
 _NOWHERE = re.compile("[\x80-\x9f]")
+# A Ukrainian letter in KOI8-U between Cyrillic ones; in KOI8-R it would be a piece of a frame in the middle of a word.
+_UKRAINIAN = re.compile(rb"[\xc0-\xff][\xa4\xa6\xa7\xad\xb4\xb6\xb7\xbd][\xc0-\xff]")
 _NO_TEXT = re.compile("[\ufffd\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 
 _TAG = re.compile(rb"<([a-zA-Z][^\s/>]*)")
@@ -122,7 +124,7 @@ def _candidates(content: bytes, content_type: str, markup: bool) -> Iterator[tup
         yield "utf-8", BY_BYTES
     # html5_compatible would replace encodings that have no WHATWG name in resiliparse's table, such as cp949, by UTF-8.
     if guessed := charset_of(detect_encoding(content, html5_compatible=False) or ""):
-        yield guessed, GUESSED
+        yield "koi8-u" if guessed == "koi8-r" and _UKRAINIAN.search(content) else guessed, GUESSED
     yield "utf-8", GUESSED
     yield "cp1252", GUESSED
 

@@ -4,6 +4,7 @@ The first rule that a completion breaks is the reason by which it is counted. Co
 cut before their end, are never kept.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from posttrain.rejection.samples import DrawnSample
 from posttrain.rejection.text_measures import jaccard, longest_paragraph, script_share, word_ngrams
 
 SHOWN = 80  # characters of a completion in messages
+CUT, UNSCORABLE = "cut before the end of its turn", "unscorable"  # reasons that no rule of [keep] gives
 
 
 @dataclass
@@ -31,8 +33,21 @@ class NotKept:
 
     def lines(self) -> list[str]:
         """Returns a line for each reason, the commonest first."""
-        ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return [f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in ordered]
+        return [f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in self._ordered()]
+
+    def remedy(self) -> str:
+        """Returns what to do about the commonest reason."""
+        reason = self._ordered()[0][0]
+        if rule := re.search(r"keep\.\w+(\.\w+)?", reason):
+            return f"loosen {rule[0]} and run the same command again, which keeps the samples"
+        if reason == CUT:
+            return "raise task.max_new_tokens, and choose another run.dir for the new samples, or take another model"
+        if reason.startswith(UNSCORABLE):
+            return "correct the reward, and choose another run.dir for the new samples"
+        return "choose another model or sample.temperature, and another run.dir for the new samples"
+
+    def _ordered(self) -> list[tuple[str, int]]:
+        return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 # Returns why a completion cannot be a dialogue, or None.
@@ -77,11 +92,11 @@ def fault(sample: DrawnSample, keep: KeepSection, scored: bool) -> str | None:
     """Returns why a completion is not kept, whatever the others of its prompt are, or None."""
     text = sample.text
     if not sample.stopped:
-        return "cut before the end of its turn"
+        return CUT
     if not text.strip():
         return "empty"
     if scored and sample.score is None:
-        return f"unscorable: {sample.reason}"
+        return f"{UNSCORABLE}: {sample.reason}"
     if keep.min_score is not None and (sample.score is None or sample.score < keep.min_score):
         return f"score below keep.min_score = {keep.min_score:g}"
     for name, least in keep.min_rewards.items():

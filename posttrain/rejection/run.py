@@ -184,8 +184,7 @@ def _lines(counts: Counts, set_aside: NotKept, config: SampleConfig, folder: Pat
     if not counts.kept:
         return [
             *lines,
-            f"error: none of {counts.samples:,} samples is kept, so there are no dialogues; loosen the first of these "
-            "rules in [keep] and run the same command again, which keeps the samples",
+            f"error: none of {counts.samples:,} samples is kept, so there are no dialogues; {set_aside.remedy()}",
         ]
     measured = counts.measures(config.task.is_scored)
     if "score" in measured:

@@ -1,6 +1,7 @@
 """Rejection sampling: which completions are kept, how the others are counted, and files that a run goes on from."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,19 @@ def chosen(samples: list[DrawnSample], **keep: Any) -> tuple[list[int], dict[str
 def test_each_rule_sets_aside_what_breaks_it_and_nothing_else(
     change: dict[str, Any], keep: dict[str, Any], reason: str
 ) -> None:
-    good = replace(ONE, number=1, rewards={"form": 1.0})
-    assert chosen([replace(ONE, **change), good], **keep) == ([1], {reason: 1})
+    good, bad = replace(ONE, number=1, rewards={"form": 1.0}), replace(ONE, **change)
+    assert chosen([bad, good], **keep) == ([1], {reason: 1})
+    # Where nothing is kept, the message names the rule to loosen, or what else to do about it.
+    set_aside = NotKept()
+    set_aside.add(reason, bad)
+    said = set_aside.remedy()
+    if keep:
+        (rule,) = keep
+        assert re.match(rf"loosen keep\.{rule}(\.form)? and run the same command again", said)
+        assert chosen([bad]) == ([0], {})
+    else:
+        assert "keep" not in said and "another run.dir" in said
+        assert "task.max_new_tokens" in said or bad.stopped
 
 
 def test_the_best_of_a_prompt_come_first_and_equal_texts_count_once() -> None:

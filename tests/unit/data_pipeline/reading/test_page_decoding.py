@@ -20,6 +20,7 @@ from tests.unit.data_pipeline.reading.encodings import (
     RUSSIAN,
     SIMPLIFIED,
     TRADITIONAL,
+    UKRAINIAN,
     XML,
     encoded,
 )
@@ -188,10 +189,11 @@ def test_what_the_header_gets_wrong_the_page_puts_right() -> None:
 
 
 @pytest.mark.parametrize(
-    "codec", ["cp949", "cp932", "euc_jp", "iso2022_jp", "gb18030", "big5", "cp1251", "cp852", "hz"]
+    "codec", ["cp949", "cp932", "euc_jp", "iso2022_jp", "gb18030", "big5", "cp1251", "koi8_r", "koi8_u", "cp852", "hz"]
 )
 def test_pages_that_say_nothing_are_guessed(codec: str) -> None:
     texts = {"cp949": KOREAN, "gb18030": SIMPLIFIED, "hz": SIMPLIFIED, "big5": TRADITIONAL, "cp852": POLISH}
+    texts |= {"koi8_u": UKRAINIAN, "koi8_r": RUSSIAN}
     text = texts.get(codec, RUSSIAN if codec == "cp1251" else JAPANESE)
     found = decode_page(page(text).encode(codec))
     assert text in found.text and found.known_by == "a guess"
