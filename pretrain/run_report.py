@@ -9,8 +9,9 @@ imports no torch.
 import html
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeGuard
 
 from configs.cli import command_parser, entrypoint
@@ -38,6 +39,7 @@ CHARTS = {
     "attention_logit": ("Largest attention logit", "logit"),
     "attention_logit_by_layer": ("Largest attention logit by layer", "logit"),
 }
+MOST_LINES = 12  # in a chart by layer; of more layers only the highest, the median and the lowest are drawn
 SHOWN_SAMPLES = 6  # evaluations from which the report shows texts
 NOT_DRAWN = {"step", "tokens", "eval", "loss_spike", "grad_norm_spike", "skipped"}
 SPIKY = ("loss", "grad_norm")  # charts on which spikes are marked
@@ -198,7 +200,19 @@ def _series(steps: list[dict[str, Any]], key: str) -> dict[str, Points]:
         for name, number in value.items() if isinstance(value, dict) else [(key, value)]:
             if _is_number(number):
                 series.setdefault(name, []).append((record["step"], number))
-    return dict(series)
+    return _spread(series) if key.endswith("_by_layer") and len(series) > MOST_LINES else dict(series)
+
+
+def _spread(series: Mapping[str, Points]) -> dict[str, Points]:
+    """Returns the highest, the median and the lowest of many lines at each step."""
+    values: dict[float, list[float]] = {}
+    for points in series.values():
+        for step, value in points:
+            values.setdefault(step, []).append(value)
+    found: dict[str, Callable[[list[float]], float]] = {"highest": max, "median": median, "lowest": min}
+    return {
+        f"{name} of {len(series)}": [(step, of(values[step])) for step in sorted(values)] for name, of in found.items()
+    }
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

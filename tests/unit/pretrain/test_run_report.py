@@ -88,6 +88,17 @@ def test_spikes_and_restarts_are_marked_and_sources_counted(browser: Browser, tm
     assert '&lt;a&gt;</td><td class="n">30</td><td class="n">75.00%</td>' in page
 
 
+def test_of_many_layers_the_spread_is_drawn(tmp_path: Path) -> None:
+    by_layer = {f"layer {i}": float(i) for i in range(80)}
+    line = {"step": 1, "loss": 1.0, "attention_logit_by_layer": by_layer}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    page = write(tmp_path).read_text(encoding="utf-8")
+    assert [f"{words} of 80: last {value} at 1<" in page for words, value in (
+        ("highest", "79"), ("median", "39.5"), ("lowest", "0")
+    )] == [True] * 3  # fmt: skip
+    assert "layer 7" not in page
+
+
 def test_runs_are_compared_by_settings_and_last_values(
     browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
