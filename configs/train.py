@@ -244,6 +244,9 @@ class WatchdogConfig(Section):
     """The time that any of them may take in any case, in seconds."""
     first_seconds: float = Field(default=1500.0, gt=0)
     """The time that the start of the run, its first step and its first rollout may take, in seconds."""
+    straggler: float = Field(default=1.5, gt=1)
+    """How many times as long as the median of the ranks with the same work a rank may work in a step; one that takes
+    longer in ten steps after one another is named in the log."""
 
 
 class TrainerConfig(Section):

@@ -17,6 +17,7 @@ from configs.model import ModelConfig
 from pretrain.display import Display, shown
 from pretrain.health.rewinds import BadStep, SampleRange
 from pretrain.health.spikes import SpikeGuard
+from pretrain.health.stragglers import Stragglers
 from pretrain.metrics import MetricsLog
 from pretrain.model.batch import Batch
 from pretrain.parallel import details, expert_balance
@@ -121,8 +122,9 @@ class StepLog:
         ledger: dict[str, float],
         mfu_per_rate: float | None,
         spikes: SpikeGuard,
+        stragglers: Stragglers,
     ):
-        self.log, self.display, self._spikes = log, display, spikes
+        self.log, self.display, self._spikes, self._stragglers = log, display, spikes, stragglers
         self._every, self._steps, self._model = every, steps, model
         self._sources, self._ledger, self._mfu_per_rate = sources, ledger, mfu_per_rate
         self._newest: Step | None = None
@@ -175,6 +177,8 @@ class StepLog:
             self._ledger[name] += weight
         if self.log:
             self.log.write(record | found)
+        for sentence in self._stragglers.note(sums.busy) if self.display else ():
+            self.say(f"step {step.number - 1}: {sentence}")
         if found and self.display:
             self.display.say(f"step {step.number} is a spike: {spike(record | found)}")
         if self.display and (step.number % self._every == 0 or step.number == self._steps):

@@ -38,6 +38,7 @@ from pretrain.health.recording import StepRecorder
 from pretrain.health.rewinding import go_back
 from pretrain.health.rewinds import BadStep, Rewinds
 from pretrain.health.spikes import SpikeGuard
+from pretrain.health.stragglers import BusyTime, Stragglers
 from pretrain.heldout_loss import Evaluator
 from pretrain.metrics import MetricsLog
 from pretrain.model.batch import Batch
@@ -219,6 +220,7 @@ class Trainer:
             self.tokens_by_source,
             self._mfu_per_rate,
             self.spikes,
+            Stragglers.of_mesh(self.config.watchdog, self.mesh),
         )
 
     def _loop(self, steps: StepLog, saver: Saver, check: DataCheck, watch: signals.Watch) -> int:
@@ -272,7 +274,7 @@ class Trainer:
 
     def _train_step(self) -> Step:
         train, mesh = self.config.train, self.mesh
-        timer = StepTimer(mesh.device)
+        timer, busy = StepTimer(mesh.device), BusyTime()
         lr = learning_rate(self.step, train.steps, self.config.optimizer.lr, self.config.schedule)
         self.activities.begin(PREPARATION, self.step + 1)
         with record_function(DATA):
@@ -294,6 +296,7 @@ class Trainer:
             self.engine.after_backward = None
         more = self.companion.train_step(batches, self.step) if self.companion else {}
         timer.stop()
+        self.engine.busy_seconds = busy.seconds()
         self.step += 1
         self.samples += train.global_batch_size
         batch_tokens = train.global_batch_size * train.seq_length

@@ -68,6 +68,7 @@ class Engine:
         self._mtp_depth = model_config.head.mtp_depth
         self.num_sources = num_sources
         self._sound = torch.ones((), dtype=torch.bool, device=mesh.device)  # false once a step that ends the run failed
+        self.busy_seconds = 0.0  # that this rank worked in the step before, which all ranks get with a step's results
         self.after_backward: Callable[[], None] | None = None  # called when the gradients of a step are whole
         self.micro_batches = 0  # forward passes that the step has begun on this rank, of all of its chunks
         # What names the base in checkpoints, where they leave frozen weights out: another one that has them.
@@ -244,6 +245,10 @@ class Engine:
         else:
             length = 2 * self.num_sources + len(metrics)
             sums = torch.zeros(length, dtype=torch.float64, device=self.mesh.device)
+        if not forward_only:
+            busy = torch.zeros(self.mesh.layout.world_size, dtype=torch.float64, device=self.mesh.device)
+            busy[self.mesh.rank] = self.busy_seconds
+            sums = torch.cat([sums, busy])
         return StepSums(self.mesh.sum_over_world(sums), self.num_sources, metrics)
 
     def _forward_step(

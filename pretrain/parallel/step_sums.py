@@ -45,9 +45,9 @@ class StepSums:
     """Results of a step over the global batch; the first one that is asked for waits for the step.
 
     Every rank has the same. `sums` [2 * sources + metrics] holds, for each source, the loss summed over trained tokens
-    and the sum of the loss mask, then the sums of the loss function's metrics `names`. `grad_norm` is the global norm
-    before clipping, `experts` the result of `expert_balance.counts`, and `details` that of
-    `StepDetails.finish`; an evaluation has none of them.
+    and the sum of the loss mask, then the sums of the loss function's metrics `names`, then what `busy` returns.
+    `grad_norm` is the global norm before clipping, `experts` the result of `expert_balance.counts`, and `details` that
+    of `StepDetails.finish`; an evaluation has none of them.
 
     Asking for any result raises FloatingPointError if the norm is not finite: the step then changed no weight. Results
     with `applied` raise no error; it says whether the step changed weights.
@@ -116,8 +116,13 @@ class StepSums:
     def metrics(self) -> dict[str, float]:
         """The loss function's metrics, as means over tokens weighted by the loss mask."""
         weight = float(self.weight.sum().clamp(min=1e-12))
-        values = self._host["sums"][2 * self._num_sources :]
+        values = self._host["sums"][2 * self._num_sources :][: len(self._names)]
         return {name: float(value) / weight for name, value in zip(self._names, values, strict=True)}
+
+    @property
+    def busy(self) -> list[float]:
+        """The seconds that each rank worked in the step before; none of an evaluation."""
+        return self._host["sums"][2 * self._num_sources + len(self._names) :].tolist()
 
     @property
     def grad_norm(self) -> float:

@@ -5,6 +5,8 @@ of a pipeline. So `count_messages` wraps the methods of torch's process groups t
 """
 
 import functools
+import threading
+import time
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ class MessageCounts:
     def __init__(self) -> None:
         self.started: Counter[tuple[str, int]] = Counter()
         self.waiting: PeerMessage | None = None
+        self.waited = 0.0  # seconds that the main thread has waited, for messages and collectives
         self._works: deque[tuple[int, PeerMessage]] = deque(maxlen=KEPT)
 
     def start(self, kind: str, group: dist.ProcessGroup, peer: int, work: Any) -> None:
@@ -61,18 +64,20 @@ def count_messages() -> MessageCounts:
 
     for kind in ("send", "recv"):
         setattr(dist.ProcessGroup, kind, counting(getattr(dist.ProcessGroup, kind), kind))
-    wait = dist.Work.wait
+    wait, main = dist.Work.wait, threading.main_thread().ident
 
     @functools.wraps(wait)
     def watched(work: Any, *args: Any, **options: Any) -> Any:
-        message = COUNTS.of_work(work)
-        if message is None:  # a collective, perhaps in another thread
+        message, is_main = COUNTS.of_work(work), threading.get_ident() == main
+        if message is None and not is_main:  # a collective of a save, for example
             return wait(work, *args, **options)
-        COUNTS.waiting = message
+        COUNTS.waiting, began = message, time.perf_counter()
         try:
             return wait(work, *args, **options)
         finally:
             COUNTS.waiting = None
+            if is_main:
+                COUNTS.waited += time.perf_counter() - began
 
     setattr(dist.Work, "wait", watched)  # noqa: B010 - mypy knows the attribute as a method
     return COUNTS

@@ -34,7 +34,7 @@ def test_the_loop_reads_one_copy_a_step_when_the_next_step_is_under_way(
         assert eight["events"] == ["step", *["step", "fetch"] * 7, "fetch", "fetch"]
         more = {key.split(":")[0] for key, count in eight["reads"].items() if count > three["reads"].get(key, 0)}
         # All of these read host memory: the rows before they are sent to the device, and what was fetched from there.
-        copied = {"loss", "weights", "mean_loss", "mean_losses", "metrics", "grad_norm", "_host", "<dictcomp>"}
+        copied = {"loss", "weights", "mean_loss", "mean_losses", "metrics", "busy", "grad_norm", "_host", "<dictcomp>"}
         rows = {"batch_source.py collate", "documents.py of"}
         described = {"expert_balance.py described", "expert_balance.py <dictcomp>", "details.py described"}
         assert more <= {f"step_sums.py {name}" for name in copied} | described | rows

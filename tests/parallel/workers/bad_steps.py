@@ -3,6 +3,7 @@
 import contextlib
 import io
 import platform
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -159,3 +160,25 @@ def _flip(tensor: torch.Tensor) -> torch.Tensor:
     bits = tensor.view(torch.int32).view(-1)
     bits[19] ^= 1
     return tensor
+
+
+def train_with_a_slow_rank(run_dir: str, model: dict[str, Any], parallel: dict[str, Any], slow: str) -> dict[str, Any]:
+    """Trains 20 steps, in each of which rank 1 sleeps, before its rows or in the first layer of a micro-batch."""
+    steps, said = 20, io.StringIO()
+
+    def sleep(engine: Engine) -> None:
+        if engine.mesh.rank == 1:
+            time.sleep(0.3)
+
+    def in_layer(*_: Any) -> None:
+        if trainer.engine.micro_batches == 1:
+            sleep(trainer.engine)
+
+    at = dict.fromkeys(range(steps), sleep) if slow == "rows" else {}
+    sections = {"eval": {"every": steps}, "watchdog": {"straggler": 1.2}}
+    trainer = make_trainer(run_dir, model, parallel, steps, at, every=steps, **sections)
+    if slow == "layer":
+        trainer.engine.module.blocks[0].register_forward_pre_hook(in_layer)
+    with contextlib.redirect_stdout(said):
+        status = trainer.fit()
+    return {"status": status, "said": said.getvalue(), "host": platform.node()}
