@@ -187,12 +187,17 @@ def main() -> None:
     for number in (0, 1):  # a library that prints or asks reaches nobody
         os.dup2(nowhere, number)
 
+    client: Any = None
+
     def say(**message: Any) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
+        try:
+            replies.write(json.dumps(message) + "\n")
+            replies.flush()
+        except BrokenPipeError:  # the run has been killed; a tracker that has begun still gets what it was sent
+            if client is None:
+                raise
 
     settings = json.loads(requests.readline())
-    client: Any = None
     for seconds in _waits():
         try:
             client = CLIENTS[settings["tracker"]](settings)

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from configs.tracking import TrackingConfig
 from pretrain.tracking import child, trackers
 from pretrain.tracking.trackers import Trackers, check_installed
 
+ROOT = Path(__file__).resolve().parents[3]
 needs = {
     name: pytest.mark.skipif(find_spec(module.split(".")[0]) is None, reason=f"{package} is not installed")
     for name, (module, package) in trackers.LIBRARIES.items()
@@ -183,27 +186,54 @@ def test_one_that_hangs_costs_training_nothing_and_is_ended(
 
 
 @needs["otel"]
+def test_what_was_sent_arrives_though_the_run_is_killed(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys, time
+from pathlib import Path
+from configs.tracking import OtelConfig, TrackingConfig
+from pretrain.tracking.trackers import Trackers
+trackers = Trackers(TrackingConfig(otel=OtelConfig(endpoint=sys.argv[1], every_seconds=60)), Path(sys.argv[2]), {})
+for step in (1, 2):
+    trackers.write({"step": step, "loss": 1.0})
+(tracker,) = trackers._trackers
+while tracker._offered > tracker._taken:  # all is sent
+    time.sleep(0.01)
+print(tracker._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with collector() as (endpoint, bodies):
+        command = [sys.executable, "-c", script, endpoint, str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{done.stdout.strip()}").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert time.monotonic() < deadline, "the tracker's process lives on"
+    assert exported(bodies)["trivium.step"] == [1.0, 2.0]  # at once, and at the end
+
+
+@needs["otel"]
 def test_one_that_does_not_answer_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trackers, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(trackers, "FAILED_CLOSE_SECONDS", 0.1)
-    with collector() as (endpoint, _):
-        idle = opened(tmp_path / "idle", otel={"endpoint": endpoint, "every_seconds": 0})
-        for step, pause in ((1, 1.5), (2, 0.0), (3, 0.0)):  # the pause is that of a long step
-            idle.write(record(step))
-            time.sleep(pause)
-        idle.close(finished=True)
-    assert "warning" not in capfd.readouterr().out
-    with collector(answers=False) as (endpoint, _):
-        silent = opened(tmp_path / "run", otel={"endpoint": endpoint, "every_seconds": 0})
-        for step in range(1, 5):
-            silent.write(record(step))
-            time.sleep(0.5)
-        silent.close(finished=True)
+    for answers in (True, False):
+        monkeypatch.setattr(trackers, "SILENT_SECONDS", 60.0)
+        with collector(answers) as (endpoint, bodies):
+            one = opened(tmp_path / str(answers), otel={"endpoint": endpoint, "every_seconds": 0})
+            one.write(record(1))
+            (tracker,) = one._trackers
+            deadline = time.monotonic() + 30
+            while not (tracker._taken if answers else bodies) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            monkeypatch.setattr(trackers, "SILENT_SECONDS", 0.3)
+            time.sleep(0.5)  # a long step
+            one.write(record(2))
+            one.write(record(3))
+            one.close(finished=True)
     told = capfd.readouterr().out.splitlines()
-    assert len(told) == 2 and "tracking.otel: it has not answered for 1 seconds; training goes on" in told[0]
-    assert "4 of 4 records did not get there (it has not answered" in told[1]
+    assert len(told) == 2 and "tracking.otel: it has not answered for 0.3 seconds; training goes on" in told[0]
+    assert "3 of 3 records did not get there (it has not answered" in told[1]
 
 
 @needs["prometheus"]
