@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with groups.joined(env, layout, config.parallel.backend) as mesh:
         choice = choose_plan(spans[-1]["plan"], run)
         if choice.plan.fingerprint != spans[-1]["data"]:
-            raise ConfigError(f"{choice.plan.path} is not the plan that step {step} of {run} was trained on")
+            raise ConfigError(
+                f"{choice.plan.path} is not the plan that step {step} of {run} was trained on; restore that one there: "
+                f"the SHA-256 of its plan.json begins with {spans[-1]['data'][:12]}"
+            )
         trainer = make_trainer(config, choice, None, mesh, str(checkpoint) if checkpoint else "no")
         recorder, failure, found = StepRecorder(trainer.engine), "", {}
         try:
@@ -120,7 +123,7 @@ def _checkpoint(run: Path, step: int, spans: "Sequence[DataSpan]") -> Path | Non
         why = f" ({'; '.join(problems)})" if problems else ""
         raise ConfigError(
             f"--step {step}: {run} has no checkpoint between the last change of its settings or data and this step, "
-            f"only those of steps {kept}{why}; give a later step, and set checkpoint.keep_every to keep more of them"
+            f"only those of steps {kept}{why}; give a later step, and in later runs set checkpoint.keep_every to keep more"
         )
     return path
 
