@@ -123,7 +123,7 @@ def _checkpoint(run: Path, step: int, spans: "Sequence[DataSpan]") -> Path | Non
         why = f" ({'; '.join(problems)})" if problems else ""
         raise ConfigError(
             f"--step {step}: {run} has no checkpoint between the last change of its settings or data and this step, "
-            f"only those of steps {kept}{why}; give a later step, and in later runs set checkpoint.keep_every to keep more"
+            f"only those of steps {kept}{why}; give a later step, and keep more by checkpoint.keep_every in later runs"
         )
     return path
 
