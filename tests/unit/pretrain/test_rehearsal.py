@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pretrain.rehearsal import rehearse
 from pretrain.rehearsal.collective_calls import Group, GroupCall
 from pretrain.rehearsal.comparison import mismatch
 from pretrain.rehearsal.distinct_ranks import distinct_micro_batches, distinct_ranks, place_of, smallest_world
+from pretrain.rehearsal.rank import RehearsedRank
 
 DEMO = "configs/pretrain/demo.toml"
 DEMO_MOE = "configs/pretrain/demo_moe.toml"
@@ -179,6 +181,22 @@ def test_the_command_tells_which_ranks_it_runs(capsys: pytest.CaptureFixture[str
     assert "Runs 10 of 128 ranks, 0, 1, 3, 60, 63 and their like in each of the 2 stages" in out
     assert rehearse.main([DEMO, *options, "--all"]) == 0
     assert "Runs every rank: 0 to 127." in capsys.readouterr().out
+
+
+def test_a_difference_and_a_failure_end_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    layout, once = _layout(2, tp=2), Fraction(1)
+    other = replace(SUM, numel=9, bytes=36)
+    assert rehearse._report([RehearsedRank(0, 0, [SUM]), RehearsedRank(1, 0, [other])], layout, once, 1.0) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ranks 0 and 1 differ in collective no. 1 of the tp group of ranks 0, 1")
+    assert "fit together" not in said.out
+    failed = RehearsedRank(1, 0, [SUM], failure="RuntimeError: no shape at pretrain/x.py:1 in forward")
+    assert rehearse._report([RehearsedRank(0, 0, [SUM]), failed], layout, once, 1.0) == 1
+    assert capsys.readouterr().err == (
+        "error: rank 1 (stage 0, tensor-parallel rank 1) fails: RuntimeError: no shape at pretrain/x.py:1 in forward\n"
+    )
+    assert rehearse._report([RehearsedRank(0, 0, [SUM]), RehearsedRank(1, 0, [SUM])], layout, once, 1.0) == 0
+    assert "All 2 calls of 2 ranks fit together" in capsys.readouterr().out
 
 
 def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(
