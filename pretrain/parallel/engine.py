@@ -22,7 +22,7 @@ from configs.adapters import AdapterConfig
 from configs.model import ModelConfig
 from configs.train import OptimizerConfig, TrainSection
 from pretrain.megatron import ModelType, get_forward_backward_func, schedule_config
-from pretrain.model import Decoder, LayerContext, init_weights
+from pretrain.model import Decoder, LayerContext, init_weights, native
 from pretrain.model.adapters import adapters_off, add_adapters
 from pretrain.model.batch import Batch
 from pretrain.model.context import ForwardContext
@@ -111,6 +111,8 @@ class Engine:
         exchange_around_attention(self.module, mesh)
         spread_experts(self.module, mesh)
         if train.compile:
+            if mesh.device.type == "cpu" and dtype == torch.bfloat16:
+                native.load()
             for block in self.module.blocks.values():
                 # Not `block.compile()`, which compiles hooks too: one waits for the block's weights.
                 vars(block)["forward"] = torch.compile(block.forward)

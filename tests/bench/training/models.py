@@ -144,7 +144,8 @@ class Plain(nn.Module):
         dim = self.config.dim_per_head
         frequencies = self.config.position.theta ** (-torch.arange(0, dim, 2, device=tokens.device) / dim)
         angles = positions[:, None, :, None].float() * frequencies
-        x, cos, sin = self.embedding(tokens), angles.cos(), angles.sin()
+        x = self.embedding(tokens)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, mask)
         logits = self.head(self.norm(x))

@@ -16,7 +16,7 @@ from configs.adapters import AdapterConfig
 from configs.layout import Layout
 from configs.loader import validate
 from configs.model import ModelConfig
-from configs.train import OptimizerConfig, ParallelConfig, TrainSection
+from configs.train import OptimizerConfig, ParallelConfig, Precision, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.batch_source import micro_batches, share_of_rank
@@ -39,8 +39,15 @@ def make_engine(
 ) -> Engine:
     """Builds an engine over all ranks of the call; adapters begin with something to add, so that all of them learn."""
     model_config, parallel_config = validate(ModelConfig, model), validate(ParallelConfig, parallel)
+    # What is built beside the engine, as a teacher is, takes its precision from the section.
+    precision = Precision.BF16 if dtype == "bfloat16" else Precision.FP32
     section = TrainSection(
-        steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro_batch, seq_length=SEQ_LENGTH, **train
+        steps=10,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=micro_batch,
+        seq_length=SEQ_LENGTH,
+        precision=precision,
+        **train,
     )
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, parallel_config, model_config, section))
