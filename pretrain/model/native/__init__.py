@@ -1,7 +1,7 @@
 """Kernels in C++ for CPUs, compiled once and kept with what torch.compile makes.
 
-There is one: `causal_backward.cpp`, the backward pass of causal attention in bf16. SDPA's own takes as long in bf16 as in
-fp32, five to ten times its forward pass. Only runs that compile their blocks use it, since they need a C++ compiler
+There is one: `causal_backward.cpp`, the backward pass of causal attention in bf16. SDPA's own takes as long in bf16 as
+in fp32, five to ten times its forward pass. Only runs that compile their blocks use it, since they need a C++ compiler
 anyway; where it cannot be built, SDPA's kernel stays in use.
 """
 
@@ -98,7 +98,18 @@ def _compile(library: Path) -> None:
     unfinished = library.with_suffix(f".{os.getpid()}")
     folders = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    command = [compiler, *FLAGS, *INSTRUCTIONS, abi, *folders, str(SOURCE), "-o", str(unfinished), "-lc10", "-ltorch_cpu"]
+    command = [
+        compiler,
+        *FLAGS,
+        *INSTRUCTIONS,
+        abi,
+        *folders,
+        str(SOURCE),
+        "-o",
+        str(unfinished),
+        "-lc10",
+        "-ltorch_cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]

@@ -40,69 +40,78 @@ float exponential(float x) {
   return power > -126.0f ? sum * scale : 0.0f;
 }
 
+float float_of(uint16_t bits) {
+  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+uint32_t pair(uint16_t first, uint16_t second) { return first | static_cast<uint32_t>(second) << 16; }
+
 // [rows, size], `stride` apart, as the right factor of a product over rows: pairs of rows interleaved.
-void pairs_of_rows(const bf16* from, int64_t stride, int64_t rows, int64_t size, bf16* to) {
-  for (int64_t row = 0; row < even(rows); row += 2) {
-    const bf16 *first = from + row * stride, *second = first + stride;
-    bool has_second = row + 1 < rows;
-    for (int64_t i = 0; i < size; i++) {
-      to[row * size + 2 * i] = first[i];
-      to[row * size + 2 * i + 1] = has_second ? second[i] : bf16(0.0f);
-    }
+void pairs_of_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t size, uint32_t* to) {
+  for (int64_t row = 0; row < rows; row += 2, to += size) {
+    const uint16_t *first = from + row * stride, *second = first + stride;
+    if (row + 1 < rows)
+      for (int64_t i = 0; i < size; i++) to[i] = pair(first[i], second[i]);
+    else
+      for (int64_t i = 0; i < size; i++) to[i] = first[i];
   }
 }
 
 // The transpose of [rows, size] as the right factor of a product over `size`; columns up to `width` are zeros.
-void pairs_of_columns(const bf16* from, int64_t stride, int64_t rows, int64_t size, int64_t width, bf16* to) {
+void pairs_of_columns(const uint16_t* from, int64_t stride, int64_t rows, int64_t size, int64_t width, uint32_t* to) {
   for (int64_t row = 0; row < width; row++)
-    for (int64_t i = 0; i < size; i++)
-      to[(i / 2) * 2 * width + 2 * row + i % 2] = row < rows ? from[row * stride + i] : bf16(0.0f);
+    for (int64_t i = 0; i < size / 2; i++)
+      to[i * width + row] = row < rows ? pair(from[row * stride + 2 * i], from[row * stride + 2 * i + 1]) : 0;
 }
 
 struct View {  // of one head's tokens in a row
-  bf16* data;
+  uint16_t* data;  // bf16
   int64_t stride;
-  bf16* token(int64_t i) const { return data + i * stride; }
+  uint16_t* token(int64_t i) const { return data + i * stride; }
 };
 
 View view(const at::Tensor& x_TBND, int64_t start, int64_t row, int64_t head) {
-  auto* data = static_cast<bf16*>(x_TBND.data_ptr());
+  auto* data = static_cast<uint16_t*>(x_TBND.data_ptr());
   return {data + start * x_TBND.stride(0) + row * x_TBND.stride(1) + head * x_TBND.stride(2), x_TBND.stride(0)};
 }
 
 struct Workspace {
   std::vector<float> key_sums, value_sums, query_sums, scores, slopes;
-  std::vector<bf16> probs, slopes16, slope_pairs, keys_across, query_columns, grad_columns, query_rows, grad_rows;
+  std::vector<uint16_t> probs, slopes16, keys_across;
+  std::vector<uint32_t> slope_pairs, query_columns, grad_columns, query_rows, grad_rows;
   Workspace(int64_t length, int64_t size)
       : key_sums(length * size), value_sums(length * size), query_sums(QUERIES * size), scores(KEYS * QUERIES),
-        slopes(KEYS * QUERIES), probs(KEYS * QUERIES), slopes16(KEYS * QUERIES), slope_pairs(KEYS * QUERIES),
-        keys_across(even(length) * size), query_columns(QUERIES * size), grad_columns(QUERIES * size),
-        query_rows(QUERIES * size), grad_rows(QUERIES * size) {}
+        slopes(KEYS * QUERIES), probs(KEYS * QUERIES), slopes16(KEYS * QUERIES), keys_across(even(length) * size),
+        slope_pairs(KEYS * QUERIES / 2), query_columns(QUERIES * size / 2), grad_columns(QUERIES * size / 2),
+        query_rows(QUERIES * size / 2), grad_rows(QUERIES * size / 2) {}
 };
+
+// C = A B, or C += A B, of sizes [m, k] and [k, n]; rows of A are `stride` apart, and B is laid out in pairs.
+void product(
+    int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t stride, const uint32_t* b, float* c, bool adds) {
+  at::native::cpublas::brgemm(
+      m, n, k, stride, n, n, adds, reinterpret_cast<const bf16*>(a), reinterpret_cast<const bf16*>(b), c);
+}
 
 // Probabilities of a block, and the gradients of its scores, from scores and the gradients of probabilities.
 void softmax_gradient(
     Workspace& w, int64_t keys, int64_t width, int64_t first_key, int64_t first_query, const float* logsumexp,
     const float* along, float scale) {
-  auto* probs = reinterpret_cast<uint16_t*>(w.probs.data());
-  auto* slopes16 = reinterpret_cast<uint16_t*>(w.slopes16.data());
-  auto* joined = reinterpret_cast<uint32_t*>(w.slope_pairs.data());
   for (int64_t key = 0; key < keys; key++) {
     const float *score = &w.scores[key * width], *slope = &w.slopes[key * width];
-    uint16_t *prob_out = probs + key * width, *slope_out = slopes16 + key * width;
-    int64_t seen_from = first_key + key - first_query;  // queries before it do not see this key
-    for (int64_t i = 0; i < width; i++) {
+    uint16_t *prob_out = &w.probs[key * width], *slope_out = &w.slopes16[key * width];
+    auto seen_from = static_cast<int32_t>(first_key + key - first_query);  // queries before it do not see this key
+    for (int32_t i = 0; i < static_cast<int32_t>(width); i++) {
       float prob = exponential(score[i] * scale - logsumexp[i]);
       prob = i >= seen_from ? prob : 0.0f;
       prob_out[i] = bits_of(prob);
       slope_out[i] = bits_of(prob * (slope[i] - along[i]) * scale);
     }
   }
-  for (int64_t key = 0; key < even(keys); key += 2) {
-    const uint16_t *first = slopes16 + key * width, *second = first + width;
-    for (int64_t i = 0; i < width; i++)
-      joined[key / 2 * width + i] = first[i] | (key + 1 < keys ? static_cast<uint32_t>(second[i]) << 16 : 0u);
-  }
+  pairs_of_rows(w.slopes16.data(), width, keys, width, w.slope_pairs.data());
 }
 
 // All queries of one head over the document; sums for keys and values are added to the workspace's.
@@ -114,9 +123,10 @@ void head_backward(
     int64_t queries = std::min(QUERIES, length - first), width = even(queries);
     for (int64_t i = 0; i < width; i++) {
       low[i] = i < queries ? logsumexp[first + i] : INFINITY;  // a query that fills up has no probabilities
+      const uint16_t *own_grad = grad.token(first + i), *own_out = out.token(first + i);
       float sum = 0;
-      for (int64_t d = 0; i < queries && d < size; d++)
-        sum += static_cast<float>(grad.token(first + i)[d]) * static_cast<float>(out.token(first + i)[d]);
+#pragma omp simd reduction(+ : sum)
+      for (int64_t d = 0; d < (i < queries ? size : 0); d++) sum += float_of(own_grad[d]) * float_of(own_out[d]);
       along[i] = sum;
     }
     pairs_of_columns(q.token(first), q.stride, queries, size, width, w.query_columns.data());
@@ -125,19 +135,16 @@ void head_backward(
     pairs_of_rows(grad.token(first), grad.stride, queries, size, w.grad_rows.data());
     for (int64_t key = 0; key < first + queries; key += KEYS) {
       int64_t keys = std::min(KEYS, first + queries - key);
-      using at::native::cpublas::brgemm;
-      brgemm(keys, width, size, k.stride, width, width, false, k.token(key), w.query_columns.data(), w.scores.data());
-      brgemm(keys, width, size, v.stride, width, width, false, v.token(key), w.grad_columns.data(), w.slopes.data());
+      product(keys, width, size, k.token(key), k.stride, w.query_columns.data(), w.scores.data(), false);
+      product(keys, width, size, v.token(key), v.stride, w.grad_columns.data(), w.slopes.data(), false);
       softmax_gradient(w, keys, width, key, first, low, along, scale);
-      float *own_key = &w.key_sums[key * size], *own_value = &w.value_sums[key * size];
-      brgemm(keys, size, width, width, size, size, true, w.probs.data(), w.grad_rows.data(), own_value);
-      brgemm(keys, size, width, width, size, size, true, w.slopes16.data(), w.query_rows.data(), own_key);
-      brgemm(
-          size, width, even(keys), even(length), width, width, key > 0, &w.keys_across[key], w.slope_pairs.data(),
-          w.query_sums.data());
+      product(keys, size, width, w.probs.data(), width, w.grad_rows.data(), &w.value_sums[key * size], true);
+      product(keys, size, width, w.slopes16.data(), width, w.query_rows.data(), &w.key_sums[key * size], true);
+      const uint16_t* across = &w.keys_across[key];
+      product(size, width, even(keys), across, even(length), w.slope_pairs.data(), w.query_sums.data(), key > 0);
     }
-    for (int64_t i = 0; i < queries; i++)
-      for (int64_t d = 0; d < size; d++) grad_q.token(first + i)[d] = w.query_sums[d * width + i];
+    for (int64_t d = 0; d < size; d++)
+      for (int64_t i = 0; i < queries; i++) grad_q.token(first + i)[d] = bits_of(w.query_sums[d * width + i]);
   }
 }
 
@@ -171,7 +178,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
       View own_k = view(k, start, row, head), own_v = view(v, start, row, head);
       for (int64_t i = 0; i < even(length); i++)
         for (int64_t d = 0; d < size; d++)
-          w.keys_across[d * even(length) + i] = i < length ? own_k.token(i)[d] : bf16(0.0f);
+          w.keys_across[d * even(length) + i] = i < length ? own_k.token(i)[d] : 0;
       std::fill_n(w.key_sums.begin(), length * size, 0.0f);
       std::fill_n(w.value_sums.begin(), length * size, 0.0f);
       for (int64_t query = head * sharing; query < (head + 1) * sharing; query++)
@@ -181,8 +188,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
       View to_k = view(grad_k, start, row, head), to_v = view(grad_v, start, row, head);
       for (int64_t i = 0; i < length; i++)
         for (int64_t d = 0; d < size; d++) {
-          to_k.token(i)[d] = w.key_sums[i * size + d];
-          to_v.token(i)[d] = w.value_sums[i * size + d];
+          to_k.token(i)[d] = bits_of(w.key_sums[i * size + d]);
+          to_v.token(i)[d] = bits_of(w.value_sums[i * size + d]);
         }
     }
     at::native::cpublas::brgemm_release();
