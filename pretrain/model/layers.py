@@ -46,8 +46,7 @@ class RMSNorm(Norm):
     """RMSNorm (Zhang and Sennrich 2019): x / rms(x) * weight, the statistics in fp32 or better."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if x.dtype == self.weight.dtype == wide and not torch.compiler.is_compiling():
+        if x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             if not torch.is_grad_enabled():
                 return _scaled(x, self.weight, self.eps)[0]
             return _Normalized.apply(x, self.weight, self.eps)
@@ -97,17 +96,21 @@ def normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
 def _scaled(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the normalized elements times the weight, and the factor [..., 1] that normalized each vector."""
     y = torch.empty_like(x)
-    factor = torch.empty_like(x[..., :1])
+    factor = torch.empty_like(x[..., :1], dtype=torch.promote_types(x.dtype, torch.float32))
     for x_part, y_part, factor_part in in_parts(x, y, factor):
-        torch.linalg.vector_norm(x_part, dim=-1, keepdim=True, out=factor_part)
+        wide_part = x_part.to(factor.dtype)
+        torch.linalg.vector_norm(wide_part, dim=-1, keepdim=True, out=factor_part)
         factor_part.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        torch.mul(x_part, factor_part, out=y_part)
+        if wide_part is x_part:
+            torch.mul(x_part, factor_part, out=y_part)
+        else:
+            y_part.copy_(wide_part.mul_(factor_part))
         y_part.mul_(weight)
     return y, factor
 
 
 class _Normalized(torch.autograd.Function):
-    """Computes in fp32 or fp64 what `RMSNorm` does; stores of each vector its input and one number."""
+    """Computes what `RMSNorm` does, everything in fp32 or fp64; stores of each vector its input and one number."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -118,14 +121,17 @@ class _Normalized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, factor = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        wide = factor.dtype
+        grad_x, grad_weight, wide_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide), weight.to(wide)
         for own_grad, x_part, factor_part, grad_x_part in in_parts(grad, x, factor, grad_x):
-            normed = x_part * factor_part
+            normed, own_grad = x_part.to(wide) * factor_part, own_grad.to(wide)
             grad_weight += (own_grad * normed).flatten(0, -2).sum(0)
-            torch.mul(own_grad, weight, out=grad_x_part)
-            along = (grad_x_part * normed).mean(-1, keepdim=True)
-            grad_x_part.addcmul_(normed, along, value=-1).mul_(factor_part)
-        return grad_x, grad_weight, None
+            weighted = torch.mul(own_grad, wide_weight, out=grad_x_part if grad_x_part.dtype == wide else None)
+            along = (weighted * normed).mean(-1, keepdim=True)
+            weighted.addcmul_(normed, along, value=-1).mul_(factor_part)
+            if weighted is not grad_x_part:
+                grad_x_part.copy_(weighted)
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 CLAMP_LIMIT, CLAMP_SLOPE = 7.0, 1.702  # of gpt-oss

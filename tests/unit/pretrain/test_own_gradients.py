@@ -53,6 +53,24 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
     assert differ(found, right, x, weight) < (3e-6 if dtype == torch.float32 else 1e-14)
 
 
+def test_norm_rounds_to_bf16_as_seldom_as_can_be() -> None:
+    """Outputs are rounded twice, before and after the weight, and gradients once: by at most 2^-8 of an element."""
+    norm, eps = RMSNorm(16, 1e-5, LayerContext(dtype=torch.bfloat16)), 1e-5
+    x, grad = torch.randn(2, 64, 3, 16).bfloat16().unbind()
+    weight = torch.rand(16).bfloat16() + 1
+    found = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    outputs = torch.func.functional_call(norm, {"weight": found[1]}, (found[0],))
+    outputs.backward(grad)
+    wide = exact[1] * (exact[0] * torch.rsqrt(exact[0].square().mean(-1, keepdim=True) + eps))
+    wide.backward(grad.double())
+    assert float(((outputs - wide) / wide).detach().abs().max()) < 2 * 2**-8
+    for own, right in zip(found, exact, strict=True):
+        assert own.grad is not None and right.grad is not None
+        error = (own.grad.double() - right.grad).abs() / right.grad.abs().clamp(min=1e-2)  # where terms do not cancel
+        assert float(error.max()) < 2**-8 + 1e-4
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rotation(shape: tuple[int, ...]) -> None:
     positions = torch.arange(shape[0]).expand(shape[1], -1) * 37
