@@ -47,15 +47,21 @@ def load(
 
 def filled_tree(schema: type[BaseModel], path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a config file, with overrides and the published model that it names, without checking its keys."""
+    tree = read_overridden(path, overrides)
+    try:
+        return without_none(schema, presets.filled_in(tree))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Reads a config file as a plain dict and applies overrides, without checking its keys. Raises ConfigError."""
     tree = read_tree(path)
     presets.with_preset_key(tree)
     for override in overrides:
         _apply(tree, override)
         presets.with_preset_key(tree)
-    try:
-        return without_none(schema, presets.filled_in(tree))
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return tree
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:

@@ -46,8 +46,13 @@ class RecipeStageConfig(Section):
     """The config file of the command."""
     title: str = ""
     """The stage's name in tables; left out, the name of its section."""
+    about: str = ""
+    """What the stage is for, in a sentence or two for the report."""
     set: tuple[str, ...] = ()
-    """Overrides of the config, as key=value; {NAME} in a value stands for the folder of the earlier stage NAME."""
+    """Overrides of the config, as key=value; {NAME} in a value stands for the folder of the earlier stage NAME, or for
+    the input NAME."""
+    more: tuple[str, ...] = ()
+    """Further overrides, applied after those of `set`; for the command line, where a list replaces that of the file."""
     folder: str = ""
     """The folder of the result, inside the recipe's; left out, the name of the stage."""
     ranks: int | None = Field(default=None, ge=1)
@@ -55,7 +60,7 @@ class RecipeStageConfig(Section):
     gates: tuple[GateConfig, ...] = ()
     """The bounds that the stage has to reach."""
 
-    @field_validator("set")
+    @field_validator("set", "more")
     @classmethod
     def _are_overrides(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
         for override in overrides:
@@ -82,6 +87,8 @@ class RecipeConfig(Section):
     """The folder of all stages' results, of recipe.json and of report.html."""
     ranks: int = Field(default=1, ge=1)
     """The number of ranks of training stages, on this machine."""
+    inputs: dict[str, str] = Field(default={})
+    """The folders that stages read and that the recipe does not make, such as a pretrained model's run, by name."""
     stages: dict[str, RecipeStageConfig] = Field(min_length=1)
     """The stages by name."""
     specimens: tuple[SpecimenConfig, ...] = ()
@@ -89,11 +96,16 @@ class RecipeConfig(Section):
 
     @model_validator(mode="after")
     def _stages_refer_to_earlier_ones(self) -> "RecipeConfig":
-        before: list[str] = []
+        before = list(self.inputs)
+        for name in self.inputs:
+            check_name("input", name)
+            if name in self.stages:
+                raise ValueError(f"inputs.{name} has the name of a stage, so {{{name}}} would mean both; rename one")
         for name, stage in self.stages.items():
             check_name("stage", name)
-            for override in stage.set:
-                self._check_references(override, before, f"stages.{name}.set")
+            for key, overrides in (("set", stage.set), ("more", stage.more)):
+                for override in overrides:
+                    self._check_references(override, before, f"stages.{name}.{key}")
             before.append(name)
         for specimen in self.specimens:
             for word in specimen.command:

@@ -12,6 +12,8 @@ from configs.section import Section
 KEYS: dict[str, tuple[str, ...]] = {
     "exact": ("ignore_case",),
     "regex": ("pattern", "ignore_case", "seconds"),
+    "expression": (),
+    "script": (),
     "math_verify": ("seconds", "memory_mb"),
     "instructions": ("partial",),
     "reasoning_gym": ("seconds", "memory_mb"),
@@ -26,12 +28,25 @@ class RewardConfig(Section):
     """One reward of a task. Its value is multiplied by `weight` and added to those of the task's other rewards."""
 
     kind: Literal[
-        "exact", "regex", "math_verify", "instructions", "reasoning_gym", "tests", "function", "reward_model"
+        "exact",
+        "regex",
+        "expression",
+        "script",
+        "math_verify",
+        "instructions",
+        "reasoning_gym",
+        "tests",
+        "function",
+        "reward_model",
     ] = "exact"
-    """The rule: equal text, a pattern, equal mathematics, checkable instructions, a scorer of reasoning-gym, unit tests
-    in a sandbox, a Python function of yours, or a trained reward model."""
+    """The rule: equal text, a pattern, another expression of the answer's digits with its value, the share of letters
+    in one script, equal mathematics, checkable instructions, a scorer of reasoning-gym, unit tests in a sandbox, a
+    Python function of yours, or a trained reward model."""
     weight: float = 1.0
-    """The factor of this reward in the sum; below 0 it is a penalty."""
+    """The factor of this reward in the sum; below 0 it is a penalty, and at 0 it is measured and does nothing else."""
+    after: str = ""
+    """The text that ends the reasoning, such as "</think>": the reward sees what follows its last occurrence, and a
+    completion without it gets 0; left out, the reward sees the whole completion."""
     ignore_case: bool = False
     """Whether upper and lower case are the same (exact, regex)."""
     pattern: str | None = None
@@ -51,15 +66,15 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> "RewardConfig":
-        known = ("kind", "weight", *KEYS[self.kind])
+        known = ("kind", "weight", "after", *KEYS[self.kind])
         for key in type(self).model_fields:
             if key not in known and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of kind {self.kind!r}; leave it out")
         needed = NEEDED.get(self.kind)
         if needed and not getattr(self, needed):
             raise ValueError(f"kind = {self.kind!r} needs {needed}; set {needed} as well")
-        if self.weight == 0 or not math.isfinite(self.weight):
-            raise ValueError(f"weight = {self.weight} would leave the reward without effect; leave the reward out")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight = {self.weight} is no factor; set a finite number")
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)

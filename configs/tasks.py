@@ -68,6 +68,10 @@ class TaskPartConfig(Section):
             self._check_pattern()
         for name in self.rewards:
             check_name("reward", name, "a part of the names of metrics")
+        if self.rewards and not any(reward.weight for reward in self.rewards.values()):
+            raise ValueError(
+                f"all rewards ({', '.join(self.rewards)}) have weight = 0, so every score is 0; give one a weight"
+            )
         return self
 
     def _check_pattern(self) -> None:

@@ -29,7 +29,7 @@ from configs.signals import STOPPED, status_of
 from launch import tee
 from launch.processes import die_with_parent
 from launch.recipe_report import show, show_comparison, show_specimens, write_html
-from launch.recipe_stages import RecipeStage, Specimen, specimens_of, stages_of
+from launch.recipe_stages import RecipeStage, Specimen, check_configs, specimens_of, stages_of
 
 DEMO = Path("configs/recipes/demo.toml")
 RECORD = "recipe.json"  # what is known of each stage: its time, what it was made from, and its result
@@ -76,14 +76,14 @@ def demo(argv: Sequence[str] | None = None) -> int:
 def run_recipe(config: RecipeConfig, dry_run: bool = False, until: str = "", only: str = "") -> int:
     """Runs a recipe's stages, up to `until` or the one stage `only` if given, and returns the exit status."""
     stages = stages_of(config)
-    for stage in stages:
-        if missing := [word for word in stage.command if word.endswith(".toml") and not Path(word).is_file()]:
-            raise ConfigError(f"stages.{stage.name}.config = {missing[0]!r} does not exist; name the stage's config")
+    check_configs(config, stages)
     if dry_run:
-        width = max(len(stage.title) for stage in stages) + 2
-        for stage in stages:
-            print(f"{stage.title:<{width}}{command_line(stage)}")
+        for number, stage in enumerate(stages, 1):
+            print("\n  ".join((f"{number}. {stage.title}", *planned(stage))))
         return 0
+    for name, folder in config.inputs.items():
+        if not Path(folder).exists():
+            raise ConfigError(f"inputs.{name} = {folder!r} does not exist; make it first, or set inputs.{name}=FOLDER")
     directory = Path(config.dir)
     check_writable(directory, "dir")
     with locked(directory, take) as lock:
@@ -94,6 +94,17 @@ def run_recipe(config: RecipeConfig, dry_run: bool = False, until: str = "", onl
         if until:
             return run_stages(stages[: list(config.stages).index(until) + 1], [], directory, Console(), config.title)
         return run_stages(stages, specimens_of(config, stages), directory, Console(), config.title, only)
+
+
+def planned(stage: RecipeStage) -> list[str]:
+    """Returns lines on what a stage will do: what it starts from, where its result goes, its gates, and its command."""
+    lines = [stage.about] if stage.about else []
+    begins = [f"{need.title} ({need.output})" for need in stage.needs]
+    begins += [f"{name} ({folder})" for name, folder in stage.reads]
+    lines += [f"from: {', '.join(begins)}"] if begins else []
+    lines += [f"data: {', '.join(data)}"] if (data := stage.data()) else []
+    lines += [f"gates: {'; '.join(f'{gate.metric} {gate}' for gate in stage.gates)}"] if stage.gates else []
+    return [*lines, f"to: {stage.output}", f"$ {command_line(stage)}"]
 
 
 def take(lock: IO[str]) -> bool:

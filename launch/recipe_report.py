@@ -99,6 +99,7 @@ pre { white-space: pre-wrap; }
 th, td { padding: 6px 18px 6px 0; } td { white-space: pre-line; } td.n { white-space: nowrap;
   min-width: 140px; }
 summary { cursor: pointer; margin: 14px 0 6px; font-weight: 600; }
+p.about { margin: 4px 0 0; max-width: 34ch; font-size: 12px; color: var(--soft); }
 iframe { width: 100%; height: 70vh; border: 1px solid var(--grid); border-radius: 8px; }
 """
 
@@ -112,7 +113,8 @@ def write_html(
 ) -> Path:
     """Writes `directory`/report.html and returns its path.
 
-    The page holds the tables, the texts that the models wrote, and the stages' own reports.
+    The page holds the tables of results, gates and origins, the texts that the models wrote, and the stages' own
+    reports.
     """
     rows, frames = [], []
     whole, begun = sum(times[stage.name]["seconds"] for stage in stages) or 1.0, 0.0
@@ -120,9 +122,10 @@ def write_html(
         seconds = times[stage.name]["seconds"]
         came_in, out = stage.describe(stage.output)
         link = os.path.relpath(stage.where_to_look, directory)
-        cells = "".join(f"<td>{html.escape(text)}</td>" for text in (stage.title, came_in, out))
+        about = f"<p class=about>{html.escape(stage.about)}</p>" if stage.about else ""
+        cells = "".join(f"<td>{html.escape(text)}</td>" for text in (came_in, out))
         rows.append(
-            f'<tr>{cells}<td class="n">{duration(seconds)}<div class="share" '
+            f'<tr><td>{html.escape(stage.title)}{about}</td>{cells}<td class="n">{duration(seconds)}<div class="share" '
             f'style="margin-left: {100 * begun / whole:.1f}%; width: {100 * seconds / whole:.1f}%"></div></td>'
             f'<td><a href="{html.escape(link)}">{html.escape(link)}</a></td></tr>'
         )
@@ -136,13 +139,59 @@ def write_html(
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>',
+        *_gates_html(stages),
         *_comparison_html(comparison(stages)),
         *(f"<pre>$ {html.escape(str(specimen))}\n{html.escape(text)}</pre>" for specimen, text in written),
+        *_origins_html(stages, times),
         *frames,
     ]
     path = directory / "report.html"
     write_atomic(path, page(title, body, STYLE).encode())
     return path
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table of texts as HTML."""
+    cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    return f'<div class="scroll"><table><tr>{names}</tr>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
+
+
+def _gates_html(stages: Sequence[RecipeStage]) -> list[str]:
+    """Returns the table of the gates and its heading, as HTML; an empty list if no stage has one."""
+    rows = [
+        [stage.title, gate.metric, f"{value:.3g}", str(gate), "passed" if gate.passes(value) else "missed"]
+        for stage in stages
+        for gate, value in stage.measured_gates()
+    ]
+    if not rows:
+        return []
+    return [
+        "<h2>Gates: bounds that a stage has to reach before the next one begins</h2>",
+        _table(("stage", "measure, on held-out problems unless it is a loss", "value", "bound", ""), rows),
+    ]
+
+
+def _origins_html(stages: Sequence[RecipeStage], times: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the table of what each result was made from, as HTML; an empty list if the record has nothing of it."""
+    rows = []
+    for stage in stages:
+        made_from = {name: value for name, value in times[stage.name].get("made_from", {}).items()}
+        origins = [
+            f"{name.removeprefix('the ')}: {value[:12]}"
+            for name, value in made_from.items()
+            if value and not name.startswith("the override of ")
+        ]
+        if origins:
+            rows.append([stage.title, "\n".join(origins), str(times[stage.name].get("result") or "")[:12]])
+    if not rows:
+        return []
+    return [
+        "<h2>What each result was made from</h2>",
+        "<p>The first digits of SHA-256: of a checkpoint's manifest, which has the hashes of its weights, or of a file."
+        " recipe.json has them whole, and the overrides of every config.</p>",
+        _table(("stage", "made from", "result"), rows),
+    ]
 
 
 def _comparison_html(found: Comparison) -> list[str]:

@@ -1,7 +1,5 @@
 """The stages of a recipe, made from its config: what each runs, writes and starts from, and the gates it must pass."""
 
-import hashlib
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import file_sha256
-from configs.loader import ConfigError, read_tree
+from configs.loader import ConfigError, read_overridden, read_tree
 from configs.recipe import REFERENCE, GateConfig, RecipeConfig, RecipeStageConfig, SpecimenConfig
 from launch.bootstrap import TRAINING
+from launch.recipe_inputs import check_config, data_files, result_of, tree_hash
 from launch.recipe_results import (
     describe_baselines,
     describe_data,
@@ -22,7 +21,6 @@ from launch.recipe_results import (
 )
 
 BASELINES = "baselines.json"
-MANIFESTS = "checkpoints/step_*/manifest.json"
 MOVED = "the override of run.dir"  # in records of earlier versions; a recipe's folder may be moved
 UNIMPORTANT = ("checkpoint", "eval", "log", "parallel")  # sections of a training config that leave the result as it is
 
@@ -69,9 +67,12 @@ class RecipeStage:
     needs: tuple["RecipeStage", ...] = ()
     gates: tuple[GateConfig, ...] = ()
     trains: bool = False
+    about: str = ""
+    reads: tuple[tuple[str, str], ...] = ()  # name and folder of each of the recipe's inputs that the stage names
+    made: Path | None = None  # the recipe's folder
 
     def made_from(self) -> dict[str, str | None]:
-        """Hashes of the results that a training stage starts from and of its config, and its overrides; else {}.
+        """Hashes of the results, inputs, data and config that a training stage starts from, and its overrides; else {}.
 
         Sections of the config that do not change the result are left out. Raises ConfigError for a config that is no
         TOML file.
@@ -79,10 +80,11 @@ class RecipeStage:
         if not self.trains:
             return {}
         found = {f"the result of stage {stage.title}": stage.result() for stage in self.needs}
+        found |= {f"the input {name}": result_of(Path(folder)) for name, folder in self.reads}
+        found |= {f"the data {path}": file_sha256(Path(path)) for path in self.data()}
         for word in self.command:
             if word.endswith(".toml"):
-                kept = {key: value for key, value in read_tree(word).items() if key not in UNIMPORTANT}
-                found[word] = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+                found[word] = tree_hash({k: value for k, value in read_tree(word).items() if k not in UNIMPORTANT})
             elif "=" in word and word.split(".")[0] not in UNIMPORTANT and not word.startswith("run.dir="):
                 key, _, value = word.partition("=")
                 found[f"the override of {key}"] = value
@@ -105,26 +107,36 @@ class RecipeStage:
 
     def result(self) -> str | None:
         """Hash of what other stages start from: the newest checkpoint's manifest, or without checkpoints the mark."""
-        steps = {path: path.parent.name.removeprefix("step_") for path in self.output.glob(MANIFESTS)}
-        newest = max(
-            (path for path, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]), default=None
-        )
-        return file_sha256(newest) if newest else self.fingerprint()
+        return result_of(self.output, self.mark)
 
-    def missed_gates(self) -> list[str]:
-        """Describes each gate that the result does not pass. Raises ConfigError if a gate is on no measurement."""
-        missed = []
+    def data(self) -> list[str]:
+        """The files of examples that the config names, but for those that earlier stages make."""
+        config = next((word for word in self.command if word.endswith(".toml")), None)
+        if config is None:
+            return []
+        overrides = self.command[self.command.index(config) + 1 :]
+        return data_files(read_overridden(config, overrides), self.made or self.output)
+
+    def measured_gates(self) -> list[tuple[GateConfig, float]]:
+        """Returns each gate with what was measured. Raises ConfigError if a gate is on no measurement."""
+        found = []
         for gate in self.gates:
             try:
-                value = measurement(self.output, gate.metric)
+                found.append((gate, measurement(self.output, gate.metric)))
             except KeyError as error:
                 raise ConfigError(
                     f"a gate of stage {self.name} is on {gate.metric!r}, which {self.output} did not measure; it "
                     f"measured {error.args[0]}"
                 ) from None
-            if not gate.passes(value):
-                missed.append(f"{gate.metric} is {value:.4g}, and {gate} is asked")
-        return missed
+        return found
+
+    def missed_gates(self) -> list[str]:
+        """Describes each gate that the result does not pass. Raises ConfigError if a gate is on no measurement."""
+        return [
+            f"{gate.metric} is {value:.4g}, and {gate} is asked"
+            for gate, value in self.measured_gates()
+            if not gate.passes(value)
+        ]
 
     def fingerprint(self) -> str | None:
         """Hash of the file `mark`; None before the stage first wrote it."""
@@ -168,7 +180,7 @@ def _stage(name: str, stage: RecipeStageConfig, config: RecipeConfig, made: dict
         raise ConfigError(
             f"stages.{name} writes into {folder}, as stages.{other.name} does; set stages.{name}.folder to another name"
         )
-    if given := [override for override in stage.set if override.startswith(f"{kind.folder_key}=")]:
+    if given := [override for override in (*stage.set, *stage.more) if override.startswith(f"{kind.folder_key}=")]:
         raise ConfigError(
             f"stages.{name}.set has {given[0]}, and a recipe's stage writes into a folder of the recipe; leave it out, "
             f"and set stages.{name}.folder to choose its name"
@@ -178,31 +190,49 @@ def _stage(name: str, stage: RecipeStageConfig, config: RecipeConfig, made: dict
             f"stages.{name}.gates: `trivium {stage.command}` measures nothing that a gate could be on; leave them out"
         )
     ranks = ("launch.ranks", "--nproc-per-node", str(stage.ranks or config.ranks)) if trains else ()
-    overrides = [_filled_in(override, made) for override in stage.set]
-    needed = dict.fromkeys(name for override in stage.set for name in REFERENCE.findall(override))
+    chosen = (*stage.set, *stage.more)
+    overrides = [_filled_in(override, made, config.inputs) for override in chosen]
+    needed = dict.fromkeys(name for override in chosen for name in REFERENCE.findall(override))
+    overrides.append(f"{kind.folder_key}={folder}")
     return RecipeStage(
         name,
         stage.title or name,
-        (*ranks, kind.module, stage.config, *overrides, f"{kind.folder_key}={folder}"),
+        (*ranks, kind.module, stage.config, *overrides),
         folder,
         kind.mark,
         kind.describe,
-        tuple(made[name] for name in needed) if trains else (),
+        tuple(made[name] for name in needed if name in made),
         stage.gates,
         trains,
+        stage.about,
+        tuple((name, config.inputs[name]) for name in needed if name in config.inputs),
+        Path(config.dir),
     )
 
 
 def specimens_of(config: RecipeConfig, stages: list[RecipeStage]) -> list[Specimen]:
     """Makes the specimens of a recipe, with the folders of its stages filled in."""
     made = {stage.name: stage for stage in stages}
-    return [_specimen(specimen, made) for specimen in config.specimens]
+    return [_specimen(specimen, made, config.inputs) for specimen in config.specimens]
 
 
-def _specimen(specimen: SpecimenConfig, made: dict[str, RecipeStage]) -> Specimen:
-    return Specimen(tuple(_filled_in(word, made) for word in specimen.command), specimen.typed)
+def _specimen(specimen: SpecimenConfig, made: Mapping[str, RecipeStage], inputs: Mapping[str, str]) -> Specimen:
+    return Specimen(tuple(_filled_in(word, made, inputs) for word in specimen.command), specimen.typed)
 
 
-def _filled_in(text: str, made: dict[str, RecipeStage]) -> str:
-    """Returns the text with each {NAME} replaced by the folder of stage NAME."""
-    return REFERENCE.sub(lambda match: str(made[match[1]].output), text)
+def _filled_in(text: str, made: Mapping[str, RecipeStage], inputs: Mapping[str, str]) -> str:
+    """Returns the text with each {NAME} replaced by the folder of the stage or input NAME."""
+    folders = {**inputs, **{name: str(stage.output) for name, stage in made.items()}}
+    return REFERENCE.sub(lambda match: folders[match[1]], text)
+
+
+def check_configs(config: RecipeConfig, stages: list[RecipeStage]) -> None:
+    """Raises ConfigError if the config of a stage is missing, or not valid with the stage's overrides."""
+    for stage in stages:
+        settings = config.stages[stage.name]
+        if not Path(settings.config).is_file():
+            raise ConfigError(
+                f"stages.{stage.name}.config = {settings.config!r} does not exist; name the stage's config"
+            )
+        overrides = stage.command[stage.command.index(settings.config) + 1 :]
+        check_config(settings.command, settings.config, overrides, f"stages.{stage.name}")

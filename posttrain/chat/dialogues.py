@@ -110,9 +110,11 @@ def demonstrations(
         place = f"{task.name}/{split}/{index}"
         answer: Message = {"role": "assistant", "content": problem.demonstration}
         try:
-            samples = chat.samples([*_read(problem.messages), answer])
+            samples = chat.samples(with_switches([*_read(problem.messages), answer], False))
         except UntrainedEnd as error:
             raise error.at("task", place) from None
+        except BrokenDialogue as broken:
+            raise ValueError(f"the demonstration of {problem.id} cannot be learnt: {broken}; correct it") from None
         examples += [Example.of(place, place, sample) for sample in samples]
     longest = max((len(example.tokens) for example in examples), default=0)
     if longest > seq_length:

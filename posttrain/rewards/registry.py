@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from configs.rewards import RewardConfig
+from posttrain.rewards.behind import BehindReward
 from posttrain.rewards.exact import exact
+from posttrain.rewards.expression import expression
 from posttrain.rewards.instructions import instructions
 from posttrain.rewards.judge_model import ModelReward
 from posttrain.rewards.program_tests import ProgramTests
 from posttrain.rewards.reward import Reward, RuleReward, WeightedRewards
+from posttrain.rewards.script import script
 from posttrain.rewards.worker import Call, WorkerReward
 from pretrain.evaluation.sandbox import Limits
 
@@ -63,6 +66,8 @@ def _judge(settings: RewardConfig, key: str, begun: Mapping[str, str]) -> Reward
 RULES: Mapping[str, Callable[[RewardConfig], Reward]] = {
     "exact": _exact,
     "regex": _regex,
+    "expression": lambda settings: RuleReward(expression),
+    "script": lambda settings: RuleReward(script),
     "math_verify": _math_verify,
     "instructions": _instructions,
     "reasoning_gym": _reasoning_gym,
@@ -81,10 +86,9 @@ def make_rewards(
     none, or is gone.
     """
     named = dict(settings) or {"exact": RewardConfig()}
-    rewards = {
-        name: _judge(one, f"{key}.{name}", (begun or {}).get(f"{key}.{name}", {}))
-        if one.kind == "reward_model"
-        else RULES[one.kind](one)
-        for name, one in named.items()
-    }
+    rewards: dict[str, Reward] = {}
+    for name, one in named.items():
+        own = f"{key}.{name}"
+        reward = _judge(one, own, (begun or {}).get(own, {})) if one.kind == "reward_model" else RULES[one.kind](one)
+        rewards[name] = BehindReward(reward, one.after) if one.after else reward
     return WeightedRewards(rewards, {name: one.weight for name, one in named.items()})

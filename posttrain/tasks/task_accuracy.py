@@ -33,20 +33,32 @@ class TaskAccuracy:
         policy = self._policy
         policy.refresh(engine)
         share = range(policy.sampler, self.prompts, policy.samplers)
+        # By way of decoding, and then of the score itself and of each reward: its sum and its number.
         sums = torch.tensor([self._sums(policy.decoder, share, t) for t in DECODING.values()])
         totals = engine.mesh.sum_over_world(sums if policy.leads else torch.zeros_like(sums)).tolist()
-        found = {name: s / n for name, (s, n) in zip(DECODING, totals, strict=True) if n}
+        found = {name: s / n for name, ((s, n), *_) in zip(DECODING, totals, strict=True) if n}
         if engine.mesh.is_main and (lacking := [name for name in DECODING if name not in found]):
             print(
                 f"warning: none of the {' and '.join(lacking)} answers to {self.prompts} held-out prompts of "
                 f"{self.task.name!r} could be scored, so they are not measured; mend the task's rewards",
                 flush=True,
             )
-        return {f"{self.task.name} answers": found} if found else {}
+        columns = [f"{self.task.name} answers", *(f"{self.task.name} answers, {name}" for name in self._parts)]
+        means = (
+            {name: s / n for name, (s, n) in zip(DECODING, by_decoding, strict=True) if n}
+            for by_decoding in zip(*totals, strict=True)
+        )
+        return {column: values for column, values in zip(columns, means, strict=True) if values}
 
-    def _sums(self, decoder: SampledModel, indices: range, temperature: float) -> tuple[float, float]:
-        """Returns (sum of scores, number of answers scored) on the prompts `indices`."""
-        known: list[float] = []
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """The names of the task's rewards, if it has several."""
+        names = self.task.reward_names
+        return names if len(names) > 1 else ()
+
+    def _sums(self, decoder: SampledModel, indices: range, temperature: float) -> list[tuple[float, float]]:
+        """Returns (sum, number of answers) on the prompts `indices`: of the scores, then of each reward's values."""
+        known: list[list[float]] = [[] for _ in range(1 + len(self._parts))]
         for start in range(0, len(indices), BATCH):
             batch = indices[start : start + BATCH]
             problems = [self.task.problem(self.seed, "heldout", i) for i in batch]
@@ -60,5 +72,7 @@ class TaskAccuracy:
                 keys=[f"heldout/{i}" for i in batch],
             )
             scores = judge(self.task, self.chat, problems, completions)
-            known += [score.value for score in scores if score.value is not None]
-        return sum(known), float(len(known))
+            known[0] += [score.value for score in scores if score.value is not None]
+            for column, name in zip(known[1:], self._parts, strict=True):
+                column += [score.parts[name] for score in scores if name in score.parts]
+        return [(sum(column), float(len(column))) for column in known]
