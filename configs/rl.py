@@ -18,6 +18,16 @@ ROLLOUTS_ONLY = (  # an option of commands that sample: name, default, help
 )
 
 
+class EnvironmentConfig(Section):
+    """Tools that the model may call before it answers, each call in a turn of its own."""
+
+    tools: tuple[Literal["calculator", "python"], ...] = Field(default=("calculator",), min_length=1)
+    """The tools: a calculator, and Python in the sandbox. The model calls one by <NAME>ARGUMENT</NAME>, and the next
+    message says <result>RESULT</result>."""
+    max_calls: int = Field(default=4, ge=1)
+    """The number of calls of an episode; one more ends it with a score of 0."""
+
+
 class RLSection(Section):
     """Rollouts and what is done with them, in every method: updates, corrections, the reference policy, records."""
 
@@ -52,6 +62,8 @@ class RLSection(Section):
     """The folder in which every rollout is kept; left out, those that a resume may need are, in run.dir/rollouts."""
     replay: str | None = None
     """The folder of recorded rollouts to train on in place of new ones."""
+    environment: EnvironmentConfig | None = None
+    """Tools that the model may call before it answers; left out, its first turn is its answer."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> "RLSection":
@@ -59,6 +71,16 @@ class RLSection(Section):
             raise ValueError(
                 f"rl.correction_low = {self.correction_low} is above rl.correction_high = {self.correction_high}; "
                 "swap them"
+            )
+        if self.environment and self.sampler == "split":
+            raise ValueError(
+                "rl.sampler = 'split' lets ranks sample together, and episodes with rl.environment end at different "
+                "turns; set rl.sampler=whole"
+            )
+        if self.environment and self.overlong_buffer:
+            raise ValueError(
+                f"rl.overlong_buffer = {self.overlong_buffer} is about the length of one answer, and episodes with "
+                "rl.environment have several turns; set rl.overlong_buffer=0"
             )
         if self.record and self.record == self.replay:
             raise ValueError(f"rl.record and rl.replay are both {self.record!r}; leave out rl.record to replay it")

@@ -73,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             source,
             PolicyLoss(dialect.policy, config.rl, config.grpo.temperature, check),
             mesh,
-            [TaskAccuracy(task, initial.chat, config.run.seed, config.task.eval_prompts, policy)],
+            [
+                TaskAccuracy(
+                    *(task, initial.chat, config.run.seed, config.task.eval_prompts, policy),
+                    make=run.sampling.make,
+                    room=config.train.seq_length + 1,
+                )
+            ],
             initial.lineage,
             title=Path(config.run.dir).name,
             resume=args.resume,

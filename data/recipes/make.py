@@ -1,9 +1,10 @@
-"""Makes the problems and pairs of the recipes in configs/recipes: sorting, countdown, and answers of a wanted form.
+"""Makes the data of the recipes in configs/recipes: sorting, countdown, answers of a wanted form, and a calculator.
 
     python data/recipes/make.py --out /tmp/new     # the same bytes as the committed files, on every machine
 
-Each problem has an answer that is written out directly, and one with the reasoning that leads to it. All of it is
-computed here, so every reasoning is right, step by step; no model and no person wrote any of it.
+Each problem has an answer that is written out directly, and one with the reasoning that leads to it; those for the
+calculator are dialogues in which it is called, and others without an answer to learn from. All of it is computed
+here, so every reasoning is right, step by step; no model and no person wrote any of it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ WORDS = (
 
 
 def main() -> None:
-    """Writes the three files of problems and the file of pairs."""
+    """Writes the files of problems, pairs and dialogues."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="the folder to write into (default: this one)")
     out = parser.parse_args().out
@@ -37,6 +38,9 @@ def main() -> None:
     for name, records in problems.items():
         write(out / f"{name}.jsonl.gz", records)
     write(out / "form_pairs.jsonl.gz", [pair(record) for record in problems["form"]])
+    products = list(_distinct(product))
+    write(out / "calculator.jsonl.gz", [{key: record[key] for key in ("prompt", "answer")} for record in products[::2]])
+    write(out / "calculator_dialogues.jsonl.gz", [{"messages": record["messages"]} for record in products[1::2]])
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
@@ -131,6 +135,16 @@ def form(draw: random.Random) -> dict[str, Any]:
         instruction_id_list=["keywords:existence", instruction],
         kwargs=[{"keywords": words}, arguments],
     )
+
+
+def product(draw: random.Random) -> dict[str, Any]:
+    """Returns the problem of multiplying two numbers, with a dialogue in which the model calls the calculator."""
+    one, other = draw.randint(2, 99), draw.randint(2, 99)
+    prompt, answer = f"Multiply {one} by {other}", str(one * other)
+    turns = (prompt, f"<calculator>{one}*{other}</calculator>", f"<result>{answer}</result>", answer)
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+    return {"prompt": prompt, "answer": answer, "messages": messages}
 
 
 def pair(record: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def opened(
             f"rl.replay = {config.rl.replay!r} has no recorded rollouts; name the folder that a run had as rl.record, "
             "or leave it out"
         )
-    sampling = SamplingPlan(task, initial.chat, group, section.temperature, config.run.seed)
+    sampling = SamplingPlan(task, initial.chat, group, section.temperature, config.run.seed, config.rl.environment)
     return OpenedRun(initial, sampling, dialect, layout, said)
 
 

@@ -1,11 +1,12 @@
 """Rollouts: groups of completions sampled from the current model, with their scores and log-probabilities.
 
-Sample i of a run is completion i % group_size of prompt i // group_size. Prompt and random numbers are keyed by i, so
-what is sampled does not depend on ranks or batches. The sampled tokens are trained on as they are, never decoded and
-tokenized again. `posttrain.rl.rollout_source` decides which rank samples what.
+Sample i of a run is completion i % group_size of prompt i // group_size. Prompt and random numbers are keyed by i, and
+in an environment by the number of the turn, so what is sampled does not depend on ranks or batches. The sampled tokens
+are trained on as they are, never decoded and tokenized again. `posttrain.rl.rollout_source` decides which rank samples
+what.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from configs.sampling import SamplingConfig
 from posttrain.algorithms.advantages import equal_groups
 from posttrain.chat.chat import Chat
+from posttrain.tasks.environment import Environment, Transcript, play
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
 from pretrain.sampling import Completion, SampledModel, generate
 
@@ -28,7 +30,7 @@ class Rollout:
 
     tokens            int32 [N, S], prompt and completion without its last token; padding last
     labels            int32 [N, S], the next token at positions that predict one of the completion, else 0
-    mask              bool [N, S], whether the label was sampled, and so is trained on
+    mask              bool [N, S], whether the label was sampled, and so is trained on; replies are not
     lengths           int32 [N], tokens that are no padding
     prompts           int64 [N], numbers of the prompts in the run
     scores            float32 [N], the rewards of the task; NaN where it could not judge
@@ -91,6 +93,7 @@ class Rollout:
             "equal_reward_groups": (int(self.equal_groups().sum()), len(rewards)),  # contribute no gradient
             "completion_tokens": (int(self.mask.sum()), samples),
             "truncated": (int((~self.stopped).sum()), samples),
+            **({"turns": (int(self.turns.sum()), samples)} if "turns" in self.arrays else {}),
             "unscorable": (samples - known, samples),
         }
 
@@ -105,35 +108,66 @@ def sample(
     group_size: int,
     seq_length: int,
     scores: bool = True,
+    make: Callable[[], Environment] | None = None,
 ) -> Rollout:
     """Samples completions for `samples`, numbers of the run, and scores them unless `scores` is False.
 
-    Raises ValueError if a prompt and its completion do not fit into `seq_length`.
+    With `make` each of them is an episode in an environment. Raises ValueError if a prompt and its completion do not
+    fit into `seq_length`.
     """
     arrays = _empty(len(samples), seq_length, chat.tokenizer.pad_id)
     arrays["prompts"][:] = [i // group_size for i in samples]
     arrays |= {PART + name: np.full(len(samples), np.nan, np.float32) for name in task.reward_names}
+    if make is not None:
+        arrays |= {"turns": np.zeros(len(samples), np.int32)}
     if not len(samples):
         return Rollout(arrays, group_size)
     problems = [task.problem(seed, "train", i // group_size) for i in samples]
-    prompts = [chat.render_prompt(problem.messages) for problem in problems]
-    completions = generate(
-        decoder,
-        prompts,
-        task.max_new_tokens,
-        SamplingConfig(temperature=temperature),
-        seed,
-        stop_ids=chat.stop_ids,
-        keys=[f"rollout/{i}" for i in samples],
-    )
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        _fill(arrays, i, prompt, completion, seq_length)
-    if scores:
-        judged = judge(task, chat, problems, completions)
-        arrays["scores"][:] = [np.nan if score.value is None else score.value for score in judged]
-        for name in task.reward_names:
-            arrays[PART + name][:] = [score.parts.get(name, np.nan) for score in judged]
+    settings, keys = SamplingConfig(temperature=temperature), [f"rollout/{i}" for i in samples]
+    episodes = written(decoder, task, chat, problems, settings, seed, keys, seq_length + 1, scores, make)
+    for i, episode in enumerate(episodes):
+        _fill(arrays, i, episode, seq_length)
+        if make is not None:
+            arrays["turns"][i] = episode.turns
+        if episode.score is not None:
+            arrays["scores"][i] = np.nan if episode.score.value is None else episode.score.value
+            for name in task.reward_names:
+                arrays[PART + name][i] = episode.score.parts.get(name, np.nan)
     return Rollout(arrays, group_size)
+
+
+def written(
+    decoder: SampledModel,
+    task: Task,
+    chat: Chat,
+    problems: Sequence[Problem],
+    settings: SamplingConfig,
+    seed: int,
+    keys: Sequence[str],
+    room: int,
+    scores: bool = True,
+    make: Callable[[], Environment] | None = None,
+) -> list[Transcript]:
+    """Returns what the model writes for each problem, one answer or an episode of `make`, scored if `scores` is True.
+
+    `room` is the number of tokens that an episode may have, with its prompt.
+    """
+
+    def continued(prompts: Sequence[list[int]], keys: Sequence[str]) -> list[Completion]:
+        return generate(decoder, prompts, task.max_new_tokens, settings, seed, stop_ids=chat.stop_ids, keys=keys)
+
+    if make is not None:
+        return play(task, problems, keys, make, chat, continued, room)
+    prompts = [chat.render_prompt(problem.messages) for problem in problems]
+    completions = continued(prompts, keys)
+    found = [Transcript(*one) for one in zip(problems, prompts, strict=True)]
+    for episode, completion in zip(found, completions, strict=True):
+        episode.wrote(completion)
+        episode.stopped = completion.stopped
+    if scores:
+        for episode, score in zip(found, judge(task, chat, problems, completions), strict=True):
+            episode.score = score
+    return found
 
 
 def judge(task: Task, chat: Chat, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[TaskScore]:
@@ -160,15 +194,16 @@ def _empty(samples: int, seq_length: int, pad_id: int) -> dict[str, np.ndarray]:
     }
 
 
-def _fill(arrays: dict[str, Any], i: int, prompt: Sequence[int], completion: Completion, seq_length: int) -> None:
-    whole = [*prompt, *completion.tokens]
+def _fill(arrays: dict[str, Any], i: int, episode: Transcript, seq_length: int) -> None:
+    whole, start = [*episode.prompt, *episode.tokens], len(episode.prompt)
     inputs = len(whole) - 1  # the last token is a label and never an input
     if inputs > seq_length:
         raise ValueError(
-            f"a prompt of {len(prompt)} and a completion of {len(completion.tokens)} tokens do not fit into "
+            f"a prompt of {start} and a completion of {len(episode.tokens)} tokens do not fit into "
             f"train.seq_length = {seq_length}; raise it, or lower task.max_new_tokens"
         )
-    answer = slice(len(prompt) - 1, inputs)  # position t predicts token t + 1
-    arrays["tokens"][i, :inputs], arrays["lengths"][i], arrays["stopped"][i] = whole[:-1], inputs, completion.stopped
-    arrays["labels"][i, answer], arrays["mask"][i, answer] = completion.tokens, True
-    arrays["rollout_logprobs"][i, answer] = completion.logprobs
+    answer = slice(start - 1, inputs)  # position t predicts token t + 1
+    arrays["tokens"][i, :inputs], arrays["lengths"][i], arrays["stopped"][i] = whole[:-1], inputs, episode.stopped
+    arrays["mask"][i, answer] = episode.learnt
+    arrays["labels"][i, answer] = np.where(episode.learnt, episode.tokens, 0)
+    arrays["rollout_logprobs"][i, answer] = episode.logprobs

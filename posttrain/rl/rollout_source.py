@@ -9,7 +9,7 @@ there is no separate inference engine, and no rollout is older than the weights 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from configs.loader import ConfigError, Failure
-from configs.rl import RLSection
+from configs.rl import EnvironmentConfig, RLSection
 from configs.train import TrainSection
 from data_pipeline.core.integrity import Expected
 from data_pipeline.mixture import earlier
@@ -34,6 +34,7 @@ from posttrain.rl.rollout_file import Recorded
 from posttrain.rl.rows import RolloutRow, rollout_rows
 from posttrain.rl.text_rows import TextRows
 from posttrain.rl.token_values import token_values
+from posttrain.tasks.environment import Environment, environments
 from posttrain.tasks.task import Task
 from posttrain.tasks.verifiable_tasks import made_from
 from pretrain.batch_source import BatchSource
@@ -69,6 +70,12 @@ class SamplingPlan:
     group_size: int
     temperature: float
     seed: int
+    environment: EnvironmentConfig | None = None
+
+    @property
+    def make(self) -> Callable[[], Environment] | None:
+        """Maker of the environment of an episode, None if the model's first turn is its answer."""
+        return environments(self.environment) if self.environment else None
 
 
 class RolloutSource(BatchSource):
@@ -110,6 +117,8 @@ class RolloutSource(BatchSource):
     def facts(self) -> dict[str, Any]:
         """Settings that decide which prompt each sample has, and which step trains on which rollout."""
         found = {"task": self.sampling.task.facts, "grpo": {"group_size": self.sampling.group_size}}
+        if self.sampling.environment:
+            found["environment"] = self.sampling.environment.model_dump(mode="json")
         if self.phases.steps > 1:
             found["rl"] = {"rollout_batch": self.settings.rollout_batch, "epochs": self.settings.epochs}
         if self._text:
@@ -265,6 +274,7 @@ class RolloutSource(BatchSource):
             sampling.group_size,
             self.seq_length,
             scores=self.policy.leads,
+            make=sampling.make,
         )
         spoken = rollout.arrays if self.policy.leads else {name: array[:0] for name, array in rollout.arrays.items()}
         whole = Rollout(gather_rows(spoken), sampling.group_size)

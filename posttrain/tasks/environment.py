@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from configs.rl import EnvironmentConfig
 from posttrain.chat.chat import Chat
 from posttrain.chat.messages import Message
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
@@ -73,6 +74,11 @@ class ToolEnvironment:
         return Reply([{"role": "user", "content": f"<result>{self.tools[name](argument)}</result>"}])
 
 
+def environments(settings: EnvironmentConfig) -> Callable[[], Environment]:
+    """Returns a maker of the environment that a config names."""
+    return lambda: ToolEnvironment(settings.tools, settings.max_calls)
+
+
 @dataclass
 class Transcript:
     """The tokens of one episode after its prompt; `learnt` is True on those that the model wrote.
@@ -121,6 +127,8 @@ def play(
     random numbers depend on neither the other episodes nor the batch. An episode may have `room` tokens with its
     prompt and what is sampled next (task.max_new_tokens at most); one without room left is cut, and its reward is 0.
     """
+    if not problems:
+        return []
     environments = [make() for _ in problems]
     dialogues = [environment.reset(problem) for environment, problem in zip(environments, problems, strict=True)]
     episodes = [Transcript(p, chat.render_prompt(d)) for p, d in zip(problems, dialogues, strict=True)]

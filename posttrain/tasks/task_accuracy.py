@@ -1,14 +1,17 @@
 """Accuracy of the model in training on held-out prompts of a task, by greedy decoding and by sampling."""
 
+from collections.abc import Callable
+
 import torch
 
 from configs.sampling import SamplingConfig
 from posttrain.chat.chat import Chat
 from posttrain.rl.policy_copy import PolicyCopy
-from posttrain.rl.rollout import judge
+from posttrain.rl.rollout import written
+from posttrain.tasks.environment import Environment
 from posttrain.tasks.task import Task, available
 from pretrain.parallel.engine import Engine
-from pretrain.sampling import SampledModel, generate
+from pretrain.sampling import SampledModel
 
 BATCH = 256  # prompts decoded at once, which limits the key-value cache
 DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature
@@ -20,10 +23,20 @@ class TaskAccuracy:
     Prompts and random numbers depend on `seed` alone, so models with the same seed answer the same prompts.
     """
 
-    def __init__(self, task: Task, chat: Chat, seed: int, prompts: int, policy: PolicyCopy | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        chat: Chat,
+        seed: int,
+        prompts: int,
+        policy: PolicyCopy | None = None,
+        make: Callable[[], Environment] | None = None,
+        room: int = 0,
+    ) -> None:
+        """Takes the first held-out prompts; with `make` they are episodes of `room` tokens at most."""
         self.task, self.chat, self.seed = task, chat, seed
         self.prompts = available(task, "heldout", prompts)
-        self._policy = policy or PolicyCopy()
+        self._policy, self._make, self._room = policy or PolicyCopy(), make, room
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
         """Returns the mean score for each way of decoding. Collective: each rank scores a share.
@@ -62,16 +75,18 @@ class TaskAccuracy:
         for start in range(0, len(indices), BATCH):
             batch = indices[start : start + BATCH]
             problems = [self.task.problem(self.seed, "heldout", i) for i in batch]
-            completions = generate(
+            episodes = written(
                 decoder,
-                [self.chat.render_prompt(problem.messages) for problem in problems],
-                self.task.max_new_tokens,
+                self.task,
+                self.chat,
+                problems,
                 SamplingConfig(temperature=temperature),
                 self.seed,
-                stop_ids=self.chat.stop_ids,
-                keys=[f"heldout/{i}" for i in batch],
+                [f"heldout/{i}" for i in batch],
+                self._room,
+                make=self._make,
             )
-            scores = judge(self.task, self.chat, problems, completions)
+            scores = [episode.score for episode in episodes if episode.score is not None]
             known[0] += [score.value for score in scores if score.value is not None]
             for column, name in zip(known[1:], self._parts, strict=True):
                 column += [score.parts[name] for score in scores if name in score.parts]

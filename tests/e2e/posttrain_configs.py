@@ -1,4 +1,16 @@
-"""Configs of SFT and GRPO of a tiny model that learns to sort; {dir} stands for the folder of its files."""
+"""Configs of SFT and GRPO of a tiny model that learns to sort, and the files that they need.
+
+{dir} stands for the folder of its files.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+from configs.tokenizer import TokenizerConfig
+from data_pipeline.tokens.training import train as train_tokenizer
+from tests.parallel.harness import RanksOf
+from tests.shards import write_shard
 
 VOCAB = 301
 MODEL = {
@@ -72,3 +84,36 @@ every = 1000
 [log]
 tensorboard = false
 """
+
+
+def write_base(ranks: RanksOf, base: Path) -> Path:
+    """Writes a tokenizer, dialogues, an untrained model, and a config for each command; returns the folder."""
+    text = {
+        "text": "Sort 1234567890, how are you? I am fine, thank you. 你好，谢谢。\n" * 40,
+        "id": "0",
+        "metadata": {},
+    }
+    train_tokenizer(
+        [write_shard(base / "text.jsonl.zst", [text])], base / "tokenizer", TokenizerConfig(vocab_size=VOCAB)
+    )
+    dialogues = [
+        {
+            "id": str(i),
+            "messages": [
+                {"role": "user", "content": f"how are you {i}?"},
+                {"role": "assistant", "content": "I am fine"},
+            ],
+        }
+        for i in range(60)
+    ]
+    (base / "dialogues.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, dialogues)).encode()))
+    (base / "sft.toml").write_text(SFT.format(dir=base))
+    (base / "grpo.toml").write_text(GRPO.format(dir=base))
+    ranks(1).run(
+        "tests.parallel.workers.posttraining:save_untrained",
+        process_group=False,
+        run_dir=str(base / "init"),
+        model=MODEL,
+        tokenizer=str(base / "tokenizer/tokenizer.model"),
+    )
+    return base

@@ -1,7 +1,5 @@
 """SFT, then GRPO, by their commands: a tiny model learns to sort, in several layouts and across an interruption."""
 
-import gzip
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,14 @@ import pytest
 import torch
 
 from configs.mixture import PlanConfig
-from configs.tokenizer import TokenizerConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
-from data_pipeline.tokens.training import train as train_tokenizer
 from posttrain.chat.chat_format import jinja_template
 from posttrain.rl import rollout_file
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.whole_model import ModelReader
-from tests.e2e.posttrain_configs import GRPO, MODEL, SFT, VOCAB
+from tests.e2e.posttrain_configs import GRPO, write_base
 from tests.parallel.harness import RankError, Ranks, RanksOf
 from tests.parallel.runs import metrics
 from tests.shards import write_shard
@@ -29,36 +25,7 @@ from tests.shards import write_shard
 @pytest.fixture(scope="module")
 def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a tokenizer, dialogues and an untrained model, and a config for each command."""
-    base = tmp_path_factory.mktemp("posttrain")
-    text = {
-        "text": "Sort 1234567890, how are you? I am fine, thank you. 你好，谢谢。\n" * 40,
-        "id": "0",
-        "metadata": {},
-    }
-    train_tokenizer(
-        [write_shard(base / "text.jsonl.zst", [text])], base / "tokenizer", TokenizerConfig(vocab_size=VOCAB)
-    )
-    dialogues = [
-        {
-            "id": str(i),
-            "messages": [
-                {"role": "user", "content": f"how are you {i}?"},
-                {"role": "assistant", "content": "I am fine"},
-            ],
-        }
-        for i in range(60)
-    ]
-    (base / "dialogues.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, dialogues)).encode()))
-    (base / "sft.toml").write_text(SFT.format(dir=base))
-    (base / "grpo.toml").write_text(GRPO.format(dir=base))
-    ranks(1).run(
-        "tests.parallel.workers.posttraining:save_untrained",
-        process_group=False,
-        run_dir=str(base / "init"),
-        model=MODEL,
-        tokenizer=str(base / "tokenizer/tokenizer.model"),
-    )
-    return base
+    return write_base(ranks, tmp_path_factory.mktemp("posttrain"))
 
 
 def call(ranks: Ranks, command: str, base: Path, *overrides: str) -> None:
