@@ -1,4 +1,4 @@
-"""What a recipe's stage is made from: its config, checked before anything runs, the files of data, and folders."""
+"""Inputs of a recipe's stage: its config, checked before anything runs, the files of data, and folders."""
 
 import glob
 import hashlib
