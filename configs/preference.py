@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from configs.initial import InitConfig
 from configs.section import Section
+from configs.tasks import TaskConfig
 from configs.train import TrainerConfig
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
@@ -22,6 +23,20 @@ class PreferenceData(Section):
     """The share of the records, by hash of their prompt, that is never trained on."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """The share of the records that may be set aside; above it the run stops with an error."""
+
+
+class OnlineSection(Section):
+    """Pairs of completions that the model in training writes for the prompts of the task, judged by its rewards."""
+
+    completions: int = Field(default=2, ge=2)
+    """The completions of each prompt: that of the highest score is chosen, and that of the lowest rejected."""
+    temperature: float = Field(default=1.0, gt=0)
+    """The temperature at which completions are sampled."""
+    max_draws: int = Field(default=4, ge=1)
+    """How often the prompts of a step may be drawn to replace those whose completions all score the same; places of a
+    step that stay empty count nothing."""
+    sampler: Literal["whole", "split"] = "whole"
+    """How weights come to sampling: each rank gathers a whole copy, or ranks of tp and ep sample with their slices."""
 
 
 class PreferenceSection(Section):
@@ -72,10 +87,34 @@ class PreferenceConfig(TrainerConfig):
 
     init: InitConfig
     """The model to start from, which is also the reference."""
-    data: PreferenceData
-    """The preferences to learn from."""
+    data: PreferenceData | None = None
+    """The preferences to learn from; left out, the model writes its own, see `online`."""
     preference: PreferenceSection = PreferenceSection()
     """The loss."""
+    online: OnlineSection | None = None
+    """Pairs of completions that the model in training writes, in place of `data`."""
+    task: TaskConfig | None = None
+    """The task whose prompts are answered and whose rewards judge the answers (online)."""
+
+    @model_validator(mode="after")
+    def _preferences_have_one_origin(self) -> "PreferenceConfig":
+        if (self.data is None) == (self.online is None):
+            given = "neither is set" if self.data is None else "both are set"
+            raise ValueError(
+                f"preferences come from data.pairs, or from [online] and [task], and {given}; set one of the two"
+            )
+        if (self.online is None) != (self.task is None):
+            raise ValueError(
+                "[online] and [task] belong together: the task has the prompts and rewards of online pairs; set both, "
+                "or leave out both"
+            )
+        if self.online and self.preference.loss == "kto":
+            raise ValueError(
+                "preference.loss = 'kto' learns from single completions, and [online] makes pairs; choose another loss"
+            )
+        if self.task and not self.task.is_scored:
+            raise ValueError("[online] needs scores, and task.answer_key = '' without task.rewards gives none")
+        return self
 
     @model_validator(mode="after")
     def _answers_stay_whole(self) -> "PreferenceConfig":

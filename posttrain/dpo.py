@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m posttrain.dpo configs/posttrain/demo_dpo.toml
 
 The trainer is pretraining's. A row holds pairs of answers to the same prompt, of which one was chosen; for KTO single
-answers, each desirable or not.
+answers, each desirable or not. With [online] the model in training writes the answers, and a task's rewards choose.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.initial_model import InitialChatModel
     from posttrain.preference.examples import read_rows
+    from posttrain.preference.online_run import opened_online
     from posttrain.preference.preference_source import HeldoutPreference, PreferenceSource
+    from pretrain.batch_source import BatchSource
+    from pretrain.heldout_loss import Evaluator
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 
@@ -49,20 +52,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {initial.note}")
     parts = 0 if initial.continues else config.parallel.sequence_parts
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, given=initial.given)
-    try:
-        rows = read_rows(config, initial.chat, parts)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    source = PreferenceSource(rows, config.preference, config.run.seed, config.run.dir, initial.pin.sha256)
-    if initial.own is not None:
-        source.check_goes_on(initial.own)
-    if env.is_main:
-        length, epochs = config.train.seq_length, config.train.steps * config.train.global_batch_size
-        print(f"preferences: {rows.said}")
-        print(
-            f"{source.rows_per_epoch} rows of {length} tokens; {config.train.steps} steps are "
-            f"{epochs / source.rows_per_epoch:.2f} epochs"
-        )
+    source: BatchSource
+    evaluators: list[Evaluator]
+    if config.online:
+        run = opened_online(config, initial, layout, env.is_main)
+        source, loss, evaluators = run.source, run.source.loss, [run.accuracy]
+    else:
+        try:
+            rows = read_rows(config, initial.chat, parts)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        pairs = PreferenceSource(rows, config.preference, config.run.seed, config.run.dir, initial.pin.sha256)
+        source, loss, evaluators = pairs, pairs.loss, [HeldoutPreference(pairs, config.eval.rows)]
+        if initial.own is not None:
+            pairs.check_goes_on(initial.own)
+        if env.is_main:
+            length, epochs = config.train.seq_length, config.train.steps * config.train.global_batch_size
+            print(f"preferences: {rows.said}")
+            print(
+                f"{pairs.rows_per_epoch} rows of {length} tokens; {config.train.steps} steps are "
+                f"{epochs / pairs.rows_per_epoch:.2f} epochs"
+            )
     if args.dry_run:
         return 0
 
@@ -71,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             config,
             initial.model,
             source,
-            source.loss,
+            loss,
             mesh,
-            [HeldoutPreference(source, config.eval.rows)],
+            evaluators,
             initial.lineage,
             title=Path(config.run.dir).name,
             resume=args.resume,

@@ -48,6 +48,7 @@ class PreferenceRows:
 def read_rows(config: PreferenceConfig, chat: Chat, parts: int) -> PreferenceRows:
     """Reads and packs the data of a config. Raises ValueError, with a remedy, as `read_split` does."""
     data, length, pad = config.data, config.train.seq_length, chat.tokenizer.pad_id
+    assert data is not None, "online pairs are sampled, not read"
     shares = data.heldout_share, data.max_bad_share
     if config.preference.loss == "kto":
         answers = read_answers(data.pairs, chat, length, *shares, parts)
