@@ -150,11 +150,12 @@ def play(
             episodes[i].score = step.score
             if step.done:
                 continue
-            episodes[i].read(reply_tokens(chat, dialogues[i], step.observation))
-            dialogues[i] = [*dialogues[i], {"role": "assistant", "content": episodes[i].answer}, *step.observation]
-            used = len(episodes[i].prompt) + len(episodes[i].tokens)
+            reply = reply_tokens(chat, dialogues[i], step.observation)
+            used = len(episodes[i].prompt) + len(episodes[i].tokens) + len(reply)
             episodes[i].stopped = used + task.max_new_tokens <= room
-            if episodes[i].stopped:
+            if episodes[i].stopped:  # else the reply is left out, as nothing follows it
+                episodes[i].read(reply)
+                dialogues[i] = [*dialogues[i], {"role": "assistant", "content": episodes[i].answer}, *step.observation]
                 left.append(i)
         active = left
     _score(task, episodes)

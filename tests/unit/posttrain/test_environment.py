@@ -110,6 +110,7 @@ def test_an_episode_without_room_is_cut(chat: ChatFormat) -> None:
     assert played(chat, {"one": calls}, room=used + 120)[0]["one"].score == TaskScore(1.0, "right")
     short = played(chat, {"one": calls}, room=used + 119)[0]["one"]
     assert short.score == TaskScore(0.0, "truncated") and short.turns == 1 and not short.stopped
+    assert all(short.learnt), "a reply that nothing follows takes no room"
 
 
 @pytest.mark.parametrize(
