@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.initial_model import InitialChatModel
     from posttrain.preference.examples import read_rows
     from posttrain.preference.online_run import opened_online
-    from posttrain.preference.preference_source import HeldoutPreference, PreferenceSource
+    from posttrain.preference.preference_source import HeldoutPreference, PreferenceLoss, PreferenceSource
     from pretrain.batch_source import BatchSource
     from pretrain.heldout_loss import Evaluator
     from pretrain.parallel import groups
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = 0 if initial.continues else config.parallel.sequence_parts
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, given=initial.given)
     source: BatchSource
+    loss: PreferenceLoss
     evaluators: list[Evaluator]
     if config.online:
         run = opened_online(config, initial, layout, env.is_main)

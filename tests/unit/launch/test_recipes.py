@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from configs.loader import ConfigError, load
+from configs.loader import ConfigError, load, validate
 from configs.recipe import RecipeConfig
 from configs.rewards import RewardConfig
 from launch import recipe
@@ -111,7 +111,10 @@ def test_both_kinds_of_answers_are_right_by_the_recipes_own_rewards(name: str) -
     problems = [Problem("p", record["prompt"], record["answer"], metadata=record) for record in found]
     for key, after in (("direct", ""), ("reasoned", "</think>")):
         rewards = make_rewards(
-            {"one": RewardConfig(kind=KINDS[name], after=after), "script": RewardConfig(kind="script")}
+            {
+                "one": validate(RewardConfig, {"kind": KINDS[name], "after": after}),
+                "script": RewardConfig(kind="script"),
+            }
         )
         texts = [record[key] for record in found]
         scores = rewards([Attempt(problem, text) for problem, text in zip(problems, texts, strict=True)])
