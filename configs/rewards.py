@@ -1,6 +1,5 @@
 """Config of rewards: what scores the completions of a task that is read from files."""
 
-import math
 import re
 from typing import Literal
 
@@ -73,8 +72,6 @@ class RewardConfig(Section):
         needed = NEEDED.get(self.kind)
         if needed and not getattr(self, needed):
             raise ValueError(f"kind = {self.kind!r} needs {needed}; set {needed} as well")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight = {self.weight} is no factor; set a finite number")
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)

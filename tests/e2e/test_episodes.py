@@ -79,7 +79,7 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
     (base / "episodes.toml").write_text(CONFIG.format(dir=base))
     options = [f"data.dialogues=['{base}/calls.jsonl']", "task.demonstrations=0", "task.eval_prompts=1"]
-    argv = [str(base / "sft.toml"), *options, "train.steps=60"]
+    argv = [str(base / "sft.toml"), *options, "train.steps=200"]
     assert set(ranks(2).run("posttrain.sft:main", process_group=False, timeout=300, argv=argv)) == {0}
     return base
 

@@ -8,6 +8,7 @@ from configs.loader import ConfigError
 from configs.train import ParallelConfig
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl.rollout import _empty, _fill
+from posttrain.tasks.environment import Transcript
 from posttrain.tasks.lengths import check_answers, check_rows
 from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.sampling import Completion
@@ -43,10 +44,11 @@ def test_a_row_takes_the_longest_prompt_and_its_completion(
     """A sequence length is accepted if and only if the longest prompt and completion fit into a training row."""
     task = SortTask(6, 10)
     longest = check_answers(task, chat, 0, 50, 50, None)
-    completion = Completion([5] * task.max_new_tokens, [0.0] * task.max_new_tokens, stopped=False)
+    episode = Transcript(task.problem(0, "train", 0), [1] * longest, stopped=False)
+    episode.wrote(Completion([5] * task.max_new_tokens, [0.0] * task.max_new_tokens, stopped=False))
 
     def row(length: int) -> None:
-        _fill(_empty(1, length, 0), 0, [1] * longest, completion, length)
+        _fill(_empty(1, length, 0), 0, episode, length)
 
     try:
         row(seq_length)

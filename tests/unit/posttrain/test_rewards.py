@@ -389,7 +389,6 @@ def test_a_reward_model_scores_a_batch_at_once(monkeypatch: pytest.MonkeyPatch) 
     ("settings", "words"),
     [
         ({"kind": "function", "function": "a.b"}, "not of the form module:function"),
-        ({"weight": float("inf")}, "is no factor"),
         ({"kind": "exact", "seconds": 3.0}, "says nothing of kind"),
     ],
 )
