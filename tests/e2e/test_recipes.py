@@ -20,7 +20,7 @@ from tests.parallel.harness import RanksOf
 from tests.shards import write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINED = ["train.precision=fp32", "log.tensorboard=false"]
+TRAINED = ["train.precision=fp32", "log.tensorboard=false", "schedule.warmup_steps=0"]
 LONG = "task.max_new_tokens=160"  # the tiny tokenizer spells most letters alone
 SMALL = [*TRAINED, LONG, "task.eval_prompts=8"]
 BATCH = ["train.global_batch_size=16", "train.micro_batch_size=8", "train.seq_length=256"]
