@@ -30,9 +30,11 @@ Schedules, for pretrain/parallel:
 - `cpu_redirections`: the modules of `redirect_to_cpu` look up the global `torch` at each use.
 """
 
+import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -46,9 +48,26 @@ def _unchanged(function: Callable[..., Any] | None = None, **_: Any) -> Callable
     return (lambda decorated: decorated) if function is None else function
 
 
+@contextmanager
+def _not_installed(*names: str) -> Iterator[None]:
+    """Context in which modules that have not been imported yet cannot be."""
+    names = tuple(name for name in names if name not in sys.modules)
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # None makes an import fail
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
 # While it is imported, megatron-core passes fused kernels that Trivium does not use to `torch.compile`. That loads all
-# of Inductor, which takes seconds on every rank. It also warns of each accelerator package that is not installed.
-with mock.patch.object(torch, "compile", _unchanged), warnings.catch_warnings():
+# of Inductor, which takes seconds on every rank, as do the loggers that its timers would import if it could. It also
+# warns of each accelerator package that is not installed.
+with (
+    mock.patch.object(torch, "compile", _unchanged),
+    _not_installed("torch.utils.tensorboard", "wandb"),
+    warnings.catch_warnings(),
+):
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType

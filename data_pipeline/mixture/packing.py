@@ -8,12 +8,14 @@ symbols that `fim` inserts; under `concat`, a row whose end has no room for them
 order of documents and rows is up to the caller (`epochs`).
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import numba
 import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,22 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-@numba.njit(cache=True)
+def _compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """Compiles a function with numba when it is first called, since ranks that train import this module but never pack.
+
+    Importing numba takes half a second of every process.
+    """
+
+    @functools.cache
+    def compiled() -> Callable[..., T]:
+        import numba
+
+        return numba.njit(cache=True)(function)  # type: ignore[no-any-return]
+
+    return functools.wraps(function)(lambda *arguments: compiled()(*arguments))
+
+
+@_compiled
 def _lay(
     lengths: np.ndarray,
     extra: np.ndarray,
@@ -142,7 +159,7 @@ def _lay(
     return segments, rows
 
 
-@numba.njit(cache=True)
+@_compiled
 def _fill_rows(lengths: np.ndarray, seq_length: int, row_of: np.ndarray) -> int:
     """Assigns pieces, given by descending length, to rows; fills `row_of` and returns the number of rows.
 

@@ -25,8 +25,9 @@ from launch.processes import die_with_parent
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAILED = 70  # the exit status of a function that raised
-# Modules of what ranks run, which import torch, megatron-core, DeepSpeed and pretrain.
+# Modules of what ranks run, which import torch, megatron-core, DeepSpeed and pretrain; and two that some use later.
 IMPORTED = (
+    "numba",
     "tests.parallel.rank",
     "tests.parallel.workers.training",
     "tests.parallel.workers.plans",
@@ -39,6 +40,7 @@ IMPORTED = (
     "posttrain.sft",
     "posttrain.chat.sft_data",
     "pretrain.train",
+    "torch.utils.tensorboard",
 )
 
 

@@ -5,6 +5,7 @@ that must run without torch a subprocess checks that it was not loaded.
 """
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -285,12 +286,27 @@ def test_torch_free_parts_load_no_torch() -> None:
         if name.split(".")[0] in ("configs", "launch", "cli", "pages", "data_pipeline")
         or name in ("pretrain.run_report", "pretrain.run_comparison", "pretrain.line_charts")
     ]
-    script = "import importlib, sys\n" + "\n".join(
+    # Training ranks read rows, and pack none, so they need no compiler.
+    rows = "import data_pipeline.mixture.rows; assert 'numba' not in sys.modules, 'mixture.rows'\n"
+    script = f"import importlib, sys\n{rows}" + "\n".join(
         f"importlib.import_module({name!r}); assert not {{'torch', 'mpi4py', 'ray'}} & set(sys.modules), {name!r}"
         for name in free
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_ranks_load_no_loggers_of_megatrons() -> None:
+    """Each rank would take a second for them, whichever of them is installed."""
+    from pretrain import megatron
+
+    timers = sys.modules["megatron.core.timers"]
+    assert timers.SummaryWriter is None and timers.wandb is None  # type: ignore[attr-defined]
+    with megatron._not_installed("this", "sys"):
+        with pytest.raises(ImportError):
+            importlib.import_module("this")
+        assert importlib.import_module("sys") is sys
+    assert "this" not in sys.modules and "torch.utils.tensorboard" not in {k for k, v in sys.modules.items() if not v}
 
 
 def test_no_test_module_imports_another() -> None:
