@@ -1,10 +1,5 @@
 """Chooses a run's executor: the one in its config, else MPI if mpirun or srun started this process, else local."""
 
-import contextlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
-
 from configs.data_run import DataRunConfig
 from configs.loader import ConfigError
 from data_pipeline.executors.base import Executor
@@ -34,20 +29,3 @@ def choose(run: DataRunConfig) -> Executor:
 
         return MpiExecutor(rank, world_size)
     return LocalExecutor(run.workers)
-
-
-@contextlib.contextmanager
-def output_of_rank_0_only() -> Iterator[None]:
-    """Silences ranks other than 0 inside the block, so that an error that all ranks find is printed once.
-
-    A ConfigError ends such a rank with exit status 2.
-    """
-    if mpi_rank_and_world()[0] == 0:
-        yield
-        return
-    with Path(os.devnull).open("w") as nowhere:
-        try:
-            with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-                yield
-        except ConfigError:
-            raise SystemExit(2) from None

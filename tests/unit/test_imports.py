@@ -264,7 +264,7 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_packages_of_the_data_pipeline_import_each_other() -> None:
-    """A reader can take the packages one after another; the modules at the root (run, alarms) may import all."""
+    """A reader can take the packages one after another; the modules at the root (stages, alarms) may import all."""
     graph: dict[str, set[str]] = {}
     for name, file in modules():
         top, *inner = name.split(".")

@@ -19,8 +19,9 @@ from configs.data import DataConfig
 from configs.data_run import DataRunConfig, RayConfig, SlurmConfig
 from configs.loader import ConfigError, load
 from data_pipeline.executors.base import PipelineJob
-from data_pipeline.executors.choose import choose, output_of_rank_0_only
+from data_pipeline.executors.choose import choose
 from data_pipeline.executors.local_executor import LocalExecutor
+from data_pipeline.executors.rank_output import output_of_rank_0_only
 from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
 from tests.data_runs import command, environment
