@@ -52,7 +52,9 @@ def _unchanged(function: Callable[..., Any] | None = None, **_: Any) -> Callable
 def _not_installed(*names: str) -> Iterator[None]:
     """Context in which modules that have not been imported yet cannot be."""
     names = tuple(name for name in names if name not in sys.modules)
-    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # None makes an import fail
+    refused: Any = None  # what makes an import fail
+    for name in names:
+        sys.modules[name] = refused
     try:
         yield
     finally:

@@ -127,7 +127,8 @@ def _compiled(function: Callable[..., T]) -> Callable[..., T]:
     def compiled() -> Callable[..., T]:
         import numba
 
-        return numba.njit(cache=True)(function)  # type: ignore[no-any-return]
+        machine_code: Callable[..., T] = numba.njit(cache=True)(function)
+        return machine_code
 
     return functools.wraps(function)(lambda *arguments: compiled()(*arguments))
 

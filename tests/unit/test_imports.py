@@ -301,7 +301,7 @@ def test_ranks_load_no_loggers_of_megatrons() -> None:
     from pretrain import megatron
 
     timers = sys.modules["megatron.core.timers"]
-    assert timers.SummaryWriter is None and timers.wandb is None  # type: ignore[attr-defined]
+    assert timers.SummaryWriter is None and timers.wandb is None
     with megatron._not_installed("this", "sys"):
         with pytest.raises(ImportError):
             importlib.import_module("this")
