@@ -83,6 +83,13 @@ def _check(asked: Submission) -> None:
         raise ConfigError(
             f"{asked.command.name} is a module and names no folder for its job; give one, as in --job-dir runs/job"
         )
+    words = asked.command.arguments
+    if "--resume=no" in words or ("--resume", "no") in itertools.pairwise(words):
+        raise ConfigError("--resume no would refuse to go on after a requeue; leave it out, and name another run.dir")
+    if given := [
+        word for word in words if asked.command.name == "recipe run" and word.startswith(("--until", "--only"))
+    ]:
+        raise ConfigError(f"{given[0]} is for a recipe that runs here; leave it out, each stage is a job of its own")
     if wrong := [job for job in asked.after if not (job.isascii() and job.isdecimal())]:
         raise ConfigError(f"--after {wrong[0]} is no number of a job; squeue lists them")
     if not asked.dry_run and shutil.which("sbatch") is None:

@@ -124,6 +124,8 @@ def test_names_of_variables_are_written_and_no_values(
         (["--set", "slurm.partitoin=x", *TRAIN], "did you mean 'partition'?"),
         (["--set", "setup=no/such/file", *TRAIN], "setup = 'no/such/file' is no file"),
         (["--cluster", "h200", *TRAIN], "--cluster h200 is none of a100, cpu, h100"),
+        ([*TRAIN, "--resume", "no"], "--resume no would refuse to go on after a requeue"),
+        (["recipe", "run", str(ROOT / "configs/recipes/demo.toml"), "--until", "sft"], "--until is for a recipe that"),
         (["--after", "x7", *TRAIN], "--after x7 is no number of a job"),
         (["--node-rank", "1", *TRAIN], "--node-rank is for --on local; leave it out of --on slurm"),
         (["--nproc-per-node", "3", *TRAIN, "parallel.tp=2"], "does not divide the 3 ranks"),
