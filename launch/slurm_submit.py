@@ -86,9 +86,8 @@ def _check(asked: Submission) -> None:
     words = asked.command.arguments
     if "--resume=no" in words or ("--resume", "no") in itertools.pairwise(words):
         raise ConfigError("--resume no would refuse to go on after a requeue; leave it out, and name another run.dir")
-    if given := [
-        word for word in words if asked.command.name == "recipe run" and word.startswith(("--until", "--only"))
-    ]:
+    given = [word for word in words if word.startswith(("--until", "--only"))]
+    if given and asked.command.name == "recipe run":
         raise ConfigError(f"{given[0]} is for a recipe that runs here; leave it out, each stage is a job of its own")
     if wrong := [job for job in asked.after if not (job.isascii() and job.isdecimal())]:
         raise ConfigError(f"--after {wrong[0]} is no number of a job; squeue lists them")
