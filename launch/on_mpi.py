@@ -18,8 +18,9 @@ from launch.slurm_submit import python_of
 
 # Signals stay blocked until each rank has set its handlers.
 BLOCKED = ("env", "--block-signal=INT,TERM,HUP,USR1")
-# Open MPI gives ranks this many seconds between a passed-on SIGTERM and SIGKILL; its default is one.
-SAVE_SECONDS = "300"
+# Seconds that Open MPI's mpirun gives ranks after SIGTERM, and sleeps whenever one has failed; its default is one.
+# After SIGUSR1, which it only passes on, ranks have all the time they need.
+SAVE_SECONDS = "30"
 
 
 def start(command: LaunchedCommand, config: LaunchConfig, dry_run: bool) -> int:
