@@ -172,7 +172,7 @@ def test_the_time_limit_is_what_warns_and_requeues_are_counted(config: Path, tmp
     something to save.
     """
     run = tmp_path / "run"
-    limits = ("slurm.time=2", "slurm.warn_seconds=30", "slurm.most_requeues=0")
+    limits = ('slurm.time="2"', "slurm.warn_seconds=30", "slurm.most_requeues=0")
     (job,) = train(config, run, "train.steps=20000", options=tuple(w for limit in limits for w in ("--set", limit)))
     job.wait_for(lambda: job.shows("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
     assert storage.steps(run) and "stopped by SIGUSR1" in job.said() and "TIME LIMIT" not in job.said()
