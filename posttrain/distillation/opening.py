@@ -49,7 +49,7 @@ def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> Opene
     student.check_rows(config.train.seq_length)
     layout = Layout.of(env.world_size, config.parallel, student.model, config.train, given=student.given)
     teacher = open_teacher(config, student, env.world_size)
-    said = [f"note: {student.note}"] if student.note else []
+    said = [f"note: {note}" for note in (student.note, teacher.initial.note) if note]
     task = open_task(config.task) if config.task else None
     if task is not None:
         said += _check_task(config, student, teacher, task)

@@ -12,7 +12,7 @@ import pytest
 
 from configs.loader import toml
 from configs.sealed import CHECKPOINT
-from posttrain import dpo, grpo, ppo, rm, sft
+from posttrain import distill, dpo, grpo, ppo, rm, sft
 from posttrain.rl import rollout_file
 from pretrain.checkpoint.lineage import Lineage, Pin
 from tests.remedies import Run, drawn, follow, refused, remedies, torchrun_environment
@@ -301,3 +301,16 @@ def test_other_commands_start_as_their_messages_say(
         value = f"train.seq_length={found[1]}" if found.groups() else "rl.correction_low=1"
         right = [*wrong[:-1], value]
     assert not refused(run[command], ranks, [one.format(**places) for one in right])
+
+
+def test_a_teacher_of_an_older_checkpoint_than_the_newest_is_told(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = shutil.copytree(base / "dense", tmp_path / "teacher")
+    (teacher / "checkpoints/step_2").mkdir()
+    (teacher / "checkpoints/step_2/manifest.json").write_text("{}")
+    torchrun_environment(monkeypatch, 1)
+    own = [f"teacher.run={teacher}", f"run.dir={tmp_path / 'run'}", "--dry-run"]
+    assert distill.main([str(base / "sft.toml"), *own]) == 0
+    said = capsys.readouterr().out
+    assert f"{teacher}/checkpoints/step_1 is taken" in said and "note: " in said and "step_2/manifest.json" in said
