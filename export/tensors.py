@@ -6,6 +6,7 @@ The files are named as in transformers: `model.safetensors`, or `model-00001-of-
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]
 
     def write() -> None:
         shards.append(list(shard))
-        _save(shard, folder / _unnamed(len(shards)))
+        save_tensors(shard, folder / _unnamed(len(shards)))
         shard.clear()
 
     for name, tensor in tensors:
@@ -146,8 +147,14 @@ def _shapes(path: Path, found: TensorFolder) -> dict[str, tuple[int, ...]] | Non
     return None
 
 
-def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(shard, path, metadata={"format": "pt"})
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes one file. Raises OSError where the system refuses, of which the library makes an error of its own."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if refused := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(refused[1]), os.strerror(int(refused[1])), str(path)) from None
+        raise
     path.chmod(0o644)  # safetensors creates files that only their owner may read
     with open(path, "rb") as file:
         os.fsync(file.fileno())

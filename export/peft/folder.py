@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from configs.files import write_atomic
 from export.model_source import ModelSource
 from export.peft.adapter import PeftAdapter, PeftError
 from export.publishing import exported_weights
+from export.tensors import save_tensors
 from pretrain.checkpoint import storage
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -45,8 +46,7 @@ def write(folder: Path, adapter: PeftAdapter, base: BaseRecord) -> None:
     config: Mapping[str, Any] = {**adapter.config, NAME: base.name}
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     tensors: dict[str, torch.Tensor] = {name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / TENSORS).chmod(0o644)  # safetensors creates files that only their owner may read
+    save_tensors(tensors, folder / TENSORS)
     record = {"base": base.name, "base_sha256": list(base.sha256)}
     write_atomic(folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 

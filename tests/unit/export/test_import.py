@@ -1,17 +1,19 @@
 """Hugging Face directories are imported bit for bit, or refused with a message that names the reason."""
 
+import errno
 import json
 import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configs.files import file_sha256
 from configs.loader import ConfigError, load
 from configs.model import ModelConfig
-from export import huggingface
+from export import huggingface, tensors
 from export.conversion.registry import computation
 from export.hf_config import from_hf_config, to_hf_config
 from export.hf_tokenizer import write_tokenizer
@@ -317,3 +319,13 @@ def test_all_ids_that_end_an_answer_are_kept(tmp_path, tokenizer_path):
     assert huggingface.main([str(tmp_path / "export.toml"), *keys]) == 0
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [2, 7, 9]
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, monkeypatch):
+    def refuses(*args, **kwargs):  # as the library does on a full disk
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensors, "save_file", refuses)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        write_tensors(tmp_path, [("a", torch.zeros(3))], 100)
+    assert raised.value.errno == errno.ENOSPC and str(raised.value.filename).startswith(str(tmp_path))
