@@ -58,7 +58,7 @@ def command(base: Path, folder: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "cli", "recipe", "run", "configs/recipes/r1.toml"),
         *(f"dir={folder}", f"inputs.model={base}/init", f"inputs.plan={base}/plan", "ranks=1", "specimens=[]", *more),
-        *(f"stages.{name}.gates=[]" for name in ("cold_start", "chosen", "answers")),
+        *(f"stages.{name}.gates=[]" for name in ("cold_start", "chosen", "preferences", "answers")),
     ]
 
 
