@@ -47,12 +47,13 @@ def describe_training(output: Path) -> tuple[str, str]:
         ("greedy", "answered right, greedy"),
         ("sampled", "answered right, sampled"),
     ):
+        # Of several rewards of a task only those for accuracy are in the table; the stage's report has all.
         changes = [
-            f"{source} "
+            f"{source.partition(' answers, ')[2] or source} "
             + (f"{before[source][measure]:.2f} → " if measure in before.get(source, {}) else "")
             + f"{measures[measure]:.2f}"
             for source, measures in results.items()
-            if measure in measures
+            if measure in measures and (" answers, " not in source or source.endswith("accuracy"))
         ]
         if changes:
             out.append(f"{title}: {', '.join(changes)}")

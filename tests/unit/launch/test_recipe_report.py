@@ -35,6 +35,10 @@ def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
     came_in, out = describe_training(tmp_path)
     assert came_in == "2 steps, 2.00M tokens"
     assert out == "loss 9.00 → 4.00\nheld-out bits a byte: code 3.00 → 1.50"
+    several = {"all answers": {"sampled": 0.6}, "all answers, sort/format": {"sampled": 1.0}}
+    several["all answers, sort/accuracy"] = {"sampled": 0.5}
+    write("metrics.jsonl", {"step": 1, "tokens": 1000, "loss": 9.0}, {"step": 1, "eval": several})
+    assert describe_training(tmp_path)[1].endswith("answered right, sampled: all answers 0.60, sort/accuracy 0.50")
     write("trivium_export.json", {"checkpoint": "a/step_2", "checks": {"logits, max": "1e-6"}})
     assert describe_export(tmp_path) == ("step_2", "logits, max: 1e-6")
     assert describe_training(tmp_path / "nothing") == ("", "")
