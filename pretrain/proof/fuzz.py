@@ -35,6 +35,7 @@ NOT_DRAWN = {
     "checkpoint": "a proof saves nothing",
     "eval": "the proof's evaluation is of one batch, always",
     "log": "a proof logs nothing",
+    "tracking": "a proof records nothing",
     "checks": "they change no number, and a test of their own compares runs with and without",
     "spikes": "a proof takes three steps, and a spike needs twenty before it",
     "watchdog": "it changes no number; tests/parallel/test_watchdog.py stops ranks in each layout",
