@@ -71,9 +71,10 @@ def record(folder: Path) -> dict[str, dict]:
 
 
 def result(stage: Path) -> dict[str, str]:
-    """Returns hashes of a stage's weights, or of the dialogues that it kept; paths in its manifests do not count."""
+    """Returns hashes of a stage's weights, or the dialogues that it kept; manifests have paths, and do not count."""
     if (stage / "dialogues.jsonl").exists():
-        return {"dialogues": hashlib.sha256((stage / "dialogues.jsonl").read_bytes()).hexdigest()}
+        kept = [json.loads(line) for line in (stage / "dialogues.jsonl").read_text().splitlines()]
+        return {str(i): json.dumps({**one, "model": ""}) for i, one in enumerate(kept)}
     found = storage.read_full(storage.latest(stage))
     return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in found.items()}
 
