@@ -50,6 +50,8 @@ def memory_to_draw(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str,
 
     Also says how large the model is, and whether the weights are those of a model that is drawn whole.
     """
+    make_engine({**model, "num_layers": 1}, parallel)  # what it imports, or reads from disk again, is not counted
+    groups.stop()
     right, peaks = zero.wrap, []
 
     def measured(*args: Any) -> Any:

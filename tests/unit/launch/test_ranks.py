@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import ranks
-from launch.bootstrap import TRAINING
+from launch.bootstrap import ON_RANKS
 from launch.command import module_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -166,7 +166,7 @@ def test_a_command_stands_for_its_module() -> None:
     assert (launched.returncode, launched.stderr) == (2, error)
 
 
-COMMANDS = list(TRAINING)  # pretraining's first
+COMMANDS = list(ON_RANKS)  # pretraining's first
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be started as ranks.*" + re.escape(hint)) as raised:
         ranks.main([name, "configs/pretrain/demo.toml"])
     for told in re.findall(r"(?:give|mean|or) ([a-z.]+)(?=[,? ]|$)", str(raised.value)):
-        assert told == "a" or module_of(told) in TRAINING.values()  # "or a module"
+        assert told == "a" or module_of(told) in ON_RANKS.values()  # "or a module"
 
 
 STEP = {

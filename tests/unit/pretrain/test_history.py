@@ -39,7 +39,7 @@ def test_settings_that_change_numbers_are_told() -> None:
     neutral = ["log.every=7", "checkpoint.every=9", "checkpoint.keep=5", "eval.every=3", "run.dir=x", "data.plan=y"]
     assert news(20, [], neutral) == []
     assert history.append_span([data_span(0)], data_span(20, *neutral)) == [data_span(0)]
-    changed = ["optimizer.betas=[0.9,0.9]", "train.precision=fp32", "train.recompute=full"]
+    changed = ["optimizer.betas=[0.9,0.9]", "train.precision=bf16", "train.recompute=full"]
     assert len(news(20, [], changed)) == 3
 
 
