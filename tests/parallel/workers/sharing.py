@@ -1,5 +1,7 @@
 """Functions run in the ranks: the weights and gradients that each rank keeps under ZeRO, and an infinite gradient."""
 
+import ctypes
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from pretrain.parallel.distributed_optimizer import ALIGNMENT, DistributedOptimi
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.gathered import RebuiltViews
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, make_engine, rows
+
+M_MMAP_THRESHOLD = -3  # from malloc.h: an allocation of at least so many bytes has pages of its own
 
 
 def kept(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[str, int]:
@@ -50,14 +54,18 @@ def memory_to_draw(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str,
 
     Also says how large the model is, and whether the weights are those of a model that is drawn whole.
     """
-    make_engine({**model, "num_layers": 1}, parallel)  # what it imports, or reads from disk again, is not counted
-    groups.stop()
     right, peaks = zero.wrap, []
 
     def measured(*args: Any) -> Any:
         peaks.append(_memory("VmHWM") - before)
         return right(*args)
 
+    # From here on the process grows by what is allocated, and shrinks by what is freed: tensors get pages of their own,
+    # and memory that earlier tests have freed is given back.
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted from here on
     before = _memory("VmRSS")
     with mock.patch.object(zero, "wrap", measured):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import ranks
-from launch.bootstrap import ON_RANKS
+from launch.bootstrap import ON_RANKS, TRAINING
 from launch.command import module_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -166,14 +166,14 @@ def test_a_command_stands_for_its_module() -> None:
     assert (launched.returncode, launched.stderr) == (2, error)
 
 
-COMMANDS = list(ON_RANKS)  # pretraining's first
+COMMANDS = list(ON_RANKS)
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
         ("trian", "did you mean train?"),
-        ("posttrain", f"did you mean {' or '.join(COMMANDS[1:])}?"),
+        ("posttrain", f"did you mean {' or '.join(list(TRAINING)[1:])}?"),
         ("pretrain/train.py", "did you mean pretrain.train?"),
         ("posttrain.grop", "did you mean posttrain.grpo?"),
         ("generate", f"give {', '.join(COMMANDS)}, or a module"),
