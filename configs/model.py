@@ -229,6 +229,16 @@ class ModelConfig(Section):
             return f"model.position.max_positions is for learned positions, not {position.kind}; leave it out"
         if position.scaling and position.kind != "rotary":
             return f"model.position.scaling is for rotary positions, not {position.kind}; leave it out"
+        if position.scaling and position.scaling.kind == "longrope":
+            latent = self.attention.latent
+            pairs = (latent.rope_head_dim if latent else round(self.dim_per_head * position.fraction)) // 2
+            for name in ("short_factor", "long_factor"):
+                factors = getattr(position.scaling, name) or ()
+                if len(factors) != pairs:
+                    return (
+                        f"model.position.scaling.{name} has {len(factors)} numbers, and longrope divides each of a "
+                        f"head's {pairs} frequencies by its own ({2 * pairs} elements rotate); give it {pairs} numbers"
+                    )
         if self.moe:
             for layer in self.moe.dense_layers:
                 if layer not in range(self.num_layers):

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from configs import files, loader
 from configs.data import DataConfig
-from configs.loader import ConfigError
+from configs.loader import ConfigError, validate
+from configs.model import ModelConfig
 from configs.rl import GRPOConfig
 from configs.train import Precision, PretrainConfig
 
@@ -164,3 +165,15 @@ def test_none_stays_where_it_is_a_value_and_is_refused_where_a_key_is_needed(tmp
         loader.load(PretrainConfig, DEMO, ["train=none"])
     with pytest.raises(ConfigError, match=r"or leave it out by model\.moe=none$"):
         loader.load(PretrainConfig, DEMO, ["model.moe=dense"])
+
+
+@pytest.mark.parametrize("numbers", [1, 2, 4])
+def test_longrope_has_a_number_for_each_frequency(numbers: int) -> None:
+    """One number would fit any head by broadcasting, and two would widen the angles of a head of two elements."""
+    scaling = {"kind": "longrope", "original_length": 16, "short_factor": [1.0] * 3, "long_factor": [1.0] * numbers}
+    sizes = {"vocab_size": 32, "num_layers": 1, "hidden_size": 12, "ffn_hidden_size": 8, "num_heads": 2}
+    model = {**sizes, "num_kv_heads": 2, "position": {"scaling": scaling}}
+    with pytest.raises(ConfigError, match=rf"long_factor has {numbers} numbers, and longrope .* give it 3 numbers"):
+        validate(ModelConfig, model)
+    scaling["long_factor"] = [1.0] * 3
+    validate(ModelConfig, model)
