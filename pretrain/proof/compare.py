@@ -99,7 +99,7 @@ def _allowed(
     norm, clip = reference.facts["grad_norm"], reference.facts["clip_grad"]
     clipped = gradient * min(1.0, clip / norm) if norm else gradient
     step = adam_step_bound(clipped, error, config.optimizer, config.optimizer.lr)
-    return 2 * master + float(step.norm() / expected.norm())
+    return 2 * master + float(step.norm()) / (float(expected.norm()) or 1.0)
 
 
 def allowed_weight(
