@@ -20,6 +20,7 @@ from configs.train import PretrainConfig
 from pretrain.proof import proof_page, prove
 from pretrain.proof.bounds import Bounds
 from pretrain.proof.candidate import DEGREES
+from pretrain.proof.compare import allowed_weight
 from pretrain.proof.fuzz import Draw, command_of, draw, shrink
 from pretrain.proof.step_reader import RecordedStep
 from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, RelativeError, Verdict
@@ -138,6 +139,17 @@ def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
     assert wrong[3, 1] == 7.0 and torch.equal(right, torch.cat((halves[0], halves[3])).double())
     (tmp_path / "rank_00000.safetensors").unlink()
     assert RecordedStep(tmp_path).copies("forward/x")[1].isnan().any(), "a slice that nobody wrote is no number"
+
+
+def test_a_weight_that_stays_zero_has_a_bound(tmp_path: Path) -> None:
+    """The gradient of a bias of keys may round to zero in bf16, so that the bias stays what it was drawn as: zero."""
+    (tmp_path / "step.json").write_text(json.dumps({"grad_norm": 1.0, "clip_grad": 1.0, "norm_terms": {}}))
+    name = "layers.0.attention.bias"
+    names = [f"grad/{name}", f"state/{name}"]
+    metadata = dict.fromkeys(names, json.dumps([(0,), (3,)]))
+    save_file({each: torch.zeros(3) for each in names}, str(tmp_path / "rank_00000.safetensors"), metadata)
+    step, config = RecordedStep(tmp_path), load(PretrainConfig, Path("configs/pretrain/demo.toml"), [])
+    assert 0 <= allowed_weight(name, step, step, Bounds(MODEL, 16, 128, "bf16"), config) < math.inf
 
 
 def test_a_layout_that_is_refused_is_mended_as_the_message_says() -> None:
