@@ -107,8 +107,8 @@ class ProcessGroup:
     def wait(self) -> int:
         """Waits until all processes have ended and returns 0 or the exit status of the first that failed.
 
-        After a signal it returns the exit status of the processes if all have the same (75, for example, when all have
-        saved), else 128 + the signal's number.
+        After a signal, a process that ended as stopped by it (75 or 130) has not failed; that status is returned if no
+        process failed.
         """
         passed_on = False
         deadline: float | None = None
@@ -127,12 +127,11 @@ class ProcessGroup:
                 self._send(signal.SIGKILL if ending else signal.SIGTERM)
                 ending, deadline = True, time.monotonic() + GRACE_SECONDS
             time.sleep(0.05)
-        if self._signals:
-            statuses = {exit_status(process.returncode) for process in self.processes}
-            return statuses.pop() if len(statuses) == 1 else 128 + self._signals[0]
-        if self.failed is None:
-            self.failed = self._first_failure()
-        return 0 if self.failed is None else exit_status(self.processes[self.failed].returncode)
+        statuses = [exit_status(process.returncode) for process in self.processes]
+        stopped = (signals.STOPPED, signals.INTERRUPTED) if self._signals else ()
+        if self.failed is None or statuses[self.failed] in stopped:
+            self.failed = next((index for index, one in enumerate(statuses) if one and one not in stopped), None)
+        return max(statuses, default=0) if self.failed is None else statuses[self.failed]
 
     @property
     def signal(self) -> int:

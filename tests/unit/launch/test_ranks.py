@@ -107,7 +107,8 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
         (signal.SIGTERM, "sys.exit(75)", 75),
         (signal.SIGUSR1, "sys.exit(75)", 75),
         (signal.SIGTERM, "sys.exit(0)", 0),  # the ranks had finished their work
-        (signal.SIGTERM, "sys.exit(75 if os.environ['RANK'] == '0' else 1)", 143),  # ranks end with different statuses
+        (signal.SIGTERM, "sys.exit(75 if os.environ['RANK'] == '0' else 0)", 75),
+        (signal.SIGTERM, "sys.exit(75 if os.environ['RANK'] == '0' else 1)", 1),  # a failure is more than a stop
     ],
 )
 def test_a_signal_reaches_every_rank_once_and_the_status_is_theirs(
@@ -125,6 +126,19 @@ def test_a_signal_reaches_every_rank_once_and_the_status_is_theirs(
     process.communicate(timeout=30)
     assert process.returncode == status
     assert wait_for(tmp_path, "got0", "got1") == [1, 1]
+
+
+def test_a_signal_after_a_failure_does_not_hide_it(tmp_path: Path) -> None:
+    """Rank 0 refuses its config while rank 1 is still importing, and rank 1 is stopped by the signal."""
+    refuses = "if os.environ['RANK'] == '0': print('error: no', file=sys.stderr); sys.stderr.flush(); os._exit(2)\n"
+    script = "signal.signal(signal.SIGTERM, lambda *_: os._exit(75))\n" + UP + refuses + "time.sleep(60)\n"
+    process = launcher(tmp_path, script)
+    refused, _ = wait_for(tmp_path, "up0", "up1")
+    while alive(refused):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output.strip()) == (2, "error: no")
 
 
 def test_no_rank_and_no_child_of_a_rank_survives_the_launcher(tmp_path: Path) -> None:
