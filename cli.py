@@ -14,7 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("launch.recipe:demo", "every stage from raw text to verified Hugging Face models"),
     "recipe run": ("launch.recipe:main", "run the stages that a recipe lists, in order, each with its gates"),
     "config": ("configs.config_command:main", "explain the keys of a config, or print a config to begin with"),
-    "data run": ("data_pipeline.run:main", "filter, deduplicate, tokenize and mix documents into training rows"),
+    "data run": ("data_pipeline.command:main", "filter, deduplicate, tokenize and mix documents into training rows"),
     "data report": ("data_pipeline.report.ledger_tables:main", "show what was dropped at which stage, and why"),
     "data baselines": (
         "data_pipeline.report.baselines:main",
@@ -69,7 +69,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("pretrain.checkpoint.inspection:main", "print a checkpoint's step, config, shapes and norms"),
     "doctor": ("pretrain.doctor.doctor:main", "look for what would end a run, or say why one has ended"),
     "launch": ("launch.ranks:main", "start a command that trains or samples as several ranks on this machine"),
-    "report": ("pretrain.run_report:main", "write a training run's report.html again"),
+    "report": ("pretrain.report.run_report:main", "write a training run's report.html again"),
 }
 
 

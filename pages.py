@@ -1,8 +1,8 @@
 """Building blocks of the HTML reports: style (light and dark), figures and axes, without network or plotting library.
 
 `page` is a whole document, `figure` the frame of one chart; `ticks`, `short` and `grid_line` are for axes. The charts
-are where their data is: curves over steps in `pretrain.line_charts`, a proof's in `pretrain.proof.proof_page`, a data
-run's in `data_pipeline.report`.
+are where their data is: curves over steps in `pretrain.report.line_charts`, a proof's in `pretrain.proof.proof_page`,
+a data run's in `data_pipeline.report`.
 """
 
 import html

@@ -36,7 +36,7 @@ def check(name: str, value: float, spelled: str) -> None:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Options of sampling, in the order in which `pretrain.logits_filters.processed` applies them.
+    """Options of sampling, in the order in which `pretrain.generation.logits_filters.processed` applies them.
 
     `repetition_penalty` makes the tokens of a text, its prompt included, less likely. `temperature` divides the logits;
     at 0 the likeliest token is always taken, and the options below it count for nothing. `top_k` keeps so many tokens,

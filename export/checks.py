@@ -22,9 +22,9 @@ from export.conversion.table import Family, longest_row
 from export.conversion.walk import KEPT, convert, embedding_name, entries, fit
 from export.hf_tokenizer import first_difference, first_mismatch
 from export.tensors import scan_tensors
+from pretrain.generation.sampling import generate
+from pretrain.generation.text_codec import TextCodec
 from pretrain.model import Decoder
-from pretrain.sampling import generate
-from pretrain.text_codec import TextCodec
 
 FAR_LOGITS = 64  # tokens at the end of the long text
 

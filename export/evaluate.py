@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from data_pipeline.mixture.rows import Plan
     from export.model_source import ModelSource
     from pretrain.evaluation.harness_tasks import LoadedTasks
+    from pretrain.generation.text_codec import TextCodec
     from pretrain.model import Decoder
-    from pretrain.text_codec import TextCodec
 
 SOURCE_HELP = "a run directory (its newest checkpoint), a checkpoint, an imported model, or a Hugging Face folder"
 

@@ -32,7 +32,7 @@ from pretrain.model.adapters import add_adapters
 
 if TYPE_CHECKING:
     from export.huggingface import Texts
-    from pretrain.text_codec import TextCodec
+    from pretrain.generation.text_codec import TextCodec
 
 
 def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: ExportConfig, folder: Path) -> Reference:

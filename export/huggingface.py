@@ -21,7 +21,7 @@ from configs.loader import ConfigError, plain
 if TYPE_CHECKING:
     from export.checks import Check, Reference, Reloaded
     from export.model_source import ModelSource
-    from pretrain.text_codec import TextCodec
+    from pretrain.generation.text_codec import TextCodec
 
 HELDOUT_PROMPT = 16  # tokens at the start of a held-out passage that serve as a prompt
 EXAMPLE = "trivium export configs/export/demo.toml run=runs/demo/sft out=runs/demo/export/sft"

@@ -20,7 +20,7 @@ from configs.model import ModelConfig
 from launch.environment import is_main
 
 if TYPE_CHECKING:
-    from pretrain.text_codec import TextCodec
+    from pretrain.generation.text_codec import TextCodec
 
 # Files of a tokenizer as transformers writes it, which an import copies if Trivium can use none of them.
 TOKENIZER_FILES = (
@@ -109,7 +109,7 @@ class ModelSource:
 
     def codec(self) -> "TextCodec":
         """Returns the codec of the model's tokenizer. Raises ValueError if it has more tokens than the model."""
-        from pretrain.text_codec import TextCodec
+        from pretrain.generation.text_codec import TextCodec
 
         ends = self.token_ids.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []

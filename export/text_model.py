@@ -22,12 +22,12 @@ from configs.sampling_options import sampling_of
 from configs.train import ParallelConfig, TrainSection
 from export.model_source import ModelSource, open_source
 from launch.environment import ClusterEnvironment
+from pretrain.generation.sampling import SampledModel, generate
+from pretrain.generation.text_codec import TextCodec
+from pretrain.generation.text_stream import TextStream
 from pretrain.model import build_single
 from pretrain.parallel import groups
 from pretrain.parallel.split_decoder import SplitDecoder
-from pretrain.sampling import SampledModel, generate
-from pretrain.text_codec import TextCodec
-from pretrain.text_stream import TextStream
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAIT_MINUTES = 7 * 24 * 60.0  # the longest that ranks wait for a person to type

@@ -20,7 +20,7 @@ from configs.train import PretrainConfig
 from launch.bootstrap import ON_RANKS, TRAINING
 
 # Modules of the commands that are one process and no ranks, and the key of the folder that each writes.
-SINGLE = {"data run": "data_pipeline.run", "export": "export.huggingface", "recipe run": "launch.recipe"}
+SINGLE = {"data run": "data_pipeline.command", "export": "export.huggingface", "recipe run": "launch.recipe"}
 _OVERRIDE = re.compile(r"[\w.]+=")
 FOLDER_KEYS = {"export": "run", "recipe run": "dir"}  # an export's own folder appears only once it is whole
 

@@ -39,7 +39,7 @@ class StageKind:
 
 
 KINDS = {
-    "data run": StageKind("data_pipeline.run", "run.dir", "plan/plan.json", describe_data),
+    "data run": StageKind("data_pipeline.command", "run.dir", "plan/plan.json", describe_data),
     "data baselines": StageKind("data_pipeline.report.baselines", "run.dir", BASELINES, describe_baselines),
     **{name: StageKind(module, "run.dir", "metrics.jsonl", describe_training) for name, module in TRAINING.items()},
     "sample": StageKind("posttrain.sample", "run.dir", "sample.json", describe_samples),

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.preference.examples import read_rows
     from posttrain.preference.online_run import opened_online
     from posttrain.preference.preference_source import HeldoutPreference, PreferenceLoss, PreferenceSource
-    from pretrain.batch_source import BatchSource
+    from pretrain.data.batch_source import BatchSource
     from pretrain.heldout_loss import Evaluator
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer

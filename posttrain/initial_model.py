@@ -8,8 +8,8 @@ from configs.initial import InitConfig
 from configs.loader import ConfigError
 from posttrain.chat.chat import Chat
 from posttrain.chat.template_format import open_chat
-from pretrain import initial_model
 from pretrain.checkpoint import storage
+from pretrain.run import initial_model
 
 
 @dataclass(frozen=True)

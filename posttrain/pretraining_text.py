@@ -11,7 +11,7 @@ from data_pipeline.core.integrity import DamagedData
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, Row
 from pretrain.checkpoint import storage
-from pretrain.initial_model import InitialModel
+from pretrain.run.initial_model import InitialModel
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from data_pipeline.mixture.rows import Plan, Row
-from pretrain.batch_source import micro_batches
+from pretrain.data.batch_source import micro_batches
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel.engine import Engine

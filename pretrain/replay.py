@@ -26,12 +26,12 @@ from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError, validate
 from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
-from pretrain.metrics_file import read_metrics
-from pretrain.plan_choice import choose_plan
+from pretrain.data.plan_choice import choose_plan
+from pretrain.logs.metrics_file import read_metrics
 from pretrain.train import make_trainer
 
 if TYPE_CHECKING:
-    from pretrain.history import DataSpan
+    from pretrain.run.history import DataSpan
     from pretrain.trainer import Trainer
 
 FOLDER = "replay"
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = _layout(config, env.world_size, run, step)
 
     from pretrain.health.recording import StepRecorder
+    from pretrain.logs.step_log import NonFiniteStep
     from pretrain.parallel import groups
-    from pretrain.step_log import NonFiniteStep
 
     with groups.joined(env, layout, config.parallel.backend) as mesh:
         choice = choose_plan(spans[-1]["plan"], run)
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _spans(run: Path, step: int) -> "list[DataSpan]":
     """Returns the run's data spans up to the one with step `step`. Raises ConfigError if there is no such step."""
-    from pretrain import history
     from pretrain.checkpoint import storage
+    from pretrain.run import history
 
     spans = history.read(run)
     if not spans or any(one["plan"] is None for one in spans) or "data" not in spans[-1].get("config", {}):
@@ -108,8 +108,8 @@ def _checkpoint(run: Path, step: int, spans: "Sequence[DataSpan]") -> Path | Non
 
     Raises ConfigError if the steps from there on had other settings or data than step `step`.
     """
-    from pretrain import history
     from pretrain.checkpoint import storage
+    from pretrain.run import history
 
     path, problems = storage.find_newest(run, before=step)
     begin = int(path.name.removeprefix("step_")) if path else 0
@@ -130,7 +130,7 @@ def _checkpoint(run: Path, step: int, spans: "Sequence[DataSpan]") -> Path | Non
 
 def _config(run: Path, spans: "Sequence[DataSpan]") -> PretrainConfig:
     """Returns the config of the last span, with a folder of its own, and with the samples that the run passed over."""
-    from pretrain import history
+    from pretrain.run import history
 
     tree = {key: value for key, value in spans[-1]["config"].items() if key != "init"}
     passed = [history.passed_over(one, after) for one, after in pairwise(spans)]

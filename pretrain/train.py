@@ -24,13 +24,13 @@ from configs.train import PretrainConfig
 from data_pipeline.core.integrity import DamagedData
 from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
-from pretrain.plan_choice import PlanChoice, choose_plan
+from pretrain.data.plan_choice import PlanChoice, choose_plan
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.lineage import Lineage
     from pretrain.heldout_loss import HeldoutLoss
-    from pretrain.initial_model import InitialModel
     from pretrain.parallel.groups import Mesh
+    from pretrain.run.initial_model import InitialModel
     from pretrain.trainer import Trainer
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Gives a config with [init] the keys of that model."""
         if not tree.get("init"):
             return tree
-        from pretrain.initial_model import with_model
+        from pretrain.run.initial_model import with_model
 
         tree, found = with_model(tree, args.resume)
         begun.extend(found)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # torch takes seconds to import, so mistakes in the config are reported before.
-    from pretrain.data_check import DamagedTrainingData
+    from pretrain.data.data_check import DamagedTrainingData
     from pretrain.parallel import groups
 
     with groups.joined(env, layout, config.parallel.backend) as mesh:
@@ -116,7 +116,7 @@ def make_trainer(
     profiled: range = range(0),
 ) -> "Trainer":
     """Returns the trainer of a pretraining run, on the plan that was chosen."""
-    from pretrain.batch_source import PlanSource
+    from pretrain.data.batch_source import PlanSource
     from pretrain.model.losses import NextToken
     from pretrain.trainer import Trainer
 
@@ -148,7 +148,7 @@ def _heldout(plan: Plan, rows: int, mesh: "Mesh") -> "list[HeldoutLoss]":
 
     Raises DamagedTrainingData on all ranks together, with the damage that any of them found.
     """
-    from pretrain.data_check import DamagedTrainingData
+    from pretrain.data.data_check import DamagedTrainingData
     from pretrain.heldout_loss import HeldoutLoss
 
     evaluators, found = [], ""

@@ -18,17 +18,15 @@ from torch.profiler import record_function
 from configs import loader, signals
 from configs.model import ModelConfig
 from configs.train import Precision, TrainerConfig
-from pretrain import determinism, run_report
-from pretrain.activities import CHECKING, END, EVALUATION, PREPARATION, SAVING, TRAINING, Activities
-from pretrain.agreement import Agreement
-from pretrain.batch_source import BatchSource, check_source
+from pretrain import determinism
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.base import base_facts, keep_bases
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
 from pretrain.companion import Companion
-from pretrain.data_check import DamagedTrainingData, DataCheck
-from pretrain.display import Display
+from pretrain.data.batch_source import BatchSource, check_source
+from pretrain.data.data_check import DamagedTrainingData, DataCheck
+from pretrain.data.step_rows import StepRows
 from pretrain.evaluation.task_scores import task_scores
 from pretrain.evaluation.text_samples import text_samples
 from pretrain.flops import mfu_per_rate
@@ -40,19 +38,22 @@ from pretrain.health.rewinds import BadStep, Rewinds
 from pretrain.health.spikes import SpikeGuard
 from pretrain.health.stragglers import BusyTime, Stragglers
 from pretrain.heldout_loss import Evaluator
-from pretrain.metrics import MetricsLog
+from pretrain.logs.activities import CHECKING, END, EVALUATION, PREPARATION, SAVING, TRAINING, Activities
+from pretrain.logs.display import Display
+from pretrain.logs.metrics import MetricsLog
+from pretrain.logs.step_log import NonFiniteStep, Step, StepLog, StepTimer, peak_memory
+from pretrain.logs.time_ledger import TimeLedger
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.precision import choose_dtype
 from pretrain.profiling import DATA, Profiler
-from pretrain.run_directory import RunDirectory
+from pretrain.report import run_report
+from pretrain.run.agreement import Agreement
+from pretrain.run.run_directory import RunDirectory
+from pretrain.run.taking_up import load_weights
 from pretrain.schedule import learning_rate
-from pretrain.step_log import NonFiniteStep, Step, StepLog, StepTimer, peak_memory
-from pretrain.step_rows import StepRows
-from pretrain.taking_up import load_weights
-from pretrain.time_ledger import TimeLedger
 from pretrain.tracking.trackers import Trackers, check_installed
 from pretrain.watchdog.watchdog import Watchdog
 

@@ -92,7 +92,7 @@ def write_inputs(folder: Path) -> Path:
 def command(config: Path, *args: str, ranks: int = 0) -> list[str]:
     """Returns the command line of `trivium data run`, under mpirun if `ranks` is given."""
     mpirun = [str(Path(sys.executable).with_name("mpirun")), "-n", str(ranks)] if ranks else []
-    return [*mpirun, sys.executable, "-m", "data_pipeline.run", str(config), *args]
+    return [*mpirun, sys.executable, "-m", "data_pipeline.command", str(config), *args]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from export.peft.forms import form_of_config
 from export.publishing import partly_written
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.base import keep_bases, named_base
-from pretrain.initial_model import InitialModel, initial_weights
+from pretrain.run.initial_model import InitialModel, initial_weights
 
 
 def import_adapter(directory: Path, out: Path, base: Path | None, any_base: bool = False, dry_run: bool = False) -> str:

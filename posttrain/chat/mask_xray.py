@@ -15,7 +15,7 @@ from rich.console import Console
 from posttrain.chat.chat import Chat, UntrainedEnd
 from posttrain.chat.dialogues import Example
 from posttrain.records import Records, TooManySetAside
-from pretrain.mask_page import visible
+from pretrain.report.mask_page import visible
 
 IN_REPORT = 6  # samples in a run's report
 TOKENS = 2000  # the maximum number of tokens of a sample that are shown

@@ -24,8 +24,8 @@ from data_pipeline.mixture.rows import Row
 from posttrain.chat.dialogues import Example
 from posttrain.pretraining_text import PretrainingText
 from posttrain.records import Records
-from pretrain.batch_source import BatchSource, in_random_order
-from pretrain.mask_page import FILE
+from pretrain.data.batch_source import BatchSource, in_random_order
+from pretrain.report.mask_page import FILE
 
 
 def pack(examples: Sequence[Example], seq_length: int, pad_id: int, source: int) -> list[Row]:

@@ -22,7 +22,7 @@ from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import Rollout, sample
 from posttrain.rl.rows import rollout_rows
 from posttrain.tasks.task import Task
-from pretrain.batch_source import BatchSource, micro_batches
+from pretrain.data.batch_source import BatchSource, micro_batches
 from pretrain.heldout_loss import batches_of_rank
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.messages import gather_rows

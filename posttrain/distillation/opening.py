@@ -22,7 +22,7 @@ from posttrain.rl.policy_copy import check_way
 from posttrain.tasks.lengths import check_answers, check_rows
 from posttrain.tasks.preflight import check_task
 from posttrain.tasks.task import Task
-from pretrain.batch_source import BatchSource, PlanSource
+from pretrain.data.batch_source import BatchSource, PlanSource
 
 
 @dataclass(frozen=True)

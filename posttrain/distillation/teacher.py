@@ -21,12 +21,12 @@ from data_pipeline.tokens.tokenizer import difference
 from posttrain.distillation.divergence_head import Head, TeacherStates
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.state import fill_evaluated
-from pretrain.initial_model import InitialModel, initial_weights
 from pretrain.model.batch import Batch
 from pretrain.model.head_loss import HeadLoss
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.precision import choose_dtype
+from pretrain.run.initial_model import InitialModel, initial_weights
 
 BY_SEQUENCES = (
     "distil by sequences instead: let the teacher write dialogues by `trivium sample`, and train the student on them "

@@ -26,8 +26,8 @@ from posttrain.rl.reference import ReferencePolicy
 from posttrain.rl.rollout import Rollout, sample
 from posttrain.rl.rollout_source import SamplingPlan
 from posttrain.tasks.verifiable_tasks import made_from
-from pretrain.batch_source import BatchSource
 from pretrain.checkpoint.lineage import Pin
+from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.messages import gather_rows
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
-from pretrain.batch_source import BatchSource, in_random_order
+from pretrain.data.batch_source import BatchSource, in_random_order
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from posttrain.preference.examples import PreferenceRows
 from posttrain.preference.losses import kl_reference_point
 from posttrain.preference.packing import PackedRow, PackedSource
 from posttrain.preference.trained_loss import AnswerPreference, LogRatio, PairPreference
-from pretrain.batch_source import micro_batches, share_of_rank
 from pretrain.checkpoint import storage
+from pretrain.data.batch_source import micro_batches, share_of_rank
 from pretrain.heldout_loss import batches_of_rank
 from pretrain.parallel.engine import Engine
 

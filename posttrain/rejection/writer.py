@@ -23,7 +23,7 @@ from posttrain.rejection.prompts import Prompt, Prompts
 from posttrain.rejection.samples import DrawnSample
 from posttrain.rejection.text_measures import repeated_share
 from posttrain.rl.rollout import judge
-from pretrain.initial_model import initial_weights
+from pretrain.generation.sampling import SampledModel, generate
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.adapters import add_adapters
 from pretrain.model.weights import load_weights
@@ -32,7 +32,7 @@ from pretrain.parallel.groups import Mesh
 from pretrain.parallel.messages import gather_json
 from pretrain.parallel.split_decoder import SplitDecoder
 from pretrain.precision import choose_dtype
-from pretrain.sampling import SampledModel, generate
+from pretrain.run.initial_model import initial_weights
 
 
 def layout_of(config: SampleConfig, model: ModelConfig, world_size: int) -> Layout:

@@ -13,9 +13,9 @@ from posttrain.chat.messages import Message
 from posttrain.initial_model import InitialChatModel, NamedModel
 from pretrain.checkpoint.base import content_of
 from pretrain.checkpoint.lineage import Pin
-from pretrain.initial_model import initial_weights
 from pretrain.model import Decoder
 from pretrain.model.weights import load_weights
+from pretrain.run.initial_model import initial_weights
 
 BATCH_TOKENS = 8192  # of a batch of dialogues, with padding
 

@@ -27,10 +27,10 @@ from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.base import base_facts
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.resume import model_changes
-from pretrain.initial_model import InitialModel, initial_weights
 from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine
 from pretrain.precision import choose_dtype
+from pretrain.run.initial_model import InitialModel, initial_weights
 from pretrain.schedule import learning_rate
 from pretrain.trainer import Trainer
 

@@ -17,13 +17,13 @@ import torch
 from configs.layout import Layout
 from configs.loader import ConfigError
 from pretrain.checkpoint.state import gathered_weights
+from pretrain.generation.sampling import SampledModel
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.adapters import add_adapters
 from pretrain.parallel import zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.split_decoder import SplitDecoder
-from pretrain.sampling import SampledModel
 
 Way = Literal["whole", "split"]
 

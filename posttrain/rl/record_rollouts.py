@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.loader import ConfigError
 from posttrain.rl.rollout_source import RolloutSource
-from pretrain.taking_up import load_weights
+from pretrain.run.taking_up import load_weights
 from pretrain.trainer import Trainer
 
 

@@ -15,8 +15,8 @@ from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.checkpoint.whole_model import check_unchanged, separate_adapter
-from pretrain.initial_model import initial_weights
 from pretrain.parallel.engine import Engine
+from pretrain.run.initial_model import initial_weights
 
 
 class ReferencePolicy:

@@ -18,7 +18,7 @@ from posttrain.algorithms.advantages import equal_groups
 from posttrain.chat.chat import Chat
 from posttrain.tasks.environment import Environment, Transcript, play
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
-from pretrain.sampling import Completion, SampledModel, generate
+from pretrain.generation.sampling import Completion, SampledModel, generate
 
 METRICS = ("reward", "equal_reward_groups", "completion_tokens", "truncated", "unscorable")
 PART = "reward/"  # before the name of a reward, in arrays and metrics

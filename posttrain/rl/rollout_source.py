@@ -37,9 +37,9 @@ from posttrain.rl.token_values import token_values
 from posttrain.tasks.environment import Environment, environments
 from posttrain.tasks.task import Task
 from posttrain.tasks.verifiable_tasks import made_from
-from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin
+from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.messages import gather_rows

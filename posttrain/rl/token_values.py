@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.batch_source import micro_batches
+from pretrain.data.batch_source import micro_batches
 from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine
 

@@ -14,7 +14,7 @@ from posttrain.chat.chat import Chat
 from posttrain.chat.messages import Message
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
 from posttrain.tasks.tools import TOOLS, call_in
-from pretrain.sampling import Completion
+from pretrain.generation.sampling import Completion
 
 WORKERS = 4  # environments that step at a time; a tool may wait for a process of its own
 Sample = Callable[[Sequence[list[int]], Sequence[str]], Sequence[Completion]]  # prompts and keys to completions

@@ -10,8 +10,8 @@ from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import written
 from posttrain.tasks.environment import Environment
 from posttrain.tasks.task import Task, available
+from pretrain.generation.sampling import SampledModel
 from pretrain.parallel.engine import Engine
-from pretrain.sampling import SampledModel
 
 BATCH = 256  # prompts decoded at once, which limits the key-value cache
 DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature

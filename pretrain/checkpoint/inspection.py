@@ -18,8 +18,9 @@ from rich.table import Table
 from configs.cli import command_parser, entrypoint
 from configs.loader import ConfigError, toml
 from pages import duration
-from pretrain import goodput, history
 from pretrain.checkpoint import storage
+from pretrain.logs import goodput
+from pretrain.run import history
 
 
 @dataclass(frozen=True)

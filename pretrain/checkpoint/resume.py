@@ -19,11 +19,11 @@ from configs.adapters import AdapterConfig
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
-from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin, text_sha256
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.checkpoint.whole_model import verify
+from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.groups import Mesh
 
 

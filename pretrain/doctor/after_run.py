@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pages import duration
-from pretrain import goodput
 from pretrain.checkpoint import storage
 from pretrain.doctor.findings import Finding, failure, ok, warning
-from pretrain.metrics_file import read_metrics
+from pretrain.logs import goodput
+from pretrain.logs.metrics_file import read_metrics
 
 
 def after_run(run_dir: Path) -> Iterator[Finding]:

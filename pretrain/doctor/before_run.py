@@ -19,7 +19,7 @@ from launch.environment import ClusterEnvironment
 from launch.ranks import free_port
 from pages import duration
 from pretrain.doctor.findings import Finding, failure, ok, warning
-from pretrain.metrics_file import read_metrics
+from pretrain.logs.metrics_file import read_metrics
 
 PROBE_BYTES = 64 * 2**20  # written to measure a disk
 MOST_SKEW = 2.0  # seconds between this clock and that of the file system

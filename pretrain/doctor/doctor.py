@@ -66,7 +66,7 @@ def _config(command: str, words: Sequence[str]) -> TrainerConfig:
     def complete(tree: dict[str, Any]) -> dict[str, Any]:
         if command != "train" or not tree.get("init"):
             return tree
-        from pretrain.initial_model import with_model
+        from pretrain.run.initial_model import with_model
 
         return with_model(tree, "auto")[0]
 

@@ -18,10 +18,10 @@ from configs.loader import ConfigError
 from configs.sampling import SamplingConfig
 from pretrain.evaluation.likelihood import BATCH_TOKENS, Ids, likelihoods
 from pretrain.evaluation.progress import ProgressCount
+from pretrain.generation.sampling import generate
+from pretrain.generation.text_codec import TextCodec
+from pretrain.generation.text_stream import TextStream
 from pretrain.model import Decoder
-from pretrain.sampling import generate
-from pretrain.text_codec import TextCodec
-from pretrain.text_stream import TextStream
 
 MAX_NEW_TOKENS = 256  # of tasks that do not say how many
 CACHED = 4  # tokens in the key-value cache of generation for each token of `batch_tokens`

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.mixture.rows import Plan, Row
-from pretrain.batch_source import collate
+from pretrain.data.batch_source import collate
 from pretrain.heldout_loss import means
 from pretrain.model import Decoder
 from pretrain.model.batch import Batch

@@ -9,10 +9,10 @@ from configs.train import EvalConfig, TrainerConfig
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.state import gather_weights
 from pretrain.evaluation.packages import need_packages, stay_offline
+from pretrain.generation.text_codec import TextCodec
 from pretrain.heldout_loss import Evaluator
 from pretrain.model import build_single
 from pretrain.parallel.engine import Engine
-from pretrain.text_codec import TextCodec
 
 if TYPE_CHECKING:
     from pretrain.evaluation.harness_tasks import LoadedTasks

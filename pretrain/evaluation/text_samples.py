@@ -12,12 +12,12 @@ from configs.train import EvalConfig, TrainerConfig
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.state import gather_weights
 from pretrain.evaluation.task_scores import codec_of
+from pretrain.generation.sampling import generate
+from pretrain.generation.text_codec import TextCodec
 from pretrain.heldout_loss import Evaluator
+from pretrain.logs.text_samples_file import FILE
 from pretrain.model import build_single
 from pretrain.parallel.engine import Engine
-from pretrain.sampling import generate
-from pretrain.text_codec import TextCodec
-from pretrain.text_samples_file import FILE
 
 
 class TextSamples:

@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from pretrain.activities import REWINDING
 from pretrain.checkpoint import resume, state, storage
 from pretrain.checkpoint.saving import Saver
 from pretrain.health.rewinds import BadStep
-from pretrain.step_log import StepLog, spike
-from pretrain.taking_up import take_up
+from pretrain.logs.activities import REWINDING
+from pretrain.logs.step_log import StepLog, spike
+from pretrain.run.taking_up import take_up
 
 if TYPE_CHECKING:
     from pretrain.trainer import Trainer

@@ -2,7 +2,7 @@
 
 The main rank keeps them in rewinds.json. A step whose samples would touch a range that is passed over begins after
 it, and a new data span begins with it, so that the history of the run says which step was trained on which samples
-(see `pretrain.history`). Where training goes on after a rewind depends on the checkpoint and the ranges alone.
+(see `pretrain.run.history`). Where training goes on after a rewind depends on the checkpoint and the ranges alone.
 """
 
 import json

@@ -82,7 +82,7 @@ def _with_model_of_init(tree: dict[str, Any]) -> dict[str, Any]:
     """Gives a config with [init] the keys of that model; its weights are drawn at random, as those of others are."""
     if not tree.get("init"):
         return tree
-    from pretrain.initial_model import with_model
+    from pretrain.run.initial_model import with_model
 
     return with_model(tree, "auto")[0]
 

@@ -36,7 +36,7 @@ from configs.loader import load
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
-from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.data.batch_source import micro_batches, share_of_rank
 from pretrain.model import Decoder, init_weights
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken, SquaredValues

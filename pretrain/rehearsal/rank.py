@@ -23,7 +23,7 @@ from configs.layout import Layout
 from configs.model import ModelConfig
 from configs.train import Precision, TrainerConfig
 from data_pipeline.mixture.rows import Row
-from pretrain.batch_source import collate
+from pretrain.data.batch_source import collate
 from pretrain.model import head_loss
 from pretrain.model.losses import LossFunction, NextToken, SquaredValues
 from pretrain.model.moe import dispatch, experts

@@ -126,7 +126,7 @@ def _with_initial_model(tree: dict[str, Any], args: argparse.Namespace) -> dict[
     """Gives a config with [init] the keys of that model."""
     if not tree.get("init"):
         return tree
-    from pretrain.initial_model import with_model
+    from pretrain.run.initial_model import with_model
 
     return with_model(tree, "auto")[0]
 

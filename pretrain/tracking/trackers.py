@@ -27,7 +27,7 @@ from configs.differences import flat
 from configs.files import write_atomic
 from configs.loader import ConfigError, plain
 from configs.tracking import TrackingConfig
-from pretrain.metrics_file import numbers
+from pretrain.logs.metrics_file import numbers
 
 CHILD = Path(__file__).with_name("child.py")
 FILE = "tracking.json"

@@ -6,7 +6,7 @@ for each other, most often because they entered different collectives.
 
 from collections.abc import Mapping
 
-from pretrain.activities import TRAINING
+from pretrain.logs.activities import TRAINING
 from pretrain.watchdog.rank_report import Collective, RankReport
 
 _SAME_SIZES = ("all_reduce", "allreduce", "broadcast", "reduce_scatter", "reduce")  # operations of equal tensors

@@ -23,7 +23,7 @@ from types import TracebackType
 from configs import files
 from configs.signals import HUNG
 from configs.train import WatchdogConfig
-from pretrain.activities import END, EVALUATION, Activities
+from pretrain.logs.activities import END, EVALUATION, Activities
 from pretrain.parallel.engine import Engine
 from pretrain.watchdog.messages import count_messages
 from pretrain.watchdog.rank_report import RankReport, report_of, stacks

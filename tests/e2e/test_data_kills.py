@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.run import main
+from data_pipeline.command import main
 from tests.data_runs import command, environment, published, write_inputs
 
 LIMIT_SECONDS = 120

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.command import main
 from data_pipeline.core.shards import shard_path, shards_under
 from data_pipeline.executors import slurm_executor as slurm
-from data_pipeline.run import main
 from tests import data_runs
 from tests.data_runs import command, environment, published, took_part
 from tests.e2e import slurm_cluster

@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("losses")
     for name in ("configs", "data"):
         (folder / name).symlink_to(ROOT / name)
-    run(folder, "data_pipeline.run", "configs/data/demo.toml")
+    run(folder, "data_pipeline.command", "configs/data/demo.toml")
     return folder
 
 

@@ -18,7 +18,7 @@ from configs.model import ModelConfig
 from configs.train import OptimizerConfig, ParallelConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
-from pretrain.batch_source import micro_batches
+from pretrain.data.batch_source import micro_batches
 from pretrain.model.batch import Batch
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from configs.sealed import CHECKPOINT
-from pretrain import history
 from pretrain.checkpoint import inspection, storage
+from pretrain.run import history
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics

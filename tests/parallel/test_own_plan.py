@@ -14,8 +14,8 @@ from data_pipeline.mixture.earlier import keep_plans
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan
-from pretrain import history
 from pretrain.checkpoint import storage
+from pretrain.run import history
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics, trained_on

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from data_pipeline.provenance.lookup import DataSpan, steps
-from pretrain import goodput, history
 from pretrain.checkpoint import storage
 from pretrain.health import rewinds
+from pretrain.logs import goodput
+from pretrain.run import history
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import assert_same_state, metrics

@@ -15,9 +15,9 @@ import tomli_w
 from configs.loader import ConfigError, load
 from configs.train import PretrainConfig
 from export import evaluate
-from pretrain import text_samples_file
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.evaluation.task_scores import task_scores
+from pretrain.logs import text_samples_file
 from tests.e2e.small_lineage import rewarding, tuning
 from tests.parallel.harness import RanksOf
 from tests.small_training import write_config

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.agreement import MAX_STEPS, steps_between
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError, read_full, read_manifest
 from pretrain.profiling import KINDS
+from pretrain.run.agreement import MAX_STEPS, steps_between
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import assert_same_state, metrics, train

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from configs.signals import HUNG
-from pretrain import goodput
 from pretrain.doctor.after_run import after_run
 from pretrain.doctor.findings import Severity
+from pretrain.logs import goodput
 from tests.parallel.forks import Forks
 from tests.parallel.kills import World
 from tests.parallel.matrix import MODELS

@@ -67,7 +67,7 @@ MEGATRON_LAYERS = tuple(
 # How a Hugging Face folder is read: by export and import, and by a training run that starts from one (init.hf).
 FOLDERS = ("export.conversion", "export.hf_folder", "export.publishing", "export.tensors")
 # Modules that the report of a run uses, beside those below pages.
-REPORTED = ("goodput", "history", "line_charts", "mask_page", "metrics_file", "run_comparison", "text_samples_file")
+REPORTED = ("logs.goodput", "logs.metrics_file", "logs.text_samples_file", "report", "run.history")
 LIBRARIES = ("deepspeed", "megatron", "pretrain.megatron")  # of parallel training, used only through pretrain.parallel
 RULES = (
     ImportRule("configs", ours=("configs",), only=("pydantic", "pydantic_core", "tomli_w")),
@@ -92,37 +92,20 @@ RULES = (
         ours=("configs", "pretrain.megatron", "pretrain.model", "pretrain.parallel", "launch.environment"),
         never=("megatron",),
     ),
-    ImportRule(
-        "pretrain.run_report",
-        ours=(
-            "configs",
-            *(f"pretrain.{name}" for name in REPORTED),
-            *PAGES,
-        ),
-        never=TORCH,
-    ),
-    ImportRule(
-        "pretrain.run_comparison",
-        ours=(
-            "configs",
-            *(f"pretrain.{name}" for name in ("goodput", "line_charts", "metrics_file", "run_report")),
-            *PAGES,
-        ),
-        never=TORCH,
-    ),
-    ImportRule("pretrain.text_samples_file", ours=(), only=("nothing",)),
-    ImportRule("pretrain.metrics_file", ours=(), only=("nothing",)),
-    ImportRule("pretrain.goodput", ours=(), only=("nothing",)),
-    ImportRule("pretrain.history", ours=("configs", "pretrain.schedule"), never=TORCH),
+    ImportRule("pretrain.report", ours=("configs", *(f"pretrain.{name}" for name in REPORTED), *PAGES), never=TORCH),
+    ImportRule("pretrain.logs.text_samples_file", ours=(), only=("nothing",)),
+    ImportRule("pretrain.logs.metrics_file", ours=(), only=("nothing",)),
+    ImportRule("pretrain.logs.goodput", ours=(), only=("nothing",)),
+    ImportRule("pretrain.run.history", ours=("configs", "pretrain.schedule"), never=TORCH),
     ImportRule("pretrain.schedule", ours=("configs",), never=TORCH),
-    ImportRule("pretrain.line_charts", ours=PAGES, never=TORCH),
-    ImportRule("pretrain.mask_page", ours=(), never=TORCH),
+    ImportRule("pretrain.report.line_charts", ours=PAGES, never=TORCH),
+    ImportRule("pretrain.report.mask_page", ours=(), never=TORCH),
     ImportRule("pages", ours=(), only=("nothing",)),
     ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=LIBRARIES),
     ImportRule("pretrain.rehearsal", ours=("configs", "pretrain", "launch", *TOKEN_STORE, *PAGES), never=LIBRARIES),
     ImportRule("pretrain.doctor", ours=("configs", "pretrain", "launch", *PAGES), never=LIBRARIES),
     ImportRule(
-        "pretrain.initial_model", ours=("configs", "pretrain", "export.hf_folder", *TOKEN_STORE), never=LIBRARIES
+        "pretrain.run.initial_model", ours=("configs", "pretrain", "export.hf_folder", *TOKEN_STORE), never=LIBRARIES
     ),
     ImportRule("pretrain.checkpoint.whole_model", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
     ImportRule("pretrain.checkpoint.base", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
@@ -208,9 +191,13 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
         ("configs.train", "import torch", "torch"),
         ("configs.train", "import numpy as np", "numpy"),
         ("data_pipeline.mixture.rows", "def f():\n    from torch import nn", "torch.nn"),
-        ("data_pipeline.mixture.rows", "from pretrain.batch_source import collate", "pretrain.batch_source.collate"),
         (
-            "data_pipeline.run",
+            "data_pipeline.mixture.rows",
+            "from pretrain.data.batch_source import collate",
+            "pretrain.data.batch_source.collate",
+        ),
+        (
+            "data_pipeline.command",
             "from launch.environment import mpi_rank_and_world",
             "launch.environment.mpi_rank_and_world",
         ),
@@ -224,7 +211,7 @@ def test_every_import_goes_in_an_allowed_direction() -> None:
         ("pretrain.trainer", "import deepspeed", "deepspeed"),
         ("pretrain.trainer", "from data_pipeline import dedup", "data_pipeline.dedup"),
         ("pretrain.trainer", "import posttrain", "posttrain"),
-        ("pretrain.run_report", "from pretrain.model.losses import loss", "pretrain.model.losses.loss"),
+        ("pretrain.report.run_report", "from pretrain.model.losses import loss", "pretrain.model.losses.loss"),
         ("export.hf_folder", "from pretrain.checkpoint import storage", "pretrain.checkpoint.storage"),
         ("pretrain.trainer", "from export.hf_folder import open_hf_folder", "export.hf_folder.open_hf_folder"),
         ("export.huggingface", "from posttrain.chat.chat_format import X", "posttrain.chat.chat_format.X"),
@@ -251,7 +238,9 @@ def test_no_module_of_ours_takes_the_name_of_one_of_pythons() -> None:
 def test_allowed_imports_pass() -> None:
     assert not offences("import os, torch\nfrom configs.train import ModelConfig", "pretrain.model.moe")
     assert not offences("from . import moe\nfrom .norm import RMSNorm", "pretrain.model", is_package=True)
-    assert not offences("from data_pipeline.mixture.rows import Plan\nfrom .losses import x", "pretrain.batch_source")
+    assert not offences(
+        "from data_pipeline.mixture.rows import Plan\nfrom .losses import x", "pretrain.data.batch_source"
+    )
 
 
 def cycles(graph: dict[str, set[str]]) -> list[str]:
@@ -264,7 +253,7 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_packages_of_the_data_pipeline_import_each_other() -> None:
-    """A reader can take the packages one after another; the modules at the root (stages, alarms) may import all."""
+    """A reader can take the packages one after another; the root's modules (command, run, alarms) may import all."""
     graph: dict[str, set[str]] = {}
     for name, file in modules():
         top, *inner = name.split(".")
@@ -284,7 +273,7 @@ def test_torch_free_parts_load_no_torch() -> None:
         name
         for name, file in modules()
         if name.split(".")[0] in ("configs", "launch", "cli", "pages", "data_pipeline")
-        or name in ("pretrain.run_report", "pretrain.run_comparison", "pretrain.line_charts")
+        or name.startswith("pretrain.report.")
     ]
     # Training ranks read rows, and pack none, so they need no compiler.
     rows = "import data_pipeline.mixture.rows; assert 'numba' not in sys.modules, 'mixture.rows'\n"

@@ -39,9 +39,9 @@ from data_pipeline.dedup.signatures import MinHasher
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.tasks import quiet
 from data_pipeline.provenance.recall import similar_pairs
+from data_pipeline.run import recipe as every_stage
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
-from data_pipeline.stages import recipe as every_stage
 from tests.bench.data_pipeline.measure import LANGUAGES, Result, cpu_seconds, size_mb, texts
 
 SIMILAR = 0.8

@@ -47,7 +47,7 @@ from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.tasks import quiet
 from data_pipeline.language.identification import model_path
-from data_pipeline.stages import recipe as every_stage
+from data_pipeline.run import recipe as every_stage
 from tests.bench.data_pipeline.definitions import why
 from tests.bench.data_pipeline.heuristics import peers
 from tests.bench.data_pipeline.measure import DEMO, LANGUAGES, ROOT, Result, cpu_seconds, spread

@@ -24,8 +24,8 @@ from configs.loader import validate
 from configs.model import ModelConfig
 from configs.sampling import SamplingConfig
 from launch.processes import cores
+from pretrain.generation.sampling import generate
 from pretrain.model import Decoder, init_weights
-from pretrain.sampling import generate
 from tests.bench.training.models import SEED, SIZES, transformers_model
 
 BATCH = 64

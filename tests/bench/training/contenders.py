@@ -17,7 +17,7 @@ from configs.layout import Layout
 from configs.loader import validate
 from configs.train import OptimizerConfig, ParallelConfig, Precision, TrainSection
 from launch.environment import ClusterEnvironment
-from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.data.batch_source import micro_batches, share_of_rank
 from tests.bench.training import models
 from tests.bench.training.models import SIZES
 

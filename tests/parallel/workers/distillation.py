@@ -14,11 +14,11 @@ from configs.train import ParallelConfig
 from posttrain.distillation import divergence_head
 from posttrain.distillation.distill_loss import DistillLoss
 from posttrain.distillation.teacher import OpenedTeacher, Teacher, layout_of
-from pretrain.batch_source import micro_batches
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage, Pin
-from pretrain.initial_model import InitialModel
+from pretrain.data.batch_source import micro_batches
 from pretrain.parallel import groups, zero
+from pretrain.run.initial_model import InitialModel
 from tests.parallel.workers.layouts import GLOBAL_BATCH, make_engine, rows
 from tests.parallel.workers.training import save_now
 

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from pretrain.batch_source import micro_batches
+from pretrain.data.batch_source import micro_batches
 from pretrain.model import context
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups

@@ -19,7 +19,7 @@ from configs.model import ModelConfig
 from configs.train import OptimizerConfig, ParallelConfig, Precision, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
-from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.data.batch_source import micro_batches, share_of_rank
 from pretrain.model import head_loss, tensor_parallel
 from pretrain.model.losses import NextToken, SquaredValues
 from pretrain.parallel import details, expert_balance, groups, staged_gloo, zero

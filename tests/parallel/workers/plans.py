@@ -15,14 +15,15 @@ from configs.loader import ConfigError, validate
 from configs.train import PretrainConfig
 from data_pipeline.core.integrity import Expected
 from launch.environment import ClusterEnvironment
-from pretrain import data_check, replay, train
-from pretrain.batch_source import PlanSource
+from pretrain import replay, train
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.resume import check_ranks
+from pretrain.data import data_check
+from pretrain.data.batch_source import PlanSource
+from pretrain.data.plan_choice import choose_plan
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine
-from pretrain.plan_choice import choose_plan
 from pretrain.trainer import Trainer
 from tests.small_training import last_step
 

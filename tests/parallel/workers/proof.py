@@ -16,7 +16,7 @@ from configs.layout import Layout
 from configs.loader import validate
 from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment
-from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.data.batch_source import micro_batches, share_of_rank
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine, StepSums

@@ -13,9 +13,9 @@ from configs.loader import plain, validate
 from configs.model import ModelConfig
 from posttrain.preference.packing import Segment, pack
 from posttrain.reward_model.losses import MARGIN, PreferenceLoss
-from pretrain.batch_source import micro_batches
 from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.whole_model import open_model
+from pretrain.data.batch_source import micro_batches
 from pretrain.parallel import groups, zero
 from tests.parallel.matrix import MODELS
 from tests.parallel.workers.layouts import make_engine

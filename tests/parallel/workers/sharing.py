@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from pretrain.batch_source import micro_batches, share_of_rank
+from pretrain.data.batch_source import micro_batches, share_of_rank
 from pretrain.model import Decoder
 from pretrain.model import weights as drawing
 from pretrain.model.batch import Batch

@@ -23,18 +23,18 @@ from configs.model import ModelConfig
 from configs.train import CheckpointConfig, ParallelConfig, TrainerConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
-from pretrain.agreement import Agreement
-from pretrain.batch_source import BatchSource
 from pretrain.checkpoint import resume as resume_choice
 from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.lineage import Lineage, Pin
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.storage import Reader, read_full, read_manifest
+from pretrain.data.batch_source import BatchSource
 from pretrain.heldout_loss import HeldoutLoss
 from pretrain.model import build_single
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
+from pretrain.run.agreement import Agreement
 from pretrain.trainer import Trainer
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, make_engine, rows
 from tests.parallel.workers.sharing import Infinite

@@ -13,7 +13,7 @@ from configs.config_command import main
 from configs.loader import ConfigError, plain, validate
 from configs.reference import AS, LEFT_OUT, NAME, REQUIRED, explain, keys_of, schema_of
 from configs.starters import starter
-from data_pipeline.run import main as data_run
+from data_pipeline.command import main as data_run
 
 ROOT = Path(__file__).resolve().parents[3]
 # Optional sections, which a starter config leaves out, with their required keys.

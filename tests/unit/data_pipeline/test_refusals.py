@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from configs.loader import ConfigError
+from data_pipeline.command import main
 from data_pipeline.core import stage
 from data_pipeline.core.stage import file_hashes
-from data_pipeline.run import main
 from tests.data_runs import write_inputs
 
 

@@ -16,7 +16,7 @@ import pytest
 from configs import config_command
 from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig
-from data_pipeline import run
+from data_pipeline import command
 from data_pipeline.core import progress
 from data_pipeline.provenance import recall, sample, takedown, trace, verify, what_if
 from data_pipeline.report import ledger_tables
@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of a finished run's config with two sources, one of them small and with a number as its name."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder, {"big": 40, "2024": 12}, MIXTURE.replace("small", "2024"))
-    assert run.main([str(config)]) == 0
+    assert command.main([str(config)]) == 0
     return config
 
 
@@ -63,26 +63,26 @@ def test_records_that_are_broken_are_allowed_as_the_message_says(
         with (tmp_path / f"{name}.jsonl").open("a") as file:
             file.write("{\n")
     args = [str(config), "--until", "extract"]
-    said = outcome(run.main, args, capsys)
+    said = outcome(command.main, args, capsys)
     share = found(r"source big: 1 of 4 .*source other: 1 of 7 .*or raise (extract\.max_bad_share) to ([\d.]+)", said)
-    assert outcome(run.main, [*args, f"{share[1]}={float(share[2]) - 0.002}"], capsys)
-    assert not outcome(run.main, [*args, f"{share[1]}={share[2]}"], capsys)
+    assert outcome(command.main, [*args, f"{share[1]}={float(share[2]) - 0.002}"], capsys)
+    assert not outcome(command.main, [*args, f"{share[1]}={share[2]}"], capsys)
 
 
 def test_stages_that_are_needed_are_all_named(finished: Path, tmp_path: Path, capsys) -> None:
     args = [str(finished), f"run.dir={tmp_path}/run"]
     said = found(
-        r"by --stage (\S+), or all of it by (--until \w+)$", outcome(run.main, [*args, "--stage", "filter"], capsys)
+        r"by --stage (\S+), or all of it by (--until \w+)$", outcome(command.main, [*args, "--stage", "filter"], capsys)
     )
     assert said[1] == "extract,language,score"
-    assert not outcome(run.main, [*args, "--stage", said[1]], capsys)
-    assert not outcome(run.main, [*args, "--stage", "filter"], capsys)
-    assert not outcome(run.main, [*args, *said[2].split()], capsys)
-    said = found(r"--stage sieve: .* it has (.+)$", outcome(run.main, [*args, "--stage", "sieve"], capsys))
-    assert not outcome(run.main, [*args, "--dry-run", "--stage", said[1].replace(", ", ",")], capsys)
+    assert not outcome(command.main, [*args, "--stage", said[1]], capsys)
+    assert not outcome(command.main, [*args, "--stage", "filter"], capsys)
+    assert not outcome(command.main, [*args, *said[2].split()], capsys)
+    said = found(r"--stage sieve: .* it has (.+)$", outcome(command.main, [*args, "--stage", "sieve"], capsys))
+    assert not outcome(command.main, [*args, "--dry-run", "--stage", said[1].replace(", ", ",")], capsys)
     for option in (["--stage", "score"], ["--until", "score"]):
-        assert "give one of them" in outcome(run.main, [*args, "--stage", "score", "--until", "score"], capsys)
-        assert not outcome(run.main, [*args, *option], capsys)
+        assert "give one of them" in outcome(command.main, [*args, "--stage", "score", "--until", "score"], capsys)
+        assert not outcome(command.main, [*args, *option], capsys)
 
 
 @pytest.mark.parametrize("key", ["mixture", "mixture.stages.late"])
@@ -93,7 +93,7 @@ def test_a_mixture_of_too_little_text_is_mended_in_each_way(finished: Path, tmp_
     stage = [] if key == "mixture" else [f"{key}.samples=400", f"{key}.max_epochs=2"]
     few = ["mixture.samples=400", "mixture.max_epochs=2", "mixture.weights={big=1.0,2024=1.0}", *stage]
     args = [str(finished), f"run.dir={folder}", *few]
-    said = outcome(run.main, args, capsys)
+    said = outcome(command.main, args, capsys)
     some = found(
         rf"2024 is to give .*?: at most ([\d.]+)% .*\. Lower ({key}\.samples) to ([\d,]+), lower the weight of 2024, "
         rf"raise ({key}\.max_epochs) to (\d+), or add",
@@ -105,11 +105,11 @@ def test_a_mixture_of_too_little_text_is_mended_in_each_way(finished: Path, tmp_
         [f"{some[4]}={some[5]}"],
         [f"{key}.weights={{big={1 - share},2024={share}}}", f"{key}.epochs={{big=100}}"],
     ):
-        assert not outcome(run.main, [*args, *edits, "--dry-run"], capsys), edits
-    own = outcome(run.main, [*args, f"{key}.epochs={{2024=1}}"], capsys)
+        assert not outcome(command.main, [*args, *edits, "--dry-run"], capsys), edits
+    own = outcome(command.main, [*args, f"{key}.epochs={{2024=1}}"], capsys)
     some = found(rf"raise ({key}\.epochs\.2024) to (\d+)", own)
     assert not outcome(
-        run.main, [*args, f"{key}.epochs={{2024={some[2]}}}", f"{key}.max_epochs=20", "--dry-run"], capsys
+        command.main, [*args, f"{key}.epochs={{2024={some[2]}}}", f"{key}.max_epochs=20", "--dry-run"], capsys
     )
 
 
@@ -161,7 +161,7 @@ def test_commands_are_told_what_to_do_about_a_run(finished: Path, tmp_path: Path
     folder = tmp_path / "run"
     shutil.copytree(finished.parent / "run", folder)
     on = [config, f"run.dir={folder}", f"{off[1]}.max_copies=1"]
-    assert not outcome(run.main, [*on, "--until", off[1]], capsys)
+    assert not outcome(command.main, [*on, "--until", off[1]], capsys)
     assert not outcome(sample.main, [*on, "--stage", off[1], "--kept"], capsys)
 
 
@@ -177,7 +177,7 @@ def test_a_damaged_file_is_made_anew_as_the_message_says(finished: Path, tmp_pat
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         said = outcome(verify.main, [str(folder)], capsys)
         shutil.rmtree(found(r"delete the folder (\S+) and run `trivium data run` again", said)[1])
-    assert not outcome(run.main, args, capsys)
+    assert not outcome(command.main, args, capsys)
     assert not outcome(verify.main, [str(folder)], capsys)
 
 
@@ -237,10 +237,10 @@ def test_arguments_are_right_once_they_are_as_the_message_says(finished: Path, t
     ))  # fmt: skip
     shutil.move(stray[1], tmp_path / "elsewhere.txt")
     assert not outcome(verify.main, [str(folder)], capsys)
-    said = outcome(run.main, [str(tmp_path)], capsys)
+    said = outcome(command.main, [str(tmp_path)], capsys)
     (tmp_path / "data.toml").write_text(finished.read_text())
     assert found(r"config (\S+) is a directory; name a \.toml file in it$", said)[1] == str(tmp_path)
-    assert not outcome(run.main, [str(tmp_path / "data.toml"), "--dry-run"], capsys)
+    assert not outcome(command.main, [str(tmp_path / "data.toml"), "--dry-run"], capsys)
     said = outcome(config_command.main, ["--new", "data", "run.dir"], capsys)
     assert "so leave out 'run.dir'" in said and not outcome(config_command.main, ["--new", "data"], capsys)
 
@@ -267,7 +267,7 @@ def test_a_list_of_documents_is_right_once_it_is_as_the_message_says(finished: P
     )
     lines = (texts / "big.jsonl").read_text().replace('"big/4"', '"big/3"')
     (texts / "big.jsonl").write_text(lines)
-    assert not outcome(run.main, [str(config)], capsys)
+    assert not outcome(command.main, [str(config)], capsys)
     capsys.readouterr()
     assert takedown.main([str(config), str(file), "--out", str(texts / "out"), "--dry-run"]) == 0
     told = found(r"2 records share this id; list the documents to be removed by their own ids: (.+)$", " ".join(
@@ -289,11 +289,11 @@ def test_a_run_dir_that_another_run_holds_is_free_after_it_and_another_one_is_at
     other = [sys.executable, "-c", hold, str(run_dir / ".lock")]
     with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout and process.stdout.readline()
-        said = outcome(run.main, args, capsys)
+        said = outcome(command.main, args, capsys)
         assert f"at work in {run_dir}; wait for it, or give this one its own run.dir" in said
-        assert not outcome(run.main, [*args, f"run.dir={tmp_path}/own"], capsys)
+        assert not outcome(command.main, [*args, f"run.dir={tmp_path}/own"], capsys)
         process.communicate("\n")
-    assert not outcome(run.main, args, capsys)
+    assert not outcome(command.main, args, capsys)
 
 
 def test_progress_is_in_the_unit_that_fits() -> None:
@@ -309,9 +309,9 @@ def test_packages_that_messages_say_to_install_are_pinned_and_extras_exist() -> 
     project = (ROOT / "pyproject.toml").read_text()
     commands = 0
     for path in (ROOT / "data_pipeline").rglob("*.py"):
-        for command in re.findall(r"pip install (-c constraints\.txt [^,;)\"]+)", path.read_text()):
+        for install in re.findall(r"pip install (-c constraints\.txt [^,;)\"]+)", path.read_text()):
             commands += 1
-            for name in shlex.split(command)[2:]:
+            for name in shlex.split(install)[2:]:
                 extra = re.fullmatch(r"\.\[(\w+)\]", name)
                 assert re.search(rf"(?m)^{extra[1]} = ", project) if extra else name in pinned, (path, name)
     assert commands >= 3

@@ -17,12 +17,12 @@ import pytest
 from configs.cli import entrypoint
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
+from data_pipeline.command import main
 from data_pipeline.core import stage
 from data_pipeline.core.shards import read_records
 from data_pipeline.mixture.earlier import find, first_difference, note_use
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain
-from data_pipeline.run import main
 from tests.data_runs import CONFIG, ROOT, ledger, published, run_folder
 
 BROKEN = {"bad_json": 1, "invalid_utf8": 1, "missing_text": 1}  # of the lines in `inputs`
@@ -278,7 +278,7 @@ def test_a_wrong_config_is_one_sentence_and_status_2(
 
 
 def test_the_command_ends_with_that_status(config: Path) -> None:
-    command = [sys.executable, "-m", "data_pipeline.run", str(config), "mixture.epochs.prose=0"]
+    command = [sys.executable, "-m", "data_pipeline.command", str(config), "mixture.epochs.prose=0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and "mixture.epochs.prose = 0.0 is not above 0" in done.stderr

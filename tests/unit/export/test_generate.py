@@ -13,7 +13,7 @@ from export import chat, generate
 from export.prompt_file import read_prompts
 from export.text_model import TextModel, loaded
 from posttrain.chat.chat_format import ChatFormat, jinja_template
-from pretrain.text_codec import TextCodec
+from pretrain.generation.text_codec import TextCodec
 from tests.unit.export.conftest import ENGLISH, tiny, write_imported
 
 

@@ -20,10 +20,10 @@ from transformers import (
 from configs.sampling import GREEDY, SamplingConfig
 from export import import_hf
 from export.model_source import open_source
-from pretrain.logits_filters import processed
+from pretrain.generation.logits_filters import processed
+from pretrain.generation.sampling import generate
+from pretrain.generation.text_stream import TextStream
 from pretrain.model import Decoder, build_single
-from pretrain.sampling import generate
-from pretrain.text_stream import TextStream
 
 VOCABULARY, PAD = 211, 0
 SIZES = {

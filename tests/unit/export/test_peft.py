@@ -27,10 +27,10 @@ from export.peft.forms import form_of_config
 from export.peft.low_rank import LowRankForm
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.whole_model import ModelReader
-from pretrain.initial_model import InitialModel
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.adapters import add_adapters, is_adapter
 from pretrain.model.adapters.merging import merged
+from pretrain.run.initial_model import InitialModel
 from tests.unit.export.conftest import tiny, write_imported
 from tests.unit.export.conversion.parity import TOKENS, random_model
 

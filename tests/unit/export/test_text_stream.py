@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from pretrain.text_codec import TextCodec
-from pretrain.text_stream import CharacterStream, TextStream
+from pretrain.generation.text_codec import TextCodec
+from pretrain.generation.text_stream import CharacterStream, TextStream
 from tests.unit.export.conftest import CHINESE, odd_strings
 
 

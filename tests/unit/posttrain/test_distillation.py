@@ -17,10 +17,10 @@ from posttrain.distillation.distill_source import StudentSampling
 from posttrain.distillation.divergence_head import Head, TeacherStates
 from posttrain.distillation.divergences import Kind, divergence
 from posttrain.distillation.teacher import OpenedTeacher, check_length, check_template
-from pretrain.batch_source import collate
 from pretrain.checkpoint.lineage import Lineage, Pin
-from pretrain.initial_model import InitialModel
+from pretrain.data.batch_source import collate
 from pretrain.model.batch import Batch
+from pretrain.run.initial_model import InitialModel
 
 KINDS: tuple[Kind, ...] = ("forward_kl", "reverse_kl", "jsd")
 Q, P = [0.5, 0.5], [0.9, 0.1]  # student and teacher

@@ -9,7 +9,7 @@ from posttrain.tasks.environment import ToolEnvironment, Transcript, play
 from posttrain.tasks.task import Problem, TaskScore
 from posttrain.tasks.tools import calculator, python
 from posttrain.tasks.verifiable_tasks import SortTask
-from pretrain.sampling import Completion
+from pretrain.generation.sampling import Completion
 
 TASK = SortTask(3, max_new_tokens=120)
 

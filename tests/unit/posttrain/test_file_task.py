@@ -21,7 +21,7 @@ from posttrain.tasks.preflight import check_task
 from posttrain.tasks.task import Attempt, available, fraction
 from posttrain.tasks.task_mixture import MixtureTask
 from posttrain.tasks.verifiable_tasks import make_task
-from pretrain.sampling import Completion
+from pretrain.generation.sampling import Completion
 
 ROW = 64
 GOOD = [{"prompt": f"Say {i}", "answer": str(i), "level": i % 3} for i in range(60)]

@@ -11,7 +11,7 @@ from posttrain.rl.rollout import _empty, _fill
 from posttrain.tasks.environment import Transcript
 from posttrain.tasks.lengths import check_answers, check_rows
 from posttrain.tasks.verifiable_tasks import SortTask
-from pretrain.sampling import Completion
+from pretrain.generation.sampling import Completion
 
 PARALLEL = ParallelConfig()
 

@@ -18,8 +18,8 @@ from posttrain.chat.dialogues import Example, read_dialogues
 from posttrain.chat.sft_data import SFTSource
 from posttrain.chat.template_format import TemplateFormat
 from posttrain.records import Records
-from pretrain import run_report
 from pretrain.checkpoint.lineage import Lineage
+from pretrain.report import run_report
 from tests.chat_templates import QWEN3
 from tests.chat_templates import write as write_tokenizer
 

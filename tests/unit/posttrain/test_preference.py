@@ -18,7 +18,7 @@ from posttrain.preference.losses import LOSSES
 from posttrain.preference.pairs import Pair, read_pairs
 from posttrain.preference.trained_loss import REFERENCE, AnswerPreference, PairPreference
 from posttrain.records import Records
-from pretrain.batch_source import collate
+from pretrain.data.batch_source import collate
 from pretrain.model.batch import Batch
 
 USER, BOTH = {"role": "user", "content": "sort 312"}, ("123", "321")

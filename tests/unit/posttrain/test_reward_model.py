@@ -21,7 +21,7 @@ from posttrain.preference.pairs import read_pairs
 from posttrain.reward_model.calibration import BINS, BinnedLoss
 from posttrain.reward_model.examples import read_examples
 from posttrain.reward_model.losses import MARGIN, ClassLoss, PreferenceLoss, bradley_terry
-from pretrain.batch_source import collate
+from pretrain.data.batch_source import collate
 
 USER = {"role": "user", "content": "how are you?"}
 

@@ -30,9 +30,9 @@ from posttrain.rl.rollout_source import RolloutSource, SamplingPlan
 from posttrain.rl.rows import rollout_rows
 from posttrain.tasks.task import Problem, TaskScore
 from posttrain.tasks.verifiable_tasks import SortTask
-from pretrain.batch_source import collate
+from pretrain.data.batch_source import collate
+from pretrain.generation.sampling import Completion
 from pretrain.model import Decoder, init_weights
-from pretrain.sampling import Completion
 
 TASK = SortTask(3, max_new_tokens=6)
 TEMPERATURE = 0.7

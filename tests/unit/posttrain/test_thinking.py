@@ -16,7 +16,7 @@ from posttrain.chat.dialogues import read_dialogues
 from posttrain.chat.messages import BrokenDialogue
 from posttrain.chat.template_format import TemplateFormat
 from posttrain.chat.thinking import with_switches
-from pretrain.text_codec import TextCodec
+from pretrain.generation.text_codec import TextCodec
 from tests.chat_templates import QWEN3
 from tests.chat_templates import write as write_tokenizer
 

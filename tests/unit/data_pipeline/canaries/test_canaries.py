@@ -12,7 +12,7 @@ import pytest
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
-from data_pipeline import run
+from data_pipeline import command
 from data_pipeline.canaries.check import check_canaries, missed
 from data_pipeline.core.canary_naming import canary_of, is_canary, salt
 from data_pipeline.core.tables import shards_of
@@ -115,13 +115,13 @@ def planted_run(config: Path) -> Path:
     # Two texts that are nearly the same: MinHash would find them first.
     del canaries["mostly"]
     path = with_canaries(config, canaries, "planted")
-    assert run.main([str(path)]) == 0
+    assert command.main([str(path)]) == 0
     return path
 
 
 @pytest.fixture(scope="module")
 def plain_run(config: Path) -> Path:
-    assert run.main([str(config)]) == 0
+    assert command.main([str(config)]) == 0
     return config.parent / "plain"
 
 
@@ -188,7 +188,7 @@ def test_one_that_gets_through_or_meets_another_rule_is_an_alarm(config: Path, p
     canaries["copies"]["reason"] = "near_duplicate"
     path = with_canaries(config, canaries, "planted")
     capsys.readouterr()
-    assert run.main([str(path), "alarms.fail=true"]) == 1
+    assert command.main([str(path), "alarms.fail=true"]) == 1
     said = capsys.readouterr().out
     assert "0 of 15 stages ran" in said and f"canaries: {len(canaries) - 4} of {len(canaries)} caught" in said
     should = "alarm: canary 'short' of prose should be caught by mean_word_length_max; canaries/short/0 was dropped for"
@@ -203,7 +203,7 @@ def test_a_text_that_is_mostly_cut(config: Path) -> None:
     canary = planted(config)["mostly"]
     canary["text"][0] += " Not the same end."
     path = with_canaries(config, {"mostly": canary | {"reason": "duplicate_substring"}}, "mostly")
-    assert run.main([str(path), "dedup.minhash=false"]) == 0
+    assert command.main([str(path), "dedup.minhash=false"]) == 0
     (found,) = json.loads((config.parent / "mostly/ledger.json").read_text())["canaries"]
     assert sorted(found["texts"].values()) == ["dropped for mostly_cut", "kept"]
 
@@ -217,7 +217,7 @@ def test_canaries_of_an_earlier_run_are_in_no_index(config: Path, planted_run: P
     assert len(texts) >= 5
     records = [{"id": f"later-{number}", "text": text} for number, text in enumerate([*texts, passages()[1]])]
     (config.parent / "later.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-    assert run.main([str(path)]) == 0
+    assert command.main([str(path)]) == 0
     ledger = json.loads((config.parent / "later/ledger.json").read_text())
     assert [one["caught"] for one in ledger["canaries"]] == [True, True]
     dedup = next(stage for stage in ledger["stages"] if stage["name"] == "dedup")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.loader import ConfigError
-from data_pipeline import run
+from data_pipeline.command import main
 from data_pipeline.report import ledger_tables as report
 from tests.data_runs import ROOT, command, environment, write_inputs
 
@@ -45,20 +45,20 @@ def test_a_run_dir_that_cannot_be_is_a_mistake_in_the_config(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(ConfigError, match=f"run.dir = '{folder}': {tmp_path}/file is a file; name a folder"):
-            run.main([str(config), f"run.dir={folder}"])
+            main([str(config), f"run.dir={folder}"])
     with pytest.raises(ConfigError, match=r"run\.dir = '/proc/run': nothing can be written there"):
-        run.main([str(config), "run.dir=/proc/run"])
+        main([str(config), "run.dir=/proc/run"])
 
 
 def test_damaged_json_is_named_or_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_inputs(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/inputs.json").write_text('{"a": ')  # a cache
-    assert run.main([str(config), "run.workers=1", "--until", "extract"]) == 0
+    assert main([str(config), "run.workers=1", "--until", "extract"]) == 0
     ledger = tmp_path / "run/ledger.json"
     ledger.write_text(ledger.read_text()[:-9])
     capsys.readouterr()
     assert report.main([str(config)]) == 1
     assert f"error: {ledger} is damaged" in capsys.readouterr().err
-    assert run.main([str(config), "run.workers=1", "--until", "extract"]) == 0
+    assert main([str(config), "run.workers=1", "--until", "extract"]) == 0
     assert json.loads(ledger.read_text())["stages"]

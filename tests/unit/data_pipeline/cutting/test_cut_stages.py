@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.command import main
 from data_pipeline.core.shards import read_records, shard_path, shards_under
-from data_pipeline.run import main
 from tests.data_runs import data_config, ledger, published
 from tests.unit.data_pipeline.conftest import demo_records, write_jsonl
 

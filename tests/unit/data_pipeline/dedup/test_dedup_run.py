@@ -19,8 +19,8 @@ from data_pipeline.core.stage import Stage, perform, sole_user
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.dedup.greedy import jaccard
 from data_pipeline.executors.local_executor import LocalExecutor
+from data_pipeline.run import recipe
 from data_pipeline.scan.minhash import shingles
-from data_pipeline.stages import recipe
 
 ROOT = Path(__file__).parents[4]
 

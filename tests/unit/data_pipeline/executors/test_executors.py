@@ -305,7 +305,7 @@ def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path, monkeypatch:
 
 def data_run(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "data_pipeline.run", *args],
+        [sys.executable, "-m", "data_pipeline.command", *args],
         cwd=ROOT,
         env={**os.environ, **(env or {})},
         capture_output=True,

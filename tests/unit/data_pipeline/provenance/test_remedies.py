@@ -8,7 +8,7 @@ import pytest
 
 from configs.loader import ConfigError
 from configs.mixture import PlanConfig
-from data_pipeline import run
+from data_pipeline import command
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain, sample
@@ -29,7 +29,7 @@ def test_a_document_and_a_source_are_found_as_the_messages_say(
         del record["id"]
     records[3]["text"] = records[4]["text"] = "too few words"
     (tmp_path / "big.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert run.main([str(config), "--until", "filter"]) == 0
+    assert command.main([str(config), "--until", "filter"]) == 0
     args = [str(config)]
     with pytest.raises(
         ConfigError,

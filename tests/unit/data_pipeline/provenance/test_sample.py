@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from configs.loader import ConfigError
-from data_pipeline import run
+from data_pipeline import command
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.provenance import sample
 from data_pipeline.provenance.excerpts import excerpt, piece
@@ -58,7 +58,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     question = " ".join(records[3]["text"].split()[100:140])
     (folder / "evaluation.jsonl").write_text(json.dumps({"id": "Q7", "text": question}) + "\n", encoding="utf-8")
     path = config_in(folder)
-    assert run.main([str(path)]) == 0
+    assert command.main([str(path)]) == 0
     return path
 
 

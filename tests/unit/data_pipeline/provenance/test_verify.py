@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.loader import ConfigError
-from data_pipeline import run
+from data_pipeline import command
 from data_pipeline.provenance import verify
 from tests.data_runs import published, write_inputs
 
@@ -18,7 +18,7 @@ from tests.data_runs import published, write_inputs
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of the config of a finished run."""
     path = write_inputs(tmp_path_factory.mktemp("verify"))
-    assert run.main([str(path), "run.workers=1"]) == 0
+    assert command.main([str(path), "run.workers=1"]) == 0
     return path
 
 
@@ -123,10 +123,10 @@ def test_deleting_the_folder_that_is_named_mends_it(
     told = re.search(r"delete the folder (\S+) and run `trivium data run` again", capsys.readouterr().err)
     assert told
     if pattern.endswith("stage.json"):
-        assert run.main([str(config), "run.workers=1"]) == 1
+        assert command.main([str(config), "run.workers=1"]) == 1
         said = capsys.readouterr().err
         assert f"{run_dir}/tokens/stage.json is damaged: its values do not match" in said and told[0] in said
     shutil.rmtree(told[1])
-    assert run.main([str(config), "run.workers=1"]) == 0
+    assert command.main([str(config), "run.workers=1"]) == 0
     assert verify.main([str(config)]) == 0
     assert published(run_dir) == before

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from data_pipeline.command import main
 from data_pipeline.provenance.explain import main as explain
 from data_pipeline.report.ledger_tables import main as report
-from data_pipeline.run import main
 from tests.data_runs import write_inputs
 from tests.unit.data_pipeline.extraction.slow_page import SLOW
 from tests.unit.data_pipeline.reading.raw_files import PAGE, warc

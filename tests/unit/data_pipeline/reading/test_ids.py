@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.loader import ConfigError
+from data_pipeline.command import main
 from data_pipeline.core.shards import read_records
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain, takedown
 from data_pipeline.reading.ids import id_of_location, name_of, published_id, roots_of
-from data_pipeline.run import main
 from data_pipeline.tokens.store import Store
 from data_pipeline.tokens.tokenizer import Tokenizer
 from tests.data_runs import data_config, published

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 
 from configs.loader import ConfigError
 from configs.sources import ExtractConfig, SourceConfig
+from data_pipeline.command import main
 from data_pipeline.core.shards import read_records
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
-from data_pipeline.run import main
 from tests.data_runs import CONFIG, ROOT
 
 

@@ -19,11 +19,11 @@ from moto.server import ThreadedMotoServer
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.sources import ExtractConfig, SourceConfig
+from data_pipeline.command import main
 from data_pipeline.core.shards import read_records
 from data_pipeline.extraction.extract_stage import input_units, inputs_hash
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
-from data_pipeline.run import main
 from tests.data_runs import CONFIG, ROOT, run_folder
 from tests.unit.data_pipeline.reading.raw_files import PAGE, warc
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import run
+from data_pipeline import command
 from data_pipeline.report import ledger_tables as report
 from tests.data_runs import data_config
 
@@ -73,7 +73,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = [dict(record, text=record["text"][:2000]) for record in records("code", 6)]
     (folder / "code.jsonl").write_text("".join(json.dumps(record) + "\n" for record in code), encoding="utf-8")
     path = config_in(folder)
-    assert run.main([str(path)]) == 0
+    assert command.main([str(path)]) == 0
     assert report.main([str(path)]) == 0
     return path
 

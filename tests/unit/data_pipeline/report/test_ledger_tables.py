@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs.loader import ConfigError
-from data_pipeline import run
+from data_pipeline import command
 from data_pipeline.provenance import recall
 from data_pipeline.report import ledger_tables as report
 
@@ -39,14 +39,14 @@ def test_alarms_stand_in_ledger_output_and_page_and_fail_if_asked(
     args = [str(config), f"run.dir={own}"]
     missed = ["alarms.expected={ short = 'word_count_min', french = 'word_count_min' }"]
     expected = "document 'french' should be dropped for word_count_min, and was dropped for language_unexpected"
-    assert run.main([*args, *missed]) == 0
+    assert command.main([*args, *missed]) == 0
     assert f"alarm: {expected}" in capsys.readouterr().out
     assert json.loads((own / "ledger.json").read_text())["alarms"] == [expected]
     assert report.main(args) == 0
     page = (own / "report.html").read_text(encoding="utf-8")
     assert "<strong>1 alarm</strong>" in page and "document &#x27;french&#x27; should" in page
-    assert run.main([*args, *missed, "alarms.fail=true"]) == 1
-    assert run.main([*args, "alarms.fail=true"]) == 0  # no alarm is left
+    assert command.main([*args, *missed, "alarms.fail=true"]) == 1
+    assert command.main([*args, "alarms.fail=true"]) == 0  # no alarm is left
     assert json.loads((own / "ledger.json").read_text())["alarms"] == []
 
 

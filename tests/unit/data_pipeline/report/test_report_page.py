@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import run
+from data_pipeline import command
 from data_pipeline.report import ledger_tables as report
 from data_pipeline.report.report_page import chain_of
 from tests.browser import Browser
@@ -132,7 +132,7 @@ def test_a_run_that_is_partly_done_and_then_has_a_mixture_in_stages(config: Path
         ("documents", set()),
         ("tokens", set()),
     ):
-        assert run.main([str(config), here, "--until", until]) == 0
+        assert command.main([str(config), here, "--until", until]) == 0
         assert report.main([str(config), here]) == 0
         tags = Tags()
         tags.feed((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
@@ -140,7 +140,7 @@ def test_a_run_that_is_partly_done_and_then_has_a_mixture_in_stages(config: Path
         assert headings <= set(tags.headings), until
         assert "Tokens and mixture" not in tags.headings
     late = "mixture.stages.late={samples=20, seq_length=128, weights={code=1.0}}"
-    assert run.main([str(config), here, "mixture.stages.general={}", late]) == 0
+    assert command.main([str(config), here, "mixture.stages.general={}", late]) == 0
     assert report.main([str(config), here]) == 0
     tags = Tags()
     tags.feed((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))

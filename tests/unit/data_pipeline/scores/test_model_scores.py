@@ -10,10 +10,10 @@ import pytest
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.scores import ScoresConfig
+from data_pipeline.command import main
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.language.identification import Identifier, kept_identifier, language_parts, model_path
 from data_pipeline.provenance import explain, what_if
-from data_pipeline.run import main
 from data_pipeline.scores import classifier
 from data_pipeline.scores.model_scores import kept_model_scores
 from tests.data_runs import data_config

@@ -13,8 +13,8 @@ import tokenizers
 
 from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig, TokenizerKind
+from data_pipeline.command import main as data_run
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.run import main as data_run
 from data_pipeline.tokens.foreign import adopt, load_named
 from data_pipeline.tokens.store import SourceStores
 from data_pipeline.tokens.tokenizer import Tokenizer, difference_of_files

@@ -20,8 +20,8 @@ from export.hf_writer import reader_as, write_weights
 from export.import_hf import import_directory
 from export.model_source import ModelSource, open_source
 from export.tensors import TensorFolder, scan_tensors
+from pretrain.generation.sampling import generate
 from pretrain.model import Decoder, build_single
-from pretrain.sampling import generate
 
 LENGTH = 40
 TOKENS = torch.randint(0, 96, (2, LENGTH), generator=torch.Generator().manual_seed(1))

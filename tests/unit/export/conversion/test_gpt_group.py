@@ -17,8 +17,8 @@ from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config, to_hf_config
 from export.import_hf import import_directory
 from export.model_source import open_source
+from pretrain.generation.sampling import generate
 from pretrain.model import build_single
-from pretrain.sampling import generate
 from tests.unit.export.conftest import random_weights
 from tests.unit.export.conversion.parity import LENGTH, TOKENS, check_both_ways, exported_logits, random_model
 
