@@ -3,37 +3,31 @@
 import json
 from pathlib import Path
 
-from configs.loader import toml, validate
+from configs.loader import validate
 from configs.mixture import MixtureConfig
 from data_pipeline.mixture.plan_files import build_stages
 from tests.parallel.matrix import MODELS
 from tests.small_data import VOCAB, make_tokens
+from tests.training_configs import write_training_config
 
 
 def write_config(folder: Path, steps: int, run_dir: Path, rows: int, every: int = 100_000) -> Path:
     """Writes the config of a dense model of a few thousand weights; a step takes some hundredths of a second."""
     mixture = {"seq_length": 32, "weights": {"code": 0.5, "prose": 0.5}, "max_epochs": 100_000, "samples": rows}
     build_stages(*make_tokens(folder), folder / "plan", validate(MixtureConfig, mixture).plans())
-    tree = {
-        "run": {"dir": str(run_dir), "seed": 3},
-        "model": {**MODELS["dense"], "vocab_size": VOCAB},
-        "data": {"plan": str(folder / "plan")},
-        "train": {
-            "steps": steps,
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "seq_length": 32,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 0.001, "eps": 1e-6},
-        "schedule": {"kind": "constant"},
-        "checkpoint": {"every": every},
-        "eval": {"rows": 4, "every": 1000},
-        "log": {"tensorboard": False},
-    }
-    path = folder / "train.toml"
-    path.write_bytes(toml(tree))
-    return path
+    return write_training_config(
+        folder / "train.toml",
+        run_dir,
+        steps,
+        (4, 2),
+        32,
+        run={"seed": 3},
+        model={**MODELS["dense"], "vocab_size": VOCAB},
+        data={"plan": str(folder / "plan")},
+        optimizer={"lr": 0.001, "eps": 1e-6},
+        checkpoint={"every": every},
+        eval={"rows": 4, "every": 1000},
+    )
 
 
 def last_step(run_dir: Path) -> int:

@@ -1,16 +1,16 @@
-"""Configs of SFT and GRPO of a tiny model that learns to sort, and the files that they need.
-
-{dir} stands for the folder of its files.
-"""
+"""Configs of SFT and GRPO of a tiny model that learns to sort, and the files that they need."""
 
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
+from configs.loader import toml
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.training import train as train_tokenizer
 from tests.parallel.harness import RanksOf
 from tests.shards import write_shard
+from tests.training_configs import training_config
 
 VOCAB = 301
 MODEL = {
@@ -21,69 +21,44 @@ MODEL = {
     "num_heads": 4,
     "num_kv_heads": 2,
 }
-SFT = """
-[run]
-dir = "{dir}/sft"
-seed = 5
-[init]
-run = "{dir}/init"
-tokenizer = "{dir}/tokenizer"
-[data]
-dialogues = ["{dir}/dialogues.jsonl.gz"]
-heldout_share = 0.2
-[task]
-digits = 3
-max_new_tokens = 6
-eval_prompts = 8
-demonstrations = 1500
-[train]
-steps = 75
-global_batch_size = 8
-micro_batch_size = 4
-seq_length = 128
-precision = "fp32"
-[optimizer]
-lr = 2e-3
-[schedule]
-kind = "constant"
-warmup_steps = 3
-[eval]
-every = 1000
-[log]
-tensorboard = false
-"""
-GRPO = """
-[run]
-dir = "{dir}/grpo"
-seed = 5
-[init]
-run = "{dir}/sft"
-tokenizer = "{dir}/tokenizer"
-[task]
-digits = 3
-max_new_tokens = 6
-eval_prompts = 8
-[grpo]
-group_size = 8
-[train]
-steps = 60
-global_batch_size = 64
-micro_batch_size = 32
-seq_length = 24
-precision = "fp32"
-[optimizer]
-lr = 2e-4
-eps = 1e-5
-weight_decay = 0.0
-[schedule]
-kind = "constant"
-[checkpoint]
-every = 2
-[eval]
-every = 1000
-[log]
-tensorboard = false
-"""
+SORT = {"digits": 3, "max_new_tokens": 6}
+
+
+def sft_config(base: Path) -> dict[str, Any]:
+    """Returns the config of SFT from the untrained model, on dialogues and sorting tasks."""
+    return training_config(
+        base / "sft",
+        75,
+        (8, 4),
+        128,
+        run={"seed": 5},
+        init={"run": str(base / "init"), "tokenizer": str(base / "tokenizer")},
+        data={"dialogues": [str(base / "dialogues.jsonl.gz")], "heldout_share": 0.2},
+        task=SORT | {"eval_prompts": 8, "demonstrations": 1500},
+        optimizer={"lr": 2e-3},
+        schedule={"warmup_steps": 3},
+        eval={"every": 1000},
+    )
+
+
+def rl_config(base: Path, run: str, steps: int, batch: tuple[int, int], seq_length: int, **own: Any) -> dict[str, Any]:
+    """Returns a config of reinforcement learning, or of online DPO, from the fine-tuned model; `own` has its sections.
+
+    The run is the folder `run` in `base`.
+    """
+    shared = {
+        "run": {"seed": 5},
+        "init": {"run": str(base / "sft"), "tokenizer": str(base / "tokenizer")},
+        "optimizer": {"lr": 2e-4, "eps": 1e-5, "weight_decay": 0.0},
+        "eval": {"every": 1000},
+    }
+    return training_config(base / run, steps, batch, seq_length, **shared, **own)
+
+
+def grpo_config(base: Path) -> dict[str, Any]:
+    """Returns the config of GRPO on sorting tasks."""
+    own = {"task": SORT | {"eval_prompts": 8}, "grpo": {"group_size": 8}, "checkpoint": {"every": 2}}
+    return rl_config(base, "grpo", 60, (64, 32), 24, **own)
 
 
 def write_base(ranks: RanksOf, base: Path) -> Path:
@@ -107,8 +82,8 @@ def write_base(ranks: RanksOf, base: Path) -> Path:
         for i in range(60)
     ]
     (base / "dialogues.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, dialogues)).encode()))
-    (base / "sft.toml").write_text(SFT.format(dir=base))
-    (base / "grpo.toml").write_text(GRPO.format(dir=base))
+    (base / "sft.toml").write_bytes(toml(sft_config(base)))
+    (base / "grpo.toml").write_bytes(toml(grpo_config(base)))
     ranks(1).run(
         "tests.parallel.workers.posttraining:save_untrained",
         process_group=False,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.small_data import VOCAB
+from tests.training_configs import training_config
 
 SEQ_LENGTH, LONGER, SHORTER = 48, 56, 24  # of pretraining, SFT and GRPO
 MODEL = {"vocab_size": VOCAB, "num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "num_heads": 2,
@@ -13,16 +14,13 @@ SORT = {"digits": 3, "max_new_tokens": 4, "eval_prompts": 2}
 
 def settings(run_dir: Path, seq_length: int, steps: int) -> dict[str, Any]:
     """Returns the sections that all three configs have."""
-    batch = {"global_batch_size": 4, "micro_batch_size": 4, "seq_length": seq_length, "steps": steps}
-    return {
-        "run": {"dir": str(run_dir), "seed": 1},
-        "train": batch | {"precision": "fp32"},
+    shared = {
+        "run": {"seed": 1},
         "optimizer": {"lr": 0.01},
-        "schedule": {"kind": "constant"},
         "checkpoint": {"every": 2},
         "eval": {"rows": 0, "every": 1000},
-        "log": {"tensorboard": False},
     }
+    return training_config(run_dir, steps, (4, 4), seq_length, **shared)
 
 
 def pretraining(base: Path) -> dict[str, Any]:

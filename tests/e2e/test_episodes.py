@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.loader import ConfigError, validate
+from configs.loader import ConfigError, toml, validate
 from configs.rl import RLSection
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat_format import ChatFormat
@@ -17,48 +17,10 @@ from posttrain.rl import rollout_file
 from posttrain.rl.rollout import Rollout
 from posttrain.tasks.tools import calculator, call_in
 from pretrain.checkpoint import storage
-from tests.e2e.posttrain_configs import write_base
+from tests.e2e.posttrain_configs import rl_config, write_base
 from tests.parallel.harness import RankError, RanksOf
 from tests.parallel.runs import metrics
 
-CONFIG = """
-[run]
-dir = "{dir}/grpo"
-seed = 5
-[init]
-run = "{dir}/sft"
-tokenizer = "{dir}/tokenizer"
-[task]
-kind = "file"
-name = "sums"
-files = ["{dir}/problems.jsonl"]
-max_new_tokens = 32
-eval_prompts = 4
-[rl.environment]
-tools = ["calculator"]
-max_calls = 2
-[grpo]
-group_size = 4
-[train]
-steps = 3
-global_batch_size = 16
-micro_batch_size = 8
-seq_length = 128
-precision = "fp32"
-[optimizer]
-lr = 2e-4
-eps = 1e-5
-weight_decay = 0.0
-[schedule]
-kind = "constant"
-[checkpoint]
-every = 1
-keep = 9
-[eval]
-every = 1000
-[log]
-tensorboard = false
-"""
 Run = Callable[..., Path]
 
 
@@ -77,7 +39,14 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "calls.jsonl").write_text("\n".join(map(json.dumps, dialogues)))
     problems = [{"prompt": texts[0], "answer": texts[-1]} for texts in turns]
     (base / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    (base / "episodes.toml").write_text(CONFIG.format(dir=base))
+    task = {"kind": "file", "name": "sums", "files": [str(base / "problems.jsonl")], "max_new_tokens": 32}
+    own = {
+        "task": task | {"eval_prompts": 4},
+        "rl": {"environment": {"tools": ["calculator"], "max_calls": 2}},
+        "grpo": {"group_size": 4},
+        "checkpoint": {"every": 1, "keep": 9},
+    }
+    (base / "episodes.toml").write_bytes(toml(rl_config(base, "grpo", 3, (16, 8), 128, **own)))
     options = [f"data.dialogues=['{base}/calls.jsonl']", "task.demonstrations=0", "task.eval_prompts=1"]
     argv = [str(base / "sft.toml"), *options, "train.steps=200"]
     assert set(ranks(2).run("posttrain.sft:main", process_group=False, timeout=300, argv=argv)) == {0}

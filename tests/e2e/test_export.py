@@ -19,6 +19,7 @@ from export import generate, huggingface, import_hf
 from posttrain.chat.chat_format import jinja_template
 from tests.parallel.harness import RanksOf
 from tests.small_data import CHINESE, VOCAB, make_tokens
+from tests.training_configs import write_training_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LENGTH = 64
@@ -57,24 +58,20 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pretraining(folder: Path, plan: Path, moe: bool) -> Path:
     """Writes the config of a run of four steps in `folder`/run; its high learning rate moves the weights far."""
-    config = {
-        "run": {"dir": str(folder / "run"), "seed": 1},
-        "model": MODEL | ({"moe": {"num_experts": 4, "top_k": 2}, "num_kv_heads": 1} if moe else {}),
-        "data": {"plan": str(plan)},
-        "train": {
-            "steps": 4,
-            "global_batch_size": 4,
-            "micro_batch_size": 4,
-            "seq_length": SEQ_LENGTH,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 0.02},
-        "checkpoint": {"every": 2},
-        "eval": {"rows": 0},
-        "log": {"tensorboard": False},
-    }
-    (folder / "train.toml").write_text(tomli_w.dumps(config))
-    return folder / "train.toml"
+    return write_training_config(
+        folder / "train.toml",
+        folder / "run",
+        4,
+        (4, 4),
+        SEQ_LENGTH,
+        run={"seed": 1},
+        model=MODEL | ({"moe": {"num_experts": 4, "top_k": 2}, "num_kv_heads": 1} if moe else {}),
+        data={"plan": str(plan)},
+        optimizer={"lr": 0.02},
+        schedule={"kind": "cosine"},
+        checkpoint={"every": 2},
+        eval={"rows": 0},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -143,24 +140,21 @@ def test_moe_run_to_hugging_face(tmp_path, plan, ranks: RanksOf, capsys):
 
 
 def test_fine_tuned_run_takes_its_chat_template_along(tmp_path, dense, ranks: RanksOf, capsys):
-    config = {
-        "run": {"dir": str(tmp_path / "sft"), "seed": 1},
-        "data": {},
-        "init": {"run": str(dense)},
-        "task": {"name": "sort", "digits": 3, "demonstrations": 50, "eval_prompts": 1},
-        "train": {
-            "steps": 2,
-            "global_batch_size": 4,
-            "micro_batch_size": 4,
-            "seq_length": SEQ_LENGTH,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 1e-3},
-        "eval": {"rows": 0},
-        "log": {"tensorboard": False},
-    }
-    (tmp_path / "sft.toml").write_text(tomli_w.dumps(config))
-    tune = {"module": "posttrain.sft", "argv": [str(tmp_path / "sft.toml")]}
+    config = write_training_config(
+        tmp_path / "sft.toml",
+        tmp_path / "sft",
+        2,
+        (4, 4),
+        SEQ_LENGTH,
+        run={"seed": 1},
+        data={},
+        init={"run": str(dense)},
+        task={"name": "sort", "digits": 3, "demonstrations": 50, "eval_prompts": 1},
+        optimizer={"lr": 1e-3},
+        schedule={"kind": "cosine"},
+        eval={"rows": 0},
+    )
+    tune = {"module": "posttrain.sft", "argv": [str(config)]}
     (answer,) = ranks(1).run("tests.parallel.workers.posttraining:command", process_group=False, **tune)
     assert answer["status"] == 0, answer
     assert export(tmp_path, tmp_path / "sft") == 0

@@ -1,7 +1,5 @@
 """`trivium dpo` with pairs that the model writes itself: the same at any layout, and after an interruption."""
 
-import json
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,50 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from configs.loader import ConfigError, validate
+from configs.loader import ConfigError, toml, validate
 from configs.preference import PreferenceConfig
 from posttrain.preference.online_source import pairs_of
 from posttrain.rl.rollout import Rollout
 from pretrain.checkpoint import storage
-from tests.e2e.posttrain_configs import write_base
+from tests.e2e.posttrain_configs import SORT, rl_config, write_base
 from tests.parallel.harness import RanksOf
 from tests.parallel.runs import metrics
 
-CONFIG = """
-[run]
-dir = "{dir}/dpo"
-seed = 5
-[init]
-run = "{dir}/sft"
-tokenizer = "{dir}/tokenizer"
-[task]
-digits = 3
-max_new_tokens = 6
-eval_prompts = 32
-[online]
-completions = 4
-[preference]
-beta = 0.1
-[train]
-steps = 3
-global_batch_size = 16
-micro_batch_size = 8
-seq_length = 48
-precision = "fp32"
-[optimizer]
-lr = 2e-4
-eps = 1e-5
-weight_decay = 0.0
-[schedule]
-kind = "constant"
-[checkpoint]
-every = 1
-keep = 9
-[eval]
-every = 1000
-[log]
-tensorboard = false
-"""
+
+def config(base: Path) -> dict[str, Any]:
+    """Returns the config of three steps from the fine-tuned model."""
+    own = {
+        "task": SORT | {"eval_prompts": 32},
+        "online": {"completions": 4},
+        "preference": {"beta": 0.1},
+        "checkpoint": {"every": 1, "keep": 9},
+    }
+    return rl_config(base, "dpo", 3, (16, 8), 48, **own)
+
+
 Run = Callable[..., Path]
 
 
@@ -61,7 +36,7 @@ Run = Callable[..., Path]
 def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs online DPO into a folder on so many ranks, from a model that sorts a little, and returns the folder."""
     base = write_base(ranks, tmp_path_factory.mktemp("online"))
-    (base / "dpo.toml").write_text(CONFIG.format(dir=base))
+    (base / "dpo.toml").write_bytes(toml(config(base)))
     argv = [str(base / "sft.toml"), "train.steps=60", "task.eval_prompts=1"]
     assert set(ranks(2).run("posttrain.sft:main", process_group=False, timeout=300, argv=argv)) == {0}
 
@@ -144,6 +119,6 @@ def test_best_and_worst_are_paired_and_the_unscorable_left_out() -> None:
     ],
 )
 def test_settings_that_do_not_fit_are_named(changes: dict[str, Any], words: str) -> None:
-    tree = tomllib.loads(CONFIG.format(dir="x")) | changes
+    tree = config(Path("x")) | changes
     with pytest.raises(ConfigError, match=words):
-        validate(PreferenceConfig, json.loads(json.dumps({k: v for k, v in tree.items() if v is not None})))
+        validate(PreferenceConfig, {name: section for name, section in tree.items() if section is not None})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs.loader import toml
 from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.store import build
@@ -16,7 +17,7 @@ from posttrain.chat.chat_format import jinja_template
 from posttrain.rl import rollout_file
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.whole_model import ModelReader
-from tests.e2e.posttrain_configs import GRPO, write_base
+from tests.e2e.posttrain_configs import grpo_config, write_base
 from tests.parallel.harness import RankError, Ranks, RanksOf
 from tests.parallel.runs import metrics
 from tests.shards import write_shard
@@ -195,7 +196,9 @@ def test_rollouts_are_the_same_in_any_layout(
 @pytest.fixture(scope="module")
 def criticized(ranks: RanksOf, tuned: Path) -> Path:
     """Folder of a PPO run of five steps with two updates a rollout, on two ranks."""
-    (tuned / "ppo.toml").write_text(GRPO.format(dir=tuned).replace("[grpo]\ngroup_size = 8", "[rl]\nepochs = 2"))
+    tree = grpo_config(tuned)
+    del tree["grpo"]
+    (tuned / "ppo.toml").write_bytes(toml(tree | {"rl": {"epochs": 2}}))
     run = tuned / "ppo"
     call(ranks(2), "ppo", tuned, f"run.dir={run}", "checkpoint.every=3", "checkpoint.keep=9", "train.steps=5")
     return run
@@ -274,9 +277,10 @@ def test_adapters_are_rewarded_and_measured_against_their_base(
     ranks: RanksOf, tuned: Path, tmp_path: Path, command: str, options: list[str]
 ) -> None:
     """Two ranks of tp compute what one does; a run that goes on is the run that was never stopped."""
-    config = GRPO.format(dir=tuned)
-    config = config if command == "grpo" else config.replace("[grpo]\ngroup_size = 8", "")
-    (tmp_path / f"{command}.toml").write_text(config)
+    tree = grpo_config(tuned)
+    if command == "ppo":
+        del tree["grpo"]
+    (tmp_path / f"{command}.toml").write_bytes(toml(tree))
     own = ["optimizer.lr=5e-3", "rl.epochs=2", "rl.kl_coef=0.1", *options]
     layouts = {"one": (1, ["rl.sampler=whole"]), "two": (2, ["parallel.tp=2"])}
     for name, (world, layout) in layouts.items():

@@ -18,34 +18,10 @@ from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.runs import metrics
 from tests.shards import write_shard
+from tests.training_configs import write_training_config
 
 VOCAB = 301
 MODEL = {"vocab_size": VOCAB, "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_heads": 4}
-CONFIG = """
-[run]
-dir = "{dir}/rm"
-[init]
-run = "{dir}/init"
-[data]
-files = ["{dir}/pairs.jsonl"]
-heldout_share = 0.1
-[train]
-steps = 3
-global_batch_size = 4
-micro_batch_size = 2
-seq_length = 64
-precision = "fp32"
-[optimizer]
-lr = 2e-3
-weight_decay = 0.0
-[schedule]
-kind = "constant"
-warmup_steps = 3
-[eval]
-every = 1000
-[log]
-tensorboard = false
-"""
 
 
 def pairs(count: int) -> list[dict[str, str]]:
@@ -67,7 +43,18 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard = write_shard(base / "text.jsonl.zst", [text])
     train_tokenizer([shard], base / "tokenizer", TokenizerConfig(vocab_size=VOCAB))
     (base / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs(4000))))
-    (base / "rm.toml").write_text(CONFIG.format(dir=base))
+    write_training_config(
+        base / "rm.toml",
+        base / "rm",
+        3,
+        (4, 2),
+        64,
+        init={"run": str(base / "init")},
+        data={"files": [str(base / "pairs.jsonl")], "heldout_share": 0.1},
+        optimizer={"lr": 2e-3, "weight_decay": 0.0},
+        schedule={"warmup_steps": 3},
+        eval={"every": 1000},
+    )
     ranks(1).run(
         "tests.parallel.workers.posttraining:save_untrained",
         process_group=False,
@@ -122,40 +109,29 @@ def test_a_small_model_learns_which_digits_are_sorted(ranks: RanksOf, base: Path
     assert storage.steps(base / "long")[-1] == 400
 
 
-GRPO = """
-[run]
-dir = "{dir}/grpo"
-[init]
-run = "{dir}/init"
-[task]
-kind = "file"
-files = ["{dir}/prompts.jsonl"]
-max_new_tokens = 6
-eval_prompts = 2
-[task.rewards.judge]
-kind = "reward_model"
-model = "{dir}/judge"
-[grpo]
-group_size = 4
-[train]
-steps = 1
-global_batch_size = 8
-micro_batch_size = 8
-seq_length = 64
-precision = "fp32"
-[optimizer]
-lr = 1e-3
-[log]
-tensorboard = false
-"""
-
-
 @pytest.mark.full
 def test_rewards_stay_those_of_the_checkpoint_that_a_run_began_with(ranks: RanksOf, base: Path) -> None:
     """Whatever its run trains since: it is kept there, used again, and named if it is gone."""
     prompts = [{"prompt": pair["prompt"], "answer": pair["chosen"]} for pair in pairs(60)]
     (base / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-    (base / "grpo.toml").write_text(GRPO.format(dir=base))
+    write_training_config(
+        base / "grpo.toml",
+        base / "grpo",
+        1,
+        (8, 8),
+        64,
+        init={"run": str(base / "init")},
+        task={
+            "kind": "file",
+            "files": [str(base / "prompts.jsonl")],
+            "max_new_tokens": 6,
+            "eval_prompts": 2,
+            "rewards": {"judge": {"kind": "reward_model", "model": str(base / "judge")}},
+        },
+        grpo={"group_size": 4},
+        optimizer={"lr": 1e-3},
+        schedule={"kind": "cosine"},
+    )
     judge, key = base / "judge", "task.rewards.judge.model"
 
     def call(module: str, *argv: str) -> dict[str, Any]:

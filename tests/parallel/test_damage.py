@@ -18,6 +18,7 @@ from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics
 from tests.small_data import VOCAB, make_tokens
+from tests.training_configs import training_config
 
 SEQ_LENGTH = 32
 
@@ -39,22 +40,16 @@ def data(sound: Path, tmp_path: Path) -> Path:
 
 
 def config(run_dir: Path, plan: Path) -> dict[str, Any]:
-    return {
-        "run": {"dir": str(run_dir)},
-        "model": {**MODELS["dense"], "vocab_size": VOCAB},
-        "data": {"plan": str(plan)},
-        "train": {
-            "steps": 6,
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "seq_length": SEQ_LENGTH,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 0.001},
-        "schedule": {"kind": "constant"},
-        "checkpoint": {"every": 6},
-        "log": {"tensorboard": False},
-    }
+    return training_config(
+        run_dir,
+        6,
+        (4, 2),
+        SEQ_LENGTH,
+        model={**MODELS["dense"], "vocab_size": VOCAB},
+        data={"plan": str(plan)},
+        optimizer={"lr": 0.001},
+        checkpoint={"every": 6},
+    )
 
 
 def train(ranks: RanksOf, world: int, run_dir: Path, plan: Path, first_bytes: int, **more: Any) -> list[dict[str, Any]]:

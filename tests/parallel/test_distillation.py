@@ -16,6 +16,7 @@ from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import BASE
 from tests.parallel.runs import metrics
 from tests.small_data import VOCAB, make_tokens
+from tests.training_configs import write_training_config
 
 LOSSES = ["forward_kl", "reverse_kl", "jsd"]
 STUDENT: dict[str, Any] = {**BASE, "num_layers": 4}
@@ -92,47 +93,25 @@ def test_other_layouts(gradients: Gradients, expected: Found, world: int, parall
     assert_same(gradients(world, parallel, micro), expected)
 
 
-CONFIG = """
-[run]
-dir = "{dir}/run"
-[init]
-run = "{dir}/student"
-[teacher]
-run = "{dir}/teacher"
-[task]
-digits = 3
-max_new_tokens = 6
-eval_prompts = 8
-demonstrations = 60
-[distill]
-loss = "jsd"
-on_policy = 0.5
-[train]
-steps = 4
-global_batch_size = 4
-micro_batch_size = 2
-seq_length = 48
-precision = "fp32"
-[optimizer]
-lr = 1e-2
-[schedule]
-kind = "constant"
-[checkpoint]
-every = 2
-keep = 9
-[eval]
-rows = 4
-[log]
-tensorboard = false
-"""
-
-
 @pytest.fixture(scope="module")
 def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an untrained student and teacher, and a config."""
     base = tmp_path_factory.mktemp("distillation")
     _, tokenizer = make_tokens(base)
-    (base / "distill.toml").write_text(CONFIG.format(dir=base))
+    write_training_config(
+        base / "distill.toml",
+        base / "run",
+        4,
+        (4, 2),
+        48,
+        init={"run": str(base / "student")},
+        teacher={"run": str(base / "teacher")},
+        task={"digits": 3, "max_new_tokens": 6, "eval_prompts": 8, "demonstrations": 60},
+        distill={"loss": "jsd", "on_policy": 0.5},
+        optimizer={"lr": 1e-2},
+        checkpoint={"every": 2, "keep": 9},
+        eval={"rows": 4},
+    )
     for name, model in (("student", BASE), ("teacher", TEACHER)):
         ranks(1).run(
             "tests.parallel.workers.posttraining:save_untrained",

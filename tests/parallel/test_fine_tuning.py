@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from configs.loader import toml
 from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.runs import metrics
 from tests.small_data import VOCAB, make_tokens
+from tests.training_configs import write_training_config
 
 MODEL = {
     "vocab_size": VOCAB,
@@ -42,28 +42,23 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     turns = [[f"how are you {i}?", "I am fine" + "!" * (i % 7)] for i in range(60)]
     lines = [json.dumps({"prompt": user, "completion": answer}) for user, answer in turns]
     (base / "dialogues.jsonl").write_text("\n".join(lines))
-    tree = {
-        "run": {"dir": str(base / "run"), "seed": 5},
-        "init": {"run": str(base / "init"), "tokenizer": str(tokenizer)},
-        "data": {
+    write_training_config(
+        base / "sft.toml",
+        base / "run",
+        4,
+        (8, 4),
+        ROW,
+        run={"seed": 5},
+        init={"run": str(base / "init"), "tokenizer": str(tokenizer)},
+        data={
             "dialogues": [str(base / "dialogues.jsonl")],
             "text_plan": str(base / "plan"),
             "text_weight": 0.5,
             "heldout_share": 0.2,
         },
-        "train": {
-            "steps": 4,
-            "global_batch_size": 8,
-            "micro_batch_size": 4,
-            "seq_length": ROW,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 0.001, "eps": 1e-5},
-        "schedule": {"kind": "constant"},
-        "eval": {"every": 1000, "rows": 4},
-        "log": {"tensorboard": False},
-    }
-    (base / "sft.toml").write_bytes(toml(tree))
+        optimizer={"lr": 0.001, "eps": 1e-5},
+        eval={"every": 1000, "rows": 4},
+    )
     return base
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from configs.loader import ConfigError, toml
+from configs.loader import ConfigError
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT
 from configs.tokenizer import TokenizerConfig
@@ -27,6 +27,7 @@ from pretrain.checkpoint import inspection, storage
 from tests.foreign_tokenizers import TEXTS, gpt2, llama3, write
 from tests.parallel.harness import RanksOf
 from tests.shards import write_shard
+from tests.training_configs import write_training_config
 
 SEQ_LENGTH, BATCH, PADDING = 48, 4, 5  # PADDING: rows of the embedding without a token
 Start = Callable[..., dict[str, Any]]
@@ -66,20 +67,17 @@ def tokens_of(folder: Path, tokenizer: TokenizerConfig) -> None:
 
 def config(base: Path, run_dir: Path, **init: str) -> Path:
     """Writes the config of two steps from the model that `init` names; it has no [model]."""
-    tree = {
-        "run": {"dir": str(run_dir)},
-        "init": init,
-        "data": {"plan": str(base / "plan")},
-        "train": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 2, "seq_length": SEQ_LENGTH}
-        | {"precision": "fp32"},
-        "optimizer": {"lr": 0.01, "weight_decay": 0.0},
-        "schedule": {"kind": "constant"},
-        "eval": {"rows": 0},
-        "log": {"tensorboard": False},
-    }
-    path = run_dir.with_suffix(".toml")
-    path.write_bytes(toml(tree))
-    return path
+    return write_training_config(
+        run_dir.with_suffix(".toml"),
+        run_dir,
+        2,
+        (BATCH, 2),
+        SEQ_LENGTH,
+        init=init,
+        data={"plan": str(base / "plan")},
+        optimizer={"lr": 0.01, "weight_decay": 0.0},
+        eval={"rows": 0},
+    )
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics, trained_on
 from tests.small_data import VOCAB, make_tokens
+from tests.training_configs import training_config
 
 BATCH = 4
 TRAIN = "tests.parallel.workers.plans:train_on_plan"
@@ -52,22 +53,17 @@ def publish(data: Path, samples: int = 12, **changes: Any) -> str:
 
 
 def tree_of(run: Path, plan: Path, steps: int, seed: int = 3, seq_length: int = 32) -> dict[str, Any]:
-    return {
-        "run": {"dir": str(run), "seed": seed},
-        "model": {**MODELS["dense"], "vocab_size": VOCAB},
-        "data": {"plan": str(plan)},
-        "train": {
-            "steps": steps,
-            "global_batch_size": BATCH,
-            "micro_batch_size": 2,
-            "seq_length": seq_length,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 0.001, "eps": 1e-6},
-        "schedule": {"kind": "constant"},
-        "checkpoint": {"every": 1, "keep": 9},
-        "log": {"tensorboard": False},
-    }
+    return training_config(
+        run,
+        steps,
+        (BATCH, 2),
+        seq_length,
+        run={"seed": seed},
+        model={**MODELS["dense"], "vocab_size": VOCAB},
+        data={"plan": str(plan)},
+        optimizer={"lr": 0.001, "eps": 1e-6},
+        checkpoint={"every": 1, "keep": 9},
+    )
 
 
 def train(ranks: RanksOf, run: Path, plan: Path, steps: int, **more: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.runs import assert_same_state, metrics
 from tests.shards import write_shard
+from tests.training_configs import write_training_config
 
 VOCAB = 301
 MODEL = {
@@ -24,33 +25,6 @@ MODEL = {
     "num_heads": 4,
     "num_kv_heads": 2,
 }
-CONFIG = """
-[run]
-dir = "{dir}/dpo"
-seed = 5
-[init]
-run = "{dir}/init"
-tokenizer = "{dir}/tokenizer"
-[data]
-pairs = ["{dir}/pairs.jsonl"]
-heldout_share = 0.2
-[train]
-steps = 3
-global_batch_size = 4
-micro_batch_size = 4
-seq_length = 96
-precision = "fp32"
-[optimizer]
-lr = 1e-3
-eps = 1e-5
-[schedule]
-kind = "constant"
-[eval]
-every = 1000
-rows = 64
-[log]
-tensorboard = false
-"""
 LOGGED = ("loss", "grad_norm", "rewards/margin", "rewards/accuracy", "logps/chosen")
 
 
@@ -81,7 +55,18 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for side in (("chosen", "rejected")[i % 2],)
     ]
     (base / "judged.jsonl").write_text("".join(json.dumps(one) + "\n" for one in judged))
-    (base / "dpo.toml").write_text(CONFIG.format(dir=base))
+    write_training_config(
+        base / "dpo.toml",
+        base / "dpo",
+        3,
+        (4, 4),
+        96,
+        run={"seed": 5},
+        init={"run": str(base / "init"), "tokenizer": str(base / "tokenizer")},
+        data={"pairs": [str(base / "pairs.jsonl")], "heldout_share": 0.2},
+        optimizer={"lr": 1e-3, "eps": 1e-5},
+        eval={"every": 1000, "rows": 64},
+    )
     ranks(1).run(
         "tests.parallel.workers.posttraining:save_untrained",
         process_group=False,

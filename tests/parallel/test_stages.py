@@ -19,6 +19,7 @@ from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics, trained_on
 from tests.small_data import VOCAB, make_tokens
+from tests.training_configs import training_config
 
 MIXTURE: dict[str, Any] = {
     "seq_length": 32,
@@ -59,23 +60,19 @@ def train(
 ) -> dict[str, Any]:
     """Trains on a stage's plan; returns the ranks' answer and asserts that it is the same on all."""
     world, parallel = layout
-    tree = {
-        "run": {"dir": str(run_dir), "seed": 3},
-        "model": {**MODELS["dense"], "vocab_size": VOCAB, **model},
-        "data": {"plan": str(plan)},
-        "train": {
-            "steps": steps,
-            "global_batch_size": batch,
-            "micro_batch_size": 2,
-            "seq_length": Plan.open(plan).seq_length,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 0.001, "eps": 1e-6},
-        "schedule": SCHEDULE,
-        "parallel": parallel,
-        "checkpoint": {"every": 1, "keep": 9},
-        "log": {"tensorboard": False},
-    }
+    tree = training_config(
+        run_dir,
+        steps,
+        (batch, 2),
+        Plan.open(plan).seq_length,
+        run={"seed": 3},
+        model={**MODELS["dense"], "vocab_size": VOCAB, **model},
+        data={"plan": str(plan)},
+        optimizer={"lr": 0.001, "eps": 1e-6},
+        schedule=SCHEDULE,
+        parallel=parallel,
+        checkpoint={"every": 1, "keep": 9},
+    )
     (answer, *others) = ranks(world).run("tests.parallel.workers.plans:train_on_plan", process_group=False, tree=tree)
     assert others == [answer] * (world - 1)
     return answer

@@ -5,6 +5,7 @@ that must run without torch a subprocess checks that it was not loaded.
 """
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -296,6 +297,28 @@ def test_ranks_load_no_loggers_of_megatrons() -> None:
             importlib.import_module("this")
         assert importlib.import_module("sys") is sys
     assert "this" not in sys.modules and "torch.utils.tensorboard" not in {k for k, v in sys.modules.items() if not v}
+
+
+@functools.cache
+def missing(name: str) -> bool:
+    """Whether a dotted name of this repository is neither a module nor a name that its parent's file mentions."""
+    path = ROOT.joinpath(*name.split("."))
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return False
+    files = [file for file in (path.parent.with_suffix(".py"), path.parent / "__init__.py") if file.is_file()]
+    return not files or not re.search(rf"\b{path.name}\b", files[0].read_text(encoding="utf-8"))
+
+
+def test_every_import_of_ours_exists() -> None:
+    """A module that was moved is caught here in seconds, also where it is imported inside a function."""
+    ours, wrong = (*PACKAGES, "tests"), []
+    tests = [(".".join(file.relative_to(ROOT).with_suffix("").parts), file) for file in (ROOT / "tests").rglob("*.py")]
+    for module, file in [*modules(), *tests]:
+        for line, name in imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py"):
+            if name.split(".")[0] in ours and missing(name):
+                wrong.append(f"{module}, line {line}: imports {name}, which does not exist")
+    assert not wrong, "\n".join(wrong)
+    assert missing("pretrain.run_report") and missing("pretrain.trainer.Nothing") and not missing("pretrain.trainer")
 
 
 def test_no_test_module_imports_another() -> None:

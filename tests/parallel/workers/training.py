@@ -38,6 +38,7 @@ from pretrain.run.agreement import Agreement
 from pretrain.trainer import Trainer
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, make_engine, rows
 from tests.parallel.workers.sharing import Infinite
+from tests.training_configs import training_config
 
 
 class Rows(BatchSource):
@@ -177,22 +178,19 @@ def make_trainer(
 
     `profiled` are the first and the last step to profile, and `init` is the checkpoint to start from.
     """
-    tree: dict[str, Any] = {
-        "run": {"dir": run_dir, "seed": seed},
-        "train": {
-            "steps": steps,
-            "global_batch_size": GLOBAL_BATCH,
-            "micro_batch_size": MICRO_BATCH,
-            "seq_length": SEQ_LENGTH,
-            "precision": precision,
-        },
-        "optimizer": {"lr": 0.01, "clip_grad": 0.1},
-        "schedule": {"kind": "cosine", "warmup_steps": 2},
-        "parallel": parallel,
-        "checkpoint": {"every": every, "keep": keep, "keep_every": keep_every},
-        "eval": {"every": 3},
-        "log": {"tensorboard": False},
-    }
+    tree = training_config(
+        run_dir,
+        steps,
+        (GLOBAL_BATCH, MICRO_BATCH),
+        SEQ_LENGTH,
+        run={"seed": seed},
+        train={"precision": precision},
+        optimizer={"lr": 0.01, "clip_grad": 0.1},
+        schedule={"kind": "cosine", "warmup_steps": 2},
+        parallel=parallel,
+        checkpoint={"every": every, "keep": keep, "keep_every": keep_every},
+        eval={"every": 3},
+    )
     tree |= {name: {} for name in sections if name not in tree}
     tree = {name: {**section, **sections.get(name, {})} for name, section in tree.items()}
     config = validate(TrainerConfig, tree | ({"adapter": adapter} if adapter else {}))
