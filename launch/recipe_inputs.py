@@ -9,8 +9,11 @@ from typing import Any
 
 from configs.cli import SCHEMAS
 from configs.files import file_sha256
-from configs.loader import ConfigError, load, read_overridden
+from configs.layout import Layout
+from configs.loader import ConfigError, load, read_overridden, validate
+from configs.model import ModelConfig
 from configs.reference import schema_of
+from configs.section import Section
 
 MANIFESTS = "checkpoints/step_*/manifest.json"
 MARKS = ("plan.json", "trivium_import.json", "config.json", "manifest.json")  # what identifies a folder of other kinds
@@ -18,20 +21,48 @@ DATA_KEYS = ("files", "heldout_files", "dialogues", "pairs")  # keys of configs 
 SCHEMA_NAMES = {"train": "pretrain", "data run": "data", "data baselines": "data"}  # other commands have their own name
 
 
-def check_config(command: str, config: str, overrides: Sequence[str], key: str) -> None:
-    """Raises ConfigError, naming the stage's `key`, if its config with its overrides is not valid.
+def check_config(command: str, config: str, overrides: Sequence[str], key: str) -> Section | None:
+    """Returns a stage's config. Raises ConfigError, naming the stage's `key`, if it is not valid with its overrides.
 
-    A training run that takes its model's sizes from another one is checked when it starts.
+    It is None for a training run that takes its model's sizes from another one, which is checked when it starts.
     """
     tree = read_overridden(config, overrides)
     if command == "train" and "init" in tree:
-        return
+        return None
     kind = SCHEMA_NAMES.get(command, command)
     assert kind in SCHEMAS
     try:
-        load(schema_of(kind), config, overrides)
+        return load(schema_of(kind), config, overrides)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+def check_layout(config: Section, ranks: int, made: Mapping[str, ModelConfig], key: str) -> ModelConfig | None:
+    """Returns the model that a stage trains. Raises ConfigError, naming the stage's `key`, if `ranks` do not fit it.
+
+    `made` has the models of earlier stages by folder. The result is None if the model is not known yet, and then only
+    the stage itself checks its layout.
+    """
+    init = getattr(config, "init", None)
+    run = init.run if init and init.run else ""
+    model = getattr(config, "model", None) or made.get(run) or _model_of_run(run)
+    parallel, train = getattr(config, "parallel", None), getattr(config, "train", None)
+    if not (isinstance(model, ModelConfig) and parallel and train):
+        return None
+    groups = getattr(config, "grpo", None) or getattr(config, "ppo", None)
+    try:
+        Layout.of(ranks, parallel, model, train, groups.group_size if groups else 1)
+    except ConfigError as error:
+        raise ConfigError(f"{key} on {ranks} ranks: {error}") from None
+    return model
+
+
+def _model_of_run(folder: str) -> ModelConfig | None:
+    manifest = _newest_manifest(Path(folder)) if folder else None
+    try:
+        return validate(ModelConfig, json.loads(manifest.read_bytes())["config"]["model"]) if manifest else None
+    except (OSError, ValueError, KeyError):  # the stage itself says what is wrong with it
+        return None
 
 
 def data_files(tree: Mapping[str, Any], made: Path) -> list[str]:
@@ -52,10 +83,14 @@ def _patterns(tree: Mapping[str, Any]) -> Iterator[str]:
 
 def result_of(folder: Path, mark: str = "") -> str | None:
     """Hash of what others start from: the newest checkpoint's manifest, else the file `mark`, or one of `MARKS`."""
-    steps = {path: path.parent.name.removeprefix("step_") for path in folder.glob(MANIFESTS)}
-    newest = max((path for path, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]), default=None)
+    newest = _newest_manifest(folder)
     files = [newest] if newest else [folder / name for name in ([mark] if mark else MARKS)]
     return next((file_sha256(path) for path in files if path.is_file()), None)
+
+
+def _newest_manifest(run: Path) -> Path | None:
+    steps = {path: path.parent.name.removeprefix("step_") for path in run.glob(MANIFESTS)}
+    return max((path for path, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]), default=None)
 
 
 def tree_hash(tree: Mapping[str, Any]) -> str:

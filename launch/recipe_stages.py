@@ -8,9 +8,10 @@ from typing import Any
 
 from configs.files import file_sha256
 from configs.loader import ConfigError, read_overridden, read_tree
+from configs.model import ModelConfig
 from configs.recipe import REFERENCE, GateConfig, RecipeConfig, RecipeStageConfig, SpecimenConfig
 from launch.bootstrap import TRAINING
-from launch.recipe_inputs import check_config, data_files, result_of, tree_hash
+from launch.recipe_inputs import check_config, check_layout, data_files, result_of, tree_hash
 from launch.recipe_results import (
     describe_baselines,
     describe_data,
@@ -227,7 +228,11 @@ def _filled_in(text: str, made: Mapping[str, RecipeStage], inputs: Mapping[str, 
 
 
 def check_configs(config: RecipeConfig, stages: list[RecipeStage]) -> None:
-    """Raises ConfigError if the config of a stage is missing, or not valid with the stage's overrides."""
+    """Raises ConfigError if the config of a stage is missing, not valid with its overrides, or does not fit its ranks.
+
+    A stage that earlier stages feed is checked with the model that they will have made.
+    """
+    models: dict[str, ModelConfig] = {}
     for stage in stages:
         settings = config.stages[stage.name]
         if not Path(settings.config).is_file():
@@ -235,4 +240,8 @@ def check_configs(config: RecipeConfig, stages: list[RecipeStage]) -> None:
                 f"stages.{stage.name}.config = {settings.config!r} does not exist; name the stage's config"
             )
         overrides = stage.command[stage.command.index(settings.config) + 1 :]
-        check_config(settings.command, settings.config, overrides, f"stages.{stage.name}")
+        key = f"stages.{stage.name}"
+        checked = check_config(settings.command, settings.config, overrides, key)
+        if checked is not None and stage.trains:
+            model = check_layout(checked, settings.ranks or config.ranks, models, key)
+            models |= {str(stage.output): model} if model else {}

@@ -63,3 +63,23 @@ def test_mistakes_in_a_recipe_are_found_before_it_runs(changes: dict, message: s
     with pytest.raises(ConfigError, match=message):
         recipe.run_recipe(validate(RecipeConfig, tree))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_later_stage_is_held_against_its_ranks_and_the_model_that_reaches_it(tmp_path: Path) -> None:
+    """The second stage starts from the first one's model, which has two layers and does not exist yet."""
+    begin = ["train.global_batch_size=6", "train.micro_batch_size=1", "model.num_layers=2"]
+    stages = {
+        "a": {"command": "train", "config": "configs/pretrain/demo.toml", "set": begin},
+        "b": {"command": "sft", "config": "configs/posttrain/demo_sft.toml", "set": ["init.run={a}"], "ranks": 4},
+    }
+
+    def refused(more: list[str]) -> str:
+        tree = {"dir": str(tmp_path), "ranks": 3, "stages": {**stages, "b": {**stages["b"], "more": more}}}
+        with pytest.raises(ConfigError) as error:
+            recipe.run_recipe(validate(RecipeConfig, tree), dry_run=True)
+        return str(error.value)
+
+    batch = ["train.global_batch_size=8", "train.micro_batch_size=2"]
+    assert refused([*batch, "parallel.pp=4"]).startswith("stages.b on 4 ranks: parallel.pp * parallel.vpp = 4 * 1 = 4")
+    batch[1] = "train.micro_batch_size=4"
+    assert refused(batch).startswith("stages.b on 4 ranks: train.global_batch_size = 8 is not a multiple of dp")
